@@ -1,0 +1,1 @@
+"""The method itself: pure functions of tensors, torch and nothing else."""

@@ -1,0 +1,68 @@
+"""Gram matrices ``G = XᵀX``: a plain sum over tokens, kept with the number of tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Blocks of this many columns: wide enough for full matrix-product speed, narrow enough to skip nearly
+# half of the symmetric product.
+_BLOCK = 256
+
+
+@dataclass
+class Gram:
+    """``matrix = Σ x xᵀ`` over ``num_tokens`` tokens, shape ``(in, in)``, float32 or wider.
+
+    A monoid: :meth:`zero` is the identity, :meth:`update` adds activations, :meth:`combine` adds two sums; the
+    result does not depend on how the tokens were grouped, up to rounding. While it accumulates, only the lower
+    block triangle is kept current (:meth:`symmetric` gives the full matrix).
+    """
+
+    matrix: Tensor
+    num_tokens: int = 0
+
+    @classmethod
+    def zero(cls, in_features: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Gram:
+        """The sum over no tokens, ``(in_features, in_features)`` of zeros."""
+        return cls(torch.zeros(in_features, in_features, dtype=dtype, device=device))
+
+    def update(self, activations: Tensor, mask: Tensor | None = None) -> None:
+        """Adds the tokens of ``activations (..., in)`` in place; ``mask (...)`` is false on padding, which never counts."""
+        tokens = activations.detach().reshape(-1, activations.shape[-1])
+        if mask is not None:
+            keep = mask.reshape(-1).to(torch.bool)
+            if not bool(keep.all()):
+                tokens = tokens[keep]
+        tokens = tokens.to(self.matrix.dtype)
+        for start in range(0, tokens.shape[1], _BLOCK):
+            rows = slice(start, start + _BLOCK)
+            self.matrix[rows, : start + _BLOCK].addmm_(tokens[:, rows].T, tokens[:, : start + _BLOCK])
+        self.num_tokens += tokens.shape[0]
+
+    def combine(self, other: Gram) -> Gram:
+        """The sum over both sets of tokens, as a new Gram."""
+        return Gram(self.matrix + other.matrix, self.num_tokens + other.num_tokens)
+
+    def symmetric(self) -> Tensor:
+        """The full symmetric matrix ``(in, in)``, from the lower triangle."""
+        lower = torch.tril(self.matrix)
+        return lower + torch.tril(lower, -1).T
+
+
+def pack_triangle(matrix: Tensor) -> Tensor:
+    """The lower triangle of a symmetric ``(n, n)`` matrix, row by row, as ``(n (n + 1) / 2,)``: half the bytes."""
+    rows, columns = torch.tril_indices(matrix.shape[0], matrix.shape[0], device=matrix.device)
+    return matrix[rows, columns]
+
+
+def unpack_triangle(packed: Tensor) -> Tensor:
+    """The symmetric ``(n, n)`` matrix of :func:`pack_triangle`'s ``(n (n + 1) / 2,)``."""
+    n = int(((8 * packed.numel() + 1) ** 0.5 - 1) / 2)
+    rows, columns = torch.tril_indices(n, n, device=packed.device)
+    matrix = torch.empty(n, n, dtype=packed.dtype, device=packed.device)
+    matrix[rows, columns] = packed
+    matrix[columns, rows] = packed
+    return matrix

@@ -1,0 +1,34 @@
+"""What can go wrong, in one sentence each: what, where (file, row, layer, config key), what to do.
+
+Every error keeps its message as its only argument, so that it survives pickling through Ray.
+"""
+
+from __future__ import annotations
+
+
+class EmlocError(Exception):
+    """Base of every error that emloc_ray raises on purpose; ``str(error)`` is one plain sentence."""
+
+    exit_code = 1
+
+
+class ConfigError(EmlocError):
+    """The call or the config is wrong: found before anything starts, nothing written."""
+
+    exit_code = 2
+
+
+class DataError(EmlocError):
+    """A row, a field or a file of the user's data is wrong; names file and row."""
+
+
+class NumericsError(EmlocError):
+    """A NaN or Inf in weights, activations or loss; names the layer or the step."""
+
+
+class ArtifactError(EmlocError):
+    """A checkpoint, an adapter or a run's artifact is missing, cut short or altered; names the file."""
+
+
+class StageError(EmlocError):
+    """A stage could not finish (a worker was lost for good, memory ran out); names the stage."""
