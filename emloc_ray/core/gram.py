@@ -30,7 +30,10 @@ class Gram:
         return cls(torch.zeros(in_features, in_features, dtype=dtype, device=device))
 
     def update(self, activations: Tensor, mask: Tensor | None = None) -> None:
-        """Adds the tokens of ``activations (..., in)`` in place; ``mask (...)`` is false on padding, which never counts."""
+        """Adds the tokens of ``activations (..., in)`` in place.
+
+        ``mask (...)`` is false on padding, which never counts.
+        """
         tokens = activations.detach().reshape(-1, activations.shape[-1])
         if mask is not None:
             keep = mask.reshape(-1).to(torch.bool)
