@@ -1,0 +1,327 @@
+"""The whole of a run as one strict, frozen config: YAML plus dotted overrides.
+
+Unknown keys are errors, told with the nearest right one; every error is told at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from emloc_ray.errors import ConfigError
+
+Patterns = str | list[str]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and strict about names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The original model."""
+
+    source: str = Field(description="hub id, local directory, .gguf file, or package:NAME/FILE")
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+
+class SplitConfig(Section):
+    """One split of the data: JSONL, Parquet or CSV files, a directory or glob of them, or ``hf:DATASET``."""
+
+    path: Patterns
+    num_samples: int | None = Field(None, ge=1, description="rows to sample; all by default")
+
+
+class DataConfig(Section):
+    """The task's rows and how they become tokens."""
+
+    generate: Literal["docstrings"] | None = Field(None, description="make the task's data on the spot")
+    format: Literal["text", "prompt_completion", "messages"] = "text"
+    train: SplitConfig | None = None
+    calibration: SplitConfig | None = None
+    selection: SplitConfig | None = None
+    eval: SplitConfig | None = None
+    max_seq_length: int = Field(512, ge=2)
+    packing: bool = Field(False, description="join rows into sequences of max_seq_length")
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> DataConfig:
+        named = [name for name in ("train", "calibration", "selection", "eval") if getattr(self, name) is not None]
+        if self.generate is None and self.train is None:
+            raise ValueError("names no training data: set data.train.path, or data.generate: docstrings")
+        if self.generate is not None and any(getattr(self, name).path for name in named):
+            raise ValueError(f"data.generate makes every split itself: remove data.{named[0]}.path")
+        if self.generate is not None and self.format != "prompt_completion":
+            raise ValueError("data.generate: docstrings makes prompt_completion rows: set data.format to that")
+        return self
+
+
+class StageConfig(Section):
+    """What a stage asks of Ray."""
+
+    num_workers: int = Field(1, ge=1)
+    cpus_per_worker: float = Field(1, ge=0)
+    gpus_per_worker: float = Field(0, ge=0)
+
+
+class CalibrationConfig(StageConfig):
+    """The small data pass that gathers Grams."""
+
+    num_calibration_samples: int = Field(128, ge=1)
+    tokens: Literal["all", "completion"] = "all"
+    batch_size: int = Field(8, ge=1)
+    rows_per_shard: int = Field(32, ge=1, description="the grain of work and of exactly-once accounting")
+    keep: Literal["grams", "none"] = "grams"
+    mode: Literal["auto", "resident"] = "auto"
+
+
+class EmulatorConfig(StageConfig):
+    """The compressed model."""
+
+    compression_ratio: float = Field(0.5, gt=0, le=1)
+    ratios: dict[str, float] = Field(default_factory=dict, description="pattern: ratio, the first match wins")
+    target_modules: Patterns | None = None
+    exclude_modules: Patterns | None = None
+    dampening_frac: float = Field(1e-6, gt=0, lt=1)
+
+    @field_validator("ratios")
+    @classmethod
+    def _ratios_in_range(cls, ratios: dict[str, float]) -> dict[str, float]:
+        for pattern, ratio in ratios.items():
+            if not 0 < ratio <= 1:
+                raise ValueError(f"the ratio of {pattern!r} is {ratio}: give one above 0 and up to 1")
+        return ratios
+
+
+class AdapterConfig(Section):
+    """The LoRA adapter, in PEFT's names with PEFT's meaning."""
+
+    r: int = Field(8, ge=1)
+    lora_alpha: float = Field(16, gt=0)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: Patterns | None = Field(None, description="every linear inside the model's blocks by default")
+    exclude_modules: Patterns | None = None
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    init_lora_weights: bool | Literal["gaussian"] = True
+
+
+class FinetuneConfig(StageConfig):
+    """Training on the emulator; every other key is a Hugging Face TrainingArguments field."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+    loss_on: Literal["completion", "all"] = "completion"
+    max_steps: int = Field(-1, description="optimizer steps; -1: num_train_epochs of the data")
+    num_train_epochs: float = Field(1.0, gt=0)
+    per_device_train_batch_size: int = Field(8, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    learning_rate: float = Field(2e-4, gt=0)
+    gradient_checkpointing: bool = True
+    save_steps: int = Field(100, ge=1)
+    logging_steps: int = Field(10, ge=1)
+    max_failures: int = Field(3, ge=0, description="lost workers to recover from before the run fails")
+
+    @model_validator(mode="after")
+    def _known_training_arguments(self) -> FinetuneConfig:
+        extra = self.model_extra or {}
+        if extra:
+            known = _training_argument_names()
+            for key in extra:
+                if key in _OWN_TRAINING_ARGUMENTS:
+                    raise ValueError(f"finetune.{key} is set by emloc_ray itself: remove it")
+                if key not in known:
+                    raise ValueError(_unknown_key(f"finetune.{key}", key, known | set(type(self).model_fields)))
+        return self
+
+
+class CorrectionConfig(Section):
+    """How the adapter is corrected for the difference between emulator and original."""
+
+    method: Literal["auto", "none", "projection", "covariance"] = "auto"
+    clamp: float | None = Field(3.0, gt=0, description="the paper's lambda; null: unclamped")
+    strength: float = Field(1.0, ge=0, le=2)
+    dampening_frac: float = Field(1e-4, gt=0, lt=1)
+    num_selection_samples: int = Field(64, ge=1, description="rows that auto chooses on")
+
+
+class MergeConfig(StageConfig):
+    """Folding the corrected adapter into the original's weights."""
+
+    chunk_bytes: int = Field(32 * 2**20, ge=4096, description="float32 bytes of a row chunk")
+
+
+class EvaluationConfig(StageConfig):
+    """What is measured on the held-out split."""
+
+    num_samples: int | None = Field(256, ge=1, description="held-out rows; null: all")
+    batch_size: int = Field(8, ge=1)
+    num_generations: int = Field(4, ge=0, description="sample generations shown in the report")
+    num_exact_match: int = Field(32, ge=0, description="held-out prompts completed greedily for exact match")
+    max_new_tokens: int = Field(32, ge=1)
+    upper_bound: str | None = Field(None, description="run directory of plain LoRA (compression_ratio: 1.0)")
+
+
+class RayConfig(Section):
+    """Where Ray is; every other key goes to ``ray.init``."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+    address: str | None = None
+
+    @model_validator(mode="after")
+    def _known_init_arguments(self) -> RayConfig:
+        extra = self.model_extra or {}
+        if extra:
+            import inspect
+
+            import ray
+
+            known = set(inspect.signature(ray.init).parameters)
+            for key in extra:
+                if key not in known:
+                    raise ValueError(_unknown_key(f"ray.{key}", key, known))
+        return self
+
+
+class RunConfig(Section):
+    """One run: one model, one task, one emulator, one adapter."""
+
+    run_dir: str
+    seed: int = 0
+    model: ModelConfig
+    data: DataConfig
+    calibration: CalibrationConfig = CalibrationConfig()
+    emulator: EmulatorConfig = EmulatorConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    correction: CorrectionConfig = CorrectionConfig()
+    merge: MergeConfig = MergeConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    ray: RayConfig = RayConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> RunConfig:
+        if self.correction.method == "covariance" and self.calibration.keep == "none":
+            raise ValueError("correction.method: covariance needs the Grams: set calibration.keep to grams")
+        if "://" in self.run_dir and not self.run_dir.startswith("file://"):
+            raise ValueError(f"run_dir {self.run_dir} is not a local path: this version keeps runs on a file system")
+        return self
+
+
+_OWN_TRAINING_ARGUMENTS = {"output_dir", "remove_unused_columns", "seed", "data_seed", "resume_from_checkpoint"}
+
+
+def _training_argument_names() -> set[str]:
+    """The fields of the installed transformers' TrainingArguments."""
+    import dataclasses
+
+    from transformers import TrainingArguments
+
+    return {field.name for field in dataclasses.fields(TrainingArguments)}
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as a string; people mean the number."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML config and applies ``key.path=value`` overrides (values are YAML too).
+
+    Raises:
+        ConfigError: with every error at once, one sentence a line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(
+            f"Config {path} does not exist: give the path of a YAML file, such as configs/quickstart.yaml."
+        )
+    try:
+        values = yaml.load(path.read_text(), _Yaml)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Config {path} is not YAML ({_one_line(error)}): mend it there.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"Config {path} holds no keys: it needs at least run_dir, model and data.")
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_config(values, str(path))
+
+
+def parse_config(values: dict[str, Any], where: str = "the config") -> RunConfig:
+    """Validates a nested dict into a :class:`RunConfig`; raises ConfigError with every error at once."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        lines = [_sentence(detail) for detail in error.errors()]
+        raise ConfigError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"Override {override!r} is not key.path=value: write it like finetune.max_steps=20.")
+    *parents, last = key.strip().split(".")
+    node = values
+    for depth, parent in enumerate(parents):
+        child = node.setdefault(parent, {})
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            prefix = ".".join(parents[: depth + 1])
+            raise ConfigError(f"Override {override!r} reaches into {prefix}, which is a value: override that instead.")
+        node = child
+    try:
+        node[last] = yaml.load(text, _Yaml)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Override {override!r} has a value that is not YAML ({_one_line(error)}).") from error
+
+
+def _sentence(detail: Any) -> str:
+    """One pydantic error as a sentence: which key, what is wrong, what would be right."""
+    location = [str(part) for part in detail["loc"] if not str(part).startswith(("list[", "str", "function-"))]
+    key = ".".join(location)
+    if detail["type"] == "extra_forbidden":
+        return f"{_unknown_key(key, location[-1], _field_names(location[:-1]))}."
+    if detail["type"] == "missing":
+        return f"{key} is missing: set it."
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return f"{key}: {message}." if key and key not in message else f"{message}."
+    given = detail["input"]
+    return f"{key} is {given!r}: {message[0].lower()}{message[1:]}."
+
+
+def _unknown_key(key: str, last: str, known: typing.Iterable[str]) -> str:
+    near = difflib.get_close_matches(last, sorted(known), n=1, cutoff=0.6)
+    hint = f"the nearest is {near[0]}" if near else f"known are {', '.join(sorted(known)[:30])}"
+    return f"{key} is not a key: {hint}"
+
+
+def _field_names(location: list[str]) -> set[str]:
+    model: Any = RunConfig
+    for part in location:
+        annotation = model.model_fields[part].annotation
+        options = [annotation, *typing.get_args(annotation)]
+        model = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
+    names: set[str] = set(model.model_fields)
+    return names
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,1 @@
+"""Checkpoints, files and run directories: torch, safetensors and pyarrow, no ray."""

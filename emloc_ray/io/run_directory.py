@@ -1,0 +1,169 @@
+"""A run's directory: its artifacts' places, its manifest, its lock.
+
+The manifest is written last and atomically after each stage, so that whatever it names is whole: a run that is killed
+anywhere goes on from it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from emloc_ray.errors import ArtifactError, ConfigError
+from emloc_ray.io.atomic import write_json
+
+MANIFEST = "manifest.json"
+METRICS = "metrics.json"
+_LOCK = ".lock"
+_FORMAT = 1
+
+
+class RunDirectory:
+    """The places of DESIGN.md, section 5, under one root, and the manifest that says which are whole."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(str(root).removeprefix("file://")).expanduser().absolute()
+        self._lock_descriptor: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The run's name: the directory's."""
+        return self.root.name
+
+    def path(self, *parts: str) -> Path:
+        """A place inside the run."""
+        return self.root.joinpath(*parts)
+
+    def check(self) -> None:
+        """Raises ConfigError where the directory holds files without our manifest, or another run's name."""
+        if self.root.exists() and not self.root.is_dir():
+            raise ConfigError(f"run_dir {self.root} is a file: name a directory.")
+        if not self.root.is_dir():
+            return
+        if not self.path(MANIFEST).is_file():
+            others = [entry.name for entry in self.root.iterdir() if entry.name != _LOCK]
+            if others:
+                raise ConfigError(
+                    f"run_dir {self.root} holds files of something else ({', '.join(sorted(others)[:3])}) and no"
+                    f" {MANIFEST}: name a new or empty directory."
+                )
+            return
+        name = self.manifest().get("name")
+        if name != self.name:
+            raise ConfigError(
+                f"run_dir {self.root} holds the run {name!r}: name a new directory, or rename this one to {name}."
+            )
+
+    def create(self, config: dict[str, Any], *, fresh: bool = False) -> None:
+        """Makes the directory with its manifest; ``fresh`` removes what an earlier run of this name left."""
+        self.check()
+        if fresh and self.root.is_dir():
+            for entry in self.root.iterdir():
+                if entry.name != _LOCK:
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        self.root.mkdir(parents=True, exist_ok=True)
+        for leftover in self.root.glob(".*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        manifest = self.manifest() if self.path(MANIFEST).is_file() else {"stages": {}}
+        manifest.update({"format": _FORMAT, "name": self.name, "config": config})
+        write_json(self.path(MANIFEST), manifest)
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest; raises ArtifactError where there is none or it is unreadable."""
+        path = self.path(MANIFEST)
+        if not path.is_file():
+            raise ArtifactError(f"{self.root} holds no {MANIFEST}: it is no run directory.")
+        try:
+            manifest: dict[str, Any] = json.loads(path.read_text())
+        except ValueError as error:
+            raise ArtifactError(f"{path} is not JSON: restore it, or start anew with --fresh.") from error
+        return manifest
+
+    def stage(self, name: str) -> dict[str, Any] | None:
+        """What the manifest says of a finished stage, or None."""
+        found: dict[str, Any] | None = self.manifest()["stages"].get(name)
+        return found
+
+    def is_done(self, name: str, inputs: str) -> bool:
+        """Whether the stage was finished with inputs of this fingerprint and its files are all there, whole by size."""
+        entry = self.stage(name)
+        if entry is None or entry["inputs"] != inputs:
+            return False
+        return all(_size(self.path(path)) == size for path, size in entry["outputs"].items())
+
+    def commit(self, name: str, inputs: str, outputs: Iterable[Path], result: dict[str, Any]) -> None:
+        """Records a finished stage, with the sizes of its files, after they are on disk."""
+        manifest = self.manifest()
+        files = {str(path.relative_to(self.root)): path.stat().st_size for path in _files(outputs)}
+        manifest["stages"][name] = {
+            "inputs": inputs,
+            "finished_at": time.time(),
+            "outputs": files,
+            "result": result,
+        }
+        write_json(self.path(MANIFEST), manifest)
+
+    def forget(self, name: str) -> None:
+        """Takes a stage out of the manifest, before its files are written again."""
+        manifest = self.manifest()
+        if manifest["stages"].pop(name, None) is not None:
+            write_json(self.path(MANIFEST), manifest)
+
+    def update_metrics(self, **sections: Any) -> None:
+        """Merges sections into ``metrics.json``: dicts are updated, other values replaced."""
+        metrics = self.metrics()
+        for key, value in sections.items():
+            if isinstance(value, dict) and isinstance(metrics.get(key), dict):
+                metrics[key] = {**metrics[key], **value}
+            else:
+                metrics[key] = value
+        write_json(self.path(METRICS), metrics)
+
+    def metrics(self) -> dict[str, Any]:
+        """``metrics.json``, empty where there is none yet."""
+        path = self.path(METRICS)
+        metrics: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        return metrics
+
+    def lock(self) -> None:
+        """Takes the run for this process; the operating system gives it back when the process ends, however it ends.
+
+        Raises:
+            ConfigError: where another process holds it; says which.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path(_LOCK), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            raise ConfigError(f"run_dir {self.root} is in use by {holder}: wait for it, or name another.") from None
+        os.truncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        self._lock_descriptor = descriptor
+
+    def unlock(self) -> None:
+        """Gives the run back."""
+        if self._lock_descriptor is not None:
+            os.close(self._lock_descriptor)
+            self._lock_descriptor = None
+
+
+def _files(paths: Iterable[Path]) -> Iterable[Path]:
+    for path in paths:
+        if path.is_dir():
+            yield from sorted(file for file in path.rglob("*") if file.is_file())
+        else:
+            yield path
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None

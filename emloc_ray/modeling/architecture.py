@@ -1,0 +1,154 @@
+"""What a model is made of, known without its weights: blocks, linears, and which linears read the same tensor."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
+
+from emloc_ray.errors import ConfigError
+
+_ROUTER = re.compile(r"(.*\.)?(router|gate|shared_expert_gate)")
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """A linear inside one of the model's blocks: ``y = W x``, ``W (out, in)``; ``transposed`` where the checkpoint
+    stores ``(in, out)`` (``Conv1D``)."""
+
+    name: str
+    out_features: int
+    in_features: int
+    has_bias: bool
+    transposed: bool
+    block: str
+
+    @property
+    def weight_name(self) -> str:
+        """The weight's name in the checkpoint."""
+        return f"{self.name}.weight"
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the weight."""
+        return self.out_features * self.in_features
+
+
+def auto_class(config: Any) -> Any:
+    """The transformers Auto class that opens models of this config, the most specific first."""
+    for name in ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM"):
+        auto = getattr(transformers, name)
+        if type(config) in auto._model_mapping or (getattr(config, "auto_map", None) or {}).get(name):
+            return auto
+    raise ConfigError(
+        f"Models of type {config.model_type} have no language-model head in transformers: choose another."
+    )
+
+
+def empty_model(config: Any, trust_remote_code: bool = False) -> Any:
+    """The model on the meta device: names and shapes, no weights."""
+    with init_empty_weights(include_buffers=True):
+        return auto_class(config).from_config(config, trust_remote_code=trust_remote_code).eval()
+
+
+def block_names(model: nn.Module) -> list[str]:
+    """The model's blocks: the members of its outermost ``ModuleList``s that are of one class and hold linears."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{block}.") for block in found)
+        if inside or not isinstance(module, nn.ModuleList) or len({type(member) for member in module}) != 1:
+            continue
+        if any(_is_linear(child) for child in module[0].modules()):
+            found += [f"{name}.{index}" for index in range(len(module))]
+    return found
+
+
+def block_linears(model: nn.Module) -> list[LinearSpec]:
+    """Every linear inside the model's blocks, routers left out, in the model's order."""
+    specs = []
+    for block in block_names(model):
+        for name, module in model.get_submodule(block).named_modules(prefix=block):
+            if _is_linear(module) and not _ROUTER.fullmatch(name):
+                specs.append(_spec(name, module, block))
+    if not specs:
+        raise ConfigError(f"{type(model).__name__} has no linears inside repeated blocks: nothing to compress there.")
+    return specs
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # Exact types: a subclass may compute something else from its weight.
+    return type(module) in (nn.Linear, Conv1D, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def _spec(name: str, module: Any, block: str) -> LinearSpec:
+    if isinstance(module, Conv1D):
+        in_features, out_features = module.weight.shape
+        return LinearSpec(name, out_features, in_features, True, True, block)
+    return LinearSpec(name, module.out_features, module.in_features, module.bias is not None, False, block)
+
+
+class _ScalarsAreZero(TorchDispatchMode):
+    """Lets a forward pass on the meta device ask for a scalar's value, as mask code does: it reads 0."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return 0
+        return func(*args, **(kwargs or {}))
+
+
+def shared_inputs(model: Any, specs: Sequence[LinearSpec]) -> list[list[str]]:
+    """Groups of linears that read the same tensor, found by tracing one forward pass on the meta device.
+
+    Two inputs are the same where storage, offset, shape, strides and version agree. A model that cannot run on the
+    meta device gets one group for each linear: right, only slower.
+    """
+    seen: dict[tuple[Any, ...], list[str]] = {}
+    alive: list[torch.Tensor] = []
+
+    def record(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            tensor = args[0]
+            alive.append(tensor)  # a freed storage's address could be given to another tensor
+            storage = tensor.untyped_storage()._cdata
+            key = (storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor._version)
+            seen.setdefault(key, []).append(name)
+
+        return hook
+
+    handles = [model.get_submodule(s.name).register_forward_pre_hook(record(s.name)) for s in specs]
+    try:
+        ids = torch.zeros(1, 8, dtype=torch.long, device="meta")
+        with torch.no_grad(), _ScalarsAreZero():
+            model(input_ids=ids, use_cache=False)
+    except (RuntimeError, NotImplementedError, ValueError, TypeError):
+        return [[spec.name] for spec in specs]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return _in_model_order(seen, specs)
+
+
+def _in_model_order(seen: dict[tuple[Any, ...], list[str]], specs: Sequence[LinearSpec]) -> list[list[str]]:
+    order = {spec.name: position for position, spec in enumerate(specs)}
+    counts: dict[str, int] = {}
+    for names in seen.values():
+        for name in names:
+            counts[name] = counts.get(name, 0) + 1
+    groups = [names for names in seen.values() if all(counts[name] == 1 for name in names)]
+    grouped = {name for names in groups for name in names}
+    groups += [[spec.name] for spec in specs if spec.name not in grouped]
+    return sorted((sorted(names, key=order.__getitem__) for names in groups), key=lambda names: order[names[0]])
+
+
+def load_config(directory: Path, **options: Any) -> Any:
+    """The transformers config of a model directory."""
+    return transformers.AutoConfig.from_pretrained(directory, **options)

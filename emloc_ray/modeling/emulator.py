@@ -1,0 +1,150 @@
+"""The emulator as a transformers model: the original's own class with some linears replaced by two factors.
+
+On disk an emulator is a checkpoint of ``model_type: emloc_emulator`` that carries the original's config inside. After
+``import emloc_ray`` the original's Auto class opens it; without that import transformers does not know the type and
+raises, instead of loading random weights into dense layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM")
+
+
+class FactorizedLinear(nn.Module):
+    """``y = up (down x) + bias``: a linear whose weight is ``up (out, r) @ down (r, in)``.
+
+    Not a subclass of ``nn.Linear`` and without a ``weight``, so that nothing can mistake it for a dense layer and
+    merge into it; the bias belongs to ``up``.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.down = nn.Linear(in_features, rank, bias=False)
+        self.up = nn.Linear(rank, out_features, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in)`` to ``(..., out)``."""
+        return self.up(self.down(x))
+
+    def extra_repr(self) -> str:
+        """Shapes, as ``nn.Linear`` shows them."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.down.out_features}"
+
+
+class EmulatorModelConfig(PreTrainedConfig):
+    """``base_config``: the original's config as a dict; ``ranks``: module name to rank; dense modules are left out."""
+
+    model_type = "emloc_emulator"
+
+    def __init__(
+        self, base_config: dict[str, Any] | None = None, ranks: dict[str, int] | None = None, **kwargs: Any
+    ) -> None:
+        self.base_config = base_config or {}
+        self.ranks = ranks or {}
+        super().__init__(**kwargs)
+
+    def original(self) -> Any:
+        """The original's config, as its own class."""
+        values = copy.deepcopy(self.base_config)
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def factorize_modules(model: nn.Module, ranks: dict[str, int]) -> None:
+    """Replaces each named linear by an untrained :class:`FactorizedLinear` of that rank, in place."""
+    for name, rank in ranks.items():
+        parent_name, _, child = name.rpartition(".")
+        dense = model.get_submodule(name)
+        out_features, in_features = _shape(dense)
+        bias = getattr(dense, "bias", None) is not None
+        setattr(model.get_submodule(parent_name), child, FactorizedLinear(in_features, out_features, rank, bias))
+
+
+def _shape(linear: Any) -> tuple[int, int]:
+    if isinstance(linear, nn.Linear):
+        return linear.out_features, linear.in_features
+    in_features, out_features = linear.weight.shape  # Conv1D
+    return out_features, in_features
+
+
+def emulator_class(base: type[PreTrainedModel], config: EmulatorModelConfig) -> type[PreTrainedModel]:
+    """The original's model class, built with factors in place of the linears that ``config.ranks`` names.
+
+    Being that class, it loads by its own ``from_pretrained``: dtype, device map and 4-bit options all apply.
+    """
+
+    class Emulator(base):  # type: ignore[valid-type, misc]
+        def __init__(self, base_config: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__(base_config, *args, **kwargs)
+            factorize_modules(self, config.ranks)
+
+        def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+            """Saves as an emulator: under the original's type it would load as dense layers with random weights."""
+            super().save_pretrained(save_directory, *args, **kwargs)
+            write_emulator_config(Path(save_directory), self.config, config.ranks)
+
+    Emulator.__name__ = Emulator.__qualname__ = base.__name__
+    return Emulator
+
+
+def write_emulator_config(directory: Path, base_config: Any, ranks: dict[str, int]) -> None:
+    """Writes ``config.json`` of an emulator of the model that ``base_config`` (a transformers config) describes."""
+    from emloc_ray.io.atomic import write_json
+
+    base = base_config.to_dict()
+    base.pop("_name_or_path", None)
+    base["architectures"] = base_config.architectures
+    config = EmulatorModelConfig(base_config=base, ranks=ranks, architectures=base_config.architectures)
+    config.dtype = base_config.dtype
+    # to_diff_dict would drop what equals a default of the nested config's class; the whole dict is kept.
+    values = {
+        **json.loads(config.to_json_string(use_diff=True)),
+        "base_config": json.loads(json.dumps(base, default=str)),
+    }
+    write_json(directory / "config.json", values)
+
+
+def _auto_model_class(auto_name: str) -> type[Any]:
+    auto = getattr(transformers, auto_name)
+
+    class EmulatorModel(PreTrainedModel):
+        config_class = EmulatorModelConfig
+
+        @classmethod
+        def from_pretrained(cls, path: str | Path, *args: Any, config: EmulatorModelConfig, **kwargs: Any) -> Any:
+            """Loads the emulator in ``path`` as the original's own class with factorized linears."""
+            original = config.original()
+            base = auto._model_mapping[type(original)]
+            base = base[0] if isinstance(base, tuple) else base
+            if kwargs.get("dtype", "auto") == "auto":
+                kwargs["dtype"] = original.dtype or "auto"
+            return emulator_class(base, config).from_pretrained(path, *args, config=original, **kwargs)
+
+    EmulatorModel.__name__ = EmulatorModel.__qualname__ = auto_name.replace("AutoModel", "Emulator")
+    return EmulatorModel
+
+
+def register() -> None:
+    """Makes transformers' Auto classes open emulators; done once, when ``emloc_ray`` is imported."""
+    AutoConfig.register(EmulatorModelConfig.model_type, EmulatorModelConfig, exist_ok=True)
+    for name in AUTO_CLASSES:
+        getattr(transformers, name).register(EmulatorModelConfig, _auto_model_class(name), exist_ok=True)
+
+
+def dense_weight(module: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``W_E (out, in)`` of a linear or of its factors as stored, computed in ``dtype``."""
+    if isinstance(module, FactorizedLinear):
+        return module.up.weight.detach().to(dtype) @ module.down.weight.detach().to(dtype)
+    weight: Tensor = module.weight.detach().to(dtype)
+    return weight if isinstance(module, nn.Linear) else weight.T

@@ -1,0 +1,82 @@
+"""One matcher for all stages: which modules a pattern names, with PEFT's meaning."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
+
+from emloc_ray.errors import ConfigError
+
+Value = TypeVar("Value")
+Patterns = str | Sequence[str]
+
+ALL_LINEAR = "all-linear"
+
+
+def matches(name: str, patterns: Patterns) -> bool:
+    """Whether ``patterns`` names the module: a string is a regex for the full name, a list holds names or suffixes
+    (https://huggingface.co/docs/peft/package_reference/lora, ``target_modules``)."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+
+
+def select(names: Sequence[str], targets: Patterns | None, exclude: Patterns | None, key: str) -> list[str]:
+    """The ``names`` that ``targets`` (all where ``None`` or ``all-linear``) minus ``exclude`` name, in order.
+
+    Raises:
+        ConfigError: where a pattern matches nothing; says ``key``, the pattern and what there is.
+    """
+    if isinstance(targets, str) and targets != ALL_LINEAR:
+        _check_regex(targets, key)
+    if targets is None or targets == ALL_LINEAR:
+        chosen = list(names)
+    else:
+        chosen = [name for name in names if matches(name, targets)]
+        for pattern in [targets] if isinstance(targets, str) else targets:
+            if not any(matches(name, pattern if isinstance(targets, str) else [pattern]) for name in names):
+                raise ConfigError(_no_match(key, pattern, names))
+    if exclude is not None:
+        if isinstance(exclude, str):
+            _check_regex(exclude, key)
+        chosen = [name for name in chosen if not matches(name, exclude)]
+        if not chosen:
+            raise ConfigError(f"{key}: everything it names is excluded again by {exclude!r}: exclude less.")
+    return chosen
+
+
+def lookup(name: str, table: Mapping[str, Value], default: Value) -> Value:
+    """The value of the first key that names the module, as PEFT reads ``rank_pattern``: ``(.*\\.)?KEY`` in full."""
+    for pattern, value in table.items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", name):
+            return value
+    return default
+
+
+def check_table(names: Sequence[str], table: Mapping[str, object], key: str) -> None:
+    """Raises ConfigError for the first key of a pattern table that names no module."""
+    for pattern in table:
+        _check_regex(pattern, key)
+        if not any(lookup(name, {pattern: True}, False) for name in names):
+            raise ConfigError(_no_match(key, pattern, names))
+
+
+def suffixes(names: Iterable[str]) -> list[str]:
+    """The distinct last parts of module names, in order: ``q_proj``, ``k_proj``, …"""
+    return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
+
+
+def _check_regex(pattern: str, key: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{key}: {pattern!r} is not a regular expression ({error}): mend it.") from error
+
+
+def _no_match(key: str, pattern: str, names: Sequence[str]) -> str:
+    there = suffixes(names)
+    near = difflib.get_close_matches(pattern, there, n=1, cutoff=0.6)
+    hint = f"; the nearest is {near[0]}" if near else ""
+    return f"{key}: {pattern!r} matches none of the {len(names)} linears (there are {', '.join(there[:20])}{hint})."
