@@ -13,6 +13,8 @@ Method = Literal["none", "projection", "covariance"]
 # Directions of A weaker than this fraction of the strongest one carry no update that float32 could tell from noise.
 _DROP_BELOW = 1e-6
 
+_ROWS = 1024  # of a layer, turned to float64 at a time
+
 
 class CanonicalLora(NamedTuple):
     """``B A = b qᵀ`` in the adapter's own basis: ``b = B V S (out, k)``, ``q (in, k)`` orthonormal."""
@@ -29,11 +31,17 @@ class CorrectedLora(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Shortfall:
-    """``‖(Δ − s C A_c) G^½‖_F`` of one module, before (C = 0) and after the correction."""
+class Difference:
+    """What the directions ``q (in, k)`` see of ``Δ = W − W_E (out, in)`` and of the Gram; all float64, all thin.
 
-    before: float
-    after: float
+    ``delta_q = Δ Q (out, k)``; with a Gram also ``delta_gq = Δ G Q (out, k)`` and ``inner = Qᵀ G Q (k, k)``, else
+    ``None``; ``energy = tr(Δ G Δᵀ)``, with ``G = I`` where there is no Gram.
+    """
+
+    delta_q: Tensor
+    delta_gq: Tensor | None
+    inner: Tensor | None
+    energy: float
 
 
 def canonical_form(lora_a: Tensor, lora_b: Tensor) -> CanonicalLora:
@@ -48,28 +56,45 @@ def canonical_form(lora_a: Tensor, lora_b: Tensor) -> CanonicalLora:
     return CanonicalLora(b[:, keep], q[:, keep])
 
 
-def read_difference(
-    delta: Tensor, q: Tensor, scale: float, gram: Tensor | None = None, dampening_frac: float = 1e-4
-) -> Tensor:
-    """``C (out, k)``: what the adapter must give back on the directions ``q (in, k)`` that it reads.
-
-    - without ``gram``: ``C = Δ Q / s``, the paper's projection;
-    - with ``gram (in, in)``: ``C = Δ G Q (Qᵀ G Q)⁻¹ / s``, which minimises ``‖(Δ − s C Qᵀ) G^½‖_F``; ``Qᵀ G Q`` is damped
-      by ``dampening_frac`` of its mean diagonal on both sides, so that ``G ∝ I`` gives the projection exactly.
-
-    ``delta = W − W_E (out, in)``; ``scale`` is the adapter's s. The division by s is missing in the published code, which
-    is right only at lora_alpha = r.
-    """
-    delta = delta.double()
+def difference(delta: Tensor, q: Tensor, gram: Tensor | None = None) -> Difference:
+    """Reads ``delta (out, in)`` and ``gram (in, in)`` once, by row chunks in float64, so that no copy of either is made."""
+    right = q if gram is None else torch.cat([q, _wide_product(gram, q)], dim=1)
+    read = _wide_product(delta, right)
+    k = q.shape[1]
+    energy = 0.0
+    for rows in torch.split(delta, _ROWS):
+        weighted = rows if gram is None else rows.float() @ gram.float()
+        energy += float((weighted.double() * rows.double()).sum())
     if gram is None:
-        return delta @ q / scale
-    gram = gram.double()
-    inner = q.T @ gram @ q
-    damping = dampening_frac * inner.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    # G + damping I on both sides: the least-squares problem of a slightly isotropic input.
-    right = delta @ (gram @ q + damping * q)
-    inner = inner + damping * torch.eye(inner.shape[0], dtype=inner.dtype, device=inner.device)
-    return torch.linalg.solve(inner, right, left=False) / scale
+        return Difference(read, None, None, energy)
+    return Difference(read[:, :k], read[:, k:], q.T @ right[:, k:], energy)
+
+
+def correction(seen: Difference, method: Method, scale: float, dampening_frac: float = 1e-4) -> Tensor:
+    """``C (out, k)``: what the adapter must give back on the directions that it reads.
+
+    - ``none``: 0;
+    - ``projection``: ``C = Δ Q / s``, the paper's;
+    - ``covariance``: ``C = Δ G Q (Qᵀ G Q)⁻¹ / s``, which minimises ``‖(Δ − s C Qᵀ) G^½‖_F``. G is damped by
+      ``dampening_frac`` of the mean diagonal of ``Qᵀ G Q``, on both sides, so that ``G ∝ I`` gives the projection.
+
+    ``scale`` is the adapter's s. Dividing by it is missing in the published code, which is right only at
+    lora_alpha = r. Raises ValueError for ``covariance`` without a Gram.
+    """
+    if method == "none":
+        return torch.zeros_like(seen.delta_q)
+    if method == "projection":
+        return seen.delta_q / scale
+    if seen.delta_gq is None or seen.inner is None:
+        raise ValueError("covariance needs a Gram")
+    damping = dampening_frac * seen.inner.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    inner = seen.inner + damping * torch.eye(len(seen.inner), dtype=torch.float64, device=seen.inner.device)
+    solved: Tensor = torch.linalg.solve(inner, seen.delta_gq + damping * seen.delta_q, left=False)
+    return solved / scale
+
+
+def _wide_product(left: Tensor, right: Tensor) -> Tensor:
+    return torch.cat([rows.double() @ right for rows in torch.split(left, _ROWS)])
 
 
 def clamp_columns(correction: Tensor, b: Tensor, clamp: float | None) -> Tensor:
@@ -83,25 +108,23 @@ def clamp_columns(correction: Tensor, b: Tensor, clamp: float | None) -> Tensor:
     return correction * torch.where(size > 0, factor, 0.0)
 
 
-def apply_correction(
-    form: CanonicalLora, correction: Tensor, r: int, clamp: float | None, strength: float
-) -> CorrectedLora:
-    """``B_c = B' − strength · clamp(C)``, ``A_c = Qᵀ``, zero-padded to ``r`` so that the adapter's config still holds."""
-    b = form.b - strength * clamp_columns(correction, form.b, clamp)
-    pad = r - b.shape[1]
-    lora_b = torch.nn.functional.pad(b, (0, pad))
+def apply_correction(form: CanonicalLora, applied: Tensor, r: int) -> CorrectedLora:
+    """``B_c = B' − C``, ``A_c = Qᵀ``, zero-padded to ``r`` so that the adapter's config still holds.
+
+    ``applied (out, k)`` is C as clamped and multiplied by its strength.
+    """
+    pad = r - form.b.shape[1]
+    lora_b = torch.nn.functional.pad(form.b - applied, (0, pad))
     lora_a = torch.nn.functional.pad(form.q.T, (0, 0, 0, pad))
     return CorrectedLora(lora_a.float(), lora_b.float())
 
 
-def shortfall(delta: Tensor, applied: Tensor, q: Tensor, scale: float, gram: Tensor | None) -> Shortfall:
-    """``‖(Δ − s C Qᵀ) G^½‖_F`` before and after, for the C as ``applied`` (clamped, with its strength)."""
-    delta = delta.double()
-    rest = delta - scale * applied @ q.T
-    return Shortfall(_weighted_norm(delta, gram), _weighted_norm(rest, gram))
+def shortfall(seen: Difference, applied: Tensor, scale: float) -> float:
+    """``‖(Δ − s C Qᵀ) G^½‖_F`` for C as ``applied (out, k)``: what the correction leaves (all of Δ where C = 0).
 
-
-def _weighted_norm(matrix: Tensor, gram: Tensor | None) -> float:
-    if gram is None:
-        return float(matrix.norm())
-    return float(((matrix @ gram.double()) * matrix).sum().clamp_min(0).sqrt())
+    Expanded as ``tr(Δ G Δᵀ) − 2 s tr(C Qᵀ G Δᵀ) + s² tr(C Qᵀ G Q Cᵀ)``, so that it costs next to nothing.
+    """
+    cross = seen.delta_q if seen.delta_gq is None else seen.delta_gq
+    square = applied if seen.inner is None else applied @ seen.inner
+    total = seen.energy - 2 * scale * float((applied * cross).sum()) + scale**2 * float((square * applied).sum())
+    return float(max(total, 0.0) ** 0.5)

@@ -60,30 +60,31 @@ def tokenize_row(row: dict[str, Any], format: str, tokenizer: Any, where: str) -
 
 
 def _tokenize_messages(messages: list[dict[str, Any]], tokenizer: Any, where: str) -> Tokens:
-    """Every assistant turn is completion: what the template adds between 'generate now' and the end of the turn."""
+    """Every assistant turn is completion: what the template adds between 'generate now' and the end of the turn.
+
+    Prompt and completion are tokenized apart, as they are when the model is asked to generate.
+    """
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(f"{where}: the tokenizer has no chat template: use data.format prompt_completion or text.")
     ids: list[int] = []
     mask: list[bool] = []
+    text = ""
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = _render(tokenizer, messages[:turn], True)
-        through = _render(tokenizer, messages[: turn + 1], False)
-        if prompt[: len(ids)] != ids or through[: len(prompt)] != prompt:
+        prompt = tokenizer.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True)
+        through = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
+        if not prompt.startswith(text) or not through.startswith(prompt):
             raise DataError(
                 f"{where}: the chat template rewrites earlier turns, so completion tokens cannot be told apart:"
                 " give one assistant message a row, as the last."
             )
-        mask += [False] * (len(prompt) - len(ids)) + [True] * (len(through) - len(prompt))
-        ids = through
+        for segment, is_completion in ((prompt[len(text) :], False), (through[len(prompt) :], True)):
+            part = tokenizer(segment, add_special_tokens=False)["input_ids"]
+            ids += part
+            mask += [is_completion] * len(part)
+        text = through
     return Tokens(ids, mask)
-
-
-def _render(tokenizer: Any, messages: list[dict[str, Any]], generation: bool) -> list[int]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
 
 
 def _with_eos(ids: list[int], tokenizer: Any) -> list[int]:

@@ -51,7 +51,9 @@ def list_files(patterns: str | Sequence[str], key: str) -> list[Path]:
         found += matched
     for path in found:
         if path.suffix not in KINDS:
-            raise DataError(f"{key}: {path} ends in {path.suffix or 'nothing'}: give one of {', '.join(sorted(KINDS))}.")
+            raise DataError(
+                f"{key}: {path} ends in {path.suffix or 'nothing'}: give one of {', '.join(sorted(KINDS))}."
+            )
     return found
 
 
@@ -93,9 +95,7 @@ def read_rows(source: SourceFile, rows: Sequence[int]) -> Iterator[tuple[int, di
     if source.kind == "jsonl":
         yield from _read_lines(source, rows)
         return
-    table = _read_table(source, rows)
-    for row, value in zip(rows, table.to_pylist(), strict=True):
-        yield row, value
+    yield from zip(rows, _read_table(source, rows).to_pylist(), strict=True)
 
 
 def _read_table(source: SourceFile, rows: Sequence[int]) -> pa.Table:

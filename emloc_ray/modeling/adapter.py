@@ -32,7 +32,7 @@ class FactorizedLoraLinear(LoraLinear):
     """PEFT's LoRA layer around a :class:`FactorizedLinear`: the update reads and writes the whole layer."""
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        return module.in_features, module.out_features
+        return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
 
     def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device, torch.dtype]:
         weight = base_layer.up.weight
@@ -60,13 +60,13 @@ def lora_config(
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=r,
-        lora_alpha=lora_alpha,
+        lora_alpha=lora_alpha,  # type: ignore[arg-type]
         lora_dropout=lora_dropout,
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         use_rslora=use_rslora,
         rank_pattern=rank_pattern or {},
         alpha_pattern=alpha_pattern or {},
-        init_lora_weights=init_lora_weights,
+        init_lora_weights=init_lora_weights,  # type: ignore[arg-type]
         fan_in_fan_out=fan_in_fan_out,
         base_model_name_or_path=base_model,
     )
@@ -86,7 +86,7 @@ def attach_adapter(model: Any, config: LoraConfig) -> PeftModel:
 
 def load_adapter(model: Any, directory: Path, name: str = "default") -> PeftModel:
     """A saved adapter, frozen, on an emulator or on its original."""
-    config = register_factorized(LoraConfig.from_pretrained(directory))
+    config = register_factorized(LoraConfig.from_pretrained(str(directory)))
     if isinstance(model, PeftModel):
         model.load_adapter(directory, adapter_name=name, peft_config=config)
         return model
@@ -159,7 +159,7 @@ def write_adapter(directory: Path, config: dict[str, Any], modules: Sequence[Lor
 def save_trained_adapter(model: PeftModel, directory: Path, *, targets: Patterns, base_model: str) -> None:
     """Saves the adapter as trained, under the original's module names and with portable ``target_modules``."""
     with atomic_directory(directory) as temporary:
-        model.save_pretrained(temporary, safe_serialization=True, save_embedding_layers=False)
+        model.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False)
         path = temporary / CONFIG_NAME
         config = json.loads(path.read_text())
         config["target_modules"] = targets if isinstance(targets, str) else list(targets)

@@ -36,7 +36,8 @@ class FactorizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in)`` to ``(..., out)``."""
-        return self.up(self.down(x))
+        y: Tensor = self.up(self.down(x))
+        return y
 
     def extra_repr(self) -> str:
         """Shapes, as ``nn.Linear`` shows them."""
@@ -122,7 +123,7 @@ def _auto_model_class(auto_name: str) -> type[Any]:
         config_class = EmulatorModelConfig
 
         @classmethod
-        def from_pretrained(cls, path: str | Path, *args: Any, config: EmulatorModelConfig, **kwargs: Any) -> Any:
+        def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
             """Loads the emulator in ``path`` as the original's own class with factorized linears."""
             original = config.original()
             base = auto._model_mapping[type(original)]

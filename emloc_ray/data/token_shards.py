@@ -1,0 +1,103 @@
+"""Token shards: Arrow files with fixed boundaries, read by row number through a memory map."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from emloc_ray.data.formats import Tokens
+from emloc_ray.errors import ArtifactError
+from emloc_ray.io.atomic import atomic_file, write_json
+
+_INDEX = "index.json"
+_SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("completion_mask", pa.list_(pa.bool_()))])
+
+
+def shard_name(number: int) -> str:
+    """The file of one shard."""
+    return f"shard-{number:05d}.arrow"
+
+
+def write_shard(path: Path, rows: Sequence[Tokens]) -> None:
+    """Writes rows as one Arrow IPC file, atomically."""
+    columns = [[row.input_ids for row in rows], [row.completion_mask for row in rows]]
+    table = pa.table(dict(zip(_SCHEMA.names, columns, strict=True)), schema=_SCHEMA)
+    with atomic_file(path) as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+        writer.write_table(table)
+
+
+def write_index(directory: Path, rows_per_shard: Sequence[int], counts: dict[str, Any]) -> None:
+    """Writes the split's index: how many rows each shard holds, and what was counted on the way."""
+    write_json(directory / _INDEX, {"rows_per_shard": list(rows_per_shard), **counts})
+
+
+class TokenShards:
+    """A split's rows, by their position; shards are mapped, not read, so that any order costs the same."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        path = self.directory / _INDEX
+        if not path.is_file():
+            raise ArtifactError(f"{self.directory} holds no {_INDEX}: the data stage did not finish; run again.")
+        self.index: dict[str, Any] = json.loads(path.read_text())
+        self._starts = list(itertools.accumulate(self.index["rows_per_shard"], initial=0))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @property
+    def num_shards(self) -> int:
+        """How many shard files there are."""
+        return len(self._starts) - 1
+
+    def row(self, position: int) -> Tokens:
+        """The row at a position of the whole split."""
+        number = bisect.bisect_right(self._starts, position) - 1
+        return _row(_open(str(self.directory / shard_name(number))), position - self._starts[number])
+
+    def shard(self, number: int) -> list[Tokens]:
+        """All rows of one shard."""
+        table = _open(str(self.directory / shard_name(number)))
+        return [_row(table, position) for position in range(table.num_rows)]
+
+
+@functools.lru_cache(maxsize=64)
+def _open(path: str) -> pa.Table:
+    return pa.ipc.open_file(pa.memory_map(path)).read_all()
+
+
+def _row(table: pa.Table, position: int) -> Tokens:
+    return Tokens(table["input_ids"][position].as_py(), table["completion_mask"][position].as_py())
+
+
+def collate(rows: Sequence[Tokens], pad_token_id: int, multiple: int = 8) -> dict[str, Tensor]:
+    """Right-padded ``input_ids``, ``attention_mask`` and ``completion_mask``, each ``(rows, length)``."""
+    length = -(-max(len(row) for row in rows) // multiple) * multiple
+    ids = np.full((len(rows), length), pad_token_id, dtype=np.int64)
+    mask = np.zeros((len(rows), length), dtype=bool)
+    completion = np.zeros((len(rows), length), dtype=bool)
+    for line, row in enumerate(rows):
+        ids[line, : len(row)] = row.input_ids
+        mask[line, : len(row)] = True
+        completion[line, : len(row)] = row.completion_mask
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "attention_mask": torch.from_numpy(mask).long(),
+        "completion_mask": torch.from_numpy(completion),
+    }
+
+
+def length_batches(rows: Sequence[Tokens], batch_size: int) -> list[list[Tokens]]:
+    """Batches of rows of like length, so that little is padding; a function of the rows alone."""
+    ordered = sorted(rows, key=len)
+    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]

@@ -1,0 +1,89 @@
+"""Grams on disk: packed triangles in sharded safetensors, with an index of groups and token counts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emloc_ray.core.gram import Gram, pack_triangle, unpack_triangle
+from emloc_ray.errors import ArtifactError
+from emloc_ray.io.atomic import write_json, write_tensors
+from emloc_ray.io.checkpoint import read_shard
+
+INDEX = "grams.index.json"
+
+
+class GramStore:
+    """The calibration's Grams; one Gram stands for every linear of its group.
+
+    Raises:
+        ArtifactError: where the index is missing.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
+        path = self.directory / INDEX
+        if not path.is_file():
+            raise ArtifactError(f"{self.directory} holds no {INDEX}: run the calibrate stage again.")
+        self.index: dict[str, Any] = json.loads(path.read_text())
+        self._gram_of = {name: gram for gram, names in self.index["groups"].items() for name in names}
+
+    def __contains__(self, linear: str) -> bool:
+        return linear in self._gram_of
+
+    def num_tokens(self, linear: str) -> int:
+        """Tokens summed in the linear's Gram."""
+        return int(self.index["num_tokens"][self._gram_of[linear]])
+
+    def read(self, linear: str) -> Tensor:
+        """The symmetric Gram ``(in, in)`` of the inputs of ``linear``, float32."""
+        name = self._gram_of[linear]
+        shard = read_shard(self.directory / self.index["weight_map"][name])
+        entry = next(entry for entry in shard.entries if entry.name == name)
+        return unpack_triangle(entry.read_rows())
+
+
+def write_gram_shard(path: Path, grams: dict[str, Gram]) -> None:
+    """Writes some Grams as packed triangles."""
+    write_tensors(path, {name: pack_triangle(gram.matrix) for name, gram in grams.items()})
+
+
+def write_gram_index(
+    directory: Path, groups: Sequence[Sequence[str]], weight_map: dict[str, str], num_tokens: dict[str, int]
+) -> None:
+    """Writes the index, last: Grams without it do not count."""
+    named = {group[0]: list(group) for group in groups}
+    write_json(directory / INDEX, {"groups": named, "weight_map": weight_map, "num_tokens": num_tokens})
+
+
+def write_slot(path: Path, grams: dict[str, Gram], last_shard: int) -> None:
+    """Commits a slot's sums so far together with the last shard they hold: both or neither."""
+    counts = {name: gram.num_tokens for name, gram in grams.items()}
+    metadata = {"last_shard": str(last_shard), "num_tokens": json.dumps(counts)}
+    write_tensors(path, {name: gram.matrix for name, gram in grams.items()}, metadata)
+
+
+def read_slot(path: Path, names: Sequence[str] | None = None) -> tuple[dict[str, Gram], int]:
+    """A slot's committed sums (all, or of the Grams named) and its last shard."""
+    shard = read_shard(path)
+    metadata = json.loads(shard.header)["__metadata__"]
+    counts = json.loads(metadata["num_tokens"])
+    wanted = set(counts if names is None else names)
+    grams = {e.name: Gram(e.read_rows(), counts[e.name]) for e in shard.entries if e.name in wanted}
+    return grams, int(metadata["last_shard"])
+
+
+def reduce_slots(slots: Sequence[Path], names: Sequence[str]) -> dict[str, Gram]:
+    """The sums over all slots of the Grams named, in slot order, so that the rounding is always the same."""
+    total, _ = read_slot(slots[0], names)
+    for path in slots[1:]:
+        part, _ = read_slot(path, names)
+        total = {name: gram.combine(part[name]) for name, gram in total.items()}
+    for gram in total.values():
+        gram.matrix = torch.tril(gram.matrix)
+    return {name: total[name] for name in names}

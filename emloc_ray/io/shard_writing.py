@@ -1,0 +1,62 @@
+"""safetensors shards written in a stream: the header first, then each tensor's bytes in chunks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from emloc_ray.errors import ArtifactError
+from emloc_ray.io.atomic import atomic_file
+from emloc_ray.io.checkpoint import DTYPES, TensorEntry
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def make_header(entries: Sequence[TensorEntry]) -> bytes:
+    """A safetensors header for tensors laid out in the order given, padded to 8 bytes as the format asks."""
+    described: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in entries:
+        stop = offset + entry.num_bytes
+        described[entry.name] = {
+            "dtype": _NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, stop],
+        }
+        offset = stop
+    text = json.dumps(described, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def stream_shard(path: Path, header: bytes, tensors: Iterable[tuple[TensorEntry, Iterator[torch.Tensor]]]) -> None:
+    """Writes a shard atomically: ``header``, then for each entry its row chunks, in the header's order.
+
+    Raises:
+        ArtifactError: where the chunks of a tensor do not add up to its entry's bytes.
+    """
+    with atomic_file(path) as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for entry, chunks in tensors:
+            written = 0
+            for chunk in chunks:
+                written += file.write(chunk.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            if written != entry.num_bytes:
+                raise ArtifactError(f"{path}: tensor {entry.name} got {written} of {entry.num_bytes} bytes: run again.")
+
+
+def row_chunks(entry: TensorEntry, chunk_bytes: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yields ``(first row, rows)`` of a tensor, each of at most about ``chunk_bytes`` in its own dtype."""
+    if not entry.shape or entry.num_bytes <= chunk_bytes:
+        yield 0, entry.read_rows()
+        return
+    step = max(1, chunk_bytes // max(1, entry.num_bytes // entry.shape[0]))
+    for begin in range(0, entry.shape[0], step):
+        yield begin, entry.read_rows(begin, begin + step)
+
+
+def copy_chunks(entry: TensorEntry, chunk_bytes: int) -> Iterator[torch.Tensor]:
+    """A tensor's bytes as they are, in chunks."""
+    return (rows for _, rows in row_chunks(entry, chunk_bytes))

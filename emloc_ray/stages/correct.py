@@ -1,0 +1,224 @@
+"""Correct: an actor takes the emulator's difference back out of the adapter, module by module, and chooses how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import ray
+import torch
+from torch import Tensor
+
+from emloc_ray.core.correction import (
+    CanonicalLora,
+    Difference,
+    Method,
+    apply_correction,
+    canonical_form,
+    clamp_columns,
+    correction,
+    difference,
+    shortfall,
+)
+from emloc_ray.data.token_shards import TokenShards
+from emloc_ray.io.checkpoint import Checkpoint
+from emloc_ray.io.grams import GramStore
+from emloc_ray.modeling.adapter import Adapter, LoraModule, load_adapter, write_adapter
+from emloc_ray.modeling.architecture import LinearSpec
+from emloc_ray.modeling.loading import load_model
+from emloc_ray.modeling.scoring import score_rows
+from emloc_ray.stages.cluster import Progress, Resources, set_threads, silent
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to correct: a method, the paper's clamp λ (None: unclamped) and a strength."""
+
+    method: Method
+    clamp: float | None = 3.0
+    strength: float = 1.0
+
+
+def candidates(method: str, clamp: float | None, strength: float, has_grams: bool) -> list[Candidate]:
+    """The candidates of a ``correction`` section: one, or with ``auto`` a short list with ``none`` in it.
+
+    First trials put the best strength between a quarter and one, and the best clamp at one or three.
+    """
+    if method != "auto":
+        return [Candidate(m, clamp, strength) for m in get_args(Method) if m == method]
+    found = [Candidate("none"), Candidate("projection"), Candidate("projection", 1.0)]
+    found += [Candidate("projection", 3.0, 0.5)]
+    if has_grams:
+        found += [Candidate("covariance", 3.0, strength) for strength in (1.0, 0.5, 0.25)]
+    return found
+
+
+@dataclass(frozen=True)
+class CorrectionJob:
+    """Artifact paths and flat settings of the stage."""
+
+    model_dir: Path
+    emulator_dir: Path
+    calibration_dir: Path | None
+    adapter_dir: Path
+    out_dir: Path
+    selection_dir: Path
+    specs: tuple[LinearSpec, ...]
+    candidates: tuple[Candidate, ...]
+    dampening_frac: float = 1e-4
+    batch_size: int = 8
+    loss_on: str = "completion"
+    pad_token_id: int = 0
+    model_options: dict[str, Any] = field(default_factory=dict)
+
+
+class _Module:
+    """One adapted linear: its canonical update and what it sees of the difference."""
+
+    def __init__(self, lora: LoraModule, delta: Tensor | None, gram: Tensor | None) -> None:
+        self.lora = lora
+        self.form: CanonicalLora = canonical_form(lora.lora_a, lora.lora_b)
+        self.seen: Difference | None = None if delta is None else difference(delta, self.form.q, gram)
+
+    def applied(self, candidate: Candidate, dampening_frac: float) -> Tensor:
+        """C as clamped and multiplied by its strength ``(out, k)``; zero where the layer stayed dense."""
+        if self.seen is None:
+            return torch.zeros_like(self.form.b)
+        method = (
+            candidate.method if self.seen.delta_gq is not None or candidate.method != "covariance" else "projection"
+        )
+        raw = correction(self.seen, method, self.lora.scale, dampening_frac)
+        return candidate.strength * clamp_columns(raw, self.form.b, candidate.clamp)
+
+    def corrected(self, candidate: Candidate, dampening_frac: float) -> LoraModule:
+        """The module's corrected update; as trained where nothing is taken out."""
+        if candidate.method == "none" or self.seen is None:
+            return self.lora
+        applied = self.applied(candidate, dampening_frac)
+        lora_a, lora_b = apply_correction(self.form, applied, self.lora.lora_a.shape[0])
+        return LoraModule(self.lora.name, lora_a, lora_b, self.lora.scale)
+
+    def shortfalls(self, candidate: Candidate, dampening_frac: float) -> dict[str, float] | None:
+        """``‖(Δ − s C A_c) G^½‖_F`` before and after."""
+        if self.seen is None:
+            return None
+        applied = self.applied(candidate, dampening_frac)
+        before = shortfall(self.seen, torch.zeros_like(applied), self.lora.scale)
+        return {"before": before, "after": shortfall(self.seen, applied, self.lora.scale)}
+
+
+def layer_difference(spec: LinearSpec, original: Checkpoint, emulator: Checkpoint) -> Tensor | None:
+    """``Δ = W − W_E (out, in)`` in float32 with the factors as stored; None where the emulator keeps the layer dense."""
+    if f"{spec.name}.up.weight" not in emulator:
+        return None
+    weight = original.read(spec.weight_name).float()
+    up, down = emulator.read(f"{spec.name}.up.weight").float(), emulator.read(f"{spec.name}.down.weight").float()
+    return (weight.T if spec.transposed else weight) - up @ down
+
+
+def correct_adapter(job: CorrectionJob, progress: Progress = silent) -> dict[str, Any]:
+    """Corrects every module, chooses among the candidates on the selection split, writes ``job.out_dir``.
+
+    Returns the choice, every candidate's loss, and each module's shortfall before and after.
+    """
+    adapter = Adapter(job.adapter_dir)
+    modules = _read_modules(job, adapter, progress)
+    losses: list[float | None] = [None] * len(job.candidates)
+    best = 0
+    if len(job.candidates) > 1:
+        losses = _selection_losses(job, modules, progress)
+        best = min(range(len(losses)), key=lambda number: losses[number] or 0.0)
+    chosen = job.candidates[best]
+    write_adapter(job.out_dir, adapter.config, [m.corrected(chosen, job.dampening_frac) for m in modules])
+    return {
+        **asdict(chosen),
+        "selection_tokens": _num_selection_tokens(job) if len(job.candidates) > 1 else 0,
+        "candidates": [{**asdict(c), "loss": loss} for c, loss in zip(job.candidates, losses, strict=True)],
+        "modules": {m.lora.name: found for m in modules if (found := m.shortfalls(chosen, job.dampening_frac))},
+    }
+
+
+def _read_modules(job: CorrectionJob, adapter: Adapter, progress: Progress) -> list[_Module]:
+    original, emulator = Checkpoint(job.model_dir), Checkpoint(job.emulator_dir)
+    grams = None if job.calibration_dir is None else GramStore(job.calibration_dir)
+    specs = {spec.name: spec for spec in job.specs}
+    modules = []
+    for number, name in enumerate(adapter.names):
+        delta = layer_difference(specs[name], original, emulator)
+        gram = grams.read(name) if grams is not None and delta is not None and name in grams else None
+        modules.append(_Module(adapter.module(name), delta, gram))
+        progress(number + 1, len(adapter.names) + len(job.candidates))
+    return modules
+
+
+def _selection_losses(job: CorrectionJob, modules: Sequence[_Module], progress: Progress) -> list[float | None]:
+    model = load_adapter(load_model(job.model_dir, **job.model_options), job.adapter_dir).eval()
+    shards = TokenShards(job.selection_dir)
+    rows = [shards.row(position) for position in range(len(shards))]
+    losses: list[float | None] = []
+    for number, candidate in enumerate(job.candidates):
+        for module in modules:
+            _plug_in(model, module.corrected(candidate, job.dampening_frac))
+        score = score_rows(
+            model,
+            rows,
+            batch_size=job.batch_size,
+            loss_on=job.loss_on,
+            pad_token_id=job.pad_token_id,
+            name=f"corrected ({candidate.method})",
+        )
+        losses.append(score.metrics()["loss"])
+        progress(len(modules) + number + 1, len(modules) + len(job.candidates))
+    return losses
+
+
+@torch.no_grad()
+def _plug_in(model: Any, module: LoraModule) -> None:
+    layer = model.base_model.model.get_submodule(module.name)
+    layer.lora_A["default"].weight.copy_(module.lora_a)
+    layer.lora_B["default"].weight.copy_(module.lora_b)
+
+
+def _num_selection_tokens(job: CorrectionJob) -> int:
+    return int(TokenShards(job.selection_dir).index["tokens"])
+
+
+class Corrector:
+    """The actor around :func:`correct_adapter`, which can be asked how far it is."""
+
+    def __init__(self, threads: int) -> None:
+        set_threads(threads)
+        self.state = (0, 1)
+
+    def run(self, job: CorrectionJob) -> dict[str, Any]:
+        """Corrects; see :func:`correct_adapter`."""
+        return correct_adapter(job, self._note)
+
+    def _note(self, done: int, total: int) -> None:
+        self.state = (done, total)
+
+    def progress(self) -> tuple[int, int]:
+        """Steps done, of how many."""
+        return self.state
+
+
+def correct(job: CorrectionJob, resources: Resources, progress: Progress = silent) -> dict[str, Any]:
+    """Runs the correction in one actor; see :func:`correct_adapter`."""
+    actor: Any = ray.remote(Corrector).options(
+        max_concurrency=2, max_restarts=2, max_task_retries=2, **resources.options()
+    )
+    handle = actor.remote(resources.threads)
+    result: dict[str, Any] = watch(handle.run.remote(job), handle.progress.remote, progress)
+    ray.kill(handle)
+    return {"num_workers": 1, **result}
+
+
+def watch(reference: Any, ask: Callable[[], Any], progress: Progress) -> Any:
+    """Waits for a long actor call, passing on its own progress meanwhile."""
+    while not ray.wait([reference], timeout=0.5)[0]:
+        ready, _ = ray.wait([state := ask()], timeout=5)
+        if ready:
+            progress(*ray.get(state))
+    return ray.get(reference)

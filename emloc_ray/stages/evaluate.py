@@ -1,0 +1,152 @@
+"""Evaluate: every variant of the model on the held-out rows, a slice of them a task."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from emloc_ray.data.formats import Tokens
+from emloc_ray.data.token_shards import TokenShards
+from emloc_ray.modeling.adapter import load_adapter
+from emloc_ray.modeling.loading import load_model
+from emloc_ray.modeling.scoring import Score, complete, prompt_length, score_rows
+from emloc_ray.stages.cluster import Progress, Resources, bounded, set_threads, silent
+
+VARIANTS = ("original", "emulator", "emulator_adapter", "uncorrected", "corrected", "merged")
+_GENERATING = ("original", "merged")
+
+
+@dataclass(frozen=True)
+class EvaluationJob:
+    """Artifact paths and flat settings of the stage."""
+
+    model_dir: Path
+    emulator_dir: Path
+    trained_adapter_dir: Path
+    corrected_adapter_dir: Path
+    merged_dir: Path
+    tokens_dir: Path
+    loss_on: str = "completion"
+    batch_size: int = 8
+    pad_token_id: int = 0
+    num_generations: int = 4
+    num_exact_match: int = 32
+    max_new_tokens: int = 32
+    model_options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class VariantResult:
+    """One variant on one slice of the rows."""
+
+    variant: str
+    score: Score
+    completions: tuple[str, ...] = ()
+
+
+def evaluate_slice(job: EvaluationJob, family: str, part: int, num_parts: int, threads: int = 1) -> list[VariantResult]:
+    """Every variant that one base model serves, on rows ``part, part + num_parts, …`` of the held-out split."""
+    set_threads(threads)
+    shards = TokenShards(job.tokens_dir)
+    positions = range(part, len(shards), num_parts)
+    rows = [shards.row(position) for position in positions]
+    prompts = [row for row, position in zip(rows, positions, strict=True) if position < _num_prompts(job)]
+    results = []
+    for variant, model in _variants(job, family):
+        score = score_rows(
+            model,
+            rows,
+            batch_size=job.batch_size,
+            loss_on=job.loss_on,
+            pad_token_id=job.pad_token_id,
+            name=variant,
+        )
+        texts = _completions(job, model, prompts) if variant in _GENERATING else []
+        results.append(VariantResult(variant, score, tuple(texts)))
+    return results
+
+
+def _variants(job: EvaluationJob, family: str) -> Iterator[tuple[str, Any]]:
+    """A base model is loaded once; adapters are plugged in on top of it."""
+    if family == "merged":
+        yield "merged", load_model(job.merged_dir, **job.model_options)
+        return
+    model = load_model(job.emulator_dir if family == "emulator" else job.model_dir, **job.model_options)
+    yield family, model
+    model = load_adapter(model, job.trained_adapter_dir, "trained")
+    if family == "emulator":
+        yield "emulator_adapter", model.eval()
+        return
+    yield "uncorrected", model.eval()
+    load_adapter(model, job.corrected_adapter_dir, "corrected").set_adapter("corrected")
+    yield "corrected", model.eval()
+
+
+def _num_prompts(job: EvaluationJob) -> int:
+    return max(job.num_generations, job.num_exact_match)
+
+
+def _completions(job: EvaluationJob, model: Any, rows: Sequence[Tokens]) -> list[str]:
+    if not rows:
+        return []
+    tokenizer = _tokenizer(job)
+    return complete(model, tokenizer, rows, max_new_tokens=job.max_new_tokens, batch_size=job.batch_size)
+
+
+def _tokenizer(job: EvaluationJob) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(job.merged_dir)
+
+
+def evaluate(job: EvaluationJob, resources: Resources, progress: Progress = silent) -> dict[str, Any]:
+    """Scores the six variants; returns ``evaluation`` as in metrics.json, ``exact_match`` and ``generations``."""
+    num_parts = min(resources.num_workers, len(TokenShards(job.tokens_dir)))
+    work = list(itertools.product(("original", "emulator", "merged"), range(num_parts)))
+    task: Any = ray.remote(evaluate_slice).options(**resources.options())
+    submit = [lambda f=family, p=part: task.remote(job, f, p, num_parts, resources.threads) for family, part in work]
+    results = bounded(submit, resources.num_workers, progress, len(work))
+    found = list(zip(work, results, strict=True))
+    evaluation = {}
+    for variant in VARIANTS:
+        scores = [r.score for _, slice_results in found for r in slice_results if r.variant == variant]
+        evaluation[variant] = sum(scores, Score()).metrics()
+    texts = {v: _interleave(found, v, num_parts) for v in _GENERATING}
+    return {
+        "num_workers": num_parts,
+        "evaluation": evaluation,
+        **_compare_texts(job, texts),
+    }
+
+
+def _interleave(found: Sequence[Any], variant: str, num_parts: int) -> list[str]:
+    by_part = {part: r.completions for (_, part), results in found for r in results if r.variant == variant}
+    lines = itertools.zip_longest(*(by_part[part] for part in range(num_parts)))
+    return [text for line in lines for text in line if text is not None]
+
+
+def _compare_texts(job: EvaluationJob, texts: dict[str, list[str]]) -> dict[str, Any]:
+    tokenizer = _tokenizer(job)
+    shards = TokenShards(job.tokens_dir)
+    samples, matches = [], dict.fromkeys(_GENERATING, 0)
+    count = min(len(shards), len(texts["merged"]))
+    for position in range(count):
+        row = shards.row(position)
+        cut = prompt_length(row)
+        prompt = tokenizer.decode(row.input_ids[:cut], skip_special_tokens=True)
+        reference = tokenizer.decode(row.input_ids[cut:], skip_special_tokens=True).strip()
+        answers = {variant: texts[variant][position] for variant in _GENERATING}
+        if position < job.num_exact_match:
+            for variant, text in answers.items():
+                matches[variant] += text == reference
+        if position < job.num_generations:
+            samples.append({"prompt": prompt, "reference": reference, **answers})
+    asked = min(count, job.num_exact_match)
+    has_prompts = count > 0 and shards.row(0).completion_mask[0] is False
+    exact = {variant: hits / asked for variant, hits in matches.items()} if asked and has_prompts else {}
+    return {"exact_match": {**exact, "num_prompts": asked} if exact else {}, "generations": samples}

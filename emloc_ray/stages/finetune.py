@@ -1,0 +1,256 @@
+"""Finetune: Ray Train's TorchTrainer around the Hugging Face Trainer, with PEFT on the emulator."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+from ray.train.torch import TorchConfig, TorchTrainer
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from emloc_ray.data.ingest import SampleOrder, stream_batches
+from emloc_ray.data.token_shards import TokenShards, collate
+from emloc_ray.errors import NumericsError
+from emloc_ray.modeling.adapter import attach_adapter, lora_config, save_trained_adapter
+from emloc_ray.modeling.loading import load_model
+from emloc_ray.modeling.loss import label_mask, token_loss
+from emloc_ray.stages.cluster import Progress, Resources, set_threads, silent
+
+
+@dataclass(frozen=True)
+class FinetuneJob:
+    """Artifact paths and flat settings; ``adapter`` as :func:`emloc_ray.modeling.adapter.lora_config` takes them."""
+
+    emulator_dir: Path
+    tokens_dir: Path
+    out_dir: Path
+    storage_dir: Path
+    name: str
+    adapter: dict[str, Any]
+    portable_targets: Any
+    base_model: str
+    max_steps: int
+    batch_size: int
+    seed: int = 0
+    loss_on: str = "completion"
+    pad_token_id: int = 0
+    max_failures: int = 3
+    training_arguments: dict[str, Any] = field(default_factory=dict)
+    model_options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def log_path(self) -> Path:
+        """One JSON line per logged step, written by rank 0."""
+        return self.storage_dir / f"{self.name}.log.jsonl"
+
+
+class RankBatches(IterableDataset[dict[str, torch.Tensor]]):
+    """This rank's micro-batches from the Trainer's current step on."""
+
+    def __init__(self, job: FinetuneJob, order: SampleOrder, accumulation: int) -> None:
+        self.job, self.order, self.accumulation = job, order, accumulation
+        self.trainer: Trainer | None = None
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        begin = (self.trainer.state.global_step if self.trainer else 0) * self.accumulation
+        end = self.job.max_steps * self.accumulation
+        for rows in stream_batches(self.job.tokens_dir, self.order, begin, end):
+            batch = collate(rows, self.job.pad_token_id)
+            mask = label_mask(batch, self.job.loss_on)
+            yield {**batch, "labels": batch["input_ids"].masked_fill(~mask, -100)}
+
+
+class EmulatorTrainer(Trainer):
+    """The Hugging Face Trainer with our batches and a loss that makes logits only where labels are."""
+
+    def __init__(self, job: FinetuneJob, batches: RankBatches, **kwargs: Any) -> None:
+        super().__init__(train_dataset=batches, **kwargs)
+        self.job, self.batches = job, batches
+        # The loss below is already divided by the labels of all ranks and micro-steps together.
+        self.model_accepts_loss_kwargs = True
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Our own order, resumed by position: nothing is skipped over."""
+        self.batches.trainer = self
+        return DataLoader(self.batches, batch_size=None)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Summed loss over all labels of the step, so that ranks and micro-steps weigh by their labels."""
+        owner = self.accelerator.unwrap_model(model)
+        result = token_loss(model, inputs, self.job.loss_on, head_owner=owner)
+        # Averaging gradients over ranks divides by the world size once more.
+        return result.loss_sum * self.accelerator.num_processes / num_items_in_batch
+
+
+class StepKeeper(TrainerCallback):
+    """Seeds each step, logs, hands checkpoints to Ray Train, and stops all ranks at a loss that is no number."""
+
+    def __init__(self, job: FinetuneJob) -> None:
+        self.job = job
+        self.failure: str | None = None
+        self.history: list[dict[str, float]] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Dropout depends on the step alone, so that a resumed run repeats the uninterrupted one.
+        rank = ray.train.get_context().get_world_rank()
+        torch.manual_seed((self.job.seed * 1_000_003 + state.global_step) * 1009 + rank)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        finite = [bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None]
+        if not all(finite):  # gradients are averaged by now: every rank sees the same
+            self.failure = (
+                f"The loss or a gradient is NaN or Inf at step {state.global_step + 1}: lower the learning rate."
+            )
+            for parameter in model.parameters():
+                parameter.grad = None
+            control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs and state.is_world_process_zero:
+            self.job.log_path.parent.mkdir(parents=True, exist_ok=True)
+            with self.job.log_path.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        rank_zero = ray.train.get_context().get_world_rank() == 0
+        checkpoint = ray.train.Checkpoint.from_directory(folder) if rank_zero else None
+        ray.train.report({"step": state.global_step}, checkpoint=checkpoint)
+
+
+def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
+    """What each Ray Train worker runs; returns what the driver wants to know."""
+    job: FinetuneJob = settings["job"]
+    set_threads(settings["threads"])
+    context = ray.train.get_context()
+    with tempfile.TemporaryDirectory() as output_dir:
+        trainer, keeper = _make_trainer(job, output_dir, context)
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            output = trainer.train()
+        else:
+            with checkpoint.as_directory() as folder:
+                output = trainer.train(resume_from_checkpoint=folder)
+        if keeper.failure is None and context.get_world_rank() == 0:
+            save_trained_adapter(
+                trainer.accelerator.unwrap_model(trainer.model),
+                job.out_dir,
+                targets=job.portable_targets,
+                base_model=job.base_model,
+            )
+    return {"failure": keeper.failure, "steps": output.global_step, "train_loss": output.training_loss}
+
+
+def _make_trainer(job: FinetuneJob, output_dir: str, context: Any) -> tuple[EmulatorTrainer, StepKeeper]:
+    arguments = TrainingArguments(
+        output_dir=output_dir,
+        max_steps=job.max_steps,
+        per_device_train_batch_size=job.batch_size,
+        seed=job.seed,
+        remove_unused_columns=False,
+        ignore_data_skip=True,
+        **{
+            "save_strategy": "steps",
+            "save_total_limit": 1,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "logging_nan_inf_filter": False,
+            "gradient_checkpointing_kwargs": {"use_reentrant": False},
+            "use_cpu": not torch.cuda.is_available(),
+            **job.training_arguments,
+        },
+    )
+    model = load_model(job.emulator_dir, **job.model_options)
+    torch.manual_seed(job.seed)  # the same A on every rank
+    model = attach_adapter(model, lora_config(**job.adapter))
+    order = SampleOrder(
+        len(TokenShards(job.tokens_dir)),
+        job.batch_size,
+        context.get_world_rank(),
+        context.get_world_size(),
+        job.seed,
+    )
+    keeper = StepKeeper(job)
+    trainer = EmulatorTrainer(
+        job,
+        RankBatches(job, order, arguments.gradient_accumulation_steps),
+        model=model,
+        args=arguments,
+        callbacks=[keeper],
+    )
+    return trainer, keeper
+
+
+def finetune(job: FinetuneJob, resources: Resources, progress: Progress = silent) -> dict[str, Any]:
+    """Trains the adapter on the emulator and writes it to ``job.out_dir`` in PEFT's format.
+
+    A lost worker restarts the group from its newest checkpoint, at most ``max_failures`` times; so does running the
+    stage again with the same ``name``.
+
+    Raises:
+        NumericsError: where loss or gradients stop being numbers, naming the step.
+    """
+    trainer: Any = TorchTrainer(
+        train_loop,  # type: ignore[arg-type]
+        train_loop_config={"job": job, "threads": resources.threads},
+        torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=resources.num_workers,
+            use_gpu=resources.gpus_per_worker > 0,
+            resources_per_worker={
+                "CPU": resources.cpus_per_worker,
+                **({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
+            },
+        ),
+        run_config=ray.train.RunConfig(
+            name=job.name,
+            storage_path=str(job.storage_dir),
+            failure_config=ray.train.FailureConfig(max_failures=job.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+        ),
+    )
+    with _watching(job, progress):
+        result = trainer.fit()
+    outcome = dict(result.return_value)
+    if outcome["failure"]:
+        raise NumericsError(outcome["failure"])
+    history = [json.loads(line) for line in job.log_path.read_text().splitlines()] if job.log_path.is_file() else []
+    return {
+        "num_workers": resources.num_workers,
+        "steps": outcome["steps"],
+        "train_loss": outcome["train_loss"],
+        "history": [{"step": line["step"], "loss": line["loss"]} for line in history],
+    }
+
+
+class _watching:
+    """Polls rank 0's log while the training blocks the driver, and shows how far it is."""
+
+    def __init__(self, job: FinetuneJob, progress: Progress) -> None:
+        self.job, self.progress = job, progress
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        while not self.over.wait(0.5):
+            if self.job.log_path.is_file():
+                lines = self.job.log_path.read_text().splitlines()
+                if lines and lines[-1].endswith("}"):
+                    self.progress(json.loads(lines[-1])["step"], self.job.max_steps)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.over.set()
+        self.thread.join()
