@@ -41,8 +41,8 @@ class Gram:
                 tokens = tokens[keep]
         tokens = tokens.to(self.matrix.dtype)
         for start in range(0, tokens.shape[1], _BLOCK):
-            rows = slice(start, start + _BLOCK)
-            self.matrix[rows, : start + _BLOCK].addmm_(tokens[:, rows].T, tokens[:, : start + _BLOCK])
+            columns = slice(start, start + _BLOCK)
+            self.matrix[start:, columns].addmm_(tokens[:, start:].T, tokens[:, columns])
         self.num_tokens += tokens.shape[0]
 
     def combine(self, other: Gram) -> Gram:

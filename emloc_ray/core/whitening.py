@@ -8,17 +8,24 @@ from torch import Tensor
 from emloc_ray.core.gram import Gram
 from emloc_ray.errors import NumericsError
 
+# Blocks of this many columns: wide enough for full matrix-product speed, narrow enough to skip nearly half of a
+# product with a symmetric or triangular matrix.
+_BLOCK = 192
+
 
 class Whitening:
-    """``G' = G / s + ε I``, ``s = tr(G) / in`` the mean of G's diagonal and ``ε = dampening_frac``.
+    """The damped Gram ``s G'`` of a layer's inputs: ``G' = G / s + ε I``, ``ε = dampening_frac``, ``s = tr(G) / in``.
 
-    So ``s G'`` is the damped Gram.
-    Dividing by ``s`` keeps products of sums over many tokens inside float32's range. Copies in another dtype and the
-    square root are made at first use and kept: linears that read the same tensor share one ``Whitening``, so that they
-    share these too (DESIGN.md, section 1). A Gram of zeros says nothing about directions and whitens like the identity.
+    Dividing by ``s``, the mean of the diagonal, keeps products of sums over many tokens inside float32's range. Copies
+    in another dtype and the square root are made at first use and kept: linears that read the same tensor share one
+    ``Whitening``, so that they share these too (DESIGN.md, section 1). A Gram of zeros says nothing about directions and
+    whitens like the identity.
 
     Attributes:
-        scale: ``s``, or 1 where it is not positive.
+        in_features: the order of the Gram.
+        dampening_frac: ``ε``.
+        scale: ``s``, or 1 where the Gram is zero.
+        is_identity: ``G' = I``, and products with it are left out.
     """
 
     def __init__(self, gram: Tensor | Gram, dampening_frac: float = 1e-6) -> None:
@@ -28,12 +35,12 @@ class Whitening:
             NumericsError: the Gram holds a NaN or an Inf.
             ValueError: the matrix is not square, or ``dampening_frac`` is negative.
         """
-        matrix = gram.symmetric() if isinstance(gram, Gram) else gram
+        matrix = gram.symmetric() if isinstance(gram, Gram) else gram.detach()
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"A Gram is square, not of shape {tuple(matrix.shape)}.")
         if dampening_frac < 0:
             raise ValueError(f"dampening_frac must not be negative, but is {dampening_frac}.")
-        if not bool(torch.isfinite(matrix).all()):
+        if not is_finite(matrix):
             raise NumericsError("The Gram holds a NaN or an Inf.")
         if matrix.dtype != torch.float64:
             matrix = matrix.to(torch.float32)
@@ -52,30 +59,66 @@ class Whitening:
         return cls(torch.zeros(in_features, in_features, device=device), dampening_frac=0.0)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
-        """``G' (in, in)`` in ``dtype``; do not write to it."""
+        """``G' (in, in)`` in ``dtype``, float32 or float64; do not write to it."""
         if dtype not in self._matrices:
             if self.is_identity:
                 made = torch.eye(self.in_features, dtype=dtype, device=self._gram.device)
             else:
-                made = self._gram.to(dtype) / self.scale
+                # Divided in the wider of the two dtypes: a float64 sum may be past float32's range.
+                made = (self._gram.to(torch.promote_types(dtype, self._gram.dtype)) / self.scale).to(dtype)
                 made.diagonal().add_(self.dampening_frac)
             self._matrices[dtype] = made
         return self._matrices[dtype]
 
     def root(self, dtype: torch.dtype) -> Tensor:
-        """``L (in, in)`` with ``L Lᵀ = G'`` in ``dtype``: Cholesky's lower triangle, where there is one.
+        """``L (in, in)``, lower triangular, ``L Lᵀ = G'``, in ``dtype``: Cholesky's factor, where there is one.
 
-        Rounding can leave a sum of float32 products with an eigenvalue below ``-ε``. Then ``L = V max(Λ, ε)^½`` from
-        ``G' = V Λ Vᵀ``, computed in float64.
+        Rounding can leave a sum of float32 products with an eigenvalue below ``-ε``. Then ``G' = V Λ Vᵀ``, computed in
+        float64, becomes ``V max(Λ, ε) Vᵀ``, and ``L`` comes from the QR of its root.
         """
         if dtype not in self._roots:
-            if self.is_identity:
-                self._roots[dtype] = self.matrix(dtype)
-                return self._roots[dtype]
             lower, failed = torch.linalg.cholesky_ex(self.matrix(dtype))
             if int(failed) != 0:
                 values, vectors = torch.linalg.eigh(self.matrix(torch.float64))
                 floor = max(self.dampening_frac, torch.finfo(torch.float64).eps)
-                lower = (vectors * values.clamp_min(floor).sqrt()).to(dtype)
+                upper = torch.linalg.qr((vectors * values.clamp_min(floor).sqrt()).T, mode="r").R
+                lower = upper.T.to(dtype)
             self._roots[dtype] = lower
         return self._roots[dtype]
+
+    def outer(self, weight: Tensor) -> Tensor:
+        """``W G' Wᵀ (out, out)`` for ``weight (out, in)``, in the dtype of ``weight``.
+
+        With ``G' = T + Tᵀ``, ``T`` its lower triangle with half of the diagonal, it is ``P + Pᵀ`` for ``P = W T Wᵀ``: a
+        third less work, and exactly symmetric.
+        """
+        if self.is_identity:
+            product = weight @ weight.T
+            return (product + product.T) / 2
+        gram = self.matrix(weight.dtype)
+        columns = []
+        for start in range(0, self.in_features, _BLOCK):
+            end = min(start + _BLOCK, self.in_features)
+            block = weight[:, start:end] @ (gram[start:end, start:end] / 2)
+            if end < self.in_features:
+                block.addmm_(weight[:, end:], gram[end:, start:end])
+            columns.append(block)
+        product = torch.cat(columns, dim=1) @ weight.T
+        return product + product.T
+
+    def whiten(self, weight: Tensor) -> Tensor:
+        """``W L (out, in)`` for ``weight (out, in)``, in the dtype of ``weight``; the upper triangle of ``L`` is skipped."""
+        if self.is_identity:
+            return weight
+        root = self.root(weight.dtype)
+        starts = range(0, self.in_features, _BLOCK)
+        return torch.cat([weight[:, start:] @ root[start:, start : start + _BLOCK] for start in starts], dim=1)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether ``tensor`` holds neither NaN nor Inf.
+
+    A norm reads it at memory speed, several times as fast as an elementwise test, and is finite only where all is;
+    where it is not, finite but large elements may have overflowed it, so that the elements decide.
+    """
+    return bool(torch.isfinite(torch.linalg.vector_norm(tensor))) or bool(torch.isfinite(tensor).all())
