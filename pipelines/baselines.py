@@ -17,7 +17,6 @@ def published_route(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Te
     """
     values, vectors = torch.linalg.eigh(gram)
     roots = values.clamp_min(_EIGENVALUE_FLOOR).sqrt()
-    left, singular_values, right = torch.linalg.svd((weight @ (vectors * roots)) @ vectors.T, full_matrices=False)
-    up = left[:, :rank] * singular_values[:rank]
-    down = (right[:rank] @ (vectors / roots)) @ vectors.T
-    return up, down
+    root, inverse = (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+    left, singular_values, right = torch.linalg.svd(weight @ root, full_matrices=False)
+    return left[:, :rank] * singular_values[:rank], right[:rank] @ inverse

@@ -31,9 +31,9 @@ _SHIFTS = tuple((1.0 - math.cos(math.pi * (2 * j + 1) / 6.0)) / 2.0 for j in ran
 # The interval to damp ends at this share of the mean of the last Rayleigh quotients, which lie above the eigenvalue there.
 _DAMPED_SHARE = 0.85
 _MAX_ROUNDS = 3
-# Measured: below this order, or above this share of it, the full eigendecomposition is as fast.
-_SUBSPACE_MIN_ORDER = 320
-_SUBSPACE_MAX_SHARE = 0.42
+# Measured: below this order, or for ranks above this share of it, the full eigendecomposition is as fast.
+_SUBSPACE_MIN_ORDER = 128
+_SUBSPACE_MAX_SHARE = 0.35
 
 
 class LowRankFactors(NamedTuple):
@@ -113,13 +113,11 @@ def factorize(
         raise ValueError(f"{name} reads {in_features} features, but its Gram is of {whitening.in_features}.")
     if not 1 <= rank <= order:
         raise ValueError(f"{name} has {order} ranks, so its rank cannot be {rank}.")
-    if not is_finite(weight):
-        raise NumericsError(f"The weight of {name} holds a NaN or an Inf.")
     if solver == "auto":
-        small = order >= _SUBSPACE_MIN_ORDER and rank <= _SUBSPACE_MAX_SHARE * order
-        solver = "subspace" if small else "exact"
+        pays = order >= _SUBSPACE_MIN_ORDER and rank <= _SUBSPACE_MAX_SHARE * order
+        solver = "subspace" if pays else "exact"
     stored = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    scaled, scale = _scaled(weight.detach().to(stored))
+    scaled, scale = _scaled(weight.detach().to(stored), name)
     result, trusted = _factorize_scaled(scaled, whitening, rank, solver, seed)
     if not trusted and stored == torch.float32:
         result, _ = _factorize_scaled(scaled.to(torch.float64), whitening, rank, solver, seed)
@@ -135,10 +133,20 @@ def factorize(
     )
 
 
-def _scaled(weight: Tensor) -> tuple[Tensor, float]:
-    """``(W / s, s)``: ``s = 1`` unless squares of ``W``'s elements come near the ends of float32's range."""
+def _scaled(weight: Tensor, name: str) -> tuple[Tensor, float]:
+    """``(W / s, s)``: ``s = 1`` unless products of ``W``'s elements could leave float32's range.
+
+    Raises:
+        NumericsError: ``W`` holds a NaN or an Inf.
+    """
+    norm = float(torch.linalg.vector_norm(weight))
+    typical = norm / math.sqrt(weight.numel())
+    if 1e-6 < typical < 1e6:
+        return weight, 1.0
+    if not is_finite(weight):
+        raise NumericsError(f"The weight of {name} holds a NaN or an Inf.")
     largest = float(weight.abs().max())
-    if largest == 0.0 or 1e-6 < largest < 1e6:
+    if largest == 0.0:
         return weight, 1.0
     # A power of two, so that nothing is rounded; never below the normal range, where its inverse would overflow.
     scale = 2.0 ** max(math.frexp(largest)[1], -126)
@@ -154,7 +162,8 @@ def _factorize_scaled(
         whitened = whitening.whiten(weight)
         gram = Gram.zero(weight.shape[1], weight.dtype, weight.device)
         gram.update(whitened)
-        matrix = gram.symmetric()
+        # The eigendecomposition reads the lower triangle alone.
+        matrix = gram.symmetric() if solver == "subspace" else gram.matrix
     else:
         matrix = whitening.outer(weight)
     total = float(matrix.diagonal().sum(dtype=torch.float64))

@@ -28,11 +28,11 @@ class Whitening:
         is_identity: ``G' = I``, and products with it are left out.
     """
 
-    def __init__(self, gram: Tensor | Gram, dampening_frac: float = 1e-6) -> None:
+    def __init__(self, gram: Tensor | Gram, dampening_frac: float = 1e-6, *, name: str = "the layer") -> None:
         """Takes a symmetric ``(in, in)`` matrix or a :class:`Gram`.
 
         Raises:
-            NumericsError: the Gram holds a NaN or an Inf.
+            NumericsError: the Gram holds a NaN or an Inf; the sentence names ``name``.
             ValueError: the matrix is not square, or ``dampening_frac`` is negative.
         """
         matrix = gram.symmetric() if isinstance(gram, Gram) else gram.detach()
@@ -41,7 +41,7 @@ class Whitening:
         if dampening_frac < 0:
             raise ValueError(f"dampening_frac must not be negative, but is {dampening_frac}.")
         if not is_finite(matrix):
-            raise NumericsError("The Gram holds a NaN or an Inf.")
+            raise NumericsError(f"The Gram of {name} holds a NaN or an Inf.")
         if matrix.dtype != torch.float64:
             matrix = matrix.to(torch.float32)
         scale = float(matrix.diagonal().mean(dtype=torch.float64))
@@ -96,14 +96,13 @@ class Whitening:
             product = weight @ weight.T
             return (product + product.T) / 2
         gram = self.matrix(weight.dtype)
-        columns = []
+        half = torch.empty_like(weight, memory_format=torch.contiguous_format)
         for start in range(0, self.in_features, _BLOCK):
             end = min(start + _BLOCK, self.in_features)
-            block = weight[:, start:end] @ (gram[start:end, start:end] / 2)
+            block = torch.mm(weight[:, start:end], gram[start:end, start:end] / 2, out=half[:, start:end])
             if end < self.in_features:
                 block.addmm_(weight[:, end:], gram[end:, start:end])
-            columns.append(block)
-        product = torch.cat(columns, dim=1) @ weight.T
+        product = half @ weight.T
         return product + product.T
 
     def whiten(self, weight: Tensor) -> Tensor:
@@ -111,8 +110,11 @@ class Whitening:
         if self.is_identity:
             return weight
         root = self.root(weight.dtype)
-        starts = range(0, self.in_features, _BLOCK)
-        return torch.cat([weight[:, start:] @ root[start:, start : start + _BLOCK] for start in starts], dim=1)
+        whitened = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        for start in range(0, self.in_features, _BLOCK):
+            columns = slice(start, start + _BLOCK)
+            torch.mm(weight[:, start:], root[start:, columns], out=whitened[:, columns])
+        return whitened
 
 
 def is_finite(tensor: Tensor) -> bool:

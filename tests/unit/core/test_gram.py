@@ -1,0 +1,117 @@
+"""The Gram accumulator is a monoid, and padding never counts; the packed triangle loses nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from emloc_ray.core import gram as gram_module
+from emloc_ray.core.gram import Gram, pack_triangle, unpack_triangle
+
+FEW = settings(deadline=None, max_examples=25)
+seeds = st.integers(0, 2**31 - 1)
+
+
+def tokens_of(seed: int, count: int, features: int) -> Tensor:
+    return torch.randn(count, features, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def gram_of(tokens: Tensor, dtype: torch.dtype = torch.float64) -> Gram:
+    gram = Gram.zero(tokens.shape[1], dtype)
+    gram.update(tokens)
+    return gram
+
+
+def assert_same(left: Gram, right: Gram) -> None:
+    torch.testing.assert_close(left.symmetric(), right.symmetric(), rtol=1e-12, atol=1e-12)
+    assert left.num_tokens == right.num_tokens
+
+
+@FEW
+@given(seeds, st.integers(0, 40), st.integers(1, 30), st.integers(1, 17))
+def test_is_the_sum_of_outer_products_for_any_block_size(seed: int, count: int, features: int, block: int) -> None:
+    tokens = tokens_of(seed, count, features)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gram_module, "_BLOCK", block)
+        gram = gram_of(tokens)
+    expected = torch.einsum("ni,nj->ij", tokens, tokens)
+    torch.testing.assert_close(gram.symmetric(), expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(gram.symmetric(), gram.symmetric().T)
+    assert gram.num_tokens == count
+
+
+@pytest.mark.parametrize("features", [255, 256, 257, 600])
+def test_widths_around_the_block_size(features: int) -> None:
+    tokens = tokens_of(0, 70, features)
+    torch.testing.assert_close(gram_of(tokens).symmetric(), tokens.T @ tokens, rtol=1e-12, atol=1e-12)
+
+
+@FEW
+@given(seeds, st.integers(1, 12), st.lists(st.integers(0, 9), min_size=3, max_size=3))
+def test_monoid(seed: int, features: int, counts: list[int]) -> None:
+    a, b, c = (gram_of(tokens_of(seed + i, count, features)) for i, count in enumerate(counts))
+    assert_same(a.combine(b).combine(c), a.combine(b.combine(c)))
+    assert_same(a.combine(b), b.combine(a))
+    assert_same(a.combine(Gram.zero(features, torch.float64)), a)
+
+
+@FEW
+@given(seeds, st.integers(1, 12), st.lists(st.integers(0, 9), min_size=1, max_size=5))
+def test_grouping_does_not_matter(seed: int, features: int, counts: list[int]) -> None:
+    parts = [tokens_of(seed + i, count, features) for i, count in enumerate(counts)]
+    stepwise = Gram.zero(features, torch.float64)
+    for part in parts:
+        stepwise.update(part)
+    assert_same(stepwise, gram_of(torch.cat(parts)))
+
+
+def test_combine_leaves_its_operands_alone() -> None:
+    a, b = gram_of(tokens_of(0, 3, 4)), gram_of(tokens_of(1, 5, 4))
+    before = a.matrix.clone()
+    a.combine(b)
+    assert torch.equal(a.matrix, before)
+    assert (a.num_tokens, b.num_tokens) == (3, 5)
+
+
+@FEW
+@given(seeds, st.integers(1, 4), st.integers(1, 6), st.integers(1, 9))
+def test_padding_never_counts(seed: int, batch: int, length: int, features: int) -> None:
+    activations = tokens_of(seed, batch * length, features).reshape(batch, length, features)
+    mask = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed)) < 0.5
+    poisoned = activations.masked_fill(~mask[..., None], float("nan"))
+    for given_mask in (mask, mask.to(torch.int64)):
+        gram = Gram.zero(features, torch.float64)
+        gram.update(poisoned, given_mask)
+        assert_same(gram, gram_of(activations[mask]))
+
+
+def test_half_precision_activations_are_summed_in_the_grams_dtype() -> None:
+    tokens = tokens_of(0, 3000, 5).to(torch.bfloat16)
+    gram = Gram.zero(5)
+    gram.update(tokens)
+    wide = tokens.to(torch.float64)
+    assert gram.matrix.dtype == torch.float32
+    torch.testing.assert_close(gram.symmetric().to(torch.float64), wide.T @ wide, rtol=1e-4, atol=1e-2)
+
+
+def test_update_takes_no_gradient() -> None:
+    gram = Gram.zero(3)
+    gram.update(torch.ones(2, 3, requires_grad=True))
+    assert not gram.matrix.requires_grad
+
+
+@FEW
+@given(seeds, st.integers(1, 40))
+def test_triangle_round_trip(seed: int, n: int) -> None:
+    matrix = gram_of(tokens_of(seed, 7, n)).symmetric()
+    packed = pack_triangle(matrix)
+    assert packed.shape == (n * (n + 1) // 2,)
+    assert torch.equal(unpack_triangle(packed), matrix)
+
+
+def test_packing_reads_the_lower_triangle_alone() -> None:
+    gram = gram_of(tokens_of(0, 9, 300))
+    assert torch.equal(unpack_triangle(pack_triangle(gram.matrix)), gram.symmetric())

@@ -1,0 +1,60 @@
+"""The rank that a compression ratio leaves: the parameters kept never exceed it."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from emloc_ray.core.ranks import rank_for_ratio
+
+
+@pytest.mark.parametrize(
+    ("out_features", "in_features", "ratio", "rank"),
+    [
+        (576, 576, 0.5, 144),
+        (192, 576, 0.5, 72),
+        (1536, 576, 0.5, 209),
+        (576, 1536, 0.25, 104),
+        (4096, 4096, 0.25, 512),
+        (4096, 14336, 0.1, 318),
+        (100, 100, 0.001, 1),
+        (100, 100, 1.0, None),
+        (100, 100, 1.5, None),
+        (1, 1, 0.5, None),
+        (1, 4096, 0.5, None),
+        (2, 2, 0.9, None),
+        (3, 2, 0.5, 1),
+    ],
+)
+def test_known_ranks(out_features: int, in_features: int, ratio: float, rank: int | None) -> None:
+    assert rank_for_ratio(out_features, in_features, ratio) == rank
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.integers(1, 20000), st.integers(1, 20000), st.floats(1e-4, 0.999))
+def test_kept_parameters_never_exceed_the_ratio(out_features: int, in_features: int, ratio: float) -> None:
+    rank = rank_for_ratio(out_features, in_features, ratio)
+    dense = out_features * in_features
+    if rank is None:
+        assert max(1.0, ratio * dense / (out_features + in_features)) * (out_features + in_features) >= dense * (
+            1 - 1e-12
+        )
+        return
+    kept = rank * (out_features + in_features)
+    assert kept < dense
+    assert 1 <= rank <= min(out_features, in_features)
+    if rank > 1:
+        assert Fraction(kept) <= Fraction(ratio) * dense * (1 + Fraction(1, 10**12))
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(2, 5000), st.integers(2, 5000), st.floats(1e-3, 0.9), st.floats(0.0, 0.09))
+def test_rank_grows_with_the_ratio(out_features: int, in_features: int, ratio: float, more: float) -> None:
+    smaller, larger = (
+        rank_for_ratio(out_features, in_features, ratio),
+        rank_for_ratio(out_features, in_features, ratio + more),
+    )
+    assert larger is None or (smaller is not None and smaller <= larger)

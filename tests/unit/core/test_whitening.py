@@ -1,0 +1,96 @@
+"""The damped Gram, its root, and the products that skip half of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from emloc_ray.core.gram import Gram
+from emloc_ray.core.whitening import Whitening, is_finite
+from emloc_ray.errors import NumericsError
+
+
+def tokens_of(count: int, features: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, features, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("features", [1, 7, 191, 192, 193, 400])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_are_those_of_the_damped_gram(features: int, dtype: torch.dtype) -> None:
+    tokens = tokens_of(2 * features, features)
+    whitening = Whitening(tokens.T @ tokens, dampening_frac=1e-3)
+    damped = tokens.T @ tokens
+    damped += 1e-3 * damped.trace() / features * torch.eye(features, dtype=torch.float64)
+    weight = tokens_of(11, features, seed=1)
+    tolerance = {"rtol": 1e-4, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-10}
+    outer = whitening.outer(weight.to(dtype))
+    assert outer.dtype == dtype
+    assert torch.equal(outer, outer.T)
+    expected = weight @ damped @ weight.T / whitening.scale
+    torch.testing.assert_close(outer.double(), expected, **tolerance)
+    whitened = whitening.whiten(weight.to(dtype)).double()
+    torch.testing.assert_close(whitened @ whitened.T, expected, **tolerance)
+    root = whitening.root(torch.float64)
+    assert torch.equal(root, root.tril())
+    torch.testing.assert_close(root @ root.T * whitening.scale, damped, rtol=1e-10, atol=1e-10)
+
+
+def test_takes_a_gram_and_shares_its_root() -> None:
+    tokens = tokens_of(30, 5)
+    gram = Gram.zero(5, torch.float64)
+    gram.update(tokens)
+    whitening = Whitening(gram)
+    plain = Whitening(tokens.T @ tokens)
+    torch.testing.assert_close(whitening.matrix(torch.float64), plain.matrix(torch.float64))
+    assert whitening.root(torch.float32) is whitening.root(torch.float32)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e30])
+def test_scale_keeps_extreme_sums_in_range(factor: float) -> None:
+    tokens = tokens_of(30, 5).float()
+    whitening = Whitening(tokens.T @ tokens * factor)
+    torch.testing.assert_close(whitening.matrix(torch.float32), Whitening(tokens.T @ tokens).matrix(torch.float32))
+    assert whitening.scale == pytest.approx(float((tokens.T @ tokens).trace()) / 5 * factor)
+
+
+def test_a_sum_that_rounding_made_indefinite_still_has_a_root() -> None:
+    tokens = tokens_of(3, 6)
+    gram = tokens.T @ tokens - 1e-3 * torch.eye(6, dtype=torch.float64)
+    whitening = Whitening(gram)
+    for dtype in (torch.float32, torch.float64):
+        root = whitening.root(dtype)
+        assert torch.equal(root, root.tril())
+        torch.testing.assert_close(
+            (root @ root.T).double(), whitening.matrix(torch.float64), rtol=0, atol=2e-3 / whitening.scale
+        )
+
+
+def test_zero_gram_and_identity_whiten_alike() -> None:
+    for whitening in (Whitening(torch.zeros(4, 4)), Whitening.identity(4)):
+        assert whitening.is_identity
+        assert torch.equal(whitening.matrix(torch.float32), torch.eye(4))
+        assert torch.equal(whitening.root(torch.float64), torch.eye(4, dtype=torch.float64))
+        weight = tokens_of(3, 4)
+        torch.testing.assert_close(whitening.outer(weight), weight @ weight.T)
+        assert torch.equal(whitening.whiten(weight), weight)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_refuses_what_is_not_finite(value: float) -> None:
+    gram = torch.eye(4)
+    gram[2, 1] = value
+    with pytest.raises(NumericsError, match=r"Gram of model\.q_proj holds a NaN or an Inf"):
+        Whitening(gram, name="model.q_proj")
+
+
+def test_refuses_what_is_no_gram() -> None:
+    with pytest.raises(ValueError, match="square"):
+        Whitening(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="dampening_frac"):
+        Whitening(torch.eye(2), dampening_frac=-1e-6)
+
+
+def test_large_finite_elements_are_finite() -> None:
+    assert is_finite(torch.full((3, 3), 1e38))
+    assert not is_finite(torch.tensor([1e38, float("nan")]))
