@@ -6,6 +6,7 @@ Unknown keys are errors, told with the nearest right one; every error is told at
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 import typing
 from pathlib import Path
@@ -133,18 +134,6 @@ class FinetuneConfig(StageConfig):
     logging_steps: int = Field(10, ge=1)
     max_failures: int = Field(3, ge=0, description="lost workers to recover from before the run fails")
 
-    @model_validator(mode="after")
-    def _known_training_arguments(self) -> FinetuneConfig:
-        extra = self.model_extra or {}
-        if extra:
-            known = _training_argument_names()
-            for key in extra:
-                if key in _OWN_TRAINING_ARGUMENTS:
-                    raise ValueError(f"finetune.{key} is set by emloc_ray itself: remove it")
-                if key not in known:
-                    raise ValueError(_unknown_key(f"finetune.{key}", key, known | set(type(self).model_fields)))
-        return self
-
 
 class CorrectionConfig(Section):
     """How the adapter is corrected for the difference between emulator and original."""
@@ -180,20 +169,6 @@ class RayConfig(Section):
 
     address: str | None = None
 
-    @model_validator(mode="after")
-    def _known_init_arguments(self) -> RayConfig:
-        extra = self.model_extra or {}
-        if extra:
-            import inspect
-
-            import ray
-
-            known = set(inspect.signature(ray.init).parameters)
-            for key in extra:
-                if key not in known:
-                    raise ValueError(_unknown_key(f"ray.{key}", key, known))
-        return self
-
 
 class RunConfig(Section):
     """One run: one model, one task, one emulator, one adapter."""
@@ -223,6 +198,30 @@ class RunConfig(Section):
 _OWN_TRAINING_ARGUMENTS = {"output_dir", "remove_unused_columns", "seed", "data_seed", "resume_from_checkpoint"}
 
 
+def _passed_through_errors(values: dict[str, Any]) -> list[str]:
+    """What is wrong with the keys that sections pass on to transformers and to ray, each as a sentence.
+
+    Apart from pydantic's own validators, which stay silent on a section that has another error: all are told at once.
+    """
+    lines = []
+    for key in _extra_keys(values, "finetune", FinetuneConfig):
+        if key in _OWN_TRAINING_ARGUMENTS:
+            lines.append(f"finetune.{key} is set by emloc_ray itself: remove it.")
+        elif key not in (known := _training_argument_names()):
+            lines.append(f"{_unknown_key(f'finetune.{key}', key, known | set(FinetuneConfig.model_fields))}.")
+    for key in _extra_keys(values, "ray", RayConfig):
+        if key not in (known := _ray_init_names()):
+            lines.append(f"{_unknown_key(f'ray.{key}', key, known | set(RayConfig.model_fields))}.")
+    return lines
+
+
+def _extra_keys(values: dict[str, Any], section: str, model: type[Section]) -> list[str]:
+    given = values.get(section)
+    known = model.model_fields
+    return [key for key in given if isinstance(key, str) and key not in known] if isinstance(given, dict) else []
+
+
+@functools.cache
 def _training_argument_names() -> set[str]:
     """The fields of the installed transformers' TrainingArguments."""
     import dataclasses
@@ -230,6 +229,16 @@ def _training_argument_names() -> set[str]:
     from transformers import TrainingArguments
 
     return {field.name for field in dataclasses.fields(TrainingArguments)}
+
+
+@functools.cache
+def _ray_init_names() -> set[str]:
+    """What the installed ``ray.init`` takes."""
+    import inspect
+
+    import ray
+
+    return {name for name, p in inspect.signature(ray.init).parameters.items() if p.kind is not p.VAR_KEYWORD}
 
 
 class _Yaml(yaml.SafeLoader):
@@ -265,11 +274,16 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunCo
 
 def parse_config(values: dict[str, Any], where: str = "the config") -> RunConfig:
     """Validates a nested dict into a :class:`RunConfig`; raises ConfigError with every error at once."""
+    # A section left empty, all its keys commented out, is its defaults.
+    values = {key: value for key, value in values.items() if value is not None}
+    lines = _passed_through_errors(values)
     try:
-        return RunConfig.model_validate(values)
+        config = RunConfig.model_validate(values)
     except ValidationError as error:
-        lines = [_sentence(detail) for detail in error.errors()]
-        raise ConfigError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
+        lines = [_sentence(detail) for detail in error.errors()] + lines
+    if lines:
+        raise ConfigError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines)))
+    return config
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -292,9 +306,13 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"Override {override!r} has a value that is not YAML ({_one_line(error)}).") from error
 
 
+# How pydantic names the members of a union inside an error's location.
+_UNION_MEMBER = re.compile(r"str|bool|float|list\[.*|literal\[.*|function-.*")
+
+
 def _sentence(detail: Any) -> str:
     """One pydantic error as a sentence: which key, what is wrong, what would be right."""
-    location = [str(part) for part in detail["loc"] if not str(part).startswith(("list[", "str", "function-"))]
+    location = [str(part) for part in detail["loc"] if not _UNION_MEMBER.fullmatch(str(part))]
     key = ".".join(location)
     if detail["type"] == "extra_forbidden":
         return f"{_unknown_key(key, location[-1], _field_names(location[:-1]))}."
