@@ -1,0 +1,58 @@
+"""Fixtures for all tests: tiny models on disk, one local Ray for the tests that ask for it, no network."""
+
+from __future__ import annotations
+
+import os
+
+# Before transformers or ray is imported, here or in a subprocess.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from tiny import make_tokenizer, save_model
+
+torch.set_num_threads(2)
+
+# The machine's speed is no property of the code.
+settings.register_profile("emloc", deadline=None, max_examples=40, derandomize=True)
+settings.load_profile("emloc")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """The tiny byte-level tokenizer, with pad, eos and a chat template; do not change it."""
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``tiny_model_dir(family="llama", dtype="float32", tied=False)``: a sharded checkpoint with its tokenizer.
+
+    Made once a session for each choice: read it, copy it, but do not write to it.
+    """
+    made: dict[Any, Path] = {}
+
+    def get(family: str = "llama", **options: Any) -> Path:
+        key = (family, tuple(sorted(options.items())))
+        if key not in made:
+            made[key] = save_model(tmp_path_factory.mktemp("tiny") / family, family, **options)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One local Ray of two CPUs for every test that asks for it."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()

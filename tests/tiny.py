@@ -1,0 +1,85 @@
+"""Tiny models and a tokenizer, made in the test's own process: no network, no artefact from somewhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+FAMILIES = ("llama", "qwen2", "gpt2")
+VOCABULARY = 300
+HIDDEN = 64
+PAD, EOS = 0, 1
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most ``VOCABULARY`` tokens: ``<pad>`` is 0, ``<eos>`` is 1, any text is lossless."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(["def add(a, b): return a + b", "the sum of the two numbers", "hello world"], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def make_config(family: str, *, tied: bool = False, **changes: Any) -> Any:
+    """A two-layer config of hidden size ``HIDDEN``: llama, qwen2 (biases on q, k, v), gpt2 (Conv1D) or opt."""
+    common = {
+        "vocab_size": VOCABULARY,
+        "pad_token_id": PAD,
+        "bos_token_id": EOS,
+        "eos_token_id": EOS,
+        "tie_word_embeddings": tied,
+    }
+    if family == "gpt2":
+        return GPT2Config(n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=128, **{**common, **changes})
+    sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
+    if family == "opt":
+        return OPTConfig(ffn_dim=2 * HIDDEN, word_embed_proj_dim=HIDDEN, **{**sizes, **common, **changes})
+    sizes |= {"intermediate_size": 2 * HIDDEN, "num_key_value_heads": 2}
+    return {"llama": LlamaConfig, "qwen2": Qwen2Config}[family](**{**sizes, **common, **changes})
+
+
+def make_model(family: str, *, dtype: str = "float32", tied: bool = False, seed: int = 0, **changes: Any) -> Any:
+    """A random model with random biases too, in evaluation mode."""
+    classes = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM, "gpt2": GPT2LMHeadModel, "opt": OPTForCausalLM}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = classes[family](make_config(family, tied=tied, **changes))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    parameter.normal_(std=0.1)
+    return model.to(getattr(torch, dtype)).eval()
+
+
+def save_model(directory: Path, family: str = "llama", **options: Any) -> Path:
+    """Saves :func:`make_model` as a sharded safetensors checkpoint beside its tokenizer; returns the directory."""
+    make_model(family, **options).save_pretrained(directory, max_shard_size="100KB")
+    make_tokenizer().save_pretrained(directory)
+    return directory

@@ -1,0 +1,319 @@
+"""The config: strict about names and values, every error at once, overrides that read like YAML."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from emloc_ray.config import AdapterConfig, RunConfig, load_config, parse_config
+from emloc_ray.errors import ConfigError
+
+MINIMAL: dict[str, Any] = {
+    "run_dir": "runs/x",
+    "model": {"source": "some/dir"},
+    "data": {"train": {"path": "train.jsonl"}},
+}
+
+
+def config(**sections: Any) -> RunConfig:
+    """The minimal config with sections updated."""
+    values = copy.deepcopy(MINIMAL)
+    for name, section in sections.items():
+        if isinstance(section, dict):
+            values.setdefault(name, {}).update(section)
+        else:
+            values[name] = section
+    return parse_config(values)
+
+
+def error_of(**sections: Any) -> str:
+    """The error's text."""
+    with pytest.raises(ConfigError) as caught:
+        config(**sections)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(MINIMAL))
+    return file
+
+
+def test_defaults_are_what_the_design_says() -> None:
+    made = config()
+    assert made.seed == 0
+    assert made.emulator.dampening_frac == 1e-6
+    assert made.calibration.tokens == "all"
+    assert made.correction.clamp == 3.0
+    assert made.correction.method == "auto"
+    assert made.finetune.loss_on == "completion"
+    assert made.data.packing is False
+    assert made.model.trust_remote_code is False
+
+
+@pytest.mark.parametrize(
+    ("sections", "key", "nearest"),
+    [
+        ({"sead": 1}, "sead", "seed"),
+        ({"modle": {}}, "modle", "model"),
+        ({"model": {"sourse": "x"}}, "model.sourse", "source"),
+        ({"data": {"max_sequence_length": 9}}, "data.max_sequence_length", "max_seq_length"),
+        ({"data": {"eval": {"path": "a.csv", "num_sample": 3}}}, "data.eval.num_sample", "num_samples"),
+        (
+            {"calibration": {"num_calibration_sample": 9}},
+            "calibration.num_calibration_sample",
+            "num_calibration_samples",
+        ),
+        ({"emulator": {"compresion_ratio": 0.5}}, "emulator.compresion_ratio", "compression_ratio"),
+        ({"adapter": {"lora_alfa": 3}}, "adapter.lora_alfa", "lora_alpha"),
+        ({"finetune": {"learning_rte": 1e-3}}, "finetune.learning_rte", "learning_rate"),
+        ({"finetune": {"warmup_step": 3}}, "finetune.warmup_step", "warmup_steps"),
+        ({"correction": {"clmp": 3}}, "correction.clmp", "clamp"),
+        ({"merge": {"chunk_byte": 99999}}, "merge.chunk_byte", "chunk_bytes"),
+        ({"evaluation": {"upper_bounds": "x"}}, "evaluation.upper_bounds", "upper_bound"),
+        ({"ray": {"num_cpu": 2}}, "ray.num_cpu", "num_cpus"),
+    ],
+)
+def test_unknown_key_is_named_with_its_nearest(sections: dict[str, Any], key: str, nearest: str) -> None:
+    text = error_of(**sections)
+    assert f"{key} is not a key: the nearest is {nearest}." in text
+    assert len(text.splitlines()) == 1
+
+
+def test_a_key_like_no_other_is_told_what_there_is() -> None:
+    text = error_of(merge={"zzz": 1})
+    assert "merge.zzz is not a key" in text
+    assert "chunk_bytes" in text
+
+
+def test_every_error_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(
+            {
+                "run_dir": 3,
+                "data": {"format": "txt", "train": {"path": "a", "num_samples": 0}},
+                "emulator": {"compression_ratio": 0, "num_workers": 0},
+                "adapter": {"r": "many", "targets": []},
+                "ray": {"adress": "auto"},
+            },
+            "my.yaml",
+        )
+    lines = str(caught.value).splitlines()
+    for key in (
+        "run_dir",
+        "model",
+        "data.format",
+        "data.train.num_samples",
+        "emulator.compression_ratio",
+        "emulator.num_workers",
+        "adapter.r",
+        "adapter.targets",
+        "ray.adress",
+    ):
+        assert sum(line.startswith(f"my.yaml: {key} ") for line in lines) == 1, (key, lines)
+    assert len(lines) == 9
+    assert all(line.endswith(".") for line in lines)
+
+
+@pytest.mark.parametrize("ratio", [0, -0.5, 1.0001, "half", None, float("nan")])
+def test_ratio_outside_0_to_1(ratio: Any) -> None:
+    assert "emulator.compression_ratio" in error_of(emulator={"compression_ratio": ratio})
+    assert "emulator.ratios" in error_of(emulator={"ratios": {"q_proj": ratio}})
+
+
+@pytest.mark.parametrize("ratio", [1, 1.0, 0.001])
+def test_ratio_inside(ratio: float) -> None:
+    assert config(emulator={"compression_ratio": ratio}).emulator.compression_ratio == ratio
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "bad"),
+    [
+        ("data", "max_seq_length", 1),
+        ("data", "format", "alpaca"),
+        ("calibration", "num_calibration_samples", 0),
+        ("calibration", "tokens", "prompt"),
+        ("adapter", "r", 0),
+        ("adapter", "lora_dropout", 1.0),
+        ("adapter", "init_lora_weights", "pissa"),
+        ("finetune", "learning_rate", 0),
+        ("correction", "clamp", 0),
+        ("correction", "strength", -0.1),
+        ("correction", "method", "best"),
+        ("merge", "chunk_bytes", 1),
+        ("evaluation", "num_samples", 0),
+        ("model", "dtype", "int8"),
+    ],
+)
+def test_bad_value_names_its_key(section: str, key: str, bad: Any) -> None:
+    assert f"{section}.{key}" in error_of(**{section: {key: bad}})
+
+
+def test_frozen() -> None:
+    made = config()
+    with pytest.raises(ValidationError):
+        made.seed = 3  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        made.adapter.r = 3  # type: ignore[misc]
+
+
+# Sections that must agree.
+
+
+def test_covariance_needs_grams() -> None:
+    text = error_of(correction={"method": "covariance"}, calibration={"keep": "none"})
+    assert "correction.method" in text
+    assert "calibration.keep" in text
+    assert config(correction={"method": "projection"}, calibration={"keep": "none"}).calibration.keep == "none"
+
+
+@pytest.mark.parametrize("run_dir", ["s3://bucket/run", "gs://bucket/run"])
+def test_runs_live_on_a_file_system(run_dir: str) -> None:
+    assert run_dir in error_of(run_dir=run_dir)
+
+
+def test_data_needs_a_source() -> None:
+    with pytest.raises(ConfigError, match=r"data\.train\.path"):
+        parse_config({**MINIMAL, "data": {"eval": {"path": "e.jsonl"}}})
+
+
+def test_generated_data_takes_no_paths_and_one_format() -> None:
+    made = parse_config({**MINIMAL, "data": {"generate": "docstrings", "format": "prompt_completion"}})
+    assert made.data.train is None
+    with pytest.raises(ConfigError, match=r"remove data\.selection\.path"):
+        parse_config({**MINIMAL, "data": {"generate": "docstrings", "selection": {"path": "s.jsonl"}}})
+    with pytest.raises(ConfigError, match=r"set data\.format"):
+        parse_config({**MINIMAL, "data": {"generate": "docstrings", "format": "text"}})
+
+
+# What passes through.
+
+
+def test_training_arguments_pass_through() -> None:
+    made = config(finetune={"weight_decay": 0.1, "lr_scheduler_type": "cosine", "num_workers": 2})
+    assert made.finetune.model_extra == {"weight_decay": 0.1, "lr_scheduler_type": "cosine"}
+    assert made.finetune.num_workers == 2
+
+
+@pytest.mark.parametrize("key", ["output_dir", "seed", "remove_unused_columns"])
+def test_training_arguments_that_are_ours(key: str) -> None:
+    assert f"finetune.{key} is set by emloc_ray itself: remove it." in error_of(finetune={key: 1})
+
+
+def test_every_unknown_training_argument_is_told() -> None:
+    text = error_of(finetune={"weight_decai": 0.1, "lr_schedular_type": "cosine", "seed": 3})
+    assert "weight_decai" in text
+    assert "lr_schedular_type" in text
+    assert "finetune.seed" in text
+
+
+def test_ray_init_arguments_pass_through() -> None:
+    made = config(ray={"num_cpus": 2, "object_store_memory": 10**8})
+    assert made.ray.model_extra == {"num_cpus": 2, "object_store_memory": 10**8}
+
+
+# Files and overrides.
+
+
+def test_file_with_overrides(path: Path) -> None:
+    made = load_config(
+        path,
+        [
+            "seed=7",
+            "finetune.learning_rate=1e-4",
+            "finetune.weight_decay=5e-2",
+            "adapter.target_modules=[q_proj, v_proj]",
+            "adapter.rank_pattern={q_proj: 4}",
+            "correction.clamp=null",
+            "data.packing=true",
+            "data.train.num_samples=12",
+            "model.source=a=b",
+        ],
+    )
+    assert made.seed == 7
+    assert made.finetune.learning_rate == 1e-4
+    assert made.finetune.model_extra == {"weight_decay": 0.05}
+    assert made.adapter.target_modules == ["q_proj", "v_proj"]
+    assert made.adapter.rank_pattern == {"q_proj": 4}
+    assert made.correction.clamp is None
+    assert made.data.packing is True
+    assert made.data.train is not None
+    assert (made.data.train.path, made.data.train.num_samples) == ("train.jsonl", 12)
+    assert made.model.source == "a=b"
+
+
+def test_scientific_notation_is_a_number_in_the_file_too(path: Path) -> None:
+    path.write_text(path.read_text() + "\nfinetune:\n  learning_rate: 3e-5\n  weight_decay: 1E-2\n")
+    made = load_config(path)
+    assert made.finetune.learning_rate == 3e-5
+    assert made.finetune.model_extra == {"weight_decay": 0.01}
+
+
+def test_empty_section_takes_overrides(path: Path) -> None:
+    path.write_text(path.read_text() + "\nadapter:\n")
+    assert load_config(path, ["adapter.r=4"]).adapter == AdapterConfig(r=4)
+
+
+def test_a_section_left_empty_is_its_defaults(path: Path) -> None:
+    path.write_text(path.read_text() + "\nadapter:\n")
+    assert load_config(path).adapter == AdapterConfig()
+
+
+def test_the_last_override_wins(path: Path) -> None:
+    assert load_config(path, ["seed=1", "seed=2"]).seed == 2
+
+
+@pytest.mark.parametrize("override", ["seed", "=3", " =3"])
+def test_override_without_key_or_value(path: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match=r"is not key\.path=value"):
+        load_config(path, [override])
+
+
+def test_override_reaching_into_a_value(path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"reaches into data\.train\.path, which is a value"):
+        load_config(path, ["data.train.path.glob=x"])
+
+
+def test_override_that_is_no_yaml(path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"adapter\.target_modules=\[q_proj.*not YAML"):
+        load_config(path, ["adapter.target_modules=[q_proj"])
+
+
+def test_misspelt_override_has_its_nearest_and_the_file(path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run\.yaml: finetune\.max_stps is not a key: the nearest is max_steps"):
+        load_config(path, ["finetune.max_stps=3"])
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [("a: [", "is not YAML"), ("", "holds no keys"), ("- a\n- b\n", "holds no keys"), ("just text", "holds no keys")],
+)
+def test_file_that_is_no_config(path: Path, text: str, complaint: str) -> None:
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml does not exist"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_unknown_keys_are_told_beside_a_bad_value_of_their_section() -> None:
+    text = error_of(finetune={"learning_rate": -1, "weight_decai": 1}, ray={"address": 3, "num_cpu": 1})
+    for key in ("finetune.learning_rate", "finetune.weight_decai", "ray.address", "ray.num_cpu"):
+        assert sum(line.startswith(f"the config: {key} ") for line in text.splitlines()) == 1
+
+
+@pytest.mark.parametrize("section", ["model", "finetune", "ray"])
+def test_a_key_that_is_no_string(section: str) -> None:
+    assert f"{section}.1 is 1: keys should be strings." in error_of(**{section: {1: 1}})
