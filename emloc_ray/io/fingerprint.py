@@ -23,16 +23,16 @@ def fingerprint_files(files: Iterable[Path]) -> str:
     return total.hexdigest()[:16]
 
 
-def fingerprint_checkpoint(directory: Path) -> str:
-    """A hash of a local checkpoint: contents of its small files; names, sizes and times of the large ones.
+def fingerprint_large_files(files: Iterable[Path]) -> str:
+    """A hash of files that may be large: contents of the small ones; names, sizes and times of the others.
 
     Reading 140 GB of weights only to find that nothing changed would cost minutes at every start.
     """
     parts: list[Any] = []
-    for file in sorted(directory.iterdir()):
+    for file in files:
         if file.is_file() and not file.name.startswith("."):
             status = file.stat()
-            small = status.st_size < 2**24
+            small = status.st_size < 2**26
             parts.append([file.name, fingerprint_files([file]) if small else [status.st_size, status.st_mtime_ns]])
     return fingerprint(parts)
 

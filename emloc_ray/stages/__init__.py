@@ -1,1 +1,3 @@
 """The stages: each a plain function over artifact paths, and its Ray wrapper."""
+
+STAGES = ("calibrate", "factorize", "finetune", "correct", "merge", "evaluate")

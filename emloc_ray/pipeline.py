@@ -1,0 +1,445 @@
+"""The paper's figure as code: import, calibrate, factorize, finetune, correct, merge, evaluate; each skipped where done."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from emloc_ray.config import RunConfig, StageConfig
+from emloc_ray.errors import EmlocError
+from emloc_ray.io.fingerprint import fingerprint, fingerprint_files, fingerprint_large_files
+from emloc_ray.planner import make_plan, num_steps
+from emloc_ray.preparation import Prepared, check_disk, prepare
+from emloc_ray.report import write_report
+from emloc_ray.results import assemble_metrics
+from emloc_ray.stages import STAGES
+
+# Settings that say where work runs, not what comes out of it.
+_PLACEMENT = {"num_workers", "cpus_per_worker", "gpus_per_worker"}
+
+
+class Reporter(Protocol):
+    """Who is told how a run goes; the command line shows it, a library's user may ignore it."""
+
+    def start(self, stage: str) -> Callable[[int, int], None]:
+        """A stage begins; gives its progress callback."""
+
+    def finish(self, stage: str, result: dict[str, Any], usage: dict[str, Any]) -> None:
+        """A stage has ended well."""
+
+    def skip(self, stage: str) -> None:
+        """A stage was found done."""
+
+    def note(self, text: str) -> None:
+        """Something that a reader should know."""
+
+
+class SilentReporter:
+    """Tells nobody."""
+
+    def start(self, stage: str) -> Callable[[int, int], None]:
+        """Gives a callback that does nothing."""
+        return lambda done, total: None
+
+    def finish(self, stage: str, result: dict[str, Any], usage: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def skip(self, stage: str) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+
+def run(
+    config: RunConfig,
+    *,
+    begin: str | None = None,
+    until: str = STAGES[-1],
+    fresh: bool = False,
+    reporter: Reporter | None = None,
+    prepared: Prepared | None = None,
+) -> dict[str, Any]:
+    """Runs the pipeline up to ``until``; finished stages with unchanged inputs are skipped, unless from ``begin`` on.
+
+    Returns metrics.json's content.
+
+    Raises:
+        ConfigError: before anything starts or is written.
+        EmlocError: where a stage failed; finished stages stay, and the same call goes on from them.
+    """
+    from emloc_ray.stages.cluster import connection
+
+    prepared = prepared or prepare(config)
+    check_disk(prepared.run, 0 if prepared.run.path("manifest.json").is_file() else make_plan(prepared).disk_bytes)
+    prepared.run.lock()
+    try:
+        prepared.run.create(config.model_dump(mode="json"), fresh=fresh)
+        with connection(config.ray.address, **(config.ray.model_extra or {})):
+            pipeline = Pipeline(prepared, reporter or SilentReporter(), begin)
+            pipeline.run(until)
+        return prepared.run.metrics()
+    finally:
+        prepared.run.unlock()
+
+
+class Pipeline:
+    """One run's stages over one run directory; needs a connection to Ray."""
+
+    def __init__(self, prepared: Prepared, reporter: Reporter, begin: str | None = None) -> None:
+        self.prepared, self.config, self.layout = prepared, prepared.config, prepared.layout
+        self.directory, self.reporter = prepared.run, reporter
+        self.forced = set(STAGES[STAGES.index(begin) :]) if begin else set()
+        self.inputs: dict[str, str] = {}
+        imported = prepared.source.gguf_file is not None
+        self.model_dir = self.directory.path("model") if imported else prepared.source.directory
+        self.model_options = {
+            "dtype": self.config.model.dtype,
+            "attn_implementation": self.config.model.attn_implementation,
+            "trust_remote_code": self.config.model.trust_remote_code,
+        }
+
+    def run(self, until: str = STAGES[-1]) -> None:
+        """Every stage up to ``until``, in order."""
+        self.import_model()
+        self.prepare_data()
+        for stage in STAGES[: STAGES.index(until) + 1]:
+            getattr(self, stage)()
+        write_report(self.directory)
+
+    def _step(
+        self,
+        name: str,
+        inputs: dict[str, Any],
+        outputs: Sequence[Path],
+        execute: Callable[[Callable[[int, int], None]], dict[str, Any]],
+    ) -> dict[str, Any]:
+        """Runs a stage unless the manifest says that it was done with the same inputs; returns its result."""
+        from emloc_ray.stages.cluster import explain
+        from emloc_ray.stages.monitor import measured
+
+        key = self.inputs[name] = fingerprint(inputs)
+        entry = self.directory.stage(name)
+        if entry is not None and name not in self.forced and self.directory.is_done(name, key):
+            self.reporter.skip(name)
+            found: dict[str, Any] = entry["result"]
+            return found
+        self.directory.forget(name)
+        for path in outputs:
+            shutil.rmtree(path, ignore_errors=True) if name != "calibrate" else None
+        progress = self.reporter.start(name)
+        try:
+            with measured() as usage:
+                result = execute(progress)
+        except (Exception, SystemExit) as error:
+            raise explain(error, name) from error
+        used = usage.as_dict()
+        self.directory.commit(name, key, outputs, {**result, "usage": used})
+        self.directory.update_metrics(**assemble_metrics(self.directory, self.prepared))
+        self.reporter.finish(name, result, used)
+        return result
+
+    def import_model(self) -> None:
+        """The original as a safetensors checkpoint: written once from a GGUF file, else where the config says."""
+        source = self.prepared.source
+        if source.gguf_file is None:
+            self.inputs["import"] = fingerprint_large_files(sorted(self.model_dir.iterdir()))
+            return
+        inputs = {
+            "file": fingerprint_large_files([source.directory / source.gguf_file]),
+            "dtype": self.config.model.dtype,
+        }
+
+        def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
+            import ray
+
+            from emloc_ray.modeling.loading import import_gguf
+
+            ray.get(ray.remote(import_gguf).remote(source, self.model_dir, self.config.model.dtype))
+            return {}
+
+        self._step("import", inputs, [self.model_dir], execute)
+
+    def prepare_data(self) -> None:
+        """Rows, split, as token shards; the split's fingerprint is its content."""
+        from emloc_ray.stages.data import split_inputs, tokenize_data
+
+        tokens = self.directory.path("data", "tokens")
+        inputs = {"model": self.inputs["import"], **split_inputs(self.prepared)}
+
+        def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
+            return tokenize_data(self.prepared, self.model_dir, self.directory.path("data"), progress)
+
+        counts = self._step("data", inputs, [tokens], execute)["splits"]
+        for split, count in counts.items():
+            self.inputs[f"data/{split}"] = fingerprint_files(sorted((tokens / split).iterdir()))
+            self._tell_counts(split, count)
+
+    def _tell_counts(self, split: str, count: dict[str, int]) -> None:
+        if count["truncated_rows"]:
+            self.reporter.note(
+                f"data.{split}: {count['truncated_rows']} rows cut to {self.config.data.max_seq_length} tokens"
+                f" ({count['truncated_tokens']} tokens left out), {count['dropped_rows']} dropped with no completion left."
+            )
+        asked = {
+            "calibration": self.config.calibration.num_calibration_samples,
+            "selection": self.config.correction.num_selection_samples,
+            "eval": self.config.evaluation.num_samples,
+        }.get(split)
+        if asked is not None and count["rows"] + count["dropped_rows"] < asked and not self.config.data.packing:
+            self.reporter.note(f"data.{split}: {count['rows']} rows instead of the {asked} asked for: there are no more.")
+
+    def calibrate(self) -> None:
+        """One Gram per shared input of the linears that compression targets."""
+        if not self.layout.ranks:
+            self.inputs["calibrate"] = "none needed"
+            return
+        from emloc_ray.stages.calibrate import CalibrationJob, calibrate
+
+        out_dir = self.directory.path("calibration")
+        targeted = set(self.layout.compressed)
+        groups = [[spec.name for spec in group if spec.name in targeted] for group in self.layout.groups]
+        named = tuple(tuple(group) for group in groups if group)
+        inputs = {
+            "model": self.inputs["import"],
+            "options": self.model_options,
+            "data": self.inputs["data/calibration"],
+            "tokens": self.config.calibration.tokens,
+            "groups": named,
+        }
+
+        def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
+            self._discard_unless(out_dir, inputs)
+            job = CalibrationJob(
+                self.model_dir,
+                self._tokens("calibration"),
+                named,
+                self.config.calibration.tokens,
+                self.config.calibration.batch_size,
+                self._pad_token_id(),
+                tuple(self.model_options.items()),
+            )
+            return calibrate(job, out_dir, _resources(self.config.calibration), progress)
+
+        self._step("calibrate", inputs, [out_dir], execute)
+
+    def _discard_unless(self, directory: Path, inputs: dict[str, Any]) -> None:
+        """Keeps what a killed run of the same inputs committed, and nothing else."""
+        mark = directory / "inputs"
+        if not mark.is_file() or mark.read_text() != fingerprint(inputs):
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir(parents=True)
+            mark.write_text(fingerprint(inputs))
+
+    def factorize(self) -> None:
+        """The emulator."""
+        from emloc_ray.modeling.architecture import load_config
+        from emloc_ray.stages.factorize import FactorizationJob, build_emulator
+
+        out_dir = self.directory.path("emulator")
+        inputs = {
+            "calibrate": self.inputs["calibrate"],
+            "model": self.inputs["import"],
+            "ranks": self.layout.ranks,
+            "dampening_frac": self.config.emulator.dampening_frac,
+            "seed": self.config.seed,
+        }
+
+        def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
+            job = FactorizationJob(
+                self.model_dir,
+                self.directory.path("calibration"),
+                out_dir,
+                self.config.emulator.dampening_frac,
+                self.config.seed,
+            )
+            base = load_config(self.model_dir, trust_remote_code=self.config.model.trust_remote_code)
+            resources = _resources(self.config.emulator)
+            return build_emulator(job, self.layout.groups, self.layout.ranks, base, resources, progress)
+
+        result = self._step("factorize", inputs, [out_dir], execute)
+        self._tell_thin_calibration(result)
+        if self.config.calibration.keep == "none" and self.directory.path("calibration").is_dir():
+            shutil.rmtree(self.directory.path("calibration"))
+
+    def _tell_thin_calibration(self, result: dict[str, Any]) -> None:
+        fewest, highest = result["fewest_tokens"], max(self.layout.ranks.values(), default=0)
+        if fewest is not None and fewest < highest:
+            self.reporter.note(
+                f"Calibration saw {fewest} tokens, fewer than the highest rank {highest}:"
+                " raise calibration.num_calibration_samples."
+            )
+
+    def finetune(self) -> None:
+        """The adapter as trained on the emulator."""
+        from emloc_ray.data.token_shards import TokenShards
+        from emloc_ray.stages.finetune import FinetuneJob, finetune
+
+        section = self.config.finetune
+        out_dir = self.directory.path("adapter_emulator")
+        steps = num_steps(self.config, len(TokenShards(self._tokens("train"))))
+        inputs = {
+            "factorize": self.inputs["factorize"],
+            "data": self.inputs["data/train"],
+            "options": self.model_options,
+            "adapter": self.config.adapter.model_dump(mode="json"),
+            "finetune": _without(section, {"cpus_per_worker", "gpus_per_worker", "max_failures"}),
+            "steps": steps,
+            "seed": self.config.seed,
+        }
+
+        def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
+            job = FinetuneJob(
+                emulator_dir=self.directory.path("emulator"),
+                tokens_dir=self._tokens("train"),
+                out_dir=out_dir,
+                storage_dir=self.directory.path("training"),
+                name=f"finetune-{fingerprint(inputs)}",
+                adapter=self._adapter_settings(),
+                portable_targets=self._portable_targets(),
+                base_model=self._base_model(),
+                max_steps=steps,
+                batch_size=section.per_device_train_batch_size,
+                seed=self.config.seed,
+                loss_on=section.loss_on,
+                pad_token_id=self._pad_token_id(),
+                max_failures=section.max_failures,
+                training_arguments=_training_arguments(section),
+                model_options=self.model_options,
+            )
+            result = finetune(job, _resources(section), progress)
+            shutil.rmtree(job.storage_dir, ignore_errors=True)
+            return result
+
+        self._step("finetune", inputs, [out_dir], execute)
+
+    def correct(self) -> None:
+        """The adapter as corrected for the original."""
+        from emloc_ray.stages.correct import CorrectionJob, candidates, correct
+
+        section = self.config.correction
+        has_grams = bool(self.layout.ranks) and self.config.calibration.keep == "grams"
+        method = section.method if self.layout.ranks else "none"
+        options = candidates(method, section.clamp, section.strength, has_grams)
+        out_dir = self.directory.path("adapter")
+        inputs = {
+            "finetune": self.inputs["finetune"],
+            "correction": section.model_dump(mode="json"),
+            "data": self.inputs["data/selection"],
+        }
+
+        def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
+            job = CorrectionJob(
+                model_dir=self.model_dir,
+                emulator_dir=self.directory.path("emulator"),
+                calibration_dir=self.directory.path("calibration") if has_grams else None,
+                adapter_dir=self.directory.path("adapter_emulator"),
+                out_dir=out_dir,
+                selection_dir=self._tokens("selection"),
+                specs=self.layout.specs,
+                candidates=tuple(options),
+                dampening_frac=section.dampening_frac,
+                batch_size=self.config.evaluation.batch_size,
+                loss_on=self.config.finetune.loss_on,
+                pad_token_id=self._pad_token_id(),
+                model_options=self.model_options,
+            )
+            return correct(job, _resources(self.config.merge), progress)
+
+        self._step("correct", inputs, [out_dir], execute)
+
+    def merge(self) -> None:
+        """The original with the corrected adapter folded in."""
+        from emloc_ray.stages.merge import MergeJob, merge
+
+        out_dir = self.directory.path("merged")
+
+        def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
+            job = MergeJob(
+                self.model_dir,
+                self.directory.path("adapter"),
+                out_dir,
+                self.layout.specs,
+                self.config.merge.chunk_bytes,
+            )
+            return merge(job, _resources(self.config.merge), progress)
+
+        self._step("merge", {"correct": self.inputs["correct"]}, [out_dir], execute)
+
+    def evaluate(self) -> None:
+        """Every variant on the held-out rows."""
+        from emloc_ray.stages.evaluate import EvaluationJob, evaluate
+
+        section = self.config.evaluation
+        inputs = {
+            "merge": self.inputs["merge"],
+            "data": self.inputs["data/eval"],
+            "evaluation": _without(section, {*_PLACEMENT, "upper_bound"}),
+        }
+
+        def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
+            job = EvaluationJob(
+                model_dir=self.model_dir,
+                emulator_dir=self.directory.path("emulator"),
+                trained_adapter_dir=self.directory.path("adapter_emulator"),
+                corrected_adapter_dir=self.directory.path("adapter"),
+                merged_dir=self.directory.path("merged"),
+                tokens_dir=self._tokens("eval"),
+                loss_on=self.config.finetune.loss_on,
+                batch_size=section.batch_size,
+                pad_token_id=self._pad_token_id(),
+                num_generations=section.num_generations,
+                num_exact_match=section.num_exact_match,
+                max_new_tokens=section.max_new_tokens,
+                model_options=self.model_options,
+            )
+            return evaluate(job, _resources(section), progress)
+
+        self._step("evaluate", inputs, [], execute)
+        self.directory.update_metrics(**assemble_metrics(self.directory, self.prepared))
+
+    def _tokens(self, split: str) -> Path:
+        return self.directory.path("data", "tokens", split)
+
+    def _pad_token_id(self) -> int:
+        from emloc_ray.modeling.architecture import load_config
+
+        config = load_config(self.model_dir, trust_remote_code=self.config.model.trust_remote_code)
+        # Padding is masked everywhere: any token of the vocabulary serves.
+        pad = getattr(config, "pad_token_id", None)
+        return pad if isinstance(pad, int) and pad >= 0 else 0
+
+    def _base_model(self) -> str:
+        return str(self.model_dir) if self.prepared.source.gguf_file else self.config.model.source
+
+    def _portable_targets(self) -> str | list[str]:
+        targets = self.layout.portable_targets
+        return targets if isinstance(targets, str) else list(targets)
+
+    def _adapter_settings(self) -> dict[str, Any]:
+        settings = self.config.adapter.model_dump(exclude={"target_modules", "exclude_modules"})
+        transposed = any(spec.transposed for spec in self.layout.specs if spec.name in self.layout.adapted)
+        return {**settings, "target_modules": list(self.layout.adapted), "fan_in_fan_out": transposed}
+
+
+def _resources(section: StageConfig) -> Any:
+    from emloc_ray.stages.cluster import Resources
+
+    return Resources(section.num_workers, section.cpus_per_worker, section.gpus_per_worker)
+
+
+def _without(section: StageConfig, keys: set[str]) -> dict[str, Any]:
+    return section.model_dump(mode="json", exclude=keys)
+
+
+def _training_arguments(section: Any) -> dict[str, Any]:
+    """What the finetune section says to Hugging Face's TrainingArguments, but for what the stage sets itself."""
+    own = {*StageConfig.model_fields, "loss_on", "max_steps", "num_train_epochs", "per_device_train_batch_size"}
+    return section.model_dump(mode="json", exclude={*own, "max_failures"})  # type: ignore[no-any-return]
+
+
+def describe_failure(error: EmlocError, run_dir: Path) -> str:
+    """What a person is told when a stage failed."""
+    return f"{error}\nWhat was finished stays in {run_dir}; the same command goes on from there."

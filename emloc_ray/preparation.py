@@ -1,0 +1,212 @@
+"""Everything that can be known before a weight moves: the model's layers, the patterns' matches, the data's first rows.
+
+All of it is checked before Ray starts and before anything is written, and every error is told at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from emloc_ray.config import RunConfig, SplitConfig
+from emloc_ray.core.ranks import rank_for_ratio
+from emloc_ray.data.formats import check_row
+from emloc_ray.data.reading import SourceFile, list_files, read_rows, scan
+from emloc_ray.data.splits import SPLITS
+from emloc_ray.errors import ConfigError, EmlocError
+from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.modeling.adapter import portable_targets
+from emloc_ray.modeling.architecture import LinearSpec, block_linears, empty_model, shared_inputs
+from emloc_ray.modeling.loading import ModelSource, read_model_config, resolve_source
+from emloc_ray.modeling.matching import check_table, lookup, select
+
+CHECKED_ROWS = 1000
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The model's linears and what the config makes of them."""
+
+    specs: tuple[LinearSpec, ...]
+    groups: tuple[tuple[LinearSpec, ...], ...]
+    ranks: dict[str, int]
+    compressed: tuple[str, ...]
+    adapted: tuple[str, ...]
+    portable_targets: str | tuple[str, ...]
+    num_parameters: int
+    head_parameters: int
+    hidden_size: int
+
+    @property
+    def parameters_targeted(self) -> int:
+        """Parameters of the linears that compression targets."""
+        targeted = set(self.compressed)
+        return sum(spec.num_parameters for spec in self.specs if spec.name in targeted)
+
+    @property
+    def parameters_factorized(self) -> int:
+        """What those linears keep in the emulator."""
+        targeted = set(self.compressed)
+        return sum(self.kept(spec) for spec in self.specs if spec.name in targeted)
+
+    def kept(self, spec: LinearSpec) -> int:
+        """Parameters of one linear in the emulator."""
+        rank = self.ranks.get(spec.name)
+        return spec.num_parameters if rank is None else rank * (spec.out_features + spec.in_features)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A config with all that was found out about it."""
+
+    config: RunConfig
+    run: RunDirectory
+    source: ModelSource
+    model_config: Any
+    layout: Layout
+    files: dict[str, tuple[SourceFile, ...]]
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Checks the whole config against the model, the data and the disk.
+
+    Raises:
+        ConfigError: with every error at once, one sentence a line; nothing was written.
+    """
+    errors: list[str] = []
+
+    def attempt(check: Callable[[], Result]) -> Result | None:
+        try:
+            return check()
+        except EmlocError as error:
+            errors.extend(str(error).split("\n"))
+            return None
+
+    run = RunDirectory(config.run_dir)
+    attempt(run.check)
+    source = attempt(lambda: resolve_source(config.model.source, config.model.revision))
+    found = None
+    if source is not None:
+        found = attempt(lambda: _read_model(config, source))
+    files = {name: attempt(lambda name=name: _check_split(config, name)) for name in SPLITS}  # type: ignore[misc]
+    attempt(lambda: _check_upper_bound(config))
+    attempt(lambda: _check_resources(config))
+    if errors or source is None or found is None:
+        raise ConfigError("\n".join(errors))
+    known = {name: sources for name, sources in files.items() if sources}
+    return Prepared(config, run, source, found[0], found[1], known)
+
+
+def _read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
+    model_config = read_model_config(source, config.model.trust_remote_code)
+    model = empty_model(model_config, config.model.trust_remote_code)
+    return model_config, make_layout(config, model)
+
+
+def make_layout(config: RunConfig, model: Any) -> Layout:
+    """Matches the config's patterns against a model on the meta device; raises ConfigError naming what fits nothing."""
+    specs = block_linears(model)
+    names = [spec.name for spec in specs]
+    emulator, adapter = config.emulator, config.adapter
+    compressed = select(names, emulator.target_modules, emulator.exclude_modules, "emulator.target_modules")
+    check_table(names, emulator.ratios, "emulator.ratios")
+    adapted = select(names, adapter.target_modules, adapter.exclude_modules, "adapter.target_modules")
+    check_table(names, adapter.rank_pattern, "adapter.rank_pattern")
+    check_table(names, adapter.alpha_pattern, "adapter.alpha_pattern")
+    by_name = {spec.name: spec for spec in specs}
+    for name in adapted:
+        spec, r = by_name[name], lookup(name, adapter.rank_pattern, adapter.r)
+        smaller = min(spec.out_features, spec.in_features)
+        if r > smaller:
+            raise ConfigError(f"adapter.r is {r}, above the smaller side {smaller} of {name}: lower it.")
+    ranks = {}
+    for name in compressed:
+        ratio = lookup(name, emulator.ratios, emulator.compression_ratio)
+        # Ratio 1 is plain LoRA on the original: no pattern compresses anything then.
+        rank = (
+            None
+            if emulator.compression_ratio == 1
+            else rank_for_ratio(by_name[name].out_features, by_name[name].in_features, ratio)
+        )
+        if rank is not None:
+            ranks[name] = rank
+    groups = tuple(tuple(by_name[name] for name in group) for group in shared_inputs(model, specs))
+    targets = _portable(config, adapted, names)
+    head = model.get_output_embeddings()
+    return Layout(
+        tuple(specs),
+        groups,
+        ranks,
+        tuple(compressed),
+        tuple(adapted),
+        targets,
+        sum(parameter.numel() for parameter in model.parameters()),
+        head.weight.numel(),
+        head.weight.shape[-1],
+    )
+
+
+def _portable(config: RunConfig, adapted: list[str], names: list[str]) -> str | tuple[str, ...]:
+    asked = config.adapter.target_modules
+    if asked is None or asked == "all-linear" or config.adapter.exclude_modules is not None:
+        return tuple(portable_targets(adapted, names))
+    return asked if isinstance(asked, str) else tuple(asked)
+
+
+def _check_split(config: RunConfig, name: str) -> tuple[SourceFile, ...]:
+    split: SplitConfig | None = getattr(config.data, name)
+    if split is None or config.data.generate is not None or _is_hub(split):
+        return ()
+    sources = tuple(scan(path) for path in list_files(split.path, f"data.{name}.path"))
+    for source in sources:
+        first = range(min(source.num_rows, CHECKED_ROWS))
+        for number, row in read_rows(source, first):
+            check_row(row, config.data.format, f"{source.path}, row {number + 1}")
+    return sources
+
+
+def _is_hub(split: SplitConfig) -> bool:
+    return isinstance(split.path, str) and split.path.startswith("hf:")
+
+
+def _check_upper_bound(config: RunConfig) -> None:
+    bound = config.evaluation.upper_bound
+    if bound is not None and not (Path(bound) / "metrics.json").is_file():
+        raise ConfigError(f"evaluation.upper_bound {bound} holds no metrics.json: name a finished run at ratio 1.0.")
+
+
+def _check_resources(config: RunConfig) -> None:
+    """What a stage asks of a Ray that is started here must be there, or it would wait for ever."""
+    if config.ray.address is not None:
+        return
+    import os
+
+    extra = config.ray.model_extra or {}
+    cpus = extra.get("num_cpus") or os.cpu_count() or 1
+    problems = []
+    for name in ("calibration", "emulator", "finetune", "merge", "evaluation"):
+        section = getattr(config, name)
+        together = section.num_workers if name == "finetune" else 1
+        if section.cpus_per_worker * together > cpus:
+            asked = section.cpus_per_worker * together
+            problems.append(
+                f"{name} asks Ray for {asked:g} CPUs at once, this machine has {cpus}: lower {name}.num_workers."
+            )
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def check_disk(run: RunDirectory, needed: int) -> None:
+    """Raises ConfigError where the disk of the run directory has less room than the plan says."""
+    existing = next(parent for parent in itertools.chain([run.root], run.root.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise ConfigError(
+            f"run_dir {run.root} needs about {needed / 2**30:.1f} GiB, its disk has {free / 2**30:.1f} GiB free:"
+            " free some, or name another place."
+        )

@@ -1,0 +1,66 @@
+"""metrics.json, put together from what the manifest says of each finished stage."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from emloc_ray.io.run_directory import METRICS, RunDirectory
+from emloc_ray.preparation import Prepared
+
+_ARTIFACTS = ("model", "data", "calibration", "emulator", "adapter_emulator", "adapter", "merged")
+_LIBRARIES = ("emloc-ray", "ray", "torch", "transformers", "peft", "safetensors", "pyarrow")
+
+
+def assemble_metrics(directory: RunDirectory, prepared: Prepared) -> dict[str, Any]:
+    """Everything that the finished stages measured (DESIGN.md, section 5)."""
+    stages = {name: entry["result"] for name, entry in directory.manifest()["stages"].items()}
+    layout = prepared.layout
+    metrics: dict[str, Any] = {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
+        "stages": {name: {**r["usage"], "num_workers": r.get("num_workers", 1)} for name, r in stages.items()},
+        "disk_bytes": {name: _bytes(directory.path(name)) for name in _ARTIFACTS if directory.path(name).is_dir()},
+    }
+    if "data" in stages:
+        metrics["data"] = stages["data"]["splits"]
+    if "calibrate" in stages:
+        metrics["calibration"] = {key: stages["calibrate"][key] for key in ("num_tokens", "num_shards")}
+    if "factorize" in stages:
+        saved = layout.parameters_targeted - layout.parameters_factorized
+        metrics["emulator"] = {
+            "compression_ratio": prepared.config.emulator.compression_ratio,
+            "parameters_kept": layout.parameters_factorized / layout.parameters_targeted,
+            "parameters": layout.num_parameters - saved,
+            "original_parameters": layout.num_parameters,
+            "mean_relative_error": stages["factorize"]["mean_relative_error"],
+            "layers": stages["factorize"]["layers"],
+        }
+    if "finetune" in stages:
+        metrics["finetune"] = {key: stages["finetune"][key] for key in ("steps", "train_loss", "history")}
+    if "correct" in stages:
+        metrics["correction"] = {k: v for k, v in stages["correct"].items() if k not in ("usage", "num_workers")}
+    if "evaluate" in stages:
+        metrics |= {key: stages["evaluate"][key] for key in ("evaluation", "exact_match", "generations")}
+        bound = prepared.config.evaluation.upper_bound
+        if bound is not None:
+            metrics["gap_closed"] = gap_closed(metrics["evaluation"], Path(bound))
+    return metrics
+
+
+def gap_closed(evaluation: dict[str, Any], upper_bound: Path) -> dict[str, Any]:
+    """``(original − corrected) / (original − LoRA on the original)`` in held-out loss.
+
+    ``upper_bound`` is the run directory of the same task at ratio 1.0.
+    """
+    other = json.loads((upper_bound / METRICS).read_text())["evaluation"]
+    original, bound = evaluation["original"]["loss"], other["corrected"]["loss"]
+    gap = original - bound
+    share = {name: (original - evaluation[name]["loss"]) / gap for name in ("uncorrected", "corrected", "merged")}
+    return {"upper_bound": str(upper_bound), "upper_bound_loss": bound, **share}
+
+
+def _bytes(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())

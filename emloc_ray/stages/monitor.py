@@ -1,0 +1,100 @@
+"""Peak memory of each stage on the driver's machine, counting shared pages once (proportional set size)."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+_INTERVAL_SECONDS = 0.5
+
+
+@dataclass
+class Usage:
+    """What one stage used: wall time, the peak of all processes together, and of each kind of process."""
+
+    wall_s: float = 0.0
+    peak_pss_bytes: int = 0
+    peak_rss_bytes: int = 0
+    processes: dict[str, int] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, object]:
+        """As metrics.json has it; ``peak_rss_bytes`` is the largest single process."""
+        return {
+            "wall_s": round(self.wall_s, 2),
+            "peak_pss_bytes": self.peak_pss_bytes,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "processes": dict(sorted(self.processes.items(), key=lambda item: -item[1])),
+        }
+
+
+@contextlib.contextmanager
+def measured() -> Iterator[Usage]:
+    """Samples this process and what it started while the block runs."""
+    usage, over = Usage(), threading.Event()
+
+    def sample_until_over() -> None:
+        while True:
+            _sample(usage)
+            if over.wait(_INTERVAL_SECONDS):
+                return
+
+    thread = threading.Thread(target=sample_until_over, daemon=True)
+    begin = time.monotonic()
+    thread.start()
+    try:
+        yield usage
+    finally:
+        over.set()
+        thread.join()
+        usage.wall_s = time.monotonic() - begin
+
+
+def _sample(usage: Usage) -> None:
+    total = 0
+    current: dict[str, int] = {}
+    for process in _processes():
+        with contextlib.suppress(psutil.Error, OSError):
+            pss, rss = _memory(process)
+            total += pss
+            kind = _kind(process)
+            current[kind] = max(current.get(kind, 0), pss)
+            usage.peak_rss_bytes = max(usage.peak_rss_bytes, rss)
+    usage.peak_pss_bytes = max(usage.peak_pss_bytes, total)
+    for kind, size in current.items():
+        usage.processes[kind] = max(usage.processes.get(kind, 0), size)
+
+
+def _processes() -> list[psutil.Process]:
+    own = psutil.Process()
+    found = {process.pid: process for process in [own, *own.children(recursive=True)]}
+    for process in psutil.process_iter(["name"]):  # a Ray that was not started here
+        if process.info["name"] == "raylet" and process.pid not in found:
+            with contextlib.suppress(psutil.Error):
+                found.update({child.pid: child for child in [process, *process.children(recursive=True)]})
+    return list(found.values())
+
+
+def _memory(process: psutil.Process) -> tuple[int, int]:
+    rollup = Path(f"/proc/{process.pid}/smaps_rollup")
+    if not rollup.exists():  # not Linux
+        size = process.memory_info().rss
+        return size, size
+    lines = rollup.read_text().splitlines()
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines[1:] if ":" in line}
+    return sizes.get("Pss", 0), sizes.get("Rss", 0)
+
+
+def _kind(process: psutil.Process) -> str:
+    """A process's name as people know it: a Ray worker by its task or actor, else by its program."""
+    if process.pid == psutil.Process().pid:
+        return "driver"
+    line = process.cmdline()
+    if line and line[0].startswith("ray::"):
+        return line[0].split()[0].removeprefix("ray::").split(".")[0].split("(")[0]
+    return process.name()
