@@ -9,13 +9,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray.data
 from numpy.typing import NDArray
+from ray.data import Datasource, ReadTask
+from ray.data.block import BlockMetadata
 
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.splits import row_hash
 from emloc_ray.data.token_shards import TokenShards
 
-_STEPS_PER_BLOCK = 1024
+_STEPS_PER_TASK = 256
 
 
 @dataclass(frozen=True)
@@ -48,40 +51,49 @@ class SampleOrder:
         return rows
 
 
-@dataclass(frozen=True)
-class RowReader:
-    """A Ray Data function: row positions in, the rows' tokens out."""
+def read_micro_steps(tokens_dir: Path, order: SampleOrder, begin: int, end: int) -> pa.Table:
+    """The rows of this rank's micro-steps ``[begin, end)``, in order, with their tokens."""
+    shards = TokenShards(tokens_dir)
+    rows = [shards.row(int(row)) for row in order.micro_steps(begin, end)]
+    ids = pa.array([row.input_ids for row in rows], pa.list_(pa.int32()))
+    completion = pa.array([row.completion_mask for row in rows], pa.list_(pa.bool_()))
+    return pa.table({"input_ids": ids, "completion_mask": completion})
 
-    tokens_dir: Path
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        shards = TokenShards(self.tokens_dir)
-        rows = [shards.row(position.as_py()) for position in batch["row"]]
-        ids = pa.array([row.input_ids for row in rows], pa.list_(pa.int32()))
-        completion = pa.array([row.completion_mask for row in rows], pa.list_(pa.bool_()))
-        return pa.table({"input_ids": ids, "completion_mask": completion})
+class MicroStepSource(Datasource):  # type: ignore[misc]
+    """A Ray Data source: a rank's micro-steps ``[begin, end)``, a fixed range of them a read task."""
+
+    def __init__(self, tokens_dir: Path, order: SampleOrder, begin: int, end: int) -> None:
+        super().__init__()
+        self.tokens_dir, self.order, self.begin, self.end = tokens_dir, order, begin, end
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Unknown before it is read."""
+        return None
+
+    def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
+        """One task per range, whatever ``parallelism`` says: the ranges fix the order."""
+        starts = range(self.begin, self.end, _STEPS_PER_TASK)
+        return [self._task(start, min(self.end, start + _STEPS_PER_TASK)) for start in starts]
+
+    def _task(self, begin: int, end: int) -> ReadTask:
+        tokens_dir, order = self.tokens_dir, self.order
+        metadata = BlockMetadata(
+            num_rows=(end - begin) * order.batch_size, size_bytes=None, input_files=None, exec_stats=None
+        )
+        return ReadTask(lambda: [read_micro_steps(tokens_dir, order, begin, end)], metadata)
 
 
 def stream_batches(tokens_dir: Path, order: SampleOrder, begin: int, end: int) -> Iterator[list[Tokens]]:
     """This rank's micro-batches ``[begin, end)``, in order, read ahead by Ray Data.
 
-    The reading tasks ask Ray for no CPU: they move a few kilobytes, and a worker group may hold every CPU there is.
+    The reading tasks ask Ray for no CPU: they move a few kilobytes, and the worker group may hold every CPU there is.
     """
-    import ray.data
-
     context: Any = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    for first in range(begin, end, _STEPS_PER_BLOCK * 64):
-        last = min(end, first + _STEPS_PER_BLOCK * 64)
-        blocks = [
-            pa.table({"row": order.micro_steps(start, min(last, start + _STEPS_PER_BLOCK))})
-            for start in range(first, last, _STEPS_PER_BLOCK)
-        ]
-        dataset = ray.data.from_arrow(blocks).map_batches(
-            RowReader(tokens_dir), batch_format="pyarrow", batch_size=256, num_cpus=0
-        )
-        table: Any
-        for table in dataset.iter_batches(batch_size=order.batch_size, batch_format="pyarrow", prefetch_batches=2):
-            columns = table["input_ids"].to_pylist(), table["completion_mask"].to_pylist()
-            yield [Tokens(ids, mask) for ids, mask in zip(*columns, strict=True)]
+    source = MicroStepSource(tokens_dir, order, begin, end)
+    dataset: Any = ray.data.read_datasource(source, num_cpus=0)
+    for table in dataset.iter_batches(batch_size=order.batch_size, batch_format="pyarrow", prefetch_batches=2):
+        columns = table["input_ids"].to_pylist(), table["completion_mask"].to_pylist()
+        yield [Tokens(ids, mask) for ids, mask in zip(*columns, strict=True)]
