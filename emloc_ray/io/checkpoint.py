@@ -60,6 +60,8 @@ class TensorEntry:
         return flat.view(self.dtype).reshape(end - begin, *self.shape[1:])
 
     def _bytes(self, start: int, stop: int) -> torch.Tensor:
+        if start == stop:
+            return torch.empty(0, dtype=torch.uint8)
         buffer = np.fromfile(self.file, dtype=np.uint8, count=stop - start, offset=start)
         if buffer.size != stop - start:
             raise ArtifactError(f"{self.file} is cut short in tensor {self.name}: copy the file again.")
@@ -91,10 +93,11 @@ def read_shard(file: Path) -> Shard:
         header = stream.read(length)
     try:
         described: dict[str, Any] = json.loads(header)
-    except ValueError as error:
+        described.pop("__metadata__", None)
+        found = [_entry(file, name, item, 8 + length) for name, item in described.items()]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ArtifactError(f"{file} has no readable safetensors header: copy it again.") from error
-    described.pop("__metadata__", None)
-    entries = sorted((_entry(file, name, item, 8 + length) for name, item in described.items()), key=lambda e: e.start)
+    entries = sorted(found, key=lambda entry: entry.start)
     if entries and entries[-1].stop > size:
         raise ArtifactError(f"{file} is cut short: its header asks for {entries[-1].stop} bytes, it has {size}.")
     return Shard(file, header, tuple(entries))
@@ -125,8 +128,11 @@ class Checkpoint:
     def _files(self) -> list[Path]:
         index = self.directory / INDEX_NAME
         if index.is_file():
-            names = json.loads(index.read_text())["weight_map"].values()
-            return [self.directory / name for name in sorted(set(names))]
+            try:
+                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                return [self.directory / name for name in names]
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise ArtifactError(f"{index} holds no readable weight_map: copy the checkpoint again.") from error
         if (self.directory / SINGLE_NAME).is_file():
             return [self.directory / SINGLE_NAME]
         raise ArtifactError(

@@ -35,16 +35,22 @@ def stream_shard(path: Path, header: bytes, tensors: Iterable[tuple[TensorEntry,
     """Writes a shard atomically: ``header``, then for each entry its row chunks, in the header's order.
 
     Raises:
-        ArtifactError: where the chunks of a tensor do not add up to its entry's bytes.
+        ArtifactError: where the chunks of a tensor do not add up to its entry's bytes, or the tensors to the header's.
     """
+    described = json.loads(header)
+    asked = max((item["data_offsets"][1] for name, item in described.items() if name != "__metadata__"), default=0)
     with atomic_file(path) as file:
         file.write(len(header).to_bytes(8, "little") + header)
+        total = 0
         for entry, chunks in tensors:
             written = 0
             for chunk in chunks:
                 written += file.write(chunk.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             if written != entry.num_bytes:
                 raise ArtifactError(f"{path}: tensor {entry.name} got {written} of {entry.num_bytes} bytes: run again.")
+            total += written
+        if total != asked:
+            raise ArtifactError(f"{path} got {total} of the {asked} bytes that its header asks for: run again.")
 
 
 def row_chunks(entry: TensorEntry, chunk_bytes: int) -> Iterator[tuple[int, torch.Tensor]]:

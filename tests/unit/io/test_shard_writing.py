@@ -1,0 +1,91 @@
+"""Streamed shards are what safetensors itself reads, byte for byte what was put in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from emloc_ray.errors import ArtifactError
+from emloc_ray.io.checkpoint import DTYPES, Checkpoint, TensorEntry, read_shard
+from emloc_ray.io.shard_writing import copy_chunks, make_header, row_chunks, stream_shard
+
+
+def entry(name: str, dtype: torch.dtype, *shape: int) -> TensorEntry:
+    """A tensor yet to be written."""
+    count = 1
+    for size in shape:
+        count *= size
+    return TensorEntry(name, Path("nowhere"), dtype, shape, 0, count * dtype.itemsize)
+
+
+def test_safetensors_reads_what_we_stream(tmp_path: Path) -> None:
+    tensors = {
+        f"{name}.weight": (torch.arange(15).reshape(5, 3) % 2).to(torch.float32).to(dtype)
+        for name, dtype in DTYPES.items()
+    }
+    tensors["scalar"] = torch.tensor(2.5)
+    tensors["no.rows"] = torch.zeros(0, 3)
+    tensors["transposed"] = torch.arange(6.0).reshape(2, 3).T
+    entries = [entry(name, tensor.dtype, *tensor.shape) for name, tensor in tensors.items()]
+    path = tmp_path / "s.safetensors"
+    stream_shard(path, make_header(entries), ((e, iter([tensors[e.name]])) for e in entries))
+    with safe_open(path, "pt") as file:
+        assert set(file.keys()) == set(tensors)
+        assert file.metadata() == {"format": "pt"}
+        for name, tensor in tensors.items():
+            got = file.get_tensor(name)
+            assert got.dtype == tensor.dtype
+            assert torch.equal(got.float(), tensor.float()), name
+
+
+def test_header_is_padded_to_eight_bytes() -> None:
+    for length in range(1, 12):
+        assert len(make_header([entry("n" * length, torch.float32, 2)])) % 8 == 0
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 100, 10**6])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_copy_under_the_verbatim_header_is_the_same_file(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], dtype: str, chunk_bytes: int
+) -> None:
+    for shard in Checkpoint(tiny_model_dir(dtype=dtype)).shards:
+        target = tmp_path / shard.file.name
+        stream_shard(target, shard.header, ((e, copy_chunks(e, chunk_bytes)) for e in shard.entries))
+        assert target.read_bytes() == shard.file.read_bytes()
+
+
+@given(rows=st.integers(0, 9), columns=st.integers(1, 5), chunk_bytes=st.integers(1, 200))
+def test_chunks_cover_all_rows_once_and_stay_small(
+    tmp_path_factory: pytest.TempPathFactory, rows: int, columns: int, chunk_bytes: int
+) -> None:
+    tensor = torch.arange(rows * columns, dtype=torch.float32).reshape(rows, columns)
+    path = tmp_path_factory.mktemp("chunks") / "a.safetensors"
+    save_file({"t": tensor}, path)
+    chunks = list(row_chunks(read_shard(path).entries[0], chunk_bytes))
+    assert torch.equal(torch.cat([part for _, part in chunks]), tensor)
+    assert [begin for begin, _ in chunks] == [sum(len(part) for _, part in chunks[:i]) for i in range(len(chunks))]
+    assert all(part.numel() * 4 <= max(chunk_bytes, 4 * columns) for _, part in chunks)
+
+
+@pytest.mark.parametrize("given_rows", [1, 3])
+def test_a_wrong_number_of_bytes_raises_and_leaves_nothing(tmp_path: Path, given_rows: int) -> None:
+    wanted = entry("t", torch.float32, 2, 2)
+    path = tmp_path / "s.safetensors"
+    with pytest.raises(ArtifactError, match=f"tensor t got {8 * given_rows} of 16 bytes"):
+        stream_shard(path, make_header([wanted]), [(wanted, iter([torch.zeros(given_rows, 2)]))])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tensor_left_out_raises(tmp_path: Path) -> None:
+    first, second = entry("a", torch.float32, 2), entry("b", torch.float32, 2)
+    path = tmp_path / "s.safetensors"
+    with pytest.raises(ArtifactError, match=r"s\.safetensors"):
+        stream_shard(path, make_header([first, second]), [(first, iter([torch.zeros(2)]))])
+    assert not list(tmp_path.iterdir())
