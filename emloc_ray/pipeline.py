@@ -157,7 +157,8 @@ class Pipeline:
 
             from emloc_ray.modeling.loading import import_gguf
 
-            ray.get(ray.remote(import_gguf).remote(source, self.model_dir, self.config.model.dtype))
+            task: Any = ray.remote(import_gguf)
+            ray.get(task.remote(source, self.model_dir, self.config.model.dtype))
             return {}
 
         self._step("import", inputs, [self.model_dir], execute)
@@ -189,7 +190,9 @@ class Pipeline:
             "eval": self.config.evaluation.num_samples,
         }.get(split)
         if asked is not None and count["rows"] + count["dropped_rows"] < asked and not self.config.data.packing:
-            self.reporter.note(f"data.{split}: {count['rows']} rows instead of the {asked} asked for: there are no more.")
+            self.reporter.note(
+                f"data.{split}: {count['rows']} rows instead of the {asked} asked for: there are no more."
+            )
 
     def calibrate(self) -> None:
         """One Gram per shared input of the linears that compression targets."""
@@ -437,7 +440,7 @@ def _without(section: StageConfig, keys: set[str]) -> dict[str, Any]:
 def _training_arguments(section: Any) -> dict[str, Any]:
     """What the finetune section says to Hugging Face's TrainingArguments, but for what the stage sets itself."""
     own = {*StageConfig.model_fields, "loss_on", "max_steps", "num_train_epochs", "per_device_train_batch_size"}
-    return section.model_dump(mode="json", exclude={*own, "max_failures"})  # type: ignore[no-any-return]
+    return section.model_dump(mode="json", exclude={*own, "max_failures"})
 
 
 def describe_failure(error: EmlocError, run_dir: Path) -> str:

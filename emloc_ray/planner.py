@@ -168,7 +168,7 @@ class _Sizes:
 def _dtype(prepared: Prepared) -> torch.dtype:
     wanted = prepared.config.model.dtype
     if wanted != "auto":
-        return getattr(torch, wanted)  # type: ignore[no-any-return]
+        return getattr(torch, wanted)
     if prepared.source.gguf_file:
         return torch.float32
     return getattr(prepared.model_config, "dtype", None) or torch.float32

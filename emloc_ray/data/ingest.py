@@ -60,7 +60,7 @@ def read_micro_steps(tokens_dir: Path, order: SampleOrder, begin: int, end: int)
     return pa.table({"input_ids": ids, "completion_mask": completion})
 
 
-class MicroStepSource(Datasource):  # type: ignore[misc]
+class MicroStepSource(Datasource):
     """A Ray Data source: a rank's micro-steps ``[begin, end)``, a fixed range of them a read task."""
 
     def __init__(self, tokens_dir: Path, order: SampleOrder, begin: int, end: int) -> None:

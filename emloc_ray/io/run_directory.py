@@ -150,6 +150,17 @@ class RunDirectory:
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
         self._lock_descriptor = descriptor
 
+    def holder(self) -> str | None:
+        """The process that holds the run now, or None."""
+        if not self.path(_LOCK).is_file():
+            return None
+        with self.path(_LOCK).open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return file.read().strip() or "another process"
+        return None
+
     def unlock(self) -> None:
         """Gives the run back."""
         if self._lock_descriptor is not None:

@@ -105,13 +105,17 @@ def _download(name: str, split: str, directory: Path) -> SourceFile:
     try:
         import datasets
     except ImportError as error:
-        raise DataError(f"data.{split}.path hf:{name} needs the datasets package: pip install 'emloc-ray[hub]'.") from error
+        raise DataError(
+            f"data.{split}.path hf:{name} needs the datasets package: pip install 'emloc-ray[hub]'."
+        ) from error
     name, _, part = name.partition(":")
     try:
         dataset = datasets.load_dataset(name, split=part or ("train" if split != "eval" else "test"))
     except Exception as error:
         detail = str(error).split("\n")[0][:200]
-        raise DataError(f"data.{split}.path hf:{name} cannot be loaded ({detail}): mend the name or its split.") from error
+        raise DataError(
+            f"data.{split}.path hf:{name} cannot be loaded ({detail}): mend the name or its split."
+        ) from error
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{split}.parquet"
     dataset.to_parquet(str(path))

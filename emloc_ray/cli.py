@@ -1,0 +1,219 @@
+"""The command line: ``emloc-ray VERB CONFIG [key.path=value …]``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from emloc_ray.errors import ConfigError, EmlocError
+
+app = typer.Typer(
+    name="emloc-ray",
+    help="Fine-tune a large model through a small emulator of it, on Ray (EMLoC, arXiv 2506.12015).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class Stage(str, Enum):
+    """The stages, in order."""
+
+    calibrate = "calibrate"
+    factorize = "factorize"
+    finetune = "finetune"
+    correct = "correct"
+    merge = "merge"
+    evaluate = "evaluate"
+
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Config keys to override.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Forget what an earlier run of this name left.")]
+
+
+def _guarded(action: Callable[[], None]) -> None:
+    """Runs a verb; every failure is a sentence on stderr and an exit code (1 failed, 2 bad call, 130 stopped)."""
+    try:
+        action()
+    except EmlocError as error:
+        for line in str(error).split("\n"):
+            errors.print(f"[red]Error:[/] {_escape(line)}")
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        errors.print("Stopped. What was finished stays; the same command goes on from there.")
+        raise typer.Exit(130) from None
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+def _prepare(path: Path, overrides: list[str] | None) -> Any:
+    from emloc_ray.config import load_config
+
+    config = load_config(path, overrides or ())
+    with console.status("Checking the config, the model and the data …"):
+        from emloc_ray.preparation import prepare
+
+        _quiet_libraries()
+        return prepare(config)
+
+
+def _quiet_libraries() -> None:
+    import warnings
+
+    import transformers
+
+    warnings.filterwarnings("ignore")
+    transformers.utils.logging.set_verbosity_error()
+
+
+def _run(path: Path, overrides: list[str] | None, begin: Stage | None, until: Stage, fresh: bool) -> None:
+    from emloc_ray import pipeline
+    from emloc_ray.console import ConsoleReporter, duration, evaluation_table, gib, result_lines
+    from emloc_ray.planner import make_plan
+
+    prepared = _prepare(path, overrides)
+    plan = make_plan(prepared)
+    console.print(
+        f"[bold]{prepared.run.name}[/]: {plan.parameters:,} parameters, emulator {plan.emulator_parameters:,};"
+        f" about {duration(plan.seconds)} and {gib(plan.disk_bytes).strip()} of disk if nothing is done yet"
+    )
+    try:
+        with ConsoleReporter(console) as reporter:
+            metrics = pipeline.run(
+                prepared.config,
+                begin=begin and begin.value,
+                until=until.value,
+                fresh=fresh,
+                reporter=reporter,
+                prepared=prepared,
+            )
+    except EmlocError as error:
+        if not isinstance(error, ConfigError):
+            raise type(error)(pipeline.describe_failure(error, prepared.run.root)) from error
+        raise
+    if until is Stage.evaluate:
+        console.print(evaluation_table(metrics))
+    for line in result_lines(metrics, str(prepared.run.root)):
+        console.print(_escape(line), soft_wrap=True)
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    begin: Annotated[Stage | None, typer.Option("--from", help="Redo from this stage on.")] = None,
+    until: Annotated[Stage, typer.Option("--until", help="Stop after this stage.")] = Stage.evaluate,
+    fresh: Fresh = False,
+) -> None:
+    """Run all stages; what is done is skipped, what the config changed is redone."""
+    _guarded(lambda: _run(config, overrides, begin, until, fresh))
+
+
+def _stage_command(stage: Stage, text: str) -> None:
+    def command(config: ConfigPath, overrides: Overrides = None, fresh: Fresh = False) -> None:
+        _guarded(lambda: _run(config, overrides, None, stage, fresh))
+
+    app.command(name=stage.value, help=text)(command)
+
+
+_stage_command(Stage.calibrate, "Run up to the Grams of the calibration data.")
+_stage_command(Stage.factorize, "Run up to the emulator.")
+_stage_command(Stage.finetune, "Run up to the adapter as trained on the emulator.")
+_stage_command(Stage.correct, "Run up to the corrected adapter.")
+_stage_command(Stage.merge, "Run up to the merged model.")
+_stage_command(Stage.evaluate, "Run up to the evaluation on held-out data.")
+
+
+@app.command()
+def validate(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Check the config, the model and the data's first rows; every error at once, nothing started."""
+
+    def action() -> None:
+        prepared = _prepare(config, overrides)
+        layout = prepared.layout
+        console.print(
+            f"{config} is good: {len(layout.ranks)} of {len(layout.specs)} linears compressed,"
+            f" {len(layout.adapted)} adapted."
+        )
+
+    _guarded(action)
+
+
+@app.command()
+def plan(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Show shapes, ranks, parameters, and the memory, disk, time and resources of every stage; loads no weights."""
+
+    def action() -> None:
+        from emloc_ray.console import plan_tables
+        from emloc_ray.planner import make_plan
+
+        for table in plan_tables(make_plan(_prepare(config, overrides))):
+            console.print(table)
+
+    _guarded(action)
+
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory.")]
+
+
+@app.command()
+def status(run_dir: RunPath) -> None:
+    """Show which stages of a run are done, and its results so far."""
+
+    def action() -> None:
+        from emloc_ray.console import evaluation_table, gib, result_lines
+        from emloc_ray.io.run_directory import RunDirectory
+
+        run = RunDirectory(run_dir)
+        stages = run.manifest()["stages"]
+        for stage in ("import", "data", *(s.value for s in Stage)):
+            if stage in stages:
+                usage = stages[stage]["result"]["usage"]
+                peak = gib(usage["peak_pss_bytes"]).strip()
+                console.print(f"[green]✓[/] {stage:<10} {usage['wall_s']:8.1f} s  peak {peak}")
+            elif stage != "import":
+                console.print(f"[dim]· {stage:<10} not done[/]")
+        holder = run.holder()
+        console.print(f"Running: {holder}" if holder else "Not running.")
+        metrics = run.metrics()
+        if "evaluation" in metrics:
+            console.print(evaluation_table(metrics))
+            for line in result_lines(metrics, str(run.root)):
+                console.print(_escape(line), soft_wrap=True)
+
+    _guarded(action)
+
+
+@app.command()
+def report(run_dir: RunPath) -> None:
+    """Write report.html of a run, finished or not."""
+
+    def action() -> None:
+        from emloc_ray.io.run_directory import RunDirectory
+        from emloc_ray.report import write_report
+
+        console.print(str(write_report(RunDirectory(run_dir))))
+
+    _guarded(action)
+
+
+def main() -> None:
+    """The ``emloc-ray`` command."""
+    # A hub that cannot be reached is told by us, in one sentence.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except BrokenPipeError:
+        sys.exit(0)

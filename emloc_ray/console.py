@@ -1,0 +1,221 @@
+"""What a person sees: progress bars on a terminal, plain lines otherwise, tables of plans and results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from emloc_ray.planner import Plan
+
+_VERBS = {
+    "import": "Importing the model",
+    "data": "Making token shards",
+    "calibrate": "Calibrating",
+    "factorize": "Factorizing",
+    "finetune": "Fine-tuning",
+    "correct": "Correcting",
+    "merge": "Merging",
+    "evaluate": "Evaluating",
+}
+
+
+class ConsoleReporter:
+    """Shows a run: a bar a stage on a terminal; elsewhere a line where a stage begins and ends."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bars = Progress(
+            TextColumn("{task.description:<20}"),
+            BarColumn(bar_width=32),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> ConsoleReporter:
+        if self.console.is_terminal:
+            self.bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bars.stop()
+
+    def start(self, stage: str) -> Callable[[int, int], None]:
+        """A stage begins."""
+        if not self.console.is_terminal:
+            self.console.print(f"{_VERBS[stage]} …", highlight=False)
+            return lambda done, total: None
+        task = self.task = self.bars.add_task(_VERBS[stage], total=None)
+        return lambda done, total: self.bars.update(task, completed=done, total=max(total, 1))
+
+    def _end(self) -> None:
+        if self.task is not None:
+            self.bars.remove_task(self.task)
+            self.task = None
+
+    def finish(self, stage: str, result: dict[str, Any], usage: dict[str, Any]) -> None:
+        """A stage has ended: what came out, its wall time, its peak memory."""
+        self._end()
+        line = f"[green]✓[/] {_VERBS[stage]:<20} {usage['wall_s']:7.1f} s  {gib(usage['peak_pss_bytes'])}"
+        self.console.print(f"{line}  {_outcome(stage, result)}".rstrip(), highlight=False, soft_wrap=True)
+
+    def skip(self, stage: str) -> None:
+        """A stage was found done."""
+        self.console.print(f"[dim]· {_VERBS[stage]:<20} done before, inputs unchanged[/]", highlight=False)
+
+    def note(self, text: str) -> None:
+        """Something that a reader should know."""
+        self.console.print(f"[yellow]![/] {text}", highlight=False, soft_wrap=True)
+
+
+def _outcome(stage: str, result: dict[str, Any]) -> str:
+    if stage == "data":
+        rows = ", ".join(f"{split} {count['rows']:,}" for split, count in result["splits"].items())
+        return f"rows: {rows}"
+    if stage == "calibrate":
+        return f"{result['num_tokens']:,} tokens in {result['num_shards']} shards"
+    if stage == "factorize":
+        return f"{len(result['layers'])} linears, mean relative error {result['mean_relative_error']:.3f}"
+    if stage == "finetune":
+        return f"{result['steps']} steps, training loss {result['train_loss']:.3f}"
+    if stage == "correct":
+        return f"chose {describe_choice(result)}"
+    if stage == "merge":
+        return f"{result['merged_tensors']} tensors changed"
+    return ""
+
+
+def describe_choice(choice: dict[str, Any]) -> str:
+    """A correction in words: ``covariance, λ = 3, strength 0.5``."""
+    if choice["method"] == "none":
+        return "none"
+    clamp = "unclamped" if choice["clamp"] is None else f"λ = {choice['clamp']:g}"
+    return f"{choice['method']}, {clamp}, strength {choice['strength']:g}"
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB, or as MiB where that is little."""
+    return f"{size / 2**30:6.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:6.1f} MiB"
+
+
+def plan_tables(plan: Plan) -> list[Table]:
+    """The plan as tables: what kinds of linears become, and what every stage needs."""
+    return [_shape_table(plan), _stage_table(plan)]
+
+
+def _shape_table(plan: Plan) -> Table:
+    layout = plan.layout
+    table = Table(title="Linears inside the blocks", title_justify="left")
+    for column in ("linears", "out × in", "count", "rank", "parameters", "kept", "share"):
+        table.add_column(column, justify="left" if column == "linears" else "right")
+    kinds: dict[tuple[str, int, int, int | None], int] = {}
+    for spec in layout.specs:
+        key = (spec.name.rsplit(".", 1)[-1], spec.out_features, spec.in_features, layout.ranks.get(spec.name))
+        kinds[key] = kinds.get(key, 0) + 1
+    for (kind, out_features, in_features, rank), count in kinds.items():
+        dense = out_features * in_features
+        kept = dense if rank is None else rank * (out_features + in_features)
+        table.add_row(
+            kind,
+            f"{out_features} × {in_features}",
+            str(count),
+            "dense" if rank is None else str(rank),
+            f"{count * dense:,}",
+            f"{count * kept:,}",
+            f"{kept / dense:.3f}",
+        )
+    table.add_section()
+    targeted, kept = layout.parameters_targeted, layout.parameters_factorized
+    table.add_row(
+        "targeted", "", str(len(layout.compressed)), "", f"{targeted:,}", f"{kept:,}", f"{kept / targeted:.3f}"
+    )
+    whole = plan.emulator_parameters / plan.parameters
+    table.add_row("whole model", "", "", "", f"{plan.parameters:,}", f"{plan.emulator_parameters:,}", f"{whole:.3f}")
+    return table
+
+
+def _stage_table(plan: Plan) -> Table:
+    table = Table(title="Stages (predicted)", title_justify="left")
+    for column in ("stage", "workers", "CPUs each", "GPUs each", "memory each", "disk", "time"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for stage in plan.stages:
+        table.add_row(
+            stage.name,
+            str(stage.num_workers),
+            f"{stage.cpus_per_worker:g}",
+            f"{stage.gpus_per_worker:g}",
+            gib(stage.worker_bytes).strip(),
+            gib(stage.disk_bytes).strip(),
+            duration(stage.seconds),
+        )
+    table.add_section()
+    table.add_row("together", "", "", "", "", gib(plan.disk_bytes).strip(), duration(plan.seconds))
+    table.add_row("inference of the original", "1", "", "", gib(plan.inference_bytes).strip(), "", "")
+    return table
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def evaluation_table(metrics: dict[str, Any]) -> Table:
+    """The six variants on the held-out rows, and what was gained."""
+    evaluation = metrics["evaluation"]
+    tokens = evaluation["original"]["num_tokens"]
+    table = Table(title=f"Held-out data, {tokens:,} predicted tokens", title_justify="left")
+    for column in ("model", "loss (nats/token)", "gain", "token accuracy"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    labels = {
+        "original": "original",
+        "emulator": "emulator",
+        "emulator_adapter": "emulator + adapter",
+        "uncorrected": "original + adapter, uncorrected",
+        "corrected": "original + adapter, corrected",
+        "merged": "merged",
+    }
+    for variant, label in labels.items():
+        values = evaluation[variant]
+        gain = evaluation["original"]["loss"] - values["loss"]
+        table.add_row(label, f"{values['loss']:.4f}", f"{gain:+.4f}", f"{values['token_accuracy']:.3f}")
+    return table
+
+
+def result_lines(metrics: dict[str, Any], run_dir: str) -> list[str]:
+    """The run's outcome in a few lines, below the table."""
+    lines = []
+    if "correction" in metrics:
+        lines.append(f"Correction: {describe_choice(metrics['correction'])}")
+    if gap := metrics.get("gap_closed"):
+        lines.append(
+            f"Gap closed: {gap['corrected']:.1%} of the way to LoRA on the original"
+            f" (loss {gap['upper_bound_loss']:.4f}, {gap['upper_bound']})"
+        )
+    if exact := metrics.get("exact_match"):
+        lines.append(
+            f"Exact match: {exact['original']:.1%} before, {exact['merged']:.1%} after"
+            f" (greedy, {exact['num_prompts']} prompts)"
+        )
+    if emulator := metrics.get("emulator"):
+        share = emulator["parameters"] / emulator["original_parameters"]
+        lines.append(
+            f"Emulator: {emulator['parameters']:,} of {emulator['original_parameters']:,} parameters ({share:.0%});"
+            f" {emulator['parameters_kept']:.3f} of the targeted linears"
+        )
+    stages = metrics["stages"]
+    peak = max(stage["peak_pss_bytes"] for stage in stages.values())
+    wall = sum(stage["wall_s"] for stage in stages.values())
+    disk = sum(metrics["disk_bytes"].values())
+    lines.append(
+        f"Stages: {duration(wall)}, peak memory of all processes {gib(peak).strip()}, disk {gib(disk).strip()}"
+    )
+    lines.append(f"Artifacts in {run_dir}: adapter/ (PEFT), merged/ (transformers), report.html")
+    return lines
