@@ -89,12 +89,23 @@ class Whitening:
     def outer(self, weight: Tensor) -> Tensor:
         """``W G' Wᵀ (out, out)`` for ``weight (out, in)``, in the dtype of ``weight``.
 
-        With ``G' = T + Tᵀ``, ``T`` its lower triangle with half of the diagonal, it is ``P + Pᵀ`` for ``P = W T Wᵀ``: a
-        third less work, and exactly symmetric.
+        With ``G' = T + Tᵀ`` and ``T`` block triangular, it is ``P + Pᵀ`` for ``P = W T Wᵀ``: up to a third less work, and
+        exactly symmetric.
         """
         if self.is_identity:
             product = weight @ weight.T
             return (product + product.T) / 2
+        product = self._times_half(weight) @ weight.T
+        return product + product.T
+
+    def energy(self, weight: Tensor) -> float:
+        """``tr(W G' Wᵀ)`` for ``weight (out, in)``: directly, without its eigenvalues."""
+        if self.is_identity:
+            return float(weight.square().sum(dtype=torch.float64))
+        return 2.0 * float(self._times_half(weight).mul_(weight).sum(dtype=torch.float64))
+
+    def _times_half(self, weight: Tensor) -> Tensor:
+        """``W T (out, in)``, ``G' = T + Tᵀ``: ``T`` is zero above its diagonal blocks, and half of ``G'`` in them."""
         gram = self.matrix(weight.dtype)
         half = torch.empty_like(weight, memory_format=torch.contiguous_format)
         for start in range(0, self.in_features, _BLOCK):
@@ -102,8 +113,7 @@ class Whitening:
             block = torch.mm(weight[:, start:end], gram[start:end, start:end] / 2, out=half[:, start:end])
             if end < self.in_features:
                 block.addmm_(weight[:, end:], gram[end:, start:end])
-        product = half @ weight.T
-        return product + product.T
+        return half
 
     def whiten(self, weight: Tensor) -> Tensor:
         """``W L (out, in)`` for ``weight (out, in)``, in the dtype of ``weight``; the upper triangle of ``L`` is skipped."""

@@ -126,12 +126,28 @@ def test_one_channel_3000_times_the_others(solver: Solver, where: str, out_featu
     assert error_of(weight, result.factors, damped(gram)) == pytest.approx(optimum, rel=1e-3, abs=1e-6)
 
 
+@ORIENTATIONS
+def test_the_direct_check_decides_between_the_bounds(
+    monkeypatch: pytest.MonkeyPatch, out_features: int, in_features: int
+) -> None:
+    weight, tokens = normal(out_features, in_features).float(), normal(99, in_features, 1).float()
+    whitening, gram = Whitening(tokens.T @ tokens), damped(tokens.T @ tokens)
+    monkeypatch.setattr(factorization, "_SURE_ROUNDING_SHARE", 0.0)
+    result = factorize(weight, whitening, 9)
+    assert result.dtype == torch.float32
+    assert result.relative_error == pytest.approx(error_of(weight, result.factors, gram), rel=1e-5)
+    monkeypatch.setattr(factorization, "_MAX_RESIDUAL_DIFFERENCE", -1.0)
+    again = factorize(weight, whitening, 9)
+    assert again.dtype == torch.float64
+    assert again.relative_error == pytest.approx(best_error(weight, gram, 9), rel=1e-6)
+
+
 def test_float32_would_have_failed_unnoticed_on_that_channel(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, tokens = normal(200, 260, 6).float(), normal(900, 260, 7).float()
     tokens[:, 3] *= 3000
     weight[:, 3] *= 30
     gram = tokens.to(torch.float64).T @ tokens.to(torch.float64)
-    monkeypatch.setattr(factorization, "_MAX_ROUNDING_SHARE", math.inf)
+    monkeypatch.setattr(factorization, "_SURE_ROUNDING_SHARE", math.inf)
     result = factorize(weight, Whitening(gram), 30, solver="exact")
     assert result.dtype == torch.float32
     assert error_of(weight, result.factors, damped(gram)) > 1.02 * best_error(weight, damped(gram), 30)

@@ -29,6 +29,7 @@ def test_products_are_those_of_the_damped_gram(features: int, dtype: torch.dtype
     assert torch.equal(outer, outer.T)
     expected = weight @ damped @ weight.T / whitening.scale
     torch.testing.assert_close(outer.double(), expected, **tolerance)
+    assert whitening.energy(weight.to(dtype)) == pytest.approx(float(expected.trace()), rel=1e-5)
     whitened = whitening.whiten(weight.to(dtype)).double()
     torch.testing.assert_close(whitened @ whitened.T, expected, **tolerance)
     root = whitening.root(torch.float64)
@@ -74,6 +75,7 @@ def test_zero_gram_and_identity_whiten_alike() -> None:
         weight = tokens_of(3, 4)
         torch.testing.assert_close(whitening.outer(weight), weight @ weight.T)
         assert torch.equal(whitening.whiten(weight), weight)
+        assert whitening.energy(weight) == pytest.approx(float(weight.square().sum()))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
