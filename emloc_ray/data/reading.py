@@ -64,7 +64,7 @@ def scan(path: Path) -> SourceFile:
         if kind == "parquet":
             source = SourceFile(str(path), kind, pa.parquet.read_metadata(path).num_rows)
         elif kind == "csv":
-            source = SourceFile(str(path), kind, pa.csv.read_csv(path, parse_options=_CSV).num_rows)
+            source = SourceFile(str(path), kind, _read_csv(path).num_rows)
         else:
             source = _scan_lines(path)
     except (OSError, pa.ArrowInvalid) as error:
@@ -75,7 +75,12 @@ def scan(path: Path) -> SourceFile:
     return source
 
 
-_CSV = pyarrow.csv.ParseOptions(newlines_in_values=True)
+def _read_csv(path: str | Path) -> pa.Table:
+    """All columns as text, as a CSV file has them: an answer of 007 is no number."""
+    parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    names = pa.csv.open_csv(path, parse_options=parse).schema.names
+    convert = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
+    return pa.csv.read_csv(path, parse_options=parse, convert_options=convert)
 
 
 def _scan_lines(path: Path) -> SourceFile:
@@ -95,12 +100,18 @@ def read_rows(source: SourceFile, rows: Sequence[int]) -> Iterator[tuple[int, di
     if source.kind == "jsonl":
         yield from _read_lines(source, rows)
         return
-    yield from zip(rows, _read_table(source, rows).to_pylist(), strict=True)
+    try:
+        table = _read_table(source, rows)
+    except (OSError, pa.ArrowInvalid) as error:
+        detail = " ".join(str(error).split())[:200]
+        where = f"rows {rows[0] + 1} to {rows[-1] + 1}"
+        raise DataError(f"{source.path}, {where}: not readable as {source.kind} ({detail}): mend the file.") from error
+    yield from zip(rows, table.to_pylist(), strict=True)
 
 
 def _read_table(source: SourceFile, rows: Sequence[int]) -> pa.Table:
     if source.kind == "csv":
-        return pa.csv.read_csv(source.path, parse_options=_CSV).take(pa.array(rows))
+        return _read_csv(source.path).take(pa.array(rows))
     file = pa.parquet.ParquetFile(source.path)
     parts, start = [], 0
     for group in range(file.num_row_groups):

@@ -63,16 +63,24 @@ class TokenShards:
     def row(self, position: int) -> Tokens:
         """The row at a position of the whole split."""
         number = bisect.bisect_right(self._starts, position) - 1
-        return _row(_open(str(self.directory / shard_name(number))), position - self._starts[number])
+        return _row(self._table(number), position - self._starts[number])
 
     def shard(self, number: int) -> list[Tokens]:
         """All rows of one shard."""
-        table = _open(str(self.directory / shard_name(number)))
+        table = self._table(number)
         return [_row(table, position) for position in range(table.num_rows)]
+
+    def _table(self, number: int) -> pa.Table:
+        path = self.directory / shard_name(number)
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing, though the index names it: run the data stage again.")
+        status = path.stat()
+        return _open(str(path), status.st_ino, status.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=64)
-def _open(path: str) -> pa.Table:
+def _open(path: str, inode: int, modified: int) -> pa.Table:
+    # Inode and time are part of the key: a worker may outlive the shards that it has mapped.
     return pa.ipc.open_file(pa.memory_map(path)).read_all()
 
 
