@@ -1,0 +1,170 @@
+"""What a row means as tokens, checked by decoding them again: the byte-level tokenizer loses nothing."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import CHAT_TEMPLATE, EOS, make_tokenizer
+
+from emloc_ray.data.formats import Tokens, check_row, pack, tokenize_row, truncate
+from emloc_ray.errors import DataError
+
+words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(str.strip)
+
+
+def spans(tokens: Tokens, tokenizer: Any) -> list[tuple[bool, str]]:
+    """Runs of equal mask as text."""
+    runs: list[tuple[bool, list[int]]] = []
+    for token, completion in zip(tokens.input_ids, tokens.completion_mask, strict=True):
+        if not runs or runs[-1][0] != completion:
+            runs.append((completion, []))
+        runs[-1][1].append(token)
+    return [(completion, tokenizer.decode(ids)) for completion, ids in runs]
+
+
+@given(words)
+def test_text_is_all_completion_and_ends(tokenizer: Any, text: str) -> None:
+    tokens = tokenize_row({"text": text}, "text", tokenizer, "here")
+    assert spans(tokens, tokenizer) == [(True, f"{text}<eos>")]
+    assert tokens.input_ids[-1] == EOS
+
+
+@given(words, words)
+def test_prompt_and_completion(tokenizer: Any, prompt: str, completion: str) -> None:
+    row = {"prompt": prompt, "completion": completion}
+    tokens = tokenize_row(row, "prompt_completion", tokenizer, "here")
+    assert spans(tokens, tokenizer) == [(False, prompt), (True, f"{completion}<eos>")]
+    assert tokens.input_ids.count(EOS) == 1
+    # The prompt's tokens are those that generation starts from.
+    assert tokens.input_ids[: tokens.completion_mask.index(True)] == tokenizer(prompt)["input_ids"]
+
+
+def test_a_tokenizer_that_adds_special_tokens_itself() -> None:
+    class Adding:
+        """Puts 7 before and eos after, unless asked not to; as T5's and Llama's do."""
+
+        eos_token_id = EOS
+
+        def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            ids = [100 + ord(letter) for letter in text]
+            return {"input_ids": [7, *ids, EOS] if add_special_tokens else ids}
+
+    tokens = tokenize_row({"prompt": "a", "completion": "b"}, "prompt_completion", Adding(), "here")
+    assert tokens == Tokens([7, 197, 198, EOS], [False, False, True, True])
+    assert tokenize_row({"text": "a"}, "text", Adding(), "here") == Tokens([7, 197, EOS], [True] * 3)
+
+
+def test_messages_every_assistant_turn_is_completion(tokenizer: Any) -> None:
+    messages = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "and 2?"},
+        {"role": "assistant", "content": "4"},
+        {"role": "user", "content": "thanks"},
+    ]
+    tokens = tokenize_row({"messages": messages}, "messages", tokenizer, "here")
+    assert spans(tokens, tokenizer) == [
+        (False, "<|system|>be brief<eos><|user|>1 + 1?<eos><|assistant|>"),
+        (True, "2<eos>"),
+        (False, "<|user|>and 2?<eos><|assistant|>"),
+        (True, "4<eos>"),
+    ]
+
+
+def test_messages_are_the_template_s_own_text(tokenizer: Any) -> None:
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}]
+    tokens = tokenize_row({"messages": messages}, "messages", tokenizer, "here")
+    assert tokenizer.decode(tokens.input_ids) == tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def test_a_template_that_rewrites_earlier_turns() -> None:
+    # As reasoning models do: what an earlier assistant turn said depends on whether it is the last.
+    rewriting = (
+        "{% for m in messages %}{{ m['role'] }}:{% if m['role'] == 'assistant' and not loop.last %}(cut)"
+        "{% else %}{{ m['content'] }}{% endif %};{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    one = make_tokenizer(rewriting)
+    assert spans(tokenize_row({"messages": turns}, "messages", one, "here"), one)[-1] == (True, "b;")
+    with pytest.raises(DataError, match=r"^f\.jsonl, row 4: .*rewrites earlier turns"):
+        tokenize_row({"messages": turns * 2}, "messages", one, "f.jsonl, row 4")
+
+
+def test_no_chat_template() -> None:
+    row = {"messages": [{"role": "assistant", "content": "b"}]}
+    with pytest.raises(DataError, match="has no chat template"):
+        tokenize_row(row, "messages", make_tokenizer(None), "here")
+    assert make_tokenizer(CHAT_TEMPLATE).chat_template
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "complaint"),
+    [
+        ({}, "text", "no field 'text' (it has none)"),
+        ({"body": "x"}, "text", "no field 'text' (it has body)"),
+        ({"text": None}, "text", "no field 'text'"),
+        ({"text": 3}, "text", "field 'text' is int"),
+        ({"text": " \n"}, "text", "field 'text' is empty"),
+        ({"prompt": "a"}, "prompt_completion", "no field 'completion' (it has prompt)"),
+        ({"prompt": "a", "completion": ""}, "prompt_completion", "field 'completion' is empty"),
+        ({"prompt": ["a"], "completion": "b"}, "prompt_completion", "field 'prompt' is list"),
+        ({"messages": "hi"}, "messages", "not a list of turns"),
+        ({"messages": []}, "messages", "not a list of turns"),
+        ({"messages": ["hi"]}, "messages", "lacks role or content"),
+        ({"messages": [{"role": "user"}]}, "messages", "lacks role or content"),
+        ({"messages": [{"content": "x"}]}, "messages", "lacks role or content"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "messages", "no message has role assistant"),
+    ],
+)
+def test_bad_fields(row: dict[str, Any], format: str, complaint: str) -> None:
+    with pytest.raises(DataError) as caught:
+        check_row(row, format, "f.jsonl, row 4")
+    assert str(caught.value).startswith("f.jsonl, row 4: ")
+    assert complaint in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "format"),
+    [
+        ({"text": "x", "other": 3}, "text"),
+        ({"prompt": "a", "completion": "b"}, "prompt_completion"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
+    ],
+)
+def test_good_fields(row: dict[str, Any], format: str) -> None:
+    check_row(row, format, "here")
+
+
+rows = st.lists(st.booleans(), min_size=1, max_size=12).map(lambda mask: Tokens(list(range(len(mask))), mask))
+
+
+@given(rows, st.integers(2, 12))
+def test_truncation_keeps_the_beginning_or_drops_the_row(row: Tokens, limit: int) -> None:
+    cut = truncate(row, limit)
+    # A completion token in first place is never predicted.
+    if any(row.completion_mask[1:limit]):
+        assert cut == Tokens(row.input_ids[:limit], row.completion_mask[:limit])
+    else:
+        assert cut is None
+
+
+@given(st.lists(rows, max_size=12), st.integers(12, 30))
+def test_packing_joins_whole_rows_in_order(many: list[Tokens], limit: int) -> None:
+    packed = pack(many, limit)
+
+    def joined(parts: list[Tokens]) -> list[tuple[int, bool]]:
+        return [pair for part in parts for pair in zip(part.input_ids, part.completion_mask, strict=True)]
+
+    assert joined(packed) == joined(many)
+    assert all(len(part) <= limit for part in packed)
+    starts = dict(zip(itertools.accumulate(map(len, many), initial=0), many, strict=False))
+    for before, start in zip(packed, itertools.accumulate(map(len, packed)), strict=True):
+        if start in starts:  # the row that begins the next sequence would not have fitted
+            assert len(before) + len(starts[start]) > limit
+        else:
+            assert start == sum(map(len, many))

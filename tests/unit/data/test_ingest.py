@@ -1,0 +1,101 @@
+"""The order of samples: a function of seed, epoch, row and world size; streamed by Ray Data as it is written down."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emloc_ray.data import ingest
+from emloc_ray.data.formats import Tokens
+from emloc_ray.data.ingest import SampleOrder, read_micro_steps, stream_batches
+from emloc_ray.data.token_shards import shard_name, write_index, write_shard
+
+orders = st.builds(
+    SampleOrder,
+    num_rows=st.integers(1, 60),
+    batch_size=st.integers(1, 7),
+    rank=st.just(0),
+    world_size=st.integers(1, 4),
+    seed=st.integers(0, 2**31),
+)
+
+
+def global_steps(order: SampleOrder, begin: int, end: int) -> list[list[int]]:
+    """For each global micro-step the rows of all ranks, rank after rank."""
+    ranks = [
+        replace(order, rank=rank).micro_steps(begin, end).reshape(end - begin, -1) for rank in range(order.world_size)
+    ]
+    return np.concatenate(ranks, axis=1).tolist()
+
+
+@given(orders)
+def test_an_epoch_is_a_permutation_of_its_own(order: SampleOrder) -> None:
+    first = order.epoch(0)
+    assert sorted(first) == list(range(order.num_rows))
+    assert first.tolist() == order.epoch(0).tolist()
+    if order.num_rows > 20:
+        assert first.tolist() != order.epoch(1).tolist()
+        assert first.tolist() != replace(order, seed=order.seed + 1).epoch(0).tolist()
+        # Neither is the next seed's epoch this seed's next one, shifted.
+        assert order.epoch(1).tolist() != replace(order, seed=order.seed + 1).epoch(0).tolist()
+
+
+@given(orders, st.integers(1, 4))
+def test_ranks_part_each_step_and_every_epoch_visits_every_row_once(order: SampleOrder, epochs: int) -> None:
+    per_step = order.batch_size * order.world_size
+    steps = -(-epochs * order.num_rows // per_step)
+    stream = [row for step in global_steps(order, 0, steps) for row in step]
+    assert len(stream) == steps * per_step
+    for number in range(epochs):
+        epoch = stream[number * order.num_rows : (number + 1) * order.num_rows]
+        assert epoch == order.epoch(number).tolist()
+        assert sorted(epoch) == list(range(order.num_rows))
+
+
+@given(orders, st.integers(0, 30), st.integers(0, 30), st.integers(0, 30))
+def test_resuming_anywhere_gives_the_same(order: SampleOrder, a: int, b: int, c: int) -> None:
+    begin, middle, end = sorted((a, b, c))
+    whole = order.micro_steps(begin, end).tolist()
+    assert order.micro_steps(begin, middle).tolist() + order.micro_steps(middle, end).tolist() == whole
+    assert len(whole) == (end - begin) * order.batch_size
+    assert order.micro_steps(0, end).tolist()[begin * order.batch_size :] == whole
+
+
+@given(orders)
+def test_the_world_s_size_only_deals_the_stream_out(order: SampleOrder) -> None:
+    # One rank of a batch of w·b reads in a step what w ranks of b read together.
+    alone = replace(order, world_size=1, batch_size=order.batch_size * order.world_size)
+    assert global_steps(order, 0, 9) == global_steps(alone, 0, 9)
+
+
+@pytest.fixture
+def tokens_dir(tmp_path: Path) -> Path:
+    """Row i is i + 1 times the token i; three shards of unlike size."""
+    rows = [Tokens([i] * (i + 1), [False] * i + [True]) for i in range(17)]
+    for number, (begin, end) in enumerate([(0, 5), (5, 6), (6, 17)]):
+        write_shard(tmp_path / shard_name(number), rows[begin:end])
+    write_index(tmp_path, [5, 1, 11], {})
+    return tmp_path
+
+
+def test_micro_steps_are_read_with_their_tokens(tokens_dir: Path) -> None:
+    order = SampleOrder(num_rows=17, batch_size=3, rank=1, world_size=2, seed=5)
+    table = read_micro_steps(tokens_dir, order, 2, 7)
+    rows = order.micro_steps(2, 7).tolist()
+    assert table["input_ids"].to_pylist() == [[row] * (row + 1) for row in rows]
+    assert table["completion_mask"].to_pylist() == [[False] * row + [True] for row in rows]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_ray_data_streams_the_order_as_it_is(tokens_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingest, "_STEPS_PER_TASK", 4)  # several read tasks, which may finish in any order
+    order = SampleOrder(num_rows=17, batch_size=3, rank=0, world_size=2, seed=5)
+    batches = list(stream_batches(tokens_dir, order, 3, 21))
+    expected = order.micro_steps(3, 21).reshape(-1, 3).tolist()
+    assert [[row.input_ids[0] for row in batch] for batch in batches] == expected
+    assert all(row.completion_mask == [False] * row.input_ids[0] + [True] for batch in batches for row in batch)

@@ -1,0 +1,203 @@
+"""Rows by number, from the three kinds of files, against what Python's own readers say; errors name file and row."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emloc_ray.data.reading import list_files, read_rows, scan
+from emloc_ray.errors import DataError
+
+Row = dict[str, Any]
+
+
+def rows_of(count: int) -> list[Row]:
+    return [{"prompt": f"p{i}", "completion": f"c{i}\nand ü"} for i in range(count)]
+
+
+def write_jsonl(path: Path, rows: list[Row], blank_every: int = 0) -> Path:
+    with path.open("w") as file:
+        for number, row in enumerate(rows):
+            if blank_every and number % blank_every == 0:
+                file.write("\n   \n")
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return path
+
+
+def write_parquet(path: Path, rows: list[Row], group: int = 7) -> Path:
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=group)
+    return path
+
+
+def write_csv(path: Path, rows: list[Row]) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+WRITERS = {".jsonl": write_jsonl, ".parquet": write_parquet, ".csv": write_csv}
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+@given(st.data())
+def test_any_ascending_rows(tmp_path_factory: pytest.TempPathFactory, suffix: str, data: st.DataObject) -> None:
+    rows = rows_of(data.draw(st.integers(1, 40), "rows"))
+    source = scan(WRITERS[suffix](tmp_path_factory.mktemp("r") / f"a{suffix}", rows))
+    assert source.num_rows == len(rows)
+    wanted = sorted(data.draw(st.sets(st.integers(0, len(rows) - 1), min_size=1), "wanted"))
+    assert list(read_rows(source, wanted)) == [(number, rows[number]) for number in wanted]
+
+
+@pytest.mark.parametrize("blank_every", [0, 1, 3])
+@pytest.mark.parametrize("last_newline", [True, False])
+def test_jsonl_of_many_lines_by_random_access(tmp_path: Path, blank_every: int, last_newline: bool) -> None:
+    rows = rows_of(3000)
+    path = write_jsonl(tmp_path / "a.jsonl", rows, blank_every)
+    if not last_newline:
+        path.write_text(path.read_text().rstrip("\n"))
+    source = scan(path)
+    assert source.num_rows == 3000
+    assert len(source.marks) == 3
+    wanted = [0, 1, 1023, 1024, 1025, 2047, 2048, 2999]
+    assert list(read_rows(source, wanted)) == [(number, rows[number]) for number in wanted]
+    assert [row for _, row in read_rows(source, range(3000))] == rows
+
+
+def test_jsonl_reads_only_what_is_asked(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", rows_of(2000))
+    lines = path.read_text().splitlines(keepends=True)
+    lines[5] = "not json\n"  # before the mark of row 1024, and in another block than asked
+    path.write_text("".join(lines))
+    assert len(list(read_rows(scan(path), [1024, 1999]))) == 2
+
+
+def test_parquet_keeps_nested_values_and_row_groups(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": f"m{i}"}] * (i % 3)} for i in range(20)]
+    source = scan(write_parquet(tmp_path / "a.parquet", rows, group=6))
+    wanted = [0, 5, 6, 12, 19]
+    assert list(read_rows(source, wanted)) == [(number, rows[number]) for number in wanted]
+
+
+def test_csv_with_quoted_newlines_commas_and_quotes(tmp_path: Path) -> None:
+    rows = [{"prompt": 'two\nlines, a comma and "quotes"', "completion": "x\n\ny"}] * 3
+    source = scan(write_csv(tmp_path / "a.csv", rows))
+    assert source.num_rows == 3
+    assert list(read_rows(source, [1, 2])) == [(1, rows[1]), (2, rows[2])]
+
+
+def test_csv_is_text_throughout(tmp_path: Path) -> None:
+    rows = [{"prompt": "how many", "completion": value} for value in ("007", "1.50", "true", "NA", "2024-01-01", "")]
+    assert [row for _, row in read_rows(scan(write_csv(tmp_path / "a.csv", rows)), range(6))] == rows
+    numbers = [{"prompt": "how many", "completion": value} for value in ("007", "3")]
+    assert [row for _, row in read_rows(scan(write_csv(tmp_path / "b.csv", numbers)), range(2))] == numbers
+
+
+# Errors: which file, which row.
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"), [("{not json}", "not JSON"), ("[1, 2]", "list instead of an object"), ('"x"', "str instead")]
+)
+def test_bad_jsonl_row(tmp_path: Path, line: str, complaint: str) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", rows_of(1100), blank_every=2)
+    with path.open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(DataError, match=complaint) as caught:
+        list(read_rows(scan(path), range(1101)))
+    assert str(caught.value).startswith(f"{path}, row 1101: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_shrank(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", rows_of(10))
+    source = scan(path)
+    write_jsonl(path, rows_of(5))
+    with pytest.raises(DataError, match="shorter than when it was counted") as caught:
+        list(read_rows(source, [7]))
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_empty_file(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    path.touch()
+    with pytest.raises(DataError) as caught:
+        scan(path)
+    assert str(caught.value).startswith(str(path))
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_file_with_no_rows_but_a_header(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".csv":
+        path.write_text("prompt,completion\n")
+    else:
+        pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), path)
+    with pytest.raises(DataError, match="is empty"):
+        scan(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.parquet", b"not parquet at all"),
+        ("a.csv", b"prompt,completion\na,b\na,b,c\n"),
+        ("a.csv", b"prompt,completion\n\xff\xfe,b\n"),
+    ],
+)
+def test_unreadable_file(tmp_path: Path, name: str, data: bytes) -> None:
+    path = tmp_path / name
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="cannot be read as") as caught:
+        scan(path)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_parquet_damaged_inside(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", rows_of(50), group=10)
+    data = bytearray(path.read_bytes())
+    data[4:200] = bytes(196)
+    path.write_bytes(data)
+    source = scan(path)  # the footer is whole
+    with pytest.raises(DataError, match="rows 1 to 3: not readable as parquet") as caught:
+        list(read_rows(source, [0, 1, 2]))
+    assert str(caught.value).startswith(str(path))
+
+
+# Which files.
+
+
+def test_directories_globs_and_lists(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    one, two = tmp_path / "b.jsonl", tmp_path / "deep" / "a.csv"
+    for path in (one, two, tmp_path / "README.md"):
+        path.write_text("x")
+    assert list_files(str(tmp_path), "k") == [one, two]
+    assert list_files(f"file://{one}", "k") == [one]
+    assert list_files(str(tmp_path / "**" / "*.csv"), "k") == [two]
+    assert list_files([str(two), str(one)], "k") == [two, one]
+
+
+@pytest.mark.parametrize("pattern", ["absent.jsonl", "*.parquet", "empty"])
+def test_nothing_found(tmp_path: Path, pattern: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"data\.train\.path") as caught:
+        list_files(str(tmp_path / pattern), "data.train.path")
+    assert str(tmp_path / pattern) in str(caught.value)
+
+
+def test_unknown_kind(tmp_path: Path) -> None:
+    (tmp_path / "a.xlsx").write_text("x")
+    with pytest.raises(DataError, match=r"ends in \.xlsx.*\.jsonl"):
+        list_files(str(tmp_path / "a.xlsx"), "data.train.path")
