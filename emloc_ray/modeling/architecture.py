@@ -143,7 +143,8 @@ def _in_model_order(seen: dict[tuple[Any, ...], list[str]], specs: Sequence[Line
     for names in seen.values():
         for name in names:
             counts[name] = counts.get(name, 0) + 1
-    groups = [names for names in seen.values() if all(counts[name] == 1 for name in names)]
+    once = ([name for name in names if counts[name] == 1] for names in seen.values())
+    groups = [names for names in once if names]
     grouped = {name for names in groups for name in names}
     groups += [[spec.name] for spec in specs if spec.name not in grouped]
     return sorted((sorted(names, key=order.__getitem__) for names in groups), key=lambda names: order[names[0]])
