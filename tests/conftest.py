@@ -17,7 +17,9 @@ import pytest
 import torch
 from hypothesis import settings
 from tiny import make_tokenizer, save_model
+from transformers.utils import logging as transformers_logging
 
+transformers_logging.disable_progress_bar()
 torch.set_num_threads(2)
 
 # The machine's speed is no property of the code.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -75,11 +76,51 @@ def make_model(family: str, *, dtype: str = "float32", tied: bool = False, seed:
             for name, parameter in model.named_parameters():
                 if name.endswith("bias"):
                     parameter.normal_(std=0.1)
-    return model.to(getattr(torch, dtype)).eval()
+    return cast_parameters(model, getattr(torch, dtype)).eval()
+
+
+def cast_parameters(model: Any, dtype: torch.dtype) -> Any:
+    """As a checkpoint of that dtype loads: buffers (rotary frequencies) stay float32, which ``model.to`` would cast."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
 
 
 def save_model(directory: Path, family: str = "llama", **options: Any) -> Path:
     """Saves :func:`make_model` as a sharded safetensors checkpoint beside its tokenizer; returns the directory."""
     make_model(family, **options).save_pretrained(directory, max_shard_size="100KB")
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def make_emulator(model: Any, ranks: dict[str, int]) -> Any:
+    """Replaces linears of a model, in place, by the plain truncated SVD of their weights; returns it."""
+    from emloc_ray.modeling.emulator import dense_weight, factorize_modules
+
+    weights = {name: dense_weight(model.get_submodule(name)) for name in ranks}
+    biases = {name: model.get_submodule(name).bias for name in ranks}
+    dtype = model.dtype
+    factorize_modules(model, ranks)
+    with torch.no_grad():
+        for name, rank in ranks.items():
+            u, s, vh = torch.linalg.svd(weights[name], full_matrices=False)
+            layer = model.get_submodule(name)
+            layer.up.weight.copy_(u[:, :rank] * s[:rank])
+            layer.down.weight.copy_(vh[:rank])
+            if biases[name] is not None:
+                layer.up.bias.copy_(biases[name])
+    return cast_parameters(model, dtype).eval().requires_grad_(False)
+
+
+def save_emulator(model_dir: Path, directory: Path, rank: int = 8) -> Path:
+    """Saves an emulator of a saved model: every linear in its blocks at one rank, but the last, which stays dense."""
+    from emloc_ray.modeling.architecture import block_linears
+    from emloc_ray.modeling.emulator import write_emulator_config
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto")
+    ranks = {spec.name: rank for spec in block_linears(model)[:-1]}
+    make_emulator(model, ranks).save_pretrained(directory, max_shard_size="100KB")
+    write_emulator_config(directory, model.config, ranks)
     make_tokenizer().save_pretrained(directory)
     return directory

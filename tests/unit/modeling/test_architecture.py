@@ -1,0 +1,205 @@
+"""What a model is made of: its blocks, its linears, and which of them read the same tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import HIDDEN, make_config
+from torch import nn
+from transformers import MixtralConfig, Qwen3MoeConfig, ResNetConfig, T5Config
+from transformers.pytorch_utils import Conv1D
+
+from emloc_ray.errors import ConfigError
+from emloc_ray.modeling.architecture import auto_class, block_linears, block_names, empty_model, shared_inputs
+
+
+def traced(config: Any) -> tuple[Any, list[str], list[list[str]]]:
+    """A model on the meta device, its linears' names and their groups."""
+    model = empty_model(config)
+    specs = block_linears(model)
+    return model, [spec.name for spec in specs], shared_inputs(model, specs)
+
+
+def of_layers(prefix: str, groups: list[list[str]]) -> list[list[str]]:
+    return [[f"{prefix}.{layer}.{name}" for name in group] for layer in range(2) for group in groups]
+
+
+ATTENTION = [["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]]
+LLAMA = [*ATTENTION, ["self_attn.o_proj"], ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]]
+GPT2 = [["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]]
+OPT = [*ATTENTION, ["self_attn.out_proj"], ["fc1"], ["fc2"]]
+
+
+@pytest.mark.parametrize(
+    ("family", "prefix", "groups"),
+    [
+        ("llama", "model.layers", LLAMA),
+        ("qwen2", "model.layers", LLAMA),
+        ("gpt2", "transformer.h", GPT2),
+        ("opt", "model.decoder.layers", OPT),
+    ],
+)
+def test_families(family: str, prefix: str, groups: list[list[str]]) -> None:
+    model, names, found = traced(make_config(family))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert block_names(model) == [f"{prefix}.0", f"{prefix}.1"]
+    expected = of_layers(prefix, groups)
+    assert [sorted(group) for group in found] == [sorted(group) for group in expected]
+    assert sorted(names) == sorted(name for group in expected for name in group)
+    assert not any("head" in name or "embed" in name for name in names)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt"])
+def test_specs_are_the_checkpoint_s_own_shapes(family: str) -> None:
+    model = empty_model(make_config(family))
+    state = model.state_dict()
+    for spec in block_linears(model):
+        shape = (spec.in_features, spec.out_features) if spec.transposed else (spec.out_features, spec.in_features)
+        assert tuple(state[spec.weight_name].shape) == shape
+        assert spec.num_parameters == state[spec.weight_name].numel()
+        assert spec.has_bias == (f"{spec.name}.bias" in state)
+        assert spec.transposed == (family == "gpt2")
+        assert spec.name.startswith(f"{spec.block}.")
+    if family == "qwen2":
+        assert {s.name.rsplit(".", 1)[-1] for s in block_linears(model) if s.has_bias} == {"q_proj", "k_proj", "v_proj"}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MixtralConfig(
+            hidden_size=HIDDEN,
+            intermediate_size=HIDDEN,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=50,
+            num_local_experts=4,
+        ),
+        Qwen3MoeConfig(
+            hidden_size=HIDDEN,
+            moe_intermediate_size=HIDDEN,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=50,
+            num_experts=4,
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_mixtures_leave_routers_out(config: Any) -> None:
+    _, names, groups = traced(config)
+    assert {name.rsplit(".", 1)[-1] for name in names} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert sorted(name for group in groups for name in group) == sorted(names)
+
+
+def test_auto_class() -> None:
+    assert auto_class(make_config("llama")).__name__ == "AutoModelForCausalLM"
+    assert auto_class(T5Config()).__name__ == "AutoModelForSeq2SeqLM"
+    with pytest.raises(ConfigError, match="resnet"):
+        auto_class(ResNetConfig())
+
+
+# Hand-made models.
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(4, 2)
+        self.router = nn.Linear(4, 2)
+        self.a, self.b, self.c, self.d = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.gate(x), self.router(x)
+        y = self.a(x) + self.b(x.view(x.shape))  # the same memory, seen alike
+        z = torch.relu(y)
+        u = self.c(z)
+        z.mul_(2)
+        return u + self.d(z)  # the same storage, but not the same numbers any more
+
+
+class Model(nn.Module):
+    def __init__(self, block: type[nn.Module] = Block, blocks: int = 2) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(block() for _ in range(blocks))
+        self.norms = nn.ModuleList([nn.LayerNorm(4), nn.LayerNorm(4)])
+        self.mixed = nn.ModuleList([nn.Linear(4, 4), nn.LayerNorm(4)])
+        self.lm_head = nn.Linear(4, 9)
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool = False) -> torch.Tensor:
+        x = torch.zeros(*input_ids.shape, 4, device=input_ids.device)
+        for block in self.blocks:
+            x = block(x)
+        return self.lm_head(x)
+
+
+def groups_of(block: type[nn.Module]) -> list[list[str]]:
+    with torch.device("meta"):
+        model = Model(block)
+    return shared_inputs(model, block_linears(model))
+
+
+def test_same_tensor_means_same_memory_and_same_version() -> None:
+    assert groups_of(Block) == of_layers("blocks", [["a", "b"], ["c"], ["d"]])
+
+
+def test_only_repeated_blocks_with_linears_count() -> None:
+    assert block_names(Model()) == ["blocks.0", "blocks.1"]
+    assert not any("gate" in spec.name or "router" in spec.name for spec in block_linears(Model()))
+
+
+def test_nothing_to_compress() -> None:
+    with pytest.raises(ConfigError, match="Model has no linears inside repeated blocks"):
+        block_linears(Model(lambda: nn.LayerNorm(4)))  # type: ignore[arg-type]
+
+
+class ReadTwice(Block):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x) + self.c(x)) + self.a(x + 1) + self.d(x)
+
+
+def test_a_linear_that_reads_two_tensors_stands_alone() -> None:
+    assert groups_of(ReadTwice) == of_layers("blocks", [["a"], ["b"], ["c", "d"]])
+
+
+class Untraceable(Block):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(x[x.sum(-1).nonzero()])
+
+
+class Unused(Block):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a(x) + self.b(x)
+
+
+def test_a_model_that_cannot_be_traced_has_one_group_for_each_linear() -> None:
+    assert groups_of(Untraceable) == of_layers("blocks", [["a"], ["b"], ["c"], ["d"]])
+
+
+def test_a_linear_that_is_never_called_stands_alone() -> None:
+    assert groups_of(Unused) == of_layers("blocks", [["a", "b"], ["c"], ["d"]])
+
+
+def test_tracing_leaves_no_hook_behind() -> None:
+    model, _, _ = traced(make_config("llama"))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_subclass_of_linear_may_compute_something_else() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 3
+
+    class Mixed(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = Scaled(4, 4)
+            self.b = Conv1D(4, 4)
+
+    specs = {spec.name: spec for spec in block_linears(Model(Mixed))}
+    assert "blocks.0.a" not in specs
+    assert specs["blocks.0.b"].transposed

@@ -1,0 +1,167 @@
+"""The emulator as a transformers model: what was saved is what loads, bit for bit, and never without emloc_ray."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny import FAMILIES, VOCABULARY, make_emulator, make_model, save_emulator
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from emloc_ray.modeling.architecture import block_linears
+from emloc_ray.modeling.emulator import (
+    EmulatorModelConfig,
+    FactorizedLinear,
+    dense_weight,
+    factorize_modules,
+    write_emulator_config,
+)
+
+IDS = torch.randint(2, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(input_ids=IDS).logits
+
+
+def built(family: str, **options: Any) -> tuple[Any, dict[str, int]]:
+    """An emulator in memory and its ranks: one layer dense, the others of two ranks."""
+    model = make_model(family, **options)
+    ranks = {spec.name: 5 + number % 2 for number, spec in enumerate(block_linears(model)[:-1])}
+    return make_emulator(model, ranks), ranks
+
+
+def saved(directory: Path, model: Any, ranks: dict[str, int]) -> Path:
+    model.save_pretrained(directory, max_shard_size="50KB")
+    write_emulator_config(directory, model.config, ranks)
+    return directory
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("dtype", "tied"), [("float32", False), ("bfloat16", False), ("float32", True)])
+def test_round_trip_is_bit_equal(tmp_path: Path, family: str, dtype: str, tied: bool) -> None:
+    model, ranks = built(family, dtype=dtype, tied=tied)
+    loaded = AutoModelForCausalLM.from_pretrained(saved(tmp_path / "e", model, ranks))
+    assert loaded.dtype == getattr(torch, dtype)
+    assert not loaded.training
+    assert {n: m.down.out_features for n, m in loaded.named_modules() if isinstance(m, FactorizedLinear)} == ranks
+    assert (loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight) == tied
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_asked_dtype_wins(tmp_path: Path) -> None:
+    model, ranks = built("llama", dtype="bfloat16")
+    saved(tmp_path / "e", model, ranks)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "e", dtype=torch.float32).dtype == torch.float32
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "e", dtype="auto").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_saved_again_it_is_still_an_emulator(tmp_path: Path, tied: bool) -> None:
+    model, ranks = built("qwen2", tied=tied)
+    once = AutoModelForCausalLM.from_pretrained(saved(tmp_path / "a", model, ranks))
+    once.save_pretrained(tmp_path / "b")
+    twice = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    assert torch.equal(logits(twice), logits(model))
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in "ab"]
+    assert configs[0]["model_type"] == configs[1]["model_type"] == "emloc_emulator"
+    assert configs[0]["ranks"] == configs[1]["ranks"] == ranks
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_config_carries_the_original_s(tmp_path: Path, family: str) -> None:
+    model, ranks = built(family)
+    saved(tmp_path / "e", model, ranks)
+    config = AutoConfig.from_pretrained(tmp_path / "e")
+    assert isinstance(config, EmulatorModelConfig)
+    theirs, ours = model.config.to_dict(), config.original().to_dict()
+    for key in ("_name_or_path", "transformers_version", "dtype"):
+        theirs.pop(key, None), ours.pop(key, None)
+    assert type(config.original()) is type(model.config)
+    assert ours == theirs
+    assert config.ranks == ranks
+
+
+def test_files_hold_factors_and_biases_once(tmp_path: Path) -> None:
+    model, ranks = built("qwen2")
+    names = set()
+    for file in saved(tmp_path / "e", model, ranks).glob("*.safetensors"):
+        with safe_open(file, "pt") as stored:
+            names |= set(stored.keys())
+    q = "model.layers.0.self_attn.q_proj"
+    assert {f"{q}.up.weight", f"{q}.down.weight", f"{q}.up.bias"} <= names
+    assert f"{q}.weight" not in names
+    assert "model.layers.1.mlp.down_proj.weight" in names
+
+
+def test_a_missing_factor_is_not_made_up(tmp_path: Path) -> None:
+    model, ranks = built("llama")
+    saved(tmp_path / "e", model, {**ranks, "model.layers.0.self_attn.q_proj": 3})
+    with pytest.raises(Exception, match=r"mismatch|size"):  # transformers' own error, of any type
+        AutoModelForCausalLM.from_pretrained(tmp_path / "e")
+
+
+LOAD = """
+import sys
+from transformers import AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained(sys.argv[1])
+except Exception as error:
+    print(type(error).__name__, "emloc_emulator" in str(error))
+print("emloc_ray" in sys.modules)
+"""
+
+
+def test_without_the_import_it_raises(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
+    directory = save_emulator(tiny_model_dir(), tmp_path / "e")
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(directory)], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["ValueError", "True", "False"]
+
+
+# The layer.
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_layer_is_two_products_and_a_bias(bias: bool) -> None:
+    layer = FactorizedLinear(6, 4, 2, bias)
+    x = torch.randn(3, 5, 6)
+    expected = x @ (layer.up.weight @ layer.down.weight).T + (layer.up.bias if bias else 0)
+    torch.testing.assert_close(layer(x), expected)
+    assert sum(p.numel() for p in layer.parameters()) == 2 * (6 + 4) + 4 * bias
+    assert not hasattr(layer, "weight")
+    assert "rank=2" in repr(layer)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_rank_factors_compute_what_the_original_does(family: str) -> None:
+    original = logits(make_model(family))
+    model = make_model(family)
+    ranks = {spec.name: min(spec.out_features, spec.in_features) for spec in block_linears(model)}
+    emulator = make_emulator(model, ranks)
+    torch.testing.assert_close(logits(emulator), original, rtol=1e-4, atol=1e-4)
+
+
+def test_dense_weight_of_each_kind() -> None:
+    linear, conv, factored = nn.Linear(3, 5), Conv1D(5, 3), FactorizedLinear(3, 5, 2)
+    assert torch.equal(dense_weight(linear), linear.weight)
+    assert torch.equal(dense_weight(conv), conv.weight.T)
+    product = factored.up.weight.double() @ factored.down.weight.double()
+    assert torch.equal(dense_weight(factored, torch.float64), product)
+
+
+def test_ranks_of_unknown_modules_raise() -> None:
+    with pytest.raises(AttributeError):
+        factorize_modules(make_model("llama"), {"model.layers.9.self_attn.q_proj": 2})
