@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,6 +21,15 @@ from pipelines.baselines import published_route
 FEW = settings(deadline=None, max_examples=25)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 ORIENTATIONS = pytest.mark.parametrize(("out_features", "in_features"), [(40, 70), (70, 40), (50, 50)])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Small products gain nothing from a second thread, and wait for it where other work holds its core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def normal(rows: int, columns: int, seed: int = 0) -> Tensor:
