@@ -1,0 +1,332 @@
+"""LoRA through PEFT: attached to factors, saved under the original's names, read back with PEFT's own scales."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from tiny import FAMILIES, VOCABULARY, save_emulator
+from transformers import AutoModelForCausalLM
+
+from emloc_ray.errors import ArtifactError, ConfigError
+from emloc_ray.modeling.adapter import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Adapter,
+    FactorizedLoraLinear,
+    LoraModule,
+    adapter_scale,
+    attach_adapter,
+    load_adapter,
+    lora_config,
+    portable_targets,
+    save_trained_adapter,
+    write_adapter,
+)
+from emloc_ray.modeling.architecture import block_linears
+from emloc_ray.modeling.emulator import FactorizedLinear, dense_weight
+from emloc_ray.modeling.loading import load_model
+
+IDS = torch.randint(2, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(0))
+TARGETS = {
+    "llama": ["q_proj", "v_proj", "down_proj"],
+    "qwen2": ["q_proj", "v_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_proj"],
+}
+
+
+@pytest.fixture(scope="module")
+def emulator_dir(
+    tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            made[family] = save_emulator(tiny_model_dir(family), tmp_path_factory.mktemp("e") / family)
+        return made[family]
+
+    return get
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(input_ids=IDS).logits
+
+
+def train(model: Any, steps: int = 3) -> None:
+    """A few large steps, so that the update shows."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=2.0)
+    for _ in range(steps):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def trained(directory: Path, emulator: Path, family: str = "llama", **options: Any) -> tuple[Any, Path]:
+    """An adapter trained on an emulator, and where it is saved."""
+    torch.manual_seed(0)
+    options = {
+        "target_modules": TARGETS[family],
+        "r": 4,
+        "lora_alpha": 16,
+        "fan_in_fan_out": family == "gpt2",
+        **options,
+    }
+    model = attach_adapter(load_model(emulator), lora_config(**options))
+    train(model)
+    save_trained_adapter(model, directory, targets=options["target_modules"], base_model="the/original")
+    return model.eval(), directory
+
+
+def by_hand(model_dir: Path, adapter_dir: Path) -> torch.Tensor:
+    """The original's logits with ``W + s B A`` in place of ``W``, from the files alone."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    config = json.loads((adapter_dir / CONFIG_NAME).read_text())
+    tensors = load_file(adapter_dir / WEIGHTS_NAME)
+    linears = {spec.name: spec for spec in block_linears(model)}
+    for name, spec in linears.items():
+        key = f"base_model.model.{name}.lora_A.weight"
+        if key in tensors:
+            update = config["lora_alpha"] / config["r"] * tensors[key.replace("lora_A", "lora_B")] @ tensors[key]
+            model.get_submodule(name).weight.data += update.T if spec.transposed else update
+    return logits(model)
+
+
+# Attaching.
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attached_to_factors_only_lora_learns(emulator_dir: Callable[[str], Path], family: str) -> None:
+    model = load_model(emulator_dir(family))
+    before = logits(model)
+    factors = {name for name, module in model.named_modules() if isinstance(module, FactorizedLinear)}
+    model = attach_adapter(
+        model, lora_config(target_modules=TARGETS[family], r=4, lora_alpha=8, fan_in_fan_out=family == "gpt2")
+    )
+    layers = {n: m for n, m in model.base_model.model.named_modules() if hasattr(m, "lora_A") and n}
+    assert {name.rsplit(".", 1)[-1] for name in layers} == set(TARGETS[family])
+    assert all(isinstance(m, FactorizedLoraLinear) == (n in factors) for n, m in layers.items())
+    assert any(n not in factors for n in layers)  # the layer that stayed dense
+    model.eval()
+    assert torch.equal(logits(model), before)  # B = 0
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    learning = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert learning == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all(".lora_A." in name or ".lora_B." in name for name in learning)
+    assert len(learning) == 2 * len(layers)
+
+
+@torch.no_grad()
+def test_the_layer_s_update_is_s_b_a(emulator_dir: Callable[[str], Path]) -> None:
+    model = attach_adapter(
+        load_model(emulator_dir("llama")), lora_config(target_modules=["q_proj"], r=4, lora_alpha=6)
+    ).eval()
+    layer = next(m for m in model.modules() if isinstance(m, FactorizedLoraLinear))
+    layer.lora_B["default"].weight.normal_()
+    x = torch.randn(3, 64)
+    update = 1.5 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    expected = x @ (dense_weight(layer.base_layer) + update).T
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_emulator_refuses_the_merge(emulator_dir: Callable[[str], Path]) -> None:
+    model = attach_adapter(load_model(emulator_dir("llama")), lora_config(target_modules=["q_proj"], r=4, lora_alpha=8))
+    with pytest.raises(TypeError, match="merge the corrected adapter into the original"):
+        model.merge_and_unload()
+
+
+# Saving and loading.
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_names_are_the_original_s(
+    tmp_path: Path, emulator_dir: Callable[[str], Path], tiny_model_dir: Callable[..., Path], family: str
+) -> None:
+    _, directory = trained(tmp_path / "a", emulator_dir(family), family)
+    assert {file.name for file in directory.iterdir()} == {CONFIG_NAME, WEIGHTS_NAME}
+    names = [s.name for s in block_linears(load_model(tiny_model_dir(family)))]
+    expected = {name for name in names if name.rsplit(".", 1)[-1] in TARGETS[family]}
+    assert set(Adapter(directory).names) == expected
+    assert set(load_file(directory / WEIGHTS_NAME)) == {
+        f"base_model.model.{name}.{part}.weight" for name in expected for part in ("lora_A", "lora_B")
+    }
+    config = json.loads((directory / CONFIG_NAME).read_text())
+    assert config["target_modules"] == TARGETS[family]
+    assert config["base_model_name_or_path"] == "the/original"
+    assert config["peft_type"] == "LORA"
+    assert config["task_type"] == "CAUSAL_LM"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loaded_on_the_emulator_again_it_is_as_trained(
+    tmp_path: Path, emulator_dir: Callable[[str], Path], family: str
+) -> None:
+    model, directory = trained(tmp_path / "a", emulator_dir(family), family)
+    loaded = load_adapter(load_model(emulator_dir(family)), directory).eval()
+    assert torch.equal(logits(loaded), logits(model))
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+PLAIN_PEFT = """
+import json, sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+for model_dir, adapter_dir, out in json.loads(sys.argv[1]):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), adapter_dir).eval()
+    with torch.no_grad():
+        torch.save(model(input_ids=torch.tensor(json.loads(sys.argv[2]))).logits, out)
+print("emloc_ray" in sys.modules)
+"""
+
+
+def test_on_the_original_with_plain_peft_it_is_w_plus_s_b_a(
+    tmp_path: Path, emulator_dir: Callable[[str], Path], tiny_model_dir: Callable[..., Path]
+) -> None:
+    jobs = []
+    for family in FAMILIES:
+        _, adapter = trained(tmp_path / family, emulator_dir(family), family)
+        jobs.append((str(tiny_model_dir(family)), str(adapter), str(tmp_path / f"{family}.pt")))
+    command = [sys.executable, "-c", PLAIN_PEFT, json.dumps(jobs), json.dumps(IDS.tolist())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "False"
+    for model_dir, adapter, out in jobs:
+        got, expected = torch.load(out), by_hand(Path(model_dir), Path(adapter))
+        assert float((got - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+        plain = logits(AutoModelForCausalLM.from_pretrained(model_dir))
+        assert float((got - plain).abs().max()) > 1e-2 * float(plain.abs().max())  # the update shows
+
+
+def test_a_second_adapter_on_the_same_model(tmp_path: Path, emulator_dir: Callable[[str], Path]) -> None:
+    one, first = trained(tmp_path / "a", emulator_dir("llama"))
+    two, second = trained(tmp_path / "b", emulator_dir("llama"), r=2)
+    model = load_adapter(load_model(emulator_dir("llama")), first)
+    assert load_adapter(model, second, "other") is model
+    model.eval()
+    assert torch.equal(logits(model), logits(one))
+    model.set_adapter("other")
+    assert torch.equal(logits(model), logits(two))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"lora_alpha": 5},
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 2}},
+        {"alpha_pattern": {r"layers\.1\.self_attn\.v_proj": 3}},
+        {"rank_pattern": {"layers.0.self_attn.q_proj": 2, "q_proj": 3}, "alpha_pattern": {"down_proj": 1}},
+        {"use_rslora": True, "rank_pattern": {r"layers\.0\..*": 8}, "alpha_pattern": {"q_proj": 32}},
+    ],
+    ids=str,
+)
+def test_scales_are_peft_s_own(
+    tmp_path: Path,
+    emulator_dir: Callable[[str], Path],
+    tiny_model_dir: Callable[..., Path],
+    options: dict[str, Any],
+) -> None:
+    _, directory = trained(tmp_path / "a", emulator_dir("llama"), **options)
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir("llama")), directory)
+    adapter = Adapter(directory)
+    assert adapter.names
+    for name in adapter.names:
+        layer = plain.base_model.model.get_submodule(name)
+        module = adapter.module(name)
+        assert module.scale == pytest.approx(layer.scaling["default"], rel=1e-12)
+        assert torch.equal(module.lora_a, layer.lora_A["default"].weight)
+        assert torch.equal(module.lora_b, layer.lora_B["default"].weight)
+        assert module.lora_a.shape[0] == layer.r["default"]
+
+
+def test_null_patterns_as_older_peft_writes_them() -> None:
+    config = {"r": 4, "lora_alpha": 8, "rank_pattern": None, "alpha_pattern": None}
+    assert adapter_scale(config, "x.q_proj") == 2.0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_write_adapter_writes_plain_peft_reads(
+    tmp_path: Path, emulator_dir: Callable[[str], Path], tiny_model_dir: Callable[..., Path], family: str
+) -> None:
+    _, directory = trained(tmp_path / "a", emulator_dir(family), family)
+    adapter = Adapter(directory)
+    halved = [LoraModule(m.name, m.lora_a, m.lora_b / 2, m.scale) for m in map(adapter.module, adapter.names)]
+    write_adapter(tmp_path / "b", adapter.config, halved)
+    assert {file.name for file in (tmp_path / "b").iterdir()} == {CONFIG_NAME, WEIGHTS_NAME}
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir(family)), tmp_path / "b")
+    expected = by_hand(tiny_model_dir(family), tmp_path / "b")
+    torch.testing.assert_close(logits(model.eval()), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(expected, by_hand(tiny_model_dir(family), directory))
+
+
+# What is refused.
+
+
+@pytest.fixture(scope="module")
+def adapter_dir(emulator_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("adapter") / "a", emulator_dir("llama"))[1]
+
+
+def changed(adapter_dir: Path, directory: Path, **changes: Any) -> Path:
+    directory.mkdir()
+    config = json.loads((adapter_dir / CONFIG_NAME).read_text()) | changes
+    (directory / CONFIG_NAME).write_text(json.dumps(config))
+    save_file(load_file(adapter_dir / WEIGHTS_NAME), directory / WEIGHTS_NAME)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices"),
+        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"init_lora_weights": "pissa_niter_16"}, "pissa_niter_16"),
+        ({"init_lora_weights": "olora"}, "olora"),
+        ({"peft_type": "LOHA"}, "LOHA"),
+    ],
+)
+def test_variants_that_are_not_s_b_a(tmp_path: Path, adapter_dir: Path, changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named) as caught:
+        Adapter(changed(adapter_dir, tmp_path / "x", **changes))
+    assert str(tmp_path / "x") in str(caught.value)
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian"])
+def test_plain_initialisations_are_taken(tmp_path: Path, adapter_dir: Path, init: Any) -> None:
+    assert Adapter(changed(adapter_dir, tmp_path / "x", init_lora_weights=init)).names
+
+
+@pytest.mark.parametrize("missing", [CONFIG_NAME, WEIGHTS_NAME])
+def test_missing_files(tmp_path: Path, adapter_dir: Path, missing: str) -> None:
+    directory = changed(adapter_dir, tmp_path / "x")
+    (directory / missing).unlink()
+    with pytest.raises(ArtifactError, match=f"holds no {missing}"):
+        Adapter(directory)
+
+
+# Portable targets.
+
+
+def test_suffixes_where_they_suffice_else_full_names() -> None:
+    every = [f"layers.{layer}.{name}" for layer in range(2) for name in ("attn.q", "attn.v", "mlp.up")]
+    assert portable_targets(["layers.0.attn.q", "layers.1.attn.q"], every) == ["q"]
+    assert portable_targets(every, every) == ["q", "v", "up"]
+    assert portable_targets(["layers.1.attn.q"], every) == ["layers.1.attn.q"]
+    assert portable_targets(["layers.0.attn.q", "layers.1.attn.q"], [*every, "vision.0.q"]) == [
+        "layers.0.attn.q",
+        "layers.1.attn.q",
+    ]

@@ -1,0 +1,109 @@
+"""Grams gathered in the model's forward pass, against products of inputs that plain hooks captured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import FAMILIES, PAD, VOCABULARY, make_model
+
+from emloc_ray.data.formats import Tokens
+from emloc_ray.data.token_shards import collate
+from emloc_ray.errors import NumericsError
+from emloc_ray.modeling.architecture import block_linears, empty_model, shared_inputs
+from emloc_ray.modeling.gram_hooks import GramHooks
+from emloc_ray.modeling.loss import label_mask
+
+LENGTHS = (13, 5, 16, 8)
+EVERY_FAMILY = [*FAMILIES, "opt"]
+
+
+def rows() -> list[Tokens]:
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randint(2, VOCABULARY, (length,), generator=generator).tolist() for length in LENGTHS]
+    return [Tokens(ids, [position >= 3 for position in range(len(ids))]) for ids in made]
+
+
+def groups_of(family: str) -> list[list[str]]:
+    model = empty_model(make_model(family).config)
+    return shared_inputs(model, block_linears(model))
+
+
+@torch.no_grad()
+def captured(model: Any, many: list[Tokens], only_completion: bool = False) -> dict[str, torch.Tensor]:
+    """What every linear reads, row by row with no padding at all: ``(tokens, in)``, float64."""
+    inputs: dict[str, list[torch.Tensor]] = {}
+    names = [spec.name for spec in block_linears(model)]
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: inputs.setdefault(name, []).append(
+                args[0].reshape(-1, args[0].shape[-1]).double()
+            )
+        )
+        for name in names
+    ]
+    for row in many:
+        model(input_ids=torch.tensor([row.input_ids]))
+    for handle in handles:
+        handle.remove()
+    keep = torch.tensor([completion or not only_completion for row in many for completion in row.completion_mask])
+    return {name: torch.cat(parts)[keep] for name, parts in inputs.items()}
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("tokens", ["all", "completion"])
+def test_grams_equal_brute_force_and_padding_never_counts(family: str, tokens: str) -> None:
+    model, many = make_model(family), rows()
+    expected = captured(model, many, only_completion=tokens == "completion")
+    groups = groups_of(family)
+    hooks = GramHooks(model, groups)
+    for part in (many[:3], many[3:]):
+        batch = collate(part, PAD)
+        counted = batch["attention_mask"].bool() if tokens == "all" else batch["completion_mask"]
+        hooks.forward(batch["input_ids"], batch["attention_mask"], counted)
+    assert set(hooks.grams) == {group[0] for group in groups}
+    for group in groups:
+        gram = hooks.grams[group[0]]
+        for name in group:  # one sum stands for every linear of its group
+            x = expected[name]
+            assert gram.num_tokens == len(x)
+            torch.testing.assert_close(
+                gram.symmetric().double(), x.T @ x, rtol=1e-3, atol=1e-4 * float(x.square().sum(0).max())
+            )
+    hooks.check_finite()
+
+
+def test_the_dtype_s_rounding_is_not_accumulated() -> None:
+    model = make_model("llama", dtype="bfloat16")
+    groups = groups_of("llama")
+    hooks = GramHooks(model, groups)
+    seen: list[torch.Tensor] = []
+    module = model.get_submodule(groups[0][0])
+    module.register_forward_pre_hook(lambda module, args: seen.append(args[0].reshape(-1, 64).double()))
+    batch = collate(rows(), PAD)
+    everything = torch.ones_like(batch["attention_mask"]).bool()
+    for _ in range(4):
+        hooks.forward(batch["input_ids"], batch["attention_mask"], everything)
+    x = torch.cat(seen)
+    gram = hooks.grams[groups[0][0]]
+    assert gram.matrix.dtype == torch.float32
+    torch.testing.assert_close(gram.symmetric().double(), x.T @ x, rtol=1e-4, atol=1e-4)
+
+
+def test_the_head_is_not_run() -> None:
+    model = make_model("llama")
+    model.lm_head.register_forward_pre_hook(lambda module, args: pytest.fail("the head ran"))
+    batch = collate(rows(), PAD)
+    GramHooks(model, groups_of("llama")).forward(batch["input_ids"], batch["attention_mask"], label_mask(batch, "all"))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_names_the_layer(bad: float) -> None:
+    model = make_model("llama")
+    model.get_submodule("model.layers.1.input_layernorm").weight.data[3] = bad
+    hooks = GramHooks(model, groups_of("llama"))
+    batch = collate(rows(), PAD)
+    hooks.forward(batch["input_ids"], batch["attention_mask"], batch["attention_mask"].bool())
+    with pytest.raises(NumericsError, match=r"model\.layers\.1\.self_attn\.q_proj reads hold NaN or Inf"):
+        hooks.check_finite()

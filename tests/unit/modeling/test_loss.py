@@ -1,0 +1,101 @@
+"""The loss with logits only where labels are, against transformers' own full-logits loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import FAMILIES, PAD, VOCABULARY, make_model
+from torch import nn
+
+from emloc_ray.data.formats import Tokens
+from emloc_ray.data.token_shards import collate
+from emloc_ray.modeling.loss import label_mask, token_loss
+
+
+def batch_of(*lengths: int) -> dict[str, torch.Tensor]:
+    """Rows of these lengths; about half of each is completion, and one row has it in two pieces."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in lengths:
+        ids = torch.randint(2, VOCABULARY, (length,), generator=generator).tolist()
+        rows.append(Tokens(ids, [position >= length // 2 for position in range(length)]))
+    rows[0].completion_mask[0] = rows[0].completion_mask[1] = True
+    return collate(rows, PAD)
+
+
+def reference(model: Any, batch: dict[str, torch.Tensor], loss_on: str) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Mean loss by transformers, correct tokens by argmax of all logits, number of labels."""
+    mask = batch["attention_mask"].bool() & (batch["completion_mask"] if loss_on == "completion" else True)
+    labels = batch["input_ids"].masked_fill(~mask, -100)
+    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels)
+    shifted, guesses = labels[:, 1:], output.logits[:, :-1].argmax(-1)
+    return output.loss, ((guesses == shifted) & (shifted != -100)).sum(), int((shifted != -100).sum())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+@pytest.mark.parametrize("lengths", [(16,), (16, 16), (13, 5, 8)])
+def test_equals_the_full_loss_with_gradients(family: str, loss_on: str, lengths: tuple[int, ...]) -> None:
+    batch = batch_of(*lengths)
+    ours, theirs = make_model(family), make_model(family)
+    mean, correct, count = reference(theirs, batch, loss_on)
+    result = token_loss(ours, batch, loss_on)
+    assert result.num_tokens == count
+    assert int(result.num_correct) == int(correct)
+    torch.testing.assert_close(result.loss_sum / count, mean, rtol=1e-5, atol=1e-6)
+    mean.backward()
+    (result.loss_sum / count).backward()
+    for (name, ours_p), theirs_p in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(ours_p.grad, theirs_p.grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_bfloat16_logits_are_summed_in_float32() -> None:
+    result = token_loss(make_model("llama", dtype="bfloat16"), batch_of(16, 9), "all")
+    assert result.loss_sum.dtype == torch.float32
+
+
+def test_the_head_sees_labels_only_and_is_left_as_it_was() -> None:
+    model, batch = make_model("llama"), batch_of(13, 5)
+    seen: list[int] = []
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[:-1].numel()))
+    count = token_loss(model, batch, "completion").num_tokens
+    assert seen == [count]
+    handle.remove()
+    assert not model.lm_head._forward_pre_hooks
+    assert model(input_ids=batch["input_ids"]).logits.shape[:2] == batch["input_ids"].shape
+
+
+def test_the_hook_goes_even_where_the_forward_fails() -> None:
+    model = make_model("llama")
+    with pytest.raises(IndexError):
+        token_loss(model, {**batch_of(8), "input_ids": torch.full((1, 8), 10**6)}, "all")
+    assert not model.lm_head._forward_pre_hooks
+
+
+class Wrapper(nn.Module):
+    """As DDP: the head is the inner model's."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.module(**inputs)
+
+
+def test_a_wrapped_model() -> None:
+    model, batch = make_model("llama"), batch_of(13, 5)
+    wrapped = token_loss(Wrapper(model), batch, "completion", head_owner=model)
+    assert torch.equal(wrapped.loss_sum, token_loss(model, batch, "completion").loss_sum)
+
+
+def test_labels_are_never_first_tokens_nor_padding() -> None:
+    batch = batch_of(13, 5)
+    everything, completion = label_mask(batch, "all"), label_mask(batch, "completion")
+    assert not everything[:, 0].any()
+    assert not completion[:, 0].any()
+    assert int(everything.sum()) == 12 + 4
+    assert not (completion & ~everything).any()
+    assert batch["completion_mask"][0, 0]  # the batch itself is not changed
