@@ -115,8 +115,12 @@ class Pipeline:
         inputs: dict[str, Any],
         outputs: Sequence[Path],
         execute: Callable[[Callable[[int, int], None]], dict[str, Any]],
+        resumes: bool = False,
     ) -> dict[str, Any]:
-        """Runs a stage unless the manifest says that it was done with the same inputs; returns its result."""
+        """Runs a stage unless the manifest says that it was done with the same inputs; returns its result.
+
+        What an earlier try left in ``outputs`` is removed first, unless the stage ``resumes`` from it.
+        """
         from emloc_ray.stages.cluster import explain
         from emloc_ray.stages.monitor import measured
 
@@ -127,8 +131,8 @@ class Pipeline:
             found: dict[str, Any] = entry["result"]
             return found
         self.directory.forget(name)
-        for path in outputs:
-            shutil.rmtree(path, ignore_errors=True) if name != "calibrate" else None
+        for path in outputs if not resumes else ():
+            shutil.rmtree(path, ignore_errors=True)
         progress = self.reporter.start(name)
         try:
             with measured() as usage:
@@ -226,7 +230,7 @@ class Pipeline:
             )
             return calibrate(job, out_dir, _resources(self.config.calibration), progress)
 
-        self._step("calibrate", inputs, [out_dir], execute)
+        self._step("calibrate", inputs, [out_dir], execute, resumes=True)
 
     def _discard_unless(self, directory: Path, inputs: dict[str, Any]) -> None:
         """Keeps what a killed run of the same inputs committed, and nothing else."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,11 +89,11 @@ def calibrate(job: CalibrationJob, out_dir: Path, resources: Resources, progress
     num_shards = TokenShards(job.tokens_dir).num_shards
     num_slots = min(resources.num_workers, num_shards)
     slots = [out_dir / "slots" / f"slot-{slot:04d}-of-{num_slots:04d}.safetensors" for slot in range(num_slots)]
+    for stale in set((out_dir / "slots").glob("*")) - set(slots):  # of a run with another number of slots
+        stale.unlink()
     _run_slots(job, slots, num_shards, resources, progress)
     counts = _reduce(job, slots, out_dir)
-    for path in slots:
-        path.unlink()
-    (out_dir / "slots").rmdir()
+    shutil.rmtree(out_dir / "slots")
     return {"num_workers": num_slots, "num_shards": num_shards, "num_tokens": max(counts.values())}
 
 
