@@ -130,6 +130,9 @@ def _auto_model_class(auto_name: str) -> type[Any]:
             base = base[0] if isinstance(base, tuple) else base
             if kwargs.get("dtype", "auto") == "auto":
                 kwargs["dtype"] = original.dtype or "auto"
+            # The Auto class has put it into the config, which is not the one that the model reads.
+            if config._attn_implementation is not None:
+                kwargs.setdefault("attn_implementation", config._attn_implementation)
             return emulator_class(base, config).from_pretrained(path, *args, config=original, **kwargs)
 
     EmulatorModel.__name__ = EmulatorModel.__qualname__ = auto_name.replace("AutoModel", "Emulator")
