@@ -16,9 +16,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from emloc_ray.errors import ArtifactError, ConfigError
-from emloc_ray.io.atomic import write_json
+import yaml
 
+from emloc_ray.errors import ArtifactError, ConfigError
+from emloc_ray.io.atomic import atomic_file, write_json
+
+CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
 METRICS = "metrics.json"
 _LOCK = ".lock"
@@ -48,7 +51,9 @@ class RunDirectory:
         if not self.root.is_dir():
             return
         if not self.path(MANIFEST).is_file():
-            others = [entry.name for entry in self.root.iterdir() if entry.name != _LOCK]
+            # A run killed while it wrote its first manifest left no more than these.
+            own = (_LOCK, f".{MANIFEST}.")
+            others = [entry.name for entry in self.root.iterdir() if not entry.name.startswith(own)]
             if others:
                 raise ConfigError(
                     f"run_dir {self.root} holds files of something else ({', '.join(sorted(others)[:3])}) and no"
@@ -62,7 +67,7 @@ class RunDirectory:
             )
 
     def create(self, config: dict[str, Any], *, fresh: bool = False) -> None:
-        """Makes the directory with its manifest; ``fresh`` removes what an earlier run of this name left."""
+        """Makes the directory with its manifest and config; ``fresh`` removes what an earlier run of this name left."""
         self.check()
         if fresh and self.root.is_dir():
             for entry in self.root.iterdir():
@@ -74,6 +79,8 @@ class RunDirectory:
         manifest = self.manifest() if self.path(MANIFEST).is_file() else {"stages": {}}
         manifest.update({"format": _FORMAT, "name": self.name, "config": config})
         write_json(self.path(MANIFEST), manifest)
+        with atomic_file(self.path(CONFIG)) as file:
+            file.write(yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
 
     def manifest(self) -> dict[str, Any]:
         """The manifest; raises ArtifactError where there is none or it is unreadable."""

@@ -13,7 +13,7 @@ import pytest
 
 import emloc_ray
 from emloc_ray.errors import ArtifactError, ConfigError
-from emloc_ray.io.run_directory import MANIFEST, RunDirectory
+from emloc_ray.io.run_directory import CONFIG, MANIFEST, RunDirectory
 
 
 @pytest.fixture
@@ -33,13 +33,15 @@ def artifact(run: RunDirectory, name: str, text: str = "contents") -> Path:
 # Whose directory it is.
 
 
-@pytest.mark.parametrize("prepare", ["absent", "empty", "only a lock"])
+@pytest.mark.parametrize("prepare", ["absent", "empty", "only a lock", "killed at its first write"])
 def test_a_new_or_empty_directory_is_taken(tmp_path: Path, prepare: str) -> None:
     root = tmp_path / "deep" / "mine"
     if prepare != "absent":
         root.mkdir(parents=True)
     if prepare == "only a lock":
         (root / ".lock").touch()
+    if prepare == "killed at its first write":
+        (root / f".{MANIFEST}.abc.tmp").write_text("{")
     directory = RunDirectory(f"file://{root}")
     directory.check()
     directory.create({"seed": 3})
@@ -47,6 +49,8 @@ def test_a_new_or_empty_directory_is_taken(tmp_path: Path, prepare: str) -> None
     assert manifest["name"] == "mine"
     assert manifest["config"] == {"seed": 3}
     assert manifest["stages"] == {}
+    assert (root / CONFIG).read_text() == "seed: 3\n"
+    assert not list(root.glob("*.tmp"))
 
 
 @pytest.mark.parametrize("fresh", [False, True])
@@ -96,7 +100,7 @@ def test_fresh_removes_all_but_the_lock(run: RunDirectory) -> None:
     run.commit("merge", "abc", [artifact(run, "merged/a")], {})
     run.update_metrics(seed=0)
     run.create({"seed": 1}, fresh=True)
-    assert {entry.name for entry in run.root.iterdir()} == {MANIFEST, ".lock"}
+    assert {entry.name for entry in run.root.iterdir()} == {CONFIG, MANIFEST, ".lock"}
     assert not run.is_done("merge", "abc")
 
 
@@ -104,7 +108,7 @@ def test_leftovers_of_a_killed_write_are_removed(run: RunDirectory) -> None:
     artifact(run, ".adapter.xyz.tmp/half")
     artifact(run, ".manifest.json.abc.tmp")
     run.create({})
-    assert {entry.name for entry in run.root.iterdir()} == {MANIFEST}
+    assert {entry.name for entry in run.root.iterdir()} == {CONFIG, MANIFEST}
 
 
 # What counts as done.
@@ -181,7 +185,7 @@ import sys, time, types
 for name, path in (("emloc_ray", sys.argv[2]), ("emloc_ray.io", sys.argv[2] + "/io")):
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [path]
-sys.modules["emloc_ray.io.atomic"] = types.SimpleNamespace(write_json=None)
+sys.modules["emloc_ray.io.atomic"] = types.SimpleNamespace(atomic_file=None, write_json=None)
 from emloc_ray.io.run_directory import RunDirectory
 run = RunDirectory(sys.argv[1])
 run.lock()
