@@ -1,0 +1,69 @@
+"""``hf:`` data goes through the datasets library into Parquet of the run; a local folder stands for the hub here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emloc_ray.config import parse_config
+from emloc_ray.data.token_shards import TokenShards
+from emloc_ray.errors import DataError
+from emloc_ray.preparation import prepare
+from emloc_ray.stages.data import tokenize_data
+
+pytest.importorskip("datasets")
+
+
+def _config(model: Path, run_dir: Path, train: str, evaluation: str) -> Any:
+    return parse_config(
+        {
+            "run_dir": str(run_dir),
+            "model": {"source": str(model)},
+            "data": {
+                "format": "prompt_completion",
+                "max_seq_length": 64,
+                "train": {"path": train},
+                "eval": {"path": evaluation},
+            },
+            "calibration": {"num_calibration_samples": 4},
+        }
+    )
+
+
+def _write(path: Path, prefix: str, count: int) -> None:
+    rows = ({"prompt": f"{prefix} {i}", "completion": f"number {i}"} for i in range(count))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_dataset_becomes_the_runs_parquet(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], ray_session: None
+) -> None:
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    _write(folder / "train.jsonl", "train", 40)
+    _write(folder / "test.jsonl", "test", 7)
+    model = tiny_model_dir("llama")
+    config = _config(model, tmp_path / "run", f"hf:{folder}", f"hf:{folder}")
+    counts = tokenize_data(prepare(config), model, tmp_path / "data")["splits"]
+    assert counts["eval"]["rows"] == 7
+    assert counts["train"]["rows"] + counts["selection"]["rows"] == 40
+    assert (tmp_path / "data" / "rows" / "eval.parquet").is_file()
+    assert len(TokenShards(tmp_path / "data" / "tokens" / "eval")) == 7
+
+
+def test_a_split_can_be_named_and_a_wrong_name_is_told(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], ray_session: None
+) -> None:
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    _write(folder / "train.jsonl", "train", 30)
+    model = tiny_model_dir("llama")
+    config = _config(model, tmp_path / "run", f"hf:{folder}", f"hf:{folder}:train")
+    assert tokenize_data(prepare(config), model, tmp_path / "data")["splits"]["eval"]["rows"] == 30
+    wrong = _config(model, tmp_path / "other", f"hf:{folder}", f"hf:{tmp_path / 'nowhere'}")
+    with pytest.raises(DataError, match="nowhere"):
+        tokenize_data(prepare(wrong), model, tmp_path / "data2")

@@ -1,0 +1,322 @@
+"""The whole pipeline on local Ray, two workers a stage, read back with plain transformers and PEFT."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from small_runs import LENGTH, FinishedRun, make_values, run_values, task_rows
+from transformers import AutoModelForCausalLM
+
+from emloc_ray.config import load_config, parse_config
+from emloc_ray.data.token_shards import TokenShards
+from emloc_ray.io.grams import GramStore
+from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.modeling.emulator import FactorizedLinear
+from emloc_ray.stages import STAGES
+
+VARIANTS = {"original", "emulator", "emulator_adapter", "uncorrected", "corrected", "merged"}
+
+
+@pytest.fixture(scope="session")
+def qwen_run(make_run: Callable[..., FinishedRun], tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """Biases on q, k, v; rsLoRA with patterns; the text format from CSV; the covariance correction."""
+    path = tmp_path_factory.mktemp("csv") / "rows.csv"
+    texts = [row["prompt"] + row["completion"] for row in task_rows(80)]
+    pa.csv.write_csv(pa.table({"text": texts, "number": list(range(80))}), path)
+    adapter = {
+        "target_modules": ["q_proj", "v_proj", "down_proj"],
+        "use_rslora": True,
+        "rank_pattern": {"v_proj": 2},
+        "alpha_pattern": {"down_proj": 6},
+    }
+    return make_run(
+        path,
+        "qwen2",
+        data={"format": "text"},
+        adapter=adapter,
+        correction={"method": "covariance", "strength": 0.5},
+    )
+
+
+@pytest.fixture(scope="session")
+def gpt2_run(make_run: Callable[..., FinishedRun], tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """Conv1D, biases, bfloat16; chat messages from Parquet; the paper's correction."""
+    path = tmp_path_factory.mktemp("parquet") / "rows.parquet"
+    chats = [
+        [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+        for row in task_rows(80)
+    ]
+    pa.parquet.write_table(pa.table({"messages": chats}), path, row_group_size=30)
+    return make_run(
+        path, "gpt2", "bfloat16", data={"format": "messages"}, correction={"method": "projection", "clamp": 1.0}
+    )
+
+
+@pytest.fixture(scope="session")
+def dense_run(make_run: Callable[..., FinishedRun], task_file: Path, llama_run: FinishedRun) -> FinishedRun:
+    """Ratio 1.0, plain LoRA on the original; its gap is measured against the Llama's run, to have one to measure."""
+    return make_run(
+        task_file,
+        "llama",
+        emulator={"compression_ratio": 1.0},
+        evaluation={"upper_bound": str(llama_run.root), "num_workers": 1, "num_exact_match": 0, "num_generations": 0},
+    )
+
+
+@pytest.fixture(params=["llama_run", "qwen_run", "gpt2_run", "dense_run"])
+def any_run(request: pytest.FixtureRequest) -> FinishedRun:
+    """Every kind of run in turn."""
+    return request.getfixturevalue(request.param)
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def adapter_updates(run: FinishedRun) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
+    """``module: (B, A, s)``, with s worked out here, from the test's own config."""
+    settings = run.values["adapter"]
+    found = {}
+    with safe_open(run.root / "adapter" / "adapter_model.safetensors", "pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            name = key.removeprefix("base_model.model.").split(".lora_")[0]
+            if key.endswith("lora_A.weight"):
+                last = name.rsplit(".", 1)[-1]
+                r = settings.get("rank_pattern", {}).get(last, settings["r"])
+                alpha = settings.get("alpha_pattern", {}).get(last, settings["lora_alpha"])
+                s = alpha / (math.sqrt(r) if settings.get("use_rslora") else r)
+                lora_a = file.get_tensor(key)
+                assert lora_a.shape[0] == r
+                found[name] = (file.get_tensor(key.replace("lora_A", "lora_B")), lora_a, s)
+    return found
+
+
+def test_run_directory_is_laid_out_as_designed(llama_run: FinishedRun) -> None:
+    names = {entry.name for entry in llama_run.root.iterdir() if not entry.name.startswith(".")}
+    folders = {"data", "calibration", "emulator", "adapter_emulator", "adapter", "merged"}
+    assert names == folders | {"manifest.json", "metrics.json", "config.yaml", "report.html"}
+    assert not list(llama_run.root.rglob("*.tmp"))
+    for adapter in ("adapter", "adapter_emulator"):
+        files = {file.name for file in (llama_run.root / adapter).iterdir()}
+        assert files == {"adapter_config.json", "adapter_model.safetensors"}
+    assert (llama_run.root / "merged" / "tokenizer.json").is_file()
+    originals = {file.name for file in llama_run.model_dir.glob("model*")}
+    assert {file.name for file in (llama_run.root / "merged").glob("model*")} == originals
+    assert load_config(llama_run.root / "config.yaml") == parse_config(llama_run.values)
+    assert RunDirectory(llama_run.root).holder() is None
+
+
+def test_metrics_have_their_keys(any_run: FinishedRun) -> None:
+    metrics = any_run.metrics
+    assert set(metrics["evaluation"]) == VARIANTS
+    counts = {variant["num_tokens"] for variant in metrics["evaluation"].values()}
+    assert len(counts) == 1
+    assert counts.pop() > 50
+    for variant in metrics["evaluation"].values():
+        assert 0 < variant["loss"] < 20
+        assert 0 <= variant["token_accuracy"] <= 1
+    assert {"method", "clamp", "strength", "candidates", "modules"} <= set(metrics["correction"])
+    dense = any_run.values["emulator"]["compression_ratio"] == 1.0
+    assert set(metrics["stages"]) == {"data", *STAGES} - ({"calibrate"} if dense else set())
+    for stage in metrics["stages"].values():
+        assert stage["wall_s"] >= 0
+        assert stage["peak_rss_bytes"] > 0
+        assert stage["peak_pss_bytes"] > 0
+    assert metrics["stages"]["finetune"]["num_workers"] == 2
+    assert {"parameters_kept", "mean_relative_error"} <= set(metrics["emulator"])
+    assert metrics["disk_bytes"]["merged"] > 0
+
+
+def test_training_lowered_the_loss(any_run: FinishedRun) -> None:
+    loss = {name: variant["loss"] for name, variant in any_run.metrics["evaluation"].items()}
+    assert loss["emulator_adapter"] < loss["emulator"] - 0.02
+    assert loss["merged"] < loss["original"] - 0.02
+    history = [step["loss"] for step in any_run.metrics["finetune"]["history"]]
+    assert len(history) == 8
+    assert history[-1] < history[0]
+
+
+def test_merged_scores_as_the_corrected_adapter(any_run: FinishedRun) -> None:
+    evaluation = any_run.metrics["evaluation"]
+    # Rounding W + s B A to bfloat16 is what a bf16 checkpoint asks for.
+    tolerance = 2e-2 if "bfloat16" in any_run.root.name else 1e-4
+    assert evaluation["merged"]["loss"] == pytest.approx(evaluation["corrected"]["loss"], abs=tolerance)
+
+
+def test_plain_libraries_read_adapter_and_merged_alike(any_run: FinishedRun) -> None:
+    script = Path(__file__).with_name("plain_check.py")
+    command = [sys.executable, str(script), str(any_run.model_dir), str(any_run.root)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = json.loads(output.splitlines()[-1])
+    assert not found["imported"]
+    assert found["unused"] == []
+    assert "emloc_emulator" in found["emulator_error"]
+    dtype = any_run.root.name.split("-")[1]
+    assert found["merged_dtype"] == f"torch.{dtype}"
+    assert found["difference"] <= (1e-4 if dtype == "float32" else 2e-2) * max(1.0, found["scale"])
+    assert found["moved"] > 2 * found["difference"]
+
+
+def test_merged_tensors_are_the_original_plus_the_update(any_run: FinishedRun) -> None:
+    originals, merged = tensors(any_run.model_dir), tensors(any_run.root / "merged")
+    updates = adapter_updates(any_run)
+    assert merged.keys() == originals.keys()
+    changed = 0
+    for name, original in originals.items():
+        assert merged[name].dtype == original.dtype
+        module = name.removesuffix(".weight")
+        if module not in updates or name == module:
+            assert torch.equal(merged[name].view(torch.uint8), original.view(torch.uint8)), name
+            continue
+        lora_b, lora_a, s = updates[module]
+        update = s * (lora_b @ lora_a)
+        expected = original.float() + (update.T if "gpt2" in any_run.root.name else update)
+        if original.dtype == torch.float32:
+            torch.testing.assert_close(merged[name], expected, rtol=1e-6, atol=1e-7)
+        else:
+            assert torch.equal(merged[name], expected.to(original.dtype)), name
+        changed += not torch.equal(merged[name], original)
+    assert changed == len(updates) > 0
+
+
+def test_emulator_loads_with_the_originals_auto_class(any_run: FinishedRun) -> None:
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        any_run.root / "emulator", dtype="auto", output_loading_info=True
+    )
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    kept = {n: m for n, m in model.named_modules() if isinstance(m, FactorizedLinear)}
+    assert set(kept) == set(any_run.metrics["emulator"]["layers"])
+    # What the model on disk scores is what the report says of it.
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert total == any_run.metrics["emulator"]["parameters"]
+
+
+def test_grams_are_those_of_all_calibration_tokens(llama_run: FinishedRun) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama_run.model_dir)
+    store = GramStore(llama_run.root / "calibration")
+    shards = TokenShards(llama_run.root / "data" / "tokens" / "calibration")
+    assert shards.num_shards == 4
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in llama_run.metrics["emulator"]["layers"]}
+    for name, inputs in seen.items():
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, to=inputs: to.append(args[0][0]))
+    with torch.no_grad():
+        for position in range(len(shards)):
+            model(input_ids=torch.tensor([shards.row(position).input_ids]))
+    for name, inputs in seen.items():
+        x = torch.cat(inputs).double()
+        expected = x.T @ x
+        assert store.num_tokens(name) == len(x) == llama_run.metrics["calibration"]["num_tokens"]
+        torch.testing.assert_close(store.read(name).double(), expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
+
+
+def test_no_row_is_in_two_splits(llama_run: FinishedRun) -> None:
+    rows = {}
+    for split in ("train", "calibration", "selection", "eval"):
+        shards = TokenShards(llama_run.root / "data" / "tokens" / split)
+        rows[split] = {tuple(shards.row(position).input_ids) for position in range(len(shards))}
+    assert rows["calibration"] <= rows["train"]  # sampled from train where not given
+    assert not rows["train"] & (rows["selection"] | rows["eval"])
+    assert not rows["selection"] & rows["eval"]
+    assert len(rows["train"]) + len(rows["selection"]) + len(rows["eval"]) == 120
+    assert any("12 rows instead of the 256 asked for" in note for note in llama_run.reporter.notes)
+
+
+def test_auto_chooses_the_candidate_of_least_selection_loss(llama_run: FinishedRun) -> None:
+    choice = llama_run.metrics["correction"]
+    losses = [candidate["loss"] for candidate in choice["candidates"]]
+    assert len(losses) == 7
+    best = choice["candidates"][losses.index(min(losses))]
+    assert {key: choice[key] for key in ("method", "clamp", "strength")} == {
+        key: best[key] for key in ("method", "clamp", "strength")
+    }
+    assert choice["candidates"][0]["method"] == "none"
+
+
+def test_covariance_closes_the_shortfall_of_every_module(qwen_run: FinishedRun) -> None:
+    choice = qwen_run.metrics["correction"]
+    assert (choice["method"], choice["strength"]) == ("covariance", 0.5)
+    modules = choice["modules"]
+    assert set(modules) == {
+        name for name in adapter_updates(qwen_run) if name in qwen_run.metrics["emulator"]["layers"]
+    }
+    assert all(module["after"] < module["before"] for module in modules.values())
+
+
+def test_rslora_and_patterns_reach_the_adapter(qwen_run: FinishedRun) -> None:
+    config = json.loads((qwen_run.root / "adapter" / "adapter_config.json").read_text())
+    assert config["use_rslora"] is True
+    assert config["rank_pattern"] == {"v_proj": 2}
+    assert config["alpha_pattern"] == {"down_proj": 6}
+    assert set(config["target_modules"]) == {"q_proj", "v_proj", "down_proj"}
+    assert {name.rsplit(".", 1)[-1] for name in adapter_updates(qwen_run)} == {"q_proj", "v_proj", "down_proj"}
+
+
+def test_bfloat16_stays_bfloat16(gpt2_run: FinishedRun) -> None:
+    assert {t.dtype for t in tensors(gpt2_run.root / "emulator").values()} == {torch.bfloat16}
+    store = GramStore(gpt2_run.root / "calibration")
+    assert store.read("transformer.h.0.attn.c_attn").dtype == torch.float32
+
+
+def test_ratio_one_is_plain_lora_on_the_original(dense_run: FinishedRun) -> None:
+    metrics = dense_run.metrics
+    assert not (dense_run.root / "calibration").exists()
+    assert metrics["correction"]["method"] == "none"
+    assert metrics["emulator"]["parameters_kept"] == 1.0
+    originals, emulator = tensors(dense_run.model_dir), tensors(dense_run.root / "emulator")
+    assert emulator.keys() == originals.keys()
+    assert all(torch.equal(emulator[name], originals[name]) for name in originals)
+    trained, corrected = (tensors(dense_run.root / name) for name in ("adapter_emulator", "adapter"))
+    assert trained.keys() == corrected.keys()
+    assert all(torch.equal(trained[name], corrected[name]) for name in trained)
+    evaluation = metrics["evaluation"]
+    assert evaluation["emulator"]["loss"] == pytest.approx(evaluation["original"]["loss"], abs=1e-6)
+    assert evaluation["emulator_adapter"]["loss"] == pytest.approx(evaluation["corrected"]["loss"], abs=1e-6)
+
+
+def test_gap_closed_is_measured_against_the_named_run(dense_run: FinishedRun, llama_run: FinishedRun) -> None:
+    gap = dense_run.metrics["gap_closed"]
+    original = dense_run.metrics["evaluation"]["original"]["loss"]
+    bound = llama_run.metrics["evaluation"]["corrected"]["loss"]
+    corrected = dense_run.metrics["evaluation"]["corrected"]["loss"]
+    assert gap["upper_bound_loss"] == bound
+    assert gap["corrected"] == pytest.approx((original - corrected) / (original - bound))
+
+
+def test_packing_and_truncation_are_counted(
+    ray_session: None, tmp_path: Path, tiny_model_dir: Callable[..., Path], task_file: Path
+) -> None:
+    values = make_values(
+        tmp_path / "packed",
+        tiny_model_dir("llama"),
+        task_file,
+        data={"packing": True, "max_seq_length": 40},
+        calibration={"tokens": "completion"},
+    )
+    reporter = run_values(values, until="calibrate")
+    assert reporter.started == ["data", "calibrate"]
+    metrics = json.loads((tmp_path / "packed" / "metrics.json").read_text())
+    data = metrics["data"]["calibration"]
+    shards = TokenShards(tmp_path / "packed" / "data" / "tokens" / "calibration")
+    rows = [shards.row(position) for position in range(len(shards))]
+    assert max(map(len, rows)) <= 40 < LENGTH
+    assert data["rows"] == len(rows)
+    assert data["tokens"] == sum(map(len, rows))
+    assert metrics["calibration"]["num_tokens"] <= sum(sum(row.completion_mask) for row in rows)
+    told = any("rows cut to 40 tokens" in note for note in reporter.notes)
+    assert told == any(split["truncated_rows"] for split in metrics["data"].values())
