@@ -107,6 +107,11 @@ class Pipeline:
         self.prepare_data()
         for stage in STAGES[: STAGES.index(until) + 1]:
             getattr(self, stage)()
+        self._write_results()  # once more: a stage may have been committed by a run that was killed right after
+
+    def _write_results(self) -> None:
+        """metrics.json and report.html, anew from the manifest."""
+        self.directory.write_metrics(assemble_metrics(self.directory, self.prepared))
         write_report(self.directory)
 
     def _step(
@@ -141,7 +146,7 @@ class Pipeline:
             raise explain(error, name) from error
         used = usage.as_dict()
         self.directory.commit(name, key, outputs, {**result, "usage": used})
-        self.directory.update_metrics(**assemble_metrics(self.directory, self.prepared))
+        self._write_results()
         self.reporter.finish(name, result, used)
         return result
 
@@ -405,7 +410,6 @@ class Pipeline:
             return evaluate(job, _resources(section), progress)
 
         self._step("evaluate", inputs, [], execute)
-        self.directory.update_metrics(**assemble_metrics(self.directory, self.prepared))
 
     def _tokens(self, split: str) -> Path:
         return self.directory.path("data", "tokens", split)

@@ -123,14 +123,8 @@ class RunDirectory:
         if manifest["stages"].pop(name, None) is not None:
             write_json(self.path(MANIFEST), manifest)
 
-    def update_metrics(self, **sections: Any) -> None:
-        """Merges sections into ``metrics.json``: dicts are updated, other values replaced."""
-        metrics = self.metrics()
-        for key, value in sections.items():
-            if isinstance(value, dict) and isinstance(metrics.get(key), dict):
-                metrics[key] = {**metrics[key], **value}
-            else:
-                metrics[key] = value
+    def write_metrics(self, metrics: dict[str, Any]) -> None:
+        """Writes ``metrics.json``, whole: what it held of stages that are to be redone does not stay."""
         write_json(self.path(METRICS), metrics)
 
     def metrics(self) -> dict[str, Any]:

@@ -125,17 +125,18 @@ def correct_adapter(job: CorrectionJob, progress: Progress = silent) -> dict[str
     """
     adapter = Adapter(job.adapter_dir)
     modules = _read_modules(job, adapter, progress)
-    losses: list[float | None] = [None] * len(job.candidates)
+    losses: list[float] = []
     best = 0
     if len(job.candidates) > 1:
         losses = _selection_losses(job, modules, progress)
-        best = min(range(len(losses)), key=lambda number: losses[number] or 0.0)
+        best = min(range(len(losses)), key=losses.__getitem__)
     chosen = job.candidates[best]
+    shown: Sequence[float | None] = losses or [None]
     write_adapter(job.out_dir, adapter.config, [m.corrected(chosen, job.dampening_frac) for m in modules])
     return {
         **asdict(chosen),
         "selection_tokens": _num_selection_tokens(job) if len(job.candidates) > 1 else 0,
-        "candidates": [{**asdict(c), "loss": loss} for c, loss in zip(job.candidates, losses, strict=True)],
+        "candidates": [{**asdict(c), "loss": loss} for c, loss in zip(job.candidates, shown, strict=True)],
         "modules": {m.lora.name: found for m in modules if (found := m.shortfalls(chosen, job.dampening_frac))},
     }
 
@@ -153,11 +154,11 @@ def _read_modules(job: CorrectionJob, adapter: Adapter, progress: Progress) -> l
     return modules
 
 
-def _selection_losses(job: CorrectionJob, modules: Sequence[_Module], progress: Progress) -> list[float | None]:
+def _selection_losses(job: CorrectionJob, modules: Sequence[_Module], progress: Progress) -> list[float]:
     model = load_adapter(load_model(job.model_dir, **job.model_options), job.adapter_dir).eval()
     shards = TokenShards(job.selection_dir)
     rows = [shards.row(position) for position in range(len(shards))]
-    losses: list[float | None] = []
+    losses: list[float] = []
     for number, candidate in enumerate(job.candidates):
         for module in modules:
             _plug_in(model, module.corrected(candidate, job.dampening_frac))

@@ -98,7 +98,7 @@ def test_opening_again_keeps_stages_and_takes_the_new_config(run: RunDirectory) 
 def test_fresh_removes_all_but_the_lock(run: RunDirectory) -> None:
     run.lock()
     run.commit("merge", "abc", [artifact(run, "merged/a")], {})
-    run.update_metrics(seed=0)
+    run.write_metrics({"seed": 0})
     run.create({"seed": 1}, fresh=True)
     assert {entry.name for entry in run.root.iterdir()} == {CONFIG, MANIFEST, ".lock"}
     assert not run.is_done("merge", "abc")
@@ -170,11 +170,11 @@ def test_a_moved_parent_keeps_what_is_done(run: RunDirectory, tmp_path: Path) ->
     assert moved.is_done("merge", "abc")
 
 
-def test_metrics_merge_by_section(run: RunDirectory) -> None:
+def test_metrics_are_replaced_whole(run: RunDirectory) -> None:
     assert run.metrics() == {}
-    run.update_metrics(evaluation={"original": 1}, seed=0)
-    run.update_metrics(evaluation={"merged": 2}, seed=1)
-    assert run.metrics() == {"evaluation": {"original": 1, "merged": 2}, "seed": 1}
+    run.write_metrics({"evaluation": {"original": 1}, "seed": 0})
+    run.write_metrics({"seed": 1})
+    assert run.metrics() == {"seed": 1}
 
 
 # The lock, between processes.
