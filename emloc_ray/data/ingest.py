@@ -93,7 +93,8 @@ def stream_batches(tokens_dir: Path, order: SampleOrder, begin: int, end: int) -
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     source = MicroStepSource(tokens_dir, order, begin, end)
-    dataset: Any = ray.data.read_datasource(source, num_cpus=0)
+    num_tasks = -(-(end - begin) // _STEPS_PER_TASK)
+    dataset: Any = ray.data.read_datasource(source, num_cpus=0, override_num_blocks=max(1, num_tasks))
     for table in dataset.iter_batches(batch_size=order.batch_size, batch_format="pyarrow", prefetch_batches=2):
         columns = table["input_ids"].to_pylist(), table["completion_mask"].to_pylist()
         yield [Tokens(ids, mask) for ids, mask in zip(*columns, strict=True)]

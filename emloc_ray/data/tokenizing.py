@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -30,18 +31,13 @@ class TokenizeOptions:
     trust_remote_code: bool = False
 
 
+@dataclass(frozen=True)
 class ShardTokenizer:
-    """Turns one unit of rows into one shard file; a Ray Data callable, stateless but for its tokenizer."""
+    """Turns a unit of rows into a shard file: a Ray Data function without state, so that it can run anywhere again."""
 
-    def __init__(self, options: TokenizeOptions, sources: dict[str, Sequence[SourceFile]], out_dir: Path) -> None:
-        from transformers import AutoTokenizer
-
-        self.options = options
-        self.sources = sources
-        self.out_dir = out_dir
-        self.tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, trust_remote_code=options.trust_remote_code)
-        # Rows are cut to max_seq_length here and counted, so the tokenizer's own warning would mislead.
-        self.tokenizer.model_max_length = int(1e30)
+    options: TokenizeOptions
+    sources: dict[str, Sequence[SourceFile]]
+    out_dir: Path
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         results = [self._unit(json.loads(unit)) for unit in batch["unit"]]
@@ -51,11 +47,12 @@ class ShardTokenizer:
         counts = dict.fromkeys(_COUNTS, 0)
         kept: list[Tokens] = []
         sources = self.sources[unit["split"]]
+        tokenizer = _tokenizer(self.options.tokenizer, self.options.trust_remote_code)
         for file, numbers in unit["parts"]:
             for number, row in read_rows(sources[file], numbers):
                 where = f"{sources[file].path}, row {number + 1}"
                 check_row(row, self.options.format, where)
-                tokens = tokenize_row(row, self.options.format, self.tokenizer, where)
+                tokens = tokenize_row(row, self.options.format, tokenizer, where)
                 cut = truncate(tokens, self.options.max_seq_length)
                 counts["truncated_rows"] += len(tokens) > self.options.max_seq_length
                 counts["truncated_tokens"] += max(0, len(tokens) - self.options.max_seq_length)
@@ -67,6 +64,16 @@ class ShardTokenizer:
         write_shard(self.out_dir / unit["split"] / shard_name(unit["shard"]), kept)
         counts.update(rows=len(kept), tokens=sum(map(len, kept)))
         return {"split": unit["split"], "shard": unit["shard"], **counts}
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(path: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    # Rows are cut to max_seq_length here and counted, so the tokenizer's own warning would mislead.
+    tokenizer.model_max_length = int(1e30)
+    return tokenizer
 
 
 def tokenize_splits(
@@ -91,11 +98,10 @@ def tokenize_splits(
         for number, parts in enumerate(selection.units(rows_per_shard[split]))
     ]
     dataset = ray.data.from_items([{"unit": json.dumps(unit)} for unit in units]).map_batches(
-        ShardTokenizer,
-        fn_constructor_args=(options, {name: s.sources for name, s in splits.items()}, out_dir),
+        ShardTokenizer(options, {name: s.sources for name, s in splits.items()}, out_dir),
         batch_size=1,
         num_cpus=1,
-        compute=ray.data.ActorPoolStrategy(size=max(1, min(num_workers, len(units)))),
+        compute=ray.data.TaskPoolStrategy(size=num_workers),
     )
     results = []
     for result in dataset.iter_rows():
