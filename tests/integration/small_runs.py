@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from emloc_ray import pipeline
 from emloc_ray.config import parse_config
@@ -70,12 +74,42 @@ class RecordingReporter(pipeline.SilentReporter):
         self.notes.append(text)
 
 
+class KillingReporter(RecordingReporter):
+    """Kills one worker, by a part of its process's name, once a stage says that it has come so far."""
+
+    def __init__(self, stage: str, process_name: str, at: int) -> None:
+        super().__init__()
+        self.stage, self.process_name, self.at = stage, process_name, at
+        self.killed: list[int] = []
+        self.killed_at = 0
+
+    def start(self, stage: str) -> Callable[[int, int], None]:
+        super().start(stage)
+        return self._progress if stage == self.stage else lambda done, total: None
+
+    def _progress(self, done: int, total: int) -> None:
+        if done >= self.at and not self.killed:
+            found = sorted(p.pid for p in worker_processes() if self.process_name in p.name() + "".join(p.cmdline()))
+            os.kill(found[0], signal.SIGKILL)
+            self.killed.append(found[0])
+            self.killed_at = done
+
+
+def worker_processes() -> list[psutil.Process]:
+    """The Ray workers of this test session."""
+    return [p for p in psutil.Process().children(recursive=True) if p.is_running() and p.name().startswith("ray::")]
+
+
 class FinishedRun:
     """A run's directory with what its reporter heard; :meth:`copy` gives one that a test may spoil."""
 
     def __init__(self, root: Path, values: dict[str, Any], model_dir: Path, reporter: RecordingReporter) -> None:
         self.root, self.values, self.model_dir, self.reporter = root, values, model_dir, reporter
         self.metrics: dict[str, Any] = json.loads((root / "metrics.json").read_text())
+
+    def changed(self, **changes: dict[str, Any]) -> dict[str, Any]:
+        """Its config's values with keys of some sections changed."""
+        return self.values | {section: {**self.values[section], **keys} for section, keys in changes.items()}
 
     def copy(self, parent: Path) -> FinishedRun:
         """The same run, name and all, at another place."""
@@ -84,8 +118,8 @@ class FinishedRun:
         return FinishedRun(root, {**self.values, "run_dir": str(root)}, self.model_dir, self.reporter)
 
 
-def run_values(values: dict[str, Any], **options: Any) -> RecordingReporter:
+def run_values(values: dict[str, Any], reporter: RecordingReporter | None = None, **options: Any) -> RecordingReporter:
     """Runs the pipeline on a config's nested values; gives what the reporter heard."""
-    reporter = RecordingReporter()
+    reporter = reporter or RecordingReporter()
     pipeline.run(parse_config(values), reporter=reporter, **options)
     return reporter

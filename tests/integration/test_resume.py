@@ -1,0 +1,200 @@
+"""Running again: what is done is skipped, what changed is redone, what was killed goes on, to the same result."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from small_runs import FinishedRun, KillingReporter, RecordingReporter, run_values
+
+from emloc_ray import pipeline
+from emloc_ray.config import parse_config
+from emloc_ray.io.fingerprint import fingerprint
+from emloc_ray.pipeline import Pipeline
+from emloc_ray.preparation import prepare
+from emloc_ray.stages import STAGES
+
+ALL = ["data", *STAGES]
+
+
+class DryPipeline(Pipeline):
+    """Asks of every stage only whether it would be redone; needs no Ray."""
+
+    redone: list[str]
+
+    def _step(self, name: str, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        key = self.inputs[name] = fingerprint(inputs)
+        if name in self.forced or not self.directory.is_done(name, key):
+            self.redone.append(name)
+        found: dict[str, Any] = self.directory.manifest()["stages"][name]["result"]
+        return found
+
+
+def redone(values: dict[str, Any], begin: str | None = None) -> list[str]:
+    """The stages that a run of this config would do again."""
+    dry = DryPipeline(prepare(parse_config(values)), RecordingReporter(), begin)
+    dry.redone = []
+    dry.run()
+    return dry.redone
+
+
+@pytest.fixture
+def copied(llama_run: FinishedRun, tmp_path: Path) -> FinishedRun:
+    """A finished run to spoil."""
+    return llama_run.copy(tmp_path)
+
+
+def tail(stage: str) -> list[str]:
+    return ALL[ALL.index(stage) :]
+
+
+@pytest.mark.parametrize(
+    ("section", "keys", "expected"),
+    [
+        ("evaluation", {"num_workers": 1}, []),
+        ("calibration", {"num_workers": 1, "cpus_per_worker": 2}, []),
+        ("finetune", {"cpus_per_worker": 0.5, "max_failures": 0}, []),
+        ("evaluation", {"num_generations": 0}, ["evaluate"]),
+        ("correction", {"strength": 0.3}, tail("correct")),
+        ("correction", {"method": "projection"}, tail("correct")),
+        ("finetune", {"learning_rate": 1e-3}, tail("finetune")),
+        ("finetune", {"num_workers": 1}, tail("finetune")),
+        ("finetune", {"weight_decay": 0.1}, tail("finetune")),
+        ("adapter", {"lora_alpha": 8}, tail("finetune")),
+        ("emulator", {"compression_ratio": 0.25}, tail("factorize")),
+        ("emulator", {"ratios": {"q_proj": 0.4}}, tail("factorize")),
+        ("emulator", {"dampening_frac": 1e-3}, tail("factorize")),
+        ("calibration", {"tokens": "completion"}, tail("calibrate")),
+        ("calibration", {"num_calibration_samples": 16}, ["data"]),  # and on, once the rows are made
+        ("data", {"max_seq_length": 32}, ["data"]),
+    ],
+)
+def test_a_changed_config_redoes_what_depends_on_it(
+    copied: FinishedRun, section: str, keys: dict[str, Any], expected: list[str]
+) -> None:
+    assert redone(copied.changed(**{section: keys})) == expected
+
+
+def test_from_a_stage_redoes_it_and_what_follows(copied: FinishedRun) -> None:
+    assert redone(copied.values, begin="merge") == ["merge", "evaluate"]
+    assert redone(copied.values, begin="calibrate") == list(STAGES)
+
+
+def test_a_changed_model_redoes_everything(copied: FinishedRun, tiny_model_dir: Callable[..., Path]) -> None:
+    assert redone(copied.changed(model={"source": str(tiny_model_dir("llama", seed=1))})) == ALL
+
+
+def test_changed_data_redoes_the_rows(copied: FinishedRun, task_file: Path, tmp_path: Path) -> None:
+    longer = tmp_path / task_file.name
+    longer.write_text(task_file.read_text() + json.dumps({"prompt": "more", "completion": "more"}) + "\n")
+    assert redone(copied.changed(data={"train": {"path": str(longer)}})) == ["data"]
+
+
+@pytest.mark.parametrize(
+    ("artifact", "stage"),
+    [
+        ("data/tokens/train/shard-00000.arrow", "data"),
+        ("calibration/grams.index.json", "calibrate"),
+        ("emulator/model.safetensors.index.json", "factorize"),
+        ("adapter_emulator/adapter_model.safetensors", "finetune"),
+        ("adapter/adapter_model.safetensors", "correct"),
+        ("merged/config.json", "merge"),
+    ],
+)
+@pytest.mark.parametrize("damage", ["cut", "removed"])
+def test_a_damaged_artifact_is_redone(copied: FinishedRun, artifact: str, stage: str, damage: str) -> None:
+    path = copied.root / artifact
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        path.unlink()
+    found = prepare(parse_config(copied.values)).run
+    entries = found.manifest()["stages"]
+    assert [name for name in entries if not found.is_done(name, entries[name]["inputs"])] == [stage]
+
+
+def test_a_finished_run_is_skipped_whole(copied: FinishedRun) -> None:
+    before = {path: path.stat().st_mtime_ns for path in copied.root.rglob("*.safetensors")}
+    reporter = run_values(copied.values)
+    assert reporter.started == []
+    assert reporter.skipped == ALL
+    assert {path: path.stat().st_mtime_ns for path in copied.root.rglob("*.safetensors")} == before
+    assert json.loads((copied.root / "metrics.json").read_text())["evaluation"] == copied.metrics["evaluation"]
+
+
+def test_a_changed_correction_and_a_cut_shard_are_redone_for_real(copied: FinishedRun) -> None:
+    shard = next((copied.root / "merged").glob("model-00001-*"))
+    shard.write_bytes(shard.read_bytes()[:100])
+    values = copied.changed(correction={"method": "covariance", "clamp": None, "strength": 0.3})
+    reporter = run_values(values)
+    assert reporter.started == ["correct", "merge", "evaluate"]
+    metrics = json.loads((copied.root / "metrics.json").read_text())
+    choice = {key: metrics["correction"][key] for key in ("method", "clamp", "strength")}
+    assert choice == {"method": "covariance", "clamp": None, "strength": 0.3}
+    assert metrics["evaluation"]["original"] == copied.metrics["evaluation"]["original"]
+    loss = metrics["evaluation"]["corrected"]["loss"]
+    assert metrics["evaluation"]["merged"]["loss"] == pytest.approx(loss, abs=1e-4)
+    assert loss != copied.metrics["evaluation"]["corrected"]["loss"]
+    assert load_file(shard)
+
+
+def test_a_killed_calibration_worker_leaves_no_trace(copied: FinishedRun, llama_run: FinishedRun) -> None:
+    reporter = KillingReporter("calibrate", "Slot", at=1)
+    run_values(copied.values, reporter, begin="calibrate", until="calibrate")
+    assert len(reporter.killed) == 1
+    assert reporter.started == ["calibrate"]
+    calm, disturbed = llama_run.root / "calibration", copied.root / "calibration"
+    files = sorted(path.name for path in calm.iterdir())
+    assert sorted(path.name for path in disturbed.iterdir()) == files
+    for name in files:
+        assert (disturbed / name).read_bytes() == (calm / name).read_bytes(), name
+
+
+def test_a_killed_training_worker_leaves_no_trace(copied: FinishedRun, llama_run: FinishedRun) -> None:
+    # A checkpoint after every step: it also makes steps slow enough to be killed between two of them.
+    values = copied.changed(finetune={"save_steps": 1})
+    reporter = KillingReporter("finetune", "RayTrainWorker", at=3)
+    run_values(values, reporter, until="finetune")
+    assert len(reporter.killed) == 1
+    assert 3 <= reporter.killed_at <= 6
+    history = json.loads((copied.root / "metrics.json").read_text())["finetune"]["history"]
+    assert [line["step"] for line in history].count(1) == 1  # it went on; it did not start again
+    assert reporter.skipped == ["data", "calibrate", "factorize"]
+    calm, disturbed = (
+        load_file(run.root / "adapter_emulator" / "adapter_model.safetensors") for run in (llama_run, copied)
+    )
+    assert calm.keys() == disturbed.keys()
+    assert max(float((calm[name] - disturbed[name]).abs().max()) for name in calm) <= 1e-6
+
+
+def test_fresh_forgets_what_was_there(copied: FinishedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pipeline, "run", lambda self, until: None)
+    pipeline.run(parse_config(copied.values), fresh=True)
+    left = {entry.name for entry in copied.root.iterdir()}
+    assert left == {"manifest.json", "config.yaml", ".lock"}
+    assert json.loads((copied.root / "manifest.json").read_text())["stages"] == {}
+
+
+def test_two_processes_do_not_share_a_run(copied: FinishedRun) -> None:
+    holder = prepare(parse_config(copied.values)).run
+    holder.lock()
+    try:
+        errors: list[BaseException] = []
+
+        def attempt() -> None:
+            try:
+                pipeline.run(parse_config(copied.values))
+            except Exception as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=attempt)
+        thread.start()
+        thread.join(60)
+        assert "is in use by process" in str(errors[0])
+    finally:
+        holder.unlock()
