@@ -92,6 +92,8 @@ def tokenize_splits(
     """
     import ray.data
 
+    # Wrapped in Ray Data's own exception, ours would be lost on its way here.
+    ray.data.DataContext.get_current().raise_original_map_exception = True
     units = [
         {"split": split, "shard": number, "parts": parts}
         for split, selection in splits.items()
