@@ -173,13 +173,13 @@ def evaluation_table(metrics: dict[str, Any]) -> Table:
     tokens = evaluation["original"]["num_tokens"]
     table = Table(title=f"Held-out data, {tokens:,} predicted tokens", title_justify="left")
     for column in ("model", "loss (nats/token)", "gain", "token accuracy"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     labels = {
         "original": "original",
         "emulator": "emulator",
         "emulator_adapter": "emulator + adapter",
-        "uncorrected": "original + adapter, uncorrected",
-        "corrected": "original + adapter, corrected",
+        "uncorrected": "original + adapter as trained",
+        "corrected": "original + adapter corrected",
         "merged": "merged",
     }
     for variant, label in labels.items():
