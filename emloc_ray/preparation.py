@@ -97,7 +97,7 @@ def prepare(config: RunConfig) -> Prepared:
     attempt(lambda: _check_upper_bound(config))
     attempt(lambda: _check_resources(config))
     if errors or source is None or found is None:
-        raise ConfigError("\n".join(errors))
+        raise ConfigError("\n".join(dict.fromkeys(errors)))  # splits may share a bad file
     known = {name: sources for name, sources in files.items() if sources}
     return Prepared(config, run, source, found[0], found[1], known)
 

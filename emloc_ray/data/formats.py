@@ -24,7 +24,9 @@ class Tokens:
 def check_row(row: dict[str, Any], format: str, where: str) -> None:
     """Raises DataError, naming file, row and field, where a row is not of its format."""
     for field in FIELDS[format]:
-        if row.get(field) is None:
+        if field in row and row[field] is None:
+            raise DataError(f"{where}: field {field!r} is null: fill it or remove the row.")
+        if field not in row:
             have = ", ".join(sorted(row)) or "none"
             raise DataError(f"{where}: no field {field!r} (it has {have}): data.format {format} needs it.")
     if format == "messages":

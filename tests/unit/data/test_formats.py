@@ -107,7 +107,7 @@ def test_no_chat_template() -> None:
     [
         ({}, "text", "no field 'text' (it has none)"),
         ({"body": "x"}, "text", "no field 'text' (it has body)"),
-        ({"text": None}, "text", "no field 'text'"),
+        ({"text": None}, "text", "field 'text' is null"),
         ({"text": 3}, "text", "field 'text' is int"),
         ({"text": " \n"}, "text", "field 'text' is empty"),
         ({"prompt": "a"}, "prompt_completion", "no field 'completion' (it has prompt)"),
