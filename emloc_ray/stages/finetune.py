@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -219,18 +221,34 @@ def finetune(job: FinetuneJob, resources: Resources, progress: Progress = silent
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
         ),
     )
-    with _watching(job, progress):
+    with _watching(job, progress), _interruptible():
         result = trainer.fit()
     outcome = dict(result.return_value)
     if outcome["failure"]:
         raise NumericsError(outcome["failure"])
-    history = [json.loads(line) for line in job.log_path.read_text().splitlines()] if job.log_path.is_file() else []
+    lines = job.log_path.read_text().splitlines() if job.log_path.is_file() else []
+    # Steps that a lost worker had logged and its successor did again count once.
+    history = sorted({line["step"]: line for line in map(json.loads, lines)}.values(), key=lambda line: line["step"])
     return {
         "num_workers": resources.num_workers,
         "steps": outcome["steps"],
         "train_loss": outcome["train_loss"],
         "history": [{"step": line["step"], "loss": line["loss"]} for line in history],
     }
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ray Train takes Ctrl-C for itself, exits from inside its handler and leaves that behind: gives Python's back."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGINT, before)
 
 
 class _watching:
