@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,29 +76,59 @@ class RecordingReporter(pipeline.SilentReporter):
 
 
 class KillingReporter(RecordingReporter):
-    """Kills one worker, by a part of its process's name, once a stage says that it has come so far."""
+    """Kills a worker of the calibration once a shard is counted."""
 
-    def __init__(self, stage: str, process_name: str, at: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.stage, self.process_name, self.at = stage, process_name, at
         self.killed: list[int] = []
-        self.killed_at = 0
 
     def start(self, stage: str) -> Callable[[int, int], None]:
         super().start(stage)
-        return self._progress if stage == self.stage else lambda done, total: None
+        return self._progress if stage == "calibrate" else lambda done, total: None
 
     def _progress(self, done: int, total: int) -> None:
-        if done >= self.at and not self.killed:
-            found = sorted(p.pid for p in worker_processes() if self.process_name in p.name() + "".join(p.cmdline()))
-            os.kill(found[0], signal.SIGKILL)
-            self.killed.append(found[0])
-            self.killed_at = done
+        if done >= 1 and not self.killed:
+            self.killed.append(kill_worker("Slot"))
+
+
+class KillingWatcher(threading.Thread):
+    """Follows a training's log, and kills one of its workers as soon as a number of steps are logged."""
+
+    def __init__(self, training: Path, steps: int) -> None:
+        super().__init__(daemon=True)
+        self.training, self.steps = training, steps
+        self.over = threading.Event()
+        self.logged: list[int] = []
+        self.logged_when_killed: list[int] = []
+
+    def run(self) -> None:
+        while not self.over.wait(0.02):
+            for log in self.training.glob("*.log.jsonl"):
+                lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
+                self.logged = [json.loads(line)["step"] for line in lines] or self.logged
+            if len(self.logged) >= self.steps and not self.logged_when_killed:
+                self.logged_when_killed = self.logged
+                kill_worker("RayTrainWorker")
+
+    def __enter__(self) -> KillingWatcher:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.over.set()
+        self.join()
+
+
+def kill_worker(name: str) -> int:
+    """Kills a worker of this session whose command line holds the name; gives its process id."""
+    pid = min(p.pid for p in worker_processes() if name in p.name() + "".join(p.cmdline()))
+    os.kill(pid, signal.SIGKILL)
+    return pid
 
 
 def worker_processes() -> list[psutil.Process]:
     """The Ray workers of this test session."""
-    return [p for p in psutil.Process().children(recursive=True) if p.is_running() and p.name().startswith("ray::")]
+    return [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::")]
 
 
 class FinishedRun:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from small_runs import FinishedRun, KillingReporter, RecordingReporter, run_values
+from small_runs import FinishedRun, KillingReporter, KillingWatcher, RecordingReporter, run_values
 
 from emloc_ray import pipeline
 from emloc_ray.config import parse_config
@@ -144,7 +144,7 @@ def test_a_changed_correction_and_a_cut_shard_are_redone_for_real(copied: Finish
 
 
 def test_a_killed_calibration_worker_leaves_no_trace(copied: FinishedRun, llama_run: FinishedRun) -> None:
-    reporter = KillingReporter("calibrate", "Slot", at=1)
+    reporter = KillingReporter()
     run_values(copied.values, reporter, begin="calibrate", until="calibrate")
     assert len(reporter.killed) == 1
     assert reporter.started == ["calibrate"]
@@ -158,12 +158,12 @@ def test_a_killed_calibration_worker_leaves_no_trace(copied: FinishedRun, llama_
 def test_a_killed_training_worker_leaves_no_trace(copied: FinishedRun, llama_run: FinishedRun) -> None:
     # A checkpoint after every step: it also makes steps slow enough to be killed between two of them.
     values = copied.changed(finetune={"save_steps": 1})
-    reporter = KillingReporter("finetune", "RayTrainWorker", at=3)
-    run_values(values, reporter, until="finetune")
-    assert len(reporter.killed) == 1
-    assert 3 <= reporter.killed_at <= 6
+    with KillingWatcher(copied.root / "training", steps=4) as watcher:
+        reporter = run_values(values, until="finetune")
+    assert 4 <= max(watcher.logged_when_killed) < 8
+    assert watcher.logged.count(1) == 1  # it went on from a checkpoint; it did not begin again
     history = json.loads((copied.root / "metrics.json").read_text())["finetune"]["history"]
-    assert [line["step"] for line in history].count(1) == 1  # it went on; it did not start again
+    assert [line["step"] for line in history] == list(range(1, 9))
     assert reporter.skipped == ["data", "calibrate", "factorize"]
     calm, disturbed = (
         load_file(run.root / "adapter_emulator" / "adapter_model.safetensors") for run in (llama_run, copied)

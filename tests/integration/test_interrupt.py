@@ -1,0 +1,83 @@
+"""Ctrl-C on the real command, as a terminal sends it: to every process of the foreground group."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from small_runs import make_values
+
+from emloc_ray.io.run_directory import RunDirectory
+
+SECONDS = 240
+
+
+def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", "from emloc_ray.cli import main; main()", *arguments]
+    with log.open("wb") as file:
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+@pytest.mark.slow
+def test_an_interrupted_training_goes_on_with_the_same_command(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], task_file: Path
+) -> None:
+    values = make_values(
+        tmp_path / "run",
+        tiny_model_dir("llama"),
+        task_file,
+        finetune={"num_workers": 1, "max_steps": 24, "save_steps": 1},
+        calibration={"num_workers": 1},
+        ray={"num_cpus": 2},
+    )
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(values))
+    arguments, log = ["finetune", str(config)], tmp_path / "log.txt"
+    training = tmp_path / "run" / "training"
+
+    process = start(arguments, log)
+    own: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + SECONDS
+        while not any(file.read_text().count("\n") >= 5 for file in training.glob("*.log.jsonl")):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        own = descendants(process)
+        assert any(p.name().startswith("ray::") for p in own)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(30) == 130
+    finally:
+        process.kill()
+    assert log.read_text().splitlines()[-1] == (
+        "Stopped. What was finished stays; the same command goes on from there."
+    )
+    assert "Traceback" not in log.read_text()
+    _, alive = psutil.wait_procs(own, timeout=15)
+    assert [p.name() for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
+    run = RunDirectory(tmp_path / "run")
+    assert run.holder() is None
+    assert set(run.manifest()["stages"]) == {"data", "calibrate", "factorize"}
+    assert list(training.glob("finetune-*/checkpoint_*"))  # from which it goes on
+
+    process = start(arguments, log)
+    try:
+        assert process.wait(SECONDS) == 0, log.read_text()
+    finally:
+        process.kill()
+    assert "Fine-tuning" in log.read_text()
+    assert log.read_text().count("done before, inputs unchanged") == 3
+    assert [line["step"] for line in run.metrics()["finetune"]["history"]] == list(range(1, 25))
+    assert (tmp_path / "run" / "adapter_emulator" / "adapter_model.safetensors").is_file()
