@@ -1,0 +1,54 @@
+"""Artifacts of a tiny Llama that the stages' plain functions work on, made without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from stage_artifacts import Artifacts, write_lora, write_tokens
+from transformers import AutoConfig
+
+from emloc_ray.core.ranks import rank_for_ratio
+from emloc_ray.io.grams import reduce_slots, write_gram_index, write_gram_shard
+from emloc_ray.modeling.architecture import block_linears, empty_model, shared_inputs
+from emloc_ray.stages.calibrate import CalibrationJob, Slot
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """What runs as a worker's function sets torch's threads: set them back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def artifacts(tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    """Tokens, Grams and an adapter on q_proj and down_proj; read them, do not write to them."""
+    root = tmp_path_factory.mktemp("artifacts")
+    model_dir = tiny_model_dir("llama")
+    model = empty_model(AutoConfig.from_pretrained(model_dir))
+    specs = tuple(block_linears(model))
+    by_name = {spec.name: spec for spec in specs}
+    names = shared_inputs(model, specs)
+    tokens = write_tokens(root / "tokens", 20, 5)
+    job = CalibrationJob(model_dir, tokens, tuple(tuple(group) for group in names), batch_size=3)
+    slot = Slot(job, root / "slot.safetensors", 1)
+    for number in range(4):
+        slot.accumulate(number)
+    slot.commit()
+    firsts = [group[0] for group in names]
+    grams = reduce_slots([root / "slot.safetensors"], firsts)
+    write_gram_shard(root / "calibration" / "grams-1.safetensors", grams)
+    write_gram_index(
+        root / "calibration",
+        names,
+        dict.fromkeys(firsts, "grams-1.safetensors"),
+        {name: gram.num_tokens for name, gram in grams.items()},
+    )
+    write_lora(root / "adapter", tuple(s for s in specs if s.name.endswith(("q_proj", "down_proj"))))
+    ranks = {s.name: rank for s in specs if (rank := rank_for_ratio(s.out_features, s.in_features, 0.5))}
+    groups = tuple(tuple(by_name[name] for name in group) for group in names)
+    return Artifacts(root, model_dir, specs, groups, ranks, job)

@@ -1,0 +1,84 @@
+"""Where the artifacts of a tiny model are, and small ones made for the stages' tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from emloc_ray.core.gram import Gram
+from emloc_ray.data.formats import Tokens
+from emloc_ray.data.token_shards import shard_name, write_index, write_shard
+from emloc_ray.io.grams import write_gram_index, write_gram_shard
+from emloc_ray.modeling.adapter import LoraModule, write_adapter
+from emloc_ray.modeling.architecture import LinearSpec, block_linears, empty_model
+from emloc_ray.stages.calibrate import CalibrationJob
+from emloc_ray.stages.factorize import FactorizationJob
+
+
+@dataclass(frozen=True)
+class Artifacts:
+    """Paths and layout of one tiny model's calibration and adapter."""
+
+    root: Path
+    model_dir: Path
+    specs: tuple[LinearSpec, ...]
+    groups: tuple[tuple[LinearSpec, ...], ...]
+    ranks: dict[str, int]
+    calibration_job: CalibrationJob
+
+    @property
+    def calibration_dir(self) -> Path:
+        return self.root / "calibration"
+
+    @property
+    def tokens_dir(self) -> Path:
+        return self.root / "tokens"
+
+    @property
+    def adapter_dir(self) -> Path:
+        return self.root / "adapter"
+
+
+def write_tokens(directory: Path, count: int, rows_per_shard: int) -> Path:
+    """Random rows of several lengths, half of each completion."""
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for number in range(count):
+        length = 4 + number % 9
+        ids = torch.randint(2, 300, (length,), generator=generator).tolist()
+        rows.append(Tokens(ids, [position >= length // 2 for position in range(length)]))
+    parts = [rows[start : start + rows_per_shard] for start in range(0, count, rows_per_shard)]
+    for number, part in enumerate(parts):
+        write_shard(directory / shard_name(number), part)
+    write_index(directory, [len(part) for part in parts], {"tokens": sum(map(len, rows))})
+    return directory
+
+
+def write_lora(directory: Path, specs: tuple[LinearSpec, ...], r: int = 4, alpha: int = 8) -> Path:
+    """A trained-looking adapter on some linears."""
+    generator = torch.Generator().manual_seed(2)
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": alpha}
+    config["target_modules"] = [spec.name for spec in specs]
+    modules = [
+        LoraModule(
+            spec.name,
+            torch.randn(r, spec.in_features, generator=generator) * 0.1,
+            torch.randn(spec.out_features, r, generator=generator) * 0.1,
+            alpha / r,
+        )
+        for spec in specs
+    ]
+    write_adapter(directory, config, modules)
+    return directory
+
+
+def gpt2_group(model_dir: Path, root: Path) -> tuple[FactorizationJob, tuple[LinearSpec, ...], dict[str, int]]:
+    """One Conv1D of a tiny GPT-2 under an identity Gram, so that plain norms measure its error."""
+    specs = block_linears(empty_model(AutoConfig.from_pretrained(model_dir)))
+    spec = next(spec for spec in specs if spec.name.endswith("0.attn.c_attn"))
+    write_gram_shard(root / "grams" / "grams.safetensors", {spec.name: Gram(torch.eye(spec.in_features), 64)})
+    write_gram_index(root / "grams", [[spec.name]], {spec.name: "grams.safetensors"}, {spec.name: 64})
+    return FactorizationJob(model_dir, root / "grams", root / "unused"), (spec,), {spec.name: 16}

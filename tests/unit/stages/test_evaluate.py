@@ -1,0 +1,114 @@
+"""Evaluating a slice of the held-out rows: the variants, their scores, and that slices add up."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stage_artifacts import Artifacts
+from tiny import save_emulator
+from transformers import AutoModelForCausalLM
+
+from emloc_ray.data.token_shards import TokenShards
+from emloc_ray.modeling.adapter import Adapter, LoraModule, write_adapter
+from emloc_ray.modeling.scoring import Score
+from emloc_ray.stages.evaluate import VARIANTS, EvaluationJob, evaluate_slice
+from emloc_ray.stages.merge import MergeJob, merge_shard
+
+
+@pytest.fixture(scope="session")
+def job(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> EvaluationJob:
+    """An emulator, a corrected adapter that is the trained one, and a merged model, for real."""
+    root = tmp_path_factory.mktemp("evaluation")
+    shutil.copytree(artifacts.model_dir, root / "merged")
+    merging = MergeJob(artifacts.model_dir, artifacts.adapter_dir, root / "merged", artifacts.specs)
+    for file in artifacts.model_dir.glob("*.safetensors"):
+        merge_shard(merging, file, root / "merged" / file.name)
+    return EvaluationJob(
+        model_dir=artifacts.model_dir,
+        emulator_dir=save_emulator(artifacts.model_dir, root / "emulator"),
+        trained_adapter_dir=artifacts.adapter_dir,
+        corrected_adapter_dir=artifacts.adapter_dir,
+        merged_dir=root / "merged",
+        tokens_dir=artifacts.tokens_dir,
+        num_generations=2,
+        num_exact_match=3,
+        max_new_tokens=3,
+    )
+
+
+def all_variants(job: EvaluationJob, num_parts: int = 1) -> dict[str, Score]:
+    results = [
+        result
+        for family in ("original", "emulator", "merged")
+        for part in range(num_parts)
+        for result in evaluate_slice(job, family, part, num_parts)
+    ]
+    return {v: sum((r.score for r in results if r.variant == v), Score()) for v in VARIANTS}
+
+
+def brute_force(model: Any, job: EvaluationJob) -> tuple[float, int]:
+    """Summed loss and count of completion tokens, one row at a time, with transformers' own logits."""
+    shards = TokenShards(job.tokens_dir)
+    total, count = 0.0, 0
+    for position in range(len(shards)):
+        row = shards.row(position)
+        with torch.no_grad():
+            logs = torch.log_softmax(model(input_ids=torch.tensor([row.input_ids])).logits[0].double(), -1)
+        for place in range(1, len(row)):
+            if row.completion_mask[place]:
+                total -= float(logs[place - 1, row.input_ids[place]])
+                count += 1
+    return total, count
+
+
+def test_scores_are_those_of_the_models_themselves(job: EvaluationJob) -> None:
+    scores = all_variants(job)
+    original = AutoModelForCausalLM.from_pretrained(job.model_dir)
+    for variant, model in (
+        ("original", original),
+        ("emulator", AutoModelForCausalLM.from_pretrained(job.emulator_dir)),
+        ("merged", AutoModelForCausalLM.from_pretrained(job.merged_dir)),
+    ):
+        total, count = brute_force(model, job)
+        assert scores[variant].num_tokens == count
+        assert scores[variant].loss_sum == pytest.approx(total, rel=1e-5)
+    with torch.no_grad():  # the adapter by hand
+        for name in (adapter := Adapter(job.trained_adapter_dir)).names:
+            lora = adapter.module(name)
+            original.get_submodule(name).weight += lora.scale * lora.lora_b @ lora.lora_a
+    total, _ = brute_force(original, job)
+    for variant in ("uncorrected", "corrected", "merged"):
+        assert scores[variant].loss_sum == pytest.approx(total, rel=1e-5)
+    assert scores["emulator_adapter"].loss_sum != pytest.approx(scores["emulator"].loss_sum, rel=1e-4)
+
+
+def test_slices_add_up(job: EvaluationJob) -> None:
+    whole, sliced = all_variants(job), all_variants(job, 3)
+    for variant in VARIANTS:
+        assert sliced[variant].num_tokens == whole[variant].num_tokens
+        assert sliced[variant].num_correct == whole[variant].num_correct
+        assert sliced[variant].loss_sum == pytest.approx(whole[variant].loss_sum, rel=1e-5)
+
+
+def test_only_the_first_rows_are_completed_by_the_first_and_the_last_model(job: EvaluationJob) -> None:
+    results = [r for family in ("original", "emulator", "merged") for r in evaluate_slice(job, family, 0, 2)]
+    completed = {result.variant: len(result.completions) for result in results}
+    assert completed == {**dict.fromkeys(VARIANTS, 0), "original": 2, "merged": 2}  # rows 0 and 2 of 0, 1, 2
+    quiet = replace(job, num_generations=0, num_exact_match=0)
+    assert all(r.completions == () for r in evaluate_slice(quiet, "merged", 0, 1))
+
+
+def test_the_corrected_adapter_is_the_one_that_is_read(job: EvaluationJob, tmp_path: Path) -> None:
+    trained = Adapter(job.trained_adapter_dir)
+    modules = [trained.module(name) for name in trained.names]
+    silent = [LoraModule(m.name, m.lora_a, torch.zeros_like(m.lora_b), 1.0) for m in modules]
+    write_adapter(tmp_path / "silent", trained.config, silent)
+    silenced = replace(job, corrected_adapter_dir=tmp_path / "silent")
+    scores = {result.variant: result.score for result in evaluate_slice(silenced, "original", 0, 1)}
+    assert scores["corrected"].loss_sum == pytest.approx(scores["original"].loss_sum, rel=1e-6)
+    assert scores["uncorrected"].loss_sum != pytest.approx(scores["original"].loss_sum, rel=1e-4)

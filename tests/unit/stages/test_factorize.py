@@ -1,0 +1,81 @@
+"""Factorizing one group of linears: the files, the errors told, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from stage_artifacts import Artifacts, gpt2_group
+
+from emloc_ray.errors import NumericsError
+from emloc_ray.io.checkpoint import Checkpoint
+from emloc_ray.io.grams import GramStore
+from emloc_ray.stages.factorize import FactorizationJob, copy_rest, factorize_group
+
+
+def job_of(artifacts: Artifacts, model_dir: Path | None = None) -> FactorizationJob:
+    return FactorizationJob(model_dir or artifacts.model_dir, artifacts.calibration_dir, artifacts.root / "unused")
+
+
+def test_a_group_is_written_with_the_errors_that_it_reports(artifacts: Artifacts, tmp_path: Path) -> None:
+    group = next(group for group in artifacts.groups if len(group) == 3)
+    reports = factorize_group(job_of(artifacts), group, artifacts.ranks, tmp_path / "factors.safetensors")
+    written = load_file(tmp_path / "factors.safetensors")
+    assert set(written) == {f"{spec.name}.{part}.weight" for spec in group for part in ("up", "down")}
+    original, grams = Checkpoint(artifacts.model_dir), GramStore(artifacts.calibration_dir)
+    for spec, report in zip(group, reports, strict=True):
+        up, down = written[f"{spec.name}.up.weight"], written[f"{spec.name}.down.weight"]
+        rank = artifacts.ranks[spec.name]
+        assert up.shape == (spec.out_features, rank)
+        assert down.shape == (rank, spec.in_features)
+        weight, gram = original.read(spec.weight_name).double(), grams.read(spec.name).double()
+        delta = weight - up.double() @ down.double()
+        error = float((torch.trace(delta @ gram @ delta.T) / torch.trace(weight @ gram @ weight.T)).sqrt())
+        assert report.name == spec.name
+        assert report.relative_error == pytest.approx(error, rel=1e-2)
+        assert report.num_tokens == grams.num_tokens(spec.name)
+        # The spectrum tells the error of every rank, this one's among them.
+        energy = torch.from_numpy(report.spectrum.copy()).double()
+        assert bool((energy[:-1] >= energy[1:] - 1e-6 * energy[0]).all())
+        assert float((1 - energy[:rank].sum() / report.total_energy).clamp_min(0).sqrt()) == pytest.approx(
+            error, rel=0.02
+        )
+
+
+def test_biases_and_transposed_weights_are_carried_over(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
+    job, group, ranks = gpt2_group(tiny_model_dir("gpt2"), tmp_path)
+    [report] = factorize_group(job, group, ranks, tmp_path / "factors.safetensors")
+    [spec] = group
+    written = load_file(tmp_path / "factors.safetensors")
+    original = Checkpoint(job.model_dir)
+    assert torch.equal(written[f"{spec.name}.up.bias"], original.read(f"{spec.name}.bias"))
+    product = written[f"{spec.name}.up.weight"] @ written[f"{spec.name}.down.weight"]
+    weight = original.read(spec.weight_name).T
+    assert product.shape == weight.shape
+    assert float((weight - product).norm() / weight.norm()) == pytest.approx(report.relative_error, rel=1e-2)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_weight_that_is_no_number_names_its_layer(artifacts: Artifacts, tmp_path: Path, value: float) -> None:
+    group = next(group for group in artifacts.groups if group[0].name.endswith("1.mlp.down_proj"))
+    shutil.copytree(artifacts.model_dir, tmp_path / "model")
+    for file in (tmp_path / "model").glob("*.safetensors"):
+        tensors = load_file(file)
+        if group[0].weight_name in tensors:
+            tensors[group[0].weight_name][3, 5] = value
+            save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(NumericsError, match=r"model\.layers\.1\.mlp\.down_proj"):
+        factorize_group(job_of(artifacts, tmp_path / "model"), group, artifacts.ranks, tmp_path / "factors.safetensors")
+    assert not (tmp_path / "factors.safetensors").exists()
+
+
+def test_the_rest_is_copied_byte_for_byte(artifacts: Artifacts, tmp_path: Path) -> None:
+    entries = [entry for entry in Checkpoint(artifacts.model_dir) if "norm" in entry.name or "embed" in entry.name]
+    copy_rest(entries, tmp_path / "rest.safetensors")
+    written = load_file(tmp_path / "rest.safetensors")
+    assert set(written) == {entry.name for entry in entries}
+    assert all(torch.equal(written[entry.name], entry.read_rows()) for entry in entries)

@@ -1,0 +1,63 @@
+"""Merging one shard: adapted tensors changed once rounded, all others byte for byte, the header as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from stage_artifacts import Artifacts, write_lora
+from transformers import AutoConfig
+
+from emloc_ray.io.checkpoint import Checkpoint, read_shard
+from emloc_ray.modeling.adapter import Adapter
+from emloc_ray.modeling.architecture import block_linears, empty_model
+from emloc_ray.stages.merge import MergeJob, merge_shard
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_tensor_is_the_rounded_sum_or_untouched(
+    family: str, dtype: str, tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    model_dir = tiny_model_dir(family, dtype=dtype)
+    specs = tuple(block_linears(empty_model(AutoConfig.from_pretrained(model_dir))))
+    adapted = {
+        spec.weight_name: spec for spec in specs if spec.name.endswith(("v_proj", "down_proj", "c_attn", "c_proj"))
+    }
+    adapter = Adapter(write_lora(tmp_path / "adapter", tuple(adapted.values())))
+    job = MergeJob(model_dir, adapter.directory, tmp_path, specs)
+    changed = 0
+    for shard in Checkpoint(model_dir).shards:
+        target = tmp_path / shard.file.name
+        changed += merge_shard(job, shard.file, target)
+        merged = read_shard(target)
+        assert merged.header == shard.header
+        assert target.stat().st_size == shard.file.stat().st_size
+        for before, after in zip(shard.entries, merged.entries, strict=True):
+            weight, result = before.read_rows(), after.read_rows()
+            if before.name not in adapted:
+                assert torch.equal(result, weight), before.name
+                continue
+            spec = adapted[before.name]
+            lora = adapter.module(spec.name)
+            product = lora.scale * (lora.lora_b @ lora.lora_a)
+            expected = weight.float() + (product.T if spec.transposed else product)
+            if dtype == "float32":
+                torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-7)
+            else:
+                assert torch.equal(result, expected.to(weight.dtype)), before.name
+            assert not torch.equal(result, weight)
+    assert changed == len(adapted)
+
+
+def test_no_bit_depends_on_the_chunks(artifacts: Artifacts, tmp_path: Path) -> None:
+    job = MergeJob(artifacts.model_dir, artifacts.adapter_dir, tmp_path, artifacts.specs)
+    shards = Checkpoint(artifacts.model_dir).shards
+    for shard in shards:
+        merge_shard(job, shard.file, tmp_path / "whole")
+        merge_shard(replace(job, chunk_bytes=4096), shard.file, tmp_path / "chunked")
+        assert (tmp_path / "whole").read_bytes() == (tmp_path / "chunked").read_bytes()
+    assert len(shards) > 1

@@ -1,0 +1,107 @@
+"""The plan: what is exact in it is exact, and what is predicted goes the right way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emloc_ray import planner
+from emloc_ray.config import parse_config
+from emloc_ray.io.checkpoint import Checkpoint
+from emloc_ray.planner import Plan, make_plan, num_steps
+from emloc_ray.preparation import prepare
+from emloc_ray.stages import STAGES
+
+
+@pytest.fixture(autouse=True)
+def steady_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine of one speed, whatever else runs on it."""
+    monkeypatch.setattr(planner, "_flops_per_second", lambda: 1e10)
+
+
+@pytest.fixture
+def plan(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[..., Plan]:
+    """``plan(dtype, section={…})``: the plan of a tiny Llama on twelve rows of 70 characters."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text((json.dumps({"text": "x" * 70}) + "\n") * 12)
+
+    def make(dtype: str = "float32", **sections: Any) -> Plan:
+        values = {
+            "run_dir": str(tmp_path / "run"),
+            "model": {"source": str(tiny_model_dir("llama", dtype=dtype))},
+            "data": {"train": {"path": str(data)}, "max_seq_length": 64},
+            **sections,
+        }
+        return make_plan(prepare(parse_config(values)))
+
+    return make
+
+
+def stage(plan: Plan, name: str) -> Any:
+    return next(entry for entry in plan.stages if entry.name == name)
+
+
+def test_parameters_and_bytes_are_those_of_the_files(
+    plan: Callable[..., Plan], tiny_model_dir: Callable[..., Path]
+) -> None:
+    for dtype in ("float32", "bfloat16"):
+        found = plan(dtype)
+        checkpoint = Checkpoint(tiny_model_dir("llama", dtype=dtype))
+        assert stage(found, "merge").disk_bytes == checkpoint.num_bytes
+        assert found.parameters == sum(e.num_bytes // e.dtype.itemsize for e in checkpoint)
+        saved = found.layout.parameters_targeted - found.layout.parameters_factorized
+        assert found.emulator_parameters == found.parameters - saved
+        assert (
+            stage(found, "factorize").disk_bytes
+            == found.emulator_parameters * checkpoint.entry("lm_head.weight").dtype.itemsize
+        )
+
+
+def test_every_stage_is_there_with_what_it_asks_for(plan: Callable[..., Plan]) -> None:
+    found = plan(calibration={"num_workers": 2}, finetune={"num_workers": 2, "cpus_per_worker": 0.5})
+    assert tuple(entry.name for entry in found.stages) == STAGES
+    assert stage(found, "calibrate").num_workers == 2
+    assert stage(found, "finetune").cpus_per_worker == 0.5
+    assert found.seconds == sum(entry.seconds for entry in found.stages) > 0
+    assert found.disk_bytes == sum(entry.disk_bytes for entry in found.stages)
+    assert found.mean_tokens == pytest.approx(20)
+
+
+def test_less_is_kept_and_less_is_written_at_a_smaller_ratio(plan: Callable[..., Plan]) -> None:
+    half, quarter = plan(), plan(emulator={"compression_ratio": 0.25})
+    assert quarter.emulator_parameters < half.emulator_parameters
+    assert stage(quarter, "factorize").disk_bytes < stage(half, "factorize").disk_bytes
+    assert stage(quarter, "finetune").worker_bytes < stage(half, "finetune").worker_bytes
+
+
+def test_ratio_one_needs_no_grams(plan: Callable[..., Plan]) -> None:
+    dense = plan(emulator={"compression_ratio": 1.0})
+    assert dense.emulator_parameters == dense.parameters
+    assert stage(dense, "calibrate").disk_bytes == 0
+    assert stage(dense, "calibrate").seconds == 0
+
+
+def test_more_steps_take_longer_and_checkpointing_takes_less_memory(plan: Callable[..., Plan]) -> None:
+    few, many = plan(finetune={"max_steps": 10}), plan(finetune={"max_steps": 10_000})
+    assert stage(many, "finetune").seconds > stage(few, "finetune").seconds
+    whole = plan(finetune={"gradient_checkpointing": False})
+    assert stage(whole, "finetune").worker_bytes > stage(few, "finetune").worker_bytes
+
+
+@pytest.mark.parametrize(
+    ("finetune", "rows", "steps"),
+    [
+        ({"max_steps": 7}, 100, 7),
+        ({"per_device_train_batch_size": 4}, 100, 25),
+        ({"per_device_train_batch_size": 4, "num_workers": 2, "num_train_epochs": 2}, 100, 25),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 5}, 100, 5),
+        ({"per_device_train_batch_size": 64}, 3, 1),
+    ],
+)
+def test_steps_are_the_epochs_of_the_rows(finetune: dict[str, Any], rows: int, steps: int) -> None:
+    values = {"run_dir": "x", "model": {"source": "y"}, "data": {"train": {"path": "z"}}, "finetune": finetune}
+    assert num_steps(parse_config(values), rows) == steps

@@ -1,0 +1,154 @@
+"""What is found out before anything starts: the layout of a model under a config, and the room that there is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import make_config
+from transformers import LlamaConfig
+
+from emloc_ray.config import parse_config
+from emloc_ray.errors import ConfigError
+from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.modeling.architecture import empty_model
+from emloc_ray.preparation import Layout, check_disk, make_layout, prepare
+
+
+def layout(family: str = "llama", model_config: Any = None, **sections: Any) -> Layout:
+    values = {"run_dir": "x", "model": {"source": "y"}, "data": {"train": {"path": "z"}}, **sections}
+    return make_layout(parse_config(values), empty_model(model_config or make_config(family)))
+
+
+def test_every_linear_is_compressed_and_adapted_by_default() -> None:
+    found = layout()
+    names = [spec.name for spec in found.specs]
+    assert len(names) == 14
+    assert list(found.compressed) == list(found.adapted) == names
+    assert found.ranks["model.layers.0.self_attn.q_proj"] == 16  # ⌊½ · 64 · 64 / 128⌋
+    assert found.ranks["model.layers.1.mlp.gate_proj"] == 21  # ⌊½ · 128 · 64 / 192⌋
+    grouped = [sorted(spec.name.rsplit(".", 1)[-1] for spec in group) for group in found.groups]
+    assert grouped == [["k_proj", "q_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]] * 2
+
+
+def test_parameters_add_up() -> None:
+    found = layout(emulator={"target_modules": ["q_proj", "down_proj"]})
+    assert found.parameters_targeted == 2 * (64 * 64 + 64 * 128)
+    assert found.parameters_factorized == 2 * (16 * 128 + 21 * 192)
+    dense = next(spec for spec in found.specs if spec.name.endswith("k_proj"))
+    assert found.kept(dense) == 32 * 64
+    assert found.num_parameters == sum(p.numel() for p in empty_model(make_config("llama")).parameters())
+
+
+def test_a_layer_that_no_rank_makes_smaller_stays_dense() -> None:
+    narrow = LlamaConfig(
+        hidden_size=2,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        vocab_size=10,
+        num_key_value_heads=1,
+        head_dim=2,
+    )
+    found = layout(model_config=narrow, emulator={"compression_ratio": 0.1}, adapter={"r": 1})
+    # One rank of a 2 × 2 layer holds four parameters, as many as it has.
+    assert not any(name.endswith("q_proj") for name in found.ranks)
+    assert all(name.endswith(("gate_proj", "up_proj", "down_proj")) for name in found.ranks)
+
+
+def test_ratio_one_compresses_nothing_whatever_the_patterns_say() -> None:
+    found = layout(emulator={"compression_ratio": 1.0, "ratios": {"q_proj": 0.1}})
+    assert found.ranks == {}
+    assert found.parameters_factorized == found.parameters_targeted
+
+
+def test_patterns_give_their_ratio_and_the_first_match_wins() -> None:
+    ratios = {"layers.0.*q_proj": 1.0, "q_proj": 0.25}
+    found = layout(emulator={"ratios": ratios})
+    assert "model.layers.0.self_attn.q_proj" not in found.ranks
+    assert found.ranks["model.layers.1.self_attn.q_proj"] == 8
+    assert found.ranks["model.layers.1.self_attn.o_proj"] == 16
+
+
+@pytest.mark.parametrize(
+    ("adapter", "targets"),
+    [
+        ({}, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
+        ({"target_modules": ["q_proj"]}, ("q_proj",)),
+        ({"target_modules": r".*\.1\..*q_proj"}, r".*\.1\..*q_proj"),
+        (
+            {"target_modules": ["q_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
+            ("model.layers.1.self_attn.q_proj",),
+        ),
+    ],
+)
+def test_targets_that_the_adapter_carries_name_just_what_was_adapted(adapter: dict[str, Any], targets: Any) -> None:
+    assert layout(adapter=adapter).portable_targets == targets
+
+
+def test_r_is_held_against_every_adapted_layer_with_its_own_rank() -> None:
+    with pytest.raises(ConfigError, match=r"adapter\.r is 40, above the smaller side 32 of .*k_proj"):
+        layout(adapter={"r": 40})
+    assert layout(adapter={"r": 40, "exclude_modules": ["k_proj", "v_proj"]}).adapted
+    assert layout(adapter={"r": 40, "rank_pattern": {"k_proj": 4, "v_proj": 4}}).adapted
+    with pytest.raises(ConfigError, match="33"):
+        layout(adapter={"rank_pattern": {"v_proj": 33}})
+
+
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "ratios"])
+def test_a_pattern_that_is_no_expression_is_told(key: str) -> None:
+    value = {"q_proj(": 0.5} if key == "ratios" else "q_proj("
+    with pytest.raises(ConfigError, match="is not a regular expression"):
+        layout(emulator={key: value})
+
+
+def test_conv1d_is_turned() -> None:
+    found = layout("gpt2")
+    attention = next(spec for spec in found.specs if spec.name.endswith("c_attn"))
+    assert (attention.out_features, attention.in_features, attention.transposed) == (192, 64, True)
+
+
+def write_rows(path: Path, count: int) -> Path:
+    path.write_text("".join(json.dumps({"text": f"row {number}"}) + "\n" for number in range(count)))
+    return path
+
+
+def test_prepare_reads_no_more_than_it_must(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
+    # Weights are never opened but for their headers: cut each shard's tensors to zeros and all is still found.
+    model_dir = tmp_path / "model"
+    shutil.copytree(tiny_model_dir("llama"), model_dir)
+    for file in model_dir.glob("*.safetensors"):
+        content = file.read_bytes()
+        header = 8 + int.from_bytes(content[:8], "little")
+        file.write_bytes(content[:header] + bytes(len(content) - header))
+    data = {"train": {"path": str(write_rows(tmp_path / "a.jsonl", 5))}}
+    data["eval"] = {"path": [str(write_rows(tmp_path / "b.jsonl", 3)), str(write_rows(tmp_path / "c.jsonl", 2))]}
+    values = {"run_dir": str(tmp_path / "run"), "model": {"source": str(model_dir)}, "data": data}
+    prepared = prepare(parse_config(values))
+    assert {name: [source.num_rows for source in files] for name, files in prepared.files.items()} == {
+        "train": [5],
+        "eval": [3, 2],
+    }
+    assert prepared.source.directory == model_dir
+    assert len(prepared.layout.specs) == 14
+    assert not (tmp_path / "run").exists()
+
+
+def test_room_is_asked_of_the_nearest_folder_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+    usage = shutil.disk_usage(tmp_path)
+
+    def disk_usage(path: Path) -> Any:
+        asked.append(path)
+        return usage._replace(free=2**30)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    run = RunDirectory(tmp_path / "not" / "yet")
+    check_disk(run, 2**30)
+    with pytest.raises(ConfigError, match=r"needs about 1\.0 GiB, its disk has 1\.0 GiB free"):
+        check_disk(run, 2**30 + 1)
+    assert asked == [tmp_path, tmp_path]

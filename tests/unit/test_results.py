@@ -1,0 +1,72 @@
+"""metrics.json from what finished stages left, and the share of the gap that was closed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import make_config
+
+from emloc_ray.config import parse_config
+from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.modeling.architecture import empty_model
+from emloc_ray.modeling.loading import ModelSource
+from emloc_ray.preparation import Prepared, make_layout
+from emloc_ray.results import assemble_metrics, gap_closed
+
+USAGE = {"wall_s": 2.0, "peak_pss_bytes": 10, "peak_rss_bytes": 5, "processes": {"driver": 10}}
+
+
+def losses(**values: float) -> dict[str, Any]:
+    return {name: {"loss": loss, "token_accuracy": 0.5, "num_tokens": 100} for name, loss in values.items()}
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Prepared:
+    values = {"run_dir": str(tmp_path / "run"), "model": {"source": "y"}, "data": {"train": {"path": "z"}}}
+    config, model_config = parse_config(values), make_config("llama")
+    run = RunDirectory(config.run_dir)
+    run.create({})
+    layout = make_layout(config, empty_model(model_config))
+    return Prepared(config, run, ModelSource(tmp_path), model_config, layout, {})
+
+
+def test_a_run_that_has_only_begun_has_what_its_stages_left(prepared: Prepared) -> None:
+    metrics = assemble_metrics(prepared.run, prepared)
+    assert metrics["stages"] == {}
+    assert metrics["disk_bytes"] == {}
+    assert {"python", "ray", "torch", "transformers", "peft"} <= set(metrics["versions"])
+    artifact = prepared.run.path("data", "rows")
+    artifact.parent.mkdir()
+    artifact.write_bytes(b"12345")
+    prepared.run.commit("data", "key", [artifact], {"usage": USAGE, "num_workers": 2, "splits": {"train": {"rows": 3}}})
+    metrics = assemble_metrics(prepared.run, prepared)
+    assert metrics["stages"] == {"data": {**USAGE, "num_workers": 2}}
+    assert metrics["data"] == {"train": {"rows": 3}}
+    assert metrics["disk_bytes"] == {"data": 5}
+    assert "emulator" not in metrics
+    assert "evaluation" not in metrics
+
+
+def test_the_emulators_parameters_are_told_beside_its_error(prepared: Prepared) -> None:
+    result = {"usage": USAGE, "mean_relative_error": 0.25, "layers": {}, "fewest_tokens": 1}
+    prepared.run.commit("factorize", "key", [], result)
+    emulator = assemble_metrics(prepared.run, prepared)["emulator"]
+    layout = prepared.layout
+    assert emulator["mean_relative_error"] == 0.25
+    assert emulator["original_parameters"] == layout.num_parameters
+    assert emulator["parameters_kept"] == layout.parameters_factorized / layout.parameters_targeted
+    dropped = emulator["original_parameters"] - emulator["parameters"]
+    assert dropped == layout.parameters_targeted - layout.parameters_factorized > 0
+
+
+def test_the_gap_is_what_lora_on_the_original_gains(tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text(json.dumps({"evaluation": losses(original=4.0, corrected=2.0)}))
+    gap = gap_closed(losses(original=4.0, uncorrected=3.5, corrected=3.0, merged=3.1), tmp_path)
+    assert gap["corrected"] == pytest.approx(0.5)
+    assert gap["uncorrected"] == pytest.approx(0.25)
+    assert gap["merged"] == pytest.approx(0.45)
+    assert gap["upper_bound_loss"] == 2.0
+    assert gap["upper_bound"] == str(tmp_path)
