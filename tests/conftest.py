@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+from small_runs import task_rows, write_jsonl
 from tiny import make_tokenizer, save_model
 from transformers.utils import logging as transformers_logging
 
@@ -48,6 +49,12 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def task_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The task as JSONL."""
+    return write_jsonl(tmp_path_factory.mktemp("task") / "rows.jsonl", task_rows())
 
 
 @pytest.fixture(scope="session")

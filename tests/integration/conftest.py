@@ -1,4 +1,4 @@
-"""Fixtures of the integration tests: a small task on disk, and finished runs that several tests read."""
+"""Fixtures of the integration tests: finished runs that several tests read."""
 
 from __future__ import annotations
 
@@ -7,13 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_runs import FinishedRun, make_values, run_values, task_rows, write_jsonl
-
-
-@pytest.fixture(scope="session")
-def task_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The task as JSONL."""
-    return write_jsonl(tmp_path_factory.mktemp("task") / "rows.jsonl", task_rows())
+from small_runs import FinishedRun, make_values, run_values
 
 
 @pytest.fixture(scope="session")

@@ -16,10 +16,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from small_runs import LENGTH, FinishedRun, make_values, run_values, task_rows
+from small_runs import LENGTH, FinishedRun, task_rows
+from tiny import EOS
 from transformers import AutoModelForCausalLM
 
 from emloc_ray.config import load_config, parse_config
+from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.grams import GramStore
 from emloc_ray.io.run_directory import RunDirectory
@@ -28,10 +30,12 @@ from emloc_ray.stages import STAGES
 
 VARIANTS = {"original", "emulator", "emulator_adapter", "uncorrected", "corrected", "merged"}
 
+CUT = 42  # tokens of most chats, less one
+
 
 @pytest.fixture(scope="session")
 def qwen_run(make_run: Callable[..., FinishedRun], tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    """Biases on q, k, v; rsLoRA with patterns; the text format from CSV; the covariance correction."""
+    """Biases on q, k, v; rsLoRA with patterns; packed text from CSV; the covariance correction."""
     path = tmp_path_factory.mktemp("csv") / "rows.csv"
     texts = [row["prompt"] + row["completion"] for row in task_rows(80)]
     pa.csv.write_csv(pa.table({"text": texts, "number": list(range(80))}), path)
@@ -44,7 +48,7 @@ def qwen_run(make_run: Callable[..., FinishedRun], tmp_path_factory: pytest.Temp
     return make_run(
         path,
         "qwen2",
-        data={"format": "text"},
+        data={"format": "text", "packing": True},
         adapter=adapter,
         correction={"method": "covariance", "strength": 0.5},
     )
@@ -52,7 +56,7 @@ def qwen_run(make_run: Callable[..., FinishedRun], tmp_path_factory: pytest.Temp
 
 @pytest.fixture(scope="session")
 def gpt2_run(make_run: Callable[..., FinishedRun], tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    """Conv1D, biases, bfloat16; chat messages from Parquet; the paper's correction."""
+    """Conv1D, biases, bfloat16; chat messages from Parquet, most of them cut; the paper's correction."""
     path = tmp_path_factory.mktemp("parquet") / "rows.parquet"
     chats = [
         [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
@@ -60,7 +64,12 @@ def gpt2_run(make_run: Callable[..., FinishedRun], tmp_path_factory: pytest.Temp
     ]
     pa.parquet.write_table(pa.table({"messages": chats}), path, row_group_size=30)
     return make_run(
-        path, "gpt2", "bfloat16", data={"format": "messages"}, correction={"method": "projection", "clamp": 1.0}
+        path,
+        "gpt2",
+        "bfloat16",
+        data={"format": "messages", "max_seq_length": CUT},
+        calibration={"tokens": "completion"},
+        correction={"method": "projection", "clamp": 1.0},
     )
 
 
@@ -298,25 +307,33 @@ def test_gap_closed_is_measured_against_the_named_run(dense_run: FinishedRun, ll
     assert gap["corrected"] == pytest.approx((original - corrected) / (original - bound))
 
 
-def test_packing_and_truncation_are_counted(
-    ray_session: None, tmp_path: Path, tiny_model_dir: Callable[..., Path], task_file: Path
-) -> None:
-    values = make_values(
-        tmp_path / "packed",
-        tiny_model_dir("llama"),
-        task_file,
-        data={"packing": True, "max_seq_length": 40},
-        calibration={"tokens": "completion"},
-    )
-    reporter = run_values(values, until="calibrate")
-    assert reporter.started == ["data", "calibrate"]
-    metrics = json.loads((tmp_path / "packed" / "metrics.json").read_text())
-    data = metrics["data"]["calibration"]
-    shards = TokenShards(tmp_path / "packed" / "data" / "tokens" / "calibration")
-    rows = [shards.row(position) for position in range(len(shards))]
-    assert max(map(len, rows)) <= 40 < LENGTH
-    assert data["rows"] == len(rows)
-    assert data["tokens"] == sum(map(len, rows))
-    assert metrics["calibration"]["num_tokens"] <= sum(sum(row.completion_mask) for row in rows)
-    told = any("rows cut to 40 tokens" in note for note in reporter.notes)
-    assert told == any(split["truncated_rows"] for split in metrics["data"].values())
+def split_rows(run: FinishedRun, split: str) -> list[Tokens]:
+    shards = TokenShards(run.root / "data" / "tokens" / split)
+    return [shards.row(position) for position in range(len(shards))]
+
+
+def test_rows_are_packed_where_asked(qwen_run: FinishedRun) -> None:
+    for split, count in qwen_run.metrics["data"].items():
+        rows = split_rows(qwen_run, split)
+        assert count["rows"] == len(rows)
+        assert count["tokens"] == sum(map(len, rows))
+        assert max(map(len, rows)) <= LENGTH
+    packed = [row.input_ids.count(EOS) for row in split_rows(qwen_run, "calibration")]
+    assert sum(packed) == 32  # the rows asked for, each with its end
+    assert max(packed) > 1
+
+
+def test_truncation_is_told_in_numbers(gpt2_run: FinishedRun) -> None:
+    for split, count in gpt2_run.metrics["data"].items():
+        rows = split_rows(gpt2_run, split)
+        assert max(map(len, rows)) == CUT
+        assert 0 < count["truncated_rows"] <= sum(len(row) == CUT for row in rows)
+        assert count["truncated_tokens"] >= count["truncated_rows"]
+        told = f"data.{split}: {count['truncated_rows']} rows cut to {CUT} tokens"
+        assert any(note.startswith(told) for note in gpt2_run.reporter.notes)
+
+
+def test_completion_tokens_alone_are_calibrated_on_where_asked(gpt2_run: FinishedRun) -> None:
+    counted = sum(sum(row.completion_mask) for row in split_rows(gpt2_run, "calibration"))
+    assert gpt2_run.metrics["calibration"]["num_tokens"] == counted
+    assert counted < gpt2_run.metrics["data"]["calibration"]["tokens"]
