@@ -236,9 +236,10 @@ def _ray_init_names() -> set[str]:
     """What the installed ``ray.init`` takes."""
     import inspect
 
-    import ray
+    # Where it is defined: after a training in the same process, ray.init can be a wrapper that hides them.
+    from ray._private.worker import init
 
-    return {name for name, p in inspect.signature(ray.init).parameters.items() if p.kind is not p.VAR_KEYWORD}
+    return {name for name, p in inspect.signature(init).parameters.items() if p.kind is not p.VAR_KEYWORD}
 
 
 class _Yaml(yaml.SafeLoader):
