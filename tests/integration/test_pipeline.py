@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from small_runs import LENGTH, FinishedRun, task_rows
+from small_runs import LENGTH, FinishedRun, run_values, task_rows
 from tiny import EOS
 from transformers import AutoModelForCausalLM
 
@@ -74,14 +75,19 @@ def gpt2_run(make_run: Callable[..., FinishedRun], tmp_path_factory: pytest.Temp
 
 
 @pytest.fixture(scope="session")
-def dense_run(make_run: Callable[..., FinishedRun], task_file: Path, llama_run: FinishedRun) -> FinishedRun:
-    """Ratio 1.0, plain LoRA on the original; its gap is measured against the Llama's run, to have one to measure."""
-    return make_run(
-        task_file,
-        "llama",
-        emulator={"compression_ratio": 1.0},
-        evaluation={"upper_bound": str(llama_run.root), "num_workers": 1, "num_exact_match": 0, "num_generations": 0},
+def dense_run(llama_run: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """Ratio 1.0, plain LoRA on the original, in the Llama's run directory; its gap is measured against that run."""
+    copied = llama_run.copy(tmp_path_factory.mktemp("dense"))
+    shutil.rmtree(copied.root / "calibration")  # not needed, so not missed
+    one = {"num_workers": 1}
+    values = copied.changed(
+        calibration=one,
+        emulator={**one, "compression_ratio": 1.0},
+        finetune=one,
+        merge=one,
+        evaluation={**one, "upper_bound": str(llama_run.root), "num_exact_match": 0, "num_generations": 0},
     )
+    return FinishedRun(copied.root, values, copied.model_dir, run_values(values))
 
 
 @pytest.fixture(params=["llama_run", "qwen_run", "gpt2_run", "dense_run"])
@@ -140,13 +146,13 @@ def test_metrics_have_their_keys(any_run: FinishedRun) -> None:
         assert 0 < variant["loss"] < 20
         assert 0 <= variant["token_accuracy"] <= 1
     assert {"method", "clamp", "strength", "candidates", "modules"} <= set(metrics["correction"])
-    dense = any_run.values["emulator"]["compression_ratio"] == 1.0
-    assert set(metrics["stages"]) == {"data", *STAGES} - ({"calibrate"} if dense else set())
+    assert {"data", *STAGES} - {"calibrate"} <= set(metrics["stages"])
     for stage in metrics["stages"].values():
         assert stage["wall_s"] >= 0
         assert stage["peak_rss_bytes"] > 0
         assert stage["peak_pss_bytes"] > 0
-    assert metrics["stages"]["finetune"]["num_workers"] == 2
+    for name, section in (("finetune", "finetune"), ("evaluate", "evaluation")):
+        assert metrics["stages"][name]["num_workers"] == any_run.values[section]["num_workers"]
     assert {"parameters_kept", "mean_relative_error"} <= set(metrics["emulator"])
     assert metrics["disk_bytes"]["merged"] > 0
 
@@ -284,6 +290,8 @@ def test_bfloat16_stays_bfloat16(gpt2_run: FinishedRun) -> None:
 
 def test_ratio_one_is_plain_lora_on_the_original(dense_run: FinishedRun) -> None:
     metrics = dense_run.metrics
+    assert dense_run.reporter.skipped == ["data"]
+    assert dense_run.reporter.started == ["factorize", "finetune", "correct", "merge", "evaluate"]
     assert not (dense_run.root / "calibration").exists()
     assert metrics["correction"]["method"] == "none"
     assert metrics["emulator"]["parameters_kept"] == 1.0
