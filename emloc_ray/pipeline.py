@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from emloc_ray.config import RunConfig, StageConfig
 from emloc_ray.errors import EmlocError
@@ -13,44 +13,12 @@ from emloc_ray.io.fingerprint import fingerprint, fingerprint_files, fingerprint
 from emloc_ray.planner import make_plan, num_steps
 from emloc_ray.preparation import Prepared, check_disk, prepare
 from emloc_ray.report import write_report
+from emloc_ray.reporter import Reporter, SilentReporter
 from emloc_ray.results import assemble_metrics
 from emloc_ray.stages import STAGES
 
 # Settings that say where work runs, not what comes out of it.
 _PLACEMENT = {"num_workers", "cpus_per_worker", "gpus_per_worker"}
-
-
-class Reporter(Protocol):
-    """Who is told how a run goes; the command line shows it, a library's user may ignore it."""
-
-    def start(self, stage: str) -> Callable[[int, int], None]:
-        """A stage begins; gives its progress callback."""
-
-    def finish(self, stage: str, result: dict[str, Any], usage: dict[str, Any]) -> None:
-        """A stage has ended well."""
-
-    def skip(self, stage: str) -> None:
-        """A stage was found done."""
-
-    def note(self, text: str) -> None:
-        """Something that a reader should know."""
-
-
-class SilentReporter:
-    """Tells nobody."""
-
-    def start(self, stage: str) -> Callable[[int, int], None]:
-        """Gives a callback that does nothing."""
-        return lambda done, total: None
-
-    def finish(self, stage: str, result: dict[str, Any], usage: dict[str, Any]) -> None:
-        """Nothing."""
-
-    def skip(self, stage: str) -> None:
-        """Nothing."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
 
 
 def run(
@@ -111,7 +79,7 @@ class Pipeline:
 
     def _write_results(self) -> None:
         """metrics.json and report.html, anew from the manifest."""
-        self.directory.write_metrics(assemble_metrics(self.directory, self.prepared))
+        self.directory.write_metrics(assemble_metrics(self.directory, self.prepared, self.inputs))
         write_report(self.directory)
 
     def _step(
@@ -207,6 +175,8 @@ class Pipeline:
         """One Gram per shared input of the linears that compression targets."""
         if not self.layout.ranks:
             self.inputs["calibrate"] = "none needed"
+            self.directory.forget("calibrate")
+            shutil.rmtree(self.directory.path("calibration"), ignore_errors=True)
             return
         from emloc_ray.stages.calibrate import CalibrationJob, calibrate
 

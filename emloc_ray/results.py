@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from emloc_ray.io.run_directory import METRICS, RunDirectory
 from emloc_ray.preparation import Prepared
+from emloc_ray.stages import STAGES
 
 _ARTIFACTS = ("model", "data", "calibration", "emulator", "adapter_emulator", "adapter", "merged")
 _LIBRARIES = ("emloc-ray", "ray", "torch", "transformers", "peft", "safetensors", "pyarrow")
 
 
-def assemble_metrics(directory: RunDirectory, prepared: Prepared) -> dict[str, Any]:
-    """Everything that the finished stages measured (DESIGN.md, section 5)."""
-    stages = {name: entry["result"] for name, entry in directory.manifest()["stages"].items()}
+def assemble_metrics(directory: RunDirectory, prepared: Prepared, verified: Collection[str] = ()) -> dict[str, Any]:
+    """Everything that the finished stages measured (DESIGN.md, section 5).
+
+    A stage that was finished before one ahead of it was redone speaks of another run: it is left out, unless it is
+    among the ``verified``, whose inputs were found unchanged since.
+    """
+    stages = _current_stages(directory.manifest()["stages"], verified)
     layout = prepared.layout
     metrics: dict[str, Any] = {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
@@ -46,18 +52,33 @@ def assemble_metrics(directory: RunDirectory, prepared: Prepared) -> dict[str, A
         metrics |= {key: stages["evaluate"][key] for key in ("evaluation", "exact_match", "generations")}
         bound = prepared.config.evaluation.upper_bound
         if bound is not None:
-            metrics["gap_closed"] = gap_closed(metrics["evaluation"], Path(bound))
+            gap = gap_closed(metrics["evaluation"], Path(bound))
+            metrics |= {} if gap is None else {"gap_closed": gap}
     return metrics
 
 
-def gap_closed(evaluation: dict[str, Any], upper_bound: Path) -> dict[str, Any]:
+def _current_stages(entries: dict[str, Any], verified: Collection[str]) -> dict[str, dict[str, Any]]:
+    current, newest = {}, 0.0
+    for name in ("import", "data", *STAGES):
+        entry = entries.get(name)
+        if entry is None:
+            continue
+        if name in verified or entry["finished_at"] >= newest:
+            current[name] = entry["result"]
+        newest = max(newest, entry["finished_at"])
+    return current
+
+
+def gap_closed(evaluation: dict[str, Any], upper_bound: Path) -> dict[str, Any] | None:
     """``(original − corrected) / (original − LoRA on the original)`` in held-out loss.
 
-    ``upper_bound`` is the run directory of the same task at ratio 1.0.
+    ``upper_bound`` is the run directory of the same task at ratio 1.0. None where it gained nothing: there is no gap.
     """
     other = json.loads((upper_bound / METRICS).read_text())["evaluation"]
     original, bound = evaluation["original"]["loss"], other["corrected"]["loss"]
     gap = original - bound
+    if gap <= 0:
+        return None
     share = {name: (original - evaluation[name]["loss"]) / gap for name in ("uncorrected", "corrected", "merged")}
     return {"upper_bound": str(upper_bound), "upper_bound_loss": bound, **share}
 

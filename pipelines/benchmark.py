@@ -140,8 +140,11 @@ def quickstart(out: Path) -> Figures:
         "quickstart wall time": figure(wall, 600, "s (baseline: the limit)"),
         "quickstart peak memory": figure(peak, 12, "GiB (baseline: the limit)"),
         "quickstart held-out loss": figure(losses["merged"], losses["original"], "nats/token"),
-        "gap closed, uncorrected": figure(closed["uncorrected"], 1.0, "share (baseline: LoRA on the original)"),
-        "gap closed, corrected": figure(closed["corrected"], 1.0, "share (baseline: LoRA on the original)"),
+        **{
+            f"gap closed, {name}": figure(closed[name], 1.0, "share (baseline: LoRA on the original)")
+            for name in ("uncorrected", "corrected")
+            if closed is not None
+        },
         "fine-tuning stage against LoRA on the original": figure(*steps, "s"),
     }
 

@@ -221,7 +221,9 @@ def test_the_file_is_utf8_whatever_models_write(tmp_path: Path) -> None:
     directory.create({})
     directory.path("manifest.json").write_text(json.dumps(manifest(*STAGES)))
     directory.path("metrics.json").write_text(json.dumps(finished_metrics()))
-    Page(report.write_report(directory).read_bytes().decode())
+    text = report.write_report(directory).read_bytes().decode("utf-8")
+    assert '<meta charset="utf-8">' in text
+    assert not text.isascii()
 
 
 def test_sections_without_their_optional_parts() -> None:

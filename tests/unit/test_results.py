@@ -65,8 +65,22 @@ def test_the_emulators_parameters_are_told_beside_its_error(prepared: Prepared) 
 def test_the_gap_is_what_lora_on_the_original_gains(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text(json.dumps({"evaluation": losses(original=4.0, corrected=2.0)}))
     gap = gap_closed(losses(original=4.0, uncorrected=3.5, corrected=3.0, merged=3.1), tmp_path)
+    assert gap is not None
     assert gap["corrected"] == pytest.approx(0.5)
     assert gap["uncorrected"] == pytest.approx(0.25)
     assert gap["merged"] == pytest.approx(0.45)
     assert gap["upper_bound_loss"] == 2.0
     assert gap["upper_bound"] == str(tmp_path)
+
+
+def test_there_is_no_gap_where_lora_on_the_original_gained_nothing(tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text(json.dumps({"evaluation": losses(original=4.0, corrected=4.0)}))
+    assert gap_closed(losses(original=4.0, uncorrected=3.5, corrected=3.0, merged=3.1), tmp_path) is None
+
+
+def test_what_stands_on_a_redone_stage_is_left_out_until_it_is_verified(prepared: Prepared) -> None:
+    counts = {"usage": USAGE, "num_tokens": 7, "num_shards": 1}
+    prepared.run.commit("calibrate", "key", [], counts)
+    prepared.run.commit("data", "new key", [], {"usage": USAGE, "splits": {}})
+    assert "calibration" not in assemble_metrics(prepared.run, prepared)
+    assert assemble_metrics(prepared.run, prepared, {"calibrate"})["calibration"]["num_tokens"] == 7
