@@ -12,11 +12,11 @@ _EIGENVALUE_FLOOR = 1e-7
 def published_route(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """``W_E = up @ down`` by ``G^½``, its inverse and a full SVD (arXiv 2506.12015, section 3.1).
 
-    ``W G^½ = U S Vᵀ``, ``up = U_r S_r (out, r)``, ``down = V_rᵀ G^-½ (r, in)``,
-    for ``weight (out, in)`` and a symmetric ``gram (in, in)``, all in the dtype of ``weight``.
+    ``W G^½ = U S Vᵀ``, ``up = U_r S_r (out, r)``, ``down = V_rᵀ (G^½)⁻¹ (r, in)``,
+    for ``weight (out, in)`` and a symmetric ``gram (in, in)``, all in the dtype of ``weight``. The inverse is a general one
+    of the root, as the published code and the family it comes from take it, though the eigenvectors would give it.
     """
     values, vectors = torch.linalg.eigh(gram)
-    roots = values.clamp_min(_EIGENVALUE_FLOOR).sqrt()
-    root, inverse = (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+    root = (vectors * values.clamp_min(_EIGENVALUE_FLOOR).sqrt()) @ vectors.T
     left, singular_values, right = torch.linalg.svd(weight @ root, full_matrices=False)
-    return left[:, :rank] * singular_values[:rank], right[:rank] @ inverse
+    return left[:, :rank] * singular_values[:rank], right[:rank] @ torch.linalg.inv(root)

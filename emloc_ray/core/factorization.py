@@ -73,12 +73,13 @@ class _Eigenpairs(NamedTuple):
     """The top of a symmetric ``M (n, n)``.
 
     ``values (k,)`` descend: all ``n`` from the exact solver, ``r`` from the other; ``vectors (n, r)`` are orthonormal;
-    ``residuals (r,)`` are ``‖M u − θ u‖²``.
+    ``residuals (r,)`` are ``‖M u − θ u‖²``; ``basis (n, > r)`` spans them and more, where there was one.
     """
 
     values: Tensor
     vectors: Tensor
     residuals: Tensor
+    basis: Tensor | None = None
 
 
 def factorize(
@@ -121,9 +122,9 @@ def factorize(
         solver = "subspace" if pays else "exact"
     stored = torch.float64 if weight.dtype == torch.float64 else torch.float32
     scaled, scale = _scaled(weight.detach().to(stored), name)
-    result, trusted = _factorize_scaled(scaled, whitening, rank, solver, seed)
+    result, trusted, basis = _factorize_scaled(scaled, whitening, rank, solver, seed)
     if not trusted and stored == torch.float32:
-        result, _ = _factorize_scaled(scaled.to(torch.float64), whitening, rank, solver, seed)
+        result, _, _ = _factorize_scaled(scaled.to(torch.float64), whitening, rank, solver, seed, basis)
     energy_scale = scale * scale * whitening.scale
     up, down = result.factors
     return Factorization(
@@ -157,9 +158,12 @@ def _scaled(weight: Tensor, name: str) -> tuple[Tensor, float]:
 
 
 def _factorize_scaled(
-    weight: Tensor, whitening: Whitening, rank: int, solver: Solver, seed: int
-) -> tuple[Factorization, bool]:
-    """The factorization in the dtype of ``weight`` under ``G'``, and whether that dtype was wide enough for it."""
+    weight: Tensor, whitening: Whitening, rank: int, solver: Solver, seed: int, start: Tensor | None = None
+) -> tuple[Factorization, bool, Tensor | None]:
+    """The factorization in the dtype of ``weight`` under ``G'``, and whether that dtype was wide enough for it.
+
+    The third is the subspace solver's basis, from which a wider dtype may ``start``.
+    """
     tall = weight.shape[0] > weight.shape[1]
     if tall:
         whitened = whitening.whiten(weight)
@@ -170,7 +174,7 @@ def _factorize_scaled(
     else:
         matrix = whitening.outer(weight)
     total = float(matrix.diagonal().sum(dtype=torch.float64))
-    top = _subspace(matrix, rank, seed) if solver == "subspace" else None
+    top = _subspace(matrix, rank, seed, start) if solver == "subspace" else None
     used = "exact" if top is None else "subspace"
     if top is None:
         top = _exact(matrix, rank)
@@ -190,7 +194,7 @@ def _factorize_scaled(
         trusted = abs(direct - residual) <= _MAX_RESIDUAL_DIFFERENCE * direct
         residual = direct
     error = math.sqrt(max(residual, 0.0) / total) if total > 0.0 else 0.0
-    return Factorization(factors, values, total, error, used, weight.dtype), trusted
+    return Factorization(factors, values, total, error, used, weight.dtype), trusted, top.basis
 
 
 def _rounding_share(values: Tensor, residual: float, rank: int, dtype: torch.dtype) -> float:
@@ -207,11 +211,12 @@ def _rounding_share(values: Tensor, residual: float, rank: int, dtype: torch.dty
 
 def _exact(matrix: Tensor, rank: int) -> _Eigenpairs:
     """All eigenvalues and the top ``rank`` eigenvectors by a full eigendecomposition."""
-    values, vectors = torch.linalg.eigh(matrix)
+    # The lower triangle, handed over as the upper one of the transpose: LAPACK is a tenth faster on that side.
+    values, vectors = torch.linalg.eigh(matrix.mT, UPLO="U")
     return _Eigenpairs(values.flip(0), vectors[:, -rank:].flip(1), torch.zeros_like(values[:rank]))
 
 
-def _subspace(matrix: Tensor, rank: int, seed: int) -> _Eigenpairs | None:
+def _subspace(matrix: Tensor, rank: int, seed: int, start: Tensor | None = None) -> _Eigenpairs | None:
     """The top ``rank`` eigenpairs of a positive semidefinite ``M (n, n)``, or ``None`` where they do not settle.
 
     Subspace iteration with oversampling: from ``orth(M Ω)``, each step ``Q ← orth((M − a x) Q)`` takes for ``x`` the next
@@ -220,20 +225,24 @@ def _subspace(matrix: Tensor, rank: int, seed: int) -> _Eigenpairs | None:
     (Zhou, Saad, Tiago and Chelikowsky, J. Comput. Phys. 219, 2006, without their recurrence).
 
     It has settled where the energy still missed, ``Σ ‖M u − θ u‖² / (θ − μ)`` to second order, ``μ`` the mean of the
-    other eigenvalues, is below ``_MAX_LOSS_SHARE`` of the residual energy ``tr M − Σ θ``.
+    other eigenvalues, is below ``_MAX_LOSS_SHARE`` of the residual energy ``tr M − Σ θ``. In float32 it also ends where
+    rounding is too much of that energy: ``start`` hands the basis it had to float64, which tries it before any step.
     """
     n = len(matrix)
     width = rank + max(_MIN_OVERSAMPLING, int(_OVERSAMPLING * rank))
     if 4 * width > 3 * n:
         return None
     total = float(matrix.diagonal().sum(dtype=torch.float64))
-    start = _random_start(n, width, seed, matrix)
-    basis = matrix @ start
-    # Two passes: the first by Ωᵀ M Ω, whose condition is that of M Ω's Gram without the square.
-    basis = _orthonormal(_orthonormal(basis, start.T @ basis))
+    if start is None:
+        numbers = _random_numbers(n, width, seed, matrix)
+        basis = matrix @ numbers
+        # Two passes: the first by Ωᵀ M Ω, whose condition is that of M Ω's Gram without the square.
+        basis = _orthonormal(_orthonormal(basis, numbers.T @ basis))
+    else:
+        basis = _orthonormal(start.to(matrix.dtype))
     last = max(1, width // 8)
-    for _ in range(_MAX_ROUNDS):
-        for shift in _SHIFTS:
+    for done in range(_MAX_ROUNDS):
+        for shift in _SHIFTS if done or start is None else ():
             image = matrix @ basis
             end = _DAMPED_SHARE * float((basis[:, -last:] * image[:, -last:]).sum()) / last
             basis = _orthonormal(image.sub_(basis, alpha=end * shift))
@@ -241,9 +250,12 @@ def _subspace(matrix: Tensor, rank: int, seed: int) -> _Eigenpairs | None:
         rotation = torch.linalg.eigh(basis.T @ image).eigenvectors.flip(1)
         top = _ritz_pairs(basis @ rotation[:, :rank], image @ rotation[:, :rank])
         missed = total - float(top.values.sum(dtype=torch.float64))
+        share = _rounding_share(top.values, missed, rank, matrix.dtype)
+        if matrix.dtype == torch.float32 and share > _MAX_ROUNDING_SHARE:
+            return top._replace(basis=basis)
         gaps = (top.values - missed / (n - rank)).clamp_min(torch.finfo(matrix.dtype).eps * float(top.values[0]))
         if float((top.residuals / gaps).sum()) <= _MAX_LOSS_SHARE * missed:
-            return top
+            return top._replace(basis=basis)
         basis = basis @ rotation
     return None
 
@@ -258,7 +270,7 @@ def _ritz_pairs(vectors: Tensor, images: Tensor) -> _Eigenpairs:
     return _Eigenpairs(values, vectors, residuals)
 
 
-def _random_start(n: int, width: int, seed: int, like: Tensor) -> Tensor:
+def _random_numbers(n: int, width: int, seed: int, like: Tensor) -> Tensor:
     """A Hankel matrix ``(n, width)`` of ``n + width`` normal numbers, drawn on the CPU: the same on every device.
 
     It serves as a full Gaussian one would, and drawing that takes longer than a product with ``M``.

@@ -136,6 +136,24 @@ def test_one_channel_3000_times_the_others(solver: Solver, where: str, out_featu
     assert error_of(weight, result.factors, damped(gram)) == pytest.approx(optimum, rel=1e-3, abs=1e-6)
 
 
+def test_float64_starts_from_the_basis_float32_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, tokens = normal(200, 260, 6).float(), normal(900, 260, 7).float()
+    tokens[:, 3] *= 3000
+    gram = tokens.to(torch.float64).T @ tokens.to(torch.float64)
+    starts: list[torch.Tensor | None] = []
+
+    def recorded(matrix: torch.Tensor, rank: int, seed: int, start: torch.Tensor | None = None) -> object:
+        starts.append(start)
+        return subspace(matrix, rank, seed, start)
+
+    subspace = factorization._subspace
+    monkeypatch.setattr(factorization, "_subspace", recorded)
+    result = factorize(weight, Whitening(gram), 30, solver="subspace")
+    assert [start is None for start in starts] == [True, False]
+    assert (result.solver, result.dtype) == ("subspace", torch.float64)
+    assert result.relative_error == pytest.approx(best_error(weight, damped(gram), 30), rel=1e-3)
+
+
 @ORIENTATIONS
 def test_the_direct_check_decides_between_the_bounds(
     monkeypatch: pytest.MonkeyPatch, out_features: int, in_features: int
