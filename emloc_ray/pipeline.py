@@ -178,7 +178,8 @@ class Pipeline:
             self.directory.forget("calibrate")
             shutil.rmtree(self.directory.path("calibration"), ignore_errors=True)
             return
-        from emloc_ray.stages.calibrate import CalibrationJob, calibrate
+        from emloc_ray.stages.calibrate import calibrate
+        from emloc_ray.stages.calibration_job import CalibrationJob
 
         out_dir = self.directory.path("calibration")
         targeted = set(self.layout.compressed)

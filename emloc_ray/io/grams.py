@@ -49,8 +49,16 @@ class GramStore:
 
 
 def write_gram_shard(path: Path, grams: dict[str, Gram]) -> None:
-    """Writes some Grams as packed triangles."""
-    write_tensors(path, {name: pack_triangle(gram.matrix) for name, gram in grams.items()})
+    """Writes some Grams as packed triangles, their token counts beside them."""
+    counts = {name: gram.num_tokens for name, gram in grams.items()}
+    packed = {name: pack_triangle(gram.matrix) for name, gram in grams.items()}
+    write_tensors(path, packed, {"num_tokens": json.dumps(counts)})
+
+
+def gram_counts(path: Path) -> dict[str, int]:
+    """The token counts of the Grams that :func:`write_gram_shard` wrote."""
+    counts: dict[str, int] = json.loads(json.loads(read_shard(path).header)["__metadata__"]["num_tokens"])
+    return counts
 
 
 def write_gram_index(

@@ -105,6 +105,11 @@ class _ScalarsAreZero(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def traced_inputs() -> dict[str, torch.Tensor]:
+    """What a model is called with on the meta device: a row of eight tokens."""
+    return {"input_ids": torch.zeros(1, 8, dtype=torch.long, device="meta")}
+
+
 def shared_inputs(model: Any, specs: Sequence[LinearSpec]) -> list[list[str]]:
     """Groups of linears that read the same tensor, found by tracing one forward pass on the meta device.
 
@@ -126,9 +131,8 @@ def shared_inputs(model: Any, specs: Sequence[LinearSpec]) -> list[list[str]]:
 
     handles = [model.get_submodule(s.name).register_forward_pre_hook(record(s.name)) for s in specs]
     try:
-        ids = torch.zeros(1, 8, dtype=torch.long, device="meta")
         with torch.no_grad(), _ScalarsAreZero():
-            model(input_ids=ids, use_cache=False)
+            model(**traced_inputs(), use_cache=False)
     except (RuntimeError, NotImplementedError, ValueError, TypeError):
         return [[spec.name] for spec in specs]
     finally:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,11 @@ from torch import Tensor, nn
 
 from emloc_ray.core.gram import Gram
 from emloc_ray.errors import NumericsError
+
+
+def model_inputs(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+    """A batch as a model takes it: no mask where nothing is padding, so that attention takes its fastest path."""
+    return {"input_ids": input_ids, "attention_mask": None if bool(attention_mask.all()) else attention_mask}
 
 
 class GramHooks:
@@ -23,11 +29,12 @@ class GramHooks:
         self.body = getattr(model, model.base_model_prefix, model)
         self.grams: dict[str, Gram] = {}
         self._mask: Tensor | None = None
+        self._handles: list[Any] = []
         for group in groups:
             module = model.get_submodule(group[0])
             in_features = module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0]
             self.grams[group[0]] = Gram.zero(in_features, dtype, module.weight.device)
-            module.register_forward_pre_hook(self._hook(group[0]))
+            self._handles.append(module.register_forward_pre_hook(self._hook(group[0])))
 
     def _hook(self, name: str) -> Any:
         def accumulate(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -35,14 +42,25 @@ class GramHooks:
 
         return accumulate
 
+    @contextlib.contextmanager
+    def counting(self, counted: Tensor) -> Iterator[None]:
+        """While it lasts, a pass of the model adds the tokens where ``counted (rows, length)`` is true."""
+        self._mask = counted
+        try:
+            yield
+        finally:
+            self._mask = None
+
     @torch.no_grad()
     def forward(self, input_ids: Tensor, attention_mask: Tensor, counted: Tensor) -> None:
         """Adds the tokens of a batch where ``counted (rows, length)`` is true."""
-        self._mask = counted
-        # No mask where nothing is padding: attention then takes its fastest path.
-        mask = None if bool(attention_mask.all()) else attention_mask
-        self.body(input_ids=input_ids, attention_mask=mask, use_cache=False)
-        self._mask = None
+        with self.counting(counted):
+            self.body(**model_inputs(input_ids, attention_mask), use_cache=False)
+
+    def remove(self) -> None:
+        """Takes the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
 
     def check_finite(self) -> None:
         """Raises NumericsError, naming the layer, where an activation was NaN or Inf."""

@@ -13,7 +13,8 @@ from transformers import AutoConfig
 from emloc_ray.core.ranks import rank_for_ratio
 from emloc_ray.io.grams import reduce_slots, write_gram_index, write_gram_shard
 from emloc_ray.modeling.architecture import block_linears, empty_model, shared_inputs
-from emloc_ray.stages.calibrate import CalibrationJob, Slot
+from emloc_ray.stages.calibration_job import CalibrationJob
+from emloc_ray.stages.resident_slot import ResidentSlot
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,7 @@ def artifacts(tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.Temp
     names = shared_inputs(model, specs)
     tokens = write_tokens(root / "tokens", 20, 5)
     job = CalibrationJob(model_dir, tokens, tuple(tuple(group) for group in names), batch_size=3)
-    slot = Slot(job, root / "slot.safetensors", 1)
+    slot = ResidentSlot(job, root / "slot.safetensors", 1)
     for number in range(4):
         slot.accumulate(number)
     slot.commit()

@@ -14,7 +14,7 @@ from emloc_ray.data.token_shards import shard_name, write_index, write_shard
 from emloc_ray.io.grams import write_gram_index, write_gram_shard
 from emloc_ray.modeling.adapter import LoraModule, write_adapter
 from emloc_ray.modeling.architecture import LinearSpec, block_linears, empty_model
-from emloc_ray.stages.calibrate import CalibrationJob
+from emloc_ray.stages.calibration_job import CalibrationJob
 from emloc_ray.stages.factorize import FactorizationJob
 
 

@@ -14,22 +14,22 @@ from stage_artifacts import Artifacts
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.errors import NumericsError
 from emloc_ray.io.grams import read_slot
-from emloc_ray.stages.calibrate import Slot
+from emloc_ray.stages.resident_slot import ResidentSlot
 
 
 def test_a_slot_made_anew_goes_on_from_its_commit(artifacts: Artifacts, tmp_path: Path) -> None:
     job = artifacts.calibration_job
-    calm = Slot(job, tmp_path / "calm", 1)
+    calm = ResidentSlot(job, tmp_path / "calm", 1)
     for number in (0, 1, 2, 3):
         assert calm.accumulate(number) == number
     calm.commit()
-    first = Slot(job, tmp_path / "killed", 1)
+    first = ResidentSlot(job, tmp_path / "killed", 1)
     assert first.position() == -1
     first.accumulate(0)
     first.accumulate(1)
     first.commit()
     first.accumulate(2)  # counted, not committed: lost with the actor
-    second = Slot(job, tmp_path / "killed", 1)
+    second = ResidentSlot(job, tmp_path / "killed", 1)
     assert second.position() == 1
     for number in (2, 3):
         second.accumulate(number)
@@ -44,7 +44,7 @@ def test_a_slot_made_anew_goes_on_from_its_commit(artifacts: Artifacts, tmp_path
 
 def test_completion_tokens_alone_are_counted_where_asked(artifacts: Artifacts, tmp_path: Path) -> None:
     job = replace(artifacts.calibration_job, tokens="completion")
-    slot = Slot(job, tmp_path / "slot", 1)
+    slot = ResidentSlot(job, tmp_path / "slot", 1)
     slot.accumulate(0)
     slot.commit()
     rows = TokenShards(job.tokens_dir).shard(0)
@@ -63,7 +63,7 @@ def test_activations_that_are_no_numbers_name_the_first_layer_that_reads_them(
             tensors["model.layers.1.self_attn.v_proj.weight"][0, 0] = torch.inf
             save_file(tensors, file, {"format": "pt"})
     job = replace(artifacts.calibration_job, model_dir=tmp_path / "model")
-    slot = Slot(job, tmp_path / "slot", 1)
+    slot = ResidentSlot(job, tmp_path / "slot", 1)
     with pytest.raises(NumericsError, match=r"model\.layers\.1\.self_attn\.o_proj reads hold NaN or Inf"):
         slot.accumulate(0)
     assert not (tmp_path / "slot").exists()

@@ -1,0 +1,226 @@
+"""A model that no process holds whole, run block by block through its own forward pass.
+
+The pass is replayed for every block: finished blocks give back what they gave before, the current block computes, and
+then the pass stops. Masks, rotary tables and whatever else a model makes between its blocks are thus its own code's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers import AutoConfig
+
+from emloc_ray.errors import ArtifactError, StageError
+from emloc_ray.io.checkpoint import Checkpoint
+from emloc_ray.modeling.architecture import auto_class, block_names, empty_model, traced_inputs
+from emloc_ray.modeling.block_outputs import BlockOutput
+
+
+@dataclass(frozen=True)
+class BlockFlow:
+    """In which order blocks run, and from which earlier blocks each one's inputs come: ``needs[k]`` are positions."""
+
+    order: tuple[str, ...]
+    needs: tuple[frozenset[int], ...]
+
+    def last_use(self, position: int) -> int:
+        """The last block that reads what this one gave; its own position where none does."""
+        return max([position, *(k for k, needed in enumerate(self.needs) if position in needed)])
+
+
+class _Lineage(TorchDispatchMode):
+    """Follows through every operation which blocks' outputs a tensor was made from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: Any = WeakTensorKeyDictionary()
+
+    def of(self, values: Any) -> frozenset[int]:
+        """The blocks whose outputs went into any tensor of a nested structure."""
+        found = [self.sources.get(leaf, frozenset()) for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+        return frozenset().union(*found)
+
+    def mark(self, values: Any, sources: frozenset[int]) -> None:
+        for leaf in tree_leaves(values):
+            if isinstance(leaf, Tensor):
+                self.sources[leaf] = sources
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return 0  # what mask code asks for; see architecture.shared_inputs
+        output = func(*args, **kwargs)
+        sources = self.of((args, kwargs))
+        self.mark(output, sources)
+        if sources and func._schema.is_mutable:
+            self.mark(args, sources)
+        return output
+
+
+def block_flow(config: Any, trust_remote_code: bool = False) -> BlockFlow:
+    """The flow of a model of this config, from one forward pass on the meta device.
+
+    A model that cannot run there is taken to run its blocks in their order, each reading all before it.
+    """
+    model = empty_model(config, trust_remote_code)
+    names = block_names(model)
+    lineage = _Lineage()
+    order: list[str] = []
+    needs: list[frozenset[int]] = []
+
+    def before(module: nn.Module, args: Any, kwargs: Any, name: str = "") -> None:
+        needs.append(lineage.of((args, kwargs)))
+        order.append(name)
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        lineage.mark(output, frozenset({len(order) - 1}))
+
+    for name in names:
+        block = model.get_submodule(name)
+        block.register_forward_pre_hook(functools.partial(before, name=name), with_kwargs=True)
+        block.register_forward_hook(after)
+    try:
+        with torch.no_grad(), lineage:
+            model(**traced_inputs(), use_cache=False)
+    except (RuntimeError, NotImplementedError, ValueError, TypeError):
+        order = []
+    if not order or len(set(order)) != len(order):  # untraceable, or a block that runs twice
+        return BlockFlow(tuple(names), tuple(frozenset(range(k)) for k in range(len(names))))
+    return BlockFlow(tuple(order), tuple(needs))
+
+
+class _BlockDone(Exception):
+    """Ends a pass once the current block has given its output."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+
+class BlockReplay:
+    """A checkpoint's model with the weights outside its blocks, and those of one block at a time.
+
+    Attributes:
+        model: the model; weights that are not loaded are on the meta device.
+        flow: in which order its blocks run, and what each reads.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        dtype: str = "auto",
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        device: str | None = None,
+    ) -> None:
+        """Raises ArtifactError where the checkpoint lacks a weight that the pass needs."""
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.checkpoint = Checkpoint(directory)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        self.dtype = _dtype(dtype, config, self.checkpoint)
+        self.flow = block_flow(config, trust_remote_code)
+        options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+        with init_empty_weights(include_buffers=False):
+            self.model: Any = auto_class(config).from_config(
+                config, dtype=self.dtype, trust_remote_code=trust_remote_code, **options
+            )
+        self.model.eval().requires_grad_(False)
+        self.body = getattr(self.model, self.model.base_model_prefix, self.model)
+        self._current = -1
+        self._outputs: Mapping[int, BlockOutput] = {}
+        self._load_outside()
+        for name, buffer in self.model.named_buffers():
+            buffer.data = (self.checkpoint.read(name) if name in self.checkpoint else buffer).to(self.device)
+        for position, name in enumerate(self.flow.order):
+            block = self.model.get_submodule(name)
+            block.forward = functools.partial(self._forward_block, position, block.forward)
+
+    def _load_outside(self) -> None:
+        """Reads the weights outside all blocks, but for the head, which the pass never reaches."""
+        inside = tuple(f"{name}." for name in block_names(self.model))
+        head = self.model.get_output_embeddings()
+        aliases: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if not name.startswith(inside):
+                aliases.setdefault(id(parameter), []).append(name)
+        owned = {name for name, module in self.model.named_modules(remove_duplicate=False) if module is head}
+        for names in aliases.values():
+            if not all(name.rpartition(".")[0] in owned for name in names):
+                self._load(names)
+
+    def _load(self, names: Sequence[str]) -> None:
+        """Reads a weight, known by any of ``names`` in the checkpoint, into all of them."""
+        stored = next((name for name in names if name in self.checkpoint), None)
+        if stored is None:
+            raise ArtifactError(
+                f"{self.checkpoint.directory} holds no tensor {names[0]}, which running block by block needs:"
+                " set calibration.mode to resident."
+            )
+        weight = self.checkpoint.read(stored)
+        placed = nn.Parameter(weight.to(self.device, self.dtype if weight.is_floating_point() else None), False)
+        for name in names:
+            self._place(name, placed)
+
+    def _place(self, name: str, parameter: nn.Parameter) -> None:
+        owner, _, attribute = name.rpartition(".")
+        self.model.get_submodule(owner)._parameters[attribute] = parameter
+
+    def load_block(self, position: int) -> None:
+        """Reads the block's weights; those of every other block are dropped."""
+        self.drop_blocks()
+        for name, _ in self._parameters(position):
+            self._load([name])
+
+    def drop_blocks(self) -> None:
+        """Drops the weights of all blocks."""
+        for position in range(len(self.flow.order)):
+            for name, parameter in self._parameters(position):
+                if not parameter.is_meta:
+                    self._place(name, nn.Parameter(parameter.to("meta"), False))
+
+    def _parameters(self, position: int) -> list[tuple[str, nn.Parameter]]:
+        name = self.flow.order[position]
+        return list(self.model.get_submodule(name).named_parameters(prefix=name))
+
+    @torch.no_grad()
+    def forward(self, position: int, inputs: dict[str, Tensor], outputs: Mapping[int, BlockOutput]) -> BlockOutput:
+        """What the block at ``position``, loaded before, gives for ``inputs``; ``outputs`` holds every earlier block's.
+
+        Raises:
+            StageError: where the model runs its blocks in another order than it was traced in, or not this one.
+        """
+        self._current, self._outputs = position, outputs
+        try:
+            self.body(**inputs, use_cache=False)
+        except _BlockDone as done:
+            return BlockOutput.of(done.output, self.flow.order[position])
+        finally:
+            self._outputs = {}
+        raise StageError(f"{self.flow.order[position]} did not run: set calibration.mode to resident.")
+
+    def _forward_block(self, position: int, compute: Any, *args: Any, **kwargs: Any) -> Any:
+        if position > self._current:
+            raise StageError(f"{self.flow.order[position]} ran out of turn: set calibration.mode to resident.")
+        if position < self._current:
+            return self._outputs[position].value(self.device)
+        raise _BlockDone(compute(*args, **kwargs))
+
+
+def _dtype(wanted: str, config: Any, checkpoint: Checkpoint) -> torch.dtype:
+    """What ``from_pretrained`` takes: as asked, else the config's, else the checkpoint's first floating dtype."""
+    if wanted != "auto":
+        found: torch.dtype = getattr(torch, wanted)
+        return found
+    stored = (entry.dtype for entry in checkpoint if entry.dtype.is_floating_point)
+    return getattr(config, "dtype", None) or next(stored, torch.float32)

@@ -1,0 +1,55 @@
+"""A calibration slot that holds the whole model: Grams accumulate in its forward passes."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from emloc_ray.data.token_shards import TokenShards, collate, length_batches
+from emloc_ray.io.grams import read_slot, write_slot
+from emloc_ray.modeling.gram_hooks import GramHooks
+from emloc_ray.modeling.loading import load_model
+from emloc_ray.stages.calibration_job import CalibrationJob, counted_tokens
+from emloc_ray.stages.cluster import set_threads
+
+_COMMIT_SHARE = 0.05  # of a slot's time, at the most
+
+
+class ResidentSlot:
+    """Accumulates the Grams of its shards, in order, and goes on from its last commit when it is made anew."""
+
+    def __init__(self, job: CalibrationJob, path: Path, threads: int) -> None:
+        set_threads(threads)
+        self.job, self.path = job, path
+        self.shards = TokenShards(job.tokens_dir)
+        self.hooks = GramHooks(load_model(job.model_dir, **dict(job.model_options)), job.groups)
+        self.last_shard = -1
+        if path.is_file():
+            committed, self.last_shard = read_slot(path)
+            for name, gram in committed.items():
+                gram.matrix = gram.matrix.to(self.hooks.grams[name].matrix.device)
+                self.hooks.grams[name] = gram
+        self._commit_seconds, self._committed_at = 0.0, time.monotonic()
+
+    def position(self) -> int:
+        """The last shard that is counted, or -1."""
+        return self.last_shard
+
+    def accumulate(self, number: int) -> int:
+        """Counts one shard; returns its number."""
+        device = self.hooks.model.device
+        for rows in length_batches(self.shards.shard(number), self.job.batch_size):
+            batch = {key: value.to(device) for key, value in collate(rows, self.job.pad_token_id).items()}
+            self.hooks.forward(batch["input_ids"], batch["attention_mask"], counted_tokens(batch, self.job.tokens))
+        self.hooks.check_finite()
+        self.last_shard = number
+        if self._commit_seconds < _COMMIT_SHARE * (time.monotonic() - self._committed_at - 30):
+            self.commit()
+        return number
+
+    def commit(self) -> None:
+        """Writes the sums and the last shard they hold, atomically."""
+        begin = time.monotonic()
+        write_slot(self.path, self.hooks.grams, self.last_shard)
+        self._committed_at = time.monotonic()
+        self._commit_seconds = self._committed_at - begin

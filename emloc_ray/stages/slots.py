@@ -1,0 +1,65 @@
+"""Slots: actors that each work off a fixed list of units in order, replaced where they are lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+
+from emloc_ray.errors import StageError
+from emloc_ray.stages.cluster import MAX_RESTARTS, Progress
+
+
+def run_slots(
+    start: Callable[[int], Any],
+    work: Sequence[Sequence[int]],
+    progress: Progress,
+    done: Callable[[int, int], None] = lambda slot, unit: None,
+) -> None:
+    """Works off ``work[slot]``, a list of ascending units, in an actor that ``start(slot)`` makes.
+
+    An actor has ``position()``, the last unit that is safe or -1, ``accumulate(unit)``, which returns ``unit``, and
+    ``commit()``, called once after the last. ``done(slot, unit)`` hears of every unit finished, on a resumed slot of the
+    last one alone. A lost actor is made anew and asked for its position.
+
+    Raises:
+        StageError: where a slot is lost more often than ``MAX_RESTARTS``.
+    """
+    actors: dict[int, Any] = {}
+    waiting: dict[Any, int] = {}
+    restarts = dict.fromkeys(range(len(work)), 0)
+    last = dict.fromkeys(range(len(work)), -1)
+    total = sum(len(units) for units in work)
+
+    def begin(slot: int) -> None:
+        actors[slot] = start(slot)
+        waiting[actors[slot].position.remote()] = slot
+
+    for slot in range(len(work)):
+        begin(slot)
+    while waiting:
+        ready, _ = ray.wait(list(waiting), num_returns=1)
+        slot = waiting.pop(ready[0])
+        try:
+            unit = ray.get(ready[0])
+        except ray.exceptions.RayActorError as error:
+            restarts[slot] += 1
+            if restarts[slot] > MAX_RESTARTS or isinstance(error, ray.exceptions.ActorUnschedulableError):
+                raise StageError(f"calibrate: slot {slot} was lost {restarts[slot]} times: {_brief(error)}") from error
+            begin(slot)
+            continue
+        if unit is None:  # committed to the end
+            ray.kill(actors.pop(slot))
+            continue
+        last[slot] = unit
+        if unit >= 0:
+            done(slot, unit)
+        progress(sum(1 for s, units in enumerate(work) for u in units if u <= last[s]), total)
+        following = next((u for u in work[slot] if u > unit), None)
+        actor = actors[slot]
+        waiting[actor.commit.remote() if following is None else actor.accumulate.remote(following)] = slot
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] + ": give the workers more memory or lower calibration.batch_size."

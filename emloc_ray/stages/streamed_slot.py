@@ -1,0 +1,98 @@
+"""A calibration slot whose model is larger than its worker: one block's weights at a time, hidden states on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from emloc_ray.data.token_shards import TokenShards, collate, length_batches
+from emloc_ray.io.grams import write_slot
+from emloc_ray.modeling.block_outputs import BlockOutput, read_outputs, write_outputs
+from emloc_ray.modeling.gram_hooks import GramHooks, model_inputs
+from emloc_ray.modeling.replay import BlockReplay
+from emloc_ray.stages.calibration_job import CalibrationJob, counted_tokens
+from emloc_ray.stages.cluster import set_threads
+
+
+def grams_file(out_dir: Path, position: int, num_blocks: int) -> Path:
+    """Where a block's Grams over all slots are."""
+    return out_dir / f"grams-{position + 1:05d}-of-{num_blocks:05d}.safetensors"
+
+
+def part_file(out_dir: Path, slot: int, num_slots: int, position: int) -> Path:
+    """Where a slot's Grams of a block wait to be summed."""
+    return out_dir / "slots" / f"slot-{slot:04d}-of-{num_slots:04d}" / f"block-{position:05d}.safetensors"
+
+
+def outputs_file(out_dir: Path, position: int, shard: int) -> Path:
+    """Where the outputs of a block and of those before it that are still needed are, for one token shard."""
+    return out_dir / "hidden" / f"block-{position:05d}" / f"shard-{shard:05d}.safetensors"
+
+
+class StreamedSlot:
+    """Takes its shards through one block after another; a block is safe once its Grams are written.
+
+    At any time the disk holds the hidden states of two blocks for the slot's shards, and whatever earlier outputs
+    later blocks read.
+    """
+
+    def __init__(
+        self, job: CalibrationJob, out_dir: Path, slot: int, num_slots: int, num_blocks: int, threads: int
+    ) -> None:
+        set_threads(threads)
+        self.job, self.out_dir, self.slot, self.num_slots, self.num_blocks = job, out_dir, slot, num_slots, num_blocks
+        self.shards = TokenShards(job.tokens_dir)
+        self.numbers = range(slot, self.shards.num_shards, num_slots)
+        self.replay = BlockReplay(job.model_dir, **dict(job.model_options))
+
+    def position(self) -> int:
+        """The last block whose Grams are written, by this slot or summed over all, or -1."""
+        return max(
+            (
+                k
+                for k in range(self.num_blocks)
+                if self._part(k).is_file() or grams_file(self.out_dir, k, self.num_blocks).is_file()
+            ),
+            default=-1,
+        )
+
+    def _part(self, position: int) -> Path:
+        return part_file(self.out_dir, self.slot, self.num_slots, position)
+
+    def accumulate(self, position: int) -> int:
+        """Counts all the slot's shards in the block at ``position``; returns that."""
+        self.replay.load_block(position)
+        block = self.replay.flow.order[position]
+        groups = [group for group in self.job.groups if group[0].startswith(f"{block}.")]
+        hooks = GramHooks(self.replay.model, groups)
+        for number in self.numbers:
+            before = read_outputs(outputs_file(self.out_dir, position - 1, number)) if position else None
+            after = [
+                self._forward(position, batch, {} if before is None else before[index], hooks)
+                for index, batch in enumerate(length_batches(self.shards.shard(number), self.job.batch_size))
+            ]
+            if position + 1 < self.num_blocks:
+                write_outputs(outputs_file(self.out_dir, position, number), after)
+        hooks.remove()
+        hooks.check_finite()
+        write_slot(self._part(position), hooks.grams, position)
+        for number in self.numbers if position else ():
+            outputs_file(self.out_dir, position - 1, number).unlink(missing_ok=True)
+        return position
+
+    def _forward(
+        self, position: int, rows: Sequence[object], outputs: dict[int, BlockOutput], hooks: GramHooks
+    ) -> dict[int, BlockOutput]:
+        batch = {key: value.to(self.replay.device) for key, value in collate(rows, self.job.pad_token_id).items()}  # type: ignore[arg-type]
+        with hooks.counting(counted_tokens(batch, self.job.tokens)):
+            made = self.replay.forward(position, model_inputs(batch["input_ids"], batch["attention_mask"]), outputs)
+        flow = self.replay.flow
+        return {k: v if flow.last_use(k) > position else v.shapes() for k, v in {**outputs, position: made}.items()}
+
+    def commit(self) -> None:
+        """Every block was committed when it was done."""
+        self.replay.drop_blocks()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

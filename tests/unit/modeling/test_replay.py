@@ -1,0 +1,147 @@
+"""Block by block gives what the whole pass gives: Grams, outputs, and the flow between blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig, MistralForCausalLM
+
+from emloc_ray.errors import ArtifactError, StageError
+from emloc_ray.io.checkpoint import Checkpoint
+from emloc_ray.modeling.architecture import block_linears, empty_model, shared_inputs
+from emloc_ray.modeling.gram_hooks import GramHooks, model_inputs
+from emloc_ray.modeling.loading import load_model
+from emloc_ray.modeling.replay import BlockFlow, BlockOutput, BlockReplay, _Lineage, block_flow
+from tests.tiny import VOCABULARY, make_config, make_model
+
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+
+
+def models() -> dict[str, Any]:
+    torch.manual_seed(0)
+    return {
+        "llama, tied": make_model("llama", tied=True),
+        "qwen2": make_model("qwen2"),
+        "gpt2": make_model("gpt2"),
+        "opt": make_model("opt"),
+        # Every second block sees a sliding window: its mask is another one.
+        "gemma3": Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **HEADS, sliding_window=4, layer_types=ALTERNATING)),
+        "mistral": MistralForCausalLM(MistralConfig(**SIZES, **HEADS, sliding_window=4)),
+    }
+
+
+def batch() -> dict[str, torch.Tensor]:
+    ids = torch.randint(2, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("family", ["llama, tied", "qwen2", "gpt2", "opt", "gemma3", "mistral"])
+def test_grams_block_by_block_are_those_of_the_whole_model(family: str, tmp_path: Path) -> None:
+    models()[family].save_pretrained(tmp_path, max_shard_size="100KB")
+    empty = empty_model(AutoModelForCausalLM.from_pretrained(tmp_path).config)
+    specs = block_linears(empty)
+    groups = shared_inputs(empty, specs)
+    data = batch()
+    whole = GramHooks(load_model(tmp_path), groups)
+    whole.forward(data["input_ids"], data["attention_mask"], data["attention_mask"].bool())
+
+    replay = BlockReplay(tmp_path)
+    block_of = {spec.name: spec.block for spec in specs}
+    outputs: dict[int, BlockOutput] = {}
+    seen = 0
+    for position, name in enumerate(replay.flow.order):
+        replay.load_block(position)
+        hooks = GramHooks(replay.model, [group for group in groups if block_of[group[0]] == name])
+        with hooks.counting(data["attention_mask"].bool()):
+            outputs[position] = replay.forward(position, model_inputs(**data), outputs)
+        for known in list(outputs):
+            if replay.flow.last_use(known) <= position and known != position:
+                outputs[known] = outputs[known].shapes()
+        hooks.remove()
+        for linear, gram in hooks.grams.items():
+            torch.testing.assert_close(gram.symmetric(), whole.grams[linear].symmetric(), rtol=1e-5, atol=1e-5)
+            seen += 1
+    assert seen == len(groups) == len(whole.grams)
+
+
+def test_one_block_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    make_model("llama", num_hidden_layers=3).save_pretrained(tmp_path)
+    replay = BlockReplay(tmp_path)
+    replay.load_block(0)
+    replay.load_block(2)
+    loaded = {name for name, parameter in replay.model.named_parameters() if not parameter.is_meta}
+    assert {name.split(".")[2] for name in loaded if ".layers." in name} == {"2"}
+    assert loaded - {name for name in loaded if ".layers." in name} == {
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+    }
+    torch.testing.assert_close(
+        replay.model.get_submodule("model.layers.2.mlp.up_proj").weight.data,
+        Checkpoint(tmp_path).read("model.layers.2.mlp.up_proj.weight"),
+    )
+
+
+def test_a_chain_needs_only_the_block_before() -> None:
+    flow = block_flow(make_config("llama", num_hidden_layers=4))
+    assert flow.order == tuple(f"model.layers.{k}" for k in range(4))
+    assert flow.needs == (frozenset(), frozenset({0}), frozenset({1}), frozenset({2}))
+    assert [flow.last_use(k) for k in range(4)] == [1, 2, 3, 3]
+
+
+def test_lineage_follows_views_sums_and_writes_in_place() -> None:
+    lineage = _Lineage()
+    a, b, c = (torch.ones(4, device="meta") for _ in range(3))
+    lineage.mark(a, frozenset({0}))
+    lineage.mark(b, frozenset({1}))
+    with lineage:
+        both = (a[1:].reshape(3, 1) + 1).squeeze() * b[:3]
+        c[:1] = 0
+        into = torch.zeros(4, device="meta")
+        into.add_(b)
+    assert lineage.of(both) == {0, 1}
+    assert lineage.of([c, {"x": a}]) == {0}
+    assert lineage.of(into) == {1}
+
+
+def test_an_earlier_output_that_is_read_late_is_kept() -> None:
+    flow = BlockFlow(("a", "b", "c", "d"), (frozenset(), frozenset({0}), frozenset({1}), frozenset({0, 2})))
+    assert [flow.last_use(k) for k in range(4)] == [3, 2, 3, 3]
+
+
+def test_what_was_not_kept_is_nan_where_it_is_read_after_all(tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path)
+    replay = BlockReplay(tmp_path)
+    replay.load_block(0)
+    first = replay.forward(0, model_inputs(**batch()), {})
+    assert first.shapes().tensors[0].is_meta  # type: ignore[union-attr]
+    replay.load_block(1)
+    second = replay.forward(1, model_inputs(**batch()), {0: first.shapes()})
+    assert bool(torch.isnan(second.tensors[0]).all())  # type: ignore[arg-type]
+
+
+def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
+    make_model("llama", dtype="bfloat16").save_pretrained(tmp_path)
+    replay = BlockReplay(tmp_path)
+    replay.load_block(0)
+    assert replay.forward(0, model_inputs(**batch()), {}).tensors[0].dtype == torch.bfloat16  # type: ignore[union-attr]
+
+
+def test_a_missing_weight_is_named(tmp_path: Path) -> None:
+    model = make_model("llama")
+    state = {name: tensor for name, tensor in model.state_dict().items() if "layers.1.mlp.up_proj" not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    replay = BlockReplay(tmp_path)
+    with pytest.raises(ArtifactError, match=r"no tensor model\.layers\.1\.mlp\.up_proj\.weight"):
+        replay.load_block(1)
+
+
+def test_a_block_that_returns_something_else_is_refused() -> None:
+    with pytest.raises(StageError, match=r"block 3 returns dict: set calibration\.mode to resident"):
+        BlockOutput.of({}, "block 3")
