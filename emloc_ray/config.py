@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from emloc_ray.errors import ConfigError
 
@@ -83,7 +83,7 @@ class CalibrationConfig(StageConfig):
     batch_size: int = Field(8, ge=1)
     rows_per_shard: int = Field(32, ge=1, description="the grain of work and of exactly-once accounting")
     keep: Literal["grams", "none"] = "grams"
-    mode: Literal["auto", "resident"] = "auto"
+    mode: Literal["auto", "resident", "streamed"] = Field("auto", description="whole model, or a block at a time")
 
 
 class EmulatorConfig(StageConfig):
@@ -175,6 +175,7 @@ class RunConfig(Section):
 
     run_dir: str
     seed: int = 0
+    memory_budget: ByteSize | None = Field(None, description="what one worker may hold, such as 24GiB")
     model: ModelConfig
     data: DataConfig
     calibration: CalibrationConfig = CalibrationConfig()

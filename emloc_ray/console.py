@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from emloc_ray.memory import total
 from emloc_ray.planner import Plan
 
 _VERBS = {
@@ -156,7 +157,7 @@ def _stage_table(plan: Plan) -> Table:
         )
     table.add_section()
     table.add_row("together", "", "", "", "", gib(plan.disk_bytes).strip(), duration(plan.seconds))
-    table.add_row("inference of the original", "1", "", "", gib(plan.inference_bytes).strip(), "", "")
+    table.add_row("inference of the original", "1", "", "", gib(total(plan.inference)).strip(), "", "")
     return table
 
 

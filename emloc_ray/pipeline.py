@@ -10,7 +10,8 @@ from typing import Any
 from emloc_ray.config import RunConfig, StageConfig
 from emloc_ray.errors import EmlocError
 from emloc_ray.io.fingerprint import fingerprint, fingerprint_files, fingerprint_large_files
-from emloc_ray.planner import make_plan, num_steps
+from emloc_ray.memory import MemoryModel
+from emloc_ray.planner import make_plan, num_steps, row_lengths
 from emloc_ray.preparation import Prepared, check_disk, prepare
 from emloc_ray.report import write_report
 from emloc_ray.reporter import Reporter, SilentReporter
@@ -194,7 +195,13 @@ class Pipeline:
         }
 
         def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
-            self._discard_unless(out_dir, inputs)
+            memory = MemoryModel(self.prepared, row_lengths(self.prepared))
+            mode = memory.calibration_mode()
+            waves = tuple(
+                tuple(tuple(spec.name for spec in group if spec.name in targeted) for group in wave)
+                for wave in memory.waves()
+            )
+            self._discard_unless(out_dir, {**inputs, "mode": mode, "waves": len(waves)})
             job = CalibrationJob(
                 self.model_dir,
                 self._tokens("calibration"),
@@ -203,6 +210,8 @@ class Pipeline:
                 self.config.calibration.batch_size,
                 self._pad_token_id(),
                 tuple(self.model_options.items()),
+                mode,
+                waves if mode == "resident" else None,
             )
             return calibrate(job, out_dir, _resources(self.config.calibration), progress)
 

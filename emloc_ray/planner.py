@@ -9,23 +9,29 @@ from typing import Any
 import torch
 
 from emloc_ray.data.reading import read_rows
+from emloc_ray.memory import Lengths, MemoryModel, Parts, gram_bytes, total
 from emloc_ray.preparation import Layout, Prepared
 from emloc_ray.stages import STAGES
 
-_WORKER_BASE = 450 * 2**20  # a worker with torch, transformers and peft imported
+_CHARACTERS_PER_TOKEN = 3.5
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: bytes of one worker at its peak, bytes it leaves on disk, seconds, what it asks of Ray."""
+    """One stage: bytes of one worker at its peak by part, bytes it leaves on disk, seconds, what it asks of Ray."""
 
     name: str
-    worker_bytes: int
+    memory: Parts
     disk_bytes: int
     seconds: float
     num_workers: int
     cpus_per_worker: float
     gpus_per_worker: float
+
+    @property
+    def worker_bytes(self) -> int:
+        """One worker's peak."""
+        return total(self.memory)
 
 
 @dataclass(frozen=True)
@@ -36,8 +42,9 @@ class Plan:
     stages: tuple[StagePlan, ...]
     parameters: int
     emulator_parameters: int
-    inference_bytes: int
-    mean_tokens: float
+    inference: Parts
+    lengths: Lengths
+    calibration_mode: str
 
     @property
     def disk_bytes(self) -> int:
@@ -52,23 +59,23 @@ class Plan:
 
 def make_plan(prepared: Prepared) -> Plan:
     """Predicts every stage from shapes, the config, a look at the data and a short timing of this machine's products."""
-    mean_tokens = _mean_tokens(prepared)
-    sizes = _Sizes(prepared)
-    flops = _stage_flops(prepared, mean_tokens)
+    lengths = row_lengths(prepared)
+    memory = MemoryModel(prepared, lengths)
+    disk = _disk_bytes(prepared, memory)
+    flops = _stage_flops(prepared, lengths.mean)
     speed = _flops_per_second()
     sections = _sections(prepared)
     stages = []
     for name in STAGES:
         section = sections[name]
         cpus = max(1.0, section.cpus_per_worker) * section.num_workers
-        seconds = _START_SECONDS[name] + flops[name] / (speed * cpus * _EFFICIENCY[name]) + sizes.disk[name] / 250e6
-        memory = _WORKER_BASE + sizes.memory(name, mean_tokens)
+        seconds = _START_SECONDS[name] + flops[name] / (speed * cpus * _EFFICIENCY[name]) + disk[name] / 250e6
         stages.append(
             StagePlan(
                 name,
-                int(memory),
-                int(sizes.disk[name]),
-                seconds if flops[name] or sizes.disk[name] else 0.0,
+                memory.stage(name),
+                disk[name],
+                seconds if flops[name] or disk[name] else 0.0,
                 section.num_workers,
                 section.cpus_per_worker,
                 section.gpus_per_worker,
@@ -81,8 +88,9 @@ def make_plan(prepared: Prepared) -> Plan:
         tuple(stages),
         layout.num_parameters,
         layout.num_parameters - saved,
-        int(_WORKER_BASE + sizes.weights + sizes.inference_activations()),
-        mean_tokens,
+        memory.inference(),
+        lengths,
+        memory.calibration_mode(),
     )
 
 
@@ -103,85 +111,33 @@ def _sections(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-class _Sizes:
-    """Bytes of the model, the Grams and the emulator, in the dtype that they are kept in."""
-
-    def __init__(self, prepared: Prepared) -> None:
-        self.config, self.layout = prepared.config, prepared.layout
-        self.itemsize = _dtype(prepared).itemsize
-        layout = self.layout
-        self.weights = layout.num_parameters * self.itemsize
-        self.emulator = (
-            layout.num_parameters - layout.parameters_targeted + layout.parameters_factorized
-        ) * self.itemsize
-        needed = [group for group in layout.groups if any(spec.name in layout.ranks for spec in group)]
-        self.grams = sum(4 * group[0].in_features ** 2 for group in needed)
-        self.largest = max(spec.num_parameters for spec in layout.specs)
-        adapter = sum(
-            prepared.config.adapter.r * (s.in_features + s.out_features)
-            for s in layout.specs
-            if s.name in layout.adapted
-        )
-        self.adapter = adapter * 4
-        imported = self.weights if prepared.source.gguf_file else 0
-        slots = prepared.config.calibration.num_workers
-        self.disk = {
-            "calibrate": imported + self.grams * (slots + 0.5),
-            "factorize": self.emulator,
-            "finetune": self.adapter * 4,
-            "correct": self.adapter,
-            "merge": self.weights,
-            "evaluate": 0,
-        }
-
-    def memory(self, stage: str, mean_tokens: float) -> float:
-        config = self.config
-        length = min(config.data.max_seq_length, 2 * mean_tokens)
-        if stage == "calibrate":
-            return self.weights + self.grams + self._activations(config.calibration.batch_size * length, 1)
-        if stage == "factorize":
-            return 6 * 4 * self.largest
-        if stage == "finetune":
-            tokens = config.finetune.per_device_train_batch_size * length
-            blocks = 1 if config.finetune.gradient_checkpointing else self._num_blocks()
-            kept = tokens * self.layout.hidden_size * 4 * self._num_blocks()
-            return self.emulator + self.adapter * 4 + self._activations(tokens, blocks) + kept
-        if stage == "correct":
-            return self.weights + 8 * 4 * self.largest + self._activations(config.evaluation.batch_size * length, 1)
-        if stage == "merge":
-            return 3 * config.merge.chunk_bytes + self.adapter
-        return self.weights + self.adapter + self._activations(config.evaluation.batch_size * length, 1)
-
-    def inference_activations(self) -> float:
-        return self._activations(self.config.data.max_seq_length, 1)
-
-    def _num_blocks(self) -> int:
-        return len({spec.block for spec in self.layout.specs})
-
-    def _activations(self, tokens: float, blocks: int) -> float:
-        """Every linear's input and output of ``blocks`` blocks, and logits for a quarter of the tokens."""
-        per_token = sum(s.in_features + s.out_features for s in self.layout.specs) / self._num_blocks()
-        vocabulary = self.layout.head_parameters / self.layout.hidden_size
-        return 4 * tokens * (per_token * blocks + 3 * 0.25 * vocabulary)
+def _disk_bytes(prepared: Prepared, memory: MemoryModel) -> dict[str, int]:
+    """What every stage leaves on disk, and calibration's hidden states while it lasts."""
+    adapter = 4 * memory.adapter_parameters
+    grams = sum(gram_bytes(group) for wave in memory.waves() for group in wave)
+    streamed = memory.calibration_mode() == "streamed"
+    held = memory.hidden_state_disk_bytes() if streamed else grams * prepared.config.calibration.num_workers
+    return {
+        "calibrate": (memory.weights if prepared.source.gguf_file else 0) + grams // 2 + held,
+        "factorize": memory.emulator,
+        "finetune": 4 * adapter,
+        "correct": adapter,
+        "merge": memory.weights,
+        "evaluate": 0,
+    }
 
 
-def _dtype(prepared: Prepared) -> torch.dtype:
-    wanted = prepared.config.model.dtype
-    if wanted != "auto":
-        return getattr(torch, wanted)
-    if prepared.source.gguf_file:
-        return torch.float32
-    return getattr(prepared.model_config, "dtype", None) or torch.float32
-
-
-def _mean_tokens(prepared: Prepared) -> float:
+def row_lengths(prepared: Prepared) -> Lengths:
     """Tokens a row, guessed from the first rows' characters; the docstring task's rows are about 80."""
+    limit = prepared.config.data.max_seq_length
     sources = prepared.files.get("train")
     if not sources:
-        return 80.0
+        return Lengths(80.0, min(limit, 256.0))
+    if prepared.config.data.packing:
+        return Lengths(limit, limit)
     rows = [row for _, row in read_rows(sources[0], range(min(200, sources[0].num_rows)))]
-    characters = sum(len(str(value)) for row in rows for value in row.values())
-    return min(characters / len(rows) / 3.5, prepared.config.data.max_seq_length)
+    tokens = [sum(len(str(value)) for value in row.values()) / _CHARACTERS_PER_TOKEN for row in rows]
+    return Lengths(min(sum(tokens) / len(tokens), limit), min(1.25 * max(tokens), limit))
 
 
 def num_steps(config: Any, num_rows: int) -> int:

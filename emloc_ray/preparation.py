@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -124,17 +124,7 @@ def make_layout(config: RunConfig, model: Any) -> Layout:
         smaller = min(spec.out_features, spec.in_features)
         if r > smaller:
             raise ConfigError(f"adapter.r is {r}, above the smaller side {smaller} of {name}: lower it.")
-    ranks = {}
-    for name in compressed:
-        ratio = lookup(name, emulator.ratios, emulator.compression_ratio)
-        # Ratio 1 is plain LoRA on the original: no pattern compresses anything then.
-        rank = (
-            None
-            if emulator.compression_ratio == 1
-            else rank_for_ratio(by_name[name].out_features, by_name[name].in_features, ratio)
-        )
-        if rank is not None:
-            ranks[name] = rank
+    ranks = ranks_at(config, specs, compressed)
     groups = tuple(tuple(by_name[name] for name in group) for group in shared_inputs(model, specs))
     targets = _portable(config, adapted, names)
     head = model.get_output_embeddings()
@@ -149,6 +139,20 @@ def make_layout(config: RunConfig, model: Any) -> Layout:
         head.weight.numel(),
         head.weight.shape[-1],
     )
+
+
+def ranks_at(config: RunConfig, specs: Sequence[LinearSpec], compressed: Sequence[str]) -> dict[str, int]:
+    """The rank of every linear that the config compresses; those that stay dense are left out."""
+    emulator = config.emulator
+    if emulator.compression_ratio == 1:  # plain LoRA on the original: no pattern compresses anything then
+        return {}
+    by_name = {spec.name: spec for spec in specs}
+    ratios = {name: lookup(name, emulator.ratios, emulator.compression_ratio) for name in compressed}
+    ranks = {
+        name: rank_for_ratio(by_name[name].out_features, by_name[name].in_features, ratio)
+        for name, ratio in ratios.items()
+    }
+    return {name: rank for name, rank in ranks.items() if rank is not None}
 
 
 def _portable(config: RunConfig, adapted: list[str], names: list[str]) -> str | tuple[str, ...]:

@@ -68,7 +68,7 @@ def test_every_stage_is_there_with_what_it_asks_for(plan: Callable[..., Plan]) -
     assert stage(found, "finetune").cpus_per_worker == 0.5
     assert found.seconds == sum(entry.seconds for entry in found.stages) > 0
     assert found.disk_bytes == sum(entry.disk_bytes for entry in found.stages)
-    assert found.mean_tokens == pytest.approx(20)
+    assert found.lengths.mean == pytest.approx(20)
 
 
 def test_less_is_kept_and_less_is_written_at_a_smaller_ratio(plan: Callable[..., Plan]) -> None:

@@ -1,0 +1,76 @@
+"""Calibration on Ray in every mode: block by block, in waves, with a worker killed; always the same Grams."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import FinishedRun, KillingReporter, RecordingReporter, run_values
+
+from emloc_ray.config import parse_config
+from emloc_ray.io.grams import GramStore
+from emloc_ray.memory import MemoryModel, gram_bytes, total
+from emloc_ray.planner import row_lengths
+from emloc_ray.preparation import prepare
+
+
+@pytest.fixture
+def calibrated(llama_run: FinishedRun, tmp_path: Path) -> Callable[..., Path]:
+    """``calibrated(reporter, key=value, calibration={…})``: a new run on the same data, up to its Grams."""
+
+    def make(reporter: RecordingReporter | None = None, **changes: Any) -> Path:
+        sections = {key: value for key, value in changes.items() if isinstance(value, dict)}
+        values = llama_run.changed(**sections) | {k: v for k, v in changes.items() if k not in sections}
+        values["run_dir"] = str(tmp_path / "run")
+        run_values(values, reporter, until="calibrate")
+        return tmp_path / "run"
+
+    return make
+
+
+def assert_same_grams(found: Path, expected: Path) -> None:
+    ours, theirs = GramStore(found / "calibration"), GramStore(expected / "calibration")
+    assert ours.index["groups"] == theirs.index["groups"]
+    assert ours.index["num_tokens"] == theirs.index["num_tokens"]
+    for name in theirs.index["groups"]:
+        torch.testing.assert_close(ours.read(name), theirs.read(name), rtol=1e-5, atol=1e-4)
+    assert not list((found / "calibration").glob("slots"))
+    assert not list((found / "calibration").glob("hidden"))
+
+
+def result(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "manifest.json").read_text())["stages"]["calibrate"]["result"]
+    return found
+
+
+def test_auto_goes_block_by_block_under_a_budget_and_a_killed_worker_leaves_no_trace(
+    calibrated: Callable[..., Path], llama_run: FinishedRun
+) -> None:
+    prepared = prepare(parse_config(llama_run.values))
+    needed = total(MemoryModel(prepared, row_lengths(prepared)).stage("calibrate"))
+    reporter = KillingReporter()
+    run = calibrated(reporter, memory_budget=needed - 1)
+    assert reporter.killed
+    assert (result(run)["mode"], result(llama_run.root)["mode"]) == ("streamed", "resident")
+    assert result(run)["num_workers"] == 2
+    assert_same_grams(run, llama_run.root)
+
+
+def test_waves_under_a_memory_budget_give_the_same_grams(
+    calibrated: Callable[..., Path], llama_run: FinishedRun
+) -> None:
+    values = llama_run.changed(calibration={"mode": "resident"})
+    prepared = prepare(parse_config(values))
+    memory = MemoryModel(prepared, row_lengths(prepared))
+    parts = memory.stage("calibrate")
+    largest = max(gram_bytes(group) for group in prepared.layout.groups)
+    assert parts["grams"] > 2 * largest
+    budget = total(parts) - int(parts["grams"]) + 2 * largest
+    run = calibrated(memory_budget=budget, calibration={"mode": "resident"})
+    assert result(run)["mode"] == "resident"
+    assert result(run)["waves"] >= 2
+    assert_same_grams(run, llama_run.root)
