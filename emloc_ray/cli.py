@@ -152,14 +152,28 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def plan(config: ConfigPath, overrides: Overrides = None) -> None:
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option("--memory-budget", help="Solve for the settings that fine-tune within this, such as 24GiB."),
+    ] = None,
+) -> None:
     """Show shapes, ranks, parameters, and the memory, disk, time and resources of every stage; loads no weights."""
 
     def action() -> None:
         from emloc_ray.console import plan_tables
-        from emloc_ray.planner import make_plan
+        from emloc_ray.planner import make_plan, within_budget
 
-        for table in plan_tables(make_plan(_prepare(config, overrides))):
+        # The option is the config's key: whatever else depends on it, such as the way to calibrate, is planned with it.
+        budget = [f"memory_budget={memory_budget}"] if memory_budget else []
+        prepared = _prepare(config, [*(overrides or ()), *budget])
+        if memory_budget:
+            solution, prepared = within_budget(prepared)
+            console.print(_escape(solution.sentence), soft_wrap=True)
+            console.print("  " + " ".join(solution.overrides), soft_wrap=True, highlight=False)
+        for table in plan_tables(make_plan(prepared)):
             console.print(table)
 
     _guarded(action)

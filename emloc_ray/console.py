@@ -106,8 +106,8 @@ def gib(size: float) -> str:
 
 
 def plan_tables(plan: Plan) -> list[Table]:
-    """The plan as tables: what kinds of linears become, and what every stage needs."""
-    return [_shape_table(plan), _stage_table(plan)]
+    """The plan as tables: what kinds of linears become, what every stage needs, and of what its memory is made."""
+    return [_shape_table(plan), _stage_table(plan), _memory_table(plan)]
 
 
 def _shape_table(plan: Plan) -> Table:
@@ -158,6 +158,22 @@ def _stage_table(plan: Plan) -> Table:
     table.add_section()
     table.add_row("together", "", "", "", "", gib(plan.disk_bytes).strip(), duration(plan.seconds))
     table.add_row("inference of the original", "1", "", "", gib(total(plan.inference)).strip(), "", "")
+    return table
+
+
+def _memory_table(plan: Plan) -> Table:
+    columns = {stage.name: stage.memory for stage in plan.stages} | {"inference": plan.inference}
+    table = Table(
+        title=f"Memory of one worker (predicted); calibration {plan.calibration_mode}; inference is the original's",
+        title_justify="left",
+    )
+    table.add_column("part")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for part in dict.fromkeys(part for memory in columns.values() for part in memory):
+        table.add_row(part, *(gib(memory[part]).strip() if part in memory else "" for memory in columns.values()))
+    table.add_section()
+    table.add_row("together", *(gib(total(memory)).strip() for memory in columns.values()))
     return table
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import psutil
 import torch
 
 from emloc_ray.modeling.architecture import LinearSpec
-from emloc_ray.preparation import Layout, Prepared, ranks_at
+from emloc_ray.preparation import Prepared
 
 Parts = dict[str, float]  # bytes by what holds them
 
@@ -61,12 +58,14 @@ class MemoryModel:
         """The weights outside the blocks, those of the largest block, its Grams, and one token shard's hidden states."""
         inside = max(sum(s.num_parameters for s in specs) for specs in self.blocks.values())
         outside = self.layout.num_parameters - sum(s.num_parameters for s in self.layout.specs)
+        # The head is never reached; where it is the embedding too, that stays.
+        head = 0 if getattr(self.model_config, "tie_word_embeddings", False) else self.layout.head_parameters
         grams = max(
             sum(gram_bytes(group) for group in self._groups() if group[0].block == block) for block in self.blocks
         )
         shard = self.config.calibration.rows_per_shard * self.lengths.mean * self.layout.hidden_size * self.itemsize
         return {
-            "weights": (inside + max(0, outside - self.layout.head_parameters)) * self.itemsize,
+            "weights": (inside + outside - head) * self.itemsize,
             "grams": grams,
             "hidden states": 2 * shard,
             "activations": self._forward(self._calibration_tokens()),
@@ -214,88 +213,3 @@ def model_dtype(prepared: Prepared) -> torch.dtype:
     if prepared.source.gguf_file:
         return torch.float32
     return getattr(prepared.model_config, "dtype", None) or torch.float32
-
-
-@dataclass(frozen=True)
-class Solution:
-    """Settings under which fine-tuning fits a budget, and what it then needs; ``reason`` says why there are none."""
-
-    fits: bool
-    compression_ratio: float
-    micro_batch: int
-    gradient_checkpointing: bool
-    gradient_accumulation_steps: int
-    finetune_bytes: int
-    reason: str = ""
-
-    @property
-    def overrides(self) -> list[str]:
-        """As the command line takes them."""
-        return [
-            f"emulator.compression_ratio={self.compression_ratio:g}",
-            f"finetune.per_device_train_batch_size={self.micro_batch}",
-            f"finetune.gradient_accumulation_steps={self.gradient_accumulation_steps}",
-            f"finetune.gradient_checkpointing={str(self.gradient_checkpointing).lower()}",
-        ]
-
-
-_RATIOS = tuple(step / 20 for step in range(19, 1, -1))  # 0.95, 0.90, … 0.10
-
-
-def solve(prepared: Prepared, budget: int, lengths: Lengths) -> Solution:
-    """The largest compression ratio that fine-tunes within ``budget`` bytes a worker; then the largest micro-batch, at
-    the same rows a step; then no gradient checkpointing where even that fits.
-    """
-    section = prepared.config.finetune
-    rows = section.per_device_train_batch_size * section.gradient_accumulation_steps
-    last = 0
-    for ratio in _RATIOS:
-        last = _finetune_bytes(prepared, lengths, ratio, 1, True)
-        if last > budget:
-            continue
-        sizes = (size for size in range(section.per_device_train_batch_size, 0, -1) if rows % size == 0)
-        micro = next(size for size in sizes if _finetune_bytes(prepared, lengths, ratio, size, True) <= budget)
-        without = _finetune_bytes(prepared, lengths, ratio, micro, False)
-        checkpointing = without > budget
-        needed = _finetune_bytes(prepared, lengths, ratio, micro, True) if checkpointing else without
-        return Solution(
-            True, ratio, micro, checkpointing, rows // micro, needed, _other_stages(prepared, budget, lengths)
-        )
-    reason = (
-        f"No ratio fits {budget / 2**30:.2f} GiB: at {_RATIOS[-1]:g}, one row at a time with gradient checkpointing,"
-        f" fine-tuning needs {last / 2**30:.2f} GiB; lower data.max_seq_length or adapter.r, or give that much."
-    )
-    return Solution(False, _RATIOS[-1], 1, True, rows, last, reason)
-
-
-def _other_stages(prepared: Prepared, budget: int, lengths: Lengths) -> str:
-    """What does not fit though fine-tuning does."""
-    over = [f"{name} ({size / 2**30:.2f} GiB)" for name, size in _fixed_stages(prepared, lengths) if size > budget]
-    if not over:
-        return ""
-    return f"Not within it, whatever the ratio: {', '.join(over)}: lower evaluation.batch_size, or run it elsewhere."
-
-
-def _fixed_stages(prepared: Prepared, lengths: Lengths) -> Iterator[tuple[str, int]]:
-    model = MemoryModel(prepared, lengths)
-    for name in ("correct", "merge", "evaluate"):
-        yield name, total(model.stage(name))
-    yield "calibrate, streamed", BASE_BYTES + total(model.calibrate_streamed())
-
-
-def _finetune_bytes(prepared: Prepared, lengths: Lengths, ratio: float, micro: int, checkpointing: bool) -> int:
-    return total(MemoryModel(with_settings(prepared, ratio, micro, checkpointing), lengths).stage("finetune"))
-
-
-def with_settings(prepared: Prepared, ratio: float, micro_batch: int, checkpointing: bool) -> Prepared:
-    """The same run at another ratio, micro-batch and checkpointing."""
-    config = prepared.config
-    finetune = config.finetune.model_copy(
-        update={"per_device_train_batch_size": micro_batch, "gradient_checkpointing": checkpointing}
-    )
-    emulator = config.emulator.model_copy(update={"compression_ratio": ratio})
-    changed: Any = config.model_copy(update={"finetune": finetune, "emulator": emulator})
-    layout: Layout = dataclasses.replace(
-        prepared.layout, ranks=ranks_at(changed, prepared.layout.specs, prepared.layout.compressed)
-    )
-    return dataclasses.replace(prepared, config=changed, layout=layout)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from emloc_ray.budget import Solution, solve, with_settings
 from emloc_ray.data.reading import read_rows
 from emloc_ray.memory import Lengths, MemoryModel, Parts, gram_bytes, total
 from emloc_ray.preparation import Layout, Prepared
@@ -91,6 +92,22 @@ def make_plan(prepared: Prepared) -> Plan:
         memory.inference(),
         lengths,
         memory.calibration_mode(),
+    )
+
+
+def within_budget(prepared: Prepared) -> tuple[Solution, Prepared]:
+    """The settings that fit the config's ``memory_budget``, and the run with them.
+
+    Raises:
+        ConfigError: where none fit.
+    """
+    solution = solve(prepared, int(prepared.config.memory_budget or 0), row_lengths(prepared))
+    return solution, with_settings(
+        prepared,
+        solution.compression_ratio,
+        solution.micro_batch,
+        solution.gradient_accumulation_steps,
+        solution.gradient_checkpointing,
     )
 
 

@@ -11,9 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-from safetensors.torch import save
-
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
@@ -58,13 +55,6 @@ def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` as indented JSON, atomically."""
     with atomic_file(path) as file:
         file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes one safetensors file, atomically."""
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    with atomic_file(path) as file:
-        file.write(save(contiguous, {"format": "pt", **(metadata or {})}))
 
 
 def _fsync_file(path: Path) -> None:

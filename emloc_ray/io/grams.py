@@ -12,8 +12,9 @@ from torch import Tensor
 
 from emloc_ray.core.gram import Gram, pack_triangle, unpack_triangle
 from emloc_ray.errors import ArtifactError
-from emloc_ray.io.atomic import write_json, write_tensors
+from emloc_ray.io.atomic import write_json
 from emloc_ray.io.checkpoint import read_shard
+from emloc_ray.io.shard_writing import write_tensors
 
 INDEX = "grams.index.json"
 

@@ -15,9 +15,9 @@ from emloc_ray.io.checkpoint import DTYPES, TensorEntry
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def make_header(entries: Sequence[TensorEntry]) -> bytes:
+def make_header(entries: Sequence[TensorEntry], metadata: dict[str, str] | None = None) -> bytes:
     """A safetensors header for tensors laid out in the order given, padded to 8 bytes as the format asks."""
-    described: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    described: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for entry in entries:
         stop = offset + entry.num_bytes
@@ -51,6 +51,16 @@ def stream_shard(path: Path, header: bytes, tensors: Iterable[tuple[TensorEntry,
             total += written
         if total != asked:
             raise ArtifactError(f"{path} got {total} of the {asked} bytes that its header asks for: run again.")
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes one safetensors file, atomically, from the tensors' own memory: no second copy is made."""
+    entries = [TensorEntry(name, path, t.dtype, tuple(t.shape), 0, t.nbytes) for name, t in tensors.items()]
+    # As safetensors orders them: wide types first, so that every tensor is aligned.
+    entries.sort(key=lambda entry: (-entry.dtype.itemsize, entry.name))
+    stream_shard(
+        path, make_header(entries, metadata), ((entry, iter([tensors[entry.name].detach().cpu()])) for entry in entries)
+    )
 
 
 def row_chunks(entry: TensorEntry, chunk_bytes: int) -> Iterator[tuple[int, torch.Tensor]]:

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from emloc_ray.errors import ArtifactError, ConfigError
-from emloc_ray.io.atomic import atomic_directory, write_tensors
+from emloc_ray.io.atomic import atomic_directory
+from emloc_ray.io.shard_writing import write_tensors
 from emloc_ray.modeling.emulator import FactorizedLinear
 from emloc_ray.modeling.matching import Patterns, lookup, matches, suffixes
 

@@ -14,10 +14,9 @@ import torch
 
 from emloc_ray.core.factorization import factorize as factorize_layer
 from emloc_ray.core.whitening import Whitening
-from emloc_ray.io.atomic import write_tensors
 from emloc_ray.io.checkpoint import Checkpoint, TensorEntry, write_index
 from emloc_ray.io.grams import GramStore
-from emloc_ray.io.shard_writing import copy_chunks, make_header, stream_shard
+from emloc_ray.io.shard_writing import copy_chunks, make_header, stream_shard, write_tensors
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.emulator import write_emulator_config
 from emloc_ray.modeling.loading import copy_tokenizer

@@ -7,10 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors import safe_open
 
-from emloc_ray.io.atomic import atomic_directory, atomic_file, write_json, write_tensors
+from emloc_ray.io.atomic import atomic_directory, atomic_file, write_json
 
 
 class Interrupted(BaseException):
@@ -98,13 +96,3 @@ def test_json_is_read_back_and_a_bad_value_keeps_the_old(tmp_path: Path) -> None
         write_json(path, {"set": {1}})
     assert json.loads(path.read_text()) == {"λ": [1, 2.5, None]}
     assert names(tmp_path) == {"a.json"}
-
-
-def test_tensors_of_any_layout(tmp_path: Path) -> None:
-    path = tmp_path / "a.safetensors"
-    tensors = {"t": torch.arange(6.0).reshape(2, 3).T, "p": torch.nn.Parameter(torch.ones(2)), "s": torch.tensor(3)}
-    write_tensors(path, tensors, {"k": "v"})
-    with safe_open(path, "pt") as file:
-        assert file.metadata() == {"format": "pt", "k": "v"}
-        for name, tensor in tensors.items():
-            assert torch.equal(file.get_tensor(name), tensor)

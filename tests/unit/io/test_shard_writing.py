@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.checkpoint import DTYPES, Checkpoint, TensorEntry, read_shard
-from emloc_ray.io.shard_writing import copy_chunks, make_header, row_chunks, stream_shard
+from emloc_ray.io.shard_writing import copy_chunks, make_header, row_chunks, stream_shard, write_tensors
 
 
 def entry(name: str, dtype: torch.dtype, *shape: int) -> TensorEntry:
@@ -89,3 +89,14 @@ def test_a_tensor_left_out_raises(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"s\.safetensors"):
         stream_shard(path, make_header([first, second]), [(first, iter([torch.zeros(2)]))])
     assert not list(tmp_path.iterdir())
+
+
+def test_tensors_of_any_layout(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    tensors = {"t": torch.arange(6.0).reshape(2, 3).T, "p": torch.nn.Parameter(torch.ones(2)), "s": torch.tensor(3)}
+    tensors |= {"odd": torch.ones(3, dtype=torch.bfloat16), "flag": torch.tensor([True]), "none": torch.empty(0, 4)}
+    write_tensors(path, tensors, {"k": "v"})
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt", "k": "v"}
+        for name, tensor in tensors.items():
+            assert torch.equal(file.get_tensor(name), tensor)

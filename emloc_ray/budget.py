@@ -1,0 +1,109 @@
+"""Settings that fit a memory budget: the planner's question asked backwards."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from emloc_ray.errors import ConfigError
+from emloc_ray.memory import Lengths, MemoryModel, total
+from emloc_ray.preparation import Prepared, ranks_at
+
+_RATIOS = tuple(step / 20 for step in range(19, 1, -1))  # 0.95, 0.90, … 0.10
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Settings under which one worker's fine-tuning fits a budget, what it needs then, and what else does not fit."""
+
+    budget: int
+    compression_ratio: float
+    micro_batch: int
+    gradient_accumulation_steps: int
+    gradient_checkpointing: bool
+    finetune_bytes: int
+    inference_bytes: int
+    too_large: tuple[tuple[str, int], ...]
+
+    @property
+    def overrides(self) -> list[str]:
+        """As the command line takes them."""
+        return [
+            f"emulator.compression_ratio={self.compression_ratio:g}",
+            f"finetune.per_device_train_batch_size={self.micro_batch}",
+            f"finetune.gradient_accumulation_steps={self.gradient_accumulation_steps}",
+            f"finetune.gradient_checkpointing={str(self.gradient_checkpointing).lower()}",
+        ]
+
+    @property
+    def sentence(self) -> str:
+        """What was found, for a person."""
+        said = (
+            f"Within {_gib(self.budget)}: fine-tuning needs {_gib(self.finetune_bytes)} a worker, inference of the"
+            f" original {_gib(self.inference_bytes)}."
+        )
+        if self.too_large:
+            stages = ", ".join(f"{name} ({_gib(size)})" for name, size in self.too_large)
+            said += f" Not within it, whatever the ratio: {stages}; lower evaluation.batch_size or data.max_seq_length."
+        return said
+
+
+def solve(prepared: Prepared, budget: int, lengths: Lengths) -> Solution:
+    """The largest compression ratio that fine-tunes within ``budget`` bytes a worker; at it the largest micro-batch, with
+    the same rows a step; and no gradient checkpointing where even that fits.
+
+    Raises:
+        ConfigError: no ratio fits; it says what the least demanding one needs.
+    """
+    section = prepared.config.finetune
+    rows = section.per_device_train_batch_size * section.gradient_accumulation_steps
+
+    def needed(ratio: float, micro_batch: int, checkpointing: bool = True) -> int:
+        changed = with_settings(prepared, ratio, micro_batch, rows // micro_batch, checkpointing)
+        return total(MemoryModel(changed, lengths).stage("finetune"))
+
+    ratio = next((ratio for ratio in _RATIOS if needed(ratio, 1) <= budget), None)
+    if ratio is None:
+        raise ConfigError(
+            f"No compression ratio fits {_gib(budget)}: at {_RATIOS[-1]:g}, a row at a time and with gradient"
+            f" checkpointing, fine-tuning needs {_gib(needed(_RATIOS[-1], 1))}: give that much, or lower"
+            " data.max_seq_length or adapter.r."
+        )
+    sizes = (size for size in range(section.per_device_train_batch_size, 0, -1) if rows % size == 0)
+    micro_batch = next(size for size in sizes if needed(ratio, size) <= budget)
+    checkpointing = needed(ratio, micro_batch, False) > budget
+    changed = MemoryModel(with_settings(prepared, ratio, micro_batch, rows // micro_batch, checkpointing), lengths)
+    others = [(name, total(changed.stage(name))) for name in ("calibrate", "factorize", "correct", "merge", "evaluate")]
+    return Solution(
+        budget,
+        ratio,
+        micro_batch,
+        rows // micro_batch,
+        checkpointing,
+        total(changed.stage("finetune")),
+        total(changed.inference()),
+        tuple((name, size) for name, size in others if size > budget),
+    )
+
+
+def with_settings(
+    prepared: Prepared, ratio: float, micro_batch: int, accumulation: int, checkpointing: bool
+) -> Prepared:
+    """The same run at another ratio, micro-batch and checkpointing."""
+    config = prepared.config
+    finetune = config.finetune.model_copy(
+        update={
+            "per_device_train_batch_size": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_checkpointing": checkpointing,
+        }
+    )
+    emulator = config.emulator.model_copy(update={"compression_ratio": ratio})
+    changed = config.model_copy(update={"finetune": finetune, "emulator": emulator})
+    layout = prepared.layout
+    ranks = ranks_at(changed, layout.specs, layout.compressed)
+    return dataclasses.replace(prepared, config=changed, layout=dataclasses.replace(layout, ranks=ranks))
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
