@@ -85,7 +85,7 @@ def test_the_cache_of_inference_is_keys_and_values_of_every_block(prepared: Call
 def test_a_budget_is_solved_for_the_largest_ratio_that_fits(prepared: Callable[..., Prepared]) -> None:
     ready = prepared(finetune={"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2})
     least = total(MemoryModel(with_settings(ready, 0.1, 1, 16, True), LENGTHS).stage("finetune"))
-    found = [solve(ready, least + more, LENGTHS) for more in range(0, 8_000_000, 100_000)]
+    found = [solve(ready, least + more, LENGTHS) for more in range(0, 40_000_000, 400_000)]
     for solution in found:
         assert solution.finetune_bytes <= solution.budget
         assert solution.micro_batch * solution.gradient_accumulation_steps == 16
