@@ -1,8 +1,10 @@
-"""Next-token loss with logits only where a label is: the head is a large part of a small model's work."""
+"""Next-token loss with logits only where a label is, a chunk of them at a time: with a large vocabulary they are the
+largest tensors of a training step."""
 
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# A chunk is of hidden size over this tokens: its logits, held about three times in float32 while their gradient is made,
+# then stay below the head's own weights.
+_CHUNK_SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,37 @@ def label_mask(batch: dict[str, Tensor], loss_on: str) -> Tensor:
     return mask
 
 
+def token_loss(model: Any, batch: dict[str, Tensor], loss_on: str, head_owner: Any = None) -> TokenLoss:
+    """The loss of one batch of :func:`emloc_ray.data.token_shards.collate`, in float32.
+
+    ``head_owner`` is the model that owns the head where ``model`` is a wrapper around it (DDP).
+    """
+    labels = label_mask(batch, loss_on)
+    predicting = torch.zeros_like(labels)
+    predicting[:, :-1] = labels[:, 1:]
+    targets = batch["input_ids"][labels]
+    owner = head_owner or model
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    if targets.numel() > _chunk_tokens(owner.get_output_embeddings()) and _gives_its_head_output(owner):
+        with _loss_in_the_head(owner, predicting, targets) as found:
+            model(**inputs)
+        loss, correct = found
+    else:
+        with _logits_at(owner, predicting):
+            loss, correct = _loss_of(model(**inputs).logits[0], targets)
+    return TokenLoss(loss, correct, int(targets.numel()))
+
+
+def _chunk_tokens(head: Any) -> int:
+    return max(1, int(head.weight.shape[-1]) // _CHUNK_SHARE)
+
+
+def _loss_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    logits = logits.float()
+    correct = (logits.detach().argmax(dim=-1) == targets).sum()
+    return F.cross_entropy(logits, targets, reduction="sum"), correct
+
+
 @contextlib.contextmanager
 def _logits_at(model: Any, positions: Tensor) -> Iterator[None]:
     """The head sees only ``positions (rows, length)`` of the hidden states: logits are ``(1, positions, vocabulary)``."""
@@ -43,18 +81,56 @@ def _logits_at(model: Any, positions: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def token_loss(model: Any, batch: dict[str, Tensor], loss_on: str, head_owner: Any = None) -> TokenLoss:
-    """The loss of one batch of :func:`emloc_ray.data.token_shards.collate`, in float32.
+@contextlib.contextmanager
+def _loss_in_the_head(model: Any, positions: Tensor, targets: Tensor) -> Iterator[list[Tensor]]:
+    """While it lasts the head adds up its own loss and gives no logits; ``[loss sum, number correct]`` afterwards.
 
-    ``head_owner`` is the model that owns the head where ``model`` is a wrapper around it (DDP).
+    A chunk's logits are made again for its gradient, so that the logits of one chunk are all there ever are.
     """
-    labels = label_mask(batch, loss_on)
-    predicting = torch.zeros_like(labels)
-    predicting[:, :-1] = labels[:, 1:]
-    with _logits_at(head_owner or model, predicting):
-        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    logits = output.logits[0].float()
-    targets = batch["input_ids"][labels]
-    loss = F.cross_entropy(logits, targets, reduction="sum")
-    correct = (logits.detach().argmax(dim=-1) == targets).sum()
-    return TokenLoss(loss, correct, int(targets.numel()))
+    head = model.get_output_embeddings()
+    compute, found = head.forward, []
+
+    def chunk_loss(hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        return _loss_of(compute(hidden), wanted)
+
+    def forward(hidden: Tensor) -> Tensor:
+        chosen = hidden[positions]
+        step = _chunk_tokens(head)
+        parts = [
+            checkpoint(chunk_loss, chosen[start : start + step], targets[start : start + step], use_reentrant=False)
+            for start in range(0, len(chosen), step)
+        ]
+        found.extend([torch.stack([loss for loss, _ in parts]).sum(), sum(correct for _, correct in parts)])
+        return hidden.new_zeros(1, len(chosen), 0)
+
+    before = vars(head).get("forward")
+    head.forward = forward
+    try:
+        yield found
+    finally:
+        del head.forward
+        if before is not None:  # another library had put its own there
+            head.forward = before
+
+
+_PLAIN_HEADS: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+
+
+def _gives_its_head_output(model: Any) -> bool:
+    """Whether the model's logits are what its head gives, with nothing done to them (no capping, no scaling).
+
+    Tried once on a single token. Heads whose weights are scattered (ZeRO-3) cannot compute again on their own: never.
+    """
+    if model not in _PLAIN_HEADS:
+        head = model.get_output_embeddings()
+        given: list[Tensor] = []
+        handle = head.register_forward_hook(lambda module, args, output: given.append(output))
+        try:
+            with torch.random.fork_rng(), torch.no_grad():
+                token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+                logits = model(input_ids=token, use_cache=False).logits
+        finally:
+            handle.remove()
+        scattered = any(hasattr(parameter, "ds_id") for parameter in head.parameters())
+        _PLAIN_HEADS[model] = not scattered and len(given) == 1 and logits is given[0]
+    return _PLAIN_HEADS[model]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +17,7 @@ from emloc_ray.errors import EmlocError, StageError
 
 Progress = Callable[[int, int], None]
 MAX_RESTARTS = 3
+_M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def silent(done: int, total: int) -> None:
@@ -78,6 +80,16 @@ def quiet_ray_data() -> None:
 def set_threads(count: int) -> None:
     """Fixes torch's threads in this worker, which also fixes the order of its sums."""
     torch.set_num_threads(count)
+
+
+def return_freed_memory() -> None:
+    """Lets glibc give large freed blocks back at once, instead of keeping them in a heap that grows by fragments.
+
+    A training step's peak then is what it holds: measured on a CPU at 4 rows of 512 tokens, 0.65 GiB for 1.70, at half as
+    much time again for clearing fresh pages. Does nothing where there is no glibc.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 def own_error(error: BaseException) -> EmlocError | None:

@@ -8,9 +8,11 @@ import pytest
 import torch
 from tiny import FAMILIES, PAD, VOCABULARY, make_model
 from torch import nn
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import collate
+from emloc_ray.modeling import loss
 from emloc_ray.modeling.loss import label_mask, token_loss
 
 
@@ -34,10 +36,14 @@ def reference(model: Any, batch: dict[str, torch.Tensor], loss_on: str) -> tuple
     return output.loss, ((guesses == shifted) & (shifted != -100)).sum(), int((shifted != -100).sum())
 
 
+@pytest.mark.parametrize("share", [1, 16])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("loss_on", ["completion", "all"])
 @pytest.mark.parametrize("lengths", [(16,), (16, 16), (13, 5, 8)])
-def test_equals_the_full_loss_with_gradients(family: str, loss_on: str, lengths: tuple[int, ...]) -> None:
+def test_equals_the_full_loss_with_gradients(
+    monkeypatch: pytest.MonkeyPatch, family: str, loss_on: str, lengths: tuple[int, ...], share: int
+) -> None:
+    monkeypatch.setattr(loss, "_CHUNK_SHARE", share)
     batch = batch_of(*lengths)
     ours, theirs = make_model(family), make_model(family)
     mean, correct, count = reference(theirs, batch, loss_on)
@@ -56,7 +62,8 @@ def test_bfloat16_logits_are_summed_in_float32() -> None:
     assert result.loss_sum.dtype == torch.float32
 
 
-def test_the_head_sees_labels_only_and_is_left_as_it_was() -> None:
+def test_the_head_sees_labels_only_and_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "_CHUNK_SHARE", 1)
     model, batch = make_model("llama"), batch_of(13, 5)
     seen: list[int] = []
     handle = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[:-1].numel()))
@@ -89,6 +96,45 @@ def test_a_wrapped_model() -> None:
     model, batch = make_model("llama"), batch_of(13, 5)
     wrapped = token_loss(Wrapper(model), batch, "completion", head_owner=model)
     assert torch.equal(wrapped.loss_sum, token_loss(model, batch, "completion").loss_sum)
+
+
+def test_no_more_logits_than_a_chunk_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "_CHUNK_SHARE", 21)  # three tokens
+    model, batch = make_model("llama"), batch_of(13, 5)
+    rows: list[int] = []
+    linear = torch.nn.functional.linear
+
+    def recorded(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if weight is model.lm_head.weight:
+            rows.append(x.shape[:-1].numel())
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", recorded)
+    assert token_loss(model, batch, "all").num_tokens == 16
+    assert sum(rows[1:]) == 16  # after the single token that was tried
+    assert max(rows) == 3
+    assert "forward" not in vars(model.lm_head)
+
+
+def test_logits_that_are_changed_after_the_head_are_left_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
+    capped = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, final_logit_softcapping=0.1)).eval()
+    monkeypatch.setattr(loss, "_CHUNK_SHARE", 1)
+    whole = token_loss(capped, batch_of(16, 9), "all")
+    monkeypatch.setattr(loss, "_CHUNK_SHARE", 64)
+    assert torch.equal(token_loss(capped, batch_of(16, 9), "all").loss_sum, whole.loss_sum)
+
+
+def test_the_random_state_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "_CHUNK_SHARE", 64)
+    model = make_model("llama", attention_dropout=0.5).train()
+    state = torch.get_rng_state()
+    with torch.random.fork_rng():
+        first = token_loss(model, batch_of(16), "all").loss_sum
+    assert torch.equal(torch.get_rng_state(), state)
+    with torch.random.fork_rng():
+        assert torch.equal(token_loss(model, batch_of(16), "all").loss_sum, first)
 
 
 def test_labels_are_never_first_tokens_nor_padding() -> None:
