@@ -190,7 +190,7 @@ def status(run_dir: RunPath) -> None:
         from emloc_ray.console import evaluation_table, gib, result_lines
         from emloc_ray.io.run_directory import RunDirectory
 
-        run = RunDirectory(run_dir)
+        run = RunDirectory(run_dir).existing()
         stages = run.manifest()["stages"]
         for stage in ("import", "data", *(s.value for s in Stage)):
             if stage in stages:
@@ -218,7 +218,7 @@ def report(run_dir: RunPath) -> None:
         from emloc_ray.io.run_directory import RunDirectory
         from emloc_ray.report import write_report
 
-        console.print(str(write_report(RunDirectory(run_dir))))
+        console.print(str(write_report(RunDirectory(run_dir).existing())))
 
     _guarded(action)
 

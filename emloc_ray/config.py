@@ -13,11 +13,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    PydanticUserError,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from emloc_ray.errors import ConfigError
 
-Patterns = str | list[str]
+Patterns = str | typing.Annotated[list[str], Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -108,13 +118,13 @@ class AdapterConfig(Section):
     """The LoRA adapter, in PEFT's names with PEFT's meaning."""
 
     r: int = Field(8, ge=1)
-    lora_alpha: float = Field(16, gt=0)
+    lora_alpha: float = Field(16, gt=0, allow_inf_nan=False)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: Patterns | None = Field(None, description="every linear inside the model's blocks by default")
     exclude_modules: Patterns | None = None
     use_rslora: bool = False
-    rank_pattern: dict[str, int] = Field(default_factory=dict)
-    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    rank_pattern: dict[str, typing.Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    alpha_pattern: dict[str, typing.Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
     init_lora_weights: bool | Literal["gaussian"] = True
 
 
@@ -128,11 +138,20 @@ class FinetuneConfig(StageConfig):
     num_train_epochs: float = Field(1.0, gt=0)
     per_device_train_batch_size: int = Field(8, ge=1)
     gradient_accumulation_steps: int = Field(1, ge=1)
-    learning_rate: float = Field(2e-4, gt=0)
+    learning_rate: float = Field(2e-4, gt=0, allow_inf_nan=False)
     gradient_checkpointing: bool = True
     save_steps: int = Field(100, ge=1)
     logging_steps: int = Field(10, ge=1)
     max_failures: int = Field(3, ge=0, description="lost workers to recover from before the run fails")
+
+    @field_validator("max_steps")
+    @classmethod
+    def _some_steps(cls, max_steps: int) -> int:
+        if max_steps != -1 and max_steps < 1:
+            raise ValueError(
+                f"is {max_steps}: give the number of optimizer steps, or -1 for num_train_epochs of the data"
+            )
+        return max_steps
 
 
 class CorrectionConfig(Section):
@@ -168,13 +187,20 @@ class RayConfig(Section):
     model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
 
     address: str | None = None
+    num_cpus: int | None = Field(None, ge=1)
+    num_gpus: int | None = Field(None, ge=0)
+
+    @property
+    def init_options(self) -> dict[str, Any]:
+        """What ``ray.init`` is given, beside the address."""
+        return self.model_dump(exclude={"address"}, exclude_none=True)
 
 
 class RunConfig(Section):
     """One run: one model, one task, one emulator, one adapter."""
 
     run_dir: str
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     memory_budget: ByteSize | None = Field(None, description="what one worker may hold, such as 24GiB")
     model: ModelConfig
     data: DataConfig
@@ -208,8 +234,10 @@ def _passed_through_errors(values: dict[str, Any]) -> list[str]:
     for key in _extra_keys(values, "finetune", FinetuneConfig):
         if key in _OWN_TRAINING_ARGUMENTS:
             lines.append(f"finetune.{key} is set by emloc_ray itself: remove it.")
-        elif key not in (known := _training_argument_names()):
-            lines.append(f"{_unknown_key(f'finetune.{key}', key, known | set(FinetuneConfig.model_fields))}.")
+        elif key not in (types := _training_argument_types()):
+            lines.append(f"{_unknown_key(f'finetune.{key}', key, {*types, *FinetuneConfig.model_fields})}.")
+        else:
+            lines += _type_errors(f"finetune.{key}", values["finetune"][key], types[key])
     for key in _extra_keys(values, "ray", RayConfig):
         if key not in (known := _ray_init_names()):
             lines.append(f"{_unknown_key(f'ray.{key}', key, known | set(RayConfig.model_fields))}.")
@@ -222,14 +250,27 @@ def _extra_keys(values: dict[str, Any], section: str, model: type[Section]) -> l
     return [key for key in given if isinstance(key, str) and key not in known] if isinstance(given, dict) else []
 
 
+def _type_errors(key: str, value: Any, wanted: Any) -> list[str]:
+    """Where a value does not fit the type that another library declares for it."""
+    try:
+        TypeAdapter(wanted, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError as error:
+        message = error.errors()[0]["msg"]
+        return [f"{key} is {value!r}: {message[0].lower()}{message[1:]}."]
+    except PydanticUserError:  # a type that pydantic cannot check
+        return []
+    return []
+
+
 @functools.cache
-def _training_argument_names() -> set[str]:
-    """The fields of the installed transformers' TrainingArguments."""
+def _training_argument_types() -> dict[str, Any]:
+    """The fields of the installed transformers' TrainingArguments, with their types."""
     import dataclasses
 
     from transformers import TrainingArguments
 
-    return {field.name for field in dataclasses.fields(TrainingArguments)}
+    hints = typing.get_type_hints(TrainingArguments)
+    return {field.name: hints[field.name] for field in dataclasses.fields(TrainingArguments)}
 
 
 @functools.cache
@@ -247,6 +288,15 @@ class _Yaml(yaml.SafeLoader):
     """YAML 1.1 reads 1e-4 as a string; people mean the number."""
 
 
+def _mapping_without_repeats(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    repeated = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
+    if repeated is not None:
+        raise yaml.constructor.ConstructorError(None, None, f"the key {repeated} is there twice", node.start_mark)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Yaml.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_repeats)
 _Yaml.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
@@ -259,19 +309,25 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunCo
         ConfigError: with every error at once, one sentence a line.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"Config {path} is a directory: give the path of a YAML file in it.")
     if not path.is_file():
         raise ConfigError(
             f"Config {path} does not exist: give the path of a YAML file, such as configs/quickstart.yaml."
         )
     try:
-        values = yaml.load(path.read_text(), _Yaml)
+        values = yaml.load(path.read_text("utf-8"), _Yaml)
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"Config {path} is not UTF-8 text ({error.reason} at byte {error.start}): save it so."
+        ) from error
     except yaml.YAMLError as error:
         raise ConfigError(f"Config {path} is not YAML ({_one_line(error)}): mend it there.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"Config {path} holds no keys: it needs at least run_dir, model and data.")
     for override in overrides:
         _apply_override(values, override)
-    return parse_config(values, str(path))
+    return parse_config(values, f"{path} and its overrides" if overrides else str(path))
 
 
 def parse_config(values: dict[str, Any], where: str = "the config") -> RunConfig:

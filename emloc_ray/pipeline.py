@@ -46,7 +46,7 @@ def run(
     prepared.run.lock()
     try:
         prepared.run.create(config.model_dump(mode="json"), fresh=fresh)
-        with connection(config.ray.address, **(config.ray.model_extra or {})):
+        with connection(config.ray.address, **config.ray.init_options):
             pipeline = Pipeline(prepared, reporter or SilentReporter(), begin)
             pipeline.run(until)
         return prepared.run.metrics()
@@ -104,7 +104,9 @@ class Pipeline:
             self.reporter.skip(name)
             found: dict[str, Any] = entry["result"]
             return found
-        self.directory.forget(name)
+        if entry is not None:
+            self.directory.forget(name)
+            self._write_results()  # what was shown of it speaks of another run from now on
         for path in outputs if not resumes else ():
             shutil.rmtree(path, ignore_errors=True)
         progress = self.reporter.start(name)

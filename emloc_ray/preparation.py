@@ -5,14 +5,16 @@ All of it is checked before Ray starts and before anything is written, and every
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
-from emloc_ray.config import RunConfig, SplitConfig
+import torch
+
+from emloc_ray.config import AdapterConfig, RunConfig, SplitConfig
 from emloc_ray.core.ranks import rank_for_ratio
 from emloc_ray.data.formats import check_row
 from emloc_ray.data.reading import SourceFile, list_files, read_rows, scan
@@ -20,8 +22,8 @@ from emloc_ray.data.splits import SPLITS
 from emloc_ray.errors import ConfigError, EmlocError
 from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.modeling.adapter import portable_targets
-from emloc_ray.modeling.architecture import LinearSpec, block_linears, empty_model, shared_inputs
-from emloc_ray.modeling.loading import ModelSource, read_model_config, resolve_source
+from emloc_ray.modeling.architecture import LinearSpec, block_linears, empty_model, learned_positions, shared_inputs
+from emloc_ray.modeling.loading import ModelSource, check_source, read_model_config, resolve_source
 from emloc_ray.modeling.matching import check_table, lookup, select
 
 CHECKED_ROWS = 1000
@@ -96,6 +98,7 @@ def prepare(config: RunConfig) -> Prepared:
     files = {name: attempt(lambda name=name: _check_split(config, name)) for name in SPLITS}  # type: ignore[misc]
     attempt(lambda: _check_upper_bound(config))
     attempt(lambda: _check_resources(config))
+    attempt(lambda: _check_training_arguments(config))
     if errors or source is None or found is None:
         raise ConfigError("\n".join(dict.fromkeys(errors)))  # splits may share a bad file
     known = {name: sources for name, sources in files.items() if sources}
@@ -104,26 +107,30 @@ def prepare(config: RunConfig) -> Prepared:
 
 def _read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
     model_config = read_model_config(source, config.model.trust_remote_code)
-    model = empty_model(model_config, config.model.trust_remote_code)
+    try:
+        model = empty_model(model_config, config.model.trust_remote_code, config.model.attn_implementation)
+    except (ValueError, ImportError) as error:
+        detail = " ".join(str(error).split())[:200]
+        raise ConfigError(f"model: transformers cannot build it ({detail}): mend the model section.") from error
+    check_source(source, model)
+    positions = learned_positions(model)
+    if positions is not None and config.data.max_seq_length > positions:
+        raise ConfigError(
+            f"data.max_seq_length is {config.data.max_seq_length}, the model has {positions} positions: lower it to that."
+        )
     return model_config, make_layout(config, model)
 
 
 def make_layout(config: RunConfig, model: Any) -> Layout:
-    """Matches the config's patterns against a model on the meta device; raises ConfigError naming what fits nothing."""
+    """Matches the config's patterns against a model on the meta device.
+
+    Raises:
+        ConfigError: naming every pattern that fits nothing, one sentence a line.
+    """
     specs = block_linears(model)
     names = [spec.name for spec in specs]
-    emulator, adapter = config.emulator, config.adapter
-    compressed = select(names, emulator.target_modules, emulator.exclude_modules, "emulator.target_modules")
-    check_table(names, emulator.ratios, "emulator.ratios")
-    adapted = select(names, adapter.target_modules, adapter.exclude_modules, "adapter.target_modules")
-    check_table(names, adapter.rank_pattern, "adapter.rank_pattern")
-    check_table(names, adapter.alpha_pattern, "adapter.alpha_pattern")
+    compressed, adapted = _matched(config, specs)
     by_name = {spec.name: spec for spec in specs}
-    for name in adapted:
-        spec, r = by_name[name], lookup(name, adapter.rank_pattern, adapter.r)
-        smaller = min(spec.out_features, spec.in_features)
-        if r > smaller:
-            raise ConfigError(f"adapter.r is {r}, above the smaller side {smaller} of {name}: lower it.")
     ranks = ranks_at(config, specs, compressed)
     groups = tuple(tuple(by_name[name] for name in group) for group in shared_inputs(model, specs))
     targets = _portable(config, adapted, names)
@@ -139,6 +146,45 @@ def make_layout(config: RunConfig, model: Any) -> Layout:
         head.weight.numel(),
         head.weight.shape[-1],
     )
+
+
+def _matched(config: RunConfig, specs: Sequence[LinearSpec]) -> tuple[list[str], list[str]]:
+    """The linears that are compressed, and those that are adapted."""
+    names = [spec.name for spec in specs]
+    emulator, adapter = config.emulator, config.adapter
+    errors: list[str] = []
+
+    def attempt(check: Callable[[], Result]) -> Result | None:
+        try:
+            return check()
+        except ConfigError as error:
+            errors.append(str(error))
+            return None
+
+    compressed = attempt(
+        lambda: select(names, emulator.target_modules, emulator.exclude_modules, "emulator.target_modules")
+    )
+    adapted = attempt(lambda: select(names, adapter.target_modules, adapter.exclude_modules, "adapter.target_modules"))
+    for key, table in (
+        ("emulator.ratios", emulator.ratios),
+        ("adapter.rank_pattern", adapter.rank_pattern),
+        ("adapter.alpha_pattern", adapter.alpha_pattern),
+    ):
+        attempt(lambda table=table, key=key: check_table(names, table, key))  # type: ignore[misc]
+    if not errors:
+        attempt(lambda: _check_adapter_ranks(adapter, [spec for spec in specs if spec.name in set(adapted or ())]))
+    if errors or compressed is None or adapted is None:
+        raise ConfigError("\n".join(errors))
+    return compressed, adapted
+
+
+def _check_adapter_ranks(adapter: AdapterConfig, specs: Sequence[LinearSpec]) -> None:
+    for spec in specs:
+        r = lookup(spec.name, adapter.rank_pattern, adapter.r)
+        key = "adapter.r" if r == adapter.r else "adapter.rank_pattern"
+        smaller = min(spec.out_features, spec.in_features)
+        if r > smaller:
+            raise ConfigError(f"{key} is {r}, above the smaller side {smaller} of {spec.name}: lower it.")
 
 
 def ranks_at(config: RunConfig, specs: Sequence[LinearSpec], compressed: Sequence[str]) -> dict[str, int]:
@@ -175,13 +221,39 @@ def _check_split(config: RunConfig, name: str) -> tuple[SourceFile, ...]:
 
 
 def _is_hub(split: SplitConfig) -> bool:
+    if isinstance(split.path, str) and split.path.startswith("hf:") and importlib.util.find_spec("datasets") is None:
+        raise ConfigError(f"{split.path} needs the datasets package: pip install 'emloc-ray[hub]'.")
     return isinstance(split.path, str) and split.path.startswith("hf:")
 
 
 def _check_upper_bound(config: RunConfig) -> None:
     bound = config.evaluation.upper_bound
-    if bound is not None and not (Path(bound) / "metrics.json").is_file():
-        raise ConfigError(f"evaluation.upper_bound {bound} holds no metrics.json: name a finished run at ratio 1.0.")
+    if bound is None:
+        return
+    metrics = RunDirectory(bound).existing().metrics()
+    if "evaluation" not in metrics or (metrics.get("emulator") or {}).get("compression_ratio") != 1:
+        raise ConfigError(
+            f"evaluation.upper_bound {bound} is no finished run at ratio 1.0: run the same config with"
+            " emulator.compression_ratio=1.0 and another run_dir, and name that."
+        )
+
+
+def _check_training_arguments(config: RunConfig) -> None:
+    """Has transformers check what is passed through to it, as the workers will."""
+    import tempfile
+
+    from transformers import TrainingArguments
+
+    section = config.finetune
+    given = dict(section.model_extra or {})
+    if section.gpus_per_worker:  # what GPUs can do is known on the workers alone
+        given = {key: value for key, value in given.items() if key not in ("bf16", "fp16", "tf32", "optim")}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            TrainingArguments(output_dir=folder, use_cpu=True, report_to="none", **given)
+        except (ValueError, TypeError, ImportError, OSError) as error:
+            detail = " ".join(str(error).split())[:200]
+            raise ConfigError(f"finetune: transformers refuses its settings ({detail}): mend them.") from error
 
 
 def _check_resources(config: RunConfig) -> None:
@@ -190,8 +262,8 @@ def _check_resources(config: RunConfig) -> None:
         return
     import os
 
-    extra = config.ray.model_extra or {}
-    cpus = extra.get("num_cpus") or os.cpu_count() or 1
+    cpus = config.ray.num_cpus or os.cpu_count() or 1
+    gpus = torch.cuda.device_count() if config.ray.num_gpus is None else config.ray.num_gpus
     problems = []
     for name in ("calibration", "emulator", "finetune", "merge", "evaluation"):
         section = getattr(config, name)
@@ -199,7 +271,14 @@ def _check_resources(config: RunConfig) -> None:
         if section.cpus_per_worker * together > cpus:
             asked = section.cpus_per_worker * together
             problems.append(
-                f"{name} asks Ray for {asked:g} CPUs at once, this machine has {cpus}: lower {name}.num_workers."
+                f"{name} asks Ray for {asked:g} CPUs at once, this machine has {cpus}: lower"
+                f" {name}.{'num_workers' if together > 1 else 'cpus_per_worker'}."
+            )
+        if section.gpus_per_worker * together > gpus:
+            asked = section.gpus_per_worker * together
+            problems.append(
+                f"{name} asks Ray for {asked:g} GPUs at once, this machine has {gpus}: lower {name}.gpus_per_worker,"
+                " or name a cluster in ray.address."
             )
     if problems:
         raise ConfigError("\n".join(problems))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -69,6 +69,8 @@ def page_view(name: str, manifest: dict[str, Any], metrics: dict[str, Any]) -> d
     found = {
         key: (metrics.get(key) or {}) if stage in done else {} for stage, keys in _SECTIONS.items() for key in keys
     }
+    dense = (manifest.get("config", {}).get("emulator") or {}).get("compression_ratio") == 1
+    older = older_stages(done, {*_OPTIONAL, "calibrate"} if dense else _OPTIONAL)
     usages = metrics.get("stages") or {}
     stages = [(stage, usages[stage]) for stage in sorted(usages, key=_stage_order) if stage in done]
     config = manifest.get("config") or {}
@@ -80,9 +82,13 @@ def page_view(name: str, manifest: dict[str, Any], metrics: dict[str, Any]) -> d
         "task": describe_task(config.get("data") or {}),
         "model": (config.get("model") or {}).get("source"),
         "ratio": (config.get("emulator") or {}).get("compression_ratio"),
-        "progress": [(stage, stage in done) for stage in _STAGES if stage in done or stage not in _OPTIONAL],
+        "progress": [
+            (stage, stage in done and stage not in older)
+            for stage in _STAGES
+            if stage in done or stage not in _OPTIONAL
+        ],
         "updated": datetime.fromtimestamp(max(times), timezone.utc).strftime("%Y-%m-%d %H:%M UTC") if times else None,
-        "older": older_stages(done),
+        "older": older,
         "evaluation": evaluation_rows(found["evaluation"]),
         "candidates": candidate_rows(found["correction"]),
         "shortfall": total_shortfall(found["correction"].get("modules", {})),
@@ -111,10 +117,13 @@ def describe_task(data: dict[str, Any]) -> str | None:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def older_stages(done: dict[str, Any]) -> list[str]:
-    """Stages that finished before one ahead of them was redone."""
+def older_stages(done: dict[str, Any], optional: Collection[str] = _OPTIONAL) -> list[str]:
+    """Stages that finished before one ahead of them was redone, or that one ahead of them is missing for."""
     older, latest = [], 0.0
-    for stage in sorted(done, key=_stage_order):
+    for stage in [*_STAGES, *sorted(set(done) - set(_STAGES))]:
+        if stage not in done:
+            latest = latest if stage in optional else math.inf
+            continue
         finished = done[stage].get("finished_at", latest)
         if finished < latest:
             older.append(stage)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Collection
 from importlib.metadata import version
@@ -18,13 +19,14 @@ _LIBRARIES = ("emloc-ray", "ray", "torch", "transformers", "peft", "safetensors"
 
 
 def assemble_metrics(directory: RunDirectory, prepared: Prepared, verified: Collection[str] = ()) -> dict[str, Any]:
-    """Everything that the finished stages measured (DESIGN.md, section 5).
+    """Everything that the finished stages measured.
 
-    A stage that was finished before one ahead of it was redone speaks of another run: it is left out, unless it is
-    among the ``verified``, whose inputs were found unchanged since.
+    A stage that was finished before one ahead of it was redone, or is to be redone, speaks of another run: it is left
+    out, unless it is among the ``verified``, whose inputs were found unchanged since.
     """
-    stages = _current_stages(directory.manifest()["stages"], verified)
     layout = prepared.layout
+    needed = [name for name in STAGES if name != "calibrate" or layout.ranks]
+    stages = _current_stages(directory.manifest()["stages"], verified, needed)
     metrics: dict[str, Any] = {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
         "stages": {name: {**r["usage"], "num_workers": r.get("num_workers", 1)} for name, r in stages.items()},
@@ -38,7 +40,7 @@ def assemble_metrics(directory: RunDirectory, prepared: Prepared, verified: Coll
         saved = layout.parameters_targeted - layout.parameters_factorized
         metrics["emulator"] = {
             "compression_ratio": prepared.config.emulator.compression_ratio,
-            "parameters_kept": layout.parameters_factorized / layout.parameters_targeted,
+            "parameters_kept": layout.parameters_factorized / max(layout.parameters_targeted, 1),
             "parameters": layout.num_parameters - saved,
             "original_parameters": layout.num_parameters,
             "mean_relative_error": stages["factorize"]["mean_relative_error"],
@@ -57,11 +59,14 @@ def assemble_metrics(directory: RunDirectory, prepared: Prepared, verified: Coll
     return metrics
 
 
-def _current_stages(entries: dict[str, Any], verified: Collection[str]) -> dict[str, dict[str, Any]]:
+def _current_stages(
+    entries: dict[str, Any], verified: Collection[str], needed: Collection[str]
+) -> dict[str, dict[str, Any]]:
     current, newest = {}, 0.0
     for name in ("import", "data", *STAGES):
         entry = entries.get(name)
         if entry is None:
+            newest = math.inf if name in needed else newest
             continue
         if name in verified or entry["finished_at"] >= newest:
             current[name] = entry["result"]

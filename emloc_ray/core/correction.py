@@ -1,4 +1,4 @@
-"""The adapter's correction for the difference between emulator and original (paper, section 3.3; DESIGN.md, section 1)."""
+"""The adapter's correction for the difference between emulator and original (paper, section 3.3)."""
 
 from __future__ import annotations
 

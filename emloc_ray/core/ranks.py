@@ -8,7 +8,7 @@ def rank_for_ratio(out_features: int, in_features: int, compression_ratio: float
 
     ``compression_ratio`` is the fraction of the layer's parameters that the factors ``up (out, r)`` and
     ``down (r, in)`` keep. Ratio 1 is dense by definition, and so is a layer whose factors would be no smaller than it
-    (DESIGN.md, section 1; paper, section 3.1).
+    (paper, section 3.1).
     """
     if compression_ratio >= 1.0:
         return None

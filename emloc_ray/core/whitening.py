@@ -18,7 +18,7 @@ class Whitening:
 
     Dividing by ``s``, the mean of the diagonal, keeps products of sums over many tokens inside float32's range. Copies
     in another dtype and the square root are made at first use and kept: linears that read the same tensor share one
-    ``Whitening``, so that they share these too (DESIGN.md, section 1). A Gram of zeros says nothing about directions and
+    ``Whitening``, so that they share these too. A Gram of zeros says nothing about directions and
     whitens like the identity.
 
     Attributes:

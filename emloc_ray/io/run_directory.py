@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,10 +30,10 @@ _FORMAT = 1
 
 
 class RunDirectory:
-    """The places of DESIGN.md, section 5, under one root, and the manifest that says which are whole."""
+    """The places of a run's artifacts under one root, and the manifest that says which are whole."""
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(str(root).removeprefix("file://")).expanduser().absolute()
+        self.root = Path(os.path.expanduser(str(root).removeprefix("file://"))).absolute()
         self._lock_descriptor: int | None = None
 
     @property
@@ -45,9 +46,8 @@ class RunDirectory:
         return self.root.joinpath(*parts)
 
     def check(self) -> None:
-        """Raises ConfigError where the directory holds files without our manifest, or another run's name."""
-        if self.root.exists() and not self.root.is_dir():
-            raise ConfigError(f"run_dir {self.root} is a file: name a directory.")
+        """Raises ConfigError where it cannot be written, or holds files without our manifest, or another run's name."""
+        self._check_place()
         if not self.root.is_dir():
             return
         if not self.path(MANIFEST).is_file():
@@ -60,11 +60,39 @@ class RunDirectory:
                     f" {MANIFEST}: name a new or empty directory."
                 )
             return
-        name = self.manifest().get("name")
+        try:
+            name = self.manifest()["name"]
+        except ArtifactError as error:  # --fresh must never remove what may be somebody else's
+            raise ConfigError(f"run_dir: {error}") from error
         if name != self.name:
             raise ConfigError(
                 f"run_dir {self.root} holds the run {name!r}: name a new directory, or rename this one to {name}."
             )
+
+    def _check_place(self) -> None:
+        existing = self.root
+        try:
+            while not existing.exists():
+                existing = existing.parent
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"run_dir {self.root} is no usable path ({error}): name another.") from error
+        if not existing.is_dir():
+            raise ConfigError(f"run_dir {self.root}: {existing} is a file, not a directory: name another place.")
+        try:  # asked of the file system itself: access rights alone do not tell
+            with tempfile.TemporaryFile(dir=existing):
+                pass
+        except OSError as error:
+            raise ConfigError(
+                f"run_dir {self.root} cannot be written ({error.strerror}): name another place."
+            ) from error
+
+    def existing(self) -> RunDirectory:
+        """Itself; raises ConfigError where this is no run."""
+        try:
+            self.manifest()
+        except ArtifactError as error:
+            raise ConfigError(str(error)) from error
+        return self
 
     def create(self, config: dict[str, Any], *, fresh: bool = False) -> None:
         """Makes the directory with its manifest and config; ``fresh`` removes what an earlier run of this name left."""
@@ -76,7 +104,7 @@ class RunDirectory:
         self.root.mkdir(parents=True, exist_ok=True)
         for leftover in self.root.glob(".*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-        manifest = self.manifest() if self.path(MANIFEST).is_file() else {"stages": {}}
+        manifest: dict[str, Any] = self.manifest() if self.path(MANIFEST).is_file() else {"stages": {}}
         manifest.update({"format": _FORMAT, "name": self.name, "config": config})
         write_json(self.path(MANIFEST), manifest)
         with atomic_file(self.path(CONFIG)) as file:
@@ -88,9 +116,15 @@ class RunDirectory:
         if not path.is_file():
             raise ArtifactError(f"{self.root} holds no {MANIFEST}: it is no run directory.")
         try:
-            manifest: dict[str, Any] = json.loads(path.read_text())
+            manifest: Any = json.loads(path.read_text())
         except ValueError as error:
-            raise ArtifactError(f"{path} is not JSON: restore it, or start anew with --fresh.") from error
+            raise ArtifactError(f"{path} is not JSON: restore it, or remove {self.root}.") from error
+        if (
+            not isinstance(manifest, dict)
+            or manifest.get("format") != _FORMAT
+            or not isinstance(manifest.get("stages"), dict)
+        ):
+            raise ArtifactError(f"{path} is no manifest of a run of this version: name a new or empty directory.")
         return manifest
 
     def stage(self, name: str) -> dict[str, Any] | None:

@@ -54,10 +54,19 @@ def auto_class(config: Any) -> Any:
     )
 
 
-def empty_model(config: Any, trust_remote_code: bool = False) -> Any:
+def empty_model(config: Any, trust_remote_code: bool = False, attn_implementation: str | None = None) -> Any:
     """The model on the meta device: names and shapes, no weights."""
+    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with init_empty_weights(include_buffers=True):
-        return auto_class(config).from_config(config, trust_remote_code=trust_remote_code).eval()
+        return auto_class(config).from_config(config, trust_remote_code=trust_remote_code, **options).eval()
+
+
+def learned_positions(model: nn.Module) -> int | None:
+    """How many positions a model with an embedding for each has; None where positions are computed (rotary)."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and re.search(r"(wpe|position\w*)$", name):
+            return int(getattr(getattr(model, "config", None), "max_position_embeddings", module.num_embeddings))
+    return None
 
 
 def block_names(model: nn.Module) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ def resolve_source(source: str, revision: str | None = None) -> ModelSource:
     """
     if source.startswith("package:"):
         return _resolve_package(source)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_file() and path.suffix == ".gguf":
         return ModelSource(path.parent.absolute(), path.name)
     if path.is_dir():
@@ -106,6 +107,27 @@ def read_model_config(source: ModelSource, trust_remote_code: bool = False) -> A
         detail = " ".join(str(error).split())[:200]
         raise ConfigError(f"model.source {source.directory}: its config cannot be read ({detail}).") from error
     return config
+
+
+def check_source(source: ModelSource, model: Any) -> None:
+    """Raises ConfigError where the checkpoint's shapes are not those of ``model`` (on the meta device), or it has no
+    tokenizer."""
+    if source.gguf_file is not None:
+        return
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for entry in Checkpoint(source.directory):
+        if shapes.get(entry.name, entry.shape) != entry.shape:
+            raise ConfigError(
+                f"model.source {source.directory}: {entry.name} is of shape {list(entry.shape)}, config.json asks for"
+                f" {list(shapes[entry.name])}: the two are not of one model."
+            )
+    try:
+        AutoTokenizer.from_pretrained(source.directory)
+    except (ValueError, OSError, ImportError, TypeError, KeyError, AttributeError) as error:
+        detail = " ".join(str(error).split())[:150]
+        raise ConfigError(
+            f"model.source {source.directory} has no tokenizer that opens ({detail}): save one beside the weights."
+        ) from error
 
 
 def import_gguf(source: ModelSource, directory: Path, dtype: str = "auto", max_shard_size: str = "2GB") -> None:

@@ -29,22 +29,26 @@ def select(names: Sequence[str], targets: Patterns | None, exclude: Patterns | N
     Raises:
         ConfigError: where a pattern matches nothing; says ``key``, the pattern and what there is.
     """
-    if isinstance(targets, str) and targets != ALL_LINEAR:
-        _check_regex(targets, key)
     if targets is None or targets == ALL_LINEAR:
         chosen = list(names)
     else:
+        _check_each(names, targets, key)
         chosen = [name for name in names if matches(name, targets)]
-        for pattern in [targets] if isinstance(targets, str) else targets:
-            if not any(matches(name, pattern if isinstance(targets, str) else [pattern]) for name in names):
-                raise ConfigError(_no_match(key, pattern, names))
     if exclude is not None:
-        if isinstance(exclude, str):
-            _check_regex(exclude, key)
+        _check_each(names, exclude, key.replace("target_modules", "exclude_modules"))
         chosen = [name for name in chosen if not matches(name, exclude)]
         if not chosen:
             raise ConfigError(f"{key}: everything it names is excluded again by {exclude!r}: exclude less.")
     return chosen
+
+
+def _check_each(names: Sequence[str], patterns: Patterns, key: str) -> None:
+    """Raises ConfigError for the first pattern that names no module."""
+    if isinstance(patterns, str):
+        _check_regex(patterns, key)
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if not any(matches(name, pattern if isinstance(patterns, str) else [pattern]) for name in names):
+            raise ConfigError(_no_match(key, pattern, names))
 
 
 def lookup(name: str, table: Mapping[str, Value], default: Value) -> Value:

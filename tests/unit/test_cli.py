@@ -94,7 +94,7 @@ def test_every_error_is_told_at_once(call: Call) -> None:
     call.values["data"]["train"]["path"] = str(call.config.parent / "nothing.jsonl")
     call.values["merge"] = {"cpus_per_worker": 1000}
     call.values["evaluation"] = {"upper_bound": str(call.config.parent / "no-run")}
-    lines = assert_refused(call("run"), call.run_dir, "nowhere", "nothing.jsonl", "merge.num_workers", "no-run")
+    lines = assert_refused(call("run"), call.run_dir, "nowhere", "nothing.jsonl", "merge.cpus_per_worker", "no-run")
     assert len(lines) == 4
 
 
@@ -304,7 +304,7 @@ def test_plan_at_ratio_one_keeps_everything_dense(call: Call) -> None:
 
 def test_status_of_no_run_and_of_one_that_has_begun(call: Call, tmp_path: Path) -> None:
     result = invoke("status", str(tmp_path))
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "it is no run directory" in result.stderr
     run = RunDirectory(call.run_dir)
     run.create({})
@@ -331,7 +331,7 @@ def test_report_of_a_run_that_has_only_begun(call: Call, tmp_path: Path) -> None
     assert result.exit_code == 0, (result.output, result.exception)
     assert "report.html" in result.stdout
     assert "<html" in (call.run_dir / "report.html").read_text()
-    assert invoke("report", str(tmp_path)).exit_code == 1
+    assert invoke("report", str(tmp_path)).exit_code == 2
 
 
 # What a run that fails or is stopped tells.

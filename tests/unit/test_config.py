@@ -216,7 +216,7 @@ def test_every_unknown_training_argument_is_told() -> None:
 
 def test_ray_init_arguments_pass_through() -> None:
     made = config(ray={"num_cpus": 2, "object_store_memory": 10**8})
-    assert made.ray.model_extra == {"num_cpus": 2, "object_store_memory": 10**8}
+    assert made.ray.init_options == {"num_cpus": 2, "object_store_memory": 10**8}
 
 
 # Files and overrides.
@@ -287,7 +287,9 @@ def test_override_that_is_no_yaml(path: Path) -> None:
 
 
 def test_misspelt_override_has_its_nearest_and_the_file(path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"run\.yaml: finetune\.max_stps is not a key: the nearest is max_steps"):
+    with pytest.raises(
+        ConfigError, match=r"and its overrides: finetune\.max_stps is not a key: the nearest is max_steps"
+    ):
         load_config(path, ["finetune.max_stps=3"])
 
 

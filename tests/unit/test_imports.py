@@ -1,4 +1,4 @@
-"""Imports run one way (DESIGN.md, section 3): errors ← core, io ← modeling, data ← stages ← the rest; ray in stages and up."""
+"""Imports run one way: errors ← core, io ← modeling, data ← stages ← the rest; ray in stages and up."""
 
 from __future__ import annotations
 

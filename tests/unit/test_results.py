@@ -52,7 +52,8 @@ def test_a_run_that_has_only_begun_has_what_its_stages_left(prepared: Prepared) 
 
 def test_the_emulators_parameters_are_told_beside_its_error(prepared: Prepared) -> None:
     result = {"usage": USAGE, "mean_relative_error": 0.25, "layers": {}, "fewest_tokens": 1}
-    prepared.run.commit("factorize", "key", [], result)
+    for stage in ("calibrate", "factorize"):
+        prepared.run.commit(stage, "key", [], {**result, "num_tokens": 1, "num_shards": 1})
     emulator = assemble_metrics(prepared.run, prepared)["emulator"]
     layout = prepared.layout
     assert emulator["mean_relative_error"] == 0.25
