@@ -148,9 +148,7 @@ class FinetuneConfig(StageConfig):
     @classmethod
     def _some_steps(cls, max_steps: int) -> int:
         if max_steps != -1 and max_steps < 1:
-            raise ValueError(
-                f"is {max_steps}: give the number of optimizer steps, or -1 for num_train_epochs of the data"
-            )
+            raise ValueError(f"{max_steps} is no number of steps: give one, or -1 for num_train_epochs of the data")
         return max_steps
 
 

@@ -46,6 +46,7 @@ class Plan:
     inference: Parts
     lengths: Lengths
     calibration_mode: str
+    seconds_before: float
 
     @property
     def disk_bytes(self) -> int:
@@ -54,8 +55,8 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Predicted wall time of all stages."""
-        return sum(stage.seconds for stage in self.stages)
+        """Predicted wall time of all stages, and of importing the model and making token shards before them."""
+        return self.seconds_before + sum(stage.seconds for stage in self.stages)
 
 
 def make_plan(prepared: Prepared) -> Plan:
@@ -92,6 +93,7 @@ def make_plan(prepared: Prepared) -> Plan:
         memory.inference(),
         lengths,
         memory.calibration_mode(),
+        _SECONDS_BEFORE + (memory.weights / 20e6 if prepared.source.gguf_file else 0),
     )
 
 
@@ -111,9 +113,11 @@ def within_budget(prepared: Prepared) -> tuple[Solution, Prepared]:
     )
 
 
+# Making token shards, mostly of starting Ray and its workers.
+_SECONDS_BEFORE = 20
 # Starting a stage's workers and loading the model, seconds; the share of a matrix product's speed that a stage reaches.
-_START_SECONDS = {"calibrate": 25, "factorize": 6, "finetune": 20, "correct": 10, "merge": 4, "evaluate": 15}
-_EFFICIENCY = {"calibrate": 0.65, "factorize": 0.5, "finetune": 0.4, "correct": 0.5, "merge": 1.0, "evaluate": 0.45}
+_START_SECONDS = {"calibrate": 25, "factorize": 6, "finetune": 20, "correct": 15, "merge": 4, "evaluate": 20}
+_EFFICIENCY = {"calibrate": 0.65, "factorize": 0.5, "finetune": 0.2, "correct": 0.5, "merge": 1.0, "evaluate": 0.45}
 
 
 def _sections(prepared: Prepared) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+import ray
 
 # Often at first, for short stages; then seldom, because adding up a process's pages costs its time.
 _INTERVALS = (0.5,) * 10 + (2.0,)
@@ -75,11 +76,18 @@ def _sample(usage: Usage) -> None:
 def _processes() -> list[psutil.Process]:
     own = psutil.Process()
     found = {process.pid: process for process in [own, *own.children(recursive=True)]}
-    for process in psutil.process_iter(["name"]):  # a Ray that was not started here
+    session = _session()
+    for process in psutil.process_iter(["name"]):  # a Ray that was not started here, but that this process uses
         if process.info["name"] == "raylet" and process.pid not in found:
             with contextlib.suppress(psutil.Error):
-                found.update({child.pid: child for child in [process, *process.children(recursive=True)]})
+                if session and any(session in part for part in process.cmdline()):
+                    found.update({child.pid: child for child in [process, *process.children(recursive=True)]})
     return list(found.values())
+
+
+def _session() -> str:
+    """The name of the Ray session that this process is connected to, as its raylets' command lines hold it."""
+    return ray.get_runtime_context().get_session_name() if ray.is_initialized() else ""
 
 
 def _memory(process: psutil.Process) -> tuple[int, int]:

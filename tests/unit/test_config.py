@@ -319,3 +319,17 @@ def test_unknown_keys_are_told_beside_a_bad_value_of_their_section() -> None:
 @pytest.mark.parametrize("section", ["model", "finetune", "ray"])
 def test_a_key_that_is_no_string(section: str) -> None:
     assert f"{section}.1 is 1: keys should be strings." in error_of(**{section: {1: 1}})
+
+
+def test_a_key_that_is_there_twice_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("run_dir: x\nadapter: {r: 4}\nadapter: {r: 8}\n")
+    with pytest.raises(ConfigError, match=r"the key adapter is there twice.*line"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_a_config_that_is_no_text_or_a_directory_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_bytes("run_dir: é".encode("latin-1"))
+    with pytest.raises(ConfigError, match="is not UTF-8 text"):
+        load_config(tmp_path / "a.yaml")
+    with pytest.raises(ConfigError, match="is a directory"):
+        load_config(tmp_path)

@@ -152,3 +152,83 @@ def test_room_is_asked_of_the_nearest_folder_that_exists(tmp_path: Path, monkeyp
     with pytest.raises(ConfigError, match=r"needs about 1\.0 GiB, its disk has 1\.0 GiB free"):
         check_disk(run, 2**30 + 1)
     assert asked == [tmp_path, tmp_path]
+
+
+@pytest.fixture
+def refused(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[..., str]:
+    """``refused(section={…})``: what is said of a config with these keys; nothing may be written."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text((json.dumps({"text": "x" * 70}) + "\n") * 12)
+
+    def sentences(model_dir: Path | None = None, **sections: Any) -> str:
+        values = {
+            "run_dir": str(tmp_path / "run"),
+            "model": {"source": str(model_dir or tiny_model_dir("llama"))},
+            "data": {"train": {"path": str(data)}, "max_seq_length": 64},
+            **{key: value for key, value in sections.items() if key != "model"},
+        }
+        values["model"] |= sections.get("model", {})
+        with pytest.raises(ConfigError) as caught:
+            prepare(parse_config(values))
+        assert not (tmp_path / "run").exists()
+        return str(caught.value)
+
+    return sentences
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"finetune": {"lr_scheduler_type": "foo"}}, "transformers refuses its settings"),
+        ({"finetune": {"warmup_steps": "abc"}}, "finetune.warmup_steps is 'abc'"),
+        ({"finetune": {"gradient_checkpointing_kwargs": 3}}, "finetune.gradient_checkpointing_kwargs is 3"),
+        ({"finetune": {"max_steps": 0}}, "finetune.max_steps: 0 is no number of steps"),
+        ({"ray": {"num_cpus": 0}}, "ray.num_cpus is 0"),
+        ({"ray": {"num_gpus": 0}, "finetune": {"gpus_per_worker": 1}}, "finetune asks Ray for 1 GPUs at once"),
+        ({"model": {"attn_implementation": "foo"}}, "transformers cannot build it"),
+        ({"adapter": {"target_modules": []}}, "adapter.target_modules"),
+        ({"adapter": {"exclude_modules": ["q_prj"]}}, "adapter.exclude_modules: 'q_prj' matches none"),
+        ({"adapter": {"rank_pattern": {"q_proj": 0}}}, "adapter.rank_pattern.q_proj is 0"),
+        ({"adapter": {"rank_pattern": {"q_proj": 100}}}, "adapter.rank_pattern is 100"),
+        ({"seed": -1}, "seed is -1"),
+        ({"run_dir": "/dev/null/run"}, "/dev/null is a file"),
+        ({"run_dir": "/proc/run"}, "cannot be written"),
+        ({"evaluation": {"upper_bound": "/tmp"}}, "manifest.json"),
+    ],
+)
+def test_what_would_only_fail_on_a_worker_is_told_before(
+    refused: Callable[..., str], sections: dict[str, Any], words: str
+) -> None:
+    assert words in refused(**sections)
+
+
+def test_every_pattern_that_fits_nothing_is_told_at_once(refused: Callable[..., str]) -> None:
+    said = refused(
+        emulator={"target_modules": ["nope"], "ratios": {"(": 0.5}}, adapter={"target_modules": ["nada", "q_proj"]}
+    )
+    assert [line.split(":")[0] for line in said.splitlines()] == [
+        "emulator.target_modules",
+        "adapter.target_modules",
+        "emulator.ratios",
+    ]
+
+
+def test_a_model_without_a_tokenizer_or_of_other_shapes_is_told(
+    refused: Callable[..., str], tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    model_dir = tmp_path / "model"
+    shutil.copytree(tiny_model_dir("llama"), model_dir)
+    config = json.loads((model_dir / "config.json").read_text())
+    (model_dir / "config.json").write_text(json.dumps({**config, "intermediate_size": 96}))
+    assert "the two are not of one model" in refused(model_dir)
+    (model_dir / "config.json").write_text(json.dumps(config))
+    for file in model_dir.glob("tokenizer*"):
+        file.unlink()
+    assert "has no tokenizer that opens" in refused(model_dir)
+
+
+def test_more_tokens_than_learned_positions_are_told(
+    refused: Callable[..., str], tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = {"train": {"path": str(tmp_path / "rows.jsonl")}, "max_seq_length": 129}
+    assert "the model has 128 positions" in refused(tiny_model_dir("gpt2"), data=data)

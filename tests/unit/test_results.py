@@ -85,3 +85,14 @@ def test_what_stands_on_a_redone_stage_is_left_out_until_it_is_verified(prepared
     prepared.run.commit("data", "new key", [], {"usage": USAGE, "splits": {}})
     assert "calibration" not in assemble_metrics(prepared.run, prepared)
     assert assemble_metrics(prepared.run, prepared, {"calibrate"})["calibration"]["num_tokens"] == 7
+
+
+def test_what_stands_behind_a_stage_that_is_to_be_redone_is_left_out(prepared: Prepared) -> None:
+    for stage in ("data", "calibrate", "factorize", "finetune"):
+        result = {"usage": USAGE, "splits": {}, "num_tokens": 1, "num_shards": 1, "mean_relative_error": 0.1}
+        result |= {"layers": {}, "fewest_tokens": 1, "steps": 1, "train_loss": 1.0, "history": []}
+        prepared.run.commit(stage, "key", [], result)
+    assert "finetune" in assemble_metrics(prepared.run, prepared)
+    prepared.run.forget("factorize")
+    assert set(assemble_metrics(prepared.run, prepared)["stages"]) == {"data", "calibrate"}
+    assert "finetune" in assemble_metrics(prepared.run, prepared, ["finetune"])["stages"]

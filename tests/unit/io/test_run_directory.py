@@ -220,3 +220,17 @@ def test_unlocked_can_be_locked_again(tmp_path: Path) -> None:
     one.unlock()
     two.lock()
     two.unlock()
+
+
+@pytest.mark.parametrize(
+    "content", ['{"name": "PLACE", "icons": []}', "[]", '"x"', '{"name": "PLACE", "stages": {}, "format": 99}']
+)
+def test_another_program_s_manifest_is_not_ours_and_fresh_removes_nothing(tmp_path: Path, content: str) -> None:
+    (tmp_path / MANIFEST).write_text(content.replace("PLACE", tmp_path.name))
+    (tmp_path / "code.js").write_text("precious")
+    for attempt in (RunDirectory(tmp_path).check, lambda: RunDirectory(tmp_path).create({}, fresh=True)):
+        with pytest.raises(ConfigError, match=r"no manifest of a run of this version"):
+            attempt()
+    with pytest.raises(ConfigError):
+        RunDirectory(tmp_path).existing()
+    assert (tmp_path / "code.js").read_text() == "precious"
