@@ -124,6 +124,11 @@ class Pipeline:
     def import_model(self) -> None:
         """The original as a safetensors checkpoint: written once from a GGUF file, else where the config says."""
         source = self.prepared.source
+        if source.hub_id is not None:
+            from emloc_ray.modeling.loading import fetch_weights
+
+            self.reporter.note(f"The weights of {source.hub_id} are taken from the hub, where they are not cached yet.")
+            self.model_dir = fetch_weights(source)
         if source.gguf_file is None:
             self.inputs["import"] = fingerprint_large_files(sorted(self.model_dir.iterdir()))
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,19 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A resolved ``model.source``: a local directory, and the GGUF file in it where that is what holds the weights."""
+    """A resolved ``model.source``: a local directory, and the GGUF file in it where that is what holds the weights.
+
+    Of a model on the hub, ``hub_id``, the directory need not hold the weights before :func:`fetch_weights`.
+    """
 
     directory: Path
     gguf_file: str | None = None
+    hub_id: str | None = None
+    revision: str | None = None
 
 
 def resolve_source(source: str, revision: str | None = None) -> ModelSource:
-    """Finds what ``model.source`` names; a hub id is downloaded (or taken from the cache) as safetensors.
+    """Finds what ``model.source`` names; of a hub id all but the weights is downloaded, or taken from the cache.
 
     Raises:
         ConfigError: where it names nothing, or something without usable weights.
@@ -57,7 +63,22 @@ def resolve_source(source: str, revision: str | None = None) -> ModelSource:
         return _check_directory(path.absolute(), source)
     if path.exists() or source.startswith(("/", ".", "~")) or source.count("/") > 1:
         raise ConfigError(f"model.source {source} is no model directory and no .gguf file: mend the path.")
-    return _check_directory(_download(source, revision), source)
+    directory = _download(source, revision, _SMALL_FILES)
+    if not (directory / "config.json").is_file():
+        raise ConfigError(f"model.source {source} holds no config.json on the hub: name a transformers checkpoint.")
+    return ModelSource(directory, hub_id=source, revision=revision)
+
+
+def fetch_weights(source: ModelSource) -> Path:
+    """The model's directory with its weights: downloaded, or taken from the cache, where they are on the hub.
+
+    Raises:
+        ConfigError: where they cannot be had, or are no safetensors.
+    """
+    if source.hub_id is None:
+        return source.directory
+    directory = _download(source.hub_id, source.revision, ("*.safetensors", *_SMALL_FILES))
+    return _check_directory(directory, source.hub_id).directory
 
 
 def _resolve_package(source: str) -> ModelSource:
@@ -84,17 +105,19 @@ def _check_directory(directory: Path, source: str) -> ModelSource:
     return ModelSource(directory)
 
 
-def _download(source: str, revision: str | None) -> Path:
+_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
+
+
+def _download(source: str, revision: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=list(patterns)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         detail = str(error).split("\n")[0][:150]
         raise ConfigError(
-            f"model.source {source} is no local path and cannot be had from the hub ({detail}): mend the name."
+            f"model.source {source} is no local path and cannot be had from the hub ({detail}): check the name, and the network."
         ) from error
 
 
@@ -115,7 +138,7 @@ def check_source(source: ModelSource, model: Any) -> None:
     if source.gguf_file is not None:
         return
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for entry in Checkpoint(source.directory):
+    for entry in () if source.hub_id is not None else Checkpoint(source.directory):
         if shapes.get(entry.name, entry.shape) != entry.shape:
             raise ConfigError(
                 f"model.source {source.directory}: {entry.name} is of shape {list(entry.shape)}, config.json asks for"

@@ -17,11 +17,12 @@ from tiny import HIDDEN, VOCABULARY, make_model, make_tokenizer, save_emulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from emloc_ray.errors import ConfigError
-from emloc_ray.io.checkpoint import INDEX_NAME
+from emloc_ray.io.checkpoint import INDEX_NAME, Checkpoint
 from emloc_ray.modeling.emulator import FactorizedLinear
 from emloc_ray.modeling.loading import (
     ModelSource,
     copy_tokenizer,
+    fetch_weights,
     import_gguf,
     load_model,
     read_model_config,
@@ -233,3 +234,21 @@ def test_a_gguf_file_becomes_a_plain_checkpoint(tmp_path: Path, dtype: str) -> N
     assert tokenizer("hello wörld")["input_ids"] == make_tokenizer()("hello wörld")["input_ids"]
     assert tokenizer.chat_template == make_tokenizer().chat_template
     assert tokenizer.eos_token_id == 1
+
+
+def test_checking_a_model_on_the_hub_downloads_all_but_its_weights(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    def snapshot_download(source: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        assert (source, revision) == ("someone/model", "v1")
+        for file in tiny_model_dir("llama").iterdir():
+            if any(file.match(pattern) for pattern in allow_patterns):
+                shutil.copy(file, tmp_path)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    source = resolve_source("someone/model", "v1")
+    assert not list(tmp_path.glob("*.safetensors"))
+    assert read_model_config(source).model_type == "llama"
+    assert fetch_weights(source) == tmp_path
+    assert Checkpoint(tmp_path).num_bytes == Checkpoint(tiny_model_dir("llama")).num_bytes
