@@ -4,15 +4,22 @@
     python pipelines/benchmark.py factorization --out runs/benchmark
 
 ``factorization``  all linears of the quickstart's model under real Grams, against the published route
+``layers``         single layers of 2048² and 4096² with known spectra, against the published route
 ``calibration``    forward passes with Grams, against the same passes without hooks and without the head
+``memory``         peak of fine-tuning the emulator, against inference of the original: the quickstart's, and one of 1.1B
+``merge``          merging, against a copy of the same files that hashes and fsyncs
 ``quickstart``     the quickstart and the same run at ratio 1.0: wall time, peak memory, gain, gap closed
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +27,7 @@ from typing import Any
 
 import torch
 from baselines import published_route
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import emloc_ray
 from emloc_ray.config import RunConfig
@@ -29,9 +37,13 @@ from emloc_ray.core.whitening import Whitening
 from emloc_ray.data.token_shards import TokenShards, collate, length_batches
 from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.io.grams import GramStore
+from emloc_ray.modeling.adapter import attach_adapter, lora_config
+from emloc_ray.modeling.architecture import block_linears, empty_model
+from emloc_ray.modeling.emulator import EmulatorModelConfig, emulator_class
 from emloc_ray.modeling.gram_hooks import GramHooks
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.results import gap_closed
+from emloc_ray.stages.merge import MergeJob, merge_shard
 
 CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 Figures = dict[str, dict[str, Any]]
@@ -92,6 +104,123 @@ def _error(weight: torch.Tensor, up: torch.Tensor, down: torch.Tensor, gram: tor
     rest = weight.double() - up.double() @ down.double()
     whole = weight.double()
     return math.sqrt(float(((rest @ gram) * rest).sum() / ((whole @ gram) * whole).sum()))
+
+
+def layers(out: Path) -> Figures:
+    """Layers ``W`` with ``W G^½`` of a known spectrum at ratio 0.25; the error is against the exact optimum."""
+    found: Figures = {}
+    for order in (2048, 4096):
+        for name, power in (("flat", 0.0), ("1/i", 1.0), ("1/i²", 2.0)):
+            weight, gram, values = _layer(order, power)
+            rank = rank_for_ratio(order, order, 0.25) or 1
+            begin = time.perf_counter()
+            result = factorize(weight, Whitening(gram, dampening_frac=1e-9), rank)
+            ours = time.perf_counter() - begin
+            begin = time.perf_counter()
+            published_route(weight, gram, rank)
+            baseline = time.perf_counter() - begin
+            squares = values.square()
+            optimum = math.sqrt(float(squares[rank:].sum() / squares.sum()))
+            error = _error(weight, *result.factors, gram) / optimum - 1
+            found[f"factorization, {order} × {order}, singular values {name}"] = figure(ours, baseline, "s", error)
+    return found
+
+
+def _layer(order: int, power: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``W``, ``G`` and the singular values ``i^-power`` of ``W G^½``; the eigenvalues of ``G`` span a factor of 100."""
+    generator = torch.Generator().manual_seed(order)
+    left, right, basis = (torch.linalg.qr(torch.randn(order, order, generator=generator)).Q for _ in range(3))
+    values = torch.arange(1, order + 1, dtype=torch.float64) ** -power
+    roots = torch.logspace(0, -1, order)
+    weight = (left * values.float()) @ right.T @ ((basis / roots) @ basis.T)
+    return weight, (basis * roots.square()) @ basis.T, values
+
+
+def memory(out: Path) -> Figures:
+    """Each side in a process of its own: resident set above the imports on a CPU, the allocator's peak on a GPU."""
+    _, run = _calibrated(out)
+    pairs = {
+        "the quickstart's model": (run / "model", _emulated(run, out / "ratio-0.5")),
+        "1.1B, bfloat16": _large(out),
+    }
+    found: Figures = {}
+    for name, (original, emulator) in pairs.items():
+        ours, baseline = _probe("finetune", emulator), _probe("inference", original)
+        found[f"peak of fine-tuning the emulator against inference, {name}"] = figure(
+            ours / 2**20, baseline / 2**20, "MiB"
+        )
+    return found
+
+
+def _emulated(run: Path, out: Path) -> Path:
+    if not (run / "emulator" / "config.json").is_file():
+        emloc_ray.run(emloc_ray.load_config(CONFIG, [f"run_dir={out}"]), until="factorize")
+    return run / "emulator"
+
+
+def _large(out: Path) -> tuple[Path, Path]:
+    """A random Llama of 1.1B parameters and an emulator of it at ratio 0.5, saved once."""
+    config = LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        vocab_size=32000,
+        dtype=torch.bfloat16,
+    )
+    original, emulator = out / "large", out / "large-emulator"
+    if not (emulator / "config.json").is_file():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(original)
+        ranks = {s.name: rank_for_ratio(s.out_features, s.in_features, 0.5) or 1 for s in block_linears(model)}
+        del model
+        wrapped = EmulatorModelConfig(config.to_dict(), ranks)
+        small = emulator_class(LlamaForCausalLM, wrapped)(config).to(torch.bfloat16)
+        small.save_pretrained(emulator)
+    return original, emulator
+
+
+def _probe(what: str, directory: Path) -> float:
+    probe = Path(__file__).with_name("memory_probe.py")
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}  # as workers under a memory_budget have it
+    command = [sys.executable, str(probe), what, str(directory)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    return float(json.loads(output.splitlines()[-1])["peak"])
+
+
+def merge(out: Path) -> Figures:
+    """One shard after the other in this process, against copies of the same bytes, hashed and fsynced."""
+    _, run = _calibrated(out)
+    config = AutoConfig.from_pretrained(run / "model")
+    specs = tuple(block_linears(empty_model(config)))
+    adapter = out / "merge-adapter"
+    model = attach_adapter(
+        load_model(run / "model"),
+        lora_config(target_modules=[s.name for s in specs], r=8, lora_alpha=16, init_lora_weights=False),
+    )
+    model.save_pretrained(adapter)
+    job = MergeJob(run / "model", adapter, out / "merge-merged", specs)
+    files = [shard.file for shard in Checkpoint(run / "model").shards]
+    size = sum(file.stat().st_size for file in files)
+
+    def ours() -> None:
+        for file in files:
+            merge_shard(job, file, job.out_dir / file.name)
+
+    def copy() -> None:
+        for file in files:
+            digest = hashlib.sha256()
+            with file.open("rb") as source, (out / "merge-copy").open("wb") as target:
+                while chunk := source.read(2**25):
+                    digest.update(chunk)
+                    target.write(chunk)
+                target.flush()
+                os.fsync(target.fileno())
+
+    seconds = _interleaved([ours, copy], repeats=3)
+    rates = [size / 2**20 / s for s in seconds]
+    return {"merge throughput against a copy": {**figure(*rates, "MiB/s"), "ratio": rates[0] / rates[1]}}
 
 
 def calibration(out: Path) -> Figures:
@@ -155,7 +284,14 @@ def quickstart(out: Path) -> Figures:
     }
 
 
-BENCHMARKS = {"factorization": factorization, "calibration": calibration, "quickstart": quickstart}
+BENCHMARKS = {
+    "factorization": factorization,
+    "layers": layers,
+    "calibration": calibration,
+    "memory": memory,
+    "merge": merge,
+    "quickstart": quickstart,
+}
 
 
 def write_results(out: Path, figures: Figures) -> None:
