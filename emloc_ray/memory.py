@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from emloc_ray.modeling.architecture import LinearSpec
+from emloc_ray.modeling.loss import chunk_tokens
 from emloc_ray.preparation import Prepared
 
 Parts = dict[str, float]  # bytes by what holds them
@@ -118,7 +119,7 @@ class MemoryModel:
             "weights": self.emulator,
             "optimizer": _ADAM_BYTES * self.adapter_parameters,
             "activations": tokens * self.itemsize * (kept + blocks * self._saved_per_token()) + self._forward(tokens),
-            "logits": 3 * 4 * self._label_tokens(tokens) * self._vocabulary(),
+            "logits": self._logits(tokens),
         }
 
     def correct(self) -> Parts:
@@ -145,8 +146,7 @@ class MemoryModel:
 
     def _scoring(self, weights: float) -> Parts:
         tokens = self.config.evaluation.batch_size * self.lengths.longest
-        logits = 2 * 4 * self._label_tokens(tokens) * self._vocabulary()
-        return {"weights": weights, "activations": self._forward(tokens), "logits": logits}
+        return {"weights": weights, "activations": self._forward(tokens), "logits": self._logits(tokens)}
 
     def _groups(self) -> list[tuple[LinearSpec, ...]]:
         targeted = set(self.layout.compressed if self.layout.ranks else ())
@@ -155,10 +155,9 @@ class MemoryModel:
     def _calibration_tokens(self) -> float:
         return self.config.calibration.batch_size * self.lengths.longest
 
-    def _label_tokens(self, tokens: float) -> float:
-        """Logits are made at labels alone: all tokens of plain text, about a quarter where completions are learnt."""
-        completions = self.config.finetune.loss_on == "completion" and self.config.data.format != "text"
-        return tokens / 4 if completions else tokens
+    def _logits(self, tokens: float) -> float:
+        """One chunk's logits in float32, their softmax and its gradient."""
+        return 3 * 4 * min(tokens, chunk_tokens(self.layout.hidden_size)) * self._vocabulary()
 
     def _vocabulary(self) -> float:
         return self.layout.head_parameters / self.layout.hidden_size

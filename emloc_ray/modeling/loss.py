@@ -47,7 +47,7 @@ def token_loss(model: Any, batch: dict[str, Tensor], loss_on: str, head_owner: A
     targets = batch["input_ids"][labels]
     owner = head_owner or model
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-    if targets.numel() > _chunk_tokens(owner.get_output_embeddings()) and _gives_its_head_output(owner):
+    if targets.numel() > chunk_tokens(owner.get_output_embeddings().weight.shape[-1]) and _gives_its_head_output(owner):
         with _loss_in_the_head(owner, predicting, targets) as found:
             model(**inputs)
         loss, correct = found
@@ -57,8 +57,9 @@ def token_loss(model: Any, batch: dict[str, Tensor], loss_on: str, head_owner: A
     return TokenLoss(loss, correct, int(targets.numel()))
 
 
-def _chunk_tokens(head: Any) -> int:
-    return max(1, int(head.weight.shape[-1]) // _CHUNK_SHARE)
+def chunk_tokens(hidden_size: int) -> int:
+    """How many tokens' logits are made at once."""
+    return max(1, hidden_size // _CHUNK_SHARE)
 
 
 def _loss_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +96,7 @@ def _loss_in_the_head(model: Any, positions: Tensor, targets: Tensor) -> Iterato
 
     def forward(hidden: Tensor) -> Tensor:
         chosen = hidden[positions]
-        step = _chunk_tokens(head)
+        step = chunk_tokens(head.weight.shape[-1])
         parts = [
             checkpoint(chunk_loss, chosen[start : start + step], targets[start : start + step], use_reentrant=False)
             for start in range(0, len(chosen), step)
