@@ -166,6 +166,7 @@ class MergeConfig(StageConfig):
     """Folding the corrected adapter into the original's weights."""
 
     chunk_bytes: int = Field(32 * 2**20, ge=4096, description="float32 bytes of a row chunk")
+    max_shard_size: ByteSize | None = Field(None, ge=1, description="such as 5GB; left out: the original's shards")
 
 
 class EvaluationConfig(StageConfig):

@@ -363,10 +363,13 @@ class Pipeline:
                 out_dir,
                 self.layout.specs,
                 self.config.merge.chunk_bytes,
+                self.config.merge.max_shard_size,
             )
             return merge(job, _resources(self.config.merge), progress)
 
-        self._step("merge", {"correct": self.inputs["correct"]}, [out_dir], execute)
+        size = self.config.merge.max_shard_size
+        inputs = {"correct": self.inputs["correct"], **({} if size is None else {"max_shard_size": size})}
+        self._step("merge", inputs, [out_dir], execute)
 
     def evaluate(self) -> None:
         """Every variant on the held-out rows."""

@@ -201,12 +201,13 @@ def merge(out: Path) -> Figures:
     )
     model.save_pretrained(adapter)
     job = MergeJob(run / "model", adapter, out / "merge-merged", specs)
-    files = [shard.file for shard in Checkpoint(run / "model").shards]
+    shards = Checkpoint(run / "model").shards
+    files = [shard.file for shard in shards]
     size = sum(file.stat().st_size for file in files)
 
     def ours() -> None:
-        for file in files:
-            merge_shard(job, file, job.out_dir / file.name)
+        for shard in shards:
+            merge_shard(job, shard, job.out_dir / shard.file.name)
 
     def copy() -> None:
         for file in files:

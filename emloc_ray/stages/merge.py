@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ import torch
 
 from emloc_ray.core.merging import merge_rows
 from emloc_ray.errors import ArtifactError
-from emloc_ray.io.checkpoint import INDEX_NAME, Checkpoint, TensorEntry, read_shard
-from emloc_ray.io.shard_writing import copy_chunks, row_chunks, stream_shard
+from emloc_ray.io.checkpoint import INDEX_NAME, Checkpoint, Shard, TensorEntry, write_index
+from emloc_ray.io.shard_writing import copy_chunks, make_header, row_chunks, stream_shard
 from emloc_ray.modeling.adapter import Adapter, LoraModule
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.loading import copy_tokenizer
@@ -31,13 +32,32 @@ class MergeJob:
     out_dir: Path
     specs: tuple[LinearSpec, ...]
     chunk_bytes: int = 2**25
+    max_shard_size: int | None = None
 
 
-def merge_shard(job: MergeJob, source: Path, target: Path) -> int:
-    """Writes one shard of the merged model under the header of the original's; returns how many tensors changed."""
+def output_shards(shards: Sequence[Shard], max_shard_size: int | None) -> list[tuple[str, Shard]]:
+    """Names and contents of the merged model's shards: the original's own, or cut so that none is larger than asked.
+
+    A tensor is never cut: one that is larger alone makes a shard of its own.
+    """
+    if max_shard_size is None or all(shard.entries[-1].stop <= max_shard_size for shard in shards if shard.entries):
+        return [(shard.file.name, shard) for shard in shards]
+    parts: list[Shard] = []
+    for shard in shards:
+        chosen: list[TensorEntry] = []
+        for entry in shard.entries:
+            if chosen and sum(e.num_bytes for e in chosen) + entry.num_bytes > max_shard_size:
+                parts.append(Shard(shard.file, make_header(chosen), tuple(chosen)))
+                chosen = []
+            chosen.append(entry)
+        parts.append(Shard(shard.file, make_header(chosen), tuple(chosen)))
+    return [(f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors", part) for number, part in enumerate(parts)]
+
+
+def merge_shard(job: MergeJob, shard: Shard, target: Path) -> int:
+    """Writes one shard of the merged model; returns how many tensors changed."""
     adapter = Adapter(job.adapter_dir)
     touched = {spec.weight_name: spec for spec in job.specs if spec.name in set(adapter.names)}
-    shard = read_shard(source)
     changed = [entry.name for entry in shard.entries if entry.name in touched]
 
     def tensors() -> Iterator[tuple[TensorEntry, Iterator[torch.Tensor]]]:
@@ -68,12 +88,19 @@ def merge(job: MergeJob, resources: Resources, progress: Progress = silent) -> d
     job.out_dir.mkdir(parents=True, exist_ok=True)
     options, threads = resources.options(), resources.threads
 
-    def submit(source: Path) -> Any:
-        return ray.remote(_merge_task).options(**options).remote(job, source, job.out_dir / source.name, threads)
+    def submit(name: str, shard: Shard) -> Any:
+        return ray.remote(_merge_task).options(**options).remote(job, shard, job.out_dir / name, threads)
 
-    files: Sequence[Path] = sorted((s.file for s in shards), key=lambda file: file.stat().st_size, reverse=True)
+    named = sorted(
+        output_shards(shards, job.max_shard_size),
+        key=lambda item: sum(entry.num_bytes for entry in item[1].entries),
+        reverse=True,
+    )
     changed = bounded(
-        [functools.partial(submit, file) for file in files], 2 * resources.num_workers, progress, len(files)
+        [functools.partial(submit, name, shard) for name, shard in named],
+        2 * resources.num_workers,
+        progress,
+        len(named),
     )
     expected = len(Adapter(job.adapter_dir).names)
     if sum(changed) != expected:
@@ -81,12 +108,22 @@ def merge(job: MergeJob, resources: Resources, progress: Progress = silent) -> d
             f"{job.adapter_dir} names {expected} modules, of which {job.model_dir} holds {sum(changed)}: they do not fit."
         )
     shutil.copyfile(job.model_dir / "config.json", job.out_dir / "config.json")
-    if (job.model_dir / INDEX_NAME).is_file():
-        shutil.copyfile(job.model_dir / INDEX_NAME, job.out_dir / INDEX_NAME)
+    _write_index(job, shards, named)
     copy_tokenizer(job.model_dir, job.out_dir)
     return {"num_workers": resources.num_workers, "merged_tensors": sum(changed)}
 
 
-def _merge_task(job: MergeJob, source: Path, target: Path, threads: int) -> int:
+def _write_index(job: MergeJob, shards: Sequence[Shard], named: Sequence[tuple[str, Shard]]) -> None:
+    """The original's own index where the shards are its own; else one of what was written."""
+    if {name for name, _ in named} != {shard.file.name for shard in shards}:
+        files = {entry.name: name for name, shard in named for entry in shard.entries}
+        entries = [entry for _, shard in named for entry in shard.entries]
+        sizes = sum(entry.num_bytes for entry in entries), sum(math.prod(entry.shape) for entry in entries)
+        write_index(job.out_dir, files, *sizes)
+    elif (job.model_dir / INDEX_NAME).is_file():
+        shutil.copyfile(job.model_dir / INDEX_NAME, job.out_dir / INDEX_NAME)
+
+
+def _merge_task(job: MergeJob, shard: Shard, target: Path, threads: int) -> int:
     set_threads(threads)
-    return merge_shard(job, source, target)
+    return merge_shard(job, shard, target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -145,3 +146,22 @@ def test_labels_are_never_first_tokens_nor_padding() -> None:
     assert int(everything.sum()) == 12 + 4
     assert not (completion & ~everything).any()
     assert batch["completion_mask"][0, 0]  # the batch itself is not changed
+
+
+def test_ddp_that_looks_for_unused_parameters_finds_them_all_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(loss, "_CHUNK_SHARE", 16)
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model, batch = make_model("llama"), batch_of(13, 5)
+        wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        for _ in range(2):
+            token_loss(wrapped, batch, "all", head_owner=model).loss_sum.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    expected = make_model("llama")
+    (2 * token_loss(expected, batch, "all").loss_sum).backward()
+    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)

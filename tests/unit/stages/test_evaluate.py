@@ -14,6 +14,7 @@ from tiny import save_emulator
 from transformers import AutoModelForCausalLM
 
 from emloc_ray.data.token_shards import TokenShards
+from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.modeling.adapter import Adapter, LoraModule, write_adapter
 from emloc_ray.modeling.scoring import Score
 from emloc_ray.stages.evaluate import VARIANTS, EvaluationJob, evaluate_slice
@@ -26,8 +27,8 @@ def job(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> Evalu
     root = tmp_path_factory.mktemp("evaluation")
     shutil.copytree(artifacts.model_dir, root / "merged")
     merging = MergeJob(artifacts.model_dir, artifacts.adapter_dir, root / "merged", artifacts.specs)
-    for file in artifacts.model_dir.glob("*.safetensors"):
-        merge_shard(merging, file, root / "merged" / file.name)
+    for shard in Checkpoint(artifacts.model_dir).shards:
+        merge_shard(merging, shard, root / "merged" / shard.file.name)
     return EvaluationJob(
         model_dir=artifacts.model_dir,
         emulator_dir=save_emulator(artifacts.model_dir, root / "emulator"),

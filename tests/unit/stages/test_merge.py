@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from emloc_ray.io.checkpoint import Checkpoint, read_shard
 from emloc_ray.modeling.adapter import Adapter
 from emloc_ray.modeling.architecture import block_linears, empty_model
-from emloc_ray.stages.merge import MergeJob, merge_shard
+from emloc_ray.stages.merge import MergeJob, merge_shard, output_shards
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -32,7 +32,7 @@ def test_every_tensor_is_the_rounded_sum_or_untouched(
     changed = 0
     for shard in Checkpoint(model_dir).shards:
         target = tmp_path / shard.file.name
-        changed += merge_shard(job, shard.file, target)
+        changed += merge_shard(job, shard, target)
         merged = read_shard(target)
         assert merged.header == shard.header
         assert target.stat().st_size == shard.file.stat().st_size
@@ -57,7 +57,26 @@ def test_no_bit_depends_on_the_chunks(artifacts: Artifacts, tmp_path: Path) -> N
     job = MergeJob(artifacts.model_dir, artifacts.adapter_dir, tmp_path, artifacts.specs)
     shards = Checkpoint(artifacts.model_dir).shards
     for shard in shards:
-        merge_shard(job, shard.file, tmp_path / "whole")
-        merge_shard(replace(job, chunk_bytes=4096), shard.file, tmp_path / "chunked")
+        merge_shard(job, shard, tmp_path / "whole")
+        merge_shard(replace(job, chunk_bytes=4096), shard, tmp_path / "chunked")
         assert (tmp_path / "whole").read_bytes() == (tmp_path / "chunked").read_bytes()
     assert len(shards) > 1
+
+
+def test_shards_are_cut_to_the_size_asked_and_hold_the_same_tensors(artifacts: Artifacts, tmp_path: Path) -> None:
+    job = MergeJob(artifacts.model_dir, artifacts.adapter_dir, tmp_path, artifacts.specs)
+    shards = Checkpoint(artifacts.model_dir).shards
+    assert [name for name, _ in output_shards(shards, None)] == [shard.file.name for shard in shards]
+    assert output_shards(shards, 10**9) == output_shards(shards, None)
+    limit = 40_000
+    found: dict[str, torch.Tensor] = {}
+    for name, part in output_shards(shards, limit):
+        merge_shard(job, part, tmp_path / name)
+        entries = read_shard(tmp_path / name).entries
+        assert len(entries) == 1 or sum(entry.num_bytes for entry in entries) <= limit
+        found |= {entry.name: entry.read_rows() for entry in entries}
+    for shard in shards:
+        merge_shard(job, shard, tmp_path / "whole")
+        for entry in read_shard(tmp_path / "whole").entries:
+            assert torch.equal(found.pop(entry.name), entry.read_rows())
+    assert not found
