@@ -38,7 +38,7 @@ def test_an_interrupted_training_goes_on_with_the_same_command(
         tmp_path / "run",
         tiny_model_dir("llama"),
         task_file,
-        finetune={"num_workers": 1, "max_steps": 24, "save_steps": 1},
+        finetune={"num_workers": 1, "max_steps": 14, "save_steps": 1},
         calibration={"num_workers": 1},
         ray={"num_cpus": 2},
     )
@@ -79,5 +79,5 @@ def test_an_interrupted_training_goes_on_with_the_same_command(
         process.kill()
     assert "Fine-tuning" in log.read_text()
     assert log.read_text().count("done before, inputs unchanged") == 3
-    assert [line["step"] for line in run.metrics()["finetune"]["history"]] == list(range(1, 25))
+    assert [line["step"] for line in run.metrics()["finetune"]["history"]] == list(range(1, 15))
     assert (tmp_path / "run" / "adapter_emulator" / "adapter_model.safetensors").is_file()
