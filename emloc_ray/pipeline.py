@@ -208,7 +208,9 @@ class Pipeline:
                 tuple(tuple(spec.name for spec in group if spec.name in targeted) for group in wave)
                 for wave in memory.waves()
             )
-            self._discard_unless(out_dir, {**inputs, "mode": mode, "waves": len(waves)})
+            # What slots of a streamed run left speaks of their own shards alone.
+            slots = self.config.calibration.num_workers if mode == "streamed" else None
+            self._discard_unless(out_dir, {**inputs, "mode": mode, "waves": len(waves), "slots": slots})
             job = CalibrationJob(
                 self.model_dir,
                 self._tokens("calibration"),

@@ -112,7 +112,7 @@ def _read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
     except (ValueError, ImportError) as error:
         detail = " ".join(str(error).split())[:200]
         raise ConfigError(f"model: transformers cannot build it ({detail}): mend the model section.") from error
-    check_source(source, model)
+    check_source(source, model, config.model.trust_remote_code)
     positions = learned_positions(model)
     if positions is not None and config.data.max_seq_length > positions:
         raise ConfigError(
@@ -250,7 +250,7 @@ def _check_training_arguments(config: RunConfig) -> None:
         given = {key: value for key, value in given.items() if key not in ("bf16", "fp16", "tf32", "optim")}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            TrainingArguments(output_dir=folder, use_cpu=True, report_to="none", **given)
+            TrainingArguments(output_dir=folder, **{"use_cpu": True, "report_to": "none", **given})
         except (ValueError, TypeError, ImportError, OSError) as error:
             detail = " ".join(str(error).split())[:200]
             raise ConfigError(f"finetune: transformers refuses its settings ({detail}): mend them.") from error

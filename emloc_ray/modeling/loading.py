@@ -132,7 +132,7 @@ def read_model_config(source: ModelSource, trust_remote_code: bool = False) -> A
     return config
 
 
-def check_source(source: ModelSource, model: Any) -> None:
+def check_source(source: ModelSource, model: Any, trust_remote_code: bool = False) -> None:
     """Raises ConfigError where the checkpoint's shapes are not those of ``model`` (on the meta device), or it has no
     tokenizer."""
     if source.gguf_file is not None:
@@ -145,7 +145,7 @@ def check_source(source: ModelSource, model: Any) -> None:
                 f" {list(shapes[entry.name])}: the two are not of one model."
             )
     try:
-        AutoTokenizer.from_pretrained(source.directory)
+        AutoTokenizer.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, ImportError, TypeError, KeyError, AttributeError) as error:
         detail = " ".join(str(error).split())[:150]
         raise ConfigError(

@@ -110,7 +110,8 @@ def _stream(
 ) -> Gathered:
     """Every slot at its own pace through the blocks; a block's Grams are summed once all slots have passed it."""
     options = dict(job.model_options)
-    order = block_flow(load_config(job.model_dir), options.get("trust_remote_code", False)).order
+    trusted = options.get("trust_remote_code", False)
+    order = block_flow(load_config(job.model_dir, trust_remote_code=trusted), trusted).order
     names = [[group[0] for group in job.groups if group[0].startswith(f"{block}.")] for block in order]
     num_blocks = 1 + max(position for position, inside in enumerate(names) if inside)
     reduce: Any = ray.remote(_reduce_block).options(num_cpus=0)  # the slots may hold every CPU

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import TokenShards, collate, length_batches
 from emloc_ray.io.grams import write_slot
 from emloc_ray.modeling.block_outputs import BlockOutput, read_outputs, write_outputs
@@ -83,9 +84,9 @@ class StreamedSlot:
         return position
 
     def _forward(
-        self, position: int, rows: Sequence[object], outputs: dict[int, BlockOutput], hooks: GramHooks
+        self, position: int, rows: Sequence[Tokens], outputs: dict[int, BlockOutput], hooks: GramHooks
     ) -> dict[int, BlockOutput]:
-        batch = {key: value.to(self.replay.device) for key, value in collate(rows, self.job.pad_token_id).items()}  # type: ignore[arg-type]
+        batch = {key: value.to(self.replay.device) for key, value in collate(rows, self.job.pad_token_id).items()}
         with hooks.counting(counted_tokens(batch, self.job.tokens)):
             made = self.replay.forward(position, model_inputs(batch["input_ids"], batch["attention_mask"]), outputs)
         flow = self.replay.flow

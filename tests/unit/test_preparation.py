@@ -232,3 +232,12 @@ def test_more_tokens_than_learned_positions_are_told(
 ) -> None:
     data = {"train": {"path": str(tmp_path / "rows.jsonl")}, "max_seq_length": 129}
     assert "the model has 128 positions" in refused(tiny_model_dir("gpt2"), data=data)
+
+
+def test_what_transformers_takes_is_passed_whatever_we_set_ourselves(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path]
+) -> None:
+    data = {"train": {"path": str(write_rows(tmp_path / "a.jsonl", 5))}}
+    values = {"run_dir": str(tmp_path / "run"), "model": {"source": str(tiny_model_dir("llama"))}, "data": data}
+    settings = {"report_to": "none", "use_cpu": True, "lr_scheduler_type": "cosine", "warmup_steps": 3}
+    assert prepare(parse_config({**values, "finetune": settings})).config.finetune.model_extra == settings
