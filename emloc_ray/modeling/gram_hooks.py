@@ -28,7 +28,7 @@ class GramHooks:
         self.model = model
         self.body = getattr(model, model.base_model_prefix, model)
         self.grams: dict[str, Gram] = {}
-        self._mask: Tensor | None = None
+        self._counted: Tensor | None = None  # positions among the batch's tokens; None: all
         self._handles: list[Any] = []
         for group in groups:
             module = model.get_submodule(group[0])
@@ -38,18 +38,20 @@ class GramHooks:
 
     def _hook(self, name: str) -> Any:
         def accumulate(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self.grams[name].update(args[0], self._mask)
+            tokens = args[0].reshape(-1, args[0].shape[-1])
+            self.grams[name].update(tokens if self._counted is None else tokens[self._counted])
 
         return accumulate
 
     @contextlib.contextmanager
     def counting(self, counted: Tensor) -> Iterator[None]:
         """While it lasts, a pass of the model adds the tokens where ``counted (rows, length)`` is true."""
-        self._mask = counted
+        # Found once a batch, not once a Gram.
+        self._counted = None if bool(counted.all()) else counted.flatten().nonzero().squeeze(1)
         try:
             yield
         finally:
-            self._mask = None
+            self._counted = None
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, attention_mask: Tensor, counted: Tensor) -> None:
