@@ -94,6 +94,7 @@ class CalibrationConfig(StageConfig):
     rows_per_shard: int = Field(32, ge=1, description="the grain of work and of exactly-once accounting")
     keep: Literal["grams", "none"] = "grams"
     mode: Literal["auto", "resident", "streamed"] = Field("auto", description="whole model, or a block at a time")
+    convergence_tolerance: float | None = Field(None, gt=0, lt=1, description="stop where Grams change by less")
 
 
 class EmulatorConfig(StageConfig):

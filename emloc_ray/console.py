@@ -80,7 +80,10 @@ def _outcome(stage: str, result: dict[str, Any]) -> str:
         rows = ", ".join(f"{split} {count['rows']:,}" for split, count in result["splits"].items())
         return f"rows: {rows}"
     if stage == "calibrate":
-        return f"{result['num_tokens']:,} tokens in {result['num_shards']} shards"
+        text = f"{result['num_tokens']:,} tokens in {result['num_shards']} shards"
+        if result.get("rounds"):
+            text += ", converged" if result["converged"] else ", not converged"
+        return text
     if stage == "factorize":
         return f"{len(result['layers'])} linears, mean relative error {result['mean_relative_error']:.3f}"
     if stage == "finetune":

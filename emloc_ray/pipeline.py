@@ -5,18 +5,22 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from emloc_ray.config import RunConfig, StageConfig
 from emloc_ray.errors import EmlocError
 from emloc_ray.io.fingerprint import fingerprint, fingerprint_files, fingerprint_large_files
-from emloc_ray.memory import MemoryModel
-from emloc_ray.planner import make_plan, num_steps, row_lengths
+from emloc_ray.io.grams import INDEX
+from emloc_ray.jobs import calibration_job, factorization_job, gram_groups
+from emloc_ray.planner import make_plan, num_steps
 from emloc_ray.preparation import Prepared, check_disk, prepare
 from emloc_ray.report import write_report
 from emloc_ray.reporter import Reporter, SilentReporter
 from emloc_ray.results import assemble_metrics
 from emloc_ray.stages import STAGES
+
+if TYPE_CHECKING:
+    from emloc_ray.stages.factorize import EmulatorBuild
 
 # Settings that say where work runs, not what comes out of it.
 _PLACEMENT = {"num_workers", "cpus_per_worker", "gpus_per_worker"}
@@ -62,6 +66,7 @@ class Pipeline:
         self.directory, self.reporter = prepared.run, reporter
         self.forced = set(STAGES[STAGES.index(begin) :]) if begin else set()
         self.inputs: dict[str, str] = {}
+        self._build: EmulatorBuild | None = None
         imported = prepared.source.gguf_file is not None
         self.model_dir = self.directory.path("model") if imported else prepared.source.directory
         self.model_options = {
@@ -90,24 +95,26 @@ class Pipeline:
         outputs: Sequence[Path],
         execute: Callable[[Callable[[int, int], None]], dict[str, Any]],
         resumes: bool = False,
+        recorded: Sequence[Path] | None = None,
     ) -> dict[str, Any]:
         """Runs a stage unless the manifest says that it was done with the same inputs; returns its result.
 
-        What an earlier try left in ``outputs`` is removed first, unless the stage ``resumes`` from it.
+        What was left in ``outputs`` is removed first, unless a killed try left it and the stage ``resumes`` from that.
+        The manifest names ``outputs``, or what is ``recorded`` of them.
         """
         from emloc_ray.stages.cluster import explain
         from emloc_ray.stages.monitor import measured
 
         key = self.inputs[name] = fingerprint(inputs)
         entry = self.directory.stage(name)
-        if entry is not None and name not in self.forced and self.directory.is_done(name, key):
+        if entry is not None and self._is_done(name, inputs):
             self.reporter.skip(name)
             found: dict[str, Any] = entry["result"]
             return found
         if entry is not None:
             self.directory.forget(name)
             self._write_results()  # what was shown of it speaks of another run from now on
-        for path in outputs if not resumes else ():
+        for path in outputs if entry is not None or not resumes else ():
             shutil.rmtree(path, ignore_errors=True)
         progress = self.reporter.start(name)
         try:
@@ -116,10 +123,14 @@ class Pipeline:
         except (Exception, SystemExit) as error:
             raise explain(error, name) from error
         used = usage.as_dict()
-        self.directory.commit(name, key, outputs, {**result, "usage": used})
+        self.directory.commit(name, key, outputs if recorded is None else recorded, {**result, "usage": used})
         self._write_results()
         self.reporter.finish(name, result, used)
         return result
+
+    def _is_done(self, name: str, inputs: dict[str, Any]) -> bool:
+        """Whether the manifest says that a stage was done with these inputs, and it is not to be redone."""
+        return name not in self.forced and self.directory.is_done(name, fingerprint(inputs))
 
     def import_model(self) -> None:
         """The original as a safetensors checkpoint: written once from a GGUF file, else where the config says."""
@@ -180,67 +191,64 @@ class Pipeline:
             )
 
     def calibrate(self) -> None:
-        """One Gram per shared input of the linears that compression targets."""
+        """One Gram per shared input of the linears that compression targets; what they serve is factorized meanwhile."""
         if not self.layout.ranks:
             self.inputs["calibrate"] = "none needed"
             self.directory.forget("calibrate")
             shutil.rmtree(self.directory.path("calibration"), ignore_errors=True)
             return
         from emloc_ray.stages.calibrate import calibrate
-        from emloc_ray.stages.calibration_job import CalibrationJob
+        from emloc_ray.stages.convergence import calibrate_until_converged
 
-        out_dir = self.directory.path("calibration")
-        targeted = set(self.layout.compressed)
-        groups = [[spec.name for spec in group if spec.name in targeted] for group in self.layout.groups]
-        named = tuple(tuple(group) for group in groups if group)
-        inputs = {
+        section, out_dir = self.config.calibration, self.directory.path("calibration")
+        inputs: dict[str, Any] = {
             "model": self.inputs["import"],
             "options": self.model_options,
             "data": self.inputs["data/calibration"],
-            "tokens": self.config.calibration.tokens,
-            "groups": named,
+            "tokens": section.tokens,
+            "groups": gram_groups(self.prepared),
         }
+        tolerance = section.convergence_tolerance
+        if tolerance is not None:
+            inputs["convergence_tolerance"] = tolerance
 
         def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
-            memory = MemoryModel(self.prepared, row_lengths(self.prepared))
-            mode = memory.calibration_mode()
-            waves = tuple(
-                tuple(tuple(spec.name for spec in group if spec.name in targeted) for group in wave)
-                for wave in memory.waves()
-            )
+            tokens = self._tokens("calibration")
+            job = calibration_job(self.prepared, self.model_dir, tokens, self._pad_token_id(), self.model_options)
             # What slots of a streamed run left speaks of their own shards alone.
-            slots = self.config.calibration.num_workers if mode == "streamed" else None
-            self._discard_unless(out_dir, {**inputs, "mode": mode, "waves": len(waves), "slots": slots})
-            job = CalibrationJob(
-                self.model_dir,
-                self._tokens("calibration"),
-                named,
-                self.config.calibration.tokens,
-                self.config.calibration.batch_size,
-                self._pad_token_id(),
-                tuple(self.model_options.items()),
-                mode,
-                waves if mode == "resident" else None,
-            )
-            return calibrate(job, out_dir, _resources(self.config.calibration), progress)
+            slots = section.num_workers if job.mode == "streamed" else None
+            self._discard_unless(out_dir, {**inputs, "mode": job.mode, "waves": len(job.waves or ()), "slots": slots})
+            resources = _resources(section)
+            if tolerance is not None:
+                return calibrate_until_converged(job, out_dir, resources, tolerance, progress)
+            if self._is_done("factorize", self._factorize_inputs()):
+                return calibrate(job, out_dir, resources, progress)
+            build = self._emulator_build()
 
-        self._step("calibrate", inputs, [out_dir], execute, resumes=True)
+            def meanwhile(done: int, total: int) -> None:
+                progress(done, total)
+                build.pump()
+
+            return calibrate(job, out_dir, resources, meanwhile, build.add)
+
+        self.inputs["calibrate"] = fingerprint(inputs)
+        needed = section.keep == "grams" or not self._is_done("factorize", self._factorize_inputs())
+        if needed and not (out_dir / INDEX).is_file():
+            self.forced.add("calibrate")
+        # Grams that are not kept go as they are used, so that the manifest cannot name them.
+        recorded = [out_dir] if section.keep == "grams" else []
+        self._step("calibrate", inputs, [out_dir], execute, resumes=True, recorded=recorded)
 
     def _discard_unless(self, directory: Path, inputs: dict[str, Any]) -> None:
         """Keeps what a killed run of the same inputs committed, and nothing else."""
-        mark = directory / "inputs"
+        mark = directory / ".inputs"
         if not mark.is_file() or mark.read_text() != fingerprint(inputs):
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir(parents=True)
             mark.write_text(fingerprint(inputs))
 
-    def factorize(self) -> None:
-        """The emulator."""
-        from emloc_ray.modeling.architecture import load_config
-        from emloc_ray.stages.factorize import FactorizationJob, build_emulator
-
-        out_dir = self.directory.path("emulator")
-        inputs = {
+    def _factorize_inputs(self) -> dict[str, Any]:
+        return {
             "calibrate": self.inputs["calibrate"],
             "model": self.inputs["import"],
             "ranks": self.layout.ranks,
@@ -248,22 +256,35 @@ class Pipeline:
             "seed": self.config.seed,
         }
 
-        def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
-            job = FactorizationJob(
-                self.model_dir,
-                self.directory.path("calibration"),
-                out_dir,
-                self.config.emulator.dampening_frac,
-                self.config.seed,
-            )
-            base = load_config(self.model_dir, trust_remote_code=self.config.model.trust_remote_code)
-            resources = _resources(self.config.emulator)
-            return build_emulator(job, self.layout.groups, self.layout.ranks, base, resources, progress)
+    def _emulator_build(self) -> EmulatorBuild:
+        """Made once a run; what a killed run of the same inputs wrote is kept, what a finished one wrote is not."""
+        if self._build is None:
+            from emloc_ray.stages.factorize import EmulatorBuild
 
-        result = self._step("factorize", inputs, [out_dir], execute)
-        self._tell_thin_calibration(result)
-        if self.config.calibration.keep == "none" and self.directory.path("calibration").is_dir():
-            shutil.rmtree(self.directory.path("calibration"))
+            out_dir = self.directory.path("emulator")
+            if self.directory.stage("factorize") is not None:
+                self.directory.forget("factorize")
+                shutil.rmtree(out_dir, ignore_errors=True)
+            self._discard_unless(out_dir, self._factorize_inputs())
+            job = factorization_job(self.prepared, self.model_dir, out_dir)
+            drop = self.config.calibration.keep == "none"
+            self._build = EmulatorBuild(job, _resources(self.config.emulator), drop)
+        return self._build
+
+    def factorize(self) -> None:
+        """The emulator."""
+        from emloc_ray.modeling.architecture import load_config
+
+        calibration_dir = self.directory.path("calibration")
+
+        def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
+            base = load_config(self.model_dir, trust_remote_code=self.config.model.trust_remote_code)
+            return self._emulator_build().finish(calibration_dir, base, progress)
+
+        out_dir = self.directory.path("emulator")
+        self._tell_thin_calibration(self._step("factorize", self._factorize_inputs(), [out_dir], execute, resumes=True))
+        if self.config.calibration.keep == "none" and calibration_dir.is_dir():
+            shutil.rmtree(calibration_dir)
 
     def _tell_thin_calibration(self, result: dict[str, Any]) -> None:
         fewest, highest = result["fewest_tokens"], max(self.layout.ranks.values(), default=0)

@@ -35,7 +35,9 @@ def assemble_metrics(directory: RunDirectory, prepared: Prepared, verified: Coll
     if "data" in stages:
         metrics["data"] = stages["data"]["splits"]
     if "calibrate" in stages:
-        metrics["calibration"] = {key: stages["calibrate"][key] for key in ("num_tokens", "num_shards")}
+        found = stages["calibrate"]
+        told = ("num_tokens", "num_shards", "mode", "waves", "rounds", "converged")
+        metrics["calibration"] = {key: found[key] for key in told if key in found}
     if "factorize" in stages:
         saved = layout.parameters_targeted - layout.parameters_factorized
         metrics["emulator"] = {

@@ -56,6 +56,21 @@ class Gram:
         return lower + torch.tril(lower, -1).T
 
 
+def relative_change(before: Gram, after: Gram) -> float:
+    """``‖G'/n' − G/n‖_F / ‖G'/n'‖_F`` for full symmetric sums ``G`` over n tokens and ``G'`` over n'.
+
+    It bounds the relative change of the spectrum, ``‖λ' − λ‖₂ / ‖λ'‖₂`` (Hoffman and Wielandt 1953,
+    https://doi.org/10.1215/S0012-7094-53-02004-3), without an eigendecomposition, and of the eigenvectors' span beside
+    it. 1 where there were no tokens before, 0 where there is nothing but zeros.
+    """
+    if before.num_tokens == 0:
+        return 1.0
+    now = after.matrix / max(after.num_tokens, 1)
+    size = float(torch.linalg.vector_norm(now, dtype=torch.float64))
+    moved = float(torch.linalg.vector_norm(now - before.matrix / before.num_tokens, dtype=torch.float64))
+    return moved / size if size > 0 else 0.0
+
+
 def pack_triangle(matrix: Tensor) -> Tensor:
     """The lower triangle of a symmetric ``(n, n)`` matrix, row by row, as ``(n (n + 1) / 2,)``: half the bytes."""
     rows, columns = torch.tril_indices(matrix.shape[0], matrix.shape[0], device=matrix.device)

@@ -4,19 +4,40 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from emloc_ray.core.gram import Gram, pack_triangle, unpack_triangle
+from emloc_ray.core.gram import Gram, pack_triangle, relative_change, unpack_triangle
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.atomic import write_json
 from emloc_ray.io.checkpoint import read_shard
 from emloc_ray.io.shard_writing import write_tensors
 
 INDEX = "grams.index.json"
+
+
+@dataclass(frozen=True)
+class StoredGram:
+    """One Gram in a file of :func:`write_gram_shard`."""
+
+    file: Path
+    name: str
+
+    def read(self) -> Tensor:
+        """The symmetric Gram ``(in, in)``, float32; raises ArtifactError where the file does not hold it."""
+        entry = next((entry for entry in read_shard(self.file).entries if entry.name == self.name), None)
+        if entry is None:
+            raise ArtifactError(f"{self.file} holds no Gram of {self.name}: run the calibrate stage again.")
+        return unpack_triangle(entry.read_rows())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens summed in it."""
+        return gram_counts(self.file)[self.name]
 
 
 class GramStore:
@@ -43,10 +64,12 @@ class GramStore:
 
     def read(self, linear: str) -> Tensor:
         """The symmetric Gram ``(in, in)`` of the inputs of ``linear``, float32."""
+        return self.stored(linear).read()
+
+    def stored(self, linear: str) -> StoredGram:
+        """Where the Gram of the inputs of ``linear`` is."""
         name = self._gram_of[linear]
-        shard = read_shard(self.directory / self.index["weight_map"][name])
-        entry = next(entry for entry in shard.entries if entry.name == name)
-        return unpack_triangle(entry.read_rows())
+        return StoredGram(self.directory / self.index["weight_map"][name], name)
 
 
 def write_gram_shard(path: Path, grams: dict[str, Gram]) -> None:
@@ -56,6 +79,28 @@ def write_gram_shard(path: Path, grams: dict[str, Gram]) -> None:
     write_tensors(path, packed, {"num_tokens": json.dumps(counts)})
 
 
+def drop_grams(path: Path) -> None:
+    """Leaves a file's token counts alone, which say that its Grams were gathered and are no longer needed."""
+    write_tensors(path, {}, {"num_tokens": json.dumps(gram_counts(path))})
+
+
+def add_gram_files(before: Path | None, more: Path, target: Path) -> tuple[dict[str, int], dict[str, float]]:
+    """Writes the sums of two files that hold the same Grams (without ``before``, a copy of ``more``), one at a time in
+    memory beside the sums; returns the tokens of each and its :func:`relative_change` from ``before``."""
+    counts, changes = gram_counts(more), {}
+    earlier = {} if before is None else gram_counts(before)
+    sums: dict[str, Gram] = {}
+    for name, count in counts.items():
+        gram = Gram(StoredGram(more, name).read(), count)
+        if before is not None:
+            old = Gram(StoredGram(before, name).read(), earlier[name])
+            gram = old.combine(gram)
+            changes[name] = relative_change(old, gram)
+        sums[name] = gram
+    write_gram_shard(target, sums)
+    return {name: gram.num_tokens for name, gram in sums.items()}, changes
+
+
 def gram_counts(path: Path) -> dict[str, int]:
     """The token counts of the Grams that :func:`write_gram_shard` wrote."""
     counts: dict[str, int] = json.loads(json.loads(read_shard(path).header)["__metadata__"]["num_tokens"])
@@ -63,11 +108,20 @@ def gram_counts(path: Path) -> dict[str, int]:
 
 
 def write_gram_index(
-    directory: Path, groups: Sequence[Sequence[str]], weight_map: dict[str, str], num_tokens: dict[str, int]
+    directory: Path,
+    groups: Sequence[Sequence[str]],
+    weight_map: dict[str, str],
+    num_tokens: dict[str, int],
+    changes: dict[str, float] | None = None,
 ) -> None:
-    """Writes the index, last: Grams without it do not count."""
+    """Writes the index, last: Grams without it do not count.
+
+    ``weight_map`` holds paths from ``directory`` on; ``changes`` is each Gram's :func:`relative_change` from a total
+    over fewer rows, where it was measured.
+    """
     named = {group[0]: list(group) for group in groups}
-    write_json(directory / INDEX, {"groups": named, "weight_map": weight_map, "num_tokens": num_tokens})
+    index = {"groups": named, "weight_map": weight_map, "num_tokens": num_tokens}
+    write_json(directory / INDEX, {**index, **({} if changes is None else {"changes": changes})})
 
 
 def write_slot(path: Path, grams: dict[str, Gram], last_shard: int) -> None:

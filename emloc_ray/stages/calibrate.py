@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from emloc_ray.data.token_shards import TokenShards
-from emloc_ray.io.grams import gram_counts, reduce_slots, write_gram_index, write_gram_shard
+from emloc_ray.io.grams import INDEX, GramStore, gram_counts, reduce_slots, write_gram_index, write_gram_shard
 from emloc_ray.modeling.architecture import load_config
 from emloc_ray.modeling.replay import block_flow
 from emloc_ray.stages.calibration_job import CalibrationJob
@@ -23,29 +22,39 @@ from emloc_ray.stages.streamed_slot import StreamedSlot, grams_file, part_file
 
 _GRAMS_PER_FILE = 4
 
+# Hears of every file of Grams that is final, with their names.
+Ready = Callable[[Path, Sequence[str]], None]
 
-def calibrate(job: CalibrationJob, out_dir: Path, resources: Resources, progress: Progress = silent) -> dict[str, Any]:
-    """Gathers every group's Gram over all token shards into ``out_dir``; each shard counts exactly once.
 
-    Shard i belongs to slot ``i mod num_workers``; a lost actor is replaced and goes on from its slot's commit.
-    ``job.mode`` ``resident`` holds the model in every actor; ``streamed`` holds one block of it and takes all shards
-    through that. Both give the same Grams, up to rounding.
+def unheard(file: Path, names: Sequence[str]) -> None:
+    """The listener that does nothing."""
+
+
+def calibrate(
+    job: CalibrationJob, out_dir: Path, resources: Resources, progress: Progress = silent, ready: Ready = unheard
+) -> dict[str, Any]:
+    """Gathers every group's Gram over the job's token shards into ``out_dir``; each shard counts exactly once.
+
+    The shards go to slots in turn; a lost actor is replaced and goes on from its slot's commit. ``job.mode``
+    ``resident`` holds the model in every actor; ``streamed`` holds one block of it and takes all shards through that.
+    Both give the same Grams, up to rounding. ``ready`` hears of Grams while others are still gathered.
 
     Raises:
         NumericsError: where activations are NaN or Inf, naming the layer.
         StageError: where a slot is lost more often than retries allow.
     """
-    num_shards = TokenShards(job.tokens_dir).num_shards
+    num_shards = job.shards[1] - job.shards[0]
     num_slots = min(resources.num_workers, num_shards)
-    gather = _stream if job.mode == "streamed" else _reside
-    counts, weight_map = gather(job, out_dir, num_slots, num_shards, resources, progress)
-    write_gram_index(out_dir, job.groups, weight_map, counts)
+    if not (out_dir / INDEX).is_file():
+        gather = _stream if job.mode == "streamed" else _reside
+        counts, weight_map = gather(job, out_dir, num_slots, resources, progress, ready)
+        write_gram_index(out_dir, job.groups, weight_map, counts)
     for left in ("slots", "hidden"):
         shutil.rmtree(out_dir / left, ignore_errors=True)
     return {
         "num_workers": num_slots,
         "num_shards": num_shards,
-        "num_tokens": max(counts.values()),
+        "num_tokens": max(GramStore(out_dir).index["num_tokens"].values()),
         "mode": job.mode,
         "waves": len(job.waves or (job.groups,)),
     }
@@ -55,13 +64,13 @@ Gathered = tuple[dict[str, int], dict[str, str]]  # tokens and file of every Gra
 
 
 def _reside(
-    job: CalibrationJob, out_dir: Path, num_slots: int, num_shards: int, resources: Resources, progress: Progress
+    job: CalibrationJob, out_dir: Path, num_slots: int, resources: Resources, progress: Progress, ready: Ready
 ) -> Gathered:
     """One pass over the shards for each wave of Grams."""
     counts: dict[str, int] = {}
     weight_map: dict[str, str] = {}
     waves = job.waves or (job.groups,)
-    work = [range(slot, num_shards, num_slots) for slot in range(num_slots)]
+    work = [job.shards_of(slot, num_slots) for slot in range(num_slots)]
     for number, groups in enumerate(waves):
         part = dataclasses.replace(job, groups=groups)
         folder = out_dir / "slots" / f"wave-{number:04d}-of-{len(waves):04d}"
@@ -81,6 +90,8 @@ def _reside(
         found = _reduce(slots, names, out_dir, f"grams-{number + 1:05d}" if len(waves) > 1 else "grams")
         counts.update(found[0])
         weight_map.update(found[1])
+        for file in sorted(set(found[1].values())):
+            ready(out_dir / file, [name for name in names if found[1][name] == file])
     return counts, weight_map
 
 
@@ -106,7 +117,7 @@ def _reduce_part(slots: list[Path], names: list[str], path: Path) -> dict[str, i
 
 
 def _stream(
-    job: CalibrationJob, out_dir: Path, num_slots: int, num_shards: int, resources: Resources, progress: Progress
+    job: CalibrationJob, out_dir: Path, num_slots: int, resources: Resources, progress: Progress, ready: Ready
 ) -> Gathered:
     """Every slot at its own pace through the blocks; a block's Grams are summed once all slots have passed it."""
     options = dict(job.model_options)
@@ -114,9 +125,11 @@ def _stream(
     order = block_flow(load_config(job.model_dir, trust_remote_code=trusted), trusted).order
     names = [[group[0] for group in job.groups if group[0].startswith(f"{block}.")] for block in order]
     num_blocks = 1 + max(position for position, inside in enumerate(names) if inside)
+    files = [grams_file(out_dir, block, num_blocks) for block in range(num_blocks)]
     reduce: Any = ray.remote(_reduce_block).options(num_cpus=0)  # the slots may hold every CPU
     passed = dict.fromkeys(range(num_slots), -1)
-    summing: dict[int, Any] = {}
+    summing: dict[Any, int] = {}
+    counts: dict[str, int] = {}
 
     def start(slot: int) -> Any:
         return (
@@ -126,18 +139,22 @@ def _stream(
         )
 
     def done(slot: int, position: int) -> None:
+        for block in range(min(passed.values()) + 1, min((passed | {slot: position}).values()) + 1):
+            parts = [part_file(out_dir, s, num_slots, block) for s in range(num_slots)]
+            summing[reduce.remote(parts, names[block], files[block])] = block
         passed[slot] = position
-        for block in range(min(passed.values()) + 1):
-            if block not in summing:
-                parts = [part_file(out_dir, s, num_slots, block) for s in range(num_slots)]
-                summing[block] = reduce.remote(parts, names[block], grams_file(out_dir, block, num_blocks))
+        collect(0)
+
+    def collect(timeout: float | None) -> None:
+        summed, _ = ray.wait(list(summing), num_returns=len(summing), timeout=timeout) if summing else ([], [])
+        for reference in summed:
+            block = summing.pop(reference)
+            counts.update(ray.get(reference))
+            ready(files[block], names[block])
 
     run_slots(start, [range(num_blocks)] * num_slots, progress, done)
-    counts = {name: count for result in ray.get(list(summing.values())) for name, count in result.items()}
-    weight_map = {
-        name: grams_file(out_dir, block, num_blocks).name for block in range(num_blocks) for name in names[block]
-    }
-    return counts, weight_map
+    collect(None)
+    return counts, {name: files[block].name for block in range(num_blocks) for name in names[block]}
 
 
 def _reduce_block(parts: list[Path], names: list[str], path: Path) -> dict[str, int]:

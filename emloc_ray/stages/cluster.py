@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
+import errno
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -92,8 +94,8 @@ def return_freed_memory() -> None:
         ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
-def own_error(error: BaseException) -> EmlocError | None:
-    """The EmlocError at the bottom of what Ray raised, as it was raised on the worker; None where there is none."""
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and all that it was raised from, on this process or on a worker."""
     seen: set[int] = set()
     pending: list[BaseException | None] = [error]
     while pending:
@@ -101,11 +103,15 @@ def own_error(error: BaseException) -> EmlocError | None:
         if current is None or id(current) in seen:
             continue
         seen.add(id(current))
-        if isinstance(current, EmlocError) and not isinstance(current, ray.exceptions.RayError):
-            return current
+        yield current
         pending += [getattr(current, "cause", None), current.__cause__, current.__context__]
         pending += list(getattr(current, "worker_failures", {}).values())
-    return None
+
+
+def own_error(error: BaseException) -> EmlocError | None:
+    """The EmlocError at the bottom of what Ray raised, as it was raised on the worker; None where there is none."""
+    own = (e for e in causes(error) if isinstance(e, EmlocError) and not isinstance(e, ray.exceptions.RayError))
+    return next(own, None)
 
 
 def explain(error: BaseException, stage: str) -> EmlocError:
@@ -115,26 +121,56 @@ def explain(error: BaseException, stage: str) -> EmlocError:
         return own
     if isinstance(error, ray.exceptions.OutOfMemoryError):
         return StageError(f"{stage}: a worker ran out of memory: lower its batch size or num_workers.")
+    full = next((e for e in causes(error) if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)), None)
+    if full is not None:
+        where = f" at {full.filename}" if full.filename else ""
+        return StageError(f"{stage}: the disk is full{where}: free some and run the same command again.")
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     detail = (lines[-1] if lines else type(error).__name__).strip()[:300]
     return StageError(f"{stage}: {type(error).__name__}: {detail}")
 
 
+class Flight:
+    """Ray tasks that start in the order they are added, at most ``limit`` of them in flight."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.results: dict[int, Any] = {}
+        self._waiting: collections.deque[tuple[int, Callable[[], Any]]] = collections.deque()
+        self._flying: dict[Any, int] = {}
+        self._added = 0
+
+    @property
+    def left(self) -> int:
+        """How many are not done."""
+        return len(self._waiting) + len(self._flying)
+
+    def add(self, submit: Callable[[], Any]) -> None:
+        """Queues a task; ``submit`` starts it and gives its reference."""
+        self._waiting.append((self._added, submit))
+        self._added += 1
+
+    def pump(self, timeout: float | None = 0) -> bool:
+        """Starts what may start and collects what has ended, waiting for one up to ``timeout`` seconds (None: as long as
+        it takes); whether anything is left. Raises what a task raised."""
+        while self._waiting and len(self._flying) < self.limit:
+            number, submit = self._waiting.popleft()
+            self._flying[submit()] = number
+        if self._flying:
+            ready, _ = ray.wait(list(self._flying), num_returns=1, timeout=timeout)
+            for reference in ready:
+                self.results[self._flying.pop(reference)] = ray.get(reference)
+        return bool(self._waiting or self._flying)
+
+
 def bounded(tasks: Iterable[Callable[[], Any]], limit: int, progress: Progress, total: int) -> list[Any]:
     """Submits Ray tasks in order, at most ``limit`` in flight; their results in the order submitted."""
-    results: dict[int, Any] = {}
-    flying: dict[Any, int] = {}
-    for number, submit in enumerate(tasks):
-        flying[submit()] = number
-        if len(flying) >= limit:
-            _collect(flying, results, progress, total)
-    while flying:
-        _collect(flying, results, progress, total)
-    return [results[number] for number in sorted(results)]
-
-
-def _collect(flying: dict[Any, int], results: dict[int, Any], progress: Progress, total: int) -> None:
-    ready, _ = ray.wait(list(flying), num_returns=1)
-    for reference in ready:
-        results[flying.pop(reference)] = ray.get(reference)
-    progress(len(results), total)
+    flight = Flight(limit)
+    for submit in tasks:
+        flight.add(submit)
+    left = flight.pump(None)
+    while left:
+        progress(len(flight.results), total)
+        left = flight.pump(None)
+    progress(len(flight.results), total)
+    return [flight.results[number] for number in sorted(flight.results)]

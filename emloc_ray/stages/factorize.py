@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,75 +15,85 @@ import torch
 
 from emloc_ray.core.factorization import factorize as factorize_layer
 from emloc_ray.core.whitening import Whitening
-from emloc_ray.io.checkpoint import Checkpoint, TensorEntry, write_index
-from emloc_ray.io.grams import GramStore
+from emloc_ray.io.checkpoint import Checkpoint, TensorEntry, read_shard, write_index
+from emloc_ray.io.grams import GramStore, StoredGram, drop_grams
 from emloc_ray.io.shard_writing import copy_chunks, make_header, stream_shard, write_tensors
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.emulator import write_emulator_config
 from emloc_ray.modeling.loading import copy_tokenizer
-from emloc_ray.stages.cluster import Progress, Resources, bounded, set_threads, silent
+from emloc_ray.stages.cluster import Flight, Progress, Resources, set_threads, silent
 
 _CHUNK_BYTES = 2**26
+_LAYERS = "layers"
 
 
 @dataclass(frozen=True)
 class FactorizationJob:
-    """Artifact paths and flat settings of the stage."""
+    """Artifact paths and flat settings of the stage.
+
+    ``groups`` are the linears that share an input; those without a rank in ``ranks`` stay dense.
+    """
 
     model_dir: Path
-    calibration_dir: Path
     out_dir: Path
+    groups: tuple[tuple[LinearSpec, ...], ...]
+    ranks: dict[str, int]
     dampening_frac: float = 1e-6
     seed: int = 0
 
 
+def _cost(group: Sequence[LinearSpec]) -> float:
+    return sum(min(s.out_features, s.in_features) ** 3 + s.num_parameters * s.in_features for s in group)
+
+
 @dataclass(frozen=True)
 class LayerReport:
-    """One factorized layer: its error relative to ``‖W G^½‖`` and the spectrum of ``W G Wᵀ`` (descending)."""
+    """One factorized layer: its error relative to ``‖W G^½‖`` and the energy ``tr(W G Wᵀ)`` of its spectrum."""
 
     name: str
     rank: int
     relative_error: float
     solver: str
-    spectrum: np.ndarray[Any, np.dtype[np.float32]]
     total_energy: float
     num_tokens: int
 
 
-def factorize_group(
-    job: FactorizationJob, specs: Sequence[LinearSpec], ranks: dict[str, int], path: Path
-) -> list[LayerReport]:
-    """Factorizes the linears of one group under their shared Gram and writes their factors as one shard.
+def spectra_file(factors: Path) -> Path:
+    """Where the spectra of ``W G Wᵀ`` (descending) and the reports of a shard's layers are."""
+    return factors.parent / "spectra" / factors.name
+
+
+def read_reports(factors: Path) -> list[LayerReport]:
+    """What :func:`factorize_group` reported of a shard's layers."""
+    metadata = json.loads(read_shard(spectra_file(factors)).header)["__metadata__"]
+    return [LayerReport(**layer) for layer in json.loads(metadata[_LAYERS])]
+
+
+def factorize_group(job: FactorizationJob, specs: Sequence[LinearSpec], gram: StoredGram, path: Path) -> None:
+    """Factorizes the linears of one group under their shared Gram; writes their spectra, then their factors as one shard.
 
     Raises:
         NumericsError: where a weight or the Gram holds NaN or Inf, naming the layer.
     """
     checkpoint = Checkpoint(job.model_dir)
-    grams = GramStore(job.calibration_dir)
-    whitening = Whitening(grams.read(specs[0].name), job.dampening_frac)
+    whitening = Whitening(gram.read(), job.dampening_frac)
+    num_tokens = gram.num_tokens
     tensors: dict[str, torch.Tensor] = {}
+    spectra: dict[str, torch.Tensor] = {}
     reports = []
     for spec in specs:
         stored = checkpoint.read(spec.weight_name)
         weight = stored.T if spec.transposed else stored
-        result = factorize_layer(weight, whitening, ranks[spec.name], seed=job.seed, name=spec.name)
+        result = factorize_layer(weight, whitening, job.ranks[spec.name], seed=job.seed, name=spec.name)
         tensors[f"{spec.name}.up.weight"] = result.factors.up.to(stored.dtype)
         tensors[f"{spec.name}.down.weight"] = result.factors.down.to(stored.dtype)
         if f"{spec.name}.bias" in checkpoint:
             tensors[f"{spec.name}.up.bias"] = checkpoint.read(f"{spec.name}.bias")
-        reports.append(
-            LayerReport(
-                spec.name,
-                ranks[spec.name],
-                result.relative_error,
-                result.solver,
-                result.eigenvalues.float().numpy(),
-                result.total_energy,
-                grams.num_tokens(spec.name),
-            )
-        )
-    write_tensors(path, tensors)
-    return reports
+        spectra[spec.name] = result.eigenvalues.float()
+        rank, error, energy = job.ranks[spec.name], result.relative_error, result.total_energy
+        reports.append(LayerReport(spec.name, rank, error, result.solver, energy, num_tokens))
+    write_tensors(spectra_file(path), spectra, {_LAYERS: json.dumps([asdict(report) for report in reports])})
+    write_tensors(path, tensors)  # last: with it, the group is done
 
 
 def copy_rest(entries: Sequence[TensorEntry], path: Path) -> None:
@@ -90,82 +101,120 @@ def copy_rest(entries: Sequence[TensorEntry], path: Path) -> None:
     stream_shard(path, make_header(entries), ((entry, copy_chunks(entry, _CHUNK_BYTES)) for entry in entries))
 
 
-def build_emulator(
-    job: FactorizationJob,
-    groups: Sequence[Sequence[LinearSpec]],
-    ranks: dict[str, int],
-    base_config: Any,
-    resources: Resources,
-    progress: Progress = silent,
-) -> dict[str, Any]:
-    """Writes the emulator: factors of every linear in ``ranks``, all other tensors as they are, config and tokenizer.
+class EmulatorBuild:
+    """Writes an emulator, shard by shard; shards that are there already are kept.
 
-    ``groups`` are the linears that share an input; a linear without a rank stays dense.
+    Groups may be added as soon as their Grams are, while calibration goes on; :meth:`finish` does all that is left.
     """
-    job.out_dir.mkdir(parents=True, exist_ok=True)
-    work = [[spec for spec in group if spec.name in ranks] for group in groups]
-    work = sorted((group for group in work if group), key=_cost, reverse=True)
-    rest = _rest_of_shards(job.model_dir, ranks)
-    total = len(work) + len(rest)
-    files = [job.out_dir / f"model-{number + 1:05d}-of-{total:05d}.safetensors" for number in range(total)]
-    factor: Any = ray.remote(_group_task).options(**resources.options())
-    copy: Any = ray.remote(copy_rest).options(num_cpus=1)
-    submit = [
-        functools.partial(factor.remote, job, group, {s.name: ranks[s.name] for s in group}, file, resources.threads)
-        for group, file in zip(work, files, strict=False)
-    ]
-    submit += [
-        functools.partial(copy.remote, entries, file) for entries, file in zip(rest, files[len(work) :], strict=True)
-    ]
-    in_flight = 2 * resources.num_workers
-    results = bounded(submit, in_flight, progress, total)
-    reports = [report for result in results[: len(work)] for report in result]
-    _write_index(job.out_dir, files)
-    write_emulator_config(job.out_dir, base_config, ranks)
-    copy_tokenizer(job.model_dir, job.out_dir)
-    return _summary(job, reports, resources)
+
+    def __init__(self, job: FactorizationJob, resources: Resources, drop: bool = False) -> None:
+        """``drop``: empty a file of Grams once all that was added with it is factorized."""
+        self.job, self.resources, self.drop = job, resources, drop
+        self._shared_job = ray.put(job)  # once, not with every task
+        ranked = [tuple(spec for spec in group if spec.name in job.ranks) for group in job.groups]
+        work = sorted((group for group in ranked if group), key=_cost, reverse=True)
+        rest = _rest_of_shards(job)
+        total = len(work) + len(rest)
+        self.files = [job.out_dir / f"model-{number + 1:05d}-of-{total:05d}.safetensors" for number in range(total)]
+        self._file_of = dict(zip(work, self.files, strict=False))
+        self._rest = list(zip(rest, self.files[len(work) :], strict=True))
+        self._work_of = {spec.name: group for group in work for spec in group}
+        self._flight = Flight(2 * resources.num_workers)
+        self._used: dict[Path, list[Path]] = {}
+        self._started: set[Path] = set()
+        self._error: Exception | None = None
+
+    def add(self, grams: Path, names: Sequence[str]) -> None:
+        """Factorizes the groups whose Grams, each named by one of its linears, are in a file now."""
+        groups = {name: group for group in self.job.groups for name in (spec.name for spec in group)}
+        found = {}
+        for name in names:
+            work = next((self._work_of[spec.name] for spec in groups[name] if spec.name in self._work_of), None)
+            if work is not None:
+                found[work] = StoredGram(grams, name)
+        self._used[grams] = [self._file_of[work] for work in found]
+        for work in sorted(found, key=_cost, reverse=True):
+            self._start(work, found[work])
+        self.pump()
+
+    def _start(self, work: tuple[LinearSpec, ...], gram: StoredGram) -> None:
+        file = self._file_of[work]
+        if file in self._started or file.is_file():
+            return
+        self._started.add(file)
+        task: Any = ray.remote(_group_task).options(**self.resources.options())
+        self._flight.add(functools.partial(task.remote, self._shared_job, work, gram, file, self.resources.threads))
+
+    def pump(self, timeout: float | None = 0) -> bool:
+        """Starts what may start; whether more is left. What fails is raised by :meth:`finish`, so that calibration, which
+        goes on meanwhile, is not lost with it."""
+        if self._error is not None:
+            return False
+        try:
+            left = self._flight.pump(timeout)
+            for grams, files in list(self._used.items()):
+                if self.drop and all(file.is_file() for file in files):
+                    drop_grams(grams)
+                    del self._used[grams]
+            return left
+        except Exception as error:
+            self._error = error
+            return False
+
+    def finish(self, calibration_dir: Path, base_config: Any, progress: Progress = silent) -> dict[str, Any]:
+        """Writes what is left: factors of every linear in ``job.ranks``, all other tensors as they are, config, tokenizer.
+
+        ``base_config`` is the original's. Raises what a task raised, and NumericsError as :func:`factorize_group`.
+        """
+        left = [w for w, file in self._file_of.items() if file not in self._started and not file.is_file()]
+        if left:
+            grams = GramStore(calibration_dir)
+            for work in left:
+                self._start(work, grams.stored(work[0].name))
+        copy: Any = ray.remote(copy_rest).options(num_cpus=1)
+        for entries, file in self._rest:
+            if not file.is_file():
+                self._flight.add(functools.partial(copy.remote, entries, file))
+        while self.pump(None):
+            progress(len(self.files) - self._flight.left, len(self.files))
+        if self._error is not None:
+            raise self._error
+        progress(len(self.files), len(self.files))
+        _write_index(self.job.out_dir, self.files)
+        write_emulator_config(self.job.out_dir, base_config, self.job.ranks)
+        copy_tokenizer(self.job.model_dir, self.job.out_dir)
+        return _summary(list(self._file_of.values()), self.resources)
 
 
-def _group_task(
-    job: FactorizationJob, group: Sequence[LinearSpec], ranks: dict[str, int], path: Path, threads: int
-) -> list[LayerReport]:
-    set_threads(threads)
-    return factorize_group(job, group, ranks, path)
-
-
-def _cost(group: Sequence[LinearSpec]) -> float:
-    return sum(min(s.out_features, s.in_features) ** 3 + s.num_parameters * s.in_features for s in group)
-
-
-def _rest_of_shards(model_dir: Path, ranks: dict[str, int]) -> list[list[TensorEntry]]:
-    replaced = {f"{name}.{part}" for name in ranks for part in ("weight", "bias")}
-    shards = Checkpoint(model_dir).shards
+def _rest_of_shards(job: FactorizationJob) -> list[list[TensorEntry]]:
+    """What the emulator keeps as it is, by shard of the original."""
+    replaced = {f"{name}.{part}" for name in job.ranks for part in ("weight", "bias")}
+    shards = Checkpoint(job.model_dir).shards
     rest = [[entry for entry in shard.entries if entry.name not in replaced] for shard in shards]
     return [entries for entries in rest if entries]
 
 
-def _write_index(out_dir: Path, files: Sequence[Path]) -> None:
-    from emloc_ray.io.checkpoint import read_shard
+def _group_task(job: FactorizationJob, specs: Sequence[LinearSpec], gram: StoredGram, path: Path, threads: int) -> None:
+    set_threads(threads)
+    factorize_group(job, specs, gram, path)
 
+
+def _write_index(out_dir: Path, files: Sequence[Path]) -> None:
     entries = {entry.name: entry for file in files for entry in read_shard(file).entries}
     parameters = sum(int(np.prod(entry.shape)) for entry in entries.values())
     total_size = sum(entry.num_bytes for entry in entries.values())
     write_index(out_dir, {name: entry.file.name for name, entry in entries.items()}, total_size, parameters)
 
 
-def _summary(job: FactorizationJob, reports: list[LayerReport], resources: Resources) -> dict[str, Any]:
-    order = sorted(reports, key=lambda report: report.name)
-    if order:
-        spectra = {report.name: torch.from_numpy(report.spectrum.copy()) for report in order}
-        write_tensors(job.out_dir / "spectra" / "spectra.safetensors", spectra)
+def _summary(files: Sequence[Path], resources: Resources) -> dict[str, Any]:
+    reports = sorted((report for file in files for report in read_reports(file)), key=lambda report: report.name)
     layers = {
         r.name: {"rank": r.rank, "relative_error": r.relative_error, "solver": r.solver, "total_energy": r.total_energy}
-        for r in order
+        for r in reports
     }
-    fewest = min((r.num_tokens for r in order), default=None)
     return {
         "num_workers": resources.num_workers,
-        "mean_relative_error": float(np.mean([r.relative_error for r in order])) if order else 0.0,
+        "mean_relative_error": float(np.mean([r.relative_error for r in reports])) if reports else 0.0,
         "layers": layers,
-        "fewest_tokens": fewest,
+        "fewest_tokens": min((r.num_tokens for r in reports), default=None),
     }

@@ -45,7 +45,7 @@ class StreamedSlot:
         set_threads(threads)
         self.job, self.out_dir, self.slot, self.num_slots, self.num_blocks = job, out_dir, slot, num_slots, num_blocks
         self.shards = TokenShards(job.tokens_dir)
-        self.numbers = range(slot, self.shards.num_shards, num_slots)
+        self.numbers = job.shards_of(slot, num_slots)
         self.replay = BlockReplay(job.model_dir, **dict(job.model_options))
 
     def position(self) -> int:

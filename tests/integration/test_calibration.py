@@ -74,3 +74,62 @@ def test_waves_under_a_memory_budget_give_the_same_grams(
     assert result(run)["mode"] == "resident"
     assert result(run)["waves"] >= 2
     assert_same_grams(run, llama_run.root)
+
+
+def test_an_early_stop_tells_its_rounds_and_without_one_the_grams_are_the_same(
+    calibrated: Callable[..., Path], llama_run: FinishedRun
+) -> None:
+    run = calibrated(calibration={"convergence_tolerance": 0.9})
+    loose = result(run)
+    assert loose["converged"]
+    assert [part["num_shards"] for part in loose["rounds"]] == [1, 2]
+    assert 0 < loose["rounds"][1]["change"] < 0.9
+    assert loose["num_tokens"] < result(llama_run.root)["num_tokens"]
+    run = calibrated(calibration={"convergence_tolerance": 1e-6})  # stricter: the same directory, anew
+    strict = result(run)
+    assert not strict["converged"]
+    assert [part["num_shards"] for part in strict["rounds"]] == [1, 2, 4]
+    assert strict["num_tokens"] == result(llama_run.root)["num_tokens"]
+    assert_same_grams(run, llama_run.root)
+    assert not list((run / "calibration").glob("round-*"))
+    assert [file.parent.name for file in (run / "calibration").rglob("*.safetensors")] == ["total-3"] * len(
+        list((run / "calibration" / "total-3").glob("*.safetensors"))
+    )
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["calibration"]["rounds"] == strict["rounds"]
+
+
+def test_rounds_that_were_over_when_a_run_was_killed_are_not_made_again(
+    calibrated: Callable[..., Path], llama_run: FinishedRun, tmp_path: Path
+) -> None:
+    class Stop(RecordingReporter):
+        def start(self, stage: str) -> Callable[[int, int], None]:
+            super().start(stage)
+            return self._progress
+
+        def _progress(self, done: int, total: int) -> None:
+            if self.started[-1] == "calibrate" and done > total / 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrated(Stop(), calibration={"convergence_tolerance": 1e-5})
+    kept = tmp_path / "run" / "calibration" / "total-2" / "grams.index.json"
+    made = kept.stat().st_mtime_ns
+    run = calibrated(calibration={"convergence_tolerance": 1e-5})
+    assert kept.stat().st_mtime_ns == made
+    assert_same_grams(run, llama_run.root)
+
+
+def test_grams_that_are_not_kept_are_gone_once_used_and_gathered_again_where_needed(
+    llama_run: FinishedRun, tmp_path: Path
+) -> None:
+    values = llama_run.changed(calibration={"keep": "none", "mode": "streamed"}, correction={"method": "projection"})
+    values["run_dir"] = str(tmp_path / "run")
+    assert {"calibrate", "factorize"} <= set(run_values(values, until="factorize").started)
+    assert not (tmp_path / "run" / "calibration").exists()
+    assert run_values(values, until="factorize").started == []
+    values["emulator"] = {**values["emulator"], "compression_ratio": 0.25}
+    assert run_values(values, until="factorize").started == ["calibrate", "factorize"]
+    values["calibration"] = {**values["calibration"], "keep": "grams"}
+    assert run_values(values, until="factorize").started == ["calibrate"]
+    assert_same_grams(tmp_path / "run", llama_run.root)

@@ -35,7 +35,7 @@ def artifacts(tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.Temp
     by_name = {spec.name: spec for spec in specs}
     names = shared_inputs(model, specs)
     tokens = write_tokens(root / "tokens", 20, 5)
-    job = CalibrationJob(model_dir, tokens, tuple(tuple(group) for group in names), batch_size=3)
+    job = CalibrationJob(model_dir, tokens, tuple(tuple(group) for group in names), (0, 4), batch_size=3)
     slot = ResidentSlot(job, root / "slot.safetensors", 1)
     for number in range(4):
         slot.accumulate(number)

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from emloc_ray.core.gram import Gram
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import shard_name, write_index, write_shard
-from emloc_ray.io.grams import write_gram_index, write_gram_shard
+from emloc_ray.io.grams import GramStore, StoredGram, write_gram_index, write_gram_shard
 from emloc_ray.modeling.adapter import LoraModule, write_adapter
 from emloc_ray.modeling.architecture import LinearSpec, block_linears, empty_model
 from emloc_ray.stages.calibration_job import CalibrationJob
@@ -75,10 +75,11 @@ def write_lora(directory: Path, specs: tuple[LinearSpec, ...], r: int = 4, alpha
     return directory
 
 
-def gpt2_group(model_dir: Path, root: Path) -> tuple[FactorizationJob, tuple[LinearSpec, ...], dict[str, int]]:
+def gpt2_group(model_dir: Path, root: Path) -> tuple[FactorizationJob, tuple[LinearSpec, ...], StoredGram]:
     """One Conv1D of a tiny GPT-2 under an identity Gram, so that plain norms measure its error."""
     specs = block_linears(empty_model(AutoConfig.from_pretrained(model_dir)))
     spec = next(spec for spec in specs if spec.name.endswith("0.attn.c_attn"))
     write_gram_shard(root / "grams" / "grams.safetensors", {spec.name: Gram(torch.eye(spec.in_features), 64)})
     write_gram_index(root / "grams", [[spec.name]], {spec.name: "grams.safetensors"}, {spec.name: 64})
-    return FactorizationJob(model_dir, root / "grams", root / "unused"), (spec,), {spec.name: 16}
+    job = FactorizationJob(model_dir, root / "unused", ((spec,),), {spec.name: 16})
+    return job, (spec,), GramStore(root / "grams").stored(spec.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,17 +13,26 @@ from stage_artifacts import Artifacts, gpt2_group
 
 from emloc_ray.errors import NumericsError
 from emloc_ray.io.checkpoint import Checkpoint
-from emloc_ray.io.grams import GramStore
-from emloc_ray.stages.factorize import FactorizationJob, copy_rest, factorize_group
+from emloc_ray.io.grams import GramStore, StoredGram
+from emloc_ray.modeling.architecture import LinearSpec
+from emloc_ray.stages.factorize import FactorizationJob, copy_rest, factorize_group, read_reports, spectra_file
 
 
 def job_of(artifacts: Artifacts, model_dir: Path | None = None) -> FactorizationJob:
-    return FactorizationJob(model_dir or artifacts.model_dir, artifacts.calibration_dir, artifacts.root / "unused")
+    return FactorizationJob(
+        model_dir or artifacts.model_dir, artifacts.root / "unused", artifacts.groups, artifacts.ranks
+    )
+
+
+def gram_of(artifacts: Artifacts, group: Sequence[LinearSpec]) -> StoredGram:
+    return GramStore(artifacts.calibration_dir).stored(group[0].name)
 
 
 def test_a_group_is_written_with_the_errors_that_it_reports(artifacts: Artifacts, tmp_path: Path) -> None:
     group = next(group for group in artifacts.groups if len(group) == 3)
-    reports = factorize_group(job_of(artifacts), group, artifacts.ranks, tmp_path / "factors.safetensors")
+    factors = tmp_path / "factors.safetensors"
+    factorize_group(job_of(artifacts), group, gram_of(artifacts, group), factors)
+    reports, spectra = read_reports(factors), load_file(spectra_file(factors))
     written = load_file(tmp_path / "factors.safetensors")
     assert set(written) == {f"{spec.name}.{part}.weight" for spec in group for part in ("up", "down")}
     original, grams = Checkpoint(artifacts.model_dir), GramStore(artifacts.calibration_dir)
@@ -39,7 +48,7 @@ def test_a_group_is_written_with_the_errors_that_it_reports(artifacts: Artifacts
         assert report.relative_error == pytest.approx(error, rel=1e-2)
         assert report.num_tokens == grams.num_tokens(spec.name)
         # The spectrum tells the error of every rank, this one's among them.
-        energy = torch.from_numpy(report.spectrum.copy()).double()
+        energy = spectra[spec.name].double()
         assert bool((energy[:-1] >= energy[1:] - 1e-6 * energy[0]).all())
         assert float((1 - energy[:rank].sum() / report.total_energy).clamp_min(0).sqrt()) == pytest.approx(
             error, rel=0.02
@@ -47,8 +56,9 @@ def test_a_group_is_written_with_the_errors_that_it_reports(artifacts: Artifacts
 
 
 def test_biases_and_transposed_weights_are_carried_over(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
-    job, group, ranks = gpt2_group(tiny_model_dir("gpt2"), tmp_path)
-    [report] = factorize_group(job, group, ranks, tmp_path / "factors.safetensors")
+    job, group, gram = gpt2_group(tiny_model_dir("gpt2"), tmp_path)
+    factorize_group(job, group, gram, tmp_path / "factors.safetensors")
+    [report] = read_reports(tmp_path / "factors.safetensors")
     [spec] = group
     written = load_file(tmp_path / "factors.safetensors")
     original = Checkpoint(job.model_dir)
@@ -69,7 +79,9 @@ def test_a_weight_that_is_no_number_names_its_layer(artifacts: Artifacts, tmp_pa
             tensors[group[0].weight_name][3, 5] = value
             save_file(tensors, file, {"format": "pt"})
     with pytest.raises(NumericsError, match=r"model\.layers\.1\.mlp\.down_proj"):
-        factorize_group(job_of(artifacts, tmp_path / "model"), group, artifacts.ranks, tmp_path / "factors.safetensors")
+        factorize_group(
+            job_of(artifacts, tmp_path / "model"), group, gram_of(artifacts, group), tmp_path / "factors.safetensors"
+        )
     assert not (tmp_path / "factors.safetensors").exists()
 
 

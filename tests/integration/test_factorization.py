@@ -1,0 +1,149 @@
+"""Building an emulator on Ray: shard by shard, while Grams still come, after a kill, and under a full disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_runs import FinishedRun, RecordingReporter, run_values
+
+from emloc_ray.config import parse_config
+from emloc_ray.errors import NumericsError, StageError
+from emloc_ray.io.checkpoint import read_shard
+from emloc_ray.io.grams import INDEX, GramStore
+from emloc_ray.jobs import factorization_job
+from emloc_ray.modeling.architecture import load_config
+from emloc_ray.preparation import prepare
+from emloc_ray.stages.cluster import Resources
+from emloc_ray.stages.factorize import EmulatorBuild
+
+
+def factors(directory: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of an emulator."""
+    return {k: v for file in directory.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def assert_same_emulator(found: Path, expected: Path) -> None:
+    ours, theirs = factors(found), factors(expected)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def new_build(run: FinishedRun, out_dir: Path, model_dir: Path | None = None, drop: bool = False) -> EmulatorBuild:
+    job = factorization_job(prepare(parse_config(run.values)), model_dir or run.model_dir, out_dir)
+    return EmulatorBuild(job, Resources(2), drop)
+
+
+def test_groups_are_factorized_as_their_grams_come_and_used_grams_are_dropped(
+    llama_run: FinishedRun, tmp_path: Path
+) -> None:
+    grams = tmp_path / "calibration"
+    shutil.copytree(llama_run.root / "calibration", grams)
+    index = (grams / INDEX).read_bytes()
+    store = GramStore(grams)
+    first = sorted(set(store.index["weight_map"].values()))[0]
+    names = [name for name, file in store.index["weight_map"].items() if file == first]
+    (grams / INDEX).unlink()  # other Grams are still gathered
+    build = new_build(llama_run, tmp_path / "emulator", drop=True)
+    build.add(grams / first, names)
+    while build.pump(None):
+        pass
+    written = {name.removesuffix(".up.weight") for name in factors(tmp_path / "emulator") if "up.weight" in name}
+    assert written == {linear for name in names for linear in store.index["groups"][name]}
+    assert read_shard(grams / first).entries == ()
+    (grams / INDEX).write_bytes(index)
+    told: list[tuple[int, int]] = []
+    base = load_config(llama_run.model_dir)
+    result = build.finish(grams, base, lambda done, total: told.append((done, total)))
+    assert told[-1][0] == told[-1][1] == len(build.files)
+    assert_same_emulator(tmp_path / "emulator", llama_run.root / "emulator")
+    assert set(result["layers"]) == {spec.name for group in build.job.groups for spec in group}
+
+
+def test_a_build_that_was_killed_keeps_its_shards_and_ends_the_same(llama_run: FinishedRun, tmp_path: Path) -> None:
+    out_dir = tmp_path / "emulator"
+    shutil.copytree(llama_run.root / "emulator", out_dir)
+    files = sorted(out_dir.glob("model-*.safetensors"))
+    lost, kept = files[1::2], files[::2]
+    for file in [*lost, out_dir / "config.json"]:
+        file.unlink()
+    before = {file: file.stat().st_mtime_ns for file in kept}
+    new_build(llama_run, out_dir).finish(llama_run.root / "calibration", load_config(llama_run.model_dir))
+    assert {file: file.stat().st_mtime_ns for file in kept} == before
+    assert_same_emulator(out_dir, llama_run.root / "emulator")
+
+
+def test_a_poisoned_layer_is_named_at_the_end_and_the_others_stay(llama_run: FinishedRun, tmp_path: Path) -> None:
+    model_dir = tmp_path / "model"
+    shutil.copytree(llama_run.model_dir, model_dir)
+    for file in model_dir.glob("*.safetensors"):
+        tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+        if "model.layers.0.self_attn.o_proj.weight" in tensors:
+            tensors["model.layers.0.self_attn.o_proj.weight"][0, 0] = torch.nan
+            save_file(tensors, file, {"format": "pt"})
+    build = new_build(llama_run, tmp_path / "emulator", model_dir)
+    store = GramStore(llama_run.root / "calibration")
+    by_file: dict[str, list[str]] = {}
+    for name, file in store.index["weight_map"].items():
+        by_file.setdefault(file, []).append(name)
+    for file, names in by_file.items():
+        build.add(store.directory / file, names)  # nothing is raised here
+    while build.pump(None):
+        pass
+    with pytest.raises(NumericsError, match=r"model\.layers\.0\.self_attn\.o_proj"):
+        build.finish(store.directory, load_config(model_dir))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 MiB; skipped where this user may not mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("may not mount a file system")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+class FillingReporter(RecordingReporter):
+    """Fills the disk when a stage begins, but for some bytes."""
+
+    def __init__(self, disk: Path, stage: str, left: int) -> None:
+        super().__init__()
+        self.disk, self.stage, self.left = disk, stage, left
+        self.ballast = disk / "ballast"
+
+    def start(self, stage: str) -> Callable[[int, int], None]:
+        if stage == self.stage:
+            free = shutil.disk_usage(self.disk).free
+            with self.ballast.open("wb") as file:
+                file.write(b"\0" * (free - self.left))
+        return super().start(stage)
+
+
+def test_a_disk_that_fills_up_stops_the_run_and_the_same_command_goes_on(
+    llama_run: FinishedRun, small_disk: Path
+) -> None:
+    values: dict[str, Any] = {**llama_run.values, "run_dir": str(small_disk / llama_run.root.name)}
+    page = os.sysconf("SC_PAGE_SIZE")
+    emulator = sum(f.stat().st_size for f in (llama_run.root / "emulator").glob("model-*"))
+    reporter = FillingReporter(small_disk, "factorize", emulator // 2 // page * page)
+    with pytest.raises(StageError, match=r"factorize: the disk is full.*run the same command again"):
+        run_values(values, reporter, until="factorize")
+    run = small_disk / llama_run.root.name
+    done = {file: file.stat().st_mtime_ns for file in (run / "emulator").glob("model-*.safetensors")}
+    assert 0 < len(done) < len(list((llama_run.root / "emulator").glob("model-*.safetensors")))
+    assert not list((run / "emulator").glob(".*.tmp"))
+    reporter.ballast.unlink()
+    again = run_values(values, until="factorize")
+    assert again.started == ["factorize"]
+    assert {file: file.stat().st_mtime_ns for file in done} == done
+    assert_same_emulator(run / "emulator", llama_run.root / "emulator")
