@@ -1,56 +1,194 @@
-"""What the config says of a stage, as that stage's flat job."""
+"""What the config says of each stage, as that stage's flat job over artifact paths. Importing this imports ray."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from emloc_ray.config import StageConfig
+from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.memory import MemoryModel
-from emloc_ray.planner import row_lengths
+from emloc_ray.modeling.architecture import load_config
+from emloc_ray.planner import num_steps, row_lengths
 from emloc_ray.preparation import Prepared
-
-if TYPE_CHECKING:
-    from emloc_ray.stages.calibration_job import CalibrationJob, Groups
-    from emloc_ray.stages.factorize import FactorizationJob
-
-
-def gram_groups(prepared: Prepared, groups: Sequence[Sequence[Any]] | None = None) -> Groups:
-    """The names of the linears that compression targets, those that read the same tensor together."""
-    targeted = set(prepared.layout.compressed)
-    named = (tuple(spec.name for spec in group if spec.name in targeted) for group in groups or prepared.layout.groups)
-    return tuple(group for group in named if group)
+from emloc_ray.stages.calibration_job import CalibrationJob, Groups
+from emloc_ray.stages.cluster import Resources
+from emloc_ray.stages.correct import CorrectionJob, candidates
+from emloc_ray.stages.evaluate import EvaluationJob
+from emloc_ray.stages.factorize import FactorizationJob
+from emloc_ray.stages.finetune import FinetuneJob
+from emloc_ray.stages.merge import MergeJob
 
 
-def calibration_job(
-    prepared: Prepared, model_dir: Path, tokens_dir: Path, pad_token_id: int, model_options: dict[str, Any]
-) -> CalibrationJob:
-    """With the mode and the waves that fit a worker's memory."""
-    from emloc_ray.data.token_shards import TokenShards
-    from emloc_ray.stages.calibration_job import CalibrationJob
+@dataclass(frozen=True)
+class Jobs:
+    """The jobs of one run; ``model_dir`` holds the original as safetensors."""
 
-    memory = MemoryModel(prepared, row_lengths(prepared))
-    mode = memory.calibration_mode()
-    section = prepared.config.calibration
-    return CalibrationJob(
-        model_dir,
-        tokens_dir,
-        gram_groups(prepared),
-        (0, TokenShards(tokens_dir).num_shards),
-        section.tokens,
-        section.batch_size,
-        pad_token_id,
-        tuple(model_options.items()),
-        mode,
-        tuple(gram_groups(prepared, wave) for wave in memory.waves()) if mode == "resident" else None,
-    )
+    prepared: Prepared
+    model_dir: Path
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """How every stage opens the original."""
+        model = self.prepared.config.model
+        return {
+            "dtype": model.dtype,
+            "attn_implementation": model.attn_implementation,
+            "trust_remote_code": model.trust_remote_code,
+        }
+
+    def base_config(self) -> Any:
+        """The original's transformers config."""
+        return load_config(self.model_dir, trust_remote_code=self.prepared.config.model.trust_remote_code)
+
+    def gram_groups(self, groups: Sequence[Sequence[Any]] | None = None) -> Groups:
+        """The names of the linears that compression targets, those that read the same tensor together."""
+        targeted = set(self.prepared.layout.compressed)
+        whole = self.prepared.layout.groups if groups is None else groups
+        named = (tuple(spec.name for spec in group if spec.name in targeted) for group in whole)
+        return tuple(group for group in named if group)
+
+    def calibration(self) -> CalibrationJob:
+        """With the mode and the waves that fit a worker's memory."""
+        memory = MemoryModel(self.prepared, row_lengths(self.prepared))
+        mode = memory.calibration_mode()
+        section = self.prepared.config.calibration
+        return CalibrationJob(
+            self.model_dir,
+            self.tokens("calibration"),
+            self.gram_groups(),
+            (0, TokenShards(self.tokens("calibration")).num_shards),
+            section.tokens,
+            section.batch_size,
+            self._pad_token_id(),
+            tuple(self.model_options.items()),
+            mode,
+            tuple(self.gram_groups(wave) for wave in memory.waves()) if mode == "resident" else None,
+        )
+
+    def factorization(self) -> FactorizationJob:
+        """Every group of linears that share an input."""
+        config, layout = self.prepared.config, self.prepared.layout
+        frac = config.emulator.dampening_frac
+        return FactorizationJob(self.model_dir, self._path("emulator"), layout.groups, layout.ranks, frac, config.seed)
+
+    def num_steps(self) -> int:
+        """Optimizer steps of the fine-tuning, from the rows that it has."""
+        return num_steps(self.prepared.config, len(TokenShards(self.tokens("train"))))
+
+    def finetuning(self, name: str) -> FinetuneJob:
+        """``name`` is what a later try of the same training goes on from."""
+        config = self.prepared.config
+        section = config.finetune
+        return FinetuneJob(
+            emulator_dir=self._path("emulator"),
+            tokens_dir=self.tokens("train"),
+            out_dir=self._path("adapter_emulator"),
+            storage_dir=self._path("training"),
+            name=name,
+            adapter=self._adapter_settings(),
+            portable_targets=self._portable_targets(),
+            base_model=self._base_model(),
+            max_steps=self.num_steps(),
+            batch_size=section.per_device_train_batch_size,
+            seed=config.seed,
+            loss_on=section.loss_on,
+            pad_token_id=self._pad_token_id(),
+            max_failures=section.max_failures,
+            lean_memory=config.memory_budget is not None,
+            training_arguments=_training_arguments(section),
+            model_options=self.model_options,
+        )
+
+    def correction(self) -> CorrectionJob:
+        """With the candidates that the config leaves to choose among."""
+        config, layout = self.prepared.config, self.prepared.layout
+        section = config.correction
+        has_grams = bool(layout.ranks) and config.calibration.keep == "grams"
+        method = section.method if layout.ranks else "none"
+        return CorrectionJob(
+            model_dir=self.model_dir,
+            emulator_dir=self._path("emulator"),
+            calibration_dir=self._path("calibration") if has_grams else None,
+            adapter_dir=self._path("adapter_emulator"),
+            out_dir=self._path("adapter"),
+            selection_dir=self.tokens("selection"),
+            specs=layout.specs,
+            candidates=tuple(candidates(method, section.clamp, section.strength, has_grams)),
+            dampening_frac=section.dampening_frac,
+            batch_size=config.evaluation.batch_size,
+            loss_on=config.finetune.loss_on,
+            pad_token_id=self._pad_token_id(),
+            model_options=self.model_options,
+        )
+
+    def merging(self) -> MergeJob:
+        """Of the corrected adapter into the original."""
+        section = self.prepared.config.merge
+        return MergeJob(
+            self.model_dir,
+            self._path("adapter"),
+            self._path("merged"),
+            self.prepared.layout.specs,
+            section.chunk_bytes,
+            section.max_shard_size,
+        )
+
+    def evaluation(self) -> EvaluationJob:
+        """Of every variant on the held-out rows."""
+        config = self.prepared.config
+        section = config.evaluation
+        return EvaluationJob(
+            model_dir=self.model_dir,
+            emulator_dir=self._path("emulator"),
+            trained_adapter_dir=self._path("adapter_emulator"),
+            corrected_adapter_dir=self._path("adapter"),
+            merged_dir=self._path("merged"),
+            tokens_dir=self.tokens("eval"),
+            loss_on=config.finetune.loss_on,
+            batch_size=section.batch_size,
+            pad_token_id=self._pad_token_id(),
+            num_generations=section.num_generations,
+            num_exact_match=section.num_exact_match,
+            max_new_tokens=section.max_new_tokens,
+            model_options=self.model_options,
+        )
+
+    def tokens(self, split: str) -> Path:
+        """The token shards of a split."""
+        return self._path("data", "tokens", split)
+
+    def _path(self, *parts: str) -> Path:
+        return self.prepared.run.path(*parts)
+
+    def _pad_token_id(self) -> int:
+        # Padding is masked everywhere: any token of the vocabulary serves.
+        pad = getattr(self.base_config(), "pad_token_id", None)
+        return pad if isinstance(pad, int) and pad >= 0 else 0
+
+    def _base_model(self) -> str:
+        return str(self.model_dir) if self.prepared.source.gguf_file else self.prepared.config.model.source
+
+    def _portable_targets(self) -> str | list[str]:
+        targets = self.prepared.layout.portable_targets
+        return targets if isinstance(targets, str) else list(targets)
+
+    def _adapter_settings(self) -> dict[str, Any]:
+        layout = self.prepared.layout
+        settings = self.prepared.config.adapter.model_dump(exclude={"target_modules", "exclude_modules"})
+        transposed = any(spec.transposed for spec in layout.specs if spec.name in layout.adapted)
+        return {**settings, "target_modules": list(layout.adapted), "fan_in_fan_out": transposed}
 
 
-def factorization_job(prepared: Prepared, model_dir: Path, out_dir: Path) -> FactorizationJob:
-    """Every group of linears that share an input."""
-    from emloc_ray.stages.factorize import FactorizationJob
+def resources(section: StageConfig) -> Resources:
+    """What a section asks of Ray."""
+    return Resources(section.num_workers, section.cpus_per_worker, section.gpus_per_worker)
 
-    config, layout = prepared.config, prepared.layout
-    return FactorizationJob(
-        model_dir, out_dir, layout.groups, layout.ranks, config.emulator.dampening_frac, config.seed
-    )
+
+def _training_arguments(section: Any) -> dict[str, Any]:
+    """What the finetune section says to Hugging Face's TrainingArguments, but for what the stage sets itself."""
+    own = {*StageConfig.model_fields, "loss_on", "max_steps", "num_train_epochs", "per_device_train_batch_size"}
+    dumped: dict[str, Any] = section.model_dump(mode="json", exclude={*own, "max_failures"})
+    return dumped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,8 +12,7 @@ from emloc_ray.config import RunConfig, StageConfig
 from emloc_ray.errors import EmlocError
 from emloc_ray.io.fingerprint import fingerprint, fingerprint_files, fingerprint_large_files
 from emloc_ray.io.grams import INDEX
-from emloc_ray.jobs import calibration_job, factorization_job, gram_groups
-from emloc_ray.planner import make_plan, num_steps
+from emloc_ray.planner import make_plan
 from emloc_ray.preparation import Prepared, check_disk, prepare
 from emloc_ray.report import write_report
 from emloc_ray.reporter import Reporter, SilentReporter
@@ -62,18 +62,16 @@ class Pipeline:
     """One run's stages over one run directory; needs a connection to Ray."""
 
     def __init__(self, prepared: Prepared, reporter: Reporter, begin: str | None = None) -> None:
+        from emloc_ray.jobs import Jobs
+
         self.prepared, self.config, self.layout = prepared, prepared.config, prepared.layout
         self.directory, self.reporter = prepared.run, reporter
         self.forced = set(STAGES[STAGES.index(begin) :]) if begin else set()
         self.inputs: dict[str, str] = {}
         self._build: EmulatorBuild | None = None
         imported = prepared.source.gguf_file is not None
-        self.model_dir = self.directory.path("model") if imported else prepared.source.directory
-        self.model_options = {
-            "dtype": self.config.model.dtype,
-            "attn_implementation": self.config.model.attn_implementation,
-            "trust_remote_code": self.config.model.trust_remote_code,
-        }
+        self.jobs = Jobs(prepared, self.directory.path("model") if imported else prepared.source.directory)
+        self.model_options = self.jobs.model_options
 
     def run(self, until: str = STAGES[-1]) -> None:
         """Every stage up to ``until``, in order."""
@@ -139,9 +137,9 @@ class Pipeline:
             from emloc_ray.modeling.loading import fetch_weights
 
             self.reporter.note(f"The weights of {source.hub_id} are taken from the hub, where they are not cached yet.")
-            self.model_dir = fetch_weights(source)
+            self.jobs = dataclasses.replace(self.jobs, model_dir=fetch_weights(source))
         if source.gguf_file is None:
-            self.inputs["import"] = fingerprint_large_files(sorted(self.model_dir.iterdir()))
+            self.inputs["import"] = fingerprint_large_files(sorted(self.jobs.model_dir.iterdir()))
             return
         inputs = {
             "file": fingerprint_large_files([source.directory / source.gguf_file]),
@@ -154,10 +152,10 @@ class Pipeline:
             from emloc_ray.modeling.loading import import_gguf
 
             task: Any = ray.remote(import_gguf)
-            ray.get(task.remote(source, self.model_dir, self.config.model.dtype))
+            ray.get(task.remote(source, self.jobs.model_dir, self.config.model.dtype))
             return {}
 
-        self._step("import", inputs, [self.model_dir], execute)
+        self._step("import", inputs, [self.jobs.model_dir], execute)
 
     def prepare_data(self) -> None:
         """Rows, split, as token shards; the split's fingerprint is its content."""
@@ -167,7 +165,7 @@ class Pipeline:
         inputs = {"model": self.inputs["import"], **split_inputs(self.prepared)}
 
         def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
-            return tokenize_data(self.prepared, self.model_dir, self.directory.path("data"), progress)
+            return tokenize_data(self.prepared, self.jobs.model_dir, self.directory.path("data"), progress)
 
         counts = self._step("data", inputs, [tokens], execute)["splits"]
         for split, count in counts.items():
@@ -197,6 +195,7 @@ class Pipeline:
             self.directory.forget("calibrate")
             shutil.rmtree(self.directory.path("calibration"), ignore_errors=True)
             return
+        from emloc_ray.jobs import resources
         from emloc_ray.stages.calibrate import calibrate
         from emloc_ray.stages.convergence import calibrate_until_converged
 
@@ -206,30 +205,29 @@ class Pipeline:
             "options": self.model_options,
             "data": self.inputs["data/calibration"],
             "tokens": section.tokens,
-            "groups": gram_groups(self.prepared),
+            "groups": self.jobs.gram_groups(),
         }
         tolerance = section.convergence_tolerance
         if tolerance is not None:
             inputs["convergence_tolerance"] = tolerance
 
         def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
-            tokens = self._tokens("calibration")
-            job = calibration_job(self.prepared, self.model_dir, tokens, self._pad_token_id(), self.model_options)
+            job = self.jobs.calibration()
             # What slots of a streamed run left speaks of their own shards alone.
             slots = section.num_workers if job.mode == "streamed" else None
             self._discard_unless(out_dir, {**inputs, "mode": job.mode, "waves": len(job.waves or ()), "slots": slots})
-            resources = _resources(section)
+            asked = resources(section)
             if tolerance is not None:
-                return calibrate_until_converged(job, out_dir, resources, tolerance, progress)
+                return calibrate_until_converged(job, out_dir, asked, tolerance, progress)
             if self._is_done("factorize", self._factorize_inputs()):
-                return calibrate(job, out_dir, resources, progress)
+                return calibrate(job, out_dir, asked, progress)
             build = self._emulator_build()
 
             def meanwhile(done: int, total: int) -> None:
                 progress(done, total)
                 build.pump()
 
-            return calibrate(job, out_dir, resources, meanwhile, build.add)
+            return calibrate(job, out_dir, asked, meanwhile, build.add)
 
         self.inputs["calibrate"] = fingerprint(inputs)
         needed = section.keep == "grams" or not self._is_done("factorize", self._factorize_inputs())
@@ -259,6 +257,7 @@ class Pipeline:
     def _emulator_build(self) -> EmulatorBuild:
         """Made once a run; what a killed run of the same inputs wrote is kept, what a finished one wrote is not."""
         if self._build is None:
+            from emloc_ray.jobs import resources
             from emloc_ray.stages.factorize import EmulatorBuild
 
             out_dir = self.directory.path("emulator")
@@ -266,23 +265,19 @@ class Pipeline:
                 self.directory.forget("factorize")
                 shutil.rmtree(out_dir, ignore_errors=True)
             self._discard_unless(out_dir, self._factorize_inputs())
-            job = factorization_job(self.prepared, self.model_dir, out_dir)
             drop = self.config.calibration.keep == "none"
-            self._build = EmulatorBuild(job, _resources(self.config.emulator), drop)
+            self._build = EmulatorBuild(self.jobs.factorization(), resources(self.config.emulator), drop)
         return self._build
 
     def factorize(self) -> None:
         """The emulator."""
-        from emloc_ray.modeling.architecture import load_config
-
-        calibration_dir = self.directory.path("calibration")
+        out_dir, calibration_dir = self.directory.path("emulator"), self.directory.path("calibration")
 
         def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
-            base = load_config(self.model_dir, trust_remote_code=self.config.model.trust_remote_code)
-            return self._emulator_build().finish(calibration_dir, base, progress)
+            return self._emulator_build().finish(calibration_dir, self.jobs.base_config(), progress)
 
-        out_dir = self.directory.path("emulator")
-        self._tell_thin_calibration(self._step("factorize", self._factorize_inputs(), [out_dir], execute, resumes=True))
+        result = self._step("factorize", self._factorize_inputs(), [out_dir], execute, resumes=True)
+        self._tell_thin_calibration(result)
         if self.config.calibration.keep == "none" and calibration_dir.is_dir():
             shutil.rmtree(calibration_dir)
 
@@ -296,107 +291,60 @@ class Pipeline:
 
     def finetune(self) -> None:
         """The adapter as trained on the emulator."""
-        from emloc_ray.data.token_shards import TokenShards
-        from emloc_ray.stages.finetune import FinetuneJob, finetune
+        from emloc_ray.jobs import resources
+        from emloc_ray.stages.finetune import finetune
 
         section = self.config.finetune
-        out_dir = self.directory.path("adapter_emulator")
-        steps = num_steps(self.config, len(TokenShards(self._tokens("train"))))
         inputs = {
             "factorize": self.inputs["factorize"],
             "data": self.inputs["data/train"],
             "options": self.model_options,
             "adapter": self.config.adapter.model_dump(mode="json"),
             "finetune": _without(section, {"cpus_per_worker", "gpus_per_worker", "max_failures"}),
-            "steps": steps,
+            "steps": self.jobs.num_steps(),
             "seed": self.config.seed,
         }
 
         def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
-            job = FinetuneJob(
-                emulator_dir=self.directory.path("emulator"),
-                tokens_dir=self._tokens("train"),
-                out_dir=out_dir,
-                storage_dir=self.directory.path("training"),
-                name=f"finetune-{fingerprint(inputs)}",
-                adapter=self._adapter_settings(),
-                portable_targets=self._portable_targets(),
-                base_model=self._base_model(),
-                max_steps=steps,
-                batch_size=section.per_device_train_batch_size,
-                seed=self.config.seed,
-                loss_on=section.loss_on,
-                pad_token_id=self._pad_token_id(),
-                max_failures=section.max_failures,
-                lean_memory=self.config.memory_budget is not None,
-                training_arguments=_training_arguments(section),
-                model_options=self.model_options,
-            )
-            result = finetune(job, _resources(section), progress)
+            job = self.jobs.finetuning(f"finetune-{fingerprint(inputs)}")
+            result = finetune(job, resources(section), progress)
             shutil.rmtree(job.storage_dir, ignore_errors=True)
             return result
 
-        self._step("finetune", inputs, [out_dir], execute)
+        self._step("finetune", inputs, [self.directory.path("adapter_emulator")], execute)
 
     def correct(self) -> None:
         """The adapter as corrected for the original."""
-        from emloc_ray.stages.correct import CorrectionJob, candidates, correct
+        from emloc_ray.jobs import resources
+        from emloc_ray.stages.correct import correct
 
-        section = self.config.correction
-        has_grams = bool(self.layout.ranks) and self.config.calibration.keep == "grams"
-        method = section.method if self.layout.ranks else "none"
-        options = candidates(method, section.clamp, section.strength, has_grams)
-        out_dir = self.directory.path("adapter")
         inputs = {
             "finetune": self.inputs["finetune"],
-            "correction": section.model_dump(mode="json"),
+            "correction": self.config.correction.model_dump(mode="json"),
             "data": self.inputs["data/selection"],
         }
 
         def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
-            job = CorrectionJob(
-                model_dir=self.model_dir,
-                emulator_dir=self.directory.path("emulator"),
-                calibration_dir=self.directory.path("calibration") if has_grams else None,
-                adapter_dir=self.directory.path("adapter_emulator"),
-                out_dir=out_dir,
-                selection_dir=self._tokens("selection"),
-                specs=self.layout.specs,
-                candidates=tuple(options),
-                dampening_frac=section.dampening_frac,
-                batch_size=self.config.evaluation.batch_size,
-                loss_on=self.config.finetune.loss_on,
-                pad_token_id=self._pad_token_id(),
-                model_options=self.model_options,
-            )
-            return correct(job, _resources(self.config.merge), progress)
+            return correct(self.jobs.correction(), resources(self.config.merge), progress)
 
-        self._step("correct", inputs, [out_dir], execute)
+        self._step("correct", inputs, [self.directory.path("adapter")], execute)
 
     def merge(self) -> None:
         """The original with the corrected adapter folded in."""
-        from emloc_ray.stages.merge import MergeJob, merge
-
-        out_dir = self.directory.path("merged")
+        from emloc_ray.jobs import resources
+        from emloc_ray.stages.merge import merge
 
         def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
-            job = MergeJob(
-                self.model_dir,
-                self.directory.path("adapter"),
-                out_dir,
-                self.layout.specs,
-                self.config.merge.chunk_bytes,
-                self.config.merge.max_shard_size,
-            )
-            return merge(job, _resources(self.config.merge), progress)
+            return merge(self.jobs.merging(), resources(self.config.merge), progress)
 
         size = self.config.merge.max_shard_size
         inputs = {"correct": self.inputs["correct"], **({} if size is None else {"max_shard_size": size})}
-        self._step("merge", inputs, [out_dir], execute)
+        self._step("merge", inputs, [self.directory.path("merged")], execute)
 
     def evaluate(self) -> None:
         """Every variant on the held-out rows."""
-        from emloc_ray.stages.evaluate import EvaluationJob, evaluate
+        from emloc_ray.jobs import resources
+        from emloc_ray.stages.evaluate import evaluate
 
         section = self.config.evaluation
         inputs = {
@@ -406,63 +354,13 @@ class Pipeline:
         }
 
         def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
-            job = EvaluationJob(
-                model_dir=self.model_dir,
-                emulator_dir=self.directory.path("emulator"),
-                trained_adapter_dir=self.directory.path("adapter_emulator"),
-                corrected_adapter_dir=self.directory.path("adapter"),
-                merged_dir=self.directory.path("merged"),
-                tokens_dir=self._tokens("eval"),
-                loss_on=self.config.finetune.loss_on,
-                batch_size=section.batch_size,
-                pad_token_id=self._pad_token_id(),
-                num_generations=section.num_generations,
-                num_exact_match=section.num_exact_match,
-                max_new_tokens=section.max_new_tokens,
-                model_options=self.model_options,
-            )
-            return evaluate(job, _resources(section), progress)
+            return evaluate(self.jobs.evaluation(), resources(section), progress)
 
         self._step("evaluate", inputs, [], execute)
-
-    def _tokens(self, split: str) -> Path:
-        return self.directory.path("data", "tokens", split)
-
-    def _pad_token_id(self) -> int:
-        from emloc_ray.modeling.architecture import load_config
-
-        config = load_config(self.model_dir, trust_remote_code=self.config.model.trust_remote_code)
-        # Padding is masked everywhere: any token of the vocabulary serves.
-        pad = getattr(config, "pad_token_id", None)
-        return pad if isinstance(pad, int) and pad >= 0 else 0
-
-    def _base_model(self) -> str:
-        return str(self.model_dir) if self.prepared.source.gguf_file else self.config.model.source
-
-    def _portable_targets(self) -> str | list[str]:
-        targets = self.layout.portable_targets
-        return targets if isinstance(targets, str) else list(targets)
-
-    def _adapter_settings(self) -> dict[str, Any]:
-        settings = self.config.adapter.model_dump(exclude={"target_modules", "exclude_modules"})
-        transposed = any(spec.transposed for spec in self.layout.specs if spec.name in self.layout.adapted)
-        return {**settings, "target_modules": list(self.layout.adapted), "fan_in_fan_out": transposed}
-
-
-def _resources(section: StageConfig) -> Any:
-    from emloc_ray.stages.cluster import Resources
-
-    return Resources(section.num_workers, section.cpus_per_worker, section.gpus_per_worker)
 
 
 def _without(section: StageConfig, keys: set[str]) -> dict[str, Any]:
     return section.model_dump(mode="json", exclude=keys)
-
-
-def _training_arguments(section: Any) -> dict[str, Any]:
-    """What the finetune section says to Hugging Face's TrainingArguments, but for what the stage sets itself."""
-    own = {*StageConfig.model_fields, "loss_on", "max_steps", "num_train_epochs", "per_device_train_batch_size"}
-    return section.model_dump(mode="json", exclude={*own, "max_failures"})
 
 
 def describe_failure(error: EmlocError, run_dir: Path) -> str:

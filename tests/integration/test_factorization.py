@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from emloc_ray.config import parse_config
 from emloc_ray.errors import NumericsError, StageError
 from emloc_ray.io.checkpoint import read_shard
 from emloc_ray.io.grams import INDEX, GramStore
-from emloc_ray.jobs import factorization_job
+from emloc_ray.jobs import Jobs
 from emloc_ray.modeling.architecture import load_config
 from emloc_ray.preparation import prepare
 from emloc_ray.stages.cluster import Resources
@@ -37,7 +38,8 @@ def assert_same_emulator(found: Path, expected: Path) -> None:
 
 
 def new_build(run: FinishedRun, out_dir: Path, model_dir: Path | None = None, drop: bool = False) -> EmulatorBuild:
-    job = factorization_job(prepare(parse_config(run.values)), model_dir or run.model_dir, out_dir)
+    prepared = prepare(parse_config(run.values))
+    job = replace(Jobs(prepared, model_dir or run.model_dir).factorization(), out_dir=out_dir)
     return EmulatorBuild(job, Resources(2), drop)
 
 
