@@ -1,0 +1,46 @@
+"""What the benchmarks share: figures, timing in turns, and the quickstart's artifacts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import emloc_ray
+from emloc_ray.config import RunConfig
+
+CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+Figures = dict[str, dict[str, Any]]
+
+
+def figure(ours: float, baseline: float, unit: str, error: float | None = None) -> dict[str, Any]:
+    """One line of the result; ``ratio`` is baseline over ours, so that more is better."""
+    return {"ratio": baseline / ours, "ours": ours, "baseline": baseline, "unit": unit, "error": error}
+
+
+def interleaved(actions: Sequence[Callable[[], None]], repeats: int) -> list[float]:
+    """The fewest seconds that each action took, in turns: what is above them is what else the machine did."""
+    times: list[list[float]] = [[] for _ in actions]
+    for action in actions:
+        action()
+    for _ in range(repeats):
+        for action, found in zip(actions, times, strict=True):
+            begin = time.perf_counter()
+            action()
+            found.append(time.perf_counter() - begin)
+    return [min(found) for found in times]
+
+
+def calibrated(out: Path) -> tuple[RunConfig, Path]:
+    """The quickstart run up to its Grams, made once."""
+    config = emloc_ray.load_config(CONFIG, [f"run_dir={out / 'ratio-0.5'}"])
+    emloc_ray.run(config, until="calibrate")
+    return config, Path(config.run_dir)
+
+
+def emulated(run: Path, out: Path) -> Path:
+    """The quickstart's emulator."""
+    if not (run / "emulator" / "config.json").is_file():
+        emloc_ray.run(emloc_ray.load_config(CONFIG, [f"run_dir={out / 'ratio-0.5'}"]), until="factorize")
+    return run / "emulator"
