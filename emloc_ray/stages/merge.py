@@ -22,10 +22,13 @@ from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.loading import copy_tokenizer
 from emloc_ray.stages.cluster import Progress, Resources, bounded, set_threads, silent
 
+_LARGEST_SHARE = 8
+_LEAST_CHUNK = 2**16
+
 
 @dataclass(frozen=True)
 class MergeJob:
-    """Artifact paths and flat settings of the stage."""
+    """Artifact paths and flat settings of the stage; ``chunk_bytes`` bounds a row chunk, see :func:`chunk_limit`."""
 
     model_dir: Path
     adapter_dir: Path
@@ -55,27 +58,43 @@ def output_shards(shards: Sequence[Shard], max_shard_size: int | None) -> list[t
 
 
 def merge_shard(job: MergeJob, shard: Shard, target: Path) -> int:
-    """Writes one shard of the merged model; returns how many tensors changed."""
+    """Writes one shard of the merged model; returns how many tensors changed.
+
+    It holds one row chunk at a time, with what is made of it, and one module's adapter.
+    """
     adapter = Adapter(job.adapter_dir)
-    touched = {spec.weight_name: spec for spec in job.specs if spec.name in set(adapter.names)}
+    named = set(adapter.names)
+    touched = {spec.weight_name: spec for spec in job.specs if spec.name in named}
     changed = [entry.name for entry in shard.entries if entry.name in touched]
+    chunk_bytes = chunk_limit(job.chunk_bytes, max((entry.num_bytes for entry in shard.entries), default=0))
 
     def tensors() -> Iterator[tuple[TensorEntry, Iterator[torch.Tensor]]]:
         for entry in shard.entries:
             spec = touched.get(entry.name)
             if spec is None:
-                yield entry, copy_chunks(entry, job.chunk_bytes)
+                yield entry, copy_chunks(entry, chunk_bytes)
             else:
-                yield entry, _merged(entry, adapter.module(spec.name), spec.transposed, job.chunk_bytes)
+                yield entry, _merged(entry, adapter.module(spec.name), spec.transposed, chunk_bytes)
 
     stream_shard(target, shard.header, tensors())
     return len(changed)
 
 
+def chunk_limit(chunk_bytes: int, largest: int) -> int:
+    """Bytes of a row chunk, in float32 where it is merged: the config's, but at most an eighth of the largest tensor.
+
+    A chunk that is merged is there as read, in float32, and rounded again where it is narrower: two of these together.
+    """
+    return min(chunk_bytes, max(largest // _LARGEST_SHARE, _LEAST_CHUNK))
+
+
 def _merged(entry: TensorEntry, lora: LoraModule, transposed: bool, chunk_bytes: int) -> Iterator[torch.Tensor]:
     own_bytes = max(1, chunk_bytes * entry.dtype.itemsize // 4)  # of the stored dtype: chunk_bytes counts float32
     for begin, rows in row_chunks(entry, own_bytes):
-        yield merge_rows(rows, lora.lora_a, lora.lora_b, lora.scale, begin, transposed)
+        merged = merge_rows(rows, lora.lora_a, lora.lora_b, lora.scale, begin, transposed)
+        del rows
+        yield merged
+        del merged
 
 
 def merge(job: MergeJob, resources: Resources, progress: Progress = silent) -> dict[str, Any]:

@@ -1,0 +1,104 @@
+"""Every stage's memory as planned, against what a process of its own that runs the stage's functions held."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from emloc_ray.budget import with_settings
+from emloc_ray.config import RunConfig
+from emloc_ray.data.token_shards import TokenShards
+from emloc_ray.memory import Lengths, MemoryModel, Parts
+from emloc_ray.preparation import Prepared, prepare
+from emloc_ray.stages.calibration_job import CalibrationJob
+from emloc_ray.stages.correct import Candidate, CorrectionJob
+from emloc_ray.stages.evaluate import EvaluationJob
+from emloc_ray.stages.factorize import FactorizationJob
+from emloc_ray.stages.merge import MergeJob
+
+ROWS, LENGTH = 4, 512  # of fine-tuning and inference
+_BLOCKS = 4  # that the streamed slot is taken through: its peak is the same in all
+
+
+def probe(what: str, path: Path, *options: str) -> dict[str, float]:
+    """What ``memory_probe.py`` printed, run as workers under a memory_budget are."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    command = [sys.executable, str(Path(__file__).with_name("memory_probe.py")), what, str(path), *options]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    found: dict[str, float] = json.loads(output.splitlines()[-1])
+    return found
+
+
+def probe_job(name: str, arguments: dict[str, Any], out: Path) -> dict[str, float]:
+    """The same of one pickled job."""
+    path = out / "probe.pickle"
+    path.write_bytes(pickle.dumps((name, arguments)))
+    return probe("stage", path)
+
+
+Case = tuple[str, str, dict[str, Any], Parts]  # what it is called, the probe's function, its arguments, the plan
+
+
+def quickstart_cases(config: RunConfig, run: Path, out: Path) -> Iterator[Case]:
+    """Every stage of a run up to its ``adapter_emulator``."""
+    prepared = prepare(config)
+    layout, tokens = prepared.layout, run / "data" / "tokens"
+    lengths = {split: _lengths(tokens / split) for split in ("calibration", "selection", "eval")}
+    groups = tuple(tuple(spec.name for spec in group) for group in layout.groups)
+    calibration = CalibrationJob(run / "model", tokens / "calibration", groups)
+    memory = MemoryModel(prepared, lengths["calibration"])
+    arguments = {"job": calibration, "out_dir": _made(out / "resident"), "threads": 1}
+    yield "calibrate, resident", "calibrate_resident", arguments, memory.calibrate_resident()
+    arguments = {**arguments, "out_dir": _made(out / "streamed"), "num_blocks": _BLOCKS}
+    yield "calibrate, streamed", "calibrate_streamed", arguments, memory.calibrate_streamed()
+    job = FactorizationJob(run / "model", run / "calibration", out)
+    arguments = {"job": job, "groups": layout.groups, "ranks": layout.ranks, "out_dir": out, "threads": 1}
+    yield "factorize", "factorize", arguments, memory.factorize()
+    yield from trained_cases(prepared, run / "model", run / "emulator")
+    correction = CorrectionJob(
+        run / "model",
+        run / "emulator",
+        run / "calibration",
+        run / "adapter_emulator",
+        out / "adapter",
+        tokens / "selection",
+        layout.specs,
+        (Candidate("none"), Candidate("covariance")),
+    )
+    arguments = {"job": correction, "threads": 2}
+    yield "correct", "correct", arguments, MemoryModel(prepared, lengths["selection"]).correct()
+    merging = MergeJob(run / "model", run / "adapter_emulator", _made(out / "merged"), layout.specs)
+    yield "merge", "merge", {"job": merging, "threads": 2}, memory.merge()
+    adapters = run / "adapter_emulator", run / "adapter_emulator"
+    evaluation = EvaluationJob(run / "model", run / "emulator", *adapters, run / "model", tokens / "eval")
+    arguments = {"job": evaluation, "family": "original", "num_parts": 4, "threads": 1}
+    yield "evaluate", "evaluate", arguments, MemoryModel(prepared, lengths["eval"]).evaluate()
+
+
+def trained_cases(prepared: Prepared, model: Path, emulator: Path) -> Iterator[Case]:
+    """Inference of an original and fine-tuning of its emulator, at the same rows and length."""
+    size = {"rows": ROWS, "length": LENGTH}
+    ratio = prepared.config.emulator.compression_ratio
+    for checkpointing in (True, False):
+        memory = MemoryModel(with_settings(prepared, ratio, ROWS, 1, checkpointing), Lengths(LENGTH, LENGTH))
+        arguments = {**size, "directory": emulator, "checkpointing": checkpointing}
+        name = f"finetune, {'with' if checkpointing else 'without'} gradient checkpointing"
+        yield name, "finetune", arguments, memory.finetune()
+    yield "inference", "inference", {**size, "directory": model}, memory.inference()
+
+
+def _lengths(directory: Path) -> Lengths:
+    shards = TokenShards(directory)
+    sizes = [len(shards.row(position)) for position in range(len(shards))]
+    return Lengths(sum(sizes) / len(sizes), max(sizes))
+
+
+def _made(directory: Path) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
