@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 # Products are taken of windows of rows that start on this grid and are no smaller: a product's last bits depend on its

@@ -13,6 +13,16 @@ from emloc_ray.io.atomic import atomic_file
 from emloc_ray.io.checkpoint import DTYPES, TensorEntry
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LARGEST_SHARE = 8
+_LEAST_CHUNK = 2**16
+
+
+def chunk_limit(chunk_bytes: int, largest: int) -> int:
+    """Bytes of a row chunk: ``chunk_bytes``, but at most an eighth of the ``largest`` tensor's bytes.
+
+    So a shard is written anew within a fraction of its largest tensor, however often a chunk is held on the way.
+    """
+    return min(chunk_bytes, max(largest // _LARGEST_SHARE, _LEAST_CHUNK))
 
 
 def make_header(entries: Sequence[TensorEntry], metadata: dict[str, str] | None = None) -> bytes:

@@ -16,14 +16,11 @@ import torch
 from emloc_ray.core.merging import merge_rows
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.checkpoint import INDEX_NAME, Checkpoint, Shard, TensorEntry, write_index
-from emloc_ray.io.shard_writing import copy_chunks, make_header, row_chunks, stream_shard
+from emloc_ray.io.shard_writing import chunk_limit, copy_chunks, make_header, row_chunks, stream_shard
 from emloc_ray.modeling.adapter import Adapter, LoraModule
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.loading import copy_tokenizer
 from emloc_ray.stages.cluster import Progress, Resources, bounded, set_threads, silent
-
-_LARGEST_SHARE = 8
-_LEAST_CHUNK = 2**16
 
 
 @dataclass(frozen=True)
@@ -78,14 +75,6 @@ def merge_shard(job: MergeJob, shard: Shard, target: Path) -> int:
 
     stream_shard(target, shard.header, tensors())
     return len(changed)
-
-
-def chunk_limit(chunk_bytes: int, largest: int) -> int:
-    """Bytes of a row chunk, in float32 where it is merged: the config's, but at most an eighth of the largest tensor.
-
-    A chunk that is merged is there as read, in float32, and rounded again where it is narrower: two of these together.
-    """
-    return min(chunk_bytes, max(largest // _LARGEST_SHARE, _LEAST_CHUNK))
 
 
 def _merged(entry: TensorEntry, lora: LoraModule, transposed: bool, chunk_bytes: int) -> Iterator[torch.Tensor]:
