@@ -185,14 +185,20 @@ class MemoryModel:
         }
 
     def correct(self) -> Parts:
-        """First layers one by one, then the original with the adapter and every module's thin matrices; the larger."""
+        """First layers one by one, then the original with the adapter and every module's thin matrices; the larger.
+
+        Where there is nothing to choose between, the original is not opened.
+        """
         thin = sum(
             self._rank(s) * (_DOUBLE * (s.in_features + 3 * s.out_features) + _FLOAT * (s.in_features + s.out_features))
             for s in self.adapted
         )
         reading = max((self._difference(spec) for spec in self.adapted), default=0.0)
+        one_by_one: Parts = {"correction": thin + reading}
+        if self.config.correction.method != "auto" or not self.layout.ranks:
+            return one_by_one
         scoring = {**self._scoring(self.weights), "adapter": _FLOAT * self.adapter_parameters, "correction": thin}
-        return max(scoring, {"correction": thin + reading}, key=total)
+        return max(scoring, one_by_one, key=total)
 
     def _difference(self, spec: LinearSpec) -> float:
         """``W`` and ``Δ`` in float32 with a product between them, the Gram, and some rows of either in float64."""
@@ -279,8 +285,8 @@ class MemoryModel:
         return read + 2 * block.width * _FLOAT + inner * self.itemsize
 
     def _update_per_token(self) -> float:
-        """Bytes of the widest ``W x + s B (A x)`` while it is made: the first in the model's dtype; ``B (A x)``, that
-        times ``s``, and the sum in float32."""
+        """Bytes of the widest ``W x + s B (A x)`` on its way forward, or of its gradient on the way back: once in the
+        model's dtype, three times in float32."""
         widths = {block.name: block.multiple for block in self.blocks}
         outputs = (widths[spec.block] * spec.out_features for spec in self.adapted)
         return max(outputs, default=0.0) * (self.itemsize + 3 * _FLOAT)

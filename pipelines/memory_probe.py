@@ -101,10 +101,10 @@ def _random_ids(rows: int, length: int) -> torch.Tensor:
 
 
 def calibrate_resident(job: CalibrationJob, out_dir: Path, threads: int) -> None:
-    """A slot that holds the model, over all token shards."""
+    """A slot that holds the model, over two token shards: its peak is the same in all."""
     resident_slot.load_model = weighed_model  # type: ignore[attr-defined]
     slot = resident_slot.ResidentSlot(job, out_dir / "slot.safetensors", threads)
-    for number in range(slot.shards.num_shards):
+    for number in range(min(2, slot.shards.num_shards)):
         slot.accumulate(number)
     slot.commit()
 

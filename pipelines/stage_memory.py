@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from emloc_ray.budget import with_settings
-from emloc_ray.config import RunConfig
+from emloc_ray.config import RunConfig, parse_config
 from emloc_ray.data.token_shards import TokenShards
+from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.memory import Lengths, MemoryModel, Parts
-from emloc_ray.preparation import Prepared, prepare
+from emloc_ray.modeling.architecture import empty_model
+from emloc_ray.modeling.loading import ModelSource
+from emloc_ray.preparation import Prepared, make_layout, prepare
 from emloc_ray.stages.calibration_job import CalibrationJob
 from emloc_ray.stages.correct import Candidate, CorrectionJob
 from emloc_ray.stages.evaluate import EvaluationJob
 from emloc_ray.stages.factorize import FactorizationJob
 from emloc_ray.stages.merge import MergeJob
 
-ROWS, LENGTH = 4, 512  # of fine-tuning and inference
+LENGTH = 512  # tokens a row, of fine-tuning and inference
 _BLOCKS = 4  # that the streamed slot is taken through: its peak is the same in all
 
 
@@ -53,14 +56,14 @@ def quickstart_cases(config: RunConfig, run: Path, out: Path) -> Iterator[Case]:
     groups = tuple(tuple(spec.name for spec in group) for group in layout.groups)
     calibration = CalibrationJob(run / "model", tokens / "calibration", groups)
     memory = MemoryModel(prepared, lengths["calibration"])
-    arguments = {"job": calibration, "out_dir": _made(out / "resident"), "threads": 1}
+    arguments: dict[str, Any] = {"job": calibration, "out_dir": made_directory(out / "resident"), "threads": 1}
     yield "calibrate, resident", "calibrate_resident", arguments, memory.calibrate_resident()
-    arguments = {**arguments, "out_dir": _made(out / "streamed"), "num_blocks": _BLOCKS}
+    arguments = {**arguments, "out_dir": made_directory(out / "streamed"), "num_blocks": _BLOCKS}
     yield "calibrate, streamed", "calibrate_streamed", arguments, memory.calibrate_streamed()
     job = FactorizationJob(run / "model", run / "calibration", out)
     arguments = {"job": job, "groups": layout.groups, "ranks": layout.ranks, "out_dir": out, "threads": 1}
     yield "factorize", "factorize", arguments, memory.factorize()
-    yield from trained_cases(prepared, run / "model", run / "emulator")
+    yield from trained_cases(prepared, run / "model", run / "emulator", rows=4)
     correction = CorrectionJob(
         run / "model",
         run / "emulator",
@@ -73,7 +76,7 @@ def quickstart_cases(config: RunConfig, run: Path, out: Path) -> Iterator[Case]:
     )
     arguments = {"job": correction, "threads": 2}
     yield "correct", "correct", arguments, MemoryModel(prepared, lengths["selection"]).correct()
-    merging = MergeJob(run / "model", run / "adapter_emulator", _made(out / "merged"), layout.specs)
+    merging = MergeJob(run / "model", run / "adapter_emulator", made_directory(out / "merged"), layout.specs)
     yield "merge", "merge", {"job": merging, "threads": 2}, memory.merge()
     adapters = run / "adapter_emulator", run / "adapter_emulator"
     evaluation = EvaluationJob(run / "model", run / "emulator", *adapters, run / "model", tokens / "eval")
@@ -81,16 +84,23 @@ def quickstart_cases(config: RunConfig, run: Path, out: Path) -> Iterator[Case]:
     yield "evaluate", "evaluate", arguments, MemoryModel(prepared, lengths["eval"]).evaluate()
 
 
-def trained_cases(prepared: Prepared, model: Path, emulator: Path) -> Iterator[Case]:
+def trained_cases(prepared: Prepared, model: Path, emulator: Path, rows: int) -> Iterator[Case]:
     """Inference of an original and fine-tuning of its emulator, at the same rows and length."""
-    size = {"rows": ROWS, "length": LENGTH}
+    size = {"rows": rows, "length": LENGTH}
     ratio = prepared.config.emulator.compression_ratio
     for checkpointing in (True, False):
-        memory = MemoryModel(with_settings(prepared, ratio, ROWS, 1, checkpointing), Lengths(LENGTH, LENGTH))
+        memory = MemoryModel(with_settings(prepared, ratio, rows, 1, checkpointing), Lengths(LENGTH, LENGTH))
         arguments = {**size, "directory": emulator, "checkpointing": checkpointing}
         name = f"finetune, {'with' if checkpointing else 'without'} gradient checkpointing"
         yield name, "finetune", arguments, memory.finetune()
     yield "inference", "inference", {**size, "directory": model}, memory.inference()
+
+
+def bare_prepared(values: dict[str, Any], model_config: Any) -> Prepared:
+    """A config on a model that has no files: enough to plan with."""
+    config = parse_config(values)
+    layout = make_layout(config, empty_model(model_config))
+    return Prepared(config, RunDirectory(config.run_dir), ModelSource(Path()), model_config, layout, {})
 
 
 def _lengths(directory: Path) -> Lengths:
@@ -99,6 +109,7 @@ def _lengths(directory: Path) -> Lengths:
     return Lengths(sum(sizes) / len(sizes), max(sizes))
 
 
-def _made(directory: Path) -> Path:
+def made_directory(directory: Path) -> Path:
+    """The directory, made where it was not there."""
     directory.mkdir(parents=True, exist_ok=True)
     return directory
