@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ import peft  # noqa: F401  part of the baseline
 import psutil
 import torch
 
+from emloc_ray.io.grams import GramStore
 from emloc_ray.modeling.adapter import attach_adapter, lora_config
-from emloc_ray.modeling.architecture import LinearSpec, block_linears
+from emloc_ray.modeling.architecture import block_linears
 from emloc_ray.modeling.emulator import FactorizedLinear
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import token_loss
@@ -126,17 +127,15 @@ def calibrate_streamed(job: CalibrationJob, out_dir: Path, num_blocks: int, thre
         slot.accumulate(position)
 
 
-def factorize(
-    job: factorize_stage.FactorizationJob,
-    groups: Sequence[Sequence[LinearSpec]],
-    ranks: dict[str, int],
-    out_dir: Path,
-    threads: int,
-) -> None:
-    """All groups, one after the other."""
+def factorize(job: factorize_stage.FactorizationJob, grams_dir: Path, threads: int) -> None:
+    """All groups that compression targets, one after the other."""
     torch.set_num_threads(threads)
-    for group in groups:
-        factorize_stage.factorize_group(job, group, ranks, out_dir / "factors.safetensors")
+    grams = GramStore(grams_dir)
+    for group in job.groups:
+        ranked = [spec for spec in group if spec.name in job.ranks]
+        if ranked:
+            gram = grams.stored(ranked[0].name)
+            factorize_stage.factorize_group(job, ranked, gram, job.out_dir / "factors.safetensors")
 
 
 def correct(job: correct_stage.CorrectionJob, threads: int) -> None:

@@ -54,14 +54,15 @@ def quickstart_cases(config: RunConfig, run: Path, out: Path) -> Iterator[Case]:
     layout, tokens = prepared.layout, run / "data" / "tokens"
     lengths = {split: _lengths(tokens / split) for split in ("calibration", "selection", "eval")}
     groups = tuple(tuple(spec.name for spec in group) for group in layout.groups)
-    calibration = CalibrationJob(run / "model", tokens / "calibration", groups)
+    num_shards = TokenShards(tokens / "calibration").num_shards
+    calibration = CalibrationJob(run / "model", tokens / "calibration", groups, (0, num_shards))
     memory = MemoryModel(prepared, lengths["calibration"])
     arguments: dict[str, Any] = {"job": calibration, "out_dir": made_directory(out / "resident"), "threads": 1}
     yield "calibrate, resident", "calibrate_resident", arguments, memory.calibrate_resident()
     arguments = {**arguments, "out_dir": made_directory(out / "streamed"), "num_blocks": _BLOCKS}
     yield "calibrate, streamed", "calibrate_streamed", arguments, memory.calibrate_streamed()
-    job = FactorizationJob(run / "model", run / "calibration", out)
-    arguments = {"job": job, "groups": layout.groups, "ranks": layout.ranks, "out_dir": out, "threads": 1}
+    job = FactorizationJob(run / "model", out, layout.groups, layout.ranks)
+    arguments = {"job": job, "grams_dir": run / "calibration", "threads": 1}
     yield "factorize", "factorize", arguments, memory.factorize()
     yield from trained_cases(prepared, run / "model", run / "emulator", rows=4)
     correction = CorrectionJob(
