@@ -3,7 +3,8 @@
 InternVL2.5 8B, 26B and 38B as transformers' own ``InternVLConfig`` has them, vision tower and projector included. The
 paper does not say how long its sequences are: here 2 rows of 2,048 tokens, 1,792 of them image tokens, that is 7 tiles of
 448² pixels, of which the vision tower sees 1,025 patches each. bfloat16, LoRA of r = 8 on every linear of the blocks,
-gradient checkpointing, a budget of 24 GB.
+gradient checkpointing, a budget of 24 GB. The trace of shared inputs feeds no images, so that each of the tower's linears
+counts a Gram of its own.
 """
 
 from __future__ import annotations
