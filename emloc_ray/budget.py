@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from emloc_ray.errors import ConfigError
@@ -44,13 +45,23 @@ class Solution:
         )
         if self.too_large:
             stages = ", ".join(f"{name} ({_gib(size)})" for name, size in self.too_large)
-            said += f" Not within it, whatever the ratio: {stages}; lower evaluation.batch_size or data.max_seq_length."
+            said += f" Not within it, whatever the ratio: {stages}; {self._remedy}."
         return said
 
+    @property
+    def _remedy(self) -> str:
+        if self.inference_bytes <= self.budget:
+            return "lower evaluation.batch_size or data.max_seq_length"
+        held = "these hold the original, which is larger: "
+        return (
+            held
+            + "with correction.method projection or covariance correct does not, and --until merge stops before evaluate"
+        )
 
-def solve(prepared: Prepared, budget: int, lengths: Lengths) -> Solution:
+
+def solve(prepared: Prepared, budget: int, lengths: Lengths, multiples: Mapping[str, float] | None = None) -> Solution:
     """The largest compression ratio that fine-tunes within ``budget`` bytes a worker; at it the largest micro-batch, with
-    the same rows a step; and no gradient checkpointing where even that fits.
+    the same rows a step; and no gradient checkpointing where even that fits. ``multiples`` as :class:`MemoryModel` has it.
 
     Raises:
         ConfigError: no ratio fits; it says what the least demanding one needs.
@@ -60,7 +71,7 @@ def solve(prepared: Prepared, budget: int, lengths: Lengths) -> Solution:
 
     def needed(ratio: float, micro_batch: int, checkpointing: bool = True) -> int:
         changed = with_settings(prepared, ratio, micro_batch, rows // micro_batch, checkpointing)
-        return total(MemoryModel(changed, lengths).stage("finetune"))
+        return total(MemoryModel(changed, lengths, multiples).stage("finetune"))
 
     ratio = next((ratio for ratio in _RATIOS if needed(ratio, 1) <= budget), None)
     if ratio is None:
@@ -72,7 +83,8 @@ def solve(prepared: Prepared, budget: int, lengths: Lengths) -> Solution:
     sizes = (size for size in range(section.per_device_train_batch_size, 0, -1) if rows % size == 0)
     micro_batch = next(size for size in sizes if needed(ratio, size) <= budget)
     checkpointing = needed(ratio, micro_batch, False) > budget
-    changed = MemoryModel(with_settings(prepared, ratio, micro_batch, rows // micro_batch, checkpointing), lengths)
+    chosen = with_settings(prepared, ratio, micro_batch, rows // micro_batch, checkpointing)
+    changed = MemoryModel(chosen, lengths, multiples)
     others = [(name, total(changed.stage(name))) for name in ("calibrate", "factorize", "correct", "merge", "evaluate")]
     return Solution(
         budget,

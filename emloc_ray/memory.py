@@ -1,21 +1,31 @@
-"""What one worker of every stage holds at its peak, part by part, from shapes alone."""
+"""What one worker of every stage holds at its peak, part by part, from shapes alone.
+
+Parts that are never there at the same time are not added up: a pass is at its head or inside a block, a stage reads
+layers before it opens the model. Not counted, because it depends on the machine: the pages of code that a library maps at
+its first call (some 15 MiB), and what its kernels pack weights into.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import psutil
 import torch
 
+from emloc_ray.io.shard_writing import chunk_limit
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.loss import chunk_tokens
+from emloc_ray.modeling.matching import lookup
 from emloc_ray.preparation import Prepared
 
 Parts = dict[str, float]  # bytes by what holds them
 
 BASE_BYTES = 450 * 2**20  # a worker with torch, transformers and peft imported
 _ADAM_BYTES = 16  # a trained parameter in float32: itself, its gradient, Adam's two moments
-_FACTORIZE_COPIES = 6  # of the largest linear in float32: weight, whitened weight, M, eigenvectors, factors
+_FLOAT = 4  # bytes: Grams, adapters, norms and losses are in float32 whatever the model is in
+_DOUBLE = 8
+_ROWS = 1024  # of a layer that the correction turns to float64 at a time
 
 
 @dataclass(frozen=True)
@@ -26,22 +36,48 @@ class Lengths:
     longest: float
 
 
+@dataclass(frozen=True)
+class Block:
+    """A block's linears, those that share an input together, and how many tokens it sees for one of the row.
+
+    That is 1 but for a vision tower, which sees more patches than the language model sees image tokens.
+    """
+
+    name: str
+    groups: tuple[tuple[LinearSpec, ...], ...]
+    multiple: float = 1.0
+
+    @property
+    def specs(self) -> tuple[LinearSpec, ...]:
+        """All its linears."""
+        return tuple(spec for group in self.groups for spec in group)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of their weights."""
+        return sum(spec.num_parameters for spec in self.specs)
+
+    @property
+    def width(self) -> int:
+        """The residual stream's, which its first linears read."""
+        return self.groups[0][0].in_features
+
+
 class MemoryModel:
     """Predicts from a layout, a config and row lengths; every method gives bytes by part, ``total`` adds them up."""
 
-    def __init__(self, prepared: Prepared, lengths: Lengths) -> None:
+    def __init__(self, prepared: Prepared, lengths: Lengths, multiples: Mapping[str, float] | None = None) -> None:
+        """``multiples``: prefixes of blocks that see another number of tokens than the row has, and how many times that."""
         self.config, self.layout, self.lengths = prepared.config, prepared.layout, lengths
         self.model_config = prepared.model_config
         self.itemsize = model_dtype(prepared).itemsize
         self.weights = self.layout.num_parameters * self.itemsize
         saved = self.layout.parameters_targeted - self.layout.parameters_factorized
         self.emulator = (self.layout.num_parameters - saved) * self.itemsize
-        self.adapter_parameters = sum(
-            self.config.adapter.r * (s.in_features + s.out_features)
-            for s in self.layout.specs
-            if s.name in set(self.layout.adapted)
-        )
-        self.blocks = _by_block(self.layout.specs)
+        adapted = set(self.layout.adapted)
+        self.adapted = tuple(spec for spec in self.layout.specs if spec.name in adapted)
+        self.adapter_parameters = sum(self._rank(s) * (s.in_features + s.out_features) for s in self.adapted)
+        self.blocks = _blocks(self.layout.groups, multiples or {})
 
     def stage(self, name: str) -> Parts:
         """Parts of one stage's worker."""
@@ -52,24 +88,26 @@ class MemoryModel:
         return self.calibrate_resident() if self.calibration_mode() == "resident" else self.calibrate_streamed()
 
     def calibrate_resident(self) -> Parts:
+        """The model, the Grams of the largest wave, and a pass without the head."""
         largest = max((sum(map(gram_bytes, wave)) for wave in self.waves()), default=0)
-        return {"weights": self.weights, "grams": largest, "activations": self._forward(self._calibration_tokens())}
+        return {"weights": self.weights, "grams": largest, "activations": self._counting(self._calibration_tokens())}
 
     def calibrate_streamed(self) -> Parts:
-        """The weights outside the blocks, those of the largest block, its Grams, and one token shard's hidden states."""
-        inside = max(sum(s.num_parameters for s in specs) for specs in self.blocks.values())
+        """The weights outside the blocks and of the largest block, its Grams, and one token shard's hidden states: what the
+        block reads and what it gives, for all the shard's rows."""
+        inside = max(block.num_parameters for block in self.blocks)
         outside = self.layout.num_parameters - sum(s.num_parameters for s in self.layout.specs)
         # The head is never reached; where it is the embedding too, that stays.
         head = 0 if getattr(self.model_config, "tie_word_embeddings", False) else self.layout.head_parameters
-        grams = max(
-            sum(gram_bytes(group) for group in self._groups() if group[0].block == block) for block in self.blocks
-        )
-        shard = self.config.calibration.rows_per_shard * self.lengths.mean * self.layout.hidden_size * self.itemsize
+        names = [block.name for block in self.blocks]
+        grams = max(sum(gram_bytes(group) for group in self._groups() if group[0].block == name) for name in names)
+        rows = min(self.config.calibration.rows_per_shard, self.config.calibration.num_calibration_samples)
+        shard = rows * self.lengths.longest * self.layout.hidden_size * self.itemsize
         return {
             "weights": (inside + outside - head) * self.itemsize,
             "grams": grams,
             "hidden states": 2 * shard,
-            "activations": self._forward(self._calibration_tokens()),
+            "activations": self._counting(self._calibration_tokens()),
         }
 
     def hidden_state_disk_bytes(self) -> int:
@@ -81,12 +119,12 @@ class MemoryModel:
         """As the config says; ``auto`` is ``resident`` where that fits a worker."""
         if self.config.calibration.mode != "auto":
             return self.config.calibration.mode
-        needed = self.weights + sum(map(gram_bytes, self._groups())) + self._forward(self._calibration_tokens())
+        needed = self.weights + sum(map(gram_bytes, self._groups())) + self._counting(self._calibration_tokens())
         return "resident" if BASE_BYTES + needed <= self.worker_bytes("calibration") else "streamed"
 
     def waves(self) -> list[list[tuple[LinearSpec, ...]]]:
         """The groups of linears, in parts whose Grams fit beside the model in a worker's memory; one part where all do."""
-        room = self.worker_bytes("calibration") - BASE_BYTES - self.weights - self._forward(self._calibration_tokens())
+        room = self.worker_bytes("calibration") - BASE_BYTES - self.weights - self._counting(self._calibration_tokens())
         waves: list[list[tuple[LinearSpec, ...]]] = []
         used = 0.0
         for group in self._groups():
@@ -106,31 +144,88 @@ class MemoryModel:
         return psutil.virtual_memory().available / getattr(self.config, section).num_workers
 
     def factorize(self) -> Parts:
-        largest = max(spec.num_parameters for spec in self.layout.specs)
-        widest = max((gram_bytes(group) for group in self._groups()), default=0)
-        return {"weights": _FACTORIZE_COPIES * 4 * largest, "grams": 2 * widest}
+        """The group that needs most, with one of its layers computed once more in float64, as rounding may ask."""
+        return max((self._factorize_group(group) for group in self._groups()), key=total, default={})
+
+    def _factorize_group(self, group: tuple[LinearSpec, ...]) -> Parts:
+        """A Gram: as summed, damped in float32, damped in float64 (made over a copy), and where an output is wider than
+        the input a Cholesky factor of each. A layer: ``W`` as stored, in float32 and in float64, its product with the
+        Gram, ``M`` with eigenvectors and LAPACK's workspace of twice their size, and the factors of the whole group."""
+        square = group[0].in_features ** 2
+        tall = any(spec.out_features > spec.in_features for spec in group)
+        damped = square * (2 * _FLOAT + _DOUBLE)
+        layer = max(self._layer(spec) for spec in group)
+        stored = 0 if self.itemsize == _FLOAT else self.itemsize
+        weight = max(spec.num_parameters for spec in group) * (stored + _FLOAT + _DOUBLE)
+        factors = sum(self.layout.kept(spec) for spec in group) * self.itemsize
+        grams = damped + square * (_FLOAT + _DOUBLE if tall else 0)
+        if grams + layer >= damped + square * _DOUBLE:
+            return {"grams": grams, "weights": weight, "products": layer, "factors": factors}
+        return {"grams": damped + square * _DOUBLE, "weights": weight, "factors": factors}
+
+    def _layer(self, spec: LinearSpec) -> float:
+        order = min(spec.out_features, spec.in_features)
+        return spec.num_parameters * _DOUBLE + 4 * order**2 * _DOUBLE + self.layout.kept(spec) * (_FLOAT + _DOUBLE)
 
     def finetune(self) -> Parts:
+        """Emulator, adapter with its optimizer, and a step: what blocks keep for the backward pass, or only their inputs
+        and one block's at a time under gradient checkpointing; beside it the logits, or one linear's update by LoRA."""
         section = self.config.finetune
         tokens = section.per_device_train_batch_size * self.lengths.longest
-        blocks = 1 if section.gradient_checkpointing else len(self.blocks)
-        kept = len(self.blocks) * self.layout.hidden_size if section.gradient_checkpointing else 0
+        saved = [block.multiple * self._saved_per_token(block) for block in self.blocks]
+        inputs = sum(block.multiple * block.width for block in self.blocks) * self.itemsize
+        kept, again = (inputs, max(saved)) if section.gradient_checkpointing else (sum(saved), 0.0)
+        inside = tokens * (again + self._update_per_token())
+        logits = self._logits(tokens)
         return {
             "weights": self.emulator,
             "optimizer": _ADAM_BYTES * self.adapter_parameters,
-            "activations": tokens * self.itemsize * (kept + blocks * self._saved_per_token()) + self._forward(tokens),
-            "logits": self._logits(tokens),
+            "activations": tokens * kept + (inside if inside >= logits else 0),
+            "logits": logits if logits > inside else 0,
         }
 
     def correct(self) -> Parts:
-        largest = max(spec.num_parameters for spec in self.layout.specs)
-        return {**self._scoring(self.weights), "correction": 6 * 4 * largest}
+        """First layers one by one, then the original with the adapter and every module's thin matrices; the larger.
+
+        Where there is nothing to choose between, the original is not opened.
+        """
+        thin = sum(
+            self._rank(s) * (_DOUBLE * (s.in_features + 3 * s.out_features) + _FLOAT * (s.in_features + s.out_features))
+            for s in self.adapted
+        )
+        reading = max((self._difference(spec) for spec in self.adapted), default=0.0)
+        one_by_one: Parts = {"correction": thin + reading}
+        if self.config.correction.method != "auto" or not self.layout.ranks:
+            return one_by_one
+        scoring = {**self._scoring(self.weights), "adapter": _FLOAT * self.adapter_parameters, "correction": thin}
+        return max(scoring, one_by_one, key=total)
+
+    def _difference(self, spec: LinearSpec) -> float:
+        """``W`` and ``Δ`` in float32 with a product between them, the Gram, and some rows of either in float64."""
+        rows = min(_ROWS, max(spec.out_features, spec.in_features))
+        return 3 * _FLOAT * spec.num_parameters + gram_bytes((spec,)) * 1.5 + rows * spec.in_features * 2 * _DOUBLE
 
     def merge(self) -> Parts:
-        return {"chunks": 3 * self.config.merge.chunk_bytes, "adapter": 4 * self.adapter_parameters}
+        """A row chunk that is copied, or one that is merged with its sum in float32; one module's adapter."""
+        largest = max([self.layout.head_parameters, *(spec.num_parameters for spec in self.layout.specs)])
+        chunk = chunk_limit(self.config.merge.chunk_bytes, largest * self.itemsize)
+        merged = max((min(chunk, _FLOAT * spec.num_parameters) for spec in self.adapted), default=0)
+        module = max((self._rank(s) * (s.in_features + s.out_features) for s in self.adapted), default=0)
+        return {"chunks": max(chunk, 2 * merged), "adapter": _FLOAT * module}
 
     def evaluate(self) -> Parts:
-        return {**self._scoring(self.weights), "adapter": 4 * self.adapter_parameters}
+        """The original with both adapters; scoring a batch, or completing one with a cache."""
+        section = self.config.evaluation
+        parts = {**self._scoring(self.weights), "adapter": 2 * _FLOAT * self.adapter_parameters}
+        tokens = section.batch_size * self.lengths.longest
+        cached = section.batch_size * (self.lengths.longest + section.max_new_tokens)
+        completing = {
+            "weights": self.weights,
+            "kv cache": cached * self.itemsize * self._cached_per_token(),
+            "activations": self._forward(tokens),
+            "adapter": _FLOAT * self.adapter_parameters,
+        }
+        return max(parts, completing if section.num_generations or section.num_exact_match else {}, key=total)
 
     def inference(self) -> Parts:
         """The original at the fine-tuning's micro-batch and length: prefill with its KV cache, logits of the last token."""
@@ -146,44 +241,72 @@ class MemoryModel:
 
     def _scoring(self, weights: float) -> Parts:
         tokens = self.config.evaluation.batch_size * self.lengths.longest
-        return {"weights": weights, "activations": self._forward(tokens), "logits": self._logits(tokens)}
+        inside, logits = self._forward(tokens), self._logits(tokens)
+        return {"weights": weights, **({"activations": inside} if inside >= logits else {"logits": logits})}
 
     def _groups(self) -> list[tuple[LinearSpec, ...]]:
         targeted = set(self.layout.compressed if self.layout.ranks else ())
         return [group for group in self.layout.groups if any(spec.name in targeted for spec in group)]
+
+    def _rank(self, spec: LinearSpec) -> int:
+        """The adapter's, of this linear."""
+        return int(lookup(spec.name, self.config.adapter.rank_pattern, self.config.adapter.r))
 
     def _calibration_tokens(self) -> float:
         return self.config.calibration.batch_size * self.lengths.longest
 
     def _logits(self, tokens: float) -> float:
         """One chunk's logits in float32, their softmax and its gradient."""
-        return 3 * 4 * min(tokens, chunk_tokens(self.layout.hidden_size)) * self._vocabulary()
+        return 3 * _FLOAT * min(tokens, chunk_tokens(self.layout.hidden_size)) * self._vocabulary()
 
     def _vocabulary(self) -> float:
         return self.layout.head_parameters / self.layout.hidden_size
 
-    def _saved_per_token(self) -> float:
-        """Elements that one block keeps for its backward pass: shared inputs, outputs, ranks, norms and rotary copies."""
-        specs = next(iter(self.blocks.values()))
-        block = specs[0].block
-        inputs = sum(group[0].in_features for group in self.layout.groups if group[0].block == block)
-        ranks = sum(self.layout.ranks.get(spec.name, 0) for spec in specs)
-        return inputs + sum(spec.out_features for spec in specs) + ranks + 4 * self.layout.hidden_size
+    def _saved_per_token(self, block: Block) -> float:
+        """Bytes that a block keeps of a token for its backward pass.
+
+        - What adapted linears read, in float32: once for all that share it where the model is in float32, else in a
+          copy for each; with dropout a copy and a mask for each.
+        - The residual stream in float32, at each of two norms.
+        - What goes into attention and activations, and what comes out: outputs of the linears inside, inputs of those
+          that write to the residual stream.
+
+        Frozen linears keep nothing, dense or factorized: their inputs' gradients need their weights alone.
+        """
+        adapted = set(self.adapted)
+        read = 0.0
+        inner = 0.0
+        for group in block.groups:
+            count = sum(spec in adapted for spec in group)
+            copies = count if self.itemsize < _FLOAT or self.config.adapter.lora_dropout else min(count, 1)
+            read += copies * group[0].in_features * _FLOAT * (2 if self.config.adapter.lora_dropout else 1)
+            writes = len(group) == 1 and group[0].out_features == block.width
+            inner += group[0].in_features if writes else sum(spec.out_features for spec in group)
+        return read + 2 * block.width * _FLOAT + inner * self.itemsize
+
+    def _update_per_token(self) -> float:
+        """Bytes of the widest ``W x + s B (A x)`` on its way forward, or of its gradient on the way back: once in the
+        model's dtype, three times in float32."""
+        widths = {block.name: block.multiple for block in self.blocks}
+        outputs = (widths[spec.block] * spec.out_features for spec in self.adapted)
+        return max(outputs, default=0.0) * (self.itemsize + 3 * _FLOAT)
 
     def _forward(self, tokens: float) -> float:
-        """Bytes of what lives at once inside a block that keeps nothing: the residual, and its widest step."""
-        widest = max(
-            (group[0].in_features + 2 * sum(spec.out_features for spec in group) for group in self.layout.groups),
-            default=0,
-        )
-        return tokens * self.itemsize * (3 * self.layout.hidden_size + widest)
+        """Bytes of what lives at once inside a block that keeps nothing: the residual stream before and after attention,
+        normed too, and of its widest step the input, the outputs and one more that is made of them."""
+        return tokens * self.itemsize * max(block.multiple * _widest_step(block) for block in self.blocks)
+
+    def _counting(self, tokens: float) -> float:
+        """A pass that adds to Grams: beside it the widest input without its padding, in float32."""
+        widest = max((group[0].in_features for group in self._groups()), default=0)
+        return self._forward(tokens) + tokens * widest * (_FLOAT + (0 if self.itemsize == _FLOAT else self.itemsize))
 
     def _cached_per_token(self) -> float:
-        config = self.model_config
+        config = self.model_config.get_text_config()
         heads = getattr(config, "num_attention_heads", None) or 1
         width = getattr(config, "head_dim", None) or self.layout.hidden_size // heads
         cached = getattr(config, "num_key_value_heads", None) or heads
-        return 2.0 * cached * width * len(self.blocks)
+        return 2.0 * cached * width * config.num_hidden_layers
 
 
 def total(parts: Parts) -> int:
@@ -193,14 +316,24 @@ def total(parts: Parts) -> int:
 
 def gram_bytes(group: tuple[LinearSpec, ...]) -> int:
     """Bytes of a group's Gram in float32."""
-    return 4 * group[0].in_features ** 2
+    return _FLOAT * group[0].in_features ** 2
 
 
-def _by_block(specs: tuple[LinearSpec, ...]) -> dict[str, list[LinearSpec]]:
-    blocks: dict[str, list[LinearSpec]] = {}
-    for spec in specs:
-        blocks.setdefault(spec.block, []).append(spec)
-    return blocks
+def _widest_step(block: Block) -> int:
+    steps = ([spec.out_features for spec in group] for group in block.groups)
+    widest = max(group[0].in_features + sum(s) + max(s) for group, s in zip(block.groups, steps, strict=True))
+    return 3 * block.width + widest
+
+
+def _blocks(groups: tuple[tuple[LinearSpec, ...], ...], multiples: Mapping[str, float]) -> tuple[Block, ...]:
+    found: dict[str, list[tuple[LinearSpec, ...]]] = {}
+    for group in groups:
+        found.setdefault(group[0].block, []).append(group)
+
+    def multiple(name: str) -> float:
+        return next((value for prefix, value in multiples.items() if name.startswith(prefix)), 1.0)
+
+    return tuple(Block(name, tuple(inside), multiple(name)) for name, inside in found.items())
 
 
 def model_dtype(prepared: Prepared) -> torch.dtype:

@@ -7,19 +7,20 @@
 ``layers``         single layers of 2048² and 4096² with known spectra, against the published route
 ``calibration``    forward passes with Grams, against the same passes without hooks and without the head
 ``memory``         peak of fine-tuning the emulator, against inference of the original: the quickstart's, and one of 1.1B
-``merge``          merging, against a copy of the same files that hashes and fsyncs
+``planner``        every stage's planned memory, against what a process of its own held
+``shapes``         the plan for the paper's models, beside the paper's peaks; writes ``shapes.md`` too
+``merge``          merging, against a copy of the same files that hashes and fsyncs, and against its largest tensor
 ``quickstart``     the quickstart and the same run at ratio 1.0: wall time, peak memory, gain, gap closed
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import math
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,8 @@ from typing import Any
 
 import torch
 from baselines import published_route
+from paper_shapes import write_shapes
+from stage_memory import bare_prepared, made_directory, probe, probe_job, quickstart_cases, trained_cases
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import emloc_ray
@@ -145,10 +148,55 @@ def memory(out: Path) -> Figures:
     }
     found: Figures = {}
     for name, (original, emulator) in pairs.items():
-        ours, baseline = _probe("finetune", emulator), _probe("inference", original)
-        found[f"peak of fine-tuning the emulator against inference, {name}"] = figure(
-            ours / 2**20, baseline / 2**20, "MiB"
-        )
+        for rows in (1, 4):
+            size = ("--rows", str(rows), "--length", "512")
+            ours, baseline = probe("finetune", emulator, *size), probe("inference", original, *size)
+            found[f"peak of fine-tuning the emulator against inference, {name}, {rows} × 512 tokens"] = figure(
+                ours["peak"] / 2**20, baseline["peak"] / 2**20, "MiB"
+            )
+    return found
+
+
+def planner(out: Path) -> Figures:
+    """What the plan says of every stage against what a process of its own held; the ratio is planned over measured."""
+    _calibrated(out)
+    config = emloc_ray.load_config(CONFIG, [f"run_dir={out / 'ratio-0.5'}", "finetune.max_steps=3"])
+    emloc_ray.run(config, until="finetune")
+    config = emloc_ray.load_config(CONFIG, [f"run_dir={out / 'ratio-0.5'}", "finetune.loss_on=all"])
+    original, emulator = _large(out)
+    values = {
+        "run_dir": str(out / "unused"),
+        "model": {"source": str(original)},
+        "data": {"train": {"path": "-"}},
+        "finetune": {"loss_on": "all"},
+    }
+    large = bare_prepared(values, AutoConfig.from_pretrained(original))
+    scratch = made_directory(out / "planner")
+    cases = [
+        *quickstart_cases(config, Path(config.run_dir), scratch),
+        *((f"{name}, 1.1B", *rest) for name, *rest in trained_cases(large, original, emulator, rows=1)),
+    ]
+    found: Figures = {}
+    for name, function, arguments, parts in cases:
+        measured = probe_job(function, arguments, scratch)
+        planned = {"total above imports": (sum(parts.values()) - parts.get("base", 0), measured["peak"])}
+        if "weights" in measured:
+            planned["weights"] = (parts["weights"], measured["weights"])
+        for what, (ours, baseline) in planned.items():
+            ratio = ours / baseline
+            line = figure(ours / 2**20, baseline / 2**20, "MiB (baseline: measured)", ratio - 1)
+            found[f"plan, {name}, {what}"] = {**line, "ratio": ratio}
+    return found
+
+
+def shapes(out: Path) -> Figures:
+    """The plan for the paper's models beside the paper's peaks, in GB; ``shapes.md`` has all of its lines."""
+    found: Figures = {}
+    for name, row in write_shapes(out).items():
+        if row["paper_lora"] is not None:
+            lora, emulator = row["lora_on_the_original"], row["five_billion"]["finetune"]
+            found[f"plan, {name}: LoRA on the original"] = figure(lora, row["paper_lora"], "GB (baseline: the paper's)")
+            found[f"plan, {name}: a 5B emulator"] = figure(emulator, row["paper_emloc"], "GB (baseline: the paper's)")
     return found
 
 
@@ -179,14 +227,6 @@ def _large(out: Path) -> tuple[Path, Path]:
         small = emulator_class(LlamaForCausalLM, wrapped)(config).to(torch.bfloat16)
         small.save_pretrained(emulator)
     return original, emulator
-
-
-def _probe(what: str, directory: Path) -> float:
-    probe = Path(__file__).with_name("memory_probe.py")
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}  # as workers under a memory_budget have it
-    command = [sys.executable, str(probe), what, str(directory)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
-    return float(json.loads(output.splitlines()[-1])["peak"])
 
 
 def merge(out: Path) -> Figures:
@@ -221,7 +261,23 @@ def merge(out: Path) -> Figures:
 
     seconds = _interleaved([ours, copy], repeats=3)
     rates = [size / 2**20 / s for s in seconds]
-    return {"merge throughput against a copy": {**figure(*rates, "MiB/s"), "ratio": rates[0] / rates[1]}}
+    found = {"merge throughput against a copy": {**figure(*rates, "MiB/s"), "ratio": rates[0] / rates[1]}}
+    return {**found, **_merge_peaks(job, out)}
+
+
+def _merge_peaks(job: MergeJob, out: Path) -> Figures:
+    """Peak above imports against the largest tensor in its own dtype; the ratio is ours over that."""
+    narrow = out / "merge-bfloat16"
+    if not narrow.is_dir():
+        load_model(job.model_dir, dtype="bfloat16").save_pretrained(narrow)
+    found: Figures = {}
+    for dtype, directory in (("float32", job.model_dir), ("bfloat16", narrow)):
+        arguments = {"job": dataclasses.replace(job, model_dir=directory), "threads": 2}
+        peak = probe_job("merge", arguments, out)["peak"]
+        largest = max(entry.num_bytes for entry in Checkpoint(directory))
+        line = figure(peak / 2**20, largest / 2**20, "MiB (baseline: the tensor)")
+        found[f"merge peak against the largest tensor, {dtype}"] = {**line, "ratio": peak / largest}
+    return found
 
 
 def calibration(out: Path) -> Figures:
@@ -290,6 +346,8 @@ BENCHMARKS = {
     "layers": layers,
     "calibration": calibration,
     "memory": memory,
+    "planner": planner,
+    "shapes": shapes,
     "merge": merge,
     "quickstart": quickstart,
 }

@@ -1,15 +1,20 @@
-"""One process that runs the original, or fine-tunes its emulator, and prints the peak of its memory as JSON.
+"""One process that runs a stage's own functions on given artifacts and prints the peak of its memory as JSON.
 
     python pipelines/memory_probe.py inference MODEL_DIR --rows 1 --length 512
     python pipelines/memory_probe.py finetune EMULATOR_DIR --rows 1 --length 512
+    python pipelines/memory_probe.py stage JOB.pickle
 
-The peak is above what the imports took: the resident set on a CPU, the allocator's peak on a GPU.
+A job is pickled as ``(name, arguments)``, the arguments of one of this file's functions. ``peak`` is the most bytes held
+above what the imports took: the resident set on a CPU, the allocator's peak on a GPU. ``weights`` is what opening the
+model added, every page of it touched (checkpoints are mapped lazily); it is left out where no model is opened.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,65 +22,166 @@ import peft  # noqa: F401  part of the baseline
 import psutil
 import torch
 
+from emloc_ray.io.grams import GramStore
 from emloc_ray.modeling.adapter import attach_adapter, lora_config
 from emloc_ray.modeling.architecture import block_linears
 from emloc_ray.modeling.emulator import FactorizedLinear
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import token_loss
+from emloc_ray.modeling.replay import BlockReplay
+from emloc_ray.stages import correct as correct_stage
+from emloc_ray.stages import evaluate as evaluate_stage
+from emloc_ray.stages import factorize as factorize_stage
+from emloc_ray.stages import merge as merge_stage
+from emloc_ray.stages import resident_slot, streamed_slot
+from emloc_ray.stages.calibration_job import CalibrationJob
+
+_weights: list[int] = []
+
+
+def held_bytes() -> int:
+    """What this process, or its GPU allocator, holds."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
 
 
 def peak_bytes() -> int:
-    """The most that this process, or its GPU allocator, has held so far."""
+    """The most that it has held so far."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def inference(directory: Path, ids: torch.Tensor) -> None:
+def weighed_model(directory: Path, **options: Any) -> Any:
+    """:func:`load_model`, noting what it added."""
+    before = held_bytes()
+    model = load_model(directory, **options)
+    _touch(model)
+    _weights.append(held_bytes() - before)
+    return model
+
+
+def _touch(model: torch.nn.Module) -> None:
+    for parameter in model.parameters():
+        if not parameter.is_meta:
+            float(parameter.detach().view(-1)[:: 4096 // parameter.element_size()].sum())
+
+
+def inference(directory: Path, rows: int, length: int) -> None:
     """Prefill of the original with its KV cache, logits of the last token."""
-    model = load_model(directory)
+    model = weighed_model(directory)
     with torch.no_grad():
-        model(input_ids=ids.to(model.device), use_cache=True, logits_to_keep=1)
+        model(input_ids=_random_ids(rows, length).to(model.device), use_cache=True, logits_to_keep=1)
 
 
-def finetune(directory: Path, ids: torch.Tensor, steps: int, r: int) -> None:
-    """Steps of LoRA on every linear of the emulator's blocks, as the stage takes them; every token is a label."""
-    model = load_model(directory)
+def finetune(
+    directory: Path, rows: int, length: int, r: int = 8, checkpointing: bool = True, loss_on: str = "all"
+) -> None:
+    """Two steps of LoRA on every linear of the emulator's blocks, as the stage takes them; half of a row is completion."""
+    model = weighed_model(directory)
     targets = [name for name, module in model.named_modules() if isinstance(module, FactorizedLinear)]
     targets = targets or [spec.name for spec in block_linears(model)]
     model = attach_adapter(model, lora_config(target_modules=targets, r=r, lora_alpha=2 * r))
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    ids = _random_ids(rows, length)
     mask = torch.ones_like(ids)
-    batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "completion_mask": mask.bool()}
-    for _ in range(steps):
-        result = token_loss(model, {key: value.to(model.device) for key, value in batch.items()}, "all")
+    completion = (torch.arange(length) >= length // 2).expand(rows, length)
+    batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "completion_mask": completion}
+    for _ in range(2):
+        result = token_loss(model, {key: value.to(model.device) for key, value in batch.items()}, loss_on)
         (result.loss_sum / result.num_tokens).backward()
         optimizer.step()
         optimizer.zero_grad()
 
 
+def _random_ids(rows: int, length: int) -> torch.Tensor:
+    return torch.randint(3, 1000, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def calibrate_resident(job: CalibrationJob, out_dir: Path, threads: int) -> None:
+    """A slot that holds the model, over two token shards: its peak is the same in all."""
+    resident_slot.load_model = weighed_model  # type: ignore[attr-defined]
+    slot = resident_slot.ResidentSlot(job, out_dir / "slot.safetensors", threads)
+    for number in range(min(2, slot.shards.num_shards)):
+        slot.accumulate(number)
+    slot.commit()
+
+
+def calibrate_streamed(job: CalibrationJob, out_dir: Path, num_blocks: int, threads: int) -> None:
+    """A slot that holds a block, through the first ``num_blocks`` of them."""
+
+    class Weighed(BlockReplay):
+        def load_block(self, position: int) -> None:
+            super().load_block(position)
+            _touch(self.model)
+            if not position:
+                _weights.append(held_bytes() - begin)
+
+    begin = held_bytes()
+    streamed_slot.BlockReplay = Weighed  # type: ignore[misc]
+    slot = streamed_slot.StreamedSlot(job, out_dir, 0, 1, num_blocks, threads)
+    for position in range(num_blocks):
+        slot.accumulate(position)
+
+
+def factorize(job: factorize_stage.FactorizationJob, grams_dir: Path, threads: int) -> None:
+    """All groups that compression targets, one after the other."""
+    torch.set_num_threads(threads)
+    grams = GramStore(grams_dir)
+    for group in job.groups:
+        ranked = [spec for spec in group if spec.name in job.ranks]
+        if ranked:
+            gram = grams.stored(ranked[0].name)
+            factorize_stage.factorize_group(job, ranked, gram, job.out_dir / "factors.safetensors")
+
+
+def correct(job: correct_stage.CorrectionJob, threads: int) -> None:
+    """The actor's whole work."""
+    torch.set_num_threads(threads)
+    correct_stage.load_model = weighed_model  # type: ignore[attr-defined]
+    correct_stage.correct_adapter(job)
+
+
+def merge(job: merge_stage.MergeJob, threads: int) -> None:
+    """All shards, one after the other."""
+    torch.set_num_threads(threads)
+    for shard in merge_stage.Checkpoint(job.model_dir).shards:
+        merge_stage.merge_shard(job, shard, job.out_dir / shard.file.name)
+
+
+def evaluate(job: evaluate_stage.EvaluationJob, family: str, num_parts: int, threads: int) -> None:
+    """What one base model serves, on the first slice of the rows."""
+    evaluate_stage.load_model = weighed_model  # type: ignore[attr-defined]
+    evaluate_stage.evaluate_slice(job, family, 0, num_parts, threads)
+
+
+STAGES: dict[str, Callable[..., None]] = {
+    f.__name__: f
+    for f in (inference, finetune, calibrate_resident, calibrate_streamed, factorize, correct, merge, evaluate)
+}
+
+
 def main() -> None:
     """Measures what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["inference", "finetune"])
-    parser.add_argument("directory", type=Path)
+    parser.add_argument("what", choices=["inference", "finetune", "stage"])
+    parser.add_argument("path", type=Path)
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--r", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    baseline = 0 if torch.cuda.is_available() else psutil.Process().memory_info().rss
-    ids = torch.randint(3, 1000, (arguments.rows, arguments.length), generator=torch.Generator().manual_seed(0))
-    if arguments.what == "inference":
-        inference(arguments.directory, ids)
-    else:
-        finetune(arguments.directory, ids, steps=2, r=arguments.r)
-    print(json.dumps({"baseline": baseline, "peak": peak_bytes() - baseline}))
+    name: str = arguments.what
+    settings: dict[str, Any] = {"directory": arguments.path, "rows": arguments.rows, "length": arguments.length}
+    if name == "stage":
+        name, settings = pickle.loads(arguments.path.read_bytes())
+    baseline = 0 if torch.cuda.is_available() else held_bytes()
+    STAGES[name](**settings)
+    found = {"baseline": baseline, "peak": peak_bytes() - baseline}
+    print(json.dumps({**found, **({"weights": max(_weights)} if _weights else {})}))
 
 
 if __name__ == "__main__":

@@ -73,15 +73,26 @@ def relative_change(before: Gram, after: Gram) -> float:
 
 def pack_triangle(matrix: Tensor) -> Tensor:
     """The lower triangle of a symmetric ``(n, n)`` matrix, row by row, as ``(n (n + 1) / 2,)``: half the bytes."""
-    rows, columns = torch.tril_indices(matrix.shape[0], matrix.shape[0], device=matrix.device)
-    return matrix[rows, columns]
+    n = matrix.shape[0]
+    packed = matrix.new_empty(n * (n + 1) // 2)
+    # By rows: an index of all elements would be four times the triangle.
+    for row in range(n):
+        packed[_triangle(row) : _triangle(row + 1)] = matrix[row, : row + 1]
+    return packed
 
 
 def unpack_triangle(packed: Tensor) -> Tensor:
     """The symmetric ``(n, n)`` matrix of :func:`pack_triangle`'s ``(n (n + 1) / 2,)``."""
     n = int(((8 * packed.numel() + 1) ** 0.5 - 1) / 2)
-    rows, columns = torch.tril_indices(n, n, device=packed.device)
-    matrix = torch.empty(n, n, dtype=packed.dtype, device=packed.device)
-    matrix[rows, columns] = packed
-    matrix[columns, rows] = packed
+    matrix = packed.new_empty(n, n)
+    for row in range(n):
+        matrix[row, : row + 1] = packed[_triangle(row) : _triangle(row + 1)]
+    for start in range(0, n, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        matrix[block, block] = torch.tril(matrix[block, block]) + torch.tril(matrix[block, block], -1).T
+        matrix[:start, block] = matrix[block, :start].T
     return matrix
+
+
+def _triangle(rows: int) -> int:
+    return rows * (rows + 1) // 2

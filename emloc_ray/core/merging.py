@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 # Products are taken of windows of rows that start on this grid and are no smaller: a product's last bits depend on its
@@ -16,7 +15,8 @@ def merge_rows(
     """Rows ``[begin, begin + n)`` of ``W + s B A``, in ``weight``'s dtype.
 
     ``weight`` holds the stored rows: ``(n, in)`` of ``W (out, in)``, or with ``transposed`` ``(n, out)`` of ``Wᵀ``
-    (``Conv1D``). ``lora_a (r, in)``, ``lora_b (out, r)``. Rounded once, from float32.
+    (``Conv1D``). ``lora_a (r, in)``, ``lora_b (out, r)``. Rounded once, from float32. Beside ``weight`` it holds the rows
+    in float32 once, and the result where that is narrower.
     """
     end = begin + weight.shape[0]
     first, last = _window(begin, end, lora_a.shape[1] if transposed else lora_b.shape[0])
@@ -25,7 +25,7 @@ def merge_rows(
     else:
         update = lora_b.float()[first:last] @ lora_a.float()
     update = update[begin - first : end - first]
-    return (weight.to(torch.float32) + scale * update).to(weight.dtype)
+    return update.mul_(scale).add_(weight).to(weight.dtype)
 
 
 def _window(begin: int, end: int, total: int) -> tuple[int, int]:

@@ -13,6 +13,16 @@ from emloc_ray.io.atomic import atomic_file
 from emloc_ray.io.checkpoint import DTYPES, TensorEntry
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LARGEST_SHARE = 8
+_LEAST_CHUNK = 2**16
+
+
+def chunk_limit(chunk_bytes: int, largest: int) -> int:
+    """Bytes of a row chunk: ``chunk_bytes``, but at most an eighth of the ``largest`` tensor's bytes.
+
+    So a shard is written anew within a fraction of its largest tensor, however often a chunk is held on the way.
+    """
+    return min(chunk_bytes, max(largest // _LARGEST_SHARE, _LEAST_CHUNK))
 
 
 def make_header(entries: Sequence[TensorEntry], metadata: dict[str, str] | None = None) -> bytes:
@@ -46,6 +56,7 @@ def stream_shard(path: Path, header: bytes, tensors: Iterable[tuple[TensorEntry,
             written = 0
             for chunk in chunks:
                 written += file.write(chunk.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                del chunk  # before the next is made
             if written != entry.num_bytes:
                 raise ArtifactError(f"{path}: tensor {entry.name} got {written} of {entry.num_bytes} bytes: run again.")
             total += written
@@ -64,7 +75,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
 
 
 def row_chunks(entry: TensorEntry, chunk_bytes: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yields ``(first row, rows)`` of a tensor, each of at most about ``chunk_bytes`` in its own dtype."""
+    """Yields ``(first row, rows)`` of a tensor, each of at most about ``chunk_bytes`` in its own dtype, and keeps none."""
     if not entry.shape or entry.num_bytes <= chunk_bytes:
         yield 0, entry.read_rows()
         return
@@ -74,5 +85,7 @@ def row_chunks(entry: TensorEntry, chunk_bytes: int) -> Iterator[tuple[int, torc
 
 
 def copy_chunks(entry: TensorEntry, chunk_bytes: int) -> Iterator[torch.Tensor]:
-    """A tensor's bytes as they are, in chunks."""
-    return (rows for _, rows in row_chunks(entry, chunk_bytes))
+    """A tensor's bytes as they are, in chunks; one is held at a time where the caller lets go of it."""
+    for _, rows in row_chunks(entry, chunk_bytes):
+        yield rows
+        del rows

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.atomic import atomic_directory
+from emloc_ray.io.checkpoint import read_shard
 from emloc_ray.io.shard_writing import write_tensors
 from emloc_ray.modeling.emulator import FactorizedLinear
 from emloc_ray.modeling.matching import Patterns, lookup, matches, suffixes
@@ -117,6 +117,8 @@ class LoraModule:
 class Adapter:
     """A LoRA adapter on disk: ``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT writes them.
 
+    Opened by its header; a module's tensors are read when they are asked for.
+
     Raises:
         ArtifactError: where a file is missing or no adapter.
         ConfigError: where the adapter is of a kind whose update is not ``s B A`` on a linear's weight.
@@ -129,13 +131,14 @@ class Adapter:
                 raise ArtifactError(f"{self.directory} holds no {name}: run the finetune stage again.")
         self.config: dict[str, Any] = json.loads((self.directory / CONFIG_NAME).read_text())
         _refuse_variants(self.config, self.directory)
-        self.tensors: dict[str, Tensor] = load_file(self.directory / WEIGHTS_NAME)
-        self.names = [_module_name(key) for key in self.tensors if key.endswith(".lora_A.weight")]
+        shard = read_shard(self.directory / WEIGHTS_NAME)
+        self.entries = {entry.name: entry for entry in shard.entries}
+        self.names = [_module_name(key) for key in self.entries if key.endswith(".lora_A.weight")]
 
     def module(self, name: str) -> LoraModule:
         """The update of one module, in float32."""
-        lora_a = self.tensors[f"{_PREFIX}{name}.lora_A.weight"].to(torch.float32)
-        lora_b = self.tensors[f"{_PREFIX}{name}.lora_B.weight"].to(torch.float32)
+        lora_a = self.entries[f"{_PREFIX}{name}.lora_A.weight"].read_rows().to(torch.float32)
+        lora_b = self.entries[f"{_PREFIX}{name}.lora_B.weight"].read_rows().to(torch.float32)
         return LoraModule(name, lora_a, lora_b, adapter_scale(self.config, name))
 
 

@@ -16,7 +16,7 @@ import torch
 from emloc_ray.core.merging import merge_rows
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.checkpoint import INDEX_NAME, Checkpoint, Shard, TensorEntry, write_index
-from emloc_ray.io.shard_writing import copy_chunks, make_header, row_chunks, stream_shard
+from emloc_ray.io.shard_writing import chunk_limit, copy_chunks, make_header, row_chunks, stream_shard
 from emloc_ray.modeling.adapter import Adapter, LoraModule
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.loading import copy_tokenizer
@@ -25,7 +25,7 @@ from emloc_ray.stages.cluster import Progress, Resources, bounded, set_threads, 
 
 @dataclass(frozen=True)
 class MergeJob:
-    """Artifact paths and flat settings of the stage."""
+    """Artifact paths and flat settings of the stage; ``chunk_bytes`` bounds a row chunk, see :func:`chunk_limit`."""
 
     model_dir: Path
     adapter_dir: Path
@@ -55,18 +55,23 @@ def output_shards(shards: Sequence[Shard], max_shard_size: int | None) -> list[t
 
 
 def merge_shard(job: MergeJob, shard: Shard, target: Path) -> int:
-    """Writes one shard of the merged model; returns how many tensors changed."""
+    """Writes one shard of the merged model; returns how many tensors changed.
+
+    It holds one row chunk at a time, with what is made of it, and one module's adapter.
+    """
     adapter = Adapter(job.adapter_dir)
-    touched = {spec.weight_name: spec for spec in job.specs if spec.name in set(adapter.names)}
+    named = set(adapter.names)
+    touched = {spec.weight_name: spec for spec in job.specs if spec.name in named}
     changed = [entry.name for entry in shard.entries if entry.name in touched]
+    chunk_bytes = chunk_limit(job.chunk_bytes, max((entry.num_bytes for entry in shard.entries), default=0))
 
     def tensors() -> Iterator[tuple[TensorEntry, Iterator[torch.Tensor]]]:
         for entry in shard.entries:
             spec = touched.get(entry.name)
             if spec is None:
-                yield entry, copy_chunks(entry, job.chunk_bytes)
+                yield entry, copy_chunks(entry, chunk_bytes)
             else:
-                yield entry, _merged(entry, adapter.module(spec.name), spec.transposed, job.chunk_bytes)
+                yield entry, _merged(entry, adapter.module(spec.name), spec.transposed, chunk_bytes)
 
     stream_shard(target, shard.header, tensors())
     return len(changed)
@@ -75,7 +80,10 @@ def merge_shard(job: MergeJob, shard: Shard, target: Path) -> int:
 def _merged(entry: TensorEntry, lora: LoraModule, transposed: bool, chunk_bytes: int) -> Iterator[torch.Tensor]:
     own_bytes = max(1, chunk_bytes * entry.dtype.itemsize // 4)  # of the stored dtype: chunk_bytes counts float32
     for begin, rows in row_chunks(entry, own_bytes):
-        yield merge_rows(rows, lora.lora_a, lora.lora_b, lora.scale, begin, transposed)
+        merged = merge_rows(rows, lora.lora_a, lora.lora_b, lora.scale, begin, transposed)
+        del rows
+        yield merged
+        del merged
 
 
 def merge(job: MergeJob, resources: Resources, progress: Progress = silent) -> dict[str, Any]:

@@ -69,19 +69,23 @@ class StreamedSlot:
         groups = [group for group in self.job.groups if group[0].startswith(f"{block}.")]
         hooks = GramHooks(self.replay.model, groups)
         for number in self.numbers:
-            before = read_outputs(outputs_file(self.out_dir, position - 1, number)) if position else None
-            after = [
-                self._forward(position, batch, {} if before is None else before[index], hooks)
-                for index, batch in enumerate(length_batches(self.shards.shard(number), self.job.batch_size))
-            ]
-            if position + 1 < self.num_blocks:
-                write_outputs(outputs_file(self.out_dir, position, number), after)
+            self._pass_shard(position, number, hooks)
         hooks.remove()
         hooks.check_finite()
         write_slot(self._part(position), hooks.grams, position)
         for number in self.numbers if position else ():
             outputs_file(self.out_dir, position - 1, number).unlink(missing_ok=True)
         return position
+
+    def _pass_shard(self, position: int, number: int, hooks: GramHooks) -> None:
+        """Takes one token shard through the block; its hidden states before and after are all that is held of any."""
+        before = read_outputs(outputs_file(self.out_dir, position - 1, number)) if position else None
+        after = [
+            self._forward(position, batch, {} if before is None else before[index], hooks)
+            for index, batch in enumerate(length_batches(self.shards.shard(number), self.job.batch_size))
+        ]
+        if position + 1 < self.num_blocks:
+            write_outputs(outputs_file(self.out_dir, position, number), after)
 
     def _forward(
         self, position: int, rows: Sequence[Tokens], outputs: dict[int, BlockOutput], hooks: GramHooks

@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import InternVLConfig, InternVLVisionConfig, LlamaConfig, Qwen2Config
 
 from emloc_ray.budget import solve, with_settings
 from emloc_ray.config import parse_config
 from emloc_ray.errors import ConfigError
+from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.memory import BASE_BYTES, Lengths, MemoryModel, gram_bytes, total
+from emloc_ray.modeling.architecture import empty_model
+from emloc_ray.modeling.loading import ModelSource
 from emloc_ray.planner import make_plan, row_lengths, within_budget
-from emloc_ray.preparation import Prepared, prepare
+from emloc_ray.preparation import Prepared, make_layout, prepare
 
 LENGTHS = Lengths(mean=40.0, longest=64.0)
+ROW = Lengths(2048.0, 2048.0)
 
 
 @pytest.fixture
@@ -35,6 +40,105 @@ def prepared(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[..
         return prepare(parse_config(values))
 
     return make
+
+
+def bare(model_config: Any, **sections: Any) -> Prepared:
+    """A run of a model that has no files, in bfloat16, a row at a time."""
+    values = {
+        "run_dir": "unused",
+        "model": {"source": "unused", "dtype": "bfloat16"},
+        "data": {"train": {"path": "unused"}},
+        "finetune": {"per_device_train_batch_size": 1},
+        **sections,
+    }
+    config = parse_config(values)
+    layout = make_layout(config, empty_model(model_config))
+    return Prepared(config, RunDirectory("unused"), ModelSource(Path()), model_config, layout, {})
+
+
+@pytest.fixture(scope="module")
+def llama_7b() -> Prepared:
+    """Llama 7B: 32 blocks, hidden 4096, MLP 11008, vocabulary 32000, untied."""
+    return bare(LlamaConfig())
+
+
+def test_llama_7b_by_hand(llama_7b: Prepared) -> None:
+    model = MemoryModel(llama_7b, ROW)
+    block = 4 * 4096**2 + 3 * 4096 * 11008
+    assert llama_7b.layout.num_parameters == 6_738_415_616 == 32 * block + 2 * 32000 * 4096 + 65 * 4096
+    inference = model.inference()
+    assert inference["weights"] == 13_476_831_232
+    assert inference["kv cache"] == 2 * 32 * 4096 * 2048 * 2 == 2**30
+    assert inference["logits"] == 32000 * 2
+    assert [gram_bytes(group) for group in llama_7b.layout.groups[:4]] == [67_108_864] * 3 + [484_704_256]
+    assert sum(gram_bytes(group) for wave in model.waves() for group in wave) == 32 * (3 * 67_108_864 + 484_704_256)
+    streamed = model.calibrate_streamed()
+    assert streamed["weights"] == 2 * (block + 32000 * 4096 + 65 * 4096)  # embedding and norms, no head
+    assert streamed["grams"] == 3 * 67_108_864 + 484_704_256
+    assert streamed["hidden states"] == 2 * (32 * 2048 * 4096 * 2)
+    assert model.adapter_parameters == 32 * 8 * (4 * 2 * 4096 + 3 * (4096 + 11008)) == 19_988_480
+
+
+def test_finetuning_llama_7b_by_hand(llama_7b: Prepared) -> None:
+    parts = MemoryModel(llama_7b, ROW).finetune()
+    kept = 4 * 1024 * 2 * 4096 + 3 * 1492 * (4096 + 11008)  # of a block, at ratio 0.5
+    assert parts["weights"] == 2 * (32 * kept + 2 * 32000 * 4096 + 65 * 4096)
+    assert parts["optimizer"] == 16 * 19_988_480
+    read = 4 * (6 * 4096 + 11008)  # float32 copies for q, k, v, o, gate, up and down
+    inner = 2 * (3 * 4096 + 4096 + 2 * 11008 + 11008)  # q, k, v, attention's output, gate, up, their product
+    saved = read + 2 * 4096 * 4 + inner
+    update = 11008 * (2 + 3 * 4)
+    assert parts["activations"] == 2048 * (32 * 4096 * 2 + saved + update)
+    whole = MemoryModel(with_settings(llama_7b, 0.5, 1, 1, False), ROW).finetune()
+    assert whole["activations"] == 2048 * (32 * saved + update)
+    assert whole["weights"] == parts["weights"]
+
+
+def test_a_chunk_of_logits_counts_where_it_is_more_than_a_block(llama_7b: Prepared) -> None:
+    short = MemoryModel(llama_7b, Lengths(8.0, 8.0)).finetune()
+    assert short["logits"] == 0
+    wide = bare(LlamaConfig(vocab_size=2_000_000, num_hidden_layers=2))
+    parts = MemoryModel(wide, ROW).finetune()
+    assert parts["logits"] == 3 * 4 * 512 * 2_000_000
+    assert parts["activations"] == 2048 * 2 * 4096 * 2
+
+
+def test_factorizing_and_merging_llama_7b_by_hand(llama_7b: Prepared) -> None:
+    model = MemoryModel(llama_7b, ROW)
+    parts = model.factorize()  # down_proj: 4096 × 11008, its Gram in float32, damped in float32 and in float64
+    assert parts["grams"] == 11008**2 * (2 * 4 + 8)
+    assert parts["weights"] == 4096 * 11008 * (2 + 4 + 8)
+    kept = 1492 * (4096 + 11008)
+    assert parts["products"] == 8 * 4096 * 11008 + 4 * 8 * 4096**2 + kept * (4 + 8)
+    assert parts["factors"] == 2 * kept
+    merge = model.merge()
+    assert merge["chunks"] == 2 * (32000 * 4096 * 2 // 8)
+    assert merge["adapter"] == 4 * 8 * (4096 + 11008)
+
+
+def test_correction_opens_the_original_only_to_choose(llama_7b: Prepared) -> None:
+    chosen = MemoryModel(bare(LlamaConfig(), correction={"method": "projection"}), ROW).correct()
+    assert "weights" not in chosen
+    assert MemoryModel(llama_7b, ROW).correct()["weights"] == 13_476_831_232
+    assert total(chosen) < 4 * 2**30
+
+
+def test_a_vision_tower_sees_tokens_of_its_own() -> None:
+    vision = InternVLVisionConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
+    language = Qwen2Config(
+        hidden_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        intermediate_size=160,
+        vocab_size=300,
+    )
+    ready = bare(InternVLConfig(vision_config=vision, text_config=language))
+    one, four = (MemoryModel(ready, ROW, {"model.vision_tower": factor}) for factor in (1.0, 4.0))
+    assert one.inference()["kv cache"] == 2 * 3 * (2 * 16) * 2048 * 2  # the language model's alone
+    inputs = 2048 * 2 * (2 * 64)  # of the tower's two blocks
+    assert four.finetune()["activations"] - one.finetune()["activations"] > 3 * inputs
+    assert {block.width for block in four.blocks} == {64, 96}
 
 
 def test_grams_are_in_squared_float32_once_a_shared_input(prepared: Callable[..., Prepared]) -> None:
@@ -100,6 +204,14 @@ def test_a_budget_is_solved_for_the_largest_ratio_that_fits(prepared: Callable[.
 def test_a_budget_that_nothing_meets_says_what_would(prepared: Callable[..., Prepared]) -> None:
     with pytest.raises(ConfigError, match=r"No compression ratio fits 0\.10 GiB: at 0\.1, .* needs 0\.44 GiB"):
         solve(prepared(), 2**30 // 10, LENGTHS)
+
+
+def test_what_no_ratio_helps_is_told_with_what_would(llama_7b: Prepared) -> None:
+    solution = solve(llama_7b, 10 * 2**30, ROW)
+    assert {name for name, _ in solution.too_large} == {"correct", "evaluate"}
+    assert "with correction.method projection or covariance correct does not" in solution.sentence
+    with pytest.raises(ConfigError, match=r"No compression ratio fits 1\.00 GiB: at 0\.1, .* needs \d+\.\d\d GiB"):
+        solve(llama_7b, 2**30, ROW)
 
 
 def test_the_solution_is_what_is_planned(prepared: Callable[..., Prepared]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.checkpoint import DTYPES, Checkpoint, TensorEntry, read_shard
-from emloc_ray.io.shard_writing import copy_chunks, make_header, row_chunks, stream_shard, write_tensors
+from emloc_ray.io.shard_writing import chunk_limit, copy_chunks, make_header, row_chunks, stream_shard, write_tensors
 
 
 def entry(name: str, dtype: torch.dtype, *shape: int) -> TensorEntry:
@@ -72,6 +73,32 @@ def test_chunks_cover_all_rows_once_and_stay_small(
     assert torch.equal(torch.cat([part for _, part in chunks]), tensor)
     assert [begin for begin, _ in chunks] == [sum(len(part) for _, part in chunks[:i]) for i in range(len(chunks))]
     assert all(part.numel() * 4 <= max(chunk_bytes, 4 * columns) for _, part in chunks)
+
+
+def test_one_chunk_is_alive_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"t": torch.randn(64, 16), "u": torch.randn(32, 16)}, tmp_path / "a.safetensors")
+    shard = read_shard(tmp_path / "a.safetensors")
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most, read = 0, TensorEntry.read_rows
+
+    def watched(entry: TensorEntry, *rows: int) -> torch.Tensor:
+        nonlocal most
+        assert not list(alive)
+        alive.add(chunk := read(entry, *rows))
+        most = max(most, chunk.nbytes)
+        return chunk
+
+    monkeypatch.setattr(TensorEntry, "read_rows", watched)
+    stream_shard(tmp_path / "b", shard.header, ((e, copy_chunks(e, 512)) for e in shard.entries))
+    assert most == 512
+    assert (tmp_path / "b").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+
+
+def test_chunks_are_a_fraction_of_the_largest_tensor() -> None:
+    assert chunk_limit(2**25, 2**30) == 2**25
+    assert chunk_limit(2**25, 2**27) == 2**24
+    assert chunk_limit(2**25, 10) == 2**16
+    assert chunk_limit(4096, 2**30) == 4096
 
 
 @pytest.mark.parametrize("given_rows", [1, 3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from stage_artifacts import Artifacts, write_lora
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from emloc_ray.io.checkpoint import Checkpoint, read_shard
+from emloc_ray.io.checkpoint import Checkpoint, read_shard, write_index
 from emloc_ray.modeling.adapter import Adapter
 from emloc_ray.modeling.architecture import block_linears, empty_model
 from emloc_ray.stages.merge import MergeJob, merge_shard, output_shards
@@ -80,3 +81,26 @@ def test_shards_are_cut_to_the_size_asked_and_hold_the_same_tensors(artifacts: A
         for entry in read_shard(tmp_path / "whole").entries:
             assert torch.equal(found.pop(entry.name), entry.read_rows())
     assert not found
+
+
+@pytest.mark.parametrize("max_shard_size", [None, 40_000])
+def test_tied_weights_stay_tied(
+    max_shard_size: int | None, tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    model_dir, merged = tiny_model_dir("llama", tied=True), tmp_path / "merged"
+    specs = tuple(block_linears(empty_model(AutoConfig.from_pretrained(model_dir))))
+    adapter = write_lora(tmp_path / "adapter", tuple(spec for spec in specs if spec.name.endswith("v_proj")))
+    job = MergeJob(model_dir, adapter, merged, specs)
+    original = Checkpoint(model_dir)
+    named = output_shards(original.shards, max_shard_size)
+    for name, shard in named:
+        merge_shard(job, shard, merged / name)
+    files = {entry.name: name for name, shard in named for entry in shard.entries}
+    write_index(merged, files, original.num_bytes, 0)
+    shutil.copyfile(model_dir / "config.json", merged / "config.json")
+    found = Checkpoint(merged)
+    assert set(found.entries) == set(original.entries)
+    assert "lm_head.weight" not in found
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert torch.equal(model.lm_head.weight, original.read("model.embed_tokens.weight"))

@@ -1,0 +1,158 @@
+"""The plan's lines for the paper's models beside the paper's figures (arXiv 2506.12015); configs alone, no weights.
+
+InternVL2.5 8B, 26B and 38B as transformers' own ``InternVLConfig`` has them, vision tower and projector included. The
+paper does not say how long its sequences are: here 2 rows of 2,048 tokens, 1,792 of them image tokens, that is 7 tiles of
+448² pixels, of which the vision tower sees 1,025 patches each. bfloat16, LoRA of r = 8 on every linear of the blocks,
+gradient checkpointing, a budget of 24 GB. The trace of shared inputs feeds no images, so that each of the tower's linears
+counts a Gram of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from stage_memory import bare_prepared
+from transformers import InternVLConfig, InternVLVisionConfig, LlamaConfig, Qwen2Config
+
+from emloc_ray.budget import Solution, solve, with_settings
+from emloc_ray.errors import ConfigError
+from emloc_ray.memory import Lengths, MemoryModel, Parts, total
+from emloc_ray.preparation import Prepared
+from emloc_ray.stages import STAGES
+
+ROWS, LENGTH, TILES = 2, 2048, 7
+PATCHES = 1025  # of a tile, in the vision tower; 256 in the language model
+BUDGET = 24 * 10**9
+MULTIPLES = {"model.vision_tower": TILES * PATCHES / LENGTH}
+GB = 1e9
+
+_SMALL_VISION = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+_LARGE_VISION = {"hidden_size": 3200, "num_hidden_layers": 45, "num_attention_heads": 25, "intermediate_size": 12800}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One of the paper's models: its towers' sizes, and the paper's peaks in GB where it gives them."""
+
+    name: str
+    vision: dict[str, int]
+    language: Any
+    lora_gb: float | None = None
+    emloc_gb: float | None = None
+
+
+def _language(kind: type[Any], hidden: int, layers: int, mlp: int, heads: int, vocabulary: int) -> Any:
+    return kind(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=mlp,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        vocab_size=vocabulary,
+        tie_word_embeddings=False,
+    )
+
+
+SHAPES = (
+    Shape("8B", _SMALL_VISION, _language(LlamaConfig, 4096, 32, 14336, 32, 92553)),
+    Shape("26B", _LARGE_VISION, _language(LlamaConfig, 6144, 48, 16384, 48, 92553), 72.9, 18.6),
+    Shape("38B", _LARGE_VISION, _language(Qwen2Config, 5120, 64, 27648, 40, 151674), 94.8, 20.1),
+)
+
+
+def prepared_shape(shape: Shape) -> Prepared:
+    """The model on the meta device, under the paper's settings."""
+    vision = InternVLVisionConfig(image_size=[448, 448], patch_size=[14, 14], **shape.vision)
+    model_config = InternVLConfig(vision_config=vision, text_config=shape.language)
+    values = {
+        "run_dir": f"runs/shapes-{shape.name}",
+        "memory_budget": BUDGET,
+        "model": {"source": f"InternVL2.5-{shape.name}", "dtype": "bfloat16"},
+        "data": {"train": {"path": "-"}, "max_seq_length": LENGTH},
+        "calibration": {"num_calibration_samples": 64, "batch_size": ROWS, "rows_per_shard": ROWS},
+        "adapter": {"r": 8, "lora_alpha": 8},
+        "finetune": {"per_device_train_batch_size": ROWS, "gradient_accumulation_steps": 4},
+        "evaluation": {"batch_size": ROWS},
+    }
+    return bare_prepared(values, model_config)
+
+
+def plan_shape(shape: Shape) -> dict[str, Any]:
+    """Parameters and peaks in GB, imports left out as the paper's figures of an allocator do."""
+    prepared = prepared_shape(shape)
+    lengths = Lengths(LENGTH, LENGTH)
+
+    def at(ratio: float, rows: int = ROWS) -> MemoryModel:
+        return MemoryModel(with_settings(prepared, ratio, rows, 8 // rows, True), lengths, MULTIPLES)
+
+    original = at(1.0)
+    found: dict[str, Any] = {
+        "parameters": prepared.layout.num_parameters,
+        "weights": original.weights / GB,
+        "inference": _gb(original.inference()),
+        "lora_on_the_original": _gb(original.finetune()),
+        "paper_lora": shape.lora_gb,
+        "paper_emloc": shape.emloc_gb,
+    }
+    ratios = (step / 100 for step in range(99, 0, -1))
+    five = next((ratio for ratio in ratios if at(ratio).emulator <= 5e9 * torch.bfloat16.itemsize), None)
+    if five is not None:
+        found["five_billion"] = {"ratio": five, "finetune": _gb(at(five).finetune())}
+    try:
+        solution: Solution | None = solve(prepared, BUDGET, lengths, MULTIPLES)
+    except ConfigError as error:
+        solution, found["budget"] = None, str(error)
+    if solution is not None:
+        memory = at(solution.compression_ratio, solution.micro_batch)
+        found["budget"] = {
+            "ratio": solution.compression_ratio,
+            "micro_batch": solution.micro_batch,
+            "emulator_parameters": memory.emulator // memory.itemsize,
+            "calibration": memory.calibration_mode(),
+            **{stage: _gb(memory.stage(stage)) for stage in STAGES},
+        }
+    return found
+
+
+def _gb(parts: Parts) -> float:
+    return (total(parts) - parts.get("base", 0)) / GB
+
+
+def write_shapes(out: Path) -> dict[str, dict[str, Any]]:
+    """``shapes.json`` and ``shapes.md``; returns the former's content, by model."""
+    found = {shape.name: plan_shape(shape) for shape in SHAPES}
+    (out / "shapes.json").write_text(json.dumps(found, indent=2) + "\n")
+    lines = [
+        "| GB | weights | inference | LoRA on the original (paper) | fine-tuning a 5B emulator, its ratio (paper) |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, row in found.items():
+        five = row.get("five_billion")
+        tuned = f"{five['finetune']:.1f} at {five['ratio']:.2f} ({_or_dash(row['paper_emloc'])})" if five else "–"
+        lora = f"{row['lora_on_the_original']:.1f} ({_or_dash(row['paper_lora'])})"
+        lines.append(f"| {name} | {row['weights']:.1f} | {row['inference']:.1f} | {lora} | {tuned} |")
+    lines += ["", "Within 24 GB a worker, imports included:", ""]
+    lines += [
+        f"| GB | ratio | rows | emulator | calibration | {' | '.join(STAGES)} |",
+        f"| --- | --- | --- | --- | --- | {' | '.join('---' for _ in STAGES)} |",
+    ]
+    for name, row in found.items():
+        solved = row["budget"]
+        if isinstance(solved, str):
+            lines.append(f"| {name} | {solved} |")
+            continue
+        peaks = " | ".join(f"{solved[stage]:.1f}" for stage in STAGES)
+        size = f"{solved['emulator_parameters'] / 1e9:.1f}B"
+        lines.append(
+            f"| {name} | {solved['ratio']:g} | {solved['micro_batch']} | {size} | {solved['calibration']} | {peaks} |"
+        )
+    (out / "shapes.md").write_text("\n".join(lines) + "\n")
+    return found
+
+
+def _or_dash(value: float | None) -> str:
+    return "–" if value is None else f"{value:g}"
