@@ -41,7 +41,7 @@ from emloc_ray.stages.merge import merge_shard, output_shards
 from emloc_ray.stages.resident_slot import ResidentSlot
 
 THREADS = 2
-_SIZES = {"small": (32, 10, 32), "large": (128, 50, 128)}  # calibration rows, steps, held-out rows
+_SIZES = {"small": (8, 2, 8), "large": (96, 24, 64)}  # calibration rows, steps, held-out rows
 
 
 def ray_overhead(out: Path) -> Figures:
@@ -79,6 +79,7 @@ def _sized(out: Path, size: str) -> RunConfig:
             *(f"{section}.cpus_per_worker={THREADS}" for section in ("calibration", "emulator", "evaluation")),
             f"finetune.max_steps={steps}",
             f"evaluation.num_samples={held_out}",
+            "correction.method=projection",
             "evaluation.num_exact_match=0",
             "evaluation.num_generations=0",
         ],
@@ -144,6 +145,7 @@ def _train_plain(job: FinetuneJob, plain: Path) -> None:
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
+        save_strategy="no",
         **job.training_arguments,
     )
     model = attach_adapter(load_model(job.emulator_dir, **job.model_options), lora_config(**job.adapter))

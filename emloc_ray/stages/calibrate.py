@@ -17,7 +17,7 @@ from emloc_ray.modeling.replay import block_flow
 from emloc_ray.stages.calibration_job import CalibrationJob
 from emloc_ray.stages.cluster import Progress, Resources, bounded, set_threads, silent
 from emloc_ray.stages.resident_slot import ResidentSlot
-from emloc_ray.stages.slots import run_slots
+from emloc_ray.stages.slots import SlotActor, run_slots
 from emloc_ray.stages.streamed_slot import StreamedSlot, grams_file, part_file
 
 _GRAMS_PER_FILE = 4
@@ -80,7 +80,7 @@ def _reside(
 
         def start(slot: int, part: CalibrationJob = part, slots: Sequence[Path] = slots) -> Any:
             options = resources.options()
-            return ray.remote(ResidentSlot).options(**options).remote(part, slots[slot], resources.threads)
+            return ray.remote(SlotActor).options(**options).remote(ResidentSlot, part, slots[slot], resources.threads)
 
         def told(done: int, total: int, number: int = number) -> None:
             progress(number * total + done, len(waves) * total)
@@ -133,9 +133,9 @@ def _stream(
 
     def start(slot: int) -> Any:
         return (
-            ray.remote(StreamedSlot)
+            ray.remote(SlotActor)
             .options(**resources.options())
-            .remote(job, out_dir, slot, num_slots, num_blocks, resources.threads)
+            .remote(StreamedSlot, job, out_dir, slot, num_slots, num_blocks, resources.threads)
         )
 
     def done(slot: int, position: int) -> None:

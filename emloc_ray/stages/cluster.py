@@ -119,8 +119,10 @@ def explain(error: BaseException, stage: str) -> EmlocError:
     own = own_error(error)
     if own is not None:
         return own
-    if isinstance(error, ray.exceptions.OutOfMemoryError):
-        return StageError(f"{stage}: a worker ran out of memory: lower its batch size or num_workers.")
+    if any(_is_out_of_memory(cause) for cause in causes(error)):
+        return StageError(
+            f"{stage}: a worker ran out of memory: set memory_budget to what it has, or lower its batch size or num_workers."
+        )
     full = next((e for e in causes(error) if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)), None)
     if full is not None:
         where = f" at {full.filename}" if full.filename else ""
@@ -161,6 +163,14 @@ class Flight:
             for reference in ready:
                 self.results[self._flying.pop(reference)] = ray.get(reference)
         return bool(self._waiting or self._flying)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Killed by Ray's memory monitor, refused by the operating system, or by torch's allocator, which on a CPU raises no
+    kind of its own."""
+    kinds = (ray.exceptions.OutOfMemoryError, MemoryError, torch.OutOfMemoryError)
+    refused = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return refused or isinstance(error, kinds) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
 
 
 def bounded(tasks: Iterable[Callable[[], Any]], limit: int, progress: Progress, total: int) -> list[Any]:

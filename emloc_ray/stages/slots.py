@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,16 +12,37 @@ from emloc_ray.errors import StageError
 from emloc_ray.stages.cluster import MAX_RESTARTS, Progress
 
 
+class SlotActor:
+    """An actor around a slot, which is made in its first call: what goes wrong in a constructor, Ray tells as text only."""
+
+    def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
+        self._make = functools.partial(make, *arguments)
+
+    def position(self) -> int:
+        """The last unit that is safe, or -1."""
+        self.slot = self._make()
+        found: int = self.slot.position()
+        return found
+
+    def accumulate(self, unit: int) -> int:
+        """Works off one unit; returns it."""
+        done: int = self.slot.accumulate(unit)
+        return done
+
+    def commit(self) -> None:
+        """Called once after the last unit."""
+        self.slot.commit()
+
+
 def run_slots(
     start: Callable[[int], Any],
     work: Sequence[Sequence[int]],
     progress: Progress,
     done: Callable[[int, int], None] = lambda slot, unit: None,
 ) -> None:
-    """Works off ``work[slot]``, a list of ascending units, in an actor that ``start(slot)`` makes.
+    """Works off ``work[slot]``, a list of ascending units, in a :class:`SlotActor` that ``start(slot)`` makes.
 
-    An actor has ``position()``, the last unit that is safe or -1, ``accumulate(unit)``, which returns ``unit``, and
-    ``commit()``, called once after the last. ``done(slot, unit)`` hears of every unit finished, on a resumed slot of the
+    ``done(slot, unit)`` hears of every unit finished, on a resumed slot of the
     last one alone. A lost actor is made anew and asked for its position.
 
     Raises:

@@ -1,0 +1,87 @@
+"""A model larger than what the operating system lets a worker take: calibrated, factorized, fine-tuned and merged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from limited_worker import LIMIT
+from small_runs import task_rows, write_jsonl
+from tiny import make_model, make_tokenizer
+
+TESTS = Path(__file__).parent.parent
+ABOVE_IMPORTS = 224 * 2**20
+
+_MEASURE = """
+import limited_worker, ray
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+task = ray.remote(limited_worker.data_bytes_after_imports)
+print(max(ray.get([task.remote(), task.remote()])))
+"""
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """100 M parameters: 200 MB as stored, 400 MB in the float32 that the run asks for."""
+    directory = tmp_path_factory.mktemp("large") / "model"
+    sizes: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8}
+    make_model("llama", dtype="bfloat16", num_attention_heads=8, num_key_value_heads=8, **sizes).save_pretrained(
+        directory, max_shard_size="50MB"
+    )
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def environment() -> dict[str, str]:
+    """Workers may take so much above what their imports took."""
+    own = {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
+    found = subprocess.run([sys.executable, "-c", _MEASURE], env=own, check=True, capture_output=True, text=True)
+    return {**own, LIMIT: str(int(found.stdout.splitlines()[-1]) + ABOVE_IMPORTS)}
+
+
+def run(root: Path, model_dir: Path, environment: dict[str, str], *options: str, **calibration: Any) -> Any:
+    values = {
+        "run_dir": str(root / "run"),
+        "memory_budget": 450 * 2**20 + ABOVE_IMPORTS,
+        "model": {"source": str(model_dir), "dtype": "float32"},
+        "data": {
+            "train": {"path": str(write_jsonl(root / "rows.jsonl", task_rows(60)))},
+            "format": "prompt_completion",
+            "max_seq_length": 32,
+        },
+        "calibration": {"num_calibration_samples": 16, "batch_size": 4, "rows_per_shard": 8, **calibration},
+        "emulator": {"compression_ratio": 0.25},
+        "adapter": {"r": 4},
+        "finetune": {"max_steps": 2, "per_device_train_batch_size": 2},
+        "correction": {"method": "projection"},
+        "ray": {"num_cpus": 2, "runtime_env": {"worker_process_setup_hook": "limited_worker.limit_memory"}},
+    }
+    config = root / "config.yaml"
+    config.write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-c", "from emloc_ray.cli import main; main()", "run", str(config), *options]
+    return subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+
+
+def test_every_stage_up_to_the_merge_runs_where_the_model_does_not_fit(
+    model_dir: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    result = run(tmp_path, model_dir, environment, "--until", "merge")
+    assert result.returncode == 0, result.stderr
+    stages = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]
+    assert stages["calibrate"]["result"]["mode"] == "streamed"
+    assert stages["merge"]["result"]["merged_tensors"] == 7 * 8
+
+
+def test_the_limit_is_one_that_the_whole_model_breaks(
+    model_dir: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    result = run(tmp_path, model_dir, environment, "--until", "calibrate", mode="resident")
+    assert result.returncode == 1
+    assert "calibrate: a worker ran out of memory: set memory_budget" in result.stderr
