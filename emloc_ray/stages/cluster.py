@@ -104,7 +104,8 @@ def causes(error: BaseException) -> Iterator[BaseException]:
             continue
         seen.add(id(current))
         yield current
-        pending += [getattr(current, "cause", None), current.__cause__, current.__context__]
+        held = (getattr(current, name, None) for name in ("cause", "_base_exc"))  # of Ray's tasks, and of Ray Train's
+        pending += [*(e for e in held if isinstance(e, BaseException)), current.__cause__, current.__context__]
         pending += list(getattr(current, "worker_failures", {}).values())
 
 
