@@ -76,12 +76,12 @@ class Prepared:
     files: dict[str, tuple[SourceFile, ...]]
 
     def calibration_tokens(self, tokens_per_row: float) -> float:
-        """Tokens that calibration will see, at a mean of so many a row: the least of what bounds them."""
+        """Tokens that calibration will see, at a mean of so many a row: the least of what the config bounds them by."""
         section = self.config.calibration
         files = self.files.get("calibration") or self.files.get("train")
         rows = sum(source.num_rows for source in files) if files else UNKNOWN_ROWS
-        samples = min(rows, section.num_calibration_samples or rows)
-        return min(samples * tokens_per_row, section.num_calibration_tokens or float("inf"))
+        tokens = (section.num_calibration_samples or rows) * tokens_per_row
+        return min(tokens, section.num_calibration_tokens or tokens)
 
 
 def prepare(config: RunConfig) -> Prepared:

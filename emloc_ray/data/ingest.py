@@ -18,6 +18,8 @@ from emloc_ray.data.hash_order import Rows, shuffled
 from emloc_ray.data.token_shards import TokenShards
 
 _STEPS_PER_TASK = 256
+_READERS = 2
+_READ_AHEAD_BYTES = 2**27
 
 
 @dataclass(frozen=True)
@@ -89,14 +91,19 @@ class MicroStepSource(Datasource):
 def stream_batches(tokens_dir: Path, order: SampleOrder, begin: int, end: int) -> Iterator[list[Tokens]]:
     """This rank's micro-batches ``[begin, end)``, in order, read ahead by Ray Data.
 
-    The reading tasks ask Ray for no CPU: they move a few kilobytes, and the worker group may hold every CPU there is.
+    The reading tasks ask Ray for no CPU: they move a few kilobytes, and the worker group may hold every CPU there is. Two
+    at once are ahead of any training, and what they read ahead is bounded: left to itself, Ray starts a process
+    for each of hundreds of tasks that ask for nothing, and fills its object store with a long training's rows.
     """
     context: Any = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=_READ_AHEAD_BYTES)
     context.enable_progress_bars = False
     source = MicroStepSource(tokens_dir, order, begin, end)
     num_tasks = -(-(end - begin) // _STEPS_PER_TASK)
-    dataset: Any = ray.data.read_datasource(source, num_cpus=0, override_num_blocks=max(1, num_tasks))
+    dataset: Any = ray.data.read_datasource(
+        source, num_cpus=0, concurrency=_READERS, override_num_blocks=max(1, num_tasks)
+    )
     for table in dataset.iter_batches(batch_size=order.batch_size, batch_format="pyarrow", prefetch_batches=2):
         columns = table["input_ids"].to_pylist(), table["completion_mask"].to_pylist()
         yield [Tokens(ids, mask) for ids, mask in zip(*columns, strict=True)]

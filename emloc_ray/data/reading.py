@@ -118,7 +118,7 @@ def _read_groups(source: SourceFile, rows: Iterable[int], fields: Sequence[str] 
                 if row is None or row >= stop:
                     continue
                 begin = start
-                for batch in file.iter_batches(_ROWS_PER_BATCH, [group], columns):
+                for batch in file.iter_batches(_ROWS_PER_BATCH, [group], columns, use_threads=False):
                     inside = []
                     while row is not None and row < begin + batch.num_rows:
                         inside.append(row)

@@ -110,7 +110,9 @@ def test_rows_are_read_from_the_files_that_hold_them(
         lines = [json.dumps({"text": f"{number}:{row}"}) + "\n" for row in range(size)]
         (folder / f"{number}.jsonl").write_text("".join(lines))
     names = [(number, row) for number, size in enumerate(sizes) for row in range(size)]
-    chosen = RowSelection.all_rows([scan(folder / f"{number}.jsonl") for number in range(len(sizes))]).split(count, 0)[1]
+    chosen = RowSelection.all_rows([scan(folder / f"{number}.jsonl") for number in range(len(sizes))]).split(count, 0)[
+        1
+    ]
     begin = data.draw(st.integers(0, len(names)))
     end = data.draw(st.integers(begin, len(names)))
     expected = [names[row] for row in rows_of(chosen) if begin <= row < end]
