@@ -102,7 +102,8 @@ class MemoryModel:
         head = 0 if getattr(self.model_config, "tie_word_embeddings", False) else self.layout.head_parameters
         names = [block.name for block in self.blocks]
         grams = max(sum(gram_bytes(group) for group in self._groups() if group[0].block == name) for name in names)
-        rows = min(self.config.calibration.rows_per_shard, self.config.calibration.num_calibration_samples)
+        section = self.config.calibration
+        rows = min(section.rows_per_shard, section.num_calibration_samples or section.rows_per_shard)
         shard = rows * self.lengths.longest * self.layout.hidden_size * self.itemsize
         return {
             "weights": (inside + outside - head) * self.itemsize,
