@@ -68,7 +68,7 @@ def tokenize_row(row: Row, format: str, tokenizer: Any, where: str) -> Tokens:
 def tokenize_rows(rows: Iterable[tuple[str, Row]], format: str, tokenizer: Any) -> list[Tokens]:
     """Checked rows, each with the place that errors name, as tokens: what each would be alone, in two calls for all.
 
-    A call of a fast tokenizer costs about as much as fifty of a short row's tokens, so many rows share one.
+    Of rows of fifty tokens a fast tokenizer takes 1.4 times as many a second so, measured on one CPU.
     """
     cut = [_segments(row, format, tokenizer, where) for where, row in rows]
     encoded: dict[bool, Iterator[list[int]]] = {}
