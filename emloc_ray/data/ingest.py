@@ -97,7 +97,8 @@ def stream_batches(tokens_dir: Path, order: SampleOrder, begin: int, end: int) -
     """
     context: Any = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = ray.data.ExecutionResources(object_store_memory=_READ_AHEAD_BYTES)
+    limits = ray.data.ExecutionResources.for_limits(object_store_memory=_READ_AHEAD_BYTES)
+    context.execution_options.resource_limits = limits
     context.enable_progress_bars = False
     source = MicroStepSource(tokens_dir, order, begin, end)
     num_tasks = -(-(end - begin) // _STEPS_PER_TASK)

@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from small_runs import make_values, task_rows, write_jsonl
 
 from emloc_ray.config import parse_config
+from emloc_ray.data.docstrings import DocstringTask
 from emloc_ray.data.hash_order import row_hash
 from emloc_ray.data.reading import scan
-from emloc_ray.data.splits import CALIBRATION_SEED, RowSelection
+from emloc_ray.data.splits import CALIBRATION_SEED, SPLITS, RowSelection
 from emloc_ray.data.token_shards import TokenShards
-from emloc_ray.data.tokenizing import TokenizeOptions, _tokenizer
+from emloc_ray.data.tokenizing import TokenizeOptions
 from emloc_ray.io.resume import discard_unless
 from emloc_ray.preparation import Prepared, prepare
-from emloc_ray.stages.data import shortfall, split_inputs, tokenize_data
+from emloc_ray.stages.data import _sources, shortfall, split_inputs, tokenize_data
 
 Make = Callable[..., Prepared]
 NUM_ROWS = 600
@@ -57,7 +60,6 @@ def test_tokens_are_reached_by_whole_rows_on_any_number_of_workers(
     every = RowSelection.all_rows([scan(tmp_path / "rows.jsonl")])
     options = TokenizeOptions(str(on_two.source.directory), "prompt_completion", on_two.config.data.max_seq_length)
     whole = [tokens.input_ids for tokens in options.tokens(every.read(0, NUM_ROWS))]
-    _tokenizer.cache_clear()
     order = np.argsort(row_hash(np.arange(NUM_ROWS), CALIBRATION_SEED))
     totals = np.cumsum([len(whole[row]) for row in order])
     taken = sorted(order[: int(np.searchsorted(totals, wanted)) + 1].tolist())
@@ -127,3 +129,22 @@ def test_a_directory_is_kept_for_the_same_inputs_alone(tmp_path: Path) -> None:
     assert (directory / "file").is_file()
     discard_unless(directory, {"a": 2})
     assert not (directory / "file").exists()
+
+
+def test_rows_are_made_once_for_each_seed(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    def generate(directory: Path, task: DocstringTask) -> None:
+        made.append(task.seed)
+        for name in SPLITS:
+            pq.write_table(pa.table({"prompt": ["p"], "completion": ["c"]}), directory / f"{name}.parquet")
+
+    monkeypatch.setattr("emloc_ray.data.docstrings.generate", generate)
+    for seed in (0, 0, 5):
+        data = {"generate": "docstrings", "format": "prompt_completion"}
+        values = {"run_dir": str(tmp_path / "run"), "model": {"source": str(tiny_model_dir("llama"))}, "data": data}
+        found = _sources(prepare(parse_config({**values, "seed": seed})), tmp_path / "data")
+        assert sorted(found) == sorted(SPLITS)
+    assert made == [0, 5]
