@@ -280,9 +280,10 @@ class Pipeline:
     def _tell_thin_calibration(self, result: dict[str, Any]) -> None:
         fewest, highest = result["fewest_tokens"], max(self.layout.ranks.values(), default=0)
         if fewest is not None and fewest < highest:
+            section = self.config.calibration
+            key = "num_calibration_samples" if section.num_calibration_tokens is None else "num_calibration_tokens"
             self.reporter.note(
-                f"Calibration saw {fewest} tokens, fewer than the highest rank {highest}:"
-                " raise calibration.num_calibration_samples."
+                f"Calibration saw {fewest} tokens, fewer than the highest rank {highest}: raise calibration.{key}."
             )
 
     def finetune(self) -> None:
