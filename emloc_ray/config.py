@@ -86,15 +86,28 @@ class StageConfig(Section):
 
 
 class CalibrationConfig(StageConfig):
-    """The small data pass that gathers Grams."""
+    """The small data pass that gathers Grams.
 
-    num_calibration_samples: int = Field(128, ge=1)
+    Rows are taken in the order of their hash until there are ``num_calibration_samples``, or until they have
+    ``num_calibration_tokens``, prompt and completion, as cut to ``data.max_seq_length``: whichever comes first of those
+    that are set. The default of 128 rows holds where neither is.
+    """
+
+    num_calibration_samples: int | None = Field(128, ge=1, description="rows; null: no bound, as where tokens are set")
+    num_calibration_tokens: int | None = Field(None, ge=1, description="tokens, reached by whole rows")
     tokens: Literal["all", "completion"] = "all"
     batch_size: int = Field(8, ge=1)
     rows_per_shard: int = Field(32, ge=1, description="the grain of work and of exactly-once accounting")
     keep: Literal["grams", "none"] = "grams"
     mode: Literal["auto", "resident", "streamed"] = Field("auto", description="whole model, or a block at a time")
     convergence_tolerance: float | None = Field(None, gt=0, lt=1, description="stop where Grams change by less")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tokens_alone_decide(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("num_calibration_tokens") is not None:
+            return {"num_calibration_samples": None, **values}
+        return values
 
 
 class EmulatorConfig(StageConfig):

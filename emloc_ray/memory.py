@@ -70,6 +70,7 @@ class MemoryModel:
         """``multiples``: prefixes of blocks that see another number of tokens than the row has, and how many times that."""
         self.config, self.layout, self.lengths = prepared.config, prepared.layout, lengths
         self.model_config = prepared.model_config
+        self.calibration_tokens = prepared.calibration_tokens(lengths.mean)
         self.itemsize = model_dtype(prepared).itemsize
         self.weights = self.layout.num_parameters * self.itemsize
         saved = self.layout.parameters_targeted - self.layout.parameters_factorized
@@ -101,7 +102,8 @@ class MemoryModel:
         head = 0 if getattr(self.model_config, "tie_word_embeddings", False) else self.layout.head_parameters
         names = [block.name for block in self.blocks]
         grams = max(sum(gram_bytes(group) for group in self._groups() if group[0].block == name) for name in names)
-        rows = min(self.config.calibration.rows_per_shard, self.config.calibration.num_calibration_samples)
+        section = self.config.calibration
+        rows = min(section.rows_per_shard, section.num_calibration_samples or section.rows_per_shard)
         shard = rows * self.lengths.longest * self.layout.hidden_size * self.itemsize
         return {
             "weights": (inside + outside - head) * self.itemsize,
@@ -112,8 +114,7 @@ class MemoryModel:
 
     def hidden_state_disk_bytes(self) -> int:
         """What streamed calibration keeps on disk at any time: two blocks' outputs for every calibration token."""
-        tokens = self.config.calibration.num_calibration_samples * self.lengths.mean
-        return int(2 * tokens * self.layout.hidden_size * self.itemsize)
+        return int(2 * self.calibration_tokens * self.layout.hidden_size * self.itemsize)
 
     def calibration_mode(self) -> str:
         """As the config says; ``auto`` is ``resident`` where that fits a worker."""

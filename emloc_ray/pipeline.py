@@ -165,28 +165,24 @@ class Pipeline:
         inputs = {"model": self.inputs["import"], **split_inputs(self.prepared)}
 
         def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
-            return tokenize_data(self.prepared, self.jobs.model_dir, self.directory.path("data"), progress)
+            return tokenize_data(self.prepared, self.jobs.model_dir, self.directory.path("data"), progress, inputs)
 
-        counts = self._step("data", inputs, [tokens], execute)["splits"]
+        counts = self._step("data", inputs, [tokens], execute, resumes=True)["splits"]
         for split, count in counts.items():
             self.inputs[f"data/{split}"] = fingerprint_files(sorted((tokens / split).iterdir()))
             self._tell_counts(split, count)
 
     def _tell_counts(self, split: str, count: dict[str, int]) -> None:
+        from emloc_ray.stages.data import shortfall
+
         if count["truncated_rows"]:
             self.reporter.note(
                 f"data.{split}: {count['truncated_rows']} rows cut to {self.config.data.max_seq_length} tokens"
                 f" ({count['truncated_tokens']} tokens left out), {count['dropped_rows']} dropped with no completion left."
             )
-        asked = {
-            "calibration": self.config.calibration.num_calibration_samples,
-            "selection": self.config.correction.num_selection_samples,
-            "eval": self.config.evaluation.num_samples,
-        }.get(split)
-        if asked is not None and count["rows"] + count["dropped_rows"] < asked and not self.config.data.packing:
-            self.reporter.note(
-                f"data.{split}: {count['rows']} rows instead of the {asked} asked for: there are no more."
-            )
+        missing = shortfall(self.config, split, count)
+        if missing is not None:
+            self.reporter.note(missing)
 
     def calibrate(self) -> None:
         """One Gram per shared input of the linears that compression targets; what they serve is factorized meanwhile."""
@@ -284,9 +280,10 @@ class Pipeline:
     def _tell_thin_calibration(self, result: dict[str, Any]) -> None:
         fewest, highest = result["fewest_tokens"], max(self.layout.ranks.values(), default=0)
         if fewest is not None and fewest < highest:
+            section = self.config.calibration
+            key = "num_calibration_samples" if section.num_calibration_tokens is None else "num_calibration_tokens"
             self.reporter.note(
-                f"Calibration saw {fewest} tokens, fewer than the highest rank {highest}:"
-                " raise calibration.num_calibration_samples."
+                f"Calibration saw {fewest} tokens, fewer than the highest rank {highest}: raise calibration.{key}."
             )
 
     def finetune(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from emloc_ray.budget import Solution, solve, with_settings
 from emloc_ray.data.reading import read_rows
 from emloc_ray.memory import Lengths, MemoryModel, Parts, gram_bytes, total
-from emloc_ray.preparation import Layout, Prepared
+from emloc_ray.preparation import UNKNOWN_ROWS, Layout, Prepared
 from emloc_ray.stages import STAGES
 
 _CHARACTERS_PER_TOKEN = 3.5
@@ -176,9 +176,9 @@ def _stage_flops(prepared: Prepared, tokens: float) -> dict[str, float]:
     kept = sum(layout.kept(spec) for spec in layout.specs)
     head = layout.head_parameters * 0.25  # logits at labels alone
     grams = sum(group[0].in_features ** 2 for group in layout.groups) * 1.2
-    calibrated = tokens * config.calibration.num_calibration_samples if layout.ranks else 0
+    calibrated = prepared.calibration_tokens(tokens) if layout.ranks else 0
     train = prepared.files.get("train", ())
-    steps = num_steps(config, sum(source.num_rows for source in train) or 8000)
+    steps = num_steps(config, sum(source.num_rows for source in train) or UNKNOWN_ROWS)
     finetune = config.finetune
     rows = finetune.per_device_train_batch_size * finetune.gradient_accumulation_steps * finetune.num_workers * steps
     passes = 6 if finetune.gradient_checkpointing else 4

@@ -16,7 +16,7 @@ import torch
 
 from emloc_ray.config import AdapterConfig, RunConfig, SplitConfig
 from emloc_ray.core.ranks import rank_for_ratio
-from emloc_ray.data.formats import check_row
+from emloc_ray.data.formats import FIELDS, check_row
 from emloc_ray.data.reading import SourceFile, list_files, read_rows, scan
 from emloc_ray.data.splits import SPLITS
 from emloc_ray.errors import ConfigError, EmlocError
@@ -26,7 +26,9 @@ from emloc_ray.modeling.architecture import LinearSpec, block_linears, empty_mod
 from emloc_ray.modeling.loading import ModelSource, check_source, read_model_config, resolve_source
 from emloc_ray.modeling.matching import check_table, lookup, select
 
-CHECKED_ROWS = 1000
+CHECKED_ROWS = 1000  # of a file
+UNKNOWN_ROWS = 8000  # of a split that is made or downloaded later
+MAX_CHECKED_ROWS = 16_000  # of a split, but for one of each file
 Result = TypeVar("Result")
 
 
@@ -72,6 +74,14 @@ class Prepared:
     model_config: Any
     layout: Layout
     files: dict[str, tuple[SourceFile, ...]]
+
+    def calibration_tokens(self, tokens_per_row: float) -> float:
+        """Tokens that calibration will see, at a mean of so many a row: the least of what the config bounds them by."""
+        section = self.config.calibration
+        files = self.files.get("calibration") or self.files.get("train")
+        rows = sum(source.num_rows for source in files) if files else UNKNOWN_ROWS
+        tokens = (section.num_calibration_samples or rows) * tokens_per_row
+        return min(tokens, section.num_calibration_tokens or tokens)
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -213,9 +223,10 @@ def _check_split(config: RunConfig, name: str) -> tuple[SourceFile, ...]:
     if split is None or config.data.generate is not None or _is_hub(split):
         return ()
     sources = tuple(scan(path) for path in list_files(split.path, f"data.{name}.path"))
+    checked = max(1, min(CHECKED_ROWS, MAX_CHECKED_ROWS // len(sources)))
     for source in sources:
-        first = range(min(source.num_rows, CHECKED_ROWS))
-        for number, row in read_rows(source, first):
+        first = range(min(source.num_rows, checked))
+        for number, row in read_rows(source, first, FIELDS[config.data.format]):
             check_row(row, config.data.format, f"{source.path}, row {number + 1}")
     return sources
 

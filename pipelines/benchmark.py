@@ -11,6 +11,7 @@
 ``shapes``         the plan for the paper's models, beside the paper's peaks; writes ``shapes.md`` too
 ``merge``          merging, against a copy of the same files that hashes and fsyncs, and against its largest tensor
 ``quickstart``     the quickstart and the same run at ratio 1.0: wall time, peak memory, gain, gap closed
+``data``           rows into token shards and batches at 10³ to 10⁶ rows: peaks of driver, worker, object store; speed
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 
 import torch
 from baselines import published_route
+from data_path import data
 from paper_shapes import write_shapes
 from stage_memory import bare_prepared, made_directory, probe, probe_job, quickstart_cases, trained_cases
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -350,6 +352,7 @@ BENCHMARKS = {
     "shapes": shapes,
     "merge": merge,
     "quickstart": quickstart,
+    "data": data,
 }
 
 

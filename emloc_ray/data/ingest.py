@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray.data
-from numpy.typing import NDArray
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
 from emloc_ray.data.formats import Tokens
-from emloc_ray.data.splits import row_hash
+from emloc_ray.data.hash_order import Rows, shuffled
 from emloc_ray.data.token_shards import TokenShards
 
 _STEPS_PER_TASK = 256
+_READERS = 2
+_READ_AHEAD_BYTES = 2**27
 
 
 @dataclass(frozen=True)
@@ -35,20 +36,23 @@ class SampleOrder:
     world_size: int
     seed: int
 
-    def epoch(self, number: int) -> NDArray[np.int64]:
-        """The permutation of one epoch."""
-        rows = np.arange(self.num_rows)
-        return np.argsort(row_hash(rows, self.seed + 1_000_003 * (number + 1)), kind="stable")
-
-    def micro_steps(self, begin: int, end: int) -> NDArray[np.int64]:
+    def micro_steps(self, begin: int, end: int) -> Rows:
         """The rows of this rank's micro-steps ``[begin, end)``, in order: ``((end - begin) · batch_size,)``."""
         steps = np.arange(begin, end)[:, None] * self.world_size + self.rank
         positions = (steps * self.batch_size + np.arange(self.batch_size)).reshape(-1)
         epochs, places = positions // self.num_rows, positions % self.num_rows
         rows = np.empty_like(positions)
         for number in np.unique(epochs):
-            rows[epochs == number] = self.epoch(int(number))[places[epochs == number]]
+            inside = epochs == number
+            first, last = int(places[inside].min()), int(places[inside].max())
+            rows[inside] = self.epoch(int(number), first, last + 1)[places[inside] - first]
         return rows
+
+    def epoch(self, number: int, begin: int = 0, end: int | None = None) -> Rows:
+        """One epoch's permutation, or its places ``[begin, end)``: only those are held, of rows of any number."""
+        return shuffled(
+            self.num_rows, self.seed + 1_000_003 * (number + 1), begin, self.num_rows if end is None else end
+        )
 
 
 def read_micro_steps(tokens_dir: Path, order: SampleOrder, begin: int, end: int) -> pa.Table:
@@ -87,14 +91,20 @@ class MicroStepSource(Datasource):
 def stream_batches(tokens_dir: Path, order: SampleOrder, begin: int, end: int) -> Iterator[list[Tokens]]:
     """This rank's micro-batches ``[begin, end)``, in order, read ahead by Ray Data.
 
-    The reading tasks ask Ray for no CPU: they move a few kilobytes, and the worker group may hold every CPU there is.
+    The reading tasks ask Ray for no CPU: they move a few kilobytes, and the worker group may hold every CPU there is. Two
+    at once are ahead of any training, and what they read ahead is bounded: left to itself, Ray starts a process
+    for each of hundreds of tasks that ask for nothing, and fills its object store with a long training's rows.
     """
     context: Any = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
+    limits = ray.data.ExecutionResources.for_limits(object_store_memory=_READ_AHEAD_BYTES)
+    context.execution_options.resource_limits = limits
     context.enable_progress_bars = False
     source = MicroStepSource(tokens_dir, order, begin, end)
     num_tasks = -(-(end - begin) // _STEPS_PER_TASK)
-    dataset: Any = ray.data.read_datasource(source, num_cpus=0, override_num_blocks=max(1, num_tasks))
+    dataset: Any = ray.data.read_datasource(
+        source, num_cpus=0, concurrency=_READERS, override_num_blocks=max(1, num_tasks)
+    )
     for table in dataset.iter_batches(batch_size=order.batch_size, batch_format="pyarrow", prefetch_batches=2):
         columns = table["input_ids"].to_pylist(), table["completion_mask"].to_pylist()
         yield [Tokens(ids, mask) for ids, mask in zip(*columns, strict=True)]

@@ -2,31 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from emloc_ray.data.reading import SourceFile
+from emloc_ray.data.hash_order import Rows, row_chunks, row_hash, rows_at
+from emloc_ray.data.reading import Row, SourceFile, read_rows
 
 SPLITS = ("train", "calibration", "selection", "eval")
+CALIBRATION_SEED = 3
+"""What is added to the run's seed where calibration rows are drawn."""
+
+_LARGEST = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class HashRange:
+    """The rows whose hash under ``seed`` is between ``low`` and ``high``, both included."""
+
+    seed: int
+    low: int
+    high: int
+
+    def holds(self, rows: Rows) -> NDArray[np.bool_]:
+        """Which of the rows are in it."""
+        hashes = row_hash(rows, self.seed)
+        return (hashes >= np.uint64(self.low)) & (hashes <= np.uint64(self.high))
 
 
 @dataclass(frozen=True)
 class RowSelection:
-    """Rows of a list of files, by their numbers in the files' concatenation, ascending."""
+    """Rows of a list of files, by their numbers in the files' concatenation, ascending.
+
+    No row is written down: a row is in where its hashes are in all ``ranges``, so that a selection of 10⁷ rows is a few
+    numbers here and on every worker, and any part of it is found again from them.
+    """
 
     sources: tuple[SourceFile, ...]
-    rows: NDArray[np.int64]
+    ranges: tuple[HashRange, ...]
+    num_rows: int
 
     @classmethod
     def all_rows(cls, sources: Sequence[SourceFile]) -> RowSelection:
         """Every row of every file."""
-        return cls(tuple(sources), np.arange(sum(source.num_rows for source in sources)))
+        return cls(tuple(sources), (), sum(source.num_rows for source in sources))
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self.num_rows
+
+    def chunks(self, begin: int = 0, end: int | None = None) -> Iterator[Rows]:
+        """The selection's rows in ``[begin, end)`` of the concatenation, ascending, some ten thousand at once at most."""
+        whole = sum(source.num_rows for source in self.sources)
+        for rows in row_chunks(begin, whole if end is None else end):
+            for part in self.ranges:
+                rows = rows[part.holds(rows)]
+            yield rows
 
     def sample(self, count: int | None, seed: int) -> RowSelection:
         """The ``count`` rows of smallest hash (all where None or more than there are)."""
@@ -36,35 +68,47 @@ class RowSelection:
 
     def split(self, count: int, seed: int) -> tuple[RowSelection, RowSelection]:
         """The ``count`` rows of smallest hash, and the others."""
-        order = np.argsort(row_hash(self.rows, seed), kind="stable")
-        first, rest = np.sort(self.rows[order[:count]]), np.sort(self.rows[order[count:]])
-        return RowSelection(self.sources, first), RowSelection(self.sources, rest)
+        count = min(count, len(self))
+        if count == 0:
+            below, above = HashRange(seed, 1, 0), HashRange(seed, 0, _LARGEST)
+        else:
+            border = int(row_hash(rows_at(self.chunks, seed, count - 1, count), seed)[0])
+            below = HashRange(seed, 0, border)
+            above = HashRange(seed, border + 1, _LARGEST) if border < _LARGEST else HashRange(seed, 1, 0)
+        return (
+            RowSelection(self.sources, (*self.ranges, below), count),
+            RowSelection(self.sources, (*self.ranges, above), len(self) - count),
+        )
 
-    def units(self, rows_per_unit: int) -> list[list[tuple[int, list[int]]]]:
-        """Consecutive runs of rows as work units: for each, ``(file index, row numbers in that file)``."""
-        starts = np.cumsum([0, *(source.num_rows for source in self.sources)])
-        units = []
-        for begin in range(0, len(self), rows_per_unit):
-            rows = self.rows[begin : begin + rows_per_unit]
-            files = np.searchsorted(starts, rows, side="right") - 1
-            parts = [(int(file), (rows[files == file] - starts[file]).tolist()) for file in np.unique(files)]
-            units.append(parts)
-        return units
+    def bounds(self, rows_per_shard: int) -> Rows:
+        """Where each shard of ``rows_per_shard`` rows begins in the concatenation, and its end: ``(shards + 1,)``."""
+        starts, seen = [], 0
+        for rows in self.chunks():
+            starts.append(rows[-seen % rows_per_shard :: rows_per_shard])
+            seen += len(rows)
+        return np.concatenate([*starts, [sum(source.num_rows for source in self.sources)]]).astype(np.int64)
 
+    def read(self, begin: int, end: int, fields: Sequence[str] | None = None) -> Iterator[tuple[str, Row]]:
+        """Yields ``(file and row, row)`` for the selection's rows in ``[begin, end)``, as one stream through each file.
 
-def row_hash(rows: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
-    """A 64-bit mix of row number and seed (splitmix64, https://prng.di.unimi.it/splitmix64.c)."""
-    with np.errstate(over="ignore"):
-        z = rows.astype(np.uint64) + np.uint64((seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % 2**64)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
+        Raises:
+            DataError: where one cannot be read.
+        """
+        start = 0
+        for source in self.sources:
+            stop = start + source.num_rows
+            if begin < stop and start < end:
+                chunks = self.chunks(max(begin, start), min(end, stop))
+                numbers = (number for rows in chunks for number in (rows - start).tolist())
+                for number, row in read_rows(source, numbers, fields):
+                    yield f"{source.path}, row {number + 1}", row
+            start = stop
 
 
 def assign_splits(
     given: dict[str, RowSelection],
     *,
-    num_calibration_samples: int,
+    num_calibration_samples: int | None,
     num_selection_samples: int,
     num_eval_samples: int | None,
     seed: int,
@@ -85,7 +129,7 @@ def assign_splits(
         calibration = train
     return {
         "train": train,
-        "calibration": calibration.sample(num_calibration_samples, seed + 3),
+        "calibration": calibration.sample(num_calibration_samples, seed + CALIBRATION_SEED),
         "selection": selection.sample(num_selection_samples, seed + 4),
         "eval": evaluation.sample(num_eval_samples, seed + 5),
     }

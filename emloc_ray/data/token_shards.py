@@ -6,7 +6,7 @@ import bisect
 import functools
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from emloc_ray.errors import ArtifactError
 from emloc_ray.io.atomic import atomic_file, write_json
 
 _INDEX = "index.json"
+_COUNTS = b"counts"
+_ROWS_PER_BATCH = 256
 _SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("completion_mask", pa.list_(pa.bool_()))])
 
 
@@ -28,12 +30,34 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.arrow"
 
 
-def write_shard(path: Path, rows: Sequence[Tokens]) -> None:
-    """Writes rows as one Arrow IPC file, atomically."""
-    columns = [[row.input_ids for row in rows], [row.completion_mask for row in rows]]
-    table = pa.table(dict(zip(_SCHEMA.names, columns, strict=True)), schema=_SCHEMA)
-    with atomic_file(path) as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+def write_shard(path: Path, rows: Iterable[Tokens], counts: Mapping[str, int] | None = None) -> int:
+    """Writes rows as one Arrow IPC file, atomically, beside what was counted on the way; returns how many there are.
+
+    ``counts`` is read once the rows are, so that whoever yields them may count as they go. Of the rows themselves only
+    some hundred are held at once, the others as Arrow has them: 4 bytes and a bit a token.
+    """
+    batches = []
+    stream = iter(rows)
+    while some := list(itertools.islice(stream, _ROWS_PER_BATCH)):
+        columns = [[row.input_ids for row in some], [row.completion_mask for row in some]]
+        arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
+        batches.append(pa.record_batch(arrays, schema=_SCHEMA))
+    table = pa.Table.from_batches(batches, _SCHEMA).combine_chunks()
+    table = table.replace_schema_metadata({_COUNTS: json.dumps(dict(counts or {}))})
+    with atomic_file(path) as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
+    return int(table.num_rows)
+
+
+def written_counts(path: Path) -> dict[str, int] | None:
+    """What was counted of a shard when it was written; None where there is none, or it is not whole."""
+    try:
+        with pa.memory_map(str(path)) as file:
+            metadata = pa.ipc.open_file(file).schema.metadata
+            found: dict[str, int] = json.loads(metadata[_COUNTS])
+    except (OSError, pa.ArrowInvalid, KeyError, TypeError):
+        return None
+    return found
 
 
 def write_index(directory: Path, rows_per_shard: Sequence[int], counts: dict[str, Any]) -> None:

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from emloc_ray.data.formats import Tokens, check_row, pack, tokenize_row, truncate
-from emloc_ray.data.reading import SourceFile, read_rows
+from emloc_ray.data.formats import FIELDS, Tokens, check_row, pack, tokenize_rows, truncate
+from emloc_ray.data.reading import Row
 from emloc_ray.data.splits import RowSelection
-from emloc_ray.data.token_shards import shard_name, write_index, write_shard
+from emloc_ray.data.token_shards import shard_name, write_index, write_shard, written_counts
 from emloc_ray.errors import DataError
 
 _COUNTS = ("rows", "tokens", "truncated_rows", "truncated_tokens", "dropped_rows")
+_ROWS_PER_BATCH = 256
+_READS_PER_GROUP = 16
+
+Unit = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -30,40 +37,95 @@ class TokenizeOptions:
     packing: bool = False
     trust_remote_code: bool = False
 
+    def tokens(self, rows: Iterable[tuple[str, Row]]) -> Iterator[Tokens]:
+        """Checked rows as whole tokens, some hundred rows held at once; rows come with the place that errors name."""
+        tokenizer = _tokenizer(self.tokenizer, self.trust_remote_code)
+        checked = self._checked(rows)
+        while some := tokenize_rows(itertools.islice(checked, _ROWS_PER_BATCH), self.format, tokenizer):
+            yield from some
+
+    def _checked(self, rows: Iterable[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
+        for where, row in rows:
+            check_row(row, self.format, where)
+            yield where, row
+
 
 @dataclass(frozen=True)
 class ShardTokenizer:
-    """Turns a unit of rows into a shard file: a Ray Data function without state, so that it can run anywhere again."""
+    """Turns units of work into shard files: a Ray Data function without state, so that it can run anywhere again.
+
+    A unit is a few neighbouring shards of a split: their first number, how many rows each has, and where each begins.
+    """
 
     options: TokenizeOptions
-    sources: dict[str, Sequence[SourceFile]]
+    splits: dict[str, RowSelection]
     out_dir: Path
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        results = [self._unit(json.loads(unit)) for unit in batch["unit"]]
+        """One line for each shard: split, number and counts."""
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the work is shared out by Ray
+        results = [result for unit in batch["unit"] for result in self._shards(json.loads(unit))]
         return {key: np.array([result[key] for result in results]) for key in results[0]}
 
-    def _unit(self, unit: dict[str, Any]) -> dict[str, Any]:
+    def _shards(self, unit: Unit) -> Iterator[dict[str, Any]]:
+        """Shards that are there already are kept; the others are read as one stream."""
+        selection, bounds = self.splits[unit["split"]], unit["bounds"]
+        stream: Iterator[tuple[str, Row]] | None = None
+        for place, begin in enumerate(bounds[:-1]):
+            shard = unit["first"] + place
+            path = self.out_dir / unit["split"] / shard_name(shard)
+            counts = written_counts(path)
+            if counts is not None:
+                stream = None
+            else:
+                stream = stream or selection.read(begin, bounds[-1], FIELDS[self.options.format])
+                counts = self._write(path, itertools.islice(stream, unit["rows_per_shard"]))
+            yield {"split": unit["split"], "shard": shard, **counts}
+
+    def _write(self, path: Path, rows: Iterable[tuple[str, Row]]) -> dict[str, int]:
         counts = dict.fromkeys(_COUNTS, 0)
-        kept: list[Tokens] = []
-        sources = self.sources[unit["split"]]
-        tokenizer = _tokenizer(self.options.tokenizer, self.options.trust_remote_code)
-        for file, numbers in unit["parts"]:
-            for number, row in read_rows(sources[file], numbers):
-                where = f"{sources[file].path}, row {number + 1}"
-                check_row(row, self.options.format, where)
-                tokens = tokenize_row(row, self.options.format, tokenizer, where)
-                cut = truncate(tokens, self.options.max_seq_length)
-                counts["truncated_rows"] += len(tokens) > self.options.max_seq_length
-                counts["truncated_tokens"] += max(0, len(tokens) - self.options.max_seq_length)
-                counts["dropped_rows"] += cut is None
-                if cut is not None:
-                    kept.append(cut)
+        kept = self._kept(rows, counts)
         if self.options.packing:
             kept = pack(kept, self.options.max_seq_length)
-        write_shard(self.out_dir / unit["split"] / shard_name(unit["shard"]), kept)
-        counts.update(rows=len(kept), tokens=sum(map(len, kept)))
-        return {"split": unit["split"], "shard": unit["shard"], **counts}
+        write_shard(path, _counted(kept, counts), counts)
+        return counts
+
+    def _kept(self, rows: Iterable[tuple[str, Row]], counts: dict[str, int]) -> Iterator[Tokens]:
+        limit = self.options.max_seq_length
+        for tokens in self.options.tokens(rows):
+            cut = truncate(tokens, limit)
+            counts["truncated_rows"] += len(tokens) > limit
+            counts["truncated_tokens"] += max(0, len(tokens) - limit)
+            counts["dropped_rows"] += cut is None
+            if cut is not None:
+                yield cut
+
+
+def _counted(rows: Iterable[Tokens], counts: dict[str, int]) -> Iterator[Tokens]:
+    for row in rows:
+        counts["rows"] += 1
+        counts["tokens"] += len(row)
+        yield row
+
+
+@dataclass(frozen=True)
+class RowLengths:
+    """Counts the tokens of a unit's rows, as they would be kept: 0 for a row that would be dropped."""
+
+    options: TokenizeOptions
+    selection: RowSelection
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """One line for each row, in order, with the unit's first shard."""
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        firsts, lengths = [], []
+        for unit in map(json.loads, batch["unit"]):
+            rows = self.selection.read(unit["bounds"][0], unit["bounds"][-1], FIELDS[self.options.format])
+            for tokens in self.options.tokens(rows):
+                cut = truncate(tokens, self.options.max_seq_length)
+                firsts.append(unit["first"])
+                lengths.append(0 if cut is None else len(cut))
+        return {"first": np.array(firsts, dtype=np.int64), "length": np.array(lengths, dtype=np.int64)}
 
 
 @functools.lru_cache(maxsize=1)
@@ -87,29 +149,55 @@ def tokenize_splits(
 ) -> dict[str, dict[str, int]]:
     """Writes ``out_dir/SPLIT/shard-*.arrow`` and an index for each split; returns what was counted.
 
+    Shards that are whole in ``out_dir`` already are taken as they are: the caller knows that they are of these rows.
+    The driver holds some numbers for each shard, never for each row; workers hold a batch of rows and a shard's tokens.
+
     Raises:
         DataError: for the first bad row, with file, row and field; or where a split keeps no row.
     """
+    work = [unit for split, selection in splits.items() for unit in _units(split, selection, rows_per_shard[split])]
+    total = sum(len(unit["bounds"]) - 1 for unit in work)
+    results = []
+    for result in _mapped(work, ShardTokenizer(options, splits, out_dir), num_workers).iter_rows():
+        results.append(result)
+        progress(len(results), total)
+    return {split: _write_split_index(split, results, options, out_dir / split) for split in splits}
+
+
+def row_lengths(selection: RowSelection, options: TokenizeOptions, num_workers: int) -> NDArray[np.int64]:
+    """The number of tokens of every row of the selection, in its order; 0 where none would be kept of it."""
+    work = list(_units("", selection, _ROWS_PER_BATCH))
+    dataset = _mapped(work, RowLengths(options, selection), num_workers)
+    blocks = list(dataset.iter_batches(batch_size=None, batch_format="numpy"))
+    firsts, lengths = (np.concatenate([block[key] for block in blocks]) for key in ("first", "length"))
+    found: NDArray[np.int64] = lengths[np.argsort(firsts, kind="stable")]
+    return found
+
+
+def _units(split: str, selection: RowSelection, rows_per_shard: int) -> Iterator[Unit]:
+    """Neighbouring shards as work that can be done anywhere, one shard a unit where files can be entered anywhere.
+
+    A Parquet row group is read from its beginning whatever part of it is wanted: a unit spans a sixteenth of the largest
+    one at least, so that a file of one huge group is read through eight times in all, not once a shard.
+    """
+    bounds = selection.bounds(rows_per_shard).tolist()
+    span = max(source.group_rows for source in selection.sources) / _READS_PER_GROUP
+    first = 0
+    for shard in range(1, len(bounds)):
+        if bounds[shard] - bounds[first] >= span or shard == len(bounds) - 1:
+            part = bounds[first : shard + 1]
+            yield {"split": split, "first": first, "rows_per_shard": rows_per_shard, "bounds": part}
+            first = shard
+
+
+def _mapped(work: Sequence[Unit], function: Callable[[dict[str, Any]], dict[str, Any]], num_workers: int) -> Any:
     import ray.data
 
     # Wrapped in Ray Data's own exception, ours would be lost on its way here.
     ray.data.DataContext.get_current().raise_original_map_exception = True
-    units = [
-        {"split": split, "shard": number, "parts": parts}
-        for split, selection in splits.items()
-        for number, parts in enumerate(selection.units(rows_per_shard[split]))
-    ]
-    dataset = ray.data.from_items([{"unit": json.dumps(unit)} for unit in units]).map_batches(
-        ShardTokenizer(options, {name: s.sources for name, s in splits.items()}, out_dir),
-        batch_size=1,
-        num_cpus=1,
-        compute=ray.data.TaskPoolStrategy(size=num_workers),
+    return ray.data.from_items([{"unit": json.dumps(unit)} for unit in work]).map_batches(
+        function, batch_size=1, num_cpus=1, compute=ray.data.TaskPoolStrategy(size=num_workers)
     )
-    results = []
-    for result in dataset.iter_rows():
-        results.append(result)
-        progress(len(results), len(units))
-    return {split: _write_split_index(split, results, options, out_dir / split) for split in splits}
 
 
 def _write_split_index(

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
+from emloc_ray.config import RunConfig
 from emloc_ray.data.reading import SourceFile, scan
-from emloc_ray.data.splits import SPLITS, RowSelection, assign_splits
-from emloc_ray.data.tokenizing import TokenizeOptions, tokenize_splits
+from emloc_ray.data.splits import CALIBRATION_SEED, SPLITS, RowSelection, assign_splits
+from emloc_ray.data.token_budget import rows_within
+from emloc_ray.data.tokenizing import TokenizeOptions, row_lengths, tokenize_splits
 from emloc_ray.errors import DataError
+from emloc_ray.io.atomic import atomic_file
 from emloc_ray.io.fingerprint import fingerprint_large_files
+from emloc_ray.io.resume import discard_unless
 from emloc_ray.preparation import Prepared
 from emloc_ray.stages.cluster import Progress, silent
 
@@ -27,6 +32,7 @@ def split_inputs(prepared: Prepared) -> dict[str, Any]:
         },
         "counts": [
             config.calibration.num_calibration_samples,
+            config.calibration.num_calibration_tokens,
             config.correction.num_selection_samples,
             config.evaluation.num_samples,
         ],
@@ -35,24 +41,22 @@ def split_inputs(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def tokenize_data(prepared: Prepared, tokenizer: Path, out_dir: Path, progress: Progress = silent) -> dict[str, Any]:
+def tokenize_data(
+    prepared: Prepared, tokenizer: Path, out_dir: Path, progress: Progress = silent, inputs: Any = None
+) -> dict[str, Any]:
     """Makes or finds the rows, splits them and writes ``out_dir/tokens/SPLIT``; returns the counts of each split.
+
+    Shards that a killed run of the same ``inputs`` and rows finished are kept; with ``inputs`` left out, none are.
 
     Raises:
         DataError: naming file, row and field of the first bad row.
     """
     config = prepared.config
-    given = _rows(prepared, out_dir)
-    splits = assign_splits(
-        given,
-        num_calibration_samples=config.calibration.num_calibration_samples,
-        num_selection_samples=config.correction.num_selection_samples,
-        num_eval_samples=config.evaluation.num_samples,
-        seed=config.seed,
-    )
-    empty = [name for name in SPLITS if len(splits[name]) == 0]
-    if empty:
-        raise DataError(f"data.{empty[0]} is left without rows: give it a path, or more training rows.")
+    found = _sources(prepared, out_dir)
+    made = [
+        Path(source.path) for sources in found.values() for source in sources if out_dir in Path(source.path).parents
+    ]
+    discard_unless(out_dir / "tokens", time.time() if inputs is None else [inputs, fingerprint_large_files(made)])
     options = TokenizeOptions(
         str(tokenizer),
         config.data.format,
@@ -60,6 +64,7 @@ def tokenize_data(prepared: Prepared, tokenizer: Path, out_dir: Path, progress: 
         config.data.packing,
         config.model.trust_remote_code,
     )
+    splits = _splits(config, found, options)
     sizes = dict.fromkeys(SPLITS, _ROWS_PER_SHARD) | {"calibration": config.calibration.rows_per_shard}
     counts = tokenize_splits(
         splits,
@@ -72,21 +77,67 @@ def tokenize_data(prepared: Prepared, tokenizer: Path, out_dir: Path, progress: 
     return {"splits": counts, "num_workers": config.calibration.num_workers}
 
 
-def _rows(prepared: Prepared, out_dir: Path) -> dict[str, RowSelection]:
-    config = prepared.config
-    found: dict[str, tuple[SourceFile, ...]] = dict(prepared.files)
-    if config.data.generate == "docstrings":
-        found = _generate(out_dir / "rows", config.seed)
-    for name in SPLITS:
-        split = getattr(config.data, name)
-        if split is not None and isinstance(split.path, str) and split.path.startswith("hf:"):
-            found[name] = (_download(split.path.removeprefix("hf:"), name, out_dir / "rows"),)
-    selections = {name: RowSelection.all_rows(sources) for name, sources in found.items()}
-    for name, selection in selections.items():
+def shortfall(config: RunConfig, split: str, count: dict[str, int]) -> str | None:
+    """A sentence where a split holds less than was asked for; None where it does not."""
+    calibration = config.calibration
+    asked = {
+        "calibration": calibration.num_calibration_samples,
+        "selection": config.correction.num_selection_samples,
+        "eval": config.evaluation.num_samples,
+    }.get(split)
+    tokens = calibration.num_calibration_tokens if split == "calibration" else None
+    if tokens is not None and count["tokens"] >= tokens:
+        return None
+    few = asked is not None and count["rows"] + count["dropped_rows"] < asked and not config.data.packing
+    if few:
+        return f"data.{split}: {count['rows']} rows instead of the {asked} asked for: there are no more."
+    if asked is None and tokens is not None:
+        return f"data.{split}: {count['tokens']} tokens instead of the {tokens} asked for: there are no more rows."
+    return None
+
+
+def _splits(
+    config: RunConfig, found: dict[str, tuple[SourceFile, ...]], options: TokenizeOptions
+) -> dict[str, RowSelection]:
+    """The rows of every split; those of the calibration are counted in tokens where the config asks for that."""
+    given = {name: RowSelection.all_rows(sources) for name, sources in found.items()}
+    for name, selection in given.items():
         split = getattr(config.data, name)
         if split is not None:
-            selections[name] = selection.sample(split.num_samples, config.seed)
-    return selections
+            given[name] = selection.sample(split.num_samples, config.seed)
+    splits = assign_splits(
+        given,
+        num_calibration_samples=config.calibration.num_calibration_samples,
+        num_selection_samples=config.correction.num_selection_samples,
+        num_eval_samples=config.evaluation.num_samples,
+        seed=config.seed,
+    )
+    empty = [name for name in SPLITS if len(splits[name]) == 0]
+    if empty:
+        raise DataError(f"data.{empty[0]} is left without rows: give it a path, or more training rows.")
+    num_tokens = config.calibration.num_calibration_tokens
+    if num_tokens is not None:
+        seed = config.seed + CALIBRATION_SEED
+        workers = config.calibration.num_workers
+        rows = rows_within(splits["calibration"], num_tokens, seed, lambda part: row_lengths(part, options, workers))
+        splits["calibration"] = splits["calibration"].sample(rows, seed)
+    return splits
+
+
+def _sources(prepared: Prepared, out_dir: Path) -> dict[str, tuple[SourceFile, ...]]:
+    """The files of every split that has its own, those made or downloaded for the run included."""
+    config, directory = prepared.config, out_dir / "rows"
+    named = {name: split.path for name in SPLITS if (split := getattr(config.data, name)) is not None}
+    hub = {name: path for name, path in named.items() if isinstance(path, str) and path.startswith("hf:")}
+    if hub or config.data.generate is not None:
+        # What was made for the run stays with it: neither the hub nor the installed sources need be as they were.
+        discard_unless(directory, [config.data.generate, config.seed if config.data.generate else None, hub])
+    found: dict[str, tuple[SourceFile, ...]] = dict(prepared.files)
+    if config.data.generate == "docstrings":
+        found = _generate(directory, config.seed)
+    for name, path in hub.items():
+        found[name] = (_download(path.removeprefix("hf:"), name, directory),)
+    return found
 
 
 def _generate(directory: Path, seed: int) -> dict[str, tuple[SourceFile, ...]]:
@@ -108,6 +159,9 @@ def _download(name: str, split: str, directory: Path) -> SourceFile:
         raise DataError(
             f"data.{split}.path hf:{name} needs the datasets package: pip install 'emloc-ray[hub]'."
         ) from error
+    path = directory / f"{split}.parquet"
+    if path.is_file():
+        return scan(path)
     name, _, part = name.partition(":")
     try:
         dataset = datasets.load_dataset(name, split=part or ("train" if split != "eval" else "test"))
@@ -116,7 +170,6 @@ def _download(name: str, split: str, directory: Path) -> SourceFile:
         raise DataError(
             f"data.{split}.path hf:{name} cannot be loaded ({detail}): mend the name or its split."
         ) from error
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"{split}.parquet"
-    dataset.to_parquet(str(path))
+    with atomic_file(path) as file:
+        dataset.to_parquet(file)
     return scan(path)

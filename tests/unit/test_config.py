@@ -93,6 +93,23 @@ def test_a_key_like_no_other_is_told_what_there_is() -> None:
     assert "chunk_bytes" in text
 
 
+@pytest.mark.parametrize(
+    ("given", "samples", "tokens"),
+    [
+        ({}, 128, None),
+        ({"num_calibration_tokens": None}, 128, None),
+        ({"num_calibration_tokens": 5000}, None, 5000),
+        ({"num_calibration_tokens": 5000, "num_calibration_samples": 64}, 64, 5000),
+        ({"num_calibration_samples": None}, None, None),
+    ],
+)
+def test_calibration_rows_are_bounded_by_what_is_set(given: dict[str, Any], samples: Any, tokens: Any) -> None:
+    section = config(calibration=given).calibration
+    assert (section.num_calibration_samples, section.num_calibration_tokens) == (samples, tokens)
+    again = config(calibration=section.model_dump(mode="json")).calibration
+    assert again == section
+
+
 def test_every_error_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config(
@@ -139,6 +156,7 @@ def test_ratio_inside(ratio: float) -> None:
         ("data", "max_seq_length", 1),
         ("data", "format", "alpaca"),
         ("calibration", "num_calibration_samples", 0),
+        ("calibration", "num_calibration_tokens", 0),
         ("calibration", "tokens", "prompt"),
         ("adapter", "r", 0),
         ("adapter", "lora_dropout", 1.0),

@@ -13,7 +13,7 @@ from emloc_ray import planner
 from emloc_ray.config import parse_config
 from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.planner import Plan, make_plan, num_steps
-from emloc_ray.preparation import prepare
+from emloc_ray.preparation import Prepared, prepare
 from emloc_ray.stages import STAGES
 
 
@@ -106,3 +106,30 @@ def test_more_steps_take_longer_and_checkpointing_takes_less_memory(plan: Callab
 def test_steps_are_the_epochs_of_the_rows(finetune: dict[str, Any], rows: int, steps: int) -> None:
     values = {"run_dir": "x", "model": {"source": "y"}, "data": {"train": {"path": "z"}}, "finetune": finetune}
     assert num_steps(parse_config(values), rows) == steps
+
+
+@pytest.mark.parametrize(
+    ("calibration", "tokens"),
+    [
+        ({}, 128 * 20),
+        ({"num_calibration_samples": 4}, 4 * 20),
+        ({"num_calibration_tokens": 100}, 100),
+        ({"num_calibration_tokens": 100, "num_calibration_samples": 3}, 3 * 20),
+        ({"num_calibration_tokens": 10_000}, 12 * 20),
+        ({"num_calibration_samples": None}, 12 * 20),
+    ],
+)
+def test_calibration_sees_the_least_of_what_bounds_it(
+    plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, calibration: dict[str, Any], tokens: int
+) -> None:
+    seen: list[float] = []
+    found = Prepared.calibration_tokens
+
+    def remembered(self: Prepared, tokens_per_row: float) -> float:
+        seen.append(found(self, tokens_per_row))
+        return seen[-1]
+
+    monkeypatch.setattr(Prepared, "calibration_tokens", remembered)
+    plan(calibration=calibration)
+    assert seen == [pytest.approx(tokens)] * len(seen)
+    assert seen

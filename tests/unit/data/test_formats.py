@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import CHAT_TEMPLATE, EOS, make_tokenizer
+from tiny import CHAT_TEMPLATE, EOS, PAD, make_tokenizer
+from tokenizers.processors import TemplateProcessing
 
-from emloc_ray.data.formats import Tokens, check_row, pack, tokenize_row, truncate
+from emloc_ray.data.formats import Tokens, check_row, pack, tokenize_row, tokenize_rows, truncate
 from emloc_ray.errors import DataError
 
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(str.strip)
@@ -56,6 +57,50 @@ def test_a_tokenizer_that_adds_special_tokens_itself() -> None:
     tokens = tokenize_row({"prompt": "a", "completion": "b"}, "prompt_completion", Adding(), "here")
     assert tokens == Tokens([7, 197, 198, EOS], [False, False, True, True])
     assert tokenize_row({"text": "a"}, "text", Adding(), "here") == Tokens([7, 197, EOS], [True] * 3)
+
+
+@pytest.mark.parametrize("special", [False, True])
+@given(st.lists(st.tuples(words, words), max_size=8))
+def test_many_rows_at_once_are_what_each_is_alone(special: bool, pairs: list[tuple[str, str]]) -> None:
+    tokenizer = make_tokenizer()
+    if special:  # as Llama's and BERT's do, and one that ends prompts too
+        core = tokenizer.backend_tokenizer
+        core.post_processor = TemplateProcessing("<pad> $A <eos>", special_tokens=[("<pad>", PAD), ("<eos>", EOS)])
+    for format in ("text", "prompt_completion", "messages"):
+        rows = []
+        for first, second in pairs:
+            turns = [{"role": "user", "content": first}, {"role": "assistant", "content": second}]
+            rows.append({"text": first, "prompt": first, "completion": second, "messages": turns * 2})
+        alone = [by_the_text(row, format, tokenizer) for row in rows]
+        assert tokenize_rows([("here", row) for row in rows], format, tokenizer) == alone
+        assert [tokenize_row(row, format, tokenizer, "here") for row in rows] == alone
+
+
+def by_the_text(row: dict[str, Any], format: str, tokenizer: Any) -> Tokens:
+    """One row, piece by piece, each in a call of its own."""
+
+    def ids(text: str, **options: Any) -> list[int]:
+        found: list[int] = tokenizer(text, **options)["input_ids"]
+        return found
+
+    def ended(tokens: list[int]) -> list[int]:
+        return tokens if tokens[-1:] == [EOS] else [*tokens, EOS]
+
+    if format == "text":
+        whole = ended(ids(row["text"]))
+        return Tokens(whole, [True] * len(whole))
+    if format == "prompt_completion":
+        prompt = ids(row["prompt"])
+        prompt = prompt[:-1] if prompt[-1:] == [EOS] else prompt
+        completion = ended(ids(row["completion"], add_special_tokens=False))
+        return Tokens(prompt + completion, [False] * len(prompt) + [True] * len(completion))
+    user, assistant = (turn["content"] for turn in row["messages"][:2])
+    turn = [
+        (ids(f"<|user|>{user}<eos><|assistant|>", add_special_tokens=False), False),
+        (ids(f"{assistant}<eos>", add_special_tokens=False), True),
+    ]
+    pieces = turn * 2
+    return Tokens([i for part, _ in pieces for i in part], [completion for part, completion in pieces for _ in part])
 
 
 def test_messages_every_assistant_turn_is_completion(tokenizer: Any) -> None:
@@ -155,7 +200,7 @@ def test_truncation_keeps_the_beginning_or_drops_the_row(row: Tokens, limit: int
 
 @given(st.lists(rows, max_size=12), st.integers(12, 30))
 def test_packing_joins_whole_rows_in_order(many: list[Tokens], limit: int) -> None:
-    packed = pack(many, limit)
+    packed = list(pack(many, limit))
 
     def joined(parts: list[Tokens]) -> list[tuple[int, bool]]:
         return [pair for part in parts for pair in zip(part.input_ids, part.completion_mask, strict=True)]

@@ -88,11 +88,53 @@ def test_parquet_keeps_nested_values_and_row_groups(tmp_path: Path) -> None:
     assert list(read_rows(source, wanted)) == [(number, rows[number]) for number in wanted]
 
 
+def test_parquet_reads_the_fields_alone_where_all_are_there(tmp_path: Path) -> None:
+    source = scan(write_parquet(tmp_path / "a.parquet", [{"text": "t", "image": "i"}]))
+    assert list(read_rows(source, [0], ["text"])) == [(0, {"text": "t"})]
+    assert list(read_rows(source, [0], ["text", "other"])) == [(0, {"text": "t", "image": "i"})]
+
+
+def test_one_huge_row_group_is_read_in_parts(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", [{"text": f"{i} " * 500} for i in range(40_000)], group=40_000)
+    source = scan(path)
+    assert source.group_rows == 40_000
+    before = pa.total_allocated_bytes()
+    peak = 0
+    for number, row in read_rows(source, range(3, 40_000, 2)):
+        assert row["text"].startswith(f"{number} ")
+        peak = max(peak, pa.total_allocated_bytes() - before)
+    assert peak < 2**24  # of 115 MB
+
+
 def test_csv_with_quoted_newlines_commas_and_quotes(tmp_path: Path) -> None:
     rows = [{"prompt": 'two\nlines, a comma and "quotes"', "completion": "x\n\ny"}] * 3
     source = scan(write_csv(tmp_path / "a.csv", rows))
     assert source.num_rows == 3
     assert list(read_rows(source, [1, 2])) == [(1, rows[1]), (2, rows[2])]
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_csv_of_many_rows_by_random_access(tmp_path: Path, bom: bytes, newline: str) -> None:
+    rows = [{"prompt": f'"p"\n\n{i}, ü', "completion": f"c{i}{newline}\u2028"} for i in range(3000)]
+    path = tmp_path / "a.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator=newline, quoting=csv.QUOTE_ALL)
+        writer.writeheader()
+        for row in rows:
+            file.write(newline)
+            writer.writerow(row)
+    path.write_bytes(bom + path.read_bytes())
+    source = scan(path)
+    assert (source.num_rows, len(source.marks)) == (3000, 3)
+    wanted = [0, 1, 1023, 1024, 1025, 2047, 2048, 2999]
+    assert list(read_rows(source, wanted)) == [(number, rows[number]) for number in wanted]
+    assert [row for _, row in read_rows(source, range(3000))] == rows
+
+
+def test_csv_values_longer_than_the_csv_module_takes_by_itself(tmp_path: Path) -> None:
+    rows = [{"prompt": "x" * 200_000, "completion": "y"}]
+    assert [row for _, row in read_rows(scan(write_csv(tmp_path / "a.csv", rows)), [0])] == rows
 
 
 def test_csv_is_text_throughout(tmp_path: Path) -> None:
@@ -153,6 +195,7 @@ def test_file_with_no_rows_but_a_header(tmp_path: Path, suffix: str) -> None:
         ("a.parquet", b"not parquet at all"),
         ("a.csv", b"prompt,completion\na,b\na,b,c\n"),
         ("a.csv", b"prompt,completion\n\xff\xfe,b\n"),
+        ("a.csv", b'prompt,completion\n"never closed,b\n'),
     ],
 )
 def test_unreadable_file(tmp_path: Path, name: str, data: bytes) -> None:
@@ -170,7 +213,7 @@ def test_parquet_damaged_inside(tmp_path: Path) -> None:
     data[4:200] = bytes(196)
     path.write_bytes(data)
     source = scan(path)  # the footer is whole
-    with pytest.raises(DataError, match="rows 1 to 3: not readable as parquet") as caught:
+    with pytest.raises(DataError, match="rows 1 to 10: not readable as parquet") as caught:
         list(read_rows(source, [0, 1, 2]))
     assert str(caught.value).startswith(str(path))
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emloc_ray.data.reading import SourceFile
-from emloc_ray.data.splits import SPLITS, RowSelection, assign_splits, row_hash
+from emloc_ray.data.hash_order import row_hash
+from emloc_ray.data.reading import SourceFile, scan
+from emloc_ray.data.splits import SPLITS, RowSelection, assign_splits
 
 seeds = st.integers(0, 2**40)
 files = st.lists(st.integers(1, 60), min_size=1, max_size=5)
@@ -19,9 +23,25 @@ def selection(*sizes: int) -> RowSelection:
     return RowSelection.all_rows([SourceFile(f"f{i}", "jsonl", size) for i, size in enumerate(sizes)])
 
 
+def rows_of(chosen: RowSelection, begin: int = 0, end: int | None = None) -> list[int]:
+    return [row for rows in chosen.chunks(begin, end) for row in rows.tolist()]
+
+
 def members(chosen: RowSelection) -> set[int]:
-    assert chosen.rows.tolist() == sorted(set(chosen.rows.tolist()))
-    return set(chosen.rows.tolist())
+    rows = rows_of(chosen)
+    assert rows == sorted(set(rows))
+    assert len(rows) == len(chosen)
+    return set(rows)
+
+
+def test_a_split_is_by_the_hash_in_ascending_order() -> None:
+    first, rest = selection(40, 60).split(30, 5)
+    order = np.argsort(row_hash(np.arange(100), 5), kind="stable")
+    assert rows_of(first) == sorted(order[:30].tolist())
+    assert rows_of(rest) == sorted(order[30:].tolist())
+    again = rest.split(20, 9)[0]
+    ordered = np.array(rows_of(rest))[np.argsort(row_hash(np.array(rows_of(rest)), 9))]
+    assert rows_of(again) == sorted(ordered[:20].tolist())
 
 
 @given(files, st.integers(0, 100), seeds)
@@ -48,8 +68,8 @@ def test_samples_are_nested_and_repeatable(sizes: list[int], small: int, more: i
 @given(files, seeds)
 def test_a_file_added_at_the_end_moves_no_row(sizes: list[int], seed: int) -> None:
     before, after = selection(*sizes), selection(*sizes, 50)
-    order_before = np.argsort(row_hash(before.rows, seed), kind="stable")
-    order_after = [row for row in np.argsort(row_hash(after.rows, seed), kind="stable") if row < len(before)]
+    order_before = np.argsort(row_hash(np.array(rows_of(before)), seed))
+    order_after = [row for row in np.argsort(row_hash(np.array(rows_of(after)), seed)) if row < len(before)]
     assert order_before.tolist() == order_after
 
 
@@ -70,26 +90,35 @@ def test_another_seed_is_another_sample_and_a_sample_is_spread() -> None:
         assert 400 < sum(row % 2 for row in rows) < 600
 
 
-def test_hash_does_not_repeat_and_is_the_published_mix() -> None:
-    hashes = row_hash(np.arange(100_000), 7)
-    assert len(np.unique(hashes)) == 100_000
-    # splitmix64 in plain integers
-    z = (12345 + 7 * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) % 2**64
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
-    assert int(hashes[12345]) == z ^ (z >> 31)
-
-
 @given(files, st.integers(1, 50), st.integers(0, 100), seeds)
-def test_units_cover_all_rows_once_in_order(sizes: list[int], rows_per_unit: int, count: int, seed: int) -> None:
+def test_shards_cover_all_rows_once_in_order(sizes: list[int], rows_per_shard: int, count: int, seed: int) -> None:
     chosen = selection(*sizes).split(count, seed)[1]
-    units = chosen.units(rows_per_unit)
-    starts = np.cumsum([0, *sizes])
-    covered = [[int(starts[file]) + row for file, rows in unit for row in rows] for unit in units]
-    assert [row for unit in covered for row in unit] == chosen.rows.tolist()
-    assert all(len(unit) == rows_per_unit for unit in covered[:-1])
-    assert all(0 < len(unit) <= rows_per_unit for unit in covered[-1:])
-    assert all(0 <= row < sizes[file] for unit in units for file, rows in unit for row in rows)
+    bounds = chosen.bounds(rows_per_shard).tolist()
+    assert len(bounds) - 1 == -(-len(chosen) // rows_per_shard)
+    shards = [rows_of(chosen, begin, end) for begin, end in itertools.pairwise(bounds)]
+    assert [row for shard in shards for row in shard] == rows_of(chosen)
+    assert all(len(shard) == rows_per_shard for shard in shards[:-1])
+    assert all(0 < len(shard) <= rows_per_shard for shard in shards[-1:])
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 20), st.data())
+def test_rows_are_read_from_the_files_that_hold_them(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], count: int, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("r")
+    for number, size in enumerate(sizes):
+        lines = [json.dumps({"text": f"{number}:{row}"}) + "\n" for row in range(size)]
+        (folder / f"{number}.jsonl").write_text("".join(lines))
+    names = [(number, row) for number, size in enumerate(sizes) for row in range(size)]
+    chosen = RowSelection.all_rows([scan(folder / f"{number}.jsonl") for number in range(len(sizes))]).split(count, 0)[
+        1
+    ]
+    begin = data.draw(st.integers(0, len(names)))
+    end = data.draw(st.integers(begin, len(names)))
+    expected = [names[row] for row in rows_of(chosen) if begin <= row < end]
+    found = list(chosen.read(begin, end))
+    assert [row["text"] for _, row in found] == [f"{number}:{row}" for number, row in expected]
+    assert [where for where, _ in found] == [f"{folder / f'{number}.jsonl'}, row {row + 1}" for number, row in expected]
 
 
 def assign(

@@ -1,0 +1,40 @@
+"""How many rows make a number of tokens, in the order in which rows are sampled, without tokenizing them all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from emloc_ray.data.hash_order import row_hash
+from emloc_ray.data.splits import RowSelection
+
+_FIRST_ROWS = 256
+_MOST_ROWS = 2**17
+_MARGIN = 1.05
+
+
+def rows_within(
+    selection: RowSelection, num_tokens: int, seed: int, lengths: Callable[[RowSelection], NDArray[np.int64]]
+) -> int:
+    """The smallest k such that the k rows of smallest hash have ``num_tokens`` tokens; all rows where they have fewer.
+
+    ``lengths`` gives the tokens of a selection's rows, in the order of their numbers. Rows are counted in rounds: the
+    first few, then as many as their mean says are missing and a little more, so that little more than what is taken
+    is tokenized; a round's 131,072 rows at most bound what is held. k is the same however rounds fall.
+    """
+    taken, tokens = 0, 0
+    while taken < len(selection):
+        missing = num_tokens - tokens
+        guess = math.ceil(_MARGIN * missing * taken / tokens) if tokens else taken
+        more = min(max(guess, _FIRST_ROWS), _MOST_ROWS)
+        rest = selection.sample(taken + more, seed).split(taken, seed)[1]
+        order = np.argsort(row_hash(np.concatenate(list(rest.chunks())), seed))
+        totals = tokens + np.cumsum(lengths(rest)[order])
+        reached = int(np.searchsorted(totals, num_tokens))
+        if reached < len(rest):
+            return taken + reached + 1
+        taken, tokens = taken + len(rest), int(totals[-1])
+    return len(selection)

@@ -1,0 +1,92 @@
+"""The benchmark of the data path: rows of any number, the tiny model whose tokenizer reads them, and what that took."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from figures import Figures, figure
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+_WORDS = ("the", "sum", "of", "two", "numbers", "is", "what", "a", "function", "takes", "and", "gives", "back")
+
+
+_POWERS = (3, 4, 5, 6)
+_SPEEDS = {"rows/s": "into shards", "batch rows/s": "into batches"}
+
+
+def data(out: Path) -> Figures:
+    """Rows to shards to batches at 10³ to 10⁶ rows, against 10³, from JSONL and from a single Parquet row group.
+
+    Memory is anonymous: most of it is the libraries, imported in each process.
+    """
+    _save_tiny_model(out / "data-model")
+    found: Figures = {}
+    for kind, write in (("JSONL", _write_jsonl), ("Parquet", _write_parquet)):
+        measured = {}
+        for power in _POWERS:
+            rows = out / f"rows.{kind.lower()}"
+            write(rows, 10**power)
+            measured[power] = _probe(out / "data-model", rows)
+            rows.unlink()
+        for power, name in itertools.product(_POWERS[1:], ("driver", "worker", "object store")):
+            sizes = [measured[number][name] / 2**20 for number in (power, 3)]
+            found[f"data path, {kind}, 10^{power} rows, peak of the {name}"] = figure(*sizes, "MiB (baseline: 10^3)")
+        for power, name in itertools.product(_POWERS[1:], ("rows/s", "batch rows/s")):
+            rates = [measured[number][name] for number in (power, 3)]
+            line = {**figure(*rates, "rows/s (baseline: 10^3)"), "ratio": rates[0] / rates[1]}
+            found[f"data path, {kind}, 10^{power} rows, {_SPEEDS[name]}"] = line
+    return found
+
+
+def _probe(model: Path, rows: Path) -> dict[str, float]:
+    """What a process of its own measured."""
+    script = Path(__file__).with_name("data_probe.py")
+    with tempfile.TemporaryDirectory(dir=rows.parent) as folder:
+        command = [sys.executable, str(script), str(model), str(rows), folder]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found: dict[str, float] = json.loads(output.splitlines()[-1])
+    return found
+
+
+def _save_tiny_model(directory: Path) -> None:
+    """A Llama of a few thousand weights and a byte-level tokenizer of 512 tokens."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special, alphabet = ["<pad>", "<eos>"], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator((row["prompt"] + row["completion"] for row in _rows(1000)), trainer)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=512
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>").save_pretrained(directory)
+
+
+def _rows(count: int) -> Iterator[dict[str, str]]:
+    """Rows of about thirty tokens, no two alike."""
+    for number in range(count):
+        words = " ".join(_WORDS[(number * step + step) % len(_WORDS)] for step in range(1, 9))
+        yield {"prompt": f"Row {number}: {words}\n", "completion": f"its number is {number}"}
+
+
+def _write_jsonl(path: Path, count: int) -> None:
+    """One object a line."""
+    with path.open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in _rows(count))
+
+
+def _write_parquet(path: Path, count: int) -> None:
+    """One row group, the hardest case: it can only be read from its beginning."""
+    pq.write_table(pa.Table.from_pylist(list(_rows(count))), path, row_group_size=count)

@@ -1,0 +1,102 @@
+"""Measures one pass of rows through the data path in a process of its own: seconds, and peaks of anonymous memory.
+
+    python pipelines/data_probe.py MODEL_DIR ROWS_FILE OUT_DIR
+
+Rows are checked, split, tokenized into shards by Ray Data and streamed back in the order of training. Anonymous memory is
+what a process holds itself: no mapped files, no object store, which is counted for all processes together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from emloc_ray.config import parse_config
+from emloc_ray.data.ingest import SampleOrder, stream_batches
+from emloc_ray.data.token_shards import TokenShards
+from emloc_ray.preparation import prepare
+from emloc_ray.stages.cluster import connection
+from emloc_ray.stages.data import tokenize_data
+
+STEPS, BATCH = 2048, 8
+
+
+def resident(pid: int, kind: str) -> int:
+    """Resident bytes of one kind (``RssAnon``, ``RssShmem``) of a process; 0 where it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
+
+
+class Peaks(threading.Thread):
+    """Watches this process, its Ray workers and its object store."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.over = threading.Event()
+        self.found = {"driver": 0, "worker": 0, "object store": 0}
+
+    def run(self) -> None:
+        """Looks at all processes every twentieth of a second."""
+        own = psutil.Process()
+        while not self.over.wait(0.05):
+            self._see("driver", resident(own.pid, "RssAnon"))
+            for process in own.children(recursive=True):
+                try:
+                    name = process.name()
+                except psutil.Error:
+                    continue
+                if name.startswith("ray::"):
+                    self._see("worker", resident(process.pid, "RssAnon"))
+                elif name == "raylet":
+                    self._see("object store", resident(process.pid, "RssShmem"))
+
+    def _see(self, kind: str, size: int) -> None:
+        self.found[kind] = max(self.found[kind], size)
+
+
+def measure(model_dir: Path, rows: Path, out: Path) -> dict[str, Any]:
+    """Peaks in bytes, and seconds from rows to shards and from shards to batches."""
+    values = {
+        "run_dir": str(out / "run"),
+        "model": {"source": str(model_dir)},
+        "data": {"train": {"path": str(rows)}, "format": "prompt_completion", "max_seq_length": 64},
+        "calibration": {"num_workers": 2},
+    }
+    with connection(num_cpus=2):
+        peaks = Peaks()
+        peaks.start()
+        begin = time.perf_counter()
+        counts = tokenize_data(prepare(parse_config(values)), model_dir, out)["splits"]
+        made = time.perf_counter()
+        train = out / "tokens" / "train"
+        order = SampleOrder(len(TokenShards(train)), BATCH, rank=0, world_size=1, seed=0)
+        streamed = sum(len(batch) for batch in stream_batches(train, order, 0, STEPS))
+        end = time.perf_counter()
+        peaks.over.set()
+        peaks.join()
+    total = sum(count["rows"] for split, count in counts.items() if split != "calibration")
+    tokens = counts["train"]["tokens"]
+    rates = {"rows/s": total / (made - begin), "batch rows/s": streamed / (end - made)}
+    return {"rows": total, "tokens": tokens, **rates, **peaks.found}
+
+
+def main() -> None:
+    """Prints what was measured as JSON, on the last line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model_dir", "rows", "out"):
+        parser.add_argument(name, type=Path)
+    arguments = parser.parse_args()
+    print(json.dumps(measure(arguments.model_dir, arguments.rows, arguments.out)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Shards from rows: the same whatever the work was cut into, whatever was there before; memory that rows do not grow."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from small_runs import task_rows, worker_processes, write_jsonl
+
+from emloc_ray.data import tokenizing
+from emloc_ray.data.reading import scan
+from emloc_ray.data.splits import RowSelection
+from emloc_ray.data.token_shards import TokenShards, shard_name, written_counts
+from emloc_ray.data.tokenizing import ShardTokenizer, TokenizeOptions, row_lengths, tokenize_splits
+
+Batch = dict[str, Any]
+
+
+class Inline:
+    """Stands for Ray Data's result: the function, called here, on one unit after the other."""
+
+    def __init__(self, work: list[Batch], function: Callable[[Batch], Batch], num_workers: int) -> None:
+        self.batches = [function({"unit": np.array([json.dumps(unit)])}) for unit in work]
+
+    def iter_rows(self) -> list[Batch]:
+        return [dict(zip(b, values, strict=True)) for b in self.batches for values in zip(*b.values(), strict=True)]
+
+    def iter_batches(self, **options: Any) -> list[Batch]:
+        return self.batches[::-1]  # results come in any order
+
+
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizing, "_mapped", Inline)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture
+def options(tiny_model_dir: Callable[..., Path]) -> TokenizeOptions:
+    return TokenizeOptions(str(tiny_model_dir("llama")), "prompt_completion", 16)
+
+
+def selected(path: Path, count: int = 90) -> RowSelection:
+    return RowSelection.all_rows([scan(path)]).sample(count, 3)
+
+
+def shards_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+@pytest.mark.usefixtures("inline")
+@pytest.mark.parametrize("group", [8, 120])
+def test_shards_do_not_depend_on_the_file_s_kind_or_its_row_groups(
+    tmp_path: Path, options: TokenizeOptions, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizing, "_ROWS_PER_BATCH", 5)
+    rows = task_rows()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=group)
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    counts = []
+    for kind in ("parquet", "jsonl"):
+        splits = {"train": selected(tmp_path / f"a.{kind}")}
+        counts.append(tokenize_splits(splits, options, tmp_path / kind, rows_per_shard={"train": 4}, num_workers=1))
+    assert counts[0] == counts[1]
+    assert counts[0]["train"]["rows"] + counts[0]["train"]["dropped_rows"] == 90
+    assert shards_of(tmp_path / "parquet" / "train") == shards_of(tmp_path / "jsonl" / "train")
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_huge_row_group_is_read_by_few_units(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["x"] * 100_000}), path)
+    units = list(tokenizing._units("train", RowSelection.all_rows([scan(path)]), 1024))
+    assert len(units) <= 16
+    assert [unit["first"] for unit in units] == [7 * number for number in range(len(units))]
+    assert sum(len(unit["bounds"]) - 1 for unit in units) == 98
+
+
+@pytest.mark.usefixtures("inline")
+@pytest.mark.parametrize("lost", [[0], [2, 3], [1, 5], [22], list(range(23))])
+def test_what_is_there_is_kept_and_the_rest_is_made_as_it_was(
+    tmp_path: Path, options: TokenizeOptions, lost: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(task_rows()), path)  # one row group: units of several shards
+    splits, sizes = {"train": selected(path)}, {"train": 4}
+    counts = tokenize_splits(splits, options, tmp_path / "out", rows_per_shard=sizes, num_workers=1)
+    whole = shards_of(tmp_path / "out" / "train")
+    for number in lost:
+        shard = tmp_path / "out" / "train" / shard_name(number)
+        shard.write_bytes(shard.read_bytes()[:-1]) if number % 2 else shard.unlink()
+    written = []
+    write = ShardTokenizer._write
+    monkeypatch.setattr(
+        ShardTokenizer, "_write", lambda self, path, rows: written.append(path.name) or write(self, path, rows)
+    )
+    assert tokenize_splits(splits, options, tmp_path / "out", rows_per_shard=sizes, num_workers=1) == counts
+    assert written == [shard_name(number) for number in lost]
+    assert shards_of(tmp_path / "out" / "train") == whole
+    assert all(written_counts(tmp_path / "out" / "train" / name) for name in whole if name.endswith("arrow"))
+
+
+@pytest.mark.usefixtures("inline")
+def test_row_lengths_are_those_of_the_rows_that_are_kept(tmp_path: Path, options: TokenizeOptions) -> None:
+    rows = task_rows(700)
+    rows[5] = {"prompt": "long " * 50, "completion": "lost"}
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    selection = RowSelection.all_rows([scan(path)]).split(40, 1)[1]
+    tokenize_splits({"s": selection}, options, tmp_path, rows_per_shard={"s": 50}, num_workers=1)
+    shards = TokenShards(tmp_path / "s")
+    lengths = row_lengths(selection, options, 1).tolist()
+    assert len(lengths) == 660
+    assert [n for n in lengths if n] == [len(shards.row(position)) for position in range(len(shards))]
+    assert lengths.count(0) == shards.index["dropped_rows"] == 1
+
+
+class PeakAnonymous(threading.Thread):
+    """The most memory that one of some processes held itself, mapped files and shared memory aside."""
+
+    def __init__(self, processes: Callable[[], list[psutil.Process]]) -> None:
+        super().__init__(daemon=True)
+        self.processes, self.peak, self.over = processes, 0, threading.Event()
+
+    def run(self) -> None:
+        while not self.over.wait(0.05):
+            for process in self.processes():
+                try:
+                    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+                except OSError:
+                    continue
+                self.peak = max([self.peak, *(int(li.split()[1]) * 1024 for li in lines if li.startswith("RssAnon"))])
+
+    def __enter__(self) -> PeakAnonymous:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.over.set()
+        self.join()
+
+
+def _tokenizers() -> list[psutil.Process]:
+    return [p for p in worker_processes() if "ShardTokenizer" in p.name() + "".join(p.cmdline())]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is told by Linux alone")
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_memory_is_flat_in_the_rows(tmp_path: Path, options: TokenizeOptions, ray_session: None, kind: str) -> None:
+    options = replace(options, format="text")
+    peaks: dict[str, list[int]] = {"driver": [], "worker": []}
+    for count in (1_000, 64_000):
+        path = tmp_path / f"{count}.{kind}"
+        rows = [{"text": f"{i} {'and so on ' * 8}"} for i in range(count)]
+        pq.write_table(pa.Table.from_pylist(rows), path) if kind == "parquet" else write_jsonl(path, rows)
+        del rows
+        pa.default_memory_pool().release_unused()
+        with PeakAnonymous(lambda: [psutil.Process()]) as driver, PeakAnonymous(_tokenizers) as worker:
+            splits = {"train": RowSelection.all_rows([scan(path)])}
+            out = tmp_path / f"{count}-{kind}"
+            counts = tokenize_splits(splits, options, out, rows_per_shard={"train": 1024}, num_workers=1)
+            time.sleep(0.1)
+        assert counts["train"]["truncated_rows"] == counts["train"]["rows"] == count
+        peaks["driver"].append(driver.peak)
+        peaks["worker"].append(worker.peak)
+    assert all(small > 0 for small, _ in peaks.values())
+    # Held as dictionaries, 63,000 rows more would be 25 MB, as lists of tokens as much again; Arrow keeps some pages.
+    grown = {name: (large - small) / 2**20 for name, (small, large) in peaks.items()}
+    assert grown["driver"] < 16
+    assert grown["worker"] < 32
