@@ -97,7 +97,6 @@ class Jobs:
             loss_on=section.loss_on,
             pad_token_id=self._pad_token_id(),
             max_failures=section.max_failures,
-            lean_memory=config.memory_budget is not None,
             training_arguments=_training_arguments(section),
             model_options=self.model_options,
         )

@@ -12,6 +12,7 @@ from emloc_ray.config import RunConfig, StageConfig
 from emloc_ray.errors import EmlocError
 from emloc_ray.io.fingerprint import fingerprint, fingerprint_files, fingerprint_large_files
 from emloc_ray.io.grams import INDEX
+from emloc_ray.io.resume import discard_unless
 from emloc_ray.planner import make_plan
 from emloc_ray.preparation import Prepared, check_disk, prepare
 from emloc_ray.report import write_report
@@ -50,7 +51,8 @@ def run(
     prepared.run.lock()
     try:
         prepared.run.create(config.model_dump(mode="json"), fresh=fresh)
-        with connection(config.ray.address, **config.ray.init_options):
+        lean = config.memory_budget is not None
+        with connection(config.ray.address, lean_memory=lean, **config.ray.init_options):
             pipeline = Pipeline(prepared, reporter or SilentReporter(), begin)
             pipeline.run(until)
         return prepared.run.metrics()
@@ -211,7 +213,7 @@ class Pipeline:
             job = self.jobs.calibration()
             # What slots of a streamed run left speaks of their own shards alone.
             slots = section.num_workers if job.mode == "streamed" else None
-            self._discard_unless(out_dir, {**inputs, "mode": job.mode, "waves": len(job.waves or ()), "slots": slots})
+            discard_unless(out_dir, {**inputs, "mode": job.mode, "waves": len(job.waves or ()), "slots": slots})
             asked = resources(section)
             if tolerance is not None:
                 return calibrate_until_converged(job, out_dir, asked, tolerance, progress)
@@ -233,14 +235,6 @@ class Pipeline:
         recorded = [out_dir] if section.keep == "grams" else []
         self._step("calibrate", inputs, [out_dir], execute, resumes=True, recorded=recorded)
 
-    def _discard_unless(self, directory: Path, inputs: dict[str, Any]) -> None:
-        """Keeps what a killed run of the same inputs committed, and nothing else."""
-        mark = directory / ".inputs"
-        if not mark.is_file() or mark.read_text() != fingerprint(inputs):
-            shutil.rmtree(directory, ignore_errors=True)
-            directory.mkdir(parents=True)
-            mark.write_text(fingerprint(inputs))
-
     def _factorize_inputs(self) -> dict[str, Any]:
         return {
             "calibrate": self.inputs["calibrate"],
@@ -260,7 +254,7 @@ class Pipeline:
             if self.directory.stage("factorize") is not None:
                 self.directory.forget("factorize")
                 shutil.rmtree(out_dir, ignore_errors=True)
-            self._discard_unless(out_dir, self._factorize_inputs())
+            discard_unless(out_dir, self._factorize_inputs())
             drop = self.config.calibration.keep == "none"
             self._build = EmulatorBuild(self.jobs.factorization(), resources(self.config.emulator), drop)
         return self._build
@@ -331,12 +325,14 @@ class Pipeline:
         from emloc_ray.jobs import resources
         from emloc_ray.stages.merge import merge
 
+        out_dir, size = self.directory.path("merged"), self.config.merge.max_shard_size
+        inputs = {"correct": self.inputs["correct"], **({} if size is None else {"max_shard_size": size})}
+
         def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
+            discard_unless(out_dir, inputs)
             return merge(self.jobs.merging(), resources(self.config.merge), progress)
 
-        size = self.config.merge.max_shard_size
-        inputs = {"correct": self.inputs["correct"], **({} if size is None else {"max_shard_size": size})}
-        self._step("merge", inputs, [self.directory.path("merged")], execute)
+        self._step("merge", inputs, [out_dir], execute, resumes=True)
 
     def evaluate(self) -> None:
         """Every variant on the held-out rows."""

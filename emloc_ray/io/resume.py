@@ -8,7 +8,7 @@ from typing import Any
 
 from emloc_ray.io.fingerprint import fingerprint
 
-_MARK = "inputs"
+_MARK = ".inputs"
 
 
 def discard_unless(directory: Path, inputs: Any) -> None:

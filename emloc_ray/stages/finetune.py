@@ -24,7 +24,7 @@ from emloc_ray.errors import NumericsError
 from emloc_ray.modeling.adapter import attach_adapter, lora_config, save_trained_adapter
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import label_mask, token_loss
-from emloc_ray.stages.cluster import Progress, Resources, return_freed_memory, set_threads, silent
+from emloc_ray.stages.cluster import Progress, Resources, set_threads, silent
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,6 @@ class FinetuneJob:
     loss_on: str = "completion"
     pad_token_id: int = 0
     max_failures: int = 3
-    lean_memory: bool = False
     training_arguments: dict[str, Any] = field(default_factory=dict)
     model_options: dict[str, Any] = field(default_factory=dict)
 
@@ -135,8 +134,6 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     """What each Ray Train worker runs; returns what the driver wants to know."""
     job: FinetuneJob = settings["job"]
     set_threads(settings["threads"])
-    if job.lean_memory:
-        return_freed_memory()
     context = ray.train.get_context()
     with tempfile.TemporaryDirectory() as output_dir:
         trainer, keeper = _make_trainer(job, output_dir, context)

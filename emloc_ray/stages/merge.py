@@ -60,9 +60,7 @@ def merge_shard(job: MergeJob, shard: Shard, target: Path) -> int:
     It holds one row chunk at a time, with what is made of it, and one module's adapter.
     """
     adapter = Adapter(job.adapter_dir)
-    named = set(adapter.names)
-    touched = {spec.weight_name: spec for spec in job.specs if spec.name in named}
-    changed = [entry.name for entry in shard.entries if entry.name in touched]
+    touched = _touched(job, adapter, shard)
     chunk_bytes = chunk_limit(job.chunk_bytes, max((entry.num_bytes for entry in shard.entries), default=0))
 
     def tensors() -> Iterator[tuple[TensorEntry, Iterator[torch.Tensor]]]:
@@ -74,7 +72,13 @@ def merge_shard(job: MergeJob, shard: Shard, target: Path) -> int:
                 yield entry, _merged(entry, adapter.module(spec.name), spec.transposed, chunk_bytes)
 
     stream_shard(target, shard.header, tensors())
-    return len(changed)
+    return len(touched)
+
+
+def _touched(job: MergeJob, adapter: Adapter, shard: Shard) -> dict[str, LinearSpec]:
+    """The shard's tensors that the adapter changes, with their linears."""
+    named, inside = set(adapter.names), {entry.name for entry in shard.entries}
+    return {spec.weight_name: spec for spec in job.specs if spec.name in named and spec.weight_name in inside}
 
 
 def _merged(entry: TensorEntry, lora: LoraModule, transposed: bool, chunk_bytes: int) -> Iterator[torch.Tensor]:
@@ -88,6 +92,8 @@ def _merged(entry: TensorEntry, lora: LoraModule, transposed: bool, chunk_bytes:
 
 def merge(job: MergeJob, resources: Resources, progress: Progress = silent) -> dict[str, Any]:
     """Writes ``job.out_dir`` as a plain transformers checkpoint: the original's shards with the adapter folded in.
+
+    Shards that are in it already are kept: the caller knows that they are of this adapter.
 
     Raises:
         ArtifactError: where the adapter names a module that the checkpoint does not hold.
@@ -134,4 +140,6 @@ def _write_index(job: MergeJob, shards: Sequence[Shard], named: Sequence[tuple[s
 
 def _merge_task(job: MergeJob, shard: Shard, target: Path, threads: int) -> int:
     set_threads(threads)
+    if target.is_file():  # whole, from a try that was killed
+        return len(_touched(job, Adapter(job.adapter_dir), shard))
     return merge_shard(job, shard, target)
