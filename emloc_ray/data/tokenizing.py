@@ -195,8 +195,9 @@ def _mapped(work: Sequence[Unit], function: Callable[[dict[str, Any]], dict[str,
 
     # Wrapped in Ray Data's own exception, ours would be lost on its way here.
     ray.data.DataContext.get_current().raise_original_map_exception = True
+    workers = ray.data.TaskPoolStrategy(size=min(num_workers, len(work)))
     return ray.data.from_items([{"unit": json.dumps(unit)} for unit in work]).map_batches(
-        function, batch_size=1, num_cpus=1, compute=ray.data.TaskPoolStrategy(size=num_workers)
+        function, batch_size=1, num_cpus=1, compute=workers
     )
 
 
