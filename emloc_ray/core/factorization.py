@@ -11,7 +11,7 @@ from torch import Tensor
 
 from emloc_ray.core.gram import Gram
 from emloc_ray.core.krylov import MAX_LOSS_SHARE, LeadingVectors, leading_vectors
-from emloc_ray.core.whitening import Whitening, is_finite, wide_product
+from emloc_ray.core.whitening import Whitening, energy, is_finite, wide_product
 from emloc_ray.errors import NumericsError
 
 Solver = Literal["auto", "exact", "subspace"]
@@ -152,7 +152,7 @@ def _by_subspace(weight: Tensor, whitening: Whitening, rank: int, seed: int) -> 
     if whitening.cholesky(weight.dtype) is None:
         return None
     whitened = whitening.whiten(weight)
-    total = float(whitened.square().sum(dtype=torch.float64))
+    total = energy(whitened)
     top = leading_vectors(whitened, rank, seed)
     if top is None:
         return None
@@ -172,12 +172,8 @@ def _by_subspace(weight: Tensor, whitening: Whitening, rank: int, seed: int) -> 
 def _energy_outside(matrix: Tensor, vectors: Tensor) -> float:
     """``‖A − U Uᵀ A‖²``, some rows at a time."""
     inside = vectors.T @ matrix
-    energy = 0.0
-    for begin in range(0, len(matrix), _ROWS):
-        rows = slice(begin, begin + _ROWS)
-        rest = torch.addmm(matrix[rows], vectors[rows], inside, alpha=-1.0)
-        energy += float(rest.square_().sum(dtype=torch.float64))
-    return energy
+    parts = (slice(begin, begin + _ROWS) for begin in range(0, len(matrix), _ROWS))
+    return sum(energy(torch.addmm(matrix[rows], vectors[rows], inside, alpha=-1.0)) for rows in parts)
 
 
 def _survives_probes(
@@ -186,8 +182,8 @@ def _survives_probes(
     """Whether float32 was enough, by products of a few vectors with ``M = W G' Wᵀ`` itself in float64.
 
     With ``g`` normal and ``x = Σ g_i u_i / (θ_i − ρ)^½``, ``‖P M x‖²``, ``P = I − U Uᵀ``, is on average the energy that ``U``
-    misses to second order, whether for want of convergence or by rounding in ``L``, ``W L`` or ``U``. And with ``z`` normal outside
-    ``U``, ``zᵀ M z``, on average the residual energy, must be what ``W L`` makes of the same ``z``.
+    misses to second order, for want of convergence or by rounding in ``L``, ``W L`` or ``U``. And with ``z`` normal
+    outside ``U``, ``zᵀ M z``, on average the residual energy, must be what ``W L`` makes of the same ``z``.
     """
     generator = torch.Generator().manual_seed(seed + 2)
     numbers = torch.randn(len(top.values) + len(weight), _PROBES, generator=generator, dtype=torch.float64)

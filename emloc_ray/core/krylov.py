@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from emloc_ray.core.whitening import wide_product
+from emloc_ray.core.whitening import energy, wide_product
 
 # The search ends where the estimated loss of energy is below this share of the energy that is left. Over spectra from flat
 # to exponential the true loss was up to 3 times the estimate, and the relative error loses half of it: less than 1e-3.
@@ -19,8 +19,6 @@ _MIN_BLOCK = 32
 # The first two looks at the Ritz values, in ranks: 1/i² needs 1.5, the singular values of a normal matrix 3.5.
 _FIRST_LOOK = 1.25
 _NEXT_LOOK = 0.25
-# The loss falls faster than geometrically: the next look comes at this share of the way that the last two foretell.
-_CAUTION = 0.6
 # Past this share of the order the full eigendecomposition is as fast.
 _MAX_SHARE = 0.75
 # A Ritz value stands at least so far, as a share of it, above what the space has not reached.
@@ -57,7 +55,7 @@ def leading_vectors(matrix: Tensor, rank: int, seed: int = 0) -> LeadingVectors 
     the last block, is below :func:`loss_bound`. Ritz residuals are blind to what the space never touched, because the start
     missed it or more singular values are equal than a block is wide: so it must also pass :func:`complement_gain`.
     """
-    total = float(matrix.square().sum(dtype=torch.float64))
+    total = energy(matrix)
     space = _KrylovSpace(matrix, rank, seed)
     limit = int(_MAX_SHARE * min(matrix.shape))
     look, before = max(int(_FIRST_LOOK * rank), rank + space.block), (0, math.inf)
@@ -80,10 +78,10 @@ def loss_bound(top: LeadingVectors, dtype: torch.dtype) -> float:
 
 
 def _step(size: int, excess: float, before: tuple[int, float], rank: int) -> int:
-    """How many vectors to add before the next look, from the loss at two sizes."""
+    """How many vectors to add before the next look: the loss falls geometrically, or a little faster."""
     if excess >= before[1] or math.isinf(before[1]):
         return int(_NEXT_LOOK * rank)
-    return int(_CAUTION * (size - before[0]) * math.log(excess) / math.log(before[1] / excess))
+    return int((size - before[0]) * math.log(excess) / math.log(before[1] / excess))
 
 
 class _KrylovSpace:
@@ -97,6 +95,7 @@ class _KrylovSpace:
         self._basis = matrix.new_empty(len(matrix), 2 * rank)
         self._images = matrix.new_empty(matrix.shape[1], 2 * rank)
         self._gram = torch.zeros(0, 0, dtype=torch.float64, device=matrix.device)
+        self._cancelled = False
         start, _ = orthonormal(matrix.T @ self._new_directions(matrix @ self._random(matrix.shape[1])))
         self._next = self._new_directions(matrix @ start)
         self._coupling = matrix.new_zeros(self.block, self.block)
@@ -124,10 +123,12 @@ class _KrylovSpace:
         gram[:, known:] = wide_product(images, images[:, known:])
         gram[known:, :known] = gram[:known, known:].T
         self._gram = gram
-        values, rotation = _descending(gram)
-        energy_left = total - float(values[:rank].sum())
-        cancelled = energy_left <= _CANCELLED * torch.finfo(dtype).eps / 2.0 * total
-        if cancelled:
+        if not self._cancelled:
+            values, rotation = _descending(gram)
+            energy_left = total - float(values[:rank].sum())
+            # It only falls from look to look.
+            self._cancelled = energy_left <= _CANCELLED * torch.finfo(dtype).eps / 2.0 * total
+        if self._cancelled:
             values, rotation = self._of_oblique()
             energy_left = float(values[rank:].sum())
         values, rotation = values[:rank], rotation[:, :rank].to(dtype)
@@ -135,7 +136,7 @@ class _KrylovSpace:
         # What couples to the next block lies about as high as the last one.
         level = gram.diagonal()[-self.block :].mean()
         gaps = torch.maximum(values - level, _MIN_GAP * values).clamp_min(torch.finfo(torch.float64).tiny)
-        top = LeadingVectors(values, self._basis[:, : self.size] @ rotation, gaps, energy_left, cancelled)
+        top = LeadingVectors(values, self._basis[:, : self.size] @ rotation, gaps, energy_left, self._cancelled)
         return top, float((residuals / gaps).sum())
 
     def _of_oblique(self) -> tuple[Tensor, Tensor]:
@@ -204,10 +205,11 @@ def complement_gain(matrix: Tensor, top: LeadingVectors, seed: int) -> float:
     count = min(_PROBES, min(matrix.shape) - len(top.values))
     probe = torch.randn(len(matrix), count, generator=generator).to(matrix.device, matrix.dtype)
     probe = _outside(top.vectors, probe)
+    # A few rows times a matrix go several times as fast as the matrix times a few columns.
     for _ in range(_PROBE_STEPS):
-        probe = _outside(top.vectors, matrix @ (matrix.T @ probe))
-    image = (matrix.T @ probe).to(torch.float64)
-    found, _ = _descending(image.T @ image)
+        probe = _outside(top.vectors, (probe.T @ matrix @ matrix.T).T)
+    image = (probe.T @ matrix).to(torch.float64)
+    found, _ = _descending(image @ image.T)
     last = top.values.flip(0)[:count]
     return float((found[: len(last)] - last).clamp_min(0.0).sum())
 
