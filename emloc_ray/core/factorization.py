@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from emloc_ray.core.gram import Gram
-from emloc_ray.core.krylov import MAX_LOSS_SHARE, LeadingVectors, leading_vectors
+from emloc_ray.core.krylov import MAX_LOSS_SHARE, LeadingVectors, is_lost, leading_vectors
 from emloc_ray.core.whitening import Whitening, energy, is_finite, wide_product
 from emloc_ray.errors import NumericsError
 
@@ -23,8 +23,6 @@ _SURE_ROUNDING_SHARE = 1e-3
 _MAX_ROUNDING_SHARE = 5e-3
 _MAX_RESIDUAL_DIFFERENCE = 1e-3
 
-# Less residual energy than this share of the whole is lost in float32, whatever is not squared.
-_LOST_SHARE = (50 * 2.0**-24) ** 2
 # A probe of the exact operator may find so many times the loss that the solver allowed itself.
 _PROBED_EXCESS = 1.5
 _PROBES = 8
@@ -161,7 +159,7 @@ def _by_subspace(weight: Tensor, whitening: Whitening, rank: int, seed: int) -> 
     share = _rounding_share(top.values, residual, rank, weight.dtype)
     trusted = share <= _SURE_ROUNDING_SHARE or (
         weight.dtype == torch.float32
-        and residual > _LOST_SHARE * total
+        and not is_lost(residual, total, weight.dtype)
         and _survives_probes(weight, whitened, whitening, top._replace(vectors=up, energy_left=residual), seed)
     )
     error = math.sqrt(residual / total) if total > 0.0 else 0.0
@@ -176,9 +174,7 @@ def _energy_outside(matrix: Tensor, vectors: Tensor) -> float:
     return sum(energy(torch.addmm(matrix[rows], vectors[rows], inside, alpha=-1.0)) for rows in parts)
 
 
-def _survives_probes(
-    weight: Tensor, whitened: Tensor, whitening: Whitening, top: LeadingVectors, seed: int
-) -> bool:
+def _survives_probes(weight: Tensor, whitened: Tensor, whitening: Whitening, top: LeadingVectors, seed: int) -> bool:
     """Whether float32 was enough, by products of a few vectors with ``M = W G' Wᵀ`` itself in float64.
 
     With ``g`` normal and ``x = Σ g_i u_i / (θ_i − ρ)^½``, ``‖P M x‖²``, ``P = I − U Uᵀ``, is on average the energy that ``U``

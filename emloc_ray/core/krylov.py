@@ -25,6 +25,8 @@ _MAX_SHARE = 0.75
 _MIN_GAP = 0.05
 # Below this many unit roundoffs of the whole energy, a difference of sums no longer gives the energy left.
 _CANCELLED = 1e3
+# What is left of a matrix is rounding where its norm is below this many unit roundoffs of the whole.
+_LOST = 50.0
 _PROBES = 8
 _PROBE_STEPS = 3
 
@@ -54,6 +56,7 @@ def leading_vectors(matrix: Tensor, rank: int, seed: int = 0) -> LeadingVectors 
     It has settled where the energy missed, ``Σ ‖A Aᵀ u − θ u‖² / (θ − ρ)`` to second order, ``ρ`` the mean Rayleigh quotient of
     the last block, is below :func:`loss_bound`. Ritz residuals are blind to what the space never touched, because the start
     missed it or more singular values are equal than a block is wide: so it must also pass :func:`complement_gain`.
+    The search also ends where what is left :func:`is_lost`: a wider dtype may find more.
     """
     total = energy(matrix)
     space = _KrylovSpace(matrix, rank, seed)
@@ -63,6 +66,8 @@ def leading_vectors(matrix: Tensor, rank: int, seed: int = 0) -> LeadingVectors 
         space.grow(look)
         top, loss = space.leading(rank, total)
         bound = loss_bound(top, matrix.dtype)
+        if is_lost(top.energy_left, total, matrix.dtype):
+            return top
         if loss <= bound:
             return top if complement_gain(matrix, top, seed + 1) <= bound else None
         excess = loss / bound
@@ -74,7 +79,12 @@ def leading_vectors(matrix: Tensor, rank: int, seed: int = 0) -> LeadingVectors 
 def loss_bound(top: LeadingVectors, dtype: torch.dtype) -> float:
     """The energy that ``top`` may lose: a share of what is left, or what rounding moves in any case."""
     rounding = max((torch.finfo(dtype).eps / 2.0) ** 2, torch.finfo(torch.float64).eps)
-    return max(MAX_LOSS_SHARE * top.energy_left, len(top.values) * rounding * float(top.values[0]))
+    return max(MAX_LOSS_SHARE * top.energy_left, rounding * float(top.values[0]))
+
+
+def is_lost(energy_left: float, total: float, dtype: torch.dtype) -> bool:
+    """Whether so little energy is left that ``dtype`` cannot hold it, even where nothing is squared."""
+    return energy_left <= (_LOST * torch.finfo(dtype).eps / 2.0) ** 2 * total
 
 
 def _step(size: int, excess: float, before: tuple[int, float], rank: int) -> int:
@@ -96,7 +106,9 @@ class _KrylovSpace:
         self._images = matrix.new_empty(matrix.shape[1], 2 * rank)
         self._gram = torch.zeros(0, 0, dtype=torch.float64, device=matrix.device)
         self._cancelled = False
-        start, _ = orthonormal(matrix.T @ self._new_directions(matrix @ self._random(matrix.shape[1])))
+        start, _ = orthonormal(
+            matrix.T @ self._new_directions(matrix @ _random(matrix.shape[1], self.block, self._generator, matrix))
+        )
         self._next = self._new_directions(matrix @ start)
         self._coupling = matrix.new_zeros(self.block, self.block)
 
@@ -150,24 +162,27 @@ class _KrylovSpace:
         values, rotation = _descending(torch.linalg.solve_triangular(lower, half.T, upper=False))
         return values, torch.linalg.solve_triangular(lower.T, rotation, upper=True)
 
-    def _random(self, rows: int) -> Tensor:
-        """Normal numbers ``(rows, block)``, drawn on the CPU: the same on every device."""
-        numbers = torch.randn(rows, self.block, generator=self._generator)
-        return numbers.to(self._matrix.device, self._matrix.dtype)
-
     def _new_directions(self, product: Tensor) -> Tensor:
-        """An orthonormal block orthogonal to ``Q``: of what ``product`` adds to it, random where that is nothing.
+        return _outside(self._basis[:, : self.size], product, self._generator)
 
-        Twice is enough, unless little was left the second time: such a column was rounding, and a random one replaces it.
-        """
-        basis = self._basis[:, : self.size]
-        block, _ = orthonormal(product - basis @ (basis.T @ product))
-        while True:
-            block, kept = orthonormal(block - basis @ (basis.T @ block))
-            lost = kept < 0.5
-            if not bool(lost.any()):
-                return block
-            block = torch.where(lost, self._random(len(block)), block)
+
+def _random(rows: int, columns: int, generator: torch.Generator, like: Tensor) -> Tensor:
+    """Normal numbers ``(rows, columns)``, drawn on the CPU: the same on every device."""
+    return torch.randn(rows, columns, generator=generator).to(like.device, like.dtype)
+
+
+def _outside(basis: Tensor, block: Tensor, generator: torch.Generator) -> Tensor:
+    """Orthonormal columns orthogonal to ``basis``: of what ``block`` adds to it, random where that is nothing.
+
+    Twice is enough, unless little was left the second time: such a column was rounding, and a random one replaces it.
+    """
+    block, _ = orthonormal(block - basis @ (basis.T @ block))
+    while True:
+        block, kept = orthonormal(block - basis @ (basis.T @ block))
+        lost = kept < 0.5
+        if not bool(lost.any()):
+            return block
+        block = torch.where(lost, _random(*block.shape, generator, block), block)
 
 
 def _descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,19 +218,11 @@ def complement_gain(matrix: Tensor, top: LeadingVectors, seed: int) -> float:
     """
     generator = torch.Generator().manual_seed(seed)
     count = min(_PROBES, min(matrix.shape) - len(top.values))
-    probe = torch.randn(len(matrix), count, generator=generator).to(matrix.device, matrix.dtype)
-    probe = _outside(top.vectors, probe)
+    probe = _outside(top.vectors, _random(len(matrix), count, generator, matrix), generator)
     # A few rows times a matrix go several times as fast as the matrix times a few columns.
     for _ in range(_PROBE_STEPS):
-        probe = _outside(top.vectors, (probe.T @ matrix @ matrix.T).T)
+        probe = _outside(top.vectors, (probe.T @ matrix @ matrix.T).T, generator)
     image = (probe.T @ matrix).to(torch.float64)
     found, _ = _descending(image @ image.T)
     last = top.values.flip(0)[:count]
     return float((found[: len(last)] - last).clamp_min(0.0).sum())
-
-
-def _outside(vectors: Tensor, block: Tensor) -> Tensor:
-    """An orthonormal basis of the part of ``block`` outside ``vectors``."""
-    for _ in range(2):
-        block, _ = orthonormal(block - vectors @ (vectors.T @ block))
-    return block

@@ -129,8 +129,8 @@ def test_one_channel_3000_times_the_others(solver: Solver, where: str, out_featu
         weight[:, 3] *= 3000
     gram = tokens.to(torch.float64).T @ tokens.to(torch.float64)
     result = factorize(weight, Whitening(gram), 30, solver=solver)
-    # The eigendecomposition squares the scales; what works on W L finds float32 enough, and checks.
-    assert result.dtype == (torch.float64 if solver == "exact" else torch.float32)
+    # The eigendecomposition squares the scales; what works on W L finds float32 enough where one of the two is large.
+    assert result.dtype == (torch.float32 if solver == "subspace" and where != "both" else torch.float64)
     assert result.solver == solver
     optimum = best_error(weight, damped(gram), 30)
     assert result.relative_error == pytest.approx(optimum, rel=1e-3)
@@ -154,17 +154,18 @@ def test_float32_that_the_probes_refuse_is_redone_in_float64(monkeypatch: pytest
 
 @pytest.mark.parametrize("what", ["root", "vectors"])
 def test_the_probes_see_what_float32_got_wrong(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    eigenvalues = torch.arange(1, 301, dtype=torch.float64) ** -2
+    eigenvalues = torch.arange(1, 301, dtype=torch.float64) ** -4
     weight, gram = with_spectrum(300, eigenvalues, 300, 340)
     whitening = Whitening(gram.float(), dampening_frac=0.0)
-    noise = 3e-5 * normal(300, 340).float()
+    assert factorize(weight.float(), whitening, 40, solver="subspace").dtype == torch.float32
+    noise = 3e-6 * normal(300, 340).float()
     if what == "root":
         whiten = Whitening.whiten
         spoilt = lambda self, w: whiten(self, w) + noise * (w.dtype == torch.float32)  # noqa: E731
         monkeypatch.setattr(Whitening, "whiten", spoilt)
     else:
         polish = factorization._polish
-        spoilt_up = lambda u: polish(u + 30 * noise[:, : u.shape[1]] if u.dtype == torch.float32 else u)  # noqa: E731
+        spoilt_up = lambda u: polish(u + 10 * noise[:, : u.shape[1]] if u.dtype == torch.float32 else u)  # noqa: E731
         monkeypatch.setattr(factorization, "_polish", spoilt_up)
     result = factorize(weight.float(), whitening, 40, solver="subspace")
     assert (result.solver, result.dtype) == ("subspace", torch.float64)
@@ -215,7 +216,7 @@ def test_subspace_is_within_a_thousandth_of_the_optimum(
         assert len(result.eigenvalues) == rank
         reached = error_of(weight, result.factors, gram)
         assert optimum * (1 - 1e-4) <= reached <= optimum * (1 + 1e-3)
-        assert result.relative_error == pytest.approx(reached, rel=3e-4)
+        assert result.relative_error == pytest.approx(reached, rel=6e-4)
         torch.testing.assert_close(
             (result.eigenvalues.cumsum(0) / eigenvalues[:rank].cumsum(0)).clamp_max(1.0),
             torch.ones(rank, dtype=torch.float64), rtol=0, atol=0.02,
@@ -228,7 +229,7 @@ def test_subspace_falls_back_where_it_does_not_settle(monkeypatch: pytest.Monkey
     # Nothing to gain: the subspace would be nearly everything.
     assert factorize(weight, whitening, 45, solver="subspace").solver == "exact"
     assert factorize(weight, whitening, 10, solver="subspace").solver == "subspace"
-    monkeypatch.setattr(krylov, "loss_bound", lambda top, dtype: 0.0)
+    monkeypatch.setattr(krylov, "loss_bound", lambda top, dtype: 1e-300)
     result = factorize(weight, whitening, 10, solver="subspace")
     assert result.solver == "exact"
     assert result.relative_error == pytest.approx(best_error(weight, damped(tokens.T @ tokens), 10), rel=1e-9)

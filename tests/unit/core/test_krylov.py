@@ -73,21 +73,22 @@ def test_float32_holds_where_squares_would_be_below_its_rounding() -> None:
     assert top.energy_left <= float(values[50:].square().sum()) * (1 + 1e-3)
     gram = (matrix.float() @ matrix.float().T).double()
     squared = torch.linalg.eigh(gram.float()).eigenvectors[:, -50:]
-    assert loss_of(matrix, squared, values.square()) > 1.0
+    assert loss_of(matrix, squared, values.square()) > 0.05
 
 
 def test_a_start_that_misses_a_direction_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     # Diagonal, so that nothing but zeros ever mixes the direction in.
     matrix = torch.diag(torch.cat([torch.tensor([30.0]), torch.linspace(3.0, 1.0, 199)]))
     assert leading_vectors(matrix, 20) is not None
-    numbers = krylov._KrylovSpace._random
+    numbers = krylov._random
 
-    def blind(self: krylov._KrylovSpace, rows: int) -> Tensor:
-        drawn = numbers(self, rows)
-        drawn[0] = 0.0
+    def blind(rows: int, columns: int, generator: torch.Generator, like: Tensor) -> Tensor:
+        drawn = numbers(rows, columns, generator, like)
+        if columns > krylov._PROBES:
+            drawn[0] = 0.0
         return drawn
 
-    monkeypatch.setattr(krylov._KrylovSpace, "_random", blind)
+    monkeypatch.setattr(krylov, "_random", blind)
     assert leading_vectors(matrix, 20) is None
     # Its Ritz residuals say that all is well: only the probe says no.
     monkeypatch.setattr(krylov, "complement_gain", lambda *_: 0.0)
@@ -125,7 +126,11 @@ def test_low_rank_and_zero_end_at_rounding(dtype: torch.dtype) -> None:
     squares = torch.linalg.svdvals(low).square()
     sparse = torch.zeros(200, 200, dtype=dtype)
     sparse[3, 4] = 2.0
-    for matrix, expected in ((low.to(dtype), squares[:20]), (sparse, torch.tensor([4.0])), (0 * sparse, torch.zeros(1))):
+    for matrix, expected in (
+        (low.to(dtype), squares[:20]),
+        (sparse, torch.tensor([4.0])),
+        (0 * sparse, torch.zeros(1)),
+    ):
         top = leading_vectors(matrix, 20)
         assert top is not None
         assert float(top.values.sum()) == pytest.approx(float(expected.sum()), rel=1e-6)
