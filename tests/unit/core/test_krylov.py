@@ -145,7 +145,9 @@ def test_a_space_that_would_be_nearly_everything_is_refused() -> None:
 def test_same_seed_same_bits() -> None:
     matrix = normal(200, 300).float()
     first, again, other = (leading_vectors(matrix, 20, seed) for seed in (1, 1, 2))
-    assert first is not None and again is not None and other is not None
+    assert first is not None
+    assert again is not None
+    assert other is not None
     assert torch.equal(first.vectors, again.vectors)
     assert math.isclose(first.energy_left, other.energy_left, rel_tol=2e-3)
 
