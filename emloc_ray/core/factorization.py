@@ -26,7 +26,6 @@ _MAX_RESIDUAL_DIFFERENCE = 1e-3
 # A probe of the exact operator may find so many times the loss that the solver allowed itself.
 _PROBED_EXCESS = 1.5
 _PROBES = 8
-_ROWS = 1024
 # Measured: below this order, or for ranks above this share of it, the full eigendecomposition is as fast.
 _SUBSPACE_MIN_ORDER = 128
 _SUBSPACE_MAX_SHARE = 0.35
@@ -155,23 +154,16 @@ def _by_subspace(weight: Tensor, whitening: Whitening, rank: int, seed: int) -> 
     if top is None:
         return None
     up = _polish(top.vectors)
-    residual = _energy_outside(whitened, up) if top.cancelled else top.energy_left
+    residual = top.energy_left
     share = _rounding_share(top.values, residual, rank, weight.dtype)
     trusted = share <= _SURE_ROUNDING_SHARE or (
         weight.dtype == torch.float32
         and not is_lost(residual, total, weight.dtype)
-        and _survives_probes(weight, whitened, whitening, top._replace(vectors=up, energy_left=residual), seed)
+        and _survives_probes(weight, whitened, whitening, top._replace(vectors=up), seed)
     )
     error = math.sqrt(residual / total) if total > 0.0 else 0.0
     factors = LowRankFactors(up, up.T @ weight)
     return Factorization(factors, top.values, total, error, "subspace", weight.dtype), trusted
-
-
-def _energy_outside(matrix: Tensor, vectors: Tensor) -> float:
-    """``‖A − U Uᵀ A‖²``, some rows at a time."""
-    inside = vectors.T @ matrix
-    parts = (slice(begin, begin + _ROWS) for begin in range(0, len(matrix), _ROWS))
-    return sum(energy(torch.addmm(matrix[rows], vectors[rows], inside, alpha=-1.0)) for rows in parts)
 
 
 def _survives_probes(weight: Tensor, whitened: Tensor, whitening: Whitening, top: LeadingVectors, seed: int) -> bool:

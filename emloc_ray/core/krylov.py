@@ -17,7 +17,7 @@ MAX_LOSS_SHARE = 4e-4
 _BLOCK_SHARE = 0.125
 _MIN_BLOCK = 32
 # The first two looks at the Ritz values, in ranks: 1/i² needs 1.5, the singular values of a normal matrix 3.5.
-_FIRST_LOOK = 1.25
+_FIRST_LOOK = 1.5
 _NEXT_LOOK = 0.25
 # Past this share of the order the full eigendecomposition is as fast.
 _MAX_SHARE = 0.75
@@ -29,18 +29,32 @@ _CANCELLED = {torch.float32: 6e-5, torch.float64: 1e-11}
 _LOST = 50.0
 _PROBES = 8
 _PROBE_STEPS = 3
+_ROWS = 1024
 
 
 class LeadingVectors(NamedTuple):
     """What spans the most of ``‖A‖²``.
 
     ``vectors (n, r)`` are orthonormal; ``values (r,)`` are ``‖Aᵀ u‖²``, descending, float64; ``gaps (r,)`` how far they lie
-    above the rest; ``energy_left`` is ``‖A‖² − Σ values``, from below where ``cancelled`` says that rounding is too much of it.
+    above the rest; ``energy_left`` is ``‖A − U Uᵀ A‖²``.
     """
 
     values: Tensor
     vectors: Tensor
     gaps: Tensor
+    energy_left: float
+
+
+class _Ritz(NamedTuple):
+    """A look at a space: ``values (r,)``, ``rotation (m, r)`` and ``gaps (r,)`` in float64, ``loss`` as estimated.
+
+    ``energy_left`` is a difference of sums, or, where ``cancelled`` says that rounding is too much of it, a bound from below.
+    """
+
+    values: Tensor
+    rotation: Tensor
+    gaps: Tensor
+    loss: float
     energy_left: float
     cancelled: bool
 
@@ -64,22 +78,23 @@ def leading_vectors(matrix: Tensor, rank: int, seed: int = 0) -> LeadingVectors 
     look, before = max(int(_FIRST_LOOK * rank), rank + space.block), (0, math.inf)
     while look <= limit:
         space.grow(look)
-        top, loss = space.leading(rank, total)
-        bound = loss_bound(top, matrix.dtype)
-        if is_lost(top.energy_left, total, matrix.dtype):
-            return top
-        if loss <= bound:
+        ritz = space.look(rank, total)
+        bound = loss_bound(ritz.energy_left, float(ritz.values[0]), matrix.dtype)
+        if is_lost(ritz.energy_left, total, matrix.dtype):
+            return space.vectors(ritz)
+        if ritz.loss <= bound:
+            top = space.vectors(ritz)
             return top if complement_gain(matrix, top, seed + 1) <= bound else None
-        excess = loss / bound
+        excess = ritz.loss / bound
         look = space.size + max(space.block, _step(space.size, excess, before, rank))
         before = space.size, excess
     return None
 
 
-def loss_bound(top: LeadingVectors, dtype: torch.dtype) -> float:
-    """The energy that ``top`` may lose: a share of what is left, or what rounding moves in any case."""
+def loss_bound(energy_left: float, largest: float, dtype: torch.dtype) -> float:
+    """The energy that may be lost: a share of what is left, or what rounding beside the ``largest`` value moves anyway."""
     rounding = max((torch.finfo(dtype).eps / 2.0) ** 2, torch.finfo(torch.float64).eps)
-    return max(MAX_LOSS_SHARE * top.energy_left, rounding * float(top.values[0]))
+    return max(MAX_LOSS_SHARE * energy_left, rounding * largest)
 
 
 def is_lost(energy_left: float, total: float, dtype: torch.dtype) -> bool:
@@ -105,7 +120,6 @@ class _KrylovSpace:
         self._basis = matrix.new_empty(len(matrix), 2 * rank)
         self._images = matrix.new_empty(matrix.shape[1], 2 * rank)
         self._gram = torch.zeros(0, 0, dtype=torch.float64, device=matrix.device)
-        self._cancelled = False
         start, _ = orthonormal(
             matrix.T @ self._new_directions(matrix @ _random(matrix.shape[1], self.block, self._generator, matrix))
         )
@@ -126,41 +140,41 @@ class _KrylovSpace:
             self._next = self._new_directions(product)
             self._coupling = self._next.T @ product
 
-    def leading(self, rank: int, total: float) -> tuple[LeadingVectors, float]:
-        """The top Ritz vectors and the energy that they are estimated to miss."""
-        dtype = self._matrix.dtype
+    def look(self, rank: int, total: float) -> _Ritz:
+        """The top Ritz pairs and the energy that they are estimated to miss."""
         known, images = len(self._gram), self._images[:, : self.size]
         gram = self._gram.new_empty(self.size, self.size)
         gram[:known, :known] = self._gram
         gram[:, known:] = wide_product(images, images[:, known:])
         gram[known:, :known] = gram[:known, known:].T
         self._gram = gram
-        if not self._cancelled:
-            values, rotation = _descending(gram)
-            energy_left = total - float(values[:rank].sum())
-            # It only falls from look to look.
-            self._cancelled = energy_left <= _CANCELLED[dtype] * total
-        if self._cancelled:
-            values, rotation = self._of_oblique()
+        values, rotation = _descending(gram)
+        energy_left = total - float(values[:rank].sum())
+        cancelled = energy_left <= _CANCELLED[self._matrix.dtype] * total
+        if cancelled:
             energy_left = float(values[rank:].sum())
-        values, rotation = values[:rank], rotation[:, :rank].to(dtype)
-        residuals = (self._coupling @ rotation[-self.block :]).square().sum(dim=0).to(torch.float64)
+        values, rotation = values[:rank], rotation[:, :rank]
+        residuals = (self._coupling.to(torch.float64) @ rotation[-self.block :]).square().sum(dim=0)
         # What couples to the next block lies about as high as the last one.
         level = gram.diagonal()[-self.block :].mean()
         gaps = torch.maximum(values - level, _MIN_GAP * values).clamp_min(torch.finfo(torch.float64).tiny)
-        top = LeadingVectors(values, self._basis[:, : self.size] @ rotation, gaps, energy_left, self._cancelled)
-        return top, float((residuals / gaps).sum())
+        return _Ritz(values, rotation, gaps, float((residuals / gaps).sum()), energy_left, cancelled)
 
-    def _of_oblique(self) -> tuple[Tensor, Tensor]:
-        """Ritz values and vectors with ``QᵀQ`` as it is, not ``I``.
-
-        The ``10⁻⁷`` that float32 leaves between two columns turns a vector of ``σ₁`` by as much out of the span that is kept.
-        """
-        basis = self._basis[:, : self.size]
+    def vectors(self, ritz: _Ritz) -> LeadingVectors:
+        """The Ritz vectors themselves, and the energy left by them in full."""
+        rank, dtype = len(ritz.values), self._matrix.dtype
+        basis, images = self._basis[:, : self.size], self._images[:, : self.size]
+        if not ritz.cancelled:
+            return LeadingVectors(ritz.values, basis @ ritz.rotation.to(dtype), ritz.gaps, ritz.energy_left)
+        # With QᵀQ as it is: the 1e-7 that float32 leaves between two columns turns the vector of a large σ₁ out of the span.
         lower = torch.linalg.cholesky(wide_product(basis, basis))
         half = torch.linalg.solve_triangular(lower, self._gram, upper=False)
         values, rotation = _descending(torch.linalg.solve_triangular(lower, half.T, upper=False))
-        return values, torch.linalg.solve_triangular(lower.T, rotation, upper=True)
+        rotation = torch.linalg.solve_triangular(lower.T, rotation[:, :rank], upper=True).to(dtype)
+        vectors, inside = basis @ rotation, (images @ rotation).T
+        parts = (slice(begin, begin + _ROWS) for begin in range(0, len(vectors), _ROWS))
+        left = sum(energy(torch.addmm(self._matrix[rows], vectors[rows], inside, alpha=-1.0)) for rows in parts)
+        return LeadingVectors(values[:rank], vectors, ritz.gaps, left)
 
     def _new_directions(self, product: Tensor) -> Tensor:
         return _outside(self._basis[:, : self.size], product, self._generator)
