@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from emloc_ray.core.gram import Gram
-from emloc_ray.core.whitening import Whitening, is_finite
+from emloc_ray.core.krylov import MAX_LOSS_SHARE, LeadingVectors, is_lost, leading_vectors
+from emloc_ray.core.whitening import Whitening, energy, is_finite, wide_product
 from emloc_ray.errors import NumericsError
 
 Solver = Literal["auto", "exact", "subspace"]
@@ -22,18 +23,9 @@ _SURE_ROUNDING_SHARE = 1e-3
 _MAX_ROUNDING_SHARE = 5e-3
 _MAX_RESIDUAL_DIFFERENCE = 1e-3
 
-# The subspace solver stops where the estimated loss of energy is below this share of the residual energy. The true loss
-# was up to 2.7 times the estimate over real layers, and the relative error loses half of it: less than 1e-3.
-_MAX_LOSS_SHARE = 6e-4
-# Columns carried beyond the rank, as a share of it, and at least so many.
-_OVERSAMPLING = 0.25
-_MIN_OVERSAMPLING = 8
-# The roots of the Chebyshev polynomial of degree 3 on [0, 1], smallest first: the estimate of the interval's end settles
-# while the first ones are used.
-_SHIFTS = tuple((1.0 - math.cos(math.pi * (2 * j + 1) / 6.0)) / 2.0 for j in range(3))
-# The interval to damp ends at this share of the mean of the last Rayleigh quotients, which lie above the eigenvalue there.
-_DAMPED_SHARE = 0.85
-_MAX_ROUNDS = 3
+# A probe of the exact operator may find so many times the loss that the solver allowed itself.
+_PROBED_EXCESS = 1.5
+_PROBES = 8
 # Measured: below this order, or for ranks above this share of it, the full eigendecomposition is as fast.
 _SUBSPACE_MIN_ORDER = 128
 _SUBSPACE_MAX_SHARE = 0.35
@@ -67,19 +59,6 @@ class Factorization:
     relative_error: float
     solver: str
     dtype: torch.dtype
-
-
-class _Eigenpairs(NamedTuple):
-    """The top of a symmetric ``M (n, n)``.
-
-    ``values (k,)`` descend: all ``n`` from the exact solver, ``r`` from the other; ``vectors (n, r)`` are orthonormal;
-    ``residuals (r,)`` are ``‖M u − θ u‖²``; ``basis (n, > r)`` spans them and more, where there was one.
-    """
-
-    values: Tensor
-    vectors: Tensor
-    residuals: Tensor
-    basis: Tensor | None = None
 
 
 def factorize(
@@ -122,9 +101,9 @@ def factorize(
         solver = "subspace" if pays else "exact"
     stored = torch.float64 if weight.dtype == torch.float64 else torch.float32
     scaled, scale = _scaled(weight.detach().to(stored), name)
-    result, trusted, basis = _factorize_scaled(scaled, whitening, rank, solver, seed)
+    result, trusted = _factorize_scaled(scaled, whitening, rank, solver, seed)
     if not trusted and stored == torch.float32:
-        result, _, _ = _factorize_scaled(scaled.to(torch.float64), whitening, rank, solver, seed, basis)
+        result, _ = _factorize_scaled(scaled.to(torch.float64), whitening, rank, solver, seed)
     energy_scale = scale * scale * whitening.scale
     up, down = result.factors
     return Factorization(
@@ -158,35 +137,76 @@ def _scaled(weight: Tensor, name: str) -> tuple[Tensor, float]:
 
 
 def _factorize_scaled(
-    weight: Tensor, whitening: Whitening, rank: int, solver: Solver, seed: int, start: Tensor | None = None
-) -> tuple[Factorization, bool, Tensor | None]:
-    """The factorization in the dtype of ``weight`` under ``G'``, and whether that dtype was wide enough for it.
+    weight: Tensor, whitening: Whitening, rank: int, solver: Solver, seed: int
+) -> tuple[Factorization, bool]:
+    """The factorization in the dtype of ``weight`` under ``G'``, and whether that dtype was wide enough for it."""
+    found = _by_subspace(weight, whitening, rank, seed) if solver == "subspace" else None
+    return _by_eigendecomposition(weight, whitening, rank) if found is None else found
 
-    The third is the subspace solver's basis, from which a wider dtype may ``start``.
+
+def _by_subspace(weight: Tensor, whitening: Whitening, rank: int, seed: int) -> tuple[Factorization, bool] | None:
+    """From the leading left singular vectors of ``W L``; ``None`` where they do not settle, or ``G'`` has no cheap root."""
+    if whitening.cholesky(weight.dtype) is None:
+        return None
+    whitened = whitening.whiten(weight)
+    total = energy(whitened)
+    top = leading_vectors(whitened, rank, seed)
+    if top is None:
+        return None
+    up = _polish(top.vectors)
+    residual = top.energy_left
+    share = _rounding_share(top.values, residual, rank, weight.dtype)
+    trusted = share <= _SURE_ROUNDING_SHARE or (
+        weight.dtype == torch.float32
+        and not is_lost(residual, total, weight.dtype)
+        and _survives_probes(weight, whitened, whitening, top._replace(vectors=up), seed)
+    )
+    error = math.sqrt(residual / total) if total > 0.0 else 0.0
+    factors = LowRankFactors(up, up.T @ weight)
+    return Factorization(factors, top.values, total, error, "subspace", weight.dtype), trusted
+
+
+def _survives_probes(weight: Tensor, whitened: Tensor, whitening: Whitening, top: LeadingVectors, seed: int) -> bool:
+    """Whether float32 was enough, by products of a few vectors with ``M = W G' Wᵀ`` itself in float64.
+
+    With ``g`` normal and ``x = Σ g_i u_i / (θ_i − ρ)^½``, ``‖P M x‖²``, ``P = I − U Uᵀ``, is on average the energy that ``U``
+    misses to second order, for want of convergence or by rounding in ``L``, ``W L`` or ``U``. And with ``z`` normal
+    outside ``U``, ``zᵀ M z``, on average the residual energy, must be what ``W L`` makes of the same ``z``.
     """
+    generator = torch.Generator().manual_seed(seed + 2)
+    numbers = torch.randn(len(top.values) + len(weight), _PROBES, generator=generator, dtype=torch.float64)
+    inside, outside = numbers.to(weight.device).split([len(top.values), len(weight)])
+    vectors = top.vectors.to(torch.float64)
+    inside = vectors @ (inside / top.gaps.sqrt()[:, None])
+    outside = outside - vectors @ (vectors.T @ outside)
+    read = wide_product(weight, torch.cat([inside, outside], dim=1))
+    images = wide_product(weight.T, whitening.times(read))
+    missed = images[:, :_PROBES] - vectors @ (vectors.T @ images[:, :_PROBES])
+    if float(missed.square().sum()) / _PROBES > _PROBED_EXCESS * MAX_LOSS_SHARE * top.energy_left:
+        return False
+    direct = float((outside * images[:, _PROBES:]).sum())
+    seen = float(wide_product(whitened, outside).square().sum())
+    return abs(direct - seen) <= _MAX_RESIDUAL_DIFFERENCE * direct
+
+
+def _by_eigendecomposition(weight: Tensor, whitening: Whitening, rank: int) -> tuple[Factorization, bool]:
+    """From all eigenvalues of the smaller side and its top ``rank`` eigenvectors."""
     tall = weight.shape[0] > weight.shape[1]
     if tall:
         whitened = whitening.whiten(weight)
         gram = Gram.zero(weight.shape[1], weight.dtype, weight.device)
         gram.update(whitened)
-        # The eigendecomposition reads the lower triangle alone.
-        matrix = gram.symmetric() if solver == "subspace" else gram.matrix
+        matrix = gram.matrix
     else:
         matrix = whitening.outer(weight)
     total = float(matrix.diagonal().sum(dtype=torch.float64))
-    top = _subspace(matrix, rank, seed, start) if solver == "subspace" else None
-    used = "exact" if top is None else "subspace"
-    if top is None:
-        top = _exact(matrix, rank)
-    values = top.values.to(torch.float64).clamp_min(0.0)
-    residual = float(values[rank:].sum()) if len(values) == len(matrix) else total - float(values.sum())
+    # The lower triangle, handed over as the upper one of the transpose: LAPACK is a tenth faster on that side.
+    values, vectors = torch.linalg.eigh(matrix.mT, UPLO="U")
+    values, up = values.flip(0).to(torch.float64).clamp_min(0.0), vectors[:, -rank:].flip(1)
+    residual = float(values[rank:].sum())
     share = 0.0 if rank == len(matrix) or total <= 0.0 else _rounding_share(values, residual, rank, weight.dtype)
-    up = top.vectors
     if tall:
-        scales = values[:rank].sqrt().to(weight.dtype).clamp_min(torch.finfo(weight.dtype).tiny)
-        up = _polish(whitened @ up / scales)
-        # orth(W L V) captures tr((VᵀMV)⁻¹ VᵀM²V) of the energy, that is ‖M v − θ v‖² / θ more than V does.
-        residual -= float((top.residuals / scales.square()).sum(dtype=torch.float64))
+        up = _polish(whitened @ up / values[:rank].sqrt().to(weight.dtype).clamp_min(torch.finfo(weight.dtype).tiny))
     factors = LowRankFactors(up, up.T @ weight)
     trusted = share <= _SURE_ROUNDING_SHARE
     if not trusted and share <= _MAX_ROUNDING_SHARE:
@@ -194,7 +214,7 @@ def _factorize_scaled(
         trusted = abs(direct - residual) <= _MAX_RESIDUAL_DIFFERENCE * direct
         residual = direct
     error = math.sqrt(max(residual, 0.0) / total) if total > 0.0 else 0.0
-    return Factorization(factors, values, total, error, used, weight.dtype), trusted, top.basis
+    return Factorization(factors, values, total, error, "exact", weight.dtype), trusted
 
 
 def _rounding_share(values: Tensor, residual: float, rank: int, dtype: torch.dtype) -> float:
@@ -209,97 +229,12 @@ def _rounding_share(values: Tensor, residual: float, rank: int, dtype: torch.dty
     return rank * unit_roundoff * float(values[0]) / residual if residual > 0.0 else math.inf
 
 
-def _exact(matrix: Tensor, rank: int) -> _Eigenpairs:
-    """All eigenvalues and the top ``rank`` eigenvectors by a full eigendecomposition."""
-    # The lower triangle, handed over as the upper one of the transpose: LAPACK is a tenth faster on that side.
-    values, vectors = torch.linalg.eigh(matrix.mT, UPLO="U")
-    return _Eigenpairs(values.flip(0), vectors[:, -rank:].flip(1), torch.zeros_like(values[:rank]))
-
-
-def _subspace(matrix: Tensor, rank: int, seed: int, start: Tensor | None = None) -> _Eigenpairs | None:
-    """The top ``rank`` eigenpairs of a positive semidefinite ``M (n, n)``, or ``None`` where they do not settle.
-
-    Subspace iteration with oversampling: from ``orth(M Ω)``, each step ``Q ← orth((M − a x) Q)`` takes for ``x`` the next
-    root of a Chebyshev polynomial on ``[0, 1]``, which damps the eigenvalues in ``[0, a]`` that are not wanted; applied
-    factor by factor, because the whole polynomial would drown all in the largest eigenvalue. Then Rayleigh-Ritz
-    (Zhou, Saad, Tiago and Chelikowsky, J. Comput. Phys. 219, 2006, without their recurrence).
-
-    It has settled where the energy still missed, ``Σ ‖M u − θ u‖² / (θ − μ)`` to second order, ``μ`` the mean of the
-    other eigenvalues, is below ``_MAX_LOSS_SHARE`` of the residual energy ``tr M − Σ θ``. In float32 it also ends where
-    rounding is too much of that energy: ``start`` hands the basis it had to float64, which tries it before any step.
-    """
-    n = len(matrix)
-    width = rank + max(_MIN_OVERSAMPLING, int(_OVERSAMPLING * rank))
-    if 4 * width > 3 * n:
-        return None
-    total = float(matrix.diagonal().sum(dtype=torch.float64))
-    if start is None:
-        numbers = _random_numbers(n, width, seed, matrix)
-        basis = matrix @ numbers
-        # Two passes: the first by Ωᵀ M Ω, whose condition is that of M Ω's Gram without the square.
-        basis = _orthonormal(_orthonormal(basis, numbers.T @ basis))
-    else:
-        basis = _orthonormal(start.to(matrix.dtype))
-    last = max(1, width // 8)
-    for done in range(_MAX_ROUNDS):
-        for shift in _SHIFTS if done or start is None else ():
-            image = matrix @ basis
-            end = _DAMPED_SHARE * float((basis[:, -last:] * image[:, -last:]).sum()) / last
-            basis = _orthonormal(image.sub_(basis, alpha=end * shift))
-        image = matrix @ basis
-        rotation = torch.linalg.eigh(basis.T @ image).eigenvectors.flip(1)
-        top = _ritz_pairs(basis @ rotation[:, :rank], image @ rotation[:, :rank])
-        missed = total - float(top.values.sum(dtype=torch.float64))
-        share = _rounding_share(top.values, missed, rank, matrix.dtype)
-        if matrix.dtype == torch.float32 and share > _MAX_ROUNDING_SHARE:
-            return top._replace(basis=basis)
-        gaps = (top.values - missed / (n - rank)).clamp_min(torch.finfo(matrix.dtype).eps * float(top.values[0]))
-        if float((top.residuals / gaps).sum()) <= _MAX_LOSS_SHARE * missed:
-            return top._replace(basis=basis)
-        basis = basis @ rotation
-    return None
-
-
-def _ritz_pairs(vectors: Tensor, images: Tensor) -> _Eigenpairs:
-    """``U``, ``θ`` and ``‖M U − U θ‖²`` from nearly orthonormal ``U (n, r)`` and ``M U``, made orthonormal to rounding."""
-    lower, failed = torch.linalg.cholesky_ex(vectors.T @ vectors)
-    if int(failed) == 0:
-        vectors, images = (torch.linalg.solve_triangular(lower.T, x, upper=True, left=False) for x in (vectors, images))
-    values = (vectors * images).sum(dim=0)
-    residuals = (images - vectors * values).square().sum(dim=0)
-    return _Eigenpairs(values, vectors, residuals)
-
-
-def _random_numbers(n: int, width: int, seed: int, like: Tensor) -> Tensor:
-    """A Hankel matrix ``(n, width)`` of ``n + width`` normal numbers, drawn on the CPU: the same on every device.
-
-    It serves as a full Gaussian one would, and drawing that takes longer than a product with ``M``.
-    """
-    numbers = torch.randn(n + width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return numbers.to(like.device, like.dtype).as_strided((n, width), (1, 1)).contiguous()
-
-
-def _orthonormal(basis: Tensor, gram: Tensor | None = None) -> Tensor:
-    """An orthonormal basis of the columns' span, by Cholesky of their Gram, or of the ``gram`` given, where it has one.
-
-    Several times as fast as Householder's QR, which takes over where the columns are dependent.
-    """
-    lower, failed = torch.linalg.cholesky_ex(basis.T @ basis if gram is None else gram)
-    if int(failed) != 0:
-        return _householder(basis)
-    solved: Tensor = torch.linalg.solve_triangular(lower.T, basis, upper=True, left=False)
-    return solved
-
-
 def _polish(basis: Tensor) -> Tensor:
     """Orthonormal to rounding: one pass of Cholesky where the columns nearly are already, else Householder's QR."""
     gram = basis.T @ basis
     if float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max()) < 0.1:
-        return _orthonormal(basis, gram)
-    return _householder(basis)
-
-
-def _householder(basis: Tensor) -> Tensor:
-    """An orthonormal basis that holds the columns' span, even where they are dependent, by QR."""
+        lower = torch.linalg.cholesky(gram)
+        solved: Tensor = torch.linalg.solve_triangular(lower.T, basis, upper=True, left=False)
+        return solved
     q: Tensor = torch.linalg.qr(basis).Q
     return q

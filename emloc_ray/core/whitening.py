@@ -11,6 +11,8 @@ from emloc_ray.errors import NumericsError
 # Blocks of this many columns: wide enough for full matrix-product speed, narrow enough to skip nearly half of a
 # product with a symmetric or triangular matrix.
 _BLOCK = 192
+# Rows cast to float64 at a time: few enough to stay in the cache.
+_ROWS = 256
 
 
 class Whitening:
@@ -52,6 +54,7 @@ class Whitening:
         self._gram = matrix
         self._matrices: dict[torch.dtype, Tensor] = {}
         self._roots: dict[torch.dtype, Tensor] = {}
+        self._choleskys: dict[torch.dtype, Tensor | None] = {}
 
     @classmethod
     def identity(cls, in_features: int, device: torch.device | str = "cpu") -> Whitening:
@@ -77,14 +80,29 @@ class Whitening:
         float64, becomes ``V max(Λ, ε) Vᵀ``, and ``L`` comes from the QR of its root.
         """
         if dtype not in self._roots:
-            lower, failed = torch.linalg.cholesky_ex(self.matrix(dtype))
-            if int(failed) != 0:
+            lower = self.cholesky(dtype)
+            if lower is None:
                 values, vectors = torch.linalg.eigh(self.matrix(torch.float64))
                 floor = max(self.dampening_frac, torch.finfo(torch.float64).eps)
                 upper = torch.linalg.qr((vectors * values.clamp_min(floor).sqrt()).T, mode="r").R
                 lower = upper.T.to(dtype)
             self._roots[dtype] = lower
         return self._roots[dtype]
+
+    def cholesky(self, dtype: torch.dtype) -> Tensor | None:
+        """:meth:`root` where Cholesky finds one, in float64 if float32 does not do: else ``None``, and the root is dear."""
+        if dtype not in self._choleskys:
+            lower, failed = torch.linalg.cholesky_ex(self.matrix(dtype))
+            if int(failed) != 0 and dtype != torch.float64:
+                lower, failed = torch.linalg.cholesky_ex(self.matrix(torch.float64))
+            self._choleskys[dtype] = lower.to(dtype) if int(failed) == 0 else None
+        return self._choleskys[dtype]
+
+    def times(self, columns: Tensor) -> Tensor:
+        """``G' X (in, k)`` for a few float64 columns ``X (in, k)``, from the Gram as it was given."""
+        if self.is_identity:
+            return columns
+        return wide_product(self._gram, columns) / self.scale + self.dampening_frac * columns
 
     def outer(self, weight: Tensor) -> Tensor:
         """``W G' Wᵀ (out, out)`` for ``weight (out, in)``, in the dtype of ``weight``.
@@ -134,3 +152,18 @@ def is_finite(tensor: Tensor) -> bool:
     where it is not, finite but large elements may have overflowed it, so that the elements decide.
     """
     return bool(torch.isfinite(torch.linalg.vector_norm(tensor))) or bool(torch.isfinite(tensor).all())
+
+
+def wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """``leftᵀ right (a, b)`` in float64, for ``left (n, a)`` and ``right (n, b)`` that are cast some rows at a time."""
+    # A few rows times a matrix go up to twice as fast as its transpose times a few columns.
+    made = torch.zeros(right.shape[1], left.shape[1], dtype=torch.float64, device=left.device)
+    for begin in range(0, len(left), _ROWS):
+        rows = slice(begin, begin + _ROWS)
+        made.addmm_(right[rows].to(torch.float64).T, left[rows].to(torch.float64))
+    return made.T
+
+
+def energy(matrix: Tensor) -> float:
+    """``‖A‖²``: of rows in the dtype of ``A (n, k)``, and of their sum in float64."""
+    return float(torch.linalg.vector_norm(matrix, dim=1).square().sum(dtype=torch.float64))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from emloc_ray.core import factorization
+from emloc_ray.core import factorization, krylov
 from emloc_ray.core.factorization import Factorization, LowRankFactors, Solver, factorize
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.errors import NumericsError
@@ -129,29 +129,48 @@ def test_one_channel_3000_times_the_others(solver: Solver, where: str, out_featu
         weight[:, 3] *= 3000
     gram = tokens.to(torch.float64).T @ tokens.to(torch.float64)
     result = factorize(weight, Whitening(gram), 30, solver=solver)
-    assert result.dtype == torch.float64
+    # The eigendecomposition squares the scales; what works on W L finds float32 enough where one of the two is large.
+    assert result.dtype == (torch.float32 if solver == "subspace" and where != "both" else torch.float64)
+    assert result.solver == solver
     optimum = best_error(weight, damped(gram), 30)
     assert result.relative_error == pytest.approx(optimum, rel=1e-3)
     # In float64 the factors as computed; stored in float32 they lose up to 2⁻²⁴ of the large channel.
     assert error_of(weight, result.factors, damped(gram)) == pytest.approx(optimum, rel=1e-3, abs=1e-6)
 
 
-def test_float64_starts_from_the_basis_float32_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_that_the_probes_refuse_is_redone_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, tokens = normal(200, 260, 6).float(), normal(900, 260, 7).float()
     tokens[:, 3] *= 3000
     gram = tokens.to(torch.float64).T @ tokens.to(torch.float64)
-    starts: list[torch.Tensor | None] = []
+    whitening, optimum = Whitening(gram), best_error(weight, damped(gram), 30)
+    assert factorize(weight, whitening, 30, solver="subspace").dtype == torch.float32
+    for name in ("_PROBED_EXCESS", "_MAX_RESIDUAL_DIFFERENCE"):
+        with monkeypatch.context() as patch:
+            patch.setattr(factorization, name, 0.0)
+            result = factorize(weight, whitening, 30, solver="subspace")
+        assert (result.solver, result.dtype) == ("subspace", torch.float64)
+        assert result.relative_error == pytest.approx(optimum, rel=1e-3)
 
-    def recorded(matrix: torch.Tensor, rank: int, seed: int, start: torch.Tensor | None = None) -> object:
-        starts.append(start)
-        return subspace(matrix, rank, seed, start)
 
-    subspace = factorization._subspace
-    monkeypatch.setattr(factorization, "_subspace", recorded)
-    result = factorize(weight, Whitening(gram), 30, solver="subspace")
-    assert [start is None for start in starts] == [True, False]
+@pytest.mark.parametrize("what", ["root", "vectors"])
+def test_the_probes_see_what_float32_got_wrong(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    eigenvalues = torch.arange(1, 301, dtype=torch.float64) ** -4
+    weight, gram = with_spectrum(300, eigenvalues, 300, 340)
+    whitening = Whitening(gram.float(), dampening_frac=0.0)
+    assert factorize(weight.float(), whitening, 40, solver="subspace").dtype == torch.float32
+    noise = 3e-6 * normal(300, 340).float()
+    if what == "root":
+        whiten = Whitening.whiten
+        spoilt = lambda self, w: whiten(self, w) + noise * (w.dtype == torch.float32)  # noqa: E731
+        monkeypatch.setattr(Whitening, "whiten", spoilt)
+    else:
+        polish = factorization._polish
+        spoilt_up = lambda u: polish(u + 10 * noise[:, : u.shape[1]] if u.dtype == torch.float32 else u)  # noqa: E731
+        monkeypatch.setattr(factorization, "_polish", spoilt_up)
+    result = factorize(weight.float(), whitening, 40, solver="subspace")
     assert (result.solver, result.dtype) == ("subspace", torch.float64)
-    assert result.relative_error == pytest.approx(best_error(weight, damped(gram), 30), rel=1e-3)
+    optimum = math.sqrt(float(eigenvalues[40:].sum() / eigenvalues.sum()))
+    assert error_of(weight, result.factors, gram) == pytest.approx(optimum, rel=1e-3)
 
 
 @ORIENTATIONS
@@ -181,7 +200,7 @@ def test_float32_would_have_failed_unnoticed_on_that_channel(monkeypatch: pytest
     assert error_of(weight, result.factors, damped(gram)) > 1.02 * best_error(weight, damped(gram), 30)
 
 
-@pytest.mark.parametrize("power", [0, 1, 2])
+@pytest.mark.parametrize("power", [0, 1, 2, 4, 6])
 @pytest.mark.parametrize(("out_features", "in_features"), [(300, 340), (340, 300)])
 @DTYPES
 def test_subspace_is_within_a_thousandth_of_the_optimum(
@@ -197,7 +216,7 @@ def test_subspace_is_within_a_thousandth_of_the_optimum(
         assert len(result.eigenvalues) == rank
         reached = error_of(weight, result.factors, gram)
         assert optimum * (1 - 1e-4) <= reached <= optimum * (1 + 1e-3)
-        assert result.relative_error == pytest.approx(reached, rel=3e-4)
+        assert result.relative_error == pytest.approx(reached, rel=6e-4)
         torch.testing.assert_close(
             (result.eigenvalues.cumsum(0) / eigenvalues[:rank].cumsum(0)).clamp_max(1.0),
             torch.ones(rank, dtype=torch.float64), rtol=0, atol=0.02,
@@ -210,7 +229,7 @@ def test_subspace_falls_back_where_it_does_not_settle(monkeypatch: pytest.Monkey
     # Nothing to gain: the subspace would be nearly everything.
     assert factorize(weight, whitening, 45, solver="subspace").solver == "exact"
     assert factorize(weight, whitening, 10, solver="subspace").solver == "subspace"
-    monkeypatch.setattr(factorization, "_MAX_LOSS_SHARE", 0.0)
+    monkeypatch.setattr(krylov, "loss_bound", lambda *_: 1e-300)
     result = factorize(weight, whitening, 10, solver="subspace")
     assert result.solver == "exact"
     assert result.relative_error == pytest.approx(best_error(weight, damped(tokens.T @ tokens), 10), rel=1e-9)

@@ -1,6 +1,6 @@
 """Measures one pass of rows through the data path in a process of its own: seconds, and peaks of anonymous memory.
 
-    python pipelines/data_probe.py MODEL_DIR ROWS_FILE OUT_DIR
+    python pipelines/benchmarks/data_probe.py MODEL_DIR ROWS_FILE OUT_DIR
 
 Rows are checked, split, tokenized into shards by Ray Data and streamed back in the order of training. Anonymous memory is
 what a process holds itself: no mapped files, no object store, which is counted for all processes together.

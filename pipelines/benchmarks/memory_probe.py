@@ -1,8 +1,8 @@
 """One process that runs a stage's own functions on given artifacts and prints the peak of its memory as JSON.
 
-    python pipelines/memory_probe.py inference MODEL_DIR --rows 1 --length 512
-    python pipelines/memory_probe.py finetune EMULATOR_DIR --rows 1 --length 512
-    python pipelines/memory_probe.py stage JOB.pickle
+    python pipelines/benchmarks/memory_probe.py inference MODEL_DIR --rows 1 --length 512
+    python pipelines/benchmarks/memory_probe.py finetune EMULATOR_DIR --rows 1 --length 512
+    python pipelines/benchmarks/memory_probe.py stage JOB.pickle
 
 A job is pickled as ``(name, arguments)``, the arguments of one of this file's functions. ``peak`` is the most bytes held
 above what the imports took: the resident set on a CPU, the allocator's peak on a GPU. ``weights`` is what opening the

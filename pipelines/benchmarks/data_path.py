@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from figures import Figures, figure
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from benchmarks.figures import Figures, figure
 
 _WORDS = ("the", "sum", "of", "two", "numbers", "is", "what", "a", "function", "takes", "and", "gives", "back")
 

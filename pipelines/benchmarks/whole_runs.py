@@ -1,4 +1,4 @@
-"""Benchmarks of whole stages: Ray against the same functions in one process, a training step, growth with size."""
+"""Whole stages and runs: Ray against the same functions in one process, calibration, a step, growth, the quickstart."""
 
 from __future__ import annotations
 
@@ -9,33 +9,32 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from figures import CONFIG, Figures, calibrated, emulated, figure, interleaved
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import AutoConfig, TrainingArguments
 
 import emloc_ray
+from benchmarks.figures import CONFIG, Figures, calibrated, emulated, figure, interleaved
 from emloc_ray.config import RunConfig
-from emloc_ray.core.ranks import rank_for_ratio
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.ingest import SampleOrder, read_micro_steps
-from emloc_ray.data.token_shards import TokenShards, collate, shard_name, write_index, write_shard
+from emloc_ray.data.token_shards import TokenShards, collate, length_batches
 from emloc_ray.io.checkpoint import Checkpoint
-from emloc_ray.io.grams import GramStore, StoredGram, reduce_slots, write_gram_index, write_gram_shard
+from emloc_ray.io.grams import GramStore, reduce_slots, write_gram_index, write_gram_shard
 from emloc_ray.jobs import Jobs
 from emloc_ray.modeling.adapter import attach_adapter, lora_config, save_trained_adapter
-from emloc_ray.modeling.architecture import block_linears, empty_model, shared_inputs
+from emloc_ray.modeling.architecture import block_linears, empty_model
+from emloc_ray.modeling.gram_hooks import GramHooks
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import label_mask, token_loss
 from emloc_ray.preparation import prepare
-from emloc_ray.stages.calibration_job import CalibrationJob
+from emloc_ray.results import gap_closed
 from emloc_ray.stages.correct import correct_adapter
 from emloc_ray.stages.evaluate import evaluate_slice
-from emloc_ray.stages.factorize import FactorizationJob, factorize_group
+from emloc_ray.stages.factorize import factorize_group
 from emloc_ray.stages.finetune import EmulatorTrainer, FinetuneJob, RankBatches
 from emloc_ray.stages.merge import merge_shard, output_shards
 from emloc_ray.stages.resident_slot import ResidentSlot
@@ -202,55 +201,61 @@ def growth(out: Path) -> Figures:
 
 def _grown(out: Path, depth: int, rows: int) -> dict[str, float]:
     """A calibration and factorization in a process of its own, the least of three."""
-    command = [sys.executable, __file__, str(out / f"growth-{depth}"), str(depth), str(rows)]
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("growth_probe.py")),
+        str(out / f"growth-{depth}"),
+        str(depth),
+        str(rows),
+    ]
     outputs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(3)]
     found: list[dict[str, float]] = [json.loads(output.splitlines()[-1]) for output in outputs]
     return {key: min(each[key] for each in found) for key in found[0]}
 
 
-def _grow(directory: Path, depth: int, num_rows: int) -> None:
-    """Prints seconds and the peak resident set above the imports."""
-    torch.set_num_threads(THREADS)
-    config = LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=depth,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        vocab_size=1000,
-    )
-    if not (directory / "config.json").is_file():
-        LlamaForCausalLM(config).save_pretrained(directory)
-    generator = torch.Generator().manual_seed(0)
-    rows = [Tokens(torch.randint(3, 1000, (128,), generator=generator).tolist(), [True] * 128) for _ in range(num_rows)]
-    tokens = directory / f"tokens-{num_rows}"
-    for number in range(num_rows // 32):
-        write_shard(tokens / shard_name(number), rows[32 * number : 32 * (number + 1)])
-    write_index(tokens, [32] * (num_rows // 32), {})
-    baseline = psutil.Process().memory_info().rss
+def calibration(out: Path) -> Figures:
+    """Passes with Gram hooks against the same headless passes without; the ratio is the cost, ours over baseline."""
+    config, run = calibrated(out)
+    shards = TokenShards(run / "data" / "tokens" / "calibration")
+    rows = [shards.row(position) for position in range(min(64, len(shards)))]
+    batches = [collate(part, 0) for part in length_batches(rows, config.calibration.batch_size)]
+    groups = list(GramStore(run / "calibration").index["groups"].values())
+
+    plain = GramHooks(load_model(run / "model"), [])
+    hooked = GramHooks(load_model(run / "model"), groups)
+
+    def passes(hooks: GramHooks) -> Callable[[], None]:
+        def forward() -> None:
+            for batch in batches:
+                hooks.forward(batch["input_ids"], batch["attention_mask"], batch["attention_mask"].bool())
+
+        return forward
+
+    seconds = interleaved([passes(hooked), passes(plain)], repeats=5)
+    result = figure(seconds[0], seconds[1], "s")
+    return {"calibration cost over headless forward passes": {**result, "ratio": seconds[0] / seconds[1]}}
+
+
+def quickstart(out: Path) -> Figures:
+    """The quickstart from nothing, timed as a whole, and LoRA on the original at the same steps."""
+    bound = emloc_ray.load_config(CONFIG, [f"run_dir={out / 'ratio-1.0'}", "emulator.compression_ratio=1.0"])
+    upper = emloc_ray.run(bound)
+    config = emloc_ray.load_config(CONFIG, [f"run_dir={out / 'quickstart'}", f"evaluation.upper_bound={bound.run_dir}"])
     begin = time.perf_counter()
-    model = empty_model(config)
-    specs = {spec.name: spec for spec in block_linears(model)}
-    names = tuple(tuple(group) for group in shared_inputs(model, list(specs.values())))
-    slot = ResidentSlot(
-        CalibrationJob(directory, tokens, names, (0, num_rows // 32)), directory / "slot.safetensors", THREADS
-    )
-    for number in range(num_rows // 32):
-        slot.accumulate(number)
-    calibrate_seconds = time.perf_counter() - begin
-    for group in names:
-        grams = {group[0]: slot.hooks.grams[group[0]]}
-        write_gram_shard(directory / "grams.safetensors", grams)
-        ranks = {name: rank_for_ratio(specs[name].out_features, specs[name].in_features, 0.5) or 1 for name in group}
-        work = tuple(specs[name] for name in group)
-        job = FactorizationJob(directory, directory, (work,), ranks)
-        gram = StoredGram(directory / "grams.safetensors", group[0])
-        factorize_group(job, work, gram, directory / "factors.safetensors")
-    seconds = time.perf_counter() - begin
-    lines = Path("/proc/self/status").read_text().splitlines()
-    peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")) - baseline
-    print(json.dumps({"seconds": seconds, "calibrate_seconds": calibrate_seconds, "peak": peak}))
-
-
-if __name__ == "__main__":
-    _grow(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    metrics = emloc_ray.run(config, fresh=True)
+    wall = time.perf_counter() - begin
+    losses = {name: values["loss"] for name, values in metrics["evaluation"].items()}
+    peak = max(stage["peak_pss_bytes"] for stage in metrics["stages"].values()) / 2**30
+    closed = gap_closed(metrics["evaluation"], Path(bound.run_dir))
+    steps = metrics["stages"]["finetune"]["wall_s"], upper["stages"]["finetune"]["wall_s"]
+    return {
+        "quickstart wall time": figure(wall, 600, "s (baseline: the limit)"),
+        "quickstart peak memory": figure(peak, 12, "GiB (baseline: the limit)"),
+        "quickstart held-out loss": figure(losses["merged"], losses["original"], "nats/token"),
+        **{
+            f"gap closed, {name}": figure(closed[name], 1.0, "share (baseline: LoRA on the original)")
+            for name in ("uncorrected", "corrected")
+            if closed is not None
+        },
+        "fine-tuning stage against LoRA on the original": figure(*steps, "s"),
+    }

@@ -10,7 +10,7 @@ from typing import Any
 import emloc_ray
 from emloc_ray.config import RunConfig
 
-CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 Figures = dict[str, dict[str, Any]]
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stage_memory import bare_prepared
 from transformers import InternVLConfig, InternVLVisionConfig, LlamaConfig, Qwen2Config
 
+from benchmarks.stage_memory import bare_prepared
 from emloc_ray.budget import Solution, solve, with_settings
 from emloc_ray.errors import ConfigError
 from emloc_ray.memory import Lengths, MemoryModel, Parts, total

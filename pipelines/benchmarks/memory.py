@@ -1,0 +1,165 @@
+"""Memory: fine-tuning against inference, the plan against measurement and the paper, merging against its largest tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import emloc_ray
+from benchmarks.figures import CONFIG, Figures, calibrated, emulated, figure, interleaved
+from benchmarks.paper_shapes import write_shapes
+from benchmarks.stage_memory import (
+    bare_prepared,
+    made_directory,
+    probe,
+    probe_job,
+    quickstart_cases,
+    trained_cases,
+)
+from emloc_ray.core.ranks import rank_for_ratio
+from emloc_ray.io.checkpoint import Checkpoint
+from emloc_ray.modeling.adapter import attach_adapter, lora_config
+from emloc_ray.modeling.architecture import block_linears, empty_model
+from emloc_ray.modeling.emulator import EmulatorModelConfig, emulator_class
+from emloc_ray.modeling.loading import load_model
+from emloc_ray.stages.merge import MergeJob, merge_shard
+
+
+def memory(out: Path) -> Figures:
+    """Each side in a process of its own: resident set above the imports on a CPU, the allocator's peak on a GPU."""
+    _, run = calibrated(out)
+    pairs = {
+        "the quickstart's model": (run / "model", emulated(run, out)),
+        "1.1B, bfloat16": _large(out),
+    }
+    found: Figures = {}
+    for name, (original, emulator) in pairs.items():
+        for rows in (1, 4):
+            size = ("--rows", str(rows), "--length", "512")
+            ours, baseline = probe("finetune", emulator, *size), probe("inference", original, *size)
+            found[f"peak of fine-tuning the emulator against inference, {name}, {rows} × 512 tokens"] = figure(
+                ours["peak"] / 2**20, baseline["peak"] / 2**20, "MiB"
+            )
+    return found
+
+
+def planner(out: Path) -> Figures:
+    """What the plan says of every stage against what a process of its own held; the ratio is planned over measured."""
+    calibrated(out)
+    config = emloc_ray.load_config(CONFIG, [f"run_dir={out / 'ratio-0.5'}", "finetune.max_steps=3"])
+    emloc_ray.run(config, until="finetune")
+    config = emloc_ray.load_config(CONFIG, [f"run_dir={out / 'ratio-0.5'}", "finetune.loss_on=all"])
+    original, emulator = _large(out)
+    values = {
+        "run_dir": str(out / "unused"),
+        "model": {"source": str(original)},
+        "data": {"train": {"path": "-"}},
+        "finetune": {"loss_on": "all"},
+    }
+    large = bare_prepared(values, AutoConfig.from_pretrained(original))
+    scratch = made_directory(out / "planner")
+    cases = [
+        *quickstart_cases(config, Path(config.run_dir), scratch),
+        *((f"{name}, 1.1B", *rest) for name, *rest in trained_cases(large, original, emulator, rows=1)),
+    ]
+    found: Figures = {}
+    for name, function, arguments, parts in cases:
+        measured = probe_job(function, arguments, scratch)
+        planned = {"total above imports": (sum(parts.values()) - parts.get("base", 0), measured["peak"])}
+        if "weights" in measured:
+            planned["weights"] = (parts["weights"], measured["weights"])
+        for what, (ours, baseline) in planned.items():
+            ratio = ours / baseline
+            line = figure(ours / 2**20, baseline / 2**20, "MiB (baseline: measured)", ratio - 1)
+            found[f"plan, {name}, {what}"] = {**line, "ratio": ratio}
+    return found
+
+
+def shapes(out: Path) -> Figures:
+    """The plan for the paper's models beside the paper's peaks, in GB; ``shapes.md`` has all of its lines."""
+    found: Figures = {}
+    for name, row in write_shapes(out).items():
+        if row["paper_lora"] is not None:
+            lora, emulator = row["lora_on_the_original"], row["five_billion"]["finetune"]
+            found[f"plan, {name}: LoRA on the original"] = figure(lora, row["paper_lora"], "GB (baseline: the paper's)")
+            found[f"plan, {name}: a 5B emulator"] = figure(emulator, row["paper_emloc"], "GB (baseline: the paper's)")
+    return found
+
+
+def _large(out: Path) -> tuple[Path, Path]:
+    """A random Llama of 1.1B parameters and an emulator of it at ratio 0.5, saved once."""
+    config = LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        vocab_size=32000,
+        dtype=torch.bfloat16,
+    )
+    original, emulator = out / "large", out / "large-emulator"
+    if not (emulator / "config.json").is_file():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(original)
+        ranks = {s.name: rank_for_ratio(s.out_features, s.in_features, 0.5) or 1 for s in block_linears(model)}
+        del model
+        wrapped = EmulatorModelConfig(config.to_dict(), ranks)
+        small = emulator_class(LlamaForCausalLM, wrapped)(config).to(torch.bfloat16)
+        small.save_pretrained(emulator)
+    return original, emulator
+
+
+def merge(out: Path) -> Figures:
+    """One shard after the other in this process, against copies of the same bytes, hashed and fsynced."""
+    _, run = calibrated(out)
+    config = AutoConfig.from_pretrained(run / "model")
+    specs = tuple(block_linears(empty_model(config)))
+    adapter = out / "merge-adapter"
+    model = attach_adapter(
+        load_model(run / "model"),
+        lora_config(target_modules=[s.name for s in specs], r=8, lora_alpha=16, init_lora_weights=False),
+    )
+    model.save_pretrained(adapter)
+    job = MergeJob(run / "model", adapter, out / "merge-merged", specs)
+    shards = Checkpoint(run / "model").shards
+    files = [shard.file for shard in shards]
+    size = sum(file.stat().st_size for file in files)
+
+    def ours() -> None:
+        for shard in shards:
+            merge_shard(job, shard, job.out_dir / shard.file.name)
+
+    def copy() -> None:
+        for file in files:
+            digest = hashlib.sha256()
+            with file.open("rb") as source, (out / "merge-copy").open("wb") as target:
+                while chunk := source.read(2**25):
+                    digest.update(chunk)
+                    target.write(chunk)
+                target.flush()
+                os.fsync(target.fileno())
+
+    seconds = interleaved([ours, copy], repeats=3)
+    rates = [size / 2**20 / s for s in seconds]
+    found = {"merge throughput against a copy": {**figure(*rates, "MiB/s"), "ratio": rates[0] / rates[1]}}
+    return {**found, **_merge_peaks(job, out)}
+
+
+def _merge_peaks(job: MergeJob, out: Path) -> Figures:
+    """Peak above imports against the largest tensor in its own dtype; the ratio is ours over that."""
+    narrow = out / "merge-bfloat16"
+    if not narrow.is_dir():
+        load_model(job.model_dir, dtype="bfloat16").save_pretrained(narrow)
+    found: Figures = {}
+    for dtype, directory in (("float32", job.model_dir), ("bfloat16", narrow)):
+        arguments = {"job": dataclasses.replace(job, model_dir=directory), "threads": 2}
+        peak = probe_job("merge", arguments, out)["peak"]
+        largest = max(entry.num_bytes for entry in Checkpoint(directory))
+        line = figure(peak / 2**20, largest / 2**20, "MiB (baseline: the tensor)")
+        found[f"merge peak against the largest tensor, {dtype}"] = {**line, "ratio": peak / largest}
+    return found
