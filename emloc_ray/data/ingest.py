@@ -58,7 +58,9 @@ class SampleOrder:
 def read_micro_steps(tokens_dir: Path, order: SampleOrder, begin: int, end: int) -> pa.Table:
     """The rows of this rank's micro-steps ``[begin, end)``, in order, with their tokens."""
     shards = TokenShards(tokens_dir)
-    rows = [shards.row(int(row)) for row in order.micro_steps(begin, end)]
+    wanted = order.micro_steps(begin, end)
+    found = {row: shards.row(row) for row in np.unique(wanted).tolist()}  # ascending: each shard is opened once
+    rows = [found[row] for row in wanted.tolist()]
     ids = pa.array([row.input_ids for row in rows], pa.list_(pa.int32()))
     completion = pa.array([row.completion_mask for row in rows], pa.list_(pa.bool_()))
     return pa.table({"input_ids": ids, "completion_mask": completion})

@@ -39,7 +39,7 @@ def data(out: Path) -> Figures:
             measured[power] = _probe(out / "data-model", rows)
             rows.unlink()
         for power, name in itertools.product(_POWERS[1:], ("driver", "worker", "object store")):
-            sizes = [measured[number][name] / 2**20 for number in (power, 3)]
+            sizes = [max(measured[number][name] / 2**20, 0.01) for number in (power, 3)]
             found[f"data path, {kind}, 10^{power} rows, peak of the {name}"] = figure(*sizes, "MiB (baseline: 10^3)")
         for power, name in itertools.product(_POWERS[1:], ("rows/s", "batch rows/s")):
             rates = [measured[number][name] for number in (power, 3)]

@@ -3,12 +3,14 @@
     python pipelines/benchmarks/data_probe.py MODEL_DIR ROWS_FILE OUT_DIR
 
 Rows are checked, split, tokenized into shards by Ray Data and streamed back in the order of training. Anonymous memory is
-what a process holds itself: no mapped files, no object store, which is counted for all processes together.
+what a process holds itself: no mapped files, no object store, which is counted for all processes together, by the growth of
+the machine's shared memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import threading
 import time
@@ -27,17 +29,17 @@ from emloc_ray.stages.data import tokenize_data
 STEPS, BATCH = 2048, 8
 
 
-def resident(pid: int, kind: str) -> int:
-    """Resident bytes of one kind (``RssAnon``, ``RssShmem``) of a process; 0 where it is gone."""
+def kilobytes(path: Path, field: str) -> int:
+    """A field of a ``/proc`` file, in bytes; 0 where its process is gone."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = path.read_text().splitlines()
     except OSError:
         return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 class Peaks(threading.Thread):
-    """Watches this process, its Ray workers and its object store."""
+    """Watches this process, its Ray workers, and by how much the machine's shared memory grows: the object store."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -45,19 +47,16 @@ class Peaks(threading.Thread):
         self.found = {"driver": 0, "worker": 0, "object store": 0}
 
     def run(self) -> None:
-        """Looks at all processes every twentieth of a second."""
+        """Looks at them every twentieth of a second."""
         own = psutil.Process()
+        before = kilobytes(Path("/proc/meminfo"), "Shmem")
         while not self.over.wait(0.05):
-            self._see("driver", resident(own.pid, "RssAnon"))
+            self._see("object store", kilobytes(Path("/proc/meminfo"), "Shmem") - before)
+            self._see("driver", kilobytes(Path("/proc/self/status"), "RssAnon"))
             for process in own.children(recursive=True):
-                try:
-                    name = process.name()
-                except psutil.Error:
-                    continue
-                if name.startswith("ray::"):
-                    self._see("worker", resident(process.pid, "RssAnon"))
-                elif name == "raylet":
-                    self._see("object store", resident(process.pid, "RssShmem"))
+                with contextlib.suppress(psutil.Error):
+                    if process.name().startswith("ray::"):
+                        self._see("worker", kilobytes(Path(f"/proc/{process.pid}/status"), "RssAnon"))
 
     def _see(self, kind: str, size: int) -> None:
         self.found[kind] = max(self.found[kind], size)
