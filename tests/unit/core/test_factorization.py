@@ -16,7 +16,7 @@ from emloc_ray.core import factorization, krylov
 from emloc_ray.core.factorization import Factorization, LowRankFactors, Solver, factorize
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.errors import NumericsError
-from pipelines.baselines import published_route
+from pipelines.benchmarks.baselines import published_route
 
 FEW = settings(deadline=None, max_examples=25)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
