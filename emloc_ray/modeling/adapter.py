@@ -173,9 +173,7 @@ def save_trained_adapter(
     ``state`` are its parameters by name, where those of ``model`` itself are scattered over processes.
     """
     with atomic_directory(directory) as temporary:
-        model.save_pretrained(
-            str(temporary), safe_serialization=True, save_embedding_layers=False, state_dict=state
-        )
+        model.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False, state_dict=state)
         path = temporary / CONFIG_NAME
         config = json.loads(path.read_text())
         config["target_modules"] = targets if isinstance(targets, str) else list(targets)

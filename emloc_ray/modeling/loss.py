@@ -104,7 +104,8 @@ def _loss_in_the_head(model: Any, positions: Tensor, targets: Tensor) -> Iterato
     the head's weight before its gradient is made.
     """
     head = model.get_output_embeddings()
-    compute, correct = head.forward, []
+    compute = head.forward
+    correct: list[Tensor] = []
 
     def chunk_loss(hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         return _loss_of(compute(hidden), wanted)

@@ -23,10 +23,11 @@ from emloc_ray.data.ingest import SampleOrder, stream_batches
 from emloc_ray.data.token_shards import TokenShards, collate
 from emloc_ray.errors import NumericsError
 from emloc_ray.modeling.adapter import attach_adapter, lora_config, save_trained_adapter
+from emloc_ray.modeling.architecture import load_config
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import label_mask, token_loss
 from emloc_ray.stages.cluster import Progress, Resources, return_freed_memory, set_threads, silent
-from emloc_ray.stages.zero import join_as_deepspeed_rank, step_was_finite, whole_parameters
+from emloc_ray.stages.zero import join_as_deepspeed_rank, scattered_in, step_was_finite, whole_parameters
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class FinetuneJob:
     max_failures: int = 3
     lean_memory: bool = False
     training_arguments: dict[str, Any] = field(default_factory=dict)
-    deepspeed: dict[str, Any] | None = None
+    zero_config: dict[str, Any] | None = None
     model_options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -101,7 +102,8 @@ class EmulatorTrainer(Trainer):
         """Asked before an optimizer step, or where DeepSpeed is, which does both at once, after it."""
         if self.is_deepspeed_enabled:
             return step_was_finite(self.model_wrapped)
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        model: Any = self.model
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
 
     def save_adapter(self) -> None:
@@ -175,7 +177,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _make_trainer(job: FinetuneJob, output_dir: str, context: Any) -> tuple[EmulatorTrainer, StepKeeper]:
-    scattered = {"deepspeed": job.deepspeed, **join_as_deepspeed_rank()} if job.deepspeed else {}
+    scattered = {"deepspeed": job.zero_config, **join_as_deepspeed_rank()} if job.zero_config else {}
     arguments = TrainingArguments(
         output_dir=output_dir,
         max_steps=job.max_steps,
@@ -194,7 +196,8 @@ def _make_trainer(job: FinetuneJob, output_dir: str, context: Any) -> tuple[Emul
             **scattered,
         },
     )
-    model = load_model(job.emulator_dir, **job.model_options)
+    with scattered_in(_stored_dtype(job)) if job.zero_config else contextlib.nullcontext():
+        model = load_model(job.emulator_dir, **job.model_options)
     torch.manual_seed(job.seed)  # the same A on every rank
     model = attach_adapter(model, lora_config(**job.adapter))
     order = SampleOrder(
@@ -214,6 +217,16 @@ def _make_trainer(job: FinetuneJob, output_dir: str, context: Any) -> tuple[Emul
     )
     keeper.trainer = trainer
     return trainer, keeper
+
+
+def _stored_dtype(job: FinetuneJob) -> torch.dtype:
+    """The dtype that the emulator's weights are loaded in."""
+    named = job.model_options.get("dtype", "auto")
+    if named != "auto":
+        return getattr(torch, named)
+    trusted = job.model_options.get("trust_remote_code", False)
+    found: torch.dtype | None = load_config(job.emulator_dir, trust_remote_code=trusted).dtype
+    return found or torch.float32
 
 
 def finetune(job: FinetuneJob, resources: Resources, progress: Progress = silent) -> dict[str, Any]:

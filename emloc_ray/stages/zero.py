@@ -39,17 +39,23 @@ def join_as_deepspeed_rank() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def scattered_in(dtype: torch.dtype) -> Iterator[None]:
-    """While it lasts models are loaded in this dtype under ZeRO-3, which would make bfloat16 weights float32."""
+    """While it lasts ZeRO-3 scatters the weights of a model that is loaded in this dtype, not in float32.
+
+    DeepSpeed has one dtype for all weights, float32 unless it also trains in 16 bits; frozen ones may have their own.
+    """
     from transformers.integrations.deepspeed import deepspeed_config
 
     config = deepspeed_config() or {}
-    before = {key: config.get(key) for key in ("bf16", "fp16")}
-    config["bf16"] = {"enabled": dtype == torch.bfloat16}
-    config["fp16"] = {"enabled": dtype == torch.float16}
+    key = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+    if key is None or any(config.get(name, {}).get("enabled") for name in ("bf16", "fp16")):
+        yield
+        return
+    before = config[key]
+    config[key] = {**before, "enabled": True}
     try:
         yield
     finally:
-        config.update(before)
+        config[key] = before
 
 
 def step_was_finite(engine: Any) -> bool:
