@@ -148,5 +148,6 @@ def _gives_its_head_output(model: Any) -> bool:
                 logits = model(input_ids=token, use_cache=False).logits
         finally:
             handle.remove()
-        _PLAIN_HEADS[model] = len(given) == 1 and logits is given[0]
+        # The same memory: DeepSpeed's hooks may have put another tensor around it.
+        _PLAIN_HEADS[model] = len(given) == 1 and logits.data_ptr() == given[0].data_ptr()
     return _PLAIN_HEADS[model]
