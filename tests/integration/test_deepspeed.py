@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import ray.train
 import torch
+from accelerate.state import AcceleratorState
 from ray.train.torch import TorchConfig, TorchTrainer
 from safetensors.torch import load_file
 from small_runs import FinishedRun, KillingWatcher, redone, run_values
@@ -45,7 +46,11 @@ def in_one_group(jobs: list[FinetuneJob], storage: Path) -> list[dict[str, Any]]
     """Runs each job by the same two workers, which takes much longer to start than to train."""
 
     def train_all(settings: dict[str, Any]) -> list[dict[str, Any]]:
-        return [train_loop({**settings, "job": job}) for job in jobs]
+        outcomes = []
+        for job in jobs:
+            AcceleratorState._reset_state(reset_partial_state=True)  # as in a process of its own
+            outcomes.append(train_loop({**settings, "job": job}))
+        return outcomes
 
     trainer: Any = TorchTrainer(
         train_all,  # type: ignore[arg-type]
