@@ -157,6 +157,7 @@ class FinetuneConfig(StageConfig):
     save_steps: int = Field(100, ge=1)
     logging_steps: int = Field(10, ge=1)
     max_failures: int = Field(3, ge=0, description="lost workers to recover from before the run fails")
+    deepspeed: str | None = Field(None, description="path of a DeepSpeed JSON, from the working directory")
 
     @field_validator("max_steps")
     @classmethod

@@ -98,6 +98,7 @@ class Jobs:
             pad_token_id=self._pad_token_id(),
             max_failures=section.max_failures,
             training_arguments=_training_arguments(section),
+            zero_config=self.prepared.zero_config,
             model_options=self.model_options,
         )
 
@@ -189,5 +190,5 @@ def resources(section: StageConfig) -> Resources:
 def _training_arguments(section: Any) -> dict[str, Any]:
     """What the finetune section says to Hugging Face's TrainingArguments, but for what the stage sets itself."""
     own = {*StageConfig.model_fields, "loss_on", "max_steps", "num_train_epochs", "per_device_train_batch_size"}
-    dumped: dict[str, Any] = section.model_dump(mode="json", exclude={*own, "max_failures"})
+    dumped: dict[str, Any] = section.model_dump(mode="json", exclude={*own, "max_failures", "deepspeed"})
     return dumped

@@ -291,10 +291,12 @@ class Pipeline:
             "data": self.inputs["data/train"],
             "options": self.model_options,
             "adapter": self.config.adapter.model_dump(mode="json"),
-            "finetune": _without(section, {"cpus_per_worker", "gpus_per_worker", "max_failures"}),
+            "finetune": _without(section, {"cpus_per_worker", "gpus_per_worker", "max_failures", "deepspeed"}),
             "steps": self.jobs.num_steps(),
             "seed": self.config.seed,
         }
+        if self.prepared.zero_config is not None:
+            inputs["deepspeed"] = self.prepared.zero_config
 
         def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
             job = self.jobs.finetuning(f"finetune-{fingerprint(inputs)}")

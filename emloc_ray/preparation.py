@@ -5,6 +5,7 @@ All of it is checked before Ray starts and before anything is written, and every
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import itertools
 import shutil
@@ -25,10 +26,12 @@ from emloc_ray.modeling.adapter import portable_targets
 from emloc_ray.modeling.architecture import LinearSpec, block_linears, empty_model, learned_positions, shared_inputs
 from emloc_ray.modeling.loading import ModelSource, check_source, read_model_config, resolve_source
 from emloc_ray.modeling.matching import check_table, lookup, select
+from emloc_ray.modeling.zero_config import check_zero_config, read_zero_config
 
 CHECKED_ROWS = 1000  # of a file
 UNKNOWN_ROWS = 8000  # of a split that is made or downloaded later
 MAX_CHECKED_ROWS = 16_000  # of a split, but for one of each file
+_BATCHES = ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate")
 Result = TypeVar("Result")
 
 
@@ -74,6 +77,7 @@ class Prepared:
     model_config: Any
     layout: Layout
     files: dict[str, tuple[SourceFile, ...]]
+    zero_config: dict[str, Any] | None = None
 
     def calibration_tokens(self, tokens_per_row: float) -> float:
         """Tokens that calibration will see, at a mean of so many a row: the least of what the config bounds them by."""
@@ -108,11 +112,11 @@ def prepare(config: RunConfig) -> Prepared:
     files = {name: attempt(lambda name=name: _check_split(config, name)) for name in SPLITS}  # type: ignore[misc]
     attempt(lambda: _check_upper_bound(config))
     attempt(lambda: _check_resources(config))
-    attempt(lambda: _check_training_arguments(config))
+    zero_config = attempt(lambda: _check_training(config))
     if errors or source is None or found is None:
         raise ConfigError("\n".join(dict.fromkeys(errors)))  # splits may share a bad file
     known = {name: sources for name, sources in files.items() if sources}
-    return Prepared(config, run, source, found[0], found[1], known)
+    return Prepared(config, run, source, found[0], found[1], known, zero_config)
 
 
 def _read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
@@ -249,22 +253,33 @@ def _check_upper_bound(config: RunConfig) -> None:
         )
 
 
-def _check_training_arguments(config: RunConfig) -> None:
-    """Has transformers check what is passed through to it, as the workers will."""
+def _check_training(config: RunConfig) -> dict[str, Any] | None:
+    """Has transformers check what is passed through to it, as the workers will; the DeepSpeed config, where there is one."""
     import tempfile
 
     from transformers import TrainingArguments
 
     section = config.finetune
-    given = dict(section.model_extra or {})
+    extra = dict(section.model_extra or {})
+    ours = section.model_dump(include=set(_BATCHES))
+    given = {"use_cpu": True, "report_to": "none", **ours, **extra}
     if section.gpus_per_worker:  # what GPUs can do is known on the workers alone
         given = {key: value for key, value in given.items() if key not in ("bf16", "fp16", "tf32", "optim")}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            TrainingArguments(output_dir=folder, **{"use_cpu": True, "report_to": "none", **given})
+            arguments = TrainingArguments(output_dir=folder, **given)
         except (ValueError, TypeError, ImportError, OSError) as error:
             detail = " ".join(str(error).split())[:200]
             raise ConfigError(f"finetune: transformers refuses its settings ({detail}): mend them.") from error
+    if section.deepspeed is None:
+        return None
+    for key in ("use_cpu", "fsdp", "fsdp_config", "accelerator_config", "parallelism_config"):
+        if extra.get(key):
+            raise ConfigError(f"finetune.{key} does not go with finetune.deepspeed: remove one of them.")
+    zero_config = read_zero_config(section.deepspeed)
+    wanted = argparse.Namespace(**{**vars(arguments), **extra})
+    check_zero_config(section.deepspeed, zero_config, wanted, section.num_workers)
+    return zero_config
 
 
 def _check_resources(config: RunConfig) -> None:

@@ -15,6 +15,9 @@ import psutil
 
 from emloc_ray import pipeline
 from emloc_ray.config import parse_config
+from emloc_ray.io.fingerprint import fingerprint
+from emloc_ray.pipeline import Pipeline
+from emloc_ray.preparation import prepare
 
 TWO = {"num_workers": 2}
 NUM_ROWS = 120
@@ -154,3 +157,24 @@ def run_values(values: dict[str, Any], reporter: RecordingReporter | None = None
     reporter = reporter or RecordingReporter()
     pipeline.run(parse_config(values), reporter=reporter, **options)
     return reporter
+
+
+class DryPipeline(Pipeline):
+    """Asks of every stage only whether it would be redone; needs no Ray."""
+
+    redone: list[str]
+
+    def _step(self, name: str, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        key = self.inputs[name] = fingerprint(inputs)
+        if name in self.forced or not self.directory.is_done(name, key):
+            self.redone.append(name)
+        found: dict[str, Any] = self.directory.manifest()["stages"][name]["result"]
+        return found
+
+
+def redone(values: dict[str, Any], begin: str | None = None) -> list[str]:
+    """The stages that a run of this config would do again."""
+    dry = DryPipeline(prepare(parse_config(values)), RecordingReporter(), begin)
+    dry.redone = []
+    dry.run()
+    return dry.redone

@@ -160,10 +160,20 @@ def write_adapter(directory: Path, config: dict[str, Any], modules: Sequence[Lor
         (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def save_trained_adapter(model: PeftModel, directory: Path, *, targets: Patterns, base_model: str) -> None:
-    """Saves the adapter as trained, under the original's module names and with portable ``target_modules``."""
+def save_trained_adapter(
+    model: PeftModel,
+    directory: Path,
+    *,
+    targets: Patterns,
+    base_model: str,
+    state: dict[str, Tensor] | None = None,
+) -> None:
+    """Saves the adapter as trained, under the original's module names and with portable ``target_modules``.
+
+    ``state`` are its parameters by name, where those of ``model`` itself are scattered over processes.
+    """
     with atomic_directory(directory) as temporary:
-        model.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False)
+        model.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False, state_dict=state)
         path = temporary / CONFIG_NAME
         config = json.loads(path.read_text())
         config["target_modules"] = targets if isinstance(targets, str) else list(targets)

@@ -75,8 +75,7 @@ def factorize_modules(model: nn.Module, ranks: dict[str, int]) -> None:
 def _shape(linear: Any) -> tuple[int, int]:
     if isinstance(linear, nn.Linear):
         return linear.out_features, linear.in_features
-    in_features, out_features = linear.weight.shape  # Conv1D
-    return out_features, in_features
+    return linear.nf, linear.nx  # Conv1D; not its weight's shape, which ZeRO-3 empties
 
 
 def emulator_class(base: type[PreTrainedModel], config: EmulatorModelConfig) -> type[PreTrainedModel]:

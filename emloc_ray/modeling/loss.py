@@ -47,10 +47,10 @@ def token_loss(model: Any, batch: dict[str, Tensor], loss_on: str, head_owner: A
     targets = batch["input_ids"][labels]
     owner = head_owner or model
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-    if targets.numel() > chunk_tokens(owner.get_output_embeddings().weight.shape[-1]) and _gives_its_head_output(owner):
-        with _loss_in_the_head(owner, predicting, targets) as found:
-            model(**inputs)
-        loss, correct = found
+    if _in_chunks(owner, targets.numel()):
+        with _loss_in_the_head(owner, predicting, targets) as counts:
+            loss = model(**inputs).logits.sum()
+        correct = torch.stack(counts).sum()
     else:
         with _logits_at(owner, predicting):
             loss, correct = _loss_of(model(**inputs).logits[0], targets)
@@ -60,6 +60,18 @@ def token_loss(model: Any, batch: dict[str, Tensor], loss_on: str, head_owner: A
 def chunk_tokens(hidden_size: int) -> int:
     """How many tokens' logits are made at once."""
     return max(1, hidden_size // _CHUNK_SHARE)
+
+
+def _in_chunks(owner: Any, num_tokens: int) -> bool:
+    head = owner.get_output_embeddings()
+    many = num_tokens > chunk_tokens(_hidden_size(head))
+    # Where weights are scattered over ranks a forward pass is a joint one: all ranks try the head, or none.
+    return (many or hasattr(head.weight, "ds_id")) and _gives_its_head_output(owner) and many
+
+
+def _hidden_size(head: Any) -> int:
+    """Of a weight scattered by ZeRO-3, which is empty between uses, by its shape as a whole."""
+    return int(getattr(head.weight, "ds_shape", head.weight.shape)[-1])
 
 
 def _loss_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,31 +96,34 @@ def _logits_at(model: Any, positions: Tensor) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _loss_in_the_head(model: Any, positions: Tensor, targets: Tensor) -> Iterator[list[Tensor]]:
-    """While it lasts the head adds up its own loss and gives no logits; ``[loss sum, number correct]`` afterwards.
+    """While it lasts the head gives the sum of the loss ``(1, 1, 1)`` for its logits; afterwards how many were correct,
+    by chunk.
 
-    A chunk's logits are made again for its gradient, so that the logits of one chunk are all there ever are.
+    A chunk's logits are made again for its gradient, so that the logits of one chunk are all there ever are. The loss
+    has to be the head's output, and thereby the model's: so DDP finds the parameters that it uses, and ZeRO-3 gathers
+    the head's weight before its gradient is made.
     """
     head = model.get_output_embeddings()
-    compute, found = head.forward, []
+    compute = head.forward
+    correct: list[Tensor] = []
 
     def chunk_loss(hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         return _loss_of(compute(hidden), wanted)
 
     def forward(hidden: Tensor) -> Tensor:
         chosen = hidden[positions]
-        step = chunk_tokens(head.weight.shape[-1])
+        step = chunk_tokens(_hidden_size(head))
         parts = [
             checkpoint(chunk_loss, chosen[start : start + step], targets[start : start + step], use_reentrant=False)
             for start in range(0, len(chosen), step)
         ]
-        found.extend([torch.stack([loss for loss, _ in parts]).sum(), sum(correct for _, correct in parts)])
-        # Empty, but of the loss's graph: DDP looks there for the parameters that this pass uses.
-        return found[0].reshape(1, 1, 1)[..., :0].expand(1, len(chosen), 0)
+        correct.extend(count for _, count in parts)
+        return torch.stack([loss for loss, _ in parts]).sum().reshape(1, 1, 1)
 
     before = vars(head).get("forward")
     head.forward = forward
     try:
-        yield found
+        yield correct
     finally:
         del head.forward
         if before is not None:  # another library had put its own there
@@ -121,7 +136,7 @@ _PLAIN_HEADS: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 def _gives_its_head_output(model: Any) -> bool:
     """Whether the model's logits are what its head gives, with nothing done to them (no capping, no scaling).
 
-    Tried once on a single token. Heads whose weights are scattered (ZeRO-3) cannot compute again on their own: never.
+    Tried once on a single token.
     """
     if model not in _PLAIN_HEADS:
         head = model.get_output_embeddings()
@@ -133,6 +148,6 @@ def _gives_its_head_output(model: Any) -> bool:
                 logits = model(input_ids=token, use_cache=False).logits
         finally:
             handle.remove()
-        scattered = any(hasattr(parameter, "ds_id") for parameter in head.parameters())
-        _PLAIN_HEADS[model] = not scattered and len(given) == 1 and logits is given[0]
+        # The same memory: DeepSpeed's hooks may have put another tensor around it.
+        _PLAIN_HEADS[model] = len(given) == 1 and logits.data_ptr() == given[0].data_ptr()
     return _PLAIN_HEADS[model]

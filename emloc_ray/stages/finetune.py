@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import signal
 import tempfile
 import threading
@@ -22,9 +23,11 @@ from emloc_ray.data.ingest import SampleOrder, stream_batches
 from emloc_ray.data.token_shards import TokenShards, collate
 from emloc_ray.errors import NumericsError
 from emloc_ray.modeling.adapter import attach_adapter, lora_config, save_trained_adapter
+from emloc_ray.modeling.architecture import load_config
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import label_mask, token_loss
 from emloc_ray.stages.cluster import Progress, Resources, set_threads, silent
+from emloc_ray.stages.zero import join_as_deepspeed_rank, scattered_in, step_was_finite, whole_parameters
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class FinetuneJob:
     pad_token_id: int = 0
     max_failures: int = 3
     training_arguments: dict[str, Any] = field(default_factory=dict)
+    zero_config: dict[str, Any] | None = None
     model_options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -93,14 +97,32 @@ class EmulatorTrainer(Trainer):
         # Averaging gradients over ranks divides by the world size once more.
         return result.loss_sum * self.accelerator.num_processes / num_items_in_batch
 
+    def gradients_are_finite(self) -> bool:
+        """Asked before an optimizer step, or where DeepSpeed is, which does both at once, after it."""
+        if self.is_deepspeed_enabled:
+            return step_was_finite(self.model_wrapped)
+        model: Any = self.model
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+
+    def save_adapter(self) -> None:
+        """Rank 0 writes the adapter; all ranks have to call this."""
+        model = self.accelerator.unwrap_model(self.model)
+        state = whole_parameters(model) if self.is_deepspeed_enabled else None
+        if self.is_world_process_zero():
+            job = self.job
+            save_trained_adapter(
+                model, job.out_dir, targets=job.portable_targets, base_model=job.base_model, state=state
+            )
+
 
 class StepKeeper(TrainerCallback):
     """Seeds each step, logs, hands checkpoints to Ray Train, and stops all ranks at a loss that is no number."""
 
     def __init__(self, job: FinetuneJob) -> None:
         self.job = job
+        self.trainer: EmulatorTrainer | None = None
         self.failure: str | None = None
-        self.history: list[dict[str, float]] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Dropout depends on the step alone, so that a resumed run repeats the uninterrupted one.
@@ -108,8 +130,8 @@ class StepKeeper(TrainerCallback):
         torch.manual_seed((self.job.seed * 1_000_003 + state.global_step) * 1009 + rank)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        finite = [bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None]
-        if not all(finite):  # gradients are averaged by now: every rank sees the same
+        assert self.trainer is not None
+        if not self.trainer.gradients_are_finite():  # gradients are averaged by now: every rank sees the same
             self.failure = (
                 f"The loss or a gradient is NaN or Inf at step {state.global_step + 1}: lower the learning rate."
             )
@@ -125,9 +147,12 @@ class StepKeeper(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        rank_zero = ray.train.get_context().get_world_rank() == 0
-        checkpoint = ray.train.Checkpoint.from_directory(folder) if rank_zero else None
-        ray.train.report({"step": state.global_step}, checkpoint=checkpoint)
+        if self.failure is None:
+            # Every rank has files of its own there, the random state and its part of what DeepSpeed scatters: Ray Train
+            # puts them together in one directory.
+            checkpoint = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report({"step": state.global_step}, checkpoint=checkpoint)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
@@ -143,17 +168,13 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
         else:
             with checkpoint.as_directory() as folder:
                 output = trainer.train(resume_from_checkpoint=folder)
-        if keeper.failure is None and context.get_world_rank() == 0:
-            save_trained_adapter(
-                trainer.accelerator.unwrap_model(trainer.model),
-                job.out_dir,
-                targets=job.portable_targets,
-                base_model=job.base_model,
-            )
+        if keeper.failure is None:
+            trainer.save_adapter()
     return {"failure": keeper.failure, "steps": output.global_step, "train_loss": output.training_loss}
 
 
 def _make_trainer(job: FinetuneJob, output_dir: str, context: Any) -> tuple[EmulatorTrainer, StepKeeper]:
+    scattered = {"deepspeed": job.zero_config, **join_as_deepspeed_rank()} if job.zero_config else {}
     arguments = TrainingArguments(
         output_dir=output_dir,
         max_steps=job.max_steps,
@@ -163,16 +184,17 @@ def _make_trainer(job: FinetuneJob, output_dir: str, context: Any) -> tuple[Emul
         ignore_data_skip=True,
         **{
             "save_strategy": "steps",
-            "save_total_limit": 1,
             "report_to": "none",
             "disable_tqdm": True,
             "logging_nan_inf_filter": False,
             "gradient_checkpointing_kwargs": {"use_reentrant": False},
             "use_cpu": not torch.cuda.is_available(),
             **job.training_arguments,
+            **scattered,
         },
     )
-    model = load_model(job.emulator_dir, **job.model_options)
+    with scattered_in(_stored_dtype(job)) if job.zero_config else contextlib.nullcontext():
+        model = load_model(job.emulator_dir, **job.model_options)
     torch.manual_seed(job.seed)  # the same A on every rank
     model = attach_adapter(model, lora_config(**job.adapter))
     order = SampleOrder(
@@ -190,7 +212,18 @@ def _make_trainer(job: FinetuneJob, output_dir: str, context: Any) -> tuple[Emul
         args=arguments,
         callbacks=[keeper],
     )
+    keeper.trainer = trainer
     return trainer, keeper
+
+
+def _stored_dtype(job: FinetuneJob) -> torch.dtype:
+    """The dtype that the emulator's weights are loaded in."""
+    named = job.model_options.get("dtype", "auto")
+    if named != "auto":
+        return getattr(torch, named)
+    trusted = job.model_options.get("trust_remote_code", False)
+    found: torch.dtype | None = load_config(job.emulator_dir, trust_remote_code=trusted).dtype
+    return found or torch.float32
 
 
 def finetune(job: FinetuneJob, resources: Resources, progress: Progress = silent) -> dict[str, Any]:

@@ -10,37 +10,15 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from small_runs import FinishedRun, KillingReporter, KillingWatcher, RecordingReporter, run_values
+from small_runs import FinishedRun, KillingReporter, KillingWatcher, redone, run_values
 
 from emloc_ray import pipeline
 from emloc_ray.config import parse_config
-from emloc_ray.io.fingerprint import fingerprint
 from emloc_ray.pipeline import Pipeline
 from emloc_ray.preparation import prepare
 from emloc_ray.stages import STAGES
 
 ALL = ["data", *STAGES]
-
-
-class DryPipeline(Pipeline):
-    """Asks of every stage only whether it would be redone; needs no Ray."""
-
-    redone: list[str]
-
-    def _step(self, name: str, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        key = self.inputs[name] = fingerprint(inputs)
-        if name in self.forced or not self.directory.is_done(name, key):
-            self.redone.append(name)
-        found: dict[str, Any] = self.directory.manifest()["stages"][name]["result"]
-        return found
-
-
-def redone(values: dict[str, Any], begin: str | None = None) -> list[str]:
-    """The stages that a run of this config would do again."""
-    dry = DryPipeline(prepare(parse_config(values)), RecordingReporter(), begin)
-    dry.redone = []
-    dry.run()
-    return dry.redone
 
 
 @pytest.fixture

@@ -202,6 +202,24 @@ def test_what_would_only_fail_on_a_worker_is_told_before(
     assert words in refused(**sections)
 
 
+@pytest.mark.parametrize(
+    ("zero", "keys", "words"),
+    [
+        ({"zero_optimization": {"stage": 5}}, {}, "zero_optimization.stage is 5"),
+        ({"zero_optimization": {"stage": 3}, "train_batch_size": 4}, {"num_workers": 2}, "train_batch_size=4"),
+        ({"zero_optimization": {"stage": 2}}, {"use_cpu": True}, "finetune.use_cpu does not go with"),
+    ],
+)
+def test_a_deepspeed_json_is_checked_with_the_rest(
+    refused: Callable[..., str], tmp_path: Path, zero: dict[str, Any], keys: dict[str, Any], words: str
+) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps(zero))
+    said = refused(finetune={"deepspeed": str(path), **keys}, adapter={"target_modules": "nope"}).splitlines()
+    assert len(said) == 2
+    assert any(words in line for line in said)
+
+
 def test_every_pattern_that_fits_nothing_is_told_at_once(refused: Callable[..., str]) -> None:
     said = refused(
         emulator={"target_modules": ["nope"], "ratios": {"(": 0.5}}, adapter={"target_modules": ["nada", "q_proj"]}

@@ -154,6 +154,15 @@ def test_full_rank_factors_compute_what_the_original_does(family: str) -> None:
     torch.testing.assert_close(logits(emulator), original, rtol=1e-4, atol=1e-4)
 
 
+def test_a_conv1d_whose_weight_is_scattered_is_factorized_at_its_size() -> None:
+    model = make_model("gpt2")
+    name = "transformer.h.0.attn.c_attn"
+    model.get_submodule(name).weight.data = torch.empty(0)  # as ZeRO-3 leaves it between uses
+    factorize_modules(model, {name: 4})
+    layer = model.get_submodule(name)
+    assert (layer.in_features, layer.out_features) == (64, 192)
+
+
 def test_dense_weight_of_each_kind() -> None:
     linear, conv, factored = nn.Linear(3, 5), Conv1D(5, 3), FactorizedLinear(3, 5, 2)
     assert torch.equal(dense_weight(linear), linear.weight)

@@ -165,3 +165,51 @@ def test_ddp_that_looks_for_unused_parameters_finds_them_all_used(
     (2 * token_loss(expected, batch, "all").loss_sum).backward()
     for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_zero_3_scatters_are_there_for_each_chunk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import deepspeed
+
+    monkeypatch.setattr(loss, "_CHUNK_SHARE", 21)  # three tokens
+    monkeypatch.setattr(nn.functional, "linear", nn.functional.linear)  # DeepSpeed puts its own there, for good
+    monkeypatch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+        model, plain, batch = make_model("llama"), make_model("llama"), batch_of(13, 5)
+        settings = {"train_batch_size": 1, "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True}
+        settings["zero_optimization"] = {"stage": 3, "stage3_param_persistence_threshold": 0}
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        rows: list[int] = []
+        compute_loss = loss._loss_of
+
+        def recorded(logits: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            rows.append(len(wanted))
+            return compute_loss(logits, wanted)
+
+        for _ in range(3):  # the first is traced, the others fetch ahead by that trace
+            assert model.lm_head.weight.numel() == 0
+            plain.zero_grad()
+            expected = token_loss(plain, batch, "all")
+            expected.loss_sum.backward()
+            with monkeypatch.context() as patched:
+                patched.setattr(loss, "_loss_of", recorded)
+                result = token_loss(engine, batch, "all", head_owner=model)
+                engine.backward(result.loss_sum)
+            assert int(result.num_correct) == int(expected.num_correct)
+            torch.testing.assert_close(result.loss_sum, expected.loss_sum, rtol=1e-5, atol=1e-6)
+            for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+                gradient = deepspeed.utils.safe_get_full_grad(ours)
+                torch.testing.assert_close(gradient, theirs.grad, rtol=1e-4, atol=1e-6)
+            engine.step()
+            with torch.no_grad():
+                for parameter in plain.parameters():
+                    parameter -= 1e-3 * parameter.grad
+        assert max(rows) == 3
+        assert sum(rows) == 3 * 2 * 16  # made again for the gradient
+        engine.destroy()
+    finally:
+        deepspeed.comm.destroy_process_group()

@@ -1,0 +1,105 @@
+"""Fine-tuning under DeepSpeed by two workers on CPUs: the adapter is the one that they make without it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray.train
+import torch
+from accelerate.state import AcceleratorState
+from ray.train.torch import TorchConfig, TorchTrainer
+from safetensors.torch import load_file
+from small_runs import FinishedRun, KillingWatcher, redone, run_values
+
+from emloc_ray.config import parse_config
+from emloc_ray.jobs import Jobs
+from emloc_ray.modeling.zero_config import read_zero_config
+from emloc_ray.preparation import prepare
+from emloc_ray.stages import STAGES
+from emloc_ray.stages.finetune import FinetuneJob, train_loop
+
+EXAMPLE = Path(__file__).parents[2] / "configs" / "zero3.json"
+
+
+@pytest.fixture
+def copied(llama_run: FinishedRun, tmp_path: Path) -> FinishedRun:
+    """A finished run, trained without DeepSpeed, to spoil."""
+    return llama_run.copy(tmp_path)
+
+
+def assert_same_adapter(made: Path, expected: Path) -> None:
+    """File by file and key by key; values to what the order of sums does to eight steps of Adam."""
+    assert {path.name for path in made.iterdir()} == {path.name for path in expected.iterdir()}
+    config = "adapter_config.json"
+    assert (made / config).read_bytes() == (expected / config).read_bytes()
+    ours, theirs = (load_file(directory / "adapter_model.safetensors") for directory in (made, expected))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def in_one_group(jobs: list[FinetuneJob], storage: Path) -> list[dict[str, Any]]:
+    """Runs each job by the same two workers, which takes much longer to start than to train."""
+
+    def train_all(settings: dict[str, Any]) -> list[dict[str, Any]]:
+        outcomes = []
+        for job in jobs:
+            AcceleratorState._reset_state(reset_partial_state=True)  # as in a process of its own
+            outcomes.append(train_loop({**settings, "job": job}))
+        return outcomes
+
+    trainer: Any = TorchTrainer(
+        train_all,  # type: ignore[arg-type]
+        train_loop_config={"threads": 1},
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ray.train.ScalingConfig(num_workers=2),
+        run_config=ray.train.RunConfig(name="all", storage_path=str(storage)),
+    )
+    found: list[dict[str, Any]] = trainer.fit().return_value
+    return found
+
+
+def test_zero_1_and_2_train_the_same_adapter_and_stop_at_a_number_lost(copied: FinishedRun, tmp_path: Path) -> None:
+    prepared = prepare(parse_config(copied.values))
+    job = Jobs(prepared, copied.model_dir).finetuning("plain")
+    jobs = []
+    for stage, rate in ((1, 5e-3), (2, 5e-3), (2, 1e30)):
+        path = tmp_path / "zero.json"
+        path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        name = f"zero-{stage}-{rate}"
+        arguments = {**job.training_arguments, "save_strategy": "no", "learning_rate": rate}
+        changes = {"out_dir": tmp_path / name, "name": name, "zero_config": read_zero_config(str(path))}
+        jobs.append(dataclasses.replace(job, training_arguments=arguments, **changes))
+    outcomes = in_one_group(jobs, tmp_path / "training")
+    assert [outcome["failure"] for outcome in outcomes[:2]] == [None, None]
+    for outcome, made in zip(outcomes[:2], jobs, strict=False):
+        assert outcome["train_loss"] == pytest.approx(copied.metrics["finetune"]["train_loss"], rel=1e-4)
+        assert_same_adapter(made.out_dir, copied.root / "adapter_emulator")
+    assert outcomes[2]["failure"] == "The loss or a gradient is NaN or Inf at step 2: lower the learning rate."
+    assert outcomes[2]["steps"] == 2
+    assert not jobs[2].out_dir.exists()
+
+
+def test_zero_3_trains_the_same_adapter_and_goes_on_after_a_killed_worker(
+    copied: FinishedRun, llama_run: FinishedRun, tmp_path: Path
+) -> None:
+    path = tmp_path / "zero3.json"
+    path.write_text(EXAMPLE.read_text())
+    # A checkpoint after every step: it also makes steps slow enough to be killed between two of them.
+    values = copied.changed(finetune={"deepspeed": str(path), "save_steps": 1})
+    with KillingWatcher(copied.root / "training", steps=3) as watcher:
+        reporter = run_values(values, until="finetune")
+    assert 3 <= max(watcher.logged_when_killed) < 8
+    assert watcher.logged.count(1) == 1  # it went on from a checkpoint; it did not begin again
+    assert reporter.skipped == ["data", "calibrate", "factorize"]
+    assert_same_adapter(copied.root / "adapter_emulator", llama_run.root / "adapter_emulator")
+    assert not (copied.root / "training").exists()
+    # What counts is what the file says.
+    path.write_text(json.dumps(json.loads(EXAMPLE.read_text())))
+    assert redone(values)[0] == "correct"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    assert redone(values) == list(STAGES[STAGES.index("finetune") :])
