@@ -16,7 +16,7 @@ from small_runs import task_rows, write_jsonl
 from tiny import make_model, make_tokenizer
 
 TESTS = Path(__file__).parent.parent
-ABOVE_IMPORTS = 224 * 2**20
+ABOVE_IMPORTS = 256 * 2**20
 
 _MEASURE = """
 import limited_worker, ray
