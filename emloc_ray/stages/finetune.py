@@ -150,7 +150,7 @@ class StepKeeper(TrainerCallback):
         if self.failure is None:
             # Every rank has files of its own there, the random state and its part of what DeepSpeed scatters: Ray Train
             # puts them together in one directory.
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
+            checkpoint = ray.train.Checkpoint.from_directory(folder) if folder.is_dir() else None
             ray.train.report({"step": state.global_step}, checkpoint=checkpoint)
         shutil.rmtree(folder, ignore_errors=True)
 
