@@ -26,9 +26,13 @@ _MAX_RESIDUAL_DIFFERENCE = 1e-3
 # A probe of the exact operator may find so many times the loss that the solver allowed itself.
 _PROBED_EXCESS = 1.5
 _PROBES = 8
+# A layer with so many times as many inputs as outputs is wide, the other way round tall.
+_ASPECT = 2
+# Measured: up to this order the products of a tall layer cost more than the Gram that spares them.
+_SMALL = 1024
 # Measured: below this order, or for ranks above this share of it, the full eigendecomposition is as fast.
-_SUBSPACE_MIN_ORDER = 128
-_SUBSPACE_MAX_SHARE = 0.35
+_SUBSPACE_MIN_ORDER = 256
+_SUBSPACE_MAX_SHARE = 0.2
 
 
 class LowRankFactors(NamedTuple):
@@ -145,25 +149,64 @@ def _factorize_scaled(
 
 
 def _by_subspace(weight: Tensor, whitening: Whitening, rank: int, seed: int) -> tuple[Factorization, bool] | None:
-    """From the leading left singular vectors of ``W L``; ``None`` where they do not settle, or ``G'`` has no cheap root."""
+    """From the leading singular vectors of ``W L``; ``None`` where they do not settle, or ``G'`` has no cheap root.
+
+    Of ``W G' Wᵀ`` or ``Lᵀ Wᵀ W L`` first where that saves more than it costs and rounding lets it pass: for a wide layer
+    Cholesky's factor of ``G'``, for a small tall one most of the products.
+    """
+    if weight.shape[1] >= _ASPECT * weight.shape[0]:
+        matrix = whitening.outer(weight)
+        top = _of_square(matrix, rank, seed)
+        if top is not None:
+            top = top._replace(vectors=_polish(top.vectors))
+            return _of_vectors(weight, top, float(matrix.diagonal().sum(dtype=torch.float64))), True
     if whitening.cholesky(weight.dtype) is None:
         return None
     whitened = whitening.whiten(weight)
-    total = energy(whitened)
-    top = leading_vectors(whitened, rank, seed)
+    tall = weight.shape[0] > weight.shape[1]
+    small = weight.shape[1] <= _SMALL and weight.shape[0] >= _ASPECT * weight.shape[1]
+    top = _of_square(_inner_gram(whitened).symmetric(), rank, seed) if small else None
+    if top is None:
+        top = leading_vectors(whitened.T if tall else whitened, rank, seed)
     if top is None:
         return None
-    up = _polish(top.vectors)
-    residual = top.energy_left
-    share = _rounding_share(top.values, residual, rank, weight.dtype)
-    trusted = share <= _SURE_ROUNDING_SHARE or (
+    total = energy(whitened)
+    sure = _is_sure(top, rank, weight.dtype)
+    if tall:
+        # In float64 where the last columns would be rounding beside the first.
+        up = whitened @ top.vectors if sure else wide_product(whitened.T, top.vectors)
+        scales = top.values.sqrt().to(up.dtype).clamp_min(torch.finfo(up.dtype).tiny)
+        top = top._replace(vectors=up / scales)
+    top = top._replace(vectors=_polish(top.vectors).to(weight.dtype))
+    trusted = sure or (
         weight.dtype == torch.float32
-        and not is_lost(residual, total, weight.dtype)
-        and _survives_probes(weight, whitened, whitening, top._replace(vectors=up), seed)
+        and not is_lost(top.energy_left, total, weight.dtype)
+        and _survives_probes(weight, whitened, whitening, top, seed)
     )
-    error = math.sqrt(residual / total) if total > 0.0 else 0.0
-    factors = LowRankFactors(up, up.T @ weight)
-    return Factorization(factors, top.values, total, error, "subspace", weight.dtype), trusted
+    return _of_vectors(weight, top, total), trusted
+
+
+def _of_square(matrix: Tensor, rank: int, seed: int) -> LeadingVectors | None:
+    """The leading vectors of ``A Aᵀ``, where they settle and squaring cost them nothing."""
+    top = leading_vectors(matrix, rank, seed, squared=True)
+    return top if top is not None and _is_sure(top, rank, matrix.dtype) else None
+
+
+def _is_sure(top: LeadingVectors, rank: int, dtype: torch.dtype) -> bool:
+    return _rounding_share(top.values, top.energy_left, rank, dtype) <= _SURE_ROUNDING_SHARE
+
+
+def _inner_gram(whitened: Tensor) -> Gram:
+    """``Lᵀ Wᵀ W L (in, in)``, its lower triangle current."""
+    gram = Gram.zero(whitened.shape[1], whitened.dtype, whitened.device)
+    gram.update(whitened)
+    return gram
+
+
+def _of_vectors(weight: Tensor, top: LeadingVectors, total: float) -> Factorization:
+    up = top.vectors
+    error = math.sqrt(top.energy_left / total) if total > 0.0 else 0.0
+    return Factorization(LowRankFactors(up, up.T @ weight), top.values, total, error, "subspace", weight.dtype)
 
 
 def _survives_probes(weight: Tensor, whitened: Tensor, whitening: Whitening, top: LeadingVectors, seed: int) -> bool:
@@ -194,9 +237,7 @@ def _by_eigendecomposition(weight: Tensor, whitening: Whitening, rank: int) -> t
     tall = weight.shape[0] > weight.shape[1]
     if tall:
         whitened = whitening.whiten(weight)
-        gram = Gram.zero(weight.shape[1], weight.dtype, weight.device)
-        gram.update(whitened)
-        matrix = gram.matrix
+        matrix = _inner_gram(whitened).matrix
     else:
         matrix = whitening.outer(weight)
     total = float(matrix.diagonal().sum(dtype=torch.float64))

@@ -23,6 +23,8 @@ _NEXT_LOOK = 0.25
 _MAX_SHARE = 0.75
 # A Ritz value stands at least so far, as a share of it, above what the space has not reached.
 _MIN_GAP = 0.05
+# A look is in float32 where that moves less than this share of what is left.
+_FLOAT32_SHARE = 1e-4
 # Below this share of the whole energy, a difference of sums (in float64, of products in the dtype) loses 1e-4 of what is left.
 _CANCELLED = {torch.float32: 6e-5, torch.float64: 1e-11}
 # What is left of a matrix is rounding where its norm is below this many unit roundoffs of the whole.
@@ -59,7 +61,7 @@ class _Ritz(NamedTuple):
     cancelled: bool
 
 
-def leading_vectors(matrix: Tensor, rank: int, seed: int = 0) -> LeadingVectors | None:
+def leading_vectors(matrix: Tensor, rank: int, seed: int = 0, *, squared: bool = False) -> LeadingVectors | None:
     """The ``rank`` leading left singular vectors of ``A (n, k)``, or ``None`` where they do not settle.
 
     Block Lanczos on ``A Aᵀ`` with full reorthogonalisation, from ``orth(A Ω)``: each block ``Q`` gives ``Z = Aᵀ Q``, and what
@@ -71,22 +73,28 @@ def leading_vectors(matrix: Tensor, rank: int, seed: int = 0) -> LeadingVectors 
     the last block, is below :func:`loss_bound`. Ritz residuals are blind to what the space never touched, because the start
     missed it or more singular values are equal than a block is wide: so it must also pass :func:`complement_gain`.
     The search also ends where what is left :func:`is_lost`: a wider dtype may find more.
+
+    ``squared`` says that ``matrix`` is ``A Aᵀ (n, n)``, where that is cheaper to have than ``A``. Rounding then counts relative
+    to ``σ₁²``: ``None`` as well where it is too much of what is left.
     """
-    total = energy(matrix)
-    space = _KrylovSpace(matrix, rank, seed)
+    total = float(matrix.diagonal().sum(dtype=torch.float64)) if squared else energy(matrix)
+    space = _KrylovSpace(matrix, rank, seed, squared)
     limit = int(_MAX_SHARE * min(matrix.shape))
     look, before = max(int(_FIRST_LOOK * rank), rank + space.block), (0, math.inf)
     while look <= limit:
         space.grow(look)
         ritz = space.look(rank, total)
         bound = loss_bound(ritz.energy_left, float(ritz.values[0]), matrix.dtype)
+        if squared and ritz.cancelled:
+            return None
         if is_lost(ritz.energy_left, total, matrix.dtype):
             return space.vectors(ritz)
         if ritz.loss <= bound:
             top = space.vectors(ritz)
-            return top if complement_gain(matrix, top, seed + 1) <= bound else None
+            return top if complement_gain(matrix, top, seed + 1, squared=squared) <= bound else None
         excess = ritz.loss / bound
-        look = space.size + max(space.block, _step(space.size, excess, before, rank))
+        blocks = _step(space.size, excess, before, rank) / space.block
+        look = space.size + max(math.ceil(blocks), 1) * space.block
         before = space.size, excess
     return None
 
@@ -102,28 +110,29 @@ def is_lost(energy_left: float, total: float, dtype: torch.dtype) -> bool:
     return energy_left <= (_LOST * torch.finfo(dtype).eps / 2.0) ** 2 * total
 
 
-def _step(size: int, excess: float, before: tuple[int, float], rank: int) -> int:
+def _step(size: int, excess: float, before: tuple[int, float], rank: int) -> float:
     """How many vectors to add before the next look: the loss falls geometrically, or a little faster."""
     if excess >= before[1] or math.isinf(before[1]):
-        return int(_NEXT_LOOK * rank)
-    return int((size - before[0]) * math.log(excess) / math.log(before[1] / excess))
+        return _NEXT_LOOK * rank
+    return (size - before[0]) * math.log(excess) / math.log(before[1] / excess)
 
 
 class _KrylovSpace:
-    """An orthonormal ``Q (n, m)`` and ``Z = Aᵀ Q (k, m)``, grown a block at a time."""
+    """An orthonormal ``Q (n, m)`` and ``Z = Aᵀ Q (k, m)``, or ``A Aᵀ Q (n, m)``, grown a block at a time."""
 
-    def __init__(self, matrix: Tensor, rank: int, seed: int) -> None:
+    def __init__(self, matrix: Tensor, rank: int, seed: int, squared: bool = False) -> None:
         self.block = min(max(_MIN_BLOCK, int(_BLOCK_SHARE * rank)), rank)
         self.size = 0
         self._matrix = matrix
+        self._squared = squared
         self._generator = torch.Generator().manual_seed(seed)
-        self._basis = matrix.new_empty(len(matrix), 2 * rank)
-        self._images = matrix.new_empty(matrix.shape[1], 2 * rank)
+        self._basis = matrix.new_empty(len(matrix), 3 * rank)
+        self._images = matrix.new_empty(matrix.shape[1], 3 * rank)
         self._gram = torch.zeros(0, 0, dtype=torch.float64, device=matrix.device)
-        start, _ = orthonormal(
-            matrix.T @ self._new_directions(matrix @ _random(matrix.shape[1], self.block, self._generator, matrix))
-        )
-        self._next = self._new_directions(matrix @ start)
+        start = matrix @ _random(matrix.shape[1], self.block, self._generator, matrix)
+        if not squared:
+            start = matrix @ orthonormal(matrix.T @ self._new_directions(start))[0]
+        self._next = self._new_directions(start)
         self._coupling = matrix.new_zeros(self.block, self.block)
 
     def grow(self, size: int) -> None:
@@ -136,7 +145,7 @@ class _KrylovSpace:
             self._basis[:, self.size : end] = self._next
             self._images[:, self.size : end] = image
             self.size = end
-            product = self._matrix @ image
+            product = image if self._squared else self._matrix @ image
             self._next = self._new_directions(product)
             self._coupling = self._next.T @ product
 
@@ -145,16 +154,20 @@ class _KrylovSpace:
         known, images = len(self._gram), self._images[:, : self.size]
         gram = self._gram.new_empty(self.size, self.size)
         gram[:known, :known] = self._gram
-        gram[:, known:] = wide_product(images, images[:, known:])
+        left = self._basis[:, : self.size] if self._squared else images
+        gram[:, known:] = wide_product(left, images[:, known:])
         gram[known:, :known] = gram[:known, known:].T
         self._gram = gram
-        values, rotation = _descending(gram)
+        # In float32 where its rounding, of ``‖QᵀMQ‖`` at most in each value, is nothing beside what is left of any basis.
+        moved = rank * torch.finfo(torch.float32).eps / 2.0 * float(torch.linalg.vector_norm(gram))
+        exact = moved > _FLOAT32_SHARE * (total - float(gram.diagonal().sum()))
+        values, rotation = _descending(gram if exact else gram.to(torch.float32))
         energy_left = total - float(values[:rank].sum())
         cancelled = energy_left <= _CANCELLED[self._matrix.dtype] * total
         if cancelled:
             energy_left = float(values[rank:].sum())
         values, rotation = values[:rank], rotation[:, :rank]
-        residuals = (self._coupling.to(torch.float64) @ rotation[-self.block :]).square().sum(dim=0)
+        residuals = (self._coupling.to(rotation.dtype) @ rotation[-self.block :]).square().sum(dim=0).to(torch.float64)
         # What couples to the next block lies about as high as the last one.
         level = gram.diagonal()[-self.block :].mean()
         gaps = torch.maximum(values - level, _MIN_GAP * values).clamp_min(torch.finfo(torch.float64).tiny)
@@ -200,8 +213,9 @@ def _outside(basis: Tensor, block: Tensor, generator: torch.Generator) -> Tensor
 
 
 def _descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, descending, in float64, and eigenvectors in the dtype of ``matrix``."""
     values, vectors = torch.linalg.eigh(matrix)
-    return values.flip(0).clamp_min(0.0), vectors.flip(1)
+    return values.flip(0).to(torch.float64).clamp_min(0.0), vectors.flip(1)
 
 
 def _widened(tensor: Tensor, needed: int, used: int) -> Tensor:
@@ -223,7 +237,7 @@ def orthonormal(columns: Tensor) -> tuple[Tensor, Tensor]:
     return q, r.diagonal().abs()
 
 
-def complement_gain(matrix: Tensor, top: LeadingVectors, seed: int) -> float:
+def complement_gain(matrix: Tensor, top: LeadingVectors, seed: int, *, squared: bool = False) -> float:
     """The energy that ``top`` would gain by taking in directions found by chance outside it, in place of its last ones.
 
     ``Y = (P A Aᵀ)^3 P Ω`` with ``P = I − U Uᵀ`` and 8 random vectors, then Rayleigh-Ritz in its span: ``Σ (ρ_j − θ_{r+1−j})₊``.
@@ -235,8 +249,9 @@ def complement_gain(matrix: Tensor, top: LeadingVectors, seed: int) -> float:
     probe = _outside(top.vectors, _random(len(matrix), count, generator, matrix), generator)
     # A few rows times a matrix go several times as fast as the matrix times a few columns.
     for _ in range(_PROBE_STEPS):
-        probe = _outside(top.vectors, (probe.T @ matrix @ matrix.T).T, generator)
+        image = probe.T @ matrix
+        probe = _outside(top.vectors, (image if squared else image @ matrix.T).T, generator)
     image = (probe.T @ matrix).to(torch.float64)
-    found, _ = _descending(image @ image.T)
+    found, _ = _descending(image @ (probe.to(torch.float64) if squared else image.T))
     last = top.values.flip(0)[:count]
     return float((found[: len(last)] - last).clamp_min(0.0).sum())

@@ -89,7 +89,7 @@ def test_a_start_that_misses_a_direction_is_found_out(monkeypatch: pytest.Monkey
     monkeypatch.setattr(krylov, "_random", blind)
     assert leading_vectors(matrix, 20) is None
     # Its Ritz residuals say that all is well: only the probe says no.
-    monkeypatch.setattr(krylov, "complement_gain", lambda *_: 0.0)
+    monkeypatch.setattr(krylov, "complement_gain", lambda *_, **__: 0.0)
     top = leading_vectors(matrix, 20)
     assert top is not None
     assert float(top.vectors[0].abs().max()) == 0.0
