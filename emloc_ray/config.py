@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ByteSize,
     ConfigDict,
     Field,
@@ -28,6 +29,19 @@ from pydantic import (
 from emloc_ray.errors import ConfigError
 
 Patterns = str | typing.Annotated[list[str], Field(min_length=1)]
+
+
+_SIZE = re.compile(r"\s*\d+(\.\d+)?\s*[a-zA-Z]*\s*")
+
+
+def _whole_size(value: Any) -> Any:
+    """pydantic reads the beginning of a size and lets the rest go: 1,5GiB would be a byte."""
+    if isinstance(value, str) and not _SIZE.fullmatch(value):
+        raise ValueError(f"{value!r} is no size: give a number and a unit, such as 24GiB")
+    return value
+
+
+Size = typing.Annotated[ByteSize, BeforeValidator(_whole_size), Field(ge=1)]
 
 
 class Section(BaseModel):
@@ -181,7 +195,7 @@ class MergeConfig(StageConfig):
     """Folding the corrected adapter into the original's weights."""
 
     chunk_bytes: int = Field(32 * 2**20, ge=4096, description="float32 bytes of a row chunk")
-    max_shard_size: ByteSize | None = Field(None, ge=1, description="such as 5GB; left out: the original's shards")
+    max_shard_size: Size | None = Field(None, description="such as 5GB; left out: the original's shards")
 
 
 class EvaluationConfig(StageConfig):
@@ -215,7 +229,7 @@ class RunConfig(Section):
 
     run_dir: str
     seed: int = Field(0, ge=0, lt=2**32)
-    memory_budget: ByteSize | None = Field(None, description="what one worker may hold, such as 24GiB")
+    memory_budget: Size | None = Field(None, description="what one worker may hold, such as 24GiB")
     model: ModelConfig
     data: DataConfig
     calibration: CalibrationConfig = CalibrationConfig()

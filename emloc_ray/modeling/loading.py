@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.atomic import atomic_directory
 from emloc_ray.io.checkpoint import Checkpoint
-from emloc_ray.modeling.architecture import auto_class
+from emloc_ray.modeling.architecture import auto_class, block_linears
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -133,12 +133,21 @@ def read_model_config(source: ModelSource, trust_remote_code: bool = False) -> A
 
 
 def check_source(source: ModelSource, model: Any, trust_remote_code: bool = False) -> None:
-    """Raises ConfigError where the checkpoint's shapes are not those of ``model`` (on the meta device), or it has no
-    tokenizer."""
+    """Raises ConfigError where the checkpoint's shapes are not those of ``model`` (on the meta device), it lacks linears
+    that ``model`` has, which transformers would fill with random numbers, or it has no tokenizer."""
     if source.gguf_file is not None:
         return
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for entry in () if source.hub_id is not None else Checkpoint(source.directory):
+    checkpoint = None if source.hub_id is not None else Checkpoint(source.directory)
+    if checkpoint is not None:
+        wanted = [spec.weight_name for spec in block_linears(model)]
+        missing = [name for name in wanted if name not in checkpoint]
+        if missing and len(missing) < len(wanted):  # where all are, the file has other names for them
+            raise ConfigError(
+                f"model.source {source.directory} holds no {missing[0]} ({len(missing)} linears of config.json's model are"
+                " missing): copy the checkpoint again, or mend config.json."
+            )
+    for entry in checkpoint or ():
         if shapes.get(entry.name, entry.shape) != entry.shape:
             raise ConfigError(
                 f"model.source {source.directory}: {entry.name} is of shape {list(entry.shape)}, config.json asks for"

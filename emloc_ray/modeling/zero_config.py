@@ -62,8 +62,13 @@ def check_zero_config(path: str, content: dict[str, Any], arguments: Any, num_wo
     """Raises ConfigError where ``content`` says other numbers than TrainingArguments, ``arguments``, do."""
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-    seen = HfTrainerDeepSpeedConfig(content)
-    seen.trainer_config_process(argparse.Namespace(**{**vars(arguments), "world_size": num_workers}))
+    try:
+        seen = HfTrainerDeepSpeedConfig(content)
+        seen.trainer_config_process(argparse.Namespace(**{**vars(arguments), "world_size": num_workers}))
+    except (AttributeError, TypeError, KeyError, ValueError) as error:
+        raise ConfigError(
+            f"finetune.deepspeed {path} has a value of another type than DeepSpeed takes ({error}): mend it there."
+        ) from error
     if seen.mismatches:
         told = "; ".join(line.removeprefix("- ds ").replace(" vs hf ", ", finetune says ") for line in seen.mismatches)
         raise ConfigError(f'finetune.deepspeed {path} says {told}: set "auto" there, or the same here.')

@@ -351,3 +351,9 @@ def test_a_config_that_is_no_text_or_a_directory_is_told(tmp_path: Path) -> None
         load_config(tmp_path / "a.yaml")
     with pytest.raises(ConfigError, match="is a directory"):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize("size", ["1,5GiB", "24GiB 16GiB", "24GiB/2", "GiB", "-1GiB", 0])
+def test_a_size_is_a_number_and_a_unit(size: Any) -> None:
+    assert "memory_budget" in error_of(memory_budget=size)
+    assert config(memory_budget="1.5 GiB").memory_budget == 3 * 2**29

@@ -13,14 +13,16 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tiny import HIDDEN, VOCABULARY, make_model, make_tokenizer, save_emulator
+from tiny import HIDDEN, VOCABULARY, make_config, make_model, make_tokenizer, save_emulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.checkpoint import INDEX_NAME, Checkpoint
+from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.emulator import FactorizedLinear
 from emloc_ray.modeling.loading import (
     ModelSource,
+    check_source,
     copy_tokenizer,
     fetch_weights,
     import_gguf,
@@ -82,6 +84,13 @@ def test_the_config_is_read_and_a_broken_one_is_told(tmp_path: Path, tiny_model_
     with pytest.raises(ConfigError, match="config cannot be read") as caught:
         read_model_config(ModelSource(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_that_lacks_a_block_of_its_config_is_refused(tiny_model_dir: Callable[..., Path]) -> None:
+    source, deeper = ModelSource(tiny_model_dir()), empty_model(make_config("llama", num_hidden_layers=3))
+    with pytest.raises(ConfigError, match=r"holds no model\.layers\.2\.self_attn\.q_proj\.weight \(7 linears"):
+        check_source(source, deeper)
+    check_source(source, empty_model(make_config("llama")))
 
 
 # Packages.

@@ -112,3 +112,12 @@ def test_numbers_that_differ_from_the_configs_are_told(
             check_zero_config(path, content, wanted, 3)
         assert words in str(caught.value)
         assert str(caught.value).endswith('set "auto" there, or the same here.')
+
+
+@pytest.mark.parametrize("wrong", [{"bf16": True}, {"optimizer": "Adam"}])
+def test_a_value_of_another_type_is_told(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    path = write(tmp_path / "zero.json", {"zero_optimization": {"stage": 2}, **wrong})
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(ConfigError, match="another type than DeepSpeed takes") as caught:
+        check_zero_config(path, read_zero_config(path), arguments, 2)
+    assert "\n" not in str(caught.value)
