@@ -248,6 +248,35 @@ def test_subspace_of_a_low_rank_layer_and_of_diagonal_ones(out_features: int, in
         assert reached == pytest.approx(optimum, rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.parametrize(("out_features", "in_features"), [(150, 340), (340, 150)])
+@pytest.mark.parametrize(("power", "squares"), [(1, True), (4, False)])
+def test_the_smaller_gram_serves_only_where_squaring_costs_nothing(
+    monkeypatch: pytest.MonkeyPatch, out_features: int, in_features: int, power: int, squares: bool
+) -> None:
+    eigenvalues = torch.arange(1, 151, dtype=torch.float64) ** -power
+    weight, gram = with_spectrum(150, eigenvalues, out_features, in_features)
+    taken: list[bool] = []
+
+    def recorded(matrix: Tensor, rank: int, seed: int, *, squared: bool = False) -> krylov.LeadingVectors | None:
+        taken.append(squared)
+        return krylov.leading_vectors(matrix, rank, seed, squared=squared)
+
+    monkeypatch.setattr(factorization, "leading_vectors", recorded)
+    result = factorize(weight.float(), Whitening(gram.float(), 0.0), 20, solver="subspace")
+    assert taken == ([True] if squares else [True, False])
+    assert (result.solver, result.dtype) == ("subspace", torch.float32)
+    optimum = math.sqrt(float(eigenvalues[20:].sum() / eigenvalues.sum()))
+    assert error_of(weight, result.factors, gram) == pytest.approx(optimum, rel=1e-3)
+
+
+def test_a_gram_without_a_cheap_root_takes_the_exact_route() -> None:
+    weight, tokens = normal(150, 160, 1), normal(40, 160, 2)
+    gram = tokens.T @ tokens - 1e-4 * torch.eye(160, dtype=torch.float64)
+    whitening = Whitening(gram)
+    assert whitening.cholesky(torch.float64) is None
+    assert factorize(weight, whitening, 12, solver="subspace").solver == "exact"
+
+
 def test_auto_takes_the_subspace_where_it_pays() -> None:
     weight, tokens = normal(256, 256, 8).float(), normal(500, 256, 9).float()
     whitening = Whitening(tokens.T @ tokens)

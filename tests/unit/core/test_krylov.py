@@ -136,6 +136,36 @@ def test_low_rank_and_zero_end_at_rounding(dtype: torch.dtype) -> None:
         torch.testing.assert_close(top.vectors.T @ top.vectors, identity, rtol=0, atol=1e-5)
 
 
+@DTYPES
+def test_of_the_square_the_same_vectors_while_rounding_lets_it(dtype: torch.dtype) -> None:
+    values = torch.arange(1, 201, dtype=torch.float64) ** -0.5
+    matrix = with_singular_values(values, 200, 300)
+    top = leading_vectors((matrix @ matrix.T).to(dtype), 20, squared=True)
+    assert top is not None
+    assert loss_of(matrix, top.vectors, values.square()) < 1e-3
+    assert top.energy_left == pytest.approx(float(values[20:].square().sum()), rel=1e-3)
+    steep = with_singular_values(values**6, 200, 300)
+    assert leading_vectors((steep @ steep.T).float(), 20, squared=True) is None
+    assert leading_vectors(steep.float(), 20) is not None
+
+
+def test_what_float32_cannot_hold_ends_the_search_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = with_singular_values(torch.arange(1, 301, dtype=torch.float64) ** -4.0, 300, 300)
+    looks: list[int] = []
+    look = krylov._KrylovSpace.look
+
+    def counted(self: krylov._KrylovSpace, rank: int, total: float) -> krylov._Ritz:
+        looks.append(self.size)
+        return look(self, rank, total)
+
+    monkeypatch.setattr(krylov._KrylovSpace, "look", counted)
+    top = leading_vectors(matrix.float(), 60)
+    assert top is not None
+    assert krylov.is_lost(top.energy_left, 1.0, torch.float32)
+    assert not krylov.is_lost(top.energy_left, 1.0, torch.float64)
+    assert len(looks) == 1
+
+
 def test_a_space_that_would_be_nearly_everything_is_refused() -> None:
     assert leading_vectors(normal(100, 100), 70) is None
 

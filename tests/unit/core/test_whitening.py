@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from emloc_ray.core.gram import Gram
-from emloc_ray.core.whitening import Whitening, is_finite
+from emloc_ray.core.whitening import Whitening, energy, is_finite, wide_product
 from emloc_ray.errors import NumericsError
 
 
@@ -32,6 +32,7 @@ def test_products_are_those_of_the_damped_gram(features: int, dtype: torch.dtype
     assert whitening.energy(weight.to(dtype)) == pytest.approx(float(expected.trace()), rel=1e-5)
     whitened = whitening.whiten(weight.to(dtype)).double()
     torch.testing.assert_close(whitened @ whitened.T, expected, **tolerance)
+    torch.testing.assert_close(whitening.times(weight.T), damped @ weight.T / whitening.scale, rtol=1e-12, atol=1e-12)
     root = whitening.root(torch.float64)
     assert torch.equal(root, root.tril())
     torch.testing.assert_close(root @ root.T * whitening.scale, damped, rtol=1e-10, atol=1e-10)
@@ -65,6 +66,30 @@ def test_a_sum_that_rounding_made_indefinite_still_has_a_root() -> None:
         torch.testing.assert_close(
             (root @ root.T).double(), whitening.matrix(torch.float64), rtol=0, atol=2e-3 / whitening.scale
         )
+
+
+def test_cholesky_takes_float64_where_float32_does_not_do() -> None:
+    tokens = tokens_of(3, 300)
+    tokens[:, 0] += 100.0
+    tokens = tokens @ torch.linalg.qr(tokens_of(300, 300, 1)).Q
+    whitening = Whitening(tokens.T @ tokens)
+    assert int(torch.linalg.cholesky_ex(whitening.matrix(torch.float32)).info) != 0
+    root = whitening.cholesky(torch.float32)
+    assert root is not None
+    assert root.dtype == torch.float32
+    assert root is whitening.root(torch.float32)
+    torch.testing.assert_close(
+        (root.double() @ root.double().T), whitening.matrix(torch.float64), rtol=0, atol=1e-6 * 300
+    )
+
+
+def test_a_wide_product_and_an_energy_are_those_of_float64() -> None:
+    left, right = tokens_of(700, 5).float(), tokens_of(700, 3, 1).float()
+    product = wide_product(left, right)
+    assert product.dtype == torch.float64
+    torch.testing.assert_close(product, left.double().T @ right.double(), rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(wide_product(left.T.contiguous().T, right), product, rtol=1e-13, atol=1e-13)
+    assert energy(left) == pytest.approx(float(left.double().square().sum()), rel=1e-7)
 
 
 def test_zero_gram_and_identity_whiten_alike() -> None:
