@@ -23,6 +23,8 @@ _SURE_ROUNDING_SHARE = 1e-3
 _MAX_ROUNDING_SHARE = 5e-3
 _MAX_RESIDUAL_DIFFERENCE = 1e-3
 
+# Columns of ``W L V`` come from float32 where that moves less than this share of the residual energy.
+_MOVED_SHARE = 1e-4
 # A probe of the exact operator may find so many times the loss that the solver allowed itself.
 _PROBED_EXCESS = 1.5
 _PROBES = 8
@@ -173,8 +175,10 @@ def _by_subspace(weight: Tensor, whitening: Whitening, rank: int, seed: int) -> 
     total = energy(whitened)
     sure = _is_sure(top, rank, weight.dtype)
     if tall:
-        # In float64 where the last columns would be rounding beside the first.
-        up = whitened @ top.vectors if sure else wide_product(whitened.T, top.vectors)
+        # In float64 where what float32 adds to each column, some roundoffs of σ₁, would count beside what is left.
+        moved = rank * (4 * torch.finfo(weight.dtype).eps / 2.0) ** 2 * float(top.values[0])
+        narrow = moved <= _MOVED_SHARE * top.energy_left
+        up = whitened @ top.vectors if narrow else wide_product(whitened.T, top.vectors)
         scales = top.values.sqrt().to(up.dtype).clamp_min(torch.finfo(up.dtype).tiny)
         top = top._replace(vectors=up / scales)
     top = top._replace(vectors=_polish(top.vectors).to(weight.dtype))
