@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from emloc_ray.modeling.emulator import register as _register
 
 if TYPE_CHECKING:
-    from emloc_ray.config import RunConfig, load_config
+    from emloc_ray.config import RunConfig
+    from emloc_ray.config_reading import load_config
     from emloc_ray.core.factorization import Factorization, LowRankFactors, factorize
     from emloc_ray.core.gram import Gram
     from emloc_ray.modeling.emulator import FactorizedLinear
@@ -21,7 +22,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "RunConfig": "emloc_ray.config",
-    "load_config": "emloc_ray.config",
+    "load_config": "emloc_ray.config_reading",
     "Gram": "emloc_ray.core.gram",
     "Factorization": "emloc_ray.core.factorization",
     "LowRankFactors": "emloc_ray.core.factorization",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -40,11 +41,11 @@ class Solution:
     def sentence(self) -> str:
         """What was found, for a person."""
         said = (
-            f"Within {_gib(self.budget)}: fine-tuning needs {_gib(self.finetune_bytes)} a worker, inference of the"
-            f" original {_gib(self.inference_bytes)}."
+            f"Within {_size(self.budget)}: fine-tuning needs {_size(self.finetune_bytes)} a worker, inference of the"
+            f" original {_size(self.inference_bytes)}."
         )
         if self.too_large:
-            stages = ", ".join(f"{name} ({_gib(size)})" for name, size in self.too_large)
+            stages = ", ".join(f"{name} ({_size(size)})" for name, size in self.too_large)
             said += f" Not within it, whatever the ratio: {stages}; {self._remedy}."
         return said
 
@@ -76,8 +77,8 @@ def solve(prepared: Prepared, budget: int, lengths: Lengths, multiples: Mapping[
     ratio = next((ratio for ratio in _RATIOS if needed(ratio, 1) <= budget), None)
     if ratio is None:
         raise ConfigError(
-            f"No compression ratio fits {_gib(budget)}: at {_RATIOS[-1]:g}, a row at a time and with gradient"
-            f" checkpointing, fine-tuning needs {_gib(needed(_RATIOS[-1], 1))}: give that much, or lower"
+            f"No compression ratio fits {_size(budget)}: at {_RATIOS[-1]:g}, a row at a time and with gradient"
+            f" checkpointing, fine-tuning needs {_size(needed(_RATIOS[-1], 1))}: give that much, or lower"
             " data.max_seq_length or adapter.r."
         )
     sizes = (size for size in range(section.per_device_train_batch_size, 0, -1) if rows % size == 0)
@@ -117,5 +118,7 @@ def with_settings(
     return dataclasses.replace(prepared, config=changed, layout=dataclasses.replace(layout, ranks=ranks))
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def _size(size: float) -> str:
+    """Rounded up, so that who gives as much as is said has enough."""
+    unit, name = (2**30, "GiB") if size >= 2**30 else (2**20, "MiB")
+    return f"{math.ceil(100 * size / unit) / 100 if unit == 2**30 else math.ceil(size / unit):g} {name}"

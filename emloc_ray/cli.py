@@ -59,7 +59,7 @@ def _escape(text: str) -> str:
 
 
 def _prepare(path: Path, overrides: list[str] | None) -> Any:
-    from emloc_ray.config import load_config
+    from emloc_ray.config_reading import load_config
 
     config = load_config(path, overrides or ())
     with console.status("Checking the config, the model and the data …"):

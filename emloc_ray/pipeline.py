@@ -13,7 +13,8 @@ from emloc_ray.errors import EmlocError
 from emloc_ray.io.fingerprint import fingerprint, fingerprint_files, fingerprint_large_files
 from emloc_ray.io.grams import INDEX
 from emloc_ray.io.resume import discard_unless
-from emloc_ray.planner import make_plan
+from emloc_ray.memory import MemoryModel, total
+from emloc_ray.planner import make_plan, row_lengths
 from emloc_ray.preparation import Prepared, check_disk, prepare
 from emloc_ray.report import write_report
 from emloc_ray.reporter import Reporter, SilentReporter
@@ -77,11 +78,25 @@ class Pipeline:
 
     def run(self, until: str = STAGES[-1]) -> None:
         """Every stage up to ``until``, in order."""
+        self._tell_budget()
         self.import_model()
         self.prepare_data()
         for stage in STAGES[: STAGES.index(until) + 1]:
             getattr(self, stage)()
         self._write_results()  # once more: a stage may have been committed by a run that was killed right after
+
+    def _tell_budget(self) -> None:
+        """Which stages are planned to hold more than ``memory_budget``: it bounds calibration alone, and informs of the rest."""
+        budget = self.config.memory_budget
+        if budget is None:
+            return
+        memory = MemoryModel(self.prepared, row_lengths(self.prepared))
+        above = [f"{name} {size / 2**30:.2f} GiB" for name in STAGES if (size := total(memory.stage(name))) > budget]
+        if above:
+            self.reporter.note(
+                f"memory_budget is {budget / 2**30:.2f} GiB a worker, but the plan says {', '.join(above)}:"
+                " see emloc-ray plan --memory-budget for settings that fit."
+            )
 
     def _write_results(self) -> None:
         """metrics.json and report.html, anew from the manifest."""

@@ -232,6 +232,13 @@ def _check_split(config: RunConfig, name: str) -> tuple[SourceFile, ...]:
         first = range(min(source.num_rows, checked))
         for number, row in read_rows(source, first, FIELDS[config.data.format]):
             check_row(row, config.data.format, f"{source.path}, row {number + 1}")
+    others = sum(getattr(config.data, other) is None for other in ("selection", "eval"))  # taken out of train
+    rows = sum(source.num_rows for source in sources)
+    if name == "train" and rows <= others:
+        raise ConfigError(
+            f"data.train.path has {rows} rows, of which {others} are held out: give more, or paths of their own to"
+            " data.selection and data.eval."
+        )
     return sources
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from emloc_ray import pipeline
-from emloc_ray.config import parse_config
+from emloc_ray.config_reading import parse_config
 from emloc_ray.io.fingerprint import fingerprint
 from emloc_ray.pipeline import Pipeline
 from emloc_ray.preparation import prepare

@@ -39,6 +39,7 @@ def check_row(row: Row, format: str, where: str) -> None:
             raise DataError(f"{where}: field {field!r} is {type(row[field]).__name__}: it must be text.")
         if not row[field].strip():
             raise DataError(f"{where}: field {field!r} is empty: fill it or remove the row.")
+        _check_unicode(row[field], f"{where}: field {field!r}")
 
 
 def _check_messages(messages: Any, where: str) -> None:
@@ -47,8 +48,17 @@ def _check_messages(messages: Any, where: str) -> None:
     for turn in messages:
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or turn.get("content") is None:
             raise DataError(f"{where}: a message lacks role or content: give [{{role, content}}, …].")
+        if isinstance(turn["content"], str):
+            _check_unicode(turn["content"], f"{where}: a message")
     if not any(turn["role"] == "assistant" for turn in messages):
         raise DataError(f"{where}: no message has role assistant: there is nothing to learn from it.")
+
+
+def _check_unicode(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a pair, as JSON can escape it
+        raise DataError(f"{where} holds {text[error.start]!r}, which is no character: remove it.") from error
 
 
 class _Segment(NamedTuple):

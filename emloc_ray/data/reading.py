@@ -206,6 +206,9 @@ def _csv_offsets(path: Path) -> Iterator[int]:
     with path.open(encoding="utf-8", newline="") as text:
         records = _csv_records(counted(text))
         names = next(records, [])
+        repeated = next((name for place, name in enumerate(names) if name in names[:place]), None)
+        if repeated is not None:
+            raise csv.Error(f"its header names {repeated!r} twice")
         begin = consumed
         for number, record in enumerate(records):
             if len(record) != len(names):

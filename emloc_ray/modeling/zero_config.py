@@ -33,7 +33,9 @@ def read_zero_config(path: str) -> dict[str, Any]:
     try:
         content = json.loads(Path(path).expanduser().read_text("utf-8"))
     except OSError as error:
-        raise ConfigError(f"{where} cannot be read ({error.strerror}): give the path of a JSON file.") from error
+        raise ConfigError(
+            f"{where} cannot be read ({error.strerror}): give the path of a JSON file, from the working directory."
+        ) from error
     except ValueError as error:
         raise ConfigError(f"{where} is not JSON ({error}): mend it there.") from error
     zero = content.get("zero_optimization") if isinstance(content, dict) else None

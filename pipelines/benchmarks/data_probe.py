@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from emloc_ray.config import parse_config
+from emloc_ray.config_reading import parse_config
 from emloc_ray.data.ingest import SampleOrder, stream_batches
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.preparation import prepare

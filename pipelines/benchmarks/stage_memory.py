@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from emloc_ray.budget import with_settings
-from emloc_ray.config import RunConfig, parse_config
+from emloc_ray.config import RunConfig
+from emloc_ray.config_reading import parse_config
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.memory import Lengths, MemoryModel, Parts

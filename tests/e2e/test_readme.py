@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from emloc_ray.config import load_config, parse_config
+from emloc_ray.config_reading import load_config, parse_config
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

@@ -15,7 +15,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from safetensors.torch import load_file
 from small_runs import FinishedRun, KillingWatcher, redone, run_values
 
-from emloc_ray.config import parse_config
+from emloc_ray.config_reading import parse_config
 from emloc_ray.jobs import Jobs
 from emloc_ray.modeling.zero_config import read_zero_config
 from emloc_ray.preparation import prepare

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_runs import FinishedRun, RecordingReporter, run_values
 
-from emloc_ray.config import parse_config
+from emloc_ray.config_reading import parse_config
 from emloc_ray.errors import NumericsError, StageError
 from emloc_ray.io.checkpoint import read_shard
 from emloc_ray.io.grams import INDEX, GramStore

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from emloc_ray.config import parse_config
+from emloc_ray.config_reading import parse_config
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.errors import DataError
 from emloc_ray.preparation import prepare

@@ -21,7 +21,7 @@ from small_runs import LENGTH, FinishedRun, run_values, task_rows
 from tiny import EOS
 from transformers import AutoModelForCausalLM
 
-from emloc_ray.config import load_config, parse_config
+from emloc_ray.config_reading import load_config, parse_config
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.grams import GramStore

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from small_runs import FinishedRun, KillingReporter, KillingWatcher, redone, run_values
 
 from emloc_ray import pipeline
-from emloc_ray.config import parse_config
+from emloc_ray.config_reading import parse_config
 from emloc_ray.pipeline import Pipeline
 from emloc_ray.preparation import prepare
 from emloc_ray.stages import STAGES

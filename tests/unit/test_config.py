@@ -10,7 +10,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from emloc_ray.config import AdapterConfig, RunConfig, load_config, parse_config
+from emloc_ray.config import AdapterConfig, RunConfig
+from emloc_ray.config_reading import load_config, parse_config
 from emloc_ray.errors import ConfigError
 
 MINIMAL: dict[str, Any] = {

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from emloc_ray import planner
-from emloc_ray.config import parse_config
+from emloc_ray.config_reading import parse_config
 from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.planner import Plan, make_plan, num_steps
 from emloc_ray.preparation import Prepared, prepare

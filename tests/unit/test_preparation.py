@@ -12,7 +12,7 @@ import pytest
 from tiny import make_config
 from transformers import LlamaConfig
 
-from emloc_ray.config import parse_config
+from emloc_ray.config_reading import parse_config
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.modeling.architecture import empty_model
@@ -259,3 +259,11 @@ def test_what_transformers_takes_is_passed_whatever_we_set_ourselves(
     values = {"run_dir": str(tmp_path / "run"), "model": {"source": str(tiny_model_dir("llama"))}, "data": data}
     settings = {"report_to": "none", "use_cpu": True, "lr_scheduler_type": "cosine", "warmup_steps": 3}
     assert prepare(parse_config({**values, "finetune": settings})).config.finetune.model_extra == settings
+
+
+def test_a_file_that_leaves_nothing_to_train_on_is_refused(refused: Callable[..., str], tmp_path: Path) -> None:
+    rows = {"path": str(write_rows(tmp_path / "two.jsonl", 2))}
+    assert "data.train.path has 2 rows, of which 2 are held out" in refused(data={"train": rows})
+    assert "held out" not in refused(
+        data={"train": {"path": str(write_rows(tmp_path / "three.jsonl", 3))}}, adapter={"r": 9999}
+    )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tiny import make_config
 
-from emloc_ray.config import parse_config
+from emloc_ray.config_reading import parse_config
 from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.loading import ModelSource

@@ -213,3 +213,15 @@ def test_packing_joins_whole_rows_in_order(many: list[Tokens], limit: int) -> No
             assert len(before) + len(starts[start]) > limit
         else:
             assert start == sum(map(len, many))
+
+
+@pytest.mark.parametrize(
+    ("row", "format"),
+    [
+        ({"text": "half \ud800"}, "text"),
+        ({"messages": [{"role": "assistant", "content": "half \ud800"}]}, "messages"),
+    ],
+)
+def test_half_a_character_is_told_by_its_row(row: dict[str, Any], format: str) -> None:
+    with pytest.raises(DataError, match=r"a\.jsonl, row 3: .* which is no character: remove it"):
+        check_row(row, format, "a.jsonl, row 3")

@@ -244,3 +244,10 @@ def test_unknown_kind(tmp_path: Path) -> None:
     (tmp_path / "a.xlsx").write_text("x")
     with pytest.raises(DataError, match=r"ends in \.xlsx.*\.jsonl"):
         list_files(str(tmp_path / "a.xlsx"), "data.train.path")
+
+
+def test_a_csv_header_that_names_a_column_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "twice.csv"
+    path.write_text("prompt,completion,prompt\n1,2,3\n")
+    with pytest.raises(DataError, match="its header names 'prompt' twice"):
+        scan(path)

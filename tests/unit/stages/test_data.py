@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from small_runs import make_values, task_rows, write_jsonl
 
-from emloc_ray.config import parse_config
+from emloc_ray.config_reading import parse_config
 from emloc_ray.data.docstrings import DocstringTask
 from emloc_ray.data.hash_order import row_hash
 from emloc_ray.data.reading import scan
