@@ -92,6 +92,9 @@ def test_every_stage_up_to_the_merge_runs_where_the_model_does_not_fit(
 ) -> None:
     result = run(tmp_path, model_dir, environment, "--until", "merge")
     assert result.returncode == 0, result.stderr
+    [told] = [line for line in result.stdout.splitlines() if "memory_budget is" in line]
+    assert "evaluate" in told  # which holds the original whole
+    assert "calibrate" not in told
     stages = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]
     assert stages["calibrate"]["result"]["mode"] == "streamed"
     assert stages["merge"]["result"]["merged_tensors"] == 7 * 8
