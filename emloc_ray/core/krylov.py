@@ -19,7 +19,7 @@ _BLOCK_SHARE = 0.125
 _MIN_BLOCK = 32
 # The first look at the Ritz values, in ranks: 1/i² needs 1.5, real layers of 576 features 2.2, a normal matrix 3.5. In a
 # small matrix a look costs as much as several blocks, so that it comes later.
-_FIRST_LOOK, _FIRST_LOOK_IF_SMALL = 1.5, 2.2
+_FIRST_LOOK, _FIRST_LOOK_IF_SMALL = 1.75, 2.2
 _SMALL = 1024
 # In so many ranks the loss is expected to fall by a factor of ten, until two looks have told.
 _DECADE = 0.25
@@ -160,8 +160,10 @@ class _KrylovSpace:
         known, images = len(self._gram), self._images[:, : self.size]
         gram = self._gram.new_empty(self.size, self.size)
         gram[:known, :known] = self._gram
-        left = self._basis[:, : self.size] if self._squared else images
-        gram[:, known:] = wide_product(left, images[:, known:])
+        if self._squared:  # what the dtype rounds here, it has rounded in the square as well
+            gram[:, known:] = self._basis[:, : self.size].T @ images[:, known:]
+        else:
+            gram[:, known:] = wide_product(images, images[:, known:])
         gram[known:, :known] = gram[:known, known:].T
         self._gram = gram
         # In float32 where its rounding, of ``‖QᵀMQ‖`` at most in each value, is nothing beside what is left of any basis.
