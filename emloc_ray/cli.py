@@ -101,11 +101,11 @@ def _run(path: Path, overrides: list[str] | None, begin: Stage | None, until: St
             )
     except EmlocError as error:
         if not isinstance(error, ConfigError):
-            raise type(error)(pipeline.describe_failure(error, prepared.run.root)) from error
+            raise type(error)(pipeline.describe_failure(error, prepared.run.place)) from error
         raise
     if until is Stage.evaluate:
         console.print(evaluation_table(metrics))
-    for line in result_lines(metrics, str(prepared.run.root)):
+    for line in result_lines(metrics, prepared.run.place):
         console.print(_escape(line), soft_wrap=True)
 
 
@@ -179,7 +179,7 @@ def plan(
     _guarded(action)
 
 
-RunPath = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory.")]
+RunPath = Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run's directory, or its place on an object store.")]
 
 
 @app.command()
@@ -204,7 +204,7 @@ def status(run_dir: RunPath) -> None:
         metrics = run.metrics()
         if "evaluation" in metrics:
             console.print(evaluation_table(metrics))
-            for line in result_lines(metrics, str(run.root)):
+            for line in result_lines(metrics, run.place):
                 console.print(_escape(line), soft_wrap=True)
 
     _guarded(action)
@@ -219,6 +219,28 @@ def report(run_dir: RunPath) -> None:
         from emloc_ray.report import write_report
 
         console.print(str(write_report(RunDirectory(run_dir).existing())))
+
+    _guarded(action)
+
+
+@app.command()
+def fetch(
+    run_uri: Annotated[str, typer.Argument(metavar="RUN_URI", help="A run's place on an object store.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it.")],
+    part: Annotated[
+        list[str] | None, typer.Option(help="Only this part, such as adapter or merged; may be repeated.")
+    ] = None,
+) -> None:
+    """Bring a run, or parts of it, from an object store to a local directory."""
+
+    def action() -> None:
+        from emloc_ray.console import byte_progress
+        from emloc_ray.io.fetching import fetch
+        from emloc_ray.io.run_directory import RunDirectory
+
+        with byte_progress(console, "Fetching") as progress:
+            files = fetch(RunDirectory(run_uri).existing(), directory, part or (), progress)
+        console.print(_escape(f"{len(files)} files written to {directory}"), soft_wrap=True)
 
     _guarded(action)
 

@@ -236,6 +236,4 @@ class RunConfig(Section):
     def _sections_agree(self) -> RunConfig:
         if self.correction.method == "covariance" and self.calibration.keep == "none":
             raise ValueError("correction.method: covariance needs the Grams: set calibration.keep to grams")
-        if "://" in self.run_dir and not self.run_dir.startswith("file://"):
-            raise ValueError(f"run_dir {self.run_dir} is not a local path: this version keeps runs on a file system")
         return self

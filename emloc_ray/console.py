@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from emloc_ray.memory import total
@@ -22,6 +23,20 @@ _VERBS = {
     "merge": "Merging",
     "evaluate": "Evaluating",
 }
+
+
+@contextlib.contextmanager
+def byte_progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of bytes, on a terminal; the callback takes how many are done, of how many."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=32),
+        DownloadColumn(binary_units=True),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task(what)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
 class ConsoleReporter:

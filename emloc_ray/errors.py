@@ -1,6 +1,6 @@
 """What can go wrong, in one sentence each: what, where (file, row, layer, config key), what to do.
 
-Every error keeps its message as its only argument, so that it survives pickling through Ray.
+Every error is made of its message, so that it survives pickling through Ray.
 """
 
 from __future__ import annotations
@@ -28,6 +28,17 @@ class NumericsError(EmlocError):
 
 class ArtifactError(EmlocError):
     """A checkpoint, an adapter or a run's artifact is missing, cut short or altered; names the file."""
+
+
+class DamagedArtifactError(ArtifactError):
+    """A file of a run is not what its writer wrote; ``path`` names it from the run's directory on, "" where unknown."""
+
+    def __init__(self, message: str, path: str = "") -> None:
+        super().__init__(message)
+        self.path = path
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (str(self), self.path)
 
 
 class StageError(EmlocError):

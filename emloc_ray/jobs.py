@@ -169,7 +169,10 @@ class Jobs:
         return pad if isinstance(pad, int) and pad >= 0 else 0
 
     def _base_model(self) -> str:
-        return str(self.model_dir) if self.prepared.source.gguf_file else self.prepared.config.model.source
+        if self.prepared.source.gguf_file is None:
+            return self.prepared.config.model.source
+        run = self.prepared.run
+        return str(self.model_dir) if run.store is None else f"{run.place.partition('?')[0]}/model"
 
     def _portable_targets(self) -> str | list[str]:
         targets = self.prepared.layout.portable_targets

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emloc_ray.config import RunConfig, StageConfig
-from emloc_ray.errors import EmlocError
-from emloc_ray.io.fingerprint import fingerprint, fingerprint_files, fingerprint_large_files
+from emloc_ray.errors import DamagedArtifactError, EmlocError
+from emloc_ray.io.fingerprint import fingerprint, fingerprint_large_files
 from emloc_ray.io.grams import INDEX
+from emloc_ray.io.node_cache import discard, exists, hashes
 from emloc_ray.io.resume import discard_unless
 from emloc_ray.memory import MemoryModel, total
 from emloc_ray.planner import make_plan, row_lengths
@@ -72,6 +72,7 @@ class Pipeline:
         self.forced = set(STAGES[STAGES.index(begin) :]) if begin else set()
         self.inputs: dict[str, str] = {}
         self._build: EmulatorBuild | None = None
+        self._unread: list[str] = []  # stages of earlier runs whose files nobody has read yet
         imported = prepared.source.gguf_file is not None
         self.jobs = Jobs(prepared, self.directory.path("model") if imported else prepared.source.directory)
         self.model_options = self.jobs.model_options
@@ -79,11 +80,40 @@ class Pipeline:
     def run(self, until: str = STAGES[-1]) -> None:
         """Every stage up to ``until``, in order."""
         self._tell_budget()
+        redone: set[str] = set()
+        while True:
+            try:
+                self._run_stages(until)
+                break
+            except DamagedArtifactError as error:
+                stage = self.directory.writer(error.path)
+                if stage is None or stage in redone:  # twice: its place alters what is written
+                    raise
+                redone.add(stage)
+                self.reporter.note(f"{error.path} is not as it was written: {stage} is done again.")
+                self.directory.forget(stage)
+                discard(self.directory.path(*error.path.split("/")))  # the rest of what the stage wrote may serve again
+                self._build = None
+        self._write_results()  # once more: a stage may have been committed by a run that was killed right after
+
+    def _run_stages(self, until: str) -> None:
         self.import_model()
         self.prepare_data()
         for stage in STAGES[: STAGES.index(until) + 1]:
             getattr(self, stage)()
-        self._write_results()  # once more: a stage may have been committed by a run that was killed right after
+
+    def _check_artifacts(self) -> None:
+        """Reads once, before the first stage that is to run, what earlier runs finished.
+
+        Raises:
+            DamagedArtifactError: for the first file whose content is not what the manifest says.
+        """
+        while self._unread:
+            name = self._unread.pop(0)
+            file = self.directory.damaged(name)
+            if file is not None:
+                path = file.relative_to(self.directory.root).as_posix()
+                raise DamagedArtifactError(f"{file} is not as {name} wrote it: run the same command again.", path)
 
     def _tell_budget(self) -> None:
         """Which stages are planned to hold more than ``memory_budget``: it bounds calibration alone, and informs of the rest."""
@@ -124,13 +154,15 @@ class Pipeline:
         entry = self.directory.stage(name)
         if entry is not None and self._is_done(name, inputs):
             self.reporter.skip(name)
+            self._unread.append(name)
             found: dict[str, Any] = entry["result"]
             return found
+        self._check_artifacts()
         if entry is not None:
             self.directory.forget(name)
             self._write_results()  # what was shown of it speaks of another run from now on
         for path in outputs if entry is not None or not resumes else ():
-            shutil.rmtree(path, ignore_errors=True)
+            discard(path)
         progress = self.reporter.start(name)
         try:
             with measured() as usage:
@@ -186,7 +218,7 @@ class Pipeline:
 
         counts = self._step("data", inputs, [tokens], execute, resumes=True)["splits"]
         for split, count in counts.items():
-            self.inputs[f"data/{split}"] = fingerprint_files(sorted((tokens / split).iterdir()))
+            self.inputs[f"data/{split}"] = fingerprint({file.name: sha for file, sha in hashes(tokens / split).items()})
             self._tell_counts(split, count)
 
     def _tell_counts(self, split: str, count: dict[str, int]) -> None:
@@ -206,7 +238,7 @@ class Pipeline:
         if not self.layout.ranks:
             self.inputs["calibrate"] = "none needed"
             self.directory.forget("calibrate")
-            shutil.rmtree(self.directory.path("calibration"), ignore_errors=True)
+            discard(self.directory.path("calibration"))
             return
         from emloc_ray.jobs import resources
         from emloc_ray.stages.calibrate import calibrate
@@ -244,7 +276,7 @@ class Pipeline:
 
         self.inputs["calibrate"] = fingerprint(inputs)
         needed = section.keep == "grams" or not self._is_done("factorize", self._factorize_inputs())
-        if needed and not (out_dir / INDEX).is_file():
+        if needed and not exists(out_dir / INDEX):
             self.forced.add("calibrate")
         # Grams that are not kept go as they are used, so that the manifest cannot name them.
         recorded = [out_dir] if section.keep == "grams" else []
@@ -268,7 +300,7 @@ class Pipeline:
             out_dir = self.directory.path("emulator")
             if self.directory.stage("factorize") is not None:
                 self.directory.forget("factorize")
-                shutil.rmtree(out_dir, ignore_errors=True)
+                discard(out_dir)
             discard_unless(out_dir, self._factorize_inputs())
             drop = self.config.calibration.keep == "none"
             self._build = EmulatorBuild(self.jobs.factorization(), resources(self.config.emulator), drop)
@@ -283,8 +315,8 @@ class Pipeline:
 
         result = self._step("factorize", self._factorize_inputs(), [out_dir], execute, resumes=True)
         self._tell_thin_calibration(result)
-        if self.config.calibration.keep == "none" and calibration_dir.is_dir():
-            shutil.rmtree(calibration_dir)
+        if self.config.calibration.keep == "none":
+            discard(calibration_dir)
 
     def _tell_thin_calibration(self, result: dict[str, Any]) -> None:
         fewest, highest = result["fewest_tokens"], max(self.layout.ranks.values(), default=0)
@@ -316,7 +348,7 @@ class Pipeline:
         def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
             job = self.jobs.finetuning(f"finetune-{fingerprint(inputs)}")
             result = finetune(job, resources(section), progress)
-            shutil.rmtree(job.storage_dir, ignore_errors=True)
+            discard(job.storage_dir)
             return result
 
         self._step("finetune", inputs, [self.directory.path("adapter_emulator")], execute)
@@ -373,6 +405,6 @@ def _without(section: StageConfig, keys: set[str]) -> dict[str, Any]:
     return section.model_dump(mode="json", exclude=keys)
 
 
-def describe_failure(error: EmlocError, run_dir: Path) -> str:
+def describe_failure(error: EmlocError, place: str) -> str:
     """What a person is told when a stage failed."""
-    return f"{error}\nWhat was finished stays in {run_dir}; the same command goes on from there."
+    return f"{error}\nWhat was finished stays in {place}; the same command goes on from there."

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from emloc_ray.io.node_cache import sizes
 from emloc_ray.io.run_directory import METRICS, RunDirectory
 from emloc_ray.preparation import Prepared
 from emloc_ray.stages import STAGES
@@ -91,4 +92,4 @@ def gap_closed(evaluation: dict[str, Any], upper_bound: Path) -> dict[str, Any] 
 
 
 def _bytes(directory: Path) -> int:
-    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+    return sum(sizes(directory).values())

@@ -26,8 +26,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.data_path import data
-from benchmarks.figures import Figures
 from benchmarks.factorization import LAYERS, factorization, layers
+from benchmarks.figures import Figures
 from benchmarks.memory import memory, merge, planner, shapes
 from benchmarks.whole_runs import calibration, growth, quickstart, ray_overhead, training_step
 

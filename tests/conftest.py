@@ -8,6 +8,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# Ray's workers inherit what a store asks for.
+os.environ.update(AWS_ACCESS_KEY_ID="tests", AWS_SECRET_ACCESS_KEY="tests", AWS_EC2_METADATA_DISABLED="true")
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+from s3_server import s3_server
 from small_runs import task_rows, write_jsonl
 from tiny import make_tokenizer, save_model
 from transformers.utils import logging as transformers_logging
@@ -55,6 +58,20 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
 def task_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The task as JSONL."""
     return write_jsonl(tmp_path_factory.mktemp("task") / "rows.jsonl", task_rows())
+
+
+@pytest.fixture(scope="session")
+def s3_port() -> Iterator[int]:
+    """The port of one S3 server for every test that asks for it."""
+    with s3_server() as port:
+        yield port
+
+
+@pytest.fixture
+def node_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of this node's own."""
+    monkeypatch.setenv("EMLOC_RAY_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="session")

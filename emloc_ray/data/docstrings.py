@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from emloc_ray.errors import DataError
+from emloc_ray.io.atomic import atomic_file
 
 SPLIT_FRACTIONS = {"train": 0.7, "calibration": 0.1, "selection": 0.08, "eval": 0.12}
 """The split names, which are also the file names, and each one's share of the modules."""
@@ -289,11 +290,5 @@ def _split_of(module: str, seed: int) -> str:
 def _write(path: Path, rows: list[_Row]) -> None:
     """Write one split, whole or not at all."""
     columns = {name: [getattr(row, name) for row in rows] for name in _SCHEMA.names}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        pq.write_table(pa.table(columns, schema=_SCHEMA), temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(path) as file:
+        pq.write_table(pa.table(columns, schema=_SCHEMA), file)

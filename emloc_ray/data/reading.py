@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from emloc_ray.errors import DataError
+from emloc_ray.io.node_cache import ensure
 
 KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".csv": "csv"}
 Row = dict[str, Any]
@@ -102,6 +103,7 @@ def read_rows(
     Raises:
         DataError: naming file and row.
     """
+    ensure(Path(source.path))
     return _read_groups(source, rows, fields) if source.kind == "parquet" else _read_records(source, rows)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from emloc_ray.data.formats import Tokens
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.atomic import atomic_file, write_json
+from emloc_ray.io.node_cache import ensure
 
 _INDEX = "index.json"
 _COUNTS = b"counts"
@@ -51,6 +52,7 @@ def write_shard(path: Path, rows: Iterable[Tokens], counts: Mapping[str, int] | 
 
 def written_counts(path: Path) -> dict[str, int] | None:
     """What was counted of a shard when it was written; None where there is none, or it is not whole."""
+    ensure(path)
     try:
         with pa.memory_map(str(path)) as file:
             metadata = pa.ipc.open_file(file).schema.metadata
@@ -71,9 +73,11 @@ class TokenShards:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         path = self.directory / _INDEX
+        ensure(path)
         if not path.is_file():
             raise ArtifactError(f"{self.directory} holds no {_INDEX}: the data stage did not finish; run again.")
         self.index: dict[str, Any] = json.loads(path.read_text())
+        self._present: set[int] = set()
         self._starts = list(itertools.accumulate(self.index["rows_per_shard"], initial=0))
 
     def __len__(self) -> int:
@@ -96,6 +100,9 @@ class TokenShards:
 
     def _table(self, number: int) -> pa.Table:
         path = self.directory / shard_name(number)
+        if number not in self._present:
+            ensure(path)
+            self._present.add(number)
         if not path.is_file():
             raise ArtifactError(f"{path} is missing, though the index names it: run the data stage again.")
         status = path.stat()

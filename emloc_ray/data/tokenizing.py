@@ -19,6 +19,7 @@ from emloc_ray.data.reading import Row
 from emloc_ray.data.splits import RowSelection
 from emloc_ray.data.token_shards import shard_name, write_index, write_shard, written_counts
 from emloc_ray.errors import DataError
+from emloc_ray.io.node_cache import ensure
 
 _COUNTS = ("rows", "tokens", "truncated_rows", "truncated_tokens", "dropped_rows")
 _ROWS_PER_BATCH = 256
@@ -132,6 +133,7 @@ class RowLengths:
 def _tokenizer(path: str, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
+    ensure(Path(path), weights=False)
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     # Rows are cut to max_seq_length here and counted, so the tokenizer's own warning would mislead.
     tokenizer.model_max_length = int(1e30)

@@ -1,8 +1,9 @@
-"""Writes that are whole or absent: temporary name, fsync, rename."""
+"""Writes that are whole or absent: temporary name, fsync, rename; then, in a run on an object store, given to that."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -11,6 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from emloc_ray.io.digests import HashingWriter, note_digest
+from emloc_ray.io.node_cache import discard, publish
+
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
@@ -18,17 +22,21 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with HashingWriter(io.FileIO(handle, "wb")) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
+        sha256 = file.hexdigest()
+        if sha256 is not None:
+            note_digest(Path(temporary), sha256)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
     _fsync_directory(path.parent)
+    publish(path)
 
 
 @contextlib.contextmanager
@@ -42,13 +50,19 @@ def atomic_directory(path: Path) -> Iterator[Path]:
             if file.is_file():
                 _fsync_file(file)
         os.chmod(temporary, 0o755)
-        if path.exists():
-            shutil.rmtree(path)
+        discard(path)
         os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _fsync_directory(path.parent)
+    publish(path)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a small file, atomically."""
+    with atomic_file(target) as file:
+        file.write(source.read_bytes())
 
 
 def write_json(path: Path, value: Any) -> None:

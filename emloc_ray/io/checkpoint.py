@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from emloc_ray.errors import ArtifactError
+from emloc_ray.io.node_cache import ensure, exists, open_artifact
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -62,6 +63,8 @@ class TensorEntry:
     def _bytes(self, start: int, stop: int) -> torch.Tensor:
         if start == stop:
             return torch.empty(0, dtype=torch.uint8)
+        if not self.file.is_file():
+            ensure(self.file)
         buffer = np.fromfile(self.file, dtype=np.uint8, count=stop - start, offset=start)
         if buffer.size != stop - start:
             raise ArtifactError(f"{self.file} is cut short in tensor {self.name}: copy the file again.")
@@ -83,14 +86,16 @@ def read_shard(file: Path) -> Shard:
     Raises:
         ArtifactError: where the file is missing, no safetensors file, or shorter than its header says.
     """
-    if not file.is_file():
-        raise ArtifactError(f"{file} is missing, though the checkpoint's index names it: copy the checkpoint again.")
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise ArtifactError(f"{file} is cut short or no safetensors file: copy it again.")
-        header = stream.read(length)
+    try:
+        with open_artifact(file) as (stream, size):
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise ArtifactError(f"{file} is cut short or no safetensors file: copy it again.")
+            header = stream.read(length)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ArtifactError(
+            f"{file} is missing, though the checkpoint's index names it: copy the checkpoint again."
+        ) from error
     try:
         described: dict[str, Any] = json.loads(header)
         described.pop("__metadata__", None)
@@ -127,13 +132,14 @@ class Checkpoint:
 
     def _files(self) -> list[Path]:
         index = self.directory / INDEX_NAME
+        ensure(index)
         if index.is_file():
             try:
                 names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
                 return [self.directory / name for name in names]
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise ArtifactError(f"{index} holds no readable weight_map: copy the checkpoint again.") from error
-        if (self.directory / SINGLE_NAME).is_file():
+        if exists(self.directory / SINGLE_NAME):
             return [self.directory / SINGLE_NAME]
         raise ArtifactError(
             f"{self.directory} holds no {SINGLE_NAME} and no {INDEX_NAME}: give a checkpoint saved as safetensors."

@@ -15,6 +15,7 @@ from emloc_ray.core.gram import Gram, pack_triangle, relative_change, unpack_tri
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.atomic import write_json
 from emloc_ray.io.checkpoint import read_shard
+from emloc_ray.io.node_cache import ensure
 from emloc_ray.io.shard_writing import write_tensors
 
 INDEX = "grams.index.json"
@@ -50,6 +51,7 @@ class GramStore:
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
         path = self.directory / INDEX
+        ensure(path)
         if not path.is_file():
             raise ArtifactError(f"{self.directory} holds no {INDEX}: run the calibrate stage again.")
         self.index: dict[str, Any] = json.loads(path.read_text())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
+from emloc_ray.io.atomic import atomic_file
 from emloc_ray.io.fingerprint import fingerprint
+from emloc_ray.io.node_cache import discard, ensure
 
 _MARK = ".inputs"
 
@@ -14,7 +15,9 @@ _MARK = ".inputs"
 def discard_unless(directory: Path, inputs: Any) -> None:
     """Keeps what is in ``directory`` where it was begun with the same ``inputs``; else empties it, and notes them there."""
     mark = directory / _MARK
+    ensure(mark)
     if not mark.is_file() or mark.read_text() != fingerprint(inputs):
-        shutil.rmtree(directory, ignore_errors=True)
+        discard(directory)
         directory.mkdir(parents=True)
-        mark.write_text(fingerprint(inputs))
+        with atomic_file(mark) as file:
+            file.write(fingerprint(inputs).encode())

@@ -1,19 +1,21 @@
-"""A run's directory: its artifacts' places, its manifest, its lock.
+"""A run's directory: its artifacts' places, its manifest, its lock; in a file system or on an object store.
 
 The manifest is written last and atomically after each stage, so that whatever it names is whole: a run that is killed
-anywhere goes on from it.
+anywhere goes on from it. On an object store ``root`` is this node's copy (:mod:`emloc_ray.io.node_cache`).
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
-import shutil
 import socket
 import tempfile
 import time
+import uuid
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +23,41 @@ import yaml
 
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.atomic import atomic_file, write_json
+from emloc_ray.io.digests import digest
+from emloc_ray.io.lease import KEY as LEASE
+from emloc_ray.io.lease import Lease, find_holder
+from emloc_ray.io.node_cache import discard, ensure, hashes, mirror, origin, sizes
+from emloc_ray.io.object_store import ObjectStore, is_store_uri
 
 CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
 METRICS = "metrics.json"
 _LOCK = ".lock"
-_FORMAT = 1
+_READERS = 4
+_FORMAT = 2
 
 
 class RunDirectory:
     """The places of a run's artifacts under one root, and the manifest that says which are whole."""
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(os.path.expanduser(str(root).removeprefix("file://"))).absolute()
+        self.store: ObjectStore | None = None
+        if is_store_uri(str(root)):
+            self.root = mirror(str(root))
+            here = origin(self.root)
+            assert here is not None
+            self.store = here.store
+            self.place = self.store.uri
+        else:
+            self.root = Path(os.path.expanduser(str(root).removeprefix("file://"))).absolute()
+            self.place = str(self.root)
         self._lock_descriptor: int | None = None
+        self._lease: Lease | None = None
 
     @property
     def name(self) -> str:
-        """The run's name: the directory's."""
-        return self.root.name
+        """The run's name: the last part of its place."""
+        return self.root.name if self.store is None else self.store.prefix.rpartition("/")[2] or self.store.bucket
 
     def path(self, *parts: str) -> Path:
         """A place inside the run."""
@@ -48,15 +66,14 @@ class RunDirectory:
     def check(self) -> None:
         """Raises ConfigError where it cannot be written, or holds files without our manifest, or another run's name."""
         self._check_place()
-        if not self.root.is_dir():
-            return
+        ensure(self.path(MANIFEST))
         if not self.path(MANIFEST).is_file():
             # A run killed while it wrote its first manifest left no more than these.
-            own = (_LOCK, f".{MANIFEST}.")
-            others = [entry.name for entry in self.root.iterdir() if not entry.name.startswith(own)]
+            own = (_LOCK, LEASE, f".{MANIFEST}.")
+            others = [name for name in self._names() if not name.startswith(own)]
             if others:
                 raise ConfigError(
-                    f"run_dir {self.root} holds files of something else ({', '.join(sorted(others)[:3])}) and no"
+                    f"run_dir {self.place} holds files of something else ({', '.join(sorted(others)[:3])}) and no"
                     f" {MANIFEST}: name a new or empty directory."
                 )
             return
@@ -66,10 +83,18 @@ class RunDirectory:
             raise ConfigError(f"run_dir: {error}") from error
         if name != self.name:
             raise ConfigError(
-                f"run_dir {self.root} holds the run {name!r}: name a new directory, or rename this one to {name}."
+                f"run_dir {self.place} holds the run {name!r}: name a new directory, or rename this one to {name}."
             )
 
+    def _names(self) -> list[str]:
+        if self.store is not None:
+            return self.store.names()
+        return [entry.name for entry in self.root.iterdir()] if self.root.is_dir() else []
+
     def _check_place(self) -> None:
+        if self.store is not None:
+            self._check_store()
+            return
         existing = self.root
         try:
             while not existing.exists():
@@ -86,6 +111,17 @@ class RunDirectory:
                 f"run_dir {self.root} cannot be written ({error.strerror}): name another place."
             ) from error
 
+    def _check_store(self) -> None:
+        assert self.store is not None
+        if not self.store.prefix:
+            raise ConfigError(f"run_dir {self.place} is a whole bucket: name a folder in it.")
+        probe = f"{LEASE}.{uuid.uuid4().hex}"
+        try:
+            self.store.write(probe, b"")
+            self.store.remove(probe)
+        except ArtifactError as error:
+            raise ConfigError(f"run_dir: {error}") from error
+
     def existing(self) -> RunDirectory:
         """Itself; raises ConfigError where this is no run."""
         try:
@@ -97,14 +133,14 @@ class RunDirectory:
     def create(self, config: dict[str, Any], *, fresh: bool = False) -> None:
         """Makes the directory with its manifest and config; ``fresh`` removes what an earlier run of this name left."""
         self.check()
-        if fresh and self.root.is_dir():
-            for entry in self.root.iterdir():
-                if entry.name != _LOCK:
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        for name in self._names() if fresh else ():
+            if name not in (_LOCK, LEASE):
+                discard(self.path(name))
         self.root.mkdir(parents=True, exist_ok=True)
         for leftover in self.root.glob(".*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-        manifest: dict[str, Any] = self.manifest() if self.path(MANIFEST).is_file() else {"stages": {}}
+            discard(leftover)
+        found = any(name == MANIFEST for name in self._names())
+        manifest: dict[str, Any] = self.manifest() if found else {"stages": {}}
         manifest.update({"format": _FORMAT, "name": self.name, "config": config})
         write_json(self.path(MANIFEST), manifest)
         with atomic_file(self.path(CONFIG)) as file:
@@ -113,8 +149,9 @@ class RunDirectory:
     def manifest(self) -> dict[str, Any]:
         """The manifest; raises ArtifactError where there is none or it is unreadable."""
         path = self.path(MANIFEST)
+        ensure(path)
         if not path.is_file():
-            raise ArtifactError(f"{self.root} holds no {MANIFEST}: it is no run directory.")
+            raise ArtifactError(f"{self.place} holds no {MANIFEST}: it is no run directory.")
         try:
             manifest: Any = json.loads(path.read_text())
         except ValueError as error:
@@ -137,12 +174,49 @@ class RunDirectory:
         entry = self.stage(name)
         if entry is None or entry["inputs"] != inputs:
             return False
-        return all(_size(self.path(path)) == size for path, size in entry["outputs"].items())
+        wanted = {self.path(path): content["size"] for path, content in entry["outputs"].items()}
+        return wanted.items() <= self._sizes(wanted).items()
+
+    def _sizes(self, files: Iterable[Path]) -> dict[Path, int]:
+        """Of files, as all nodes see them: asked of a store by the directories at the run's top that hold them."""
+        if self.store is None:
+            return {file: file.stat().st_size for file in files if file.is_file()}
+        tops = {self.path(file.relative_to(self.root).parts[0]) for file in files}
+        return {file: size for top in tops for file, size in sizes(top).items()}
+
+    def damaged(self, name: str) -> Path | None:
+        """A file of a finished stage whose content is not what the manifest says, or None; reads all that is on a disk.
+
+        What comes from an object store is checked when it is fetched.
+        """
+        entry = self.stage(name)
+        if entry is None or self.store is not None:
+            return None
+        wanted = {self.path(path): content["sha256"] for path, content in entry["outputs"].items()}
+        with ThreadPoolExecutor(_READERS) as pool:
+            found = zip(wanted, pool.map(lambda file: digest(file) if file.is_file() else None, wanted), strict=True)
+            return next((file for file, sha256 in found if sha256 != wanted[file]), None)
+
+    def writer(self, path: str) -> str | None:
+        """The finished stage that wrote a file, by its path from the run's directory on; None where none did."""
+        return next((name for name, entry in self.manifest()["stages"].items() if path in entry["outputs"]), None)
 
     def commit(self, name: str, inputs: str, outputs: Iterable[Path], result: dict[str, Any]) -> None:
-        """Records a finished stage, with the sizes of its files, after they are on disk."""
+        """Records a finished stage, with size and SHA-256 of its files, after they are written.
+
+        Raises:
+            StageError: where the run was taken over by another process meanwhile.
+        """
+        if self._lease is not None:
+            self._lease.check()
         manifest = self.manifest()
-        files = {str(path.relative_to(self.root)): path.stat().st_size for path in _files(outputs)}
+        files = {}
+        for output in outputs:
+            named, size_of = hashes(output), sizes(output)
+            if not named and not output.is_dir():
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(output))
+            for path, sha256 in named.items():
+                files[path.relative_to(self.root).as_posix()] = {"size": size_of[path], "sha256": sha256}
         manifest["stages"][name] = {
             "inputs": inputs,
             "finished_at": time.time(),
@@ -164,15 +238,28 @@ class RunDirectory:
     def metrics(self) -> dict[str, Any]:
         """``metrics.json``, empty where there is none yet."""
         path = self.path(METRICS)
+        ensure(path)
         metrics: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
         return metrics
 
     def lock(self) -> None:
-        """Takes the run for this process; the operating system gives it back when the process ends, however it ends.
+        """Takes the run for this process, until it ends, however it ends: a lock of the operating system, on an object
+        store a lease that goes stale a minute after its holder's death.
 
         Raises:
             ConfigError: where another process holds it; says which.
         """
+        me = f"process {os.getpid()} on {socket.gethostname()}"
+        if self.store is not None:
+            lease = Lease(self.store, me)
+            held = lease.take()
+            if held is not None:
+                raise ConfigError(
+                    f"run_dir {self.place} is in use by {held.name}: wait for it, or name another; if that is dead,"
+                    " its hold ends within a minute."
+                )
+            self._lease = lease
+            return
         self.root.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path(_LOCK), os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -182,11 +269,13 @@ class RunDirectory:
             os.close(descriptor)
             raise ConfigError(f"run_dir {self.root} is in use by {holder}: wait for it, or name another.") from None
         os.truncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        os.write(descriptor, me.encode())
         self._lock_descriptor = descriptor
 
     def holder(self) -> str | None:
         """The process that holds the run now, or None."""
+        if self.store is not None:
+            return find_holder(self.store)
         if not self.path(_LOCK).is_file():
             return None
         with self.path(_LOCK).open() as file:
@@ -198,18 +287,9 @@ class RunDirectory:
 
     def unlock(self) -> None:
         """Gives the run back."""
+        if self._lease is not None:
+            self._lease.give_back()
+            self._lease = None
         if self._lock_descriptor is not None:
             os.close(self._lock_descriptor)
             self._lock_descriptor = None
-
-
-def _files(paths: Iterable[Path]) -> Iterable[Path]:
-    for path in paths:
-        if path.is_dir():
-            yield from sorted(file for file in path.rglob("*") if file.is_file())
-        else:
-            yield path
-
-
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None

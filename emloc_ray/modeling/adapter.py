@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.atomic import atomic_directory
 from emloc_ray.io.checkpoint import read_shard
+from emloc_ray.io.node_cache import ensure
 from emloc_ray.io.shard_writing import write_tensors
 from emloc_ray.modeling.emulator import FactorizedLinear
 from emloc_ray.modeling.matching import Patterns, lookup, matches, suffixes
@@ -126,6 +127,7 @@ class Adapter:
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
+        ensure(self.directory)
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (self.directory / name).is_file():
                 raise ArtifactError(f"{self.directory} holds no {name}: run the finetune stage again.")

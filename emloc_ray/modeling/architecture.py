@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from emloc_ray.errors import ConfigError
+from emloc_ray.io.node_cache import ensure
 
 _ROUTER = re.compile(r"(.*\.)?(router|gate|shared_expert_gate)")
 
@@ -165,4 +166,5 @@ def _in_model_order(seen: dict[tuple[Any, ...], list[str]], specs: Sequence[Line
 
 def load_config(directory: Path, **options: Any) -> Any:
     """The transformers config of a model directory."""
+    ensure(directory, weights=False)
     return transformers.AutoConfig.from_pretrained(directory, **options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,9 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from emloc_ray.errors import ArtifactError, ConfigError
-from emloc_ray.io.atomic import atomic_directory
+from emloc_ray.io.atomic import atomic_directory, copy_file
 from emloc_ray.io.checkpoint import Checkpoint
+from emloc_ray.io.node_cache import ensure
 from emloc_ray.modeling.architecture import auto_class, block_linears
 
 TOKENIZER_FILES = (
@@ -183,9 +183,10 @@ def import_gguf(source: ModelSource, directory: Path, dtype: str = "auto", max_s
 
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copies the tokenizer, its chat template and the generation config beside a checkpoint made from ``source``."""
+    ensure(source, weights=False)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+            copy_file(source / name, target / name)
 
 
 def load_model(
@@ -199,6 +200,7 @@ def load_model(
     """An original, an emulator or a merged model, in evaluation mode, its weights frozen."""
     import transformers
 
+    ensure(Path(directory))
     transformers.utils.logging.disable_progress_bar()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import ray
 
 from emloc_ray.io.grams import INDEX, GramStore, gram_counts, reduce_slots, write_gram_index, write_gram_shard
+from emloc_ray.io.node_cache import discard, exists, local_only, sizes
 from emloc_ray.modeling.architecture import load_config
 from emloc_ray.modeling.replay import block_flow
 from emloc_ray.stages.calibration_job import CalibrationJob
@@ -45,12 +45,12 @@ def calibrate(
     """
     num_shards = job.shards[1] - job.shards[0]
     num_slots = min(resources.num_workers, num_shards)
-    if not (out_dir / INDEX).is_file():
+    if not exists(out_dir / INDEX):
         gather = _stream if job.mode == "streamed" else _reside
         counts, weight_map = gather(job, out_dir, num_slots, resources, progress, ready)
         write_gram_index(out_dir, job.groups, weight_map, counts)
-    for left in ("slots", "hidden"):
-        shutil.rmtree(out_dir / left, ignore_errors=True)
+    for left in (out_dir / "slots", local_only(out_dir) / "hidden"):
+        discard(left)
     return {
         "num_workers": num_slots,
         "num_shards": num_shards,
@@ -75,8 +75,8 @@ def _reside(
         part = dataclasses.replace(job, groups=groups)
         folder = out_dir / "slots" / f"wave-{number:04d}-of-{len(waves):04d}"
         slots = [folder / f"slot-{slot:04d}-of-{num_slots:04d}.safetensors" for slot in range(num_slots)]
-        for stale in set(folder.glob("*")) - set(slots):  # of a run with another number of slots
-            stale.unlink()
+        for stale in set(sizes(folder)) - set(slots):  # of a run with another number of slots
+            discard(stale)
 
         def start(slot: int, part: CalibrationJob = part, slots: Sequence[Path] = slots) -> Any:
             options = resources.options()
@@ -159,8 +159,8 @@ def _stream(
 
 def _reduce_block(parts: list[Path], names: list[str], path: Path) -> dict[str, int]:
     """Sums a block's Grams over the slots and removes what they were summed from; done once, however often it is asked."""
-    if not path.is_file():
+    if not exists(path):
         _reduce_part(parts, names, path)
     for part in parts:
-        part.unlink(missing_ok=True)
+        discard(part)
     return gram_counts(path)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import shutil
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from emloc_ray.io.grams import INDEX, GramStore, add_gram_files, write_gram_index
+from emloc_ray.io.node_cache import discard, exists, sizes
 from emloc_ray.stages.calibrate import calibrate
 from emloc_ray.stages.calibration_job import CalibrationJob
 from emloc_ray.stages.cluster import Progress, Resources, bounded, set_threads, silent
@@ -41,13 +41,14 @@ def calibrate_until_converged(
             progress(begin * of + done * (end - begin), job.shards[1] * of)
 
         part, total = out_dir / f"round-{number + 1}", out_dir / f"total-{number + 1}"
-        if not (total / INDEX).is_file():
+        if not exists(total / INDEX):
             part.mkdir(parents=True, exist_ok=True)
             calibrate(dataclasses.replace(job, shards=(begin, end)), part, resources, passed_on)
             _add(before, part, total)
-        shutil.rmtree(part, ignore_errors=True)
-        for used in before.glob("*.safetensors") if before is not None else ():
-            used.unlink()  # its index stays, and says that this round is over
+        discard(part)
+        for used in sizes(before) if before is not None else ():
+            if used.suffix == ".safetensors":
+                discard(used)  # its index stays, and says that this round is over
         index = GramStore(total).index
         change = max(index["changes"].values()) if number else None
         told.append({"num_shards": end, "num_tokens": max(index["num_tokens"].values()), "change": change})

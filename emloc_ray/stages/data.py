@@ -14,6 +14,7 @@ from emloc_ray.data.tokenizing import TokenizeOptions, row_lengths, tokenize_spl
 from emloc_ray.errors import DataError
 from emloc_ray.io.atomic import atomic_file
 from emloc_ray.io.fingerprint import fingerprint_large_files
+from emloc_ray.io.node_cache import ensure, exists
 from emloc_ray.io.resume import discard_unless
 from emloc_ray.preparation import Prepared
 from emloc_ray.stages.cluster import Progress, silent
@@ -143,7 +144,7 @@ def _sources(prepared: Prepared, out_dir: Path) -> dict[str, tuple[SourceFile, .
 def _generate(directory: Path, seed: int) -> dict[str, tuple[SourceFile, ...]]:
     from emloc_ray.data.docstrings import DocstringTask, generate
 
-    if not all((directory / f"{name}.parquet").is_file() for name in SPLITS):
+    if not all(exists(directory / f"{name}.parquet") for name in SPLITS):
         generate(directory, DocstringTask(seed=seed))
     return {name: (scan(directory / f"{name}.parquet"),) for name in SPLITS}
 
@@ -160,7 +161,8 @@ def _download(name: str, split: str, directory: Path) -> SourceFile:
             f"data.{split}.path hf:{name} needs the datasets package: pip install 'emloc-ray[hub]'."
         ) from error
     path = directory / f"{split}.parquet"
-    if path.is_file():
+    if exists(path):
+        ensure(path)
         return scan(path)
     name, _, part = name.partition(":")
     try:

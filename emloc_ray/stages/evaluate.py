@@ -12,6 +12,7 @@ import ray
 
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import TokenShards
+from emloc_ray.io.node_cache import ensure
 from emloc_ray.modeling.adapter import load_adapter
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.scoring import Score, complete, prompt_length, score_rows
@@ -100,6 +101,8 @@ def _completions(job: EvaluationJob, model: Any, rows: Sequence[Tokens]) -> list
 
 def _tokenizer(job: EvaluationJob) -> Any:
     from transformers import AutoTokenizer
+
+    ensure(job.merged_dir, weights=False)
 
     return AutoTokenizer.from_pretrained(job.merged_dir)
 

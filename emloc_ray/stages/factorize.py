@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from emloc_ray.core.factorization import factorize as factorize_layer
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.io.checkpoint import Checkpoint, TensorEntry, read_shard, write_index
 from emloc_ray.io.grams import GramStore, StoredGram, drop_grams
+from emloc_ray.io.node_cache import sizes
 from emloc_ray.io.shard_writing import copy_chunks, make_header, stream_shard, write_tensors
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.emulator import write_emulator_config
@@ -25,6 +27,7 @@ from emloc_ray.stages.cluster import Flight, Progress, Resources, set_threads, s
 
 _CHUNK_BYTES = 2**26
 _LAYERS = "layers"
+_CONNECTIONS = 8
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ class EmulatorBuild:
         self._flight = Flight(2 * resources.num_workers)
         self._used: dict[Path, list[Path]] = {}
         self._started: set[Path] = set()
+        self._done = set(sizes(job.out_dir))
         self._error: Exception | None = None
 
     def add(self, grams: Path, names: Sequence[str]) -> None:
@@ -139,7 +143,7 @@ class EmulatorBuild:
 
     def _start(self, work: tuple[LinearSpec, ...], gram: StoredGram) -> None:
         file = self._file_of[work]
-        if file in self._started or file.is_file():
+        if file in self._started or file in self._done:
             return
         self._started.add(file)
         task: Any = ray.remote(_group_task).options(**self.resources.options())
@@ -152,8 +156,9 @@ class EmulatorBuild:
             return False
         try:
             left = self._flight.pump(timeout)
+            self._done.update(self._flight.results.values())
             for grams, files in list(self._used.items()):
-                if self.drop and all(file.is_file() for file in files):
+                if self.drop and all(file in self._done for file in files):
                     drop_grams(grams)
                     del self._used[grams]
             return left
@@ -166,14 +171,14 @@ class EmulatorBuild:
 
         ``base_config`` is the original's. Raises what a task raised, and NumericsError as :func:`factorize_group`.
         """
-        left = [w for w, file in self._file_of.items() if file not in self._started and not file.is_file()]
+        left = [w for w, file in self._file_of.items() if file not in self._started | self._done]
         if left:
             grams = GramStore(calibration_dir)
             for work in left:
                 self._start(work, grams.stored(work[0].name))
         copy: Any = ray.remote(copy_rest).options(num_cpus=1)
         for entries, file in self._rest:
-            if not file.is_file():
+            if file not in self._done:
                 self._flight.add(functools.partial(copy.remote, entries, file))
         while self.pump(None):
             progress(len(self.files) - self._flight.left, len(self.files))
@@ -194,20 +199,24 @@ def _rest_of_shards(job: FactorizationJob) -> list[list[TensorEntry]]:
     return [entries for entries in rest if entries]
 
 
-def _group_task(job: FactorizationJob, specs: Sequence[LinearSpec], gram: StoredGram, path: Path, threads: int) -> None:
+def _group_task(job: FactorizationJob, specs: Sequence[LinearSpec], gram: StoredGram, path: Path, threads: int) -> Path:
     set_threads(threads)
     factorize_group(job, specs, gram, path)
+    return path
 
 
 def _write_index(out_dir: Path, files: Sequence[Path]) -> None:
-    entries = {entry.name: entry for file in files for entry in read_shard(file).entries}
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        entries = {entry.name: entry for shard in pool.map(read_shard, files) for entry in shard.entries}
     parameters = sum(int(np.prod(entry.shape)) for entry in entries.values())
     total_size = sum(entry.num_bytes for entry in entries.values())
     write_index(out_dir, {name: entry.file.name for name, entry in entries.items()}, total_size, parameters)
 
 
 def _summary(files: Sequence[Path], resources: Resources) -> dict[str, Any]:
-    reports = sorted((report for file in files for report in read_reports(file)), key=lambda report: report.name)
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        found = list(pool.map(read_reports, files))
+    reports = sorted((report for some in found for report in some), key=lambda report: report.name)
     layers = {
         r.name: {"rank": r.rank, "relative_error": r.relative_error, "solver": r.solver, "total_energy": r.total_energy}
         for r in reports

@@ -22,12 +22,15 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from emloc_ray.data.ingest import SampleOrder, stream_batches
 from emloc_ray.data.token_shards import TokenShards, collate
 from emloc_ray.errors import NumericsError
+from emloc_ray.io.node_cache import ensure, publish, remote
 from emloc_ray.modeling.adapter import attach_adapter, lora_config, save_trained_adapter
 from emloc_ray.modeling.architecture import load_config
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import label_mask, token_loss
 from emloc_ray.stages.cluster import Progress, Resources, set_threads, silent
 from emloc_ray.stages.zero import join_as_deepspeed_rank, scattered_in, step_was_finite, whole_parameters
+
+_POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,7 @@ class StepKeeper(TrainerCallback):
             self.job.log_path.parent.mkdir(parents=True, exist_ok=True)
             with self.job.log_path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            publish(self.job.log_path)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -162,6 +166,8 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     with tempfile.TemporaryDirectory() as output_dir:
         trainer, keeper = _make_trainer(job, output_dir, context)
+        if context.get_world_rank() == 0:
+            ensure(job.log_path)
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             output = trainer.train()
@@ -235,6 +241,7 @@ def finetune(job: FinetuneJob, resources: Resources, progress: Progress = silent
     Raises:
         NumericsError: where loss or gradients stop being numbers, naming the step.
     """
+    storage = remote(job.storage_dir)
     trainer: Any = TorchTrainer(
         train_loop,  # type: ignore[arg-type]
         train_loop_config={"job": job, "threads": resources.threads},
@@ -249,7 +256,8 @@ def finetune(job: FinetuneJob, resources: Resources, progress: Progress = silent
         ),
         run_config=ray.train.RunConfig(
             name=job.name,
-            storage_path=str(job.storage_dir),
+            storage_path=str(job.storage_dir) if storage is None else storage[1],
+            storage_filesystem=None if storage is None else storage[0],
             failure_config=ray.train.FailureConfig(max_failures=job.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
         ),
@@ -259,7 +267,7 @@ def finetune(job: FinetuneJob, resources: Resources, progress: Progress = silent
     outcome = dict(result.return_value)
     if outcome["failure"]:
         raise NumericsError(outcome["failure"])
-    lines = job.log_path.read_text().splitlines() if job.log_path.is_file() else []
+    lines = _logged(job.log_path)
     # Steps that a lost worker had logged and its successor did again count once.
     history = sorted({line["step"]: line for line in map(json.loads, lines)}.values(), key=lambda line: line["step"])
     return {
@@ -268,6 +276,11 @@ def finetune(job: FinetuneJob, resources: Resources, progress: Progress = silent
         "train_loss": outcome["train_loss"],
         "history": [{"step": line["step"], "loss": line["loss"]} for line in history],
     }
+
+
+def _logged(path: Path) -> list[str]:
+    ensure(path)
+    return path.read_text().splitlines() if path.is_file() else []
 
 
 @contextlib.contextmanager
@@ -293,11 +306,10 @@ class _watching:
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
     def _watch(self) -> None:
-        while not self.over.wait(0.5):
-            if self.job.log_path.is_file():
-                lines = self.job.log_path.read_text().splitlines()
-                if lines and lines[-1].endswith("}"):
-                    self.progress(json.loads(lines[-1])["step"], self.job.max_steps)
+        while not self.over.wait(_POLL_S):
+            lines = _logged(self.job.log_path)
+            if lines and lines[-1].endswith("}"):
+                self.progress(json.loads(lines[-1])["step"], self.job.max_steps)
 
     def __enter__(self) -> None:
         self.thread.start()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,9 @@ import torch
 
 from emloc_ray.core.merging import merge_rows
 from emloc_ray.errors import ArtifactError
+from emloc_ray.io.atomic import copy_file
 from emloc_ray.io.checkpoint import INDEX_NAME, Checkpoint, Shard, TensorEntry, write_index
+from emloc_ray.io.node_cache import exists
 from emloc_ray.io.shard_writing import chunk_limit, copy_chunks, make_header, row_chunks, stream_shard
 from emloc_ray.modeling.adapter import Adapter, LoraModule
 from emloc_ray.modeling.architecture import LinearSpec
@@ -121,7 +122,7 @@ def merge(job: MergeJob, resources: Resources, progress: Progress = silent) -> d
         raise ArtifactError(
             f"{job.adapter_dir} names {expected} modules, of which {job.model_dir} holds {sum(changed)}: they do not fit."
         )
-    shutil.copyfile(job.model_dir / "config.json", job.out_dir / "config.json")
+    copy_file(job.model_dir / "config.json", job.out_dir / "config.json")
     _write_index(job, shards, named)
     copy_tokenizer(job.model_dir, job.out_dir)
     return {"num_workers": resources.num_workers, "merged_tensors": sum(changed)}
@@ -135,11 +136,11 @@ def _write_index(job: MergeJob, shards: Sequence[Shard], named: Sequence[tuple[s
         sizes = sum(entry.num_bytes for entry in entries), sum(math.prod(entry.shape) for entry in entries)
         write_index(job.out_dir, files, *sizes)
     elif (job.model_dir / INDEX_NAME).is_file():
-        shutil.copyfile(job.model_dir / INDEX_NAME, job.out_dir / INDEX_NAME)
+        copy_file(job.model_dir / INDEX_NAME, job.out_dir / INDEX_NAME)
 
 
 def _merge_task(job: MergeJob, shard: Shard, target: Path, threads: int) -> int:
     set_threads(threads)
-    if target.is_file():  # whole, from a try that was killed
+    if exists(target):  # whole, from a try that was killed
         return len(_touched(job, Adapter(job.adapter_dir), shard))
     return merge_shard(job, shard, target)

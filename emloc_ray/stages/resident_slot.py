@@ -7,6 +7,7 @@ from pathlib import Path
 
 from emloc_ray.data.token_shards import TokenShards, collate, length_batches
 from emloc_ray.io.grams import read_slot, write_slot
+from emloc_ray.io.node_cache import exists
 from emloc_ray.modeling.gram_hooks import GramHooks
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.stages.calibration_job import CalibrationJob, counted_tokens
@@ -24,7 +25,7 @@ class ResidentSlot:
         self.shards = TokenShards(job.tokens_dir)
         self.hooks = GramHooks(load_model(job.model_dir, **dict(job.model_options)), job.groups)
         self.last_shard = -1
-        if path.is_file():
+        if exists(path):
             committed, self.last_shard = read_slot(path)
             for name, gram in committed.items():
                 gram.matrix = gram.matrix.to(self.hooks.grams[name].matrix.device)

@@ -10,6 +10,7 @@ import torch
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import TokenShards, collate, length_batches
 from emloc_ray.io.grams import write_slot
+from emloc_ray.io.node_cache import exists, local_only
 from emloc_ray.modeling.block_outputs import BlockOutput, read_outputs, write_outputs
 from emloc_ray.modeling.gram_hooks import GramHooks, model_inputs
 from emloc_ray.modeling.replay import BlockReplay
@@ -29,7 +30,7 @@ def part_file(out_dir: Path, slot: int, num_slots: int, position: int) -> Path:
 
 def outputs_file(out_dir: Path, position: int, shard: int) -> Path:
     """Where the outputs of a block and of those before it that are still needed are, for one token shard."""
-    return out_dir / "hidden" / f"block-{position:05d}" / f"shard-{shard:05d}.safetensors"
+    return local_only(out_dir) / "hidden" / f"block-{position:05d}" / f"shard-{shard:05d}.safetensors"
 
 
 class StreamedSlot:
@@ -50,14 +51,19 @@ class StreamedSlot:
 
     def position(self) -> int:
         """The last block whose Grams are written, by this slot or summed over all, or -1."""
-        return max(
+        last = max(
             (
                 k
                 for k in range(self.num_blocks)
-                if self._part(k).is_file() or grams_file(self.out_dir, k, self.num_blocks).is_file()
+                if exists(self._part(k)) or exists(grams_file(self.out_dir, k, self.num_blocks))
             ),
             default=-1,
         )
+        if 0 <= last < self.num_blocks - 1 and not all(
+            outputs_file(self.out_dir, last, number).is_file() for number in self.numbers
+        ):
+            return -1  # the node that held the hidden states is gone, and they with it
+        return last
 
     def _part(self, position: int) -> Path:
         return part_file(self.out_dir, self.slot, self.num_slots, position)

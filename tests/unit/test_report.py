@@ -70,7 +70,7 @@ def manifest(*stages: str) -> dict[str, Any]:
         "ray": {"runtime_env": {"env_vars": {"WANDB_KEY": "hush"}}},
     }
     done = {stage: {"finished_at": 1.8e9 + number, "result": {}} for number, stage in enumerate(stages)}
-    return {"format": 1, "name": "run", "config": config, "stages": done}
+    return {"format": 2, "name": "run", "config": config, "stages": done}
 
 
 def usage(number: int) -> dict[str, Any]:

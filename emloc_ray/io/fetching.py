@@ -1,0 +1,69 @@
+"""A run on an object store brought to a local directory, under the names that every tool knows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from emloc_ray.errors import ConfigError
+from emloc_ray.io.digests import digest
+from emloc_ray.io.object_store import ObjectStore
+from emloc_ray.io.run_directory import MANIFEST, RunDirectory
+
+_CONNECTIONS = 8
+
+
+def fetch(
+    run: RunDirectory,
+    directory: Path,
+    parts: Sequence[str] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Path]:
+    """Writes the run's files (those of ``parts`` such as ``adapter`` or ``merged``, else all) to ``directory``.
+
+    What is there already with the same content is left as it is, so that a broken fetch goes on. ``progress`` hears of
+    bytes. Returns the files written.
+
+    Raises:
+        ConfigError: the run is in a file system, has no such part, or ``directory`` holds another run.
+        ArtifactError: a file cannot be read, or is not what its key names.
+    """
+    store = run.store
+    if store is None:
+        raise ConfigError(f"{run.place} is in a file system already: copy it from there.")
+    if (directory / MANIFEST).is_file() and RunDirectory(directory).manifest()["name"] != run.name:
+        raise ConfigError(f"{directory} holds another run: name a new directory.")
+    names = [name for name in store.names() if not name.startswith("lock")]
+    missing = sorted(set(parts) - set(names))
+    if missing:
+        raise ConfigError(f"{run.place} holds no {missing[0]} (it has {', '.join(sorted(names))}).")
+    wanted = [name for name in names if not parts or name in parts]
+    infos = {f"{top}/{name}": info for top in wanted for name, info in store.versions(top).items()}
+    plain = [name for name in wanted if not any(key.startswith(f"{name}/") for key in infos)]
+    left = {directory / name: info for name, info in infos.items() if not _is_same(directory / name, info)}
+    total, done = sum(info.size for info in left.values()), 0
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        for copied in as_completed([pool.submit(_copy, store, info, file) for file, info in left.items()]):
+            done += copied.result()
+            progress(done, total)
+    for name in plain:
+        content = store.read(name)
+        if content is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / name).write_bytes(content)
+    return [*left, *(directory / name for name in plain)]
+
+
+def _is_same(file: Path, info: Any) -> bool:
+    return file.is_file() and file.stat().st_size == info.size and digest(file) == info.base_name
+
+
+def _copy(store: ObjectStore, info: Any, file: Path) -> int:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.tmp")
+    store.download(info, temporary)
+    os.replace(temporary, file)
+    return int(info.size)

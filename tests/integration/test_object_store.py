@@ -1,0 +1,81 @@
+"""A run on a real S3 server: the same files as on a disk, with faults on the way, and gone on from what is there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftModel
+from s3_server import faulty_store, uri
+from safetensors.torch import load_file
+from small_runs import FinishedRun, run_values
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from emloc_ray.cli import app
+from emloc_ray.io.run_directory import RunDirectory
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """What a run is: its tensors, by file."""
+    return {file.relative_to(root).as_posix(): file.read_bytes() for file in sorted(root.rglob("*.safetensors"))}
+
+
+def fetched(place: str, directory: Path, *options: str) -> Path:
+    result = CliRunner().invoke(app, ["fetch", place, str(directory), *options])
+    assert result.exit_code == 0, result.output
+    return directory
+
+
+@pytest.fixture
+def values(llama_run: FinishedRun) -> dict[str, Any]:
+    return dict(llama_run.values)
+
+
+def test_a_run_through_a_faulty_store_is_the_run_on_a_disk(
+    llama_run: FinishedRun, values: dict[str, Any], s3_port: int, node_cache: Path, tmp_path: Path
+) -> None:
+    with faulty_store(s3_port, share=0.03) as faulty:
+        run_values({**values, "run_dir": uri(faulty.port, "faulty/run")})
+        assert min(faulty.counts().values()) > 0
+    place = uri(s3_port, "faulty/run")
+    # What a disk holds, a newcomer's node finds in the store alone.
+    shutil.rmtree(node_cache)
+    root = fetched(place, tmp_path / "run")
+    assert contents(root) == contents(llama_run.root)
+    assert RunDirectory(place).holder() is None
+    metrics = json.loads((root / "metrics.json").read_text())
+    assert metrics["evaluation"] == llama_run.metrics["evaluation"]
+    model = AutoModelForCausalLM.from_pretrained(llama_run.model_dir)
+    assert PeftModel.from_pretrained(model, root / "adapter").peft_config
+
+    shutil.rmtree(node_cache)
+    again = run_values({**values, "run_dir": place})
+    assert again.started == []
+    status = CliRunner().invoke(app, ["status", place])
+    assert status.exit_code == 0, status.output
+    assert "Not running." in status.output
+
+
+def test_an_altered_object_is_redone_by_name(
+    llama_run: FinishedRun, values: dict[str, Any], s3_port: int, node_cache: Path, tmp_path: Path
+) -> None:
+    place = uri(s3_port, "altered/run")
+    run_values({**values, "run_dir": place}, until="factorize")
+    store = RunDirectory(place).store
+    assert store is not None
+    name, info = next(item for item in store.versions("emulator").items() if item[0].endswith(".safetensors"))
+    with store.filesystem.open_output_stream(info.path) as stream:
+        stream.write(b"x" * info.size)
+    shutil.rmtree(node_cache)
+    reporter = run_values({**values, "run_dir": place}, until="finetune")
+    assert reporter.started == ["factorize", "finetune"]
+    assert any(name in note for note in reporter.notes)
+    adapter = fetched(place, tmp_path / "run", "--part", "adapter_emulator") / "adapter_emulator"
+    calm = load_file(llama_run.root / "adapter_emulator" / "adapter_model.safetensors")
+    assert {k: v.tolist() for k, v in load_file(adapter / "adapter_model.safetensors").items()} == {
+        k: v.tolist() for k, v in calm.items()
+    }

@@ -1,0 +1,150 @@
+"""A node's copy of a store: what is current stays, what is not is fetched, what was redone elsewhere is not believed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from s3_server import uri
+
+from emloc_ray.errors import ConfigError
+from emloc_ray.io import node_cache
+from emloc_ray.io.atomic import atomic_directory, atomic_file, write_json
+from emloc_ray.io.digests import digest
+from emloc_ray.io.node_cache import discard, ensure, exists, hashes, local_only, mirror, open_artifact, origin, sizes
+from emloc_ray.io.object_store import ObjectStore
+from emloc_ray.io.resume import discard_unless
+
+
+@pytest.fixture
+def root(s3_port: int, node_cache: Path, request: pytest.FixtureRequest) -> Path:
+    return mirror(uri(s3_port, f"cache/{request.node.name}"))
+
+
+@pytest.fixture
+def other(root: Path, tmp_path: Path) -> Path:
+    """The same run on another node."""
+    return tmp_path / "other" / root.name
+
+
+def write(path: Path, content: bytes) -> None:
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+def test_a_path_says_what_it_mirrors(root: Path, tmp_path: Path) -> None:
+    found = origin(root / "emulator" / "config.json")
+    assert found is not None
+    assert (found.root, found.path) == (root, "emulator/config.json")
+    assert mirror(found.store.uri) == root
+    assert origin(tmp_path) is None
+
+
+def test_what_one_node_writes_the_others_read(root: Path, other: Path) -> None:
+    write(root / "emulator" / "a.safetensors", b"1")
+    write(root / "emulator" / "b.json", b"2")
+    write_json(root / "manifest.json", {})
+    ensure(other / "emulator", weights=False)
+    assert not (other / "emulator" / "a.safetensors").exists()
+    ensure(other / "emulator")
+    ensure(other / "manifest.json")
+    assert (other / "emulator" / "a.safetensors").read_bytes() == b"1"
+    assert (other / "manifest.json").read_bytes() == b"{}\n"
+    assert sizes(other / "emulator") == {other / "emulator" / "a.safetensors": 1, other / "emulator" / "b.json": 1}
+    assert hashes(other / "emulator")[other / "emulator" / "b.json"] == digest(root / "emulator" / "b.json")
+
+
+def test_an_old_copy_gives_way(root: Path, other: Path) -> None:
+    write(root / "slots" / "s", b"first")
+    ensure(other / "slots" / "s")
+    write(root / "slots" / "s", b"later")
+    with open_artifact(other / "slots" / "s") as (file, size):
+        assert (file.read(), size) == (b"later", 5)
+    ensure(other / "slots" / "s")
+    assert (other / "slots" / "s").read_bytes() == b"later"
+
+
+def test_a_copy_of_what_is_no_more_goes(root: Path, other: Path) -> None:
+    for name in ("manifest.json", "slots/s"):
+        write(root / name, b"x")
+        ensure(other / name)
+        discard(root / name)
+        assert not (root / name).exists()
+        assert not exists(other / name)
+        ensure(other / name)
+        assert not (other / name).exists()
+
+
+def test_a_current_copy_is_not_fetched_again(root: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(root / "a" / "f", b"x")
+    ensure(other / "a")
+    monkeypatch.setattr(ObjectStore, "download", lambda *_: pytest.fail("fetched again"))
+    ensure(other / "a")
+    ensure(root / "a")
+
+
+def test_workers_of_a_node_fetch_a_file_once(root: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(root / "a" / "f", b"x")
+    fetched: list[Path] = []
+    download = ObjectStore.download
+
+    def counted(self: ObjectStore, info: object, target: Path) -> None:
+        fetched.append(target)
+        time.sleep(0.2)
+        download(self, info, target)
+
+    monkeypatch.setattr(ObjectStore, "download", counted)
+    threads = [threading.Thread(target=ensure, args=(other / "a" / "f",)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(fetched) == 1
+
+
+def test_a_directory_that_is_being_written_is_not_seen(root: Path, other: Path) -> None:
+    write(root / "adapter" / "old", b"x")
+    with atomic_directory(root / "adapter") as temporary:
+        write(temporary / "new", b"y")
+        assert list(sizes(other / "adapter")) == [other / "adapter" / "old"]
+    assert list(sizes(other / "adapter")) == [other / "adapter" / "new"]
+    found = origin(root)
+    assert found is not None
+    assert found.store.names() == ["adapter"]
+
+
+def test_the_cache_makes_room(root: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a/old", "a/used", "a/new"):
+        write(root / name, b"x" * 10)
+    ensure(other / "a" / "old")
+    ensure(other / "a" / "used")
+    os.utime(other / "a" / "old", (0, 0))
+    usage = shutil.disk_usage(other)
+    monkeypatch.setattr(node_cache.shutil, "disk_usage", lambda _: usage._replace(total=1000, free=100))
+    ensure(other / "a" / "new")
+    assert sorted(file.name for file in (other / "a").iterdir()) == ["new", "used"]
+    ensure(other / "a" / "old")
+    assert (other / "a" / "old").read_bytes() == b"x" * 10
+
+
+def test_what_was_begun_with_other_inputs_goes_for_all_nodes(root: Path, other: Path) -> None:
+    discard_unless(root / "merged", {"a": 1})
+    write(root / "merged" / "shard", b"x")
+    discard_unless(other / "merged", {"a": 1})
+    assert exists(other / "merged" / "shard")
+    discard_unless(other / "merged", {"a": 2})
+    assert not exists(root / "merged" / "shard")
+
+
+def test_hidden_states_stay_on_their_node(root: Path, tmp_path: Path) -> None:
+    assert origin(local_only(root / "hidden")) is None
+    assert local_only(tmp_path) == tmp_path
+
+
+def test_a_place_too_long_for_a_directory_is_refused(s3_port: int) -> None:
+    with pytest.raises(ConfigError, match="shorten it"):
+        mirror(uri(s3_port, "x" * 300))
