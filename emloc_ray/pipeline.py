@@ -87,9 +87,9 @@ class Pipeline:
                 break
             except DamagedArtifactError as error:
                 stage = self.directory.writer(error.path)
-                if stage is None or stage in redone:  # twice: its place alters what is written
+                if stage is None or error.path in redone:  # twice: its place alters what is written
                     raise
-                redone.add(stage)
+                redone.add(error.path)
                 self.reporter.note(f"{error.path} is not as it was written: {stage} is done again.")
                 self.directory.forget(stage)
                 discard(self.directory.path(*error.path.split("/")))  # the rest of what the stage wrote may serve again
@@ -106,12 +106,14 @@ class Pipeline:
         """Reads once, before the first stage that is to run, what earlier runs finished.
 
         Raises:
-            DamagedArtifactError: for the first file whose content is not what the manifest says.
+            DamagedArtifactError: where a stage has files whose content is not what the manifest says; all are gone then.
         """
         while self._unread:
             name = self._unread.pop(0)
-            file = self.directory.damaged(name)
-            if file is not None:
+            damaged = self.directory.damaged(name)
+            for file in damaged:
+                discard(file)
+            for file in damaged[:1]:
                 path = file.relative_to(self.directory.root).as_posix()
                 raise DamagedArtifactError(f"{file} is not as {name} wrote it: run the same command again.", path)
 

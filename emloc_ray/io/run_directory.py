@@ -184,18 +184,18 @@ class RunDirectory:
         tops = {self.path(file.relative_to(self.root).parts[0]) for file in files}
         return {file: size for top in tops for file, size in sizes(top).items()}
 
-    def damaged(self, name: str) -> Path | None:
-        """A file of a finished stage whose content is not what the manifest says, or None; reads all that is on a disk.
+    def damaged(self, name: str) -> list[Path]:
+        """The files of a finished stage whose content is not what the manifest says; reads all that is on a disk.
 
         What comes from an object store is checked when it is fetched.
         """
         entry = self.stage(name)
         if entry is None or self.store is not None:
-            return None
+            return []
         wanted = {self.path(path): content["sha256"] for path, content in entry["outputs"].items()}
         with ThreadPoolExecutor(_READERS) as pool:
             found = zip(wanted, pool.map(lambda file: digest(file) if file.is_file() else None, wanted), strict=True)
-            return next((file for file, sha256 in found if sha256 != wanted[file]), None)
+            return [file for file, sha256 in found if sha256 != wanted[file]]
 
     def writer(self, path: str) -> str | None:
         """The finished stage that wrote a file, by its path from the run's directory on; None where none did."""

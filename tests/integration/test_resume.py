@@ -121,6 +121,21 @@ def test_a_changed_correction_and_a_cut_shard_are_redone_for_real(copied: Finish
     assert load_file(shard)
 
 
+def test_altered_files_of_the_same_size_are_found_before_they_are_built_on(
+    copied: FinishedRun, llama_run: FinishedRun
+) -> None:
+    shards = sorted((copied.root / "emulator").glob("model-*"))[:2]
+    for shard in shards:
+        content = bytearray(shard.read_bytes())
+        content[-1] ^= 1
+        shard.write_bytes(content)
+    reporter = run_values(copied.changed(correction={"method": "none"}), until="correct")
+    assert reporter.started == ["factorize", "correct"]
+    assert any(f"emulator/{shards[0].name} is not as it was written" in note for note in reporter.notes)
+    for shard in shards:
+        assert shard.read_bytes() == (llama_run.root / "emulator" / shard.name).read_bytes()
+
+
 def test_a_killed_calibration_worker_leaves_no_trace(copied: FinishedRun, llama_run: FinishedRun) -> None:
     reporter = KillingReporter()
     run_values(copied.values, reporter, begin="calibrate", until="calibrate")

@@ -83,7 +83,7 @@ def check(place: str, seed: int) -> None:
     assert list(directory.manifest()["stages"]) == ["shards", "whole"]
     for name in ("shards", "whole"):
         assert directory.is_done(name, fingerprint([name, seed]))
-        assert directory.damaged(name) is None
+        assert directory.damaged(name) == []
         assert not [file for file in sizes(directory.path(name)) if ".tmp" in file.name]
     ensure(directory.path("whole"))
     assert directory.path("whole", "sum.bin").read_bytes() == f"{seed}/0+{seed}/1+{seed}/2".encode()
