@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import tempfile
@@ -59,6 +60,11 @@ class FinetuneJob:
     def log_path(self) -> Path:
         """One JSON line per logged step, written by rank 0."""
         return self.storage_dir / f"{self.name}.log.jsonl"
+
+    @property
+    def events_dir(self) -> Path:
+        """TensorBoard's event files, where ``report_to`` asks for them: they outlive the training and its restarts."""
+        return self.out_dir.parent / "tensorboard" / self.name
 
 
 class RankBatches(IterableDataset[dict[str, torch.Tensor]]):
@@ -163,6 +169,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     """What each Ray Train worker runs; returns what the driver wants to know."""
     job: FinetuneJob = settings["job"]
     set_threads(settings["threads"])
+    _settle_reports(job)
     context = ray.train.get_context()
     with tempfile.TemporaryDirectory() as output_dir:
         trainer, keeper = _make_trainer(job, output_dir, context)
@@ -179,6 +186,15 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     return {"failure": keeper.failure, "steps": output.global_step, "train_loss": output.training_loss}
 
 
+def _settle_reports(job: FinetuneJob) -> None:
+    """Tells those whom ``report_to`` names where their files belong and which runs make up one training.
+
+    transformers reads these from the environment, reports from rank 0 alone, and what is set there already stays.
+    """
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(job.events_dir))
+    os.environ.setdefault("WANDB_RUN_GROUP", job.name)
+
+
 def _make_trainer(job: FinetuneJob, output_dir: str, context: Any) -> tuple[EmulatorTrainer, StepKeeper]:
     scattered = {"deepspeed": job.zero_config, **join_as_deepspeed_rank()} if job.zero_config else {}
     arguments = TrainingArguments(
@@ -191,6 +207,7 @@ def _make_trainer(job: FinetuneJob, output_dir: str, context: Any) -> tuple[Emul
         **{
             "save_strategy": "steps",
             "report_to": "none",
+            "run_name": job.out_dir.parent.name,
             "disable_tqdm": True,
             "logging_nan_inf_filter": False,
             "gradient_checkpointing_kwargs": {"use_reentrant": False},
