@@ -40,7 +40,6 @@ set -euo pipefail
 }
 
 port=$((20000 + SLURM_JOB_ID % 20000))
-scratch=${SLURM_TMPDIR:-/tmp}/emloc-ray-$SLURM_JOB_ID
 head=$(scontrol show hostnames "${SLURM_JOB_NODELIST_HET_GROUP_0:-$SLURM_JOB_NODELIST}" | head -n 1)
 address=${HEAD_ADDRESS:-$(getent ahostsv4 "$head" | awk 'NR == 1 {print $1}')}
 
@@ -50,14 +49,15 @@ export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
 # Ray on every node of a step, with what Slurm gave it there.
 # shellcheck disable=SC2016
 start_ray='umask 077
-    mkdir -p "$0/spill"
+    scratch=${SLURM_TMPDIR:-/tmp}/emloc-ray-$SLURM_JOB_ID
+    mkdir -p "$scratch/spill"
     exec ray start "$@" --block "--num-cpus=${SLURM_CPUS_PER_TASK:-1}" "--num-gpus=${SLURM_GPUS_ON_NODE:-0}" \
-        "--temp-dir=$0/ray" "--object-spilling-directory=$0/spill"'
+        "--temp-dir=$scratch/ray" "--object-spilling-directory=$scratch/spill"'
 
 steps=()
 trap 'kill "${steps[@]}" 2>/dev/null; wait' EXIT
 
-srun --overlap --nodes=1 --ntasks=1 "--nodelist=$head" bash -c "$start_ray" "$scratch" \
+srun --overlap --nodes=1 --ntasks=1 "--nodelist=$head" bash -c "$start_ray" ray \
     --head "--node-ip-address=$address" "--port=$port" --dashboard-host=127.0.0.1 --include-dashboard=false &
 steps+=($!)
 for _ in $(seq 60); do
@@ -72,7 +72,7 @@ for ((group = 0; group < ${SLURM_HET_SIZE:-1}; group++)); do
     options=(--overlap --no-kill --kill-on-bad-exit=0 "--nodes=${#workers[@]}" --ntasks-per-node=1)
     [ "${SLURM_HET_SIZE:-1}" -eq 1 ] || options+=("--het-group=$group")
     list=$(IFS=, && echo "${workers[*]}")
-    srun "${options[@]}" "--nodelist=$list" bash -c "$start_ray" "$scratch" "--address=$address:$port" &
+    srun "${options[@]}" "--nodelist=$list" bash -c "$start_ray" ray "--address=$address:$port" &
     steps+=($!)
 done
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from datetime import datetime, timezone
@@ -21,6 +22,13 @@ def run(tmp_path: Path) -> RunDirectory:
     directory = RunDirectory(tmp_path / "mine")
     directory.create({})
     return directory
+
+
+def fail(run: RunDirectory, stage: str, error: BaseException) -> None:
+    """A try that an error ends in a stage."""
+    with contextlib.suppress(type(error)), RunLog(run, ["model.layers.3", LAYER]) as log:
+        log.start(stage)
+        raise error
 
 
 def test_a_run_tells_its_stages_and_layers_a_line_each(run: RunDirectory) -> None:
@@ -67,18 +75,14 @@ def test_progress_does_not_flood(run: RunDirectory) -> None:
 
 
 def test_a_failure_is_told_with_its_stage_and_layer(run: RunDirectory) -> None:
-    with pytest.raises(NumericsError), RunLog(run, ["model.layers.3", LAYER]) as log:
-        log.start("factorize")
-        raise NumericsError(f"{LAYER}: the Gram holds NaN: mend the data.")
+    fail(run, "factorize", NumericsError(f"{LAYER}: the Gram holds NaN: mend the data."))
     failed = read_events(run)[-1]
     assert (failed["event"], failed["stage"], failed["layer"]) == ("run_failed", "factorize", LAYER)
     assert failed["message"] == f"{LAYER}: the Gram holds NaN: mend the data."
 
 
 def test_an_interrupt_is_no_failure(run: RunDirectory) -> None:
-    with pytest.raises(KeyboardInterrupt), RunLog(run) as log:
-        log.start("merge")
-        raise KeyboardInterrupt
+    fail(run, "merge", KeyboardInterrupt())
     assert read_events(run)[-1]["event"] == "run_stopped"
 
 
