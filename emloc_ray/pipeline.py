@@ -207,7 +207,7 @@ class Pipeline:
 
             from emloc_ray.modeling.loading import import_gguf
 
-            task: Any = ray.remote(import_gguf)
+            task: Any = ray.remote(import_gguf).options(name="import: the model")
             ray.get(task.remote(source, self.jobs.model_dir, self.config.model.dtype))
             return {}
 
