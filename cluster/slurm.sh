@@ -7,8 +7,8 @@
 #     tail -f emloc-ray-JOBID.out
 #
 # my.yaml: run_dir on the shared file system, as an absolute path (or s3://bucket/runs/mine), gpus_per_worker: 1 in
-# calibration, finetune and evaluation, no ray.num_cpus. A lost worker node is survived (--no-kill); a preempted or failed job
-# is put back into the queue and goes on from what run_dir holds (--requeue).
+# calibration, finetune and evaluation, no ray.num_cpus. A lost worker node is survived (--no-kill); a job that is preempted or
+# loses its first node is put back into the queue (--requeue) and goes on from what run_dir holds.
 #
 # The job has two parts: nodes without GPUs, for the head and the stages whose section says gpus_per_worker: 0 (calibrate,
 # factorize and merge by default), and nodes with GPUs. For one kind of node, delete the part from "hetjob" on.
@@ -54,10 +54,16 @@ start_ray='umask 077
     exec ray start "$@" --block "--num-cpus=${SLURM_CPUS_PER_TASK:-1}" "--num-gpus=${SLURM_GPUS_ON_NODE:-0}" \
         "--temp-dir=$scratch/ray" "--object-spilling-directory=$scratch/spill"'
 
+# srun takes a task's CPUs from its own option alone.
+cpus_per_task() {
+    local of_group=SLURM_CPUS_PER_TASK_HET_GROUP_$1
+    echo "${!of_group:-${SLURM_CPUS_PER_TASK:-1}}"
+}
+
 steps=()
 trap 'kill "${steps[@]}" 2>/dev/null; wait' EXIT
 
-srun --overlap --nodes=1 --ntasks=1 "--nodelist=$head" bash -c "$start_ray" ray \
+srun --overlap --nodes=1 --ntasks=1 "--cpus-per-task=$(cpus_per_task 0)" "--nodelist=$head" bash -c "$start_ray" ray \
     --head "--node-ip-address=$address" "--port=$port" --dashboard-host=127.0.0.1 --include-dashboard=false &
 steps+=($!)
 for _ in $(seq 60); do
@@ -69,7 +75,8 @@ for ((group = 0; group < ${SLURM_HET_SIZE:-1}; group++)); do
     nodes=SLURM_JOB_NODELIST_HET_GROUP_$group
     mapfile -t workers < <(scontrol show hostnames "${!nodes:-$SLURM_JOB_NODELIST}" | grep -vxF "$head")
     [ ${#workers[@]} -gt 0 ] || continue
-    options=(--overlap --no-kill --kill-on-bad-exit=0 "--nodes=${#workers[@]}" --ntasks-per-node=1)
+    options=(--overlap --no-kill --kill-on-bad-exit=0 --wait=0)
+    options+=("--nodes=${#workers[@]}" --ntasks-per-node=1 "--cpus-per-task=$(cpus_per_task "$group")")
     [ "${SLURM_HET_SIZE:-1}" -eq 1 ] || options+=("--het-group=$group")
     list=$(IFS=, && echo "${workers[*]}")
     srun "${options[@]}" "--nodelist=$list" bash -c "$start_ray" ray "--address=$address:$port" &

@@ -41,6 +41,7 @@ exec bash -c "${*:4}"
 _SRUN = """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do
     [[ $1 == --nodelist=* ]] && list=${1#*=}
+    [[ $1 == --cpus-per-task=* ]] && export SLURM_CPUS_PER_TASK=${1#*=}
     shift
 done
 for node in ${list//,/ }; do
@@ -195,7 +196,9 @@ def test_a_slurm_job_of_two_parts(hosts: Path) -> None:
         SLURM_JOB_NODELIST_HET_GROUP_0=f"{HEAD},{WORKER}",
         SLURM_JOB_NODELIST_HET_GROUP_1="127.0.0.4",
         SLURM_CPUS_PER_TASK="3",
+        SLURM_CPUS_PER_TASK_HET_GROUP_0="3",
+        SLURM_CPUS_PER_TASK_HET_GROUP_1="2",
     )
     assert "arguments ['run', 'my.yaml', 'finetune.max_steps=5']" in told
-    assert "resources [(3.0, 0), (3.0, 0), (3.0, 0)]" in told
+    assert "resources [(2.0, 0), (3.0, 0), (3.0, 0)]" in told
     assert left_behind(hosts) == []
