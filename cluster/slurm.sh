@@ -66,8 +66,8 @@ trap 'kill "${steps[@]}" 2>/dev/null; wait' EXIT
 srun --overlap --nodes=1 --ntasks=1 "--cpus-per-task=$(cpus_per_task 0)" "--nodelist=$head" bash -c "$start_ray" ray \
     --head "--node-ip-address=$address" "--port=$port" --dashboard-host=127.0.0.1 --include-dashboard=false &
 steps+=($!)
-for _ in $(seq 60); do
-    ray health-check --address "$address:$port" 2>/dev/null && break
+until ray health-check --address "$address:$port" 2>/dev/null; do
+    kill -0 "${steps[0]}" || exit 1
     sleep 1
 done
 

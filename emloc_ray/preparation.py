@@ -306,7 +306,7 @@ def _check_reporters(names: list[str]) -> None:
 
 def _check_resources(config: RunConfig) -> None:
     """What a stage asks of a Ray that is started here must be there, or it would wait for ever."""
-    if config.ray.address is not None:
+    if config.ray.joins:
         return
     import os
 

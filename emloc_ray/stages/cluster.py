@@ -19,7 +19,6 @@ from emloc_ray.errors import EmlocError, StageError
 Progress = Callable[[int, int], None]
 MAX_RESTARTS = 3
 _LEAN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # mallopt(3)
-_OF_A_NEW_RAY = {"include_dashboard", "num_cpus", "num_gpus", "resources", "labels", "object_store_memory"}
 
 
 def silent(done: int, total: int) -> None:
@@ -58,7 +57,11 @@ def connection(address: str | None = None, lean_memory: bool = False, **options:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # The future default, and without a GPU there is nothing to hide.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    settings = _init_settings(address, lean_memory, options)
+    settings = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False, **options}
+    if lean_memory:
+        settings["runtime_env"] = _with_variables(settings.get("runtime_env"), _LEAN_MEMORY)
+    if address is not None:
+        settings.pop("include_dashboard")
     try:
         ray.init(address=address, **settings)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -69,20 +72,6 @@ def connection(address: str | None = None, lean_memory: bool = False, **options:
         yield
     finally:
         ray.shutdown()
-
-
-def _init_settings(address: str | None, lean_memory: bool, options: dict[str, Any]) -> dict[str, Any]:
-    """What ``ray.init`` is given beside the address.
-
-    A running Ray, named by the config or by the environment of a job that was submitted to it, has its size already:
-    what the config says of one that is started here does not hold, and Ray would refuse it.
-    """
-    settings = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False, **options}
-    if lean_memory:
-        settings["runtime_env"] = _with_variables(settings.get("runtime_env"), _LEAN_MEMORY)
-    if address not in (None, "local") or (address is None and os.environ.get("RAY_ADDRESS")):
-        settings = {key: value for key, value in settings.items() if key not in _OF_A_NEW_RAY}
-    return settings
 
 
 def quiet_ray_data() -> None:
