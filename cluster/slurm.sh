@@ -13,9 +13,10 @@
 # The job has two parts: nodes without GPUs, for the head and the stages whose section says gpus_per_worker: 0 (calibrate,
 # factorize and merge by default), and nodes with GPUs. For one kind of node, delete the part from "hetjob" on.
 #
-# Ray's session and spilled objects stay on the nodes' local disk, $SLURM_TMPDIR or /tmp. The cluster's token is made here and
-# lives in the job's environment alone; so do credentials of a bucket that you export before sbatch. Where a node knows its own
-# name as a loopback address (Debian's 127.0.1.1), export HEAD_ADDRESS.
+# Objects spill to the nodes' local disk, $SLURM_TMPDIR or /tmp; Ray's session and logs are in /tmp/emloc-ray-JOBID (RAY_TMPDIR
+# for /tmp; Ray takes no more than 43 characters). The cluster's token is made here and lives in the job's environment alone; so
+# do credentials of a bucket that you export before sbatch. Where a node knows its own name as a loopback address (Debian's
+# 127.0.1.1), export HEAD_ADDRESS.
 #SBATCH --job-name=emloc-ray
 #SBATCH --output=emloc-ray-%j.out
 #SBATCH --time=24:00:00
@@ -49,10 +50,11 @@ export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
 # Ray on every node of a step, with what Slurm gave it there.
 # shellcheck disable=SC2016
 start_ray='umask 077
-    scratch=${SLURM_TMPDIR:-/tmp}/emloc-ray-$SLURM_JOB_ID
-    mkdir -p "$scratch/spill"
+    session=${RAY_TMPDIR:-/tmp}/emloc-ray-$SLURM_JOB_ID
+    spill=${SLURM_TMPDIR:-/tmp}/emloc-ray-$SLURM_JOB_ID/spill
+    mkdir -p "$session" "$spill"
     exec ray start "$@" --block "--num-cpus=${SLURM_CPUS_PER_TASK:-1}" "--num-gpus=${SLURM_GPUS_ON_NODE:-0}" \
-        "--temp-dir=$scratch/ray" "--object-spilling-directory=$scratch/spill"'
+        "--temp-dir=$session" "--object-spilling-directory=$spill"'
 
 # srun takes a task's CPUs from its own option alone.
 cpus_per_task() {
