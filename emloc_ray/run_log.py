@@ -35,6 +35,11 @@ class _JsonLines(logging.Formatter):
         return json.dumps({"time": when, **fields, "message": record.getMessage()}, ensure_ascii=False)
 
 
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A full disk stops a run by what the run itself writes, and is told then."""
+
+
 class RunLog:
     """A reporter that writes ``log.jsonl`` in the run's directory, after what earlier tries wrote there.
 
@@ -56,7 +61,7 @@ class RunLog:
     def __enter__(self) -> RunLog:
         path = self.run.path(LOG)
         _end_last_line(path)
-        self._handler = logging.FileHandler(path, encoding="utf-8")
+        self._handler = _LogFile(path, encoding="utf-8")
         self._handler.setFormatter(_JsonLines())
         self._logger.addHandler(self._handler)
         self._tell(

@@ -93,6 +93,13 @@ def test_half_a_line_of_a_killed_process_spoils_no_other(run: RunDirectory) -> N
     assert [event["event"] for event in read_events(run)] == ["run_started", "run_finished"]
 
 
+def test_a_full_disk_is_not_told_by_the_log(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+    run.path(LOG).symlink_to("/dev/full")
+    with RunLog(run) as log:
+        log.note("Something.")
+    assert capsys.readouterr().err == ""
+
+
 def test_records_reach_the_handlers_of_the_library_too(run: RunDirectory, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO), RunLog(run) as log:
         log.note("Something.")
