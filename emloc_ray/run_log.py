@@ -7,6 +7,7 @@ Each line holds ``time`` (ISO 8601, UTC), ``run``, ``event`` and ``message``; wh
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -86,7 +87,8 @@ class RunLog:
             self._tell("run_failed", sentence, logging.ERROR, **where, **layer)
         if self._handler is not None:
             self._logger.removeHandler(self._handler)
-            self._handler.close()
+            with contextlib.suppress(OSError):
+                self._handler.close()
 
     def start(self, stage: str) -> Callable[[int, int], None]:
         """A stage begins."""
