@@ -44,7 +44,7 @@ class _LogFile(logging.FileHandler):
 class RunLog:
     """A reporter that writes ``log.jsonl`` in the run's directory, after what earlier tries wrote there.
 
-    A stage's progress is written when it begins, when it ends and at most every ``interval_s`` seconds between. Records
+    A stage's progress is written at most every ``interval_s`` seconds, and with its end. Records
     also go to the handlers of the logger ``emloc_ray``, with ``fields`` as their attribute. As a context it tells how the
     run ends; where neither an end nor a live process is to be found, the run was killed.
     """
@@ -54,6 +54,7 @@ class RunLog:
         self.run, self.interval_s = run, interval_s
         self._layers = set(layers)
         self._stage: str | None = None
+        self._units: dict[str, int] = {}
         # Of its own rather than the process's: two runs side by side do not write into each other's log.
         self._logger = logging.Logger("emloc_ray.run", logging.INFO)
         self._logger.parent = logging.getLogger("emloc_ray")
@@ -92,16 +93,17 @@ class RunLog:
 
     def start(self, stage: str) -> Callable[[int, int], None]:
         """A stage begins."""
-        self._stage = stage
+        self._stage, self._units = stage, {}
         self._tell("started", f"{stage} begins.", stage=stage)
         next_time = 0.0
 
         def progress(done: int, total: int) -> None:
             nonlocal next_time
+            self._units = {"done": done, "total": total}
             now = time.monotonic()
             if now >= next_time:
                 next_time = now + self.interval_s
-                self._tell("progress", f"{stage}: {done} of {total}", stage=stage, done=done, total=total)
+                self._tell("progress", f"{stage}: {done} of {total}", stage=stage, **self._units)
 
         return progress
 
@@ -112,9 +114,8 @@ class RunLog:
         for layer, values in layers.items():
             shown = {key: values[key] for key in _LAYER_KEYS if key in values}
             self._tell("layer", f"{stage}: {layer}", stage=stage, layer=layer, **shown)
-        self._tell(
-            "finished", f"{stage} has ended.", stage=stage, **{k: v for k, v in usage.items() if k != "processes"}
-        )
+        used = {key: value for key, value in usage.items() if key != "processes"}
+        self._tell("finished", f"{stage} has ended.", stage=stage, **self._units, **used)
 
     def skip(self, stage: str) -> None:
         """A stage was found done."""

@@ -64,8 +64,11 @@ def test_progress_does_not_flood(run: RunDirectory) -> None:
             progress = log.start(stage)
             for done in range(1000):
                 progress(done + 1, 1000)
+            log.finish(stage, {}, USAGE)
     told = [(e["stage"], e["done"], e["total"]) for e in read_events(run) if e["event"] == "progress"]
     assert told == [("calibrate", 1, 1000), ("merge", 1, 1000)]
+    ends = [(e["stage"], e["done"], e["total"]) for e in read_events(run) if e["event"] == "finished"]
+    assert ends == [("calibrate", 1000, 1000), ("merge", 1000, 1000)]
     with RunLog(run, interval_s=0) as log:
         progress = log.start("evaluate")
         progress(1, 3)
