@@ -22,6 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from emloc_ray.errors import EmlocError
+from emloc_ray.io.node_cache import ensure, publish
 from emloc_ray.io.run_directory import RunDirectory
 
 LOG = "log.jsonl"
@@ -62,6 +64,7 @@ class RunLog:
 
     def __enter__(self) -> RunLog:
         path = self.run.path(LOG)
+        ensure(path)
         _end_last_line(path)
         self._handler = _LogFile(path, encoding="utf-8")
         self._handler.setFormatter(_JsonLines())
@@ -127,6 +130,9 @@ class RunLog:
 
     def _tell(self, event: str, message: str, level: int = logging.INFO, **fields: Any) -> None:
         self._logger.log(level, "%s", message, extra={"fields": {"run": self.run.name, "event": event, **fields}})
+        if event != "layer":  # a stage's end follows, and takes them with it
+            with contextlib.suppress(EmlocError, OSError):  # what the run itself writes tells of a store that fails
+                publish(self.run.path(LOG))
 
 
 def _end_last_line(path: Path) -> None:
@@ -136,11 +142,18 @@ def _end_last_line(path: Path) -> None:
             file.write("\n")
 
 
+def _read(run: RunDirectory) -> bytes:
+    """From a store, past this node's copy, into which the run itself may be writing."""
+    if run.store is not None:
+        return run.store.read(LOG) or b""
+    path = run.path(LOG)
+    return path.read_bytes() if path.is_file() else b""
+
+
 def read_events(run: RunDirectory) -> list[dict[str, Any]]:
     """The log's events, oldest first, without lines that a killed process left unfinished; empty where there is none."""
-    path = run.path(LOG)
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in _read(run).decode(errors="replace").splitlines():
         try:
             event = json.loads(line)
         except ValueError:

@@ -88,7 +88,7 @@ def _command(run: RunDirectory, begun: Event) -> str:
     """The command line that began a run, without what would undo its work; where it was none, one that goes on as well."""
     words = shlex.split(begun.get("command", ""))
     if not words or words[0] != "emloc-ray":
-        return f"emloc-ray run {shlex.quote(str(run.path(CONFIG)))}"
+        return "the call that began it" if run.store else f"emloc-ray run {shlex.quote(str(run.path(CONFIG)))}"
     return f"cd {shlex.quote(begun['directory'])} && {shlex.join(word for word in words if word != '--fresh')}"
 
 

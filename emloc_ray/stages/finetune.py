@@ -157,6 +157,7 @@ class StepKeeper(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        _publish_events(self.job)
         if self.failure is None:
             # Every rank has files of its own there, the random state and its part of what DeepSpeed scatters: Ray Train
             # puts them together in one directory.
@@ -181,6 +182,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
         else:
             with checkpoint.as_directory() as folder:
                 output = trainer.train(resume_from_checkpoint=folder)
+        _publish_events(job)
         if keeper.failure is None:
             trainer.save_adapter()
     return {"failure": keeper.failure, "steps": output.global_step, "train_loss": output.training_loss}
@@ -195,6 +197,11 @@ def _settle_reports(job: FinetuneJob) -> None:
     os.environ.setdefault("WANDB_RUN_GROUP", job.name)
 
 
+def _publish_events(job: FinetuneJob) -> None:
+    if ray.train.get_context().get_world_rank() == 0 and job.events_dir.is_dir():
+        publish(job.events_dir)
+
+
 def _make_trainer(job: FinetuneJob, output_dir: str, context: Any) -> tuple[EmulatorTrainer, StepKeeper]:
     scattered = {"deepspeed": job.zero_config, **join_as_deepspeed_rank()} if job.zero_config else {}
     arguments = TrainingArguments(
@@ -207,7 +214,6 @@ def _make_trainer(job: FinetuneJob, output_dir: str, context: Any) -> tuple[Emul
         **{
             "save_strategy": "steps",
             "report_to": "none",
-            "run_name": job.out_dir.parent.name,
             "disable_tqdm": True,
             "logging_nan_inf_filter": False,
             "gradient_checkpointing_kwargs": {"use_reentrant": False},
