@@ -7,6 +7,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
+from s3_server import uri
 
 from emloc_ray.errors import NumericsError
 from emloc_ray.io.run_directory import RunDirectory
@@ -109,6 +110,22 @@ def test_records_reach_the_handlers_of_the_library_too(run: RunDirectory, caplog
     assert [(r.name, r.getMessage()) for r in caplog.records if r.levelno == logging.WARNING] == [
         ("emloc_ray.run", "Something.")
     ]
+
+
+def test_a_log_on_a_store_is_read_elsewhere_while_it_grows(
+    s3_port: int, node_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = uri(s3_port, "logs/mine")
+    here = RunDirectory(place)
+    here.create({})
+    with RunLog(here, interval_s=0) as log:
+        log.start("merge")(1, 2)
+        monkeypatch.setenv("EMLOC_RAY_CACHE", str(tmp_path / "elsewhere"))
+        elsewhere = RunDirectory(place)
+        assert [e["event"] for e in read_events(elsewhere)] == ["run_started", "started", "progress"]
+    with RunLog(elsewhere):
+        pass
+    assert [e["event"] for e in read_events(here)][3:] == ["run_finished", "run_started", "run_finished"]
 
 
 def test_several_reporters_hear_all(run: RunDirectory, tmp_path: Path) -> None:
