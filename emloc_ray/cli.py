@@ -184,11 +184,12 @@ RunPath = Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run's directo
 
 @app.command()
 def status(run_dir: RunPath) -> None:
-    """Show which stages of a run are done, and its results so far."""
+    """Show which stages of a run are done, how it is or how it ended, and its results so far."""
 
     def action() -> None:
         from emloc_ray.console import evaluation_table, gib, result_lines
         from emloc_ray.io.run_directory import RunDirectory
+        from emloc_ray.status import read_status
 
         run = RunDirectory(run_dir).existing()
         stages = run.manifest()["stages"]
@@ -199,8 +200,8 @@ def status(run_dir: RunPath) -> None:
                 console.print(f"[green]✓[/] {stage:<10} {usage['wall_s']:8.1f} s  peak {peak}")
             elif stage != "import":
                 console.print(f"[dim]· {stage:<10} not done[/]")
-        holder = run.holder()
-        console.print(f"Running: {holder}" if holder else "Not running.")
+        for line in read_status(run).lines():
+            console.print(_escape(line), soft_wrap=True)
         metrics = run.metrics()
         if "evaluation" in metrics:
             console.print(evaluation_table(metrics))

@@ -5,6 +5,7 @@ Unknown keys are errors, told with the nearest right one; every error is told at
 
 from __future__ import annotations
 
+import os
 import re
 import typing
 from typing import Any, Literal
@@ -200,6 +201,9 @@ class EvaluationConfig(StageConfig):
     upper_bound: str | None = Field(None, description="run directory of plain LoRA (compression_ratio: 1.0)")
 
 
+_OF_A_NEW_RAY = ("num_cpus", "num_gpus", "resources", "labels", "object_store_memory")
+
+
 class RayConfig(Section):
     """Where Ray is; every other key goes to ``ray.init``."""
 
@@ -210,9 +214,14 @@ class RayConfig(Section):
     num_gpus: int | None = Field(None, ge=0)
 
     @property
+    def joins(self) -> bool:
+        """Whether a running Ray is joined: named here, or by RAY_ADDRESS, as Ray itself sets it for a submitted job."""
+        return (self.address or os.environ.get("RAY_ADDRESS") or "local") != "local"
+
+    @property
     def init_options(self) -> dict[str, Any]:
-        """What ``ray.init`` is given, beside the address."""
-        return self.model_dump(exclude={"address"}, exclude_none=True)
+        """What ``ray.init`` is given, beside the address; a Ray that runs already has its size."""
+        return self.model_dump(exclude={"address", *(_OF_A_NEW_RAY if self.joins else ())}, exclude_none=True)
 
 
 class RunConfig(Section):

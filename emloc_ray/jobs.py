@@ -97,7 +97,7 @@ class Jobs:
             loss_on=section.loss_on,
             pad_token_id=self._pad_token_id(),
             max_failures=section.max_failures,
-            training_arguments=_training_arguments(section),
+            training_arguments={"run_name": self.prepared.run.name, **_training_arguments(section)},
             zero_config=self.prepared.zero_config,
             model_options=self.model_options,
         )

@@ -140,7 +140,7 @@ class MemoryModel:
         """``memory_budget``; else a worker's share of this machine's memory, or no bound on a cluster elsewhere."""
         if self.config.memory_budget is not None:
             return float(self.config.memory_budget)
-        if self.config.ray.address is not None:
+        if self.config.ray.joins:
             return float("inf")
         return psutil.virtual_memory().available / getattr(self.config, section).num_workers
 

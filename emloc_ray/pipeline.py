@@ -17,8 +17,9 @@ from emloc_ray.memory import MemoryModel, total
 from emloc_ray.planner import make_plan, row_lengths
 from emloc_ray.preparation import Prepared, check_disk, prepare
 from emloc_ray.report import write_report
-from emloc_ray.reporter import Reporter, SilentReporter
+from emloc_ray.reporter import Reporter, Reporters, SilentReporter
 from emloc_ray.results import assemble_metrics
+from emloc_ray.run_log import RunLog
 from emloc_ray.stages import STAGES
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 # Settings that say where work runs, not what comes out of it.
 _PLACEMENT = {"num_workers", "cpus_per_worker", "gpus_per_worker"}
+# Of the fine-tuning's; its number of workers orders the rows.
+_NOT_LEARNED = {"cpus_per_worker", "gpus_per_worker", "max_failures", "deepspeed", "report_to", "run_name"}
 
 
 def run(
@@ -46,6 +49,7 @@ def run(
         EmlocError: where a stage failed; finished stages stay, and the same call goes on from them.
     """
     from emloc_ray.stages.cluster import connection
+    from emloc_ray.stages.gauges import StageGauges
 
     prepared = prepared or prepare(config)
     check_disk(prepared.run, 0 if prepared.run.path("manifest.json").is_file() else make_plan(prepared).disk_bytes)
@@ -53,9 +57,10 @@ def run(
     try:
         prepared.run.create(config.model_dump(mode="json"), fresh=fresh)
         lean = config.memory_budget is not None
-        with connection(config.ray.address, lean_memory=lean, **config.ray.init_options):
-            pipeline = Pipeline(prepared, reporter or SilentReporter(), begin)
-            pipeline.run(until)
+        log = RunLog(prepared.run, [spec.name for spec in prepared.layout.specs])
+        with log, connection(config.ray.address, lean_memory=lean, **config.ray.init_options):
+            told = Reporters(reporter or SilentReporter(), log, StageGauges(prepared.run.name))
+            Pipeline(prepared, told, begin).run(until)
         return prepared.run.metrics()
     finally:
         prepared.run.unlock()
@@ -202,7 +207,7 @@ class Pipeline:
 
             from emloc_ray.modeling.loading import import_gguf
 
-            task: Any = ray.remote(import_gguf)
+            task: Any = ray.remote(import_gguf).options(name="import: the model")
             ray.get(task.remote(source, self.jobs.model_dir, self.config.model.dtype))
             return {}
 
@@ -340,7 +345,7 @@ class Pipeline:
             "data": self.inputs["data/train"],
             "options": self.model_options,
             "adapter": self.config.adapter.model_dump(mode="json"),
-            "finetune": _without(section, {"cpus_per_worker", "gpus_per_worker", "max_failures", "deepspeed"}),
+            "finetune": _without(section, _NOT_LEARNED),
             "steps": self.jobs.num_steps(),
             "seed": self.config.seed,
         }

@@ -278,6 +278,7 @@ def _check_training(config: RunConfig) -> dict[str, Any] | None:
         except (ValueError, TypeError, ImportError, OSError) as error:
             detail = " ".join(str(error).split())[:200]
             raise ConfigError(f"finetune: transformers refuses its settings ({detail}): mend them.") from error
+    _check_reporters([arguments.report_to] if isinstance(arguments.report_to, str) else arguments.report_to or [])
     if section.deepspeed is None:
         return None
     for key in ("use_cpu", "fsdp", "fsdp_config", "accelerator_config", "parallelism_config"):
@@ -289,9 +290,23 @@ def _check_training(config: RunConfig) -> dict[str, Any] | None:
     return zero_config
 
 
+def _check_reporters(names: list[str]) -> None:
+    """Those whom ``finetune.report_to`` names, before the stages ahead of it have taken their hours."""
+    from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+
+    try:
+        get_reporting_integration_callbacks(names)
+    except ValueError as error:
+        raise ConfigError(f"finetune.report_to: {error}") from error
+    # transformers does not look for these two by themselves.
+    missing = set(names) - {*get_available_reporting_integrations(), "azure_ml", "flyte"}
+    if missing:
+        raise ConfigError(f"finetune.report_to: {min(missing)} is not installed: install it, or leave it out.")
+
+
 def _check_resources(config: RunConfig) -> None:
     """What a stage asks of a Ray that is started here must be there, or it would wait for ever."""
-    if config.ray.address is not None:
+    if config.ray.joins:
         return
     import os
 

@@ -37,3 +37,35 @@ class SilentReporter:
 
     def note(self, text: str) -> None:
         """Nothing."""
+
+
+class Reporters:
+    """Tells several, in order."""
+
+    def __init__(self, *reporters: Reporter) -> None:
+        self.reporters = reporters
+
+    def start(self, stage: str) -> Callable[[int, int], None]:
+        """Gives a callback that tells each one's."""
+        callbacks = [reporter.start(stage) for reporter in self.reporters]
+
+        def progress(done: int, total: int) -> None:
+            for callback in callbacks:
+                callback(done, total)
+
+        return progress
+
+    def finish(self, stage: str, result: dict[str, Any], usage: dict[str, Any]) -> None:
+        """Tells each."""
+        for reporter in self.reporters:
+            reporter.finish(stage, result, usage)
+
+    def skip(self, stage: str) -> None:
+        """Tells each."""
+        for reporter in self.reporters:
+            reporter.skip(stage)
+
+    def note(self, text: str) -> None:
+        """Tells each."""
+        for reporter in self.reporters:
+            reporter.note(text)

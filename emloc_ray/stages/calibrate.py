@@ -79,8 +79,9 @@ def _reside(
             discard(stale)
 
         def start(slot: int, part: CalibrationJob = part, slots: Sequence[Path] = slots) -> Any:
-            options = resources.options()
-            return ray.remote(SlotActor).options(**options).remote(ResidentSlot, part, slots[slot], resources.threads)
+            actor = ray.remote(SlotActor).options(**resources.options())
+            label = f"calibrate: slot {slot}"
+            return actor.remote(ResidentSlot, part, slots[slot], resources.threads, label=label)
 
         def told(done: int, total: int, number: int = number) -> None:
             progress(number * total + done, len(waves) * total)
@@ -99,9 +100,9 @@ def _reduce(slots: Sequence[Path], names: Sequence[str], out_dir: Path, prefix: 
     """Sums the slots, a file of a few Grams a task."""
     parts = [list(names[start : start + _GRAMS_PER_FILE]) for start in range(0, len(names), _GRAMS_PER_FILE)]
     files = [f"{prefix}-{number + 1:05d}-of-{len(parts):05d}.safetensors" for number in range(len(parts))]
-    task: Any = ray.remote(_reduce_part).options(num_cpus=1)
+    task: Any = ray.remote(_reduce_part)
     submit = [
-        functools.partial(task.remote, list(slots), part, out_dir / file)
+        functools.partial(task.options(num_cpus=1, name=f"calibrate: {file}").remote, list(slots), part, out_dir / file)
         for file, part in zip(files, parts, strict=True)
     ]
     results = bounded(submit, max(2, int(ray.cluster_resources().get("CPU", 1))), silent, len(parts))
@@ -126,7 +127,7 @@ def _stream(
     names = [[group[0] for group in job.groups if group[0].startswith(f"{block}.")] for block in order]
     num_blocks = 1 + max(position for position, inside in enumerate(names) if inside)
     files = [grams_file(out_dir, block, num_blocks) for block in range(num_blocks)]
-    reduce: Any = ray.remote(_reduce_block).options(num_cpus=0)  # the slots may hold every CPU
+    reduce: Any = ray.remote(_reduce_block)
     passed = dict.fromkeys(range(num_slots), -1)
     summing: dict[Any, int] = {}
     counts: dict[str, int] = {}
@@ -135,13 +136,23 @@ def _stream(
         return (
             ray.remote(SlotActor)
             .options(**resources.options())
-            .remote(StreamedSlot, job, out_dir, slot, num_slots, num_blocks, resources.threads)
+            .remote(
+                StreamedSlot,
+                job,
+                out_dir,
+                slot,
+                num_slots,
+                num_blocks,
+                resources.threads,
+                label=f"calibrate: slot {slot}",
+            )
         )
 
     def done(slot: int, position: int) -> None:
         for block in range(min(passed.values()) + 1, min((passed | {slot: position}).values()) + 1):
             parts = [part_file(out_dir, s, num_slots, block) for s in range(num_slots)]
-            summing[reduce.remote(parts, names[block], files[block])] = block
+            task = reduce.options(num_cpus=0, name=f"calibrate: {files[block].name}")  # the slots may hold every CPU
+            summing[task.remote(parts, names[block], files[block])] = block
         passed[slot] = position
         collect(0)
 

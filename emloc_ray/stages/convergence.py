@@ -73,9 +73,14 @@ def _add(before: Path | None, part: Path, total: Path) -> None:
     """Writes the sum of two calibrations of the same groups, a file of Grams a task."""
     index = GramStore(part).index
     files = sorted(set(index["weight_map"].values()))
-    task: Any = ray.remote(_add_task).options(num_cpus=1)
+    task: Any = ray.remote(_add_task)
     submit = [
-        functools.partial(task.remote, None if before is None else before / file, part / file, total / file)
+        functools.partial(
+            task.options(num_cpus=1, name=f"calibrate: {total.name}, {file}").remote,
+            None if before is None else before / file,
+            part / file,
+            total / file,
+        )
         for file in files
     ]
     results = bounded(submit, max(2, int(ray.cluster_resources().get("CPU", 1))), silent, len(files))

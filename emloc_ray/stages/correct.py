@@ -193,6 +193,9 @@ class Corrector:
         set_threads(threads)
         self.state = (0, 1)
 
+    def __repr__(self) -> str:
+        return "correct: adapter"
+
     def run(self, job: CorrectionJob) -> dict[str, Any]:
         """Corrects; see :func:`correct_adapter`."""
         return correct_adapter(job, self._note)

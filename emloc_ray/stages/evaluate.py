@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -111,9 +112,13 @@ def evaluate(job: EvaluationJob, resources: Resources, progress: Progress = sile
     """Scores the six variants; returns ``evaluation`` as in metrics.json, ``exact_match`` and ``generations``."""
     num_parts = min(resources.num_workers, len(TokenShards(job.tokens_dir)))
     work = list(itertools.product(("original", "emulator", "merged"), range(num_parts)))
-    task: Any = ray.remote(evaluate_slice).options(**resources.options())
-    submit = [lambda f=family, p=part: task.remote(job, f, p, num_parts, resources.threads) for family, part in work]
-    results = bounded(submit, resources.num_workers, progress, len(work))
+    task: Any = ray.remote(evaluate_slice)
+
+    def submit(family: str, part: int) -> Any:
+        named = task.options(name=f"evaluate: {family}, part {part + 1} of {num_parts}", **resources.options())
+        return named.remote(job, family, part, num_parts, resources.threads)
+
+    results = bounded([functools.partial(submit, *piece) for piece in work], resources.num_workers, progress, len(work))
     found = list(zip(work, results, strict=True))
     evaluation = {}
     for variant in VARIANTS:

@@ -146,7 +146,8 @@ class EmulatorBuild:
         if file in self._started or file in self._done:
             return
         self._started.add(file)
-        task: Any = ray.remote(_group_task).options(**self.resources.options())
+        name = f"factorize: {' and '.join(spec.name for spec in work)}"
+        task: Any = ray.remote(_group_task).options(name=name, **self.resources.options())
         self._flight.add(functools.partial(task.remote, self._shared_job, work, gram, file, self.resources.threads))
 
     def pump(self, timeout: float | None = 0) -> bool:
@@ -176,10 +177,11 @@ class EmulatorBuild:
             grams = GramStore(calibration_dir)
             for work in left:
                 self._start(work, grams.stored(work[0].name))
-        copy: Any = ray.remote(copy_rest).options(num_cpus=1)
+        copy: Any = ray.remote(copy_rest)
         for entries, file in self._rest:
             if file not in self._done:
-                self._flight.add(functools.partial(copy.remote, entries, file))
+                task = copy.options(num_cpus=1, name=f"factorize: {file.name}")
+                self._flight.add(functools.partial(task.remote, entries, file))
         while self.pump(None):
             progress(len(self.files) - self._flight.left, len(self.files))
         if self._error is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
 import tempfile
@@ -59,6 +60,11 @@ class FinetuneJob:
     def log_path(self) -> Path:
         """One JSON line per logged step, written by rank 0."""
         return self.storage_dir / f"{self.name}.log.jsonl"
+
+    @property
+    def events_dir(self) -> Path:
+        """TensorBoard's event files, where ``report_to`` asks for them: they outlive the training and its restarts."""
+        return self.out_dir.parent / "tensorboard" / self.name
 
 
 class RankBatches(IterableDataset[dict[str, torch.Tensor]]):
@@ -151,6 +157,7 @@ class StepKeeper(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        _publish_events(self.job)
         if self.failure is None:
             # Every rank has files of its own there, the random state and its part of what DeepSpeed scatters: Ray Train
             # puts them together in one directory.
@@ -163,6 +170,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     """What each Ray Train worker runs; returns what the driver wants to know."""
     job: FinetuneJob = settings["job"]
     set_threads(settings["threads"])
+    _settle_reports(job)
     context = ray.train.get_context()
     with tempfile.TemporaryDirectory() as output_dir:
         trainer, keeper = _make_trainer(job, output_dir, context)
@@ -174,9 +182,24 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
         else:
             with checkpoint.as_directory() as folder:
                 output = trainer.train(resume_from_checkpoint=folder)
+        _publish_events(job)
         if keeper.failure is None:
             trainer.save_adapter()
     return {"failure": keeper.failure, "steps": output.global_step, "train_loss": output.training_loss}
+
+
+def _settle_reports(job: FinetuneJob) -> None:
+    """Tells those whom ``report_to`` names where their files belong and which runs make up one training.
+
+    transformers reads these from the environment, reports from rank 0 alone, and what is set there already stays.
+    """
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(job.events_dir))
+    os.environ.setdefault("WANDB_RUN_GROUP", job.name)
+
+
+def _publish_events(job: FinetuneJob) -> None:
+    if ray.train.get_context().get_world_rank() == 0 and job.events_dir.is_dir():
+        publish(job.events_dir)
 
 
 def _make_trainer(job: FinetuneJob, output_dir: str, context: Any) -> tuple[EmulatorTrainer, StepKeeper]:

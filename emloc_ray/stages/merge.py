@@ -104,7 +104,8 @@ def merge(job: MergeJob, resources: Resources, progress: Progress = silent) -> d
     options, threads = resources.options(), resources.threads
 
     def submit(name: str, shard: Shard) -> Any:
-        return ray.remote(_merge_task).options(**options).remote(job, shard, job.out_dir / name, threads)
+        task: Any = ray.remote(_merge_task).options(name=f"merge: {name}", **options)
+        return task.remote(job, shard, job.out_dir / name, threads)
 
     named = sorted(
         output_shards(shards, job.max_shard_size),

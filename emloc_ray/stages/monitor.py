@@ -101,10 +101,10 @@ def _memory(process: psutil.Process) -> tuple[int, int]:
 
 
 def _kind(process: psutil.Process) -> str:
-    """A process's name as people know it: a Ray worker by its task or actor, else by its program."""
+    """A process's name as people know it: a Ray worker by its actor or its task's stage, else by its program."""
     if process.pid == psutil.Process().pid:
         return "driver"
     line = process.cmdline()
     if line and line[0].startswith("ray::"):
-        return line[0].split()[0].removeprefix("ray::").split(".")[0].split("(")[0]
+        return line[0].split()[0].removeprefix("ray::").split(".")[0].split("(")[0].rstrip(":")
     return process.name()

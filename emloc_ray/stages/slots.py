@@ -13,10 +13,17 @@ from emloc_ray.stages.cluster import MAX_RESTARTS, Progress
 
 
 class SlotActor:
-    """An actor around a slot, which is made in its first call: what goes wrong in a constructor, Ray tells as text only."""
+    """An actor around a slot, which is made in its first call: what goes wrong in a constructor, Ray tells as text only.
 
-    def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
+    Ray's dashboard and state API show it by its ``label``: a name proper would have to be free for its replacement.
+    """
+
+    def __init__(self, make: Callable[..., Any], *arguments: Any, label: str = "slot") -> None:
         self._make = functools.partial(make, *arguments)
+        self._label = label
+
+    def __repr__(self) -> str:
+        return self._label
 
     def position(self) -> int:
         """The last unit that is safe, or -1."""

@@ -16,6 +16,7 @@ import yaml
 from small_runs import make_values
 
 from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.status import read_status
 
 SECONDS = 240
 
@@ -69,6 +70,9 @@ def test_an_interrupted_training_goes_on_with_the_same_command(
     assert [p.name() for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
     run = RunDirectory(tmp_path / "run")
     assert run.holder() is None
+    told = read_status(run).lines()
+    assert told[0].startswith("Not running: stopped, in finetune, ")
+    assert told[-1].startswith("It goes on by the same command: emloc-ray run ")
     assert set(run.manifest()["stages"]) == {"data", "calibrate", "factorize"}
     assert list(training.glob("finetune-*/checkpoint_*"))  # from which it goes on
 

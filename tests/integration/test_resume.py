@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 from small_runs import FinishedRun, KillingReporter, KillingWatcher, redone, run_values
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from emloc_ray import pipeline
 from emloc_ray.config_reading import parse_config
@@ -37,6 +38,7 @@ def tail(stage: str) -> list[str]:
         ("evaluation", {"num_workers": 1}, []),
         ("calibration", {"num_workers": 1, "cpus_per_worker": 2}, []),
         ("finetune", {"cpus_per_worker": 0.5, "max_failures": 0}, []),
+        ("finetune", {"report_to": "tensorboard"}, []),
         ("evaluation", {"num_generations": 0}, ["evaluate"]),
         ("correction", {"strength": 0.3}, tail("correct")),
         ("correction", {"method": "projection"}, tail("correct")),
@@ -150,7 +152,7 @@ def test_a_killed_calibration_worker_leaves_no_trace(copied: FinishedRun, llama_
 
 def test_a_killed_training_worker_leaves_no_trace(copied: FinishedRun, llama_run: FinishedRun) -> None:
     # A checkpoint after every step: it also makes steps slow enough to be killed between two of them.
-    values = copied.changed(finetune={"save_steps": 1})
+    values = copied.changed(finetune={"save_steps": 1, "report_to": "tensorboard"})
     with KillingWatcher(copied.root / "training", steps=4) as watcher:
         reporter = run_values(values, until="finetune")
     assert 4 <= max(watcher.logged_when_killed) < 8
@@ -163,13 +165,17 @@ def test_a_killed_training_worker_leaves_no_trace(copied: FinishedRun, llama_run
     )
     assert calm.keys() == disturbed.keys()
     assert max(float((calm[name] - disturbed[name]).abs().max()) for name in calm) <= 1e-6
+    (reported,) = (copied.root / "tensorboard").iterdir()
+    assert len(list(reported.iterdir())) == 2  # by rank 0 of the killed group and by rank 0 of the next
+    events = EventAccumulator(str(reported)).Reload()
+    assert {event.step for event in events.Scalars("train/loss")} == set(range(1, 9))
 
 
 def test_fresh_forgets_what_was_there(copied: FinishedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pipeline, "run", lambda self, until: None)
     pipeline.run(parse_config(copied.values), fresh=True)
     left = {entry.name for entry in copied.root.iterdir()}
-    assert left == {"manifest.json", "config.yaml", ".lock"}
+    assert left == {"manifest.json", "config.yaml", "log.jsonl", ".lock"}
     assert json.loads((copied.root / "manifest.json").read_text())["stages"] == {}
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from emloc_ray.config import AdapterConfig, RunConfig
+from emloc_ray.config import AdapterConfig, RayConfig, RunConfig
 from emloc_ray.config_reading import load_config, parse_config
 from emloc_ray.errors import ConfigError
 
@@ -353,3 +353,24 @@ def test_a_config_that_is_no_text_or_a_directory_is_told(tmp_path: Path) -> None
 def test_a_size_is_a_number_and_a_unit(size: Any) -> None:
     assert "memory_budget" in error_of(memory_budget=size)
     assert config(memory_budget="1.5 GiB").memory_budget == 3 * 2**29
+
+
+@pytest.mark.parametrize(
+    ("address", "variable", "joins"),
+    [
+        (None, None, False),
+        ("local", None, False),
+        ("auto", None, True),
+        (None, "127.0.0.1:6379", True),
+        ("local", "x:1", False),
+    ],
+)
+def test_a_running_ray_is_joined_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, address: str | None, variable: str | None, joins: bool
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if variable is not None:  # as Ray sets it for a job that was submitted
+        monkeypatch.setenv("RAY_ADDRESS", variable)
+    ray = RayConfig(address=address, num_cpus=4, object_store_memory=10**8, namespace="mine")  # type: ignore[call-arg]
+    assert ray.joins is joins
+    assert set(ray.init_options) == {"namespace"} | (set() if joins else {"num_cpus", "object_store_memory"})

@@ -180,6 +180,8 @@ def refused(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[...
     ("sections", "words"),
     [
         ({"finetune": {"lr_scheduler_type": "foo"}}, "transformers refuses its settings"),
+        ({"finetune": {"report_to": "tensorbord"}}, "finetune.report_to: tensorbord is not supported"),
+        ({"finetune": {"report_to": ["tensorboard", "neptune"]}}, "finetune.report_to: neptune is not installed"),
         ({"finetune": {"warmup_steps": "abc"}}, "finetune.warmup_steps is 'abc'"),
         ({"finetune": {"gradient_checkpointing_kwargs": 3}}, "finetune.gradient_checkpointing_kwargs is 3"),
         ({"finetune": {"max_steps": 0}}, "finetune.max_steps: 0 is no number of steps"),

@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# One run as a Slurm job: a head and workers by srun, the driver beside the head.
+#
+#     python3 -m venv ~/emloc-ray && ~/emloc-ray/bin/pip install 'emloc-ray[cluster]'     # once, on shared storage
+#     source ~/emloc-ray/bin/activate
+#     sbatch cluster/slurm.sh my.yaml               # then key.path=value … as for emloc-ray run
+#     tail -f emloc-ray-JOBID.out
+#
+# my.yaml: run_dir on the shared file system, as an absolute path (or s3://bucket/runs/mine), gpus_per_worker: 1 in
+# calibration, finetune and evaluation, no ray.num_cpus. A lost worker node is survived (--no-kill); a job that is preempted or
+# loses its first node is put back into the queue (--requeue) and goes on from what run_dir holds.
+#
+# The job has two parts: nodes without GPUs, for the head and the stages whose section says gpus_per_worker: 0 (calibrate,
+# factorize and merge by default), and nodes with GPUs. For one kind of node, delete the part from "hetjob" on.
+#
+# Objects spill to the nodes' local disk, $SLURM_TMPDIR or /tmp; Ray's session and logs are in /tmp/emloc-ray-JOBID (RAY_TMPDIR
+# for /tmp; Ray takes no more than 43 characters). The cluster's token is made here and lives in the job's environment alone; so
+# do credentials of a bucket that you export before sbatch. Where a node knows its own name as a loopback address (Debian's
+# 127.0.1.1), export HEAD_ADDRESS.
+#SBATCH --job-name=emloc-ray
+#SBATCH --output=emloc-ray-%j.out
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --no-kill
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=32
+#SBATCH --mem=128G
+#SBATCH hetjob
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=16
+#SBATCH --gpus-per-node=4
+#SBATCH --mem=256G
+set -euo pipefail
+
+[ $# -ge 1 ] || {
+    echo "usage: sbatch $0 CONFIG [KEY.PATH=VALUE]..." >&2
+    exit 2
+}
+
+port=$((20000 + SLURM_JOB_ID % 20000))
+head=$(scontrol show hostnames "${SLURM_JOB_NODELIST_HET_GROUP_0:-$SLURM_JOB_NODELIST}" | head -n 1)
+address=${HEAD_ADDRESS:-$(getent ahostsv4 "$head" | awk 'NR == 1 {print $1}')}
+
+RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n')
+export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
+
+# Ray on every node of a step, with what Slurm gave it there.
+# shellcheck disable=SC2016
+start_ray='umask 077
+    session=${RAY_TMPDIR:-/tmp}/emloc-ray-$SLURM_JOB_ID
+    spill=${SLURM_TMPDIR:-/tmp}/emloc-ray-$SLURM_JOB_ID/spill
+    mkdir -p "$session" "$spill"
+    exec ray start "$@" --block "--num-cpus=${SLURM_CPUS_PER_TASK:-1}" "--num-gpus=${SLURM_GPUS_ON_NODE:-0}" \
+        "--temp-dir=$session" "--object-spilling-directory=$spill"'
+
+# srun takes a task's CPUs from its own option alone.
+cpus_per_task() {
+    local of_group=SLURM_CPUS_PER_TASK_HET_GROUP_$1
+    echo "${!of_group:-${SLURM_CPUS_PER_TASK:-1}}"
+}
+
+steps=()
+trap 'kill "${steps[@]}" 2>/dev/null; wait' EXIT
+
+srun --overlap --nodes=1 --ntasks=1 "--cpus-per-task=$(cpus_per_task 0)" "--nodelist=$head" bash -c "$start_ray" ray \
+    --head "--node-ip-address=$address" "--port=$port" --dashboard-host=127.0.0.1 --include-dashboard=false &
+steps+=($!)
+until ray health-check --address "$address:$port" 2>/dev/null; do
+    kill -0 "${steps[0]}" || exit 1
+    sleep 1
+done
+
+for ((group = 0; group < ${SLURM_HET_SIZE:-1}; group++)); do
+    nodes=SLURM_JOB_NODELIST_HET_GROUP_$group
+    mapfile -t workers < <(scontrol show hostnames "${!nodes:-$SLURM_JOB_NODELIST}" | grep -vxF "$head")
+    [ ${#workers[@]} -gt 0 ] || continue
+    options=(--overlap --no-kill --kill-on-bad-exit=0 --wait=0)
+    options+=("--nodes=${#workers[@]}" --ntasks-per-node=1 "--cpus-per-task=$(cpus_per_task "$group")")
+    [ "${SLURM_HET_SIZE:-1}" -eq 1 ] || options+=("--het-group=$group")
+    list=$(IFS=, && echo "${workers[*]}")
+    srun "${options[@]}" "--nodelist=$list" bash -c "$start_ray" ray "--address=$address:$port" &
+    steps+=($!)
+done
+
+emloc-ray run "$@" "ray.address=$address:$port"

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import contextlib
+import json
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emloc_ray.errors import StageError
+from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.run_log import LOG, RunLog
+from emloc_ray.status import read_status
+
+BEGUN = datetime(2026, 5, 1, 12, 0, tzinfo=timezone.utc)
+COMMAND = "emloc-ray run my.yaml finetune.max_steps=5 --fresh"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    directory = RunDirectory(tmp_path / "mine")
+    directory.create({})
+    return directory
+
+
+def write(run: RunDirectory, *events: dict[str, Any]) -> None:
+    """Events a second apart, after one that begins the run."""
+    first = {"event": "run_started", "message": "The run begins.", "command": COMMAND, "directory": "/home/me"}
+    with run.path(LOG).open("a") as file:
+        for number, event in enumerate([first, *events]):
+            when = (BEGUN + timedelta(seconds=number)).isoformat()
+            file.write(json.dumps({"time": when, "message": "Something.", **event}) + "\n")
+
+
+def lines(run: RunDirectory, seconds: float = 60) -> list[str]:
+    return read_status(run).lines(BEGUN + timedelta(seconds=seconds))
+
+
+def test_a_live_run_shows_who_holds_it_and_how_far_it_is(run: RunDirectory) -> None:
+    progress = {"event": "progress", "stage": "calibrate", "done": 3, "total": 8, "message": "calibrate: 3 of 8"}
+    write(run, {"event": "started", "stage": "calibrate"}, progress)
+    run.lock()
+    try:
+        first, second = lines(run)
+    finally:
+        run.unlock()
+    assert first.startswith("Running: process ")
+    assert first.endswith(", in calibrate, 3 of 8")
+    assert second == "Last event, 58 s ago: calibrate: 3 of 8"
+
+
+def test_a_killed_run_says_where_it_was_and_how_it_goes_on(run: RunDirectory) -> None:
+    write(run, {"event": "started", "stage": "merge"})
+    first, last, go_on = lines(run, 7200)
+    assert first == "Not running: its process ended without a word, in merge: killed, or its machine was lost."
+    assert last == "Last event, 2 h ago: Something."
+    assert go_on == "It goes on by the same command: cd /home/me && emloc-ray run my.yaml finetune.max_steps=5"
+
+
+def test_a_failed_run_says_its_sentence(run: RunDirectory) -> None:
+    with contextlib.suppress(StageError), RunLog(run) as log:
+        log.start("finetune")
+        raise StageError("finetune: the disk is full: free some and run the same command again.")
+    told = read_status(run).lines()
+    assert told[0] == "Not running."
+    assert told[2].startswith("Failed in finetune, ")
+    assert told[2].endswith(": finetune: the disk is full: free some and run the same command again.")
+    assert told[3].startswith(
+        "It goes on by the same command: emloc-ray run "
+    )  # begun from Python, not by a command line
+    assert told[3].endswith("config.yaml")
+
+
+def test_what_a_later_try_made_good_is_no_failure(run: RunDirectory) -> None:
+    write(run, {"event": "run_failed", "stage": "merge", "message": "merge: no."})
+    write(run, {"event": "started", "stage": "merge"})
+    assert any(line.startswith("Failed in merge") for line in lines(run))
+    write(run, {"event": "finished", "stage": "merge"}, {"event": "run_finished", "message": "The run has ended well."})
+    assert lines(run) == ["Not running.", "Last event, 58 s ago: The run has ended well."]
+
+
+def test_a_stopped_run(run: RunDirectory) -> None:
+    write(run, {"event": "started", "stage": "merge"}, {"event": "run_stopped", "message": "The run was stopped."})
+    assert lines(run)[0] == "Not running: stopped, in merge."
+    assert "It goes on" in lines(run)[-1]
+
+
+def test_a_run_without_a_log(run: RunDirectory) -> None:
+    assert lines(run)[0] == "Not running."
+    assert len(lines(run)) == 2
