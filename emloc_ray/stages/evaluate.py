@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from emloc_ray.modeling.adapter import load_adapter
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.scoring import Score, complete, prompt_length, score_rows
 from emloc_ray.stages.cluster import Progress, Resources, bounded, set_threads, silent
+from emloc_ray.stages.failures import Losses, Tell, unheard
 
 VARIANTS = ("original", "emulator", "emulator_adapter", "uncorrected", "corrected", "merged")
 _GENERATING = ("original", "merged")
@@ -107,13 +109,21 @@ def _tokenizer(job: EvaluationJob) -> Any:
     return AutoTokenizer.from_pretrained(job.merged_dir)
 
 
-def evaluate(job: EvaluationJob, resources: Resources, progress: Progress = silent) -> dict[str, Any]:
+def evaluate(
+    job: EvaluationJob, resources: Resources, progress: Progress = silent, tell: Tell = unheard
+) -> dict[str, Any]:
     """Scores the six variants; returns ``evaluation`` as in metrics.json, ``exact_match`` and ``generations``."""
     num_parts = min(resources.num_workers, len(TokenShards(job.tokens_dir)))
     work = list(itertools.product(("original", "emulator", "merged"), range(num_parts)))
-    task: Any = ray.remote(evaluate_slice).options(**resources.options())
-    submit = [lambda f=family, p=part: task.remote(job, f, p, num_parts, resources.threads) for family, part in work]
-    results = bounded(submit, resources.num_workers, progress, len(work))
+    task: Any = ray.remote(evaluate_slice).options(**resources.task_options())
+    submit = [
+        (
+            f"part {part + 1} of {num_parts} of the {family} model",
+            functools.partial(task.remote, job, family, part, num_parts, resources.threads),
+        )
+        for family, part in work
+    ]
+    results = bounded(submit, resources.num_workers, Losses("evaluate", tell), progress)
     found = list(zip(work, results, strict=True))
     evaluation = {}
     for variant in VARIANTS:
