@@ -110,9 +110,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
             continue
         seen.add(id(current))
         yield current
-        held = (
-            getattr(current, name, None) for name in ("cause", "_base_exc", "controller_failure")
-        )  # of Ray Train's too
+        held = (getattr(current, name, None) for name in _HELD)
         pending += [*(e for e in held if isinstance(e, BaseException)), current.__cause__, current.__context__]
         pending += list(getattr(current, "worker_failures", {}).values())
 
@@ -137,9 +135,13 @@ def explain(error: BaseException, stage: str) -> EmlocError:
     if is_lost(error):
         why, what_to_do = reason(error)
         return StageError(f"{stage}: a worker was lost because {why}: {what_to_do}.")
+    return StageError(f"{stage}: {type(error).__name__}: {last_line(error)}")
+
+
+def last_line(error: BaseException) -> str:
+    """The last line that an error says, in which tracebacks end; its kind where it says nothing."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    detail = (lines[-1] if lines else type(error).__name__).strip()[:300]
-    return StageError(f"{stage}: {type(error).__name__}: {detail}")
+    return (lines[-1] if lines else type(error).__name__).strip()[:300]
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -29,7 +29,7 @@ from emloc_ray.modeling.architecture import load_config
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import label_mask, token_loss
 from emloc_ray.stages.cluster import Progress, Resources, set_threads, silent
-from emloc_ray.stages.failures import Losses, Tell, is_lost, reason, unheard
+from emloc_ray.stages.failures import Losses, Tell, is_lost, last_line, reason, unheard
 from emloc_ray.stages.zero import join_as_deepspeed_rank, scattered_in, step_was_finite, whole_parameters
 
 _POLL_S = 0.5
@@ -240,24 +240,31 @@ def _stored_dtype(job: FinetuneJob) -> torch.dtype:
 
 
 class FailureLog(ray.train.UserCallback):
-    """Writes lost workers down where the driver reads them; Ray Train calls it in a process of its own."""
+    """Writes down, where the driver reads it, why the workers begin again; Ray Train calls it in a process of its own."""
 
     def __init__(self, job: FinetuneJob) -> None:
         self.job = job
+        self.failures = 0
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """One line for each failure of the group, from the first worker that was lost."""
-        lost = {rank: error for rank, error in worker_exceptions.items() if is_lost(error)}
-        if lost:
-            why, _ = reason(next(iter(lost.values())))
-            ranks = " and ".join(str(rank) for rank in sorted(lost))
-            ensure(self.job.failure_path)
-            self.job.failure_path.parent.mkdir(parents=True, exist_ok=True)
-            with self.job.failure_path.open("a") as file:
-                file.write(
-                    f"finetune: rank {ranks} lost its worker because {why}; begun again from the last checkpoint.\n"
-                )
-            publish(self.job.failure_path)
+        """One line for each failure of the group that it recovers from: of a worker that was lost, or of the first.
+
+        A worker whose peer was killed may be the first to fail, over the connection to it.
+        """
+        self.failures += 1
+        if self.failures > self.job.max_failures:
+            return
+        lost = [rank for rank, error in worker_exceptions.items() if is_lost(error)]
+        rank = min(lost or worker_exceptions)
+        error = worker_exceptions[rank]
+        why = f"lost its worker because {reason(error)[0]}" if lost else f"failed ({last_line(error)})"
+        again = f"begun again from the last checkpoint ({self.failures} of {self.job.max_failures})"
+        path = self.job.failure_path
+        ensure(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(f"finetune: rank {rank} {why}; {again}.\n")
+        publish(path)
 
 
 def finetune(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 import pytest
 import torch
-from ray.exceptions import NodeDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
-from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from emloc_ray.errors import DataError, NumericsError, StageError
 from emloc_ray.stages import failures
 from emloc_ray.stages.failures import Losses, explain, own_error
+from emloc_ray.stages.finetune import FailureLog, FinetuneJob
 
 
 def as_ray_raises(error: Exception) -> BaseException:
@@ -98,3 +100,19 @@ def test_memory_is_named_where_it_killed_the_worker(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(failures, "kernel_kills", lambda: 10**9)
     with pytest.raises(StageError, match="because the kernel killed a process for memory: set memory_budget"):
         losses.count("part 2", WorkerCrashedError())
+
+
+def test_a_trainings_failure_is_written_down_while_it_is_recovered_from(tmp_path: Path) -> None:
+    fields = dict.fromkeys(("emulator_dir", "tokens_dir", "out_dir"), tmp_path)
+    job = FinetuneJob(**fields, storage_dir=tmp_path / "training", name="a", adapter={}, portable_targets=[],
+                      base_model="", max_steps=1, batch_size=1, max_failures=2)  # fmt: skip
+    log = FailureLog(job)
+    closed = RuntimeError("Traceback\nConnection closed by peer")
+    log.after_exception(None, {0: closed})
+    log.after_exception(None, {0: closed, 1: WorkerHealthCheckFailedError("rank 1", ActorDiedError())})
+    log.after_exception(None, {0: closed})
+    assert job.failure_path.read_text().splitlines() == [
+        "finetune: rank 0 failed (Connection closed by peer); begun again from the last checkpoint (1 of 2).",
+        "finetune: rank 1 lost its worker because its process crashed or was killed; begun again from the last checkpoint"
+        " (2 of 2).",
+    ]
