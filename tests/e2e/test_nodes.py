@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from faulting.nodes import Nodes, workers
+from faulting.nodes import Nodes, kill, workers
 from small_runs import make_values
 
 SECONDS = 240
@@ -120,8 +120,6 @@ def blind_node(address: str, directory: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        own = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
-        for process in own:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            kill([psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)])
         node.wait(30)
