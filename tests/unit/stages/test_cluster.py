@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+import functools
+from typing import Any
 
-from emloc_ray.stages.cluster import Resources
+import pytest
+from ray.exceptions import NodeDiedError, WorkerCrashedError
+
+from emloc_ray.stages import cluster, failures
+from emloc_ray.stages.cluster import Resources, bounded
+from emloc_ray.stages.failures import Losses
 
 
 @pytest.mark.parametrize(("cpus", "threads"), [(0.5, 1), (1, 1), (2, 2), (2.5, 2)])
@@ -12,3 +18,29 @@ def test_a_worker_has_no_more_threads_than_cpus(cpus: float, threads: int) -> No
     resources = Resources(2, cpus, 1)
     assert resources.threads == threads
     assert resources.options() == {"num_cpus": cpus, "num_gpus": 1}
+
+
+def test_lost_tasks_start_again_and_results_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes: dict[str, list[Any]] = {"a": [WorkerCrashedError(), NodeDiedError("node"), 1], "b": [2], "c": [3]}
+    started: list[str] = []
+
+    def submit(name: str) -> str:
+        started.append(name)
+        return name
+
+    def get(name: str) -> Any:
+        outcome = outcomes[name].pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(cluster.ray, "wait", lambda references, **options: (references[:1], references[1:]))
+    monkeypatch.setattr(cluster.ray, "get", get)
+    monkeypatch.setattr(failures, "_DELAYS", (0.0,))
+    told: list[str] = []
+    shown: list[tuple[int, int]] = []
+    tasks = [(name, functools.partial(submit, name)) for name in outcomes]
+    assert bounded(tasks, 2, Losses("merge", told.append), lambda done, of: shown.append((done, of))) == [1, 2, 3]
+    assert sorted(started) == ["a", "a", "a", "b", "c"]
+    assert len(told) == 2
+    assert shown[-1] == (3, 3)
