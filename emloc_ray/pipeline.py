@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emloc_ray.config import RunConfig, StageConfig
 from emloc_ray.errors import DamagedArtifactError, EmlocError
+from emloc_ray.io.atomic import remove_leftovers
 from emloc_ray.io.fingerprint import fingerprint, fingerprint_large_files
 from emloc_ray.io.grams import INDEX
 from emloc_ray.io.node_cache import discard, exists, hashes
@@ -50,6 +52,7 @@ def run(
     """
     from emloc_ray.stages.cluster import connection
     from emloc_ray.stages.gauges import StageGauges
+    from emloc_ray.stages.visibility import check_visible
 
     prepared = prepared or prepare(config)
     check_disk(prepared.run, 0 if prepared.run.path("manifest.json").is_file() else make_plan(prepared).disk_bytes)
@@ -59,6 +62,7 @@ def run(
         lean = config.memory_budget is not None
         log = RunLog(prepared.run, [spec.name for spec in prepared.layout.specs])
         with log, connection(config.ray.address, lean_memory=lean, **config.ray.init_options):
+            check_visible(prepared)
             told = Reporters(reporter or SilentReporter(), log, StageGauges(prepared.run.name))
             Pipeline(prepared, told, begin).run(until)
         return prepared.run.metrics()
@@ -154,7 +158,7 @@ class Pipeline:
         What was left in ``outputs`` is removed first, unless a killed try left it and the stage ``resumes`` from that.
         The manifest names ``outputs``, or what is ``recorded`` of them.
         """
-        from emloc_ray.stages.cluster import explain
+        from emloc_ray.stages.failures import explain
         from emloc_ray.stages.monitor import measured
 
         key = self.inputs[name] = fingerprint(inputs)
@@ -176,6 +180,8 @@ class Pipeline:
                 result = execute(progress)
         except (Exception, SystemExit) as error:
             raise explain(error, name) from error
+        for path in outputs:
+            remove_leftovers(path)
         used = usage.as_dict()
         self.directory.commit(name, key, outputs if recorded is None else recorded, {**result, "usage": used})
         self._write_results()
@@ -191,9 +197,11 @@ class Pipeline:
         source = self.prepared.source
         if source.hub_id is not None:
             from emloc_ray.modeling.loading import fetch_weights
+            from emloc_ray.stages.visibility import check_visible
 
             self.reporter.note(f"The weights of {source.hub_id} are taken from the hub, where they are not cached yet.")
             self.jobs = dataclasses.replace(self.jobs, model_dir=fetch_weights(source))
+            check_visible(self.prepared, self.jobs.model_dir)
         if source.gguf_file is None:
             self.inputs["import"] = fingerprint_large_files(sorted(self.jobs.model_dir.iterdir()))
             return
@@ -206,9 +214,12 @@ class Pipeline:
             import ray
 
             from emloc_ray.modeling.loading import import_gguf
+            from emloc_ray.stages.cluster import Resources, bounded
+            from emloc_ray.stages.failures import Losses
 
-            task: Any = ray.remote(import_gguf).options(name="import: the model")
-            ray.get(task.remote(source, self.jobs.model_dir, self.config.model.dtype))
+            task: Any = ray.remote(import_gguf).options(name="import: the model", **Resources().task_options())
+            submit = functools.partial(task.remote, source, self.jobs.model_dir, self.config.model.dtype)
+            bounded([("the model", submit)], 1, Losses("import", self.reporter.note))
             return {}
 
         self._step("import", inputs, [self.jobs.model_dir], execute)
@@ -221,7 +232,8 @@ class Pipeline:
         inputs = {"model": self.inputs["import"], **split_inputs(self.prepared)}
 
         def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
-            return tokenize_data(self.prepared, self.jobs.model_dir, self.directory.path("data"), progress, inputs)
+            out_dir, tell = self.directory.path("data"), self.reporter.note
+            return tokenize_data(self.prepared, self.jobs.model_dir, out_dir, progress, inputs, tell)
 
         counts = self._step("data", inputs, [tokens], execute, resumes=True)["splits"]
         for split, count in counts.items():
@@ -268,18 +280,18 @@ class Pipeline:
             # What slots of a streamed run left speaks of their own shards alone.
             slots = section.num_workers if job.mode == "streamed" else None
             discard_unless(out_dir, {**inputs, "mode": job.mode, "waves": len(job.waves or ()), "slots": slots})
-            asked = resources(section)
+            asked, tell = resources(section), self.reporter.note
             if tolerance is not None:
-                return calibrate_until_converged(job, out_dir, asked, tolerance, progress)
+                return calibrate_until_converged(job, out_dir, asked, tolerance, progress, tell)
             if self._is_done("factorize", self._factorize_inputs()):
-                return calibrate(job, out_dir, asked, progress)
+                return calibrate(job, out_dir, asked, progress, tell=tell)
             build = self._emulator_build()
 
             def meanwhile(done: int, total: int) -> None:
                 progress(done, total)
                 build.pump()
 
-            return calibrate(job, out_dir, asked, meanwhile, build.add)
+            return calibrate(job, out_dir, asked, meanwhile, build.add, tell)
 
         self.inputs["calibrate"] = fingerprint(inputs)
         needed = section.keep == "grams" or not self._is_done("factorize", self._factorize_inputs())
@@ -310,7 +322,9 @@ class Pipeline:
                 discard(out_dir)
             discard_unless(out_dir, self._factorize_inputs())
             drop = self.config.calibration.keep == "none"
-            self._build = EmulatorBuild(self.jobs.factorization(), resources(self.config.emulator), drop)
+            self._build = EmulatorBuild(
+                self.jobs.factorization(), resources(self.config.emulator), drop, self.reporter.note
+            )
         return self._build
 
     def factorize(self) -> None:
@@ -354,7 +368,7 @@ class Pipeline:
 
         def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
             job = self.jobs.finetuning(f"finetune-{fingerprint(inputs)}")
-            result = finetune(job, resources(section), progress)
+            result = finetune(job, resources(section), progress, self.reporter.note)
             discard(job.storage_dir)
             return result
 
@@ -372,7 +386,7 @@ class Pipeline:
         }
 
         def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
-            return correct(self.jobs.correction(), resources(self.config.merge), progress)
+            return correct(self.jobs.correction(), resources(self.config.merge), progress, self.reporter.note)
 
         self._step("correct", inputs, [self.directory.path("adapter")], execute)
 
@@ -386,7 +400,7 @@ class Pipeline:
 
         def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
             discard_unless(out_dir, inputs)
-            return merge(self.jobs.merging(), resources(self.config.merge), progress)
+            return merge(self.jobs.merging(), resources(self.config.merge), progress, self.reporter.note)
 
         self._step("merge", inputs, [out_dir], execute, resumes=True)
 
@@ -403,7 +417,7 @@ class Pipeline:
         }
 
         def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
-            return evaluate(self.jobs.evaluation(), resources(section), progress)
+            return evaluate(self.jobs.evaluation(), resources(section), progress, self.reporter.note)
 
         self._step("evaluate", inputs, [], execute)
 

@@ -105,7 +105,11 @@ def stream_batches(tokens_dir: Path, order: SampleOrder, begin: int, end: int) -
     source = MicroStepSource(tokens_dir, order, begin, end)
     num_tasks = -(-(end - begin) // _STEPS_PER_TASK)
     dataset: Any = ray.data.read_datasource(
-        source, num_cpus=0, concurrency=_READERS, override_num_blocks=max(1, num_tasks)
+        source,
+        num_cpus=0,
+        ray_remote_args={"max_retries": 3},
+        concurrency=_READERS,
+        override_num_blocks=max(1, num_tasks),
     )
     for table in dataset.iter_batches(batch_size=order.batch_size, batch_format="pyarrow", prefetch_batches=2):
         columns = table["input_ids"].to_pylist(), table["completion_mask"].to_pylist()

@@ -140,6 +140,15 @@ def _tokenizer(path: str, trust_remote_code: bool) -> Any:
     return tokenizer
 
 
+def first_unwritten(splits: dict[str, RowSelection], out_dir: Path, rows_per_shard: dict[str, int]) -> str:
+    """The first token shard that is not there, in words."""
+    for split, selection in splits.items():
+        for number in range(len(selection.bounds(rows_per_shard[split])) - 1):
+            if written_counts(out_dir / split / shard_name(number)) is None:
+                return f"token shard {number} of {split}"
+    return "the token shards' counts"
+
+
 def tokenize_splits(
     splits: dict[str, RowSelection],
     options: TokenizeOptions,
@@ -198,8 +207,9 @@ def _mapped(work: Sequence[Unit], function: Callable[[dict[str, Any]], dict[str,
     # Wrapped in Ray Data's own exception, ours would be lost on its way here.
     ray.data.DataContext.get_current().raise_original_map_exception = True
     workers = ray.data.TaskPoolStrategy(size=min(num_workers, len(work)))
+    # No retries: a row that kills its worker would kill another for ever. Who calls this counts them.
     return ray.data.from_items([{"unit": json.dumps(unit)} for unit in work]).map_batches(
-        function, batch_size=1, num_cpus=1, compute=workers
+        function, batch_size=1, num_cpus=1, compute=workers, max_retries=0
     )
 
 

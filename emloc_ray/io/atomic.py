@@ -65,6 +65,17 @@ def copy_file(source: Path, target: Path) -> None:
         file.write(source.read_bytes())
 
 
+def remove_leftovers(path: Path) -> None:
+    """Removes what writers of a file or folder, or of files in that, left when they were killed."""
+    beside = path.parent.glob(f".{path.name}.*.tmp")
+    inside = path.rglob(".*.tmp") if path.is_dir() else ()
+    for leftover in [*beside, *inside]:
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` as indented JSON, atomically."""
     with atomic_file(path) as file:

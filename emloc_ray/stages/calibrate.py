@@ -15,7 +15,8 @@ from emloc_ray.io.node_cache import discard, exists, local_only, sizes
 from emloc_ray.modeling.architecture import load_config
 from emloc_ray.modeling.replay import block_flow
 from emloc_ray.stages.calibration_job import CalibrationJob
-from emloc_ray.stages.cluster import Progress, Resources, bounded, set_threads, silent
+from emloc_ray.stages.cluster import Flight, Progress, Resources, bounded, set_threads, silent
+from emloc_ray.stages.failures import Losses, Tell, unheard
 from emloc_ray.stages.resident_slot import ResidentSlot
 from emloc_ray.stages.slots import SlotActor, run_slots
 from emloc_ray.stages.streamed_slot import StreamedSlot, grams_file, part_file
@@ -26,12 +27,17 @@ _GRAMS_PER_FILE = 4
 Ready = Callable[[Path, Sequence[str]], None]
 
 
-def unheard(file: Path, names: Sequence[str]) -> None:
+def unneeded(file: Path, names: Sequence[str]) -> None:
     """The listener that does nothing."""
 
 
 def calibrate(
-    job: CalibrationJob, out_dir: Path, resources: Resources, progress: Progress = silent, ready: Ready = unheard
+    job: CalibrationJob,
+    out_dir: Path,
+    resources: Resources,
+    progress: Progress = silent,
+    ready: Ready = unneeded,
+    tell: Tell = unheard,
 ) -> dict[str, Any]:
     """Gathers every group's Gram over the job's token shards into ``out_dir``; each shard counts exactly once.
 
@@ -47,7 +53,7 @@ def calibrate(
     num_slots = min(resources.num_workers, num_shards)
     if not exists(out_dir / INDEX):
         gather = _stream if job.mode == "streamed" else _reside
-        counts, weight_map = gather(job, out_dir, num_slots, resources, progress, ready)
+        counts, weight_map = gather(job, out_dir, num_slots, resources, progress, ready, Losses("calibrate", tell))
         write_gram_index(out_dir, job.groups, weight_map, counts)
     for left in (out_dir / "slots", local_only(out_dir) / "hidden"):
         discard(left)
@@ -64,7 +70,13 @@ Gathered = tuple[dict[str, int], dict[str, str]]  # tokens and file of every Gra
 
 
 def _reside(
-    job: CalibrationJob, out_dir: Path, num_slots: int, resources: Resources, progress: Progress, ready: Ready
+    job: CalibrationJob,
+    out_dir: Path,
+    num_slots: int,
+    resources: Resources,
+    progress: Progress,
+    ready: Ready,
+    losses: Losses,
 ) -> Gathered:
     """One pass over the shards for each wave of Grams."""
     counts: dict[str, int] = {}
@@ -86,9 +98,9 @@ def _reside(
         def told(done: int, total: int, number: int = number) -> None:
             progress(number * total + done, len(waves) * total)
 
-        run_slots(start, work, told)
+        run_slots(start, work, "token shard", losses, told)
         names = [group[0] for group in groups]
-        found = _reduce(slots, names, out_dir, f"grams-{number + 1:05d}" if len(waves) > 1 else "grams")
+        found = _reduce(slots, names, out_dir, f"grams-{number + 1:05d}" if len(waves) > 1 else "grams", losses)
         counts.update(found[0])
         weight_map.update(found[1])
         for file in sorted(set(found[1].values())):
@@ -96,16 +108,21 @@ def _reside(
     return counts, weight_map
 
 
-def _reduce(slots: Sequence[Path], names: Sequence[str], out_dir: Path, prefix: str) -> Gathered:
+def _reduce(slots: Sequence[Path], names: Sequence[str], out_dir: Path, prefix: str, losses: Losses) -> Gathered:
     """Sums the slots, a file of a few Grams a task."""
     parts = [list(names[start : start + _GRAMS_PER_FILE]) for start in range(0, len(names), _GRAMS_PER_FILE)]
     files = [f"{prefix}-{number + 1:05d}-of-{len(parts):05d}.safetensors" for number in range(len(parts))]
+    options = Resources().task_options()
     task: Any = ray.remote(_reduce_part)
-    submit = [
-        functools.partial(task.options(num_cpus=1, name=f"calibrate: {file}").remote, list(slots), part, out_dir / file)
-        for file, part in zip(files, parts, strict=True)
+
+    def submit(file: str, part: list[str]) -> Any:
+        named = task.options(name=f"calibrate: {file}", **options)
+        return named.remote(list(slots), part, out_dir / file)
+
+    submits = [
+        (f"the sum {file}", functools.partial(submit, file, part)) for file, part in zip(files, parts, strict=True)
     ]
-    results = bounded(submit, max(2, int(ray.cluster_resources().get("CPU", 1))), silent, len(parts))
+    results = bounded(submits, max(2, int(ray.cluster_resources().get("CPU", 1))), losses)
     counts: dict[str, int] = {name: count for result in results for name, count in result.items()}
     return counts, {name: file for file, part in zip(files, parts, strict=True) for name in part}
 
@@ -118,7 +135,13 @@ def _reduce_part(slots: list[Path], names: list[str], path: Path) -> dict[str, i
 
 
 def _stream(
-    job: CalibrationJob, out_dir: Path, num_slots: int, resources: Resources, progress: Progress, ready: Ready
+    job: CalibrationJob,
+    out_dir: Path,
+    num_slots: int,
+    resources: Resources,
+    progress: Progress,
+    ready: Ready,
+    losses: Losses,
 ) -> Gathered:
     """Every slot at its own pace through the blocks; a block's Grams are summed once all slots have passed it."""
     options = dict(job.model_options)
@@ -128,8 +151,10 @@ def _stream(
     num_blocks = 1 + max(position for position, inside in enumerate(names) if inside)
     files = [grams_file(out_dir, block, num_blocks) for block in range(num_blocks)]
     reduce: Any = ray.remote(_reduce_block)
+    options = Resources(cpus_per_worker=0).task_options()  # the slots may hold every CPU
     passed = dict.fromkeys(range(num_slots), -1)
-    summing: dict[Any, int] = {}
+    flight = Flight(2 * num_slots, losses)
+    summing: dict[int, int] = {}  # block of each task
     counts: dict[str, int] = {}
 
     def start(slot: int) -> Any:
@@ -151,20 +176,23 @@ def _stream(
     def done(slot: int, position: int) -> None:
         for block in range(min(passed.values()) + 1, min((passed | {slot: position}).values()) + 1):
             parts = [part_file(out_dir, s, num_slots, block) for s in range(num_slots)]
-            task = reduce.options(num_cpus=0, name=f"calibrate: {files[block].name}")  # the slots may hold every CPU
-            summing[task.remote(parts, names[block], files[block])] = block
+            task = reduce.options(name=f"calibrate: {files[block].name}", **options)
+            submit = functools.partial(task.remote, parts, names[block], files[block])
+            summing[flight.add(f"the sum of block {block}", submit)] = block
         passed[slot] = position
-        collect(0)
+        flight.pump()
+        collect()
 
-    def collect(timeout: float | None) -> None:
-        summed, _ = ray.wait(list(summing), num_returns=len(summing), timeout=timeout) if summing else ([], [])
-        for reference in summed:
-            block = summing.pop(reference)
-            counts.update(ray.get(reference))
+    def collect() -> None:
+        for task in [task for task in summing if task in flight.results]:
+            block = summing.pop(task)
+            counts.update(flight.results.pop(task))
             ready(files[block], names[block])
 
-    run_slots(start, [range(num_blocks)] * num_slots, progress, done)
-    collect(None)
+    run_slots(start, [range(num_blocks)] * num_slots, "block", losses, progress, done)
+    while flight.pump(None):
+        collect()
+    collect()
     return counts, {name: files[block].name for block in range(num_blocks) for name in names[block]}
 
 

@@ -1,12 +1,14 @@
-"""What every stage needs of Ray: a connection, resources, bounded tasks, and errors in their own words."""
+"""What every stage needs of Ray: a connection, resources, and bounded tasks."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
-import errno
+import dataclasses
 import logging
 import os
+import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +16,10 @@ from typing import Any
 import ray
 import torch
 
-from emloc_ray.errors import EmlocError, StageError
+from emloc_ray.errors import StageError
+from emloc_ray.stages.failures import Losses
 
 Progress = Callable[[int, int], None]
-MAX_RESTARTS = 3
 _LEAN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # mallopt(3)
 
 
@@ -36,6 +38,11 @@ class Resources:
     def options(self) -> dict[str, float]:
         """As Ray's ``.options()`` takes them."""
         return {"num_cpus": self.cpus_per_worker, "num_gpus": self.gpus_per_worker}
+
+    def task_options(self) -> dict[str, float]:
+        """Those of a task that :class:`Flight` begins again where its worker is lost: Ray itself would do so without a
+        word, and where memory runs out, for ever."""
+        return {**self.options(), "max_retries": 0}
 
     @property
     def threads(self) -> int:
@@ -83,6 +90,8 @@ def quiet_ray_data() -> None:
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     logging.getLogger("ray.train").setLevel(logging.ERROR)
+    # Its tasks' retries can be bounded in no other way.
+    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
 
 
 def set_threads(count: int) -> None:
@@ -96,91 +105,82 @@ def _with_variables(runtime_env: Any, variables: dict[str, str]) -> dict[str, An
     return {**given, "env_vars": {**variables, **given.get("env_vars", {})}}
 
 
-def causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and all that it was raised from, on this process or on a worker."""
-    seen: set[int] = set()
-    pending: list[BaseException | None] = [error]
-    while pending:
-        current = pending.pop()
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        yield current
-        held = (getattr(current, name, None) for name in ("cause", "_base_exc"))  # of Ray's tasks, and of Ray Train's
-        pending += [*(e for e in held if isinstance(e, BaseException)), current.__cause__, current.__context__]
-        pending += list(getattr(current, "worker_failures", {}).values())
+@dataclass(frozen=True)
+class _Piece:
+    """A task of a flight, which may start from ``begin`` on, by the monotonic clock."""
 
-
-def own_error(error: BaseException) -> EmlocError | None:
-    """The EmlocError at the bottom of what Ray raised, as it was raised on the worker; None where there is none."""
-    own = (e for e in causes(error) if isinstance(e, EmlocError) and not isinstance(e, ray.exceptions.RayError))
-    return next(own, None)
-
-
-def explain(error: BaseException, stage: str) -> EmlocError:
-    """Any error of a stage as one of ours: the worker's own sentence, or what Ray lost and what to do."""
-    own = own_error(error)
-    if own is not None:
-        return own
-    if any(_is_out_of_memory(cause) for cause in causes(error)):
-        return StageError(
-            f"{stage}: a worker ran out of memory: set memory_budget to what it has, or lower its batch size or num_workers."
-        )
-    full = next((e for e in causes(error) if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)), None)
-    if full is not None:
-        where = f" at {full.filename}" if full.filename else ""
-        return StageError(f"{stage}: the disk is full{where}: free some and run the same command again.")
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    detail = (lines[-1] if lines else type(error).__name__).strip()[:300]
-    return StageError(f"{stage}: {type(error).__name__}: {detail}")
+    number: int
+    name: str
+    submit: Callable[[], Any]
+    begin: float = 0.0
 
 
 class Flight:
-    """Ray tasks that start in the order they are added, at most ``limit`` of them in flight."""
+    """Ray tasks that start in the order they are added, at most ``limit`` of them in flight; lost ones start again."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, losses: Losses) -> None:
+        self.limit, self.losses = limit, losses
         self.results: dict[int, Any] = {}
-        self._waiting: collections.deque[tuple[int, Callable[[], Any]]] = collections.deque()
-        self._flying: dict[Any, int] = {}
+        self._waiting: collections.deque[_Piece] = collections.deque()
+        self._resting: list[_Piece] = []
+        self._flying: dict[Any, _Piece] = {}
         self._added = 0
 
     @property
     def left(self) -> int:
         """How many are not done."""
-        return len(self._waiting) + len(self._flying)
+        return len(self._waiting) + len(self._resting) + len(self._flying)
 
-    def add(self, submit: Callable[[], Any]) -> None:
-        """Queues a task; ``submit`` starts it and gives its reference."""
-        self._waiting.append((self._added, submit))
+    def add(self, name: str, submit: Callable[[], Any]) -> int:
+        """Queues a task; ``submit`` starts it and gives its reference. Returns its number, by which results are found.
+
+        It is to be a task with :meth:`Resources.task_options`: lost workers are counted, and told of, here.
+        """
+        self._waiting.append(_Piece(self._added, name, submit))
         self._added += 1
+        return self._added - 1
 
     def pump(self, timeout: float | None = 0) -> bool:
         """Starts what may start and collects what has ended, waiting for one up to ``timeout`` seconds (None: as long as
         it takes); whether anything is left. Raises what a task raised."""
+        self._wake()
         while self._waiting and len(self._flying) < self.limit:
-            number, submit = self._waiting.popleft()
-            self._flying[submit()] = number
+            piece = self._waiting.popleft()
+            self._flying[piece.submit()] = piece
+        until = min((piece.begin for piece in self._resting), default=None)
+        if until is not None:
+            rest = max(0.0, until - time.monotonic())
+            timeout = rest if timeout is None else min(timeout, rest)
         if self._flying:
             ready, _ = ray.wait(list(self._flying), num_returns=1, timeout=timeout)
             for reference in ready:
-                self.results[self._flying.pop(reference)] = ray.get(reference)
-        return bool(self._waiting or self._flying)
+                self._collect(reference)
+        elif timeout:
+            time.sleep(timeout)
+        return self.left > 0
+
+    def _wake(self) -> None:
+        awake = [piece for piece in self._resting if piece.begin <= time.monotonic()]
+        self._resting = [piece for piece in self._resting if piece not in awake]
+        self._waiting.extendleft(reversed(awake))
+
+    def _collect(self, reference: Any) -> None:
+        piece = self._flying.pop(reference)
+        try:
+            self.results[piece.number] = ray.get(reference)
+        except ray.exceptions.RayError as error:
+            delay = self.losses.count(piece.name, error)
+            self._resting.append(dataclasses.replace(piece, begin=time.monotonic() + delay))
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Killed by Ray's memory monitor, refused by the operating system, or by torch's allocator, which on a CPU raises no
-    kind of its own."""
-    kinds = (ray.exceptions.OutOfMemoryError, MemoryError, torch.OutOfMemoryError)
-    refused = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
-    return refused or isinstance(error, kinds) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-
-
-def bounded(tasks: Iterable[Callable[[], Any]], limit: int, progress: Progress, total: int) -> list[Any]:
-    """Submits Ray tasks in order, at most ``limit`` in flight; their results in the order submitted."""
-    flight = Flight(limit)
-    for submit in tasks:
-        flight.add(submit)
+def bounded(
+    tasks: Iterable[tuple[str, Callable[[], Any]]], limit: int, losses: Losses, progress: Progress = silent
+) -> list[Any]:
+    """Submits named Ray tasks in order, at most ``limit`` in flight; their results in the order submitted."""
+    flight = Flight(limit, losses)
+    for name, submit in tasks:
+        flight.add(name, submit)
+    total = flight.left
     left = flight.pump(None)
     while left:
         progress(len(flight.results), total)

@@ -14,6 +14,7 @@ from emloc_ray.io.node_cache import discard, exists, sizes
 from emloc_ray.stages.calibrate import calibrate
 from emloc_ray.stages.calibration_job import CalibrationJob
 from emloc_ray.stages.cluster import Progress, Resources, bounded, set_threads, silent
+from emloc_ray.stages.failures import Losses, Tell, unheard
 
 _SHARES = (8, 4, 2, 1)  # of the shards, as divisors
 
@@ -26,7 +27,12 @@ def rounds(num_shards: int) -> list[tuple[int, int]]:
 
 
 def calibrate_until_converged(
-    job: CalibrationJob, out_dir: Path, resources: Resources, tolerance: float, progress: Progress = silent
+    job: CalibrationJob,
+    out_dir: Path,
+    resources: Resources,
+    tolerance: float,
+    progress: Progress = silent,
+    tell: Tell = unheard,
 ) -> dict[str, Any]:
     """As :func:`calibrate`, round by round, until a round changes no Gram by more than ``tolerance``.
 
@@ -43,8 +49,8 @@ def calibrate_until_converged(
         part, total = out_dir / f"round-{number + 1}", out_dir / f"total-{number + 1}"
         if not exists(total / INDEX):
             part.mkdir(parents=True, exist_ok=True)
-            calibrate(dataclasses.replace(job, shards=(begin, end)), part, resources, passed_on)
-            _add(before, part, total)
+            calibrate(dataclasses.replace(job, shards=(begin, end)), part, resources, passed_on, tell=tell)
+            _add(before, part, total, Losses("calibrate", tell))
         discard(part)
         for used in sizes(before) if before is not None else ():
             if used.suffix == ".safetensors":
@@ -69,21 +75,18 @@ def calibrate_until_converged(
     }
 
 
-def _add(before: Path | None, part: Path, total: Path) -> None:
+def _add(before: Path | None, part: Path, total: Path, losses: Losses) -> None:
     """Writes the sum of two calibrations of the same groups, a file of Grams a task."""
     index = GramStore(part).index
     files = sorted(set(index["weight_map"].values()))
     task: Any = ray.remote(_add_task)
-    submit = [
-        functools.partial(
-            task.options(num_cpus=1, name=f"calibrate: {total.name}, {file}").remote,
-            None if before is None else before / file,
-            part / file,
-            total / file,
-        )
-        for file in files
-    ]
-    results = bounded(submit, max(2, int(ray.cluster_resources().get("CPU", 1))), silent, len(files))
+
+    def submit(file: str) -> Any:
+        named = task.options(name=f"calibrate: {total.name}, {file}", **Resources().task_options())
+        return named.remote(before and before / file, part / file, total / file)
+
+    submits = [(f"the sum {file}", functools.partial(submit, file)) for file in files]
+    results = bounded(submits, max(2, int(ray.cluster_resources().get("CPU", 1))), losses)
     counts = {name: count for found, _ in results for name, count in found.items()}
     changes = {name: change for _, found in results for name, change in found.items()}
     write_gram_index(total, list(index["groups"].values()), index["weight_map"], counts, changes)

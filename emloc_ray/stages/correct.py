@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.scoring import score_rows
 from emloc_ray.stages.cluster import Progress, Resources, set_threads, silent
+from emloc_ray.stages.failures import Losses, Tell, unheard
 
 
 @dataclass(frozen=True)
@@ -208,15 +210,21 @@ class Corrector:
         return self.state
 
 
-def correct(job: CorrectionJob, resources: Resources, progress: Progress = silent) -> dict[str, Any]:
-    """Runs the correction in one actor; see :func:`correct_adapter`."""
-    actor: Any = ray.remote(Corrector).options(
-        max_concurrency=2, max_restarts=2, max_task_retries=2, **resources.options()
-    )
-    handle = actor.remote(resources.threads)
-    result: dict[str, Any] = watch(handle.run.remote(job), handle.progress.remote, progress)
-    ray.kill(handle)
-    return {"num_workers": 1, **result}
+def correct(
+    job: CorrectionJob, resources: Resources, progress: Progress = silent, tell: Tell = unheard
+) -> dict[str, Any]:
+    """Runs the correction in one actor, in another where that is lost; see :func:`correct_adapter`."""
+    actor: Any = ray.remote(Corrector).options(max_concurrency=2, **resources.options())
+    losses = Losses("correct", tell)
+    while True:
+        handle = actor.remote(resources.threads)
+        try:
+            result: dict[str, Any] = watch(handle.run.remote(job), handle.progress.remote, progress)
+            return {"num_workers": 1, **result}
+        except ray.exceptions.RayError as error:
+            time.sleep(losses.count("the adapter", error))
+        finally:
+            ray.kill(handle)
 
 
 def watch(reference: Any, ask: Callable[[], Any], progress: Progress) -> Any:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from emloc_ray.config import RunConfig
 from emloc_ray.data.reading import SourceFile, scan
 from emloc_ray.data.splits import CALIBRATION_SEED, SPLITS, RowSelection, assign_splits
 from emloc_ray.data.token_budget import rows_within
-from emloc_ray.data.tokenizing import TokenizeOptions, row_lengths, tokenize_splits
+from emloc_ray.data.tokenizing import TokenizeOptions, first_unwritten, row_lengths, tokenize_splits
 from emloc_ray.errors import DataError
 from emloc_ray.io.atomic import atomic_file
 from emloc_ray.io.fingerprint import fingerprint_large_files
@@ -18,8 +19,10 @@ from emloc_ray.io.node_cache import ensure, exists
 from emloc_ray.io.resume import discard_unless
 from emloc_ray.preparation import Prepared
 from emloc_ray.stages.cluster import Progress, silent
+from emloc_ray.stages.failures import Losses, Tell, unheard
 
 _ROWS_PER_SHARD = 1024
+Result = TypeVar("Result")
 
 
 def split_inputs(prepared: Prepared) -> dict[str, Any]:
@@ -43,7 +46,12 @@ def split_inputs(prepared: Prepared) -> dict[str, Any]:
 
 
 def tokenize_data(
-    prepared: Prepared, tokenizer: Path, out_dir: Path, progress: Progress = silent, inputs: Any = None
+    prepared: Prepared,
+    tokenizer: Path,
+    out_dir: Path,
+    progress: Progress = silent,
+    inputs: Any = None,
+    tell: Tell = unheard,
 ) -> dict[str, Any]:
     """Makes or finds the rows, splits them and writes ``out_dir/tokens/SPLIT``; returns the counts of each split.
 
@@ -65,17 +73,31 @@ def tokenize_data(
         config.data.packing,
         config.model.trust_remote_code,
     )
-    splits = _splits(config, found, options)
+    losses = Losses("data", tell)
+    splits = begun_again(lambda: _splits(config, found, options), losses, lambda: "counting tokens")
     sizes = dict.fromkeys(SPLITS, _ROWS_PER_SHARD) | {"calibration": config.calibration.rows_per_shard}
-    counts = tokenize_splits(
-        splits,
-        options,
-        out_dir / "tokens",
-        rows_per_shard=sizes,
-        num_workers=config.calibration.num_workers,
-        progress=progress,
+    counts = begun_again(
+        lambda: tokenize_splits(
+            splits,
+            options,
+            out_dir / "tokens",
+            rows_per_shard=sizes,
+            num_workers=config.calibration.num_workers,
+            progress=progress,
+        ),
+        losses,
+        lambda: first_unwritten(splits, out_dir / "tokens", sizes),
     )
     return {"splits": counts, "num_workers": config.calibration.num_workers}
+
+
+def begun_again(work: Callable[[], Result], losses: Losses, piece: Callable[[], str]) -> Result:
+    """What ``work`` returns; done again where a worker of Ray Data's is lost, for it keeps what it had finished."""
+    while True:
+        try:
+            return work()
+        except Exception as error:  # Ray Data raises kinds of its own around Ray's
+            time.sleep(losses.count(piece(), error))
 
 
 def shortfall(config: RunConfig, split: str, count: dict[str, int]) -> str | None:

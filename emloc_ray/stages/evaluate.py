@@ -18,6 +18,7 @@ from emloc_ray.modeling.adapter import load_adapter
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.scoring import Score, complete, prompt_length, score_rows
 from emloc_ray.stages.cluster import Progress, Resources, bounded, set_threads, silent
+from emloc_ray.stages.failures import Losses, Tell, unheard
 
 VARIANTS = ("original", "emulator", "emulator_adapter", "uncorrected", "corrected", "merged")
 _GENERATING = ("original", "merged")
@@ -108,17 +109,23 @@ def _tokenizer(job: EvaluationJob) -> Any:
     return AutoTokenizer.from_pretrained(job.merged_dir)
 
 
-def evaluate(job: EvaluationJob, resources: Resources, progress: Progress = silent) -> dict[str, Any]:
+def evaluate(
+    job: EvaluationJob, resources: Resources, progress: Progress = silent, tell: Tell = unheard
+) -> dict[str, Any]:
     """Scores the six variants; returns ``evaluation`` as in metrics.json, ``exact_match`` and ``generations``."""
     num_parts = min(resources.num_workers, len(TokenShards(job.tokens_dir)))
     work = list(itertools.product(("original", "emulator", "merged"), range(num_parts)))
     task: Any = ray.remote(evaluate_slice)
 
     def submit(family: str, part: int) -> Any:
-        named = task.options(name=f"evaluate: {family}, part {part + 1} of {num_parts}", **resources.options())
+        named = task.options(name=f"evaluate: {family}, part {part + 1} of {num_parts}", **resources.task_options())
         return named.remote(job, family, part, num_parts, resources.threads)
 
-    results = bounded([functools.partial(submit, *piece) for piece in work], resources.num_workers, progress, len(work))
+    submits = [
+        (f"part {part + 1} of {num_parts} of the {family} model", functools.partial(submit, family, part))
+        for family, part in work
+    ]
+    results = bounded(submits, resources.num_workers, Losses("evaluate", tell), progress)
     found = list(zip(work, results, strict=True))
     evaluation = {}
     for variant in VARIANTS:

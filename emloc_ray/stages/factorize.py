@@ -24,6 +24,7 @@ from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.emulator import write_emulator_config
 from emloc_ray.modeling.loading import copy_tokenizer
 from emloc_ray.stages.cluster import Flight, Progress, Resources, set_threads, silent
+from emloc_ray.stages.failures import Losses, Tell, unheard
 
 _CHUNK_BYTES = 2**26
 _LAYERS = "layers"
@@ -110,7 +111,7 @@ class EmulatorBuild:
     Groups may be added as soon as their Grams are, while calibration goes on; :meth:`finish` does all that is left.
     """
 
-    def __init__(self, job: FactorizationJob, resources: Resources, drop: bool = False) -> None:
+    def __init__(self, job: FactorizationJob, resources: Resources, drop: bool = False, tell: Tell = unheard) -> None:
         """``drop``: empty a file of Grams once all that was added with it is factorized."""
         self.job, self.resources, self.drop = job, resources, drop
         self._shared_job = ray.put(job)  # once, not with every task
@@ -122,7 +123,7 @@ class EmulatorBuild:
         self._file_of = dict(zip(work, self.files, strict=False))
         self._rest = list(zip(rest, self.files[len(work) :], strict=True))
         self._work_of = {spec.name: group for group in work for spec in group}
-        self._flight = Flight(2 * resources.num_workers)
+        self._flight = Flight(2 * resources.num_workers, Losses("factorize", tell))
         self._used: dict[Path, list[Path]] = {}
         self._started: set[Path] = set()
         self._done = set(sizes(job.out_dir))
@@ -146,9 +147,10 @@ class EmulatorBuild:
         if file in self._started or file in self._done:
             return
         self._started.add(file)
-        name = f"factorize: {' and '.join(spec.name for spec in work)}"
-        task: Any = ray.remote(_group_task).options(name=name, **self.resources.options())
-        self._flight.add(functools.partial(task.remote, self._shared_job, work, gram, file, self.resources.threads))
+        name = " and ".join(spec.name for spec in work)
+        task: Any = ray.remote(_group_task).options(name=f"factorize: {name}", **self.resources.task_options())
+        submit = functools.partial(task.remote, self._shared_job, work, gram, file, self.resources.threads)
+        self._flight.add(name, submit)
 
     def pump(self, timeout: float | None = 0) -> bool:
         """Starts what may start; whether more is left. What fails is raised by :meth:`finish`, so that calibration, which
@@ -180,8 +182,8 @@ class EmulatorBuild:
         copy: Any = ray.remote(copy_rest)
         for entries, file in self._rest:
             if file not in self._done:
-                task = copy.options(num_cpus=1, name=f"factorize: {file.name}")
-                self._flight.add(functools.partial(task.remote, entries, file))
+                task = copy.options(name=f"factorize: {file.name}", **Resources().task_options())
+                self._flight.add(f"shard {file.name}", functools.partial(task.remote, entries, file))
         while self.pump(None):
             progress(len(self.files) - self._flight.left, len(self.files))
         if self._error is not None:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from emloc_ray.modeling.architecture import load_config
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import label_mask, token_loss
 from emloc_ray.stages.cluster import Progress, Resources, set_threads, silent
+from emloc_ray.stages.failures import Losses, Tell, is_lost, last_line, reason, unheard
 from emloc_ray.stages.zero import join_as_deepspeed_rank, scattered_in, step_was_finite, whole_parameters
 
 _POLL_S = 0.5
@@ -65,6 +67,11 @@ class FinetuneJob:
     def events_dir(self) -> Path:
         """TensorBoard's event files, where ``report_to`` asks for them: they outlive the training and its restarts."""
         return self.out_dir.parent / "tensorboard" / self.name
+
+    @property
+    def failure_path(self) -> Path:
+        """One sentence per lost worker."""
+        return self.storage_dir / f"{self.name}.failures.txt"
 
 
 class RankBatches(IterableDataset[dict[str, torch.Tensor]]):
@@ -255,15 +262,65 @@ def _stored_dtype(job: FinetuneJob) -> torch.dtype:
     return found or torch.float32
 
 
-def finetune(job: FinetuneJob, resources: Resources, progress: Progress = silent) -> dict[str, Any]:
+class FailureLog(ray.train.UserCallback):
+    """Writes down, where the driver reads it, why the workers begin again; Ray Train calls it in a process of its own."""
+
+    def __init__(self, job: FinetuneJob) -> None:
+        self.job = job
+        self.failures = 0
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """One line for each failure of the group that it recovers from: of a worker that was lost, or of the first.
+
+        A worker whose peer was killed may be the first to fail, over the connection to it.
+        """
+        self.failures += 1
+        if self.failures > self.job.max_failures:
+            return
+        lost = [rank for rank, error in worker_exceptions.items() if is_lost(error)]
+        rank = min(lost or worker_exceptions)
+        error = worker_exceptions[rank]
+        why = f"lost its worker because {reason(error)[0]}" if lost else f"failed ({last_line(error)})"
+        again = f"begun again from the last checkpoint ({self.failures} of {self.job.max_failures})"
+        path = self.job.failure_path
+        ensure(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(f"finetune: rank {rank} {why}; {again}.\n")
+        publish(path)
+
+
+def finetune(
+    job: FinetuneJob, resources: Resources, progress: Progress = silent, tell: Tell = unheard
+) -> dict[str, Any]:
     """Trains the adapter on the emulator and writes it to ``job.out_dir`` in PEFT's format.
 
     A lost worker restarts the group from its newest checkpoint, at most ``max_failures`` times; so does running the
-    stage again with the same ``name``.
+    stage again with the same ``name``, as where Ray Train's own process is lost.
 
     Raises:
         NumericsError: where loss or gradients stop being numbers, naming the step.
     """
+    job.storage_dir.mkdir(parents=True, exist_ok=True)
+    losses = Losses("finetune", tell)
+    with _watching(job, progress, tell), _interruptible():
+        while (outcome := _fit(job, resources, losses)) is None:
+            pass
+    if outcome["failure"]:
+        raise NumericsError(outcome["failure"])
+    # Steps that a lost worker had logged and its successor did again count once; a killed one may leave half a line.
+    logged = [json.loads(line) for line in _logged(job.log_path) if line.endswith("}")]
+    history = sorted({line["step"]: line for line in logged}.values(), key=lambda line: line["step"])
+    return {
+        "num_workers": resources.num_workers,
+        "steps": outcome["steps"],
+        "train_loss": outcome["train_loss"],
+        "history": [{"step": line["step"], "loss": line["loss"]} for line in history],
+    }
+
+
+def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, Any] | None:
+    """What rank 0 returns; None where the process that leads the workers was lost, and another may go on."""
     storage = remote(job.storage_dir)
     trainer: Any = TorchTrainer(
         train_loop,  # type: ignore[arg-type]
@@ -283,22 +340,14 @@ def finetune(job: FinetuneJob, resources: Resources, progress: Progress = silent
             storage_filesystem=None if storage is None else storage[0],
             failure_config=ray.train.FailureConfig(max_failures=job.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            callbacks=[FailureLog(job)],  # type: ignore[list-item]
         ),
     )
-    with _watching(job, progress), _interruptible():
-        result = trainer.fit()
-    outcome = dict(result.return_value)
-    if outcome["failure"]:
-        raise NumericsError(outcome["failure"])
-    lines = _logged(job.log_path)
-    # Steps that a lost worker had logged and its successor did again count once.
-    history = sorted({line["step"]: line for line in map(json.loads, lines)}.values(), key=lambda line: line["step"])
-    return {
-        "num_workers": resources.num_workers,
-        "steps": outcome["steps"],
-        "train_loss": outcome["train_loss"],
-        "history": [{"step": line["step"], "loss": line["loss"]} for line in history],
-    }
+    try:  # what workers raise, or are lost more often than max_failures, is no matter of the controller's
+        return dict(trainer.fit().return_value)
+    except (ray.exceptions.RayError, ray.train.ControllerError) as error:
+        time.sleep(losses.count("the training", error))
+        return None
 
 
 def _logged(path: Path) -> list[str]:
@@ -321,18 +370,27 @@ def _interruptible() -> Iterator[None]:
 
 
 class _watching:
-    """Polls rank 0's log while the training blocks the driver, and shows how far it is."""
+    """Polls what the workers log while the training blocks the driver, and shows how far it is and what was lost."""
 
-    def __init__(self, job: FinetuneJob, progress: Progress) -> None:
-        self.job, self.progress = job, progress
+    def __init__(self, job: FinetuneJob, progress: Progress, tell: Tell) -> None:
+        self.job, self.progress, self.tell = job, progress, tell
+        self.told = len(_logged(job.failure_path))
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
     def _watch(self) -> None:
         while not self.over.wait(_POLL_S):
-            lines = _logged(self.job.log_path)
-            if lines and lines[-1].endswith("}"):
-                self.progress(json.loads(lines[-1])["step"], self.job.max_steps)
+            self._look()
+        self._look()
+
+    def _look(self) -> None:
+        lines = [line for line in _logged(self.job.log_path) if line.endswith("}")]
+        if lines:
+            self.progress(json.loads(lines[-1])["step"], self.job.max_steps)
+        failures = _logged(self.job.failure_path)
+        for text in failures[self.told :]:
+            self.tell(text)
+        self.told = len(failures)
 
     def __enter__(self) -> None:
         self.thread.start()

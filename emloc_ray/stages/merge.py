@@ -22,6 +22,7 @@ from emloc_ray.modeling.adapter import Adapter, LoraModule
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.loading import copy_tokenizer
 from emloc_ray.stages.cluster import Progress, Resources, bounded, set_threads, silent
+from emloc_ray.stages.failures import Losses, Tell, unheard
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def _merged(entry: TensorEntry, lora: LoraModule, transposed: bool, chunk_bytes:
         del merged
 
 
-def merge(job: MergeJob, resources: Resources, progress: Progress = silent) -> dict[str, Any]:
+def merge(job: MergeJob, resources: Resources, progress: Progress = silent, tell: Tell = unheard) -> dict[str, Any]:
     """Writes ``job.out_dir`` as a plain transformers checkpoint: the original's shards with the adapter folded in.
 
     Shards that are in it already are kept: the caller knows that they are of this adapter.
@@ -101,7 +102,7 @@ def merge(job: MergeJob, resources: Resources, progress: Progress = silent) -> d
     """
     shards = Checkpoint(job.model_dir).shards
     job.out_dir.mkdir(parents=True, exist_ok=True)
-    options, threads = resources.options(), resources.threads
+    options, threads = resources.task_options(), resources.threads
 
     def submit(name: str, shard: Shard) -> Any:
         task: Any = ray.remote(_merge_task).options(name=f"merge: {name}", **options)
@@ -113,10 +114,10 @@ def merge(job: MergeJob, resources: Resources, progress: Progress = silent) -> d
         reverse=True,
     )
     changed = bounded(
-        [functools.partial(submit, name, shard) for name, shard in named],
+        [(f"shard {name}", functools.partial(submit, name, shard)) for name, shard in named],
         2 * resources.num_workers,
+        Losses("merge", tell),
         progress,
-        len(named),
     )
     expected = len(Adapter(job.adapter_dir).names)
     if sum(changed) != expected:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
 
-from emloc_ray.errors import StageError
-from emloc_ray.stages.cluster import MAX_RESTARTS, Progress
+from emloc_ray.stages.cluster import Progress, silent
+from emloc_ray.stages.failures import Losses
 
 
 class SlotActor:
@@ -44,51 +45,58 @@ class SlotActor:
 def run_slots(
     start: Callable[[int], Any],
     work: Sequence[Sequence[int]],
-    progress: Progress,
+    unit_name: str,
+    losses: Losses,
+    progress: Progress = silent,
     done: Callable[[int, int], None] = lambda slot, unit: None,
 ) -> None:
     """Works off ``work[slot]``, a list of ascending units, in a :class:`SlotActor` that ``start(slot)`` makes.
 
-    ``done(slot, unit)`` hears of every unit finished, on a resumed slot of the
-    last one alone. A lost actor is made anew and asked for its position.
+    ``done(slot, unit)`` hears of every unit finished, on a resumed slot of the last one alone. A lost actor is made anew
+    and asked for its position. ``unit_name`` is what people call a unit.
 
     Raises:
-        StageError: where a slot is lost more often than ``MAX_RESTARTS``.
+        StageError: where a slot is lost at one unit more often than ``losses`` allows.
     """
     actors: dict[int, Any] = {}
     waiting: dict[Any, int] = {}
-    restarts = dict.fromkeys(range(len(work)), 0)
+    resting = dict.fromkeys(range(len(work)), 0.0)  # when a slot may begin, by the monotonic clock
+    asked: dict[int, str] = {}
     last = dict.fromkeys(range(len(work)), -1)
     total = sum(len(units) for units in work)
 
-    def begin(slot: int) -> None:
-        actors[slot] = start(slot)
-        waiting[actors[slot].position.remote()] = slot
-
-    for slot in range(len(work)):
-        begin(slot)
-    while waiting:
-        ready, _ = ray.wait(list(waiting), num_returns=1)
-        slot = waiting.pop(ready[0])
-        try:
-            unit = ray.get(ready[0])
-        except ray.exceptions.RayActorError as error:
-            restarts[slot] += 1
-            if restarts[slot] > MAX_RESTARTS or isinstance(error, ray.exceptions.ActorUnschedulableError):
-                raise StageError(f"calibrate: slot {slot} was lost {restarts[slot]} times: {_brief(error)}") from error
-            begin(slot)
-            continue
-        if unit is None:  # committed to the end
-            ray.kill(actors.pop(slot))
-            continue
-        last[slot] = unit
-        if unit >= 0:
-            done(slot, unit)
-        progress(sum(1 for s, units in enumerate(work) for u in units if u <= last[s]), total)
-        following = next((u for u in work[slot] if u > unit), None)
-        actor = actors[slot]
-        waiting[actor.commit.remote() if following is None else actor.accumulate.remote(following)] = slot
+    while waiting or resting:
+        for slot in [slot for slot, begin in resting.items() if begin <= time.monotonic()]:
+            del resting[slot]
+            actors[slot] = start(slot)
+            waiting[actors[slot].position.remote()] = slot
+        for reference in _some(list(waiting), min(resting.values(), default=None)):
+            slot = waiting.pop(reference)
+            try:
+                unit = ray.get(reference)
+            except ray.exceptions.RayError as error:
+                delay = losses.count(f"slot {slot}{asked.pop(slot, '')}", error)
+                ray.kill(actors.pop(slot))  # one that only does not answer would hold what its successor needs
+                resting[slot] = time.monotonic() + delay
+                continue
+            if unit is None:  # committed to the end
+                ray.kill(actors.pop(slot))
+                continue
+            last[slot] = unit
+            if unit >= 0:
+                done(slot, unit)
+            progress(sum(1 for s, units in enumerate(work) for u in units if u <= last[s]), total)
+            following = next((u for u in work[slot] if u > unit), None)
+            asked[slot] = " at its end" if following is None else f" at {unit_name} {following}"
+            actor = actors[slot]
+            waiting[actor.commit.remote() if following is None else actor.accumulate.remote(following)] = slot
 
 
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] + ": give the workers more memory or lower calibration.batch_size."
+def _some(references: list[Any], until: float | None) -> list[Any]:
+    """The first of these that is ready, or none by the time ``until``."""
+    rest = None if until is None else max(0.0, until - time.monotonic())
+    if references:
+        ready: list[Any] = ray.wait(references, num_returns=1, timeout=rest)[0]
+        return ready
+    time.sleep(rest or 0)
+    return []

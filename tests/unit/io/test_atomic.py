@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from emloc_ray.io.atomic import atomic_directory, atomic_file, write_json
+from emloc_ray.io.atomic import atomic_directory, atomic_file, remove_leftovers, write_json
 
 
 class Interrupted(BaseException):
@@ -96,3 +96,20 @@ def test_json_is_read_back_and_a_bad_value_keeps_the_old(tmp_path: Path) -> None
         write_json(path, {"set": {1}})
     assert json.loads(path.read_text()) == {"λ": [1, 2.5, None]}
     assert names(tmp_path) == {"a.json"}
+
+
+def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "merged"
+    (folder / "spectra").mkdir(parents=True)
+    for name in (
+        "merged/.a.safetensors.x1.tmp",
+        "merged/spectra/.b.y2.tmp",
+        "merged/a.safetensors",
+        "other",
+        ".other.z.tmp",
+    ):
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".merged.z3.tmp").mkdir()
+    remove_leftovers(folder)
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert found == {"merged", "merged/spectra", "merged/a.safetensors", "other", ".other.z.tmp"}

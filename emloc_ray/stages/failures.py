@@ -1,0 +1,152 @@
+"""What goes wrong on Ray, in our words, and work that lost its worker: begun again a bounded number of times, each told."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import errno
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import ray
+import torch
+
+from emloc_ray.errors import EmlocError, StageError
+
+Tell = Callable[[str], None]
+MAX_RESTARTS = 3
+
+# A process, its node, or a result on that node is gone; what the work itself raised is none of these.
+LOST = (
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.RayActorError,
+    ray.exceptions.ObjectLostError,
+)
+# Seconds before the first, second and later tries. Together they outlast the 15 s for which, by Ray's defaults, a node
+# counts as alive whose raylet is dead: work begun again at once may be sent to such a node each time.
+_DELAYS = (0.0, 4.0, 16.0)
+# Where errors of Ray's tasks, and of Ray Train's, keep what they were raised from.
+_HELD = ("cause", "_base_exc", "controller_failure", "health_check_failure")
+# Control groups of the second and the first version, and the machine; proc(5).
+_KERNEL_COUNTS = tuple(
+    map(Path, ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control", "/proc/vmstat"))
+)
+_MEMORY = "set memory_budget to what it has, or lower its batch size or num_workers"
+
+
+def unheard(text: str) -> None:
+    """Tells nobody."""
+
+
+class Losses:
+    """How often each piece of a stage's work has lost its worker."""
+
+    def __init__(self, stage: str, tell: Tell = unheard, bound: int = MAX_RESTARTS) -> None:
+        self.stage, self.tell, self.bound = stage, tell, bound
+        self.counts: collections.Counter[str] = collections.Counter()
+        self._kernel_kills = kernel_kills()
+
+    def count(self, piece: str, error: BaseException) -> float:
+        """Counts a loss and tells of it; returns the seconds to wait before the piece is begun again.
+
+        Raises:
+            StageError: where the piece has lost its worker more than ``bound`` times, naming it and what to do.
+            BaseException: ``error`` itself, where no worker was lost.
+        """
+        if not is_lost(error):
+            raise error
+        self.counts[piece] += 1
+        times, before, self._kernel_kills = self.counts[piece], self._kernel_kills, kernel_kills()
+        why, what_to_do = reason(error, kernel_killed=self._kernel_kills > before)
+        if times > self.bound:
+            raise StageError(
+                f"{self.stage}: {piece} lost its worker {times} times, the last time because {why}: {what_to_do}."
+            ) from error
+        self.tell(f"{self.stage}: {piece} lost its worker because {why}; begun again ({times} of {self.bound}).")
+        return _DELAYS[min(times, len(_DELAYS)) - 1]
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether a worker, its node or a result on it was lost, and nothing else is to blame."""
+    return own_error(error) is None and any(isinstance(cause, LOST) for cause in causes(error))
+
+
+def reason(error: BaseException, kernel_killed: bool = False) -> tuple[str, str]:
+    """Why a worker was lost, as far as Ray or the kernel knows, and what to do where it happens again and again."""
+    found = list(causes(error))
+    text = " ".join(str(cause) for cause in found)
+    if any(_is_out_of_memory(cause) for cause in found) or "memory pressure" in text:
+        return "its node ran out of memory", _MEMORY
+    if kernel_killed:
+        return "the kernel killed a process for memory", _MEMORY
+    if any(isinstance(cause, ray.exceptions.NodeDiedError) for cause in found) or "node has died" in text:
+        return "its node died", "look after the node, then run the same command again"
+    if any(isinstance(cause, ray.exceptions.ActorUnavailableError) for cause in found):
+        return "it does not answer", "look after its node and the network, then run the same command again"
+    if any(isinstance(cause, ray.exceptions.ObjectLostError) for cause in found):
+        return "its result was lost with its node", "look after the nodes, then run the same command again"
+    return "its process crashed or was killed", f"see its log in Ray's session; where memory ran short, {_MEMORY}"
+
+
+def kernel_kills() -> int:
+    """How many processes the kernel has killed for memory: in this control group and on this machine."""
+    total = 0
+    for path in _KERNEL_COUNTS:
+        with contextlib.suppress(OSError):  # not Linux, or no control group
+            lines = (line.split() for line in path.read_text().splitlines())
+            total += sum(int(count) for key, count in lines if key == "oom_kill")
+    return total
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and all that it was raised from, on this process or on a worker."""
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        current = pending.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        held = (getattr(current, name, None) for name in _HELD)
+        pending += [*(e for e in held if isinstance(e, BaseException)), current.__cause__, current.__context__]
+        pending += list(getattr(current, "worker_failures", {}).values())
+
+
+def own_error(error: BaseException) -> EmlocError | None:
+    """The EmlocError at the bottom of what Ray raised, as it was raised on the worker; None where there is none."""
+    own = (e for e in causes(error) if isinstance(e, EmlocError) and not isinstance(e, ray.exceptions.RayError))
+    return next(own, None)
+
+
+def explain(error: BaseException, stage: str) -> EmlocError:
+    """Any error of a stage as one of ours: the worker's own sentence, or what Ray lost and what to do."""
+    own = own_error(error)
+    if own is not None:
+        return own
+    if any(_is_out_of_memory(cause) for cause in causes(error)):
+        return StageError(f"{stage}: a worker ran out of memory: {_MEMORY}.")
+    full = next((e for e in causes(error) if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)), None)
+    if full is not None:
+        where = f" at {full.filename}" if full.filename else ""
+        return StageError(f"{stage}: the disk is full{where}: free some and run the same command again.")
+    if is_lost(error):
+        why, what_to_do = reason(error)
+        return StageError(f"{stage}: a worker was lost because {why}: {what_to_do}.")
+    return StageError(f"{stage}: {type(error).__name__}: {last_line(error)}")
+
+
+def last_line(error: BaseException) -> str:
+    """The last line that an error says, in which tracebacks end; its kind where it says nothing."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__).strip()[:300]
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Killed by Ray's memory monitor, refused by the operating system, or by torch's allocator, which on a CPU raises no
+    kind of its own."""
+    kinds = (ray.exceptions.OutOfMemoryError, MemoryError, torch.OutOfMemoryError)
+    refused = isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return refused or isinstance(error, kinds) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)

@@ -1,0 +1,184 @@
+"""Every stage, each kind of fault, several moments: what was killed, whether the run survived it, what was done twice."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from emloc_ray.config import RayConfig, RunConfig
+from faulting.driver import Driver
+from faulting.nodes import Nodes
+
+STAGES = ("data", "calibrate", "factorize", "finetune", "correct", "merge", "evaluate")
+_ARTIFACTS = {
+    "data": "data/tokens",
+    "calibrate": "calibration",
+    "factorize": "emulator",
+    "finetune": "adapter_emulator",
+    "correct": "adapter",
+    "merge": "merged",
+}
+_BY_FILE = ("data", "factorize", "merge")  # whose pieces of work are files; others tell how far they are
+_RUN = "run"
+_TRIES = 3  # of hitting a stage while it runs
+_SECONDS = 240.0  # until a run that does not end counts as lost
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One kill and what came of it.
+
+    ``outcome`` is ``survived`` where the run ended with the files of the undisturbed one, ``changed`` where it ended with
+    others, ``lost`` where it did not end, ``none`` where the stage had no such process while it ran. Of ``pieces`` of
+    work, ``redone`` were finished before the kill and done again after it.
+    """
+
+    stage: str
+    kind: str
+    moment: float
+    outcome: str = "none"
+    victim: str = ""
+    redone: int = 0
+    pieces: int = 0
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+    detail: str = ""
+
+
+class Matrix:
+    """The undisturbed run, and runs of single stages that are each disturbed once."""
+
+    def __init__(self, nodes: Nodes, config: RunConfig, folder: Path) -> None:
+        self.nodes, self.folder = nodes, folder
+        self.config = config.model_copy(update={"ray": RayConfig(address=nodes.cluster.address)})
+        self.calm = folder / "undisturbed" / _RUN
+        self.seconds: dict[str, float] = {}
+        self.pieces: dict[str, int] = {}
+
+    def undisturbed(self, stages: Sequence[str]) -> None:
+        """Runs everything once, up to the last of the stages, and keeps the run as it was after each."""
+        last = max(map(STAGES.index, stages))
+        self._measure(self._driver(self.calm, STAGES[last], self.folder / "snapshots"), STAGES[: last + 1])
+        if "factorize" in stages:
+            # Calibration factorizes as it goes; here the stage of that name is to make the whole emulator.
+            shutil.rmtree(self._snapshot("calibrate") / "emulator")
+            again = self._copy("calibrate", "undisturbed-factorize")
+            self._measure(self._driver(again, "factorize"), ["factorize"])
+            shutil.rmtree(again.parent)
+
+    def _measure(self, driver: Driver, stages: Sequence[str]) -> None:
+        if not driver.wait(len(STAGES) * _SECONDS):
+            raise SystemExit(f"The undisturbed run failed: {driver.find('error')}")
+        for stage in stages:
+            finish = driver.find("finish", stage=stage)
+            assert finish is not None
+            self.seconds[stage] = finish["seconds"]
+            self.pieces[stage] = max(driver.progress(stage), default=1)
+
+    def _snapshot(self, stage: str) -> Path:
+        return self.folder / "snapshots" / stage / _RUN
+
+    def _copy(self, stage: str, name: str) -> Path:
+        """A run as it was after a stage."""
+        run = self.folder / name / _RUN
+        shutil.rmtree(run.parent, ignore_errors=True)
+        run.parent.mkdir(parents=True)
+        if stage:
+            shutil.copytree(self._snapshot(stage), run)
+        return run
+
+    def _driver(self, run: Path, until: str, snapshots: Path | None = None) -> Driver:
+        run.parent.mkdir(parents=True, exist_ok=True)
+        config = self.config.model_copy(update={"run_dir": str(run)})
+        return Driver(config, until, run.parent / "events.jsonl", snapshots)
+
+    def cell(self, stage: str, kind: str, moment: float, seed: int) -> Cell:
+        """Kills one thing once the stage has run for a share of its undisturbed time; earlier where it was over by then."""
+        found = Cell(stage, kind, moment)
+        for _ in range(_TRIES):
+            found = self._attempt(found, random.Random(seed))
+            if found.outcome != "none":
+                return found
+            found = replace(found, moment=found.moment / 2)
+        return replace(found, moment=moment)
+
+    def _attempt(self, cell: Cell, random_numbers: random.Random) -> Cell:
+        position = STAGES.index(cell.stage)
+        run = self._copy(STAGES[position - 1] if position else "", f"{cell.stage}-{cell.kind}")
+        driver, begin = self._driver(run, cell.stage), time.monotonic()
+        cell = self._kill(cell, driver, run, random_numbers)
+        if not cell.victim:
+            driver.wait(_SECONDS)
+            return cell
+        finished, reached, killed = _files(run, cell.stage), max(driver.progress(cell.stage), default=0), time.time()
+        if cell.kind == "driver":
+            driver = self._driver(run, cell.stage)
+        ended = driver.wait(_SECONDS)
+        if cell.kind == "node":
+            self.nodes.add()
+        lowest = min(driver.progress(cell.stage, since=killed), default=reached)
+        error = driver.find("error") or {}
+        detail = (
+            self._difference(run, cell.stage) if ended else error.get("text", f"exit code {driver.process.exitcode}")
+        )
+        return replace(
+            cell,
+            outcome="lost" if not ended else "changed" if detail else "survived",
+            redone=_written_again(finished, run) if cell.stage in _BY_FILE else max(0, reached - lowest),
+            pieces=len(finished) if cell.stage in _BY_FILE else self.pieces[cell.stage],
+            seconds=round(time.monotonic() - begin, 1),
+            notes=tuple(event["text"] for event in driver.events() if event["event"] == "note"),
+            detail=detail,
+        )
+
+    def _kill(self, cell: Cell, driver: Driver, run: Path, random_numbers: random.Random) -> Cell:
+        """The cell with its victim, where the stage had one from the moment on."""
+        for _ in driver.poll(_SECONDS):
+            start, finish = driver.find("start", stage=cell.stage), driver.find("finish", stage=cell.stage)
+            if finish is not None:
+                break
+            if start is None or time.time() < start["time"] + cell.moment * self.seconds[cell.stage]:
+                continue
+            if cell.kind == "driver":
+                driver.kill()
+                return replace(cell, victim="driver")
+            if cell.kind == "node":
+                return replace(cell, victim=self.nodes.kill_node(self.nodes.pick_node(random_numbers)))
+            victim = self.nodes.kill_process(cell.kind, random_numbers)
+            if victim is not None:
+                return replace(cell, victim=victim)
+        return cell
+
+    def _difference(self, run: Path, stage: str) -> str:
+        """The first file, of this stage and those before it, that is not as in the undisturbed run; empty where all are."""
+        for name in STAGES[: STAGES.index(stage) + 1]:
+            if name not in _ARTIFACTS:
+                ours, theirs = (json.loads((r / "metrics.json").read_text())["evaluation"] for r in (run, self.calm))
+                if ours != theirs:
+                    return "metrics.json: evaluation"
+                continue
+            folders = [r / _ARTIFACTS[name] for r in (run, self.calm)]
+            ours, theirs = ({str(p.relative_to(f)) for p in f.rglob("*") if p.is_file()} for f in folders)
+            if ours != theirs:
+                return f"{_ARTIFACTS[name]}: {', '.join(sorted(ours ^ theirs)[:5])}"
+            for file in sorted(ours):
+                if not filecmp.cmp(folders[0] / file, folders[1] / file, shallow=False):
+                    return f"{_ARTIFACTS[name]}/{file}"
+        return ""
+
+
+def _files(run: Path, stage: str) -> dict[Path, int]:
+    """The pieces of work that a stage has finished, where they are files: each with its inode."""
+    folder = run / _ARTIFACTS.get(stage, "-")
+    found = [path for path in folder.rglob("*") if path.suffix in (".arrow", ".safetensors")]
+    return {path.relative_to(run): path.stat().st_ino for path in found if not path.name.startswith(".")}
+
+
+def _written_again(before: dict[Path, int], run: Path) -> int:
+    return sum(not (run / path).is_file() or (run / path).stat().st_ino != inode for path, inode in before.items())

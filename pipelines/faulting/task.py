@@ -1,0 +1,74 @@
+"""A small model and a small task, made on the spot: what the fault matrix runs where no config names others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+_VOCABULARY = 300
+_ROWS = 2400
+
+
+def make_config(folder: Path) -> Path:
+    """A config in ``folder``, beside the model and the data that it names: two workers a stage, several pieces of work each."""
+    folder.mkdir(parents=True)
+    two = {"num_workers": 2}
+    values: dict[str, Any] = {
+        "run_dir": str(folder / "run"),
+        "model": {"source": str(_make_model(folder / "model"))},
+        "data": {"train": {"path": str(_make_rows(folder / "rows.jsonl"))}, "format": "prompt_completion"},
+        "calibration": {**two, "num_calibration_samples": 320, "rows_per_shard": 16, "batch_size": 2},
+        "emulator": {**two, "compression_ratio": 0.5},
+        "adapter": {"r": 4, "lora_alpha": 16},
+        "finetune": {**two, "max_steps": 16, "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 4},
+        "correction": {"num_selection_samples": 32},
+        "merge": two,
+        "evaluation": {**two, "num_samples": 64, "num_exact_match": 4, "num_generations": 2, "max_new_tokens": 8},
+    }
+    values["data"]["max_seq_length"] = 64
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(values))
+    return config
+
+
+def _make_model(directory: Path) -> Path:
+    """A random Llama of four blocks with a byte-level tokenizer, in a dozen shards."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_VOCABULARY,
+        special_tokens=["<pad>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(["the sum of the two numbers is"], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>").save_pretrained(directory)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=_VOCABULARY,
+        hidden_size=192,
+        intermediate_size=448,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory, max_shard_size="500KB")
+    return directory
+
+
+def _make_rows(path: Path) -> Path:
+    """Sums in words, as prompts and completions."""
+    rows = ({"prompt": f"add {i} and {i % 97}: ", "completion": f"the sum is {i + i % 97}"} for i in range(_ROWS))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

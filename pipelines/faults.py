@@ -1,0 +1,95 @@
+"""The kill matrix: every stage × {worker process, actor, node, driver} × several moments, on a Ray cluster of three nodes.
+
+    python pipelines/faults.py --out runs/faults                                  # all of it: more than an hour
+    python pipelines/faults.py --out runs/faults --stages merge --kinds node --moments 1
+    python pipelines/faults.py --out runs/faults --config configs/quickstart.yaml calibration.mode=streamed
+
+Everything runs on this machine, each node with a loopback address of its own. One run goes undisturbed; then each cell
+takes that run as it was before its stage, kills (SIGKILL) one process or all processes of a node of this cluster once the
+stage has gone on for a share of its undisturbed time, and compares what the stage ends with, file by file. A killed driver
+is started again. ``faults.json`` in the output folder keeps every cell, those of earlier calls with other stages, kinds
+or seeds too; ``faults.md`` is the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from faulting.matrix import STAGES, Cell, Matrix
+from faulting.nodes import KINDS, Nodes
+from faulting.task import make_config
+
+from emloc_ray.config_reading import load_config
+
+
+def table(cells: Sequence[Cell]) -> str:
+    """The cells as Markdown, one line for each, and the sum."""
+    lines = [
+        "| stage | killed | at | outcome | finished work done again | time |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for c in cells:
+        outcome = c.outcome + (f": {c.detail}" if c.detail else "")
+        victim = f"{c.kind}: {c.victim}" if c.victim and c.victim != c.kind else c.kind
+        lines.append(
+            f"| {c.stage} | {victim} | {c.moment:.0%} | {outcome} | {c.redone} of {c.pieces} | {c.seconds:.0f} s |"
+        )
+    counted = [c for c in cells if c.outcome != "none"]
+    survived = sum(c.outcome == "survived" for c in counted)
+    changed = sum(c.outcome == "changed" for c in counted)
+    lines += ["", f"{survived} of {len(counted)} survived with the same files, {changed} ended with others."]
+    return "\n".join(lines) + "\n"
+
+
+def cells(matrix: Matrix, stages: Sequence[str], kinds: Sequence[str], moments: int, seed: int) -> Iterator[Cell]:
+    """One after the other, each moment drawn from the whole stage."""
+    for stage in stages:
+        for kind in kinds:
+            for number in range(moments):
+                drawn = random.Random(f"{seed} {stage} {kind} {number}")
+                yield matrix.cell(stage, kind, round(drawn.uniform(0.05, 0.95), 3), drawn.randrange(2**32))
+
+
+def write(out: Path, found: Sequence[Cell]) -> None:
+    """Both files, whole, after every cell."""
+    (out / "faults.json").write_text(json.dumps([asdict(cell) for cell in found], indent=2) + "\n")
+    (out / "faults.md").write_text(table(found))
+
+
+def main() -> int:
+    """Runs the cells asked for; 1 where one was lost or changed what came out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="config keys to override")
+    parser.add_argument("--out", type=Path, default=Path("runs/faults"))
+    parser.add_argument("--config", type=Path, help="instead of a small model and task made on the spot")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--moments", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    out: Path = arguments.out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    known = out / "faults.json"
+    found = [Cell(**cell) for cell in json.loads(known.read_text())] if known.is_file() else []
+    first = len(found)
+    with tempfile.TemporaryDirectory(dir=out) as folder, Nodes() as nodes:
+        config = load_config(arguments.config or make_config(Path(folder) / "task"), arguments.overrides)
+        matrix = Matrix(nodes, config, Path(folder) / "runs")
+        matrix.undisturbed(arguments.stages)
+        for cell in cells(matrix, arguments.stages, arguments.kinds, arguments.moments, arguments.seed):
+            found.append(cell)
+            write(out, found)
+            print(table([cell]).splitlines()[2], flush=True)
+    print(table(found[first:]))
+    return int(any(cell.outcome in ("lost", "changed") for cell in found[first:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""Several Ray nodes on this machine, as processes of their own: one is taken away, one is added; one does not see the run."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from faulting.nodes import Nodes, kill, workers
+from small_runs import make_values
+
+SECONDS = 240
+SHARED = ("calibration", "emulator", "adapter_emulator", "adapter", "merged")
+
+
+def start(config: Path, log: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    code = "from emloc_ray.cli import main; main()"
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-c", code, "run", str(config), *arguments], stdout=file, stderr=subprocess.STDOUT
+        )
+
+
+def write_config(root: Path, values: dict[str, Any]) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    path = root / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def artifacts(run: Path) -> dict[str, bytes]:
+    files = [path for name in SHARED for path in (run / name).rglob("*") if path.is_file()]
+    return {str(path.relative_to(run)): path.read_bytes() for path in files}
+
+
+@pytest.mark.slow
+def test_a_node_that_goes_and_one_that_comes_leave_no_trace(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], task_file: Path
+) -> None:
+    finetune = {"max_steps": 4, "save_steps": 2}
+    values = make_values(tmp_path / "many" / "run", tiny_model_dir("llama"), task_file, finetune=finetune)
+    log = tmp_path / "log.txt"
+    with Nodes(cpus=1) as nodes:
+        values["ray"] = {"address": nodes.cluster.address}
+        driver = start(write_config(tmp_path / "many", values), log, "--until", "merge")
+        try:
+            address = nodes.kill_node(node_of_a_slot(nodes, driver, log))
+            nodes.add()
+            assert driver.wait(SECONDS) == 0, log.read_text()
+        finally:
+            driver.kill()
+        alive = {node["NodeManagerAddress"] for node in nodes.alive()}
+    assert len(alive) == 3
+    assert address not in alive
+    assert re.search("calibrate: slot [01].* lost its worker because .*; begun again", log.read_text())
+
+    values |= {"run_dir": str(tmp_path / "one" / "run"), "ray": {"num_cpus": 2}}
+    driver = start(write_config(tmp_path / "one", values), log, "--until", "merge")
+    try:
+        assert driver.wait(SECONDS) == 0, log.read_text()
+    finally:
+        driver.kill()
+    found, expected = artifacts(tmp_path / "many" / "run"), artifacts(tmp_path / "one" / "run")
+    assert found.keys() == expected.keys()
+    assert [name for name in found if found[name] != expected[name]] == []
+
+
+def node_of_a_slot(nodes: Nodes, driver: subprocess.Popen[bytes], log: Path) -> Any:
+    """A node other than the head, once a slot of the calibration is on it."""
+    deadline = time.monotonic() + SECONDS
+    while True:
+        assert driver.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        for node in nodes.cluster.worker_nodes:
+            if any("Slot" in name for _, name in workers(node)):
+                return node
+        time.sleep(0.05)
+
+
+def test_a_node_that_does_not_see_the_run_ends_it_at_once(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], task_file: Path
+) -> None:
+    if subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode != 0:
+        pytest.skip("no mount namespace of one's own is allowed here")
+    hidden = tmp_path / "hidden"
+    values = make_values(hidden / "run", tiny_model_dir("llama"), task_file)
+    with Nodes(cpus=1, count=0) as nodes, blind_node(nodes.cluster.address, hidden):
+        deadline = time.monotonic() + SECONDS
+        while len(nodes.alive()) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        values["ray"] = {"address": nodes.cluster.address}
+        driver = start(write_config(tmp_path, values), tmp_path / "log.txt")
+        try:
+            assert driver.wait(SECONDS) == 2
+        finally:
+            driver.kill()
+    told = (tmp_path / "log.txt").read_text()
+    assert f"run_dir: node 127.0.0.9 does not see {hidden / 'run'} as it is here: name a directory on a file" in told
+    assert "s3://BUCKET/RUN" in told
+    assert "Making token shards" not in told
+    assert sorted(path.name for path in (hidden / "run").iterdir()) == [".lock", "config.yaml", "manifest.json"]
+
+
+@contextlib.contextmanager
+def blind_node(address: str, directory: Path) -> Iterator[None]:
+    """A Ray node to which the directory is another, empty one, as on a machine that does not mount it."""
+    directory.mkdir()
+    join = f"{sys.executable} -m ray.scripts.scripts start --address={address} --node-ip-address=127.0.0.9 --num-cpus=1"
+    command = ["unshare", "-m", "sh", "-c", f"mount -t tmpfs tmpfs {directory} && exec {join} --block"]
+    node = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            kill([psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)])
+        node.wait(30)

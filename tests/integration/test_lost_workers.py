@@ -1,0 +1,102 @@
+"""Work that kills each worker it is given: tried a few times, each told, then given up by name."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from small_runs import task_rows, write_jsonl
+
+from emloc_ray.data.formats import Tokens
+from emloc_ray.data.reading import Row, scan
+from emloc_ray.data.splits import RowSelection
+from emloc_ray.data.tokenizing import TokenizeOptions, first_unwritten, tokenize_splits
+from emloc_ray.errors import StageError
+from emloc_ray.stages import failures
+from emloc_ray.stages.cluster import Resources, bounded
+from emloc_ray.stages.data import begun_again
+from emloc_ray.stages.failures import Losses
+from emloc_ray.stages.slots import SlotActor, run_slots
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+SIZES = {"train": 20}
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failures, "_DELAYS", (0.0,))
+
+
+def test_a_task_that_kills_its_worker_is_given_up_and_others_are_not() -> None:
+    def work(poison: bool) -> int:
+        if poison:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 7
+
+    told: list[str] = []
+    task: Any = ray.remote(work).options(**Resources().task_options())
+    pieces = [("layer k", functools.partial(task.remote, False)), ("layer q", functools.partial(task.remote, True))]
+    losses = Losses("factorize", told.append, bound=1)
+    with pytest.raises(StageError, match=r"^factorize: layer q lost its worker 2 times, the last time because"):
+        bounded(pieces, 2, losses)
+    assert [line.split(" because")[0] for line in told] == ["factorize: layer q lost its worker"]
+    assert bounded(pieces[:1], 2, losses) == [7]
+
+
+def test_a_slot_is_given_up_at_the_shard_that_kills_it(tmp_path: Path) -> None:
+    class Slot:
+        def position(self) -> int:
+            return max((int(path.name) for path in tmp_path.iterdir()), default=-1)
+
+        def accumulate(self, unit: int) -> int:
+            if unit == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            (tmp_path / str(unit)).touch()
+            return unit
+
+    def start(slot: int) -> Any:
+        return ray.remote(SlotActor).remote(Slot)
+
+    finished: list[int] = []
+    losses = Losses("calibrate", bound=1)
+    with pytest.raises(StageError, match="slot 0 at token shard 2 lost its worker 2 times"):
+        run_slots(start, [range(4)], "token shard", losses, done=lambda slot, unit: finished.append(unit))
+    assert sorted(set(finished)) == [0, 1]
+
+
+def test_a_row_that_kills_its_worker_names_its_shard_and_keeps_the_others(
+    tmp_path: Path,
+) -> None:
+    out_dir, mended = tmp_path / "tokens", tmp_path / "mended"
+
+    class Poisoned(TokenizeOptions):
+        def tokens(self, rows: Iterable[tuple[str, Row]]) -> Iterator[Tokens]:
+            for where, _ in rows:
+                if where.endswith("row 51") and not mended.exists():
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield Tokens([1, 2], [False, True])
+
+    splits = {"train": RowSelection.all_rows((scan(write_jsonl(tmp_path / "rows.jsonl", task_rows(100))),))}
+    options = Poisoned("", "prompt_completion", 8)
+    told: list[str] = []
+
+    def work() -> dict[str, dict[str, int]]:
+        return tokenize_splits(splits, options, out_dir, rows_per_shard=SIZES, num_workers=1)
+
+    def run() -> dict[str, dict[str, int]]:
+        piece = functools.partial(first_unwritten, splits, out_dir, SIZES)
+        return begun_again(work, Losses("data", told.append, bound=1), piece)
+
+    with pytest.raises(StageError, match="data: token shard 2 of train lost its worker 2 times"):
+        run()
+    assert len(told) == 1
+    kept = (out_dir / "train" / "shard-00000.arrow").stat().st_ino
+    mended.touch()
+    assert run()["train"]["rows"] == 100
+    assert (out_dir / "train" / "shard-00000.arrow").stat().st_ino == kept
