@@ -167,9 +167,9 @@ def plan(
         from emloc_ray.planner import make_plan, within_budget
 
         # The option is the config's key: whatever else depends on it, such as the way to calibrate, is planned with it.
-        budget = [f"memory_budget={memory_budget}"] if memory_budget else []
+        budget = [] if memory_budget is None else [f"memory_budget={memory_budget}"]
         prepared = _prepare(config, [*(overrides or ()), *budget])
-        if memory_budget:
+        if prepared.config.memory_budget is not None and memory_budget is not None:
             solution, prepared = within_budget(prepared)
             console.print(_escape(solution.sentence), soft_wrap=True)
             console.print("  " + " ".join(solution.overrides), soft_wrap=True, highlight=False)

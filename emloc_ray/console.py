@@ -13,6 +13,7 @@ from rich.table import Table
 from emloc_ray.memory import total
 from emloc_ray.planner import Plan
 
+_NO_BREAK = "\u00a0"
 _VERBS = {
     "import": "Importing the model",
     "data": "Making token shards",
@@ -180,18 +181,15 @@ def _stage_table(plan: Plan) -> Table:
 
 
 def _memory_table(plan: Plan) -> Table:
-    columns = {stage.name: stage.memory for stage in plan.stages} | {"inference": plan.inference}
-    table = Table(
-        title=f"Memory of one worker (predicted); calibration {plan.calibration_mode}; inference is the original's",
-        title_justify="left",
-    )
-    table.add_column("part")
-    for name in columns:
-        table.add_column(name, justify="right")
-    for part in dict.fromkeys(part for memory in columns.values() for part in memory):
-        table.add_row(part, *(gib(memory[part]).strip() if part in memory else "" for memory in columns.values()))
-    table.add_section()
-    table.add_row("together", *(gib(total(memory)).strip() for memory in columns.values()))
+    table = Table(title=f"Memory of one worker (predicted), calibration {plan.calibration_mode}", title_justify="left")
+    table.add_column("stage")
+    table.add_column("together", justify="right", no_wrap=True)
+    table.add_column("made of")
+    named = {stage.name: stage.memory for stage in plan.stages} | {"inference of the original": plan.inference}
+    for name, memory in named.items():
+        parts = sorted(memory.items(), key=lambda item: -item[1])
+        made_of = (f"{part} {gib(size).strip()}".replace(" ", _NO_BREAK) for part, size in parts)
+        table.add_row(name, gib(total(memory)).strip(), ", ".join(made_of))
     return table
 
 
