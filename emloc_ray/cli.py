@@ -167,9 +167,11 @@ def plan(
         from emloc_ray.planner import make_plan, within_budget
 
         # The option is the config's key: whatever else depends on it, such as the way to calibrate, is planned with it.
+        if memory_budget is not None and not memory_budget.strip():
+            raise ConfigError("--memory-budget is empty: give a size, such as 24GiB.")
         budget = [] if memory_budget is None else [f"memory_budget={memory_budget}"]
         prepared = _prepare(config, [*(overrides or ()), *budget])
-        if prepared.config.memory_budget is not None and memory_budget is not None:
+        if memory_budget is not None:
             solution, prepared = within_budget(prepared)
             console.print(_escape(solution.sentence), soft_wrap=True)
             console.print("  " + " ".join(solution.overrides), soft_wrap=True, highlight=False)

@@ -370,3 +370,9 @@ def test_the_stages_verbs_say_how_far_to_go(call: Call, monkeypatch: pytest.Monk
     assert call("factorize", "seed=7").exit_code == 0
     assert call("run", "--from", "merge", "--until", "merge", "--fresh").exit_code == 0
     assert asked == [(None, "factorize", False, 7), ("merge", "merge", True, 0)]
+
+
+def test_an_empty_budget_is_told(call: Call) -> None:
+    result = call("plan", "--memory-budget", "")
+    assert result.exit_code == 2
+    assert "--memory-budget is empty" in result.output
