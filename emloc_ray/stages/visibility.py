@@ -65,6 +65,10 @@ def _probe(run: RunDirectory) -> Iterator[list[SharedFile]]:
 
 def _model_files(prepared: Prepared, model_dir: Path | None) -> list[SharedFile]:
     source = prepared.source
+    if (
+        prepared.run.store is not None and source.gguf_file is None
+    ):  # the run holds it: this process alone reads it here
+        return []
     if source.hub_id is not None:
         advice = "set HF_HOME to a directory on a file system that all nodes share, on all of them"
         files = sorted(model_dir.glob("*.safetensors"))[:1] if model_dir is not None else []
