@@ -34,12 +34,12 @@ def _passed_through_errors(values: dict[str, Any]) -> list[str]:
         if key in _OWN_TRAINING_ARGUMENTS:
             lines.append(f"finetune.{key} is set by emloc_ray itself: remove it.")
         elif key not in (types := _training_argument_types()):
-            lines.append(f"{_unknown_key(f'finetune.{key}', key, {*types, *FinetuneConfig.model_fields})}.")
+            lines.append(f"{no_such_key(f'finetune.{key}', key, {*types, *FinetuneConfig.model_fields})}.")
         else:
             lines += _type_errors(f"finetune.{key}", values["finetune"][key], _training_argument_type(key))
     for key in _extra_keys(values, "ray", RayConfig):
         if key not in (known := _ray_init_names()):
-            lines.append(f"{_unknown_key(f'ray.{key}', key, known | set(RayConfig.model_fields))}.")
+            lines.append(f"{no_such_key(f'ray.{key}', key, known | set(RayConfig.model_fields))}.")
     return lines
 
 
@@ -256,7 +256,7 @@ def _sentence(detail: Any, model: type[BaseModel]) -> str:
     location = [str(part) for part in detail["loc"] if not _UNION_MEMBER.fullmatch(str(part))]
     key = ".".join(location)
     if detail["type"] == "extra_forbidden":
-        return f"{_unknown_key(key, location[-1], _field_names(location[:-1], model))}."
+        return f"{no_such_key(key, location[-1], _field_names(location[:-1], model))}."
     if detail["type"] == "missing":
         return f"{key} is missing: set it."
     message = detail["msg"].removeprefix("Value error, ")
@@ -266,7 +266,8 @@ def _sentence(detail: Any, model: type[BaseModel]) -> str:
     return f"{key} is {given!r}: {message[0].lower()}{message[1:]}."
 
 
-def _unknown_key(key: str, last: str, known: typing.Iterable[str]) -> str:
+def no_such_key(key: str, last: str, known: typing.Iterable[str]) -> str:
+    """Says that a key is none, and which of ``known`` is nearest to its last part."""
     near = difflib.get_close_matches(last, sorted(known), n=1, cutoff=0.6)
     hint = f"the nearest is {near[0]}" if near else f"known are {', '.join(sorted(known)[:30])}"
     return f"{key}{_NO_KEY}{hint}"
