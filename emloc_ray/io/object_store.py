@@ -83,16 +83,21 @@ class ObjectStore:
 
         A file has one, but for the moment in which it is replaced: then the newer counts.
         """
-        selector = pyarrow.fs.FileSelector(self.key(path), recursive=True, allow_not_found=True)
         found: dict[str, pyarrow.fs.FileInfo] = {}
         start = len(self.key(path))
-        for info in self._trying(lambda: self.filesystem.get_file_info(selector), "list", path):
-            if info.type != pyarrow.fs.FileType.File or len(info.base_name) != 64:
+        for info in self.below(path):
+            if len(info.base_name) != 64:
                 continue
             name = info.path[start:].rpartition("/")[0].strip("/")
             if name not in found or info.mtime_ns >= found[name].mtime_ns:
                 found[name] = info
         return found
+
+    def below(self, path: str = "") -> list[pyarrow.fs.FileInfo]:
+        """All objects below a path, whatever their names."""
+        selector = pyarrow.fs.FileSelector(self.key(path), recursive=True, allow_not_found=True)
+        found = self._trying(lambda: self.filesystem.get_file_info(selector), "list", path)
+        return [info for info in found if info.type == pyarrow.fs.FileType.File]
 
     def names(self) -> list[str]:
         """What lies directly under the URI."""

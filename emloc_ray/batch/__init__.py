@@ -1,0 +1,1 @@
+"""Many fine-tuning tasks from one base config, on one cluster."""
