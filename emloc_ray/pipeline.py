@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from emloc_ray.config import RunConfig, StageConfig
 from emloc_ray.errors import DamagedArtifactError, EmlocError
-from emloc_ray.io.artifact_cache import ArtifactCache
+from emloc_ray.io.artifact_cache import ArtifactCache, EntryGone
 from emloc_ray.io.fingerprint import fingerprint, fingerprint_large_files
 from emloc_ray.io.grams import INDEX, GramStore
 from emloc_ray.io.node_cache import discard, exists, hashes
@@ -298,7 +299,9 @@ class Pipeline:
         for entry in sorted(
             found, key=lambda e: sum(layer["rank"] for layer in e.result["layers"].values()), reverse=True
         ):
-            if cache is not None and cache.link(entry, place):
+            assert cache is not None
+            with contextlib.suppress(EntryGone):
+                cache.link(entry, place)
                 return place / "emulator"
         return None
 

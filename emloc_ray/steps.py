@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emloc_ray.errors import DamagedArtifactError, Stopped
-from emloc_ray.io.artifact_cache import ArtifactCache
+from emloc_ray.io.artifact_cache import ArtifactCache, EntryGone
 from emloc_ray.io.atomic import remove_leftovers
 from emloc_ray.io.fingerprint import fingerprint
 from emloc_ray.io.node_cache import discard
@@ -127,7 +127,7 @@ class Steps:
     def _from_cache(self, name: str, inputs: Inputs, outputs: Sequence[Path]) -> dict[str, Any] | None:
         if self.cache is None or name in self.forced:
             return None
-        entry = self.cache.find(name, self.cache.key(name, inputs))
+        entry = self.cache.find(name, self.cache.key(name, inputs), verify=True)
         if entry is None:
             return None
         from emloc_ray.stages.monitor import measured
@@ -136,7 +136,9 @@ class Steps:
         with measured() as usage:
             for path in outputs:
                 discard(path)
-            if not self.cache.link(entry, self.directory.root):
+            try:
+                self.cache.link(entry, self.directory.root)
+            except EntryGone:
                 return None
         told(1, 1)
         result = {**entry.result, "taken_from": entry.origin, "usage": usage.as_dict()}
@@ -158,10 +160,9 @@ class Steps:
             plain,
             inputs,
             basis,
-            origin=self.directory.name,
         )
         if why_not is not None:
-            self.reporter.note(f"{name}: what it made is not shared with other tasks, because {why_not}.")
+            self.reporter.note(f"{name}: what it made is not shared with other tasks: {why_not}")
 
     def is_done(self, name: str, inputs: Inputs) -> bool:
         """Whether the manifest says that a stage was done with these inputs, and it is not to be redone."""

@@ -1,1 +1,1 @@
-"""Many fine-tuning tasks from one base config, on one cluster."""
+"""Many tasks over one cluster: each a chain of stages, each stage admitted by its own resources."""

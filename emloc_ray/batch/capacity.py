@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import ray
-from emloc_ray.batch.admission import Amount
-from emloc_ray.batch.tasks import Limits
 
+from emloc_ray.batch.admission import Amount
+from emloc_ray.batch.config import LimitsConfig
 from emloc_ray.planner import StagePlan
 
 _RIGID = ("calibrate", "finetune", "evaluate")  # their workers are there together
 
 
-def cluster_capacity(limits: Limits) -> Amount:
+def cluster_capacity(limits: LimitsConfig) -> Amount:
     """All CPUs, GPUs and memory that Ray may place work on now, or what the batch may hold of them."""
     have = ray.cluster_resources()
     memory = _physical(have)
@@ -24,7 +24,7 @@ def cluster_capacity(limits: Limits) -> Amount:
     )
 
 
-def unfit(stages: Iterable[StagePlan], limits: Limits) -> list[str]:
+def unfit(stages: Iterable[StagePlan], limits: LimitsConfig) -> list[str]:
     """A sentence for each stage that the cluster could never run: a worker that fits no node, or workers that must be there
     together and do not fit; empty where all fits. What ``limits`` name the cluster is taken to grow to."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

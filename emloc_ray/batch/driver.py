@@ -7,16 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from emloc_ray.batch.admission import Admission
-from emloc_ray.batch.summary import write_summary
-from emloc_ray.batch.tasks import Batch, Task
-from emloc_ray.io.artifact_cache import ArtifactCache
-
 from emloc_ray.batch.board import Board, ended
 from emloc_ray.batch.capacity import cluster_capacity, unfit
 from emloc_ray.batch.runner import BatchRun
 from emloc_ray.batch.state import BatchState, TaskState, ask, check_names, read_state, requests
+from emloc_ray.batch.summary import write_summary
+from emloc_ray.batch.tasks import Batch, Task
 from emloc_ray.batch.work import PipelineWork
 from emloc_ray.errors import ConfigError
+from emloc_ray.io.artifact_cache import ArtifactCache
 from emloc_ray.io.run_directory import RunDirectory
 
 _LEAST_CONCURRENT, _MOST_CONCURRENT = 4, 64
@@ -44,7 +43,7 @@ def prepare_batch(batch: Batch, progress: Progress = lambda done, total: None) -
     """
     run = RunDirectory(batch.config.run_dir)
     run.check()
-    cache = ArtifactCache(batch.cache_place, batch.config.cache.max_size)
+    cache = ArtifactCache(batch.config.cache.path, batch.config.cache.max_size)
     work = PipelineWork(cache)
     work.prepare(batch.tasks, progress)
     return Prepared(batch, run, cache, work)

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from emloc_ray.batch.admission import Admission, AdmissionQueue, Amount, Grant, Need, Standing
-from emloc_ray.batch.tasks import Task
-
 from emloc_ray.batch.board import Board, TaskReporter, ended
 from emloc_ray.batch.state import BatchState, TaskState, requests, write_state
+from emloc_ray.batch.tasks import Task
 from emloc_ray.batch.turns import Expected, TaskTurns
 from emloc_ray.errors import EmlocError, Stopped
 from emloc_ray.io.run_directory import RunDirectory

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from emloc_ray.batch.admission import Admission, Amount, Need, Standing
-
 from emloc_ray.stages.cluster import Resources
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from emloc_ray.batch.tasks import Task
-from emloc_ray.io.artifact_cache import ArtifactCache
-
 from emloc_ray.batch.board import TaskReporter
+from emloc_ray.batch.tasks import Task
 from emloc_ray.batch.turns import Expected, TaskTurns
 from emloc_ray.errors import ConfigError, EmlocError
+from emloc_ray.io.artifact_cache import ArtifactCache
 from emloc_ray.planner import Plan, StagePlan, make_plan
 from emloc_ray.preparation import Prepared, prepare
 

@@ -67,6 +67,7 @@ class ArtifactCache:
         self.max_bytes = max_bytes
         self._at = CachePlace(place)
         self.place = self._at.name
+        self._verified: set[str] = set()
 
     @staticmethod
     def key(stage: str, inputs: Any) -> str:
@@ -95,16 +96,19 @@ class ArtifactCache:
             yield
 
     def find(self, stage: str, key: str, verify: bool = False) -> Entry | None:
-        """The entry, where every file of it is there with its size (``verify``: its content); a broken one is removed.
+        """The entry, where every file of it is there with its size (``verify``: its content, read once by this process); a
+        broken one is removed.
 
         A place that cannot be read holds nothing.
         """
         try:
             used = self._at.used_at(stage, key)
             entry = None if used is None else self._read(stage, key, used)
-            if entry is not None and not self._is_whole(entry, verify):
+            if entry is not None and not self._is_whole(entry, verify and key not in self._verified):
                 self._at.remove(stage, key)
                 return None
+            if verify:
+                self._verified.add(key)
             return entry
         except (OSError, ArtifactError):
             return None
