@@ -115,7 +115,10 @@ class ArtifactCache:
 
     def find_basis(self, match: Mapping[str, Any]) -> list[Entry]:
         """The entries whose basis contains these items, last used first; only :meth:`link` tells whether they are whole."""
-        return [entry for entry in self.entries() if entry.basis is not None and match.items() <= entry.basis.items()]
+        try:
+            return [entry for entry in self.entries() if match.items() <= (entry.basis or {}).items()]
+        except (OSError, ArtifactError):
+            return []
 
     def link(self, entry: Entry, root: Path) -> list[Path]:
         """Puts an entry's files at their places in the run at ``root`` (:attr:`RunDirectory.root`); returns these.

@@ -49,6 +49,8 @@ def transfer(source: Path, target: Path, size: int, sha256: str) -> None:
     if there is None:
         with _replacing(target) as temporary:
             here.store.download(info, temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
             note_digest(temporary, sha256)
     elif not _copied_by_store(here, info, there):
         there.root.mkdir(parents=True, exist_ok=True)
@@ -66,6 +68,8 @@ def _link_file(source: Path, target: Path, size: int, sha256: str) -> None:
         except OSError:  # another file system, one without hard links, too many links, or another user's file
             with source.open("rb") as stream, HashingWriter(io.FileIO(temporary, "wb")) as file:
                 shutil.copyfileobj(stream, file, _CHUNK)
+                file.flush()
+                os.fsync(file.fileno())
             if file.hexdigest() != sha256:
                 raise _damaged(source) from None
             note_digest(temporary, sha256)
@@ -92,13 +96,11 @@ def _copied_by_store(here: Origin, info: Any, there: Origin) -> bool:
 
 @contextlib.contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
-    """A name beside ``target`` for a file that takes its place, fsynced, when the block ends without an error."""
+    """A name beside ``target`` for a file that takes its place when the block ends without an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
         os.replace(temporary, target)
     finally:
         # Also after the replacement: where both names are links to one file, it leaves both.
