@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,13 +122,13 @@ class Steps:
         if self.cache is None or not shared:
             yield
             return
-        with self.cache.alone(self.cache.key(name, inputs), self.turns.stopped):
+        with self.cache.alone(_key(name, inputs), self.turns.stopped):
             yield
 
     def _from_cache(self, name: str, inputs: Inputs, outputs: Sequence[Path]) -> dict[str, Any] | None:
         if self.cache is None or name in self.forced:
             return None
-        entry = self.cache.find(name, self.cache.key(name, inputs), verify=True)
+        entry = self.cache.find(name, _key(name, inputs), verify=True)
         if entry is None:
             return None
         from emloc_ray.stages.monitor import measured
@@ -154,7 +155,7 @@ class Steps:
         plain = {key: value for key, value in result.items() if key != "usage"}
         why_not = self.cache.add(
             name,
-            self.cache.key(name, inputs),
+            _key(name, inputs),
             self.directory.root,
             entry["outputs"],
             plain,
@@ -173,7 +174,7 @@ class Steps:
         if self.is_done(name, inputs):
             return True
         cache = None if name in self.forced else self.cache
-        return cache is not None and cache.find(name, cache.key(name, inputs)) is not None
+        return cache is not None and cache.find(name, _key(name, inputs)) is not None
 
     def _check_artifacts(self) -> None:
         """Reads once, before the first stage that is to run, what earlier runs finished.
@@ -208,3 +209,8 @@ class Steps:
         """metrics.json and report.html, anew from the manifest."""
         self.directory.write_metrics(assemble_metrics(self.directory, self.prepared, self.inputs))
         write_report(self.directory)
+
+
+def _key(name: str, inputs: Inputs) -> str:
+    """In the cache, which outlives the installed version: another may make something else of the same inputs."""
+    return ArtifactCache.key(name, [version("emloc-ray"), inputs])

@@ -64,7 +64,7 @@ def _progress(task: TaskState) -> str:
 
 def counts(state: BatchState) -> str:
     """How many tasks stand how, in words."""
-    found = Counter(task.status for task in state.tasks)
+    found: Counter[str] = Counter(task.status for task in state.tasks)
     return ", ".join(f"{found[status]} {status}" for status in _ORDER if found[status]) or "no tasks"
 
 
