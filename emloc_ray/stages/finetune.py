@@ -1,8 +1,9 @@
-"""Finetune: Ray Train's TorchTrainer around the Hugging Face Trainer, with PEFT on the emulator."""
+"""Finetune: Ray Train's TorchTrainer around the Hugging Face Trainer with PEFT on the emulator; one worker in a task."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import signal
 import threading
@@ -11,14 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from emloc_ray.errors import EmlocError, NumericsError
 from emloc_ray.io.node_cache import discard, ensure, open_artifact, publish, remote
-from emloc_ray.stages.cluster import Progress, Resources, silent
+from emloc_ray.stages.cluster import Progress, Resources, bounded, silent
 from emloc_ray.stages.failures import Losses, Tell, is_lost, last_line, reason, unheard
-from emloc_ray.stages.training import FinetuneJob, train_loop
+from emloc_ray.stages.training import FinetuneJob, train_alone, train_loop
 
 _POLL_S = 0.5
 _STORE_POLL_S = 5.0
@@ -66,10 +68,9 @@ def finetune(
     """
     job.storage_dir.mkdir(parents=True, exist_ok=True)
     discard(job.stop_path)
-    losses = Losses("finetune", tell)
-    with _watching(job, progress, tell) as watcher, _interruptible():
-        while (outcome := _fit(job, resources, losses)) is None:
-            pass
+    with _watching(job, progress, tell) as watcher:
+        alone = resources.num_workers == 1 and job.zero_config is None
+        outcome = _run_alone(job, resources, tell) if alone else _run_group(job, resources, tell)
     if outcome["stopped"] and watcher.stop is not None:
         raise watcher.stop
     if outcome["failure"]:
@@ -83,6 +84,23 @@ def finetune(
         "train_loss": outcome["train_loss"],
         "history": [{"step": line["step"], "loss": line["loss"]} for line in history],
     }
+
+
+def _run_alone(job: FinetuneJob, resources: Resources, tell: Tell) -> dict[str, Any]:
+    """In a task; begun again from its newest checkpoint where its worker is lost."""
+    task: Any = ray.remote(train_alone).options(name=f"finetune: {job.name}", **resources.task_options())
+    submit = functools.partial(task.remote, job, resources.threads)
+    [outcome] = bounded([("the training", submit)], 1, Losses("finetune", tell, job.max_failures))
+    return dict(outcome)
+
+
+def _run_group(job: FinetuneJob, resources: Resources, tell: Tell) -> dict[str, Any]:
+    """As a Ray Train group, in another where the process that leads it is lost."""
+    losses = Losses("finetune", tell)
+    with _interruptible():
+        while (outcome := _fit(job, resources, losses)) is None:
+            pass
+    return outcome
 
 
 def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, Any] | None:

@@ -1,8 +1,9 @@
-"""What each worker of the fine-tuning runs: the Hugging Face Trainer with PEFT on the emulator, inside Ray Train."""
+"""What each worker of the fine-tuning runs: the Hugging Face Trainer with PEFT on the emulator."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -13,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ray.train
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -26,6 +26,7 @@ from emloc_ray.modeling.architecture import load_config
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import label_mask, token_loss
 from emloc_ray.stages.cluster import set_threads
+from emloc_ray.stages.training_session import GroupSession, LoneSession, TrainingSession, own_environment
 from emloc_ray.stages.zero import join_as_deepspeed_rank, scattered_in, step_was_finite, whole_parameters
 
 _POLL_S = 0.5
@@ -133,10 +134,10 @@ class EmulatorTrainer(Trainer):
 
 
 class StepKeeper(TrainerCallback):
-    """Seeds each step, logs, hands checkpoints to Ray Train, and stops all ranks at a loss that is no number."""
+    """Seeds each step, logs, keeps checkpoints, and stops all ranks at a loss that is no number, or where asked to."""
 
-    def __init__(self, job: FinetuneJob) -> None:
-        self.job = job
+    def __init__(self, job: FinetuneJob, session: TrainingSession) -> None:
+        self.job, self.session = job, session
         self.trainer: EmulatorTrainer | None = None
         self.failure: str | None = None
         self.stopped = False
@@ -144,8 +145,7 @@ class StepKeeper(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Dropout depends on the step alone, so that a resumed run repeats the uninterrupted one.
-        rank = ray.train.get_context().get_world_rank()
-        torch.manual_seed((self.job.seed * 1_000_003 + state.global_step) * 1009 + rank)
+        torch.manual_seed((self.job.seed * 1_000_003 + state.global_step) * 1009 + self.session.rank)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         assert self.trainer is not None
@@ -163,7 +163,7 @@ class StepKeeper(TrainerCallback):
 
     def _is_to_stop(self, args: Any, step: int) -> bool:
         """The same on all ranks: alone one looks now and then, several ask one another at the steps that are logged."""
-        if args.world_size == 1:
+        if self.session.world_size == 1:
             if time.monotonic() < self._looked + _POLL_S:
                 return False
             self._looked = time.monotonic()
@@ -183,32 +183,38 @@ class StepKeeper(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        _publish_events(self.job)
+        _publish_events(self.job, self.session)
         if self.failure is None:
-            # Every rank has files of its own there, the random state and its part of what DeepSpeed scatters: Ray Train
-            # puts them together in one directory.
-            checkpoint = ray.train.Checkpoint.from_directory(folder) if folder.is_dir() else None
-            ray.train.report({"step": state.global_step}, checkpoint=checkpoint)
+            # Every rank has files of its own there: the random state, and its part of what DeepSpeed scatters.
+            self.session.save(folder if folder.is_dir() else None, state.global_step)
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
-    """What each Ray Train worker runs; returns what the driver wants to know."""
-    job: FinetuneJob = settings["job"]
-    set_threads(settings["threads"])
+    """What each worker of a Ray Train group runs; returns what the driver wants to know."""
+    return train(settings["job"], settings["threads"], GroupSession())
+
+
+def train_alone(job: FinetuneJob, threads: int) -> dict[str, Any]:
+    """The same in a Ray task, whose process may have trained before and may train again."""
+    with own_environment():
+        try:
+            return train(job, threads, LoneSession(job.storage_dir / job.name))
+        finally:
+            gc.collect()
+
+
+def train(job: FinetuneJob, threads: int, session: TrainingSession) -> dict[str, Any]:
+    """Trains one rank's part, from the newest checkpoint on, and writes the adapter."""
+    set_threads(threads)
     _settle_reports(job)
-    context = ray.train.get_context()
     with tempfile.TemporaryDirectory() as output_dir:
-        trainer, keeper = _make_trainer(job, output_dir, context)
-        if context.get_world_rank() == 0:
+        trainer, keeper = _make_trainer(job, output_dir, session)
+        if session.rank == 0:
             ensure(job.log_path)
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            output = trainer.train()
-        else:
-            with checkpoint.as_directory() as folder:
-                output = trainer.train(resume_from_checkpoint=folder)
-        _publish_events(job)
+        with session.checkpoint() as folder:
+            output = trainer.train(resume_from_checkpoint=folder)
+        _publish_events(job, session)
         if keeper.failure is None and not keeper.stopped:
             trainer.save_adapter()
     found = {"failure": keeper.failure, "stopped": keeper.stopped}
@@ -224,12 +230,12 @@ def _settle_reports(job: FinetuneJob) -> None:
     os.environ.setdefault("WANDB_RUN_GROUP", job.name)
 
 
-def _publish_events(job: FinetuneJob) -> None:
-    if ray.train.get_context().get_world_rank() == 0 and job.events_dir.is_dir():
+def _publish_events(job: FinetuneJob, session: TrainingSession) -> None:
+    if session.rank == 0 and job.events_dir.is_dir():
         publish(job.events_dir)
 
 
-def _make_trainer(job: FinetuneJob, output_dir: str, context: Any) -> tuple[EmulatorTrainer, StepKeeper]:
+def _make_trainer(job: FinetuneJob, output_dir: str, session: TrainingSession) -> tuple[EmulatorTrainer, StepKeeper]:
     scattered = {"deepspeed": job.zero_config, **join_as_deepspeed_rank()} if job.zero_config else {}
     arguments = TrainingArguments(
         output_dir=output_dir,
@@ -256,11 +262,11 @@ def _make_trainer(job: FinetuneJob, output_dir: str, context: Any) -> tuple[Emul
     order = SampleOrder(
         len(TokenShards(job.tokens_dir)),
         job.batch_size,
-        context.get_world_rank(),
-        context.get_world_size(),
+        session.rank,
+        session.world_size,
         job.seed,
     )
-    keeper = StepKeeper(job)
+    keeper = StepKeeper(job, session)
     trainer = EmulatorTrainer(
         job,
         RankBatches(job, order, arguments.gradient_accumulation_steps),
