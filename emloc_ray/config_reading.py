@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import os
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -142,7 +143,7 @@ def read_values(path: Path, named_by: tuple[Path, ...] = ()) -> dict[str, Any]:
         return values
     if not isinstance(base, str) or not base.strip():
         raise ConfigError(f"Config {path} has {base!r} as its base: give the path of a YAML file, from its own on.")
-    below = read_values(path.parent / Path(base).expanduser(), (*named_by, path))
+    below = read_values(path.parent / os.path.expanduser(base), (*named_by, path))
     for keys, value in settings(values):
         put(below, keys, value, f"{path}: {'.'.join(map(str, keys))}")
     return below

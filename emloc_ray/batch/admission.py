@@ -59,8 +59,8 @@ class Need:
     workers work in step has ``least == workers``."""
 
     per_worker: Amount
-    workers: int = 1
-    least: int = 1
+    workers: int
+    least: int
 
     def __post_init__(self) -> None:
         """Raises ValueError unless ``1 <= least <= workers``."""

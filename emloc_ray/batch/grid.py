@@ -48,8 +48,8 @@ def joined_name(task: str, point: str) -> str:
 
 
 def repeated(values: Sequence[Any]) -> list[str]:
-    """The values that are there twice, as JSON."""
-    return [text for text, times in Counter(map(_json, values)).items() if times > 1]
+    """The values that are there twice, as text."""
+    return [text for text, times in Counter(map(repr, values)).items() if times > 1]
 
 
 def _key_label(key: str) -> str:
@@ -60,18 +60,14 @@ def _key_label(key: str) -> str:
 def _labels(values: Sequence[Any]) -> list[str]:
     labels: dict[str, None] = {}
     for value in values:
-        text = value if isinstance(value, str) else _json(value)
+        text = json.dumps(value) if value is None or isinstance(value, bool | int | float) else str(value)
         label = re.sub(r"[^A-Za-z0-9._-]+", "_", text)[:_MAX_VALUE]
         if label != text:
             label = f"{label}.{_digest(text)}"
         while label in labels:  # the text 1 beside the number 1
-            label = f"{label}.{_digest(label + _json(value))}"
+            label = f"{label}.{_digest(label + repr(value))}"
         labels[label] = None
     return list(labels)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
 
 
 def _digest(text: str) -> str:

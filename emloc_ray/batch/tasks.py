@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ from emloc_ray.config_reading import (
     unknown_key,
 )
 from emloc_ray.errors import ConfigError
+
+__all__ = ["Batch", "BatchConfig", "Task", "read_batch"]
 
 MAX_GRID_TASKS = 10_000
 _FEW = 3  # tasks that are named beside an error they share
@@ -91,7 +94,7 @@ def read_batch(path: str | Path, overrides: Sequence[str] = ()) -> Batch:
     values = read_mapping(path, f"Batch {path}", "it needs at least run_dir, and tasks or grid")
     for key in ("base", "tasks"):
         if isinstance(values.get(key), str) and values[key].strip():
-            values[key] = str(path.parent / Path(values[key]).expanduser())
+            values[key] = str(path.parent / os.path.expanduser(values[key]))
     of_tasks, lines = _apply(values, overrides)
     config, usable, wrong = _check_batch(values)
     lines += [f"{where}: {line}" for line in wrong]
@@ -111,7 +114,7 @@ def read_batch(path: str | Path, overrides: Sequence[str] = ()) -> Batch:
     if config.tasks is None:
         rows = [TaskRow(p.values, f"{path}, grid", path.parent, joined_name("", p.name)) for p in found if grid]
         found = [Point({})]
-    composer = _Composer(config, of_tasks, path.parent, where)
+    composer = _Composer(config, of_tasks, path, where, len(found))
     tasks = [composer.task(row, point) for row, point in itertools.product(rows, found)]
     lines += composer.told()
     if lines:
@@ -183,23 +186,34 @@ class _Base:
     unread: str = ""
 
 
+@dataclass(frozen=True)
+class _Culprit:
+    """A task with which something is wrong: its base, the row it is from and that row's name, and its own."""
+
+    base: str | None
+    where: str
+    row_name: str
+    name: str
+
+
 class _Composer:
     """Puts tasks together, each base read once, and gathers what is wrong with them, by the sentence."""
 
-    def __init__(self, config: BatchConfig, overrides: list[Override], folder: Path, where: str) -> None:
-        self.config, self.overrides, self.folder, self.where = config, overrides, folder, where
+    def __init__(self, config: BatchConfig, overrides: list[Override], path: Path, where: str, num_points: int) -> None:
+        self.config, self.overrides, self.path, self.where = config, overrides, path, where
+        self.num_points = num_points  # of the grid
         self.bases: dict[str | None, _Base] = {}
         self.counts: Counter[str | None] = Counter()  # tasks, by base
         self.names: dict[str, dict[str, None]] = {}  # where each is written
-        self.wrong: dict[str, list[tuple[str | None, str]]] = {}  # by sentence: base and label of each task that has it
+        self.wrong: dict[str, list[_Culprit]] = {}  # by sentence
 
     def task(self, row: TaskRow, point: Point) -> Task | None:
         """One task, or None where something is wrong with it."""
         own = {"name": row.name, **row.values, **point.values}
         keys, lines = check(TaskKeys, {key: own[key] for key in TaskKeys.model_fields if own.get(key) is not None})
         given = str(own["base"]).strip() if isinstance(own.get("base"), str | int | float) else ""
-        folder = self.folder if "base" in point.values else row.folder
-        path = str(folder / Path(given).expanduser()) if given else self.config.base
+        folder = self.path.parent if "base" in point.values else row.folder
+        path = str(folder / os.path.expanduser(given)) if given else self.config.base
         self.counts[path] += 1
         base = self._base(path)
         values, wrong = self._values(row, point, base)
@@ -214,7 +228,7 @@ class _Composer:
             lines.append(base.unread)
         self.names.setdefault(row_name, {})[row.where] = None
         for line in lines:
-            self.wrong.setdefault(line, []).append((path, f"task {name} ({row.where})" if name else row.where))
+            self.wrong.setdefault(line, []).append(_Culprit(path, row.where, row_name, name))
         if keys is None or config is None or lines:
             return None
         return Task(name, config, keys.priority, keys.deadline, keys.owner, row.where)
@@ -226,17 +240,24 @@ class _Composer:
             if name and len(places) > 1:
                 lines.append(f"the name {name!r} is that of {_some(list(places))}: give each task its own.")
         for sentence, found in self.wrong.items():
-            labels = []
-            for path in dict.fromkeys(path for path, _ in found):
-                those = [label for other, label in found if other == path]
+            rest = []
+            for path in dict.fromkeys(task.base for task in found):
+                those = [task for task in found if task.base == path]
                 if sentence in self.bases[path].lines and len(those) == self.counts[path]:
                     lines.append(f"{self.bases[path].where}: {sentence}")
                 else:
-                    labels += those
-            if labels:
-                everywhere = len(labels) == self.counts.total() > _FEW
-                lines.append(f"{f'all {len(labels):,} tasks' if everywhere else _some(labels)}: {sentence}")
+                    rest += those
+            if len(rest) == self.counts.total() > _FEW:
+                lines.append(f"all {len(rest):,} tasks: {sentence}")
+            elif rest:
+                lines.append(f"{_some(self._labels(rest))}: {sentence}")
         return lines
+
+    def _labels(self, found: list[_Culprit]) -> list[str]:
+        """Names and places; a row that has it at all points of the grid stands once, by its own name."""
+        of_row = Counter(task.where for task in found)
+        names = [(t.row_name if of_row[t.where] == self.num_points else t.name, t.where) for t in found]
+        return [f"task {name} ({where})" if name else where for name, where in dict.fromkeys(names)]
 
     def _base(self, path: str | None) -> _Base:
         if path not in self.bases:
@@ -246,7 +267,7 @@ class _Composer:
     def _read_base(self, path: str | None) -> _Base:
         where = self.where if path is None else f"{path} and its overrides" if self.overrides else path
         try:
-            values = {} if path is None else read_values(Path(path))
+            values = {} if path is None else read_values(Path(path), (self.path,))
         except ConfigError as error:
             return _Base(where, unread=str(error))
         given = {**values, "run_dir": self.config.run_dir}
