@@ -219,7 +219,7 @@ def _records(source: SourceFile, offset: int) -> Iterator[Any]:
     return _csv_rows(source.path, offset) if source.kind == "csv" else _lines(source.path, offset)
 
 
-def _open(path: str, stored_bytes: int = _STORED_BUFFER_BYTES) -> io.BufferedReader:
+def _open(path: str, stored_bytes: int) -> io.BufferedReader:
     """A file's bytes, in a buffer of ``stored_bytes`` where they come from a store."""
     return io.BufferedReader(StoredFile(path), stored_bytes) if is_store_uri(path) else open(path, "rb")
 
@@ -236,7 +236,7 @@ def _parquet(path: str) -> Iterator[pq.ParquetFile]:
 
 
 def _lines(path: str, offset: int) -> Iterator[bytes]:
-    with _open(path) as stream:
+    with _open(path, _STORED_BUFFER_BYTES) as stream:
         stream.seek(offset)
         for line in stream:
             if line.strip():
@@ -256,7 +256,7 @@ def _csv_rows(path: str, offset: int) -> Iterator[Row]:
     """The rows from a byte offset on; all values are text, as a CSV file has them: an answer of 007 is no number."""
     with _open(path, _STORED_HEADER_BYTES) as stream:
         names = next(_csv_records(io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")), [])
-    with _open(path) as stream:
+    with _open(path, _STORED_BUFFER_BYTES) as stream:
         stream.seek(offset)
         for record in _csv_records(io.TextIOWrapper(stream, encoding="utf-8", newline="")):
             yield dict(zip(names, record, strict=True))
