@@ -18,9 +18,9 @@ import torch
 
 from emloc_ray.config import RunConfig, SplitConfig
 from emloc_ray.data.formats import FIELDS, check_row
-from emloc_ray.data.reading import SourceFile, list_files, read_rows, scan
+from emloc_ray.data.reading import SourceFile, each, list_files, read_rows, scan
 from emloc_ray.data.splits import SPLITS
-from emloc_ray.errors import ConfigError, EmlocError
+from emloc_ray.errors import ArtifactError, ConfigError, EmlocError
 from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.layout import Layout, Skeleton, make_layout, skeleton_of
 from emloc_ray.modeling.architecture import empty_model
@@ -124,12 +124,10 @@ def _check_split(config: RunConfig, name: str) -> tuple[SourceFile, ...]:
     split: SplitConfig | None = getattr(config.data, name)
     if split is None or config.data.generate is not None or _is_hub(split):
         return ()
-    sources = tuple(scan(path) for path in list_files(split.path, f"data.{name}.path"))
-    checked = max(1, min(CHECKED_ROWS, MAX_CHECKED_ROWS // len(sources)))
-    for source in sources:
-        first = range(min(source.num_rows, checked))
-        for number, row in read_rows(source, first, FIELDS[config.data.format]):
-            check_row(row, config.data.format, f"{source.path}, row {number + 1}")
+    try:
+        sources = _checked_sources(split.path, f"data.{name}.path", config.data.format)
+    except ArtifactError as error:  # a store that does not answer
+        raise ConfigError(f"data.{name}.path: {error}") from error
     others = sum(getattr(config.data, other) is None for other in ("selection", "eval"))  # taken out of train
     rows = sum(source.num_rows for source in sources)
     if name == "train" and rows <= others:
@@ -138,6 +136,20 @@ def _check_split(config: RunConfig, name: str) -> tuple[SourceFile, ...]:
             " data.selection and data.eval."
         )
     return sources
+
+
+def _checked_sources(patterns: str | Sequence[str], key: str, form: str) -> tuple[SourceFile, ...]:
+    places = list_files(patterns, key)
+    stored = any(isinstance(place, str) for place in places)
+    sources = each(scan, places, stored)
+    checked = max(1, min(CHECKED_ROWS, MAX_CHECKED_ROWS // len(sources)))
+
+    def check(source: SourceFile) -> None:
+        for number, row in read_rows(source, range(min(source.num_rows, checked)), FIELDS[form]):
+            check_row(row, form, f"{source.name}, row {number + 1}")
+
+    each(check, sources, stored)
+    return tuple(sources)
 
 
 def _is_hub(split: SplitConfig) -> bool:
