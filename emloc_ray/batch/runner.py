@@ -20,7 +20,7 @@ from emloc_ray.io.run_directory import RunDirectory
 _TICK_S = 0.5
 _WRITE_S = 2.0
 _GRACE_S = 60.0  # for stages to end once they were asked to
-_SEAT = Need(Amount(cpus=1.0))
+_SEAT = Need(Amount(cpus=1.0), workers=1, least=1)
 
 
 class Work(Protocol):
