@@ -255,7 +255,10 @@ class Pipeline:
         # Grams that were dropped are of use to the emulator alone that was begun with them.
         begun = kept or begun_with(self.directory.path("emulator"), self._factorize_inputs())
         if needed and not (exists(out_dir / INDEX) and (begun or GramStore(out_dir).is_whole())):
-            steps.forced.add("calibrate")
+            if self.directory.stage("calibrate") is not None:
+                steps.forced.add("calibrate")
+            elif not begun:
+                discard(out_dir)
         if not needed and self.directory.stage("calibrate") is None:
             return  # another run made the emulator
         # Grams that are not kept go as they are used, so that the manifest cannot name them.

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -15,6 +16,7 @@ from emloc_ray.batch.state import BatchState, TaskState
 from emloc_ray.console import duration, gib
 
 _STYLES = {"done": "green", "failed": "red", "late": "red", "cancelled": "dim", "running": "cyan", "waiting": "dim"}
+_NO_BREAK = "\u00a0"
 _ORDER = ("running", "failed", "late", "done", "cancelled", "waiting")
 _MARGIN = 8  # lines of a terminal that are not the table's
 
@@ -22,12 +24,11 @@ _MARGIN = 8  # lines of a terminal that are not the table's
 def batch_table(state: BatchState, rows: int | None = None, now: float | None = None) -> Table:
     """The tasks, those under way and those that failed first; at most so many ``rows``, the rest as a count."""
     now = time.time() if now is None else now
-    table = Table(title=counts(state), title_justify="left", expand=False)
+    table = Table(title=counts(state), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("task", overflow="fold")
-    for column in ("status", "stage", "progress"):
-        table.add_column(column)
-    for column in ("loss", "original", "corrected", "memory", "time", "notes"):
-        table.add_column(column, justify="right")
+    table.add_column("state", overflow="fold")
+    for column in ("loss", "held-out", "memory", "time", "notes"):
+        table.add_column(column, justify="right", no_wrap=True)
     tasks = sorted(state.tasks, key=lambda task: _ORDER.index(task.status))
     shown = tasks if rows is None else tasks[:rows]
     for task in shown:
@@ -38,28 +39,35 @@ def batch_table(state: BatchState, rows: int | None = None, now: float | None = 
 
 
 def _cells(task: TaskState, now: float) -> Sequence[str | Text]:
-    losses = (
-        "" if loss is None else f"{loss:.3f}" for loss in (task.train_loss, task.original_loss, task.corrected_loss)
-    )
     spent = task.seconds if task.is_over or task.started_at is None else now - task.started_at
     return (
         task.name,
-        Text(task.status, style=_STYLES[task.status]),
-        task.stage or "",
-        _progress(task),
-        *losses,
-        gib(task.planned_bytes).strip(),
-        duration(spent) if spent else "",
+        Text(_standing(task), style=_STYLES[task.status]),
+        "" if task.train_loss is None else f"{task.train_loss:.3f}",
+        held_out(task),
+        gib(task.planned_bytes).strip().replace(" ", _NO_BREAK),
+        duration(spent).replace(" ", _NO_BREAK) if spent else "",
         str(task.notes or ""),
     )
 
 
-def _progress(task: TaskState) -> str:
-    if task.status != "running":
+def _standing(task: TaskState) -> str:
+    """The stage that a task is at, with how much of it is done, or how it ended."""
+    if task.status == "running" and task.stage:
+        units = "" if task.units is None else f" {task.units[0]}/{task.units[1]}"
+        return f"{task.stage}{units}" if task.active else f"waits for {task.stage}"
+    return (
+        f"{task.status} in {task.stage}"
+        if task.status in ("failed", "late", "cancelled") and task.stage
+        else task.status
+    )
+
+
+def held_out(task: TaskState) -> str:
+    """The original's loss on held-out data, and that with the corrected adapter; empty where they are not known."""
+    if task.original_loss is None or task.corrected_loss is None:
         return ""
-    if not task.active:
-        return "waits"
-    return "" if task.units is None else f"{task.units[0]}/{task.units[1]}"
+    return f"{task.original_loss:.3f}{_NO_BREAK}→{_NO_BREAK}{task.corrected_loss:.3f}"
 
 
 def counts(state: BatchState) -> str:
@@ -114,9 +122,7 @@ def _line(task: TaskState) -> str:
     if task.status == "running":
         return f"… {task.name} begins"
     mark = "✓" if task.status == "done" else "✗"
-    losses = ""
-    if task.original_loss is not None and task.corrected_loss is not None:
-        losses = f", loss {task.original_loss:.3f} to {task.corrected_loss:.3f}"
+    losses = f", loss {held_out(task)}" if held_out(task) else ""
     shared = f", {', '.join(task.taken)} from the cache" if task.taken else ""
     reason = f": {task.reason}" if task.reason else ""
     return f"{mark} {task.name} {task.status} in {duration(task.seconds)}{losses}{shared}{reason}"

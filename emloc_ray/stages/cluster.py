@@ -88,8 +88,8 @@ def quiet_ray_data() -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    for name in ("ray.data", "ray.train"):  # what they would log of an error they also raise
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     # Its tasks' retries can be bounded in no other way.
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
 
