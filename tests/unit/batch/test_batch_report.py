@@ -7,7 +7,6 @@ import math
 import re
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pages import LOADING, Page
