@@ -70,7 +70,7 @@ class RunDirectory:
         if not self.path(MANIFEST).is_file():
             # A run killed while it wrote its first manifest left no more than these.
             own = (_LOCK, LEASE, f".{MANIFEST}.")
-            others = [name for name in self._names() if not name.startswith(own)]
+            others = [name for name in self.names() if not name.startswith(own)]
             if others:
                 raise ConfigError(
                     f"run_dir {self.place} holds files of something else ({', '.join(sorted(others)[:3])}) and no"
@@ -86,7 +86,7 @@ class RunDirectory:
                 f"run_dir {self.place} holds the run {name!r}: name a new directory, or rename this one to {name}."
             )
 
-    def _names(self) -> list[str]:
+    def names(self) -> list[str]:
         if self.store is not None:
             return self.store.names()
         return [entry.name for entry in self.root.iterdir()] if self.root.is_dir() else []
@@ -133,18 +133,18 @@ class RunDirectory:
     def create(self, config: dict[str, Any], *, fresh: bool = False) -> None:
         """Makes the directory with its manifest and config; ``fresh`` removes what an earlier run of this name left."""
         self.check()
-        for name in self._names() if fresh else ():
-            if name not in (_LOCK, LEASE):
-                discard(self.path(name))
         self.root.mkdir(parents=True, exist_ok=True)
         for leftover in self.root.glob(".*.tmp"):
             discard(leftover)
-        found = any(name == MANIFEST for name in self._names())
-        manifest: dict[str, Any] = self.manifest() if found else {"stages": {}}
+        found = self.names()
+        manifest: dict[str, Any] = self.manifest() if MANIFEST in found and not fresh else {"stages": {}}
         manifest.update({"format": _FORMAT, "name": self.name, "config": config})
         write_json(self.path(MANIFEST), manifest)
         with atomic_file(self.path(CONFIG)) as file:
             file.write(yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
+        # Last: whatever a kill leaves of these is a run's, with no stage done.
+        for name in set(found) - {MANIFEST, CONFIG, _LOCK, LEASE} if fresh else ():
+            discard(self.path(name))
 
     def manifest(self) -> dict[str, Any]:
         """The manifest; raises ArtifactError where there is none or it is unreadable."""

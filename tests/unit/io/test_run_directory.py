@@ -13,6 +13,8 @@ import pytest
 
 import emloc_ray
 from emloc_ray.errors import ArtifactError, ConfigError
+from emloc_ray.io import run_directory
+from emloc_ray.io.node_cache import discard
 from emloc_ray.io.run_directory import CONFIG, MANIFEST, RunDirectory
 
 
@@ -102,6 +104,32 @@ def test_fresh_removes_all_but_the_lock(run: RunDirectory) -> None:
     run.create({"seed": 1}, fresh=True)
     assert {entry.name for entry in run.root.iterdir()} == {CONFIG, MANIFEST, ".lock"}
     assert not run.is_done("merge", "abc")
+
+
+@pytest.mark.parametrize("removed", range(4))
+def test_fresh_that_is_killed_leaves_a_run_with_no_stage_done(
+    run: RunDirectory, removed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.commit("correct", "abc", [artifact(run, "adapter/a")], {})
+    run.commit("merge", "abc", [artifact(run, "merged/a")], {})
+    run.write_metrics({"seed": 0})
+    artifact(run, "log.jsonl")
+    count = 0
+
+    def killed(path: Path) -> None:
+        nonlocal count
+        if count == removed:
+            raise KeyboardInterrupt
+        count += 1
+        discard(path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_directory, "discard", killed)
+        run.create({}, fresh=True)
+    run.check()
+    assert run.stage("merge") is None
+    run.create({"seed": 1}, fresh=True)
+    assert {entry.name for entry in run.root.iterdir()} == {CONFIG, MANIFEST}
 
 
 def test_leftovers_of_a_killed_write_are_removed(run: RunDirectory) -> None:
