@@ -33,6 +33,7 @@ CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
 METRICS = "metrics.json"
 _LOCK = ".lock"
+_HELD = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)  # NFS and others make flock of fcntl's locks
 _READERS = 4
 _FORMAT = 2
 
@@ -247,7 +248,7 @@ class RunDirectory:
         store a lease that goes stale a minute after its holder's death.
 
         Raises:
-            ConfigError: where another process holds it; says which.
+            ConfigError: where another process holds it, and says which; where its file system gives no locks.
         """
         me = f"process {os.getpid()} on {socket.gethostname()}"
         if self.store is not None:
@@ -263,11 +264,12 @@ class RunDirectory:
         self.root.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path(_LOCK), os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+            if not self._flock(descriptor, fcntl.LOCK_EX):
+                holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+                raise ConfigError(f"run_dir {self.root} is in use by {holder}: wait for it, or name another.")
+        except ConfigError:
             os.close(descriptor)
-            raise ConfigError(f"run_dir {self.root} is in use by {holder}: wait for it, or name another.") from None
+            raise
         os.truncate(descriptor, 0)
         os.write(descriptor, me.encode())
         self._lock_descriptor = descriptor
@@ -279,11 +281,21 @@ class RunDirectory:
         if not self.path(_LOCK).is_file():
             return None
         with self.path(_LOCK).open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                return file.read().strip() or "another process"
-        return None
+            free = self._flock(file.fileno(), fcntl.LOCK_SH)
+            return None if free else file.read().strip() or "another process"
+
+    def _flock(self, descriptor: int, kind: int) -> bool:
+        """Whether the lock was free; raises ConfigError where the file system has none."""
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _HELD:
+                return False
+            raise ConfigError(
+                f"run_dir {self.root} is on a file system that gives no locks ({error.strerror}): have it mounted with"
+                " them (Lustre: -o flock; NFS 3: with lockd running and without nolock), or name another place."
+            ) from error
+        return True
 
     def unlock(self) -> None:
         """Gives the run back."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -248,6 +250,22 @@ def test_unlocked_can_be_locked_again(tmp_path: Path) -> None:
     one.unlock()
     two.lock()
     two.unlock()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_not_taken_for_a_held_run(
+    run: RunDirectory, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.lock()
+    run.unlock()
+
+    def refuse(descriptor: int, kind: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    for ask in (run.lock, run.holder):
+        with pytest.raises(ConfigError, match=r"gives no locks \(.*Lustre: -o flock"):
+            ask()
 
 
 @pytest.mark.parametrize(
