@@ -132,6 +132,7 @@ class RunLog:
         self._logger.log(level, "%s", message, extra={"fields": {"run": self.run.name, "event": event, **fields}})
         if event != "layer":  # a stage's end follows, and takes them with it
             with contextlib.suppress(EmlocError, OSError):  # what the run itself writes tells of a store that fails
+                self.run.check_held()
                 publish(self.run.path(LOG))
 
 

@@ -14,7 +14,7 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.atomic import atomic_file, write_json
 from emloc_ray.io.digests import digest
 from emloc_ray.io.lease import KEY as LEASE
-from emloc_ray.io.lease import Lease, find_holder
+from emloc_ray.io.lease import Holder, Lease, find_holder
 from emloc_ray.io.node_cache import discard, ensure, hashes, mirror, origin, sizes
 from emloc_ray.io.object_store import ObjectStore, is_store_uri
 
@@ -140,7 +140,7 @@ class RunDirectory:
         found = self.names()
         manifest: dict[str, Any] = self.manifest() if MANIFEST in found and not fresh else {"stages": {}}
         manifest.update({"format": _FORMAT, "name": self.name, "config": config})
-        write_json(self.path(MANIFEST), manifest)
+        self._write_manifest(manifest)
         with atomic_file(self.path(CONFIG)) as file:
             file.write(yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
         # Last: whatever a kill leaves of these is a run's, with no stage done.
@@ -206,10 +206,8 @@ class RunDirectory:
         """Records a finished stage, with size and SHA-256 of its files, after they are written.
 
         Raises:
-            StageError: where the run was taken over by another process meanwhile.
+            StageError: where the run was taken over by another process meanwhile, as in all methods that write.
         """
-        if self._lease is not None:
-            self._lease.check()
         manifest = self.manifest()
         files = {}
         for output in outputs:
@@ -224,16 +222,22 @@ class RunDirectory:
             "outputs": files,
             "result": result,
         }
-        write_json(self.path(MANIFEST), manifest)
+        self._write_manifest(manifest)
 
     def forget(self, name: str) -> None:
         """Takes a stage out of the manifest, before its files are written again."""
+        self.check_held()
         manifest = self.manifest()
         if manifest["stages"].pop(name, None) is not None:
-            write_json(self.path(MANIFEST), manifest)
+            self._write_manifest(manifest)
+
+    def _write_manifest(self, manifest: dict[str, Any]) -> None:
+        self.check_held()
+        write_json(self.path(MANIFEST), manifest)
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """Writes ``metrics.json``, whole: what it held of stages that are to be redone does not stay."""
+        self.check_held()
         write_json(self.path(METRICS), metrics)
 
     def metrics(self) -> dict[str, Any]:
@@ -243,22 +247,25 @@ class RunDirectory:
         metrics: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
         return metrics
 
-    def lock(self) -> None:
+    def lock(self, tell: Callable[[str], None] = lambda text: None) -> None:
         """Takes the run for this process, until it ends, however it ends: a lock of the operating system, on an object
         store a lease that goes stale a minute after its holder's death.
+
+        There a holder that may be dead is watched until it is known; ``tell`` hears of that before.
 
         Raises:
             ConfigError: where another process holds it, and says which; where its file system gives no locks.
         """
         me = f"process {os.getpid()} on {socket.gethostname()}"
         if self.store is not None:
+
+            def watch(holder: Holder) -> None:
+                tell(f"{holder.name} held this run until a moment ago: waiting up to 60 s to see whether it is alive.")
+
             lease = Lease(self.store, me)
-            held = lease.take()
+            held = lease.take(watch)
             if held is not None:
-                raise ConfigError(
-                    f"run_dir {self.place} is in use by {held.name}: wait for it, or name another; if that is dead,"
-                    " its hold ends within a minute."
-                )
+                raise ConfigError(f"run_dir {self.place} is in use by {held.name}: wait for it, or name another.")
             self._lease = lease
             return
         self.root.mkdir(parents=True, exist_ok=True)
@@ -273,6 +280,11 @@ class RunDirectory:
         os.truncate(descriptor, 0)
         os.write(descriptor, me.encode())
         self._lock_descriptor = descriptor
+
+    def check_held(self) -> None:
+        """Raises StageError where another process took the run over, since this one was cut off from its object store."""
+        if self._lease is not None:
+            self._lease.check()
 
     def holder(self) -> str | None:
         """The process that holds the run now, or None."""

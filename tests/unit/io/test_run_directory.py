@@ -125,9 +125,10 @@ def test_fresh_that_is_killed_leaves_a_run_with_no_stage_done(
         count += 1
         discard(path)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(run_directory, "discard", killed)
-        run.create({}, fresh=True)
+        with pytest.raises(KeyboardInterrupt):
+            run.create({}, fresh=True)
     run.check()
     assert run.stage("merge") is None
     run.create({"seed": 1}, fresh=True)
