@@ -28,6 +28,7 @@ from emloc_ray.io.lease import KEY as LEASE
 from emloc_ray.io.lease import Holder, Lease, find_holder
 from emloc_ray.io.node_cache import discard, ensure, hashes, mirror, origin, sizes
 from emloc_ray.io.object_store import ObjectStore, is_store_uri
+from emloc_ray.io.secret_values import without_secrets
 
 CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
@@ -132,8 +133,10 @@ class RunDirectory:
         return self
 
     def create(self, config: dict[str, Any], *, fresh: bool = False) -> None:
-        """Makes the directory with its manifest and config; ``fresh`` removes what an earlier run of this name left."""
+        """Makes the directory with its manifest and config, without its secrets; ``fresh`` removes what an earlier run of
+        this name left."""
         self.check()
+        config = without_secrets(config)
         self.root.mkdir(parents=True, exist_ok=True)
         for leftover in self.root.glob(".*.tmp"):
             discard(leftover)
