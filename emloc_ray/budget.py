@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from emloc_ray.errors import ConfigError
+from emloc_ray.layout import ranks_at
 from emloc_ray.memory import Lengths, MemoryModel, total
-from emloc_ray.preparation import Prepared, ranks_at
+from emloc_ray.preparation import Prepared
 
 _RATIOS = tuple(step / 20 for step in range(19, 1, -1))  # 0.95, 0.90, … 0.10
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -12,6 +13,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from emloc_ray.batch_cli import (
+    BatchDir,
+    BatchPath,
+    CachePlace,
+    cancel_tasks,
+    list_cache,
+    prune_cache,
+    run_batch,
+)
 from emloc_ray.errors import ConfigError, EmlocError
 
 app = typer.Typer(
@@ -185,32 +195,88 @@ RunPath = Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run's directo
 
 
 @app.command()
-def status(run_dir: RunPath) -> None:
-    """Show which stages of a run are done, how it is or how it ended, and its results so far."""
+def status(
+    run_dir: RunPath,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew every second until the run is over.")] = False,
+) -> None:
+    """Show which stages of a run are done, how it is or how it ended, and its results so far; of a batch, its tasks."""
 
     def action() -> None:
-        from emloc_ray.console import evaluation_table, gib, result_lines
+        from emloc_ray.batch.state import is_batch
+        from emloc_ray.batch_cli import show_batch
         from emloc_ray.io.run_directory import RunDirectory
-        from emloc_ray.status import read_status
 
         run = RunDirectory(run_dir).existing()
-        stages = run.manifest()["stages"]
-        for stage in ("import", "data", *(s.value for s in Stage)):
-            if stage in stages:
-                usage = stages[stage]["result"]["usage"]
-                peak = gib(usage["peak_pss_bytes"]).strip()
-                console.print(f"[green]✓[/] {stage:<10} {usage['wall_s']:8.1f} s  peak {peak}")
-            elif stage != "import":
-                console.print(f"[dim]· {stage:<10} not done[/]")
-        for line in read_status(run).lines():
-            console.print(_escape(line), soft_wrap=True)
-        metrics = run.metrics()
-        if "evaluation" in metrics:
-            console.print(evaluation_table(metrics))
-            for line in result_lines(metrics, run.place):
-                console.print(_escape(line), soft_wrap=True)
+        if is_batch(run):
+            show_batch(console, run, watch)
+            return
+        while watch and run.holder() is not None:
+            console.clear()
+            _show_status(run)
+            time.sleep(1)
+        _show_status(run)
 
     _guarded(action)
+
+
+def _show_status(run: Any) -> None:
+    from emloc_ray.console import evaluation_table, gib, result_lines
+    from emloc_ray.status import read_status
+
+    stages = run.manifest()["stages"]
+    for stage in ("import", "data", *(s.value for s in Stage)):
+        if stage in stages:
+            usage = stages[stage]["result"]["usage"]
+            peak = gib(usage["peak_pss_bytes"]).strip()
+            console.print(f"[green]✓[/] {stage:<10} {usage['wall_s']:8.1f} s  peak {peak}")
+        elif stage != "import":
+            console.print(f"[dim]· {stage:<10} not done[/]")
+    for line in read_status(run).lines():
+        console.print(_escape(line), soft_wrap=True)
+    metrics = run.metrics()
+    if "evaluation" in metrics:
+        console.print(evaluation_table(metrics))
+        for line in result_lines(metrics, run.place):
+            console.print(_escape(line), soft_wrap=True)
+
+
+@app.command()
+def batch(
+    config: BatchPath,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every task and stop.")] = False,
+) -> None:
+    """Run many tasks over one cluster; again, it redoes what failed; while it runs, it adds what is new."""
+    _guarded(lambda: run_batch(console, config, overrides or [], dry_run))
+
+
+@app.command()
+def cancel(
+    run_dir: BatchDir,
+    tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="The tasks' names.")],
+    undo: Annotated[bool, typer.Option("--undo", help="Have the next emloc-ray batch run them after all.")] = False,
+) -> None:
+    """End tasks of a batch; the others go on."""
+    _guarded(lambda: cancel_tasks(console, run_dir, tasks, undo))
+
+
+cache_app = typer.Typer(help="What runs of a batch share: list it, or make it smaller.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+
+
+@cache_app.command("list")
+def cache_list(cache: CachePlace) -> None:
+    """List a cache's entries, those used last first."""
+    _guarded(lambda: list_cache(console, cache))
+
+
+@cache_app.command("prune")
+def cache_prune(
+    cache: CachePlace,
+    max_size: Annotated[str, typer.Option("--max-size", help="What may stay, such as 50GiB; 0: nothing.")],
+) -> None:
+    """Remove what was used longest ago until the rest fits."""
+    _guarded(lambda: prune_cache(console, cache, max_size))
 
 
 @app.command()

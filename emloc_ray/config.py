@@ -53,7 +53,7 @@ class ModelConfig(Section):
 
 
 class SplitConfig(Section):
-    """One split of the data: JSONL, Parquet or CSV files, a directory or glob of them, or ``hf:DATASET``."""
+    """One split of the data: JSONL, Parquet or CSV files, a directory or glob, local or by URI; or ``hf:DATASET``."""
 
     path: Patterns
     num_samples: int | None = Field(None, ge=1, description="rows to sample; all by default")

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import difflib
 import functools
+import os
 import re
 import typing
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, PydanticUserError, TypeAdapter, ValidationError
@@ -19,6 +21,8 @@ from emloc_ray.config import FinetuneConfig, RayConfig, RunConfig, Section
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.secret_values import HIDDEN, is_secret, is_variable, leaves
 
+Keys = tuple[Any, ...]  # the parts of a dotted key
+Checked = TypeVar("Checked", bound=BaseModel)
 _OWN_TRAINING_ARGUMENTS = {"output_dir", "remove_unused_columns", "seed", "data_seed", "resume_from_checkpoint"}
 
 
@@ -34,14 +38,14 @@ def _passed_through_errors(values: dict[str, Any]) -> list[str]:
         elif key in _OWN_TRAINING_ARGUMENTS:
             lines.append(f"finetune.{key} is set by emloc_ray itself: remove it.")
         elif key not in (types := _training_argument_types()):
-            lines.append(f"{_unknown_key(f'finetune.{key}', key, {*types, *FinetuneConfig.model_fields})}.")
+            lines.append(f"{no_such_key(f'finetune.{key}', key, {*types, *FinetuneConfig.model_fields})}.")
         else:
-            lines += _type_errors(f"finetune.{key}", values["finetune"][key], types[key])
+            lines += _type_errors(f"finetune.{key}", values["finetune"][key], _training_argument_type(key))
     for key in _extra_keys(values, "ray", RayConfig):
         if secrets := _secret_errors(f"ray.{key}", values["ray"][key]):
             lines += secrets
         elif key not in (known := _ray_init_names()):
-            lines.append(f"{_unknown_key(f'ray.{key}', key, known | set(RayConfig.model_fields))}.")
+            lines.append(f"{no_such_key(f'ray.{key}', key, known | set(RayConfig.model_fields))}.")
     return lines
 
 
@@ -65,16 +69,24 @@ def _extra_keys(values: dict[str, Any], section: str, model: type[Section]) -> l
     return [key for key in given if isinstance(key, str) and key not in known] if isinstance(given, dict) else []
 
 
-def _type_errors(key: str, value: Any, wanted: Any) -> list[str]:
+def _type_errors(key: str, value: Any, wanted: TypeAdapter[Any] | None) -> list[str]:
     """Where a value does not fit the type that another library declares for it."""
     try:
-        TypeAdapter(wanted, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        if wanted is not None:
+            wanted.validate_python(value)
     except ValidationError as error:
         message = error.errors()[0]["msg"]
         return [f"{key} is {value!r}: {message[0].lower()}{message[1:]}."]
-    except PydanticUserError:  # a type that pydantic cannot check
-        return []
     return []
+
+
+@functools.cache
+def _training_argument_type(name: str) -> TypeAdapter[Any] | None:
+    """What checks a field of TrainingArguments; None for a type that pydantic cannot check."""
+    try:
+        return TypeAdapter(_training_argument_types()[name], config=ConfigDict(arbitrary_types_allowed=True))
+    except PydanticUserError:
+        return None
 
 
 @functools.cache
@@ -117,78 +129,154 @@ _Yaml.add_implicit_resolver(
 )
 
 
-def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML config and applies ``key.path=value`` overrides (values are YAML too).
+
+    A config may name another as its ``base``, by a path from its own directory on: its keys lie over that one's.
 
     Raises:
         ConfigError: with every error at once, one sentence a line.
     """
     path = Path(path)
+    values = read_values(path)
+    for override in overrides:
+        put(values, *read_override(override), f"Override {override!r}")
+    return parse_config(values, f"{path} and its overrides" if overrides else str(path))
+
+
+def read_values(path: Path, named_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A config's keys over those of its base and its base's base, unchecked: sections are merged, all else is replaced.
+
+    Raises:
+        ConfigError: where one of them cannot be read or is its own base; shows the chain from ``named_by`` on.
+    """
+    chain = " → ".join(map(str, (*named_by, path)))
+    if named_by and path.resolve() in [other.resolve() for other in named_by]:
+        raise ConfigError(f"Config {path} is its own base ({chain}): take one of these out.")
+    if named_by:
+        values = read_mapping(path, f"Base {path} ({chain})", "write some, or name another base")
+    else:
+        values = read_mapping(path, f"Config {path}", "it needs at least run_dir, model and data")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or not base.strip():
+        raise ConfigError(f"Config {path} has {base!r} as its base: give the path of a YAML file, from its own on.")
+    below = read_values(path.parent / os.path.expanduser(base), (*named_by, path))
+    for keys, value in settings(values):
+        put(below, keys, value, f"{path}: {'.'.join(map(str, keys))}")
+    return below
+
+
+def read_mapping(path: Path, name: str, needs: str) -> dict[str, Any]:
+    """What a YAML file holds; raises ConfigError, with its ``name`` and what it ``needs``, where that is no mapping."""
     if path.is_dir():
-        raise ConfigError(f"Config {path} is a directory: give the path of a YAML file in it.")
+        raise ConfigError(f"{name} is a directory: give the path of a YAML file in it.")
     if not path.is_file():
-        raise ConfigError(
-            f"Config {path} does not exist: give the path of a YAML file, such as configs/quickstart.yaml."
-        )
+        raise ConfigError(f"{name} does not exist: give the path of a YAML file, such as configs/quickstart.yaml.")
     try:
         values = yaml.load(path.read_text("utf-8"), _Yaml)
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be read ({error.strerror}): give one that can.") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"Config {path} is not UTF-8 text ({error.reason} at byte {error.start}): save it so."
-        ) from error
+        raise ConfigError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start}): save it so.") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"Config {path} is not YAML ({_one_line(error)}): mend it there.") from error
+        raise ConfigError(f"{name} is not YAML ({_one_line(error)}): mend it there.") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"Config {path} holds no keys: it needs at least run_dir, model and data.")
-    for override in overrides:
-        _apply_override(values, override)
-    return parse_config(values, f"{path} and its overrides" if overrides else str(path))
+        raise ConfigError(f"{name} holds no keys: {needs}.")
+    return values
 
 
 def parse_config(values: dict[str, Any], where: str = "the config") -> RunConfig:
     """Validates a nested dict into a :class:`RunConfig`; raises ConfigError with every error at once."""
-    # A section left empty, all its keys commented out, is its defaults.
-    values = {key: value for key, value in values.items() if value is not None}
-    lines = _passed_through_errors(values)
-    try:
-        config = RunConfig.model_validate(values)
-    except ValidationError as error:
-        lines = [_sentence(detail) for detail in error.errors()] + lines
-    if lines:
-        raise ConfigError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines)))
+    config, lines = check_config(values)
+    if config is None:
+        raise ConfigError("\n".join(f"{where}: {line}" for line in lines))
     return config
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def check_config(values: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
+    """A nested dict as a config, or None and what is wrong with it, each a sentence."""
+    # A section left empty, all its keys commented out, is its defaults.
+    values = {key: value for key, value in values.items() if value is not None}
+    config, lines = check(RunConfig, values)
+    lines = list(dict.fromkeys(lines + _passed_through_errors(values)))
+    return None if lines else config, lines
+
+
+def check(model: type[Checked], values: dict[str, Any]) -> tuple[Checked | None, list[str]]:
+    """A nested dict as a model of pydantic, or None and what is wrong with it, each a sentence."""
+    try:
+        return model.model_validate(values), []
+    except ValidationError as error:
+        return None, [_sentence(detail, model) for detail in error.errors()]
+
+
+def unknown_key(key: str) -> str | None:
+    """Says that no config has a dotted key, and which is nearest; None where one has it."""
+    values: dict[str, Any] = {}
+    put(values, tuple(key.split(".")), 0, key)
+    return next((line for line in check_config(values)[1] if _NO_KEY in line), None)
+
+
+def settings(keys: Mapping[Any, Any], *, dotted: bool = False, above: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+    """The single settings of a nested dict, each by the parts of its key; ``dotted``: with keys such as ``data.format``.
+
+    A value that is no section, such as a table of patterns, stays whole. A section left empty says nothing.
+    """
+    for key, value in keys.items():
+        parts = (*above, *(key.split(".") if dotted and isinstance(key, str) else [key]))
+        is_section = _section(parts) is not None
+        if is_section and isinstance(value, Mapping):
+            yield from settings(value, dotted=dotted, above=parts)
+        elif not (is_section and value is None and len(parts) == 1):
+            yield parts, value
+
+
+def put(values: dict[str, Any], keys: Keys, value: Any, what: str) -> None:
+    """Sets one setting; the dicts inside ``values`` are replaced, not changed: YAML's aliases and others may share them.
+
+    Raises:
+        ConfigError: that ``what`` reaches into a value.
+    """
+    node = values
+    for depth, parent in enumerate(keys[:-1], 1):
+        child = node.get(parent)
+        if child is not None and not isinstance(child, dict):
+            prefix = ".".join(map(str, keys[:depth]))
+            raise ConfigError(f"{what} reaches into {prefix}, which is a value: override that instead.")
+        node[parent] = dict(child or {})
+        node = node[parent]
+    node[keys[-1]] = value
+
+
+def read_override(override: str) -> tuple[Keys, Any]:
+    """The parts of the key and the value of ``key.path=value``; raises ConfigError where it is no such thing."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"Override {override!r} is not key.path=value: write it like finetune.max_steps=20.")
-    *parents, last = key.strip().split(".")
-    node = values
-    for depth, parent in enumerate(parents):
-        child = node.setdefault(parent, {})
-        if child is None:
-            child = node[parent] = {}
-        if not isinstance(child, dict):
-            prefix = ".".join(parents[: depth + 1])
-            raise ConfigError(f"Override {override!r} reaches into {prefix}, which is a value: override that instead.")
-        node = child
     try:
-        node[last] = yaml.load(text, _Yaml)
+        return tuple(key.strip().split(".")), read_text(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"Override {override!r} has a value that is not YAML ({_one_line(error)}).") from error
 
 
+def read_text(text: str) -> Any:
+    """A value as YAML has it; raises yaml.YAMLError."""
+    return yaml.load(text, _Yaml)
+
+
+_NO_KEY = " is not a key: "
 # How pydantic names the members of a union inside an error's location.
 _UNION_MEMBER = re.compile(r"str|bool|float|list\[.*|literal\[.*|function-.*")
 
 
-def _sentence(detail: Any) -> str:
+def _sentence(detail: Any, model: type[BaseModel]) -> str:
     """One pydantic error as a sentence: which key, what is wrong, what would be right."""
     location = [str(part) for part in detail["loc"] if not _UNION_MEMBER.fullmatch(str(part))]
     key = ".".join(location)
     if detail["type"] == "extra_forbidden":
-        return f"{_unknown_key(key, location[-1], _field_names(location[:-1]))}."
+        return f"{no_such_key(key, location[-1], _field_names(location[:-1], model))}."
     if detail["type"] == "missing":
         return f"{key} is missing: set it."
     message = detail["msg"].removeprefix("Value error, ")
@@ -198,20 +286,30 @@ def _sentence(detail: Any) -> str:
     return f"{key} is {given!r}: {message[0].lower()}{message[1:]}."
 
 
-def _unknown_key(key: str, last: str, known: typing.Iterable[str]) -> str:
+def no_such_key(key: str, last: str, known: typing.Iterable[str]) -> str:
+    """Says that a key is none, and which of ``known`` is nearest to its last part."""
     near = difflib.get_close_matches(last, sorted(known), n=1, cutoff=0.6)
     hint = f"the nearest is {near[0]}" if near else f"known are {', '.join(sorted(known)[:30])}"
-    return f"{key} is not a key: {hint}"
+    return f"{key}{_NO_KEY}{hint}"
 
 
-def _field_names(location: list[str]) -> set[str]:
-    model: Any = RunConfig
-    for part in location:
-        annotation = model.model_fields[part].annotation
-        options = [annotation, *typing.get_args(annotation)]
-        model = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
-    names: set[str] = set(model.model_fields)
-    return names
+def _field_names(location: list[str], model: type[BaseModel]) -> set[str]:
+    section = _section(location, model)
+    return set(section.model_fields) if section else set()
+
+
+def _section(keys: Sequence[Any], model: type[BaseModel] = RunConfig) -> type[BaseModel] | None:
+    """The section that a key names; None for a single value, a table or no key at all."""
+    for key in keys:
+        field = model.model_fields.get(key)
+        options = (field.annotation, *typing.get_args(field.annotation)) if field else ()
+        # list[str] passes for a type in Python 3.10.
+        types = [o for o in options if isinstance(o, type) and typing.get_origin(o) is None]
+        found = next((option for option in types if issubclass(option, BaseModel)), None)
+        if found is None:
+            return None
+        model = found
+    return model
 
 
 def _one_line(error: Exception) -> str:

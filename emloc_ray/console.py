@@ -40,6 +40,15 @@ def byte_progress(console: Console, what: str) -> Iterator[Callable[[int, int], 
         yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
+@contextlib.contextmanager
+def count_progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of things done, on a terminal; the callback takes how many are, of how many."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=32), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task(what)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
 class ConsoleReporter:
     """Shows a run: a bar a stage on a terminal; elsewhere a line where a stage begins and ends."""
 
@@ -92,6 +101,8 @@ class ConsoleReporter:
 
 
 def _outcome(stage: str, result: dict[str, Any]) -> str:
+    if result.get("taken_from"):
+        return f"from the cache, made by {result['taken_from']}"
     if stage == "data":
         rows = ", ".join(f"{split} {count['rows']:,}" for split, count in result["splits"].items())
         return f"rows: {rows}"

@@ -43,3 +43,7 @@ class DamagedArtifactError(ArtifactError):
 
 class StageError(EmlocError):
     """A stage could not finish (a worker was lost for good, memory ran out); names the stage."""
+
+
+class Stopped(EmlocError):
+    """The task was cancelled, or its batch is being stopped."""

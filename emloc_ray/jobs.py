@@ -18,8 +18,8 @@ from emloc_ray.stages.cluster import Resources
 from emloc_ray.stages.correct import CorrectionJob, candidates
 from emloc_ray.stages.evaluate import EvaluationJob
 from emloc_ray.stages.factorize import FactorizationJob
-from emloc_ray.stages.finetune import FinetuneJob
 from emloc_ray.stages.merge import MergeJob
+from emloc_ray.stages.training import FinetuneJob
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,11 @@ class Jobs:
             tuple(self.gram_groups(wave) for wave in memory.waves()) if mode == "resident" else None,
         )
 
-    def factorization(self) -> FactorizationJob:
-        """Every group of linears that share an input."""
+    def factorization(self, basis_dir: Path | None = None) -> FactorizationJob:
+        """Every group of linears that share an input; ``basis_dir`` is an emulator of the same Grams and other ranks."""
         config, layout = self.prepared.config, self.prepared.layout
-        frac = config.emulator.dampening_frac
-        return FactorizationJob(self.model_dir, self._path("emulator"), layout.groups, layout.ranks, frac, config.seed)
+        frac, out_dir = config.emulator.dampening_frac, self._path("emulator")
+        return FactorizationJob(self.model_dir, out_dir, layout.groups, layout.ranks, frac, config.seed, basis_dir)
 
     def num_steps(self) -> int:
         """Optimizer steps of the fine-tuning, from the rows that it has."""

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emloc_ray.config import RunConfig, StageConfig
 from emloc_ray.errors import DamagedArtifactError, EmlocError
-from emloc_ray.io.atomic import remove_leftovers
+from emloc_ray.io.artifact_cache import ArtifactCache, EntryGone
 from emloc_ray.io.fingerprint import fingerprint, fingerprint_large_files
-from emloc_ray.io.grams import INDEX
+from emloc_ray.io.grams import INDEX, GramStore
 from emloc_ray.io.node_cache import discard, exists, hashes
-from emloc_ray.io.resume import discard_unless
+from emloc_ray.io.resume import begun_with, discard_unless
 from emloc_ray.memory import MemoryModel, total
 from emloc_ray.planner import make_plan, row_lengths
 from emloc_ray.preparation import Prepared, check_disk, prepare
-from emloc_ray.report import write_report
 from emloc_ray.reporter import Reporter, Reporters, SilentReporter
-from emloc_ray.results import assemble_metrics
 from emloc_ray.run_log import RunLog
 from emloc_ray.stages import STAGES
+from emloc_ray.steps import Steps
+from emloc_ray.turns import AtOnce, Turns
 
 if TYPE_CHECKING:
+    from emloc_ray.stages.cluster import Progress, Resources
     from emloc_ray.stages.factorize import EmulatorBuild
 
 # Settings that say where work runs, not what comes out of it.
@@ -41,9 +42,12 @@ def run(
     fresh: bool = False,
     reporter: Reporter | None = None,
     prepared: Prepared | None = None,
+    turns: Turns | None = None,
+    cache: ArtifactCache | None = None,
 ) -> dict[str, Any]:
     """Runs the pipeline up to ``until``; finished stages with unchanged inputs are skipped, unless from ``begin`` on.
 
+    ``turns`` says when each stage may start, at once by default; through ``cache`` runs share what they would make alike.
     Returns metrics.json's content.
 
     Raises:
@@ -51,6 +55,7 @@ def run(
         EmlocError: where a stage failed; finished stages stay, and the same call goes on from them.
     """
     from emloc_ray.stages.cluster import connection
+    from emloc_ray.stages.failures import explain
     from emloc_ray.stages.gauges import StageGauges
     from emloc_ray.stages.visibility import check_visible
 
@@ -64,8 +69,10 @@ def run(
         with log, connection(config.ray.address, lean_memory=lean, **config.ray.init_options):
             check_visible(prepared)
             told = Reporters(reporter or SilentReporter(), log, StageGauges(prepared.run.name))
-            Pipeline(prepared, told, begin).run(until)
+            Pipeline(prepared, told, begin, turns or AtOnce(), cache).run(until)
         return prepared.run.metrics()
+    except OSError as error:  # of the run's own small files: a stage explains its own
+        raise explain(error, "the run") from error
     finally:
         prepared.run.unlock()
 
@@ -73,58 +80,45 @@ def run(
 class Pipeline:
     """One run's stages over one run directory; needs a connection to Ray."""
 
-    def __init__(self, prepared: Prepared, reporter: Reporter, begin: str | None = None) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        reporter: Reporter,
+        begin: str | None = None,
+        turns: Turns | None = None,
+        cache: ArtifactCache | None = None,
+    ) -> None:
         from emloc_ray.jobs import Jobs
 
         self.prepared, self.config, self.layout = prepared, prepared.config, prepared.layout
         self.directory, self.reporter = prepared.run, reporter
-        self.forced = set(STAGES[STAGES.index(begin) :]) if begin else set()
-        self.inputs: dict[str, str] = {}
+        forced = STAGES[STAGES.index(begin) :] if begin else ()
+        self.steps = Steps(prepared, reporter, turns or AtOnce(), cache, forced)
+        self.inputs = self.steps.inputs
         self._build: EmulatorBuild | None = None
-        self._unread: list[str] = []  # stages of earlier runs whose files nobody has read yet
-        imported = prepared.source.gguf_file is not None
-        self.jobs = Jobs(prepared, self.directory.path("model") if imported else prepared.source.directory)
+        source = prepared.source
+        # On an object store the run holds the model, for nodes that do not see where it came from.
+        self.imported = source.gguf_file is not None or prepared.run.store is not None
+        self.jobs = Jobs(prepared, self.directory.path("model") if self.imported else source.directory)
         self.model_options = self.jobs.model_options
 
     def run(self, until: str = STAGES[-1]) -> None:
         """Every stage up to ``until``, in order."""
         self._tell_budget()
-        redone: set[str] = set()
         while True:
             try:
                 self._run_stages(until)
                 break
             except DamagedArtifactError as error:
-                stage = self.directory.writer(error.path)
-                if stage is None or error.path in redone:  # twice: its place alters what is written
-                    raise
-                redone.add(error.path)
-                self.reporter.note(f"{error.path} is not as it was written: {stage} is done again.")
-                self.directory.forget(stage)
-                discard(self.directory.path(*error.path.split("/")))  # the rest of what the stage wrote may serve again
+                self.steps.forget_damaged(error)
                 self._build = None
-        self._write_results()  # once more: a stage may have been committed by a run that was killed right after
+        self.steps.write_results()  # once more: a stage may have been committed by a run that was killed right after
 
     def _run_stages(self, until: str) -> None:
         self.import_model()
         self.prepare_data()
         for stage in STAGES[: STAGES.index(until) + 1]:
             getattr(self, stage)()
-
-    def _check_artifacts(self) -> None:
-        """Reads once, before the first stage that is to run, what earlier runs finished.
-
-        Raises:
-            DamagedArtifactError: where a stage has files whose content is not what the manifest says; all are gone then.
-        """
-        while self._unread:
-            name = self._unread.pop(0)
-            damaged = self.directory.damaged(name)
-            for file in damaged:
-                discard(file)
-            for file in damaged[:1]:
-                path = file.relative_to(self.directory.root).as_posix()
-                raise DamagedArtifactError(f"{file} is not as {name} wrote it: run the same command again.", path)
 
     def _tell_budget(self) -> None:
         """Which stages are planned to hold more than ``memory_budget``: it bounds calibration alone, and informs of the rest."""
@@ -139,90 +133,44 @@ class Pipeline:
                 " see emloc-ray plan --memory-budget for settings that fit."
             )
 
-    def _write_results(self) -> None:
-        """metrics.json and report.html, anew from the manifest."""
-        self.directory.write_metrics(assemble_metrics(self.directory, self.prepared, self.inputs))
-        write_report(self.directory)
-
-    def _step(
-        self,
-        name: str,
-        inputs: dict[str, Any],
-        outputs: Sequence[Path],
-        execute: Callable[[Callable[[int, int], None]], dict[str, Any]],
-        resumes: bool = False,
-        recorded: Sequence[Path] | None = None,
-    ) -> dict[str, Any]:
-        """Runs a stage unless the manifest says that it was done with the same inputs; returns its result.
-
-        What was left in ``outputs`` is removed first, unless a killed try left it and the stage ``resumes`` from that.
-        The manifest names ``outputs``, or what is ``recorded`` of them.
-        """
-        from emloc_ray.stages.failures import explain
-        from emloc_ray.stages.monitor import measured
-
-        key = self.inputs[name] = fingerprint(inputs)
-        entry = self.directory.stage(name)
-        if entry is not None and self._is_done(name, inputs):
-            self.reporter.skip(name)
-            self._unread.append(name)
-            found: dict[str, Any] = entry["result"]
-            return found
-        self._check_artifacts()
-        if entry is not None:
-            self.directory.forget(name)
-            self._write_results()  # what was shown of it speaks of another run from now on
-        for path in outputs if entry is not None or not resumes else ():
-            discard(path)
-        progress = self.reporter.start(name)
-        try:
-            with measured() as usage:
-                result = execute(progress)
-        except (Exception, SystemExit) as error:
-            raise explain(error, name) from error
-        for path in outputs:
-            remove_leftovers(path)
-        used = usage.as_dict()
-        self.directory.commit(name, key, outputs if recorded is None else recorded, {**result, "usage": used})
-        self._write_results()
-        self.reporter.finish(name, result, used)
-        return result
-
-    def _is_done(self, name: str, inputs: dict[str, Any]) -> bool:
-        """Whether the manifest says that a stage was done with these inputs, and it is not to be redone."""
-        return name not in self.forced and self.directory.is_done(name, fingerprint(inputs))
-
     def import_model(self) -> None:
         """The original as a safetensors checkpoint: written once from a GGUF file, else where the config says."""
-        source = self.prepared.source
+        from emloc_ray.modeling.loading import copy_checkpoint, fetch_weights, import_gguf
+
+        source, source_dir = self.prepared.source, self.prepared.source.directory
         if source.hub_id is not None:
-            from emloc_ray.modeling.loading import fetch_weights
-            from emloc_ray.stages.visibility import check_visible
-
             self.reporter.note(f"The weights of {source.hub_id} are taken from the hub, where they are not cached yet.")
-            self.jobs = dataclasses.replace(self.jobs, model_dir=fetch_weights(source))
-            check_visible(self.prepared, self.jobs.model_dir)
-        if source.gguf_file is None:
-            self.inputs["import"] = fingerprint_large_files(sorted(self.jobs.model_dir.iterdir()))
-            return
-        inputs = {
-            "file": fingerprint_large_files([source.directory / source.gguf_file]),
-            "dtype": self.config.model.dtype,
-        }
+            source_dir = fetch_weights(source)
+            if not self.imported:
+                from emloc_ray.stages.visibility import check_visible
 
-        def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
+                self.jobs = dataclasses.replace(self.jobs, model_dir=source_dir)
+                check_visible(self.prepared, source_dir)
+        if source.gguf_file is None:
+            files = fingerprint_large_files(sorted(source_dir.iterdir()))
+            inputs: dict[str, Any] = {"files": files}
+        else:
+            file = fingerprint_large_files([source_dir / source.gguf_file])
+            inputs = {"file": file, "dtype": self.config.model.dtype}
+        if not self.imported:
+            self.inputs["import"] = files
+            return
+
+        def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
             import ray
 
-            from emloc_ray.modeling.loading import import_gguf
-            from emloc_ray.stages.cluster import Resources, bounded
+            from emloc_ray.stages.cluster import bounded
             from emloc_ray.stages.failures import Losses
 
-            task: Any = ray.remote(import_gguf).options(name="import: the model", **Resources().task_options())
+            if source.gguf_file is None:  # by the driver: other nodes need not see the files
+                copy_checkpoint(source_dir, self.jobs.model_dir, progress)
+                return {}
+            task: Any = ray.remote(import_gguf).options(name="import: the model", **granted.task_options())
             submit = functools.partial(task.remote, source, self.jobs.model_dir, self.config.model.dtype)
             bounded([("the model", submit)], 1, Losses("import", self.reporter.note))
             return {}
 
-        self._step("import", inputs, [self.jobs.model_dir], execute)
+        self.steps.run("import", inputs, [self.jobs.model_dir], execute, _one_worker(), shared=True)
 
     def prepare_data(self) -> None:
         """Rows, split, as token shards; the split's fingerprint is its content."""
@@ -231,11 +179,19 @@ class Pipeline:
         tokens = self.directory.path("data", "tokens")
         inputs = {"model": self.inputs["import"], **split_inputs(self.prepared)}
 
-        def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
+        def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
             out_dir, tell = self.directory.path("data"), self.reporter.note
             return tokenize_data(self.prepared, self.jobs.model_dir, out_dir, progress, inputs, tell)
 
-        counts = self._step("data", inputs, [tokens], execute, resumes=True)["splits"]
+        splits = (
+            self.config.data.train,
+            self.config.data.calibration,
+            self.config.data.selection,
+            self.config.data.eval,
+        )
+        changing = any(split is not None and str(split.path).startswith("hf:") for split in splits)
+        step = functools.partial(self.steps.run, "data", inputs, [tokens], execute, _one_worker())
+        counts = step(resumes=True, shared=not changing)["splits"]
         for split, count in counts.items():
             self.inputs[f"data/{split}"] = fingerprint({file.name: sha for file, sha in hashes(tokens / split).items()})
             self._tell_counts(split, count)
@@ -261,7 +217,10 @@ class Pipeline:
             return
         from emloc_ray.jobs import resources
         from emloc_ray.stages.calibrate import calibrate
+        from emloc_ray.stages.calibration_job import go_on
         from emloc_ray.stages.convergence import calibrate_until_converged
+
+        steps = self.steps
 
         section, out_dir = self.config.calibration, self.directory.path("calibration")
         inputs: dict[str, Any] = {
@@ -275,31 +234,37 @@ class Pipeline:
         if tolerance is not None:
             inputs["convergence_tolerance"] = tolerance
 
-        def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
-            job = self.jobs.calibration()
-            # What slots of a streamed run left speaks of their own shards alone.
-            slots = section.num_workers if job.mode == "streamed" else None
-            discard_unless(out_dir, {**inputs, "mode": job.mode, "waves": len(job.waves or ()), "slots": slots})
-            asked, tell = resources(section), self.reporter.note
+        def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
+            job = go_on(self.jobs.calibration(), out_dir, inputs, section.num_workers, section.mode == "auto")
+            tell = self.reporter.note
             if tolerance is not None:
-                return calibrate_until_converged(job, out_dir, asked, tolerance, progress, tell)
-            if self._is_done("factorize", self._factorize_inputs()):
-                return calibrate(job, out_dir, asked, progress, tell=tell)
-            build = self._emulator_build()
+                return calibrate_until_converged(job, out_dir, granted, tolerance, progress, tell)
+            if not steps.turns.overlaps or steps.is_done("factorize", self._factorize_inputs()):
+                return calibrate(job, out_dir, granted, progress, tell=tell)
+            build = self._emulator_build(resources(self.config.emulator))
 
             def meanwhile(done: int, total: int) -> None:
                 progress(done, total)
                 build.pump()
 
-            return calibrate(job, out_dir, asked, meanwhile, build.add, tell)
+            return calibrate(job, out_dir, granted, meanwhile, build.add, tell)
 
         self.inputs["calibrate"] = fingerprint(inputs)
-        needed = section.keep == "grams" or not self._is_done("factorize", self._factorize_inputs())
-        if needed and not exists(out_dir / INDEX):
-            self.forced.add("calibrate")
+        kept = section.keep == "grams"
+        needed = kept or not steps.is_at_hand("factorize", self._factorize_inputs())
+        # Grams that were dropped are of use to the emulator alone that was begun with them.
+        begun = kept or begun_with(self.directory.path("emulator"), self._factorize_inputs())
+        if needed and not (exists(out_dir / INDEX) and (begun or GramStore(out_dir).is_whole())):
+            if self.directory.stage("calibrate") is not None:
+                steps.forced.add("calibrate")
+            elif not begun:
+                discard(out_dir)
+        if not needed and self.directory.stage("calibrate") is None:
+            return  # another run made the emulator
         # Grams that are not kept go as they are used, so that the manifest cannot name them.
-        recorded = [out_dir] if section.keep == "grams" else []
-        self._step("calibrate", inputs, [out_dir], execute, resumes=True, recorded=recorded)
+        recorded = [out_dir] if kept else []
+        step = functools.partial(steps.run, "calibrate", inputs, [out_dir], execute, resources(section))
+        step(resumes=True, recorded=recorded, shared=kept)
 
     def _factorize_inputs(self) -> dict[str, Any]:
         return {
@@ -310,10 +275,13 @@ class Pipeline:
             "seed": self.config.seed,
         }
 
-    def _emulator_build(self) -> EmulatorBuild:
+    def _factorize_basis(self) -> dict[str, Any]:
+        """What emulators of one basis have in common, whatever their ranks."""
+        return {key: value for key, value in self._factorize_inputs().items() if key != "ranks"}
+
+    def _emulator_build(self, granted: Resources) -> EmulatorBuild:
         """Made once a run; what a killed run of the same inputs wrote is kept, what a finished one wrote is not."""
         if self._build is None:
-            from emloc_ray.jobs import resources
             from emloc_ray.stages.factorize import EmulatorBuild
 
             out_dir = self.directory.path("emulator")
@@ -322,19 +290,38 @@ class Pipeline:
                 discard(out_dir)
             discard_unless(out_dir, self._factorize_inputs())
             drop = self.config.calibration.keep == "none"
-            self._build = EmulatorBuild(
-                self.jobs.factorization(), resources(self.config.emulator), drop, self.reporter.note
-            )
+            job = self.jobs.factorization(self._found_basis())
+            self._build = EmulatorBuild(job, granted, drop, self.reporter.note)
         return self._build
+
+    def _found_basis(self) -> Path | None:
+        """The emulator of the highest ranks that another run made of the same Grams, linked into this one for a while."""
+        place, cache = self.directory.path("basis"), self.steps.cache
+        discard(place)
+        found = [] if cache is None else cache.find_basis(self._factorize_basis())
+        for entry in sorted(
+            found, key=lambda e: sum(layer["rank"] for layer in e.result["layers"].values()), reverse=True
+        ):
+            assert cache is not None
+            with contextlib.suppress(EntryGone):
+                cache.link(entry, place)
+                return place / "emulator"
+        return None
 
     def factorize(self) -> None:
         """The emulator."""
+        from emloc_ray.jobs import resources
+
         out_dir, calibration_dir = self.directory.path("emulator"), self.directory.path("calibration")
 
-        def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
-            return self._emulator_build().finish(calibration_dir, self.jobs.base_config(), progress)
+        def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
+            build = self._emulator_build(granted)
+            return build.finish(calibration_dir, self.jobs.base_config(), progress)
 
-        result = self._step("factorize", self._factorize_inputs(), [out_dir], execute, resumes=True)
+        asked, basis = resources(self.config.emulator), self._factorize_basis()
+        step = functools.partial(self.steps.run, "factorize", self._factorize_inputs(), [out_dir], execute, asked)
+        result = step(bag=True, resumes=True, shared=True, basis=basis)
+        discard(self.directory.path("basis"))
         self._tell_thin_calibration(result)
         if self.config.calibration.keep == "none":
             discard(calibration_dir)
@@ -366,29 +353,31 @@ class Pipeline:
         if self.prepared.zero_config is not None:
             inputs["deepspeed"] = self.prepared.zero_config
 
-        def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
+        def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
             job = self.jobs.finetuning(f"finetune-{fingerprint(inputs)}")
-            result = finetune(job, resources(section), progress, self.reporter.note)
-            discard(job.storage_dir)
-            return result
+            return finetune(job, granted, progress, self.reporter.note)
 
-        self._step("finetune", inputs, [self.directory.path("adapter_emulator")], execute)
+        self.steps.run("finetune", inputs, [self.directory.path("adapter_emulator")], execute, resources(section))
+        discard(self.directory.path("training"))  # what the stage could go on from: not before it is recorded
 
     def correct(self) -> None:
         """The adapter as corrected for the original."""
         from emloc_ray.jobs import resources
         from emloc_ray.stages.correct import correct
 
+        job = self.jobs.correction()
         inputs = {
             "finetune": self.inputs["finetune"],
             "correction": self.config.correction.model_dump(mode="json"),
+            "candidates": [dataclasses.asdict(candidate) for candidate in job.candidates],
             "data": self.inputs["data/selection"],
         }
 
-        def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
-            return correct(self.jobs.correction(), resources(self.config.merge), progress, self.reporter.note)
+        def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
+            return correct(job, granted, progress, self.reporter.note)
 
-        self._step("correct", inputs, [self.directory.path("adapter")], execute)
+        asked = dataclasses.replace(resources(self.config.merge), num_workers=1)
+        self.steps.run("correct", inputs, [self.directory.path("adapter")], execute, asked)
 
     def merge(self) -> None:
         """The original with the corrected adapter folded in."""
@@ -398,11 +387,11 @@ class Pipeline:
         out_dir, size = self.directory.path("merged"), self.config.merge.max_shard_size
         inputs = {"correct": self.inputs["correct"], **({} if size is None else {"max_shard_size": size})}
 
-        def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
+        def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
             discard_unless(out_dir, inputs)
-            return merge(self.jobs.merging(), resources(self.config.merge), progress, self.reporter.note)
+            return merge(self.jobs.merging(), granted, progress, self.reporter.note)
 
-        self._step("merge", inputs, [out_dir], execute, resumes=True)
+        self.steps.run("merge", inputs, [out_dir], execute, resources(self.config.merge), bag=True, resumes=True)
 
     def evaluate(self) -> None:
         """Every variant on the held-out rows."""
@@ -416,10 +405,16 @@ class Pipeline:
             "evaluation": _without(section, {*_PLACEMENT, "upper_bound"}),
         }
 
-        def execute(progress: Callable[[int, int], None]) -> dict[str, Any]:
-            return evaluate(self.jobs.evaluation(), resources(section), progress, self.reporter.note)
+        def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
+            return evaluate(self.jobs.evaluation(), granted, progress, self.reporter.note)
 
-        self._step("evaluate", inputs, [], execute)
+        self.steps.run("evaluate", inputs, [], execute, resources(section))
+
+
+def _one_worker() -> Resources:
+    from emloc_ray.stages.cluster import Resources
+
+    return Resources()
 
 
 def _without(section: StageConfig, keys: set[str]) -> dict[str, Any]:

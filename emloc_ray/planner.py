@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 
 from emloc_ray.budget import Solution, solve, with_settings
 from emloc_ray.data.reading import read_rows
+from emloc_ray.layout import Layout
 from emloc_ray.memory import Lengths, MemoryModel, Parts, gram_bytes, total
-from emloc_ray.preparation import UNKNOWN_ROWS, Layout, Prepared
+from emloc_ray.preparation import UNKNOWN_ROWS, Prepared
 from emloc_ray.stages import STAGES
 
 _CHARACTERS_PER_TOKEN = 3.5
@@ -200,6 +202,7 @@ def _stage_flops(prepared: Prepared, tokens: float) -> dict[str, float]:
     }
 
 
+@functools.cache
 def _flops_per_second() -> float:
     """One thread's speed in a matrix product like the model's, measured for a tenth of a second."""
     threads = torch.get_num_threads()

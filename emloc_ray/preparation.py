@@ -6,6 +6,7 @@ All of it is checked before Ray starts and before anything is written, and every
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import itertools
 import shutil
@@ -15,17 +16,15 @@ from typing import Any, TypeVar
 
 import torch
 
-from emloc_ray.config import AdapterConfig, RunConfig, SplitConfig
-from emloc_ray.core.ranks import rank_for_ratio
+from emloc_ray.config import RunConfig, SplitConfig
 from emloc_ray.data.formats import FIELDS, check_row
-from emloc_ray.data.reading import SourceFile, list_files, read_rows, scan
+from emloc_ray.data.reading import SourceFile, each, list_files, read_rows, scan
 from emloc_ray.data.splits import SPLITS
-from emloc_ray.errors import ConfigError, EmlocError
+from emloc_ray.errors import ArtifactError, ConfigError, EmlocError
 from emloc_ray.io.run_directory import RunDirectory
-from emloc_ray.modeling.adapter import portable_targets
-from emloc_ray.modeling.architecture import LinearSpec, block_linears, empty_model, learned_positions, shared_inputs
+from emloc_ray.layout import Layout, Skeleton, make_layout, skeleton_of
+from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.loading import ModelSource, check_source, read_model_config, resolve_source
-from emloc_ray.modeling.matching import check_table, lookup, select
 from emloc_ray.modeling.zero_config import check_zero_config, read_zero_config
 
 CHECKED_ROWS = 1000  # of a file
@@ -33,38 +32,6 @@ UNKNOWN_ROWS = 8000  # of a split that is made or downloaded later
 MAX_CHECKED_ROWS = 16_000  # of a split, but for one of each file
 _BATCHES = ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate")
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The model's linears and what the config makes of them."""
-
-    specs: tuple[LinearSpec, ...]
-    groups: tuple[tuple[LinearSpec, ...], ...]
-    ranks: dict[str, int]
-    compressed: tuple[str, ...]
-    adapted: tuple[str, ...]
-    portable_targets: str | tuple[str, ...]
-    num_parameters: int
-    head_parameters: int
-    hidden_size: int
-
-    @property
-    def parameters_targeted(self) -> int:
-        """Parameters of the linears that compression targets."""
-        targeted = set(self.compressed)
-        return sum(spec.num_parameters for spec in self.specs if spec.name in targeted)
-
-    @property
-    def parameters_factorized(self) -> int:
-        """What those linears keep in the emulator."""
-        targeted = set(self.compressed)
-        return sum(self.kept(spec) for spec in self.specs if spec.name in targeted)
-
-    def kept(self, spec: LinearSpec) -> int:
-        """Parameters of one linear in the emulator."""
-        rank = self.ranks.get(spec.name)
-        return spec.num_parameters if rank is None else rank * (spec.out_features + spec.in_features)
 
 
 @dataclass(frozen=True)
@@ -120,118 +87,47 @@ def prepare(config: RunConfig) -> Prepared:
 
 
 def _read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
-    model_config = read_model_config(source, config.model.trust_remote_code)
+    options = config.model
+    found = _skeleton(source, options.trust_remote_code, options.attn_implementation, _look(source))
+    if found.positions is not None and config.data.max_seq_length > found.positions:
+        raise ConfigError(
+            f"data.max_seq_length is {config.data.max_seq_length}, the model has {found.positions} positions: lower it to"
+            " that."
+        )
+    return found.config, make_layout(config, found)
+
+
+def _look(source: ModelSource) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of the files that a model is read from."""
+    named = [source.directory / source.gguf_file] if source.gguf_file else sorted(source.directory.iterdir())
+    return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in named if file.is_file())
+
+
+@functools.lru_cache(maxsize=8)  # of hundreds of tasks, most have the same model
+def _skeleton(
+    source: ModelSource,
+    trust_remote_code: bool,
+    attn_implementation: str | None,
+    files: tuple[tuple[str, int, int], ...],
+) -> Skeleton:
+    model_config = read_model_config(source, trust_remote_code)
     try:
-        model = empty_model(model_config, config.model.trust_remote_code, config.model.attn_implementation)
+        model = empty_model(model_config, trust_remote_code, attn_implementation)
     except (ValueError, ImportError) as error:
         detail = " ".join(str(error).split())[:200]
         raise ConfigError(f"model: transformers cannot build it ({detail}): mend the model section.") from error
-    check_source(source, model, config.model.trust_remote_code)
-    positions = learned_positions(model)
-    if positions is not None and config.data.max_seq_length > positions:
-        raise ConfigError(
-            f"data.max_seq_length is {config.data.max_seq_length}, the model has {positions} positions: lower it to that."
-        )
-    return model_config, make_layout(config, model)
-
-
-def make_layout(config: RunConfig, model: Any) -> Layout:
-    """Matches the config's patterns against a model on the meta device.
-
-    Raises:
-        ConfigError: naming every pattern that fits nothing, one sentence a line.
-    """
-    specs = block_linears(model)
-    names = [spec.name for spec in specs]
-    compressed, adapted = _matched(config, specs)
-    by_name = {spec.name: spec for spec in specs}
-    ranks = ranks_at(config, specs, compressed)
-    groups = tuple(tuple(by_name[name] for name in group) for group in shared_inputs(model, specs))
-    targets = _portable(config, adapted, names)
-    head = model.get_output_embeddings()
-    return Layout(
-        tuple(specs),
-        groups,
-        ranks,
-        tuple(compressed),
-        tuple(adapted),
-        targets,
-        sum(parameter.numel() for parameter in model.parameters()),
-        head.weight.numel(),
-        head.weight.shape[-1],
-    )
-
-
-def _matched(config: RunConfig, specs: Sequence[LinearSpec]) -> tuple[list[str], list[str]]:
-    """The linears that are compressed, and those that are adapted."""
-    names = [spec.name for spec in specs]
-    emulator, adapter = config.emulator, config.adapter
-    errors: list[str] = []
-
-    def attempt(check: Callable[[], Result]) -> Result | None:
-        try:
-            return check()
-        except ConfigError as error:
-            errors.append(str(error))
-            return None
-
-    compressed = attempt(
-        lambda: select(names, emulator.target_modules, emulator.exclude_modules, "emulator.target_modules")
-    )
-    adapted = attempt(lambda: select(names, adapter.target_modules, adapter.exclude_modules, "adapter.target_modules"))
-    for key, table in (
-        ("emulator.ratios", emulator.ratios),
-        ("adapter.rank_pattern", adapter.rank_pattern),
-        ("adapter.alpha_pattern", adapter.alpha_pattern),
-    ):
-        attempt(lambda table=table, key=key: check_table(names, table, key))  # type: ignore[misc]
-    if not errors:
-        attempt(lambda: _check_adapter_ranks(adapter, [spec for spec in specs if spec.name in set(adapted or ())]))
-    if errors or compressed is None or adapted is None:
-        raise ConfigError("\n".join(errors))
-    return compressed, adapted
-
-
-def _check_adapter_ranks(adapter: AdapterConfig, specs: Sequence[LinearSpec]) -> None:
-    for spec in specs:
-        r = lookup(spec.name, adapter.rank_pattern, adapter.r)
-        key = "adapter.r" if r == adapter.r else "adapter.rank_pattern"
-        smaller = min(spec.out_features, spec.in_features)
-        if r > smaller:
-            raise ConfigError(f"{key} is {r}, above the smaller side {smaller} of {spec.name}: lower it.")
-
-
-def ranks_at(config: RunConfig, specs: Sequence[LinearSpec], compressed: Sequence[str]) -> dict[str, int]:
-    """The rank of every linear that the config compresses; those that stay dense are left out."""
-    emulator = config.emulator
-    if emulator.compression_ratio == 1:  # plain LoRA on the original: no pattern compresses anything then
-        return {}
-    by_name = {spec.name: spec for spec in specs}
-    ratios = {name: lookup(name, emulator.ratios, emulator.compression_ratio) for name in compressed}
-    ranks = {
-        name: rank_for_ratio(by_name[name].out_features, by_name[name].in_features, ratio)
-        for name, ratio in ratios.items()
-    }
-    return {name: rank for name, rank in ranks.items() if rank is not None}
-
-
-def _portable(config: RunConfig, adapted: list[str], names: list[str]) -> str | tuple[str, ...]:
-    asked = config.adapter.target_modules
-    if asked is None or asked == "all-linear" or config.adapter.exclude_modules is not None:
-        return tuple(portable_targets(adapted, names))
-    return asked if isinstance(asked, str) else tuple(asked)
+    check_source(source, model, trust_remote_code)
+    return skeleton_of(model_config, model)
 
 
 def _check_split(config: RunConfig, name: str) -> tuple[SourceFile, ...]:
     split: SplitConfig | None = getattr(config.data, name)
     if split is None or config.data.generate is not None or _is_hub(split):
         return ()
-    sources = tuple(scan(path) for path in list_files(split.path, f"data.{name}.path"))
-    checked = max(1, min(CHECKED_ROWS, MAX_CHECKED_ROWS // len(sources)))
-    for source in sources:
-        first = range(min(source.num_rows, checked))
-        for number, row in read_rows(source, first, FIELDS[config.data.format]):
-            check_row(row, config.data.format, f"{source.path}, row {number + 1}")
+    try:
+        sources = _checked_sources(split.path, f"data.{name}.path", config.data.format)
+    except ArtifactError as error:  # a store that does not answer
+        raise ConfigError(f"data.{name}.path: {error}") from error
     others = sum(getattr(config.data, other) is None for other in ("selection", "eval"))  # taken out of train
     rows = sum(source.num_rows for source in sources)
     if name == "train" and rows <= others:
@@ -240,6 +136,20 @@ def _check_split(config: RunConfig, name: str) -> tuple[SourceFile, ...]:
             " data.selection and data.eval."
         )
     return sources
+
+
+def _checked_sources(patterns: str | Sequence[str], key: str, form: str) -> tuple[SourceFile, ...]:
+    places = list_files(patterns, key)
+    stored = any(isinstance(place, str) for place in places)
+    sources = each(scan, places, stored)
+    checked = max(1, min(CHECKED_ROWS, MAX_CHECKED_ROWS // len(sources)))
+
+    def check(source: SourceFile) -> None:
+        for number, row in read_rows(source, range(min(source.num_rows, checked)), FIELDS[form]):
+            check_row(row, form, f"{source.name}, row {number + 1}")
+
+    each(check, sources, stored)
+    return tuple(sources)
 
 
 def _is_hub(split: SplitConfig) -> bool:

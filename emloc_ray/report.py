@@ -19,6 +19,7 @@ from emloc_ray.console import describe_choice, duration
 from emloc_ray.io.atomic import atomic_file
 from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.io.secret_values import without_secrets
+from emloc_ray.io.stored_files import shown
 
 _TEMPLATE = "report.html.j2"
 _STAGES = ("import", "data", "calibrate", "factorize", "heal", "finetune", "correct", "merge", "evaluate")
@@ -113,7 +114,7 @@ def describe_task(data: dict[str, Any]) -> str | None:
     if not paths:
         return None
     paths = [paths] if isinstance(paths, str) else paths
-    names = [path if path.startswith("hf:") else Path(path).name for path in paths]
+    names = [path if path.startswith("hf:") else Path(shown(path)).name for path in paths]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

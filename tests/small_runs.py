@@ -18,6 +18,8 @@ from emloc_ray.config_reading import parse_config
 from emloc_ray.io.fingerprint import fingerprint
 from emloc_ray.pipeline import Pipeline
 from emloc_ray.preparation import prepare
+from emloc_ray.steps import Steps
+from emloc_ray.turns import AtOnce
 
 TWO = {"num_workers": 2}
 NUM_ROWS = 120
@@ -159,14 +161,14 @@ def run_values(values: dict[str, Any], reporter: RecordingReporter | None = None
     return reporter
 
 
-class DryPipeline(Pipeline):
+class DrySteps(Steps):
     """Asks of every stage only whether it would be redone; needs no Ray."""
 
     redone: list[str]
 
-    def _step(self, name: str, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        key = self.inputs[name] = fingerprint(inputs)
-        if name in self.forced or not self.directory.is_done(name, key):
+    def run(self, name: str, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        self.inputs[name] = fingerprint(inputs)
+        if not self.is_done(name, inputs):
             self.redone.append(name)
         found: dict[str, Any] = self.directory.manifest()["stages"][name]["result"]
         return found
@@ -174,7 +176,8 @@ class DryPipeline(Pipeline):
 
 def redone(values: dict[str, Any], begin: str | None = None) -> list[str]:
     """The stages that a run of this config would do again."""
-    dry = DryPipeline(prepare(parse_config(values)), RecordingReporter(), begin)
-    dry.redone = []
+    dry = Pipeline(prepare(parse_config(values)), RecordingReporter(), begin)
+    steps = DrySteps(dry.prepared, dry.reporter, AtOnce(), None, sorted(dry.steps.forced))
+    steps.redone, steps.inputs, dry.steps = [], dry.inputs, steps
     dry.run()
-    return dry.redone
+    return steps.redone

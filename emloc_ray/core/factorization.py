@@ -160,7 +160,7 @@ def _by_subspace(weight: Tensor, whitening: Whitening, rank: int, seed: int) -> 
         matrix = whitening.outer(weight)
         top = _of_square(matrix, rank, seed)
         if top is not None:
-            top = top._replace(vectors=_polish(top.vectors))
+            top = top._replace(vectors=polish(top.vectors))
             return _of_vectors(weight, top, float(matrix.diagonal().sum(dtype=torch.float64))), True
     if whitening.cholesky(weight.dtype) is None:
         return None
@@ -181,7 +181,7 @@ def _by_subspace(weight: Tensor, whitening: Whitening, rank: int, seed: int) -> 
         up = whitened @ top.vectors if narrow else wide_product(whitened.T, top.vectors)
         scales = top.values.sqrt().to(up.dtype).clamp_min(torch.finfo(up.dtype).tiny)
         top = top._replace(vectors=up / scales)
-    top = top._replace(vectors=_polish(top.vectors).to(weight.dtype))
+    top = top._replace(vectors=polish(top.vectors).to(weight.dtype))
     trusted = sure or (
         weight.dtype == torch.float32
         and not is_lost(top.energy_left, total, weight.dtype)
@@ -251,7 +251,7 @@ def _by_eigendecomposition(weight: Tensor, whitening: Whitening, rank: int) -> t
     residual = float(values[rank:].sum())
     share = 0.0 if rank == len(matrix) or total <= 0.0 else _rounding_share(values, residual, rank, weight.dtype)
     if tall:
-        up = _polish(whitened @ up / values[:rank].sqrt().to(weight.dtype).clamp_min(torch.finfo(weight.dtype).tiny))
+        up = polish(whitened @ up / values[:rank].sqrt().to(weight.dtype).clamp_min(torch.finfo(weight.dtype).tiny))
     factors = LowRankFactors(up, up.T @ weight)
     trusted = share <= _SURE_ROUNDING_SHARE
     if not trusted and share <= _MAX_ROUNDING_SHARE:
@@ -274,7 +274,7 @@ def _rounding_share(values: Tensor, residual: float, rank: int, dtype: torch.dty
     return rank * unit_roundoff * float(values[0]) / residual if residual > 0.0 else math.inf
 
 
-def _polish(basis: Tensor) -> Tensor:
+def polish(basis: Tensor) -> Tensor:
     """Orthonormal to rounding: one pass of Cholesky where the columns nearly are already, else Householder's QR."""
     gram = basis.T @ basis
     if float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max()) < 0.1:

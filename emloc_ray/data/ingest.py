@@ -97,20 +97,31 @@ def stream_batches(tokens_dir: Path, order: SampleOrder, begin: int, end: int) -
     at once are ahead of any training, and what they read ahead is bounded: left to itself, Ray starts a process
     for each of hundreds of tasks that ask for nothing, and fills its object store with a long training's rows.
     """
+    num_tasks = -(-(end - begin) // _STEPS_PER_TASK)
+    if num_tasks <= 1:  # nothing to stream: starting Ray Data takes longer than reading it
+        yield from _batches(iter([read_micro_steps(tokens_dir, order, begin, end)]), order)
+        return
     context: Any = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     limits = ray.data.ExecutionResources.for_limits(object_store_memory=_READ_AHEAD_BYTES)
     context.execution_options.resource_limits = limits
     context.enable_progress_bars = False
     source = MicroStepSource(tokens_dir, order, begin, end)
-    num_tasks = -(-(end - begin) // _STEPS_PER_TASK)
     dataset: Any = ray.data.read_datasource(
         source,
         num_cpus=0,
         ray_remote_args={"max_retries": 3},
         concurrency=_READERS,
-        override_num_blocks=max(1, num_tasks),
+        override_num_blocks=num_tasks,
     )
-    for table in dataset.iter_batches(batch_size=order.batch_size, batch_format="pyarrow", prefetch_batches=2):
+    tables = dataset.iter_batches(batch_size=order.batch_size, batch_format="pyarrow", prefetch_batches=2)
+    yield from _batches(tables, order)
+
+
+def _batches(tables: Iterator[pa.Table], order: SampleOrder) -> Iterator[list[Tokens]]:
+    whole = (
+        table.slice(start, order.batch_size) for table in tables for start in range(0, len(table), order.batch_size)
+    )
+    for table in whole:
         columns = table["input_ids"].to_pylist(), table["completion_mask"].to_pylist()
         yield [Tokens(ids, mask) for ids, mask in zip(*columns, strict=True)]

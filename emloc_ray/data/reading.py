@@ -1,39 +1,55 @@
-"""The user's rows as files hold them: JSONL, Parquet, CSV, counted and read by row number, in streams."""
+"""The user's rows as files hold them: JSONL, Parquet, CSV, counted and read by row number, in streams.
+
+Files are local or on an object store; there they are read by ranges, never as a whole to be kept.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import glob as globbing
 import io
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from emloc_ray.errors import DataError
+from emloc_ray.io.fingerprint import fingerprint, fingerprint_large_files
 from emloc_ray.io.node_cache import ensure
+from emloc_ray.io.object_store import is_store_uri
+from emloc_ray.io.stored_files import StoredFile, find_stored, shown
 
 KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".csv": "csv"}
 Row = dict[str, Any]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _ROWS_PER_MARK = 1024
 _ROWS_PER_BATCH = 256
 _BUFFER_BYTES = 2**18
+# What one request asks of a store: more where a file is read through, less where it is entered for some rows.
+_STORED_SCAN_BYTES = 2**23
+_STORED_BUFFER_BYTES = 2**20
+_STORED_HEADER_BYTES = 2**16
+_CONNECTIONS = 8
 _MAX_CSV_FIELD = 2**31 - 1  # the csv module's own limit is 128 KiB
 _UNREADABLE = (OSError, pa.ArrowException, csv.Error, UnicodeDecodeError)
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file and how many rows it holds.
+    """A file, by its path or its URI on an object store, and how many rows it holds.
 
     ``marks`` are the byte offsets of every 1,024th row of a JSONL or CSV file, where reading can begin: 10⁷ rows have
     9,766. ``group_rows`` is the size of a Parquet file's largest row group: reading can begin at groups alone.
+    ``version`` tells a stored file's content from what it is later; of a local file it is empty.
     """
 
     path: str
@@ -41,55 +57,92 @@ class SourceFile:
     num_rows: int
     marks: tuple[int, ...] = ()
     group_rows: int = 1
+    version: str = ""
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether it is on an object store."""
+        return is_store_uri(self.path)
+
+    @property
+    def name(self) -> str:
+        """The file as errors name it: its path, or its URI without options."""
+        return shown(self.path)
 
 
-def list_files(patterns: str | Sequence[str], key: str) -> list[Path]:
-    """The files that a path, a directory or a glob names, sorted.
+def list_files(patterns: str | Sequence[str], key: str) -> list[Path | str]:
+    """The files that a path, a directory or a glob names, sorted: paths, and URIs of those on an object store.
 
     Raises:
         DataError: where there is none, or one is of no known kind; says the config ``key``.
+        ConfigError: where a URI holds credentials or cannot be opened; says the ``key`` too.
+        ArtifactError: where a store does not answer.
     """
-    found: list[Path] = []
+    found: list[Path | str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        path = Path(pattern.removeprefix("file://")).expanduser()
-        if path.is_dir():
-            matched = sorted(file for file in path.rglob("*") if file.suffix in KINDS and file.is_file())
-        elif path.is_file():
-            matched = [path]
-        else:
-            matched = sorted(Path(name) for name in globbing.glob(str(path), recursive=True) if Path(name).is_file())
+        matched: Sequence[Path | str] = find_stored(pattern, key, KINDS) if is_store_uri(pattern) else _local(pattern)
         if not matched:
             kinds = ", ".join(sorted(KINDS))
             raise DataError(f"{key}: {pattern} names no file: give a {kinds} file, a directory or a glob of them.")
         found += matched
-    for path in found:
-        if path.suffix not in KINDS:
+    for place in found:
+        if _suffix(place) not in KINDS:
             raise DataError(
-                f"{key}: {path} ends in {path.suffix or 'nothing'}: give one of {', '.join(sorted(KINDS))}."
+                f"{key}: {shown(str(place))} ends in {_suffix(place) or 'nothing'}: give one of {', '.join(sorted(KINDS))}."
             )
     return found
 
 
-def scan(path: Path) -> SourceFile:
-    """Counts a file's rows; raises DataError where it is unreadable or empty."""
-    kind = KINDS[path.suffix]
+def _local(pattern: str) -> list[Path]:
+    path = Path(pattern.removeprefix("file://")).expanduser()
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.suffix in KINDS and file.is_file())
+    if path.is_file():
+        return [path]
+    return sorted(Path(name) for name in globbing.glob(str(path), recursive=True) if Path(name).is_file())
+
+
+def _suffix(place: Path | str) -> str:
+    return PurePosixPath(shown(str(place))).suffix
+
+
+def each(function: Callable[[Item], Result], items: Sequence[Item], stored: bool) -> list[Result]:
+    """What ``function`` says of each item, in order; some at once where every item waits for a store."""
+    if not stored:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        return list(pool.map(function, items))
+
+
+def scan(path: Path | str) -> SourceFile:
+    """Counts a file's rows; raises DataError where it is unreadable or empty, ArtifactError where its store is silent."""
+    kind, place = KINDS[_suffix(path)], str(path)
     try:
-        if kind == "parquet":
-            metadata = pq.read_metadata(path)
-            groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
-            source = SourceFile(str(path), kind, metadata.num_rows, group_rows=max(groups, default=1))
-        else:
-            marks, count = [], 0
-            for offset in _csv_offsets(path) if kind == "csv" else _line_offsets(path):
-                if count % _ROWS_PER_MARK == 0:
-                    marks.append(offset)
-                count += 1
-            source = SourceFile(str(path), kind, count, tuple(marks))
+        with _open(place, _STORED_SCAN_BYTES) as stream:
+            version = stream.raw.version if isinstance(stream.raw, StoredFile) else ""
+            if kind == "parquet":
+                metadata = pq.read_metadata(stream)
+                groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+                source = SourceFile(place, kind, metadata.num_rows, (), max(groups, default=1), version)
+            else:
+                marks, count = [], 0
+                for offset in _csv_offsets(stream) if kind == "csv" else _line_offsets(stream):
+                    if count % _ROWS_PER_MARK == 0:
+                        marks.append(offset)
+                    count += 1
+                source = SourceFile(place, kind, count, tuple(marks), version=version)
     except _UNREADABLE as error:
-        raise DataError(f"{path} cannot be read as {kind} ({_detail(error)}): mend the file.") from error
+        raise DataError(f"{shown(str(path))} cannot be read as {kind} ({_detail(error)}): mend the file.") from error
     if source.num_rows == 0:
-        raise DataError(f"{path} is empty: give a file with rows.")
+        raise DataError(f"{source.name} is empty: give a file with rows.")
     return source
+
+
+def fingerprint_sources(sources: Sequence[SourceFile]) -> str:
+    """A hash of files as they were counted: of the local ones as of any large file, of the others by name and version."""
+    local = fingerprint_large_files(Path(source.path) for source in sources if not source.is_stored)
+    stored = [[PurePosixPath(source.name).name, source.version] for source in sources if source.is_stored]
+    return fingerprint([local, stored]) if stored else local
 
 
 def read_rows(
@@ -103,7 +156,8 @@ def read_rows(
     Raises:
         DataError: naming file and row.
     """
-    ensure(Path(source.path))
+    if not source.is_stored:
+        ensure(Path(source.path))
     return _read_groups(source, rows, fields) if source.kind == "parquet" else _read_records(source, rows)
 
 
@@ -112,8 +166,7 @@ def _read_groups(source: SourceFile, rows: Iterable[int], fields: Sequence[str] 
     row = next(wanted, None)
     start = stop = 0
     try:
-        # Buffered, a row group is read page by page; unbuffered, whole columns of it at once.
-        with pq.ParquetFile(source.path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
+        with _parquet(source.path) as file:
             columns = list(fields) if fields and set(fields) <= set(file.schema_arrow.names) else None
             for group in range(file.num_row_groups):
                 start, stop = stop, stop + file.metadata.row_group(group).num_rows
@@ -134,10 +187,10 @@ def _read_groups(source: SourceFile, rows: Iterable[int], fields: Sequence[str] 
     except _UNREADABLE as error:
         where = f"rows {start + 1} to {stop}"
         raise DataError(
-            f"{source.path}, {where}: not readable as parquet ({_detail(error)}): mend the file."
+            f"{source.name}, {where}: not readable as parquet ({_detail(error)}): mend the file."
         ) from error
     if row is not None:
-        raise DataError(f"{source.path} is shorter than when it was counted: run again.")
+        raise DataError(f"{source.name} is shorter than when it was counted: run again.")
 
 
 def _read_records(source: SourceFile, rows: Iterable[int]) -> Iterator[tuple[int, Row]]:
@@ -153,12 +206,12 @@ def _read_records(source: SourceFile, rows: Iterable[int]) -> Iterator[tuple[int
                 position = mark * _ROWS_PER_MARK
             record = next(itertools.islice(records, row - position, None), None)
             if record is None:
-                raise DataError(f"{source.path} is shorter than when it was counted: run again.")
-            yield row, record if source.kind == "csv" else _parse(record, source.path, row)
+                raise DataError(f"{source.name} is shorter than when it was counted: run again.")
+            yield row, record if source.kind == "csv" else _parse(record, source.name, row)
             position = row + 1
     except _UNREADABLE as error:
         raise DataError(
-            f"{source.path}, row {row + 1}: not readable as {source.kind} ({_detail(error)}): mend the file."
+            f"{source.name}, row {row + 1}: not readable as {source.kind} ({_detail(error)}): mend the file."
         ) from error
 
 
@@ -166,35 +219,50 @@ def _records(source: SourceFile, offset: int) -> Iterator[Any]:
     return _csv_rows(source.path, offset) if source.kind == "csv" else _lines(source.path, offset)
 
 
+def _open(path: str, stored_bytes: int) -> io.BufferedReader:
+    """A file's bytes, in a buffer of ``stored_bytes`` where they come from a store."""
+    return io.BufferedReader(StoredFile(path), stored_bytes) if is_store_uri(path) else open(path, "rb")
+
+
+@contextlib.contextmanager
+def _parquet(path: str) -> Iterator[pq.ParquetFile]:
+    """Buffered, a row group is read page by page; unbuffered, whole columns of it at once."""
+    if not is_store_uri(path):
+        with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
+            yield file
+        return
+    with StoredFile(path) as stored, pq.ParquetFile(stored, buffer_size=_STORED_BUFFER_BYTES, pre_buffer=False) as file:
+        yield file
+
+
 def _lines(path: str, offset: int) -> Iterator[bytes]:
-    with open(path, "rb") as stream:
+    with _open(path, _STORED_BUFFER_BYTES) as stream:
         stream.seek(offset)
         for line in stream:
             if line.strip():
                 yield line
 
 
-def _line_offsets(path: Path) -> Iterator[int]:
+def _line_offsets(stream: Iterable[bytes]) -> Iterator[int]:
     """Where each line begins that is not blank."""
     offset = 0
-    with path.open("rb") as stream:
-        for line in stream:
-            if line.strip():
-                yield offset
-            offset += len(line)
+    for line in stream:
+        if line.strip():
+            yield offset
+        offset += len(line)
 
 
 def _csv_rows(path: str, offset: int) -> Iterator[Row]:
     """The rows from a byte offset on; all values are text, as a CSV file has them: an answer of 007 is no number."""
-    with open(path, encoding="utf-8-sig", newline="") as text:
-        names = next(_csv_records(text), [])
-    with open(path, "rb") as stream:
+    with _open(path, _STORED_HEADER_BYTES) as stream:
+        names = next(_csv_records(io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")), [])
+    with _open(path, _STORED_BUFFER_BYTES) as stream:
         stream.seek(offset)
         for record in _csv_records(io.TextIOWrapper(stream, encoding="utf-8", newline="")):
             yield dict(zip(names, record, strict=True))
 
 
-def _csv_offsets(path: Path) -> Iterator[int]:
+def _csv_offsets(stream: io.BufferedReader) -> Iterator[int]:
     """Where each row begins, in bytes: a quoted value may hold newlines, so the reader says where a row is over."""
     consumed = 0
 
@@ -205,18 +273,17 @@ def _csv_offsets(path: Path) -> Iterator[int]:
             consumed += len(line) if line.isascii() else len(line.encode())
             yield bare
 
-    with path.open(encoding="utf-8", newline="") as text:
-        records = _csv_records(counted(text))
-        names = next(records, [])
-        repeated = next((name for place, name in enumerate(names) if name in names[:place]), None)
-        if repeated is not None:
-            raise csv.Error(f"its header names {repeated!r} twice")
+    records = _csv_records(counted(io.TextIOWrapper(stream, encoding="utf-8", newline="")))
+    names = next(records, [])
+    repeated = next((name for place, name in enumerate(names) if name in names[:place]), None)
+    if repeated is not None:
+        raise csv.Error(f"its header names {repeated!r} twice")
+    begin = consumed
+    for number, record in enumerate(records):
+        if len(record) != len(names):
+            raise csv.Error(f"row {number + 1} has {len(record)} values, the header {len(names)}")
+        yield begin
         begin = consumed
-        for number, record in enumerate(records):
-            if len(record) != len(names):
-                raise csv.Error(f"row {number + 1} has {len(record)} values, the header {len(names)}")
-            yield begin
-            begin = consumed
 
 
 def _csv_records(text: Iterable[str]) -> Iterator[list[str]]:

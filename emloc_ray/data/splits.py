@@ -101,7 +101,7 @@ class RowSelection:
                 chunks = self.chunks(max(begin, start), min(end, stop))
                 numbers = (number for rows in chunks for number in (rows - start).tolist())
                 for number, row in read_rows(source, numbers, fields):
-                    yield f"{source.path}, row {number + 1}", row
+                    yield f"{source.name}, row {number + 1}", row
             start = stop
 
 

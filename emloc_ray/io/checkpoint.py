@@ -118,6 +118,22 @@ def _entry(file: Path, name: str, item: dict[str, Any], base: int) -> TensorEntr
     return TensorEntry(name, file, dtype, shape, base + start, base + stop)
 
 
+def read_index(directory: Path) -> dict[str, str]:
+    """The file of every tensor, by the checkpoint's index; empty where it has none.
+
+    Raises:
+        ArtifactError: where the index is there, but holds no such map.
+    """
+    index = directory / INDEX_NAME
+    ensure(index)
+    if not index.is_file():
+        return {}
+    try:
+        return {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ArtifactError(f"{index} holds no readable weight_map: copy the checkpoint again.") from error
+
+
 class Checkpoint:
     """The safetensors shards of a local model directory, opened by their headers alone.
 
@@ -131,14 +147,9 @@ class Checkpoint:
         self.entries = {entry.name: entry for shard in self.shards for entry in shard.entries}
 
     def _files(self) -> list[Path]:
-        index = self.directory / INDEX_NAME
-        ensure(index)
-        if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-                return [self.directory / name for name in names]
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise ArtifactError(f"{index} holds no readable weight_map: copy the checkpoint again.") from error
+        weight_map = read_index(self.directory)
+        if weight_map:
+            return [self.directory / name for name in sorted(set(weight_map.values()))]
         if exists(self.directory / SINGLE_NAME):
             return [self.directory / SINGLE_NAME]
         raise ArtifactError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,15 +27,23 @@ def fingerprint_files(files: Iterable[Path]) -> str:
 def fingerprint_large_files(files: Iterable[Path]) -> str:
     """A hash of files that may be large: contents of the small ones; names, sizes and times of the others.
 
-    Reading 140 GB of weights only to find that nothing changed would cost minutes at every start.
+    Reading 140 GB of weights only to find that nothing changed would cost minutes at every start. What the hub's cache
+    names by its content goes by that name: another machine's download of it is the same.
     """
     parts: list[Any] = []
     for file in files:
         if file.is_file() and not file.name.startswith("."):
             status = file.stat()
             small = status.st_size < 2**26
-            parts.append([file.name, fingerprint_files([file]) if small else [status.st_size, status.st_mtime_ns]])
+            large = _hub_digest(file) or [status.st_size, status.st_mtime_ns]
+            parts.append([file.name, fingerprint_files([file]) if small else large])
     return fingerprint(parts)
+
+
+def _hub_digest(file: Path) -> str | None:
+    """The SHA-256 by which the hub's cache names a large file (huggingface.co/docs/huggingface_hub/guides/manage-cache)."""
+    name = file.resolve().name if file.is_symlink() else ""
+    return name if re.fullmatch("[0-9a-f]{64}", name) else None
 
 
 def _digest(stream: BinaryIO) -> bytes:

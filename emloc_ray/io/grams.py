@@ -68,6 +68,12 @@ class GramStore:
         """The symmetric Gram ``(in, in)`` of the inputs of ``linear``, float32."""
         return self.stored(linear).read()
 
+    def is_whole(self) -> bool:
+        """Whether no Gram was dropped since."""
+        files = {self.directory / file for file in self.index["weight_map"].values()}
+        held = {entry.name for file in files for entry in read_shard(file).entries}
+        return held >= set(self.index["weight_map"])
+
     def stored(self, linear: str) -> StoredGram:
         """Where the Gram of the inputs of ``linear`` is."""
         name = self._gram_of[linear]
@@ -136,11 +142,15 @@ def write_slot(path: Path, grams: dict[str, Gram], last_shard: int) -> None:
 def read_slot(path: Path, names: Sequence[str] | None = None) -> tuple[dict[str, Gram], int]:
     """A slot's committed sums (all, or of the Grams named) and its last shard."""
     shard = read_shard(path)
-    metadata = json.loads(shard.header)["__metadata__"]
-    counts = json.loads(metadata["num_tokens"])
+    counts = json.loads(json.loads(shard.header)["__metadata__"]["num_tokens"])
     wanted = set(counts if names is None else names)
     grams = {e.name: Gram(e.read_rows(), counts[e.name]) for e in shard.entries if e.name in wanted}
-    return grams, int(metadata["last_shard"])
+    return grams, last_shard(path)
+
+
+def last_shard(path: Path) -> int:
+    """The last shard that a slot's committed sums hold."""
+    return int(json.loads(read_shard(path).header)["__metadata__"]["last_shard"])
 
 
 def reduce_slots(slots: Sequence[Path], names: Sequence[str]) -> dict[str, Gram]:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 import pyarrow.fs
 
@@ -19,6 +19,8 @@ _ATTEMPTS = 6
 _FIRST_PAUSE_S = 0.5
 # Of a URI's query, as pyarrow reads them: https://arrow.apache.org/docs/python/filesystems.html#connecting-to-s3
 _S3_OPTIONS = {"region", "scheme", "endpoint_override", "anonymous", "force_virtual_addressing"}
+# What the names of options that carry a secret hold, in pyarrow's URIs of any store.
+_SECRET_OPTIONS = ("key", "secret", "token", "password", "sig")
 Result = TypeVar("Result")
 
 
@@ -27,52 +29,59 @@ def is_store_uri(place: str) -> bool:
     return "://" in place and not place.startswith("file://")
 
 
+def open_filesystem(uri: str, key: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    """The file system that a URI names and the path in it, without the slashes around it.
+
+    Raises:
+        ConfigError: naming the config's ``key``, where the URI holds credentials or pyarrow cannot open it.
+    """
+    try:
+        parts = urlsplit(uri)
+        options = dict(parse_qsl(parts.query))
+        secret = any(word in option.lower() for option in options for word in _SECRET_OPTIONS)
+        if not (parts.username or parts.password or secret):
+            return _s3(parts, options) if parts.scheme == "s3" else _any(uri)
+    except (OSError, ValueError, TypeError, NotImplementedError) as error:
+        detail = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{key} {uri} is no place that pyarrow can open ({detail}): name another.") from error
+    raise ConfigError(f"{key} holds credentials: leave them out, and give them to the nodes as their environment.")
+
+
+def _any(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
+    filesystem, base = pyarrow.fs.FileSystem.from_uri(uri)
+    return filesystem, base.strip("/")
+
+
+def _s3(parts: SplitResult, options: dict[str, str]) -> tuple[pyarrow.fs.FileSystem, str]:
+    unknown = options.keys() - _S3_OPTIONS
+    if unknown:
+        raise ValueError(f"unknown option {min(unknown)}; there are {', '.join(sorted(_S3_OPTIONS))}")
+    flags = {key: value == "true" for key, value in options.items() if key in ("anonymous", "force_virtual_addressing")}
+    filesystem = pyarrow.fs.S3FileSystem(
+        **{**options, **flags},
+        retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=5),
+        connect_timeout=10,
+        request_timeout=60,
+    )
+    return filesystem, f"{parts.netloc}/{parts.path.strip('/')}".strip("/")
+
+
 class ObjectStore:
     """What lies under one URI that pyarrow.fs opens; a path's versions are the objects ``PATH/SHA256``.
 
     Every call is tried a few times, with growing pauses: stores answer 503 when they are busy, and connections break.
 
     Raises:
-        ConfigError: where pyarrow cannot open the URI.
+        ConfigError: naming the config's ``key``, where the URI holds credentials or pyarrow cannot open it.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, key: str = "run_dir") -> None:
         self.uri = uri.rstrip("/")
+        self.filesystem, self.base = open_filesystem(self.uri, key)
         parts = urlsplit(self.uri)
-        if parts.username or parts.password:
-            raise ConfigError(
-                "run_dir holds credentials: leave them out, and give them to the nodes as their environment."
-            )
         self.options = dict(parse_qsl(parts.query))
         self.scheme = parts.scheme
         self.bucket, self.prefix = parts.netloc, parts.path.strip("/")
-        try:
-            self.filesystem, self.base = self._open(parts)
-        except (OSError, ValueError, TypeError) as error:
-            detail = " ".join(str(error).split())[:200]
-            raise ConfigError(
-                f"run_dir {self.uri} is no place that pyarrow can open ({detail}): name another."
-            ) from error
-
-    def _open(self, parts: Any) -> tuple[pyarrow.fs.FileSystem, str]:
-        if parts.scheme != "s3":
-            filesystem, base = pyarrow.fs.FileSystem.from_uri(self.uri)
-            return filesystem, base.strip("/")
-        unknown = self.options.keys() - _S3_OPTIONS
-        if unknown:
-            raise ValueError(f"unknown option {min(unknown)}; there are {', '.join(sorted(_S3_OPTIONS))}")
-        flags = {
-            key: value == "true"
-            for key, value in self.options.items()
-            if key in ("anonymous", "force_virtual_addressing")
-        }
-        filesystem = pyarrow.fs.S3FileSystem(
-            **{**self.options, **flags},
-            retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=5),
-            connect_timeout=10,
-            request_timeout=60,
-        )
-        return filesystem, f"{self.bucket}/{self.prefix}".strip("/")
 
     def key(self, path: str) -> str:
         """The full key of a path inside the run."""
@@ -83,16 +92,21 @@ class ObjectStore:
 
         A file has one, but for the moment in which it is replaced: then the newer counts.
         """
-        selector = pyarrow.fs.FileSelector(self.key(path), recursive=True, allow_not_found=True)
         found: dict[str, pyarrow.fs.FileInfo] = {}
         start = len(self.key(path))
-        for info in self._trying(lambda: self.filesystem.get_file_info(selector), "list", path):
-            if info.type != pyarrow.fs.FileType.File or len(info.base_name) != 64:
+        for info in self.below(path):
+            if len(info.base_name) != 64:
                 continue
             name = info.path[start:].rpartition("/")[0].strip("/")
             if name not in found or info.mtime_ns >= found[name].mtime_ns:
                 found[name] = info
         return found
+
+    def below(self, path: str = "") -> list[pyarrow.fs.FileInfo]:
+        """All objects below a path, whatever their names."""
+        selector = pyarrow.fs.FileSelector(self.key(path), recursive=True, allow_not_found=True)
+        found = self._trying(lambda: self.filesystem.get_file_info(selector), "list", path)
+        return [info for info in found if info.type == pyarrow.fs.FileType.File]
 
     def names(self) -> list[str]:
         """What lies directly under the URI."""
@@ -169,6 +183,33 @@ class ObjectStore:
             return self._trying(get, "read", path)
         except FileNotFoundError:
             return None
+
+    def status(self, path: str) -> pyarrow.fs.FileInfo:
+        """What lies under a path's own name: a file, a directory or nothing."""
+        return self._trying(lambda: self.filesystem.get_file_info(self.key(path)), "list", path)
+
+    def files(self, path: str, recursive: bool = True) -> list[str]:
+        """The paths of the files in a directory and, where ``recursive``, in all below it: whatever their names."""
+        selector = pyarrow.fs.FileSelector(self.key(path), recursive=recursive, allow_not_found=True)
+        found = self._trying(lambda: self.filesystem.get_file_info(selector), "list", path)
+        start = f"{self.base}/" if self.base else ""
+        return [info.path.strip("/").removeprefix(start) for info in found if info.type == pyarrow.fs.FileType.File]
+
+    def open_named(self, path: str) -> Any:
+        """The object under a path's own name, to read by :meth:`read_range`."""
+        return self._trying(lambda: self.filesystem.open_input_file(self.key(path)), "read", path)
+
+    def read_range(self, file: Any, path: str, offset: int, count: int) -> bytes:
+        """The ``count`` bytes from ``offset`` on of what :meth:`open_named` gave, fewer at its end alone."""
+
+        def get() -> bytes:
+            content: bytes = file.read_at(count, offset)
+            expected = max(0, min(count, file.size() - offset))
+            if len(content) != expected:
+                raise OSError(f"{len(content)} of {expected} bytes arrived")
+            return content
+
+        return self._trying(get, "read", path)
 
     def remove(self, path: str) -> None:
         """Removes a file or a directory with all that is in it."""

@@ -14,10 +14,15 @@ _MARK = ".inputs"
 
 def discard_unless(directory: Path, inputs: Any) -> None:
     """Keeps what is in ``directory`` where it was begun with the same ``inputs``; else empties it, and notes them there."""
-    mark = directory / _MARK
-    ensure(mark)
-    if not mark.is_file() or mark.read_text() != fingerprint(inputs):
+    if not begun_with(directory, inputs):
         discard(directory)
         directory.mkdir(parents=True)
-        with atomic_file(mark) as file:
+        with atomic_file(directory / _MARK) as file:
             file.write(fingerprint(inputs).encode())
+
+
+def begun_with(directory: Path, inputs: Any) -> bool:
+    """Whether what is in ``directory`` was begun with these inputs."""
+    mark = directory / _MARK
+    ensure(mark)
+    return mark.is_file() and mark.read_text() == fingerprint(inputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from emloc_ray.errors import ArtifactError, ConfigError
-from emloc_ray.io.atomic import atomic_directory, copy_file
+from emloc_ray.io.atomic import atomic_directory, atomic_file, copy_file
 from emloc_ray.io.checkpoint import Checkpoint
-from emloc_ray.io.node_cache import ensure
+from emloc_ray.io.node_cache import ensure, sizes
 from emloc_ray.modeling.architecture import auto_class, block_linears
 
 TOKENIZER_FILES = (
@@ -33,6 +33,8 @@ TOKENIZER_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
 )
+
+_COPY_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,26 @@ def import_gguf(source: ModelSource, directory: Path, dtype: str = "auto", max_s
     with atomic_directory(directory) as temporary:
         model.save_pretrained(temporary, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(temporary)
+
+
+def copy_checkpoint(source: Path, target: Path, progress: Callable[[int, int], None]) -> None:
+    """Copies a checkpoint's weights, configs and tokenizer, file by file; those that are whole in ``target`` stay.
+
+    ``progress`` hears of the bytes.
+    """
+    patterns = ("*.safetensors", *_SMALL_FILES)
+    files = sorted({file for pattern in patterns for file in source.glob(pattern) if file.is_file()})
+    there = {file.name: size for file, size in sizes(target).items()}
+    total, done = sum(file.stat().st_size for file in files), 0
+    for file in files:
+        size = file.stat().st_size
+        if there.get(file.name) != size:
+            with file.open("rb") as stream, atomic_file(target / file.name) as copy:
+                while chunk := stream.read(_COPY_BYTES):
+                    copy.write(chunk)
+                    progress(done + copy.tell(), total)
+        done += size
+        progress(done, total)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

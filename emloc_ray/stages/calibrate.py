@@ -10,7 +10,15 @@ from typing import Any
 
 import ray
 
-from emloc_ray.io.grams import INDEX, GramStore, gram_counts, reduce_slots, write_gram_index, write_gram_shard
+from emloc_ray.io.grams import (
+    INDEX,
+    GramStore,
+    gram_counts,
+    last_shard,
+    reduce_slots,
+    write_gram_index,
+    write_gram_shard,
+)
 from emloc_ray.io.node_cache import discard, exists, local_only, sizes
 from emloc_ray.modeling.architecture import load_config
 from emloc_ray.modeling.replay import block_flow
@@ -98,7 +106,9 @@ def _reside(
         def told(done: int, total: int, number: int = number) -> None:
             progress(number * total + done, len(waves) * total)
 
-        run_slots(start, work, "token shard", losses, told)
+        # An actor that did not answer, and was replaced, may still have committed after its successor did.
+        while any(not exists(slots[s]) or last_shard(slots[s]) != work[s][-1] for s in range(num_slots)):
+            run_slots(start, work, "token shard", losses, told)
         names = [group[0] for group in groups]
         found = _reduce(slots, names, out_dir, f"grams-{number + 1:05d}" if len(waves) > 1 else "grams", losses)
         counts.update(found[0])

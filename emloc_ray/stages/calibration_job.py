@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from emloc_ray.io.atomic import write_json
+from emloc_ray.io.node_cache import ensure
+from emloc_ray.io.resume import discard_unless
 from emloc_ray.modeling.loss import label_mask
 
 Groups = tuple[tuple[str, ...], ...]
+_WAY = ".way.json"
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,33 @@ class CalibrationJob:
     def shards_of(self, slot: int, num_slots: int) -> range:
         """The token shards of a slot: every ``num_slots``-th from its own number on."""
         return range(self.shards[0] + slot, self.shards[1], num_slots)
+
+
+def go_on(job: CalibrationJob, out_dir: Path, inputs: Any, num_slots: int, auto: bool) -> CalibrationJob:
+    """The job as a killed try of the same ``inputs`` began it, in its mode and waves, so that what that gathered counts;
+    as it is, over an empty ``out_dir``, where there was none, or where that would hold more than the job may now.
+
+    What ``auto`` chose, by the memory that was free, may be chosen differently now; slots of a streamed run left hidden
+    states of their own shards alone.
+    """
+    discard_unless(out_dir, inputs)
+    way = out_dir / _WAY
+    ensure(way)
+    begun: dict[str, Any] = json.loads(way.read_text()) if way.is_file() else {}
+    if begun and _may_go_on(begun, job, num_slots, auto):
+        waves = begun["waves"] and tuple(tuple(tuple(group) for group in wave) for wave in begun["waves"])
+        return dataclasses.replace(job, mode=begun["mode"], waves=waves)
+    if begun:
+        discard_unless(out_dir, None)
+        discard_unless(out_dir, inputs)
+    write_json(way, {"mode": job.mode, "waves": job.waves, "slots": num_slots})
+    return job
+
+
+def _may_go_on(begun: dict[str, Any], job: CalibrationJob, num_slots: int, auto: bool) -> bool:
+    if begun["mode"] == "streamed":
+        return begun["slots"] == num_slots and (auto or job.mode == "streamed")
+    return job.mode == "resident" and len(begun["waves"] or ()) >= len(job.waves or ())
 
 
 def counted_tokens(batch: dict[str, Tensor], tokens: str) -> Tensor:

@@ -88,8 +88,8 @@ def quiet_ray_data() -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    for name in ("ray.data", "ray.train"):  # what they would log of an error they also raise
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     # Its tasks' retries can be bounded in no other way.
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
 
@@ -159,6 +159,11 @@ class Flight:
             time.sleep(timeout)
         return self.left > 0
 
+    def cancel(self) -> None:
+        """Ends what is in flight, for nobody waits for it any more; what it has written whole stays."""
+        for reference in self._flying:
+            ray.cancel(reference)
+
     def _wake(self) -> None:
         awake = [piece for piece in self._resting if piece.begin <= time.monotonic()]
         self._resting = [piece for piece in self._resting if piece not in awake]
@@ -181,9 +186,29 @@ def bounded(
     for name, submit in tasks:
         flight.add(name, submit)
     total = flight.left
-    left = flight.pump(None)
-    while left:
+    try:
+        while flight.pump(None):
+            progress(len(flight.results), total)
         progress(len(flight.results), total)
-        left = flight.pump(None)
-    progress(len(flight.results), total)
+    except BaseException:
+        flight.cancel()
+        raise
     return [flight.results[number] for number in sorted(flight.results)]
+
+
+def shortage(stage: str, asked: Resources, together: bool) -> str | None:
+    """What no node, or not the whole cluster, has now of what a stage asks for, as a sentence; None where it has it.
+
+    A cluster may grow; one that does not would let the stage wait without a word.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for kind, wanted in (("CPU", asked.cpus_per_worker), ("GPU", asked.gpus_per_worker)):
+        largest, whole = max(n.get(kind, 0.0) for n in nodes), sum(n.get(kind, 0.0) for n in nodes)
+        if wanted > largest:
+            return f"{stage} asks for {wanted:g} {kind}s a worker, the largest node has {largest:g}: it waits for one that fits."
+        if together and wanted * asked.num_workers > whole:
+            return (
+                f"{stage} asks for {wanted * asked.num_workers:g} {kind}s at once, the cluster has {whole:g}: it waits until"
+                " more nodes have joined."
+            )
+    return None

@@ -1,9 +1,10 @@
-"""Correct: an actor takes the emulator's difference back out of the adapter, module by module, and chooses how."""
+"""Correct: a task takes the emulator's difference back out of the adapter, module by module, and chooses how."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+import functools
+import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -24,14 +25,18 @@ from emloc_ray.core.correction import (
     shortfall,
 )
 from emloc_ray.data.token_shards import TokenShards
+from emloc_ray.io.atomic import write_json
 from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.io.grams import GramStore
+from emloc_ray.io.node_cache import discard, ensure
 from emloc_ray.modeling.adapter import Adapter, LoraModule, load_adapter, write_adapter
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.scoring import score_rows
-from emloc_ray.stages.cluster import Progress, Resources, set_threads, silent
+from emloc_ray.stages.cluster import Flight, Progress, Resources, set_threads, silent
 from emloc_ray.stages.failures import Losses, Tell, unheard
+
+_LOOK_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,11 @@ class CorrectionJob:
     loss_on: str = "completion"
     pad_token_id: int = 0
     model_options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def progress_path(self) -> Path:
+        """Where the worker says how far it is."""
+        return self.out_dir.parent / ".correct.json"
 
 
 class _Module:
@@ -188,49 +198,35 @@ def _num_selection_tokens(job: CorrectionJob) -> int:
     return int(TokenShards(job.selection_dir).index["tokens"])
 
 
-class Corrector:
-    """The actor around :func:`correct_adapter`, which can be asked how far it is."""
+def _correct_task(job: CorrectionJob, threads: int) -> dict[str, Any]:
+    """In a process that may have corrected before: an actor's is made for it, which takes longer than a small adapter does."""
+    set_threads(threads)
+    state = (0, 0)
 
-    def __init__(self, threads: int) -> None:
-        set_threads(threads)
-        self.state = (0, 1)
+    def note(done: int, total: int) -> None:
+        nonlocal state
+        if done == total or 100 * (done - state[0]) >= total:
+            state = (done, total)
+            write_json(job.progress_path, state)
 
-    def __repr__(self) -> str:
-        return "correct: adapter"
-
-    def run(self, job: CorrectionJob) -> dict[str, Any]:
-        """Corrects; see :func:`correct_adapter`."""
-        return correct_adapter(job, self._note)
-
-    def _note(self, done: int, total: int) -> None:
-        self.state = (done, total)
-
-    def progress(self) -> tuple[int, int]:
-        """Steps done, of how many."""
-        return self.state
+    return correct_adapter(job, note)
 
 
 def correct(
     job: CorrectionJob, resources: Resources, progress: Progress = silent, tell: Tell = unheard
 ) -> dict[str, Any]:
-    """Runs the correction in one actor, in another where that is lost; see :func:`correct_adapter`."""
-    actor: Any = ray.remote(Corrector).options(max_concurrency=2, **resources.options())
-    losses = Losses("correct", tell)
-    while True:
-        handle = actor.remote(resources.threads)
-        try:
-            result: dict[str, Any] = watch(handle.run.remote(job), handle.progress.remote, progress)
-            return {"num_workers": 1, **result}
-        except ray.exceptions.RayError as error:
-            time.sleep(losses.count("the adapter", error))
-        finally:
-            ray.kill(handle)
-
-
-def watch(reference: Any, ask: Callable[[], Any], progress: Progress) -> Any:
-    """Waits for a long actor call, passing on its own progress meanwhile."""
-    while not ray.wait([reference], timeout=0.5)[0]:
-        ready, _ = ray.wait([state := ask()], timeout=5)
-        if ready:
-            progress(*ray.get(state))
-    return ray.get(reference)
+    """Runs the correction in one task, in another where its worker is lost; see :func:`correct_adapter`."""
+    discard(job.progress_path)
+    task: Any = ray.remote(_correct_task).options(name="correct: the adapter", **resources.task_options())
+    flight = Flight(1, Losses("correct", tell))
+    number = flight.add("the adapter", functools.partial(task.remote, job, resources.threads))
+    try:
+        while flight.pump(_LOOK_S):
+            ensure(job.progress_path)
+            progress(*(json.loads(job.progress_path.read_text()) if job.progress_path.is_file() else (0, 1)))
+    except BaseException:
+        flight.cancel()
+        raise
+    finally:
+        discard(job.progress_path)
+    return {"num_workers": 1, **flight.results[number]}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from emloc_ray.config import RunConfig
-from emloc_ray.data.reading import SourceFile, scan
+from emloc_ray.data.reading import SourceFile, fingerprint_sources, scan
 from emloc_ray.data.splits import CALIBRATION_SEED, SPLITS, RowSelection, assign_splits
 from emloc_ray.data.token_budget import rows_within
 from emloc_ray.data.tokenizing import TokenizeOptions, first_unwritten, row_lengths, tokenize_splits
@@ -30,10 +30,7 @@ def split_inputs(prepared: Prepared) -> dict[str, Any]:
     config = prepared.config
     return {
         "data": config.data.model_dump(mode="json"),
-        "files": {
-            name: fingerprint_large_files(Path(source.path) for source in sources)
-            for name, sources in prepared.files.items()
-        },
+        "files": {name: fingerprint_sources(sources) for name, sources in prepared.files.items()},
         "counts": [
             config.calibration.num_calibration_samples,
             config.calibration.num_calibration_tokens,
@@ -62,9 +59,8 @@ def tokenize_data(
     """
     config = prepared.config
     found = _sources(prepared, out_dir)
-    made = [
-        Path(source.path) for sources in found.values() for source in sources if out_dir in Path(source.path).parents
-    ]
+    local = [Path(source.path) for sources in found.values() for source in sources if not source.is_stored]
+    made = [path for path in local if out_dir in path.parents]
     discard_unless(out_dir / "tokens", time.time() if inputs is None else [inputs, fingerprint_large_files(made)])
     options = TokenizeOptions(
         str(tokenizer),

@@ -14,9 +14,11 @@ import numpy as np
 import ray
 import torch
 
+from emloc_ray.core.factorization import Factorization, LowRankFactors
 from emloc_ray.core.factorization import factorize as factorize_layer
+from emloc_ray.core.nested import extended, truncated
 from emloc_ray.core.whitening import Whitening
-from emloc_ray.io.checkpoint import Checkpoint, TensorEntry, read_shard, write_index
+from emloc_ray.io.checkpoint import Checkpoint, TensorEntry, read_index, read_shard, write_index
 from emloc_ray.io.grams import GramStore, StoredGram, drop_grams
 from emloc_ray.io.node_cache import sizes
 from emloc_ray.io.shard_writing import copy_chunks, make_header, stream_shard, write_tensors
@@ -35,7 +37,8 @@ _CONNECTIONS = 8
 class FactorizationJob:
     """Artifact paths and flat settings of the stage.
 
-    ``groups`` are the linears that share an input; those without a rank in ``ranks`` stay dense.
+    ``groups`` are the linears that share an input; those without a rank in ``ranks`` stay dense. ``basis_dir`` is an
+    emulator of the same weights and Grams, of any ranks: its factors are cut, or added to.
     """
 
     model_dir: Path
@@ -44,6 +47,7 @@ class FactorizationJob:
     ranks: dict[str, int]
     dampening_frac: float = 1e-6
     seed: int = 0
+    basis_dir: Path | None = None
 
 
 def _cost(group: Sequence[LinearSpec]) -> float:
@@ -73,6 +77,30 @@ def read_reports(factors: Path) -> list[LayerReport]:
     return [LayerReport(**layer) for layer in json.loads(metadata[_LAYERS])]
 
 
+class Basis:
+    """The factorizations that another emulator holds of the same layers; none where there is no such emulator."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self._files = {} if directory is None else {n: directory / f for n, f in read_index(directory).items()}
+
+    def layer(self, name: str) -> Factorization | None:
+        """A layer's, as stored; None where the emulator keeps it dense."""
+        file = self._files.get(f"{name}.up.weight")
+        if file is None:
+            return None
+        entries = {entry.name: entry for entry in (*read_shard(file).entries, *read_shard(spectra_file(file)).entries)}
+        report = next(layer for layer in read_reports(file) if layer.name == name)
+        up, down = (entries[f"{name}.{part}.weight"].read_rows() for part in ("up", "down"))
+        return Factorization(
+            LowRankFactors(up, down),
+            entries[name].read_rows().to(torch.float64),
+            report.total_energy,
+            report.relative_error,
+            report.solver,
+            torch.float32,
+        )
+
+
 def factorize_group(job: FactorizationJob, specs: Sequence[LinearSpec], gram: StoredGram, path: Path) -> None:
     """Factorizes the linears of one group under their shared Gram; writes their spectra, then their factors as one shard.
 
@@ -80,21 +108,30 @@ def factorize_group(job: FactorizationJob, specs: Sequence[LinearSpec], gram: St
         NumericsError: where a weight or the Gram holds NaN or Inf, naming the layer.
     """
     checkpoint = Checkpoint(job.model_dir)
-    whitening = Whitening(gram.read(), job.dampening_frac)
+    basis = Basis(job.basis_dir)
+    whitening = functools.cache(lambda: Whitening(gram.read(), job.dampening_frac))
     num_tokens = gram.num_tokens
     tensors: dict[str, torch.Tensor] = {}
     spectra: dict[str, torch.Tensor] = {}
     reports = []
     for spec in specs:
-        stored = checkpoint.read(spec.weight_name)
-        weight = stored.T if spec.transposed else stored
-        result = factorize_layer(weight, whitening, job.ranks[spec.name], seed=job.seed, name=spec.name)
+        rank, stored = job.ranks[spec.name], checkpoint.entry(spec.weight_name)
+        known = basis.layer(spec.name)
+        if known is not None and known.factors.up.shape[1] >= rank:
+            result = truncated(known, rank)
+        else:
+            rows = stored.read_rows()
+            weight = rows.T if spec.transposed else rows
+            if known is None:
+                result = factorize_layer(weight, whitening(), rank, seed=job.seed, name=spec.name)
+            else:
+                result = extended(weight, whitening(), known, rank, seed=job.seed, name=spec.name)
         tensors[f"{spec.name}.up.weight"] = result.factors.up.to(stored.dtype)
         tensors[f"{spec.name}.down.weight"] = result.factors.down.to(stored.dtype)
         if f"{spec.name}.bias" in checkpoint:
             tensors[f"{spec.name}.up.bias"] = checkpoint.read(f"{spec.name}.bias")
         spectra[spec.name] = result.eigenvalues.float()
-        rank, error, energy = job.ranks[spec.name], result.relative_error, result.total_energy
+        error, energy = result.relative_error, result.total_energy
         reports.append(LayerReport(spec.name, rank, error, result.solver, energy, num_tokens))
     write_tensors(spectra_file(path), spectra, {_LAYERS: json.dumps([asdict(report) for report in reports])})
     write_tensors(path, tensors)  # last: with it, the group is done
@@ -184,11 +221,15 @@ class EmulatorBuild:
             if file not in self._done:
                 task = copy.options(name=f"factorize: {file.name}", **Resources().task_options())
                 self._flight.add(f"shard {file.name}", functools.partial(task.remote, entries, file))
-        while self.pump(None):
-            progress(len(self.files) - self._flight.left, len(self.files))
-        if self._error is not None:
-            raise self._error
-        progress(len(self.files), len(self.files))
+        try:
+            while self.pump(None):
+                progress(len(self.files) - self._flight.left, len(self.files))
+            if self._error is not None:
+                raise self._error
+            progress(len(self.files), len(self.files))
+        except BaseException:
+            self._flight.cancel()
+            raise
         _write_index(self.job.out_dir, self.files)
         write_emulator_config(self.job.out_dir, base_config, self.job.ranks)
         copy_tokenizer(self.job.model_dir, self.job.out_dir)

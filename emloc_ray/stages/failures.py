@@ -33,6 +33,8 @@ _HELD = ("cause", "_base_exc", "controller_failure", "health_check_failure")
 _KERNEL_COUNTS = tuple(
     map(Path, ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control", "/proc/vmstat"))
 )
+# Ray Data adds to what is raised in its tasks how often it tried, and how to have it try more often.
+_RAY_DATA_S_ADVICE = "\nFailed to apply UDF transform after "
 _MEMORY = "set memory_budget to what it has, or lower its batch size or num_workers"
 
 
@@ -118,7 +120,10 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 def own_error(error: BaseException) -> EmlocError | None:
     """The EmlocError at the bottom of what Ray raised, as it was raised on the worker; None where there is none."""
     own = (e for e in causes(error) if isinstance(e, EmlocError) and not isinstance(e, ray.exceptions.RayError))
-    return next(own, None)
+    found = next(own, None)
+    if found is not None and _RAY_DATA_S_ADVICE in str(found):
+        found.args = (str(found).partition(_RAY_DATA_S_ADVICE)[0], *found.args[1:])
+    return found
 
 
 def explain(error: BaseException, stage: str) -> EmlocError:

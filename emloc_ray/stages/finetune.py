@@ -1,265 +1,29 @@
-"""Finetune: Ray Train's TorchTrainer around the Hugging Face Trainer, with PEFT on the emulator."""
+"""Finetune: Ray Train's TorchTrainer around the Hugging Face Trainer with PEFT on the emulator; one worker in a task."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-import os
-import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
-import torch
 from ray.train.torch import TorchConfig, TorchTrainer
-from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from emloc_ray.data.ingest import SampleOrder, stream_batches
-from emloc_ray.data.token_shards import TokenShards, collate
-from emloc_ray.errors import NumericsError
-from emloc_ray.io.node_cache import ensure, publish, remote
-from emloc_ray.modeling.adapter import attach_adapter, lora_config, save_trained_adapter
-from emloc_ray.modeling.architecture import load_config
-from emloc_ray.modeling.loading import load_model
-from emloc_ray.modeling.loss import label_mask, token_loss
-from emloc_ray.stages.cluster import Progress, Resources, set_threads, silent
+from emloc_ray.errors import EmlocError, NumericsError
+from emloc_ray.io.node_cache import discard, ensure, open_artifact, publish, remote
+from emloc_ray.stages.cluster import Progress, Resources, bounded, silent
 from emloc_ray.stages.failures import Losses, Tell, is_lost, last_line, reason, unheard
-from emloc_ray.stages.zero import join_as_deepspeed_rank, scattered_in, step_was_finite, whole_parameters
+from emloc_ray.stages.training import FinetuneJob, train_alone, train_loop
 
 _POLL_S = 0.5
-
-
-@dataclass(frozen=True)
-class FinetuneJob:
-    """Artifact paths and flat settings; ``adapter`` as :func:`emloc_ray.modeling.adapter.lora_config` takes them."""
-
-    emulator_dir: Path
-    tokens_dir: Path
-    out_dir: Path
-    storage_dir: Path
-    name: str
-    adapter: dict[str, Any]
-    portable_targets: Any
-    base_model: str
-    max_steps: int
-    batch_size: int
-    seed: int = 0
-    loss_on: str = "completion"
-    pad_token_id: int = 0
-    max_failures: int = 3
-    training_arguments: dict[str, Any] = field(default_factory=dict)
-    zero_config: dict[str, Any] | None = None
-    model_options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def log_path(self) -> Path:
-        """One JSON line per logged step, written by rank 0."""
-        return self.storage_dir / f"{self.name}.log.jsonl"
-
-    @property
-    def events_dir(self) -> Path:
-        """TensorBoard's event files, where ``report_to`` asks for them: they outlive the training and its restarts."""
-        return self.out_dir.parent / "tensorboard" / self.name
-
-    @property
-    def failure_path(self) -> Path:
-        """One sentence per lost worker."""
-        return self.storage_dir / f"{self.name}.failures.txt"
-
-
-class RankBatches(IterableDataset[dict[str, torch.Tensor]]):
-    """This rank's micro-batches from the Trainer's current step on."""
-
-    def __init__(self, job: FinetuneJob, order: SampleOrder, accumulation: int) -> None:
-        self.job, self.order, self.accumulation = job, order, accumulation
-        self.trainer: Trainer | None = None
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        begin = (self.trainer.state.global_step if self.trainer else 0) * self.accumulation
-        end = self.job.max_steps * self.accumulation
-        for rows in stream_batches(self.job.tokens_dir, self.order, begin, end):
-            batch = collate(rows, self.job.pad_token_id)
-            mask = label_mask(batch, self.job.loss_on)
-            yield {**batch, "labels": batch["input_ids"].masked_fill(~mask, -100)}
-
-
-class EmulatorTrainer(Trainer):
-    """The Hugging Face Trainer with our batches and a loss that makes logits only where labels are."""
-
-    def __init__(self, job: FinetuneJob, batches: RankBatches, **kwargs: Any) -> None:
-        super().__init__(train_dataset=batches, **kwargs)
-        self.job, self.batches = job, batches
-        # The loss below is already divided by the labels of all ranks and micro-steps together.
-        self.model_accepts_loss_kwargs = True
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """Our own order, resumed by position: nothing is skipped over."""
-        self.batches.trainer = self
-        return DataLoader(self.batches, batch_size=None)
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Summed loss over all labels of the step, so that ranks and micro-steps weigh by their labels."""
-        owner = self.accelerator.unwrap_model(model)
-        result = token_loss(model, inputs, self.job.loss_on, head_owner=owner)
-        # Averaging gradients over ranks divides by the world size once more.
-        return result.loss_sum * self.accelerator.num_processes / num_items_in_batch
-
-    def gradients_are_finite(self) -> bool:
-        """Asked before an optimizer step, or where DeepSpeed is, which does both at once, after it."""
-        if self.is_deepspeed_enabled:
-            return step_was_finite(self.model_wrapped)
-        model: Any = self.model
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
-
-    def save_adapter(self) -> None:
-        """Rank 0 writes the adapter; all ranks have to call this."""
-        model = self.accelerator.unwrap_model(self.model)
-        state = whole_parameters(model) if self.is_deepspeed_enabled else None
-        if self.is_world_process_zero():
-            job = self.job
-            save_trained_adapter(
-                model, job.out_dir, targets=job.portable_targets, base_model=job.base_model, state=state
-            )
-
-
-class StepKeeper(TrainerCallback):
-    """Seeds each step, logs, hands checkpoints to Ray Train, and stops all ranks at a loss that is no number."""
-
-    def __init__(self, job: FinetuneJob) -> None:
-        self.job = job
-        self.trainer: EmulatorTrainer | None = None
-        self.failure: str | None = None
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Dropout depends on the step alone, so that a resumed run repeats the uninterrupted one.
-        rank = ray.train.get_context().get_world_rank()
-        torch.manual_seed((self.job.seed * 1_000_003 + state.global_step) * 1009 + rank)
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        assert self.trainer is not None
-        if not self.trainer.gradients_are_finite():  # gradients are averaged by now: every rank sees the same
-            self.failure = (
-                f"The loss or a gradient is NaN or Inf at step {state.global_step + 1}: lower the learning rate."
-            )
-            for parameter in model.parameters():
-                parameter.grad = None
-            control.should_training_stop = True
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs and state.is_world_process_zero:
-            self.job.log_path.parent.mkdir(parents=True, exist_ok=True)
-            with self.job.log_path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-            publish(self.job.log_path)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        _publish_events(self.job)
-        if self.failure is None:
-            # Every rank has files of its own there, the random state and its part of what DeepSpeed scatters: Ray Train
-            # puts them together in one directory.
-            checkpoint = ray.train.Checkpoint.from_directory(folder) if folder.is_dir() else None
-            ray.train.report({"step": state.global_step}, checkpoint=checkpoint)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
-    """What each Ray Train worker runs; returns what the driver wants to know."""
-    job: FinetuneJob = settings["job"]
-    set_threads(settings["threads"])
-    _settle_reports(job)
-    context = ray.train.get_context()
-    with tempfile.TemporaryDirectory() as output_dir:
-        trainer, keeper = _make_trainer(job, output_dir, context)
-        if context.get_world_rank() == 0:
-            ensure(job.log_path)
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            output = trainer.train()
-        else:
-            with checkpoint.as_directory() as folder:
-                output = trainer.train(resume_from_checkpoint=folder)
-        _publish_events(job)
-        if keeper.failure is None:
-            trainer.save_adapter()
-    return {"failure": keeper.failure, "steps": output.global_step, "train_loss": output.training_loss}
-
-
-def _settle_reports(job: FinetuneJob) -> None:
-    """Tells those whom ``report_to`` names where their files belong and which runs make up one training.
-
-    transformers reads these from the environment, reports from rank 0 alone, and what is set there already stays.
-    """
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(job.events_dir))
-    os.environ.setdefault("WANDB_RUN_GROUP", job.name)
-
-
-def _publish_events(job: FinetuneJob) -> None:
-    if ray.train.get_context().get_world_rank() == 0 and job.events_dir.is_dir():
-        publish(job.events_dir)
-
-
-def _make_trainer(job: FinetuneJob, output_dir: str, context: Any) -> tuple[EmulatorTrainer, StepKeeper]:
-    scattered = {"deepspeed": job.zero_config, **join_as_deepspeed_rank()} if job.zero_config else {}
-    arguments = TrainingArguments(
-        output_dir=output_dir,
-        max_steps=job.max_steps,
-        per_device_train_batch_size=job.batch_size,
-        seed=job.seed,
-        remove_unused_columns=False,
-        ignore_data_skip=True,
-        **{
-            "save_strategy": "steps",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "logging_nan_inf_filter": False,
-            "gradient_checkpointing_kwargs": {"use_reentrant": False},
-            "use_cpu": not torch.cuda.is_available(),
-            **job.training_arguments,
-            **scattered,
-        },
-    )
-    with scattered_in(_stored_dtype(job)) if job.zero_config else contextlib.nullcontext():
-        model = load_model(job.emulator_dir, **job.model_options)
-    torch.manual_seed(job.seed)  # the same A on every rank
-    model = attach_adapter(model, lora_config(**job.adapter))
-    order = SampleOrder(
-        len(TokenShards(job.tokens_dir)),
-        job.batch_size,
-        context.get_world_rank(),
-        context.get_world_size(),
-        job.seed,
-    )
-    keeper = StepKeeper(job)
-    trainer = EmulatorTrainer(
-        job,
-        RankBatches(job, order, arguments.gradient_accumulation_steps),
-        model=model,
-        args=arguments,
-        callbacks=[keeper],
-    )
-    keeper.trainer = trainer
-    return trainer, keeper
-
-
-def _stored_dtype(job: FinetuneJob) -> torch.dtype:
-    """The dtype that the emulator's weights are loaded in."""
-    named = job.model_options.get("dtype", "auto")
-    if named != "auto":
-        return getattr(torch, named)
-    trusted = job.model_options.get("trust_remote_code", False)
-    found: torch.dtype | None = load_config(job.emulator_dir, trust_remote_code=trusted).dtype
-    return found or torch.float32
+_STORE_POLL_S = 5.0
 
 
 class FailureLog(ray.train.UserCallback):
@@ -300,12 +64,15 @@ def finetune(
 
     Raises:
         NumericsError: where loss or gradients stop being numbers, naming the step.
+        EmlocError: what ``progress`` raised to stop the training; a checkpoint of where it was is there then.
     """
     job.storage_dir.mkdir(parents=True, exist_ok=True)
-    losses = Losses("finetune", tell)
-    with _watching(job, progress, tell), _interruptible():
-        while (outcome := _fit(job, resources, losses)) is None:
-            pass
+    discard(job.stop_path)
+    with _watching(job, progress, tell) as watcher:
+        alone = resources.num_workers == 1 and job.zero_config is None
+        outcome = _run_alone(job, resources, tell) if alone else _run_group(job, resources, tell)
+    if outcome["stopped"] and watcher.stop is not None:
+        raise watcher.stop
     if outcome["failure"]:
         raise NumericsError(outcome["failure"])
     # Steps that a lost worker had logged and its successor did again count once; a killed one may leave half a line.
@@ -317,6 +84,23 @@ def finetune(
         "train_loss": outcome["train_loss"],
         "history": [{"step": line["step"], "loss": line["loss"]} for line in history],
     }
+
+
+def _run_alone(job: FinetuneJob, resources: Resources, tell: Tell) -> dict[str, Any]:
+    """In a task; begun again from its newest checkpoint where its worker is lost."""
+    task: Any = ray.remote(train_alone).options(name=f"finetune: {job.name}", **resources.task_options())
+    submit = functools.partial(task.remote, job, resources.threads)
+    [outcome] = bounded([("the training", submit)], 1, Losses("finetune", tell, job.max_failures))
+    return dict(outcome)
+
+
+def _run_group(job: FinetuneJob, resources: Resources, tell: Tell) -> dict[str, Any]:
+    """As a Ray Train group, in another where the process that leads it is lost."""
+    losses = Losses("finetune", tell)
+    with _interruptible():
+        while (outcome := _fit(job, resources, losses)) is None:
+            pass
+    return outcome
 
 
 def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, Any] | None:
@@ -351,8 +135,12 @@ def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, An
 
 
 def _logged(path: Path) -> list[str]:
-    ensure(path)
-    return path.read_text().splitlines() if path.is_file() else []
+    """The lines of a file that workers add to; not copied here, where one of them may be at it."""
+    try:
+        with open_artifact(path) as (stream, _):
+            return stream.read().decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
 
 
 @contextlib.contextmanager
@@ -375,25 +163,40 @@ class _watching:
     def __init__(self, job: FinetuneJob, progress: Progress, tell: Tell) -> None:
         self.job, self.progress, self.tell = job, progress, tell
         self.told = len(_logged(job.failure_path))
+        self.stop: EmlocError | None = None
+        self.asked = False
+        self.every = _POLL_S if remote(job.storage_dir) is None else _STORE_POLL_S
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
     def _watch(self) -> None:
-        while not self.over.wait(_POLL_S):
+        while not self.over.wait(self.every):
             self._look()
         self._look()
 
     def _look(self) -> None:
+        with contextlib.suppress(EmlocError, OSError):  # a store that does not answer now is asked again
+            self._show()
+
+    def _show(self) -> None:
         lines = [line for line in _logged(self.job.log_path) if line.endswith("}")]
-        if lines:
-            self.progress(json.loads(lines[-1])["step"], self.job.max_steps)
+        if self.stop is None:
+            try:
+                self.progress(json.loads(lines[-1])["step"] if lines else 0, self.job.max_steps)
+            except EmlocError as error:
+                self.stop = error
+        if self.stop is not None and not self.asked:
+            self.job.stop_path.write_text(str(self.stop))
+            publish(self.job.stop_path)
+            self.asked = True
         failures = _logged(self.job.failure_path)
         for text in failures[self.told :]:
             self.tell(text)
         self.told = len(failures)
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _watching:
         self.thread.start()
+        return self
 
     def __exit__(self, *error: object) -> None:
         self.over.set()

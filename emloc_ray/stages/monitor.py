@@ -15,6 +15,7 @@ import ray
 
 # Often at first, for short stages; then seldom, because adding up a process's pages costs its time.
 _INTERVALS = (0.5,) * 10 + (2.0,)
+_FRESH_S = 0.3
 
 
 @dataclass
@@ -58,19 +59,39 @@ def measured() -> Iterator[Usage]:
         usage.wall_s = time.monotonic() - begin
 
 
+class _Sampler:
+    """One look at all processes for however many stages go on side by side: adding up pages costs them time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._taken_at = -_FRESH_S
+        self._latest: list[tuple[str, int, int]] = []
+
+    def latest(self) -> list[tuple[str, int, int]]:
+        """Kind, proportional and resident size of each process, not older than a fraction of a second."""
+        with self._lock:
+            if time.monotonic() - self._taken_at >= _FRESH_S:
+                self._latest = list(_sizes())
+                self._taken_at = time.monotonic()
+            return self._latest
+
+
+_sampler = _Sampler()
+
+
 def _sample(usage: Usage) -> None:
-    total = 0
-    current: dict[str, int] = {}
+    latest = _sampler.latest()
+    usage.peak_pss_bytes = max(usage.peak_pss_bytes, sum(pss for _, pss, _ in latest))
+    usage.peak_rss_bytes = max([usage.peak_rss_bytes, *(rss for _, _, rss in latest)])
+    for kind, pss, _ in latest:
+        usage.processes[kind] = max(usage.processes.get(kind, 0), pss)
+
+
+def _sizes() -> Iterator[tuple[str, int, int]]:
     for process in _processes():
         with contextlib.suppress(psutil.Error, OSError):
             pss, rss = _memory(process)
-            total += pss
-            kind = _kind(process)
-            current[kind] = max(current.get(kind, 0), pss)
-            usage.peak_rss_bytes = max(usage.peak_rss_bytes, rss)
-    usage.peak_pss_bytes = max(usage.peak_pss_bytes, total)
-    for kind, size in current.items():
-        usage.processes[kind] = max(usage.processes.get(kind, 0), size)
+            yield _kind(process), pss, rss
 
 
 def _processes() -> list[psutil.Process]:

@@ -65,31 +65,35 @@ def run_slots(
     last = dict.fromkeys(range(len(work)), -1)
     total = sum(len(units) for units in work)
 
-    while waiting or resting:
-        for slot in [slot for slot, begin in resting.items() if begin <= time.monotonic()]:
-            del resting[slot]
-            actors[slot] = start(slot)
-            waiting[actors[slot].position.remote()] = slot
-        for reference in _some(list(waiting), min(resting.values(), default=None)):
-            slot = waiting.pop(reference)
-            try:
-                unit = ray.get(reference)
-            except ray.exceptions.RayError as error:
-                delay = losses.count(f"slot {slot}{asked.pop(slot, '')}", error)
-                ray.kill(actors.pop(slot))  # one that only does not answer would hold what its successor needs
-                resting[slot] = time.monotonic() + delay
-                continue
-            if unit is None:  # committed to the end
-                ray.kill(actors.pop(slot))
-                continue
-            last[slot] = unit
-            if unit >= 0:
-                done(slot, unit)
-            progress(sum(1 for s, units in enumerate(work) for u in units if u <= last[s]), total)
-            following = next((u for u in work[slot] if u > unit), None)
-            asked[slot] = " at its end" if following is None else f" at {unit_name} {following}"
-            actor = actors[slot]
-            waiting[actor.commit.remote() if following is None else actor.accumulate.remote(following)] = slot
+    try:
+        while waiting or resting:
+            for slot in [slot for slot, begin in resting.items() if begin <= time.monotonic()]:
+                del resting[slot]
+                actors[slot] = start(slot)
+                waiting[actors[slot].position.remote()] = slot
+            for reference in _some(list(waiting), min(resting.values(), default=None)):
+                slot = waiting.pop(reference)
+                try:
+                    unit = ray.get(reference)
+                except ray.exceptions.RayError as error:
+                    delay = losses.count(f"slot {slot}{asked.pop(slot, '')}", error)
+                    ray.kill(actors.pop(slot))  # one that only does not answer would hold what its successor needs
+                    resting[slot] = time.monotonic() + delay
+                    continue
+                if unit is None:  # committed to the end
+                    ray.kill(actors.pop(slot))
+                    continue
+                last[slot] = unit
+                if unit >= 0:
+                    done(slot, unit)
+                progress(sum(1 for s, units in enumerate(work) for u in units if u <= last[s]), total)
+                following = next((u for u in work[slot] if u > unit), None)
+                asked[slot] = " at its end" if following is None else f" at {unit_name} {following}"
+                actor = actors[slot]
+                waiting[actor.commit.remote() if following is None else actor.accumulate.remote(following)] = slot
+    finally:
+        for actor in actors.values():  # none, unless something failed: nobody waits for them any more
+            ray.kill(actor)
 
 
 def _some(references: list[Any], until: float | None) -> list[Any]:

@@ -65,6 +65,10 @@ def _probe(run: RunDirectory) -> Iterator[list[SharedFile]]:
 
 def _model_files(prepared: Prepared, model_dir: Path | None) -> list[SharedFile]:
     source = prepared.source
+    if (
+        prepared.run.store is not None and source.gguf_file is None
+    ):  # the run holds it: this process alone reads it here
+        return []
     if source.hub_id is not None:
         advice = "set HF_HOME to a directory on a file system that all nodes share, on all of them"
         files = sorted(model_dir.glob("*.safetensors"))[:1] if model_dir is not None else []
@@ -76,9 +80,10 @@ def _model_files(prepared: Prepared, model_dir: Path | None) -> list[SharedFile]
 
 
 def _data_files(prepared: Prepared) -> list[SharedFile]:
-    """The first and the last of each split, where they are local files."""
+    """The first and the last of each split, where they are local files; a store is asked by every node itself."""
     named = {f"data.{name}.path": sources for name, sources in prepared.files.items()}
-    files = [(key, Path(source.path)) for key, sources in named.items() for source in (sources[0], sources[-1])]
+    ends = [(key, source) for key, sources in named.items() for source in (sources[0], sources[-1])]
+    files = [(key, Path(source.path)) for key, source in ends if not source.is_stored]
     return [SharedFile(key, str(path), path, path.stat().st_size) for key, path in files if path.is_file()]
 
 

@@ -16,10 +16,11 @@ from emloc_ray.config import RunConfig
 from emloc_ray.config_reading import parse_config
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.layout import make_layout, skeleton_of
 from emloc_ray.memory import Lengths, MemoryModel, Parts
 from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.loading import ModelSource
-from emloc_ray.preparation import Prepared, make_layout, prepare
+from emloc_ray.preparation import Prepared, prepare
 from emloc_ray.stages.calibration_job import CalibrationJob
 from emloc_ray.stages.correct import Candidate, CorrectionJob
 from emloc_ray.stages.evaluate import EvaluationJob
@@ -101,7 +102,7 @@ def trained_cases(prepared: Prepared, model: Path, emulator: Path, rows: int) ->
 def bare_prepared(values: dict[str, Any], model_config: Any) -> Prepared:
     """A config on a model that has no files: enough to plan with."""
     config = parse_config(values)
-    layout = make_layout(config, empty_model(model_config))
+    layout = make_layout(config, skeleton_of(model_config, empty_model(model_config)))
     return Prepared(config, RunDirectory(config.run_dir), ModelSource(Path()), model_config, layout, {})
 
 

@@ -35,9 +35,9 @@ from emloc_ray.results import gap_closed
 from emloc_ray.stages.correct import correct_adapter
 from emloc_ray.stages.evaluate import evaluate_slice
 from emloc_ray.stages.factorize import factorize_group
-from emloc_ray.stages.finetune import EmulatorTrainer, FinetuneJob, RankBatches
 from emloc_ray.stages.merge import merge_shard, output_shards
 from emloc_ray.stages.resident_slot import ResidentSlot
+from emloc_ray.stages.training import EmulatorTrainer, FinetuneJob, RankBatches
 
 THREADS = 2
 _SIZES = {"small": (8, 2, 8), "large": (96, 24, 64)}  # calibration rows, steps, held-out rows

@@ -20,7 +20,7 @@ from emloc_ray.jobs import Jobs
 from emloc_ray.modeling.zero_config import read_zero_config
 from emloc_ray.preparation import prepare
 from emloc_ray.stages import STAGES
-from emloc_ray.stages.finetune import FinetuneJob, train_loop
+from emloc_ray.stages.training import FinetuneJob, train_loop
 
 EXAMPLE = Path(__file__).parents[2] / "configs" / "zero3.json"
 

@@ -12,7 +12,17 @@ import pytest
 import emloc_ray
 
 ROOT = Path(emloc_ray.__file__).parent
-LAYERS = {"errors": 0, "config": 1, "core": 1, "io": 1, "modeling": 2, "data": 2, "preparation": 3, "stages": 4}
+LAYERS = {
+    "errors": 0,
+    "config": 1,
+    "core": 1,
+    "io": 1,
+    "modeling": 2,
+    "data": 2,
+    "layout": 3,
+    "preparation": 3,
+    "stages": 4,
+}
 TOP = 5  # pipeline, planner, report, …: modules of the package's top level
 LAST = {"cli": 6, "__main__": 6}
 NO_RAY = ("errors", "core", "io", "modeling")

@@ -14,11 +14,12 @@ from emloc_ray.budget import solve, with_settings
 from emloc_ray.config_reading import parse_config
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.layout import make_layout, skeleton_of
 from emloc_ray.memory import BASE_BYTES, Lengths, MemoryModel, gram_bytes, total
 from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.loading import ModelSource
 from emloc_ray.planner import make_plan, row_lengths, within_budget
-from emloc_ray.preparation import Prepared, make_layout, prepare
+from emloc_ray.preparation import Prepared, prepare
 
 LENGTHS = Lengths(mean=40.0, longest=64.0)
 ROW = Lengths(2048.0, 2048.0)
@@ -52,7 +53,7 @@ def bare(model_config: Any, **sections: Any) -> Prepared:
         **sections,
     }
     config = parse_config(values)
-    layout = make_layout(config, empty_model(model_config))
+    layout = make_layout(config, skeleton_of(model_config, empty_model(model_config)))
     return Prepared(config, RunDirectory("unused"), ModelSource(Path()), model_config, layout, {})
 
 

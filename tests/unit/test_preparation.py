@@ -15,13 +15,15 @@ from transformers import LlamaConfig
 from emloc_ray.config_reading import parse_config
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.layout import Layout, make_layout, skeleton_of
 from emloc_ray.modeling.architecture import empty_model
-from emloc_ray.preparation import Layout, check_disk, make_layout, prepare
+from emloc_ray.preparation import check_disk, prepare
 
 
 def layout(family: str = "llama", model_config: Any = None, **sections: Any) -> Layout:
     values = {"run_dir": "x", "model": {"source": "y"}, "data": {"train": {"path": "z"}}, **sections}
-    return make_layout(parse_config(values), empty_model(model_config or make_config(family)))
+    model_config = model_config or make_config(family)
+    return make_layout(parse_config(values), skeleton_of(model_config, empty_model(model_config)))
 
 
 def test_every_linear_is_compressed_and_adapted_by_default() -> None:

@@ -315,4 +315,5 @@ def test_tasks_are_described_by_their_files() -> None:
     assert report.describe_task({"generate": "docstrings"}) == "generated docstrings"
     assert report.describe_task({"train": {"path": ["a/x.jsonl", "b/y.jsonl"]}}) == "x.jsonl, y.jsonl"
     assert report.describe_task({"train": {"path": "hf:org/data"}}) == "hf:org/data"
+    assert report.describe_task({"train": {"path": "s3://b/d/x.csv?region=eu-west-1"}}) == "x.csv"
     assert report.describe_task({}) is None

@@ -11,9 +11,10 @@ from tiny import make_config
 
 from emloc_ray.config_reading import parse_config
 from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.layout import make_layout, skeleton_of
 from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.loading import ModelSource
-from emloc_ray.preparation import Prepared, make_layout
+from emloc_ray.preparation import Prepared
 from emloc_ray.results import assemble_metrics, gap_closed
 
 USAGE = {"wall_s": 2.0, "peak_pss_bytes": 10, "peak_rss_bytes": 5, "processes": {"driver": 10}}
@@ -29,7 +30,7 @@ def prepared(tmp_path: Path) -> Prepared:
     config, model_config = parse_config(values), make_config("llama")
     run = RunDirectory(config.run_dir)
     run.create({})
-    layout = make_layout(config, empty_model(model_config))
+    layout = make_layout(config, skeleton_of(model_config, empty_model(model_config)))
     return Prepared(config, run, ModelSource(tmp_path), model_config, layout, {})
 
 

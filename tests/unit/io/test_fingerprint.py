@@ -74,3 +74,21 @@ def test_large_files_by_name_size_and_time(tmp_path: Path, monkeypatch: pytest.M
     else:
         large = large.rename(tmp_path / "other.safetensors")
     assert fingerprint_large_files([large]) != before
+
+
+def test_what_the_hub_s_cache_names_by_its_content_goes_by_that(tmp_path: Path) -> None:
+    sha = "0123456789abcdef" * 4
+    for folder, time in (("one", 1), ("two", 2)):
+        (tmp_path / folder).mkdir()
+        blob = tmp_path / folder / sha
+        with blob.open("wb") as file:
+            file.truncate(2**30)  # sparse
+        os.utime(blob, (time, time))
+        (tmp_path / folder / "model.safetensors").symlink_to(blob)
+    one, two = (tmp_path / folder / "model.safetensors" for folder in ("one", "two"))
+    assert fingerprint_large_files([one]) == fingerprint_large_files([two])
+    other = tmp_path / "two" / sha[::-1]
+    (tmp_path / "two" / sha).rename(other)
+    two.unlink()
+    two.symlink_to(other)
+    assert fingerprint_large_files([one]) != fingerprint_large_files([two])

@@ -14,7 +14,8 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 from emloc_ray.errors import DataError, NumericsError, StageError
 from emloc_ray.stages import failures
 from emloc_ray.stages.failures import Losses, explain, own_error
-from emloc_ray.stages.finetune import FailureLog, FinetuneJob
+from emloc_ray.stages.finetune import FailureLog
+from emloc_ray.stages.training import FinetuneJob
 
 
 def as_ray_raises(error: Exception) -> BaseException:

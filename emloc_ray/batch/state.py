@@ -1,0 +1,131 @@
+"""How each task of a batch stands, as ``batch.json`` in the batch's directory; and what is asked of a batch that runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from emloc_ray.errors import ArtifactError, ConfigError
+from emloc_ray.io.atomic import write_json
+from emloc_ray.io.node_cache import discard, ensure
+from emloc_ray.io.run_directory import RunDirectory
+
+STATE = "batch.json"
+_REQUEST = "request-"
+_FORMAT = 1
+
+Status = Literal["waiting", "running", "done", "failed", "late", "cancelled"]
+UNFINISHED = ("waiting", "running")
+
+
+@dataclass(frozen=True)
+class TaskState:
+    """One task's standing; times in seconds since 1970, ``seconds`` those of its stages in this try and earlier ones.
+
+    ``stage`` is the one that it is at, waits for, or ended in; ``units`` how many of that are done, of how many.
+    """
+
+    name: str
+    status: Status = "waiting"
+    stage: str | None = None
+    units: tuple[int, int] | None = None
+    active: bool = False
+    reason: str | None = None
+    started_at: float | None = None
+    ended_at: float | None = None
+    seconds: float = 0.0
+    planned_seconds: float = 0.0
+    planned_bytes: int = 0
+    train_loss: float | None = None
+    original_loss: float | None = None
+    corrected_loss: float | None = None
+    notes: int = 0
+    taken: tuple[str, ...] = ()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more happens to it in this batch's present run."""
+        return self.status not in UNFINISHED
+
+
+@dataclass(frozen=True)
+class BatchState:
+    """All tasks, in the batch's order; ``started_at`` is when the batch first began, from which deadlines count."""
+
+    started_at: float
+    tasks: tuple[TaskState, ...] = ()
+
+    def count(self, *statuses: str) -> int:
+        """How many tasks stand so."""
+        return sum(task.status in statuses for task in self.tasks)
+
+
+def is_batch(run: RunDirectory) -> bool:
+    """Whether a directory is a batch's rather than a run's."""
+    ensure(run.path(STATE))
+    return run.path(STATE).is_file()
+
+
+def read_state(run: RunDirectory) -> BatchState | None:
+    """What ``batch.json`` says; None where there is none.
+
+    Raises:
+        ArtifactError: where it is unreadable, or of another version.
+    """
+    if not is_batch(run):
+        return None
+    path = run.path(STATE)
+    try:
+        values: Any = json.loads(path.read_text())
+        if values["format"] != _FORMAT:
+            raise ValueError
+        tasks = (
+            TaskState(**{**task, "units": _pair(task["units"]), "taken": tuple(task["taken"])})
+            for task in values["tasks"]
+        )
+        return BatchState(values["started_at"], tuple(tasks))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ArtifactError(
+            f"{path} is no state of a batch of this version: remove it, and the tasks are looked at anew."
+        ) from error
+
+
+def _pair(units: list[int] | None) -> tuple[int, int] | None:
+    return None if units is None else (units[0], units[1])
+
+
+def write_state(run: RunDirectory, state: BatchState) -> None:
+    """Writes ``batch.json``, whole."""
+    tasks = [dataclasses.asdict(task) for task in state.tasks]
+    write_json(run.path(STATE), {"format": _FORMAT, "started_at": state.started_at, "tasks": tasks})
+
+
+def ask(run: RunDirectory, request: dict[str, Any]) -> None:
+    """Leaves a request (``add``: tasks, ``cancel`` or ``restore``: names) for whoever runs the batch, now or next."""
+    write_json(run.path(f"{_REQUEST}{time.time():017.6f}-{uuid.uuid4().hex[:8]}.json"), request)
+
+
+def requests(run: RunDirectory) -> Iterator[dict[str, Any]]:
+    """What was asked since, oldest first; each is taken away after its turn."""
+    for name in sorted(name for name in run.names() if name.startswith(_REQUEST)):
+        path = run.path(name)
+        ensure(path)
+        try:
+            request: dict[str, Any] = json.loads(path.read_text())
+        except (OSError, ValueError):
+            continue  # being written, or taken by another
+        yield request
+        discard(path)
+
+
+def check_names(state: BatchState, names: Iterable[str], place: str) -> None:
+    """Raises ConfigError where the batch has no task of a name."""
+    known = {task.name for task in state.tasks}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ConfigError(f"{place} has no task {unknown[0]}: emloc-ray status {place} lists them.")

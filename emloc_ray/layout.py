@@ -1,0 +1,160 @@
+"""The model's linears and what the config makes of them: which are compressed and to what rank, which are adapted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from emloc_ray.config import AdapterConfig, RunConfig
+from emloc_ray.core.ranks import rank_for_ratio
+from emloc_ray.errors import ConfigError
+from emloc_ray.modeling.adapter import portable_targets
+from emloc_ray.modeling.architecture import LinearSpec, block_linears, learned_positions, shared_inputs
+from emloc_ray.modeling.matching import check_table, lookup, select
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """What a model is without its weights: its linears, those that read the same tensor together, and its sizes."""
+
+    config: Any
+    specs: tuple[LinearSpec, ...]
+    groups: tuple[tuple[LinearSpec, ...], ...]
+    positions: int | None
+    num_parameters: int
+    head_parameters: int
+    hidden_size: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The model's linears and what the config makes of them."""
+
+    specs: tuple[LinearSpec, ...]
+    groups: tuple[tuple[LinearSpec, ...], ...]
+    ranks: dict[str, int]
+    compressed: tuple[str, ...]
+    adapted: tuple[str, ...]
+    portable_targets: str | tuple[str, ...]
+    num_parameters: int
+    head_parameters: int
+    hidden_size: int
+
+    @property
+    def parameters_targeted(self) -> int:
+        """Parameters of the linears that compression targets."""
+        targeted = set(self.compressed)
+        return sum(spec.num_parameters for spec in self.specs if spec.name in targeted)
+
+    @property
+    def parameters_factorized(self) -> int:
+        """What those linears keep in the emulator."""
+        targeted = set(self.compressed)
+        return sum(self.kept(spec) for spec in self.specs if spec.name in targeted)
+
+    def kept(self, spec: LinearSpec) -> int:
+        """Parameters of one linear in the emulator."""
+        rank = self.ranks.get(spec.name)
+        return spec.num_parameters if rank is None else rank * (spec.out_features + spec.in_features)
+
+
+def skeleton_of(model_config: Any, model: Any) -> Skeleton:
+    """Of a model on the meta device, or any other."""
+    specs = block_linears(model)
+    by_name = {spec.name: spec for spec in specs}
+    groups = tuple(tuple(by_name[name] for name in group) for group in shared_inputs(model, specs))
+    head = model.get_output_embeddings()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Skeleton(
+        model_config,
+        tuple(specs),
+        groups,
+        learned_positions(model),
+        parameters,
+        head.weight.numel(),
+        head.weight.shape[-1],
+    )
+
+
+def make_layout(config: RunConfig, skeleton: Skeleton) -> Layout:
+    """Matches the config's patterns against a model.
+
+    Raises:
+        ConfigError: naming every pattern that fits nothing, one sentence a line.
+    """
+    specs = skeleton.specs
+    compressed, adapted = _matched(config, specs)
+    return Layout(
+        specs,
+        skeleton.groups,
+        ranks_at(config, specs, compressed),
+        tuple(compressed),
+        tuple(adapted),
+        _portable(config, adapted, [spec.name for spec in specs]),
+        skeleton.num_parameters,
+        skeleton.head_parameters,
+        skeleton.hidden_size,
+    )
+
+
+def _matched(config: RunConfig, specs: Sequence[LinearSpec]) -> tuple[list[str], list[str]]:
+    """The linears that are compressed, and those that are adapted."""
+    names = [spec.name for spec in specs]
+    emulator, adapter = config.emulator, config.adapter
+    errors: list[str] = []
+
+    def attempt(check: Callable[[], Result]) -> Result | None:
+        try:
+            return check()
+        except ConfigError as error:
+            errors.append(str(error))
+            return None
+
+    compressed = attempt(
+        lambda: select(names, emulator.target_modules, emulator.exclude_modules, "emulator.target_modules")
+    )
+    adapted = attempt(lambda: select(names, adapter.target_modules, adapter.exclude_modules, "adapter.target_modules"))
+    for key, table in (
+        ("emulator.ratios", emulator.ratios),
+        ("adapter.rank_pattern", adapter.rank_pattern),
+        ("adapter.alpha_pattern", adapter.alpha_pattern),
+    ):
+        attempt(lambda table=table, key=key: check_table(names, table, key))  # type: ignore[misc]
+    if not errors:
+        attempt(lambda: _check_adapter_ranks(adapter, [spec for spec in specs if spec.name in set(adapted or ())]))
+    if errors or compressed is None or adapted is None:
+        raise ConfigError("\n".join(errors))
+    return compressed, adapted
+
+
+def _check_adapter_ranks(adapter: AdapterConfig, specs: Sequence[LinearSpec]) -> None:
+    for spec in specs:
+        r = lookup(spec.name, adapter.rank_pattern, adapter.r)
+        key = "adapter.r" if r == adapter.r else "adapter.rank_pattern"
+        smaller = min(spec.out_features, spec.in_features)
+        if r > smaller:
+            raise ConfigError(f"{key} is {r}, above the smaller side {smaller} of {spec.name}: lower it.")
+
+
+def ranks_at(config: RunConfig, specs: Sequence[LinearSpec], compressed: Sequence[str]) -> dict[str, int]:
+    """The rank of every linear that the config compresses; those that stay dense are left out."""
+    emulator = config.emulator
+    if emulator.compression_ratio == 1:  # plain LoRA on the original: no pattern compresses anything then
+        return {}
+    by_name = {spec.name: spec for spec in specs}
+    ratios = {name: lookup(name, emulator.ratios, emulator.compression_ratio) for name in compressed}
+    ranks = {
+        name: rank_for_ratio(by_name[name].out_features, by_name[name].in_features, ratio)
+        for name, ratio in ratios.items()
+    }
+    return {name: rank for name, rank in ranks.items() if rank is not None}
+
+
+def _portable(config: RunConfig, adapted: list[str], names: list[str]) -> str | tuple[str, ...]:
+    asked = config.adapter.target_modules
+    if asked is None or asked == "all-linear" or config.adapter.exclude_modules is not None:
+        return tuple(portable_targets(adapted, names))
+    return asked if isinstance(asked, str) else tuple(asked)

@@ -1,0 +1,216 @@
+"""Stages as steps of a run: each is skipped where the manifest says that it was done, taken from the cache where another
+run did it, else run in its turn and recorded."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emloc_ray.errors import DamagedArtifactError, Stopped
+from emloc_ray.io.artifact_cache import ArtifactCache, EntryGone
+from emloc_ray.io.atomic import remove_leftovers
+from emloc_ray.io.fingerprint import fingerprint
+from emloc_ray.io.node_cache import discard
+from emloc_ray.preparation import Prepared
+from emloc_ray.report import write_report
+from emloc_ray.reporter import Reporter
+from emloc_ray.results import assemble_metrics
+from emloc_ray.turns import Turns
+
+if TYPE_CHECKING:
+    from emloc_ray.stages.cluster import Resources
+
+Inputs = dict[str, Any]
+Execute = Callable[[Callable[[int, int], None], "Resources"], dict[str, Any]]
+
+
+class Steps:
+    """The steps of one run; ``inputs`` holds the fingerprint of what each was done with, by stage."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        reporter: Reporter,
+        turns: Turns,
+        cache: ArtifactCache | None = None,
+        forced: Sequence[str] = (),
+    ) -> None:
+        """``forced``: stages to be done again, whatever the manifest says."""
+        self.prepared, self.directory, self.reporter = prepared, prepared.run, reporter
+        self.turns, self.cache, self.forced = turns, cache, set(forced)
+        self.inputs: dict[str, str] = {}
+        self._unread: list[str] = []  # stages of earlier runs whose files nobody has read yet
+        self._redone: set[str] = set()
+
+    def run(
+        self,
+        name: str,
+        inputs: Inputs,
+        outputs: Sequence[Path],
+        execute: Execute,
+        asked: Resources,
+        *,
+        bag: bool = False,
+        resumes: bool = False,
+        recorded: Sequence[Path] | None = None,
+        shared: bool = False,
+        basis: Inputs | None = None,
+    ) -> dict[str, Any]:
+        """Runs a stage unless the manifest says that it was done with the same inputs; returns its result.
+
+        What was left in ``outputs`` is removed first, unless a killed try left it and the stage ``resumes`` from that.
+        The manifest names ``outputs``, or what is ``recorded`` of them. What is ``shared`` may come from the cache, and
+        goes there; ``basis`` is what its entry is found by for other inputs.
+        """
+        key = self.inputs[name] = fingerprint(inputs)
+        entry = self.directory.stage(name)
+        if entry is not None and self.is_done(name, inputs):
+            self.reporter.skip(name)
+            self._unread.append(name)
+            found: dict[str, Any] = entry["result"]
+            return found
+        self._check_artifacts()
+        if entry is not None:
+            self.directory.forget(name)
+            self.write_results()  # what was shown of it speaks of another run from now on
+        kept = outputs if recorded is None else recorded
+        with self._alone(name, basis or inputs, shared):
+            if shared and (result := self._from_cache(name, inputs, kept)) is not None:
+                return result
+            for path in outputs if entry is not None or not resumes else ():
+                discard(path)
+            with self.turns.take(name, asked, bag) as granted:
+                result = self._execute(name, execute, granted)
+            used = result["usage"]
+            for path in outputs:
+                remove_leftovers(path)
+            self.directory.commit(name, key, kept, result)
+            self.write_results()
+            self.reporter.finish(name, result, used)
+            if shared:
+                self._to_cache(name, inputs, result, basis)
+        return result
+
+    def _execute(self, name: str, execute: Execute, granted: Resources) -> dict[str, Any]:
+        from emloc_ray.stages.cluster import shortage
+        from emloc_ray.stages.failures import explain
+        from emloc_ray.stages.monitor import measured
+
+        missing = shortage(name, granted, together=name == "finetune")
+        if missing is not None:
+            self.reporter.note(missing)
+        told = self.reporter.start(name)
+
+        def progress(done: int, total: int) -> None:
+            if self.turns.stopped():
+                raise Stopped(f"{name} was stopped at {done} of {total}.")
+            told(done, total)
+
+        try:
+            with measured() as usage:
+                result = execute(progress, granted)
+        except (Exception, SystemExit) as error:
+            raise explain(error, name) from error
+        return {**result, "usage": usage.as_dict()}
+
+    @contextlib.contextmanager
+    def _alone(self, name: str, inputs: Inputs, shared: bool) -> Iterator[None]:
+        """Where others may be about to make the same, the first makes it and they wait for that."""
+        if self.cache is None or not shared:
+            yield
+            return
+        with self.cache.alone(_key(name, inputs), self.turns.stopped):
+            yield
+
+    def _from_cache(self, name: str, inputs: Inputs, outputs: Sequence[Path]) -> dict[str, Any] | None:
+        if self.cache is None or name in self.forced:
+            return None
+        entry = self.cache.find(name, _key(name, inputs), verify=True)
+        if entry is None:
+            return None
+        from emloc_ray.stages.monitor import measured
+
+        told = self.reporter.start(name)
+        with measured() as usage:
+            for path in outputs:
+                discard(path)
+            try:
+                self.cache.link(entry, self.directory.root)
+            except EntryGone:
+                return None
+        told(1, 1)
+        result = {**entry.result, "taken_from": entry.origin, "usage": usage.as_dict()}
+        self.directory.commit(name, self.inputs[name], outputs, result)
+        self.write_results()
+        self.reporter.finish(name, result, result["usage"])
+        return result
+
+    def _to_cache(self, name: str, inputs: Inputs, result: dict[str, Any], basis: Inputs | None) -> None:
+        entry = self.directory.stage(name)
+        if self.cache is None or entry is None:
+            return
+        plain = {key: value for key, value in result.items() if key != "usage"}
+        why_not = self.cache.add(
+            name,
+            _key(name, inputs),
+            self.directory.root,
+            entry["outputs"],
+            plain,
+            inputs,
+            basis,
+        )
+        if why_not is not None:
+            self.reporter.note(f"{name}: what it made is not shared with other tasks: {why_not}")
+
+    def is_done(self, name: str, inputs: Inputs) -> bool:
+        """Whether the manifest says that a stage was done with these inputs, and it is not to be redone."""
+        return name not in self.forced and self.directory.is_done(name, fingerprint(inputs))
+
+    def is_at_hand(self, name: str, inputs: Inputs) -> bool:
+        """Whether a stage need not be run: it was done, or the cache holds what it makes of these inputs."""
+        if self.is_done(name, inputs):
+            return True
+        cache = None if name in self.forced else self.cache
+        return cache is not None and cache.find(name, _key(name, inputs)) is not None
+
+    def _check_artifacts(self) -> None:
+        """Reads once, before the first stage that is to run, what earlier runs finished.
+
+        Raises:
+            DamagedArtifactError: where a stage has files whose content is not what the manifest says; all are gone then.
+        """
+        while self._unread:
+            name = self._unread.pop(0)
+            damaged = self.directory.damaged(name)
+            for file in damaged:
+                discard(file)
+            for file in damaged[:1]:
+                path = file.relative_to(self.directory.root).as_posix()
+                raise DamagedArtifactError(f"{file} is not as {name} wrote it: run the same command again.", path)
+
+    def forget_damaged(self, error: DamagedArtifactError) -> None:
+        """Takes the stage that wrote a damaged file out of the manifest, so that it is done again.
+
+        Raises:
+            DamagedArtifactError: ``error`` itself, where no stage wrote it, or it was done again already.
+        """
+        stage = self.directory.writer(error.path)
+        if stage is None or error.path in self._redone:  # twice: its place alters what is written
+            raise error
+        self._redone.add(error.path)
+        self.reporter.note(f"{error.path} is not as it was written: {stage} is done again.")
+        self.directory.forget(stage)
+        discard(self.directory.path(*error.path.split("/")))  # the rest of what the stage wrote may serve again
+
+    def write_results(self) -> None:
+        """metrics.json and report.html, anew from the manifest."""
+        self.directory.write_metrics(assemble_metrics(self.directory, self.prepared, self.inputs))
+        write_report(self.directory)
+
+
+def _key(name: str, inputs: Inputs) -> str:
+    """In the cache, which outlives the installed version: another may make something else of the same inputs."""
+    return ArtifactCache.key(name, [version("emloc-ray"), inputs])

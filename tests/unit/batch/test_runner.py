@@ -1,0 +1,204 @@
+"""A batch's tasks: each alone with its failure, cancelled, late, added meanwhile, done again; no Ray, stages are waits."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from emloc_ray.batch.admission import Admission, Amount
+from emloc_ray.batch.board import Board, TaskReporter
+from emloc_ray.batch.runner import BatchRun
+from emloc_ray.batch.state import BatchState, ask, read_state
+from emloc_ray.batch.tasks import Task
+from emloc_ray.batch.turns import Expected, TaskTurns
+from emloc_ray.config_reading import parse_config
+from emloc_ray.errors import StageError
+from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.stages.cluster import Resources
+
+STAGES = ("calibrate", "finetune")
+CONFIG = parse_config({"run_dir": "r", "model": {"source": "m"}, "data": {"train": {"path": "d.jsonl"}}})
+
+
+def task(name: str, **values: object) -> Task:
+    return dataclasses.replace(Task(name, CONFIG), **values)  # type: ignore[arg-type]
+
+
+class Waits:
+    """Work whose stages wait until they are let go, or do what ``acts`` says."""
+
+    def __init__(self, acts: Mapping[str, Callable[[], None]] | None = None, seconds: float = 0.0) -> None:
+        self.acts, self.seconds = acts or {}, seconds
+        self.begun: list[tuple[str, str]] = []
+        self.forgotten: list[str] = []
+        self.most_at_once = 0
+        self._now = 0
+        self._lock = threading.Lock()
+
+    def expected(self, task: Task) -> Mapping[str, Expected]:
+        return {stage: Expected(1.0, 100) for stage in STAGES}
+
+    def do(self, task: Task, turns: TaskTurns, reporter: TaskReporter) -> None:
+        for stage in STAGES:
+            with turns.take(stage, Resources(), bag=False):
+                progress = reporter.start(stage)
+                with self._lock:
+                    self.begun.append((task.name, stage))
+                    self._now += 1
+                    self.most_at_once = max(self.most_at_once, self._now)
+                try:
+                    if task.name in self.acts:
+                        self.acts[task.name]()
+                    time.sleep(self.seconds)
+                    progress(1, 1)
+                    if turns.stopped():
+                        from emloc_ray.errors import Stopped
+
+                        raise Stopped("stopped")
+                finally:
+                    with self._lock:
+                        self._now -= 1
+                reporter.finish(stage, {"train_loss": 2.0}, {"wall_s": self.seconds})
+
+    def forget(self, task: Task) -> None:
+        self.forgotten.append(task.name)
+
+
+def batch_run(tmp_path: Path, work: Waits, cpus: float = 2.0, max_concurrent: int = 4) -> BatchRun:
+    run = RunDirectory(tmp_path / "batch")
+    run.create({})
+    return BatchRun(run, Board(time.time()), work, Admission(lambda: Amount(cpus=cpus, memory=1e6)), max_concurrent)
+
+
+def statuses(state: BatchState) -> dict[str, str]:
+    return {task.name: task.status for task in state.tasks}
+
+
+def test_a_failed_task_ends_alone_with_its_reason(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise StageError("finetune: the loss is NaN: lower the learning rate.")
+
+    def break_down() -> None:
+        raise ZeroDivisionError("division by zero")
+
+    work = Waits({"b": fail, "c": break_down})
+    run = batch_run(tmp_path, work)
+    for name in "abcd":
+        run.add(task(name))
+    state = run.run()
+    assert statuses(state) == {"a": "done", "b": "failed", "c": "failed", "d": "done"}
+    by_name = {task.name: task for task in state.tasks}
+    assert by_name["b"].reason == "finetune: the loss is NaN: lower the learning rate."
+    assert by_name["c"].reason == "ZeroDivisionError: division by zero"
+    assert by_name["b"].stage == "calibrate"
+    assert by_name["a"].train_loss == 2.0
+    assert read_state(run.directory) == state
+    assert sorted(work.forgotten) == ["a", "b", "c", "d"]
+
+
+def test_no_more_at_once_than_there_are_resources_and_seats(tmp_path: Path) -> None:
+    work = Waits(seconds=0.02)
+    run = batch_run(tmp_path, work, cpus=3, max_concurrent=5)
+    for number in range(20):
+        run.add(task(f"t{number}"))
+    assert set(statuses(run.run()).values()) == {"done"}
+    assert 1 < work.most_at_once <= 3
+    seats = batch_run(tmp_path / "other", Waits(seconds=0.02), cpus=30, max_concurrent=2)
+    for number in range(8):
+        seats.add(task(f"t{number}"))
+    seats.run()
+    assert seats.work.most_at_once <= 2  # type: ignore[attr-defined]
+
+
+def test_priority_decides_who_begins(tmp_path: Path) -> None:
+    work = Waits()
+    run = batch_run(tmp_path, work, cpus=1, max_concurrent=1)
+    for name, priority in (("low", -1), ("middle", 0), ("high", 5)):
+        run.add(task(name, priority=priority))
+    run.run()
+    assert [name for name, stage in work.begun if stage == "calibrate"] == ["high", "middle", "low"]
+
+
+def test_cancelled_while_it_waits_and_while_it_runs(tmp_path: Path) -> None:
+    started, let_go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        started.set()
+        assert let_go.wait(20)
+
+    work = Waits({"first": hold})
+    run = batch_run(tmp_path, work, cpus=1, max_concurrent=1)
+    for name in ("first", "second", "third"):
+        run.add(task(name))
+    thread = threading.Thread(target=run.run)
+    thread.start()
+    assert started.wait(20)
+    ask(run.directory, {"cancel": ["first", "second"]})
+    while statuses(run.board.state())["second"] != "cancelled":
+        time.sleep(0.01)
+    let_go.set()
+    thread.join(20)
+    assert statuses(run.board.state()) == {"first": "cancelled", "second": "cancelled", "third": "done"}
+    assert ("first", "finetune") not in work.begun
+    assert not any(name == "second" for name, _ in work.begun)
+
+
+def test_tasks_are_added_while_it_runs(tmp_path: Path) -> None:
+    run = batch_run(tmp_path, Waits({"first": lambda: ask(run.directory, {"add": [task("late").as_dict()]})}))
+    run.add(task("first"))
+    assert statuses(run.run()) == {"first": "done", "late": "done"}
+
+
+def test_a_deadline_that_has_passed_ends_a_task(tmp_path: Path) -> None:
+    run = batch_run(tmp_path, Waits({"slow": lambda: time.sleep(0.3)}))
+    run.add(task("slow", deadline=timedelta(seconds=0.2)))
+    run.add(task("soon", deadline=timedelta(hours=1)))
+    state = run.run()
+    assert statuses(state) == {"slow": "late", "soon": "done"}
+    assert state.tasks[0].reason == "its deadline passed"
+
+
+def test_an_interrupt_ends_stages_and_leaves_tasks_to_go_on_with(tmp_path: Path) -> None:
+    started, interrupted = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        started.set()
+        assert interrupted.wait(20)
+        time.sleep(0.1)  # until the batch has taken the interrupt
+
+    run = batch_run(tmp_path, Waits({"first": hold}), cpus=1, max_concurrent=1)
+    run.add(task("first"))
+    run.add(task("second"))
+
+    def show(state: BatchState) -> None:
+        if started.is_set() and not interrupted.is_set():
+            interrupted.set()
+            raise KeyboardInterrupt
+
+    run.show = show
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    assert statuses(read_state(run.directory) or BatchState(0)) == {"first": "waiting", "second": "waiting"}
+
+
+def test_what_was_over_is_begun_again_where_it_is_added_again(tmp_path: Path) -> None:
+    tries: list[int] = []
+
+    def fail_once() -> None:
+        tries.append(1)
+        if len(tries) == 1:
+            raise StageError("a worker was lost.")
+
+    run = batch_run(tmp_path, Waits({"a": fail_once}))
+    run.add(task("a"))
+    assert statuses(run.run()) == {"a": "failed"}
+    run.add(task("a"))
+    state = run.run()
+    assert statuses(state) == {"a": "done"}
+    assert state.tasks[0].reason is None
