@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -13,6 +15,8 @@ import pytest
 
 import emloc_ray
 from emloc_ray.errors import ArtifactError, ConfigError
+from emloc_ray.io import run_directory
+from emloc_ray.io.node_cache import discard
 from emloc_ray.io.run_directory import CONFIG, MANIFEST, RunDirectory
 
 
@@ -102,6 +106,33 @@ def test_fresh_removes_all_but_the_lock(run: RunDirectory) -> None:
     run.create({"seed": 1}, fresh=True)
     assert {entry.name for entry in run.root.iterdir()} == {CONFIG, MANIFEST, ".lock"}
     assert not run.is_done("merge", "abc")
+
+
+@pytest.mark.parametrize("removed", range(4))
+def test_fresh_that_is_killed_leaves_a_run_with_no_stage_done(
+    run: RunDirectory, removed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.commit("correct", "abc", [artifact(run, "adapter/a")], {})
+    run.commit("merge", "abc", [artifact(run, "merged/a")], {})
+    run.write_metrics({"seed": 0})
+    artifact(run, "log.jsonl")
+    count = 0
+
+    def killed(path: Path) -> None:
+        nonlocal count
+        if count == removed:
+            raise KeyboardInterrupt
+        count += 1
+        discard(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_directory, "discard", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.create({}, fresh=True)
+    run.check()
+    assert run.stage("merge") is None
+    run.create({"seed": 1}, fresh=True)
+    assert {entry.name for entry in run.root.iterdir()} == {CONFIG, MANIFEST}
 
 
 def test_leftovers_of_a_killed_write_are_removed(run: RunDirectory) -> None:
@@ -220,6 +251,22 @@ def test_unlocked_can_be_locked_again(tmp_path: Path) -> None:
     one.unlock()
     two.lock()
     two.unlock()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_not_taken_for_a_held_run(
+    run: RunDirectory, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.lock()
+    run.unlock()
+
+    def refuse(descriptor: int, kind: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    for ask in (run.lock, run.holder):
+        with pytest.raises(ConfigError, match=r"gives no locks \(.*Lustre: -o flock"):
+            ask()
 
 
 @pytest.mark.parametrize(
