@@ -31,7 +31,7 @@ def assemble_metrics(directory: RunDirectory, prepared: Prepared, verified: Coll
     metrics: dict[str, Any] = {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
         "stages": {name: {**r["usage"], "num_workers": r.get("num_workers", 1)} for name, r in stages.items()},
-        "disk_bytes": {name: _bytes(directory.path(name)) for name in _ARTIFACTS if directory.path(name).is_dir()},
+        "disk_bytes": {name: sum(found) for name in _ARTIFACTS if (found := sizes(directory.path(name)).values())},
     }
     if "data" in stages:
         metrics["data"] = stages["data"]["splits"]
@@ -89,7 +89,3 @@ def gap_closed(evaluation: dict[str, Any], upper_bound: Path) -> dict[str, Any] 
         return None
     share = {name: (original - evaluation[name]["loss"]) / gap for name in ("uncorrected", "corrected", "merged")}
     return {"upper_bound": str(upper_bound), "upper_bound_loss": bound, **share}
-
-
-def _bytes(directory: Path) -> int:
-    return sum(sizes(directory).values())

@@ -72,6 +72,7 @@ def list_files(patterns: str | Sequence[str], key: str) -> list[Path]:
 
 def scan(path: Path) -> SourceFile:
     """Counts a file's rows; raises DataError where it is unreadable or empty."""
+    ensure(path)
     kind = KINDS[path.suffix]
     try:
         if kind == "parquet":

@@ -15,7 +15,7 @@ from emloc_ray.data.tokenizing import TokenizeOptions, first_unwritten, row_leng
 from emloc_ray.errors import DataError
 from emloc_ray.io.atomic import atomic_file
 from emloc_ray.io.fingerprint import fingerprint_large_files
-from emloc_ray.io.node_cache import ensure, exists, hashes
+from emloc_ray.io.node_cache import exists, hashes
 from emloc_ray.io.resume import discard_unless
 from emloc_ray.preparation import Prepared
 from emloc_ray.stages.cluster import Progress, silent
@@ -184,7 +184,6 @@ def _download(name: str, split: str, directory: Path) -> SourceFile:
         ) from error
     path = directory / f"{split}.parquet"
     if exists(path):
-        ensure(path)
         return scan(path)
     name, _, part = name.partition(":")
     try:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from s3_server import uri
 from tiny import make_config
 
 from emloc_ray.config_reading import parse_config
+from emloc_ray.io.atomic import atomic_file
 from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.layout import make_layout, skeleton_of
 from emloc_ray.modeling.architecture import empty_model
@@ -49,6 +51,14 @@ def test_a_run_that_has_only_begun_has_what_its_stages_left(prepared: Prepared) 
     assert metrics["disk_bytes"] == {"data": 5}
     assert "emulator" not in metrics
     assert "evaluation" not in metrics
+
+
+def test_the_files_of_every_node_are_counted(prepared: Prepared, s3_port: int, node_cache: Path) -> None:
+    run = RunDirectory(uri(s3_port, "counted/run"))
+    run.create({})
+    with atomic_file(node_cache / "other" / run.root.name / "merged" / "model.safetensors") as file:
+        file.write(b"12345")
+    assert assemble_metrics(run, prepared)["disk_bytes"] == {"merged": 5}
 
 
 def test_the_emulators_parameters_are_told_beside_its_error(prepared: Prepared) -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from s3_server import uri
 
+from emloc_ray.data.reading import scan
 from emloc_ray.errors import ConfigError
 from emloc_ray.io import node_cache
-from emloc_ray.io.atomic import atomic_directory, atomic_file, write_json
+from emloc_ray.io.atomic import atomic_directory, atomic_file, copy_file, write_json
 from emloc_ray.io.digests import digest
 from emloc_ray.io.node_cache import discard, ensure, exists, hashes, local_only, mirror, open_artifact, origin, sizes
 from emloc_ray.io.object_store import ObjectStore
@@ -56,6 +57,14 @@ def test_what_one_node_writes_the_others_read(root: Path, other: Path) -> None:
     assert (other / "manifest.json").read_bytes() == b"{}\n"
     assert sizes(other / "emulator") == {other / "emulator" / "a.safetensors": 1, other / "emulator" / "b.json": 1}
     assert hashes(other / "emulator")[other / "emulator" / "b.json"] == digest(root / "emulator" / "b.json")
+
+
+def test_what_one_node_writes_another_copies_and_counts(root: Path, other: Path) -> None:
+    write(root / "model" / "config.json", b"{}")
+    write(root / "data" / "rows" / "train.jsonl", b'{"prompt": "p"}\n')
+    copy_file(other / "model" / "config.json", other / "merged" / "config.json")
+    assert exists(root / "merged" / "config.json")
+    assert scan(other / "data" / "rows" / "train.jsonl").num_rows == 1
 
 
 def test_an_old_copy_gives_way(root: Path, other: Path) -> None:
