@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,16 @@ def test_the_gap_is_what_lora_on_the_original_gains(tmp_path: Path) -> None:
     assert gap["merged"] == pytest.approx(0.45)
     assert gap["upper_bound_loss"] == 2.0
     assert gap["upper_bound"] == str(tmp_path)
+
+
+def test_the_upper_bound_may_lie_on_an_object_store(s3_port: int, node_cache: Path) -> None:
+    bound = RunDirectory(uri(s3_port, "bound/run"))
+    bound.write_metrics({"evaluation": losses(original=4.0, corrected=2.0)})
+    shutil.rmtree(node_cache)
+    gap = gap_closed(losses(original=4.0, uncorrected=3.5, corrected=3.0, merged=3.1), bound.place)
+    assert gap is not None
+    assert gap["corrected"] == pytest.approx(0.5)
+    assert gap["upper_bound"] == bound.place
 
 
 def test_there_is_no_gap_where_lora_on_the_original_gained_nothing(tmp_path: Path) -> None:
