@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote, unquote
 
-from emloc_ray.errors import ConfigError
+from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.digests import digest, noted_digest
 from emloc_ray.io.object_store import ObjectStore
 
@@ -48,9 +48,10 @@ class Origin:
         """Whether it lies under its own name."""
         return "/" not in self.path
 
-    def version_file(self, path: str) -> Path:
-        """Where this node notes which version of a file it holds."""
-        return self.root / _VERSIONS / path
+    @property
+    def note(self) -> Path:
+        """Where this node notes which version its copy is, when that was last used, and what tells it from other files."""
+        return self.root / _VERSIONS / self.path
 
 
 @functools.lru_cache(maxsize=16)
@@ -83,20 +84,19 @@ def origin(path: Path) -> Origin | None:
 def publish(path: Path) -> None:
     """Gives a file, or all files below a directory, to the store that it mirrors."""
     here = origin(path)
-    if here is None or any(part.endswith(".tmp") for part in path.parts):  # it has its own name only when it is whole
+    if here is None or _is_unfinished(path):  # it has its own name only when it is whole
         return
     if here.is_plain and path.is_file():
         here.store.write(here.path, path.read_bytes())
         return
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
-        list(pool.map(_publish_file, files))
+        list(pool.map(_publish_file, _files(path) if path.is_dir() else [path]))
 
 
 def _publish_file(file: Path) -> None:
-    here = origin(file)
+    here, status = origin(file), file.stat()
     assert here is not None
-    _note_version(here, here.path, here.store.add_version(here.path, file))
+    _write_note(here, here.store.add_version(here.path, file), status)
 
 
 def ensure(path: Path, *, weights: bool = True) -> None:
@@ -112,19 +112,22 @@ def ensure(path: Path, *, weights: bool = True) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _replace(path, content)
         return
-    found = here.store.versions(here.path)
-    if "" not in found and path.is_file():
-        path.unlink()  # a copy of what is no more
-    wanted = {name: info for name, info in found.items() if weights or not name.endswith(".safetensors")}
+    found = {path / name if name else path: info for name, info in here.store.versions(here.path).items()}
+    for file in _files(path):
+        if file not in found and not _is_unfinished(file):
+            file.unlink(missing_ok=True)  # a copy of what is no more
+    wanted = {file: info for file, info in found.items() if weights or file.suffix != ".safetensors"}
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
-        list(pool.map(lambda item: _ensure_file(here, path / item[0] if item[0] else path, item[1]), wanted.items()))
+        list(pool.map(_ensure_file, wanted.keys(), wanted.values()))
 
 
-def _ensure_file(here: Origin, file: Path, info: Any) -> None:
-    key = file.relative_to(here.root).as_posix()
-    with _alone(here.root, key):  # one download serves all workers of a node
-        if file.is_file() and _version(here, key) == info.base_name:
-            os.utime(file)
+def _ensure_file(file: Path, info: Any) -> None:
+    here = origin(file)
+    assert here is not None
+    with _alone(here.root, here.path):  # one download serves all workers of a node
+        copy = _open_copy(here, file, info.base_name)
+        if copy is not None:
+            copy.close()
             return
         file.parent.mkdir(parents=True, exist_ok=True)
         _make_room(here.root, info.size)
@@ -132,12 +135,13 @@ def _ensure_file(here: Origin, file: Path, info: Any) -> None:
         os.close(handle)
         try:
             here.store.download(info, Path(temporary))
+            status = os.stat(temporary)
             os.replace(temporary, file)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
             raise
-        _note_version(here, key, info.base_name)
+        _write_note(here, info.base_name, status)
 
 
 @contextlib.contextmanager
@@ -147,18 +151,42 @@ def open_artifact(path: Path) -> Iterator[tuple[IO[bytes], int]]:
     Raises:
         FileNotFoundError: where there is none.
     """
+    with open_newest(path) as (stream, size, _):
+        yield stream, size
+
+
+@contextlib.contextmanager
+def open_newest(path: Path) -> Iterator[tuple[IO[bytes], int, str | None]]:
+    """As :func:`open_artifact`, with the version that it is: None in a file system."""
     here = origin(path)
-    info = None if here is None else here.store.versions(here.path).get("")
-    if here is not None and info is not None and _version(here, here.path) != info.base_name:
-        path.unlink(missing_ok=True)
-    if here is None or (info is not None and path.is_file()):
+    if here is None:
         with path.open("rb") as stream:
-            yield stream, path.stat().st_size
+            yield stream, path.stat().st_size, None
         return
+    info = here.store.versions(here.path).get("")
     if info is None:
         raise FileNotFoundError(f"{here.store.uri} holds no {here.path}")
-    with here.store.open(info) as remote:
-        yield remote, info.size
+    with _open_copy(here, path, info.base_name) or here.store.open(info) as stream:
+        yield stream, info.size, info.base_name
+
+
+def open_version(path: Path, version: str | None) -> IO[bytes]:
+    """A file as :func:`open_newest` found it, from this node, fetched where another version is here or none.
+
+    Raises:
+        FileNotFoundError: where there is none in a file system.
+        ArtifactError: where the store holds another version by now, or none.
+    """
+    here = origin(path)
+    if here is None or version is None:
+        return path.open("rb")
+    copy = _open_copy(here, path, version)
+    if copy is None:
+        ensure(path)
+        copy = _open_copy(here, path, version)
+    if copy is None:
+        raise ArtifactError(f"{path} was removed or written anew while it was read: run the same command again.")
+    return copy
 
 
 def exists(path: Path) -> bool:
@@ -200,8 +228,7 @@ def sizes(path: Path) -> dict[Path, int]:
         return {
             path / name if name else path: info.size for name, info in sorted(here.store.versions(here.path).items())
         }
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    return {file: file.stat().st_size for file in files if file.is_file()}
+    return {file: file.stat().st_size for file in _files(path)}
 
 
 def discard(path: Path) -> None:
@@ -215,15 +242,45 @@ def discard(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _version(here: Origin, key: str) -> str | None:
-    file = here.version_file(key)
-    return file.read_text() if file.is_file() else None
+def _files(path: Path) -> list[Path]:
+    below = path.rglob("*") if path.is_dir() else [path]
+    return sorted(file for file in below if file.is_file())
 
 
-def _note_version(here: Origin, key: str, version: str) -> None:
-    note = here.version_file(key)
-    note.parent.mkdir(parents=True, exist_ok=True)
-    _replace(note, version.encode())
+def _is_unfinished(path: Path) -> bool:
+    return any(part.endswith(".tmp") for part in path.parts)
+
+
+def _open_copy(here: Origin, path: Path, version: str) -> IO[bytes] | None:
+    """This node's copy of a file, where it is of this version; it counts as used now."""
+    try:
+        copy = path.open("rb")
+    except FileNotFoundError:
+        return None
+    if _noted_version(here.note, os.fstat(copy.fileno())) != version:
+        copy.close()
+        return None
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(here.note)
+    return copy
+
+
+def _write_note(here: Origin, version: str, status: os.stat_result) -> None:
+    here.note.parent.mkdir(parents=True, exist_ok=True)
+    _replace(here.note, " ".join([version, *_identity(status)]).encode())
+
+
+def _noted_version(note: Path, status: os.stat_result) -> str | None:
+    """The version of the file of this status; None where nobody noted it, or another file has taken its place since."""
+    try:
+        noted = note.read_text().split()
+    except FileNotFoundError:
+        return None
+    return noted[0] if noted[1:] == _identity(status) else None
+
+
+def _identity(status: os.stat_result) -> list[str]:
+    return [str(part) for part in (status.st_size, status.st_mtime_ns, status.st_ino)]
 
 
 def _replace(path: Path, content: bytes) -> None:

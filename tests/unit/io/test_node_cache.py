@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import threading
@@ -9,16 +10,19 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from s3_server import uri
 
 from emloc_ray.data.reading import scan
-from emloc_ray.errors import ConfigError
+from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io import node_cache
 from emloc_ray.io.atomic import atomic_directory, atomic_file, copy_file, write_json
+from emloc_ray.io.checkpoint import read_shard
 from emloc_ray.io.digests import digest
 from emloc_ray.io.node_cache import discard, ensure, exists, hashes, local_only, mirror, open_artifact, origin, sizes
 from emloc_ray.io.object_store import ObjectStore
 from emloc_ray.io.resume import discard_unless
+from emloc_ray.io.shard_writing import write_tensors
 
 
 @pytest.fixture
@@ -75,6 +79,58 @@ def test_an_old_copy_gives_way(root: Path, other: Path) -> None:
         assert (file.read(), size) == (b"later", 5)
     ensure(other / "slots" / "s")
     assert (other / "slots" / "s").read_bytes() == b"later"
+
+
+def test_a_node_reads_the_version_that_another_found(root: Path, other: Path) -> None:
+    """As where the driver reads headers, and workers read the tensors that it found."""
+    shard = root / "model" / "model.safetensors"
+    for value in (1.0, 2.0):
+        write_tensors(shard, {"weight": torch.full((3,), value)})
+        entry = read_shard(shard).entries[0]
+        there = dataclasses.replace(entry, file=other / "model" / shard.name)
+        assert there.read_rows().tolist() == [value] * 3
+    write_tensors(shard, {"weight": torch.zeros(3)})
+    assert there.read_rows().tolist() == [2.0] * 3
+    there.file.unlink()
+    with pytest.raises(ArtifactError, match="written anew while it was read"):
+        there.read_rows()
+
+
+def test_what_a_killed_writer_did_not_give_to_the_store_is_not_believed(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    write(root / "a" / "f", b"whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectStore, "add_version", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write(root / "a" / "f", b"other")
+    assert (root / "a" / "f").read_bytes() == b"other"
+    with open_artifact(root / "a" / "f") as (file, _):
+        assert file.read() == b"whole"
+    ensure(root / "a")
+    assert (root / "a" / "f").read_bytes() == b"whole"
+
+
+def test_a_look_at_a_file_removes_nothing_that_others_have_just_fetched(root: Path, other: Path) -> None:
+    write(root / "a" / "f", b"x")
+    (other / "a").mkdir(parents=True)
+    (other / "a" / "f").write_bytes(b"x")  # in its place, and not noted yet
+    with open_artifact(other / "a" / "f") as (file, size):
+        assert (file.read(), size) == (b"x", 1)
+    assert (other / "a" / "f").is_file()
+
+
+def test_a_directory_loses_what_the_store_no_longer_holds(root: Path, other: Path) -> None:
+    """As a merged model of one file whose successor is in several: transformers would read the one."""
+    for name in ("model.safetensors", "config.json"):
+        write(root / "merged" / name, b"x")
+    ensure(other / "merged")
+    discard(root / "merged" / "model.safetensors")
+    ensure(other / "merged", weights=False)
+    assert [file.name for file in (other / "merged").iterdir()] == ["config.json"]
 
 
 def test_a_copy_of_what_is_no_more_goes(root: Path, other: Path) -> None:
