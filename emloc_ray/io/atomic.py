@@ -36,7 +36,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             os.unlink(temporary)
         raise
     _fsync_directory(path.parent)
-    publish(path)
+    publish(path, whole=True)
 
 
 @contextlib.contextmanager
@@ -56,7 +56,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _fsync_directory(path.parent)
-    publish(path)
+    publish(path, whole=True)
 
 
 def copy_file(source: Path, target: Path) -> None:

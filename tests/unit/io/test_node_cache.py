@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,22 @@ from s3_server import uri
 
 from emloc_ray.data.reading import scan
 from emloc_ray.errors import ArtifactError, ConfigError
-from emloc_ray.io import node_cache
+from emloc_ray.io import node_copies
 from emloc_ray.io.atomic import atomic_directory, atomic_file, copy_file, write_json
 from emloc_ray.io.checkpoint import read_shard
 from emloc_ray.io.digests import digest
-from emloc_ray.io.node_cache import discard, ensure, exists, hashes, local_only, mirror, open_artifact, origin, sizes
+from emloc_ray.io.node_cache import (
+    discard,
+    ensure,
+    exists,
+    hashes,
+    local_only,
+    mirror,
+    open_artifact,
+    origin,
+    publish,
+    sizes,
+)
 from emloc_ray.io.object_store import ObjectStore
 from emloc_ray.io.resume import discard_unless
 from emloc_ray.io.shard_writing import write_tensors
@@ -182,18 +194,53 @@ def test_a_directory_that_is_being_written_is_not_seen(root: Path, other: Path) 
     assert found.store.names() == ["adapter"]
 
 
-def test_the_cache_makes_room(root: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def full_disk(other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other.mkdir(parents=True)
+    usage = shutil.disk_usage(other)
+    monkeypatch.setattr(node_copies.shutil, "disk_usage", lambda _: usage._replace(total=1000, free=0))
+
+
+def test_the_cache_makes_room(root: Path, other: Path, full_disk: None) -> None:
     for name in ("a/old", "a/used", "a/new"):
         write(root / name, b"x" * 10)
     ensure(other / "a" / "old")
     ensure(other / "a" / "used")
-    os.utime(other / "a" / "old", (0, 0))
-    usage = shutil.disk_usage(other)
-    monkeypatch.setattr(node_cache.shutil, "disk_usage", lambda _: usage._replace(total=1000, free=100))
+    found = origin(other / "a" / "old")
+    assert found is not None
+    os.utime(found.note, (0, 0))
     ensure(other / "a" / "new")
     assert sorted(file.name for file in (other / "a").iterdir()) == ["new", "used"]
     ensure(other / "a" / "old")
     assert (other / "a" / "old").read_bytes() == b"x" * 10
+
+
+def test_what_is_no_copy_stays_where_room_is_made(
+    root: Path, other: Path, full_disk: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = [local_only(other) / "hidden" / "h", *(other / name for name in ("log.jsonl", "a/on-its-way", "a/log"))]
+    for file in kept:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"x" * 10)
+        os.utime(file, (0, 0))
+    publish(other / "a" / "log")
+    monkeypatch.setattr(node_copies, "_IN_USE_S", 0.0)
+    write(root / "b" / "new", b"x" * 10)
+    ensure(other / "b" / "new")
+    assert all(file.is_file() for file in kept)
+
+
+def test_workers_may_make_room_at_once(
+    root: Path, other: Path, full_disk: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = [f"new/{number}" for number in range(8)]
+    for name in [*new, *(f"old/{number}" for number in range(40))]:
+        write(root / name, b"x" * 10)
+    ensure(other / "old")
+    monkeypatch.setattr(node_copies, "_IN_USE_S", 0.0)
+    with ThreadPoolExecutor(len(new)) as pool:
+        list(pool.map(ensure, [other / name for name in new]))
+    assert not list((other / "old").iterdir())
 
 
 def test_what_was_begun_with_other_inputs_goes_for_all_nodes(root: Path, other: Path) -> None:
