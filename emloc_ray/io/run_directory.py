@@ -174,24 +174,30 @@ class RunDirectory:
         return found
 
     def is_done(self, name: str, inputs: str) -> bool:
-        """Whether the stage was finished with inputs of this fingerprint and its files are all there, whole by size."""
+        """Whether the stage was finished with inputs of this fingerprint and its files are all there, whole by size; on an
+        object store, whose keys name contents, as they were written."""
         entry = self.stage(name)
         if entry is None or entry["inputs"] != inputs:
             return False
-        wanted = {self.path(path): content["size"] for path, content in entry["outputs"].items()}
-        return wanted.items() <= self._sizes(wanted).items()
+        found = self._found(entry["outputs"])
+        return all(found.get(path, {"": None}).items() <= wanted.items() for path, wanted in entry["outputs"].items())
 
-    def _sizes(self, files: Iterable[Path]) -> dict[Path, int]:
-        """Of files, as all nodes see them: asked of a store by the directories at the run's top that hold them."""
+    def _found(self, paths: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """What is known of files that are there: sizes; from a store, asked by the directories at the run's top, all."""
         if self.store is None:
-            return {file: file.stat().st_size for file in files if file.is_file()}
-        tops = {self.path(file.relative_to(self.root).parts[0]) for file in files}
-        return {file: size for top in tops for file, size in sizes(top).items()}
+            files = {path: self.path(path) for path in paths}
+            return {path: {"size": file.stat().st_size} for path, file in files.items() if file.is_file()}
+        tops = {path.partition("/")[0] for path in paths}
+        return {
+            f"{top}/{name}": {"size": info.size, "sha256": info.base_name}
+            for top in tops
+            for name, info in self.store.versions(top).items()
+        }
 
     def damaged(self, name: str) -> list[Path]:
         """The files of a finished stage whose content is not what the manifest says; reads all that is on a disk.
 
-        What comes from an object store is checked when it is fetched.
+        What comes from an object store is checked when it is found done, and when it is fetched.
         """
         entry = self.stage(name)
         if entry is None or self.store is not None:

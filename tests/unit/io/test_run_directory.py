@@ -12,10 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from s3_server import uri
 
 import emloc_ray
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io import run_directory
+from emloc_ray.io.atomic import atomic_file
 from emloc_ray.io.node_cache import discard
 from emloc_ray.io.run_directory import CONFIG, MANIFEST, RunDirectory
 
@@ -174,6 +176,20 @@ def test_a_damaged_artifact_is_not_done(run: RunDirectory, damage: str) -> None:
     else:
         path.write_text("content" if damage == "cut short" else "contents and more")
     assert not run.is_done("merge", "abc")
+
+
+@pytest.mark.parametrize(("content", "done"), [("contents", True), ("CONTENTS", False)])
+def test_what_another_wrote_into_a_store_since_is_not_done(
+    s3_port: int, node_cache: Path, tmp_path: Path, content: str, done: bool
+) -> None:
+    run = RunDirectory(uri(s3_port, f"since/{content}"))
+    run.create({})
+    for root, text in ((run.root, "contents"), (tmp_path / "other" / run.root.name, content)):
+        with atomic_file(root / "merged" / "model.safetensors") as file:
+            file.write(text.encode())
+        if root == run.root:
+            run.commit("merge", "abc", [run.path("merged")], {})
+    assert run.is_done("merge", "abc") == done
 
 
 def test_forgotten_is_not_done_and_others_stay(run: RunDirectory) -> None:
