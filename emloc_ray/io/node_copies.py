@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import shutil
 import tempfile
@@ -17,10 +18,15 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import quote
 
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
+from emloc_ray.errors import ConfigError
+
 MARK = "store="
 _VERSIONS = ".versions"
 # The copies may fill the node's disk but for this share of it; what was used in the last minutes stays.
 _FREE_SHARE = 0.1
+_SIZE_VARIABLE = "EMLOC_RAY_CACHE_SIZE"
 _IN_USE_S = 600.0
 _MAX_NAME = 255
 
@@ -82,7 +88,8 @@ def alone(root: Path, key: str, waits: bool = True) -> Iterator[None]:
 
 
 def make_room(root: Path, needed: int) -> None:
-    """Drops the copies that were used longest ago until the disk has room for a file and a share of it stays free.
+    """Drops the copies that were used longest ago until the disk has room for a file and a share of it stays free, and all
+    copies together take no more than ``EMLOC_RAY_CACHE_SIZE`` (such as 150GiB), where that is set.
 
     What is no copy of what a store holds stays: hidden states, logs, what is on its way to the store.
     """
@@ -98,7 +105,26 @@ def make_room(root: Path, needed: int) -> None:
 
 def _missing(root: Path, needed: int) -> int:
     disk = shutil.disk_usage(root)
-    return needed + int(_FREE_SHARE * disk.total) - disk.free
+    missing = needed + int(_FREE_SHARE * disk.total) - disk.free
+    most = os.environ.get(_SIZE_VARIABLE)
+    return missing if not most else max(missing, _held(root.parent) + needed - _bytes(most))
+
+
+def _held(cache: Path) -> int:
+    """Bytes of all copies."""
+    total = 0
+    for _, owner, path in _copies(cache):
+        with contextlib.suppress(FileNotFoundError):
+            total += (owner / path).stat().st_size
+    return total
+
+
+@functools.cache
+def _bytes(size: str) -> int:
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(size))
+    except ValidationError as error:
+        raise ConfigError(f"{_SIZE_VARIABLE} is {size!r}: give a number and a unit, such as 150GiB.") from error
 
 
 def _copies(cache: Path) -> Iterator[tuple[float, Path, str]]:

@@ -215,6 +215,22 @@ def test_the_cache_makes_room(root: Path, other: Path, full_disk: None) -> None:
     assert (other / "a" / "old").read_bytes() == b"x" * 10
 
 
+def test_copies_take_no_more_than_they_may(root: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_copies, "_IN_USE_S", 0.0)
+    monkeypatch.setenv("EMLOC_RAY_CACHE_SIZE", "25B")
+    for number, name in enumerate(("a/first", "a/second", "a/third", "a/fourth")):
+        write(root / name, b"x" * 10)
+        ensure(other / name)
+        found = origin(other / name)
+        assert found is not None
+        os.utime(found.note, (number, number))
+    assert sorted(file.name for file in (other / "a").iterdir()) == ["fourth", "third"]
+    monkeypatch.setenv("EMLOC_RAY_CACHE_SIZE", "much")
+    write(root / "a" / "fifth", b"x")
+    with pytest.raises(ConfigError, match="EMLOC_RAY_CACHE_SIZE is 'much': give a number and a unit"):
+        ensure(other / "a" / "fifth")
+
+
 def test_what_is_no_copy_stays_where_room_is_made(
     root: Path, other: Path, full_disk: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
