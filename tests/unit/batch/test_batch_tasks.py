@@ -44,7 +44,9 @@ def write(tmp_path: Path) -> Write:
     def written(**keys: Any) -> Path:
         file = tmp_path / "batch.yaml"
         values = {"base": "base.yaml", "run_dir": "runs/many", **keys}
-        file.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
+        file.write_text(
+            yaml.safe_dump({key: value for key, value in values.items() if value is not None}, sort_keys=False)
+        )
         return file
 
     return written
