@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from small_runs import kill_worker, make_values, run_values, task_rows, write_jsonl
 from test_failing_runs import poison
 
-from emloc_ray.batch.driver import prepare_batch, run_batch
+from emloc_ray.batch.driver import check_fit, prepare_batch, run_batch
 from emloc_ray.batch.state import BatchState, TaskState, ask
 from emloc_ray.batch.tasks import read_batch
+from emloc_ray.errors import ConfigError
 from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.run_log import read_events
 
@@ -209,3 +210,26 @@ def test_a_training_that_is_cancelled_leaves_off_with_a_checkpoint(
     assert len(list(training.rglob("newest.json"))) == 1
     # Cancelled it stays, until somebody says otherwise.
     assert named(run(path))["long"].status == "cancelled"
+
+
+def test_what_the_cluster_could_never_run_is_told_before_anything_starts(
+    ray_session: None, tmp_path: Path, tiny_model_dir: Callable[..., Path], task_file: Path
+) -> None:
+    base = {**base_values(tmp_path, tiny_model_dir("llama"), task_file), "ray": {"address": "auto"}}
+    tasks: list[dict[str, Any]] = [
+        {"name": "wide", "finetune.num_workers": 5},
+        {"name": "large", "emulator.cpus_per_worker": 3},
+        {"name": "good"},
+    ]
+    path = write_batch(tmp_path, base, tasks)
+    with pytest.raises(ConfigError) as caught:
+        run(path)
+    wide, large = sorted(str(caught.value).split("\n"), reverse=True)
+    assert wide.startswith("task wide: finetune needs 5 CPUs and")
+    assert "for its 5 workers, there is 2 CPUs" in wide
+    assert large.startswith("task large: factorize needs 3 CPUs and")
+    assert "for one worker, the largest node has 2 CPUs" in large
+    assert not (tmp_path / "many" / "tasks").exists()
+    # A cluster that grows to more is said to.
+    prepared = prepare_batch(read_batch(path, ["limits.cpus=8"]))
+    check_fit(prepared)
