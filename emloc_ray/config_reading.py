@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, PydanticUserError, TypeAdapter, Vali
 
 from emloc_ray.config import FinetuneConfig, RayConfig, RunConfig, Section
 from emloc_ray.errors import ConfigError
+from emloc_ray.io.secret_values import HIDDEN, is_secret, is_variable, leaves
 
 Keys = tuple[Any, ...]  # the parts of a dotted key
 Checked = TypeVar("Checked", bound=BaseModel)
@@ -32,15 +33,33 @@ def _passed_through_errors(values: dict[str, Any]) -> list[str]:
     """
     lines = []
     for key in _extra_keys(values, "finetune", FinetuneConfig):
-        if key in _OWN_TRAINING_ARGUMENTS:
+        if secrets := _secret_errors(f"finetune.{key}", values["finetune"][key]):
+            lines += secrets
+        elif key in _OWN_TRAINING_ARGUMENTS:
             lines.append(f"finetune.{key} is set by emloc_ray itself: remove it.")
         elif key not in (types := _training_argument_types()):
             lines.append(f"{no_such_key(f'finetune.{key}', key, {*types, *FinetuneConfig.model_fields})}.")
         else:
             lines += _type_errors(f"finetune.{key}", values["finetune"][key], _training_argument_type(key))
     for key in _extra_keys(values, "ray", RayConfig):
-        if key not in (known := _ray_init_names()):
+        if secrets := _secret_errors(f"ray.{key}", values["ray"][key]):
+            lines += secrets
+        elif key not in (known := _ray_init_names()):
             lines.append(f"{no_such_key(f'ray.{key}', key, known | set(RayConfig.model_fields))}.")
+    return lines
+
+
+def _secret_errors(key: str, value: Any) -> list[str]:
+    """Where a value would show a secret in the run's files, or is what such a file shows for one."""
+    lines = []
+    for path, leaf in leaves(value, tuple(key.split("."))):
+        if leaf == HIDDEN:
+            lines.append(f"{'.'.join(path)} was hidden where this config was written down: give its value again.")
+        elif is_secret(path, leaf) and not is_variable(path):
+            lines.append(
+                f"{'.'.join(path)} is a secret, and a run writes its config down: remove it, and give it to the nodes as"
+                " their environment (such as HF_TOKEN)."
+            )
     return lines
 
 

@@ -61,14 +61,15 @@ def run(
 
     prepared = prepared or prepare(config)
     check_disk(prepared.run, 0 if prepared.run.path("manifest.json").is_file() else make_plan(prepared).disk_bytes)
-    prepared.run.lock()
+    reporter = reporter or SilentReporter()
     try:
+        prepared.run.lock(reporter.note)
         prepared.run.create(config.model_dump(mode="json"), fresh=fresh)
         lean = config.memory_budget is not None
         log = RunLog(prepared.run, [spec.name for spec in prepared.layout.specs])
         with log, connection(config.ray.address, lean_memory=lean, **config.ray.init_options):
             check_visible(prepared)
-            told = Reporters(reporter or SilentReporter(), log, StageGauges(prepared.run.name))
+            told = Reporters(reporter, log, StageGauges(prepared.run.name))
             Pipeline(prepared, told, begin, turns or AtOnce(), cache).run(until)
         return prepared.run.metrics()
     except OSError as error:  # of the run's own small files: a stage explains its own

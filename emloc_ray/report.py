@@ -18,6 +18,7 @@ from markupsafe import Markup
 from emloc_ray.console import describe_choice, duration
 from emloc_ray.io.atomic import atomic_file
 from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.io.secret_values import without_secrets
 from emloc_ray.io.stored_files import shown
 
 _TEMPLATE = "report.html.j2"
@@ -40,7 +41,6 @@ _VARIANTS = {
     "corrected": "original + adapter, corrected",
     "merged": "merged",
 }
-_SECRET = re.compile(r"(^env_vars|_token|password|secret|api_?key)$", re.IGNORECASE)
 
 
 def write_report(directory: RunDirectory) -> Path:
@@ -178,16 +178,6 @@ def process_rows(usages: Sequence[dict[str, Any]]) -> list[tuple[str, list[int |
     peaks = [usage.get("processes", {}) for usage in usages]
     largest = {name: max(stage.get(name, 0) for stage in peaks) for stage in peaks for name in stage}
     return [(name, [stage.get(name) for stage in peaks]) for name in sorted(largest, key=lambda name: -largest[name])]
-
-
-def without_secrets(value: Any) -> Any:
-    """A config without what nobody should mail around: environment variables, tokens, passwords."""
-    if isinstance(value, list):
-        return [without_secrets(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    hidden = {key for key, item in value.items() if item and _SECRET.search(str(key))}
-    return {key: "(hidden)" if key in hidden else without_secrets(item) for key, item in value.items()}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 from collections.abc import Collection
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_ray.io.node_cache import sizes
-from emloc_ray.io.run_directory import METRICS, RunDirectory
+from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.preparation import Prepared
 from emloc_ray.stages import STAGES
 
@@ -31,7 +30,7 @@ def assemble_metrics(directory: RunDirectory, prepared: Prepared, verified: Coll
     metrics: dict[str, Any] = {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
         "stages": {name: {**r["usage"], "num_workers": r.get("num_workers", 1)} for name, r in stages.items()},
-        "disk_bytes": {name: _bytes(directory.path(name)) for name in _ARTIFACTS if directory.path(name).is_dir()},
+        "disk_bytes": {name: sum(held) for name in _ARTIFACTS if (held := sizes(directory.path(name)).values())},
     }
     if "data" in stages:
         metrics["data"] = stages["data"]["splits"]
@@ -57,7 +56,7 @@ def assemble_metrics(directory: RunDirectory, prepared: Prepared, verified: Coll
         metrics |= {key: stages["evaluate"][key] for key in ("evaluation", "exact_match", "generations")}
         bound = prepared.config.evaluation.upper_bound
         if bound is not None:
-            gap = gap_closed(metrics["evaluation"], Path(bound))
+            gap = gap_closed(metrics["evaluation"], bound)
             metrics |= {} if gap is None else {"gap_closed": gap}
     return metrics
 
@@ -77,19 +76,15 @@ def _current_stages(
     return current
 
 
-def gap_closed(evaluation: dict[str, Any], upper_bound: Path) -> dict[str, Any] | None:
+def gap_closed(evaluation: dict[str, Any], upper_bound: str | Path) -> dict[str, Any] | None:
     """``(original − corrected) / (original − LoRA on the original)`` in held-out loss.
 
     ``upper_bound`` is the run directory of the same task at ratio 1.0. None where it gained nothing: there is no gap.
     """
-    other = json.loads((upper_bound / METRICS).read_text())["evaluation"]
+    other = RunDirectory(upper_bound).metrics()["evaluation"]
     original, bound = evaluation["original"]["loss"], other["corrected"]["loss"]
     gap = original - bound
     if gap <= 0:
         return None
     share = {name: (original - evaluation[name]["loss"]) / gap for name in ("uncorrected", "corrected", "merged")}
     return {"upper_bound": str(upper_bound), "upper_bound_loss": bound, **share}
-
-
-def _bytes(directory: Path) -> int:
-    return sum(sizes(directory).values())

@@ -25,6 +25,7 @@ from typing import Any
 from emloc_ray.errors import EmlocError
 from emloc_ray.io.node_cache import ensure, publish
 from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.io.secret_values import without_secret
 
 LOG = "log.jsonl"
 RUN_EVENTS = ("run_started", "run_finished", "run_failed", "run_stopped")
@@ -73,7 +74,7 @@ class RunLog:
             "run_started",
             "The run begins.",
             process=f"process {os.getpid()} on {socket.gethostname()}",
-            command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            command=shlex.join([Path(sys.argv[0]).name, *map(without_secret, sys.argv[1:])]),
             directory=os.getcwd(),
         )
         return self
@@ -132,6 +133,7 @@ class RunLog:
         self._logger.log(level, "%s", message, extra={"fields": {"run": self.run.name, "event": event, **fields}})
         if event != "layer":  # a stage's end follows, and takes them with it
             with contextlib.suppress(EmlocError, OSError):  # what the run itself writes tells of a store that fails
+                self.run.check_held()
                 publish(self.run.path(LOG))
 
 

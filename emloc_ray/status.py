@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from emloc_ray.io.run_directory import CONFIG, RunDirectory
+from emloc_ray.io.secret_values import HIDDEN, leaves
 from emloc_ray.run_log import RUN_EVENTS, read_events
 
 Event = dict[str, Any]
@@ -48,7 +49,8 @@ class RunStatus:
             where = f" in {self.failure['stage']}" if "stage" in self.failure else ""
             told.append(f"Failed{where}, {_age(self.failure, now)}: {self.failure['message']}")
         if not self.holder and (self.end is None or self.end["event"] != "run_finished"):
-            told.append(f"It goes on by the same command: {self.go_on}")
+            again = f", with the values given again for which {HIDDEN} stands" if HIDDEN in self.go_on else ""
+            told.append(f"It goes on by the same command{again}: {self.go_on}")
         return told
 
     def _place(self) -> str:
@@ -88,7 +90,11 @@ def _command(run: RunDirectory, begun: Event) -> str:
     """The command line that began a run, without what would undo its work; where it was none, one that goes on as well."""
     words = shlex.split(begun.get("command", ""))
     if not words or words[0] != "emloc-ray":
-        return "the call that began it" if run.store else f"emloc-ray run {shlex.quote(str(run.path(CONFIG)))}"
+        if run.store:
+            return "the call that began it"
+        config = leaves(run.manifest()["config"])
+        hidden = [f"{'.'.join(path)}={HIDDEN}" for path, value in config if value == HIDDEN]
+        return shlex.join(["emloc-ray", "run", str(run.path(CONFIG)), *hidden])
     return f"cd {shlex.quote(begun['directory'])} && {shlex.join(word for word in words if word != '--fresh')}"
 
 

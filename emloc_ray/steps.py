@@ -73,6 +73,7 @@ class Steps:
             found: dict[str, Any] = entry["result"]
             return found
         self._check_artifacts()
+        self.directory.check_held()  # before files are removed, or written over: they may be another's by now
         if entry is not None:
             self.directory.forget(name)
             self.write_results()  # what was shown of it speaks of another run from now on

@@ -14,6 +14,9 @@
 ``data``           rows into token shards and batches at 10³ to 10⁶ rows: peaks of driver, worker, object store; speed
 ``growth``         calibrating and factorizing at 1, 2 and 4 times the depth and the rows: time and peak memory
 ``ray``            the stages on Ray, against the same functions called in one process
+``tasks``          eight tasks as a batch, against the same one after another: sharing data and model, or the model
+``scheduling``     500 tasks whose stages sleep: what a task costs beyond its sleep, and what the driver holds
+``training``       a fine-tuning stage of one step, against one in a Ray Train group of its own
 ``quickstart``     the quickstart and the same run at ratio 1.0: wall time, peak memory, gain, gap closed
 """
 
@@ -28,6 +31,7 @@ from pathlib import Path
 from benchmarks.data_path import data
 from benchmarks.factorization import LAYERS, factorization, layers
 from benchmarks.figures import Figures
+from benchmarks.many_tasks import many_tasks, scheduling, short_training
 from benchmarks.memory import memory, merge, planner, shapes
 from benchmarks.whole_runs import calibration, growth, quickstart, ray_overhead, training_step
 
@@ -43,6 +47,9 @@ BENCHMARKS: dict[str, Callable[[Path], Figures]] = {
     "data": data,
     "growth": growth,
     "ray": ray_overhead,
+    "tasks": many_tasks,
+    "scheduling": scheduling,
+    "training": short_training,
     "quickstart": quickstart,
 }
 

@@ -59,8 +59,8 @@ def run_batch(prepared: Prepared, show: Show = lambda state: None, tell: Tell = 
     from emloc_ray.stages.cluster import connection
 
     batch, run = prepared.batch, prepared.run
-    run.lock()
     try:
+        run.lock(tell)
         run.create(batch.config.model_dump(mode="json"))
         lean = any(task.config.memory_budget is not None for task in batch.tasks)
         with connection(batch.ray.address, lean_memory=lean, **batch.ray.init_options):
@@ -98,7 +98,7 @@ def _run(prepared: Prepared, show: Show, tell: Tell) -> BatchState:
     admission = Admission(lambda: cluster_capacity(limits))
     whole = cluster_capacity(limits)
     concurrent = batch.config.max_concurrent or min(max(2 * int(whole.cpus), _LEAST_CONCURRENT), _MOST_CONCURRENT)
-    begun = BatchRun(run, board, prepared.work, admission, concurrent, show, tell)
+    begun = BatchRun(run, board, prepared.work, admission, concurrent, show, tell, ray=batch.ray)
     for task in batch.tasks:
         if task.name in cancelled:
             board.put(TaskState(task.name))

@@ -14,6 +14,7 @@ from emloc_ray.batch.board import Board, TaskReporter, ended
 from emloc_ray.batch.state import BatchState, TaskState, requests, write_state
 from emloc_ray.batch.tasks import Task
 from emloc_ray.batch.turns import Expected, TaskTurns
+from emloc_ray.config import RayConfig
 from emloc_ray.errors import EmlocError, Stopped
 from emloc_ray.io.run_directory import RunDirectory
 
@@ -57,10 +58,12 @@ class BatchRun:
         show: Callable[[BatchState], None] = lambda state: None,
         tell: Callable[[str], None] = lambda text: None,
         clock: Callable[[], float] = time.monotonic,
+        ray: RayConfig | None = None,
     ) -> None:
-        """``admission`` admits stages; ``max_concurrent`` tasks are under way at once."""
+        """``admission`` admits stages; ``max_concurrent`` tasks are under way at once; ``ray`` is that of tasks added later."""
         self.directory, self.board, self.work, self.admission = run, board, work, admission
         self.max_concurrent, self.show, self.tell, self.clock = max_concurrent, show, tell, clock
+        self.ray = ray
         self.tasks: dict[str, Task] = {}
         self._seats = AdmissionQueue(clock)
         self._tickets: dict[str, Any] = {}
@@ -113,7 +116,7 @@ class BatchRun:
     def _hear(self) -> None:
         for request in requests(self.directory):
             for values in request.get("add", []):
-                task = Task.from_dict(values)
+                task = Task.from_dict(values, self.ray)
                 if task.name in self.board and not self.board[task.name].is_over:
                     continue
                 try:

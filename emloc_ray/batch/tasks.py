@@ -54,21 +54,22 @@ class Task:
     where: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; :meth:`from_dict` gives the same task."""
+        """For JSON, but for ``ray``, which is the batch's and may hold what no file is to; :meth:`from_dict` reads it."""
         told = None if self.deadline is None else deadline_text(self.deadline)
-        config = self.config.model_dump(mode="json")
+        config = self.config.model_dump(mode="json", exclude={"ray"})
         own = {"name": self.name, "priority": self.priority, "deadline": told, "owner": self.owner}
         return {**own, "config": config, "where": self.where}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Task:
-        """A task from :meth:`as_dict`; raises ConfigError where it is no such thing."""
+    def from_dict(cls, values: Mapping[str, Any], ray: RayConfig | None = None) -> Task:
+        """A task from :meth:`as_dict` and the batch's ``ray``; raises ConfigError where it is no such thing."""
         where = str(values.get("where", ""))
         own = {key: value for key, value in values.items() if key not in ("config", "where")}
         keys, lines = check(TaskKeys, own)
         if keys is None:
             raise ConfigError("\n".join(f"{where or 'the task'}: {line}" for line in lines))
         config = parse_config(values.get("config") or {}, f"task {keys.name}")
+        config = config.model_copy(update={"ray": ray or RayConfig()})
         return cls(keys.name, config, keys.priority, keys.deadline, keys.owner, where)
 
 

@@ -116,6 +116,8 @@ def each(function: Callable[[Item], Result], items: Sequence[Item], stored: bool
 
 def scan(path: Path | str) -> SourceFile:
     """Counts a file's rows; raises DataError where it is unreadable or empty, ArtifactError where its store is silent."""
+    if isinstance(path, Path):
+        ensure(path)
     kind, place = KINDS[_suffix(path)], str(path)
     try:
         with _open(place, _STORED_SCAN_BYTES) as stream:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from emloc_ray.io.digests import HashingWriter, note_digest
-from emloc_ray.io.node_cache import discard, publish
+from emloc_ray.io.node_cache import discard, ensure, publish
 
 
 @contextlib.contextmanager
@@ -36,7 +36,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             os.unlink(temporary)
         raise
     _fsync_directory(path.parent)
-    publish(path)
+    publish(path, whole=True)
 
 
 @contextlib.contextmanager
@@ -56,11 +56,12 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _fsync_directory(path.parent)
-    publish(path)
+    publish(path, whole=True)
 
 
 def copy_file(source: Path, target: Path) -> None:
     """Copies a small file, atomically."""
+    ensure(source)
     with atomic_file(target) as file:
         file.write(source.read_bytes())
 

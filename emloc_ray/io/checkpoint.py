@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from emloc_ray.errors import ArtifactError
-from emloc_ray.io.node_cache import ensure, exists, open_artifact
+from emloc_ray.io.node_cache import ensure, exists, open_newest, open_version
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -36,7 +36,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor's bytes are: ``[start, stop)`` in ``file``."""
+    """Where a tensor's bytes are: ``[start, stop)`` in ``file``, whose content is ``version`` (None in a file system)."""
 
     name: str
     file: Path
@@ -44,6 +44,7 @@ class TensorEntry:
     shape: tuple[int, ...]
     start: int
     stop: int
+    version: str | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -63,9 +64,8 @@ class TensorEntry:
     def _bytes(self, start: int, stop: int) -> torch.Tensor:
         if start == stop:
             return torch.empty(0, dtype=torch.uint8)
-        if not self.file.is_file():
-            ensure(self.file)
-        buffer = np.fromfile(self.file, dtype=np.uint8, count=stop - start, offset=start)
+        with open_version(self.file, self.version) as stream:
+            buffer = np.fromfile(stream, dtype=np.uint8, count=stop - start, offset=start)
         if buffer.size != stop - start:
             raise ArtifactError(f"{self.file} is cut short in tensor {self.name}: copy the file again.")
         return torch.from_numpy(buffer)
@@ -87,7 +87,7 @@ def read_shard(file: Path) -> Shard:
         ArtifactError: where the file is missing, no safetensors file, or shorter than its header says.
     """
     try:
-        with open_artifact(file) as (stream, size):
+        with open_newest(file) as (stream, size, version):
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > size - 8:
                 raise ArtifactError(f"{file} is cut short or no safetensors file: copy it again.")
@@ -99,7 +99,7 @@ def read_shard(file: Path) -> Shard:
     try:
         described: dict[str, Any] = json.loads(header)
         described.pop("__metadata__", None)
-        found = [_entry(file, name, item, 8 + length) for name, item in described.items()]
+        found = [_entry(file, name, item, 8 + length, version) for name, item in described.items()]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ArtifactError(f"{file} has no readable safetensors header: copy it again.") from error
     entries = sorted(found, key=lambda entry: entry.start)
@@ -108,14 +108,14 @@ def read_shard(file: Path) -> Shard:
     return Shard(file, header, tuple(entries))
 
 
-def _entry(file: Path, name: str, item: dict[str, Any], base: int) -> TensorEntry:
+def _entry(file: Path, name: str, item: dict[str, Any], base: int, version: str | None) -> TensorEntry:
     start, stop = item["data_offsets"]
     if item["dtype"] not in DTYPES:
         raise ArtifactError(f"{file}: tensor {name} has dtype {item['dtype']}, which is not supported.")
     dtype, shape = DTYPES[item["dtype"]], tuple(item["shape"])
     if stop - start != math.prod(shape) * dtype.itemsize:
         raise ArtifactError(f"{file}: tensor {name} has {stop - start} bytes for shape {list(shape)}: copy it again.")
-    return TensorEntry(name, file, dtype, shape, base + start, base + stop)
+    return TensorEntry(name, file, dtype, shape, base + start, base + stop, version)
 
 
 def read_index(directory: Path) -> dict[str, str]:

@@ -9,12 +9,10 @@ under keys that name their content (:class:`ObjectStore`).
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,16 +20,12 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote, unquote
 
-from emloc_ray.errors import ConfigError
+from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.digests import digest, noted_digest
+from emloc_ray.io.node_copies import MARK, alone, make_room, note_of, open_copy, write_note, write_small
 from emloc_ray.io.object_store import ObjectStore
 
-_MARK = "store="
-_VERSIONS = ".versions"
 _CONNECTIONS = 8
-# The cache may fill the node's disk but for this share of it; what was used in the last minutes stays.
-_FREE_SHARE = 0.1
-_IN_USE_S = 600.0
 _MAX_NAME = 255
 
 
@@ -48,9 +42,10 @@ class Origin:
         """Whether it lies under its own name."""
         return "/" not in self.path
 
-    def version_file(self, path: str) -> Path:
-        """Where this node notes which version of a file it holds."""
-        return self.root / _VERSIONS / path
+    @property
+    def note(self) -> Path:
+        """Where this node notes which version its copy is."""
+        return note_of(self.root, self.path)
 
 
 @functools.lru_cache(maxsize=16)
@@ -64,7 +59,7 @@ def mirror(uri: str) -> Path:
     Raises:
         ConfigError: where pyarrow cannot open it, or it is too long for the name of a directory.
     """
-    folder = _MARK + quote(_store(uri).uri, safe="")
+    folder = MARK + quote(_store(uri).uri, safe="")
     if len(folder) > _MAX_NAME:
         raise ConfigError(f"run_dir {uri} is longer than a directory's name may be: shorten it.")
     base = os.environ.get("EMLOC_RAY_CACHE") or str(Path(tempfile.gettempdir()) / "emloc_ray")
@@ -74,29 +69,33 @@ def mirror(uri: str) -> Path:
 def origin(path: Path) -> Origin | None:
     """What ``path`` mirrors; None for a path of a file system."""
     for number, part in enumerate(path.parts):
-        if part.startswith(_MARK):
+        if part.startswith(MARK):
             root = Path(*path.parts[: number + 1])
-            return Origin(_store(unquote(part.removeprefix(_MARK))), root, "/".join(path.parts[number + 1 :]))
+            return Origin(_store(unquote(part.removeprefix(MARK))), root, "/".join(path.parts[number + 1 :]))
     return None
 
 
-def publish(path: Path) -> None:
-    """Gives a file, or all files below a directory, to the store that it mirrors."""
+def publish(path: Path, *, whole: bool = False) -> None:
+    """Gives a file, or all files below a directory, to the store that it mirrors.
+
+    What is ``whole``, to which nobody will add, this node keeps as it keeps what it fetches: until it needs the room.
+    """
     here = origin(path)
-    if here is None or any(part.endswith(".tmp") for part in path.parts):  # it has its own name only when it is whole
+    if here is None or _is_unfinished(path):  # it has its own name only when it is whole
         return
     if here.is_plain and path.is_file():
         here.store.write(here.path, path.read_bytes())
         return
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
-        list(pool.map(_publish_file, files))
+        list(pool.map(lambda file: _publish_file(file, whole), _files(path) if path.is_dir() else [path]))
 
 
-def _publish_file(file: Path) -> None:
-    here = origin(file)
+def _publish_file(file: Path, whole: bool) -> None:
+    here, status = origin(file), file.stat()
     assert here is not None
-    _note_version(here, here.path, here.store.add_version(here.path, file))
+    version = here.store.add_version(here.path, file)
+    if whole:
+        write_note(here.note, version, status)
 
 
 def ensure(path: Path, *, weights: bool = True) -> None:
@@ -110,34 +109,38 @@ def ensure(path: Path, *, weights: bool = True) -> None:
         return
     if here.is_plain and (content := here.store.read(here.path)) is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, content)
+        write_small(path, content)
         return
-    found = here.store.versions(here.path)
-    if "" not in found and path.is_file():
-        path.unlink()  # a copy of what is no more
-    wanted = {name: info for name, info in found.items() if weights or not name.endswith(".safetensors")}
+    found = _stored(here, path)
+    for file in _files(path):
+        if file not in found and not _is_unfinished(file):
+            file.unlink(missing_ok=True)  # a copy of what is no more
+    wanted = {file: info for file, info in found.items() if weights or file.suffix != ".safetensors"}
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
-        list(pool.map(lambda item: _ensure_file(here, path / item[0] if item[0] else path, item[1]), wanted.items()))
+        list(pool.map(_ensure_file, wanted.keys(), wanted.values()))
 
 
-def _ensure_file(here: Origin, file: Path, info: Any) -> None:
-    key = file.relative_to(here.root).as_posix()
-    with _alone(here.root, key):  # one download serves all workers of a node
-        if file.is_file() and _version(here, key) == info.base_name:
-            os.utime(file)
+def _ensure_file(file: Path, info: Any) -> None:
+    here = origin(file)
+    assert here is not None
+    with alone(here.root, here.path):  # one download serves all workers of a node
+        copy = open_copy(here.note, file, info.base_name)
+        if copy is not None:
+            copy.close()
             return
         file.parent.mkdir(parents=True, exist_ok=True)
-        _make_room(here.root, info.size)
+        make_room(here.root, info.size)
         handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")
         os.close(handle)
         try:
             here.store.download(info, Path(temporary))
+            status = os.stat(temporary)
             os.replace(temporary, file)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
             raise
-        _note_version(here, key, info.base_name)
+        write_note(here.note, info.base_name, status)
 
 
 @contextlib.contextmanager
@@ -147,18 +150,42 @@ def open_artifact(path: Path) -> Iterator[tuple[IO[bytes], int]]:
     Raises:
         FileNotFoundError: where there is none.
     """
+    with open_newest(path) as (stream, size, _):
+        yield stream, size
+
+
+@contextlib.contextmanager
+def open_newest(path: Path) -> Iterator[tuple[IO[bytes], int, str | None]]:
+    """As :func:`open_artifact`, with the version that it is: None in a file system."""
     here = origin(path)
-    info = None if here is None else here.store.versions(here.path).get("")
-    if here is not None and info is not None and _version(here, here.path) != info.base_name:
-        path.unlink(missing_ok=True)
-    if here is None or (info is not None and path.is_file()):
+    if here is None:
         with path.open("rb") as stream:
-            yield stream, path.stat().st_size
+            yield stream, path.stat().st_size, None
         return
+    info = here.store.versions(here.path).get("")
     if info is None:
         raise FileNotFoundError(f"{here.store.uri} holds no {here.path}")
-    with here.store.open(info) as remote:
-        yield remote, info.size
+    with open_copy(here.note, path, info.base_name) or here.store.open(info) as stream:
+        yield stream, info.size, info.base_name
+
+
+def open_version(path: Path, version: str | None) -> IO[bytes]:
+    """A file as :func:`open_newest` found it, from this node, fetched where another version is here or none.
+
+    Raises:
+        FileNotFoundError: where there is none in a file system.
+        ArtifactError: where the store holds another version by now, or none.
+    """
+    here = origin(path)
+    if here is None or version is None:
+        return path.open("rb")
+    copy = open_copy(here.note, path, version)
+    if copy is None:
+        ensure(path)
+        copy = open_copy(here.note, path, version)
+    if copy is None:
+        raise ArtifactError(f"{path} was removed or written anew while it was read: run the same command again.")
+    return copy
 
 
 def exists(path: Path) -> bool:
@@ -177,7 +204,7 @@ def remote(path: Path) -> tuple[Any, str] | None:
 
 def local_only(path: Path) -> Path:
     """A place like ``path`` that the store never sees, for what is worth less than its way there and back."""
-    parts = [part.replace(_MARK, "local=", 1) if part.startswith(_MARK) else part for part in path.parts]
+    parts = [part.replace(MARK, "local=", 1) if part.startswith(MARK) else part for part in path.parts]
     return Path(*parts)
 
 
@@ -188,8 +215,7 @@ def hashes(path: Path) -> dict[Path, str]:
     """
     here = origin(path)
     if here is not None:
-        found = here.store.versions(here.path)
-        return {path / name if name else path: info.base_name for name, info in sorted(found.items())}
+        return {file: info.base_name for file, info in _stored(here, path).items()}
     return {file: noted_digest(file) or digest(file) for file in sizes(path)}
 
 
@@ -197,11 +223,8 @@ def sizes(path: Path) -> dict[Path, int]:
     """The files below a directory, or a file itself, as all nodes see them, with their sizes."""
     here = origin(path)
     if here is not None:
-        return {
-            path / name if name else path: info.size for name, info in sorted(here.store.versions(here.path).items())
-        }
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    return {file: file.stat().st_size for file in files if file.is_file()}
+        return {file: info.size for file, info in _stored(here, path).items()}
+    return {file: file.stat().st_size for file in _files(path)}
 
 
 def discard(path: Path) -> None:
@@ -215,43 +238,15 @@ def discard(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _version(here: Origin, key: str) -> str | None:
-    file = here.version_file(key)
-    return file.read_text() if file.is_file() else None
+def _stored(here: Origin, path: Path) -> dict[Path, Any]:
+    """The files below a path, or itself, that the store holds."""
+    return {path / name if name else path: info for name, info in sorted(here.store.versions(here.path).items())}
 
 
-def _note_version(here: Origin, key: str, version: str) -> None:
-    note = here.version_file(key)
-    note.parent.mkdir(parents=True, exist_ok=True)
-    _replace(note, version.encode())
+def _files(path: Path) -> list[Path]:
+    below = path.rglob("*") if path.is_dir() else [path]
+    return sorted(file for file in below if file.is_file())
 
 
-def _replace(path: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-    os.replace(temporary, path)
-
-
-@contextlib.contextmanager
-def _alone(root: Path, key: str) -> Iterator[None]:
-    lock = root / ".locks" / quote(key, safe="")[-_MAX_NAME:]
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _make_room(root: Path, needed: int) -> None:
-    """Drops the copies that were used longest ago until the disk has room for a file and a share of it stays free."""
-    disk = shutil.disk_usage(root)
-    missing = needed + int(_FREE_SHARE * disk.total) - disk.free
-    if missing <= 0:
-        return
-    held = [(file.stat().st_mtime, file) for file in root.parent.rglob("*") if file.is_file() and file.suffix != ".tmp"]
-    for used, file in sorted(held):
-        if missing <= 0 or used > time.time() - _IN_USE_S:
-            return
-        if _VERSIONS not in file.parts:
-            missing -= file.stat().st_size
-            file.unlink(missing_ok=True)
+def _is_unfinished(path: Path) -> bool:
+    return any(part.endswith(".tmp") for part in path.parts)

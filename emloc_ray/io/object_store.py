@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ from emloc_ray.io.digests import digest
 
 _ATTEMPTS = 6
 _FIRST_PAUSE_S = 0.5
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 # Of a URI's query, as pyarrow reads them: https://arrow.apache.org/docs/python/filesystems.html#connecting-to-s3
 _S3_OPTIONS = {"region", "scheme", "endpoint_override", "anonymous", "force_virtual_addressing"}
 # What the names of options that carry a secret hold, in pyarrow's URIs of any store.
@@ -141,15 +144,21 @@ class ObjectStore:
             raise OSError(f"{found.size} of {file.stat().st_size} bytes arrived")
 
     def download(self, info: pyarrow.fs.FileInfo, target: Path) -> None:
-        """Copies an object to ``target``; raises DamagedArtifactError where its content is not what its key names."""
+        """Copies an object to ``target``; raises DamagedArtifactError where its content is not what its key names, OSError
+        where the disk is full."""
 
         def copy() -> None:
-            pyarrow.fs.copy_files(
-                info.path,
-                str(target),
-                source_filesystem=self.filesystem,
-                destination_filesystem=pyarrow.fs.LocalFileSystem(),
-            )
+            try:
+                pyarrow.fs.copy_files(
+                    info.path,
+                    str(target),
+                    source_filesystem=self.filesystem,
+                    destination_filesystem=pyarrow.fs.LocalFileSystem(),
+                )
+            except OSError as error:
+                if error.errno in _FULL:
+                    raise OSError(error.errno, os.strerror(error.errno), str(target)) from error
+                raise
 
         self._trying(copy, "read", info.path)
         if digest(target) != info.base_name:
@@ -224,13 +233,15 @@ class ObjectStore:
             delete(key)
 
     def _trying(self, call: Callable[[], Result], what: str, path: str) -> Result:
-        """Raises ArtifactError where the last try fails too; what is not there is told at once."""
+        """Raises ArtifactError where the last try fails too; what is not there, or a full disk, is told at once."""
         for attempt in range(_ATTEMPTS):
             try:
                 return call()
             except FileNotFoundError:
                 raise
             except OSError as error:
+                if error.errno in _FULL:  # this node's disk: the store does not answer so
+                    raise
                 if attempt + 1 < _ATTEMPTS:
                     time.sleep(_FIRST_PAUSE_S * 2**attempt)
                     continue

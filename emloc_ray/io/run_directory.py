@@ -14,7 +14,7 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,16 @@ from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.atomic import atomic_file, write_json
 from emloc_ray.io.digests import digest
 from emloc_ray.io.lease import KEY as LEASE
-from emloc_ray.io.lease import Lease, find_holder
+from emloc_ray.io.lease import Holder, Lease, find_holder
 from emloc_ray.io.node_cache import discard, ensure, hashes, mirror, origin, sizes
 from emloc_ray.io.object_store import ObjectStore, is_store_uri
+from emloc_ray.io.secret_values import without_secrets
 
 CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
 METRICS = "metrics.json"
 _LOCK = ".lock"
+_HELD = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)  # NFS and others make flock of fcntl's locks
 _READERS = 4
 _FORMAT = 2
 
@@ -131,20 +133,22 @@ class RunDirectory:
         return self
 
     def create(self, config: dict[str, Any], *, fresh: bool = False) -> None:
-        """Makes the directory with its manifest and config; ``fresh`` removes what an earlier run of this name left."""
+        """Makes the directory with its manifest and config, without its secrets; ``fresh`` removes what an earlier run of
+        this name left."""
         self.check()
-        for name in self.names() if fresh else ():
-            if name not in (_LOCK, LEASE):
-                discard(self.path(name))
+        config = without_secrets(config)
         self.root.mkdir(parents=True, exist_ok=True)
         for leftover in self.root.glob(".*.tmp"):
             discard(leftover)
-        found = any(name == MANIFEST for name in self.names())
-        manifest: dict[str, Any] = self.manifest() if found else {"stages": {}}
+        found = self.names()
+        manifest: dict[str, Any] = self.manifest() if MANIFEST in found and not fresh else {"stages": {}}
         manifest.update({"format": _FORMAT, "name": self.name, "config": config})
-        write_json(self.path(MANIFEST), manifest)
+        self._write_manifest(manifest)
         with atomic_file(self.path(CONFIG)) as file:
             file.write(yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
+        # Last: whatever a kill leaves of these is a run's, with no stage done.
+        for name in set(found) - {MANIFEST, CONFIG, _LOCK, LEASE} if fresh else ():
+            discard(self.path(name))
 
     def manifest(self) -> dict[str, Any]:
         """The manifest; raises ArtifactError where there is none or it is unreadable."""
@@ -170,24 +174,30 @@ class RunDirectory:
         return found
 
     def is_done(self, name: str, inputs: str) -> bool:
-        """Whether the stage was finished with inputs of this fingerprint and its files are all there, whole by size."""
+        """Whether the stage was finished with inputs of this fingerprint and its files are all there, whole by size; on an
+        object store, whose keys name contents, as they were written."""
         entry = self.stage(name)
         if entry is None or entry["inputs"] != inputs:
             return False
-        wanted = {self.path(path): content["size"] for path, content in entry["outputs"].items()}
-        return wanted.items() <= self._sizes(wanted).items()
+        found = self._found(entry["outputs"])
+        return all(found.get(path, {"": None}).items() <= wanted.items() for path, wanted in entry["outputs"].items())
 
-    def _sizes(self, files: Iterable[Path]) -> dict[Path, int]:
-        """Of files, as all nodes see them: asked of a store by the directories at the run's top that hold them."""
+    def _found(self, paths: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """What is known of files that are there: sizes; from a store, asked by the directories at the run's top, all."""
         if self.store is None:
-            return {file: file.stat().st_size for file in files if file.is_file()}
-        tops = {self.path(file.relative_to(self.root).parts[0]) for file in files}
-        return {file: size for top in tops for file, size in sizes(top).items()}
+            files = {path: self.path(path) for path in paths}
+            return {path: {"size": file.stat().st_size} for path, file in files.items() if file.is_file()}
+        tops = {path.partition("/")[0] for path in paths}
+        return {
+            f"{top}/{name}": {"size": info.size, "sha256": info.base_name}
+            for top in tops
+            for name, info in self.store.versions(top).items()
+        }
 
     def damaged(self, name: str) -> list[Path]:
         """The files of a finished stage whose content is not what the manifest says; reads all that is on a disk.
 
-        What comes from an object store is checked when it is fetched.
+        What comes from an object store is checked when it is found done, and when it is fetched.
         """
         entry = self.stage(name)
         if entry is None or self.store is not None:
@@ -205,10 +215,8 @@ class RunDirectory:
         """Records a finished stage, with size and SHA-256 of its files, after they are written.
 
         Raises:
-            StageError: where the run was taken over by another process meanwhile.
+            StageError: where the run was taken over by another process meanwhile, as in all methods that write.
         """
-        if self._lease is not None:
-            self._lease.check()
         manifest = self.manifest()
         files = {}
         for output in outputs:
@@ -223,16 +231,22 @@ class RunDirectory:
             "outputs": files,
             "result": result,
         }
-        write_json(self.path(MANIFEST), manifest)
+        self._write_manifest(manifest)
 
     def forget(self, name: str) -> None:
         """Takes a stage out of the manifest, before its files are written again."""
+        self.check_held()
         manifest = self.manifest()
         if manifest["stages"].pop(name, None) is not None:
-            write_json(self.path(MANIFEST), manifest)
+            self._write_manifest(manifest)
+
+    def _write_manifest(self, manifest: dict[str, Any]) -> None:
+        self.check_held()
+        write_json(self.path(MANIFEST), manifest)
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """Writes ``metrics.json``, whole: what it held of stages that are to be redone does not stay."""
+        self.check_held()
         write_json(self.path(METRICS), metrics)
 
     def metrics(self) -> dict[str, Any]:
@@ -242,35 +256,44 @@ class RunDirectory:
         metrics: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
         return metrics
 
-    def lock(self) -> None:
+    def lock(self, tell: Callable[[str], None] = lambda text: None) -> None:
         """Takes the run for this process, until it ends, however it ends: a lock of the operating system, on an object
         store a lease that goes stale a minute after its holder's death.
 
+        There a holder that may be dead is watched until it is known; ``tell`` hears of that before.
+
         Raises:
-            ConfigError: where another process holds it; says which.
+            ConfigError: where another process holds it, and says which; where its file system gives no locks.
         """
         me = f"process {os.getpid()} on {socket.gethostname()}"
         if self.store is not None:
+
+            def watch(holder: Holder) -> None:
+                tell(f"{holder.name} held this run until a moment ago: waiting up to 60 s to see whether it is alive.")
+
             lease = Lease(self.store, me)
-            held = lease.take()
+            held = lease.take(watch)
             if held is not None:
-                raise ConfigError(
-                    f"run_dir {self.place} is in use by {held.name}: wait for it, or name another; if that is dead,"
-                    " its hold ends within a minute."
-                )
+                raise ConfigError(f"run_dir {self.place} is in use by {held.name}: wait for it, or name another.")
             self._lease = lease
             return
         self.root.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path(_LOCK), os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+            if not self._flock(descriptor, fcntl.LOCK_EX):
+                holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+                raise ConfigError(f"run_dir {self.root} is in use by {holder}: wait for it, or name another.")
+        except ConfigError:
             os.close(descriptor)
-            raise ConfigError(f"run_dir {self.root} is in use by {holder}: wait for it, or name another.") from None
+            raise
         os.truncate(descriptor, 0)
         os.write(descriptor, me.encode())
         self._lock_descriptor = descriptor
+
+    def check_held(self) -> None:
+        """Raises StageError where another process took the run over, since this one was cut off from its object store."""
+        if self._lease is not None:
+            self._lease.check()
 
     def holder(self) -> str | None:
         """The process that holds the run now, or None."""
@@ -279,11 +302,21 @@ class RunDirectory:
         if not self.path(_LOCK).is_file():
             return None
         with self.path(_LOCK).open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                return file.read().strip() or "another process"
-        return None
+            free = self._flock(file.fileno(), fcntl.LOCK_SH)
+            return None if free else file.read().strip() or "another process"
+
+    def _flock(self, descriptor: int, kind: int) -> bool:
+        """Whether the lock was free; raises ConfigError where the file system has none."""
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _HELD:
+                return False
+            raise ConfigError(
+                f"run_dir {self.root} is on a file system that gives no locks ({error.strerror}): have it mounted with"
+                " them (Lustre: -o flock; NFS 3: with lockd running and without nolock), or name another place."
+            ) from error
+        return True
 
     def unlock(self) -> None:
         """Gives the run back."""

@@ -88,6 +88,7 @@ def attach_adapter(model: Any, config: LoraConfig) -> PeftModel:
 
 def load_adapter(model: Any, directory: Path, name: str = "default") -> PeftModel:
     """A saved adapter, frozen, on an emulator or on its original."""
+    ensure(Path(directory))
     config = register_factorized(LoraConfig.from_pretrained(str(directory)))
     if isinstance(model, PeftModel):
         model.load_adapter(directory, adapter_name=name, peft_config=config)

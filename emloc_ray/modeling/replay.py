@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import AutoConfig
 
 from emloc_ray.errors import ArtifactError, StageError
 from emloc_ray.io.checkpoint import Checkpoint
-from emloc_ray.modeling.architecture import auto_class, block_names, empty_model, traced_inputs
+from emloc_ray.modeling.architecture import auto_class, block_names, empty_model, load_config, traced_inputs
 from emloc_ray.modeling.block_outputs import BlockOutput
 
 
@@ -127,7 +126,7 @@ class BlockReplay:
         """Raises ArtifactError where the checkpoint lacks a weight that the pass needs."""
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.checkpoint = Checkpoint(directory)
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        config = load_config(directory, trust_remote_code=trust_remote_code)
         self.dtype = _dtype(dtype, config, self.checkpoint)
         self.flow = block_flow(config, trust_remote_code)
         options = {"attn_implementation": attn_implementation} if attn_implementation else {}

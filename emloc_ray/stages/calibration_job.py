@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from emloc_ray.io.atomic import write_json
+from emloc_ray.io.fingerprint import fingerprint
 from emloc_ray.io.node_cache import ensure
 from emloc_ray.io.resume import discard_unless
 from emloc_ray.modeling.loss import label_mask
@@ -24,7 +25,7 @@ class CalibrationJob:
     """Artifact paths and flat settings; ``groups`` are linears that read the same tensor.
 
     ``waves`` splits the groups into parts whose Grams are gathered one part after the other, each in a pass of its own.
-    ``shards`` are the token shards that count, ``[begin, end)``.
+    ``shards`` are the token shards that count, ``[begin, end)``. ``inputs`` hashes what hidden states depend on.
     """
 
     model_dir: Path
@@ -37,6 +38,7 @@ class CalibrationJob:
     model_options: tuple[tuple[str, Any], ...] = ()
     mode: str = "resident"
     waves: tuple[Groups, ...] | None = None
+    inputs: str = ""
 
     def shards_of(self, slot: int, num_slots: int) -> range:
         """The token shards of a slot: every ``num_slots``-th from its own number on."""
@@ -51,6 +53,7 @@ def go_on(job: CalibrationJob, out_dir: Path, inputs: Any, num_slots: int, auto:
     states of their own shards alone.
     """
     discard_unless(out_dir, inputs)
+    job = dataclasses.replace(job, inputs=fingerprint([inputs, job.batch_size]))
     way = out_dir / _WAY
     ensure(way)
     begun: dict[str, Any] = json.loads(way.read_text()) if way.is_file() else {}

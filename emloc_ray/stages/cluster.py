@@ -71,7 +71,7 @@ def connection(address: str | None = None, lean_memory: bool = False, **options:
         settings.pop("include_dashboard")
     try:
         ray.init(address=address, **settings)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         detail = " ".join(str(error).split())[:200]
         raise StageError(f"Ray could not be started or reached ({detail}): check the ray section.") from error
     quiet_ray_data()

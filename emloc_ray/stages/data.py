@@ -14,8 +14,7 @@ from emloc_ray.data.token_budget import rows_within
 from emloc_ray.data.tokenizing import TokenizeOptions, first_unwritten, row_lengths, tokenize_splits
 from emloc_ray.errors import DataError
 from emloc_ray.io.atomic import atomic_file
-from emloc_ray.io.fingerprint import fingerprint_large_files
-from emloc_ray.io.node_cache import ensure, exists
+from emloc_ray.io.node_cache import exists, hashes
 from emloc_ray.io.resume import discard_unless
 from emloc_ray.preparation import Prepared
 from emloc_ray.stages.cluster import Progress, silent
@@ -59,9 +58,10 @@ def tokenize_data(
     """
     config = prepared.config
     found = _sources(prepared, out_dir)
-    local = [Path(source.path) for sources in found.values() for source in sources if not source.is_stored]
-    made = [path for path in local if out_dir in path.parents]
-    discard_unless(out_dir / "tokens", time.time() if inputs is None else [inputs, fingerprint_large_files(made)])
+    files = [Path(source.path) for sources in found.values() for source in sources if not source.is_stored]
+    # By content, not time: on an object store each node's copies have times of their own.
+    made = {path.name: sha for file in files if out_dir in file.parents for path, sha in hashes(file).items()}
+    discard_unless(out_dir / "tokens", time.time() if inputs is None else [inputs, made])
     options = TokenizeOptions(
         str(tokenizer),
         config.data.format,
@@ -180,7 +180,6 @@ def _download(name: str, split: str, directory: Path) -> SourceFile:
         ) from error
     path = directory / f"{split}.parquet"
     if exists(path):
-        ensure(path)
         return scan(path)
     name, _, part = name.partition(":")
     try:

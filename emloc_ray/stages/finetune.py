@@ -8,7 +8,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +54,21 @@ class FailureLog(ray.train.UserCallback):
         publish(path)
 
 
+Way = Callable[[FinetuneJob, Resources, Tell], dict[str, Any]]
+
+
 def finetune(
-    job: FinetuneJob, resources: Resources, progress: Progress = silent, tell: Tell = unheard
+    job: FinetuneJob,
+    resources: Resources,
+    progress: Progress = silent,
+    tell: Tell = unheard,
+    way: Way | None = None,
 ) -> dict[str, Any]:
     """Trains the adapter on the emulator and writes it to ``job.out_dir`` in PEFT's format.
 
     A lost worker restarts the group from its newest checkpoint, at most ``max_failures`` times; so does running the
-    stage again with the same ``name``, as where Ray Train's own process is lost.
+    stage again with the same ``name``, as where Ray Train's own process is lost. One worker runs alone and several as a
+    group, unless ``way`` says how.
 
     Raises:
         NumericsError: where loss or gradients stop being numbers, naming the step.
@@ -69,8 +77,7 @@ def finetune(
     job.storage_dir.mkdir(parents=True, exist_ok=True)
     discard(job.stop_path)
     with _watching(job, progress, tell) as watcher:
-        alone = resources.num_workers == 1 and job.zero_config is None
-        outcome = _run_alone(job, resources, tell) if alone else _run_group(job, resources, tell)
+        outcome = (way or _way(job, resources))(job, resources, tell)
     if outcome["stopped"] and watcher.stop is not None:
         raise watcher.stop
     if outcome["failure"]:
@@ -86,7 +93,12 @@ def finetune(
     }
 
 
-def _run_alone(job: FinetuneJob, resources: Resources, tell: Tell) -> dict[str, Any]:
+def _way(job: FinetuneJob, resources: Resources) -> Way:
+    """DeepSpeed wants a group, be it of one."""
+    return run_alone if resources.num_workers == 1 and job.zero_config is None else run_group
+
+
+def run_alone(job: FinetuneJob, resources: Resources, tell: Tell) -> dict[str, Any]:
     """In a task; begun again from its newest checkpoint where its worker is lost."""
     task: Any = ray.remote(train_alone).options(name=f"finetune: {job.name}", **resources.task_options())
     submit = functools.partial(task.remote, job, resources.threads)
@@ -94,7 +106,7 @@ def _run_alone(job: FinetuneJob, resources: Resources, tell: Tell) -> dict[str, 
     return dict(outcome)
 
 
-def _run_group(job: FinetuneJob, resources: Resources, tell: Tell) -> dict[str, Any]:
+def run_group(job: FinetuneJob, resources: Resources, tell: Tell) -> dict[str, Any]:
     """As a Ray Train group, in another where the process that leads it is lost."""
     losses = Losses("finetune", tell)
     with _interruptible():

@@ -137,7 +137,7 @@ def _write_index(job: MergeJob, shards: Sequence[Shard], named: Sequence[tuple[s
         entries = [entry for _, shard in named for entry in shard.entries]
         sizes = sum(entry.num_bytes for entry in entries), sum(math.prod(entry.shape) for entry in entries)
         write_index(job.out_dir, files, *sizes)
-    elif (job.model_dir / INDEX_NAME).is_file():
+    elif exists(job.model_dir / INDEX_NAME):
         copy_file(job.model_dir / INDEX_NAME, job.out_dir / INDEX_NAME)
 
 

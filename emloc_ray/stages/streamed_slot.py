@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,9 +29,16 @@ def part_file(out_dir: Path, slot: int, num_slots: int, position: int) -> Path:
     return out_dir / "slots" / f"slot-{slot:04d}-of-{num_slots:04d}" / f"block-{position:05d}.safetensors"
 
 
-def outputs_file(out_dir: Path, position: int, shard: int) -> Path:
-    """Where the outputs of a block and of those before it that are still needed are, for one token shard."""
-    return local_only(out_dir) / "hidden" / f"block-{position:05d}" / f"shard-{shard:05d}.safetensors"
+def outputs_file(out_dir: Path, position: int, shard: int, inputs: str = "") -> Path:
+    """Where the outputs of a block and of those before it that are still needed are, for one token shard.
+
+    Nobody clears them on other nodes, where a calibration of other ``inputs`` may find them.
+    """
+    return _hidden(out_dir) / inputs / f"block-{position:05d}" / f"shard-{shard:05d}.safetensors"
+
+
+def _hidden(out_dir: Path) -> Path:
+    return local_only(out_dir) / "hidden"
 
 
 class StreamedSlot:
@@ -48,6 +56,9 @@ class StreamedSlot:
         self.shards = TokenShards(job.tokens_dir)
         self.numbers = job.shards_of(slot, num_slots)
         self.replay = BlockReplay(job.model_dir, **dict(job.model_options))
+        for other in _hidden(out_dir).glob("*") if job.inputs else ():
+            if other.name != job.inputs:
+                shutil.rmtree(other, ignore_errors=True)
 
     def position(self) -> int:
         """The last block whose Grams are written, by this slot or summed over all, or -1."""
@@ -60,13 +71,16 @@ class StreamedSlot:
             default=-1,
         )
         if 0 <= last < self.num_blocks - 1 and not all(
-            outputs_file(self.out_dir, last, number).is_file() for number in self.numbers
+            self._outputs(last, number).is_file() for number in self.numbers
         ):
             return -1  # the node that held the hidden states is gone, and they with it
         return last
 
     def _part(self, position: int) -> Path:
         return part_file(self.out_dir, self.slot, self.num_slots, position)
+
+    def _outputs(self, position: int, number: int) -> Path:
+        return outputs_file(self.out_dir, position, number, self.job.inputs)
 
     def accumulate(self, position: int) -> int:
         """Counts all the slot's shards in the block at ``position``; returns that."""
@@ -80,18 +94,18 @@ class StreamedSlot:
         hooks.check_finite()
         write_slot(self._part(position), hooks.grams, position)
         for number in self.numbers if position else ():
-            outputs_file(self.out_dir, position - 1, number).unlink(missing_ok=True)
+            self._outputs(position - 1, number).unlink(missing_ok=True)
         return position
 
     def _pass_shard(self, position: int, number: int, hooks: GramHooks) -> None:
         """Takes one token shard through the block; its hidden states before and after are all that is held of any."""
-        before = read_outputs(outputs_file(self.out_dir, position - 1, number)) if position else None
+        before = read_outputs(self._outputs(position - 1, number)) if position else None
         after = [
             self._forward(position, batch, {} if before is None else before[index], hooks)
             for index, batch in enumerate(length_batches(self.shards.shard(number), self.job.batch_size))
         ]
         if position + 1 < self.num_blocks:
-            write_outputs(outputs_file(self.out_dir, position, number), after)
+            write_outputs(self._outputs(position, number), after)
 
     def _forward(
         self, position: int, rows: Sequence[Tokens], outputs: dict[int, BlockOutput], hooks: GramHooks

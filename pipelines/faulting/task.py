@@ -17,7 +17,7 @@ _ROWS = 2400
 
 def make_config(folder: Path) -> Path:
     """A config in ``folder``, beside the model and the data that it names: two workers a stage, several pieces of work each."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     two = {"num_workers": 2}
     values: dict[str, Any] = {
         "run_dir": str(folder / "run"),

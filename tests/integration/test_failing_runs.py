@@ -17,6 +17,7 @@ from emloc_ray.cli import app
 from emloc_ray.data.ingest import SampleOrder
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.errors import NumericsError
+from emloc_ray.io.digests import digest
 from emloc_ray.io.run_directory import RunDirectory
 
 STEPS = 12
@@ -31,6 +32,14 @@ def poison(checkpoint: Path, tensor: str, row: int = 0) -> None:
             save_file(tensors, file, {"format": "pt"})
             return
     raise AssertionError(f"no {tensor} in {checkpoint}")
+
+
+def take_as_written(root: Path, stage: str) -> None:
+    """Has the manifest say that a stage wrote what its files hold now: altered files would be found, and written again."""
+    manifest = json.loads((root / "manifest.json").read_text())
+    for path, content in manifest["stages"][stage]["outputs"].items():
+        content |= {"size": (root / path).stat().st_size, "sha256": digest(root / path)}
+    (root / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_a_bad_row_past_the_checked_ones_fails_the_run_by_file_and_row(
@@ -74,6 +83,7 @@ def test_a_number_lost_on_one_rank_stops_all_at_its_step_and_keeps_what_was_done
         if not any(token in ids for rank in seen for ids in rank[:step])
     )
     poison(copied.root / "emulator", "model.embed_tokens.weight", token)
+    take_as_written(copied.root, "factorize")
     values = copied.changed(finetune={"per_device_train_batch_size": 1, "max_steps": STEPS})
     with pytest.raises(NumericsError, match=rf"NaN or Inf at step {step + 1}: lower the learning rate"):
         run_values(values)

@@ -109,7 +109,7 @@ def test_the_job_brings_the_cluster_that_stands_alone() -> None:
 def test_a_token_is_asked_for_and_secrets_come_from_outside(name: str) -> None:
     assert cluster_spec(name)["authOptions"] == {"mode": "token"}
     for container in containers(name):
-        assert "env" not in container
+        assert {variable["name"] for variable in container["env"]} == {"EMLOC_RAY_CACHE_SIZE"}
         assert container["envFrom"] == [{"secretRef": {"name": "emloc-ray-environment", "optional": True}}]
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from s3_server import uri
 from tiny import make_config
 
 from emloc_ray.config_reading import parse_config
+from emloc_ray.io.atomic import atomic_file
 from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.layout import make_layout, skeleton_of
 from emloc_ray.modeling.architecture import empty_model
@@ -51,6 +54,14 @@ def test_a_run_that_has_only_begun_has_what_its_stages_left(prepared: Prepared) 
     assert "evaluation" not in metrics
 
 
+def test_the_files_of_every_node_are_counted(prepared: Prepared, s3_port: int, node_cache: Path) -> None:
+    run = RunDirectory(uri(s3_port, "counted/run"))
+    run.create({})
+    with atomic_file(node_cache / "other" / run.root.name / "merged" / "model.safetensors") as file:
+        file.write(b"12345")
+    assert assemble_metrics(run, prepared)["disk_bytes"] == {"merged": 5}
+
+
 def test_the_emulators_parameters_are_told_beside_its_error(prepared: Prepared) -> None:
     result = {"usage": USAGE, "mean_relative_error": 0.25, "layers": {}, "fewest_tokens": 1}
     for stage in ("calibrate", "factorize"):
@@ -73,6 +84,16 @@ def test_the_gap_is_what_lora_on_the_original_gains(tmp_path: Path) -> None:
     assert gap["merged"] == pytest.approx(0.45)
     assert gap["upper_bound_loss"] == 2.0
     assert gap["upper_bound"] == str(tmp_path)
+
+
+def test_the_upper_bound_may_lie_on_an_object_store(s3_port: int, node_cache: Path) -> None:
+    bound = RunDirectory(uri(s3_port, "bound/run"))
+    bound.write_metrics({"evaluation": losses(original=4.0, corrected=2.0)})
+    shutil.rmtree(node_cache)
+    gap = gap_closed(losses(original=4.0, uncorrected=3.5, corrected=3.0, merged=3.1), bound.place)
+    assert gap is not None
+    assert gap["corrected"] == pytest.approx(0.5)
+    assert gap["upper_bound"] == bound.place
 
 
 def test_there_is_no_gap_where_lora_on_the_original_gained_nothing(tmp_path: Path) -> None:

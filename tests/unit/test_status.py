@@ -72,6 +72,35 @@ def test_a_failed_run_says_its_sentence(run: RunDirectory) -> None:
     assert told[3].endswith("config.yaml")
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "ray.runtime_env.env_vars.WANDB_KEY=hush",
+        "ray.runtime_env.env_vars={WANDB_KEY: hush}",
+        "ray={runtime_env: {env_vars: {WANDB_KEY: hush}}}",
+        "ray.runtime_env.env_vars.WANDB_KEY={hush",
+    ],
+)
+def test_secrets_of_the_command_are_hidden_and_asked_for(
+    run: RunDirectory, override: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["/bin/emloc-ray", "run", "my.yaml", "finetune.max_steps=5", override])
+    with contextlib.suppress(KeyboardInterrupt), RunLog(run):
+        raise KeyboardInterrupt
+    assert "hush" not in run.path(LOG).read_text()
+    told = lines(run)[-1]
+    assert told.startswith("It goes on by the same command, with the values given again for which (hidden) stands: cd ")
+    assert "emloc-ray run my.yaml finetune.max_steps=5 'ray" in told
+    assert "WANDB_KEY" in told
+
+
+def test_secrets_of_a_call_are_asked_for(run: RunDirectory) -> None:
+    run.create({"ray": {"runtime_env": {"env_vars": {"WANDB_KEY": "hush"}}}})
+    told = lines(run)[-1]
+    assert "with the values given again for which (hidden) stands: emloc-ray run " in told
+    assert told.endswith("config.yaml 'ray.runtime_env.env_vars.WANDB_KEY=(hidden)'")
+
+
 def test_what_a_later_try_made_good_is_no_failure(run: RunDirectory) -> None:
     write(run, {"event": "run_failed", "stage": "merge", "message": "merge: no."})
     write(run, {"event": "started", "stage": "merge"})

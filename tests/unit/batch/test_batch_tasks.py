@@ -44,7 +44,9 @@ def write(tmp_path: Path) -> Write:
     def written(**keys: Any) -> Path:
         file = tmp_path / "batch.yaml"
         values = {"base": "base.yaml", "run_dir": "runs/many", **keys}
-        file.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
+        file.write_text(
+            yaml.safe_dump({key: value for key, value in values.items() if value is not None}, sort_keys=False)
+        )
         return file
 
     return written
@@ -660,7 +662,7 @@ def test_a_task_comes_back_from_json(
     name: str, priority: int, deadline: timedelta | datetime | None, owner: str, keys: dict[str, Any]
 ) -> None:
     task = Task(name, parse_config({**BASE, **keys}), priority, deadline, owner, "t.csv, row 3")
-    again = Task.from_dict(json.loads(json.dumps(task.as_dict())))
+    again = Task.from_dict(json.loads(json.dumps(task.as_dict())), task.config.ray)
     assert again == task
     assert again.config.finetune.model_extra == task.config.finetune.model_extra
     assert type(again.deadline) is type(task.deadline)

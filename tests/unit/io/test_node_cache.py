@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from s3_server import uri
 
-from emloc_ray.errors import ConfigError
-from emloc_ray.io import node_cache
-from emloc_ray.io.atomic import atomic_directory, atomic_file, write_json
+from emloc_ray.data.reading import scan
+from emloc_ray.errors import ArtifactError, ConfigError
+from emloc_ray.io import node_copies
+from emloc_ray.io.atomic import atomic_directory, atomic_file, copy_file, write_json
+from emloc_ray.io.checkpoint import read_shard
 from emloc_ray.io.digests import digest
-from emloc_ray.io.node_cache import discard, ensure, exists, hashes, local_only, mirror, open_artifact, origin, sizes
+from emloc_ray.io.node_cache import (
+    discard,
+    ensure,
+    exists,
+    hashes,
+    local_only,
+    mirror,
+    open_artifact,
+    origin,
+    publish,
+    sizes,
+)
 from emloc_ray.io.object_store import ObjectStore
 from emloc_ray.io.resume import discard_unless
+from emloc_ray.io.shard_writing import write_tensors
 
 
 @pytest.fixture
@@ -58,6 +75,14 @@ def test_what_one_node_writes_the_others_read(root: Path, other: Path) -> None:
     assert hashes(other / "emulator")[other / "emulator" / "b.json"] == digest(root / "emulator" / "b.json")
 
 
+def test_what_one_node_writes_another_copies_and_counts(root: Path, other: Path) -> None:
+    write(root / "model" / "config.json", b"{}")
+    write(root / "data" / "rows" / "train.jsonl", b'{"prompt": "p"}\n')
+    copy_file(other / "model" / "config.json", other / "merged" / "config.json")
+    assert exists(root / "merged" / "config.json")
+    assert scan(other / "data" / "rows" / "train.jsonl").num_rows == 1
+
+
 def test_an_old_copy_gives_way(root: Path, other: Path) -> None:
     write(root / "slots" / "s", b"first")
     ensure(other / "slots" / "s")
@@ -66,6 +91,58 @@ def test_an_old_copy_gives_way(root: Path, other: Path) -> None:
         assert (file.read(), size) == (b"later", 5)
     ensure(other / "slots" / "s")
     assert (other / "slots" / "s").read_bytes() == b"later"
+
+
+def test_a_node_reads_the_version_that_another_found(root: Path, other: Path) -> None:
+    """As where the driver reads headers, and workers read the tensors that it found."""
+    shard = root / "model" / "model.safetensors"
+    for value in (1.0, 2.0):
+        write_tensors(shard, {"weight": torch.full((3,), value)})
+        entry = read_shard(shard).entries[0]
+        there = dataclasses.replace(entry, file=other / "model" / shard.name)
+        assert there.read_rows().tolist() == [value] * 3
+    write_tensors(shard, {"weight": torch.zeros(3)})
+    assert there.read_rows().tolist() == [2.0] * 3
+    there.file.unlink()
+    with pytest.raises(ArtifactError, match="written anew while it was read"):
+        there.read_rows()
+
+
+def test_what_a_killed_writer_did_not_give_to_the_store_is_not_believed(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    write(root / "a" / "f", b"whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectStore, "add_version", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write(root / "a" / "f", b"other")
+    assert (root / "a" / "f").read_bytes() == b"other"
+    with open_artifact(root / "a" / "f") as (file, _):
+        assert file.read() == b"whole"
+    ensure(root / "a")
+    assert (root / "a" / "f").read_bytes() == b"whole"
+
+
+def test_a_look_at_a_file_removes_nothing_that_others_have_just_fetched(root: Path, other: Path) -> None:
+    write(root / "a" / "f", b"x")
+    (other / "a").mkdir(parents=True)
+    (other / "a" / "f").write_bytes(b"x")  # in its place, and not noted yet
+    with open_artifact(other / "a" / "f") as (file, size):
+        assert (file.read(), size) == (b"x", 1)
+    assert (other / "a" / "f").is_file()
+
+
+def test_a_directory_loses_what_the_store_no_longer_holds(root: Path, other: Path) -> None:
+    """As a merged model of one file whose successor is in several: transformers would read the one."""
+    for name in ("model.safetensors", "config.json"):
+        write(root / "merged" / name, b"x")
+    ensure(other / "merged")
+    discard(root / "merged" / "model.safetensors")
+    ensure(other / "merged", weights=False)
+    assert [file.name for file in (other / "merged").iterdir()] == ["config.json"]
 
 
 def test_a_copy_of_what_is_no_more_goes(root: Path, other: Path) -> None:
@@ -117,18 +194,69 @@ def test_a_directory_that_is_being_written_is_not_seen(root: Path, other: Path) 
     assert found.store.names() == ["adapter"]
 
 
-def test_the_cache_makes_room(root: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def full_disk(other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other.mkdir(parents=True)
+    usage = shutil.disk_usage(other)
+    monkeypatch.setattr(node_copies.shutil, "disk_usage", lambda _: usage._replace(total=1000, free=0))
+
+
+def test_the_cache_makes_room(root: Path, other: Path, full_disk: None) -> None:
     for name in ("a/old", "a/used", "a/new"):
         write(root / name, b"x" * 10)
     ensure(other / "a" / "old")
     ensure(other / "a" / "used")
-    os.utime(other / "a" / "old", (0, 0))
-    usage = shutil.disk_usage(other)
-    monkeypatch.setattr(node_cache.shutil, "disk_usage", lambda _: usage._replace(total=1000, free=100))
+    found = origin(other / "a" / "old")
+    assert found is not None
+    os.utime(found.note, (0, 0))
     ensure(other / "a" / "new")
     assert sorted(file.name for file in (other / "a").iterdir()) == ["new", "used"]
     ensure(other / "a" / "old")
     assert (other / "a" / "old").read_bytes() == b"x" * 10
+
+
+def test_copies_take_no_more_than_they_may(root: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_copies, "_IN_USE_S", 0.0)
+    monkeypatch.setenv("EMLOC_RAY_CACHE_SIZE", "25B")
+    for number, name in enumerate(("a/first", "a/second", "a/third", "a/fourth")):
+        write(root / name, b"x" * 10)
+        ensure(other / name)
+        found = origin(other / name)
+        assert found is not None
+        os.utime(found.note, (number, number))
+    assert sorted(file.name for file in (other / "a").iterdir()) == ["fourth", "third"]
+    monkeypatch.setenv("EMLOC_RAY_CACHE_SIZE", "much")
+    write(root / "a" / "fifth", b"x")
+    with pytest.raises(ConfigError, match="EMLOC_RAY_CACHE_SIZE is 'much': give a number and a unit"):
+        ensure(other / "a" / "fifth")
+
+
+def test_what_is_no_copy_stays_where_room_is_made(
+    root: Path, other: Path, full_disk: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = [local_only(other) / "hidden" / "h", *(other / name for name in ("log.jsonl", "a/on-its-way", "a/log"))]
+    for file in kept:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"x" * 10)
+        os.utime(file, (0, 0))
+    publish(other / "a" / "log")
+    monkeypatch.setattr(node_copies, "_IN_USE_S", 0.0)
+    write(root / "b" / "new", b"x" * 10)
+    ensure(other / "b" / "new")
+    assert all(file.is_file() for file in kept)
+
+
+def test_workers_may_make_room_at_once(
+    root: Path, other: Path, full_disk: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = [f"new/{number}" for number in range(8)]
+    for name in [*new, *(f"old/{number}" for number in range(40))]:
+        write(root / name, b"x" * 10)
+    ensure(other / "old")
+    monkeypatch.setattr(node_copies, "_IN_USE_S", 0.0)
+    with ThreadPoolExecutor(len(new)) as pool:
+        list(pool.map(ensure, [other / name for name in new]))
+    assert not list((other / "old").iterdir())
 
 
 def test_what_was_begun_with_other_inputs_goes_for_all_nodes(root: Path, other: Path) -> None:

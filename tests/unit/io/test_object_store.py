@@ -74,6 +74,12 @@ def test_altered_content_is_found_when_it_is_read(store: ObjectStore, tmp_path: 
         store.download(info, tmp_path / "back")
 
 
+def test_a_full_disk_is_told_at_once_and_is_not_the_store_s(store: ObjectStore, tmp_path: Path) -> None:
+    store.add_version("a/f", written(tmp_path / "f", b"content"))
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        store.download(store.versions("a")["f"], Path("/dev/full"))
+
+
 def test_faults_are_tried_away(s3_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_store, "_FIRST_PAUSE_S", 0.01)
     content = bytes(range(256)) * 4096

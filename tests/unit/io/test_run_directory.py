@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -10,9 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from s3_server import uri
 
 import emloc_ray
 from emloc_ray.errors import ArtifactError, ConfigError
+from emloc_ray.io import run_directory
+from emloc_ray.io.atomic import atomic_file
+from emloc_ray.io.node_cache import discard
 from emloc_ray.io.run_directory import CONFIG, MANIFEST, RunDirectory
 
 
@@ -104,6 +110,33 @@ def test_fresh_removes_all_but_the_lock(run: RunDirectory) -> None:
     assert not run.is_done("merge", "abc")
 
 
+@pytest.mark.parametrize("removed", range(4))
+def test_fresh_that_is_killed_leaves_a_run_with_no_stage_done(
+    run: RunDirectory, removed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.commit("correct", "abc", [artifact(run, "adapter/a")], {})
+    run.commit("merge", "abc", [artifact(run, "merged/a")], {})
+    run.write_metrics({"seed": 0})
+    artifact(run, "log.jsonl")
+    count = 0
+
+    def killed(path: Path) -> None:
+        nonlocal count
+        if count == removed:
+            raise KeyboardInterrupt
+        count += 1
+        discard(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_directory, "discard", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.create({}, fresh=True)
+    run.check()
+    assert run.stage("merge") is None
+    run.create({"seed": 1}, fresh=True)
+    assert {entry.name for entry in run.root.iterdir()} == {CONFIG, MANIFEST}
+
+
 def test_leftovers_of_a_killed_write_are_removed(run: RunDirectory) -> None:
     artifact(run, ".adapter.xyz.tmp/half")
     artifact(run, ".manifest.json.abc.tmp")
@@ -143,6 +176,20 @@ def test_a_damaged_artifact_is_not_done(run: RunDirectory, damage: str) -> None:
     else:
         path.write_text("content" if damage == "cut short" else "contents and more")
     assert not run.is_done("merge", "abc")
+
+
+@pytest.mark.parametrize(("content", "done"), [("contents", True), ("CONTENTS", False)])
+def test_what_another_wrote_into_a_store_since_is_not_done(
+    s3_port: int, node_cache: Path, tmp_path: Path, content: str, done: bool
+) -> None:
+    run = RunDirectory(uri(s3_port, f"since/{content}"))
+    run.create({})
+    for root, text in ((run.root, "contents"), (tmp_path / "other" / run.root.name, content)):
+        with atomic_file(root / "merged" / "model.safetensors") as file:
+            file.write(text.encode())
+        if root == run.root:
+            run.commit("merge", "abc", [run.path("merged")], {})
+    assert run.is_done("merge", "abc") == done
 
 
 def test_forgotten_is_not_done_and_others_stay(run: RunDirectory) -> None:
@@ -220,6 +267,22 @@ def test_unlocked_can_be_locked_again(tmp_path: Path) -> None:
     one.unlock()
     two.lock()
     two.unlock()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_not_taken_for_a_held_run(
+    run: RunDirectory, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.lock()
+    run.unlock()
+
+    def refuse(descriptor: int, kind: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    for ask in (run.lock, run.holder):
+        with pytest.raises(ConfigError, match=r"gives no locks \(.*Lustre: -o flock"):
+            ask()
 
 
 @pytest.mark.parametrize(

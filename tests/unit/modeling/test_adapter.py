@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from s3_server import uri
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, VOCABULARY, save_emulator
 from transformers import AutoModelForCausalLM
 
 from emloc_ray.errors import ArtifactError, ConfigError
+from emloc_ray.io.node_cache import mirror
 from emloc_ray.modeling.adapter import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -252,6 +254,19 @@ def test_scales_are_peft_s_own(
 def test_null_patterns_as_older_peft_writes_them() -> None:
     config = {"r": 4, "lora_alpha": 8, "rank_pattern": None, "alpha_pattern": None}
     assert adapter_scale(config, "x.q_proj") == 2.0
+
+
+def test_every_node_loads_the_newest_adapter(
+    s3_port: int, node_cache: Path, tmp_path: Path, emulator_dir: Callable[[str], Path]
+) -> None:
+    root = mirror(uri(s3_port, "newest/adapter"))
+    other = tmp_path / "other" / root.name
+    found = []
+    for alpha in (16, 64):
+        model, _ = trained(root / "adapter", emulator_dir("llama"), lora_alpha=alpha)
+        found.append(logits(load_adapter(load_model(emulator_dir("llama")), other / "adapter").eval()))
+        torch.testing.assert_close(found[-1], logits(model.eval()))
+    assert not torch.allclose(*found)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from s3_server import uri
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig, MistralForCausalLM
 
 from emloc_ray.errors import ArtifactError, StageError
 from emloc_ray.io.checkpoint import Checkpoint
+from emloc_ray.io.node_cache import mirror
 from emloc_ray.modeling.architecture import block_linears, empty_model, shared_inputs
 from emloc_ray.modeling.gram_hooks import GramHooks, model_inputs
-from emloc_ray.modeling.loading import load_model
+from emloc_ray.modeling.loading import copy_checkpoint, load_model
 from emloc_ray.modeling.replay import BlockFlow, BlockOutput, BlockReplay, _Lineage, block_flow
 from tests.tiny import VOCABULARY, make_config, make_model
 
@@ -145,3 +147,12 @@ def test_a_missing_weight_is_named(tmp_path: Path) -> None:
 def test_a_block_that_returns_something_else_is_refused() -> None:
     with pytest.raises(StageError, match=r"block 3 returns dict: set calibration\.mode to resident"):
         BlockOutput.of({}, "block 3")
+
+
+def test_a_node_that_holds_nothing_of_the_model_fetches_it(s3_port: int, node_cache: Path, tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path / "here", max_shard_size="100KB")
+    root = mirror(uri(s3_port, "replayed"))
+    copy_checkpoint(tmp_path / "here", root / "model", lambda done, total: None)
+    replay = BlockReplay(tmp_path / "other" / root.name / "model")
+    replay.load_block(0)
+    assert not any(parameter.is_meta for parameter in replay.model.model.layers[0].parameters())

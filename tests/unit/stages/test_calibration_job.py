@@ -18,9 +18,13 @@ def job_of(mode: str, *waves: tuple[tuple[str, ...], ...]) -> CalibrationJob:
     return CalibrationJob(Path("m"), Path("t"), (A, B, C), (0, 4), mode=mode, waves=waves or None)
 
 
+def went_on(job: CalibrationJob, out_dir: Path, inputs: dict[str, str], num_slots: int = 2) -> CalibrationJob:
+    return dataclasses.replace(go_on(job, out_dir, inputs, num_slots, auto=True), inputs="")
+
+
 def begin(out_dir: Path, job: CalibrationJob, num_slots: int = 2) -> Path:
     """A first try, and a file that it left."""
-    assert go_on(job, out_dir, INPUTS, num_slots, auto=True) == job
+    assert went_on(job, out_dir, INPUTS, num_slots) == job
     left = out_dir / "slots" / "part"
     left.parent.mkdir()
     left.write_text("x")
@@ -31,14 +35,14 @@ def test_waves_that_were_begun_are_gone_on_with_where_fewer_would_fit(tmp_path: 
     first = job_of("resident", (A, B), (C,))
     left = begin(tmp_path / "c", first)
     for other in (job_of("resident", (A, B, C)), job_of("resident", (A,), (B, C))):
-        assert go_on(other, tmp_path / "c", INPUTS, 2, auto=True) == dataclasses.replace(other, waves=first.waves)
+        assert went_on(other, tmp_path / "c", INPUTS) == dataclasses.replace(other, waves=first.waves)
         assert left.exists()
 
 
 def test_what_would_hold_more_than_is_allowed_now_is_begun_again(tmp_path: Path) -> None:
     left = begin(tmp_path / "c", job_of("resident", (A, B, C)))
     smaller = job_of("resident", (A,), (B,), (C,))
-    assert go_on(smaller, tmp_path / "c", INPUTS, 2, auto=True) == smaller
+    assert went_on(smaller, tmp_path / "c", INPUTS) == smaller
     assert not left.exists()
 
 
@@ -58,5 +62,5 @@ def test_other_inputs_leave_nothing(tmp_path: Path) -> None:
     discard_unless(tmp_path / "c", INPUTS)
     assert left.exists()
     whole = job_of("resident", (A, B, C))
-    assert go_on(whole, tmp_path / "c", {**INPUTS, "data": "other"}, 2, auto=True) == whole
+    assert went_on(whole, tmp_path / "c", {**INPUTS, "data": "other"}) == whole
     assert not left.exists()

@@ -6,10 +6,11 @@ import functools
 from typing import Any
 
 import pytest
-from ray.exceptions import NodeDiedError, WorkerCrashedError
+from ray.exceptions import AuthenticationError, NodeDiedError, WorkerCrashedError
 
+from emloc_ray.errors import StageError
 from emloc_ray.stages import cluster, failures
-from emloc_ray.stages.cluster import Resources, bounded
+from emloc_ray.stages.cluster import Resources, bounded, connection
 from emloc_ray.stages.failures import Losses
 
 
@@ -18,6 +19,20 @@ def test_a_worker_has_no_more_threads_than_cpus(cpus: float, threads: int) -> No
     resources = Resources(2, cpus, 1)
     assert resources.threads == threads
     assert resources.options() == {"num_cpus": cpus, "num_gpus": 1}
+
+
+@pytest.mark.parametrize("kind", [AuthenticationError, ConnectionError])
+def test_a_cluster_that_lets_nobody_in_is_a_sentence(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**options: Any) -> None:
+        raise kind("no authentication token was found")
+
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", refuse)
+    with (
+        pytest.raises(StageError, match=r"could not be started or reached \(no authentication token was found"),
+        connection("10.0.0.1:6379"),
+    ):
+        pass
 
 
 def test_lost_tasks_start_again_and_results_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:

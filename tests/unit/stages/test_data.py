@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,33 @@ def test_a_directory_is_kept_for_the_same_inputs_alone(tmp_path: Path) -> None:
     assert (directory / "file").is_file()
     discard_unless(directory, {"a": 2})
     assert not (directory / "file").exists()
+
+
+def test_large_rows_of_the_run_s_own_are_known_by_their_content(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generate(directory: Path, task: DocstringTask) -> None:
+        for name in SPLITS:
+            rows = 66 if name == "train" else 1
+            table = pa.table({"prompt": [os.urandom(2**20) for _ in range(rows)]})
+            pq.write_table(table, directory / f"{name}.parquet", compression="none")
+
+    found: list[list[str]] = []
+
+    def tokenize(splits: Any, options: Any, out_dir: Path, **rest: Any) -> dict[str, Any]:
+        found.append(sorted(path.name for path in out_dir.iterdir()))
+        (out_dir / "shard").touch()
+        return {}
+
+    monkeypatch.setattr("emloc_ray.data.docstrings.generate", generate)
+    monkeypatch.setattr("emloc_ray.stages.data._splits", lambda *_: {})
+    monkeypatch.setattr("emloc_ray.stages.data.tokenize_splits", tokenize)
+    values = {"run_dir": str(tmp_path / "run"), "model": {"source": str(tiny_model_dir("llama"))}}
+    ready = prepare(parse_config({**values, "data": {"generate": "docstrings", "format": "prompt_completion"}}))
+    for _ in range(2):
+        tokenize_data(ready, ready.source.directory, tmp_path / "data", inputs=split_inputs(ready))
+        os.utime(tmp_path / "data" / "rows" / "train.parquet")
+    assert found == [[".inputs"], [".inputs", "shard"]]
 
 
 def test_rows_are_made_once_for_each_seed(

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from s3_server import uri
 from stage_artifacts import Artifacts, write_lora
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from emloc_ray.io.checkpoint import Checkpoint, read_shard, write_index
+from emloc_ray.io.checkpoint import INDEX_NAME, Checkpoint, read_shard, write_index
+from emloc_ray.io.node_cache import exists, mirror
 from emloc_ray.modeling.adapter import Adapter
 from emloc_ray.modeling.architecture import block_linears, empty_model
-from emloc_ray.stages.merge import MergeJob, merge_shard, output_shards
+from emloc_ray.modeling.loading import copy_checkpoint
+from emloc_ray.stages.merge import MergeJob, _write_index, merge_shard, output_shards
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -104,3 +107,15 @@ def test_tied_weights_stay_tied(
     model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     assert torch.equal(model.lm_head.weight, original.read("model.embed_tokens.weight"))
+
+
+def test_the_index_is_found_where_this_node_s_copy_is_gone(
+    artifacts: Artifacts, s3_port: int, node_cache: Path
+) -> None:
+    root = mirror(uri(s3_port, "merged/run"))
+    copy_checkpoint(artifacts.model_dir, root / "model", lambda done, total: None)
+    job = MergeJob(root / "model", artifacts.adapter_dir, root / "merged", artifacts.specs)
+    shards = Checkpoint(job.model_dir).shards
+    (job.model_dir / INDEX_NAME).unlink()
+    _write_index(job, shards, output_shards(shards, None))
+    assert exists(job.out_dir / INDEX_NAME)

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from s3_server import uri
 from stage_artifacts import Artifacts
 
 from emloc_ray.io.grams import read_slot, reduce_slots
-from emloc_ray.stages.calibration_job import CalibrationJob
+from emloc_ray.io.node_cache import local_only, mirror
+from emloc_ray.stages.calibration_job import CalibrationJob, go_on
 from emloc_ray.stages.resident_slot import ResidentSlot
 from emloc_ray.stages.streamed_slot import StreamedSlot, grams_file, outputs_file, part_file
 
@@ -73,3 +75,18 @@ def test_what_no_later_block_reads_is_removed(job: CalibrationJob, tmp_path: Pat
     assert all(outputs_file(tmp_path, 0, shard).is_file() for shard in range(4))
     one.accumulate(1)
     assert not list((tmp_path / "hidden").rglob("*.safetensors"))
+
+
+def test_a_slot_that_moves_takes_no_hidden_states_of_another_config(
+    job: CalibrationJob, s3_port: int, node_cache: Path, tmp_path: Path
+) -> None:
+    root = mirror(uri(s3_port, "moved/run"))
+    out_dir, elsewhere = root / "calibration", tmp_path / "other" / root.name / "calibration"
+    slot(go_on(job, out_dir, "first", 1, False), elsewhere).accumulate(0)
+    second = go_on(job, out_dir, "second", 1, False)
+    one = slot(second, out_dir)
+    assert one.position() == -1
+    one.accumulate(0)
+    assert slot(second, elsewhere).position() == -1
+    assert not list(local_only(elsewhere).rglob("*.safetensors"))
+    assert one.position() == slot(second, out_dir).position() == 0

@@ -1,0 +1,207 @@
+"""Many tasks: a batch against the same runs one after another, the scheduler alone, and what one short training costs."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+import yaml
+from faulting.task import make_config
+
+import emloc_ray
+from benchmarks.figures import Figures, figure
+from emloc_ray.batch.admission import Admission, Amount
+from emloc_ray.batch.board import Board, TaskReporter
+from emloc_ray.batch.driver import prepare_batch, run_batch
+from emloc_ray.batch.runner import BatchRun
+from emloc_ray.batch.tasks import Task, read_batch
+from emloc_ray.batch.turns import Expected, TaskTurns
+from emloc_ray.config_reading import load_config
+from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.jobs import Jobs
+from emloc_ray.preparation import prepare
+from emloc_ray.stages import STAGES
+from emloc_ray.stages.cluster import Flight, Resources, connection, silent
+from emloc_ray.stages.failures import Losses, unheard
+from emloc_ray.stages.finetune import finetune, run_alone, run_group
+
+_CPUS = 2
+_TASKS = 8
+_STEPS = 80  # fine-tuning is then about two fifths of a lone task's time
+_SLEEPERS = (125, 250, 500)
+_SLEEP_S = 0.05
+_SLEEPING_CPUS = 8
+
+
+def many_tasks(out: Path) -> Figures:
+    """Eight tasks, warm cluster, two cores: tasks that share model and data, then tasks that share the model alone."""
+    found: Figures = {}
+    with connection(num_cpus=_CPUS):
+        base = make_config(out / "many-base")
+        _warm(out, base)
+        for what, data in (("data and model", None), ("the model alone", out)):
+            batch_file = _write_batch(out, base, what.replace(" ", "-"), data)
+            begin = time.perf_counter()
+            state = run_batch(prepare_batch(read_batch(batch_file)))
+            ours = time.perf_counter() - begin
+            assert state.count("done") == _TASKS, state
+            runs, shares = _one_by_one(batch_file, out / f"alone-{what.replace(' ', '-')}")
+            alone = sum(runs)
+            changed = _changed(batch_file, out / f"alone-{what.replace(' ', '-')}")
+            print(
+                f"{what}: fine-tuning took {shares:.0%} of lone tasks' time; files that differ: {changed}",
+                file=sys.stderr,
+            )
+            result = figure(ours, alone, "s (baseline: one after another)")
+            found[f"{_TASKS} tasks that share {what}"] = {**result, "error": float(changed)}
+    return found
+
+
+def _warm(out: Path, base: Path) -> None:
+    emloc_ray.run(load_config(base, [f"run_dir={out / 'many-warm'}", *_light(_STEPS)]), fresh=True)
+
+
+def _light(steps: int) -> list[str]:
+    sections = ("calibration", "emulator", "finetune", "merge", "evaluation")
+    return [*(f"{section}.num_workers=1" for section in sections), f"finetune.max_steps={steps}"]
+
+
+def _write_batch(out: Path, base: Path, name: str, data: Path | None) -> Path:
+    tasks: list[dict[str, Any]] = []
+    for number in range(_TASKS):
+        task: dict[str, Any] = {"name": f"task-{number}", "finetune.learning_rate": 1e-4 * (number + 1)}
+        if data is not None:
+            rows = [{"prompt": f"take {i} from {i + number}: ", "completion": f"{number} is left"} for i in range(600)]
+            path = data / f"rows-{number}.jsonl"
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            task["data.train.path"] = str(path)
+        for override in _light(_STEPS):
+            key, _, value = override.partition("=")
+            task[key] = yaml.safe_load(value)
+        tasks.append(task)
+    batch = {"base": str(base), "run_dir": str(out / f"many-{name}"), "tasks": tasks}
+    path = out / f"many-{name}.yaml"
+    path.write_text(yaml.safe_dump(batch))
+    return path
+
+
+def _one_by_one(batch_file: Path, folder: Path) -> tuple[list[float], float]:
+    """Seconds of each task as a run of its own, and the share of fine-tuning in all of them."""
+    runs, training, whole = [], 0.0, 0.0
+    for task in read_batch(batch_file).tasks:
+        begin = time.perf_counter()
+        metrics = emloc_ray.run(task.config.model_copy(update={"run_dir": str(folder / task.name)}), fresh=True)
+        runs.append(time.perf_counter() - begin)
+        training += metrics["stages"]["finetune"]["wall_s"]
+        whole += runs[-1]
+    return runs, training / whole
+
+
+def _changed(batch_file: Path, folder: Path) -> int:
+    """How many weights' files of adapters and merged models differ between a batch and lone runs."""
+    return sum(
+        not filecmp.cmp(file, Path(task.config.run_dir) / file.relative_to(folder / task.name), shallow=False)
+        for task in read_batch(batch_file).tasks
+        for part in ("adapter", "merged")
+        for file in sorted((folder / task.name / part).glob("*.safetensors"))
+    )
+
+
+def _sleep(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+class _Sleeps:
+    """Work whose stages are Ray tasks that sleep."""
+
+    def __init__(self) -> None:
+        self._task: Any = ray.remote(_sleep)
+
+    def expected(self, task: Task) -> Mapping[str, Expected]:
+        """Of every stage the sleep."""
+        return {stage: Expected(_SLEEP_S) for stage in STAGES}
+
+    def do(self, task: Task, turns: TaskTurns, reporter: TaskReporter) -> None:
+        """All stages, one after another."""
+        for stage in STAGES:
+            with turns.take(stage, Resources(), bag=False) as granted:
+                progress = reporter.start(stage)
+                flight = Flight(1, Losses(stage, unheard))
+                flight.add(stage, lambda g=granted: self._task.options(**g.task_options()).remote(_SLEEP_S))  # type: ignore[misc]
+                while flight.pump(None):
+                    progress(0, 1)
+            reporter.finish(stage, {"train_loss": 0.0, "evaluation": _NO_LOSS}, {"wall_s": _SLEEP_S})
+
+    def forget(self, task: Task) -> None:
+        """Nothing is kept."""
+
+
+_NO_LOSS = {name: {"loss": 0.0} for name in ("original", "corrected")}
+
+
+def scheduling(out: Path) -> Figures:
+    """A batch of up to 500 tasks whose stages sleep: what it takes beyond the sleeps, and what the driver holds."""
+    config = load_config(make_config(out / "many-base"))
+    walls, peaks = {}, {}
+    with connection(num_cpus=_SLEEPING_CPUS):
+        sleep: Any = ray.remote(_sleep)
+        ray.get([sleep.remote(1.0) for _ in range(2 * _SLEEPING_CPUS)])  # starts the workers
+        for count in _SLEEPERS:
+            run = RunDirectory(out / f"sleepers-{count}")
+            run.create({}, fresh=True)
+            admission = Admission(lambda: Amount(cpus=_SLEEPING_CPUS))
+            batch = BatchRun(run, Board(time.time()), _Sleeps(), admission, max_concurrent=2 * _SLEEPING_CPUS)
+            begin = time.perf_counter()
+            for number in range(count):
+                batch.add(Task(f"task-{number}", config))
+            watched = _Peak()
+            batch.show = watched
+            batch.run()
+            walls[count] = time.perf_counter() - begin
+            peaks[count] = watched.bytes / 2**20
+    few, _, most = _SLEEPERS
+    ideal = most * len(STAGES) * _SLEEP_S / _SLEEPING_CPUS
+    overhead = (walls[most] - ideal) / most * 1000
+    growth = (walls[most] - walls[few]) / (most - few) * few / walls[few]
+    return {
+        f"scheduling a task among {most}": figure(overhead, 50, "ms (baseline: the limit)"),
+        f"driver's memory at {most} tasks": figure(peaks[most], peaks[few], f"MiB (baseline: at {few})"),
+        f"time of a task more at {most}": figure(growth, 1, f"shares of one of the first {few}"),
+    }
+
+
+class _Peak:
+    """The most memory that this process was seen to hold."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def __call__(self, state: object) -> None:
+        self.bytes = max(self.bytes, psutil.Process().memory_info().rss)
+
+
+def short_training(out: Path) -> Figures:
+    """A fine-tuning stage of one step: in a task whose process serves again, against a group that is made for it."""
+    with connection(num_cpus=_CPUS):
+        base = make_config(out / "many-base")
+        config = load_config(base, [f"run_dir={out / 'short-training'}", *_light(1)])
+        emloc_ray.run(config, until="factorize", fresh=True)
+        prepared = prepare(config)
+        jobs = Jobs(prepared, prepared.source.directory)
+        seconds: dict[str, list[float]] = {"alone": [], "group": []}
+        for number in range(4):
+            for name, way in (("alone", run_alone), ("group", run_group)):
+                job = jobs.finetuning(f"{name}-{number}")
+                begin = time.perf_counter()
+                finetune(job, Resources(), silent, unheard, way)
+                seconds[name].append(time.perf_counter() - begin)
+    # The first of each starts processes that the others find.
+    alone, group = (min(seconds[name][1:]) for name in ("alone", "group"))
+    return {"a fine-tuning stage of one step": figure(alone, group, "s (baseline: a Ray Train group of one)")}

@@ -1,0 +1,235 @@
+"""Twenty tasks on one Ray: what they share is made once, what breaks breaks alone, and again redoes no more than that."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+from small_runs import kill_worker, make_values, run_values, task_rows, write_jsonl
+from test_failing_runs import poison
+
+from emloc_ray.batch.driver import check_fit, prepare_batch, run_batch
+from emloc_ray.batch.state import BatchState, TaskState, ask
+from emloc_ray.batch.tasks import read_batch
+from emloc_ray.errors import ConfigError
+from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.run_log import read_events
+
+ONE = {"num_workers": 1}
+NUM_GOOD = 18
+SMALL = 0.25
+
+
+def base_values(root: Path, model_dir: Path, data: Path) -> dict[str, Any]:
+    """One worker a stage, and little of everything."""
+    values = make_values(
+        root / "unused",
+        model_dir,
+        data,
+        calibration=ONE,
+        emulator=ONE,
+        finetune={**ONE, "max_steps": 3, "save_steps": 1},
+        merge=ONE,
+        evaluation={**ONE, "num_samples": 8, "num_exact_match": 0, "num_generations": 0},
+    )
+    del values["run_dir"]
+    return values
+
+
+def write_batch(root: Path, base: dict[str, Any], tasks: list[dict[str, Any]]) -> Path:
+    (root / "base.yaml").write_text(yaml.safe_dump(base))
+    batch = {"base": "base.yaml", "run_dir": str(root / "many"), "tasks": tasks}
+    (root / "batch.yaml").write_text(yaml.safe_dump(batch))
+    return root / "batch.yaml"
+
+
+def run(path: Path, **options: Any) -> BatchState:
+    return run_batch(prepare_batch(read_batch(path)), **options)
+
+
+def named(state: BatchState) -> dict[str, TaskState]:
+    return {task.name: task for task in state.tasks}
+
+
+class Killer:
+    """Kills the worker of a training as soon as one is under way."""
+
+    def __init__(self) -> None:
+        self.killed: list[int] = []
+
+    def __call__(self, state: BatchState) -> None:
+        if not self.killed and any(task.stage == "finetune" and task.active for task in state.tasks):
+            try:
+                self.killed.append(kill_worker("finetune"))
+            except ValueError:  # not begun yet
+                return
+
+
+@pytest.fixture(scope="module")
+def batch_file(
+    ray_session: None, tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Callable[..., Path], task_file: Path
+) -> Path:
+    """Eighteen good tasks, a row without a completion, a weight that is no number."""
+    root = tmp_path_factory.mktemp("batch")
+    poisoned = root / "poisoned"
+    shutil.copytree(tiny_model_dir("llama"), poisoned)
+    poison(poisoned, "model.layers.0.mlp.gate_proj.weight")
+    bad = write_jsonl(root / "bad.jsonl", [*task_rows(1100), {"prompt": "a prompt and no more"}])
+    tasks: list[dict[str, Any]] = [
+        {"name": f"t{number}", "finetune.learning_rate": 1e-3 * (number + 1)} for number in range(NUM_GOOD)
+    ]
+    for task in tasks[:4]:
+        task["emulator.compression_ratio"] = SMALL
+    tasks += [{"name": "bad-row", "data.train.path": str(bad)}, {"name": "poisoned", "model.source": str(poisoned)}]
+    return write_batch(root, base_values(root, tiny_model_dir("llama"), task_file), tasks)
+
+
+@pytest.fixture(scope="module")
+def killer() -> Killer:
+    return Killer()
+
+
+@pytest.fixture(scope="module")
+def ended(batch_file: Path, killer: Killer) -> BatchState:
+    """The batch run once, with a worker killed on the way."""
+    return run(batch_file, show=killer)
+
+
+def test_broken_tasks_end_alone_with_their_reasons(ended: BatchState, killer: Killer, batch_file: Path) -> None:
+    tasks = named(ended)
+    assert {name for name, task in tasks.items() if task.status == "failed"} == {"bad-row", "poisoned"}
+    assert all(tasks[f"t{number}"].status == "done" for number in range(NUM_GOOD))
+    assert f"{batch_file.parent / 'bad.jsonl'}, row 1101: no field 'completion'" in (tasks["bad-row"].reason or "")
+    assert "model.layers.0.mlp.down_proj reads hold NaN or Inf" in (tasks["poisoned"].reason or "")
+    # The killed worker cost its task a few steps and nobody else anything.
+    assert killer.killed
+    told = [
+        event["message"]
+        for number in range(NUM_GOOD)
+        for event in read_events(RunDirectory(batch_file.parent / "many" / "tasks" / f"t{number}"))
+        if "lost its worker" in event["message"]
+    ]
+    assert len(told) == 1
+    assert "the training lost its worker because its process crashed or was killed; begun again (1 of 3)" in told[0]
+
+
+def test_what_tasks_share_is_made_once(ended: BatchState) -> None:
+    good = [task for task in ended.tasks if task.status == "done"]
+    made = {stage: sum(stage not in task.taken for task in good) for stage in ("data", "calibrate", "factorize")}
+    assert made == {"data": 1, "calibrate": 1, "factorize": 2}  # an emulator of each ratio
+
+
+def test_the_smaller_emulator_is_cut_from_the_larger_or_the_larger_added_to_the_smaller(
+    ended: BatchState, batch_file: Path
+) -> None:
+    small, large = (
+        {
+            name: tensor
+            for file in (batch_file.parent / "many" / "tasks" / task / "emulator").glob("*.safetensors")
+            for name, tensor in load_file(file).items()
+            if name.endswith(".up.weight")
+        }
+        for task in ("t0", f"t{NUM_GOOD - 1}")
+    )
+    assert small.keys() == large.keys()
+    for name, up in small.items():
+        rank = up.shape[1]
+        assert rank < large[name].shape[1]
+        # Polishing after an extension turns columns by rounding alone.
+        assert float((large[name][:, :rank] - up).abs().max()) < 1e-5
+
+
+def test_losses_and_the_summary_are_those_of_the_runs(ended: BatchState, batch_file: Path) -> None:
+    import pyarrow.parquet as pq
+
+    table = {row["name"]: row for row in pq.read_table(batch_file.parent / "many" / "summary.parquet").to_pylist()}
+    assert set(table) == {task.name for task in ended.tasks}
+    for name, task in named(ended).items():
+        assert (table[name]["status"], table[name]["reason"]) == (task.status, task.reason)
+        if task.status == "done":
+            metrics = json.loads((batch_file.parent / "many" / "tasks" / name / "metrics.json").read_text())
+            assert table[name]["corrected_loss"] == metrics["evaluation"]["corrected"]["loss"]
+            assert table[name]["train_loss"] == metrics["finetune"]["train_loss"]
+
+
+def test_again_no_more_is_tried_than_what_failed(ended: BatchState, batch_file: Path) -> None:
+    again = run(batch_file)
+    assert {task.name: task.status for task in again.tasks} == {task.name: task.status for task in ended.tasks}
+    for task in again.tasks:
+        events = read_events(RunDirectory(batch_file.parent / "many" / "tasks" / task.name))
+        begin = max(number for number, event in enumerate(events) if event["event"] == "run_started")
+        started = [event["stage"] for event in events[begin:] if event["event"] == "started"]
+        assert started == {"bad-row": ["data"], "poisoned": ["calibrate"]}.get(task.name, []), task.name
+
+
+def test_a_task_ends_with_the_files_of_a_run_of_its_own(
+    ray_session: None, tmp_path: Path, tiny_model_dir: Callable[..., Path], task_file: Path
+) -> None:
+    base = base_values(tmp_path, tiny_model_dir("llama"), task_file)
+    state = run(write_batch(tmp_path, base, [{"name": "first"}, {"name": "second"}]))
+    assert {task.status for task in state.tasks} == {"done"}
+    assert sorted(stage for task in state.tasks for stage in task.taken) == ["calibrate", "data", "factorize"]
+    run_values({**base, "run_dir": str(tmp_path / "alone")})
+    for task in ("first", "second"):
+        for folder in ("emulator", "adapter_emulator", "adapter", "merged"):
+            ours, own = tmp_path / "many" / "tasks" / task / folder, tmp_path / "alone" / folder
+            names = sorted(path.name for path in own.rglob("*.safetensors"))
+            assert names == sorted(path.name for path in ours.rglob("*.safetensors"))
+            for file in own.rglob("*.safetensors"):
+                assert filecmp.cmp(file, ours / file.relative_to(own), shallow=False), file
+
+
+def test_a_training_that_is_cancelled_leaves_off_with_a_checkpoint(
+    ray_session: None, tmp_path: Path, tiny_model_dir: Callable[..., Path], task_file: Path
+) -> None:
+    base = base_values(tmp_path, tiny_model_dir("llama"), task_file)
+    tasks: list[dict[str, Any]] = [{"name": "long", "finetune.max_steps": 100_000}, {"name": "short", "priority": -1}]
+    path = write_batch(tmp_path, base, tasks)
+    asked = threading.Event()
+
+    def cancel_once(state: BatchState) -> None:
+        units = named(state)["long"].units
+        if named(state)["long"].stage == "finetune" and units and units[0] >= 2 and not asked.is_set():
+            asked.set()
+            ask(RunDirectory(tmp_path / "many"), {"cancel": ["long"]})
+
+    begin = time.monotonic()
+    state = run(path, show=cancel_once)
+    assert {task.name: task.status for task in state.tasks} == {"long": "cancelled", "short": "done"}
+    assert time.monotonic() - begin < 240
+    training = tmp_path / "many" / "tasks" / "long" / "training"
+    assert len(list(training.rglob("newest.json"))) == 1
+    # Cancelled it stays, until somebody says otherwise.
+    assert named(run(path))["long"].status == "cancelled"
+
+
+def test_what_the_cluster_could_never_run_is_told_before_anything_starts(
+    ray_session: None, tmp_path: Path, tiny_model_dir: Callable[..., Path], task_file: Path
+) -> None:
+    base = {**base_values(tmp_path, tiny_model_dir("llama"), task_file), "ray": {"address": "auto"}}
+    tasks: list[dict[str, Any]] = [
+        {"name": "wide", "finetune.num_workers": 5},
+        {"name": "large", "emulator.cpus_per_worker": 3},
+        {"name": "good"},
+    ]
+    path = write_batch(tmp_path, base, tasks)
+    with pytest.raises(ConfigError) as caught:
+        run(path)
+    wide, large = sorted(str(caught.value).split("\n"), reverse=True)
+    assert wide.startswith("task wide: finetune needs 5 CPUs and")
+    assert "for its 5 workers, there is 2 CPUs" in wide
+    assert large.startswith("task large: factorize needs 3 CPUs and")
+    assert "for one worker, the largest node has 2 CPUs" in large
+    assert not (tmp_path / "many" / "tasks").exists()
+    # A cluster that grows to more is said to.
+    prepared = prepare_batch(read_batch(path, ["limits.cpus=8"]))
+    check_fit(prepared)
