@@ -103,6 +103,9 @@ def test_the_readmes_batch_is_valid(tmp_path: Path) -> None:
     batch = read_batch(tmp_path / "many.yaml")
     assert len(batch.tasks) == 6
     assert {task.owner for task in batch.tasks} == {"ann", "bob"}
+    cancelled = re.search(r"^emloc-ray cancel \S+ (\S+)", README, re.MULTILINE)
+    assert cancelled is not None
+    assert cancelled[1] in {task.name for task in batch.tasks}
 
 
 def test_ci_runs_the_readmes_test_command() -> None:
