@@ -281,13 +281,17 @@ def cache_prune(
 
 @app.command()
 def report(run_dir: RunPath) -> None:
-    """Write report.html of a run, finished or not."""
+    """Write report.html of a run or a batch, finished or not."""
 
     def action() -> None:
+        from emloc_ray.batch.report import write_batch_report
+        from emloc_ray.batch.state import read_state
         from emloc_ray.io.run_directory import RunDirectory
         from emloc_ray.report import write_report
 
-        console.print(str(write_report(RunDirectory(run_dir).existing())))
+        run = RunDirectory(run_dir).existing()
+        state = read_state(run)
+        console.print(str(write_report(run) if state is None else write_batch_report(run, state)))
 
     _guarded(action)
 

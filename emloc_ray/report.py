@@ -54,6 +54,11 @@ def write_report(directory: RunDirectory) -> Path:
 
 def render(name: str, manifest: dict[str, Any], metrics: dict[str, Any]) -> str:
     """The page's HTML."""
+    return render_page(_TEMPLATE, page_view(name, manifest, metrics))
+
+
+def render_page(template: str, view: dict[str, Any]) -> str:
+    """A page's HTML; ``template`` by its path inside this package."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.lstrip_blocks = True
@@ -61,7 +66,7 @@ def render(name: str, manifest: dict[str, Any], metrics: dict[str, Any]) -> str:
     environment.filters["visible"] = visible
     environment.globals |= {"bar": bar, "before_after": before_after, "share": share}
     environment.globals |= {"grids": grids, "column_tops": column_tops}
-    return environment.get_template(_TEMPLATE).render(page_view(name, manifest, metrics))
+    return environment.get_template(template).render(view)
 
 
 def page_view(name: str, manifest: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from emloc_ray.batch.admission import Admission
 from emloc_ray.batch.board import Board, ended
 from emloc_ray.batch.capacity import cluster_capacity, unfit
+from emloc_ray.batch.report import write_batch_report
 from emloc_ray.batch.runner import BatchRun
 from emloc_ray.batch.state import BatchState, TaskState, ask, check_names, read_state, requests
 from emloc_ray.batch.summary import write_summary
@@ -66,6 +67,7 @@ def run_batch(prepared: Prepared, show: Show = lambda state: None, tell: Tell = 
             check_fit(prepared)
             state = _run(prepared, show, tell)
         write_summary(run, state)
+        write_batch_report(run, state)
         return state
     finally:
         run.unlock()

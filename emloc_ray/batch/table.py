@@ -42,7 +42,7 @@ def _cells(task: TaskState, now: float) -> Sequence[str | Text]:
     spent = task.seconds if task.is_over or task.started_at is None else now - task.started_at
     return (
         task.name,
-        Text(_standing(task), style=_STYLES[task.status]),
+        Text(standing(task), style=_STYLES[task.status]),
         "" if task.train_loss is None else f"{task.train_loss:.3f}",
         held_out(task),
         gib(task.planned_bytes).strip().replace(" ", _NO_BREAK),
@@ -51,7 +51,7 @@ def _cells(task: TaskState, now: float) -> Sequence[str | Text]:
     )
 
 
-def _standing(task: TaskState) -> str:
+def standing(task: TaskState) -> str:
     """The stage that a task is at, with how much of it is done, or how it ended."""
     if task.status == "running" and task.stage:
         units = "" if task.units is None else f" {task.units[0]}/{task.units[1]}"

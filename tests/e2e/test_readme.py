@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from emloc_ray.batch.tasks import read_batch
 from emloc_ray.config_reading import load_config, parse_config
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+FILES = sorted((ROOT / "configs").glob("*.yaml"))
+BATCHES = [path for path in FILES if {"tasks", "grid"} & yaml.safe_load(path.read_text()).keys()]
+CONFIGS = [path for path in FILES if path not in BATCHES]
 
 
 def emloc_ray(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -44,6 +47,29 @@ def test_a_config_plans(path: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("path", BATCHES, ids=lambda path: path.name)
+def test_a_batch_is_valid_and_carries_its_exact_command(path: Path) -> None:
+    assert len(read_batch(path).tasks) > 1
+    command = f"emloc-ray batch configs/{path.name}"
+    assert command in path.read_text().split("run_dir")[0]
+
+
+@pytest.mark.parametrize("path", BATCHES, ids=lambda path: path.name)
+def test_every_task_of_a_batch_fits_its_model_and_data(path: Path, tmp_path: Path) -> None:
+    done = emloc_ray("batch", str(path), f"run_dir={tmp_path / 'run'}", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert f"{len(read_batch(path).tasks)} tasks" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_yaml_file_of_configs_is_tested() -> None:
+    named = {path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml")} - {
+        p.relative_to(ROOT) for p in FILES
+    }
+    bases = {yaml.safe_load(path.read_text())["base"] for path in BATCHES}
+    assert {path.relative_to("configs").as_posix() for path in named} <= bases
+
+
 def test_the_readme_names_real_make_targets() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = re.findall(r"^make (\w+)", README, re.MULTILINE)
@@ -53,17 +79,30 @@ def test_the_readme_names_real_make_targets() -> None:
 
 
 def test_the_readmes_verbs_exist() -> None:
-    commands = re.findall(r"^emloc-ray (\w+) .*$", README, re.MULTILINE)
-    assert {"validate", "plan", "run", "status", "report"} <= set(commands)
-    for verb in set(commands):
-        assert emloc_ray(verb, "--help").returncode == 0, verb
+    commands = set(re.findall(r"^emloc-ray ((?:cache )?\w+) .*$", README, re.MULTILINE))
+    assert {"validate", "plan", "run", "status", "report", "batch", "cancel", "cache list", "cache prune"} <= commands
+    for verb in commands:
+        assert emloc_ray(*verb.split(), "--help").returncode == 0, verb
+
+
+def readme_yaml(name: str) -> str:
+    """The YAML block of the README whose first line says its name."""
+    block = re.search(rf"```yaml\n(# {re.escape(name)}\n.*?)```", README, re.DOTALL)
+    assert block is not None
+    return block.group(1)
 
 
 def test_the_readmes_config_is_valid() -> None:
-    block = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)
-    assert block is not None
-    config = parse_config(yaml.safe_load(block.group(1)))
+    config = parse_config(yaml.safe_load(readme_yaml("my.yaml")))
     assert config.emulator.compression_ratio == 0.5
+
+
+def test_the_readmes_batch_is_valid(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text(readme_yaml("my.yaml"))
+    (tmp_path / "many.yaml").write_text(readme_yaml("many.yaml"))
+    batch = read_batch(tmp_path / "many.yaml")
+    assert len(batch.tasks) == 6
+    assert {task.owner for task in batch.tasks} == {"ann", "bob"}
 
 
 def test_ci_runs_the_readmes_test_command() -> None:

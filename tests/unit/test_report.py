@@ -6,59 +6,19 @@ import copy
 import itertools
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import LOADING, Page
 
 from emloc_ray import report
 from emloc_ray.io.run_directory import RunDirectory
 
-VOID = {"meta", "link", "br", "hr", "img", "input", "wbr", "path", "rect"}
-LOADING = {"src", "href", "srcset", "data", "poster", "action", "xlink:href"}
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
 NAMES = [f"model.layers.{block}.{kind}" for block in (0, 1, 10, 2) for kind in LINEARS]
 STAGES = ("data", "calibrate", "factorize", "finetune", "correct", "merge", "evaluate")
 EVIL = '</pre><script>alert("1")</script> if a[k] < b & c:\x00\x1b\r\n\ud800'
-
-
-class Page(HTMLParser):
-    """A page's tags, attributes and text; fails where tags are not balanced."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self.feed(html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag not in VOID:
-            assert self.open, f"</{tag}> closes nothing"
-            assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
-            self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join("".join(self.texts).split())
-
-    @property
-    def sections(self) -> list[str | None]:
-        return [attributes["id"] for tag, attributes in self.tags if tag == "section"]
 
 
 def manifest(*stages: str) -> dict[str, Any]:

@@ -1,0 +1,24 @@
+"""Many tasks from Python: the same batch as ``emloc-ray batch BATCH``, for notebooks and your own scripts.
+
+python pipelines/many_tasks.py configs/many_tasks.yaml finetune.max_steps=10
+"""
+
+from __future__ import annotations
+
+import sys
+
+from emloc_ray.batch.driver import prepare_batch, run_batch
+from emloc_ray.batch.table import held_out
+from emloc_ray.batch.tasks import read_batch
+
+
+def main() -> None:
+    """Runs a batch and prints each task's held-out loss, before and after."""
+    batch = read_batch(sys.argv[1], sys.argv[2:])
+    state = run_batch(prepare_batch(batch), tell=print)
+    for task in state.tasks:
+        print(f"{task.name:<50} {task.status:<10} {held_out(task)}")
+
+
+if __name__ == "__main__":
+    main()
