@@ -15,9 +15,9 @@ from emloc_ray.io.fingerprint import fingerprint, fingerprint_large_files
 from emloc_ray.io.grams import INDEX, GramStore
 from emloc_ray.io.node_cache import discard, exists, hashes
 from emloc_ray.io.resume import begun_with, discard_unless
-from emloc_ray.memory import MemoryModel, total
-from emloc_ray.planner import make_plan, row_lengths
+from emloc_ray.planner import make_plan
 from emloc_ray.preparation import Prepared, check_disk, prepare
+from emloc_ray.remarks import cut_rows, over_budget, shortfall, thin_calibration
 from emloc_ray.reporter import Reporter, Reporters, SilentReporter
 from emloc_ray.run_log import RunLog
 from emloc_ray.stages import STAGES
@@ -105,7 +105,7 @@ class Pipeline:
 
     def run(self, until: str = STAGES[-1]) -> None:
         """Every stage up to ``until``, in order."""
-        self._tell_budget()
+        self._tell(over_budget(self.prepared))
         while True:
             try:
                 self._run_stages(until)
@@ -115,24 +115,15 @@ class Pipeline:
                 self._build = None
         self.steps.write_results()  # once more: a stage may have been committed by a run that was killed right after
 
+    def _tell(self, remark: str | None) -> None:
+        if remark is not None:
+            self.reporter.note(remark)
+
     def _run_stages(self, until: str) -> None:
         self.import_model()
         self.prepare_data()
         for stage in STAGES[: STAGES.index(until) + 1]:
             getattr(self, stage)()
-
-    def _tell_budget(self) -> None:
-        """Which stages are planned to hold more than ``memory_budget``: it bounds calibration alone, and informs of the rest."""
-        budget = self.config.memory_budget
-        if budget is None:
-            return
-        memory = MemoryModel(self.prepared, row_lengths(self.prepared))
-        above = [f"{name} {size / 2**30:.2f} GiB" for name in STAGES if (size := total(memory.stage(name))) > budget]
-        if above:
-            self.reporter.note(
-                f"memory_budget is {budget / 2**30:.2f} GiB a worker, but the plan says {', '.join(above)}:"
-                " see emloc-ray plan --memory-budget for settings that fit."
-            )
 
     def import_model(self) -> None:
         """The original as a safetensors checkpoint: written once from a GGUF file, else where the config says."""
@@ -195,19 +186,8 @@ class Pipeline:
         counts = step(resumes=True, shared=not changing)["splits"]
         for split, count in counts.items():
             self.inputs[f"data/{split}"] = fingerprint({file.name: sha for file, sha in hashes(tokens / split).items()})
-            self._tell_counts(split, count)
-
-    def _tell_counts(self, split: str, count: dict[str, int]) -> None:
-        from emloc_ray.stages.data import shortfall
-
-        if count["truncated_rows"]:
-            self.reporter.note(
-                f"data.{split}: {count['truncated_rows']} rows cut to {self.config.data.max_seq_length} tokens"
-                f" ({count['truncated_tokens']} tokens left out), {count['dropped_rows']} dropped with no completion left."
-            )
-        missing = shortfall(self.config, split, count)
-        if missing is not None:
-            self.reporter.note(missing)
+            self._tell(cut_rows(self.config, split, count))
+            self._tell(shortfall(self.config, split, count))
 
     def calibrate(self) -> None:
         """One Gram per shared input of the linears that compression targets; what they serve is factorized meanwhile."""
@@ -323,18 +303,9 @@ class Pipeline:
         step = functools.partial(self.steps.run, "factorize", self._factorize_inputs(), [out_dir], execute, asked)
         result = step(bag=True, resumes=True, shared=True, basis=basis)
         discard(self.directory.path("basis"))
-        self._tell_thin_calibration(result)
+        self._tell(thin_calibration(self.config, result["fewest_tokens"], self.layout))
         if self.config.calibration.keep == "none":
             discard(calibration_dir)
-
-    def _tell_thin_calibration(self, result: dict[str, Any]) -> None:
-        fewest, highest = result["fewest_tokens"], max(self.layout.ranks.values(), default=0)
-        if fewest is not None and fewest < highest:
-            section = self.config.calibration
-            key = "num_calibration_samples" if section.num_calibration_tokens is None else "num_calibration_tokens"
-            self.reporter.note(
-                f"Calibration saw {fewest} tokens, fewer than the highest rank {highest}: raise calibration.{key}."
-            )
 
     def finetune(self) -> None:
         """The adapter as trained on the emulator."""

@@ -96,25 +96,6 @@ def begun_again(work: Callable[[], Result], losses: Losses, piece: Callable[[], 
             time.sleep(losses.count(piece(), error))
 
 
-def shortfall(config: RunConfig, split: str, count: dict[str, int]) -> str | None:
-    """A sentence where a split holds less than was asked for; None where it does not."""
-    calibration = config.calibration
-    asked = {
-        "calibration": calibration.num_calibration_samples,
-        "selection": config.correction.num_selection_samples,
-        "eval": config.evaluation.num_samples,
-    }.get(split)
-    tokens = calibration.num_calibration_tokens if split == "calibration" else None
-    if tokens is not None and count["tokens"] >= tokens:
-        return None
-    few = asked is not None and count["rows"] + count["dropped_rows"] < asked and not config.data.packing
-    if few:
-        return f"data.{split}: {count['rows']} rows instead of the {asked} asked for: there are no more."
-    if asked is None and tokens is not None:
-        return f"data.{split}: {count['tokens']} tokens instead of the {tokens} asked for: there are no more rows."
-    return None
-
-
 def _splits(
     config: RunConfig, found: dict[str, tuple[SourceFile, ...]], options: TokenizeOptions
 ) -> dict[str, RowSelection]:

@@ -45,7 +45,9 @@ def test_a_run_through_a_faulty_store_is_the_run_on_a_disk(
     # What a disk holds, a newcomer's node finds in the store alone.
     shutil.rmtree(node_cache)
     root = fetched(place, tmp_path / "run")
-    assert contents(root / "model") == contents(llama_run.model_dir)  # the run's own, for nodes that do not see that place
+    assert contents(root / "model") == contents(
+        llama_run.model_dir
+    )  # the run's own, for nodes that do not see that place
     shutil.rmtree(root / "model")
     assert contents(root) == contents(llama_run.root)
     assert RunDirectory(place).holder() is None

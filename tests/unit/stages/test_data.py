@@ -23,7 +23,8 @@ from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.data.tokenizing import TokenizeOptions
 from emloc_ray.io.resume import discard_unless
 from emloc_ray.preparation import Prepared, prepare
-from emloc_ray.stages.data import _sources, shortfall, split_inputs, tokenize_data
+from emloc_ray.remarks import shortfall
+from emloc_ray.stages.data import _sources, split_inputs, tokenize_data
 
 Make = Callable[..., Prepared]
 NUM_ROWS = 600
@@ -104,22 +105,6 @@ def test_a_killed_run_s_shards_are_kept_by_the_same_inputs_alone(
     other = times({**split_inputs(ready), "seed": 1})
     assert all(other[name] != again[name] for name in again)
     assert all(other[name] != time for name, time in times(None).items())
-
-
-@pytest.mark.parametrize(
-    ("split", "count", "words"),
-    [
-        ("calibration", {"rows": 128, "dropped_rows": 0}, None),
-        ("calibration", {"rows": 100, "dropped_rows": 28}, None),
-        ("calibration", {"rows": 100, "dropped_rows": 0}, "100 rows instead of the 128 asked for"),
-        ("selection", {"rows": 3, "dropped_rows": 0}, "3 rows instead of the 8"),
-        ("train", {"rows": 3, "dropped_rows": 0}, None),
-    ],
-)
-def test_fewer_rows_than_asked_are_told(prepared: Make, split: str, count: dict[str, int], words: str | None) -> None:
-    said = shortfall(prepared().config, split, {"tokens": 10, **count})
-    assert (said is None) == (words is None)
-    assert words is None or words in str(said)
 
 
 def test_a_directory_is_kept_for_the_same_inputs_alone(tmp_path: Path) -> None:

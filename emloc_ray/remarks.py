@@ -1,0 +1,64 @@
+"""What a reader should know of a run though nothing is wrong, each a sentence; None where there is nothing to say."""
+
+from __future__ import annotations
+
+from emloc_ray.config import RunConfig
+from emloc_ray.layout import Layout
+from emloc_ray.memory import MemoryModel, total
+from emloc_ray.planner import row_lengths
+from emloc_ray.preparation import Prepared
+from emloc_ray.stages import STAGES
+
+
+def over_budget(prepared: Prepared) -> str | None:
+    """Which stages are planned to hold more than ``memory_budget``: it bounds calibration alone, and informs of the rest."""
+    budget = prepared.config.memory_budget
+    if budget is None:
+        return None
+    memory = MemoryModel(prepared, row_lengths(prepared))
+    above = [f"{name} {size / 2**30:.2f} GiB" for name in STAGES if (size := total(memory.stage(name))) > budget]
+    if not above:
+        return None
+    return (
+        f"memory_budget is {budget / 2**30:.2f} GiB a worker, but the plan says {', '.join(above)}:"
+        " see emloc-ray plan --memory-budget for settings that fit."
+    )
+
+
+def cut_rows(config: RunConfig, split: str, count: dict[str, int]) -> str | None:
+    """How many rows of a split were longer than ``max_seq_length``."""
+    if not count["truncated_rows"]:
+        return None
+    return (
+        f"data.{split}: {count['truncated_rows']} rows cut to {config.data.max_seq_length} tokens"
+        f" ({count['truncated_tokens']} tokens left out), {count['dropped_rows']} dropped with no completion left."
+    )
+
+
+def shortfall(config: RunConfig, split: str, count: dict[str, int]) -> str | None:
+    """Where a split holds less than was asked for."""
+    calibration = config.calibration
+    asked = {
+        "calibration": calibration.num_calibration_samples,
+        "selection": config.correction.num_selection_samples,
+        "eval": config.evaluation.num_samples,
+    }.get(split)
+    tokens = calibration.num_calibration_tokens if split == "calibration" else None
+    if tokens is not None and count["tokens"] >= tokens:
+        return None
+    few = asked is not None and count["rows"] + count["dropped_rows"] < asked and not config.data.packing
+    if few:
+        return f"data.{split}: {count['rows']} rows instead of the {asked} asked for: there are no more."
+    if asked is None and tokens is not None:
+        return f"data.{split}: {count['tokens']} tokens instead of the {tokens} asked for: there are no more rows."
+    return None
+
+
+def thin_calibration(config: RunConfig, fewest_tokens: int | None, layout: Layout) -> str | None:
+    """Where a Gram has fewer tokens than a rank that is taken from it."""
+    highest = max(layout.ranks.values(), default=0)
+    if fewest_tokens is None or fewest_tokens >= highest:
+        return None
+    section = config.calibration
+    key = "num_calibration_samples" if section.num_calibration_tokens is None else "num_calibration_tokens"
+    return f"Calibration saw {fewest_tokens} tokens, fewer than the highest rank {highest}: raise calibration.{key}."

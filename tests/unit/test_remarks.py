@@ -1,0 +1,76 @@
+"""What a reader is told of a run though nothing is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_runs import make_values, task_rows, write_jsonl
+
+from emloc_ray.config_reading import parse_config
+from emloc_ray.preparation import Prepared, prepare
+from emloc_ray.remarks import cut_rows, over_budget, shortfall, thin_calibration
+
+Make = Callable[..., Prepared]
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Make:
+    """``prepared(memory_budget=…, calibration={…})``: of 600 rows."""
+    path = write_jsonl(tmp_path / "rows.jsonl", task_rows(600))
+
+    def make(memory_budget: Any = None, **sections: Any) -> Prepared:
+        values = make_values(tmp_path / "run", tiny_model_dir("llama"), path, **sections)
+        return prepare(parse_config({**values, "memory_budget": memory_budget}))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("split", "count", "words"),
+    [
+        ("calibration", {"rows": 128, "dropped_rows": 0}, None),
+        ("calibration", {"rows": 100, "dropped_rows": 28}, None),
+        ("calibration", {"rows": 100, "dropped_rows": 0}, "100 rows instead of the 128 asked for"),
+        ("selection", {"rows": 3, "dropped_rows": 0}, "3 rows instead of the 8"),
+        ("train", {"rows": 3, "dropped_rows": 0}, None),
+    ],
+)
+def test_fewer_rows_than_asked_are_told(prepared: Make, split: str, count: dict[str, int], words: str | None) -> None:
+    said = shortfall(prepared().config, split, {"tokens": 10, **count})
+    assert (said is None) == (words is None)
+    assert words is None or words in str(said)
+
+
+def test_a_budget_that_stages_exceed_is_told_with_these(prepared: Make) -> None:
+    assert over_budget(prepared()) is None
+    assert over_budget(prepared("64GiB")) is None
+    said = str(over_budget(prepared("1MiB")))
+    assert said.startswith("memory_budget is 0.00 GiB a worker, but the plan says calibrate ")
+    assert "finetune" in said
+
+
+def test_cut_rows_are_told(prepared: Make) -> None:
+    config = prepared().config
+    count = {"truncated_rows": 0, "truncated_tokens": 0, "dropped_rows": 0}
+    assert cut_rows(config, "train", count) is None
+    assert cut_rows(config, "train", {"truncated_rows": 3, "truncated_tokens": 40, "dropped_rows": 1}) == (
+        "data.train: 3 rows cut to 64 tokens (40 tokens left out), 1 dropped with no completion left."
+    )
+
+
+@pytest.mark.parametrize(
+    ("calibration", "key"),
+    [({}, "num_calibration_samples"), ({"num_calibration_tokens": 9}, "num_calibration_tokens")],
+)
+def test_fewer_tokens_than_ranks_are_told(prepared: Make, calibration: dict[str, Any], key: str) -> None:
+    ready = prepared(calibration=calibration)
+    highest = max(ready.layout.ranks.values())
+    assert thin_calibration(ready.config, highest, ready.layout) is None
+    assert thin_calibration(ready.config, None, ready.layout) is None
+    said = thin_calibration(ready.config, highest - 1, ready.layout)
+    assert (
+        said == f"Calibration saw {highest - 1} tokens, fewer than the highest rank {highest}: raise calibration.{key}."
+    )
