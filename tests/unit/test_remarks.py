@@ -39,7 +39,7 @@ def prepared(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Make:
     ],
 )
 def test_fewer_rows_than_asked_are_told(prepared: Make, split: str, count: dict[str, int], words: str | None) -> None:
-    said = shortfall(prepared().config, split, {"tokens": 10, **count})
+    said = shortfall(prepared(calibration={"num_calibration_samples": 128}).config, split, {"tokens": 10, **count})
     assert (said is None) == (words is None)
     assert words is None or words in str(said)
 
