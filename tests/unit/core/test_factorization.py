@@ -164,9 +164,9 @@ def test_the_probes_see_what_float32_got_wrong(monkeypatch: pytest.MonkeyPatch, 
         spoilt = lambda self, w: whiten(self, w) + noise * (w.dtype == torch.float32)  # noqa: E731
         monkeypatch.setattr(Whitening, "whiten", spoilt)
     else:
-        polish = factorization._polish
+        polish = factorization.polish
         spoilt_up = lambda u: polish(u + 10 * noise[:, : u.shape[1]] if u.dtype == torch.float32 else u)  # noqa: E731
-        monkeypatch.setattr(factorization, "_polish", spoilt_up)
+        monkeypatch.setattr(factorization, "polish", spoilt_up)
     result = factorize(weight.float(), whitening, 40, solver="subspace")
     assert (result.solver, result.dtype) == ("subspace", torch.float64)
     optimum = math.sqrt(float(eigenvalues[40:].sum() / eigenvalues.sum()))
