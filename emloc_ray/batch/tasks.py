@@ -6,6 +6,7 @@ what is wrong with many tasks in the same way is told once.
 
 from __future__ import annotations
 
+import glob
 import itertools
 import math
 import os
@@ -34,6 +35,7 @@ from emloc_ray.config_reading import (
     unknown_key,
 )
 from emloc_ray.errors import ConfigError
+from emloc_ray.io.object_store import is_store_uri
 
 __all__ = ["Batch", "BatchConfig", "Task", "read_batch"]
 
@@ -54,9 +56,10 @@ class Task:
     where: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, but for ``ray``, which is the batch's and may hold what no file is to; :meth:`from_dict` reads it."""
+        """For JSON, but for ``ray``, which is the batch's and may hold what no file is to; :meth:`from_dict` reads it, in
+        any working directory."""
         told = None if self.deadline is None else deadline_text(self.deadline)
-        config = self.config.model_dump(mode="json", exclude={"ray"})
+        config = anchored(self.config).model_dump(mode="json", exclude={"ray"})
         own = {"name": self.name, "priority": self.priority, "deadline": told, "owner": self.owner}
         return {**own, "config": config, "where": self.where}
 
@@ -71,6 +74,35 @@ class Task:
         config = parse_config(values.get("config") or {}, f"task {keys.name}")
         config = config.model_copy(update={"ray": ray or RayConfig()})
         return cls(keys.name, config, keys.priority, keys.deadline, keys.owner, where)
+
+
+def anchored(config: RunConfig) -> RunConfig:
+    """The config with its local paths made absolute, from this process's working directory."""
+    values = config.model_dump(exclude_unset=True)
+    source = values["model"]["source"]
+    if os.path.exists(os.path.expanduser(source)):  # else it is on the hub, or in a package
+        values["model"]["source"] = _absolute(source)
+    for split in values["data"].values():
+        if isinstance(split, dict):
+            paths = split["path"]
+            split["path"] = _absolute(paths) if isinstance(paths, str) else [_absolute(path) for path in paths]
+    for holder, key in (
+        (values, "run_dir"),
+        (values.get("finetune"), "deepspeed"),
+        (values.get("evaluation"), "upper_bound"),
+    ):
+        if holder and holder.get(key):
+            holder[key] = _absolute(holder[key])
+    return RunConfig.model_validate(values)
+
+
+def _absolute(place: str) -> str:
+    """A local path or glob from the root on; what is no local path as it is."""
+    if is_store_uri(place) or place.startswith("hf:"):
+        return place
+    path = os.path.expanduser(place.removeprefix("file://"))
+    here = os.getcwd()
+    return os.path.join(here if os.path.exists(path) or not glob.has_magic(path) else glob.escape(here), path)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from pydantic import ValidationError
 from emloc_ray.batch import tasks as batch_tasks
 from emloc_ray.batch.config import below, parse_deadline
 from emloc_ray.batch.grid import MAX_NAME, SAFE_NAME, joined_name, points
-from emloc_ray.batch.tasks import Batch, BatchConfig, Task, read_batch
+from emloc_ray.batch.tasks import Batch, BatchConfig, Task, anchored, read_batch
 from emloc_ray.config import RayConfig
 from emloc_ray.config_reading import load_config, parse_config, read_values
 from emloc_ray.errors import ConfigError
@@ -663,9 +664,42 @@ def test_a_task_comes_back_from_json(
 ) -> None:
     task = Task(name, parse_config({**BASE, **keys}), priority, deadline, owner, "t.csv, row 3")
     again = Task.from_dict(json.loads(json.dumps(task.as_dict())), task.config.ray)
-    assert again == task
+    assert again == dataclasses.replace(task, config=anchored(task.config))
     assert again.config.finetune.model_extra == task.config.finetune.model_extra
     assert type(again.deadline) is type(task.deadline)
+
+
+def test_a_task_that_is_handed_over_keeps_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "a[1]"
+    (here / "model").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    paths = ["train.jsonl", "more/*.jsonl", "s3://bucket/*.csv", "file://old.csv", "/data/x.csv"]
+    values = {
+        **BASE,
+        "model": {"source": "model"},
+        "data": {"train": {"path": paths}, "eval": {"path": "hf:some/rows"}},
+    }
+    keys = {"finetune": {"deepspeed": "zero.json"}, "evaluation": {"upper_bound": "runs/plain"}}
+    told = Task("a", parse_config({**values, **keys})).as_dict()
+    monkeypatch.chdir(tmp_path)
+    config = Task.from_dict(told).config
+    assert config.run_dir == str(here / "runs/one")
+    assert config.model.source == str(here / "model")
+    assert config.data.train is not None
+    assert config.data.eval is not None
+    assert config.data.train.path == [
+        str(here / "train.jsonl"),
+        str(tmp_path / "a[[]1]" / "more" / "*.jsonl"),
+        "s3://bucket/*.csv",
+        str(here / "old.csv"),
+        "/data/x.csv",
+    ]
+    assert config.data.eval.path == "hf:some/rows"
+    assert config.finetune.deepspeed == str(here / "zero.json")
+    assert config.evaluation.upper_bound == str(here / "runs/plain")
+    for source in ("some/model", "package:weights/m.gguf"):
+        kept = Task("a", parse_config({**values, "model": {"source": source}}))
+        assert kept.as_dict()["config"]["model"]["source"] == source
 
 
 def test_what_is_no_task_is_told() -> None:
