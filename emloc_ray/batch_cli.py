@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from emloc_ray.errors import ConfigError, StageError
+
+if TYPE_CHECKING:
+    from emloc_ray.batch.driver import Handed
 
 BatchPath = Annotated[Path, typer.Argument(metavar="BATCH", help="A YAML file that names a base config and tasks.")]
 BatchDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="The batch's run_dir.")]
@@ -40,11 +44,10 @@ def run_batch(console: Console, path: Path, overrides: list[str], dry_run: bool)
     )
     if dry_run:
         return
-    if prepared.run.holder() is not None:
-        new = driver.hand_over(prepared)
-        names = ", ".join(task.name for task in new[:5]) + (" …" if len(new) > 5 else "")
-        told = f"{len(new)} tasks were handed over ({names})" if new else "all of its tasks are there already"
-        console.print(f"{prepared.run.holder()} runs this batch: {told}.", soft_wrap=True)
+    with console.status("Handing new tasks to the process that runs this batch"):
+        handed = driver.hand_over(prepared)
+    if handed is not None:
+        console.print(_told(handed), soft_wrap=True, markup=False)
         return
     with BatchView(console) as view:
         state = driver.run_batch(prepared, view.show, view.tell)
@@ -54,6 +57,22 @@ def run_batch(console: Console, path: Path, overrides: list[str], dry_run: bool)
         again = f"{lost} of {len(state.tasks)} tasks did not end well: the same command does them again."
         raise StageError("\n".join([*reasons(state), again]))
     console.print(f"Results in {place}: summary.parquet, report.html, tasks/", soft_wrap=True)
+
+
+def _told(handed: Handed) -> str:
+    new, changed = handed.new, handed.changed
+    told = f"{_counted(new)} handed over" if new else "it has been given nothing new"
+    if changed:
+        told += (
+            f"; {_counted(changed)} changed, but waiting or running as before: cancel what is to change, or wait until it is"
+            " over, then run the same command again"
+        )
+    return f"{handed.holder} runs this batch: {told}."
+
+
+def _counted(names: Sequence[str]) -> str:
+    some = ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
+    return f"{len(names)} task{'' if len(names) == 1 else 's'} ({some})"
 
 
 def show_batch(console: Console, run: Any, watch: bool) -> None:

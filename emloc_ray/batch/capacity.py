@@ -10,6 +10,7 @@ from emloc_ray.batch.admission import Amount
 from emloc_ray.batch.config import LimitsConfig
 from emloc_ray.planner import StagePlan
 
+_ADVICE = "lower what it asks for, or name in the batch's limits what the cluster grows to."
 _RIGID = ("calibrate", "finetune", "evaluate")  # their workers are there together
 
 
@@ -39,10 +40,13 @@ def unfit(stages: Iterable[StagePlan], limits: LimitsConfig) -> list[str]:
         worker = Amount(stage.cpus_per_worker, stage.gpus_per_worker, stage.worker_bytes)
         together = worker * stage.num_workers if stage.name in _RIGID else worker
         if not worker.fits_in(largest):
-            problems.append(f"{stage.name} needs {_told(worker)} for one worker, the largest node has {_told(largest)}")
+            problems.append(
+                f"{stage.name} needs {_told(worker)} for one worker, the largest node has {_told(largest)}: {_ADVICE}"
+            )
         elif not together.fits_in(whole):
             problems.append(
-                f"{stage.name} needs {_told(together)} for its {stage.num_workers} workers, there is {_told(whole)}"
+                f"{stage.name} needs {_told(together)} for its {stage.num_workers} workers, there is {_told(whole)}:"
+                f" {_ADVICE}"
             )
     return problems
 

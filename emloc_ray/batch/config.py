@@ -80,7 +80,8 @@ class BatchConfig(Section):
 
 
 def parse_deadline(value: Any) -> timedelta | datetime | None:
-    """A duration from the batch's start, such as 90s, 30min, 2h or 1d, or a time; one without time zone is local.
+    """A duration from when the batch is run, or the task handed to it, such as 90s, 30min, 2h or 1d; or a time, one without
+    time zone being local.
 
     Raises:
         ValueError: where it is neither.
@@ -118,7 +119,7 @@ class TaskKeys(Section):
     name: str
     base: str | None = None
     priority: int = Field(0, description="higher goes first")
-    deadline: timedelta | datetime | None = None
+    deadline: timedelta | datetime | None = Field(None, description="a time, or a duration from when the batch is run")
     owner: str = ""
 
     @field_validator("name")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
 
 from emloc_ray.batch.admission import Admission
-from emloc_ray.batch.board import Board, ended
+from emloc_ray.batch.board import Board
 from emloc_ray.batch.capacity import cluster_capacity, unfit
+from emloc_ray.batch.config import deadline_text
 from emloc_ray.batch.report import write_batch_report
 from emloc_ray.batch.runner import BatchRun
-from emloc_ray.batch.state import BatchState, TaskState, ask, check_names, read_state, requests
+from emloc_ray.batch.state import BatchState, TaskState, ask, check_names, read_state, write_state
 from emloc_ray.batch.summary import write_summary
 from emloc_ray.batch.tasks import Batch, Task
 from emloc_ray.batch.work import PipelineWork
@@ -20,6 +22,7 @@ from emloc_ray.io.artifact_cache import ArtifactCache
 from emloc_ray.io.run_directory import RunDirectory
 
 _LEAST_CONCURRENT, _MOST_CONCURRENT = 4, 64
+_POLL_S = 0.5
 
 Show = Callable[[BatchState], None]
 Tell = Callable[[str], None]
@@ -36,6 +39,15 @@ class Prepared:
     work: PipelineWork
 
 
+@dataclass(frozen=True)
+class Handed:
+    """What the process ``holder`` took of a batch: the ``new`` tasks; not those ``changed`` since it was given them."""
+
+    holder: str
+    new: tuple[str, ...]
+    changed: tuple[str, ...]
+
+
 def prepare_batch(batch: Batch, progress: Progress = lambda done, total: None) -> Prepared:
     """Checks every task against its model and data.
 
@@ -46,8 +58,24 @@ def prepare_batch(batch: Batch, progress: Progress = lambda done, total: None) -
     run.check()
     cache = ArtifactCache(batch.config.cache.path, batch.config.cache.max_size)
     work = PipelineWork(cache)
-    work.prepare(batch.tasks, progress)
+    lines = _passed(batch.tasks, read_state(run))
+    try:
+        work.prepare(batch.tasks, progress)
+    except ConfigError as error:
+        lines.append(str(error))
+    if lines:
+        raise ConfigError("\n".join(lines))
     return Prepared(batch, run, cache, work)
+
+
+def _passed(tasks: Sequence[Task], state: BatchState | None) -> list[str]:
+    """Says whose deadline passed before they were in the batch: of those that were, what is done is to stay good."""
+    known = {task.name for task in state.tasks} if state else set()
+    return [
+        f"task {task.name}: its deadline {deadline_text(task.deadline)} has passed: give a later one, or take it out."
+        for task in tasks
+        if isinstance(task.deadline, datetime) and task.deadline.timestamp() <= time.time() and task.name not in known
+    ]
 
 
 def run_batch(prepared: Prepared, show: Show = lambda state: None, tell: Tell = lambda text: None) -> BatchState:
@@ -62,13 +90,11 @@ def run_batch(prepared: Prepared, show: Show = lambda state: None, tell: Tell = 
     try:
         run.lock(tell)
         run.create(batch.config.model_dump(mode="json"))
+        board = begin_board(prepared)
         lean = any(task.config.memory_budget is not None for task in batch.tasks)
         with connection(batch.ray.address, lean_memory=lean, **batch.ray.init_options):
             check_fit(prepared)
-            state = _run(prepared, show, tell)
-        write_summary(run, state)
-        write_batch_report(run, state)
-        return state
+            return _run(prepared, board, show, tell)
     finally:
         run.unlock()
 
@@ -81,55 +107,93 @@ def check_fit(prepared: Prepared) -> None:
             problems.setdefault(problem, []).append(task.name)
     if problems:
         lines = (
-            f"task {', '.join(names[:3])}{f' and {len(names) - 3} others' if len(names) > 3 else ''}: {problem}: lower what"
-            " it asks for, or name in the batch's limits what the cluster grows to."
+            f"task {', '.join(names[:3])}{f' and {len(names) - 3} others' if len(names) > 3 else ''}: {problem}"
             for problem, names in problems.items()
         )
         raise ConfigError("\n".join(lines))
 
 
-def _run(prepared: Prepared, show: Show, tell: Tell) -> BatchState:
-    batch, run = prepared.batch, prepared.run
-    before = read_state(run)
+def begin_board(prepared: Prepared) -> Board:
+    """The board as an earlier run left it, written at once: from now on tasks can be handed over, cancelled and looked at."""
+    before = read_state(prepared.run)
+    known = {task.name: task for task in before.tasks} if before else {}
     board = Board(before.started_at if before else time.time())
-    cancelled = {task.name for task in before.tasks if task.status == "cancelled"} if before else set()
-    cancelled = _asked_before(run, cancelled)
-    limits = batch.config.limits
+    for task in prepared.batch.tasks:
+        state = known.get(task.name, TaskState(task.name))
+        if not state.is_over:
+            state = TaskState(task.name, to_cancel=state.to_cancel)
+        board.put(replace(state, digest=task.digest))
+    write_state(prepared.run, board.state())
+    return board
+
+
+def _run(prepared: Prepared, board: Board, show: Show, tell: Tell) -> BatchState:
+    batch, run, limits = prepared.batch, prepared.run, prepared.batch.config.limits
     admission = Admission(lambda: cluster_capacity(limits))
     whole = cluster_capacity(limits)
     concurrent = batch.config.max_concurrent or min(max(2 * int(whole.cpus), _LEAST_CONCURRENT), _MOST_CONCURRENT)
-    begun = BatchRun(run, board, prepared.work, admission, concurrent, show, tell, ray=batch.ray)
+    begun = BatchRun(
+        run,
+        board,
+        prepared.work,
+        admission,
+        concurrent,
+        show,
+        tell,
+        ray=batch.ray,
+        unfit=lambda task: unfit(prepared.work.stages(task), limits),
+    )
     for task in batch.tasks:
-        if task.name in cancelled:
-            board.put(TaskState(task.name))
-            ended(board, task.name, "cancelled", "by an earlier request")
-        else:
-            begun.add(task)
-    return begun.run()
+        cancelled = board[task.name].is_cancelled
+        begun.add(task)
+        if cancelled:
+            begun.cancel(task.name, "by an earlier request")
+    while True:
+        state = begun.run()
+        write_summary(run, state)
+        write_batch_report(run, state)
+        if not begun.hear():  # what was asked while those were written
+            return state
 
 
-def _asked_before(run: RunDirectory, cancelled: set[str]) -> set[str]:
-    """The tasks that are cancelled after what was asked for while nobody ran the batch; tasks are added by its config."""
-    for request in requests(run):
-        cancelled = (cancelled | set(request.get("cancel", []))) - set(request.get("restore", []))
-    return cancelled
-
-
-def hand_over(prepared: Prepared) -> list[Task]:
-    """Gives the tasks that are new, or that failed, to the process that runs the batch; returns them.
-
-    Raises:
-        ConfigError: where the batch is not run by anybody.
-    """
+def hand_over(prepared: Prepared) -> Handed | None:
+    """Gives the tasks that are new, that did not end well or that changed since they ended to the process that runs the
+    batch, and waits until it has taken them; None where nobody runs it (any more): then it is to be run."""
     run = prepared.run
-    state = read_state(run)
-    if run.holder() is None or state is None:
-        raise ConfigError(f"{run.place} is run by nobody: emloc-ray batch begins it.")
-    busy = {task.name for task in state.tasks if task.status not in ("failed", "late")}
-    new = [task for task in prepared.batch.tasks if task.name not in busy]
-    if new:
-        ask(run, {"add": [task.as_dict() for task in new]})
-    return new
+    state, holder = _held_state(run)
+    if state is None:
+        return None
+    there = {task.name: task for task in state.tasks}
+    new: list[Task] = []
+    changed: list[Task] = []
+    for task in prepared.batch.tasks:
+        state_there = there.get(task.name)
+        if state_there is None or state_there.status in ("failed", "late"):
+            new.append(task)
+        elif state_there.digest != task.digest:
+            (new if state_there.is_over else changed).append(task)
+    if new and not _taken(run, ask(run, {"add": [task.as_dict() for task in new]})):
+        return None
+    return Handed(holder, tuple(task.name for task in new), tuple(task.name for task in changed))
+
+
+def _held_state(run: RunDirectory) -> tuple[BatchState | None, str]:
+    """The batch's state and who runs it, once that has written it; no state where nobody runs it."""
+    while (holder := run.holder()) is not None:
+        state = read_state(run)
+        if state is not None:
+            return state, holder
+        time.sleep(_POLL_S)
+    return None, ""
+
+
+def _taken(run: RunDirectory, request: str) -> bool:
+    """Waits for who runs the batch to take a request; whether it did, before it was gone."""
+    while request in run.names():
+        if run.holder() is None:
+            return request not in run.names()
+        time.sleep(_POLL_S)
+    return True
 
 
 def cancel(run: RunDirectory, names: list[str], restore: bool = False) -> bool:

@@ -6,10 +6,13 @@ import dataclasses
 import json
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pydantic import Field
+
+from emloc_ray.config import Section
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.atomic import write_json
 from emloc_ray.io.node_cache import discard, ensure
@@ -27,7 +30,8 @@ UNFINISHED = ("waiting", "running")
 class TaskState:
     """One task's standing; times in seconds since 1970, ``seconds`` those of its stages in this try and earlier ones.
 
-    ``stage`` is the one that it is at, waits for, or ended in; ``units`` how many of that are done, of how many.
+    ``stage`` is the one that it is at, waits for, or ended in; ``units`` how many of that are done, of how many;
+    ``to_cancel``, that it was asked to end; ``digest``, of what was asked of it.
     """
 
     name: str
@@ -46,6 +50,13 @@ class TaskState:
     corrected_loss: float | None = None
     notes: int = 0
     taken: tuple[str, ...] = ()
+    to_cancel: bool = False
+    digest: str = ""
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether nobody wants it any more, even where it has not left off yet; what was done before it could is done."""
+        return self.status == "cancelled" or (self.to_cancel and self.status != "done")
 
     @property
     def is_over(self) -> bool:
@@ -55,7 +66,7 @@ class TaskState:
 
 @dataclass(frozen=True)
 class BatchState:
-    """All tasks, in the batch's order; ``started_at`` is when the batch first began, from which deadlines count."""
+    """All tasks, in the batch's order; ``started_at`` is when the batch first began."""
 
     started_at: float
     tasks: tuple[TaskState, ...] = ()
@@ -105,22 +116,35 @@ def write_state(run: RunDirectory, state: BatchState) -> None:
     write_json(run.path(STATE), {"format": _FORMAT, "started_at": state.started_at, "tasks": tasks})
 
 
-def ask(run: RunDirectory, request: dict[str, Any]) -> None:
-    """Leaves a request (``add``: tasks, ``cancel`` or ``restore``: names) for whoever runs the batch, now or next."""
-    write_json(run.path(f"{_REQUEST}{time.time():017.6f}-{uuid.uuid4().hex[:8]}.json"), request)
+class Request(Section):
+    """What is asked of a batch: tasks to add, in their own words for JSON, and names to cancel or to restore."""
+
+    add: list[dict[str, Any]] = Field(default_factory=list)
+    cancel: list[str] = Field(default_factory=list)
+    restore: list[str] = Field(default_factory=list)
 
 
-def requests(run: RunDirectory) -> Iterator[dict[str, Any]]:
-    """What was asked since, oldest first; each is taken away after its turn."""
+def ask(run: RunDirectory, request: dict[str, Any]) -> str:
+    """Leaves a :class:`Request` for whoever runs the batch, now or next; gives the name of its file."""
+    name = f"{_REQUEST}{time.time():017.6f}-{uuid.uuid4().hex[:8]}.json"
+    write_json(run.path(name), request)
+    return name
+
+
+def requests(run: RunDirectory, tell: Callable[[str], None] = lambda text: None) -> dict[str, Request]:
+    """What was asked since, oldest first, by the names of the files; a file that is no request is removed, and told of."""
+    found = {}
     for name in sorted(name for name in run.names() if name.startswith(_REQUEST)):
         path = run.path(name)
         ensure(path)
         try:
-            request: dict[str, Any] = json.loads(path.read_text())
-        except (OSError, ValueError):
-            continue  # being written, or taken by another
-        yield request
-        discard(path)
+            found[name] = Request.model_validate_json(path.read_bytes())
+        except OSError:
+            continue  # taken by another
+        except ValueError:
+            discard(path)
+            tell(f"{path} was no request that this version knows, and was removed: ask again.")
+    return found
 
 
 def check_names(state: BatchState, names: Iterable[str], place: str) -> None:

@@ -35,6 +35,7 @@ from emloc_ray.config_reading import (
     unknown_key,
 )
 from emloc_ray.errors import ConfigError
+from emloc_ray.io.fingerprint import fingerprint
 from emloc_ray.io.object_store import is_store_uri
 
 __all__ = ["Batch", "BatchConfig", "Task", "read_batch"]
@@ -62,6 +63,12 @@ class Task:
         config = anchored(self.config).model_dump(mode="json", exclude={"ray"})
         own = {"name": self.name, "priority": self.priority, "deadline": told, "owner": self.owner}
         return {**own, "config": config, "where": self.where}
+
+    @property
+    def digest(self) -> str:
+        """Of all that is asked of it."""
+        asked = {key: value for key, value in self.as_dict().items() if key != "where"}
+        return fingerprint(asked)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], ray: RayConfig | None = None) -> Task:

@@ -40,10 +40,11 @@ class PipelineWork:
             raise ConfigError("\n".join(f"{_named(names)}: {line}" for line, names in problems.items()))
 
     def _prepare(self, task: Task) -> tuple[Prepared, Plan]:
-        if task.name not in self._ready:
+        ready = self._ready.get(task.name)
+        if ready is None or ready[0].config != task.config:
             prepared = prepare(task.config)
-            self._ready[task.name] = prepared, make_plan(prepared)
-        return self._ready[task.name]
+            ready = self._ready[task.name] = prepared, make_plan(prepared)
+        return ready
 
     def stages(self, task: Task) -> tuple[StagePlan, ...]:
         """What the planner says of the task's stages."""

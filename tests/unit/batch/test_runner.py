@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from emloc_ray.batch import runner
 from emloc_ray.batch.admission import Admission, Amount
 from emloc_ray.batch.board import Board, TaskReporter
 from emloc_ray.batch.runner import BatchRun
-from emloc_ray.batch.state import BatchState, ask, read_state
+from emloc_ray.batch.state import BatchState, ask, read_state, write_state
 from emloc_ray.batch.tasks import Task
 from emloc_ray.batch.turns import Expected, TaskTurns
 from emloc_ray.config_reading import parse_config
@@ -42,6 +43,8 @@ class Waits:
         self._lock = threading.Lock()
 
     def expected(self, task: Task) -> Mapping[str, Expected]:
+        if task.owner == "unplannable":
+            raise ZeroDivisionError("division by zero")
         return {stage: Expected(1.0, 100) for stage in STAGES}
 
     def do(self, task: Task, turns: TaskTurns, reporter: TaskReporter) -> None:
@@ -78,6 +81,10 @@ def batch_run(tmp_path: Path, work: Waits, cpus: float = 2.0, max_concurrent: in
 
 def statuses(state: BatchState) -> dict[str, str]:
     return {task.name: task.status for task in state.tasks}
+
+
+def asked(run: BatchRun) -> list[str]:
+    return [name for name in run.directory.names() if name.startswith("request-")]
 
 
 def test_a_failed_task_ends_alone_with_its_reason(tmp_path: Path) -> None:
@@ -140,8 +147,12 @@ def test_cancelled_while_it_waits_and_while_it_runs(tmp_path: Path) -> None:
     thread.start()
     assert started.wait(20)
     ask(run.directory, {"cancel": ["first", "second"]})
-    while statuses(run.board.state())["second"] != "cancelled":
+    while asked(run):
         time.sleep(0.01)
+    killed_here = read_state(run.directory)
+    assert killed_here is not None
+    assert [task.is_cancelled for task in killed_here.tasks] == [True, True, False]
+    assert killed_here.tasks[0].status == "running"
     let_go.set()
     thread.join(20)
     assert statuses(run.board.state()) == {"first": "cancelled", "second": "cancelled", "third": "done"}
@@ -150,7 +161,7 @@ def test_cancelled_while_it_waits_and_while_it_runs(tmp_path: Path) -> None:
 
 
 def test_tasks_are_added_while_it_runs(tmp_path: Path) -> None:
-    run = batch_run(tmp_path, Waits({"first": lambda: ask(run.directory, {"add": [task("late").as_dict()]})}))
+    run = batch_run(tmp_path, Waits({"first": lambda: ask(run.directory, {"add": [task("late").as_dict()]}) and None}))
     run.add(task("first"))
     assert statuses(run.run()) == {"first": "done", "late": "done"}
 
@@ -202,3 +213,82 @@ def test_what_was_over_is_begun_again_where_it_is_added_again(tmp_path: Path) ->
     state = run.run()
     assert statuses(state) == {"a": "done"}
     assert state.tasks[0].reason is None
+
+
+def test_what_is_added_and_can_never_run_ends_alone(tmp_path: Path) -> None:
+    added = [
+        task("wide").as_dict(),
+        {**task("newer").as_dict(), "from_a_later_version": 1},
+        task("odd", owner="unplannable").as_dict(),
+        task("good").as_dict(),
+    ]
+    run = batch_run(tmp_path, Waits({"first": lambda: ask(run.directory, {"add": added}) and None}))
+    run.unfit = lambda task: ["finetune needs 5 GPUs: ask for less."] if task.name == "wide" else []
+    run.add(task("first"))
+    state = run.run()
+    assert statuses(state) == {"first": "done", "wide": "failed", "newer": "failed", "odd": "failed", "good": "done"}
+    reasons = {task.name: task.reason or "" for task in state.tasks}
+    assert reasons["wide"] == "finetune needs 5 GPUs: ask for less."
+    assert "from_a_later_version is not a key" in reasons["newer"]
+    assert reasons["odd"] == "ZeroDivisionError: division by zero"
+    assert asked(run) == []
+
+
+def test_a_task_whose_plan_breaks_down_at_its_turn_fails(tmp_path: Path) -> None:
+    run = batch_run(tmp_path, Waits())
+    run.add(task("a"))
+    run.tasks["a"] = task("a", owner="unplannable")
+    assert statuses(run.run()) == {"a": "failed"}
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{", '{"cancel": null}', '{"add": ["x"]}', '{"later": []}', "\xff"])
+def test_what_is_no_request_is_removed_and_told(tmp_path: Path, text: str) -> None:
+    told: list[str] = []
+    run = batch_run(tmp_path, Waits())
+    run.tell = told.append
+    run.directory.path("request-1.json").write_bytes(text.encode("latin-1"))
+    run.add(task("a"))
+    assert statuses(run.run()) == {"a": "done"}
+    assert asked(run) == []
+    assert len(told) == 1
+    assert "request-1.json was no request" in told[0]
+
+
+def test_a_full_disk_for_a_moment_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    failures = iter([OSError(28, "No space left on device")] * 3)
+
+    def fail_three_times(*given: object) -> None:
+        if (error := next(failures, None)) is not None:
+            raise error
+        write_state(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runner, "write_state", fail_three_times)
+    run = batch_run(tmp_path, Waits(seconds=0.5))
+    run.tell = told.append
+    run.add(task("a"))
+    ask(run.directory, {"add": [task("b").as_dict()]})
+    state = run.run()
+    assert statuses(state) == {"a": "done", "b": "done"}
+    assert read_state(run.directory) == state
+    assert asked(run) == []
+    assert sum("No space left on device" in text for text in told) == 2  # by who hears, and who writes
+    assert told.count("b was added.") == 1
+
+
+def test_a_duration_counts_from_this_run(tmp_path: Path) -> None:
+    run = batch_run(tmp_path, Waits())
+    run.board.started_at -= 7200  # begun two hours ago, and now again
+    run.add(task("again", deadline=timedelta(hours=1)))
+    assert statuses(run.run()) == {"again": "done"}
+
+
+def test_a_cancelled_task_is_restored(tmp_path: Path) -> None:
+    run = batch_run(tmp_path, Waits())
+    for name in ("a", "b"):
+        run.add(task(name))
+        run.cancel(name, "by an earlier request")
+    ask(run.directory, {"restore": ["a"]})
+    state = run.run()
+    assert statuses(state) == {"a": "done", "b": "cancelled"}
+    assert state.tasks[1].reason == "by an earlier request"
