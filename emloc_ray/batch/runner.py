@@ -138,7 +138,7 @@ class BatchRun:
 
     def _obey(self, request: Request) -> None:
         for values in request.add:
-            name = str(values.get("name"))
+            name = str(values.get("name")).strip()
             if name not in self.board or self.board[name].is_over:
                 self._add_later(name, values)
         for name in request.cancel:
@@ -147,12 +147,12 @@ class BatchRun:
                 self.tell(f"{name} is cancelled.")
         for name in request.restore:
             if name in self.tasks and self.board[name].status == "cancelled":
-                self.add(self.tasks[name])
+                self._add_later(name, self.tasks[name])
 
-    def _add_later(self, name: str, values: dict[str, Any]) -> None:
-        """A task that nobody has checked here: what is wrong with it ends it alone."""
+    def _add_later(self, name: str, given: Task | dict[str, Any]) -> None:
+        """What is wrong with a task that is added while others run ends it alone."""
         try:
-            task = Task.from_dict(values, self.ray)
+            task = given if isinstance(given, Task) else Task.from_dict(given, self.ray)
             problems = self.unfit(task)
             if problems:
                 raise ConfigError(" ".join(problems))

@@ -16,7 +16,7 @@ from emloc_ray.batch.driver import Prepared, begin_board, hand_over, prepare_bat
 from emloc_ray.batch.runner import BatchRun
 from emloc_ray.batch.state import BatchState, TaskState, ask, read_state, requests, write_state
 from emloc_ray.batch.tasks import Batch, Task
-from emloc_ray.config import RayConfig
+from emloc_ray.config import ModelConfig, RayConfig
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.run_directory import RunDirectory
 
@@ -101,7 +101,9 @@ def test_a_batch_that_was_killed_keeps_what_was_cancelled_and_what_was_found(tmp
 
 def test_a_deadline_that_has_passed_is_told_before_anything_starts(tmp_path: Path) -> None:
     passed = datetime.now(timezone.utc) - timedelta(hours=1)
-    late = prepared(tmp_path / "batch", task("a", deadline=passed), task("b", deadline=passed + timedelta(days=1)))
+    config = CONFIG.model_copy(update={"model": ModelConfig(source="./none")})  # no name on the hub
+    a, b = task("a", config=config, deadline=passed), task("b", config=config, deadline=passed + timedelta(days=1))
+    late = prepared(tmp_path / "batch", a, b)
     with pytest.raises(ConfigError) as caught:
         prepare_batch(late.batch)
     told = [line for line in str(caught.value).split("\n") if "has passed" in line]

@@ -34,7 +34,7 @@ def task(name: str, **values: object) -> Task:
 class Waits:
     """Work whose stages wait until they are let go, or do what ``acts`` says."""
 
-    def __init__(self, acts: Mapping[str, Callable[[], None]] | None = None, seconds: float = 0.0) -> None:
+    def __init__(self, acts: Mapping[str, Callable[[], object]] | None = None, seconds: float = 0.0) -> None:
         self.acts, self.seconds = acts or {}, seconds
         self.begun: list[tuple[str, str]] = []
         self.forgotten: list[str] = []
@@ -161,7 +161,7 @@ def test_cancelled_while_it_waits_and_while_it_runs(tmp_path: Path) -> None:
 
 
 def test_tasks_are_added_while_it_runs(tmp_path: Path) -> None:
-    run = batch_run(tmp_path, Waits({"first": lambda: ask(run.directory, {"add": [task("late").as_dict()]}) and None}))
+    run = batch_run(tmp_path, Waits({"first": lambda: ask(run.directory, {"add": [task("late").as_dict()]})}))
     run.add(task("first"))
     assert statuses(run.run()) == {"first": "done", "late": "done"}
 
@@ -222,7 +222,7 @@ def test_what_is_added_and_can_never_run_ends_alone(tmp_path: Path) -> None:
         task("odd", owner="unplannable").as_dict(),
         task("good").as_dict(),
     ]
-    run = batch_run(tmp_path, Waits({"first": lambda: ask(run.directory, {"add": added}) and None}))
+    run = batch_run(tmp_path, Waits({"first": lambda: ask(run.directory, {"add": added})}))
     run.unfit = lambda task: ["finetune needs 5 GPUs: ask for less."] if task.name == "wide" else []
     run.add(task("first"))
     state = run.run()
