@@ -13,7 +13,7 @@ from emloc_ray.batch.admission import Admission, AdmissionQueue, Amount, Grant, 
 from emloc_ray.batch.board import Board, TaskReporter, ended
 from emloc_ray.batch.state import BatchState, TaskState, requests, write_state
 from emloc_ray.batch.tasks import Task
-from emloc_ray.batch.turns import Expected, TaskTurns
+from emloc_ray.batch.turns import Expected, Makers, TaskTurns
 from emloc_ray.config import RayConfig
 from emloc_ray.errors import EmlocError, Stopped
 from emloc_ray.io.run_directory import RunDirectory
@@ -63,7 +63,7 @@ class BatchRun:
         """``admission`` admits stages; ``max_concurrent`` tasks are under way at once; ``ray`` is that of tasks added later."""
         self.directory, self.board, self.work, self.admission = run, board, work, admission
         self.max_concurrent, self.show, self.tell, self.clock = max_concurrent, show, tell, clock
-        self.ray = ray
+        self.ray, self.makers = ray, Makers(admission)
         self.tasks: dict[str, Task] = {}
         self._seats = AdmissionQueue(clock)
         self._tickets: dict[str, Any] = {}
@@ -150,7 +150,12 @@ class BatchRun:
         standing = self._standing(task, self.board[name].planned_seconds)
         expected = self.work.expected(task)
         turns = TaskTurns(
-            standing, self.admission, expected, lambda: self._is_to_stop(name, standing.due), reporter.waits
+            standing,
+            self.admission,
+            self.makers,
+            expected,
+            lambda: self._is_to_stop(name, standing.due),
+            reporter.waits,
         )
         try:
             self.work.do(task, turns, reporter)
