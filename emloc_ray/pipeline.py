@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emloc_ray.config import RunConfig, StageConfig
 from emloc_ray.errors import DamagedArtifactError, EmlocError
 from emloc_ray.io.artifact_cache import ArtifactCache, EntryGone
-from emloc_ray.io.fingerprint import fingerprint, fingerprint_large_files
+from emloc_ray.io.fingerprint import content_of, fingerprint, fingerprint_large_files
 from emloc_ray.io.grams import INDEX, GramStore
 from emloc_ray.io.node_cache import discard, exists, hashes
 from emloc_ray.io.resume import begun_with, discard_unless
@@ -98,6 +99,7 @@ class Pipeline:
         self.inputs = self.steps.inputs
         self._build: EmulatorBuild | None = None
         source = prepared.source
+        self._source_dir = source.directory
         # On an object store the run holds the model, for nodes that do not see where it came from.
         self.imported = source.gguf_file is not None or prepared.run.store is not None
         self.jobs = Jobs(prepared, self.directory.path("model") if self.imported else source.directory)
@@ -115,6 +117,21 @@ class Pipeline:
                 self._build = None
         self.steps.write_results()  # once more: a stage may have been committed by a run that was killed right after
 
+    def _content(self) -> dict[str, str]:
+        """What tells the original from others whose files look alike: needed where runs share what they make of it."""
+        if self.steps.cache is None:
+            return {}
+        source, folder = self.prepared.source, self._source_dir
+        return {"weights": content_of([folder / source.gguf_file] if source.gguf_file else sorted(folder.iterdir()))}
+
+    def _content_of_rows(self) -> dict[str, str]:
+        if self.steps.cache is None:
+            return {}
+        local = {
+            name: [Path(s.path) for s in sources if not s.is_stored] for name, sources in self.prepared.files.items()
+        }
+        return {name: content_of(files) for name, files in local.items()}
+
     def _tell(self, remark: str | None) -> None:
         if remark is not None:
             self.reporter.note(remark)
@@ -129,10 +146,10 @@ class Pipeline:
         """The original as a safetensors checkpoint: written once from a GGUF file, else where the config says."""
         from emloc_ray.modeling.loading import copy_checkpoint, fetch_weights, import_gguf
 
-        source, source_dir = self.prepared.source, self.prepared.source.directory
+        source, source_dir = self.prepared.source, self._source_dir
         if source.hub_id is not None:
             self.reporter.note(f"The weights of {source.hub_id} are taken from the hub, where they are not cached yet.")
-            source_dir = fetch_weights(source)
+            source_dir = self._source_dir = fetch_weights(source)
             if not self.imported:
                 from emloc_ray.stages.visibility import check_visible
 
@@ -149,20 +166,18 @@ class Pipeline:
             return
 
         def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
-            import ray
-
             from emloc_ray.stages.cluster import bounded
             from emloc_ray.stages.failures import Losses
 
             if source.gguf_file is None:  # by the driver: other nodes need not see the files
                 copy_checkpoint(source_dir, self.jobs.model_dir, progress)
                 return {}
-            task: Any = ray.remote(import_gguf).options(name="import: the model", **granted.task_options())
+            task = granted.task(import_gguf).options(name="import: the model")
             submit = functools.partial(task.remote, source, self.jobs.model_dir, self.config.model.dtype)
             bounded([("the model", submit)], 1, Losses("import", self.reporter.note))
             return {}
 
-        self.steps.run("import", inputs, [self.jobs.model_dir], execute, _one_worker(), shared=True)
+        self.steps.run("import", inputs, [self.jobs.model_dir], execute, _one_worker(), shared=self._content())
 
     def prepare_data(self) -> None:
         """Rows, split, as token shards; the split's fingerprint is its content."""
@@ -183,7 +198,8 @@ class Pipeline:
         )
         changing = any(split is not None and str(split.path).startswith("hf:") for split in splits)
         step = functools.partial(self.steps.run, "data", inputs, [tokens], execute, _one_worker())
-        counts = step(resumes=True, shared=not changing)["splits"]
+        shared = None if changing else {**self._content(), "rows": self._content_of_rows()}
+        counts = step(resumes=True, shared=shared)["splits"]
         for split, count in counts.items():
             self.inputs[f"data/{split}"] = fingerprint({file.name: sha for file, sha in hashes(tokens / split).items()})
             self._tell(cut_rows(self.config, split, count))
@@ -232,7 +248,7 @@ class Pipeline:
 
         self.inputs["calibrate"] = fingerprint(inputs)
         kept = section.keep == "grams"
-        needed = kept or not steps.is_at_hand("factorize", self._factorize_inputs())
+        needed = kept or not steps.is_at_hand("factorize", self._factorize_inputs(), self._content())
         # Grams that were dropped are of use to the emulator alone that was begun with them.
         begun = kept or begun_with(self.directory.path("emulator"), self._factorize_inputs())
         if needed and not (exists(out_dir / INDEX) and (begun or GramStore(out_dir).is_whole())):
@@ -245,7 +261,7 @@ class Pipeline:
         # Grams that are not kept go as they are used, so that the manifest cannot name them.
         recorded = [out_dir] if kept else []
         step = functools.partial(steps.run, "calibrate", inputs, [out_dir], execute, resources(section))
-        step(resumes=True, recorded=recorded, shared=kept)
+        step(resumes=True, recorded=recorded, shared=self._content() if kept else None)
 
     def _factorize_inputs(self) -> dict[str, Any]:
         return {
@@ -258,7 +274,8 @@ class Pipeline:
 
     def _factorize_basis(self) -> dict[str, Any]:
         """What emulators of one basis have in common, whatever their ranks."""
-        return {key: value for key, value in self._factorize_inputs().items() if key != "ranks"}
+        alike = {key: value for key, value in self._factorize_inputs().items() if key != "ranks"}
+        return {**alike, **self._content(), "emloc_ray": version("emloc-ray")}
 
     def _emulator_build(self, granted: Resources) -> EmulatorBuild:
         """Made once a run; what a killed run of the same inputs wrote is kept, what a finished one wrote is not."""
@@ -301,7 +318,7 @@ class Pipeline:
 
         asked, basis = resources(self.config.emulator), self._factorize_basis()
         step = functools.partial(self.steps.run, "factorize", self._factorize_inputs(), [out_dir], execute, asked)
-        result = step(bag=True, resumes=True, shared=True, basis=basis)
+        result = step(bag=True, resumes=True, shared=self._content(), basis=basis)
         discard(self.directory.path("basis"))
         self._tell(thin_calibration(self.config, result["fewest_tokens"], self.layout))
         if self.config.calibration.keep == "none":

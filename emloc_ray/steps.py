@@ -56,14 +56,15 @@ class Steps:
         bag: bool = False,
         resumes: bool = False,
         recorded: Sequence[Path] | None = None,
-        shared: bool = False,
+        shared: Inputs | None = None,
         basis: Inputs | None = None,
     ) -> dict[str, Any]:
         """Runs a stage unless the manifest says that it was done with the same inputs; returns its result.
 
         What was left in ``outputs`` is removed first, unless a killed try left it and the stage ``resumes`` from that.
-        The manifest names ``outputs``, or what is ``recorded`` of them. What is ``shared`` may come from the cache, and
-        goes there; ``basis`` is what its entry is found by for other inputs.
+        The manifest names ``outputs``, or what is ``recorded`` of them. With ``shared`` it may come from the cache, and goes
+        there, under the inputs and this: what else tells it from what others make. ``basis`` is what its entry is found by
+        for other inputs.
         """
         key = self.inputs[name] = fingerprint(inputs)
         entry = self.directory.stage(name)
@@ -78,8 +79,9 @@ class Steps:
             self.directory.forget(name)
             self.write_results()  # what was shown of it speaks of another run from now on
         kept = outputs if recorded is None else recorded
-        with self._alone(name, basis or inputs, shared):
-            if shared and (result := self._from_cache(name, inputs, kept)) is not None:
+        cached = None if shared is None or self.cache is None else {**inputs, "shared": shared}
+        with self._alone(name, cached and {**(basis or inputs), "shared": shared}):
+            if cached and (result := self._from_cache(name, cached, kept)) is not None:
                 return result
             for path in outputs if entry is not None or not resumes else ():
                 discard(path)
@@ -91,8 +93,8 @@ class Steps:
             self.directory.commit(name, key, kept, result)
             self.write_results()
             self.reporter.finish(name, result, used)
-            if shared:
-                self._to_cache(name, inputs, result, basis)
+            if cached:
+                self._to_cache(name, cached, result, basis)
         return result
 
     def _execute(self, name: str, execute: Execute, granted: Resources) -> dict[str, Any]:
@@ -118,15 +120,17 @@ class Steps:
         return {**result, "usage": usage.as_dict()}
 
     @contextlib.contextmanager
-    def _alone(self, name: str, inputs: Inputs, shared: bool) -> Iterator[None]:
+    def _alone(self, name: str, inputs: Inputs | None) -> Iterator[None]:
         """Where others may be about to make the same, the first makes it and they wait for that."""
-        if self.cache is None or not shared:
+        if self.cache is None or inputs is None:
             yield
             return
-        with self.cache.alone(_key(name, inputs), self.turns.stopped):
+        key = _key(name, inputs)
+        with self.turns.waits_for(key), self.cache.alone(key, self.turns.stopped), self.turns.makes(key):
             yield
 
     def _from_cache(self, name: str, inputs: Inputs, outputs: Sequence[Path]) -> dict[str, Any] | None:
+        """``inputs`` with what else is ``shared``."""
         if self.cache is None or name in self.forced:
             return None
         entry = self.cache.find(name, _key(name, inputs), verify=True)
@@ -170,12 +174,12 @@ class Steps:
         """Whether the manifest says that a stage was done with these inputs, and it is not to be redone."""
         return name not in self.forced and self.directory.is_done(name, fingerprint(inputs))
 
-    def is_at_hand(self, name: str, inputs: Inputs) -> bool:
+    def is_at_hand(self, name: str, inputs: Inputs, shared: Inputs) -> bool:
         """Whether a stage need not be run: it was done, or the cache holds what it makes of these inputs."""
         if self.is_done(name, inputs):
             return True
         cache = None if name in self.forced else self.cache
-        return cache is not None and cache.find(name, _key(name, inputs)) is not None
+        return cache is not None and cache.find(name, _key(name, {**inputs, "shared": shared})) is not None
 
     def _check_artifacts(self) -> None:
         """Reads once, before the first stage that is to run, what earlier runs finished.

@@ -6,6 +6,7 @@ the order decided here. No ray in this module: the capacity is handed in.
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import itertools
 import math
@@ -161,6 +162,13 @@ class AdmissionQueue:
         if self._waiting.pop(ticket.number, None):
             self._passed_over.pop(ticket.number, None)
             self._seen[ticket.standing.owner] = self._clock()
+
+    def lift(self, task: str, priority: int) -> None:
+        """Gives what a task waits with at least this priority."""
+        for number, ticket in self._waiting.items():
+            if ticket.standing.task == task and ticket.standing.priority < priority:
+                standing = dataclasses.replace(ticket.standing, priority=priority)
+                self._waiting[number] = dataclasses.replace(ticket, standing=standing)
 
     def release(self, grant: Grant) -> None:
         """Gives back what a stage held; nothing where it was given back before."""
@@ -322,6 +330,12 @@ class Admission:
                 else:
                     self._queue.withdraw(ticket)
                 self._admit()
+
+    def lift(self, task: str, priority: int) -> None:
+        """Gives what a task waits with at least this priority."""
+        with self._lock:
+            self._queue.lift(task, priority)
+            self._admit()
 
     def wake(self) -> None:
         """Has every waiting thread look at once whether it was stopped."""

@@ -13,7 +13,7 @@ from emloc_ray.batch.admission import Admission, AdmissionQueue, Amount, Grant, 
 from emloc_ray.batch.board import Board, TaskReporter, ended
 from emloc_ray.batch.state import BatchState, Request, TaskState, requests, write_state
 from emloc_ray.batch.tasks import Task
-from emloc_ray.batch.turns import Expected, TaskTurns
+from emloc_ray.batch.turns import Expected, Makers, TaskTurns
 from emloc_ray.config import RayConfig
 from emloc_ray.errors import ConfigError, EmlocError, Stopped
 from emloc_ray.io.node_cache import discard
@@ -66,7 +66,7 @@ class BatchRun:
         and ``unfit`` says why one of these could never run."""
         self.directory, self.board, self.work, self.admission = run, board, work, admission
         self.max_concurrent, self.show, self.tell, self.clock = max_concurrent, show, tell, clock
-        self.ray, self.unfit = ray, unfit
+        self.ray, self.unfit, self.makers = ray, unfit, Makers(admission)
         self.tasks: dict[str, Task] = {}
         self._seats = AdmissionQueue(clock)
         self._tickets: dict[str, Any] = {}
@@ -192,7 +192,9 @@ class BatchRun:
         try:
             standing = self._standing(task, self.board[name].planned_seconds)
             expected = self.work.expected(task)
-            turns = TaskTurns(standing, self.admission, expected, lambda: self._is_to_stop(name), reporter.waits)
+            turns = TaskTurns(
+                standing, self.admission, self.makers, expected, lambda: self._is_to_stop(name), reporter.waits
+            )
             self.work.do(task, turns, reporter)
             ended(self.board, name, "done")
         except Stopped:

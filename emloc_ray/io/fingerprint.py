@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from emloc_ray.io.digests import digest, noted_digest
 
 
 def fingerprint(value: Any) -> str:
@@ -38,6 +41,24 @@ def fingerprint_large_files(files: Iterable[Path]) -> str:
             large = _hub_digest(file) or [status.st_size, status.st_mtime_ns]
             parts.append([file.name, fingerprint_files([file]) if small else large])
     return fingerprint(parts)
+
+
+def content_of(files: Iterable[Path]) -> str:
+    """A hash of names and whole contents, of large files too: what one machine's time says of them, another's need not.
+
+    Each file is read once by a process, or never where its digest is noted with it.
+    """
+    return fingerprint([[file.name, _known_digest(file, *_look(file))] for file in files if file.is_file()])
+
+
+def _look(file: Path) -> tuple[int, ...]:
+    status = file.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+@functools.lru_cache(maxsize=65536)
+def _known_digest(file: Path, *look: int) -> str:
+    return _hub_digest(file) or noted_digest(file) or digest(file)
 
 
 def _hub_digest(file: Path) -> str | None:

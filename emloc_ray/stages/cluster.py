@@ -20,6 +20,7 @@ from emloc_ray.errors import StageError
 from emloc_ray.stages.failures import Losses
 
 Progress = Callable[[int, int], None]
+_LOOK_S = 1.0
 _LEAN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # mallopt(3)
 
 
@@ -43,6 +44,16 @@ class Resources:
         """Those of a task that :class:`Flight` begins again where its worker is lost: Ray itself would do so without a
         word, and where memory runs out, for ever."""
         return {**self.options(), "max_retries": 0}
+
+    def task(self, function: Callable[..., Any], alone: bool = False) -> Any:
+        """A function as a Ray task with :meth:`task_options`; ``alone``: in a process that ends with it.
+
+        It is made with the options rather than given them later: only then does Ray end the process of a task that had a
+        GPU, which would hold what torch has taken of it, and stay with that GPU where the next task is given another.
+        """
+        options: dict[str, Any] = {**self.task_options(), **({"max_calls": 1} if alone else {})}
+        made: Any = ray.remote(**options)
+        return made(function)
 
     @property
     def threads(self) -> int:
@@ -187,7 +198,7 @@ def bounded(
         flight.add(name, submit)
     total = flight.left
     try:
-        while flight.pump(None):
+        while flight.pump(_LOOK_S):  # one that waits for a worker, or works for hours, is asked after all the same
             progress(len(flight.results), total)
         progress(len(flight.results), total)
     except BaseException:

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-import ray
 import torch
 from torch import Tensor
 
@@ -217,7 +216,7 @@ def correct(
 ) -> dict[str, Any]:
     """Runs the correction in one task, in another where its worker is lost; see :func:`correct_adapter`."""
     discard(job.progress_path)
-    task: Any = ray.remote(_correct_task).options(name="correct: the adapter", **resources.task_options())
+    task = resources.task(_correct_task).options(name="correct: the adapter")
     flight = Flight(1, Losses("correct", tell))
     number = flight.add("the adapter", functools.partial(task.remote, job, resources.threads))
     try:

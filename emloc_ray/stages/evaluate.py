@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.node_cache import ensure
@@ -115,10 +113,10 @@ def evaluate(
     """Scores the six variants; returns ``evaluation`` as in metrics.json, ``exact_match`` and ``generations``."""
     num_parts = min(resources.num_workers, len(TokenShards(job.tokens_dir)))
     work = list(itertools.product(("original", "emulator", "merged"), range(num_parts)))
-    task: Any = ray.remote(evaluate_slice)
+    task = resources.task(evaluate_slice)
 
     def submit(family: str, part: int) -> Any:
-        named = task.options(name=f"evaluate: {family}, part {part + 1} of {num_parts}", **resources.task_options())
+        named = task.options(name=f"evaluate: {family}, part {part + 1} of {num_parts}")
         return named.remote(job, family, part, num_parts, resources.threads)
 
     submits = [

@@ -29,6 +29,7 @@ from emloc_ray.stages.cluster import Flight, Progress, Resources, set_threads, s
 from emloc_ray.stages.failures import Losses, Tell, unheard
 
 _CHUNK_BYTES = 2**26
+_LOOK_S = 1.0
 _LAYERS = "layers"
 _CONNECTIONS = 8
 
@@ -185,7 +186,7 @@ class EmulatorBuild:
             return
         self._started.add(file)
         name = " and ".join(spec.name for spec in work)
-        task: Any = ray.remote(_group_task).options(name=f"factorize: {name}", **self.resources.task_options())
+        task = self.resources.task(_group_task).options(name=f"factorize: {name}")
         submit = functools.partial(task.remote, self._shared_job, work, gram, file, self.resources.threads)
         self._flight.add(name, submit)
 
@@ -216,13 +217,13 @@ class EmulatorBuild:
             grams = GramStore(calibration_dir)
             for work in left:
                 self._start(work, grams.stored(work[0].name))
-        copy: Any = ray.remote(copy_rest)
+        copy = Resources().task(copy_rest)
         for entries, file in self._rest:
             if file not in self._done:
-                task = copy.options(name=f"factorize: {file.name}", **Resources().task_options())
+                task = copy.options(name=f"factorize: {file.name}")
                 self._flight.add(f"shard {file.name}", functools.partial(task.remote, entries, file))
         try:
-            while self.pump(None):
+            while self.pump(_LOOK_S):
                 progress(len(self.files) - self._flight.left, len(self.files))
             if self._error is not None:
                 raise self._error

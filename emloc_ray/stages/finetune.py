@@ -8,7 +8,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from emloc_ray.errors import EmlocError, NumericsError
-from emloc_ray.io.node_cache import discard, ensure, open_artifact, publish, remote
+from emloc_ray.errors import EmlocError, NumericsError, Stopped
+from emloc_ray.io.node_cache import discard, ensure, exists, open_artifact, publish, remote
 from emloc_ray.stages.cluster import Progress, Resources, bounded, silent
 from emloc_ray.stages.failures import Losses, Tell, is_lost, last_line, reason, unheard
-from emloc_ray.stages.training import FinetuneJob, train_alone, train_loop
+from emloc_ray.stages.training import FinetuneJob, leaves_traces, train_alone, train_loop
 
 _POLL_S = 0.5
 _STORE_POLL_S = 5.0
@@ -88,9 +88,16 @@ def finetune(
     return {
         "num_workers": resources.num_workers,
         "steps": outcome["steps"],
-        "train_loss": outcome["train_loss"],
+        "train_loss": _mean_loss(history) if outcome["resumed"] and history else outcome["train_loss"],
         "history": [{"step": line["step"], "loss": line["loss"]} for line in history],
     }
+
+
+def _mean_loss(history: Sequence[dict[str, Any]]) -> float:
+    """Over all steps, of losses that are each a mean since the one before: the Trainer's own knows of its last try alone."""
+    ends = [line["step"] for line in history]
+    steps = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+    return sum(count * line["loss"] for count, line in zip(steps, history, strict=True)) / ends[-1]
 
 
 def _way(job: FinetuneJob, resources: Resources) -> Way:
@@ -100,9 +107,16 @@ def _way(job: FinetuneJob, resources: Resources) -> Way:
 
 def run_alone(job: FinetuneJob, resources: Resources, tell: Tell) -> dict[str, Any]:
     """In a task; begun again from its newest checkpoint where its worker is lost."""
-    task: Any = ray.remote(train_alone).options(name=f"finetune: {job.name}", **resources.task_options())
+    task = resources.task(train_alone, alone=leaves_traces(job)).options(name=f"finetune: {job.name}")
     submit = functools.partial(task.remote, job, resources.threads)
-    [outcome] = bounded([("the training", submit)], 1, Losses("finetune", tell, job.max_failures))
+    logged = len(_logged(job.log_path))
+
+    def give_up(done: int, total: int) -> None:
+        """Where it is asked to stop while its task has not made a step: that may never start."""
+        if exists(job.stop_path) and len(_logged(job.log_path)) == logged:
+            raise Stopped("finetune was stopped before its first step.")
+
+    [outcome] = bounded([("the training", submit)], 1, Losses("finetune", tell, job.max_failures), give_up)
     return dict(outcome)
 
 

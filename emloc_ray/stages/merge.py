@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 
 from emloc_ray.core.merging import merge_rows
@@ -102,11 +101,10 @@ def merge(job: MergeJob, resources: Resources, progress: Progress = silent, tell
     """
     shards = Checkpoint(job.model_dir).shards
     job.out_dir.mkdir(parents=True, exist_ok=True)
-    options, threads = resources.task_options(), resources.threads
+    task, threads = resources.task(_merge_task), resources.threads
 
     def submit(name: str, shard: Shard) -> Any:
-        task: Any = ray.remote(_merge_task).options(name=f"merge: {name}", **options)
-        return task.remote(job, shard, job.out_dir / name, threads)
+        return task.options(name=f"merge: {name}").remote(job, shard, job.out_dir / name, threads)
 
     named = sorted(
         output_shards(shards, job.max_shard_size),

@@ -204,6 +204,14 @@ def train_alone(job: FinetuneJob, threads: int) -> dict[str, Any]:
             gc.collect()
 
 
+def leaves_traces(job: FinetuneJob) -> bool:
+    """Whether a training changes its process for the next one: switches of torch's, a run that a tracker holds open."""
+    arguments = job.training_arguments
+    told = arguments.get("report_to") or "none"
+    trackers = {told} if isinstance(told, str) else set(told)
+    return bool(arguments.get("full_determinism") or arguments.get("tf32") or trackers - {"none", "tensorboard"})
+
+
 def train(job: FinetuneJob, threads: int, session: TrainingSession) -> dict[str, Any]:
     """Trains one rank's part, from the newest checkpoint on, and writes the adapter."""
     set_threads(threads)
@@ -217,7 +225,7 @@ def train(job: FinetuneJob, threads: int, session: TrainingSession) -> dict[str,
         _publish_events(job, session)
         if keeper.failure is None and not keeper.stopped:
             trainer.save_adapter()
-    found = {"failure": keeper.failure, "stopped": keeper.stopped}
+    found = {"failure": keeper.failure, "stopped": keeper.stopped, "resumed": folder is not None}
     return {**found, "steps": output.global_step, "train_loss": output.training_loss}
 
 

@@ -76,7 +76,7 @@ class LoneSession:
             return
         folder = self.directory / json.loads(newest.read_text())["folder"]
         ensure(folder)
-        yield str(folder)
+        yield str(folder) if folder.is_dir() else None
 
     def save(self, folder: Path | None, step: int) -> None:
         """First the new one, whole; then it is named; then the others go."""
@@ -98,5 +98,6 @@ def own_environment() -> Iterator[None]:
     try:
         yield
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})

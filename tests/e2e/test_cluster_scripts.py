@@ -14,7 +14,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +121,25 @@ def call(*command: str, **variables: str) -> str:
     return done.stdout
 
 
+def submitted(hosts: Path, command: Sequence[str]) -> subprocess.Popen[bytes]:
+    """A job that was handed in, or could not be: the log has said which."""
+    with (hosts / "job.log").open("wb") as log:
+        job = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "RAY_AUTH_MODE": "token"})
+    while job.poll() is None and "submitted successfully" not in (hosts / "job.log").read_text():
+        time.sleep(0.1)
+    return job
+
+
 def call_and_scrape(hosts: Path, *command: str) -> str:
     """Runs a job and gives the lines of our metrics that the nodes had for Prometheus meanwhile."""
     found = hosts / "2" / "ray" / "prom_metrics_service_discovery.json"
     scraped: set[str] = set()
     deadline = time.monotonic() + SECONDS
-    with (hosts / "job.log").open("wb") as log:
-        job = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "RAY_AUTH_MODE": "token"})
+    job = submitted(hosts, command)
+    while "No available agent" in (hosts / "job.log").read_text():  # the head's helper is slower than the head to start
+        assert time.monotonic() < deadline
+        time.sleep(1)
+        job = submitted(hosts, command)
     while job.poll() is None:
         assert time.monotonic() < deadline, (hosts / "job.log").read_text()
         targets = (

@@ -107,7 +107,12 @@ def test_a_node_that_does_not_see_the_run_ends_it_at_once(
     assert f"run_dir: node 127.0.0.9 does not see {hidden / 'run'} as it is here: name a directory on a file" in told
     assert "s3://BUCKET/RUN" in told
     assert "Making token shards" not in told
-    assert sorted(path.name for path in (hidden / "run").iterdir()) == [".lock", "config.yaml", "manifest.json"]
+    assert sorted(path.name for path in (hidden / "run").iterdir()) == [
+        ".lock",
+        "config.yaml",
+        "log.jsonl",
+        "manifest.json",
+    ]
 
 
 @contextlib.contextmanager

@@ -568,3 +568,20 @@ def test_a_capacity_that_fails_is_told_and_asked_for_again() -> None:
     assert queue.waiting().waiting == ()
     clock.now = 2.0
     assert list(queue_once(queue, "second")) == [1]
+
+
+def test_what_is_lifted_goes_before_others_from_then_on() -> None:
+    queue = AdmissionQueue(lambda: 0.0)
+    need = Need(Amount(cpus=1), 1, 1)
+    held = queue.ask(Standing("running"), "s", need)
+    assert [grant.ticket for grant in queue.admit(Amount(cpus=1))] == [held]
+    for name, priority in (("low", 0), ("middle", 1)):
+        queue.ask(Standing(name, priority), "s", need)
+    assert [ticket.standing.task for ticket in queue.waiting()] == ["middle", "low"]
+    queue.lift("low", 9)
+    assert [(ticket.standing.task, ticket.standing.priority) for ticket in queue.waiting()] == [
+        ("low", 9),
+        ("middle", 1),
+    ]
+    queue.lift("low", 3)  # never down
+    assert queue.waiting()[0].standing.priority == 9
