@@ -21,6 +21,7 @@ from emloc_ray.errors import ArtifactError, ConfigError, EmlocError
 from emloc_ray.io.atomic import atomic_directory, atomic_file
 from emloc_ray.io.node_cache import discard, mirror, origin
 from emloc_ray.io.object_store import ObjectStore, is_store_uri
+from emloc_ray.io.run_directory import HELD
 
 MARKER = "emloc-ray-cache.json"
 FORMAT = 1
@@ -124,9 +125,9 @@ class CachePlace:
         def acquire_file() -> bool:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
             except OSError as error:
+                if error.errno in HELD:
+                    return False
                 raise ConfigError(
                     f"The artifact cache {self.name} cannot be locked ({error.strerror}): name a place whose file system"
                     " has locks."

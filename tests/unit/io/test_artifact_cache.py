@@ -616,6 +616,15 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     assert "does not keep factorize" in str(cache.add(STAGE, KEY, tmp_path, {}, {}, {}))
 
 
+def test_a_lock_that_is_refused_is_held(local: ArtifactCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))  # NFS says so
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(Stopped), local.alone(KEY, lambda: True):
+        pass
+
+
 def test_a_place_without_locks_is_told(local: ArtifactCache, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
