@@ -45,6 +45,7 @@ def prepare_batch(batch: Batch, progress: Progress = lambda done, total: None) -
     run = RunDirectory(batch.config.run_dir)
     run.check("batch")
     cache = ArtifactCache(batch.config.cache.path, batch.config.cache.max_size)
+    cache.check()
     work = PipelineWork(cache)
     work.prepare(batch.tasks, progress)
     return Prepared(batch, run, cache, work)

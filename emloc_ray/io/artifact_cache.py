@@ -69,6 +69,14 @@ class ArtifactCache:
         self.place = self._at.name
         self._verified: set[str] = set()
 
+    def is_made(self) -> bool:
+        """Whether anything was ever put there."""
+        return self._at.is_made()
+
+    def check(self) -> None:
+        """Raises ConfigError where nothing can be put there."""
+        self._at.check()
+
     @staticmethod
     def key(stage: str, inputs: Any) -> str:
         """SHA-256 of the stage, its ``inputs`` (plain JSON values; the order of keys does not count) and the format's version.
@@ -134,7 +142,9 @@ class ArtifactCache:
         """
         folder = self._at.folder(entry.stage, entry.key) / _FILES
         if verify and self.find(entry.stage, entry.key, verify=True) is None:
-            raise EntryGone(f"{self.place} does not give {entry.stage} of {entry.origin}: it is there no more, or broken.")
+            raise EntryGone(
+                f"{self.place} does not give {entry.stage} of {entry.origin}: it is there no more, or broken."
+            )
         try:
             self._at.touch(entry.stage, entry.key)
             _transfer_all(folder, root, entry.files)
