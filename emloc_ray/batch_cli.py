@@ -65,8 +65,9 @@ def run_batch(console: Console, path: Path, overrides: list[str], dry_run: bool)
     console.print(batch_table(state, width=console.width))
     lost = state.count("failed", "late")
     if lost:
-        again = f"{lost} of {_tasks(len(state.tasks))} did not end well: the same command does {'it' if lost == 1 else 'them'} again."
-        raise StageError("\n".join([*reasons(state), again]))
+        again = "it" if lost == 1 else "them"
+        told = f"{lost} of {_tasks(len(state.tasks))} did not end well: the same command does {again} again."
+        raise StageError("\n".join([*reasons(state), told]))
     console.print(f"Results in {place}: summary.parquet, report.html, tasks/", soft_wrap=True, markup=False)
 
 
