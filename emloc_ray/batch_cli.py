@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from emloc_ray.errors import ConfigError, StageError
 
 if TYPE_CHECKING:
     from emloc_ray.batch.driver import Handed
+    from emloc_ray.batch.state import BatchState
+    from emloc_ray.io.artifact_cache import ArtifactCache
 
 BatchPath = Annotated[Path, typer.Argument(metavar="BATCH", help="A YAML file that names a base config and tasks.")]
+KEYS = (
+    "Keys of BATCH: base (a config), run_dir, tasks (a list, a table or a directory), grid (key: values), max_concurrent,"
+    " limits (cpus, gpus, memory), cache (path, max_size). Of a task: name, base, priority, deadline, owner, and all that a"
+    " config has. On the command line, BATCH's own keys are for it, a config's for every task."
+)
 BatchDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="The batch's run_dir.")]
 CachePlace = Annotated[str, typer.Argument(metavar="CACHE", help="A cache's place, such as RUN_DIR/cache.")]
 
@@ -38,11 +48,12 @@ def run_batch(console: Console, path: Path, overrides: list[str], dry_run: bool)
     seconds = sum(stage.seconds for task in batch.tasks for stage in prepared.work.expected(task).values())
     place = prepared.run.place
     console.print(
-        f"[bold]{prepared.run.name}[/]: {len(batch.tasks)} tasks, about {duration(seconds)} one after another if nothing is"
-        f" shared or done yet; in {place}",
+        f"[bold]{escape(prepared.run.name)}[/]: {_tasks(len(batch.tasks))}, about {duration(seconds)} one after another if"
+        f" nothing is shared or done yet; in {escape(place)}",
         soft_wrap=True,
     )
     if dry_run:
+        console.print("All is good; nothing was started.")
         return
     with console.status("Handing new tasks to the process that runs this batch"):
         handed = driver.hand_over(prepared)
@@ -51,12 +62,36 @@ def run_batch(console: Console, path: Path, overrides: list[str], dry_run: bool)
         return
     with BatchView(console) as view:
         state = driver.run_batch(prepared, view.show, view.tell)
-    console.print(batch_table(state))
+    console.print(batch_table(state, width=console.width))
     lost = state.count("failed", "late")
     if lost:
-        again = f"{lost} of {len(state.tasks)} tasks did not end well: the same command does them again."
-        raise StageError("\n".join([*reasons(state), again]))
-    console.print(f"Results in {place}: summary.parquet, report.html, tasks/", soft_wrap=True)
+        again = "it" if lost == 1 else "them"
+        told = f"{lost} of {_tasks(len(state.tasks))} did not end well: the same command does {again} again."
+        raise StageError("\n".join([*reasons(state), told]))
+    console.print(f"Results in {place}: summary.parquet, report.html, tasks/", soft_wrap=True, markup=False)
+
+
+def _tasks(count: int) -> str:
+    return f"{count} task{'' if count == 1 else 's'}"
+
+
+@contextlib.contextmanager
+def asking(console: Console, place: str) -> Iterator[None]:
+    """Says on a terminal that a place is being asked: an object store that is out of reach takes a minute to be known so."""
+    with console.status(escape(f"Asking {place} …")):
+        yield
+
+
+def state_now(run: Any) -> BatchState | None:
+    """How a batch stands, with the tasks that are running only if somebody runs it; None where it is none."""
+    from emloc_ray.batch.state import is_batch, read_state
+    from emloc_ray.batch.table import at_rest
+
+    if not is_batch(run):
+        return None
+    is_run = run.holder() is not None  # before its state: it may end in between
+    state = read_state(run)
+    return state if state is None or is_run else at_rest(state)
 
 
 def _told(handed: Handed) -> str:
@@ -72,20 +107,19 @@ def _told(handed: Handed) -> str:
 
 def _counted(names: Sequence[str]) -> str:
     some = ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
-    return f"{len(names)} task{'' if len(names) == 1 else 's'} ({some})"
+    return f"{_tasks(len(names))} ({some})"
 
 
 def show_batch(console: Console, run: Any, watch: bool) -> None:
     """The table of a batch, once or again and again until it is over."""
     from rich.live import Live
 
-    from emloc_ray.batch.state import read_state
     from emloc_ray.batch.table import batch_table, reasons
 
     def table() -> Table:
-        state = read_state(run)
+        state = state_now(run)
         assert state is not None
-        return batch_table(state)
+        return batch_table(state, width=console.width)
 
     if watch:
         with Live(table(), console=console, auto_refresh=False) as live:
@@ -94,8 +128,8 @@ def show_batch(console: Console, run: Any, watch: bool) -> None:
                 time.sleep(1)
     console.print(table())
     holder = run.holder()
-    console.print(f"Running: {holder}" if holder else "Not running.")
-    state = read_state(run)
+    console.print(f"Running: {holder}" if holder else "Not running.", markup=False)
+    state = state_now(run)
     for line in reasons(state) if state else ():
         console.print(line, soft_wrap=True, markup=False)
 
@@ -105,34 +139,39 @@ def cancel_tasks(console: Console, place: str, names: list[str], undo: bool) -> 
     from emloc_ray.batch.driver import cancel
     from emloc_ray.io.run_directory import RunDirectory
 
-    if undo and RunDirectory(place).holder() is not None:
-        raise ConfigError(f"{place} is being run: a cancelled task is taken up again by the next emloc-ray batch.")
-    live = cancel(RunDirectory(place).existing(), names, undo)
-    what = "taken up again" if undo else "cancelled"
-    when = (
-        "now"
-        if live
-        else "when emloc-ray batch is run again"
-        if undo
-        else "and left out when emloc-ray batch is run again"
-    )
-    console.print(f"{', '.join(names)}: {what} {when}.", soft_wrap=True)
+    with asking(console, place):
+        run = RunDirectory(place)
+        state, holder = state_now(run), run.holder()
+        if undo and holder is not None:
+            raise ConfigError(f"{place} is being run: a cancelled task is taken up again by the next emloc-ray batch.")
+        statuses = {} if state is None else {task.name: task.status for task in state.tasks}
+        for name in names:
+            # Where nobody runs the batch, the next that does would do again what failed.
+            status = statuses.get(name, "waiting")
+            if status == "done" or (holder and status in ("failed", "late", "cancelled")):
+                why = "nothing is left to do of it" if status == "done" else f"it is {status} already"
+                raise ConfigError(f"{name} cannot be {'taken up again' if undo else 'cancelled'}: {why}.")
+        live = cancel(run, names, undo)
+    if live:
+        told = "asked for; a task that runs ends as soon as its stage can leave off"
+    else:
+        told = f"to be {'run' if undo else 'left out'} when emloc-ray batch is run again"
+    console.print(f"{', '.join(names)}: {told}.", soft_wrap=True, markup=False)
 
 
 def list_cache(console: Console, place: str) -> None:
     """The entries of a cache, those used last first."""
     from emloc_ray.console import gib
-    from emloc_ray.io.artifact_cache import ArtifactCache
 
-    entries = sorted(ArtifactCache(place).entries(), key=lambda entry: entry.used_at, reverse=True)
-    table = Table(
-        title=f"{len(entries)} entries, {gib(sum(entry.bytes for entry in entries)).strip()}", title_justify="left"
-    )
+    with asking(console, place):
+        entries = _cache(place).entries()
+    size = gib(sum(entry.bytes for entry in entries)).strip()
+    table = Table(title=f"{_entries(len(entries))}, {size}", title_justify="left")
     for column in ("stage", "key", "size", "made by", "last used"):
         table.add_column(column, justify="right" if column == "size" else "left")
     for entry in entries:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used_at))
-        table.add_row(entry.stage, entry.key[:12], gib(entry.bytes).strip(), entry.origin, used)
+        table.add_row(entry.stage, entry.key[:12], gib(entry.bytes).strip(), Text(entry.origin), used)
     console.print(table)
 
 
@@ -142,12 +181,25 @@ def prune_cache(console: Console, place: str, max_size: str) -> None:
 
     from emloc_ray.config import Size
     from emloc_ray.console import gib
-    from emloc_ray.io.artifact_cache import ArtifactCache
 
     try:
         size = 0 if max_size.strip() == "0" else int(TypeAdapter(Size).validate_python(max_size))
     except ValidationError as error:
         raise ConfigError(f"--max-size {max_size!r} is no size: give a number and a unit, such as 50GiB.") from error
-    removed = ArtifactCache(place).prune(size)
+    with asking(console, place):
+        removed = _cache(place).prune(size)
     freed = gib(sum(entry.bytes for entry in removed)).strip()
-    console.print(f"{len(removed)} entries removed, {freed}. Runs keep what they took from them.")
+    console.print(f"{_entries(len(removed))} removed, {freed}. Runs keep what they took from them.")
+
+
+def _cache(place: str) -> ArtifactCache:
+    from emloc_ray.io.artifact_cache import ArtifactCache
+
+    cache = ArtifactCache(place)
+    if not cache.is_made():
+        raise ConfigError(f"{place} holds no artifact cache: name the place of one, such as RUN_DIR/cache.")
+    return cache
+
+
+def _entries(count: int) -> str:
+    return "1 entry" if count == 1 else f"{count} entries"

@@ -12,15 +12,20 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from emloc_ray.batch_cli import (
+    KEYS,
     BatchDir,
     BatchPath,
     CachePlace,
+    asking,
     cancel_tasks,
     list_cache,
     prune_cache,
     run_batch,
+    show_batch,
+    state_now,
 )
 from emloc_ray.errors import ConfigError, EmlocError
 
@@ -57,15 +62,11 @@ def _guarded(action: Callable[[], None]) -> None:
         action()
     except EmlocError as error:
         for line in str(error).split("\n"):
-            errors.print(f"[red]Error:[/] {_escape(line)}")
+            errors.print(f"[red]Error:[/] {escape(line)}")
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         errors.print("Stopped. What was finished stays; the same command goes on from there.")
         raise typer.Exit(130) from None
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", "\\[")
 
 
 def _prepare(path: Path, overrides: list[str] | None) -> Any:
@@ -96,7 +97,7 @@ def _run(path: Path, overrides: list[str] | None, begin: Stage | None, until: St
     prepared = _prepare(path, overrides)
     plan = make_plan(prepared)
     console.print(
-        f"[bold]{prepared.run.name}[/]: {plan.parameters:,} parameters, emulator {plan.emulator_parameters:,};"
+        f"[bold]{escape(prepared.run.name)}[/]: {plan.parameters:,} parameters, emulator {plan.emulator_parameters:,};"
         f" about {duration(plan.seconds)} and {gib(plan.disk_bytes).strip()} of disk if nothing is done yet"
     )
     try:
@@ -116,7 +117,7 @@ def _run(path: Path, overrides: list[str] | None, begin: Stage | None, until: St
     if until is Stage.evaluate:
         console.print(evaluation_table(metrics))
     for line in result_lines(metrics, prepared.run.place):
-        console.print(_escape(line), soft_wrap=True)
+        console.print(escape(line), soft_wrap=True)
 
 
 @app.command()
@@ -154,7 +155,7 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
         prepared = _prepare(config, overrides)
         layout = prepared.layout
         console.print(
-            f"{config} is good: {len(layout.ranks)} of {len(layout.specs)} linears compressed,"
+            f"{escape(str(config))} is good: {len(layout.ranks)} of {len(layout.specs)} linears compressed,"
             f" {len(layout.adapted)} adapted."
         )
 
@@ -183,7 +184,7 @@ def plan(
         prepared = _prepare(config, [*(overrides or ()), *budget])
         if memory_budget is not None:
             solution, prepared = within_budget(prepared)
-            console.print(_escape(solution.sentence), soft_wrap=True)
+            console.print(escape(solution.sentence), soft_wrap=True)
             console.print("  " + " ".join(solution.overrides), soft_wrap=True, highlight=False)
         for table in plan_tables(make_plan(prepared)):
             console.print(table)
@@ -203,11 +204,12 @@ def status(
 
     def action() -> None:
         from emloc_ray.batch.state import is_batch
-        from emloc_ray.batch_cli import show_batch
         from emloc_ray.io.run_directory import RunDirectory
 
-        run = RunDirectory(run_dir).existing()
-        if is_batch(run):
+        with asking(console, run_dir):
+            run = RunDirectory(run_dir).existing()
+            of_many = is_batch(run)
+        if of_many:
             show_batch(console, run, watch)
             return
         while watch and run.holder() is not None:
@@ -232,15 +234,15 @@ def _show_status(run: Any) -> None:
         elif stage != "import":
             console.print(f"[dim]· {stage:<10} not done[/]")
     for line in read_status(run).lines():
-        console.print(_escape(line), soft_wrap=True)
+        console.print(escape(line), soft_wrap=True)
     metrics = run.metrics()
     if "evaluation" in metrics:
         console.print(evaluation_table(metrics))
         for line in result_lines(metrics, run.place):
-            console.print(_escape(line), soft_wrap=True)
+            console.print(escape(line), soft_wrap=True)
 
 
-@app.command()
+@app.command(epilog=KEYS)
 def batch(
     config: BatchPath,
     overrides: Overrides = None,
@@ -285,13 +287,14 @@ def report(run_dir: RunPath) -> None:
 
     def action() -> None:
         from emloc_ray.batch.report import write_batch_report
-        from emloc_ray.batch.state import read_state
         from emloc_ray.io.run_directory import RunDirectory
         from emloc_ray.report import write_report
 
-        run = RunDirectory(run_dir).existing()
-        state = read_state(run)
-        console.print(str(write_report(run) if state is None else write_batch_report(run, state)))
+        with asking(console, run_dir):
+            run = RunDirectory(run_dir).existing()
+            state = state_now(run)
+        written = write_report(run) if state is None else write_batch_report(run, state)
+        console.print(escape(str(written)))
 
     _guarded(action)
 
@@ -311,9 +314,11 @@ def fetch(
         from emloc_ray.io.fetching import fetch
         from emloc_ray.io.run_directory import RunDirectory
 
+        with asking(console, run_uri):
+            run = RunDirectory(run_uri).existing()
         with byte_progress(console, "Fetching") as progress:
-            files = fetch(RunDirectory(run_uri).existing(), directory, part or (), progress)
-        console.print(_escape(f"{len(files)} files written to {directory}"), soft_wrap=True)
+            files = fetch(run, directory, part or (), progress)
+        console.print(escape(f"{len(files)} files written to {directory}"), soft_wrap=True)
 
     _guarded(action)
 

@@ -55,8 +55,9 @@ def prepare_batch(batch: Batch, progress: Progress = lambda done, total: None) -
         ConfigError: with every error of every task at once.
     """
     run = RunDirectory(batch.config.run_dir)
-    run.check()
+    run.check("batch")
     cache = ArtifactCache(batch.config.cache.path, batch.config.cache.max_size)
+    cache.check()
     work = PipelineWork(cache)
     lines = _passed(batch.tasks, read_state(run))
     try:
@@ -89,7 +90,7 @@ def run_batch(prepared: Prepared, show: Show = lambda state: None, tell: Tell = 
     batch, run = prepared.batch, prepared.run
     try:
         run.lock(tell)
-        run.create(batch.config.model_dump(mode="json"))
+        run.create(batch.config.model_dump(mode="json"), kind="batch")
         board = begin_board(prepared)
         lean = any(task.config.memory_budget is not None for task in batch.tasks)
         with connection(batch.ray.address, lean_memory=lean, **batch.ray.init_options):

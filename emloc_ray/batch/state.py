@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 
 from emloc_ray.config import Section
 from emloc_ray.errors import ArtifactError, ConfigError
@@ -76,6 +76,9 @@ class BatchState:
         return sum(task.status in statuses for task in self.tasks)
 
 
+_WRITTEN = TypeAdapter(BatchState)
+
+
 def is_batch(run: RunDirectory) -> bool:
     """Whether a directory is a batch's rather than a run's."""
     ensure(run.path(STATE))
@@ -95,19 +98,11 @@ def read_state(run: RunDirectory) -> BatchState | None:
         values: Any = json.loads(path.read_text())
         if values["format"] != _FORMAT:
             raise ValueError
-        tasks = (
-            TaskState(**{**task, "units": _pair(task["units"]), "taken": tuple(task["taken"])})
-            for task in values["tasks"]
-        )
-        return BatchState(values["started_at"], tuple(tasks))
+        return _WRITTEN.validate_python(values)
     except (ValueError, TypeError, KeyError) as error:
         raise ArtifactError(
             f"{path} is no state of a batch of this version: remove it, and the tasks are looked at anew."
         ) from error
-
-
-def _pair(units: list[int] | None) -> tuple[int, int] | None:
-    return None if units is None else (units[0], units[1])
 
 
 def write_state(run: RunDirectory, state: BatchState) -> None:

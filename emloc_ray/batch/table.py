@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from dataclasses import replace
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -17,45 +17,66 @@ from emloc_ray.console import duration, gib
 
 _STYLES = {"done": "green", "failed": "red", "late": "red", "cancelled": "dim", "running": "cyan", "waiting": "dim"}
 _NO_BREAK = "\u00a0"
+_COLUMNS = ("task", "state", "loss", "held-out", "memory", "time", "notes")
+_SPARED = ("notes", "memory", "loss")  # in this order
 _ORDER = ("running", "failed", "late", "done", "cancelled", "waiting")
 _MARGIN = 8  # lines of a terminal that are not the table's
+_LEAST_NAME = 30  # of a long one's letters in a line, as long as there is another column to leave out
 
 
-def batch_table(state: BatchState, rows: int | None = None, now: float | None = None) -> Table:
-    """The tasks, those under way and those that failed first; at most so many ``rows``, the rest as a count."""
+def batch_table(state: BatchState, rows: int | None = None, now: float | None = None, width: int = 200) -> Table:
+    """The tasks, those under way and those that failed first; at most so many ``rows``, the rest as a count.
+
+    Where long names leave no room in ``width``, columns are left out.
+    """
     now = time.time() if now is None else now
     table = Table(title=counts(state), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("task", overflow="fold")
-    table.add_column("state", overflow="fold")
-    for column in ("loss", "held-out", "memory", "time", "notes"):
-        table.add_column(column, justify="right", no_wrap=True)
     tasks = sorted(state.tasks, key=lambda task: _ORDER.index(task.status))
     shown = tasks if rows is None else tasks[:rows]
-    for task in shown:
-        table.add_row(*_cells(task, now))
+    cells = [_cells(task, now) for task in shown]
+    widths = {name: max([len(name), *(len(row[name]) for row in cells)]) + 2 for name in _COLUMNS}
+    kept = list(_COLUMNS)
+    for name in _SPARED:
+        if sum(widths[column] for column in kept[1:]) + min(widths["task"], _LEAST_NAME) > width:
+            kept.remove(name)
+    for name in kept:
+        if name in ("task", "state"):
+            table.add_column(name, overflow="fold")
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
+    for row in cells:
+        table.add_row(*(row[name] for name in kept))
     if len(shown) < len(tasks):
         table.caption = f"and {len(tasks) - len(shown)} more"
     return table
 
 
-def _cells(task: TaskState, now: float) -> Sequence[str | Text]:
-    spent = task.seconds if task.is_over or task.started_at is None else now - task.started_at
-    return (
-        task.name,
-        Text(standing(task), style=_STYLES[task.status]),
-        "" if task.train_loss is None else f"{task.train_loss:.3f}",
-        held_out(task),
-        gib(task.planned_bytes).strip().replace(" ", _NO_BREAK),
-        duration(spent).replace(" ", _NO_BREAK) if spent else "",
-        str(task.notes or ""),
-    )
+def _cells(task: TaskState, now: float) -> dict[str, Text]:
+    spent = task.seconds if task.status != "running" or task.started_at is None else now - task.started_at
+    return {
+        "task": Text(task.name),
+        "state": Text(standing(task), style=_STYLES[task.status]),
+        "loss": Text("" if task.train_loss is None else f"{task.train_loss:.3f}"),
+        "held-out": Text(held_out(task)),
+        "memory": Text(gib(task.planned_bytes).strip().replace(" ", _NO_BREAK)),
+        "time": Text(duration(spent).replace(" ", _NO_BREAK) if spent else ""),
+        "notes": Text(str(task.notes or "")),
+    }
+
+
+def at_rest(state: BatchState) -> BatchState:
+    """The state of a batch that nobody runs: tasks that were running when its process was killed wait to be gone on with."""
+    tasks = (replace(t, status="waiting", active=False) if t.status == "running" else t for t in state.tasks)
+    return replace(state, tasks=tuple(tasks))
 
 
 def standing(task: TaskState) -> str:
-    """The stage that a task is at, with how much of it is done, or how it ended."""
+    """The stage that a task is at, with how much of it is done, or how it ended, or where it was interrupted."""
     if task.status == "running" and task.stage:
         units = "" if task.units is None else f" {task.units[0]}/{task.units[1]}"
         return f"{task.stage}{units}" if task.active else f"waits for {task.stage}"
+    if task.status == "waiting" and task.stage:
+        return f"interrupted in {task.stage}"
     return (
         f"{task.status} in {task.stage}"
         if task.status in ("failed", "late", "cancelled") and task.stage
@@ -111,7 +132,7 @@ class BatchView:
             self._live.update(self._picture(state), refresh=True)
 
     def _picture(self, state: BatchState) -> RenderableType:
-        return Group(batch_table(state, max(4, self.console.height - _MARGIN)))
+        return Group(batch_table(state, max(4, self.console.height - _MARGIN), width=self.console.width))
 
     def tell(self, text: str) -> None:
         """A line above the table."""

@@ -170,6 +170,10 @@ def _apply(values: dict[str, Any], overrides: Sequence[str]) -> tuple[list[Overr
     for text in overrides:
         try:
             keys, value = read_override(text)
+            if keys[0] in TaskKeys.model_fields.keys() - BatchConfig.model_fields.keys():
+                raise ConfigError(
+                    f"Override {text!r} is of a key that each task has for itself: set it in tasks or grid."
+                )
             if keys[0] not in BatchConfig.model_fields:
                 of_tasks.append((keys, value, f"Override {text!r}"))
                 continue

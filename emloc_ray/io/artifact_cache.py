@@ -69,6 +69,14 @@ class ArtifactCache:
         self.place = self._at.name
         self._verified: set[str] = set()
 
+    def is_made(self) -> bool:
+        """Whether anything was ever put there."""
+        return self._at.is_made()
+
+    def check(self) -> None:
+        """Raises ConfigError where nothing can be put there."""
+        self._at.check()
+
     @staticmethod
     def key(stage: str, inputs: Any) -> str:
         """SHA-256 of the stage, its ``inputs`` (plain JSON values; the order of keys does not count) and the format's version.
@@ -107,28 +115,36 @@ class ArtifactCache:
             if entry is not None and not self._is_whole(entry, verify and key not in self._verified):
                 self._at.remove(stage, key)
                 return None
-            if verify:
+            if verify and entry is not None:
                 self._verified.add(key)
             return entry
         except (OSError, ArtifactError):
             return None
 
     def find_basis(self, match: Mapping[str, Any]) -> list[Entry]:
-        """The entries whose basis contains these items, last used first; only :meth:`link` tells whether they are whole."""
+        """The entries whose basis contains these items, last used first; only :meth:`link` tells whether they are whole.
+
+        The cache outlives the installed version: a basis that says nothing of it finds what another made.
+        """
         try:
             return [entry for entry in self.entries() if match.items() <= (entry.basis or {}).items()]
         except (OSError, ArtifactError):
             return []
 
-    def link(self, entry: Entry, root: Path) -> list[Path]:
+    def link(self, entry: Entry, root: Path, verify: bool = False) -> list[Path]:
         """Puts an entry's files at their places in the run at ``root`` (:attr:`RunDirectory.root`); returns these.
 
         Each appears whole, and takes the place of what is there; :func:`emloc_ray.io.transfer.transfer` says how.
+        ``verify``: where its content is as it was written, as :meth:`find` looks at it; a broken entry is removed.
 
         Raises:
             EntryGone: where that cannot be done, for any reason; then none of its files is in the run.
         """
         folder = self._at.folder(entry.stage, entry.key) / _FILES
+        if verify and self.find(entry.stage, entry.key, verify=True) is None:
+            raise EntryGone(
+                f"{self.place} does not give {entry.stage} of {entry.origin}: it is there no more, or broken."
+            )
         try:
             self._at.touch(entry.stage, entry.key)
             _transfer_all(folder, root, entry.files)
@@ -254,6 +270,8 @@ def _parsed(content: bytes, used_at: float) -> Entry | None:
             parts = PurePosixPath(path).parts
             if not parts or parts[0] == "/" or ".." in parts or not isinstance(file["size"], int) or not file["sha256"]:
                 return None
+        if not isinstance(value["result"], dict) or not isinstance(value["basis"], dict | None):
+            return None
         return Entry(**{name: value[name] for name in _WRITTEN}, used_at=used_at)
     except (ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 import threading
 import time
 import uuid
@@ -21,6 +22,7 @@ from emloc_ray.errors import ArtifactError, ConfigError, EmlocError
 from emloc_ray.io.atomic import atomic_directory, atomic_file
 from emloc_ray.io.node_cache import discard, mirror, origin
 from emloc_ray.io.object_store import ObjectStore, is_store_uri
+from emloc_ray.io.run_directory import HELD
 
 MARKER = "emloc-ray-cache.json"
 FORMAT = 1
@@ -52,7 +54,7 @@ class CachePlace:
         else:
             self.root = Path(os.path.expanduser(place.removeprefix("file://"))).absolute()
             self.name = str(self.root)
-        self._is_made()
+        self.is_made()
 
     def folder(self, stage: str, key: str) -> Path:
         """A folder's path, which in an object store says what it mirrors (:mod:`emloc_ray.io.node_cache`)."""
@@ -60,7 +62,7 @@ class CachePlace:
 
     def make(self) -> None:
         """Writes the marker, before all else, where there is none; raises what the constructor raises."""
-        if self._is_made():
+        if self.is_made():
             return
         content = json.dumps({"format": FORMAT}).encode()
         if self.store is not None:
@@ -69,7 +71,28 @@ class CachePlace:
             with atomic_file(self.root / MARKER) as file:
                 file.write(content)
 
-    def _is_made(self) -> bool:
+    def check(self) -> None:
+        """Raises ConfigError where it cannot be written, which leaves no trace."""
+        probe = f".{MARKER}.{uuid.uuid4().hex}"
+        try:
+            if self.store is not None:
+                self.store.write(probe, b"")
+                self.store.remove(probe)
+                return
+            existing = self.root
+            while not existing.exists():
+                existing = existing.parent
+            with tempfile.TemporaryFile(dir=existing):
+                pass
+        except (OSError, ArtifactError) as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: Exception) -> ConfigError:
+        why = error.strerror if isinstance(error, OSError) else error
+        return ConfigError(f"The artifact cache {self.name} cannot be written ({why}): name another place.")
+
+    def is_made(self) -> bool:
+        """Whether the marker is there; raises what the constructor raises."""
         try:
             names = self.store.names() if self.store is not None else _names(self.root)
             if MARKER not in names:
@@ -117,16 +140,14 @@ class CachePlace:
             path.parent.mkdir(exist_ok=True)
             file = stack.enter_context(path.open("a"))
         except OSError as error:
-            raise ConfigError(
-                f"The artifact cache {self.name} cannot be written ({error.strerror}): name another place."
-            ) from error
+            raise self._unwritable(error) from error
 
         def acquire_file() -> bool:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
             except OSError as error:
+                if error.errno in HELD:
+                    return False
                 raise ConfigError(
                     f"The artifact cache {self.name} cannot be locked ({error.strerror}): name a place whose file system"
                     " has locks."

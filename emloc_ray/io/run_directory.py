@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -34,9 +34,10 @@ CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
 METRICS = "metrics.json"
 _LOCK = ".lock"
-_HELD = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)  # NFS and others make flock of fcntl's locks
+HELD = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)  # NFS and others make flock of fcntl's locks
 _READERS = 4
 _FORMAT = 2
+Kind = Literal["run", "batch"]
 
 
 class RunDirectory:
@@ -65,8 +66,9 @@ class RunDirectory:
         """A place inside the run."""
         return self.root.joinpath(*parts)
 
-    def check(self) -> None:
-        """Raises ConfigError where it cannot be written, or holds files without our manifest, or another run's name."""
+    def check(self, kind: Kind = "run") -> None:
+        """Raises ConfigError where it cannot be written, or holds files without our manifest, or another run's name, or
+        what is of another kind."""
         self._check_place()
         ensure(self.path(MANIFEST))
         if not self.path(MANIFEST).is_file():
@@ -80,12 +82,15 @@ class RunDirectory:
                 )
             return
         try:
-            name = self.manifest()["name"]
+            manifest = self.manifest()
         except ArtifactError as error:  # --fresh must never remove what may be somebody else's
             raise ConfigError(f"run_dir: {error}") from error
+        name, found = manifest["name"], manifest.get("kind", "run")
+        if found != kind:
+            raise ConfigError(f"run_dir {self.place} holds a {found}, no {kind}: name a new or empty directory.")
         if name != self.name:
             raise ConfigError(
-                f"run_dir {self.place} holds the run {name!r}: name a new directory, or rename this one to {name}."
+                f"run_dir {self.place} holds the {kind} {name!r}: name a new directory, or rename this one to {name}."
             )
 
     def names(self) -> list[str]:
@@ -132,17 +137,17 @@ class RunDirectory:
             raise ConfigError(str(error)) from error
         return self
 
-    def create(self, config: dict[str, Any], *, fresh: bool = False) -> None:
+    def create(self, config: dict[str, Any], *, fresh: bool = False, kind: Kind = "run") -> None:
         """Makes the directory with its manifest and config, without its secrets; ``fresh`` removes what an earlier run of
         this name left."""
-        self.check()
+        self.check(kind)
         config = without_secrets(config)
         self.root.mkdir(parents=True, exist_ok=True)
         for leftover in self.root.glob(".*.tmp"):
             discard(leftover)
         found = self.names()
         manifest: dict[str, Any] = self.manifest() if MANIFEST in found and not fresh else {"stages": {}}
-        manifest.update({"format": _FORMAT, "name": self.name, "config": config})
+        manifest.update({"format": _FORMAT, "kind": kind, "name": self.name, "config": config})
         self._write_manifest(manifest)
         with atomic_file(self.path(CONFIG)) as file:
             file.write(yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
@@ -310,7 +315,7 @@ class RunDirectory:
         try:
             fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in _HELD:
+            if error.errno in HELD:
                 return False
             raise ConfigError(
                 f"run_dir {self.root} is on a file system that gives no locks ({error.strerror}): have it mounted with"

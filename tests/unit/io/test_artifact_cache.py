@@ -417,6 +417,23 @@ def test_an_entry_is_found_by_its_basis(local: ArtifactCache, tmp_path: Path) ->
     assert local.find_basis({"basis_key": "c"}) == []
 
 
+def test_a_basis_that_is_none_makes_no_entry(local: ArtifactCache, tmp_path: Path) -> None:
+    added(local, tmp_path / "first", basis=["no", "mapping"])
+    assert local.find_basis({"basis_key": "b"}) == local.entries() == []
+
+
+def test_what_was_altered_in_place_is_not_linked(local: ArtifactCache, tmp_path: Path) -> None:
+    assert local.find(STAGE, KEY, verify=True) is None  # a miss says nothing of what another adds later
+    added(local, tmp_path / "first", basis={})
+    (file,) = Path(local.place).rglob("a.safetensors")
+    file.write_bytes(b"x" * 1000)
+    (entry,) = local.find_basis({})
+    with pytest.raises(EntryGone, match="broken"):
+        local.link(entry, tmp_path / "second", verify=True)
+    assert not (tmp_path / "second").exists()
+    assert local.entries() == []
+
+
 def test_pruned_while_it_is_linked(local: ArtifactCache, tmp_path: Path) -> None:
     """Each link gives all files or none, whatever others remove and add meanwhile."""
     contents = {f"emulator/{number}": bytes([number]) * 100 for number in range(20)}
@@ -597,6 +614,15 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be written"), cache.alone(KEY):
         pass
     assert "does not keep factorize" in str(cache.add(STAGE, KEY, tmp_path, {}, {}, {}))
+
+
+def test_a_lock_that_is_refused_is_held(local: ArtifactCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))  # NFS says so
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(Stopped), local.alone(KEY, lambda: True):
+        pass
 
 
 def test_a_place_without_locks_is_told(local: ArtifactCache, monkeypatch: pytest.MonkeyPatch) -> None:

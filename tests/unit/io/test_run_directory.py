@@ -19,7 +19,7 @@ from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io import run_directory
 from emloc_ray.io.atomic import atomic_file
 from emloc_ray.io.node_cache import discard
-from emloc_ray.io.run_directory import CONFIG, MANIFEST, RunDirectory
+from emloc_ray.io.run_directory import CONFIG, MANIFEST, Kind, RunDirectory
 
 
 @pytest.fixture
@@ -83,6 +83,27 @@ def test_another_run_s_name_is_refused(run: RunDirectory, fresh: bool) -> None:
     with pytest.raises(ConfigError, match="'mine'"):
         RunDirectory(moved).create({}, fresh=fresh)
     assert (moved / "adapter" / "a.bin").is_file()
+
+
+@pytest.mark.parametrize(("kind", "other"), [("run", "batch"), ("batch", "run")])
+def test_a_run_and_a_batch_share_no_directory(tmp_path: Path, kind: Kind, other: Kind) -> None:
+    directory = RunDirectory(tmp_path / "mine")
+    directory.create({}, kind=kind)
+    directory.path("theirs").touch()
+    for attempt in (lambda: directory.check(other), lambda: directory.create({}, kind=other, fresh=True)):
+        with pytest.raises(ConfigError, match=f"holds a {kind}, no {other}"):
+            attempt()
+    assert directory.path("theirs").exists()
+    directory.create({}, kind=kind)
+
+
+def test_a_manifest_without_a_kind_is_a_run_s(run: RunDirectory) -> None:
+    manifest = run.manifest()
+    del manifest["kind"]
+    run.path(MANIFEST).write_text(json.dumps(manifest))
+    run.check()
+    with pytest.raises(ConfigError, match="holds a run, no batch"):
+        run.check("batch")
 
 
 def test_no_or_a_broken_manifest(run: RunDirectory) -> None:
