@@ -121,7 +121,7 @@ def begin_board(prepared: Prepared) -> Board:
     board = Board(before.started_at if before else time.time())
     for task in prepared.batch.tasks:
         state = known.get(task.name, TaskState(task.name))
-        if not state.is_over:
+        if state.status not in ("done", "cancelled"):  # it is begun (again)
             state = TaskState(task.name, to_cancel=state.to_cancel)
         board.put(replace(state, digest=task.digest))
     write_state(prepared.run, board.state())

@@ -89,12 +89,13 @@ def test_a_batch_that_was_killed_keeps_what_was_cancelled_and_what_was_found(tmp
         TaskState("running", "running", to_cancel=True),
         TaskState("done", "done", train_loss=1.0, to_cancel=True),
         TaskState("lost", "running", units=(1, 2)),
+        TaskState("failed", "failed", reason="a worker was lost."),
     )
     write_state(run, BatchState(5.0, states))
-    tasks = [task(name) for name in ("running", "done", "lost", "new")]
+    tasks = [task(name) for name in ("running", "done", "lost", "failed", "new")]
     board = begin_board(prepared(tmp_path / "batch", *tasks))
-    assert [board[task.name].is_cancelled for task in tasks] == [True, False, False, False]
-    assert [board[task.name].status for task in tasks] == ["waiting", "done", "waiting", "waiting"]
+    assert [board[task.name].is_cancelled for task in tasks] == [True, False, False, False, False]
+    assert [board[task.name].status for task in tasks] == ["waiting", "done", "waiting", "waiting", "waiting"]
     assert board["done"].train_loss == 1.0
     assert read_state(run) == board.state()
 
