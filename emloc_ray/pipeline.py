@@ -302,7 +302,7 @@ class Pipeline:
         ):
             assert cache is not None
             with contextlib.suppress(EntryGone):
-                cache.link(entry, place)
+                cache.link(entry, place, verify=True)
                 return place / "emulator"
         return None
 
