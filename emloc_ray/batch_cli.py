@@ -40,8 +40,9 @@ def run_batch(console: Console, path: Path, overrides: list[str], dry_run: bool)
     from emloc_ray.batch import driver
     from emloc_ray.batch.table import BatchView, batch_table, reasons
     from emloc_ray.batch.tasks import read_batch
-    from emloc_ray.console import count_progress, duration
+    from emloc_ray.console import count_progress, duration, quiet_libraries
 
+    quiet_libraries()
     batch = read_batch(path, overrides)
     with count_progress(console, "Checking every task") as progress:
         prepared = driver.prepare_batch(batch, progress)

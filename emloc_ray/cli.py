@@ -74,19 +74,11 @@ def _prepare(path: Path, overrides: list[str] | None) -> Any:
 
     config = load_config(path, overrides or ())
     with console.status("Checking the config, the model and the data …"):
+        from emloc_ray.console import quiet_libraries
         from emloc_ray.preparation import prepare
 
-        _quiet_libraries()
+        quiet_libraries()
         return prepare(config)
-
-
-def _quiet_libraries() -> None:
-    import warnings
-
-    import transformers
-
-    warnings.filterwarnings("ignore")
-    transformers.utils.logging.set_verbosity_error()
 
 
 def _run(path: Path, overrides: list[str] | None, begin: Stage | None, until: Stage, fresh: bool) -> None:

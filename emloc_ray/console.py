@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +26,15 @@ _VERBS = {
     "merge": "Merging",
     "evaluate": "Evaluating",
 }
+
+
+def quiet_libraries() -> None:
+    """What libraries say of themselves is not for a run's screen."""
+    import transformers
+
+    warnings.filterwarnings("ignore")
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
 
 
 @contextlib.contextmanager
