@@ -104,7 +104,8 @@ def _run(path: Path, overrides: list[str] | None, begin: Stage | None, until: St
             )
     except EmlocError as error:
         if not isinstance(error, ConfigError):
-            raise type(error)(pipeline.describe_failure(error, prepared.run.place)) from error
+            stays = f"What was finished stays in {prepared.run.place}; the same command goes on from there."
+            raise type(error)(f"{error}\n{stays}") from error
         raise
     if until is Stage.evaluate:
         console.print(evaluation_table(metrics))

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emloc_ray.config import RunConfig, StageConfig
-from emloc_ray.errors import DamagedArtifactError, EmlocError
+from emloc_ray.errors import DamagedArtifactError
 from emloc_ray.io.artifact_cache import ArtifactCache, EntryGone
-from emloc_ray.io.fingerprint import content_of, fingerprint, fingerprint_large_files
+from emloc_ray.io.fingerprint import fingerprint, fingerprint_large_files
 from emloc_ray.io.grams import INDEX, GramStore
 from emloc_ray.io.node_cache import discard, exists, hashes
 from emloc_ray.io.resume import begun_with, discard_unless
@@ -119,18 +119,11 @@ class Pipeline:
 
     def _content(self) -> dict[str, str]:
         """What tells the original from others whose files look alike: needed where runs share what they make of it."""
-        if self.steps.cache is None:
-            return {}
-        source, folder = self.prepared.source, self._source_dir
-        return {"weights": content_of([folder / source.gguf_file] if source.gguf_file else sorted(folder.iterdir()))}
+        from emloc_ray.modeling.loading import content_of_source
 
-    def _content_of_rows(self) -> dict[str, str]:
-        if self.steps.cache is None:
-            return {}
-        local = {
-            name: [Path(s.path) for s in sources if not s.is_stored] for name, sources in self.prepared.files.items()
-        }
-        return {name: content_of(files) for name, files in local.items()}
+        return (
+            {} if self.steps.cache is None else {"weights": content_of_source(self.prepared.source, self._source_dir)}
+        )
 
     def _tell(self, remark: str | None) -> None:
         if remark is not None:
@@ -145,6 +138,8 @@ class Pipeline:
     def import_model(self) -> None:
         """The original as a safetensors checkpoint: written once from a GGUF file, else where the config says."""
         from emloc_ray.modeling.loading import copy_checkpoint, fetch_weights, import_gguf
+        from emloc_ray.stages.cluster import Resources, bounded
+        from emloc_ray.stages.failures import Losses
 
         source, source_dir = self.prepared.source, self._source_dir
         if source.hub_id is not None:
@@ -166,9 +161,6 @@ class Pipeline:
             return
 
         def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
-            from emloc_ray.stages.cluster import bounded
-            from emloc_ray.stages.failures import Losses
-
             if source.gguf_file is None:  # by the driver: other nodes need not see the files
                 copy_checkpoint(source_dir, self.jobs.model_dir, progress)
                 return {}
@@ -177,11 +169,12 @@ class Pipeline:
             bounded([("the model", submit)], 1, Losses("import", self.reporter.note))
             return {}
 
-        self.steps.run("import", inputs, [self.jobs.model_dir], execute, _one_worker(), shared=self._content())
+        self.steps.run("import", inputs, [self.jobs.model_dir], execute, Resources(), shared=self._content())
 
     def prepare_data(self) -> None:
         """Rows, split, as token shards; the split's fingerprint is its content."""
-        from emloc_ray.stages.data import split_inputs, tokenize_data
+        from emloc_ray.stages.cluster import Resources
+        from emloc_ray.stages.data import content_of_rows, may_change, split_inputs, tokenize_data
 
         tokens = self.directory.path("data", "tokens")
         inputs = {"model": self.inputs["import"], **split_inputs(self.prepared)}
@@ -190,15 +183,10 @@ class Pipeline:
             out_dir, tell = self.directory.path("data"), self.reporter.note
             return tokenize_data(self.prepared, self.jobs.model_dir, out_dir, progress, inputs, tell)
 
-        splits = (
-            self.config.data.train,
-            self.config.data.calibration,
-            self.config.data.selection,
-            self.config.data.eval,
-        )
-        changing = any(split is not None and str(split.path).startswith("hf:") for split in splits)
-        step = functools.partial(self.steps.run, "data", inputs, [tokens], execute, _one_worker())
-        shared = None if changing else {**self._content(), "rows": self._content_of_rows()}
+        step = functools.partial(self.steps.run, "data", inputs, [tokens], execute, Resources())
+        shared = None
+        if self.steps.cache is not None and not may_change(self.config):
+            shared = {**self._content(), "rows": content_of_rows(self.prepared)}
         counts = step(resumes=True, shared=shared)["splits"]
         for split, count in counts.items():
             self.inputs[f"data/{split}"] = fingerprint({file.name: sha for file, sha in hashes(tokens / split).items()})
@@ -247,21 +235,28 @@ class Pipeline:
             return calibrate(job, out_dir, granted, meanwhile, build.add, tell)
 
         self.inputs["calibrate"] = fingerprint(inputs)
+        if not self._grams_are_wanted():
+            return
         kept = section.keep == "grams"
-        needed = kept or not steps.is_at_hand("factorize", self._factorize_inputs(), self._content())
-        # Grams that were dropped are of use to the emulator alone that was begun with them.
-        begun = kept or begun_with(self.directory.path("emulator"), self._factorize_inputs())
-        if needed and not (exists(out_dir / INDEX) and (begun or GramStore(out_dir).is_whole())):
-            if self.directory.stage("calibrate") is not None:
-                steps.forced.add("calibrate")
-            elif not begun:
-                discard(out_dir)
-        if not needed and self.directory.stage("calibrate") is None:
-            return  # another run made the emulator
         # Grams that are not kept go as they are used, so that the manifest cannot name them.
         recorded = [out_dir] if kept else []
         step = functools.partial(steps.run, "calibrate", inputs, [out_dir], execute, resources(section))
         step(resumes=True, recorded=recorded, shared=self._content() if kept else None)
+
+    def _grams_are_wanted(self) -> bool:
+        """False where the emulator comes from another run and no Grams are kept; has them gathered again where they are of
+        use and some are missing."""
+        steps, out_dir, kept = self.steps, self.directory.path("calibration"), self.config.calibration.keep == "grams"
+        needed = kept or not steps.is_at_hand("factorize", self._factorize_inputs(), self._content())
+        # Grams that were dropped are of use to the emulator alone that was begun with them.
+        begun = kept or begun_with(self.directory.path("emulator"), self._factorize_inputs())
+        done = self.directory.stage("calibrate") is not None
+        if needed and not (exists(out_dir / INDEX) and (begun or GramStore(out_dir).is_whole())):
+            if done:
+                steps.forced.add("calibrate")
+            elif not begun:
+                discard(out_dir)
+        return needed or done
 
     def _factorize_inputs(self) -> dict[str, Any]:
         return {
@@ -318,7 +313,7 @@ class Pipeline:
 
         asked, basis = resources(self.config.emulator), self._factorize_basis()
         step = functools.partial(self.steps.run, "factorize", self._factorize_inputs(), [out_dir], execute, asked)
-        result = step(bag=True, resumes=True, shared=self._content(), basis=basis)
+        result = step(resumes=True, shared=self._content(), basis=basis)
         discard(self.directory.path("basis"))
         self._tell(thin_calibration(self.config, result["fewest_tokens"], self.layout))
         if self.config.calibration.keep == "none":
@@ -380,7 +375,7 @@ class Pipeline:
             discard_unless(out_dir, inputs)
             return merge(self.jobs.merging(), granted, progress, self.reporter.note)
 
-        self.steps.run("merge", inputs, [out_dir], execute, resources(self.config.merge), bag=True, resumes=True)
+        self.steps.run("merge", inputs, [out_dir], execute, resources(self.config.merge), resumes=True)
 
     def evaluate(self) -> None:
         """Every variant on the held-out rows."""
@@ -400,16 +395,5 @@ class Pipeline:
         self.steps.run("evaluate", inputs, [], execute, resources(section))
 
 
-def _one_worker() -> Resources:
-    from emloc_ray.stages.cluster import Resources
-
-    return Resources()
-
-
 def _without(section: StageConfig, keys: set[str]) -> dict[str, Any]:
     return section.model_dump(mode="json", exclude=keys)
-
-
-def describe_failure(error: EmlocError, place: str) -> str:
-    """What a person is told when a stage failed."""
-    return f"{error}\nWhat was finished stays in {place}; the same command goes on from there."

@@ -53,7 +53,6 @@ class Steps:
         execute: Execute,
         asked: Resources,
         *,
-        bag: bool = False,
         resumes: bool = False,
         recorded: Sequence[Path] | None = None,
         shared: Inputs | None = None,
@@ -85,7 +84,7 @@ class Steps:
                 return result
             for path in outputs if entry is not None or not resumes else ():
                 discard(path)
-            with self.turns.take(name, asked, bag) as granted:
+            with self.turns.take(name, asked) as granted:
                 result = self._execute(name, execute, granted)
             used = result["usage"]
             for path in outputs:

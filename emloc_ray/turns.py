@@ -17,10 +17,10 @@ class Turns(Protocol):
     overlaps: bool
     """Whether linears may be factorized while calibration goes on, beyond what the stage has asked for."""
 
-    def take(self, stage: str, asked: Resources, bag: bool) -> AbstractContextManager[Resources]:
+    def take(self, stage: str, asked: Resources) -> AbstractContextManager[Resources]:
         """Waits until the stage may start; gives what it may use while it runs.
 
-        A ``bag`` of independent tasks may be given fewer workers than it asked for; its result does not depend on them.
+        One of :data:`emloc_ray.stages.BAGS` may be given fewer workers than it asked for.
 
         Raises:
             Stopped: where the run is to end instead.
@@ -42,7 +42,7 @@ class AtOnce:
     overlaps = True
 
     @contextlib.contextmanager
-    def take(self, stage: str, asked: Resources, bag: bool) -> Iterator[Resources]:
+    def take(self, stage: str, asked: Resources) -> Iterator[Resources]:
         """At once, all that was asked for."""
         yield asked
 

@@ -310,14 +310,23 @@ class Admission:
         self._asking = False
 
     @contextmanager
-    def admitted(self, standing: Standing, stage: str, need: Need, stopped: Callable[[], bool]) -> Iterator[int]:
+    def admitted(
+        self,
+        standing: Standing,
+        stage: str,
+        need: Need,
+        stopped: Callable[[], bool],
+        lifted: Callable[[Standing], Standing] = lambda standing: standing,
+    ) -> Iterator[int]:
         """Waits until the stage may start, gives its number of workers, and releases them at the end of the block.
+
+        ``lifted`` gives the standing to wait with; asked under the lock, so that a :meth:`lift` comes either before or after.
 
         Raises:
             Stopped: ``stopped()`` turned true before the stage could start.
         """
         with self._lock:
-            ticket = self._queue.ask(standing, stage, need)
+            ticket = self._queue.ask(lifted(standing), stage, need)
             event = self._events[ticket.number] = threading.Event()
         try:
             yield self._wait(ticket, event, stopped).workers

@@ -9,9 +9,9 @@ import ray
 from emloc_ray.batch.admission import Amount
 from emloc_ray.batch.config import LimitsConfig
 from emloc_ray.planner import StagePlan
+from emloc_ray.stages import BAGS
 
 _ADVICE = "lower what it asks for, or name in the batch's limits what the cluster grows to."
-_RIGID = ("calibrate", "finetune", "evaluate")  # their workers are there together
 
 
 def cluster_capacity(limits: LimitsConfig) -> Amount:
@@ -38,7 +38,7 @@ def unfit(stages: Iterable[StagePlan], limits: LimitsConfig) -> list[str]:
     problems = []
     for stage in stages:
         worker = Amount(stage.cpus_per_worker, stage.gpus_per_worker, stage.worker_bytes)
-        together = worker * stage.num_workers if stage.name in _RIGID else worker
+        together = worker * stage.num_workers if stage.name not in BAGS else worker
         if not worker.fits_in(largest):
             problems.append(
                 f"{stage.name} needs {_told(worker)} for one worker, the largest node has {_told(largest)}: {_ADVICE}"

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from emloc_ray.batch.admission import Admission, Amount, Need, Standing
+from emloc_ray.stages import BAGS
 from emloc_ray.stages.cluster import Resources
 
 
@@ -61,11 +62,12 @@ class Makers:
             with self._lock:
                 self._makers.pop(key, None)
 
-    def priority(self, task: str, own: int) -> int:
-        """A task's own priority, or that of whoever waits for what it makes."""
+    def lifted(self, standing: Standing) -> Standing:
+        """A task's standing with its own priority, or that of whoever waits for what it makes."""
         with self._lock:
-            keys = [key for key, maker in self._makers.items() if maker == task]
-            return max([own, *(priority for key in keys for priority in self._waiting.get(key, ()))])
+            keys = [key for key, maker in self._makers.items() if maker == standing.task]
+            waiting = [priority for key in keys for priority in self._waiting.get(key, ())]
+        return dataclasses.replace(standing, priority=max([standing.priority, *waiting]))
 
 
 class TaskTurns:
@@ -87,15 +89,14 @@ class TaskTurns:
         self.stopped, self.waits = stopped, waits
 
     @contextlib.contextmanager
-    def take(self, stage: str, asked: Resources, bag: bool) -> Iterator[Resources]:
-        """Waits among all tasks' stages for what was asked for, or where it is a ``bag`` of tasks for some of it."""
+    def take(self, stage: str, asked: Resources) -> Iterator[Resources]:
+        """Waits among all tasks' stages for what was asked for, or where it is a bag of tasks for some of it."""
         expected = self.expected.get(stage, Expected())
         each = Amount(asked.cpus_per_worker, asked.gpus_per_worker, expected.worker_bytes)
-        need = Need(each, asked.num_workers, 1 if bag else asked.num_workers)
-        priority = self.makers.priority(self.standing.task, self.standing.priority)
-        standing = dataclasses.replace(self.standing, priority=priority, remaining=self.remaining(stage))
+        need = Need(each, asked.num_workers, 1 if stage in BAGS else asked.num_workers)
+        standing = dataclasses.replace(self.standing, remaining=self.remaining(stage))
         self.waits(stage)
-        with self.admission.admitted(standing, stage, need, self.stopped) as workers:
+        with self.admission.admitted(standing, stage, need, self.stopped, self.makers.lifted) as workers:
             yield dataclasses.replace(asked, num_workers=workers)
 
     def waits_for(self, key: str) -> AbstractContextManager[None]:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.atomic import atomic_directory, atomic_file, copy_file
 from emloc_ray.io.checkpoint import Checkpoint
+from emloc_ray.io.fingerprint import content_of
 from emloc_ray.io.node_cache import ensure, sizes
 from emloc_ray.modeling.architecture import auto_class, block_linears
 
@@ -181,6 +182,11 @@ def import_gguf(source: ModelSource, directory: Path, dtype: str = "auto", max_s
     with atomic_directory(directory) as temporary:
         model.save_pretrained(temporary, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(temporary)
+
+
+def content_of_source(source: ModelSource, directory: Path) -> str:
+    """A hash of all that a model is read from, as it lies in ``directory``."""
+    return content_of([directory / source.gguf_file] if source.gguf_file else sorted(directory.iterdir()))
 
 
 def copy_checkpoint(source: Path, target: Path, progress: Callable[[int, int], None]) -> None:

@@ -14,6 +14,7 @@ from emloc_ray.data.token_budget import rows_within
 from emloc_ray.data.tokenizing import TokenizeOptions, first_unwritten, row_lengths, tokenize_splits
 from emloc_ray.errors import DataError
 from emloc_ray.io.atomic import atomic_file
+from emloc_ray.io.fingerprint import content_of
 from emloc_ray.io.node_cache import exists, hashes
 from emloc_ray.io.resume import discard_unless
 from emloc_ray.preparation import Prepared
@@ -39,6 +40,19 @@ def split_inputs(prepared: Prepared) -> dict[str, Any]:
         "rows_per_shard": config.calibration.rows_per_shard,
         "seed": config.seed,
     }
+
+
+def content_of_rows(prepared: Prepared) -> dict[str, str]:
+    """A hash of the rows of every split that has local files; what lies in a store is told by its version already."""
+    local = {name: [Path(s.path) for s in sources if not s.is_stored] for name, sources in prepared.files.items()}
+    return {name: content_of(files) for name, files in local.items()}
+
+
+def may_change(config: RunConfig) -> bool:
+    """Whether the same config may find other rows another day, as a data set of the hub."""
+    return any(
+        str(split.path).startswith("hf:") for name in SPLITS if (split := getattr(config.data, name)) is not None
+    )
 
 
 def tokenize_data(

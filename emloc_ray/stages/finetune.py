@@ -75,7 +75,8 @@ def finetune(
         EmlocError: what ``progress`` raised to stop the training; a checkpoint of where it was is there then.
     """
     job.storage_dir.mkdir(parents=True, exist_ok=True)
-    discard(job.stop_path)
+    for left in (job.stop_path, job.begun_path):
+        discard(left)
     with _watching(job, progress, tell) as watcher:
         outcome = (way or _way(job, resources))(job, resources, tell)
     if outcome["stopped"] and watcher.stop is not None:
@@ -109,12 +110,11 @@ def run_alone(job: FinetuneJob, resources: Resources, tell: Tell) -> dict[str, A
     """In a task; begun again from its newest checkpoint where its worker is lost."""
     task = resources.task(train_alone, alone=leaves_traces(job)).options(name=f"finetune: {job.name}")
     submit = functools.partial(task.remote, job, resources.threads)
-    logged = len(_logged(job.log_path))
 
     def give_up(done: int, total: int) -> None:
-        """Where it is asked to stop while its task has not made a step: that may never start."""
-        if exists(job.stop_path) and len(_logged(job.log_path)) == logged:
-            raise Stopped("finetune was stopped before its first step.")
+        """Where it is asked to stop while its task waits for a worker, which may never come."""
+        if exists(job.stop_path) and not exists(job.begun_path):
+            raise Stopped("finetune was stopped before it began.")
 
     [outcome] = bounded([("the training", submit)], 1, Losses("finetune", tell, job.max_failures), give_up)
     return dict(outcome)

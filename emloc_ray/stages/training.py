@@ -70,6 +70,11 @@ class FinetuneJob:
         return self.storage_dir / f"{self.name}.failures.txt"
 
     @property
+    def begun_path(self) -> Path:
+        """Its presence says that a worker has begun, and looks for :attr:`stop_path` now and then."""
+        return self.storage_dir / f"{self.name}.begun"
+
+    @property
     def stop_path(self) -> Path:
         """Its presence asks the workers to save a checkpoint and end."""
         return self.storage_dir / f"{self.name}.stop"
@@ -220,6 +225,8 @@ def train(job: FinetuneJob, threads: int, session: TrainingSession) -> dict[str,
         trainer, keeper = _make_trainer(job, output_dir, session)
         if session.rank == 0:
             ensure(job.log_path)
+            job.begun_path.touch()
+            publish(job.begun_path)
         with session.checkpoint() as folder:
             output = trainer.train(resume_from_checkpoint=folder)
         _publish_events(job, session)

@@ -131,7 +131,7 @@ class _Sleeps:
     def do(self, task: Task, turns: TaskTurns, reporter: TaskReporter) -> None:
         """All stages, one after another."""
         for stage in STAGES:
-            with turns.take(stage, Resources(), bag=False) as granted:
+            with turns.take(stage, Resources()) as granted:
                 progress = reporter.start(stage)
                 flight = Flight(1, Losses(stage, unheard))
                 flight.add(stage, lambda g=granted: self._task.options(**g.task_options()).remote(_SLEEP_S))  # type: ignore[misc]

@@ -49,7 +49,7 @@ class Waits:
 
     def do(self, task: Task, turns: TaskTurns, reporter: TaskReporter) -> None:
         for stage in STAGES:
-            with turns.take(stage, Resources(), bag=False):
+            with turns.take(stage, Resources()):
                 progress = reporter.start(stage)
                 with self._lock:
                     self.begun.append((task.name, stage))

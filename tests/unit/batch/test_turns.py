@@ -23,14 +23,14 @@ def turns(admission: Admission, makers: Makers, task: str, priority: int = 0) ->
 def test_a_stage_asks_for_its_workers_with_the_memory_that_is_planned() -> None:
     admission = Admission(lambda: Amount(cpus=3, memory=100))
     task = turns(admission, Makers(admission), "a")
-    with task.take("factorize", Resources(8), bag=True) as granted:
+    with task.take("factorize", Resources(8)) as granted:
         assert granted == Resources(3)
         [held] = admission.waiting().held
         assert held.amount == Amount(cpus=3, memory=21)
         assert held.ticket.standing.remaining == 50.0
-    with task.take("finetune", Resources(2, 1.0), bag=False) as granted:
+    with task.take("finetune", Resources(2, 1.0)) as granted:
         assert granted == Resources(2, 1.0)
-    with task.take("data", Resources(), bag=False):  # before all that is planned
+    with task.take("data", Resources()):  # before all that is planned
         assert admission.waiting().held[0].ticket.standing.remaining == 60.0
 
 
@@ -42,7 +42,7 @@ def test_a_maker_goes_with_the_priority_of_those_who_wait_for_it() -> None:
     order: list[str] = []
 
     def stage(task: TaskTurns) -> None:
-        with task.take("calibrate", Resources(), bag=False):
+        with task.take("calibrate", Resources()):
             order.append(task.standing.task)
 
     def make() -> None:
@@ -64,7 +64,7 @@ def test_a_maker_goes_with_the_priority_of_those_who_wait_for_it() -> None:
     waiting.__exit__(None, None, None)
     assert order == ["low", "middle"]
     # What is made after somebody has begun to wait for it goes with that priority from the start.
-    with high.waits_for("other"), low.makes("other"), low.take("calibrate", Resources(), bag=False):
+    with high.waits_for("other"), low.makes("other"), low.take("calibrate", Resources()):
         assert admission.waiting().held[0].ticket.standing.priority == 2
-    with low.take("calibrate", Resources(), bag=False):
+    with low.take("calibrate", Resources()):
         assert admission.waiting().held[0].ticket.standing.priority == 0

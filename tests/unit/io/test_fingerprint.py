@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from emloc_ray.io import fingerprint as module
-from emloc_ray.io.fingerprint import fingerprint, fingerprint_files, fingerprint_large_files
+from emloc_ray.io.fingerprint import content_of, fingerprint, fingerprint_files, fingerprint_large_files
 
 
 def test_key_order_does_not_count_but_list_order_and_values_do() -> None:
@@ -92,3 +92,16 @@ def test_what_the_hub_s_cache_names_by_its_content_goes_by_that(tmp_path: Path) 
     two.unlink()
     two.symlink_to(other)
     assert fingerprint_large_files([one]) != fingerprint_large_files([two])
+
+
+def test_content_tells_files_of_one_name_size_and_time_apart(tmp_path: Path) -> None:
+    files = []
+    for folder, byte in (("one", b"a"), ("two", b"b"), ("three", b"a")):
+        (tmp_path / folder).mkdir()
+        files.append(tmp_path / folder / "model.safetensors")
+        files[-1].write_bytes(byte * 2**26)
+        os.utime(files[-1], (1, 1))
+    one, two, three = files
+    assert fingerprint_large_files([one]) == fingerprint_large_files([two])  # as a start may, at no cost
+    assert content_of([one]) != content_of([two])
+    assert content_of([one]) == content_of([three])

@@ -10,7 +10,7 @@ from ray.exceptions import AuthenticationError, NodeDiedError, WorkerCrashedErro
 
 from emloc_ray.errors import StageError
 from emloc_ray.stages import cluster, failures
-from emloc_ray.stages.cluster import Resources, bounded, connection
+from emloc_ray.stages.cluster import Resources, bounded, connection, shortage
 from emloc_ray.stages.failures import Losses
 
 
@@ -19,6 +19,32 @@ def test_a_worker_has_no_more_threads_than_cpus(cpus: float, threads: int) -> No
     resources = Resources(2, cpus, 1)
     assert resources.threads == threads
     assert resources.options() == {"num_cpus": cpus, "num_gpus": 1}
+
+
+def nothing() -> None:
+    pass
+
+
+def test_a_process_that_had_a_gpu_ends_with_its_task() -> None:
+    """Ray would keep it: torch holds what it has taken, and stays with the GPU it has seen first."""
+    assert Resources(gpus_per_worker=0.5).task(nothing)._max_calls == 1
+    assert Resources().task(nothing)._max_calls == 0
+    assert Resources().task(nothing, alone=True)._max_calls == 1
+
+
+def test_what_no_node_has_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"Alive": True, "Resources": {"CPU": 4.0}}, {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 1.0}}]
+    monkeypatch.setattr(
+        cluster.ray, "nodes", lambda: [*nodes, {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 9.0}}]
+    )
+    assert shortage("merge", Resources(99, 8), together=False) is None
+    assert shortage("finetune", Resources(3, 4, 0), together=True) is None
+    assert shortage("merge", Resources(1, 9), together=False) == (
+        "merge asks for 9 CPUs a worker, the largest node has 8: it waits for one that fits."
+    )
+    assert "2 GPUs at once, the cluster has 1: it waits until more" in str(
+        shortage("f", Resources(2, 1, 1), together=True)
+    )
 
 
 @pytest.mark.parametrize("kind", [AuthenticationError, ConnectionError])
