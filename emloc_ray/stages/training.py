@@ -225,6 +225,7 @@ def train(job: FinetuneJob, threads: int, session: TrainingSession) -> dict[str,
         trainer, keeper = _make_trainer(job, output_dir, session)
         if session.rank == 0:
             ensure(job.log_path)
+            job.begun_path.parent.mkdir(parents=True, exist_ok=True)
             job.begun_path.touch()
             publish(job.begun_path)
         with session.checkpoint() as folder:
