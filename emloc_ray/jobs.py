@@ -9,6 +9,7 @@ from typing import Any
 
 from emloc_ray.config import StageConfig
 from emloc_ray.data.token_shards import TokenShards
+from emloc_ray.layout import adapter_settings
 from emloc_ray.memory import MemoryModel
 from emloc_ray.modeling.architecture import load_config
 from emloc_ray.planner import num_steps, row_lengths
@@ -107,7 +108,7 @@ class Jobs:
         config, layout = self.prepared.config, self.prepared.layout
         section = config.correction
         has_grams = bool(layout.ranks) and config.calibration.keep == "grams"
-        method = section.method if layout.ranks else "none"
+        method = section.method if layout.ranks and config.adapter.is_additive else "none"
         return CorrectionJob(
             model_dir=self.model_dir,
             emulator_dir=self._path("emulator"),
@@ -118,6 +119,7 @@ class Jobs:
             specs=layout.specs,
             candidates=tuple(candidates(method, section.clamp, section.strength, has_grams)),
             dampening_frac=section.dampening_frac,
+            update_tolerance=section.update_tolerance,
             batch_size=config.evaluation.batch_size,
             loss_on=config.finetune.loss_on,
             pad_token_id=self._pad_token_id(),
@@ -145,7 +147,7 @@ class Jobs:
             emulator_dir=self._path("emulator"),
             trained_adapter_dir=self._path("adapter_emulator"),
             corrected_adapter_dir=self._path("adapter"),
-            merged_dir=self._path("merged"),
+            merged_dir=None if config.adapter.is_prompt else self._path("merged"),
             tokens_dir=self.tokens("eval"),
             loss_on=config.finetune.loss_on,
             batch_size=section.batch_size,
@@ -179,10 +181,10 @@ class Jobs:
         return targets if isinstance(targets, str) else list(targets)
 
     def _adapter_settings(self) -> dict[str, Any]:
-        layout = self.prepared.layout
-        settings = self.prepared.config.adapter.model_dump(exclude={"target_modules", "exclude_modules"})
-        transposed = any(spec.transposed for spec in layout.specs if spec.name in layout.adapted)
-        return {**settings, "target_modules": list(layout.adapted), "fan_in_fan_out": transposed}
+        settings = adapter_settings(self.prepared.config.adapter, self.prepared.layout)
+        if settings.get("prompt_tuning_init") == "TEXT":
+            settings["tokenizer_name_or_path"] = str(self.model_dir)
+        return settings
 
 
 def resources(section: StageConfig) -> Resources:

@@ -10,6 +10,7 @@ from emloc_ray.config import AdapterConfig, RunConfig
 from emloc_ray.core.ranks import rank_for_ratio
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.adapter import portable_targets
+from emloc_ray.modeling.adapter_methods import default_targets, feedforward_names
 from emloc_ray.modeling.architecture import LinearSpec, block_linears, learned_positions, shared_inputs
 from emloc_ray.modeling.matching import check_table, lookup, select
 
@@ -42,6 +43,8 @@ class Layout:
     num_parameters: int
     head_parameters: int
     hidden_size: int
+    adapter_parameters: int | None = None  # of another method than LoRA's, whose follow from ranks
+    feedforward: tuple[str, ...] = ()  # of the adapted linears those whose input IA³ scales
 
     @property
     def parameters_targeted(self) -> int:
@@ -86,7 +89,9 @@ def make_layout(config: RunConfig, skeleton: Skeleton) -> Layout:
         ConfigError: naming every pattern that fits nothing, one sentence a line.
     """
     specs = skeleton.specs
-    compressed, adapted = _matched(config, specs)
+    model_type = _model_type(skeleton.config)
+    compressed, adapted = _matched(config, specs, model_type)
+    forward = config.adapter.settings.get("feedforward_modules")
     return Layout(
         specs,
         skeleton.groups,
@@ -97,10 +102,23 @@ def make_layout(config: RunConfig, skeleton: Skeleton) -> Layout:
         skeleton.num_parameters,
         skeleton.head_parameters,
         skeleton.hidden_size,
+        feedforward=tuple(feedforward_names(forward, model_type, adapted)) if config.adapter.method == "ia3" else (),
     )
 
 
-def _matched(config: RunConfig, specs: Sequence[LinearSpec]) -> tuple[list[str], list[str]]:
+def adapter_settings(adapter: AdapterConfig, layout: Layout) -> dict[str, Any]:
+    """As :func:`emloc_ray.modeling.adapter_methods.adapter_config` takes them: the method's own, and the linears' names."""
+    transposed = any(spec.transposed for spec in layout.specs if spec.name in layout.adapted)
+    forward = {"feedforward_modules": list(layout.feedforward)} if adapter.method == "ia3" else {}
+    names = {"target_modules": list(layout.adapted), "fan_in_fan_out": transposed, **forward}
+    return {"method": adapter.method, **adapter.settings, **names}
+
+
+def _model_type(model_config: Any) -> str:
+    return str(getattr(model_config.get_text_config(), "model_type", None) or model_config.model_type)
+
+
+def _matched(config: RunConfig, specs: Sequence[LinearSpec], model_type: str) -> tuple[list[str], list[str]]:
     """The linears that are compressed, and those that are adapted."""
     names = [spec.name for spec in specs]
     emulator, adapter = config.emulator, config.adapter
@@ -116,18 +134,27 @@ def _matched(config: RunConfig, specs: Sequence[LinearSpec]) -> tuple[list[str],
     compressed = attempt(
         lambda: select(names, emulator.target_modules, emulator.exclude_modules, "emulator.target_modules")
     )
-    adapted = attempt(lambda: select(names, adapter.target_modules, adapter.exclude_modules, "adapter.target_modules"))
+    adapted = attempt(lambda: _adapted(adapter, names, model_type))
     for key, table in (
         ("emulator.ratios", emulator.ratios),
         ("adapter.rank_pattern", adapter.rank_pattern),
         ("adapter.alpha_pattern", adapter.alpha_pattern),
     ):
         attempt(lambda table=table, key=key: check_table(names, table, key))  # type: ignore[misc]
-    if not errors:
+    if not errors and adapter.is_lora:
         attempt(lambda: _check_adapter_ranks(adapter, [spec for spec in specs if spec.name in set(adapted or ())]))
     if errors or compressed is None or adapted is None:
         raise ConfigError("\n".join(errors))
     return compressed, adapted
+
+
+def _adapted(adapter: AdapterConfig, names: Sequence[str], model_type: str) -> list[str]:
+    if adapter.is_prompt:
+        return []
+    targets = adapter.target_modules
+    if targets is None:
+        targets = default_targets(adapter.method, model_type)
+    return select(names, targets, adapter.exclude_modules, "adapter.target_modules")
 
 
 def _check_adapter_ranks(adapter: AdapterConfig, specs: Sequence[LinearSpec]) -> None:

@@ -18,7 +18,7 @@ from emloc_ray.io.node_cache import discard, exists, hashes
 from emloc_ray.io.resume import begun_with, discard_unless
 from emloc_ray.planner import make_plan
 from emloc_ray.preparation import Prepared, check_disk, prepare
-from emloc_ray.remarks import cut_rows, over_budget, shortfall, thin_calibration
+from emloc_ray.remarks import cut_rows, no_merge, over_budget, shortfall, thin_calibration
 from emloc_ray.reporter import Reporter, Reporters, SilentReporter
 from emloc_ray.run_log import RunLog
 from emloc_ray.stages import STAGES
@@ -364,7 +364,13 @@ class Pipeline:
         self.steps.run("correct", inputs, [self.directory.path("adapter")], execute, asked)
 
     def merge(self) -> None:
-        """The original with the corrected adapter folded in."""
+        """The original with the corrected adapter folded in; none where the adapter changes no weight."""
+        if self.config.adapter.is_prompt:
+            self.inputs["merge"] = self.inputs["correct"]
+            self.directory.forget("merge")
+            discard(self.directory.path("merged"))
+            self._tell(no_merge(self.config))
+            return
         from emloc_ray.jobs import resources
         from emloc_ray.stages.merge import merge
 

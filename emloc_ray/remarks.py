@@ -62,3 +62,8 @@ def thin_calibration(config: RunConfig, fewest_tokens: int | None, layout: Layou
     section = config.calibration
     key = "num_calibration_samples" if section.num_calibration_tokens is None else "num_calibration_tokens"
     return f"Calibration saw {fewest_tokens} tokens, fewer than the highest rank {highest}: raise calibration.{key}."
+
+
+def no_merge(config: RunConfig) -> str:
+    """Where there is no merged model: what there is instead."""
+    return f"merge: {config.adapter.method} changes no weight, so there is no merged/: the original is served with adapter/."

@@ -80,12 +80,17 @@ def _loss_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(logits, targets, reduction="sum"), correct
 
 
+def _chosen(hidden: Tensor, positions: Tensor) -> Tensor:
+    """Counted from the end: prompt tuning puts virtual tokens before the row's."""
+    return hidden[:, -positions.shape[1] :][positions]
+
+
 @contextlib.contextmanager
 def _logits_at(model: Any, positions: Tensor) -> Iterator[None]:
     """The head sees only ``positions (rows, length)`` of the hidden states: logits are ``(1, positions, vocabulary)``."""
 
     def select(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][positions].unsqueeze(0), *args[1:])
+        return (_chosen(args[0], positions).unsqueeze(0), *args[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
@@ -111,7 +116,7 @@ def _loss_in_the_head(model: Any, positions: Tensor, targets: Tensor) -> Iterato
         return _loss_of(compute(hidden), wanted)
 
     def forward(hidden: Tensor) -> Tensor:
-        chosen = hidden[positions]
+        chosen = _chosen(hidden, positions)
         step = chunk_tokens(_hidden_size(head))
         parts = [
             checkpoint(chunk_loss, chosen[start : start + step], targets[start : start + step], use_reentrant=False)

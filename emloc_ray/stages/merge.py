@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from emloc_ray.core.merging import merge_rows
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.atomic import copy_file
 from emloc_ray.io.checkpoint import INDEX_NAME, Checkpoint, Shard, TensorEntry, write_index
 from emloc_ray.io.node_cache import exists
-from emloc_ray.io.shard_writing import chunk_limit, copy_chunks, make_header, row_chunks, stream_shard
-from emloc_ray.modeling.adapter import Adapter, LoraModule
+from emloc_ray.io.shard_writing import chunk_limit, copy_chunks, make_header, stream_shard
+from emloc_ray.modeling.adapter import Adapter
+from emloc_ray.modeling.adapter_merging import changed_tensors, merged_chunks
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.loading import copy_tokenizer
 from emloc_ray.stages.cluster import Progress, Resources, bounded, set_threads, silent
@@ -70,7 +70,7 @@ def merge_shard(job: MergeJob, shard: Shard, target: Path) -> int:
             if spec is None:
                 yield entry, copy_chunks(entry, chunk_bytes)
             else:
-                yield entry, _merged(entry, adapter.module(spec.name), spec.transposed, chunk_bytes)
+                yield entry, merged_chunks(entry, adapter, spec, chunk_bytes)
 
     stream_shard(target, shard.header, tensors())
     return len(touched)
@@ -78,17 +78,8 @@ def merge_shard(job: MergeJob, shard: Shard, target: Path) -> int:
 
 def _touched(job: MergeJob, adapter: Adapter, shard: Shard) -> dict[str, LinearSpec]:
     """The shard's tensors that the adapter changes, with their linears."""
-    named, inside = set(adapter.names), {entry.name for entry in shard.entries}
-    return {spec.weight_name: spec for spec in job.specs if spec.name in named and spec.weight_name in inside}
-
-
-def _merged(entry: TensorEntry, lora: LoraModule, transposed: bool, chunk_bytes: int) -> Iterator[torch.Tensor]:
-    own_bytes = max(1, chunk_bytes * entry.dtype.itemsize // 4)  # of the stored dtype: chunk_bytes counts float32
-    for begin, rows in row_chunks(entry, own_bytes):
-        merged = merge_rows(rows, lora.lora_a, lora.lora_b, lora.scale, begin, transposed)
-        del rows
-        yield merged
-        del merged
+    inside = {entry.name for entry in shard.entries}
+    return {name: spec for name, spec in changed_tensors(adapter, job.specs).items() if name in inside}
 
 
 def merge(job: MergeJob, resources: Resources, progress: Progress = silent, tell: Tell = unheard) -> dict[str, Any]:
@@ -117,10 +108,12 @@ def merge(job: MergeJob, resources: Resources, progress: Progress = silent, tell
         Losses("merge", tell),
         progress,
     )
-    expected = len(Adapter(job.adapter_dir).names)
+    adapter = Adapter(job.adapter_dir)
+    known = {spec.name for spec in job.specs}
+    expected = len(changed_tensors(adapter, job.specs)) + sum(name not in known for name in adapter.names)
     if sum(changed) != expected:
         raise ArtifactError(
-            f"{job.adapter_dir} names {expected} modules, of which {job.model_dir} holds {sum(changed)}: they do not fit."
+            f"{job.adapter_dir} changes {expected} tensors, of which {job.model_dir} holds {sum(changed)}: they do not fit."
         )
     copy_file(job.model_dir / "config.json", job.out_dir / "config.json")
     _write_index(job, shards, named)

@@ -21,7 +21,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from emloc_ray.data.ingest import SampleOrder, stream_batches
 from emloc_ray.data.token_shards import TokenShards, collate
 from emloc_ray.io.node_cache import ensure, exists, publish
-from emloc_ray.modeling.adapter import attach_adapter, lora_config, save_trained_adapter
+from emloc_ray.modeling.adapter import attach_adapter, save_trained_adapter
+from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import load_config
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import label_mask, token_loss
@@ -34,7 +35,8 @@ _POLL_S = 0.5
 
 @dataclass(frozen=True)
 class FinetuneJob:
-    """Artifact paths and flat settings; ``adapter`` as :func:`emloc_ray.modeling.adapter.lora_config` takes them."""
+    """Artifact paths and flat settings; ``adapter`` as :func:`~emloc_ray.modeling.adapter_methods.adapter_config` takes
+    them."""
 
     emulator_dir: Path
     tokens_dir: Path
@@ -274,7 +276,7 @@ def _make_trainer(job: FinetuneJob, output_dir: str, session: TrainingSession) -
     with scattered_in(_stored_dtype(job)) if job.zero_config else contextlib.nullcontext():
         model = load_model(job.emulator_dir, **job.model_options)
     torch.manual_seed(job.seed)  # the same A on every rank
-    model = attach_adapter(model, lora_config(**job.adapter))
+    model = attach_adapter(model, adapter_config(**job.adapter))
     order = SampleOrder(
         len(TokenShards(job.tokens_dir)),
         job.batch_size,
