@@ -261,7 +261,7 @@ def save_trained_adapter(
 def _portable_feedforward(config: dict[str, Any], targets: Patterns) -> tuple[Patterns, list[str]]:
     """IA³'s targets and which of them are feed-forward: suffixes where PEFT, which wants the one inside the other and goes
     by the ends of names, reads the same from them; else full names. ``config`` has full names of both."""
-    adapted, forward = config["target_modules"], config["feedforward_modules"]
+    adapted, forward = sorted(config["target_modules"]), sorted(config["feedforward_modules"])  # PEFT keeps sets
     short = suffixes(forward)
     others = [name for name in adapted if name not in forward]
     inside = isinstance(targets, str) or set(short) <= set(targets)
