@@ -39,6 +39,8 @@ ON_LINEARS = tuple(name for name in CASES if name not in PROMPTS)
 
 def fits(case: str, family: str) -> bool:
     """Whether PEFT takes the method on the family: its LoHa and LoKr know no Conv1D."""
+    if family == "qwen2":  # for what it has beside a Llama, biases
+        return case in ("dora", "dora with dropout", "ia3")
     return family != "gpt2" or CASES[case][0] not in ("loha", "lokr")
 
 

@@ -21,6 +21,9 @@ from torch import Tensor
 
 _ROWS = 1024  # of a layer, turned to float64 at a time
 
+# Directions weaker than this fraction of the strongest one carry no update that float32 could tell from noise.
+_DROP_BELOW = 1e-6
+
 
 class Subspace(NamedTuple):
     """``ΔW ≈ B A``: ``lora_a (k, in)`` with orthonormal rows, ``lora_b (out, k)``, ``error = ‖ΔW − B A‖_F / ‖ΔW‖_F``."""
@@ -176,7 +179,7 @@ def _cut(u: Tensor, s: Tensor, vh: Tensor, tolerance: float) -> Subspace:
 
 def _rank_within(s: Tensor, tolerance: float) -> int:
     """The least k of at least 1 with ``‖s_k…‖ ≤ tolerance · ‖s‖``; what is rounding beside the largest never counts."""
-    s = torch.where(s > 1e-14 * s[0], s, 0.0)
+    s = torch.where(s > _DROP_BELOW * s[0], s, 0.0)
     rest = s.square().flip(0).cumsum(0).flip(0).sqrt()  # of s_k and all below it
     return max(1, int((rest > tolerance * rest[0]).sum()))
 

@@ -71,7 +71,8 @@ def load_adapter(model: Any, directory: Path, name: str = "default") -> PeftMode
         if isinstance(model, PeftModel):
             model.load_adapter(directory, adapter_name=name, peft_config=config)
             return model
-        return PeftModel.from_pretrained(model, directory, adapter_name=name, config=config)
+        loaded = PeftModel.from_pretrained(model, directory, adapter_name=name, config=config)
+    return loaded.requires_grad_(False)  # a prompt's encoder would learn on
 
 
 def detach_adapter(model: PeftModel) -> Any:

@@ -52,7 +52,7 @@ def token_loss(model: Any, batch: dict[str, Tensor], loss_on: str, head_owner: A
             loss = model(**inputs).logits.sum()
         correct = torch.stack(counts).sum()
     else:
-        with _logits_at(owner, predicting):
+        with logits_at(owner, predicting):
             loss, correct = _loss_of(model(**inputs).logits[0], targets)
     return TokenLoss(loss, correct, int(targets.numel()))
 
@@ -86,7 +86,7 @@ def _chosen(hidden: Tensor, positions: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _logits_at(model: Any, positions: Tensor) -> Iterator[None]:
+def logits_at(model: Any, positions: Tensor) -> Iterator[None]:
     """The head sees only ``positions (rows, length)`` of the hidden states: logits are ``(1, positions, vocabulary)``."""
 
     def select(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
