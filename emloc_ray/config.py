@@ -304,20 +304,20 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _adapter_agrees(self) -> RunConfig:
-        method = self.adapter.method
+        method, problems = self.adapter.method, []
         if method == "prefix_tuning" and self.finetune.gradient_checkpointing:
-            raise ValueError(
+            problems.append(
                 "finetune.gradient_checkpointing drops the cache that prefix_tuning works through: set it to false"
             )
         if self.finetune.deepspeed is not None and method not in ("lora", "rslora"):
-            raise ValueError(
-                f"finetune.deepspeed goes with adapter.method lora or rslora, not with {method}: remove it"
-            )
+            problems.append(f"finetune.deepspeed goes with adapter.method lora or rslora, not with {method}: remove it")
         if not self.adapter.is_additive and self.correction.method not in ("auto", "none"):
-            raise ValueError(
+            problems.append(
                 f"correction.method: {self.correction.method} corrects what is added to a weight, which {method} does not"
                 " do: leave it at auto"
             )
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
     @model_validator(mode="after")

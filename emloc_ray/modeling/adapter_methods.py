@@ -48,6 +48,7 @@ CONFIGS: dict[str, type[PeftConfig]] = {
 _SET_HERE = {
     *(field.name for field in dataclasses.fields(PeftConfig)),
     *("fan_in_fan_out", "num_transformer_submodules", "save_projection", "use_effective_conv2d"),
+    *("token_dim", "num_layers", "num_attention_heads"),
 }
 _ELSEWHERE = {
     "layers_to_transform": "name the layers in adapter.target_modules",
@@ -184,9 +185,11 @@ def count_parameters(model: Any, method: str, settings: dict[str, Any]) -> int:
     Raises:
         ConfigError: where the method's config does not fit the model.
     """
+    if settings.get("prompt_tuning_init") == "TEXT":
+        settings = {**settings, "tokenizer_name_or_path": "the model's"}
     config = adapter_config(method, **settings)
     if isinstance(config, PromptTuningConfig):  # whatever it begins with: a model on the meta device has no embeddings
-        config = adapter_config(method, num_virtual_tokens=config.num_virtual_tokens, token_dim=config.token_dim)
+        config = adapter_config(method, num_virtual_tokens=config.num_virtual_tokens)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -28,7 +28,11 @@ TASKS: dict[str, dict[str, Any]] = {
     "lokr": {"adapter": {"method": "lokr", "r": 2, "alpha": 4}, "correction.method": "projection"},
     "vera": {"adapter": {"method": "vera", "r": 16}, "finetune.learning_rate": 0.05},
     "ia3": {"adapter": {"method": "ia3"}, "finetune.learning_rate": 0.05},
-    "prefix": {"adapter": {"method": "prefix_tuning", "num_virtual_tokens": 4}, "finetune.learning_rate": 0.05},
+    "prefix": {  # by two ranks of a group
+        "adapter": {"method": "prefix_tuning", "num_virtual_tokens": 4},
+        "finetune.learning_rate": 0.05,
+        "finetune.num_workers": 2,
+    },
 }
 
 

@@ -271,3 +271,46 @@ def test_a_file_that_leaves_nothing_to_train_on_is_refused(refused: Callable[...
     assert "held out" not in refused(
         data={"train": {"path": str(write_rows(tmp_path / "three.jsonl", 3))}}, adapter={"r": 9999}
     )
+
+
+@pytest.mark.parametrize(
+    ("family", "adapter", "said"),
+    [
+        ("gpt2", {"method": "lokr"}, "lokr with these settings does not fit the model"),
+        ("llama", {"method": "loha", "target_modules": ["q_prj"]}, "adapter.target_modules: 'q_prj' matches none"),
+        ("llama", {"method": "ia3", "feedforward_modules": ["up_proj"]}, "'up_proj' matches none of the 6 adapted"),
+        ("gpt2", {"method": "prefix_tuning", "num_virtual_tokens": 100}, "with 100 virtual tokens before them"),
+        ("opt", {"method": "ia3"}, None),
+        ("llama", {"method": "vera"}, None),
+    ],
+)
+def test_an_adapter_that_does_not_fit_the_model_is_one_sentence(
+    family: str,
+    adapter: dict[str, Any],
+    said: str | None,
+    tmp_path: Path,
+    tiny_model_dir: Callable[..., Path],
+    task_file: Path,
+) -> None:
+    values = {
+        "run_dir": str(tmp_path / "run"),
+        "model": {"source": str(tiny_model_dir(family))},
+        "data": {"train": {"path": str(task_file)}, "format": "prompt_completion", "max_seq_length": 64},
+        "adapter": adapter,
+    }
+    if said is None:
+        found = prepare(parse_config(values)).layout
+        assert found.adapted
+        assert found.adapter_parameters
+        return
+    with pytest.raises(ConfigError) as caught:
+        prepare(parse_config(values))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_ia3_adapts_what_peft_would_by_default() -> None:
+    found = layout(adapter={"method": "ia3"})
+    assert {name.rsplit(".", 1)[-1] for name in found.adapted} == {"k_proj", "v_proj", "down_proj"}
+    assert found.feedforward == ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj")
+    assert not layout(adapter={"method": "prompt_tuning", "num_virtual_tokens": 2}).adapted
