@@ -196,9 +196,7 @@ class Pipeline:
     def calibrate(self) -> None:
         """One Gram per shared input of the linears that compression targets; what they serve is factorized meanwhile."""
         if not self.layout.ranks:
-            self.inputs["calibrate"] = "none needed"
-            self.directory.forget("calibrate")
-            discard(self.directory.path("calibration"))
+            self.steps.leave_out("calibrate", "none needed", self.directory.path("calibration"))
             return
         from emloc_ray.jobs import resources
         from emloc_ray.stages.calibrate import calibrate
@@ -206,7 +204,6 @@ class Pipeline:
         from emloc_ray.stages.convergence import calibrate_until_converged
 
         steps = self.steps
-
         section, out_dir = self.config.calibration, self.directory.path("calibration")
         inputs: dict[str, Any] = {
             "model": self.inputs["import"],
@@ -366,9 +363,7 @@ class Pipeline:
     def merge(self) -> None:
         """The original with the corrected adapter folded in; none where the adapter changes no weight."""
         if self.config.adapter.is_prompt:
-            self.inputs["merge"] = self.inputs["correct"]
-            self.directory.forget("merge")
-            discard(self.directory.path("merged"))
+            self.steps.leave_out("merge", self.inputs["correct"], self.directory.path("merged"))
             self._tell(no_merge(self.config))
             return
         from emloc_ray.jobs import resources
