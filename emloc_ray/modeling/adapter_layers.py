@@ -22,11 +22,12 @@ from peft.tuners.lokr.layer import Linear as LoKrLinear
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.vera.layer import Linear as VeraLinear
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from emloc_ray.core.updates import paired_columns, row_norms
 from emloc_ray.modeling.emulator import FactorizedLinear
+
+_COLUMNS = 256  # of W_E, seen at a time
 
 
 class _StandIn(nn.Linear):
@@ -156,23 +157,41 @@ class FactorizedDora(DoraLinearLayer):
         """What is added to the base's output: ``(g − 1) (W_E x) + g s B A x`` with ``g = m / ‖W_E + s B A‖``."""
         norms = self.norms(base_layer, lora_A.weight, lora_B.weight, scaling)
         gain = self.weight / norms.clamp_min(torch.finfo(norms.dtype).tiny)
-        if base_result is None:  # dropout: of what the adapter reads
-            base_result = base_layer(x.to(_device_and_dtype(base_layer)[1]))
         bias = base_layer.up.bias
-        plain = base_result if bias is None else base_result - bias
+        if base_result is None:  # dropout: of what the adapter reads
+            plain = _without_bias(base_layer, x)
+        else:
+            plain = base_result if bias is None else base_result - bias
         added: Tensor = (gain - 1) * plain + gain * scaling * lora_B(lora_A(x))
         return added
 
     @torch.no_grad()
     def norms(self, base_layer: Any, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-        """``‖W_E + s B A‖`` of every row ``(out,)`` in float32 or the adapter's wider dtype."""
-        up, down = dequantize_module_weight(base_layer.up), dequantize_module_weight(base_layer.down)
-        base = self.__dict__.get("_base_squares")
-        if base is None or base.device != up.device:  # of frozen factors: made once
-            wide = up.float()
-            base = self.__dict__["_base_squares"] = ((wide @ (down.float() @ down.float().T)) * wide).sum(dim=1)
+        """``‖W_E + s B A‖`` of every row ``(out,)`` in float32.
+
+        By what the base gives alone, so that its factors may be stored in any way: ``W_E Aᵀ`` at every step, and once,
+        as they are frozen, ``W_E`` a few columns at a time.
+        """
         a, b = lora_a.float(), lora_b.float()
-        return row_norms(base, up.float() @ (down.float() @ a.T), a, b, scaling)
+        squares = self.__dict__.get("_squares")
+        if squares is None or squares.device != a.device:
+            squares = self.__dict__["_squares"] = _squared_rows(base_layer, a.device)
+        return row_norms(squares, _without_bias(base_layer, a).float().T, a, b, scaling)
+
+
+def _squared_rows(base_layer: Any, device: torch.device) -> Tensor:
+    total = torch.zeros(base_layer.out_features, device=device)
+    for begin in range(0, base_layer.in_features, _COLUMNS):
+        at = torch.arange(begin, min(begin + _COLUMNS, base_layer.in_features), device=device)
+        columns = torch.zeros(len(at), base_layer.in_features, device=device)
+        columns[at - begin, at] = 1
+        total += _without_bias(base_layer, columns).float().square().sum(dim=0)
+    return total
+
+
+def _without_bias(base_layer: Any, x: Tensor) -> Tensor:
+    y: Tensor = base_layer(x.to(_device_and_dtype(base_layer)[1]))
+    return y if base_layer.up.bias is None else y - base_layer.up.bias
 
 
 ON_FACTORS: dict[type, type] = {
