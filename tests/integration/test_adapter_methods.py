@@ -48,7 +48,7 @@ def ended(
         task_file,
         calibration=ONE,
         emulator=ONE,
-        finetune={**ONE, "max_steps": 4},
+        finetune={**ONE, "max_steps": 4, "save_steps": 2},
         merge=ONE,
         evaluation={**ONE, "num_samples": 8},
     )
