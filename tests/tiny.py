@@ -13,14 +13,21 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 FAMILIES = ("llama", "qwen2", "gpt2")
+EXPERT_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
 VOCABULARY = 300
 HIDDEN = 64
 PAD, EOS = 0, 1
@@ -49,7 +56,8 @@ def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
 
 
 def make_config(family: str, *, tied: bool = False, **changes: Any) -> Any:
-    """A two-layer config of hidden size ``HIDDEN``: llama, qwen2 (biases on q, k, v), gpt2 (Conv1D) or opt."""
+    """A two-layer config of hidden size ``HIDDEN``: llama, qwen2 (biases on q, k, v), gpt2 (Conv1D), opt, or
+    with four experts a layer, two of them a token: mixtral, qwen2_moe (a shared expert), qwen3_moe (its first layer dense)."""
     common = {
         "vocab_size": VOCABULARY,
         "pad_token_id": PAD,
@@ -63,12 +71,27 @@ def make_config(family: str, *, tied: bool = False, **changes: Any) -> Any:
     if family == "opt":
         return OPTConfig(ffn_dim=2 * HIDDEN, word_embed_proj_dim=HIDDEN, **{**sizes, **common, **changes})
     sizes |= {"intermediate_size": 2 * HIDDEN, "num_key_value_heads": 2}
+    if family == "mixtral":
+        return MixtralConfig(num_local_experts=4, **{**sizes, **common, **changes})
+    if family in EXPERT_FAMILIES:
+        sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+        if family == "qwen2_moe":
+            return Qwen2MoeConfig(shared_expert_intermediate_size=96, **{**sizes, **common, **changes})
+        return Qwen3MoeConfig(head_dim=16, mlp_only_layers=[0], **{**sizes, **common, **changes})
     return {"llama": LlamaConfig, "qwen2": Qwen2Config}[family](**{**sizes, **common, **changes})
 
 
 def make_model(family: str, *, dtype: str = "float32", tied: bool = False, seed: int = 0, **changes: Any) -> Any:
     """A random model with random biases too, in evaluation mode."""
-    classes = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM, "gpt2": GPT2LMHeadModel, "opt": OPTForCausalLM}
+    classes = {
+        "llama": LlamaForCausalLM,
+        "qwen2": Qwen2ForCausalLM,
+        "gpt2": GPT2LMHeadModel,
+        "opt": OPTForCausalLM,
+        "mixtral": MixtralForCausalLM,
+        "qwen2_moe": Qwen2MoeForCausalLM,
+        "qwen3_moe": Qwen3MoeForCausalLM,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = classes[family](make_config(family, tied=tied, **changes))
@@ -117,10 +140,11 @@ def save_emulator(model_dir: Path, directory: Path, rank: int = 8) -> Path:
     """Saves an emulator of a saved model: every linear in its blocks at one rank, but the last, which stays dense."""
     from emloc_ray.modeling.architecture import block_linears
     from emloc_ray.modeling.emulator import write_emulator_config
+    from emloc_ray.modeling.experts import unfuse
 
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto")
+    model = unfuse(AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto"))
     ranks = {spec.name: rank for spec in block_linears(model)[:-1]}
-    make_emulator(model, ranks).save_pretrained(directory, max_shard_size="100KB")
+    make_emulator(model, ranks).save_pretrained(directory, max_shard_size="100KB", save_original_format=False)
     write_emulator_config(directory, model.config, ranks)
     make_tokenizer().save_pretrained(directory)
     return directory

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.node_cache import ensure
+from emloc_ray.modeling.experts import experts_of, owner_of, routed_share, unfuse
 
 _ROUTER = re.compile(r"(.*\.)?(router|gate|shared_expert_gate)")
 
@@ -24,7 +25,8 @@ _ROUTER = re.compile(r"(.*\.)?(router|gate|shared_expert_gate)")
 @dataclass(frozen=True)
 class LinearSpec:
     """A linear inside one of the model's blocks: ``y = W x``, ``W (out, in)``; ``transposed`` where the checkpoint
-    stores ``(in, out)`` (``Conv1D``)."""
+    stores ``(in, out)`` (``Conv1D``). ``routed_share`` is the share of all tokens that a router sends to the mean linear of
+    its kind, one of an expert's; None where all tokens are read."""
 
     name: str
     out_features: int
@@ -32,6 +34,7 @@ class LinearSpec:
     has_bias: bool
     transposed: bool
     block: str
+    routed_share: float | None = None
 
     @property
     def weight_name(self) -> str:
@@ -56,10 +59,11 @@ def auto_class(config: Any) -> Any:
 
 
 def empty_model(config: Any, trust_remote_code: bool = False, attn_implementation: str | None = None) -> Any:
-    """The model on the meta device: names and shapes, no weights."""
+    """The model on the meta device, its experts unfused: names and shapes, no weights."""
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with init_empty_weights(include_buffers=True):
-        return auto_class(config).from_config(config, trust_remote_code=trust_remote_code, **options).eval()
+        model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code, **options).eval()
+        return unfuse(model)
 
 
 def learned_positions(model: nn.Module) -> int | None:
@@ -85,10 +89,12 @@ def block_names(model: nn.Module) -> list[str]:
 def block_linears(model: nn.Module) -> list[LinearSpec]:
     """Every linear inside the model's blocks, routers left out, in the model's order."""
     specs = []
+    shares = {name: routed_share(model, name) for name in experts_of(model)}
     for block in block_names(model):
         for name, module in model.get_submodule(block).named_modules(prefix=block):
             if _is_linear(module) and not _ROUTER.fullmatch(name):
-                specs.append(_spec(name, module, block))
+                owner = owner_of(name)
+                specs.append(_spec(name, module, block, shares.get(owner[0]) if owner else None))
     if not specs:
         raise ConfigError(f"{type(model).__name__} has no linears inside repeated blocks: nothing to compress there.")
     return specs
@@ -99,11 +105,11 @@ def _is_linear(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, Conv1D, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
-def _spec(name: str, module: Any, block: str) -> LinearSpec:
+def _spec(name: str, module: Any, block: str, share: float | None) -> LinearSpec:
     if isinstance(module, Conv1D):
         in_features, out_features = module.weight.shape
         return LinearSpec(name, out_features, in_features, True, True, block)
-    return LinearSpec(name, module.out_features, module.in_features, module.bias is not None, False, block)
+    return LinearSpec(name, module.out_features, module.in_features, module.bias is not None, False, block, share)
 
 
 class _ScalarsAreZero(TorchDispatchMode):

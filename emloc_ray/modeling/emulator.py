@@ -17,6 +17,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from emloc_ray.modeling.experts import unfuse
+
 AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM")
 
 
@@ -79,7 +81,7 @@ def _shape(linear: Any) -> tuple[int, int]:
 
 
 def emulator_class(base: type[PreTrainedModel], config: EmulatorModelConfig) -> type[PreTrainedModel]:
-    """The original's model class, built with factors in place of the linears that ``config.ranks`` names.
+    """The original's model class, its experts unfused, with factors in place of the linears that ``config.ranks`` names.
 
     Being that class, it loads by its own ``from_pretrained``: dtype, device map and 4-bit options all apply.
     """
@@ -87,11 +89,12 @@ def emulator_class(base: type[PreTrainedModel], config: EmulatorModelConfig) -> 
     class Emulator(base):  # type: ignore[valid-type, misc]
         def __init__(self, base_config: Any, *args: Any, **kwargs: Any) -> None:
             super().__init__(base_config, *args, **kwargs)
-            factorize_modules(self, config.ranks)
+            factorize_modules(unfuse(self), config.ranks)
 
         def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
             """Saves as an emulator: under the original's type it would load as dense layers with random weights."""
-            super().save_pretrained(save_directory, *args, **kwargs)
+            # Under the names in memory: those on disk may have no place for factors, or for experts apart.
+            super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
             write_emulator_config(Path(save_directory), self.config, config.ranks)
 
     Emulator.__name__ = Emulator.__qualname__ = base.__name__

@@ -23,6 +23,7 @@ from emloc_ray.errors import ArtifactError, StageError
 from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.modeling.architecture import auto_class, block_names, empty_model, load_config, traced_inputs
 from emloc_ray.modeling.block_outputs import BlockOutput
+from emloc_ray.modeling.experts import unfuse
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,10 @@ class BlockReplay:
         self.flow = block_flow(config, trust_remote_code)
         options = {"attn_implementation": attn_implementation} if attn_implementation else {}
         with init_empty_weights(include_buffers=False):
-            self.model: Any = auto_class(config).from_config(
+            model = auto_class(config).from_config(
                 config, dtype=self.dtype, trust_remote_code=trust_remote_code, **options
             )
+            self.model: Any = unfuse(model)
         self.model.eval().requires_grad_(False)
         self.body = getattr(self.model, self.model.base_model_prefix, self.model)
         self._current = -1
