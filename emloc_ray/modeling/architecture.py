@@ -16,15 +16,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from emloc_ray.errors import ConfigError
+from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.io.node_cache import ensure
 
 _ROUTER = re.compile(r"(.*\.)?(router|gate|shared_expert_gate)")
 
 
 @dataclass(frozen=True)
+class StoredRows:
+    """A tensor of the checkpoint that holds a weight's stored rows from ``begin`` on."""
+
+    name: str
+    begin: int = 0
+
+
+@dataclass(frozen=True)
 class LinearSpec:
     """A linear inside one of the model's blocks: ``y = W x``, ``W (out, in)``; ``transposed`` where the checkpoint
-    stores ``(in, out)`` (``Conv1D``)."""
+    stores ``(in, out)`` (``Conv1D``).
+
+    ``stored`` and ``stored_bias`` say what holds it in the checkpoint, where that is not under its own name.
+    """
 
     name: str
     out_features: int
@@ -32,11 +44,29 @@ class LinearSpec:
     has_bias: bool
     transposed: bool
     block: str
+    stored: tuple[StoredRows, ...] = ()
+    stored_bias: str = ""
 
     @property
     def weight_name(self) -> str:
-        """The weight's name in the checkpoint."""
+        """The weight's name in the model."""
         return f"{self.name}.weight"
+
+    @property
+    def weight_rows(self) -> tuple[StoredRows, ...]:
+        """The tensors of the checkpoint that hold the weight, in the order of their rows."""
+        return self.stored or (StoredRows(self.weight_name),)
+
+    @property
+    def bias_name(self) -> str:
+        """The bias's name in the checkpoint."""
+        return self.stored_bias or f"{self.name}.bias"
+
+    def read_weight(self, checkpoint: Checkpoint) -> torch.Tensor:
+        """``W (out, in)`` in its stored dtype; raises ArtifactError where the checkpoint lacks it."""
+        parts = [checkpoint.read(rows.name) for rows in self.weight_rows]
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return joined.T if self.transposed else joined
 
     @property
     def num_parameters(self) -> int:

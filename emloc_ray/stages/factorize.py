@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ class FactorizationJob:
     """Artifact paths and flat settings of the stage.
 
     ``groups`` are the linears that share an input; those without a rank in ``ranks`` stay dense. ``basis_dir`` is an
-    emulator of the same weights and Grams, of any ranks: its factors are cut, or added to.
+    emulator of the same weights and Grams, of any ranks: its factors are cut, or added to. ``renamed`` are the tensors
+    whose names in the checkpoint are not the model's own, which the emulator's are.
     """
 
     model_dir: Path
@@ -49,6 +50,7 @@ class FactorizationJob:
     dampening_frac: float = 1e-6
     seed: int = 0
     basis_dir: Path | None = None
+    renamed: dict[str, str] = field(default_factory=dict)
 
 
 def _cost(group: Sequence[LinearSpec]) -> float:
@@ -116,21 +118,20 @@ def factorize_group(job: FactorizationJob, specs: Sequence[LinearSpec], gram: St
     spectra: dict[str, torch.Tensor] = {}
     reports = []
     for spec in specs:
-        rank, stored = job.ranks[spec.name], checkpoint.entry(spec.weight_name)
+        rank, dtype = job.ranks[spec.name], checkpoint.entry(spec.weight_rows[0].name).dtype
         known = basis.layer(spec.name)
         if known is not None and known.factors.up.shape[1] >= rank:
             result = truncated(known, rank)
         else:
-            rows = stored.read_rows()
-            weight = rows.T if spec.transposed else rows
+            weight = spec.read_weight(checkpoint)
             if known is None:
                 result = factorize_layer(weight, whitening(), rank, seed=job.seed, name=spec.name)
             else:
                 result = extended(weight, whitening(), known, rank, seed=job.seed, name=spec.name)
-        tensors[f"{spec.name}.up.weight"] = result.factors.up.to(stored.dtype)
-        tensors[f"{spec.name}.down.weight"] = result.factors.down.to(stored.dtype)
-        if f"{spec.name}.bias" in checkpoint:
-            tensors[f"{spec.name}.up.bias"] = checkpoint.read(f"{spec.name}.bias")
+        tensors[f"{spec.name}.up.weight"] = result.factors.up.to(dtype)
+        tensors[f"{spec.name}.down.weight"] = result.factors.down.to(dtype)
+        if spec.bias_name in checkpoint:
+            tensors[f"{spec.name}.up.bias"] = checkpoint.read(spec.bias_name)
         spectra[spec.name] = result.eigenvalues.float()
         error, energy = result.relative_error, result.total_energy
         reports.append(LayerReport(spec.name, rank, error, result.solver, energy, num_tokens))
@@ -139,7 +140,7 @@ def factorize_group(job: FactorizationJob, specs: Sequence[LinearSpec], gram: St
 
 
 def copy_rest(entries: Sequence[TensorEntry], path: Path) -> None:
-    """Writes tensors that the emulator keeps as they are, streamed."""
+    """Writes tensors that the emulator keeps as they are, under the entries' names, streamed."""
     stream_shard(path, make_header(entries), ((entry, copy_chunks(entry, _CHUNK_BYTES)) for entry in entries))
 
 
@@ -239,9 +240,16 @@ class EmulatorBuild:
 
 def _rest_of_shards(job: FactorizationJob) -> list[list[TensorEntry]]:
     """What the emulator keeps as it is, by shard of the original."""
-    replaced = {f"{name}.{part}" for name in job.ranks for part in ("weight", "bias")}
-    shards = Checkpoint(job.model_dir).shards
-    rest = [[entry for entry in shard.entries if entry.name not in replaced] for shard in shards]
+    factorized = [spec for group in job.groups for spec in group if spec.name in job.ranks]
+    replaced = {rows.name for spec in factorized for rows in spec.weight_rows} | {spec.bias_name for spec in factorized}
+    rest = [
+        [
+            replace(entry, name=job.renamed.get(entry.name, entry.name))
+            for entry in shard.entries
+            if entry.name not in replaced
+        ]
+        for shard in Checkpoint(job.model_dir).shards
+    ]
     return [entries for entries in rest if entries]
 
 

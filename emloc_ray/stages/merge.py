@@ -66,26 +66,35 @@ def merge_shard(job: MergeJob, shard: Shard, target: Path) -> int:
 
     def tensors() -> Iterator[tuple[TensorEntry, Iterator[torch.Tensor]]]:
         for entry in shard.entries:
-            spec = touched.get(entry.name)
-            if spec is None:
+            if entry.name not in touched:
                 yield entry, copy_chunks(entry, chunk_bytes)
-            else:
-                yield entry, _merged(entry, adapter.module(spec.name), spec.transposed, chunk_bytes)
+                continue
+            spec, begin = touched[entry.name]
+            yield entry, _merged(entry, adapter.module(spec.name), spec.transposed, chunk_bytes, begin)
 
     stream_shard(target, shard.header, tensors())
     return len(touched)
 
 
-def _touched(job: MergeJob, adapter: Adapter, shard: Shard) -> dict[str, LinearSpec]:
-    """The shard's tensors that the adapter changes, with their linears."""
+def _touched(job: MergeJob, adapter: Adapter, shard: Shard) -> dict[str, tuple[LinearSpec, int]]:
+    """The shard's tensors that the adapter changes, with their linears and the first row of those that they hold."""
     named, inside = set(adapter.names), {entry.name for entry in shard.entries}
-    return {spec.weight_name: spec for spec in job.specs if spec.name in named and spec.weight_name in inside}
+    return {
+        rows.name: (spec, rows.begin)
+        for spec in job.specs
+        if spec.name in named
+        for rows in spec.weight_rows
+        if rows.name in inside
+    }
 
 
-def _merged(entry: TensorEntry, lora: LoraModule, transposed: bool, chunk_bytes: int) -> Iterator[torch.Tensor]:
+def _merged(
+    entry: TensorEntry, lora: LoraModule, transposed: bool, chunk_bytes: int, first: int
+) -> Iterator[torch.Tensor]:
+    """The tensor, whose first row is row ``first`` of the weight's, by chunks."""
     own_bytes = max(1, chunk_bytes * entry.dtype.itemsize // 4)  # of the stored dtype: chunk_bytes counts float32
     for begin, rows in row_chunks(entry, own_bytes):
-        merged = merge_rows(rows, lora.lora_a, lora.lora_b, lora.scale, begin, transposed)
+        merged = merge_rows(rows, lora.lora_a, lora.lora_b, lora.scale, first + begin, transposed)
         del rows
         yield merged
         del merged
@@ -117,10 +126,11 @@ def merge(job: MergeJob, resources: Resources, progress: Progress = silent, tell
         Losses("merge", tell),
         progress,
     )
-    expected = len(Adapter(job.adapter_dir).names)
+    rows_of = {spec.name: spec.weight_rows for spec in job.specs}
+    expected = sum(len(rows_of.get(name, (name,))) for name in Adapter(job.adapter_dir).names)
     if sum(changed) != expected:
         raise ArtifactError(
-            f"{job.adapter_dir} names {expected} modules, of which {job.model_dir} holds {sum(changed)}: they do not fit."
+            f"{job.adapter_dir} changes {expected} tensors, of which {job.model_dir} holds {sum(changed)}: they do not fit."
         )
     copy_file(job.model_dir / "config.json", job.out_dir / "config.json")
     _write_index(job, shards, named)
