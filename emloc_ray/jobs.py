@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 from emloc_ray.config import StageConfig
 from emloc_ray.data.token_shards import TokenShards
+from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.memory import MemoryModel
-from emloc_ray.modeling.architecture import load_config
+from emloc_ray.modeling.architecture import LinearSpec, empty_model, load_config
+from emloc_ray.modeling.stored_names import StoredParameter, renamed_tensors, stored_parameters, stored_specs
 from emloc_ray.planner import num_steps, row_lengths
 from emloc_ray.preparation import Prepared
 from emloc_ray.stages.calibration_job import CalibrationJob, Groups
@@ -38,6 +41,15 @@ class Jobs:
             "attn_implementation": model.attn_implementation,
             "trust_remote_code": model.trust_remote_code,
         }
+
+    def stored(self) -> dict[str, StoredParameter]:
+        """Under which names the original's checkpoint holds what is in the model."""
+        names = tuple(entry.name for entry in Checkpoint(self.model_dir))
+        return _stored_parameters(self.model_dir, self.prepared.config.model.trust_remote_code, names)
+
+    def specs(self) -> tuple[LinearSpec, ...]:
+        """The model's linears, with where the checkpoint holds them."""
+        return stored_specs(self.prepared.layout.specs, self.stored(), Checkpoint(self.model_dir))
 
     def base_config(self) -> Any:
         """The original's transformers config."""
@@ -71,8 +83,17 @@ class Jobs:
     def factorization(self, basis_dir: Path | None = None) -> FactorizationJob:
         """Every group of linears that share an input; ``basis_dir`` is an emulator of the same Grams and other ranks."""
         config, layout = self.prepared.config, self.prepared.layout
-        frac, out_dir = config.emulator.dampening_frac, self._path("emulator")
-        return FactorizationJob(self.model_dir, out_dir, layout.groups, layout.ranks, frac, config.seed, basis_dir)
+        placed = {spec.name: spec for spec in self.specs()}
+        return FactorizationJob(
+            model_dir=self.model_dir,
+            out_dir=self._path("emulator"),
+            groups=tuple(tuple(placed[spec.name] for spec in group) for group in layout.groups),
+            ranks=layout.ranks,
+            dampening_frac=config.emulator.dampening_frac,
+            seed=config.seed,
+            basis_dir=basis_dir,
+            renamed=renamed_tensors(self.stored()),
+        )
 
     def num_steps(self) -> int:
         """Optimizer steps of the fine-tuning, from the rows that it has."""
@@ -115,7 +136,7 @@ class Jobs:
             adapter_dir=self._path("adapter_emulator"),
             out_dir=self._path("adapter"),
             selection_dir=self.tokens("selection"),
-            specs=layout.specs,
+            specs=self.specs(),
             candidates=tuple(candidates(method, section.clamp, section.strength, has_grams)),
             dampening_frac=section.dampening_frac,
             batch_size=config.evaluation.batch_size,
@@ -131,7 +152,7 @@ class Jobs:
             self.model_dir,
             self._path("adapter"),
             self._path("merged"),
-            self.prepared.layout.specs,
+            self.specs(),
             section.chunk_bytes,
             section.max_shard_size,
         )
@@ -183,6 +204,12 @@ class Jobs:
         settings = self.prepared.config.adapter.model_dump(exclude={"target_modules", "exclude_modules"})
         transposed = any(spec.transposed for spec in layout.specs if spec.name in layout.adapted)
         return {**settings, "target_modules": list(layout.adapted), "fan_in_fan_out": transposed}
+
+
+@functools.lru_cache(maxsize=8)
+def _stored_parameters(model_dir: Path, trust_remote_code: bool, names: tuple[str, ...]) -> dict[str, StoredParameter]:
+    config = load_config(model_dir, trust_remote_code=trust_remote_code)
+    return stored_parameters(empty_model(config, trust_remote_code), names)
 
 
 def resources(section: StageConfig) -> Resources:

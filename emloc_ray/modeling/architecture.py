@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,36 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from emloc_ray.errors import ConfigError
+from emloc_ray.io.checkpoint import Checkpoint, TensorEntry
 from emloc_ray.io.node_cache import ensure
-from emloc_ray.modeling.experts import experts_of, owner_of, routed_share, unfuse
+from emloc_ray.modeling.experts import UnfusedExperts, experts_of, owner_of, unfuse
 
 _ROUTER = re.compile(r"(.*\.)?(router|gate|shared_expert_gate)")
 
 
 @dataclass(frozen=True)
+class StoredRows:
+    """A tensor of the checkpoint that holds a weight's stored rows from ``begin`` on; with ``index`` a slice of it does."""
+
+    name: str
+    begin: int = 0
+    index: int | None = None
+
+    def entry(self, checkpoint: Checkpoint) -> TensorEntry:
+        """Where those rows are; raises ArtifactError where the checkpoint lacks the tensor."""
+        whole = checkpoint.entry(self.name)
+        return whole if self.index is None else whole.slice(self.index)
+
+
+@dataclass(frozen=True)
 class LinearSpec:
     """A linear inside one of the model's blocks: ``y = W x``, ``W (out, in)``; ``transposed`` where the checkpoint
-    stores ``(in, out)`` (``Conv1D``). ``routed_share`` is the share of all tokens that a router sends to the mean linear of
-    its kind, one of an expert's; None where all tokens are read."""
+    stores ``(in, out)`` (``Conv1D``).
+
+    ``stored`` and ``stored_bias`` say what holds it in the checkpoint, where that is not under its own name.
+    ``routed_share`` is the share of all tokens that a router sends to an expert, of which this is one's, on average; None
+    where all tokens are read.
+    """
 
     name: str
     out_features: int
@@ -34,12 +53,30 @@ class LinearSpec:
     has_bias: bool
     transposed: bool
     block: str
+    stored: tuple[StoredRows, ...] = ()
+    stored_bias: StoredRows | None = None
     routed_share: float | None = None
 
     @property
     def weight_name(self) -> str:
-        """The weight's name in the checkpoint."""
+        """The weight's name in the model."""
         return f"{self.name}.weight"
+
+    @property
+    def weight_rows(self) -> tuple[StoredRows, ...]:
+        """The tensors of the checkpoint that hold the weight, in the order of their rows."""
+        return self.stored or (StoredRows(self.weight_name),)
+
+    @property
+    def bias_rows(self) -> StoredRows:
+        """What holds the bias, where there is one."""
+        return self.stored_bias or StoredRows(f"{self.name}.bias")
+
+    def read_weight(self, checkpoint: Checkpoint) -> torch.Tensor:
+        """``W (out, in)`` in its stored dtype; raises ArtifactError where the checkpoint lacks it."""
+        parts = [rows.entry(checkpoint).read_rows() for rows in self.weight_rows]
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return joined.T if self.transposed else joined
 
     @property
     def num_parameters(self) -> int:
@@ -89,12 +126,12 @@ def block_names(model: nn.Module) -> list[str]:
 def block_linears(model: nn.Module) -> list[LinearSpec]:
     """Every linear inside the model's blocks, routers left out, in the model's order."""
     specs = []
-    shares = {name: routed_share(model, name) for name in experts_of(model)}
+    experts = experts_of(model)
     for block in block_names(model):
         for name, module in model.get_submodule(block).named_modules(prefix=block):
             if _is_linear(module) and not _ROUTER.fullmatch(name):
                 owner = owner_of(name)
-                specs.append(_spec(name, module, block, shares.get(owner[0]) if owner else None))
+                specs.append(_spec(name, module, block, experts.get(owner[0]) if owner else None))
     if not specs:
         raise ConfigError(f"{type(model).__name__} has no linears inside repeated blocks: nothing to compress there.")
     return specs
@@ -105,11 +142,14 @@ def _is_linear(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, Conv1D, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
-def _spec(name: str, module: Any, block: str, share: float | None) -> LinearSpec:
+def _spec(name: str, module: Any, block: str, experts: UnfusedExperts | None) -> LinearSpec:
     if isinstance(module, Conv1D):
         in_features, out_features = module.weight.shape
         return LinearSpec(name, out_features, in_features, True, True, block)
-    return LinearSpec(name, module.out_features, module.in_features, module.bias is not None, False, block, share)
+    spec = LinearSpec(name, module.out_features, module.in_features, module.bias is not None, False, block)
+    if experts is None:
+        return spec
+    return replace(spec, transposed=experts.is_transposed, routed_share=experts.routed_share)
 
 
 class _ScalarsAreZero(TorchDispatchMode):

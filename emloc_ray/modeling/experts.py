@@ -9,6 +9,7 @@ disk (``experts.3.down_proj``), which transformers would stack again.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,10 +28,13 @@ class UnfusedExperts(nn.Module):
     on all tokens after that, :attr:`rereading` meanwhile, which leaves the output as it is.
     """
 
-    def __init__(self, fused: Any) -> None:
-        """Takes the parameters out of ``fused``, a module that :func:`is_fused`."""
+    def __init__(self, fused: Any, top_k: int | None = None) -> None:
+        """Takes the parameters out of ``fused``, a module that :func:`is_fused`; ``top_k`` experts run on a token."""
         super().__init__()
         self.num_experts: int = fused.num_experts
+        self.routed_share = (top_k or self.num_experts) / self.num_experts
+        self.has_bias: bool = fused.has_bias
+        self.is_transposed: bool = fused.is_transposed
         self.parts = tuple(part for part, name in PARTS.items() if name in fused._parameters)
         self.rows: Tensor | None = None
         self.reread: frozenset[int] = frozenset()
@@ -68,7 +72,7 @@ class UnfusedExperts(nn.Module):
         Where there are no values, every expert is chosen once by all. In training those that nobody chose run on no token:
         their adapters then have a gradient, zero, which processes that train together wait for.
         """
-        num_tokens, num_places = top_k_index.shape
+        num_tokens = len(top_k_index)
         if top_k_index.is_meta:
             tokens = torch.arange(num_tokens, device="meta")
             yield from ((index, tokens, torch.zeros_like(tokens)) for index in range(self.num_experts))
@@ -104,7 +108,7 @@ def unfuse(model: Any) -> Any:
     for name, module in list(model.named_modules()):
         if is_fused(module):
             parent, _, child = name.rpartition(".")
-            unfused = UnfusedExperts(module).train(module.training)
+            unfused = UnfusedExperts(module, _top_k(model, name)).train(module.training)
             setattr(model.get_submodule(parent), child, unfused)
     return model
 
@@ -121,23 +125,33 @@ def owner_of(name: str) -> tuple[str, int, str] | None:
     return (module, int(index), part) if module and index.isdecimal() and part in PARTS else None
 
 
-def fused_parameter(name: str) -> tuple[str, int] | None:
-    """The fused parameter and the slice of it that a parameter of an unfused model is a view of, by their names."""
-    linear, _, kind = name.rpartition(".")
-    owner = owner_of(linear)
-    if owner is None or kind not in ("weight", "bias"):
-        return None
-    module, index, part = owner
-    return f"{module}.{PARTS[part]}{'_bias' if kind == 'bias' else ''}", index
+@dataclass(frozen=True)
+class View:
+    """What a parameter of an unfused model is: slice ``index`` of a fused parameter, transposed or not."""
+
+    parameter: str
+    index: int
+    is_transposed: bool
 
 
-def routed_share(model: nn.Module, experts: str) -> float:
-    """The share of all tokens that the mean expert of a module gets: ``k / E``; 1 where k is not found."""
-    module = model.get_submodule(experts)
+def unfused_views(model: nn.Module) -> dict[str, View]:
+    """Of which fused parameter each parameter of a model's unfused experts is a view, by their names."""
+    found = {}
+    for module, experts in experts_of(model).items():
+        for index in range(experts.num_experts):
+            for part in experts.parts:
+                name, parameter = f"{module}.{index}.{part}", f"{module}.{PARTS[part]}"
+                found[f"{name}.weight"] = View(parameter, index, experts.is_transposed)
+                if experts.has_bias:
+                    found[f"{name}.bias"] = View(f"{parameter}_bias", index, False)
+    return found
+
+
+def _top_k(model: nn.Module, experts: str) -> int | None:
+    """How many experts a token is sent to, as the router beside them says."""
     beside = model.get_submodule(experts.rpartition(".")[0])
     found = (getattr(owner, "top_k", None) for owner in (beside, *beside.children()))
-    top_k = next((k for k in found if isinstance(k, int)), module.num_experts)
-    return float(top_k / module.num_experts)  # type: ignore[operator]
+    return next((k for k in found if isinstance(k, int)), None)
 
 
 def _linear(fused: Any, name: str, index: int) -> nn.Linear:

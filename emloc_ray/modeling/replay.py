@@ -19,11 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from emloc_ray.errors import ArtifactError, StageError
+from emloc_ray.errors import StageError
 from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.modeling.architecture import auto_class, block_names, empty_model, load_config, traced_inputs
 from emloc_ray.modeling.block_outputs import BlockOutput
 from emloc_ray.modeling.experts import unfuse
+from emloc_ray.modeling.stored_names import require, stored_parameters
 
 
 @dataclass(frozen=True)
@@ -138,11 +139,13 @@ class BlockReplay:
             self.model: Any = unfuse(model)
         self.model.eval().requires_grad_(False)
         self.body = getattr(self.model, self.model.base_model_prefix, self.model)
+        self._stored = stored_parameters(self.model, (entry.name for entry in self.checkpoint))
         self._current = -1
         self._outputs: Mapping[int, BlockOutput] = {}
         self._load_outside()
         for name, buffer in self.model.named_buffers():
-            buffer.data = (self.checkpoint.read(name) if name in self.checkpoint else buffer).to(self.device)
+            found = self._stored.get(name)
+            buffer.data = (found.read(self.checkpoint) if found is not None else buffer).to(self.device)
         for position, name in enumerate(self.flow.order):
             block = self.model.get_submodule(name)
             block.forward = functools.partial(self._forward_block, position, block.forward)
@@ -162,13 +165,8 @@ class BlockReplay:
 
     def _load(self, names: Sequence[str]) -> None:
         """Reads a weight, known by any of ``names`` in the checkpoint, into all of them."""
-        stored = next((name for name in names if name in self.checkpoint), None)
-        if stored is None:
-            raise ArtifactError(
-                f"{self.checkpoint.directory} holds no tensor {names[0]}, which running block by block needs:"
-                " set calibration.mode to resident."
-            )
-        weight = self.checkpoint.read(stored)
+        stored = next((name for name in names if name in self._stored), names[0])
+        weight = require(self._stored, stored, self.checkpoint).read(self.checkpoint)
         placed = nn.Parameter(weight.to(self.device, self.dtype if weight.is_floating_point() else None), False)
         for name in names:
             self._place(name, placed)

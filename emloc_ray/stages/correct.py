@@ -124,9 +124,8 @@ def layer_difference(spec: LinearSpec, original: Checkpoint, emulator: Checkpoin
     """``Δ = W − W_E (out, in)`` in float32 with the factors as stored; None where the emulator keeps the layer dense."""
     if f"{spec.name}.up.weight" not in emulator:
         return None
-    weight = original.read(spec.weight_name).float()
     up, down = emulator.read(f"{spec.name}.up.weight").float(), emulator.read(f"{spec.name}.down.weight").float()
-    return (weight.T if spec.transposed else weight) - up @ down
+    return spec.read_weight(original).float() - up @ down
 
 
 def correct_adapter(job: CorrectionJob, progress: Progress = silent) -> dict[str, Any]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from emloc_ray.io.checkpoint import Checkpoint, TensorEntry, read_index, read_sh
 from emloc_ray.io.grams import GramStore, StoredGram, drop_grams
 from emloc_ray.io.node_cache import sizes
 from emloc_ray.io.shard_writing import copy_chunks, make_header, stream_shard, write_tensors
-from emloc_ray.modeling.architecture import LinearSpec
+from emloc_ray.modeling.architecture import LinearSpec, StoredRows
 from emloc_ray.modeling.emulator import write_emulator_config
 from emloc_ray.modeling.loading import copy_tokenizer
 from emloc_ray.stages.cluster import Flight, Progress, Resources, set_threads, silent
@@ -39,7 +39,8 @@ class FactorizationJob:
     """Artifact paths and flat settings of the stage.
 
     ``groups`` are the linears that share an input; those without a rank in ``ranks`` stay dense. ``basis_dir`` is an
-    emulator of the same weights and Grams, of any ranks: its factors are cut, or added to.
+    emulator of the same weights and Grams, of any ranks: its factors are cut, or added to. ``renamed`` are the tensors
+    whose names in the checkpoint are not the model's own, which the emulator's are.
     """
 
     model_dir: Path
@@ -49,6 +50,7 @@ class FactorizationJob:
     dampening_frac: float = 1e-6
     seed: int = 0
     basis_dir: Path | None = None
+    renamed: dict[str, str] = field(default_factory=dict)
 
 
 def _cost(group: Sequence[LinearSpec]) -> float:
@@ -116,21 +118,20 @@ def factorize_group(job: FactorizationJob, specs: Sequence[LinearSpec], gram: St
     spectra: dict[str, torch.Tensor] = {}
     reports = []
     for spec in specs:
-        rank, stored = job.ranks[spec.name], checkpoint.entry(spec.weight_name)
+        rank, dtype = job.ranks[spec.name], checkpoint.entry(spec.weight_rows[0].name).dtype
         known = basis.layer(spec.name)
         if known is not None and known.factors.up.shape[1] >= rank:
             result = truncated(known, rank)
         else:
-            rows = stored.read_rows()
-            weight = rows.T if spec.transposed else rows
+            weight = spec.read_weight(checkpoint)
             if known is None:
                 result = factorize_layer(weight, whitening(), rank, seed=job.seed, name=spec.name)
             else:
                 result = extended(weight, whitening(), known, rank, seed=job.seed, name=spec.name)
-        tensors[f"{spec.name}.up.weight"] = result.factors.up.to(stored.dtype)
-        tensors[f"{spec.name}.down.weight"] = result.factors.down.to(stored.dtype)
-        if f"{spec.name}.bias" in checkpoint:
-            tensors[f"{spec.name}.up.bias"] = checkpoint.read(f"{spec.name}.bias")
+        tensors[f"{spec.name}.up.weight"] = result.factors.up.to(dtype)
+        tensors[f"{spec.name}.down.weight"] = result.factors.down.to(dtype)
+        if spec.bias_rows.name in checkpoint:
+            tensors[f"{spec.name}.up.bias"] = spec.bias_rows.entry(checkpoint).read_rows()
         spectra[spec.name] = result.eigenvalues.float()
         error, energy = result.relative_error, result.total_energy
         reports.append(LayerReport(spec.name, rank, error, result.solver, energy, num_tokens))
@@ -138,9 +139,27 @@ def factorize_group(job: FactorizationJob, specs: Sequence[LinearSpec], gram: St
     write_tensors(path, tensors)  # last: with it, the group is done
 
 
-def copy_rest(entries: Sequence[TensorEntry], path: Path) -> None:
-    """Writes tensors that the emulator keeps as they are, streamed."""
-    stream_shard(path, make_header(entries), ((entry, copy_chunks(entry, _CHUNK_BYTES)) for entry in entries))
+@dataclass(frozen=True)
+class Kept:
+    """A tensor that the emulator keeps: its name and shape there, and what of the original's checkpoint it is made of,
+    one below the other."""
+
+    entry: TensorEntry
+    sources: tuple[TensorEntry, ...]
+    transposed: bool = False
+
+    def chunks(self) -> Iterator[torch.Tensor]:
+        """Its bytes."""
+        if self.transposed:
+            yield torch.cat([source.read_rows() for source in self.sources]).T
+            return
+        for source in self.sources:
+            yield from copy_chunks(source, _CHUNK_BYTES)
+
+
+def copy_rest(kept: Sequence[Kept], path: Path) -> None:
+    """Writes tensors that the emulator keeps, streamed."""
+    stream_shard(path, make_header([part.entry for part in kept]), ((part.entry, part.chunks()) for part in kept))
 
 
 class EmulatorBuild:
@@ -237,12 +256,42 @@ class EmulatorBuild:
         return _summary(list(self._file_of.values()), self.resources)
 
 
-def _rest_of_shards(job: FactorizationJob) -> list[list[TensorEntry]]:
-    """What the emulator keeps as it is, by shard of the original."""
-    replaced = {f"{name}.{part}" for name in job.ranks for part in ("weight", "bias")}
-    shards = Checkpoint(job.model_dir).shards
-    rest = [[entry for entry in shard.entries if entry.name not in replaced] for shard in shards]
-    return [entries for entries in rest if entries]
+def _rest_of_shards(job: FactorizationJob) -> list[list[Kept]]:
+    """What the emulator keeps, by shard of the original."""
+    checkpoint = Checkpoint(job.model_dir)
+    specs = [spec for group in job.groups for spec in group]
+    # Dense linears that the original's checkpoint holds in pieces, by the first of these.
+    apart = [s for s in specs if s.name not in job.ranks and (len(s.stored) > 1 or any(_is_slice(r) for r in s.stored))]
+    taken = {r.name for spec in specs if spec.name in job.ranks or spec in apart for r in _all_rows(spec)}
+    kept_at: dict[str, list[Kept]] = {}
+    for spec in apart:
+        kept_at.setdefault(spec.weight_rows[0].name, []).extend(_kept_linear(spec, checkpoint))
+    rest = []
+    for shard in checkpoint.shards:
+        as_they_are = [entry for entry in shard.entries if entry.name not in taken]
+        kept = [Kept(replace(e, name=job.renamed.get(e.name, e.name)), (e,)) for e in as_they_are]
+        rest.append(kept + [part for entry in shard.entries for part in kept_at.get(entry.name, ())])
+    return [kept for kept in rest if kept]
+
+
+def _is_slice(rows: StoredRows) -> bool:
+    return rows.index is not None
+
+
+def _all_rows(spec: LinearSpec) -> tuple[StoredRows, ...]:
+    return (*spec.weight_rows, spec.bias_rows)
+
+
+def _kept_linear(spec: LinearSpec, checkpoint: Checkpoint) -> list[Kept]:
+    weight = tuple(rows.entry(checkpoint) for rows in spec.weight_rows)
+    size = sum(entry.num_bytes for entry in weight)
+    shape = (spec.out_features, spec.in_features)
+    turned = spec.transposed and spec.routed_share is not None  # a Conv1D stays one
+    kept = [Kept(replace(weight[0], name=spec.weight_name, shape=shape, start=0, stop=size), weight, turned)]
+    if spec.bias_rows.name in checkpoint:
+        bias = spec.bias_rows.entry(checkpoint)
+        kept.append(Kept(replace(bias, name=f"{spec.name}.bias"), (bias,)))
+    return kept
 
 
 def _group_task(job: FactorizationJob, specs: Sequence[LinearSpec], gram: StoredGram, path: Path, threads: int) -> Path:

@@ -66,26 +66,49 @@ def merge_shard(job: MergeJob, shard: Shard, target: Path) -> int:
 
     def tensors() -> Iterator[tuple[TensorEntry, Iterator[torch.Tensor]]]:
         for entry in shard.entries:
-            spec = touched.get(entry.name)
-            if spec is None:
+            if entry.name not in touched:
                 yield entry, copy_chunks(entry, chunk_bytes)
-            else:
-                yield entry, _merged(entry, adapter.module(spec.name), spec.transposed, chunk_bytes)
+                continue
+            yield entry, _pieces(entry, touched[entry.name], adapter, chunk_bytes)
 
     stream_shard(target, shard.header, tensors())
-    return len(touched)
+    return sum(map(len, touched.values()))
 
 
-def _touched(job: MergeJob, adapter: Adapter, shard: Shard) -> dict[str, LinearSpec]:
+# By the slice of a tensor, None for the whole of it: the linear whose rows it holds, and the first of these.
+_Linears = dict[int | None, tuple[LinearSpec, int]]
+
+
+def _touched(job: MergeJob, adapter: Adapter, shard: Shard) -> dict[str, _Linears]:
     """The shard's tensors that the adapter changes, with their linears."""
     named, inside = set(adapter.names), {entry.name for entry in shard.entries}
-    return {spec.weight_name: spec for spec in job.specs if spec.name in named and spec.weight_name in inside}
+    found: dict[str, _Linears] = {}
+    for spec in job.specs:
+        for rows in spec.weight_rows if spec.name in named else ():
+            if rows.name in inside:
+                found.setdefault(rows.name, {})[rows.index] = (spec, rows.begin)
+    return found
 
 
-def _merged(entry: TensorEntry, lora: LoraModule, transposed: bool, chunk_bytes: int) -> Iterator[torch.Tensor]:
+def _pieces(entry: TensorEntry, linears: _Linears, adapter: Adapter, chunk_bytes: int) -> Iterator[torch.Tensor]:
+    """A tensor by chunks, merged where a linear's rows are."""
+    whole = None in linears
+    for index in (None,) if whole else range(entry.shape[0]):
+        piece = entry if index is None else entry.slice(index)
+        if index in linears:
+            spec, begin = linears[index]
+            yield from _merged(piece, adapter.module(spec.name), spec.transposed, chunk_bytes, begin)
+        else:
+            yield from copy_chunks(piece, chunk_bytes)
+
+
+def _merged(
+    entry: TensorEntry, lora: LoraModule, transposed: bool, chunk_bytes: int, first: int
+) -> Iterator[torch.Tensor]:
+    """The tensor, whose first row is row ``first`` of the weight's, by chunks."""
     own_bytes = max(1, chunk_bytes * entry.dtype.itemsize // 4)  # of the stored dtype: chunk_bytes counts float32
     for begin, rows in row_chunks(entry, own_bytes):
-        merged = merge_rows(rows, lora.lora_a, lora.lora_b, lora.scale, begin, transposed)
+        merged = merge_rows(rows, lora.lora_a, lora.lora_b, lora.scale, first + begin, transposed)
         del rows
         yield merged
         del merged
@@ -117,10 +140,11 @@ def merge(job: MergeJob, resources: Resources, progress: Progress = silent, tell
         Losses("merge", tell),
         progress,
     )
-    expected = len(Adapter(job.adapter_dir).names)
+    rows_of = {spec.name: spec.weight_rows for spec in job.specs}
+    expected = sum(len(rows_of.get(name, (name,))) for name in Adapter(job.adapter_dir).names)
     if sum(changed) != expected:
         raise ArtifactError(
-            f"{job.adapter_dir} names {expected} modules, of which {job.model_dir} holds {sum(changed)}: they do not fit."
+            f"{job.adapter_dir} changes {expected} tensors, of which {job.model_dir} holds {sum(changed)}: they do not fit."
         )
     copy_file(job.model_dir / "config.json", job.out_dir / "config.json")
     _write_index(job, shards, named)
