@@ -202,7 +202,7 @@ class Jobs:
     def _adapter_settings(self) -> dict[str, Any]:
         layout = self.prepared.layout
         settings = self.prepared.config.adapter.model_dump(exclude={"target_modules", "exclude_modules"})
-        transposed = any(spec.transposed for spec in layout.specs if spec.name in layout.adapted)
+        transposed = any(s.transposed and s.routed_share is None for s in layout.specs if s.name in layout.adapted)
         return {**settings, "target_modules": list(layout.adapted), "fan_in_fan_out": transposed}
 
 

@@ -11,6 +11,7 @@ from emloc_ray.core.ranks import rank_for_ratio
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.adapter import portable_targets
 from emloc_ray.modeling.architecture import LinearSpec, block_linears, learned_positions, shared_inputs
+from emloc_ray.modeling.experts import owner_of
 from emloc_ray.modeling.matching import check_table, lookup, select
 
 Result = TypeVar("Result")
@@ -93,7 +94,7 @@ def make_layout(config: RunConfig, skeleton: Skeleton) -> Layout:
         ranks_at(config, specs, compressed),
         tuple(compressed),
         tuple(adapted),
-        _portable(config, adapted, [spec.name for spec in specs]),
+        _portable(config, adapted, specs),
         skeleton.num_parameters,
         skeleton.head_parameters,
         skeleton.hidden_size,
@@ -137,6 +138,18 @@ def _check_adapter_ranks(adapter: AdapterConfig, specs: Sequence[LinearSpec]) ->
         smaller = min(spec.out_features, spec.in_features)
         if r > smaller:
             raise ConfigError(f"{key} is {r}, above the smaller side {smaller} of {spec.name}: lower it.")
+    _check_experts_alike(adapter, specs)
+
+
+def _check_experts_alike(adapter: AdapterConfig, specs: Sequence[LinearSpec]) -> None:
+    """PEFT stores one rank for all experts of a layer."""
+    for key, table in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
+        found: dict[str, float] = {}
+        for spec in specs if table else ():
+            owner = owner_of(spec.name) if spec.routed_share is not None else None
+            value = lookup(spec.name, table, -1)
+            if owner is not None and found.setdefault(f"{owner[0]}.{owner[2]}", value) != value:
+                raise ConfigError(f"adapter.{key} tells experts of {owner[0]} apart: name all of them alike.")
 
 
 def ranks_at(config: RunConfig, specs: Sequence[LinearSpec], compressed: Sequence[str]) -> dict[str, int]:
@@ -153,8 +166,10 @@ def ranks_at(config: RunConfig, specs: Sequence[LinearSpec], compressed: Sequenc
     return {name: rank for name, rank in ranks.items() if rank is not None}
 
 
-def _portable(config: RunConfig, adapted: list[str], names: list[str]) -> str | tuple[str, ...]:
+def _portable(config: RunConfig, adapted: list[str], specs: Sequence[LinearSpec]) -> str | tuple[str, ...]:
     asked = config.adapter.target_modules
-    if asked is None or asked == "all-linear" or config.adapter.exclude_modules is not None:
-        return tuple(portable_targets(adapted, names))
+    experts = {spec.name for spec in specs if spec.routed_share is not None}  # the original has no such linears
+    if asked is None or asked == "all-linear" or config.adapter.exclude_modules is not None or experts:
+        plain = [spec.name for spec in specs if spec.name not in experts]
+        return tuple(portable_targets([name for name in adapted if name not in experts], plain))
     return asked if isinstance(asked, str) else tuple(asked)
