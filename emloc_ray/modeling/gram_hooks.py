@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,24 +11,30 @@ from torch import Tensor, nn
 
 from emloc_ray.core.gram import Gram
 from emloc_ray.errors import NumericsError
-
-
-def model_inputs(input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
-    """A batch as a model takes it: no mask where nothing is padding, so that attention takes its fastest path."""
-    return {"input_ids": input_ids, "attention_mask": None if bool(attention_mask.all()) else attention_mask}
+from emloc_ray.modeling.inputs import Stream, model_call
 
 
 class GramHooks:
     """One Gram per group of linears that read the same tensor, gathered at the group's first linear.
 
-    ``grams`` maps that linear's name to its sum; :meth:`forward` runs a batch through the model without its head.
+    ``grams`` maps that linear's name to its sum; ``streams`` says which tokens it reads, where not those of the row.
+    :meth:`forward` runs a batch through the model without its head.
     """
 
-    def __init__(self, model: Any, groups: Sequence[Sequence[str]], dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        model: Any,
+        groups: Sequence[Sequence[str]],
+        streams: Mapping[str, Stream] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.model = model
         self.body = getattr(model, model.base_model_prefix, model)
         self.grams: dict[str, Gram] = {}
-        self._counted: Tensor | None = None  # positions among the batch's tokens; None: all
+        self.streams = streams or {}
+        self._counted: dict[
+            Stream, Tensor
+        ] = {}  # positions among the batch's tokens; all of a stream that is not named
         self._handles: list[Any] = []
         for group in groups:
             module = model.get_submodule(group[0])
@@ -39,25 +45,29 @@ class GramHooks:
     def _hook(self, name: str) -> Any:
         def accumulate(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             tokens = args[0].reshape(-1, args[0].shape[-1])
-            self.grams[name].update(tokens if self._counted is None else tokens[self._counted])
+            counted = self._counted.get(self.streams.get(name, "row"))
+            self.grams[name].update(tokens if counted is None else tokens[counted])
 
         return accumulate
 
     @contextlib.contextmanager
-    def counting(self, counted: Tensor) -> Iterator[None]:
-        """While it lasts, a pass of the model adds the tokens where ``counted (rows, length)`` is true."""
+    def counting(self, counted: Mapping[Stream, Tensor]) -> Iterator[None]:
+        """While it lasts, a pass of the model adds the tokens of each stream where ``counted (rows, length)`` is true."""
         # Found once a batch, not once a Gram.
-        self._counted = None if bool(counted.all()) else counted.flatten().nonzero().squeeze(1)
+        self._counted = {
+            stream: mask.flatten().nonzero().squeeze(1) for stream, mask in counted.items() if not bool(mask.all())
+        }
         try:
             yield
         finally:
-            self._counted = None
+            self._counted = {}
 
     @torch.no_grad()
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, counted: Tensor) -> None:
-        """Adds the tokens of a batch where ``counted (rows, length)`` is true."""
-        with self.counting(counted):
-            self.body(**model_inputs(input_ids, attention_mask), use_cache=False)
+    def forward(self, batch: dict[str, Tensor], tokens: str = "all") -> None:
+        """Adds the tokens of a batch that count: ``all`` but padding, or those of the ``completion``."""
+        call = model_call(self.model.config, batch, tokens=tokens)
+        with self.counting(call.counted):
+            self.body(**call.inputs, use_cache=False)
 
     def remove(self) -> None:
         """Takes the hooks off the model."""
