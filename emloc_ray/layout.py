@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from emloc_ray.config import AdapterConfig, RunConfig
 from emloc_ray.core.ranks import rank_for_ratio
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.adapter import portable_targets
-from emloc_ray.modeling.architecture import LinearSpec, block_linears, learned_positions, shared_inputs
+from emloc_ray.modeling.architecture import LinearSpec, block_linears, learned_positions, trace_inputs
 from emloc_ray.modeling.experts import owner_of
 from emloc_ray.modeling.matching import check_table, lookup, select
 
@@ -64,9 +64,11 @@ class Layout:
 
 def skeleton_of(model_config: Any, model: Any) -> Skeleton:
     """Of a model on the meta device, or any other."""
-    specs = block_linears(model)
+    found = block_linears(model)
+    trace = trace_inputs(model, found)
+    specs = [replace(spec, stream=trace.streams.get(spec.name, spec.stream)) for spec in found]
     by_name = {spec.name: spec for spec in specs}
-    groups = tuple(tuple(by_name[name] for name in group) for group in shared_inputs(model, specs))
+    groups = tuple(tuple(by_name[name] for name in group) for group in trace.groups)
     head = model.get_output_embeddings()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Skeleton(

@@ -138,7 +138,7 @@ class Adapter:
         self.config: dict[str, Any] = json.loads((self.directory / CONFIG_NAME).read_text())
         _refuse_variants(self.config, self.directory)
         shard = read_shard(self.directory / WEIGHTS_NAME)
-        self.entries = split_experts(self.config, {entry.name: entry for entry in shard.entries})
+        self.entries = split_experts(self.config, {entry.name: entry for entry in shard.entries}, self.directory)
         self.names = [_module_name(key) for key in self.entries if key.endswith(".lora_A.weight")]
 
     def module(self, name: str) -> LoraModule:

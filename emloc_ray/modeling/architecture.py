@@ -19,6 +19,7 @@ from emloc_ray.errors import ConfigError
 from emloc_ray.io.checkpoint import Checkpoint, TensorEntry
 from emloc_ray.io.node_cache import ensure
 from emloc_ray.modeling.experts import UnfusedExperts, experts_of, owner_of, unfuse
+from emloc_ray.modeling.inputs import Stream
 
 _ROUTER = re.compile(r"(.*\.)?(router|gate|shared_expert_gate)")
 
@@ -42,9 +43,9 @@ class LinearSpec:
     """A linear inside one of the model's blocks: ``y = W x``, ``W (out, in)``; ``transposed`` where the checkpoint
     stores ``(in, out)`` (``Conv1D``).
 
-    ``stored`` and ``stored_bias`` say what holds it in the checkpoint, where that is not under its own name.
-    ``routed_share`` is the share of all tokens that a router sends to an expert, of which this is one's, on average; None
-    where all tokens are read.
+    ``stored`` and ``stored_bias`` say what holds it in the checkpoint, where that is not under its own name; ``stream``
+    which tokens it reads. ``routed_share`` is the share of these that a router sends to an expert, of which this linear is
+    one's, on average; None where all are read.
     """
 
     name: str
@@ -55,6 +56,7 @@ class LinearSpec:
     block: str
     stored: tuple[StoredRows, ...] = ()
     stored_bias: StoredRows | None = None
+    stream: Stream = "row"
     routed_share: float | None = None
 
     @property
@@ -161,18 +163,34 @@ class _ScalarsAreZero(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def traced_inputs() -> dict[str, torch.Tensor]:
-    """What a model is called with on the meta device: a row of eight tokens."""
-    return {"input_ids": torch.zeros(1, 8, dtype=torch.long, device="meta")}
+# How many tokens a trace has of each stream: which one a linear reads is told by their number.
+_TRACED: dict[Stream, int] = {"row": 8, "decoder": 5}
 
 
-def shared_inputs(model: Any, specs: Sequence[LinearSpec]) -> list[list[str]]:
-    """Groups of linears that read the same tensor, found by tracing one forward pass on the meta device.
+def traced_inputs(config: Any) -> dict[str, torch.Tensor]:
+    """What a model is called with on the meta device: one row, and tokens for a decoder beside an encoder."""
+    inputs = {"input_ids": torch.zeros(1, _TRACED["row"], dtype=torch.long, device="meta")}
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = torch.zeros(1, _TRACED["decoder"], dtype=torch.long, device="meta")
+    return inputs
+
+
+@dataclass(frozen=True)
+class Trace:
+    """``groups``: the names of linears that read the same tensor; ``streams``: which tokens each of them reads."""
+
+    groups: list[list[str]]
+    streams: dict[str, Stream]
+
+
+def trace_inputs(model: Any, specs: Sequence[LinearSpec]) -> Trace:
+    """What the model's linears read, found by tracing one forward pass on the meta device.
 
     Two inputs are the same where storage, offset, shape, strides and version agree. A model that cannot run on the
     meta device gets one group for each linear: right, only slower.
     """
     seen: dict[tuple[Any, ...], list[str]] = {}
+    streams: dict[str, Stream] = {}
     alive: list[torch.Tensor] = []
 
     def record(name: str) -> Any:
@@ -182,19 +200,21 @@ def shared_inputs(model: Any, specs: Sequence[LinearSpec]) -> list[list[str]]:
             storage = tensor.untyped_storage()._cdata
             key = (storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor._version)
             seen.setdefault(key, []).append(name)
+            length = tensor.shape[1] if tensor.dim() == 3 else -1
+            streams[name] = next((stream for stream, tokens in _TRACED.items() if tokens == length), "row")
 
         return hook
 
     handles = [model.get_submodule(s.name).register_forward_pre_hook(record(s.name)) for s in specs]
     try:
         with torch.no_grad(), _ScalarsAreZero():
-            model(**traced_inputs(), use_cache=False)
+            model(**traced_inputs(getattr(model, "config", None)), use_cache=False)
     except (RuntimeError, NotImplementedError, ValueError, TypeError):
-        return [[spec.name] for spec in specs]
+        return Trace([[spec.name] for spec in specs], {})
     finally:
         for handle in handles:
             handle.remove()
-    return _in_model_order(seen, specs)
+    return Trace(_in_model_order(seen, specs), streams)
 
 
 def _in_model_order(seen: dict[tuple[Any, ...], list[str]], specs: Sequence[LinearSpec]) -> list[list[str]]:

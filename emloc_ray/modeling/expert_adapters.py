@@ -54,14 +54,15 @@ def _read(entry: TensorEntry) -> Tensor:
 
 
 def split_experts(
-    config: Mapping[str, Any], entries: Mapping[str, TensorEntry]
+    config: Mapping[str, Any], entries: Mapping[str, TensorEntry], where: Path
 ) -> dict[str, TensorEntry | ExpertEntry]:
-    """The stored tensors of an adapter, by the names that an unfused model's has; ``config`` is its ``adapter_config.json``.
+    """The stored tensors of the adapter in ``where``, by the names that an unfused model's has; ``config`` is its
+    ``adapter_config.json``.
 
     Raises:
         ConfigError: where ``target_parameters`` names what is no expert's and no linear's weight.
     """
-    _check_parameters(config)
+    _check_parameters(config, where)
     found: dict[str, TensorEntry | ExpertEntry] = {}
     for key, entry in entries.items():
         suffix = _A if key.endswith(_A) else _B
@@ -107,10 +108,10 @@ def _targeted(config: Mapping[str, Any], container: str) -> list[str]:
     return [part for part, name in PARTS.items() if targets and matches(f"{container}.{name}", targets)]
 
 
-def _check_parameters(config: Mapping[str, Any]) -> None:
+def _check_parameters(config: Mapping[str, Any], where: Path) -> None:
     for target in config.get("target_parameters") or ():
         if target.rpartition(".")[2] not in (*PARTS.values(), "weight"):
-            raise ConfigError(f"The adapter targets the parameter {target}, which is no expert's: train without it.")
+            raise ConfigError(f"{where} targets the parameter {target}, which is no expert's: train without it.")
 
 
 def store_as_peft_does(directory: Path, model: nn.Module) -> None:
@@ -189,7 +190,8 @@ def readable(directory: Path, model: nn.Module) -> Iterator[Path]:
     if not config.get("target_parameters") or not experts_of(model):
         yield directory
         return
-    entries = split_experts(config, {entry.name: entry for entry in read_shard(directory / _WEIGHTS).entries})
+    stored = {entry.name: entry for entry in read_shard(directory / _WEIGHTS).entries}
+    entries = split_experts(config, stored, directory)
     config["target_modules"] = [key.removeprefix(_PREFIX).removesuffix(_A) for key in entries if key.endswith(_A)]
     config["target_parameters"] = None
     with tempfile.TemporaryDirectory() as folder:

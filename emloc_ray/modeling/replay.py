@@ -59,7 +59,7 @@ class _Lineage(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return 0  # what mask code asks for; see architecture.shared_inputs
+            return 0  # what mask code asks for; see architecture.trace_inputs
         output = func(*args, **kwargs)
         sources = self.of((args, kwargs))
         self.mark(output, sources)
@@ -92,7 +92,7 @@ def block_flow(config: Any, trust_remote_code: bool = False) -> BlockFlow:
         block.register_forward_hook(after)
     try:
         with torch.no_grad(), lineage:
-            model(**traced_inputs(), use_cache=False)
+            model(**traced_inputs(config), use_cache=False)
     except (RuntimeError, NotImplementedError, ValueError, TypeError):
         order = []
     if not order or len(set(order)) != len(order):  # untraceable, or a block that runs twice
@@ -193,7 +193,7 @@ class BlockReplay:
         return list(self.model.get_submodule(name).named_parameters(prefix=name))
 
     @torch.no_grad()
-    def forward(self, position: int, inputs: dict[str, Tensor], outputs: Mapping[int, BlockOutput]) -> BlockOutput:
+    def forward(self, position: int, inputs: dict[str, Any], outputs: Mapping[int, BlockOutput]) -> BlockOutput:
         """What the block at ``position``, loaded before, gives for ``inputs``; ``outputs`` holds every earlier block's.
 
         Raises:

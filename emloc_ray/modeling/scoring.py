@@ -63,14 +63,29 @@ def prompt_length(row: Tokens) -> int:
 def complete(model: Any, tokenizer: Any, rows: Sequence[Tokens], *, max_new_tokens: int, batch_size: int) -> list[str]:
     """Greedy completions of the rows' prompts, as text, stopped at the end-of-sequence token."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    has_encoder = bool(getattr(model.config, "is_encoder_decoder", False))
     texts: list[str] = []
     for start in range(0, len(rows), batch_size):
         prompts = [row.input_ids[: prompt_length(row)] for row in rows[start : start + batch_size]]
         longest = max(map(len, prompts))
-        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-        output = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad
+        # What goes on from its prompt is padded on the left, so that it begins at once.
+        padding = [
+            ([], [pad] * (longest - len(p))) if has_encoder else ([pad] * (longest - len(p)), []) for p in prompts
+        ]
+        ids = torch.tensor([left + p + right for p, (left, right) in zip(prompts, padding, strict=True)])
+        mask = torch.tensor(
+            [
+                [0] * len(left) + [1] * len(p) + [0] * len(right)
+                for p, (left, right) in zip(prompts, padding, strict=True)
+            ]
         )
-        texts += [tokenizer.decode(line[longest:], skip_special_tokens=True).strip() for line in output]
+        output = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+        )
+        made = output if has_encoder else output[:, longest:]
+        texts += [tokenizer.decode(line, skip_special_tokens=True).strip() for line in made]
     return texts

@@ -119,7 +119,7 @@ def test_of_an_adapter_on_attention_nothing_changes(tiny_model_dir: Callable[...
 
 def test_other_parameters_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"targets the parameter mlp\.gate\.bias"):
-        split_experts({"target_parameters": ["mlp.gate.bias"], "r": 4}, {})
+        split_experts({"target_parameters": ["mlp.gate.bias"], "r": 4}, {}, Path("adapter"))
 
 
 def test_untrained_experts_are_lora_modules_too(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
