@@ -78,7 +78,15 @@ class Jobs:
             tuple(self.model_options.items()),
             mode,
             tuple(self.gram_groups(wave) for wave in memory.waves()) if mode == "resident" else None,
+            experts=self.experts(),
+            min_expert_tokens=section.min_expert_tokens,
         )
+
+    def experts(self) -> tuple[tuple[str, int], ...]:
+        """The Grams of experts' linears, with how many inputs these have."""
+        specs = {spec.name: spec for spec in self.prepared.layout.specs}
+        firsts = [specs[group[0]] for group in self.gram_groups()]
+        return tuple((spec.name, spec.in_features) for spec in firsts if spec.routed_share is not None)
 
     def factorization(self, basis_dir: Path | None = None) -> FactorizationJob:
         """Every group of linears that share an input; ``basis_dir`` is an emulator of the same Grams and other ranks."""

@@ -18,7 +18,7 @@ from emloc_ray.io.node_cache import discard, exists, hashes
 from emloc_ray.io.resume import begun_with, discard_unless
 from emloc_ray.planner import make_plan
 from emloc_ray.preparation import Prepared, check_disk, prepare
-from emloc_ray.remarks import cut_rows, over_budget, shortfall, thin_calibration
+from emloc_ray.remarks import cut_rows, over_budget, shortfall, thin_calibration, thin_experts
 from emloc_ray.reporter import Reporter, Reporters, SilentReporter
 from emloc_ray.run_log import RunLog
 from emloc_ray.stages import STAGES
@@ -218,6 +218,8 @@ class Pipeline:
         tolerance = section.convergence_tolerance
         if tolerance is not None:
             inputs["convergence_tolerance"] = tolerance
+        if self.jobs.experts():
+            inputs["min_expert_tokens"] = section.min_expert_tokens
 
         def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
             job = go_on(self.jobs.calibration(), out_dir, inputs, section.num_workers, section.mode == "auto")
@@ -241,7 +243,8 @@ class Pipeline:
         # Grams that are not kept go as they are used, so that the manifest cannot name them.
         recorded = [out_dir] if kept else []
         step = functools.partial(steps.run, "calibrate", inputs, [out_dir], execute, resources(section))
-        step(resumes=True, recorded=recorded, shared=self._content() if kept else None)
+        result = step(resumes=True, recorded=recorded, shared=self._content() if kept else None)
+        self._tell(thin_experts(result))
 
     def _grams_are_wanted(self) -> bool:
         """False where the emulator comes from another run and no Grams are kept; has them gathered again where they are of

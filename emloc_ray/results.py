@@ -36,7 +36,7 @@ def assemble_metrics(directory: RunDirectory, prepared: Prepared, verified: Coll
         metrics["data"] = stages["data"]["splits"]
     if "calibrate" in stages:
         found = stages["calibrate"]
-        told = ("num_tokens", "num_shards", "mode", "waves", "rounds", "converged")
+        told = ("num_tokens", "num_shards", "mode", "waves", "rounds", "converged", "experts")
         metrics["calibration"] = {key: found[key] for key in told if key in found}
     if "factorize" in stages:
         saved = layout.parameters_targeted - layout.parameters_factorized

@@ -25,6 +25,8 @@ class CalibrationJob:
     ``waves`` splits the groups into parts whose Grams are gathered one part after the other, each in a pass of its own.
     ``shards`` are the token shards that count, ``[begin, end)``. ``inputs`` hashes what hidden states depend on.
     ``streams`` says which tokens a group's linears read, by the first one's name, where not those of the row.
+    ``experts`` are the groups of experts' linears, by their first one's name, with its inputs; those that are sent fewer
+    tokens than ``min_expert_tokens`` are seen to in a second pass, whose job has ``reread`` set.
     """
 
     model_dir: Path
@@ -39,6 +41,9 @@ class CalibrationJob:
     waves: tuple[Groups, ...] | None = None
     inputs: str = ""
     streams: tuple[tuple[str, Stream], ...] = ()
+    experts: tuple[tuple[str, int], ...] = ()
+    min_expert_tokens: int = 0
+    reread: bool = False
 
     def shards_of(self, slot: int, num_slots: int) -> range:
         """The token shards of a slot: every ``num_slots``-th from its own number on."""

@@ -320,5 +320,5 @@ def _summary(files: Sequence[Path], resources: Resources) -> dict[str, Any]:
         "num_workers": resources.num_workers,
         "mean_relative_error": float(np.mean([r.relative_error for r in reports])) if reports else 0.0,
         "layers": layers,
-        "fewest_tokens": min((r.num_tokens for r in reports), default=None),
+        "fewest_tokens": min((r.num_tokens for r in reports if r.num_tokens), default=None),
     }
