@@ -39,7 +39,7 @@ class UnfusedExperts(nn.Module):
         self.rows: Tensor | None = None
         self.reread: frozenset[int] = frozenset()
         self.rereading = False
-        self.act_fn = fused.act_fn
+        self.act_fn: Any = getattr(fused, "act_fn", None)  # a gate may have its own
         if fused.has_post_expert_norm:
             self.post_expert_norm = fused.post_expert_norm
         for index in range(self.num_experts):
@@ -97,7 +97,7 @@ class UnfusedExperts(nn.Module):
 
 def is_fused(module: nn.Module) -> bool:
     """Whether transformers' own kernels could take the experts of a module for theirs: then its function is known here."""
-    known = {"has_gate", "has_bias", "is_transposed", "num_experts", "act_fn"} <= {*vars(module), *module._modules}
+    known = {"has_gate", "has_bias", "is_transposed", "num_experts"} <= vars(module).keys()
     held = [name for name in module._parameters if name in PARTS.values()]
     named = held == (["gate_up_proj", "down_proj"] if getattr(module, "has_gate", True) else ["up_proj", "down_proj"])
     return known and named and not getattr(module, "_is_expert_parallel", False)
