@@ -135,6 +135,7 @@ class BlockReplay:
             self.model: Any = auto_class(config).from_config(
                 config, dtype=self.dtype, trust_remote_code=trust_remote_code, **options
             )
+        self.model.tie_weights()  # again: what is made empty is made anew, and tied to nothing
         self.model.eval().requires_grad_(False)
         self.body = getattr(self.model, self.model.base_model_prefix, self.model)
         self._stored = stored_parameters(self.model, (entry.name for entry in self.checkpoint))
