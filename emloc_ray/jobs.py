@@ -13,6 +13,7 @@ from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.memory import MemoryModel
 from emloc_ray.modeling.architecture import LinearSpec, empty_model, load_config
+from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.stored_names import StoredParameter, renamed_tensors, stored_parameters, stored_specs
 from emloc_ray.planner import num_steps, row_lengths
 from emloc_ray.preparation import Prepared
@@ -80,6 +81,7 @@ class Jobs:
             tuple(self.gram_groups(wave) for wave in memory.waves()) if mode == "resident" else None,
             experts=self.experts(),
             min_expert_tokens=section.min_expert_tokens,
+            streams=tuple((s.name, s.stream) for s in self.prepared.layout.specs if s.stream != "row"),
         )
 
     def experts(self) -> tuple[tuple[str, int], ...]:
@@ -123,7 +125,7 @@ class Jobs:
             max_steps=self.num_steps(),
             batch_size=section.per_device_train_batch_size,
             seed=config.seed,
-            loss_on=section.loss_on,
+            loss_on=self._loss_on(),
             pad_token_id=self._pad_token_id(),
             max_failures=section.max_failures,
             training_arguments={"run_name": self.prepared.run.name, **_training_arguments(section)},
@@ -148,7 +150,7 @@ class Jobs:
             candidates=tuple(candidates(method, section.clamp, section.strength, has_grams)),
             dampening_frac=section.dampening_frac,
             batch_size=config.evaluation.batch_size,
-            loss_on=config.finetune.loss_on,
+            loss_on=self._loss_on(),
             pad_token_id=self._pad_token_id(),
             model_options=self.model_options,
         )
@@ -176,7 +178,7 @@ class Jobs:
             corrected_adapter_dir=self._path("adapter"),
             merged_dir=self._path("merged"),
             tokens_dir=self.tokens("eval"),
-            loss_on=config.finetune.loss_on,
+            loss_on=self._loss_on(),
             batch_size=section.batch_size,
             pad_token_id=self._pad_token_id(),
             num_generations=section.num_generations,
@@ -191,6 +193,10 @@ class Jobs:
 
     def _path(self, *parts: str) -> Path:
         return self.prepared.run.path(*parts)
+
+    def _loss_on(self) -> str:
+        # A decoder beside an encoder writes the completion alone.
+        return "completion" if has_encoder(self.base_config()) else self.prepared.config.finetune.loss_on
 
     def _pad_token_id(self) -> int:
         # Padding is masked everywhere: any token of the vocabulary serves.
@@ -211,7 +217,13 @@ class Jobs:
         layout = self.prepared.layout
         settings = self.prepared.config.adapter.model_dump(exclude={"target_modules", "exclude_modules"})
         transposed = any(s.transposed and s.routed_share is None for s in layout.specs if s.name in layout.adapted)
-        return {**settings, "target_modules": list(layout.adapted), "fan_in_fan_out": transposed}
+        task = "SEQ_2_SEQ_LM" if has_encoder(self.base_config()) else "CAUSAL_LM"
+        return {
+            **settings,
+            "target_modules": list(layout.adapted),
+            "fan_in_fan_out": transposed,
+            "task_type": task,
+        }
 
 
 @functools.lru_cache(maxsize=8)

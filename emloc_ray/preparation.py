@@ -24,6 +24,7 @@ from emloc_ray.errors import ArtifactError, ConfigError, EmlocError
 from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.layout import Layout, Skeleton, make_layout, skeleton_of
 from emloc_ray.modeling.architecture import empty_model
+from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.loading import ModelSource, check_source, read_model_config, resolve_source
 from emloc_ray.modeling.zero_config import check_zero_config, read_zero_config
 
@@ -94,7 +95,19 @@ def _read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
             f"data.max_seq_length is {config.data.max_seq_length}, the model has {found.positions} positions: lower it to"
             " that."
         )
+    if has_encoder(found.config):
+        _check_prompts(config)
     return found.config, make_layout(config, found)
+
+
+def _check_prompts(config: RunConfig) -> None:
+    """A model with an encoder reads a row's prompt there."""
+    if config.data.format == "text":
+        raise ConfigError(
+            "data.format is text, and the model reads a prompt with its encoder: use prompt_completion or messages."
+        )
+    if config.data.packing:
+        raise ConfigError("data.packing joins rows, which a model with an encoder cannot tell apart: set it to false.")
 
 
 def _look(source: ModelSource) -> tuple[tuple[str, int, int], ...]:

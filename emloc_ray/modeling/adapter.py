@@ -58,10 +58,11 @@ def lora_config(
     init_lora_weights: bool | str = True,
     fan_in_fan_out: bool = False,
     base_model: str | None = None,
+    task_type: str = "CAUSAL_LM",
 ) -> LoraConfig:
     """PEFT's config, with factorized layers registered."""
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_type,
         r=r,
         lora_alpha=lora_alpha,  # type: ignore[arg-type]
         lora_dropout=lora_dropout,

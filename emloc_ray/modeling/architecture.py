@@ -19,7 +19,7 @@ from emloc_ray.errors import ConfigError
 from emloc_ray.io.checkpoint import Checkpoint, TensorEntry
 from emloc_ray.io.node_cache import ensure
 from emloc_ray.modeling.experts import UnfusedExperts, experts_of, owner_of, unfuse
-from emloc_ray.modeling.inputs import Stream
+from emloc_ray.modeling.inputs import Stream, has_encoder
 
 _ROUTER = re.compile(r"(.*\.)?(router|gate|shared_expert_gate)")
 
@@ -170,7 +170,7 @@ _TRACED: dict[Stream, int] = {"row": 8, "decoder": 5}
 def traced_inputs(config: Any) -> dict[str, torch.Tensor]:
     """What a model is called with on the meta device: one row, and tokens for a decoder beside an encoder."""
     inputs = {"input_ids": torch.zeros(1, _TRACED["row"], dtype=torch.long, device="meta")}
-    if getattr(config, "is_encoder_decoder", False):
+    if has_encoder(config):
         inputs["decoder_input_ids"] = torch.zeros(1, _TRACED["decoder"], dtype=torch.long, device="meta")
     return inputs
 

@@ -25,8 +25,8 @@ AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoMode
 class FactorizedLinear(nn.Module):
     """``y = up (down x) + bias``: a linear whose weight is ``up (out, r) @ down (r, in)``.
 
-    Not a subclass of ``nn.Linear`` and without a ``weight``, so that nothing can mistake it for a dense layer and
-    merge into it; the bias belongs to ``up``.
+    Not a subclass of ``nn.Linear``, and its ``weight`` has no elements, so that nothing can mistake it for a dense layer
+    and merge into it; the bias belongs to ``up``.
     """
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False) -> None:
@@ -40,6 +40,12 @@ class FactorizedLinear(nn.Module):
         """``(..., in)`` to ``(..., out)``."""
         y: Tensor = self.up(self.down(x))
         return y
+
+    @property
+    def weight(self) -> Tensor:
+        """An empty tensor, of the dtype and device that the layer computes in: models ask their linears for these (T5)."""
+        stored = self.up.weight
+        return torch.empty(0, dtype=getattr(self.up, "compute_dtype", None) or stored.dtype, device=stored.device)
 
     def extra_repr(self) -> str:
         """Shapes, as ``nn.Linear`` shows them."""

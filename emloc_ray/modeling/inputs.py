@@ -32,6 +32,11 @@ class ModelCall:
     targets: Tensor
 
 
+def has_encoder(config: Any) -> bool:
+    """Whether a model of that transformers ``config`` reads the prompt with an encoder, apart from what it writes."""
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
 def model_call(config: Any, batch: dict[str, Tensor], loss_on: str = "completion", tokens: str = "all") -> ModelCall:
     """The call of a model of that transformers ``config`` for a batch of :func:`emloc_ray.data.token_shards.collate`.
 
@@ -41,7 +46,7 @@ def model_call(config: Any, batch: dict[str, Tensor], loss_on: str = "completion
     Whatever else is in the batch is handed on.
     """
     others = {key: value for key, value in batch.items() if key not in OURS}
-    call = _encoder_decoder(config, batch) if getattr(config, "is_encoder_decoder", False) else None
+    call = _encoder_decoder(config, batch) if has_encoder(config) else None
     if call is None:
         labels = label_mask(batch, loss_on)
         predicting = torch.zeros_like(labels)

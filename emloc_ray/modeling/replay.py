@@ -137,6 +137,7 @@ class BlockReplay:
                 config, dtype=self.dtype, trust_remote_code=trust_remote_code, **options
             )
             self.model: Any = unfuse(model)
+        self.model.tie_weights()  # again: what is made empty is made anew, and tied to nothing
         self.model.eval().requires_grad_(False)
         self.body = getattr(self.model, self.model.base_model_prefix, self.model)
         self._stored = stored_parameters(self.model, (entry.name for entry in self.checkpoint))

@@ -12,6 +12,7 @@ import torch
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import collate, length_batches
 from emloc_ray.errors import NumericsError
+from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.loss import token_loss
 
 
@@ -63,15 +64,13 @@ def prompt_length(row: Tokens) -> int:
 def complete(model: Any, tokenizer: Any, rows: Sequence[Tokens], *, max_new_tokens: int, batch_size: int) -> list[str]:
     """Greedy completions of the rows' prompts, as text, stopped at the end-of-sequence token."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    has_encoder = bool(getattr(model.config, "is_encoder_decoder", False))
+    apart = has_encoder(model.config)
     texts: list[str] = []
     for start in range(0, len(rows), batch_size):
         prompts = [row.input_ids[: prompt_length(row)] for row in rows[start : start + batch_size]]
         longest = max(map(len, prompts))
         # What goes on from its prompt is padded on the left, so that it begins at once.
-        padding = [
-            ([], [pad] * (longest - len(p))) if has_encoder else ([pad] * (longest - len(p)), []) for p in prompts
-        ]
+        padding = [([], [pad] * (longest - len(p))) if apart else ([pad] * (longest - len(p)), []) for p in prompts]
         ids = torch.tensor([left + p + right for p, (left, right) in zip(prompts, padding, strict=True)])
         mask = torch.tensor(
             [
@@ -86,6 +85,6 @@ def complete(model: Any, tokenizer: Any, rows: Sequence[Tokens], *, max_new_toke
             do_sample=False,
             pad_token_id=pad,
         )
-        made = output if has_encoder else output[:, longest:]
+        made = output if apart else output[:, longest:]
         texts += [tokenizer.decode(line, skip_special_tokens=True).strip() for line in made]
     return texts

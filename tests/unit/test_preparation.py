@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 from tiny import make_config
 from transformers import LlamaConfig
@@ -254,6 +255,14 @@ def test_more_tokens_than_learned_positions_are_told(
 ) -> None:
     data = {"train": {"path": str(tmp_path / "rows.jsonl")}, "max_seq_length": 129}
     assert "the model has 128 positions" in refused(tiny_model_dir("gpt2"), data=data)
+
+
+def test_what_an_encoder_cannot_read_is_told(refused: Callable[..., str], tmp_path: Path) -> None:
+    model_dir = families.save("T5", tmp_path / "t5")
+    assert "reads a prompt with its encoder" in refused(model_dir)
+    data = {"train": {"path": str(tmp_path / "rows.jsonl")}, "format": "prompt_completion", "packing": True}
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 9)
+    assert "data.packing joins rows" in refused(model_dir, data=data)
 
 
 def test_what_transformers_takes_is_passed_whatever_we_set_ourselves(

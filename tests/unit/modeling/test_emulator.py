@@ -142,7 +142,8 @@ def test_layer_is_two_products_and_a_bias(bias: bool) -> None:
     expected = x @ (layer.up.weight @ layer.down.weight).T + (layer.up.bias if bias else 0)
     torch.testing.assert_close(layer(x), expected)
     assert sum(p.numel() for p in layer.parameters()) == 2 * (6 + 4) + 4 * bias
-    assert not hasattr(layer, "weight")
+    assert layer.weight.numel() == 0
+    assert layer.weight.dtype == torch.float32
     assert "rank=2" in repr(layer)
 
 
