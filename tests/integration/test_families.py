@@ -40,7 +40,7 @@ def run(request: pytest.FixtureRequest, ray_session: None, tmp_path_factory: pyt
         root / "run",
         model_dir,
         data,
-        calibration={**ONE, "num_calibration_samples": 16},
+        calibration={**ONE, "num_calibration_samples": 16, "min_expert_tokens": 0},
         emulator=ONE,
         finetune=ONE,
         correction={"method": "covariance"},
@@ -113,7 +113,7 @@ def test_streamed(run: FinishedRun, tmp_path: Path) -> None:
 def test_factorize(run: FinishedRun) -> None:
     """The emulator opens by the original's Auto class, and each layer's error is that of the best rank there is."""
     emulator, said = opened(run.root / "emulator")
-    original, _ = opened(run.model_dir)
+    original = load_model(run.model_dir)
     assert not said["missing_keys"]
     assert not said["unexpected_keys"]
     assert not said["mismatched_keys"]
