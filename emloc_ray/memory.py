@@ -272,7 +272,8 @@ class MemoryModel:
         - What goes into attention and activations, and what comes out: outputs of the linears inside, inputs of those
           that write to the residual stream.
 
-        Frozen linears keep nothing, dense or factorized: their inputs' gradients need their weights alone.
+        Frozen linears keep nothing, dense or factorized: their inputs' gradients need their weights alone. Experts' linears
+        count by the share of tokens that is sent to each.
         """
         adapted = set(self.adapted)
         read = 0.0
@@ -280,9 +281,10 @@ class MemoryModel:
         for group in block.groups:
             count = sum(spec in adapted for spec in group)
             copies = count if self.itemsize < _FLOAT or self.config.adapter.lora_dropout else min(count, 1)
-            read += copies * group[0].in_features * _FLOAT * (2 if self.config.adapter.lora_dropout else 1)
+            share = group[0].token_share
+            read += share * copies * group[0].in_features * _FLOAT * (2 if self.config.adapter.lora_dropout else 1)
             writes = len(group) == 1 and group[0].out_features == block.width
-            inner += group[0].in_features if writes else sum(spec.out_features for spec in group)
+            inner += share * (group[0].in_features if writes else sum(spec.out_features for spec in group))
         return read + 2 * block.width * _FLOAT + inner * self.itemsize
 
     def _update_per_token(self) -> float:

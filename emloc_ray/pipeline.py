@@ -205,9 +205,7 @@ class Pipeline:
         from emloc_ray.stages.calibration_job import go_on
         from emloc_ray.stages.convergence import calibrate_until_converged
 
-        steps = self.steps
-
-        section, out_dir = self.config.calibration, self.directory.path("calibration")
+        steps, section, out_dir = self.steps, self.config.calibration, self.directory.path("calibration")
         inputs: dict[str, Any] = {
             "model": self.inputs["import"],
             "options": self.model_options,
@@ -243,8 +241,7 @@ class Pipeline:
         # Grams that are not kept go as they are used, so that the manifest cannot name them.
         recorded = [out_dir] if kept else []
         step = functools.partial(steps.run, "calibrate", inputs, [out_dir], execute, resources(section))
-        result = step(resumes=True, recorded=recorded, shared=self._content() if kept else None)
-        self._tell(thin_experts(result))
+        self._tell(thin_experts(step(resumes=True, recorded=recorded, shared=self._content() if kept else None)))
 
     def _grams_are_wanted(self) -> bool:
         """False where the emulator comes from another run and no Grams are kept; has them gathered again where they are of

@@ -60,6 +60,11 @@ class LinearSpec:
     routed_share: float | None = None
 
     @property
+    def token_share(self) -> float:
+        """The share of tokens that it reads, on average."""
+        return 1.0 if self.routed_share is None else self.routed_share
+
+    @property
     def weight_name(self) -> str:
         """The weight's name in the model."""
         return f"{self.name}.weight"
