@@ -117,6 +117,19 @@ def save_model(directory: Path, family: str = "llama", **options: Any) -> Path:
     return directory
 
 
+def save_lopsided(directory: Path) -> Path:
+    """Saves a Mixtral, each token to one expert, whose last expert in each layer is never that one."""
+    model = make_model("mixtral", num_experts_per_tok=1)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            router = layer.mlp.gate.weight
+            router[1] = -router[0]  # of two opposite logits one is above the last one's zero
+            router[3] = 0
+    model.save_pretrained(directory, max_shard_size="100KB")
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
 def make_emulator(model: Any, ranks: dict[str, int]) -> Any:
     """Replaces linears of a model, in place, by the plain truncated SVD of their weights; returns it."""
     from emloc_ray.modeling.emulator import dense_weight, factorize_modules
