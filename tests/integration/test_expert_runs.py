@@ -34,7 +34,7 @@ def run(ray_session: None, tmp_path_factory: pytest.TempPathFactory, task_file: 
 class SecondPass(RecordingReporter):
     """Does something once, when the second pass of the calibration has its first unit done."""
 
-    def __init__(self, act: Callable[[], None]) -> None:
+    def __init__(self, act: Callable[[], object]) -> None:
         super().__init__()
         self.act, self.acted, self.last = act, False, 0
 
@@ -139,7 +139,7 @@ def fused_down(model: Any, layer: int, index: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("mode", ["resident", "streamed"])
 def test_a_worker_lost_in_the_second_pass_leaves_no_trace(run: FinishedRun, mode: str, tmp_path: Path) -> None:
-    reporter = SecondPass(lambda: None if kill_worker("Slot") else None)
+    reporter = SecondPass(lambda: kill_worker("Slot"))
     values = {**run.changed(calibration={"mode": mode}), "run_dir": str(tmp_path / "run")}
     run_values(values, reporter, until="calibrate")
     assert reporter.acted
