@@ -94,9 +94,10 @@ def test_calibrate(run: FinishedRun) -> None:
         model(**model_call(model.config, collate([shards.row(position)], 0, multiple=1)).inputs)
     for names in groups.values():
         for name in names:  # one sum stands for all that read the same tensor
-            assert counts[name] == store.num_tokens(name)
-            scale = float(sums[name].diagonal().max())
-            torch.testing.assert_close(store.read(name).double(), sums[name], rtol=1e-3, atol=1e-5 * scale)
+            assert counts.get(name, 0) == store.num_tokens(name)  # none, of an expert that the router never chooses
+            expected = sums.get(name, torch.zeros_like(store.read(name), dtype=torch.float64))
+            scale = float(expected.diagonal().max())
+            torch.testing.assert_close(store.read(name).double(), expected, rtol=1e-3, atol=1e-5 * scale)
 
 
 def test_streamed(run: FinishedRun, tmp_path: Path) -> None:
