@@ -72,7 +72,19 @@ class Jobs:
         """Every group of linears that share an input; ``basis_dir`` is an emulator of the same Grams and other ranks."""
         config, layout = self.prepared.config, self.prepared.layout
         frac, out_dir = config.emulator.dampening_frac, self._path("emulator")
-        return FactorizationJob(self.model_dir, out_dir, layout.groups, layout.ranks, frac, config.seed, basis_dir)
+        in_4bit, targeted = layout.in_4bit, set(layout.compressed)
+        return FactorizationJob(
+            self.model_dir,
+            out_dir,
+            layout.groups,
+            layout.ranks,
+            frac,
+            config.seed,
+            basis_dir,
+            in_4bit,
+            without_gram=tuple(name for name in in_4bit if name not in targeted),
+            kept_wide=layout.kept_wide,
+        )
 
     def num_steps(self) -> int:
         """Optimizer steps of the fine-tuning, from the rows that it has."""
@@ -106,8 +118,8 @@ class Jobs:
         """With the candidates that the config leaves to choose among."""
         config, layout = self.prepared.config, self.prepared.layout
         section = config.correction
-        has_grams = bool(layout.ranks) and config.calibration.keep == "grams"
-        method = section.method if layout.ranks else "none"
+        has_grams = layout.differs and config.calibration.keep == "grams"
+        method = section.method if layout.differs else "none"
         return CorrectionJob(
             model_dir=self.model_dir,
             emulator_dir=self._path("emulator"),
