@@ -93,6 +93,9 @@ def emulator_class(base: type[PreTrainedModel], config: EmulatorModelConfig) -> 
 
         def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
             """Saves as an emulator: under the original's type it would load as dense layers with random weights."""
+            if getattr(self.config, "quantization_config", None):
+                # transformers has no way back from how it loads 4 bits: saved under the names in memory, which load too.
+                kwargs.setdefault("save_original_format", False)
             super().save_pretrained(save_directory, *args, **kwargs)
             write_emulator_config(Path(save_directory), self.config, config.ranks)
 
