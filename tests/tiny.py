@@ -144,7 +144,9 @@ def save_quantized_emulator(model_dir: Path, directory: Path, ranks: dict[str, i
             packed = quantize(weight.T if spec.transposed and not part else weight, model.dtype, spec.name)
             state |= {f"{spec.name}{part}.{key}": tensor for key, tensor in packed.items()}
     directory.mkdir(parents=True)
-    save_file({name: tensor.clone() for name, tensor in state.items()}, directory / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.clone() for name, tensor in state.items()}, directory / "model.safetensors", {"format": "pt"}
+    )
     write_emulator_config(directory, model.config, ranks, quantization_config(model.dtype, kept))
     make_tokenizer().save_pretrained(directory)
     return directory

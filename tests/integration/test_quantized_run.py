@@ -52,9 +52,12 @@ def test_everything_inside_the_blocks_is_in_4_bits_and_counted(quantized_run: Fi
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= wide
     assert told["quantization"] == "nf4"
     assert told["bytes"] == emulator.num_bytes
-    assert told["parameters"] == json.loads((run.root / "emulator" / "model.safetensors.index.json").read_text())[
-        "metadata"
-    ]["total_parameters"]
+    assert (
+        told["parameters"]
+        == json.loads((run.root / "emulator" / "model.safetensors.index.json").read_text())["metadata"][
+            "total_parameters"
+        ]
+    )
     page = (run.root / "report.html").read_text()
     assert "in 4 bits" in page
 

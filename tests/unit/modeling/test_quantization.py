@@ -141,9 +141,11 @@ def test_it_loads_through_the_auto_class_with_the_weights_that_are_stored(emulat
     assert len(found) == len(block_linears(make_model(model.config.model_type)))
     assert type(model.get_output_embeddings()) is nn.Linear
     for name, module in found.items():
-        parts = [stored_weight(checkpoint, f"{name}.{part}").float() for part in ("up", "down")] if isinstance(
-            module, FactorizedLinear
-        ) else [stored_weight(checkpoint, name).float()]
+        parts = (
+            [stored_weight(checkpoint, f"{name}.{part}").float() for part in ("up", "down")]
+            if isinstance(module, FactorizedLinear)
+            else [stored_weight(checkpoint, name).float()]
+        )
         assert torch.equal(dense_weight(module), torch.linalg.multi_dot(parts) if len(parts) > 1 else parts[0])
 
 
@@ -224,7 +226,7 @@ def test_no_unpacked_weight_is_kept_for_the_backward_pass(tmp_path: Path, tiny_m
 
 def test_linears_that_transformers_keeps_in_float32_are_none_of_them() -> None:
     class Careful(LlamaForCausalLM):
-        _keep_in_fp32_modules = ["o_proj"]
+        _keep_in_fp32_modules = ("o_proj",)
 
     found = replaceable_linears(Careful(make_model("llama").config))
     assert "lm_head" in found
