@@ -93,7 +93,7 @@ def emulator_class(base: type[PreTrainedModel], config: EmulatorModelConfig) -> 
 
         def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
             """Saves as an emulator: under the original's type it would load as dense layers with random weights."""
-            if getattr(self.config, "quantization_config", None):
+            if getattr(self, "is_loaded_in_4bit", False):
                 # transformers has no way back from how it loads 4 bits: saved under the names in memory, which load too.
                 kwargs.setdefault("save_original_format", False)
             super().save_pretrained(save_directory, *args, **kwargs)
@@ -145,10 +145,11 @@ def _auto_model_class(auto_name: str) -> type[Any]:
             if config._attn_implementation is not None:
                 kwargs.setdefault("attn_implementation", config._attn_implementation)
             found = emulator_class(base, config).from_pretrained(path, *args, config=original, **kwargs)
-            if getattr(original, "quantization_config", None):
+            model = found[0] if isinstance(found, tuple) else found  # beside what its loading told
+            if getattr(model, "is_loaded_in_4bit", False):
                 from emloc_ray.modeling.four_bit_linear import compute_exactly
 
-                compute_exactly(found[0] if isinstance(found, tuple) else found)  # beside what its loading told
+                compute_exactly(model)
             return found
 
     EmulatorModel.__name__ = EmulatorModel.__qualname__ = auto_name.replace("AutoModel", "Emulator")
