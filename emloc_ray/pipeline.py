@@ -259,9 +259,8 @@ class Pipeline:
         return needed or done
 
     def _factorize_inputs(self) -> dict[str, Any]:
-        quantized = {"quantization": self.config.emulator.quantization} if self.layout.quantized else {}
         return {
-            **quantized,
+            **({"quantization": self.config.emulator.quantization} if self.layout.quantized else {}),
             "calibrate": self.inputs["calibrate"],
             "model": self.inputs["import"],
             "ranks": self.layout.ranks,
@@ -313,8 +312,7 @@ class Pipeline:
             build = self._emulator_build(granted)
             return build.finish(calibration_dir, self.jobs.base_config(), progress)
 
-        asked = resources(self.config.emulator)
-        basis = None if self.layout.quantized else self._factorize_basis()
+        asked, basis = resources(self.config.emulator), None if self.layout.quantized else self._factorize_basis()
         step = functools.partial(self.steps.run, "factorize", self._factorize_inputs(), [out_dir], execute, asked)
         result = step(resumes=True, shared=self._content(), basis=basis)
         discard(self.directory.path("basis"))

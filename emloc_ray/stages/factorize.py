@@ -182,15 +182,13 @@ def _report(
     num_tokens: int,
 ) -> LayerReport:
     """What is told of a layer; ``held`` are its factors as stored, whose error is taken anew where that is in 4 bits."""
-    if result is not None:
-        rank, solver = result.factors.up.shape[1], result.solver
-        error, energy = result.relative_error, result.total_energy
-    else:
-        rank, solver = min(spec.out_features, spec.in_features), "dense"
+    error, energy = (0.0, 0.0) if result is None else (result.relative_error, result.total_energy)
     if is_packed(held[0]):
         product = functools.reduce(torch.matmul, (dequantize(some).float() for some in held))
-        error, energy = relative_error(weight(), product, whitening(), name=spec.name)
-    return LayerReport(spec.name, rank, error, solver, energy, num_tokens)
+        error, direct = relative_error(weight(), product, whitening(), name=spec.name)
+        energy = energy or direct
+    rank = min(spec.out_features, spec.in_features) if result is None else result.factors.up.shape[1]
+    return LayerReport(spec.name, rank, error, "dense" if result is None else result.solver, energy, num_tokens)
 
 
 def copy_rest(entries: Sequence[TensorEntry], path: Path) -> None:
