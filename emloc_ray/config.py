@@ -127,6 +127,7 @@ class EmulatorConfig(StageConfig):
     target_modules: Patterns | None = None
     exclude_modules: Patterns | None = None
     dampening_frac: float = Field(1e-6, gt=0, lt=1)
+    quantization: Literal["none", "nf4"] = Field("none", description="nf4: linears inside the blocks in 4 bits")
 
     @field_validator("ratios")
     @classmethod

@@ -94,6 +94,7 @@ class Jobs:
         """Every group of linears that share an input; ``basis_dir`` is an emulator of the same Grams and other ranks."""
         config, layout = self.prepared.config, self.prepared.layout
         placed = {spec.name: spec for spec in self.specs()}
+        in_4bit, targeted = layout.in_4bit, set(layout.compressed)
         return FactorizationJob(
             model_dir=self.model_dir,
             out_dir=self._path("emulator"),
@@ -103,6 +104,9 @@ class Jobs:
             seed=config.seed,
             basis_dir=basis_dir,
             renamed=renamed_tensors(self.stored()),
+            in_4bit=in_4bit,
+            without_gram=tuple(name for name in in_4bit if name not in targeted),
+            kept_wide=layout.kept_wide,
         )
 
     def num_steps(self) -> int:
@@ -137,8 +141,8 @@ class Jobs:
         """With the candidates that the config leaves to choose among."""
         config, layout = self.prepared.config, self.prepared.layout
         section = config.correction
-        has_grams = bool(layout.ranks) and config.calibration.keep == "grams"
-        method = section.method if layout.ranks else "none"
+        has_grams = layout.differs and config.calibration.keep == "grams"
+        method = section.method if layout.differs else "none"
         return CorrectionJob(
             model_dir=self.model_dir,
             emulator_dir=self._path("emulator"),

@@ -13,6 +13,7 @@ from emloc_ray.modeling.adapter import portable_targets
 from emloc_ray.modeling.architecture import LinearSpec, block_linears, learned_positions, trace_inputs
 from emloc_ray.modeling.experts import owner_of
 from emloc_ray.modeling.matching import check_table, lookup, select
+from emloc_ray.modeling.quantization import replaceable_linears
 
 Result = TypeVar("Result")
 
@@ -28,6 +29,7 @@ class Skeleton:
     num_parameters: int
     head_parameters: int
     hidden_size: int
+    replaceable: tuple[str, ...] = ()  # linears anywhere that transformers can put 4-bit ones in place of
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,25 @@ class Layout:
     num_parameters: int
     head_parameters: int
     hidden_size: int
+    quantized: bool = False
+    replaceable: tuple[str, ...] = ()
+
+    @property
+    def differs(self) -> bool:
+        """Whether the emulator is another model than the original: compressed, in 4 bits or both."""
+        return bool(self.ranks) or self.quantized
+
+    @property
+    def in_4bit(self) -> tuple[str, ...]:
+        """The linears that the emulator stores in 4 bits, as factors or dense: all inside the blocks, as QLoRA has it."""
+        able = {*self.ranks, *self.replaceable} if self.quantized else set()
+        return tuple(spec.name for spec in self.specs if spec.name in able)
+
+    @property
+    def kept_wide(self) -> tuple[str, ...]:
+        """The linears that transformers must not take for 4-bit ones: heads, routers, what is outside the blocks."""
+        inside = {spec.name for spec in self.specs}
+        return tuple(name for name in self.replaceable if name not in inside)
 
     @property
     def parameters_targeted(self) -> int:
@@ -58,8 +79,13 @@ class Layout:
 
     def kept(self, spec: LinearSpec) -> int:
         """Parameters of one linear in the emulator."""
+        return sum(rows * columns for rows, columns in self.stored_shapes(spec))
+
+    def stored_shapes(self, spec: LinearSpec) -> tuple[tuple[int, int], ...]:
+        """The matrices that the emulator has of one linear: its weight, or its two factors."""
         rank = self.ranks.get(spec.name)
-        return spec.num_parameters if rank is None else rank * (spec.out_features + spec.in_features)
+        whole = (spec.out_features, spec.in_features)
+        return (whole,) if rank is None else ((spec.out_features, rank), (rank, spec.in_features))
 
 
 def skeleton_of(model_config: Any, model: Any) -> Skeleton:
@@ -79,6 +105,7 @@ def skeleton_of(model_config: Any, model: Any) -> Skeleton:
         parameters,
         head.weight.numel(),
         head.weight.shape[-1],
+        replaceable_linears(model),
     )
 
 
@@ -100,6 +127,8 @@ def make_layout(config: RunConfig, skeleton: Skeleton) -> Layout:
         skeleton.num_parameters,
         skeleton.head_parameters,
         skeleton.hidden_size,
+        config.emulator.quantization != "none",
+        skeleton.replaceable,
     )
 
 

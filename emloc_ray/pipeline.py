@@ -195,7 +195,7 @@ class Pipeline:
 
     def calibrate(self) -> None:
         """One Gram per shared input of the linears that compression targets; what they serve is factorized meanwhile."""
-        if not self.layout.ranks:
+        if not self.layout.differs:
             self.inputs["calibrate"] = "none needed"
             self.directory.forget("calibrate")
             discard(self.directory.path("calibration"))
@@ -260,6 +260,7 @@ class Pipeline:
 
     def _factorize_inputs(self) -> dict[str, Any]:
         return {
+            **({"quantization": self.config.emulator.quantization} if self.layout.quantized else {}),
             "calibrate": self.inputs["calibrate"],
             "model": self.inputs["import"],
             "ranks": self.layout.ranks,
@@ -268,8 +269,8 @@ class Pipeline:
         }
 
     def _factorize_basis(self) -> dict[str, Any]:
-        """What emulators of one basis have in common, whatever their ranks."""
-        alike = {key: value for key, value in self._factorize_inputs().items() if key != "ranks"}
+        """What emulators of one basis have in common, whatever their ranks. One in 4 bits is none, but may take one."""
+        alike = {k: value for k, value in self._factorize_inputs().items() if k not in ("ranks", "quantization")}
         return {**alike, **self._content(), "emloc_ray": version("emloc-ray")}
 
     def _emulator_build(self, granted: Resources) -> EmulatorBuild:
@@ -311,7 +312,7 @@ class Pipeline:
             build = self._emulator_build(granted)
             return build.finish(calibration_dir, self.jobs.base_config(), progress)
 
-        asked, basis = resources(self.config.emulator), self._factorize_basis()
+        asked, basis = resources(self.config.emulator), None if self.layout.quantized else self._factorize_basis()
         step = functools.partial(self.steps.run, "factorize", self._factorize_inputs(), [out_dir], execute, asked)
         result = step(resumes=True, shared=self._content(), basis=basis)
         discard(self.directory.path("basis"))

@@ -161,3 +161,29 @@ def save_emulator(model_dir: Path, directory: Path, rank: int = 8) -> Path:
     write_emulator_config(directory, model.config, ranks)
     make_tokenizer().save_pretrained(directory)
     return directory
+
+
+def save_quantized_emulator(model_dir: Path, directory: Path, ranks: dict[str, int]) -> Path:
+    """Saves an emulator of a saved model in 4 bits: of every linear in its blocks the factors, or all of it."""
+    from safetensors.torch import save_file
+
+    from emloc_ray.modeling.architecture import block_linears
+    from emloc_ray.modeling.emulator import write_emulator_config
+    from emloc_ray.modeling.quantization import quantization_config, quantize, replaceable_linears
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto")
+    specs, wide = block_linears(model), replaceable_linears(model)
+    kept = tuple(name for name in wide if name not in {spec.name for spec in specs})
+    state = make_emulator(model, ranks).state_dict()
+    for spec in specs:
+        for part in (".up", ".down") if spec.name in ranks else ("",):
+            weight = state.pop(f"{spec.name}{part}.weight")
+            packed = quantize(weight.T if spec.transposed and not part else weight, model.dtype, spec.name)
+            state |= {f"{spec.name}{part}.{key}": tensor for key, tensor in packed.items()}
+    directory.mkdir(parents=True)
+    save_file(
+        {name: tensor.clone() for name, tensor in state.items()}, directory / "model.safetensors", {"format": "pt"}
+    )
+    write_emulator_config(directory, model.config, ranks, quantization_config(model.dtype, kept))
+    make_tokenizer().save_pretrained(directory)
+    return directory

@@ -249,3 +249,18 @@ def test_experts_count_as_weights_all_and_as_activations_by_their_share_of_token
     # A Gram for what each expert's gate and up read, and one for what its down reads.
     grams = many.stage("calibrate")["grams"] - few.stage("calibrate")["grams"]
     assert grams == 2 * 4 * 4 * (1024**2 + 3584**2)
+
+
+def test_llama_7b_in_4_bits_by_hand() -> None:
+    packed = MemoryModel(bare(LlamaConfig(), emulator={"quantization": "nf4", "compression_ratio": 1.0}), ROW)
+    block = 4 * 4096**2 + 3 * 4096 * 11008
+    outside = 2 * 32000 * 4096 + 65 * 4096
+    # Half a byte, a byte for 64, four for 64 · 256; of each of the 224 linears two tables and some words.
+    bits = 4 + 8 / 64 + 32 / (64 * 256)
+    assert packed.emulator == pytest.approx(2 * outside + 32 * block * bits / 8 + 224 * 1258, abs=1)
+    quarter = MemoryModel(bare(LlamaConfig(), emulator={"quantization": "nf4", "compression_ratio": 0.25}), ROW)
+    assert 0.24 < (quarter.emulator - 2 * outside) / (packed.emulator - 2 * outside) < 0.26
+    # Unpacked one at a time, the largest: indices of two elements each, float32, bfloat16.
+    assert packed.finetune()["unpacked"] == 4096 * 11008 * (2 + 4 + 2)
+    assert "unpacked" not in MemoryModel(bare(LlamaConfig()), ROW).stage("finetune")
+    assert packed.calibrate()["grams"] > 0
