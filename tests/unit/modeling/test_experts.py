@@ -105,6 +105,17 @@ def test_nothing_is_copied() -> None:
     assert torch.equal(linear.weight, fused[2])
 
 
+def test_of_a_parameter_that_deepspeed_has_scattered_new_linears_are_made() -> None:
+    fused = make_model("mixtral").model.layers[0].mlp.experts
+    for parameter in fused.parameters():
+        parameter.ds_shape = parameter.shape
+        parameter.data = torch.empty(0)
+    experts = UnfusedExperts(fused)
+    shapes = {name: tuple(parameter.shape) for name, parameter in experts.named_parameters()}
+    assert shapes["1.gate_up.weight"] == (256, 64)
+    assert shapes["3.down.weight"] == (64, 128)
+
+
 @pytest.mark.parametrize("family", MAKERS)
 def test_each_expert_has_linears_of_its_own_and_the_others_are_grouped_as_ever(family: str) -> None:
     model = empty_model(MAKERS[family]().config)
