@@ -12,11 +12,14 @@ from peft import PeftModel
 from small_runs import FinishedRun, make_values, redone, run_values
 from transformers import AutoModelForCausalLM
 
+from emloc_ray.config_reading import parse_config
+from emloc_ray.errors import ConfigError
 from emloc_ray.io.artifact_cache import ArtifactCache
 from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.io.grams import GramStore
 from emloc_ray.modeling.adapter import Adapter
 from emloc_ray.modeling.quantization import dequantize, quantize, stored_weight
+from emloc_ray.preparation import prepare
 
 RATIOS = (0.25, 1.0)
 
@@ -124,3 +127,9 @@ def test_an_emulator_in_4_bits_is_no_basis_and_may_have_one(
     factor = "model.layers.0.self_attn.q_proj.up"
     first = wide.read(f"{factor}.weight")[:, :8].contiguous()  # the best of rank 8 is the first columns of any more
     assert torch.equal(stored_weight(packed, factor), dequantize(quantize(first, torch.float32)))
+
+
+def test_lora_on_the_original_in_4_bits_is_no_upper_bound(quantized_run: FinishedRun) -> None:
+    values = quantized_run.changed(evaluation={"upper_bound": str(quantized_run.root)})
+    with pytest.raises(ConfigError, match=r"is no finished run at ratio 1\.0: .* not quantized"):
+        prepare(parse_config(values))
