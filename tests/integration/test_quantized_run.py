@@ -12,11 +12,14 @@ from peft import PeftModel
 from small_runs import FinishedRun, make_values, redone, run_values
 from transformers import AutoModelForCausalLM
 
+from emloc_ray.config_reading import parse_config
+from emloc_ray.errors import ConfigError
 from emloc_ray.io.artifact_cache import ArtifactCache
 from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.io.grams import GramStore
 from emloc_ray.modeling.adapter import Adapter
 from emloc_ray.modeling.quantization import dequantize, quantize, stored_weight
+from emloc_ray.preparation import prepare
 
 RATIOS = (0.25, 1.0)
 
@@ -112,15 +115,21 @@ def test_the_quantization_is_among_the_inputs(quantized_run: FinishedRun) -> Non
 def test_an_emulator_in_4_bits_is_no_basis_and_may_have_one(
     ray_session: None, tmp_path: Path, tiny_model_dir: Callable[..., Path], task_file: Path
 ) -> None:
-    cache = ArtifactCache(tmp_path / "shared")
+    cache = ArtifactCache(str(tmp_path / "shared"))
     for name, ratio, quantization in (("wide", 0.5, "none"), ("packed", 0.25, "nf4")):
         emulator = {"compression_ratio": ratio, "quantization": quantization}
         values = make_values(tmp_path / name, tiny_model_dir("llama"), task_file, emulator=emulator)
         run_values(values, until="factorize", cache=cache)
-    bases = {entry.origin: entry.basis for entry in cache.entries() if entry.stage == "factorize"}
-    assert bases["wide"] is not None
-    assert bases["packed"] is None
+    bases = {"quantization" in entry.inputs: entry.basis for entry in cache.entries() if entry.stage == "factorize"}
+    assert bases[False] is not None
+    assert bases[True] is None
     wide, packed = (Checkpoint(tmp_path / name / "emulator") for name in ("wide", "packed"))
     factor = "model.layers.0.self_attn.q_proj.up"
     first = wide.read(f"{factor}.weight")[:, :8].contiguous()  # the best of rank 8 is the first columns of any more
     assert torch.equal(stored_weight(packed, factor), dequantize(quantize(first, torch.float32)))
+
+
+def test_lora_on_the_original_in_4_bits_is_no_upper_bound(quantized_run: FinishedRun) -> None:
+    values = quantized_run.changed(evaluation={"upper_bound": str(quantized_run.root)})
+    with pytest.raises(ConfigError, match=r"is no finished run at ratio 1\.0: .* not quantized"):
+        prepare(parse_config(values))
