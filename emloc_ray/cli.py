@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -149,7 +150,7 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
         layout = prepared.layout
         console.print(
             f"{escape(str(config))} is good: {len(layout.ranks)} of {len(layout.specs)} linears compressed,"
-            f" {len(layout.adapted)} adapted."
+            f"{f' {len(layout.in_4bit)} in 4 bits,' if layout.quantized else ''} {len(layout.adapted)} adapted."
         )
 
     _guarded(action)
@@ -320,6 +321,7 @@ def main() -> None:
     """The ``emloc-ray`` command."""
     # A hub that cannot be reached is told by us, in one sentence.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks when it is imported, which others do
     try:
         app()
     except BrokenPipeError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import Any
 
 from emloc_ray.config import StageConfig
 from emloc_ray.data.token_shards import TokenShards
+from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.layout import adapter_settings
 from emloc_ray.memory import MemoryModel
-from emloc_ray.modeling.architecture import load_config
+from emloc_ray.modeling.architecture import LinearSpec, empty_model, load_config
+from emloc_ray.modeling.inputs import has_encoder
+from emloc_ray.modeling.stored_names import StoredParameter, renamed_tensors, stored_parameters, stored_specs
 from emloc_ray.planner import num_steps, row_lengths
 from emloc_ray.preparation import Prepared
 from emloc_ray.stages.calibration_job import CalibrationJob, Groups
@@ -40,6 +44,15 @@ class Jobs:
             "trust_remote_code": model.trust_remote_code,
         }
 
+    def stored(self) -> dict[str, StoredParameter]:
+        """Under which names the original's checkpoint holds what is in the model."""
+        names = tuple(entry.name for entry in Checkpoint(self.model_dir))
+        return _stored_parameters(self.model_dir, self.prepared.config.model.trust_remote_code, names)
+
+    def specs(self) -> tuple[LinearSpec, ...]:
+        """The model's linears, with where the checkpoint holds them."""
+        return stored_specs(self.prepared.layout.specs, self.stored(), Checkpoint(self.model_dir))
+
     def base_config(self) -> Any:
         """The original's transformers config."""
         return load_config(self.model_dir, trust_remote_code=self.prepared.config.model.trust_remote_code)
@@ -67,13 +80,35 @@ class Jobs:
             tuple(self.model_options.items()),
             mode,
             tuple(self.gram_groups(wave) for wave in memory.waves()) if mode == "resident" else None,
+            experts=self.experts(),
+            min_expert_tokens=section.min_expert_tokens,
+            streams=tuple((s.name, s.stream) for s in self.prepared.layout.specs if s.stream != "row"),
         )
+
+    def experts(self) -> tuple[tuple[str, int], ...]:
+        """The Grams of experts' linears, with how many inputs these have."""
+        specs = {spec.name: spec for spec in self.prepared.layout.specs}
+        firsts = [specs[group[0]] for group in self.gram_groups()]
+        return tuple((spec.name, spec.in_features) for spec in firsts if spec.routed_share is not None)
 
     def factorization(self, basis_dir: Path | None = None) -> FactorizationJob:
         """Every group of linears that share an input; ``basis_dir`` is an emulator of the same Grams and other ranks."""
         config, layout = self.prepared.config, self.prepared.layout
-        frac, out_dir = config.emulator.dampening_frac, self._path("emulator")
-        return FactorizationJob(self.model_dir, out_dir, layout.groups, layout.ranks, frac, config.seed, basis_dir)
+        placed = {spec.name: spec for spec in self.specs()}
+        in_4bit, targeted = layout.in_4bit, set(layout.compressed)
+        return FactorizationJob(
+            model_dir=self.model_dir,
+            out_dir=self._path("emulator"),
+            groups=tuple(tuple(placed[spec.name] for spec in group) for group in layout.groups),
+            ranks=layout.ranks,
+            dampening_frac=config.emulator.dampening_frac,
+            seed=config.seed,
+            basis_dir=basis_dir,
+            renamed=renamed_tensors(self.stored()),
+            in_4bit=in_4bit,
+            without_gram=tuple(name for name in in_4bit if name not in targeted),
+            kept_wide=layout.kept_wide,
+        )
 
     def num_steps(self) -> int:
         """Optimizer steps of the fine-tuning, from the rows that it has."""
@@ -95,7 +130,7 @@ class Jobs:
             max_steps=self.num_steps(),
             batch_size=section.per_device_train_batch_size,
             seed=config.seed,
-            loss_on=section.loss_on,
+            loss_on=self._loss_on(),
             pad_token_id=self._pad_token_id(),
             max_failures=section.max_failures,
             training_arguments={"run_name": self.prepared.run.name, **_training_arguments(section)},
@@ -107,8 +142,8 @@ class Jobs:
         """With the candidates that the config leaves to choose among."""
         config, layout = self.prepared.config, self.prepared.layout
         section = config.correction
-        has_grams = bool(layout.ranks) and config.calibration.keep == "grams"
-        method = section.method if layout.ranks and config.adapter.is_additive else "none"
+        has_grams = layout.differs and config.calibration.keep == "grams"
+        method = section.method if layout.differs and config.adapter.is_additive else "none"
         return CorrectionJob(
             model_dir=self.model_dir,
             emulator_dir=self._path("emulator"),
@@ -116,12 +151,12 @@ class Jobs:
             adapter_dir=self._path("adapter_emulator"),
             out_dir=self._path("adapter"),
             selection_dir=self.tokens("selection"),
-            specs=layout.specs,
+            specs=self.specs(),
             candidates=tuple(candidates(method, section.clamp, section.strength, has_grams)),
             dampening_frac=section.dampening_frac,
             update_tolerance=section.update_tolerance,
             batch_size=config.evaluation.batch_size,
-            loss_on=config.finetune.loss_on,
+            loss_on=self._loss_on(),
             pad_token_id=self._pad_token_id(),
             model_options=self.model_options,
         )
@@ -133,7 +168,7 @@ class Jobs:
             self.model_dir,
             self._path("adapter"),
             self._path("merged"),
-            self.prepared.layout.specs,
+            self.specs(),
             section.chunk_bytes,
             section.max_shard_size,
         )
@@ -149,7 +184,7 @@ class Jobs:
             corrected_adapter_dir=self._path("adapter"),
             merged_dir=None if config.adapter.is_prompt else self._path("merged"),
             tokens_dir=self.tokens("eval"),
-            loss_on=config.finetune.loss_on,
+            loss_on=self._loss_on(),
             batch_size=section.batch_size,
             pad_token_id=self._pad_token_id(),
             num_generations=section.num_generations,
@@ -164,6 +199,10 @@ class Jobs:
 
     def _path(self, *parts: str) -> Path:
         return self.prepared.run.path(*parts)
+
+    def _loss_on(self) -> str:
+        # A decoder beside an encoder writes the completion alone.
+        return "completion" if has_encoder(self.base_config()) else self.prepared.config.finetune.loss_on
 
     def _pad_token_id(self) -> int:
         # Padding is masked everywhere: any token of the vocabulary serves.
@@ -181,10 +220,16 @@ class Jobs:
         return targets if isinstance(targets, str) else list(targets)
 
     def _adapter_settings(self) -> dict[str, Any]:
-        settings = adapter_settings(self.prepared.config.adapter, self.prepared.layout)
+        settings = adapter_settings(self.prepared.config.adapter, self.prepared.layout, self.base_config())
         if settings.get("prompt_tuning_init") == "TEXT":
             settings["tokenizer_name_or_path"] = str(self.model_dir)
         return settings
+
+
+@functools.lru_cache(maxsize=8)
+def _stored_parameters(model_dir: Path, trust_remote_code: bool, names: tuple[str, ...]) -> dict[str, StoredParameter]:
+    config = load_config(model_dir, trust_remote_code=trust_remote_code)
+    return stored_parameters(empty_model(config, trust_remote_code), names)
 
 
 def resources(section: StageConfig) -> Resources:

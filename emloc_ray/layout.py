@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from emloc_ray.config import AdapterConfig, RunConfig
@@ -11,8 +11,12 @@ from emloc_ray.core.ranks import rank_for_ratio
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.adapter import portable_targets
 from emloc_ray.modeling.adapter_methods import default_targets, feedforward_names
-from emloc_ray.modeling.architecture import LinearSpec, block_linears, learned_positions, shared_inputs
+from emloc_ray.modeling.architecture import LinearSpec, block_linears, learned_positions, trace_inputs
+from emloc_ray.modeling.expert_adapters import taken_for_experts
+from emloc_ray.modeling.experts import owner_of
+from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.matching import check_table, lookup, select
+from emloc_ray.modeling.quantization import replaceable_linears
 
 Result = TypeVar("Result")
 
@@ -28,6 +32,7 @@ class Skeleton:
     num_parameters: int
     head_parameters: int
     hidden_size: int
+    replaceable: tuple[str, ...] = ()  # linears anywhere that transformers can put 4-bit ones in place of
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,25 @@ class Layout:
     hidden_size: int
     adapter_parameters: int | None = None  # of another method than LoRA's, whose follow from ranks
     feedforward: tuple[str, ...] = ()  # of the adapted linears those whose input IA³ scales
+    quantized: bool = False
+    replaceable: tuple[str, ...] = ()
+
+    @property
+    def differs(self) -> bool:
+        """Whether the emulator is another model than the original: compressed, in 4 bits or both."""
+        return bool(self.ranks) or self.quantized
+
+    @property
+    def in_4bit(self) -> tuple[str, ...]:
+        """The linears that the emulator stores in 4 bits, as factors or dense: all inside the blocks, as QLoRA has it."""
+        able = {*self.ranks, *self.replaceable} if self.quantized else set()
+        return tuple(spec.name for spec in self.specs if spec.name in able)
+
+    @property
+    def kept_wide(self) -> tuple[str, ...]:
+        """The linears that transformers must not take for 4-bit ones: heads, routers, what is outside the blocks."""
+        inside = {spec.name for spec in self.specs}
+        return tuple(name for name in self.replaceable if name not in inside)
 
     @property
     def parameters_targeted(self) -> int:
@@ -60,15 +84,22 @@ class Layout:
 
     def kept(self, spec: LinearSpec) -> int:
         """Parameters of one linear in the emulator."""
+        return sum(rows * columns for rows, columns in self.stored_shapes(spec))
+
+    def stored_shapes(self, spec: LinearSpec) -> tuple[tuple[int, int], ...]:
+        """The matrices that the emulator has of one linear: its weight, or its two factors."""
         rank = self.ranks.get(spec.name)
-        return spec.num_parameters if rank is None else rank * (spec.out_features + spec.in_features)
+        whole = (spec.out_features, spec.in_features)
+        return (whole,) if rank is None else ((spec.out_features, rank), (rank, spec.in_features))
 
 
 def skeleton_of(model_config: Any, model: Any) -> Skeleton:
     """Of a model on the meta device, or any other."""
-    specs = block_linears(model)
+    found = block_linears(model)
+    trace = trace_inputs(model, found)
+    specs = [replace(spec, stream=trace.streams.get(spec.name, spec.stream)) for spec in found]
     by_name = {spec.name: spec for spec in specs}
-    groups = tuple(tuple(by_name[name] for name in group) for group in shared_inputs(model, specs))
+    groups = tuple(tuple(by_name[name] for name in group) for group in trace.groups)
     head = model.get_output_embeddings()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Skeleton(
@@ -79,6 +110,7 @@ def skeleton_of(model_config: Any, model: Any) -> Skeleton:
         parameters,
         head.weight.numel(),
         head.weight.shape[-1],
+        replaceable_linears(model),
     )
 
 
@@ -91,6 +123,7 @@ def make_layout(config: RunConfig, skeleton: Skeleton) -> Layout:
     specs = skeleton.specs
     model_type = _model_type(skeleton.config)
     compressed, adapted = _matched(config, specs, model_type)
+    _check_no_experts(config.adapter.method, adapted, skeleton)
     forward = config.adapter.settings.get("feedforward_modules")
     return Layout(
         specs,
@@ -98,20 +131,24 @@ def make_layout(config: RunConfig, skeleton: Skeleton) -> Layout:
         ranks_at(config, specs, compressed),
         tuple(compressed),
         tuple(adapted),
-        _portable(config, adapted, [spec.name for spec in specs]),
+        _portable(config, adapted, specs),
         skeleton.num_parameters,
         skeleton.head_parameters,
         skeleton.hidden_size,
+        quantized=config.emulator.quantization != "none",
+        replaceable=skeleton.replaceable,
         feedforward=tuple(feedforward_names(forward, model_type, adapted)) if config.adapter.method == "ia3" else (),
     )
 
 
-def adapter_settings(adapter: AdapterConfig, layout: Layout) -> dict[str, Any]:
-    """As :func:`emloc_ray.modeling.adapter_methods.adapter_config` takes them: the method's own, and the linears' names."""
-    transposed = any(spec.transposed for spec in layout.specs if spec.name in layout.adapted)
+def adapter_settings(adapter: AdapterConfig, layout: Layout, model_config: Any) -> dict[str, Any]:
+    """As :func:`emloc_ray.modeling.adapter_methods.adapter_config` takes them: the method's own, and what follows from
+    the model."""
+    transposed = any(s.transposed and s.routed_share is None for s in layout.specs if s.name in layout.adapted)
     forward = {"feedforward_modules": list(layout.feedforward)} if adapter.method == "ia3" else {}
     names = {"target_modules": list(layout.adapted), "fan_in_fan_out": transposed, **forward}
-    return {"method": adapter.method, **adapter.settings, **names}
+    task_type = "SEQ_2_SEQ_LM" if has_encoder(model_config) else "CAUSAL_LM"
+    return {"method": adapter.method, **adapter.settings, **names, "task_type": task_type}
 
 
 def _model_type(model_config: Any) -> str:
@@ -153,7 +190,7 @@ def _adapted(adapter: AdapterConfig, names: Sequence[str], model_type: str) -> l
         return []
     targets = adapter.target_modules
     if targets is None:
-        targets = default_targets(adapter.method, model_type)
+        targets = default_targets(adapter.method, model_type, names)
     return select(names, targets, adapter.exclude_modules, "adapter.target_modules")
 
 
@@ -164,6 +201,32 @@ def _check_adapter_ranks(adapter: AdapterConfig, specs: Sequence[LinearSpec]) ->
         smaller = min(spec.out_features, spec.in_features)
         if r > smaller:
             raise ConfigError(f"{key} is {r}, above the smaller side {smaller} of {spec.name}: lower it.")
+    _check_experts_alike(adapter, specs)
+
+
+def _check_experts_alike(adapter: AdapterConfig, specs: Sequence[LinearSpec]) -> None:
+    """PEFT stores one rank for all experts of a layer."""
+    for key, table in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
+        found: dict[str, float] = {}
+        for spec in specs if table else ():
+            owner = owner_of(spec.name) if spec.routed_share is not None else None
+            value = lookup(spec.name, table, -1)
+            if owner is not None and found.setdefault(f"{owner[0]}.{owner[2]}", value) != value:
+                raise ConfigError(f"adapter.{key} tells experts of {owner[0]} apart: name all of them alike.")
+
+
+def _check_no_experts(method: str, adapted: Sequence[str], skeleton: Skeleton) -> None:
+    """PEFT has fused parameters for experts' linears, which LoRA alone adapts; IA³ alone is never stored as LoRA."""
+    if method in ("lora", "rslora"):
+        return
+    named = set(adapted)
+    found = [spec.name for spec in skeleton.specs if spec.routed_share is not None and spec.name in named]
+    found += [] if method == "ia3" else taken_for_experts(skeleton.config.model_type, adapted)
+    if found:
+        raise ConfigError(
+            f"adapter.target_modules: {method} adapts no experts, and {len(found)} of the linears named are experts' for PEFT"
+            f" ({found[0]}): leave them out, or set adapter.method to lora."
+        )
 
 
 def ranks_at(config: RunConfig, specs: Sequence[LinearSpec], compressed: Sequence[str]) -> dict[str, int]:
@@ -180,8 +243,10 @@ def ranks_at(config: RunConfig, specs: Sequence[LinearSpec], compressed: Sequenc
     return {name: rank for name, rank in ranks.items() if rank is not None}
 
 
-def _portable(config: RunConfig, adapted: list[str], names: list[str]) -> str | tuple[str, ...]:
+def _portable(config: RunConfig, adapted: list[str], specs: Sequence[LinearSpec]) -> str | tuple[str, ...]:
     asked = config.adapter.target_modules
-    if asked is None or asked == "all-linear" or config.adapter.exclude_modules is not None:
-        return tuple(portable_targets(adapted, names))
+    experts = {spec.name for spec in specs if spec.routed_share is not None}  # the original has no such linears
+    if asked is None or asked == "all-linear" or config.adapter.exclude_modules is not None or experts:
+        plain = [spec.name for spec in specs if spec.name not in experts]
+        return tuple(portable_targets([name for name in adapted if name not in experts], plain))
     return asked if isinstance(asked, str) else tuple(asked)

@@ -27,6 +27,7 @@ from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.layout import Layout, Skeleton, adapter_settings, make_layout, skeleton_of
 from emloc_ray.modeling.adapter_methods import count_parameters
 from emloc_ray.modeling.architecture import empty_model
+from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.loading import ModelSource, check_source, read_model_config, resolve_source
 from emloc_ray.modeling.zero_config import check_zero_config, read_zero_config
 
@@ -82,6 +83,7 @@ def prepare(config: RunConfig) -> Prepared:
     files = {name: attempt(lambda name=name: _check_split(config, name)) for name in SPLITS}  # type: ignore[misc]
     attempt(lambda: _check_upper_bound(config))
     attempt(lambda: _check_resources(config))
+    attempt(lambda: _check_quantization(config))
     zero_config = attempt(lambda: _check_training(config))
     if errors or source is None or found is None:
         raise ConfigError("\n".join(dict.fromkeys(errors)))  # splits may share a bad file
@@ -99,9 +101,11 @@ def _read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
             f"data.max_seq_length is {config.data.max_seq_length}{beside}, the model has {found.positions} positions: lower"
             " it to that."
         )
+    if has_encoder(found.config):
+        _check_encoder_decoder(config)
     layout = make_layout(config, found)
     if not config.adapter.is_lora:
-        settings = json.dumps(adapter_settings(config.adapter, layout), sort_keys=True)
+        settings = json.dumps(adapter_settings(config.adapter, layout, found.config), sort_keys=True)
         parameters = _adapter_parameters(source, options.trust_remote_code, settings, _look(source))
         layout = dataclasses.replace(layout, adapter_parameters=parameters)
     return found.config, layout
@@ -115,6 +119,21 @@ def _adapter_parameters(
     named = json.loads(settings)
     model = empty_model(read_model_config(source, trust_remote_code), trust_remote_code)
     return count_parameters(model, named.pop("method"), named)
+
+
+def _check_encoder_decoder(config: RunConfig) -> None:
+    """A model with an encoder reads a row's prompt there."""
+    if config.data.format == "text":
+        raise ConfigError(
+            "data.format is text, and the model reads a prompt with its encoder: use prompt_completion or messages."
+        )
+    if config.data.packing:
+        raise ConfigError("data.packing joins rows, which a model with an encoder cannot tell apart: set it to false.")
+    if config.adapter.is_prompt:
+        raise ConfigError(
+            f"adapter.method is {config.adapter.method}, whose virtual tokens are for models that are a decoder alone: choose"
+            " a method that adapts linears, as lora."
+        )
 
 
 def _look(source: ModelSource) -> tuple[tuple[str, int, int], ...]:
@@ -183,10 +202,12 @@ def _check_upper_bound(config: RunConfig) -> None:
     if bound is None:
         return
     metrics = RunDirectory(bound).existing().metrics()
-    if "evaluation" not in metrics or (metrics.get("emulator") or {}).get("compression_ratio") != 1:
+    emulator = metrics.get("emulator") or {}
+    whole = emulator.get("compression_ratio") == 1 and emulator.get("quantization", "none") == "none"
+    if "evaluation" not in metrics or not whole:
         raise ConfigError(
             f"evaluation.upper_bound {bound} is no finished run at ratio 1.0: run the same config with"
-            " emulator.compression_ratio=1.0 and another run_dir, and name that."
+            " emulator.compression_ratio=1.0, not quantized, and another run_dir, and name that."
         )
 
 
@@ -217,7 +238,20 @@ def _check_training(config: RunConfig) -> dict[str, Any] | None:
     zero_config = read_zero_config(section.deepspeed)
     wanted = argparse.Namespace(**{**vars(arguments), **extra})
     check_zero_config(section.deepspeed, zero_config, wanted, section.num_workers)
+    if config.emulator.quantization != "none" and zero_config["zero_optimization"]["stage"] == 3:
+        raise ConfigError(
+            f"finetune.deepspeed {section.deepspeed} is ZeRO stage 3, which cannot scatter weights in 4 bits: give stage 2,"
+            " or set emulator.quantization to none."
+        )
     return zero_config
+
+
+def _check_quantization(config: RunConfig) -> None:
+    wanted = config.emulator.quantization
+    if wanted != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"emulator.quantization: {wanted} needs the bitsandbytes package: pip install 'emloc-ray[quantization]'."
+        )
 
 
 def _check_reporters(names: list[str]) -> None:

@@ -87,7 +87,9 @@ def page_view(name: str, manifest: dict[str, Any], metrics: dict[str, Any]) -> d
     found = {
         key: (metrics.get(key) or {}) if stage in done else {} for stage, keys in _SECTIONS.items() for key in keys
     }
-    dense = (manifest.get("config", {}).get("emulator") or {}).get("compression_ratio") == 1
+    emulator = (manifest.get("config") or {}).get("emulator") or {}
+    quantized = emulator.get("quantization", "none") != "none"
+    dense = emulator.get("compression_ratio") == 1 and not quantized
     method = (manifest.get("config", {}).get("adapter") or {}).get("method", "lora")
     unmerged = {"merge"} if method in ("prefix_tuning", "prompt_tuning") else set()
     optional = _OPTIONAL | unmerged
@@ -103,7 +105,8 @@ def page_view(name: str, manifest: dict[str, Any], metrics: dict[str, Any]) -> d
         "task": describe_task(config.get("data") or {}),
         "model": (config.get("model") or {}).get("source"),
         "method": METHOD_NAMES.get(method, method),
-        "ratio": (config.get("emulator") or {}).get("compression_ratio"),
+        "ratio": emulator.get("compression_ratio"),
+        "quantized": quantized,
         "progress": [
             (stage, stage in done and stage not in older) for stage in _STAGES if stage in done or stage not in optional
         ],

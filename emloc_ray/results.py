@@ -25,7 +25,10 @@ def assemble_metrics(directory: RunDirectory, prepared: Prepared, verified: Coll
     out, unless it is among the ``verified``, whose inputs were found unchanged since.
     """
     layout = prepared.layout
-    missing = {*(() if layout.ranks else ("calibrate",)), *(("merge",) if prepared.config.adapter.is_prompt else ())}
+    missing = {
+        *(() if layout.differs else ("calibrate",)),
+        *(("merge",) if prepared.config.adapter.is_prompt else ()),
+    }
     needed = [name for name in STAGES if name not in missing]
     stages = _current_stages(directory.manifest()["stages"], verified, needed)
     metrics: dict[str, Any] = {
@@ -37,7 +40,7 @@ def assemble_metrics(directory: RunDirectory, prepared: Prepared, verified: Coll
         metrics["data"] = stages["data"]["splits"]
     if "calibrate" in stages:
         found = stages["calibrate"]
-        told = ("num_tokens", "num_shards", "mode", "waves", "rounds", "converged")
+        told = ("num_tokens", "num_shards", "mode", "waves", "rounds", "converged", "experts")
         metrics["calibration"] = {key: found[key] for key in told if key in found}
     if "factorize" in stages:
         saved = layout.parameters_targeted - layout.parameters_factorized
@@ -47,6 +50,8 @@ def assemble_metrics(directory: RunDirectory, prepared: Prepared, verified: Coll
             "parameters": layout.num_parameters - saved,
             "original_parameters": layout.num_parameters,
             "mean_relative_error": stages["factorize"]["mean_relative_error"],
+            "quantization": prepared.config.emulator.quantization,
+            **{key: stages["factorize"][key] for key in ("bytes",) if key in stages["factorize"]},
             "layers": stages["factorize"]["layers"],
         }
     if "finetune" in stages:

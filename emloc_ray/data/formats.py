@@ -75,12 +75,15 @@ def tokenize_row(row: Row, format: str, tokenizer: Any, where: str) -> Tokens:
     return tokenize_rows([(where, row)], format, tokenizer)[0]
 
 
-def tokenize_rows(rows: Iterable[tuple[str, Row]], format: str, tokenizer: Any) -> list[Tokens]:
+def tokenize_rows(
+    rows: Iterable[tuple[str, Row]], format: str, tokenizer: Any, has_encoder: bool = False
+) -> list[Tokens]:
     """Checked rows, each with the place that errors name, as tokens: what each would be alone, in two calls for all.
 
+    For a model that ``has_encoder``, which reads the prompt apart, that ends in an end-of-sequence token of its own.
     Of rows of fifty tokens a fast tokenizer takes 1.4 times as many a second so, measured on one CPU.
     """
-    cut = [_segments(row, format, tokenizer, where) for where, row in rows]
+    cut = [_segments(row, format, tokenizer, where, has_encoder) for where, row in rows]
     encoded: dict[bool, Iterator[list[int]]] = {}
     for special in (True, False):
         texts = [part.text for parts in cut for part in parts if part.add_special_tokens == special]
@@ -88,11 +91,11 @@ def tokenize_rows(rows: Iterable[tuple[str, Row]], format: str, tokenizer: Any) 
     return [_joined(parts, encoded, tokenizer.eos_token_id) for parts in cut]
 
 
-def _segments(row: Row, format: str, tokenizer: Any, where: str) -> list[_Segment]:
+def _segments(row: Row, format: str, tokenizer: Any, where: str, has_encoder: bool) -> list[_Segment]:
     if format == "text":
         return [_Segment(row["text"], True, add_special_tokens=True, eos=True)]
     if format == "prompt_completion":
-        prompt = _Segment(row["prompt"], False, add_special_tokens=True, eos=False)
+        prompt = _Segment(row["prompt"], False, add_special_tokens=True, eos=has_encoder)
         return [prompt, _Segment(row["completion"], True, eos=True)]
     return _message_segments(row["messages"], tokenizer, where)
 

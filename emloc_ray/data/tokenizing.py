@@ -37,13 +37,14 @@ class TokenizeOptions:
     max_seq_length: int
     packing: bool = False
     trust_remote_code: bool = False
+    has_encoder: bool = False
 
     def tokens(self, rows: Iterable[tuple[str, Row]]) -> Iterator[Tokens]:
         """Checked rows as whole tokens, some hundred rows held at once; rows come with the place that errors name."""
         tokenizer = _tokenizer(self.tokenizer, self.trust_remote_code)
         checked = self._checked(rows)
-        while some := tokenize_rows(itertools.islice(checked, _ROWS_PER_BATCH), self.format, tokenizer):
-            yield from some
+        while some := list(itertools.islice(checked, _ROWS_PER_BATCH)):
+            yield from tokenize_rows(some, self.format, tokenizer, self.has_encoder)
 
     def _checked(self, rows: Iterable[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
         for where, row in rows:

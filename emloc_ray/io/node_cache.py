@@ -224,7 +224,11 @@ def sizes(path: Path) -> dict[Path, int]:
     here = origin(path)
     if here is not None:
         return {file: info.size for file, info in _stored(here, path).items()}
-    return {file: file.stat().st_size for file in _files(path)}
+    found = {}
+    for file in _files(path):
+        with contextlib.suppress(FileNotFoundError):  # what another process renames or removes at this moment
+            found[file] = file.stat().st_size
+    return found
 
 
 def discard(path: Path) -> None:

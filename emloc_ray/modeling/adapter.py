@@ -26,6 +26,7 @@ from emloc_ray.io.shard_writing import write_tensors
 from emloc_ray.modeling.adapter_layers import attachable, start_magnitudes
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import LinearSpec
+from emloc_ray.modeling.expert_adapters import as_linears, join_experts, readable, split_experts, store_as_peft_does
 from emloc_ray.modeling.matching import Patterns, lookup, matches, suffixes
 
 CONFIG_NAME = "adapter_config.json"
@@ -49,13 +50,13 @@ _METHODS: dict[str, tuple[Kind, tuple[str, ...]]] = {
 }
 
 # What would change the update's formula, or the base weights themselves.
-_REFUSED = ("use_qalora", "modules_to_save", "trainable_token_indices", "target_parameters", "lora_bias")
+_REFUSED = ("use_qalora", "modules_to_save", "trainable_token_indices", "lora_bias")
 
 
 def attach_adapter(model: Any, config: PeftConfig) -> PeftModel:
     """A fresh adapter on an emulator or an original."""
     flag = getattr(config, "fan_in_fan_out", None)
-    with attachable(model):
+    with attachable(model), as_linears():
         attached = get_peft_model(model, config, low_cpu_mem_usage=False)
     start_magnitudes(attached)
     if flag is not None:  # of the original's linears, which is what the saved config is for
@@ -66,12 +67,12 @@ def attach_adapter(model: Any, config: PeftConfig) -> PeftModel:
 def load_adapter(model: Any, directory: Path, name: str = "default") -> PeftModel:
     """A saved adapter, frozen, on an emulator or on its original; beside those it has, where it has some of that method."""
     ensure(Path(directory))
-    config = PeftConfig.from_pretrained(str(directory))
-    with attachable(model):
+    with readable(Path(directory), model) as folder, attachable(model), as_linears():
+        config = PeftConfig.from_pretrained(str(folder))
         if isinstance(model, PeftModel):
-            model.load_adapter(directory, adapter_name=name, peft_config=config)
+            model.load_adapter(folder, adapter_name=name, peft_config=config)
             return model
-        loaded = PeftModel.from_pretrained(model, directory, adapter_name=name, config=config)
+        loaded = PeftModel.from_pretrained(model, folder, adapter_name=name, config=config)
     return loaded.requires_grad_(False)  # a prompt's encoder would learn on
 
 
@@ -122,7 +123,7 @@ class Adapter:
         kind, endings = _METHODS[self.peft_type]
         self.kind: Kind = "decomposed" if self.config.get("use_dora") else kind
         shard = read_shard(self.directory / WEIGHTS_NAME)
-        self.entries = {entry.name: entry for entry in shard.entries}
+        self.entries = split_experts(self.config, {entry.name: entry for entry in shard.entries}, self.directory)
         self.names = [_module_name(key, end) for key in self.entries for end in endings if key.endswith(end)]
 
     @property
@@ -149,7 +150,7 @@ class Adapter:
             b, d = self._read(name, "vera_lambda_b"), self._read(name, "vera_lambda_d")
             # One A and one B for all modules, as large as the largest: each reads the beginning of either.
             shared_a = self.entries["base_model.vera_A"].read_rows().float()[:, : spec.in_features]
-            shared_b = self.entries["base_model.vera_B"].read_rows(0, spec.out_features).float()
+            shared_b = self.entries["base_model.vera_B"].read_rows().float()[: spec.out_features]
             return LowRankUpdate(d.unsqueeze(1) * shared_a, b.unsqueeze(1) * shared_b)
         module = self.module(name)
         return LowRankUpdate(module.lora_a, module.lora_b, module.scale)
@@ -197,7 +198,7 @@ def write_adapter(
         tensors[f"{_PREFIX}{module.name}.lora_A.weight"] = module.lora_a.to(torch.float32)
         tensors[f"{_PREFIX}{module.name}.lora_B.weight"] = module.lora_b.to(torch.float32)
     with atomic_directory(directory) as temporary:
-        write_tensors(temporary / WEIGHTS_NAME, tensors)
+        write_tensors(temporary / WEIGHTS_NAME, join_experts(config, tensors))
         (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -257,6 +258,7 @@ def save_trained_adapter(
         config["base_model_name_or_path"] = base_model
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         (temporary / "README.md").unlink(missing_ok=True)
+        store_as_peft_does(temporary, model)
 
 
 def _portable_feedforward(config: dict[str, Any], targets: Patterns) -> tuple[Patterns, list[str]]:

@@ -35,15 +35,9 @@ class _StandIn(nn.Linear):
 
     def __init__(self, factorized: FactorizedLinear) -> None:
         super().__init__(factorized.in_features, factorized.out_features, bias=False, device="meta")
-        device, dtype = _device_and_dtype(factorized)
-        zero = torch.zeros((), device=device, dtype=dtype).expand(factorized.out_features, factorized.in_features)
+        zero = factorized.weight.new_zeros(()).expand(factorized.out_features, factorized.in_features)
         self.weight = nn.Parameter(zero, requires_grad=False)
         self.__dict__["factorized"] = factorized  # not a submodule: PEFT must not find the factors
-
-
-def _device_and_dtype(layer: Any) -> tuple[torch.device, torch.dtype]:
-    weight = layer.up.weight
-    return weight.device, getattr(layer.up, "compute_dtype", weight.dtype)
 
 
 @contextlib.contextmanager
@@ -73,11 +67,6 @@ def _replace(model: nn.Module, kind: type[nn.Module], make: Any) -> None:
 
 class _OnFactors:
     """What every adapter layer around factors does otherwise."""
-
-    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device, torch.dtype]:
-        if isinstance(base_layer, FactorizedLinear):
-            return _device_and_dtype(base_layer)
-        return base_layer.weight.device, base_layer.weight.dtype
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Always raises: an adapter trained on an emulator is merged into the original (``emloc-ray merge``)."""
@@ -190,7 +179,7 @@ def _squared_rows(base_layer: Any, device: torch.device) -> Tensor:
 
 
 def _without_bias(base_layer: Any, x: Tensor) -> Tensor:
-    y: Tensor = base_layer(x.to(_device_and_dtype(base_layer)[1]))
+    y: Tensor = base_layer(x.to(base_layer.weight.dtype))
     return y if base_layer.up.bias is None else y - base_layer.up.bias
 
 

@@ -105,10 +105,11 @@ def lora_config(
     init_lora_weights: bool | str = True,
     fan_in_fan_out: bool = False,
     base_model: str | None = None,
+    task_type: str = "CAUSAL_LM",
 ) -> LoraConfig:
     """PEFT's config of LoRA, rsLoRA or DoRA."""
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_type,
         r=r,
         lora_alpha=lora_alpha,  # type: ignore[arg-type]
         lora_dropout=lora_dropout,
@@ -134,13 +135,14 @@ def adapter_config(method: str = "lora", **settings: Any) -> PeftConfig:
     known = {field.name for field in dataclasses.fields(CONFIGS[method])}
     given = {key: value for key, value in settings.items() if key in known and value is not None}
     try:
-        return CONFIGS[method](task_type="CAUSAL_LM", **given)
+        return CONFIGS[method](**{"task_type": "CAUSAL_LM", **given})
     except (ValueError, TypeError) as error:
         raise ConfigError(_refusal(method, error)) from error
 
 
-def default_targets(method: str, model_type: str) -> list[str] | None:
-    """The linears that a method adapts where the config names none: IA³'s by PEFT's table; None: every linear.
+def default_targets(method: str, model_type: str, names: Sequence[str]) -> list[str] | None:
+    """The linears that a method adapts where the config names none: IA³'s by PEFT's table, those that the model's
+    ``names`` have (experts' are fused now); None: every linear.
 
     Raises:
         ConfigError: for IA³ on a model that PEFT's table does not know.
@@ -152,7 +154,8 @@ def default_targets(method: str, model_type: str) -> list[str] | None:
             f"adapter.target_modules: PEFT has no default of ia3 for models of type {model_type}: set it, and"
             " adapter.feedforward_modules."
         )
-    return list(TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING[model_type])
+    table = TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING[model_type]
+    return [target for target in table if any(matches(name, [target]) for name in names)]
 
 
 def feedforward_names(patterns: Patterns | None, model_type: str, adapted: Sequence[str]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,37 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from emloc_ray.errors import ConfigError
+from emloc_ray.io.checkpoint import Checkpoint, TensorEntry
 from emloc_ray.io.node_cache import ensure
+from emloc_ray.modeling.experts import UnfusedExperts, experts_of, owner_of, unfuse
+from emloc_ray.modeling.inputs import Stream, has_encoder
 
 _ROUTER = re.compile(r"(.*\.)?(router|gate|shared_expert_gate)")
 
 
 @dataclass(frozen=True)
+class StoredRows:
+    """A tensor of the checkpoint that holds a weight's stored rows from ``begin`` on; with ``index`` a slice of it does."""
+
+    name: str
+    begin: int = 0
+    index: int | None = None
+
+    def entry(self, checkpoint: Checkpoint) -> TensorEntry:
+        """Where those rows are; raises ArtifactError where the checkpoint lacks the tensor."""
+        whole = checkpoint.entry(self.name)
+        return whole if self.index is None else whole.slice(self.index)
+
+
+@dataclass(frozen=True)
 class LinearSpec:
     """A linear inside one of the model's blocks: ``y = W x``, ``W (out, in)``; ``transposed`` where the checkpoint
-    stores ``(in, out)`` (``Conv1D``)."""
+    stores ``(in, out)`` (``Conv1D``).
+
+    ``stored`` and ``stored_bias`` say what holds it in the checkpoint, where that is not under its own name; ``stream``
+    which tokens it reads. ``routed_share`` is the share of these that a router sends to an expert, of which this linear is
+    one's, on average; None where all are read.
+    """
 
     name: str
     out_features: int
@@ -32,11 +54,36 @@ class LinearSpec:
     has_bias: bool
     transposed: bool
     block: str
+    stored: tuple[StoredRows, ...] = ()
+    stored_bias: StoredRows | None = None
+    stream: Stream = "row"
+    routed_share: float | None = None
+
+    @property
+    def token_share(self) -> float:
+        """The share of tokens that it reads, on average."""
+        return 1.0 if self.routed_share is None else self.routed_share
 
     @property
     def weight_name(self) -> str:
-        """The weight's name in the checkpoint."""
+        """The weight's name in the model."""
         return f"{self.name}.weight"
+
+    @property
+    def weight_rows(self) -> tuple[StoredRows, ...]:
+        """The tensors of the checkpoint that hold the weight, in the order of their rows."""
+        return self.stored or (StoredRows(self.weight_name),)
+
+    @property
+    def bias_rows(self) -> StoredRows:
+        """What holds the bias, where there is one."""
+        return self.stored_bias or StoredRows(f"{self.name}.bias")
+
+    def read_weight(self, checkpoint: Checkpoint) -> torch.Tensor:
+        """``W (out, in)`` in its stored dtype; raises ArtifactError where the checkpoint lacks it."""
+        parts = [rows.entry(checkpoint).read_rows() for rows in self.weight_rows]
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return joined.T if self.transposed else joined
 
     @property
     def num_parameters(self) -> int:
@@ -56,10 +103,11 @@ def auto_class(config: Any) -> Any:
 
 
 def empty_model(config: Any, trust_remote_code: bool = False, attn_implementation: str | None = None) -> Any:
-    """The model on the meta device: names and shapes, no weights."""
+    """The model on the meta device, its experts unfused: names and shapes, no weights."""
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with init_empty_weights(include_buffers=True):
-        return auto_class(config).from_config(config, trust_remote_code=trust_remote_code, **options).eval()
+        model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code, **options).eval()
+        return unfuse(model)
 
 
 def learned_positions(model: nn.Module) -> int | None:
@@ -85,10 +133,12 @@ def block_names(model: nn.Module) -> list[str]:
 def block_linears(model: nn.Module) -> list[LinearSpec]:
     """Every linear inside the model's blocks, routers left out, in the model's order."""
     specs = []
+    experts = experts_of(model)
     for block in block_names(model):
         for name, module in model.get_submodule(block).named_modules(prefix=block):
             if _is_linear(module) and not _ROUTER.fullmatch(name):
-                specs.append(_spec(name, module, block))
+                owner = owner_of(name)
+                specs.append(_spec(name, module, block, experts.get(owner[0]) if owner else None))
     if not specs:
         raise ConfigError(f"{type(model).__name__} has no linears inside repeated blocks: nothing to compress there.")
     return specs
@@ -99,11 +149,14 @@ def _is_linear(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, Conv1D, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
-def _spec(name: str, module: Any, block: str) -> LinearSpec:
+def _spec(name: str, module: Any, block: str, experts: UnfusedExperts | None) -> LinearSpec:
     if isinstance(module, Conv1D):
         in_features, out_features = module.weight.shape
         return LinearSpec(name, out_features, in_features, True, True, block)
-    return LinearSpec(name, module.out_features, module.in_features, module.bias is not None, False, block)
+    spec = LinearSpec(name, module.out_features, module.in_features, module.bias is not None, False, block)
+    if experts is None:
+        return spec
+    return replace(spec, transposed=experts.is_transposed, routed_share=experts.routed_share)
 
 
 class _ScalarsAreZero(TorchDispatchMode):
@@ -115,18 +168,34 @@ class _ScalarsAreZero(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def traced_inputs() -> dict[str, torch.Tensor]:
-    """What a model is called with on the meta device: a row of eight tokens."""
-    return {"input_ids": torch.zeros(1, 8, dtype=torch.long, device="meta")}
+# How many tokens a trace has of each stream: which one a linear reads is told by their number.
+_TRACED: dict[Stream, int] = {"row": 8, "decoder": 5}
 
 
-def shared_inputs(model: Any, specs: Sequence[LinearSpec]) -> list[list[str]]:
-    """Groups of linears that read the same tensor, found by tracing one forward pass on the meta device.
+def traced_inputs(config: Any) -> dict[str, torch.Tensor]:
+    """What a model is called with on the meta device: one row, and tokens for a decoder beside an encoder."""
+    inputs = {"input_ids": torch.zeros(1, _TRACED["row"], dtype=torch.long, device="meta")}
+    if has_encoder(config):
+        inputs["decoder_input_ids"] = torch.zeros(1, _TRACED["decoder"], dtype=torch.long, device="meta")
+    return inputs
+
+
+@dataclass(frozen=True)
+class Trace:
+    """``groups``: the names of linears that read the same tensor; ``streams``: which tokens each of them reads."""
+
+    groups: list[list[str]]
+    streams: dict[str, Stream]
+
+
+def trace_inputs(model: Any, specs: Sequence[LinearSpec]) -> Trace:
+    """What the model's linears read, found by tracing one forward pass on the meta device.
 
     Two inputs are the same where storage, offset, shape, strides and version agree. A model that cannot run on the
     meta device gets one group for each linear: right, only slower.
     """
     seen: dict[tuple[Any, ...], list[str]] = {}
+    streams: dict[str, Stream] = {}
     alive: list[torch.Tensor] = []
 
     def record(name: str) -> Any:
@@ -136,19 +205,21 @@ def shared_inputs(model: Any, specs: Sequence[LinearSpec]) -> list[list[str]]:
             storage = tensor.untyped_storage()._cdata
             key = (storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor._version)
             seen.setdefault(key, []).append(name)
+            length = tensor.shape[1] if tensor.dim() == 3 else -1
+            streams[name] = next((stream for stream, tokens in _TRACED.items() if tokens == length), "row")
 
         return hook
 
     handles = [model.get_submodule(s.name).register_forward_pre_hook(record(s.name)) for s in specs]
     try:
         with torch.no_grad(), _ScalarsAreZero():
-            model(**traced_inputs(), use_cache=False)
+            model(**traced_inputs(getattr(model, "config", None)), use_cache=False)
     except (RuntimeError, NotImplementedError, ValueError, TypeError):
-        return [[spec.name] for spec in specs]
+        return Trace([[spec.name] for spec in specs], {})
     finally:
         for handle in handles:
             handle.remove()
-    return _in_model_order(seen, specs)
+    return Trace(_in_model_order(seen, specs), streams)
 
 
 def _in_model_order(seen: dict[tuple[Any, ...], list[str]], specs: Sequence[LinearSpec]) -> list[list[str]]:

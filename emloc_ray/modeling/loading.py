@@ -18,6 +18,8 @@ from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.io.fingerprint import content_of
 from emloc_ray.io.node_cache import ensure, sizes
 from emloc_ray.modeling.architecture import auto_class, block_linears
+from emloc_ray.modeling.experts import unfuse
+from emloc_ray.modeling.stored_names import stored_parameters
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -142,19 +144,20 @@ def check_source(source: ModelSource, model: Any, trust_remote_code: bool = Fals
         return
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     checkpoint = None if source.hub_id is not None else Checkpoint(source.directory)
+    stored = {} if checkpoint is None else stored_parameters(model, (entry.name for entry in checkpoint))
     if checkpoint is not None:
-        wanted = [spec.weight_name for spec in block_linears(model)]
-        missing = [name for name in wanted if name not in checkpoint]
-        if missing and len(missing) < len(wanted):  # where all are, the file has other names for them
+        missing = [spec.weight_name for spec in block_linears(model) if spec.weight_name not in stored]
+        if missing:
             raise ConfigError(
                 f"model.source {source.directory} holds no {missing[0]} ({len(missing)} linears of config.json's model are"
                 " missing): copy the checkpoint again, or mend config.json."
             )
-    for entry in checkpoint or ():
-        if shapes.get(entry.name, entry.shape) != entry.shape:
+    for name, found in stored.items():
+        shape = checkpoint.entry(found.own_name).shape if checkpoint and found.own_name else shapes[name]
+        if shape != shapes[name]:
             raise ConfigError(
-                f"model.source {source.directory}: {entry.name} is of shape {list(entry.shape)}, config.json asks for"
-                f" {list(shapes[entry.name])}: the two are not of one model."
+                f"model.source {source.directory}: {found.own_name} is of shape {list(shape)}, config.json asks for"
+                f" {list(shapes[name])}: the two are not of one model."
             )
     try:
         AutoTokenizer.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
@@ -225,7 +228,7 @@ def load_model(
     trust_remote_code: bool = False,
     device: str | None = None,
 ) -> Any:
-    """An original, an emulator or a merged model, in evaluation mode, its weights frozen."""
+    """An original, an emulator or a merged model, in evaluation mode, its weights frozen and its experts unfused."""
     import transformers
 
     ensure(Path(directory))
@@ -235,4 +238,4 @@ def load_model(
     original = config.original() if hasattr(config, "original") else config
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     model = auto_class(original).from_pretrained(directory, dtype=dtype, trust_remote_code=trust_remote_code, **options)
-    return model.to(device).eval().requires_grad_(False)
+    return unfuse(model.to(device).eval().requires_grad_(False))

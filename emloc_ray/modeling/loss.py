@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from emloc_ray.modeling.inputs import model_call
+
 # A chunk is of hidden size over this tokens: its logits, held about three times in float32 while their gradient is made,
 # then stay below the head's own weights.
 _CHUNK_SHARE = 8
@@ -28,25 +30,14 @@ class TokenLoss:
     num_tokens: int
 
 
-def label_mask(batch: dict[str, Tensor], loss_on: str) -> Tensor:
-    """Which tokens are labels ``(rows, length)``: completion tokens, or all non-padding ones; never the first."""
-    key = "completion_mask" if loss_on == "completion" else "attention_mask"
-    mask = batch[key].bool().clone()
-    mask[:, 0] = False
-    return mask
-
-
 def token_loss(model: Any, batch: dict[str, Tensor], loss_on: str, head_owner: Any = None) -> TokenLoss:
     """The loss of one batch of :func:`emloc_ray.data.token_shards.collate`, in float32.
 
     ``head_owner`` is the model that owns the head where ``model`` is a wrapper around it (DDP).
     """
-    labels = label_mask(batch, loss_on)
-    predicting = torch.zeros_like(labels)
-    predicting[:, :-1] = labels[:, 1:]
-    targets = batch["input_ids"][labels]
     owner = head_owner or model
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    call = model_call(owner.config, batch, loss_on)
+    inputs, predicting, targets = {**call.inputs, "use_cache": False}, call.predicting, call.targets
     if _in_chunks(owner, targets.numel()):
         with _loss_in_the_head(owner, predicting, targets) as counts:
             loss = model(**inputs).logits.sum()
@@ -141,7 +132,7 @@ _PLAIN_HEADS: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 def _gives_its_head_output(model: Any) -> bool:
     """Whether the model's logits are what its head gives, with nothing done to them (no capping, no scaling).
 
-    Tried once on a single token.
+    Tried once on two tokens.
     """
     if model not in _PLAIN_HEADS:
         head = model.get_output_embeddings()
@@ -149,8 +140,13 @@ def _gives_its_head_output(model: Any) -> bool:
         handle = head.register_forward_hook(lambda module, args, output: given.append(output))
         try:
             with torch.random.fork_rng(), torch.no_grad():
-                token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-                logits = model(input_ids=token, use_cache=False).logits
+                token = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+                row = {
+                    "input_ids": token,
+                    "attention_mask": token + 1,
+                    "completion_mask": token.new_tensor([[0, 1]]).bool(),
+                }
+                logits = model(**model_call(model.config, row).inputs, use_cache=False).logits
         finally:
             handle.remove()
         # The same memory: DeepSpeed's hooks may have put another tensor around it.

@@ -19,10 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from emloc_ray.errors import ArtifactError, StageError
+from emloc_ray.errors import StageError
 from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.modeling.architecture import auto_class, block_names, empty_model, load_config, traced_inputs
 from emloc_ray.modeling.block_outputs import BlockOutput
+from emloc_ray.modeling.experts import unfuse
+from emloc_ray.modeling.stored_names import require, stored_parameters
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class _Lineage(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return 0  # what mask code asks for; see architecture.shared_inputs
+            return 0  # what mask code asks for; see architecture.trace_inputs
         output = func(*args, **kwargs)
         sources = self.of((args, kwargs))
         self.mark(output, sources)
@@ -90,7 +92,7 @@ def block_flow(config: Any, trust_remote_code: bool = False) -> BlockFlow:
         block.register_forward_hook(after)
     try:
         with torch.no_grad(), lineage:
-            model(**traced_inputs(), use_cache=False)
+            model(**traced_inputs(config), use_cache=False)
     except (RuntimeError, NotImplementedError, ValueError, TypeError):
         order = []
     if not order or len(set(order)) != len(order):  # untraceable, or a block that runs twice
@@ -131,16 +133,20 @@ class BlockReplay:
         self.flow = block_flow(config, trust_remote_code)
         options = {"attn_implementation": attn_implementation} if attn_implementation else {}
         with init_empty_weights(include_buffers=False):
-            self.model: Any = auto_class(config).from_config(
+            model = auto_class(config).from_config(
                 config, dtype=self.dtype, trust_remote_code=trust_remote_code, **options
             )
+            self.model: Any = unfuse(model)
+        self.model.tie_weights()  # again: what is made empty is made anew, and tied to nothing
         self.model.eval().requires_grad_(False)
         self.body = getattr(self.model, self.model.base_model_prefix, self.model)
+        self._stored = stored_parameters(self.model, (entry.name for entry in self.checkpoint))
         self._current = -1
         self._outputs: Mapping[int, BlockOutput] = {}
         self._load_outside()
         for name, buffer in self.model.named_buffers():
-            buffer.data = (self.checkpoint.read(name) if name in self.checkpoint else buffer).to(self.device)
+            found = self._stored.get(name)
+            buffer.data = (found.read(self.checkpoint) if found is not None else buffer).to(self.device)
         for position, name in enumerate(self.flow.order):
             block = self.model.get_submodule(name)
             block.forward = functools.partial(self._forward_block, position, block.forward)
@@ -160,13 +166,8 @@ class BlockReplay:
 
     def _load(self, names: Sequence[str]) -> None:
         """Reads a weight, known by any of ``names`` in the checkpoint, into all of them."""
-        stored = next((name for name in names if name in self.checkpoint), None)
-        if stored is None:
-            raise ArtifactError(
-                f"{self.checkpoint.directory} holds no tensor {names[0]}, which running block by block needs:"
-                " set calibration.mode to resident."
-            )
-        weight = self.checkpoint.read(stored)
+        stored = next((name for name in names if name in self._stored), names[0])
+        weight = require(self._stored, stored, self.checkpoint).read(self.checkpoint)
         placed = nn.Parameter(weight.to(self.device, self.dtype if weight.is_floating_point() else None), False)
         for name in names:
             self._place(name, placed)
@@ -193,7 +194,7 @@ class BlockReplay:
         return list(self.model.get_submodule(name).named_parameters(prefix=name))
 
     @torch.no_grad()
-    def forward(self, position: int, inputs: dict[str, Tensor], outputs: Mapping[int, BlockOutput]) -> BlockOutput:
+    def forward(self, position: int, inputs: dict[str, Any], outputs: Mapping[int, BlockOutput]) -> BlockOutput:
         """What the block at ``position``, loaded before, gives for ``inputs``; ``outputs`` holds every earlier block's.
 
         Raises:

@@ -13,6 +13,7 @@ from peft import PeftModel
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import collate, length_batches
 from emloc_ray.errors import NumericsError
+from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.loss import logits_at, token_loss
 
 
@@ -76,13 +77,21 @@ def complete(model: Any, tokenizer: Any, rows: Sequence[Tokens], *, max_new_toke
 
 
 def _generated(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, pad: int) -> list[Any]:
+    apart = has_encoder(model.config)
     longest = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    # What goes on from its prompt is padded on the left, so that it begins at once.
+    padding = [([], [pad] * (longest - len(p))) if apart else ([pad] * (longest - len(p)), []) for p in prompts]
+    padded = list(zip(padding, prompts, strict=True))
+    ids = torch.tensor([left + p + right for (left, right), p in padded], device=model.device)
+    mask = torch.tensor([[0] * len(left) + [1] * len(p) + [0] * len(right) for (left, right), p in padded])
     output = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad
+        input_ids=ids,
+        attention_mask=mask.to(model.device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=pad,
     )
-    return [line[longest:] for line in output]
+    return list(output if apart else output[:, longest:])
 
 
 def _whole_rows(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, pad: int) -> list[list[int]]:

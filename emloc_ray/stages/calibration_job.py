@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from emloc_ray.io.atomic import write_json
 from emloc_ray.io.fingerprint import fingerprint
 from emloc_ray.io.node_cache import ensure
 from emloc_ray.io.resume import discard_unless
-from emloc_ray.modeling.loss import label_mask
+from emloc_ray.modeling.inputs import Stream
 
 Groups = tuple[tuple[str, ...], ...]
 _WAY = ".way.json"
@@ -26,6 +24,9 @@ class CalibrationJob:
 
     ``waves`` splits the groups into parts whose Grams are gathered one part after the other, each in a pass of its own.
     ``shards`` are the token shards that count, ``[begin, end)``. ``inputs`` hashes what hidden states depend on.
+    ``streams`` says which tokens a group's linears read, by the first one's name, where not those of the row.
+    ``experts`` are the groups of experts' linears, by their first one's name, with its inputs; those that are sent fewer
+    tokens than ``min_expert_tokens`` are seen to in a second pass, whose job has ``reread`` set.
     """
 
     model_dir: Path
@@ -39,6 +40,10 @@ class CalibrationJob:
     mode: str = "resident"
     waves: tuple[Groups, ...] | None = None
     inputs: str = ""
+    streams: tuple[tuple[str, Stream], ...] = ()
+    experts: tuple[tuple[str, int], ...] = ()
+    min_expert_tokens: int = 0
+    reread: bool = False
 
     def shards_of(self, slot: int, num_slots: int) -> range:
         """The token shards of a slot: every ``num_slots``-th from its own number on."""
@@ -71,8 +76,3 @@ def _may_go_on(begun: dict[str, Any], job: CalibrationJob, num_slots: int, auto:
     if begun["mode"] == "streamed":
         return begun["slots"] == num_slots and (auto or job.mode == "streamed")
     return job.mode == "resident" and len(begun["waves"] or ()) >= len(job.waves or ())
-
-
-def counted_tokens(batch: dict[str, Tensor], tokens: str) -> Tensor:
-    """Which tokens ``(rows, length)`` of a batch count: all but padding, or those of the completion."""
-    return batch["attention_mask"].bool() if tokens == "all" else label_mask(batch, "completion")

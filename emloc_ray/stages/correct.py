@@ -43,6 +43,7 @@ from emloc_ray.modeling.adapter import (
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.loading import load_model
+from emloc_ray.modeling.quantization import is_quantized, stored_weight
 from emloc_ray.modeling.scoring import score_rows
 from emloc_ray.stages.cluster import Flight, Progress, Resources, set_threads, silent
 from emloc_ray.stages.failures import Losses, Tell, unheard
@@ -177,18 +178,16 @@ class _Module:
 
 
 def layer_difference(spec: LinearSpec, original: Checkpoint, emulator: Checkpoint) -> Tensor | None:
-    """``Δ = W − W_E (out, in)`` in float32 with the factors as stored; None where the emulator keeps the layer dense."""
-    if f"{spec.name}.up.weight" not in emulator:
+    """``Δ = W − W_E (out, in)`` in float32 with the factors as stored, 4 bits included; None where the emulator keeps the
+    layer as it is."""
+    factorized = f"{spec.name}.up.weight" in emulator
+    if not factorized and not is_quantized(emulator, spec.name):
         return None
-    weight = layer_weight(spec, original)
-    up, down = emulator.read(f"{spec.name}.up.weight").float(), emulator.read(f"{spec.name}.down.weight").float()
+    weight = spec.read_weight(original).float()
+    if not factorized:
+        return weight - stored_weight(emulator, spec.name).float()
+    up, down = (stored_weight(emulator, f"{spec.name}.{part}").float() for part in ("up", "down"))
     return weight - up @ down
-
-
-def layer_weight(spec: LinearSpec, original: Checkpoint) -> Tensor:
-    """``W (out, in)`` in float32."""
-    weight = original.read(spec.weight_name).float()
-    return weight.T if spec.transposed else weight
 
 
 def correct_adapter(job: CorrectionJob, progress: Progress = silent) -> dict[str, Any]:
@@ -246,7 +245,7 @@ def _read_modules(job: CorrectionJob, adapter: Adapter, progress: Progress) -> l
         lora, lack = _in_lora_form(adapter, spec, job.update_tolerance)
         module = _Module(lora, delta, gram, lack)
         if adapter.kind == "decomposed":
-            weight = layer_weight(spec, original)
+            weight = spec.read_weight(original).float()
             module.rows = _Magnitude(adapter.magnitude(name), module.form, lora.scale, weight, delta)
         modules.append(module)
         progress(number + 1, len(adapter.names) + len(job.candidates))
@@ -276,7 +275,8 @@ def _selection_losses(
     for number in sorted(range(len(job.candidates)), key=lambda at: job.candidates[at].method != "none"):
         candidate = job.candidates[number]
         if not is_lora and candidate.method != "none":
-            form = adapter_config(**lora_form_settings([module.lora for module in modules]))
+            settings = lora_form_settings([module.lora for module in modules])
+            form = adapter_config(**settings, task_type=adapter.config["task_type"])
             model, is_lora = attach_adapter(detach_adapter(model), form).eval(), True
         for module in modules if is_lora else ():
             corrected = module.corrected(candidate, job.dampening_frac)

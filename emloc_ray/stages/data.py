@@ -17,6 +17,7 @@ from emloc_ray.io.atomic import atomic_file
 from emloc_ray.io.fingerprint import content_of
 from emloc_ray.io.node_cache import exists, hashes
 from emloc_ray.io.resume import discard_unless
+from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.preparation import Prepared
 from emloc_ray.stages.cluster import Progress, silent
 from emloc_ray.stages.failures import Losses, Tell, unheard
@@ -82,6 +83,7 @@ def tokenize_data(
         config.data.max_seq_length,
         config.data.packing,
         config.model.trust_remote_code,
+        has_encoder(prepared.model_config),
     )
     losses = Losses("data", tell)
     splits = begun_again(lambda: _splits(config, found, options), losses, lambda: "counting tokens")

@@ -1,4 +1,4 @@
-"""Merge: one Ray task per shard, header first, then row chunks of ``W + s B A``; the other tensors byte for byte."""
+"""Merge: one Ray task per shard, header first, then row chunks with the adapter folded in; the other tensors byte for byte."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from emloc_ray.io.checkpoint import INDEX_NAME, Checkpoint, Shard, TensorEntry, 
 from emloc_ray.io.node_cache import exists
 from emloc_ray.io.shard_writing import chunk_limit, copy_chunks, make_header, stream_shard
 from emloc_ray.modeling.adapter import Adapter
-from emloc_ray.modeling.adapter_merging import changed_tensors, merged_chunks
+from emloc_ray.modeling.adapter_merging import Changes, changed_tensors, merged_chunks
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.loading import copy_tokenizer
 from emloc_ray.stages.cluster import Progress, Resources, bounded, set_threads, silent
@@ -66,20 +66,19 @@ def merge_shard(job: MergeJob, shard: Shard, target: Path) -> int:
 
     def tensors() -> Iterator[tuple[TensorEntry, Iterator[torch.Tensor]]]:
         for entry in shard.entries:
-            spec = touched.get(entry.name)
-            if spec is None:
+            if entry.name not in touched:
                 yield entry, copy_chunks(entry, chunk_bytes)
-            else:
-                yield entry, merged_chunks(entry, adapter, spec, chunk_bytes)
+                continue
+            yield entry, merged_chunks(entry, adapter, touched[entry.name], chunk_bytes)
 
     stream_shard(target, shard.header, tensors())
-    return len(touched)
+    return sum(map(len, touched.values()))
 
 
-def _touched(job: MergeJob, adapter: Adapter, shard: Shard) -> dict[str, LinearSpec]:
+def _touched(job: MergeJob, adapter: Adapter, shard: Shard) -> dict[str, Changes]:
     """The shard's tensors that the adapter changes, with their linears."""
     inside = {entry.name for entry in shard.entries}
-    return {name: spec for name, spec in changed_tensors(adapter, job.specs).items() if name in inside}
+    return {name: changes for name, changes in changed_tensors(adapter, job.specs).items() if name in inside}
 
 
 def merge(job: MergeJob, resources: Resources, progress: Progress = silent, tell: Tell = unheard) -> dict[str, Any]:
@@ -110,7 +109,8 @@ def merge(job: MergeJob, resources: Resources, progress: Progress = silent, tell
     )
     adapter = Adapter(job.adapter_dir)
     known = {spec.name for spec in job.specs}
-    expected = len(changed_tensors(adapter, job.specs)) + sum(name not in known for name in adapter.names)
+    expected = sum(map(len, changed_tensors(adapter, job.specs).values()))
+    expected += sum(name not in known for name in adapter.names)
     if sum(changed) != expected:
         raise ArtifactError(
             f"{job.adapter_dir} changes {expected} tensors, of which {job.model_dir} holds {sum(changed)}: they do not fit."

@@ -10,7 +10,7 @@ from emloc_ray.io.grams import read_slot, write_slot
 from emloc_ray.io.node_cache import exists
 from emloc_ray.modeling.gram_hooks import GramHooks
 from emloc_ray.modeling.loading import load_model
-from emloc_ray.stages.calibration_job import CalibrationJob, counted_tokens
+from emloc_ray.stages.calibration_job import CalibrationJob
 from emloc_ray.stages.cluster import set_threads
 
 _COMMIT_SHARE = 0.05  # of a slot's time, at the most
@@ -23,7 +23,8 @@ class ResidentSlot:
         set_threads(threads)
         self.job, self.path = job, path
         self.shards = TokenShards(job.tokens_dir)
-        self.hooks = GramHooks(load_model(job.model_dir, **dict(job.model_options)), job.groups)
+        model = load_model(job.model_dir, **dict(job.model_options))
+        self.hooks = GramHooks(model, job.groups, dict(job.streams), reread=job.reread)
         self.last_shard = -1
         if exists(path):
             committed, self.last_shard = read_slot(path)
@@ -41,7 +42,7 @@ class ResidentSlot:
         device = self.hooks.model.device
         for rows in length_batches(self.shards.shard(number), self.job.batch_size):
             batch = {key: value.to(device) for key, value in collate(rows, self.job.pad_token_id).items()}
-            self.hooks.forward(batch["input_ids"], batch["attention_mask"], counted_tokens(batch, self.job.tokens))
+            self.hooks.forward(batch, self.job.tokens)
         self.hooks.check_finite()
         self.last_shard = number
         if self._commit_seconds < _COMMIT_SHARE * (time.monotonic() - self._committed_at - 30):

@@ -13,9 +13,10 @@ from emloc_ray.data.token_shards import TokenShards, collate, length_batches
 from emloc_ray.io.grams import write_slot
 from emloc_ray.io.node_cache import exists, local_only
 from emloc_ray.modeling.block_outputs import BlockOutput, read_outputs, write_outputs
-from emloc_ray.modeling.gram_hooks import GramHooks, model_inputs
+from emloc_ray.modeling.gram_hooks import GramHooks
+from emloc_ray.modeling.inputs import model_call
 from emloc_ray.modeling.replay import BlockReplay
-from emloc_ray.stages.calibration_job import CalibrationJob, counted_tokens
+from emloc_ray.stages.calibration_job import CalibrationJob
 from emloc_ray.stages.cluster import set_threads
 
 
@@ -87,7 +88,7 @@ class StreamedSlot:
         self.replay.load_block(position)
         block = self.replay.flow.order[position]
         groups = [group for group in self.job.groups if group[0].startswith(f"{block}.")]
-        hooks = GramHooks(self.replay.model, groups)
+        hooks = GramHooks(self.replay.model, groups, dict(self.job.streams), reread=self.job.reread)
         for number in self.numbers:
             self._pass_shard(position, number, hooks)
         hooks.remove()
@@ -111,8 +112,9 @@ class StreamedSlot:
         self, position: int, rows: Sequence[Tokens], outputs: dict[int, BlockOutput], hooks: GramHooks
     ) -> dict[int, BlockOutput]:
         batch = {key: value.to(self.replay.device) for key, value in collate(rows, self.job.pad_token_id).items()}
-        with hooks.counting(counted_tokens(batch, self.job.tokens)):
-            made = self.replay.forward(position, model_inputs(batch["input_ids"], batch["attention_mask"]), outputs)
+        call = model_call(self.replay.model.config, batch, tokens=self.job.tokens)
+        with hooks.counting(call.counted):
+            made = self.replay.forward(position, call.inputs, outputs)
         flow = self.replay.flow
         return {k: v if flow.last_use(k) > position else v.shapes() for k, v in {**outputs, position: made}.items()}
 

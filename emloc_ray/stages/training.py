@@ -24,8 +24,9 @@ from emloc_ray.io.node_cache import ensure, exists, publish
 from emloc_ray.modeling.adapter import attach_adapter, save_trained_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import load_config
+from emloc_ray.modeling.inputs import label_mask
 from emloc_ray.modeling.loading import load_model
-from emloc_ray.modeling.loss import label_mask, token_loss
+from emloc_ray.modeling.loss import token_loss
 from emloc_ray.stages.cluster import set_threads
 from emloc_ray.stages.training_session import GroupSession, LoneSession, TrainingSession, own_environment
 from emloc_ray.stages.zero import join_as_deepspeed_rank, scattered_in, step_was_finite, whole_parameters

@@ -20,7 +20,7 @@ from emloc_ray.core.ranks import rank_for_ratio
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import shard_name, write_index, write_shard
 from emloc_ray.io.grams import StoredGram, write_gram_shard
-from emloc_ray.modeling.architecture import block_linears, empty_model, shared_inputs
+from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
 from emloc_ray.stages.calibration_job import CalibrationJob
 from emloc_ray.stages.factorize import FactorizationJob, factorize_group
 from emloc_ray.stages.resident_slot import ResidentSlot
@@ -51,7 +51,7 @@ def main(directory: Path, depth: int, num_rows: int) -> None:
     begin = time.perf_counter()
     model = empty_model(config)
     specs = {spec.name: spec for spec in block_linears(model)}
-    names = tuple(tuple(group) for group in shared_inputs(model, list(specs.values())))
+    names = tuple(tuple(group) for group in trace_inputs(model, list(specs.values())).groups)
     slot = ResidentSlot(
         CalibrationJob(directory, tokens, names, (0, num_rows // 32)), directory / "slot.safetensors", THREADS
     )

@@ -29,8 +29,9 @@ from emloc_ray.modeling.adapter import attach_adapter, save_trained_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config, lora_config
 from emloc_ray.modeling.architecture import block_linears, empty_model
 from emloc_ray.modeling.gram_hooks import GramHooks
+from emloc_ray.modeling.inputs import label_mask
 from emloc_ray.modeling.loading import load_model
-from emloc_ray.modeling.loss import label_mask, token_loss
+from emloc_ray.modeling.loss import token_loss
 from emloc_ray.preparation import prepare
 from emloc_ray.results import gap_closed
 from emloc_ray.stages.correct import correct_adapter
@@ -228,7 +229,7 @@ def calibration(out: Path) -> Figures:
     def passes(hooks: GramHooks) -> Callable[[], None]:
         def forward() -> None:
             for batch in batches:
-                hooks.forward(batch["input_ids"], batch["attention_mask"], batch["attention_mask"].bool())
+                hooks.forward(batch)
 
         return forward
 

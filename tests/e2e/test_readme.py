@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from families import FAMILIES
 
 from emloc_ray.batch.tasks import read_batch
 from emloc_ray.config_reading import load_config, parse_config
@@ -76,6 +77,17 @@ def test_the_readme_names_real_make_targets() -> None:
     assert {"quickstart", "test"} <= set(targets)
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_every_cell_of_the_table_of_families_is_a_test() -> None:
+    lines = README.split("| family | ", 1)[1].split("\n\n", 1)[0].splitlines()
+    columns = [cell.strip() for cell in lines[0].strip("| ").split("|")]
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines[2:]]
+    suite = (ROOT / "tests" / "integration" / "test_families.py").read_text()
+    assert [f"def test_{column}(" in suite for column in columns] == [True] * len(columns)
+    assert len(columns) == suite.count("\ndef test_")
+    assert [row[0] for row in rows] == list(FAMILIES)
+    assert all(row[1:] == ["✓"] * len(columns) for row in rows)
 
 
 def test_the_readmes_verbs_exist() -> None:

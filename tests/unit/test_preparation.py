@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 from tiny import make_config
 from transformers import LlamaConfig
@@ -256,6 +258,14 @@ def test_more_tokens_than_learned_positions_are_told(
     assert "the model has 128 positions" in refused(tiny_model_dir("gpt2"), data=data)
 
 
+def test_what_an_encoder_cannot_read_is_told(refused: Callable[..., str], tmp_path: Path) -> None:
+    model_dir = families.save("T5", tmp_path / "t5")
+    assert "reads a prompt with its encoder" in refused(model_dir)
+    data = {"train": {"path": str(tmp_path / "rows.jsonl")}, "format": "prompt_completion", "packing": True}
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 9)
+    assert "data.packing joins rows" in refused(model_dir, data=data)
+
+
 def test_what_transformers_takes_is_passed_whatever_we_set_ourselves(
     tmp_path: Path, tiny_model_dir: Callable[..., Path]
 ) -> None:
@@ -282,6 +292,21 @@ def test_a_file_that_leaves_nothing_to_train_on_is_refused(refused: Callable[...
         ("gpt2", {"method": "prefix_tuning", "num_virtual_tokens": 100}, "with 100 virtual tokens before them"),
         ("opt", {"method": "ia3"}, None),
         ("llama", {"method": "vera"}, None),
+        ("mixtral", {"method": "dora"}, "dora adapts no experts, and 16 of the linears named are experts' for PEFT"),
+        ("mixtral", {"method": "ia3", "target_modules": "all-linear"}, "ia3 adapts no experts"),
+        (
+            "qwen2_moe",
+            {"method": "dora", "target_modules": ["q_proj", "shared_expert.up_proj"]},
+            "shared_expert.up_proj)",
+        ),
+        ("mixtral", {"method": "loha", "target_modules": ["q_proj", "v_proj"]}, None),
+        ("mixtral", {"method": "ia3"}, None),
+        (
+            "T5",
+            {"method": "prefix_tuning", "num_virtual_tokens": 4},
+            "virtual tokens are for models that are a decoder",
+        ),
+        ("T5", {"method": "ia3"}, None),
     ],
 )
 def test_an_adapter_that_does_not_fit_the_model_is_one_sentence(
@@ -294,7 +319,7 @@ def test_an_adapter_that_does_not_fit_the_model_is_one_sentence(
 ) -> None:
     values = {
         "run_dir": str(tmp_path / "run"),
-        "model": {"source": str(tiny_model_dir(family))},
+        "model": {"source": str(families.save("T5", tmp_path / "t5") if family == "T5" else tiny_model_dir(family))},
         "data": {"train": {"path": str(task_file)}, "format": "prompt_completion", "max_seq_length": 64},
         "adapter": adapter,
     }
@@ -314,3 +339,29 @@ def test_ia3_adapts_what_peft_would_by_default() -> None:
     assert {name.rsplit(".", 1)[-1] for name in found.adapted} == {"k_proj", "v_proj", "down_proj"}
     assert found.feedforward == ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj")
     assert not layout(adapter={"method": "prompt_tuning", "num_virtual_tokens": 2}).adapted
+
+
+def test_in_4_bits_is_what_lies_inside_the_blocks() -> None:
+    assert layout().in_4bit == ()
+    assert not layout(emulator={"compression_ratio": 1.0}).differs
+    for ratio in (0.25, 1.0):
+        found = layout(emulator={"quantization": "nf4", "compression_ratio": ratio, "target_modules": ["q_proj"]})
+        assert found.in_4bit == tuple(spec.name for spec in found.specs)
+        assert found.kept_wide == ("lm_head",)
+        assert found.differs
+
+
+def test_4_bits_without_bitsandbytes_are_refused(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest)
+    )
+    said = refused(emulator={"quantization": "nf4"})
+    assert "emulator.quantization: nf4 needs the bitsandbytes package: pip install 'emloc-ray[quantization]'." in said
+
+
+def test_zero_3_in_4_bits_is_refused(refused: Callable[..., str], tmp_path: Path) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    said = refused(finetune={"deepspeed": str(path), "num_workers": 2}, emulator={"quantization": "nf4"})
+    assert f"finetune.deepspeed {path} is ZeRO stage 3, which cannot scatter weights in 4 bits" in said

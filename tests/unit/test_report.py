@@ -321,3 +321,17 @@ def test_the_form_that_full_rank_updates_are_corrected_in_is_told() -> None:
     page = Page(report.render("run", manifest(*STAGES), metrics))
     assert "of mean rank 37.2" in page.text
     assert "all but 0.00094 of each update's norm" in page.text
+
+
+@pytest.mark.parametrize(("ratio", "words"), [(0.25, "in 4 bits (NF4)"), (1.0, "LoRA on the original in 4 bits")])
+def test_an_emulator_in_4_bits_is_said_to_be_one(finished: str, ratio: float, words: str) -> None:
+    made, metrics = manifest(*STAGES), finished_metrics()
+    made["config"]["emulator"] = {"compression_ratio": ratio, "quantization": "nf4"}
+    metrics["emulator"] |= {"quantization": "nf4", "bytes": 5 * 2**20}
+    page = report.render("run", made, metrics)
+    assert words in page
+    assert "5.00 MiB" in page
+    assert "4 bits" not in finished
+    # Unlike plain LoRA it was calibrated.
+    del made["stages"]["calibrate"]
+    assert "factorize" in report.page_view("run", made, metrics)["older"]

@@ -59,6 +59,12 @@ def test_a_tokenizer_that_adds_special_tokens_itself() -> None:
     assert tokenize_row({"text": "a"}, "text", Adding(), "here") == Tokens([7, 197, EOS], [True] * 3)
 
 
+def test_an_encoder_s_prompt_ends_by_itself(tokenizer: Any) -> None:
+    row = {"prompt": "hello", "completion": "world"}
+    [tokens] = tokenize_rows([("here", row)], "prompt_completion", tokenizer, has_encoder=True)
+    assert spans(tokens, tokenizer) == [(False, "hello<eos>"), (True, "world<eos>")]
+
+
 @pytest.mark.parametrize("special", [False, True])
 @given(st.lists(st.tuples(words, words), max_size=8))
 def test_many_rows_at_once_are_what_each_is_alone(special: bool, pairs: list[tuple[str, str]]) -> None:

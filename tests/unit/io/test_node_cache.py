@@ -16,7 +16,7 @@ from s3_server import uri
 
 from emloc_ray.data.reading import scan
 from emloc_ray.errors import ArtifactError, ConfigError
-from emloc_ray.io import node_copies
+from emloc_ray.io import node_cache, node_copies
 from emloc_ray.io.atomic import atomic_directory, atomic_file, copy_file, write_json
 from emloc_ray.io.checkpoint import read_shard
 from emloc_ray.io.digests import digest
@@ -276,3 +276,12 @@ def test_hidden_states_stay_on_their_node(root: Path, tmp_path: Path) -> None:
 def test_a_place_too_long_for_a_directory_is_refused(s3_port: int) -> None:
     with pytest.raises(ConfigError, match="shorten it"):
         mirror(uri(s3_port, "x" * 300))
+
+
+def test_a_file_that_another_process_renames_meanwhile_is_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kept").write_text("four")
+    seen = node_cache._files(tmp_path)
+    monkeypatch.setattr(node_cache, "_files", lambda path: [*seen, path / ".shard.tmp"])
+    assert node_cache.sizes(tmp_path) == {tmp_path / "kept": 4}

@@ -77,14 +77,15 @@ def test_what_does_not_fit_the_model_is_a_sentence(
 
 
 def test_ia3_s_defaults_are_peft_s_own() -> None:
-    assert default_targets("ia3", "llama") == ["k_proj", "v_proj", "down_proj"]
-    assert default_targets("loha", "llama") is None
+    assert default_targets("ia3", "llama", names("llama")) == ["k_proj", "v_proj", "down_proj"]
+    assert default_targets("ia3", "mixtral", names("mixtral")) == ["k_proj", "v_proj"]  # w2 is fused with its likes
+    assert default_targets("loha", "llama", names("llama")) is None
     adapted = ["layers.0.k_proj", "layers.0.down_proj"]
     assert feedforward_names(None, "llama", adapted) == ["layers.0.down_proj"]
     assert feedforward_names(["k_proj"], "unheard-of", adapted) == ["layers.0.k_proj"]
     assert feedforward_names([], "unheard-of", adapted) == []
     for wanted, call in (
-        ("adapter.target_modules", lambda: default_targets("ia3", "unheard-of")),
+        ("adapter.target_modules", lambda: default_targets("ia3", "unheard-of", adapted)),
         ("adapter.feedforward_modules", lambda: feedforward_names(None, "unheard-of", adapted)),
         ("'o_proj' matches none", lambda: feedforward_names(["o_proj"], "llama", adapted)),
     ):

@@ -12,14 +12,14 @@ from transformers import MixtralConfig, Qwen3MoeConfig, ResNetConfig, T5Config
 from transformers.pytorch_utils import Conv1D
 
 from emloc_ray.errors import ConfigError
-from emloc_ray.modeling.architecture import auto_class, block_linears, block_names, empty_model, shared_inputs
+from emloc_ray.modeling.architecture import auto_class, block_linears, block_names, empty_model, trace_inputs
 
 
 def traced(config: Any) -> tuple[Any, list[str], list[list[str]]]:
     """A model on the meta device, its linears' names and their groups."""
     model = empty_model(config)
     specs = block_linears(model)
-    return model, [spec.name for spec in specs], shared_inputs(model, specs)
+    return model, [spec.name for spec in specs], trace_inputs(model, specs).groups
 
 
 def of_layers(prefix: str, groups: list[list[str]]) -> list[list[str]]:
@@ -90,9 +90,11 @@ def test_specs_are_the_checkpoint_s_own_shapes(family: str) -> None:
     ],
     ids=lambda config: config.model_type,
 )
-def test_mixtures_leave_routers_out(config: Any) -> None:
+def test_mixtures_leave_routers_out_and_every_expert_reads_for_itself(config: Any) -> None:
     _, names, groups = traced(config)
-    assert {name.rsplit(".", 1)[-1] for name in names} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    attention, experts = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_up", "down"}
+    assert {name.rsplit(".", 1)[-1] for name in names} == attention | experts
+    assert all(len(group) == 1 for group in groups if ".experts." in group[0])
     assert sorted(name for group in groups for name in group) == sorted(names)
 
 
@@ -140,7 +142,7 @@ class Model(nn.Module):
 def groups_of(block: type[nn.Module]) -> list[list[str]]:
     with torch.device("meta"):
         model = Model(block)
-    return shared_inputs(model, block_linears(model))
+    return trace_inputs(model, block_linears(model)).groups
 
 
 def test_same_tensor_means_same_memory_and_same_version() -> None:

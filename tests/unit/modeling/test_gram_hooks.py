@@ -11,9 +11,8 @@ from tiny import FAMILIES, PAD, VOCABULARY, make_model
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import collate
 from emloc_ray.errors import NumericsError
-from emloc_ray.modeling.architecture import block_linears, empty_model, shared_inputs
+from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
 from emloc_ray.modeling.gram_hooks import GramHooks
-from emloc_ray.modeling.loss import label_mask
 
 LENGTHS = (13, 5, 16, 8)
 EVERY_FAMILY = [*FAMILIES, "opt"]
@@ -27,7 +26,7 @@ def rows() -> list[Tokens]:
 
 def groups_of(family: str) -> list[list[str]]:
     model = empty_model(make_model(family).config)
-    return shared_inputs(model, block_linears(model))
+    return trace_inputs(model, block_linears(model)).groups
 
 
 @torch.no_grad()
@@ -59,9 +58,7 @@ def test_grams_equal_brute_force_and_padding_never_counts(family: str, tokens: s
     groups = groups_of(family)
     hooks = GramHooks(model, groups)
     for part in (many[:3], many[3:]):
-        batch = collate(part, PAD)
-        counted = batch["attention_mask"].bool() if tokens == "all" else batch["completion_mask"]
-        hooks.forward(batch["input_ids"], batch["attention_mask"], counted)
+        hooks.forward(collate(part, PAD), tokens)
     assert set(hooks.grams) == {group[0] for group in groups}
     for group in groups:
         gram = hooks.grams[group[0]]
@@ -82,9 +79,9 @@ def test_the_dtype_s_rounding_is_not_accumulated() -> None:
     module = model.get_submodule(groups[0][0])
     module.register_forward_pre_hook(lambda module, args: seen.append(args[0].reshape(-1, 64).double()))
     batch = collate(rows(), PAD)
-    everything = torch.ones_like(batch["attention_mask"]).bool()
+    batch["attention_mask"].fill_(1)
     for _ in range(4):
-        hooks.forward(batch["input_ids"], batch["attention_mask"], everything)
+        hooks.forward(batch)
     x = torch.cat(seen)
     gram = hooks.grams[groups[0][0]]
     assert gram.matrix.dtype == torch.float32
@@ -96,8 +93,7 @@ def test_the_head_is_not_run() -> None:
     ran: list[str] = []
     model.lm_head.register_forward_pre_hook(lambda module, args: ran.append("head"))
     model.model.norm.register_forward_pre_hook(lambda module, args: ran.append("body"))
-    batch = collate(rows(), PAD)
-    GramHooks(model, groups_of("llama")).forward(batch["input_ids"], batch["attention_mask"], label_mask(batch, "all"))
+    GramHooks(model, groups_of("llama")).forward(collate(rows(), PAD))
     assert ran == ["body"]
 
 
@@ -106,7 +102,6 @@ def test_nan_names_the_layer(bad: float) -> None:
     model = make_model("llama")
     model.get_submodule("model.layers.1.input_layernorm").weight.data[3] = bad
     hooks = GramHooks(model, groups_of("llama"))
-    batch = collate(rows(), PAD)
-    hooks.forward(batch["input_ids"], batch["attention_mask"], batch["attention_mask"].bool())
+    hooks.forward(collate(rows(), PAD))
     with pytest.raises(NumericsError, match=r"model\.layers\.1\.self_attn\.q_proj reads hold NaN or Inf"):
         hooks.check_finite()

@@ -14,7 +14,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import collate
 from emloc_ray.modeling import loss
-from emloc_ray.modeling.loss import label_mask, token_loss
+from emloc_ray.modeling.inputs import label_mask
+from emloc_ray.modeling.loss import token_loss
 
 
 def batch_of(*lengths: int) -> dict[str, torch.Tensor]:

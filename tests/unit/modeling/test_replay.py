@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConf
 from emloc_ray.errors import ArtifactError, StageError
 from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.io.node_cache import mirror
-from emloc_ray.modeling.architecture import block_linears, empty_model, shared_inputs
-from emloc_ray.modeling.gram_hooks import GramHooks, model_inputs
+from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
+from emloc_ray.modeling.gram_hooks import GramHooks
+from emloc_ray.modeling.inputs import model_call
 from emloc_ray.modeling.loading import copy_checkpoint, load_model
 from emloc_ray.modeling.replay import BlockFlow, BlockOutput, BlockReplay, _Lineage, block_flow
 from tests.tiny import VOCABULARY, make_config, make_model
@@ -34,6 +35,8 @@ def models() -> dict[str, Any]:
         # Every second block sees a sliding window: its mask is another one.
         "gemma3": Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **HEADS, sliding_window=4, layer_types=ALTERNATING)),
         "mistral": MistralForCausalLM(MistralConfig(**SIZES, **HEADS, sliding_window=4)),
+        "mixtral": make_model("mixtral"),
+        "qwen2_moe": make_model("qwen2_moe"),
     }
 
 
@@ -41,18 +44,18 @@ def batch() -> dict[str, torch.Tensor]:
     ids = torch.randint(2, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[1, 7:] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+    return {"input_ids": ids, "attention_mask": mask, "completion_mask": mask.bool()}
 
 
-@pytest.mark.parametrize("family", ["llama, tied", "qwen2", "gpt2", "opt", "gemma3", "mistral"])
+@pytest.mark.parametrize("family", sorted(models()))
 def test_grams_block_by_block_are_those_of_the_whole_model(family: str, tmp_path: Path) -> None:
     models()[family].save_pretrained(tmp_path, max_shard_size="100KB")
     empty = empty_model(AutoModelForCausalLM.from_pretrained(tmp_path).config)
     specs = block_linears(empty)
-    groups = shared_inputs(empty, specs)
+    groups = trace_inputs(empty, specs).groups
     data = batch()
     whole = GramHooks(load_model(tmp_path), groups)
-    whole.forward(data["input_ids"], data["attention_mask"], data["attention_mask"].bool())
+    whole.forward(data)
 
     replay = BlockReplay(tmp_path)
     block_of = {spec.name: spec.block for spec in specs}
@@ -61,8 +64,9 @@ def test_grams_block_by_block_are_those_of_the_whole_model(family: str, tmp_path
     for position, name in enumerate(replay.flow.order):
         replay.load_block(position)
         hooks = GramHooks(replay.model, [group for group in groups if block_of[group[0]] == name])
-        with hooks.counting(data["attention_mask"].bool()):
-            outputs[position] = replay.forward(position, model_inputs(**data), outputs)
+        call = model_call(replay.model.config, data)
+        with hooks.counting(call.counted):
+            outputs[position] = replay.forward(position, call.inputs, outputs)
         for known in list(outputs):
             if replay.flow.last_use(known) <= position and known != position:
                 outputs[known] = outputs[known].shapes()
@@ -121,10 +125,10 @@ def test_what_was_not_kept_is_nan_where_it_is_read_after_all(tmp_path: Path) -> 
     make_model("llama").save_pretrained(tmp_path)
     replay = BlockReplay(tmp_path)
     replay.load_block(0)
-    first = replay.forward(0, model_inputs(**batch()), {})
+    first = replay.forward(0, model_call(replay.model.config, batch()).inputs, {})
     assert first.shapes().tensors[0].is_meta  # type: ignore[union-attr]
     replay.load_block(1)
-    second = replay.forward(1, model_inputs(**batch()), {0: first.shapes()})
+    second = replay.forward(1, model_call(replay.model.config, batch()).inputs, {0: first.shapes()})
     assert bool(torch.isnan(second.tensors[0]).all())  # type: ignore[arg-type]
 
 
@@ -132,7 +136,7 @@ def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
     make_model("llama", dtype="bfloat16").save_pretrained(tmp_path)
     replay = BlockReplay(tmp_path)
     replay.load_block(0)
-    assert replay.forward(0, model_inputs(**batch()), {}).tensors[0].dtype == torch.bfloat16  # type: ignore[union-attr]
+    assert replay.forward(0, model_call(replay.model.config, batch()).inputs, {}).tensors[0].dtype == torch.bfloat16  # type: ignore[union-attr]
 
 
 def test_a_missing_weight_is_named(tmp_path: Path) -> None:

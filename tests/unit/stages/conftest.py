@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from emloc_ray.core.ranks import rank_for_ratio
 from emloc_ray.io.grams import reduce_slots, write_gram_index, write_gram_shard
-from emloc_ray.modeling.architecture import block_linears, empty_model, shared_inputs
+from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
 from emloc_ray.stages.calibration_job import CalibrationJob
 from emloc_ray.stages.resident_slot import ResidentSlot
 
@@ -33,7 +33,7 @@ def artifacts(tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.Temp
     model = empty_model(AutoConfig.from_pretrained(model_dir))
     specs = tuple(block_linears(model))
     by_name = {spec.name: spec for spec in specs}
-    names = shared_inputs(model, specs)
+    names = trace_inputs(model, specs).groups
     tokens = write_tokens(root / "tokens", 20, 5)
     job = CalibrationJob(model_dir, tokens, tuple(tuple(group) for group in names), (0, 4), batch_size=3)
     slot = ResidentSlot(job, root / "slot.safetensors", 1)

@@ -1,0 +1,93 @@
+"""What a model is called with for a batch of rows, and where its predictions are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+OURS = ("input_ids", "attention_mask", "completion_mask", "labels")
+
+# Which tokens a linear reads: those of the row (of its prompt, where an encoder reads that), those that a decoder reads
+# beside an encoder, or others, which are all real (an image's patches).
+Stream = Literal["row", "decoder", "other"]
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """A batch as a model takes it.
+
+    Attributes:
+        inputs: what the model is called with.
+        counted: which tokens of the row and of a decoder's input count, ``(rows, length)`` each.
+        predicting: at which positions of what the head reads a label is predicted, ``(rows, length)``.
+        targets: the labels, in the order of those positions.
+    """
+
+    inputs: dict[str, Any]
+    counted: dict[Stream, Tensor]
+    predicting: Tensor
+    targets: Tensor
+
+
+def has_encoder(config: Any) -> bool:
+    """Whether a model of that transformers ``config`` reads the prompt with an encoder, apart from what it writes."""
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def model_call(config: Any, batch: dict[str, Tensor], loss_on: str = "completion", tokens: str = "all") -> ModelCall:
+    """The call of a model of that transformers ``config`` for a batch of :func:`emloc_ray.data.token_shards.collate`.
+
+    A model that is a decoder alone reads a row as it is, and predicts each token from those before it. One with an
+    encoder reads the tokens before the completion there; its decoder is given those from there on, one place later.
+    ``loss_on`` are the labels, ``tokens`` what counts for Grams: ``all`` but padding, or of the ``completion`` alone.
+    Whatever else is in the batch is handed on.
+    """
+    others = {key: value for key, value in batch.items() if key not in OURS}
+    call = _encoder_decoder(config, batch) if has_encoder(config) else None
+    if call is None:
+        labels = label_mask(batch, loss_on)
+        predicting = torch.zeros_like(labels)
+        predicting[:, :-1] = labels[:, 1:]
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": unpadded_is_none(batch["attention_mask"])}
+        counted = batch["attention_mask"].bool() if tokens == "all" else label_mask(batch, "completion")
+        call = ModelCall(inputs, {"row": counted}, predicting, batch["input_ids"][labels])
+    return ModelCall({**call.inputs, **others}, call.counted, call.predicting, call.targets)
+
+
+def label_mask(batch: dict[str, Tensor], loss_on: str) -> Tensor:
+    """Which tokens are labels ``(rows, length)``: completion tokens, or all non-padding ones; never the first."""
+    key = "completion_mask" if loss_on == "completion" else "attention_mask"
+    mask = batch[key].bool().clone()
+    mask[:, 0] = False
+    return mask
+
+
+def unpadded_is_none(attention_mask: Tensor) -> Tensor | None:
+    """No mask where nothing is padding, so that attention takes its fastest path."""
+    return None if bool(attention_mask.all()) else attention_mask
+
+
+def _encoder_decoder(config: Any, batch: dict[str, Tensor]) -> ModelCall:
+    ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+    begins = batch["completion_mask"].int().argmax(dim=1, keepdim=True)  # of the completion, in each row
+    place = torch.arange(ids.shape[1], device=ids.device)
+    prompt = place < begins
+    length = int(begins.max())
+    answer = (mask & ~prompt).sum(dim=1, keepdim=True)
+    width = int(answer.max())
+    step = torch.arange(width, device=ids.device)
+    real = step < answer
+    labels = ids.gather(1, (begins + step).clamp_max(ids.shape[1] - 1))
+    start = config.decoder_start_token_id
+    pad = ids.new_full((), config.pad_token_id if config.pad_token_id is not None else start)
+    shifted = torch.cat([ids.new_full((len(ids), 1), start), labels[:, :-1]], dim=1)
+    inputs = {
+        "input_ids": torch.where(prompt, ids, pad)[:, :length],
+        "attention_mask": unpadded_is_none(prompt[:, :length].long()),
+        "decoder_input_ids": torch.where(real, shifted, pad),
+        "decoder_attention_mask": unpadded_is_none(real.long()),
+    }
+    return ModelCall(inputs, {"row": prompt[:, :length], "decoder": real}, real, labels[real])

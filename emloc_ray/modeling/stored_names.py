@@ -1,0 +1,164 @@
+"""Under which names a checkpoint holds a model's parameters.
+
+What transformers keeps in memory may be named otherwise on disk, or be put together from several tensors (experts). Its
+own conversion mapping says how (https://huggingface.co/docs/transformers/main/en/weightconverter); read here, not applied:
+no stage holds more of a parameter than it works on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emloc_ray.errors import ArtifactError
+from emloc_ray.io.checkpoint import Checkpoint
+from emloc_ray.modeling.architecture import LinearSpec, StoredRows
+from emloc_ray.modeling.experts import unfused_views
+
+
+@dataclass(frozen=True)
+class StoredParameter:
+    """The stored tensors that make up a parameter: those of a part are joined along their first dimension, and where it
+    ``is_stack`` the parts are stacked along a new one. ``parts`` is empty where the conversion is of another kind.
+
+    With ``index`` it is that slice of the one tensor; ``is_transposed`` where what is stored is ``Wᵀ``.
+    """
+
+    parts: tuple[tuple[str, ...], ...]
+    is_stack: bool = False
+    index: int | None = None
+    is_transposed: bool = False
+
+    @property
+    def own_name(self) -> str | None:
+        """The one tensor that is the parameter as it stands; None where it is made of others."""
+        whole = not self.is_stack and self.index is None and [len(part) for part in self.parts] == [1]
+        return self.parts[0][0] if whole and not self.is_transposed else None
+
+    def slice(self, index: int, is_transposed: bool) -> StoredParameter:
+        """What holds slice ``index`` along the parameter's first dimension."""
+        if self.is_stack:
+            return StoredParameter((self.parts[index],), is_transposed=is_transposed)
+        return dataclasses.replace(self, index=index, is_transposed=is_transposed)
+
+    def rows(self, checkpoint: Checkpoint) -> tuple[StoredRows, ...]:
+        """The tensors, or the slice, that make up a matrix or a vector, in the order of their rows."""
+        [part] = self.parts
+        sizes = [StoredRows(name, 0, self.index).entry(checkpoint).shape[0] for name in part]
+        return tuple(StoredRows(name, sum(sizes[:k]), self.index) for k, name in enumerate(part))
+
+    def read(self, checkpoint: Checkpoint) -> Tensor:
+        """The whole parameter in its stored dtype; raises ArtifactError where a tensor of it is missing."""
+        if self.is_stack:
+            return torch.stack([_join([checkpoint.read(name) for name in part]) for part in self.parts])
+        joined = _join([rows.entry(checkpoint).read_rows() for rows in self.rows(checkpoint)])
+        return joined.T if self.is_transposed else joined
+
+
+def _join(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+@dataclass
+class _Collected:
+    """What was found of one parameter, by the pattern of its conversion that each stored name matched."""
+
+    converter: Any = None
+    names: dict[str | None, list[str]] = field(default_factory=dict)
+
+
+def stored_parameters(model: Any, names: Iterable[str]) -> dict[str, StoredParameter]:
+    """Maps the name of each of the model's parameters and buffers to what holds it, of the tensors named.
+
+    Those that no tensor makes up are left out; ``model`` may be on the meta device.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    views = unfused_views(model)
+    sliced = {view.parameter for view in views.values()}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in views} | dict.fromkeys(
+        sliced, 0
+    )
+    named = sorted(names, key=dot_natural_key)
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    collected: dict[str, _Collected] = {}
+    for name in named:
+        prefix = model.base_model_prefix
+        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if target not in state and name in state:  # as transformers does: a name that should not have been changed
+            target, pattern = rename_source_key(name, [], [], prefix, state)
+        if target not in state:
+            continue
+        found = collected.setdefault(target, _Collected(by_pattern[pattern] if pattern else None))
+        found.names.setdefault(pattern, []).append(name)
+    stored = {target: _stored(found) for target, found in collected.items()}
+    whole = {name: found for name, found in stored.items() if name not in sliced}
+    apart = {
+        name: stored[view.parameter].slice(view.index, view.is_transposed)
+        for name, view in views.items()
+        if view.parameter in stored
+    }
+    return whole | apart
+
+
+def _stored(found: _Collected) -> StoredParameter:
+    if found.converter is None:
+        return StoredParameter(((found.names[None][0],),))
+    operations = [type(operation).__name__ for operation in found.converter.operations]
+    dims = [operation.dim for operation in found.converter.operations if hasattr(operation, "dim")]
+    columns = [found.names.get(pattern, []) for pattern in found.converter.source_patterns]
+    if operations == ["MergeModulelist"] and dims == [0] and len(columns) == 1:
+        return StoredParameter(tuple((name,) for name in columns[0]), True)
+    if operations == ["MergeModulelist", "Concatenate"] and dims == [0, 1] and len({len(c) for c in columns}) == 1:
+        return StoredParameter(tuple(zip(*columns, strict=True)), True)
+    if operations == ["Concatenate"] and dims == [0]:
+        return StoredParameter((tuple(name for column in columns for name in column),))
+    return StoredParameter(())
+
+
+def stored_specs(
+    specs: Sequence[LinearSpec], stored: Mapping[str, StoredParameter], checkpoint: Checkpoint
+) -> tuple[LinearSpec, ...]:
+    """The linears with where the checkpoint holds them; raises ArtifactError as :func:`require`."""
+    return tuple(_stored_spec(spec, stored, checkpoint) for spec in specs)
+
+
+def _stored_spec(spec: LinearSpec, stored: Mapping[str, StoredParameter], checkpoint: Checkpoint) -> LinearSpec:
+    found = require(stored, spec.weight_name, checkpoint)
+    if found.own_name == spec.weight_name:
+        return spec
+    bias = stored.get(f"{spec.name}.bias") if spec.has_bias else None
+    stored_bias = None if bias is None else bias.rows(checkpoint)[0]
+    return dataclasses.replace(spec, stored=found.rows(checkpoint), stored_bias=stored_bias)
+
+
+def renamed_tensors(stored: Mapping[str, StoredParameter]) -> dict[str, str]:
+    """The name in the model of every stored tensor that is a parameter as it stands under another name."""
+    return {found.own_name: name for name, found in stored.items() if found.own_name not in (None, name)}
+
+
+def require(stored: Mapping[str, StoredParameter], name: str, checkpoint: Checkpoint) -> StoredParameter:
+    """What holds a parameter; raises ArtifactError where nothing does, or transformers makes it in a way not known here."""
+    found = stored.get(name)
+    if found is None:
+        raise ArtifactError(f"{checkpoint.directory} holds no tensor {name}: the checkpoint does not fit its config.")
+    if not found.parts:
+        raise ArtifactError(
+            f"{checkpoint.directory} holds {name} in a form that only transformers can convert: load it with transformers,"
+            " save it again with save_pretrained(save_original_format=False), and name that."
+        )
+    return found

@@ -1,0 +1,177 @@
+"""Every family through every stage; the README's table of families says what is tested here, cell by cell."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, save
+from peft import PeftModel
+from small_runs import FinishedRun, make_values, run_values, task_rows, write_jsonl
+from transformers import AutoConfig
+
+import emloc_ray  # noqa: F401
+from emloc_ray.config_reading import parse_config
+from emloc_ray.data.token_shards import TokenShards, collate
+from emloc_ray.io.checkpoint import Checkpoint
+from emloc_ray.io.grams import GramStore
+from emloc_ray.jobs import Jobs
+from emloc_ray.modeling.architecture import auto_class
+from emloc_ray.modeling.emulator import dense_weight
+from emloc_ray.modeling.inputs import model_call
+from emloc_ray.modeling.loading import load_model
+from emloc_ray.preparation import prepare
+from emloc_ray.stages.calibrate import calibrate
+from emloc_ray.stages.cluster import Resources
+
+ONE = {"num_workers": 1}
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def run(request: pytest.FixtureRequest, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """A family's run, from a checkpoint as transformers saves it to the merged model."""
+    root = tmp_path_factory.mktemp("family")
+    model_dir = save(request.param, root / "model")
+    data = write_jsonl(root / "rows.jsonl", task_rows(64))
+    values = make_values(
+        root / "run",
+        model_dir,
+        data,
+        calibration={**ONE, "num_calibration_samples": 16, "min_expert_tokens": 0},
+        emulator=ONE,
+        finetune=ONE,
+        correction={"method": "covariance"},
+        merge=ONE,
+        evaluation=ONE,
+    )
+    return FinishedRun(root / "run", values, model_dir, run_values(values))
+
+
+def opened(directory: Path) -> tuple[Any, dict[str, Any]]:
+    """A model directory as its owner opens it, with what transformers says of its weights."""
+    config = AutoConfig.from_pretrained(directory)
+    auto = auto_class(config.original() if hasattr(config, "original") else config)
+    model, said = auto.from_pretrained(directory, output_loading_info=True)
+    return model.eval(), said
+
+
+def batch(run: FinishedRun, split: str = "eval") -> dict[str, torch.Tensor]:
+    shards = TokenShards(run.root / "data" / "tokens" / split)
+    return collate([shards.row(position) for position in range(4)], 0)
+
+
+@torch.no_grad()
+def logits(model: Any, run: FinishedRun) -> torch.Tensor:
+    call = model_call(model.config, batch(run))
+    found: torch.Tensor = model(**call.inputs).logits[call.predicting]
+    return found
+
+
+@torch.no_grad()
+def test_calibrate(run: FinishedRun) -> None:
+    """The Grams are the sums over every token, each row run alone, in float64."""
+    model = load_model(run.model_dir).double()
+    store = GramStore(run.root / "calibration")
+    sums: dict[str, torch.Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def reading(name: str) -> Any:
+        def hook(module: Any, args: Any) -> None:
+            x = args[0].reshape(-1, args[0].shape[-1])
+            sums[name] = sums.get(name, torch.zeros(x.shape[1], x.shape[1], dtype=x.dtype)) + x.T @ x
+            counts[name] = counts.get(name, 0) + len(x)
+
+        return hook
+
+    groups = store.index["groups"]
+    for name in (name for names in groups.values() for name in names):
+        model.get_submodule(name).register_forward_pre_hook(reading(name))
+    shards = TokenShards(run.root / "data" / "tokens" / "calibration")
+    for position in range(len(shards)):
+        model(**model_call(model.config, collate([shards.row(position)], 0, multiple=1)).inputs)
+    for names in groups.values():
+        for name in names:  # one sum stands for all that read the same tensor
+            assert counts.get(name, 0) == store.num_tokens(name)  # none, of an expert that the router never chooses
+            expected = sums.get(name, torch.zeros_like(store.read(name), dtype=torch.float64))
+            scale = float(expected.diagonal().max())
+            torch.testing.assert_close(store.read(name).double(), expected, rtol=1e-3, atol=1e-5 * scale)
+
+
+def test_streamed(run: FinishedRun, tmp_path: Path) -> None:
+    """Block by block, the Grams are those of the whole model."""
+    job = Jobs(prepare(parse_config(run.values)), run.model_dir).calibration()
+    calibrate(dataclasses.replace(job, mode="streamed", waves=None), tmp_path, Resources())
+    ours, whole = GramStore(tmp_path), GramStore(run.root / "calibration")
+    assert ours.index["num_tokens"] == whole.index["num_tokens"]
+    for name in whole.index["groups"]:
+        scale = float(whole.read(name).diagonal().max())
+        torch.testing.assert_close(ours.read(name), whole.read(name), rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_factorize(run: FinishedRun) -> None:
+    """The emulator opens by the original's Auto class, and each layer's error is that of the best rank there is."""
+    emulator, said = opened(run.root / "emulator")
+    original = load_model(run.model_dir)
+    assert not said["missing_keys"]
+    assert not said["unexpected_keys"]
+    assert not said["mismatched_keys"]
+    store = GramStore(run.root / "calibration")
+    config = AutoConfig.from_pretrained(run.root / "emulator")
+    assert config.ranks
+    for name, rank in config.ranks.items():
+        weight, made = dense_weight(original.get_submodule(name)), dense_weight(emulator.get_submodule(name))
+        gram = store.read(name).double()
+        gram.diagonal().add_(1e-6 * gram.diagonal().mean())
+        values, vectors = torch.linalg.eigh(gram)
+        root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+        best = torch.linalg.svdvals(weight.double() @ root)[rank:].square().sum().sqrt()
+        error = torch.linalg.norm((weight - made).double() @ root)
+        torch.testing.assert_close(error, best, rtol=2e-3, atol=1e-6 * float(torch.linalg.norm(weight)))
+
+
+def test_finetune(run: FinishedRun) -> None:
+    """Trained on the emulator, the adapter lowers its loss there."""
+    evaluation = run.metrics["evaluation"]
+    assert evaluation["emulator_adapter"]["loss"] < evaluation["emulator"]["loss"] - 0.05
+
+
+def test_correct(run: FinishedRun) -> None:
+    """Plain PEFT opens the corrected adapter on the original, and its update is not the trained one's."""
+    original, _ = opened(run.model_dir)
+    plain = logits(original, run)
+    corrected = logits(PeftModel.from_pretrained(original, run.root / "adapter").eval(), run)
+    original, _ = opened(run.model_dir)
+    trained = logits(PeftModel.from_pretrained(original, run.root / "adapter_emulator").eval(), run)
+    moved = float((trained - plain).abs().max())
+    assert moved > 0
+    assert float((corrected - trained).abs().max()) > 1e-3 * moved
+
+
+def test_merge(run: FinishedRun) -> None:
+    """The merged model is a plain checkpoint: the original's names and shapes, byte for byte where nothing was adapted."""
+    _, said = opened(run.root / "merged")
+    assert not said["missing_keys"]
+    assert not said["unexpected_keys"]
+    merged, original = Checkpoint(run.root / "merged"), Checkpoint(run.model_dir)
+    assert merged.entries.keys() == original.entries.keys()
+    changed = {name for name in original.entries if not torch.equal(merged.read(name), original.read(name))}
+    prepared = prepare(parse_config(run.values))
+    adapted = set(prepared.layout.adapted)
+    specs = Jobs(prepared, run.model_dir).specs()
+    assert changed == {rows.name for spec in specs if spec.name in adapted for rows in spec.weight_rows}
+
+
+def test_parity(run: FinishedRun) -> None:
+    """The merged model gives what the adapter on the original gives."""
+    merged, _ = opened(run.root / "merged")
+    original, _ = opened(run.model_dir)
+    before = logits(original, run)
+    adapted = logits(PeftModel.from_pretrained(original, run.root / "adapter").eval(), run)
+    difference, scale = (logits(merged, run) - adapted).abs().max(), adapted.abs().max()
+    assert float(difference) <= 1e-4 * float(scale)
+    assert float((adapted - before).abs().max()) > 1e-3 * float(scale)
+    evaluation = run.metrics["evaluation"]
+    assert evaluation["merged"]["loss"] == pytest.approx(evaluation["corrected"]["loss"], abs=1e-3)
