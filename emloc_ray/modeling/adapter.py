@@ -56,7 +56,7 @@ _REFUSED = ("use_qalora", "modules_to_save", "trainable_token_indices", "lora_bi
 def attach_adapter(model: Any, config: PeftConfig) -> PeftModel:
     """A fresh adapter on an emulator or an original."""
     flag = getattr(config, "fan_in_fan_out", None)
-    with attachable(model), as_linears():
+    with attachable(model, config), as_linears():
         attached = get_peft_model(model, config, low_cpu_mem_usage=False)
     start_magnitudes(attached)
     if flag is not None:  # of the original's linears, which is what the saved config is for
@@ -67,12 +67,13 @@ def attach_adapter(model: Any, config: PeftConfig) -> PeftModel:
 def load_adapter(model: Any, directory: Path, name: str = "default") -> PeftModel:
     """A saved adapter, frozen, on an emulator or on its original; beside those it has, where it has some of that method."""
     ensure(Path(directory))
-    with readable(Path(directory), model) as folder, attachable(model), as_linears():
+    with readable(Path(directory), model) as folder:
         config = PeftConfig.from_pretrained(str(folder))
-        if isinstance(model, PeftModel):
-            model.load_adapter(folder, adapter_name=name, peft_config=config)
-            return model
-        loaded = PeftModel.from_pretrained(model, folder, adapter_name=name, config=config)
+        with attachable(model, config), as_linears():
+            if isinstance(model, PeftModel):
+                model.load_adapter(folder, adapter_name=name, peft_config=config)
+                return model
+            loaded = PeftModel.from_pretrained(model, folder, adapter_name=name, config=config)
     return loaded.requires_grad_(False)  # a prompt's encoder would learn on
 
 

@@ -5,22 +5,27 @@ others. So while PEFT builds (or loads) its layers, a linear of the same shape, 
 for each factorized layer; afterwards that is put back as the base of its adapter layer. Adapter layers compute with
 ``base_layer(x)`` alone, but for what the classes below replace: where PEFT's formula reads the base's dense weight. Their
 class is changed on the spot, as torch's own ``parametrize`` and ``fully_shard`` do.
+
+A linear in 4 bits has no dense weight either. PEFT's own layers know it, but for those of LoHa and LoKr, which go by the
+shape of the weight: for them it has a stand-in too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftConfig, PeftType
 from peft.tuners.ia3.layer import Linear as IA3Linear
 from peft.tuners.loha.layer import Linear as LoHaLinear
 from peft.tuners.lokr.layer import Linear as LoKrLinear
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.vera.layer import Linear as VeraLinear
 from torch import Tensor, nn
 
@@ -31,38 +36,48 @@ _COLUMNS = 256  # of W_E, seen at a time
 
 
 class _StandIn(nn.Linear):
-    """The shape, device and dtype of a factorized layer, and none of its weight: one zero, seen ``(out, in)`` times."""
+    """The shape, device and dtype of a layer, and none of its weight: one zero, seen ``(out, in)`` times."""
 
-    def __init__(self, factorized: FactorizedLinear) -> None:
-        super().__init__(factorized.in_features, factorized.out_features, bias=False, device="meta")
-        zero = factorized.weight.new_zeros(()).expand(factorized.out_features, factorized.in_features)
-        self.weight = nn.Parameter(zero, requires_grad=False)
-        self.__dict__["factorized"] = factorized  # not a submodule: PEFT must not find the factors
+    def __init__(self, layer: Any) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        zero = torch.zeros((), dtype=_dtype(layer), device=layer.weight.device)
+        self.weight = nn.Parameter(zero.expand(layer.out_features, layer.in_features), requires_grad=False)
+        self.__dict__["layer"] = layer  # not a submodule: PEFT must not find the factors
+
+
+def _dtype(layer: Any) -> torch.dtype:
+    dtype: torch.dtype = getattr(layer, "compute_dtype", None) or layer.weight.dtype
+    return dtype
 
 
 @contextlib.contextmanager
-def attachable(model: nn.Module) -> Iterator[None]:
-    """While it lasts PEFT may attach adapters to the model's factorized layers, or load more onto them."""
-    _replace(model, FactorizedLinear, _StandIn)
+def attachable(model: nn.Module, config: PeftConfig) -> Iterator[None]:
+    """While it lasts PEFT may attach that adapter to layers of the model that have no dense weight, or load it onto them."""
+    packed_too = config.peft_type in (PeftType.LOHA, PeftType.LOKR)
+    _replace(model, lambda layer: isinstance(layer, FactorizedLinear) or (packed_too and _in_4_bits(layer)), _StandIn)
     try:
         with warnings.catch_warnings():
             # A Conv1D's factors are a plain linear: PEFT sets the flag layer by layer, which is what is wanted.
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
             yield
     finally:
-        _replace(model, _StandIn, lambda stand_in: stand_in.factorized)
+        _replace(model, lambda layer: isinstance(layer, _StandIn), lambda stand_in: stand_in.layer)
 
 
-def _replace(model: nn.Module, kind: type[nn.Module], make: Any) -> None:
-    for module in list(model.modules()):
+def _replace(model: nn.Module, which: Callable[[nn.Module], bool], make: Callable[[Any], nn.Module]) -> None:
+    for module in [module for module in model.modules() if not isinstance(module, FactorizedLinear)]:
         for name, child in list(module.named_children()):
-            if isinstance(child, kind):
+            if which(child):
                 module._modules[name] = make(child)
         base = getattr(module, "base_layer", None)
-        if isinstance(base, FactorizedLinear):
+        if isinstance(base, nn.Module) and (isinstance(base, FactorizedLinear) or _in_4_bits(base)):
             base.requires_grad_(False)
             for layer in module.modules():  # the adapter layer, and DoRA's inside it
                 layer.__class__ = ON_FACTORS.get(type(layer), type(layer))
+
+
+def _in_4_bits(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Linear) and hasattr(layer.weight, "quant_state")
 
 
 class _OnFactors:
@@ -146,7 +161,7 @@ class FactorizedDora(DoraLinearLayer):
         """What is added to the base's output: ``(g − 1) (W_E x) + g s B A x`` with ``g = m / ‖W_E + s B A‖``."""
         norms = self.norms(base_layer, lora_A.weight, lora_B.weight, scaling)
         gain = self.weight / norms.clamp_min(torch.finfo(norms.dtype).tiny)
-        bias = base_layer.up.bias
+        bias = _bias(base_layer)
         if base_result is None:  # dropout: of what the adapter reads
             plain = _without_bias(base_layer, x)
         else:
@@ -179,8 +194,14 @@ def _squared_rows(base_layer: Any, device: torch.device) -> Tensor:
 
 
 def _without_bias(base_layer: Any, x: Tensor) -> Tensor:
-    y: Tensor = base_layer(x.to(base_layer.weight.dtype))
-    return y if base_layer.up.bias is None else y - base_layer.up.bias
+    y: Tensor = base_layer(x.to(_dtype(base_layer)))
+    bias = _bias(base_layer)
+    return y if bias is None else y - bias
+
+
+def _bias(base_layer: Any) -> Tensor | None:
+    bias: Tensor | None = getattr(base_layer, "up", base_layer).bias
+    return bias
 
 
 ON_FACTORS: dict[type, type] = {
@@ -194,12 +215,10 @@ ON_FACTORS: dict[type, type] = {
 
 
 def start_magnitudes(model: nn.Module) -> None:
-    """Sets the magnitudes of fresh DoRA layers on factors to the norms that they begin with: PEFT saw a weight of zeros."""
-    for module in model.modules():
-        if not isinstance(module, FactorizedLoraLinear):
-            continue
-        layers: dict[str, Any] = dict(module.lora_magnitude_vector.items())
-        for name, dora in layers.items():
-            weights = module.lora_A[name].weight, module.lora_B[name].weight
-            norms = dora.norms(module.get_base_layer(), *weights, module.scaling[name])
-            dora.weight.data.copy_(norms)
+    """Sets the magnitudes of fresh DoRA layers to the norms that they begin with, where PEFT saw no dense weight."""
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        for name, dora in layer.lora_magnitude_vector.items():
+            if isinstance(dora, FactorizedDora):
+                weights = layer.lora_A[name].weight, layer.lora_B[name].weight
+                dora.weight.data.copy_(dora.norms(layer.get_base_layer(), *weights, layer.scaling[name]))

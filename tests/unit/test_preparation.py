@@ -295,9 +295,9 @@ def test_a_file_that_leaves_nothing_to_train_on_is_refused(refused: Callable[...
         ("mixtral", {"method": "dora"}, "dora adapts no experts, and 16 of the linears named are experts' for PEFT"),
         ("mixtral", {"method": "ia3", "target_modules": "all-linear"}, "ia3 adapts no experts"),
         (
-            "qwen2_moe",
-            {"method": "dora", "target_modules": ["q_proj", "shared_expert.up_proj"]},
-            "shared_expert.up_proj)",
+            "qwen3_moe",
+            {"method": "dora", "target_modules": ["q_proj", "layers.0.mlp.up_proj"]},
+            "layers.0.mlp.up_proj)",
         ),
         ("mixtral", {"method": "loha", "target_modules": ["q_proj", "v_proj"]}, None),
         ("mixtral", {"method": "ia3"}, None),

@@ -12,13 +12,14 @@ import pytest
 import torch
 from adapter_cases import CASES, FITTING, IDS, ON_LINEARS, PROMPTS, attached, fits, logits, settings, train, trained
 from peft import PeftModel, get_peft_model
-from tiny import save_emulator
+from tiny import make_model, save_emulator, save_quantized_emulator
 from transformers import AutoModelForCausalLM
 
 from emloc_ray.data.formats import Tokens
 from emloc_ray.modeling.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, detach_adapter, load_adapter
 from emloc_ray.modeling.adapter_layers import FactorizedLoraLinear
 from emloc_ray.modeling.adapter_methods import adapter_config
+from emloc_ray.modeling.architecture import block_linears
 from emloc_ray.modeling.emulator import FactorizedLinear, dense_weight
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import token_loss
@@ -45,7 +46,9 @@ def dense_emulator(model_dir: Path, emulator_dir: Path) -> Any:
     """The original with ``W_E`` in place of ``W``: what PEFT knows how to adapt by itself."""
     model, emulator = AutoModelForCausalLM.from_pretrained(model_dir), load_model(emulator_dir)
     for name, module in emulator.named_modules():
-        if isinstance(module, FactorizedLinear):
+        if isinstance(module, FactorizedLinear) or hasattr(getattr(module, "weight", None), "quant_state"):
+            if name.endswith((".up", ".down")):
+                continue
             target = model.get_submodule(name)
             weight = dense_weight(module)
             target.weight.data = weight if isinstance(target, torch.nn.Linear) else weight.T.contiguous()
@@ -82,6 +85,29 @@ def test_factors_do_what_peft_does_on_the_dense_product(
             gradient, expected[name], rtol=1e-3, atol=2e-5, msg=lambda text, name=name: name + text
         )
     assert not [name for name, p in model.named_parameters() if p.requires_grad and name not in found]
+
+
+@pytest.mark.parametrize(("case", "family"), [pair for pair in FITTING if pair[0] not in PROMPTS])
+def test_in_4_bits_it_is_what_peft_does_on_the_unpacked_weights(
+    case: str, family: str, tmp_path: Path, tiny_model_dir: Callable[..., Path]
+) -> None:
+    """Of factors, and of linears that are in 4 bits without."""
+    model_dir = tiny_model_dir(family)
+    names = [spec.name for spec in block_linears(make_model(family))]
+    emulator_dir = save_quantized_emulator(model_dir, tmp_path / "e", dict.fromkeys(names[: len(names) // 2], 8))
+    fresh = attached(emulator_dir, case, family).eval()
+    if case in NO_CHANGE:
+        torch.testing.assert_close(logits(fresh), logits(load_model(emulator_dir)), rtol=1e-5, atol=1e-5)
+    bases = {type(module.base_layer).__name__ for module in fresh.modules() if hasattr(module, "base_layer")}
+    assert bases == {"FactorizedLinear", "ExactLinear4bit"}
+    model = trained(tmp_path / "a", emulator_dir, case, family)
+    dense = PeftModel.from_pretrained(dense_emulator(model_dir, emulator_dir), tmp_path / "a").eval()
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-4)
+    assert float((logits(model) - logits(load_model(emulator_dir))).abs().max()) > 1e-2
+    twice = load_adapter(load_adapter(load_model(emulator_dir), tmp_path / "a"), tmp_path / "a", "again").eval()
+    torch.testing.assert_close(logits(twice), logits(model), rtol=1e-5, atol=1e-5)
+    twice.set_adapter("again")
+    torch.testing.assert_close(logits(twice), logits(model), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", NO_CHANGE)
