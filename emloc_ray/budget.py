@@ -70,21 +70,23 @@ def solve(prepared: Prepared, budget: int, lengths: Lengths, multiples: Mapping[
     """
     section = prepared.config.finetune
     rows = section.per_device_train_batch_size * section.gradient_accumulation_steps
+    may_checkpoint = prepared.config.adapter.method != "prefix_tuning"  # which works through the cache that it drops
 
     def needed(ratio: float, micro_batch: int, checkpointing: bool = True) -> int:
-        changed = with_settings(prepared, ratio, micro_batch, rows // micro_batch, checkpointing)
+        changed = with_settings(prepared, ratio, micro_batch, rows // micro_batch, checkpointing and may_checkpoint)
         return total(MemoryModel(changed, lengths, multiples).stage("finetune"))
 
     ratio = next((ratio for ratio in _RATIOS if needed(ratio, 1) <= budget), None)
     if ratio is None:
         raise ConfigError(
-            f"No compression ratio fits {_size(budget)}: at {_RATIOS[-1]:g}, a row at a time and with gradient"
-            f" checkpointing, fine-tuning needs {_size(needed(_RATIOS[-1], 1))}: give that much, or lower"
+            f"No compression ratio fits {_size(budget)}: at {_RATIOS[-1]:g}, a row at a time and"
+            f" {'with' if may_checkpoint else 'without'} gradient checkpointing, fine-tuning needs"
+            f" {_size(needed(_RATIOS[-1], 1))}: give that much, or lower"
             " data.max_seq_length or adapter.r."
         )
     sizes = (size for size in range(section.per_device_train_batch_size, 0, -1) if rows % size == 0)
     micro_batch = next(size for size in sizes if needed(ratio, size) <= budget)
-    checkpointing = needed(ratio, micro_batch, False) > budget
+    checkpointing = may_checkpoint and needed(ratio, micro_batch, False) > budget
     chosen = with_settings(prepared, ratio, micro_batch, rows // micro_batch, checkpointing)
     changed = MemoryModel(chosen, lengths, multiples)
     others = [(name, total(changed.stage(name))) for name in ("calibrate", "factorize", "correct", "merge", "evaluate")]

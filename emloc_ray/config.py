@@ -16,7 +16,9 @@ from pydantic import (
     ByteSize,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -139,8 +141,15 @@ class EmulatorConfig(StageConfig):
 
 
 class AdapterConfig(Section):
-    """The LoRA adapter, in PEFT's names with PEFT's meaning."""
+    """The adapter, in PEFT's names with PEFT's meaning.
 
+    The keys below are those of LoRA, rsLoRA and DoRA. Of another ``method`` every key but ``method`` is a field of PEFT's
+    own config of that method, with PEFT's default.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+    method: Literal["lora", "rslora", "dora", "loha", "lokr", "vera", "ia3", "prefix_tuning", "prompt_tuning"] = "lora"
     r: int = Field(8, ge=1)
     lora_alpha: float = Field(16, gt=0, allow_inf_nan=False)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
@@ -150,6 +159,38 @@ class AdapterConfig(Section):
     rank_pattern: dict[str, typing.Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
     alpha_pattern: dict[str, typing.Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
     init_lora_weights: bool | Literal["gaussian"] = True
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether it is LoRA or one of its variants."""
+        return self.method in LORA_METHODS
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether it changes what the model reads instead of its linears."""
+        return self.method in ("prefix_tuning", "prompt_tuning")
+
+    @property
+    def is_additive(self) -> bool:
+        """Whether it adds to weights, so that its update can be corrected; DoRA's does before its rows are scaled."""
+        return self.method not in ("ia3", "prefix_tuning", "prompt_tuning")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What PEFT's config of the method is given, but for the modules: LoRA's keys, or of another method those set."""
+        values = self.model_dump(exclude={"method", "target_modules", "exclude_modules"})
+        variants = {"use_rslora": self.use_rslora or self.method == "rslora", "use_dora": self.method == "dora"}
+        return values | (variants if self.is_lora else {})
+
+    @model_serializer(mode="wrap")
+    def _of_the_method(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without LoRA's defaults where they are not the method's."""
+        values: dict[str, Any] = dump(self)
+        shown = {"method", *self.model_fields_set}
+        return values if self.is_lora else {key: value for key, value in values.items() if key in shown}
+
+
+LORA_METHODS = ("lora", "rslora", "dora")
 
 
 class FinetuneConfig(StageConfig):
@@ -185,6 +226,12 @@ class CorrectionConfig(Section):
     strength: float = Field(1.0, ge=0, le=2)
     dampening_frac: float = Field(1e-4, gt=0, lt=1)
     num_selection_samples: int = Field(64, ge=1, description="rows that auto chooses on")
+    update_tolerance: float = Field(
+        1e-3,
+        ge=0,
+        lt=1,
+        description="of an update of full rank: the share of its norm that its dominant subspace may lack",
+    )
 
 
 class MergeConfig(StageConfig):
@@ -228,6 +275,10 @@ class RayConfig(Section):
         return self.model_dump(exclude={"address", *(_OF_A_NEW_RAY if self.joins else ())}, exclude_none=True)
 
 
+def _get(section: Any, key: str) -> Any:
+    return section.get(key) if isinstance(section, dict) else None
+
+
 class RunConfig(Section):
     """One run: one model, one task, one emulator, one adapter."""
 
@@ -244,6 +295,34 @@ class RunConfig(Section):
     merge: MergeConfig = MergeConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     ray: RayConfig = RayConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _prefixes_need_their_cache(cls, values: Any) -> Any:
+        """Gradient checkpointing drops the cache that a prefix is: off by default where there is one."""
+        if isinstance(values, dict) and _get(values.get("adapter"), "method") == "prefix_tuning":
+            section = values.get("finetune") or {}
+            if isinstance(section, dict) and "gradient_checkpointing" not in section:
+                return {**values, "finetune": {**section, "gradient_checkpointing": False}}
+        return values
+
+    @model_validator(mode="after")
+    def _adapter_agrees(self) -> RunConfig:
+        method, problems = self.adapter.method, []
+        if method == "prefix_tuning" and self.finetune.gradient_checkpointing:
+            problems.append(
+                "finetune.gradient_checkpointing drops the cache that prefix_tuning works through: set it to false"
+            )
+        if self.finetune.deepspeed is not None and method not in ("lora", "rslora"):
+            problems.append(f"finetune.deepspeed goes with adapter.method lora or rslora, not with {method}: remove it")
+        if not self.adapter.is_additive and self.correction.method not in ("auto", "none"):
+            problems.append(
+                f"correction.method: {self.correction.method} corrects what is added to a weight, which {method} does not"
+                " do: leave it at auto"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:

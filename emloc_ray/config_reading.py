@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
-from emloc_ray.config import FinetuneConfig, RayConfig, RunConfig, Section
+from emloc_ray.config import LORA_METHODS, AdapterConfig, FinetuneConfig, RayConfig, RunConfig, Section
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.secret_values import HIDDEN, is_secret, is_variable, leaves
 
@@ -46,7 +46,43 @@ def _passed_through_errors(values: dict[str, Any]) -> list[str]:
             lines += secrets
         elif key not in (known := _ray_init_names()):
             lines.append(f"{no_such_key(f'ray.{key}', key, known | set(RayConfig.model_fields))}.")
+    return lines + _adapter_errors(values.get("adapter"))
+
+
+def _adapter_errors(given: Any) -> list[str]:
+    """What is wrong with the keys of the adapter's method: LoRA's are the section's own, the others' are PEFT's fields."""
+    if not isinstance(given, dict):
+        return []
+    method, keys = given.get("method", "lora"), [key for key in given if isinstance(key, str) and key != "method"]
+    if method in LORA_METHODS:
+        known = set(AdapterConfig.model_fields)
+        return [f"{no_such_key(f'adapter.{key}', key, known)}." for key in keys if key not in known]
+    from emloc_ray.modeling.adapter_methods import CONFIGS, method_fields, refused_field
+
+    if method not in CONFIGS:
+        return []
+    types, lines = method_fields(method), []
+    if "num_virtual_tokens" in types and "num_virtual_tokens" not in given:
+        lines.append(f"adapter.num_virtual_tokens is missing: set it, for adapter.method {method}.")
+    for key in keys:
+        why_not = refused_field(method, key)
+        if secrets := _secret_errors(f"adapter.{key}", given[key]):
+            lines += secrets
+        elif why_not is not None:
+            lines.append(f"adapter.{key} is not to be set ({why_not}): remove it.")
+        elif key not in types:
+            whose = f", and {key} is LoRA's" if key in AdapterConfig.model_fields else ""
+            lines.append(f"{no_such_key(f'adapter.{key}', key, types)}, for adapter.method {method}{whose}.")
+        else:
+            lines += _type_errors(f"adapter.{key}", given[key], _adapter_field_type(method, key))
     return lines
+
+
+@functools.cache
+def _adapter_field_type(method: str, name: str) -> TypeAdapter[Any] | None:
+    from emloc_ray.modeling.adapter_methods import method_fields
+
+    return _checker(method_fields(method)[name])
 
 
 def _secret_errors(key: str, value: Any) -> list[str]:
@@ -83,8 +119,12 @@ def _type_errors(key: str, value: Any, wanted: TypeAdapter[Any] | None) -> list[
 @functools.cache
 def _training_argument_type(name: str) -> TypeAdapter[Any] | None:
     """What checks a field of TrainingArguments; None for a type that pydantic cannot check."""
+    return _checker(_training_argument_types()[name])
+
+
+def _checker(hint: Any) -> TypeAdapter[Any] | None:
     try:
-        return TypeAdapter(_training_argument_types()[name], config=ConfigDict(arbitrary_types_allowed=True))
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
     except PydanticUserError:
         return None
 
@@ -216,7 +256,17 @@ def unknown_key(key: str) -> str | None:
     """Says that no config has a dotted key, and which is nearest; None where one has it."""
     values: dict[str, Any] = {}
     put(values, tuple(key.split(".")), 0, key)
+    if key.startswith("adapter.") and _a_method_takes(key.removeprefix("adapter.").split(".")[0]):
+        return None
     return next((line for line in check_config(values)[1] if _NO_KEY in line), None)
+
+
+def _a_method_takes(name: str) -> bool:
+    if name in AdapterConfig.model_fields:
+        return False  # what is below it is still to be looked at
+    from emloc_ray.modeling.adapter_methods import fields_of_all
+
+    return name in fields_of_all()
 
 
 def settings(keys: Mapping[Any, Any], *, dotted: bool = False, above: Keys = ()) -> Iterator[tuple[Keys, Any]]:

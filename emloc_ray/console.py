@@ -127,7 +127,7 @@ def _outcome(stage: str, result: dict[str, Any]) -> str:
     if stage == "finetune":
         return f"{result['steps']} steps, training loss {result['train_loss']:.3f}"
     if stage == "correct":
-        return f"chose {describe_choice(result)}"
+        return "as trained: nothing to correct" if result.get("as_trained") else f"chose {describe_choice(result)}"
     if stage == "merge":
         return f"{result['merged_tensors']} tensors changed"
     return ""
@@ -223,7 +223,7 @@ def duration(seconds: float) -> str:
 
 
 def evaluation_table(metrics: dict[str, Any]) -> Table:
-    """The six variants on the held-out rows, and what was gained."""
+    """The variants on the held-out rows, and what was gained."""
     evaluation = metrics["evaluation"]
     tokens = evaluation["original"]["num_tokens"]
     table = Table(title=f"Held-out data, {tokens:,} predicted tokens", title_justify="left")
@@ -238,6 +238,8 @@ def evaluation_table(metrics: dict[str, Any]) -> Table:
         "merged": "merged",
     }
     for variant, label in labels.items():
+        if variant not in evaluation:  # merged, of an adapter that changes no weight
+            continue
         values = evaluation[variant]
         gain = evaluation["original"]["loss"] - values["loss"]
         table.add_row(label, f"{values['loss']:.4f}", f"{gain:+.4f}", f"{values['token_accuracy']:.3f}")
@@ -252,16 +254,18 @@ def result_lines(metrics: dict[str, Any], run_dir: str) -> list[str]:
     """The run's outcome in a few lines, below the table."""
     lines = []
     if "correction" in metrics:
-        lines.append(f"Correction: {describe_choice(metrics['correction'])}")
+        choice = metrics["correction"]
+        as_trained = choice.get("as_trained")
+        lines.append(f"Correction: {f'none. {as_trained}' if as_trained else describe_choice(choice)}")
     if gap := metrics.get("gap_closed"):
         lines.append(
             f"Gap closed: {gap['corrected']:.1%} of the way to LoRA on the original"
             f" (loss {gap['upper_bound_loss']:.4f}, {gap['upper_bound']})"
         )
     if exact := metrics.get("exact_match"):
+        after = exact.get("merged", exact.get("corrected"))
         lines.append(
-            f"Exact match: {exact['original']:.1%} before, {exact['merged']:.1%} after"
-            f" (greedy, {exact['num_prompts']} prompts)"
+            f"Exact match: {exact['original']:.1%} before, {after:.1%} after (greedy, {exact['num_prompts']} prompts)"
         )
     if emulator := metrics.get("emulator"):
         share = emulator["parameters"] / emulator["original_parameters"]
@@ -276,5 +280,8 @@ def result_lines(metrics: dict[str, Any], run_dir: str) -> list[str]:
     lines.append(
         f"Stages: {duration(wall)}, peak memory of all processes {gib(peak).strip()}, disk {gib(disk).strip()}"
     )
-    lines.append(f"Artifacts in {run_dir}: adapter/ (PEFT), merged/ (transformers), report.html")
+    merged = (
+        "merged/ (transformers)" if "merged" in metrics["disk_bytes"] else "no merged/: the adapter changes no weight"
+    )
+    lines.append(f"Artifacts in {run_dir}: adapter/ (PEFT), {merged}, report.html")
     return lines

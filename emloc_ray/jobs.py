@@ -11,6 +11,7 @@ from typing import Any
 from emloc_ray.config import StageConfig
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.checkpoint import Checkpoint
+from emloc_ray.layout import adapter_settings
 from emloc_ray.memory import MemoryModel
 from emloc_ray.modeling.architecture import LinearSpec, empty_model, load_config
 from emloc_ray.modeling.inputs import has_encoder
@@ -142,7 +143,7 @@ class Jobs:
         config, layout = self.prepared.config, self.prepared.layout
         section = config.correction
         has_grams = layout.differs and config.calibration.keep == "grams"
-        method = section.method if layout.differs else "none"
+        method = section.method if layout.differs and config.adapter.is_additive else "none"
         return CorrectionJob(
             model_dir=self.model_dir,
             emulator_dir=self._path("emulator"),
@@ -153,6 +154,7 @@ class Jobs:
             specs=self.specs(),
             candidates=tuple(candidates(method, section.clamp, section.strength, has_grams)),
             dampening_frac=section.dampening_frac,
+            update_tolerance=section.update_tolerance,
             batch_size=config.evaluation.batch_size,
             loss_on=self._loss_on(),
             pad_token_id=self._pad_token_id(),
@@ -180,7 +182,7 @@ class Jobs:
             emulator_dir=self._path("emulator"),
             trained_adapter_dir=self._path("adapter_emulator"),
             corrected_adapter_dir=self._path("adapter"),
-            merged_dir=self._path("merged"),
+            merged_dir=None if config.adapter.is_prompt else self._path("merged"),
             tokens_dir=self.tokens("eval"),
             loss_on=self._loss_on(),
             batch_size=section.batch_size,
@@ -218,16 +220,10 @@ class Jobs:
         return targets if isinstance(targets, str) else list(targets)
 
     def _adapter_settings(self) -> dict[str, Any]:
-        layout = self.prepared.layout
-        settings = self.prepared.config.adapter.model_dump(exclude={"target_modules", "exclude_modules"})
-        transposed = any(s.transposed and s.routed_share is None for s in layout.specs if s.name in layout.adapted)
-        task = "SEQ_2_SEQ_LM" if has_encoder(self.base_config()) else "CAUSAL_LM"
-        return {
-            **settings,
-            "target_modules": list(layout.adapted),
-            "fan_in_fan_out": transposed,
-            "task_type": task,
-        }
+        settings = adapter_settings(self.prepared.config.adapter, self.prepared.layout, self.base_config())
+        if settings.get("prompt_tuning_init") == "TEXT":
+            settings["tokenizer_name_or_path"] = str(self.model_dir)
+        return settings
 
 
 @functools.lru_cache(maxsize=8)

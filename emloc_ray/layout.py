@@ -10,8 +10,11 @@ from emloc_ray.config import AdapterConfig, RunConfig
 from emloc_ray.core.ranks import rank_for_ratio
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.adapter import portable_targets
+from emloc_ray.modeling.adapter_methods import default_targets, feedforward_names
 from emloc_ray.modeling.architecture import LinearSpec, block_linears, learned_positions, trace_inputs
+from emloc_ray.modeling.expert_adapters import taken_for_experts
 from emloc_ray.modeling.experts import owner_of
+from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.matching import check_table, lookup, select
 from emloc_ray.modeling.quantization import replaceable_linears
 
@@ -45,6 +48,8 @@ class Layout:
     num_parameters: int
     head_parameters: int
     hidden_size: int
+    adapter_parameters: int | None = None  # of another method than LoRA's, whose follow from ranks
+    feedforward: tuple[str, ...] = ()  # of the adapted linears those whose input IA³ scales
     quantized: bool = False
     replaceable: tuple[str, ...] = ()
 
@@ -116,7 +121,10 @@ def make_layout(config: RunConfig, skeleton: Skeleton) -> Layout:
         ConfigError: naming every pattern that fits nothing, one sentence a line.
     """
     specs = skeleton.specs
-    compressed, adapted = _matched(config, specs)
+    model_type = _model_type(skeleton.config)
+    compressed, adapted = _matched(config, specs, model_type)
+    _check_no_experts(config.adapter.method, adapted, skeleton)
+    forward = config.adapter.settings.get("feedforward_modules")
     return Layout(
         specs,
         skeleton.groups,
@@ -127,12 +135,27 @@ def make_layout(config: RunConfig, skeleton: Skeleton) -> Layout:
         skeleton.num_parameters,
         skeleton.head_parameters,
         skeleton.hidden_size,
-        config.emulator.quantization != "none",
-        skeleton.replaceable,
+        quantized=config.emulator.quantization != "none",
+        replaceable=skeleton.replaceable,
+        feedforward=tuple(feedforward_names(forward, model_type, adapted)) if config.adapter.method == "ia3" else (),
     )
 
 
-def _matched(config: RunConfig, specs: Sequence[LinearSpec]) -> tuple[list[str], list[str]]:
+def adapter_settings(adapter: AdapterConfig, layout: Layout, model_config: Any) -> dict[str, Any]:
+    """As :func:`emloc_ray.modeling.adapter_methods.adapter_config` takes them: the method's own, and what follows from
+    the model."""
+    transposed = any(s.transposed and s.routed_share is None for s in layout.specs if s.name in layout.adapted)
+    forward = {"feedforward_modules": list(layout.feedforward)} if adapter.method == "ia3" else {}
+    names = {"target_modules": list(layout.adapted), "fan_in_fan_out": transposed, **forward}
+    task_type = "SEQ_2_SEQ_LM" if has_encoder(model_config) else "CAUSAL_LM"
+    return {"method": adapter.method, **adapter.settings, **names, "task_type": task_type}
+
+
+def _model_type(model_config: Any) -> str:
+    return str(getattr(model_config.get_text_config(), "model_type", None) or model_config.model_type)
+
+
+def _matched(config: RunConfig, specs: Sequence[LinearSpec], model_type: str) -> tuple[list[str], list[str]]:
     """The linears that are compressed, and those that are adapted."""
     names = [spec.name for spec in specs]
     emulator, adapter = config.emulator, config.adapter
@@ -148,18 +171,27 @@ def _matched(config: RunConfig, specs: Sequence[LinearSpec]) -> tuple[list[str],
     compressed = attempt(
         lambda: select(names, emulator.target_modules, emulator.exclude_modules, "emulator.target_modules")
     )
-    adapted = attempt(lambda: select(names, adapter.target_modules, adapter.exclude_modules, "adapter.target_modules"))
+    adapted = attempt(lambda: _adapted(adapter, names, model_type))
     for key, table in (
         ("emulator.ratios", emulator.ratios),
         ("adapter.rank_pattern", adapter.rank_pattern),
         ("adapter.alpha_pattern", adapter.alpha_pattern),
     ):
         attempt(lambda table=table, key=key: check_table(names, table, key))  # type: ignore[misc]
-    if not errors:
+    if not errors and adapter.is_lora:
         attempt(lambda: _check_adapter_ranks(adapter, [spec for spec in specs if spec.name in set(adapted or ())]))
     if errors or compressed is None or adapted is None:
         raise ConfigError("\n".join(errors))
     return compressed, adapted
+
+
+def _adapted(adapter: AdapterConfig, names: Sequence[str], model_type: str) -> list[str]:
+    if adapter.is_prompt:
+        return []
+    targets = adapter.target_modules
+    if targets is None:
+        targets = default_targets(adapter.method, model_type, names)
+    return select(names, targets, adapter.exclude_modules, "adapter.target_modules")
 
 
 def _check_adapter_ranks(adapter: AdapterConfig, specs: Sequence[LinearSpec]) -> None:
@@ -181,6 +213,20 @@ def _check_experts_alike(adapter: AdapterConfig, specs: Sequence[LinearSpec]) ->
             value = lookup(spec.name, table, -1)
             if owner is not None and found.setdefault(f"{owner[0]}.{owner[2]}", value) != value:
                 raise ConfigError(f"adapter.{key} tells experts of {owner[0]} apart: name all of them alike.")
+
+
+def _check_no_experts(method: str, adapted: Sequence[str], skeleton: Skeleton) -> None:
+    """PEFT has fused parameters for experts' linears, which LoRA alone adapts; IA³ alone is never stored as LoRA."""
+    if method in ("lora", "rslora"):
+        return
+    named = set(adapted)
+    found = [spec.name for spec in skeleton.specs if spec.routed_share is not None and spec.name in named]
+    found += [] if method == "ia3" else taken_for_experts(skeleton.config.model_type, adapted)
+    if found:
+        raise ConfigError(
+            f"adapter.target_modules: {method} adapts no experts, and {len(found)} of the linears named are experts' for PEFT"
+            f" ({found[0]}): leave them out, or set adapter.method to lora."
+        )
 
 
 def ranks_at(config: RunConfig, specs: Sequence[LinearSpec], compressed: Sequence[str]) -> dict[str, int]:

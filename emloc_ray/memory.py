@@ -14,9 +14,9 @@ import psutil
 import torch
 
 from emloc_ray.io.shard_writing import chunk_limit
+from emloc_ray.modeling.adapter_methods import update_rank
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.loss import chunk_tokens
-from emloc_ray.modeling.matching import lookup
 from emloc_ray.modeling.quantization import quantized_bytes
 from emloc_ray.preparation import Prepared
 
@@ -78,7 +78,7 @@ class MemoryModel:
         self.emulator = (self.layout.num_parameters - saved) * self.itemsize - self._packed_away()
         adapted = set(self.layout.adapted)
         self.adapted = tuple(spec for spec in self.layout.specs if spec.name in adapted)
-        self.adapter_parameters = sum(self._rank(s) * (s.in_features + s.out_features) for s in self.adapted)
+        self.adapter_parameters = self._adapter_parameters()
         self.blocks = _blocks(self.layout.groups, multiples or {})
 
     def stage(self, name: str) -> Parts:
@@ -173,7 +173,8 @@ class MemoryModel:
         """Emulator, adapter with its optimizer, and a step: what blocks keep for the backward pass, or only their inputs
         and one block's at a time under gradient checkpointing; beside it the logits, or one linear's update by LoRA."""
         section = self.config.finetune
-        tokens = section.per_device_train_batch_size * self.lengths.longest
+        virtual = self.config.adapter.settings.get("num_virtual_tokens", 0)
+        tokens = section.per_device_train_batch_size * (self.lengths.longest + virtual)
         saved = [block.multiple * self._saved_per_token(block) for block in self.blocks]
         inputs = sum(block.multiple * block.width for block in self.blocks) * self.itemsize
         kept, again = (inputs, max(saved)) if section.gradient_checkpointing else (sum(saved), 0.0)
@@ -198,18 +199,23 @@ class MemoryModel:
         )
         reading = max((self._difference(spec) for spec in self.adapted), default=0.0)
         one_by_one: Parts = {"correction": thin + reading}
+        if not self.config.adapter.is_additive:
+            return {}
         if self.config.correction.method != "auto" or not self.layout.differs:
             return one_by_one
-        scoring = {**self._scoring(self.weights), "adapter": _FLOAT * self.adapter_parameters, "correction": thin}
+        scoring = {**self._scoring(self.weights), "adapter": _FLOAT * self.corrected_parameters, "correction": thin}
         return max(scoring, one_by_one, key=total)
 
     def _difference(self, spec: LinearSpec) -> float:
         """``W`` and ``Δ`` in float32 with a product between them, the Gram, and some rows of either in float64."""
         rows = min(_ROWS, max(spec.out_features, spec.in_features))
-        return 3 * _FLOAT * spec.num_parameters + gram_bytes((spec,)) * 1.5 + rows * spec.in_features * 2 * _DOUBLE
+        copies = 5 if self.config.adapter.method == "dora" else 3  # W once more, and W_E: for rows' lengths
+        return copies * _FLOAT * spec.num_parameters + gram_bytes((spec,)) * 1.5 + rows * spec.in_features * 2 * _DOUBLE
 
     def merge(self) -> Parts:
         """A row chunk that is copied, or one that is merged with its sum in float32; one module's adapter."""
+        if self.config.adapter.is_prompt:
+            return {}
         largest = max([self.layout.head_parameters, *(spec.num_parameters for spec in self.layout.specs)])
         chunk = chunk_limit(self.config.merge.chunk_bytes, largest * self.itemsize)
         merged = max((min(chunk, _FLOAT * spec.num_parameters) for spec in self.adapted), default=0)
@@ -217,16 +223,16 @@ class MemoryModel:
         return {"chunks": max(chunk, 2 * merged), "adapter": _FLOAT * module}
 
     def evaluate(self) -> Parts:
-        """The original with both adapters; scoring a batch, or completing one with a cache."""
+        """The original with one adapter at a time; scoring a batch, or completing one with a cache."""
         section = self.config.evaluation
-        parts = {**self._scoring(self.weights), "adapter": 2 * _FLOAT * self.adapter_parameters}
+        parts = {**self._scoring(self.weights), "adapter": _FLOAT * self.corrected_parameters}
         tokens = section.batch_size * self.lengths.longest
         cached = section.batch_size * (self.lengths.longest + section.max_new_tokens)
         completing = {
             "weights": self.weights,
             "kv cache": cached * self.itemsize * self._cached_per_token(),
             "activations": self._forward(tokens),
-            "adapter": _FLOAT * self.adapter_parameters,
+            "adapter": _FLOAT * self.corrected_parameters,
         }
         return max(parts, completing if section.num_generations or section.num_exact_match else {}, key=total)
 
@@ -265,9 +271,25 @@ class MemoryModel:
         targeted = set(self.layout.compressed if self.layout.differs else ())
         return [group for group in self.layout.groups if any(spec.name in targeted for spec in group)]
 
+    def _adapter_parameters(self) -> int:
+        """Those that are trained: of another method than LoRA's as counted by attaching it, see ``preparation.py``."""
+        if self.layout.adapter_parameters is not None:
+            return self.layout.adapter_parameters
+        magnitudes = sum(s.out_features for s in self.adapted) if self.config.adapter.method == "dora" else 0
+        return magnitudes + self._lora_parameters()
+
+    def _lora_parameters(self) -> int:
+        return sum(self._rank(s) * (s.in_features + s.out_features) for s in self.adapted)
+
+    @property
+    def corrected_parameters(self) -> int:
+        """Those of the adapter as corrected: another method's may be in LoRA's form by then."""
+        corrected = self.config.correction.method != "none" and self.layout.differs
+        return max(self.adapter_parameters, self._lora_parameters() if corrected else 0)
+
     def _rank(self, spec: LinearSpec) -> int:
-        """The adapter's, of this linear."""
-        return int(lookup(spec.name, self.config.adapter.rank_pattern, self.config.adapter.r))
+        """The rank of the adapter's update of this linear, as it is corrected: at most the smaller side."""
+        return update_rank(self.config.adapter.method, self.config.adapter.settings, spec)
 
     def _calibration_tokens(self) -> float:
         return self.config.calibration.batch_size * self.lengths.longest

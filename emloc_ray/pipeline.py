@@ -18,7 +18,7 @@ from emloc_ray.io.node_cache import discard, exists, hashes
 from emloc_ray.io.resume import begun_with, discard_unless
 from emloc_ray.planner import make_plan
 from emloc_ray.preparation import Prepared, check_disk, prepare
-from emloc_ray.remarks import cut_rows, over_budget, shortfall, thin_calibration, thin_experts
+from emloc_ray.remarks import cut_rows, no_merge, over_budget, shortfall, thin_calibration, thin_experts
 from emloc_ray.reporter import Reporter, Reporters, SilentReporter
 from emloc_ray.run_log import RunLog
 from emloc_ray.stages import STAGES
@@ -196,9 +196,7 @@ class Pipeline:
     def calibrate(self) -> None:
         """One Gram per shared input of the linears that compression targets; what they serve is factorized meanwhile."""
         if not self.layout.differs:
-            self.inputs["calibrate"] = "none needed"
-            self.directory.forget("calibrate")
-            discard(self.directory.path("calibration"))
+            self.steps.leave_out("calibrate", "none needed", self.directory.path("calibration"))
             return
         from emloc_ray.jobs import resources
         from emloc_ray.stages.calibrate import calibrate
@@ -206,18 +204,16 @@ class Pipeline:
         from emloc_ray.stages.convergence import calibrate_until_converged
 
         steps, section, out_dir = self.steps, self.config.calibration, self.directory.path("calibration")
+        tolerance = section.convergence_tolerance
         inputs: dict[str, Any] = {
             "model": self.inputs["import"],
             "options": self.model_options,
             "data": self.inputs["data/calibration"],
             "tokens": section.tokens,
             "groups": self.jobs.gram_groups(),
+            **({} if tolerance is None else {"convergence_tolerance": tolerance}),
+            **({"min_expert_tokens": section.min_expert_tokens} if self.jobs.experts() else {}),
         }
-        tolerance = section.convergence_tolerance
-        if tolerance is not None:
-            inputs["convergence_tolerance"] = tolerance
-        if self.jobs.experts():
-            inputs["min_expert_tokens"] = section.min_expert_tokens
 
         def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
             job = go_on(self.jobs.calibration(), out_dir, inputs, section.num_workers, section.mode == "auto")
@@ -365,7 +361,11 @@ class Pipeline:
         self.steps.run("correct", inputs, [self.directory.path("adapter")], execute, asked)
 
     def merge(self) -> None:
-        """The original with the corrected adapter folded in."""
+        """The original with the corrected adapter folded in; none where the adapter changes no weight."""
+        if self.config.adapter.is_prompt:
+            self.steps.leave_out("merge", self.inputs["correct"], self.directory.path("merged"))
+            self._tell(no_merge(self.config))
+            return
         from emloc_ray.jobs import resources
         from emloc_ray.stages.merge import merge
 

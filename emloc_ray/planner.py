@@ -144,8 +144,8 @@ def _disk_bytes(prepared: Prepared, memory: MemoryModel) -> dict[str, int]:
         "calibrate": (memory.weights if prepared.source.gguf_file else 0) + grams // 2 + held,
         "factorize": memory.emulator,
         "finetune": 4 * adapter,
-        "correct": adapter,
-        "merge": memory.weights,
+        "correct": 4 * memory.corrected_parameters,
+        "merge": 0 if prepared.config.adapter.is_prompt else memory.weights,
         "evaluate": 0,
     }
 

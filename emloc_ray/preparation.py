@@ -6,9 +6,11 @@ All of it is checked before Ray starts and before anything is written, and every
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import importlib.util
 import itertools
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +24,8 @@ from emloc_ray.data.reading import SourceFile, each, list_files, read_rows, scan
 from emloc_ray.data.splits import SPLITS
 from emloc_ray.errors import ArtifactError, ConfigError, EmlocError
 from emloc_ray.io.run_directory import RunDirectory
-from emloc_ray.layout import Layout, Skeleton, make_layout, skeleton_of
+from emloc_ray.layout import Layout, Skeleton, adapter_settings, make_layout, skeleton_of
+from emloc_ray.modeling.adapter_methods import count_parameters
 from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.loading import ModelSource, check_source, read_model_config, resolve_source
@@ -91,17 +94,34 @@ def prepare(config: RunConfig) -> Prepared:
 def _read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
     options = config.model
     found = _skeleton(source, options.trust_remote_code, options.attn_implementation, _look(source))
-    if found.positions is not None and config.data.max_seq_length > found.positions:
+    virtual = config.adapter.settings.get("num_virtual_tokens", 0) if config.adapter.is_prompt else 0
+    if found.positions is not None and config.data.max_seq_length + virtual > found.positions:
+        beside = f", with {virtual} virtual tokens before them" if virtual else ""
         raise ConfigError(
-            f"data.max_seq_length is {config.data.max_seq_length}, the model has {found.positions} positions: lower it to"
-            " that."
+            f"data.max_seq_length is {config.data.max_seq_length}{beside}, the model has {found.positions} positions: lower"
+            " it to that."
         )
     if has_encoder(found.config):
-        _check_prompts(config)
-    return found.config, make_layout(config, found)
+        _check_encoder_decoder(config)
+    layout = make_layout(config, found)
+    if not config.adapter.is_lora:
+        settings = json.dumps(adapter_settings(config.adapter, layout, found.config), sort_keys=True)
+        parameters = _adapter_parameters(source, options.trust_remote_code, settings, _look(source))
+        layout = dataclasses.replace(layout, adapter_parameters=parameters)
+    return found.config, layout
 
 
-def _check_prompts(config: RunConfig) -> None:
+@functools.lru_cache(maxsize=8)
+def _adapter_parameters(
+    source: ModelSource, trust_remote_code: bool, settings: str, files: tuple[tuple[str, int, int], ...]
+) -> int:
+    """How many parameters an adapter trains; raises ConfigError where it does not fit the model."""
+    named = json.loads(settings)
+    model = empty_model(read_model_config(source, trust_remote_code), trust_remote_code)
+    return count_parameters(model, named.pop("method"), named)
+
+
+def _check_encoder_decoder(config: RunConfig) -> None:
     """A model with an encoder reads a row's prompt there."""
     if config.data.format == "text":
         raise ConfigError(
@@ -109,6 +129,11 @@ def _check_prompts(config: RunConfig) -> None:
         )
     if config.data.packing:
         raise ConfigError("data.packing joins rows, which a model with an encoder cannot tell apart: set it to false.")
+    if config.adapter.is_prompt:
+        raise ConfigError(
+            f"adapter.method is {config.adapter.method}, whose virtual tokens are for models that are a decoder alone: choose"
+            " a method that adapts linears, as lora."
+        )
 
 
 def _look(source: ModelSource) -> tuple[tuple[str, int, int], ...]:

@@ -67,6 +67,11 @@ def thin_calibration(config: RunConfig, fewest_tokens: int | None, layout: Layou
     return f"{who} saw {fewest_tokens} tokens, fewer than the highest rank {highest}: raise calibration.{key}."
 
 
+def no_merge(config: RunConfig) -> str:
+    """Where there is no merged model: what there is instead."""
+    return f"merge: {config.adapter.method} changes no weight, so there is no merged/: the original is served with adapter/."
+
+
 def thin_experts(calibration: dict[str, Any]) -> str | None:
     """How many experts were sent too few tokens, and what was done for them, from the calibration's result."""
     found = calibration.get("experts") or {}

@@ -42,6 +42,18 @@ _VARIANTS = {
     "merged": "merged",
 }
 
+METHOD_NAMES = {
+    "lora": "LoRA",
+    "rslora": "rsLoRA",
+    "dora": "DoRA",
+    "loha": "LoHa",
+    "lokr": "LoKr",
+    "vera": "VeRA",
+    "ia3": "IA³",
+    "prefix_tuning": "prefix tuning",
+    "prompt_tuning": "prompt tuning",
+}
+
 
 def write_report(directory: RunDirectory) -> Path:
     """Writes ``report.html`` into the run directory; what the run has not reached yet is left out."""
@@ -78,7 +90,10 @@ def page_view(name: str, manifest: dict[str, Any], metrics: dict[str, Any]) -> d
     emulator = (manifest.get("config") or {}).get("emulator") or {}
     quantized = emulator.get("quantization", "none") != "none"
     dense = emulator.get("compression_ratio") == 1 and not quantized
-    older = older_stages(done, {*_OPTIONAL, "calibrate"} if dense else _OPTIONAL)
+    method = (manifest.get("config", {}).get("adapter") or {}).get("method", "lora")
+    unmerged = {"merge"} if method in ("prefix_tuning", "prompt_tuning") else set()
+    optional = _OPTIONAL | unmerged
+    older = older_stages(done, {*optional, "calibrate"} if dense else optional)
     usages = metrics.get("stages") or {}
     stages = [(stage, usages[stage]) for stage in sorted(usages, key=_stage_order) if stage in done]
     config = manifest.get("config") or {}
@@ -89,12 +104,11 @@ def page_view(name: str, manifest: dict[str, Any], metrics: dict[str, Any]) -> d
         "found": found,
         "task": describe_task(config.get("data") or {}),
         "model": (config.get("model") or {}).get("source"),
+        "method": METHOD_NAMES.get(method, method),
         "ratio": emulator.get("compression_ratio"),
         "quantized": quantized,
         "progress": [
-            (stage, stage in done and stage not in older)
-            for stage in _STAGES
-            if stage in done or stage not in _OPTIONAL
+            (stage, stage in done and stage not in older) for stage in _STAGES if stage in done or stage not in optional
         ],
         "updated": datetime.fromtimestamp(max(times), timezone.utc).strftime("%Y-%m-%d %H:%M UTC") if times else None,
         "older": older,
@@ -146,6 +160,7 @@ def evaluation_rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "label": label,
+            "variant": variant,
             "gain": None if original is None or variant == "original" else original - evaluation[variant]["loss"],
             **evaluation[variant],
         }

@@ -25,7 +25,11 @@ def assemble_metrics(directory: RunDirectory, prepared: Prepared, verified: Coll
     out, unless it is among the ``verified``, whose inputs were found unchanged since.
     """
     layout = prepared.layout
-    needed = [name for name in STAGES if name != "calibrate" or layout.differs]
+    missing = {
+        *(() if layout.differs else ("calibrate",)),
+        *(("merge",) if prepared.config.adapter.is_prompt else ()),
+    }
+    needed = [name for name in STAGES if name not in missing]
     stages = _current_stages(directory.manifest()["stages"], verified, needed)
     metrics: dict[str, Any] = {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
@@ -88,5 +92,6 @@ def gap_closed(evaluation: dict[str, Any], upper_bound: str | Path) -> dict[str,
     gap = original - bound
     if gap <= 0:
         return None
-    share = {name: (original - evaluation[name]["loss"]) / gap for name in ("uncorrected", "corrected", "merged")}
-    return {"upper_bound": str(upper_bound), "upper_bound_loss": bound, **share}
+    there = [name for name in ("uncorrected", "corrected", "merged") if name in evaluation]
+    shares: dict[str, Any] = {name: (original - evaluation[name]["loss"]) / gap for name in there}
+    return {"upper_bound": str(upper_bound), "upper_bound_loss": bound, **shares}

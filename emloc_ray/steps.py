@@ -169,6 +169,12 @@ class Steps:
         if why_not is not None:
             self.reporter.note(f"{name}: what it made is not shared with other tasks: {why_not}")
 
+    def leave_out(self, name: str, key: str, output: Path) -> None:
+        """For a stage that the config has no use of: what an earlier one left is gone, later stages build on ``key``."""
+        self.inputs[name] = key
+        self.directory.forget(name)
+        discard(output)
+
     def is_done(self, name: str, inputs: Inputs) -> bool:
         """Whether the manifest says that a stage was done with these inputs, and it is not to be redone."""
         return name not in self.forced and self.directory.is_done(name, fingerprint(inputs))

@@ -1,103 +1,84 @@
-"""LoRA through PEFT: attached to factorized layers explicitly, saved under the original model's module names."""
+"""Adapters through PEFT: attached to factorized layers, saved under the original model's module names, read back.
+
+Which methods there are is in ``adapter_methods.py``, how they sit on factors in ``adapter_layers.py``.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import Linear as LoraLinear
-from torch import Tensor, nn
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor
 
+from emloc_ray.core.updates import HadamardUpdate, KroneckerUpdate, LowRankUpdate, Update
 from emloc_ray.errors import ArtifactError, ConfigError
-from emloc_ray.io.atomic import atomic_directory
+from emloc_ray.io.atomic import atomic_directory, copy_file
 from emloc_ray.io.checkpoint import read_shard
 from emloc_ray.io.node_cache import ensure
 from emloc_ray.io.shard_writing import write_tensors
-from emloc_ray.modeling.emulator import FactorizedLinear
+from emloc_ray.modeling.adapter_layers import attachable, start_magnitudes
+from emloc_ray.modeling.adapter_methods import adapter_config
+from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.expert_adapters import as_linears, join_experts, readable, split_experts, store_as_peft_does
 from emloc_ray.modeling.matching import Patterns, lookup, matches, suffixes
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_MAGNITUDE = "lora_magnitude_vector"
 
-# What would change the update's formula from s B A, or the base weights themselves.
-_REFUSED = ("use_dora", "use_qalora", "modules_to_save", "trainable_token_indices", "lora_bias")
+# What an adapter is to a weight: added to it; added, then its rows scaled to magnitudes (DoRA); a scale of its rows or
+# columns (IA³); nothing, as it changes what the model reads (prefix and prompt tuning).
+Kind = Literal["additive", "decomposed", "scaling", "prompt"]
 
+# By PEFT's name of the method: its kind, and how the tensors are called of which each module has one.
+_METHODS: dict[str, tuple[Kind, tuple[str, ...]]] = {
+    "LORA": ("additive", (".lora_A.weight",)),
+    "LOHA": ("additive", (".hada_w1_a",)),
+    "LOKR": ("additive", (".lokr_w1", ".lokr_w1_a")),
+    "VERA": ("additive", (".vera_lambda_b",)),
+    "IA3": ("scaling", (".ia3_l",)),
+    "PREFIX_TUNING": ("prompt", ()),
+    "PROMPT_TUNING": ("prompt", ()),
+}
 
-class FactorizedLoraLinear(LoraLinear):
-    """PEFT's LoRA layer around a :class:`FactorizedLinear`: the update reads and writes the whole layer."""
-
-    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
-
-    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device, torch.dtype]:
-        weight = base_layer.up.weight
-        return weight.device, getattr(base_layer.up, "compute_dtype", weight.dtype)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Always raises: an adapter trained on an emulator is merged into the original (``emloc-ray merge``)."""
-        raise TypeError("An emulator's layer cannot take a merge: merge the corrected adapter into the original model.")
-
-
-def lora_config(
-    *,
-    target_modules: Patterns,
-    r: int,
-    lora_alpha: float,
-    lora_dropout: float = 0.0,
-    use_rslora: bool = False,
-    rank_pattern: dict[str, int] | None = None,
-    alpha_pattern: dict[str, float] | None = None,
-    init_lora_weights: bool | str = True,
-    fan_in_fan_out: bool = False,
-    base_model: str | None = None,
-    task_type: str = "CAUSAL_LM",
-) -> LoraConfig:
-    """PEFT's config, with factorized layers registered."""
-    config = LoraConfig(
-        task_type=task_type,
-        r=r,
-        lora_alpha=lora_alpha,  # type: ignore[arg-type]
-        lora_dropout=lora_dropout,
-        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
-        use_rslora=use_rslora,
-        rank_pattern=rank_pattern or {},
-        alpha_pattern=alpha_pattern or {},
-        init_lora_weights=init_lora_weights,  # type: ignore[arg-type]
-        fan_in_fan_out=fan_in_fan_out,
-        base_model_name_or_path=base_model,
-    )
-    return register_factorized(config)
+# What would change the update's formula, or the base weights themselves.
+_REFUSED = ("use_qalora", "modules_to_save", "trainable_token_indices", "lora_bias")
 
 
-def register_factorized(config: LoraConfig) -> LoraConfig:
-    """Tells PEFT how to attach to factorized layers; returns the same config."""
-    config._register_custom_module({FactorizedLinear: FactorizedLoraLinear})
-    return config
-
-
-def attach_adapter(model: Any, config: LoraConfig) -> PeftModel:
+def attach_adapter(model: Any, config: PeftConfig) -> PeftModel:
     """A fresh adapter on an emulator or an original."""
-    with as_linears():
-        return get_peft_model(model, config, low_cpu_mem_usage=False)
+    flag = getattr(config, "fan_in_fan_out", None)
+    with attachable(model), as_linears():
+        attached = get_peft_model(model, config, low_cpu_mem_usage=False)
+    start_magnitudes(attached)
+    if flag is not None:  # of the original's linears, which is what the saved config is for
+        config.fan_in_fan_out = flag  # type: ignore[attr-defined]
+    return attached
 
 
 def load_adapter(model: Any, directory: Path, name: str = "default") -> PeftModel:
-    """A saved adapter, frozen, on an emulator or on its original."""
+    """A saved adapter, frozen, on an emulator or on its original; beside those it has, where it has some of that method."""
     ensure(Path(directory))
-    with readable(Path(directory), model) as folder, as_linears():
-        config = register_factorized(LoraConfig.from_pretrained(str(folder)))
+    with readable(Path(directory), model) as folder, attachable(model), as_linears():
+        config = PeftConfig.from_pretrained(str(folder))
         if isinstance(model, PeftModel):
             model.load_adapter(folder, adapter_name=name, peft_config=config)
             return model
-        return PeftModel.from_pretrained(model, folder, adapter_name=name, config=config)
+        loaded = PeftModel.from_pretrained(model, folder, adapter_name=name, config=config)
+    return loaded.requires_grad_(False)  # a prompt's encoder would learn on
+
+
+def detach_adapter(model: PeftModel) -> Any:
+    """The model below its adapters, which are gone from it."""
+    return model.get_base_model() if model.active_peft_config.is_prompt_learning else model.unload()
 
 
 def portable_targets(chosen: Sequence[str], every_linear: Sequence[str]) -> list[str]:
@@ -121,13 +102,13 @@ class LoraModule:
 
 
 class Adapter:
-    """A LoRA adapter on disk: ``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT writes them.
+    """An adapter on disk: ``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT writes them.
 
     Opened by its header; a module's tensors are read when they are asked for.
 
     Raises:
         ArtifactError: where a file is missing or no adapter.
-        ConfigError: where the adapter is of a kind whose update is not ``s B A`` on a linear's weight.
+        ConfigError: where the adapter is of a kind that is not known here.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -138,15 +119,61 @@ class Adapter:
                 raise ArtifactError(f"{self.directory} holds no {name}: run the finetune stage again.")
         self.config: dict[str, Any] = json.loads((self.directory / CONFIG_NAME).read_text())
         _refuse_variants(self.config, self.directory)
+        self.peft_type: str = self.config["peft_type"]
+        kind, endings = _METHODS[self.peft_type]
+        self.kind: Kind = "decomposed" if self.config.get("use_dora") else kind
         shard = read_shard(self.directory / WEIGHTS_NAME)
         self.entries = split_experts(self.config, {entry.name: entry for entry in shard.entries}, self.directory)
-        self.names = [_module_name(key) for key in self.entries if key.endswith(".lora_A.weight")]
+        self.names = [_module_name(key, end) for key in self.entries for end in endings if key.endswith(end)]
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether its files hold ``A`` and ``B`` of LoRA or of a variant."""
+        return self.peft_type == "LORA"
 
     def module(self, name: str) -> LoraModule:
-        """The update of one module, in float32."""
-        lora_a = self.entries[f"{_PREFIX}{name}.lora_A.weight"].read_rows().to(torch.float32)
-        lora_b = self.entries[f"{_PREFIX}{name}.lora_B.weight"].read_rows().to(torch.float32)
+        """The update of one module of LoRA or a variant, in float32; of DoRA before its rows are scaled."""
+        lora_a, lora_b = self._read(name, "lora_A.weight"), self._read(name, "lora_B.weight")
         return LoraModule(name, lora_a, lora_b, adapter_scale(self.config, name))
+
+    def update(self, spec: LinearSpec) -> Update:
+        """What one module adds to its weight, by the method's formula in PEFT; of DoRA before its rows are scaled."""
+        name = spec.name
+        if self.peft_type == "LOHA":
+            factors = {part: self._read(name, f"hada_{part}") for part in ("w1_a", "w1_b", "w2_a", "w2_b")}
+            return HadamardUpdate(**factors, scale=self._scale("alpha", name))
+        if self.peft_type == "LOKR":
+            return KroneckerUpdate(
+                self._kronecker(name, "lokr_w1"), self._kronecker(name, "lokr_w2"), self._scale("alpha", name)
+            )
+        if self.peft_type == "VERA":
+            b, d = self._read(name, "vera_lambda_b"), self._read(name, "vera_lambda_d")
+            # One A and one B for all modules, as large as the largest: each reads the beginning of either.
+            shared_a = self.entries["base_model.vera_A"].read_rows().float()[:, : spec.in_features]
+            shared_b = self.entries["base_model.vera_B"].read_rows().float()[: spec.out_features]
+            return LowRankUpdate(d.unsqueeze(1) * shared_a, b.unsqueeze(1) * shared_b)
+        module = self.module(name)
+        return LowRankUpdate(module.lora_a, module.lora_b, module.scale)
+
+    def magnitude(self, name: str) -> Tensor:
+        """DoRA's ``m (out,)`` of one module, in float32."""
+        return self._read(name, _MAGNITUDE)
+
+    def scaling(self, name: str) -> tuple[Tensor, bool]:
+        """IA³'s vector of one module, in float32, and whether it scales what the linear reads, not what it gives."""
+        vector = self._read(name, "ia3_l")
+        return vector.flatten(), vector.shape[0] == 1
+
+    def _read(self, name: str, part: str) -> Tensor:
+        return self.entries[f"{_PREFIX}{name}.{part}"].read_rows().to(torch.float32)
+
+    def _scale(self, alpha: str, name: str) -> float:
+        return adapter_scale({**self.config, "lora_alpha": self.config[alpha]}, name)
+
+    def _kronecker(self, name: str, part: str) -> Tensor:
+        if f"{_PREFIX}{name}.{part}" in self.entries:
+            return self._read(name, part)
+        return self._read(name, f"{part}_a") @ self._read(name, f"{part}_b")
 
 
 def adapter_scale(config: dict[str, Any], name: str) -> float:
@@ -156,15 +183,56 @@ def adapter_scale(config: dict[str, Any], name: str) -> float:
     return float(alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r)
 
 
-def write_adapter(directory: Path, config: dict[str, Any], modules: Sequence[LoraModule]) -> None:
-    """Writes an adapter in PEFT's format, atomically; ``config`` is an ``adapter_config.json`` whose scales hold."""
-    tensors = {}
+def write_adapter(
+    directory: Path,
+    config: dict[str, Any],
+    modules: Sequence[LoraModule],
+    magnitudes: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Writes LoRA or a variant in PEFT's format, atomically; ``config`` is an ``adapter_config.json`` whose scales hold.
+
+    ``magnitudes`` are DoRA's, by module.
+    """
+    tensors = {f"{_PREFIX}{name}.{_MAGNITUDE}": m.to(torch.float32) for name, m in (magnitudes or {}).items()}
     for module in modules:
         tensors[f"{_PREFIX}{module.name}.lora_A.weight"] = module.lora_a.to(torch.float32)
         tensors[f"{_PREFIX}{module.name}.lora_B.weight"] = module.lora_b.to(torch.float32)
     with atomic_directory(directory) as temporary:
         write_tensors(temporary / WEIGHTS_NAME, join_experts(config, tensors))
         (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def copy_adapter(source: Path, directory: Path) -> None:
+    """The same files at another place, atomically."""
+    with atomic_directory(directory) as temporary:
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            copy_file(source / name, temporary / name)
+
+
+def lora_form_settings(modules: Sequence[LoraModule]) -> dict[str, Any]:
+    """The settings of a LoRA adapter whose modules are these, each of its own rank and of scale 1."""
+    ranks = {module.name: module.lora_a.shape[0] for module in modules}
+    r = max(ranks.values())
+    pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
+    return {"target_modules": list(ranks), "r": r, "lora_alpha": r, "rank_pattern": pattern, "alpha_pattern": pattern}
+
+
+def lora_form(config: dict[str, Any], modules: Sequence[LoraModule]) -> dict[str, Any]:
+    """The ``adapter_config.json`` of such a LoRA adapter, on the linears of the adapter that ``config`` is of."""
+    form = adapter_config("lora", **lora_form_settings(modules)).to_dict()
+    kept = (
+        "target_modules",
+        "exclude_modules",
+        "task_type",
+        "base_model_name_or_path",
+        "peft_version",
+        "fan_in_fan_out",
+    )
+    return {
+        **json.loads(json.dumps(form, default=list)),
+        **{key: config[key] for key in kept if key in config},
+        "inference_mode": True,
+    }
 
 
 def save_trained_adapter(
@@ -183,23 +251,41 @@ def save_trained_adapter(
         model.save_pretrained(str(temporary), safe_serialization=True, save_embedding_layers=False, state_dict=state)
         path = temporary / CONFIG_NAME
         config = json.loads(path.read_text())
-        config["target_modules"] = targets if isinstance(targets, str) else list(targets)
+        if "feedforward_modules" in config:
+            targets, config["feedforward_modules"] = _portable_feedforward(config, targets)
+        if "target_modules" in config:
+            config["target_modules"] = targets if isinstance(targets, str) else list(targets)
         config["base_model_name_or_path"] = base_model
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         (temporary / "README.md").unlink(missing_ok=True)
         store_as_peft_does(temporary, model)
 
 
-def _module_name(key: str) -> str:
-    return key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
+def _portable_feedforward(config: dict[str, Any], targets: Patterns) -> tuple[Patterns, list[str]]:
+    """IA³'s targets and which of them are feed-forward: suffixes where PEFT, which wants the one inside the other and goes
+    by the ends of names, reads the same from them; else full names. ``config`` has full names of both."""
+    adapted, forward = sorted(config["target_modules"]), sorted(config["feedforward_modules"])  # PEFT keeps sets
+    short = suffixes(forward)
+    others = [name for name in adapted if name not in forward]
+    inside = isinstance(targets, str) or set(short) <= set(targets)
+    if inside and not any(name.endswith(end) for name in others for end in short):
+        return targets, short
+    return (targets if isinstance(targets, str) else adapted), forward
+
+
+def _module_name(key: str, ending: str) -> str:
+    return key.removeprefix(_PREFIX).removesuffix(ending)
 
 
 def _refuse_variants(config: dict[str, Any], where: Path) -> None:
-    if config.get("peft_type") != "LORA":
-        raise ConfigError(f"{where} is a {config.get('peft_type')} adapter: only LoRA's update s B A can be corrected.")
+    if config.get("peft_type") not in _METHODS:
+        known = ", ".join(_METHODS)
+        raise ConfigError(f"{where} is a {config.get('peft_type')} adapter: what can be used is {known}.")
     for key in _REFUSED:
         if config.get(key):
-            raise ConfigError(f"{where} uses {key}, whose update is not s B A on a linear: train without it.")
+            raise ConfigError(
+                f"{where} uses {key}, whose update is not that of its method on a linear: train without it."
+            )
     if str(config.get("init_lora_weights", True)).lower().startswith(("pissa", "olora", "corda", "loftq", "eva")):
         kind = config["init_lora_weights"]
         raise ConfigError(

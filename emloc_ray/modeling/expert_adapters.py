@@ -12,7 +12,7 @@ import contextlib
 import functools
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,8 @@ def store_as_peft_does(directory: Path, model: nn.Module) -> None:
         _add_the_rest(tensors, module, part, experts[module].num_experts)
     parameters = {f"{module}.{PARTS[part]}": f"{module}.0.{part}" for module, part in adapted}
     plain = [name for name in names if (owner_of(name) or ("",))[0] not in experts]
-    parameters |= {f"{name}.weight": name for name in _mistaken(model, plain)}
+    model_type: Any = getattr(model.config, "model_type", None)
+    parameters |= {f"{name}.weight": name for name in taken_for_experts(model_type, plain)}
     if not parameters:
         return
     _add_patterns(config, parameters)
@@ -153,12 +154,12 @@ def _add_patterns(config: dict[str, Any], parameters: Mapping[str, str]) -> None
         config[table] = {**patterns, **{name: value for name, value in found.items() if value != config[default]}}
 
 
-def _mistaken(model: Any, names: list[str]) -> list[str]:
+def taken_for_experts(model_type: str, names: Sequence[str]) -> list[str]:
     """The linears that PEFT takes for experts, because they are called as experts' once were: it does so in all models
     whose experts transformers fuses, for dense layers and shared experts too (``_convert_peft_config_moe``)."""
     from peft.utils import transformers_weight_conversion as conversion
 
-    kind: Any = conversion._MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type)
+    kind: Any = conversion._MODEL_TO_CONVERSION_PATTERN.get(model_type)
     mistaken = list(conversion._MOE_TARGET_MODULE_MAPPING.get(kind, ()))
     return [name for name in names if mistaken and matches(name, mistaken)]
 

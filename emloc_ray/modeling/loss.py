@@ -43,7 +43,7 @@ def token_loss(model: Any, batch: dict[str, Tensor], loss_on: str, head_owner: A
             loss = model(**inputs).logits.sum()
         correct = torch.stack(counts).sum()
     else:
-        with _logits_at(owner, predicting):
+        with logits_at(owner, predicting):
             loss, correct = _loss_of(model(**inputs).logits[0], targets)
     return TokenLoss(loss, correct, int(targets.numel()))
 
@@ -71,12 +71,17 @@ def _loss_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(logits, targets, reduction="sum"), correct
 
 
+def _chosen(hidden: Tensor, positions: Tensor) -> Tensor:
+    """Counted from the end: prompt tuning puts virtual tokens before the row's."""
+    return hidden[:, -positions.shape[1] :][positions]
+
+
 @contextlib.contextmanager
-def _logits_at(model: Any, positions: Tensor) -> Iterator[None]:
+def logits_at(model: Any, positions: Tensor) -> Iterator[None]:
     """The head sees only ``positions (rows, length)`` of the hidden states: logits are ``(1, positions, vocabulary)``."""
 
     def select(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][positions].unsqueeze(0), *args[1:])
+        return (_chosen(args[0], positions).unsqueeze(0), *args[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
@@ -102,7 +107,7 @@ def _loss_in_the_head(model: Any, positions: Tensor, targets: Tensor) -> Iterato
         return _loss_of(compute(hidden), wanted)
 
     def forward(hidden: Tensor) -> Tensor:
-        chosen = hidden[positions]
+        chosen = _chosen(hidden, positions)
         step = chunk_tokens(_hidden_size(head))
         parts = [
             checkpoint(chunk_loss, chosen[start : start + step], targets[start : start + step], use_reentrant=False)

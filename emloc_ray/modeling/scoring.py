@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import collate, length_batches
 from emloc_ray.errors import NumericsError
 from emloc_ray.modeling.inputs import has_encoder
-from emloc_ray.modeling.loss import token_loss
+from emloc_ray.modeling.loss import logits_at, token_loss
 
 
 @dataclass(frozen=True)
@@ -64,27 +65,56 @@ def prompt_length(row: Tokens) -> int:
 def complete(model: Any, tokenizer: Any, rows: Sequence[Tokens], *, max_new_tokens: int, batch_size: int) -> list[str]:
     """Greedy completions of the rows' prompts, as text, stopped at the end-of-sequence token."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    apart = has_encoder(model.config)
     texts: list[str] = []
     for start in range(0, len(rows), batch_size):
         prompts = [row.input_ids[: prompt_length(row)] for row in rows[start : start + batch_size]]
-        longest = max(map(len, prompts))
-        # What goes on from its prompt is padded on the left, so that it begins at once.
-        padding = [([], [pad] * (longest - len(p))) if apart else ([pad] * (longest - len(p)), []) for p in prompts]
-        ids = torch.tensor([left + p + right for p, (left, right) in zip(prompts, padding, strict=True)])
-        mask = torch.tensor(
-            [
-                [0] * len(left) + [1] * len(p) + [0] * len(right)
-                for p, (left, right) in zip(prompts, padding, strict=True)
-            ]
-        )
-        output = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=pad,
-        )
-        made = output if apart else output[:, longest:]
-        texts += [tokenizer.decode(line, skip_special_tokens=True).strip() for line in made]
+        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+            found = _whole_rows(model, prompts, max_new_tokens, pad)
+        else:
+            found = _generated(model, prompts, max_new_tokens, pad)
+        texts += [tokenizer.decode(line, skip_special_tokens=True).strip() for line in found]
     return texts
+
+
+def _generated(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, pad: int) -> list[Any]:
+    apart = has_encoder(model.config)
+    longest = max(map(len, prompts))
+    # What goes on from its prompt is padded on the left, so that it begins at once.
+    padding = [([], [pad] * (longest - len(p))) if apart else ([pad] * (longest - len(p)), []) for p in prompts]
+    padded = list(zip(padding, prompts, strict=True))
+    ids = torch.tensor([left + p + right for (left, right), p in padded], device=model.device)
+    mask = torch.tensor([[0] * len(left) + [1] * len(p) + [0] * len(right) for (left, right), p in padded])
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask.to(model.device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=pad,
+    )
+    return list(output if apart else output[:, longest:])
+
+
+def _whole_rows(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, pad: int) -> list[list[int]]:
+    """Greedy, each step a pass over whole rows, as in training: what virtual tokens need.
+
+    ``generate`` of PEFT 0.21 on transformers 5 does not know the cache by its new name and puts them in anew at every
+    step; and padding on the left would move a row away from them.
+    """
+    rows = [list(prompt) for prompt in prompts]
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
+    going = set(range(len(rows)))
+    for _ in range(max_new_tokens):
+        longest = max(map(len, rows))
+        ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=model.device)
+        lengths = torch.tensor([len(row) for row in rows], device=model.device).unsqueeze(1)
+        at = torch.arange(longest, device=model.device)
+        with logits_at(model, at == lengths - 1):
+            logits = model(input_ids=ids, attention_mask=(at < lengths).long(), use_cache=False).logits[0]
+        for number, token in enumerate(logits.argmax(dim=-1).tolist()):
+            if number in going:
+                rows[number].append(token)
+        going = {number for number in going if rows[number][-1] not in ends}
+        if not going:
+            break
+    return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]

@@ -23,12 +23,24 @@ from emloc_ray.core.correction import (
     difference,
     shortfall,
 )
+from emloc_ray.core.updates import LowRankUpdate, row_norms, seen_rows
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.atomic import write_json
 from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.io.grams import GramStore
 from emloc_ray.io.node_cache import discard, ensure
-from emloc_ray.modeling.adapter import Adapter, LoraModule, load_adapter, write_adapter
+from emloc_ray.modeling.adapter import (
+    Adapter,
+    LoraModule,
+    attach_adapter,
+    copy_adapter,
+    detach_adapter,
+    load_adapter,
+    lora_form,
+    lora_form_settings,
+    write_adapter,
+)
+from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.quantization import is_quantized, stored_weight
@@ -37,6 +49,14 @@ from emloc_ray.stages.cluster import Flight, Progress, Resources, set_threads, s
 from emloc_ray.stages.failures import Losses, Tell, unheard
 
 _LOOK_S = 0.5
+_TINY = torch.finfo(torch.float64).tiny
+
+# Why adapters of a kind are plugged into the original as trained.
+AS_TRAINED = {
+    "scaling": "IA³ scales what linears read or give and adds nothing to their weights: there is no update to correct.",
+    "prompt": "Virtual tokens are added to what the model reads and nothing to its weights: there is no update to correct,"
+    " and none to merge.",
+}
 
 
 @dataclass(frozen=True)
@@ -75,6 +95,7 @@ class CorrectionJob:
     specs: tuple[LinearSpec, ...]
     candidates: tuple[Candidate, ...]
     dampening_frac: float = 1e-4
+    update_tolerance: float = 1e-3
     batch_size: int = 8
     loss_on: str = "completion"
     pad_token_id: int = 0
@@ -86,13 +107,42 @@ class CorrectionJob:
         return self.out_dir.parent / ".correct.json"
 
 
-class _Module:
-    """One adapted linear: its canonical update and what it sees of the difference."""
+class _Magnitude:
+    """DoRA's magnitudes of one linear for the original: ``g ‖W + s B A‖``, with ``g = m / ‖W_E + s B_t A_t‖`` as trained.
 
-    def __init__(self, lora: LoraModule, delta: Tensor | None, gram: Tensor | None) -> None:
-        self.lora = lora
+    DoRA serves ``m / ‖W + s B A‖ · (W + s B A)``, row by row, and was trained with ``W_E`` for ``W``. With the magnitudes
+    as trained, every row would be shrunk to the length that the emulator's row had, by an untrained adapter too. With
+    these the gain ``g`` of each row is what was trained, and what is left between the two, ``Δ``, is the correction's.
+    """
+
+    def __init__(
+        self, trained: Tensor, form: CanonicalLora, scale: float, weight: Tensor, delta: Tensor | None
+    ) -> None:
+        self.trained = None if delta is not None else trained
+        self.form, self.scale = form, scale
+        self.base, self.cross = seen_rows(weight, form.q)
+        if delta is not None:
+            base, cross = seen_rows(weight - delta, form.q)
+            self.gain = trained.double() / row_norms(base, cross, form.q.T, form.b, scale).clamp_min(_TINY)
+
+    def with_update(self, b: Tensor) -> Tensor:
+        """For the update ``s b Qᵀ``; as trained where the layer stayed dense."""
+        if self.trained is not None:
+            return self.trained
+        return (self.gain * row_norms(self.base, self.cross, self.form.q.T, b, self.scale)).float()
+
+
+class _Module:
+    """One adapted linear: its update in LoRA's form and what that sees of the difference.
+
+    ``lack`` is the share of the update's norm that the form leaves out.
+    """
+
+    def __init__(self, lora: LoraModule, delta: Tensor | None, gram: Tensor | None, lack: float = 0.0) -> None:
+        self.lora, self.lack = lora, lack
         self.form: CanonicalLora = canonical_form(lora.lora_a, lora.lora_b)
         self.seen: Difference | None = None if delta is None else difference(delta, self.form.q, gram)
+        self.rows: _Magnitude | None = None
 
     def applied(self, candidate: Candidate, dampening_frac: float) -> Tensor:
         """C as clamped and multiplied by its strength ``(out, k)``; zero where the layer stayed dense."""
@@ -111,6 +161,12 @@ class _Module:
         applied = self.applied(candidate, dampening_frac)
         lora_a, lora_b = apply_correction(self.form, applied, self.lora.lora_a.shape[0])
         return LoraModule(self.lora.name, lora_a, lora_b, self.lora.scale)
+
+    def magnitude(self, candidate: Candidate, dampening_frac: float) -> Tensor | None:
+        """DoRA's magnitude beside the corrected update; None of another method."""
+        if self.rows is None:
+            return None
+        return self.rows.with_update(self.form.b - self.applied(candidate, dampening_frac))
 
     def shortfalls(self, candidate: Candidate, dampening_frac: float) -> dict[str, float] | None:
         """``‖(Δ − s C A_c) G^½‖_F`` before and after."""
@@ -140,21 +196,41 @@ def correct_adapter(job: CorrectionJob, progress: Progress = silent) -> dict[str
     Returns the choice, every candidate's loss, and each module's shortfall before and after.
     """
     adapter = Adapter(job.adapter_dir)
+    if adapter.kind in AS_TRAINED:
+        copy_adapter(job.adapter_dir, job.out_dir)
+        none = asdict(Candidate("none"))
+        told = {"selection_tokens": 0, "candidates": [{**none, "loss": None}], "modules": {}}
+        return {**none, **told, "as_trained": AS_TRAINED[adapter.kind]}
     modules = _read_modules(job, adapter, progress)
     losses: list[float] = []
     best = 0
     if len(job.candidates) > 1:
-        losses = _selection_losses(job, modules, progress)
+        losses = _selection_losses(job, adapter, modules, progress)
         best = min(range(len(losses)), key=losses.__getitem__)
     chosen = job.candidates[best]
     shown: Sequence[float | None] = losses or [None]
-    write_adapter(job.out_dir, adapter.config, [m.corrected(chosen, job.dampening_frac) for m in modules])
-    return {
+    _write(job, adapter, modules, chosen)
+    result = {
         **asdict(chosen),
         "selection_tokens": _num_selection_tokens(job) if len(job.candidates) > 1 else 0,
         "candidates": [{**asdict(c), "loss": loss} for c, loss in zip(job.candidates, shown, strict=True)],
         "modules": {m.lora.name: found for m in modules if (found := m.shortfalls(chosen, job.dampening_frac))},
     }
+    if not adapter.is_lora:
+        ranks = [m.lora.lora_a.shape[0] for m in modules]
+        result["lora_form"] = {"largest_lack": max(m.lack for m in modules), "mean_rank": sum(ranks) / len(ranks)}
+    return result
+
+
+def _write(job: CorrectionJob, adapter: Adapter, modules: Sequence[_Module], chosen: Candidate) -> None:
+    """In the method's own form where it is LoRA or nothing is taken out; else as a LoRA adapter of the same linears."""
+    if not adapter.is_lora and chosen.method == "none":
+        copy_adapter(job.adapter_dir, job.out_dir)
+        return
+    corrected = [module.corrected(chosen, job.dampening_frac) for module in modules]
+    magnitudes = {m.lora.name: found for m in modules if (found := m.magnitude(chosen, job.dampening_frac)) is not None}
+    config = adapter.config if adapter.is_lora else lora_form(adapter.config, corrected)
+    write_adapter(job.out_dir, config, corrected, magnitudes)
 
 
 def _read_modules(job: CorrectionJob, adapter: Adapter, progress: Progress) -> list[_Module]:
@@ -163,21 +239,48 @@ def _read_modules(job: CorrectionJob, adapter: Adapter, progress: Progress) -> l
     specs = {spec.name: spec for spec in job.specs}
     modules = []
     for number, name in enumerate(adapter.names):
-        delta = layer_difference(specs[name], original, emulator)
+        spec = specs[name]
+        delta = layer_difference(spec, original, emulator)
         gram = grams.read(name) if grams is not None and delta is not None and name in grams else None
-        modules.append(_Module(adapter.module(name), delta, gram))
+        lora, lack = _in_lora_form(adapter, spec, job.update_tolerance)
+        module = _Module(lora, delta, gram, lack)
+        if adapter.kind == "decomposed":
+            weight = spec.read_weight(original).float()
+            module.rows = _Magnitude(adapter.magnitude(name), module.form, lora.scale, weight, delta)
+        modules.append(module)
         progress(number + 1, len(adapter.names) + len(job.candidates))
     return modules
 
 
-def _selection_losses(job: CorrectionJob, modules: Sequence[_Module], progress: Progress) -> list[float]:
+def _in_lora_form(adapter: Adapter, spec: LinearSpec, tolerance: float) -> tuple[LoraModule, float]:
+    """``s B A`` itself; of an update of up to full rank its dominant subspace, and the share of its norm that it lacks."""
+    if adapter.is_lora:
+        return adapter.module(spec.name), 0.0
+    update = adapter.update(spec)
+    if isinstance(update, LowRankUpdate):
+        return LoraModule(spec.name, update.lora_a, update.lora_b, update.scale), 0.0
+    found = update.dominant(tolerance)
+    return LoraModule(spec.name, found.lora_a.float(), found.lora_b.float(), 1.0), found.error
+
+
+def _selection_losses(
+    job: CorrectionJob, adapter: Adapter, modules: Sequence[_Module], progress: Progress
+) -> list[float]:
+    """Of every candidate, on one model: first what is as trained, then, of other methods than LoRA, in LoRA's form."""
     model = load_adapter(load_model(job.model_dir, **job.model_options), job.adapter_dir).eval()
+    is_lora = adapter.is_lora
     shards = TokenShards(job.selection_dir)
     rows = [shards.row(position) for position in range(len(shards))]
-    losses: list[float] = []
-    for number, candidate in enumerate(job.candidates):
-        for module in modules:
-            _plug_in(model, module.corrected(candidate, job.dampening_frac))
+    losses: dict[int, float] = {}
+    for number in sorted(range(len(job.candidates)), key=lambda at: job.candidates[at].method != "none"):
+        candidate = job.candidates[number]
+        if not is_lora and candidate.method != "none":
+            settings = lora_form_settings([module.lora for module in modules])
+            form = adapter_config(**settings, task_type=adapter.config["task_type"])
+            model, is_lora = attach_adapter(detach_adapter(model), form).eval(), True
+        for module in modules if is_lora else ():
+            corrected = module.corrected(candidate, job.dampening_frac)
+            _plug_in(model, corrected, module.magnitude(candidate, job.dampening_frac))
         score = score_rows(
             model,
             rows,
@@ -186,16 +289,18 @@ def _selection_losses(job: CorrectionJob, modules: Sequence[_Module], progress: 
             pad_token_id=job.pad_token_id,
             name=f"corrected ({candidate.method})",
         )
-        losses.append(score.metrics()["loss"])
-        progress(len(modules) + number + 1, len(modules) + len(job.candidates))
-    return losses
+        losses[number] = score.metrics()["loss"]
+        progress(len(modules) + len(losses), len(modules) + len(job.candidates))
+    return [losses[number] for number in range(len(job.candidates))]
 
 
 @torch.no_grad()
-def _plug_in(model: Any, module: LoraModule) -> None:
+def _plug_in(model: Any, module: LoraModule, magnitude: Tensor | None) -> None:
     layer = model.base_model.model.get_submodule(module.name)
     layer.lora_A["default"].weight.copy_(module.lora_a)
     layer.lora_B["default"].weight.copy_(module.lora_b)
+    if magnitude is not None:
+        layer.lora_magnitude_vector["default"].weight.copy_(magnitude)
 
 
 def _num_selection_tokens(job: CorrectionJob) -> int:

@@ -12,14 +12,13 @@ from typing import Any
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.node_cache import ensure
-from emloc_ray.modeling.adapter import load_adapter
+from emloc_ray.modeling.adapter import detach_adapter, load_adapter
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.scoring import Score, complete, prompt_length, score_rows
 from emloc_ray.stages.cluster import Progress, Resources, bounded, set_threads, silent
 from emloc_ray.stages.failures import Losses, Tell, unheard
 
 VARIANTS = ("original", "emulator", "emulator_adapter", "uncorrected", "corrected", "merged")
-_GENERATING = ("original", "merged")
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class EvaluationJob:
     emulator_dir: Path
     trained_adapter_dir: Path
     corrected_adapter_dir: Path
-    merged_dir: Path
+    merged_dir: Path | None  # None where the adapter cannot be merged
     tokens_dir: Path
     loss_on: str = "completion"
     batch_size: int = 8
@@ -39,6 +38,16 @@ class EvaluationJob:
     num_exact_match: int = 32
     max_new_tokens: int = 32
     model_options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """The models that are loaded, each for some of the variants."""
+        return ("original", "emulator") if self.merged_dir is None else ("original", "emulator", "merged")
+
+    @property
+    def generating(self) -> tuple[str, str]:
+        """The variants that complete prompts: before and after."""
+        return ("original", "corrected" if self.merged_dir is None else "merged")
 
 
 @dataclass(frozen=True)
@@ -67,24 +76,24 @@ def evaluate_slice(job: EvaluationJob, family: str, part: int, num_parts: int, t
             pad_token_id=job.pad_token_id,
             name=variant,
         )
-        texts = _completions(job, model, prompts) if variant in _GENERATING else []
+        texts = _completions(job, model, prompts) if variant in job.generating else []
         results.append(VariantResult(variant, score, tuple(texts)))
     return results
 
 
 def _variants(job: EvaluationJob, family: str) -> Iterator[tuple[str, Any]]:
     """A base model is loaded once; adapters are plugged in on top of it."""
-    if family == "merged":
+    if family == "merged" and job.merged_dir is not None:
         yield "merged", load_model(job.merged_dir, **job.model_options)
         return
     model = load_model(job.emulator_dir if family == "emulator" else job.model_dir, **job.model_options)
     yield family, model
-    model = load_adapter(model, job.trained_adapter_dir, "trained")
+    model = load_adapter(model, job.trained_adapter_dir)
     if family == "emulator":
         yield "emulator_adapter", model.eval()
         return
     yield "uncorrected", model.eval()
-    load_adapter(model, job.corrected_adapter_dir, "corrected").set_adapter("corrected")
+    model = load_adapter(detach_adapter(model), job.corrected_adapter_dir)  # of another method than it was trained by
     yield "corrected", model.eval()
 
 
@@ -102,17 +111,20 @@ def _completions(job: EvaluationJob, model: Any, rows: Sequence[Tokens]) -> list
 def _tokenizer(job: EvaluationJob) -> Any:
     from transformers import AutoTokenizer
 
-    ensure(job.merged_dir, weights=False)
-
-    return AutoTokenizer.from_pretrained(job.merged_dir)
+    directory = job.merged_dir or job.model_dir
+    ensure(directory, weights=False)
+    return AutoTokenizer.from_pretrained(directory)
 
 
 def evaluate(
     job: EvaluationJob, resources: Resources, progress: Progress = silent, tell: Tell = unheard
 ) -> dict[str, Any]:
-    """Scores the six variants; returns ``evaluation`` as in metrics.json, ``exact_match`` and ``generations``."""
+    """Scores the variants, ``merged`` where there is one.
+
+    Returns ``evaluation`` as in metrics.json, ``exact_match`` and ``generations``.
+    """
     num_parts = min(resources.num_workers, len(TokenShards(job.tokens_dir)))
-    work = list(itertools.product(("original", "emulator", "merged"), range(num_parts)))
+    work = list(itertools.product(job.families, range(num_parts)))
     task = resources.task(evaluate_slice)
 
     def submit(family: str, part: int) -> Any:
@@ -126,10 +138,10 @@ def evaluate(
     results = bounded(submits, resources.num_workers, Losses("evaluate", tell), progress)
     found = list(zip(work, results, strict=True))
     evaluation = {}
-    for variant in VARIANTS:
+    for variant in VARIANTS if job.merged_dir is not None else VARIANTS[:-1]:
         scores = [r.score for _, slice_results in found for r in slice_results if r.variant == variant]
         evaluation[variant] = sum(scores, Score()).metrics()
-    texts = {v: _interleave(found, v, num_parts) for v in _GENERATING}
+    texts = {v: _interleave(found, v, num_parts) for v in job.generating}
     return {
         "num_workers": num_parts,
         "evaluation": evaluation,
@@ -146,14 +158,14 @@ def _interleave(found: Sequence[Any], variant: str, num_parts: int) -> list[str]
 def _compare_texts(job: EvaluationJob, texts: dict[str, list[str]]) -> dict[str, Any]:
     tokenizer = _tokenizer(job)
     shards = TokenShards(job.tokens_dir)
-    samples, matches = [], dict.fromkeys(_GENERATING, 0)
-    count = min(len(shards), len(texts["merged"]))
+    samples, matches = [], dict.fromkeys(job.generating, 0)
+    count = min(len(shards), len(texts[job.generating[1]]))
     for position in range(count):
         row = shards.row(position)
         cut = prompt_length(row)
         prompt = tokenizer.decode(row.input_ids[:cut], skip_special_tokens=True)
         reference = tokenizer.decode(row.input_ids[cut:], skip_special_tokens=True).strip()
-        answers = {variant: texts[variant][position] for variant in _GENERATING}
+        answers = {variant: texts[variant][position] for variant in job.generating}
         if position < job.num_exact_match:
             for variant, text in answers.items():
                 matches[variant] += text == reference

@@ -1,4 +1,4 @@
-"""Merge: one Ray task per shard, header first, then row chunks of ``W + s B A``; the other tensors byte for byte."""
+"""Merge: one Ray task per shard, header first, then row chunks with the adapter folded in; the other tensors byte for byte."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from emloc_ray.core.merging import merge_rows
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.atomic import copy_file
 from emloc_ray.io.checkpoint import INDEX_NAME, Checkpoint, Shard, TensorEntry, write_index
 from emloc_ray.io.node_cache import exists
-from emloc_ray.io.shard_writing import chunk_limit, copy_chunks, make_header, row_chunks, stream_shard
-from emloc_ray.modeling.adapter import Adapter, LoraModule
+from emloc_ray.io.shard_writing import chunk_limit, copy_chunks, make_header, stream_shard
+from emloc_ray.modeling.adapter import Adapter
+from emloc_ray.modeling.adapter_merging import Changes, changed_tensors, merged_chunks
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.loading import copy_tokenizer
 from emloc_ray.stages.cluster import Progress, Resources, bounded, set_threads, silent
@@ -69,49 +69,16 @@ def merge_shard(job: MergeJob, shard: Shard, target: Path) -> int:
             if entry.name not in touched:
                 yield entry, copy_chunks(entry, chunk_bytes)
                 continue
-            yield entry, _pieces(entry, touched[entry.name], adapter, chunk_bytes)
+            yield entry, merged_chunks(entry, adapter, touched[entry.name], chunk_bytes)
 
     stream_shard(target, shard.header, tensors())
     return sum(map(len, touched.values()))
 
 
-# By the slice of a tensor, None for the whole of it: the linear whose rows it holds, and the first of these.
-_Linears = dict[int | None, tuple[LinearSpec, int]]
-
-
-def _touched(job: MergeJob, adapter: Adapter, shard: Shard) -> dict[str, _Linears]:
+def _touched(job: MergeJob, adapter: Adapter, shard: Shard) -> dict[str, Changes]:
     """The shard's tensors that the adapter changes, with their linears."""
-    named, inside = set(adapter.names), {entry.name for entry in shard.entries}
-    found: dict[str, _Linears] = {}
-    for spec in job.specs:
-        for rows in spec.weight_rows if spec.name in named else ():
-            if rows.name in inside:
-                found.setdefault(rows.name, {})[rows.index] = (spec, rows.begin)
-    return found
-
-
-def _pieces(entry: TensorEntry, linears: _Linears, adapter: Adapter, chunk_bytes: int) -> Iterator[torch.Tensor]:
-    """A tensor by chunks, merged where a linear's rows are."""
-    whole = None in linears
-    for index in (None,) if whole else range(entry.shape[0]):
-        piece = entry if index is None else entry.slice(index)
-        if index in linears:
-            spec, begin = linears[index]
-            yield from _merged(piece, adapter.module(spec.name), spec.transposed, chunk_bytes, begin)
-        else:
-            yield from copy_chunks(piece, chunk_bytes)
-
-
-def _merged(
-    entry: TensorEntry, lora: LoraModule, transposed: bool, chunk_bytes: int, first: int
-) -> Iterator[torch.Tensor]:
-    """The tensor, whose first row is row ``first`` of the weight's, by chunks."""
-    own_bytes = max(1, chunk_bytes * entry.dtype.itemsize // 4)  # of the stored dtype: chunk_bytes counts float32
-    for begin, rows in row_chunks(entry, own_bytes):
-        merged = merge_rows(rows, lora.lora_a, lora.lora_b, lora.scale, first + begin, transposed)
-        del rows
-        yield merged
-        del merged
+    inside = {entry.name for entry in shard.entries}
+    return {name: changes for name, changes in changed_tensors(adapter, job.specs).items() if name in inside}
 
 
 def merge(job: MergeJob, resources: Resources, progress: Progress = silent, tell: Tell = unheard) -> dict[str, Any]:
@@ -140,8 +107,10 @@ def merge(job: MergeJob, resources: Resources, progress: Progress = silent, tell
         Losses("merge", tell),
         progress,
     )
-    rows_of = {spec.name: spec.weight_rows for spec in job.specs}
-    expected = sum(len(rows_of.get(name, (name,))) for name in Adapter(job.adapter_dir).names)
+    adapter = Adapter(job.adapter_dir)
+    known = {spec.name for spec in job.specs}
+    expected = sum(map(len, changed_tensors(adapter, job.specs).values()))
+    expected += sum(name not in known for name in adapter.names)
     if sum(changed) != expected:
         raise ArtifactError(
             f"{job.adapter_dir} changes {expected} tensors, of which {job.model_dir} holds {sum(changed)}: they do not fit."

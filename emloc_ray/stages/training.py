@@ -21,7 +21,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from emloc_ray.data.ingest import SampleOrder, stream_batches
 from emloc_ray.data.token_shards import TokenShards, collate
 from emloc_ray.io.node_cache import ensure, exists, publish
-from emloc_ray.modeling.adapter import attach_adapter, lora_config, save_trained_adapter
+from emloc_ray.modeling.adapter import attach_adapter, save_trained_adapter
+from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import load_config
 from emloc_ray.modeling.inputs import label_mask
 from emloc_ray.modeling.loading import load_model
@@ -35,7 +36,8 @@ _POLL_S = 0.5
 
 @dataclass(frozen=True)
 class FinetuneJob:
-    """Artifact paths and flat settings; ``adapter`` as :func:`emloc_ray.modeling.adapter.lora_config` takes them."""
+    """Artifact paths and flat settings; ``adapter`` as :func:`~emloc_ray.modeling.adapter_methods.adapter_config` takes
+    them."""
 
     emulator_dir: Path
     tokens_dir: Path
@@ -275,7 +277,7 @@ def _make_trainer(job: FinetuneJob, output_dir: str, session: TrainingSession) -
     with scattered_in(_stored_dtype(job)) if job.zero_config else contextlib.nullcontext():
         model = load_model(job.emulator_dir, **job.model_options)
     torch.manual_seed(job.seed)  # the same A on every rank
-    model = attach_adapter(model, lora_config(**job.adapter))
+    model = attach_adapter(model, adapter_config(**job.adapter))
     order = SampleOrder(
         len(TokenShards(job.tokens_dir)),
         job.batch_size,

@@ -23,7 +23,8 @@ from benchmarks.stage_memory import (
 )
 from emloc_ray.core.ranks import rank_for_ratio
 from emloc_ray.io.checkpoint import Checkpoint
-from emloc_ray.modeling.adapter import attach_adapter, lora_config
+from emloc_ray.modeling.adapter import attach_adapter
+from emloc_ray.modeling.adapter_methods import lora_config
 from emloc_ray.modeling.architecture import block_linears, empty_model
 from emloc_ray.modeling.emulator import EmulatorModelConfig, emulator_class
 from emloc_ray.modeling.loading import load_model

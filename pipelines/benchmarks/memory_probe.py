@@ -23,7 +23,8 @@ import psutil
 import torch
 
 from emloc_ray.io.grams import GramStore
-from emloc_ray.modeling.adapter import attach_adapter, lora_config
+from emloc_ray.modeling.adapter import attach_adapter
+from emloc_ray.modeling.adapter_methods import lora_config
 from emloc_ray.modeling.architecture import block_linears
 from emloc_ray.modeling.emulator import FactorizedLinear
 from emloc_ray.modeling.loading import load_model

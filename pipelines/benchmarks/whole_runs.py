@@ -25,7 +25,8 @@ from emloc_ray.data.token_shards import TokenShards, collate, length_batches
 from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.io.grams import GramStore, reduce_slots, write_gram_index, write_gram_shard
 from emloc_ray.jobs import Jobs
-from emloc_ray.modeling.adapter import attach_adapter, lora_config, save_trained_adapter
+from emloc_ray.modeling.adapter import attach_adapter, save_trained_adapter
+from emloc_ray.modeling.adapter_methods import adapter_config, lora_config
 from emloc_ray.modeling.architecture import block_linears, empty_model
 from emloc_ray.modeling.gram_hooks import GramHooks
 from emloc_ray.modeling.inputs import label_mask
@@ -148,7 +149,7 @@ def _train_plain(job: FinetuneJob, plain: Path) -> None:
         save_strategy="no",
         **job.training_arguments,
     )
-    model = attach_adapter(load_model(job.emulator_dir, **job.model_options), lora_config(**job.adapter))
+    model = attach_adapter(load_model(job.emulator_dir, **job.model_options), adapter_config(**job.adapter))
     order = SampleOrder(len(TokenShards(job.tokens_dir)), job.batch_size, 0, 1, job.seed)
     EmulatorTrainer(job, _PlainBatches(job, order, 1), model=model, args=arguments).train()
     save_trained_adapter(model, plain / "adapter_emulator", targets=job.portable_targets, base_model=job.base_model)

@@ -226,6 +226,27 @@ def test_the_solution_is_what_is_planned(prepared: Callable[..., Prepared]) -> N
     assert row_lengths(ready).longest == pytest.approx(25)
 
 
+def test_each_method_counts_its_own_parameters(prepared: Callable[..., Prepared]) -> None:
+    def memory(**adapter: Any) -> MemoryModel:
+        return MemoryModel(prepared(adapter=adapter), LENGTHS)
+
+    lora, dora = memory(r=4), memory(method="dora", r=4)
+    assert dora.adapter_parameters - lora.adapter_parameters == sum(spec.out_features for spec in dora.adapted)
+    prompt = memory(method="prompt_tuning", num_virtual_tokens=5)
+    assert prompt.adapter_parameters == 5 * 64
+    assert prompt.stage("finetune")["optimizer"] == 16 * 5 * 64
+    assert prompt.stage("merge") == {"base": BASE_BYTES}
+    assert prompt.stage("correct") == {"base": BASE_BYTES}
+    loha = memory(method="loha", r=2)  # trained small, corrected as LoRA of rank r²
+    assert loha.adapter_parameters == 2 * sum(2 * (s.in_features + s.out_features) for s in loha.adapted)
+    assert loha.corrected_parameters == sum(4 * (s.in_features + s.out_features) for s in loha.adapted)
+
+
+def test_a_budget_never_takes_a_prefix_its_cache(prepared: Callable[..., Prepared]) -> None:
+    run = prepared(adapter={"method": "prefix_tuning", "num_virtual_tokens": 3}, memory_budget="500MiB")
+    assert solve(run, 500 * 2**20, LENGTHS).gradient_checkpointing is False
+
+
 def mixture(num_experts: int) -> MemoryModel:
     """A Mixtral of one layer's width and another number of experts, two of them a token."""
     config = MixtralConfig(

@@ -283,6 +283,64 @@ def test_a_file_that_leaves_nothing_to_train_on_is_refused(refused: Callable[...
     )
 
 
+@pytest.mark.parametrize(
+    ("family", "adapter", "said"),
+    [
+        ("gpt2", {"method": "lokr"}, "lokr with these settings does not fit the model"),
+        ("llama", {"method": "loha", "target_modules": ["q_prj"]}, "adapter.target_modules: 'q_prj' matches none"),
+        ("llama", {"method": "ia3", "feedforward_modules": ["up_proj"]}, "'up_proj' matches none of the 6 adapted"),
+        ("gpt2", {"method": "prefix_tuning", "num_virtual_tokens": 100}, "with 100 virtual tokens before them"),
+        ("opt", {"method": "ia3"}, None),
+        ("llama", {"method": "vera"}, None),
+        ("mixtral", {"method": "dora"}, "dora adapts no experts, and 16 of the linears named are experts' for PEFT"),
+        ("mixtral", {"method": "ia3", "target_modules": "all-linear"}, "ia3 adapts no experts"),
+        (
+            "qwen2_moe",
+            {"method": "dora", "target_modules": ["q_proj", "shared_expert.up_proj"]},
+            "shared_expert.up_proj)",
+        ),
+        ("mixtral", {"method": "loha", "target_modules": ["q_proj", "v_proj"]}, None),
+        ("mixtral", {"method": "ia3"}, None),
+        (
+            "T5",
+            {"method": "prefix_tuning", "num_virtual_tokens": 4},
+            "virtual tokens are for models that are a decoder",
+        ),
+        ("T5", {"method": "ia3"}, None),
+    ],
+)
+def test_an_adapter_that_does_not_fit_the_model_is_one_sentence(
+    family: str,
+    adapter: dict[str, Any],
+    said: str | None,
+    tmp_path: Path,
+    tiny_model_dir: Callable[..., Path],
+    task_file: Path,
+) -> None:
+    values = {
+        "run_dir": str(tmp_path / "run"),
+        "model": {"source": str(families.save("T5", tmp_path / "t5") if family == "T5" else tiny_model_dir(family))},
+        "data": {"train": {"path": str(task_file)}, "format": "prompt_completion", "max_seq_length": 64},
+        "adapter": adapter,
+    }
+    if said is None:
+        found = prepare(parse_config(values)).layout
+        assert found.adapted
+        assert found.adapter_parameters
+        return
+    with pytest.raises(ConfigError) as caught:
+        prepare(parse_config(values))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_ia3_adapts_what_peft_would_by_default() -> None:
+    found = layout(adapter={"method": "ia3"})
+    assert {name.rsplit(".", 1)[-1] for name in found.adapted} == {"k_proj", "v_proj", "down_proj"}
+    assert found.feedforward == ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj")
+    assert not layout(adapter={"method": "prompt_tuning", "num_virtual_tokens": 2}).adapted
+
+
 def test_in_4_bits_is_what_lies_inside_the_blocks() -> None:
     assert layout().in_4bit == ()
     assert not layout(emulator={"compression_ratio": 1.0}).differs

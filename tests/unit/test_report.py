@@ -13,6 +13,7 @@ import pytest
 from pages import LOADING, Page
 
 from emloc_ray import report
+from emloc_ray.console import evaluation_table, result_lines
 from emloc_ray.io.run_directory import RunDirectory
 
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
@@ -277,6 +278,49 @@ def test_tasks_are_described_by_their_files() -> None:
     assert report.describe_task({"train": {"path": "hf:org/data"}}) == "hf:org/data"
     assert report.describe_task({"train": {"path": "s3://b/d/x.csv?region=eu-west-1"}}) == "x.csv"
     assert report.describe_task({}) is None
+
+
+def unmerged() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The manifest and metrics of a run of prefix tuning."""
+    found, metrics = manifest(*(stage for stage in STAGES if stage != "merge")), finished_metrics()
+    found["config"]["adapter"] = {"method": "prefix_tuning"}
+    for measured in (metrics["evaluation"], metrics["stages"], metrics["disk_bytes"]):
+        for name in ("merged", "merge"):
+            measured.pop(name, None)
+    metrics["gap_closed"].pop("merged", None)
+    metrics["exact_match"]["corrected"] = metrics["exact_match"].pop("merged")
+    for sample in metrics["generations"]:
+        sample["corrected"] = sample.pop("merged")
+    none = {"method": "none", "clamp": 3.0, "strength": 1.0}
+    metrics["correction"] = {**none, "candidates": [{**none, "loss": None}], "modules": {}, "selection_tokens": 0}
+    metrics["correction"]["as_trained"] = "There is nothing to correct here."
+    return found, metrics
+
+
+def test_an_adapter_that_cannot_be_merged_is_said_so() -> None:
+    found, metrics = unmerged()
+    page = Page(report.render("run", found, metrics))
+    for text in (
+        "by prefix tuning through an emulator of compression ratio 0.25; plugged in as trained.",
+        "There is no merged model: prefix tuning changes no weight",
+        "The adapter was plugged into the original as trained. There is nothing to correct here.",
+        "by the original with the adapter",
+    ):
+        assert text in page.text, text
+    assert "○ merge" not in page.text
+    assert "merged model." not in page.text
+    lines = "\n".join(result_lines(metrics, "runs/x"))
+    assert "Correction: none. There is nothing to correct here." in lines
+    assert "no merged/" in lines
+    assert evaluation_table(metrics).row_count == 5
+
+
+def test_the_form_that_full_rank_updates_are_corrected_in_is_told() -> None:
+    metrics = finished_metrics()
+    metrics["correction"]["lora_form"] = {"largest_lack": 0.00094, "mean_rank": 37.25}
+    page = Page(report.render("run", manifest(*STAGES), metrics))
+    assert "of mean rank 37.2" in page.text
+    assert "all but 0.00094 of each update's norm" in page.text
 
 
 @pytest.mark.parametrize(("ratio", "words"), [(0.25, "in 4 bits (NF4)"), (1.0, "LoRA on the original in 4 bits")])

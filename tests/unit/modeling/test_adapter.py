@@ -23,16 +23,16 @@ from emloc_ray.modeling.adapter import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     Adapter,
-    FactorizedLoraLinear,
     LoraModule,
     adapter_scale,
     attach_adapter,
     load_adapter,
-    lora_config,
     portable_targets,
     save_trained_adapter,
     write_adapter,
 )
+from emloc_ray.modeling.adapter_layers import FactorizedLoraLinear
+from emloc_ray.modeling.adapter_methods import lora_config
 from emloc_ray.modeling.architecture import block_linears
 from emloc_ray.modeling.emulator import FactorizedLinear, dense_weight
 from emloc_ray.modeling.loading import load_model
@@ -303,7 +303,6 @@ def changed(adapter_dir: Path, directory: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"use_dora": True}, "use_dora"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"trainable_token_indices": [3]}, "trainable_token_indices"),
         ({"target_parameters": ["mlp.gate.e_score_correction_bias"]}, "e_score_correction_bias"),
@@ -311,7 +310,7 @@ def changed(adapter_dir: Path, directory: Path, **changes: Any) -> Path:
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"init_lora_weights": "pissa_niter_16"}, "pissa_niter_16"),
         ({"init_lora_weights": "olora"}, "olora"),
-        ({"peft_type": "LOHA"}, "LOHA"),
+        ({"peft_type": "BOFT"}, "BOFT"),
     ],
 )
 def test_variants_that_are_not_s_b_a(tmp_path: Path, adapter_dir: Path, changes: dict[str, Any], named: str) -> None:

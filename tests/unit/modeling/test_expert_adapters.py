@@ -18,10 +18,10 @@ from emloc_ray.modeling.adapter import (
     LoraModule,
     attach_adapter,
     load_adapter,
-    lora_config,
     save_trained_adapter,
     write_adapter,
 )
+from emloc_ray.modeling.adapter_methods import lora_config
 from emloc_ray.modeling.architecture import block_linears
 from emloc_ray.modeling.expert_adapters import split_experts
 from emloc_ray.modeling.experts import experts_of

@@ -15,7 +15,8 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from emloc_ray.io.checkpoint import Checkpoint
-from emloc_ray.modeling.adapter import attach_adapter, lora_config
+from emloc_ray.modeling.adapter import attach_adapter
+from emloc_ray.modeling.adapter_methods import lora_config
 from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
 from emloc_ray.modeling.emulator import factorize_modules
 from emloc_ray.modeling.experts import UnfusedExperts, experts_of, is_fused, owner_of, unfuse

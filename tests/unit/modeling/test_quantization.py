@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausa
 
 from emloc_ray.errors import NumericsError
 from emloc_ray.io.checkpoint import Checkpoint
-from emloc_ray.modeling.adapter import attach_adapter, lora_config
+from emloc_ray.modeling.adapter import attach_adapter
+from emloc_ray.modeling.adapter_methods import lora_config
 from emloc_ray.modeling.architecture import block_linears
 from emloc_ray.modeling.emulator import FactorizedLinear, dense_weight
 from emloc_ray.modeling.four_bit_linear import ExactLinear4bit

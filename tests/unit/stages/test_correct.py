@@ -10,14 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_cases import TARGETS, attached, logits, trained
+from peft import PeftModel
 from stage_artifacts import Artifacts, write_lora
 from tiny import save_emulator
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.io.grams import GramStore
-from emloc_ray.modeling.adapter import Adapter, write_adapter
+from emloc_ray.modeling.adapter import Adapter, save_trained_adapter, write_adapter
 from emloc_ray.modeling.architecture import block_linears, empty_model
+from emloc_ray.modeling.scoring import score_rows
 from emloc_ray.stages import correct as module
 from emloc_ray.stages.correct import Candidate, CorrectionJob, candidates, correct_adapter, layer_difference
 
@@ -117,6 +121,119 @@ def test_auto_tries_every_candidate_and_keeps_the_best(job: CorrectionJob, monke
     for name, product in found["corrected (projection)"].items():
         lora = written.module(name)
         torch.testing.assert_close(lora.lora_b @ lora.lora_a, product)
+
+
+@pytest.fixture
+def method_job(job: CorrectionJob, tmp_path: Path) -> Callable[[str], CorrectionJob]:
+    """The same correction, of an adapter of another method as trained on that emulator."""
+
+    def make(case: str) -> CorrectionJob:
+        trained(tmp_path / case, job.emulator_dir, case, "llama")
+        return replace(job, adapter_dir=tmp_path / case)
+
+    return make
+
+
+def served(directory: Path, model_dir: Path) -> Any:
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), directory).eval()
+
+
+def dense_update(directory: Path, spec: Any) -> torch.Tensor:
+    return Adapter(directory).update(spec).rows(0, spec.out_features).double()
+
+
+@pytest.mark.parametrize("case", ["loha", "lokr", "lokr decomposed", "vera"])
+def test_another_method_s_update_is_corrected_in_lora_s_form(
+    case: str, method_job: Callable[[str], CorrectionJob]
+) -> None:
+    """On the update's row space original plus adapter does what emulator plus adapter did; elsewhere nothing changed."""
+    job = replace(method_job(case), candidates=(Candidate("projection", None, 1.0),), update_tolerance=0.0)
+    result = correct_adapter(job)
+    original, emulator = Checkpoint(job.model_dir), Checkpoint(job.emulator_dir)
+    assert result["lora_form"]["largest_lack"] < 1e-6
+    plain = served(job.out_dir, job.model_dir)
+    for spec in job.specs:
+        if spec.name not in Adapter(job.adapter_dir).names:
+            continue
+        trained_update, delta = dense_update(job.adapter_dir, spec), layer_difference(spec, original, emulator)
+        expected = trained_update
+        if delta is not None:
+            _, s, vh = torch.linalg.svd(trained_update, full_matrices=False)
+            space = vh[: int((s > 1e-5 * s[0]).sum())]
+            expected = trained_update - delta.double() @ space.T @ space
+        torch.testing.assert_close(dense_update(job.out_dir, spec), expected, rtol=1e-3, atol=1e-4)
+        layer = plain.base_model.model.get_submodule(spec.name)
+        assert layer.scaling["default"] == 1
+        torch.testing.assert_close(layer.get_delta_weight("default").double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_what_an_update_of_full_rank_loses_is_within_the_tolerance(method_job: Callable[[str], CorrectionJob]) -> None:
+    ranks = []
+    for tolerance in (1e-3, 0.3):
+        job = replace(method_job("lokr"), update_tolerance=tolerance, candidates=(Candidate("projection"),))
+        result = correct_adapter(job)["lora_form"]
+        assert result["largest_lack"] <= tolerance
+        ranks.append(result["mean_rank"])
+    assert ranks[1] < ranks[0]
+
+
+@pytest.mark.parametrize("case", ["loha", "lokr", "vera", "ia3", "prefix", "prompt"])
+def test_none_is_the_adapter_as_trained_byte_for_byte(case: str, method_job: Callable[[str], CorrectionJob]) -> None:
+    job = replace(method_job(case), candidates=(Candidate("none"),))
+    result = correct_adapter(job)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (job.out_dir / name).read_bytes() == (job.adapter_dir / name).read_bytes()
+    assert result["method"] == "none"
+    assert ("as_trained" in result) == (case in ("ia3", "prefix", "prompt"))
+
+
+@pytest.mark.parametrize("case", ["dora", "lokr", "vera"])
+def test_auto_scores_each_candidate_as_it_would_serve(case: str, method_job: Callable[[str], CorrectionJob]) -> None:
+    tried = (Candidate("projection"), Candidate("none"), Candidate("covariance", 3.0, 0.5))
+    job = replace(method_job(case), update_tolerance=0.0)
+    told = correct_adapter(replace(job, candidates=tried))["candidates"]
+    shards = TokenShards(job.selection_dir)
+    rows = [shards.row(at) for at in range(len(shards))]
+    for candidate, found in zip(tried, told, strict=True):
+        correct_adapter(replace(job, candidates=(candidate,)))
+        model = served(job.out_dir, job.model_dir)
+        score = score_rows(model, rows, batch_size=8, loss_on="completion", pad_token_id=0, name="served")
+        assert found["loss"] == pytest.approx(score.metrics()["loss"], rel=1e-5)
+    assert len({found["loss"] for found in told}) == 3
+
+
+def test_an_untrained_dora_changes_nothing_on_the_original(job: CorrectionJob, tmp_path: Path) -> None:
+    """With its magnitudes as trained, which are the lengths of the emulator's rows, it would."""
+    model = attached(job.emulator_dir, "dora", "llama")
+    save_trained_adapter(model, tmp_path / "fresh", targets=TARGETS["llama"], base_model="x")
+    bare = logits(AutoModelForCausalLM.from_pretrained(job.model_dir))
+    as_trained = logits(served(tmp_path / "fresh", job.model_dir))
+    assert float((as_trained - bare).abs().max()) > 0.1
+    for candidate in (Candidate("none"), Candidate("projection", None)):
+        correct_adapter(replace(job, adapter_dir=tmp_path / "fresh", candidates=(candidate,)))
+        torch.testing.assert_close(logits(served(job.out_dir, job.model_dir)), bare, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["none", "projection"])
+def test_dora_s_gains_are_those_trained(method: Any, method_job: Callable[[str], CorrectionJob]) -> None:
+    """What PEFT serves, ``m' / ‖W + ΔW_c‖ (W + ΔW_c)``, is the trained gain ``m / ‖W_E + ΔW‖`` times the corrected sum; so
+    on the directions that the adapter reads it is what was trained."""
+    job = replace(method_job("dora"), candidates=(Candidate(method, None),))
+    correct_adapter(job)
+    before, after = Adapter(job.adapter_dir), Adapter(job.out_dir)
+    merged = served(job.out_dir, job.model_dir).merge_and_unload()
+    original, emulator = Checkpoint(job.model_dir), Checkpoint(job.emulator_dir)
+    for spec in job.specs:
+        if spec.name not in before.names:
+            continue
+        weight, delta = original.read(spec.weight_name).double(), layer_difference(spec, original, emulator)
+        on_emulator = weight - (0 if delta is None else delta.double()) + update(before, spec.name)
+        gain = (before.magnitude(spec.name).double() / on_emulator.norm(dim=1)).unsqueeze(1)
+        found = merged.get_submodule(spec.name).weight.detach().double()
+        torch.testing.assert_close(found, gain * (weight + update(after, spec.name)), rtol=1e-4, atol=1e-5)
+        if method == "projection":
+            x = before.module(spec.name).lora_a.double().T
+            torch.testing.assert_close(found @ x, gain * on_emulator @ x, rtol=1e-3, atol=1e-4)
 
 
 def test_without_grams_covariance_is_left_out() -> None:

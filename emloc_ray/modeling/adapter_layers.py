@@ -1,0 +1,205 @@
+"""PEFT's adapters on factorized layers, all methods in one way.
+
+PEFT takes a module of the model's own for an adapter's base only where it is an ``nn.Linear``: LoRA alone has a hook for
+others. So while PEFT builds (or loads) its layers, a linear of the same shape, whose weight takes no memory, stands in
+for each factorized layer; afterwards that is put back as the base of its adapter layer. Adapter layers compute with
+``base_layer(x)`` alone, but for what the classes below replace: where PEFT's formula reads the base's dense weight. Their
+class is changed on the spot, as torch's own ``parametrize`` and ``fully_shard`` do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.ia3.layer import Linear as IA3Linear
+from peft.tuners.loha.layer import Linear as LoHaLinear
+from peft.tuners.lokr.layer import Linear as LoKrLinear
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.vera.layer import Linear as VeraLinear
+from torch import Tensor, nn
+
+from emloc_ray.core.updates import paired_columns, row_norms
+from emloc_ray.modeling.emulator import FactorizedLinear
+
+_COLUMNS = 256  # of W_E, seen at a time
+
+
+class _StandIn(nn.Linear):
+    """The shape, device and dtype of a factorized layer, and none of its weight: one zero, seen ``(out, in)`` times."""
+
+    def __init__(self, factorized: FactorizedLinear) -> None:
+        super().__init__(factorized.in_features, factorized.out_features, bias=False, device="meta")
+        zero = factorized.weight.new_zeros(()).expand(factorized.out_features, factorized.in_features)
+        self.weight = nn.Parameter(zero, requires_grad=False)
+        self.__dict__["factorized"] = factorized  # not a submodule: PEFT must not find the factors
+
+
+@contextlib.contextmanager
+def attachable(model: nn.Module) -> Iterator[None]:
+    """While it lasts PEFT may attach adapters to the model's factorized layers, or load more onto them."""
+    _replace(model, FactorizedLinear, _StandIn)
+    try:
+        with warnings.catch_warnings():
+            # A Conv1D's factors are a plain linear: PEFT sets the flag layer by layer, which is what is wanted.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+            yield
+    finally:
+        _replace(model, _StandIn, lambda stand_in: stand_in.factorized)
+
+
+def _replace(model: nn.Module, kind: type[nn.Module], make: Any) -> None:
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, kind):
+                module._modules[name] = make(child)
+        base = getattr(module, "base_layer", None)
+        if isinstance(base, FactorizedLinear):
+            base.requires_grad_(False)
+            for layer in module.modules():  # the adapter layer, and DoRA's inside it
+                layer.__class__ = ON_FACTORS.get(type(layer), type(layer))
+
+
+class _OnFactors:
+    """What every adapter layer around factors does otherwise."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Always raises: an adapter trained on an emulator is merged into the original (``emloc-ray merge``)."""
+        raise TypeError("An emulator's layer cannot take a merge: merge the corrected adapter into the original model.")
+
+
+class FactorizedLoraLinear(_OnFactors, LoraLinear):
+    """LoRA, rsLoRA and DoRA around a :class:`FactorizedLinear`."""
+
+
+class FactorizedVeraLinear(_OnFactors, VeraLinear):
+    """VeRA around a :class:`FactorizedLinear`."""
+
+
+class FactorizedIA3Linear(_OnFactors, IA3Linear):
+    """IA³ around a :class:`FactorizedLinear`."""
+
+
+class FactorizedLoHaLinear(_OnFactors, LoHaLinear):
+    """LoHa around a :class:`FactorizedLinear`; where r² is small by its thin form, so that no dense ``ΔW`` is made.
+
+    PEFT's own makes one for every layer and keeps it for the backward pass: as much as the weights that were compressed.
+    """
+
+    def _get_delta_activations(  # type: ignore[override]  # PEFT's own names the input in two ways
+        self, adapter_name: str, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        w1_a, w1_b = self.hada_w1_a[adapter_name], self.hada_w1_b[adapter_name]
+        w2_a, w2_b = self.hada_w2_a[adapter_name], self.hada_w2_b[adapter_name]
+        x = self._cast_input_dtype(x, w1_a.dtype)
+        (out_features, r), in_features = w1_a.shape, w1_b.shape[1]
+        if r * r * (in_features + out_features) < in_features * out_features:
+            y = F.linear(F.linear(x, paired_columns(w1_b.T, w2_b.T).T), paired_columns(w1_a, w2_a))
+        else:
+            y = F.linear(x, (w1_a @ w1_b) * (w2_a @ w2_b))
+        return _dropped_rows(self, adapter_name, y * self.scaling[adapter_name], rescaled=True)
+
+
+class FactorizedLoKrLinear(_OnFactors, LoKrLinear):
+    """LoKr around a :class:`FactorizedLinear`: ``(W1 ⊗ W2) x`` is ``W1 X W2ᵀ`` with x as a matrix, so no ``ΔW`` is made."""
+
+    def _get_delta_activations(  # type: ignore[override]  # PEFT's own names the input in two ways
+        self, adapter_name: str, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        w1, w2 = self._factor("lokr_w1", adapter_name), self._factor("lokr_w2", adapter_name)
+        x = self._cast_input_dtype(x, w1.dtype)
+        y = w1 @ (x.unflatten(-1, (w1.shape[1], w2.shape[1])) @ w2.T)
+        scaled = y.flatten(-2) * self.scaling[adapter_name]
+        return _dropped_rows(self, adapter_name, scaled, rescaled=self.rank_dropout_scale[adapter_name])
+
+    def _factor(self, name: str, adapter_name: str) -> Tensor:
+        whole: Any = getattr(self, name)
+        if adapter_name in whole:
+            return whole[adapter_name]
+        product: Tensor = getattr(self, f"{name}_a")[adapter_name] @ getattr(self, f"{name}_b")[adapter_name]
+        return product
+
+
+def _dropped_rows(layer: Any, adapter_name: str, y: Tensor, *, rescaled: bool) -> Tensor:
+    """PEFT's rank dropout, which leaves out rows of ``ΔW``: the same outputs."""
+    share = layer.rank_dropout[adapter_name]
+    if not layer.training or not share:
+        return y
+    drop = (torch.rand(y.shape[-1]) > share).to(y)
+    return y * (drop / drop.mean() if rescaled else drop)
+
+
+class FactorizedDora(DoraLinearLayer):
+    """DoRA's magnitude over factors: ``m / ‖W_E + s B A‖`` by rows, the norms from thin products alone.
+
+    As in PEFT the norms take no gradient (DoRA, https://arxiv.org/abs/2402.09353, section 4.3).
+    """
+
+    def forward(  # type: ignore[no-untyped-def]
+        self, x, *, lora_A, lora_B, scaling, base_layer, base_result=None, adapter_name="default"
+    ) -> Tensor:
+        """What is added to the base's output: ``(g − 1) (W_E x) + g s B A x`` with ``g = m / ‖W_E + s B A‖``."""
+        norms = self.norms(base_layer, lora_A.weight, lora_B.weight, scaling)
+        gain = self.weight / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        bias = base_layer.up.bias
+        if base_result is None:  # dropout: of what the adapter reads
+            plain = _without_bias(base_layer, x)
+        else:
+            plain = base_result if bias is None else base_result - bias
+        added: Tensor = (gain - 1) * plain + gain * scaling * lora_B(lora_A(x))
+        return added
+
+    @torch.no_grad()
+    def norms(self, base_layer: Any, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+        """``‖W_E + s B A‖`` of every row ``(out,)`` in float32.
+
+        By what the base gives alone, so that its factors may be stored in any way: ``W_E Aᵀ`` at every step, and once,
+        as they are frozen, ``W_E`` a few columns at a time.
+        """
+        a, b = lora_a.float(), lora_b.float()
+        squares = self.__dict__.get("_squares")
+        if squares is None or squares.device != a.device:
+            squares = self.__dict__["_squares"] = _squared_rows(base_layer, a.device)
+        return row_norms(squares, _without_bias(base_layer, a).float().T, a, b, scaling)
+
+
+def _squared_rows(base_layer: Any, device: torch.device) -> Tensor:
+    total = torch.zeros(base_layer.out_features, device=device)
+    for begin in range(0, base_layer.in_features, _COLUMNS):
+        at = torch.arange(begin, min(begin + _COLUMNS, base_layer.in_features), device=device)
+        columns = torch.zeros(len(at), base_layer.in_features, device=device)
+        columns[at - begin, at] = 1
+        total += _without_bias(base_layer, columns).float().square().sum(dim=0)
+    return total
+
+
+def _without_bias(base_layer: Any, x: Tensor) -> Tensor:
+    y: Tensor = base_layer(x.to(base_layer.weight.dtype))
+    return y if base_layer.up.bias is None else y - base_layer.up.bias
+
+
+ON_FACTORS: dict[type, type] = {
+    LoraLinear: FactorizedLoraLinear,
+    DoraLinearLayer: FactorizedDora,
+    LoHaLinear: FactorizedLoHaLinear,
+    LoKrLinear: FactorizedLoKrLinear,
+    VeraLinear: FactorizedVeraLinear,
+    IA3Linear: FactorizedIA3Linear,
+}
+
+
+def start_magnitudes(model: nn.Module) -> None:
+    """Sets the magnitudes of fresh DoRA layers on factors to the norms that they begin with: PEFT saw a weight of zeros."""
+    for module in model.modules():
+        if not isinstance(module, FactorizedLoraLinear):
+            continue
+        layers: dict[str, Any] = dict(module.lora_magnitude_vector.items())
+        for name, dora in layers.items():
+            weights = module.lora_A[name].weight, module.lora_B[name].weight
+            norms = dora.norms(module.get_base_layer(), *weights, module.scaling[name])
+            dora.weight.data.copy_(norms)

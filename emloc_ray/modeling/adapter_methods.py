@@ -1,0 +1,223 @@
+"""The adapter methods by PEFT's own configs: which fields each takes, and its config for one model.
+
+Bottleneck adapters (Houlsby, Pfeiffer) are not in PEFT, and not here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import typing
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from peft import (
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
+from peft.tuners.lokr.layer import factorization
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
+    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+)
+
+from emloc_ray.errors import ConfigError
+from emloc_ray.modeling.architecture import LinearSpec
+from emloc_ray.modeling.matching import Patterns, lookup, matches
+
+# The method's name in a config, and PEFT's config class: of all but LoRA and its variants.
+CONFIGS: dict[str, type[PeftConfig]] = {
+    "loha": LoHaConfig,
+    "lokr": LoKrConfig,
+    "vera": VeraConfig,
+    "ia3": IA3Config,
+    "prefix_tuning": PrefixTuningConfig,
+    "prompt_tuning": PromptTuningConfig,
+}
+
+# Fields that follow from the model or the run, or that this pipeline has another way to say.
+_SET_HERE = {
+    *(field.name for field in dataclasses.fields(PeftConfig)),
+    *("fan_in_fan_out", "num_transformer_submodules", "save_projection", "use_effective_conv2d"),
+    *("token_dim", "num_layers", "num_attention_heads"),
+}
+_ELSEWHERE = {
+    "layers_to_transform": "name the layers in adapter.target_modules",
+    "layers_pattern": "name the layers in adapter.target_modules",
+    "modules_to_save": "it trains weights of the emulator that the adapter's files would carry to the original",
+    "bias": "biases are the original's own",
+    "prefix_projection": "PEFT saves what the projection gives alone, so that no training could go on from it",
+    "encoder_hidden_size": "it belongs to prefix_projection, which is not supported",
+    "tokenizer_name_or_path": "the tokenizer is the model's",
+    "tokenizer_kwargs": "the tokenizer is the model's",
+}
+
+
+def refused_field(method: str, key: str) -> str | None:
+    """Why a field of PEFT's config is not to be given; None where it may be."""
+    if key not in {field.name for field in dataclasses.fields(CONFIGS[method])}:
+        return None
+    if key in _SET_HERE:
+        return "it is set by emloc_ray itself"
+    return _ELSEWHERE.get(key)
+
+
+@functools.cache
+def method_fields(method: str) -> dict[str, Any]:
+    """The fields that a method takes, with their types; an enum's values alone where PEFT also takes any text."""
+    hints = typing.get_type_hints(CONFIGS[method])
+    names = [field.name for field in dataclasses.fields(CONFIGS[method])]
+    found = {name: _narrowed(hints[name]) for name in names if refused_field(method, name) is None}
+    # Names are resolved here, so that every method can leave some out.
+    return found | ({"exclude_modules": list[str] | str | None} if "target_modules" in found else {})
+
+
+def _narrowed(hint: Any) -> Any:
+    options = typing.get_args(hint)
+    named = [option for option in options if isinstance(option, type) and issubclass(option, enum.Enum)]
+    return named[0] if named and str in options else hint
+
+
+def fields_of_all() -> set[str]:
+    """Every field that some method takes."""
+    return {name for method in CONFIGS for name in method_fields(method)}
+
+
+def lora_config(
+    *,
+    target_modules: Patterns,
+    r: int,
+    lora_alpha: float,
+    lora_dropout: float = 0.0,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    rank_pattern: dict[str, int] | None = None,
+    alpha_pattern: dict[str, float] | None = None,
+    init_lora_weights: bool | str = True,
+    fan_in_fan_out: bool = False,
+    base_model: str | None = None,
+    task_type: str = "CAUSAL_LM",
+) -> LoraConfig:
+    """PEFT's config of LoRA, rsLoRA or DoRA."""
+    return LoraConfig(
+        task_type=task_type,
+        r=r,
+        lora_alpha=lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=lora_dropout,
+        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+        rank_pattern=rank_pattern or {},
+        alpha_pattern=alpha_pattern or {},
+        init_lora_weights=init_lora_weights,  # type: ignore[arg-type]
+        fan_in_fan_out=fan_in_fan_out,
+        base_model_name_or_path=base_model,
+    )
+
+
+def adapter_config(method: str = "lora", **settings: Any) -> PeftConfig:
+    """PEFT's config of a method. LoRA's settings are those of :func:`lora_config`; the others' are PEFT's own fields.
+
+    Raises:
+        ConfigError: where PEFT refuses them.
+    """
+    if method not in CONFIGS:
+        return lora_config(**settings)
+    known = {field.name for field in dataclasses.fields(CONFIGS[method])}
+    given = {key: value for key, value in settings.items() if key in known and value is not None}
+    try:
+        return CONFIGS[method](**{"task_type": "CAUSAL_LM", **given})
+    except (ValueError, TypeError) as error:
+        raise ConfigError(_refusal(method, error)) from error
+
+
+def default_targets(method: str, model_type: str, names: Sequence[str]) -> list[str] | None:
+    """The linears that a method adapts where the config names none: IA³'s by PEFT's table, those that the model's
+    ``names`` have (experts' are fused now); None: every linear.
+
+    Raises:
+        ConfigError: for IA³ on a model that PEFT's table does not know.
+    """
+    if method != "ia3":
+        return None
+    if model_type not in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
+        raise ConfigError(
+            f"adapter.target_modules: PEFT has no default of ia3 for models of type {model_type}: set it, and"
+            " adapter.feedforward_modules."
+        )
+    table = TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING[model_type]
+    return [target for target in table if any(matches(name, [target]) for name in names)]
+
+
+def feedforward_names(patterns: Patterns | None, model_type: str, adapted: Sequence[str]) -> list[str]:
+    """Of the adapted linears those whose input IA³ scales, by ``patterns``, else by PEFT's table for the model's type.
+
+    Raises:
+        ConfigError: where there is no default, or a pattern names none of ``adapted``.
+    """
+    table = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+    if patterns is None:
+        if model_type not in table:
+            raise ConfigError(
+                f"adapter.feedforward_modules: PEFT has no default of ia3 for models of type {model_type}: name those of"
+                " the targets whose input is to be scaled, or give [] for none."
+            )
+        patterns = table[model_type]
+        return [name for name in adapted if matches(name, patterns)]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if not any(matches(name, patterns if isinstance(patterns, str) else [pattern]) for name in adapted):
+            raise ConfigError(
+                f"adapter.feedforward_modules: {pattern!r} matches none of the {len(adapted)} adapted linears: name some of"
+                " adapter.target_modules."
+            )
+    return [name for name in adapted if matches(name, patterns)]
+
+
+def count_parameters(model: Any, method: str, settings: dict[str, Any]) -> int:
+    """How many parameters the method trains on ``model``, the original on the meta device: by attaching it there.
+
+    Raises:
+        ConfigError: where the method's config does not fit the model.
+    """
+    if settings.get("prompt_tuning_init") == "TEXT":
+        settings = {**settings, "tokenizer_name_or_path": "the model's"}
+    config = adapter_config(method, **settings)
+    if isinstance(config, PromptTuningConfig):  # whatever it begins with: a model on the meta device has no embeddings
+        config = adapter_config(method, num_virtual_tokens=config.num_virtual_tokens)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainable, _ = get_peft_model(model, config).get_nb_trainable_parameters()
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
+        raise ConfigError(_refusal(method, error)) from error
+    return int(trainable)
+
+
+def update_rank(method: str, settings: dict[str, Any], spec: LinearSpec) -> int:
+    """The highest rank of what an additive method adds to a linear: at most its smaller side; 0 of other methods."""
+    smaller = min(spec.out_features, spec.in_features)
+    if method in CONFIGS and "r" not in method_fields(method):
+        return 0
+    default: Any = settings["r"] if "r" in settings else CONFIGS[method].__dataclass_fields__["r"].default
+    r = int(lookup(spec.name, settings.get("rank_pattern") or {}, default))
+    if method == "loha":
+        r = r * r
+    elif method == "lokr":  # rank of W1 times rank of W2
+        factor = settings.get("decompose_factor", -1)
+        (a, b), (c, d) = factorization(spec.out_features, factor), factorization(spec.in_features, factor)
+        r = min(a, c) * min(b, d, r if r < max(b, d) / 2 else b)
+    return min(smaller, r)
+
+
+def _refusal(method: str, error: Exception) -> str:
+    detail = " ".join(str(error).split())[:200].rstrip(".")
+    return f"adapter: {method} with these settings does not fit the model ({detail}): change them, or adapter.method."

@@ -1,0 +1,269 @@
+"""Every adapter method on factorized layers: as PEFT computes it on the dense ``W_E``, saved under the original's names."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapter_cases import CASES, FITTING, IDS, ON_LINEARS, PROMPTS, attached, fits, logits, settings, train, trained
+from peft import PeftModel, get_peft_model
+from tiny import save_emulator
+from transformers import AutoModelForCausalLM
+
+from emloc_ray.data.formats import Tokens
+from emloc_ray.modeling.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, detach_adapter, load_adapter
+from emloc_ray.modeling.adapter_layers import FactorizedLoraLinear
+from emloc_ray.modeling.adapter_methods import adapter_config
+from emloc_ray.modeling.emulator import FactorizedLinear, dense_weight
+from emloc_ray.modeling.loading import load_model
+from emloc_ray.modeling.loss import token_loss
+from emloc_ray.modeling.scoring import complete
+
+NO_CHANGE = [case for case in ON_LINEARS if case != "loha"]  # which begins at random here
+
+
+@pytest.fixture(scope="module")
+def emulator_dir(
+    tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            made[family] = save_emulator(tiny_model_dir(family), tmp_path_factory.mktemp("e") / family)
+        return made[family]
+
+    return get
+
+
+def dense_emulator(model_dir: Path, emulator_dir: Path) -> Any:
+    """The original with ``W_E`` in place of ``W``: what PEFT knows how to adapt by itself."""
+    model, emulator = AutoModelForCausalLM.from_pretrained(model_dir), load_model(emulator_dir)
+    for name, module in emulator.named_modules():
+        if isinstance(module, FactorizedLinear):
+            target = model.get_submodule(name)
+            weight = dense_weight(module)
+            target.weight.data = weight if isinstance(target, torch.nn.Linear) else weight.T.contiguous()
+    return model
+
+
+def named(case: str, family: str, emulator_dir: Callable[[str], Path]) -> dict[str, Any]:
+    return settings(case, family, [name for name, _ in load_model(emulator_dir(family)).named_modules()])
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(input_ids=IDS, labels=IDS, attention_mask=torch.ones_like(IDS)).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("case", "family"), FITTING)
+def test_factors_do_what_peft_does_on_the_dense_product(
+    case: str, family: str, tmp_path: Path, emulator_dir: Callable[[str], Path], tiny_model_dir: Callable[..., Path]
+) -> None:
+    model = trained(tmp_path / "a", emulator_dir(family), case, family)
+    dense = get_peft_model(
+        dense_emulator(tiny_model_dir(family), emulator_dir(family)),
+        adapter_config(**named(case, family, emulator_dir)),
+    ).eval()
+    dense.load_adapter(tmp_path / "a", "default", is_trainable=True)
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-4)
+    bare = load_model(emulator_dir(family))
+    assert float((logits(model) - logits(bare)).abs().max()) > 1e-2  # the adapter shows
+    found, expected = gradients(model), gradients(dense)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(
+            gradient, expected[name], rtol=1e-3, atol=2e-5, msg=lambda text, name=name: name + text
+        )
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and name not in found]
+
+
+@pytest.mark.parametrize("case", NO_CHANGE)
+def test_a_fresh_adapter_changes_nothing(case: str, emulator_dir: Callable[[str], Path]) -> None:
+    model = attached(emulator_dir("llama"), case, "llama").eval()
+    torch.testing.assert_close(logits(model), logits(load_model(emulator_dir("llama"))), rtol=1e-5, atol=1e-5)
+
+
+def test_dora_begins_with_the_lengths_of_the_emulator_s_rows(emulator_dir: Callable[[str], Path]) -> None:
+    model = attached(emulator_dir("llama"), "dora", "llama")
+    layers = [module for module in model.modules() if isinstance(module, FactorizedLoraLinear)]
+    assert len(layers) == 5
+    for layer in layers:
+        expected = dense_weight(layer.base_layer).norm(dim=1)
+        torch.testing.assert_close(layer.lora_magnitude_vector["default"].weight.data, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("case", "family"), FITTING)
+def test_saved_it_loads_on_the_emulator_and_on_the_original(
+    case: str, family: str, tmp_path: Path, emulator_dir: Callable[[str], Path], tiny_model_dir: Callable[..., Path]
+) -> None:
+    model = trained(tmp_path / "a", emulator_dir(family), case, family)
+    assert {file.name for file in (tmp_path / "a").iterdir()} == {CONFIG_NAME, WEIGHTS_NAME}
+    loaded = load_adapter(load_model(emulator_dir(family)), tmp_path / "a").eval()
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    original = AutoModelForCausalLM.from_pretrained(tiny_model_dir(family))
+    bare = logits(original)
+    plain = PeftModel.from_pretrained(original, tmp_path / "a").eval()
+    assert float((logits(plain) - bare).abs().max()) > 1e-2
+    assert torch.equal(logits(detach_adapter(plain)), bare)
+    config = json.loads((tmp_path / "a" / CONFIG_NAME).read_text())
+    assert (config["base_model_name_or_path"], config["inference_mode"]) == ("the/original", True)
+    assert config.get("fan_in_fan_out", family == "gpt2") == (family == "gpt2")
+    missing = {key for key in config.get("feedforward_modules", []) if key not in config["target_modules"]}
+    assert not missing
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_training_goes_on_from_what_it_saved(case: str, tmp_path: Path, emulator_dir: Callable[[str], Path]) -> None:
+    """As the Trainer does it: the saved adapter over a fresh one of the same name."""
+    model = trained(tmp_path / "a", emulator_dir("llama"), case, "llama")
+    fresh = attached(emulator_dir("llama"), case, "llama")
+    fresh.load_adapter(tmp_path / "a", "default", is_trainable=True)
+    torch.testing.assert_close(logits(fresh.eval()), logits(model), rtol=1e-5, atol=1e-5)
+    before = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert before == {name for name, p in fresh.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("case", ON_LINEARS)
+def test_an_emulator_takes_no_merge_of_any_method(case: str, emulator_dir: Callable[[str], Path]) -> None:
+    model = attached(emulator_dir("llama"), case, "llama")
+    with pytest.raises(TypeError, match="merge the corrected adapter into the original"):
+        model.merge_and_unload()
+
+
+def test_no_weight_of_the_dense_shape_is_made(emulator_dir: Callable[[str], Path]) -> None:
+    for case in ON_LINEARS:
+        model = attached(emulator_dir("llama"), case, "llama")
+        left = [type(module).__name__ for module in model.modules() if "StandIn" in type(module).__name__]
+        assert not left
+        bases = [module.base_layer for module in model.modules() if hasattr(module, "base_layer")]
+        assert sum(isinstance(base, FactorizedLinear) for base in bases) == 5
+        assert not any(base.weight.numel() for base in bases if isinstance(base, FactorizedLinear))
+
+
+@pytest.mark.parametrize("case", ["loha", "lokr"])
+def test_rank_dropout_leaves_out_outputs(case: str, emulator_dir: Callable[[str], Path]) -> None:
+    model = attached(emulator_dir("llama"), case, "llama")
+    train(model)
+    layer = next(m for n, m in model.named_modules() if n.endswith("0.self_attn.q_proj"))
+    x = torch.randn(3, 64)
+    whole = layer._get_delta_activations("default", x)
+    layer.rank_dropout["default"], layer.rank_dropout_scale["default"] = 0.5, True
+    torch.manual_seed(1)
+    part = layer.train()._get_delta_activations("default", x)
+    torch.manual_seed(1)
+    kept = (torch.rand(64) > 0.5).float()
+    torch.testing.assert_close(part, whole * kept / kept.mean())
+    assert torch.equal(layer.eval()._get_delta_activations("default", x), whole)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16"])
+@pytest.mark.parametrize("case", ON_LINEARS)
+def test_a_half_precision_emulator_trains(
+    case: str, dtype: str, tmp_path: Path, tiny_model_dir: Callable[..., Path]
+) -> None:
+    directory = save_emulator(tiny_model_dir("llama", dtype=dtype), tmp_path / "e")
+    model = attached(directory, case, "llama").train()
+    train(model, 1)
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    assert logits(model.eval()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("case", [*PROMPTS, "lora"])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_the_loss_is_transformers_own(
+    case: str, chunked: bool, emulator_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Virtual tokens stand before the row's: positions count from the end."""
+    if chunked:
+        monkeypatch.setattr("emloc_ray.modeling.loss._CHUNK_SHARE", 16)
+    model = attached(emulator_dir("llama"), case, "llama")
+    train(model)
+    model.eval()
+    mask = torch.ones_like(IDS)
+    mask[1, 7:] = 0
+    batch = {"input_ids": IDS, "attention_mask": mask, "completion_mask": mask}
+    found = token_loss(model, batch, "all")
+    labels = IDS.masked_fill(mask == 0, -100)
+    labels[:, 0] = -100  # which virtual tokens would predict
+    expected = model(input_ids=IDS, attention_mask=mask, labels=labels).loss
+    assert float(found.loss_sum / found.num_tokens) == pytest.approx(float(expected), rel=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_prompt_of_real_tokens_is_those_tokens(
+    family: str, tmp_path: Path, emulator_dir: Callable[[str], Path], tiny_model_dir: Callable[..., Path]
+) -> None:
+    """Virtual tokens set to what real ones are: embeddings, or keys and values in the cache."""
+    bare = load_model(emulator_dir(family))
+    before = torch.tensor([[7, 90, 41, 5, 12]])
+    whole = bare(input_ids=torch.cat([before.expand(2, -1), IDS], dim=1)).logits[:, 5:]
+    cache = bare(input_ids=before, use_cache=True).past_key_values
+    states = torch.stack(
+        [state[0].transpose(0, 1) for layer in cache.layers for state in (layer.keys, layer.values)], 1
+    )
+    embeddings = bare.get_input_embeddings()(before)[0]
+    for case, content in (("prefix", states.flatten(1)), ("prompt", embeddings)):
+        model = attached(emulator_dir(family), case, family).eval()
+        model.prompt_encoder["default"].embedding.weight.copy_(content)
+        torch.testing.assert_close(logits(model), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_prompt_learns_under_gradient_checkpointing(emulator_dir: Callable[[str], Path]) -> None:
+    """A prefix does not, whose cache that drops: a config may not ask for both."""
+    model = attached(emulator_dir("llama"), "prompt", "llama").train()
+    plain = gradients(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.testing.assert_close(gradients(model), plain)
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+def test_completions_are_greedy_whatever_the_padding(
+    case: str, tmp_path: Path, emulator_dir: Callable[[str], Path], tokenizer: Any
+) -> None:
+    model = trained(tmp_path / "a", emulator_dir("llama"), case, "llama")
+    rows = [Tokens([5, 9, 33, 70, 2], [False] * 4 + [True]), Tokens([40, 8], [False, True])]
+    found = complete(model, tokenizer, rows, max_new_tokens=4, batch_size=2)
+    for row, text in zip(rows, found, strict=True):
+        ids = torch.tensor([row.input_ids[: row.completion_mask.index(True)]])
+        for _ in range(4):
+            with torch.no_grad():
+                step = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1:].argmax(-1)
+            ids = torch.cat([ids, step], dim=1)
+            if int(step) == tokenizer.eos_token_id:
+                break
+        begin = row.completion_mask.index(True)
+        assert text == tokenizer.decode(ids[0, begin:], skip_special_tokens=True).strip()
+
+
+def test_another_method_after_one_was_taken_off(
+    tmp_path: Path, emulator_dir: Callable[[str], Path], tiny_model_dir: Callable[..., Path]
+) -> None:
+    for case in ("lokr", "prefix"):
+        trained(tmp_path / case, emulator_dir("llama"), case, "llama")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir("llama"))
+    alone = logits(load_adapter(copy.deepcopy(model), tmp_path / "lokr").eval())
+    model = detach_adapter(load_adapter(model, tmp_path / "prefix"))
+    assert torch.equal(logits(load_adapter(model, tmp_path / "lokr").eval()), alone)
+
+
+def test_peft_s_loha_and_lokr_know_no_conv1d(emulator_dir: Callable[[str], Path]) -> None:
+    assert not fits("loha", "gpt2")
+    with pytest.raises(TypeError, match="Conv1D"):
+        attached(emulator_dir("gpt2"), "lokr", "gpt2")
+
+
+def test_the_names_of_every_method_are_the_original_s(tmp_path: Path, emulator_dir: Callable[[str], Path]) -> None:
+    for case in ON_LINEARS:
+        trained(tmp_path / case, emulator_dir("llama"), case, "llama")
+        adapter = Adapter(tmp_path / case)
+        assert len(adapter.names) == len(set(adapter.names)) == 6
+        assert all(name.startswith("model.layers.") for name in adapter.names)

@@ -1,0 +1,116 @@
+"""An adapter's tensors folded into a checkpoint by row chunks: what PEFT's own merge makes of the whole model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from adapter_cases import FITTING, PROMPTS, trained
+from peft import PeftModel
+from safetensors.torch import save_file
+from tiny import save_emulator
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from emloc_ray.io.checkpoint import Checkpoint
+from emloc_ray.modeling.adapter import Adapter
+from emloc_ray.modeling.adapter_merging import changed_tensors, merged_chunks
+from emloc_ray.modeling.adapter_methods import update_rank
+from emloc_ray.modeling.architecture import LinearSpec, StoredRows, block_linears, empty_model
+
+MERGED = [(case, family) for case, family in FITTING if case not in PROMPTS]
+
+
+@pytest.mark.parametrize(("case", "family"), MERGED)
+def test_every_tensor_is_as_peft_merges_it(
+    case: str, family: str, tmp_path: Path, tiny_model_dir: Callable[..., Path]
+) -> None:
+    model_dir = tiny_model_dir(family)
+    trained(tmp_path / "a", save_emulator(model_dir, tmp_path / "e"), case, family)
+    adapter = Adapter(tmp_path / "a")
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), tmp_path / "a")
+    expected = plain.merge_and_unload().state_dict()
+    specs = block_linears(empty_model(AutoConfig.from_pretrained(model_dir)))
+    changed = changed_tensors(adapter, specs)
+    assert {change.spec.name for parts in changed.values() for change in parts.values()} == set(adapter.names)
+    for entry in Checkpoint(model_dir):
+        if entry.name not in changed:
+            assert torch.equal(entry.read_rows(), expected[entry.name]), entry.name
+            continue
+        whole = torch.cat(list(merged_chunks(entry, adapter, changed[entry.name], 2**20)))
+        torch.testing.assert_close(whole, expected[entry.name], rtol=1e-5, atol=1e-6)
+        assert not torch.equal(whole, entry.read_rows()), entry.name
+        chunked = torch.cat(list(merged_chunks(entry, adapter, changed[entry.name], 1)))
+        assert torch.equal(chunked, whole), entry.name  # no bit depends on the chunks
+
+
+@pytest.mark.parametrize(
+    "case", [case for case, family in MERGED if family == "qwen2"] + ["lora", "loha", "lokr", "vera"]
+)
+def test_a_weight_is_merged_where_the_checkpoint_holds_its_rows(
+    case: str, tmp_path: Path, tiny_model_dir: Callable[..., Path]
+) -> None:
+    family = "qwen2" if ("qwen2" in (f for c, f in MERGED if c == case)) else "llama"
+    model_dir = tiny_model_dir(family)
+    trained(tmp_path / "a", save_emulator(model_dir, tmp_path / "e"), case, family)
+    adapter, checkpoint = Adapter(tmp_path / "a"), Checkpoint(model_dir)
+    specs = [s for s in block_linears(empty_model(AutoConfig.from_pretrained(model_dir))) if s.name in adapter.names]
+    whole = merged(adapter, specs, checkpoint)
+    # Each weight in two tensors of unequal sizes, the second of them a slice of a larger one, whose other is not adapted.
+    tensors: dict[str, torch.Tensor] = {}
+    placed = []
+    for spec in specs:
+        weight, cut = checkpoint.read(spec.weight_name), spec.out_features // 4 + 1
+        other = torch.ones_like(weight[cut:])
+        tensors |= {f"{spec.name}.one": weight[:cut].clone(), f"{spec.name}.two": torch.stack([other, weight[cut:]])}
+        stored = (StoredRows(f"{spec.name}.one"), StoredRows(f"{spec.name}.two", cut, 1))
+        bias = None
+        if spec.has_bias:
+            tensors[f"{spec.name}.biases"] = checkpoint.read(f"{spec.name}.bias")[None]
+            bias = StoredRows(f"{spec.name}.biases", 0, 0)
+        placed.append(dataclasses.replace(spec, stored=stored, stored_bias=bias))
+    save_file(tensors, tmp_path / "model.safetensors")
+    found = merged(adapter, placed, Checkpoint(tmp_path))
+    for spec in specs:
+        apart = found[f"{spec.name}.two"]
+        assert torch.equal(apart[0], torch.ones_like(apart[0]))
+        assert torch.equal(torch.cat([found[f"{spec.name}.one"], apart[1]]), whole[spec.weight_name]), spec.name
+        if f"{spec.name}.bias" in whole:
+            assert torch.equal(found[f"{spec.name}.biases"][0], whole[f"{spec.name}.bias"])
+
+
+def merged(adapter: Adapter, specs: Sequence[LinearSpec], checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Every tensor that changes, put together of small chunks."""
+    changed = changed_tensors(adapter, specs)
+    entries = {name: checkpoint.entry(name) for name in changed}
+    chunks = {name: list(merged_chunks(entry, adapter, changed[name], 2000)) for name, entry in entries.items()}
+    return {name: torch.cat([c.reshape(-1) for c in found]).view(entries[name].shape) for name, found in chunks.items()}
+
+
+def test_ia3_scales_biases_of_what_linears_give(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
+    model_dir = tiny_model_dir("gpt2")
+    trained(tmp_path / "a", save_emulator(model_dir, tmp_path / "e"), "ia3", "gpt2")
+    specs = block_linears(empty_model(AutoConfig.from_pretrained(model_dir)))
+    biases = {name for name in changed_tensors(Adapter(tmp_path / "a"), specs) if name.endswith(".bias")}
+    assert biases == {f"transformer.h.{at}.attn.{part}.bias" for at in range(2) for part in ("c_attn", "c_proj")}
+
+
+@pytest.mark.parametrize(("case", "family"), [pair for pair in MERGED if pair[0] != "ia3"])
+def test_the_rank_that_is_planned_is_that_of_the_update(
+    case: str, family: str, tmp_path: Path, tiny_model_dir: Callable[..., Path]
+) -> None:
+    from adapter_cases import settings
+
+    model_dir = tiny_model_dir(family)
+    trained(tmp_path / "a", save_emulator(model_dir, tmp_path / "e"), case, family)
+    adapter = Adapter(tmp_path / "a")
+    specs = block_linears(empty_model(AutoConfig.from_pretrained(model_dir)))
+    options = settings(case, family, [spec.name for spec in specs])
+    for spec in specs:
+        if spec.name in adapter.names:
+            update = adapter.update(spec)
+            assert update.shape == (spec.out_features, spec.in_features)
+            rank = int(torch.linalg.matrix_rank(update.rows(0, spec.out_features).double(), rtol=1e-5))
+            assert rank == update_rank(options["method"], options, spec)
