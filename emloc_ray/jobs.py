@@ -80,6 +80,7 @@ class Jobs:
             mode,
             tuple(self.gram_groups(wave) for wave in memory.waves()) if mode == "resident" else None,
             streams=tuple((s.name, s.stream) for s in self.prepared.layout.specs if s.stream != "row"),
+            between=tuple((s.name, s.block) for s in self.prepared.layout.specs if s.between),
         )
 
     def factorization(self, basis_dir: Path | None = None) -> FactorizationJob:

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from emloc_ray.config import AdapterConfig, RunConfig
+from torch import Tensor
+
+from emloc_ray.config import AdapterConfig, EmulatorConfig, RunConfig
 from emloc_ray.core.ranks import rank_for_ratio
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.adapter import portable_targets
-from emloc_ray.modeling.architecture import LinearSpec, block_linears, learned_positions, trace_inputs
-from emloc_ray.modeling.matching import check_table, lookup, select
+from emloc_ray.modeling.architecture import (
+    LinearSpec,
+    block_linears,
+    learned_positions,
+    linears_between,
+    trace_inputs,
+    unfactorable,
+)
+from emloc_ray.modeling.matching import ALL_LINEAR, check_table, lookup, matches, select
+from emloc_ray.modeling.replay import block_flow
 
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class ImageShape:
+    """What an image is to a model: tokens in the row, and the tokens that each block reads which only images bring to run.
+
+    Zero and none where the model reads no images; counted for an image of 448 × 448 pixels.
+    """
+
+    row_tokens: int = 0
+    block_tokens: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -27,11 +48,15 @@ class Skeleton:
     num_parameters: int
     head_parameters: int
     hidden_size: int
+    modules: tuple[str, ...] = ()
+    unfactorable: dict[str, str] = field(default_factory=dict)
+    image: ImageShape = ImageShape()
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The model's linears and what the config makes of them."""
+    """The model's linears and what the config makes of them; ``left_dense`` are modules that its patterns name though they
+    are no linears, with their kinds."""
 
     specs: tuple[LinearSpec, ...]
     groups: tuple[tuple[LinearSpec, ...], ...]
@@ -42,6 +67,8 @@ class Layout:
     num_parameters: int
     head_parameters: int
     hidden_size: int
+    left_dense: dict[str, str] = field(default_factory=dict)
+    image: ImageShape = ImageShape()
 
     @property
     def parameters_targeted(self) -> int:
@@ -61,10 +88,15 @@ class Layout:
         return spec.num_parameters if rank is None else rank * (spec.out_features + spec.in_features)
 
 
-def skeleton_of(model_config: Any, model: Any) -> Skeleton:
-    """Of a model on the meta device, or any other."""
+def skeleton_of(
+    model_config: Any, model: Any, example: Mapping[str, Tensor] | None = None, trust_remote_code: bool = False
+) -> Skeleton:
+    """Of a model on the meta device, or any other; ``example`` is what it is called with for an image, where it reads some."""
     found = block_linears(model)
-    trace = trace_inputs(model, found)
+    if example:
+        next_blocks = block_flow(model_config, trust_remote_code, example).between
+        found = _in_model_order(model, [*found, *linears_between(model, next_blocks)])
+    trace = trace_inputs(model, found, example)
     specs = [replace(spec, stream=trace.streams.get(spec.name, spec.stream)) for spec in found]
     by_name = {spec.name: spec for spec in specs}
     groups = tuple(tuple(by_name[name] for name in group) for group in trace.groups)
@@ -78,7 +110,20 @@ def skeleton_of(model_config: Any, model: Any) -> Skeleton:
         parameters,
         head.weight.numel(),
         head.weight.shape[-1],
+        tuple(name for name, _ in model.named_modules() if name),
+        unfactorable(model),
+        _image_shape(example, specs, trace.image_tokens) if example else ImageShape(),
     )
+
+
+def _image_shape(example: Mapping[str, Tensor], specs: Sequence[LinearSpec], counts: Mapping[str, int]) -> ImageShape:
+    inside = [spec for spec in specs if spec.name in counts and not spec.between]
+    return ImageShape(example["input_ids"].shape[1], {spec.block: counts[spec.name] for spec in inside})
+
+
+def _in_model_order(model: Any, specs: Sequence[LinearSpec]) -> list[LinearSpec]:
+    by_name = {spec.name: spec for spec in specs}
+    return [by_name[name] for name, _ in model.named_modules() if name in by_name]
 
 
 def make_layout(config: RunConfig, skeleton: Skeleton) -> Layout:
@@ -88,22 +133,26 @@ def make_layout(config: RunConfig, skeleton: Skeleton) -> Layout:
         ConfigError: naming every pattern that fits nothing, one sentence a line.
     """
     specs = skeleton.specs
-    compressed, adapted = _matched(config, specs)
+    left_dense: dict[str, str] = {}
+    compressed, adapted = _matched(config, skeleton, left_dense)
     return Layout(
         specs,
         skeleton.groups,
         ranks_at(config, specs, compressed),
         tuple(compressed),
         tuple(adapted),
-        _portable(config, adapted, [spec.name for spec in specs]),
+        _portable(config, adapted, skeleton.modules or [spec.name for spec in specs]),
         skeleton.num_parameters,
         skeleton.head_parameters,
         skeleton.hidden_size,
+        left_dense,
+        skeleton.image,
     )
 
 
-def _matched(config: RunConfig, specs: Sequence[LinearSpec]) -> tuple[list[str], list[str]]:
-    """The linears that are compressed, and those that are adapted."""
+def _matched(config: RunConfig, skeleton: Skeleton, left_dense: dict[str, str]) -> tuple[list[str], list[str]]:
+    """The linears that are compressed, and those that are adapted; adds what patterns name beside them to ``left_dense``."""
+    specs = skeleton.specs
     names = [spec.name for spec in specs]
     emulator, adapter = config.emulator, config.adapter
     errors: list[str] = []
@@ -115,21 +164,40 @@ def _matched(config: RunConfig, specs: Sequence[LinearSpec]) -> tuple[list[str],
             errors.append(str(error))
             return None
 
-    compressed = attempt(
-        lambda: select(names, emulator.target_modules, emulator.exclude_modules, "emulator.target_modules")
-    )
-    adapted = attempt(lambda: select(names, adapter.target_modules, adapter.exclude_modules, "adapter.target_modules"))
+    others = skeleton.unfactorable
+
+    def chosen(section: EmulatorConfig | AdapterConfig, key: str) -> list[str]:
+        found = select(names, section.target_modules, section.exclude_modules, key, list(others))
+        beside = _named(others, section)
+        if not found:
+            kinds = ", ".join(f"{name} ({kind})" for name, kind in beside.items())
+            raise ConfigError(f"{key} names no linear, only {kinds}: name linears, the one kind that can be factored.")
+        left_dense.update(beside)
+        return found
+
+    compressed = attempt(lambda: chosen(emulator, "emulator.target_modules"))
+    adapted = attempt(lambda: chosen(adapter, "adapter.target_modules"))
     for key, table in (
         ("emulator.ratios", emulator.ratios),
         ("adapter.rank_pattern", adapter.rank_pattern),
         ("adapter.alpha_pattern", adapter.alpha_pattern),
     ):
-        attempt(lambda table=table, key=key: check_table(names, table, key))  # type: ignore[misc]
+        attempt(lambda table=table, key=key: check_table(names, table, key, list(others)))  # type: ignore[misc]
+        left_dense.update({name: kind for name, kind in others.items() if not errors and lookup(name, table, None)})
     if not errors:
         attempt(lambda: _check_adapter_ranks(adapter, [spec for spec in specs if spec.name in set(adapted or ())]))
     if errors or compressed is None or adapted is None:
         raise ConfigError("\n".join(errors))
     return compressed, adapted
+
+
+def _named(others: Mapping[str, str], section: EmulatorConfig | AdapterConfig) -> dict[str, str]:
+    """Those of the modules that a section's patterns name."""
+    targets, exclude = section.target_modules, section.exclude_modules
+    if targets is None or targets == ALL_LINEAR:
+        return {}
+    excluded = {name for name in others if exclude is not None and matches(name, exclude)}
+    return {name: kind for name, kind in others.items() if name not in excluded and matches(name, targets)}
 
 
 def _check_adapter_ranks(adapter: AdapterConfig, specs: Sequence[LinearSpec]) -> None:
@@ -155,8 +223,9 @@ def ranks_at(config: RunConfig, specs: Sequence[LinearSpec], compressed: Sequenc
     return {name: rank for name, rank in ranks.items() if rank is not None}
 
 
-def _portable(config: RunConfig, adapted: list[str], names: list[str]) -> str | tuple[str, ...]:
+def _portable(config: RunConfig, adapted: list[str], modules: Sequence[str]) -> str | tuple[str, ...]:
+    """What names the adapted linears and no other module, as PEFT looks for them among all."""
     asked = config.adapter.target_modules
-    if asked is None or asked == "all-linear" or config.adapter.exclude_modules is not None:
-        return tuple(portable_targets(adapted, names))
+    if asked is None or asked == ALL_LINEAR or {name for name in modules if matches(name, asked)} != set(adapted):
+        return tuple(portable_targets(adapted, modules))
     return asked if isinstance(asked, str) else tuple(asked)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from emloc_ray.data.formats import Tokens
-from emloc_ray.data.token_shards import collate, length_batches
+from emloc_ray.data.token_shards import ImagesToInputs, collate, length_batches
 from emloc_ray.errors import NumericsError
 from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.loss import token_loss
@@ -41,12 +41,23 @@ class Score:
 
 @torch.no_grad()
 def score_rows(
-    model: Any, rows: Sequence[Tokens], *, batch_size: int, loss_on: str, pad_token_id: int, name: str
+    model: Any,
+    rows: Sequence[Tokens],
+    *,
+    batch_size: int,
+    loss_on: str,
+    pad_token_id: int,
+    name: str,
+    images: ImagesToInputs | None = None,
 ) -> Score:
-    """The model's score on the rows; raises NumericsError, with ``name``, where its loss is no number."""
+    """The model's score on the rows; ``images`` makes its inputs of theirs.
+
+    Raises:
+        NumericsError: with ``name``, where its loss is no number.
+    """
     total = Score()
     for part in length_batches(rows, batch_size):
-        batch = {key: value.to(model.device) for key, value in collate(part, pad_token_id).items()}
+        batch = {key: value.to(model.device) for key, value in collate(part, pad_token_id, images).items()}
         result = token_loss(model, batch, loss_on)
         total += Score(float(result.loss_sum), int(result.num_correct), result.num_tokens)
     if not math.isfinite(total.loss_sum):
@@ -61,13 +72,25 @@ def prompt_length(row: Tokens) -> int:
 
 
 @torch.no_grad()
-def complete(model: Any, tokenizer: Any, rows: Sequence[Tokens], *, max_new_tokens: int, batch_size: int) -> list[str]:
-    """Greedy completions of the rows' prompts, as text, stopped at the end-of-sequence token."""
+def complete(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Tokens],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    images: ImagesToInputs | None = None,
+) -> list[str]:
+    """Greedy completions of the rows' prompts, as text, stopped at the end-of-sequence token.
+
+    ``images`` makes the model's inputs of those that the prompts show.
+    """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     apart = has_encoder(model.config)
     texts: list[str] = []
     for start in range(0, len(rows), batch_size):
-        prompts = [row.input_ids[: prompt_length(row)] for row in rows[start : start + batch_size]]
+        some = rows[start : start + batch_size]
+        prompts = [row.input_ids[: prompt_length(row)] for row in some]
         longest = max(map(len, prompts))
         # What goes on from its prompt is padded on the left, so that it begins at once.
         padding = [([], [pad] * (longest - len(p))) if apart else ([pad] * (longest - len(p)), []) for p in prompts]
@@ -78,7 +101,10 @@ def complete(model: Any, tokenizer: Any, rows: Sequence[Tokens], *, max_new_toke
                 for p, (left, right) in zip(prompts, padding, strict=True)
             ]
         )
+        shown = [[image.content for image in row.images if image.end <= prompt_length(row)] for row in some]
+        others = {} if images is None else images(shown, ids)
         output = model.generate(
+            **{key: value.to(model.device) for key, value in others.items()},
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             max_new_tokens=max_new_tokens,

@@ -23,6 +23,7 @@ from emloc_ray.core.correction import (
     difference,
     shortfall,
 )
+from emloc_ray.data.processors import ImageInputs
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.atomic import write_json
 from emloc_ray.io.checkpoint import Checkpoint
@@ -158,7 +159,8 @@ def _read_modules(job: CorrectionJob, adapter: Adapter, progress: Progress) -> l
     modules = []
     for number, name in enumerate(adapter.names):
         delta = layer_difference(specs[name], original, emulator)
-        gram = grams.read(name) if grams is not None and delta is not None and name in grams else None
+        is_known = grams is not None and name in grams and grams.num_tokens(name) > 0
+        gram = grams.read(name) if grams is not None and delta is not None and is_known else None
         modules.append(_Module(adapter.module(name), delta, gram))
         progress(number + 1, len(adapter.names) + len(job.candidates))
     return modules
@@ -168,6 +170,7 @@ def _selection_losses(job: CorrectionJob, modules: Sequence[_Module], progress: 
     model = load_adapter(load_model(job.model_dir, **job.model_options), job.adapter_dir).eval()
     shards = TokenShards(job.selection_dir)
     rows = [shards.row(position) for position in range(len(shards))]
+    images = ImageInputs(job.model_dir, job.model_options.get("trust_remote_code", False))
     losses: list[float] = []
     for number, candidate in enumerate(job.candidates):
         for module in modules:
@@ -179,6 +182,7 @@ def _selection_losses(job: CorrectionJob, modules: Sequence[_Module], progress: 
             loss_on=job.loss_on,
             pad_token_id=job.pad_token_id,
             name=f"corrected ({candidate.method})",
+            images=images,
         )
         losses.append(score.metrics()["loss"])
         progress(len(modules) + number + 1, len(modules) + len(job.candidates))

@@ -112,7 +112,7 @@ def factorize_group(job: FactorizationJob, specs: Sequence[LinearSpec], gram: St
     """
     checkpoint = Checkpoint(job.model_dir)
     basis = Basis(job.basis_dir)
-    whitening = functools.cache(lambda: Whitening(gram.read(), job.dampening_frac))
+    whitening = functools.cache(lambda: Whitening(_matrix(gram), job.dampening_frac))
     num_tokens = gram.num_tokens
     tensors: dict[str, torch.Tensor] = {}
     spectra: dict[str, torch.Tensor] = {}
@@ -137,6 +137,13 @@ def factorize_group(job: FactorizationJob, specs: Sequence[LinearSpec], gram: St
         reports.append(LayerReport(spec.name, rank, error, result.solver, energy, num_tokens))
     write_tensors(spectra_file(path), spectra, {_LAYERS: json.dumps([asdict(report) for report in reports])})
     write_tensors(path, tensors)  # last: with it, the group is done
+
+
+def _matrix(gram: StoredGram) -> torch.Tensor:
+    """The Gram; of linears that calibration brought no token to, as a vision tower's without images, as if all inputs were
+    alike: their best factors are then those of the weight alone."""
+    found = gram.read()
+    return found if gram.num_tokens else torch.eye(len(found), dtype=found.dtype)
 
 
 def copy_rest(entries: Sequence[TensorEntry], path: Path) -> None:
