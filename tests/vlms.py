@@ -210,3 +210,32 @@ def save_vlm(family: str, directory: Path, seed: int = 0) -> Path:
     model.save_pretrained(directory, max_shard_size="200KB")
     processor.save_pretrained(directory)
     return directory
+
+
+def small_llava(directory: Path, side: int) -> Path:
+    """Saves a LLaVA of twice the width for square images of ``side`` pixels, 16 patches each, that a minute can teach."""
+    width = 2 * HIDDEN
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokenizer = image_tokenizer()
+    vision = transformers.CLIPVisionConfig(**sizes, image_size=side, patch_size=side // 4, projection_dim=width)
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=transformers.LlamaConfig(**{**_TEXT, **sizes}),
+        image_token_index=tokenizer.image_token_id,
+        vision_feature_layer=-1,
+        tie_word_embeddings=False,
+    )
+    processor = transformers.LlavaProcessor(
+        transformers.CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
+        tokenizer,
+        patch_size=side // 4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+        chat_template=CHAT_TEMPLATE,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(directory)
+    processor.save_pretrained(directory)
+    return directory

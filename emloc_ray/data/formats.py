@@ -140,6 +140,9 @@ def segments(
     with_template = processor if processor is not None and processor.chat_template else tokenizer
     messages = row["messages"] if processor is None else plain_messages(row["messages"])
     found = _message_segments(messages, with_template, where)
+    token = getattr(processor, "image_token", None)
+    if token and sum(segment.text.count(token) for segment in found) > len(list(image_parts({"messages": messages}))):
+        raise DataError(f"{where}: a text holds {token}, which stands for an image: write it otherwise.")
     return [*_with_images(found, messages, processor, images, where)] if images else found
 
 

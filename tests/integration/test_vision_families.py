@@ -188,7 +188,10 @@ def test_factorize(run: FinishedRun) -> None:
     for folder in ("emulator", "merged"):
         processor = AutoProcessor.from_pretrained(run.root / folder)
         assert processor.chat_template
-        assert processor.image_processor.to_dict() == AutoProcessor.from_pretrained(run.model_dir).image_processor.to_dict()
+        assert (
+            processor.image_processor.to_dict()
+            == AutoProcessor.from_pretrained(run.model_dir).image_processor.to_dict()
+        )
 
 
 def test_finetune(run: FinishedRun) -> None:
