@@ -113,6 +113,9 @@ class CalibrationConfig(StageConfig):
     keep: Literal["grams", "none"] = "grams"
     mode: Literal["auto", "resident", "streamed"] = Field("auto", description="whole model, or a block at a time")
     convergence_tolerance: float | None = Field(None, gt=0, lt=1, description="stop where Grams change by less")
+    # Below some hundred tokens, what the block's tokens say of an expert's inputs is worth more than its own few do: a
+    # factor of higher rank than there are tokens would be partly arbitrary.
+    min_expert_tokens: int = Field(256, ge=0, description="experts sent fewer are run on all tokens; 0: never")
 
     @model_validator(mode="before")
     @classmethod
@@ -130,6 +133,7 @@ class EmulatorConfig(StageConfig):
     target_modules: Patterns | None = None
     exclude_modules: Patterns | None = None
     dampening_frac: float = Field(1e-6, gt=0, lt=1)
+    quantization: Literal["none", "nf4"] = Field("none", description="nf4: linears inside the blocks in 4 bits")
 
     @field_validator("ratios")
     @classmethod

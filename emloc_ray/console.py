@@ -244,6 +244,10 @@ def evaluation_table(metrics: dict[str, Any]) -> Table:
     return table
 
 
+def _stored(emulator: dict[str, Any]) -> str:
+    return f"; in 4 bits, {gib(emulator['bytes']).strip()}" if emulator.get("quantization", "none") != "none" else ""
+
+
 def result_lines(metrics: dict[str, Any], run_dir: str) -> list[str]:
     """The run's outcome in a few lines, below the table."""
     lines = []
@@ -263,7 +267,7 @@ def result_lines(metrics: dict[str, Any], run_dir: str) -> list[str]:
         share = emulator["parameters"] / emulator["original_parameters"]
         lines.append(
             f"Emulator: {emulator['parameters']:,} of {emulator['original_parameters']:,} parameters ({share:.0%});"
-            f" {emulator['parameters_kept']:.3f} of the targeted linears"
+            f" {emulator['parameters_kept']:.3f} of the targeted linears{_stored(emulator)}"
         )
     stages = metrics["stages"]
     peak = max(stage["peak_pss_bytes"] for stage in stages.values())

@@ -79,14 +79,23 @@ class Jobs:
             tuple(self.model_options.items()),
             mode,
             tuple(self.gram_groups(wave) for wave in memory.waves()) if mode == "resident" else None,
+            experts=self.experts(),
+            min_expert_tokens=section.min_expert_tokens,
             streams=tuple((s.name, s.stream) for s in self.prepared.layout.specs if s.stream != "row"),
             between=tuple((s.name, s.block) for s in self.prepared.layout.specs if s.between),
         )
+
+    def experts(self) -> tuple[tuple[str, int], ...]:
+        """The Grams of experts' linears, with how many inputs these have."""
+        specs = {spec.name: spec for spec in self.prepared.layout.specs}
+        firsts = [specs[group[0]] for group in self.gram_groups()]
+        return tuple((spec.name, spec.in_features) for spec in firsts if spec.routed_share is not None)
 
     def factorization(self, basis_dir: Path | None = None) -> FactorizationJob:
         """Every group of linears that share an input; ``basis_dir`` is an emulator of the same Grams and other ranks."""
         config, layout = self.prepared.config, self.prepared.layout
         placed = {spec.name: spec for spec in self.specs()}
+        in_4bit, targeted = layout.in_4bit, set(layout.compressed)
         return FactorizationJob(
             model_dir=self.model_dir,
             out_dir=self._path("emulator"),
@@ -96,6 +105,9 @@ class Jobs:
             seed=config.seed,
             basis_dir=basis_dir,
             renamed=renamed_tensors(self.stored()),
+            in_4bit=in_4bit,
+            without_gram=tuple(name for name in in_4bit if name not in targeted),
+            kept_wide=layout.kept_wide,
         )
 
     def num_steps(self) -> int:
@@ -130,8 +142,8 @@ class Jobs:
         """With the candidates that the config leaves to choose among."""
         config, layout = self.prepared.config, self.prepared.layout
         section = config.correction
-        has_grams = bool(layout.ranks) and config.calibration.keep == "grams"
-        method = section.method if layout.ranks else "none"
+        has_grams = layout.differs and config.calibration.keep == "grams"
+        method = section.method if layout.differs else "none"
         return CorrectionJob(
             model_dir=self.model_dir,
             emulator_dir=self._path("emulator"),
@@ -209,7 +221,7 @@ class Jobs:
     def _adapter_settings(self) -> dict[str, Any]:
         layout = self.prepared.layout
         settings = self.prepared.config.adapter.model_dump(exclude={"target_modules", "exclude_modules"})
-        transposed = any(spec.transposed for spec in layout.specs if spec.name in layout.adapted)
+        transposed = any(s.transposed and s.routed_share is None for s in layout.specs if s.name in layout.adapted)
         task = "SEQ_2_SEQ_LM" if has_encoder(self.base_config()) else "CAUSAL_LM"
         return {
             **settings,

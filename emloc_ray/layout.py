@@ -20,7 +20,9 @@ from emloc_ray.modeling.architecture import (
     trace_inputs,
     unfactorable,
 )
+from emloc_ray.modeling.experts import owner_of
 from emloc_ray.modeling.matching import ALL_LINEAR, check_table, lookup, matches, select
+from emloc_ray.modeling.quantization import replaceable_linears
 from emloc_ray.modeling.replay import block_flow
 
 Result = TypeVar("Result")
@@ -48,6 +50,7 @@ class Skeleton:
     num_parameters: int
     head_parameters: int
     hidden_size: int
+    replaceable: tuple[str, ...] = ()  # linears anywhere that transformers can put 4-bit ones in place of
     modules: tuple[str, ...] = ()
     unfactorable: dict[str, str] = field(default_factory=dict)
     image: ImageShape = ImageShape()
@@ -67,8 +70,27 @@ class Layout:
     num_parameters: int
     head_parameters: int
     hidden_size: int
+    quantized: bool = False
+    replaceable: tuple[str, ...] = ()
     left_dense: dict[str, str] = field(default_factory=dict)
     image: ImageShape = ImageShape()
+
+    @property
+    def differs(self) -> bool:
+        """Whether the emulator is another model than the original: compressed, in 4 bits or both."""
+        return bool(self.ranks) or self.quantized
+
+    @property
+    def in_4bit(self) -> tuple[str, ...]:
+        """The linears that the emulator stores in 4 bits, as factors or dense: all inside the blocks, as QLoRA has it."""
+        able = {*self.ranks, *self.replaceable} if self.quantized else set()
+        return tuple(spec.name for spec in self.specs if spec.name in able)
+
+    @property
+    def kept_wide(self) -> tuple[str, ...]:
+        """The linears that transformers must not take for 4-bit ones: heads, routers, what is outside the blocks."""
+        inside = {spec.name for spec in self.specs}
+        return tuple(name for name in self.replaceable if name not in inside)
 
     @property
     def parameters_targeted(self) -> int:
@@ -84,8 +106,13 @@ class Layout:
 
     def kept(self, spec: LinearSpec) -> int:
         """Parameters of one linear in the emulator."""
+        return sum(rows * columns for rows, columns in self.stored_shapes(spec))
+
+    def stored_shapes(self, spec: LinearSpec) -> tuple[tuple[int, int], ...]:
+        """The matrices that the emulator has of one linear: its weight, or its two factors."""
         rank = self.ranks.get(spec.name)
-        return spec.num_parameters if rank is None else rank * (spec.out_features + spec.in_features)
+        whole = (spec.out_features, spec.in_features)
+        return (whole,) if rank is None else ((spec.out_features, rank), (rank, spec.in_features))
 
 
 def skeleton_of(
@@ -110,6 +137,7 @@ def skeleton_of(
         parameters,
         head.weight.numel(),
         head.weight.shape[-1],
+        replaceable_linears(model),
         tuple(name for name, _ in model.named_modules() if name),
         unfactorable(model),
         _image_shape(example, specs, trace.image_tokens) if example else ImageShape(),
@@ -141,10 +169,12 @@ def make_layout(config: RunConfig, skeleton: Skeleton) -> Layout:
         ranks_at(config, specs, compressed),
         tuple(compressed),
         tuple(adapted),
-        _portable(config, adapted, skeleton.modules or [spec.name for spec in specs]),
+        _portable(config, adapted, skeleton),
         skeleton.num_parameters,
         skeleton.head_parameters,
         skeleton.hidden_size,
+        config.emulator.quantization != "none",
+        skeleton.replaceable,
         left_dense,
         skeleton.image,
     )
@@ -207,6 +237,18 @@ def _check_adapter_ranks(adapter: AdapterConfig, specs: Sequence[LinearSpec]) ->
         smaller = min(spec.out_features, spec.in_features)
         if r > smaller:
             raise ConfigError(f"{key} is {r}, above the smaller side {smaller} of {spec.name}: lower it.")
+    _check_experts_alike(adapter, specs)
+
+
+def _check_experts_alike(adapter: AdapterConfig, specs: Sequence[LinearSpec]) -> None:
+    """PEFT stores one rank for all experts of a layer."""
+    for key, table in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
+        found: dict[str, float] = {}
+        for spec in specs if table else ():
+            owner = owner_of(spec.name) if spec.routed_share is not None else None
+            value = lookup(spec.name, table, -1)
+            if owner is not None and found.setdefault(f"{owner[0]}.{owner[2]}", value) != value:
+                raise ConfigError(f"adapter.{key} tells experts of {owner[0]} apart: name all of them alike.")
 
 
 def ranks_at(config: RunConfig, specs: Sequence[LinearSpec], compressed: Sequence[str]) -> dict[str, int]:
@@ -223,9 +265,15 @@ def ranks_at(config: RunConfig, specs: Sequence[LinearSpec], compressed: Sequenc
     return {name: rank for name, rank in ranks.items() if rank is not None}
 
 
-def _portable(config: RunConfig, adapted: list[str], modules: Sequence[str]) -> str | tuple[str, ...]:
-    """What names the adapted linears and no other module, as PEFT looks for them among all."""
+def _portable(config: RunConfig, adapted: list[str], skeleton: Skeleton) -> str | tuple[str, ...]:
+    """What names the adapted linears and no other module, as PEFT looks for them among all of the original's."""
     asked = config.adapter.target_modules
-    if asked is None or asked == ALL_LINEAR or {name for name in modules if matches(name, asked)} != set(adapted):
-        return tuple(portable_targets(adapted, modules))
+    experts = {
+        spec.name for spec in skeleton.specs if spec.routed_share is not None
+    }  # the original has no such linears
+    plain = [name for name in adapted if name not in experts]
+    modules = [name for name in skeleton.modules if name not in experts]
+    everything = asked is None or asked == ALL_LINEAR
+    if asked is None or everything or experts or {name for name in modules if matches(name, asked)} != set(plain):
+        return tuple(portable_targets(plain, modules))
     return asked if isinstance(asked, str) else tuple(asked)

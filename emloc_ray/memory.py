@@ -17,6 +17,7 @@ from emloc_ray.io.shard_writing import chunk_limit
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.loss import chunk_tokens
 from emloc_ray.modeling.matching import lookup
+from emloc_ray.modeling.quantization import quantized_bytes
 from emloc_ray.preparation import Prepared
 
 Parts = dict[str, float]  # bytes by what holds them
@@ -81,7 +82,7 @@ class MemoryModel:
         self.itemsize = model_dtype(prepared).itemsize
         self.weights = self.layout.num_parameters * self.itemsize
         saved = self.layout.parameters_targeted - self.layout.parameters_factorized
-        self.emulator = (self.layout.num_parameters - saved) * self.itemsize
+        self.emulator = (self.layout.num_parameters - saved) * self.itemsize - self._packed_away()
         adapted = set(self.layout.adapted)
         self.adapted = tuple(spec for spec in self.layout.specs if spec.name in adapted)
         self.adapter_parameters = sum(self._rank(s) * (s.in_features + s.out_features) for s in self.adapted)
@@ -190,6 +191,7 @@ class MemoryModel:
         logits = self._logits(tokens)
         return {
             "weights": self.emulator,
+            "unpacked": self._unpacked(),
             "optimizer": _ADAM_BYTES * self.adapter_parameters,
             "activations": tokens * kept + (inside if inside >= logits else 0),
             "logits": logits if logits > inside else 0,
@@ -206,7 +208,7 @@ class MemoryModel:
         )
         reading = max((self._difference(spec) for spec in self.adapted), default=0.0)
         one_by_one: Parts = {"correction": thin + reading}
-        if self.config.correction.method != "auto" or not self.layout.ranks:
+        if self.config.correction.method != "auto" or not self.layout.differs:
             return one_by_one
         scoring = {**self._scoring(self.weights), "adapter": _FLOAT * self.adapter_parameters, "correction": thin}
         return max(scoring, one_by_one, key=total)
@@ -255,8 +257,22 @@ class MemoryModel:
         inside, logits = self._forward(tokens), self._logits(tokens)
         return {"weights": weights, **({"activations": inside} if inside >= logits else {"logits": logits})}
 
+    def _packed_away(self) -> int:
+        """Bytes that the emulator's linears in 4 bits save."""
+        in_4bit = set(self.layout.in_4bit)
+        packed = [spec for spec in self.layout.specs if spec.name in in_4bit]
+        stored = sum(quantized_bytes(*shape) for spec in packed for shape in self.layout.stored_shapes(spec))
+        return sum(self.layout.kept(spec) for spec in packed) * self.itemsize - stored
+
+    def _unpacked(self) -> int:
+        """Bytes of the largest weight in 4 bits as it is used: looked up by 32-bit indices, two elements each, in float32,
+        and turned to the model's dtype."""
+        shapes = (shape for spec in self.layout.specs for shape in self.layout.stored_shapes(spec))
+        largest = max((rows * columns for rows, columns in shapes), default=0) if self.layout.in_4bit else 0
+        return largest * (2 + _FLOAT + (0 if self.itemsize == _FLOAT else self.itemsize))
+
     def _groups(self) -> list[tuple[LinearSpec, ...]]:
-        targeted = set(self.layout.compressed if self.layout.ranks else ())
+        targeted = set(self.layout.compressed if self.layout.differs else ())
         return [group for group in self.layout.groups if any(spec.name in targeted for spec in group)]
 
     def _rank(self, spec: LinearSpec) -> int:
@@ -282,7 +298,8 @@ class MemoryModel:
         - What goes into attention and activations, and what comes out: outputs of the linears inside, inputs of those
           that write to the residual stream.
 
-        Frozen linears keep nothing, dense or factorized: their inputs' gradients need their weights alone.
+        Frozen linears keep nothing, dense or factorized: their inputs' gradients need their weights alone. Experts' linears
+        count by the share of tokens that is sent to each.
         """
         adapted = set(self.adapted)
         read = 0.0
@@ -290,9 +307,10 @@ class MemoryModel:
         for group in block.groups:
             count = sum(spec in adapted for spec in group)
             copies = count if self.itemsize < _FLOAT or self.config.adapter.lora_dropout else min(count, 1)
-            read += copies * group[0].in_features * _FLOAT * (2 if self.config.adapter.lora_dropout else 1)
+            share = group[0].token_share
+            read += share * copies * group[0].in_features * _FLOAT * (2 if self.config.adapter.lora_dropout else 1)
             writes = len(group) == 1 and group[0].out_features == block.width
-            inner += group[0].in_features if writes else sum(spec.out_features for spec in group)
+            inner += share * (group[0].in_features if writes else sum(spec.out_features for spec in group))
         return read + 2 * block.width * _FLOAT + inner * self.itemsize
 
     def _update_per_token(self) -> float:

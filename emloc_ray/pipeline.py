@@ -18,7 +18,15 @@ from emloc_ray.io.node_cache import discard, exists, hashes
 from emloc_ray.io.resume import begun_with, discard_unless
 from emloc_ray.planner import make_plan
 from emloc_ray.preparation import Prepared, check_disk, prepare
-from emloc_ray.remarks import cut_rows, left_dense, over_budget, shortfall, skipped_rows, thin_calibration
+from emloc_ray.remarks import (
+    cut_rows,
+    left_dense,
+    over_budget,
+    shortfall,
+    skipped_rows,
+    thin_calibration,
+    thin_experts,
+)
 from emloc_ray.reporter import Reporter, Reporters, SilentReporter
 from emloc_ray.run_log import RunLog
 from emloc_ray.stages import STAGES
@@ -197,7 +205,7 @@ class Pipeline:
 
     def calibrate(self) -> None:
         """One Gram per shared input of the linears that compression targets; what they serve is factorized meanwhile."""
-        if not self.layout.ranks:
+        if not self.layout.differs:
             self.inputs["calibrate"] = "none needed"
             self.directory.forget("calibrate")
             discard(self.directory.path("calibration"))
@@ -207,9 +215,7 @@ class Pipeline:
         from emloc_ray.stages.calibration_job import go_on
         from emloc_ray.stages.convergence import calibrate_until_converged
 
-        steps = self.steps
-
-        section, out_dir = self.config.calibration, self.directory.path("calibration")
+        steps, section, out_dir = self.steps, self.config.calibration, self.directory.path("calibration")
         inputs: dict[str, Any] = {
             "model": self.inputs["import"],
             "options": self.model_options,
@@ -220,6 +226,8 @@ class Pipeline:
         tolerance = section.convergence_tolerance
         if tolerance is not None:
             inputs["convergence_tolerance"] = tolerance
+        if self.jobs.experts():
+            inputs["min_expert_tokens"] = section.min_expert_tokens
 
         def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
             job = go_on(self.jobs.calibration(), out_dir, inputs, section.num_workers, section.mode == "auto")
@@ -243,7 +251,7 @@ class Pipeline:
         # Grams that are not kept go as they are used, so that the manifest cannot name them.
         recorded = [out_dir] if kept else []
         step = functools.partial(steps.run, "calibrate", inputs, [out_dir], execute, resources(section))
-        step(resumes=True, recorded=recorded, shared=self._content() if kept else None)
+        self._tell(thin_experts(step(resumes=True, recorded=recorded, shared=self._content() if kept else None)))
 
     def _grams_are_wanted(self) -> bool:
         """False where the emulator comes from another run and no Grams are kept; has them gathered again where they are of
@@ -262,6 +270,7 @@ class Pipeline:
 
     def _factorize_inputs(self) -> dict[str, Any]:
         return {
+            **({"quantization": self.config.emulator.quantization} if self.layout.quantized else {}),
             "calibrate": self.inputs["calibrate"],
             "model": self.inputs["import"],
             "ranks": self.layout.ranks,
@@ -270,8 +279,8 @@ class Pipeline:
         }
 
     def _factorize_basis(self) -> dict[str, Any]:
-        """What emulators of one basis have in common, whatever their ranks."""
-        alike = {key: value for key, value in self._factorize_inputs().items() if key != "ranks"}
+        """What emulators of one basis have in common, whatever their ranks. One in 4 bits is none, but may take one."""
+        alike = {k: value for k, value in self._factorize_inputs().items() if k not in ("ranks", "quantization")}
         return {**alike, **self._content(), "emloc_ray": version("emloc-ray")}
 
     def _emulator_build(self, granted: Resources) -> EmulatorBuild:
@@ -313,7 +322,7 @@ class Pipeline:
             build = self._emulator_build(granted)
             return build.finish(calibration_dir, self.jobs.base_config(), progress)
 
-        asked, basis = resources(self.config.emulator), self._factorize_basis()
+        asked, basis = resources(self.config.emulator), None if self.layout.quantized else self._factorize_basis()
         step = functools.partial(self.steps.run, "factorize", self._factorize_inputs(), [out_dir], execute, asked)
         result = step(resumes=True, shared=self._content(), basis=basis)
         discard(self.directory.path("basis"))

@@ -195,11 +195,11 @@ def num_steps(config: Any, num_rows: int) -> int:
 
 def _stage_flops(prepared: Prepared, tokens: float) -> dict[str, float]:
     config, layout = prepared.config, prepared.layout
-    blocks = sum(spec.num_parameters for spec in layout.specs)
-    kept = sum(layout.kept(spec) for spec in layout.specs)
+    blocks = sum(spec.token_share * spec.num_parameters for spec in layout.specs)
+    kept = sum(spec.token_share * layout.kept(spec) for spec in layout.specs)
     head = layout.head_parameters * 0.25  # logits at labels alone
-    grams = sum(group[0].in_features ** 2 for group in layout.groups) * 1.2
-    calibrated = prepared.calibration_tokens(tokens) if layout.ranks else 0
+    grams = sum(group[0].token_share * group[0].in_features ** 2 for group in layout.groups) * 1.2
+    calibrated = prepared.calibration_tokens(tokens) if layout.differs else 0
     train = prepared.files.get("train", ())
     steps = num_steps(config, sum(source.num_rows for source in train) or UNKNOWN_ROWS)
     finetune = config.finetune

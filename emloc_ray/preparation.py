@@ -82,6 +82,7 @@ def prepare(config: RunConfig) -> Prepared:
     files = {name: attempt(lambda name=name: _check_split(config, name)) for name in SPLITS}  # type: ignore[misc]
     attempt(lambda: _check_upper_bound(config))
     attempt(lambda: _check_resources(config))
+    attempt(lambda: _check_quantization(config))
     zero_config = attempt(lambda: _check_training(config))
     if errors or source is None or found is None:
         raise ConfigError("\n".join(dict.fromkeys(errors)))  # splits may share a bad file
@@ -208,10 +209,12 @@ def _check_upper_bound(config: RunConfig) -> None:
     if bound is None:
         return
     metrics = RunDirectory(bound).existing().metrics()
-    if "evaluation" not in metrics or (metrics.get("emulator") or {}).get("compression_ratio") != 1:
+    emulator = metrics.get("emulator") or {}
+    whole = emulator.get("compression_ratio") == 1 and emulator.get("quantization", "none") == "none"
+    if "evaluation" not in metrics or not whole:
         raise ConfigError(
             f"evaluation.upper_bound {bound} is no finished run at ratio 1.0: run the same config with"
-            " emulator.compression_ratio=1.0 and another run_dir, and name that."
+            " emulator.compression_ratio=1.0, not quantized, and another run_dir, and name that."
         )
 
 
@@ -242,7 +245,20 @@ def _check_training(config: RunConfig) -> dict[str, Any] | None:
     zero_config = read_zero_config(section.deepspeed)
     wanted = argparse.Namespace(**{**vars(arguments), **extra})
     check_zero_config(section.deepspeed, zero_config, wanted, section.num_workers)
+    if config.emulator.quantization != "none" and zero_config["zero_optimization"]["stage"] == 3:
+        raise ConfigError(
+            f"finetune.deepspeed {section.deepspeed} is ZeRO stage 3, which cannot scatter weights in 4 bits: give stage 2,"
+            " or set emulator.quantization to none."
+        )
     return zero_config
+
+
+def _check_quantization(config: RunConfig) -> None:
+    wanted = config.emulator.quantization
+    if wanted != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"emulator.quantization: {wanted} needs the bitsandbytes package: pip install 'emloc-ray[quantization]'."
+        )
 
 
 def _check_reporters(names: list[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from emloc_ray.config import RunConfig
 from emloc_ray.layout import Layout
 from emloc_ray.memory import MemoryModel, total
@@ -82,4 +84,19 @@ def thin_calibration(config: RunConfig, fewest_tokens: int | None, layout: Layou
         )
     section = config.calibration
     key = "num_calibration_samples" if section.num_calibration_tokens is None else "num_calibration_tokens"
-    return f"Calibration saw {fewest_tokens} tokens, fewer than the highest rank {highest}: raise calibration.{key}."
+    who = "An expert" if any(spec.routed_share is not None for spec in layout.specs) else "Calibration"
+    return f"{who} saw {fewest_tokens} tokens, fewer than the highest rank {highest}: raise calibration.{key}."
+
+
+def thin_experts(calibration: dict[str, Any]) -> str | None:
+    """How many experts were sent too few tokens, and what was done for them, from the calibration's result."""
+    found = calibration.get("experts") or {}
+    if not found.get("too_few"):
+        return None
+    reread = found["too_few"] - found["plain_svd"]
+    done = [f"{reread} have their statistics from {found['reread_tokens']} tokens run through them"] if reread else []
+    done += [f"{found['plain_svd']} are cut by a plain SVD, for want of tokens"] if found["plain_svd"] else []
+    return (
+        f"The router sent {found['too_few']} of {found['number']} experts fewer than {found['min_expert_tokens']} tokens"
+        f" ({found['never_routed']} none, the fewest {found['fewest_routed_tokens']}): {' and '.join(done)}."
+    )

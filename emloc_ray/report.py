@@ -75,7 +75,9 @@ def page_view(name: str, manifest: dict[str, Any], metrics: dict[str, Any]) -> d
     found = {
         key: (metrics.get(key) or {}) if stage in done else {} for stage, keys in _SECTIONS.items() for key in keys
     }
-    dense = (manifest.get("config", {}).get("emulator") or {}).get("compression_ratio") == 1
+    emulator = (manifest.get("config") or {}).get("emulator") or {}
+    quantized = emulator.get("quantization", "none") != "none"
+    dense = emulator.get("compression_ratio") == 1 and not quantized
     older = older_stages(done, {*_OPTIONAL, "calibrate"} if dense else _OPTIONAL)
     usages = metrics.get("stages") or {}
     stages = [(stage, usages[stage]) for stage in sorted(usages, key=_stage_order) if stage in done]
@@ -87,7 +89,8 @@ def page_view(name: str, manifest: dict[str, Any], metrics: dict[str, Any]) -> d
         "found": found,
         "task": describe_task(config.get("data") or {}),
         "model": (config.get("model") or {}).get("source"),
-        "ratio": (config.get("emulator") or {}).get("compression_ratio"),
+        "ratio": emulator.get("compression_ratio"),
+        "quantized": quantized,
         "progress": [
             (stage, stage in done and stage not in older)
             for stage in _STAGES

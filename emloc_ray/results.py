@@ -25,7 +25,7 @@ def assemble_metrics(directory: RunDirectory, prepared: Prepared, verified: Coll
     out, unless it is among the ``verified``, whose inputs were found unchanged since.
     """
     layout = prepared.layout
-    needed = [name for name in STAGES if name != "calibrate" or layout.ranks]
+    needed = [name for name in STAGES if name != "calibrate" or layout.differs]
     stages = _current_stages(directory.manifest()["stages"], verified, needed)
     metrics: dict[str, Any] = {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
@@ -36,7 +36,7 @@ def assemble_metrics(directory: RunDirectory, prepared: Prepared, verified: Coll
         metrics["data"] = stages["data"]["splits"]
     if "calibrate" in stages:
         found = stages["calibrate"]
-        told = ("num_tokens", "num_shards", "mode", "waves", "rounds", "converged")
+        told = ("num_tokens", "num_shards", "mode", "waves", "rounds", "converged", "experts")
         metrics["calibration"] = {key: found[key] for key in told if key in found}
     if "factorize" in stages:
         saved = layout.parameters_targeted - layout.parameters_factorized
@@ -46,6 +46,8 @@ def assemble_metrics(directory: RunDirectory, prepared: Prepared, verified: Coll
             "parameters": layout.num_parameters - saved,
             "original_parameters": layout.num_parameters,
             "mean_relative_error": stages["factorize"]["mean_relative_error"],
+            "quantization": prepared.config.emulator.quantization,
+            **{key: stages["factorize"][key] for key in ("bytes",) if key in stages["factorize"]},
             "layers": stages["factorize"]["layers"],
         }
     if "finetune" in stages:

@@ -69,6 +69,32 @@ def _gpt_neox() -> Any:
     return transformers.GPTNeoXConfig(**_SIZES)
 
 
+_ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+
+
+def _mixtral() -> Any:
+    """On disk an expert's gate and up are two tensors, in memory all experts' are one."""
+    return transformers.MixtralConfig(num_local_experts=4, **_GROUPED)
+
+
+def _qwen2_moe() -> Any:
+    """An expert that all tokens go to beside those that a router picks."""
+    return transformers.Qwen2MoeConfig(shared_expert_intermediate_size=96, **_ROUTED, **_GROUPED)
+
+
+def _qwen3_moe() -> Any:
+    """The first layer dense: linears there are called as experts' are on disk."""
+    return transformers.Qwen3MoeConfig(head_dim=16, mlp_only_layers=[0], **_ROUTED, **_GROUPED)
+
+
+def _gpt_oss() -> Any:
+    """Experts stored transposed and fused, with biases."""
+    sizes = {key: value for key, value in _GROUPED.items() if key != "intermediate_size"}
+    return transformers.GptOssConfig(
+        head_dim=16, num_local_experts=4, num_experts_per_tok=2, intermediate_size=48, **sizes
+    )
+
+
 def _t5() -> Any:
     """Encoder and decoder; the gated variant that the later releases are."""
     return transformers.T5Config(
@@ -96,6 +122,10 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "GPT-2": _gpt2,
     "OPT": _opt,
     "GPT-NeoX": _gpt_neox,
+    "Mixtral": _mixtral,
+    "Qwen2-MoE": _qwen2_moe,
+    "Qwen3-MoE": _qwen3_moe,
+    "gpt-oss": _gpt_oss,
     "T5": _t5,
 }
 

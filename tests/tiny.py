@@ -13,14 +13,21 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 FAMILIES = ("llama", "qwen2", "gpt2")
+EXPERT_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
 VOCABULARY = 300
 HIDDEN = 64
 PAD, EOS = 0, 1
@@ -49,7 +56,8 @@ def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
 
 
 def make_config(family: str, *, tied: bool = False, **changes: Any) -> Any:
-    """A two-layer config of hidden size ``HIDDEN``: llama, qwen2 (biases on q, k, v), gpt2 (Conv1D) or opt."""
+    """A two-layer config of hidden size ``HIDDEN``: llama, qwen2 (biases on q, k, v), gpt2 (Conv1D), opt, or
+    with four experts a layer, two of them a token: mixtral, qwen2_moe (a shared expert), qwen3_moe (its first layer dense)."""
     common = {
         "vocab_size": VOCABULARY,
         "pad_token_id": PAD,
@@ -63,12 +71,27 @@ def make_config(family: str, *, tied: bool = False, **changes: Any) -> Any:
     if family == "opt":
         return OPTConfig(ffn_dim=2 * HIDDEN, word_embed_proj_dim=HIDDEN, **{**sizes, **common, **changes})
     sizes |= {"intermediate_size": 2 * HIDDEN, "num_key_value_heads": 2}
+    if family == "mixtral":
+        return MixtralConfig(num_local_experts=4, **{**sizes, **common, **changes})
+    if family in EXPERT_FAMILIES:
+        sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+        if family == "qwen2_moe":
+            return Qwen2MoeConfig(shared_expert_intermediate_size=96, **{**sizes, **common, **changes})
+        return Qwen3MoeConfig(head_dim=16, mlp_only_layers=[0], **{**sizes, **common, **changes})
     return {"llama": LlamaConfig, "qwen2": Qwen2Config}[family](**{**sizes, **common, **changes})
 
 
 def make_model(family: str, *, dtype: str = "float32", tied: bool = False, seed: int = 0, **changes: Any) -> Any:
     """A random model with random biases too, in evaluation mode."""
-    classes = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM, "gpt2": GPT2LMHeadModel, "opt": OPTForCausalLM}
+    classes = {
+        "llama": LlamaForCausalLM,
+        "qwen2": Qwen2ForCausalLM,
+        "gpt2": GPT2LMHeadModel,
+        "opt": OPTForCausalLM,
+        "mixtral": MixtralForCausalLM,
+        "qwen2_moe": Qwen2MoeForCausalLM,
+        "qwen3_moe": Qwen3MoeForCausalLM,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = classes[family](make_config(family, tied=tied, **changes))
@@ -90,6 +113,19 @@ def cast_parameters(model: Any, dtype: torch.dtype) -> Any:
 def save_model(directory: Path, family: str = "llama", **options: Any) -> Path:
     """Saves :func:`make_model` as a sharded safetensors checkpoint beside its tokenizer; returns the directory."""
     make_model(family, **options).save_pretrained(directory, max_shard_size="100KB")
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def save_lopsided(directory: Path) -> Path:
+    """Saves a Mixtral, each token to one expert, whose last expert in each layer is never that one."""
+    model = make_model("mixtral", num_experts_per_tok=1)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            router = layer.mlp.gate.weight
+            router[1] = -router[0]  # of two opposite logits one is above the last one's zero
+            router[3] = 0
+    model.save_pretrained(directory, max_shard_size="100KB")
     make_tokenizer().save_pretrained(directory)
     return directory
 
@@ -117,10 +153,37 @@ def save_emulator(model_dir: Path, directory: Path, rank: int = 8) -> Path:
     """Saves an emulator of a saved model: every linear in its blocks at one rank, but the last, which stays dense."""
     from emloc_ray.modeling.architecture import block_linears
     from emloc_ray.modeling.emulator import write_emulator_config
+    from emloc_ray.modeling.experts import unfuse
+
+    model = unfuse(AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto"))
+    ranks = {spec.name: rank for spec in block_linears(model)[:-1]}
+    make_emulator(model, ranks).save_pretrained(directory, max_shard_size="100KB", save_original_format=False)
+    write_emulator_config(directory, model.config, ranks)
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def save_quantized_emulator(model_dir: Path, directory: Path, ranks: dict[str, int]) -> Path:
+    """Saves an emulator of a saved model in 4 bits: of every linear in its blocks the factors, or all of it."""
+    from safetensors.torch import save_file
+
+    from emloc_ray.modeling.architecture import block_linears
+    from emloc_ray.modeling.emulator import write_emulator_config
+    from emloc_ray.modeling.quantization import quantization_config, quantize, replaceable_linears
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto")
-    ranks = {spec.name: rank for spec in block_linears(model)[:-1]}
-    make_emulator(model, ranks).save_pretrained(directory, max_shard_size="100KB")
-    write_emulator_config(directory, model.config, ranks)
+    specs, wide = block_linears(model), replaceable_linears(model)
+    kept = tuple(name for name in wide if name not in {spec.name for spec in specs})
+    state = make_emulator(model, ranks).state_dict()
+    for spec in specs:
+        for part in (".up", ".down") if spec.name in ranks else ("",):
+            weight = state.pop(f"{spec.name}{part}.weight")
+            packed = quantize(weight.T if spec.transposed and not part else weight, model.dtype, spec.name)
+            state |= {f"{spec.name}{part}.{key}": tensor for key, tensor in packed.items()}
+    directory.mkdir(parents=True)
+    save_file(
+        {name: tensor.clone() for name, tensor in state.items()}, directory / "model.safetensors", {"format": "pt"}
+    )
+    write_emulator_config(directory, model.config, ranks, quantization_config(model.dtype, kept))
     make_tokenizer().save_pretrained(directory)
     return directory

@@ -87,7 +87,8 @@ def correction(seen: Difference, method: Method, scale: float, dampening_frac: f
         return seen.delta_q / scale
     if seen.delta_gq is None or seen.inner is None:
         raise ValueError("covariance needs a Gram")
-    damping = dampening_frac * seen.inner.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    size = seen.inner.diagonal().mean()
+    damping = torch.where(size > 0, dampening_frac * size, 1.0)  # a Gram of zeros says as little as the identity
     inner = seen.inner + damping * torch.eye(len(seen.inner), dtype=torch.float64, device=seen.inner.device)
     solved: Tensor = torch.linalg.solve(inner, seen.delta_gq + damping * seen.delta_q, left=False)
     return solved / scale

@@ -122,6 +122,23 @@ def factorize(
     )
 
 
+def relative_error(
+    weight: Tensor, approximation: Tensor, whitening: Whitening, *, name: str = "the layer"
+) -> tuple[float, float]:
+    """``‖(W − W_E) G^½‖_F / ‖W G^½‖_F`` of any ``W_E (out, in)``, directly, and ``tr(W G Wᵀ)``; with the damped ``G``.
+
+    The error is 0 for a weight of zeros.
+
+    Raises:
+        NumericsError: the weight holds a NaN or an Inf.
+    """
+    scaled, scale = _scaled(weight.detach().to(torch.float32), name)
+    total = whitening.energy(scaled)
+    left = whitening.energy(scaled - approximation.to(torch.float32) / scale)
+    error = math.sqrt(max(left, 0.0) / total) if total > 0.0 else 0.0
+    return error, total * scale * scale * whitening.scale
+
+
 def _scaled(weight: Tensor, name: str) -> tuple[Tensor, float]:
     """``(W / s, s)``: ``s = 1`` unless products of ``W``'s elements could leave float32's range.
 

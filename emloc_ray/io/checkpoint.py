@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,12 @@ class TensorEntry:
         row_bytes = self.num_bytes // max(rows, 1)
         flat = self._bytes(self.start + begin * row_bytes, self.start + end * row_bytes)
         return flat.view(self.dtype).reshape(end - begin, *self.shape[1:])
+
+    def slice(self, index: int) -> TensorEntry:
+        """Slice ``index`` along the first dimension, as a tensor of its own."""
+        size = self.num_bytes // self.shape[0]
+        start = self.start + index * size
+        return replace(self, shape=self.shape[1:], start=start, stop=start + size)
 
     def _bytes(self, start: int, stop: int) -> torch.Tensor:
         if start == stop:

@@ -121,15 +121,17 @@ def write_gram_index(
     weight_map: dict[str, str],
     num_tokens: dict[str, int],
     changes: dict[str, float] | None = None,
+    routed_tokens: dict[str, int] | None = None,
 ) -> None:
     """Writes the index, last: Grams without it do not count.
 
     ``weight_map`` holds paths from ``directory`` on; ``changes`` is each Gram's :func:`relative_change` from a total
-    over fewer rows, where it was measured.
+    over fewer rows, where it was measured; ``routed_tokens`` how many tokens experts were sent whose Gram is over others.
     """
     named = {group[0]: list(group) for group in groups}
     index = {"groups": named, "weight_map": weight_map, "num_tokens": num_tokens}
-    write_json(directory / INDEX, {**index, **({} if changes is None else {"changes": changes})})
+    more = {"changes": changes, "routed_tokens": routed_tokens or None}
+    write_json(directory / INDEX, index | {key: value for key, value in more.items() if value is not None})
 
 
 def write_slot(path: Path, grams: dict[str, Gram], last_shard: int) -> None:

@@ -20,6 +20,7 @@ from emloc_ray.io.checkpoint import read_shard
 from emloc_ray.io.node_cache import ensure
 from emloc_ray.io.shard_writing import write_tensors
 from emloc_ray.modeling.emulator import FactorizedLinear
+from emloc_ray.modeling.expert_adapters import as_linears, join_experts, readable, split_experts, store_as_peft_does
 from emloc_ray.modeling.matching import Patterns, lookup, matches, suffixes
 
 CONFIG_NAME = "adapter_config.json"
@@ -27,7 +28,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 # What would change the update's formula from s B A, or the base weights themselves.
-_REFUSED = ("use_dora", "use_qalora", "modules_to_save", "trainable_token_indices", "target_parameters", "lora_bias")
+_REFUSED = ("use_dora", "use_qalora", "modules_to_save", "trainable_token_indices", "lora_bias")
 
 
 class FactorizedLoraLinear(LoraLinear):
@@ -84,17 +85,19 @@ def register_factorized(config: LoraConfig) -> LoraConfig:
 
 def attach_adapter(model: Any, config: LoraConfig) -> PeftModel:
     """A fresh adapter on an emulator or an original."""
-    return get_peft_model(model, config, low_cpu_mem_usage=False)
+    with as_linears():
+        return get_peft_model(model, config, low_cpu_mem_usage=False)
 
 
 def load_adapter(model: Any, directory: Path, name: str = "default") -> PeftModel:
     """A saved adapter, frozen, on an emulator or on its original."""
     ensure(Path(directory))
-    config = register_factorized(LoraConfig.from_pretrained(str(directory)))
-    if isinstance(model, PeftModel):
-        model.load_adapter(directory, adapter_name=name, peft_config=config)
-        return model
-    return PeftModel.from_pretrained(model, directory, adapter_name=name, config=config)
+    with readable(Path(directory), model) as folder, as_linears():
+        config = register_factorized(LoraConfig.from_pretrained(str(folder)))
+        if isinstance(model, PeftModel):
+            model.load_adapter(folder, adapter_name=name, peft_config=config)
+            return model
+        return PeftModel.from_pretrained(model, folder, adapter_name=name, config=config)
 
 
 def portable_targets(chosen: Sequence[str], every_linear: Sequence[str]) -> list[str]:
@@ -136,7 +139,7 @@ class Adapter:
         self.config: dict[str, Any] = json.loads((self.directory / CONFIG_NAME).read_text())
         _refuse_variants(self.config, self.directory)
         shard = read_shard(self.directory / WEIGHTS_NAME)
-        self.entries = {entry.name: entry for entry in shard.entries}
+        self.entries = split_experts(self.config, {entry.name: entry for entry in shard.entries}, self.directory)
         self.names = [_module_name(key) for key in self.entries if key.endswith(".lora_A.weight")]
 
     def module(self, name: str) -> LoraModule:
@@ -160,7 +163,7 @@ def write_adapter(directory: Path, config: dict[str, Any], modules: Sequence[Lor
         tensors[f"{_PREFIX}{module.name}.lora_A.weight"] = module.lora_a.to(torch.float32)
         tensors[f"{_PREFIX}{module.name}.lora_B.weight"] = module.lora_b.to(torch.float32)
     with atomic_directory(directory) as temporary:
-        write_tensors(temporary / WEIGHTS_NAME, tensors)
+        write_tensors(temporary / WEIGHTS_NAME, join_experts(config, tensors))
         (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -184,6 +187,7 @@ def save_trained_adapter(
         config["base_model_name_or_path"] = base_model
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         (temporary / "README.md").unlink(missing_ok=True)
+        store_as_peft_does(temporary, model)
 
 
 def _module_name(key: str) -> str:

@@ -15,8 +15,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from emloc_ray.errors import ConfigError
-from emloc_ray.io.checkpoint import Checkpoint
+from emloc_ray.io.checkpoint import Checkpoint, TensorEntry
 from emloc_ray.io.node_cache import ensure
+from emloc_ray.modeling.experts import UnfusedExperts, experts_of, owner_of, unfuse
 from emloc_ray.modeling.inputs import Stream, has_encoder
 from emloc_ray.modeling.meta_pass import UNTRACEABLE, MetaPass
 
@@ -25,10 +26,16 @@ _ROUTER = re.compile(r"(.*\.)?(router|gate|shared_expert_gate)")
 
 @dataclass(frozen=True)
 class StoredRows:
-    """A tensor of the checkpoint that holds a weight's stored rows from ``begin`` on."""
+    """A tensor of the checkpoint that holds a weight's stored rows from ``begin`` on; with ``index`` a slice of it does."""
 
     name: str
     begin: int = 0
+    index: int | None = None
+
+    def entry(self, checkpoint: Checkpoint) -> TensorEntry:
+        """Where those rows are; raises ArtifactError where the checkpoint lacks the tensor."""
+        whole = checkpoint.entry(self.name)
+        return whole if self.index is None else whole.slice(self.index)
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,8 @@ class LinearSpec:
 
     One ``between`` blocks, as in a projector from what an image's blocks give to what a text's read, has the ``block``
     that runs next. ``stored`` and ``stored_bias`` say what holds it in the checkpoint, where that is not under its own
-    name; ``stream`` which tokens it reads.
+    name; ``stream`` which tokens it reads. ``routed_share`` is the share of these that a router sends to an expert, of
+    which this linear is one's, on average; None where all are read.
     """
 
     name: str
@@ -48,9 +56,15 @@ class LinearSpec:
     transposed: bool
     block: str
     stored: tuple[StoredRows, ...] = ()
-    stored_bias: str = ""
+    stored_bias: StoredRows | None = None
     stream: Stream = "row"
     between: bool = False
+    routed_share: float | None = None
+
+    @property
+    def token_share(self) -> float:
+        """The share of tokens that it reads, on average."""
+        return 1.0 if self.routed_share is None else self.routed_share
 
     @property
     def weight_name(self) -> str:
@@ -63,13 +77,13 @@ class LinearSpec:
         return self.stored or (StoredRows(self.weight_name),)
 
     @property
-    def bias_name(self) -> str:
-        """The bias's name in the checkpoint."""
-        return self.stored_bias or f"{self.name}.bias"
+    def bias_rows(self) -> StoredRows:
+        """What holds the bias, where there is one."""
+        return self.stored_bias or StoredRows(f"{self.name}.bias")
 
     def read_weight(self, checkpoint: Checkpoint) -> torch.Tensor:
         """``W (out, in)`` in its stored dtype; raises ArtifactError where the checkpoint lacks it."""
-        parts = [checkpoint.read(rows.name) for rows in self.weight_rows]
+        parts = [rows.entry(checkpoint).read_rows() for rows in self.weight_rows]
         joined = parts[0] if len(parts) == 1 else torch.cat(parts)
         return joined.T if self.transposed else joined
 
@@ -91,10 +105,11 @@ def auto_class(config: Any) -> Any:
 
 
 def empty_model(config: Any, trust_remote_code: bool = False, attn_implementation: str | None = None) -> Any:
-    """The model on the meta device: names and shapes, no weights."""
+    """The model on the meta device, its experts unfused: names and shapes, no weights."""
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with init_empty_weights(include_buffers=True):
-        return auto_class(config).from_config(config, trust_remote_code=trust_remote_code, **options).eval()
+        model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code, **options).eval()
+        return unfuse(model)
 
 
 def learned_positions(model: nn.Module) -> int | None:
@@ -130,10 +145,12 @@ def block_names(model: nn.Module) -> list[str]:
 def block_linears(model: nn.Module) -> list[LinearSpec]:
     """Every linear inside the model's blocks, routers left out, in the model's order."""
     specs = []
+    experts = experts_of(model)
     for block in block_names(model):
         for name, module in model.get_submodule(block).named_modules(prefix=block):
             if _is_linear(module) and not _ROUTER.fullmatch(name):
-                specs.append(_spec(name, module, block))
+                owner = owner_of(name)
+                specs.append(_spec(name, module, block, experts.get(owner[0]) if owner else None))
     if not specs:
         raise ConfigError(f"{type(model).__name__} has no linears inside repeated blocks: nothing to compress there.")
     return specs
@@ -141,7 +158,10 @@ def block_linears(model: nn.Module) -> list[LinearSpec]:
 
 def linears_between(model: nn.Module, next_blocks: Mapping[str, str]) -> list[LinearSpec]:
     """The linears outside all blocks that carry what one block gives to another; ``next_blocks``: which runs next."""
-    return [replace(_spec(name, model.get_submodule(name), block), between=True) for name, block in next_blocks.items()]
+    return [
+        replace(_spec(name, model.get_submodule(name), block, None), between=True)
+        for name, block in next_blocks.items()
+    ]
 
 
 def outside_linears(model: nn.Module) -> list[str]:
@@ -165,11 +185,14 @@ def _is_linear(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, Conv1D)
 
 
-def _spec(name: str, module: Any, block: str) -> LinearSpec:
+def _spec(name: str, module: Any, block: str, experts: UnfusedExperts | None) -> LinearSpec:
     if isinstance(module, Conv1D):
         in_features, out_features = module.weight.shape
         return LinearSpec(name, out_features, in_features, True, True, block)
-    return LinearSpec(name, module.out_features, module.in_features, module.bias is not None, False, block)
+    spec = LinearSpec(name, module.out_features, module.in_features, module.bias is not None, False, block)
+    if experts is None:
+        return spec
+    return replace(spec, transposed=experts.is_transposed, routed_share=experts.routed_share)
 
 
 # How many tokens a trace has of each stream: which one a linear reads is told by their number.

@@ -17,6 +17,9 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from emloc_ray.modeling.experts import unfuse
+from emloc_ray.modeling.quantization import module_weight
+
 AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM")
 
 
@@ -85,7 +88,7 @@ def _shape(linear: Any) -> tuple[int, int]:
 
 
 def emulator_class(base: type[PreTrainedModel], config: EmulatorModelConfig) -> type[PreTrainedModel]:
-    """The original's model class, built with factors in place of the linears that ``config.ranks`` names.
+    """The original's model class, its experts unfused, with factors in place of the linears that ``config.ranks`` names.
 
     Being that class, it loads by its own ``from_pretrained``: dtype, device map and 4-bit options all apply.
     """
@@ -93,24 +96,32 @@ def emulator_class(base: type[PreTrainedModel], config: EmulatorModelConfig) -> 
     class Emulator(base):  # type: ignore[valid-type, misc]
         def __init__(self, base_config: Any, *args: Any, **kwargs: Any) -> None:
             super().__init__(base_config, *args, **kwargs)
-            factorize_modules(self, config.ranks)
+            factorize_modules(unfuse(self), config.ranks)
 
         def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
             """Saves as an emulator: under the original's type it would load as dense layers with random weights."""
-            super().save_pretrained(save_directory, *args, **kwargs)
+            # Under the names in memory: those on disk may have no place for factors, or for experts apart.
+            super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
             write_emulator_config(Path(save_directory), self.config, config.ranks)
 
     Emulator.__name__ = Emulator.__qualname__ = base.__name__
     return Emulator
 
 
-def write_emulator_config(directory: Path, base_config: Any, ranks: dict[str, int]) -> None:
-    """Writes ``config.json`` of an emulator of the model that ``base_config`` (a transformers config) describes."""
+def write_emulator_config(
+    directory: Path, base_config: Any, ranks: dict[str, int], quantization_config: dict[str, Any] | None = None
+) -> None:
+    """Writes ``config.json`` of an emulator of the model that ``base_config`` (a transformers config) describes.
+
+    ``quantization_config`` says what of it is stored in 4 bits, as transformers reads it.
+    """
     from emloc_ray.io.atomic import write_json
 
     base = base_config.to_dict()
     base.pop("_name_or_path", None)
     base["architectures"] = base_config.architectures
+    if quantization_config is not None:
+        base["quantization_config"] = quantization_config
     config = EmulatorModelConfig(base_config=base, ranks=ranks, architectures=base_config.architectures)
     config.dtype = base_config.dtype
     # to_diff_dict would drop what equals a default of the nested config's class; the whole dict is kept.
@@ -138,7 +149,13 @@ def _auto_model_class(auto_name: str) -> type[Any]:
             # The Auto class has put it into the config, which is not the one that the model reads.
             if config._attn_implementation is not None:
                 kwargs.setdefault("attn_implementation", config._attn_implementation)
-            return emulator_class(base, config).from_pretrained(path, *args, config=original, **kwargs)
+            found = emulator_class(base, config).from_pretrained(path, *args, config=original, **kwargs)
+            model = found[0] if isinstance(found, tuple) else found  # beside what its loading told
+            if getattr(model, "is_loaded_in_4bit", False):
+                from emloc_ray.modeling.four_bit_linear import compute_exactly
+
+                compute_exactly(model)
+            return found
 
     EmulatorModel.__name__ = EmulatorModel.__qualname__ = auto_name.replace("AutoModel", "Emulator")
     return EmulatorModel
@@ -152,8 +169,8 @@ def register() -> None:
 
 
 def dense_weight(module: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``W_E (out, in)`` of a linear or of its factors as stored, computed in ``dtype``."""
+    """``W_E (out, in)`` of a linear or of its factors as stored, in 4 bits or not, computed in ``dtype``."""
     if isinstance(module, FactorizedLinear):
-        return module.up.weight.detach().to(dtype) @ module.down.weight.detach().to(dtype)
-    weight: Tensor = module.weight.detach().to(dtype)
+        return module_weight(module.up).to(dtype) @ module_weight(module.down).to(dtype)
+    weight = module_weight(module).to(dtype)
     return weight if isinstance(module, nn.Linear) else weight.T

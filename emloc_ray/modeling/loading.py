@@ -18,6 +18,7 @@ from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.io.fingerprint import content_of
 from emloc_ray.io.node_cache import ensure, sizes
 from emloc_ray.modeling.architecture import auto_class, block_linears
+from emloc_ray.modeling.experts import unfuse
 from emloc_ray.modeling.stored_names import stored_parameters
 
 TOKENIZER_FILES = (
@@ -229,7 +230,7 @@ def load_model(
     trust_remote_code: bool = False,
     device: str | None = None,
 ) -> Any:
-    """An original, an emulator or a merged model, in evaluation mode, its weights frozen."""
+    """An original, an emulator or a merged model, in evaluation mode, its weights frozen and its experts unfused."""
     import transformers
 
     ensure(Path(directory))
@@ -239,4 +240,4 @@ def load_model(
     original = config.original() if hasattr(config, "original") else config
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     model = auto_class(original).from_pretrained(directory, dtype=dtype, trust_remote_code=trust_remote_code, **options)
-    return model.to(device).eval().requires_grad_(False)
+    return unfuse(model.to(device).eval().requires_grad_(False))

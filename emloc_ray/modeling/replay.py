@@ -30,6 +30,7 @@ from emloc_ray.modeling.architecture import (
     traced_inputs,
 )
 from emloc_ray.modeling.block_outputs import BlockOutput
+from emloc_ray.modeling.experts import unfuse
 from emloc_ray.modeling.meta_pass import UNTRACEABLE, MetaPass
 from emloc_ray.modeling.stored_names import require, stored_parameters
 
@@ -181,9 +182,10 @@ class BlockReplay:
         self.flow = block_flow(config, trust_remote_code, example(directory, trust_remote_code))
         options = {"attn_implementation": attn_implementation} if attn_implementation else {}
         with init_empty_weights(include_buffers=False):
-            self.model: Any = auto_class(config).from_config(
+            model = auto_class(config).from_config(
                 config, dtype=self.dtype, trust_remote_code=trust_remote_code, **options
             )
+            self.model: Any = unfuse(model)
         self.model.tie_weights()  # again: what is made empty is made anew, and tied to nothing
         self.model.eval().requires_grad_(False)
         self.body = getattr(self.model, self.model.base_model_prefix, self.model)

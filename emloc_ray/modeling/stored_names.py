@@ -18,26 +18,46 @@ from torch import Tensor
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.modeling.architecture import LinearSpec, StoredRows
+from emloc_ray.modeling.experts import unfused_views
 
 
 @dataclass(frozen=True)
 class StoredParameter:
     """The stored tensors that make up a parameter: those of a part are joined along their first dimension, and where it
-    ``is_stack`` the parts are stacked along a new one. ``parts`` is empty where the conversion is of another kind."""
+    ``is_stack`` the parts are stacked along a new one. ``parts`` is empty where the conversion is of another kind.
+
+    With ``index`` it is that slice of the one tensor; ``is_transposed`` where what is stored is ``Wᵀ``.
+    """
 
     parts: tuple[tuple[str, ...], ...]
     is_stack: bool = False
+    index: int | None = None
+    is_transposed: bool = False
 
     @property
     def own_name(self) -> str | None:
         """The one tensor that is the parameter as it stands; None where it is made of others."""
-        whole = not self.is_stack and [len(part) for part in self.parts] == [1]
-        return self.parts[0][0] if whole else None
+        whole = not self.is_stack and self.index is None and [len(part) for part in self.parts] == [1]
+        return self.parts[0][0] if whole and not self.is_transposed else None
+
+    def slice(self, index: int, is_transposed: bool) -> StoredParameter:
+        """What holds slice ``index`` along the parameter's first dimension."""
+        if self.is_stack:
+            return StoredParameter((self.parts[index],), is_transposed=is_transposed)
+        return dataclasses.replace(self, index=index, is_transposed=is_transposed)
+
+    def rows(self, checkpoint: Checkpoint) -> tuple[StoredRows, ...]:
+        """The tensors, or the slice, that make up a matrix or a vector, in the order of their rows."""
+        [part] = self.parts
+        sizes = [StoredRows(name, 0, self.index).entry(checkpoint).shape[0] for name in part]
+        return tuple(StoredRows(name, sum(sizes[:k]), self.index) for k, name in enumerate(part))
 
     def read(self, checkpoint: Checkpoint) -> Tensor:
         """The whole parameter in its stored dtype; raises ArtifactError where a tensor of it is missing."""
-        joined = [_join([checkpoint.read(name) for name in part]) for part in self.parts]
-        return torch.stack(joined) if self.is_stack else joined[0]
+        if self.is_stack:
+            return torch.stack([_join([checkpoint.read(name) for name in part]) for part in self.parts])
+        joined = _join([rows.entry(checkpoint).read_rows() for rows in self.rows(checkpoint)])
+        return joined.T if self.is_transposed else joined
 
 
 def _join(tensors: list[Tensor]) -> Tensor:
@@ -65,7 +85,11 @@ def stored_parameters(model: Any, names: Iterable[str]) -> dict[str, StoredParam
         rename_source_key,
     )
 
-    state = model.state_dict()
+    views = unfused_views(model)
+    sliced = {view.parameter for view in views.values()}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in views} | dict.fromkeys(
+        sliced, 0
+    )
     named = sorted(names, key=dot_natural_key)
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -81,7 +105,14 @@ def stored_parameters(model: Any, names: Iterable[str]) -> dict[str, StoredParam
             continue
         found = collected.setdefault(target, _Collected(by_pattern[pattern] if pattern else None))
         found.names.setdefault(pattern, []).append(name)
-    return {target: _stored(found) for target, found in collected.items()}
+    stored = {target: _stored(found) for target, found in collected.items()}
+    whole = {name: found for name, found in stored.items() if name not in sliced}
+    apart = {
+        name: stored[view.parameter].slice(view.index, view.is_transposed)
+        for name, view in views.items()
+        if view.parameter in stored
+    }
+    return whole | apart
 
 
 def _stored(found: _Collected) -> StoredParameter:
@@ -107,15 +138,12 @@ def stored_specs(
 
 
 def _stored_spec(spec: LinearSpec, stored: Mapping[str, StoredParameter], checkpoint: Checkpoint) -> LinearSpec:
-    [part] = require(stored, spec.weight_name, checkpoint).parts
-    if part == (spec.weight_name,):
+    found = require(stored, spec.weight_name, checkpoint)
+    if found.own_name == spec.weight_name:
         return spec
-    begin, rows = 0, []
-    for name in part:
-        rows.append(StoredRows(name, begin))
-        begin += checkpoint.entry(name).shape[0]
-    bias = stored[f"{spec.name}.bias"].own_name if spec.has_bias and f"{spec.name}.bias" in stored else None
-    return dataclasses.replace(spec, stored=tuple(rows), stored_bias=bias or "")
+    bias = stored.get(f"{spec.name}.bias") if spec.has_bias else None
+    stored_bias = None if bias is None else bias.rows(checkpoint)[0]
+    return dataclasses.replace(spec, stored=found.rows(checkpoint), stored_bias=stored_bias)
 
 
 def renamed_tensors(stored: Mapping[str, StoredParameter]) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,16 @@ from emloc_ray.stages.failures import Losses, Tell, unheard
 from emloc_ray.stages.resident_slot import ResidentSlot
 from emloc_ray.stages.slots import SlotActor, run_slots
 from emloc_ray.stages.streamed_slot import StreamedSlot, grams_file, part_file
+from emloc_ray.stages.thin_experts import (
+    Gathered,
+    Ready,
+    clear_thin,
+    describe,
+    gather_thin,
+    without_thin,
+)
 
 _GRAMS_PER_FILE = 4
-
-# Hears of every file of Grams that is final, with their names.
-Ready = Callable[[Path, Sequence[str]], None]
 
 
 def unneeded(file: Path, names: Sequence[str]) -> None:
@@ -52,7 +57,8 @@ def calibrate(
 
     The shards go to slots in turn; a lost actor is replaced and goes on from its slot's commit. ``job.mode``
     ``resident`` holds the model in every actor; ``streamed`` holds one block of it and takes all shards through that.
-    Both give the same Grams, up to rounding. ``ready`` hears of Grams while others are still gathered.
+    Both give the same Grams, up to rounding. ``ready`` hears of Grams while others are still gathered. Experts that were
+    sent too few tokens get theirs in a second pass (:mod:`emloc_ray.stages.thin_experts`).
 
     Raises:
         NumericsError: where activations are NaN or Inf, naming the layer.
@@ -61,21 +67,39 @@ def calibrate(
     num_shards = job.shards[1] - job.shards[0]
     num_slots = min(resources.num_workers, num_shards)
     if not exists(out_dir / INDEX):
-        gather = _stream if job.mode == "streamed" else _reside
-        counts, weight_map = gather(job, out_dir, num_slots, resources, progress, ready, Losses("calibrate", tell))
-        write_gram_index(out_dir, job.groups, weight_map, counts)
+        losses = Losses("calibrate", tell)
+        first = gather(job, out_dir, resources, progress, without_thin(job, ready), losses)
+        second = functools.partial(gather_again, resources, progress, losses)
+        (counts, weight_map), routed = gather_thin(job, out_dir, first, ready, second)
+        write_gram_index(out_dir, job.groups, weight_map, counts, routed_tokens=routed)
     for left in (out_dir / "slots", local_only(out_dir) / "hidden"):
         discard(left)
+    clear_thin(out_dir)
+    index = GramStore(out_dir).index
     return {
         "num_workers": num_slots,
         "num_shards": num_shards,
-        "num_tokens": max(GramStore(out_dir).index["num_tokens"].values()),
+        "num_tokens": max(index["num_tokens"].values()),
         "mode": job.mode,
         "waves": len(job.waves or (job.groups,)),
+        **describe(job, index["num_tokens"], index.get("routed_tokens", {})),
     }
 
 
-Gathered = tuple[dict[str, int], dict[str, str]]  # tokens and file of every Gram
+def gather(
+    job: CalibrationJob, out_dir: Path, resources: Resources, progress: Progress, ready: Ready, losses: Losses
+) -> Gathered:
+    """The Grams of the job's groups, in its mode; an index is not written."""
+    num_slots = min(resources.num_workers, job.shards[1] - job.shards[0])
+    way = _stream if job.mode == "streamed" else _reside
+    return way(job, out_dir, num_slots, resources, progress, ready, losses)
+
+
+def gather_again(
+    resources: Resources, progress: Progress, losses: Losses, job: CalibrationJob, out_dir: Path, ready: Ready
+) -> Gathered:
+    """:func:`gather` for :func:`emloc_ray.stages.thin_experts.gather_thin`."""
+    return gather(job, out_dir, resources, progress, ready, losses)
 
 
 def _reside(

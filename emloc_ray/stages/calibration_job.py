@@ -27,6 +27,8 @@ class CalibrationJob:
     ``shards`` are the token shards that count, ``[begin, end)``. ``inputs`` hashes what hidden states depend on.
     ``streams`` says which tokens a group's linears read, by the first one's name, where not those of the row; ``between``
     are the linears outside all blocks, with the block that runs next.
+    ``experts`` are the groups of experts' linears, by their first one's name, with its inputs; those that are sent fewer
+    tokens than ``min_expert_tokens`` are seen to in a second pass, whose job has ``reread`` set.
     """
 
     model_dir: Path
@@ -42,6 +44,9 @@ class CalibrationJob:
     inputs: str = ""
     streams: tuple[tuple[str, Stream], ...] = ()
     between: tuple[tuple[str, str], ...] = ()
+    experts: tuple[tuple[str, int], ...] = ()
+    min_expert_tokens: int = 0
+    reread: bool = False
 
     def groups_of(self, block: str) -> list[tuple[str, ...]]:
         """The groups whose linears are inside a block, or run between the blocks right before it."""

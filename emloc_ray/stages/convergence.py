@@ -11,10 +11,11 @@ import ray
 
 from emloc_ray.io.grams import INDEX, GramStore, add_gram_files, write_gram_index
 from emloc_ray.io.node_cache import discard, exists, sizes
-from emloc_ray.stages.calibrate import calibrate
+from emloc_ray.stages.calibrate import calibrate, gather_again, unneeded
 from emloc_ray.stages.calibration_job import CalibrationJob
 from emloc_ray.stages.cluster import Progress, Resources, bounded, set_threads, silent
 from emloc_ray.stages.failures import Losses, Tell, unheard
+from emloc_ray.stages.thin_experts import clear_thin, describe, gather_thin, thin_names
 
 _SHARES = (8, 4, 2, 1)  # of the shards, as divisors
 
@@ -37,7 +38,8 @@ def calibrate_until_converged(
     """As :func:`calibrate`, round by round, until a round changes no Gram by more than ``tolerance``.
 
     The change is :func:`emloc_ray.core.gram.relative_change`, a bound on that of the spectra. Every round is a
-    calibration of its own shards, added to the total of those before. The result tells each round's largest change.
+    calibration of its own shards, added to the total of those before. The result tells each round's largest change, of
+    the Grams but those of experts that were sent too few tokens: these are seen to when it is over.
     """
     told: list[dict[str, Any]] = []
     before: Path | None = None
@@ -49,21 +51,28 @@ def calibrate_until_converged(
         part, total = out_dir / f"round-{number + 1}", out_dir / f"total-{number + 1}"
         if not exists(total / INDEX):
             part.mkdir(parents=True, exist_ok=True)
-            calibrate(dataclasses.replace(job, shards=(begin, end)), part, resources, passed_on, tell=tell)
+            own = dataclasses.replace(job, shards=(begin, end), experts=())
+            calibrate(own, part, resources, passed_on, tell=tell)
             _add(before, part, total, Losses("calibrate", tell))
         discard(part)
         for used in sizes(before) if before is not None else ():
             if used.suffix == ".safetensors":
                 discard(used)  # its index stays, and says that this round is over
         index = GramStore(total).index
-        change = max(index["changes"].values()) if number else None
+        thin = set(thin_names(job, index["num_tokens"]))
+        changes = [change for name, change in index["changes"].items() if name not in thin]
+        change = max(changes, default=0.0) if number else None
         told.append({"num_shards": end, "num_tokens": max(index["num_tokens"].values()), "change": change})
         before = total
         if change is not None and change <= tolerance:
             break
     store = GramStore(total)
     weight_map = {name: f"{total.name}/{file}" for name, file in store.index["weight_map"].items()}
-    write_gram_index(out_dir, job.groups, weight_map, store.index["num_tokens"])
+    second = functools.partial(gather_again, resources, progress, Losses("calibrate", tell))
+    seen = dataclasses.replace(job, shards=(0, end))
+    (counts, weight_map), routed = gather_thin(seen, out_dir, (store.index["num_tokens"], weight_map), unneeded, second)
+    write_gram_index(out_dir, job.groups, weight_map, counts, routed_tokens=routed)
+    clear_thin(out_dir)
     return {
         "num_workers": min(resources.num_workers, job.shards[1]),
         "num_shards": end,
@@ -72,6 +81,7 @@ def calibrate_until_converged(
         "waves": len(job.waves or (job.groups,)),
         "rounds": told,
         "converged": change is not None and change <= tolerance,
+        **describe(job, counts, routed),
     }
 
 

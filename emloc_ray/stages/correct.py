@@ -32,6 +32,7 @@ from emloc_ray.io.node_cache import discard, ensure
 from emloc_ray.modeling.adapter import Adapter, LoraModule, load_adapter, write_adapter
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.loading import load_model
+from emloc_ray.modeling.quantization import is_quantized, stored_weight
 from emloc_ray.modeling.scoring import score_rows
 from emloc_ray.stages.cluster import Flight, Progress, Resources, set_threads, silent
 from emloc_ray.stages.failures import Losses, Tell, unheard
@@ -122,11 +123,16 @@ class _Module:
 
 
 def layer_difference(spec: LinearSpec, original: Checkpoint, emulator: Checkpoint) -> Tensor | None:
-    """``Δ = W − W_E (out, in)`` in float32 with the factors as stored; None where the emulator keeps the layer dense."""
-    if f"{spec.name}.up.weight" not in emulator:
+    """``Δ = W − W_E (out, in)`` in float32 with the factors as stored, 4 bits included; None where the emulator keeps the
+    layer as it is."""
+    factorized = f"{spec.name}.up.weight" in emulator
+    if not factorized and not is_quantized(emulator, spec.name):
         return None
-    up, down = emulator.read(f"{spec.name}.up.weight").float(), emulator.read(f"{spec.name}.down.weight").float()
-    return spec.read_weight(original).float() - up @ down
+    weight = spec.read_weight(original).float()
+    if not factorized:
+        return weight - stored_weight(emulator, spec.name).float()
+    up, down = (stored_weight(emulator, f"{spec.name}.{part}").float() for part in ("up", "down"))
+    return weight - up @ down
 
 
 def correct_adapter(job: CorrectionJob, progress: Progress = silent) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 import ray
 import torch
 
-from emloc_ray.core.factorization import Factorization, LowRankFactors
+from emloc_ray.core.factorization import Factorization, LowRankFactors, relative_error
 from emloc_ray.core.factorization import factorize as factorize_layer
 from emloc_ray.core.nested import extended, truncated
 from emloc_ray.core.whitening import Whitening
@@ -22,9 +22,10 @@ from emloc_ray.io.checkpoint import Checkpoint, TensorEntry, read_index, read_sh
 from emloc_ray.io.grams import GramStore, StoredGram, drop_grams
 from emloc_ray.io.node_cache import sizes
 from emloc_ray.io.shard_writing import copy_chunks, make_header, stream_shard, write_tensors
-from emloc_ray.modeling.architecture import LinearSpec
+from emloc_ray.modeling.architecture import LinearSpec, StoredRows
 from emloc_ray.modeling.emulator import write_emulator_config
 from emloc_ray.modeling.loading import copy_tokenizer
+from emloc_ray.modeling.quantization import dequantize, is_packed, num_elements, quantization_config, quantize
 from emloc_ray.stages.cluster import Flight, Progress, Resources, set_threads, silent
 from emloc_ray.stages.failures import Losses, Tell, unheard
 
@@ -40,7 +41,9 @@ class FactorizationJob:
 
     ``groups`` are the linears that share an input; those without a rank in ``ranks`` stay dense. ``basis_dir`` is an
     emulator of the same weights and Grams, of any ranks: its factors are cut, or added to. ``renamed`` are the tensors
-    whose names in the checkpoint are not the model's own, which the emulator's are.
+    whose names in the checkpoint are not the model's own, which the emulator's are. ``in_4bit`` are the linears that are
+    stored so, as factors or dense, of which those in ``without_gram`` have none; ``kept_wide`` are those elsewhere in the
+    model that are not.
     """
 
     model_dir: Path
@@ -51,6 +54,9 @@ class FactorizationJob:
     seed: int = 0
     basis_dir: Path | None = None
     renamed: dict[str, str] = field(default_factory=dict)
+    in_4bit: tuple[str, ...] = ()
+    without_gram: tuple[str, ...] = ()
+    kept_wide: tuple[str, ...] = ()
 
 
 def _cost(group: Sequence[LinearSpec]) -> float:
@@ -59,7 +65,10 @@ def _cost(group: Sequence[LinearSpec]) -> float:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One factorized layer: its error relative to ``‖W G^½‖`` and the energy ``tr(W G Wᵀ)`` of its spectrum."""
+    """One layer: its error, as stored, relative to ``‖W G^½‖``, and the energy ``tr(W G Wᵀ)`` of its spectrum.
+
+    ``rank`` is the full one and ``solver`` is ``dense`` for a layer that was put into 4 bits alone.
+    """
 
     name: str
     rank: int
@@ -104,51 +113,105 @@ class Basis:
         )
 
 
-def factorize_group(job: FactorizationJob, specs: Sequence[LinearSpec], gram: StoredGram, path: Path) -> None:
+def factorize_group(job: FactorizationJob, specs: Sequence[LinearSpec], gram: StoredGram | None, path: Path) -> None:
     """Factorizes the linears of one group under their shared Gram; writes their spectra, then their factors as one shard.
+
+    Those without a rank are only put into 4 bits; without a Gram all are, and no error is reported.
 
     Raises:
         NumericsError: where a weight or the Gram holds NaN or Inf, naming the layer.
     """
     checkpoint = Checkpoint(job.model_dir)
     basis = Basis(job.basis_dir)
-    whitening = functools.cache(lambda: Whitening(_matrix(gram), job.dampening_frac))
-    num_tokens = gram.num_tokens
+    whitening = functools.cache(functools.partial(_whitening, gram, job.dampening_frac))
     tensors: dict[str, torch.Tensor] = {}
     spectra: dict[str, torch.Tensor] = {}
     reports = []
     for spec in specs:
-        rank, dtype = job.ranks[spec.name], checkpoint.entry(spec.weight_rows[0].name).dtype
-        known = basis.layer(spec.name)
-        if known is not None and known.factors.up.shape[1] >= rank:
-            result = truncated(known, rank)
-        else:
-            weight = spec.read_weight(checkpoint)
-            if known is None:
-                result = factorize_layer(weight, whitening(), rank, seed=job.seed, name=spec.name)
-            else:
-                result = extended(weight, whitening(), known, rank, seed=job.seed, name=spec.name)
-        tensors[f"{spec.name}.up.weight"] = result.factors.up.to(dtype)
-        tensors[f"{spec.name}.down.weight"] = result.factors.down.to(dtype)
-        if spec.bias_name in checkpoint:
-            tensors[f"{spec.name}.up.bias"] = checkpoint.read(spec.bias_name)
-        spectra[spec.name] = result.eigenvalues.float()
-        error, energy = result.relative_error, result.total_energy
-        reports.append(LayerReport(spec.name, rank, error, result.solver, energy, num_tokens))
+        dtype = checkpoint.entry(spec.weight_rows[0].name).dtype
+        weight = functools.cache(functools.partial(spec.read_weight, checkpoint))
+        result = _factorized(job, spec, weight, whitening, basis) if spec.name in job.ranks else None
+        parts = {"": weight()} if result is None else {".up": result.factors.up, ".down": result.factors.down}
+        held = {
+            part: quantize(made, dtype, spec.name) if spec.name in job.in_4bit else {"weight": made.to(dtype)}
+            for part, made in parts.items()
+        }
+        tensors |= {f"{spec.name}{part}.{key}": found for part, some in held.items() for key, found in some.items()}
+        if result is not None:
+            spectra[spec.name] = result.eigenvalues.float()
+            if spec.bias_rows.name in checkpoint:
+                tensors[f"{spec.name}.up.bias"] = spec.bias_rows.entry(checkpoint).read_rows()
+        if gram is not None:
+            reports.append(_report(spec, result, list(held.values()), weight, whitening, gram.num_tokens))
     write_tensors(spectra_file(path), spectra, {_LAYERS: json.dumps([asdict(report) for report in reports])})
     write_tensors(path, tensors)  # last: with it, the group is done
 
 
-def _matrix(gram: StoredGram) -> torch.Tensor:
-    """The Gram; of linears that calibration brought no token to, as a vision tower's without images, as if all inputs were
-    alike: their best factors are then those of the weight alone."""
+def _whitening(gram: StoredGram | None, dampening_frac: float) -> Whitening:
+    """Without a Gram nothing asks for it.
+
+    Of linears that calibration brought no token to, as a vision tower's without images, it is as if all inputs were alike:
+    their best factors are then those of the weight alone.
+    """
+    assert gram is not None
     found = gram.read()
-    return found if gram.num_tokens else torch.eye(len(found), dtype=found.dtype)
+    return Whitening(found if gram.num_tokens else torch.eye(len(found), dtype=found.dtype), dampening_frac)
 
 
-def copy_rest(entries: Sequence[TensorEntry], path: Path) -> None:
-    """Writes tensors that the emulator keeps as they are, under the entries' names, streamed."""
-    stream_shard(path, make_header(entries), ((entry, copy_chunks(entry, _CHUNK_BYTES)) for entry in entries))
+def _factorized(
+    job: FactorizationJob,
+    spec: LinearSpec,
+    weight: Callable[[], torch.Tensor],
+    whitening: Callable[[], Whitening],
+    basis: Basis,
+) -> Factorization:
+    rank, known = job.ranks[spec.name], basis.layer(spec.name)
+    if known is None:
+        return factorize_layer(weight(), whitening(), rank, seed=job.seed, name=spec.name)
+    if known.factors.up.shape[1] >= rank:
+        return truncated(known, rank)
+    return extended(weight(), whitening(), known, rank, seed=job.seed, name=spec.name)
+
+
+def _report(
+    spec: LinearSpec,
+    result: Factorization | None,
+    held: Sequence[dict[str, torch.Tensor]],
+    weight: Callable[[], torch.Tensor],
+    whitening: Callable[[], Whitening],
+    num_tokens: int,
+) -> LayerReport:
+    """What is told of a layer; ``held`` are its factors as stored, whose error is taken anew where that is in 4 bits."""
+    error, energy = (0.0, 0.0) if result is None else (result.relative_error, result.total_energy)
+    if is_packed(held[0]):
+        product = functools.reduce(torch.matmul, (dequantize(some).float() for some in held))
+        error, direct = relative_error(weight(), product, whitening(), name=spec.name)
+        energy = energy or direct
+    rank = min(spec.out_features, spec.in_features) if result is None else result.factors.up.shape[1]
+    return LayerReport(spec.name, rank, error, "dense" if result is None else result.solver, energy, num_tokens)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor that the emulator keeps: its name and shape there, and what of the original's checkpoint it is made of,
+    one below the other."""
+
+    entry: TensorEntry
+    sources: tuple[TensorEntry, ...]
+    transposed: bool = False
+
+    def chunks(self) -> Iterator[torch.Tensor]:
+        """Its bytes."""
+        if self.transposed:
+            yield torch.cat([source.read_rows() for source in self.sources]).T
+            return
+        for source in self.sources:
+            yield from copy_chunks(source, _CHUNK_BYTES)
+
+
+def copy_rest(kept: Sequence[Kept], path: Path) -> None:
+    """Writes tensors that the emulator keeps, streamed."""
+    stream_shard(path, make_header([part.entry for part in kept]), ((part.entry, part.chunks()) for part in kept))
 
 
 class EmulatorBuild:
@@ -161,14 +224,14 @@ class EmulatorBuild:
         """``drop``: empty a file of Grams once all that was added with it is factorized."""
         self.job, self.resources, self.drop = job, resources, drop
         self._shared_job = ray.put(job)  # once, not with every task
-        ranked = [tuple(spec for spec in group if spec.name in job.ranks) for group in job.groups]
-        work = sorted((group for group in ranked if group), key=_cost, reverse=True)
+        work = sorted(_rewritten(job), key=_cost, reverse=True)
         rest = _rest_of_shards(job)
         total = len(work) + len(rest)
         self.files = [job.out_dir / f"model-{number + 1:05d}-of-{total:05d}.safetensors" for number in range(total)]
         self._file_of = dict(zip(work, self.files, strict=False))
         self._rest = list(zip(rest, self.files[len(work) :], strict=True))
         self._work_of = {spec.name: group for group in work for spec in group}
+        self._measured = self._work_of.keys() - set(job.without_gram)
         self._flight = Flight(2 * resources.num_workers, Losses("factorize", tell))
         self._used: dict[Path, list[Path]] = {}
         self._started: set[Path] = set()
@@ -180,7 +243,7 @@ class EmulatorBuild:
         groups = {name: group for group in self.job.groups for name in (spec.name for spec in group)}
         found = {}
         for name in names:
-            work = next((self._work_of[spec.name] for spec in groups[name] if spec.name in self._work_of), None)
+            work = next((self._work_of[spec.name] for spec in groups[name] if spec.name in self._measured), None)
             if work is not None:
                 found[work] = StoredGram(grams, name)
         self._used[grams] = [self._file_of[work] for work in found]
@@ -188,7 +251,7 @@ class EmulatorBuild:
             self._start(work, found[work])
         self.pump()
 
-    def _start(self, work: tuple[LinearSpec, ...], gram: StoredGram) -> None:
+    def _start(self, work: tuple[LinearSpec, ...], gram: StoredGram | None) -> None:
         file = self._file_of[work]
         if file in self._started or file in self._done:
             return
@@ -216,15 +279,16 @@ class EmulatorBuild:
             return False
 
     def finish(self, calibration_dir: Path, base_config: Any, progress: Progress = silent) -> dict[str, Any]:
-        """Writes what is left: factors of every linear in ``job.ranks``, all other tensors as they are, config, tokenizer.
+        """Writes what is left: factors of every linear in ``job.ranks``, others in 4 bits where the job says so, all other
+        tensors as they are, config, tokenizer.
 
         ``base_config`` is the original's. Raises what a task raised, and NumericsError as :func:`factorize_group`.
         """
         left = [w for w, file in self._file_of.items() if file not in self._started | self._done]
-        if left:
-            grams = GramStore(calibration_dir)
-            for work in left:
-                self._start(work, grams.stored(work[0].name))
+        grams = functools.cache(lambda: GramStore(calibration_dir))
+        for work in left:
+            measured = work[0].name in self._measured
+            self._start(work, grams().stored(work[0].name) if measured else None)
         copy = Resources().task(copy_rest)
         for entries, file in self._rest:
             if file not in self._done:
@@ -239,39 +303,84 @@ class EmulatorBuild:
         except BaseException:
             self._flight.cancel()
             raise
-        _write_index(self.job.out_dir, self.files)
-        write_emulator_config(self.job.out_dir, base_config, self.job.ranks)
+        total_size = _write_index(self.job.out_dir, self.files)
+        in_4bit = None
+        if self.job.in_4bit:
+            in_4bit = quantization_config(base_config.dtype or torch.float32, self.job.kept_wide)
+        write_emulator_config(self.job.out_dir, base_config, self.job.ranks, in_4bit)
         copy_tokenizer(self.job.model_dir, self.job.out_dir)
-        return _summary(list(self._file_of.values()), self.resources)
+        return {**_summary(list(self._file_of.values()), self.resources), "bytes": total_size}
 
 
-def _rest_of_shards(job: FactorizationJob) -> list[list[TensorEntry]]:
-    """What the emulator keeps as it is, by shard of the original."""
-    factorized = [spec for group in job.groups for spec in group if spec.name in job.ranks]
-    replaced = {rows.name for spec in factorized for rows in spec.weight_rows} | {spec.bias_name for spec in factorized}
-    rest = [
-        [
-            replace(entry, name=job.renamed.get(entry.name, entry.name))
-            for entry in shard.entries
-            if entry.name not in replaced
-        ]
-        for shard in Checkpoint(job.model_dir).shards
-    ]
-    return [entries for entries in rest if entries]
+def _rewritten(job: FactorizationJob) -> list[tuple[LinearSpec, ...]]:
+    """The linears that are factorized or put into 4 bits: those of one Gram together, and those without one."""
+    written = {*job.ranks, *job.in_4bit}
+    without_gram = set(job.without_gram)
+    found = []
+    for group in job.groups:
+        for apart in (False, True):
+            found.append(tuple(s for s in group if s.name in written and (s.name in without_gram) == apart))
+    return [group for group in found if group]
 
 
-def _group_task(job: FactorizationJob, specs: Sequence[LinearSpec], gram: StoredGram, path: Path, threads: int) -> Path:
+def _rest_of_shards(job: FactorizationJob) -> list[list[Kept]]:
+    """What the emulator keeps, by shard of the original."""
+    in_4bit = set(job.in_4bit)
+    checkpoint = Checkpoint(job.model_dir)
+    specs = [spec for group in job.groups for spec in group]
+    # Dense linears that the original's checkpoint holds in pieces, by the first of these.
+    apart = [s for s in specs if s.name not in job.ranks and (len(s.stored) > 1 or any(_is_slice(r) for r in s.stored))]
+    taken = {r.name for spec in specs if spec.name in job.ranks or spec in apart for r in _all_rows(spec)}
+    taken |= {rows.name for spec in specs if spec.name in in_4bit for rows in spec.weight_rows}
+    kept_at: dict[str, list[Kept]] = {}
+    for spec in apart:
+        kept = _kept_linear(spec, checkpoint)
+        kept_at.setdefault(spec.weight_rows[0].name, []).extend(kept[1:] if spec.name in in_4bit else kept)
+    rest = []
+    for shard in checkpoint.shards:
+        as_they_are = [entry for entry in shard.entries if entry.name not in taken]
+        kept = [Kept(replace(e, name=job.renamed.get(e.name, e.name)), (e,)) for e in as_they_are]
+        rest.append(kept + [part for entry in shard.entries for part in kept_at.get(entry.name, ())])
+    return [kept for kept in rest if kept]
+
+
+def _is_slice(rows: StoredRows) -> bool:
+    return rows.index is not None
+
+
+def _all_rows(spec: LinearSpec) -> tuple[StoredRows, ...]:
+    return (*spec.weight_rows, spec.bias_rows)
+
+
+def _kept_linear(spec: LinearSpec, checkpoint: Checkpoint) -> list[Kept]:
+    """Its weight, and its bias where it has one."""
+    weight = tuple(rows.entry(checkpoint) for rows in spec.weight_rows)
+    size = sum(entry.num_bytes for entry in weight)
+    shape = (spec.out_features, spec.in_features)
+    turned = spec.transposed and spec.routed_share is not None  # a Conv1D stays one
+    kept = [Kept(replace(weight[0], name=spec.weight_name, shape=shape, start=0, stop=size), weight, turned)]
+    if spec.bias_rows.name in checkpoint:
+        bias = spec.bias_rows.entry(checkpoint)
+        kept.append(Kept(replace(bias, name=f"{spec.name}.bias"), (bias,)))
+    return kept
+
+
+def _group_task(
+    job: FactorizationJob, specs: Sequence[LinearSpec], gram: StoredGram | None, path: Path, threads: int
+) -> Path:
     set_threads(threads)
     factorize_group(job, specs, gram, path)
     return path
 
 
-def _write_index(out_dir: Path, files: Sequence[Path]) -> None:
+def _write_index(out_dir: Path, files: Sequence[Path]) -> int:
+    """The bytes of all tensors."""
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         entries = {entry.name: entry for shard in pool.map(read_shard, files) for entry in shard.entries}
-    parameters = sum(int(np.prod(entry.shape)) for entry in entries.values())
+    parameters = sum(num_elements(entry.name, entry.dtype, entry.shape) for entry in entries.values())
     total_size = sum(entry.num_bytes for entry in entries.values())
     write_index(out_dir, {name: entry.file.name for name, entry in entries.items()}, total_size, parameters)
+    return total_size
 
 
 def _summary(files: Sequence[Path], resources: Resources) -> dict[str, Any]:
@@ -286,5 +395,5 @@ def _summary(files: Sequence[Path], resources: Resources) -> dict[str, Any]:
         "num_workers": resources.num_workers,
         "mean_relative_error": float(np.mean([r.relative_error for r in reports])) if reports else 0.0,
         "layers": layers,
-        "fewest_tokens": min((r.num_tokens for r in reports), default=None),
+        "fewest_tokens": min((r.num_tokens for r in reports if r.num_tokens), default=None),
     }

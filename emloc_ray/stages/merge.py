@@ -69,23 +69,37 @@ def merge_shard(job: MergeJob, shard: Shard, target: Path) -> int:
             if entry.name not in touched:
                 yield entry, copy_chunks(entry, chunk_bytes)
                 continue
-            spec, begin = touched[entry.name]
-            yield entry, _merged(entry, adapter.module(spec.name), spec.transposed, chunk_bytes, begin)
+            yield entry, _pieces(entry, touched[entry.name], adapter, chunk_bytes)
 
     stream_shard(target, shard.header, tensors())
-    return len(touched)
+    return sum(map(len, touched.values()))
 
 
-def _touched(job: MergeJob, adapter: Adapter, shard: Shard) -> dict[str, tuple[LinearSpec, int]]:
-    """The shard's tensors that the adapter changes, with their linears and the first row of those that they hold."""
+# By the slice of a tensor, None for the whole of it: the linear whose rows it holds, and the first of these.
+_Linears = dict[int | None, tuple[LinearSpec, int]]
+
+
+def _touched(job: MergeJob, adapter: Adapter, shard: Shard) -> dict[str, _Linears]:
+    """The shard's tensors that the adapter changes, with their linears."""
     named, inside = set(adapter.names), {entry.name for entry in shard.entries}
-    return {
-        rows.name: (spec, rows.begin)
-        for spec in job.specs
-        if spec.name in named
-        for rows in spec.weight_rows
-        if rows.name in inside
-    }
+    found: dict[str, _Linears] = {}
+    for spec in job.specs:
+        for rows in spec.weight_rows if spec.name in named else ():
+            if rows.name in inside:
+                found.setdefault(rows.name, {})[rows.index] = (spec, rows.begin)
+    return found
+
+
+def _pieces(entry: TensorEntry, linears: _Linears, adapter: Adapter, chunk_bytes: int) -> Iterator[torch.Tensor]:
+    """A tensor by chunks, merged where a linear's rows are."""
+    whole = None in linears
+    for index in (None,) if whole else range(entry.shape[0]):
+        piece = entry if index is None else entry.slice(index)
+        if index in linears:
+            spec, begin = linears[index]
+            yield from _merged(piece, adapter.module(spec.name), spec.transposed, chunk_bytes, begin)
+        else:
+            yield from copy_chunks(piece, chunk_bytes)
 
 
 def _merged(

@@ -24,7 +24,7 @@ class ResidentSlot:
         self.job, self.path = job, path
         self.shards = TokenShards(job.tokens_dir)
         model = load_model(job.model_dir, **dict(job.model_options))
-        self.hooks = GramHooks(model, job.groups, dict(job.streams))
+        self.hooks = GramHooks(model, job.groups, dict(job.streams), reread=job.reread)
         self.last_shard = -1
         if exists(path):
             committed, self.last_shard = read_slot(path)

@@ -88,7 +88,7 @@ class StreamedSlot:
         self.replay.load_block(position)
         block = self.replay.flow.order[position]
         groups = self.job.groups_of(block)
-        hooks = GramHooks(self.replay.model, groups, dict(self.job.streams))
+        hooks = GramHooks(self.replay.model, groups, dict(self.job.streams), reread=self.job.reread)
         for number in self.numbers:
             self._pass_shard(position, number, hooks)
         hooks.remove()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import InternVLConfig, InternVLVisionConfig, LlamaConfig, Qwen2Config
+from transformers import InternVLConfig, InternVLVisionConfig, LlamaConfig, MixtralConfig, Qwen2Config
 
 from emloc_ray.budget import solve, with_settings
 from emloc_ray.config_reading import parse_config
@@ -224,3 +224,43 @@ def test_the_solution_is_what_is_planned(prepared: Callable[..., Prepared]) -> N
     again = parse_config(ready.config.model_dump(mode="json"))
     assert again.memory_budget == ready.config.memory_budget
     assert row_lengths(ready).longest == pytest.approx(25)
+
+
+def mixture(num_experts: int) -> MemoryModel:
+    """A Mixtral of one layer's width and another number of experts, two of them a token."""
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=1024,
+        intermediate_size=3584,
+        num_hidden_layers=2,
+        num_local_experts=num_experts,
+        num_experts_per_tok=2,
+    )
+    return MemoryModel(bare(config, finetune={"per_device_train_batch_size": 1}), ROW)
+
+
+def test_experts_count_as_weights_all_and_as_activations_by_their_share_of_tokens() -> None:
+    few, many = mixture(4), mixture(8)
+    for stage in ("finetune", "correct", "evaluate"):
+        assert many.stage(stage)["weights"] > 1.7 * few.stage(stage)["weights"]
+    assert many.stage("finetune")["activations"] == few.stage("finetune")["activations"]
+    spec = next(spec for spec in many.layout.specs if spec.name.endswith("0.down"))
+    assert (spec.routed_share, spec.token_share) == (0.25, 0.25)
+    # A Gram for what each expert's gate and up read, and one for what its down reads.
+    grams = many.stage("calibrate")["grams"] - few.stage("calibrate")["grams"]
+    assert grams == 2 * 4 * 4 * (1024**2 + 3584**2)
+
+
+def test_llama_7b_in_4_bits_by_hand() -> None:
+    packed = MemoryModel(bare(LlamaConfig(), emulator={"quantization": "nf4", "compression_ratio": 1.0}), ROW)
+    block = 4 * 4096**2 + 3 * 4096 * 11008
+    outside = 2 * 32000 * 4096 + 65 * 4096
+    # Half a byte, a byte for 64, four for 64 · 256; of each of the 224 linears two tables and some words.
+    bits = 4 + 8 / 64 + 32 / (64 * 256)
+    assert packed.emulator == pytest.approx(2 * outside + 32 * block * bits / 8 + 224 * 1258, abs=1)
+    quarter = MemoryModel(bare(LlamaConfig(), emulator={"quantization": "nf4", "compression_ratio": 0.25}), ROW)
+    assert 0.24 < (quarter.emulator - 2 * outside) / (packed.emulator - 2 * outside) < 0.26
+    # Unpacked one at a time, the largest: indices of two elements each, float32, bfloat16.
+    assert packed.finetune()["unpacked"] == 4096 * 11008 * (2 + 4 + 2)
+    assert "unpacked" not in MemoryModel(bare(LlamaConfig()), ROW).stage("finetune")
+    assert packed.calibrate()["grams"] > 0

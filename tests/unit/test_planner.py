@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import save_quantized_emulator
 
 from emloc_ray import planner
 from emloc_ray.config_reading import parse_config
@@ -133,3 +134,24 @@ def test_calibration_sees_the_least_of_what_bounds_it(
     plan(calibration=calibration)
     assert seen == [pytest.approx(tokens)] * len(seen)
     assert seen
+
+
+def test_in_4_bits_parameters_stay_and_bytes_go(plan: Callable[..., Plan]) -> None:
+    for dtype in ("float32", "bfloat16"):
+        wide, packed = plan(dtype), plan(dtype, emulator={"quantization": "nf4"})
+        assert packed.emulator_parameters == wide.emulator_parameters
+        assert stage(packed, "factorize").disk_bytes < stage(wide, "factorize").disk_bytes
+        assert stage(packed, "merge").disk_bytes == stage(wide, "merge").disk_bytes
+    whole = plan(emulator={"quantization": "nf4", "compression_ratio": 1.0})
+    assert whole.emulator_parameters == whole.parameters
+    assert stage(whole, "calibrate").disk_bytes > 0  # QLoRA's difference to the original is measured too
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bytes_in_4_bits_are_those_of_a_saved_emulator(
+    plan: Callable[..., Plan], tiny_model_dir: Callable[..., Path], tmp_path: Path, ratio: float, dtype: str
+) -> None:
+    found = plan(dtype, emulator={"quantization": "nf4", "compression_ratio": ratio})
+    saved = save_quantized_emulator(tiny_model_dir("llama", dtype=dtype), tmp_path / "emulator", found.layout.ranks)
+    assert stage(found, "factorize").disk_bytes == pytest.approx(Checkpoint(saved).num_bytes, rel=0.01)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -280,3 +281,29 @@ def test_a_file_that_leaves_nothing_to_train_on_is_refused(refused: Callable[...
     assert "held out" not in refused(
         data={"train": {"path": str(write_rows(tmp_path / "three.jsonl", 3))}}, adapter={"r": 9999}
     )
+
+
+def test_in_4_bits_is_what_lies_inside_the_blocks() -> None:
+    assert layout().in_4bit == ()
+    assert not layout(emulator={"compression_ratio": 1.0}).differs
+    for ratio in (0.25, 1.0):
+        found = layout(emulator={"quantization": "nf4", "compression_ratio": ratio, "target_modules": ["q_proj"]})
+        assert found.in_4bit == tuple(spec.name for spec in found.specs)
+        assert found.kept_wide == ("lm_head",)
+        assert found.differs
+
+
+def test_4_bits_without_bitsandbytes_are_refused(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest)
+    )
+    said = refused(emulator={"quantization": "nf4"})
+    assert "emulator.quantization: nf4 needs the bitsandbytes package: pip install 'emloc-ray[quantization]'." in said
+
+
+def test_zero_3_in_4_bits_is_refused(refused: Callable[..., str], tmp_path: Path) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    said = refused(finetune={"deepspeed": str(path), "num_workers": 2}, emulator={"quantization": "nf4"})
+    assert f"finetune.deepspeed {path} is ZeRO stage 3, which cannot scatter weights in 4 bits" in said

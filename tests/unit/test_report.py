@@ -277,3 +277,17 @@ def test_tasks_are_described_by_their_files() -> None:
     assert report.describe_task({"train": {"path": "hf:org/data"}}) == "hf:org/data"
     assert report.describe_task({"train": {"path": "s3://b/d/x.csv?region=eu-west-1"}}) == "x.csv"
     assert report.describe_task({}) is None
+
+
+@pytest.mark.parametrize(("ratio", "words"), [(0.25, "in 4 bits (NF4)"), (1.0, "LoRA on the original in 4 bits")])
+def test_an_emulator_in_4_bits_is_said_to_be_one(finished: str, ratio: float, words: str) -> None:
+    made, metrics = manifest(*STAGES), finished_metrics()
+    made["config"]["emulator"] = {"compression_ratio": ratio, "quantization": "nf4"}
+    metrics["emulator"] |= {"quantization": "nf4", "bytes": 5 * 2**20}
+    page = report.render("run", made, metrics)
+    assert words in page
+    assert "5.00 MiB" in page
+    assert "4 bits" not in finished
+    # Unlike plain LoRA it was calibrated.
+    del made["stages"]["calibrate"]
+    assert "factorize" in report.page_view("run", made, metrics)["older"]

@@ -90,9 +90,11 @@ def test_specs_are_the_checkpoint_s_own_shapes(family: str) -> None:
     ],
     ids=lambda config: config.model_type,
 )
-def test_mixtures_leave_routers_out(config: Any) -> None:
+def test_mixtures_leave_routers_out_and_every_expert_reads_for_itself(config: Any) -> None:
     _, names, groups = traced(config)
-    assert {name.rsplit(".", 1)[-1] for name in names} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    attention, experts = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_up", "down"}
+    assert {name.rsplit(".", 1)[-1] for name in names} == attention | experts
+    assert all(len(group) == 1 for group in groups if ".experts." in group[0])
     assert sorted(name for group in groups for name in group) == sorted(names)
 
 

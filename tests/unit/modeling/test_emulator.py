@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import FAMILIES, VOCABULARY, make_emulator, make_model, save_emulator
+from tiny import EXPERT_FAMILIES, FAMILIES, VOCABULARY, make_emulator, make_model, save_emulator
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -25,6 +25,7 @@ from emloc_ray.modeling.emulator import (
     factorize_modules,
     write_emulator_config,
 )
+from emloc_ray.modeling.experts import unfuse
 
 IDS = torch.randint(2, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(0))
 
@@ -36,7 +37,7 @@ def logits(model: Any) -> torch.Tensor:
 
 def built(family: str, **options: Any) -> tuple[Any, dict[str, int]]:
     """An emulator in memory and its ranks: one layer dense, the others of two ranks."""
-    model = make_model(family, **options)
+    model = unfuse(make_model(family, **options))
     ranks = {spec.name: 5 + number % 2 for number, spec in enumerate(block_linears(model)[:-1])}
     return make_emulator(model, ranks), ranks
 
@@ -47,7 +48,7 @@ def saved(directory: Path, model: Any, ranks: dict[str, int]) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *EXPERT_FAMILIES])
 @pytest.mark.parametrize(("dtype", "tied"), [("float32", False), ("bfloat16", False), ("float32", True)])
 def test_round_trip_is_bit_equal(tmp_path: Path, family: str, dtype: str, tied: bool) -> None:
     model, ranks = built(family, dtype=dtype, tied=tied)

@@ -35,6 +35,8 @@ def models() -> dict[str, Any]:
         # Every second block sees a sliding window: its mask is another one.
         "gemma3": Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, **HEADS, sliding_window=4, layer_types=ALTERNATING)),
         "mistral": MistralForCausalLM(MistralConfig(**SIZES, **HEADS, sliding_window=4)),
+        "mixtral": make_model("mixtral"),
+        "qwen2_moe": make_model("qwen2_moe"),
     }
 
 
@@ -45,7 +47,7 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "completion_mask": mask.bool()}
 
 
-@pytest.mark.parametrize("family", ["llama, tied", "qwen2", "gpt2", "opt", "gemma3", "mistral"])
+@pytest.mark.parametrize("family", sorted(models()))
 def test_grams_block_by_block_are_those_of_the_whole_model(family: str, tmp_path: Path) -> None:
     models()[family].save_pretrained(tmp_path, max_shard_size="100KB")
     empty = empty_model(AutoModelForCausalLM.from_pretrained(tmp_path).config)

@@ -75,7 +75,9 @@ def test_names_that_the_checkpoint_changes_are_told_with_where_each_linear_is(tm
     for spec in stored_specs(block_linears(model), stored, checkpoint):
         assert [rows.name for rows in spec.weight_rows] != [spec.weight_name]
         assert torch.equal(spec.read_weight(checkpoint), model.get_submodule(spec.name).weight), spec.name
-        assert not spec.has_bias or torch.equal(checkpoint.read(spec.bias_name), model.get_submodule(spec.name).bias)
+        assert not spec.has_bias or torch.equal(
+            checkpoint.read(spec.bias_rows.name), model.get_submodule(spec.name).bias
+        )
 
 
 def test_a_linear_under_its_own_name_is_left_as_it_is(tmp_path: Path) -> None:

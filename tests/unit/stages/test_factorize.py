@@ -15,7 +15,7 @@ from emloc_ray.errors import NumericsError
 from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.io.grams import GramStore, StoredGram
 from emloc_ray.modeling.architecture import LinearSpec
-from emloc_ray.stages.factorize import FactorizationJob, copy_rest, factorize_group, read_reports, spectra_file
+from emloc_ray.stages.factorize import FactorizationJob, Kept, copy_rest, factorize_group, read_reports, spectra_file
 
 
 def job_of(artifacts: Artifacts, model_dir: Path | None = None) -> FactorizationJob:
@@ -87,7 +87,7 @@ def test_a_weight_that_is_no_number_names_its_layer(artifacts: Artifacts, tmp_pa
 
 def test_the_rest_is_copied_byte_for_byte(artifacts: Artifacts, tmp_path: Path) -> None:
     entries = [entry for entry in Checkpoint(artifacts.model_dir) if "norm" in entry.name or "embed" in entry.name]
-    copy_rest(entries, tmp_path / "rest.safetensors")
+    copy_rest([Kept(entry, (entry,)) for entry in entries], tmp_path / "rest.safetensors")
     written = load_file(tmp_path / "rest.safetensors")
     assert set(written) == {entry.name for entry in entries}
     assert all(torch.equal(written[entry.name], entry.read_rows()) for entry in entries)

@@ -1,0 +1,200 @@
+"""Adapters of experts as PEFT stores them, and apart.
+
+An unfused model (``experts.py``) has a LoRA layer on each expert's linears. The original has fused parameters, which PEFT
+adapts as a whole (``target_parameters``): of E experts at rank r ``lora_A (r E, in)``, expert by expert, and
+``lora_B (out, r E)``, whose columns go through the experts fastest; of two parameters of a module the first is the inner
+one, under ``base_layer`` (``peft.tuners.lora.layer.ParamWrapper``). On disk an adapter is as PEFT has it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from emloc_ray.errors import ConfigError
+from emloc_ray.io.checkpoint import TensorEntry, read_shard
+from emloc_ray.io.shard_writing import write_tensors
+from emloc_ray.modeling.experts import PARTS, experts_of, owner_of
+from emloc_ray.modeling.matching import lookup, matches
+
+_PREFIX = "base_model.model."
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class ExpertEntry:
+    """Expert ``index``'s part of a stored tensor ``whole``, read as :class:`TensorEntry` is."""
+
+    whole: TensorEntry
+    index: int
+    num_experts: int
+
+    def read_rows(self) -> Tensor:
+        """``(r, in)`` of a ``lora_A``, ``(out, r)`` of a ``lora_B``."""
+        if self.whole.name.endswith(_A):
+            r = self.whole.shape[0] // self.num_experts
+            return self.whole.read_rows(self.index * r, (self.index + 1) * r)
+        return _read(self.whole)[:, self.index :: self.num_experts].contiguous()
+
+
+@functools.lru_cache(maxsize=2)  # a layer's experts are read one after the other
+def _read(entry: TensorEntry) -> Tensor:
+    return entry.read_rows()
+
+
+def split_experts(
+    config: Mapping[str, Any], entries: Mapping[str, TensorEntry], where: Path
+) -> dict[str, TensorEntry | ExpertEntry]:
+    """The stored tensors of the adapter in ``where``, by the names that an unfused model's has; ``config`` is its
+    ``adapter_config.json``.
+
+    Raises:
+        ConfigError: where ``target_parameters`` names what is no expert's and no linear's weight.
+    """
+    _check_parameters(config, where)
+    found: dict[str, TensorEntry | ExpertEntry] = {}
+    for key, entry in entries.items():
+        suffix = _A if key.endswith(_A) else _B
+        module = key.removeprefix(_PREFIX).removesuffix(suffix)
+        container = module
+        while container.endswith(".base_layer"):
+            container = container.removesuffix(".base_layer")
+        targeted = _targeted(config, container)
+        if not targeted:
+            found[key] = entry
+            continue
+        part = targeted[-1 - module.removeprefix(container).count(".base_layer")]
+        r = lookup(f"{container}.{PARTS[part]}", config.get("rank_pattern") or {}, config["r"])
+        num_experts = entry.shape[0 if suffix == _A else 1] // r
+        for index in range(num_experts):
+            found[f"{_PREFIX}{container}.{index}.{part}{suffix}"] = ExpertEntry(entry, index, num_experts)
+    return found
+
+
+def join_experts(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an unfused model's adapter as PEFT stores them, where ``config`` names fused parameters."""
+    found: dict[str, Tensor] = {}
+    apart: dict[tuple[str, str, str], dict[int, Tensor]] = {}
+    for key, tensor in tensors.items():
+        suffix = _A if key.endswith(_A) else _B
+        owner = owner_of(key.removeprefix(_PREFIX).removesuffix(suffix))
+        if owner is None or owner[2] not in _targeted(config, owner[0]):
+            found[key] = tensor
+        else:
+            apart.setdefault((owner[0], owner[2], suffix), {})[owner[1]] = tensor
+    for (container, part, suffix), experts in apart.items():
+        targeted = _targeted(config, container)
+        inner = ".base_layer" * (len(targeted) - 1 - targeted.index(part))
+        ordered = [experts[index] for index in range(len(experts))]
+        joined = torch.cat(ordered) if suffix == _A else torch.stack(ordered, dim=2).flatten(1)
+        found[f"{_PREFIX}{container}{inner}{suffix}"] = joined
+    return found
+
+
+def _targeted(config: Mapping[str, Any], container: str) -> list[str]:
+    """The parts of a module's experts whose fused parameters the adapter targets, in the order that they are nested."""
+    targets = list(config.get("target_parameters") or ())
+    return [part for part, name in PARTS.items() if targets and matches(f"{container}.{name}", targets)]
+
+
+def _check_parameters(config: Mapping[str, Any], where: Path) -> None:
+    for target in config.get("target_parameters") or ():
+        if target.rpartition(".")[2] not in (*PARTS.values(), "weight"):
+            raise ConfigError(f"{where} targets the parameter {target}, which is no expert's: train without it.")
+
+
+def store_as_peft_does(directory: Path, model: nn.Module) -> None:
+    """Rewrites an adapter of an unfused ``model``, as just saved, for the original; one that adapts no expert stays."""
+    config = json.loads((directory / _CONFIG).read_text())
+    tensors = load_file(directory / _WEIGHTS)  # still on this node alone
+    names = sorted(key.removeprefix(_PREFIX).removesuffix(_A) for key in tensors if key.endswith(_A))
+    experts = {name.removeprefix(_PREFIX): module for name, module in experts_of(model).items()}
+    owners = [owner for name in names if (owner := owner_of(name)) is not None and owner[0] in experts]
+    adapted = sorted({(module, part) for module, _, part in owners})
+    for module, part in adapted:
+        _add_the_rest(tensors, module, part, experts[module].num_experts)
+    parameters = {f"{module}.{PARTS[part]}": f"{module}.0.{part}" for module, part in adapted}
+    plain = [name for name in names if (owner_of(name) or ("",))[0] not in experts]
+    parameters |= {f"{name}.weight": name for name in _mistaken(model, plain)}
+    if not parameters:
+        return
+    _add_patterns(config, parameters)
+    config["target_parameters"] = sorted(parameters)
+    config["target_modules"] = _without_mistaken(config["target_modules"], plain, parameters)
+    config["lora_dropout"] = 0.0  # which PEFT refuses on parameters; it is for training alone
+    write_tensors(directory / _WEIGHTS, join_experts(config, tensors))
+    (directory / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _add_the_rest(tensors: dict[str, Tensor], module: str, part: str, num_experts: int) -> None:
+    """Zeros for the experts that are not adapted: PEFT has one rank for all of a parameter."""
+    for suffix in (_A, _B):
+        keys = [f"{_PREFIX}{module}.{index}.{part}{suffix}" for index in range(num_experts)]
+        shape = next(tensors[key] for key in keys if key in tensors)
+        tensors.update({key: torch.zeros_like(shape) for key in keys if key not in tensors})
+
+
+def _add_patterns(config: dict[str, Any], parameters: Mapping[str, str]) -> None:
+    """Has ranks and alphas of linears hold for the parameters that stand for them."""
+    for table, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        patterns = config.get(table) or {}
+        found = {name: lookup(linear, patterns, config[default]) for name, linear in parameters.items()}
+        config[table] = {**patterns, **{name: value for name, value in found.items() if value != config[default]}}
+
+
+def _mistaken(model: Any, names: list[str]) -> list[str]:
+    """The linears that PEFT takes for experts, because they are called as experts' once were: it does so in all models
+    whose experts transformers fuses, for dense layers and shared experts too (``_convert_peft_config_moe``)."""
+    from peft.utils import transformers_weight_conversion as conversion
+
+    kind: Any = conversion._MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type)
+    mistaken = list(conversion._MOE_TARGET_MODULE_MAPPING.get(kind, ()))
+    return [name for name in names if mistaken and matches(name, mistaken)]
+
+
+def _without_mistaken(targets: Any, plain: list[str], parameters: Mapping[str, str]) -> Any:
+    left = [name for name in plain if f"{name}.weight" not in parameters]
+    if isinstance(targets, str) or len(left) < len(plain):
+        return left
+    return targets
+
+
+@contextlib.contextmanager
+def as_linears() -> Iterator[None]:
+    """While it lasts, PEFT takes no linear for an expert by its name: in an unfused model all are what they seem."""
+    from peft.utils import transformers_weight_conversion as conversion
+
+    mapping = conversion._MOE_TARGET_MODULE_MAPPING
+    conversion._MOE_TARGET_MODULE_MAPPING = {}
+    try:
+        yield
+    finally:
+        conversion._MOE_TARGET_MODULE_MAPPING = mapping
+
+
+@contextlib.contextmanager
+def readable(directory: Path, model: nn.Module) -> Iterator[Path]:
+    """The adapter in ``directory`` as ``model``, unfused, can load it: itself, or a copy in which experts are apart."""
+    config = json.loads((directory / _CONFIG).read_text())
+    if not config.get("target_parameters") or not experts_of(model):
+        yield directory
+        return
+    stored = {entry.name: entry for entry in read_shard(directory / _WEIGHTS).entries}
+    entries = split_experts(config, stored, directory)
+    config["target_modules"] = [key.removeprefix(_PREFIX).removesuffix(_A) for key in entries if key.endswith(_A)]
+    config["target_parameters"] = None
+    with tempfile.TemporaryDirectory() as folder:
+        write_tensors(Path(folder) / _WEIGHTS, {key: entry.read_rows() for key, entry in entries.items()})
+        (Path(folder) / _CONFIG).write_text(json.dumps(config))
+        yield Path(folder)

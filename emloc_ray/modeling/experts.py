@@ -1,0 +1,169 @@
+"""Fused experts as linears, so that everything that works on linears works on experts.
+
+transformers keeps a layer's experts in 3-D parameters, ``gate_up_proj (E, 2I, H)`` and ``down_proj (E, H, I)``, which no
+hook, factor or adapter can tell apart. :func:`unfuse` puts a module of the same function in their place that holds two
+linears an expert, views of those parameters: ``experts.3.gate_up`` and ``experts.3.down``. The names differ from those on
+disk (``experts.3.down_proj``), which transformers would stack again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# A linear's name and its fused parameter's, in the order in which modules register them.
+PARTS = {"gate_up": "gate_up_proj", "up": "up_proj", "down": "down_proj"}
+
+
+class UnfusedExperts(nn.Module):
+    """``Σ_e w_e · down_e(act(gate_up_e(x)))`` over the experts that the router chose for a token, as transformers' own
+    experts compute it (``transformers.integrations.moe``); expert e's linears are ``e.gate_up`` (``e.up`` where there is
+    no gate) and ``e.down``.
+
+    While an expert runs, :attr:`rows` says which tokens its linears read; None: all. The experts in :attr:`reread` also run
+    on all tokens after that, :attr:`rereading` meanwhile, which leaves the output as it is.
+    """
+
+    def __init__(self, fused: Any, top_k: int | None = None) -> None:
+        """Takes the parameters out of ``fused``, a module that :func:`is_fused`; ``top_k`` experts run on a token."""
+        super().__init__()
+        self.num_experts: int = fused.num_experts
+        self.routed_share = (top_k or self.num_experts) / self.num_experts
+        self.has_bias: bool = fused.has_bias
+        self.is_transposed: bool = fused.is_transposed
+        self.parts = tuple(part for part, name in PARTS.items() if name in fused._parameters)
+        self.rows: Tensor | None = None
+        self.reread: frozenset[int] = frozenset()
+        self.rereading = False
+        self.act_fn: Any = getattr(fused, "act_fn", None)  # a gate may have its own
+        if fused.has_post_expert_norm:
+            self.post_expert_norm = fused.post_expert_norm
+        for index in range(self.num_experts):
+            expert = nn.Module()
+            for part in self.parts:
+                expert.add_module(part, _linear(fused, PARTS[part], index))
+            self.add_module(str(index), expert)
+        for part in self.parts:
+            for name in (PARTS[part], f"{PARTS[part]}_bias"):
+                fused._parameters.pop(name, None)
+        # Not a submodule: it has the gate's formula, and nothing else that is not here.
+        object.__setattr__(self, "_fused", fused)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """``hidden_states (N, H)``; each token's experts and their weights, both ``(N, k)``."""
+        output = torch.zeros_like(hidden_states)
+        for index, tokens, places in self._chosen(top_k_index):
+            self.rows = tokens
+            found = self._run(index, hidden_states[tokens]) * top_k_weights[tokens, places, None]
+            output.index_add_(0, tokens, found.to(output.dtype))
+        self.rows, self.rereading = None, True
+        for index in sorted(self.reread):
+            self._run(index, hidden_states)
+        self.rereading = False
+        return output
+
+    def _chosen(self, top_k_index: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Each expert that is chosen, the tokens that chose it, and at which of their k places.
+
+        Where there are no values, every expert is chosen once by all. In training those that nobody chose run on no token:
+        their adapters then have a gradient, zero, which processes that train together wait for.
+        """
+        num_tokens = len(top_k_index)
+        if top_k_index.is_meta:
+            tokens = torch.arange(num_tokens, device="meta")
+            yield from ((index, tokens, torch.zeros_like(tokens)) for index in range(self.num_experts))
+            return
+        choices = top_k_index.T.reshape(-1)
+        order = torch.argsort(choices, stable=True)
+        counts = torch.bincount(choices, minlength=self.num_experts)[: self.num_experts].tolist()
+        start = 0
+        for index, count in enumerate(counts):
+            if count or self.training:
+                chosen = order[start : start + count]
+                yield index, chosen % num_tokens, chosen // num_tokens
+            start += count
+
+    def _run(self, index: int, x: Tensor) -> Tensor:
+        expert: Any = self.get_submodule(str(index))
+        fused: Any = self._fused
+        inner = fused._apply_gate(expert.gate_up(x)) if fused.has_gate else self.act_fn(expert.up(x))
+        output: Tensor = expert.down(inner)
+        return self.post_expert_norm(output) if fused.has_post_expert_norm else output
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether transformers' own kernels could take the experts of a module for theirs: then its function is known here."""
+    known = {"has_gate", "has_bias", "is_transposed", "num_experts"} <= vars(module).keys()
+    held = [name for name in module._parameters if name in PARTS.values()]
+    named = held == (["gate_up_proj", "down_proj"] if getattr(module, "has_gate", True) else ["up_proj", "down_proj"])
+    return known and named and not getattr(module, "_is_expert_parallel", False)
+
+
+def unfuse(model: Any) -> Any:
+    """Puts linears in place of all fused experts of a model, in place; returns it."""
+    for name, module in list(model.named_modules()):
+        if is_fused(module):
+            parent, _, child = name.rpartition(".")
+            unfused = UnfusedExperts(module, _top_k(model, name)).train(module.training)
+            setattr(model.get_submodule(parent), child, unfused)
+    return model
+
+
+def experts_of(model: nn.Module) -> dict[str, UnfusedExperts]:
+    """A model's unfused experts by their modules' names."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, UnfusedExperts)}
+
+
+def owner_of(name: str) -> tuple[str, int, str] | None:
+    """The module, the number and the part that the name of an expert's linear is made of; None where it is no such name."""
+    head, _, part = name.rpartition(".")
+    module, _, index = head.rpartition(".")
+    return (module, int(index), part) if module and index.isdecimal() and part in PARTS else None
+
+
+@dataclass(frozen=True)
+class View:
+    """What a parameter of an unfused model is: slice ``index`` of a fused parameter, transposed or not."""
+
+    parameter: str
+    index: int
+    is_transposed: bool
+
+
+def unfused_views(model: nn.Module) -> dict[str, View]:
+    """Of which fused parameter each parameter of a model's unfused experts is a view, by their names."""
+    found = {}
+    for module, experts in experts_of(model).items():
+        for index in range(experts.num_experts):
+            for part in experts.parts:
+                name, parameter = f"{module}.{index}.{part}", f"{module}.{PARTS[part]}"
+                found[f"{name}.weight"] = View(parameter, index, experts.is_transposed)
+                if experts.has_bias:
+                    found[f"{name}.bias"] = View(f"{parameter}_bias", index, False)
+    return found
+
+
+def _top_k(model: nn.Module, experts: str) -> int | None:
+    """How many experts a token is sent to, as the router beside them says."""
+    beside = model.get_submodule(experts.rpartition(".")[0])
+    found = (getattr(owner, "top_k", None) for owner in (beside, *beside.children()))
+    return next((k for k in found if isinstance(k, int)), None)
+
+
+def _linear(fused: Any, name: str, index: int) -> nn.Linear:
+    """Expert ``index``'s slice as a linear. Where DeepSpeed has scattered the parameter it is made anew, to be loaded."""
+    parameter, bias = fused._parameters[name], fused._parameters.get(f"{name}_bias")
+    shape: Sequence[int] = getattr(parameter, "ds_shape", parameter.shape)
+    in_features, out_features = shape[1:] if fused.is_transposed else shape[:0:-1]
+    if hasattr(parameter, "ds_shape"):
+        return nn.Linear(in_features, out_features, bias is not None, dtype=parameter.dtype)
+    linear = nn.Linear(in_features, out_features, bias is not None, device="meta")
+    weight = parameter.detach()[index]
+    linear.weight = nn.Parameter(weight.T if fused.is_transposed else weight, parameter.requires_grad)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach()[index], bias.requires_grad)
+    return linear

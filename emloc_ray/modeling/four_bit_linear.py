@@ -1,0 +1,44 @@
+"""Linears in 4 bits that compute with the very weight that their checkpoint stands for; importing this needs bitsandbytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bitsandbytes
+import torch
+from torch import Tensor, nn
+
+from emloc_ray.modeling.quantization import module_weight
+
+
+class _Product(torch.autograd.Function):
+    """``x Wᵀ`` of a frozen ``W`` in 4 bits, unpacked on the way forward and again on the way back, never kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Module) -> Tensor:
+        ctx.layer = layer
+        return x @ module_weight(layer).to(x.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient @ module_weight(ctx.layer).to(gradient.dtype), None
+
+
+class ExactLinear4bit(bitsandbytes.nn.Linear4bit):
+    """``y = x Wᵀ + b`` with ``W`` as :func:`~emloc_ray.modeling.quantization.unpacked` gives it, whatever the device.
+
+    On CPUs bitsandbytes' own product repacks weights into bfloat16 at the first evaluation, or fails for shapes that it
+    cannot repack, and unpacks some wrongly; correction relies on ``W`` being the same everywhere.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in)`` to ``(..., out)``, in the dtype of ``x``."""
+        y: Tensor = _Product.apply(x, self)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def compute_exactly(model: nn.Module) -> None:
+    """Makes every linear in 4 bits an :class:`ExactLinear4bit`, in place."""
+    for module in model.modules():
+        if type(module) is bitsandbytes.nn.Linear4bit:
+            module.__class__ = ExactLinear4bit

@@ -1,0 +1,135 @@
+"""Runs with emulators in 4 bits, from end to end: at a ratio of 0.25 ("25 % + QLoRA"), and QLoRA itself at 1.0."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from small_runs import FinishedRun, make_values, redone, run_values
+from transformers import AutoModelForCausalLM
+
+from emloc_ray.config_reading import parse_config
+from emloc_ray.errors import ConfigError
+from emloc_ray.io.artifact_cache import ArtifactCache
+from emloc_ray.io.checkpoint import Checkpoint
+from emloc_ray.io.grams import GramStore
+from emloc_ray.modeling.adapter import Adapter
+from emloc_ray.modeling.quantization import dequantize, quantize, stored_weight
+from emloc_ray.preparation import prepare
+
+RATIOS = (0.25, 1.0)
+
+
+@pytest.fixture(scope="session", params=RATIOS)
+def quantized_run(request: pytest.FixtureRequest, make_run: Callable[..., FinishedRun], task_file: Path) -> FinishedRun:
+    return make_run(
+        task_file,
+        "qwen2",  # biases
+        "bfloat16",
+        # One linear that compression leaves alone: in 4 bits all the same, and without a Gram.
+        emulator={
+            "quantization": "nf4",
+            "compression_ratio": request.param,
+            "exclude_modules": ["layers.1.mlp.down_proj"],
+        },
+        correction={"method": "covariance", "clamp": None},
+    )
+
+
+def weights(run: FinishedRun, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A linear's weight, and what the emulator stores of it."""
+    original, emulator = Checkpoint(run.model_dir), Checkpoint(run.root / "emulator")
+    parts = [f"{name}.up", f"{name}.down"] if f"{name}.up.weight" in emulator else [name]
+    stored = [stored_weight(emulator, part).double() for part in parts]
+    return original.read(f"{name}.weight").double(), stored[0] @ stored[1] if len(stored) == 2 else stored[0]
+
+
+def test_everything_inside_the_blocks_is_in_4_bits_and_counted(quantized_run: FinishedRun) -> None:
+    run, told = quantized_run, quantized_run.metrics["emulator"]
+    emulator = Checkpoint(run.root / "emulator")
+    wide = {entry.name for entry in emulator if entry.dtype == torch.bfloat16}
+    assert not [name for name in wide if name.endswith("proj.weight")]
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= wide
+    assert told["quantization"] == "nf4"
+    assert told["bytes"] == emulator.num_bytes
+    assert (
+        told["parameters"]
+        == json.loads((run.root / "emulator" / "model.safetensors.index.json").read_text())["metadata"][
+            "total_parameters"
+        ]
+    )
+    page = (run.root / "report.html").read_text()
+    assert "in 4 bits" in page
+
+
+def test_errors_told_are_of_what_is_stored(quantized_run: FinishedRun) -> None:
+    told = quantized_run.metrics["emulator"]["layers"]
+    grams = GramStore(quantized_run.root / "calibration")
+    assert len(told) == 13
+    for name, layer in told.items():
+        (weight, stored), gram = weights(quantized_run, name), grams.read(name).double()
+        left, whole = ((m @ gram @ m.T).trace() for m in (weight - stored, weight))
+        assert layer["relative_error"] == pytest.approx(float((left / whole).sqrt()), rel=1e-2)
+
+
+def test_correction_takes_out_the_difference_to_the_weights_in_4_bits(quantized_run: FinishedRun) -> None:
+    run = quantized_run
+    trained, corrected = Adapter(run.root / "adapter_emulator"), Adapter(run.root / "adapter")
+    grams = GramStore(run.root / "calibration")
+    for name in trained.names:
+        weight, stored = weights(run, name)
+        before, after = trained.module(name), corrected.module(name)
+        x = torch.linalg.svd(before.lora_a.double(), full_matrices=False).Vh.T  # what the adapter reads
+        if name in grams:
+            gram = grams.read(name).double()
+            damping = 1e-4 * (x.T @ gram @ x).diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+            x = (gram + damping) @ x  # directions under which covariance is exact
+        served = weight @ x + after.scale * (after.lora_b.double() @ (after.lora_a.double() @ x))
+        meant = stored @ x + before.scale * (before.lora_b.double() @ (before.lora_a.double() @ x))
+        assert float((served - meant).norm() / ((weight - stored) @ x).norm()) < 1e-2, name
+
+
+def test_the_adapter_loads_on_the_original_and_is_what_was_merged(quantized_run: FinishedRun) -> None:
+    run = quantized_run
+    ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        original = AutoModelForCausalLM.from_pretrained(run.model_dir, dtype=torch.float32)
+        served = PeftModel.from_pretrained(original, run.root / "adapter").eval()(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(run.root / "merged", dtype=torch.float32)(ids).logits
+    assert float((served - merged).abs().max() / served.abs().max()) < 1e-2  # merged in bfloat16
+    losses = {variant: scores["loss"] for variant, scores in run.metrics["evaluation"].items()}
+    assert losses["emulator_adapter"] < losses["emulator"]
+    assert losses["corrected"] < losses["original"]
+
+
+def test_the_quantization_is_among_the_inputs(quantized_run: FinishedRun) -> None:
+    assert redone(quantized_run.values) == []
+    changed = quantized_run.changed(emulator={"quantization": "none", "compression_ratio": 0.25})
+    assert redone(changed)[:2] == ["factorize", "finetune"]
+
+
+def test_an_emulator_in_4_bits_is_no_basis_and_may_have_one(
+    ray_session: None, tmp_path: Path, tiny_model_dir: Callable[..., Path], task_file: Path
+) -> None:
+    cache = ArtifactCache(str(tmp_path / "shared"))
+    for name, ratio, quantization in (("wide", 0.5, "none"), ("packed", 0.25, "nf4")):
+        emulator = {"compression_ratio": ratio, "quantization": quantization}
+        values = make_values(tmp_path / name, tiny_model_dir("llama"), task_file, emulator=emulator)
+        run_values(values, until="factorize", cache=cache)
+    bases = {"quantization" in entry.inputs: entry.basis for entry in cache.entries() if entry.stage == "factorize"}
+    assert bases[False] is not None
+    assert bases[True] is None
+    wide, packed = (Checkpoint(tmp_path / name / "emulator") for name in ("wide", "packed"))
+    factor = "model.layers.0.self_attn.q_proj.up"
+    first = wide.read(f"{factor}.weight")[:, :8].contiguous()  # the best of rank 8 is the first columns of any more
+    assert torch.equal(stored_weight(packed, factor), dequantize(quantize(first, torch.float32)))
+
+
+def test_lora_on_the_original_in_4_bits_is_no_upper_bound(quantized_run: FinishedRun) -> None:
+    values = quantized_run.changed(evaluation={"upper_bound": str(quantized_run.root)})
+    with pytest.raises(ConfigError, match=r"is no finished run at ratio 1\.0: .* not quantized"):
+        prepare(parse_config(values))

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny import EXPERT_FAMILIES
+from transformers import AutoModelForCausalLM
+
+from emloc_ray.errors import ConfigError
+from emloc_ray.modeling.adapter import (
+    Adapter,
+    LoraModule,
+    attach_adapter,
+    load_adapter,
+    lora_config,
+    save_trained_adapter,
+    write_adapter,
+)
+from emloc_ray.modeling.architecture import block_linears
+from emloc_ray.modeling.expert_adapters import split_experts
+from emloc_ray.modeling.experts import experts_of
+from emloc_ray.modeling.loading import load_model
+
+IDS = torch.randint(2, 300, (3, 11), generator=torch.Generator().manual_seed(5))
+RANK, ALPHA = 3, 7.0
+
+
+def trained(model_dir: Path, targets: list[str], **options: Any) -> Any:
+    """An unfused model with a random adapter."""
+    model = load_model(model_dir)
+    names = [spec.name for spec in block_linears(model) if spec.name.endswith(tuple(targets))]
+    adapted = attach_adapter(model, lora_config(target_modules=names, r=RANK, lora_alpha=ALPHA, **options)).eval()
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if ".lora_" in name:
+                parameter.normal_(std=0.2, generator=generator)
+    return adapted
+
+
+def save(model: Any, directory: Path) -> Path:
+    plain = [n for n in model.peft_config["default"].target_modules if ".experts." not in n]
+    save_trained_adapter(model, directory, targets=plain, base_model="original")
+    return directory
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    found: torch.Tensor = model(IDS).logits
+    return found
+
+
+def assert_close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    assert float((found - wanted).abs().max()) <= 2e-5 * float(wanted.abs().max())
+
+
+ALL = ["q_proj", "o_proj", "gate_up", "down", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize("family", EXPERT_FAMILIES)
+@pytest.mark.parametrize("targets", [ALL, ["down"], ["q_proj", "gate_up"]], ids=["all", "down", "gate_up"])
+def test_plain_peft_loads_what_was_trained_on_experts_apart(
+    tiny_model_dir: Callable[..., Path], family: str, targets: list[str], tmp_path: Path
+) -> None:
+    model_dir = tiny_model_dir(family)
+    model = trained(model_dir, targets)
+    wanted = logits(model)
+    directory = save(model, tmp_path / "adapter")
+    original = AutoModelForCausalLM.from_pretrained(model_dir)
+    assert float((logits(original) - wanted).abs().max()) > 1e-2 * float(wanted.abs().max())
+    loaded = PeftModel.from_pretrained(original, directory)
+    assert_close(logits(loaded), wanted)
+    again = load_adapter(load_model(model_dir), directory).eval()
+    assert torch.equal(logits(again), wanted)
+
+
+def test_ranks_by_pattern_and_experts_left_out_are_kept(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    model_dir = tiny_model_dir("mixtral")
+    model = trained(
+        model_dir, ["q_proj", "1.down", "2.gate_up"], rank_pattern={"down": 2}, alpha_pattern={"gate_up": 4.0}
+    )
+    wanted = logits(model)
+    directory = save(model, tmp_path / "adapter")
+    assert_close(logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), directory)), wanted)
+    adapter = Adapter(directory)
+    module = adapter.module("model.layers.0.mlp.experts.1.down")
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.experts.1.down")
+    assert torch.equal(module.lora_a, layer.lora_A["default"].weight)
+    assert torch.equal(module.lora_b, layer.lora_B["default"].weight)
+    assert module.scale == ALPHA / 2
+    assert adapter.module("model.layers.0.mlp.experts.2.gate_up").scale == 4 / RANK
+    assert not adapter.module("model.layers.0.mlp.experts.3.gate_up").lora_b.any()
+
+
+def test_an_adapter_that_is_read_and_written_is_the_same(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    directory = save(trained(tiny_model_dir("qwen2_moe"), ALL), tmp_path / "adapter")
+    adapter = Adapter(directory)
+    write_adapter(tmp_path / "written", adapter.config, [adapter.module(name) for name in adapter.names])
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (directory, tmp_path / "written"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    config = json.loads((tmp_path / "written" / "adapter_config.json").read_text())
+    assert "model.layers.1.mlp.experts.gate_up_proj" in config["target_parameters"]
+    assert config["lora_dropout"] == 0
+
+
+def test_of_an_adapter_on_attention_nothing_changes(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    directory = save(trained(tiny_model_dir("mixtral"), ["q_proj"]), tmp_path / "adapter")
+    config = json.loads((directory / "adapter_config.json").read_text())
+    assert not config["target_parameters"]
+    assert all(".self_attn.q_proj.lora_" in key for key in load_file(directory / "adapter_model.safetensors"))
+
+
+def test_other_parameters_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"targets the parameter mlp\.gate\.bias"):
+        split_experts({"target_parameters": ["mlp.gate.bias"], "r": 4}, {}, Path("adapter"))
+
+
+def test_untrained_experts_are_lora_modules_too(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    model = trained(tiny_model_dir("qwen3_moe"), ALL)
+    adapter = Adapter(save(model, tmp_path / "adapter"))
+    [experts] = experts_of(model).values()
+    assert sum(".experts." in name for name in adapter.names) == 2 * experts.num_experts
+    assert isinstance(adapter.module(adapter.names[-1]), LoraModule)
