@@ -64,7 +64,7 @@ class SplitConfig(Section):
 class DataConfig(Section):
     """The task's rows and how they become tokens."""
 
-    generate: Literal["docstrings"] | None = Field(None, description="make the task's data on the spot")
+    generate: Literal["docstrings", "vqa"] | None = Field(None, description="make the task's data on the spot")
     format: Literal["text", "prompt_completion", "messages"] = "text"
     train: SplitConfig | None = None
     calibration: SplitConfig | None = None
@@ -72,16 +72,22 @@ class DataConfig(Section):
     eval: SplitConfig | None = None
     max_seq_length: int = Field(512, ge=2)
     packing: bool = Field(False, description="join rows into sequences of max_seq_length")
+    on_error: Literal["fail", "skip"] = Field(
+        "fail", description="a bad row, or its missing image, ends the run or is left out"
+    )
 
     @model_validator(mode="after")
     def _has_a_source(self) -> DataConfig:
         named = [name for name in ("train", "calibration", "selection", "eval") if getattr(self, name) is not None]
         if self.generate is None and self.train is None:
-            raise ValueError("names no training data: set data.train.path, or data.generate: docstrings")
+            raise ValueError("names no training data: set data.train.path, or data.generate: docstrings or vqa")
         if self.generate is not None and any(getattr(self, name).path for name in named):
             raise ValueError(f"data.generate makes every split itself: remove data.{named[0]}.path")
-        if self.generate is not None and self.format != "prompt_completion":
-            raise ValueError("data.generate: docstrings makes prompt_completion rows: set data.format to that")
+        made = {"docstrings": "prompt_completion", "vqa": "messages"}
+        if self.generate is not None and self.format != made[self.generate]:
+            raise ValueError(
+                f"data.generate: {self.generate} makes {made[self.generate]} rows: set data.format to that"
+            )
         return self
 
 

@@ -83,6 +83,7 @@ class Jobs:
             experts=self.experts(),
             min_expert_tokens=section.min_expert_tokens,
             streams=tuple((s.name, s.stream) for s in self.prepared.layout.specs if s.stream != "row"),
+            between=tuple((s.name, s.block) for s in self.prepared.layout.specs if s.between),
         )
 
     def experts(self) -> tuple[tuple[str, int], ...]:

@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
+
+from torch import Tensor
 
 from emloc_ray.config import AdapterConfig, RunConfig
 from emloc_ray.core.ranks import rank_for_ratio
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.adapter import portable_targets
 from emloc_ray.modeling.adapter_methods import default_targets, feedforward_names
-from emloc_ray.modeling.architecture import LinearSpec, block_linears, learned_positions, trace_inputs
+from emloc_ray.modeling.architecture import (
+    LinearSpec,
+    block_linears,
+    learned_positions,
+    linears_between,
+    trace_inputs,
+    unfactorable,
+)
 from emloc_ray.modeling.expert_adapters import taken_for_experts
 from emloc_ray.modeling.experts import owner_of
 from emloc_ray.modeling.inputs import has_encoder
-from emloc_ray.modeling.matching import check_table, lookup, select
+from emloc_ray.modeling.matching import ALL_LINEAR, Patterns, check_table, lookup, matches, select
 from emloc_ray.modeling.quantization import replaceable_linears
+from emloc_ray.modeling.replay import block_flow
 
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class ImageShape:
+    """What an image is to a model: tokens in the row, and the tokens that each block reads which only images bring to run.
+
+    Zero and none where the model reads no images; counted for an image of 448 × 448 pixels.
+    """
+
+    row_tokens: int = 0
+    block_tokens: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -33,11 +54,15 @@ class Skeleton:
     head_parameters: int
     hidden_size: int
     replaceable: tuple[str, ...] = ()  # linears anywhere that transformers can put 4-bit ones in place of
+    modules: tuple[str, ...] = ()
+    unfactorable: dict[str, str] = field(default_factory=dict)
+    image: ImageShape = ImageShape()
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The model's linears and what the config makes of them."""
+    """The model's linears and what the config makes of them; ``left_dense`` are modules that its patterns name though they
+    are no linears, with their kinds."""
 
     specs: tuple[LinearSpec, ...]
     groups: tuple[tuple[LinearSpec, ...], ...]
@@ -52,6 +77,8 @@ class Layout:
     feedforward: tuple[str, ...] = ()  # of the adapted linears those whose input IA³ scales
     quantized: bool = False
     replaceable: tuple[str, ...] = ()
+    left_dense: dict[str, str] = field(default_factory=dict)
+    image: ImageShape = ImageShape()
 
     @property
     def differs(self) -> bool:
@@ -93,10 +120,15 @@ class Layout:
         return (whole,) if rank is None else ((spec.out_features, rank), (rank, spec.in_features))
 
 
-def skeleton_of(model_config: Any, model: Any) -> Skeleton:
-    """Of a model on the meta device, or any other."""
+def skeleton_of(
+    model_config: Any, model: Any, example: Mapping[str, Tensor] | None = None, trust_remote_code: bool = False
+) -> Skeleton:
+    """Of a model on the meta device, or any other; ``example`` is what it is called with for an image, where it reads some."""
     found = block_linears(model)
-    trace = trace_inputs(model, found)
+    if example:
+        next_blocks = block_flow(model_config, trust_remote_code, example).between
+        found = _in_model_order(model, [*found, *linears_between(model, next_blocks)])
+    trace = trace_inputs(model, found, example)
     specs = [replace(spec, stream=trace.streams.get(spec.name, spec.stream)) for spec in found]
     by_name = {spec.name: spec for spec in specs}
     groups = tuple(tuple(by_name[name] for name in group) for group in trace.groups)
@@ -111,7 +143,20 @@ def skeleton_of(model_config: Any, model: Any) -> Skeleton:
         head.weight.numel(),
         head.weight.shape[-1],
         replaceable_linears(model),
+        tuple(name for name, _ in model.named_modules() if name),
+        unfactorable(model),
+        _image_shape(example, specs, trace.image_tokens) if example else ImageShape(),
     )
+
+
+def _image_shape(example: Mapping[str, Tensor], specs: Sequence[LinearSpec], counts: Mapping[str, int]) -> ImageShape:
+    inside = [spec for spec in specs if spec.name in counts and not spec.between]
+    return ImageShape(example["input_ids"].shape[1], {spec.block: counts[spec.name] for spec in inside})
+
+
+def _in_model_order(model: Any, specs: Sequence[LinearSpec]) -> list[LinearSpec]:
+    by_name = {spec.name: spec for spec in specs}
+    return [by_name[name] for name, _ in model.named_modules() if name in by_name]
 
 
 def make_layout(config: RunConfig, skeleton: Skeleton) -> Layout:
@@ -121,23 +166,25 @@ def make_layout(config: RunConfig, skeleton: Skeleton) -> Layout:
         ConfigError: naming every pattern that fits nothing, one sentence a line.
     """
     specs = skeleton.specs
-    model_type = _model_type(skeleton.config)
-    compressed, adapted = _matched(config, specs, model_type)
+    left_dense: dict[str, str] = {}
+    compressed, adapted = _matched(config, skeleton, left_dense)
     _check_no_experts(config.adapter.method, adapted, skeleton)
-    forward = config.adapter.settings.get("feedforward_modules")
+    model_type, forward = _model_type(skeleton.config), config.adapter.settings.get("feedforward_modules")
     return Layout(
         specs,
         skeleton.groups,
         ranks_at(config, specs, compressed),
         tuple(compressed),
         tuple(adapted),
-        _portable(config, adapted, specs),
+        _portable(config, adapted, skeleton),
         skeleton.num_parameters,
         skeleton.head_parameters,
         skeleton.hidden_size,
         quantized=config.emulator.quantization != "none",
         replaceable=skeleton.replaceable,
         feedforward=tuple(feedforward_names(forward, model_type, adapted)) if config.adapter.method == "ia3" else (),
+        left_dense=left_dense,
+        image=skeleton.image,
     )
 
 
@@ -155,8 +202,9 @@ def _model_type(model_config: Any) -> str:
     return str(getattr(model_config.get_text_config(), "model_type", None) or model_config.model_type)
 
 
-def _matched(config: RunConfig, specs: Sequence[LinearSpec], model_type: str) -> tuple[list[str], list[str]]:
-    """The linears that are compressed, and those that are adapted."""
+def _matched(config: RunConfig, skeleton: Skeleton, left_dense: dict[str, str]) -> tuple[list[str], list[str]]:
+    """The linears that are compressed, and those that are adapted; adds what patterns name beside them to ``left_dense``."""
+    specs = skeleton.specs
     names = [spec.name for spec in specs]
     emulator, adapter = config.emulator, config.adapter
     errors: list[str] = []
@@ -168,16 +216,32 @@ def _matched(config: RunConfig, specs: Sequence[LinearSpec], model_type: str) ->
             errors.append(str(error))
             return None
 
-    compressed = attempt(
-        lambda: select(names, emulator.target_modules, emulator.exclude_modules, "emulator.target_modules")
-    )
-    adapted = attempt(lambda: _adapted(adapter, names, model_type))
+    others = skeleton.unfactorable
+
+    def chosen(targets: Patterns | None, exclude: Patterns | None, key: str) -> list[str]:
+        found = select(names, targets, exclude, key, list(others))
+        beside = _named(others, targets, exclude)
+        if not found:
+            kinds = ", ".join(f"{name} ({kind})" for name, kind in beside.items())
+            raise ConfigError(f"{key} names no linear, only {kinds}: name linears, the one kind that can be factored.")
+        left_dense.update(beside)
+        return found
+
+    def adapted_linears() -> list[str]:
+        targets = adapter.target_modules
+        if targets is None:
+            targets = default_targets(adapter.method, _model_type(skeleton.config), names)
+        return [] if adapter.is_prompt else chosen(targets, adapter.exclude_modules, "adapter.target_modules")
+
+    compressed = attempt(lambda: chosen(emulator.target_modules, emulator.exclude_modules, "emulator.target_modules"))
+    adapted = attempt(adapted_linears)
     for key, table in (
         ("emulator.ratios", emulator.ratios),
         ("adapter.rank_pattern", adapter.rank_pattern),
         ("adapter.alpha_pattern", adapter.alpha_pattern),
     ):
-        attempt(lambda table=table, key=key: check_table(names, table, key))  # type: ignore[misc]
+        attempt(lambda table=table, key=key: check_table(names, table, key, list(others)))  # type: ignore[misc]
+        left_dense.update({name: kind for name, kind in others.items() if not errors and lookup(name, table, None)})
     if not errors and adapter.is_lora:
         attempt(lambda: _check_adapter_ranks(adapter, [spec for spec in specs if spec.name in set(adapted or ())]))
     if errors or compressed is None or adapted is None:
@@ -185,13 +249,12 @@ def _matched(config: RunConfig, specs: Sequence[LinearSpec], model_type: str) ->
     return compressed, adapted
 
 
-def _adapted(adapter: AdapterConfig, names: Sequence[str], model_type: str) -> list[str]:
-    if adapter.is_prompt:
-        return []
-    targets = adapter.target_modules
-    if targets is None:
-        targets = default_targets(adapter.method, model_type, names)
-    return select(names, targets, adapter.exclude_modules, "adapter.target_modules")
+def _named(others: Mapping[str, str], targets: Patterns | None, exclude: Patterns | None) -> dict[str, str]:
+    """Those of the modules that a section's patterns name."""
+    if targets is None or targets == ALL_LINEAR:
+        return {}
+    excluded = {name for name in others if exclude is not None and matches(name, exclude)}
+    return {name: kind for name, kind in others.items() if name not in excluded and matches(name, targets)}
 
 
 def _check_adapter_ranks(adapter: AdapterConfig, specs: Sequence[LinearSpec]) -> None:
@@ -243,10 +306,15 @@ def ranks_at(config: RunConfig, specs: Sequence[LinearSpec], compressed: Sequenc
     return {name: rank for name, rank in ranks.items() if rank is not None}
 
 
-def _portable(config: RunConfig, adapted: list[str], specs: Sequence[LinearSpec]) -> str | tuple[str, ...]:
+def _portable(config: RunConfig, adapted: list[str], skeleton: Skeleton) -> str | tuple[str, ...]:
+    """What names the adapted linears and no other module, as PEFT looks for them among all of the original's."""
     asked = config.adapter.target_modules
-    experts = {spec.name for spec in specs if spec.routed_share is not None}  # the original has no such linears
-    if asked is None or asked == "all-linear" or config.adapter.exclude_modules is not None or experts:
-        plain = [spec.name for spec in specs if spec.name not in experts]
-        return tuple(portable_targets([name for name in adapted if name not in experts], plain))
+    experts = {
+        spec.name for spec in skeleton.specs if spec.routed_share is not None
+    }  # the original has no such linears
+    plain = [name for name in adapted if name not in experts]
+    modules = [name for name in skeleton.modules if name not in experts]
+    everything = asked is None or asked == ALL_LINEAR
+    if asked is None or everything or experts or {name for name in modules if matches(name, asked)} != set(plain):
+        return tuple(portable_targets(plain, modules))
     return asked if isinstance(asked, str) else tuple(asked)

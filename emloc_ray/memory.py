@@ -31,10 +31,11 @@ _ROWS = 1024  # of a layer that the correction turns to float64 at a time
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens a row: the mean, and the longest that is to be expected after truncation."""
+    """Tokens a row: the mean, and the longest that is to be expected after truncation; and how many images it shows."""
 
     mean: float
     longest: float
+    images: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ class Block:
     name: str
     groups: tuple[tuple[LinearSpec, ...], ...]
     multiple: float = 1.0
+
+    @property
+    def is_between(self) -> bool:
+        """Whether these are linears that run between blocks, right before the one of this name."""
+        return self.groups[0][0].between
 
     @property
     def specs(self) -> tuple[LinearSpec, ...]:
@@ -68,7 +74,8 @@ class MemoryModel:
     """Predicts from a layout, a config and row lengths; every method gives bytes by part, ``total`` adds them up."""
 
     def __init__(self, prepared: Prepared, lengths: Lengths, multiples: Mapping[str, float] | None = None) -> None:
-        """``multiples``: prefixes of blocks that see another number of tokens than the row has, and how many times that."""
+        """``multiples``: prefixes of blocks that see another number of tokens than the row has, and how many times that;
+        left out, by the row's images and the tokens that blocks read for one."""
         self.config, self.layout, self.lengths = prepared.config, prepared.layout, lengths
         self.model_config = prepared.model_config
         self.calibration_tokens = prepared.calibration_tokens(lengths.mean)
@@ -79,7 +86,10 @@ class MemoryModel:
         adapted = set(self.layout.adapted)
         self.adapted = tuple(spec for spec in self.layout.specs if spec.name in adapted)
         self.adapter_parameters = self._adapter_parameters()
-        self.blocks = _blocks(self.layout.groups, multiples or {})
+        if multiples is None:
+            per_image = self.layout.image.block_tokens
+            multiples = {name: count * lengths.images / lengths.longest for name, count in per_image.items()}
+        self.blocks = _blocks(self.layout.groups, multiples)
 
     def stage(self, name: str) -> Parts:
         """Parts of one stage's worker."""
@@ -97,8 +107,8 @@ class MemoryModel:
     def calibrate_streamed(self) -> Parts:
         """The weights outside the blocks and of the largest block, its Grams, and one token shard's hidden states: what the
         block reads and what it gives, for all the shard's rows."""
-        inside = max(block.num_parameters for block in self.blocks)
-        outside = self.layout.num_parameters - sum(s.num_parameters for s in self.layout.specs)
+        inside = max(block.num_parameters for block in self.blocks if not block.is_between)
+        outside = self.layout.num_parameters - sum(s.num_parameters for s in self.layout.specs if not s.between)
         # The head is never reached; where it is the embedding too, that stays.
         head = 0 if getattr(self.model_config, "tie_word_embeddings", False) else self.layout.head_parameters
         names = [block.name for block in self.blocks]
@@ -367,14 +377,14 @@ def _widest_step(block: Block) -> int:
 
 
 def _blocks(groups: tuple[tuple[LinearSpec, ...], ...], multiples: Mapping[str, float]) -> tuple[Block, ...]:
-    found: dict[str, list[tuple[LinearSpec, ...]]] = {}
+    found: dict[tuple[str, bool], list[tuple[LinearSpec, ...]]] = {}
     for group in groups:
-        found.setdefault(group[0].block, []).append(group)
+        found.setdefault((group[0].block, group[0].between), []).append(group)
 
     def multiple(name: str) -> float:
         return next((value for prefix, value in multiples.items() if name.startswith(prefix)), 1.0)
 
-    return tuple(Block(name, tuple(inside), multiple(name)) for name, inside in found.items())
+    return tuple(Block(name, tuple(inside), multiple(name)) for (name, _), inside in found.items())
 
 
 def model_dtype(prepared: Prepared) -> torch.dtype:

@@ -18,7 +18,16 @@ from emloc_ray.io.node_cache import discard, exists, hashes
 from emloc_ray.io.resume import begun_with, discard_unless
 from emloc_ray.planner import make_plan
 from emloc_ray.preparation import Prepared, check_disk, prepare
-from emloc_ray.remarks import cut_rows, no_merge, over_budget, shortfall, thin_calibration, thin_experts
+from emloc_ray.remarks import (
+    cut_rows,
+    left_dense,
+    no_merge,
+    over_budget,
+    shortfall,
+    skipped_rows,
+    thin_calibration,
+    thin_experts,
+)
 from emloc_ray.reporter import Reporter, Reporters, SilentReporter
 from emloc_ray.run_log import RunLog
 from emloc_ray.stages import STAGES
@@ -108,6 +117,7 @@ class Pipeline:
     def run(self, until: str = STAGES[-1]) -> None:
         """Every stage up to ``until``, in order."""
         self._tell(over_budget(self.prepared))
+        self._tell(left_dense(self.layout))
         while True:
             try:
                 self._run_stages(until)
@@ -190,6 +200,7 @@ class Pipeline:
         counts = step(resumes=True, shared=shared)["splits"]
         for split, count in counts.items():
             self.inputs[f"data/{split}"] = fingerprint({file.name: sha for file, sha in hashes(tokens / split).items()})
+            self._tell(skipped_rows(split, count))
             self._tell(cut_rows(self.config, split, count))
             self._tell(shortfall(self.config, split, count))
 

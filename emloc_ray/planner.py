@@ -10,13 +10,16 @@ from typing import Any
 import torch
 
 from emloc_ray.budget import Solution, solve, with_settings
-from emloc_ray.data.reading import read_rows
+from emloc_ray.data.formats import FIELDS
+from emloc_ray.data.images import image_parts
+from emloc_ray.data.reading import Row, read_rows
 from emloc_ray.layout import Layout
 from emloc_ray.memory import Lengths, MemoryModel, Parts, gram_bytes, total
 from emloc_ray.preparation import UNKNOWN_ROWS, Prepared
 from emloc_ray.stages import STAGES
 
 _CHARACTERS_PER_TOKEN = 3.5
+_VQA_TOKENS = 24.0  # of a question and its answer
 
 
 @dataclass(frozen=True)
@@ -151,16 +154,34 @@ def _disk_bytes(prepared: Prepared, memory: MemoryModel) -> dict[str, int]:
 
 
 def row_lengths(prepared: Prepared) -> Lengths:
-    """Tokens a row, guessed from the first rows' characters; the docstring task's rows are about 80."""
+    """Tokens a row, guessed from the first rows' characters and images; the docstring task's rows are about 80."""
     limit = prepared.config.data.max_seq_length
     sources = prepared.files.get("train")
     if not sources:
+        if prepared.config.data.generate == "vqa":
+            asked = _VQA_TOKENS + prepared.layout.image.row_tokens
+            return Lengths(min(asked, limit), min(asked + _VQA_TOKENS, limit), 1.0)
         return Lengths(80.0, min(limit, 256.0))
     if prepared.config.data.packing:
         return Lengths(limit, limit)
-    rows = [row for _, row in read_rows(sources[0], range(min(200, sources[0].num_rows)))]
-    tokens = [sum(len(str(value)) for value in row.values()) / _CHARACTERS_PER_TOKEN for row in rows]
-    return Lengths(min(sum(tokens) / len(tokens), limit), min(1.25 * max(tokens), limit))
+    data, numbers = prepared.config.data, range(min(200, sources[0].num_rows))
+    stream = read_rows(sources[0], numbers, FIELDS[data.format], keep_bad=data.on_error == "skip")
+    rows = [row for _, row in stream]
+    images = [sum(1 for _ in image_parts(row)) if data.format == "messages" else 0 for row in rows]
+    shown = prepared.layout.image.row_tokens
+    tokens = [_characters(row) / _CHARACTERS_PER_TOKEN + shown * n for row, n in zip(rows, images, strict=True)]
+    mean = min(sum(tokens) / len(tokens), limit)
+    return Lengths(mean, min(1.25 * max(tokens), limit), sum(images) / len(images))
+
+
+def _characters(row: Row) -> int:
+    """What of a row is text: the images inside messages are none."""
+    turns = row.get("messages")
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return sum(len(str(value)) for value in row.values())
+    contents = [turn.get("content") for turn in turns]
+    parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]
+    return sum(len(str(part.get("text") or "") if isinstance(part, dict) else str(part)) for part in parts)
 
 
 def num_steps(config: Any, num_rows: int) -> int:

@@ -18,11 +18,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from emloc_ray.config import RunConfig, SplitConfig
-from emloc_ray.data.formats import FIELDS, check_row
+from emloc_ray.config import DataConfig, RunConfig, SplitConfig
+from emloc_ray.data.formats import EXTRA_FIELDS, FIELDS, check_row
+from emloc_ray.data.images import has_images
+from emloc_ray.data.processors import example, open_processor
 from emloc_ray.data.reading import SourceFile, each, list_files, read_rows, scan
 from emloc_ray.data.splits import SPLITS
-from emloc_ray.errors import ArtifactError, ConfigError, EmlocError
+from emloc_ray.errors import ArtifactError, ConfigError, DataError, EmlocError
 from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.layout import Layout, Skeleton, adapter_settings, make_layout, skeleton_of
 from emloc_ray.modeling.adapter_methods import count_parameters
@@ -103,6 +105,8 @@ def _read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
         )
     if has_encoder(found.config):
         _check_encoder_decoder(config)
+    if config.data.format == "messages" and source.gguf_file is None:
+        _check_template(source, options.trust_remote_code)
     layout = make_layout(config, found)
     if not config.adapter.is_lora:
         settings = json.dumps(adapter_settings(config.adapter, layout, found.config), sort_keys=True)
@@ -119,6 +123,22 @@ def _adapter_parameters(
     named = json.loads(settings)
     model = empty_model(read_model_config(source, trust_remote_code), trust_remote_code)
     return count_parameters(model, named.pop("method"), named)
+
+
+def _check_template(source: ModelSource, trust_remote_code: bool) -> None:
+    """Messages are written out by a chat template of the model's own: its processor's, or its tokenizer's."""
+    from transformers import AutoTokenizer
+
+    processor = open_processor(str(source.directory), trust_remote_code)
+    if processor is not None and processor.chat_template:
+        return
+    tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
+    if not tokenizer.chat_template:
+        owner = "tokenizer has" if processor is None else "processor and tokenizer have"
+        raise ConfigError(
+            f"data.format is messages, and the model's {owner} no chat template: save one beside the model as"
+            " chat_template.jinja, or use data.format prompt_completion or text."
+        )
 
 
 def _check_encoder_decoder(config: RunConfig) -> None:
@@ -156,7 +176,8 @@ def _skeleton(
         detail = " ".join(str(error).split())[:200]
         raise ConfigError(f"model: transformers cannot build it ({detail}): mend the model section.") from error
     check_source(source, model, trust_remote_code)
-    return skeleton_of(model_config, model)
+    shown = None if source.gguf_file else example(source.directory, trust_remote_code)
+    return skeleton_of(model_config, model, shown, trust_remote_code)
 
 
 def _check_split(config: RunConfig, name: str) -> tuple[SourceFile, ...]:
@@ -164,7 +185,7 @@ def _check_split(config: RunConfig, name: str) -> tuple[SourceFile, ...]:
     if split is None or config.data.generate is not None or _is_hub(split):
         return ()
     try:
-        sources = _checked_sources(split.path, f"data.{name}.path", config.data.format)
+        sources = _checked_sources(split.path, f"data.{name}.path", config.data)
     except ArtifactError as error:  # a store that does not answer
         raise ConfigError(f"data.{name}.path: {error}") from error
     others = sum(getattr(config.data, other) is None for other in ("selection", "eval"))  # taken out of train
@@ -177,15 +198,26 @@ def _check_split(config: RunConfig, name: str) -> tuple[SourceFile, ...]:
     return sources
 
 
-def _checked_sources(patterns: str | Sequence[str], key: str, form: str) -> tuple[SourceFile, ...]:
+def _checked_sources(patterns: str | Sequence[str], key: str, data: DataConfig) -> tuple[SourceFile, ...]:
     places = list_files(patterns, key)
     stored = any(isinstance(place, str) for place in places)
     sources = each(scan, places, stored)
     checked = max(1, min(CHECKED_ROWS, MAX_CHECKED_ROWS // len(sources)))
 
     def check(source: SourceFile) -> None:
-        for number, row in read_rows(source, range(min(source.num_rows, checked)), FIELDS[form]):
-            check_row(row, form, f"{source.name}, row {number + 1}")
+        skips, numbers = data.on_error == "skip", range(min(source.num_rows, checked))
+        for number, row in read_rows(source, numbers, FIELDS[data.format], EXTRA_FIELDS[data.format], keep_bad=skips):
+            try:
+                check_row(row, data.format, f"{source.name}, row {number + 1}")
+            except DataError:
+                if not skips:
+                    raise
+                continue
+            if data.packing and has_images(row):
+                raise DataError(
+                    f"{source.name}, row {number + 1} shows an image, which data.packing would tear from its row: set"
+                    " data.packing to false."
+                )
 
     each(check, sources, stored)
     return tuple(sources)

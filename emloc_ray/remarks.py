@@ -27,6 +27,15 @@ def over_budget(prepared: Prepared) -> str | None:
     )
 
 
+def left_dense(layout: Layout) -> str | None:
+    """Which modules a pattern names that cannot be factored."""
+    if not layout.left_dense:
+        return None
+    first, *more = [f"{name} ({kind})" for name, kind in layout.left_dense.items()]
+    others = f" and {len(more)} more" if more else ""
+    return f"Only linears can be factored or adapted: {first}{others}, which a pattern names, stays as it is."
+
+
 def cut_rows(config: RunConfig, split: str, count: dict[str, int]) -> str | None:
     """How many rows of a split were longer than ``max_seq_length``."""
     if not count["truncated_rows"]:
@@ -35,6 +44,12 @@ def cut_rows(config: RunConfig, split: str, count: dict[str, int]) -> str | None
         f"data.{split}: {count['truncated_rows']} rows cut to {config.data.max_seq_length} tokens"
         f" ({count['truncated_tokens']} tokens left out), {count['dropped_rows']} dropped with no completion left."
     )
+
+
+def skipped_rows(split: str, count: dict[str, int]) -> str | None:
+    """How many bad rows ``data.on_error: skip`` left out of a split."""
+    skipped = count.get("skipped_rows", 0)
+    return f"data.{split}: {skipped} bad rows skipped; data.on_error: fail names the first." if skipped else None
 
 
 def shortfall(config: RunConfig, split: str, count: dict[str, int]) -> str | None:
@@ -48,7 +63,8 @@ def shortfall(config: RunConfig, split: str, count: dict[str, int]) -> str | Non
     tokens = calibration.num_calibration_tokens if split == "calibration" else None
     if tokens is not None and count["tokens"] >= tokens:
         return None
-    few = asked is not None and count["rows"] + count["dropped_rows"] < asked and not config.data.packing
+    seen = count["rows"] + count["dropped_rows"] + count.get("skipped_rows", 0)
+    few = asked is not None and seen < asked and not config.data.packing
     if few:
         return f"data.{split}: {count['rows']} rows instead of the {asked} asked for: there are no more."
     if asked is None and tokens is not None:
@@ -61,6 +77,11 @@ def thin_calibration(config: RunConfig, fewest_tokens: int | None, layout: Layou
     highest = max(layout.ranks.values(), default=0)
     if fewest_tokens is None or fewest_tokens >= highest:
         return None
+    if not fewest_tokens:
+        return (
+            "Calibration brought no token to some linears (a vision tower without images, an expert that nothing was sent to):"
+            " they are factorized by their weights alone."
+        )
     section = config.calibration
     key = "num_calibration_samples" if section.num_calibration_tokens is None else "num_calibration_tokens"
     who = "An expert" if any(spec.routed_share is not None for spec in layout.specs) else "Calibration"

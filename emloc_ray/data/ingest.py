@@ -15,9 +15,10 @@ from ray.data.block import BlockMetadata
 
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.hash_order import Rows, shuffled
-from emloc_ray.data.token_shards import TokenShards
+from emloc_ray.data.token_shards import TokenShards, from_table, to_table
 
 _STEPS_PER_TASK = 256
+_STEPS_PER_IMAGE_TASK = 16  # whose rows are of 100 KB rather than a few
 _READERS = 2
 _READ_AHEAD_BYTES = 2**27
 
@@ -60,10 +61,7 @@ def read_micro_steps(tokens_dir: Path, order: SampleOrder, begin: int, end: int)
     shards = TokenShards(tokens_dir)
     wanted = order.micro_steps(begin, end)
     found = {row: shards.row(row) for row in np.unique(wanted).tolist()}  # ascending: each shard is opened once
-    rows = [found[row] for row in wanted.tolist()]
-    ids = pa.array([row.input_ids for row in rows], pa.list_(pa.int32()))
-    completion = pa.array([row.completion_mask for row in rows], pa.list_(pa.bool_()))
-    return pa.table({"input_ids": ids, "completion_mask": completion})
+    return to_table([found[row] for row in wanted.tolist()], shards.has_images)
 
 
 class MicroStepSource(Datasource):
@@ -79,8 +77,9 @@ class MicroStepSource(Datasource):
 
     def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
         """One task per range, whatever ``parallelism`` says: the ranges fix the order."""
-        starts = range(self.begin, self.end, _STEPS_PER_TASK)
-        return [self._task(start, min(self.end, start + _STEPS_PER_TASK)) for start in starts]
+        steps = steps_per_task(self.tokens_dir)
+        starts = range(self.begin, self.end, steps)
+        return [self._task(start, min(self.end, start + steps)) for start in starts]
 
     def _task(self, begin: int, end: int) -> ReadTask:
         tokens_dir, order = self.tokens_dir, self.order
@@ -90,6 +89,11 @@ class MicroStepSource(Datasource):
         return ReadTask(lambda: [read_micro_steps(tokens_dir, order, begin, end)], metadata)
 
 
+def steps_per_task(tokens_dir: Path) -> int:
+    """How many micro-steps are read at once."""
+    return _STEPS_PER_IMAGE_TASK if TokenShards(tokens_dir).has_images else _STEPS_PER_TASK
+
+
 def stream_batches(tokens_dir: Path, order: SampleOrder, begin: int, end: int) -> Iterator[list[Tokens]]:
     """This rank's micro-batches ``[begin, end)``, in order, read ahead by Ray Data.
 
@@ -97,7 +101,7 @@ def stream_batches(tokens_dir: Path, order: SampleOrder, begin: int, end: int) -
     at once are ahead of any training, and what they read ahead is bounded: left to itself, Ray starts a process
     for each of hundreds of tasks that ask for nothing, and fills its object store with a long training's rows.
     """
-    num_tasks = -(-(end - begin) // _STEPS_PER_TASK)
+    num_tasks = -(-(end - begin) // steps_per_task(tokens_dir))
     if num_tasks <= 1:  # nothing to stream: starting Ray Data takes longer than reading it
         yield from _batches(iter([read_micro_steps(tokens_dir, order, begin, end)]), order)
         return
@@ -123,5 +127,4 @@ def _batches(tables: Iterator[pa.Table], order: SampleOrder) -> Iterator[list[To
         table.slice(start, order.batch_size) for table in tables for start in range(0, len(table), order.batch_size)
     )
     for table in whole:
-        columns = table["input_ids"].to_pylist(), table["completion_mask"].to_pylist()
-        yield [Tokens(ids, mask) for ids, mask in zip(*columns, strict=True)]
+        yield from_table(table)

@@ -28,6 +28,30 @@ from emloc_ray.io.stored_files import StoredFile, find_stored, shown
 
 KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".csv": "csv"}
 Row = dict[str, Any]
+
+
+class BadRow(Row):
+    """Stands for a row that cannot be read; ``error`` says why."""
+
+    def __init__(self, error: DataError) -> None:
+        super().__init__()
+        self.error = error
+
+
+class Place(str):
+    """A row's file and number, as errors name them; ``folder`` is where the file is, for what the row names beside it."""
+
+    folder: str
+
+    @classmethod
+    def of(cls, source: SourceFile, row: int) -> Place:
+        """Of a row by its number from 0 on."""
+        made = cls(f"{source.name}, row {row + 1}")
+        path, mark, options = source.path.partition("?") if source.is_stored else (source.path, "", "")
+        made.folder = f"{path.rpartition('/')[0]}{mark}{options}" if source.is_stored else str(Path(path).parent)
+        return made
+
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -148,28 +172,39 @@ def fingerprint_sources(sources: Sequence[SourceFile]) -> str:
 
 
 def read_rows(
-    source: SourceFile, rows: Iterable[int], fields: Sequence[str] | None = None
+    source: SourceFile,
+    rows: Iterable[int],
+    fields: Sequence[str] | None = None,
+    extra: Sequence[str] = (),
+    keep_bad: bool = False,
 ) -> Iterator[tuple[int, Row]]:
     """Yields ``(row number, row)`` for ascending row numbers (0-based), reading on from one to the next.
 
-    Of a Parquet file that has all ``fields`` no other columns are read. Memory is a buffer's, whatever the size of files,
-    row groups and ``rows``.
+    Of a Parquet file that has all ``fields`` no other columns are read, but those of ``extra`` that there are. Memory is a
+    buffer's, whatever the size of files, row groups and ``rows``. With ``keep_bad`` a line that is no row is a
+    :class:`BadRow`.
 
     Raises:
         DataError: naming file and row.
     """
     if not source.is_stored:
         ensure(Path(source.path))
-    return _read_groups(source, rows, fields) if source.kind == "parquet" else _read_records(source, rows)
+    if source.kind == "parquet":
+        return _read_groups(source, rows, fields, extra)
+    return _read_records(source, rows, keep_bad)
 
 
-def _read_groups(source: SourceFile, rows: Iterable[int], fields: Sequence[str] | None) -> Iterator[tuple[int, Row]]:
+def _read_groups(
+    source: SourceFile, rows: Iterable[int], fields: Sequence[str] | None, extra: Sequence[str]
+) -> Iterator[tuple[int, Row]]:
     wanted = iter(rows)
     row = next(wanted, None)
     start = stop = 0
     try:
         with _parquet(source.path) as file:
-            columns = list(fields) if fields and set(fields) <= set(file.schema_arrow.names) else None
+            there = file.schema_arrow.names
+            wanted_names = [*(fields or ()), *(name for name in extra if name in there)]
+            columns = wanted_names if fields and set(fields) <= set(there) else None
             for group in range(file.num_row_groups):
                 start, stop = stop, stop + file.metadata.row_group(group).num_rows
                 if row is None or row >= stop:
@@ -195,7 +230,7 @@ def _read_groups(source: SourceFile, rows: Iterable[int], fields: Sequence[str] 
         raise DataError(f"{source.name} is shorter than when it was counted: run again.")
 
 
-def _read_records(source: SourceFile, rows: Iterable[int]) -> Iterator[tuple[int, Row]]:
+def _read_records(source: SourceFile, rows: Iterable[int], keep_bad: bool) -> Iterator[tuple[int, Row]]:
     """JSONL and CSV: from the nearest mark on where that is ahead, else by reading on."""
     records: Iterator[Any] = iter(())
     position = -1
@@ -209,7 +244,7 @@ def _read_records(source: SourceFile, rows: Iterable[int]) -> Iterator[tuple[int
             record = next(itertools.islice(records, row - position, None), None)
             if record is None:
                 raise DataError(f"{source.name} is shorter than when it was counted: run again.")
-            yield row, record if source.kind == "csv" else _parse(record, source.name, row)
+            yield row, record if source.kind == "csv" else _parse(record, source.name, row, keep_bad)
             position = row + 1
     except _UNREADABLE as error:
         raise DataError(
@@ -298,13 +333,15 @@ def _detail(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _parse(line: bytes, path: str, row: int) -> Row:
+def _parse(line: bytes, path: str, row: int, keep_bad: bool) -> Row:
     try:
         value = json.loads(line)
+        if isinstance(value, dict):
+            return value
+        what = f"{type(value).__name__} instead of an object"
     except ValueError as error:
-        raise DataError(
-            f"{path}, row {row + 1}: not JSON ({' '.join(str(error).split())}): write one object a line."
-        ) from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path}, row {row + 1}: {type(value).__name__} instead of an object: write one object a line.")
-    return value
+        what = f"not JSON ({' '.join(str(error).split())})"
+    bad = BadRow(DataError(f"{path}, row {row + 1}: {what}: write one object a line."))
+    if not keep_bad:
+        raise bad.error
+    return bad

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emloc_ray.data.hash_order import Rows, row_chunks, row_hash, rows_at
-from emloc_ray.data.reading import Row, SourceFile, read_rows
+from emloc_ray.data.reading import Place, Row, SourceFile, read_rows
 
 SPLITS = ("train", "calibration", "selection", "eval")
 CALIBRATION_SEED = 3
@@ -88,8 +88,12 @@ class RowSelection:
             seen += len(rows)
         return np.concatenate([*starts, [sum(source.num_rows for source in self.sources)]]).astype(np.int64)
 
-    def read(self, begin: int, end: int, fields: Sequence[str] | None = None) -> Iterator[tuple[str, Row]]:
+    def read(
+        self, begin: int, end: int, fields: Sequence[str] | None = None, extra: Sequence[str] = ()
+    ) -> Iterator[tuple[Place, Row]]:
         """Yields ``(file and row, row)`` for the selection's rows in ``[begin, end)``, as one stream through each file.
+
+        A line that is no row comes as :class:`emloc_ray.data.reading.BadRow`.
 
         Raises:
             DataError: where one cannot be read.
@@ -100,8 +104,8 @@ class RowSelection:
             if begin < stop and start < end:
                 chunks = self.chunks(max(begin, start), min(end, stop))
                 numbers = (number for rows in chunks for number in (rows - start).tolist())
-                for number, row in read_rows(source, numbers, fields):
-                    yield f"{source.name}, row {number + 1}", row
+                for number, row in read_rows(source, numbers, fields, extra, keep_bad=True):
+                    yield Place.of(source, number), row
             start = stop
 
 

@@ -6,7 +6,7 @@ import bisect
 import functools
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from emloc_ray.data.formats import Tokens
+from emloc_ray.data.formats import RowImage, Tokens
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.atomic import atomic_file, write_json
 from emloc_ray.io.node_cache import ensure
@@ -23,7 +23,12 @@ from emloc_ray.io.node_cache import ensure
 _INDEX = "index.json"
 _COUNTS = b"counts"
 _ROWS_PER_BATCH = 256
-_SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("completion_mask", pa.list_(pa.bool_()))])
+_TYPES = {
+    "input_ids": pa.list_(pa.int32()),
+    "completion_mask": pa.list_(pa.bool_()),
+    "images": pa.list_(pa.struct([("content", pa.large_binary()), ("end", pa.int32())])),
+}
+_ALWAYS = ("input_ids", "completion_mask")
 
 
 def shard_name(number: int) -> str:
@@ -35,15 +40,14 @@ def write_shard(path: Path, rows: Iterable[Tokens], counts: Mapping[str, int] | 
     """Writes rows as one Arrow IPC file, atomically, beside what was counted on the way; returns how many there are.
 
     ``counts`` is read once the rows are, so that whoever yields them may count as they go. Of the rows themselves only
-    some hundred are held at once, the others as Arrow has them: 4 bytes and a bit a token.
+    some hundred are held at once, the others as Arrow has them: 4 bytes and a bit a token, and their images as encoded.
     """
-    batches = []
+    tables = [to_table([])]
     stream = iter(rows)
     while some := list(itertools.islice(stream, _ROWS_PER_BATCH)):
-        columns = [[row.input_ids for row in some], [row.completion_mask for row in some]]
-        arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
-        batches.append(pa.record_batch(arrays, schema=_SCHEMA))
-    table = pa.Table.from_batches(batches, _SCHEMA).combine_chunks()
+        tables.append(to_table(some))
+    whole = [table for table in tables if table.num_rows] or tables
+    table = whole[0] if len(whole) == 1 else pa.concat_tables(whole, promote_options="default").combine_chunks()
     table = table.replace_schema_metadata({_COUNTS: json.dumps(dict(counts or {}))})
     with atomic_file(path) as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
@@ -84,6 +88,11 @@ class TokenShards:
         return self._starts[-1]
 
     @property
+    def has_images(self) -> bool:
+        """Whether any row shows an image."""
+        return bool(self.index.get("images"))
+
+    @property
     def num_shards(self) -> int:
         """How many shard files there are."""
         return len(self._starts) - 1
@@ -115,12 +124,38 @@ def _open(path: str, inode: int, modified: int) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(path)).read_all()
 
 
+def to_table(rows: Sequence[Tokens], with_images: bool = False) -> pa.Table:
+    """Rows as columns; that of the images is there only where a row has some, or it is asked for."""
+    names = (*_ALWAYS, "images") if with_images or any(row.images for row in rows) else _ALWAYS
+    columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name in _ALWAYS}
+    columns["images"] = [[image._asdict() for image in row.images] for row in rows]
+    return pa.table({name: pa.array(columns[name], _TYPES[name]) for name in names})
+
+
+def from_table(table: pa.Table) -> list[Tokens]:
+    """The rows of :func:`to_table`."""
+    columns = [table[name].to_pylist() for name in table.column_names]
+    return [_tokens(dict(zip(table.column_names, values, strict=True))) for values in zip(*columns, strict=True)]
+
+
 def _row(table: pa.Table, position: int) -> Tokens:
-    return Tokens(table["input_ids"][position].as_py(), table["completion_mask"][position].as_py())
+    return _tokens({name: table[name][position].as_py() for name in table.column_names})
 
 
-def collate(rows: Sequence[Tokens], pad_token_id: int, multiple: int = 8) -> dict[str, Tensor]:
-    """Right-padded ``input_ids``, ``attention_mask`` and ``completion_mask``, each ``(rows, length)``."""
+def _tokens(values: dict[str, Any]) -> Tokens:
+    images = tuple(RowImage(**image) for image in values.get("images") or ())
+    return Tokens(values["input_ids"], values["completion_mask"], images)
+
+
+# What a model is called with for the images of a batch's rows, given those and the batch's token ids.
+ImagesToInputs = Callable[[Sequence[Sequence[bytes]], Tensor], dict[str, Tensor]]
+
+
+def collate(
+    rows: Sequence[Tokens], pad_token_id: int, images: ImagesToInputs | None = None, multiple: int = 8
+) -> dict[str, Tensor]:
+    """Right-padded ``input_ids``, ``attention_mask`` and ``completion_mask``, each ``(rows, length)``; beside them what
+    ``images`` makes of the rows' images."""
     length = -(-max(len(row) for row in rows) // multiple) * multiple
     ids = np.full((len(rows), length), pad_token_id, dtype=np.int64)
     mask = np.zeros((len(rows), length), dtype=bool)
@@ -129,11 +164,13 @@ def collate(rows: Sequence[Tokens], pad_token_id: int, multiple: int = 8) -> dic
         ids[line, : len(row)] = row.input_ids
         mask[line, : len(row)] = True
         completion[line, : len(row)] = row.completion_mask
-    return {
+    batch = {
         "input_ids": torch.from_numpy(ids),
         "attention_mask": torch.from_numpy(mask).long(),
         "completion_mask": torch.from_numpy(completion),
     }
+    shown = [[image.content for image in row.images] for row in rows]
+    return batch if images is None else batch | images(shown, batch["input_ids"])
 
 
 def length_batches(rows: Sequence[Tokens], batch_size: int) -> list[list[Tokens]]:

@@ -14,14 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from emloc_ray.data.formats import FIELDS, Tokens, check_row, pack, tokenize_rows, truncate
+from emloc_ray.data.formats import EXTRA_FIELDS, FIELDS, Segment, Tokens, check_row, encode, pack, segments, truncate
+from emloc_ray.data.images import load_images
+from emloc_ray.data.processors import open_processor
 from emloc_ray.data.reading import Row
 from emloc_ray.data.splits import RowSelection
 from emloc_ray.data.token_shards import shard_name, write_index, write_shard, written_counts
 from emloc_ray.errors import DataError
 from emloc_ray.io.node_cache import ensure
 
-_COUNTS = ("rows", "tokens", "truncated_rows", "truncated_tokens", "dropped_rows")
+_COUNTS = ("rows", "tokens", "truncated_rows", "truncated_tokens", "dropped_rows", "skipped_rows", "images")
 _ROWS_PER_BATCH = 256
 _READS_PER_GROUP = 16
 
@@ -38,18 +40,30 @@ class TokenizeOptions:
     packing: bool = False
     trust_remote_code: bool = False
     has_encoder: bool = False
+    skip_bad_rows: bool = False
 
-    def tokens(self, rows: Iterable[tuple[str, Row]]) -> Iterator[Tokens]:
-        """Checked rows as whole tokens, some hundred rows held at once; rows come with the place that errors name."""
+    def tokens(self, rows: Iterable[tuple[str, Row]]) -> Iterator[Tokens | None]:
+        """Rows, checked, as whole tokens, some hundred rows held at once; they come with the place that errors name.
+
+        None stands for a row that is skipped because it is bad.
+        """
         tokenizer = _tokenizer(self.tokenizer, self.trust_remote_code)
-        checked = self._checked(rows)
-        while some := list(itertools.islice(checked, _ROWS_PER_BATCH)):
-            yield from tokenize_rows(some, self.format, tokenizer, self.has_encoder)
+        stream = iter(rows)
+        while some := [self._segments(where, row) for where, row in itertools.islice(stream, _ROWS_PER_BATCH)]:
+            encoded = iter(encode([parts for parts in some if parts is not None], tokenizer))
+            yield from (None if parts is None else next(encoded) for parts in some)
 
-    def _checked(self, rows: Iterable[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
-        for where, row in rows:
+    def _segments(self, where: str, row: Row) -> list[Segment] | None:
+        tokenizer = _tokenizer(self.tokenizer, self.trust_remote_code)
+        processor = open_processor(self.tokenizer, self.trust_remote_code)
+        try:
             check_row(row, self.format, where)
-            yield where, row
+            images = load_images(row, where) if self.format == "messages" and processor is not None else []
+            return segments(row, self.format, tokenizer, where, self.has_encoder, processor, images)
+        except DataError:
+            if self.skip_bad_rows:
+                return None
+            raise
 
 
 @dataclass(frozen=True)
@@ -80,7 +94,8 @@ class ShardTokenizer:
             if counts is not None:
                 stream = None
             else:
-                stream = stream or selection.read(begin, bounds[-1], FIELDS[self.options.format])
+                form = self.options.format
+                stream = stream or selection.read(begin, bounds[-1], FIELDS[form], EXTRA_FIELDS[form])
                 counts = self._write(path, itertools.islice(stream, unit["rows_per_shard"]))
             yield {"split": unit["split"], "shard": shard, **counts}
 
@@ -95,6 +110,9 @@ class ShardTokenizer:
     def _kept(self, rows: Iterable[tuple[str, Row]], counts: dict[str, int]) -> Iterator[Tokens]:
         limit = self.options.max_seq_length
         for tokens in self.options.tokens(rows):
+            if tokens is None:
+                counts["skipped_rows"] += 1
+                continue
             cut = truncate(tokens, limit)
             counts["truncated_rows"] += len(tokens) > limit
             counts["truncated_tokens"] += max(0, len(tokens) - limit)
@@ -107,6 +125,7 @@ def _counted(rows: Iterable[Tokens], counts: dict[str, int]) -> Iterator[Tokens]
     for row in rows:
         counts["rows"] += 1
         counts["tokens"] += len(row)
+        counts["images"] += len(row.images)
         yield row
 
 
@@ -122,9 +141,10 @@ class RowLengths:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         firsts, lengths = [], []
         for unit in map(json.loads, batch["unit"]):
-            rows = self.selection.read(unit["bounds"][0], unit["bounds"][-1], FIELDS[self.options.format])
+            form = self.options.format
+            rows = self.selection.read(unit["bounds"][0], unit["bounds"][-1], FIELDS[form], EXTRA_FIELDS[form])
             for tokens in self.options.tokens(rows):
-                cut = truncate(tokens, self.options.max_seq_length)
+                cut = None if tokens is None else truncate(tokens, self.options.max_seq_length)
                 firsts.append(unit["first"])
                 lengths.append(0 if cut is None else len(cut))
         return {"first": np.array(firsts, dtype=np.int64), "length": np.array(lengths, dtype=np.int64)}
@@ -220,8 +240,9 @@ def _write_split_index(
     shards = sorted((r for r in results if r["split"] == split), key=lambda r: r["shard"])
     counts = {key: int(sum(shard[key] for shard in shards)) for key in _COUNTS}
     if counts["rows"] == 0:
+        skipped = f" of those that are not bad ({counts['skipped_rows']} are)" if counts["skipped_rows"] else ""
         raise DataError(
-            f"data.{split}: no row keeps a completion token within data.max_seq_length {options.max_seq_length}:"
+            f"data.{split}: no row{skipped} keeps a completion token within data.max_seq_length {options.max_seq_length}:"
             " raise it."
         )
     write_index(directory, [int(shard["rows"]) for shard in shards], {**counts, "options": asdict(options)})

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from emloc_ray.errors import ConfigError
@@ -20,6 +19,7 @@ from emloc_ray.io.checkpoint import Checkpoint, TensorEntry
 from emloc_ray.io.node_cache import ensure
 from emloc_ray.modeling.experts import UnfusedExperts, experts_of, owner_of, unfuse
 from emloc_ray.modeling.inputs import Stream, has_encoder
+from emloc_ray.modeling.meta_pass import UNTRACEABLE, MetaPass
 
 _ROUTER = re.compile(r"(.*\.)?(router|gate|shared_expert_gate)")
 
@@ -43,9 +43,10 @@ class LinearSpec:
     """A linear inside one of the model's blocks: ``y = W x``, ``W (out, in)``; ``transposed`` where the checkpoint
     stores ``(in, out)`` (``Conv1D``).
 
-    ``stored`` and ``stored_bias`` say what holds it in the checkpoint, where that is not under its own name; ``stream``
-    which tokens it reads. ``routed_share`` is the share of these that a router sends to an expert, of which this linear is
-    one's, on average; None where all are read.
+    One ``between`` blocks, as in a projector from what an image's blocks give to what a text's read, has the ``block``
+    that runs next. ``stored`` and ``stored_bias`` say what holds it in the checkpoint, where that is not under its own
+    name; ``stream`` which tokens it reads. ``routed_share`` is the share of these that a router sends to an expert, of
+    which this linear is one's, on average; None where all are read.
     """
 
     name: str
@@ -57,6 +58,7 @@ class LinearSpec:
     stored: tuple[StoredRows, ...] = ()
     stored_bias: StoredRows | None = None
     stream: Stream = "row"
+    between: bool = False
     routed_share: float | None = None
 
     @property
@@ -112,10 +114,20 @@ def empty_model(config: Any, trust_remote_code: bool = False, attn_implementatio
 
 def learned_positions(model: nn.Module) -> int | None:
     """How many positions a model with an embedding for each has; None where positions are computed (rotary)."""
+    others = tuple(f"{name}." for name in towers(model))
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and re.search(r"(wpe|position\w*)$", name):
+        if isinstance(module, nn.Embedding) and re.search(r"(wpe|position\w*)$", name) and not name.startswith(others):
             return int(getattr(getattr(model, "config", None), "max_position_embeddings", module.num_embeddings))
     return None
+
+
+def towers(model: nn.Module) -> list[str]:
+    """The parts of a model that are models of their own and read no text, as a vision tower is."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if name and isinstance(module, transformers.PreTrainedModel) and "text" not in module.input_modalities
+    ]
 
 
 def block_names(model: nn.Module) -> list[str]:
@@ -144,9 +156,33 @@ def block_linears(model: nn.Module) -> list[LinearSpec]:
     return specs
 
 
+def linears_between(model: nn.Module, next_blocks: Mapping[str, str]) -> list[LinearSpec]:
+    """The linears outside all blocks that carry what one block gives to another; ``next_blocks``: which runs next."""
+    return [
+        replace(_spec(name, model.get_submodule(name), block, None), between=True)
+        for name, block in next_blocks.items()
+    ]
+
+
+def outside_linears(model: nn.Module) -> list[str]:
+    """The names of the linears outside all blocks, routers left out."""
+    inside = tuple(f"{block}." for block in block_names(model))
+    named = model.named_modules()
+    return [n for n, module in named if _is_linear(module) and not n.startswith(inside) and not _ROUTER.fullmatch(n)]
+
+
+def unfactorable(model: nn.Module) -> dict[str, str]:
+    """The modules that have weights of their own but are no linears, with their kinds: convolutions, embeddings, …"""
+    return {
+        name: type(module).__name__
+        for name, module in model.named_modules()
+        if not _is_linear(module) and any(weight.dim() > 1 for weight in module.parameters(recurse=False))
+    }
+
+
 def _is_linear(module: nn.Module) -> bool:
-    # Exact types: a subclass may compute something else from its weight.
-    return type(module) in (nn.Linear, Conv1D, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    # Exact types: a subclass may compute something else from its weight, or be read by its owner, as in MultiheadAttention.
+    return type(module) in (nn.Linear, Conv1D)
 
 
 def _spec(name: str, module: Any, block: str, experts: UnfusedExperts | None) -> LinearSpec:
@@ -157,15 +193,6 @@ def _spec(name: str, module: Any, block: str, experts: UnfusedExperts | None) ->
     if experts is None:
         return spec
     return replace(spec, transposed=experts.is_transposed, routed_share=experts.routed_share)
-
-
-class _ScalarsAreZero(TorchDispatchMode):
-    """Lets a forward pass on the meta device ask for a scalar's value, as mask code does: it reads 0."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return 0
-        return func(*args, **(kwargs or {}))
 
 
 # How many tokens a trace has of each stream: which one a linear reads is told by their number.
@@ -182,20 +209,43 @@ def traced_inputs(config: Any) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Trace:
-    """``groups``: the names of linears that read the same tensor; ``streams``: which tokens each of them reads."""
+    """``groups``: the names of linears that read the same tensor; ``streams``: which tokens each of them reads;
+    ``image_tokens``: how many those read that an image brings to run, for one image."""
 
     groups: list[list[str]]
     streams: dict[str, Stream]
+    image_tokens: dict[str, int] = field(default_factory=dict)
 
 
-def trace_inputs(model: Any, specs: Sequence[LinearSpec]) -> Trace:
-    """What the model's linears read, found by tracing one forward pass on the meta device.
+def trace_inputs(model: Any, specs: Sequence[LinearSpec], example: Mapping[str, torch.Tensor] | None = None) -> Trace:
+    """What the model's linears read, found by tracing one forward pass on the meta device, and another with an image.
 
-    Two inputs are the same where storage, offset, shape, strides and version agree. A model that cannot run on the
-    meta device gets one group for each linear: right, only slower.
+    ``example`` is what a model that reads images is called with for one (:func:`emloc_ray.data.processors.example`):
+    linears that only it brings to run read other tokens than the row's. Two inputs are the same where storage, offset,
+    shape, strides and version agree. A model that cannot run on the meta device gets one group for each linear: right,
+    only slower.
     """
+    text = _traced(model, specs, traced_inputs(getattr(model, "config", None)))
+    if text is None:
+        return Trace([[spec.name] for spec in specs], {})
+    shown = _traced(model, specs, example) if example else None
+    others = {spec.name for spec in specs if example and spec.name not in text.streams}
+    with_image = shown.groups if shown is not None else [[name] for name in others]
+    order = {spec.name: position for position, spec in enumerate(specs)}
+    groups = [group for names in text.groups if (group := [name for name in names if name not in others])]
+    groups += [group for names in with_image if (group := [name for name in names if name in others])]
+    return Trace(
+        sorted(groups, key=lambda names: order[names[0]]),
+        {**text.streams, **dict.fromkeys(others, "other")},
+        {name: tokens for name, tokens in shown.image_tokens.items() if name in others} if shown is not None else {},
+    )
+
+
+def _traced(model: Any, specs: Sequence[LinearSpec], inputs: Mapping[str, torch.Tensor]) -> Trace | None:
+    """One pass on the meta device; None where the model cannot run there."""
     seen: dict[tuple[Any, ...], list[str]] = {}
     streams: dict[str, Stream] = {}
+    counts: dict[str, int] = {}
     alive: list[torch.Tensor] = []
 
     def record(name: str) -> Any:
@@ -207,19 +257,20 @@ def trace_inputs(model: Any, specs: Sequence[LinearSpec]) -> Trace:
             seen.setdefault(key, []).append(name)
             length = tensor.shape[1] if tensor.dim() == 3 else -1
             streams[name] = next((stream for stream, tokens in _TRACED.items() if tokens == length), "row")
+            counts[name] = tensor.shape[:-1].numel()
 
         return hook
 
     handles = [model.get_submodule(s.name).register_forward_pre_hook(record(s.name)) for s in specs]
     try:
-        with torch.no_grad(), _ScalarsAreZero():
-            model(**traced_inputs(getattr(model, "config", None)), use_cache=False)
-    except (RuntimeError, NotImplementedError, ValueError, TypeError):
-        return Trace([[spec.name] for spec in specs], {})
+        with torch.no_grad(), MetaPass():
+            model(**inputs, use_cache=False)
+    except UNTRACEABLE:
+        return None
     finally:
         for handle in handles:
             handle.remove()
-    return Trace(_in_model_order(seen, specs), streams)
+    return Trace(_in_model_order(seen, specs), streams, counts)
 
 
 def _in_model_order(seen: dict[tuple[Any, ...], list[str]], specs: Sequence[LinearSpec]) -> list[list[str]]:

@@ -35,6 +35,8 @@ TOKENIZER_FILES = (
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
 )
 
 _COPY_BYTES = 2**24

@@ -23,8 +23,12 @@ def matches(name: str, patterns: Patterns) -> bool:
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
-def select(names: Sequence[str], targets: Patterns | None, exclude: Patterns | None, key: str) -> list[str]:
+def select(
+    names: Sequence[str], targets: Patterns | None, exclude: Patterns | None, key: str, others: Sequence[str] = ()
+) -> list[str]:
     """The ``names`` that ``targets`` (all where ``None`` or ``all-linear``) minus ``exclude`` name, in order.
+
+    A pattern may match ``others`` alone, which are not chosen.
 
     Raises:
         ConfigError: where a pattern matches nothing; says ``key``, the pattern and what there is.
@@ -32,22 +36,23 @@ def select(names: Sequence[str], targets: Patterns | None, exclude: Patterns | N
     if targets is None or targets == ALL_LINEAR:
         chosen = list(names)
     else:
-        _check_each(names, targets, key)
+        _check_each(names, targets, key, others)
         chosen = [name for name in names if matches(name, targets)]
     if exclude is not None:
-        _check_each(names, exclude, key.replace("target_modules", "exclude_modules"))
+        _check_each(names, exclude, key.replace("target_modules", "exclude_modules"), others)
         chosen = [name for name in chosen if not matches(name, exclude)]
         if not chosen:
             raise ConfigError(f"{key}: everything it names is excluded again by {exclude!r}: exclude less.")
     return chosen
 
 
-def _check_each(names: Sequence[str], patterns: Patterns, key: str) -> None:
+def _check_each(names: Sequence[str], patterns: Patterns, key: str, others: Sequence[str]) -> None:
     """Raises ConfigError for the first pattern that names no module."""
+    known = [*names, *others]
     if isinstance(patterns, str):
         _check_regex(patterns, key)
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if not any(matches(name, pattern if isinstance(patterns, str) else [pattern]) for name in names):
+        if not any(matches(name, pattern if isinstance(patterns, str) else [pattern]) for name in known):
             raise ConfigError(_no_match(key, pattern, names))
 
 
@@ -59,11 +64,11 @@ def lookup(name: str, table: Mapping[str, Value], default: Value) -> Value:
     return default
 
 
-def check_table(names: Sequence[str], table: Mapping[str, object], key: str) -> None:
-    """Raises ConfigError for the first key of a pattern table that names no module."""
+def check_table(names: Sequence[str], table: Mapping[str, object], key: str, others: Sequence[str] = ()) -> None:
+    """Raises ConfigError for the first key of a pattern table that names no module, of ``names`` or ``others``."""
     for pattern in table:
         _check_regex(pattern, key)
-        if not any(lookup(name, {pattern: True}, False) for name in names):
+        if not any(lookup(name, {pattern: True}, False) for name in [*names, *others]):
             raise ConfigError(_no_match(key, pattern, names))
 
 

@@ -8,38 +8,52 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from emloc_ray.data.processors import example
 from emloc_ray.errors import StageError
 from emloc_ray.io.checkpoint import Checkpoint
-from emloc_ray.modeling.architecture import auto_class, block_names, empty_model, load_config, traced_inputs
+from emloc_ray.modeling.architecture import (
+    auto_class,
+    block_names,
+    empty_model,
+    load_config,
+    outside_linears,
+    traced_inputs,
+)
 from emloc_ray.modeling.block_outputs import BlockOutput
 from emloc_ray.modeling.experts import unfuse
+from emloc_ray.modeling.meta_pass import UNTRACEABLE, MetaPass
 from emloc_ray.modeling.stored_names import require, stored_parameters
 
 
 @dataclass(frozen=True)
 class BlockFlow:
-    """In which order blocks run, and from which earlier blocks each one's inputs come: ``needs[k]`` are positions."""
+    """In which order blocks run, and from which earlier blocks each one's inputs come: ``needs[k]`` are positions.
+
+    ``between`` are the linears outside all blocks that carry what a block gives to another, with the block that runs
+    next: in its pass they read what they read in the whole model. ``optional`` are the positions that run for images alone.
+    """
 
     order: tuple[str, ...]
     needs: tuple[frozenset[int], ...]
+    between: dict[str, str] = field(default_factory=dict)
+    optional: frozenset[int] = frozenset()
 
     def last_use(self, position: int) -> int:
         """The last block that reads what this one gave; its own position where none does."""
         return max([position, *(k for k, needed in enumerate(self.needs) if position in needed)])
 
 
-class _Lineage(TorchDispatchMode):
+class _Lineage(MetaPass):
     """Follows through every operation which blocks' outputs a tensor was made from."""
 
     def __init__(self) -> None:
@@ -58,9 +72,7 @@ class _Lineage(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return 0  # what mask code asks for; see architecture.trace_inputs
-        output = func(*args, **kwargs)
+        output = super().__torch_dispatch__(func, types, args, kwargs)
         sources = self.of((args, kwargs))
         self.mark(output, sources)
         if sources and func._schema.is_mutable:
@@ -68,16 +80,34 @@ class _Lineage(TorchDispatchMode):
         return output
 
 
-def block_flow(config: Any, trust_remote_code: bool = False) -> BlockFlow:
+def block_flow(config: Any, trust_remote_code: bool = False, example: Mapping[str, Tensor] | None = None) -> BlockFlow:
     """The flow of a model of this config, from one forward pass on the meta device.
 
-    A model that cannot run there is taken to run its blocks in their order, each reading all before it.
+    ``example`` is what a model that reads images is called with for one. A model that cannot run there is taken to run
+    its blocks in their order, each reading all before it.
     """
     model = empty_model(config, trust_remote_code)
     names = block_names(model)
+    with_image = _followed(model, names, example) if example else None
+    text = _followed(model, names, traced_inputs(config))
+    found = with_image or text
+    if found is None:
+        return BlockFlow(tuple(names), tuple(frozenset(range(k)) for k in range(len(names))))
+    if with_image is None or text is None:
+        return found
+    optional = frozenset(position for position, name in enumerate(found.order) if name not in text.order)
+    return replace(found, optional=optional)
+
+
+def _followed(model: Any, names: Sequence[str], inputs: Mapping[str, Tensor]) -> BlockFlow | None:
+    """One pass on the meta device; None where the model cannot run there, or runs a block twice."""
     lineage = _Lineage()
     order: list[str] = []
     needs: list[frozenset[int]] = []
+    outside = outside_linears(model)
+    ran: dict[
+        int, int
+    ] = {}  # of the linears outside that read what a block gave, by -1 - their number: blocks begun then
 
     def before(module: nn.Module, args: Any, kwargs: Any, name: str = "") -> None:
         needs.append(lineage.of((args, kwargs)))
@@ -86,18 +116,37 @@ def block_flow(config: Any, trust_remote_code: bool = False) -> BlockFlow:
     def after(module: nn.Module, args: Any, output: Any) -> None:
         lineage.mark(output, frozenset({len(order) - 1}))
 
+    def carried(module: nn.Module, args: Any, output: Any, mark: int = 0) -> None:
+        sources = lineage.of(args)
+        if sources:
+            ran[mark] = len(order)
+            lineage.mark(output, sources | {mark})
+
+    handles = []
     for name in names:
         block = model.get_submodule(name)
-        block.register_forward_pre_hook(functools.partial(before, name=name), with_kwargs=True)
-        block.register_forward_hook(after)
+        handles.append(block.register_forward_pre_hook(functools.partial(before, name=name), with_kwargs=True))
+        handles.append(block.register_forward_hook(after))
+    for number, name in enumerate(outside):
+        hook = functools.partial(carried, mark=-1 - number)
+        handles.append(model.get_submodule(name).register_forward_hook(hook))
     try:
         with torch.no_grad(), lineage:
-            model(**traced_inputs(config), use_cache=False)
-    except (RuntimeError, NotImplementedError, ValueError, TypeError):
-        order = []
-    if not order or len(set(order)) != len(order):  # untraceable, or a block that runs twice
-        return BlockFlow(tuple(names), tuple(frozenset(range(k)) for k in range(len(names))))
-    return BlockFlow(tuple(order), tuple(needs))
+            model(**inputs, use_cache=False)
+    except UNTRACEABLE:
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not order or len(set(order)) != len(order):
+        return None
+    read = frozenset().union(*needs)
+    between = {outside[-1 - mark]: order[begun] for mark, begun in ran.items() if mark in read}
+    return BlockFlow(tuple(order), tuple(frozenset(k for k in need if k >= 0) for need in needs), between)
+
+
+class _BlockSkipped(Exception):
+    """Ends a pass that goes on to a later block without the current one."""
 
 
 class _BlockDone(Exception):
@@ -130,7 +179,7 @@ class BlockReplay:
         self.checkpoint = Checkpoint(directory)
         config = load_config(directory, trust_remote_code=trust_remote_code)
         self.dtype = _dtype(dtype, config, self.checkpoint)
-        self.flow = block_flow(config, trust_remote_code)
+        self.flow = block_flow(config, trust_remote_code, example(directory, trust_remote_code))
         options = {"attn_implementation": attn_implementation} if attn_implementation else {}
         with init_empty_weights(include_buffers=False):
             model = auto_class(config).from_config(
@@ -194,8 +243,10 @@ class BlockReplay:
         return list(self.model.get_submodule(name).named_parameters(prefix=name))
 
     @torch.no_grad()
-    def forward(self, position: int, inputs: dict[str, Any], outputs: Mapping[int, BlockOutput]) -> BlockOutput:
+    def forward(self, position: int, inputs: dict[str, Any], outputs: Mapping[int, BlockOutput]) -> BlockOutput | None:
         """What the block at ``position``, loaded before, gives for ``inputs``; ``outputs`` holds every earlier block's.
+
+        None where it does not run for them, as a vision tower's does not without an image.
 
         Raises:
             StageError: where the model runs its blocks in another order than it was traced in, or not this one.
@@ -205,11 +256,15 @@ class BlockReplay:
             self.body(**inputs, use_cache=False)
         except _BlockDone as done:
             return BlockOutput.of(done.output, self.flow.order[position])
+        except _BlockSkipped:
+            return None
         finally:
             self._outputs = {}
         raise StageError(f"{self.flow.order[position]} did not run: set calibration.mode to resident.")
 
     def _forward_block(self, position: int, compute: Any, *args: Any, **kwargs: Any) -> Any:
+        if position > self._current and self._current in self.flow.optional:
+            raise _BlockSkipped
         if position > self._current:
             raise StageError(f"{self.flow.order[position]} ran out of turn: set calibration.mode to resident.")
         if position < self._current:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from peft import PeftModel
 
 from emloc_ray.data.formats import Tokens
-from emloc_ray.data.token_shards import collate, length_batches
+from emloc_ray.data.token_shards import ImagesToInputs, collate, length_batches
 from emloc_ray.errors import NumericsError
 from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.loss import logits_at, token_loss
@@ -42,12 +43,23 @@ class Score:
 
 @torch.no_grad()
 def score_rows(
-    model: Any, rows: Sequence[Tokens], *, batch_size: int, loss_on: str, pad_token_id: int, name: str
+    model: Any,
+    rows: Sequence[Tokens],
+    *,
+    batch_size: int,
+    loss_on: str,
+    pad_token_id: int,
+    name: str,
+    images: ImagesToInputs | None = None,
 ) -> Score:
-    """The model's score on the rows; raises NumericsError, with ``name``, where its loss is no number."""
+    """The model's score on the rows; ``images`` makes its inputs of theirs.
+
+    Raises:
+        NumericsError: with ``name``, where its loss is no number.
+    """
     total = Score()
     for part in length_batches(rows, batch_size):
-        batch = {key: value.to(model.device) for key, value in collate(part, pad_token_id).items()}
+        batch = {key: value.to(model.device) for key, value in collate(part, pad_token_id, images).items()}
         result = token_loss(model, batch, loss_on)
         total += Score(float(result.loss_sum), int(result.num_correct), result.num_tokens)
     if not math.isfinite(total.loss_sum):
@@ -62,21 +74,47 @@ def prompt_length(row: Tokens) -> int:
 
 
 @torch.no_grad()
-def complete(model: Any, tokenizer: Any, rows: Sequence[Tokens], *, max_new_tokens: int, batch_size: int) -> list[str]:
-    """Greedy completions of the rows' prompts, as text, stopped at the end-of-sequence token."""
+def complete(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Tokens],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    images: ImagesToInputs | None = None,
+) -> list[str]:
+    """Greedy completions of the rows' prompts, as text, stopped at the end-of-sequence token.
+
+    ``images`` makes the model's inputs of those that the prompts show.
+    """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     texts: list[str] = []
     for start in range(0, len(rows), batch_size):
-        prompts = [row.input_ids[: prompt_length(row)] for row in rows[start : start + batch_size]]
+        some = rows[start : start + batch_size]
+        prompts = [row.input_ids[: prompt_length(row)] for row in some]
+        shown = [[image.content for image in row.images if image.end <= prompt_length(row)] for row in some]
+        others = functools.partial(_other_inputs, images, shown, model.device)
         if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-            found = _whole_rows(model, prompts, max_new_tokens, pad)
+            found = _whole_rows(model, prompts, others, max_new_tokens, pad)
         else:
-            found = _generated(model, prompts, max_new_tokens, pad)
+            found = _generated(model, prompts, others, max_new_tokens, pad)
         texts += [tokenizer.decode(line, skip_special_tokens=True).strip() for line in found]
     return texts
 
 
-def _generated(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, pad: int) -> list[Any]:
+OtherInputs = Callable[[torch.Tensor], dict[str, torch.Tensor]]  # beside the token ids that it is given
+
+
+def _other_inputs(
+    images: ImagesToInputs | None, shown: Sequence[Sequence[bytes]], device: torch.device, ids: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    found = {} if images is None else images(shown, ids.cpu())
+    return {key: value.to(device) for key, value in found.items()}
+
+
+def _generated(
+    model: Any, prompts: Sequence[list[int]], others: OtherInputs, max_new_tokens: int, pad: int
+) -> list[Any]:
     apart = has_encoder(model.config)
     longest = max(map(len, prompts))
     # What goes on from its prompt is padded on the left, so that it begins at once.
@@ -85,6 +123,7 @@ def _generated(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, pa
     ids = torch.tensor([left + p + right for (left, right), p in padded], device=model.device)
     mask = torch.tensor([[0] * len(left) + [1] * len(p) + [0] * len(right) for (left, right), p in padded])
     output = model.generate(
+        **others(ids),
         input_ids=ids,
         attention_mask=mask.to(model.device),
         max_new_tokens=max_new_tokens,
@@ -94,7 +133,9 @@ def _generated(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, pa
     return list(output if apart else output[:, longest:])
 
 
-def _whole_rows(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, pad: int) -> list[list[int]]:
+def _whole_rows(
+    model: Any, prompts: Sequence[list[int]], others: OtherInputs, max_new_tokens: int, pad: int
+) -> list[list[int]]:
     """Greedy, each step a pass over whole rows, as in training: what virtual tokens need.
 
     ``generate`` of PEFT 0.21 on transformers 5 does not know the cache by its new name and puts them in anew at every
@@ -110,7 +151,8 @@ def _whole_rows(model: Any, prompts: Sequence[list[int]], max_new_tokens: int, p
         lengths = torch.tensor([len(row) for row in rows], device=model.device).unsqueeze(1)
         at = torch.arange(longest, device=model.device)
         with logits_at(model, at == lengths - 1):
-            logits = model(input_ids=ids, attention_mask=(at < lengths).long(), use_cache=False).logits[0]
+            mask = (at < lengths).long()
+            logits = model(**others(ids), input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
         for number, token in enumerate(logits.argmax(dim=-1).tolist()):
             if number in going:
                 rows[number].append(token)

@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 
+from emloc_ray.data.processors import example
 from emloc_ray.io.grams import (
     INDEX,
     GramStore,
@@ -180,8 +181,9 @@ def _stream(
     """Every slot at its own pace through the blocks; a block's Grams are summed once all slots have passed it."""
     options = dict(job.model_options)
     trusted = options.get("trust_remote_code", False)
-    order = block_flow(load_config(job.model_dir, trust_remote_code=trusted), trusted).order
-    names = [[group[0] for group in job.groups if group[0].startswith(f"{block}.")] for block in order]
+    config, shown = load_config(job.model_dir, trust_remote_code=trusted), example(job.model_dir, trusted)
+    order = block_flow(config, trusted, shown).order
+    names = [[group[0] for group in job.groups_of(block)] for block in order]
     num_blocks = 1 + max(position for position, inside in enumerate(names) if inside)
     files = [grams_file(out_dir, block, num_blocks) for block in range(num_blocks)]
     reduce: Any = ray.remote(_reduce_block)

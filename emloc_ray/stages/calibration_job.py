@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from emloc_ray.data.processors import ImageInputs
 from emloc_ray.io.atomic import write_json
 from emloc_ray.io.fingerprint import fingerprint
 from emloc_ray.io.node_cache import ensure
@@ -24,7 +25,8 @@ class CalibrationJob:
 
     ``waves`` splits the groups into parts whose Grams are gathered one part after the other, each in a pass of its own.
     ``shards`` are the token shards that count, ``[begin, end)``. ``inputs`` hashes what hidden states depend on.
-    ``streams`` says which tokens a group's linears read, by the first one's name, where not those of the row.
+    ``streams`` says which tokens a group's linears read, by the first one's name, where not those of the row; ``between``
+    are the linears outside all blocks, with the block that runs next.
     ``experts`` are the groups of experts' linears, by their first one's name, with its inputs; those that are sent fewer
     tokens than ``min_expert_tokens`` are seen to in a second pass, whose job has ``reread`` set.
     """
@@ -41,9 +43,19 @@ class CalibrationJob:
     waves: tuple[Groups, ...] | None = None
     inputs: str = ""
     streams: tuple[tuple[str, Stream], ...] = ()
+    between: tuple[tuple[str, str], ...] = ()
     experts: tuple[tuple[str, int], ...] = ()
     min_expert_tokens: int = 0
     reread: bool = False
+
+    def groups_of(self, block: str) -> list[tuple[str, ...]]:
+        """The groups whose linears are inside a block, or run between the blocks right before it."""
+        next_blocks = dict(self.between)
+        return [g for g in self.groups if g[0].startswith(f"{block}.") or next_blocks.get(g[0]) == block]
+
+    def image_inputs(self) -> ImageInputs:
+        """What makes pixels of the rows' images."""
+        return ImageInputs(self.model_dir, dict(self.model_options).get("trust_remote_code", False))
 
     def shards_of(self, slot: int, num_slots: int) -> range:
         """The token shards of a slot: every ``num_slots``-th from its own number on."""

@@ -24,6 +24,7 @@ from emloc_ray.core.correction import (
     shortfall,
 )
 from emloc_ray.core.updates import LowRankUpdate, row_norms, seen_rows
+from emloc_ray.data.processors import ImageInputs
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.atomic import write_json
 from emloc_ray.io.checkpoint import Checkpoint
@@ -241,7 +242,8 @@ def _read_modules(job: CorrectionJob, adapter: Adapter, progress: Progress) -> l
     for number, name in enumerate(adapter.names):
         spec = specs[name]
         delta = layer_difference(spec, original, emulator)
-        gram = grams.read(name) if grams is not None and delta is not None and name in grams else None
+        is_known = grams is not None and name in grams and grams.num_tokens(name) > 0
+        gram = grams.read(name) if grams is not None and delta is not None and is_known else None
         lora, lack = _in_lora_form(adapter, spec, job.update_tolerance)
         module = _Module(lora, delta, gram, lack)
         if adapter.kind == "decomposed":
@@ -271,6 +273,7 @@ def _selection_losses(
     is_lora = adapter.is_lora
     shards = TokenShards(job.selection_dir)
     rows = [shards.row(position) for position in range(len(shards))]
+    images = ImageInputs(job.model_dir, job.model_options.get("trust_remote_code", False))
     losses: dict[int, float] = {}
     for number in sorted(range(len(job.candidates)), key=lambda at: job.candidates[at].method != "none"):
         candidate = job.candidates[number]
@@ -288,6 +291,7 @@ def _selection_losses(
             loss_on=job.loss_on,
             pad_token_id=job.pad_token_id,
             name=f"corrected ({candidate.method})",
+            images=images,
         )
         losses[number] = score.metrics()["loss"]
         progress(len(modules) + len(losses), len(modules) + len(job.candidates))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from emloc_ray.config import RunConfig
+from emloc_ray.data.processors import open_processor
 from emloc_ray.data.reading import SourceFile, fingerprint_sources, scan
 from emloc_ray.data.splits import CALIBRATION_SEED, SPLITS, RowSelection, assign_splits
 from emloc_ray.data.token_budget import rows_within
@@ -23,6 +24,7 @@ from emloc_ray.stages.cluster import Progress, silent
 from emloc_ray.stages.failures import Losses, Tell, unheard
 
 _ROWS_PER_SHARD = 1024
+_IMAGE_ROWS_PER_SHARD = 256
 Result = TypeVar("Result")
 
 
@@ -84,10 +86,16 @@ def tokenize_data(
         config.data.packing,
         config.model.trust_remote_code,
         has_encoder(prepared.model_config),
+        config.data.on_error == "skip",
     )
     losses = Losses("data", tell)
     splits = begun_again(lambda: _splits(config, found, options), losses, lambda: "counting tokens")
-    sizes = dict.fromkeys(SPLITS, _ROWS_PER_SHARD) | {"calibration": config.calibration.rows_per_shard}
+    # Rows that may show images are of 100 KB rather than a few.
+    may_show = (
+        config.data.format == "messages" and open_processor(str(tokenizer), config.model.trust_remote_code) is not None
+    )
+    rows_per_shard = _IMAGE_ROWS_PER_SHARD if may_show else _ROWS_PER_SHARD
+    sizes = dict.fromkeys(SPLITS, rows_per_shard) | {"calibration": config.calibration.rows_per_shard}
     counts = begun_again(
         lambda: tokenize_splits(
             splits,
@@ -149,18 +157,24 @@ def _sources(prepared: Prepared, out_dir: Path) -> dict[str, tuple[SourceFile, .
         # What was made for the run stays with it: neither the hub nor the installed sources need be as they were.
         discard_unless(directory, [config.data.generate, config.seed if config.data.generate else None, hub])
     found: dict[str, tuple[SourceFile, ...]] = dict(prepared.files)
-    if config.data.generate == "docstrings":
-        found = _generate(directory, config.seed)
+    if config.data.generate is not None:
+        found = _generate(config.data.generate, directory, config.seed)
     for name, path in hub.items():
         found[name] = (_download(path.removeprefix("hf:"), name, directory),)
     return found
 
 
-def _generate(directory: Path, seed: int) -> dict[str, tuple[SourceFile, ...]]:
-    from emloc_ray.data.docstrings import DocstringTask, generate
+def _generate(task: str, directory: Path, seed: int) -> dict[str, tuple[SourceFile, ...]]:
+    from emloc_ray.data.docstrings import DocstringTask
+    from emloc_ray.data.docstrings import generate as generate_docstrings
+    from emloc_ray.data.vqa import VqaTask
+    from emloc_ray.data.vqa import generate as generate_vqa
 
     if not all(exists(directory / f"{name}.parquet") for name in SPLITS):
-        generate(directory, DocstringTask(seed=seed))
+        if task == "vqa":
+            generate_vqa(directory, VqaTask(seed=seed))
+        else:
+            generate_docstrings(directory, DocstringTask(seed=seed))
     return {name: (scan(directory / f"{name}.parquet"),) for name in SPLITS}
 
 

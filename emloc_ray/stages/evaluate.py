@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_ray.data.formats import Tokens
+from emloc_ray.data.processors import ImageInputs
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.node_cache import ensure
 from emloc_ray.modeling.adapter import detach_adapter, load_adapter
@@ -75,6 +76,7 @@ def evaluate_slice(job: EvaluationJob, family: str, part: int, num_parts: int, t
             loss_on=job.loss_on,
             pad_token_id=job.pad_token_id,
             name=variant,
+            images=_images(job),
         )
         texts = _completions(job, model, prompts) if variant in job.generating else []
         results.append(VariantResult(variant, score, tuple(texts)))
@@ -105,7 +107,18 @@ def _completions(job: EvaluationJob, model: Any, rows: Sequence[Tokens]) -> list
     if not rows:
         return []
     tokenizer = _tokenizer(job)
-    return complete(model, tokenizer, rows, max_new_tokens=job.max_new_tokens, batch_size=job.batch_size)
+    return complete(
+        model,
+        tokenizer,
+        rows,
+        max_new_tokens=job.max_new_tokens,
+        batch_size=job.batch_size,
+        images=_images(job),
+    )
+
+
+def _images(job: EvaluationJob) -> ImageInputs:
+    return ImageInputs(job.model_dir, job.model_options.get("trust_remote_code", False))
 
 
 def _tokenizer(job: EvaluationJob) -> Any:

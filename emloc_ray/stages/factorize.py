@@ -148,9 +148,14 @@ def factorize_group(job: FactorizationJob, specs: Sequence[LinearSpec], gram: St
 
 
 def _whitening(gram: StoredGram | None, dampening_frac: float) -> Whitening:
-    """Without a Gram nothing asks for it."""
+    """Without a Gram nothing asks for it.
+
+    Of linears that calibration brought no token to, as a vision tower's without images, it is as if all inputs were alike:
+    their best factors are then those of the weight alone.
+    """
     assert gram is not None
-    return Whitening(gram.read(), dampening_frac)
+    found = gram.read()
+    return Whitening(found if gram.num_tokens else torch.eye(len(found), dtype=found.dtype), dampening_frac)
 
 
 def _factorized(

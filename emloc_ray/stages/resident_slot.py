@@ -39,9 +39,9 @@ class ResidentSlot:
 
     def accumulate(self, number: int) -> int:
         """Counts one shard; returns its number."""
-        device = self.hooks.model.device
+        device, images = self.hooks.model.device, self.job.image_inputs()
         for rows in length_batches(self.shards.shard(number), self.job.batch_size):
-            batch = {key: value.to(device) for key, value in collate(rows, self.job.pad_token_id).items()}
+            batch = {key: value.to(device) for key, value in collate(rows, self.job.pad_token_id, images).items()}
             self.hooks.forward(batch, self.job.tokens)
         self.hooks.check_finite()
         self.last_shard = number

@@ -87,7 +87,7 @@ class StreamedSlot:
         """Counts all the slot's shards in the block at ``position``; returns that."""
         self.replay.load_block(position)
         block = self.replay.flow.order[position]
-        groups = [group for group in self.job.groups if group[0].startswith(f"{block}.")]
+        groups = self.job.groups_of(block)
         hooks = GramHooks(self.replay.model, groups, dict(self.job.streams), reread=self.job.reread)
         for number in self.numbers:
             self._pass_shard(position, number, hooks)
@@ -111,12 +111,14 @@ class StreamedSlot:
     def _forward(
         self, position: int, rows: Sequence[Tokens], outputs: dict[int, BlockOutput], hooks: GramHooks
     ) -> dict[int, BlockOutput]:
-        batch = {key: value.to(self.replay.device) for key, value in collate(rows, self.job.pad_token_id).items()}
+        made = collate(rows, self.job.pad_token_id, self.job.image_inputs())
+        batch = {key: value.to(self.replay.device) for key, value in made.items()}
         call = model_call(self.replay.model.config, batch, tokens=self.job.tokens)
         with hooks.counting(call.counted):
-            made = self.replay.forward(position, call.inputs, outputs)
+            given = self.replay.forward(position, call.inputs, outputs)
         flow = self.replay.flow
-        return {k: v if flow.last_use(k) > position else v.shapes() for k, v in {**outputs, position: made}.items()}
+        known = outputs if given is None else {**outputs, position: given}
+        return {k: v if flow.last_use(k) > position else v.shapes() for k, v in known.items()}
 
     def commit(self) -> None:
         """Every block was committed when it was done."""

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from emloc_ray.data.ingest import SampleOrder, stream_batches
+from emloc_ray.data.processors import ImageInputs
 from emloc_ray.data.token_shards import TokenShards, collate
 from emloc_ray.io.node_cache import ensure, exists, publish
 from emloc_ray.modeling.adapter import attach_adapter, save_trained_adapter
@@ -93,8 +94,9 @@ class RankBatches(IterableDataset[dict[str, torch.Tensor]]):
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         begin = (self.trainer.state.global_step if self.trainer else 0) * self.accumulation
         end = self.job.max_steps * self.accumulation
+        images = ImageInputs(self.job.emulator_dir, self.job.model_options.get("trust_remote_code", False))
         for rows in stream_batches(self.job.tokens_dir, self.order, begin, end):
-            batch = collate(rows, self.job.pad_token_id)
+            batch = collate(rows, self.job.pad_token_id, images)
             mask = label_mask(batch, self.job.loss_on)
             yield {**batch, "labels": batch["input_ids"].masked_fill(~mask, -100)}
 

@@ -1,0 +1,97 @@
+"""A vision-language model's own processor: opened where the model has one, and what it makes of a batch's images."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emloc_ray.data.images import decode
+from emloc_ray.errors import ConfigError
+from emloc_ray.io.node_cache import ensure
+
+_FILES = ("processor_config.json", "preprocessor_config.json")
+_TOKEN_TYPES = "mm_token_type_ids"  # which tokens stand for images: made of the row's tokens, not of its images
+_OF_TEXT = ("input_ids", "attention_mask", _TOKEN_TYPES)
+
+
+@functools.lru_cache(maxsize=2)
+def open_processor(directory: str, trust_remote_code: bool = False) -> Any:
+    """The processor in a model's directory; None where the model has none for images.
+
+    Raises:
+        ConfigError: where it does not open, as without Pillow.
+    """
+    from transformers import AutoProcessor
+
+    ensure(Path(directory), weights=False)
+    if not any((Path(directory) / name).is_file() for name in _FILES):
+        return None
+    try:
+        processor = AutoProcessor.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (ImportError, ValueError, OSError, TypeError, KeyError, AttributeError) as error:
+        detail = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"model.source {directory}: its processor does not open ({detail}): pip install 'emloc-ray[vision]', or mend"
+            " its files."
+        ) from error
+    is_whole = hasattr(processor, "image_processor") and hasattr(processor, "tokenizer")
+    return processor if is_whole else None
+
+
+class ImageInputs:
+    """What a model is called with for the images of a batch, made by its own processor; opened at the first image."""
+
+    def __init__(self, directory: str | Path, trust_remote_code: bool = False) -> None:
+        self.directory, self.trust_remote_code = str(directory), trust_remote_code
+
+    def __call__(self, images: Sequence[Sequence[bytes]], input_ids: Tensor) -> dict[str, Tensor]:
+        """Pixels and whatever else the processor makes of each row's encoded images, and of the rows' ``input_ids``.
+
+        The same as the processor gives with the rows' text: pixels do not depend on it. Nothing where there are no images.
+        """
+        shown = [[decode(content) for content in row] for row in images if row]
+        if not shown:
+            return {}
+        processor = open_processor(self.directory, self.trust_remote_code)
+        if processor is None:
+            raise ConfigError(f"{self.directory} holds no processor, which the rows' images need: copy it there.")
+        texts = [placeholders(processor, len(row)) for row in shown]
+        made = processor(text=texts, images=shown, padding=True, return_tensors="pt")
+        inputs = {key: value for key, value in made.items() if key not in _OF_TEXT}
+        if _TOKEN_TYPES in made:
+            inputs[_TOKEN_TYPES] = torch.tensor(processor.create_mm_token_type_ids(input_ids.tolist()))
+        return inputs
+
+
+def placeholders(processor: Any, count: int) -> str:
+    """A text that shows so many images and says nothing."""
+    content: list[dict[str, Any]] = [{"type": "image"}] * count
+    if processor.chat_template or processor.tokenizer.chat_template:
+        template = processor if processor.chat_template else processor.tokenizer
+        text: str = template.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        return text
+    return str(processor.image_token) * count
+
+
+def example(directory: str | Path, trust_remote_code: bool = False) -> dict[str, Tensor]:
+    """What a model is called with for one blank image and no words, by its own processor; nothing where it has none."""
+    from PIL import Image
+
+    processor = open_processor(str(directory), trust_remote_code)
+    if processor is None:
+        return {}
+    made = processor(
+        text=[placeholders(processor, 1)],
+        images=[[Image.new("RGB", (_SIDE, _SIDE))]],
+        padding=True,
+        return_tensors="pt",
+    )
+    return {key: value for key, value in made.items() if isinstance(value, Tensor)}
+
+
+_SIDE = 448  # pixels of the blank image

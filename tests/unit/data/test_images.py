@@ -1,0 +1,213 @@
+"""Images of rows: named in every way, read as they are encoded, and told by file and row where they cannot be."""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from s3_server import uri
+from small_runs import write_jsonl
+
+from emloc_ray.data import images as images_module
+from emloc_ray.data.formats import EXTRA_FIELDS, FIELDS, check_row
+from emloc_ray.data.images import decode, load_images, plain_messages
+from emloc_ray.data.reading import Place, Row, read_rows, scan
+from emloc_ray.errors import DataError
+from emloc_ray.io.object_store import ObjectStore
+
+
+def png(colour: tuple[int, int, int] = (200, 30, 30), form: str = "PNG") -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (12, 8), colour).save(stream, form)
+    return stream.getvalue()
+
+
+def torn() -> bytes:
+    """The first half of an image that has no two pixels alike."""
+    stream = io.BytesIO()
+    Image.effect_noise((32, 32), 90).save(stream, "PNG")
+    return stream.getvalue()[: len(stream.getvalue()) // 2]
+
+
+def row(*parts: dict[str, Any], **columns: Any) -> Row:
+    asked = [*parts, {"type": "text", "text": "What colour?"}]
+    return {
+        "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": "red"}],
+        **columns,
+    }
+
+
+def place(folder: Path | str, number: int = 6) -> Place:
+    made = Place(f"{folder}/rows.jsonl, row {number + 1}")
+    made.folder = str(folder)
+    return made
+
+
+class Server(BaseHTTPRequestHandler):
+    """Gives what is asked of it: an image, a refusal, or trouble that is over at the second try."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        code = {"/gone.png": 404, "/broken.png": 500}.get(self.path, 200)
+        if self.path == "/busy.png" and self.asked.count(self.path) == 1:
+            code = 503
+        self.send_response(code)
+        self.end_headers()
+        self.wfile.write(png() if code == 200 else b"no")
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setattr(images_module, "_WAITS_S", (0.01, 0.01))
+    Server.asked.clear()
+    with HTTPServer(("127.0.0.1", 0), Server) as started:
+        threading.Thread(target=started.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{started.server_address[1]}"
+        started.shutdown()
+
+
+def test_every_way_of_naming_an_image_gives_its_bytes(tmp_path: Path, server: str) -> None:
+    content = png()
+    (tmp_path / "a.png").write_bytes(content)
+    text = base64.b64encode(content).decode()
+    ways: list[dict[str, Any]] = [
+        {"path": "a.png"},
+        {"path": str(tmp_path / "a.png")},
+        {"path": f"file://{tmp_path}/a.png"},
+        {"image": "a.png"},
+        {"image": content},
+        {"image": {"bytes": content, "path": None}},
+        {"image": {"bytes": None, "path": "a.png"}},
+        {"image": text},
+        {"base64": text},
+        {"image": f"data:image/png;base64,{text}"},
+        {"url": f"{server}/a.png"},
+        {"image": f"{server}/busy.png"},
+    ]
+    shown = row(*({"type": "image", **way} for way in ways), {"type": "image_url", "image_url": {"url": f"{server}/b"}})
+    check_row(shown, "messages", "here")
+    assert load_images(shown, place(tmp_path)) == [content] * 13
+
+
+def test_a_path_is_from_the_folder_of_a_file_on_a_store(s3_port: int) -> None:
+    root = uri(s3_port, "images")
+    store = ObjectStore(root, "data")
+    store.write("task/pictures/a b.png", png())
+    folder = root.replace("?", "/task?", 1)
+    assert load_images(row({"type": "image", "path": "pictures/a b.png"}), place(folder)) == [png()]
+
+
+def test_images_of_columns_go_to_the_parts_that_name_none(tmp_path: Path) -> None:
+    one, two = png(), png((1, 2, 3))
+    parts = [{"type": "image"}, {"type": "image"}]
+    assert load_images(row(*parts, images=[one, {"bytes": two, "path": None}]), "here") == [one, two]
+    assert load_images(row({"type": "image"}, image=two), "here") == [two]
+    with pytest.raises(DataError, match="2 image parts name no image, and columns images and image hold 1"):
+        check_row(row(*parts, images=[one]), "messages", "here")
+
+
+def test_a_parquet_file_s_bytes_inside_content_and_beside(tmp_path: Path) -> None:
+    content = [png(), png((9, 9, 9))]
+    inside = [row({"type": "image", "image": each}) for each in content]
+    kind = pa.struct([("type", pa.string()), ("text", pa.string()), ("image", pa.binary())])
+    for each in inside:
+        each["messages"][1]["content"] = [{"type": "text", "text": "red"}]
+    turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.list_(kind))]))
+    table = pa.Table.from_pylist(inside, pa.schema([("messages", turns)]))
+    pq.write_table(table, tmp_path / "inside.parquet")
+    beside = [row({"type": "image"}, images=[each], other=1)["messages"] for each in content]
+    pq.write_table(
+        pa.table({"messages": pa.array([str(b) for b in beside]), "images": [[c] for c in content], "more": [1, 2]}),
+        tmp_path / "beside.parquet",
+    )
+    found = [r for _, r in read_rows(scan(tmp_path / "inside.parquet"), range(2), FIELDS["messages"])]
+    assert [load_images(r, "here") for r in found] == [[each] for each in content]
+    assert plain_messages(found[0]["messages"]) == [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What colour?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
+    ]
+    source = scan(tmp_path / "beside.parquet")
+    [(_, first)] = read_rows(source, [0], FIELDS["messages"], EXTRA_FIELDS["messages"])
+    assert set(first) == {"messages", "images"}
+
+
+@pytest.mark.parametrize(
+    ("part", "complaint"),
+    [
+        ({"path": "absent.png"}, r"image 1 .*absent\.png is not there"),
+        ({"path": "text.png"}, r"image 1 text\.png cannot be decoded"),
+        ({"path": "cut.png"}, r"image 1 cut\.png cannot be decoded"),
+        ({"image": b"no image"}, "image 1 cannot be decoded"),
+        ({"image": "?not base64?"}, "image 1 is no base64"),
+        ({"image": 7}, "image 1 is int"),
+        ({"path": "."}, "image 1 . cannot be read"),
+    ],
+)
+def test_a_bad_image_is_told_by_file_and_row(tmp_path: Path, part: dict[str, Any], complaint: str) -> None:
+    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "cut.png").write_bytes(torn())
+    with pytest.raises(DataError, match=complaint) as caught:
+        load_images(row({"type": "image", **part}), place(tmp_path))
+    assert str(caught.value).startswith(f"{tmp_path}/rows.jsonl, row 7: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "code", "tries"), [("gone.png", 404, 1), ("broken.png", 500, 3)])
+def test_a_server_that_says_no_is_asked_once_and_one_in_trouble_again(
+    server: str, name: str, code: int, tries: int
+) -> None:
+    with pytest.raises(DataError, match=f"{name} cannot be read .HTTP {code}"):
+        load_images(row({"type": "image", "url": f"{server}/{name}"}), "here")
+    assert Server.asked == [f"/{name}"] * tries
+
+
+def test_a_server_that_is_not_there_is_told() -> None:
+    images_module._WAITS_S, before = (), images_module._WAITS_S
+    try:
+        with pytest.raises(DataError, match=r"127\.0\.0\.1:9/a\.png cannot be read"):
+            load_images(row({"type": "image", "url": "http://127.0.0.1:9/a.png"}), "here")
+    finally:
+        images_module._WAITS_S = before
+
+
+@pytest.mark.parametrize(
+    ("part", "complaint"),
+    [
+        ({"type": "video", "path": "a.mp4"}, "part of type 'video': only text and image"),
+        ({"type": "text"}, "part of type text has no text"),
+        ("words", "part of type 'str'"),
+    ],
+)
+def test_parts_of_other_kinds_are_told(part: Any, complaint: str) -> None:
+    with pytest.raises(DataError, match=complaint):
+        check_row(row(part), "messages", "here")
+
+
+def test_an_image_is_turned_upright_and_of_three_colours() -> None:
+    stream = io.BytesIO()
+    image = Image.new("L", (12, 8), 100)
+    exif = image.getexif()
+    exif[0x0112] = 6  # turned by a quarter
+    image.save(stream, "JPEG", exif=exif)
+    found = decode(stream.getvalue())
+    assert (found.size, found.mode) == ((8, 12), "RGB")
+
+
+def test_rows_know_their_folder(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [row()])
+    found = Place.of(scan(path), 0)
+    assert (str(found), found.folder) == (f"{path}, row 1", str(tmp_path))

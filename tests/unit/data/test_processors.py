@@ -1,0 +1,174 @@
+"""Rows with images as tokens and pixels: the processor's own, truncation that cuts no image, bad rows told or counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import write_jsonl
+from test_images import place, png, row, torn
+from test_tokenizing import inline  # noqa: F401
+from transformers import AutoProcessor
+from vlms import VLMS, save_vlm
+
+from emloc_ray.data.formats import Tokens, pack, truncate
+from emloc_ray.data.processors import ImageInputs, example, open_processor
+from emloc_ray.data.reading import scan
+from emloc_ray.data.splits import RowSelection
+from emloc_ray.data.token_shards import TokenShards, collate
+from emloc_ray.data.tokenizing import TokenizeOptions, row_lengths, tokenize_splits
+from emloc_ray.errors import ConfigError, DataError
+
+GREY = (120, 120, 120)
+
+
+@pytest.fixture(scope="session")
+def vlm_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``vlm_dir(family)``: a saved model with its processor; do not write to it."""
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            made[family] = save_vlm(family, tmp_path_factory.mktemp("vlm") / "model")
+        return made[family]
+
+    return get
+
+
+def tokens_of(options: TokenizeOptions, *rows: dict[str, Any]) -> list[Tokens | None]:
+    return list(options.tokens((place("/tmp", number), each) for number, each in enumerate(rows)))
+
+
+def two_turns() -> dict[str, Any]:
+    """Two questions, an image each, and answers."""
+    made = row({"type": "image", "image": png()})
+    made["messages"] += row({"type": "image", "image": png(GREY)})["messages"]
+    return made
+
+
+@pytest.mark.parametrize("family", VLMS)
+def test_tokens_are_the_processor_s_and_the_answers_are_completion(vlm_dir: Callable[[str], Path], family: str) -> None:
+    directory = vlm_dir(family)
+    processor = AutoProcessor.from_pretrained(directory)
+    [found] = tokens_of(TokenizeOptions(str(directory), "messages", 512), two_turns())
+    assert found is not None
+    bare = [{**turn, "content": turn["content"]} for turn in two_turns()["messages"]]
+    text = processor.apply_chat_template(
+        [
+            {
+                "role": turn["role"],
+                "content": [{"type": "text", "text": turn["content"]}]
+                if isinstance(turn["content"], str)
+                else [{k: v for k, v in part.items() if k != "image"} for part in turn["content"]],
+            }
+            for turn in bare
+        ],
+        tokenize=False,
+    )
+    from emloc_ray.data.images import decode
+
+    expected = processor(
+        text=[text], images=[[decode(png()), decode(png(GREY))]], return_tensors="pt", add_special_tokens=False
+    )
+    assert found.input_ids == expected["input_ids"][0].tolist()
+    answers = [t for t, is_answer in zip(found.input_ids, found.completion_mask, strict=True) if is_answer]
+    assert processor.tokenizer.decode(answers) == "red<eos>red<eos>"
+    assert [image.content for image in found.images] == [png(), png(GREY)]
+    batch = collate([found], 0, ImageInputs(directory))
+    for key, value in expected.items():
+        if key not in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            assert torch.equal(batch[key], value), key
+    if "mm_token_type_ids" in expected:
+        width = len(found.input_ids)
+        assert torch.equal(batch["mm_token_type_ids"][:, :width], expected["mm_token_type_ids"])
+        assert not batch["mm_token_type_ids"][:, width:].any()
+
+
+def test_a_cut_that_could_lose_part_of_an_image_drops_the_row(vlm_dir: Callable[[str], Path]) -> None:
+    options = TokenizeOptions(str(vlm_dir("LLaVA")), "messages", 512)
+    [found] = tokens_of(options, two_turns())
+    assert found is not None
+    second = found.images[1].end
+    assert found.images[0].end < second < len(found)
+    assert truncate(found, second - 1) is None  # though the first answer is whole
+    cut = truncate(found, second + 2)
+    assert cut is not None
+    assert (len(cut), cut.images) == (second + 2, found.images)
+
+
+def test_text_on_a_model_that_reads_images(vlm_dir: Callable[[str], Path]) -> None:
+    directory = vlm_dir("Qwen2-VL")
+    options = TokenizeOptions(str(directory), "messages", 512)
+    [found] = tokens_of(options, row())
+    assert found is not None
+    assert not found.images
+    assert set(collate([found], 0, ImageInputs(directory))) == {"input_ids", "attention_mask", "completion_mask"}
+
+
+def test_an_image_for_a_model_that_reads_none(tiny_model_dir: Callable[..., Path]) -> None:
+    directory = tiny_model_dir("llama")
+    assert open_processor(str(directory)) is None
+    assert example(directory) == {}
+    with pytest.raises(DataError, match="row 1: it shows an image, and the model has no processor"):
+        tokens_of(TokenizeOptions(str(directory), "messages", 512), row({"type": "image", "image": png()}))
+    with pytest.raises(ConfigError, match="holds no processor"):
+        ImageInputs(directory)([[png()]], torch.zeros(1, 4, dtype=torch.long))
+
+
+def test_images_are_not_packed(vlm_dir: Callable[[str], Path]) -> None:
+    [found] = tokens_of(TokenizeOptions(str(vlm_dir("LLaVA")), "messages", 512), two_turns())
+    assert found is not None
+    with pytest.raises(DataError, match=r"data\.packing"):
+        list(pack([found], 64))
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Path:
+    """Twelve rows: four with an image, four without, and four that are bad, each in its way."""
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "cut.png").write_bytes(torn())
+    good = [row({"type": "image", "path": "a.png"}) for _ in range(4)] + [row() for _ in range(4)]
+    bad = [row({"type": "image", "path": "absent.png"}), row({"type": "image", "path": "cut.png"}), {"messages": []}]
+    path = write_jsonl(tmp_path / "rows.jsonl", [*good[:2], *bad, *good[2:]])
+    with path.open("a") as file:
+        file.write("{no json}\n")
+    return path
+
+
+@pytest.mark.usefixtures("inline")
+def test_bad_rows_are_skipped_and_counted_or_end_the_run(
+    rows_file: Path, tmp_path: Path, vlm_dir: Callable[[str], Path]
+) -> None:
+    selection = RowSelection.all_rows([scan(rows_file)])
+    options = TokenizeOptions(str(vlm_dir("InternVL")), "messages", 512, skip_bad_rows=True)
+    counts = tokenize_splits({"s": selection}, options, tmp_path / "out", rows_per_shard={"s": 5}, num_workers=1)["s"]
+    assert (counts["rows"], counts["skipped_rows"], counts["images"]) == (8, 4, 4)
+    shards = TokenShards(tmp_path / "out" / "s")
+    assert shards.has_images
+    shown = [len(shards.row(position).images) for position in range(8)]
+    assert shown == [1, 1, 1, 1, 0, 0, 0, 0]
+    assert shards.row(0).images[0].content == png()
+    assert [bool(length) for length in row_lengths(selection, options, 1)] == [True] * 2 + [False] * 3 + [True] * 6 + [
+        False
+    ]
+    strict = TokenizeOptions(str(vlm_dir("InternVL")), "messages", 512)
+    with pytest.raises(DataError, match=rf"{rows_file}, row 3: image 1 .*absent\.png is not there"):
+        tokenize_splits({"s": selection}, strict, tmp_path / "strict", rows_per_shard={"s": 5}, num_workers=1)
+
+
+@pytest.mark.usefixtures("inline")
+def test_all_rows_bad(tmp_path: Path, vlm_dir: Callable[[str], Path]) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": []}] * 3)
+    options = TokenizeOptions(str(vlm_dir("LLaVA")), "messages", 512, skip_bad_rows=True)
+    selection = RowSelection.all_rows([scan(path)])
+    with pytest.raises(DataError, match=r"data\.s: no row of those that are not bad \(3 are\)"):
+        tokenize_splits({"s": selection}, options, tmp_path / "out", rows_per_shard={"s": 5}, num_workers=1)
+
+
+def test_a_text_that_holds_an_image_s_token_is_told(vlm_dir: Callable[[str], Path]) -> None:
+    options = TokenizeOptions(str(vlm_dir("LLaVA")), "messages", 512)
+    with pytest.raises(DataError, match=r"row 1: .*<image>"):
+        tokens_of(options, row({"type": "text", "text": "is <image> a token?"}))

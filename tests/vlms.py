@@ -1,0 +1,241 @@
+"""Tiny vision-language models with their own processors, made without a hub: LLaVA, InternVL, Qwen2-VL, Qwen3-VL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tiny import EOS, PAD, VOCABULARY, make_tokenizer
+
+HIDDEN = 32
+_NAMED = {
+    "image_token": "<image>",
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<image>",
+    "video_token": "<video>",
+}
+_TEXT = {
+    "vocab_size": VOCABULARY,
+    "pad_token_id": PAD,
+    "bos_token_id": EOS,
+    "eos_token_id": EOS,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 2 * HIDDEN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+# Every turn is a list of parts, as these models' own templates read it; a text may be a string.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def image_tokenizer(chat_template: str | None = None) -> Any:
+    """The tiny tokenizer with the tokens that stand for images, which its models know by name."""
+    plain = make_tokenizer(chat_template)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=plain.backend_tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        extra_special_tokens=_NAMED,
+        chat_template=chat_template,
+    )
+
+
+def _llava(tokenizer: Any) -> tuple[Any, Any]:
+    """A CLIP tower with a class token that the projector leaves out, its features taken before the last layer."""
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=2 * HIDDEN,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=28,
+        patch_size=7,
+        projection_dim=HIDDEN,
+    )
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=transformers.LlamaConfig(**_TEXT),
+        image_token_index=tokenizer.image_token_id,
+        vision_feature_layer=-2,
+        tie_word_embeddings=False,
+    )
+    sizes = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    processor = transformers.LlavaProcessor(
+        transformers.CLIPImageProcessor(**sizes),
+        tokenizer,
+        patch_size=7,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+        chat_template=CHAT_TEMPLATE,
+    )
+    return config, processor
+
+
+def _internvl(tokenizer: Any) -> tuple[Any, Any]:
+    """Images in tiles, four patches joined to one token."""
+    vision = transformers.InternVLVisionConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=2 * HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=[28, 28],
+        patch_size=[7, 7],
+        use_qk_norm=True,
+    )
+    config = transformers.InternVLConfig(
+        vision_config=vision,
+        text_config=transformers.Qwen2Config(**_TEXT),
+        image_token_id=tokenizer.context_image_token_id,
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )
+    images = transformers.GotOcr2ImageProcessor(size={"height": 28, "width": 28}, min_patches=1, max_patches=2)
+    video = transformers.InternVLVideoProcessor(size={"height": 28, "width": 28})
+    processor = transformers.InternVLProcessor(
+        images, tokenizer, video, image_seq_length=4, chat_template=CHAT_TEMPLATE
+    )
+    return config, processor
+
+
+def _qwen_processor(kind: Any, tokenizer: Any, patch: int) -> Any:
+    pixels = {"min_pixels": (2 * patch) ** 2, "max_pixels": (6 * patch) ** 2}
+    options = {"patch_size": patch, "merge_size": 2, "temporal_patch_size": 2}
+    images = transformers.Qwen2VLImageProcessor(**options, **pixels)
+    video = (
+        transformers.Qwen2VLVideoProcessor(**options)
+        if kind is not transformers.Qwen3VLProcessor
+        else (transformers.Qwen3VLVideoProcessor(**options))
+    )
+    return kind(images, tokenizer, video, chat_template=CHAT_TEMPLATE)
+
+
+def _qwen_ids(tokenizer: Any) -> dict[str, Any]:
+    return {
+        "image_token_id": tokenizer.image_token_id,
+        "video_token_id": tokenizer.video_token_id,
+        "vision_start_token_id": tokenizer.start_image_token_id,
+        "vision_end_token_id": tokenizer.end_image_token_id,
+        "tie_word_embeddings": False,
+    }
+
+
+def _qwen2_vl(tokenizer: Any) -> tuple[Any, Any]:
+    """Images of any shape, q, k and v one linear in the tower, positions in three directions."""
+    vision = {"depth": 2, "embed_dim": HIDDEN, "hidden_size": HIDDEN, "num_heads": 4, "mlp_ratio": 2, "patch_size": 7}
+    rope = {**_MROPE, "mrope_section": [1, 1, 2]}
+    config = transformers.Qwen2VLConfig(
+        text_config={**_TEXT, "rope_parameters": rope}, vision_config=vision, **_qwen_ids(tokenizer)
+    )
+    return config, _qwen_processor(transformers.Qwen2VLProcessor, tokenizer, 7)
+
+
+def _qwen25_vl(tokenizer: Any) -> tuple[Any, Any]:
+    """A gated tower with attention in windows."""
+    vision = {
+        "depth": 2,
+        "hidden_size": HIDDEN,
+        "out_hidden_size": HIDDEN,
+        "intermediate_size": 2 * HIDDEN,
+        "num_heads": 4,
+        "patch_size": 7,
+        "window_size": 28,
+        "fullatt_block_indexes": [1],
+    }
+    rope = {**_MROPE, "mrope_section": [1, 1, 2]}
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={**_TEXT, "rope_parameters": rope}, vision_config=vision, **_qwen_ids(tokenizer)
+    )
+    return config, _qwen_processor(transformers.Qwen2_5_VLProcessor, tokenizer, 7)
+
+
+def _qwen3_vl(tokenizer: Any) -> tuple[Any, Any]:
+    """Features of an earlier vision block join the first text block's output through a merger of their own."""
+    vision = {
+        "depth": 3,
+        "hidden_size": HIDDEN,
+        "out_hidden_size": HIDDEN,
+        "intermediate_size": 2 * HIDDEN,
+        "num_heads": 4,
+        "patch_size": 7,
+        "num_position_embeddings": 36,
+        "deepstack_visual_indexes": [1],
+    }
+    rope = {**_MROPE, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    config = transformers.Qwen3VLConfig(
+        text_config={**_TEXT, "head_dim": 8, "rope_parameters": rope}, vision_config=vision, **_qwen_ids(tokenizer)
+    )
+    return config, _qwen_processor(transformers.Qwen3VLProcessor, tokenizer, 7)
+
+
+# By the names that the README's table has.
+VLMS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
+    "LLaVA": _llava,
+    "InternVL": _internvl,
+    "Qwen2-VL": _qwen2_vl,
+    "Qwen2.5-VL": _qwen25_vl,
+    "Qwen3-VL": _qwen3_vl,
+}
+
+
+def build_vlm(family: str, seed: int = 0) -> tuple[Any, Any]:
+    """A random model of the family, with random biases too, in evaluation mode, and its processor."""
+    config, processor = VLMS[family](image_tokenizer())
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    parameter.normal_(std=0.1)
+    return model.eval(), processor
+
+
+def save_vlm(family: str, directory: Path, seed: int = 0) -> Path:
+    """Saves :func:`build_vlm` as transformers would, in shards, processor and all; returns the directory."""
+    model, processor = build_vlm(family, seed)
+    model.save_pretrained(directory, max_shard_size="200KB")
+    processor.save_pretrained(directory)
+    return directory
+
+
+def small_llava(directory: Path, side: int) -> Path:
+    """Saves a LLaVA of twice the width for square images of ``side`` pixels, 16 patches each, that a minute can teach."""
+    width = 2 * HIDDEN
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokenizer = image_tokenizer()
+    vision = transformers.CLIPVisionConfig(**sizes, image_size=side, patch_size=side // 4, projection_dim=width)
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=transformers.LlamaConfig(**{**_TEXT, **sizes}),
+        image_token_index=tokenizer.image_token_id,
+        vision_feature_layer=-1,
+        tie_word_embeddings=False,
+    )
+    processor = transformers.LlavaProcessor(
+        transformers.CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
+        tokenizer,
+        patch_size=side // 4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+        chat_template=CHAT_TEMPLATE,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(directory)
+    processor.save_pretrained(directory)
+    return directory
