@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from small_runs import FinishedRun, make_values, run_values
+from families import FAMILIES, save
+from image_rows import serve, write_image_rows
+from small_runs import FinishedRun, make_values, run_values, task_rows, write_jsonl
+from vlms import save_vlm
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +33,44 @@ def make_run(
 def llama_run(make_run: Callable[..., FinishedRun], task_file: Path) -> FinishedRun:
     """A tiny Llama's run in float32; read it, or spoil a copy."""
     return make_run(task_file)
+
+
+@pytest.fixture(scope="session")
+def family_run(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], FinishedRun]]:
+    """``family_run(name)``: a family's run, from a checkpoint as transformers saves it to the merged model; made once."""
+    made: dict[str, FinishedRun] = {}
+    servers: list[Any] = []
+
+    def get(family: str) -> FinishedRun:
+        if family not in made:
+            root = tmp_path_factory.mktemp("family")
+            if family in FAMILIES:
+                model_dir = save(family, root / "model")
+                rows = write_jsonl(root / "rows.jsonl", task_rows(64))
+                changes: dict[str, Any] = {}
+            else:
+                model_dir = save_vlm(family, root / "model")
+                (root / "rows").mkdir()
+                server, url = serve(root / "rows")
+                servers.append(server)
+                rows = write_image_rows(root / "rows", url)
+                ratios = {r".*(vision_tower|visual)\..*": 0.7, r".*(projector|merger)\..*": 0.6}
+                changes = {"data": {"format": "messages", "max_seq_length": 128}, "emulator": {"ratios": ratios}}
+            one = {"num_workers": 1}
+            sections: dict[str, dict[str, Any]] = {
+                "calibration": {**one, "num_calibration_samples": 16},
+                "emulator": one,
+                "finetune": one,
+                "correction": {"method": "covariance"},
+                "merge": one,
+                "evaluation": one,
+            }
+            for section, keys in changes.items():
+                sections[section] = {**sections.get(section, {}), **keys}
+            values = make_values(root / "run", model_dir, rows, **sections)
+            made[family] = FinishedRun(root / "run", values, model_dir, run_values(values))
+        return made[family]
+
+    yield get
+    for server in servers:
+        server.shutdown()

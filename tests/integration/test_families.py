@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, save
+from families import FAMILIES
 from peft import PeftModel
-from small_runs import FinishedRun, make_values, run_values, task_rows, write_jsonl
+from small_runs import FinishedRun
 from transformers import AutoConfig
+from vlms import VLMS
 
 import emloc_ray  # noqa: F401
 from emloc_ray.config_reading import parse_config
+from emloc_ray.data.processors import ImageInputs
 from emloc_ray.data.token_shards import TokenShards, collate
 from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.io.grams import GramStore
@@ -27,27 +30,15 @@ from emloc_ray.preparation import prepare
 from emloc_ray.stages.calibrate import calibrate
 from emloc_ray.stages.cluster import Resources
 
-ONE = {"num_workers": 1}
+
+@pytest.fixture(scope="module", params=[*FAMILIES, *VLMS])
+def run(request: pytest.FixtureRequest, family_run: Callable[[str], FinishedRun]) -> FinishedRun:
+    """A family's run."""
+    return family_run(request.param)
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
-def run(request: pytest.FixtureRequest, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    """A family's run, from a checkpoint as transformers saves it to the merged model."""
-    root = tmp_path_factory.mktemp("family")
-    model_dir = save(request.param, root / "model")
-    data = write_jsonl(root / "rows.jsonl", task_rows(64))
-    values = make_values(
-        root / "run",
-        model_dir,
-        data,
-        calibration={**ONE, "num_calibration_samples": 16, "min_expert_tokens": 0},
-        emulator=ONE,
-        finetune=ONE,
-        correction={"method": "covariance"},
-        merge=ONE,
-        evaluation=ONE,
-    )
-    return FinishedRun(root / "run", values, model_dir, run_values(values))
+def images_of(run: FinishedRun) -> ImageInputs:
+    return ImageInputs(run.model_dir)
 
 
 def opened(directory: Path) -> tuple[Any, dict[str, Any]]:
@@ -60,7 +51,7 @@ def opened(directory: Path) -> tuple[Any, dict[str, Any]]:
 
 def batch(run: FinishedRun, split: str = "eval") -> dict[str, torch.Tensor]:
     shards = TokenShards(run.root / "data" / "tokens" / split)
-    return collate([shards.row(position) for position in range(4)], 0)
+    return collate([shards.row(position) for position in range(4)], 0, images_of(run))
 
 
 @torch.no_grad()
@@ -91,7 +82,7 @@ def test_calibrate(run: FinishedRun) -> None:
         model.get_submodule(name).register_forward_pre_hook(reading(name))
     shards = TokenShards(run.root / "data" / "tokens" / "calibration")
     for position in range(len(shards)):
-        model(**model_call(model.config, collate([shards.row(position)], 0, multiple=1)).inputs)
+        model(**model_call(model.config, collate([shards.row(position)], 0, images_of(run), multiple=1)).inputs)
     for names in groups.values():
         for name in names:  # one sum stands for all that read the same tensor
             assert counts.get(name, 0) == store.num_tokens(name)  # none, of an expert that the router never chooses
