@@ -103,6 +103,14 @@ def finished() -> str:
     return report.render("run", manifest(*STAGES), finished_metrics())
 
 
+def test_planned_memory_stands_beside_the_measured() -> None:
+    planned = {"calibrate": 3 * 2**29, "finetune": 2**31, "inference": 5 * 2**29}
+    page = Page(report.render("run", manifest(*STAGES), {**finished_metrics(), "planned_memory": planned}))
+    assert "planned to hold: 2.50 GiB for inference of the original." in page.text
+    assert "calibrate11.5 s2.00 GiB300 MiB1.50 GiB2" in page.text
+    assert "merge15.5 s6.00 GiB300 MiB–2" in page.text
+
+
 def test_a_finished_run_has_every_section_and_its_numbers(finished: str) -> None:
     page = Page(finished)
     assert page.sections == [
