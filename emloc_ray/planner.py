@@ -165,13 +165,14 @@ def row_lengths(prepared: Prepared) -> Lengths:
     if prepared.config.data.packing:
         return Lengths(limit, limit)
     data, numbers = prepared.config.data, range(min(200, sources[0].num_rows))
-    stream = read_rows(sources[0], numbers, FIELDS[data.format], keep_bad=data.on_error == "skip")
-    rows = [row for _, row in stream]
-    images = [sum(1 for _ in image_parts(row)) if data.format == "messages" else 0 for row in rows]
     shown = prepared.layout.image.row_tokens
-    tokens = [_characters(row) / _CHARACTERS_PER_TOKEN + shown * n for row, n in zip(rows, images, strict=True)]
+    tokens, images = [], 0
+    for _, row in read_rows(sources[0], numbers, FIELDS[data.format], keep_bad=data.on_error == "skip"):
+        count = sum(1 for _ in image_parts(row)) if data.format == "messages" else 0
+        tokens.append(_characters(row) / _CHARACTERS_PER_TOKEN + shown * count)
+        images += count
     mean = min(sum(tokens) / len(tokens), limit)
-    return Lengths(mean, min(1.25 * max(tokens), limit), sum(images) / len(images))
+    return Lengths(mean, min(1.25 * max(tokens), limit), images / len(tokens))
 
 
 def _characters(row: Row) -> int:

@@ -48,6 +48,7 @@ def prepared(tmp_path: Path, models: Callable[[str], Path]) -> Make:
         family: str = "LLaVA", rows: list[Any] | None = None, model_dir: Path | None = None, **sections: Any
     ) -> Prepared:
         path = write_jsonl(tmp_path / "rows.jsonl", [shown()] * 20 if rows is None else rows)
+        (tmp_path / "a.png").touch()
         data = {"train": {"path": str(path)}, "format": "messages", **sections.pop("data", {})}
         source = str(model_dir or models(family))
         return prepare(
@@ -101,7 +102,7 @@ def test_a_processor_without_a_chat_template_is_told(prepared: Make, tmp_path: P
 
 
 def test_packing_is_refused_where_a_row_shows_an_image(prepared: Make) -> None:
-    with pytest.raises(ConfigError, match=r"rows\.jsonl, row 1 shows an image, which data\.packing"):
+    with pytest.raises(ConfigError, match=r"rows\.jsonl, row 1: it shows an image, which data\.packing"):
         prepared(data={"packing": True})
     assert prepared(rows=[shown(0)] * 20, data={"packing": True}).layout.ranks
 
