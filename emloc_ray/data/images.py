@@ -36,6 +36,7 @@ _TIMEOUT_S = 20.0  # of a server's silence
 _LONGEST_S = 60.0  # of one try of a URL
 _WAITS_S = (1.0, 4.0)  # before another try
 _MAX_BYTES = 2**27  # of one encoded image
+_REMOTE_BYTES = 100_000
 _CHUNK_BYTES = 2**16
 _OF_URLS = ":/?#[]@!$&'()*+,;=%~"  # what a URL may hold beside letters and digits
 
@@ -114,6 +115,20 @@ def look(row: Row, where: str) -> list[Any]:
             raise _not_there(f"{where}: image {number + 1} {_shown(name)}") from error
         seen.append([name, status.st_size, status.st_mtime_ns])
     return seen
+
+
+def encoded_bytes(row: Row, folder: str) -> int:
+    """About how many bytes the row's images are as encoded, unopened; a remote one is taken for 100 KB."""
+    size = 0
+    for kind, value in sources(row):
+        if isinstance(value, str) and (kind == "base64" or value.startswith("data:")):
+            size += len(value) * 3 // 4
+        elif isinstance(value, str):
+            path = None if is_remote(value, folder) else local_path(value, folder)
+            size += _REMOTE_BYTES if path is None else path.stat().st_size if path.is_file() else 0
+        elif isinstance(value, bytes):
+            size += len(value)
+    return size
 
 
 def _not_there(label: str) -> DataError:

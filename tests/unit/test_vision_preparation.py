@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from safetensors.torch import load_file, save_file
 from small_runs import write_jsonl
 from vlms import save_vlm
@@ -67,6 +69,22 @@ def test_tower_projector_and_language_model_have_ratios_of_their_own(prepared: M
     assert layout.ranks["model.language_model.layers.0.self_attn.q_proj"] == 9
     assert not any("projector" in name for name in layout.ranks)
     assert any("projector" in name for name in layout.adapted)
+
+
+def test_the_readme_s_example_is_right(prepared: Make) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    block = str(re.findall(r"```yaml\n(data: \{format: messages.*?)```", readme, re.DOTALL)[0])
+    values = yaml.safe_load(block)
+    row = json.loads(re.findall("# train.jsonl: (.*)", block)[0])
+    data = {key: value for key, value in values["data"].items() if key != "train"}
+    for family in ("LLaVA", "InternVL"):
+        layout = prepared(family, rows=[row] * 20, data=data, emulator=values["emulator"]).layout
+        kept = {spec.name: layout.kept(spec) / spec.num_parameters for spec in layout.specs}
+        assert {kept[name] for name in kept if "projector" in name} == {1}
+        assert 0.5 < max(kept[name] for name in kept if "vision_tower" in name) <= 0.7
+        assert max(kept[name] for name in kept if "language_model" in name) <= 0.5
+    visual = re.findall(r"# Qwen-VL: (\S+)", block)[0]
+    assert prepared("Qwen2-VL", emulator={"ratios": {visual: 0.7}})
 
 
 def test_suffixes_do_not_reach_what_is_no_target(prepared: Make) -> None:
@@ -206,4 +224,9 @@ def test_the_plan_counts_an_image_s_tokens_and_patches(prepared: Make) -> None:
 def test_encoded_images_in_rows_are_no_text(prepared: Make) -> None:
     big = shown()
     big["messages"][0]["content"][0] = {"type": "image", "base64": "A" * 100_000}
-    assert row_lengths(prepared(rows=[json.loads(json.dumps(big))] * 20)).longest < 200
+    ready = prepared(rows=[json.loads(json.dumps(big))] * 20)
+    assert row_lengths(ready).longest < 200
+    # They are kept on disk as encoded, beside the tokens.
+    assert row_lengths(ready).image_bytes == 75_000
+    needed = make_plan(ready).disk_bytes
+    assert needed == make_plan(prepared(rows=[shown(0)] * 20)).disk_bytes + 20 * 75_000
