@@ -31,11 +31,12 @@ _ROWS = 1024  # of a layer that the correction turns to float64 at a time
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens a row: the mean, and the longest that is to be expected after truncation; and how many images it shows."""
+    """Tokens a row: the mean, and the longest to be expected after truncation; its images, and their bytes as encoded."""
 
     mean: float
     longest: float
     images: float = 0.0
+    image_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
