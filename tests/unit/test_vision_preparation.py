@@ -197,12 +197,6 @@ def test_a_projector_that_is_missing_is_told(prepared: Make, tmp_path: Path) -> 
         prepared(model_dir=model_dir)
 
 
-def test_a_prefix_is_refused_where_images_have_places_in_three_directions(prepared: Make) -> None:
-    with pytest.raises(ConfigError, match=r"adapter\.method is prefix_tuning, whose cache"):
-        prepared("Qwen2-VL", adapter={"method": "prefix_tuning", "num_virtual_tokens": 4})
-    assert prepared("LLaVA", adapter={"method": "prefix_tuning", "num_virtual_tokens": 4})
-
-
 def test_images_that_no_row_holds_are_told(prepared: Make) -> None:
     assert long_images(prepared()) is None
     assert long_images(prepared(rows=[shown(0)] * 20, data={"max_seq_length": 8})) is None
