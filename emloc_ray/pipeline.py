@@ -18,6 +18,7 @@ from emloc_ray.io.node_cache import discard, exists, hashes
 from emloc_ray.io.resume import begun_with, discard_unless
 from emloc_ray.planner import make_plan
 from emloc_ray.preparation import Prepared, check_disk, prepare
+from emloc_ray.rank_steps import RankSteps
 from emloc_ray.remarks import (
     cut_rows,
     left_dense,
@@ -30,7 +31,7 @@ from emloc_ray.remarks import (
 )
 from emloc_ray.reporter import Reporter, Reporters, SilentReporter
 from emloc_ray.run_log import RunLog
-from emloc_ray.stages import STAGES
+from emloc_ray.stages import STAGES, STEPS
 from emloc_ray.steps import Steps
 from emloc_ray.turns import AtOnce, Turns
 
@@ -103,7 +104,8 @@ class Pipeline:
 
         self.prepared, self.config, self.layout = prepared, prepared.config, prepared.layout
         self.directory, self.reporter = prepared.run, reporter
-        forced = STAGES[STAGES.index(begin) :] if begin else ()
+        # Ranks are the beginning of the factorization.
+        forced = STEPS[STEPS.index("allocate" if begin == "factorize" else begin) :] if begin else ()
         self.steps = Steps(prepared, reporter, turns or AtOnce(), cache, forced)
         self.inputs = self.steps.inputs
         self._build: EmulatorBuild | None = None
@@ -204,7 +206,16 @@ class Pipeline:
             self._tell(cut_rows(self.config, split, count))
             self._tell(shortfall(self.config, split, count))
 
+    def _rank_steps(self) -> RankSteps:
+        return RankSteps(self.steps, self.jobs, self._content())
+
     def calibrate(self) -> None:
+        """What factors follow from: Grams, and sums of gradients where they are asked for."""
+        self.gather_grams()
+        if self._sums_are_needed() or not self.layout.weighed:
+            self._rank_steps().gradients()
+
+    def gather_grams(self) -> None:
         """One Gram per shared input of the linears that compression targets; what they serve is factorized meanwhile."""
         if not self.layout.differs:
             self.steps.leave_out("calibrate", "none needed", self.directory.path("calibration"))
@@ -231,7 +242,8 @@ class Pipeline:
             tell = self.reporter.note
             if tolerance is not None:
                 return calibrate_until_converged(job, out_dir, granted, tolerance, progress, tell)
-            if not steps.turns.overlaps or steps.is_done("factorize", self._factorize_inputs()):
+            waits = self.layout.allocated or self.layout.weighed
+            if waits or not steps.turns.overlaps or steps.is_done("factorize", self._factorize_inputs()):
                 return calibrate(job, out_dir, granted, progress, tell=tell)
             build = self._emulator_build(resources(self.config.emulator))
 
@@ -254,7 +266,7 @@ class Pipeline:
         """False where the emulator comes from another run and no Grams are kept; has them gathered again where they are of
         use and some are missing."""
         steps, out_dir, kept = self.steps, self.directory.path("calibration"), self.config.calibration.keep == "grams"
-        needed = kept or not steps.is_at_hand("factorize", self._factorize_inputs(), self._content())
+        needed = self._sums_are_needed()
         # Grams that were dropped are of use to the emulator alone that was begun with them.
         begun = kept or begun_with(self.directory.path("emulator"), self._factorize_inputs())
         done = self.directory.stage("calibrate") is not None
@@ -265,8 +277,17 @@ class Pipeline:
                 discard(out_dir)
         return needed or done
 
+    def _sums_are_needed(self) -> bool:
+        kept = self.config.calibration.keep == "grams"
+        return kept or not self.steps.is_at_hand("factorize", self._factorize_inputs(), self._content())
+
     def _factorize_inputs(self) -> dict[str, Any]:
+        """Without the ranks that follow from the data: from what they follow is among them instead."""
+        ranks = self._rank_steps()
+        allocation = ranks.allocation_inputs()
         return {
+            **({"allocation": allocation} if allocation else {}),
+            **(ranks.objective_inputs() if self.layout.objective != "activations" else {}),
             **({"quantization": self.config.emulator.quantization} if self.layout.quantized else {}),
             "calibrate": self.inputs["calibrate"],
             "model": self.inputs["import"],
@@ -277,8 +298,10 @@ class Pipeline:
 
     def _factorize_basis(self) -> dict[str, Any]:
         """What emulators of one basis have in common, whatever their ranks. One in 4 bits is none, but may take one."""
-        alike = {k: value for k, value in self._factorize_inputs().items() if k not in ("ranks", "quantization")}
-        return {**alike, **self._content(), "emloc_ray": version("emloc-ray")}
+        own = ("ranks", "quantization", "allocation")
+        alike = {key: value for key, value in self._factorize_inputs().items() if key not in own}
+        # Said of every emulator: those of one objective must not be found by what another's says less.
+        return {**alike, **self._rank_steps().objective_inputs(), **self._content(), "emloc_ray": version("emloc-ray")}
 
     def _emulator_build(self, granted: Resources) -> EmulatorBuild:
         """Made once a run; what a killed run of the same inputs wrote is kept, what a finished one wrote is not."""
@@ -291,7 +314,8 @@ class Pipeline:
                 discard(out_dir)
             discard_unless(out_dir, self._factorize_inputs())
             drop = self.config.calibration.keep == "none"
-            job = self.jobs.factorization(self._found_basis())
+            made = dataclasses.replace(self.prepared, layout=self._rank_steps().allocated())
+            job = dataclasses.replace(self.jobs, prepared=made).factorization(self._found_basis())
             self._build = EmulatorBuild(job, granted, drop, self.reporter.note)
         return self._build
 
@@ -313,6 +337,9 @@ class Pipeline:
         """The emulator."""
         from emloc_ray.jobs import resources
 
+        if self._sums_are_needed() or not self.layout.allocated:
+            self._rank_steps().allocate()
+
         out_dir, calibration_dir = self.directory.path("emulator"), self.directory.path("calibration")
 
         def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
@@ -323,9 +350,10 @@ class Pipeline:
         step = functools.partial(self.steps.run, "factorize", self._factorize_inputs(), [out_dir], execute, asked)
         result = step(resumes=True, shared=self._content(), basis=basis)
         discard(self.directory.path("basis"))
-        self._tell(thin_calibration(self.config, result["fewest_tokens"], self.layout))
+        self._tell(thin_calibration(self.config, result["fewest_tokens"], self.layout.as_made(result["layers"])))
         if self.config.calibration.keep == "none":
             discard(calibration_dir)
+            discard(self.directory.path("gradients"))
 
     def finetune(self) -> None:
         """The adapter as trained on the emulator."""

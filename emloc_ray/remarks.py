@@ -7,9 +7,8 @@ from typing import Any
 from emloc_ray.config import RunConfig
 from emloc_ray.layout import Layout
 from emloc_ray.memory import MemoryModel, total
-from emloc_ray.planner import row_lengths
+from emloc_ray.planner import planned_steps, row_lengths
 from emloc_ray.preparation import Prepared
-from emloc_ray.stages import STAGES
 
 
 def over_budget(prepared: Prepared) -> str | None:
@@ -18,7 +17,11 @@ def over_budget(prepared: Prepared) -> str | None:
     if budget is None:
         return None
     memory = MemoryModel(prepared, row_lengths(prepared))
-    above = [f"{name} {size / 2**30:.2f} GiB" for name in STAGES if (size := total(memory.stage(name))) > budget]
+    above = [
+        f"{name} {size / 2**30:.2f} GiB"
+        for name in planned_steps(prepared.layout)
+        if (size := total(memory.stage(name))) > budget
+    ]
     if not above:
         return None
     return (

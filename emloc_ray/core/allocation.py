@@ -41,7 +41,7 @@ def spectrum(
         matrix = whitened.T @ whitened
     else:
         matrix = whitening.outer(inside)
-    values = torch.linalg.eigvalsh(matrix).to(torch.float64).flip(0).clamp_min(0.0)
+    values: Tensor = torch.linalg.eigvalsh(matrix).to(torch.float64).flip(0).clamp_min(0.0)
     return values * (scale * scale * whitening.scale * (1.0 if outputs is None else outputs.scale))
 
 

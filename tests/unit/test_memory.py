@@ -15,7 +15,8 @@ from emloc_ray.config_reading import parse_config
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.layout import make_layout, skeleton_of
-from emloc_ray.memory import BASE_BYTES, Lengths, MemoryModel, gram_bytes, total
+from emloc_ray.memory import BASE_BYTES, MemoryModel, total
+from emloc_ray.model_sizes import Lengths, gram_bytes
 from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.loading import ModelSource
 from emloc_ray.planner import make_plan, row_lengths, within_budget
