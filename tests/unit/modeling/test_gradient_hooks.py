@@ -8,16 +8,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from families import FAMILIES, save
 from test_gram_hooks import rows
 from tiny import PAD, make_model
+from vlms import VLMS, save_vlm
 
 from emloc_ray.data.formats import Tokens
+from emloc_ray.data.processors import example
 from emloc_ray.data.token_shards import collate
 from emloc_ray.errors import NumericsError
 from emloc_ray.layout import skeleton_of
 from emloc_ray.modeling.architecture import block_linears, empty_model
 from emloc_ray.modeling.experts import unfuse
 from emloc_ray.modeling.gradient_hooks import GradientHooks
+from emloc_ray.modeling.loading import load_model
 
 MADE = ("llama", "qwen2", "gpt2", "opt", "mixtral")
 
