@@ -101,6 +101,8 @@ class Layout:
 
     def as_made(self, layers: Mapping[str, Any]) -> Layout:
         """With the ranks of an emulator that was made, from what its factorization told of its layers."""
+        if not self.allocated:
+            return self
         return replace(self, ranks={n: layer["rank"] for n, layer in layers.items() if layer["solver"] != "dense"})
 
     @property

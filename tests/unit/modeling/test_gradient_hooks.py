@@ -34,11 +34,6 @@ def names_of(model: Any) -> list[str]:
     return [spec.name for spec in block_linears(model)]
 
 
-def streams_of(model: Any, directory: Path) -> dict[str, Any]:
-    skeleton = skeleton_of(model.config, empty_model(model.config), example(directory))
-    return {spec.name: spec.stream for spec in skeleton.specs if spec.stream != "row"}
-
-
 def gather(model: Any, parts: list[list[int]], tokens: str = "all", loss_on: str = "completion") -> GradientHooks:
     """Sums over rows in batches of these positions."""
     hooks, many = GradientHooks(model, names_of(model), loss_on=loss_on, seed=5), rows()
@@ -160,7 +155,8 @@ def test_gradients_reach_every_linear_of_every_family(family: str, tmp_path: Pat
         save(family, tmp_path)
         batch, positions = collate(rows(), PAD), [0, 1, 2, 3]
     model = load_model(tmp_path)
-    hooks = GradientHooks(model, names_of(model), streams_of(model, tmp_path))
+    specs = skeleton_of(model.config, empty_model(model.config), example(tmp_path)).specs
+    hooks = GradientHooks(model, [spec.name for spec in specs], {spec.name: spec.stream for spec in specs})
     hooks.forward(batch, "all", positions)
     hooks.check_finite()
     for name, gram in hooks.grams.items():
