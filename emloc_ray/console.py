@@ -190,6 +190,10 @@ def _shape_table(plan: Plan) -> Table:
         "targeted", "", str(len(layout.compressed)), "", f"{targeted:,}", f"{kept:,}", f"{kept / targeted:.3f}"
     )
     whole = plan.emulator_parameters / plan.parameters
+    if allocated:
+        table.caption = (
+            f"By data: those ranks follow from the calibration's data; together they keep {kept:,} parameters at most."
+        )
     table.add_row("whole model", "", "", "", f"{plan.parameters:,}", f"{plan.emulator_parameters:,}", f"{whole:.3f}")
     return table
 

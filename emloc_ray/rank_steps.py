@@ -9,8 +9,6 @@ from emloc_ray.io.fingerprint import fingerprint
 from emloc_ray.io.grams import INDEX
 from emloc_ray.io.node_cache import exists
 from emloc_ray.layout import Layout
-from emloc_ray.memory import MemoryModel
-from emloc_ray.planner import row_lengths
 from emloc_ray.steps import Inputs, Steps
 
 if TYPE_CHECKING:
@@ -78,7 +76,6 @@ class RankSteps:
             self.steps.forced.add("gradients")  # they were not kept, and are of use again
 
         def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
-            MemoryModel(self.prepared, row_lengths(self.prepared)).check_gradients()
             job = go_on(self.jobs.gradients(), out_dir, inputs, section.num_workers, False)
             return calibrate(job, out_dir, granted, progress, tell=self.steps.reporter.note)
 

@@ -469,3 +469,30 @@ def test_keys_of_any_method_may_head_a_table_of_tasks() -> None:
     assert unknown_key("adapter.num_virtual_tokens") is None
     assert unknown_key("adapter.method") is None
     assert "adapter.numm" in (unknown_key("adapter.numm") or "")
+
+
+@pytest.mark.parametrize(
+    ("emulator", "asks"),
+    [
+        ({}, None),
+        ({"allocation": "spectral"}, None),
+        ({"allocation": "sensitivity"}, "emulator.allocation: sensitivity"),
+        ({"objective": "predictions"}, "emulator.objective: predictions"),
+        ({"objective": "predictions", "compression_ratio": 1.0}, None),
+    ],
+)
+def test_gradients_need_the_whole_model_in_a_worker(emulator: dict[str, Any], asks: str | None) -> None:
+    assert config(emulator=emulator).emulator.asks_for_gradients == asks
+    streamed = {"mode": "streamed"}
+    if asks is None:
+        config(emulator=emulator, calibration=streamed)
+        return
+    told = error_of(emulator=emulator, calibration=streamed)
+    assert told.endswith(
+        f"{asks} needs gradients, which pass through the whole model: set calibration.mode to resident or auto."
+    )
+
+
+@pytest.mark.parametrize("key", ["allocation", "objective"])
+def test_allocations_and_objectives_are_named(key: str) -> None:
+    assert f"emulator.{key} is 'best'" in error_of(emulator={key: "best"})
