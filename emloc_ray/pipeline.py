@@ -207,7 +207,7 @@ class Pipeline:
             self._tell(shortfall(self.config, split, count))
 
     def _rank_steps(self) -> RankSteps:
-        return RankSteps(self.steps, self.jobs, self._content())
+        return RankSteps(self.steps, self.jobs, self._content)
 
     def calibrate(self) -> None:
         """What factors follow from: Grams, and sums of gradients where they are asked for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 class RankSteps:
     """The two steps of one run; without a use for them they leave nothing behind."""
 
-    def __init__(self, steps: Steps, jobs: Jobs, content: Inputs) -> None:
-        """``content``: what tells the original from others where runs share what they make of it."""
+    def __init__(self, steps: Steps, jobs: Jobs, content: Callable[[], Inputs]) -> None:
+        """``content`` gives what tells the original from others where runs share what they make of it."""
         self.steps, self.directory, self.jobs, self.content = steps, steps.directory, jobs, content
         self.prepared = steps.prepared
         self.config, self.layout = self.prepared.config, self.prepared.layout
@@ -87,7 +88,7 @@ class RankSteps:
             resources(section),
             resumes=True,
             recorded=[out_dir] if self._keeps else [],
-            shared=self.content if self._keeps else None,
+            shared=self.content() if self._keeps else None,
         )
 
     def allocate(self) -> None:
@@ -107,7 +108,7 @@ class RankSteps:
             return allocate_ranks(self.jobs.allocation(), out_dir, granted, progress, self.steps.reporter.note)
 
         asked = resources(self.config.emulator)
-        self.steps.run("allocate", inputs, [out_dir], execute, asked, resumes=True, shared=self.content)
+        self.steps.run("allocate", inputs, [out_dir], execute, asked, resumes=True, shared=self.content())
 
     def allocated(self) -> Layout:
         """The layout with the ranks that were found."""
