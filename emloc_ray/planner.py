@@ -112,6 +112,15 @@ def planned_steps(layout: Layout) -> list[str]:
     return [name for name in STEPS if name not in left_out]
 
 
+def planned_memory(prepared: Prepared) -> dict[str, int]:
+    """Bytes that one worker of every stage is planned to hold at its peak, and what ``inference`` of the original takes."""
+    memory = MemoryModel(prepared, row_lengths(prepared))
+    return {
+        **{name: total(memory.stage(name)) for name in planned_steps(prepared.layout)},
+        "inference": total(memory.inference()),
+    }
+
+
 def within_budget(prepared: Prepared) -> tuple[Solution, Prepared]:
     """The settings that fit the config's ``memory_budget``, and the run with them.
 

@@ -129,6 +129,7 @@ def page_view(name: str, manifest: dict[str, Any], metrics: dict[str, Any]) -> d
         "shortfall": total_shortfall(found["correction"].get("modules", {})),
         "curve": curve([(float(entry["step"]), entry["loss"]) for entry in history if "loss" in entry]),
         "stages": stages,
+        "planned": metrics.get("planned_memory") or {},
         "processes": process_rows([usage for _, usage in stages]),
         "disk": metrics.get("disk_bytes") or {},
         "versions": metrics.get("versions") or {},
