@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emloc_ray.config import RunConfig, StageConfig
 from emloc_ray.errors import DamagedArtifactError
-from emloc_ray.io.artifact_cache import ArtifactCache, EntryGone
+from emloc_ray.io.artifact_cache import ArtifactCache
 from emloc_ray.io.fingerprint import fingerprint, fingerprint_large_files
 from emloc_ray.io.grams import INDEX, GramStore
 from emloc_ray.io.node_cache import discard, exists, hashes
@@ -212,8 +209,7 @@ class Pipeline:
     def calibrate(self) -> None:
         """What factors follow from: Grams, and sums of gradients where they are asked for."""
         self.gather_grams()
-        if self._sums_are_needed() or not self.layout.weighed:
-            self._rank_steps().gradients()
+        self._rank_steps().gradients()
 
     def gather_grams(self) -> None:
         """One Gram per shared input of the linears that compression targets; what they serve is factorized meanwhile."""
@@ -243,7 +239,7 @@ class Pipeline:
             if tolerance is not None:
                 return calibrate_until_converged(job, out_dir, granted, tolerance, progress, tell)
             waits = self.layout.allocated or self.layout.weighed
-            if waits or not steps.turns.overlaps or steps.is_done("factorize", self._factorize_inputs()):
+            if waits or not steps.turns.overlaps or steps.is_done("factorize", self._rank_steps().factorize_inputs()):
                 return calibrate(job, out_dir, granted, progress, tell=tell)
             build = self._emulator_build(resources(self.config.emulator))
 
@@ -266,9 +262,9 @@ class Pipeline:
         """False where the emulator comes from another run and no Grams are kept; has them gathered again where they are of
         use and some are missing."""
         steps, out_dir, kept = self.steps, self.directory.path("calibration"), self.config.calibration.keep == "grams"
-        needed = self._sums_are_needed()
+        needed = self._rank_steps().are_needed()
         # Grams that were dropped are of use to the emulator alone that was begun with them.
-        begun = kept or begun_with(self.directory.path("emulator"), self._factorize_inputs())
+        begun = kept or begun_with(self.directory.path("emulator"), self._rank_steps().factorize_inputs())
         done = self.directory.stage("calibrate") is not None
         if needed and not (exists(out_dir / INDEX) and (begun or GramStore(out_dir).is_whole())):
             if done:
@@ -276,32 +272,6 @@ class Pipeline:
             elif not begun:
                 discard(out_dir)
         return needed or done
-
-    def _sums_are_needed(self) -> bool:
-        kept = self.config.calibration.keep == "grams"
-        return kept or not self.steps.is_at_hand("factorize", self._factorize_inputs(), self._content())
-
-    def _factorize_inputs(self) -> dict[str, Any]:
-        """Without the ranks that follow from the data: from what they follow is among them instead."""
-        ranks = self._rank_steps()
-        allocation = ranks.allocation_inputs()
-        return {
-            **({"allocation": allocation} if allocation else {}),
-            **(ranks.objective_inputs() if self.layout.objective != "activations" else {}),
-            **({"quantization": self.config.emulator.quantization} if self.layout.quantized else {}),
-            "calibrate": self.inputs["calibrate"],
-            "model": self.inputs["import"],
-            "ranks": self.layout.ranks,
-            "dampening_frac": self.config.emulator.dampening_frac,
-            "seed": self.config.seed,
-        }
-
-    def _factorize_basis(self) -> dict[str, Any]:
-        """What emulators of one basis have in common, whatever their ranks. One in 4 bits is none, but may take one."""
-        own = ("ranks", "quantization", "allocation")
-        alike = {key: value for key, value in self._factorize_inputs().items() if key not in own}
-        # Said of every emulator: those of one objective must not be found by what another's says less.
-        return {**alike, **self._rank_steps().objective_inputs(), **self._content(), "emloc_ray": version("emloc-ray")}
 
     def _emulator_build(self, granted: Resources) -> EmulatorBuild:
         """Made once a run; what a killed run of the same inputs wrote is kept, what a finished one wrote is not."""
@@ -312,42 +282,31 @@ class Pipeline:
             if self.directory.stage("factorize") is not None:
                 self.directory.forget("factorize")
                 discard(out_dir)
-            discard_unless(out_dir, self._factorize_inputs())
+            discard_unless(out_dir, self._rank_steps().factorize_inputs())
             drop = self.config.calibration.keep == "none"
             made = dataclasses.replace(self.prepared, layout=self._rank_steps().allocated())
-            job = dataclasses.replace(self.jobs, prepared=made).factorization(self._found_basis())
+            job = dataclasses.replace(self.jobs, prepared=made).factorization(self._rank_steps().found_basis())
             self._build = EmulatorBuild(job, granted, drop, self.reporter.note)
         return self._build
-
-    def _found_basis(self) -> Path | None:
-        """The emulator of the highest ranks that another run made of the same Grams, linked into this one for a while."""
-        place, cache = self.directory.path("basis"), self.steps.cache
-        discard(place)
-        found = [] if cache is None else cache.find_basis(self._factorize_basis())
-        for entry in sorted(
-            found, key=lambda e: sum(layer["rank"] for layer in e.result["layers"].values()), reverse=True
-        ):
-            assert cache is not None
-            with contextlib.suppress(EntryGone):
-                cache.link(entry, place, verify=True)
-                return place / "emulator"
-        return None
 
     def factorize(self) -> None:
         """The emulator."""
         from emloc_ray.jobs import resources
 
-        if self._sums_are_needed() or not self.layout.allocated:
-            self._rank_steps().allocate()
-
+        self._rank_steps().allocate()
         out_dir, calibration_dir = self.directory.path("emulator"), self.directory.path("calibration")
 
         def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
             build = self._emulator_build(granted)
             return build.finish(calibration_dir, self.jobs.base_config(), progress)
 
-        asked, basis = resources(self.config.emulator), None if self.layout.quantized else self._factorize_basis()
-        step = functools.partial(self.steps.run, "factorize", self._factorize_inputs(), [out_dir], execute, asked)
+        asked, basis = (
+            resources(self.config.emulator),
+            None if self.layout.quantized else self._rank_steps().factorize_basis(),
+        )
+        step = functools.partial(
+            self.steps.run, "factorize", self._rank_steps().factorize_inputs(), [out_dir], execute, asked
+        )
         result = step(resumes=True, shared=self._content(), basis=basis)
         discard(self.directory.path("basis"))
         self._tell(thin_calibration(self.config, result["fewest_tokens"], self.layout.as_made(result["layers"])))

@@ -1,14 +1,18 @@
-"""What goes before a factorization that follows from more than Grams: sums of gradients, and ranks by what they gain."""
+"""What an emulator follows from, and what is made before it where that is more than Grams: sums of gradients, and ranks."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emloc_ray.io.artifact_cache import EntryGone
 from emloc_ray.io.fingerprint import fingerprint
 from emloc_ray.io.grams import INDEX
-from emloc_ray.io.node_cache import exists
+from emloc_ray.io.node_cache import discard, exists
 from emloc_ray.layout import Layout
 from emloc_ray.steps import Inputs, Steps
 
@@ -18,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class RankSteps:
-    """The two steps of one run; without a use for them they leave nothing behind."""
+    """The two steps of one run, without a use for which they leave nothing behind; and what its emulator follows from."""
 
     def __init__(self, steps: Steps, jobs: Jobs, content: Callable[[], Inputs]) -> None:
         """``content`` gives what tells the original from others where runs share what they make of it."""
@@ -62,11 +66,51 @@ class RankSteps:
         inputs = {key: value for key, value in self.gradient_inputs().items() if key != "linears"}
         return {"weighing": fingerprint([inputs, self.config.emulator.gradient_dampening_frac])}
 
+    def factorize_inputs(self) -> Inputs:
+        """What the emulator follows from. Not the ranks that follow from the data: from what these do is among it instead."""
+        allocation = self.allocation_inputs()
+        return {
+            **({"allocation": allocation} if allocation else {}),
+            **(self.objective_inputs() if self.layout.objective != "activations" else {}),
+            **({"quantization": self.config.emulator.quantization} if self.layout.quantized else {}),
+            "calibrate": self.steps.inputs["calibrate"],
+            "model": self.steps.inputs["import"],
+            "ranks": self.layout.ranks,
+            "dampening_frac": self.config.emulator.dampening_frac,
+            "seed": self.config.seed,
+        }
+
+    def factorize_basis(self) -> Inputs:
+        """What emulators of one basis have in common, whatever their ranks. One in 4 bits is none, but may take one."""
+        own = ("ranks", "quantization", "allocation")
+        alike = {key: value for key, value in self.factorize_inputs().items() if key not in own}
+        # Said of every emulator: those of one objective must not be found by what another's says less.
+        return {**alike, **self.objective_inputs(), **self.content(), "emloc_ray": version("emloc-ray")}
+
+    def found_basis(self) -> Path | None:
+        """The emulator of the highest ranks that another run made of the same sums, linked into this one for a while."""
+        place, cache = self.directory.path("basis"), self.steps.cache
+        discard(place)
+        found = [] if cache is None else cache.find_basis(self.factorize_basis())
+        for entry in sorted(
+            found, key=lambda e: sum(layer["rank"] for layer in e.result["layers"].values()), reverse=True
+        ):
+            assert cache is not None
+            with contextlib.suppress(EntryGone):
+                cache.link(entry, place, verify=True)
+                return place / "emulator"
+        return None
+
+    def are_needed(self) -> bool:
+        """Whether sums are to be kept, or the emulator is still to be made of them."""
+        return self._keeps or not self.steps.is_at_hand("factorize", self.factorize_inputs(), self.content())
+
     def gradients(self) -> None:
         """The sums of gradients of what linears give, where allocation or factors need them."""
         out_dir = self.directory.path("gradients")
         if not self.layout.weighed:
             self.steps.leave_out("gradients", "none needed", out_dir)
+        if not self.layout.weighed or not self.are_needed():
             return
         from emloc_ray.jobs import resources
         from emloc_ray.stages.calibrate import calibrate
@@ -96,6 +140,7 @@ class RankSteps:
         out_dir = self.directory.path("allocation")
         if not self.layout.allocated:
             self.steps.leave_out("allocate", "uniform", out_dir)
+        if not self.layout.allocated or not self.are_needed():
             return
         from emloc_ray.io.resume import discard_unless
         from emloc_ray.jobs import resources

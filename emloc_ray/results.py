@@ -51,6 +51,11 @@ def assemble_metrics(
         found = stages["calibrate"]
         told = ("num_tokens", "num_shards", "mode", "waves", "rounds", "converged", "experts")
         metrics["calibration"] = {key: found[key] for key in told if key in found}
+    if "allocate" in stages:
+        found = {**stages["allocate"]}
+        for key in ("usage", "num_workers", "taken_from"):
+            found.pop(key, None)
+        metrics["allocation"] = found
     if "factorize" in stages:
         layout = layout.as_made(stages["factorize"]["layers"])
         saved = layout.parameters_targeted - layout.parameters_factorized
