@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from emloc_ray.errors import ConfigError
 from emloc_ray.layout import ranks_at
-from emloc_ray.memory import Lengths, MemoryModel, total
+from emloc_ray.memory import MemoryModel, total
+from emloc_ray.model_sizes import Lengths
 from emloc_ray.preparation import Prepared
 
 _RATIOS = tuple(step / 20 for step in range(19, 1, -1))  # 0.95, 0.90, … 0.10
@@ -89,7 +90,9 @@ def solve(prepared: Prepared, budget: int, lengths: Lengths, multiples: Mapping[
     checkpointing = may_checkpoint and needed(ratio, micro_batch, False) > budget
     chosen = with_settings(prepared, ratio, micro_batch, rows // micro_batch, checkpointing)
     changed = MemoryModel(chosen, lengths, multiples)
-    others = [(name, total(changed.stage(name))) for name in ("calibrate", "factorize", "correct", "merge", "evaluate")]
+    names = ["calibrate", "factorize", "correct", "merge", "evaluate"]
+    names[1:1] = ["gradients"] if changed.layout.weighed else []
+    others = [(name, total(changed.stage(name))) for name in names]
     return Solution(
         budget,
         ratio,

@@ -136,6 +136,22 @@ class EmulatorConfig(StageConfig):
     exclude_modules: Patterns | None = None
     dampening_frac: float = Field(1e-6, gt=0, lt=1)
     quantization: Literal["none", "nf4"] = Field("none", description="nf4: linears inside the blocks in 4 bits")
+    allocation: Literal["uniform", "spectral", "sensitivity"] = Field(
+        "uniform", description="who gets the ranks: all alike, or by what they keep of outputs, or of predictions"
+    )
+    objective: Literal["activations", "predictions"] = Field(
+        "activations", description="what factors keep: their layer's outputs, or the model's predictions"
+    )
+    gradient_dampening_frac: float = Field(1e-2, gt=0, lt=1, description="of the sums of gradients that weigh outputs")
+
+    @property
+    def asks_for_gradients(self) -> str | None:
+        """The setting that cannot do without gradients of the model's predictions; None where none does."""
+        if self.compression_ratio == 1:
+            return None
+        if self.objective == "predictions":
+            return "emulator.objective: predictions"
+        return "emulator.allocation: sensitivity" if self.allocation == "sensitivity" else None
 
     @field_validator("ratios")
     @classmethod
@@ -342,6 +358,11 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:
+        asks = self.emulator.asks_for_gradients
+        if asks is not None and self.calibration.mode == "streamed":
+            raise ValueError(
+                f"{asks} needs gradients, which pass through the whole model: set calibration.mode to resident or auto"
+            )
         if self.correction.method == "covariance" and self.calibration.keep == "none":
             raise ValueError("correction.method: covariance needs the Grams: set calibration.keep to grams")
         return self

@@ -20,6 +20,8 @@ _VERBS = {
     "import": "Importing the model",
     "data": "Making token shards",
     "calibrate": "Calibrating",
+    "gradients": "Gathering gradients",
+    "allocate": "Allocating ranks",
     "factorize": "Factorizing",
     "finetune": "Fine-tuning",
     "correct": "Correcting",
@@ -122,6 +124,10 @@ def _outcome(stage: str, result: dict[str, Any]) -> str:
         if result.get("rounds"):
             text += ", converged" if result["converged"] else ", not converged"
         return text
+    if stage == "gradients":
+        return f"{result['num_tokens']:,} tokens in {result['num_shards']} shards"
+    if stage == "allocate":
+        return f"{result['gain']:.1%} of what all ranks gain, {result['uniform_gain']:.1%} by uniform ones"
     if stage == "factorize":
         return f"{len(result['layers'])} linears, mean relative error {result['mean_relative_error']:.3f}"
     if stage == "finetune":
@@ -156,11 +162,17 @@ def _shape_table(plan: Plan) -> Table:
     table = Table(title="Linears inside the blocks", title_justify="left")
     for column in ("linears", "out × in", "count", "rank", "parameters", "kept", "share"):
         table.add_column(column, justify="left" if column == "linears" else "right")
-    kinds: dict[tuple[str, int, int, int | None], int] = {}
+    kinds: dict[tuple[str, int, int, int | None, bool], int] = {}
+    allocated = set(layout.allocated)
     for spec in layout.specs:
-        key = (spec.name.rsplit(".", 1)[-1], spec.out_features, spec.in_features, layout.ranks.get(spec.name))
+        kind, rank = spec.name.rsplit(".", 1)[-1], layout.ranks.get(spec.name)
+        key = (kind, spec.out_features, spec.in_features, rank, spec.name in allocated)
         kinds[key] = kinds.get(key, 0) + 1
-    for (kind, out_features, in_features, rank), count in kinds.items():
+    for (kind, out_features, in_features, rank, by_data), count in kinds.items():
+        if by_data:
+            shape, parameters = f"{out_features} × {in_features}", out_features * in_features
+            table.add_row(kind, shape, str(count), "by data", f"{count * parameters:,}", "", "")
+            continue
         dense = out_features * in_features
         kept = dense if rank is None else rank * (out_features + in_features)
         table.add_row(
@@ -178,6 +190,10 @@ def _shape_table(plan: Plan) -> Table:
         "targeted", "", str(len(layout.compressed)), "", f"{targeted:,}", f"{kept:,}", f"{kept / targeted:.3f}"
     )
     whole = plan.emulator_parameters / plan.parameters
+    if allocated:
+        table.caption = (
+            f"By data: those ranks follow from the calibration's data; together they keep {kept:,} parameters at most."
+        )
     table.add_row("whole model", "", "", "", f"{plan.parameters:,}", f"{plan.emulator_parameters:,}", f"{whole:.3f}")
     return table
 
@@ -250,6 +266,9 @@ def _stored(emulator: dict[str, Any]) -> str:
     return f"; in 4 bits, {gib(emulator['bytes']).strip()}" if emulator.get("quantization", "none") != "none" else ""
 
 
+_USUAL = {"allocation": "uniform", "objective": "activations"}
+
+
 def _artifacts(metrics: dict[str, Any]) -> list[str]:
     """What there is to be used: the newest of what a stage makes of the one before's."""
     there = metrics["disk_bytes"]
@@ -289,6 +308,8 @@ def result_lines(metrics: dict[str, Any], run_dir: str) -> list[str]:
             f"Emulator: {emulator['parameters']:,} of {emulator['original_parameters']:,} parameters ({share:.0%});"
             f" {emulator['parameters_kept']:.3f} of the targeted linears{_stored(emulator)}"
         )
+        ways = [f"{key} {emulator[key]}" for key, usual in _USUAL.items() if emulator.get(key, usual) != usual]
+        lines += [f"Its ranks and factors: {', '.join(ways)}"] if ways else []
     stages = metrics["stages"]
     peak = max(stage["peak_pss_bytes"] for stage in stages.values())
     wall = sum(stage["wall_s"] for stage in stages.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.stored_names import StoredParameter, renamed_tensors, stored_parameters, stored_specs
 from emloc_ray.planner import num_steps, row_lengths
 from emloc_ray.preparation import Prepared
-from emloc_ray.stages.calibration_job import CalibrationJob, Groups
+from emloc_ray.stages.allocate import AllocationJob
+from emloc_ray.stages.calibration_job import CalibrationJob, Groups, Labels
 from emloc_ray.stages.cluster import Resources
 from emloc_ray.stages.correct import CorrectionJob, candidates
 from emloc_ray.stages.evaluate import EvaluationJob
@@ -86,6 +88,37 @@ class Jobs:
             between=tuple((s.name, s.block) for s in self.prepared.layout.specs if s.between),
         )
 
+    def gradients(self) -> CalibrationJob:
+        """The same pass over the same rows, forward and back, for the sums of gradients of what linears give."""
+        memory = MemoryModel(self.prepared, row_lengths(self.prepared))
+        waves = tuple(tuple((spec.name,) for spec in wave) for wave in memory.gradient_waves())
+        return dataclasses.replace(
+            self.calibration(),
+            groups=tuple(group for wave in waves for group in wave),
+            mode="resident",
+            waves=waves,
+            experts=(),
+            gradients=Labels(self.loss_on(), self.prepared.config.seed),
+        )
+
+    def allocation(self) -> AllocationJob:
+        """Of the ranks that the linears whose ratio no pattern names have together."""
+        config, layout = self.prepared.config, self.prepared.layout
+        allocated, placed = set(layout.allocated), {spec.name: spec for spec in self.specs()}
+        groups = (tuple(placed[s.name] for s in group if s.name in allocated) for group in layout.groups)
+        by_gradients = layout.allocation == "sensitivity"
+        return AllocationJob(
+            model_dir=self.model_dir,
+            calibration_dir=self._path("calibration"),
+            gradients_dir=self._path("gradients") if by_gradients else None,
+            groups=tuple(group for group in groups if group),
+            ranks={name: layout.ranks[name] for name in layout.allocated},
+            by_gradients=by_gradients,
+            dampening_frac=config.emulator.dampening_frac,
+            gradient_dampening_frac=config.emulator.gradient_dampening_frac,
+            never_dense=tuple(name for name in layout.allocated if not layout.may_be_dense(name)),
+        )
+
     def experts(self) -> tuple[tuple[str, int], ...]:
         """The Grams of experts' linears, with how many inputs these have."""
         specs = {spec.name: spec for spec in self.prepared.layout.specs}
@@ -109,6 +142,8 @@ class Jobs:
             in_4bit=in_4bit,
             without_gram=tuple(name for name in in_4bit if name not in targeted),
             kept_wide=layout.kept_wide,
+            gradients_dir=self._path("gradients") if layout.objective == "predictions" and layout.ranks else None,
+            gradient_dampening_frac=config.emulator.gradient_dampening_frac,
         )
 
     def num_steps(self) -> int:
@@ -131,7 +166,7 @@ class Jobs:
             max_steps=self.num_steps(),
             batch_size=section.per_device_train_batch_size,
             seed=config.seed,
-            loss_on=self._loss_on(),
+            loss_on=self.loss_on(),
             pad_token_id=self._pad_token_id(),
             max_failures=section.max_failures,
             training_arguments={"run_name": self.prepared.run.name, **_training_arguments(section)},
@@ -157,7 +192,7 @@ class Jobs:
             dampening_frac=section.dampening_frac,
             update_tolerance=section.update_tolerance,
             batch_size=config.evaluation.batch_size,
-            loss_on=self._loss_on(),
+            loss_on=self.loss_on(),
             pad_token_id=self._pad_token_id(),
             model_options=self.model_options,
         )
@@ -185,7 +220,7 @@ class Jobs:
             corrected_adapter_dir=self._path("adapter"),
             merged_dir=None if config.adapter.is_prompt else self._path("merged"),
             tokens_dir=self.tokens("eval"),
-            loss_on=self._loss_on(),
+            loss_on=self.loss_on(),
             batch_size=section.batch_size,
             pad_token_id=self._pad_token_id(),
             num_generations=section.num_generations,
@@ -201,7 +236,8 @@ class Jobs:
     def _path(self, *parts: str) -> Path:
         return self.prepared.run.path(*parts)
 
-    def _loss_on(self) -> str:
+    def loss_on(self) -> str:
+        """The tokens whose predictions are the task's."""
         # A decoder beside an encoder writes the completion alone.
         return "completion" if has_encoder(self.base_config()) else self.prepared.config.finetune.loss_on
 

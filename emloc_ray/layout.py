@@ -79,6 +79,31 @@ class Layout:
     replaceable: tuple[str, ...] = ()
     left_dense: dict[str, str] = field(default_factory=dict)
     image: ImageShape = ImageShape()
+    allocation: str = "uniform"
+    objective: str = "activations"
+    free: tuple[str, ...] = ()  # of the compressed linears those whose ratio no pattern names
+
+    @property
+    def allocated(self) -> tuple[str, ...]:
+        """The linears whose ranks follow from the data; those in ``ranks`` are then what they have on the whole."""
+        return tuple(name for name in self.free if name in self.ranks) if self.allocation != "uniform" else ()
+
+    @property
+    def weighed(self) -> tuple[str, ...]:
+        """The linears whose outputs' gradients are needed."""
+        if self.objective == "predictions":
+            return tuple(self.ranks)
+        return self.allocated if self.allocation == "sensitivity" else ()
+
+    def may_be_dense(self, name: str) -> bool:
+        """Whether an allocation may leave a linear as it is: in 4 bits not all linears can be stored dense."""
+        return not self.quantized or name in self.replaceable
+
+    def as_made(self, layers: Mapping[str, Any]) -> Layout:
+        """With the ranks of an emulator that was made, from what its factorization told of its layers."""
+        if not self.allocated:
+            return self
+        return replace(self, ranks={n: layer["rank"] for n, layer in layers.items() if layer["solver"] != "dense"})
 
     @property
     def differs(self) -> bool:
@@ -185,6 +210,9 @@ def make_layout(config: RunConfig, skeleton: Skeleton) -> Layout:
         feedforward=tuple(feedforward_names(forward, model_type, adapted)) if config.adapter.method == "ia3" else (),
         left_dense=left_dense,
         image=skeleton.image,
+        allocation=config.emulator.allocation,
+        objective=config.emulator.objective,
+        free=tuple(name for name in compressed if lookup(name, config.emulator.ratios, None) is None),
     )
 
 

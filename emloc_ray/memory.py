@@ -7,13 +7,14 @@ its first call (some 15 MiB), and what its kernels pack weights into.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 
 import psutil
 import torch
 
+from emloc_ray.errors import ConfigError
 from emloc_ray.io.shard_writing import chunk_limit
+from emloc_ray.model_sizes import FLOAT, Block, Lengths, blocks_of, gradient_bytes, gram_bytes, in_waves, widest_step
 from emloc_ray.modeling.adapter_methods import update_rank
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.loss import chunk_tokens
@@ -24,51 +25,8 @@ Parts = dict[str, float]  # bytes by what holds them
 
 BASE_BYTES = 450 * 2**20  # a worker with torch, transformers and peft imported
 _ADAM_BYTES = 16  # a trained parameter in float32: itself, its gradient, Adam's two moments
-_FLOAT = 4  # bytes: Grams, adapters, norms and losses are in float32 whatever the model is in
 _DOUBLE = 8
 _ROWS = 1024  # of a layer that the correction turns to float64 at a time
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Tokens a row: the mean, and the longest to be expected after truncation; its images, and their bytes as encoded."""
-
-    mean: float
-    longest: float
-    images: float = 0.0
-    image_bytes: float = 0.0
-
-
-@dataclass(frozen=True)
-class Block:
-    """A block's linears, those that share an input together, and how many tokens it sees for one of the row.
-
-    That is 1 but for a vision tower, which sees more patches than the language model sees image tokens.
-    """
-
-    name: str
-    groups: tuple[tuple[LinearSpec, ...], ...]
-    multiple: float = 1.0
-
-    @property
-    def is_between(self) -> bool:
-        """Whether these are linears that run between blocks, right before the one of this name."""
-        return self.groups[0][0].between
-
-    @property
-    def specs(self) -> tuple[LinearSpec, ...]:
-        """All its linears."""
-        return tuple(spec for group in self.groups for spec in group)
-
-    @property
-    def num_parameters(self) -> int:
-        """Parameters of their weights."""
-        return sum(spec.num_parameters for spec in self.specs)
-
-    @property
-    def width(self) -> int:
-        """The residual stream's, which its first linears read."""
-        return self.groups[0][0].in_features
 
 
 class MemoryModel:
@@ -90,7 +48,7 @@ class MemoryModel:
         if multiples is None:
             per_image = self.layout.image.block_tokens
             multiples = {name: count * lengths.images / lengths.longest for name, count in per_image.items()}
-        self.blocks = _blocks(self.layout.groups, multiples)
+        self.blocks = blocks_of(self.layout.groups, multiples)
 
     def stage(self, name: str) -> Parts:
         """Parts of one stage's worker."""
@@ -138,15 +96,53 @@ class MemoryModel:
     def waves(self) -> list[list[tuple[LinearSpec, ...]]]:
         """The groups of linears, in parts whose Grams fit beside the model in a worker's memory; one part where all do."""
         room = self.worker_bytes("calibration") - BASE_BYTES - self.weights - self._counting(self._calibration_tokens())
-        waves: list[list[tuple[LinearSpec, ...]]] = []
-        used = 0.0
-        for group in self._groups():
-            if not waves or used + gram_bytes(group) > room:
-                waves.append([])
-                used = 0.0
-            waves[-1].append(group)
-            used += gram_bytes(group)
-        return waves
+        return in_waves(self._groups(), gram_bytes, room)
+
+    def gradients(self) -> Parts:
+        """The model, the largest wave's sums of gradients, and a pass forward and back: the blocks' inputs, and inside one
+        block what its backward pass reads, with one output's gradient in float32; or a chunk of logits."""
+        passed = self._backward(self._calibration_tokens())
+        largest = max((sum(map(gradient_bytes, wave)) for wave in self.gradient_waves()), default=0)
+        return {"weights": self.weights, "gradients": largest, **passed}
+
+    def gradient_waves(self) -> list[list[LinearSpec]]:
+        """The linears whose outputs are weighed by gradients, in parts whose sums fit a worker's memory beside the rest."""
+        passed = total(self._backward(self._calibration_tokens()))
+        room = self.worker_bytes("calibration") - BASE_BYTES - self.weights - passed
+        weighed = set(self.layout.weighed)
+        return in_waves([spec for spec in self.layout.specs if spec.name in weighed], gradient_bytes, room)
+
+    def check_gradients(self) -> None:
+        """Raises ConfigError where gradients are needed and a worker cannot hold what one linear's take."""
+        asks = self.config.emulator.asks_for_gradients
+        if asks is None or not self.layout.weighed:
+            return
+        weighed = set(self.layout.weighed)
+        largest = max(gradient_bytes(spec) for spec in self.layout.specs if spec.name in weighed)
+        needed = BASE_BYTES + self.weights + total(self._backward(self._calibration_tokens())) + largest
+        room = self.worker_bytes("calibration")
+        if needed > room:
+            raise ConfigError(
+                f"{asks} needs gradients of the whole model, {needed / 2**30:.2f} GiB in a worker that may hold"
+                f" {room / 2**30:.2f} GiB: give it more, lower calibration.batch_size, or take allocation spectral and"
+                " objective activations, which need none."
+            )
+
+    def _backward(self, tokens: float) -> Parts:
+        inputs = tokens * self.itemsize * sum(block.multiple * block.width for block in self.blocks)
+        saved = max(block.multiple * self._saved_per_token(block, ()) for block in self.blocks)
+        widest = max((spec.out_features for spec in self.layout.specs), default=0)
+        inside = tokens * (saved + widest * (self.itemsize + FLOAT))
+        # Beside the logits and their softmax a running sum in float64, from which labels are drawn.
+        logits = self._logits(tokens) * (2 * FLOAT + _DOUBLE) / (2 * FLOAT)
+        return {
+            "activations": inputs + (inside if inside >= logits else 0),
+            "logits": logits if logits > inside else 0,
+        }
+
+    def allocate(self) -> Parts:
+        """At most what the group that needs most takes to be factorized."""
+        return self.factorize()
 
     def worker_bytes(self, section: str) -> float:
         """``memory_budget``; else a worker's share of this machine's memory, or no bound on a cluster elsewhere."""
@@ -166,19 +162,26 @@ class MemoryModel:
         Gram, ``M`` with eigenvectors and LAPACK's workspace of twice their size, and the factors of the whole group."""
         square = group[0].in_features ** 2
         tall = any(spec.out_features > spec.in_features for spec in group)
-        damped = square * (2 * _FLOAT + _DOUBLE)
+        damped = square * (2 * FLOAT + _DOUBLE)
         layer = max(self._layer(spec) for spec in group)
-        stored = 0 if self.itemsize == _FLOAT else self.itemsize
-        weight = max(spec.num_parameters for spec in group) * (stored + _FLOAT + _DOUBLE)
+        stored = 0 if self.itemsize == FLOAT else self.itemsize
+        weight = max(spec.num_parameters for spec in group) * (stored + FLOAT + _DOUBLE)
         factors = sum(self.layout.kept(spec) for spec in group) * self.itemsize
-        grams = damped + square * (_FLOAT + _DOUBLE if tall else 0)
+        weighed = set(self.layout.weighed)
+        # A sum of gradients: as summed, damped, its root; and the weight that it weighs.
+        sums = max(
+            (3 * gradient_bytes(spec) + FLOAT * spec.num_parameters for spec in group if spec.name in weighed),
+            default=0,
+        )
+        damped += sums
+        grams = damped + square * (FLOAT + _DOUBLE if tall else 0)
         if grams + layer >= damped + square * _DOUBLE:
             return {"grams": grams, "weights": weight, "products": layer, "factors": factors}
         return {"grams": damped + square * _DOUBLE, "weights": weight, "factors": factors}
 
     def _layer(self, spec: LinearSpec) -> float:
         order = min(spec.out_features, spec.in_features)
-        return spec.num_parameters * _DOUBLE + 4 * order**2 * _DOUBLE + self.layout.kept(spec) * (_FLOAT + _DOUBLE)
+        return spec.num_parameters * _DOUBLE + 4 * order**2 * _DOUBLE + self.layout.kept(spec) * (FLOAT + _DOUBLE)
 
     def finetune(self) -> Parts:
         """Emulator, adapter with its optimizer, and a step: what blocks keep for the backward pass, or only their inputs
@@ -186,7 +189,7 @@ class MemoryModel:
         section = self.config.finetune
         virtual = self.config.adapter.settings.get("num_virtual_tokens", 0)
         tokens = section.per_device_train_batch_size * (self.lengths.longest + virtual)
-        saved = [block.multiple * self._saved_per_token(block) for block in self.blocks]
+        saved = [block.multiple * self._saved_per_token(block, self.adapted) for block in self.blocks]
         inputs = sum(block.multiple * block.width for block in self.blocks) * self.itemsize
         kept, again = (inputs, max(saved)) if section.gradient_checkpointing else (sum(saved), 0.0)
         inside = tokens * (again + self._update_per_token())
@@ -205,7 +208,7 @@ class MemoryModel:
         Where there is nothing to choose between, the original is not opened.
         """
         thin = sum(
-            self._rank(s) * (_DOUBLE * (s.in_features + 3 * s.out_features) + _FLOAT * (s.in_features + s.out_features))
+            self._rank(s) * (_DOUBLE * (s.in_features + 3 * s.out_features) + FLOAT * (s.in_features + s.out_features))
             for s in self.adapted
         )
         reading = max((self._difference(spec) for spec in self.adapted), default=0.0)
@@ -214,14 +217,14 @@ class MemoryModel:
             return {}
         if self.config.correction.method != "auto" or not self.layout.differs:
             return one_by_one
-        scoring = {**self._scoring(self.weights), "adapter": _FLOAT * self.corrected_parameters, "correction": thin}
+        scoring = {**self._scoring(self.weights), "adapter": FLOAT * self.corrected_parameters, "correction": thin}
         return max(scoring, one_by_one, key=total)
 
     def _difference(self, spec: LinearSpec) -> float:
         """``W`` and ``Δ`` in float32 with a product between them, the Gram, and some rows of either in float64."""
         rows = min(_ROWS, max(spec.out_features, spec.in_features))
         copies = 5 if self.config.adapter.method == "dora" else 3  # W once more, and W_E: for rows' lengths
-        return copies * _FLOAT * spec.num_parameters + gram_bytes((spec,)) * 1.5 + rows * spec.in_features * 2 * _DOUBLE
+        return copies * FLOAT * spec.num_parameters + gram_bytes((spec,)) * 1.5 + rows * spec.in_features * 2 * _DOUBLE
 
     def merge(self) -> Parts:
         """A row chunk that is copied, or one that is merged with its sum in float32; one module's adapter."""
@@ -229,21 +232,21 @@ class MemoryModel:
             return {}
         largest = max([self.layout.head_parameters, *(spec.num_parameters for spec in self.layout.specs)])
         chunk = chunk_limit(self.config.merge.chunk_bytes, largest * self.itemsize)
-        merged = max((min(chunk, _FLOAT * spec.num_parameters) for spec in self.adapted), default=0)
+        merged = max((min(chunk, FLOAT * spec.num_parameters) for spec in self.adapted), default=0)
         module = max((self._rank(s) * (s.in_features + s.out_features) for s in self.adapted), default=0)
-        return {"chunks": max(chunk, 2 * merged), "adapter": _FLOAT * module}
+        return {"chunks": max(chunk, 2 * merged), "adapter": FLOAT * module}
 
     def evaluate(self) -> Parts:
         """The original with one adapter at a time; scoring a batch, or completing one with a cache."""
         section = self.config.evaluation
-        parts = {**self._scoring(self.weights), "adapter": _FLOAT * self.corrected_parameters}
+        parts = {**self._scoring(self.weights), "adapter": FLOAT * self.corrected_parameters}
         tokens = section.batch_size * self.lengths.longest
         cached = section.batch_size * (self.lengths.longest + section.max_new_tokens)
         completing = {
             "weights": self.weights,
             "kv cache": cached * self.itemsize * self._cached_per_token(),
             "activations": self._forward(tokens),
-            "adapter": _FLOAT * self.corrected_parameters,
+            "adapter": FLOAT * self.corrected_parameters,
         }
         return max(parts, completing if section.num_generations or section.num_exact_match else {}, key=total)
 
@@ -276,7 +279,7 @@ class MemoryModel:
         and turned to the model's dtype."""
         shapes = (shape for spec in self.layout.specs for shape in self.layout.stored_shapes(spec))
         largest = max((rows * columns for rows, columns in shapes), default=0) if self.layout.in_4bit else 0
-        return largest * (2 + _FLOAT + (0 if self.itemsize == _FLOAT else self.itemsize))
+        return largest * (2 + FLOAT + (0 if self.itemsize == FLOAT else self.itemsize))
 
     def _groups(self) -> list[tuple[LinearSpec, ...]]:
         targeted = set(self.layout.compressed if self.layout.differs else ())
@@ -307,13 +310,13 @@ class MemoryModel:
 
     def _logits(self, tokens: float) -> float:
         """One chunk's logits in float32, their softmax and its gradient."""
-        return 3 * _FLOAT * min(tokens, chunk_tokens(self.layout.hidden_size)) * self._vocabulary()
+        return 3 * FLOAT * min(tokens, chunk_tokens(self.layout.hidden_size)) * self._vocabulary()
 
     def _vocabulary(self) -> float:
         return self.layout.head_parameters / self.layout.hidden_size
 
-    def _saved_per_token(self, block: Block) -> float:
-        """Bytes that a block keeps of a token for its backward pass.
+    def _saved_per_token(self, block: Block, trained: Collection[LinearSpec]) -> float:
+        """Bytes that a block keeps of a token for its backward pass, ``trained`` being the linears that are adapted.
 
         - What adapted linears read, in float32: once for all that share it where the model is in float32, else in a
           copy for each; with dropout a copy and a mask for each.
@@ -324,34 +327,34 @@ class MemoryModel:
         Frozen linears keep nothing, dense or factorized: their inputs' gradients need their weights alone. Experts' linears
         count by the share of tokens that is sent to each.
         """
-        adapted = set(self.adapted)
+        adapted = set(trained)
         read = 0.0
         inner = 0.0
         for group in block.groups:
             count = sum(spec in adapted for spec in group)
-            copies = count if self.itemsize < _FLOAT or self.config.adapter.lora_dropout else min(count, 1)
+            copies = count if self.itemsize < FLOAT or self.config.adapter.lora_dropout else min(count, 1)
             share = group[0].token_share
-            read += share * copies * group[0].in_features * _FLOAT * (2 if self.config.adapter.lora_dropout else 1)
+            read += share * copies * group[0].in_features * FLOAT * (2 if self.config.adapter.lora_dropout else 1)
             writes = len(group) == 1 and group[0].out_features == block.width
             inner += share * (group[0].in_features if writes else sum(spec.out_features for spec in group))
-        return read + 2 * block.width * _FLOAT + inner * self.itemsize
+        return read + 2 * block.width * FLOAT + inner * self.itemsize
 
     def _update_per_token(self) -> float:
         """Bytes of the widest ``W x + s B (A x)`` on its way forward, or of its gradient on the way back: once in the
         model's dtype, three times in float32."""
         widths = {block.name: block.multiple for block in self.blocks}
         outputs = (widths[spec.block] * spec.out_features for spec in self.adapted)
-        return max(outputs, default=0.0) * (self.itemsize + 3 * _FLOAT)
+        return max(outputs, default=0.0) * (self.itemsize + 3 * FLOAT)
 
     def _forward(self, tokens: float) -> float:
         """Bytes of what lives at once inside a block that keeps nothing: the residual stream before and after attention,
         normed too, and of its widest step the input, the outputs and one more that is made of them."""
-        return tokens * self.itemsize * max(block.multiple * _widest_step(block) for block in self.blocks)
+        return tokens * self.itemsize * max(block.multiple * widest_step(block) for block in self.blocks)
 
     def _counting(self, tokens: float) -> float:
         """A pass that adds to Grams: beside it the widest input without its padding, in float32."""
         widest = max((group[0].in_features for group in self._groups()), default=0)
-        return self._forward(tokens) + tokens * widest * (_FLOAT + (0 if self.itemsize == _FLOAT else self.itemsize))
+        return self._forward(tokens) + tokens * widest * (FLOAT + (0 if self.itemsize == FLOAT else self.itemsize))
 
     def _cached_per_token(self) -> float:
         config = self.model_config.get_text_config()
@@ -364,28 +367,6 @@ class MemoryModel:
 def total(parts: Parts) -> int:
     """All parts together."""
     return int(sum(parts.values()))
-
-
-def gram_bytes(group: tuple[LinearSpec, ...]) -> int:
-    """Bytes of a group's Gram in float32."""
-    return _FLOAT * group[0].in_features ** 2
-
-
-def _widest_step(block: Block) -> int:
-    steps = ([spec.out_features for spec in group] for group in block.groups)
-    widest = max(group[0].in_features + sum(s) + max(s) for group, s in zip(block.groups, steps, strict=True))
-    return 3 * block.width + widest
-
-
-def _blocks(groups: tuple[tuple[LinearSpec, ...], ...], multiples: Mapping[str, float]) -> tuple[Block, ...]:
-    found: dict[tuple[str, bool], list[tuple[LinearSpec, ...]]] = {}
-    for group in groups:
-        found.setdefault((group[0].block, group[0].between), []).append(group)
-
-    def multiple(name: str) -> float:
-        return next((value for prefix, value in multiples.items() if name.startswith(prefix)), 1.0)
-
-    return tuple(Block(name, tuple(inside), multiple(name)) for (name, _), inside in found.items())
 
 
 def model_dtype(prepared: Prepared) -> torch.dtype:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emloc_ray.config import RunConfig, StageConfig
 from emloc_ray.errors import DamagedArtifactError
-from emloc_ray.io.artifact_cache import ArtifactCache, EntryGone
+from emloc_ray.io.artifact_cache import ArtifactCache
 from emloc_ray.io.fingerprint import fingerprint, fingerprint_large_files
 from emloc_ray.io.grams import INDEX, GramStore
 from emloc_ray.io.node_cache import discard, exists, hashes
 from emloc_ray.io.resume import begun_with, discard_unless
 from emloc_ray.planner import make_plan
 from emloc_ray.preparation import Prepared, check_disk, prepare
+from emloc_ray.rank_steps import RankSteps
 from emloc_ray.remarks import (
     cut_rows,
     left_dense,
@@ -31,7 +29,7 @@ from emloc_ray.remarks import (
 )
 from emloc_ray.reporter import Reporter, Reporters, SilentReporter
 from emloc_ray.run_log import RunLog
-from emloc_ray.stages import STAGES
+from emloc_ray.stages import STAGES, STEPS
 from emloc_ray.steps import Steps
 from emloc_ray.turns import AtOnce, Turns
 
@@ -104,7 +102,8 @@ class Pipeline:
 
         self.prepared, self.config, self.layout = prepared, prepared.config, prepared.layout
         self.directory, self.reporter = prepared.run, reporter
-        forced = STAGES[STAGES.index(begin) :] if begin else ()
+        # Ranks are the beginning of the factorization.
+        forced = STEPS[STEPS.index("allocate" if begin == "factorize" else begin) :] if begin else ()
         self.steps = Steps(prepared, reporter, turns or AtOnce(), cache, forced)
         self.inputs = self.steps.inputs
         self._build: EmulatorBuild | None = None
@@ -209,7 +208,15 @@ class Pipeline:
             self._tell(cut_rows(self.config, split, count))
             self._tell(shortfall(self.config, split, count))
 
+    def _rank_steps(self) -> RankSteps:
+        return RankSteps(self.steps, self.jobs, self._content)
+
     def calibrate(self) -> None:
+        """What factors follow from: Grams, and sums of gradients where they are asked for."""
+        self.gather_grams()
+        self._rank_steps().gradients()
+
+    def gather_grams(self) -> None:
         """One Gram per shared input of the linears that compression targets; what they serve is factorized meanwhile."""
         if not self.layout.differs:
             self.steps.leave_out("calibrate", "none needed", self.directory.path("calibration"))
@@ -236,7 +243,8 @@ class Pipeline:
             tell = self.reporter.note
             if tolerance is not None:
                 return calibrate_until_converged(job, out_dir, granted, tolerance, progress, tell)
-            if not steps.turns.overlaps or steps.is_done("factorize", self._factorize_inputs()):
+            waits = self.layout.allocated or self.layout.weighed
+            if waits or not steps.turns.overlaps or steps.is_done("factorize", self._rank_steps().factorize_inputs()):
                 return calibrate(job, out_dir, granted, progress, tell=tell)
             build = self._emulator_build(resources(self.config.emulator))
 
@@ -259,9 +267,9 @@ class Pipeline:
         """False where the emulator comes from another run and no Grams are kept; has them gathered again where they are of
         use and some are missing."""
         steps, out_dir, kept = self.steps, self.directory.path("calibration"), self.config.calibration.keep == "grams"
-        needed = kept or not steps.is_at_hand("factorize", self._factorize_inputs(), self._content())
+        needed = self._rank_steps().are_needed()
         # Grams that were dropped are of use to the emulator alone that was begun with them.
-        begun = kept or begun_with(self.directory.path("emulator"), self._factorize_inputs())
+        begun = kept or begun_with(self.directory.path("emulator"), self._rank_steps().factorize_inputs())
         done = self.directory.stage("calibrate") is not None
         if needed and not (exists(out_dir / INDEX) and (begun or GramStore(out_dir).is_whole())):
             if done:
@@ -269,21 +277,6 @@ class Pipeline:
             elif not begun:
                 discard(out_dir)
         return needed or done
-
-    def _factorize_inputs(self) -> dict[str, Any]:
-        return {
-            **({"quantization": self.config.emulator.quantization} if self.layout.quantized else {}),
-            "calibrate": self.inputs["calibrate"],
-            "model": self.inputs["import"],
-            "ranks": self.layout.ranks,
-            "dampening_frac": self.config.emulator.dampening_frac,
-            "seed": self.config.seed,
-        }
-
-    def _factorize_basis(self) -> dict[str, Any]:
-        """What emulators of one basis have in common, whatever their ranks. One in 4 bits is none, but may take one."""
-        alike = {k: value for k, value in self._factorize_inputs().items() if k not in ("ranks", "quantization")}
-        return {**alike, **self._content(), "emloc_ray": version("emloc-ray")}
 
     def _emulator_build(self, granted: Resources) -> EmulatorBuild:
         """Made once a run; what a killed run of the same inputs wrote is kept, what a finished one wrote is not."""
@@ -294,43 +287,37 @@ class Pipeline:
             if self.directory.stage("factorize") is not None:
                 self.directory.forget("factorize")
                 discard(out_dir)
-            discard_unless(out_dir, self._factorize_inputs())
+            discard_unless(out_dir, self._rank_steps().factorize_inputs())
             drop = self.config.calibration.keep == "none"
-            job = self.jobs.factorization(self._found_basis())
+            made = dataclasses.replace(self.prepared, layout=self._rank_steps().allocated())
+            job = dataclasses.replace(self.jobs, prepared=made).factorization(self._rank_steps().found_basis())
             self._build = EmulatorBuild(job, granted, drop, self.reporter.note)
         return self._build
-
-    def _found_basis(self) -> Path | None:
-        """The emulator of the highest ranks that another run made of the same Grams, linked into this one for a while."""
-        place, cache = self.directory.path("basis"), self.steps.cache
-        discard(place)
-        found = [] if cache is None else cache.find_basis(self._factorize_basis())
-        for entry in sorted(
-            found, key=lambda e: sum(layer["rank"] for layer in e.result["layers"].values()), reverse=True
-        ):
-            assert cache is not None
-            with contextlib.suppress(EntryGone):
-                cache.link(entry, place, verify=True)
-                return place / "emulator"
-        return None
 
     def factorize(self) -> None:
         """The emulator."""
         from emloc_ray.jobs import resources
 
+        self._rank_steps().allocate()
         out_dir, calibration_dir = self.directory.path("emulator"), self.directory.path("calibration")
 
         def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
             build = self._emulator_build(granted)
             return build.finish(calibration_dir, self.jobs.base_config(), progress)
 
-        asked, basis = resources(self.config.emulator), None if self.layout.quantized else self._factorize_basis()
-        step = functools.partial(self.steps.run, "factorize", self._factorize_inputs(), [out_dir], execute, asked)
+        asked, basis = (
+            resources(self.config.emulator),
+            None if self.layout.quantized else self._rank_steps().factorize_basis(),
+        )
+        step = functools.partial(
+            self.steps.run, "factorize", self._rank_steps().factorize_inputs(), [out_dir], execute, asked
+        )
         result = step(resumes=True, shared=self._content(), basis=basis)
         discard(self.directory.path("basis"))
-        self._tell(thin_calibration(self.config, result["fewest_tokens"], self.layout))
+        self._tell(thin_calibration(self.config, result["fewest_tokens"], self.layout.as_made(result["layers"])))
         if self.config.calibration.keep == "none":
             discard(calibration_dir)
+            discard(self.directory.path("gradients"))
 
     def finetune(self) -> None:
         """The adapter as trained on the emulator."""

@@ -14,9 +14,10 @@ from emloc_ray.data.formats import EXTRA_FIELDS, FIELDS
 from emloc_ray.data.images import encoded_bytes, image_parts
 from emloc_ray.data.reading import Place, Row, read_rows
 from emloc_ray.layout import Layout
-from emloc_ray.memory import Lengths, MemoryModel, Parts, gram_bytes, total
+from emloc_ray.memory import MemoryModel, Parts, total
+from emloc_ray.model_sizes import Lengths, gradient_bytes, gram_bytes
 from emloc_ray.preparation import UNKNOWN_ROWS, Prepared
-from emloc_ray.stages import STAGES
+from emloc_ray.stages import STEPS
 
 _CHARACTERS_PER_TOKEN = 3.5
 _VQA_TOKENS = 24.0  # of a question and its answer
@@ -69,12 +70,13 @@ def make_plan(prepared: Prepared) -> Plan:
     """Predicts every stage from shapes, the config, a look at the data and a short timing of this machine's products."""
     lengths = row_lengths(prepared)
     memory = MemoryModel(prepared, lengths)
+    memory.check_gradients()
     disk = _disk_bytes(prepared, memory)
     flops = _stage_flops(prepared, lengths.mean)
     speed = _flops_per_second()
     sections = _sections(prepared)
     stages = []
-    for name in STAGES:
+    for name in planned_steps(prepared.layout):
         section = sections[name]
         cpus = max(1.0, section.cpus_per_worker) * section.num_workers
         seconds = _START_SECONDS[name] + flops[name] / (speed * cpus * _EFFICIENCY[name]) + disk[name] / 250e6
@@ -103,10 +105,21 @@ def make_plan(prepared: Prepared) -> Plan:
     )
 
 
+def planned_steps(layout: Layout) -> list[str]:
+    """The stages, and what goes before a factorization whose ranks or factors follow from more than Grams."""
+    left_out = {"import", "data"}
+    left_out |= set() if layout.weighed else {"gradients"}
+    left_out |= set() if layout.allocated else {"allocate"}
+    return [name for name in STEPS if name not in left_out]
+
+
 def planned_memory(prepared: Prepared) -> dict[str, int]:
     """Bytes that one worker of every stage is planned to hold at its peak, and what ``inference`` of the original takes."""
     memory = MemoryModel(prepared, row_lengths(prepared))
-    return {**{name: total(memory.stage(name)) for name in STAGES}, "inference": total(memory.inference())}
+    return {
+        **{name: total(memory.stage(name)) for name in planned_steps(prepared.layout)},
+        "inference": total(memory.inference()),
+    }
 
 
 def within_budget(prepared: Prepared) -> tuple[Solution, Prepared]:
@@ -128,14 +141,34 @@ def within_budget(prepared: Prepared) -> tuple[Solution, Prepared]:
 # Making token shards, mostly of starting Ray and its workers.
 _SECONDS_BEFORE = 20
 # Starting a stage's workers and loading the model, seconds; the share of a matrix product's speed that a stage reaches.
-_START_SECONDS = {"calibrate": 25, "factorize": 6, "finetune": 20, "correct": 15, "merge": 4, "evaluate": 20}
-_EFFICIENCY = {"calibrate": 0.65, "factorize": 0.5, "finetune": 0.2, "correct": 0.5, "merge": 1.0, "evaluate": 0.45}
+_START_SECONDS = {
+    "calibrate": 25,
+    "gradients": 25,
+    "allocate": 6,
+    "factorize": 6,
+    "finetune": 20,
+    "correct": 15,
+    "merge": 4,
+    "evaluate": 20,
+}
+_EFFICIENCY = {
+    "calibrate": 0.65,
+    "gradients": 0.5,
+    "allocate": 0.5,
+    "factorize": 0.5,
+    "finetune": 0.2,
+    "correct": 0.5,
+    "merge": 1.0,
+    "evaluate": 0.45,
+}
 
 
 def _sections(prepared: Prepared) -> dict[str, Any]:
     config = prepared.config
     return {
         "calibrate": config.calibration,
+        "gradients": config.calibration,
+        "allocate": config.emulator,
         "factorize": config.emulator,
         "finetune": config.finetune,
         "correct": config.merge,
@@ -148,12 +181,15 @@ def _disk_bytes(prepared: Prepared, memory: MemoryModel) -> dict[str, int]:
     """What every stage leaves on disk, and calibration's hidden states while it lasts."""
     adapter = 4 * memory.adapter_parameters
     grams = sum(gram_bytes(group) for wave in memory.waves() for group in wave)
+    gradients = sum(gradient_bytes(spec) for wave in memory.gradient_waves() for spec in wave)
     rows = sum(source.num_rows for files in prepared.files.values() for source in files) or UNKNOWN_ROWS
     images = int(rows * memory.lengths.image_bytes)  # which the token shards hold
     streamed = memory.calibration_mode() == "streamed"
     held = memory.hidden_state_disk_bytes() if streamed else grams * prepared.config.calibration.num_workers
     return {
         "calibrate": (memory.weights if prepared.source.gguf_file else 0) + images + grams // 2 + held,
+        "gradients": gradients // 2 + gradients * prepared.config.calibration.num_workers,
+        "allocate": 8 * sum(min(s.out_features, s.in_features) for s in prepared.layout.specs),
         "factorize": memory.emulator,
         "finetune": 4 * adapter,
         "correct": 4 * memory.corrected_parameters,
@@ -226,8 +262,14 @@ def _stage_flops(prepared: Prepared, tokens: float) -> dict[str, float]:
         for s in layout.specs
         if s.name in layout.ranks
     )
+    weighed, spread = set(layout.weighed), set(layout.allocated)
+    # Forward, once more for what the backward pass reads, and back; and the sums.
+    sums = sum(s.token_share * s.out_features**2 for s in layout.specs if s.name in weighed) * 1.2
+    values = sum(2 * s.num_parameters * s.in_features for s in layout.specs if s.name in spread)
     return {
         "calibrate": calibrated * 2 * (blocks + grams),
+        "gradients": calibrated * 2 * (3 * (blocks + head) + sums) if weighed else 0,
+        "allocate": 2.5 * values,
         "factorize": 2.5 * work,
         "finetune": rows * tokens * passes * (kept + head),
         "correct": tokens * selection * 2 * (blocks + head) + work,

@@ -10,7 +10,6 @@ from emloc_ray.data.processors import IMAGE_SIDE
 from emloc_ray.layout import Layout
 from emloc_ray.planner import row_lengths
 from emloc_ray.preparation import Prepared
-from emloc_ray.stages import STAGES
 
 
 def over_budget(config: RunConfig, planned: Mapping[str, int]) -> str | None:
@@ -19,7 +18,9 @@ def over_budget(config: RunConfig, planned: Mapping[str, int]) -> str | None:
     budget = config.memory_budget
     if budget is None:
         return None
-    above = [f"{name} {planned[name] / 2**30:.2f} GiB" for name in STAGES if planned[name] > budget]
+    above = [
+        f"{name} {size / 2**30:.2f} GiB" for name, size in planned.items() if name != "inference" and size > budget
+    ]
     if not above:
         return None
     return (

@@ -22,8 +22,20 @@ from emloc_ray.io.secret_values import without_secrets
 from emloc_ray.io.stored_files import shown
 
 _TEMPLATE = "report.html.j2"
-_STAGES = ("import", "data", "calibrate", "factorize", "heal", "finetune", "correct", "merge", "evaluate")
-_OPTIONAL = {"import", "heal"}
+_STAGES = (
+    "import",
+    "data",
+    "calibrate",
+    "gradients",
+    "allocate",
+    "factorize",
+    "heal",
+    "finetune",
+    "correct",
+    "merge",
+    "evaluate",
+)
+_OPTIONAL = {"import", "gradients", "allocate", "heal"}
 # What of metrics.json each stage makes: not shown where the manifest lacks the stage, as it is to be redone.
 _SECTIONS = {
     "data": ["data"],

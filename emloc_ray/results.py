@@ -11,8 +11,10 @@ from typing import Any
 
 from emloc_ray.io.node_cache import sizes
 from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.layout import Layout
+from emloc_ray.planner import planned_steps
 from emloc_ray.preparation import Prepared
-from emloc_ray.stages import STAGES
+from emloc_ray.stages import STEPS
 
 _ARTIFACTS = ("model", "data", "calibration", "emulator", "adapter_emulator", "adapter", "merged")
 _LIBRARIES = ("emloc-ray", "ray", "torch", "transformers", "peft", "safetensors", "pyarrow")
@@ -34,7 +36,7 @@ def assemble_metrics(
         *(() if layout.differs else ("calibrate",)),
         *(("merge",) if prepared.config.adapter.is_prompt else ()),
     }
-    needed = [name for name in STAGES if name not in missing]
+    needed = [name for name in planned_steps(layout) if name not in missing]
     stages = _current_stages(directory.manifest()["stages"], verified, needed)
     metrics: dict[str, Any] = {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
@@ -49,7 +51,13 @@ def assemble_metrics(
         found = stages["calibrate"]
         told = ("num_tokens", "num_shards", "mode", "waves", "rounds", "converged", "experts")
         metrics["calibration"] = {key: found[key] for key in told if key in found}
+    if "allocate" in stages:
+        found = {**stages["allocate"]}
+        for key in ("usage", "num_workers", "taken_from"):
+            found.pop(key, None)
+        metrics["allocation"] = found
     if "factorize" in stages:
+        layout = layout.as_made(stages["factorize"]["layers"])
         saved = layout.parameters_targeted - layout.parameters_factorized
         metrics["emulator"] = {
             "compression_ratio": prepared.config.emulator.compression_ratio,
@@ -58,8 +66,10 @@ def assemble_metrics(
             "original_parameters": layout.num_parameters,
             "mean_relative_error": stages["factorize"]["mean_relative_error"],
             "quantization": prepared.config.emulator.quantization,
+            "allocation": layout.allocation,
+            "objective": layout.objective,
             **{key: stages["factorize"][key] for key in ("bytes",) if key in stages["factorize"]},
-            "layers": stages["factorize"]["layers"],
+            "layers": _with_shares(stages["factorize"]["layers"], layout),
         }
     if "finetune" in stages:
         metrics["finetune"] = {key: stages["finetune"][key] for key in ("steps", "train_loss", "history")}
@@ -74,11 +84,23 @@ def assemble_metrics(
     return metrics
 
 
+def _with_shares(layers: dict[str, Any], layout: Layout) -> dict[str, Any]:
+    """Each layer with the share of its parameters that the emulator keeps; beside them those that an allocation left dense."""
+    specs = {spec.name: spec for spec in layout.specs}
+    free = layout.free if layout.allocation != "uniform" else ()
+    dense = {
+        name: {"rank": min(specs[name].out_features, specs[name].in_features), "relative_error": 0.0, "solver": "dense"}
+        for name in free
+    }
+    shares = {name: layout.kept(spec) / spec.num_parameters for name, spec in specs.items()}
+    return {name: {**layer, "share": shares[name]} for name, layer in {**dense, **layers}.items()}
+
+
 def _current_stages(
     entries: dict[str, Any], verified: Collection[str], needed: Collection[str]
 ) -> dict[str, dict[str, Any]]:
     current, newest = {}, 0.0
-    for name in ("import", "data", *STAGES):
+    for name in STEPS:
         entry = entries.get(name)
         if entry is None:
             newest = math.inf if name in needed else newest

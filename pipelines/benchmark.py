@@ -5,6 +5,7 @@
 
 ``factorization``  all linears of the quickstart's model under real Grams, against the published route
 ``layers``         single layers of known spectra and real ones, against the published route; ``--layers`` picks some
+``allocation``     bare emulators by ``emulator.allocation`` and ``objective``, against uniform ones: held-out loss
 ``calibration``    forward passes with Grams, against the same passes without hooks and without the head
 ``step``           a training step on the emulator, against one of LoRA on the original
 ``memory``         peak of fine-tuning the emulator, against inference of the original: the quickstart's, and one of 1.1B
@@ -28,6 +29,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.allocation import allocation
 from benchmarks.data_path import data
 from benchmarks.factorization import LAYERS, factorization, layers
 from benchmarks.figures import Figures
@@ -38,6 +40,7 @@ from benchmarks.whole_runs import calibration, growth, quickstart, ray_overhead,
 BENCHMARKS: dict[str, Callable[[Path], Figures]] = {
     "factorization": factorization,
     "layers": layers,
+    "allocation": allocation,
     "calibration": calibration,
     "step": training_step,
     "memory": memory,

@@ -23,10 +23,10 @@ from emloc_ray.errors import ArtifactError
 from emloc_ray.io.atomic import atomic_file
 from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.report import render_page, visible
-from emloc_ray.stages import STAGES
+from emloc_ray.stages import STEPS
 
 _TEMPLATE = "batch/report.html.j2"
-_STAGES = ("import", "data", *STAGES)
+_STAGES = STEPS
 _LOST = ("failed", "late", "cancelled")
 _MOST_ROWS, _MOST_LINES, _MOST_NAMED = 2000, 1000, 60
 _MOST_REASON = 400  # letters of it: batch.json has it whole

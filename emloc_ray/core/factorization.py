@@ -106,7 +106,7 @@ def factorize(
         pays = order >= _SUBSPACE_MIN_ORDER and rank <= _SUBSPACE_MAX_SHARE * order
         solver = "subspace" if pays else "exact"
     stored = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    scaled, scale = _scaled(weight.detach().to(stored), name)
+    scaled, scale = scaled_weight(weight.detach().to(stored), name)
     result, trusted = _factorize_scaled(scaled, whitening, rank, solver, seed)
     if not trusted and stored == torch.float32:
         result, _ = _factorize_scaled(scaled.to(torch.float64), whitening, rank, solver, seed)
@@ -132,14 +132,14 @@ def relative_error(
     Raises:
         NumericsError: the weight holds a NaN or an Inf.
     """
-    scaled, scale = _scaled(weight.detach().to(torch.float32), name)
+    scaled, scale = scaled_weight(weight.detach().to(torch.float32), name)
     total = whitening.energy(scaled)
     left = whitening.energy(scaled - approximation.to(torch.float32) / scale)
     error = math.sqrt(max(left, 0.0) / total) if total > 0.0 else 0.0
     return error, total * scale * scale * whitening.scale
 
 
-def _scaled(weight: Tensor, name: str) -> tuple[Tensor, float]:
+def scaled_weight(weight: Tensor, name: str) -> tuple[Tensor, float]:
     """``(W / s, s)``: ``s = 1`` unless products of ``W``'s elements could leave float32's range.
 
     Raises:

@@ -16,3 +16,8 @@ def rank_for_ratio(out_features: int, in_features: int, compression_ratio: float
     if rank * (out_features + in_features) >= out_features * in_features:
         return None
     return rank
+
+
+def factor_parameters(out_features: int, in_features: int, rank: int | None) -> int:
+    """Parameters of a layer's factors, or of the layer itself where it has no rank."""
+    return out_features * in_features if rank is None else rank * (out_features + in_features)

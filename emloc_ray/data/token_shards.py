@@ -6,9 +6,9 @@ import bisect
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -124,6 +124,10 @@ class TokenShards:
         number = bisect.bisect_right(self._starts, position) - 1
         return _row(self._table(number), position - self._starts[number])
 
+    def first_position(self, number: int) -> int:
+        """The position of a shard's first row in the whole split."""
+        return self._starts[number]
+
     def shard(self, number: int) -> list[Tokens]:
         """All rows of one shard."""
         table = self._table(number)
@@ -193,7 +197,10 @@ def collate(
     return batch if images is None else batch | images(shown, batch["input_ids"])
 
 
-def length_batches(rows: Sequence[Tokens], batch_size: int) -> list[list[Tokens]]:
+_Row = TypeVar("_Row", bound=Sized)
+
+
+def length_batches(rows: Sequence[_Row], batch_size: int) -> list[list[_Row]]:
     """Batches of rows of like length, so that little is padding; a function of the rows alone."""
     ordered = sorted(rows, key=len)
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]

@@ -5,20 +5,23 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint
 
-from emloc_ray.modeling.inputs import model_call
+from emloc_ray.modeling.inputs import ModelCall, model_call
 
 # A chunk is of hidden size over this tokens: its logits, held about three times in float32 while their gradient is made,
 # then stay below the head's own weights.
 _CHUNK_SHARE = 8
+
+# Summed loss, and how many of the largest logits are the labels, of logits (n, vocabulary) and what gives n labels.
+LossOf = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -37,15 +40,35 @@ def token_loss(model: Any, batch: dict[str, Tensor], loss_on: str, head_owner: A
     """
     owner = head_owner or model
     call = model_call(owner.config, batch, loss_on)
-    inputs, predicting, targets = {**call.inputs, "use_cache": False}, call.predicting, call.targets
-    if _in_chunks(owner, targets.numel()):
-        with _loss_in_the_head(owner, predicting, targets) as counts:
+    return _loss_at(model, owner, call, call.targets, _loss_of)
+
+
+def sampled_loss(model: Any, batch: dict[str, Tensor], loss_on: str, draws: Sequence[Generator]) -> TokenLoss:
+    """:func:`token_loss` of labels that are drawn from the model's own predictions, at the same positions.
+
+    Its gradients' products are, on average, those of the Fisher matrix of the predictions. Each row's labels come from its
+    own of the generators ``draws``, whatever else is in the batch.
+    """
+    call = model_call(model.config, batch, loss_on)
+    counts = call.predicting.sum(dim=1).tolist()
+    numbers = [
+        torch.rand(count, generator=generator, dtype=torch.float64)
+        for count, generator in zip(counts, draws, strict=True)
+    ]
+    return _loss_at(model, model, call, torch.cat(numbers).to(call.targets.device), _loss_of_drawn)
+
+
+def _loss_at(model: Any, owner: Any, call: ModelCall, wanted: Tensor, loss_of: LossOf) -> TokenLoss:
+    """``loss_of(logits, wanted)`` at the positions of the call's labels."""
+    inputs, predicting = {**call.inputs, "use_cache": False}, call.predicting
+    if _in_chunks(owner, wanted.numel()):
+        with _loss_in_the_head(owner, predicting, wanted, loss_of) as counts:
             loss = model(**inputs).logits.sum()
         correct = torch.stack(counts).sum()
     else:
         with logits_at(owner, predicting):
-            loss, correct = _loss_of(model(**inputs).logits[0], targets)
-    return TokenLoss(loss, correct, int(targets.numel()))
+            loss, correct = loss_of(model(**inputs).logits[0], wanted)
+    return TokenLoss(loss, correct, int(wanted.numel()))
 
 
 def chunk_tokens(hidden_size: int) -> int:
@@ -71,6 +94,13 @@ def _loss_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(logits, targets, reduction="sum"), correct
 
 
+def _loss_of_drawn(logits: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """With labels where ``numbers (n,)``, of ``[0, 1)``, are in the predictions' cumulated probabilities."""
+    cumulated = logits.detach().float().softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    drawn = torch.searchsorted(cumulated, numbers.unsqueeze(1) * cumulated[:, -1:], right=True).squeeze(1)
+    return _loss_of(logits, drawn.clamp_max(logits.shape[-1] - 1))
+
+
 def _chosen(hidden: Tensor, positions: Tensor) -> Tensor:
     """Counted from the end: prompt tuning puts virtual tokens before the row's."""
     return hidden[:, -positions.shape[1] :][positions]
@@ -91,7 +121,7 @@ def logits_at(model: Any, positions: Tensor) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _loss_in_the_head(model: Any, positions: Tensor, targets: Tensor) -> Iterator[list[Tensor]]:
+def _loss_in_the_head(model: Any, positions: Tensor, targets: Tensor, loss_of: LossOf) -> Iterator[list[Tensor]]:
     """While it lasts the head gives the sum of the loss ``(1, 1, 1)`` for its logits; afterwards how many were correct,
     by chunk.
 
@@ -104,7 +134,7 @@ def _loss_in_the_head(model: Any, positions: Tensor, targets: Tensor) -> Iterato
     correct: list[Tensor] = []
 
     def chunk_loss(hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        return _loss_of(compute(hidden), wanted)
+        return loss_of(compute(hidden), wanted)
 
     def forward(hidden: Tensor) -> Tensor:
         chosen = _chosen(hidden, positions)

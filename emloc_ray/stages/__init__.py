@@ -1,5 +1,7 @@
 """The stages: each a plain function over artifact paths, and its Ray wrapper."""
 
 STAGES = ("calibrate", "factorize", "finetune", "correct", "merge", "evaluate")
+# Every step of a run in order: what is done before the stages, and what goes before a factorization by predictions.
+STEPS = ("import", "data", "calibrate", "gradients", "allocate", *STAGES[1:])
 # Their work is a bag of independent tasks, of which as many go at once as there is room for, with one result.
-BAGS = ("factorize", "correct", "merge")
+BAGS = ("allocate", "factorize", "correct", "merge")

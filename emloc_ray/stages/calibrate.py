@@ -67,7 +67,7 @@ def calibrate(
     num_shards = job.shards[1] - job.shards[0]
     num_slots = min(resources.num_workers, num_shards)
     if not exists(out_dir / INDEX):
-        losses = Losses("calibrate", tell)
+        losses = Losses(job.step, tell)
         first = gather(job, out_dir, resources, progress, without_thin(job, ready), losses)
         second = functools.partial(gather_again, resources, progress, losses)
         (counts, weight_map), routed = gather_thin(job, out_dir, first, ready, second)
@@ -125,7 +125,7 @@ def _reside(
 
         def start(slot: int, part: CalibrationJob = part, slots: Sequence[Path] = slots) -> Any:
             actor = ray.remote(SlotActor).options(**resources.options())
-            label = f"calibrate: slot {slot}"
+            label = f"{job.step}: slot {slot}"
             return actor.remote(ResidentSlot, part, slots[slot], resources.threads, label=label)
 
         def told(done: int, total: int, number: int = number) -> None:
@@ -151,7 +151,7 @@ def _reduce(slots: Sequence[Path], names: Sequence[str], out_dir: Path, prefix: 
     task: Any = ray.remote(_reduce_part)
 
     def submit(file: str, part: list[str]) -> Any:
-        named = task.options(name=f"calibrate: {file}", **options)
+        named = task.options(name=f"{losses.stage}: {file}", **options)
         return named.remote(list(slots), part, out_dir / file)
 
     submits = [

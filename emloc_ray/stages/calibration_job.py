@@ -20,6 +20,15 @@ _WAY = ".way.json"
 
 
 @dataclass(frozen=True)
+class Labels:
+    """The labels that gradients are of: drawn, by ``seed``, from the model's predictions of ``loss_on``, the tokens of the
+    ``completion`` or ``all``."""
+
+    loss_on: str = "completion"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class CalibrationJob:
     """Artifact paths and flat settings; ``groups`` are linears that read the same tensor.
 
@@ -29,6 +38,8 @@ class CalibrationJob:
     are the linears outside all blocks, with the block that runs next.
     ``experts`` are the groups of experts' linears, by their first one's name, with its inputs; those that are sent fewer
     tokens than ``min_expert_tokens`` are seen to in a second pass, whose job has ``reread`` set.
+    With ``gradients`` it is not what linears read that is summed up, but the gradients of what each of them gives: every
+    linear is a group of its own.
     """
 
     model_dir: Path
@@ -47,6 +58,12 @@ class CalibrationJob:
     experts: tuple[tuple[str, int], ...] = ()
     min_expert_tokens: int = 0
     reread: bool = False
+    gradients: Labels | None = None
+
+    @property
+    def step(self) -> str:
+        """The step of a run that it is the job of."""
+        return "calibrate" if self.gradients is None else "gradients"
 
     def groups_of(self, block: str) -> list[tuple[str, ...]]:
         """The groups whose linears are inside a block, or run between the blocks right before it."""

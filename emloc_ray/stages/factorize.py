@@ -14,11 +14,12 @@ import numpy as np
 import ray
 import torch
 
-from emloc_ray.core.factorization import Factorization, LowRankFactors, relative_error
+from emloc_ray.core.factorization import Factorization, relative_error
 from emloc_ray.core.factorization import factorize as factorize_layer
 from emloc_ray.core.nested import extended, truncated
+from emloc_ray.core.two_sided import extended_two_sided, factorize_two_sided
 from emloc_ray.core.whitening import Whitening
-from emloc_ray.io.checkpoint import Checkpoint, TensorEntry, read_index, read_shard, write_index
+from emloc_ray.io.checkpoint import Checkpoint, TensorEntry, read_shard, write_index
 from emloc_ray.io.grams import GramStore, StoredGram, drop_grams
 from emloc_ray.io.node_cache import sizes
 from emloc_ray.io.shard_writing import copy_chunks, make_header, stream_shard, write_tensors
@@ -28,10 +29,10 @@ from emloc_ray.modeling.loading import copy_tokenizer
 from emloc_ray.modeling.quantization import dequantize, is_packed, num_elements, quantization_config, quantize
 from emloc_ray.stages.cluster import Flight, Progress, Resources, set_threads, silent
 from emloc_ray.stages.failures import Losses, Tell, unheard
+from emloc_ray.stages.layer_reports import LAYERS, Basis, LayerReport, read_reports, spectra_file
 
 _CHUNK_BYTES = 2**26
 _LOOK_S = 1.0
-_LAYERS = "layers"
 _CONNECTIONS = 8
 
 
@@ -43,7 +44,8 @@ class FactorizationJob:
     emulator of the same weights and Grams, of any ranks: its factors are cut, or added to. ``renamed`` are the tensors
     whose names in the checkpoint are not the model's own, which the emulator's are. ``in_4bit`` are the linears that are
     stored so, as factors or dense, of which those in ``without_gram`` have none; ``kept_wide`` are those elsewhere in the
-    model that are not.
+    model that are not. ``gradients_dir`` holds the sums of gradients that weigh outputs, where factors are to keep the
+    model's predictions instead of each layer's outputs.
     """
 
     model_dir: Path
@@ -57,60 +59,12 @@ class FactorizationJob:
     in_4bit: tuple[str, ...] = ()
     without_gram: tuple[str, ...] = ()
     kept_wide: tuple[str, ...] = ()
+    gradients_dir: Path | None = None
+    gradient_dampening_frac: float = 1e-2
 
 
 def _cost(group: Sequence[LinearSpec]) -> float:
     return sum(min(s.out_features, s.in_features) ** 3 + s.num_parameters * s.in_features for s in group)
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One layer: its error, as stored, relative to ``‖W G^½‖``, and the energy ``tr(W G Wᵀ)`` of its spectrum.
-
-    ``rank`` is the full one and ``solver`` is ``dense`` for a layer that was put into 4 bits alone.
-    """
-
-    name: str
-    rank: int
-    relative_error: float
-    solver: str
-    total_energy: float
-    num_tokens: int
-
-
-def spectra_file(factors: Path) -> Path:
-    """Where the spectra of ``W G Wᵀ`` (descending) and the reports of a shard's layers are."""
-    return factors.parent / "spectra" / factors.name
-
-
-def read_reports(factors: Path) -> list[LayerReport]:
-    """What :func:`factorize_group` reported of a shard's layers."""
-    metadata = json.loads(read_shard(spectra_file(factors)).header)["__metadata__"]
-    return [LayerReport(**layer) for layer in json.loads(metadata[_LAYERS])]
-
-
-class Basis:
-    """The factorizations that another emulator holds of the same layers; none where there is no such emulator."""
-
-    def __init__(self, directory: Path | None) -> None:
-        self._files = {} if directory is None else {n: directory / f for n, f in read_index(directory).items()}
-
-    def layer(self, name: str) -> Factorization | None:
-        """A layer's, as stored; None where the emulator keeps it dense."""
-        file = self._files.get(f"{name}.up.weight")
-        if file is None:
-            return None
-        entries = {entry.name: entry for entry in (*read_shard(file).entries, *read_shard(spectra_file(file)).entries)}
-        report = next(layer for layer in read_reports(file) if layer.name == name)
-        up, down = (entries[f"{name}.{part}.weight"].read_rows() for part in ("up", "down"))
-        return Factorization(
-            LowRankFactors(up, down),
-            entries[name].read_rows().to(torch.float64),
-            report.total_energy,
-            report.relative_error,
-            report.solver,
-            torch.float32,
-        )
 
 
 def factorize_group(job: FactorizationJob, specs: Sequence[LinearSpec], gram: StoredGram | None, path: Path) -> None:
@@ -124,13 +78,15 @@ def factorize_group(job: FactorizationJob, specs: Sequence[LinearSpec], gram: St
     checkpoint = Checkpoint(job.model_dir)
     basis = Basis(job.basis_dir)
     whitening = functools.cache(functools.partial(_whitening, gram, job.dampening_frac))
+    gradients = None if job.gradients_dir is None else GramStore(job.gradients_dir)
     tensors: dict[str, torch.Tensor] = {}
     spectra: dict[str, torch.Tensor] = {}
     reports = []
     for spec in specs:
         dtype = checkpoint.entry(spec.weight_rows[0].name).dtype
         weight = functools.cache(functools.partial(spec.read_weight, checkpoint))
-        result = _factorized(job, spec, weight, whitening, basis) if spec.name in job.ranks else None
+        outputs = _output_whitening(job, spec, gradients) if spec.name in job.ranks else None
+        result = _factorized(job, spec, weight, whitening, outputs, basis) if spec.name in job.ranks else None
         parts = {"": weight()} if result is None else {".up": result.factors.up, ".down": result.factors.down}
         held = {
             part: quantize(made, dtype, spec.name) if spec.name in job.in_4bit else {"weight": made.to(dtype)}
@@ -142,8 +98,9 @@ def factorize_group(job: FactorizationJob, specs: Sequence[LinearSpec], gram: St
             if spec.bias_rows.name in checkpoint:
                 tensors[f"{spec.name}.up.bias"] = spec.bias_rows.entry(checkpoint).read_rows()
         if gram is not None:
-            reports.append(_report(spec, result, list(held.values()), weight, whitening, gram.num_tokens))
-    write_tensors(spectra_file(path), spectra, {_LAYERS: json.dumps([asdict(report) for report in reports])})
+            weighed = outputs is not None
+            reports.append(_report(spec, result, list(held.values()), weight, whitening, gram.num_tokens, weighed))
+    write_tensors(spectra_file(path), spectra, {LAYERS: json.dumps([asdict(report) for report in reports])})
     write_tensors(path, tensors)  # last: with it, the group is done
 
 
@@ -163,14 +120,27 @@ def _factorized(
     spec: LinearSpec,
     weight: Callable[[], torch.Tensor],
     whitening: Callable[[], Whitening],
+    outputs: Whitening | None,
     basis: Basis,
 ) -> Factorization:
     rank, known = job.ranks[spec.name], basis.layer(spec.name)
-    if known is None:
-        return factorize_layer(weight(), whitening(), rank, seed=job.seed, name=spec.name)
-    if known.factors.up.shape[1] >= rank:
+    if known is not None and known.factors.up.shape[1] >= rank:
         return truncated(known, rank)
-    return extended(weight(), whitening(), known, rank, seed=job.seed, name=spec.name)
+    if outputs is None:
+        if known is None:
+            return factorize_layer(weight(), whitening(), rank, seed=job.seed, name=spec.name)
+        return extended(weight(), whitening(), known, rank, seed=job.seed, name=spec.name)
+    if known is None:
+        return factorize_two_sided(weight(), whitening(), outputs, rank, seed=job.seed, name=spec.name)
+    return extended_two_sided(weight(), whitening(), outputs, known, rank, seed=job.seed, name=spec.name)
+
+
+def _output_whitening(job: FactorizationJob, spec: LinearSpec, gradients: GramStore | None) -> Whitening | None:
+    """What weighs the outputs of a linear; None where each counts as it is."""
+    if gradients is None:
+        return None
+    name = f"the gradients of what {spec.name} gives"
+    return Whitening(gradients.read(spec.name), job.gradient_dampening_frac, name=name)
 
 
 def _report(
@@ -180,15 +150,20 @@ def _report(
     weight: Callable[[], torch.Tensor],
     whitening: Callable[[], Whitening],
     num_tokens: int,
+    weighed: bool,
 ) -> LayerReport:
-    """What is told of a layer; ``held`` are its factors as stored, whose error is taken anew where that is in 4 bits."""
+    """What is told of a layer; ``held`` are its factors as stored, whose error is taken anew where that is in 4 bits, or
+    where they are ``weighed`` and the factorization's own is another."""
     error, energy = (0.0, 0.0) if result is None else (result.relative_error, result.total_energy)
-    if is_packed(held[0]):
-        product = functools.reduce(torch.matmul, (dequantize(some).float() for some in held))
+    if is_packed(held[0]) or weighed:
+        parts = (dequantize(some) if is_packed(some) else some["weight"] for some in held)
+        product = functools.reduce(torch.matmul, (part.float() for part in parts))
         error, direct = relative_error(weight(), product, whitening(), name=spec.name)
         energy = energy or direct
     rank = min(spec.out_features, spec.in_features) if result is None else result.factors.up.shape[1]
-    return LayerReport(spec.name, rank, error, "dense" if result is None else result.solver, energy, num_tokens)
+    solver = "dense" if result is None else result.solver
+    own = result.relative_error if result is not None and weighed else None
+    return LayerReport(spec.name, rank, error, solver, energy, num_tokens, own)
 
 
 @dataclass(frozen=True)
@@ -387,13 +362,15 @@ def _summary(files: Sequence[Path], resources: Resources) -> dict[str, Any]:
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         found = list(pool.map(read_reports, files))
     reports = sorted((report for some in found for report in some), key=lambda report: report.name)
-    layers = {
-        r.name: {"rank": r.rank, "relative_error": r.relative_error, "solver": r.solver, "total_energy": r.total_energy}
-        for r in reports
-    }
+    layers = {r.name: _told(r) for r in reports}
     return {
         "num_workers": resources.num_workers,
         "mean_relative_error": float(np.mean([r.relative_error for r in reports])) if reports else 0.0,
         "layers": layers,
         "fewest_tokens": min((r.num_tokens for r in reports if r.num_tokens), default=None),
     }
+
+
+def _told(report: LayerReport) -> dict[str, Any]:
+    told = {key: getattr(report, key) for key in ("rank", "relative_error", "solver", "total_energy")}
+    return told | ({} if report.weighed_error is None else {"weighed_error": report.weighed_error})

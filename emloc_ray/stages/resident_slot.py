@@ -1,13 +1,17 @@
-"""A calibration slot that holds the whole model: Grams accumulate in its forward passes."""
+"""A calibration slot that holds the whole model: Grams accumulate in its forward passes, sums of gradients in backward
+ones."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import TokenShards, collate, length_batches
 from emloc_ray.io.grams import read_slot, write_slot
 from emloc_ray.io.node_cache import exists
+from emloc_ray.modeling.gradient_hooks import GradientHooks
 from emloc_ray.modeling.gram_hooks import GramHooks
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.stages.calibration_job import CalibrationJob
@@ -16,15 +20,32 @@ from emloc_ray.stages.cluster import set_threads
 _COMMIT_SHARE = 0.05  # of a slot's time, at the most
 
 
+@dataclass(frozen=True)
+class _Numbered:
+    """A row and its position in the whole sample."""
+
+    position: int
+    tokens: Tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
 class ResidentSlot:
-    """Accumulates the Grams of its shards, in order, and goes on from its last commit when it is made anew."""
+    """Accumulates the job's sums over its shards, in order, and goes on from its last commit when it is made anew."""
 
     def __init__(self, job: CalibrationJob, path: Path, threads: int) -> None:
         set_threads(threads)
         self.job, self.path = job, path
         self.shards = TokenShards(job.tokens_dir)
         model = load_model(job.model_dir, **dict(job.model_options))
-        self.hooks = GramHooks(model, job.groups, dict(job.streams), reread=job.reread)
+        self.hooks: GramHooks | GradientHooks
+        if job.gradients is None:
+            self.hooks = GramHooks(model, job.groups, dict(job.streams), reread=job.reread)
+        else:
+            names, labels = [name for group in job.groups for name in group], job.gradients
+            streams = dict(job.streams)
+            self.hooks = GradientHooks(model, names, streams, loss_on=labels.loss_on, seed=labels.seed)
         self.last_shard = -1
         if exists(path):
             committed, self.last_shard = read_slot(path)
@@ -40,9 +61,14 @@ class ResidentSlot:
     def accumulate(self, number: int) -> int:
         """Counts one shard; returns its number."""
         device, images = self.hooks.model.device, self.job.image_inputs()
-        for rows in length_batches(self.shards.shard(number), self.job.batch_size):
-            batch = {key: value.to(device) for key, value in collate(rows, self.job.pad_token_id, images).items()}
-            self.hooks.forward(batch, self.job.tokens)
+        rows = [_Numbered(*pair) for pair in enumerate(self.shards.shard(number), self.shards.first_position(number))]
+        for some in length_batches(rows, self.job.batch_size):
+            made = collate([row.tokens for row in some], self.job.pad_token_id, images)
+            batch = {key: value.to(device) for key, value in made.items()}
+            if isinstance(self.hooks, GramHooks):
+                self.hooks.forward(batch, self.job.tokens)
+            else:
+                self.hooks.forward(batch, self.job.tokens, [row.position for row in some])
         self.hooks.check_finite()
         self.last_shard = number
         if self._commit_seconds < _COMMIT_SHARE * (time.monotonic() - self._committed_at - 30):

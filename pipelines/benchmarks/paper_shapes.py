@@ -20,7 +20,8 @@ from transformers import InternVLConfig, InternVLVisionConfig, LlamaConfig, Qwen
 from benchmarks.stage_memory import bare_prepared
 from emloc_ray.budget import Solution, solve, with_settings
 from emloc_ray.errors import ConfigError
-from emloc_ray.memory import Lengths, MemoryModel, Parts, total
+from emloc_ray.memory import MemoryModel, Parts, total
+from emloc_ray.model_sizes import Lengths
 from emloc_ray.preparation import Prepared
 from emloc_ray.stages import STAGES
 

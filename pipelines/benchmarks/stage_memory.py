@@ -17,7 +17,8 @@ from emloc_ray.config_reading import parse_config
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.layout import make_layout, skeleton_of
-from emloc_ray.memory import Lengths, MemoryModel, Parts
+from emloc_ray.memory import MemoryModel, Parts
+from emloc_ray.model_sizes import Lengths
 from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.loading import ModelSource
 from emloc_ray.preparation import Prepared, prepare

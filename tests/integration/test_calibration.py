@@ -13,7 +13,8 @@ from small_runs import FinishedRun, KillingReporter, RecordingReporter, run_valu
 
 from emloc_ray.config_reading import parse_config
 from emloc_ray.io.grams import GramStore
-from emloc_ray.memory import MemoryModel, gram_bytes, total
+from emloc_ray.memory import MemoryModel, total
+from emloc_ray.model_sizes import gram_bytes
 from emloc_ray.planner import row_lengths
 from emloc_ray.preparation import prepare
 

@@ -403,3 +403,30 @@ def test_a_running_ray_is_joined_as_it_is(
     ray = RayConfig(address=address, num_cpus=4, object_store_memory=10**8, namespace="mine")  # type: ignore[call-arg]
     assert ray.joins is joins
     assert set(ray.init_options) == {"namespace"} | (set() if joins else {"num_cpus", "object_store_memory"})
+
+
+@pytest.mark.parametrize(
+    ("emulator", "asks"),
+    [
+        ({}, None),
+        ({"allocation": "spectral"}, None),
+        ({"allocation": "sensitivity"}, "emulator.allocation: sensitivity"),
+        ({"objective": "predictions"}, "emulator.objective: predictions"),
+        ({"objective": "predictions", "compression_ratio": 1.0}, None),
+    ],
+)
+def test_gradients_need_the_whole_model_in_a_worker(emulator: dict[str, Any], asks: str | None) -> None:
+    assert config(emulator=emulator).emulator.asks_for_gradients == asks
+    streamed = {"mode": "streamed"}
+    if asks is None:
+        config(emulator=emulator, calibration=streamed)
+        return
+    told = error_of(emulator=emulator, calibration=streamed)
+    assert told.endswith(
+        f"{asks} needs gradients, which pass through the whole model: set calibration.mode to resident or auto."
+    )
+
+
+@pytest.mark.parametrize("key", ["allocation", "objective"])
+def test_allocations_and_objectives_are_named(key: str) -> None:
+    assert f"emulator.{key} is 'best'" in error_of(emulator={key: "best"})

@@ -15,7 +15,8 @@ from emloc_ray.config_reading import parse_config
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.layout import make_layout, skeleton_of
-from emloc_ray.memory import BASE_BYTES, Lengths, MemoryModel, gram_bytes, total
+from emloc_ray.memory import BASE_BYTES, MemoryModel, total
+from emloc_ray.model_sizes import Lengths, gram_bytes
 from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.loading import ModelSource
 from emloc_ray.planner import make_plan, row_lengths, within_budget
@@ -285,3 +286,44 @@ def test_llama_7b_in_4_bits_by_hand() -> None:
     assert packed.finetune()["unpacked"] == 4096 * 11008 * (2 + 4 + 2)
     assert "unpacked" not in MemoryModel(bare(LlamaConfig()), ROW).stage("finetune")
     assert packed.calibrate()["grams"] > 0
+
+
+WEIGHED = {"allocation": "sensitivity", "objective": "predictions"}
+
+
+def test_gradients_of_llama_7b_by_hand() -> None:
+    ready = bare(LlamaConfig(), memory_budget="200GiB", emulator=WEIGHED, calibration={"batch_size": 1})
+    model = MemoryModel(ready, ROW)
+    parts = model.gradients()
+    assert parts["weights"] == 13_476_831_232
+    assert parts["gradients"] == 32 * 4 * (4 * 4096**2 + 2 * 11008**2 + 4096**2)
+    inner = 2 * (3 * 4096 + 4096 + 2 * 11008 + 11008)
+    saved = 2 * 4096 * 4 + inner
+    assert parts["activations"] == 2048 * (32 * 4096 * 2 + saved + 11008 * (2 + 4))
+    square = MemoryModel(bare(LlamaConfig()), ROW).factorize()["grams"]
+    assert model.factorize()["grams"] == square + 3 * 4 * 4096**2 + 4 * 4096 * 11008
+    assert MemoryModel(bare(LlamaConfig()), ROW).gradients()["gradients"] == 0
+
+
+def test_sums_of_gradients_go_in_waves_too(prepared: Callable[..., Prepared]) -> None:
+    free = MemoryModel(prepared(emulator=WEIGHED), LENGTHS)
+    [whole] = free.gradient_waves()
+    assert [spec.name for spec in whole] == list(free.layout.weighed)
+    beside = total(free.stage("gradients")) - int(free.stage("gradients")["gradients"])
+    room = 4 * 128**2 + 4 * 64**2
+    bounded = MemoryModel(prepared(memory_budget=beside + room, emulator=WEIGHED), LENGTHS)
+    waves = bounded.gradient_waves()
+    assert [spec for wave in waves for spec in wave] == whole
+    assert len(waves) > 1
+    assert all(sum(4 * spec.out_features**2 for spec in wave) <= room for wave in waves)
+    bounded.check_gradients()
+
+
+@pytest.mark.parametrize(("key", "value"), [("allocation", "sensitivity"), ("objective", "predictions")])
+def test_a_worker_that_cannot_hold_the_whole_model_is_refused(
+    prepared: Callable[..., Prepared], key: str, value: str
+) -> None:
+    ready = prepared(memory_budget=BASE_BYTES, emulator={key: value})
+    with pytest.raises(ConfigError, match=rf"emulator\.{key}: {value} needs gradients of the whole model, 0\.4\d GiB"):
+        make_plan(ready)
+    make_plan(prepared(memory_budget=BASE_BYTES, emulator={"allocation": "spectral"}))

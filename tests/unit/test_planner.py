@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from tiny import save_quantized_emulator
 
 from emloc_ray import planner
 from emloc_ray.config_reading import parse_config
+from emloc_ray.console import plan_tables
 from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.planner import Plan, make_plan, num_steps
 from emloc_ray.preparation import Prepared, prepare
@@ -155,3 +157,18 @@ def test_bytes_in_4_bits_are_those_of_a_saved_emulator(
     found = plan(dtype, emulator={"quantization": "nf4", "compression_ratio": ratio})
     saved = save_quantized_emulator(tiny_model_dir("llama", dtype=dtype), tmp_path / "emulator", found.layout.ranks)
     assert stage(found, "factorize").disk_bytes == pytest.approx(Checkpoint(saved).num_bytes, rel=0.01)
+
+
+def test_what_ranks_by_data_take_is_planned(plan: Callable[..., Plan]) -> None:
+    plain, found = plan(), plan(emulator={"allocation": "sensitivity", "objective": "predictions"})
+    names = [entry.name for entry in found.stages]
+    assert names == ["calibrate", "gradients", "allocate", "factorize", *STAGES[2:]]
+    assert found.emulator_parameters == plain.emulator_parameters
+    assert stage(found, "gradients").worker_bytes > stage(found, "calibrate").worker_bytes
+    assert stage(found, "gradients").seconds > stage(found, "calibrate").seconds > 0
+    assert stage(found, "finetune") == stage(plain, "finetune")
+    spectral = [entry.name for entry in plan(emulator={"allocation": "spectral"}).stages]
+    assert spectral == ["calibrate", "allocate", *STAGES[1:]]
+    text = "".join(segment.text for table in plan_tables(found) for segment in Console(width=200).render(table))
+    assert "by data" in text
+    assert f"together they keep {found.layout.parameters_factorized:,} parameters at most" in " ".join(text.split())

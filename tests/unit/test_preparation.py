@@ -369,3 +369,44 @@ def test_zero_3_in_4_bits_is_refused(refused: Callable[..., str], tmp_path: Path
     path.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     said = refused(finetune={"deepspeed": str(path), "num_workers": 2}, emulator={"quantization": "nf4"})
     assert f"finetune.deepspeed {path} is ZeRO stage 3, which cannot scatter weights in 4 bits" in said
+
+
+def test_ranks_that_follow_from_data_are_those_whose_ratio_no_pattern_names() -> None:
+    plain = layout(emulator={"ratios": {"q_proj": 0.3, "o_proj": 1.0}})
+    assert plain.allocated == plain.weighed == ()
+    options = {"ratios": {"q_proj": 0.3, "o_proj": 1.0}, "allocation": "sensitivity"}
+    found = layout(emulator=options)
+    assert found.ranks == plain.ranks
+    assert {name.rsplit(".", 1)[-1] for name in found.allocated} == {
+        "k_proj",
+        "v_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
+    assert found.weighed == found.allocated
+    assert layout(emulator={**options, "objective": "predictions"}).weighed == tuple(found.ranks)
+    assert layout(emulator={"allocation": "spectral"}).weighed == ()
+    whole = layout(emulator={"allocation": "sensitivity", "objective": "predictions", "compression_ratio": 1.0})
+    assert whole.allocated == whole.weighed == ()
+
+
+def test_a_layout_takes_the_ranks_of_the_emulator_that_was_made() -> None:
+    found = layout(emulator={"allocation": "spectral"})
+    layers = {name: {"rank": 3, "solver": "exact"} for name in found.ranks}
+    first, second, *_ = layers
+    del layers[first]  # left dense
+    layers[second] = {"rank": 32, "solver": "dense"}  # dense, in 4 bits
+    made = found.as_made(layers)
+    assert set(made.ranks) == set(found.ranks) - {first, second}
+    assert set(made.ranks.values()) == {3}
+    assert layout().as_made(layers).ranks == layout().ranks
+
+
+def test_in_4_bits_only_what_can_be_stored_dense_may_be() -> None:
+    wide = layout("gpt2", emulator={"allocation": "spectral"})
+    assert all(wide.may_be_dense(name) for name in wide.allocated)
+    packed = layout("gpt2", emulator={"allocation": "spectral", "quantization": "nf4"})
+    assert {name for name in packed.allocated if packed.may_be_dense(name)} == set(packed.replaceable) & set(
+        packed.allocated
+    )

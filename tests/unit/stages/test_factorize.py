@@ -15,7 +15,8 @@ from emloc_ray.errors import NumericsError
 from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.io.grams import GramStore, StoredGram
 from emloc_ray.modeling.architecture import LinearSpec
-from emloc_ray.stages.factorize import FactorizationJob, Kept, copy_rest, factorize_group, read_reports, spectra_file
+from emloc_ray.stages.factorize import FactorizationJob, Kept, copy_rest, factorize_group
+from emloc_ray.stages.layer_reports import read_reports, spectra_file
 
 
 def job_of(artifacts: Artifacts, model_dir: Path | None = None) -> FactorizationJob:

@@ -18,7 +18,8 @@ from emloc_ray.io.grams import GramStore
 from emloc_ray.modeling.adapter import Adapter
 from emloc_ray.modeling.quantization import dequantize, quantize
 from emloc_ray.stages.correct import Candidate, CorrectionJob, correct_adapter, layer_difference
-from emloc_ray.stages.factorize import FactorizationJob, factorize_group, read_reports, spectra_file
+from emloc_ray.stages.factorize import FactorizationJob, factorize_group
+from emloc_ray.stages.layer_reports import read_reports, spectra_file
 
 
 def job_of(artifacts: Artifacts, **changes: object) -> FactorizationJob:

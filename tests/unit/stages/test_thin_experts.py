@@ -19,7 +19,8 @@ from emloc_ray.modeling.architecture import LinearSpec, block_linears, empty_mod
 from emloc_ray.modeling.stored_names import stored_parameters, stored_specs
 from emloc_ray.remarks import thin_experts
 from emloc_ray.stages.calibration_job import CalibrationJob
-from emloc_ray.stages.factorize import FactorizationJob, factorize_group, read_reports
+from emloc_ray.stages.factorize import FactorizationJob, factorize_group
+from emloc_ray.stages.layer_reports import read_reports
 from emloc_ray.stages.resident_slot import ResidentSlot
 from emloc_ray.stages.streamed_slot import StreamedSlot, part_file
 from emloc_ray.stages.thin_experts import Gathered, Ready, describe, gather_thin, thin_names, without_thin

@@ -1,0 +1,177 @@
+"""Which linear gets how many ranks: the same parameters in all, spent where they gain most.
+
+Each linear has a curve: what it gains by its first r ranks, at ``r (out + in)`` parameters, and dense, at ``out · in``, by all
+of them. With the eigenvalues ``λ_i`` of ``S^½ W G Wᵀ S^½`` over N tokens (:mod:`emloc_ray.core.two_sided`) the i-th rank saves
+``½ λ_i / N`` nats of the KL divergence between the model's predictions and the emulator's, so that gains of different
+linears may be added up and held against each other. A budget is spent best along the upper concave hulls of the curves,
+steepest piece first: the greedy solution of the knapsack's relaxation (Dantzig 1957), which no allocation of that
+budget can exceed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from emloc_ray.core.factorization import scaled_weight
+from emloc_ray.core.two_sided import weighed
+from emloc_ray.core.whitening import Whitening
+
+
+def spectrum(
+    weight: Tensor, whitening: Whitening, outputs: Whitening | None = None, *, name: str = "the layer"
+) -> Tensor:
+    """The eigenvalues of ``S_d^½ W G Wᵀ S_d^½``, or without ``outputs`` of ``W G Wᵀ``: ``(min(out, in),)``, descending, float64.
+
+    With the damped ``G`` and ``S``, as in :class:`Whitening`.
+
+    Raises:
+        NumericsError: the weight holds a NaN or an Inf.
+        ValueError: the shapes do not fit.
+    """
+    if weight.shape[1] != whitening.in_features:
+        raise ValueError(f"{name} reads {weight.shape[1]} features, but its Gram is of {whitening.in_features}.")
+    wide = weight.detach().to(torch.float32) if outputs is None else weighed(weight, outputs)
+    inside, scale = scaled_weight(wide, name)
+    if inside.shape[0] > inside.shape[1]:
+        whitened = whitening.whiten(inside)
+        matrix = whitened.T @ whitened
+    else:
+        matrix = whitening.outer(inside)
+    values: Tensor = torch.linalg.eigvalsh(matrix).to(torch.float64).flip(0).clamp_min(0.0)
+    return values * (scale * scale * whitening.scale * (1.0 if outputs is None else outputs.scale))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a linear's ranks gain and cost.
+
+    Attributes:
+        name: the linear.
+        out_features, in_features: of its weight.
+        gains: of each rank, ``(min(out, in),)``, descending, not negative; dense gains their sum.
+        may_be_dense: whether it may be left as it is.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    gains: Tensor
+    may_be_dense: bool = True
+
+    @property
+    def step(self) -> int:
+        """Parameters of a rank."""
+        return self.out_features + self.in_features
+
+    @property
+    def dense(self) -> int:
+        """Parameters of the weight."""
+        return self.out_features * self.in_features
+
+    @property
+    def highest(self) -> int:
+        """The highest rank whose factors are smaller than the weight; at least 1."""
+        return max(1, (self.dense - 1) // self.step)
+
+    def cost(self, rank: int | None) -> int:
+        """Parameters at a rank; of the weight where that is None."""
+        return self.dense if rank is None else rank * self.step
+
+    def gain(self, rank: int | None) -> float:
+        """What a rank gains, with all before it; dense all of them."""
+        return float((self.gains if rank is None else self.gains[:rank]).sum())
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The rank of every linear (None: it stays dense), what all of them cost, and what they gain together."""
+
+    ranks: dict[str, int | None]
+    used: int
+    gain: float
+
+
+def allocate(curves: Sequence[Curve], budget: int, fallback: Mapping[str, int | None]) -> Allocation:
+    """The ranks that gain most at a cost of at most ``budget`` parameters; every linear has at least one.
+
+    Greedy along the hulls, then by the best single step that still fits, until none does: what is left of the budget is less
+    than the smallest step of any linear that could take one. The gain is at least that of ``fallback``, an allocation
+    within the budget, from which it starts where pieces too large to fit would have the greedy solution below it;
+    it is at most one piece of a hull below the relaxation's bound. Ties go by the order of ``curves``.
+
+    Raises:
+        ValueError: the budget does not hold a rank for each, or not the fallback.
+    """
+    least = {curve.name: 1 for curve in curves}
+    found = _filled(curves, _greedy(curves, least, budget), budget)
+    other = _filled(curves, dict(fallback), budget)
+    return max(found, other, key=lambda allocation: allocation.gain)
+
+
+def _greedy(curves: Sequence[Curve], least: Mapping[str, int], budget: int) -> dict[str, int | None]:
+    """Pieces of the hulls in the order of their slopes; one that does not fit is left out."""
+    ranks: dict[str, int | None] = dict(least)
+    left = budget - sum(curve.cost(ranks[curve.name]) for curve in curves)
+    pieces = [(curve, *piece) for curve in curves for piece in _hull(curve)]
+    slopes = torch.tensor([slope for _, _, slope in pieces], dtype=torch.float64)
+    for index in torch.sort(slopes, descending=True, stable=True).indices.tolist():
+        curve, rank, _ = pieces[index]
+        before = ranks[curve.name]
+        if before is None or (rank is not None and rank != before + 1):
+            continue
+        cost = curve.cost(rank) - curve.cost(before)
+        # A dense piece is as good as its slope from where the hull has it alone, or from further on.
+        if cost <= left:
+            ranks[curve.name], left = rank, left - cost
+    return ranks
+
+
+def _hull(curve: Curve) -> Iterator[tuple[int | None, float]]:
+    """The pieces of the upper concave hull after the first rank, each by the rank that it ends in and its slope.
+
+    Gains descend, so that the curve of ranks is concave as it is; the dense point's tangent cuts it off at some rank.
+    """
+    gains = curve.gains.tolist()
+    rest = sum(gains[1:])
+    for rank in range(1, curve.highest + 1):
+        slope = gains[rank] / curve.step if rank < curve.highest else 0.0
+        tangent = rest / (curve.dense - curve.cost(rank)) if curve.dense > curve.cost(rank) else 0.0
+        if curve.may_be_dense and tangent >= slope:
+            yield None, tangent
+            return
+        if rank < curve.highest:
+            yield rank + 1, slope
+            rest -= gains[rank]
+
+
+def _filled(curves: Sequence[Curve], ranks: dict[str, int | None], budget: int) -> Allocation:
+    """Single steps, a rank or all the rest of a linear, by what they gain a parameter, until none fits."""
+    left = budget - sum(curve.cost(ranks[curve.name]) for curve in curves)
+    if left < 0:
+        raise ValueError(f"A budget of {budget} parameters is {-left} short of what {len(curves)} linears need.")
+    steps = {curve.name: list(_steps(curve, ranks[curve.name])) for curve in curves}
+    while True:
+        fitting = [
+            (slope, curve, rank, cost) for curve in curves for rank, cost, slope in steps[curve.name] if cost <= left
+        ]
+        if not fitting:
+            break
+        _, curve, rank, cost = max(fitting, key=lambda step: step[0])
+        ranks[curve.name], left = rank, left - cost
+        steps[curve.name] = list(_steps(curve, rank))
+    return Allocation(ranks, budget - left, sum(curve.gain(ranks[curve.name]) for curve in curves))
+
+
+def _steps(curve: Curve, rank: int | None) -> Iterator[tuple[int | None, int, float]]:
+    """What may come after a rank: the next one, and dense; each with its cost and its gain a parameter."""
+    if rank is None:
+        return
+    if rank < curve.highest:
+        yield rank + 1, curve.step, float(curve.gains[rank]) / curve.step
+    cost = curve.dense - curve.cost(rank)
+    if curve.may_be_dense and cost > 0:
+        yield None, cost, float(curve.gains[rank:].sum()) / cost

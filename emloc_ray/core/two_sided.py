@@ -1,0 +1,117 @@
+"""The emulator's layer in the metric of the model's predictions: ``tr(S Δ G Δᵀ)`` instead of ``tr(Δ G Δᵀ)``.
+
+With ``g`` the gradient of the loss with respect to a linear's output at a token, ``S = Σ g gᵀ (out, out)``. Where the labels
+are drawn from the model's own predictions, ``S`` is the output factor of the Fisher matrix in K-FAC (Martens and Grosse
+2015, https://arxiv.org/abs/1503.05671), the true Fisher and not the empirical one: over N tokens, changing the weight by
+``Δ`` moves the predictions by a KL divergence, summed over the sample, of about
+
+    ½ tr(S Δ G Δᵀ) / N
+
+``G = Σ x xᵀ`` alone (EMLoC, ASVD, SVD-LLM) minimises what a layer's output changes by; this weighs every direction of the
+output by what the predictions make of it. With ``S_d = S + ε mean(diag S) I = L Lᵀ`` the best ``W_E`` of rank r is the plain
+one of ``Lᵀ W`` under ``G``, taken back: with ``U`` its top r left singular vectors there,
+
+    W_E = L⁻ᵀ U Uᵀ Lᵀ W          up = L⁻ᵀ U (out, r)      down = Uᵀ Lᵀ W (r, in)
+
+which does not depend on which root ``L`` is. With ``S ∝ I`` it is the plain one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from emloc_ray.core.factorization import Factorization, LowRankFactors, Solver, factorize
+from emloc_ray.core.nested import extended
+from emloc_ray.core.whitening import Whitening
+
+
+def weighed(weight: Tensor, outputs: Whitening) -> Tensor:
+    """``Lᵀ W (out, in)``, ``L Lᵀ = S_d / s`` with ``s = outputs.scale``: in float32, or float64 for a float64 weight.
+
+    ``outputs`` is the whitening of ``S``, as :class:`Whitening` damps it.
+
+    Raises:
+        ValueError: ``S`` is not of the weight's outputs.
+    """
+    if weight.shape[0] != outputs.in_features:
+        raise ValueError(
+            f"The weight gives {weight.shape[0]} features, but its gradients are of {outputs.in_features}."
+        )
+    stored = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    wide = weight.detach().to(stored)
+    return wide if outputs.is_identity else outputs.root(stored).T @ wide
+
+
+def factorize_two_sided(
+    weight: Tensor,
+    whitening: Whitening,
+    outputs: Whitening,
+    rank: int,
+    *,
+    solver: Solver = "auto",
+    seed: int = 0,
+    name: str = "the layer",
+) -> Factorization:
+    """The best ``W_E = up @ down`` of ``rank`` for ``weight (out, in)`` under ``tr(S_d Δ G Δᵀ)``.
+
+    As :func:`emloc_ray.core.factorization.factorize` of ``Lᵀ W``, its numerics and errors included; the eigenvalues, the
+    energy and the relative error are those of ``S_d^½ W G Wᵀ S_d^½``. ``up`` is not orthonormal; its columns are in
+    descending order of what they give, so that the first ones are the best of a smaller rank.
+
+    Args:
+        weight: ``(out, in)``, any floating dtype.
+        whitening: the damped Gram of its inputs.
+        outputs: the whitening of ``S (out, out)``, damped; of a sum of zeros it leaves the plain factors.
+        rank: within ``1 .. min(out, in)``.
+        solver: ``auto``, ``exact`` or ``subspace``.
+        seed: of the subspace solver's start.
+        name: the layer, for the errors.
+
+    Raises:
+        NumericsError: the weight holds a NaN or an Inf.
+        ValueError: the shapes do not fit, or ``rank`` is out of its range.
+    """
+    found = factorize(weighed(weight, outputs), whitening, rank, solver=solver, seed=seed, name=name)
+    return _taken_back(found, outputs)
+
+
+def extended_two_sided(
+    weight: Tensor,
+    whitening: Whitening,
+    outputs: Whitening,
+    known: Factorization,
+    rank: int,
+    *,
+    seed: int = 0,
+    name: str = "the layer",
+) -> Factorization:
+    """The best of a ``rank`` above that of ``known``, which :func:`factorize_two_sided` made under the same sums.
+
+    As :func:`emloc_ray.core.nested.extended`, which see, of ``Lᵀ W``.
+    """
+    up, down = known.factors
+    wide = weighed(weight, outputs)
+    inside = up.to(wide.dtype) if outputs.is_identity else outputs.root(wide.dtype).T @ up.to(wide.dtype)
+    there = dataclasses.replace(
+        known,
+        factors=LowRankFactors(inside, down),
+        eigenvalues=known.eigenvalues / outputs.scale,
+        total_energy=known.total_energy / outputs.scale,
+    )
+    return _taken_back(extended(wide, whitening, there, rank, seed=seed, name=name), outputs)
+
+
+def _taken_back(found: Factorization, outputs: Whitening) -> Factorization:
+    """The factorization of ``Lᵀ W`` as one of ``W``."""
+    up, down = found.factors
+    if not outputs.is_identity:
+        up = torch.linalg.solve_triangular(outputs.root(up.dtype).T, up, upper=True)
+    return dataclasses.replace(
+        found,
+        factors=LowRankFactors(up.contiguous(), down),
+        eigenvalues=found.eigenvalues * outputs.scale,
+        total_energy=found.total_energy * outputs.scale,
+    )

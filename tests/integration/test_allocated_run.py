@@ -1,0 +1,265 @@
+"""Runs whose ranks follow from the data and whose factors keep predictions: end to end, again, after kills, from a cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import save
+from image_rows import serve, write_image_rows
+from safetensors.torch import load_file
+from small_runs import TWO, FinishedRun, KillingReporter, make_values, redone, run_values, task_rows, write_jsonl
+from transformers import AutoModelForCausalLM
+from vlms import save_vlm
+
+from emloc_ray.config_reading import parse_config
+from emloc_ray.core.ranks import factor_parameters
+from emloc_ray.data.token_shards import TokenShards
+from emloc_ray.io.artifact_cache import ArtifactCache
+from emloc_ray.io.checkpoint import Checkpoint
+from emloc_ray.io.grams import GramStore
+from emloc_ray.modeling.loading import load_model
+from emloc_ray.preparation import prepare
+from emloc_ray.stages import STAGES
+from emloc_ray.stages.allocate import read_ranks
+
+WEIGHED = {"allocation": "sensitivity", "objective": "predictions"}
+ALL = ["data", "calibrate", "gradients", "allocate", *STAGES[1:]]
+
+
+@pytest.fixture(scope="session")
+def weighed_run(make_run: Callable[..., FinishedRun], task_file: Path) -> FinishedRun:
+    """The tiny Llama's run by sensitivity and predictions; read it, or spoil a copy."""
+    return make_run(task_file, emulator=WEIGHED)
+
+
+def tail(step: str, without: tuple[str, ...] = ()) -> list[str]:
+    return [name for name in ALL[ALL.index(step) :] if name not in without]
+
+
+@torch.no_grad()
+def divergence(run: FinishedRun, directory: Path) -> float:
+    """The KL divergence of an emulator's predictions from the original's at a run's calibration completions, nats a token."""
+    original, emulator = load_model(run.model_dir), load_model(directory)
+    total, count = 0.0, 0
+    shards = TokenShards(run.root / "data" / "tokens" / "calibration")
+    for position in range(len(shards)):
+        row = shards.row(position)
+        ids = torch.tensor([row.input_ids])
+        keep = torch.tensor(row.completion_mask)[1:]
+        ours, theirs = (m(input_ids=ids).logits[0, :-1][keep].log_softmax(-1) for m in (emulator, original))
+        total += float((theirs.exp() * (theirs - ours)).sum())
+        count += int(keep.sum())
+    return total / count
+
+
+def test_the_budget_is_uniform_s_and_the_predictions_are_nearer(
+    weighed_run: FinishedRun, llama_run: FinishedRun
+) -> None:
+    layout = prepare(parse_config(llama_run.values)).layout
+    specs = {spec.name: spec for spec in layout.specs}
+    ranks = read_ranks(weighed_run.root / "allocation")
+    used = sum(factor_parameters(s.out_features, s.in_features, ranks[name]) for name, s in specs.items())
+    told, uniform = weighed_run.metrics["emulator"], llama_run.metrics["emulator"]
+    left = json.loads((weighed_run.root / "allocation" / "ranks.json").read_text())["parameters_left"]
+    assert used + left == layout.parameters_factorized
+    assert left < min(s.out_features + s.in_features for s in layout.specs)
+    assert told["parameters"] == uniform["parameters"] - left
+    assert told["parameters_kept"] == pytest.approx(used / layout.parameters_targeted)
+    assert (told["allocation"], told["objective"]) == ("sensitivity", "predictions")
+    assert (uniform["allocation"], uniform["objective"]) == ("uniform", "activations")
+    assert len(set(ranks.values())) > 3
+    for name, layer in told["layers"].items():
+        assert layer["rank"] == (ranks[name] or min(specs[name].out_features, specs[name].in_features))
+        kept = factor_parameters(specs[name].out_features, specs[name].in_features, ranks[name])
+        assert layer["share"] == pytest.approx(kept / specs[name].num_parameters)
+    assert divergence(weighed_run, weighed_run.root / "emulator") < divergence(llama_run, llama_run.root / "emulator")
+
+
+def test_all_that_follows_takes_these_ranks(weighed_run: FinishedRun) -> None:
+    ranks = {name: rank for name, rank in read_ranks(weighed_run.root / "allocation").items() if rank is not None}
+    config = json.loads((weighed_run.root / "emulator" / "config.json").read_text())
+    assert config["ranks"] == ranks
+    emulator = AutoModelForCausalLM.from_pretrained(weighed_run.root / "emulator")
+    assert all(emulator.get_submodule(name).up.weight.shape[1] == rank for name, rank in ranks.items())
+    evaluation = weighed_run.metrics["evaluation"]
+    assert evaluation["merged"]["loss"] == pytest.approx(evaluation["corrected"]["loss"], abs=1e-3)
+    assert evaluation["corrected"]["loss"] < evaluation["original"]["loss"]
+    merged = {entry.name for entry in Checkpoint(weighed_run.root / "merged")}
+    assert merged == {entry.name for entry in Checkpoint(weighed_run.model_dir)}
+
+
+def test_the_page_and_the_log_tell_of_it(weighed_run: FinishedRun) -> None:
+    page = (weighed_run.root / "report.html").read_text()
+    assert "allocated by sensitivity" in page
+    assert "factors that keep predictions" in page
+    steps = [json.loads(line) for line in (weighed_run.root / "log.jsonl").read_text().splitlines()]
+    started = [event["stage"] for event in steps if event["event"] == "started"]
+    assert started == ALL
+
+
+@pytest.mark.parametrize(
+    ("section", "keys", "expected"),
+    [
+        ("evaluation", {"num_workers": 1}, []),
+        ("calibration", {"num_workers": 1}, []),
+        ("emulator", {"gradient_dampening_frac": 0.1}, tail("allocate")),
+        ("emulator", {"compression_ratio": 0.3}, tail("allocate")),
+        ("emulator", {"objective": "activations"}, tail("factorize")),
+        ("emulator", {"allocation": "spectral"}, tail("allocate")),
+        ("emulator", {"allocation": "uniform"}, tail("factorize")),
+        ("emulator", {"allocation": "uniform", "objective": "activations"}, tail("factorize")),
+        ("finetune", {"loss_on": "all"}, tail("gradients")),
+        ("calibration", {"tokens": "completion"}, tail("calibrate")),
+    ],
+)
+def test_a_changed_config_redoes_what_depends_on_it(
+    weighed_run: FinishedRun, tmp_path: Path, section: str, keys: dict[str, Any], expected: list[str]
+) -> None:
+    assert redone(weighed_run.copy(tmp_path).changed(**{section: keys})) == expected
+
+
+def test_from_a_stage_redoes_it_with_its_steps(weighed_run: FinishedRun, tmp_path: Path) -> None:
+    copied = weighed_run.copy(tmp_path)
+    assert redone(copied.values, begin="factorize") == tail("allocate")
+    assert redone(copied.values, begin="calibrate") == tail("calibrate")
+    assert redone(copied.values) == []
+
+
+class KillingGradients(KillingReporter):
+    """Kills a worker once a shard of gradients is counted."""
+
+    def start(self, stage: str) -> Callable[[int, int], None]:
+        told = super().start(stage)
+        return self._progress if stage == "gradients" else (told if stage != "calibrate" else lambda done, total: None)
+
+
+def test_a_killed_worker_leaves_no_trace(weighed_run: FinishedRun, tmp_path: Path) -> None:
+    copied = weighed_run.copy(tmp_path)
+    reporter = KillingGradients()
+    run_values(copied.values, reporter, begin="calibrate", until="factorize")
+    assert len(reporter.killed) == 1
+    assert any(note.startswith("gradients: slot") for note in reporter.notes)
+    for folder in ("gradients", "allocation", "emulator"):
+        files = sorted(file.name for file in (weighed_run.root / folder).iterdir() if file.is_file())
+        assert sorted(file.name for file in (copied.root / folder).iterdir() if file.is_file()) == files
+        for name in files:
+            expected, found = (run.root / folder / name for run in (weighed_run, copied))
+            assert found.read_bytes() == expected.read_bytes(), f"{folder}/{name}"
+
+
+def test_sums_that_are_not_kept_are_gathered_again_where_they_are_of_use(
+    weighed_run: FinishedRun, tmp_path: Path
+) -> None:
+    copied = weighed_run.copy(tmp_path)
+    values = copied.changed(calibration={"keep": "none"}, correction={"method": "projection"})
+    assert run_values(values, until="factorize").started == []
+    for folder in ("calibration", "gradients"):
+        assert not (copied.root / folder).exists()
+    assert (copied.root / "allocation" / "ranks.json").is_file()
+    again = run_values(values, until="factorize")
+    assert again.started == []
+    smaller = {**values, "emulator": {**values["emulator"], "compression_ratio": 0.3}}
+    assert run_values(smaller, until="factorize").started == ["calibrate", "gradients", "allocate", "factorize"]
+    assert not (copied.root / "gradients").exists()
+
+
+def test_an_emulator_of_other_ranks_is_taken_from_one_of_the_same_objective_alone(
+    weighed_run: FinishedRun, tmp_path: Path
+) -> None:
+    cache = ArtifactCache(str(tmp_path / "cache"))
+
+    def run(name: str, **emulator: Any) -> Path:
+        root = tmp_path / name
+        values = {**weighed_run.changed(emulator=emulator), "run_dir": str(root)}
+        run_values(values, until="factorize", cache=cache)
+        return root / "emulator"
+
+    def spectra(directory: Path) -> dict[str, torch.Tensor]:
+        return {k: v for file in (directory / "spectra").glob("*") for k, v in load_file(file).items()}
+
+    alone = weighed_run.root / "emulator"
+    activations = run("activations", allocation="uniform", objective="activations", compression_ratio=0.8)
+    predictions = run("predictions", allocation="uniform", compression_ratio=0.8)
+    taken = run("taken")
+    ranks = json.loads((taken / "config.json").read_text())["ranks"]
+    assert ranks == json.loads((alone / "config.json").read_text())["ranks"]
+    one, other, whole = Checkpoint(taken), Checkpoint(alone), Checkpoint(predictions)
+    cut = 0
+    for name, rank in ranks.items():
+        products = [held.read(f"{name}.up.weight") @ held.read(f"{name}.down.weight") for held in (one, other)]
+        torch.testing.assert_close(*products, rtol=1e-2, atol=2e-3 * float(products[0].abs().max()))
+        if f"{name}.up.weight" in whole and whole.read(f"{name}.up.weight").shape[1] >= rank:
+            assert torch.equal(one.read(f"{name}.up.weight"), whole.read(f"{name}.up.weight")[:, :rank])
+            cut += 1
+    assert cut > 0
+    first = next(iter(ranks))
+    assert not torch.allclose(spectra(taken)[first][:4], spectra(activations)[first][:4])
+    bases = [entry.basis["objective"] for entry in cache.entries() if entry.stage == "factorize" and entry.basis]
+    assert sorted(bases) == ["activations", "predictions", "predictions"]
+
+
+def one_worker(root: Path, model_dir: Path, rows: Path, /, **changes: dict[str, Any]) -> dict[str, Any]:
+    one = {"num_workers": 1}
+    sections: dict[str, dict[str, Any]] = {
+        "calibration": {**one, "num_calibration_samples": 16},
+        "emulator": {**one, **WEIGHED},
+        "finetune": {**one, "max_steps": 2},
+        "correction": {"method": "covariance"},
+        "merge": one,
+        "evaluation": {**one, "num_exact_match": 0, "num_generations": 0},
+    }
+    for section, keys in changes.items():
+        sections[section] = {**sections.get(section, {}), **keys}
+    return make_values(root / "run", model_dir, rows, **sections)
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "T5", "GPT-2"])
+def test_experts_encoders_and_conv1d_are_allocated_too(family: str, ray_session: None, tmp_path: Path) -> None:
+    model_dir, rows = save(family, tmp_path / "model"), write_jsonl(tmp_path / "rows.jsonl", task_rows(64))
+    changes = {"emulator": {"quantization": "nf4"}} if family == "GPT-2" else {}
+    values = one_worker(tmp_path, model_dir, rows, **changes)
+    run_values(values)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    ranks = read_ranks(tmp_path / "run" / "allocation")
+    layout = prepare(parse_config(values)).layout
+    assert set(ranks) == set(layout.allocated)
+    assert len(set(ranks.values())) > 2
+    assert metrics["evaluation"]["merged"]["loss"] == pytest.approx(
+        metrics["evaluation"]["corrected"]["loss"], abs=1e-2
+    )
+    if family == "Mixtral":
+        assert any(".experts." in name for name in ranks)
+    if family == "GPT-2":  # a Conv1D cannot be stored dense in 4 bits
+        assert None not in ranks.values()
+    load_model(tmp_path / "run" / "emulator")
+
+
+def test_a_vision_tower_is_allocated_too(ray_session: None, tmp_path: Path) -> None:
+    model_dir = save_vlm("LLaVA", tmp_path / "model")
+    (tmp_path / "rows").mkdir()
+    server, url = serve(tmp_path / "rows")
+    try:
+        rows = write_image_rows(tmp_path / "rows", url)
+        data = {"format": "messages", "max_seq_length": 128}
+        run_values(one_worker(tmp_path, model_dir, rows, data=data, calibration={"batch_size": 1}), until="factorize")
+    finally:
+        server.shutdown()
+    told = json.loads((tmp_path / "run" / "allocation" / "ranks.json").read_text())["layers"]
+    tower = [layer for name, layer in told.items() if "vision" in name]
+    assert tower
+    assert all(layer["possible_gain"] > 0 for layer in tower[:-1])
+
+
+def test_spectra_alone_need_no_gradients(weighed_run: FinishedRun, tmp_path: Path) -> None:
+    copied = weighed_run.copy(tmp_path)
+    values = copied.changed(emulator={"allocation": "spectral", "objective": "activations", **TWO})
+    assert run_values(values, until="factorize").started == ["allocate", "factorize"]
+    assert not (copied.root / "gradients").exists()
+    told = json.loads((copied.root / "allocation" / "ranks.json").read_text())["layers"]
+    assert all(layer["possible_gain"] == pytest.approx(1) for layer in told.values())
+    assert GramStore(copied.root / "calibration").is_whole()
