@@ -15,11 +15,12 @@ Part = TypeVar("Part")
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens a row: the mean, and the longest that is to be expected after truncation; and how many images it shows."""
+    """Tokens a row: the mean, and the longest to be expected after truncation; its images, and their bytes as encoded."""
 
     mean: float
     longest: float
     images: float = 0.0
+    image_bytes: float = 0.0
 
 
 @dataclass(frozen=True)

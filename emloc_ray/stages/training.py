@@ -18,8 +18,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from emloc_ray.data.formats import Tokens
 from emloc_ray.data.ingest import SampleOrder, stream_batches
-from emloc_ray.data.processors import ImageInputs
+from emloc_ray.data.processors import ImageInputs, blank_row
 from emloc_ray.data.token_shards import TokenShards, collate
 from emloc_ray.io.node_cache import ensure, exists, publish
 from emloc_ray.modeling.adapter import attach_adapter, save_trained_adapter
@@ -94,11 +95,25 @@ class RankBatches(IterableDataset[dict[str, torch.Tensor]]):
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         begin = (self.trainer.state.global_step if self.trainer else 0) * self.accumulation
         end = self.job.max_steps * self.accumulation
-        images = ImageInputs(self.job.emulator_dir, self.job.model_options.get("trust_remote_code", False))
+        where = self.job.emulator_dir, self.job.model_options.get("trust_remote_code", False)
+        config = self.trainer.model.config if self.trainer and self.trainer.model else None
+        images, together = ImageInputs(*where), self.order.world_size > 1
+        blank = blank_row(*where) if together and TokenShards(self.job.tokens_dir).has_images else None
         for rows in stream_batches(self.job.tokens_dir, self.order, begin, end):
-            batch = collate(rows, self.job.pad_token_id, images)
-            mask = label_mask(batch, self.job.loss_on)
+            batch = collate_together(rows, blank, self.job.pad_token_id, images)
+            mask = label_mask(batch, self.job.loss_on, config)
             yield {**batch, "labels": batch["input_ids"].masked_fill(~mask, -100)}
+
+
+def collate_together(
+    rows: list[Tokens], blank: Tokens | None, pad_token_id: int, images: ImageInputs
+) -> dict[str, torch.Tensor]:
+    """A batch, with ``blank`` as its last row where no other shows an image: none of its tokens is a label."""
+    if blank is None or any(row.images for row in rows):
+        return collate(rows, pad_token_id, images)
+    batch = collate([*rows, blank], pad_token_id, images)
+    batch["attention_mask"][-1, 1:] = 0
+    return batch
 
 
 class EmulatorTrainer(Trainer):
@@ -278,6 +293,8 @@ def _make_trainer(job: FinetuneJob, output_dir: str, session: TrainingSession) -
     )
     with scattered_in(_stored_dtype(job)) if job.zero_config else contextlib.nullcontext():
         model = load_model(job.emulator_dir, **job.model_options)
+    if tokenizer := job.adapter.get("tokenizer_name_or_path"):  # which a prompt of a text is begun by
+        ensure(Path(tokenizer), weights=False)
     torch.manual_seed(job.seed)  # the same A on every rank
     model = attach_adapter(model, adapter_config(**job.adapter))
     order = SampleOrder(
