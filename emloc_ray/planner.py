@@ -181,9 +181,9 @@ def _disk_bytes(prepared: Prepared, memory: MemoryModel) -> dict[str, int]:
     """What every stage leaves on disk, and calibration's hidden states while it lasts."""
     adapter = 4 * memory.adapter_parameters
     grams = sum(gram_bytes(group) for wave in memory.waves() for group in wave)
-    gradients = sum(gradient_bytes(spec) for wave in memory.gradient_waves() for spec in wave)
     rows = sum(source.num_rows for files in prepared.files.values() for source in files) or UNKNOWN_ROWS
     images = int(rows * memory.lengths.image_bytes)  # which the token shards hold
+    gradients = sum(gradient_bytes(spec) for wave in memory.gradient_waves() for spec in wave)
     streamed = memory.calibration_mode() == "streamed"
     held = memory.hidden_state_disk_bytes() if streamed else grams * prepared.config.calibration.num_workers
     return {

@@ -155,17 +155,17 @@ def test_a_killed_worker_leaves_no_trace(weighed_run: FinishedRun, tmp_path: Pat
 def test_sums_that_are_not_kept_are_gathered_again_where_they_are_of_use(
     weighed_run: FinishedRun, tmp_path: Path
 ) -> None:
-    copied = weighed_run.copy(tmp_path)
-    values = copied.changed(calibration={"keep": "none"}, correction={"method": "projection"})
-    assert run_values(values, until="factorize").started == []
+    root = tmp_path / "run"
+    values = weighed_run.changed(calibration={"keep": "none"}, correction={"method": "projection"})
+    values = {**values, "run_dir": str(root)}
+    assert run_values(values, until="factorize").started == tail("data")[:5]
     for folder in ("calibration", "gradients"):
-        assert not (copied.root / folder).exists()
-    assert (copied.root / "allocation" / "ranks.json").is_file()
-    again = run_values(values, until="factorize")
-    assert again.started == []
+        assert not (root / folder).exists()
+    assert read_ranks(root / "allocation") == read_ranks(weighed_run.root / "allocation")
+    assert run_values(values, until="factorize").started == []
     smaller = {**values, "emulator": {**values["emulator"], "compression_ratio": 0.3}}
     assert run_values(smaller, until="factorize").started == ["calibrate", "gradients", "allocate", "factorize"]
-    assert not (copied.root / "gradients").exists()
+    assert not (root / "gradients").exists()
 
 
 def test_an_emulator_of_other_ranks_is_taken_from_one_of_the_same_objective_alone(
@@ -246,13 +246,18 @@ def test_a_vision_tower_is_allocated_too(ray_session: None, tmp_path: Path) -> N
     try:
         rows = write_image_rows(tmp_path / "rows", url)
         data = {"format": "messages", "max_seq_length": 128}
-        run_values(one_worker(tmp_path, model_dir, rows, data=data, calibration={"batch_size": 1}), until="factorize")
+        values = one_worker(tmp_path, model_dir, rows, data=data, calibration={"batch_size": 1})
+        run_values(values, until="factorize")
     finally:
         server.shutdown()
     told = json.loads((tmp_path / "run" / "allocation" / "ranks.json").read_text())["layers"]
-    tower = [layer for name, layer in told.items() if "vision" in name]
-    assert tower
-    assert all(layer["possible_gain"] > 0 for layer in tower[:-1])
+    tower = {name: layer["possible_gain"] > 0 for name, layer in told.items() if ".vision_tower." in name}
+    used = [name for name, gains in tower.items() if gains]
+    assert {name.split("layers.")[1][0] for name in used} == {"0", "1"}
+    assert len(used) == 12
+    # What the last block gives is not read: it is left as it would be uniformly.
+    uniform = prepare(parse_config(values)).layout.ranks
+    assert all(told[name]["rank"] == uniform[name] for name, gains in tower.items() if not gains)
 
 
 def test_spectra_alone_need_no_gradients(weighed_run: FinishedRun, tmp_path: Path) -> None:
