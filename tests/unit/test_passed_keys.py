@@ -1,4 +1,4 @@
-"""Keys that sections pass on to transformers and Ray: unknown ones beside other errors, and secrets. PEFT's: test_adapter_keys.py."""
+"""Keys passed on to transformers and Ray: unknown ones beside other errors, and secrets. PEFT's: test_adapter_keys.py."""
 
 from __future__ import annotations
 
