@@ -74,7 +74,8 @@ def solve(prepared: Prepared, budget: int, lengths: Lengths, multiples: Mapping[
 
     def needed(ratio: float, micro_batch: int, checkpointing: bool = True) -> int:
         changed = with_settings(prepared, ratio, micro_batch, rows // micro_batch, checkpointing and may_checkpoint)
-        return total(MemoryModel(changed, lengths, multiples).stage("finetune"))
+        memory = MemoryModel(changed, lengths, multiples)
+        return max(total(memory.stage(name)) for name in ("heal", "finetune"))
 
     ratio = next((ratio for ratio in _RATIOS if needed(ratio, 1) <= budget), None)
     if ratio is None:
@@ -96,7 +97,7 @@ def solve(prepared: Prepared, budget: int, lengths: Lengths, multiples: Mapping[
         micro_batch,
         rows // micro_batch,
         checkpointing,
-        total(changed.stage("finetune")),
+        needed(ratio, micro_batch, checkpointing),
         total(changed.inference()),
         tuple((name, size) for name, size in others if size > budget),
     )

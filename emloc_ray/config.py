@@ -127,6 +127,21 @@ class CalibrationConfig(StageConfig):
         return values
 
 
+class HealingConfig(Section):
+    """Distilling the original into the emulator before the task's adapter is trained: a LoRA that becomes part of the factors.
+
+    What is not said here is as in ``finetune``, whose workers it uses.
+    """
+
+    steps: int = Field(ge=1, description="optimizer steps")
+    r: int = Field(8, ge=1, description="taken from each layer's rank and given back by the healing")
+    lora_alpha: float = Field(16, gt=0, allow_inf_nan=False)
+    learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False, description="left out: finetune's")
+    per_device_train_batch_size: int | None = Field(None, ge=1, description="left out: finetune's")
+    num_teacher_logits: int = Field(64, ge=1, description="of the original, cached for each label")
+    loss_on: Literal["completion", "all"] = "all"
+
+
 class EmulatorConfig(StageConfig):
     """The compressed model."""
 
@@ -136,6 +151,12 @@ class EmulatorConfig(StageConfig):
     exclude_modules: Patterns | None = None
     dampening_frac: float = Field(1e-6, gt=0, lt=1)
     quantization: Literal["none", "nf4"] = Field("none", description="nf4: linears inside the blocks in 4 bits")
+    healing: HealingConfig | None = None
+
+    @property
+    def heals(self) -> HealingConfig | None:
+        """The healing, unless nothing is compressed that could be healed."""
+        return None if self.compression_ratio == 1 else self.healing
 
     @field_validator("ratios")
     @classmethod

@@ -21,6 +21,7 @@ _VERBS = {
     "data": "Making token shards",
     "calibrate": "Calibrating",
     "factorize": "Factorizing",
+    "heal": "Healing",
     "finetune": "Fine-tuning",
     "correct": "Correcting",
     "merge": "Merging",
@@ -124,6 +125,8 @@ def _outcome(stage: str, result: dict[str, Any]) -> str:
         return text
     if stage == "factorize":
         return f"{len(result['layers'])} linears, mean relative error {result['mean_relative_error']:.3f}"
+    if stage == "heal":
+        return f"{result['steps']} steps, mean divergence from the original {result['train_loss']:.3f}"
     if stage == "finetune":
         return f"{result['steps']} steps, training loss {result['train_loss']:.3f}"
     if stage == "correct":

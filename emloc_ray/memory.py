@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from emloc_ray.healing import healing_run
 from emloc_ray.io.shard_writing import chunk_limit
 from emloc_ray.modeling.adapter_methods import update_rank
 from emloc_ray.modeling.architecture import LinearSpec
@@ -27,6 +28,9 @@ _ADAM_BYTES = 16  # a trained parameter in float32: itself, its gradient, Adam's
 _FLOAT = 4  # bytes: Grams, adapters, norms and losses are in float32 whatever the model is in
 _DOUBLE = 8
 _ROWS = 1024  # of a layer that the correction turns to float64 at a time
+# Of a chunk's logits in float32 while their gradient is made: themselves, the softmax and its gradient; of a divergence also
+# those that are not the teacher's top, and theirs.
+_LOSS_COPIES, _DIVERGENCE_COPIES = 3, 5
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ class MemoryModel:
     def __init__(self, prepared: Prepared, lengths: Lengths, multiples: Mapping[str, float] | None = None) -> None:
         """``multiples``: prefixes of blocks that see another number of tokens than the row has, and how many times that;
         left out, by the row's images and the tokens that blocks read for one."""
-        self.config, self.layout, self.lengths = prepared.config, prepared.layout, lengths
+        self.prepared, self.lengths = prepared, lengths
+        self.config, self.layout = prepared.config, prepared.layout
         self.model_config = prepared.model_config
         self.calibration_tokens = prepared.calibration_tokens(lengths.mean)
         self.itemsize = model_dtype(prepared).itemsize
@@ -89,6 +94,7 @@ class MemoryModel:
         if multiples is None:
             per_image = self.layout.image.block_tokens
             multiples = {name: count * lengths.images / lengths.longest for name, count in per_image.items()}
+        self.multiples = multiples
         self.blocks = _blocks(self.layout.groups, multiples)
 
     def stage(self, name: str) -> Parts:
@@ -179,7 +185,17 @@ class MemoryModel:
         order = min(spec.out_features, spec.in_features)
         return spec.num_parameters * _DOUBLE + 4 * order**2 * _DOUBLE + self.layout.kept(spec) * (_FLOAT + _DOUBLE)
 
-    def finetune(self) -> Parts:
+    def heal(self) -> Parts:
+        """The training, or the original's pass over its batches before it; the larger."""
+        healing = self.config.emulator.heals
+        if healing is None:
+            return {}
+        run = healing_run(self.prepared, healing)
+        training = MemoryModel(run, self.lengths, self.multiples).finetune(_DIVERGENCE_COPIES)
+        teaching = self._scoring(self.weights, run.config.finetune.per_device_train_batch_size)
+        return max(training, teaching, key=total)
+
+    def finetune(self, logit_copies: int = _LOSS_COPIES) -> Parts:
         """Emulator, adapter with its optimizer, and a step: what blocks keep for the backward pass, or only their inputs
         and one block's at a time under gradient checkpointing; beside it the logits, or one linear's update by LoRA."""
         section = self.config.finetune
@@ -189,7 +205,7 @@ class MemoryModel:
         inputs = sum(block.multiple * block.width for block in self.blocks) * self.itemsize
         kept, again = (inputs, max(saved)) if section.gradient_checkpointing else (sum(saved), 0.0)
         inside = tokens * (again + self._update_per_token())
-        logits = self._logits(tokens)
+        logits = self._logits(tokens, logit_copies)
         return {
             "weights": self.emulator,
             "unpacked": self._unpacked(),
@@ -213,7 +229,11 @@ class MemoryModel:
             return {}
         if self.config.correction.method != "auto" or not self.layout.differs:
             return one_by_one
-        scoring = {**self._scoring(self.weights), "adapter": _FLOAT * self.corrected_parameters, "correction": thin}
+        scoring = {
+            **self._scoring(self.weights, self.config.evaluation.batch_size),
+            "adapter": _FLOAT * self.corrected_parameters,
+            "correction": thin,
+        }
         return max(scoring, one_by_one, key=total)
 
     def _difference(self, spec: LinearSpec) -> float:
@@ -235,7 +255,7 @@ class MemoryModel:
     def evaluate(self) -> Parts:
         """The original with one adapter at a time; scoring a batch, or completing one with a cache."""
         section = self.config.evaluation
-        parts = {**self._scoring(self.weights), "adapter": _FLOAT * self.corrected_parameters}
+        parts = {**self._scoring(self.weights, section.batch_size), "adapter": _FLOAT * self.corrected_parameters}
         tokens = section.batch_size * self.lengths.longest
         cached = section.batch_size * (self.lengths.longest + section.max_new_tokens)
         completing = {
@@ -258,8 +278,8 @@ class MemoryModel:
             "logits": rows * self._vocabulary() * self.itemsize,
         }
 
-    def _scoring(self, weights: float) -> Parts:
-        tokens = self.config.evaluation.batch_size * self.lengths.longest
+    def _scoring(self, weights: float, rows: int) -> Parts:
+        tokens = rows * self.lengths.longest
         inside, logits = self._forward(tokens), self._logits(tokens)
         return {"weights": weights, **({"activations": inside} if inside >= logits else {"logits": logits})}
 
@@ -304,9 +324,9 @@ class MemoryModel:
     def _calibration_tokens(self) -> float:
         return self.config.calibration.batch_size * self.lengths.longest
 
-    def _logits(self, tokens: float) -> float:
-        """One chunk's logits in float32, their softmax and its gradient."""
-        return 3 * _FLOAT * min(tokens, chunk_tokens(self.layout.hidden_size)) * self._vocabulary()
+    def _logits(self, tokens: float, copies: int = _LOSS_COPIES) -> float:
+        """One chunk's logits in float32, and what is made of them."""
+        return copies * _FLOAT * min(tokens, chunk_tokens(self.layout.hidden_size)) * self._vocabulary()
 
     def _vocabulary(self) -> float:
         return self.layout.head_parameters / self.layout.hidden_size

@@ -1,4 +1,4 @@
-"""The paper's figure as code: import, calibrate, factorize, finetune, correct, merge, evaluate; each skipped where done."""
+"""The paper's figure as code: import, calibrate, factorize, heal, finetune, correct, merge, evaluate; each skipped where done."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from emloc_ray.config import RunConfig, StageConfig
 from emloc_ray.errors import DamagedArtifactError
+from emloc_ray.healing import factor_ranks, healing_run, packs_late
 from emloc_ray.io.artifact_cache import ArtifactCache, EntryGone
 from emloc_ray.io.fingerprint import fingerprint, fingerprint_large_files
 from emloc_ray.io.grams import INDEX, GramStore
@@ -21,6 +22,7 @@ from emloc_ray.preparation import Prepared, check_disk, prepare
 from emloc_ray.remarks import (
     cut_rows,
     left_dense,
+    no_healing,
     no_merge,
     over_budget,
     shortfall,
@@ -267,13 +269,16 @@ class Pipeline:
 
     def _factorize_inputs(self) -> dict[str, Any]:
         return {
-            **({"quantization": self.config.emulator.quantization} if self.layout.quantized else {}),
+            **({"quantization": self.config.emulator.quantization} if self._packs_early() else {}),
             "calibrate": self.inputs["calibrate"],
             "model": self.inputs["import"],
-            "ranks": self.layout.ranks,
+            "ranks": factor_ranks(self.prepared),
             "dampening_frac": self.config.emulator.dampening_frac,
             "seed": self.config.seed,
         }
+
+    def _packs_early(self) -> bool:
+        return self.layout.quantized and not packs_late(self.prepared)
 
     def _factorize_basis(self) -> dict[str, Any]:
         """What emulators of one basis have in common, whatever their ranks. One in 4 bits is none, but may take one."""
@@ -319,13 +324,52 @@ class Pipeline:
             build = self._emulator_build(granted)
             return build.finish(calibration_dir, self.jobs.base_config(), progress)
 
-        asked, basis = resources(self.config.emulator), None if self.layout.quantized else self._factorize_basis()
+        asked, basis = resources(self.config.emulator), None if self._packs_early() else self._factorize_basis()
         step = functools.partial(self.steps.run, "factorize", self._factorize_inputs(), [out_dir], execute, asked)
         result = step(resumes=True, shared=self._content(), basis=basis)
         discard(self.directory.path("basis"))
         self._tell(thin_calibration(self.config, result["fewest_tokens"], self.layout))
         if self.config.calibration.keep == "none":
             discard(calibration_dir)
+
+    def heal(self) -> None:
+        """The emulator after it was distilled from the original on the task's inputs; none where the config asks for none."""
+        from emloc_ray.jobs import resources
+        from emloc_ray.stages.heal import heal
+
+        out_dir, place, healing = (
+            self.directory.path("emulator_healed"),
+            self.directory.path("healing"),
+            self.config.emulator.heals,
+        )
+        if healing is None:
+            self.steps.leave_out("heal", self.inputs["factorize"], out_dir)
+            discard(place)
+            self._tell(no_healing(self.config))
+            return
+        learned = {*_NOT_LEARNED, "max_steps", "num_train_epochs", "loss_on"}
+        inputs: dict[str, Any] = {
+            "factorize": self.inputs["factorize"],
+            "data": self.inputs["data/train"],
+            "options": self.model_options,
+            "healing": healing.model_dump(mode="json"),
+            "finetune": _without(healing_run(self.prepared, healing).config.finetune, learned),
+            "ranks": self.layout.ranks,
+            "quantization": self.config.emulator.quantization,
+            "seed": self.config.seed,
+        }
+        if self.prepared.zero_config is not None:
+            inputs["deepspeed"] = self.prepared.zero_config
+
+        def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
+            for path in (place, out_dir):
+                discard_unless(path, inputs)
+            job = self.jobs.healing(healing, f"heal-{fingerprint(inputs)}")
+            return heal(job, self.jobs.base_config(), granted, progress, self.reporter.note)
+
+        asked = resources(self.config.finetune)
+        self.steps.run("heal", inputs, [out_dir], execute, asked, resumes=True, shared=self._content())
+        discard(place)
 
     def finetune(self) -> None:
         """The adapter as trained on the emulator."""
@@ -334,7 +378,7 @@ class Pipeline:
 
         section = self.config.finetune
         inputs = {
-            "factorize": self.inputs["factorize"],
+            "factorize": self.inputs["heal"],
             "data": self.inputs["data/train"],
             "options": self.model_options,
             "adapter": self.config.adapter.model_dump(mode="json"),

@@ -13,6 +13,8 @@ from emloc_ray.budget import Solution, solve, with_settings
 from emloc_ray.data.formats import FIELDS
 from emloc_ray.data.images import image_parts
 from emloc_ray.data.reading import Row, read_rows
+from emloc_ray.healing import factor_ranks, healing_run
+from emloc_ray.io.teacher_shards import BYTES_PER_LOGIT
 from emloc_ray.layout import Layout
 from emloc_ray.memory import Lengths, MemoryModel, Parts, gram_bytes, total
 from emloc_ray.preparation import UNKNOWN_ROWS, Prepared
@@ -68,12 +70,14 @@ def make_plan(prepared: Prepared) -> Plan:
     """Predicts every stage from shapes, the config, a look at the data and a short timing of this machine's products."""
     lengths = row_lengths(prepared)
     memory = MemoryModel(prepared, lengths)
-    disk = _disk_bytes(prepared, memory)
+    disk = _disk_bytes(prepared, memory, lengths)
     flops = _stage_flops(prepared, lengths.mean)
     speed = _flops_per_second()
     sections = _sections(prepared)
     stages = []
     for name in STAGES:
+        if name == "heal" and prepared.config.emulator.heals is None:
+            continue
         section = sections[name]
         cpus = max(1.0, section.cpus_per_worker) * section.num_workers
         seconds = _START_SECONDS[name] + flops[name] / (speed * cpus * _EFFICIENCY[name]) + disk[name] / 250e6
@@ -121,8 +125,24 @@ def within_budget(prepared: Prepared) -> tuple[Solution, Prepared]:
 # Making token shards, mostly of starting Ray and its workers.
 _SECONDS_BEFORE = 20
 # Starting a stage's workers and loading the model, seconds; the share of a matrix product's speed that a stage reaches.
-_START_SECONDS = {"calibrate": 25, "factorize": 6, "finetune": 20, "correct": 15, "merge": 4, "evaluate": 20}
-_EFFICIENCY = {"calibrate": 0.65, "factorize": 0.5, "finetune": 0.2, "correct": 0.5, "merge": 1.0, "evaluate": 0.45}
+_START_SECONDS = {
+    "calibrate": 25,
+    "factorize": 6,
+    "heal": 30,
+    "finetune": 20,
+    "correct": 15,
+    "merge": 4,
+    "evaluate": 20,
+}
+_EFFICIENCY = {
+    "calibrate": 0.65,
+    "factorize": 0.5,
+    "heal": 0.2,
+    "finetune": 0.2,
+    "correct": 0.5,
+    "merge": 1.0,
+    "evaluate": 0.45,
+}
 
 
 def _sections(prepared: Prepared) -> dict[str, Any]:
@@ -130,6 +150,7 @@ def _sections(prepared: Prepared) -> dict[str, Any]:
     return {
         "calibrate": config.calibration,
         "factorize": config.emulator,
+        "heal": config.finetune,
         "finetune": config.finetune,
         "correct": config.merge,
         "merge": config.merge,
@@ -137,8 +158,8 @@ def _sections(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def _disk_bytes(prepared: Prepared, memory: MemoryModel) -> dict[str, int]:
-    """What every stage leaves on disk, and calibration's hidden states while it lasts."""
+def _disk_bytes(prepared: Prepared, memory: MemoryModel, lengths: Lengths) -> dict[str, int]:
+    """What every stage leaves on disk, calibration's hidden states while it lasts, and the teacher's logits."""
     adapter = 4 * memory.adapter_parameters
     grams = sum(gram_bytes(group) for wave in memory.waves() for group in wave)
     streamed = memory.calibration_mode() == "streamed"
@@ -146,11 +167,35 @@ def _disk_bytes(prepared: Prepared, memory: MemoryModel) -> dict[str, int]:
     return {
         "calibrate": (memory.weights if prepared.source.gguf_file else 0) + grams // 2 + held,
         "factorize": memory.emulator,
+        "heal": _healing_bytes(prepared, memory, lengths),
         "finetune": 4 * adapter,
         "correct": 4 * memory.corrected_parameters,
         "merge": 0 if prepared.config.adapter.is_prompt else memory.weights,
         "evaluate": 0,
     }
+
+
+def _healing_bytes(prepared: Prepared, memory: MemoryModel, lengths: Lengths) -> int:
+    """The healed emulator, and while it is made the teacher's logits (k · 6 bytes of a token) and training checkpoints."""
+    healing = prepared.config.emulator.heals
+    if healing is None:
+        return 0
+    run = healing_run(prepared, healing)
+    rows = min(_num_train_rows(prepared), _rows_trained(run))
+    cached = rows * lengths.mean * healing.num_teacher_logits * BYTES_PER_LOGIT
+    lora = sum(healing.r * (s.out_features + s.in_features) for s in run.layout.specs if s.name in run.layout.adapted)
+    return int(memory.emulator + cached + 4 * 4 * lora)
+
+
+def _num_train_rows(prepared: Prepared) -> int:
+    return sum(source.num_rows for source in prepared.files.get("train", ())) or UNKNOWN_ROWS
+
+
+def _rows_trained(prepared: Prepared) -> int:
+    """Rows that all steps of the fine-tuning read together."""
+    finetune = prepared.config.finetune
+    rows = finetune.per_device_train_batch_size * finetune.gradient_accumulation_steps * finetune.num_workers
+    return rows * num_steps(prepared.config, _num_train_rows(prepared))
 
 
 def row_lengths(prepared: Prepared) -> Lengths:
@@ -200,22 +245,20 @@ def _stage_flops(prepared: Prepared, tokens: float) -> dict[str, float]:
     head = layout.head_parameters * 0.25  # logits at labels alone
     grams = sum(group[0].token_share * group[0].in_features ** 2 for group in layout.groups) * 1.2
     calibrated = prepared.calibration_tokens(tokens) if layout.differs else 0
-    train = prepared.files.get("train", ())
-    steps = num_steps(config, sum(source.num_rows for source in train) or UNKNOWN_ROWS)
-    finetune = config.finetune
-    rows = finetune.per_device_train_batch_size * finetune.gradient_accumulation_steps * finetune.num_workers * steps
-    passes = 6 if finetune.gradient_checkpointing else 4
+    passes = 6 if config.finetune.gradient_checkpointing else 4
     selection = config.correction.num_selection_samples * (7 if config.correction.method == "auto" else 0)
     held_out = config.evaluation.num_samples or 1000
-    work = sum(
-        2 * s.num_parameters * max(s.in_features, 2 * layout.ranks[s.name])
-        for s in layout.specs
-        if s.name in layout.ranks
-    )
+    ranks = factor_ranks(prepared)
+    work = sum(2 * s.num_parameters * max(s.in_features, 2 * ranks[s.name]) for s in layout.specs if s.name in ranks)
+    taught = healed = 0
+    if config.emulator.heals is not None:
+        healed = _rows_trained(healing_run(prepared, config.emulator.heals))
+        taught = min(healed, _num_train_rows(prepared))
     return {
         "calibrate": calibrated * 2 * (blocks + grams),
         "factorize": 2.5 * work,
-        "finetune": rows * tokens * passes * (kept + head),
+        "heal": tokens * (healed * passes * (kept + 4 * head) + taught * 2 * (blocks + 4 * head)),
+        "finetune": _rows_trained(prepared) * tokens * passes * (kept + head),
         "correct": tokens * selection * 2 * (blocks + head) + work,
         "merge": 0,
         "evaluate": tokens * held_out * 2 * (4 * (blocks + head) + 2 * (kept + head))

@@ -14,7 +14,7 @@ from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.preparation import Prepared
 from emloc_ray.stages import STAGES
 
-_ARTIFACTS = ("model", "data", "calibration", "emulator", "adapter_emulator", "adapter", "merged")
+_ARTIFACTS = ("model", "data", "calibration", "emulator", "emulator_healed", "adapter_emulator", "adapter", "merged")
 _LIBRARIES = ("emloc-ray", "ray", "torch", "transformers", "peft", "safetensors", "pyarrow")
 
 
@@ -27,6 +27,7 @@ def assemble_metrics(directory: RunDirectory, prepared: Prepared, verified: Coll
     layout = prepared.layout
     missing = {
         *(() if layout.differs else ("calibrate",)),
+        *(("heal",) if prepared.config.emulator.heals is None else ()),
         *(("merge",) if prepared.config.adapter.is_prompt else ()),
     }
     needed = [name for name in STAGES if name not in missing]
@@ -52,8 +53,12 @@ def assemble_metrics(directory: RunDirectory, prepared: Prepared, verified: Coll
             "mean_relative_error": stages["factorize"]["mean_relative_error"],
             "quantization": prepared.config.emulator.quantization,
             **{key: stages["factorize"][key] for key in ("bytes",) if key in stages["factorize"]},
+            **({"bytes": stages["heal"]["bytes"]} if "heal" in stages else {}),
             "layers": stages["factorize"]["layers"],
         }
+    if "heal" in stages:
+        shown = ("steps", "train_loss", "history", "healed_layers", "teacher_rows", "teacher_bytes")
+        metrics["healing"] = {key: stages["heal"][key] for key in shown}
     if "finetune" in stages:
         metrics["finetune"] = {key: stages["finetune"][key] for key in ("steps", "train_loss", "history")}
     if "correct" in stages:

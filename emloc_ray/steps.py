@@ -18,6 +18,7 @@ from emloc_ray.preparation import Prepared
 from emloc_ray.report import write_report
 from emloc_ray.reporter import Reporter
 from emloc_ray.results import assemble_metrics
+from emloc_ray.stages import GROUPS
 from emloc_ray.turns import Turns
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class Steps:
         from emloc_ray.stages.failures import explain
         from emloc_ray.stages.monitor import measured
 
-        missing = shortage(name, granted, together=name == "finetune")
+        missing = shortage(name, granted, together=name in GROUPS)
         if missing is not None:
             self.reporter.note(missing)
         told = self.reporter.start(name)

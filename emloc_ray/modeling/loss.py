@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from emloc_ray.core.distillation import divergence, top_log_probs
+from emloc_ray.errors import ArtifactError
 from emloc_ray.modeling.inputs import model_call
 
 # A chunk is of hidden size over this tokens: its logits, held about three times in float32 while their gradient is made,
@@ -30,22 +32,75 @@ class TokenLoss:
     num_tokens: int
 
 
-def token_loss(model: Any, batch: dict[str, Tensor], loss_on: str, head_owner: Any = None) -> TokenLoss:
-    """The loss of one batch of :func:`emloc_ray.data.token_shards.collate`, in float32.
+@dataclass(frozen=True)
+class TopLogProbs:
+    """A teacher's likeliest tokens at label positions, ``ids (N, k)``, and their ``log_probs (N, k)``, likeliest first."""
+
+    ids: Tensor
+    log_probs: Tensor
+
+    def to(self, device: torch.device) -> TopLogProbs:
+        """The same on a device."""
+        return TopLogProbs(self.ids.to(device), self.log_probs.to(device))
+
+
+def token_loss(
+    model: Any,
+    batch: dict[str, Tensor],
+    loss_on: str,
+    head_owner: Any = None,
+    teacher: TopLogProbs | None = None,
+) -> TokenLoss:
+    """The loss of one batch of :func:`emloc_ray.data.token_shards.collate`, in float32: the cross-entropy of its labels, or
+    the divergence from what a ``teacher`` says at their positions, in the labels' order.
 
     ``head_owner`` is the model that owns the head where ``model`` is a wrapper around it (DDP).
+
+    Raises:
+        ArtifactError: where the teacher speaks of another number of labels.
     """
     owner = head_owner or model
     call = model_call(owner.config, batch, loss_on)
-    inputs, predicting, targets = {**call.inputs, "use_cache": False}, call.predicting, call.targets
-    if _in_chunks(owner, targets.numel()):
-        with _loss_in_the_head(owner, predicting, targets) as counts:
+    inputs, predicting, labels = {**call.inputs, "use_cache": False}, call.predicting, call.targets
+    if teacher is not None and len(teacher.ids) != labels.numel():
+        raise ArtifactError(
+            f"The teacher's logits are of {len(teacher.ids)} labels, the batch has {labels.numel()}: remove healing/ of"
+            " the run directory and run again."
+        )
+    targets = (labels,) if teacher is None else (labels, teacher.ids, teacher.log_probs)
+    criterion = _loss_of if teacher is None else _divergence_of
+    if _in_chunks(owner, labels.numel()):
+        with _loss_in_the_head(owner, predicting, criterion, targets) as counts:
             loss = model(**inputs).logits.sum()
         correct = torch.stack(counts).sum()
     else:
         with logits_at(owner, predicting):
-            loss, correct = _loss_of(model(**inputs).logits[0], targets)
-    return TokenLoss(loss, correct, int(targets.numel()))
+            loss, correct = criterion(model(**inputs).logits[0], *targets)
+    return TokenLoss(loss, correct, int(labels.numel()))
+
+
+@torch.no_grad()
+def teacher_logits(model: Any, batch: dict[str, Tensor], loss_on: str, k: int) -> list[TopLogProbs]:
+    """Of every row of a batch the top ``k`` log-probabilities at its label positions, logits made a chunk at a time."""
+    call = model_call(model.config, batch, loss_on)
+    inputs, count = {**call.inputs, "use_cache": False}, call.targets.numel()
+    found: list[tuple[Tensor, Tensor]] = []
+    if _in_chunks(model, count):
+
+        def forward(compute: Callable[[Tensor], Tensor], chosen: Tensor) -> Tensor:
+            step = chunk_tokens(_hidden_size(model.get_output_embeddings()))
+            for start in range(0, len(chosen), step):
+                found.append(top_log_probs(compute(chosen[start : start + step]), k))
+            return chosen.new_zeros(1, 1, 1)
+
+        with _in_place_of_the_head(model, call.predicting, forward):
+            model(**inputs)
+    else:
+        with logits_at(model, call.predicting):
+            found.append(top_log_probs(model(**inputs).logits[0], k))
+    ids, log_probs = (torch.cat(parts) for parts in zip(*found, strict=True))
+    counts = call.predicting.sum(dim=1).tolist()
+    return [TopLogProbs(*row) for row in zip(ids.split(counts), log_probs.split(counts), strict=True)]
 
 
 def chunk_tokens(hidden_size: int) -> int:
@@ -71,6 +126,13 @@ def _loss_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(logits, targets, reduction="sum"), correct
 
 
+def _divergence_of(logits: Tensor, targets: Tensor, ids: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Correct are still those that the labels, not the teacher, call so."""
+    logits = logits.float()
+    correct = (logits.detach().argmax(dim=-1) == targets).sum()
+    return divergence(logits, ids, log_probs), correct
+
+
 def _chosen(hidden: Tensor, positions: Tensor) -> Tensor:
     """Counted from the end: prompt tuning puts virtual tokens before the row's."""
     return hidden[:, -positions.shape[1] :][positions]
@@ -91,35 +153,44 @@ def logits_at(model: Any, positions: Tensor) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _loss_in_the_head(model: Any, positions: Tensor, targets: Tensor) -> Iterator[list[Tensor]]:
-    """While it lasts the head gives the sum of the loss ``(1, 1, 1)`` for its logits; afterwards how many were correct,
-    by chunk.
+def _loss_in_the_head(
+    model: Any, positions: Tensor, criterion: Callable[..., tuple[Tensor, Tensor]], targets: tuple[Tensor, ...]
+) -> Iterator[list[Tensor]]:
+    """While it lasts the head gives the sum of the loss ``(1, 1, 1)`` for its logits, of ``criterion(logits, *targets)``
+    with each target's rows those of the logits; afterwards how many were correct, by chunk.
 
     A chunk's logits are made again for its gradient, so that the logits of one chunk are all there ever are. The loss
     has to be the head's output, and thereby the model's: so DDP finds the parameters that it uses, and ZeRO-3 gathers
     the head's weight before its gradient is made.
     """
-    head = model.get_output_embeddings()
-    compute = head.forward
     correct: list[Tensor] = []
 
-    def chunk_loss(hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        return _loss_of(compute(hidden), wanted)
+    def forward(compute: Callable[[Tensor], Tensor], chosen: Tensor) -> Tensor:
+        def chunk_loss(hidden: Tensor, *wanted: Tensor) -> tuple[Tensor, Tensor]:
+            return criterion(compute(hidden), *wanted)
 
-    def forward(hidden: Tensor) -> Tensor:
-        chosen = _chosen(hidden, positions)
-        step = chunk_tokens(_hidden_size(head))
-        parts = [
-            checkpoint(chunk_loss, chosen[start : start + step], targets[start : start + step], use_reentrant=False)
-            for start in range(0, len(chosen), step)
-        ]
+        step = chunk_tokens(_hidden_size(model.get_output_embeddings()))
+        parts = []
+        for start in range(0, len(chosen), step):
+            wanted = (target[start : start + step] for target in targets)
+            parts.append(checkpoint(chunk_loss, chosen[start : start + step], *wanted, use_reentrant=False))
         correct.extend(count for _, count in parts)
         return torch.stack([loss for loss, _ in parts]).sum().reshape(1, 1, 1)
 
-    before = vars(head).get("forward")
-    head.forward = forward
-    try:
+    with _in_place_of_the_head(model, positions, forward):
         yield correct
+
+
+@contextlib.contextmanager
+def _in_place_of_the_head(
+    model: Any, positions: Tensor, forward: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+) -> Iterator[None]:
+    """While it lasts the head gives ``forward(its own forward, the hidden states at the positions)``."""
+    head = model.get_output_embeddings()
+    compute, before = head.forward, vars(head).get("forward")
+    head.forward = lambda hidden: forward(compute, _chosen(hidden, positions))
+    try:
+        yield
     finally:
         del head.forward
         if before is not None:  # another library had put its own there
