@@ -159,9 +159,10 @@ def pack_linear(job: FoldJob, piece: Piece) -> None:
     write_tensors(piece.file, tensors)
 
 
-def _fold_task(job: FoldJob, piece: Piece, threads: int) -> None:
+def write_piece(job: FoldJob, piece: Piece, threads: int = 1) -> None:
+    """Writes a shard, unless it is there, whole, from a try that was killed."""
     set_threads(threads)
-    if exists(piece.file):  # whole, from a try that was killed
+    if exists(piece.file):
         return
     if piece.packed is None:
         grow_shard(job, piece)
@@ -178,7 +179,7 @@ def fold(
     original's.
     """
     found = pieces(job)
-    task = resources.task(_fold_task)
+    task = resources.task(write_piece)
 
     def submit(piece: Piece) -> Any:
         return task.options(name=f"heal: {piece.file.name}").remote(job, piece, resources.threads)
@@ -186,7 +187,12 @@ def fold(
     largest = sorted(found, key=lambda piece: sum(entry.num_bytes for entry in piece.entries), reverse=True)
     work = [(f"shard {piece.file.name}", functools.partial(submit, piece)) for piece in largest]
     bounded(work, 2 * resources.num_workers, Losses("heal", tell), progress)
-    total_size = index_shards(job.out_dir, [piece.file for piece in found])
+    return finish_emulator(job, base_config)
+
+
+def finish_emulator(job: FoldJob, base_config: Any) -> int:
+    """Makes an emulator of the shards that are all there now; returns the bytes of its tensors."""
+    total_size = index_shards(job.out_dir, [piece.file for piece in pieces(job)])
     in_4bit = quantization_config(base_config.dtype or torch.float32, job.kept_wide) if job.in_4bit else None
     write_emulator_config(job.out_dir, base_config, job.ranks, in_4bit)
     copy_tokenizer(job.emulator_dir, job.out_dir)
