@@ -187,13 +187,19 @@ class MemoryModel:
 
     def heal(self) -> Parts:
         """The training, or the original's pass over its batches before it; the larger."""
+        healing, training = self.config.emulator.heals, self.healing()
+        if healing is None:
+            return training
+        rows = healing.per_device_train_batch_size or self.config.finetune.per_device_train_batch_size
+        return max(training, self._scoring(self.weights, rows), key=total)
+
+    def healing(self) -> Parts:
+        """The training of the healing alone; nothing where nothing is healed."""
         healing = self.config.emulator.heals
         if healing is None:
             return {}
         run = healing_run(self.prepared, healing)
-        training = MemoryModel(run, self.lengths, self.multiples).finetune(_DIVERGENCE_COPIES)
-        teaching = self._scoring(self.weights, run.config.finetune.per_device_train_batch_size)
-        return max(training, teaching, key=total)
+        return MemoryModel(run, self.lengths, self.multiples).finetune(_DIVERGENCE_COPIES)
 
     def finetune(self, logit_copies: int = _LOSS_COPIES) -> Parts:
         """Emulator, adapter with its optimizer, and a step: what blocks keep for the backward pass, or only their inputs

@@ -160,13 +160,16 @@ def _sections(prepared: Prepared) -> dict[str, Any]:
 
 def _disk_bytes(prepared: Prepared, memory: MemoryModel, lengths: Lengths) -> dict[str, int]:
     """What every stage leaves on disk, calibration's hidden states while it lasts, and the teacher's logits."""
-    adapter = 4 * memory.adapter_parameters
+    adapter, healing = 4 * memory.adapter_parameters, prepared.config.emulator.heals
+    emulator = memory.emulator
+    if healing is not None:
+        emulator = MemoryModel(healing_run(prepared, healing), lengths).emulator
     grams = sum(gram_bytes(group) for wave in memory.waves() for group in wave)
     streamed = memory.calibration_mode() == "streamed"
     held = memory.hidden_state_disk_bytes() if streamed else grams * prepared.config.calibration.num_workers
     return {
         "calibrate": (memory.weights if prepared.source.gguf_file else 0) + grams // 2 + held,
-        "factorize": memory.emulator,
+        "factorize": emulator,
         "heal": _healing_bytes(prepared, memory, lengths),
         "finetune": 4 * adapter,
         "correct": 4 * memory.corrected_parameters,
