@@ -290,7 +290,7 @@ def test_plan_shows_shapes_ranks_parameters_and_stages(call: Call) -> None:
     # 64 × 64 at half its parameters: ⌊0.5 · 4096 / 128⌋ = 16; down_proj 64 × 128: ⌊0.5 · 8192 / 192⌋ = 21.
     assert [part.strip() for part in lines["q_proj"].split("│")[2:6]] == ["64 × 64", "2", "16", "8,192"]
     assert [part.strip() for part in lines["down_proj"].split("│")[2:6]] == ["64 × 128", "2", "21", "16,384"]
-    for stage in ("calibrate", "factorize", "heal", "finetune", "correct", "merge", "evaluate", "together"):
+    for stage in ("calibrate", "factorize", "finetune", "correct", "merge", "evaluate", "together"):
         assert stage in lines
     assert not call.run_dir.parent.exists()
 
