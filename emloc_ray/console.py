@@ -253,6 +253,22 @@ def _stored(emulator: dict[str, Any]) -> str:
     return f"; in 4 bits, {gib(emulator['bytes']).strip()}" if emulator.get("quantization", "none") != "none" else ""
 
 
+def _artifacts(metrics: dict[str, Any]) -> list[str]:
+    """What there is to be used: the newest of what a stage makes of the one before's."""
+    there = metrics["disk_bytes"]
+    results = [
+        text for name, text in (("adapter", "adapter/ (PEFT)"), ("merged", "merged/ (transformers)")) if name in there
+    ]
+    if results and "evaluate" in metrics["stages"] and "merged" not in there:
+        results.append("no merged/: the adapter changes no weight")
+    before = (
+        ("adapter_emulator", "adapter_emulator/ (as trained)"),
+        ("emulator", "emulator/"),
+        ("calibration", "calibration/"),
+    )
+    return results or [text for name, text in before if name in there][:1]
+
+
 def result_lines(metrics: dict[str, Any], run_dir: str) -> list[str]:
     """The run's outcome in a few lines, below the table."""
     lines = []
@@ -283,8 +299,5 @@ def result_lines(metrics: dict[str, Any], run_dir: str) -> list[str]:
     lines.append(
         f"Stages: {duration(wall)}, peak memory of all processes {gib(peak).strip()}, disk {gib(disk).strip()}"
     )
-    merged = (
-        "merged/ (transformers)" if "merged" in metrics["disk_bytes"] else "no merged/: the adapter changes no weight"
-    )
-    lines.append(f"Artifacts in {run_dir}: adapter/ (PEFT), {merged}, report.html")
+    lines.append(f"Artifacts in {run_dir}: {', '.join([*_artifacts(metrics), 'report.html'])}")
     return lines

@@ -118,7 +118,7 @@ class Pipeline:
 
     def run(self, until: str = STAGES[-1]) -> None:
         """Every stage up to ``until``, in order."""
-        self._tell(over_budget(self.prepared))
+        self._tell(over_budget(self.config, self.steps.planned))
         self._tell(left_dense(self.layout))
         while True:
             try:

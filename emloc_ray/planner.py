@@ -106,6 +106,12 @@ def make_plan(prepared: Prepared) -> Plan:
     )
 
 
+def planned_memory(prepared: Prepared) -> dict[str, int]:
+    """Bytes that one worker of every stage is planned to hold at its peak, and what ``inference`` of the original takes."""
+    memory = MemoryModel(prepared, row_lengths(prepared))
+    return {**{name: total(memory.stage(name)) for name in STAGES}, "inference": total(memory.inference())}
+
+
 def within_budget(prepared: Prepared) -> tuple[Solution, Prepared]:
     """The settings that fit the config's ``memory_budget``, and the run with them.
 

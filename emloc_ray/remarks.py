@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from emloc_ray.config import RunConfig
 from emloc_ray.layout import Layout
-from emloc_ray.memory import MemoryModel, total
-from emloc_ray.planner import row_lengths
-from emloc_ray.preparation import Prepared
 from emloc_ray.stages import STAGES
 
 
-def over_budget(prepared: Prepared) -> str | None:
-    """Which stages are planned to hold more than ``memory_budget``: it bounds calibration alone, and informs of the rest."""
-    budget = prepared.config.memory_budget
+def over_budget(config: RunConfig, planned: Mapping[str, int]) -> str | None:
+    """Which stages are ``planned`` to hold more bytes than ``memory_budget``: it bounds calibration alone, and informs of
+    the rest."""
+    budget = config.memory_budget
     if budget is None:
         return None
-    memory = MemoryModel(prepared, row_lengths(prepared))
-    above = [f"{name} {size / 2**30:.2f} GiB" for name in STAGES if (size := total(memory.stage(name))) > budget]
+    above = [f"{name} {planned[name] / 2**30:.2f} GiB" for name in STAGES if planned[name] > budget]
     if not above:
         return None
     return (

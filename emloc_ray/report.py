@@ -119,6 +119,7 @@ def page_view(name: str, manifest: dict[str, Any], metrics: dict[str, Any]) -> d
         "curve": loss_curve(found["finetune"]),
         "healing_curve": loss_curve(found["healing"]),
         "stages": stages,
+        "planned": metrics.get("planned_memory") or {},
         "processes": process_rows([usage for _, usage in stages]),
         "disk": metrics.get("disk_bytes") or {},
         "versions": metrics.get("versions") or {},

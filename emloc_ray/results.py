@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,13 @@ _ARTIFACTS = ("model", "data", "calibration", "emulator", "emulator_healed", "ad
 _LIBRARIES = ("emloc-ray", "ray", "torch", "transformers", "peft", "safetensors", "pyarrow")
 
 
-def assemble_metrics(directory: RunDirectory, prepared: Prepared, verified: Collection[str] = ()) -> dict[str, Any]:
-    """Everything that the finished stages measured.
+def assemble_metrics(
+    directory: RunDirectory,
+    prepared: Prepared,
+    verified: Collection[str] = (),
+    planned: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """Everything that the finished stages measured, beside the memory that was ``planned`` for a worker of each.
 
     A stage that was finished before one ahead of it was redone, or is to be redone, speaks of another run: it is left
     out, unless it is among the ``verified``, whose inputs were found unchanged since.
@@ -37,6 +42,8 @@ def assemble_metrics(directory: RunDirectory, prepared: Prepared, verified: Coll
         "stages": {name: {**r["usage"], "num_workers": r.get("num_workers", 1)} for name, r in stages.items()},
         "disk_bytes": {name: sum(held) for name in _ARTIFACTS if (held := sizes(directory.path(name)).values())},
     }
+    if planned:
+        metrics["planned_memory"] = dict(planned)
     if "data" in stages:
         metrics["data"] = stages["data"]["splits"]
     if "calibrate" in stages:

@@ -14,6 +14,7 @@ from emloc_ray.io.artifact_cache import ArtifactCache, EntryGone
 from emloc_ray.io.atomic import remove_leftovers
 from emloc_ray.io.fingerprint import fingerprint
 from emloc_ray.io.node_cache import discard
+from emloc_ray.planner import planned_memory
 from emloc_ray.preparation import Prepared
 from emloc_ray.report import write_report
 from emloc_ray.reporter import Reporter
@@ -42,6 +43,7 @@ class Steps:
         """``forced``: stages to be done again, whatever the manifest says."""
         self.prepared, self.directory, self.reporter = prepared, prepared.run, reporter
         self.turns, self.cache, self.forced = turns, cache, set(forced)
+        self.planned = planned_memory(prepared)
         self.inputs: dict[str, str] = {}
         self._unread: list[str] = []  # stages of earlier runs whose files nobody has read yet
         self._redone: set[str] = set()
@@ -218,7 +220,8 @@ class Steps:
 
     def write_results(self) -> None:
         """metrics.json and report.html, anew from the manifest."""
-        self.directory.write_metrics(assemble_metrics(self.directory, self.prepared, self.inputs))
+        metrics = assemble_metrics(self.directory, self.prepared, self.inputs, self.planned)
+        self.directory.write_metrics(metrics)
         write_report(self.directory)
 
 

@@ -25,7 +25,14 @@ STEPS = 150  # in a process that is there already, a few take no time
 def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-c", "from emloc_ray.cli import main; main()", *arguments]
     with log.open("wb") as file:
-        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        return subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_heed_interrupts
+        )
+
+
+def _heed_interrupts() -> None:
+    """What a shell without job control begins in the background ignores them, and so would all that it begins."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:

@@ -10,6 +10,7 @@ import pytest
 from small_runs import make_values, task_rows, write_jsonl
 
 from emloc_ray.config_reading import parse_config
+from emloc_ray.planner import planned_memory
 from emloc_ray.preparation import Prepared, prepare
 from emloc_ray.remarks import cut_rows, over_budget, shortfall, thin_calibration
 
@@ -45,9 +46,13 @@ def test_fewer_rows_than_asked_are_told(prepared: Make, split: str, count: dict[
 
 
 def test_a_budget_that_stages_exceed_is_told_with_these(prepared: Make) -> None:
-    assert over_budget(prepared()) is None
-    assert over_budget(prepared("64GiB")) is None
-    said = str(over_budget(prepared("1MiB")))
+    def said_of(*budget: str) -> str | None:
+        run = prepared(*budget)
+        return over_budget(run.config, planned_memory(run))
+
+    assert said_of() is None
+    assert said_of("64GiB") is None
+    said = str(said_of("1MiB"))
     assert said.startswith("memory_budget is 0.00 GiB a worker, but the plan says calibrate ")
     assert "finetune" in said
 

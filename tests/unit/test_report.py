@@ -103,6 +103,14 @@ def finished() -> str:
     return report.render("run", manifest(*STAGES), finished_metrics())
 
 
+def test_planned_memory_stands_beside_the_measured() -> None:
+    planned = {"calibrate": 3 * 2**29, "finetune": 2**31, "inference": 5 * 2**29}
+    page = Page(report.render("run", manifest(*STAGES), {**finished_metrics(), "planned_memory": planned}))
+    assert "planned to hold: 2.50 GiB for inference of the original." in page.text
+    assert "calibrate11.5 s2.00 GiB300 MiB1.50 GiB2" in page.text
+    assert "merge15.5 s6.00 GiB300 MiB–2" in page.text
+
+
 def test_a_finished_run_has_every_section_and_its_numbers(finished: str) -> None:
     page = Page(finished)
     assert page.sections == [
@@ -287,6 +295,7 @@ def unmerged() -> tuple[dict[str, Any], dict[str, Any]]:
     for measured in (metrics["evaluation"], metrics["stages"], metrics["disk_bytes"]):
         for name in ("merged", "merge"):
             measured.pop(name, None)
+    metrics["disk_bytes"]["adapter"] = 2**20
     metrics["gap_closed"].pop("merged", None)
     metrics["exact_match"]["corrected"] = metrics["exact_match"].pop("merged")
     for sample in metrics["generations"]:
@@ -313,6 +322,21 @@ def test_an_adapter_that_cannot_be_merged_is_said_so() -> None:
     assert "Correction: none. There is nothing to correct here." in lines
     assert "no merged/" in lines
     assert evaluation_table(metrics).row_count == 5
+
+
+@pytest.mark.parametrize(
+    ("made", "named"),
+    [
+        (["data"], "runs/x: report.html"),
+        (["data", "calibration", "emulator"], "runs/x: emulator/, report.html"),
+        (["emulator", "adapter_emulator"], "runs/x: adapter_emulator/ (as trained), report.html"),
+        (["adapter_emulator", "adapter"], "runs/x: adapter/ (PEFT), report.html"),
+        (["adapter", "merged"], "runs/x: adapter/ (PEFT), merged/ (transformers), report.html"),
+    ],
+)
+def test_the_artifacts_that_there_are_get_named(made: list[str], named: str) -> None:
+    metrics = {"stages": {"data": usage(0)}, "disk_bytes": dict.fromkeys(made, 5)}
+    assert result_lines(metrics, "runs/x")[-1] == f"Artifacts in {named}"
 
 
 def test_the_form_that_full_rank_updates_are_corrected_in_is_told() -> None:

@@ -54,6 +54,12 @@ def test_a_run_that_has_only_begun_has_what_its_stages_left(prepared: Prepared) 
     assert "evaluation" not in metrics
 
 
+def test_what_was_planned_stands_beside_what_was_measured(prepared: Prepared) -> None:
+    assert "planned_memory" not in assemble_metrics(prepared.run, prepared)
+    planned = {"calibrate": 5, "inference": 7}
+    assert assemble_metrics(prepared.run, prepared, planned=planned)["planned_memory"] == planned
+
+
 def test_the_files_of_every_node_are_counted(prepared: Prepared, s3_port: int, node_cache: Path) -> None:
     run = RunDirectory(uri(s3_port, "counted/run"))
     run.create({})
