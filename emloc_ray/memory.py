@@ -30,7 +30,7 @@ _DOUBLE = 8
 _ROWS = 1024  # of a layer that the correction turns to float64 at a time
 # Of a chunk's logits in float32 while their gradient is made: themselves, the softmax and its gradient; of a divergence also
 # those that are not the teacher's top, and theirs.
-_LOSS_COPIES, _DIVERGENCE_COPIES = 3, 5
+LOSS_COPIES, DIVERGENCE_COPIES = 3, 5
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,11 @@ class MemoryModel:
         if healing is None:
             return training
         rows = healing.per_device_train_batch_size or self.config.finetune.per_device_train_batch_size
-        return max(training, self._scoring(self.weights, rows), key=total)
+        return max(training, self.teaching(rows), key=total)
+
+    def teaching(self, rows: int) -> Parts:
+        """The original's pass over a batch of so many rows for its top logits."""
+        return self._scoring(self.weights, rows)
 
     def healing(self) -> Parts:
         """The training of the healing alone; nothing where nothing is healed."""
@@ -199,9 +203,9 @@ class MemoryModel:
         if healing is None:
             return {}
         run = healing_run(self.prepared, healing)
-        return MemoryModel(run, self.lengths, self.multiples).finetune(_DIVERGENCE_COPIES)
+        return MemoryModel(run, self.lengths, self.multiples).finetune(DIVERGENCE_COPIES)
 
-    def finetune(self, logit_copies: int = _LOSS_COPIES) -> Parts:
+    def finetune(self, logit_copies: int = LOSS_COPIES) -> Parts:
         """Emulator, adapter with its optimizer, and a step: what blocks keep for the backward pass, or only their inputs
         and one block's at a time under gradient checkpointing; beside it the logits, or one linear's update by LoRA."""
         section = self.config.finetune
@@ -330,7 +334,7 @@ class MemoryModel:
     def _calibration_tokens(self) -> float:
         return self.config.calibration.batch_size * self.lengths.longest
 
-    def _logits(self, tokens: float, copies: int = _LOSS_COPIES) -> float:
+    def _logits(self, tokens: float, copies: int = LOSS_COPIES) -> float:
         """One chunk's logits in float32, and what is made of them."""
         return copies * _FLOAT * min(tokens, chunk_tokens(self.layout.hidden_size)) * self._vocabulary()
 

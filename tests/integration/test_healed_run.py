@@ -80,7 +80,9 @@ def test_it_runs_between_factorize_and_finetune_and_leaves_the_emulator_alone(he
     found = metrics["healing"]
     assert found["steps"] == len(found["history"]) == HEALING["steps"]
     assert found["healed_layers"] == 14
-    assert found["teacher_rows"] == 96  # of two workers' 24 steps, four rows each: all
+    assert (
+        found["teacher_rows"] == metrics["data"]["train"]["rows"]
+    )  # two workers, 24 steps, four rows each: all of them
     assert found["teacher_bytes"] > 0
     assert metrics["disk_bytes"]["emulator_healed"] > metrics["disk_bytes"]["emulator"]
     assert "Healing the emulator" in (healed_run.root / "report.html").read_text()
