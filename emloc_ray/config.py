@@ -187,6 +187,16 @@ class AdapterConfig(Section):
     alpha_pattern: dict[str, typing.Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
     init_lora_weights: bool | Literal["gaussian"] = True
 
+    @field_validator("init_lora_weights", mode="before")
+    @classmethod
+    def _leaves_the_base(cls, value: Any) -> Any:
+        if not isinstance(value, bool) and value != "gaussian":
+            raise ValueError(
+                f"{value!r} is not known here, as PEFT's others change the weights below the adapter: give true, false or"
+                " gaussian"
+            )
+        return value
+
     @property
     def is_lora(self) -> bool:
         """Whether it is LoRA or one of its variants."""

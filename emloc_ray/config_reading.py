@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import json
 import os
 import re
 import typing
@@ -54,16 +55,15 @@ def _adapter_errors(given: Any) -> list[str]:
     if not isinstance(given, dict):
         return []
     method, keys = given.get("method", "lora"), [key for key in given if isinstance(key, str) and key != "method"]
-    if method in LORA_METHODS:
-        known = set(AdapterConfig.model_fields)
-        return [f"{no_such_key(f'adapter.{key}', key, known)}." for key in keys if key not in known]
+    ours = set(AdapterConfig.model_fields)
+    if method in LORA_METHODS and ours.issuperset(keys):
+        return []
     from emloc_ray.modeling.adapter_methods import CONFIGS, method_fields, refused_field
 
-    if method not in CONFIGS:
+    if method not in (*LORA_METHODS, *CONFIGS):
         return []
-    types, lines = method_fields(method), []
-    if "num_virtual_tokens" in types and "num_virtual_tokens" not in given:
-        lines.append(f"adapter.num_virtual_tokens is missing: set it, for adapter.method {method}.")
+    types = dict.fromkeys(ours) if method in LORA_METHODS else method_fields(method)
+    lines = _prompt_errors(method, given)
     for key in keys:
         why_not = refused_field(method, key)
         if secrets := _secret_errors(f"adapter.{key}", given[key]):
@@ -71,10 +71,25 @@ def _adapter_errors(given: Any) -> list[str]:
         elif why_not is not None:
             lines.append(f"adapter.{key} is not to be set ({why_not}): remove it.")
         elif key not in types:
-            whose = f", and {key} is LoRA's" if key in AdapterConfig.model_fields else ""
-            lines.append(f"{no_such_key(f'adapter.{key}', key, types)}, for adapter.method {method}{whose}.")
-        else:
-            lines += _type_errors(f"adapter.{key}", given[key], _adapter_field_type(method, key))
+            of_method = "" if method in LORA_METHODS else f", for adapter.method {method}"
+            whose = f", and {key} is LoRA's" if key in ours else ""
+            lines.append(f"{no_such_key(f'adapter.{key}', key, types)}{of_method}{whose}.")
+        elif key not in ours:  # which are checked as the section's
+            lines += _type_errors(f"adapter.{key}", given[key], _adapter_field_type(method, key), strict=True)
+    return lines
+
+
+def _prompt_errors(method: str, given: dict[str, Any]) -> list[str]:
+    """Where a prompt lacks what it cannot be made without, or has what would go unread."""
+    lines = []
+    if method in ("prefix_tuning", "prompt_tuning") and "num_virtual_tokens" not in given:
+        lines.append(f"adapter.num_virtual_tokens is missing: set it, for adapter.method {method}.")
+    if method == "prompt_tuning":
+        from_text = given.get("prompt_tuning_init") == "TEXT"
+        if from_text and not str(given.get("prompt_tuning_init_text") or "").strip():
+            lines.append("adapter.prompt_tuning_init_text is missing: set it, for adapter.prompt_tuning_init TEXT.")
+        if not from_text and "prompt_tuning_init_text" in given:
+            lines.append("adapter.prompt_tuning_init_text is not read: set adapter.prompt_tuning_init to TEXT.")
     return lines
 
 
@@ -105,10 +120,15 @@ def _extra_keys(values: dict[str, Any], section: str, model: type[Section]) -> l
     return [key for key in given if isinstance(key, str) and key not in known] if isinstance(given, dict) else []
 
 
-def _type_errors(key: str, value: Any, wanted: TypeAdapter[Any] | None) -> list[str]:
-    """Where a value does not fit the type that another library declares for it."""
+def _type_errors(key: str, value: Any, wanted: TypeAdapter[Any] | None, strict: bool = False) -> list[str]:
+    """Where a value does not fit the type that another library declares for it; ``strict``: as it is, not as it could be
+    read, where that library takes it as it is."""
     try:
-        if wanted is not None:
+        if wanted is not None and strict:
+            wanted.validate_json(
+                json.dumps(value, default=str), strict=True
+            )  # of JSON's, texts pass for an enum's values
+        elif wanted is not None:
             wanted.validate_python(value)
     except ValidationError as error:
         message = error.errors()[0]["msg"]

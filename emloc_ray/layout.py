@@ -242,7 +242,7 @@ def _matched(config: RunConfig, skeleton: Skeleton, left_dense: dict[str, str]) 
     ):
         attempt(lambda table=table, key=key: check_table(names, table, key, list(others)))  # type: ignore[misc]
         left_dense.update({name: kind for name, kind in others.items() if not errors and lookup(name, table, None)})
-    if not errors and adapter.is_lora:
+    if not errors and (adapter.is_lora or adapter.method == "loha"):
         attempt(lambda: _check_adapter_ranks(adapter, [spec for spec in specs if spec.name in set(adapted or ())]))
     if errors or compressed is None or adapted is None:
         raise ConfigError("\n".join(errors))

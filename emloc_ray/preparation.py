@@ -97,15 +97,14 @@ def prepare(config: RunConfig) -> Prepared:
 def _read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
     options = config.model
     found = _skeleton(source, options.trust_remote_code, options.attn_implementation, _look(source))
-    virtual = config.adapter.settings.get("num_virtual_tokens", 0) if config.adapter.is_prompt else 0
-    if found.positions is not None and config.data.max_seq_length + virtual > found.positions:
-        beside = f", with {virtual} virtual tokens before them" if virtual else ""
-        raise ConfigError(
-            f"data.max_seq_length is {config.data.max_seq_length}{beside}, the model has {found.positions} positions: lower"
-            " it to that."
-        )
     if has_encoder(found.config):
         _check_encoder_decoder(config)
+    if found.image.row_tokens and config.adapter.is_prompt:
+        raise ConfigError(
+            f"adapter.method is {config.adapter.method}, whose virtual tokens would move a model's images from where it looks"
+            " for them: choose a method that adapts linears, as lora."
+        )
+    _check_length(config, found)
     if config.data.format == "messages" and source.gguf_file is None:
         _check_template(source, options.trust_remote_code)
     layout = make_layout(config, found)
@@ -115,6 +114,23 @@ def _read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
         parameters = _adapter_parameters(source, options.trust_remote_code, settings, _look(source))
         layout = dataclasses.replace(layout, adapter_parameters=parameters)
     return found.config, layout
+
+
+def _check_length(config: RunConfig, found: Skeleton) -> None:
+    """Rows, and a prompt's virtual tokens before them, have to lie within the model's positions; where it computes those,
+    for any number of them, the prompt has to leave rows within what it was made for."""
+    length, positions = config.data.max_seq_length, found.positions
+    virtual = config.adapter.settings.get("num_virtual_tokens", 0) if config.adapter.is_prompt else 0
+    if virtual and positions is None:
+        positions = getattr(found.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None or length + virtual <= positions:
+        return
+    if virtual:
+        raise ConfigError(
+            f"data.max_seq_length is {length}, with {virtual} virtual tokens before them, the model has {positions}"
+            " positions: lower it, or adapter.num_virtual_tokens."
+        )
+    raise ConfigError(f"data.max_seq_length is {length}, the model has {positions} positions: lower it to that.")
 
 
 @functools.lru_cache(maxsize=8)

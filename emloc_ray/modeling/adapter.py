@@ -257,6 +257,8 @@ def save_trained_adapter(
         if "target_modules" in config:
             config["target_modules"] = targets if isinstance(targets, str) else list(targets)
         config["base_model_name_or_path"] = base_model
+        if config.get("tokenizer_name_or_path"):  # read when a prompt is begun, from where only this training could
+            config["tokenizer_name_or_path"] = base_model
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         (temporary / "README.md").unlink(missing_ok=True)
         store_as_peft_does(temporary, model)

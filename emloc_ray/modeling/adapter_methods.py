@@ -29,10 +29,11 @@ from peft.utils import (
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
 )
+from pydantic import Field
 
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.architecture import LinearSpec
-from emloc_ray.modeling.matching import Patterns, lookup, matches
+from emloc_ray.modeling.matching import Patterns, lookup, matches, select
 
 # The method's name in a config, and PEFT's config class: of all but LoRA and its variants.
 CONFIGS: dict[str, type[PeftConfig]] = {
@@ -50,38 +51,54 @@ _SET_HERE = {
     *("fan_in_fan_out", "num_transformer_submodules", "save_projection", "use_effective_conv2d"),
     *("token_dim", "num_layers", "num_attention_heads"),
 }
+_OF_THE_EMULATOR = "it trains weights of the emulator that the adapter's files would carry to the original"
 _ELSEWHERE = {
+    "use_dora": "adapter.method dora does that",
+    "target_parameters": "name experts' linears in adapter.target_modules",
     "layers_to_transform": "name the layers in adapter.target_modules",
     "layers_pattern": "name the layers in adapter.target_modules",
-    "modules_to_save": "it trains weights of the emulator that the adapter's files would carry to the original",
+    "modules_to_save": _OF_THE_EMULATOR,
+    "trainable_token_indices": _OF_THE_EMULATOR,
     "bias": "biases are the original's own",
+    "lora_bias": "biases are the original's own",
     "prefix_projection": "PEFT saves what the projection gives alone, so that no training could go on from it",
     "encoder_hidden_size": "it belongs to prefix_projection, which is not supported",
     "tokenizer_name_or_path": "the tokenizer is the model's",
     "tokenizer_kwargs": "the tokenizer is the model's",
 }
 
+# What PEFT leaves unsaid of its fields, or says in the middle of a run.
+_BOUNDS = {
+    "alpha": Field(gt=0),
+    "rank_dropout": Field(ge=0, lt=1),
+    "module_dropout": Field(ge=0, lt=1),
+    "vera_dropout": Field(ge=0, lt=1),
+    "d_initial": Field(gt=0, allow_inf_nan=False),
+    "projection_prng_key": Field(ge=0, lt=2**63),
+    "num_virtual_tokens": Field(ge=1),
+}
+
 
 def refused_field(method: str, key: str) -> str | None:
-    """Why a field of PEFT's config is not to be given; None where it may be."""
-    if key not in {field.name for field in dataclasses.fields(CONFIGS[method])}:
-        return None
-    if key in _SET_HERE:
+    """Why a field that PEFT's config has, of this method or another, is not to be given; None where it may be."""
+    if key in _SET_HERE and key in {field.name for field in dataclasses.fields(CONFIGS.get(method, LoraConfig))}:
         return "it is set by emloc_ray itself"
     return _ELSEWHERE.get(key)
 
 
 @functools.cache
 def method_fields(method: str) -> dict[str, Any]:
-    """The fields that a method takes, with their types; an enum's values alone where PEFT also takes any text."""
+    """The fields that a method takes, with types and bounds; an enum's values alone where PEFT also takes any text."""
     hints = typing.get_type_hints(CONFIGS[method])
     names = [field.name for field in dataclasses.fields(CONFIGS[method])]
-    found = {name: _narrowed(hints[name]) for name in names if refused_field(method, name) is None}
+    found = {name: _narrowed(name, hints[name]) for name in names if refused_field(method, name) is None}
     # Names are resolved here, so that every method can leave some out.
     return found | ({"exclude_modules": list[str] | str | None} if "target_modules" in found else {})
 
 
-def _narrowed(hint: Any) -> Any:
+def _narrowed(name: str, hint: Any) -> Any:
+    if name in _BOUNDS:
+        return typing.Annotated[hint, _BOUNDS[name]]
     options = typing.get_args(hint)
     named = [option for option in options if isinstance(option, type) and issubclass(option, enum.Enum)]
     return named[0] if named and str in options else hint
@@ -171,15 +188,8 @@ def feedforward_names(patterns: Patterns | None, model_type: str, adapted: Seque
                 f"adapter.feedforward_modules: PEFT has no default of ia3 for models of type {model_type}: name those of"
                 " the targets whose input is to be scaled, or give [] for none."
             )
-        patterns = table[model_type]
-        return [name for name in adapted if matches(name, patterns)]
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if not any(matches(name, patterns if isinstance(patterns, str) else [pattern]) for name in adapted):
-            raise ConfigError(
-                f"adapter.feedforward_modules: {pattern!r} matches none of the {len(adapted)} adapted linears: name some of"
-                " adapter.target_modules."
-            )
-    return [name for name in adapted if matches(name, patterns)]
+        return [name for name in adapted if matches(name, table[model_type])]
+    return select(adapted, patterns, None, "adapter.feedforward_modules")
 
 
 def count_parameters(model: Any, method: str, settings: dict[str, Any]) -> int:

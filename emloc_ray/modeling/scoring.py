@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from peft import PeftModel
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import ImagesToInputs, collate, length_batches
 from emloc_ray.errors import NumericsError
+from emloc_ray.modeling.architecture import learned_positions
 from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.loss import logits_at, token_loss
 
@@ -85,21 +87,54 @@ def complete(
 ) -> list[str]:
     """Greedy completions of the rows' prompts, as text, stopped at the end-of-sequence token.
 
-    ``images`` makes the model's inputs of those that the prompts show.
+    ``images`` makes the model's inputs of those that the prompts show. Where a model has only so many positions, a
+    completion ends with the last.
     """
+    room = _room(model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     texts: list[str] = []
-    for start in range(0, len(rows), batch_size):
-        some = rows[start : start + batch_size]
+    for some in _batches(rows, batch_size, room - max_new_tokens):
         prompts = [row.input_ids[: prompt_length(row)] for row in some]
         shown = [[image.content for image in row.images if image.end <= prompt_length(row)] for row in some]
         others = functools.partial(_other_inputs, images, shown, model.device)
-        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-            found = _whole_rows(model, prompts, others, max_new_tokens, pad)
+        most = min(max_new_tokens, *(room - len(prompt) for prompt in prompts))
+        if _virtual_tokens(model) is not None:
+            found = _whole_rows(model, prompts, others, most, pad)
         else:
-            found = _generated(model, prompts, others, max_new_tokens, pad)
+            found = _generated(model, prompts, others, most, pad)
         texts += [tokenizer.decode(line, skip_special_tokens=True).strip() for line in found]
     return texts
+
+
+def _room(model: Any) -> int:
+    """How many tokens of a row, and after it, the model has positions for."""
+    positions = learned_positions(model)
+    if positions is None or has_encoder(model.config):
+        return sys.maxsize
+    return positions - (_virtual_tokens(model) or 0)
+
+
+def _virtual_tokens(model: Any) -> int | None:
+    """Those that a prompt puts before a row; None where the adapter is no prompt."""
+    if not isinstance(model, PeftModel) or not model.active_peft_config.is_prompt_learning:
+        return None
+    return int(model.active_peft_config.num_virtual_tokens)
+
+
+def _batches(rows: Sequence[Tokens], batch_size: int, longest: int) -> Iterator[Sequence[Tokens]]:
+    """The rows in their order; those whose prompt is above ``longest`` alone, so that they cut no other one short."""
+    some: list[Tokens] = []
+    for row in rows:
+        alone = prompt_length(row) > longest
+        if some and (alone or len(some) == batch_size):
+            yield some
+            some = []
+        some.append(row)
+        if alone:
+            yield some
+            some = []
+    if some:
+        yield some
 
 
 OtherInputs = Callable[[torch.Tensor], dict[str, torch.Tensor]]  # beside the token ids that it is given

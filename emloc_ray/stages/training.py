@@ -294,6 +294,8 @@ def _make_trainer(job: FinetuneJob, output_dir: str, session: TrainingSession) -
     )
     with scattered_in(_stored_dtype(job)) if job.zero_config else contextlib.nullcontext():
         model = load_model(job.emulator_dir, **job.model_options)
+    if tokenizer := job.adapter.get("tokenizer_name_or_path"):  # which a prompt of a text is begun by
+        ensure(Path(tokenizer), weights=False)
     torch.manual_seed(job.seed)  # the same A on every rank
     model = attach_adapter(model, adapter_config(**job.adapter))
     order = SampleOrder(

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from emloc_ray.config import AdapterConfig, RayConfig, RunConfig
-from emloc_ray.config_reading import load_config, parse_config, unknown_key
+from emloc_ray.config_reading import load_config, parse_config
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.run_directory import CONFIG, RunDirectory
 
@@ -403,69 +403,3 @@ def test_a_running_ray_is_joined_as_it_is(
     ray = RayConfig(address=address, num_cpus=4, object_store_memory=10**8, namespace="mine")  # type: ignore[call-arg]
     assert ray.joins is joins
     assert set(ray.init_options) == {"namespace"} | (set() if joins else {"num_cpus", "object_store_memory"})
-
-
-# Adapter methods.
-
-
-@pytest.mark.parametrize(
-    ("adapter", "settings"),
-    [
-        ({}, {"r": 8, "lora_alpha": 16, "use_rslora": False, "use_dora": False}),
-        ({"method": "rslora", "r": 4}, {"r": 4, "use_rslora": True, "use_dora": False}),
-        ({"method": "dora"}, {"use_dora": True, "use_rslora": False}),
-        ({"method": "loha", "alpha": 4}, {"alpha": 4}),
-        ({"method": "lokr", "r": 3, "rank_pattern": {"q": 2}}, {"r": 3, "rank_pattern": {"q": 2}}),
-        ({"method": "ia3", "exclude_modules": ["q"]}, {}),
-        ({"method": "prompt_tuning", "num_virtual_tokens": 4}, {"num_virtual_tokens": 4}),
-    ],
-)
-def test_a_method_s_settings_are_what_was_set(adapter: dict[str, Any], settings: dict[str, Any]) -> None:
-    made = config(adapter=adapter)
-    found = made.adapter.settings
-    assert {key: found[key] for key in settings} == settings
-    assert made.adapter.is_lora or found == settings
-    assert parse_config(made.model_dump(mode="json")) == made  # as a run writes it down
-    assert parse_config(made.model_dump(mode="json")).adapter.settings == found
-
-
-@pytest.mark.parametrize(
-    ("adapter", "said"),
-    [
-        ({"method": "houlsby"}, "'lora', 'rslora', 'dora', 'loha'"),
-        ({"method": "loha", "lora_alpha": 4}, "the nearest is alpha, for adapter.method loha, and lora_alpha is LoRA's"),
-        ({"method": "loha", "alfa": 4}, "adapter.alfa is not a key: the nearest is alpha"),
-        ({"method": "loha", "alpha": "much"}, "adapter.alpha is 'much': input should be a valid integer"),
-        ({"method": "ia3", "r": 4}, "adapter.r is not a key"),
-        ({"method": "prompt_tuning"}, "adapter.num_virtual_tokens is missing"),
-        ({"method": "prefix_tuning", "num_virtual_tokens": 2, "target_modules": ["q"]}, "adapter.target_modules is not a key"),
-        ({"method": "prefix_tuning", "num_virtual_tokens": 2, "prefix_projection": True}, "no training could go on from it"),
-        ({"method": "prompt_tuning", "num_virtual_tokens": 2, "token_dim": 8}, "set by emloc_ray itself"),
-        ({"method": "prompt_tuning", "num_virtual_tokens": 2, "prompt_tuning_init": "no"}, "'TEXT', 'SAMPLE_VOCAB' or"),
-        ({"method": "vera", "peft_type": "LORA"}, "adapter.peft_type is not to be set"),
-        ({"alpha": 4}, "adapter.alpha is not a key: the nearest is lora_alpha"),
-    ],
-)  # fmt: skip
-def test_keys_that_are_not_the_method_s(adapter: dict[str, Any], said: str) -> None:
-    assert said in error_of(adapter=adapter)
-
-
-def test_a_prefix_turns_gradient_checkpointing_off() -> None:
-    adapter = {"method": "prefix_tuning", "num_virtual_tokens": 2}
-    assert config(adapter=adapter).finetune.gradient_checkpointing is False
-    assert config(adapter={**adapter, "method": "prompt_tuning"}).finetune.gradient_checkpointing is True
-    assert "works through" in error_of(adapter=adapter, finetune={"gradient_checkpointing": True})
-
-
-def test_what_does_not_go_with_a_method() -> None:
-    said = error_of(adapter={"method": "ia3"}, finetune={"deepspeed": "zero.json"}, correction={"method": "projection"})
-    assert "lora or rslora, not with ia3" in said
-    assert "projection corrects what is added to a weight" in said
-    assert config(adapter={"method": "rslora"}, finetune={"deepspeed": "zero.json"}).finetune.deepspeed
-    assert config(adapter={"method": "dora"}, correction={"method": "projection"})
-
-
-def test_keys_of_any_method_may_head_a_table_of_tasks() -> None:
-    assert unknown_key("adapter.num_virtual_tokens") is None
-    assert unknown_key("adapter.method") is None
-    assert "adapter.numm" in (unknown_key("adapter.numm") or "")

@@ -288,7 +288,11 @@ def test_a_file_that_leaves_nothing_to_train_on_is_refused(refused: Callable[...
     [
         ("gpt2", {"method": "lokr"}, "lokr with these settings does not fit the model"),
         ("llama", {"method": "loha", "target_modules": ["q_prj"]}, "adapter.target_modules: 'q_prj' matches none"),
-        ("llama", {"method": "ia3", "feedforward_modules": ["up_proj"]}, "'up_proj' matches none of the 6 adapted"),
+        ("llama", {"method": "ia3", "feedforward_modules": ["up_proj"]}, "'up_proj' matches none of the 6 linears"),
+        ("llama", {"method": "ia3", "feedforward_modules": "("}, "adapter.feedforward_modules: '(' is not a regular"),
+        ("llama", {"method": "loha", "r": 40}, "adapter.r is 40, above the smaller side 32 of"),
+        ("llama", {"method": "prefix_tuning", "num_virtual_tokens": 65}, "the model has 128 positions: lower it, or"),
+        ("llama", {"method": "prefix_tuning", "num_virtual_tokens": 64}, None),
         ("gpt2", {"method": "prefix_tuning", "num_virtual_tokens": 100}, "with 100 virtual tokens before them"),
         ("opt", {"method": "ia3"}, None),
         ("llama", {"method": "vera"}, None),
@@ -325,7 +329,7 @@ def test_an_adapter_that_does_not_fit_the_model_is_one_sentence(
     }
     if said is None:
         found = prepare(parse_config(values)).layout
-        assert found.adapted
+        assert found.adapted or "virtual" in str(adapter)
         assert found.adapter_parameters
         return
     with pytest.raises(ConfigError) as caught:

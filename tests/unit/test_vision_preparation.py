@@ -66,6 +66,14 @@ def test_tower_projector_and_language_model_have_ratios_of_their_own(prepared: M
     assert any("projector" in name for name in layout.adapted)
 
 
+@pytest.mark.parametrize("method", ["prefix_tuning", "prompt_tuning"])
+def test_virtual_tokens_do_not_go_with_images(prepared: Make, method: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"adapter.method is {method}, whose virtual tokens would move a model's images"
+    ):
+        prepared(adapter={"method": method, "num_virtual_tokens": 4})
+
+
 def test_suffixes_do_not_reach_what_is_no_target(prepared: Make) -> None:
     """In Qwen-VL the patch convolution is called proj, as the tower's linears are: PEFT would adapt it too."""
     layout = prepared("Qwen2-VL", adapter={"target_modules": ["proj", "q_proj"]}).layout

@@ -16,7 +16,15 @@ from tiny import make_model, save_emulator, save_quantized_emulator
 from transformers import AutoModelForCausalLM
 
 from emloc_ray.data.formats import Tokens
-from emloc_ray.modeling.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter, detach_adapter, load_adapter
+from emloc_ray.modeling.adapter import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Adapter,
+    attach_adapter,
+    detach_adapter,
+    load_adapter,
+    save_trained_adapter,
+)
 from emloc_ray.modeling.adapter_layers import FactorizedLoraLinear
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import block_linears
@@ -241,6 +249,22 @@ def test_a_prompt_of_real_tokens_is_those_tokens(
         model = attached(emulator_dir(family), case, family).eval()
         model.prompt_encoder["default"].embedding.weight.copy_(content)
         torch.testing.assert_close(logits(model), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_prompt_of_a_text_begins_with_its_embeddings_and_names_no_place_of_the_training(
+    tmp_path: Path, emulator_dir: Callable[[str], Path], tiny_model_dir: Callable[..., Path], tokenizer: Any
+) -> None:
+    told = {"num_virtual_tokens": 6, "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "say it"}
+    model_dir, bare = tiny_model_dir("llama"), load_model(emulator_dir("llama"))
+    config = adapter_config("prompt_tuning", **told, tokenizer_name_or_path=str(model_dir))
+    model = attach_adapter(bare, config)
+    ids = tokenizer("say it")["input_ids"]
+    expected = bare.get_input_embeddings()(torch.tensor((6 * ids)[:6]))
+    assert torch.equal(model.prompt_encoder["default"].embedding.weight, expected)
+    save_trained_adapter(model, tmp_path / "a", targets=[], base_model="the/original")
+    assert json.loads((tmp_path / "a" / CONFIG_NAME).read_text())["tokenizer_name_or_path"] == "the/original"
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), tmp_path / "a")
+    assert torch.equal(plain.prompt_encoder["default"].embedding.weight, expected)
 
 
 def test_a_prompt_learns_under_gradient_checkpointing(emulator_dir: Callable[[str], Path]) -> None:

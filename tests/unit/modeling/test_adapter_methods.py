@@ -87,7 +87,7 @@ def test_ia3_s_defaults_are_peft_s_own() -> None:
     for wanted, call in (
         ("adapter.target_modules", lambda: default_targets("ia3", "unheard-of", adapted)),
         ("adapter.feedforward_modules", lambda: feedforward_names(None, "unheard-of", adapted)),
-        ("'o_proj' matches none", lambda: feedforward_names(["o_proj"], "llama", adapted)),
+        ("adapter.feedforward_modules: 'o_proj' matches none", lambda: feedforward_names(["o_proj"], "llama", adapted)),
     ):
         with pytest.raises(ConfigError, match=wanted):
             call()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PrefixTuningConfig, get_peft_model
 from tiny import EOS, FAMILIES, PAD, VOCABULARY, make_model
 from torch.nn.functional import log_softmax
 
@@ -91,6 +92,20 @@ def test_completions_are_greedy_whatever_the_batch(tokenizer: Any, family: str, 
     model, many = make_model(family), rows(13, 6, 20, 9)
     texts = complete(model, tokenizer, many, max_new_tokens=6, batch_size=batch_size)
     expected = [greedy(model, row.input_ids[: prompt_length(row)], 6) for row in many]
+    assert texts == [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in expected]
+
+
+@pytest.mark.parametrize("virtual", [0, 5])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_completions_end_with_the_model_s_last_position(tokenizer: Any, virtual: int, batch_size: int) -> None:
+    """Of the rows whose prompt leaves too few alone: what another row says does not depend on its batch."""
+    model, room = make_model("gpt2"), 128 - virtual
+    if virtual:
+        config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual)
+        model = get_peft_model(model, config).eval()
+    many = rows(6, 2 * room - 8, 20, 2 * room - 2)  # the halves before are prompts
+    texts = complete(model, tokenizer, many, max_new_tokens=9, batch_size=batch_size)
+    expected = [greedy(model, row.input_ids[:count], min(9, room - count)) for row in many for count in [len(row) // 2]]
     assert texts == [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in expected]
 
 
