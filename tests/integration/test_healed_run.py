@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from s3_server import uri
 from safetensors.torch import load_file
 from small_runs import FinishedRun, KillingWatcher, RecordingReporter, make_values, redone, run_values
 from test_deepspeed import in_one_group
@@ -20,6 +22,8 @@ from emloc_ray.config_reading import parse_config
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.errors import Stopped
 from emloc_ray.io.artifact_cache import ArtifactCache
+from emloc_ray.io.fetching import fetch
+from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.io.teacher_shards import write_teacher_index
 from emloc_ray.jobs import Jobs
 from emloc_ray.modeling.emulator import FactorizedLinear
@@ -196,6 +200,19 @@ def test_a_killed_worker_leaves_no_trace(copied: FinishedRun, healed_run: Finish
     assert watcher.logged.count(1) == 1
     assert any(note.startswith("heal: rank") and "begun again from the last" in note for note in reporter.notes)
     same_tensors(copied.root / "emulator_healed", healed_run.root / "emulator_healed", 1e-5)
+
+
+def test_on_an_object_store_it_is_the_same(
+    healed_run: FinishedRun, s3_port: int, node_cache: Path, tmp_path: Path
+) -> None:
+    place = uri(s3_port, "healed/run")
+    run_values({**healed_run.values, "run_dir": place}, until="heal")
+    store = RunDirectory(place).store
+    assert store is not None
+    assert not store.versions("healing")
+    shutil.rmtree(node_cache)  # what is not in the store is gone
+    fetch(RunDirectory(place).existing(), tmp_path / "run", ["emulator_healed"])
+    same_tensors(tmp_path / "run" / "emulator_healed", healed_run.root / "emulator_healed", 1e-6)
 
 
 def test_tasks_that_tune_otherwise_share_it(
