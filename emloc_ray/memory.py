@@ -35,11 +35,12 @@ LOSS_COPIES, DIVERGENCE_COPIES = 3, 5
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens a row: the mean, and the longest that is to be expected after truncation; and how many images it shows."""
+    """Tokens a row: the mean, and the longest to be expected after truncation; its images, and their bytes as encoded."""
 
     mean: float
     longest: float
     images: float = 0.0
+    image_bytes: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from emloc_ray.preparation import Prepared, check_disk, prepare
 from emloc_ray.remarks import (
     cut_rows,
     left_dense,
+    long_images,
     no_healing,
     no_merge,
     over_budget,
@@ -118,8 +119,12 @@ class Pipeline:
 
     def run(self, until: str = STAGES[-1]) -> None:
         """Every stage up to ``until``, in order."""
-        self._tell(over_budget(self.config, self.steps.planned))
-        self._tell(left_dense(self.layout))
+        for remark in (
+            over_budget(self.config, self.steps.planned),
+            left_dense(self.layout),
+            long_images(self.prepared),
+        ):
+            self._tell(remark)
         while True:
             try:
                 self._run_stages(until)
@@ -197,7 +202,7 @@ class Pipeline:
 
         step = functools.partial(self.steps.run, "data", inputs, [tokens], execute, Resources())
         shared = None
-        if self.steps.cache is not None and not may_change(self.config):
+        if self.steps.cache is not None and not may_change(self.prepared):
             shared = {**self._content(), "rows": content_of_rows(self.prepared)}
         counts = step(resumes=True, shared=shared)["splits"]
         for split, count in counts.items():

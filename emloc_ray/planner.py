@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from emloc_ray.budget import Solution, solve, with_settings
-from emloc_ray.data.formats import FIELDS
-from emloc_ray.data.images import image_parts
-from emloc_ray.data.reading import Row, read_rows
+from emloc_ray.data.formats import EXTRA_FIELDS, FIELDS
+from emloc_ray.data.images import encoded_bytes, image_parts
+from emloc_ray.data.reading import Place, Row, read_rows
 from emloc_ray.healing import factor_ranks, healing_run
 from emloc_ray.io.teacher_shards import BYTES_PER_LOGIT
 from emloc_ray.layout import Layout
@@ -22,6 +22,7 @@ from emloc_ray.stages import STAGES
 
 _CHARACTERS_PER_TOKEN = 3.5
 _VQA_TOKENS = 24.0  # of a question and its answer
+_VQA_BYTES = 2000.0  # of its image
 
 
 @dataclass(frozen=True)
@@ -171,10 +172,12 @@ def _disk_bytes(prepared: Prepared, memory: MemoryModel, lengths: Lengths) -> di
     if healing is not None:
         emulator = MemoryModel(healing_run(prepared, healing), lengths).emulator
     grams = sum(gram_bytes(group) for wave in memory.waves() for group in wave)
+    rows = sum(source.num_rows for files in prepared.files.values() for source in files) or UNKNOWN_ROWS
+    images = int(rows * memory.lengths.image_bytes)  # which the token shards hold
     streamed = memory.calibration_mode() == "streamed"
     held = memory.hidden_state_disk_bytes() if streamed else grams * prepared.config.calibration.num_workers
     return {
-        "calibrate": (memory.weights if prepared.source.gguf_file else 0) + grams // 2 + held,
+        "calibrate": (memory.weights if prepared.source.gguf_file else 0) + images + grams // 2 + held,
         "factorize": emulator,
         "heal": _healing_bytes(prepared, memory, lengths),
         "finetune": 4 * adapter,
@@ -214,25 +217,30 @@ def row_lengths(prepared: Prepared) -> Lengths:
     if not sources:
         if prepared.config.data.generate == "vqa":
             asked = _VQA_TOKENS + prepared.layout.image.row_tokens
-            return Lengths(min(asked, limit), min(asked + _VQA_TOKENS, limit), 1.0)
+            return Lengths(min(asked, limit), min(asked + _VQA_TOKENS, limit), 1.0, _VQA_BYTES)
         return Lengths(80.0, min(limit, 256.0))
     if prepared.config.data.packing:
         return Lengths(limit, limit)
     data, numbers = prepared.config.data, range(min(200, sources[0].num_rows))
-    stream = read_rows(sources[0], numbers, FIELDS[data.format], keep_bad=data.on_error == "skip")
-    rows = [row for _, row in stream]
-    images = [sum(1 for _ in image_parts(row)) if data.format == "messages" else 0 for row in rows]
     shown = prepared.layout.image.row_tokens
-    tokens = [_characters(row) / _CHARACTERS_PER_TOKEN + shown * n for row, n in zip(rows, images, strict=True)]
+    tokens, images, size = [], 0, 0
+    fields, extra = FIELDS[data.format], EXTRA_FIELDS[data.format]
+    for number, row in read_rows(sources[0], numbers, fields, extra, data.on_error == "skip"):
+        count = 0
+        if data.format == "messages":
+            count = sum(1 for _ in image_parts(row))
+            size += encoded_bytes(row, Place.of(sources[0], number).folder)
+        tokens.append(_characters(row) / _CHARACTERS_PER_TOKEN + shown * count)
+        images += count
     mean = min(sum(tokens) / len(tokens), limit)
-    return Lengths(mean, min(1.25 * max(tokens), limit), sum(images) / len(images))
+    return Lengths(mean, min(1.25 * max(tokens), limit), images / len(tokens), size / len(tokens))
 
 
 def _characters(row: Row) -> int:
     """What of a row is text: the images inside messages are none."""
     turns = row.get("messages")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        return sum(len(str(value)) for value in row.values())
+        return sum(len(value) for value in row.values() if isinstance(value, str))
     contents = [turn.get("content") for turn in turns]
     parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]
     return sum(len(str(part.get("text") or "") if isinstance(part, dict) else str(part)) for part in parts)

@@ -21,11 +21,12 @@ import torch
 from emloc_ray.config import DataConfig, RunConfig, SplitConfig
 from emloc_ray.core.healing import healed_layers
 from emloc_ray.data.formats import EXTRA_FIELDS, FIELDS, check_row
-from emloc_ray.data.images import has_images
+from emloc_ray.data.images import has_images, look
 from emloc_ray.data.processors import example, open_processor
-from emloc_ray.data.reading import SourceFile, each, list_files, read_rows, scan
+from emloc_ray.data.reading import Place, Row, SourceFile, each, list_files, read_rows, scan
 from emloc_ray.data.splits import SPLITS
 from emloc_ray.errors import ArtifactError, ConfigError, DataError, EmlocError
+from emloc_ray.io.fingerprint import fingerprint
 from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.layout import Layout, Skeleton, adapter_settings, make_layout, skeleton_of
 from emloc_ray.modeling.adapter_methods import count_parameters
@@ -83,7 +84,10 @@ def prepare(config: RunConfig) -> Prepared:
     found = None
     if source is not None:
         found = attempt(lambda: _read_model(config, source))
-    files = {name: attempt(lambda name=name: _check_split(config, name)) for name in SPLITS}  # type: ignore[misc]
+    reads_images = found is None or found[1].image.row_tokens > 0
+    if config.data.generate == "vqa" and not reads_images:
+        errors.append("data.generate: vqa shows images, which the model has no processor for: choose one that has.")
+    files = {name: attempt(lambda name=name: _check_split(config, name, reads_images)) for name in SPLITS}  # type: ignore[misc]
     attempt(lambda: _check_upper_bound(config))
     attempt(lambda: _check_resources(config))
     attempt(lambda: _check_quantization(config))
@@ -208,12 +212,12 @@ def _skeleton(
     return skeleton_of(model_config, model, shown, trust_remote_code)
 
 
-def _check_split(config: RunConfig, name: str) -> tuple[SourceFile, ...]:
+def _check_split(config: RunConfig, name: str, reads_images: bool) -> tuple[SourceFile, ...]:
     split: SplitConfig | None = getattr(config.data, name)
     if split is None or config.data.generate is not None or _is_hub(split):
         return ()
     try:
-        sources = _checked_sources(split.path, f"data.{name}.path", config.data)
+        sources = _checked_sources(split.path, f"data.{name}.path", config.data, reads_images)
     except ArtifactError as error:  # a store that does not answer
         raise ConfigError(f"data.{name}.path: {error}") from error
     others = sum(getattr(config.data, other) is None for other in ("selection", "eval"))  # taken out of train
@@ -226,29 +230,36 @@ def _check_split(config: RunConfig, name: str) -> tuple[SourceFile, ...]:
     return sources
 
 
-def _checked_sources(patterns: str | Sequence[str], key: str, data: DataConfig) -> tuple[SourceFile, ...]:
+def _checked_sources(
+    patterns: str | Sequence[str], key: str, data: DataConfig, reads_images: bool
+) -> tuple[SourceFile, ...]:
     places = list_files(patterns, key)
     stored = any(isinstance(place, str) for place in places)
     sources = each(scan, places, stored)
     checked = max(1, min(CHECKED_ROWS, MAX_CHECKED_ROWS // len(sources)))
 
-    def check(source: SourceFile) -> None:
+    def check(source: SourceFile) -> SourceFile:
         skips, numbers = data.on_error == "skip", range(min(source.num_rows, checked))
+        images: list[Any] = []
         for number, row in read_rows(source, numbers, FIELDS[data.format], EXTRA_FIELDS[data.format], keep_bad=skips):
             try:
-                check_row(row, data.format, f"{source.name}, row {number + 1}")
+                images += _checked_row(row, Place.of(source, number), data, reads_images)
             except DataError:
                 if not skips:
                     raise
-                continue
-            if data.packing and has_images(row):
-                raise DataError(
-                    f"{source.name}, row {number + 1} shows an image, which data.packing would tear from its row: set"
-                    " data.packing to false."
-                )
+        return dataclasses.replace(source, images=fingerprint(images) if images else "")
 
-    each(check, sources, stored)
-    return tuple(sources)
+    return tuple(each(check, sources, stored))
+
+
+def _checked_row(row: Row, where: Place, data: DataConfig, reads_images: bool) -> list[Any]:
+    """What tells the images that a row names from others; raises DataError where it is bad as far as can be seen."""
+    check_row(row, data.format, where, data.packing)
+    if data.format != "messages":
+        return []
+    if has_images(row) and not reads_images:
+        raise DataError(f"{where}: it shows an image, and the model has no processor for images: choose one that has.")
+    return look(row, where)
 
 
 def _is_hub(split: SplitConfig) -> bool:

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from emloc_ray.config import RunConfig
+from emloc_ray.data.processors import IMAGE_SIDE
 from emloc_ray.layout import Layout
+from emloc_ray.planner import row_lengths
+from emloc_ray.preparation import Prepared
 from emloc_ray.stages import STAGES
 
 
@@ -34,13 +37,25 @@ def left_dense(layout: Layout) -> str | None:
     return f"Only linears can be factored or adapted: {first}{others}, which a pattern names, stays as it is."
 
 
+def long_images(prepared: Prepared) -> str | None:
+    """Where rows show images, and one of ordinary size is longer than a row may be."""
+    limit, tokens = prepared.config.data.max_seq_length, prepared.layout.image.row_tokens
+    if tokens < limit or not row_lengths(prepared).images:
+        return None
+    return (
+        f"An image of {IMAGE_SIDE} × {IMAGE_SIDE} pixels takes {tokens} tokens of this model, data.max_seq_length is {limit}:"
+        " rows whose images do not fit are dropped; raise it."
+    )
+
+
 def cut_rows(config: RunConfig, split: str, count: dict[str, int]) -> str | None:
     """How many rows of a split were longer than ``max_seq_length``."""
     if not count["truncated_rows"]:
         return None
     return (
         f"data.{split}: {count['truncated_rows']} rows cut to {config.data.max_seq_length} tokens"
-        f" ({count['truncated_tokens']} tokens left out), {count['dropped_rows']} dropped with no completion left."
+        f" ({count['truncated_tokens']} tokens left out), {count['dropped_rows']} dropped with no completion"
+        " or not all of an image left."
     )
 
 

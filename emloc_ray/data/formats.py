@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from emloc_ray.data.images import COLUMNS, check_parts, decode, has_images, image_parts, plain_messages
+from emloc_ray.data.images import (
+    COLUMNS,
+    check_parts,
+    decode,
+    has_images,
+    image_parts,
+    plain_messages,
+    text_messages,
+)
 from emloc_ray.data.reading import BadRow, Row
 from emloc_ray.errors import DataError
 
@@ -16,9 +25,9 @@ EXTRA_FIELDS = {"text": (), "prompt_completion": (), "messages": COLUMNS}
 
 
 class RowImage(NamedTuple):
-    """An encoded image; all tokens that stand for it are before the row's place ``end``."""
+    """An encoded image, in memory or in a file's map; all tokens that stand for it are before the row's place ``end``."""
 
-    content: bytes
+    content: bytes | memoryview
     end: int
 
 
@@ -34,8 +43,8 @@ class Tokens:
         return len(self.input_ids)
 
 
-def check_row(row: Row, format: str, where: str) -> None:
-    """Raises DataError, naming file, row and field, where a row is not of its format."""
+def check_row(row: Row, format: str, where: str, packing: bool = False) -> None:
+    """Raises DataError, naming file, row and field, where a row is not of its format, or shows an image and is packed."""
     if isinstance(row, BadRow):
         raise row.error
     for name in FIELDS[format]:
@@ -47,6 +56,10 @@ def check_row(row: Row, format: str, where: str) -> None:
     if format == "messages":
         _check_messages(row["messages"], where)
         check_parts(row, where)
+        if packing and has_images(row):
+            raise DataError(
+                f"{where}: it shows an image, which data.packing would tear from its row: set that to false."
+            )
         return
     for name in FIELDS[format]:
         if not isinstance(row[name], str):
@@ -62,8 +75,13 @@ def _check_messages(messages: Any, where: str) -> None:
     for turn in messages:
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or turn.get("content") is None:
             raise DataError(f"{where}: a message lacks role or content: give [{{role, content}}, …].")
-        if isinstance(turn["content"], str):
-            _check_unicode(turn["content"], f"{where}: a message")
+        if not isinstance(turn["content"], str | list):
+            kind = type(turn["content"]).__name__
+            raise DataError(f"{where}: a message's content is {kind}: give a text, or a list of parts.")
+        for part in turn["content"] if isinstance(turn["content"], list) else [turn["content"]]:
+            text = part.get("text") if isinstance(part, dict) else part
+            if isinstance(text, str):
+                _check_unicode(text, f"{where}: a message")
     if not any(turn["role"] == "assistant" for turn in messages):
         raise DataError(f"{where}: no message has role assistant: there is nothing to learn from it.")
 
@@ -137,13 +155,11 @@ def segments(
         return [prompt, Segment(row["completion"], True, eos=True)]
     if processor is None and has_images(row):
         raise DataError(f"{where}: it shows an image, and the model has no processor for images: choose one that has.")
-    with_template = processor if processor is not None and processor.chat_template else tokenizer
-    messages = row["messages"] if processor is None else plain_messages(row["messages"])
-    found = _message_segments(messages, with_template, where)
-    token = getattr(processor, "image_token", None)
-    if token and sum(segment.text.count(token) for segment in found) > len(list(image_parts({"messages": messages}))):
-        raise DataError(f"{where}: a text holds {token}, which stands for an image: write it otherwise.")
-    return [*_with_images(found, messages, processor, images, where)] if images else found
+    own = processor is not None and bool(processor.chat_template)
+    as_parts = own or has_images(row)
+    messages = plain_messages(row["messages"]) if as_parts else text_messages(row["messages"])
+    found = _message_segments(messages, processor if own else tokenizer, where)
+    return found if processor is None else [*_with_images(found, messages, processor, images, where)]
 
 
 def _with_images(
@@ -159,7 +175,8 @@ def _with_images(
     ]
     rest = iter(images)
     for segment, (begin, end) in zip(found, turns, strict=True):
-        own = [content for _, content in zip(range(sum(shown[begin:end])), rest, strict=False)]
+        own = list(itertools.islice(rest, sum(shown[begin:end])))
+        _check_placeholders(segment.text, len(own), processor, where)
         if not own:
             yield segment
             continue
@@ -169,8 +186,20 @@ def _with_images(
             )
         except (ValueError, TypeError, IndexError, StopIteration, RuntimeError) as error:
             detail = " ".join(str(error).split())[:150]
-            raise DataError(f"{where}: the model's processor refuses its images ({detail}): mend the row.") from error
-        yield segment._replace(ids=tuple(int(token) for token in made["input_ids"][0]), images=tuple(own))
+            raise DataError(
+                f"{where}: the model's processor refuses its images ({detail}): mend the row, or the chat template."
+            ) from error
+        ids = tuple(int(token) for token in made["input_ids"][0])
+        yield segment._replace(ids=ids, images=tuple(own))
+
+
+def _check_placeholders(text: str, count: int, processor: Any, where: str) -> None:
+    """A text holds no more tokens that stand for images than it has: that it holds no fewer is what the processor checks."""
+    image, video = (getattr(processor, name, None) for name in ("image_token", "video_token"))
+    found = text.count(image) if image else count
+    stray = image if found > count else video if video and video in text else None
+    if stray is not None:
+        raise DataError(f"{where}: a text holds {stray}, which stands for an image or a video: write it otherwise.")
 
 
 def _message_segments(messages: list[dict[str, Any]], tokenizer: Any, where: str) -> list[Segment]:
@@ -185,8 +214,8 @@ def _message_segments(messages: list[dict[str, Any]], tokenizer: Any, where: str
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = tokenizer.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True)
-        through = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
+        prompt = _written(tokenizer, messages[:turn], where, add_generation_prompt=True)
+        through = _written(tokenizer, messages[: turn + 1], where)
         if not prompt.startswith(text) or not through.startswith(prompt):
             raise DataError(
                 f"{where}: the chat template rewrites earlier turns, so completion tokens cannot be told apart:"
@@ -195,6 +224,15 @@ def _message_segments(messages: list[dict[str, Any]], tokenizer: Any, where: str
         found += [Segment(prompt[len(text) :], False), Segment(through[len(prompt) :], True)]
         text = through
     return found
+
+
+def _written(tokenizer: Any, messages: list[dict[str, Any]], where: str, **options: Any) -> str:
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # a template is a program, and may itself raise
+        detail = " ".join(str(error).split())[:150]
+        raise DataError(f"{where}: the chat template refuses its messages ({detail}): mend the row.") from error
+    return text
 
 
 def _encode(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
@@ -235,8 +273,6 @@ def pack(rows: Iterable[Tokens], max_seq_length: int) -> Iterator[Tokens]:
     """Joins whole rows, in order, into sequences of at most ``max_seq_length``; each sees the rows before it."""
     last: Tokens | None = None
     for row in rows:
-        if row.images:
-            raise DataError("data.packing joins rows, which images would be torn from: set it to false.")
         if last is not None and len(last) + len(row) <= max_seq_length:
             last = Tokens(last.input_ids + row.input_ids, last.completion_mask + row.completion_mask)
             continue

@@ -18,7 +18,7 @@ from emloc_ray.data.hash_order import Rows, shuffled
 from emloc_ray.data.token_shards import TokenShards, from_table, to_table
 
 _STEPS_PER_TASK = 256
-_STEPS_PER_IMAGE_TASK = 16  # whose rows are of 100 KB rather than a few
+_TASK_BYTES = 2**26  # of a reading task's rows, which are of 100 KB rather than one where they show images
 _READERS = 2
 _READ_AHEAD_BYTES = 2**27
 
@@ -89,7 +89,7 @@ class MicroStepSource(Datasource):
 
     def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
         """One task per range, whatever ``parallelism`` says: the ranges fix the order."""
-        steps = steps_per_task(self.tokens_dir)
+        steps = steps_per_task(self.tokens_dir, self.order.batch_size)
         starts = range(self.begin, self.end, steps)
         return [self._task(start, min(self.end, start + steps)) for start in starts]
 
@@ -101,9 +101,10 @@ class MicroStepSource(Datasource):
         return ReadTask(lambda: [read_micro_steps(tokens_dir, order, begin, end)], metadata)
 
 
-def steps_per_task(tokens_dir: Path) -> int:
-    """How many micro-steps are read at once."""
-    return _STEPS_PER_IMAGE_TASK if TokenShards(tokens_dir).has_images else _STEPS_PER_TASK
+def steps_per_task(tokens_dir: Path, batch_size: int) -> int:
+    """How many micro-steps of so many rows are read at once."""
+    step_bytes = max(1.0, batch_size * TokenShards(tokens_dir).row_bytes)
+    return int(min(max(1, _TASK_BYTES // step_bytes), _STEPS_PER_TASK))
 
 
 def stream_batches(tokens_dir: Path, order: SampleOrder, begin: int, end: int) -> Iterator[list[Tokens]]:
@@ -113,7 +114,7 @@ def stream_batches(tokens_dir: Path, order: SampleOrder, begin: int, end: int) -
     at once are ahead of any training, and what they read ahead is bounded: left to itself, Ray starts a process
     for each of hundreds of tasks that ask for nothing, and fills its object store with a long training's rows.
     """
-    num_tasks = -(-(end - begin) // steps_per_task(tokens_dir))
+    num_tasks = -(-(end - begin) // steps_per_task(tokens_dir, order.batch_size))
     if num_tasks <= 1:  # nothing to stream: starting Ray Data takes longer than reading it
         yield from _batches(iter([read_micro_steps(tokens_dir, order, begin, end)]), order)
         return

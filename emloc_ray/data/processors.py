@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emloc_ray.data.formats import RowImage, Tokens
 from emloc_ray.data.images import decode
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.node_cache import ensure
@@ -49,7 +51,7 @@ class ImageInputs:
     def __init__(self, directory: str | Path, trust_remote_code: bool = False) -> None:
         self.directory, self.trust_remote_code = str(directory), trust_remote_code
 
-    def __call__(self, images: Sequence[Sequence[bytes]], input_ids: Tensor) -> dict[str, Tensor]:
+    def __call__(self, images: Sequence[Sequence[bytes | memoryview]], input_ids: Tensor) -> dict[str, Tensor]:
         """Pixels and whatever else the processor makes of each row's encoded images, and of the rows' ``input_ids``.
 
         The same as the processor gives with the rows' text: pixels do not depend on it. Nothing where there are no images.
@@ -79,19 +81,44 @@ def placeholders(processor: Any, count: int) -> str:
 
 
 def example(directory: str | Path, trust_remote_code: bool = False) -> dict[str, Tensor]:
-    """What a model is called with for one blank image and no words, by its own processor; nothing where it has none."""
-    from PIL import Image
+    """What a model is called with for one blank image and no words, by its own processor; nothing where it has none.
 
+    Raises:
+        ConfigError: where the processor does not take it.
+    """
     processor = open_processor(str(directory), trust_remote_code)
     if processor is None:
         return {}
-    made = processor(
-        text=[placeholders(processor, 1)],
-        images=[[Image.new("RGB", (_SIDE, _SIDE))]],
-        padding=True,
-        return_tensors="pt",
-    )
+    try:
+        made = _blank(processor, IMAGE_SIDE)
+    except Exception as error:  # a chat template and a processor are programs of the model's own
+        detail = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"model.source {directory}: its processor takes no image ({detail}): mend its files."
+        ) from error
     return {key: value for key, value in made.items() if isinstance(value, Tensor)}
 
 
-_SIDE = 448  # pixels of the blank image
+def blank_row(directory: str | Path, trust_remote_code: bool = False) -> Tokens:
+    """A row that shows a small blank image and has nothing to learn.
+
+    Ranks that train together have to run the same parts of a model: one whose batch shows no image would leave the others
+    waiting for its part of the vision tower's gradients, or of its weights.
+    """
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.new("RGB", (_SMALL_SIDE, _SMALL_SIDE)).save(stream, "PNG")
+    ids = _blank(open_processor(str(directory), trust_remote_code), _SMALL_SIDE)["input_ids"][0].tolist()
+    return Tokens(ids, [False] * len(ids), (RowImage(stream.getvalue(), len(ids)),))
+
+
+def _blank(processor: Any, side: int) -> Any:
+    from PIL import Image
+
+    text, image = placeholders(processor, 1), Image.new("RGB", (side, side))
+    return processor(text=[text], images=[[image]], padding=True, return_tensors="pt")
+
+
+IMAGE_SIDE = 448  # pixels of the blank image
+_SMALL_SIDE = 56

@@ -57,6 +57,7 @@ Result = TypeVar("Result")
 
 _ROWS_PER_MARK = 1024
 _ROWS_PER_BATCH = 256
+_BATCH_BYTES = 2**24  # of a Parquet file's rows, which may hold images
 _BUFFER_BYTES = 2**18
 # What one request asks of a store: more where a file is read through, less where it is entered for some rows.
 _STORED_SCAN_BYTES = 2**23
@@ -73,7 +74,8 @@ class SourceFile:
 
     ``marks`` are the byte offsets of every 1,024th row of a JSONL or CSV file, where reading can begin: 10⁷ rows have
     9,766. ``group_rows`` is the size of a Parquet file's largest row group: reading can begin at groups alone.
-    ``version`` tells a stored file's content from what it is later; of a local file it is empty.
+    ``version`` tells a stored file's content from what it is later; of a local file it is empty. ``images`` is a hash of
+    the images that its first rows name: their names, and sizes and times of those that are files here.
     """
 
     path: str
@@ -82,6 +84,7 @@ class SourceFile:
     marks: tuple[int, ...] = ()
     group_rows: int = 1
     version: str = ""
+    images: str = ""
 
     @property
     def is_stored(self) -> bool:
@@ -165,10 +168,12 @@ def scan(path: Path | str) -> SourceFile:
 
 
 def fingerprint_sources(sources: Sequence[SourceFile]) -> str:
-    """A hash of files as they were counted: of the local ones as of any large file, of the others by name and version."""
+    """A hash of files as they were counted: of the local ones as of any large file, of the others by name and version; and
+    of the images that they name."""
     local = fingerprint_large_files(Path(source.path) for source in sources if not source.is_stored)
     stored = [[PurePosixPath(source.name).name, source.version] for source in sources if source.is_stored]
-    return fingerprint([local, stored]) if stored else local
+    images = [source.images for source in sources if source.images]
+    return fingerprint([local, stored, images]) if stored or images else local
 
 
 def read_rows(
@@ -210,7 +215,9 @@ def _read_groups(
                 if row is None or row >= stop:
                     continue
                 begin = start
-                for batch in file.iter_batches(_ROWS_PER_BATCH, [group], columns, use_threads=False):
+                row_bytes = file.metadata.row_group(group).total_byte_size / max(1, stop - start)
+                size = int(min(max(1, _BATCH_BYTES // max(row_bytes, 1)), _ROWS_PER_BATCH))
+                for batch in file.iter_batches(size, [group], columns, use_threads=False):
                     inside = []
                     while row is not None and row < begin + batch.num_rows:
                         inside.append(row)

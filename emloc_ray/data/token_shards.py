@@ -6,7 +6,7 @@ import bisect
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from emloc_ray.io.node_cache import ensure
 _INDEX = "index.json"
 _COUNTS = b"counts"
 _ROWS_PER_BATCH = 256
+_BATCH_BYTES = 2**25  # of images
 _TYPES = {
     "input_ids": pa.list_(pa.int32()),
     "completion_mask": pa.list_(pa.bool_()),
@@ -36,22 +37,36 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.arrow"
 
 
-def write_shard(path: Path, rows: Iterable[Tokens], counts: Mapping[str, int] | None = None) -> int:
+def write_shard(
+    path: Path, rows: Iterable[Tokens], counts: Mapping[str, int] | None = None, with_images: bool = False
+) -> int:
     """Writes rows as one Arrow IPC file, atomically, beside what was counted on the way; returns how many there are.
 
-    ``counts`` is read once the rows are, so that whoever yields them may count as they go. Of the rows themselves only
-    some hundred are held at once, the others as Arrow has them: 4 bytes and a bit a token, and their images as encoded.
+    ``counts`` is read once the rows are, so that whoever yields them may count as they go. Only some hundred rows are held
+    at once, or one and what 32 MiB of images add. ``with_images``: whether any of them may show some.
     """
-    tables = [to_table([])]
-    stream = iter(rows)
-    while some := list(itertools.islice(stream, _ROWS_PER_BATCH)):
-        tables.append(to_table(some))
-    whole = [table for table in tables if table.num_rows] or tables
-    table = whole[0] if len(whole) == 1 else pa.concat_tables(whole, promote_options="default").combine_chunks()
-    table = table.replace_schema_metadata({_COUNTS: json.dumps(dict(counts or {}))})
-    with atomic_file(path) as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table)
-    return int(table.num_rows)
+    empty = to_table([], with_images)
+    written = 0
+    with atomic_file(path) as file, pa.ipc.new_file(file, empty.schema) as writer:
+        for some in _groups(rows):
+            writer.write_table(to_table(some, with_images))
+            written += len(some)
+        [last] = empty.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], empty.schema)]
+        writer.write_batch(last, custom_metadata={_COUNTS: json.dumps(dict(counts or {}))})
+    return written
+
+
+def _groups(rows: Iterable[Tokens]) -> Iterator[list[Tokens]]:
+    some: list[Tokens] = []
+    size = 0
+    for row in rows:
+        some.append(row)
+        size += sum(len(image.content) for image in row.images)
+        if len(some) == _ROWS_PER_BATCH or size >= _BATCH_BYTES:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
 
 
 def written_counts(path: Path) -> dict[str, int] | None:
@@ -59,9 +74,10 @@ def written_counts(path: Path) -> dict[str, int] | None:
     ensure(path)
     try:
         with pa.memory_map(str(path)) as file:
-            metadata = pa.ipc.open_file(file).schema.metadata
+            reader = pa.ipc.open_file(file)
+            metadata = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1).custom_metadata
             found: dict[str, int] = json.loads(metadata[_COUNTS])
-    except (OSError, pa.ArrowInvalid, KeyError, TypeError):
+    except (OSError, pa.ArrowInvalid, IndexError, KeyError, TypeError):
         return None
     return found
 
@@ -91,6 +107,12 @@ class TokenShards:
     def has_images(self) -> bool:
         """Whether any row shows an image."""
         return bool(self.index.get("images"))
+
+    @property
+    def row_bytes(self) -> float:
+        """What a row takes on average: its tokens, and its images as encoded."""
+        counts = [self.index.get(name, 0) for name in ("tokens", "image_bytes")]
+        return (5 * counts[0] + counts[1]) / max(1, len(self))
 
     @property
     def num_shards(self) -> int:
@@ -125,30 +147,28 @@ def _open(path: str, inode: int, modified: int) -> pa.Table:
 
 
 def to_table(rows: Sequence[Tokens], with_images: bool = False) -> pa.Table:
-    """Rows as columns; that of the images is there only where a row has some, or it is asked for."""
-    names = (*_ALWAYS, "images") if with_images or any(row.images for row in rows) else _ALWAYS
-    columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name in _ALWAYS}
-    columns["images"] = [[image._asdict() for image in row.images] for row in rows]
+    """Rows as columns; ``with_images`` with one for theirs."""
+    columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name in _TYPES}
+    columns["images"] = [[{"content": bytes(i.content), "end": i.end} for i in row.images] for row in rows]
+    names = _TYPES if with_images else _ALWAYS
     return pa.table({name: pa.array(columns[name], _TYPES[name]) for name in names})
 
 
 def from_table(table: pa.Table) -> list[Tokens]:
     """The rows of :func:`to_table`."""
-    columns = [table[name].to_pylist() for name in table.column_names]
-    return [_tokens(dict(zip(table.column_names, values, strict=True))) for values in zip(*columns, strict=True)]
+    return [_row(table, position) for position in range(table.num_rows)]
 
 
 def _row(table: pa.Table, position: int) -> Tokens:
-    return _tokens({name: table[name][position].as_py() for name in table.column_names})
-
-
-def _tokens(values: dict[str, Any]) -> Tokens:
-    images = tuple(RowImage(**image) for image in values.get("images") or ())
-    return Tokens(values["input_ids"], values["completion_mask"], images)
+    """The images stay where the file is mapped: what is held of a row are its tokens."""
+    ids, mask = (table[name][position].as_py() for name in _ALWAYS)
+    shown = table["images"][position].values if "images" in table.column_names else ()
+    images = tuple(RowImage(memoryview(i["content"].as_buffer()).cast("B"), i["end"].as_py()) for i in shown)
+    return Tokens(ids, mask, images)
 
 
 # What a model is called with for the images of a batch's rows, given those and the batch's token ids.
-ImagesToInputs = Callable[[Sequence[Sequence[bytes]], Tensor], dict[str, Tensor]]
+ImagesToInputs = Callable[[Sequence[Sequence[bytes | memoryview]], Tensor], dict[str, Tensor]]
 
 
 def collate(

@@ -15,16 +15,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emloc_ray.data.formats import EXTRA_FIELDS, FIELDS, Segment, Tokens, check_row, encode, pack, segments, truncate
-from emloc_ray.data.images import load_images
+from emloc_ray.data.images import is_remote, load_images, sources
 from emloc_ray.data.processors import open_processor
-from emloc_ray.data.reading import Row
+from emloc_ray.data.reading import Row, each
 from emloc_ray.data.splits import RowSelection
 from emloc_ray.data.token_shards import shard_name, write_index, write_shard, written_counts
 from emloc_ray.errors import DataError
 from emloc_ray.io.node_cache import ensure
 
-_COUNTS = ("rows", "tokens", "truncated_rows", "truncated_tokens", "dropped_rows", "skipped_rows", "images")
+_COUNTS = (
+    "rows",
+    "tokens",
+    "truncated_rows",
+    "truncated_tokens",
+    "dropped_rows",
+    "skipped_rows",
+    "images",
+    "image_bytes",
+)
 _ROWS_PER_BATCH = 256
+_IMAGE_ROWS_PER_BATCH = 32
 _READS_PER_GROUP = 16
 
 Unit = dict[str, Any]
@@ -42,28 +52,53 @@ class TokenizeOptions:
     has_encoder: bool = False
     skip_bad_rows: bool = False
 
+    @property
+    def may_show_images(self) -> bool:
+        """Whether rows' images are read: the model has a processor for them, and messages show some."""
+        return self.format == "messages" and open_processor(self.tokenizer, self.trust_remote_code) is not None
+
     def tokens(self, rows: Iterable[tuple[str, Row]]) -> Iterator[Tokens | None]:
-        """Rows, checked, as whole tokens, some hundred rows held at once; they come with the place that errors name.
+        """Rows, checked, as whole tokens, some hundred rows held at once, or some dozen with their images; they come with
+        the place that errors name.
 
         None stands for a row that is skipped because it is bad.
         """
         tokenizer = _tokenizer(self.tokenizer, self.trust_remote_code)
         stream = iter(rows)
-        while some := [self._segments(where, row) for where, row in itertools.islice(stream, _ROWS_PER_BATCH)]:
-            encoded = iter(encode([parts for parts in some if parts is not None], tokenizer))
-            yield from (None if parts is None else next(encoded) for parts in some)
+        size = _IMAGE_ROWS_PER_BATCH if self.may_show_images else _ROWS_PER_BATCH
+        while some := list(itertools.islice(stream, size)):
+            loaded = each(self._loaded, some, self.may_show_images and any(_asks_a_server(row, at) for at, row in some))
+            parts = [self._segments(at, row, images) for (at, row), images in zip(some, loaded, strict=True)]
+            encoded = iter(encode([segments for segments in parts if segments is not None], tokenizer))
+            yield from (None if segments is None else next(encoded) for segments in parts)
 
-    def _segments(self, where: str, row: Row) -> list[Segment] | None:
+    def _loaded(self, item: tuple[str, Row]) -> list[bytes] | None:
+        """A row's images, once it is checked."""
+        where, row = item
+        try:
+            check_row(row, self.format, where, self.packing)
+            return load_images(row, where) if self.may_show_images else []
+        except DataError:
+            if self.skip_bad_rows:
+                return None
+            raise
+
+    def _segments(self, where: str, row: Row, images: Sequence[bytes] | None) -> list[Segment] | None:
+        if images is None:
+            return None
         tokenizer = _tokenizer(self.tokenizer, self.trust_remote_code)
         processor = open_processor(self.tokenizer, self.trust_remote_code)
         try:
-            check_row(row, self.format, where)
-            images = load_images(row, where) if self.format == "messages" and processor is not None else []
             return segments(row, self.format, tokenizer, where, self.has_encoder, processor, images)
         except DataError:
             if self.skip_bad_rows:
                 return None
             raise
+
+
+def _asks_a_server(row: Row, where: str) -> bool:
+    folder = getattr(where, "folder", ".")
+    return any(is_remote(str(source[1]), folder) for source in sources(row) if source[0] in ("path", "url"))
 
 
 @dataclass(frozen=True)
@@ -104,7 +139,7 @@ class ShardTokenizer:
         kept = self._kept(rows, counts)
         if self.options.packing:
             kept = pack(kept, self.options.max_seq_length)
-        write_shard(path, _counted(kept, counts), counts)
+        write_shard(path, _counted(kept, counts), counts, self.options.may_show_images)
         return counts
 
     def _kept(self, rows: Iterable[tuple[str, Row]], counts: dict[str, int]) -> Iterator[Tokens]:
@@ -126,6 +161,7 @@ def _counted(rows: Iterable[Tokens], counts: dict[str, int]) -> Iterator[Tokens]
         counts["rows"] += 1
         counts["tokens"] += len(row)
         counts["images"] += len(row.images)
+        counts["image_bytes"] += sum(len(image.content) for image in row.images)
         yield row
 
 
@@ -242,8 +278,8 @@ def _write_split_index(
     if counts["rows"] == 0:
         skipped = f" of those that are not bad ({counts['skipped_rows']} are)" if counts["skipped_rows"] else ""
         raise DataError(
-            f"data.{split}: no row{skipped} keeps a completion token within data.max_seq_length {options.max_seq_length}:"
-            " raise it."
+            f"data.{split}: no row{skipped} keeps its images and a completion token within data.max_seq_length"
+            f" {options.max_seq_length}: raise it."
         )
     write_index(directory, [int(shard["rows"]) for shard in shards], {**counts, "options": asdict(options)})
     return counts

@@ -10,6 +10,8 @@ from torch import Tensor
 
 OURS = ("input_ids", "attention_mask", "completion_mask", "labels")
 
+_PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id")
+
 # Which tokens a linear reads: those of the row (of its prompt, where an encoder reads that), those that a decoder reads
 # beside an encoder, or others, which are all real (an image's patches).
 Stream = Literal["row", "decoder", "other"]
@@ -48,7 +50,7 @@ def model_call(config: Any, batch: dict[str, Tensor], loss_on: str = "completion
     others = {key: value for key, value in batch.items() if key not in OURS}
     call = _encoder_decoder(config, batch) if has_encoder(config) else None
     if call is None:
-        labels = label_mask(batch, loss_on)
+        labels = label_mask(batch, loss_on, config)
         predicting = torch.zeros_like(labels)
         predicting[:, :-1] = labels[:, 1:]
         inputs = {"input_ids": batch["input_ids"], "attention_mask": unpadded_is_none(batch["attention_mask"])}
@@ -57,11 +59,16 @@ def model_call(config: Any, batch: dict[str, Tensor], loss_on: str = "completion
     return ModelCall({**call.inputs, **others}, call.counted, call.predicting, call.targets)
 
 
-def label_mask(batch: dict[str, Tensor], loss_on: str) -> Tensor:
-    """Which tokens are labels ``(rows, length)``: completion tokens, or all non-padding ones; never the first."""
+def label_mask(batch: dict[str, Tensor], loss_on: str, config: Any = None) -> Tensor:
+    """Which tokens are labels ``(rows, length)``: completion tokens, or all non-padding ones; never the first, nor those
+    that stand for an image in a model of that ``config``."""
     key = "completion_mask" if loss_on == "completion" else "attention_mask"
     mask = batch[key].bool().clone()
     mask[:, 0] = False
+    for name in _PLACEHOLDERS:
+        token = getattr(config, name, None)
+        if isinstance(token, int):
+            mask &= batch["input_ids"] != token
     return mask
 
 

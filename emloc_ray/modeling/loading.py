@@ -17,7 +17,7 @@ from emloc_ray.io.atomic import atomic_directory, atomic_file, copy_file
 from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.io.fingerprint import content_of
 from emloc_ray.io.node_cache import ensure, sizes
-from emloc_ray.modeling.architecture import auto_class, block_linears
+from emloc_ray.modeling.architecture import auto_class, block_linears, outside_linears
 from emloc_ray.modeling.experts import unfuse
 from emloc_ray.modeling.stored_names import stored_parameters
 
@@ -148,7 +148,10 @@ def check_source(source: ModelSource, model: Any, trust_remote_code: bool = Fals
     checkpoint = None if source.hub_id is not None else Checkpoint(source.directory)
     stored = {} if checkpoint is None else stored_parameters(model, (entry.name for entry in checkpoint))
     if checkpoint is not None:
-        missing = [spec.weight_name for spec in block_linears(model) if spec.weight_name not in stored]
+        head = model.get_output_embeddings()  # which may be the embedding itself
+        outside = [name for name in outside_linears(model) if model.get_submodule(name) is not head]
+        names = [*(spec.weight_name for spec in block_linears(model)), *(f"{name}.weight" for name in outside)]
+        missing = [name for name in names if name not in stored]
         if missing:
             raise ConfigError(
                 f"model.source {source.directory} holds no {missing[0]} ({len(missing)} linears of config.json's model are"

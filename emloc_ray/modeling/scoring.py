@@ -141,7 +141,10 @@ OtherInputs = Callable[[torch.Tensor], dict[str, torch.Tensor]]  # beside the to
 
 
 def _other_inputs(
-    images: ImagesToInputs | None, shown: Sequence[Sequence[bytes]], device: torch.device, ids: torch.Tensor
+    images: ImagesToInputs | None,
+    shown: Sequence[Sequence[bytes | memoryview]],
+    device: torch.device,
+    ids: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
     found = {} if images is None else images(shown, ids.cpu())
     return {key: value.to(device) for key, value in found.items()}

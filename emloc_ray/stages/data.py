@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from emloc_ray.config import RunConfig
-from emloc_ray.data.processors import open_processor
 from emloc_ray.data.reading import SourceFile, fingerprint_sources, scan
 from emloc_ray.data.splits import CALIBRATION_SEED, SPLITS, RowSelection, assign_splits
 from emloc_ray.data.token_budget import rows_within
@@ -51,11 +50,11 @@ def content_of_rows(prepared: Prepared) -> dict[str, str]:
     return {name: content_of(files) for name, files in local.items()}
 
 
-def may_change(config: RunConfig) -> bool:
-    """Whether the same config may find other rows another day, as a data set of the hub."""
-    return any(
-        str(split.path).startswith("hf:") for name in SPLITS if (split := getattr(config.data, name)) is not None
-    )
+def may_change(prepared: Prepared) -> bool:
+    """Whether the same rows may be others another day: a data set of the hub, images that rows name."""
+    data = prepared.config.data
+    hub = any(str(split.path).startswith("hf:") for name in SPLITS if (split := getattr(data, name)) is not None)
+    return hub or any(source.images for files in prepared.files.values() for source in files)
 
 
 def tokenize_data(
@@ -91,10 +90,7 @@ def tokenize_data(
     losses = Losses("data", tell)
     splits = begun_again(lambda: _splits(config, found, options), losses, lambda: "counting tokens")
     # Rows that may show images are of 100 KB rather than a few.
-    may_show = (
-        config.data.format == "messages" and open_processor(str(tokenizer), config.model.trust_remote_code) is not None
-    )
-    rows_per_shard = _IMAGE_ROWS_PER_SHARD if may_show else _ROWS_PER_SHARD
+    rows_per_shard = _IMAGE_ROWS_PER_SHARD if options.may_show_images else _ROWS_PER_SHARD
     sizes = dict.fromkeys(SPLITS, rows_per_shard) | {"calibration": config.calibration.rows_per_shard}
     counts = begun_again(
         lambda: tokenize_splits(

@@ -18,8 +18,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from emloc_ray.data.formats import Tokens
 from emloc_ray.data.ingest import SampleOrder, stream_batches
-from emloc_ray.data.processors import ImageInputs
+from emloc_ray.data.processors import ImageInputs, blank_row
 from emloc_ray.data.token_shards import TokenShards, collate
 from emloc_ray.io.node_cache import ensure, exists, publish
 from emloc_ray.io.teacher_shards import TeacherShards
@@ -98,11 +99,14 @@ class RankBatches(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         begin = (self.trainer.state.global_step if self.trainer else 0) * self.accumulation
         end = self.job.max_steps * self.accumulation
-        images = ImageInputs(self.job.emulator_dir, self.job.model_options.get("trust_remote_code", False))
+        where = self.job.emulator_dir, self.job.model_options.get("trust_remote_code", False)
+        config = self.trainer.model.config if self.trainer and self.trainer.model else None
+        images, together = ImageInputs(*where), self.order.world_size > 1
+        blank = blank_row(*where) if together and TokenShards(self.job.tokens_dir).has_images else None
         taught = self._taught(begin, end)
         for rows in stream_batches(self.job.tokens_dir, self.order, begin, end):
-            batch = collate(rows, self.job.pad_token_id, images)
-            mask = label_mask(batch, self.job.loss_on)
+            batch = collate_together(rows, blank, self.job.pad_token_id, images)
+            mask = label_mask(batch, self.job.loss_on, config)
             labels = batch["input_ids"].masked_fill(~mask, -100)
             # No plain tensors: DeepSpeed's training would round those to the dtype that it computes in.
             yield {**batch, "labels": labels, **({} if taught is None else {_TEACHER: next(taught)})}
@@ -113,6 +117,17 @@ class RankBatches(IterableDataset[dict[str, Any]]):
         teacher = TeacherShards(self.job.teacher_dir)
         found = ([teacher.row(row) for row in rows.tolist()] for rows in self.order.batches(begin, end))
         return (TopLogProbs(*map(torch.cat, zip(*parts, strict=True))) for parts in found)
+
+
+def collate_together(
+    rows: list[Tokens], blank: Tokens | None, pad_token_id: int, images: ImageInputs
+) -> dict[str, torch.Tensor]:
+    """A batch, with ``blank`` as its last row where no other shows an image: none of its tokens is a label."""
+    if blank is None or any(row.images for row in rows):
+        return collate(rows, pad_token_id, images)
+    batch = collate([*rows, blank], pad_token_id, images)
+    batch["attention_mask"][-1, 1:] = 0
+    return batch
 
 
 class EmulatorTrainer(Trainer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +105,21 @@ def test_zero_3_trains_the_same_adapter_and_goes_on_after_a_killed_worker(
     assert redone(values)[0] == "correct"
     path.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
     assert redone(values) == list(STAGES[STAGES.index("finetune") :])
+
+
+def test_ranks_whose_batches_show_no_image(family_run: Callable[[str], FinishedRun], tmp_path: Path) -> None:
+    """A row in six shows none: such a rank runs the vision tower too, and what is learned is the same at every stage."""
+    run = family_run("LLaVA").copy(tmp_path)
+    job = Jobs(prepare(parse_config(run.values)), run.model_dir).finetuning("plain")
+    jobs = []
+    for stage in (None, 1, 2, 3):
+        path = tmp_path / "zero.json"
+        path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        zero = {} if stage is None else {"zero_config": read_zero_config(str(path))}
+        arguments = {**job.training_arguments, "save_strategy": "no"}
+        changes = {"out_dir": tmp_path / f"zero-{stage}", "name": f"zero-{stage}", "batch_size": 1, **zero}
+        jobs.append(dataclasses.replace(job, training_arguments=arguments, **changes))
+    outcomes = in_one_group(jobs, tmp_path / "training")
+    assert [outcome["failure"] for outcome in outcomes] == [None] * 4
+    for made in jobs[1:]:
+        assert_same_adapter(made.out_dir, jobs[0].out_dir)

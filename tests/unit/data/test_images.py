@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,7 +20,7 @@ from small_runs import write_jsonl
 
 from emloc_ray.data import images as images_module
 from emloc_ray.data.formats import EXTRA_FIELDS, FIELDS, check_row
-from emloc_ray.data.images import decode, load_images, plain_messages
+from emloc_ray.data.images import decode, load_images, look, plain_messages
 from emloc_ray.data.reading import Place, Row, read_rows, scan
 from emloc_ray.errors import DataError
 from emloc_ray.io.object_store import ObjectStore
@@ -63,6 +64,8 @@ class Server(BaseHTTPRequestHandler):
         if self.path == "/busy.png" and self.asked.count(self.path) == 1:
             code = 503
         self.send_response(code)
+        if self.path == "/short.png" and self.asked.count(self.path) == 1:
+            self.send_header("Content-Length", "9999")
         self.end_headers()
         self.wfile.write(png() if code == 200 else b"no")
 
@@ -108,7 +111,8 @@ def test_a_path_is_from_the_folder_of_a_file_on_a_store(s3_port: int) -> None:
     store = ObjectStore(root, "data")
     store.write("task/pictures/a b.png", png())
     folder = root.replace("?", "/task?", 1)
-    assert load_images(row({"type": "image", "path": "pictures/a b.png"}), place(folder)) == [png()]
+    for name in ("pictures/a b.png", "../task/pictures/a b.png"):
+        assert load_images(row({"type": "image", "path": name}), place(folder)) == [png()]
 
 
 def test_images_of_columns_go_to_the_parts_that_name_none(tmp_path: Path) -> None:
@@ -152,7 +156,7 @@ def test_a_parquet_file_s_bytes_inside_content_and_beside(tmp_path: Path) -> Non
         ({"path": "text.png"}, r"image 1 text\.png cannot be decoded"),
         ({"path": "cut.png"}, r"image 1 cut\.png cannot be decoded"),
         ({"image": b"no image"}, "image 1 cannot be decoded"),
-        ({"image": "?not base64?"}, "image 1 is no base64"),
+        ({"image": "?not base64?"}, r"image 1 \?not base64\? is no base64 .*give it as path"),
         ({"image": 7}, "image 1 is int"),
         ({"path": "."}, "image 1 . cannot be read"),
     ],
@@ -164,6 +168,40 @@ def test_a_bad_image_is_told_by_file_and_row(tmp_path: Path, part: dict[str, Any
         load_images(row({"type": "image", **part}), place(tmp_path))
     assert str(caught.value).startswith(f"{tmp_path}/rows.jsonl, row 7: ")
     assert "\n" not in str(caught.value)
+
+
+def test_what_signs_a_url_is_in_no_error(server: str) -> None:
+    secret = server.replace("http://", "http://ann:hunter2@") + "/a.png?X-Amz-Signature=abc#f"
+    with pytest.raises(DataError) as caught:
+        load_images(row({"type": "image", "url": secret}), "here")
+    assert f"{server}/a.png cannot be read" in str(caught.value)
+    assert not any(word in str(caught.value) for word in ("hunter2", "Signature", "abc"))
+    with pytest.raises(DataError, match=r"^here: image 1 x{200}… cannot be read .File name too long") as caught:
+        load_images(row({"type": "image", "path": "x" * 10_000}), "here")
+
+
+def test_a_url_as_people_write_it(server: str) -> None:
+    load_images(row({"type": "image", "url": f"{server}/a b ä.png?q=%20"}), "here")
+    assert Server.asked == ["/a%20b%20%C3%A4.png?q=%20"]
+
+
+def test_an_answer_that_ends_early_is_asked_for_again(server: str) -> None:
+    assert load_images(row({"type": "image", "url": f"{server}/short.png"}), "here") == [png()]
+    assert Server.asked == ["/short.png"] * 2
+
+
+def test_an_image_has_a_size_and_a_time(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images_module, "_LONGEST_S", -1.0)
+    with pytest.raises(DataError, match="took more than"):
+        load_images(row({"type": "image", "url": f"{server}/a.png"}), "here")
+    monkeypatch.setattr(images_module, "_LONGEST_S", 9.0)
+    monkeypatch.setattr(images_module, "_MAX_BYTES", 20)
+    (tmp_path / "a.png").write_bytes(png())
+    for part in ({"url": f"{server}/a.png"}, {"path": "a.png"}):
+        with pytest.raises(DataError, match="it has more than 0 MiB"):
+            load_images(row({"type": "image", **part}), place(tmp_path))
+    with pytest.raises(DataError, match=r"/dev/zero cannot be read .it is no file"):
+        load_images(row({"type": "image", "path": "/dev/zero"}), "here")
 
 
 @pytest.mark.parametrize(("name", "code", "tries"), [("gone.png", 404, 1), ("broken.png", 500, 3)])
@@ -205,6 +243,64 @@ def test_an_image_is_turned_upright_and_of_three_colours() -> None:
     image.save(stream, "JPEG", exif=exif)
     found = decode(stream.getvalue())
     assert (found.size, found.mode) == ((8, 12), "RGB")
+
+
+def test_sixteen_bits_are_scaled_not_cut_off() -> None:
+    stream = io.BytesIO()
+    Image.fromarray((np.arange(256, dtype=np.uint16) * 256).reshape(16, 16)).save(stream, "PNG")
+    found = np.asarray(decode(stream.getvalue()))
+    assert found[..., 0].flatten().tolist() == list(range(256))
+    stream = io.BytesIO()
+    Image.fromarray(np.ones((4, 4), np.float32)).save(stream, "TIFF")
+    with pytest.raises(ValueError, match="floats of no known range"):
+        decode(stream.getvalue())
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_images_of_every_kind_are_of_three_colours(mode: str) -> None:
+    stream = io.BytesIO()
+    first = Image.new("RGB", (6, 4), (250, 250, 250)).convert(mode)
+    first.save(stream, "TIFF" if mode == "CMYK" else "PNG")
+    assert decode(stream.getvalue()).mode == "RGB"
+
+
+def test_the_first_picture_of_those_that_move() -> None:
+    stream = io.BytesIO()
+    frames = [Image.new("RGB", (6, 4), colour) for colour in ((255, 0, 0), (0, 0, 255))]
+    frames[0].save(stream, "GIF", save_all=True, append_images=frames[1:])
+    assert decode(stream.getvalue()).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_an_image_of_too_many_pixels_is_told() -> None:
+    stream = io.BytesIO()
+    Image.new("1", (20_000, 9_500)).save(stream, "PNG")  # 23 KB
+    with pytest.raises(DataError, match=r"cannot be decoded .*decompression bomb"):
+        load_images(row({"type": "image", "image": stream.getvalue()}), "here")
+
+
+def test_what_is_seen_of_images_unopened(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    parts = [{"type": "image", "path": "a.png"}, {"type": "image"}, {"type": "image", "url": "http://h/b.png"}]
+    shown = row(*parts, images=[{"bytes": png(), "path": "elsewhere.png"}])
+    seen = look(shown, place(tmp_path))
+    assert [name if isinstance(name, str) else name[0] for name in seen] == ["a.png", "http://h/b.png"]
+    (tmp_path / "a.png").write_bytes(png() + b"0")
+    assert look(shown, place(tmp_path)) != seen
+    with pytest.raises(DataError, match=r"row 7: image 1 b\.png is not there"):
+        look(row({"type": "image", "path": "b.png"}), place(tmp_path))
+    assert look(row({"type": "image", "path": "b.png"}), place("s3://bucket/rows")) == ["b.png"]
+
+
+@pytest.mark.parametrize("content", [5, {"type": "text", "text": "a"}])
+def test_content_is_a_text_or_parts(content: Any) -> None:
+    asked = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]}
+    with pytest.raises(DataError, match=r"content is (int|dict): give a text, or a list of parts"):
+        check_row(asked, "messages", "here")
+
+
+def test_what_is_no_character_is_told_inside_parts_too() -> None:
+    with pytest.raises(DataError, match=r"holds .* which is no character"):
+        check_row(row({"type": "text", "text": "\ud800"}), "messages", "here")
 
 
 def test_rows_know_their_folder(tmp_path: Path) -> None:

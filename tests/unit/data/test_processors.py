@@ -11,16 +11,20 @@ import torch
 from small_runs import write_jsonl
 from test_images import place, png, row, torn
 from test_tokenizing import inline  # noqa: F401
-from transformers import AutoProcessor
-from vlms import VLMS, save_vlm
+from transformers import AutoConfig, AutoProcessor
+from vlms import VLMS, build_vlm, image_tokenizer, save_vlm
 
-from emloc_ray.data.formats import Tokens, pack, truncate
-from emloc_ray.data.processors import ImageInputs, example, open_processor
+from emloc_ray.data.formats import Tokens, segments, truncate
+from emloc_ray.data.processors import ImageInputs, blank_row, example, open_processor
 from emloc_ray.data.reading import scan
 from emloc_ray.data.splits import RowSelection
 from emloc_ray.data.token_shards import TokenShards, collate
 from emloc_ray.data.tokenizing import TokenizeOptions, row_lengths, tokenize_splits
 from emloc_ray.errors import ConfigError, DataError
+from emloc_ray.modeling.inputs import label_mask, model_call
+from emloc_ray.modeling.loading import load_model
+from emloc_ray.modeling.loss import token_loss
+from emloc_ray.stages.training import collate_together
 
 GREY = (120, 120, 120)
 
@@ -108,6 +112,92 @@ def test_text_on_a_model_that_reads_images(vlm_dir: Callable[[str], Path]) -> No
     assert set(collate([found], 0, ImageInputs(directory))) == {"input_ids", "attention_mask", "completion_mask"}
 
 
+@pytest.mark.parametrize("family", VLMS)
+def test_a_text_with_a_token_that_stands_for_an_image(vlm_dir: Callable[[str], Path], family: str) -> None:
+    options = TokenizeOptions(str(vlm_dir(family)), "messages", 512)
+    asked = {"type": "text", "text": "What does <image> mean?"}
+    later = row({"type": "image", "image": png()})["messages"][:1]  # after the last answer: nobody reads it
+    for made in (
+        row(asked),
+        row({"type": "image", "image": png()}, asked),
+        {"messages": row(asked)["messages"] + later},
+    ):
+        with pytest.raises(DataError, match="row 1: a text holds <image>, which stands for an image"):
+            tokens_of(options, made)
+
+
+@pytest.mark.parametrize(
+    ("template", "complaint"),
+    [
+        (
+            "{% for m in messages %}{{ m.role }}{{ eos_token }}{% endfor %}",
+            "processor refuses its images .*0 <image> tokens and 2 images",
+        ),
+        (
+            "{{ '<image>' }}{% for m in messages %}{{ m.role }}{{ eos_token }}{% endfor %}",
+            "1 <image> tokens and 2 images",
+        ),
+        ("{{ raise_exception('no such role') }}", "chat template refuses its messages .no such role"),
+        ("{{ messages[0].content + 'a' }}", "chat template refuses its messages"),
+    ],
+)
+def test_a_chat_template_of_another_model_is_told(tmp_path: Path, template: str, complaint: str) -> None:
+    directory = save_vlm("LLaVA", tmp_path / "model")
+    (directory / "chat_template.jinja").write_text(template)
+    shown = [{"type": "image", "image": png()}] * 2
+    with pytest.raises(DataError, match=f"row 1: .*{complaint}"):
+        tokens_of(TokenizeOptions(str(directory), "messages", 512), row(*shown))
+
+
+def test_a_tokenizer_s_template_is_given_text() -> None:
+    """Those of models that read text alone know no parts, and would write a list down as Python does."""
+    tokenizer = image_tokenizer("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    _, processor = build_vlm("LLaVA")
+    processor.chat_template = None
+    for beside in (None, processor):
+        found = segments(row(), "messages", tokenizer, "here", processor=beside)
+        assert "".join(segment.text for segment in found) == "What colour?<eos>red<eos>"
+
+
+@pytest.mark.parametrize("family", VLMS)
+@torch.no_grad()
+def test_tokens_of_an_image_are_no_labels(vlm_dir: Callable[[str], Path], family: str) -> None:
+    directory = vlm_dir(family)
+    [found] = tokens_of(TokenizeOptions(str(directory), "messages", 512), two_turns())
+    assert found is not None
+    batch, config = collate([found], 0, ImageInputs(directory)), AutoConfig.from_pretrained(directory)
+    image = open_processor(str(directory)).image_token_id
+    shown = batch["input_ids"] == image
+    assert shown.any()
+    labels = label_mask(batch, "all", config)
+    assert torch.equal(labels, (batch["attention_mask"].bool() & ~shown).index_fill(1, torch.tensor([0]), False))
+    assert image not in model_call(config, batch, "all").targets
+
+
+@pytest.mark.parametrize("family", VLMS)
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+def test_a_blank_image_has_every_part_run_and_changes_no_loss(
+    vlm_dir: Callable[[str], Path], family: str, loss_on: str
+) -> None:
+    directory = vlm_dir(family)
+    model, images = load_model(directory).requires_grad_(True), ImageInputs(directory)
+    rows = [Tokens([5, 6, 7, 8, 9], [False] * 3 + [True] * 2), Tokens([5, 6, 7], [False] * 2 + [True])]
+    alone = token_loss(model, collate(rows, 0, images), loss_on)
+    together = token_loss(model, collate_together(rows, blank_row(directory), 0, images), loss_on)
+    assert together.num_tokens == alone.num_tokens
+    assert together.loss_sum.item() == pytest.approx(alone.loss_sum.item(), rel=1e-5)
+    together.loss_sum.backward()
+    linears = [
+        m for n, m in model.named_modules() if "vis" in n and n.endswith(("q_proj", "qkv")) and "layers.2" not in n
+    ]
+    assert linears
+    for linear in linears:
+        assert linear.weight.grad is not None
+        assert not linear.weight.grad.any()
+    shown = blank_row(directory)
+    assert len(collate_together([*rows, shown], shown, 0, images)["input_ids"]) == 3
+
+
 def test_an_image_for_a_model_that_reads_none(tiny_model_dir: Callable[..., Path]) -> None:
     directory = tiny_model_dir("llama")
     assert open_processor(str(directory)) is None
@@ -119,10 +209,9 @@ def test_an_image_for_a_model_that_reads_none(tiny_model_dir: Callable[..., Path
 
 
 def test_images_are_not_packed(vlm_dir: Callable[[str], Path]) -> None:
-    [found] = tokens_of(TokenizeOptions(str(vlm_dir("LLaVA")), "messages", 512), two_turns())
-    assert found is not None
-    with pytest.raises(DataError, match=r"data\.packing"):
-        list(pack([found], 64))
+    options = TokenizeOptions(str(vlm_dir("LLaVA")), "messages", 512, packing=True)
+    with pytest.raises(DataError, match=r"row 2: it shows an image, which data\.packing"):
+        tokens_of(options, row(), two_turns())
 
 
 @pytest.fixture

@@ -309,7 +309,7 @@ def test_a_model_that_sees_is_healed_on_its_images(tmp_path: Path) -> None:
     made = [(Place(f"row {number}"), asked_about((40 * number, 120, 120))) for number in range(5)]
     rows = [tokens for tokens in options.tokens(iter(made)) if tokens is not None]
     tokens_dir = tmp_path / "tokens"
-    write_shard(tokens_dir / shard_name(0), rows)
+    write_shard(tokens_dir / shard_name(0), rows, with_images=True)
     write_index(tokens_dir, [len(rows)], {"tokens": sum(map(len, rows)), "images": len(rows)})
     teacher = taught(teacher_job(model_dir, tokens_dir, tmp_path / "teacher"))
     config = AutoConfig.from_pretrained(model_dir)
