@@ -9,9 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emloc_ray.config import RunConfig, StageConfig
+from emloc_ray.config import RunConfig
 from emloc_ray.errors import DamagedArtifactError
-from emloc_ray.healing import factor_ranks, healing_run, packs_late
+from emloc_ray.healing import factor_ranks, packs_late
 from emloc_ray.io.artifact_cache import ArtifactCache, EntryGone
 from emloc_ray.io.fingerprint import fingerprint, fingerprint_large_files
 from emloc_ray.io.grams import INDEX, GramStore
@@ -34,7 +34,7 @@ from emloc_ray.remarks import (
 from emloc_ray.reporter import Reporter, Reporters, SilentReporter
 from emloc_ray.run_log import RunLog
 from emloc_ray.stages import STAGES
-from emloc_ray.steps import Steps
+from emloc_ray.steps import NOT_LEARNED, Steps, without
 from emloc_ray.turns import AtOnce, Turns
 
 if TYPE_CHECKING:
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 
 # Settings that say where work runs, not what comes out of it.
 _PLACEMENT = {"num_workers", "cpus_per_worker", "gpus_per_worker"}
-# Of the fine-tuning's; its number of workers orders the rows.
-_NOT_LEARNED = {"cpus_per_worker", "gpus_per_worker", "max_failures", "deepspeed", "report_to", "run_name"}
 
 
 def run(
@@ -339,42 +337,10 @@ class Pipeline:
 
     def heal(self) -> None:
         """The emulator after it was distilled from the original on the task's inputs; none where the config asks for none."""
-        from emloc_ray.jobs import resources
-        from emloc_ray.stages.heal import heal
+        from emloc_ray.healing_step import heal_emulator
 
-        out_dir, place, healing = (
-            self.directory.path("emulator_healed"),
-            self.directory.path("healing"),
-            self.config.emulator.heals,
-        )
-        if healing is None:
-            self.steps.leave_out("heal", self.inputs["factorize"], out_dir)
-            discard(place)
-            self._tell(no_healing(self.config))
-            return
-        learned = {*_NOT_LEARNED, "max_steps", "num_train_epochs", "loss_on"}
-        inputs: dict[str, Any] = {
-            "factorize": self.inputs["factorize"],
-            "data": self.inputs["data/train"],
-            "options": self.model_options,
-            "healing": healing.model_dump(mode="json"),
-            "finetune": _without(healing_run(self.prepared, healing).config.finetune, learned),
-            "ranks": self.layout.ranks,
-            "quantization": self.config.emulator.quantization,
-            "seed": self.config.seed,
-        }
-        if self.prepared.zero_config is not None:
-            inputs["deepspeed"] = self.prepared.zero_config
-
-        def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
-            for path in (place, out_dir):
-                discard_unless(path, inputs)
-            job = self.jobs.healing(healing, f"heal-{fingerprint(inputs)}")
-            return heal(job, self.jobs.base_config(), granted, progress, self.reporter.note)
-
-        asked = resources(self.config.finetune)
-        self.steps.run("heal", inputs, [out_dir], execute, asked, resumes=True, shared=self._content())
-        discard(place)
+        heal_emulator(self.steps, self.jobs, self._content)
+        self._tell(no_healing(self.config))
 
     def finetune(self) -> None:
         """The adapter as trained on the emulator."""
@@ -387,7 +353,7 @@ class Pipeline:
             "data": self.inputs["data/train"],
             "options": self.model_options,
             "adapter": self.config.adapter.model_dump(mode="json"),
-            "finetune": _without(section, _NOT_LEARNED),
+            "finetune": without(section, NOT_LEARNED),
             "steps": self.jobs.num_steps(),
             "seed": self.config.seed,
         }
@@ -447,14 +413,10 @@ class Pipeline:
         inputs = {
             "merge": self.inputs["merge"],
             "data": self.inputs["data/eval"],
-            "evaluation": _without(section, {*_PLACEMENT, "upper_bound"}),
+            "evaluation": without(section, {*_PLACEMENT, "upper_bound"}),
         }
 
         def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
             return evaluate(self.jobs.evaluation(), granted, progress, self.reporter.note)
 
         self.steps.run("evaluate", inputs, [], execute, resources(section))
-
-
-def _without(section: StageConfig, keys: set[str]) -> dict[str, Any]:
-    return section.model_dump(mode="json", exclude=keys)
