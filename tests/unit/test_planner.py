@@ -65,7 +65,8 @@ def test_parameters_and_bytes_are_those_of_the_files(
 
 
 def test_every_stage_is_there_with_what_it_asks_for(plan: Callable[..., Plan]) -> None:
-    found = plan(calibration={"num_workers": 2}, finetune={"num_workers": 2, "cpus_per_worker": 0.5})
+    healed = {"healing": {"steps": 3}}
+    found = plan(calibration={"num_workers": 2}, emulator=healed, finetune={"num_workers": 2, "cpus_per_worker": 0.5})
     assert tuple(entry.name for entry in found.stages) == STAGES
     assert stage(found, "calibrate").num_workers == 2
     assert stage(found, "finetune").cpus_per_worker == 0.5
