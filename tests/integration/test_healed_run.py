@@ -238,7 +238,9 @@ def test_tasks_that_tune_otherwise_share_it(
     # In 4 bits only once it is healed.
     packed = {key for file in (tmp_path / "one").glob("*/*.safetensors") for key in load_file(file) if "nf4" in key}
     assert packed
-    assert not any("nf4" in key for file in (tmp_path / "one" / "emulator").glob("*.s*") for key in load_file(file))
+    assert not any(
+        "nf4" in key for file in (tmp_path / "one" / "emulator").glob("*.safetensors") for key in load_file(file)
+    )
 
 
 def test_zero_heals_as_well(healed_run: FinishedRun, tmp_path: Path) -> None:
@@ -265,3 +267,13 @@ def test_zero_heals_as_well(healed_run: FinishedRun, tmp_path: Path) -> None:
         ours, theirs = (load_file(d / "adapter_model.safetensors") for d in (made.out_dir, jobs[0].out_dir))
         for key, tensor in theirs.items():
             torch.testing.assert_close(ours[key], tensor, rtol=0, atol=1e-3, msg=lambda m, n=key: f"{n}: {m}")
+
+
+def test_ranks_by_the_data_are_those_that_it_ends_with(llama_run: FinishedRun, tmp_path: Path) -> None:
+    run = llama_run.copy(tmp_path)
+    values = run.changed(emulator={"allocation": "spectral", "healing": {**HEALING, "steps": 2}})
+    run_values(values, until="finetune")
+    allocated = json.loads((run.root / "allocation" / "ranks.json").read_text())["layers"]
+    model = AutoModelForCausalLM.from_pretrained(run.root / "emulator_healed")
+    ranks = {name: m.down.out_features for name, m in model.named_modules() if isinstance(m, FactorizedLinear)}
+    assert ranks == {name: layer["rank"] for name, layer in allocated.items() if layer["rank"] is not None}

@@ -163,7 +163,7 @@ def test_bytes_in_4_bits_are_those_of_a_saved_emulator(
 def test_what_ranks_by_data_take_is_planned(plan: Callable[..., Plan]) -> None:
     plain, found = plan(), plan(emulator={"allocation": "sensitivity", "objective": "predictions"})
     names = [entry.name for entry in found.stages]
-    assert names == ["calibrate", "gradients", "allocate", "factorize", *STAGES[2:]]
+    assert names == ["calibrate", "gradients", "allocate", "factorize", *STAGES[3:]]
     assert found.emulator_parameters == plain.emulator_parameters
     assert stage(found, "gradients").worker_bytes > stage(found, "calibrate").worker_bytes
     assert stage(found, "gradients").seconds > stage(found, "calibrate").seconds > 0
