@@ -16,7 +16,7 @@ from emloc_ray.planner import planned_steps
 from emloc_ray.preparation import Prepared
 from emloc_ray.stages import STEPS
 
-_ARTIFACTS = ("model", "data", "calibration", "emulator", "adapter_emulator", "adapter", "merged")
+_ARTIFACTS = ("model", "data", "calibration", "emulator", "emulator_healed", "adapter_emulator", "adapter", "merged")
 _LIBRARIES = ("emloc-ray", "ray", "torch", "transformers", "peft", "safetensors", "pyarrow")
 
 
@@ -36,7 +36,7 @@ def assemble_metrics(
         *(() if layout.differs else ("calibrate",)),
         *(("merge",) if prepared.config.adapter.is_prompt else ()),
     }
-    needed = [name for name in planned_steps(layout) if name not in missing]
+    needed = [name for name in planned_steps(prepared) if name not in missing]
     stages = _current_stages(directory.manifest()["stages"], verified, needed)
     metrics: dict[str, Any] = {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
@@ -69,8 +69,12 @@ def assemble_metrics(
             "allocation": layout.allocation,
             "objective": layout.objective,
             **{key: stages["factorize"][key] for key in ("bytes",) if key in stages["factorize"]},
+            **({"bytes": stages["heal"]["bytes"]} if "heal" in stages else {}),
             "layers": _with_shares(stages["factorize"]["layers"], layout),
         }
+    if "heal" in stages:
+        shown = ("steps", "train_loss", "history", "healed_layers", "teacher_rows", "teacher_bytes")
+        metrics["healing"] = {key: stages["heal"][key] for key in shown}
     if "finetune" in stages:
         metrics["finetune"] = {key: stages["finetune"][key] for key in ("steps", "train_loss", "history")}
     if "correct" in stages:
