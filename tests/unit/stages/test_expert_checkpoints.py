@@ -16,7 +16,7 @@ from emloc_ray.modeling.architecture import LinearSpec, block_linears, empty_mod
 from emloc_ray.modeling.emulator import write_emulator_config
 from emloc_ray.modeling.experts import PARTS, owner_of
 from emloc_ray.modeling.stored_names import renamed_tensors, stored_parameters, stored_specs
-from emloc_ray.stages.factorize import FactorizationJob, _rest_of_shards, _write_index, copy_rest
+from emloc_ray.stages.factorize import FactorizationJob, _rest_of_shards, copy_rest, index_shards
 from emloc_ray.stages.merge import MergeJob, merge_shard
 
 R, ALPHA = 2, 6
@@ -94,7 +94,7 @@ def test_an_emulator_with_every_expert_dense_is_the_model(family: str, as_on_the
         files.append(tmp_path / "emulator" / f"model-{number}.safetensors")
         copy_rest(kept, files[-1])
         assert all(entry.num_bytes > 0 for entry in read_shard(files[-1]).entries)
-    _write_index(job.out_dir, files)
+    index_shards(job.out_dir, files)
     write_emulator_config(job.out_dir, AutoConfig.from_pretrained(model_dir), {})
     original = AutoModelForCausalLM.from_pretrained(model_dir)
     original.set_experts_implementation("eager")
