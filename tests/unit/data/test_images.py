@@ -19,6 +19,7 @@ from s3_server import uri
 from small_runs import write_jsonl
 
 from emloc_ray.data import images as images_module
+from emloc_ray.data import reading
 from emloc_ray.data.formats import EXTRA_FIELDS, FIELDS, check_row
 from emloc_ray.data.images import decode, load_images, look, plain_messages
 from emloc_ray.data.reading import Place, Row, read_rows, scan
@@ -124,7 +125,7 @@ def test_images_of_columns_go_to_the_parts_that_name_none(tmp_path: Path) -> Non
         check_row(row(*parts, images=[one]), "messages", "here")
 
 
-def test_a_parquet_file_s_bytes_inside_content_and_beside(tmp_path: Path) -> None:
+def test_a_parquet_file_s_bytes_inside_content_and_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = [png(), png((9, 9, 9))]
     inside = [row({"type": "image", "image": each}) for each in content]
     kind = pa.struct([("type", pa.string()), ("text", pa.string()), ("image", pa.binary())])
@@ -144,6 +145,9 @@ def test_a_parquet_file_s_bytes_inside_content_and_beside(tmp_path: Path) -> Non
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What colour?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
     ]
+    monkeypatch.setattr(reading, "_BATCH_BYTES", 1)  # a row at a time, where rows are large
+    again = [r for _, r in read_rows(scan(tmp_path / "inside.parquet"), range(2), FIELDS["messages"])]
+    assert again == found
     source = scan(tmp_path / "beside.parquet")
     [(_, first)] = read_rows(source, [0], FIELDS["messages"], EXTRA_FIELDS["messages"])
     assert set(first) == {"messages", "images"}

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emloc_ray.data.formats import Tokens
-from emloc_ray.data.token_shards import TokenShards, collate, length_batches, shard_name, write_index, write_shard
+from emloc_ray.data import token_shards
+from emloc_ray.data.formats import RowImage, Tokens
+from emloc_ray.data.token_shards import (
+    TokenShards,
+    collate,
+    from_table,
+    length_batches,
+    shard_name,
+    to_table,
+    write_index,
+    write_shard,
+    written_counts,
+)
 from emloc_ray.errors import ArtifactError
 
 rows = st.lists(st.tuples(st.integers(0, 2**31 - 1), st.booleans()), min_size=1, max_size=20).map(
@@ -42,6 +55,31 @@ def test_a_rewritten_shard_is_read_anew(tmp_path: Path) -> None:
     old, new = Tokens([1, 2], [False, True]), Tokens([3, 4], [False, True])
     assert write(tmp_path, [[old]]).row(0) == old
     assert write(tmp_path, [[new]]).row(0) == new
+
+
+def test_images_are_written_some_at_a_time_and_stay_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_shards, "_BATCH_BYTES", 10)
+
+    def some() -> Iterator[Tokens]:
+        for number in range(9):
+            yield Tokens([number, 1], [False, True], (RowImage(bytes([number]) * 4, 1),) if number % 3 else ())
+
+    flat = list(some())
+    path = tmp_path / shard_name(0)
+    assert write_shard(path, some(), {"rows": 9}, with_images=True) == 9
+    # Ten bytes are full with three images: the last batch is the counts' own.
+    assert pa.ipc.open_file(pa.memory_map(str(path))).num_record_batches == 3
+    assert written_counts(path) == {"rows": 9}
+    write_index(tmp_path, [9], {"images": 6, "tokens": 18, "image_bytes": 24})
+    shards = TokenShards(tmp_path)
+    assert [shards.row(position) for position in range(9)] == flat
+    assert isinstance(shards.row(1).images[0].content, memoryview)
+    assert shards.row_bytes == (5 * 18 + 24) / 9
+    assert from_table(to_table(shards.shard(0), with_images=True)) == flat
+    path.write_bytes(path.read_bytes()[:-20])
+    assert written_counts(path) is None
 
 
 def test_no_index_is_not_finished(tmp_path: Path) -> None:
