@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from emloc_ray.errors import ConfigError
 from emloc_ray.healing import healing_run
 from emloc_ray.io.fingerprint import fingerprint
 from emloc_ray.io.node_cache import discard
@@ -32,12 +33,15 @@ def heal_emulator(steps: Steps, jobs: Jobs, content: Callable[[], Inputs]) -> No
     from emloc_ray.jobs import resources
     from emloc_ray.stages.heal import heal
 
+    training = healing_run(prepared, healing)
+    if not training.layout.adapted:
+        raise ConfigError(f"emulator.healing.r is {healing.r}, and no linear was given a rank above it: lower it.")
     inputs: Inputs = {
         "factorize": steps.inputs["factorize"],
         "data": steps.inputs["data/train"],
         "options": jobs.model_options,
         "healing": healing.model_dump(mode="json"),
-        "finetune": without(healing_run(prepared, healing).config.finetune, NOT_LEARNED | _OWN),
+        "finetune": without(training.config.finetune, NOT_LEARNED | _OWN),
         "ranks": prepared.layout.ranks,
         "quantization": prepared.config.emulator.quantization,
         "seed": prepared.config.seed,

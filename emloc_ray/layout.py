@@ -99,11 +99,13 @@ class Layout:
         """Whether an allocation may leave a linear as it is: in 4 bits not all linears can be stored dense."""
         return not self.quantized or name in self.replaceable
 
-    def as_made(self, layers: Mapping[str, Any]) -> Layout:
-        """With the ranks of an emulator that was made, from what its factorization told of its layers."""
+    def as_made(self, made: Mapping[str, Any]) -> Layout:
+        """With the ranks of an emulator that was made, from what its factorization told: those that its layers have, or
+        will have when they are healed."""
         if not self.allocated:
             return self
-        return replace(self, ranks={n: layer["rank"] for n, layer in layers.items() if layer["solver"] != "dense"})
+        factorized = {n: layer["rank"] for n, layer in made["layers"].items() if layer["solver"] != "dense"}
+        return replace(self, ranks=made.get("ranks") or factorized)
 
     @property
     def differs(self) -> bool:

@@ -309,7 +309,7 @@ class Pipeline:
         step = functools.partial(self.steps.run, "factorize", ranks.factorize_inputs(), [out_dir], execute, asked)
         result = step(resumes=True, shared=self._content(), basis=basis)
         discard(self.directory.path("basis"))
-        self._tell(thin_calibration(self.config, result["fewest_tokens"], self.layout.as_made(result["layers"])))
+        self._tell(thin_calibration(self.config, result["fewest_tokens"], self.layout.as_made(result)))
         if self.config.calibration.keep == "none":
             discard(calibration_dir)
             discard(self.directory.path("gradients"))
@@ -318,7 +318,9 @@ class Pipeline:
         """The emulator after it was distilled from the original on the task's inputs; none where the config asks for none."""
         from emloc_ray.healing_step import heal_emulator
 
-        jobs = dataclasses.replace(self.jobs, prepared=self._rank_steps().as_factorized())
+        made = self.directory.stage("factorize")
+        layout = self.layout if made is None else self.layout.as_made(made["result"])
+        jobs = dataclasses.replace(self.jobs, prepared=dataclasses.replace(self.prepared, layout=layout))
         heal_emulator(self.steps, jobs, self._content)
         self._tell(no_healing(self.config))
 

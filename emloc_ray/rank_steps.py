@@ -15,7 +15,6 @@ from emloc_ray.io.fingerprint import fingerprint
 from emloc_ray.io.grams import INDEX
 from emloc_ray.io.node_cache import discard, exists
 from emloc_ray.layout import Layout
-from emloc_ray.preparation import Prepared
 from emloc_ray.steps import Inputs, Steps
 
 if TYPE_CHECKING:
@@ -175,9 +174,3 @@ class RankSteps:
         """What a healing has to know of an emulator beside its config, be it taken from another run: its allocated ranks."""
         heals = self.config.emulator.heals is not None
         return {"ranks": self.allocated().ranks} if heals and self.layout.allocated else {}
-
-    def as_factorized(self) -> Prepared:
-        """The run with the ranks that the healing brings its emulator to."""
-        entry = self.directory.stage("factorize")
-        ranks = None if entry is None else entry["result"].get("ranks")
-        return self.prepared if ranks is None else replace(self.prepared, layout=replace(self.layout, ranks=ranks))

@@ -57,7 +57,7 @@ def assemble_metrics(
             found.pop(key, None)
         metrics["allocation"] = found
     if "factorize" in stages:
-        layout = layout.as_made(stages["factorize"]["layers"])
+        layout = layout.as_made(stages["factorize"])
         saved = layout.parameters_targeted - layout.parameters_factorized
         metrics["emulator"] = {
             "compression_ratio": prepared.config.emulator.compression_ratio,

@@ -28,7 +28,7 @@ from emloc_ray.stages import STAGES
 from emloc_ray.stages.allocate import read_ranks
 
 WEIGHED = {"allocation": "sensitivity", "objective": "predictions"}
-ALL = ["data", "calibrate", "gradients", "allocate", *STAGES[1:]]
+ALL = ["data", "calibrate", "gradients", "allocate", "factorize", *STAGES[3:]]  # not healed
 
 
 @pytest.fixture(scope="session")

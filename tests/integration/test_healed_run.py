@@ -277,3 +277,5 @@ def test_ranks_by_the_data_are_those_that_it_ends_with(llama_run: FinishedRun, t
     model = AutoModelForCausalLM.from_pretrained(run.root / "emulator_healed")
     ranks = {name: m.down.out_features for name, m in model.named_modules() if isinstance(m, FactorizedLinear)}
     assert ranks == {name: layer["rank"] for name, layer in allocated.items() if layer["rank"] is not None}
+    metrics = json.loads((run.root / "metrics.json").read_text())
+    assert sum(parameter.numel() for parameter in model.parameters()) == metrics["emulator"]["parameters"]

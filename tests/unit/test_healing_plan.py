@@ -17,7 +17,8 @@ from emloc_ray.errors import ConfigError
 from emloc_ray.healing import factor_ranks, healing_run, packs_late
 from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.layout import make_layout, skeleton_of
-from emloc_ray.memory import Lengths, MemoryModel, total
+from emloc_ray.memory import MemoryModel, total
+from emloc_ray.model_sizes import Lengths
 from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.loading import ModelSource
 from emloc_ray.planner import StagePlan, make_plan

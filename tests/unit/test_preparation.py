@@ -397,10 +397,12 @@ def test_a_layout_takes_the_ranks_of_the_emulator_that_was_made() -> None:
     first, second, *_ = layers
     del layers[first]  # left dense
     layers[second] = {"rank": 32, "solver": "dense"}  # dense, in 4 bits
-    made = found.as_made(layers)
+    made = found.as_made({"layers": layers})
     assert set(made.ranks) == set(found.ranks) - {first, second}
     assert set(made.ranks.values()) == {3}
-    assert layout().as_made(layers).ranks == layout().ranks
+    assert layout().as_made({"layers": layers}).ranks == layout().ranks
+    healed = dict.fromkeys(made.ranks, 11)  # to be healed by eight more
+    assert found.as_made({"layers": layers, "ranks": healed}).ranks == healed
 
 
 def test_in_4_bits_only_what_can_be_stored_dense_may_be() -> None:
