@@ -79,11 +79,13 @@ def solve(prepared: Prepared, budget: int, lengths: Lengths, multiples: Mapping[
 
     ratio = next((ratio for ratio in _RATIOS if needed(ratio, 1) <= budget), None)
     if ratio is None:
+        adapter = prepared.config.adapter
+        size = "num_virtual_tokens" if adapter.is_prompt else "r" if adapter.is_additive else "target_modules"
         raise ConfigError(
             f"No compression ratio fits {_size(budget)}: at {_RATIOS[-1]:g}, a row at a time and"
             f" {'with' if may_checkpoint else 'without'} gradient checkpointing, fine-tuning needs"
             f" {_size(needed(_RATIOS[-1], 1))}: give that much, or lower"
-            " data.max_seq_length or adapter.r."
+            f" data.max_seq_length or adapter.{size}."
         )
     sizes = (size for size in range(section.per_device_train_batch_size, 0, -1) if rows % size == 0)
     micro_batch = next(size for size in sizes if needed(ratio, size) <= budget)

@@ -169,9 +169,10 @@ def save_quantized_emulator(model_dir: Path, directory: Path, ranks: dict[str, i
 
     from emloc_ray.modeling.architecture import block_linears
     from emloc_ray.modeling.emulator import write_emulator_config
+    from emloc_ray.modeling.experts import unfuse
     from emloc_ray.modeling.quantization import quantization_config, quantize, replaceable_linears
 
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto")
+    model = unfuse(AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto"))
     specs, wide = block_linears(model), replaceable_linears(model)
     kept = tuple(name for name in wide if name not in {spec.name for spec in specs})
     state = make_emulator(model, ranks).state_dict()

@@ -25,7 +25,6 @@ from emloc_ray.config_reading import (
     Keys,
     check,
     check_config,
-    no_such_key,
     parse_config,
     put,
     read_mapping,
@@ -37,6 +36,7 @@ from emloc_ray.config_reading import (
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.fingerprint import fingerprint
 from emloc_ray.io.object_store import is_store_uri
+from emloc_ray.passed_keys import no_such_key
 
 __all__ = ["Batch", "BatchConfig", "Task", "read_batch"]
 

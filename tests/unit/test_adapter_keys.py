@@ -81,6 +81,18 @@ def test_a_prompt_s_beginning_is_peft_s_own() -> None:
     assert config(adapter={**begun, "prompt_tuning_init": "SAMPLE_VOCAB"}).adapter.is_prompt
 
 
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        ([], "adapter.target_modules is []: list should have at least 1 item after validation, not 0."),
+        (3, "adapter.target_modules is 3: input should be a valid string or a valid list."),
+        ([3], "adapter.target_modules.0 is 3: input should be a valid string."),
+    ],
+)
+def test_a_key_of_several_types_is_told_once(targets: Any, said: str) -> None:
+    assert error_of(adapter={"target_modules": targets}) == f"the config: {said}"
+
+
 def test_a_prefix_turns_gradient_checkpointing_off() -> None:
     adapter = {"method": "prefix_tuning", "num_virtual_tokens": 2}
     assert config(adapter=adapter).finetune.gradient_checkpointing is False

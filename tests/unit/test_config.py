@@ -13,7 +13,6 @@ from pydantic import ValidationError
 from emloc_ray.config import AdapterConfig, RayConfig, RunConfig
 from emloc_ray.config_reading import load_config, parse_config
 from emloc_ray.errors import ConfigError
-from emloc_ray.io.run_directory import CONFIG, RunDirectory
 
 MINIMAL: dict[str, Any] = {
     "run_dir": "runs/x",
@@ -323,40 +322,6 @@ def test_file_that_is_no_config(path: Path, text: str, complaint: str) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.yaml does not exist"):
         load_config(tmp_path / "absent.yaml")
-
-
-def test_unknown_keys_are_told_beside_a_bad_value_of_their_section() -> None:
-    text = error_of(finetune={"learning_rate": -1, "weight_decai": 1}, ray={"address": 3, "num_cpu": 1})
-    for key in ("finetune.learning_rate", "finetune.weight_decai", "ray.address", "ray.num_cpu"):
-        assert sum(line.startswith(f"the config: {key} ") for line in text.splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("sections", "key"),
-    [
-        ({"finetune": {"hub_token": "hush"}}, "finetune.hub_token"),
-        ({"finetune": {"lr_scheduler_kwargs": {"api_key": "hush"}}}, "finetune.lr_scheduler_kwargs.api_key"),
-        ({"ray": {"_redis_password": "hush"}}, "ray._redis_password"),
-        ({"ray": {"runtime_env": {"config": [{"CLIENT-SECRET": "hush"}]}}}, "ray.runtime_env.config.CLIENT-SECRET"),
-    ],
-)
-def test_a_secret_is_refused_and_not_repeated(sections: dict[str, Any], key: str) -> None:
-    text = error_of(**sections)
-    assert f"{key} is a secret, and a run writes its config down: remove it" in text
-    assert "hush" not in text
-
-
-def test_environment_variables_are_taken_unless_hidden(tmp_path: Path) -> None:
-    runtime_env = {"env_vars": {"WANDB_API_KEY": "hush"}}
-    made = config(finetune={"hub_token": None}, ray={"runtime_env": runtime_env, "resources": {"api_key": 1}})
-    assert made.ray.init_options["runtime_env"] == runtime_env
-    run = RunDirectory(tmp_path / "mine")
-    run.create(made.model_dump(mode="json"))
-    assert not [file for file in run.root.iterdir() if "hush" in file.read_text()]
-    with pytest.raises(ConfigError, match=r"env_vars\.WANDB_API_KEY was hidden where this config was written down"):
-        load_config(run.path(CONFIG))
-    again = load_config(run.path(CONFIG), ["ray.runtime_env.env_vars.WANDB_API_KEY=hush"])
-    assert again == made
 
 
 @pytest.mark.parametrize("section", ["model", "finetune", "ray"])

@@ -206,6 +206,13 @@ def test_a_budget_is_solved_for_the_largest_ratio_that_fits(prepared: Callable[.
 def test_a_budget_that_nothing_meets_says_what_would(prepared: Callable[..., Prepared]) -> None:
     with pytest.raises(ConfigError, match=r"No compression ratio fits 103 MiB: at 0\.1, .* needs 451 MiB"):
         solve(prepared(), 2**30 // 10, LENGTHS)
+    for adapter, knob in (
+        ({"method": "lokr"}, "r"),
+        ({"method": "ia3"}, "target_modules"),
+        ({"method": "prompt_tuning", "num_virtual_tokens": 4}, "num_virtual_tokens"),
+    ):
+        with pytest.raises(ConfigError, match=rf"lower data\.max_seq_length or adapter\.{knob}\.$"):
+            solve(prepared(adapter=adapter), 2**30 // 10, LENGTHS)
 
 
 def test_what_no_ratio_helps_is_told_with_what_would(llama_7b: Prepared) -> None:

@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from stage_artifacts import Artifacts, gpt2_group
+from stage_artifacts import Artifacts, gpt2_group, write_lora
 from tiny import save_quantized_emulator
+from transformers import AutoConfig
 
 from emloc_ray.errors import NumericsError
 from emloc_ray.io.checkpoint import Checkpoint, read_shard
 from emloc_ray.io.grams import GramStore
 from emloc_ray.modeling.adapter import Adapter
+from emloc_ray.modeling.architecture import block_linears, empty_model
 from emloc_ray.modeling.quantization import dequantize, quantize
+from emloc_ray.modeling.stored_names import stored_parameters, stored_specs
 from emloc_ray.stages.correct import Candidate, CorrectionJob, correct_adapter, layer_difference
 from emloc_ray.stages.factorize import FactorizationJob, factorize_group
 from emloc_ray.stages.layer_reports import read_reports, spectra_file
@@ -105,15 +108,39 @@ def test_correction_takes_out_what_4_bits_changed(artifacts: Artifacts, tmp_path
         specs=artifacts.specs,
         candidates=(Candidate("projection", None),),
     )
+    assert_corrected(job)
+
+
+def test_experts_in_4_bits_are_corrected_as_any_linear(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
+    model_dir = tiny_model_dir("mixtral")
+    model, checkpoint = empty_model(AutoConfig.from_pretrained(model_dir)), Checkpoint(model_dir)
+    stored = stored_parameters(model, (entry.name for entry in checkpoint))
+    specs = stored_specs(block_linears(model), stored, checkpoint)
+    ranks = {spec.name: min(spec.out_features, spec.in_features) for spec in specs if not spec.name.endswith("1.down")}
+    job = CorrectionJob(
+        model_dir=model_dir,
+        emulator_dir=save_quantized_emulator(model_dir, tmp_path / "e", ranks),
+        calibration_dir=None,
+        adapter_dir=write_lora(tmp_path / "a", specs),
+        out_dir=tmp_path / "corrected",
+        selection_dir=tmp_path,
+        specs=specs,
+        candidates=(Candidate("projection", None),),
+    )
+    assert_corrected(job)
+
+
+def assert_corrected(job: CorrectionJob) -> None:
+    """On what the adapter reads, the original with it does what the emulator as stored did."""
     told = correct_adapter(job)["modules"]
     before, after = Adapter(job.adapter_dir), Adapter(job.out_dir)
     assert told.keys() == set(before.names)
-    original, emulator = Checkpoint(job.model_dir), Checkpoint(emulator_dir)
+    original, emulator = Checkpoint(job.model_dir), Checkpoint(job.emulator_dir)
     specs = {spec.name: spec for spec in job.specs}
     for name in before.names:
-        weight, delta = original.read(specs[name].weight_name), layer_difference(specs[name], original, emulator)
+        weight, delta = specs[name].read_weight(original), layer_difference(specs[name], original, emulator)
         assert delta is not None
-        stored = unpacked(emulator_dir / "model.safetensors", name)
+        stored = unpacked(job.emulator_dir / "model.safetensors", name)
         torch.testing.assert_close(weight.double() - delta.double(), stored, rtol=1e-4, atol=1e-6)
         assert 0.05 < float(delta.norm() / weight.norm()) < 0.2
         trained, corrected = before.module(name), after.module(name)
