@@ -12,13 +12,15 @@ from emloc_ray.layout import ranks_at
 from emloc_ray.memory import MemoryModel, total
 from emloc_ray.model_sizes import Lengths
 from emloc_ray.preparation import Prepared
+from emloc_ray.stages import STAGES
 
 _RATIOS = tuple(step / 20 for step in range(19, 1, -1))  # 0.95, 0.90, … 0.10
 
 
 @dataclass(frozen=True)
 class Solution:
-    """Settings under which one worker's fine-tuning fits a budget, what it needs then, and what else does not fit."""
+    """Settings under which one worker's fine-tuning, and the healing's before it, fits a budget, what it needs then, and
+    what else does not fit."""
 
     budget: int
     compression_ratio: float
@@ -75,7 +77,8 @@ def solve(prepared: Prepared, budget: int, lengths: Lengths, multiples: Mapping[
 
     def needed(ratio: float, micro_batch: int, checkpointing: bool = True) -> int:
         changed = with_settings(prepared, ratio, micro_batch, rows // micro_batch, checkpointing and may_checkpoint)
-        return total(MemoryModel(changed, lengths, multiples).stage("finetune"))
+        memory = MemoryModel(changed, lengths, multiples)
+        return max(total(memory.stage(name)) for name in ("healing", "finetune"))
 
     ratio = next((ratio for ratio in _RATIOS if needed(ratio, 1) <= budget), None)
     if ratio is None:
@@ -92,7 +95,7 @@ def solve(prepared: Prepared, budget: int, lengths: Lengths, multiples: Mapping[
     checkpointing = may_checkpoint and needed(ratio, micro_batch, False) > budget
     chosen = with_settings(prepared, ratio, micro_batch, rows // micro_batch, checkpointing)
     changed = MemoryModel(chosen, lengths, multiples)
-    names = ["calibrate", "factorize", "correct", "merge", "evaluate"]
+    names = [name for name in STAGES if name != "finetune"]
     names[1:1] = ["gradients"] if changed.layout.weighed else []
     others = [(name, total(changed.stage(name))) for name in names]
     return Solution(
@@ -101,7 +104,7 @@ def solve(prepared: Prepared, budget: int, lengths: Lengths, multiples: Mapping[
         micro_batch,
         rows // micro_batch,
         checkpointing,
-        total(changed.stage("finetune")),
+        needed(ratio, micro_batch, checkpointing),
         total(changed.inference()),
         tuple((name, size) for name, size in others if size > budget),
     )

@@ -46,6 +46,7 @@ class Stage(str, Enum):
 
     calibrate = "calibrate"
     factorize = "factorize"
+    heal = "heal"
     finetune = "finetune"
     correct = "correct"
     merge = "merge"
@@ -135,6 +136,7 @@ def _stage_command(stage: Stage, text: str) -> None:
 
 _stage_command(Stage.calibrate, "Run up to the Grams of the calibration data.")
 _stage_command(Stage.factorize, "Run up to the emulator.")
+_stage_command(Stage.heal, "Run up to the emulator as healed, where the config asks for that.")
 _stage_command(Stage.finetune, "Run up to the adapter as trained on the emulator.")
 _stage_command(Stage.correct, "Run up to the corrected adapter.")
 _stage_command(Stage.merge, "Run up to the merged model.")
@@ -229,7 +231,7 @@ def _show_status(run: Any) -> None:
             usage = stages[stage]["result"]["usage"]
             peak = gib(usage["peak_pss_bytes"]).strip()
             console.print(f"[green]✓[/] {stage:<10} {usage['wall_s']:8.1f} s  peak {peak}")
-        elif stage != "import":
+        elif stage not in ("import", "heal"):
             console.print(f"[dim]· {stage:<10} not done[/]")
     for line in read_status(run).lines():
         console.print(escape(line), soft_wrap=True)

@@ -127,6 +127,21 @@ class CalibrationConfig(StageConfig):
         return values
 
 
+class HealingConfig(Section):
+    """Distilling the original into the emulator before the task's adapter is trained: a LoRA that becomes part of the factors.
+
+    What is not said here is as in ``finetune``, whose workers it uses.
+    """
+
+    steps: int = Field(ge=1, description="optimizer steps")
+    r: int = Field(8, ge=1, description="taken from each layer's rank and given back by the healing")
+    lora_alpha: float = Field(16, gt=0, allow_inf_nan=False)
+    learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False, description="left out: finetune's")
+    per_device_train_batch_size: int | None = Field(None, ge=1, description="left out: finetune's")
+    num_teacher_logits: int = Field(64, ge=1, description="of the original, cached for each label")
+    loss_on: Literal["completion", "all"] = "all"
+
+
 class EmulatorConfig(StageConfig):
     """The compressed model."""
 
@@ -143,6 +158,7 @@ class EmulatorConfig(StageConfig):
         "activations", description="what factors keep: their layer's outputs, or the model's predictions"
     )
     gradient_dampening_frac: float = Field(1e-2, gt=0, lt=1, description="of the sums of gradients that weigh outputs")
+    healing: HealingConfig | None = None
 
     @property
     def asks_for_gradients(self) -> str | None:
@@ -152,6 +168,11 @@ class EmulatorConfig(StageConfig):
         if self.objective == "predictions":
             return "emulator.objective: predictions"
         return "emulator.allocation: sensitivity" if self.allocation == "sensitivity" else None
+
+    @property
+    def heals(self) -> HealingConfig | None:
+        """The healing, unless nothing is compressed that could be healed."""
+        return None if self.compression_ratio == 1 else self.healing
 
     @field_validator("ratios")
     @classmethod

@@ -23,6 +23,7 @@ _VERBS = {
     "gradients": "Gathering gradients",
     "allocate": "Allocating ranks",
     "factorize": "Factorizing",
+    "heal": "Healing",
     "finetune": "Fine-tuning",
     "correct": "Correcting",
     "merge": "Merging",
@@ -130,6 +131,8 @@ def _outcome(stage: str, result: dict[str, Any]) -> str:
         return f"{result['gain']:.1%} of what all ranks gain, {result['uniform_gain']:.1%} by uniform ones"
     if stage == "factorize":
         return f"{len(result['layers'])} linears, mean relative error {result['mean_relative_error']:.3f}"
+    if stage == "heal":
+        return f"{result['steps']} steps, mean divergence from the original {result['train_loss']:.3f}"
     if stage == "finetune":
         return f"{result['steps']} steps, training loss {result['train_loss']:.3f}"
     if stage == "correct":

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from emloc_ray.config import StageConfig
+from emloc_ray.config import HealingConfig, StageConfig
+from emloc_ray.data.ingest import SampleOrder
 from emloc_ray.data.token_shards import TokenShards
+from emloc_ray.healing import factor_ranks, healing_run, packs_late
 from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.layout import adapter_settings
 from emloc_ray.memory import MemoryModel
@@ -25,7 +27,10 @@ from emloc_ray.stages.cluster import Resources
 from emloc_ray.stages.correct import CorrectionJob, candidates
 from emloc_ray.stages.evaluate import EvaluationJob
 from emloc_ray.stages.factorize import FactorizationJob
+from emloc_ray.stages.fold import FoldJob
+from emloc_ray.stages.heal import HealingJob
 from emloc_ray.stages.merge import MergeJob
+from emloc_ray.stages.teacher import TeacherJob
 from emloc_ray.stages.training import FinetuneJob
 
 
@@ -129,12 +134,12 @@ class Jobs:
         """Every group of linears that share an input; ``basis_dir`` is an emulator of the same Grams and other ranks."""
         config, layout = self.prepared.config, self.prepared.layout
         placed = {spec.name: spec for spec in self.specs()}
-        in_4bit, targeted = layout.in_4bit, set(layout.compressed)
+        in_4bit, targeted = () if packs_late(self.prepared) else layout.in_4bit, set(layout.compressed)
         return FactorizationJob(
             model_dir=self.model_dir,
             out_dir=self._path("emulator"),
             groups=tuple(tuple(placed[spec.name] for spec in group) for group in layout.groups),
-            ranks=layout.ranks,
+            ranks=factor_ranks(self.prepared),
             dampening_frac=config.emulator.dampening_frac,
             seed=config.seed,
             basis_dir=basis_dir,
@@ -146,6 +151,48 @@ class Jobs:
             gradient_dampening_frac=config.emulator.gradient_dampening_frac,
         )
 
+    @property
+    def emulator_dir(self) -> Path:
+        """The emulator that the adapter is tuned on, the healed one where it is healed."""
+        return self._path("emulator" if self.prepared.config.emulator.heals is None else "emulator_healed")
+
+    def healing(self, healing: HealingConfig, name: str) -> HealingJob:
+        """``name`` is what a later try of the same healing goes on from; all but the outcome is in ``healing/``."""
+        own, layout, place = Jobs(healing_run(self.prepared, healing), self.model_dir), self.prepared.layout, "healing"
+        training = replace(
+            own.finetuning(name),
+            emulator_dir=self._path("emulator"),
+            out_dir=self._path(place, "adapter"),
+            storage_dir=self._path(place),
+            teacher_dir=self._path(place, "teacher"),
+            stage="heal",
+        )
+        num_workers = self.prepared.config.finetune.num_workers
+        order = SampleOrder(len(TokenShards(training.tokens_dir)), training.batch_size, 0, num_workers, training.seed)
+        teacher = TeacherJob(
+            self.model_dir,
+            training.tokens_dir,
+            self._path(place, "teacher"),
+            order,
+            training.max_steps * self.prepared.config.finetune.gradient_accumulation_steps,
+            healing.num_teacher_logits,
+            training.loss_on,
+            training.batch_size,
+            training.pad_token_id,
+            self.model_options,
+        )
+        fold = FoldJob(
+            training.emulator_dir,
+            training.out_dir,
+            self._path("emulator_healed"),
+            layout.ranks,
+            own.prepared.layout.adapted,
+            layout.in_4bit,
+            tuple(s.name for s in layout.specs if s.transposed and s.routed_share is None),
+            layout.kept_wide,
+        )
+        return HealingJob(teacher, training, fold)
+
     def num_steps(self) -> int:
         """Optimizer steps of the fine-tuning, from the rows that it has."""
         return num_steps(self.prepared.config, len(TokenShards(self.tokens("train"))))
@@ -155,7 +202,7 @@ class Jobs:
         config = self.prepared.config
         section = config.finetune
         return FinetuneJob(
-            emulator_dir=self._path("emulator"),
+            emulator_dir=self.emulator_dir,
             tokens_dir=self.tokens("train"),
             out_dir=self._path("adapter_emulator"),
             storage_dir=self._path("training"),
@@ -182,7 +229,7 @@ class Jobs:
         method = section.method if layout.differs and config.adapter.is_additive else "none"
         return CorrectionJob(
             model_dir=self.model_dir,
-            emulator_dir=self._path("emulator"),
+            emulator_dir=self.emulator_dir,
             calibration_dir=self._path("calibration") if has_grams else None,
             adapter_dir=self._path("adapter_emulator"),
             out_dir=self._path("adapter"),
@@ -215,7 +262,7 @@ class Jobs:
         section = config.evaluation
         return EvaluationJob(
             model_dir=self.model_dir,
-            emulator_dir=self._path("emulator"),
+            emulator_dir=self.emulator_dir,
             trained_adapter_dir=self._path("adapter_emulator"),
             corrected_adapter_dir=self._path("adapter"),
             merged_dir=None if config.adapter.is_prompt else self._path("merged"),

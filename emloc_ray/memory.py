@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from emloc_ray.errors import ConfigError
+from emloc_ray.healing import healing_run
 from emloc_ray.io.shard_writing import chunk_limit
 from emloc_ray.model_sizes import FLOAT, Block, Lengths, blocks_of, gradient_bytes, gram_bytes, in_waves, widest_step
 from emloc_ray.modeling.adapter_methods import update_rank
@@ -27,6 +28,9 @@ BASE_BYTES = 450 * 2**20  # a worker with torch, transformers and peft imported
 _ADAM_BYTES = 16  # a trained parameter in float32: itself, its gradient, Adam's two moments
 _DOUBLE = 8
 _ROWS = 1024  # of a layer that the correction turns to float64 at a time
+# Of a chunk's logits in float32 while their gradient is made: themselves, the softmax and its gradient; of a divergence also
+# those that are not the teacher's top, and theirs.
+LOSS_COPIES, DIVERGENCE_COPIES = 3, 5
 
 
 class MemoryModel:
@@ -35,7 +39,8 @@ class MemoryModel:
     def __init__(self, prepared: Prepared, lengths: Lengths, multiples: Mapping[str, float] | None = None) -> None:
         """``multiples``: prefixes of blocks that see another number of tokens than the row has, and how many times that;
         left out, by the row's images and the tokens that blocks read for one."""
-        self.config, self.layout, self.lengths = prepared.config, prepared.layout, lengths
+        self.prepared, self.lengths = prepared, lengths
+        self.config, self.layout = prepared.config, prepared.layout
         self.model_config = prepared.model_config
         self.calibration_tokens = prepared.calibration_tokens(lengths.mean)
         self.itemsize = model_dtype(prepared).itemsize
@@ -48,6 +53,7 @@ class MemoryModel:
         if multiples is None:
             per_image = self.layout.image.block_tokens
             multiples = {name: count * lengths.images / lengths.longest for name, count in per_image.items()}
+        self.multiples = multiples
         self.blocks = blocks_of(self.layout.groups, multiples)
 
     def stage(self, name: str) -> Parts:
@@ -183,7 +189,27 @@ class MemoryModel:
         order = min(spec.out_features, spec.in_features)
         return spec.num_parameters * _DOUBLE + 4 * order**2 * _DOUBLE + self.layout.kept(spec) * (FLOAT + _DOUBLE)
 
-    def finetune(self) -> Parts:
+    def heal(self) -> Parts:
+        """The training, or the original's pass over its batches before it; the larger."""
+        healing, training = self.config.emulator.heals, self.healing()
+        if healing is None:
+            return training
+        rows = healing.per_device_train_batch_size or self.config.finetune.per_device_train_batch_size
+        return max(training, self.teaching(rows), key=total)
+
+    def teaching(self, rows: int) -> Parts:
+        """The original's pass over a batch of so many rows for its top logits."""
+        return self._scoring(self.weights, rows)
+
+    def healing(self) -> Parts:
+        """The training of the healing alone; nothing where nothing is healed."""
+        healing = self.config.emulator.heals
+        if healing is None:
+            return {}
+        run = healing_run(self.prepared, healing)
+        return MemoryModel(run, self.lengths, self.multiples).finetune(DIVERGENCE_COPIES)
+
+    def finetune(self, logit_copies: int = LOSS_COPIES) -> Parts:
         """Emulator, adapter with its optimizer, and a step: what blocks keep for the backward pass, or only their inputs
         and one block's at a time under gradient checkpointing; beside it the logits, or one linear's update by LoRA."""
         section = self.config.finetune
@@ -193,7 +219,7 @@ class MemoryModel:
         inputs = sum(block.multiple * block.width for block in self.blocks) * self.itemsize
         kept, again = (inputs, max(saved)) if section.gradient_checkpointing else (sum(saved), 0.0)
         inside = tokens * (again + self._update_per_token())
-        logits = self._logits(tokens)
+        logits = self._logits(tokens, logit_copies)
         return {
             "weights": self.emulator,
             "unpacked": self._unpacked(),
@@ -217,7 +243,11 @@ class MemoryModel:
             return {}
         if self.config.correction.method != "auto" or not self.layout.differs:
             return one_by_one
-        scoring = {**self._scoring(self.weights), "adapter": FLOAT * self.corrected_parameters, "correction": thin}
+        scoring = {
+            **self._scoring(self.weights, self.config.evaluation.batch_size),
+            "adapter": FLOAT * self.corrected_parameters,
+            "correction": thin,
+        }
         return max(scoring, one_by_one, key=total)
 
     def _difference(self, spec: LinearSpec) -> float:
@@ -239,7 +269,7 @@ class MemoryModel:
     def evaluate(self) -> Parts:
         """The original with one adapter at a time; scoring a batch, or completing one with a cache."""
         section = self.config.evaluation
-        parts = {**self._scoring(self.weights), "adapter": FLOAT * self.corrected_parameters}
+        parts = {**self._scoring(self.weights, section.batch_size), "adapter": FLOAT * self.corrected_parameters}
         tokens = section.batch_size * self.lengths.longest
         cached = section.batch_size * (self.lengths.longest + section.max_new_tokens)
         completing = {
@@ -262,8 +292,8 @@ class MemoryModel:
             "logits": rows * self._vocabulary() * self.itemsize,
         }
 
-    def _scoring(self, weights: float) -> Parts:
-        tokens = self.config.evaluation.batch_size * self.lengths.longest
+    def _scoring(self, weights: float, rows: int) -> Parts:
+        tokens = rows * self.lengths.longest
         inside, logits = self._forward(tokens), self._logits(tokens)
         return {"weights": weights, **({"activations": inside} if inside >= logits else {"logits": logits})}
 
@@ -308,9 +338,9 @@ class MemoryModel:
     def _calibration_tokens(self) -> float:
         return self.config.calibration.batch_size * self.lengths.longest
 
-    def _logits(self, tokens: float) -> float:
-        """One chunk's logits in float32, their softmax and its gradient."""
-        return 3 * FLOAT * min(tokens, chunk_tokens(self.layout.hidden_size)) * self._vocabulary()
+    def _logits(self, tokens: float, copies: int = LOSS_COPIES) -> float:
+        """One chunk's logits in float32, and what is made of them."""
+        return copies * FLOAT * min(tokens, chunk_tokens(self.layout.hidden_size)) * self._vocabulary()
 
     def _vocabulary(self) -> float:
         return self.layout.head_parameters / self.layout.hidden_size

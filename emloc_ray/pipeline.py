@@ -1,4 +1,4 @@
-"""The paper's figure as code: import, calibrate, factorize, finetune, correct, merge, evaluate; each skipped where done."""
+"""The paper's figure as code: import, calibrate, factorize, heal, finetune, correct, merge, evaluate; each skipped where done."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
-from emloc_ray.config import RunConfig, StageConfig
+from emloc_ray.config import RunConfig
 from emloc_ray.errors import DamagedArtifactError
 from emloc_ray.io.artifact_cache import ArtifactCache
 from emloc_ray.io.fingerprint import fingerprint, fingerprint_large_files
@@ -20,6 +20,7 @@ from emloc_ray.remarks import (
     cut_rows,
     left_dense,
     long_images,
+    no_healing,
     no_merge,
     over_budget,
     shortfall,
@@ -30,7 +31,7 @@ from emloc_ray.remarks import (
 from emloc_ray.reporter import Reporter, Reporters, SilentReporter
 from emloc_ray.run_log import RunLog
 from emloc_ray.stages import STAGES, STEPS
-from emloc_ray.steps import Steps
+from emloc_ray.steps import NOT_LEARNED, Steps, without
 from emloc_ray.turns import AtOnce, Turns
 
 if TYPE_CHECKING:
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
 
 # Settings that say where work runs, not what comes out of it.
 _PLACEMENT = {"num_workers", "cpus_per_worker", "gpus_per_worker"}
-# Of the fine-tuning's; its number of workers orders the rows.
-_NOT_LEARNED = {"cpus_per_worker", "gpus_per_worker", "max_failures", "deepspeed", "report_to", "run_name"}
 
 
 def run(
@@ -303,21 +302,25 @@ class Pipeline:
 
         def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
             build = self._emulator_build(granted)
-            return build.finish(calibration_dir, self.jobs.base_config(), progress)
+            return {**build.finish(calibration_dir, self.jobs.base_config(), progress), **ranks.found()}
 
-        asked, basis = (
-            resources(self.config.emulator),
-            None if self.layout.quantized else self._rank_steps().factorize_basis(),
-        )
-        step = functools.partial(
-            self.steps.run, "factorize", self._rank_steps().factorize_inputs(), [out_dir], execute, asked
-        )
+        ranks = self._rank_steps()
+        asked, basis = resources(self.config.emulator), None if ranks.packs_early else ranks.factorize_basis()
+        step = functools.partial(self.steps.run, "factorize", ranks.factorize_inputs(), [out_dir], execute, asked)
         result = step(resumes=True, shared=self._content(), basis=basis)
         discard(self.directory.path("basis"))
         self._tell(thin_calibration(self.config, result["fewest_tokens"], self.layout.as_made(result["layers"])))
         if self.config.calibration.keep == "none":
             discard(calibration_dir)
             discard(self.directory.path("gradients"))
+
+    def heal(self) -> None:
+        """The emulator after it was distilled from the original on the task's inputs; none where the config asks for none."""
+        from emloc_ray.healing_step import heal_emulator
+
+        jobs = dataclasses.replace(self.jobs, prepared=self._rank_steps().as_factorized())
+        heal_emulator(self.steps, jobs, self._content)
+        self._tell(no_healing(self.config))
 
     def finetune(self) -> None:
         """The adapter as trained on the emulator."""
@@ -326,11 +329,11 @@ class Pipeline:
 
         section = self.config.finetune
         inputs = {
-            "factorize": self.inputs["factorize"],
+            "factorize": self.inputs["heal"],
             "data": self.inputs["data/train"],
             "options": self.model_options,
             "adapter": self.config.adapter.model_dump(mode="json"),
-            "finetune": _without(section, _NOT_LEARNED),
+            "finetune": without(section, NOT_LEARNED),
             "steps": self.jobs.num_steps(),
             "seed": self.config.seed,
         }
@@ -390,14 +393,10 @@ class Pipeline:
         inputs = {
             "merge": self.inputs["merge"],
             "data": self.inputs["data/eval"],
-            "evaluation": _without(section, {*_PLACEMENT, "upper_bound"}),
+            "evaluation": without(section, {*_PLACEMENT, "upper_bound"}),
         }
 
         def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
             return evaluate(self.jobs.evaluation(), granted, progress, self.reporter.note)
 
         self.steps.run("evaluate", inputs, [], execute, resources(section))
-
-
-def _without(section: StageConfig, keys: set[str]) -> dict[str, Any]:
-    return section.model_dump(mode="json", exclude=keys)

@@ -13,6 +13,8 @@ from emloc_ray.budget import Solution, solve, with_settings
 from emloc_ray.data.formats import EXTRA_FIELDS, FIELDS
 from emloc_ray.data.images import encoded_bytes, image_parts
 from emloc_ray.data.reading import Place, Row, read_rows
+from emloc_ray.healing import factor_ranks, healing_run
+from emloc_ray.io.teacher_shards import BYTES_PER_LOGIT
 from emloc_ray.layout import Layout
 from emloc_ray.memory import MemoryModel, Parts, total
 from emloc_ray.model_sizes import Lengths, gradient_bytes, gram_bytes
@@ -71,12 +73,12 @@ def make_plan(prepared: Prepared) -> Plan:
     lengths = row_lengths(prepared)
     memory = MemoryModel(prepared, lengths)
     memory.check_gradients()
-    disk = _disk_bytes(prepared, memory)
+    disk = _disk_bytes(prepared, memory, lengths)
     flops = _stage_flops(prepared, lengths.mean)
     speed = _flops_per_second()
     sections = _sections(prepared)
     stages = []
-    for name in planned_steps(prepared.layout):
+    for name in planned_steps(prepared):
         section = sections[name]
         cpus = max(1.0, section.cpus_per_worker) * section.num_workers
         seconds = _START_SECONDS[name] + flops[name] / (speed * cpus * _EFFICIENCY[name]) + disk[name] / 250e6
@@ -105,11 +107,13 @@ def make_plan(prepared: Prepared) -> Plan:
     )
 
 
-def planned_steps(layout: Layout) -> list[str]:
-    """The stages, and what goes before a factorization whose ranks or factors follow from more than Grams."""
+def planned_steps(prepared: Prepared) -> list[str]:
+    """The stages, but for a healing that is not asked for; and what goes before a factorization whose ranks or factors
+    follow from more than Grams."""
     left_out = {"import", "data"}
-    left_out |= set() if layout.weighed else {"gradients"}
-    left_out |= set() if layout.allocated else {"allocate"}
+    left_out |= set() if prepared.layout.weighed else {"gradients"}
+    left_out |= set() if prepared.layout.allocated else {"allocate"}
+    left_out |= set() if prepared.config.emulator.heals else {"heal"}
     return [name for name in STEPS if name not in left_out]
 
 
@@ -117,7 +121,7 @@ def planned_memory(prepared: Prepared) -> dict[str, int]:
     """Bytes that one worker of every stage is planned to hold at its peak, and what ``inference`` of the original takes."""
     memory = MemoryModel(prepared, row_lengths(prepared))
     return {
-        **{name: total(memory.stage(name)) for name in planned_steps(prepared.layout)},
+        **{name: total(memory.stage(name)) for name in planned_steps(prepared)},
         "inference": total(memory.inference()),
     }
 
@@ -146,6 +150,7 @@ _START_SECONDS = {
     "gradients": 25,
     "allocate": 6,
     "factorize": 6,
+    "heal": 30,
     "finetune": 20,
     "correct": 15,
     "merge": 4,
@@ -156,6 +161,7 @@ _EFFICIENCY = {
     "gradients": 0.5,
     "allocate": 0.5,
     "factorize": 0.5,
+    "heal": 0.2,
     "finetune": 0.2,
     "correct": 0.5,
     "merge": 1.0,
@@ -170,6 +176,7 @@ def _sections(prepared: Prepared) -> dict[str, Any]:
         "gradients": config.calibration,
         "allocate": config.emulator,
         "factorize": config.emulator,
+        "heal": config.finetune,
         "finetune": config.finetune,
         "correct": config.merge,
         "merge": config.merge,
@@ -177,9 +184,12 @@ def _sections(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def _disk_bytes(prepared: Prepared, memory: MemoryModel) -> dict[str, int]:
-    """What every stage leaves on disk, and calibration's hidden states while it lasts."""
-    adapter = 4 * memory.adapter_parameters
+def _disk_bytes(prepared: Prepared, memory: MemoryModel, lengths: Lengths) -> dict[str, int]:
+    """What every stage leaves on disk, calibration's hidden states while it lasts, and the teacher's logits."""
+    adapter, healing = 4 * memory.adapter_parameters, prepared.config.emulator.heals
+    emulator = memory.emulator
+    if healing is not None:
+        emulator = MemoryModel(healing_run(prepared, healing), lengths).emulator
     grams = sum(gram_bytes(group) for wave in memory.waves() for group in wave)
     rows = sum(source.num_rows for files in prepared.files.values() for source in files) or UNKNOWN_ROWS
     images = int(rows * memory.lengths.image_bytes)  # which the token shards hold
@@ -190,12 +200,36 @@ def _disk_bytes(prepared: Prepared, memory: MemoryModel) -> dict[str, int]:
         "calibrate": (memory.weights if prepared.source.gguf_file else 0) + images + grams // 2 + held,
         "gradients": gradients // 2 + gradients * prepared.config.calibration.num_workers,
         "allocate": 8 * sum(min(s.out_features, s.in_features) for s in prepared.layout.specs),
-        "factorize": memory.emulator,
+        "factorize": emulator,
+        "heal": _healing_bytes(prepared, memory, lengths),
         "finetune": 4 * adapter,
         "correct": 4 * memory.corrected_parameters,
         "merge": 0 if prepared.config.adapter.is_prompt else memory.weights,
         "evaluate": 0,
     }
+
+
+def _healing_bytes(prepared: Prepared, memory: MemoryModel, lengths: Lengths) -> int:
+    """The healed emulator, and while it is made the teacher's logits (k · 6 bytes of a token) and training checkpoints."""
+    healing = prepared.config.emulator.heals
+    if healing is None:
+        return 0
+    run = healing_run(prepared, healing)
+    rows = min(_num_train_rows(prepared), _rows_trained(run))
+    cached = rows * lengths.mean * healing.num_teacher_logits * BYTES_PER_LOGIT
+    lora = sum(healing.r * (s.out_features + s.in_features) for s in run.layout.specs if s.name in run.layout.adapted)
+    return int(memory.emulator + cached + 4 * 4 * lora)
+
+
+def _num_train_rows(prepared: Prepared) -> int:
+    return sum(source.num_rows for source in prepared.files.get("train", ())) or UNKNOWN_ROWS
+
+
+def _rows_trained(prepared: Prepared) -> int:
+    """Rows that all steps of the fine-tuning read together."""
+    finetune = prepared.config.finetune
+    rows = finetune.per_device_train_batch_size * finetune.gradient_accumulation_steps * finetune.num_workers
+    return rows * num_steps(prepared.config, _num_train_rows(prepared))
 
 
 def row_lengths(prepared: Prepared) -> Lengths:
@@ -250,28 +284,26 @@ def _stage_flops(prepared: Prepared, tokens: float) -> dict[str, float]:
     head = layout.head_parameters * 0.25  # logits at labels alone
     grams = sum(group[0].token_share * group[0].in_features ** 2 for group in layout.groups) * 1.2
     calibrated = prepared.calibration_tokens(tokens) if layout.differs else 0
-    train = prepared.files.get("train", ())
-    steps = num_steps(config, sum(source.num_rows for source in train) or UNKNOWN_ROWS)
-    finetune = config.finetune
-    rows = finetune.per_device_train_batch_size * finetune.gradient_accumulation_steps * finetune.num_workers * steps
-    passes = 6 if finetune.gradient_checkpointing else 4
+    passes = 6 if config.finetune.gradient_checkpointing else 4
     selection = config.correction.num_selection_samples * (7 if config.correction.method == "auto" else 0)
     held_out = config.evaluation.num_samples or 1000
-    work = sum(
-        2 * s.num_parameters * max(s.in_features, 2 * layout.ranks[s.name])
-        for s in layout.specs
-        if s.name in layout.ranks
-    )
+    ranks = factor_ranks(prepared)
+    work = sum(2 * s.num_parameters * max(s.in_features, 2 * ranks[s.name]) for s in layout.specs if s.name in ranks)
     weighed, spread = set(layout.weighed), set(layout.allocated)
     # Forward, once more for what the backward pass reads, and back; and the sums.
     sums = sum(s.token_share * s.out_features**2 for s in layout.specs if s.name in weighed) * 1.2
     values = sum(2 * s.num_parameters * s.in_features for s in layout.specs if s.name in spread)
+    taught = healed = 0
+    if config.emulator.heals is not None:
+        healed = _rows_trained(healing_run(prepared, config.emulator.heals))
+        taught = min(healed, _num_train_rows(prepared))
     return {
         "calibrate": calibrated * 2 * (blocks + grams),
         "gradients": calibrated * 2 * (3 * (blocks + head) + sums) if weighed else 0,
         "allocate": 2.5 * values,
         "factorize": 2.5 * work,
-        "finetune": rows * tokens * passes * (kept + head),
+        "heal": tokens * (healed * passes * (kept + 4 * head) + taught * 2 * (blocks + 4 * head)),
+        "finetune": _rows_trained(prepared) * tokens * passes * (kept + head),
         "correct": tokens * selection * 2 * (blocks + head) + work,
         "merge": 0,
         "evaluate": tokens * held_out * 2 * (4 * (blocks + head) + 2 * (kept + head))

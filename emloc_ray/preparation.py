@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from emloc_ray.config import DataConfig, RunConfig, SplitConfig
+from emloc_ray.core.healing import healed_layers
 from emloc_ray.data.formats import EXTRA_FIELDS, FIELDS, check_row
 from emloc_ray.data.images import has_images, look
 from emloc_ray.data.processors import example, open_processor
@@ -111,6 +112,7 @@ def _read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
     if config.data.format == "messages" and source.gguf_file is None:
         _check_template(source, options.trust_remote_code)
     layout = make_layout(config, found)
+    _check_healing(config, layout)
     if not config.adapter.is_lora:
         settings = json.dumps(adapter_settings(config.adapter, layout, found.config), sort_keys=True)
         parameters = _adapter_parameters(source, options.trust_remote_code, settings, _look(source))
@@ -143,6 +145,16 @@ def _adapter_parameters(
     named = json.loads(settings)
     model = empty_model(read_model_config(source, trust_remote_code), trust_remote_code)
     return count_parameters(model, named.pop("method"), named)
+
+
+def _check_healing(config: RunConfig, layout: Layout) -> None:
+    healing = config.emulator.heals
+    if healing is not None and not healed_layers(layout.ranks, healing.r):
+        highest = max(layout.ranks.values(), default=0)
+        raise ConfigError(
+            f"emulator.healing.r is {healing.r}, and no linear's rank is above it (the highest is {highest}): lower it, or"
+            " raise emulator.compression_ratio."
+        )
 
 
 def _check_template(source: ModelSource, trust_remote_code: bool) -> None:
@@ -297,6 +309,10 @@ def _check_training(config: RunConfig) -> dict[str, Any] | None:
     zero_config = read_zero_config(section.deepspeed)
     wanted = argparse.Namespace(**{**vars(arguments), **extra})
     check_zero_config(section.deepspeed, zero_config, wanted, section.num_workers)
+    if (healing := config.emulator.heals) is not None:  # trains under the same
+        learned = healing.model_dump(include={"learning_rate", "per_device_train_batch_size"}, exclude_none=True)
+        wanted = argparse.Namespace(**{**vars(wanted), **learned})
+        check_zero_config(section.deepspeed, zero_config, wanted, section.num_workers, "emulator.healing")
     if config.emulator.quantization != "none" and zero_config["zero_optimization"]["stage"] == 3:
         raise ConfigError(
             f"finetune.deepspeed {section.deepspeed} is ZeRO stage 3, which cannot scatter weights in 4 bits: give stage 2,"

@@ -9,11 +9,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emloc_ray.healing import factor_ranks, packs_late
 from emloc_ray.io.artifact_cache import EntryGone
 from emloc_ray.io.fingerprint import fingerprint
 from emloc_ray.io.grams import INDEX
 from emloc_ray.io.node_cache import discard, exists
 from emloc_ray.layout import Layout
+from emloc_ray.preparation import Prepared
 from emloc_ray.steps import Inputs, Steps
 
 if TYPE_CHECKING:
@@ -72,13 +74,18 @@ class RankSteps:
         return {
             **({"allocation": allocation} if allocation else {}),
             **(self.objective_inputs() if self.layout.objective != "activations" else {}),
-            **({"quantization": self.config.emulator.quantization} if self.layout.quantized else {}),
+            **({"quantization": self.config.emulator.quantization} if self.packs_early else {}),
             "calibrate": self.steps.inputs["calibrate"],
             "model": self.steps.inputs["import"],
-            "ranks": self.layout.ranks,
+            "ranks": factor_ranks(self.prepared),
             "dampening_frac": self.config.emulator.dampening_frac,
             "seed": self.config.seed,
         }
+
+    @property
+    def packs_early(self) -> bool:
+        """Whether the factorization itself puts linears into 4 bits."""
+        return self.layout.quantized and not packs_late(self.prepared)
 
     def factorize_basis(self) -> Inputs:
         """What emulators of one basis have in common, whatever their ranks. One in 4 bits is none, but may take one."""
@@ -163,3 +170,14 @@ class RankSteps:
             return self.layout
         found = {**self.layout.ranks, **read_ranks(self.directory.path("allocation"))}
         return replace(self.layout, ranks={name: rank for name, rank in found.items() if rank is not None})
+
+    def found(self) -> Inputs:
+        """What a healing has to know of an emulator beside its config, be it taken from another run: its allocated ranks."""
+        heals = self.config.emulator.heals is not None
+        return {"ranks": self.allocated().ranks} if heals and self.layout.allocated else {}
+
+    def as_factorized(self) -> Prepared:
+        """The run with the ranks that the healing brings its emulator to."""
+        entry = self.directory.stage("factorize")
+        ranks = None if entry is None else entry["result"].get("ranks")
+        return self.prepared if ranks is None else replace(self.prepared, layout=replace(self.layout, ranks=ranks))

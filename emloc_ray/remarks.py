@@ -102,6 +102,13 @@ def thin_calibration(config: RunConfig, fewest_tokens: int | None, layout: Layou
     return f"{who} saw {fewest_tokens} tokens, fewer than the highest rank {highest}: raise calibration.{key}."
 
 
+def no_healing(config: RunConfig) -> str | None:
+    """Where healing is asked for and there is nothing to heal."""
+    if config.emulator.healing is None:
+        return None
+    return "heal: at compression_ratio 1.0 the emulator is the original, so it is not healed."
+
+
 def no_merge(config: RunConfig) -> str:
     """Where there is no merged model: what there is instead."""
     return f"merge: {config.adapter.method} changes no weight, so there is no merged/: the original is served with adapter/."

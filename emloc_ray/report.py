@@ -41,6 +41,7 @@ _SECTIONS = {
     "data": ["data"],
     "calibrate": ["calibration"],
     "factorize": ["emulator"],
+    "heal": ["healing"],
     "finetune": ["finetune"],
     "correct": ["correction"],
     "evaluate": ["evaluation", "exact_match", "generations", "gap_closed"],
@@ -104,12 +105,12 @@ def page_view(name: str, manifest: dict[str, Any], metrics: dict[str, Any]) -> d
     dense = emulator.get("compression_ratio") == 1 and not quantized
     method = (manifest.get("config", {}).get("adapter") or {}).get("method", "lora")
     unmerged = {"merge"} if method in ("prefix_tuning", "prompt_tuning") else set()
-    optional = _OPTIONAL | unmerged
+    heals = bool(emulator.get("healing")) and emulator.get("compression_ratio") != 1
+    optional = (_OPTIONAL - {"heal"} if heals else _OPTIONAL) | unmerged
     older = older_stages(done, {*optional, "calibrate"} if dense else optional)
     usages = metrics.get("stages") or {}
     stages = [(stage, usages[stage]) for stage in sorted(usages, key=_stage_order) if stage in done]
     config = manifest.get("config") or {}
-    history = found["finetune"].get("history", [])
     times = [entry["finished_at"] for entry in done.values() if "finished_at" in entry]
     return {
         "name": name,
@@ -127,7 +128,8 @@ def page_view(name: str, manifest: dict[str, Any], metrics: dict[str, Any]) -> d
         "evaluation": evaluation_rows(found["evaluation"]),
         "candidates": candidate_rows(found["correction"]),
         "shortfall": total_shortfall(found["correction"].get("modules", {})),
-        "curve": curve([(float(entry["step"]), entry["loss"]) for entry in history if "loss" in entry]),
+        "curve": loss_curve(found["finetune"]),
+        "healing_curve": loss_curve(found["healing"]),
         "stages": stages,
         "planned": metrics.get("planned_memory") or {},
         "processes": process_rows([usage for _, usage in stages]),
@@ -286,6 +288,11 @@ def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
     step = next(power * factor for factor in (1, 2, 5, 10, 20) if span / (power * factor) <= most)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [number * step for number in range(first, max(last, first + 1) + 1)]
+
+
+def loss_curve(training: dict[str, Any]) -> dict[str, Any] | None:
+    """The curve of a training's logged losses."""
+    return curve([(float(entry["step"]), entry["loss"]) for entry in training.get("history", []) if "loss" in entry])
 
 
 def curve(points: Sequence[tuple[float, float]]) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ _ARTIFACTS = (
     "gradients",
     "allocation",
     "emulator",
+    "emulator_healed",
     "adapter_emulator",
     "adapter",
     "merged",
@@ -46,7 +47,7 @@ def assemble_metrics(
         *(() if layout.differs else ("calibrate",)),
         *(("merge",) if prepared.config.adapter.is_prompt else ()),
     }
-    needed = [name for name in planned_steps(layout) if name not in missing]
+    needed = [name for name in planned_steps(prepared) if name not in missing]
     stages = _current_stages(directory.manifest()["stages"], verified, needed)
     metrics: dict[str, Any] = {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
@@ -79,8 +80,12 @@ def assemble_metrics(
             "allocation": layout.allocation,
             "objective": layout.objective,
             **{key: stages["factorize"][key] for key in ("bytes",) if key in stages["factorize"]},
+            **({"bytes": stages["heal"]["bytes"]} if "heal" in stages else {}),
             "layers": _with_shares(stages["factorize"]["layers"], layout),
         }
+    if "heal" in stages:
+        shown = ("steps", "train_loss", "history", "healed_layers", "teacher_rows", "teacher_bytes")
+        metrics["healing"] = {key: stages["heal"][key] for key in shown}
     if "finetune" in stages:
         metrics["finetune"] = {key: stages["finetune"][key] for key in ("steps", "train_loss", "history")}
     if "correct" in stages:

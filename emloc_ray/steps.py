@@ -4,11 +4,12 @@ run did it, else run in its turn and recorded."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emloc_ray.config import StageConfig
 from emloc_ray.errors import DamagedArtifactError, Stopped
 from emloc_ray.io.artifact_cache import ArtifactCache, EntryGone
 from emloc_ray.io.atomic import remove_leftovers
@@ -19,12 +20,15 @@ from emloc_ray.preparation import Prepared
 from emloc_ray.report import write_report
 from emloc_ray.reporter import Reporter
 from emloc_ray.results import assemble_metrics
+from emloc_ray.stages import GROUPS
 from emloc_ray.turns import Turns
 
 if TYPE_CHECKING:
     from emloc_ray.stages.cluster import Resources
 
 Inputs = dict[str, Any]
+# Settings of the fine-tuning that do not enter what comes out of it; its number of workers does, which orders the rows.
+NOT_LEARNED = frozenset({"cpus_per_worker", "gpus_per_worker", "max_failures", "deepspeed", "report_to", "run_name"})
 Execute = Callable[[Callable[[int, int], None], "Resources"], dict[str, Any]]
 
 
@@ -103,7 +107,7 @@ class Steps:
         from emloc_ray.stages.failures import explain
         from emloc_ray.stages.monitor import measured
 
-        missing = shortage(name, granted, together=name == "finetune")
+        missing = shortage(name, granted, together=name in GROUPS)
         if missing is not None:
             self.reporter.note(missing)
         told = self.reporter.start(name)
@@ -227,3 +231,8 @@ class Steps:
 def _key(name: str, inputs: Inputs) -> str:
     """In the cache, which outlives the installed version: another may make something else of the same inputs."""
     return ArtifactCache.key(name, [version("emloc-ray"), inputs])
+
+
+def without(section: StageConfig, keys: Collection[str]) -> Inputs:
+    """A section's settings as inputs of a stage, but for some."""
+    return section.model_dump(mode="json", exclude=set(keys))

@@ -82,8 +82,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=out) as folder, Nodes() as nodes:
         config = load_config(arguments.config or make_config(Path(folder) / "task"), arguments.overrides)
         matrix = Matrix(nodes, config, Path(folder) / "runs")
-        matrix.undisturbed(arguments.stages)
-        for cell in cells(matrix, arguments.stages, arguments.kinds, arguments.moments, arguments.seed):
+        stages = [stage for stage in matrix.stages if stage in arguments.stages]
+        matrix.undisturbed(stages)
+        for cell in cells(matrix, stages, arguments.kinds, arguments.moments, arguments.seed):
             found.append(cell)
             write(out, found)
             print(table([cell]).splitlines()[2], flush=True)

@@ -49,6 +49,18 @@ class SampleOrder:
             rows[inside] = self.epoch(int(number), first, last + 1)[places[inside] - first]
         return rows
 
+    def batches(self, begin: int, end: int) -> Iterator[Rows]:
+        """The rows of each of this rank's micro-steps ``[begin, end)``: ``(batch_size,)``."""
+        for start in range(begin, end, _STEPS_PER_TASK):
+            yield from self.micro_steps(start, min(end, start + _STEPS_PER_TASK)).reshape(-1, self.batch_size)
+
+    def seen(self, micro_steps: int) -> Rows:
+        """What all ranks together have read after so many micro-steps each: every row once, ascending."""
+        places = micro_steps * self.world_size * self.batch_size
+        if places >= self.num_rows:  # the first epoch has all
+            return np.arange(self.num_rows)
+        return np.sort(self.epoch(0, 0, places))
+
     def epoch(self, number: int, begin: int = 0, end: int | None = None) -> Rows:
         """One epoch's permutation, or its places ``[begin, end)``: only those are held, of rows of any number."""
         return shuffled(

@@ -14,14 +14,16 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint
 
+from emloc_ray.core.distillation import divergence, top_log_probs
+from emloc_ray.errors import ArtifactError
 from emloc_ray.modeling.inputs import ModelCall, model_call
 
 # A chunk is of hidden size over this tokens: its logits, held about three times in float32 while their gradient is made,
 # then stay below the head's own weights.
 _CHUNK_SHARE = 8
 
-# Summed loss, and how many of the largest logits are the labels, of logits (n, vocabulary) and what gives n labels.
-LossOf = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# Summed loss, and how many of the largest logits are the labels, of logits (n, vocabulary) and what is wanted of these n.
+Criterion = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,43 @@ class TokenLoss:
     num_tokens: int
 
 
-def token_loss(model: Any, batch: dict[str, Tensor], loss_on: str, head_owner: Any = None) -> TokenLoss:
-    """The loss of one batch of :func:`emloc_ray.data.token_shards.collate`, in float32.
+@dataclass(frozen=True)
+class TopLogProbs:
+    """A teacher's likeliest tokens at label positions, ``ids (N, k)``, and their ``log_probs (N, k)``, likeliest first."""
+
+    ids: Tensor
+    log_probs: Tensor
+
+    def to(self, device: torch.device) -> TopLogProbs:
+        """The same on a device."""
+        return TopLogProbs(self.ids.to(device), self.log_probs.to(device))
+
+
+def token_loss(
+    model: Any,
+    batch: dict[str, Tensor],
+    loss_on: str,
+    head_owner: Any = None,
+    teacher: TopLogProbs | None = None,
+) -> TokenLoss:
+    """The loss of one batch of :func:`emloc_ray.data.token_shards.collate`, in float32: the cross-entropy of its labels, or
+    the divergence from what a ``teacher`` says at their positions, in the labels' order.
 
     ``head_owner`` is the model that owns the head where ``model`` is a wrapper around it (DDP).
+
+    Raises:
+        ArtifactError: where the teacher speaks of another number of labels.
     """
     owner = head_owner or model
     call = model_call(owner.config, batch, loss_on)
-    return _loss_at(model, owner, call, call.targets, _loss_of)
+    if teacher is None:
+        return _loss_at(model, owner, call, _loss_of, call.targets)
+    if len(teacher.ids) != call.targets.numel():
+        raise ArtifactError(
+            f"The teacher's logits are of {len(teacher.ids)} labels, the batch has {call.targets.numel()}: remove healing/ of"
+            " the run directory and run again."
+        )
+    return _loss_at(model, owner, call, _divergence_of, call.targets, teacher.ids, teacher.log_probs)
 
 
 def sampled_loss(model: Any, batch: dict[str, Tensor], loss_on: str, draws: Sequence[Generator]) -> TokenLoss:
@@ -55,20 +86,44 @@ def sampled_loss(model: Any, batch: dict[str, Tensor], loss_on: str, draws: Sequ
         torch.rand(count, generator=generator, dtype=torch.float64)
         for count, generator in zip(counts, draws, strict=True)
     ]
-    return _loss_at(model, model, call, torch.cat(numbers).to(call.targets.device), _loss_of_drawn)
+    return _loss_at(model, model, call, _loss_of_drawn, torch.cat(numbers).to(call.targets.device))
 
 
-def _loss_at(model: Any, owner: Any, call: ModelCall, wanted: Tensor, loss_of: LossOf) -> TokenLoss:
-    """``loss_of(logits, wanted)`` at the positions of the call's labels."""
-    inputs, predicting = {**call.inputs, "use_cache": False}, call.predicting
-    if _in_chunks(owner, wanted.numel()):
-        with _loss_in_the_head(owner, predicting, wanted, loss_of) as counts:
+def _loss_at(model: Any, owner: Any, call: ModelCall, criterion: Criterion, *targets: Tensor) -> TokenLoss:
+    """``criterion(logits, *targets)`` at the positions of the call's labels."""
+    inputs, predicting, count = {**call.inputs, "use_cache": False}, call.predicting, len(targets[0])
+    if _in_chunks(owner, count):
+        with _loss_in_the_head(owner, predicting, criterion, targets) as counts:
             loss = model(**inputs).logits.sum()
         correct = torch.stack(counts).sum()
     else:
         with logits_at(owner, predicting):
-            loss, correct = loss_of(model(**inputs).logits[0], wanted)
-    return TokenLoss(loss, correct, int(wanted.numel()))
+            loss, correct = criterion(model(**inputs).logits[0], *targets)
+    return TokenLoss(loss, correct, count)
+
+
+@torch.no_grad()
+def teacher_logits(model: Any, batch: dict[str, Tensor], loss_on: str, k: int) -> list[TopLogProbs]:
+    """Of every row of a batch the top ``k`` log-probabilities at its label positions, logits made a chunk at a time."""
+    call = model_call(model.config, batch, loss_on)
+    inputs, count = {**call.inputs, "use_cache": False}, call.targets.numel()
+    found: list[tuple[Tensor, Tensor]] = []
+    if _in_chunks(model, count):
+
+        def forward(compute: Callable[[Tensor], Tensor], chosen: Tensor) -> Tensor:
+            step = chunk_tokens(_hidden_size(model.get_output_embeddings()))
+            for start in range(0, len(chosen), step):
+                found.append(top_log_probs(compute(chosen[start : start + step]), k))
+            return chosen.new_zeros(1, 1, 1)
+
+        with _in_place_of_the_head(model, call.predicting, forward):
+            model(**inputs)
+    else:
+        with logits_at(model, call.predicting):
+            found.append(top_log_probs(model(**inputs).logits[0], k))
+    ids, log_probs = (torch.cat(parts) for parts in zip(*found, strict=True))
+    counts = call.predicting.sum(dim=1).tolist()
+    return [TopLogProbs(*row) for row in zip(ids.split(counts), log_probs.split(counts), strict=True)]
 
 
 def chunk_tokens(hidden_size: int) -> int:
@@ -101,6 +156,13 @@ def _loss_of_drawn(logits: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     return _loss_of(logits, drawn.clamp_max(logits.shape[-1] - 1))
 
 
+def _divergence_of(logits: Tensor, targets: Tensor, ids: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Correct are still those that the labels, not the teacher, call so."""
+    logits = logits.float()
+    correct = (logits.detach().argmax(dim=-1) == targets).sum()
+    return divergence(logits, ids, log_probs), correct
+
+
 def _chosen(hidden: Tensor, positions: Tensor) -> Tensor:
     """Counted from the end: prompt tuning puts virtual tokens before the row's."""
     return hidden[:, -positions.shape[1] :][positions]
@@ -121,35 +183,44 @@ def logits_at(model: Any, positions: Tensor) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _loss_in_the_head(model: Any, positions: Tensor, targets: Tensor, loss_of: LossOf) -> Iterator[list[Tensor]]:
-    """While it lasts the head gives the sum of the loss ``(1, 1, 1)`` for its logits; afterwards how many were correct,
-    by chunk.
+def _loss_in_the_head(
+    model: Any, positions: Tensor, criterion: Criterion, targets: tuple[Tensor, ...]
+) -> Iterator[list[Tensor]]:
+    """While it lasts the head gives the sum of the loss ``(1, 1, 1)`` for its logits, of ``criterion(logits, *targets)``
+    with each target's rows those of the logits; afterwards how many were correct, by chunk.
 
     A chunk's logits are made again for its gradient, so that the logits of one chunk are all there ever are. The loss
     has to be the head's output, and thereby the model's: so DDP finds the parameters that it uses, and ZeRO-3 gathers
     the head's weight before its gradient is made.
     """
-    head = model.get_output_embeddings()
-    compute = head.forward
     correct: list[Tensor] = []
 
-    def chunk_loss(hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        return loss_of(compute(hidden), wanted)
+    def forward(compute: Callable[[Tensor], Tensor], chosen: Tensor) -> Tensor:
+        def chunk_loss(hidden: Tensor, *wanted: Tensor) -> tuple[Tensor, Tensor]:
+            return criterion(compute(hidden), *wanted)
 
-    def forward(hidden: Tensor) -> Tensor:
-        chosen = _chosen(hidden, positions)
-        step = chunk_tokens(_hidden_size(head))
-        parts = [
-            checkpoint(chunk_loss, chosen[start : start + step], targets[start : start + step], use_reentrant=False)
-            for start in range(0, len(chosen), step)
-        ]
+        step = chunk_tokens(_hidden_size(model.get_output_embeddings()))
+        parts = []
+        for start in range(0, len(chosen), step):
+            wanted = (target[start : start + step] for target in targets)
+            parts.append(checkpoint(chunk_loss, chosen[start : start + step], *wanted, use_reentrant=False))
         correct.extend(count for _, count in parts)
         return torch.stack([loss for loss, _ in parts]).sum().reshape(1, 1, 1)
 
-    before = vars(head).get("forward")
-    head.forward = forward
-    try:
+    with _in_place_of_the_head(model, positions, forward):
         yield correct
+
+
+@contextlib.contextmanager
+def _in_place_of_the_head(
+    model: Any, positions: Tensor, forward: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+) -> Iterator[None]:
+    """While it lasts the head gives ``forward(its own forward, the hidden states at the positions)``."""
+    head = model.get_output_embeddings()
+    compute, before = head.forward, vars(head).get("forward")
+    head.forward = lambda hidden: forward(compute, _chosen(hidden, positions))
+    try:
+        yield
     finally:
         del head.forward
         if before is not None:  # another library had put its own there

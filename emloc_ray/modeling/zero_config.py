@@ -60,8 +60,10 @@ def _completed(content: dict[str, Any]) -> dict[str, Any]:
     return {**following, **content, "zero_optimization": zero}
 
 
-def check_zero_config(path: str, content: dict[str, Any], arguments: Any, num_workers: int) -> None:
-    """Raises ConfigError where ``content`` says other numbers than TrainingArguments, ``arguments``, do."""
+def check_zero_config(
+    path: str, content: dict[str, Any], arguments: Any, num_workers: int, section: str = "finetune"
+) -> None:
+    """Raises ConfigError where ``content`` says other numbers than TrainingArguments, ``arguments`` of a ``section``, do."""
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
     try:
@@ -72,5 +74,7 @@ def check_zero_config(path: str, content: dict[str, Any], arguments: Any, num_wo
             f"finetune.deepspeed {path} has a value of another type than DeepSpeed takes ({error}): mend it there."
         ) from error
     if seen.mismatches:
-        told = "; ".join(line.removeprefix("- ds ").replace(" vs hf ", ", finetune says ") for line in seen.mismatches)
+        told = "; ".join(
+            line.removeprefix("- ds ").replace(" vs hf ", f", {section} says ") for line in seen.mismatches
+        )
         raise ConfigError(f'finetune.deepspeed {path} says {told}: set "auto" there, or the same here.')

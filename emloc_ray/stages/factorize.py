@@ -278,7 +278,7 @@ class EmulatorBuild:
         except BaseException:
             self._flight.cancel()
             raise
-        total_size = _write_index(self.job.out_dir, self.files)
+        total_size = index_shards(self.job.out_dir, self.files)
         in_4bit = None
         if self.job.in_4bit:
             in_4bit = quantization_config(base_config.dtype or torch.float32, self.job.kept_wide)
@@ -348,8 +348,8 @@ def _group_task(
     return path
 
 
-def _write_index(out_dir: Path, files: Sequence[Path]) -> int:
-    """The bytes of all tensors."""
+def index_shards(out_dir: Path, files: Sequence[Path]) -> int:
+    """Writes the index of the shards in ``out_dir``; returns the bytes of all tensors."""
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         entries = {entry.name: entry for shard in pool.map(read_shard, files) for entry in shard.entries}
     parameters = sum(num_elements(entry.name, entry.dtype, entry.shape) for entry in entries.values())

@@ -50,7 +50,7 @@ class FailureLog(ray.train.UserCallback):
         ensure(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
-            file.write(f"finetune: rank {rank} {why}; {again}.\n")
+            file.write(f"{self.job.stage}: rank {rank} {why}; {again}.\n")
         publish(path)
 
 
@@ -108,21 +108,21 @@ def _way(job: FinetuneJob, resources: Resources) -> Way:
 
 def run_alone(job: FinetuneJob, resources: Resources, tell: Tell) -> dict[str, Any]:
     """In a task; begun again from its newest checkpoint where its worker is lost."""
-    task = resources.task(train_alone, alone=leaves_traces(job)).options(name=f"finetune: {job.name}")
+    task = resources.task(train_alone, alone=leaves_traces(job)).options(name=f"{job.stage}: {job.name}")
     submit = functools.partial(task.remote, job, resources.threads)
 
     def give_up(done: int, total: int) -> None:
         """Where it is asked to stop while its task waits for a worker, which may never come."""
         if exists(job.stop_path) and not exists(job.begun_path):
-            raise Stopped("finetune was stopped before it began.")
+            raise Stopped(f"{job.stage} was stopped before it began.")
 
-    [outcome] = bounded([("the training", submit)], 1, Losses("finetune", tell, job.max_failures), give_up)
+    [outcome] = bounded([("the training", submit)], 1, Losses(job.stage, tell, job.max_failures), give_up)
     return dict(outcome)
 
 
 def run_group(job: FinetuneJob, resources: Resources, tell: Tell) -> dict[str, Any]:
     """As a Ray Train group, in another where the process that leads it is lost."""
-    losses = Losses("finetune", tell)
+    losses = Losses(job.stage, tell)
     with _interruptible():
         while (outcome := _fit(job, resources, losses)) is None:
             pass

@@ -23,23 +23,25 @@ from emloc_ray.data.ingest import SampleOrder, stream_batches
 from emloc_ray.data.processors import ImageInputs, blank_row
 from emloc_ray.data.token_shards import TokenShards, collate
 from emloc_ray.io.node_cache import ensure, exists, publish
+from emloc_ray.io.teacher_shards import TeacherShards
 from emloc_ray.modeling.adapter import attach_adapter, save_trained_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import load_config
 from emloc_ray.modeling.inputs import label_mask
 from emloc_ray.modeling.loading import load_model
-from emloc_ray.modeling.loss import token_loss
+from emloc_ray.modeling.loss import TopLogProbs, token_loss
 from emloc_ray.stages.cluster import set_threads
 from emloc_ray.stages.training_session import GroupSession, LoneSession, TrainingSession, own_environment
 from emloc_ray.stages.zero import join_as_deepspeed_rank, scattered_in, step_was_finite, whole_parameters
 
 _POLL_S = 0.5
+_TEACHER = "teacher"  # what a batch holds beside what the model is called with
 
 
 @dataclass(frozen=True)
 class FinetuneJob:
     """Artifact paths and flat settings; ``adapter`` as :func:`~emloc_ray.modeling.adapter_methods.adapter_config` takes
-    them."""
+    them. With ``teacher_dir`` the loss is the divergence from what a teacher says there, not that of the labels."""
 
     emulator_dir: Path
     tokens_dir: Path
@@ -58,6 +60,8 @@ class FinetuneJob:
     training_arguments: dict[str, Any] = field(default_factory=dict)
     zero_config: dict[str, Any] | None = None
     model_options: dict[str, Any] = field(default_factory=dict)
+    teacher_dir: Path | None = None
+    stage: str = "finetune"
 
     @property
     def log_path(self) -> Path:
@@ -67,7 +71,7 @@ class FinetuneJob:
     @property
     def events_dir(self) -> Path:
         """TensorBoard's event files, where ``report_to`` asks for them: they outlive the training and its restarts."""
-        return self.out_dir.parent / "tensorboard" / self.name
+        return self.storage_dir.parent / "tensorboard" / self.name
 
     @property
     def failure_path(self) -> Path:
@@ -85,24 +89,34 @@ class FinetuneJob:
         return self.storage_dir / f"{self.name}.stop"
 
 
-class RankBatches(IterableDataset[dict[str, torch.Tensor]]):
-    """This rank's micro-batches from the Trainer's current step on."""
+class RankBatches(IterableDataset[dict[str, Any]]):
+    """This rank's micro-batches from the Trainer's current step on, each with what the teacher says of it, if there is one."""
 
     def __init__(self, job: FinetuneJob, order: SampleOrder, accumulation: int) -> None:
         self.job, self.order, self.accumulation = job, order, accumulation
         self.trainer: Trainer | None = None
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         begin = (self.trainer.state.global_step if self.trainer else 0) * self.accumulation
         end = self.job.max_steps * self.accumulation
         where = self.job.emulator_dir, self.job.model_options.get("trust_remote_code", False)
         config = self.trainer.model.config if self.trainer and self.trainer.model else None
         images, together = ImageInputs(*where), self.order.world_size > 1
         blank = blank_row(*where) if together and TokenShards(self.job.tokens_dir).has_images else None
+        taught = self._taught(begin, end)
         for rows in stream_batches(self.job.tokens_dir, self.order, begin, end):
             batch = collate_together(rows, blank, self.job.pad_token_id, images)
             mask = label_mask(batch, self.job.loss_on, config)
-            yield {**batch, "labels": batch["input_ids"].masked_fill(~mask, -100)}
+            labels = batch["input_ids"].masked_fill(~mask, -100)
+            # No plain tensors: DeepSpeed's training would round those to the dtype that it computes in.
+            yield {**batch, "labels": labels, **({} if taught is None else {_TEACHER: next(taught)})}
+
+    def _taught(self, begin: int, end: int) -> Iterator[TopLogProbs] | None:
+        if self.job.teacher_dir is None:
+            return None
+        teacher = TeacherShards(self.job.teacher_dir)
+        found = ([teacher.row(row) for row in rows.tolist()] for rows in self.order.batches(begin, end))
+        return (TopLogProbs(*map(torch.cat, zip(*parts, strict=True))) for parts in found)
 
 
 def collate_together(
@@ -135,7 +149,9 @@ class EmulatorTrainer(Trainer):
     ) -> Any:
         """Summed loss over all labels of the step, so that ranks and micro-steps weigh by their labels."""
         owner = self.accelerator.unwrap_model(model)
-        result = token_loss(model, inputs, self.job.loss_on, head_owner=owner)
+        batch = {key: value for key, value in inputs.items() if key != _TEACHER}
+        teacher = inputs[_TEACHER].to(batch["input_ids"].device) if _TEACHER in inputs else None
+        result = token_loss(model, batch, self.job.loss_on, head_owner=owner, teacher=teacher)
         # Averaging gradients over ranks divides by the world size once more.
         return result.loss_sum * self.accelerator.num_processes / num_items_in_batch
 

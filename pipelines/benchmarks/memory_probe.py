@@ -28,7 +28,7 @@ from emloc_ray.modeling.adapter_methods import lora_config
 from emloc_ray.modeling.architecture import block_linears
 from emloc_ray.modeling.emulator import FactorizedLinear
 from emloc_ray.modeling.loading import load_model
-from emloc_ray.modeling.loss import token_loss
+from emloc_ray.modeling.loss import TopLogProbs, teacher_logits, token_loss
 from emloc_ray.modeling.replay import BlockReplay
 from emloc_ray.stages import correct as correct_stage
 from emloc_ray.stages import evaluate as evaluate_stage
@@ -75,10 +75,25 @@ def inference(directory: Path, rows: int, length: int) -> None:
         model(input_ids=_random_ids(rows, length).to(model.device), use_cache=True, logits_to_keep=1)
 
 
+def teach(directory: Path, rows: int, length: int, num_logits: int = 64) -> None:
+    """The original's top logits at every label of a batch, as healing caches them."""
+    model = weighed_model(directory)
+    teacher_logits(model, {k: value.to(model.device) for k, value in _batch(rows, length).items()}, "all", num_logits)
+
+
 def finetune(
-    directory: Path, rows: int, length: int, r: int = 8, checkpointing: bool = True, loss_on: str = "all"
+    directory: Path,
+    rows: int,
+    length: int,
+    r: int = 8,
+    checkpointing: bool = True,
+    loss_on: str = "all",
+    num_logits: int = 0,
 ) -> None:
-    """Two steps of LoRA on every linear of the emulator's blocks, as the stage takes them; half of a row is completion."""
+    """Two steps of LoRA on every linear of the emulator's blocks, as the stage takes them; half of a row is completion.
+
+    With ``num_logits`` of a teacher, as healing takes them.
+    """
     model = weighed_model(directory)
     targets = [name for name, module in model.named_modules() if isinstance(module, FactorizedLinear)]
     targets = targets or [spec.name for spec in block_linears(model)]
@@ -87,15 +102,23 @@ def finetune(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    ids = _random_ids(rows, length)
-    mask = torch.ones_like(ids)
-    completion = (torch.arange(length) >= length // 2).expand(rows, length)
-    batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "completion_mask": completion}
+    batch = {key: value.to(model.device) for key, value in _batch(rows, length).items()}
+    teacher = None
+    if num_logits:
+        labels = rows * (length - 1)
+        ids = torch.arange(num_logits).expand(labels, num_logits)
+        teacher = TopLogProbs(ids, torch.full(ids.shape, -6.0)).to(model.device)
     for _ in range(2):
-        result = token_loss(model, {key: value.to(model.device) for key, value in batch.items()}, loss_on)
+        result = token_loss(model, batch, loss_on, teacher=teacher)
         (result.loss_sum / result.num_tokens).backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def _batch(rows: int, length: int) -> dict[str, torch.Tensor]:
+    ids = _random_ids(rows, length)
+    completion = (torch.arange(length) >= length // 2).expand(rows, length)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": completion}
 
 
 def _random_ids(rows: int, length: int) -> torch.Tensor:
@@ -161,7 +184,7 @@ def evaluate(job: evaluate_stage.EvaluationJob, family: str, num_parts: int, thr
 
 STAGES: dict[str, Callable[..., None]] = {
     f.__name__: f
-    for f in (inference, finetune, calibrate_resident, calibrate_streamed, factorize, correct, merge, evaluate)
+    for f in (inference, teach, finetune, calibrate_resident, calibrate_streamed, factorize, correct, merge, evaluate)
 }
 
 

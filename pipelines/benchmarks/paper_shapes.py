@@ -23,13 +23,14 @@ from emloc_ray.errors import ConfigError
 from emloc_ray.memory import MemoryModel, Parts, total
 from emloc_ray.model_sizes import Lengths
 from emloc_ray.preparation import Prepared
-from emloc_ray.stages import STAGES
+from emloc_ray.stages import STAGES as ALL_STAGES
 
 ROWS, LENGTH, TILES = 2, 2048, 7
 PATCHES = 1025  # of a tile, in the vision tower; 256 in the language model
 BUDGET = 24 * 10**9
 MULTIPLES = {"model.vision_tower": TILES * PATCHES / LENGTH}
 GB = 1e9
+STAGES = [stage for stage in ALL_STAGES if stage != "heal"]  # the paper has none
 
 _SMALL_VISION = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 _LARGE_VISION = {"hidden_size": 3200, "num_hidden_layers": 45, "num_attention_heads": 25, "intermediate_size": 12800}

@@ -17,7 +17,7 @@ from emloc_ray.config_reading import parse_config
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.layout import make_layout, skeleton_of
-from emloc_ray.memory import MemoryModel, Parts
+from emloc_ray.memory import DIVERGENCE_COPIES, MemoryModel, Parts
 from emloc_ray.model_sizes import Lengths
 from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.loading import ModelSource
@@ -29,6 +29,7 @@ from emloc_ray.stages.factorize import FactorizationJob
 from emloc_ray.stages.merge import MergeJob
 
 LENGTH = 512  # tokens a row, of fine-tuning and inference
+LOGITS = 64  # of a teacher
 _BLOCKS = 4  # that the streamed slot is taken through: its peak is the same in all
 
 
@@ -97,6 +98,9 @@ def trained_cases(prepared: Prepared, model: Path, emulator: Path, rows: int) ->
         arguments = {**size, "directory": emulator, "checkpointing": checkpointing}
         name = f"finetune, {'with' if checkpointing else 'without'} gradient checkpointing"
         yield name, "finetune", arguments, memory.finetune()
+        arguments = {**arguments, "num_logits": LOGITS}
+        yield name.replace("finetune", "heal: training"), "finetune", arguments, memory.finetune(DIVERGENCE_COPIES)
+    yield "heal: teacher", "teach", {**size, "directory": model}, memory.teaching(rows)
     yield "inference", "inference", {**size, "directory": model}, memory.inference()
 
 

@@ -15,11 +15,12 @@ from emloc_ray.config import RayConfig, RunConfig
 from faulting.driver import Driver
 from faulting.nodes import Nodes
 
-STAGES = ("data", "calibrate", "factorize", "finetune", "correct", "merge", "evaluate")
+STAGES = ("data", "calibrate", "factorize", "heal", "finetune", "correct", "merge", "evaluate")
 _ARTIFACTS = {
     "data": "data/tokens",
     "calibrate": "calibration",
     "factorize": "emulator",
+    "heal": "emulator_healed",
     "finetune": "adapter_emulator",
     "correct": "adapter",
     "merge": "merged",
@@ -57,14 +58,15 @@ class Matrix:
     def __init__(self, nodes: Nodes, config: RunConfig, folder: Path) -> None:
         self.nodes, self.folder = nodes, folder
         self.config = config.model_copy(update={"ray": RayConfig(address=nodes.cluster.address)})
+        self.stages = tuple(stage for stage in STAGES if stage != "heal" or config.emulator.heals is not None)
         self.calm = folder / "undisturbed" / _RUN
         self.seconds: dict[str, float] = {}
         self.pieces: dict[str, int] = {}
 
     def undisturbed(self, stages: Sequence[str]) -> None:
         """Runs everything once, up to the last of the stages, and keeps the run as it was after each."""
-        last = max(map(STAGES.index, stages))
-        self._measure(self._driver(self.calm, STAGES[last], self.folder / "snapshots"), STAGES[: last + 1])
+        last = max(map(self.stages.index, stages))
+        self._measure(self._driver(self.calm, self.stages[last], self.folder / "snapshots"), self.stages[: last + 1])
         if "factorize" in stages:
             # Calibration factorizes as it goes; here the stage of that name is to make the whole emulator.
             shutil.rmtree(self._snapshot("calibrate") / "emulator")
@@ -73,7 +75,7 @@ class Matrix:
             shutil.rmtree(again.parent)
 
     def _measure(self, driver: Driver, stages: Sequence[str]) -> None:
-        if not driver.wait(len(STAGES) * _SECONDS):
+        if not driver.wait(len(self.stages) * _SECONDS):
             raise SystemExit(f"The undisturbed run failed: {driver.find('error')}")
         for stage in stages:
             finish = driver.find("finish", stage=stage)
@@ -109,8 +111,8 @@ class Matrix:
         return replace(found, moment=moment)
 
     def _attempt(self, cell: Cell, random_numbers: random.Random) -> Cell:
-        position = STAGES.index(cell.stage)
-        run = self._copy(STAGES[position - 1] if position else "", f"{cell.stage}-{cell.kind}")
+        position = self.stages.index(cell.stage)
+        run = self._copy(self.stages[position - 1] if position else "", f"{cell.stage}-{cell.kind}")
         driver, begin = self._driver(run, cell.stage), time.monotonic()
         cell = self._kill(cell, driver, run, random_numbers)
         if not cell.victim:
@@ -157,7 +159,7 @@ class Matrix:
 
     def _difference(self, run: Path, stage: str) -> str:
         """The first file, of this stage and those before it, that is not as in the undisturbed run; empty where all are."""
-        for name in STAGES[: STAGES.index(stage) + 1]:
+        for name in self.stages[: self.stages.index(stage) + 1]:
             if name not in _ARTIFACTS:
                 ours, theirs = (json.loads((r / "metrics.json").read_text())["evaluation"] for r in (run, self.calm))
                 if ours != theirs:

@@ -24,7 +24,7 @@ def make_config(folder: Path) -> Path:
         "model": {"source": str(_make_model(folder / "model"))},
         "data": {"train": {"path": str(_make_rows(folder / "rows.jsonl"))}, "format": "prompt_completion"},
         "calibration": {**two, "num_calibration_samples": 320, "rows_per_shard": 16, "batch_size": 2},
-        "emulator": {**two, "compression_ratio": 0.5},
+        "emulator": {**two, "compression_ratio": 0.5, "healing": {"steps": 16}},
         "adapter": {"r": 4, "lora_alpha": 16},
         "finetune": {**two, "max_steps": 16, "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 4},
         "correction": {"num_selection_samples": 32},

@@ -146,7 +146,7 @@ def test_metrics_have_their_keys(any_run: FinishedRun) -> None:
         assert 0 < variant["loss"] < 20
         assert 0 <= variant["token_accuracy"] <= 1
     assert {"method", "clamp", "strength", "candidates", "modules"} <= set(metrics["correction"])
-    assert {"data", *STAGES} - {"calibrate"} <= set(metrics["stages"])
+    assert {"data", *STAGES} - {"calibrate", "heal"} <= set(metrics["stages"])
     for stage in metrics["stages"].values():
         assert stage["wall_s"] >= 0
         assert stage["peak_rss_bytes"] > 0

@@ -22,7 +22,7 @@ from emloc_ray.errors import NumericsError
 from emloc_ray.io.run_directory import RunDirectory
 
 ROWS = [{"prompt": f"add {i}: ", "completion": f"it is {i}"} for i in range(20)]
-VERBS = ["run", "calibrate", "factorize", "finetune", "correct", "merge", "evaluate", "validate", "plan"]
+VERBS = ["run", "calibrate", "factorize", "heal", "finetune", "correct", "merge", "evaluate", "validate", "plan"]
 
 
 class Call(NamedTuple):

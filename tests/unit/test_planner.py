@@ -65,7 +65,8 @@ def test_parameters_and_bytes_are_those_of_the_files(
 
 
 def test_every_stage_is_there_with_what_it_asks_for(plan: Callable[..., Plan]) -> None:
-    found = plan(calibration={"num_workers": 2}, finetune={"num_workers": 2, "cpus_per_worker": 0.5})
+    healed = {"healing": {"steps": 3}}
+    found = plan(calibration={"num_workers": 2}, emulator=healed, finetune={"num_workers": 2, "cpus_per_worker": 0.5})
     assert tuple(entry.name for entry in found.stages) == STAGES
     assert stage(found, "calibrate").num_workers == 2
     assert stage(found, "finetune").cpus_per_worker == 0.5
@@ -162,7 +163,7 @@ def test_bytes_in_4_bits_are_those_of_a_saved_emulator(
 def test_what_ranks_by_data_take_is_planned(plan: Callable[..., Plan]) -> None:
     plain, found = plan(), plan(emulator={"allocation": "sensitivity", "objective": "predictions"})
     names = [entry.name for entry in found.stages]
-    assert names == ["calibrate", "gradients", "allocate", "factorize", *STAGES[2:]]
+    assert names == ["calibrate", "gradients", "allocate", "factorize", *STAGES[3:]]
     assert found.emulator_parameters == plain.emulator_parameters
     assert stage(found, "gradients").worker_bytes > stage(found, "calibrate").worker_bytes
     assert stage(found, "gradients").seconds > stage(found, "calibrate").seconds > 0

@@ -359,3 +359,28 @@ def test_an_emulator_in_4_bits_is_said_to_be_one(finished: str, ratio: float, wo
     # Unlike plain LoRA it was calibrated.
     del made["stages"]["calibrate"]
     assert "factorize" in report.page_view("run", made, metrics)["older"]
+
+
+def test_a_healing_is_shown_with_its_curve(finished: str) -> None:
+    stages = [*STAGES[:3], "heal", *STAGES[3:]]
+    made, metrics = manifest(*stages), finished_metrics()
+    made["config"]["emulator"] = {"compression_ratio": 0.25, "healing": {"steps": 30}}
+    metrics["healing"] = {
+        "steps": 30,
+        "train_loss": 1.25,
+        "history": [{"step": 10, "loss": 2.5}, {"step": 30, "loss": 0.75}],
+        "healed_layers": 14,
+        "teacher_rows": 1234,
+        "teacher_bytes": 3 * 2**20,
+    }
+    page = Page(report.render("run", made, metrics))
+    assert "over 30 steps, mean 1.2500 nats a token; 14 linears healed" in page.text
+    assert "1,234 rows took 3.00 MiB" in page.text
+    assert "step 10: 2.5000" in page.text
+    assert "both before the healing" in page.text
+    assert "healed" not in finished
+    # What was tuned on an emulator that is to be healed again is of another run.
+    del made["stages"]["heal"]
+    assert "finetune" in report.page_view("run", made, metrics)["older"]
+    made["config"]["emulator"]["compression_ratio"] = 1.0
+    assert report.page_view("run", made, metrics)["older"] == []

@@ -83,6 +83,14 @@ def tokens_dir(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@given(orders, st.integers(0, 8), st.integers(0, 8))
+def test_what_was_seen_is_what_all_ranks_read(order: SampleOrder, begin: int, more: int) -> None:
+    found = [rows.tolist() for rows in order.batches(begin, begin + more)]
+    assert found == order.micro_steps(begin, begin + more).reshape(more, order.batch_size).tolist()
+    ranks = [replace(order, rank=rank).micro_steps(0, more) for rank in range(order.world_size)]
+    assert order.seen(more).tolist() == sorted(set(np.concatenate(ranks).tolist()))
+
+
 def test_micro_steps_are_read_with_their_tokens(tokens_dir: Path) -> None:
     order = SampleOrder(num_rows=17, batch_size=3, rank=1, world_size=2, seed=5)
     table = read_micro_steps(tokens_dir, order, 2, 7)

@@ -1,0 +1,56 @@
+"""The healing as a step of a run, between the factorization and the fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from emloc_ray.healing import healing_run
+from emloc_ray.io.fingerprint import fingerprint
+from emloc_ray.io.node_cache import discard
+from emloc_ray.io.resume import discard_unless
+from emloc_ray.steps import NOT_LEARNED, Inputs, Steps, without
+
+if TYPE_CHECKING:
+    from emloc_ray.jobs import Jobs
+    from emloc_ray.stages.cluster import Progress, Resources
+
+_OWN = {"max_steps", "num_train_epochs", "loss_on"}  # what the healing has instead of the fine-tuning's
+
+
+def heal_emulator(steps: Steps, jobs: Jobs, content: Callable[[], Inputs]) -> None:
+    """Makes ``emulator_healed/``; without a healing it leaves nothing of one behind, and later stages build on the emulator.
+
+    ``content`` gives what tells the original from others where runs share what they make of it.
+    """
+    prepared, run = jobs.prepared, steps.directory
+    out_dir, place, healing = run.path("emulator_healed"), run.path("healing"), prepared.config.emulator.heals
+    if healing is None:
+        steps.leave_out("heal", steps.inputs["factorize"], out_dir)
+        discard(place)
+        return
+    from emloc_ray.jobs import resources
+    from emloc_ray.stages.heal import heal
+
+    inputs: Inputs = {
+        "factorize": steps.inputs["factorize"],
+        "data": steps.inputs["data/train"],
+        "options": jobs.model_options,
+        "healing": healing.model_dump(mode="json"),
+        "finetune": without(healing_run(prepared, healing).config.finetune, NOT_LEARNED | _OWN),
+        "ranks": prepared.layout.ranks,
+        "quantization": prepared.config.emulator.quantization,
+        "seed": prepared.config.seed,
+    }
+    if prepared.zero_config is not None:
+        inputs["deepspeed"] = prepared.zero_config
+
+    def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
+        for path in (place, out_dir):
+            discard_unless(path, inputs)
+        job = jobs.healing(healing, f"heal-{fingerprint(inputs)}")
+        return heal(job, jobs.base_config(), granted, progress, steps.reporter.note)
+
+    asked = resources(prepared.config.finetune)
+    steps.run("heal", inputs, [out_dir], execute, asked, resumes=True, shared=content())
+    discard(place)  # what the stage could go on from: not before it is recorded

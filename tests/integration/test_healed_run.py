@@ -1,0 +1,279 @@
+"""A run whose emulator is healed before the adapter is trained: from end to end, again, broken off, shared, in 4 bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from s3_server import uri
+from safetensors.torch import load_file
+from small_runs import FinishedRun, KillingWatcher, RecordingReporter, make_values, redone, run_values
+from test_deepspeed import in_one_group
+from transformers import AutoModelForCausalLM
+
+from emloc_ray.config_reading import parse_config
+from emloc_ray.data.token_shards import TokenShards
+from emloc_ray.errors import Stopped
+from emloc_ray.io.artifact_cache import ArtifactCache
+from emloc_ray.io.fetching import fetch
+from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.io.teacher_shards import write_teacher_index
+from emloc_ray.jobs import Jobs
+from emloc_ray.modeling.emulator import FactorizedLinear
+from emloc_ray.modeling.zero_config import read_zero_config
+from emloc_ray.preparation import prepare
+from emloc_ray.stages.teacher import teach_part
+
+HEALING = {"steps": 24, "r": 4, "learning_rate": 3e-3}
+AFTER = ["finetune", "correct", "merge", "evaluate"]
+
+
+@pytest.fixture(scope="session")
+def healed_run(llama_run: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """The Llama's run with healing, in a copy of its directory."""
+    copied = llama_run.copy(tmp_path_factory.mktemp("healed"))
+    values = copied.changed(emulator={"healing": HEALING})
+    return FinishedRun(copied.root, values, copied.model_dir, run_values(values))
+
+
+@pytest.fixture
+def copied(healed_run: FinishedRun, tmp_path: Path) -> FinishedRun:
+    """It, to spoil."""
+    return healed_run.copy(tmp_path)
+
+
+def divergence(run: FinishedRun, emulator: str) -> float:
+    """Of an emulator from the original on the held-out rows, in nats a token."""
+    shards = TokenShards(run.root / "data" / "tokens" / "eval")
+    original = AutoModelForCausalLM.from_pretrained(run.model_dir)
+    model = AutoModelForCausalLM.from_pretrained(run.root / emulator)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for position in range(len(shards)):
+            ids = torch.tensor([shards.row(position).input_ids])
+            ours, theirs = (m(input_ids=ids).logits[0, :-1].log_softmax(-1) for m in (model, original))
+            total += float(torch.nn.functional.kl_div(ours, theirs, reduction="sum", log_target=True))
+            count += len(ours)
+    return total / count
+
+
+def same_tensors(one: Path, other: Path, atol: float) -> None:
+    files = sorted(path.name for path in one.glob("*.safetensors"))
+    assert files == sorted(path.name for path in other.glob("*.safetensors"))
+    for file in files:
+        ours, theirs = load_file(one / file), load_file(other / file)
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            torch.testing.assert_close(ours[name], tensor, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_it_runs_between_factorize_and_finetune_and_leaves_the_emulator_alone(healed_run: FinishedRun) -> None:
+    assert healed_run.reporter.skipped == ["data", "calibrate"]
+    assert healed_run.reporter.started == ["factorize", "heal", *AFTER]
+    names = {entry.name for entry in healed_run.root.iterdir()}
+    assert {"emulator", "emulator_healed"} <= names
+    assert "healing" not in names
+    metrics = healed_run.metrics
+    found = metrics["healing"]
+    assert found["steps"] == len(found["history"]) == HEALING["steps"]
+    assert found["healed_layers"] == 14
+    assert (
+        found["teacher_rows"] == metrics["data"]["train"]["rows"]
+    )  # two workers, 24 steps, four rows each: all of them
+    assert found["teacher_bytes"] > 0
+    assert metrics["disk_bytes"]["emulator_healed"] > metrics["disk_bytes"]["emulator"]
+    assert "Healing the emulator" in (healed_run.root / "report.html").read_text()
+    assert metrics["stages"]["heal"]["wall_s"] > 0
+
+
+def test_it_predicts_more_as_the_original_does_on_rows_it_never_saw(healed_run: FinishedRun) -> None:
+    before, after = divergence(healed_run, "emulator"), divergence(healed_run, "emulator_healed")
+    assert after < 0.9 * before
+
+
+def test_its_parameters_are_those_of_the_run_without_healing(healed_run: FinishedRun, llama_run: FinishedRun) -> None:
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        healed_run.root / "emulator_healed", dtype="auto", output_loading_info=True
+    )
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert total == healed_run.metrics["emulator"]["parameters"] == llama_run.metrics["emulator"]["parameters"]
+    ranks = {name: m.down.out_features for name, m in model.named_modules() if isinstance(m, FactorizedLinear)}
+    assert ranks == {name: layer["rank"] for name, layer in llama_run.metrics["emulator"]["layers"].items()}
+
+
+def test_the_adapter_is_trained_corrected_and_measured_on_the_healed_one(healed_run: FinishedRun) -> None:
+    loss = {name: scores["loss"] for name, scores in healed_run.metrics["evaluation"].items()}
+    assert loss["emulator_adapter"] < loss["emulator"] - 0.02
+    assert loss["merged"] < loss["original"] - 0.02
+    assert loss["merged"] == pytest.approx(loss["corrected"], abs=1e-4)
+    original = AutoModelForCausalLM.from_pretrained(healed_run.model_dir)
+    ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        served = PeftModel.from_pretrained(original, healed_run.root / "adapter").eval()(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(healed_run.root / "merged")(ids).logits
+    torch.testing.assert_close(served, merged, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("section", "keys", "expected"),
+    [
+        ("finetune", {"cpus_per_worker": 0.5, "max_failures": 0}, []),
+        ("correction", {"strength": 0.3}, ["correct", "merge", "evaluate"]),
+        ("finetune", {"learning_rate": 1e-3}, AFTER),
+        ("finetune", {"max_steps": 9}, AFTER),
+        ("finetune", {"weight_decay": 0.1}, ["heal", *AFTER]),
+        ("emulator", {"healing": {**HEALING, "steps": 5}}, ["heal", *AFTER]),
+        ("emulator", {"healing": {**HEALING, "num_teacher_logits": 5}}, ["heal", *AFTER]),
+        ("emulator", {"healing": {**HEALING, "r": 3}}, ["factorize", "heal", *AFTER]),
+        ("emulator", {"quantization": "nf4"}, ["heal", *AFTER]),
+    ],
+)
+def test_a_changed_config_redoes_what_depends_on_it(
+    copied: FinishedRun, section: str, keys: dict[str, Any], expected: list[str]
+) -> None:
+    assert redone(copied.changed(**{section: keys})) == expected
+
+
+def test_without_it_nothing_of_it_stays(copied: FinishedRun) -> None:
+    assert redone(copied.changed(emulator={"healing": None})) == ["factorize", *AFTER]
+    assert not (copied.root / "emulator_healed").exists()
+
+
+def test_from_it_on(copied: FinishedRun) -> None:
+    assert redone(copied.values, begin="heal") == ["heal", *AFTER]
+    assert redone(copied.values) == []
+
+
+class Stopping(RecordingReporter):
+    """Breaks a stage off once it is so far."""
+
+    def __init__(self, stage: str, when: int) -> None:
+        super().__init__()
+        self.stage, self.when = stage, when
+
+    def start(self, stage: str) -> Callable[[int, int], None]:
+        super().start(stage)
+        return self._progress if stage == self.stage else lambda done, total: None
+
+    def _progress(self, done: int, total: int) -> None:
+        if done >= self.when:
+            raise Stopped(f"stopped at {done} of {total}")
+
+
+def test_broken_off_in_each_part_it_goes_on_to_the_same_emulator(copied: FinishedRun, healed_run: FinishedRun) -> None:
+    values = copied.changed(finetune={"save_steps": 1})
+    place = copied.root / "healing"
+
+    def stop(when: int) -> set[str]:
+        """Whatever was there before it was begun again is as it was."""
+        before = {path: path.stat().st_ino for path in copied.root.rglob("logits-*")}
+        with pytest.raises(Stopped):
+            run_values(values, Stopping("heal", when), until="heal", begin=None if place.exists() else "heal")
+        assert before.items() <= {path: path.stat().st_ino for path in copied.root.rglob("logits-*")}.items()
+        return {path.name for path in place.iterdir()}
+
+    assert "teacher" in stop(2)  # both of its shards
+    assert "adapter" not in stop(8)
+    assert {"adapter", "outcome.json"} <= stop(27)
+    outcome = json.loads((place / "outcome.json").read_text())
+    assert [line["step"] for line in outcome["history"]] == list(range(1, 25))
+    reporter = run_values(values, until="heal")
+    assert reporter.started == ["heal"]
+    assert not place.exists()
+    same_tensors(copied.root / "emulator_healed", healed_run.root / "emulator_healed", 1e-5)
+
+
+def test_a_killed_worker_leaves_no_trace(copied: FinishedRun, healed_run: FinishedRun) -> None:
+    values = copied.changed(finetune={"save_steps": 1})
+    with KillingWatcher(copied.root / "healing", steps=4) as watcher:
+        reporter = run_values(values, begin="heal", until="heal")
+    assert 4 <= max(watcher.logged_when_killed) < HEALING["steps"]
+    assert watcher.logged.count(1) == 1
+    assert any(note.startswith("heal: rank") and "begun again from the last" in note for note in reporter.notes)
+    same_tensors(copied.root / "emulator_healed", healed_run.root / "emulator_healed", 1e-5)
+
+
+def test_on_an_object_store_it_is_the_same(
+    healed_run: FinishedRun, s3_port: int, node_cache: Path, tmp_path: Path
+) -> None:
+    place = uri(s3_port, "healed/run")
+    run_values({**healed_run.values, "run_dir": place}, until="heal")
+    store = RunDirectory(place).store
+    assert store is not None
+    assert not store.versions("healing")
+    shutil.rmtree(node_cache)  # what is not in the store is gone
+    fetch(RunDirectory(place).existing(), tmp_path / "run", ["emulator_healed"])
+    same_tensors(tmp_path / "run" / "emulator_healed", healed_run.root / "emulator_healed", 1e-6)
+
+
+def test_tasks_that_tune_otherwise_share_it(
+    ray_session: None, tmp_path: Path, tiny_model_dir: Callable[..., Path], task_file: Path
+) -> None:
+    cache = ArtifactCache(str(tmp_path / "shared"))
+    one = {"num_workers": 1}
+    found = []
+    for name, rate in (("one", 1e-3), ("other", 2e-3)):
+        values = make_values(
+            tmp_path / name,
+            tiny_model_dir("llama"),
+            task_file,
+            emulator={**one, "healing": {"steps": 2, "r": 4, "learning_rate": 1e-3}, "quantization": "nf4"},
+            finetune={**one, "learning_rate": rate},
+        )
+        reporter = run_values(values, cache=cache, until="finetune")
+        manifest = json.loads((tmp_path / name / "manifest.json").read_text())["stages"]
+        found.append(manifest["heal"]["result"].get("taken_from"))
+        assert reporter.started == ["data", "calibrate", "factorize", "heal", "finetune"]
+    assert found[0] is None
+    assert found[1] is not None
+    # In 4 bits only once it is healed.
+    packed = {key for file in (tmp_path / "one").glob("*/*.safetensors") for key in load_file(file) if "nf4" in key}
+    assert packed
+    assert not any(
+        "nf4" in key for file in (tmp_path / "one" / "emulator").glob("*.safetensors") for key in load_file(file)
+    )
+
+
+def test_zero_heals_as_well(healed_run: FinishedRun, tmp_path: Path) -> None:
+    prepared = prepare(parse_config(healed_run.values))
+    section = prepared.config.emulator.healing
+    assert section is not None
+    job = Jobs(prepared, healed_run.model_dir).healing(section, "plain")
+    teacher = dataclasses.replace(job.teacher, out_dir=tmp_path / "teacher")
+    teach_part(teacher, 0, 1)
+    write_teacher_index(teacher.out_dir, [rows[0] for rows in teacher.shards()])
+    jobs = []
+    for stage in (None, 2, 3):
+        path = tmp_path / "zero.json"
+        path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        name = f"zero-{stage}"
+        changes: dict[str, Any] = {"out_dir": tmp_path / name, "name": name, "teacher_dir": teacher.out_dir}
+        changes["zero_config"] = None if stage is None else read_zero_config(str(path))
+        changes["training_arguments"] = {**job.training.training_arguments, "save_strategy": "no"}
+        jobs.append(dataclasses.replace(job.training, **changes))
+    outcomes = in_one_group(jobs, tmp_path / "training")
+    for outcome, made in zip(outcomes, jobs, strict=True):
+        assert outcome["failure"] is None
+        assert outcome["train_loss"] == pytest.approx(healed_run.metrics["healing"]["train_loss"], rel=1e-3)
+        ours, theirs = (load_file(d / "adapter_model.safetensors") for d in (made.out_dir, jobs[0].out_dir))
+        for key, tensor in theirs.items():
+            torch.testing.assert_close(ours[key], tensor, rtol=0, atol=1e-3, msg=lambda m, n=key: f"{n}: {m}")
+
+
+def test_ranks_by_the_data_are_those_that_it_ends_with(llama_run: FinishedRun, tmp_path: Path) -> None:
+    run = llama_run.copy(tmp_path)
+    values = run.changed(emulator={"allocation": "spectral", "healing": {**HEALING, "steps": 2}})
+    run_values(values, until="finetune")
+    allocated = json.loads((run.root / "allocation" / "ranks.json").read_text())["layers"]
+    model = AutoModelForCausalLM.from_pretrained(run.root / "emulator_healed")
+    ranks = {name: m.down.out_features for name, m in model.named_modules() if isinstance(m, FactorizedLinear)}
+    assert ranks == {name: layer["rank"] for name, layer in allocated.items() if layer["rank"] is not None}
