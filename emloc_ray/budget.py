@@ -110,6 +110,20 @@ def solve(prepared: Prepared, budget: int, lengths: Lengths, multiples: Mapping[
     )
 
 
+def check_gradients(prepared: Prepared, lengths: Lengths) -> None:
+    """Raises ConfigError where gradients are asked for and a worker of the calibration cannot hold what they take."""
+    asks = prepared.config.emulator.asks_for_gradients
+    if asks is None or not prepared.layout.weighed:
+        return
+    memory = MemoryModel(prepared, lengths)
+    needed, room = memory.least_for_gradients(), memory.worker_bytes("calibration")
+    if needed > room:
+        raise ConfigError(
+            f"{asks} needs gradients of the whole model, {_size(needed)} in a worker that may hold {_size(room)}: give it"
+            " more, lower calibration.batch_size, or take allocation spectral and objective activations, which need none."
+        )
+
+
 def with_settings(
     prepared: Prepared, ratio: float, micro_batch: int, accumulation: int, checkpointing: bool
 ) -> Prepared:

@@ -148,11 +148,11 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
     """Check the config, the model and the data's first rows; every error at once, nothing started."""
 
     def action() -> None:
-        from emloc_ray.memory import MemoryModel
+        from emloc_ray.budget import check_gradients
         from emloc_ray.planner import row_lengths
 
         prepared = _prepare(config, overrides)
-        MemoryModel(prepared, row_lengths(prepared)).check_gradients()
+        check_gradients(prepared, row_lengths(prepared))
         layout = prepared.layout
         console.print(
             f"{escape(str(config))} is good: {len(layout.ranks)} of {len(layout.specs)} linears compressed,"

@@ -12,7 +12,6 @@ from collections.abc import Collection, Mapping
 import psutil
 import torch
 
-from emloc_ray.errors import ConfigError
 from emloc_ray.healing import healing_run
 from emloc_ray.io.shard_writing import chunk_limit
 from emloc_ray.model_sizes import FLOAT, Block, Lengths, blocks_of, gradient_bytes, gram_bytes, in_waves, widest_step
@@ -118,21 +117,11 @@ class MemoryModel:
         weighed = set(self.layout.weighed)
         return in_waves([spec for spec in self.layout.specs if spec.name in weighed], gradient_bytes, room)
 
-    def check_gradients(self) -> None:
-        """Raises ConfigError where gradients are needed and a worker cannot hold what one linear's take."""
-        asks = self.config.emulator.asks_for_gradients
-        if asks is None or not self.layout.weighed:
-            return
+    def least_for_gradients(self) -> float:
+        """Bytes that a worker needs for gradients at least: those of :meth:`gradients` with one linear's sum at a time."""
         weighed = set(self.layout.weighed)
-        largest = max(gradient_bytes(spec) for spec in self.layout.specs if spec.name in weighed)
-        needed = BASE_BYTES + self.weights + total(self._backward(self._calibration_tokens())) + largest
-        room = self.worker_bytes("calibration")
-        if needed > room:
-            raise ConfigError(
-                f"{asks} needs gradients of the whole model, {needed / 2**30:.2f} GiB in a worker that may hold"
-                f" {room / 2**30:.2f} GiB: give it more, lower calibration.batch_size, or take allocation spectral and"
-                " objective activations, which need none."
-            )
+        largest = max((gradient_bytes(spec) for spec in self.layout.specs if spec.name in weighed), default=0)
+        return BASE_BYTES + self.weights + total(self._backward(self._calibration_tokens())) + largest
 
     def _backward(self, tokens: float) -> Parts:
         inputs = tokens * self.itemsize * sum(block.multiple * block.width for block in self.blocks)

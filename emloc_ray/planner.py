@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from emloc_ray.budget import Solution, solve, with_settings
+from emloc_ray.budget import Solution, check_gradients, solve, with_settings
 from emloc_ray.data.formats import EXTRA_FIELDS, FIELDS
 from emloc_ray.data.images import encoded_bytes, image_parts
 from emloc_ray.data.reading import Place, Row, read_rows
@@ -71,8 +71,8 @@ class Plan:
 def make_plan(prepared: Prepared) -> Plan:
     """Predicts every stage from shapes, the config, a look at the data and a short timing of this machine's products."""
     lengths = row_lengths(prepared)
+    check_gradients(prepared, lengths)
     memory = MemoryModel(prepared, lengths)
-    memory.check_gradients()
     disk = _disk_bytes(prepared, memory, lengths)
     flops = _stage_flops(prepared, lengths.mean)
     speed = _flops_per_second()

@@ -16,7 +16,18 @@ from emloc_ray.planner import planned_steps
 from emloc_ray.preparation import Prepared
 from emloc_ray.stages import STEPS
 
-_ARTIFACTS = ("model", "data", "calibration", "emulator", "emulator_healed", "adapter_emulator", "adapter", "merged")
+_ARTIFACTS = (
+    "model",
+    "data",
+    "calibration",
+    "gradients",
+    "allocation",
+    "emulator",
+    "emulator_healed",
+    "adapter_emulator",
+    "adapter",
+    "merged",
+)
 _LIBRARIES = ("emloc-ray", "ray", "torch", "transformers", "peft", "safetensors", "pyarrow")
 
 

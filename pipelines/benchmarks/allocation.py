@@ -12,32 +12,35 @@ from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.artifact_cache import ArtifactCache
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.scoring import score_rows
+from emloc_ray.stages.cluster import connection
 
 RATIOS = (0.5, 0.25)
 PLAIN = ("uniform", "activations")
 WAYS = (
-    ("spectral", "activations"),
-    ("sensitivity", "activations"),
-    ("uniform", "predictions"),
     ("sensitivity", "predictions"),
+    ("uniform", "predictions"),
+    ("sensitivity", "activations"),
+    ("spectral", "activations"),
 )
+_ROWS = 64
 
 
 def allocation(out: Path) -> Figures:
-    """Bare emulators of the quickstart's model on its held-out rows: how far their loss is above the original's."""
+    """Bare emulators of the quickstart's model on 64 held-out rows: how far their loss is above the original's."""
     torch.set_num_threads(2)
     cache, found = ArtifactCache(str(out / "cache")), {}
-    for ratio in RATIOS:
-        plain = _emulator(out, cache, ratio, *PLAIN)
-        original = _loss(plain, plain / "model")
-        baseline = _loss(plain, plain / "emulator")
-        print(f"ratio {ratio}: original {original:.3f}, {' ranks, '.join(PLAIN)} {baseline:.3f}", flush=True)
-        for way in WAYS:
-            run = _emulator(out, cache, ratio, *way)
-            loss = _loss(run, run / "emulator")
-            print(f"ratio {ratio}: {' ranks, '.join(way)} {loss:.3f}", flush=True)
-            what = f"loss above the original's at ratio {ratio}, {way[0]} ranks, factors for {way[1]}"
-            found[what] = figure(loss - original, baseline - original, "nats/token")
+    with connection():
+        plain = {ratio: _emulator(out, cache, ratio, *PLAIN) for ratio in RATIOS}
+        original = _loss(plain[RATIOS[0]], "model")
+        print(f"original: {original:.3f}", flush=True)
+        baseline = {ratio: _loss(run, "emulator") for ratio, run in plain.items()}
+        print(f"uniform ranks, activations: {baseline}", flush=True)
+        for allocation, objective in WAYS:
+            for ratio in RATIOS:
+                loss = _loss(_emulator(out, cache, ratio, allocation, objective), "emulator")
+                print(f"ratio {ratio}, {allocation} ranks, {objective}: {loss:.3f}", flush=True)
+                what = f"loss above the original's at ratio {ratio}, {allocation} ranks, factors for {objective}"
+                found[what] = figure(loss - original, baseline[ratio] - original, "nats/token")
     return found
 
 
@@ -50,10 +53,10 @@ def _emulator(out: Path, cache: ArtifactCache, ratio: float, allocation: str, ob
     return run
 
 
-def _loss(run: Path, model_dir: Path) -> float:
+def _loss(run: Path, model: str) -> float:
     """A model's loss on completions of the run's held-out rows, nats a token."""
     shards = TokenShards(run / "data" / "tokens" / "eval")
-    rows = [shards.row(position) for position in range(len(shards))]
-    model = load_model(model_dir)
-    score = score_rows(model, rows, batch_size=8, loss_on="completion", pad_token_id=0, name=str(model_dir))
+    rows = [shards.row(position) for position in range(min(_ROWS, len(shards)))]
+    opened = load_model(run / model)
+    score = score_rows(opened, rows, batch_size=8, loss_on="completion", pad_token_id=0, name=model)
     return score.metrics()["loss"]
