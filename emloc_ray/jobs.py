@@ -119,6 +119,7 @@ class Jobs:
             groups=tuple(group for group in groups if group),
             ranks={name: layout.ranks[name] for name in layout.allocated},
             by_gradients=by_gradients,
+            plain_factors=layout.objective == "activations",
             dampening_frac=config.emulator.dampening_frac,
             gradient_dampening_frac=config.emulator.gradient_dampening_frac,
             never_dense=tuple(name for name in layout.allocated if not layout.may_be_dense(name)),

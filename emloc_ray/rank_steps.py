@@ -54,7 +54,7 @@ class RankSteps:
             "budget": {name: self.layout.ranks[name] for name in self.layout.allocated},
             "dampening_frac": self.config.emulator.dampening_frac,
             "dense": [name for name in self.layout.allocated if self.layout.may_be_dense(name)],
-            **(self._weighing() if by_gradients else {}),
+            **({"objective": self.layout.objective, **self._weighing()} if by_gradients else {}),
         }
 
     def objective_inputs(self) -> Inputs:

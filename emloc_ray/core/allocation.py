@@ -3,9 +3,11 @@
 Each linear has a curve: what it gains by its first r ranks, at ``r (out + in)`` parameters, and dense, at ``out · in``, by all
 of them. With the eigenvalues ``λ_i`` of ``S^½ W G Wᵀ S^½`` over N tokens (:mod:`emloc_ray.core.two_sided`) the i-th rank saves
 ``½ λ_i / N`` nats of the KL divergence between the model's predictions and the emulator's, so that gains of different
-linears may be added up and held against each other. A budget is spent best along the upper concave hulls of the curves,
-steepest piece first: the greedy solution of the knapsack's relaxation (Dantzig 1957), which no allocation of that
-budget can exceed.
+linears may be added up and held against each other. Plain factors do not gain these: their i-th rank takes the eigenvector
+``u_i`` of ``W G Wᵀ``, with eigenvalue ``μ_i``, and saves ``½ μ_i u_iᵀ S u_i / N``.
+
+A budget is spent best along the upper concave hulls of the curves, steepest piece first: the greedy solution of the
+knapsack's relaxation (Dantzig 1957), which no allocation of that budget can exceed.
 """
 
 from __future__ import annotations
@@ -43,6 +45,44 @@ def spectrum(
         matrix = whitening.outer(inside)
     values: Tensor = torch.linalg.eigvalsh(matrix).to(torch.float64).flip(0).clamp_min(0.0)
     return values * (scale * scale * whitening.scale * (1.0 if outputs is None else outputs.scale))
+
+
+def plain_gains(weight: Tensor, whitening: Whitening, outputs: Whitening, *, name: str = "the layer") -> Tensor:
+    """What each rank of the plain factors saves of ``tr(S_d Δ G Δᵀ)``: ``μ_i u_iᵀ S_d u_i``, ``(min(out, in),)``, float64.
+
+    With ``μ_i`` and ``u_i`` of ``W G Wᵀ``, descending. A later rank may save more than one before it: they are told
+    :func:`pooled`.
+
+    Raises:
+        NumericsError: the weight holds a NaN or an Inf.
+        ValueError: the shapes do not fit.
+    """
+    if weight.shape[1] != whitening.in_features:
+        raise ValueError(f"{name} reads {weight.shape[1]} features, but its Gram is of {whitening.in_features}.")
+    inside, scale = scaled_weight(weight.detach().to(torch.float32), name)
+    if inside.shape[0] > inside.shape[1]:
+        whitened = whitening.whiten(inside)
+        parts = whitened @ torch.linalg.eigh(whitened.T @ whitened).eigenvectors.flip(1)
+    else:
+        values, vectors = torch.linalg.eigh(whitening.outer(inside))
+        parts = (vectors * values.clamp_min(0.0).sqrt()).flip(1)
+    saved = weighed(parts, outputs).to(torch.float64).square().sum(dim=0)
+    return pooled(saved) * (scale * scale * whitening.scale * outputs.scale)
+
+
+def pooled(gains: Tensor) -> Tensor:
+    """Gains made descending: neighbours that ascend share their mean, so that the sums are the upper concave hull of theirs.
+
+    Those of all and up to the hull's corners are as they were (pool adjacent violators, Ayer et al. 1955).
+    """
+    pools: list[tuple[float, int]] = []  # a mean, and of how many
+    for gain in gains.tolist():
+        mean, count = gain, 1
+        while pools and pools[-1][0] < mean:
+            other, size = pools.pop()
+            mean, count = (other * size + mean * count) / (size + count), size + count
+        pools.append((mean, count))
+    return torch.tensor([mean for mean, count in pools for _ in range(count)], dtype=torch.float64)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emloc_ray.core.allocation import Allocation, Curve, allocate, spectrum
+from emloc_ray.core.allocation import Allocation, Curve, allocate, plain_gains, spectrum
 from emloc_ray.core.ranks import factor_parameters
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.io.atomic import write_json
@@ -33,8 +33,9 @@ class AllocationJob:
 
     ``groups`` are the linears whose ranks are to be found, those that share a Gram together, and ``ranks`` what each has
     uniformly: the budget. ``by_gradients``: gains are of predictions, ``½ λ_i / N`` with the ``λ_i`` of the metric of both
-    sums; else those of ``W G Wᵀ`` as shares of their sum. ``gradients_dir`` holds the sums of gradients. ``never_dense``
-    are those that an emulator could not store dense as it is to be stored.
+    sums, or what ``plain_factors`` save there; else the eigenvalues of ``W G Wᵀ`` as shares of their sum.
+    ``gradients_dir`` holds the sums of gradients. ``never_dense`` are those that an emulator could not store dense as it
+    is to be stored.
     """
 
     model_dir: Path
@@ -43,6 +44,7 @@ class AllocationJob:
     groups: tuple[tuple[LinearSpec, ...], ...]
     ranks: dict[str, int]
     by_gradients: bool
+    plain_factors: bool = False
     dampening_frac: float = 1e-6
     gradient_dampening_frac: float = 1e-2
     never_dense: tuple[str, ...] = ()
@@ -80,7 +82,11 @@ def group_spectra(
             outputs = Whitening(gradients[spec.name].read(), job.gradient_dampening_frac, name=name)
             if outputs.is_identity:
                 continue
-        values = spectrum(spec.read_weight(checkpoint), whitening, outputs, name=spec.name)
+        weight = spec.read_weight(checkpoint)
+        if outputs is not None and job.plain_factors:
+            values = plain_gains(weight, whitening, outputs, name=spec.name)
+        else:
+            values = spectrum(weight, whitening, outputs, name=spec.name)
         total = float(values.sum())
         if total > 0:
             found[spec.name] = values / (2 * num_tokens) if job.by_gradients else values / total

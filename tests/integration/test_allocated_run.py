@@ -109,7 +109,7 @@ def test_the_page_and_the_log_tell_of_it(weighed_run: FinishedRun) -> None:
         ("calibration", {"num_workers": 1}, []),
         ("emulator", {"gradient_dampening_frac": 0.1}, tail("allocate")),
         ("emulator", {"compression_ratio": 0.3}, tail("allocate")),
-        ("emulator", {"objective": "activations"}, tail("factorize")),
+        ("emulator", {"objective": "activations"}, tail("allocate")),
         ("emulator", {"allocation": "spectral"}, tail("allocate")),
         ("emulator", {"allocation": "uniform"}, tail("factorize")),
         ("emulator", {"allocation": "uniform", "objective": "activations"}, tail("factorize")),

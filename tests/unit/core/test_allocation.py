@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_two_sided import DAMPING, best, sums
+from test_two_sided import DAMPING, best, root, sums
 
-from emloc_ray.core.allocation import Curve, allocate, spectrum
+from emloc_ray.core.allocation import Curve, allocate, plain_gains, pooled, spectrum
 from emloc_ray.core.ranks import rank_for_ratio
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.errors import NumericsError
@@ -144,6 +144,37 @@ def test_spectra_are_those_of_the_roots_product(shape: tuple[int, int], scale: f
     )
 
 
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+@pytest.mark.parametrize("scale", [1.0, 1e-9])
+@pytest.mark.parametrize("tokens", [200, 1])
+def test_gains_of_plain_factors_are_the_hull_of_what_these_save(
+    shape: tuple[int, int], scale: float, tokens: int
+) -> None:
+    weight, gram, gradients = sums(shape, tokens)
+    weight, rows = weight * scale, min(shape)
+    left, right = (root(matrix, share) for matrix, share in ((gradients, DAMPING), (gram, 1e-6)))
+    u, s, vh = torch.linalg.svd(weight @ right, full_matrices=False)
+    saved = [0.0] + [float((left @ (u[:, :r] * s[:r]) @ vh[:r]).square().sum()) for r in range(1, rows + 1)]
+    hull = [
+        max(
+            saved[a] + (saved[b] - saved[a]) * (r - a) / max(b - a, 1) for a in range(r + 1) for b in range(r, rows + 1)
+        )
+        for r in range(rows + 1)
+    ]
+    found = plain_gains(weight.float(), Whitening(gram.float()), Whitening(gradients.float(), DAMPING)).cumsum(0)
+    torch.testing.assert_close(found, torch.tensor(hull[1:], dtype=torch.float64), rtol=1e-3, atol=0.0)
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=30))
+def test_pooled_gains_descend_to_the_same_sum(gains: list[float]) -> None:
+    before = torch.tensor(gains, dtype=torch.float64)
+    found = pooled(before)
+    assert bool((found[1:] <= found[:-1] * (1 + 1e-12)).all())
+    assert bool((found.cumsum(0) >= before.cumsum(0) * (1 - 1e-9)).all())
+    assert float(found.sum()) == pytest.approx(sum(gains))
+    torch.testing.assert_close(pooled(before.sort(descending=True).values), before.sort(descending=True).values)
+
+
 def test_a_weight_that_is_no_number_names_the_layer() -> None:
     weight, gram, _ = sums((24, 40))
     weight[3, 3] = torch.inf
@@ -151,3 +182,7 @@ def test_a_weight_that_is_no_number_names_the_layer() -> None:
         spectrum(weight, Whitening(gram), name="q_proj")
     with pytest.raises(ValueError, match="q_proj reads 40 features"):
         spectrum(weight, Whitening(torch.eye(3)), name="q_proj")
+    with pytest.raises(NumericsError, match="The weight of q_proj"):
+        plain_gains(weight, Whitening(gram), Whitening(torch.eye(24)), name="q_proj")
+    with pytest.raises(ValueError, match="q_proj reads 40 features"):
+        plain_gains(weight, Whitening(torch.eye(3)), Whitening(torch.eye(24)), name="q_proj")

@@ -123,6 +123,22 @@ def test_gains_are_eigenvalues_of_both_sums_or_shares_of_one(
         torch.testing.assert_close(found[spec.name], expected, rtol=1e-3, atol=1e-5 * float(expected[0]))
 
 
+def test_plain_factors_are_allocated_by_what_they_save(artifacts: Artifacts, gradients_dir: Path) -> None:
+    group = artifacts.groups[0]
+    job = allocation_job(artifacts, gradients_dir)
+    gram = GramStore(artifacts.calibration_dir).stored(group[0].name)
+    sums = stored(gradients_dir, [spec.name for spec in group])
+    best, plain = (
+        group_spectra(job, group, gram, sums),
+        group_spectra(replace(job, plain_factors=True), group, gram, sums),
+    )
+    for name, values in best.items():
+        # No factors of a rank save more than those that are made for it; all ranks save all.
+        assert bool((plain[name].cumsum(0) <= values.cumsum(0) * (1 + 1e-4)).all())
+        assert float(plain[name].sum()) == pytest.approx(float(values.sum()), rel=1e-3)
+        assert float(plain[name][:4].sum()) < 0.999 * float(values[:4].sum())
+
+
 def test_linears_of_which_the_data_says_nothing_gain_nothing(artifacts: Artifacts, tmp_path: Path) -> None:
     group = artifacts.groups[0]
     names = [spec.name for spec in group]
