@@ -58,7 +58,7 @@ def family_run(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> I
                 changes = {"data": {"format": "messages", "max_seq_length": 128}, "emulator": {"ratios": ratios}}
             one = {"num_workers": 1}
             sections: dict[str, dict[str, Any]] = {
-                "calibration": {**one, "num_calibration_samples": 16},
+                "calibration": {**one, "num_calibration_samples": 16, "min_expert_tokens": 0},
                 "emulator": one,
                 "finetune": one,
                 "correction": {"method": "covariance"},
