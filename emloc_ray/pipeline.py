@@ -115,11 +115,8 @@ class Pipeline:
 
     def run(self, until: str = STAGES[-1]) -> None:
         """Every stage up to ``until``, in order."""
-        for remark in (
-            over_budget(self.config, self.steps.planned),
-            left_dense(self.layout),
-            long_images(self.prepared),
-        ):
+        told = over_budget(self.config, self.steps.planned), left_dense(self.layout), long_images(self.prepared)
+        for remark in told:
             self._tell(remark)
         while True:
             try:
@@ -134,9 +131,9 @@ class Pipeline:
         """What tells the original from others whose files look alike: needed where runs share what they make of it."""
         from emloc_ray.modeling.loading import content_of_source
 
-        return (
-            {} if self.steps.cache is None else {"weights": content_of_source(self.prepared.source, self._source_dir)}
-        )
+        if self.steps.cache is None:
+            return {}
+        return {"weights": content_of_source(self.prepared.source, self._source_dir)}
 
     def _tell(self, remark: str | None) -> None:
         if remark is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 # Before transformers or ray is imported, here or in a subprocess.
@@ -20,8 +21,9 @@ import torch
 from hypothesis import settings
 from s3_server import s3_server
 from small_runs import task_rows, write_jsonl
-from tiny import make_tokenizer, save_model
+from tiny import make_tokenizer, save_emulator, save_model
 from transformers.utils import logging as transformers_logging
+from vlms import save_vlm
 
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(2)
@@ -52,6 +54,20 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def emulator_dir(
+    tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """``emulator_dir(family)``: an emulator of that tiny model; do not write to it."""
+    return functools.cache(lambda family: save_emulator(tiny_model_dir(family), tmp_path_factory.mktemp("e") / family))
+
+
+@pytest.fixture(scope="session")
+def vlm_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``vlm_dir(family)``: a saved vision-language model with its processor; do not write to it."""
+    return functools.cache(lambda family: save_vlm(family, tmp_path_factory.mktemp("vlm") / "model"))
 
 
 @pytest.fixture(scope="session")

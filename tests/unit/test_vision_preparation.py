@@ -26,26 +26,13 @@ from emloc_ray.stages.data import may_change, split_inputs
 Make = Callable[..., Prepared]
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """``models(family)``: a saved model; do not write to it."""
-    made: dict[str, Path] = {}
-
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = save_vlm(family, tmp_path_factory.mktemp("vlm") / "model")
-        return made[family]
-
-    return get
-
-
 def shown(count: int = 1) -> dict[str, Any]:
     asked = [{"type": "image", "path": "a.png"}] * count + [{"type": "text", "text": "What is it?"}]
     return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": "a cat"}]}
 
 
 @pytest.fixture
-def prepared(tmp_path: Path, models: Callable[[str], Path]) -> Make:
+def prepared(tmp_path: Path, vlm_dir: Callable[[str], Path]) -> Make:
     """``prepared(family, rows, section={…})``."""
 
     def make(
@@ -54,7 +41,7 @@ def prepared(tmp_path: Path, models: Callable[[str], Path]) -> Make:
         path = write_jsonl(tmp_path / "rows.jsonl", [shown()] * 20 if rows is None else rows)
         (tmp_path / "a.png").touch()
         data = {"train": {"path": str(path)}, "format": "messages", **sections.pop("data", {})}
-        source = str(model_dir or models(family))
+        source = str(model_dir or vlm_dir(family))
         return prepare(
             parse_config({"run_dir": str(tmp_path / "run"), "model": {"source": source}, "data": data, **sections})
         )

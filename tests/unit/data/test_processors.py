@@ -29,19 +29,6 @@ from emloc_ray.stages.training import collate_together
 GREY = (120, 120, 120)
 
 
-@pytest.fixture(scope="session")
-def vlm_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """``vlm_dir(family)``: a saved model with its processor; do not write to it."""
-    made: dict[str, Path] = {}
-
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = save_vlm(family, tmp_path_factory.mktemp("vlm") / "model")
-        return made[family]
-
-    return get
-
-
 def tokens_of(options: TokenizeOptions, *rows: dict[str, Any]) -> list[Tokens | None]:
     return list(options.tokens((place("/tmp", number), each) for number, each in enumerate(rows)))
 

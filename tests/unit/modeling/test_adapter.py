@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from s3_server import uri
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, VOCABULARY, save_emulator
+from tiny import FAMILIES, VOCABULARY
 from transformers import AutoModelForCausalLM
 
 from emloc_ray.errors import ArtifactError, ConfigError
@@ -43,20 +43,6 @@ TARGETS = {
     "qwen2": ["q_proj", "v_proj", "down_proj"],
     "gpt2": ["c_attn", "c_proj"],
 }
-
-
-@pytest.fixture(scope="module")
-def emulator_dir(
-    tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = save_emulator(tiny_model_dir(family), tmp_path_factory.mktemp("e") / family)
-        return made[family]
-
-    return get
 
 
 @torch.no_grad()

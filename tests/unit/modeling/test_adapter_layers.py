@@ -36,20 +36,6 @@ from emloc_ray.modeling.scoring import complete
 NO_CHANGE = [case for case in ON_LINEARS if case != "loha"]  # which begins at random here
 
 
-@pytest.fixture(scope="module")
-def emulator_dir(
-    tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
-    made: dict[str, Path] = {}
-
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = save_emulator(tiny_model_dir(family), tmp_path_factory.mktemp("e") / family)
-        return made[family]
-
-    return get
-
-
 def dense_emulator(model_dir: Path, emulator_dir: Path) -> Any:
     """The original with ``W_E`` in place of ``W``: what PEFT knows how to adapt by itself."""
     model, emulator = AutoModelForCausalLM.from_pretrained(model_dir), load_model(emulator_dir)
