@@ -12,7 +12,7 @@ from small_runs import make_values, task_rows, write_jsonl
 from emloc_ray.config_reading import parse_config
 from emloc_ray.planner import planned_memory
 from emloc_ray.preparation import Prepared, prepare
-from emloc_ray.remarks import cut_rows, over_budget, shortfall, thin_calibration
+from emloc_ray.remarks import cut_rows, no_healing, over_budget, shortfall, thin_calibration
 
 Make = Callable[..., Prepared]
 
@@ -80,3 +80,17 @@ def test_fewer_tokens_than_ranks_are_told(prepared: Make, calibration: dict[str,
     assert (
         said == f"Calibration saw {highest - 1} tokens, fewer than the highest rank {highest}: raise calibration.{key}."
     )
+
+
+@pytest.mark.parametrize(
+    ("emulator", "told"),
+    [
+        ({"compression_ratio": 0.5}, False),
+        ({"compression_ratio": 0.5, "healing": {"steps": 2}}, False),
+        ({"compression_ratio": 1.0, "healing": {"steps": 2}}, True),
+    ],
+)
+def test_healing_of_the_original_itself_is_told_to_be_none(
+    prepared: Make, emulator: dict[str, Any], told: bool
+) -> None:
+    assert (no_healing(prepared(emulator=emulator).config) is not None) is told
