@@ -39,6 +39,7 @@ print(json.dumps({name: float(value) for name, value in figures.items()}))
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("e2e") / "quickstart"
     overrides = [
+        "emulator.healing.steps=2",
         "finetune.max_steps=6",
         "calibration.num_calibration_samples=32",
         "correction.num_selection_samples=8",
