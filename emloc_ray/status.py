@@ -79,7 +79,7 @@ def read_status(run: RunDirectory) -> RunStatus:
         holder=run.holder(),
         stage=stage,
         progress=progress,
-        last=events[-1] if events else None,
+        last=next((event for event in reversed(events) if event["event"] != "work"), None),
         end=ends[-1] if ends else None,
         failure=failed,
         go_on=_command(run, newest[0] if newest else {}),
