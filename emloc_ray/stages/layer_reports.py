@@ -13,9 +13,9 @@ import torch
 from emloc_ray.core.factorization import Factorization, LowRankFactors
 from emloc_ray.io.atomic import atomic_file
 from emloc_ray.io.checkpoint import read_index, read_shard
+from emloc_ray.stages import SPECTRA
 
 LAYERS = "layers"
-SPECTRA = "spectra.json"
 _MOST_SAMPLES = 48
 
 
