@@ -90,7 +90,7 @@ def spectrum(points: Sequence[tuple[int, float]], rank: int) -> Markup:
         return 100 * min(math.log(max(number, 1)) / width, 1.0)
 
     def down(part: float) -> float:
-        return 100 * min(max(-math.log10(part) / _DECADES, 0.0), 1.0) if 0 < part < math.inf else 100.0
+        return 100 * min(max(0.0, -math.log10(part) / _DECADES), 1.0) if 0 < part < math.inf else 100.0
 
     route = "L".join(f"{across(number):.1f} {down(part):.1f}" for number, part in points)
     label = (

@@ -33,7 +33,7 @@ from emloc_ray.stages.spans import Span, joined, listening
 LOG = "log.jsonl"
 RUN_EVENTS = ("run_started", "run_finished", "run_failed", "run_stopped")
 _LAYER_KEYS = ("rank", "relative_error", "solver", "before", "after")
-_MOST_SPANS = 100  # at a time; more are told as one a worker
+_MOST_SPANS = 50  # at a time; more are told as one a worker
 _WORK_SHARE = 0.05  # of a stage's time, after which its work is told again: so a long one takes no more lines
 
 
