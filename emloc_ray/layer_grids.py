@@ -15,11 +15,13 @@ from emloc_ray.drawing import spectrum
 
 _MOST_CELLS = 2000  # more layers than these are shown in groups
 _MOST_SPECTRA = 1000
+_ALIKE = 0.02  # shares of parameters that differ by less, by the rounding of ranks
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What a heat map says of a layer, or of ``count`` layers in one: the mean error, the ranks, the share kept."""
+    """What a heat map says of a layer, or of ``count`` layers in one: the mean error, the ranks, the share kept where that is
+    not alike everywhere."""
 
     error: float
     rank: str
@@ -45,13 +47,15 @@ def heat_cells(
 ) -> dict[str, Cell]:
     """The cells of a heat map by the names of its layers; with spectra where these are not too many for a page."""
     few = len(layers) <= _MOST_SPECTRA
+    shares = [layer["share"] for layer in layers.values() if "share" in layer]
+    differ = bool(shares) and max(shares) - min(shares) > _ALIKE
     return {
-        name: _cell(name, [layers[part] for part in parts], spectra.get(name, ()) if few else ())
+        name: _cell(name, [layers[part] for part in parts], spectra.get(name, ()) if few else (), differ)
         for name, parts in _groups(layers).items()
     }
 
 
-def _cell(name: str, layers: Sequence[dict[str, Any]], points: Sequence[tuple[int, float]]) -> Cell:
+def _cell(name: str, layers: Sequence[dict[str, Any]], points: Sequence[tuple[int, float]], differ: bool) -> Cell:
     errors, ranks = [layer["relative_error"] for layer in layers], [layer["rank"] for layer in layers]
     shares = [layer["share"] for layer in layers if "share" in layer]
     kept = sum(shares) / len(shares) if shares else None
@@ -65,7 +69,7 @@ def _cell(name: str, layers: Sequence[dict[str, Any]], points: Sequence[tuple[in
     title = f"{name}: {told}{'' if kept is None else f', {kept:.1%} of its parameters'}{kind}"
     drawn = spectrum(points, ranks[0]) if points else None
     ends = (ranks[0], points[-1][0]) if points else (0, 0)
-    return Cell(sum(errors) / len(errors), rank, title, kept, drawn, ends)
+    return Cell(sum(errors) / len(errors), rank, title, kept if differ else None, drawn, ends)
 
 
 def shortfall_cells(modules: Mapping[str, dict[str, float]]) -> dict[str, dict[str, float]]:

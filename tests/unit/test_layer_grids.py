@@ -93,3 +93,10 @@ def test_a_spectrum_of_nothing_has_no_samples(values: list[float], energy: float
 
 def test_a_short_spectrum_is_sampled_whole() -> None:
     assert sampled(torch.tensor([4.0, 1.0, 0.0]), 5.0) == ((1, 0.8), (2, 0.2), (3, 0.0))
+
+
+def test_shares_of_parameters_are_shown_where_they_differ() -> None:
+    layers = {"a.0.q": layer(0.1), "a.1.q": layer(0.1)}
+    assert [cell.kept for cell in layer_grids.heat_cells(layers, {}).values()] == [None, None]
+    layers["a.1.q"]["share"] = 0.25
+    assert [cell.kept for cell in layer_grids.heat_cells(layers, {}).values()] == [0.5, 0.25]
