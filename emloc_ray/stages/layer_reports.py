@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,7 @@ class LayerReport:
     total_energy: float
     num_tokens: int
     weighed_error: float | None = None
-    spectrum: tuple[tuple[int, float], ...] = ()
+    spectrum: Sequence[Sequence[float]] = ()
 
 
 def sampled(eigenvalues: torch.Tensor, total_energy: float) -> tuple[tuple[int, float], ...]:

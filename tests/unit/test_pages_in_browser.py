@@ -164,6 +164,11 @@ def test_on_paper_all_is_shown_and_light(show: Open, kind: str) -> None:
     assert page.pdf(format="A4").startswith(b"%PDF")
 
 
+def test_a_batch_leads_to_its_tasks_pages(show: Open, tmp_path: Path) -> None:
+    link = show(batch_page()).get_by_role("link", name="first")
+    assert link.evaluate("a => a.href") == (tmp_path / "tasks" / "first" / "report.html").as_uri()
+
+
 def test_hostile_text_stays_text(show: Open) -> None:
     metrics, odd = finished_metrics(), f'x.0.{EVIL}"'
     metrics["emulator"]["layers"] = {odd: {"rank": 1, "relative_error": 0.1}}

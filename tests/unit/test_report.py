@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 from pages import LOADING, Page
-from run_samples import STAGES, finished_metrics, manifest, usage
+from run_samples import STAGES, finished_metrics, manifest, spectra, usage
 
 from emloc_ray import report
 from emloc_ray.console import evaluation_table, result_lines
 from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.run_log import RunLog
+from emloc_ray.stages import SPECTRA
+from emloc_ray.stages.spans import Span
 
 
 @pytest.fixture
@@ -105,6 +108,36 @@ def test_an_empty_run(tmp_path: Path) -> None:
     assert page.sections == []
     assert "No stage has finished yet" in page.text
     assert "fresh" in page.text
+
+
+def test_the_page_of_a_run_that_was_killed_in_a_stage(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.create({"emulator": {"compression_ratio": 0.5}})
+    log = RunLog(directory, interval_s=0).__enter__()  # never left: killed
+    log.start("calibrate")
+    log.work(Span("calibrate", "slot 0", "token shard 3", 1.8e9, 1.8e9 + 5))
+    page = Page(report.write_report(directory).read_text())
+    assert page.sections == ["timeline", "setup"]
+    assert "calibrate, not finished: 0 s" in page.text
+    assert "calibrate, token shard 3: 5.0 s" in page.text
+    log.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("content", [None, "{", json.dumps(spectra())])
+def test_spectra_are_read_where_there_are_any(tmp_path: Path, content: str | None) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.create({})
+    directory.path("manifest.json").write_text(json.dumps(manifest(*STAGES)))
+    directory.path("metrics.json").write_text(json.dumps(finished_metrics()))
+    directory.path("emulator").mkdir()
+    if content is not None:
+        directory.path("emulator", SPECTRA).write_text(content)
+    cells = report.write_report(directory).read_text().count("popovertarget=")
+    assert cells == (len(spectra()) if content and content != "{" else 0)
+
+
+def test_the_corrections_effect_is_told_beside_the_losses(finished: str) -> None:
+    assert "The correction: 4.3000 → 4.2100, a gain of +0.0900." in Page(finished).text
 
 
 def test_the_file_is_utf8_whatever_models_write(tmp_path: Path) -> None:
