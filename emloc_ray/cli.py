@@ -223,15 +223,17 @@ def status(
 
 def _show_status(run: Any) -> None:
     from emloc_ray.console import evaluation_table, gib, result_lines
-    from emloc_ray.status import read_status
+    from emloc_ray.stages import STEPS
+    from emloc_ray.status import asked_steps, read_status
 
-    stages = run.manifest()["stages"]
-    for stage in ("import", "data", *(s.value for s in Stage)):
+    manifest = run.manifest()
+    stages, asked = manifest["stages"], asked_steps(manifest["config"])
+    for stage in STEPS:
         if stage in stages:
             usage = stages[stage]["result"]["usage"]
             peak = gib(usage["peak_pss_bytes"]).strip()
             console.print(f"[green]✓[/] {stage:<10} {usage['wall_s']:8.1f} s  peak {peak}")
-        elif stage not in ("import", "heal"):
+        elif stage in asked:
             console.print(f"[dim]· {stage:<10} not done[/]")
     for line in read_status(run).lines():
         console.print(escape(line), soft_wrap=True)

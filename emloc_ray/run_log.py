@@ -2,7 +2,8 @@
 
 Each line holds ``time`` (ISO 8601, UTC), ``run``, ``event`` and ``message``; where they apply ``stage``, ``done``,
 ``total``, ``layer``, and what belongs to the event. Events are :data:`RUN_EVENTS` of the whole run, and of its stages
-``started``, ``progress``, ``finished``, ``skipped``, ``layer`` and ``note``.
+``started``, ``progress``, ``finished``, ``skipped``, ``layer``, ``note`` and ``work``, whose ``spans`` are lists of a worker,
+a unit, when it was begun and finished (seconds since 1970) and how many units that were.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -26,10 +28,13 @@ from emloc_ray.errors import EmlocError
 from emloc_ray.io.node_cache import ensure, publish
 from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.io.secret_values import without_secret
+from emloc_ray.stages.spans import Span, joined, listening
 
 LOG = "log.jsonl"
 RUN_EVENTS = ("run_started", "run_finished", "run_failed", "run_stopped")
 _LAYER_KEYS = ("rank", "relative_error", "solver", "before", "after")
+_MOST_SPANS = 50  # at a time; more are told as one a worker
+_WORK_SHARE = 0.05  # of a stage's time, after which its work is told again: so a long one takes no more lines
 
 
 class _JsonLines(logging.Formatter):
@@ -47,7 +52,8 @@ class _LogFile(logging.FileHandler):
 class RunLog:
     """A reporter that writes ``log.jsonl`` in the run's directory, after what earlier tries wrote there.
 
-    A stage's progress is written at most every ``interval_s`` seconds, and with its end. Records
+    A stage's progress is written at most every ``interval_s`` seconds, and with its end; what its workers did, as seldom
+    and, the longer a stage takes, more seldom. Records
     also go to the handlers of the logger ``emloc_ray``, with ``fields`` as their attribute. As a context it tells how the
     run ends; where neither an end nor a live process is to be found, the run was killed.
     """
@@ -58,6 +64,9 @@ class RunLog:
         self._layers = set(layers)
         self._stage: str | None = None
         self._units: dict[str, int] = {}
+        self._spans: list[Span] = []
+        self._begun = self._told_work = 0.0
+        self._listening = contextlib.ExitStack()
         # Of its own rather than the process's: two runs side by side do not write into each other's log.
         self._logger = logging.Logger("emloc_ray.run", logging.INFO)
         self._logger.parent = logging.getLogger("emloc_ray")
@@ -70,6 +79,7 @@ class RunLog:
         self._handler = _LogFile(path, encoding="utf-8")
         self._handler.setFormatter(_JsonLines())
         self._logger.addHandler(self._handler)
+        self._listening.enter_context(listening(self.work))
         self._tell(
             "run_started",
             "The run begins.",
@@ -80,6 +90,8 @@ class RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._listening.close()
+        self._tell_work()
         where: dict[str, Any] = {} if self._stage is None else {"stage": self._stage}
         if error is None:
             self._tell("run_finished", "The run has ended well.")
@@ -98,6 +110,7 @@ class RunLog:
     def start(self, stage: str) -> Callable[[int, int], None]:
         """A stage begins."""
         self._stage, self._units = stage, {}
+        self._begun = self._told_work = time.monotonic()
         self._tell("started", f"{stage} begins.", stage=stage)
         next_time = 0.0
 
@@ -113,6 +126,7 @@ class RunLog:
 
     def finish(self, stage: str, result: dict[str, Any], usage: dict[str, Any]) -> None:
         """A stage has ended well: its layers, then what it took."""
+        self._tell_work()
         self._stage = None
         layers: dict[str, Any] = result.get("layers") or result.get("modules") or {}
         for layer, values in layers.items():
@@ -124,6 +138,22 @@ class RunLog:
     def skip(self, stage: str) -> None:
         """A stage was found done."""
         self._tell("skipped", f"{stage} was done before, its inputs are unchanged.", stage=stage)
+
+    def work(self, span: Span) -> None:
+        """A worker has done something: told with what others did, now and then."""
+        self._spans.append(span)
+        now = time.monotonic()
+        if now - self._told_work >= max(self.interval_s, _WORK_SHARE * (now - self._begun)):
+            self._tell_work()
+
+    def _tell_work(self) -> None:
+        self._told_work = time.monotonic()
+        spans = self._spans if len(self._spans) <= _MOST_SPANS else joined(self._spans, math.inf)
+        self._spans = []
+        for stage in dict.fromkeys(span.stage for span in spans):
+            own = [span for span in spans if span.stage == stage]
+            told = [[s.worker, s.unit, round(s.begun_at, 3), round(s.finished_at, 3), s.count] for s in own]
+            self._tell("work", f"{stage}: {sum(s.count for s in own)} done by its workers", stage=stage, spans=told)
 
     def note(self, text: str) -> None:
         """Something that a reader should know."""

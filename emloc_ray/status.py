@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from emloc_ray.io.run_directory import CONFIG, RunDirectory
 from emloc_ray.io.secret_values import HIDDEN, leaves
 from emloc_ray.run_log import RUN_EVENTS, read_events
+from emloc_ray.stages import STEPS
 
 Event = dict[str, Any]
 
@@ -59,6 +61,23 @@ class RunStatus:
         return self.stage if self.progress is None else f"{self.stage}, {self.progress[0]} of {self.progress[1]}"
 
 
+def asked_steps(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The steps of a run, in order, that its config asks for as the manifest holds it; the import not, which goes by where
+    the model lies."""
+    emulator = config.get("emulator") or {}
+    dense = emulator.get("compression_ratio") == 1
+    allocation, by_predictions = emulator.get("allocation", "uniform"), emulator.get("objective") == "predictions"
+    left_out = {
+        "import": True,
+        "calibrate": dense and emulator.get("quantization", "none") == "none",
+        "gradients": dense or not (allocation == "sensitivity" or by_predictions),
+        "allocate": dense or allocation == "uniform",
+        "heal": dense or not emulator.get("healing"),
+        "merge": (config.get("adapter") or {}).get("method") in ("prefix_tuning", "prompt_tuning"),
+    }
+    return tuple(step for step in STEPS if not left_out.get(step))
+
+
 def read_status(run: RunDirectory) -> RunStatus:
     """The status of a run's newest try, with the last failure of any that no later one made up for."""
     events = read_events(run)
@@ -79,7 +98,7 @@ def read_status(run: RunDirectory) -> RunStatus:
         holder=run.holder(),
         stage=stage,
         progress=progress,
-        last=events[-1] if events else None,
+        last=next((event for event in reversed(events) if event["event"] != "work"), None),
         end=ends[-1] if ends else None,
         failure=failed,
         go_on=_command(run, newest[0] if newest else {}),

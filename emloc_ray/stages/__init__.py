@@ -3,6 +3,8 @@
 STAGES = ("calibrate", "factorize", "heal", "finetune", "correct", "merge", "evaluate")
 # Every step of a run in order: what is done before the stages, and what goes before a factorization by predictions.
 STEPS = ("import", "data", "calibrate", "gradients", "allocate", *STAGES[1:])
+# Beside the factors of an emulator: a few of each layer's eigenvalues.
+SPECTRA = "spectra.json"
 # All their workers have to be there at once.
 GROUPS = ("heal", "finetune")
 # Their work is a bag of independent tasks, of which as many go at once as there is room for, with one result.

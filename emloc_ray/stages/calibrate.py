@@ -147,12 +147,10 @@ def _reduce(slots: Sequence[Path], names: Sequence[str], out_dir: Path, prefix: 
     """Sums the slots, a file of a few Grams a task."""
     parts = [list(names[start : start + _GRAMS_PER_FILE]) for start in range(0, len(names), _GRAMS_PER_FILE)]
     files = [f"{prefix}-{number + 1:05d}-of-{len(parts):05d}.safetensors" for number in range(len(parts))]
-    options = Resources().task_options()
-    task: Any = ray.remote(_reduce_part)
+    task = Resources().task(_reduce_part)
 
     def submit(file: str, part: list[str]) -> Any:
-        named = task.options(name=f"{losses.stage}: {file}", **options)
-        return named.remote(list(slots), part, out_dir / file)
+        return task.options(name=f"{losses.stage}: {file}").remote(list(slots), part, out_dir / file)
 
     submits = [
         (f"the sum {file}", functools.partial(submit, file, part)) for file, part in zip(files, parts, strict=True)
@@ -186,8 +184,7 @@ def _stream(
     names = [[group[0] for group in job.groups_of(block)] for block in order]
     num_blocks = 1 + max(position for position, inside in enumerate(names) if inside)
     files = [grams_file(out_dir, block, num_blocks) for block in range(num_blocks)]
-    reduce: Any = ray.remote(_reduce_block)
-    options = Resources(cpus_per_worker=0).task_options()  # the slots may hold every CPU
+    reduce = Resources(cpus_per_worker=0).task(_reduce_block)  # the slots may hold every CPU
     passed = dict.fromkeys(range(num_slots), -1)
     flight = Flight(2 * num_slots, losses)
     summing: dict[int, int] = {}  # block of each task
@@ -212,7 +209,7 @@ def _stream(
     def done(slot: int, position: int) -> None:
         for block in range(min(passed.values()) + 1, min((passed | {slot: position}).values()) + 1):
             parts = [part_file(out_dir, s, num_slots, block) for s in range(num_slots)]
-            task = reduce.options(name=f"calibrate: {files[block].name}", **options)
+            task = reduce.options(name=f"calibrate: {files[block].name}")
             submit = functools.partial(task.remote, parts, names[block], files[block])
             summing[flight.add(f"the sum of block {block}", submit)] = block
         passed[slot] = position

@@ -18,6 +18,7 @@ import torch
 
 from emloc_ray.errors import StageError
 from emloc_ray.stages.failures import Losses
+from emloc_ray.stages.spans import Span, Timed, tell_span, timed
 
 Progress = Callable[[int, int], None]
 _LOOK_S = 1.0
@@ -46,14 +47,15 @@ class Resources:
         return {**self.options(), "max_retries": 0}
 
     def task(self, function: Callable[..., Any], alone: bool = False) -> Any:
-        """A function as a Ray task with :meth:`task_options`; ``alone``: in a process that ends with it.
+        """A function as a Ray task with :meth:`task_options`, whose result a :class:`Flight` takes; ``alone``: in a process
+        that ends with it.
 
         It is made with the options rather than given them later: only then does Ray end the process of a task that had a
         GPU, which would hold what torch has taken of it, and stay with that GPU where the next task is given another.
         """
         options: dict[str, Any] = {**self.task_options(), **({"max_calls": 1} if alone else {})}
         made: Any = ray.remote(**options)
-        return made(function)
+        return made(timed(function))
 
     @property
     def threads(self) -> int:
@@ -145,7 +147,7 @@ class Flight:
     def add(self, name: str, submit: Callable[[], Any]) -> int:
         """Queues a task; ``submit`` starts it and gives its reference. Returns its number, by which results are found.
 
-        It is to be a task with :meth:`Resources.task_options`: lost workers are counted, and told of, here.
+        It is to be one of :meth:`Resources.task`, whose time is told then: lost workers are counted, and told of, here.
         """
         self._waiting.append(_Piece(self._added, name, submit))
         self._added += 1
@@ -183,10 +185,15 @@ class Flight:
     def _collect(self, reference: Any) -> None:
         piece = self._flying.pop(reference)
         try:
-            self.results[piece.number] = ray.get(reference)
+            found = ray.get(reference)
         except ray.exceptions.RayError as error:
             delay = self.losses.count(piece.name, error)
             self._resting.append(dataclasses.replace(piece, begin=time.monotonic() + delay))
+            return
+        if isinstance(found, Timed):
+            tell_span(Span(self.losses.stage, found.worker, piece.name, found.begun_at, found.finished_at))
+            found = found.result
+        self.results[piece.number] = found
 
 
 def bounded(

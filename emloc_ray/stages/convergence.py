@@ -89,10 +89,10 @@ def _add(before: Path | None, part: Path, total: Path, losses: Losses) -> None:
     """Writes the sum of two calibrations of the same groups, a file of Grams a task."""
     index = GramStore(part).index
     files = sorted(set(index["weight_map"].values()))
-    task: Any = ray.remote(_add_task)
+    task = Resources().task(_add_task)
 
     def submit(file: str) -> Any:
-        named = task.options(name=f"calibrate: {total.name}, {file}", **Resources().task_options())
+        named = task.options(name=f"calibrate: {total.name}, {file}")
         return named.remote(before and before / file, part / file, total / file)
 
     submits = [(f"the sum {file}", functools.partial(submit, file)) for file in files]

@@ -29,7 +29,15 @@ from emloc_ray.modeling.loading import copy_tokenizer
 from emloc_ray.modeling.quantization import dequantize, is_packed, num_elements, quantization_config, quantize
 from emloc_ray.stages.cluster import Flight, Progress, Resources, set_threads, silent
 from emloc_ray.stages.failures import Losses, Tell, unheard
-from emloc_ray.stages.layer_reports import LAYERS, Basis, LayerReport, read_reports, spectra_file
+from emloc_ray.stages.layer_reports import (
+    LAYERS,
+    Basis,
+    LayerReport,
+    read_reports,
+    sampled,
+    spectra_file,
+    write_spectra,
+)
 
 _CHUNK_BYTES = 2**26
 _LOOK_S = 1.0
@@ -163,7 +171,8 @@ def _report(
     rank = min(spec.out_features, spec.in_features) if result is None else result.factors.up.shape[1]
     solver = "dense" if result is None else result.solver
     own = result.relative_error if result is not None and weighed else None
-    return LayerReport(spec.name, rank, error, solver, energy, num_tokens, own)
+    spectrum = () if result is None else sampled(result.eigenvalues, result.total_energy)
+    return LayerReport(spec.name, rank, error, solver, energy, num_tokens, own, spectrum)
 
 
 @dataclass(frozen=True)
@@ -284,7 +293,9 @@ class EmulatorBuild:
             in_4bit = quantization_config(base_config.dtype or torch.float32, self.job.kept_wide)
         write_emulator_config(self.job.out_dir, base_config, self.job.ranks, in_4bit)
         copy_tokenizer(self.job.model_dir, self.job.out_dir)
-        return {**_summary(list(self._file_of.values()), self.resources), "bytes": total_size}
+        reports = _read_all_reports(list(self._file_of.values()))
+        write_spectra(self.job.out_dir, reports)
+        return {**_summary(reports, self.resources), "bytes": total_size}
 
 
 def _rewritten(job: FactorizationJob) -> list[tuple[LinearSpec, ...]]:
@@ -358,10 +369,13 @@ def index_shards(out_dir: Path, files: Sequence[Path]) -> int:
     return total_size
 
 
-def _summary(files: Sequence[Path], resources: Resources) -> dict[str, Any]:
+def _read_all_reports(files: Sequence[Path]) -> list[LayerReport]:
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         found = list(pool.map(read_reports, files))
-    reports = sorted((report for some in found for report in some), key=lambda report: report.name)
+    return sorted((report for some in found for report in some), key=lambda report: report.name)
+
+
+def _summary(reports: Sequence[LayerReport], resources: Resources) -> dict[str, Any]:
     layers = {r.name: _told(r) for r in reports}
     return {
         "num_workers": resources.num_workers,

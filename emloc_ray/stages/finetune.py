@@ -20,6 +20,7 @@ from emloc_ray.errors import EmlocError, NumericsError, Stopped
 from emloc_ray.io.node_cache import discard, ensure, exists, open_artifact, publish, remote
 from emloc_ray.stages.cluster import Progress, Resources, bounded, silent
 from emloc_ray.stages.failures import Losses, Tell, is_lost, last_line, reason, unheard
+from emloc_ray.stages.spans import Span, tell_span
 from emloc_ray.stages.training import FinetuneJob, leaves_traces, train_alone, train_loop
 
 _POLL_S = 0.5
@@ -123,9 +124,12 @@ def run_alone(job: FinetuneJob, resources: Resources, tell: Tell) -> dict[str, A
 def run_group(job: FinetuneJob, resources: Resources, tell: Tell) -> dict[str, Any]:
     """As a Ray Train group, in another where the process that leads it is lost."""
     losses = Losses(job.stage, tell)
+    begun_at = time.time()
     with _interruptible():
         while (outcome := _fit(job, resources, losses)) is None:
             pass
+    for rank in range(resources.num_workers):
+        tell_span(Span(job.stage, f"rank {rank}", "the training", begun_at, time.time()))
     return outcome
 
 

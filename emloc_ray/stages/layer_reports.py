@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from emloc_ray.core.factorization import Factorization, LowRankFactors
+from emloc_ray.io.atomic import atomic_file
 from emloc_ray.io.checkpoint import read_index, read_shard
+from emloc_ray.stages import SPECTRA
 
 LAYERS = "layers"
+_MOST_SAMPLES = 48
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class LayerReport:
 
     ``rank`` is the full one and ``solver`` is ``dense`` for a layer that was put into 4 bits alone. Where predictions are
     what the factors keep, the spectrum and its energy are those of ``S^½ W G Wᵀ S^½``, and ``weighed_error`` is the
-    relative error there.
+    relative error there. ``spectrum`` is a few of its values, each beside its number from 1 on, as shares of the energy.
     """
 
     name: str
@@ -30,6 +35,22 @@ class LayerReport:
     total_energy: float
     num_tokens: int
     weighed_error: float | None = None
+    spectrum: Sequence[Sequence[float]] = ()
+
+
+def sampled(eigenvalues: torch.Tensor, total_energy: float) -> tuple[tuple[int, float], ...]:
+    """At most ``_MOST_SAMPLES`` of a descending spectrum ``(n,)``, evenly spaced on a logarithmic scale of their numbers."""
+    if not len(eigenvalues) or total_energy <= 0:
+        return ()
+    steps = torch.logspace(0, math.log10(len(eigenvalues)), _MOST_SAMPLES, dtype=torch.float64)
+    numbers = steps.round().long().unique().tolist()
+    return tuple((number, float(f"{float(eigenvalues[number - 1]) / total_energy:.3g}")) for number in numbers)
+
+
+def write_spectra(directory: Path, reports: Iterable[LayerReport]) -> None:
+    """Writes what the reports of an emulator's layers sample of their spectra as one small file."""
+    with atomic_file(directory / SPECTRA) as file:
+        file.write(json.dumps({report.name: report.spectrum for report in reports if report.spectrum}).encode())
 
 
 def spectra_file(factors: Path) -> Path:

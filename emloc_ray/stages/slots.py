@@ -11,6 +11,7 @@ import ray
 
 from emloc_ray.stages.cluster import Progress, silent
 from emloc_ray.stages.failures import Losses
+from emloc_ray.stages.spans import Span, tell_span
 
 
 class SlotActor:
@@ -62,6 +63,7 @@ def run_slots(
     waiting: dict[Any, int] = {}
     resting = dict.fromkeys(range(len(work)), 0.0)  # when a slot may begin, by the monotonic clock
     asked: dict[int, str] = {}
+    begun: dict[int, tuple[str, float]] = {}  # what each slot is at, and since when
     last = dict.fromkeys(range(len(work)), -1)
     total = sum(len(units) for units in work)
 
@@ -71,6 +73,7 @@ def run_slots(
                 del resting[slot]
                 actors[slot] = start(slot)
                 waiting[actors[slot].position.remote()] = slot
+                begun[slot] = ("its start", time.time())
             for reference in _some(list(waiting), min(resting.values(), default=None)):
                 slot = waiting.pop(reference)
                 try:
@@ -80,6 +83,7 @@ def run_slots(
                     ray.kill(actors.pop(slot))  # one that only does not answer would hold what its successor needs
                     resting[slot] = time.monotonic() + delay
                     continue
+                tell_span(Span(losses.stage, f"slot {slot}", *begun[slot], time.time()))
                 if unit is None:  # committed to the end
                     ray.kill(actors.pop(slot))
                     continue
@@ -89,6 +93,7 @@ def run_slots(
                 progress(sum(1 for s, units in enumerate(work) for u in units if u <= last[s]), total)
                 following = next((u for u in work[slot] if u > unit), None)
                 asked[slot] = " at its end" if following is None else f" at {unit_name} {following}"
+                begun[slot] = ("its end" if following is None else f"{unit_name} {following}", time.time())
                 actor = actors[slot]
                 waiting[actor.commit.remote() if following is None else actor.accumulate.remote(following)] = slot
     finally:

@@ -27,7 +27,9 @@ from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.grams import GramStore
 from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.modeling.emulator import FactorizedLinear
-from emloc_ray.stages import STAGES
+from emloc_ray.run_log import read_events
+from emloc_ray.stages import SPECTRA, STAGES
+from emloc_ray.timeline import stage_runs
 
 VARIANTS = {"original", "emulator", "emulator_adapter", "uncorrected", "corrected", "merged"}
 
@@ -155,6 +157,26 @@ def test_metrics_have_their_keys(any_run: FinishedRun) -> None:
         assert metrics["stages"][name]["num_workers"] == any_run.values[section]["num_workers"]
     assert {"parameters_kept", "mean_relative_error"} <= set(metrics["emulator"])
     assert metrics["disk_bytes"]["merged"] > 0
+
+
+def test_workers_tell_the_log_what_they_did_and_layers_have_spectra(any_run: FinishedRun) -> None:
+    run = RunDirectory(any_run.root)
+    told = [event for event in read_events(run) if event["event"] == "work"]
+    working = {"factorize", "finetune", "correct", "merge", "evaluate"} | (
+        {"calibrate"} & any_run.metrics["stages"].keys()
+    )
+    assert {event["stage"] for event in told} == working
+    stages = {stage.name: stage for stage in stage_runs(run.manifest())}
+    for event in told:
+        for worker, _, begun_at, finished_at, count in event["spans"]:
+            assert worker.startswith(("slot ", "rank ", "process "))
+            assert count >= 1
+            assert stages["data"].begun_at < begun_at <= finished_at <= stages["evaluate"].finished_at + 0.1
+    layers = json.loads((any_run.root / "emulator" / SPECTRA).read_text())
+    assert layers.keys() == {name for name, layer in any_run.metrics["emulator"]["layers"].items() if layer["rank"]}
+    html = (any_run.root / "report.html").read_text()
+    assert html.count("popovertarget=") == len(layers)
+    assert "evaluate, part 1 of" in html
 
 
 def test_training_lowered_the_loss(any_run: FinishedRun) -> None:

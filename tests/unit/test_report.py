@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import re
 from pathlib import Path
@@ -11,91 +10,14 @@ from typing import Any
 
 import pytest
 from pages import LOADING, Page
+from run_samples import STAGES, finished_metrics, manifest, spectra, usage
 
 from emloc_ray import report
 from emloc_ray.console import evaluation_table, result_lines
 from emloc_ray.io.run_directory import RunDirectory
-
-LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
-NAMES = [f"model.layers.{block}.{kind}" for block in (0, 1, 10, 2) for kind in LINEARS]
-STAGES = ("data", "calibrate", "factorize", "finetune", "correct", "merge", "evaluate")
-EVIL = '</pre><script>alert("1")</script> if a[k] < b & c:\x00\x1b\r\n\ud800'
-
-
-def manifest(*stages: str) -> dict[str, Any]:
-    config = {
-        "model": {"source": "org/model-1b"},
-        "data": {"generate": None, "train": {"path": "/data/tickets.jsonl"}},
-        "emulator": {"compression_ratio": 0.25},
-        "finetune": {"hub_token": "hf_hush", "max_steps": 3},
-        "ray": {"runtime_env": {"env_vars": {"WANDB_KEY": "hush"}}},
-    }
-    done = {stage: {"finished_at": 1.8e9 + number, "result": {}} for number, stage in enumerate(stages)}
-    return {"format": 2, "name": "run", "config": config, "stages": done}
-
-
-def usage(number: int) -> dict[str, Any]:
-    return {
-        "wall_s": 10.5 + number,
-        "peak_pss_bytes": (number + 1) * 2**30,
-        "peak_rss_bytes": 300 * 2**20,
-        "processes": {"driver": 290 * 2**20, f"Actor{number}": 5 * 2**20},
-        "num_workers": 2,
-    }
-
-
-def measures(loss: float) -> dict[str, float | int]:
-    return {"loss": loss, "token_accuracy": 0.512, "num_tokens": 12345}
-
-
-def finished_metrics() -> dict[str, Any]:
-    losses = {"original": 4.5, "emulator": 6.75, "emulator_adapter": 4.4, "uncorrected": 4.3, "corrected": 4.21}
-    candidates = [
-        {"method": "none", "clamp": 3.0, "strength": 1.0, "loss": 4.34567},
-        {"method": "projection", "clamp": None, "strength": 1.0, "loss": 4.35},
-        {"method": "covariance", "clamp": 3.0, "strength": 0.5, "loss": 4.32109},
-    ]
-    counts = {"rows": 360, "tokens": 6212, "truncated_rows": 7, "truncated_tokens": 91, "dropped_rows": 4}
-    layers = {
-        name: {"rank": 21 + number, "relative_error": number / 50, "solver": "exact"}
-        for number, name in enumerate(NAMES)
-    }
-    return {
-        "versions": {"python": "3.12.1", "ray": "2.60.0"},
-        "stages": {stage: usage(number) for number, stage in enumerate(STAGES)},
-        "disk_bytes": {"data": 1536, "merged": 3 * 2**30},
-        "data": {"train": counts, "eval": {**counts, "rows": 61}},
-        "calibration": {"num_tokens": 2220, "num_shards": 8},
-        "emulator": {
-            "compression_ratio": 0.25,
-            "parameters_kept": 0.2487,
-            "parameters": 600_123,
-            "original_parameters": 1_000_000,
-            "mean_relative_error": 0.1636,
-            "layers": layers,
-        },
-        "finetune": {
-            "steps": 20,
-            "train_loss": 5.1667,
-            "history": [{"step": 10, "loss": 5.39}, {"step": 20, "loss": 5.05}, {"step": 20, "train_runtime": 3}],
-        },
-        "correction": {
-            **{key: candidates[2][key] for key in ("method", "clamp", "strength")},
-            "selection_tokens": 694,
-            "candidates": candidates,
-            "modules": {name: {"before": 2.0, "after": 1.5} for name in NAMES},
-        },
-        "evaluation": {**{name: measures(loss) for name, loss in losses.items()}, "merged": measures(4.2105)},
-        "exact_match": {"original": 0.0312, "merged": 0.4567, "num_prompts": 32},
-        "gap_closed": {
-            "upper_bound": "runs/bound",
-            "upper_bound_loss": 4.1,
-            "uncorrected": 0.5,
-            "corrected": 0.725,
-            "merged": 0.7238,
-        },
-        "generations": [{"prompt": EVIL, "reference": "fine", "original": EVIL, "merged": "fine"}],
-    }
+from emloc_ray.run_log import RunLog
+from emloc_ray.stages import SPECTRA
+from emloc_ray.stages.spans import Span
 
 
 @pytest.fixture
@@ -106,7 +28,10 @@ def finished() -> str:
 def test_planned_memory_stands_beside_the_measured() -> None:
     planned = {"calibrate": 3 * 2**29, "finetune": 2**31, "inference": 5 * 2**29}
     page = Page(report.render("run", manifest(*STAGES), {**finished_metrics(), "planned_memory": planned}))
-    assert "planned to hold: 2.50 GiB for inference of the original." in page.text
+    assert (
+        "is what one worker was planned to hold, and the dashed line the plan for inference of the original"
+        in page.text
+    )
     assert "calibrate11.5 s2.00 GiB300 MiB1.50 GiB2" in page.text
     assert "merge15.5 s6.00 GiB300 MiB–2" in page.text
 
@@ -114,7 +39,7 @@ def test_planned_memory_stands_beside_the_measured() -> None:
 def test_a_finished_run_has_every_section_and_its_numbers(finished: str) -> None:
     page = Page(finished)
     assert page.sections == [
-        "evaluation", "correction", "stages", "training", "emulator", "data", "generations", "disk", "setup",
+        "evaluation", "correction", "timeline", "stages", "training", "emulator", "data", "generations", "disk", "setup",
     ]  # fmt: skip
     for number in (
         "org/model-1b, fine-tuned on tickets.jsonl through an emulator of compression ratio 0.25;",
@@ -168,7 +93,7 @@ def test_a_run_killed_after_any_stage(count: int) -> None:
     html = report.render("run", manifest(*STAGES[:count]), finished_metrics())
     page = Page(html)
     assert "Not evaluated yet." in page.text
-    made = {"stages": 1, "data": 1, "emulator": 3, "training": 4, "correction": 5}
+    made = {"timeline": 1, "stages": 1, "data": 1, "emulator": 3, "training": 4, "correction": 5}
     shown = [section for section, after in made.items() if count >= after]
     assert set(page.sections) - {"disk", "setup"} == set(shown)
     assert page.text.count("○") == len(STAGES) - count
@@ -183,6 +108,36 @@ def test_an_empty_run(tmp_path: Path) -> None:
     assert page.sections == []
     assert "No stage has finished yet" in page.text
     assert "fresh" in page.text
+
+
+def test_the_page_of_a_run_that_was_killed_in_a_stage(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.create({"emulator": {"compression_ratio": 0.5}})
+    log = RunLog(directory, interval_s=0).__enter__()  # never left: killed
+    log.start("calibrate")
+    log.work(Span("calibrate", "slot 0", "token shard 3", 1.8e9, 1.8e9 + 5))
+    page = Page(report.write_report(directory).read_text())
+    assert page.sections == ["timeline", "setup"]
+    assert "calibrate, not finished: 0 s" in page.text
+    assert "calibrate, token shard 3: 5.0 s" in page.text
+    log.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("content", [None, "{", json.dumps(spectra())])
+def test_spectra_are_read_where_there_are_any(tmp_path: Path, content: str | None) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.create({})
+    directory.path("manifest.json").write_text(json.dumps(manifest(*STAGES)))
+    directory.path("metrics.json").write_text(json.dumps(finished_metrics()))
+    directory.path("emulator").mkdir()
+    if content is not None:
+        directory.path("emulator", SPECTRA).write_text(content)
+    cells = report.write_report(directory).read_text().count("popovertarget=")
+    assert cells == (len(spectra()) if content and content != "{" else 0)
+
+
+def test_the_corrections_effect_is_told_beside_the_losses(finished: str) -> None:
+    assert "The correction: 4.3000 → 4.2100, a gain of +0.0900." in Page(finished).text
 
 
 def test_the_file_is_utf8_whatever_models_write(tmp_path: Path) -> None:
@@ -224,60 +179,6 @@ def test_stages_older_than_one_before_them_are_named() -> None:
     redone = copy.deepcopy(entries)
     redone["stages"]["finetune"]["finished_at"] += 100
     assert "correct, merge, evaluate: finished before" in Page(report.render("run", redone, finished_metrics())).text
-
-
-def test_grids_order_blocks_by_number_and_shorten_kinds() -> None:
-    (grid,) = report.grids(NAMES)
-    assert (grid.prefix, grid.kinds) == ("model.layers", ["q_proj", "k_proj", "up_proj"])
-    assert [block for block, _ in grid.rows] == [0, 1, 2, 10]
-    assert grid.rows[3][1][2] == "model.layers.10.mlp.up_proj"
-
-
-def test_grids_of_other_models() -> None:
-    names = [
-        "encoder.block.0.layer.0.SelfAttention.q",
-        "decoder.block.0.layer.0.SelfAttention.q",
-        "decoder.block.0.layer.1.EncDecAttention.q",
-        "decoder.block.1.layer.0.SelfAttention.q",
-        "shared_projection",
-    ]
-    encoder, decoder, rest = report.grids(names)
-    assert (encoder.prefix, encoder.kinds) == ("encoder.block", ["q"])
-    assert decoder.kinds == ["SelfAttention.q", "EncDecAttention.q"]
-    assert decoder.rows[1] == (1, [names[3], None])
-    assert rest == report.Grid("", ["shared_projection"], [(None, ["shared_projection"])])
-
-
-@pytest.mark.parametrize(("low", "high"), [(3.97, 6.17), (0.0, 0.0), (5.0, 5.0), (1e-7, 3e-7), (99.0, 101.0), (0, 9e9)])
-def test_ticks_enclose_the_values(low: float, high: float) -> None:
-    ticks = report.nice_ticks(low, high)
-    assert ticks[0] <= low + 1e-9 * abs(low)
-    assert ticks[-1] >= high - 1e-9 * abs(high)
-    assert 2 <= len(ticks) <= 7
-    steps = [after - before for before, after in itertools.pairwise(ticks)]
-    assert steps == pytest.approx([steps[0]] * len(steps))
-
-
-def test_one_point_and_none_make_a_curve_or_none() -> None:
-    assert report.curve([]) is None
-    single = report.curve([(5.0, 2.5)])
-    assert single is not None
-    assert single["first"] == single["last"] == "5"
-    assert "nan" not in single["svg"]
-
-
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1536, "1.50 KiB"), (20 * 2**20, "20.0 MiB"), (2**30, "1.00 GiB")],
-)
-def test_sizes(size: int, text: str) -> None:
-    assert report.size_text(size) == text
-
-
-def test_signed_numbers() -> None:
-    assert report.signed(0.25, 2) == "+0.25"
-    assert report.signed(-0.25, 2) == "−0.25"
-    assert report.signed(-0.001, 2) == "0.00"
 
 
 def test_tasks_are_described_by_their_files() -> None:

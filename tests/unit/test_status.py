@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from emloc_ray.cli import app
 from emloc_ray.errors import StageError
 from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.run_log import LOG, RunLog
-from emloc_ray.status import read_status
+from emloc_ray.stages import STEPS
+from emloc_ray.status import asked_steps, read_status
 
 BEGUN = datetime(2026, 5, 1, 12, 0, tzinfo=timezone.utc)
 COMMAND = "emloc-ray run my.yaml finetune.max_steps=5 --fresh"
@@ -118,3 +121,46 @@ def test_a_stopped_run(run: RunDirectory) -> None:
 def test_a_run_without_a_log(run: RunDirectory) -> None:
     assert lines(run)[0] == "Not running."
     assert len(lines(run)) == 2
+
+
+PLAIN = ("data", "calibrate", "factorize", "finetune", "correct", "merge", "evaluate")
+
+
+@pytest.mark.parametrize(
+    ("config", "more", "less"),
+    [
+        ({}, (), ()),
+        ({"emulator": {"compression_ratio": 0.5, "allocation": "spectral"}}, ("allocate",), ()),
+        ({"emulator": {"allocation": "sensitivity"}}, ("gradients", "allocate"), ()),
+        ({"emulator": {"objective": "predictions", "healing": {"steps": 3}}}, ("gradients", "heal"), ()),
+        (
+            {"emulator": {"compression_ratio": 1.0, "allocation": "sensitivity", "healing": {"steps": 3}}},
+            (),
+            ("calibrate",),
+        ),
+        ({"emulator": {"compression_ratio": 1.0, "quantization": "nf4"}}, (), ()),
+        ({"adapter": {"method": "prompt_tuning"}}, (), ("merge",)),
+    ],
+)
+def test_the_steps_that_a_config_asks_for(config: dict[str, Any], more: tuple[str, ...], less: tuple[str, ...]) -> None:
+    steps = asked_steps(config)
+    assert set(steps) == {*PLAIN, *more} - set(less)
+    assert list(steps) == sorted(steps, key=STEPS.index)
+
+
+def test_the_verb_lists_gradients_and_ranks(run: RunDirectory) -> None:
+    """Where the config asks for them, done or not; and what was done in any case."""
+    config = {"emulator": {"compression_ratio": 0.5, "allocation": "sensitivity"}}
+    run.create(config)
+    run.commit("import", "", [], {"usage": {"wall_s": 2.0, "peak_pss_bytes": 2**30}})
+    run.commit("gradients", "", [], {"usage": {"wall_s": 12.5, "peak_pss_bytes": 2**30}})
+    told = CliRunner().invoke(app, ["status", str(run.root)], env={"COLUMNS": "200"})
+    assert told.exit_code == 0, told.output
+    marks = [line.split()[:2] for line in told.output.splitlines() if line[:1] in "✓·"]
+    assert marks == [["✓" if step in ("import", "gradients") else "·", step] for step in STEPS if step not in ("heal",)]
+    assert "12.5 s" in told.output
+
+
+def test_what_workers_did_is_no_last_event(run: RunDirectory) -> None:
+    write(run, {"event": "started", "stage": "merge"}, {"event": "work", "stage": "merge", "message": "merge: 2 done."})
+    assert "Last event, 59 s ago: Something." in lines(run)

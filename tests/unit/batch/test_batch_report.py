@@ -13,10 +13,10 @@ from pages import LOADING, Page
 from typer.testing import CliRunner
 
 from emloc_ray.batch import report
-from emloc_ray.batch.report import Clock, StageRun
 from emloc_ray.batch.state import BatchState, TaskState, write_state
 from emloc_ray.cli import app
 from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.timeline import StageRun
 
 BEGIN = 1.8e9
 SECONDS = {
@@ -145,27 +145,6 @@ def test_days_in_which_nothing_ran_take_no_room() -> None:
     assert paths(page, "b")["import"][0] == pytest.approx(50)
     assert "4 min, in which stages worked for 4 min" in Page(page).text
     assert "nothing ran for 72.0 h" in page
-
-
-def test_short_pauses_are_time_like_any_other() -> None:
-    assert report.running_time([(0.0, 10.0), (5.0, 20.0), (70.0, 80.0)]) == Clock(0.0, 80.0)
-    clock = report.running_time([(0.0, 10.0), (110.0, 120.0)])
-    assert clock == Clock(0.0, 20.0, ((10.0, 110.0),))
-    assert [clock.at(moment) for moment in (5.0, 50.0, 115.0)] == [5.0, 10.0, 15.0]
-    assert report.running_time([]) is None
-
-
-@pytest.mark.parametrize(
-    ("seconds", "last", "count"), [(0.0, "0 s", 1), (59.0, "50 s", 6), (134.0, "120 s", 5), (7300.0, "120 min", 5)]
-)
-def test_ticks_are_round_and_inside(seconds: float, last: str, count: int) -> None:
-    ticks = report.time_ticks(seconds)
-    assert (ticks[-1][1], len(ticks)) == (last, count)
-    assert ticks[-1][0] <= seconds
-
-
-def test_ticks_of_a_year() -> None:
-    assert len(report.time_ticks(365 * 86400.0)) <= 7
 
 
 def test_five_hundred_tasks_are_a_small_page_made_fast() -> None:

@@ -48,6 +48,11 @@ def test_a_group_is_written_with_the_errors_that_it_reports(artifacts: Artifacts
         assert report.name == spec.name
         assert report.relative_error == pytest.approx(error, rel=1e-2)
         assert report.num_tokens == grams.num_tokens(spec.name)
+        sampled = [
+            (number, float(spectra[spec.name][number - 1]) / report.total_energy) for number, _ in report.spectrum
+        ]
+        assert sampled == [(number, pytest.approx(share, rel=0.01)) for number, share in report.spectrum]
+        assert sampled[-1][0] == len(spectra[spec.name])
         # The spectrum tells the error of every rank, this one's among them.
         energy = spectra[spec.name].double()
         assert bool((energy[:-1] >= energy[1:] - 1e-6 * energy[0]).all())

@@ -1,0 +1,102 @@
+"""Small plots as SVG that stretches to the room that it is given, coloured by the page's style, light or dark.
+
+Drawn here: of the libraries, pygal's curve is a page of 44 KB with a script and its own colours, leather's has its colours
+fixed, and a heat map's hundreds of spectra would be megabytes by either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+_FIXED = 'vector-effect="non-scaling-stroke"'
+_DECADES = 8  # of a spectrum's energy; what is less lies at the bottom
+
+
+def share(value: float, top: float) -> float:
+    """``value`` of ``top``, kept within 0 and 1; 0 where that makes no sense."""
+    return min(max(value / top, 0.0), 1.0) if top > 0 and math.isfinite(value / top) else 0.0
+
+
+def bar(value: float, top: float, mark: float | None = None, kind: str = "", goal: float | None = None) -> Markup:
+    """A horizontal bar from zero; ``mark`` draws a dashed line to compare with and ``goal`` a bold one."""
+    lines = "".join(
+        f'<path class="{name}" d="M{100 * share(at, top):.2f} 0V10" {_FIXED}/>'
+        for name, at in (("mark", mark), ("goal", goal))
+        if at is not None
+    )
+    return Markup(
+        f'<svg class="bar {Markup.escape(kind)}" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">'
+        f'<rect class="fill" y="1" width="{100 * share(value, top):.2f}" height="8"/>{lines}</svg>'
+    )
+
+
+def before_after(before: float, after: float, top: float) -> Markup:
+    """Two thin bars, one above the other."""
+    rects = "".join(
+        f'<rect class="{name}" y="{y}" width="{100 * share(value, top):.2f}" height="4"/>'
+        for name, y, value in (("before", 0, before), ("after", 5, after))
+    )
+    return Markup(f'<svg class="pair" viewBox="0 0 100 9" preserveAspectRatio="none" aria-hidden="true">{rects}</svg>')
+
+
+def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Round numbers, evenly spaced, that enclose ``low`` and ``high``; at most ``most`` steps."""
+    span = (high - low) or abs(high) or 1.0
+    power = 10.0 ** math.floor(math.log10(span / most))
+    step = next(power * factor for factor in (1, 2, 5, 10, 20) if span / (power * factor) <= most)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [number * step for number in range(first, max(last, first + 1) + 1)]
+
+
+def loss_curve(training: dict[str, Any]) -> dict[str, Any] | None:
+    """The curve of a training's logged losses."""
+    return curve([(float(entry["step"]), entry["loss"]) for entry in training.get("history", []) if "loss" in entry])
+
+
+def curve(points: Sequence[tuple[float, float]]) -> dict[str, Any] | None:
+    """A line through the points, and where its labels go, in per cent of its height and width."""
+    points = [point for point in points if math.isfinite(point[1])]
+    if not points:
+        return None
+    ticks = nice_ticks(min(y for _, y in points), max(y for _, y in points))
+    low, high, first, last = ticks[0], ticks[-1], points[0][0], points[-1][0]
+    digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
+    heights = [100 - 100 * (tick - low) / (high - low) for tick in ticks]
+    placed = [(100 * (x - first) / ((last - first) or 1), 100 - 100 * (y - low) / (high - low)) for x, y in points]
+    lines = "".join(f'<path class="rule" d="M0 {y:.2f}H100" {_FIXED}/>' for y in heights)
+    route = "L".join(f"{x:.2f} {y:.2f}" for x, y in placed)
+    dots = "".join(
+        f'<path class="dot" d="M{px:.2f} {py:.2f}h.01" {_FIXED}><title>step {x:g}: {y:.4f}</title></path>'
+        for (px, py), (x, y) in zip(placed, points, strict=True)
+    )
+    svg = Markup(
+        '<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img"'
+        f' aria-label="training loss, {points[0][1]:.3f} at step {first:g} to {points[-1][1]:.3f} at step {last:g}">'
+        f'{lines}<path class="line" d="M{route}" {_FIXED}/>{dots if len(points) <= 80 else ""}</svg>'
+    )
+    labels = [(f"{tick:.{digits}f}", f"{y:.2f}") for tick, y in zip(ticks, heights, strict=True)]
+    return {"svg": svg, "ticks": labels, "first": f"{first:g}", "last": f"{last:g}"}
+
+
+def spectrum(points: Sequence[tuple[int, float]], rank: int) -> Markup:
+    """A spectrum on logarithmic scales, shares of the energy over ``_DECADES`` decades, with a line at ``rank``."""
+    width = math.log(max(points[-1][0], 2))
+
+    def across(number: int) -> float:
+        return 100 * min(math.log(max(number, 1)) / width, 1.0)
+
+    def down(part: float) -> float:
+        return 100 * min(max(0.0, -math.log10(part) / _DECADES), 1.0) if 0 < part < math.inf else 100.0
+
+    route = "L".join(f"{across(number):.1f} {down(part):.1f}" for number, part in points)
+    label = (
+        f"{points[0][1]:.1e} of the energy in the first of {points[-1][0]} directions, {points[-1][1]:.1e} in the last"
+    )
+    return Markup(
+        f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="{label}">'
+        f'<path class="mark" d="M{across(rank):.1f} 0V100"/><path class="line" d="M{route}"/></svg>'
+    )

@@ -1,0 +1,118 @@
+"""What the tests of a run's page share: a manifest, metrics and a log as runs leave them."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from typing import Any
+
+BEGIN = 1.8e9
+LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
+NAMES = [f"model.layers.{block}.{kind}" for block in (0, 1, 10, 2) for kind in LINEARS]
+STAGES = ("data", "calibrate", "factorize", "finetune", "correct", "merge", "evaluate")
+EVIL = '</pre><script>alert("1")</script> if a[k] < b & c:\x00\x1b\r\n\ud800'
+
+
+def manifest(*stages: str) -> dict[str, Any]:
+    config = {
+        "model": {"source": "org/model-1b"},
+        "data": {"generate": None, "train": {"path": "/data/tickets.jsonl"}},
+        "emulator": {"compression_ratio": 0.25},
+        "finetune": {"hub_token": "hf_hush", "max_steps": 3},
+        "ray": {"runtime_env": {"env_vars": {"WANDB_KEY": "hush"}}},
+    }
+    done = {stage: {"finished_at": BEGIN + number, "result": {}} for number, stage in enumerate(stages)}
+    return {"format": 2, "name": "run", "config": config, "stages": done}
+
+
+def usage(number: int) -> dict[str, Any]:
+    return {
+        "wall_s": 10.5 + number,
+        "peak_pss_bytes": (number + 1) * 2**30,
+        "peak_rss_bytes": 300 * 2**20,
+        "processes": {"driver": 290 * 2**20, f"Actor{number}": 5 * 2**20},
+        "num_workers": 2,
+    }
+
+
+def measures(loss: float) -> dict[str, float | int]:
+    return {"loss": loss, "token_accuracy": 0.512, "num_tokens": 12345}
+
+
+def finished_metrics() -> dict[str, Any]:
+    losses = {"original": 4.5, "emulator": 6.75, "emulator_adapter": 4.4, "uncorrected": 4.3, "corrected": 4.21}
+    candidates = [
+        {"method": "none", "clamp": 3.0, "strength": 1.0, "loss": 4.34567},
+        {"method": "projection", "clamp": None, "strength": 1.0, "loss": 4.35},
+        {"method": "covariance", "clamp": 3.0, "strength": 0.5, "loss": 4.32109},
+    ]
+    counts = {"rows": 360, "tokens": 6212, "truncated_rows": 7, "truncated_tokens": 91, "dropped_rows": 4}
+    layers = {
+        name: {"rank": 21 + number, "relative_error": number / 50, "solver": "exact"}
+        for number, name in enumerate(NAMES)
+    }
+    return {
+        "versions": {"python": "3.12.1", "ray": "2.60.0"},
+        "stages": {stage: usage(number) for number, stage in enumerate(STAGES)},
+        "disk_bytes": {"data": 1536, "merged": 3 * 2**30},
+        "data": {"train": counts, "eval": {**counts, "rows": 61}},
+        "calibration": {"num_tokens": 2220, "num_shards": 8},
+        "emulator": {
+            "compression_ratio": 0.25,
+            "parameters_kept": 0.2487,
+            "parameters": 600_123,
+            "original_parameters": 1_000_000,
+            "mean_relative_error": 0.1636,
+            "layers": layers,
+        },
+        "finetune": {
+            "steps": 20,
+            "train_loss": 5.1667,
+            "history": [{"step": 10, "loss": 5.39}, {"step": 20, "loss": 5.05}, {"step": 20, "train_runtime": 3}],
+        },
+        "correction": {
+            **{key: candidates[2][key] for key in ("method", "clamp", "strength")},
+            "selection_tokens": 694,
+            "candidates": candidates,
+            "modules": {name: {"before": 2.0, "after": 1.5} for name in NAMES},
+        },
+        "evaluation": {**{name: measures(loss) for name, loss in losses.items()}, "merged": measures(4.2105)},
+        "exact_match": {"original": 0.0312, "merged": 0.4567, "num_prompts": 32},
+        "gap_closed": {
+            "upper_bound": "runs/bound",
+            "upper_bound_loss": 4.1,
+            "uncorrected": 0.5,
+            "corrected": 0.725,
+            "merged": 0.7238,
+        },
+        "generations": [{"prompt": EVIL, "reference": "fine", "original": EVIL, "merged": "fine"}],
+    }
+
+
+def spectra() -> dict[str, list[tuple[int, float]]]:
+    return {name: [(number, 0.5**number) for number in (1, 2, 5, 12, 30)] for name in NAMES}
+
+
+def event(kind: str, second: float, **fields: Any) -> dict[str, Any]:
+    when = datetime.fromtimestamp(BEGIN + second, timezone.utc).isoformat()
+    return {"time": when, "event": kind, "message": "Something.", **fields}
+
+
+def work(stage: str, *spans: tuple[str, str, float, float]) -> dict[str, Any]:
+    """What workers did, from a second to a second."""
+    told = [[worker, unit, BEGIN + begin, BEGIN + end, 1] for worker, unit, begin, end in spans]
+    return event("work", max((end for *_, end in spans), default=0), stage=stage, spans=told)
+
+
+def events() -> list[dict[str, Any]]:
+    """Of a run that was killed in its factorization."""
+    return [
+        event("run_started", -40),
+        event("started", -30, stage="calibrate"),
+        work(
+            "calibrate", ("slot 0", "its start", -30, -20), ("slot 0", "token shard 0", -20, 1), ("slot 1", "a", -30, 1)
+        ),
+        event("finished", 1, stage="calibrate"),
+        event("started", 2, stage="factorize"),
+        work("factorize", ("process 7 on here", "layers.0.q and k", 2, 9), ("process 8 on here", EVIL, 3, 9)),
+        event("progress", 12, stage="factorize", done=2, total=9),
+    ]
