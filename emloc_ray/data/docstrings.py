@@ -83,7 +83,7 @@ def generate(out_dir: Path, task: DocstringTask, roots: Sequence[Path] | None = 
     folders = installed_roots() if roots is None else list(roots)
 
     def row_of(node: Function, lines: list[str], module: str) -> SourceRow | None:
-        return _row_of(node, lines, module, task.max_prompt_chars)
+        return summary_row(node, lines, module, task.max_prompt_chars)
 
     with without_collector():
         found = collect(folders, task.seed, row_of, task.max_rows_per_package, task.max_rows_per_module)
@@ -104,7 +104,7 @@ def generate(out_dir: Path, task: DocstringTask, roots: Sequence[Path] | None = 
     return {name: len(members) for name, members in splits.items()}
 
 
-def _row_of(node: Function, lines: list[str], module: str, max_prompt_chars: int) -> SourceRow | None:
+def summary_row(node: Function, lines: list[str], module: str, max_prompt_chars: int) -> SourceRow | None:
     """The row that a function makes; None where its docstring or its body says too little."""
     docstring = ast.get_docstring(node)
     if docstring is None or node.name.startswith("__") or not _has_real_body(node.body[1:]):
