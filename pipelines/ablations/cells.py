@@ -71,7 +71,8 @@ class Ablation:
 
 
 def read_ablation(path: Path, overrides: Sequence[str] = ()) -> Ablation:
-    """Reads an ablation's file; of the ``key=value`` overrides, those of its own keys are for it, all others for every run.
+    """Reads an ablation's file; of the ``key=value`` overrides, those of its own keys are for it, all others for every run;
+    ``methods=[a, b]`` picks some of its methods.
 
     Raises:
         ConfigError: with every error at once, one sentence a line.
@@ -85,6 +86,8 @@ def read_ablation(path: Path, overrides: Sequence[str] = ()) -> Ablation:
             of_ray.append(text)
         elif keys[0] not in AblationConfig.model_fields:
             of_runs[".".join(keys)] = value
+        elif keys == ("methods",) and isinstance(value, list) and all(isinstance(name, str) for name in value):
+            put(values, keys, _picked(values.get("methods"), value), text)
         else:
             put(values, (keys[0], ".".join(keys[1:])) if keys[0] == "grid" and keys[1:] else keys, value, text)
     where = f"{path} and its overrides" if overrides else str(path)
@@ -104,6 +107,12 @@ def read_ablation(path: Path, overrides: Sequence[str] = ()) -> Ablation:
     if lines:
         raise ConfigError("\n".join(dict.fromkeys(lines)))
     return Ablation(path.stem, config, batch.config, batch.ray, tuple(cells))
+
+
+def _picked(methods: Any, names: Sequence[str]) -> Any:
+    """Some of a file's methods; a name that none has stays, and is told as no method."""
+    by_name = {method.get("name"): method for method in methods or () if isinstance(method, dict)}
+    return [by_name.get(name, name) for name in names]
 
 
 _Found = tuple[str, MethodConfig, dict[str, Any], dict[str, Any]]
