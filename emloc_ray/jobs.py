@@ -150,6 +150,7 @@ class Jobs:
             kept_wide=layout.kept_wide,
             gradients_dir=self._path("gradients") if layout.objective == "predictions" and layout.ranks else None,
             gradient_dampening_frac=config.emulator.gradient_dampening_frac,
+            by_weights=layout.objective == "weights",
         )
 
     @property
