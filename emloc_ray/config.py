@@ -70,6 +70,7 @@ class DataConfig(Section):
     calibration: SplitConfig | None = None
     selection: SplitConfig | None = None
     eval: SplitConfig | None = None
+    healing: SplitConfig | None = Field(None, description="what the emulator is healed on; left out: train's rows")
     max_seq_length: int = Field(512, ge=2)
     packing: bool = Field(False, description="join rows into sequences of max_seq_length")
     on_error: Literal["fail", "skip"] = Field(
@@ -383,6 +384,10 @@ class RunConfig(Section):
         if asks is not None and self.calibration.mode == "streamed":
             raise ValueError(
                 f"{asks} needs gradients, which pass through the whole model: set calibration.mode to resident or auto"
+            )
+        if self.data.healing is not None and self.emulator.healing is None:
+            raise ValueError(
+                "data.healing names rows to heal on, and nothing is healed: set emulator.healing.steps, or remove it"
             )
         if self.emulator.objective == "weights" and self.emulator.allocation != "uniform":
             raise ValueError(
