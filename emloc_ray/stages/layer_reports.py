@@ -19,8 +19,8 @@ class LayerReport:
     """One layer: its error, as stored, relative to ``‖W G^½‖``, and the energy ``tr(W G Wᵀ)`` of its spectrum.
 
     ``rank`` is the full one and ``solver`` is ``dense`` for a layer that was put into 4 bits alone. Where predictions are
-    what the factors keep, the spectrum and its energy are those of ``S^½ W G Wᵀ S^½``, and ``weighed_error`` is the
-    relative error there.
+    what the factors keep, the spectrum and its energy are those of ``S^½ W G Wᵀ S^½``, where the weights themselves are,
+    of ``W Wᵀ``; and ``weighed_error`` is the relative error there.
     """
 
     name: str

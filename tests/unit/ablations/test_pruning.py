@@ -12,13 +12,16 @@ from ablations.pruning import FAMILIES, Kept, Kind, Shape, group_energies, kept_
 from families import save
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from small_runs import make_values, task_rows, write_jsonl
 from tiny import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from emloc_ray.config_reading import parse_config
 from emloc_ray.core.gram import Gram
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.grams import write_gram_index, write_gram_shard
 from emloc_ray.modeling.architecture import block_linears
+from emloc_ray.preparation import prepare
 
 SIZES = {"num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 4}
 KINDS: tuple[Kind, ...] = ("layers", "random", "structured")
@@ -92,6 +95,14 @@ def test_a_pruned_model_is_its_original_with_the_rest_masked(pruned: tuple[Path,
     assert not torch.allclose(logits(opened(small)), logits(opened(original)), atol=1e-3)
     tokenizers = [AutoTokenizer.from_pretrained(place) for place in (original, small)]
     assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
+
+
+def test_a_run_takes_it_as_its_model(pruned: tuple[Path, Path, Kept], tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", task_rows(20))
+    values = make_values(tmp_path / "run", pruned[1], rows, emulator={"compression_ratio": 1.0})
+    layout = prepare(parse_config(values)).layout
+    assert not layout.differs
+    assert len(layout.adapted) == 7 * len(pruned[2].layers)
 
 
 def test_it_has_the_parameters_that_it_says_and_no_more_than_asked(pruned: tuple[Path, Path, Kept]) -> None:
