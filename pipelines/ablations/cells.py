@@ -32,6 +32,7 @@ class Cell:
     point: dict[str, Any]
     task: Task
     prune: str | None = None
+    heal_on: str | None = None
 
     @property
     def name(self) -> str:
@@ -100,7 +101,9 @@ def read_ablation(path: Path, overrides: Sequence[str] = ()) -> Ablation:
     found = list(_cells(config, of_runs, root))
     batch = compose_batch(_batch_values(config, root, [values for *_, values in found]), path, of_ray)
     cells = [
-        Cell(dataset, method.name, point.pop("seed"), point.pop("calibration"), point, task, method.prune)
+        Cell(
+            dataset, method.name, point.pop("seed"), point.pop("calibration"), point, task, method.prune, method.heal_on
+        )
         for (dataset, method, point, _), task in zip(found, batch.tasks, strict=True)
     ]
     lines = [f"{where}: {line}" for line in _wrong_cells(config, cells)]
@@ -130,7 +133,7 @@ def _cells(config: AblationConfig, of_runs: dict[str, Any], root: Path) -> Itera
                 values = {key: value for key, value in point.values.items() if key in grid}
                 shown = points({key: [point.values[key]] for key in _shown(grid, calibrations)})[0].name
                 seed, calibration = point.values["seed"], point.values["calibration"]
-                data = data_section(dataset, _data_dir(root, dataset, seed), calibration)
+                data = data_section(dataset, _data_dir(root, dataset, seed), calibration, method.heal_on)
                 own = {f"data.{key}": value for key, value in data.items()}
                 name = joined_name(f"{dataset}-{method.name}", shown)
                 task = {**method.own, **values, **of_runs, **own, "seed": seed, "name": name}

@@ -15,6 +15,7 @@ RATIO = "emulator.compression_ratio"
 OWN = "own"
 
 Some = Field(min_length=1)
+Foreign = Literal["summaries", "names", "code", "prose"]
 
 
 class RowsConfig(Section):
@@ -29,7 +30,7 @@ class RowsConfig(Section):
 class CalibrationRows(Section):
     """What is done to a data set's calibration rows."""
 
-    foreign: Literal["summaries", "names", "code", "prose"] | None = Field(None, description="rows of another domain")
+    foreign: Foreign | None = Field(None, description="rows of another domain")
     share: float = Field(1.0, gt=0, le=1, description="of the rows, that foreign ones replace")
     shuffle: bool = Field(False, description="the words of each row in another order")
 
@@ -57,6 +58,7 @@ class MethodConfig(Section):
     prune: Literal["layers", "random", "structured"] | None = Field(
         None, description="train on a model of which parts are left out, instead of an emulator"
     )
+    heal_on: Foreign | None = Field(None, description="other rows than the task's to heal the emulator on")
 
     @field_validator("name")
     @classmethod
@@ -102,6 +104,11 @@ class AblationConfig(Section):
         """The method of a name."""
         return next(method for method in self.methods if method.name == name)
 
+    @property
+    def healing_rows(self) -> list[Foreign]:
+        """What methods heal on beside the task's own rows."""
+        return list(dict.fromkeys(method.heal_on for method in self.methods if method.heal_on is not None))
+
     @model_validator(mode="after")
     def _agrees(self) -> AblationConfig:
         names = [method.name for method in self.methods]
@@ -117,6 +124,11 @@ class AblationConfig(Section):
                 problems.append(f"calibrations.{key} is no safe file name: use letters, digits and . _ = -")
             if rows.foreign in self.datasets:
                 problems.append(f"calibrations.{key} takes rows of {rows.foreign}, a data set itself: choose others")
+        problems += [
+            f"method {method.name} heals on {method.heal_on}, a data set itself: choose other rows"
+            for method in self.methods
+            if method.heal_on in self.datasets
+        ]
         problems += ["grid.seed is what seeds is for: take it out" for key in self.grid if key == "seed"]
         problems += self._wrong_comparison(names)
         if problems:

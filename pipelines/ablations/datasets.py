@@ -12,6 +12,7 @@ the seed and the installed sources alone.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -59,16 +60,19 @@ def make_dataset(
     seed: int,
     rows: RowsConfig,
     calibrations: dict[str, CalibrationRows],
+    healing_rows: Sequence[str] = (),
     roots: Sequence[Path] | None = None,
 ) -> str:
-    """Writes ``train``, ``selection`` and ``eval`` and for each of ``calibrations`` a ``calibration-NAME``, all as JSONL, into
-    ``out_dir``, unless they are there already; returns their fingerprint.
+    """Writes the splits as JSONL into ``out_dir``, unless they are there already; returns their fingerprint.
+
+    These are ``train``, ``selection`` and ``eval``, for each of ``calibrations`` a ``calibration-NAME``, and for each of
+    ``healing_rows`` a ``healing-NAME`` of as many rows as ``train`` has.
 
     Raises:
         DataError: where the sources under ``roots``, by default the interpreter's, yield too few rows.
     """
     asked = fingerprint(
-        [name, seed, rows.model_dump(), {key: value.model_dump() for key, value in calibrations.items()}]
+        [name, seed, rows.model_dump(), {key: value.model_dump() for key, value in calibrations.items()}, healing_rows]
     )
     made = out_dir / _MADE
     if made.is_file() and (found := json.loads(made.read_text()))["asked"] == asked:
@@ -80,26 +84,31 @@ def make_dataset(
     files: dict[str, list[dict[str, str]]] = {split: splits[split] for split in SPLITS[:-1]}
     for key, calibration in calibrations.items():
         files[f"calibration-{key}"] = _calibration(name, splits["calibration"], calibration, folders, seed, rows)
-    texts = {key: "".join(json.dumps(row) + "\n" for row in found) for key, found in files.items()}
-    content = fingerprint({key: hashlib.sha256(text.encode()).hexdigest() for key, text in texts.items()})
+    for key in healing_rows:
+        texts = _foreign(key, "train", rows.train, folders, seed, rows)
+        files[f"healing-{key}"] = [_as_row(_cut(text), name) for text in texts]
+    written = {key: "".join(json.dumps(row) + "\n" for row in found) for key, found in files.items()}
+    content = fingerprint({key: hashlib.sha256(text.encode()).hexdigest() for key, text in written.items()})
     with atomic_directory(out_dir) as temporary:
-        for key, text in texts.items():
+        for key, text in written.items():
             (temporary / f"{key}.jsonl").write_text(text)
         write_json(temporary / _MADE, {"asked": asked, "content": content})
     return content
 
 
-def stand_in(name: str, out_dir: Path, calibrations: Iterable[str]) -> None:
+def stand_in(name: str, out_dir: Path, calibrations: Iterable[str], healing_rows: Iterable[str] = ()) -> None:
     """A row of usual length for each split: what a config can be checked against before its data are made."""
     row = SourceRow("" if FORMATS[name] == "text" else "x = 1\n" * (_MAX_CHARS // 6), "return x\n" * 6, "")
     out_dir.mkdir(parents=True, exist_ok=True)
-    for split in (*SPLITS[:-1], *(f"calibration-{key}" for key in calibrations)):
+    others = (*(f"calibration-{key}" for key in calibrations), *(f"healing-{key}" for key in healing_rows))
+    for split in (*SPLITS[:-1], *others):
         (out_dir / f"{split}.jsonl").write_text(json.dumps(_as_row(row, name)) + "\n")
 
 
-def data_section(name: str, folder: Path, calibration: str) -> dict[str, Any]:
+def data_section(name: str, folder: Path, calibration: str, heal_on: str | None = None) -> dict[str, Any]:
     """The keys of a run's ``data`` section for the files in ``folder``."""
     files = {split: split for split in SPLITS[:-1]} | {"calibration": f"calibration-{calibration}"}
+    files |= {} if heal_on is None else {"healing": f"healing-{heal_on}"}
     paths = {split: {"path": str(folder / f"{file}.jsonl")} for split, file in files.items()}
     return {"format": FORMATS[name], **paths}
 
@@ -136,11 +145,7 @@ def _calibration(
     found = list(own)
     if asked.foreign is not None:
         count = round(asked.share * len(own))
-        texts = _foreign(asked.foreign, folders, seed, rows)[:count]
-        if len(texts) < count:
-            raise DataError(
-                f"There are {len(texts)} rows of {asked.foreign} here, {count} are needed: lower rows.calibration."
-            )
+        texts = _foreign(asked.foreign, "calibration", count, folders, seed, rows)
         places = sorted(range(len(own)), key=lambda number: draw(seed, "foreign", str(number)))
         for place, text in zip(places, texts, strict=False):
             found[place] = _as_row(_cut(text), name)
@@ -149,14 +154,26 @@ def _calibration(
     return found
 
 
-def _foreign(name: str, folders: Sequence[Path], seed: int, rows: RowsConfig) -> list[str]:
+def _foreign(name: str, split: str, count: int, folders: Sequence[Path], seed: int, rows: RowsConfig) -> list[str]:
+    """Rows of another data set's split, or of prose, as texts."""
     if name == "prose":
-        return prose(seed)
-    return [row.prompt + row.completion for row in _splits(name, folders, seed, rows)["calibration"]]
+        texts = prose(seed)
+    else:
+        texts = [row.prompt + row.completion for row in _splits(name, folders, seed, rows)[split]]
+    if len(texts) < count:
+        raise DataError(f"There are {len(texts)} rows of {name} here, {count} are needed: lower rows.{split}.")
+    return texts[:count]
 
 
 def prose(seed: int) -> list[str]:
     """Paragraphs of the installed packages' descriptions and licences, each once, in a seeded order."""
+    found = _paragraphs()
+    return [found[key] for key in sorted(found, key=lambda key: draw(seed, "prose", key))]
+
+
+@functools.cache
+def _paragraphs() -> dict[str, str]:
+    """By their words."""
     found: dict[str, str] = {}
     for text in _documents():
         for paragraph in re.split(r"\n\s*\n", text):
@@ -164,7 +181,7 @@ def prose(seed: int) -> list[str]:
             letters = sum(letter.isalpha() or letter == " " for letter in plain)
             if _PROSE_CHARS[0] <= len(plain) <= _PROSE_CHARS[1] and letters > 0.9 * len(plain):
                 found.setdefault(words(plain), plain)
-    return [found[key] for key in sorted(found, key=lambda key: draw(seed, "prose", key))]
+    return found
 
 
 def _documents() -> Iterator[str]:

@@ -32,7 +32,7 @@ from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.modeling.loading import fetch_weights
 from emloc_ray.preparation import Prepared, prepare
 
-_SPLITS = {"train", "selection", "eval", "calibration"}
+_SPLITS = {"train", "selection", "eval", "calibration", "healing"}
 _PLACES = {"run_dir": True, "ray": True, "data": _SPLITS}
 
 
@@ -65,7 +65,7 @@ class Cells:
         """Of all that a cell's figures follow from."""
         asked = cell.config.model_dump(mode="json", exclude=_PLACES)
         content = self.contents.get((cell.dataset, cell.seed))
-        return fingerprint([asked, content, cell.calibration, cell.prune, version("emloc-ray")])
+        return fingerprint([asked, content, cell.calibration, cell.heal_on, cell.prune, version("emloc-ray")])
 
     def path(self, cell: Cell) -> Path:
         """A cell's figures."""
@@ -120,10 +120,10 @@ def check(ablation: Ablation, progress: Callable[[int, int], None]) -> float:
     """
     with tempfile.TemporaryDirectory() as folder:
         for dataset in ablation.config.datasets:
-            stand_in(dataset, Path(folder) / dataset, ablation.config.calibrations)
+            stand_in(dataset, Path(folder) / dataset, ablation.config.calibrations, ablation.config.healing_rows)
         tasks = []
         for cell in ablation.cells:
-            data = data_section(cell.dataset, Path(folder) / cell.dataset, cell.calibration)
+            data = data_section(cell.dataset, Path(folder) / cell.dataset, cell.calibration, cell.heal_on)
             whole = {} if cell.prune is None else {"emulator": {"compression_ratio": 1.0}}
             tasks.append(_changed(cell.task, data=data, **whole))
         prepared = prepare_batch(Batch(ablation.batch, tuple(tasks), ablation.ray), progress)
@@ -142,8 +142,9 @@ def make_data(ablation: Ablation, tell: Tell) -> Cells:
             for seed in ablation.config.seeds:
                 tell(f"Data set {dataset}, seed {seed}")
                 folder = ablation.data_dir(dataset, seed)
+                config = ablation.config
                 contents[dataset, seed] = make_dataset(
-                    dataset, folder, seed, ablation.config.rows, ablation.config.calibrations
+                    dataset, folder, seed, config.rows, config.calibrations, config.healing_rows
                 )
         return Cells(ablation, contents)
     finally:

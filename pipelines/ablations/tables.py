@@ -78,10 +78,10 @@ def _against(result: Mapping[str, Any]) -> str:
 
 
 def _percent(found: Mapping[str, Any], error: str | None) -> str:
-    if found["mean"] is None:
-        return _NONE
-    text = f"{100 * found['mean']:.1f}"
-    if error is not None and found[error] is not None:
+    if error is None:
+        return _NONE if found["mean"] is None else f"{100 * found['mean']:.1f}"
+    text = _NONE if found["mean"] is None else f"{100 * found['mean']:.1f}"
+    if found[error] is not None:
         text += f" ± {100 * found[error]:.1f}"
     whole = found["n"] + found["missing"]
     return text if not found["missing"] else f"{text} ({found['n']} of {whole})"
