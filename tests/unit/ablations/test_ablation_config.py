@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
-from ablations import runs
+from ablations import records, runs
 from ablations.cells import Ablation, read_ablation
+from ablations.statistics import summarize
 
 from emloc_ray.errors import ConfigError
 
@@ -137,3 +139,62 @@ def test_a_committed_file_is_valid_and_carries_its_exact_command(path: Path) -> 
     head = path.read_text().split("base:")[0]
     assert f"python pipelines/ablation.py configs/ablations/{path.name}\n" in head
     assert "hours" in head or "minutes" in head
+
+
+def done(loss: float, **losses: float) -> dict[str, Any]:
+    """A cell's figures."""
+    known = {"original": 4.0, "emulator": 6.0, "emulator_adapter": 4.5, "uncorrected": loss + 0.1, "corrected": loss}
+    return {"losses": {**known, **losses}, "num_tokens": 9, "parameters_kept": 0.5, "versions": {"torch": "2"}}
+
+
+def test_records_are_paired_by_data_set_and_seed_and_tell_what_is_missing(write: Write) -> None:
+    methods = [{"name": "lora", RATIO: 1.0}, {"name": "paper"}, {"name": "cut", "prune": "random"}]
+    corrections = {"none": {"method": "none"}, "half": {"method": "covariance", "strength": 0.5}}
+    ablation = read_ablation(write(methods=methods, corrections=corrections, grid={}, datasets=["code"]))
+    cells = runs.Cells(ablation, {("code", 0): "a", ("code", 1): "b"})
+    by_name = {(cell.method, cell.seed): cell for cell in ablation.cells}
+    cells.write(by_name["lora", 0], done(3.0))
+    cells.write(by_name["lora", 1], done(3.2))
+    cells.write(by_name["paper", 0], done(3.5))
+    cells.write_measured(by_name["paper", 0], {"none": 3.6, "half": 3.4})
+    cells.write(by_name["cut", 1], done(4.4, original=5.0))
+    assert cells.is_to_be_measured(by_name["cut", 1])
+    cells.write_measured(by_name["cut", 1], {"original": 4.0, "recovered": 3.6})
+    found = records.collect(ablation, cells, {by_name["paper", 1].name: "memory ran out"})
+    shown = {(r["method"], r["seed"], r["correction"]): r for r in found}
+    assert len(found) == len(shown) == 2 + 2 + 2 * 3
+    assert shown["lora", 1, None]["gap_closed"] == 1
+    assert shown["paper", 0, "projection"]["gap_closed"] == pytest.approx(0.5)
+    assert shown["paper", 0, "projection"]["gap_closed_uncorrected"] == pytest.approx(0.4)
+    assert shown["paper", 0, "projection"]["gap_closed_by_emulator"] == pytest.approx(-0.5)
+    assert shown["paper", 0, "half"]["gap_closed"] == pytest.approx(0.6)
+    assert shown["paper", 0, "half"]["losses"]["corrected"] == 3.4
+    assert shown["cut", 1, None]["gap_closed"] == pytest.approx(0.5)
+    assert shown["cut", 1, None]["losses"] == {"original": 4, "emulator": 5, "emulator_adapter": 4.4, "corrected": 3.6}
+    for key in (("paper", 1, "projection"), ("paper", 1, "half"), ("cut", 0, None)):
+        assert (shown[key]["status"], shown[key]["gap_closed"]) == ("missing", None)
+    assert shown["paper", 1, "none"]["reason"] == "memory ran out"
+    assert "not run yet" in shown["cut", 0, None]["reason"]
+
+
+def test_figures_of_other_settings_or_rows_count_as_missing(write: Write) -> None:
+    ablation = read_ablation(write())
+    cell = ablation.cells[0]
+    cells = runs.Cells(ablation, {(cell.dataset, cell.seed): "a"})
+    cells.write(cell, done(3.0))
+    assert cells.read(cell) is not None
+    assert runs.Cells(ablation, {(cell.dataset, cell.seed): "b"}).read(cell) is None
+    other = read_ablation(write(), ["finetune.max_steps=7"])
+    assert runs.Cells(other, {(cell.dataset, cell.seed): "a"}).read(other.cells[0]) is None
+
+
+def test_what_is_published_holds_numbers_config_and_versions_and_no_place(write: Write, tmp_path: Path) -> None:
+    ablation = read_ablation(write())
+    cells = runs.Cells(ablation, {})
+    cells.write(ablation.cells[0], done(3.0))
+    found = records.collect(ablation, cells, {})
+    rows = summarize(found, records.label_keys(ablation), {})
+    text = json.dumps(records.published(ablation, found, rows))
+    assert str(tmp_path) not in text
+    assert '"torch": ["2"]' in text
+    assert "run_dir" not in text
