@@ -70,6 +70,7 @@ class DataConfig(Section):
     calibration: SplitConfig | None = None
     selection: SplitConfig | None = None
     eval: SplitConfig | None = None
+    healing: SplitConfig | None = Field(None, description="what the emulator is healed on; left out: train's rows")
     max_seq_length: int = Field(512, ge=2)
     packing: bool = Field(False, description="join rows into sequences of max_seq_length")
     on_error: Literal["fail", "skip"] = Field(
@@ -154,8 +155,8 @@ class EmulatorConfig(StageConfig):
     allocation: Literal["uniform", "spectral", "sensitivity"] = Field(
         "uniform", description="who gets the ranks: all alike, or by what they keep of outputs, or of predictions"
     )
-    objective: Literal["activations", "predictions"] = Field(
-        "activations", description="what factors keep: their layer's outputs, or the model's predictions"
+    objective: Literal["activations", "predictions", "weights"] = Field(
+        "activations", description="what factors keep: their layer's outputs, the model's predictions, or its weights"
     )
     gradient_dampening_frac: float = Field(1e-2, gt=0, lt=1, description="of the sums of gradients that weigh outputs")
     healing: HealingConfig | None = None
@@ -383,6 +384,15 @@ class RunConfig(Section):
         if asks is not None and self.calibration.mode == "streamed":
             raise ValueError(
                 f"{asks} needs gradients, which pass through the whole model: set calibration.mode to resident or auto"
+            )
+        if self.data.healing is not None and self.emulator.healing is None:
+            raise ValueError(
+                "data.healing names rows to heal on, and nothing is healed: set emulator.healing.steps, or remove it"
+            )
+        if self.emulator.objective == "weights" and self.emulator.allocation != "uniform":
+            raise ValueError(
+                "emulator.objective: weights looks at no data, which the ranks of"
+                f" emulator.allocation: {self.emulator.allocation} follow from: set that to uniform"
             )
         if self.correction.method == "covariance" and self.calibration.keep == "none":
             raise ValueError("correction.method: covariance needs the Grams: set calibration.keep to grams")

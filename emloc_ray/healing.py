@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from emloc_ray.config import AdapterConfig, HealingConfig
+from emloc_ray.config import AdapterConfig, HealingConfig, RunConfig
 from emloc_ray.core.healing import healed_layers, ranks_before_healing
-from emloc_ray.preparation import Prepared
+from emloc_ray.preparation import Prepared, splits_of
 
 
 def factor_ranks(prepared: Prepared) -> dict[str, int]:
@@ -21,8 +21,14 @@ def packs_late(prepared: Prepared) -> bool:
     return prepared.layout.quantized and prepared.config.emulator.heals is not None
 
 
+def healing_split(config: RunConfig) -> str:
+    """Whose rows the emulator is healed on."""
+    return "healing" if "healing" in splits_of(config) else "train"
+
+
 def healing_run(prepared: Prepared, healing: HealingConfig) -> Prepared:
-    """The run whose fine-tuning is the healing: a LoRA on the healed layers of the emulator as it is factorized."""
+    """The run whose fine-tuning is the healing: a LoRA on the healed layers of the emulator as it is factorized, on the
+    rows that it is healed on."""
     config, layout = prepared.config, prepared.layout
     finetune = config.finetune
     learned = {
@@ -42,6 +48,7 @@ def healing_run(prepared: Prepared, healing: HealingConfig) -> Prepared:
     return dataclasses.replace(
         prepared,
         config=changed,
+        files={**prepared.files, "train": prepared.files.get(healing_split(config), ())},
         layout=dataclasses.replace(
             layout,
             ranks=factor_ranks(prepared),

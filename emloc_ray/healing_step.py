@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from emloc_ray.errors import ConfigError
-from emloc_ray.healing import healing_run
+from emloc_ray.healing import healing_run, healing_split
 from emloc_ray.io.fingerprint import fingerprint
 from emloc_ray.io.node_cache import discard
 from emloc_ray.io.resume import discard_unless
@@ -38,7 +38,7 @@ def heal_emulator(steps: Steps, jobs: Jobs, content: Callable[[], Inputs]) -> No
         raise ConfigError(f"emulator.healing.r is {healing.r}, and no linear was given a rank above it: lower it.")
     inputs: Inputs = {
         "factorize": steps.inputs["factorize"],
-        "data": steps.inputs["data/train"],
+        "data": steps.inputs[f"data/{healing_split(prepared.config)}"],
         "options": jobs.model_options,
         "healing": healing.model_dump(mode="json"),
         "finetune": without(training.config.finetune, NOT_LEARNED | _OWN),

@@ -12,7 +12,7 @@ from typing import Any
 from emloc_ray.config import HealingConfig, StageConfig
 from emloc_ray.data.ingest import SampleOrder
 from emloc_ray.data.token_shards import TokenShards
-from emloc_ray.healing import factor_ranks, healing_run, packs_late
+from emloc_ray.healing import factor_ranks, healing_run, healing_split, packs_late
 from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.layout import adapter_settings
 from emloc_ray.memory import MemoryModel
@@ -150,6 +150,7 @@ class Jobs:
             kept_wide=layout.kept_wide,
             gradients_dir=self._path("gradients") if layout.objective == "predictions" and layout.ranks else None,
             gradient_dampening_frac=config.emulator.gradient_dampening_frac,
+            by_weights=layout.objective == "weights",
         )
 
     @property
@@ -163,6 +164,7 @@ class Jobs:
         training = replace(
             own.finetuning(name),
             emulator_dir=self._path("emulator"),
+            tokens_dir=self.tokens(healing_split(self.prepared.config)),
             out_dir=self._path(place, "adapter"),
             storage_dir=self._path(place),
             teacher_dir=self._path(place, "teacher"),

@@ -76,7 +76,7 @@ def make_plan(prepared: Prepared) -> Plan:
     disk = _disk_bytes(prepared, memory, lengths)
     flops = _stage_flops(prepared, lengths.mean)
     speed = _flops_per_second()
-    sections = _sections(prepared)
+    sections, planned = _sections(prepared), _stage_memory(prepared, memory)
     stages = []
     for name in planned_steps(prepared):
         section = sections[name]
@@ -85,7 +85,7 @@ def make_plan(prepared: Prepared) -> Plan:
         stages.append(
             StagePlan(
                 name,
-                memory.stage(name),
+                planned[name],
                 disk[name],
                 seconds if flops[name] or disk[name] else 0.0,
                 section.num_workers,
@@ -120,10 +120,16 @@ def planned_steps(prepared: Prepared) -> list[str]:
 def planned_memory(prepared: Prepared) -> dict[str, int]:
     """Bytes that one worker of every stage is planned to hold at its peak, and what ``inference`` of the original takes."""
     memory = MemoryModel(prepared, row_lengths(prepared))
-    return {
-        **{name: total(memory.stage(name)) for name in planned_steps(prepared)},
-        "inference": total(memory.inference()),
-    }
+    stages = {name: total(parts) for name, parts in _stage_memory(prepared, memory).items()}
+    return {**stages, "inference": total(memory.inference())}
+
+
+def _stage_memory(prepared: Prepared, memory: MemoryModel) -> dict[str, Parts]:
+    """Every stage's peak by part; the healing's at the lengths of the rows that it reads."""
+    stages, healing = {name: memory.stage(name) for name in planned_steps(prepared)}, prepared.config.emulator.heals
+    if healing is not None:
+        stages["heal"] = MemoryModel(prepared, row_lengths(healing_run(prepared, healing))).heal()
+    return stages
 
 
 def within_budget(prepared: Prepared) -> tuple[Solution, Prepared]:
@@ -132,7 +138,10 @@ def within_budget(prepared: Prepared) -> tuple[Solution, Prepared]:
     Raises:
         ConfigError: where none fit.
     """
-    solution = solve(prepared, int(prepared.config.memory_budget or 0), row_lengths(prepared))
+    lengths, healing = row_lengths(prepared), prepared.config.emulator.heals
+    if healing is not None:
+        lengths = max(lengths, row_lengths(healing_run(prepared, healing)), key=lambda found: found.longest)
+    solution = solve(prepared, int(prepared.config.memory_budget or 0), lengths)
     return solution, with_settings(
         prepared,
         solution.compression_ratio,
@@ -201,7 +210,7 @@ def _disk_bytes(prepared: Prepared, memory: MemoryModel, lengths: Lengths) -> di
         "gradients": gradients // 2 + gradients * prepared.config.calibration.num_workers,
         "allocate": 8 * sum(min(s.out_features, s.in_features) for s in prepared.layout.specs),
         "factorize": emulator,
-        "heal": _healing_bytes(prepared, memory, lengths),
+        "heal": _healing_bytes(prepared, memory),
         "finetune": 4 * adapter,
         "correct": 4 * memory.corrected_parameters,
         "merge": 0 if prepared.config.adapter.is_prompt else memory.weights,
@@ -209,14 +218,14 @@ def _disk_bytes(prepared: Prepared, memory: MemoryModel, lengths: Lengths) -> di
     }
 
 
-def _healing_bytes(prepared: Prepared, memory: MemoryModel, lengths: Lengths) -> int:
+def _healing_bytes(prepared: Prepared, memory: MemoryModel) -> int:
     """The healed emulator, and while it is made the teacher's logits (k · 6 bytes of a token) and training checkpoints."""
     healing = prepared.config.emulator.heals
     if healing is None:
         return 0
     run = healing_run(prepared, healing)
-    rows = min(_num_train_rows(prepared), _rows_trained(run))
-    cached = rows * lengths.mean * healing.num_teacher_logits * BYTES_PER_LOGIT
+    rows = min(_num_train_rows(run), _rows_trained(run))
+    cached = rows * row_lengths(run).mean * healing.num_teacher_logits * BYTES_PER_LOGIT
     lora = sum(healing.r * (s.out_features + s.in_features) for s in run.layout.specs if s.name in run.layout.adapted)
     return int(memory.emulator + cached + 4 * 4 * lora)
 
@@ -293,16 +302,17 @@ def _stage_flops(prepared: Prepared, tokens: float) -> dict[str, float]:
     # Forward, once more for what the backward pass reads, and back; and the sums.
     sums = sum(s.token_share * s.out_features**2 for s in layout.specs if s.name in weighed) * 1.2
     values = sum(2 * s.num_parameters * s.in_features for s in layout.specs if s.name in spread)
-    taught = healed = 0
+    taught = healed = 0.0  # tokens
     if config.emulator.heals is not None:
-        healed = _rows_trained(healing_run(prepared, config.emulator.heals))
-        taught = min(healed, _num_train_rows(prepared))
+        run = healing_run(prepared, config.emulator.heals)
+        rows, length = _rows_trained(run), row_lengths(run).mean
+        healed, taught = rows * length, min(rows, _num_train_rows(run)) * length
     return {
         "calibrate": calibrated * 2 * (blocks + grams),
         "gradients": calibrated * 2 * (3 * (blocks + head) + sums) if weighed else 0,
         "allocate": 2.5 * values,
         "factorize": 2.5 * work,
-        "heal": tokens * (healed * passes * (kept + 4 * head) + taught * 2 * (blocks + 4 * head)),
+        "heal": healed * passes * (kept + 4 * head) + taught * 2 * (blocks + 4 * head),
         "finetune": _rows_trained(prepared) * tokens * passes * (kept + head),
         "correct": tokens * selection * 2 * (blocks + head) + work,
         "merge": 0,

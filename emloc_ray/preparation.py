@@ -63,6 +63,11 @@ class Prepared:
         return min(tokens, section.num_calibration_tokens or tokens)
 
 
+def splits_of(config: RunConfig) -> tuple[str, ...]:
+    """The splits that a run has rows of: one for the healing alone where it heals and such rows are named."""
+    return (*SPLITS, "healing") if config.data.healing is not None and config.emulator.heals is not None else SPLITS
+
+
 def prepare(config: RunConfig) -> Prepared:
     """Checks the whole config against the model, the data and the disk.
 
@@ -87,7 +92,7 @@ def prepare(config: RunConfig) -> Prepared:
     reads_images = found is None or found[1].image.row_tokens > 0
     if config.data.generate == "vqa" and not reads_images:
         errors.append("data.generate: vqa shows images, which the model has no processor for: choose one that has.")
-    files = {name: attempt(lambda name=name: _check_split(config, name, reads_images)) for name in SPLITS}  # type: ignore[misc]
+    files = {name: attempt(lambda name=name: _check_split(config, name, reads_images)) for name in splits_of(config)}  # type: ignore[misc]
     attempt(lambda: _check_upper_bound(config))
     attempt(lambda: _check_resources(config))
     attempt(lambda: _check_quantization(config))
@@ -214,7 +219,8 @@ def _skeleton(
 
 def _check_split(config: RunConfig, name: str, reads_images: bool) -> tuple[SourceFile, ...]:
     split: SplitConfig | None = getattr(config.data, name)
-    if split is None or config.data.generate is not None or _is_hub(split):
+    is_made = config.data.generate is not None and name in SPLITS
+    if split is None or is_made or _is_hub(split):
         return ()
     try:
         sources = _checked_sources(split.path, f"data.{name}.path", config.data, reads_images)

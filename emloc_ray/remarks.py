@@ -89,7 +89,7 @@ def shortfall(config: RunConfig, split: str, count: dict[str, int]) -> str | Non
 def thin_calibration(config: RunConfig, fewest_tokens: int | None, layout: Layout) -> str | None:
     """Where a Gram has fewer tokens than a rank that is taken from it."""
     highest = max(layout.ranks.values(), default=0)
-    if fewest_tokens is None or fewest_tokens >= highest:
+    if fewest_tokens is None or fewest_tokens >= highest or layout.objective == "weights":
         return None
     if not fewest_tokens:
         return (

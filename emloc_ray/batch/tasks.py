@@ -38,7 +38,7 @@ from emloc_ray.io.fingerprint import fingerprint
 from emloc_ray.io.object_store import is_store_uri
 from emloc_ray.passed_keys import no_such_key
 
-__all__ = ["Batch", "BatchConfig", "Task", "read_batch"]
+__all__ = ["Batch", "BatchConfig", "Task", "compose_batch", "read_batch"]
 
 MAX_GRID_TASKS = 10_000
 _FEW = 3  # tasks that are named beside an error they share
@@ -130,8 +130,15 @@ def read_batch(path: str | Path, overrides: Sequence[str] = ()) -> Batch:
         ConfigError: with every error of all tasks at once, one sentence a line.
     """
     path = Path(path)
+    return compose_batch(
+        read_mapping(path, f"Batch {path}", "it needs at least run_dir, and tasks or grid"), path, overrides
+    )
+
+
+def compose_batch(values: dict[str, Any], path: Path, overrides: Sequence[str] = ()) -> Batch:
+    """As :func:`read_batch`, of what the file at ``path`` holds, or of what was made of it."""
+    values = dict(values)
     where = f"{path} and its overrides" if overrides else str(path)
-    values = read_mapping(path, f"Batch {path}", "it needs at least run_dir, and tasks or grid")
     for key in ("base", "tasks"):
         if isinstance(values.get(key), str) and values[key].strip():
             values[key] = str(path.parent / os.path.expanduser(values[key]))

@@ -12,6 +12,7 @@ from emloc_ray.data.hash_order import Rows, row_chunks, row_hash, rows_at
 from emloc_ray.data.reading import Place, Row, SourceFile, read_rows
 
 SPLITS = ("train", "calibration", "selection", "eval")
+"""What every run has; beside them may be ``healing``, where the emulator is healed on rows of its own."""
 CALIBRATION_SEED = 3
 """What is added to the run's seed where calibration rows are drawn."""
 
@@ -120,7 +121,8 @@ def assign_splits(
     """Completes the splits that were not given from the training rows.
 
     Held-out and selection rows are taken *out of* train (a tenth of it at most each), so that nothing is chosen or
-    reported on a trained row; calibration is sampled from what is left to train on.
+    reported on a trained row; calibration is sampled from what is left to train on. A split that not every run has stays
+    as it was given.
     """
     train = given["train"]
     tenth = max(1, len(train) // 10)
@@ -136,4 +138,5 @@ def assign_splits(
         "calibration": calibration.sample(num_calibration_samples, seed + CALIBRATION_SEED),
         "selection": selection.sample(num_selection_samples, seed + 4),
         "eval": evaluation.sample(num_eval_samples, seed + 5),
+        **{name: rows for name, rows in given.items() if name not in SPLITS},
     }

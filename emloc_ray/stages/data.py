@@ -18,7 +18,7 @@ from emloc_ray.io.fingerprint import content_of
 from emloc_ray.io.node_cache import exists, hashes
 from emloc_ray.io.resume import discard_unless
 from emloc_ray.modeling.inputs import has_encoder
-from emloc_ray.preparation import Prepared
+from emloc_ray.preparation import Prepared, splits_of
 from emloc_ray.stages.cluster import Progress, silent
 from emloc_ray.stages.failures import Losses, Tell, unheard
 
@@ -30,8 +30,9 @@ Result = TypeVar("Result")
 def split_inputs(prepared: Prepared) -> dict[str, Any]:
     """What the token shards depend on."""
     config = prepared.config
+    unused = {"healing"} - {*splits_of(config)}
     return {
-        "data": config.data.model_dump(mode="json"),
+        "data": config.data.model_dump(mode="json", exclude=unused),
         "files": {name: fingerprint_sources(sources) for name, sources in prepared.files.items()},
         "counts": [
             config.calibration.num_calibration_samples,
@@ -52,8 +53,8 @@ def content_of_rows(prepared: Prepared) -> dict[str, str]:
 
 def may_change(prepared: Prepared) -> bool:
     """Whether the same rows may be others another day: a data set of the hub, images that rows name."""
-    data = prepared.config.data
-    hub = any(str(split.path).startswith("hf:") for name in SPLITS if (split := getattr(data, name)) is not None)
+    data, names = prepared.config.data, splits_of(prepared.config)
+    hub = any(str(split.path).startswith("hf:") for name in names if (split := getattr(data, name)) is not None)
     return hub or any(source.images for files in prepared.files.values() for source in files)
 
 
@@ -91,7 +92,7 @@ def tokenize_data(
     splits = begun_again(lambda: _splits(config, found, options), losses, lambda: "counting tokens")
     # Rows that may show images are of 100 KB rather than a few.
     rows_per_shard = _IMAGE_ROWS_PER_SHARD if options.may_show_images else _ROWS_PER_SHARD
-    sizes = dict.fromkeys(SPLITS, rows_per_shard) | {"calibration": config.calibration.rows_per_shard}
+    sizes = dict.fromkeys(splits, rows_per_shard) | {"calibration": config.calibration.rows_per_shard}
     counts = begun_again(
         lambda: tokenize_splits(
             splits,
@@ -132,7 +133,7 @@ def _splits(
         num_eval_samples=config.evaluation.num_samples,
         seed=config.seed,
     )
-    empty = [name for name in SPLITS if len(splits[name]) == 0]
+    empty = [name for name, rows in splits.items() if len(rows) == 0]
     if empty:
         raise DataError(f"data.{empty[0]} is left without rows: give it a path, or more training rows.")
     num_tokens = config.calibration.num_calibration_tokens
@@ -147,14 +148,14 @@ def _splits(
 def _sources(prepared: Prepared, out_dir: Path) -> dict[str, tuple[SourceFile, ...]]:
     """The files of every split that has its own, those made or downloaded for the run included."""
     config, directory = prepared.config, out_dir / "rows"
-    named = {name: split.path for name in SPLITS if (split := getattr(config.data, name)) is not None}
+    named = {name: split.path for name in splits_of(config) if (split := getattr(config.data, name)) is not None}
     hub = {name: path for name, path in named.items() if isinstance(path, str) and path.startswith("hf:")}
     if hub or config.data.generate is not None:
         # What was made for the run stays with it: neither the hub nor the installed sources need be as they were.
         discard_unless(directory, [config.data.generate, config.seed if config.data.generate else None, hub])
     found: dict[str, tuple[SourceFile, ...]] = dict(prepared.files)
     if config.data.generate is not None:
-        found = _generate(config.data.generate, directory, config.seed)
+        found |= _generate(config.data.generate, directory, config.seed)
     for name, path in hub.items():
         found[name] = (_download(path.removeprefix("hf:"), name, directory),)
     return found

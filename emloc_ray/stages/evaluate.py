@@ -83,6 +83,28 @@ def evaluate_slice(job: EvaluationJob, family: str, part: int, num_parts: int, t
     return results
 
 
+def score_adapters(job: EvaluationJob, adapters: Sequence[Path | None], threads: int = 1) -> list[Score]:
+    """The original on the held-out rows with each of some adapters, whatever they were trained on; None: without one."""
+    set_threads(threads)
+    shards = TokenShards(job.tokens_dir)
+    rows = [shards.row(position) for position in range(len(shards))]
+    model, found = load_model(job.model_dir, **job.model_options), []
+    for adapter in adapters:
+        plugged = model if adapter is None else load_adapter(model, adapter)
+        score = score_rows(
+            plugged.eval(),
+            rows,
+            batch_size=job.batch_size,
+            loss_on=job.loss_on,
+            pad_token_id=job.pad_token_id,
+            name="original" if adapter is None else str(adapter),
+            images=_images(job),
+        )
+        found.append(score)
+        model = plugged if adapter is None else detach_adapter(plugged)
+    return found
+
+
 def _variants(job: EvaluationJob, family: str) -> Iterator[tuple[str, Any]]:
     """A base model is loaded once; adapters are plugged in on top of it."""
     if family == "merged" and job.merged_dir is not None:

@@ -53,7 +53,8 @@ class FactorizationJob:
     whose names in the checkpoint are not the model's own, which the emulator's are. ``in_4bit`` are the linears that are
     stored so, as factors or dense, of which those in ``without_gram`` have none; ``kept_wide`` are those elsewhere in the
     model that are not. ``gradients_dir`` holds the sums of gradients that weigh outputs, where factors are to keep the
-    model's predictions instead of each layer's outputs.
+    model's predictions instead of each layer's outputs. ``by_weights``: factors are the weights' own truncated SVD, whose
+    errors alone are measured under the Grams.
     """
 
     model_dir: Path
@@ -69,6 +70,7 @@ class FactorizationJob:
     kept_wide: tuple[str, ...] = ()
     gradients_dir: Path | None = None
     gradient_dampening_frac: float = 1e-2
+    by_weights: bool = False
 
 
 def _cost(group: Sequence[LinearSpec]) -> float:
@@ -86,6 +88,8 @@ def factorize_group(job: FactorizationJob, specs: Sequence[LinearSpec], gram: St
     checkpoint = Checkpoint(job.model_dir)
     basis = Basis(job.basis_dir)
     whitening = functools.cache(functools.partial(_whitening, gram, job.dampening_frac))
+    alike = functools.cache(functools.partial(Whitening.identity, specs[0].in_features))
+    inputs = alike if job.by_weights else whitening
     gradients = None if job.gradients_dir is None else GramStore(job.gradients_dir)
     tensors: dict[str, torch.Tensor] = {}
     spectra: dict[str, torch.Tensor] = {}
@@ -94,7 +98,7 @@ def factorize_group(job: FactorizationJob, specs: Sequence[LinearSpec], gram: St
         dtype = checkpoint.entry(spec.weight_rows[0].name).dtype
         weight = functools.cache(functools.partial(spec.read_weight, checkpoint))
         outputs = _output_whitening(job, spec, gradients) if spec.name in job.ranks else None
-        result = _factorized(job, spec, weight, whitening, outputs, basis) if spec.name in job.ranks else None
+        result = _factorized(job, spec, weight, inputs, outputs, basis) if spec.name in job.ranks else None
         parts = {"": weight()} if result is None else {".up": result.factors.up, ".down": result.factors.down}
         held = {
             part: quantize(made, dtype, spec.name) if spec.name in job.in_4bit else {"weight": made.to(dtype)}
@@ -106,7 +110,7 @@ def factorize_group(job: FactorizationJob, specs: Sequence[LinearSpec], gram: St
             if spec.bias_rows.name in checkpoint:
                 tensors[f"{spec.name}.up.bias"] = spec.bias_rows.entry(checkpoint).read_rows()
         if gram is not None:
-            weighed = outputs is not None
+            weighed = outputs is not None or job.by_weights
             reports.append(_report(spec, result, list(held.values()), weight, whitening, gram.num_tokens, weighed))
     write_tensors(spectra_file(path), spectra, {LAYERS: json.dumps([asdict(report) for report in reports])})
     write_tensors(path, tensors)  # last: with it, the group is done
@@ -127,7 +131,7 @@ def _factorized(
     job: FactorizationJob,
     spec: LinearSpec,
     weight: Callable[[], torch.Tensor],
-    whitening: Callable[[], Whitening],
+    inputs: Callable[[], Whitening],
     outputs: Whitening | None,
     basis: Basis,
 ) -> Factorization:
@@ -136,11 +140,11 @@ def _factorized(
         return truncated(known, rank)
     if outputs is None:
         if known is None:
-            return factorize_layer(weight(), whitening(), rank, seed=job.seed, name=spec.name)
-        return extended(weight(), whitening(), known, rank, seed=job.seed, name=spec.name)
+            return factorize_layer(weight(), inputs(), rank, seed=job.seed, name=spec.name)
+        return extended(weight(), inputs(), known, rank, seed=job.seed, name=spec.name)
     if known is None:
-        return factorize_two_sided(weight(), whitening(), outputs, rank, seed=job.seed, name=spec.name)
-    return extended_two_sided(weight(), whitening(), outputs, known, rank, seed=job.seed, name=spec.name)
+        return factorize_two_sided(weight(), inputs(), outputs, rank, seed=job.seed, name=spec.name)
+    return extended_two_sided(weight(), inputs(), outputs, known, rank, seed=job.seed, name=spec.name)
 
 
 def _output_whitening(job: FactorizationJob, spec: LinearSpec, gradients: GramStore | None) -> Whitening | None:

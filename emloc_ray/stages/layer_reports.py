@@ -24,8 +24,9 @@ class LayerReport:
     """One layer: its error, as stored, relative to ``‖W G^½‖``, and the energy ``tr(W G Wᵀ)`` of its spectrum.
 
     ``rank`` is the full one and ``solver`` is ``dense`` for a layer that was put into 4 bits alone. Where predictions are
-    what the factors keep, the spectrum and its energy are those of ``S^½ W G Wᵀ S^½``, and ``weighed_error`` is the
-    relative error there. ``spectrum`` is a few of its values, each beside its number from 1 on, as shares of the energy.
+    what the factors keep, the spectrum and its energy are those of ``S^½ W G Wᵀ S^½``, where the weights themselves are,
+    of ``W Wᵀ``; and ``weighed_error`` is the relative error there. ``spectrum`` is a few of its values, each beside its
+    number from 1 on, as shares of the energy.
     """
 
     name: str

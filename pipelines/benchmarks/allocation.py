@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +28,10 @@ _ROWS = 64
 
 
 def allocation(out: Path) -> Figures:
-    """Bare emulators of the quickstart's model on 64 held-out rows: how far their loss is above the original's."""
+    """Bare emulators of the quickstart's model on 64 held-out rows: how far their loss is above the original's.
+
+    The losses themselves are in ``better_ranks.json``, as ``pipelines/results`` holds them for the README's table.
+    """
     torch.set_num_threads(2)
     cache, found = ArtifactCache(str(out / "cache")), {}
     with connection():
@@ -35,13 +40,27 @@ def allocation(out: Path) -> Figures:
         print(f"original: {original:.3f}", flush=True)
         baseline = {ratio: _loss(run, "emulator") for ratio, run in plain.items()}
         print(f"uniform ranks, activations: {baseline}", flush=True)
+        losses = {PLAIN: baseline}
         for allocation, objective in WAYS:
+            losses[allocation, objective] = {}
             for ratio in RATIOS:
                 loss = _loss(_emulator(out, cache, ratio, allocation, objective), "emulator")
+                losses[allocation, objective][ratio] = loss
                 print(f"ratio {ratio}, {allocation} ranks, {objective}: {loss:.3f}", flush=True)
                 what = f"loss above the original's at ratio {ratio}, {allocation} ranks, factors for {objective}"
                 found[what] = figure(loss - original, baseline[ratio] - original, "nats/token")
+    (out / "better_ranks.json").write_text(json.dumps(_table(original, losses), indent=2) + "\n")
     return found
+
+
+def _table(original: float, losses: dict[tuple[str, str], dict[float, float]]) -> dict[str, Any]:
+    """What :mod:`ablations.tables` makes a table of, to a thousandth of a nat."""
+    rows = [
+        {"ranks": ranks, "factors": factors, "losses": {str(ratio): round(loss, 3) for ratio, loss in found.items()}}
+        for (ranks, factors), found in losses.items()
+    ]
+    command = "python pipelines/benchmark.py allocation"
+    return {"kind": "bare_emulators", "command": command, "original": round(original, 3), "rows": rows}
 
 
 def _emulator(out: Path, cache: ArtifactCache, ratio: float, allocation: str, objective: str) -> Path:

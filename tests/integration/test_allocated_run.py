@@ -186,6 +186,7 @@ def test_an_emulator_of_other_ranks_is_taken_from_one_of_the_same_objective_alon
     activations = run("activations", allocation="uniform", objective="activations", compression_ratio=0.8)
     predictions = run("predictions", allocation="uniform", compression_ratio=0.8)
     taken = run("taken")
+    weights = run("weights", allocation="uniform", objective="weights", compression_ratio=0.5)
     ranks = json.loads((taken / "config.json").read_text())["ranks"]
     assert ranks == json.loads((alone / "config.json").read_text())["ranks"]
     one, other, whole = Checkpoint(taken), Checkpoint(alone), Checkpoint(predictions)
@@ -200,7 +201,13 @@ def test_an_emulator_of_other_ranks_is_taken_from_one_of_the_same_objective_alon
     first = next(iter(ranks))
     assert not torch.allclose(spectra(taken)[first][:4], spectra(activations)[first][:4])
     bases = [entry.basis["objective"] for entry in cache.entries() if entry.stage == "factorize" and entry.basis]
-    assert sorted(bases) == ["activations", "predictions", "predictions"]
+    assert sorted(bases) == ["activations", "predictions", "predictions", "weights"]
+    plain, original = Checkpoint(weights), Checkpoint(weighed_run.model_dir)
+    for name, rank in json.loads((weights / "config.json").read_text())["ranks"].items():
+        u, s, vh = torch.linalg.svd(original.read(f"{name}.weight"), full_matrices=False)
+        product = plain.read(f"{name}.up.weight") @ plain.read(f"{name}.down.weight")
+        torch.testing.assert_close(product, (u[:, :rank] * s[:rank]) @ vh[:rank], rtol=1e-3, atol=1e-5)
+    assert "factors that keep weights" in (weights.parent / "report.html").read_text()
 
 
 def one_worker(root: Path, model_dir: Path, rows: Path, /, **changes: dict[str, Any]) -> dict[str, Any]:

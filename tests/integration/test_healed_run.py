@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from s3_server import uri
 from safetensors.torch import load_file
-from small_runs import FinishedRun, KillingWatcher, RecordingReporter, make_values, redone, run_values
+from small_runs import FinishedRun, KillingWatcher, RecordingReporter, make_values, redone, run_values, write_jsonl
 from test_deepspeed import in_one_group
 from transformers import AutoModelForCausalLM
 
@@ -190,6 +190,24 @@ def test_broken_off_in_each_part_it_goes_on_to_the_same_emulator(copied: Finishe
     assert reporter.started == ["heal"]
     assert not place.exists()
     same_tensors(copied.root / "emulator_healed", healed_run.root / "emulator_healed", 1e-5)
+
+
+def test_it_may_have_rows_of_its_own(copied: FinishedRun, healed_run: FinishedRun, tmp_path: Path) -> None:
+    others = write_jsonl(
+        tmp_path / "others.jsonl", [{"prompt": "write ", "completion": f"text {i}"} for i in range(50)]
+    )
+    data = {"healing": {"path": str(others), "num_samples": 20}}
+    values = copied.changed(data=data, emulator={"healing": {**HEALING, "steps": 8}}, finetune={"num_workers": 1})
+    reporter = run_values(values, until="heal")
+    assert reporter.started == ["data", "heal"]
+    metrics = json.loads((copied.root / "metrics.json").read_text())
+    assert metrics["data"]["healing"]["rows"] == metrics["healing"]["teacher_rows"] == 20
+    before, after = (json.loads((run.root / "manifest.json").read_text())["stages"] for run in (healed_run, copied))
+    assert before["factorize"] == after["factorize"]
+    assert redone(values) == AFTER
+    reporter = run_values(copied.changed(emulator={"healing": {**HEALING, "steps": 8}}), until="factorize")
+    assert reporter.started == ["data"]
+    assert not (copied.root / "data" / "tokens" / "healing").exists()
 
 
 def test_a_killed_worker_leaves_no_trace(copied: FinishedRun, healed_run: FinishedRun) -> None:

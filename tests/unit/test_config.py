@@ -378,6 +378,7 @@ def test_a_running_ray_is_joined_as_it_is(
         ({"allocation": "sensitivity"}, "emulator.allocation: sensitivity"),
         ({"objective": "predictions"}, "emulator.objective: predictions"),
         ({"objective": "predictions", "compression_ratio": 1.0}, None),
+        ({"objective": "weights"}, None),
     ],
 )
 def test_gradients_need_the_whole_model_in_a_worker(emulator: dict[str, Any], asks: str | None) -> None:
@@ -390,6 +391,20 @@ def test_gradients_need_the_whole_model_in_a_worker(emulator: dict[str, Any], as
     assert told.endswith(
         f"{asks} needs gradients, which pass through the whole model: set calibration.mode to resident or auto."
     )
+
+
+def test_rows_to_heal_on_are_for_a_healing() -> None:
+    data = {"train": {"path": "rows.jsonl"}, "healing": {"path": "other.jsonl"}}
+    assert "data.healing names rows to heal on, and nothing is healed: set emulator.healing.steps" in error_of(
+        data=data
+    )
+    assert config(data=data, emulator={"healing": {"steps": 3}}).data.healing is not None
+
+
+@pytest.mark.parametrize("allocation", ["spectral", "sensitivity"])
+def test_ranks_that_follow_from_data_are_not_for_factors_that_look_at_none(allocation: str) -> None:
+    told = error_of(emulator={"objective": "weights", "allocation": allocation})
+    assert f"emulator.objective: weights looks at no data, which the ranks of emulator.allocation: {allocation}" in told
 
 
 @pytest.mark.parametrize("key", ["allocation", "objective"])

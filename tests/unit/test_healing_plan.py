@@ -14,7 +14,7 @@ from emloc_ray import planner
 from emloc_ray.budget import solve
 from emloc_ray.config_reading import check_config, parse_config
 from emloc_ray.errors import ConfigError
-from emloc_ray.healing import factor_ranks, healing_run, packs_late
+from emloc_ray.healing import factor_ranks, healing_run, healing_split, packs_late
 from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.layout import make_layout, skeleton_of
 from emloc_ray.memory import MemoryModel, total
@@ -24,6 +24,7 @@ from emloc_ray.modeling.loading import ModelSource
 from emloc_ray.planner import StagePlan, make_plan
 from emloc_ray.preparation import Prepared, prepare
 from emloc_ray.remarks import no_healing
+from emloc_ray.stages.data import split_inputs
 
 ROW = Lengths(2048.0, 2048.0)
 
@@ -132,6 +133,52 @@ def test_the_plan_counts_the_teachers_logits_and_a_second_emulator(
     plain, found = prepared(None), prepared(few)
     assert stage(found, "factorize").disk_bytes < stage(plain, "factorize").disk_bytes < sizes[0]
     assert stage(found, "finetune").memory == stage(plain, "finetune").memory
+
+
+@pytest.fixture
+def others(tmp_path: Path) -> Path:
+    """Sixty rows of twice as many characters as the task's."""
+    path = tmp_path / "others.jsonl"
+    path.write_text((json.dumps({"text": "y" * 140}) + "\n") * 60)
+    return path
+
+
+def test_it_may_have_rows_of_its_own(
+    prepared: Callable[..., Prepared], others: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planner, "_flops_per_second", lambda: 1e10)
+    data = {"train": {"path": str(tmp_path / "rows.jsonl")}, "max_seq_length": 64}
+    with_own = {**data, "healing": {"path": str(others)}}
+    plain, found = prepared({"steps": 1000}), prepared({"steps": 1000}, data=with_own)
+    assert (healing_split(plain.config), healing_split(found.config)) == ("train", "healing")
+    run = healing_run(found, found.config.emulator.healing)
+    assert [source.path for source in run.files["train"]] == [str(others)]
+    # Rows · tokens · k · bytes of the teacher's logits.
+    sizes = [stage(entry, "heal").disk_bytes for entry in (plain, found)]
+    assert sizes[0] - sizes[1] == pytest.approx((300 * 20 - 60 * 40) * 64 * 6, abs=8)
+    longer, shorter = (total(stage(entry, "heal").memory) for entry in (found, plain))
+    assert longer > shorter
+    assert stage(found, "finetune").memory == stage(plain, "finetune").memory
+
+
+def test_rows_of_its_own_are_read_only_where_it_heals(
+    prepared: Callable[..., Prepared], others: Path, tmp_path: Path
+) -> None:
+    data = {"train": {"path": str(tmp_path / "rows.jsonl")}, "max_seq_length": 64}
+    with_own = {**data, "healing": {"path": str(others)}}
+    whole = {"compression_ratio": 1.0}
+    assert "healing" in prepared({"steps": 3}, data=with_own).files
+    dense = prepared({"steps": 3}, data=with_own, emulator=whole)
+    assert "healing" not in dense.files
+    assert split_inputs(dense) == split_inputs(prepared(None, data=data, emulator=whole))
+    assert split_inputs(prepared({"steps": 3}, data=with_own)) != split_inputs(prepared({"steps": 3}, data=data))
+    assert "healing" not in split_inputs(prepared({"steps": 3}, data=data))["data"]
+    made = {"generate": "docstrings", "format": "prompt_completion", "max_seq_length": 64}
+    others.write_text(json.dumps({"prompt": "x", "completion": "y"}) + "\n")
+    assert list(prepared({"steps": 3}, data={**made, "healing": {"path": str(others)}}).files) == ["healing"]
+    others.write_text(json.dumps({"title": "y"}) + "\n")
+    with pytest.raises(ConfigError, match=r"others\.jsonl"):
+        prepared({"steps": 3}, data=with_own)
 
 
 def test_healing_needs_no_more_memory_than_inference_does() -> None:

@@ -80,6 +80,8 @@ def test_fewer_tokens_than_ranks_are_told(prepared: Make, calibration: dict[str,
     assert (
         said == f"Calibration saw {highest - 1} tokens, fewer than the highest rank {highest}: raise calibration.{key}."
     )
+    plain = prepared(calibration=calibration, emulator={"objective": "weights"})
+    assert thin_calibration(plain.config, highest - 1, plain.layout) is None
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,14 @@ def test_a_given_split_is_its_own_and_takes_nothing_from_train(name: str) -> Non
         assert members(with_it["train"]) > members(without["train"])
 
 
+def test_rows_to_heal_on_are_all_that_were_given_and_change_no_other_split() -> None:
+    own = RowSelection.all_rows([SourceFile("own", "jsonl", 1000)])
+    with_it, without = assign({"train": selection(2000), "healing": own}), assign({"train": selection(2000)})
+    assert tuple(with_it) == (*SPLITS, "healing")
+    assert with_it.pop("healing") == own
+    assert with_it == without
+
+
 def test_all_held_out_rows_where_asked() -> None:
     splits = assign({"train": selection(2000), "eval": selection(900)}, evaluation=None)
     assert len(splits["eval"]) == 900

@@ -161,3 +161,9 @@ def test_rows_are_made_once_for_each_seed(
         found = _sources(prepare(parse_config({**values, "seed": seed})), tmp_path / "data")
         assert sorted(found) == sorted(SPLITS)
     assert made == [0, 5]
+    others = write_jsonl(tmp_path / "others.jsonl", task_rows(3))
+    healed = {"data": {**data, "healing": {"path": str(others)}}, "emulator": {"healing": {"steps": 3}}}
+    found = _sources(prepare(parse_config({**values, **healed, "seed": 5})), tmp_path / "data")
+    assert [source.num_rows for source in found["healing"]] == [3]
+    assert sorted(found) == sorted((*SPLITS, "healing"))
+    assert made == [0, 5]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from stage_artifacts import Artifacts, gpt2_group
 
 from emloc_ray.errors import NumericsError
-from emloc_ray.io.checkpoint import Checkpoint
+from emloc_ray.io.checkpoint import Checkpoint, write_index
 from emloc_ray.io.grams import GramStore, StoredGram
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.stages.factorize import FactorizationJob, Kept, copy_rest, factorize_group
@@ -59,6 +60,40 @@ def test_a_group_is_written_with_the_errors_that_it_reports(artifacts: Artifacts
         assert float((1 - energy[:rank].sum() / report.total_energy).clamp_min(0).sqrt()) == pytest.approx(
             error, rel=0.02
         )
+
+
+def test_factors_of_the_weights_are_their_truncated_svd_and_their_error_is_told_under_the_gram(
+    artifacts: Artifacts, tmp_path: Path
+) -> None:
+    group = next(group for group in artifacts.groups if len(group) == 3)
+    job, gram = dataclasses.replace(job_of(artifacts), by_weights=True), gram_of(artifacts, group)
+    factorize_group(job, group, gram, tmp_path / "model.safetensors")
+    factorize_group(job_of(artifacts), group, gram, tmp_path / "activations" / "model.safetensors")
+    reports, spectra = (read(tmp_path / "model.safetensors") for read in (read_reports, _spectra))
+    written, original, g = load_file(tmp_path / "model.safetensors"), Checkpoint(artifacts.model_dir), gram.read()
+    for spec, report, best in zip(
+        group, reports, read_reports(tmp_path / "activations" / "model.safetensors"), strict=True
+    ):
+        rank, weight = artifacts.ranks[spec.name], original.read(spec.weight_name)
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        product = written[f"{spec.name}.up.weight"] @ written[f"{spec.name}.down.weight"]
+        torch.testing.assert_close(product, (u[:, :rank] * s[:rank]) @ vh[:rank], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(spectra[spec.name], s.square(), rtol=1e-3, atol=1e-6)
+        assert report.weighed_error == pytest.approx(float(s[rank:].norm() / s.norm()), rel=1e-3)
+        delta = weight - product
+        error = float((torch.trace(delta @ g @ delta.T) / torch.trace(weight @ g @ weight.T)).sqrt())
+        assert report.relative_error == pytest.approx(error, rel=1e-3)
+        assert report.relative_error > best.relative_error
+    # One of fewer ranks is cut from it.
+    write_index(tmp_path, dict.fromkeys(written, "model.safetensors"), 0, 0)
+    fewer = dataclasses.replace(job, ranks={name: rank - 2 for name, rank in job.ranks.items()}, basis_dir=tmp_path)
+    factorize_group(fewer, group, gram, tmp_path / "fewer.safetensors")
+    up = f"{group[0].name}.up.weight"
+    assert torch.equal(load_file(tmp_path / "fewer.safetensors")[up], written[up][:, :-2])
+
+
+def _spectra(factors: Path) -> dict[str, torch.Tensor]:
+    return load_file(spectra_file(factors))
 
 
 def test_biases_and_transposed_weights_are_carried_over(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:

@@ -1,0 +1,183 @@
+"""Functions of the Python sources on this machine, as rows of a task: the standard library and what is installed beside it.
+
+Files are parsed, never imported. What is found is a function of the seed and the installed sources alone: files are taken
+in the order of a seeded hash, no row is like another, and whole modules go to one split, so that none stands in two.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import gc
+import hashlib
+import importlib.util
+import os
+import re
+import sys
+import sysconfig
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+_MAX_FILE_BYTES = 1_000_000
+
+# Folders and files that hold tests, copies of other packages, or code that no one wrote by hand; and this package
+# itself, so that working on it does not change the task.
+_SKIPPED_FOLDER = re.compile(
+    r"(.*_)?tests?|testing|conftest|_?vendor(ed)?|extern(als?)?|third_?party.*|_distutils|(.*_)?generated"
+    r"|site-packages|dist-packages|__pycache__|emloc_ray"
+)
+_SKIPPED_FILE = re.compile(r"test_.*|.*_tests?|tests?|conftest|setup|.*_pb2(_grpc)?|.*generated.*")
+_GENERATED = re.compile(r"generated (from|by|with|using)|do not edit|@generated", re.IGNORECASE)
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+class SourceRow(NamedTuple):
+    """A row and the module that it is from; rows of plain text have no ``prompt``."""
+
+    prompt: str
+    completion: str
+    module: str
+
+
+# What a function makes, given the lines of its file and its module's name; None where it makes none.
+RowOf = Callable[[Function, list[str], str], SourceRow | None]
+
+
+def collect(
+    folders: Sequence[Path], seed: int, row_of: RowOf, max_rows_per_package: int, max_rows_per_module: int
+) -> Iterator[SourceRow]:
+    """Rows from files in hash order, none of them like another: neither prompt nor completion has the words of one before.
+
+    The two caps keep any package or module from taking over.
+    """
+    files = sorted(_modules(folders).items(), key=lambda item: draw(seed, "module", item[0]))
+    seen: set[str] = set()
+    per_package: Counter[str] = Counter()
+    for module, path in files:
+        package = module.partition(".")[0]
+        allowed = min(max_rows_per_module, max_rows_per_package - per_package[package])
+        for row in _rows_of_file(path, module, seed, row_of) if allowed > 0 else []:
+            keys = {words(text) for text in (row.prompt, row.completion) if text}
+            if allowed > 0 and seen.isdisjoint(keys):
+                seen |= keys
+                per_package[package] += 1
+                allowed -= 1
+                yield row
+
+
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """Syntax trees hold no cycles, and looking for some takes longer than the parsing."""
+    was_collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_collecting:
+            gc.enable()
+
+
+def installed_roots() -> list[Path]:
+    """The folders of the standard library and of the installed packages, each once."""
+    paths = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
+    paths += [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    return list(dict.fromkeys(Path(path).resolve() for path in paths if Path(path).is_dir()))
+
+
+def _modules(folders: Sequence[Path]) -> dict[str, Path]:
+    """Module name -> file, for every file worth reading; of two files with one name the first folder's counts."""
+    found: dict[str, Path] = {}
+    for root in folders:
+        for folder, subfolders, names in os.walk(root):
+            subfolders[:] = [name for name in subfolders if name.isidentifier() and not _SKIPPED_FOLDER.fullmatch(name)]
+            package = Path(folder).relative_to(root).parts
+            for name in names:
+                stem, suffix = os.path.splitext(name)
+                parts = package if stem == "__init__" else (*package, stem)
+                if suffix == ".py" and parts and stem.isidentifier() and not _SKIPPED_FILE.fullmatch(stem):
+                    found.setdefault(".".join(parts), Path(folder, name))
+    return found
+
+
+def _rows_of_file(path: Path, module: str, seed: int, row_of: RowOf) -> list[SourceRow]:
+    """The file's rows in a seeded order, not yet deduplicated; none where the file cannot be read as Python."""
+    try:
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            return []
+        source = importlib.util.decode_source(path.read_bytes())
+        if _GENERATED.search(source, 0, 2_000):
+            return []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            functions = list(_functions(ast.parse(source)))
+        lines = source.split("\n")
+        rows = [row for node in functions if (row := row_of(node, lines, module))]
+    except (SyntaxError, ValueError, LookupError, RecursionError, MemoryError, OSError):
+        return []
+    return sorted(rows, key=lambda row: (draw(seed, "row", row.completion), row.prompt))
+
+
+def _functions(tree: ast.AST) -> Iterator[Function]:
+    """Functions and methods, but not those inside another function: their code is the outer one's."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, Function):
+            yield node
+        elif isinstance(node, ast.stmt):
+            yield from _functions(node)
+
+
+def code_of(node: Function, lines: list[str], max_chars: int) -> str | None:
+    """The function's source, dedented, without docstrings and blank lines, cut at a line's border.
+
+    None where less than two lines fit, where a docstring shares its line with code, or where not all is ASCII.
+    """
+    dropped: set[int] = set()
+    for docstring in _docstrings(node):
+        if lines[docstring.lineno - 1][: docstring.col_offset].strip():
+            return None
+        dropped.update(range(docstring.lineno, (docstring.end_lineno or docstring.lineno) + 1))
+    kept: list[str] = []
+    size = -1
+    for number in range(node.lineno, (node.end_lineno or node.lineno) + 1):
+        line = lines[number - 1].rstrip()
+        line = line[min(node.col_offset, len(line) - len(line.lstrip())) :]
+        if number in dropped or not line:
+            continue
+        size += len(line) + 1
+        if size > max_chars:
+            break
+        kept.append(line)
+    code = "\n".join(kept)
+    return code if len(kept) >= 2 and code.isascii() else None
+
+
+def _docstrings(node: ast.stmt) -> Iterator[ast.stmt]:
+    """The docstrings of a function and of the functions and classes inside it."""
+    if isinstance(node, Function | ast.ClassDef) and ast.get_docstring(node, clean=False) is not None:
+        yield node.body[0]
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt):
+            yield from _docstrings(child)
+
+
+def words(text: str) -> str:
+    """The text as lower-case words with single spaces, punctuation dropped: what duplicates are told by."""
+    return " ".join(re.findall(r"[a-z0-9_]+", text.lower()))
+
+
+def draw(seed: int, kind: str, name: str) -> float:
+    """A number in [0, 1) that depends on the arguments alone, the same on every machine."""
+    digest = hashlib.sha256(f"{seed}:{kind}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def split_of(module: str, seed: int, shares: Mapping[str, float]) -> str:
+    """The split that the whole module goes to, of those whose ``shares`` sum to 1."""
+    drawn = draw(seed, "split", module)
+    bounds = zip(shares, accumulate(shares.values()), strict=True)
+    return next((name for name, bound in bounds if drawn < bound), next(iter(shares)))

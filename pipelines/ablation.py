@@ -1,0 +1,83 @@
+"""Any grid of method × ratio × correction × calibration × data set × seed as one batch, and its table.
+
+    python pipelines/ablation.py configs/ablations/baselines.yaml --dry-run    # every error at once, and the time planned
+    python pipelines/ablation.py configs/ablations/baselines.yaml              # again: what is not done yet
+    python pipelines/ablation.py configs/ablations/baselines.yaml datasets=[summaries] seeds=[0] finetune.max_steps=20
+    python pipelines/ablation.py configs/ablations/baselines.yaml --publish    # and pipelines/results/baselines.json
+
+The results are in the file's ``run_dir``: ``results.json`` has every figure of every cell, ``results.md`` the table; each
+run is in ``tasks/NAME`` with a page of its own, but for its merged model, which is dropped once it is evaluated. Figures are
+the share of the gap closed, (original − method) / (original − LoRA on the original) in held-out loss, paired by data set and
+seed; a cell that failed is shown as missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ablations import records, runs
+from ablations.cells import Ablation, read_ablation
+from ablations.statistics import summarize
+from ablations.tables import render
+from rich.console import Console
+from tables import RESULTS
+
+from emloc_ray.batch.table import BatchView
+from emloc_ray.console import count_progress, duration, quiet_libraries
+from emloc_ray.errors import EmlocError
+from emloc_ray.io.atomic import write_json
+
+
+def main() -> int:
+    """Runs a file; 1 where cells are missing, 2 where it is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the file's own keys, or of every run")
+    parser.add_argument("--dry-run", action="store_true", help="check, start and write nothing")
+    parser.add_argument("--collect", action="store_true", help="run nothing, show what is there")
+    parser.add_argument("--publish", action="store_true", help="write pipelines/results/NAME.json")
+    arguments = parser.parse_args()
+    console = Console()
+    quiet_libraries()
+    try:
+        ablation = read_ablation(arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            with count_progress(console, "Checking every cell") as progress:
+                seconds = runs.check(ablation, progress)
+            told = f"{len(ablation.cells)} cells, about {duration(seconds)} one after another if nothing is shared"
+            console.print(f"{ablation.name}: {told}. All is good; nothing was started.", soft_wrap=True)
+            return 0
+        return run(ablation, console, arguments.collect, RESULTS if arguments.publish else None)
+    except EmlocError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+def run(ablation: Ablation, console: Console, only_collect: bool = False, publish_to: Path | None = None) -> int:
+    """Runs what is not done, then writes what came of all; how many cells are missing counts as a failure."""
+    failed: dict[str, str] = {}
+    with BatchView(console) as view:
+        cells = runs.known_data(ablation) if only_collect else runs.make_data(ablation, view.tell)
+        try:
+            if not only_collect:
+                failed = runs.run(ablation, cells, view.show, view.tell)
+        finally:  # after Ctrl-C too
+            found = records.collect(ablation, cells, failed)
+            rows = summarize(found, records.label_keys(ablation), ablation.config.compare_with)
+            result = records.published(ablation, found, rows)
+            write_json(ablation.root / "results.json", {**result, "records": found})
+            (ablation.root / "results.md").write_text(render(result) + "\n")
+    console.print(render(result), soft_wrap=True, markup=False, highlight=False)
+    missing = {record["cell"]: record["reason"] for record in found if record["status"] == records.MISSING}
+    for name, reason in missing.items():
+        console.print(f"{name} is missing: {reason}", soft_wrap=True, markup=False, highlight=False)
+    if publish_to is not None:
+        write_json(publish_to / f"{ablation.name}.json", result)
+        console.print(f"{publish_to / ablation.name}.json is written; the README's table: python pipelines/tables.py")
+    return int(bool(missing))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

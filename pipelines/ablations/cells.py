@@ -1,0 +1,174 @@
+"""An ablation's file as cells, each a task of a batch; all is checked, and every error told, before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ablations.config import RATIO, AblationConfig, MethodConfig
+from ablations.datasets import data_section
+from emloc_ray.batch.config import BatchConfig
+from emloc_ray.batch.grid import joined_name, points
+from emloc_ray.batch.tasks import Task, compose_batch
+from emloc_ray.config import RayConfig, RunConfig
+from emloc_ray.config_reading import check, put, read_mapping, read_override
+from emloc_ray.errors import ConfigError
+from emloc_ray.io.object_store import is_store_uri
+
+_OF_THE_BATCH = ("run_dir", "max_concurrent", "limits", "cache")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: ``point`` are the grid's values that it has; ``config`` is the whole of it, of a pruned one as if an emulator of
+    that ratio took the pruned model's place."""
+
+    dataset: str
+    method: str
+    seed: int
+    calibration: str
+    point: dict[str, Any]
+    task: Task
+    prune: str | None = None
+    heal_on: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Its task's."""
+        return self.task.name
+
+    @property
+    def config(self) -> RunConfig:
+        """Its task's."""
+        return self.task.config
+
+    @property
+    def compresses(self) -> bool:
+        """Whether its adapter is trained on another model than it serves, so that it can be corrected."""
+        emulator = self.config.emulator
+        return self.prune is None and (emulator.compression_ratio < 1 or emulator.quantization != "none")
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A file with all its cells."""
+
+    name: str
+    config: AblationConfig
+    batch: BatchConfig
+    ray: RayConfig
+    cells: tuple[Cell, ...]
+
+    @property
+    def root(self) -> Path:
+        """The directory that everything is in."""
+        return Path(self.batch.run_dir)
+
+    def data_dir(self, dataset: str, seed: int) -> Path:
+        """The rows of a data set."""
+        return _data_dir(self.root, dataset, seed)
+
+
+def read_ablation(path: Path, overrides: Sequence[str] = ()) -> Ablation:
+    """Reads an ablation's file; of the ``key=value`` overrides, those of its own keys are for it, all others for every run;
+    ``methods=[a, b]`` picks some of its methods.
+
+    Raises:
+        ConfigError: with every error at once, one sentence a line.
+    """
+    values = read_mapping(path, f"Ablation {path}", "it needs base, run_dir, datasets, methods and upper_bound")
+    of_runs: dict[str, Any] = {}
+    of_ray = []
+    for text in overrides:
+        keys, value = read_override(text)
+        if keys[0] == "ray":
+            of_ray.append(text)
+        elif keys[0] not in AblationConfig.model_fields:
+            of_runs[".".join(keys)] = value
+        elif keys == ("methods",) and isinstance(value, list) and all(isinstance(name, str) for name in value):
+            put(values, keys, _picked(values.get("methods"), value), text)
+        else:
+            put(values, (keys[0], ".".join(keys[1:])) if keys[0] == "grid" and keys[1:] else keys, value, text)
+    where = f"{path} and its overrides" if overrides else str(path)
+    config, lines = check(AblationConfig, values)
+    if config is not None and is_store_uri(config.run_dir):
+        lines.append("run_dir is on an object store, and data sets are made in it: name a local directory.")
+    if config is None or lines:
+        raise ConfigError("\n".join(f"{where}: {line}" for line in lines))
+    root = Path(config.run_dir).expanduser().absolute()
+    found = list(_cells(config, of_runs, root))
+    batch = compose_batch(_batch_values(config, root, [values for *_, values in found]), path, of_ray)
+    cells = [
+        Cell(
+            dataset, method.name, point.pop("seed"), point.pop("calibration"), point, task, method.prune, method.heal_on
+        )
+        for (dataset, method, point, _), task in zip(found, batch.tasks, strict=True)
+    ]
+    lines = [f"{where}: {line}" for line in _wrong_cells(config, cells)]
+    if lines:
+        raise ConfigError("\n".join(dict.fromkeys(lines)))
+    return Ablation(path.stem, config, batch.config, batch.ray, tuple(cells))
+
+
+def _picked(methods: Any, names: Sequence[str]) -> Any:
+    """Some of a file's methods; a name that none has stays, and is told as no method."""
+    by_name = {method.get("name"): method for method in methods or () if isinstance(method, dict)}
+    return [by_name.get(name, name) for name in names]
+
+
+_Found = tuple[str, MethodConfig, dict[str, Any], dict[str, Any]]
+
+
+def _cells(config: AblationConfig, of_runs: dict[str, Any], root: Path) -> Iterator[_Found]:
+    """Data set, method, point and the task's keys: the method's own, the grid's, those of the command line, the data's."""
+    for dataset in config.datasets:
+        for method in config.methods:
+            is_bound = method.name == config.upper_bound
+            grid = {key: values for key, values in config.grid.items() if not is_bound and not method.fixes(key)}
+            reads_none = is_bound or method.prune in ("layers", "random")
+            calibrations = list(config.calibrations)[: 1 if reads_none else None]
+            for point in points({**grid, "calibration": calibrations, "seed": config.seeds}):
+                values = {key: value for key, value in point.values.items() if key in grid}
+                shown = points({key: [point.values[key]] for key in _shown(grid, calibrations)})[0].name
+                seed, calibration = point.values["seed"], point.values["calibration"]
+                data = data_section(dataset, _data_dir(root, dataset, seed), calibration, method.heal_on)
+                own = {f"data.{key}": value for key, value in data.items()}
+                name = joined_name(f"{dataset}-{method.name}", shown)
+                task = {**method.own, **values, **of_runs, **own, "seed": seed, "name": name}
+                yield dataset, method, dict(point.values), task
+
+
+def _shown(grid: dict[str, Any], calibrations: list[str]) -> list[str]:
+    return [*grid, *(["calibration"] if len(calibrations) > 1 else []), "seed"]
+
+
+def _data_dir(root: Path, dataset: str, seed: int) -> Path:
+    return root / "data" / f"{dataset}-{seed}"
+
+
+def _batch_values(config: AblationConfig, root: Path, tasks: list[dict[str, Any]]) -> dict[str, Any]:
+    given = config.model_dump(mode="json", include=set(_OF_THE_BATCH), exclude_unset=True)
+    return {**given, "run_dir": str(root), "base": config.base, "tasks": tasks}
+
+
+def _wrong_cells(config: AblationConfig, cells: Sequence[Cell]) -> Iterator[str]:
+    own = {cell.config.correction.method for cell in cells}
+    for key in own & config.corrections.keys():
+        yield f"corrections.{key} has the name of the runs' own correction.method: give it another."
+    compared = config.compare_with.get("correction")
+    if compared is not None and compared not in {*own, *config.corrections}:
+        yield f"compare_with.correction is {compared!r}, none of {', '.join([*own, *config.corrections])}."
+    for cell in cells:
+        emulator, asked = cell.config.emulator, cell.config.calibration.num_calibration_samples
+        is_whole = emulator.compression_ratio == 1 and emulator.quantization == "none" and cell.prune is None
+        if cell.method == config.upper_bound and not is_whole:
+            yield f"upper_bound {cell.method} is not LoRA on the original: set its {RATIO} to 1.0, and no more."
+        if cell.prune is not None and emulator.compression_ratio == 1:
+            yield f"method {cell.method} leaves nothing out: set {RATIO}, which is what it keeps, below 1."
+        if asked is not None and asked > config.rows.calibration and cell.compresses:
+            yield (
+                f"method {cell.method} takes {asked} calibration rows of {config.rows.calibration}: raise rows.calibration,"
+                " or lower calibration.num_calibration_samples."
+            )

@@ -1,0 +1,126 @@
+"""What came of an ablation's cells: a record each, with the share of the gap that it closed, and what is published of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ablations.cells import Ablation, Cell
+from ablations.config import RATIO
+from ablations.runs import Cells
+
+Record = dict[str, Any]
+MISSING = "missing"
+
+
+def gap_closed(original: float, loss: float, upper_bound: float) -> float | None:
+    """``(original − loss) / (original − upper bound)``, losses on the same held-out tokens; None where the bound gained
+    nothing: there is no gap."""
+    gap = original - upper_bound
+    return (original - loss) / gap if gap > 0 else None
+
+
+def collect(ablation: Ablation, cells: Cells, failed: Mapping[str, str]) -> list[Record]:
+    """A record for each cell and each correction that was asked for, those that are missing too, each with the reason."""
+    records = [record for cell in ablation.cells for record in _records(ablation, cells, cell, failed)]
+    bounds = {
+        (record["dataset"], record["seed"]): record["loss"]
+        for record in records
+        if record["method"] == ablation.config.upper_bound and record["loss"] is not None
+    }
+    for record in records:
+        bound = bounds.get((record["dataset"], record["seed"]))
+        record["upper_bound_loss"] = bound
+        original = record["losses"].get("original")
+        named = {"gap_closed": record["loss"], "gap_closed_by_emulator": record["losses"].get("emulator_adapter")}
+        named["gap_closed_uncorrected"] = record["losses"].get("uncorrected")
+        for key, loss in named.items():
+            is_known = bound is not None and original is not None and loss is not None
+            record[key] = gap_closed(original, loss, bound) if is_known else None  # type: ignore[arg-type]
+    return records
+
+
+def _records(ablation: Ablation, cells: Cells, cell: Cell, failed: Mapping[str, str]) -> Iterator[Record]:
+    found, measured = cells.read(cell), cells.measured(cell)
+    reason = failed.get(cell.name, "not run yet, or broken off: the same command does it")
+    losses = dict(found["losses"]) if found else {}
+    if cell.prune is not None and found is not None:
+        # Its run's original was the pruned model.
+        own = {"emulator": losses["original"], "emulator_adapter": losses["corrected"]}
+        losses = (
+            own if measured is None else {**own, "original": measured["original"], "corrected": measured["recovered"]}
+        )
+    whole = {key: value for key, value in (found or {}).items() if key not in ("digest", "losses")}
+    yield {
+        **_about(cell, cell.config.correction.method if cell.compresses else None),
+        **_standing(losses, "corrected", reason),
+        **whole,
+    }
+    for name in ablation.config.corrections if cell.compresses else ():
+        others = {key: value for key, value in losses.items() if key not in ("corrected", "merged")}
+        if measured is not None:
+            others["corrected"] = measured[name]
+        way = ablation.config.corrections[name]
+        chosen = {"chosen_correction": way.model_dump()} if found else {}
+        yield {**_about(cell, name), **_standing(others, "corrected", reason), **whole, **chosen}
+
+
+def _about(cell: Cell, correction: str | None) -> Record:
+    """What tells a record from others; None where that makes no difference to it."""
+    calibrated = cell.compresses or cell.prune == "structured"
+    return {
+        "cell": cell.name,
+        "dataset": cell.dataset,
+        "method": cell.method,
+        "seed": cell.seed,
+        "ratio": cell.config.emulator.compression_ratio,
+        "calibration": cell.calibration if calibrated else None,
+        "correction": correction,
+        "settings": cell.point,
+    }
+
+
+def _standing(losses: dict[str, float], served: str, reason: str) -> Record:
+    loss = losses.get(served)
+    state = {"status": MISSING, "reason": reason} if loss is None else {"status": "done"}
+    return {**state, "loss": loss, "losses": losses}
+
+
+def published(ablation: Ablation, records: Sequence[Record], rows: Sequence[Record]) -> dict[str, Any]:
+    """Numbers, config and versions; no paths, nothing of the machine."""
+    config = ablation.config
+    shown = config.model_dump(mode="json", exclude={"base", "run_dir", "limits", "cache", "max_concurrent"})
+    bound = next(cell.config for cell in ablation.cells if cell.method == config.upper_bound)
+    source = bound.model.source
+    base = bound.model_dump(mode="json", include={"calibration", "finetune", "correction", "evaluation"})
+    base["data"] = {"max_seq_length": bound.data.max_seq_length}
+    base["model"] = source.rsplit("/", 1)[-1]
+    versions = {key: sorted({r["versions"][key] for r in records if "versions" in r}) for key in _libraries(records)}
+    kept = (
+        "dataset", "method", "seed", "ratio", "calibration", "correction", "settings", "status", "loss", "losses",
+        "num_tokens", "gap_closed", "gap_closed_uncorrected", "gap_closed_by_emulator", "parameters_kept", "finetune",
+        "inference_planned_bytes", "wall_s", "chosen_correction",
+    )  # fmt: skip
+    return {
+        "kind": "ablation",
+        "config": shown,
+        "base": base,
+        "versions": versions,
+        "rows": list(rows),
+        "records": [{key: record[key] for key in kept if key in record} for record in records],
+    }
+
+
+def _libraries(records: Sequence[Record]) -> list[str]:
+    return sorted({name for record in records for name in record.get("versions", {})})
+
+
+def label_keys(ablation: Ablation) -> list[str]:
+    """The keys by which the rows of this ablation's table differ: the method, and what the file varies beside it."""
+    config = ablation.config
+    varied = [key for key, values in config.grid.items() if len(values) > 1]
+    corrections = ["correction"] if config.corrections else []
+    calibrations = ["calibration"] if len(config.calibrations) > 1 else []
+    ratios = {cell.config.emulator.compression_ratio for cell in ablation.cells}
+    ratio = [RATIO] if len(ratios) > 1 and RATIO not in varied else []
+    return ["method", *ratio, *varied, *calibrations, *corrections]

@@ -1,0 +1,356 @@
+"""Runs an ablation: its data sets, its pruned models, all cells as one batch, then what is measured on their adapters.
+
+Each of these is skipped where it was done with the same inputs, so that the same command goes on after a kill. A cell that
+is done is a file in ``cells/`` and is not looked at again.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ablations.cells import Ablation, Cell
+from ablations.datasets import data_section, make_dataset, stand_in
+from emloc_ray import pipeline
+from emloc_ray.batch.driver import Show, Tell, prepare_batch, run_batch
+from emloc_ray.batch.state import BatchState
+from emloc_ray.batch.tasks import Batch, Task
+from emloc_ray.config import RunConfig
+from emloc_ray.errors import EmlocError
+from emloc_ray.io.artifact_cache import ArtifactCache
+from emloc_ray.io.atomic import write_json
+from emloc_ray.io.fingerprint import fingerprint
+from emloc_ray.io.node_cache import discard
+from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.modeling.loading import fetch_weights
+from emloc_ray.preparation import Prepared, prepare
+
+_SPLITS = {"train", "selection", "eval", "calibration", "healing"}
+_PLACES = {"run_dir": True, "ray": True, "data": _SPLITS}
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A model of which parts are left out, and what was kept of it."""
+
+    model_dir: Path
+
+    @property
+    def kept(self) -> Path:
+        """Which parts."""
+        return self.model_dir / "kept.json"
+
+    @property
+    def parameters_kept(self) -> float:
+        """The share of the blocks' linears that it has."""
+        found = json.loads(self.kept.read_text())
+        return float(found["kept_parameters"] / found["parameters"])
+
+
+class Cells:
+    """What is known of an ablation's cells, in the files of its directory."""
+
+    def __init__(self, ablation: Ablation, contents: dict[tuple[str, int], str]) -> None:
+        """``contents`` are the fingerprints of the data sets, by name and seed."""
+        self.ablation, self.contents = ablation, contents
+
+    def digest(self, cell: Cell) -> str:
+        """Of all that a cell's figures follow from."""
+        asked = cell.config.model_dump(mode="json", exclude=_PLACES)
+        content = self.contents.get((cell.dataset, cell.seed))
+        return fingerprint([asked, content, cell.calibration, cell.heal_on, cell.prune, version("emloc-ray")])
+
+    def path(self, cell: Cell) -> Path:
+        """A cell's figures."""
+        return self.ablation.root / "cells" / f"{cell.name}.json"
+
+    def measured_path(self, cell: Cell) -> Path:
+        """What was measured on its adapter afterwards."""
+        return self.ablation.root / "cells" / f"{cell.name}.measured.json"
+
+    def read(self, cell: Cell) -> dict[str, Any] | None:
+        """A cell's figures, None where it is not done."""
+        return _read(self.path(cell), self.digest(cell))
+
+    def measured(self, cell: Cell) -> dict[str, float] | None:
+        """Losses of the original with adapters made after the run, None where they are yet to be measured."""
+        found = _read(self.measured_path(cell), self._measured_digest(cell))
+        return None if found is None else dict(found["losses"])
+
+    def write(self, cell: Cell, figures: dict[str, Any]) -> None:
+        """A cell is done."""
+        write_json(self.path(cell), {"digest": self.digest(cell), **figures})
+
+    def write_measured(self, cell: Cell, losses: dict[str, float]) -> None:
+        """What was measured on a cell's adapter."""
+        write_json(self.measured_path(cell), {"digest": self._measured_digest(cell), "losses": losses})
+
+    def is_to_be_measured(self, cell: Cell) -> bool:
+        """Whether more than its run is asked of a cell, which is done, and was not measured yet."""
+        asked = cell.prune is not None or (cell.compresses and self.ablation.config.corrections)
+        return bool(asked) and self.read(cell) is not None and self.measured(cell) is None
+
+    def _measured_digest(self, cell: Cell) -> str:
+        corrections = {key: way.model_dump() for key, way in self.ablation.config.corrections.items()}
+        return fingerprint([self.digest(cell), corrections if cell.prune is None else None])
+
+
+def _read(path: Path, digest: str) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if found.get("digest") == digest else None
+
+
+def check(ablation: Ablation, progress: Callable[[int, int], None]) -> float:
+    """Checks every cell against its model, and stand-ins for its data; nothing is started, nothing written.
+
+    Returns the seconds that the cells are planned to take one after another if nothing is shared.
+
+    Raises:
+        ConfigError: with every error at once.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for dataset in ablation.config.datasets:
+            stand_in(dataset, Path(folder) / dataset, ablation.config.calibrations, ablation.config.healing_rows)
+        tasks = []
+        for cell in ablation.cells:
+            data = data_section(cell.dataset, Path(folder) / cell.dataset, cell.calibration, cell.heal_on)
+            whole = {} if cell.prune is None else {"emulator": {"compression_ratio": 1.0}}
+            tasks.append(_changed(cell.task, data=data, **whole))
+        prepared = prepare_batch(Batch(ablation.batch, tuple(tasks), ablation.ray), progress)
+        return sum(stage.seconds for task in tasks for stage in prepared.work.expected(task).values())
+
+
+def make_data(ablation: Ablation, tell: Tell) -> Cells:
+    """Makes the data sets that are not there yet."""
+    run = RunDirectory(ablation.root)
+    run.check("batch")
+    run.lock()
+    try:
+        run.create(ablation.batch.model_dump(mode="json"), kind="batch")
+        contents = {}
+        for dataset in ablation.config.datasets:
+            for seed in ablation.config.seeds:
+                tell(f"Data set {dataset}, seed {seed}")
+                folder = ablation.data_dir(dataset, seed)
+                config = ablation.config
+                contents[dataset, seed] = make_dataset(
+                    dataset, folder, seed, config.rows, config.calibrations, config.healing_rows
+                )
+        return Cells(ablation, contents)
+    finally:
+        run.unlock()
+
+
+def known_data(ablation: Ablation) -> Cells:
+    """What an earlier call made."""
+    contents = {}
+    for dataset in ablation.config.datasets:
+        for seed in ablation.config.seeds:
+            found = ablation.data_dir(dataset, seed) / "made.json"
+            if found.is_file():
+                contents[dataset, seed] = json.loads(found.read_text())["content"]
+    return Cells(ablation, contents)
+
+
+def run(ablation: Ablation, cells: Cells, show: Show, tell: Tell) -> dict[str, str]:
+    """All that is not done yet; returns why cells failed, by their names."""
+    pending = [cell for cell in ablation.cells if cells.read(cell) is None]
+    if not pending and not any(map(cells.is_to_be_measured, ablation.cells)):
+        return {}
+    from emloc_ray.stages.cluster import connection
+
+    with connection(ablation.ray.address, **ablation.ray.init_options):
+        failed: dict[str, str] = {}
+        asked = [cell for cell in ablation.cells if cell in pending or cells.is_to_be_measured(cell)]
+        pruned = dict(_pruned_models(ablation, [cell for cell in asked if cell.prune], failed, tell))
+        if pending:
+            failed |= _run_batch(ablation, cells, pending, pruned, failed, show, tell)
+        return failed | _measure_all(ablation, cells, pruned, tell)
+
+
+def _run_batch(
+    ablation: Ablation,
+    cells: Cells,
+    pending: Sequence[Cell],
+    pruned: dict[str, Pruned],
+    failed: dict[str, str],
+    show: Show,
+    tell: Tell,
+) -> dict[str, str]:
+    runnable = {cell.name: cell for cell in pending if cell.name not in failed}
+    tasks = tuple(_runnable(cell, pruned.get(cell.name)) for cell in runnable.values())
+
+    def look(state: BatchState) -> None:
+        show(state)
+        for task in state.tasks:
+            if task.status == "done" and task.name in runnable:
+                cell = runnable.pop(task.name)
+                place = RunDirectory(ablation.batch.task_dir(task.name))
+                found = figures(place.metrics())
+                if cell.name in pruned:
+                    found["parameters_kept"] = pruned[cell.name].parameters_kept
+                cells.write(cell, found)
+                discard(place.path("merged"))  # of the size of the original each, and evaluated by now
+
+    prepared = prepare_batch(Batch(ablation.batch, tasks, ablation.ray))
+    state = run_batch(prepared, look, tell)
+    look(state)
+    return {task.name: task.reason or task.status for task in state.tasks if task.status != "done"}
+
+
+def figures(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a run's metrics: losses in nats a token, seconds, bytes."""
+    usage = metrics["stages"]["finetune"]
+    correction = metrics["correction"]
+    return {
+        "losses": {variant: values["loss"] for variant, values in metrics["evaluation"].items()},
+        "num_tokens": metrics["evaluation"]["original"]["num_tokens"],
+        "chosen_correction": {key: correction[key] for key in ("method", "clamp", "strength")},
+        "parameters_kept": metrics["emulator"]["parameters_kept"],
+        "finetune": {
+            "wall_s": usage["wall_s"],
+            "peak_bytes": usage["processes"].get("finetune", usage["peak_rss_bytes"]),
+            "planned_bytes": metrics["planned_memory"]["finetune"],
+        },
+        "inference_planned_bytes": metrics["planned_memory"]["inference"],
+        "wall_s": sum(stage["wall_s"] for stage in metrics["stages"].values()),
+        "versions": metrics["versions"],
+    }
+
+
+def _changed(task: Task, **sections: dict[str, Any]) -> Task:
+    """A task with other keys in some sections of its config."""
+    values = task.config.model_dump(exclude_unset=True)
+    for section, keys in sections.items():
+        values[section] = {**values.get(section, {}), **keys}
+    return replace(task, config=RunConfig.model_validate(values))
+
+
+def _runnable(cell: Cell, pruned: Pruned | None) -> Task:
+    if pruned is None:
+        return cell.task
+    return _changed(cell.task, model={"source": str(pruned.model_dir)}, emulator={"compression_ratio": 1.0})
+
+
+def _pruned_models(
+    ablation: Ablation, asked: Sequence[Cell], failed: dict[str, str], tell: Tell
+) -> Iterator[tuple[str, Pruned]]:
+    """By the names of cells; each kind, ratio and seed once, structured ones by the Grams of their calibration rows."""
+    from ablations.pruning import prune
+
+    cache = ArtifactCache(ablation.batch.cache.path, ablation.batch.cache.max_size)
+    for cell in asked:
+        try:
+            found, by_grams = Pruned(_pruned_dir(ablation, cell)), cell.prune == "structured"
+            prepared = _prepared_original(ablation, cell)
+            made = found.model_dir.with_suffix(".json")
+            inputs = [prepared.config.model.source, cell.config.data.model_dump(mode="json") if by_grams else None]
+            digest = fingerprint([inputs, version("emloc-ray")])
+            if not found.kept.is_file() or _read(made, digest) is None:
+                tell(f"Pruned model {found.model_dir.name}")
+                pipeline.run(prepared.config, until="calibrate", prepared=prepared, cache=cache)
+                grams = prepared.run.path("calibration") if by_grams else None
+                ratio = cell.config.emulator.compression_ratio
+                prune(original_dir(prepared), found.model_dir, cell.prune, ratio, cell.seed, grams)
+                write_json(made, {"digest": digest})
+            yield cell.name, found
+        except EmlocError as error:
+            failed[cell.name] = " ".join(str(error).split("\n"))
+
+
+def _pruned_dir(ablation: Ablation, cell: Cell) -> Path:
+    name = f"{cell.prune}-{round(1000 * cell.config.emulator.compression_ratio):04d}-{cell.seed}"
+    return (
+        ablation.root / "pruned" / (f"{name}-{cell.dataset}-{cell.calibration}" if cell.prune == "structured" else name)
+    )
+
+
+def _prepared_original(ablation: Ablation, cell: Cell) -> Prepared:
+    """A run of the original that goes no further than a cell's Grams, where it is pruned by these, else than its import."""
+    bound = next(cell for cell in ablation.cells if cell.method == ablation.config.upper_bound)
+    by_grams = cell.prune == "structured"
+    own = cell.config if by_grams else bound.config
+    name = f"{cell.dataset}-{cell.seed}-{cell.calibration}" if by_grams else "original"
+    return prepare(own.model_copy(update={"run_dir": str(ablation.root / "originals" / name)}))
+
+
+def original_dir(prepared: Prepared) -> Path:
+    """Where the original's safetensors are, once its run has imported them."""
+    is_imported = prepared.source.gguf_file is not None
+    return prepared.run.path("model") if is_imported else fetch_weights(prepared.source)
+
+
+def _measure_all(ablation: Ablation, cells: Cells, pruned: dict[str, Pruned], tell: Tell) -> dict[str, str]:
+    """Measures adapters on the original, as many cells at once as the cluster has workers of an evaluation for."""
+    import ray
+
+    todo = [cell for cell in ablation.cells if cells.is_to_be_measured(cell)]
+    if not todo:
+        return {}
+    each = max(cell.config.evaluation.cpus_per_worker for cell in todo)
+    at_once = max(1, int(ray.cluster_resources().get("CPU", 1) / max(each, 1)))
+    failed = {}
+
+    def measure(cell: Cell) -> None:
+        try:
+            measured = _recovered if cell.prune is not None else _corrected
+            losses = measured(ablation, cell, pruned.get(cell.name), tell)
+            cells.write_measured(cell, losses)
+        except EmlocError as error:
+            failed[cell.name] = str(error)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(measure, todo))
+    return failed
+
+
+def _recovered(ablation: Ablation, cell: Cell, pruned: Pruned | None, tell: Tell) -> dict[str, float]:
+    """The original alone and with the adapter that was trained on a pruned model, scattered to its shapes."""
+    from ablations.pruning import recover_adapter
+    from emloc_ray.jobs import Jobs, resources
+    from emloc_ray.stages.cluster import bounded
+    from emloc_ray.stages.evaluate import score_adapters
+    from emloc_ray.stages.failures import Losses
+
+    assert pruned is not None
+    tell(f"{cell.name}: its adapter on the original")
+    place = RunDirectory(cell.config.run_dir)
+    adapter = place.path("adapter_recovered")
+    recover_adapter(place.path("adapter"), pruned.kept, adapter)
+    prepared = _prepared_original(ablation, cell)
+    own = prepare(_runnable(cell, pruned).config)
+    job = replace(Jobs(own, pruned.model_dir).evaluation(), model_dir=original_dir(prepared))
+    asked = resources(cell.config.evaluation)
+    submit = functools.partial(asked.task(score_adapters).remote, job, [None, adapter], asked.threads)
+    [(original, recovered)] = bounded([("the adapter on the original", submit)], 1, Losses("evaluate", tell))
+    return {"original": original.metrics()["loss"], "recovered": recovered.metrics()["loss"]}
+
+
+def _corrected(ablation: Ablation, cell: Cell, pruned: Pruned | None, tell: Tell) -> dict[str, float]:
+    """Held-out losses of the ways to correct a trained adapter; nothing is chosen by them."""
+    from emloc_ray.jobs import Jobs, resources
+    from emloc_ray.stages.correct import Candidate, correct
+
+    tell(f"{cell.name}: corrections of its adapter")
+    prepared = prepare(cell.config)
+    model_dir = original_dir(prepared)
+    jobs = Jobs(prepared, model_dir)
+    ways = ablation.config.corrections
+    asked = (Candidate("none"), *(Candidate(way.method, way.clamp, way.strength) for way in ways.values()))
+    with tempfile.TemporaryDirectory(dir=cell.config.run_dir) as folder:
+        job = replace(
+            jobs.correction(), candidates=asked, selection_dir=jobs.tokens("eval"), out_dir=Path(folder) / "adapter"
+        )
+        found = correct(job, replace(resources(cell.config.evaluation), num_workers=1), tell=tell)
+    losses = [candidate["loss"] for candidate in found["candidates"]]
+    return dict(zip(ways, losses[1:], strict=True))

@@ -1,0 +1,107 @@
+"""Means over data sets and seeds, their spread, and paired comparisons."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+Record = Mapping[str, Any]
+
+
+def spread(values: Sequence[float | None]) -> dict[str, Any]:
+    """Of those values that are there: ``mean``, ``sd`` (sample standard deviation), ``sem`` (standard error of the mean), the
+    number ``n``; and how many are ``missing``."""
+    there = [value for value in values if value is not None]
+    found = {"n": len(there), "missing": len(values) - len(there)}
+    several = len(there) > 1
+    return {
+        **found,
+        "mean": float(np.mean(there)) if there else None,
+        "sd": float(np.std(there, ddof=1)) if several else None,
+        "sem": float(stats.sem(there)) if several else None,
+    }
+
+
+def paired(ours: Sequence[float | None], theirs: Sequence[float | None]) -> dict[str, Any]:
+    """The differences ``ours − theirs`` where both are there, and the two-sided p value of the paired t-test that their mean
+    is 0; None where it has none, as of one pair."""
+    both = [(our, their) for our, their in zip(ours, theirs, strict=True) if our is not None and their is not None]
+    differences = [our - their for our, their in both]
+    p = None
+    if len(both) > 1 and np.std(differences) > 0:
+        p = float(stats.ttest_rel(*zip(*both, strict=True)).pvalue)
+    return {**spread(differences), "p": p if p is not None and math.isfinite(p) else None}
+
+
+def label(record: Record, keys: Sequence[str]) -> dict[str, Any]:
+    """What tells a record's row from the others."""
+    of_record = {key: record[key] for key in ("method", "calibration", "correction")}
+    known = {**record["settings"], "emulator.compression_ratio": record["ratio"], **of_record}
+    return {key: known.get(key) for key in keys}
+
+
+def summarize(
+    records: Sequence[Record], keys: Sequence[str], compare_with: Mapping[str, Any], value: str = "gap_closed"
+) -> list[dict[str, Any]]:
+    """A row for each label: the spread of ``value`` over seeds in each data set and over all of these, the paired comparison
+    with the row whose label is this one's but for ``compare_with``, and means of memory and time.
+
+    Pairs are of the same data set and seed.
+    """
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        groups.setdefault(tuple(map(str, label(record, keys).values())), []).append(record)
+    labels = {group: label(members[0], keys) for group, members in groups.items()}
+    datasets = list(dict.fromkeys(record["dataset"] for record in records))
+    rows = []
+    for group, members in groups.items():
+        row: dict[str, Any] = {"label": labels[group]}
+        row["datasets"] = {
+            name: {"loss": spread(_values(members, "loss", name)), value: spread(_values(members, value, name))}
+            for name in datasets
+        }
+        row["all"] = {
+            key: spread(_values(members, key)) for key in (value, "gap_closed_uncorrected", "gap_closed_by_emulator")
+        }
+        reference = _reference(labels, group, compare_with)
+        if reference is not None and reference != group:
+            row["against"] = {"label": labels[reference], **_paired(members, groups[reference], value)}
+        row["finetune_s"] = spread([_of(record, lambda r: r["finetune"]["wall_s"]) for record in members])
+        row["finetune_bytes"] = spread([_of(record, lambda r: r["finetune"]["peak_bytes"]) for record in members])
+        row["inference_bytes"] = spread([_of(record, lambda r: r["inference_planned_bytes"]) for record in members])
+        rows.append(row)
+    return rows
+
+
+def _values(records: Sequence[Record], key: str, dataset: str | None = None) -> list[float | None]:
+    return [record[key] for record in records if dataset in (None, record["dataset"])]
+
+
+def _of(record: Record, get: Callable[[Record], float]) -> float | None:
+    return get(record) if "finetune" in record else None
+
+
+def _paired(ours: Sequence[Record], theirs: Sequence[Record], value: str) -> dict[str, Any]:
+    of_theirs = {(record["dataset"], record["seed"]): record[value] for record in theirs}
+    pairs = [(record[value], of_theirs.get((record["dataset"], record["seed"]))) for record in ours]
+    return paired([our for our, _ in pairs], [their for _, their in pairs])
+
+
+def _reference(
+    labels: Mapping[tuple[Any, ...], dict[str, Any]], group: tuple[Any, ...], compare_with: Mapping[str, Any]
+) -> tuple[Any, ...] | None:
+    """The row to compare with: what ``compare_with`` says, and in all else like this one, or without a value there."""
+    if not compare_with:
+        return None
+    own = labels[group]
+    exact = {**own, **compare_with}
+    for candidate, found in labels.items():
+        if all(found.get(key) == compare_with[key] for key in compare_with if key in found) and all(
+            found[key] == exact[key] or found[key] is None or own[key] is None for key in found
+        ):
+            return candidate
+    return None

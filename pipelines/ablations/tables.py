@@ -1,0 +1,125 @@
+"""Results as Markdown tables, and the README's tables made of the JSON in ``pipelines/results/``."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from emloc_ray.errors import ConfigError
+
+_MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+_NONE = "–"
+
+
+def read_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """The published results, by name."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
+def with_tables(text: str, results: Mapping[str, Mapping[str, Any]]) -> str:
+    """A page whose every ``<!-- table: NAME -->`` … ``<!-- end of table -->`` holds that result's table.
+
+    Raises:
+        ConfigError: where it names a result that was not published.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in results:
+            known = ", ".join(results) or "none"
+            raise ConfigError(
+                f"The page has a table {name}, and pipelines/results holds {known}: publish it, or take it out."
+            )
+        return f"{match[1]}{render(results[name])}\n{match[3]}"
+
+    return _MARKED.sub(table, text)
+
+
+def marked(text: str) -> set[str]:
+    """The names of a page's tables."""
+    return {match["name"] for match in _MARKED.finditer(text)}
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """A result's table, by its ``kind``."""
+    return _KINDS[result["kind"]](result)
+
+
+def _ablation(result: Mapping[str, Any]) -> str:
+    """A line for each row of an ablation: per cent of the gap closed, mean ± sample standard deviation over seeds in each
+    data set, ± standard error over all."""
+    rows: Sequence[Mapping[str, Any]] = result["rows"]
+    keys, datasets = list(rows[0]["label"]), list(rows[0]["datasets"])
+    against = next((row["against"]["label"] for row in rows if "against" in row), None)
+    several = len(datasets) > 1
+    header = [*map(_short, keys), *(f"{name}, %" for name in datasets), *(["all, %"] if several else [])]
+    header += ["served small, %", *([_against(result)] if against else []), "tuning, GiB", "tuning, s"]
+    lines = []
+    for row in rows:
+        cells = [_value(row["label"][key]) for key in keys]
+        cells += [_percent(row["datasets"][name]["gap_closed"], "sd") for name in datasets]
+        cells += [_percent(row["all"]["gap_closed"], "sem")] if several else []
+        cells.append(_percent(row["all"]["gap_closed_by_emulator"], None))
+        cells += [_difference(row.get("against"))] if against else []
+        memory, seconds = row["finetune_bytes"]["mean"], row["finetune_s"]["mean"]
+        cells += [_NONE if memory is None else f"{memory / 2**30:.2f}", _NONE if seconds is None else f"{seconds:.0f}"]
+        lines.append(cells)
+    return markdown(header, lines)
+
+
+def _against(result: Mapping[str, Any]) -> str:
+    compared = result["config"]["compare_with"]
+    return "against " + ", ".join(
+        str(value) if key == "method" else f"{_short(key)} {value}" for key, value in compared.items()
+    )
+
+
+def _percent(found: Mapping[str, Any], error: str | None) -> str:
+    if error is None:
+        return _NONE if found["mean"] is None else f"{100 * found['mean']:.1f}"
+    text = _NONE if found["mean"] is None else f"{100 * found['mean']:.1f}"
+    if found[error] is not None:
+        text += f" ± {100 * found[error]:.1f}"
+    whole = found["n"] + found["missing"]
+    return text if not found["missing"] else f"{text} ({found['n']} of {whole})"
+
+
+def _difference(found: Mapping[str, Any] | None) -> str:
+    if found is None or found["mean"] is None:
+        return _NONE
+    text = f"{100 * found['mean']:+.1f}"
+    if found["sem"] is not None:
+        text += f" ± {100 * found['sem']:.1f}"
+    return text if found["p"] is None else f"{text} (p = {found['p']:.2g})"
+
+
+def _bare_emulators(result: Mapping[str, Any]) -> str:
+    """Losses by ranks and factors, the least of each ratio in bold."""
+    rows = result["rows"]
+    ratios = list(rows[0]["losses"])
+    least = {ratio: min(row["losses"][ratio] for row in rows) for ratio in ratios}
+    lines = []
+    for row in rows:
+        losses = [(f"{row['losses'][ratio]:.3f}", row["losses"][ratio] == least[ratio]) for ratio in ratios]
+        lines.append([row["ranks"], row["factors"], *(f"**{text}**" if best else text for text, best in losses)])
+    return markdown(["ranks", "factors", *(f"ratio {ratio}" for ratio in ratios)], lines)
+
+
+_KINDS: dict[str, Callable[[Mapping[str, Any]], str]] = {"ablation": _ablation, "bare_emulators": _bare_emulators}
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _short(key: str) -> str:
+    return {"emulator.compression_ratio": "ratio"}.get(key, key.rpartition(".")[2].replace("_", " "))
+
+
+def _value(value: Any) -> str:
+    return _NONE if value is None else str(value).replace("_", " ")

@@ -1,0 +1,130 @@
+"""Every committed ablation at a small size: all its records are whole, and the same command again does nothing twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ablation import run
+from ablations import runs
+from ablations.cells import Ablation, read_ablation
+from rich.console import Console
+from tiny import make_model, make_tokenizer
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted(path for path in (ROOT / "configs" / "ablations").glob("*.yaml") if path.name != "base.yaml")
+SMALL = [
+    "data.max_seq_length=400",
+    "datasets=[summaries]",
+    "seeds=[0]",
+    "rows={train: 16, selection: 4, eval: 6, calibration: 8}",
+    "calibration.num_workers=1",
+    "emulator.num_workers=1",
+    "finetune.max_steps=2",
+    "finetune.per_device_train_batch_size=2",
+    "finetune.cpus_per_worker=1",
+    "merge.cpus_per_worker=1",
+    "evaluation.num_workers=1",
+    "max_concurrent=4",
+]
+EIGHT = "calibration.num_calibration_samples=8"
+# Of each file some of the methods, of which there are several of a kind.
+FEWER = {
+    "adapters": [EIGHT, "methods=[original, lora, loha, prefix]"],
+    "allocation": [EIGHT, "methods=[lora, uniform, sensitivity_predictions]"],
+    "baselines": [EIGHT],
+    "calibration_size": [
+        "grid.calibration.num_calibration_samples=[2, 8]",
+        "compare_with={calibration.num_calibration_samples: 2}",
+    ],
+    "correction": [EIGHT, "methods=[lora, predictions]"],
+    "degraded_calibration": [
+        EIGHT,
+        "calibrations={own: {}, shuffled: {shuffle: true}, prose_50: {foreign: prose, share: 0.5}}",
+    ],
+    "healing": [EIGHT, "methods=[lora, tuned_60, healed_15_tuned_45]"],
+}
+CONSOLE = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def small(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Ablation]:
+    """A committed file with a random model of four blocks; what files share is made once."""
+    root = tmp_path_factory.mktemp("ablations")
+    make_model("llama", num_hidden_layers=4, max_position_embeddings=512).save_pretrained(root / "model")
+    make_tokenizer().save_pretrained(root / "model")
+
+    def read(path: Path) -> Ablation:
+        places = [f"model.source={root / 'model'}", f"run_dir={root / path.stem}", f"cache.path={root / 'cache'}"]
+        return read_ablation(path, [*SMALL, *FEWER[path.stem], *places])
+
+    return read
+
+
+def records_of(ablation: Ablation) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((ablation.root / "results.json").read_text())["records"]
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_committed_file_runs_and_again_does_nothing(
+    small: Callable[[Path], Ablation], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ablation = small(path)
+    assert run(ablation, CONSOLE) == 0
+    records = records_of(ablation)
+    corrected = sum(cell.compresses for cell in ablation.cells)
+    assert len(records) == len(ablation.cells) + corrected * len(ablation.config.corrections)
+    assert {record["cell"] for record in records} == {cell.name for cell in ablation.cells}
+    for record in records:
+        assert record["status"] == "done", record
+        assert {"original", "emulator", "emulator_adapter", "corrected"} <= record["losses"].keys()
+        assert record["loss"] == record["losses"]["corrected"]
+        assert record["finetune"]["wall_s"] > 0
+        assert record["finetune"]["peak_bytes"] > 2**20
+        assert {"torch", "peft", "transformers"} <= record["versions"].keys()
+    # All were held against the same rows and the same bound.
+    assert len({record["losses"]["original"] for record in records}) == 1
+    assert len({record["upper_bound_loss"] for record in records}) == 1
+    for cell in ablation.cells:
+        assert not (ablation.root / "tasks" / cell.name / "merged").exists()
+
+    written = {file: file.stat().st_mtime_ns for file in (ablation.root / "cells").glob("*")}
+    for name in ("run_batch", "prepare_batch", "_measure_all", "_pruned_models"):
+        monkeypatch.delattr(runs, name)
+    assert run(ablation, CONSOLE) == 0
+    assert {file: file.stat().st_mtime_ns for file in (ablation.root / "cells").glob("*")} == written
+    assert records_of(ablation) == records
+
+
+def test_what_was_lost_is_done_again_alone(small: Callable[[Path], Ablation]) -> None:
+    ablation = small(ROOT / "configs" / "ablations" / "baselines.yaml")
+    run(ablation, CONSOLE)
+    before = {record["cell"]: record for record in records_of(ablation)}
+    lost, *_ = (cell for cell in ablation.cells if cell.method == "random_pruning")
+    cells = runs.known_data(ablation)
+    cells.measured_path(lost).unlink()
+    written = {file: file.stat().st_mtime_ns for file in (ablation.root / "cells").glob("*")}
+    assert run(ablation, CONSOLE, only_collect=True) == 1
+    missing = [record for record in records_of(ablation) if record["status"] == "missing"]
+    assert [record["cell"] for record in missing] == [lost.name]
+    assert run(ablation, CONSOLE) == 0
+    after = {record["cell"]: record for record in records_of(ablation)}
+    assert after[lost.name]["loss"] == pytest.approx(before[lost.name]["loss"])
+    assert written.items() <= {file: file.stat().st_mtime_ns for file in (ablation.root / "cells").glob("*")}.items()
+
+
+def test_pruned_models_are_scored_on_the_original(small: Callable[[Path], Ablation]) -> None:
+    ablation = small(ROOT / "configs" / "ablations" / "baselines.yaml")
+    run(ablation, CONSOLE)
+    by_method = {record["method"]: record for record in records_of(ablation)}
+    original = by_method["lora"]["losses"]["original"]
+    for method in ("layer_dropping", "random_pruning", "structured_pruning"):
+        record = by_method[method]
+        assert record["losses"]["original"] == original
+        assert record["losses"]["emulator"] != original  # the pruned model itself
+        assert record["loss"] != original  # an adapter that was recovered does something
+        assert 0 < record["parameters_kept"] <= 0.5

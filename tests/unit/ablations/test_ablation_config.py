@@ -1,0 +1,200 @@
+"""An ablation's file: which cells it makes, and every error told before anything starts."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ablations import records, runs
+from ablations.cells import Ablation, read_ablation
+from ablations.statistics import summarize
+
+from emloc_ray.errors import ConfigError
+
+ROOT = Path(__file__).parents[3]
+RATIO = "emulator.compression_ratio"
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Write:
+    """``write(**keys)``: a file of three methods at two ratios, some keys changed."""
+
+    def written(**keys: Any) -> Path:
+        base = {"model": {"source": str(tiny_model_dir())}, "data": {"max_seq_length": 64}}
+        base |= {"calibration": {"num_calibration_samples": 64}, "correction": {"method": "projection"}}
+        (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+        values = {
+            "base": "base.yaml",
+            "run_dir": str(tmp_path / "run"),
+            "datasets": ["summaries", "code"],
+            "seeds": [0, 1],
+            "upper_bound": "lora",
+            "methods": [
+                {"name": "lora", RATIO: 1.0},
+                {"name": "paper"},
+                {"name": "fixed", "emulator": {"compression_ratio": 0.4}, "finetune.max_steps": 3},
+            ],
+            "grid": {RATIO: [0.5, 0.25]},
+        }
+        values = {key: value for key, value in {**values, **keys}.items() if value is not None}
+        (tmp_path / "try.yaml").write_text(yaml.safe_dump(values))
+        return tmp_path / "try.yaml"
+
+    return written
+
+
+def cells_of(ablation: Ablation, method: str) -> list[Any]:
+    return [cell for cell in ablation.cells if cell.method == method]
+
+
+def test_a_method_is_varied_by_what_it_does_not_fix_itself(write: Write) -> None:
+    ablation = read_ablation(write(calibrations={"own": {}, "worse": {"shuffle": True}}))
+    assert Counter(cell.method for cell in ablation.cells) == {"lora": 4, "paper": 16, "fixed": 8}
+    assert {cell.config.emulator.compression_ratio for cell in cells_of(ablation, "fixed")} == {0.4}
+    assert {cell.config.finetune.max_steps for cell in cells_of(ablation, "fixed")} == {3}
+    assert {cell.config.seed for cell in ablation.cells} == {0, 1}
+    assert len({cell.name for cell in ablation.cells}) == len(ablation.cells)
+    first = cells_of(ablation, "paper")[0]
+    assert first.name == "summaries-paper-compression_ratio=0.5-calibration=own-seed=0"
+    assert first.config.data.format == "prompt_completion"
+    assert str(first.config.data.calibration.path).endswith("/run/data/summaries-0/calibration-own.jsonl")
+    assert cells_of(ablation, "lora")[-1].config.data.format == "text"
+
+
+def test_overrides_go_to_the_file_or_to_every_run(write: Write) -> None:
+    given = ["seeds=[7]", f"grid.{RATIO}=[0.3]", "finetune.max_steps=9", "rows.eval=5", "methods=[paper, lora]"]
+    ablation = read_ablation(write(), given)
+    assert [cell.method for cell in ablation.cells] == ["paper", "lora"] * 2
+    assert {cell.config.finetune.max_steps for cell in ablation.cells} == {9}
+    assert {cell.config.seed for cell in ablation.cells} == {7}
+    assert cells_of(ablation, "paper")[0].config.emulator.compression_ratio == 0.3
+    assert ablation.config.rows.eval == 5
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"run_dir": None}, "run_dir is missing: set it."),
+        ({"methodes": []}, "methodes"),
+        ({"datasets": ["prose"]}, "datasets.0 is 'prose'"),
+        ({"seeds": [1, 1]}, "seeds holds 1 twice"),
+        ({"upper_bound": "best"}, "upper_bound is 'best', which is no method (lora, paper, fixed)"),
+        ({"upper_bound": "paper"}, f"upper_bound paper is not LoRA on the original: set its {RATIO} to 1.0"),
+        ({"methods": [{"name": "a b"}]}, "the name 'a b' is no safe file name"),
+        ({"methods": [{"name": "lora", RATIO: 1.0}, {"name": "x", "finetune.max_stepz": 3}]}, "finetune.max_stepz"),
+        (
+            {"methods": [{"name": "lora", RATIO: 1.0}, {"name": "x", RATIO: 1.0, "prune": "layers"}]},
+            "leaves nothing out",
+        ),
+        ({"grid": {"emulator.ratioz": [1]}}, "emulator.ratioz"),
+        ({"grid": {"seed": [1]}}, "grid.seed is what seeds is for"),
+        ({"calibrations": {"odd": {"foreign": "code"}}}, "calibrations.odd takes rows of code, a data set itself"),
+        ({"calibrations": {"odd": {"share": 0.5}}}, "share is that of foreign rows"),
+        ({"compare_with": {"method": "other"}}, "compare_with.method is 'other', none of lora, paper, fixed"),
+        ({"compare_with": {"ratio": 0.5}}, "compare_with.ratio is none of correction, method, calibration"),
+        ({"compare_with": {"correction": "none"}}, "compare_with.correction is 'none', none of projection"),
+        ({"corrections": {"projection": {"method": "none"}}}, "corrections.projection has the name of the runs' own"),
+        ({"corrections": {"a": {"method": "auto"}}}, "corrections.a.method is 'auto'"),
+        ({"rows": {"calibration": 8}}, "method paper takes 64 calibration rows of 8: raise rows.calibration"),
+        ({"run_dir": "s3://bucket/x"}, "run_dir is on an object store"),
+        ({"base": "none.yaml"}, "none.yaml"),
+        (
+            {"methods": [{"name": "lora", RATIO: 1.0}, {"name": "x", "heal_on": "code", "emulator.healing.steps": 3}]},
+            "method x heals on code, a data set itself",
+        ),
+    ],
+)
+def test_what_is_wrong_is_told(write: Write, keys: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_ablation(write(**keys))
+    assert told in str(caught.value)
+
+
+def test_several_errors_are_told_at_once(write: Write) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_ablation(write(), ["finetune.max_stepz=3", "emulator.ratioz=3"])
+    assert "max_stepz" in str(caught.value)
+    assert "ratioz" in str(caught.value)
+
+
+def test_a_check_starts_and_writes_nothing(write: Write, tmp_path: Path) -> None:
+    path = write(methods=[{"name": "lora", RATIO: 1.0}, {"name": "cut", "prune": "random"}])
+    assert runs.check(read_ablation(path), lambda done, total: None) > 0
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match=r"adapter\.target_modules"):
+        runs.check(read_ablation(path, ["adapter.target_modules=no_such_linear"]), lambda done, total: None)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "ablations").glob("*.yaml")), ids=lambda path: path.name)
+def test_a_committed_file_is_valid_and_carries_its_exact_command(path: Path) -> None:
+    if path.name == "base.yaml":
+        return
+    assert read_ablation(path).cells
+    head = path.read_text().split("base:")[0]
+    assert f"python pipelines/ablation.py configs/ablations/{path.name}\n" in head
+    assert "hours" in head or "minutes" in head
+
+
+def done(loss: float, **losses: float) -> dict[str, Any]:
+    """A cell's figures."""
+    known = {"original": 4.0, "emulator": 6.0, "emulator_adapter": 4.5, "uncorrected": loss + 0.1, "corrected": loss}
+    return {"losses": {**known, **losses}, "num_tokens": 9, "parameters_kept": 0.5, "versions": {"torch": "2"}}
+
+
+def test_records_are_paired_by_data_set_and_seed_and_tell_what_is_missing(write: Write) -> None:
+    methods = [{"name": "lora", RATIO: 1.0}, {"name": "paper"}, {"name": "cut", "prune": "random"}]
+    corrections = {"none": {"method": "none"}, "half": {"method": "covariance", "strength": 0.5}}
+    ablation = read_ablation(write(methods=methods, corrections=corrections, grid={}, datasets=["code"]))
+    cells = runs.Cells(ablation, {("code", 0): "a", ("code", 1): "b"})
+    by_name = {(cell.method, cell.seed): cell for cell in ablation.cells}
+    cells.write(by_name["lora", 0], done(3.0))
+    cells.write(by_name["lora", 1], done(3.2))
+    cells.write(by_name["paper", 0], done(3.5))
+    cells.write_measured(by_name["paper", 0], {"none": 3.6, "half": 3.4})
+    cells.write(by_name["cut", 1], done(4.4, original=5.0))
+    assert cells.is_to_be_measured(by_name["cut", 1])
+    cells.write_measured(by_name["cut", 1], {"original": 4.0, "recovered": 3.6})
+    found = records.collect(ablation, cells, {by_name["paper", 1].name: "memory ran out"})
+    shown = {(r["method"], r["seed"], r["correction"]): r for r in found}
+    assert len(found) == len(shown) == 2 + 2 + 2 * 3
+    assert shown["lora", 1, None]["gap_closed"] == 1
+    assert shown["paper", 0, "projection"]["gap_closed"] == pytest.approx(0.5)
+    assert shown["paper", 0, "projection"]["gap_closed_uncorrected"] == pytest.approx(0.4)
+    assert shown["paper", 0, "projection"]["gap_closed_by_emulator"] == pytest.approx(-0.5)
+    assert shown["paper", 0, "half"]["gap_closed"] == pytest.approx(0.6)
+    assert shown["paper", 0, "half"]["losses"]["corrected"] == 3.4
+    assert shown["cut", 1, None]["gap_closed"] == pytest.approx(0.5)
+    assert shown["cut", 1, None]["losses"] == {"original": 4, "emulator": 5, "emulator_adapter": 4.4, "corrected": 3.6}
+    for key in (("paper", 1, "projection"), ("paper", 1, "half"), ("cut", 0, None)):
+        assert (shown[key]["status"], shown[key]["gap_closed"]) == ("missing", None)
+    assert shown["paper", 1, "none"]["reason"] == "memory ran out"
+    assert "not run yet" in shown["cut", 0, None]["reason"]
+
+
+def test_figures_of_other_settings_or_rows_count_as_missing(write: Write) -> None:
+    ablation = read_ablation(write())
+    cell = ablation.cells[0]
+    cells = runs.Cells(ablation, {(cell.dataset, cell.seed): "a"})
+    cells.write(cell, done(3.0))
+    assert cells.read(cell) is not None
+    assert runs.Cells(ablation, {(cell.dataset, cell.seed): "b"}).read(cell) is None
+    other = read_ablation(write(), ["finetune.max_steps=7"])
+    assert runs.Cells(other, {(cell.dataset, cell.seed): "a"}).read(other.cells[0]) is None
+
+
+def test_what_is_published_holds_numbers_config_and_versions_and_no_place(write: Write, tmp_path: Path) -> None:
+    ablation = read_ablation(write())
+    cells = runs.Cells(ablation, {})
+    cells.write(ablation.cells[0], done(3.0))
+    found = records.collect(ablation, cells, {})
+    rows = summarize(found, records.label_keys(ablation), {})
+    text = json.dumps(records.published(ablation, found, rows))
+    assert str(tmp_path) not in text
+    assert '"torch": ["2"]' in text
+    assert "run_dir" not in text

@@ -1,0 +1,159 @@
+"""From cells to a table: gaps, their spread, pairs, what is missing, and the README's tables."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ablations.records import gap_closed
+from ablations.statistics import paired, spread, summarize
+from ablations.tables import marked, read_results, render, with_tables
+
+from emloc_ray.errors import ConfigError
+
+ROOT = Path(__file__).parents[3]
+RESULTS = ROOT / "pipelines" / "results"
+
+
+def record(method: str, seed: int, gap: float | None, dataset: str = "names", **changes: Any) -> dict[str, Any]:
+    found = {
+        "dataset": dataset,
+        "method": method,
+        "seed": seed,
+        "ratio": 0.5,
+        "calibration": "own",
+        "correction": "auto",
+        "settings": {},
+        "status": "missing" if gap is None else "done",
+        "loss": None if gap is None else 4 - gap,
+        "gap_closed": gap,
+        "gap_closed_uncorrected": gap,
+        "gap_closed_by_emulator": None,
+    }
+    measured = {"finetune": {"wall_s": 10.0, "peak_bytes": 2**30}, "inference_planned_bytes": 2**29}
+    return {**found, **({} if gap is None else measured), **changes}
+
+
+def test_the_gap_closed_is_a_share_of_what_the_bound_gained() -> None:
+    assert gap_closed(4.0, 3.5, 3.0) == 0.5
+    assert gap_closed(4.0, 4.0, 3.0) == 0
+    assert gap_closed(4.0, 4.5, 3.0) == -0.5
+    assert gap_closed(4.0, 3.5, 4.0) is None
+
+
+def test_a_spread_is_of_what_is_there() -> None:
+    found = spread([0.1, 0.2, None, 0.6])
+    assert found["n"] == 3
+    assert found["missing"] == 1
+    assert found["mean"] == pytest.approx(0.3)
+    assert found["sd"] == pytest.approx(0.07**0.5)
+    assert found["sem"] == pytest.approx((0.07 / 3) ** 0.5)
+    assert spread([0.1])["sd"] is None
+    assert spread([None]) == {"n": 0, "missing": 1, "mean": None, "sd": None, "sem": None}
+
+
+def test_pairs_need_both_sides() -> None:
+    found = paired([0.5, 0.7, None, 0.9], [0.4, 0.5, 0.3, 0.6])
+    assert (found["n"], found["missing"]) == (3, 0)
+    assert found["mean"] == pytest.approx(0.2)
+    # t = mean / (sd / √3) = 0.2 / (0.1 / √3) with two degrees of freedom: p = 1 − t / √(t² + 2).
+    t = 2 * 3**0.5
+    assert found["p"] == pytest.approx(1 - t / (t**2 + 2) ** 0.5)
+    assert paired([0.5], [0.4])["p"] is None
+    assert paired([0.5, 0.6], [0.5, 0.6])["p"] is None
+
+
+def test_rows_are_labels_and_pairs_are_of_one_data_set_and_seed() -> None:
+    records = [
+        *(record("paper", seed, 0.5 + seed / 10) for seed in range(3)),
+        *(record("ours", seed, 0.6 + seed / 10 + (seed == 2) / 10) for seed in (2, 1)),
+        record("ours", 0, None),
+    ]
+    paper, ours = summarize(records, ["method"], {"method": "paper"})
+    assert (paper["label"], ours["label"]) == ({"method": "paper"}, {"method": "ours"})
+    assert "against" not in paper
+    assert ours["datasets"]["names"]["gap_closed"]["missing"] == 1
+    assert ours["against"]["label"] == {"method": "paper"}
+    assert ours["against"]["n"] == 2
+    assert ours["against"]["mean"] == pytest.approx(0.15)
+    assert ours["finetune_bytes"]["mean"] == 2**30
+
+
+def test_a_row_is_compared_with_the_one_that_is_like_it_in_all_else() -> None:
+    def grid(calibration: str, correction: str, gap: float) -> dict[str, Any]:
+        return record("paper", 0, gap, calibration=calibration, correction=correction)
+
+    records = [
+        grid("own", "none", 0.5),
+        grid("own", "auto", 0.6),
+        grid("worse", "none", 0.1),
+        grid("worse", "auto", 0.3),
+    ]
+    bound = record("lora", 0, 1.0, calibration=None, correction=None)
+    rows = summarize([bound, *records], ["method", "calibration", "correction"], {"correction": "none"})
+    assert [round(row["against"]["mean"], 3) if "against" in row else None for row in rows] == [
+        None,
+        None,
+        0.1,
+        None,
+        0.2,
+    ]
+
+
+def result(records: list[dict[str, Any]]) -> dict[str, Any]:
+    compare = {"method": "paper"}
+    rows = summarize(records, ["method"], compare)
+    return {"kind": "ablation", "config": {"compare_with": compare}, "rows": rows, "records": records}
+
+
+def test_what_is_missing_stands_in_the_table() -> None:
+    table = render(
+        result(
+            [
+                record("paper", 0, 0.5),
+                record("paper", 1, 0.7),
+                record("ours", 0, 0.6),
+                record("ours", 1, None),
+                record("lost", 0, None),
+                record("lost", 1, None),
+            ]
+        )
+    )
+    assert table.splitlines() == [
+        "| method | names, % | served small, % | against paper | tuning, GiB | tuning, s |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| paper | 60.0 ± 14.1 | – | – | 1.00 | 10 |",
+        "| ours | 60.0 (1 of 2) | – | +10.0 | 1.00 | 10 |",
+        "| lost | – (0 of 2) | – | – | – | – |",
+    ]
+
+
+def test_a_page_gets_the_tables_that_it_names() -> None:
+    page = "a\n<!-- table: x -->\nold\n<!-- end of table -->\nb\n"
+    one = {"kind": "bare_emulators", "rows": [{"ranks": "uniform", "factors": "f", "losses": {"0.5": 1.0, "0.25": 2}}]}
+    made = with_tables(page, {"x": one})
+    assert made.splitlines()[2:5] == ["| ranks | factors | ratio 0.5 | ratio 0.25 |", "| --- | --- | --- | --- |",
+        "| uniform | f | **1.000** | **2.000** |"]  # fmt: skip
+    assert with_tables(made, {"x": one}) == made
+    assert marked(made) == {"x"}
+    with pytest.raises(ConfigError, match="has a table x, and pipelines/results holds y: publish it"):
+        with_tables(page, {"y": one})
+
+
+def test_the_readmes_tables_are_those_of_the_results() -> None:
+    done = subprocess.run(
+        [sys.executable, "pipelines/tables.py", "--check"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    text = (ROOT / "README.md").read_text()
+    assert with_tables(text, read_results(RESULTS)) == text
+    assert marked(text)
+
+
+def test_what_is_published_names_no_place() -> None:
+    for path in RESULTS.glob("*.json"):
+        assert '"/' not in path.read_text(), path
+        assert str(ROOT) not in path.read_text(), path
