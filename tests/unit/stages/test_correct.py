@@ -16,6 +16,7 @@ from stage_artifacts import Artifacts, write_lora
 from tiny import save_emulator
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from emloc_ray.core.correction import Candidate
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.io.grams import GramStore
@@ -23,7 +24,8 @@ from emloc_ray.modeling.adapter import Adapter, save_trained_adapter, write_adap
 from emloc_ray.modeling.architecture import block_linears, empty_model
 from emloc_ray.modeling.scoring import score_rows
 from emloc_ray.stages import correct as module
-from emloc_ray.stages.correct import Candidate, CorrectionJob, candidates, correct_adapter, layer_difference
+from emloc_ray.stages.correct import CorrectionJob, candidates, correct_adapter
+from emloc_ray.stages.corrected_modules import layer_difference
 
 
 @pytest.fixture
