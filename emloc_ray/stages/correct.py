@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 from emloc_ray.core.correction import Candidate, Method
+from emloc_ray.core.selection import affordable
+from emloc_ray.data.formats import Tokens
 from emloc_ray.data.processors import ImageInputs
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.atomic import write_json
@@ -29,9 +32,10 @@ from emloc_ray.modeling.adapter import (
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.loading import load_model
-from emloc_ray.modeling.scoring import score_rows
+from emloc_ray.modeling.scoring import RowLosses, losses_by_row
 from emloc_ray.stages.cluster import Flight, Progress, Resources, set_threads, silent
 from emloc_ray.stages.corrected_modules import CorrectableModule, plug_in, read_modules
+from emloc_ray.stages.correction_search import ENOUGH_ROWS, NUM_FURTHER, Measure, search
 from emloc_ray.stages.failures import Losses, Tell, unheard
 
 _LOOK_S = 0.5
@@ -45,22 +49,22 @@ AS_TRAINED = {
 
 
 def candidates(method: str, clamp: float | None, strength: float, has_grams: bool) -> list[Candidate]:
-    """The candidates of a ``correction`` section: one, or with ``auto`` a short list with ``none`` in it.
-
-    First trials put the best strength between a quarter and one, and the best clamp at one or three.
-    """
+    """The candidates of a ``correction`` section: one, or with ``auto`` those that the search begins with, ``none`` and
+    then the likeliest first."""
     if method != "auto":
         return [Candidate(m, clamp, strength) for m in get_args(Method) if m == method]
-    found = [Candidate("none"), Candidate("projection"), Candidate("projection", 1.0)]
-    found += [Candidate("projection", 3.0, 0.5)]
-    if has_grams:
-        found += [Candidate("covariance", 3.0, strength) for strength in (1.0, 0.5, 0.25)]
-    return found
+    methods: tuple[Method, ...] = ("covariance", "projection") if has_grams else ("projection",)
+    clamped = [Candidate(methods[0], 1.0), *(Candidate(method) for method in methods)]
+    return [Candidate("none"), *clamped]
 
 
 @dataclass(frozen=True)
 class CorrectionJob:
-    """Artifact paths and flat settings of the stage."""
+    """Artifact paths and flat settings of the stage.
+
+    Where there is more than one candidate, ``none`` is the first. ``max_tokens`` bounds what scoring all candidates may
+    read (None: all selection rows).
+    """
 
     model_dir: Path
     emulator_dir: Path
@@ -70,6 +74,7 @@ class CorrectionJob:
     selection_dir: Path
     specs: tuple[LinearSpec, ...]
     candidates: tuple[Candidate, ...]
+    max_tokens: int | None = None
     dampening_frac: float = 1e-4
     update_tolerance: float = 1e-3
     batch_size: int = 8
@@ -95,20 +100,12 @@ def correct_adapter(job: CorrectionJob, progress: Progress = silent) -> dict[str
         told = {"selection_tokens": 0, "candidates": [{**none, "loss": None}], "modules": {}}
         return {**none, **told, "as_trained": AS_TRAINED[adapter.kind]}
     modules = _read(job, adapter, progress)
-    losses: list[float] = []
-    best = 0
+    chosen, told = job.candidates[0], _untried(job.candidates)
     if len(job.candidates) > 1:
-        losses = _selection_losses(job, adapter, modules, progress)
-        best = min(range(len(losses)), key=losses.__getitem__)
-    chosen = job.candidates[best]
-    shown: Sequence[float | None] = losses or [None]
+        chosen, told = _chosen(job, adapter, modules, progress)
     _write(job, adapter, modules, chosen)
-    result = {
-        **asdict(chosen),
-        "selection_tokens": _num_selection_tokens(job) if len(job.candidates) > 1 else 0,
-        "candidates": [{**asdict(c), "loss": loss} for c, loss in zip(job.candidates, shown, strict=True)],
-        "modules": {m.lora.name: found for m in modules if (found := m.shortfalls(chosen, job.dampening_frac))},
-    }
+    shortfalls = {m.lora.name: found for m in modules if (found := m.shortfalls(chosen, job.dampening_frac))}
+    result = {**asdict(chosen), **told, "modules": shortfalls}
     if not adapter.is_lora:
         ranks = [m.lora.lora_a.shape[0] for m in modules]
         result["lora_form"] = {"largest_lack": max(m.lack for m in modules), "mean_rank": sum(ranks) / len(ranks)}
@@ -136,18 +133,54 @@ def _write(job: CorrectionJob, adapter: Adapter, modules: Sequence[CorrectableMo
     write_adapter(job.out_dir, config, corrected, magnitudes)
 
 
-def _selection_losses(
+def _untried(candidates: Sequence[Candidate]) -> dict[str, Any]:
+    return {"selection_tokens": 0, "candidates": [{**asdict(candidate), "loss": None} for candidate in candidates]}
+
+
+def _chosen(
     job: CorrectionJob, adapter: Adapter, modules: Sequence[CorrectableModule], progress: Progress
-) -> list[float]:
-    """Of every candidate, on one model: first what is as trained, then, of other methods than LoRA, in LoRA's form."""
-    model = load_adapter(load_model(job.model_dir, **job.model_options), job.adapter_dir).eval()
-    is_lora = adapter.is_lora
+) -> tuple[Candidate, dict[str, Any]]:
+    """The best candidate on as many of the selection rows as ``max_tokens`` allow, and what is told of all."""
     shards = TokenShards(job.selection_dir)
     rows = [shards.row(position) for position in range(len(shards))]
+    random.Random(0).shuffle(rows)  # files may be sorted by what their rows are of
+    lengths = [len(row) for row in rows]
+    begun, count = affordable(lengths, job.max_tokens, len(job.candidates), NUM_FURTHER, ENOUGH_ROWS)
+    if count == 0:
+        note = f"Fine-tuning read too little for a choice to cost {job.max_tokens} tokens: set correction.max_share higher."
+        return job.candidates[0], {**_untried(job.candidates[:1]), "note": note}
+    measure = _measure(job, adapter, modules, rows[:count])
+    total, tried = len(modules) + begun + NUM_FURTHER, 0
+
+    def measured(candidate: Candidate) -> RowLosses:
+        nonlocal tried
+        losses, tried = measure(candidate), tried + 1
+        progress(len(modules) + tried, total)
+        return losses
+
+    choice = search(job.candidates[:begun], measured)
+    progress(total, total)
+    told = {
+        "selection_rows": count,
+        "selection_tokens": sum(lengths[:count]),
+        "scored_tokens": sum(lengths[:count]) * tried,
+        "max_tokens": job.max_tokens,
+        "candidates": choice.told(),
+    }
+    return choice.candidates[choice.chosen], told
+
+
+def _measure(
+    job: CorrectionJob, adapter: Adapter, modules: Sequence[CorrectableModule], rows: Sequence[Tokens]
+) -> Measure:
+    """Of candidates one after another, on one model: first what is as trained, then, of other methods than LoRA, in LoRA's
+    form."""
+    model = load_adapter(load_model(job.model_dir, **job.model_options), job.adapter_dir).eval()
+    is_lora = adapter.is_lora
     images = ImageInputs(job.model_dir, job.model_options.get("trust_remote_code", False))
-    losses: dict[int, float] = {}
-    for number in sorted(range(len(job.candidates)), key=lambda at: job.candidates[at].method != "none"):
-        candidate = job.candidates[number]
+
+    def measure(candidate: Candidate) -> RowLosses:
+        nonlocal model, is_lora
         if not is_lora and candidate.method != "none":
             settings = lora_form_settings([module.lora for module in modules])
             form = adapter_config(**settings, task_type=adapter.config["task_type"])
@@ -155,22 +188,16 @@ def _selection_losses(
         for module in modules if is_lora else ():
             corrected = module.corrected(candidate, job.dampening_frac)
             plug_in(model, corrected, module.magnitude(candidate, job.dampening_frac))
-        score = score_rows(
+        return losses_by_row(
             model,
             rows,
             batch_size=job.batch_size,
             loss_on=job.loss_on,
             pad_token_id=job.pad_token_id,
-            name=f"corrected ({candidate.method})",
             images=images,
         )
-        losses[number] = score.metrics()["loss"]
-        progress(len(modules) + len(losses), len(modules) + len(job.candidates))
-    return [losses[number] for number in range(len(job.candidates))]
 
-
-def _num_selection_tokens(job: CorrectionJob) -> int:
-    return int(TokenShards(job.selection_dir).index["tokens"])
+    return measure
 
 
 def _correct_task(job: CorrectionJob, threads: int) -> dict[str, Any]:
