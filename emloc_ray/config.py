@@ -277,9 +277,12 @@ class CorrectionConfig(Section):
 
     method: Literal["auto", "none", "projection", "covariance"] = "auto"
     clamp: float | None = Field(3.0, gt=0, description="the paper's lambda; null: unclamped")
-    strength: float = Field(1.0, ge=0, le=2)
+    strength: float = Field(1.0, ge=0, le=4)
     dampening_frac: float = Field(1e-4, gt=0, lt=1)
-    num_selection_samples: int = Field(64, ge=1, description="rows that auto chooses on")
+    num_selection_samples: int = Field(64, ge=1, description="rows that auto chooses on, at most")
+    max_share: float | None = Field(
+        0.1, gt=0, description="tokens that auto may score, as a share of those that are trained on; null: all it has"
+    )
     update_tolerance: float = Field(
         1e-3,
         ge=0,

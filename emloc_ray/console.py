@@ -136,10 +136,19 @@ def _outcome(stage: str, result: dict[str, Any]) -> str:
     if stage == "finetune":
         return f"{result['steps']} steps, training loss {result['train_loss']:.3f}"
     if stage == "correct":
-        return "as trained: nothing to correct" if result.get("as_trained") else f"chose {describe_choice(result)}"
+        if result.get("as_trained"):
+            return "as trained: nothing to correct"
+        return f"chose {describe_choice(result)}{_scored(result)}"
     if stage == "merge":
         return f"{result['merged_tensors']} tensors changed"
     return ""
+
+
+def _scored(result: dict[str, Any]) -> str:
+    if result.get("note"):
+        return f". {result['note']}"
+    tried = len(result["candidates"])
+    return f" of {tried} on {result['selection_rows']} rows" if result.get("selection_rows") else ""
 
 
 def describe_choice(choice: dict[str, Any]) -> str:

@@ -200,6 +200,12 @@ class Jobs:
         """Optimizer steps of the fine-tuning, from the rows that it has."""
         return num_steps(self.prepared.config, len(TokenShards(self.tokens("train"))))
 
+    def trained_tokens(self) -> float:
+        """Those that all steps of the fine-tuning read, of rows of mean length."""
+        section, shards = self.prepared.config.finetune, TokenShards(self.tokens("train"))
+        rows = section.per_device_train_batch_size * section.gradient_accumulation_steps * section.num_workers
+        return self.num_steps() * rows * float(shards.index["tokens"]) / max(1, len(shards))
+
     def finetuning(self, name: str) -> FinetuneJob:
         """``name`` is what a later try of the same training goes on from."""
         config = self.prepared.config
@@ -239,6 +245,7 @@ class Jobs:
             selection_dir=self.tokens("selection"),
             specs=self.specs(),
             candidates=tuple(candidates(method, section.clamp, section.strength, has_grams)),
+            max_tokens=None if section.max_share is None else int(section.max_share * self.trained_tokens()),
             dampening_frac=section.dampening_frac,
             update_tolerance=section.update_tolerance,
             batch_size=config.evaluation.batch_size,

@@ -356,6 +356,7 @@ class Pipeline:
             "finetune": self.inputs["finetune"],
             "correction": self.config.correction.model_dump(mode="json"),
             "candidates": [dataclasses.asdict(candidate) for candidate in job.candidates],
+            "max_tokens": job.max_tokens,
             "data": self.inputs["data/selection"],
         }
 

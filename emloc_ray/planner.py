@@ -151,6 +151,8 @@ def within_budget(prepared: Prepared) -> tuple[Solution, Prepared]:
     )
 
 
+# Corrections that auto tries at most.
+_CANDIDATES = 7
 # Making token shards, mostly of starting Ray and its workers.
 _SECONDS_BEFORE = 20
 # Starting a stage's workers and loading the model, seconds; the share of a matrix product's speed that a stage reaches.
@@ -241,6 +243,13 @@ def _rows_trained(prepared: Prepared) -> int:
     return rows * num_steps(prepared.config, _num_train_rows(prepared))
 
 
+def _rows_scored(prepared: Prepared) -> float:
+    """Rows that all candidates of the correction read together."""
+    section = prepared.config.correction
+    rows: float = section.num_selection_samples * _CANDIDATES
+    return rows if section.max_share is None else min(rows, section.max_share * _rows_trained(prepared))
+
+
 def row_lengths(prepared: Prepared) -> Lengths:
     """Tokens a row, guessed from the first rows' characters and images; the docstring task's rows are about 80."""
     limit = prepared.config.data.max_seq_length
@@ -294,7 +303,7 @@ def _stage_flops(prepared: Prepared, tokens: float) -> dict[str, float]:
     grams = sum(group[0].token_share * group[0].in_features ** 2 for group in layout.groups) * 1.2
     calibrated = prepared.calibration_tokens(tokens) if layout.differs else 0
     passes = 6 if config.finetune.gradient_checkpointing else 4
-    selection = config.correction.num_selection_samples * (7 if config.correction.method == "auto" else 0)
+    selection = _rows_scored(prepared) if config.correction.method == "auto" and layout.differs else 0
     held_out = config.evaluation.num_samples or 1000
     ranks = factor_ranks(prepared)
     work = sum(2 * s.num_parameters * max(s.in_features, 2 * ranks[s.name]) for s in layout.specs if s.name in ranks)

@@ -200,12 +200,14 @@ def evaluation_rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def candidate_rows(correction: dict[str, Any]) -> list[dict[str, Any]]:
-    """The correction's candidates, each with its gain against ``none`` on the selection rows; one is the chosen."""
+    """The correction's candidates, each with its gain against ``none`` on the selection rows, and that gain's standard
+    error where it is known; one is the chosen."""
     candidates = correction.get("candidates", [])
     keys = ("method", "clamp", "strength")
     plain = next((c["loss"] for c in candidates if c["method"] == "none"), None)
     return [
         {
+            "standard_error": None,
             **candidate,
             "gain": None if plain is None or candidate["loss"] is None else plain - candidate["loss"],
             "chosen": all(candidate[key] == correction[key] for key in keys),

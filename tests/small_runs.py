@@ -52,7 +52,7 @@ def make_values(run_dir: Path, model_dir: Path, data: Path, /, **changes: dict[s
             "learning_rate": 5e-3,
             "logging_steps": 1,
         },
-        "correction": {"num_selection_samples": 8},
+        "correction": {"num_selection_samples": 8, "max_share": None},
         "merge": dict(TWO),
         "evaluation": {**TWO, "num_exact_match": 2, "num_generations": 2, "max_new_tokens": 4},
     }

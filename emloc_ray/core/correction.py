@@ -16,6 +16,15 @@ _DROP_BELOW = 1e-6
 _ROWS = 1024  # of a layer, turned to float64 at a time
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """One way to correct: a method, the paper's clamp λ (None: unclamped) and a strength."""
+
+    method: Method
+    clamp: float | None = 3.0
+    strength: float = 1.0
+
+
 class CanonicalLora(NamedTuple):
     """``B A = b qᵀ`` in the adapter's own basis: ``b = B V S (out, k)``, ``q (in, k)`` orthonormal."""
 
@@ -63,8 +72,8 @@ def difference(delta: Tensor, q: Tensor, gram: Tensor | None = None) -> Differen
     k = q.shape[1]
     energy = 0.0
     for rows in torch.split(delta, _ROWS):
-        weighted = rows if gram is None else rows.float() @ gram.float()
-        energy += float((weighted.double() * rows.double()).sum())
+        weighted = rows.float() if gram is None else rows.float() @ gram.float()
+        energy += float((weighted * rows.float()).sum(dtype=torch.float64))
     if gram is None:
         return Difference(read, None, None, energy)
     return Difference(read[:, :k], read[:, k:], q.T @ right[:, k:], energy)

@@ -7,7 +7,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ _CHUNK_SHARE = 8
 
 # Summed loss, and how many of the largest logits are the labels, of logits (n, vocabulary) and what is wanted of these n.
 Criterion = Callable[..., tuple[Tensor, Tensor]]
+
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True)
@@ -106,24 +108,43 @@ def _loss_at(model: Any, owner: Any, call: ModelCall, criterion: Criterion, *tar
 def teacher_logits(model: Any, batch: dict[str, Tensor], loss_on: str, k: int) -> list[TopLogProbs]:
     """Of every row of a batch the top ``k`` log-probabilities at its label positions, logits made a chunk at a time."""
     call = model_call(model.config, batch, loss_on)
-    inputs, count = {**call.inputs, "use_cache": False}, call.targets.numel()
-    found: list[tuple[Tensor, Tensor]] = []
-    if _in_chunks(model, count):
+    found = _read_at_labels(model, call, lambda logits, targets: top_log_probs(logits, k))
+    ids, log_probs = (torch.cat(parts) for parts in zip(*found, strict=True))
+    counts = call.predicting.sum(dim=1).tolist()
+    return [TopLogProbs(*row) for row in zip(ids.split(counts), log_probs.split(counts), strict=True)]
+
+
+@torch.no_grad()
+def row_losses(model: Any, batch: dict[str, Tensor], loss_on: str) -> tuple[Tensor, Tensor]:
+    """Of every row of a batch its loss in nats, summed over its labels, and how many labels it has: both ``(rows,)``.
+
+    In float32, with logits made a chunk at a time; the rows' losses add up to :func:`token_loss`.
+    """
+    call = model_call(model.config, batch, loss_on)
+    found = _read_at_labels(
+        model, call, lambda logits, targets: F.cross_entropy(logits.float(), targets, reduction="none")
+    )
+    counts = call.predicting.sum(dim=1)
+    return torch.stack([part.sum() for part in torch.cat(found).split(counts.tolist())]), counts
+
+
+def _read_at_labels(model: Any, call: ModelCall, read: Callable[[Tensor, Tensor], _Read]) -> list[_Read]:
+    """``read(logits, targets)`` of the call's labels, by chunks where their logits are many."""
+    inputs, found = {**call.inputs, "use_cache": False}, []
+    if _in_chunks(model, len(call.targets)):
 
         def forward(compute: Callable[[Tensor], Tensor], chosen: Tensor) -> Tensor:
             step = chunk_tokens(_hidden_size(model.get_output_embeddings()))
-            for start in range(0, len(chosen), step):
-                found.append(top_log_probs(compute(chosen[start : start + step]), k))
+            for hidden, targets in zip(chosen.split(step), call.targets.split(step), strict=True):
+                found.append(read(compute(hidden), targets))
             return chosen.new_zeros(1, 1, 1)
 
         with _in_place_of_the_head(model, call.predicting, forward):
             model(**inputs)
     else:
         with logits_at(model, call.predicting):
-            found.append(top_log_probs(model(**inputs).logits[0], k))
-    ids, log_probs = (torch.cat(parts) for parts in zip(*found, strict=True))
-    counts = call.predicting.sum(dim=1).tolist()
-    return [TopLogProbs(*row) for row in zip(ids.split(counts), log_probs.split(counts), strict=True)]
+            found.append(read(model(**inputs).logits[0], call.targets))
+    return found
 
 
 def chunk_tokens(hidden_size: int) -> int:

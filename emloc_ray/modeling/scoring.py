@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -17,7 +17,7 @@ from emloc_ray.data.token_shards import ImagesToInputs, collate, length_batches
 from emloc_ray.errors import NumericsError
 from emloc_ray.modeling.architecture import learned_positions
 from emloc_ray.modeling.inputs import has_encoder
-from emloc_ray.modeling.loss import logits_at, token_loss
+from emloc_ray.modeling.loss import logits_at, row_losses, token_loss
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,42 @@ def score_rows(
     if not math.isfinite(total.loss_sum):
         raise NumericsError(f"The loss of the {name} model is NaN or Inf: check its weights and dtype.")
     return total
+
+
+class RowLosses(NamedTuple):
+    """Of each row its loss in nats, summed over its predicted tokens, and how many these are; both ``(rows,)``."""
+
+    sums: torch.Tensor
+    counts: torch.Tensor
+
+
+@torch.no_grad()
+def losses_by_row(
+    model: Any,
+    rows: Sequence[Tokens],
+    *,
+    batch_size: int,
+    loss_on: str,
+    pad_token_id: int,
+    images: ImagesToInputs | None = None,
+) -> RowLosses:
+    """Of each row, in the order given, what :func:`score_rows` sums; a loss that is no number is left so."""
+    found = RowLosses(torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.int64))
+    for some in length_batches([_Numbered(number, row) for number, row in enumerate(rows)], batch_size):
+        batch = collate([numbered.row for numbered in some], pad_token_id, images)
+        sums, counts = row_losses(model, {key: value.to(model.device) for key, value in batch.items()}, loss_on)
+        at = [numbered.number for numbered in some]
+        found.sums[at], found.counts[at] = sums.double().cpu(), counts.cpu()
+    return found
+
+
+@dataclass(frozen=True)
+class _Numbered:
+    number: int
+    row: Tokens
+
+    def __len__(self) -> int:
+        return len(self.row)
 
 
 def prompt_length(row: Tokens) -> int:

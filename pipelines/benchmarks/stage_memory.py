@@ -14,6 +14,7 @@ from typing import Any
 from emloc_ray.budget import with_settings
 from emloc_ray.config import RunConfig
 from emloc_ray.config_reading import parse_config
+from emloc_ray.core.correction import Candidate
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.layout import make_layout, skeleton_of
@@ -23,7 +24,7 @@ from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.loading import ModelSource
 from emloc_ray.preparation import Prepared, prepare
 from emloc_ray.stages.calibration_job import CalibrationJob
-from emloc_ray.stages.correct import Candidate, CorrectionJob
+from emloc_ray.stages.correct import CorrectionJob
 from emloc_ray.stages.evaluate import EvaluationJob
 from emloc_ray.stages.factorize import FactorizationJob
 from emloc_ray.stages.merge import MergeJob

@@ -27,7 +27,7 @@ def make_config(folder: Path) -> Path:
         "emulator": {**two, "compression_ratio": 0.5, "healing": {"steps": 16}},
         "adapter": {"r": 4, "lora_alpha": 16},
         "finetune": {**two, "max_steps": 16, "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 4},
-        "correction": {"num_selection_samples": 32},
+        "correction": {"num_selection_samples": 32, "max_share": None},
         "merge": two,
         "evaluation": {**two, "num_samples": 64, "num_exact_match": 4, "num_generations": 2, "max_new_tokens": 8},
     }

@@ -274,15 +274,17 @@ def test_no_row_is_in_two_splits(llama_run: FinishedRun) -> None:
     assert any("12 rows instead of the 256 asked for" in note for note in llama_run.reporter.notes)
 
 
-def test_auto_chooses_the_candidate_of_least_selection_loss(llama_run: FinishedRun) -> None:
+def test_auto_chooses_the_candidate_of_least_selection_loss_or_none(llama_run: FinishedRun) -> None:
     choice = llama_run.metrics["correction"]
-    losses = [candidate["loss"] for candidate in choice["candidates"]]
-    assert len(losses) == 7
-    best = choice["candidates"][losses.index(min(losses))]
-    assert {key: choice[key] for key in ("method", "clamp", "strength")} == {
-        key: best[key] for key in ("method", "clamp", "strength")
-    }
-    assert choice["candidates"][0]["method"] == "none"
+    tried = choice["candidates"]
+    keys = ("method", "clamp", "strength")
+    assert [found["method"] for found in tried[:4]] == ["none", "covariance", "covariance", "projection"]
+    assert 4 <= len(tried) <= 7
+    best = min(tried, key=lambda found: found["loss"])
+    expected = best if best["gain"] > best["standard_error"] else tried[0]
+    assert [choice[key] for key in keys] == [expected[key] for key in keys]
+    assert choice["scored_tokens"] == len(tried) * choice["selection_tokens"]
+    assert choice["max_tokens"] is None
 
 
 def test_covariance_closes_the_shortfall_of_every_module(qwen_run: FinishedRun) -> None:

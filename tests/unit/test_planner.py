@@ -160,6 +160,16 @@ def test_bytes_in_4_bits_are_those_of_a_saved_emulator(
     assert stage(found, "factorize").disk_bytes == pytest.approx(Checkpoint(saved).num_bytes, rel=0.01)
 
 
+def test_choosing_a_correction_takes_as_long_as_the_training_allows(plan: Callable[..., Plan]) -> None:
+    def seconds(steps: int, **correction: Any) -> float:
+        found = plan(finetune={"max_steps": steps}, correction=correction)
+        return stage(found, "correct").seconds
+
+    given = seconds(10_000, method="projection")
+    assert given < seconds(1) < seconds(10) < seconds(10_000)
+    assert seconds(10, max_share=None) == seconds(10_000)
+
+
 def test_what_ranks_by_data_take_is_planned(plan: Callable[..., Plan]) -> None:
     plain, found = plan(), plan(emulator={"allocation": "sensitivity", "objective": "predictions"})
     names = [entry.name for entry in found.stages]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import re
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 
 import pytest
 from pages import LOADING, Page
+from rich.console import Console
 from run_samples import STAGES, finished_metrics, manifest, spectra, usage
 
 from emloc_ray import report
-from emloc_ray.console import evaluation_table, result_lines
+from emloc_ray.console import ConsoleReporter, evaluation_table, result_lines
 from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.run_log import RunLog
 from emloc_ray.stages import SPECTRA
@@ -205,6 +207,31 @@ def unmerged() -> tuple[dict[str, Any], dict[str, Any]]:
     metrics["correction"] = {**none, "candidates": [{**none, "loss": None}], "modules": {}, "selection_tokens": 0}
     metrics["correction"]["as_trained"] = "There is nothing to correct here."
     return found, metrics
+
+
+def told_of_correct(result: dict[str, Any]) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    with ConsoleReporter(console) as reporter:
+        reporter.start("correct")
+        reporter.finish("correct", result, usage(1))
+    return str(console.file.getvalue())  # type: ignore[attr-defined]
+
+
+def test_what_a_choice_was_made_on_is_told(finished: str) -> None:
+    assert "The best of these on 694 tokens of the selection rows" in Page(finished).text
+    metrics = finished_metrics()
+    fix = metrics["correction"]
+    fix |= {"selection_rows": 11, "scored_tokens": 2082, "max_tokens": 2100}
+    fix["candidates"][2] |= {"gain": 0.02458, "standard_error": 0.00321}
+    text = Page(report.render("run", manifest(*STAGES), metrics)).text
+    assert "The best of these on 694 tokens of 11 selection rows" in text
+    assert "Together they read 2,082 of the 2,100 tokens that they may." in text
+    assert "0.00321" in text
+    assert "chose covariance, λ = 3, strength 0.5 of 3 on 11 rows" in told_of_correct(fix)
+    none = {"method": "none", "clamp": 3.0, "strength": 1.0, "selection_tokens": 0}
+    metrics["correction"] = {**none, "candidates": [{**none, "loss": None}], "modules": {}, "note": "Too little."}
+    assert "Too little." in Page(report.render("run", manifest(*STAGES), metrics)).text
+    assert "chose none. Too little." in told_of_correct(metrics["correction"])
 
 
 def test_an_adapter_that_cannot_be_merged_is_said_so() -> None:

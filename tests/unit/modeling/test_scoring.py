@@ -13,7 +13,8 @@ from torch.nn.functional import log_softmax
 
 from emloc_ray.data.formats import Tokens
 from emloc_ray.errors import NumericsError
-from emloc_ray.modeling.scoring import Score, complete, prompt_length, score_rows
+from emloc_ray.modeling import loss as loss_module
+from emloc_ray.modeling.scoring import Score, complete, losses_by_row, prompt_length, score_rows
 
 
 def rows(*lengths: int) -> list[Tokens]:
@@ -53,6 +54,19 @@ def test_score_is_row_by_row_whatever_the_batch(family: str, loss_on: str, batch
         "token_accuracy": correct / count,
         "num_tokens": count,
     }
+
+
+@pytest.mark.parametrize("share", [1, 64])
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+def test_losses_by_row_are_the_rows_own_in_their_order(
+    loss_on: str, share: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_module, "_CHUNK_SHARE", share)  # logits at once, or a token's at a time
+    model, many = make_model("llama"), rows(13, 5, 1, 8, 21, 2)
+    found = losses_by_row(model, many, batch_size=4, loss_on=loss_on, pad_token_id=PAD)
+    expected = [by_hand(model, [row], loss_on) for row in many]
+    assert found.counts.tolist() == [count for _, _, count in expected]
+    assert found.sums.tolist() == pytest.approx([loss for loss, _, _ in expected], rel=1e-5)
 
 
 def test_scores_of_disjoint_rows_add_up() -> None:

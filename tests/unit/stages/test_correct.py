@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,14 +17,19 @@ from stage_artifacts import Artifacts, write_lora
 from tiny import save_emulator
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from emloc_ray.data.token_shards import TokenShards
+from emloc_ray.core.correction import Candidate
+from emloc_ray.data.formats import Tokens
+from emloc_ray.data.token_shards import TokenShards, shard_name, write_index, write_shard
 from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.io.grams import GramStore
 from emloc_ray.modeling.adapter import Adapter, save_trained_adapter, write_adapter
 from emloc_ray.modeling.architecture import block_linears, empty_model
-from emloc_ray.modeling.scoring import score_rows
+from emloc_ray.modeling.scoring import losses_by_row, score_rows
 from emloc_ray.stages import correct as module
-from emloc_ray.stages.correct import Candidate, CorrectionJob, candidates, correct_adapter, layer_difference
+from emloc_ray.stages.correct import CorrectionJob, candidates, correct_adapter
+from emloc_ray.stages.corrected_modules import layer_difference
+
+KEYS = ("method", "clamp", "strength")
 
 
 @pytest.fixture
@@ -90,37 +96,71 @@ def test_the_shortfall_told_is_that_of_the_written_adapter(job: CorrectionJob) -
         assert told["after"] < told["before"]
 
 
-def test_auto_tries_every_candidate_and_keeps_the_best(job: CorrectionJob, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_chooses_by_rows_and_plugs_in_what_it_writes(job: CorrectionJob, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = tuple(candidates("auto", 3.0, 1.0, has_grams=True))
     steps: list[tuple[int, int]] = []
-    result = correct_adapter(replace(job, candidates=tried), lambda done, total: steps.append((done, total)))
-    losses = [candidate["loss"] for candidate in result["candidates"]]
-    assert len(set(losses)) > 1
-    best = losses.index(min(losses))
-    assert (result["method"], result["clamp"], result["strength"]) == (
-        tried[best].method,
-        tried[best].clamp,
-        tried[best].strength,
-    )
-    assert result["selection_tokens"] > 0
-    assert steps[-1][0] == steps[-1][1] == 4 + len(tried)
-    # What is plugged in to be scored is what is written in the end.
-    found: dict[str, Any] = {}
+    served: list[dict[str, torch.Tensor]] = []
 
-    def score(model: Any, *args: Any, **kwargs: Any) -> Any:
+    def losses(model: Any, rows: Any, **kwargs: Any) -> Any:
+        """Of the fifth candidate the least, on every row; first as they are, so that the whole of it runs."""
         layers = {n: model.base_model.model.get_submodule(n) for n in Adapter(job.adapter_dir).names}
-        found[kwargs["name"]] = {
-            n: (m.lora_B["default"].weight @ m.lora_A["default"].weight).clone() for n, m in layers.items()
-        }
-        return type("Score", (), {"metrics": lambda self: {"loss": 1.0 - 0.1 * len(found)}})()
+        served.append({n: m.lora_B["default"].weight @ m.lora_A["default"].weight for n, m in layers.items()})
+        found = losses_by_row(model, rows, **kwargs)
+        return found._replace(sums=found.sums - (len(served) == 5) * 50 * found.counts)
 
-    monkeypatch.setattr(module, "score_rows", score)
+    monkeypatch.setattr(module, "losses_by_row", losses)
     with torch.no_grad():
-        correct_adapter(replace(job, candidates=(Candidate("none"), Candidate("projection", None))))
+        result = correct_adapter(replace(job, candidates=tried), lambda done, total: steps.append((done, total)))
+    told = result["candidates"]
+    assert [(c["method"], c["clamp"], c["strength"]) for c in told[:4]] == [
+        (c.method, c.clamp, c.strength) for c in tried
+    ]
+    chosen = told[4]
+    assert (result["method"], result["clamp"], result["strength"]) == tuple(chosen[k] for k in KEYS)
+    assert chosen["gain"] > chosen["standard_error"]
+    assert chosen["loss"] == min(c["loss"] for c in told)
+    assert result["selection_rows"] == len(TokenShards(job.selection_dir))
+    assert result["scored_tokens"] == len(told) * result["selection_tokens"]
+    assert steps[-1][0] == steps[-1][1]
+    assert [done for done, _ in steps] == sorted(done for done, _ in steps)
     written = Adapter(job.out_dir)
-    for name, product in found["corrected (projection)"].items():
+    for name, product in served[4].items():
         lora = written.module(name)
         torch.testing.assert_close(lora.lora_b @ lora.lora_a, product)
+
+
+@pytest.mark.parametrize("budget", [0, 100, 400, 1000])
+def test_auto_reads_no_more_than_it_may(job: CorrectionJob, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = 0
+
+    def losses(model: Any, rows: Any, **kwargs: Any) -> Any:
+        nonlocal read
+        read += sum(map(len, rows))
+        return losses_by_row(model, rows, **kwargs)
+
+    monkeypatch.setattr(module, "losses_by_row", losses)
+    tried = tuple(candidates("auto", 3.0, 1.0, has_grams=True))
+    result = correct_adapter(replace(job, candidates=tried, max_tokens=budget))
+    assert read <= budget
+    if budget == 0:
+        assert result["method"] == "none"
+        assert "correction.max_share" in result["note"]
+        assert result["candidates"] == [{"method": "none", "clamp": 3.0, "strength": 1.0, "loss": None}]
+    else:
+        assert read == result["scored_tokens"] > 0
+    again = correct_adapter(replace(job, candidates=tried, max_tokens=budget))
+    assert again == result
+
+
+def test_one_selection_row_and_rows_of_one_token_say_nothing(job: CorrectionJob, tmp_path: Path) -> None:
+    tried = tuple(candidates("auto", 3.0, 1.0, has_grams=True))
+    for lengths in ([9], [1, 1, 1]):
+        tokens = tmp_path / f"rows{len(lengths)}"
+        write_shard(tokens / shard_name(0), [Tokens([5] * n, [at > 0 for at in range(n)]) for n in lengths])
+        write_index(tokens, [len(lengths)], {"tokens": sum(lengths)})
+        result = correct_adapter(replace(job, candidates=tried, selection_dir=tokens))
+        assert result["method"] == "none"
+        json.dumps(result, allow_nan=False)
 
 
 @pytest.fixture
@@ -189,17 +229,18 @@ def test_none_is_the_adapter_as_trained_byte_for_byte(case: str, method_job: Cal
 
 @pytest.mark.parametrize("case", ["dora", "lokr", "vera"])
 def test_auto_scores_each_candidate_as_it_would_serve(case: str, method_job: Callable[[str], CorrectionJob]) -> None:
-    tried = (Candidate("projection"), Candidate("none"), Candidate("covariance", 3.0, 0.5))
+    tried = (Candidate("none"), Candidate("projection"), Candidate("covariance", 3.0, 0.5))
     job = replace(method_job(case), update_tolerance=0.0)
     told = correct_adapter(replace(job, candidates=tried))["candidates"]
     shards = TokenShards(job.selection_dir)
     rows = [shards.row(at) for at in range(len(shards))]
-    for candidate, found in zip(tried, told, strict=True):
+    for found in told:
+        candidate = Candidate(*(found[key] for key in KEYS))
         correct_adapter(replace(job, candidates=(candidate,)))
         model = served(job.out_dir, job.model_dir)
         score = score_rows(model, rows, batch_size=8, loss_on="completion", pad_token_id=0, name="served")
         assert found["loss"] == pytest.approx(score.metrics()["loss"], rel=1e-5)
-    assert len({found["loss"] for found in told}) == 3
+    assert len({found["loss"] for found in told}) == len(told) >= 3
 
 
 def test_an_untrained_dora_changes_nothing_on_the_original(job: CorrectionJob, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from stage_artifacts import Artifacts, gpt2_group, write_lora
 from tiny import save_quantized_emulator
 from transformers import AutoConfig
 
+from emloc_ray.core.correction import Candidate
 from emloc_ray.errors import NumericsError
 from emloc_ray.io.checkpoint import Checkpoint, read_shard
 from emloc_ray.io.grams import GramStore
@@ -20,7 +21,8 @@ from emloc_ray.modeling.adapter import Adapter
 from emloc_ray.modeling.architecture import block_linears, empty_model
 from emloc_ray.modeling.quantization import dequantize, quantize
 from emloc_ray.modeling.stored_names import stored_parameters, stored_specs
-from emloc_ray.stages.correct import Candidate, CorrectionJob, correct_adapter, layer_difference
+from emloc_ray.stages.correct import CorrectionJob, correct_adapter
+from emloc_ray.stages.corrected_modules import layer_difference
 from emloc_ray.stages.factorize import FactorizationJob, factorize_group
 from emloc_ray.stages.layer_reports import read_reports, spectra_file
 
