@@ -149,6 +149,12 @@ class Layout:
         rows = spec.out_features - (rank if self.storage == "pivoted" else 0)
         return ((rows, rank), (rank, spec.in_features))
 
+    @property
+    def order_bytes(self) -> int:
+        """Bytes of the places of pivoted rows, in 32 bits each."""
+        pivoted = self.ranks if self.storage == "pivoted" else {}
+        return 4 * sum(spec.out_features for spec in self.specs if spec.name in pivoted)
+
 
 def skeleton_of(
     model_config: Any, model: Any, example: Mapping[str, Tensor] | None = None, trust_remote_code: bool = False

@@ -86,7 +86,7 @@ class _Reordered(torch.autograd.Function):
         return y.gather(-1, order.long().expand_as(y))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad.gather(-1, ctx.order.argsort().expand_as(grad)), None
 
 

@@ -161,8 +161,8 @@ def _parts(result: Factorization, storage: Storage) -> tuple[dict[str, torch.Ten
 
 def _stored(held: Sequence[dict[str, torch.Tensor]], order: torch.Tensor | None) -> torch.Tensor:
     """The weight that is stored as these tensors, in float32."""
-    parts = [(dequantize(some) if is_packed(some) else some["weight"]).float() for some in held]
-    return parts[0] if len(parts) == 1 else stored_product(*parts, order)
+    first, *others = [(dequantize(some) if is_packed(some) else some["weight"]).float() for some in held]
+    return stored_product(first, others[0], order) if others else first
 
 
 def _report(

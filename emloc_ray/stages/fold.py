@@ -74,7 +74,7 @@ def pieces(job: FoldJob) -> list[Piece]:
     apart: dict[str, list[TensorEntry]] = {}
     parts: list[tuple[tuple[TensorEntry, ...], str | None]] = []
     for shard in Checkpoint(job.emulator_dir).shards:
-        plain = []
+        plain: list[TensorEntry] = []
         for entry in shard.entries:
             name = _linear(job, entry)[0]
             (apart.setdefault(name, []) if name in whole else plain).append(entry)

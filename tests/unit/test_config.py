@@ -392,6 +392,6 @@ def test_gradients_need_the_whole_model_in_a_worker(emulator: dict[str, Any], as
     )
 
 
-@pytest.mark.parametrize("key", ["allocation", "objective"])
-def test_allocations_and_objectives_are_named(key: str) -> None:
+@pytest.mark.parametrize("key", ["allocation", "objective", "storage"])
+def test_ways_to_make_an_emulator_are_named(key: str) -> None:
     assert f"emulator.{key} is 'best'" in error_of(emulator={key: "best"})
