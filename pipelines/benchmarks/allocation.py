@@ -15,12 +15,14 @@ from emloc_ray.modeling.scoring import score_rows
 from emloc_ray.stages.cluster import connection
 
 RATIOS = (0.5, 0.25)
-PLAIN = ("uniform", "activations")
+PLAIN = ("uniform", "activations", "factors")
 WAYS = (
-    ("sensitivity", "predictions"),
-    ("uniform", "predictions"),
-    ("sensitivity", "activations"),
-    ("spectral", "activations"),
+    ("sensitivity", "predictions", "pivoted"),
+    ("sensitivity", "predictions", "factors"),
+    ("uniform", "predictions", "pivoted"),
+    ("uniform", "predictions", "factors"),
+    ("sensitivity", "activations", "factors"),
+    ("spectral", "activations", "factors"),
 )
 _ROWS = 64
 
@@ -35,19 +37,19 @@ def allocation(out: Path) -> Figures:
         print(f"original: {original:.3f}", flush=True)
         baseline = {ratio: _loss(run, "emulator") for ratio, run in plain.items()}
         print(f"uniform ranks, activations: {baseline}", flush=True)
-        for allocation, objective in WAYS:
+        for allocation, objective, storage in WAYS:
             for ratio in RATIOS:
-                loss = _loss(_emulator(out, cache, ratio, allocation, objective), "emulator")
-                print(f"ratio {ratio}, {allocation} ranks, {objective}: {loss:.3f}", flush=True)
-                what = f"loss above the original's at ratio {ratio}, {allocation} ranks, factors for {objective}"
+                loss = _loss(_emulator(out, cache, ratio, allocation, objective, storage), "emulator")
+                print(f"ratio {ratio}, {allocation} ranks, {objective}, {storage}: {loss:.3f}", flush=True)
+                what = f"loss above the original's at ratio {ratio}, {allocation} ranks, {storage} for {objective}"
                 found[what] = figure(loss - original, baseline[ratio] - original, "nats/token")
     return found
 
 
-def _emulator(out: Path, cache: ArtifactCache, ratio: float, allocation: str, objective: str) -> Path:
+def _emulator(out: Path, cache: ArtifactCache, ratio: float, allocation: str, objective: str, storage: str) -> Path:
     """A run up to its emulator; runs share tokens, Grams and sums of gradients."""
-    run = out / f"allocation-{ratio}-{allocation}-{objective}"
-    settings = {"compression_ratio": ratio, "allocation": allocation, "objective": objective}
+    run = out / f"allocation-{ratio}-{allocation}-{objective}-{storage}"
+    settings = {"compression_ratio": ratio, "allocation": allocation, "objective": objective, "storage": storage}
     overrides = [f"run_dir={run}", *(f"emulator.{key}={value}" for key, value in settings.items())]
     emloc_ray.run(emloc_ray.load_config(CONFIG, overrides), until="factorize", cache=cache)
     return run
