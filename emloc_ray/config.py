@@ -158,6 +158,9 @@ class EmulatorConfig(StageConfig):
     objective: Literal["activations", "predictions", "weights"] = Field(
         "activations", description="what factors keep: their layer's outputs, the model's predictions, or its weights"
     )
+    storage: Literal["factors", "pivoted"] = Field(
+        "factors", description="pivoted: the same product in fewer numbers, so that ranks are higher at a ratio"
+    )
     gradient_dampening_frac: float = Field(1e-2, gt=0, lt=1, description="of the sums of gradients that weigh outputs")
     healing: HealingConfig | None = None
 

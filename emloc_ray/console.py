@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from emloc_ray.core.ranks import factor_parameters
 from emloc_ray.memory import total
 from emloc_ray.planner import Plan
 
@@ -186,7 +187,7 @@ def _shape_table(plan: Plan) -> Table:
             table.add_row(kind, shape, str(count), "by data", f"{count * parameters:,}", "", "")
             continue
         dense = out_features * in_features
-        kept = dense if rank is None else rank * (out_features + in_features)
+        kept = factor_parameters(out_features, in_features, rank, layout.storage)
         table.add_row(
             kind,
             f"{out_features} × {in_features}",
@@ -278,7 +279,7 @@ def _stored(emulator: dict[str, Any]) -> str:
     return f"; in 4 bits, {gib(emulator['bytes']).strip()}" if emulator.get("quantization", "none") != "none" else ""
 
 
-_USUAL = {"allocation": "uniform", "objective": "activations"}
+_USUAL = {"allocation": "uniform", "objective": "activations", "storage": "factors"}
 
 
 def _artifacts(metrics: dict[str, Any]) -> list[str]:

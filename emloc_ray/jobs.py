@@ -123,6 +123,7 @@ class Jobs:
             dampening_frac=config.emulator.dampening_frac,
             gradient_dampening_frac=config.emulator.gradient_dampening_frac,
             never_dense=tuple(name for name in layout.allocated if not layout.may_be_dense(name)),
+            storage=layout.storage,
         )
 
     def experts(self) -> tuple[tuple[str, int], ...]:
@@ -151,6 +152,7 @@ class Jobs:
             gradients_dir=self._path("gradients") if layout.objective == "predictions" and layout.ranks else None,
             gradient_dampening_frac=config.emulator.gradient_dampening_frac,
             by_weights=layout.objective == "weights",
+            storage=layout.storage,
         )
 
     @property
@@ -193,6 +195,7 @@ class Jobs:
             layout.in_4bit,
             tuple(s.name for s in layout.specs if s.transposed and s.routed_share is None),
             layout.kept_wide,
+            layout.storage,
         )
         return HealingJob(teacher, training, fold)
 

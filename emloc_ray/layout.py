@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from emloc_ray.config import AdapterConfig, RunConfig
-from emloc_ray.core.ranks import rank_for_ratio
+from emloc_ray.core.ranks import Storage, rank_for_ratio
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.adapter import portable_targets
 from emloc_ray.modeling.adapter_methods import default_targets, feedforward_names
@@ -82,6 +82,7 @@ class Layout:
     allocation: str = "uniform"
     objective: str = "activations"
     free: tuple[str, ...] = ()  # of the compressed linears those whose ratio no pattern names
+    storage: Storage = "factors"
 
     @property
     def allocated(self) -> tuple[str, ...]:
@@ -143,8 +144,16 @@ class Layout:
     def stored_shapes(self, spec: LinearSpec) -> tuple[tuple[int, int], ...]:
         """The matrices that the emulator has of one linear: its weight, or its two factors."""
         rank = self.ranks.get(spec.name)
-        whole = (spec.out_features, spec.in_features)
-        return (whole,) if rank is None else ((spec.out_features, rank), (rank, spec.in_features))
+        if rank is None:
+            return ((spec.out_features, spec.in_features),)
+        rows = spec.out_features - (rank if self.storage == "pivoted" else 0)
+        return ((rows, rank), (rank, spec.in_features))
+
+    @property
+    def order_bytes(self) -> int:
+        """Bytes of the places of pivoted rows, in 32 bits each."""
+        pivoted = self.ranks if self.storage == "pivoted" else {}
+        return 4 * sum(spec.out_features for spec in self.specs if spec.name in pivoted)
 
 
 def skeleton_of(
@@ -215,6 +224,7 @@ def make_layout(config: RunConfig, skeleton: Skeleton) -> Layout:
         allocation=config.emulator.allocation,
         objective=config.emulator.objective,
         free=tuple(name for name in compressed if lookup(name, config.emulator.ratios, None) is None),
+        storage=config.emulator.storage,
     )
 
 
@@ -330,7 +340,7 @@ def ranks_at(config: RunConfig, specs: Sequence[LinearSpec], compressed: Sequenc
     by_name = {spec.name: spec for spec in specs}
     ratios = {name: lookup(name, emulator.ratios, emulator.compression_ratio) for name in compressed}
     ranks = {
-        name: rank_for_ratio(by_name[name].out_features, by_name[name].in_features, ratio)
+        name: rank_for_ratio(by_name[name].out_features, by_name[name].in_features, ratio, emulator.storage)
         for name, ratio in ratios.items()
     }
     return {name: rank for name, rank in ranks.items() if rank is not None}

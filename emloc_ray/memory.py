@@ -45,7 +45,8 @@ class MemoryModel:
         self.itemsize = model_dtype(prepared).itemsize
         self.weights = self.layout.num_parameters * self.itemsize
         saved = self.layout.parameters_targeted - self.layout.parameters_factorized
-        self.emulator = (self.layout.num_parameters - saved) * self.itemsize - self._packed_away()
+        kept = (self.layout.num_parameters - saved) * self.itemsize
+        self.emulator = kept - self._packed_away() + self.layout.order_bytes
         adapted = set(self.layout.adapted)
         self.adapted = tuple(spec for spec in self.layout.specs if spec.name in adapted)
         self.adapter_parameters = self._adapter_parameters()

@@ -302,7 +302,7 @@ class Pipeline:
             return {**build.finish(calibration_dir, self.jobs.base_config(), progress), **ranks.found()}
 
         ranks = self._rank_steps()
-        asked, basis = resources(self.config.emulator), None if ranks.packs_early else ranks.factorize_basis()
+        asked, basis = resources(self.config.emulator), ranks.factorize_basis() if ranks.is_basis else None
         step = functools.partial(self.steps.run, "factorize", ranks.factorize_inputs(), [out_dir], execute, asked)
         result = step(resumes=True, shared=self._content(), basis=basis)
         discard(self.directory.path("basis"))

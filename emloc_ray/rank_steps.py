@@ -50,6 +50,7 @@ class RankSteps:
             return {}
         by_gradients = self.layout.allocation == "sensitivity"
         return {
+            **self._storing(),
             "allocation": self.layout.allocation,
             "budget": {name: self.layout.ranks[name] for name in self.layout.allocated},
             "dampening_frac": self.config.emulator.dampening_frac,
@@ -74,6 +75,7 @@ class RankSteps:
             **({"allocation": allocation} if allocation else {}),
             **(self.objective_inputs() if self.layout.objective != "activations" else {}),
             **({"quantization": self.config.emulator.quantization} if self.packs_early else {}),
+            **self._storing(),
             "calibrate": self.steps.inputs["calibrate"],
             "model": self.steps.inputs["import"],
             "ranks": factor_ranks(self.prepared),
@@ -81,14 +83,22 @@ class RankSteps:
             "seed": self.config.seed,
         }
 
+    def _storing(self) -> Inputs:
+        return {"storage": self.layout.storage} if self.layout.storage != "factors" else {}
+
     @property
     def packs_early(self) -> bool:
         """Whether the factorization itself puts linears into 4 bits."""
         return self.layout.quantized and not packs_late(self.prepared)
 
+    @property
+    def is_basis(self) -> bool:
+        """Whether emulators of other ranks can be made of this one: its factors are there, in the order of what they give."""
+        return self.layout.storage == "factors" and not self.packs_early
+
     def factorize_basis(self) -> Inputs:
-        """What emulators of one basis have in common, whatever their ranks. One in 4 bits is none, but may take one."""
-        own = ("ranks", "quantization", "allocation")
+        """What emulators of one basis have in common, whatever their ranks. One that is none itself may take one."""
+        own = ("ranks", "quantization", "storage", "allocation")
         alike = {key: value for key, value in self.factorize_inputs().items() if key not in own}
         # Said of every emulator: those of one objective must not be found by what another's says less.
         return {**alike, **self.objective_inputs(), **self.content(), "emloc_ray": version("emloc-ray")}

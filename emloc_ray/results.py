@@ -79,6 +79,7 @@ def assemble_metrics(
             "quantization": prepared.config.emulator.quantization,
             "allocation": layout.allocation,
             "objective": layout.objective,
+            "storage": layout.storage,
             **{key: stages["factorize"][key] for key in ("bytes",) if key in stages["factorize"]},
             **({"bytes": stages["heal"]["bytes"]} if "heal" in stages else {}),
             "layers": _with_shares(stages["factorize"]["layers"], layout),

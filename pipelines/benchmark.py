@@ -6,7 +6,7 @@
 
 ``factorization``  all linears of the quickstart's model under real Grams, against the published route
 ``layers``         single layers of known spectra and real ones, against the published route; ``--layers`` picks some
-``allocation``     bare emulators by ``emulator.allocation`` and ``objective``, against uniform ones: held-out loss
+``allocation``     bare emulators by ``emulator.allocation``, ``objective``, ``storage``, against uniform ones: held-out loss
 ``calibration``    forward passes with Grams, against the same passes without hooks and without the head
 ``step``           a training step on the emulator, against one of LoRA on the original
 ``memory``         peak of fine-tuning the emulator, against inference of the original: the quickstart's, and one of 1.1B

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -26,6 +26,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+Storage = Literal["factors", "pivoted"]
 FAMILIES = ("llama", "qwen2", "gpt2")
 EXPERT_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
 VOCABULARY = 300
@@ -130,26 +131,32 @@ def save_lopsided(directory: Path) -> Path:
     return directory
 
 
-def make_emulator(model: Any, ranks: dict[str, int]) -> Any:
+def make_emulator(model: Any, ranks: dict[str, int], storage: Storage = "factors") -> Any:
     """Replaces linears of a model, in place, by the plain truncated SVD of their weights; returns it."""
+    from emloc_ray.core.factorization import LowRankFactors
+    from emloc_ray.core.pivoting import pivot
     from emloc_ray.modeling.emulator import dense_weight, factorize_modules
 
     weights = {name: dense_weight(model.get_submodule(name)) for name in ranks}
     biases = {name: model.get_submodule(name).bias for name in ranks}
     dtype = model.dtype
-    factorize_modules(model, ranks)
+    factorize_modules(model, ranks, storage)
     with torch.no_grad():
         for name, rank in ranks.items():
             u, s, vh = torch.linalg.svd(weights[name], full_matrices=False)
             layer = model.get_submodule(name)
-            layer.up.weight.copy_(u[:, :rank] * s[:rank])
-            layer.down.weight.copy_(vh[:rank])
+            up, down = u[:, :rank] * s[:rank], vh[:rank]
+            if storage == "pivoted":
+                up, down, order = pivot(LowRankFactors(up, down))
+                layer.order.copy_(order)
+            layer.up.weight.copy_(up)
+            layer.down.weight.copy_(down)
             if biases[name] is not None:
-                layer.up.bias.copy_(biases[name])
+                (layer if storage == "pivoted" else layer.up).bias.copy_(biases[name])
     return cast_parameters(model, dtype).eval().requires_grad_(False)
 
 
-def save_emulator(model_dir: Path, directory: Path, rank: int = 8) -> Path:
+def save_emulator(model_dir: Path, directory: Path, rank: int = 8, storage: Storage = "factors") -> Path:
     """Saves an emulator of a saved model: every linear in its blocks at one rank, but the last, which stays dense."""
     from emloc_ray.modeling.architecture import block_linears
     from emloc_ray.modeling.emulator import write_emulator_config
@@ -157,8 +164,9 @@ def save_emulator(model_dir: Path, directory: Path, rank: int = 8) -> Path:
 
     model = unfuse(AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto"))
     ranks = {spec.name: rank for spec in block_linears(model)[:-1]}
-    make_emulator(model, ranks).save_pretrained(directory, max_shard_size="100KB", save_original_format=False)
-    write_emulator_config(directory, model.config, ranks)
+    made = make_emulator(model, ranks, storage)
+    made.save_pretrained(directory, max_shard_size="100KB", save_original_format=False)
+    write_emulator_config(directory, model.config, ranks, storage=storage)
     make_tokenizer().save_pretrained(directory)
     return directory
 

@@ -1,7 +1,8 @@
 """Which linear gets how many ranks: the same parameters in all, spent where they gain most.
 
-Each linear has a curve: what it gains by its first r ranks, at ``r (out + in)`` parameters, and dense, at ``out · in``, by all
-of them. With the eigenvalues ``λ_i`` of ``S^½ W G Wᵀ S^½`` over N tokens (:mod:`emloc_ray.core.two_sided`) the i-th rank saves
+Each linear has a curve: what it gains by its first r ranks, at ``r (out + in)`` parameters (pivoted: ``r (out + in − r)``),
+and dense, at ``out · in``, by all of them. With the eigenvalues ``λ_i`` of ``S^½ W G Wᵀ S^½`` over N tokens
+(:mod:`emloc_ray.core.two_sided`) the i-th rank saves
 ``½ λ_i / N`` nats of the KL divergence between the model's predictions and the emulator's, so that gains of different
 linears may be added up and held against each other. Plain factors do not gain these: their i-th rank takes the eigenvector
 ``u_i`` of ``W G Wᵀ``, with eigenvalue ``μ_i``, and saves ``½ μ_i u_iᵀ S u_i / N``.
@@ -12,6 +13,7 @@ knapsack's relaxation (Dantzig 1957), which no allocation of that budget can exc
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from emloc_ray.core.factorization import scaled_weight
+from emloc_ray.core.ranks import Storage, factor_parameters
 from emloc_ray.core.two_sided import weighed
 from emloc_ray.core.whitening import Whitening
 
@@ -94,6 +97,7 @@ class Curve:
         out_features, in_features: of its weight.
         gains: of each rank, ``(min(out, in),)``, descending, not negative; dense gains their sum.
         may_be_dense: whether it may be left as it is.
+        storage: how its factors would be stored.
     """
 
     name: str
@@ -101,11 +105,7 @@ class Curve:
     in_features: int
     gains: Tensor
     may_be_dense: bool = True
-
-    @property
-    def step(self) -> int:
-        """Parameters of a rank."""
-        return self.out_features + self.in_features
+    storage: Storage = "factors"
 
     @property
     def dense(self) -> int:
@@ -115,11 +115,13 @@ class Curve:
     @property
     def highest(self) -> int:
         """The highest rank whose factors are smaller than the weight; at least 1."""
-        return max(1, (self.dense - 1) // self.step)
+        if self.storage == "pivoted":
+            return max(1, min(self.out_features, self.in_features) - 1)
+        return max(1, (self.dense - 1) // (self.out_features + self.in_features))
 
     def cost(self, rank: int | None) -> int:
         """Parameters at a rank; of the weight where that is None."""
-        return self.dense if rank is None else rank * self.step
+        return factor_parameters(self.out_features, self.in_features, rank, self.storage)
 
     def gain(self, rank: int | None) -> float:
         """What a rank gains, with all before it; dense all of them."""
@@ -157,35 +159,36 @@ def _greedy(curves: Sequence[Curve], least: Mapping[str, int], budget: int) -> d
     ranks: dict[str, int | None] = dict(least)
     left = budget - sum(curve.cost(ranks[curve.name]) for curve in curves)
     pieces = [(curve, *piece) for curve in curves for piece in _hull(curve)]
-    slopes = torch.tensor([slope for _, _, slope in pieces], dtype=torch.float64)
+    slopes = torch.tensor([slope for *_, slope in pieces], dtype=torch.float64)
     for index in torch.sort(slopes, descending=True, stable=True).indices.tolist():
-        curve, rank, _ = pieces[index]
-        before = ranks[curve.name]
-        if before is None or (rank is not None and rank != before + 1):
-            continue
+        curve, before, rank, _ = pieces[index]
         cost = curve.cost(rank) - curve.cost(before)
-        # A dense piece is as good as its slope from where the hull has it alone, or from further on.
-        if cost <= left:
+        if ranks[curve.name] == before and cost <= left:
             ranks[curve.name], left = rank, left - cost
     return ranks
 
 
-def _hull(curve: Curve) -> Iterator[tuple[int | None, float]]:
-    """The pieces of the upper concave hull after the first rank, each by the rank that it ends in and its slope.
+def _hull(curve: Curve) -> Iterator[tuple[int, int | None, float]]:
+    """The pieces of the upper concave hull after the first rank, by the ranks that each begins and ends in, and its slope.
 
-    Gains descend, so that the curve of ranks is concave as it is; the dense point's tangent cuts it off at some rank.
+    (The monotone chain of Andrew 1979.)
     """
-    gains = curve.gains.tolist()
-    rest = sum(gains[1:])
-    for rank in range(1, curve.highest + 1):
-        slope = gains[rank] / curve.step if rank < curve.highest else 0.0
-        tangent = rest / (curve.dense - curve.cost(rank)) if curve.dense > curve.cost(rank) else 0.0
-        if curve.may_be_dense and tangent >= slope:
-            yield None, tangent
-            return
-        if rank < curve.highest:
-            yield rank + 1, slope
-            rest -= gains[rank]
+    sums = [0.0, *curve.gains.cumsum(0).tolist()]
+    corners: list[tuple[int, int, float]] = []  # rank, cost, gain
+    ends = [(rank, curve.cost(rank), sums[rank]) for rank in range(1, curve.highest + 1)]
+    whole = len(sums)  # stands for dense
+    if curve.may_be_dense and curve.dense > ends[-1][1]:
+        ends.append((whole, curve.dense, sums[-1]))
+    for end in ends:
+        while len(corners) > 1 and _slope(corners[-2], corners[-1]) < _slope(corners[-1], end):
+            corners.pop()
+        corners.append(end)
+    for begin, end in itertools.pairwise(corners):
+        yield begin[0], None if end[0] == whole else end[0], _slope(begin, end)
+
+
+def _slope(begin: tuple[int, int, float], end: tuple[int, int, float]) -> float:
+    return (end[2] - begin[2]) / (end[1] - begin[1])
 
 
 def _filled(curves: Sequence[Curve], ranks: dict[str, int | None], budget: int) -> Allocation:
@@ -211,7 +214,8 @@ def _steps(curve: Curve, rank: int | None) -> Iterator[tuple[int | None, int, fl
     if rank is None:
         return
     if rank < curve.highest:
-        yield rank + 1, curve.step, float(curve.gains[rank]) / curve.step
+        step = curve.cost(rank + 1) - curve.cost(rank)
+        yield rank + 1, step, float(curve.gains[rank]) / step
     cost = curve.dense - curve.cost(rank)
     if curve.may_be_dense and cost > 0:
         yield None, cost, float(curve.gains[rank:].sum()) / cost

@@ -14,7 +14,7 @@ def ranks_before_healing(ranks: Mapping[str, int], r: int) -> dict[str, int]:
     """To what ranks layers are factorized so that a LoRA of rank r brings each to the rank of ``ranks``.
 
     ``rank − r``; where that is not above zero the layer has its whole rank from the start, and is not healed. The factors
-    then hold ``rank · (out + in)`` parameters with and without healing.
+    then hold as many parameters with and without healing.
     """
     return {name: rank - r if rank > r else rank for name, rank in ranks.items()}
 

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import math
+from typing import Literal
 
-def rank_for_ratio(out_features: int, in_features: int, compression_ratio: float) -> int | None:
-    """``r = max(1, ⌊ratio · out · in / (out + in)⌋)``, or ``None`` for a layer that stays dense.
+# How a layer's factors are stored: ``up`` and ``down``, or pivoted (:mod:`emloc_ray.core.pivoting`).
+Storage = Literal["factors", "pivoted"]
 
-    ``compression_ratio`` is the fraction of the layer's parameters that the factors ``up (out, r)`` and
-    ``down (r, in)`` keep. Ratio 1 is dense by definition, and so is a layer whose factors would be no smaller than it
-    (paper, section 3.1).
+
+def rank_for_ratio(
+    out_features: int, in_features: int, compression_ratio: float, storage: Storage = "factors"
+) -> int | None:
+    """The highest rank whose factors keep at most that share of the layer, at least 1; ``None`` for one that stays dense.
+
+    ``compression_ratio`` is the fraction of the layer's parameters that is kept: ``r = max(1, ⌊ratio · out · in / (out +
+    in)⌋)`` for ``up (out, r)`` and ``down (r, in)``, and pivoted the largest r with ``r (out + in − r) ≤ ratio · out · in``.
+    Ratio 1 is dense by definition, and so is a layer whose factors would be no smaller than it (paper, section 3.1).
     """
     if compression_ratio >= 1.0:
         return None
-    rank = max(1, int(compression_ratio * out_features * in_features / (out_features + in_features)))
-    if rank * (out_features + in_features) >= out_features * in_features:
-        return None
-    return rank
+    dense = out_features * in_features
+    if storage == "factors":
+        rank = int(compression_ratio * dense / (out_features + in_features))
+    else:
+        half = (out_features + in_features) / 2
+        rank = int(half - math.sqrt(half * half - compression_ratio * dense))
+    rank = max(1, rank)
+    return None if factor_parameters(out_features, in_features, rank, storage) >= dense else rank
 
 
-def factor_parameters(out_features: int, in_features: int, rank: int | None) -> int:
+def factor_parameters(out_features: int, in_features: int, rank: int | None, storage: Storage = "factors") -> int:
     """Parameters of a layer's factors, or of the layer itself where it has no rank."""
-    return out_features * in_features if rank is None else rank * (out_features + in_features)
+    if rank is None:
+        return out_features * in_features
+    return rank * (out_features + in_features - (rank if storage == "pivoted" else 0))

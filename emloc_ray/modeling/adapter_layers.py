@@ -200,7 +200,8 @@ def _without_bias(base_layer: Any, x: Tensor) -> Tensor:
 
 
 def _bias(base_layer: Any) -> Tensor | None:
-    bias: Tensor | None = getattr(base_layer, "up", base_layer).bias
+    holder = base_layer if hasattr(base_layer, "bias") else base_layer.up
+    bias: Tensor | None = holder.bias
     return bias
 
 

@@ -109,8 +109,9 @@ def module_weight(module: Any) -> Tensor:
 
 
 def num_elements(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    """Parameters that a tensor of a checkpoint stands for: two a byte in 4 bits, none where it holds scales."""
-    if ".weight." in name:
+    """Parameters that a tensor of a checkpoint stands for: two a byte in 4 bits, none where it holds scales, or the places
+    of pivoted rows."""
+    if ".weight." in name or (name.endswith(".order") and dtype == torch.int32):
         return 0
     return math.prod(shape) * (2 if dtype == torch.uint8 else 1)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from emloc_ray.core.allocation import Allocation, Curve, allocate, plain_gains, spectrum
-from emloc_ray.core.ranks import factor_parameters
+from emloc_ray.core.ranks import Storage, factor_parameters
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.io.atomic import write_json
 from emloc_ray.io.checkpoint import Checkpoint, read_shard
@@ -35,7 +35,7 @@ class AllocationJob:
     uniformly: the budget. ``by_gradients``: gains are of predictions, ``½ λ_i / N`` with the ``λ_i`` of the metric of both
     sums, or what ``plain_factors`` save there; else the eigenvalues of ``W G Wᵀ`` as shares of their sum.
     ``gradients_dir`` holds the sums of gradients. ``never_dense`` are those that an emulator could not store dense as it
-    is to be stored.
+    is to be stored. ``storage`` is that of factors, which says what a rank costs.
     """
 
     model_dir: Path
@@ -48,6 +48,7 @@ class AllocationJob:
     dampening_frac: float = 1e-6
     gradient_dampening_frac: float = 1e-2
     never_dense: tuple[str, ...] = ()
+    storage: Storage = "factors"
 
 
 def read_ranks(directory: Path) -> dict[str, int | None]:
@@ -126,11 +127,11 @@ def allocate_ranks(
     budget = sum(curve.cost(uniform[curve.name]) for curve in curves)
     found = allocate(curves, budget, dict(uniform)) if curves else Allocation({}, 0, 0.0)
     ranks: dict[str, int | None] = {spec.name: found.ranks.get(spec.name, job.ranks[spec.name]) for spec in every}
-    _write(out_dir / RANKS, every, ranks, gains, budget - found.used)
+    _write(job, out_dir / RANKS, every, ranks, gains, budget - found.used)
     possible = sum(float(values.sum()) for values in gains.values())
     return {
         "num_workers": resources.num_workers,
-        "budget": sum(factor_parameters(spec.out_features, spec.in_features, job.ranks[spec.name]) for spec in every),
+        "budget": sum(_kept(job, spec, job.ranks[spec.name]) for spec in every),
         "left": budget - found.used,
         "num_dense": sum(rank is None for rank in ranks.values()),
         "num_kept_uniform": len(every) - len(told),
@@ -140,19 +141,27 @@ def allocate_ranks(
 
 
 def _curve(job: AllocationJob, spec: LinearSpec, gains: Tensor) -> Curve:
-    return Curve(spec.name, spec.out_features, spec.in_features, gains, spec.name not in job.never_dense)
+    return Curve(spec.name, spec.out_features, spec.in_features, gains, spec.name not in job.never_dense, job.storage)
+
+
+def _kept(job: AllocationJob, spec: LinearSpec, rank: int | None) -> int:
+    return factor_parameters(spec.out_features, spec.in_features, rank, job.storage)
 
 
 def _write(
-    path: Path, specs: Sequence[LinearSpec], ranks: Mapping[str, int | None], gains: Mapping[str, Tensor], left: int
+    job: AllocationJob,
+    path: Path,
+    specs: Sequence[LinearSpec],
+    ranks: Mapping[str, int | None],
+    gains: Mapping[str, Tensor],
+    left: int,
 ) -> None:
     layers = {}
     for spec in specs:
         rank, all_gains = ranks[spec.name], gains[spec.name]
-        kept = factor_parameters(spec.out_features, spec.in_features, rank)
         layers[spec.name] = {
             "rank": rank,
-            "share": kept / spec.num_parameters,
+            "share": _kept(job, spec, rank) / spec.num_parameters,
             "gain": float((all_gains if rank is None else all_gains[:rank]).sum()),
             "possible_gain": float(all_gains.sum()),
         }

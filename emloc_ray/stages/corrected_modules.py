@@ -19,6 +19,7 @@ from emloc_ray.core.correction import (
     difference,
     shortfall,
 )
+from emloc_ray.core.pivoting import stored_product
 from emloc_ray.core.updates import LowRankUpdate, row_norms, seen_rows
 from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.io.grams import GramStore
@@ -109,7 +110,8 @@ def layer_difference(spec: LinearSpec, original: Checkpoint, emulator: Checkpoin
     if not factorized:
         return weight - stored_weight(emulator, spec.name).float()
     up, down = (stored_weight(emulator, f"{spec.name}.{part}").float() for part in ("up", "down"))
-    return weight - up @ down
+    order = emulator.read(f"{spec.name}.order") if f"{spec.name}.order" in emulator else None
+    return weight - stored_product(up, down, order)
 
 
 def read_modules(

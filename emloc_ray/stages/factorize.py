@@ -17,6 +17,8 @@ import torch
 from emloc_ray.core.factorization import Factorization, relative_error
 from emloc_ray.core.factorization import factorize as factorize_layer
 from emloc_ray.core.nested import extended, truncated
+from emloc_ray.core.pivoting import pivot, stored_product
+from emloc_ray.core.ranks import Storage
 from emloc_ray.core.two_sided import extended_two_sided, factorize_two_sided
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.io.checkpoint import Checkpoint, TensorEntry, read_shard, write_index
@@ -54,7 +56,7 @@ class FactorizationJob:
     stored so, as factors or dense, of which those in ``without_gram`` have none; ``kept_wide`` are those elsewhere in the
     model that are not. ``gradients_dir`` holds the sums of gradients that weigh outputs, where factors are to keep the
     model's predictions instead of each layer's outputs. ``by_weights``: factors are the weights' own truncated SVD, whose
-    errors alone are measured under the Grams.
+    errors alone are measured under the Grams. ``storage`` is how they are stored.
     """
 
     model_dir: Path
@@ -71,6 +73,7 @@ class FactorizationJob:
     gradients_dir: Path | None = None
     gradient_dampening_frac: float = 1e-2
     by_weights: bool = False
+    storage: Storage = "factors"
 
 
 def _cost(group: Sequence[LinearSpec]) -> float:
@@ -99,7 +102,7 @@ def factorize_group(job: FactorizationJob, specs: Sequence[LinearSpec], gram: St
         weight = functools.cache(functools.partial(spec.read_weight, checkpoint))
         outputs = _output_whitening(job, spec, gradients) if spec.name in job.ranks else None
         result = _factorized(job, spec, weight, inputs, outputs, basis) if spec.name in job.ranks else None
-        parts = {"": weight()} if result is None else {".up": result.factors.up, ".down": result.factors.down}
+        parts, order = ({"": weight()}, None) if result is None else _parts(result, job.storage)
         held = {
             part: quantize(made, dtype, spec.name) if spec.name in job.in_4bit else {"weight": made.to(dtype)}
             for part, made in parts.items()
@@ -108,10 +111,15 @@ def factorize_group(job: FactorizationJob, specs: Sequence[LinearSpec], gram: St
         if result is not None:
             spectra[spec.name] = result.eigenvalues.float()
             if spec.bias_rows.name in checkpoint:
-                tensors[f"{spec.name}.up.bias"] = spec.bias_rows.entry(checkpoint).read_rows()
+                holder = f"{spec.name}.up" if order is None else spec.name
+                tensors[f"{holder}.bias"] = spec.bias_rows.entry(checkpoint).read_rows()
+        if order is not None:
+            tensors[f"{spec.name}.order"] = order
         if gram is not None:
             weighed = outputs is not None or job.by_weights
-            reports.append(_report(spec, result, list(held.values()), weight, whitening, gram.num_tokens, weighed))
+            stored = functools.partial(_stored, list(held.values()), order)
+            anew = weighed or spec.name in job.in_4bit
+            reports.append(_report(spec, result, stored if anew else None, weight, whitening, gram.num_tokens, weighed))
     write_tensors(spectra_file(path), spectra, {LAYERS: json.dumps([asdict(report) for report in reports])})
     write_tensors(path, tensors)  # last: with it, the group is done
 
@@ -155,22 +163,34 @@ def _output_whitening(job: FactorizationJob, spec: LinearSpec, gradients: GramSt
     return Whitening(gradients.read(spec.name), job.gradient_dampening_frac, name=name)
 
 
+def _parts(result: Factorization, storage: Storage) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """A layer's factors by what follows its name, and where they are pivoted the places of their rows."""
+    if storage == "factors":
+        return {".up": result.factors.up, ".down": result.factors.down}, None
+    up, down, order = pivot(result.factors)
+    return {".up": up, ".down": down}, order
+
+
+def _stored(held: Sequence[dict[str, torch.Tensor]], order: torch.Tensor | None) -> torch.Tensor:
+    """The weight that is stored as these tensors, in float32."""
+    first, *others = [(dequantize(some) if is_packed(some) else some["weight"]).float() for some in held]
+    return stored_product(first, others[0], order) if others else first
+
+
 def _report(
     spec: LinearSpec,
     result: Factorization | None,
-    held: Sequence[dict[str, torch.Tensor]],
+    stored: Callable[[], torch.Tensor] | None,
     weight: Callable[[], torch.Tensor],
     whitening: Callable[[], Whitening],
     num_tokens: int,
     weighed: bool,
 ) -> LayerReport:
-    """What is told of a layer; ``held`` are its factors as stored, whose error is taken anew where that is in 4 bits, or
-    where they are ``weighed`` and the factorization's own is another."""
+    """What is told of a layer; the error of what is ``stored`` is taken anew where that is in 4 bits, or where factors are
+    ``weighed`` and the factorization's own is another."""
     error, energy = (0.0, 0.0) if result is None else (result.relative_error, result.total_energy)
-    if is_packed(held[0]) or weighed:
-        parts = (dequantize(some) if is_packed(some) else some["weight"] for some in held)
-        product = functools.reduce(torch.matmul, (part.float() for part in parts))
-        error, direct = relative_error(weight(), product, whitening(), name=spec.name)
+    if stored is not None:
+        error, direct = relative_error(weight(), stored(), whitening(), name=spec.name)
         energy = energy or direct
     rank = min(spec.out_features, spec.in_features) if result is None else result.factors.up.shape[1]
     solver = "dense" if result is None else result.solver
@@ -295,7 +315,7 @@ class EmulatorBuild:
         in_4bit = None
         if self.job.in_4bit:
             in_4bit = quantization_config(base_config.dtype or torch.float32, self.job.kept_wide)
-        write_emulator_config(self.job.out_dir, base_config, self.job.ranks, in_4bit)
+        write_emulator_config(self.job.out_dir, base_config, self.job.ranks, in_4bit, self.job.storage)
         copy_tokenizer(self.job.model_dir, self.job.out_dir)
         reports = _read_all_reports(list(self._file_of.values()))
         write_spectra(self.job.out_dir, reports)

@@ -12,6 +12,8 @@ import torch
 
 from emloc_ray.core.factorization import LowRankFactors
 from emloc_ray.core.healing import added_factors
+from emloc_ray.core.pivoting import PivotedFactors, pivot
+from emloc_ray.core.ranks import Storage
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.checkpoint import Checkpoint, TensorEntry
 from emloc_ray.io.node_cache import exists
@@ -25,7 +27,7 @@ from emloc_ray.stages.factorize import index_shards
 from emloc_ray.stages.failures import Losses, Tell, unheard
 
 _CHUNK_BYTES = 2**25
-_PARTS = {".up.weight": ".up", ".down.weight": ".down", ".weight": ""}
+_PARTS = {".up.weight": ".up", ".down.weight": ".down", ".order": ".order", ".weight": ""}
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class FoldJob:
 
     ``ranks`` are those that the layers end with, ``healed`` the layers that the adapter in ``adapter_dir`` adapts.
     ``in_4bit`` are the linears that are put into 4 bits on the way, factors and dense ones, of which the ``transposed`` are
-    stored ``(in, out)``; ``kept_wide`` are those elsewhere in the model that are not.
+    stored ``(in, out)``; ``kept_wide`` are those elsewhere in the model that are not. ``storage`` is that of factors, here
+    and there.
     """
 
     emulator_dir: Path
@@ -45,35 +48,38 @@ class FoldJob:
     in_4bit: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
     kept_wide: tuple[str, ...] = ()
+    storage: Storage = "factors"
+
+    @property
+    def made_whole(self) -> frozenset[str]:
+        """The linears whose tensors follow from all that the emulator has of them: those put into 4 bits or pivoted anew."""
+        return frozenset(self.in_4bit) | (frozenset(self.healed) if self.storage == "pivoted" else frozenset())
 
 
 @dataclass(frozen=True)
 class Piece:
     """A shard of the healed emulator: its file, and the emulator's tensors that it is made of.
 
-    Those of one linear in 4 bits (``packed``) make a shard of their own, for how long they get is known only then.
+    Those of one linear that is ``made_whole`` make a shard of their own, for in 4 bits how long they get is known only then.
     """
 
     file: Path
     entries: tuple[TensorEntry, ...]
-    packed: str | None = None
+    linear: str | None = None
 
 
 def pieces(job: FoldJob) -> list[Piece]:
     """The shards to write, by the emulator's."""
-    in_4bit = set(job.in_4bit)
+    whole = job.made_whole
+    apart: dict[str, list[TensorEntry]] = {}
     parts: list[tuple[tuple[TensorEntry, ...], str | None]] = []
     for shard in Checkpoint(job.emulator_dir).shards:
-        packed: dict[str, list[TensorEntry]] = {}
-        plain = []
+        plain: list[TensorEntry] = []
         for entry in shard.entries:
             name = _linear(job, entry)[0]
-            if name in in_4bit:
-                packed.setdefault(name, []).append(entry)
-            else:
-                plain.append(entry)
+            (apart.setdefault(name, []) if name in whole else plain).append(entry)
         parts += [(tuple(plain), None)] if plain else []
-        parts += [(tuple(entries), name) for name, entries in packed.items()]
+    parts += [(tuple(entries), name) for name, entries in apart.items()]
     return [
         Piece(job.out_dir / f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors", *part)
         for number, part in enumerate(parts)
@@ -81,7 +87,7 @@ def pieces(job: FoldJob) -> list[Piece]:
 
 
 def _linear(job: FoldJob, entry: TensorEntry) -> tuple[str, str]:
-    """The linear whose weight, or factor of one, a tensor is, and which: ``.up``, ``.down`` or nothing.
+    """The linear whose weight, or factor of one, a tensor is, and which: ``.up``, ``.down``, their ``.order`` or nothing.
 
     By the names of factorized layers: an expert's dense linear may itself be called ``down``.
     """
@@ -106,7 +112,7 @@ class _Added:
     def part(self, entry: TensorEntry) -> tuple[str, torch.Tensor] | None:
         """Which factor of a healed layer a tensor is, and what is to be joined to it; None of all other tensors."""
         name, part = _linear(self.job, entry)
-        if not part or name not in self.healed:
+        if part not in (".up", ".down") or name not in self.healed:
             return None
         found = self.factors(name)
         added = found.up if part == ".up" else found.down
@@ -145,16 +151,27 @@ def grow_shard(job: FoldJob, piece: Piece) -> None:
     stream_shard(piece.file, header, ((new, chunks(entry)) for new, entry in entries))
 
 
-def pack_linear(job: FoldJob, piece: Piece) -> None:
-    """Writes a linear in 4 bits, its factors grown where it is healed."""
-    added = _Added(job)
-    tensors: dict[str, torch.Tensor] = {}
-    for entry in piece.entries:
-        name, part = _linear(job, entry)
-        weight, found = entry.read_rows(), added.part(entry)
+def make_linear(job: FoldJob, piece: Piece) -> None:
+    """Writes a linear that is made as a whole: its factors grown where it is healed, and pivoted anew; in 4 bits."""
+    added, name = _Added(job), piece.linear
+    assert name is not None
+    entries = {_linear(job, entry)[1]: entry for entry in piece.entries}
+    weights = {part: entry.read_rows() for part, entry in entries.items()}
+    order, healed = weights.pop(".order", None), name in job.healed
+    if order is not None and healed:
+        weights[".up"], _ = PivotedFactors(weights[".up"], weights[".down"], order).plain()
+    for part, entry in entries.items():
+        found = added.part(entry)
         if found is not None:
-            weight = torch.cat([weight, found[1]], dim=1 if part == ".up" else 0)
-        held = quantize(weight.T if name in job.transposed and not part else weight, entry.dtype, name)
+            weights[part] = torch.cat([weights[part], found[1]], dim=1 if part == ".up" else 0)
+    if order is not None and healed:
+        weights[".up"], weights[".down"], order = pivot(LowRankFactors(weights[".up"], weights[".down"]))
+    tensors = {} if order is None else {f"{name}.order": order}
+    for part, weight in weights.items():
+        held = {"weight": weight}
+        if name in job.in_4bit:
+            turned = name in job.transposed and not part
+            held = quantize(weight.T if turned else weight, entries[part].dtype, name)
         tensors |= {f"{name}{part}.{key}": tensor for key, tensor in held.items()}
     write_tensors(piece.file, tensors)
 
@@ -164,10 +181,10 @@ def write_piece(job: FoldJob, piece: Piece, threads: int = 1) -> None:
     set_threads(threads)
     if exists(piece.file):
         return
-    if piece.packed is None:
+    if piece.linear is None:
         grow_shard(job, piece)
     else:
-        pack_linear(job, piece)
+        make_linear(job, piece)
 
 
 def fold(
@@ -194,6 +211,6 @@ def finish_emulator(job: FoldJob, base_config: Any) -> int:
     """Makes an emulator of the shards that are all there now; returns the bytes of its tensors."""
     total_size = index_shards(job.out_dir, [piece.file for piece in pieces(job)])
     in_4bit = quantization_config(base_config.dtype or torch.float32, job.kept_wide) if job.in_4bit else None
-    write_emulator_config(job.out_dir, base_config, job.ranks, in_4bit)
+    write_emulator_config(job.out_dir, base_config, job.ranks, in_4bit, job.storage)
     copy_tokenizer(job.emulator_dir, job.out_dir)
     return total_size

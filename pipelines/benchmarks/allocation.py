@@ -17,12 +17,14 @@ from emloc_ray.modeling.scoring import score_rows
 from emloc_ray.stages.cluster import connection
 
 RATIOS = (0.5, 0.25)
-PLAIN = ("uniform", "activations")
+PLAIN = ("uniform", "activations", "factors")
 WAYS = (
-    ("sensitivity", "predictions"),
-    ("uniform", "predictions"),
-    ("sensitivity", "activations"),
-    ("spectral", "activations"),
+    ("sensitivity", "predictions", "pivoted"),
+    ("sensitivity", "predictions", "factors"),
+    ("uniform", "predictions", "pivoted"),
+    ("uniform", "predictions", "factors"),
+    ("sensitivity", "activations", "factors"),
+    ("spectral", "activations", "factors"),
 )
 _ROWS = 64
 
@@ -41,32 +43,36 @@ def allocation(out: Path) -> Figures:
         baseline = {ratio: _loss(run, "emulator") for ratio, run in plain.items()}
         print(f"uniform ranks, activations: {baseline}", flush=True)
         losses = {PLAIN: baseline}
-        for allocation, objective in WAYS:
-            losses[allocation, objective] = {}
+        for allocation, objective, storage in WAYS:
+            of = losses[allocation, objective, storage] = {}
             for ratio in RATIOS:
-                loss = _loss(_emulator(out, cache, ratio, allocation, objective), "emulator")
-                losses[allocation, objective][ratio] = loss
-                print(f"ratio {ratio}, {allocation} ranks, {objective}: {loss:.3f}", flush=True)
-                what = f"loss above the original's at ratio {ratio}, {allocation} ranks, factors for {objective}"
+                loss = _loss(_emulator(out, cache, ratio, allocation, objective, storage), "emulator")
+                of[ratio] = loss
+                print(f"ratio {ratio}, {allocation} ranks, {objective}, {storage}: {loss:.3f}", flush=True)
+                what = f"loss above the original's at ratio {ratio}, {allocation} ranks, {storage} for {objective}"
                 found[what] = figure(loss - original, baseline[ratio] - original, "nats/token")
     (out / "better_ranks.json").write_text(json.dumps(_table(original, losses), indent=2) + "\n")
     return found
 
 
-def _table(original: float, losses: dict[tuple[str, str], dict[float, float]]) -> dict[str, Any]:
+def _table(original: float, losses: dict[tuple[str, str, str], dict[float, float]]) -> dict[str, Any]:
     """What :mod:`ablations.tables` makes a table of, to a thousandth of a nat."""
     rows = [
-        {"ranks": ranks, "factors": factors, "losses": {str(ratio): round(loss, 3) for ratio, loss in found.items()}}
-        for (ranks, factors), found in losses.items()
+        {
+            "ranks": ranks,
+            "factors": keep if storage == "factors" else f"{keep}, {storage}",
+            "losses": {str(ratio): round(loss, 3) for ratio, loss in found.items()},
+        }
+        for (ranks, keep, storage), found in losses.items()
     ]
     command = "python pipelines/benchmark.py allocation"
     return {"kind": "bare_emulators", "command": command, "original": round(original, 3), "rows": rows}
 
 
-def _emulator(out: Path, cache: ArtifactCache, ratio: float, allocation: str, objective: str) -> Path:
+def _emulator(out: Path, cache: ArtifactCache, ratio: float, allocation: str, objective: str, storage: str) -> Path:
     """A run up to its emulator; runs share tokens, Grams and sums of gradients."""
-    run = out / f"allocation-{ratio}-{allocation}-{objective}"
-    settings = {"compression_ratio": ratio, "allocation": allocation, "objective": objective}
+    run = out / f"allocation-{ratio}-{allocation}-{objective}-{storage}"
+    settings = {"compression_ratio": ratio, "allocation": allocation, "objective": objective, "storage": storage}
     overrides = [f"run_dir={run}", *(f"emulator.{key}={value}" for key, value in settings.items())]
     emloc_ray.run(emloc_ray.load_config(CONFIG, overrides), until="factorize", cache=cache)
     return run

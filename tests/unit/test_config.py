@@ -407,6 +407,6 @@ def test_ranks_that_follow_from_data_are_not_for_factors_that_look_at_none(alloc
     assert f"emulator.objective: weights looks at no data, which the ranks of emulator.allocation: {allocation}" in told
 
 
-@pytest.mark.parametrize("key", ["allocation", "objective"])
-def test_allocations_and_objectives_are_named(key: str) -> None:
+@pytest.mark.parametrize("key", ["allocation", "objective", "storage"])
+def test_ways_to_make_an_emulator_are_named(key: str) -> None:
     assert f"emulator.{key} is 'best'" in error_of(emulator={key: "best"})

@@ -391,6 +391,21 @@ def test_ranks_that_follow_from_data_are_those_whose_ratio_no_pattern_names() ->
     assert whole.allocated == whole.weighed == ()
 
 
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_pivoted_factors_have_higher_ranks_in_as_many_parameters(quantization: str) -> None:
+    plain = layout("gpt2", emulator={"quantization": quantization})
+    found = layout("gpt2", emulator={"storage": "pivoted", "quantization": quantization})
+    assert found.ranks.keys() == plain.ranks.keys()
+    assert all(found.ranks[name] > rank for name, rank in plain.ranks.items())
+    for spec in found.specs:
+        rows, columns = spec.out_features, spec.in_features
+        rank = found.ranks[spec.name]
+        assert found.stored_shapes(spec) == ((rows - rank, rank), (rank, columns))
+        assert found.kept(spec) == rank * (rows + columns - rank) <= spec.num_parameters / 2
+    assert found.order_bytes == 4 * sum(spec.out_features for spec in found.specs)
+    assert plain.order_bytes == 0
+
+
 def test_a_layout_takes_the_ranks_of_the_emulator_that_was_made() -> None:
     found = layout(emulator={"allocation": "spectral"})
     layers = {name: {"rank": 3, "solver": "exact"} for name in found.ranks}

@@ -11,37 +11,40 @@ from hypothesis import strategies as st
 from test_two_sided import DAMPING, best, root, sums
 
 from emloc_ray.core.allocation import Curve, allocate, plain_gains, pooled, spectrum
-from emloc_ray.core.ranks import rank_for_ratio
+from emloc_ray.core.ranks import Storage, rank_for_ratio
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.errors import NumericsError
 
 
-def curve(name: str, shape: tuple[int, int], gains: list[float], may_be_dense: bool = True) -> Curve:
+def curve(
+    name: str, shape: tuple[int, int], gains: list[float], may_be_dense: bool = True, storage: Storage = "factors"
+) -> Curve:
     ordered = torch.tensor(sorted(gains, reverse=True), dtype=torch.float64)
-    return Curve(name, *shape, ordered, may_be_dense)
+    return Curve(name, *shape, ordered, may_be_dense, storage)
 
 
 @st.composite
 def curves(draw: st.DrawFn) -> list[Curve]:
     found = []
+    storage: Storage = draw(st.sampled_from(["factors", "pivoted"]))
     for number in range(draw(st.integers(1, 5))):
         shape = (draw(st.integers(2, 12)), draw(st.integers(2, 12)))
         size = min(shape)
         value = st.floats(0, 1e3) | st.sampled_from([0.0, 1e-12, 1.0, 1e9])
         gains = draw(st.lists(value, min_size=size, max_size=size))
-        found.append(curve(str(number), shape, gains, draw(st.booleans())))
+        found.append(curve(str(number), shape, gains, draw(st.booleans()), storage))
     return found
 
 
 def uniform_ranks(found: list[Curve], ratio: float) -> dict[str, int | None]:
     """Those of the paper; a linear that they would leave dense gets what it may have."""
-    ranks = {c.name: rank_for_ratio(c.out_features, c.in_features, ratio) for c in found}
+    ranks = {c.name: rank_for_ratio(c.out_features, c.in_features, ratio, c.storage) for c in found}
     return {c.name: min(ranks[c.name] or c.highest, c.highest) for c in found}
 
 
 def bound(found: list[Curve], budget: int) -> float:
     """The relaxation's: every linear its one rank, then the steepest pieces of brute-force hulls, the last one in part."""
-    left = float(budget - sum(c.step for c in found))
+    left = float(budget - sum(c.cost(1) for c in found))
     gain = sum(c.gain(1) for c in found)
     pieces = []
     for c in found:
@@ -76,7 +79,7 @@ def test_the_budget_is_met_and_the_gain_is_between_uniform_and_the_bound(found: 
             assert c.may_be_dense
             continue
         assert 1 <= rank <= c.highest
-        assert rank == c.highest or c.step > budget - result.used  # no further step fits
+        assert rank == c.highest or c.cost(rank + 1) - c.cost(rank) > budget - result.used  # no further step fits
         assert not c.may_be_dense or c.dense - c.cost(rank) > budget - result.used or c.dense <= c.cost(rank)
     assert result.gain == pytest.approx(sum(c.gain(result.ranks[c.name]) for c in found))
     limit = bound(found, budget)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emloc_ray.core.ranks import rank_for_ratio
+from emloc_ray.core.ranks import factor_parameters, rank_for_ratio
 
 
 @pytest.mark.parametrize(
@@ -58,3 +58,39 @@ def test_rank_grows_with_the_ratio(out_features: int, in_features: int, ratio: f
         rank_for_ratio(out_features, in_features, ratio + more),
     )
     assert larger is None or (smaller is not None and smaller <= larger)
+
+
+@pytest.mark.parametrize(
+    ("out_features", "in_features", "ratio", "rank"),
+    [
+        (576, 576, 0.5, 168),
+        (192, 576, 0.5, 80),
+        (1536, 576, 0.5, 235),
+        (4096, 4096, 0.25, 548),
+        (100, 100, 0.001, 1),
+        (100, 100, 1.0, None),
+        (1, 4096, 0.5, None),
+        (2, 2, 0.9, 1),
+        (2, 3, 0.9, 1),
+        (64, 64, 0.9999, 63),
+    ],
+)
+def test_known_ranks_of_pivoted_factors(out_features: int, in_features: int, ratio: float, rank: int | None) -> None:
+    assert rank_for_ratio(out_features, in_features, ratio, "pivoted") == rank
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.integers(1, 20000), st.integers(1, 20000), st.floats(1e-4, 0.999))
+def test_pivoted_factors_keep_the_most_that_the_ratio_leaves(out_features: int, in_features: int, ratio: float) -> None:
+    rank = rank_for_ratio(out_features, in_features, ratio, "pivoted")
+    smaller, room = min(out_features, in_features), Fraction(ratio) * out_features * in_features
+    if rank is None:
+        assert smaller == 1
+        return
+    assert 1 <= rank < smaller
+    plain = rank_for_ratio(out_features, in_features, ratio)
+    assert plain is None or rank >= plain
+    if rank > 1:
+        assert factor_parameters(out_features, in_features, rank, "pivoted") <= room * (1 + Fraction(1, 10**9))
+    if rank + 1 < smaller:
+        assert factor_parameters(out_features, in_features, rank + 1, "pivoted") >= room * (1 - Fraction(1, 10**9))

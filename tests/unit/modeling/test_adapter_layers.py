@@ -104,6 +104,17 @@ def test_in_4_bits_it_is_what_peft_does_on_the_unpacked_weights(
     torch.testing.assert_close(logits(twice), logits(model), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["lora", "dora", "ia3", "lokr"])
+def test_on_pivoted_factors_it_is_the_same(case: str, tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
+    model_dir = tiny_model_dir("qwen2")  # biases
+    emulator_dir = save_emulator(model_dir, tmp_path / "e", storage="pivoted")
+    model = trained(tmp_path / "a", emulator_dir, case, "qwen2")
+    assert "PivotedLinear" in {type(m.base_layer).__name__ for m in model.modules() if hasattr(m, "base_layer")}
+    dense = PeftModel.from_pretrained(dense_emulator(model_dir, emulator_dir), tmp_path / "a").eval()
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-4)
+    assert float((logits(model) - logits(load_model(emulator_dir))).abs().max()) > 1e-2
+
+
 @pytest.mark.parametrize("case", NO_CHANGE)
 def test_a_fresh_adapter_changes_nothing(case: str, emulator_dir: Callable[[str], Path]) -> None:
     model = attached(emulator_dir("llama"), case, "llama").eval()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import EXPERT_FAMILIES, FAMILIES, VOCABULARY, make_emulator, make_model, save_emulator
+from tiny import EXPERT_FAMILIES, FAMILIES, VOCABULARY, Storage, make_emulator, make_model, save_emulator
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -21,6 +21,7 @@ from emloc_ray.modeling.architecture import block_linears
 from emloc_ray.modeling.emulator import (
     EmulatorModelConfig,
     FactorizedLinear,
+    PivotedLinear,
     dense_weight,
     factorize_modules,
     write_emulator_config,
@@ -35,16 +36,16 @@ def logits(model: Any) -> torch.Tensor:
     return model(input_ids=IDS).logits
 
 
-def built(family: str, **options: Any) -> tuple[Any, dict[str, int]]:
+def built(family: str, storage: Storage = "factors", **options: Any) -> tuple[Any, dict[str, int]]:
     """An emulator in memory and its ranks: one layer dense, the others of two ranks."""
     model = unfuse(make_model(family, **options))
     ranks = {spec.name: 5 + number % 2 for number, spec in enumerate(block_linears(model)[:-1])}
-    return make_emulator(model, ranks), ranks
+    return make_emulator(model, ranks, storage), ranks
 
 
-def saved(directory: Path, model: Any, ranks: dict[str, int]) -> Path:
+def saved(directory: Path, model: Any, ranks: dict[str, int], storage: Storage = "factors") -> Path:
     model.save_pretrained(directory, max_shard_size="50KB")
-    write_emulator_config(directory, model.config, ranks)
+    write_emulator_config(directory, model.config, ranks, storage=storage)
     return directory
 
 
@@ -58,6 +59,19 @@ def test_round_trip_is_bit_equal(tmp_path: Path, family: str, dtype: str, tied: 
     assert {n: m.down.out_features for n, m in loaded.named_modules() if isinstance(m, FactorizedLinear)} == ranks
     assert (loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight) == tied
     assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "mixtral"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pivoted_factors_are_saved_and_loaded_bit_equal(tmp_path: Path, family: str, dtype: str) -> None:
+    model, ranks = built(family, "pivoted", dtype=dtype)
+    once = AutoModelForCausalLM.from_pretrained(saved(tmp_path / "a", model, ranks, "pivoted"))
+    once.save_pretrained(tmp_path / "b")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    assert {n: m.down.out_features for n, m in loaded.named_modules() if isinstance(m, PivotedLinear)} == ranks
+    assert torch.equal(logits(loaded), logits(model))
+    if dtype == "float32":
+        torch.testing.assert_close(logits(loaded), logits(built(family)[0]), rtol=1e-4, atol=1e-4)
 
 
 def test_asked_dtype_wins(tmp_path: Path) -> None:
@@ -145,6 +159,24 @@ def test_layer_is_two_products_and_a_bias(bias: bool) -> None:
     assert layer.weight.numel() == 0
     assert layer.weight.dtype == torch.float32
     assert "rank=2" in repr(layer)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_pivoted_layer_is_its_dense_weight_forward_and_back(bias: bool) -> None:
+    layer = PivotedLinear(6, 4, 2, bias)
+    layer.order.copy_(torch.tensor([2, 0, 3, 1]))
+    if bias:
+        layer.bias.data.normal_()
+    x = torch.randn(3, 5, 6, requires_grad=True)
+    dense = nn.Linear(6, 4, bias)
+    dense.weight.data = dense_weight(layer).detach()
+    dense.bias = layer.bias
+    torch.testing.assert_close(layer(x), dense(x))
+    upstream = torch.randn(3, 5, 4)
+    [ours], [theirs] = (torch.autograd.grad(module(x), x, upstream) for module in (layer, dense))
+    torch.testing.assert_close(ours, theirs)
+    assert sum(p.numel() for p in layer.parameters()) == 2 * (6 + 4 - 2) + 4 * bias
+    assert layer.weight.numel() == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from emloc_ray.errors import NumericsError
 from emloc_ray.io.checkpoint import Checkpoint, write_index
 from emloc_ray.io.grams import GramStore, StoredGram
 from emloc_ray.modeling.architecture import LinearSpec
+from emloc_ray.stages.correct import layer_difference
 from emloc_ray.stages.factorize import FactorizationJob, Kept, copy_rest, factorize_group
 from emloc_ray.stages.layer_reports import read_reports, spectra_file
 
@@ -108,6 +110,32 @@ def test_biases_and_transposed_weights_are_carried_over(tmp_path: Path, tiny_mod
     weight = original.read(spec.weight_name).T
     assert product.shape == weight.shape
     assert float((weight - product).norm() / weight.norm()) == pytest.approx(report.relative_error, rel=1e-2)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_pivoted_factors_are_the_same_weights(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], packed: bool
+) -> None:
+    job, [spec], gram = gpt2_group(tiny_model_dir("gpt2"), tmp_path)
+    factorize_group(job, [spec], gram, tmp_path / "plain.safetensors")
+    names = (spec.name,) if packed else ()
+    pivoted = replace(job, storage="pivoted", in_4bit=names)
+    factorize_group(pivoted, [spec], gram, tmp_path / "pivoted.safetensors")
+    plain, found = (load_file(tmp_path / f"{name}.safetensors") for name in ("plain", "pivoted"))
+    assert torch.equal(found[f"{spec.name}.bias"], plain[f"{spec.name}.up.bias"])
+    expected = plain[f"{spec.name}.up.weight"] @ plain[f"{spec.name}.down.weight"]
+    write_index(tmp_path, dict.fromkeys(found, "pivoted.safetensors"), 0, 0)
+    weight = Checkpoint(job.model_dir).read(spec.weight_name).T
+    delta = layer_difference(spec, Checkpoint(job.model_dir), Checkpoint(tmp_path))
+    assert delta is not None
+    error = float((weight - delta - expected).norm() / expected.norm())
+    assert error < (0.3 if packed else 1e-5)
+    assert (error > 1e-3) == packed
+    [report] = read_reports(tmp_path / "pivoted.safetensors")
+    assert float(delta.norm() / weight.norm()) == pytest.approx(report.relative_error, rel=1e-2)
+    if not packed:
+        rows = spec.out_features - job.ranks[spec.name]
+        assert found[f"{spec.name}.up.weight"].shape == (rows, job.ranks[spec.name])
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

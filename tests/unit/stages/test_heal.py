@@ -27,7 +27,7 @@ from emloc_ray.errors import ArtifactError, NumericsError
 from emloc_ray.io.teacher_shards import TeacherShards, teacher_shard, write_teacher_index
 from emloc_ray.modeling.adapter import load_adapter
 from emloc_ray.modeling.architecture import block_linears, empty_model
-from emloc_ray.modeling.emulator import FactorizedLinear, write_emulator_config
+from emloc_ray.modeling.emulator import FactorizedLinear, PivotedLinear, dense_weight, write_emulator_config
 from emloc_ray.modeling.loading import copy_tokenizer, load_model
 from emloc_ray.modeling.loss import TopLogProbs, token_loss
 from emloc_ray.modeling.quantization import dequantize, quantize
@@ -272,6 +272,37 @@ def test_an_adapter_of_another_rank_is_refused(healing: Callable[..., Healing], 
     piece = next(piece for piece in pieces(job) if name in {entry.name for entry in piece.entries})
     with pytest.raises(ArtifactError, match=f"{found.healed[0]} would grow to rank {RANK + R}, not {RANK + R + 1}"):
         write_piece(job, piece)
+
+
+@pytest.mark.parametrize(("family", "packed"), [("qwen2", False), ("gpt2", False), ("llama", True)])
+def test_pivoted_factors_are_pivoted_anew(
+    healing: Callable[..., Healing], tmp_path: Path, family: str, packed: bool
+) -> None:
+    found = healing(family)
+    emulator = save_emulator(found.model_dir, tmp_path / "emulator", RANK, "pivoted")
+    linears = tuple(spec.name for spec in block_linears(empty_model(AutoConfig.from_pretrained(found.model_dir))))
+    job = replace(
+        found.fold,
+        emulator_dir=emulator,
+        out_dir=tmp_path / "healed",
+        in_4bit=linears if packed else (),
+        kept_wide=("lm_head",) if packed else (),
+        storage="pivoted",
+    )
+    for piece in pieces(job):
+        write_piece(job, piece)
+    finish_emulator(job, AutoConfig.from_pretrained(found.model_dir))
+    healed, plain = load_model(job.out_dir), load_model(found.fold.out_dir)
+    layers = {name: module for name, module in healed.named_modules() if isinstance(module, PivotedLinear)}
+    assert {name: layer.down.out_features for name, layer in layers.items()} == job.ranks
+    for name, layer in layers.items():
+        weight, expected = dense_weight(layer), dense_weight(plain.get_submodule(name))
+        assert float((weight - expected).norm() / expected.norm()) < (0.5 if packed else 1e-5), name
+    if not packed:
+        assert tensors(job.out_dir).keys() >= {f"{name}.order" for name in job.ranks}
+        ids = torch.tensor([TokenShards(found.tokens).row(8).input_ids])
+        with torch.no_grad():
+            torch.testing.assert_close(healed(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

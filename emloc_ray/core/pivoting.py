@@ -1,0 +1,104 @@
+"""Pivoted storage of factors: the same product with r² fewer numbers.
+
+Of a product ``W_E = up @ down`` of rank r, r rows span all rows: they are kept themselves, and each of the others as what
+it is made of in these. With ``P`` the permutation that puts them back in their places,
+
+    W_E = P [I; T] W_p          W_p (r, in): rows of W_E      T (out − r, r): the others in terms of these
+
+are ``r (out + in − r)`` numbers where ``up`` and ``down`` have ``r (out + in)``, and no more than the weight's at any rank.
+(An interpolative decomposition of ``upᵀ``: Cheng, Gimbutas, Martinsson and Rokhlin 2005,
+https://doi.org/10.1137/030602678; PIFA stores low-rank layers so, https://arxiv.org/abs/2502.01719.)
+
+Rows are chosen so that no element of ``T`` is far above 1: then what rounding does to ``W_p`` and ``T`` is not blown up.
+Gaussian elimination with row pivoting finds rows that nearly are such; where a row is still more than one of those that it
+is made of, they change places, each time the chosen rows' volume grows by that element, until none is (Goreinov and
+Tyrtyshnikov 2001, "The maximal-volume concept in approximation by low-rank matrices").
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from emloc_ray.core.factorization import LowRankFactors
+
+LARGEST = 1.2  # element of T that is left: at 1 some exchanges would go round in circles by rounding
+
+
+class PivotedFactors(NamedTuple):
+    """``W_E = [down; up @ down]`` with its rows in ``order``: ``up (out − r, r)``, ``down (r, in)``, ``order (out,)`` int32."""
+
+    up: Tensor
+    down: Tensor
+    order: Tensor
+
+    def product(self) -> Tensor:
+        """``W_E (out, in)``, in the dtype of the factors."""
+        return torch.cat([self.down, self.up @ self.down]).index_select(0, self.order)
+
+    def plain(self) -> LowRankFactors:
+        """``up (out, r)``, among whose rows are those of the identity, and ``down``."""
+        identity = torch.eye(self.up.shape[1], dtype=self.up.dtype, device=self.up.device)
+        return LowRankFactors(torch.cat([identity, self.up]).index_select(0, self.order), self.down)
+
+
+def stored_product(up: Tensor, down: Tensor, order: Tensor | None = None) -> Tensor:
+    """``W_E (out, in)`` of factors as they are stored: plain, or with their ``order`` pivoted."""
+    return up @ down if order is None else PivotedFactors(up, down, order).product()
+
+
+def pivot(factors: LowRankFactors) -> PivotedFactors:
+    """The same product, pivoted; computed in float64 and given back in the dtype of the factors.
+
+    Args:
+        factors: ``up (out, r)`` and ``down (r, in)``, ``r < out``.
+
+    Raises:
+        ValueError: there are no rows beside those that would be kept.
+    """
+    up, down = (part.detach().to(torch.float64) for part in factors)
+    out_features, rank = up.shape
+    if rank >= out_features:
+        raise ValueError(f"Factors of rank {rank} with {out_features} rows have none to make of the others.")
+    rows, made = _eliminated(up)
+    _exchange(rows, made)
+    order = torch.empty(out_features, dtype=torch.int32, device=up.device)
+    order[rows] = torch.arange(out_features, dtype=torch.int32, device=up.device)
+    stored = factors.down.dtype
+    return PivotedFactors(made.to(stored), (up[rows[:rank]] @ down).to(stored), order)
+
+
+def _eliminated(up: Tensor) -> tuple[Tensor, Tensor]:
+    """All rows of ``up (out, r)``, those first that elimination picks, and ``T (out − r, r)``.
+
+    ``P up = L U`` with ``L`` unit lower trapezoidal, so that ``T = L₂ L₁⁻¹``, whatever the rank of ``up`` is.
+    """
+    rank = up.shape[1]
+    packed, pivots, _ = torch.linalg.lu_factor_ex(up)
+    places = list(range(len(up)))
+    for place, other in enumerate((pivots - 1).tolist()):
+        places[place], places[other] = places[other], places[place]
+    made = torch.linalg.solve_triangular(packed[:rank], packed[rank:], upper=False, left=False, unitriangular=True)
+    return torch.tensor(places, device=up.device), made
+
+
+def _exchange(rows: Tensor, made: Tensor) -> None:
+    """Lets rows change places, in place, while an element of ``made`` (T) is above :data:`LARGEST`.
+
+    With ``t = T_ab``, row a of the others for row b of the chosen: ``T ← T − T_:b (T_a: − e_b) / t``, a rank-one update.
+    """
+    rank = made.shape[1]
+    while True:
+        a, b = divmod(int(made.abs().argmax()), rank)
+        largest = float(made[a, b])
+        if not abs(largest) > LARGEST:  # so that what is no number ends too
+            return
+        row, column = made[a].clone(), made[:, b].clone()
+        change = row.clone()
+        change[b] -= 1.0
+        made.addr_(column, change, alpha=-1.0 / largest)
+        made[a] = row / -largest
+        made[a, b] = 1.0 / largest
+        rows[[b, rank + a]] = rows[[rank + a, b]]

@@ -1,0 +1,100 @@
+"""Runs whose factors are stored pivoted: from end to end by allocated ranks, healed, under ZeRO-3, from a cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from small_runs import FinishedRun, redone, run_values
+from test_allocated_run import WEIGHED, divergence
+from test_deepspeed import EXAMPLE, assert_same_adapter
+from test_healed_run import HEALING
+from transformers import AutoModelForCausalLM
+
+from emloc_ray.config_reading import parse_config
+from emloc_ray.core.ranks import factor_parameters
+from emloc_ray.io.artifact_cache import ArtifactCache
+from emloc_ray.io.checkpoint import Checkpoint
+from emloc_ray.modeling.emulator import PivotedLinear
+from emloc_ray.preparation import prepare
+from emloc_ray.stages.allocate import read_ranks
+
+
+@pytest.fixture(scope="session")
+def pivoted_run(make_run: Callable[..., FinishedRun], task_file: Path) -> FinishedRun:
+    """A tiny Qwen2's run, which has biases, by sensitivity and predictions; read it, or spoil a copy."""
+    return make_run(task_file, "qwen2", emulator={**WEIGHED, "storage": "pivoted"})
+
+
+def ranks_of(directory: Path) -> dict[str, int]:
+    """Those of the layers that load."""
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    return {name: m.down.out_features for name, m in model.named_modules() if isinstance(m, PivotedLinear)}
+
+
+def test_the_budget_is_that_of_as_many_numbers(pivoted_run: FinishedRun) -> None:
+    layout = prepare(parse_config(pivoted_run.values)).layout
+    ranks, emulator = read_ranks(pivoted_run.root / "allocation"), pivoted_run.root / "emulator"
+    used = sum(factor_parameters(s.out_features, s.in_features, ranks[s.name], "pivoted") for s in layout.specs)
+    left = json.loads((pivoted_run.root / "allocation" / "ranks.json").read_text())["parameters_left"]
+    assert used + left == layout.parameters_factorized <= layout.parameters_targeted / 2
+    told = pivoted_run.metrics["emulator"]
+    assert told["storage"] == "pivoted"
+    assert told["parameters_kept"] == pytest.approx(used / layout.parameters_targeted)
+    index = json.loads((emulator / "model.safetensors.index.json").read_text())["metadata"]
+    assert index["total_parameters"] == told["parameters"]
+    assert told["bytes"] == index["total_size"] == Checkpoint(emulator).num_bytes
+    assert ranks_of(emulator) == {name: rank for name, rank in ranks.items() if rank is not None}
+    assert "factors stored pivoted" in (pivoted_run.root / "report.html").read_text()
+
+
+def test_the_higher_ranks_keep_more_of_the_predictions(pivoted_run: FinishedRun, tmp_path: Path) -> None:
+    copied = pivoted_run.copy(tmp_path)
+    values = copied.changed(emulator={"storage": "factors"})
+    assert redone(values)[0] == "allocate"
+    run_values(values, until="factorize")
+    pivoted, plain = (divergence(run, run.root / "emulator") for run in (pivoted_run, copied))
+    assert pivoted < plain
+
+
+def test_all_that_follows_takes_them(pivoted_run: FinishedRun) -> None:
+    evaluation = pivoted_run.metrics["evaluation"]
+    assert evaluation["merged"]["loss"] == pytest.approx(evaluation["corrected"]["loss"], abs=1e-3)
+    assert evaluation["corrected"]["loss"] < evaluation["original"]["loss"]
+    merged = {entry.name for entry in Checkpoint(pivoted_run.root / "merged")}
+    assert merged == {entry.name for entry in Checkpoint(pivoted_run.model_dir)}
+
+
+def test_healed_they_have_the_ranks_that_the_budget_leaves(pivoted_run: FinishedRun, tmp_path: Path) -> None:
+    copied = pivoted_run.copy(tmp_path)
+    run_values(copied.changed(emulator={"healing": HEALING}), until="heal")
+    assert ranks_of(copied.root / "emulator_healed") == ranks_of(pivoted_run.root / "emulator")
+    before, after = (divergence(copied, copied.root / name) for name in ("emulator", "emulator_healed"))
+    assert after < before
+
+
+def test_zero_3_trains_the_same_adapter(pivoted_run: FinishedRun, tmp_path: Path) -> None:
+    copied = pivoted_run.copy(tmp_path)
+    values = copied.changed(finetune={"deepspeed": str(EXAMPLE)})
+    run_values(values, until="finetune")
+    assert_same_adapter(copied.root / "adapter_emulator", pivoted_run.root / "adapter_emulator")
+
+
+def test_they_are_no_basis_and_may_have_one(pivoted_run: FinishedRun, tmp_path: Path) -> None:
+    cache = ArtifactCache(str(tmp_path / "shared"))
+    for name, storage, ratio in (("plain", "factors", 0.9), ("pivoted", "pivoted", 0.5)):
+        emulator = {"allocation": "uniform", "storage": storage, "compression_ratio": ratio}
+        values = {**pivoted_run.changed(emulator=emulator), "run_dir": str(tmp_path / name)}
+        run_values(values, until="factorize", cache=cache)
+    bases = {"storage" in entry.inputs: entry.basis for entry in cache.entries() if entry.stage == "factorize"}
+    assert bases[False] is not None
+    assert bases[True] is None
+    made, whole = (Checkpoint(tmp_path / name / "emulator") for name in ("pivoted", "plain"))
+    name = "model.layers.0.self_attn.o_proj"
+    up, down = (whole.read(f"{name}.{part}.weight") for part in ("up", "down"))
+    rank = made.entry(f"{name}.down.weight").shape[0]
+    product = up[:, :rank] @ down[:rank]  # the best of a rank is the first columns of any more
+    rows = (product[:, None] - made.read(f"{name}.down.weight")[None]).abs().amax(dim=2).amin(dim=0)
+    assert float(rows.max()) < 1e-5 * float(product.abs().max())
