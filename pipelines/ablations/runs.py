@@ -189,6 +189,8 @@ def _run_batch(
 ) -> dict[str, str]:
     runnable = {cell.name: cell for cell in pending if cell.name not in failed}
     tasks = tuple(_runnable(cell, pruned.get(cell.name)) for cell in runnable.values())
+    if not tasks:
+        return {}
 
     def look(state: BatchState) -> None:
         show(state)
@@ -295,6 +297,7 @@ def _measure_all(ablation: Ablation, cells: Cells, pruned: dict[str, Pruned], te
     import ray
 
     todo = [cell for cell in ablation.cells if cells.is_to_be_measured(cell)]
+    todo = [cell for cell in todo if cell.prune is None or cell.name in pruned]
     if not todo:
         return {}
     each = max(cell.config.evaluation.cpus_per_worker for cell in todo)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,7 @@ def summarize(
         groups.setdefault(tuple(map(str, label(record, keys).values())), []).append(record)
     labels = {group: label(members[0], keys) for group, members in groups.items()}
     datasets = list(dict.fromkeys(record["dataset"] for record in records))
+    alike = {"method", "calibration", "correction", *(key for record in records for key in record["settings"])}
     rows = []
     for group, members in groups.items():
         row: dict[str, Any] = {"label": labels[group]}
@@ -67,7 +68,7 @@ def summarize(
         row["all"] = {
             key: spread(_values(members, key)) for key in (value, "gap_closed_uncorrected", "gap_closed_by_emulator")
         }
-        reference = _reference(labels, group, compare_with)
+        reference = _reference(labels, group, compare_with, alike)
         if reference is not None and reference != group:
             row["against"] = {"label": labels[reference], **_paired(members, groups[reference], value)}
         row["finetune_s"] = spread([_of(record, lambda r: r["finetune"]["wall_s"]) for record in members])
@@ -92,16 +93,20 @@ def _paired(ours: Sequence[Record], theirs: Sequence[Record], value: str) -> dic
 
 
 def _reference(
-    labels: Mapping[tuple[Any, ...], dict[str, Any]], group: tuple[Any, ...], compare_with: Mapping[str, Any]
+    labels: Mapping[tuple[Any, ...], dict[str, Any]],
+    group: tuple[Any, ...],
+    compare_with: Mapping[str, Any],
+    alike: Set[str],
 ) -> tuple[Any, ...] | None:
-    """The row to compare with: what ``compare_with`` says, and in all else like this one, or without a value there."""
+    """The row to compare with: what ``compare_with`` says, and in all else that is to be ``alike`` as this one, or without a
+    value there."""
     if not compare_with:
         return None
     own = labels[group]
     exact = {**own, **compare_with}
     for candidate, found in labels.items():
         if all(found.get(key) == compare_with[key] for key in compare_with if key in found) and all(
-            found[key] == exact[key] or found[key] is None or own[key] is None for key in found
+            found[key] == exact[key] or found[key] is None or own[key] is None for key in alike & found.keys()
         ):
             return candidate
     return None

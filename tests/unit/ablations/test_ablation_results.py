@@ -103,6 +103,14 @@ def test_a_row_is_compared_with_the_one_that_is_like_it_in_all_else() -> None:
     ]
 
 
+def test_ratios_that_methods_have_of_their_own_are_compared() -> None:
+    records = [record("paper", 0, 0.5), record("nf4", 0, 0.9, ratio=1.0)]
+    keys = ["method", "emulator.compression_ratio"]
+    assert summarize(records, keys, {"method": "paper"})[1]["against"]["mean"] == pytest.approx(0.4)
+    varied = [{**found, "settings": {"emulator.compression_ratio": found["ratio"]}} for found in records]
+    assert "against" not in summarize(varied, keys, {"method": "paper"})[1]
+
+
 def result(records: list[dict[str, Any]]) -> dict[str, Any]:
     compare = {"method": "paper"}
     rows = summarize(records, ["method"], compare)
