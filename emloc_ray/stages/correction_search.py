@@ -21,7 +21,7 @@ ENOUGH_ROWS = 8
 """Differences between corrections are of one sign on most rows: fewer candidates are begun with rather than fewer rows."""
 
 _MOST = 4.0
-_NEAR = 0.1  # strengths that no loss tells apart
+_NEAR = 0.1  # of a strength, or of 1 where it is smaller: differences that no loss tells apart
 
 Measure = Callable[[Candidate], RowLosses]
 """What rows lose with the adapter so corrected."""
@@ -88,7 +88,7 @@ def _further(tried: dict[Candidate, Tensor]) -> Candidate | None:
         strength: float | None = 2 * best.strength if gains else best.strength / 2
     else:
         strength = best_strength({0.0: none[1], **losses}, _MOST)
-    if strength is None or any(abs(strength - near) < _NEAR for near in (0.0, *losses)):
+    if strength is None or any(abs(strength - near) < _NEAR * max(1.0, near) for near in (0.0, *losses)):
         return None
     return dataclasses.replace(best, strength=round(strength, 2))
 
