@@ -13,9 +13,12 @@ from transformers import LlamaConfig
 from emloc_ray import planner
 from emloc_ray.budget import solve
 from emloc_ray.config_reading import check_config, parse_config
+from emloc_ray.data.formats import Tokens
+from emloc_ray.data.token_shards import shard_name, write_index, write_shard
 from emloc_ray.errors import ConfigError
 from emloc_ray.healing import factor_ranks, healing_run, healing_split, packs_late
 from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.jobs import Jobs
 from emloc_ray.layout import make_layout, skeleton_of
 from emloc_ray.memory import MemoryModel, total
 from emloc_ray.model_sizes import Lengths
@@ -159,6 +162,21 @@ def test_it_may_have_rows_of_its_own(
     longer, shorter = (total(stage(entry, "heal").memory) for entry in (found, plain))
     assert longer > shorter
     assert stage(found, "finetune").memory == stage(plain, "finetune").memory
+
+
+def test_teacher_and_training_read_those_rows(prepared: Callable[..., Prepared], others: Path, tmp_path: Path) -> None:
+    data = {"train": {"path": str(tmp_path / "rows.jsonl")}, "max_seq_length": 64, "healing": {"path": str(others)}}
+    found = prepared({"steps": 1000}, data=data)
+    jobs = Jobs(found, found.source.directory)
+    for split, count in (("train", 5), ("healing", 3)):
+        write_shard(jobs.tokens(split) / shard_name(0), [Tokens([2, 3], [True, True])] * count)
+        write_index(jobs.tokens(split), [count], {"tokens": 2 * count})
+    section = found.config.emulator.healing
+    assert section is not None
+    job = jobs.healing(section, "heal")
+    assert job.teacher.tokens_dir == job.training.tokens_dir == jobs.tokens("healing")
+    assert sorted({row for rows in job.teacher.shards() for row in rows}) == [0, 1, 2]
+    assert jobs.finetuning("finetune").tokens_dir == jobs.tokens("train")
 
 
 def test_rows_of_its_own_are_read_only_where_it_heals(
