@@ -73,7 +73,7 @@ def _ablation(result: Mapping[str, Any]) -> str:
 def _against(result: Mapping[str, Any]) -> str:
     compared = result["config"]["compare_with"]
     return "against " + ", ".join(
-        str(value) if key == "method" else f"{_short(key)} {value}" for key, value in compared.items()
+        _value(value) if key == "method" else f"{_short(key)} {_value(value)}" for key, value in compared.items()
     )
 
 
