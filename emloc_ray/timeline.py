@@ -115,7 +115,7 @@ def _read_log(events: Iterable[Mapping[str, Any]], done: Mapping[str, StageRun])
     last = 0.0
 
     def leave(end: float) -> None:
-        if current is not None and not (current[0] in done and done[current[0]].finished_at >= current[1]):
+        if current is not None:
             told[current[0]].tries.append((current[1], end))
 
     for event in events:
@@ -136,6 +136,9 @@ def _read_log(events: Iterable[Mapping[str, Any]], done: Mapping[str, StageRun])
                 told.setdefault(name, _Told()).is_over = True
             last = moment
     leave(last)
+    for name, found in told.items():  # recorded, and killed before the log heard of it
+        if name in done and not found.is_over and found.tries and done[name].finished_at >= found.tries[-1][0]:
+            found.tries.pop()
     return told
 
 

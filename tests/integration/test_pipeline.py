@@ -165,7 +165,7 @@ def test_workers_tell_the_log_what_they_did_and_layers_have_spectra(any_run: Fin
     working = {"factorize", "finetune", "correct", "merge", "evaluate"} | (
         {"calibrate"} & any_run.metrics["stages"].keys()
     )
-    assert {event["stage"] for event in told} == working
+    assert {event["stage"] for event in told} >= working
     stages = {stage.name: stage for stage in stage_runs(run.manifest())}
     for event in told:
         for worker, _, begun_at, finished_at, count in event["spans"]:

@@ -98,6 +98,7 @@ def test_at_ratio_one_it_is_left_out_and_told(prepared: Callable[..., Prepared])
     assert "heal" not in [entry.name for entry in make_plan(found).stages]
     assert "compression_ratio 1.0" in (no_healing(found.config) or "")
     assert no_healing(prepared(None).config) is None
+    assert no_healing(prepared({"steps": 3, "r": 8}).config) is None
 
 
 def test_parameters_are_those_without_healing(prepared: Callable[..., Prepared]) -> None:

@@ -67,6 +67,12 @@ def test_tries_end_where_they_failed_or_told_last() -> None:
     assert found["stages"][2:] == [("factorize unfinished", 2, 12), ("factorize unfinished", 501, 507)]
 
 
+def test_a_try_that_was_stopped_stays_beside_the_one_that_came_to_an_end() -> None:
+    again = [event("run_stopped", -3), event("run_started", -2), event("started", -1, stage="calibrate")]
+    found = lines("data", "calibrate", told=[*events()[:2], *again, event("finished", 1, stage="calibrate")])
+    assert found["stages"] == [("calibrate unfinished", -30, -3), ("data", 0, 0), ("calibrate", 1, 1)]
+
+
 def test_a_stage_that_is_redone_is_shown_anew() -> None:
     redone = [
         event("run_started", 100),
