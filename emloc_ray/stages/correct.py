@@ -62,8 +62,8 @@ def candidates(method: str, clamp: float | None, strength: float, has_grams: boo
 class CorrectionJob:
     """Artifact paths and flat settings of the stage.
 
-    Where there is more than one candidate, ``none`` is the first. ``max_tokens`` bounds what scoring all candidates may
-    read (None: all selection rows).
+    Where there is more than one candidate, ``none`` is the first. ``num_further`` strengths of the best are tried after
+    them. ``max_tokens`` bounds what scoring all may read (None: all selection rows).
     """
 
     model_dir: Path
@@ -74,6 +74,7 @@ class CorrectionJob:
     selection_dir: Path
     specs: tuple[LinearSpec, ...]
     candidates: tuple[Candidate, ...]
+    num_further: int = NUM_FURTHER
     max_tokens: int | None = None
     dampening_frac: float = 1e-4
     update_tolerance: float = 1e-3
@@ -145,12 +146,12 @@ def _chosen(
     rows = [shards.row(position) for position in range(len(shards))]
     random.Random(0).shuffle(rows)  # files may be sorted by what their rows are of
     lengths = [len(row) for row in rows]
-    begun, count = affordable(lengths, job.max_tokens, len(job.candidates), NUM_FURTHER, ENOUGH_ROWS)
+    begun, count = affordable(lengths, job.max_tokens, len(job.candidates), job.num_further, ENOUGH_ROWS)
     if count == 0:
         note = f"Fine-tuning read too little for a choice to cost {job.max_tokens} tokens: set correction.max_share higher."
         return job.candidates[0], {**_untried(job.candidates[:1]), "note": note}
     measure = _measure(job, adapter, modules, rows[:count])
-    total, tried = len(modules) + begun + NUM_FURTHER, 0
+    total, tried = len(modules) + begun + job.num_further, 0
 
     def measured(candidate: Candidate) -> RowLosses:
         nonlocal tried
@@ -158,7 +159,7 @@ def _chosen(
         progress(len(modules) + tried, total)
         return losses
 
-    choice = search(job.candidates[:begun], measured)
+    choice = search(job.candidates[:begun], measured, job.num_further)
     progress(total, total)
     told = {
         "selection_rows": count,

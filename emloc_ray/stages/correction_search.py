@@ -50,8 +50,8 @@ class Choice:
         return rows
 
 
-def search(begun: Sequence[Candidate], measure: Measure) -> Choice:
-    """Measures ``none``, which is the first, and the others; then up to three more strengths of the best method and λ.
+def search(begun: Sequence[Candidate], measure: Measure, num_further: int = NUM_FURTHER) -> Choice:
+    """Measures ``none``, which is the first, and the others; then up to ``num_further`` strengths of the best method and λ.
 
     These are twice the first, or half of it where that did not gain; then, twice, where a parabola through the strengths'
     losses is lowest. The choice is :func:`emloc_ray.core.selection.choose`'s.
@@ -61,7 +61,7 @@ def search(begun: Sequence[Candidate], measure: Measure) -> Choice:
     """
     first, counts = measure(begun[0])
     tried = {begun[0]: first, **{candidate: measure(candidate).sums for candidate in begun[1:]}}
-    for _ in range(NUM_FURTHER):
+    for _ in range(num_further):
         further = _further(tried)
         if further is None:
             break

@@ -46,7 +46,7 @@ class CorrectionWay(Section):
 
     method: Literal["none", "projection", "covariance"]
     clamp: float | None = Field(3.0, gt=0)
-    strength: float = Field(1.0, ge=0, le=2)
+    strength: float = Field(1.0, ge=0, le=4)
 
 
 class MethodConfig(Section):

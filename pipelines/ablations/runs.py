@@ -349,11 +349,17 @@ def _corrected(ablation: Ablation, cell: Cell, pruned: Pruned | None, tell: Tell
     model_dir = original_dir(prepared)
     jobs = Jobs(prepared, model_dir)
     ways = ablation.config.corrections
-    asked = (Candidate("none"), *(Candidate(way.method, way.clamp, way.strength) for way in ways.values()))
+    asked = {name: Candidate(way.method, way.clamp, way.strength) for name, way in ways.items()}
+    told_apart = tuple(dict.fromkeys((Candidate("none"), *asked.values())))
     with tempfile.TemporaryDirectory(dir=cell.config.run_dir) as folder:
         job = replace(
-            jobs.correction(), candidates=asked, selection_dir=jobs.tokens("eval"), out_dir=Path(folder) / "adapter"
+            jobs.correction(),
+            candidates=told_apart,
+            num_further=0,
+            max_tokens=None,
+            selection_dir=jobs.tokens("eval"),
+            out_dir=Path(folder) / "adapter",
         )
         found = correct(job, replace(resources(cell.config.evaluation), num_workers=1), tell=tell)
-    losses = [candidate["loss"] for candidate in found["candidates"]]
-    return dict(zip(ways, losses[1:], strict=True))
+    losses = dict(zip(told_apart, (candidate["loss"] for candidate in found["candidates"]), strict=True))
+    return {name: losses[candidate] for name, candidate in asked.items()}
