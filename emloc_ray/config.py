@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import typing
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -225,12 +225,12 @@ class AdapterConfig(Section):
     @property
     def is_prompt(self) -> bool:
         """Whether it changes what the model reads instead of its linears."""
-        return self.method in ("prefix_tuning", "prompt_tuning")
+        return self.method in PROMPT_METHODS
 
     @property
     def is_additive(self) -> bool:
         """Whether it adds to weights, so that its update can be corrected; DoRA's does before its rows are scaled."""
-        return self.method not in ("ia3", "prefix_tuning", "prompt_tuning")
+        return self.method not in ("ia3", *PROMPT_METHODS)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -248,6 +248,7 @@ class AdapterConfig(Section):
 
 
 LORA_METHODS = ("lora", "rslora", "dora")
+PROMPT_METHODS = ("prefix_tuning", "prompt_tuning")
 
 
 class FinetuneConfig(StageConfig):
@@ -301,15 +302,26 @@ class MergeConfig(StageConfig):
     max_shard_size: Size | None = Field(None, description="such as 5GB; left out: the original's shards")
 
 
+Variant = Literal["original", "emulator", "emulator_adapter", "uncorrected", "corrected", "merged"]
+
+
 class EvaluationConfig(StageConfig):
     """What is measured on the held-out split."""
 
+    variants: list[Variant] = Field(list(get_args(Variant)), description="what is scored, a pass each")
     num_samples: int | None = Field(256, ge=1, description="held-out rows; null: all")
     batch_size: int = Field(8, ge=1)
     num_generations: int = Field(4, ge=0, description="sample generations shown in the report")
     num_exact_match: int = Field(32, ge=0, description="held-out prompts completed greedily for exact match")
     max_new_tokens: int = Field(32, ge=1)
     upper_bound: str | None = Field(None, description="run directory of plain LoRA (compression_ratio: 1.0)")
+
+    @field_validator("variants")
+    @classmethod
+    def _has_what_is_compared(cls, variants: list[Variant]) -> list[Variant]:
+        if missing := {"original", "corrected"} - set(variants):
+            raise ValueError(f"{' and '.join(sorted(missing))} must be among them: gains are theirs")
+        return [variant for variant in get_args(Variant) if variant in variants]
 
 
 _OF_A_NEW_RAY = ("num_cpus", "num_gpus", "resources", "labels", "object_store_memory")

@@ -267,7 +267,7 @@ def evaluation_table(metrics: dict[str, Any]) -> Table:
         "merged": "merged",
     }
     for variant, label in labels.items():
-        if variant not in evaluation:  # merged, of an adapter that changes no weight
+        if variant not in evaluation:  # not asked for, or merged of an adapter that changes no weight
             continue
         values = evaluation[variant]
         gain = evaluation["original"]["loss"] - values["loss"]

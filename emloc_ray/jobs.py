@@ -286,6 +286,7 @@ class Jobs:
             num_generations=section.num_generations,
             num_exact_match=section.num_exact_match,
             max_new_tokens=section.max_new_tokens,
+            variants=tuple(section.variants),
             model_options=self.model_options,
         )
 

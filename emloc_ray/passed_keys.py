@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
-from emloc_ray.config import LORA_METHODS, AdapterConfig, FinetuneConfig, RayConfig, Section
+from emloc_ray.config import LORA_METHODS, PROMPT_METHODS, AdapterConfig, FinetuneConfig, RayConfig, Section
 from emloc_ray.io.secret_values import HIDDEN, is_secret, is_variable, leaves
 
 NO_KEY = " is not a key: "
@@ -73,7 +73,7 @@ def _adapter_errors(given: Any) -> list[str]:
 def _prompt_errors(method: str, given: dict[str, Any]) -> list[str]:
     """Where a prompt lacks what it cannot be made without, or has what would go unread."""
     lines = []
-    if method in ("prefix_tuning", "prompt_tuning") and "num_virtual_tokens" not in given:
+    if method in PROMPT_METHODS and "num_virtual_tokens" not in given:
         lines.append(f"adapter.num_virtual_tokens is missing: set it, for adapter.method {method}.")
     if method == "prompt_tuning":
         from_text = given.get("prompt_tuning_init") == "TEXT"

@@ -305,6 +305,7 @@ def _stage_flops(prepared: Prepared, tokens: float) -> dict[str, float]:
     passes = 6 if config.finetune.gradient_checkpointing else 4
     selection = _rows_scored(prepared) if config.correction.method == "auto" and layout.differs else 0
     held_out = config.evaluation.num_samples or 1000
+    scored, small = config.evaluation.variants, ("emulator", "emulator_adapter")
     ranks = factor_ranks(prepared)
     work = sum(2 * s.num_parameters * max(s.in_features, 2 * ranks[s.name]) for s in layout.specs if s.name in ranks)
     weighed, spread = set(layout.weighed), set(layout.allocated)
@@ -325,7 +326,7 @@ def _stage_flops(prepared: Prepared, tokens: float) -> dict[str, float]:
         "finetune": _rows_trained(prepared) * tokens * passes * (kept + head),
         "correct": tokens * selection * 2 * (blocks + head) + work,
         "merge": 0,
-        "evaluate": tokens * held_out * 2 * (4 * (blocks + head) + 2 * (kept + head))
+        "evaluate": tokens * held_out * 2 * sum((kept if name in small else blocks) + head for name in scored)
         + 2 * config.evaluation.num_exact_match * config.evaluation.max_new_tokens * 2 * (blocks + 4 * head),
     }
 

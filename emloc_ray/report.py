@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from emloc_ray.config import PROMPT_METHODS
 from emloc_ray.console import describe_choice, duration
 from emloc_ray.drawing import bar, before_after, loss_curve, share
 from emloc_ray.errors import ArtifactError
@@ -129,6 +130,7 @@ def page_view(
         "task": describe_task(config.get("data") or {}),
         "model": (config.get("model") or {}).get("source"),
         "method": METHOD_NAMES.get(method, method),
+        "merges": method not in PROMPT_METHODS,
         "ratio": emulator.get("compression_ratio"),
         "quantized": emulator.get("quantization", "none") != "none",
         "progress": [

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
+from emloc_ray.config import PROMPT_METHODS
 from emloc_ray.io.run_directory import CONFIG, RunDirectory
 from emloc_ray.io.secret_values import HIDDEN, leaves
 from emloc_ray.run_log import RUN_EVENTS, read_events
@@ -73,7 +74,7 @@ def asked_steps(config: Mapping[str, Any]) -> tuple[str, ...]:
         "gradients": dense or not (allocation == "sensitivity" or by_predictions),
         "allocate": dense or allocation == "uniform",
         "heal": dense or not emulator.get("healing"),
-        "merge": (config.get("adapter") or {}).get("method") in ("prefix_tuning", "prompt_tuning"),
+        "merge": (config.get("adapter") or {}).get("method") in PROMPT_METHODS,
     }
     return tuple(step for step in STEPS if not left_out.get(step))
 

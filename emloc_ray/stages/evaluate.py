@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.processors import ImageInputs
 from emloc_ray.data.token_shards import TokenShards
@@ -19,7 +21,15 @@ from emloc_ray.modeling.scoring import Score, complete, prompt_length, score_row
 from emloc_ray.stages.cluster import Progress, Resources, bounded, set_threads, silent
 from emloc_ray.stages.failures import Losses, Tell, unheard
 
-VARIANTS = ("original", "emulator", "emulator_adapter", "uncorrected", "corrected", "merged")
+_FAMILIES = {
+    "original": "original",
+    "emulator": "emulator",
+    "emulator_adapter": "emulator",
+    "uncorrected": "original",
+    "corrected": "original",
+    "merged": "merged",
+}
+VARIANTS = tuple(_FAMILIES)
 
 
 @dataclass(frozen=True)
@@ -38,17 +48,23 @@ class EvaluationJob:
     num_generations: int = 4
     num_exact_match: int = 32
     max_new_tokens: int = 32
+    variants: tuple[str, ...] = VARIANTS
     model_options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """Those of the variants that there are."""
+        return tuple(name for name in self.variants if name != "merged" or self.merged_dir is not None)
 
     @property
     def families(self) -> tuple[str, ...]:
         """The models that are loaded, each for some of the variants."""
-        return ("original", "emulator") if self.merged_dir is None else ("original", "emulator", "merged")
+        return tuple(dict.fromkeys(_FAMILIES[name] for name in self.scored))
 
     @property
     def generating(self) -> tuple[str, str]:
         """The variants that complete prompts: before and after."""
-        return ("original", "corrected" if self.merged_dir is None else "merged")
+        return ("original", "merged" if "merged" in self.scored else "corrected")
 
 
 @dataclass(frozen=True)
@@ -68,7 +84,7 @@ def evaluate_slice(job: EvaluationJob, family: str, part: int, num_parts: int, t
     rows = [shards.row(position) for position in positions]
     prompts = [row for row, position in zip(rows, positions, strict=True) if position < _num_prompts(job)]
     results = []
-    for variant, model in _variants(job, family):
+    for variant, model in _models(job, family):
         score = score_rows(
             model,
             rows,
@@ -105,20 +121,22 @@ def score_adapters(job: EvaluationJob, adapters: Sequence[Path | None], threads:
     return found
 
 
-def _variants(job: EvaluationJob, family: str) -> Iterator[tuple[str, Any]]:
-    """A base model is loaded once; adapters are plugged in on top of it."""
-    if family == "merged" and job.merged_dir is not None:
-        yield "merged", load_model(job.merged_dir, **job.model_options)
-        return
-    model = load_model(job.emulator_dir if family == "emulator" else job.model_dir, **job.model_options)
-    yield family, model
-    model = load_adapter(model, job.trained_adapter_dir)
-    if family == "emulator":
-        yield "emulator_adapter", model.eval()
-        return
-    yield "uncorrected", model.eval()
-    model = load_adapter(detach_adapter(model), job.corrected_adapter_dir)  # of another method than it was trained by
-    yield "corrected", model.eval()
+def _models(job: EvaluationJob, family: str) -> Iterator[tuple[str, Any]]:
+    """The variants of one base model, which is loaded once; adapters are plugged in on top of it one after another."""
+    directories = {"original": job.model_dir, "emulator": job.emulator_dir, "merged": job.merged_dir}
+    adapters = {
+        "emulator_adapter": job.trained_adapter_dir,
+        "uncorrected": job.trained_adapter_dir,
+        "corrected": job.corrected_adapter_dir,  # may be of another method than it was trained by
+    }
+    directory = directories[family]
+    assert directory is not None
+    model = load_model(directory, **job.model_options)
+    for variant in (name for name in job.scored if _FAMILIES[name] == family):
+        if variant in adapters:
+            bare = detach_adapter(model) if isinstance(model, PeftModel) else model
+            model = load_adapter(bare, adapters[variant])
+        yield variant, model.eval()
 
 
 def _num_prompts(job: EvaluationJob) -> int:
@@ -154,7 +172,7 @@ def _tokenizer(job: EvaluationJob) -> Any:
 def evaluate(
     job: EvaluationJob, resources: Resources, progress: Progress = silent, tell: Tell = unheard
 ) -> dict[str, Any]:
-    """Scores the variants, ``merged`` where there is one.
+    """Scores the job's variants, ``merged`` where there is one.
 
     Returns ``evaluation`` as in metrics.json, ``exact_match`` and ``generations``.
     """
@@ -173,7 +191,7 @@ def evaluate(
     results = bounded(submits, resources.num_workers, Losses("evaluate", tell), progress)
     found = list(zip(work, results, strict=True))
     evaluation = {}
-    for variant in VARIANTS if job.merged_dir is not None else VARIANTS[:-1]:
+    for variant in job.scored:
         scores = [r.score for _, slice_results in found for r in slice_results if r.variant == variant]
         evaluation[variant] = sum(scores, Score()).metrics()
     texts = {v: _interleave(found, v, num_parts) for v in job.generating}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ablations.config import RATIO, AblationConfig, MethodConfig
-from ablations.datasets import data_section
+from ablations.datasets import data_dir, data_section
 from emloc_ray.batch.config import BatchConfig
 from emloc_ray.batch.grid import joined_name, points
 from emloc_ray.batch.tasks import Task, compose_batch
@@ -66,9 +66,14 @@ class Ablation:
         """The directory that everything is in."""
         return Path(self.batch.run_dir)
 
+    @property
+    def shared(self) -> Path:
+        """The directory of what it may share with other ablations."""
+        return _shared(self.config)
+
     def data_dir(self, dataset: str, seed: int) -> Path:
         """The rows of a data set."""
-        return _data_dir(self.root, dataset, seed)
+        return data_dir(self.shared / "data", dataset, seed, self.config)
 
 
 def read_ablation(path: Path, overrides: Sequence[str] = ()) -> Ablation:
@@ -93,12 +98,13 @@ def read_ablation(path: Path, overrides: Sequence[str] = ()) -> Ablation:
             put(values, (keys[0], ".".join(keys[1:])) if keys[0] == "grid" and keys[1:] else keys, value, text)
     where = f"{path} and its overrides" if overrides else str(path)
     config, lines = check(AblationConfig, values)
-    if config is not None and is_store_uri(config.run_dir):
-        lines.append("run_dir is on an object store, and data sets are made in it: name a local directory.")
+    for key in ("run_dir", "shared"):
+        if config is not None and is_store_uri(getattr(config, key)):
+            lines.append(f"{key} is on an object store, and data sets are made in it: name a local directory.")
     if config is None or lines:
         raise ConfigError("\n".join(f"{where}: {line}" for line in lines))
     root = Path(config.run_dir).expanduser().absolute()
-    found = list(_cells(config, of_runs, root))
+    found = list(_cells(config, of_runs))
     batch = compose_batch(_batch_values(config, root, [values for *_, values in found]), path, of_ray)
     cells = [
         Cell(
@@ -121,7 +127,7 @@ def _picked(methods: Any, names: Sequence[str]) -> Any:
 _Found = tuple[str, MethodConfig, dict[str, Any], dict[str, Any]]
 
 
-def _cells(config: AblationConfig, of_runs: dict[str, Any], root: Path) -> Iterator[_Found]:
+def _cells(config: AblationConfig, of_runs: dict[str, Any]) -> Iterator[_Found]:
     """Data set, method, point and the task's keys: the method's own, the grid's, those of the command line, the data's."""
     for dataset in config.datasets:
         for method in config.methods:
@@ -133,7 +139,8 @@ def _cells(config: AblationConfig, of_runs: dict[str, Any], root: Path) -> Itera
                 values = {key: value for key, value in point.values.items() if key in grid}
                 shown = points({key: [point.values[key]] for key in _shown(grid, calibrations)})[0].name
                 seed, calibration = point.values["seed"], point.values["calibration"]
-                data = data_section(dataset, _data_dir(root, dataset, seed), calibration, method.heal_on)
+                folder = data_dir(_shared(config) / "data", dataset, seed, config)
+                data = data_section(dataset, folder, calibration, method.heal_on)
                 own = {f"data.{key}": value for key, value in data.items()}
                 name = joined_name(f"{dataset}-{method.name}", shown)
                 task = {**method.own, **values, **of_runs, **own, "seed": seed, "name": name}
@@ -144,13 +151,14 @@ def _shown(grid: dict[str, Any], calibrations: list[str]) -> list[str]:
     return [*grid, *(["calibration"] if len(calibrations) > 1 else []), "seed"]
 
 
-def _data_dir(root: Path, dataset: str, seed: int) -> Path:
-    return root / "data" / f"{dataset}-{seed}"
+def _shared(config: AblationConfig) -> Path:
+    return Path(config.shared or config.run_dir).expanduser().absolute()
 
 
 def _batch_values(config: AblationConfig, root: Path, tasks: list[dict[str, Any]]) -> dict[str, Any]:
     given = config.model_dump(mode="json", include=set(_OF_THE_BATCH), exclude_unset=True)
-    return {**given, "run_dir": str(root), "base": config.base, "tasks": tasks}
+    cache = {"path": str(_shared(config) / "cache"), **given.pop("cache", {})}
+    return {**given, "run_dir": str(root), "cache": cache, "base": config.base, "tasks": tasks}
 
 
 def _wrong_cells(config: AblationConfig, cells: Sequence[Cell]) -> Iterator[str]:

@@ -24,7 +24,7 @@ class RowsConfig(Section):
     train: int = Field(640, ge=1)
     selection: int = Field(32, ge=1)
     eval: int = Field(96, ge=1)
-    calibration: int = Field(64, ge=1, description="of which calibration.num_calibration_samples are taken")
+    calibration: int = Field(512, ge=1, description="of which calibration.num_calibration_samples are taken")
 
 
 class CalibrationRows(Section):
@@ -83,6 +83,7 @@ class AblationConfig(Section):
 
     base: str = Field(min_length=1, description="the config that all runs begin with; model and lengths are there")
     run_dir: str = Field(min_length=1)
+    shared: str = Field("", description="data sets, figures and cache that ablations share; run_dir where left out")
     datasets: Annotated[list[Literal["summaries", "names", "code"]], Some]
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Some] = Field([0, 1, 2])
     rows: RowsConfig = RowsConfig()

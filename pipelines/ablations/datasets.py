@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ablations.config import CalibrationRows, RowsConfig
+from ablations.config import AblationConfig, CalibrationRows, RowsConfig
 from emloc_ray.data.docstrings import LEAD, DocstringTask, summary_row
 from emloc_ray.data.python_sources import (
     Function,
@@ -62,8 +62,8 @@ def make_dataset(
     calibrations: dict[str, CalibrationRows],
     healing_rows: Sequence[str] = (),
     roots: Sequence[Path] | None = None,
-) -> str:
-    """Writes the splits as JSONL into ``out_dir``, unless they are there already; returns their fingerprint.
+) -> dict[str, str]:
+    """Writes the splits as JSONL into ``out_dir``, unless they are there already; returns the SHA-256 of each.
 
     These are ``train``, ``selection`` and ``eval``, for each of ``calibrations`` a ``calibration-NAME``, and for each of
     ``healing_rows`` a ``healing-NAME`` of as many rows as ``train`` has.
@@ -71,12 +71,9 @@ def make_dataset(
     Raises:
         DataError: where the sources under ``roots``, by default the interpreter's, yield too few rows.
     """
-    asked = fingerprint(
-        [name, seed, rows.model_dump(), {key: value.model_dump() for key, value in calibrations.items()}, healing_rows]
-    )
-    made = out_dir / _MADE
-    if made.is_file() and (found := json.loads(made.read_text()))["asked"] == asked:
-        return str(found["content"])
+    asked = _asked(name, seed, rows, calibrations, healing_rows)
+    if (known := made(out_dir, asked)) is not None:
+        return known
     folders = installed_roots() if roots is None else list(roots)
     splits = {
         split: [_as_row(row, name) for row in found] for split, found in _splits(name, folders, seed, rows).items()
@@ -88,12 +85,39 @@ def make_dataset(
         texts = _foreign(key, "train", rows.train, folders, seed, rows)
         files[f"healing-{key}"] = [_as_row(_cut(text), name) for text in texts]
     written = {key: "".join(json.dumps(row) + "\n" for row in found) for key, found in files.items()}
-    content = fingerprint({key: hashlib.sha256(text.encode()).hexdigest() for key, text in written.items()})
+    content = {key: hashlib.sha256(text.encode()).hexdigest() for key, text in written.items()}
     with atomic_directory(out_dir) as temporary:
         for key, text in written.items():
             (temporary / f"{key}.jsonl").write_text(text)
         write_json(temporary / _MADE, {"asked": asked, "content": content})
     return content
+
+
+def _asked(
+    name: str,
+    seed: int,
+    rows: RowsConfig,
+    calibrations: dict[str, CalibrationRows],
+    healing_rows: Sequence[str],
+) -> str:
+    of_calibration = {key: value.model_dump() for key, value in calibrations.items()}
+    return fingerprint([name, seed, rows.model_dump(), of_calibration, list(healing_rows)])
+
+
+def made(folder: Path, asked: str | None = None) -> dict[str, str] | None:
+    """The SHA-256 of each file of a data set that is there, None where it is not, or not as asked."""
+    file = folder / _MADE
+    if not file.is_file():
+        return None
+    found = json.loads(file.read_text())
+    content: dict[str, str] = found["content"]
+    return content if asked in (None, found["asked"]) else None
+
+
+def data_dir(folder: Path, name: str, seed: int, config: AblationConfig) -> Path:
+    """Where a data set is below ``folder``: ablations that ask for the same one find it there."""
+    asked = _asked(name, seed, config.rows, config.calibrations, config.healing_rows)
+    return folder / f"{name}-{seed}-{asked[:8]}"
 
 
 def stand_in(name: str, out_dir: Path, calibrations: Iterable[str], healing_rows: Iterable[str] = ()) -> None:
@@ -107,10 +131,15 @@ def stand_in(name: str, out_dir: Path, calibrations: Iterable[str], healing_rows
 
 def data_section(name: str, folder: Path, calibration: str, heal_on: str | None = None) -> dict[str, Any]:
     """The keys of a run's ``data`` section for the files in ``folder``."""
-    files = {split: split for split in SPLITS[:-1]} | {"calibration": f"calibration-{calibration}"}
-    files |= {} if heal_on is None else {"healing": f"healing-{heal_on}"}
+    files = split_files(calibration, heal_on)
     paths = {split: {"path": str(folder / f"{file}.jsonl")} for split, file in files.items()}
     return {"format": FORMATS[name], **paths}
+
+
+def split_files(calibration: str, heal_on: str | None = None) -> dict[str, str]:
+    """The name of each split's file."""
+    files = {split: split for split in SPLITS[:-1]} | {"calibration": f"calibration-{calibration}"}
+    return files | ({} if heal_on is None else {"healing": f"healing-{heal_on}"})
 
 
 def _splits(name: str, folders: Sequence[Path], seed: int, rows: RowsConfig) -> dict[str, list[SourceRow]]:

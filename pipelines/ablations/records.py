@@ -50,7 +50,7 @@ def _records(ablation: Ablation, cells: Cells, cell: Cell, failed: Mapping[str, 
         losses = (
             own if measured is None else {**own, "original": measured["original"], "corrected": measured["recovered"]}
         )
-    whole = {key: value for key, value in (found or {}).items() if key not in ("digest", "losses")}
+    whole = {key: value for key, value in (found or {}).items() if key not in ("run_dir", "losses")}
     yield {
         **_about(cell, cell.config.correction.method if cell.compresses else None),
         **_standing(losses, "corrected", reason),
@@ -89,7 +89,7 @@ def _standing(losses: dict[str, float], served: str, reason: str) -> Record:
 def published(ablation: Ablation, records: Sequence[Record], rows: Sequence[Record]) -> dict[str, Any]:
     """Numbers, config and versions; no paths, nothing of the machine."""
     config = ablation.config
-    shown = config.model_dump(mode="json", exclude={"base", "run_dir", "limits", "cache", "max_concurrent"})
+    shown = config.model_dump(mode="json", exclude={"base", "run_dir", "shared", "limits", "cache", "max_concurrent"})
     bound = next(cell.config for cell in ablation.cells if cell.method == config.upper_bound)
     source = bound.model.source
     base = bound.model_dump(mode="json", include={"calibration", "finetune", "correction", "evaluation"})

@@ -1,11 +1,13 @@
 """Runs an ablation: its data sets, its pruned models, all cells as one batch, then what is measured on their adapters.
 
 Each of these is skipped where it was done with the same inputs, so that the same command goes on after a kill. A cell that
-is done is a file in ``cells/`` and is not looked at again.
+is done is a file in ``cells/``, named by all that its figures follow from: it is not looked at again, and another ablation
+that shares the directory and asks for the same run takes its figures.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import tempfile
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ablations.cells import Ablation, Cell
-from ablations.datasets import data_section, make_dataset, stand_in
+from ablations.datasets import data_section, made, make_dataset, split_files, stand_in
 from emloc_ray import pipeline
 from emloc_ray.batch.driver import Show, Tell, prepare_batch, run_batch
 from emloc_ray.batch.state import BatchState
@@ -28,7 +30,7 @@ from emloc_ray.io.artifact_cache import ArtifactCache
 from emloc_ray.io.atomic import write_json
 from emloc_ray.io.fingerprint import fingerprint
 from emloc_ray.io.node_cache import discard
-from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.io.run_directory import MANIFEST, RunDirectory
 from emloc_ray.modeling.loading import fetch_weights
 from emloc_ray.preparation import Prepared, prepare
 
@@ -57,57 +59,69 @@ class Pruned:
 class Cells:
     """What is known of an ablation's cells, in the files of its directory."""
 
-    def __init__(self, ablation: Ablation, contents: dict[tuple[str, int], str]) -> None:
-        """``contents`` are the fingerprints of the data sets, by name and seed."""
+    def __init__(self, ablation: Ablation, contents: dict[tuple[str, int], dict[str, str]]) -> None:
+        """``contents`` are the SHA-256 of the data sets' files, by name and seed."""
         self.ablation, self.contents = ablation, contents
 
     def digest(self, cell: Cell) -> str:
         """Of all that a cell's figures follow from."""
         asked = cell.config.model_dump(mode="json", exclude=_PLACES)
-        content = self.contents.get((cell.dataset, cell.seed))
-        return fingerprint([asked, content, cell.calibration, cell.heal_on, cell.prune, version("emloc-ray")])
+        content = self.contents.get((cell.dataset, cell.seed), {})
+        rows = {split: content.get(file) for split, file in split_files(cell.calibration, cell.heal_on).items()}
+        return fingerprint([asked, rows, cell.prune, version("emloc-ray")])
 
     def path(self, cell: Cell) -> Path:
         """A cell's figures."""
-        return self.ablation.root / "cells" / f"{cell.name}.json"
+        return self._file(self.digest(cell))
 
     def measured_path(self, cell: Cell) -> Path:
         """What was measured on its adapter afterwards."""
-        return self.ablation.root / "cells" / f"{cell.name}.measured.json"
+        corrections = {key: way.model_dump() for key, way in self.ablation.config.corrections.items()}
+        return self._file(fingerprint([self.digest(cell), corrections if cell.prune is None else None]))
 
     def read(self, cell: Cell) -> dict[str, Any] | None:
-        """A cell's figures, None where it is not done."""
-        return _read(self.path(cell), self.digest(cell))
+        """A cell's figures, None where it is not done, or its adapter is gone that is yet to be measured."""
+        found = _read(self.path(cell))
+        if found is None or not self._asks_more(cell) or self.measured(cell) is not None:
+            return found
+        return found if RunDirectory(found["run_dir"]).path(MANIFEST).is_file() else None
 
     def measured(self, cell: Cell) -> dict[str, float] | None:
         """Losses of the original with adapters made after the run, None where they are yet to be measured."""
-        found = _read(self.measured_path(cell), self._measured_digest(cell))
+        found = _read(self.measured_path(cell))
         return None if found is None else dict(found["losses"])
 
     def write(self, cell: Cell, figures: dict[str, Any]) -> None:
         """A cell is done."""
-        write_json(self.path(cell), {"digest": self.digest(cell), **figures})
+        write_json(self.path(cell), {"run_dir": cell.config.run_dir, **figures})
 
     def write_measured(self, cell: Cell, losses: dict[str, float]) -> None:
         """What was measured on a cell's adapter."""
-        write_json(self.measured_path(cell), {"digest": self._measured_digest(cell), "losses": losses})
+        write_json(self.measured_path(cell), {"losses": losses})
+
+    def run_of(self, cell: Cell) -> RunConfig:
+        """The config of the run that a cell's figures are of, which may be another ablation's."""
+        found = self.read(cell)
+        assert found is not None
+        return cell.config.model_copy(update={"run_dir": found["run_dir"]})
 
     def is_to_be_measured(self, cell: Cell) -> bool:
         """Whether more than its run is asked of a cell, which is done, and was not measured yet."""
-        asked = cell.prune is not None or (cell.compresses and self.ablation.config.corrections)
-        return bool(asked) and self.read(cell) is not None and self.measured(cell) is None
+        return self._asks_more(cell) and self.read(cell) is not None and self.measured(cell) is None
 
-    def _measured_digest(self, cell: Cell) -> str:
-        corrections = {key: way.model_dump() for key, way in self.ablation.config.corrections.items()}
-        return fingerprint([self.digest(cell), corrections if cell.prune is None else None])
+    def _asks_more(self, cell: Cell) -> bool:
+        return cell.prune is not None or (cell.compresses and bool(self.ablation.config.corrections))
+
+    def _file(self, digest: str) -> Path:
+        return self.ablation.shared / "cells" / f"{digest}.json"
 
 
-def _read(path: Path, digest: str) -> dict[str, Any] | None:
+def _read(path: Path) -> dict[str, Any] | None:
     try:
         found: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    return found if found.get("digest") == digest else None
+    return found
 
 
 def check(ablation: Ablation, progress: Callable[[int, int], None]) -> float:
@@ -134,8 +148,11 @@ def make_data(ablation: Ablation, tell: Tell) -> Cells:
     """Makes the data sets that are not there yet."""
     run = RunDirectory(ablation.root)
     run.check("batch")
-    run.lock()
-    try:
+    # Ablations that share data sets make them one after another.
+    with contextlib.ExitStack() as held:
+        for place in (run, RunDirectory(ablation.shared / "data")):
+            place.lock()
+            held.callback(place.unlock)
         run.create(ablation.batch.model_dump(mode="json"), kind="batch")
         contents = {}
         for dataset in ablation.config.datasets:
@@ -146,9 +163,7 @@ def make_data(ablation: Ablation, tell: Tell) -> Cells:
                 contents[dataset, seed] = make_dataset(
                     dataset, folder, seed, config.rows, config.calibrations, config.healing_rows
                 )
-        return Cells(ablation, contents)
-    finally:
-        run.unlock()
+    return Cells(ablation, contents)
 
 
 def known_data(ablation: Ablation) -> Cells:
@@ -156,9 +171,9 @@ def known_data(ablation: Ablation) -> Cells:
     contents = {}
     for dataset in ablation.config.datasets:
         for seed in ablation.config.seeds:
-            found = ablation.data_dir(dataset, seed) / "made.json"
-            if found.is_file():
-                contents[dataset, seed] = json.loads(found.read_text())["content"]
+            found = made(ablation.data_dir(dataset, seed))
+            if found is not None:
+                contents[dataset, seed] = found
     return Cells(ablation, contents)
 
 
@@ -255,16 +270,16 @@ def _pruned_models(
         try:
             found, by_grams = Pruned(_pruned_dir(ablation, cell)), cell.prune == "structured"
             prepared = _prepared_original(ablation, cell)
-            made = found.model_dir.with_suffix(".json")
+            note = found.model_dir.with_suffix(".json")
             inputs = [prepared.config.model.source, cell.config.data.model_dump(mode="json") if by_grams else None]
             digest = fingerprint([inputs, version("emloc-ray")])
-            if not found.kept.is_file() or _read(made, digest) is None:
+            if not found.kept.is_file() or _read(note) != {"digest": digest}:
                 tell(f"Pruned model {found.model_dir.name}")
                 pipeline.run(prepared.config, until="calibrate", prepared=prepared, cache=cache)
                 grams = prepared.run.path("calibration") if by_grams else None
                 ratio = cell.config.emulator.compression_ratio
                 prune(original_dir(prepared), found.model_dir, cell.prune, ratio, cell.seed, grams)
-                write_json(made, {"digest": digest})
+                write_json(note, {"digest": digest})
             yield cell.name, found
         except EmlocError as error:
             failed[cell.name] = " ".join(str(error).split("\n"))
@@ -307,7 +322,7 @@ def _measure_all(ablation: Ablation, cells: Cells, pruned: dict[str, Pruned], te
     def measure(cell: Cell) -> None:
         try:
             measured = _recovered if cell.prune is not None else _corrected
-            losses = measured(ablation, cell, pruned.get(cell.name), tell)
+            losses = measured(ablation, cell, cells.run_of(cell), pruned.get(cell.name), tell)
             cells.write_measured(cell, losses)
         except EmlocError as error:
             failed[cell.name] = str(error)
@@ -317,7 +332,7 @@ def _measure_all(ablation: Ablation, cells: Cells, pruned: dict[str, Pruned], te
     return failed
 
 
-def _recovered(ablation: Ablation, cell: Cell, pruned: Pruned | None, tell: Tell) -> dict[str, float]:
+def _recovered(ablation: Ablation, cell: Cell, run: RunConfig, pruned: Pruned | None, tell: Tell) -> dict[str, float]:
     """The original alone and with the adapter that was trained on a pruned model, scattered to its shapes."""
     from ablations.pruning import recover_adapter
     from emloc_ray.jobs import Jobs, resources
@@ -327,11 +342,11 @@ def _recovered(ablation: Ablation, cell: Cell, pruned: Pruned | None, tell: Tell
 
     assert pruned is not None
     tell(f"{cell.name}: its adapter on the original")
-    place = RunDirectory(cell.config.run_dir)
+    place = RunDirectory(run.run_dir)
     adapter = place.path("adapter_recovered")
     recover_adapter(place.path("adapter"), pruned.kept, adapter)
     prepared = _prepared_original(ablation, cell)
-    own = prepare(_runnable(cell, pruned).config)
+    own = prepare(_runnable(cell, pruned).config.model_copy(update={"run_dir": run.run_dir}))
     job = replace(Jobs(own, pruned.model_dir).evaluation(), model_dir=original_dir(prepared))
     asked = resources(cell.config.evaluation)
     submit = functools.partial(asked.task(score_adapters).remote, job, [None, adapter], asked.threads)
@@ -339,19 +354,19 @@ def _recovered(ablation: Ablation, cell: Cell, pruned: Pruned | None, tell: Tell
     return {"original": original.metrics()["loss"], "recovered": recovered.metrics()["loss"]}
 
 
-def _corrected(ablation: Ablation, cell: Cell, pruned: Pruned | None, tell: Tell) -> dict[str, float]:
+def _corrected(ablation: Ablation, cell: Cell, run: RunConfig, pruned: Pruned | None, tell: Tell) -> dict[str, float]:
     """Held-out losses of the ways to correct a trained adapter; nothing is chosen by them."""
     from emloc_ray.jobs import Jobs, resources
     from emloc_ray.stages.correct import Candidate, correct
 
     tell(f"{cell.name}: corrections of its adapter")
-    prepared = prepare(cell.config)
+    prepared = prepare(run)
     model_dir = original_dir(prepared)
     jobs = Jobs(prepared, model_dir)
     ways = ablation.config.corrections
     asked = {name: Candidate(way.method, way.clamp, way.strength) for name, way in ways.items()}
     told_apart = tuple(dict.fromkeys((Candidate("none"), *asked.values())))
-    with tempfile.TemporaryDirectory(dir=cell.config.run_dir) as folder:
+    with tempfile.TemporaryDirectory(dir=run.run_dir) as folder:
         job = replace(
             jobs.correction(),
             candidates=told_apart,

@@ -21,13 +21,8 @@ SMALL = [
     "datasets=[summaries]",
     "seeds=[0]",
     "rows={train: 16, selection: 4, eval: 6, calibration: 8}",
-    "calibration.num_workers=1",
-    "emulator.num_workers=1",
     "finetune.max_steps=2",
     "finetune.per_device_train_batch_size=2",
-    "finetune.cpus_per_worker=1",
-    "merge.cpus_per_worker=1",
-    "evaluation.num_workers=1",
     "max_concurrent=4",
 ]
 EIGHT = "calibration.num_calibration_samples=8"
@@ -58,7 +53,7 @@ def small(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Callab
     make_tokenizer().save_pretrained(root / "model")
 
     def read(path: Path) -> Ablation:
-        places = [f"model.source={root / 'model'}", f"run_dir={root / path.stem}", f"cache.path={root / 'cache'}"]
+        places = [f"model.source={root / 'model'}", f"run_dir={root / path.stem}", f"shared={root / 'shared'}"]
         return read_ablation(path, [*SMALL, *FEWER[path.stem], *places])
 
     return read
@@ -81,7 +76,7 @@ def test_a_committed_file_runs_and_again_does_nothing(
     assert {record["cell"] for record in records} == {cell.name for cell in ablation.cells}
     for record in records:
         assert record["status"] == "done", record
-        assert {"original", "emulator", "emulator_adapter", "corrected"} <= record["losses"].keys()
+        assert {"original", "emulator_adapter", "corrected"} <= record["losses"].keys()
         assert record["loss"] == record["losses"]["corrected"]
         assert record["finetune"]["wall_s"] > 0
         assert record["finetune"]["peak_bytes"] > 2**20
@@ -92,11 +87,11 @@ def test_a_committed_file_runs_and_again_does_nothing(
     for cell in ablation.cells:
         assert not (ablation.root / "tasks" / cell.name / "merged").exists()
 
-    written = {file: file.stat().st_mtime_ns for file in (ablation.root / "cells").glob("*")}
+    written = {file: file.stat().st_mtime_ns for file in (ablation.shared / "cells").glob("*")}
     for name in ("run_batch", "prepare_batch", "_measure_all", "_pruned_models"):
         monkeypatch.delattr(runs, name)
     assert run(ablation, CONSOLE) == 0
-    assert {file: file.stat().st_mtime_ns for file in (ablation.root / "cells").glob("*")} == written
+    assert {file: file.stat().st_mtime_ns for file in (ablation.shared / "cells").glob("*")} == written
     assert records_of(ablation) == records
 
 
@@ -107,14 +102,14 @@ def test_what_was_lost_is_done_again_alone(small: Callable[[Path], Ablation]) ->
     lost, *_ = (cell for cell in ablation.cells if cell.method == "random_pruning")
     cells = runs.known_data(ablation)
     cells.measured_path(lost).unlink()
-    written = {file: file.stat().st_mtime_ns for file in (ablation.root / "cells").glob("*")}
+    written = {file: file.stat().st_mtime_ns for file in (ablation.shared / "cells").glob("*")}
     assert run(ablation, CONSOLE, only_collect=True) == 1
     missing = [record for record in records_of(ablation) if record["status"] == "missing"]
     assert [record["cell"] for record in missing] == [lost.name]
     assert run(ablation, CONSOLE) == 0
     after = {record["cell"]: record for record in records_of(ablation)}
     assert after[lost.name]["loss"] == pytest.approx(before[lost.name]["loss"])
-    assert written.items() <= {file: file.stat().st_mtime_ns for file in (ablation.root / "cells").glob("*")}.items()
+    assert written.items() <= {file: file.stat().st_mtime_ns for file in (ablation.shared / "cells").glob("*")}.items()
 
 
 def test_pruned_models_are_scored_on_the_original(small: Callable[[Path], Ablation]) -> None:

@@ -88,6 +88,15 @@ def test_unknown_key_is_named_with_its_nearest(sections: dict[str, Any], key: st
     assert len(text.splitlines()) == 1
 
 
+def test_variants_keep_what_gains_are_of() -> None:
+    chosen = config(evaluation={"variants": ["merged", "corrected", "original"]})
+    assert chosen.evaluation.variants == ["original", "corrected", "merged"]
+    text = error_of(evaluation={"variants": ["original", "merged"]})
+    assert "evaluation.variants" in text
+    assert "corrected must be among them" in text
+    assert "evaluation.variants.0 is 'best'" in error_of(evaluation={"variants": ["best"]})
+
+
 def test_a_key_like_no_other_is_told_what_there_is() -> None:
     text = error_of(merge={"zzz": 1})
     assert "merge.zzz is not a key" in text

@@ -15,6 +15,7 @@ from ablations.cells import Ablation, read_ablation
 from ablations.statistics import summarize
 
 from emloc_ray.errors import ConfigError
+from emloc_ray.io.run_directory import RunDirectory
 
 ROOT = Path(__file__).parents[3]
 RATIO = "emulator.compression_ratio"
@@ -63,7 +64,7 @@ def test_a_method_is_varied_by_what_it_does_not_fix_itself(write: Write) -> None
     first = cells_of(ablation, "paper")[0]
     assert first.name == "summaries-paper-compression_ratio=0.5-calibration=own-seed=0"
     assert first.config.data.format == "prompt_completion"
-    assert str(first.config.data.calibration.path).endswith("/run/data/summaries-0/calibration-own.jsonl")
+    assert Path(str(first.config.data.calibration.path)) == ablation.data_dir("summaries", 0) / "calibration-own.jsonl"
     assert cells_of(ablation, "lora")[-1].config.data.format == "text"
 
 
@@ -103,6 +104,7 @@ def test_overrides_go_to_the_file_or_to_every_run(write: Write) -> None:
         ({"corrections": {"a": {"method": "auto"}}}, "corrections.a.method is 'auto'"),
         ({"rows": {"calibration": 8}}, "method paper takes 64 calibration rows of 8: raise rows.calibration"),
         ({"run_dir": "s3://bucket/x"}, "run_dir is on an object store"),
+        ({"shared": "s3://bucket/x"}, "shared is on an object store"),
         ({"base": "none.yaml"}, "none.yaml"),
         (
             {"methods": [{"name": "lora", RATIO: 1.0}, {"name": "x", "heal_on": "code", "emulator.healing.steps": 3}]},
@@ -151,13 +153,15 @@ def test_records_are_paired_by_data_set_and_seed_and_tell_what_is_missing(write:
     methods = [{"name": "lora", RATIO: 1.0}, {"name": "paper"}, {"name": "cut", "prune": "random"}]
     corrections = {"none": {"method": "none"}, "half": {"method": "covariance", "strength": 0.5}}
     ablation = read_ablation(write(methods=methods, corrections=corrections, grid={}, datasets=["code"]))
-    cells = runs.Cells(ablation, {("code", 0): "a", ("code", 1): "b"})
+    cells = runs.Cells(ablation, {("code", 0): {"train": "a"}, ("code", 1): {"train": "b"}})
     by_name = {(cell.method, cell.seed): cell for cell in ablation.cells}
     cells.write(by_name["lora", 0], done(3.0))
     cells.write(by_name["lora", 1], done(3.2))
     cells.write(by_name["paper", 0], done(3.5))
     cells.write_measured(by_name["paper", 0], {"none": 3.6, "half": 3.4})
     cells.write(by_name["cut", 1], done(4.4, original=5.0))
+    assert cells.read(by_name["cut", 1]) is None  # its adapter is gone before it was measured
+    RunDirectory(by_name["cut", 1].config.run_dir).create({})
     assert cells.is_to_be_measured(by_name["cut", 1])
     cells.write_measured(by_name["cut", 1], {"original": 4.0, "recovered": 3.6})
     found = records.collect(ablation, cells, {by_name["paper", 1].name: "memory ran out"})
@@ -180,12 +184,39 @@ def test_records_are_paired_by_data_set_and_seed_and_tell_what_is_missing(write:
 def test_figures_of_other_settings_or_rows_count_as_missing(write: Write) -> None:
     ablation = read_ablation(write())
     cell = ablation.cells[0]
-    cells = runs.Cells(ablation, {(cell.dataset, cell.seed): "a"})
-    cells.write(cell, done(3.0))
-    assert cells.read(cell) is not None
-    assert runs.Cells(ablation, {(cell.dataset, cell.seed): "b"}).read(cell) is None
+    rows = {"train": "a", "eval": "b", "calibration-own": "c"}
+
+    def with_rows(ablation: Ablation, rows: dict[str, str]) -> runs.Cells:
+        return runs.Cells(ablation, {(cell.dataset, cell.seed): rows})
+
+    with_rows(ablation, rows).write(cell, done(3.0))
+    assert with_rows(ablation, rows).read(cell) is not None
+    assert with_rows(ablation, {**rows, "calibration-shuffled": "d"}).read(cell) is not None  # which it does not read
+    assert with_rows(ablation, {**rows, "eval": "d"}).read(cell) is None
+    assert with_rows(ablation, {**rows, "calibration-own": "d"}).read(cell) is None
     other = read_ablation(write(), ["finetune.max_steps=7"])
-    assert runs.Cells(other, {(cell.dataset, cell.seed): "a"}).read(other.cells[0]) is None
+    assert with_rows(other, rows).read(other.cells[0]) is None
+
+
+def test_what_two_files_ask_for_is_one_run(write: Write, tmp_path: Path) -> None:
+    shared = str(tmp_path / "shared")
+    ours = read_ablation(write(shared=shared, corrections={"none": {"method": "none"}}))
+    [known] = cells_of(ours, "lora")[:1]
+    compressed = cells_of(ours, "paper")[0]
+    cells = runs.Cells(ours, {})
+    for cell in (known, compressed):
+        cells.write(cell, done(3.0))
+    methods = [{"name": "lora", RATIO: 1.0}, {"name": "renamed"}]
+    theirs = read_ablation(write(shared=shared, run_dir=str(tmp_path / "other"), methods=methods))
+    found = runs.Cells(theirs, {})
+    same = next(cell for cell in cells_of(theirs, "renamed") if cell.point == compressed.point)
+    assert found.read(cells_of(theirs, "lora")[0]) is not None
+    assert found.read(same) is not None
+    assert found.run_of(same).run_dir == compressed.config.run_dir != same.config.run_dir
+    assert theirs.data_dir("code", 0) == ours.data_dir("code", 0)
+    assert theirs.batch.cache.path == ours.batch.cache.path == str(tmp_path / "shared" / "cache")
+    alone = read_ablation(write(methods=methods, run_dir=str(tmp_path / "alone")))
+    assert runs.Cells(alone, {}).read(cells_of(alone, "lora")[0]) is None
 
 
 def test_what_is_published_holds_numbers_config_and_versions_and_no_place(write: Write, tmp_path: Path) -> None:

@@ -104,6 +104,23 @@ def test_only_the_first_rows_are_completed_by_the_first_and_the_last_model(job: 
     assert all(r.completions == () for r in evaluate_slice(quiet, "merged", 0, 1))
 
 
+def test_a_variant_alone_is_scored_as_among_all(job: EvaluationJob) -> None:
+    whole = all_variants(job)
+    for variant in VARIANTS:
+        alone = replace(job, variants=(variant,))
+        [family] = alone.families
+        [found] = evaluate_slice(alone, family, 0, 1)
+        assert found.variant == variant
+        assert found.score.loss_sum == pytest.approx(whole[variant].loss_sum, rel=1e-6)
+    assert replace(job, merged_dir=None).scored == VARIANTS[:-1]
+    few = replace(job, variants=("original", "corrected"))
+    assert few.generating == ("original", "corrected")
+    assert {r.variant: len(r.completions) for r in evaluate_slice(few, "original", 0, 2)} == {
+        "original": 2,
+        "corrected": 2,
+    }
+
+
 def test_the_corrected_adapter_is_the_one_that_is_read(job: EvaluationJob, tmp_path: Path) -> None:
     trained = Adapter(job.trained_adapter_dir)
     modules = [trained.module(name) for name in trained.names]
