@@ -108,7 +108,46 @@ def _bare_emulators(result: Mapping[str, Any]) -> str:
     return markdown(["ranks", "factors", *(f"ratio {ratio}" for ratio in ratios)], lines)
 
 
-_KINDS: dict[str, Callable[[Mapping[str, Any]], str]] = {"ablation": _ablation, "bare_emulators": _bare_emulators}
+def _whole_run(result: Mapping[str, Any]) -> str:
+    """A run against LoRA on the original."""
+    lines = [[row["what"], f"{row['loss']:.3f}", f"{100 * row['gap_closed']:.1f} %"] for row in result["rows"]]
+    return markdown(["", "held-out loss", "gap closed"], lines)
+
+
+def _peaks(result: Mapping[str, Any]) -> str:
+    """Fine-tuning the emulator against inference of the original, by rows of a batch."""
+    batches = list(result["rows"][0]["mib"])
+    lines = [
+        [row["model"], *(f"{ours:,.0f} of {baseline:,.0f} MiB" for ours, baseline in row["mib"].values())]
+        for row in result["rows"]
+    ]
+    return markdown(["", *(f"{count} row{'s' if count != '1' else ''}" for count in batches)], lines)
+
+
+def _shapes(result: Mapping[str, Any]) -> str:
+    """The plan for the paper's models in GB, the paper's own figures in parentheses."""
+
+    def beside(ours: str, paper: float | None) -> str:
+        return ours if paper is None else f"{ours} ({paper:g})"
+
+    lines = []
+    for name, row in result["models"].items():
+        five = row.get("five_billion")
+        tuned = f"{five['finetune']:.1f} at {five['ratio']:.2f}" if five else _NONE
+        lora = beside(f"{row['lora_on_the_original']:.1f}", row["paper_lora"])
+        lines.append(
+            [name, f"{row['weights']:.1f}", f"{row['inference']:.1f}", lora, beside(tuned, row["paper_emloc"])]
+        )
+    return markdown(["", "weights", "inference", "LoRA on the original", "fine-tuning a 5B emulator, its ratio"], lines)
+
+
+_KINDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "ablation": _ablation,
+    "bare_emulators": _bare_emulators,
+    "whole_run": _whole_run,
+    "peaks": _peaks,
+    "shapes": _shapes,
+}
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

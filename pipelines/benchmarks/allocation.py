@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import emloc_ray
-from benchmarks.figures import CONFIG, Figures, figure
+from benchmarks.figures import CONFIG, Figures, figure, write_result
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.artifact_cache import ArtifactCache
 from emloc_ray.modeling.loading import load_model
@@ -51,22 +49,16 @@ def allocation(out: Path) -> Figures:
                 print(f"ratio {ratio}, {allocation} ranks, {objective}, {storage}: {loss:.3f}", flush=True)
                 what = f"loss above the original's at ratio {ratio}, {allocation} ranks, {storage} for {objective}"
                 found[what] = figure(loss - original, baseline[ratio] - original, "nats/token")
-    (out / "better_ranks.json").write_text(json.dumps(_table(original, losses), indent=2) + "\n")
-    return found
-
-
-def _table(original: float, losses: dict[tuple[str, str, str], dict[float, float]]) -> dict[str, Any]:
-    """What :mod:`ablations.tables` makes a table of, to a thousandth of a nat."""
     rows = [
         {
             "ranks": ranks,
             "factors": keep if storage == "factors" else f"{keep}, {storage}",
-            "losses": {str(ratio): round(loss, 3) for ratio, loss in found.items()},
+            "losses": {str(ratio): round(loss, 3) for ratio, loss in by_ratio.items()},
         }
-        for (ranks, keep, storage), found in losses.items()
+        for (ranks, keep, storage), by_ratio in losses.items()
     ]
-    command = "python pipelines/benchmark.py allocation"
-    return {"kind": "bare_emulators", "command": command, "original": round(original, 3), "rows": rows}
+    write_result(out / "better_ranks.json", "bare_emulators", "allocation", original=round(original, 3), rows=rows)
+    return found
 
 
 def _emulator(out: Path, cache: ArtifactCache, ratio: float, allocation: str, objective: str, storage: str) -> Path:

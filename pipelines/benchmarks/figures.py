@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,12 @@ Figures = dict[str, dict[str, Any]]
 def figure(ours: float, baseline: float, unit: str, error: float | None = None) -> dict[str, Any]:
     """One line of the result; ``ratio`` is baseline over ours, so that more is better."""
     return {"ratio": baseline / ours, "ours": ours, "baseline": baseline, "unit": unit, "error": error}
+
+
+def write_result(path: Path, kind: str, which: str, **content: Any) -> None:
+    """What :mod:`ablations.tables` makes a table of, by its ``kind``, with the command that measures it again."""
+    command = f"python pipelines/benchmark.py {which}"
+    path.write_text(json.dumps({"kind": kind, "command": command, **content}, indent=2) + "\n")
 
 
 def interleaved(actions: Sequence[Callable[[], None]], repeats: int) -> list[float]:

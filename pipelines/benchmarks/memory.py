@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import emloc_ray
-from benchmarks.figures import CONFIG, Figures, calibrated, emulated, figure, interleaved
+from benchmarks.figures import CONFIG, Figures, calibrated, emulated, figure, interleaved, write_result
 from benchmarks.paper_shapes import write_shapes
 from benchmarks.stage_memory import (
     bare_prepared,
@@ -35,17 +35,22 @@ def memory(out: Path) -> Figures:
     """Each side in a process of its own: resident set above the imports on a CPU, the allocator's peak on a GPU."""
     _, run = calibrated(out)
     pairs = {
-        "the quickstart's model": (run / "model", emulated(run, out)),
-        "1.1B, bfloat16": _large(out),
+        "the quickstart's model, float32": (run / "model", emulated(run, out)),
+        "a random one of 1.1 B parameters, bfloat16": _large(out),
     }
     found: Figures = {}
+    table = []
     for name, (original, emulator) in pairs.items():
+        peaks = {}
         for rows in (1, 4):
             size = ("--rows", str(rows), "--length", "512")
             ours, baseline = probe("finetune", emulator, *size), probe("inference", original, *size)
+            both = peaks[str(rows)] = ours["peak"] / 2**20, baseline["peak"] / 2**20
             found[f"peak of fine-tuning the emulator against inference, {name}, {rows} × 512 tokens"] = figure(
-                ours["peak"] / 2**20, baseline["peak"] / 2**20, "MiB"
+                *both, "MiB"
             )
+        table.append({"model": name, "mib": peaks})
+    write_result(out / "memory.json", "peaks", "memory", rows=table)
     return found
 
 

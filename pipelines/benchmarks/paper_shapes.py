@@ -9,14 +9,15 @@ counts a Gram of its own.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from ablations.tables import render
 from transformers import InternVLConfig, InternVLVisionConfig, LlamaConfig, Qwen2Config
 
+from benchmarks.figures import write_result
 from benchmarks.stage_memory import bare_prepared
 from emloc_ray.budget import Solution, solve, with_settings
 from emloc_ray.errors import ConfigError
@@ -125,19 +126,10 @@ def _gb(parts: Parts) -> float:
 
 
 def write_shapes(out: Path) -> dict[str, dict[str, Any]]:
-    """``shapes.json`` and ``shapes.md``; returns the former's content, by model."""
+    """``paper_shapes.json`` and ``shapes.md``; returns what the former has by model."""
     found = {shape.name: plan_shape(shape) for shape in SHAPES}
-    (out / "shapes.json").write_text(json.dumps(found, indent=2) + "\n")
-    lines = [
-        "| GB | weights | inference | LoRA on the original (paper) | fine-tuning a 5B emulator, its ratio (paper) |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for name, row in found.items():
-        five = row.get("five_billion")
-        tuned = f"{five['finetune']:.1f} at {five['ratio']:.2f} ({_or_dash(row['paper_emloc'])})" if five else "–"
-        lora = f"{row['lora_on_the_original']:.1f} ({_or_dash(row['paper_lora'])})"
-        lines.append(f"| {name} | {row['weights']:.1f} | {row['inference']:.1f} | {lora} | {tuned} |")
-    lines += ["", "Within 24 GB a worker, imports included:", ""]
+    write_result(out / "paper_shapes.json", "shapes", "shapes", models=found)
+    lines = [render({"kind": "shapes", "models": found}), "", "Within 24 GB a worker, imports included:", ""]
     lines += [
         f"| GB | ratio | rows | emulator | calibration | {' | '.join(STAGES)} |",
         f"| --- | --- | --- | --- | --- | {' | '.join('---' for _ in STAGES)} |",
@@ -154,7 +146,3 @@ def write_shapes(out: Path) -> dict[str, dict[str, Any]]:
         )
     (out / "shapes.md").write_text("\n".join(lines) + "\n")
     return found
-
-
-def _or_dash(value: float | None) -> str:
-    return "–" if value is None else f"{value:g}"

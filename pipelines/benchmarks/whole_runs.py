@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, TrainingArguments
 
 import emloc_ray
-from benchmarks.figures import CONFIG, Figures, calibrated, emulated, figure, interleaved
+from benchmarks.figures import CONFIG, Figures, calibrated, emulated, figure, interleaved, write_result
 from emloc_ray.config import RunConfig
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.ingest import SampleOrder, read_micro_steps
@@ -238,6 +238,22 @@ def calibration(out: Path) -> Figures:
     return {"calibration cost over headless forward passes": {**result, "ratio": seconds[0] / seconds[1]}}
 
 
+def _against_lora(metrics: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
+    """Held-out losses of a run, and of LoRA on the original at as many steps, each with its share of what that gains."""
+    losses = {name: values["loss"] for name, values in metrics["evaluation"].items()}
+    named = {
+        "original": losses["original"],
+        "adapter from the emulator, uncorrected": losses["uncorrected"],
+        f"adapter from the emulator, corrected ({metrics['correction']['method']})": losses["corrected"],
+        "LoRA on the original": upper["evaluation"]["corrected"]["loss"],
+    }
+    gap = losses["original"] - named["LoRA on the original"]
+    rows = [
+        {"what": what, "loss": loss, "gap_closed": (losses["original"] - loss) / gap} for what, loss in named.items()
+    ]
+    return {"num_tokens": metrics["evaluation"]["original"]["num_tokens"], "rows": rows}
+
+
 def quickstart(out: Path) -> Figures:
     """The quickstart from nothing, timed as a whole, and LoRA on the original at as many steps as healing and tuning."""
     given = emloc_ray.load_config(CONFIG)
@@ -253,6 +269,7 @@ def quickstart(out: Path) -> Figures:
     peak = max(stage["peak_pss_bytes"] for stage in metrics["stages"].values()) / 2**30
     closed = gap_closed(metrics["evaluation"], Path(bound.run_dir))
     trained = sum(metrics["stages"][name]["wall_s"] for name in ("heal", "finetune") if name in metrics["stages"])
+    write_result(out / "quickstart.json", "whole_run", "quickstart", **_against_lora(metrics, upper))
     return {
         "quickstart wall time": figure(wall, 600, "s (baseline: the limit)"),
         "quickstart peak memory": figure(peak, 12, "GiB (baseline: the limit)"),

@@ -165,3 +165,32 @@ def test_what_is_published_names_no_place() -> None:
     for path in RESULTS.glob("*.json"):
         assert '"/' not in path.read_text(), path
         assert str(ROOT) not in path.read_text(), path
+
+
+def test_a_run_stands_beside_lora_on_the_original() -> None:
+    rows = [{"what": "original", "loss": 4.0, "gap_closed": 0}, {"what": "ours", "loss": 3.25, "gap_closed": 0.75}]
+    assert render({"kind": "whole_run", "rows": rows}).splitlines() == [
+        "|  | held-out loss | gap closed |",
+        "| --- | --- | --- |",
+        "| original | 4.000 | 0.0 % |",
+        "| ours | 3.250 | 75.0 % |",
+    ]
+
+
+def test_peaks_stand_beside_inference() -> None:
+    rows = [{"model": "a model", "mib": {"1": [480.6, 583], "4": [1911, 2675]}}]
+    assert render({"kind": "peaks", "rows": rows}).splitlines() == [
+        "|  | 1 row | 4 rows |",
+        "| --- | --- | --- |",
+        "| a model | 481 of 583 MiB | 1,911 of 2,675 MiB |",
+    ]
+
+
+def test_the_papers_figures_stand_in_parentheses_where_it_has_them() -> None:
+    known = {"weights": 49.9, "inference": 51.8, "lora_on_the_original": 63.1}
+    tuned = {**known, "five_billion": {"ratio": 0.17, "finetune": 22.9}, "paper_lora": 72.9, "paper_emloc": 18.6}
+    models = {"26B": tuned, "8B": {**known, "paper_lora": None, "paper_emloc": None}}
+    assert render({"kind": "shapes", "models": models}).splitlines()[2:] == [
+        "| 26B | 49.9 | 51.8 | 63.1 (72.9) | 22.9 at 0.17 (18.6) |",
+        "| 8B | 49.9 | 51.8 | 63.1 | – |",
+    ]
