@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from emloc_ray.data.formats import Tokens
 from emloc_ray.data.processors import ImageInputs
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.node_cache import ensure
-from emloc_ray.modeling.adapter import detach_adapter, load_adapter
+from emloc_ray.modeling.adapter import CONFIG_NAME, WEIGHTS_NAME, detach_adapter, load_adapter
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.scoring import Score, complete, prompt_length, score_rows
 from emloc_ray.stages.cluster import Progress, Resources, bounded, set_threads, silent
@@ -83,17 +84,20 @@ def evaluate_slice(job: EvaluationJob, family: str, part: int, num_parts: int, t
     positions = range(part, len(shards), num_parts)
     rows = [shards.row(position) for position in positions]
     prompts = [row for row, position in zip(rows, positions, strict=True) if position < _num_prompts(job)]
-    results = []
+    results: list[VariantResult] = []
     for variant, model in _models(job, family):
-        score = score_rows(
-            model,
-            rows,
-            batch_size=job.batch_size,
-            loss_on=job.loss_on,
-            pad_token_id=job.pad_token_id,
-            name=variant,
-            images=_images(job),
-        )
+        if variant == "corrected" and "uncorrected" in job.scored and _is_as_trained(job):
+            score = results[-1].score
+        else:
+            score = score_rows(
+                model,
+                rows,
+                batch_size=job.batch_size,
+                loss_on=job.loss_on,
+                pad_token_id=job.pad_token_id,
+                name=variant,
+                images=_images(job),
+            )
         texts = _completions(job, model, prompts) if variant in job.generating else []
         results.append(VariantResult(variant, score, tuple(texts)))
     return results
@@ -137,6 +141,16 @@ def _models(job: EvaluationJob, family: str) -> Iterator[tuple[str, Any]]:
             bare = detach_adapter(model) if isinstance(model, PeftModel) else model
             model = load_adapter(bare, adapters[variant])
         yield variant, model.eval()
+
+
+def _is_as_trained(job: EvaluationJob) -> bool:
+    """Whether the correction left every byte of the adapter, so that one score is both variants'."""
+    folders = (job.trained_adapter_dir, job.corrected_adapter_dir)
+    for folder in folders:
+        ensure(folder)
+    names = (CONFIG_NAME, WEIGHTS_NAME)
+    same, *_ = filecmp.cmpfiles(*folders, names, shallow=False)
+    return len(same) == len(names)
 
 
 def _num_prompts(job: EvaluationJob) -> int:

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.modeling.adapter import Adapter, LoraModule, write_adapter
-from emloc_ray.modeling.scoring import Score
+from emloc_ray.modeling.scoring import Score, score_rows
+from emloc_ray.stages import evaluate
 from emloc_ray.stages.evaluate import VARIANTS, EvaluationJob, evaluate_slice
 from emloc_ray.stages.merge import MergeJob, merge_shard
 
@@ -119,6 +120,19 @@ def test_a_variant_alone_is_scored_as_among_all(job: EvaluationJob) -> None:
         "original": 2,
         "corrected": 2,
     }
+
+
+def test_an_adapter_that_was_left_as_it_was_is_scored_once(job: EvaluationJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+
+    def noted(*arguments: Any, name: str, **keys: Any) -> Score:
+        names.append(name)
+        return score_rows(*arguments, name=name, **keys)
+
+    monkeypatch.setattr(evaluate, "score_rows", noted)
+    scores = {result.variant: result.score for result in evaluate_slice(job, "original", 0, 1)}
+    assert names == ["original", "uncorrected"]
+    assert scores["corrected"] == scores["uncorrected"] != scores["original"]
 
 
 def test_the_corrected_adapter_is_the_one_that_is_read(job: EvaluationJob, tmp_path: Path) -> None:
