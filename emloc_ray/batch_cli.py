@@ -180,7 +180,7 @@ def prune_cache(console: Console, place: str, max_size: str) -> None:
     """Removes what was used longest ago until the rest fits."""
     from pydantic import TypeAdapter, ValidationError
 
-    from emloc_ray.config import Size
+    from emloc_ray.config_base import Size
     from emloc_ray.console import gib
 
     try:

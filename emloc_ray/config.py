@@ -6,14 +6,10 @@ Unknown keys are errors, told with the nearest right one; every error is told at
 from __future__ import annotations
 
 import os
-import re
 import typing
 from typing import Any, Literal, get_args
 
 from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ByteSize,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
@@ -22,26 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-Patterns = str | typing.Annotated[list[str], Field(min_length=1)]
-
-
-_SIZE = re.compile(r"\s*\d+(\.\d+)?\s*[a-zA-Z]*\s*")
-
-
-def _whole_size(value: Any) -> Any:
-    """pydantic reads the beginning of a size and lets the rest go: 1,5GiB would be a byte."""
-    if isinstance(value, str) and not _SIZE.fullmatch(value):
-        raise ValueError(f"{value!r} is no size: give a number and a unit, such as 24GiB")
-    return value
-
-
-Size = typing.Annotated[ByteSize, BeforeValidator(_whole_size), Field(ge=1)]
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, and strict about names."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+from emloc_ray.config_base import Patterns, Section, Size, StageConfig
 
 
 class ModelConfig(Section):
@@ -90,14 +67,6 @@ class DataConfig(Section):
                 f"data.generate: {self.generate} makes {made[self.generate]} rows: set data.format to that"
             )
         return self
-
-
-class StageConfig(Section):
-    """What a stage asks of Ray."""
-
-    num_workers: int = Field(1, ge=1)
-    cpus_per_worker: float = Field(1, ge=0)
-    gpus_per_worker: float = Field(0, ge=0)
 
 
 class CalibrationConfig(StageConfig):

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from emloc_ray.config import HealingConfig, StageConfig
+from emloc_ray.config import HealingConfig
+from emloc_ray.config_base import StageConfig
 from emloc_ray.data.ingest import SampleOrder
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.healing import factor_ranks, healing_run, healing_split, packs_late

@@ -14,7 +14,8 @@ from typing import Any
 
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
-from emloc_ray.config import LORA_METHODS, PROMPT_METHODS, AdapterConfig, FinetuneConfig, RayConfig, Section
+from emloc_ray.config import LORA_METHODS, PROMPT_METHODS, AdapterConfig, FinetuneConfig, RayConfig
+from emloc_ray.config_base import Section
 from emloc_ray.io.secret_values import HIDDEN, is_secret, is_variable, leaves
 
 NO_KEY = " is not a key: "

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
+from emloc_ray import remarks
 from emloc_ray.config import RunConfig
 from emloc_ray.errors import DamagedArtifactError
 from emloc_ray.io.artifact_cache import ArtifactCache
@@ -16,18 +17,6 @@ from emloc_ray.io.resume import begun_with, discard_unless
 from emloc_ray.planner import make_plan
 from emloc_ray.preparation import Prepared, check_disk, prepare
 from emloc_ray.rank_steps import RankSteps
-from emloc_ray.remarks import (
-    cut_rows,
-    left_dense,
-    long_images,
-    no_healing,
-    no_merge,
-    over_budget,
-    shortfall,
-    skipped_rows,
-    thin_calibration,
-    thin_experts,
-)
 from emloc_ray.reporter import Reporter, Reporters, SilentReporter
 from emloc_ray.run_log import RunLog
 from emloc_ray.stages import STAGES, STEPS
@@ -115,7 +104,11 @@ class Pipeline:
 
     def run(self, until: str = STAGES[-1]) -> None:
         """Every stage up to ``until``, in order."""
-        told = over_budget(self.config, self.steps.planned), left_dense(self.layout), long_images(self.prepared)
+        told = (
+            remarks.over_budget(self.config, self.steps.planned),
+            remarks.left_dense(self.layout),
+            remarks.long_images(self.prepared),
+        )
         for remark in told:
             self._tell(remark)
         while True:
@@ -200,9 +193,9 @@ class Pipeline:
         counts = step(resumes=True, shared=shared)["splits"]
         for split, count in counts.items():
             self.inputs[f"data/{split}"] = fingerprint({file.name: sha for file, sha in hashes(tokens / split).items()})
-            self._tell(skipped_rows(split, count))
-            self._tell(cut_rows(self.config, split, count))
-            self._tell(shortfall(self.config, split, count))
+            self._tell(remarks.skipped_rows(split, count))
+            self._tell(remarks.cut_rows(self.config, split, count))
+            self._tell(remarks.shortfall(self.config, split, count))
 
     def _rank_steps(self) -> RankSteps:
         return RankSteps(self.steps, self.jobs, self._content)
@@ -257,7 +250,9 @@ class Pipeline:
         # Grams that are not kept go as they are used, so that the manifest cannot name them.
         recorded = [out_dir] if kept else []
         step = functools.partial(steps.run, "calibrate", inputs, [out_dir], execute, resources(section))
-        self._tell(thin_experts(step(resumes=True, recorded=recorded, shared=self._content() if kept else None)))
+        self._tell(
+            remarks.thin_experts(step(resumes=True, recorded=recorded, shared=self._content() if kept else None))
+        )
 
     def _grams_are_wanted(self) -> bool:
         """False where the emulator comes from another run and no Grams are kept; has them gathered again where they are of
@@ -306,7 +301,7 @@ class Pipeline:
         step = functools.partial(self.steps.run, "factorize", ranks.factorize_inputs(), [out_dir], execute, asked)
         result = step(resumes=True, shared=self._content(), basis=basis)
         discard(self.directory.path("basis"))
-        self._tell(thin_calibration(self.config, result["fewest_tokens"], self.layout.as_made(result)))
+        self._tell(remarks.thin_calibration(self.config, result["fewest_tokens"], self.layout.as_made(result)))
         if self.config.calibration.keep == "none":
             discard(calibration_dir)
             discard(self.directory.path("gradients"))
@@ -319,7 +314,7 @@ class Pipeline:
         layout = self.layout if made is None else self.layout.as_made(made["result"])
         jobs = dataclasses.replace(self.jobs, prepared=dataclasses.replace(self.prepared, layout=layout))
         heal_emulator(self.steps, jobs, self._content)
-        self._tell(no_healing(self.config))
+        self._tell(remarks.no_healing(self.config))
 
     def finetune(self) -> None:
         """The adapter as trained on the emulator."""
@@ -370,7 +365,7 @@ class Pipeline:
         """The original with the corrected adapter folded in; none where the adapter changes no weight."""
         if self.config.adapter.is_prompt:
             self.steps.leave_out("merge", self.inputs["correct"], self.directory.path("merged"))
-            self._tell(no_merge(self.config))
+            self._tell(remarks.no_merge(self.config))
             return
         from emloc_ray.jobs import resources
         from emloc_ray.stages.merge import merge

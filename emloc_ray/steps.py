@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emloc_ray.config import StageConfig
+from emloc_ray.config_base import StageConfig
 from emloc_ray.errors import DamagedArtifactError, Stopped
 from emloc_ray.io.artifact_cache import ArtifactCache, EntryGone
 from emloc_ray.io.atomic import remove_leftovers

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from emloc_ray.batch.grid import MAX_NAME, SAFE_NAME
-from emloc_ray.config import Section, Size
+from emloc_ray.config_base import Section, Size
 from emloc_ray.io.object_store import is_store_uri
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d)")

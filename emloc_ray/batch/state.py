@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, TypeAdapter
 
-from emloc_ray.config import Section
+from emloc_ray.config_base import Section
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.atomic import write_json
 from emloc_ray.io.node_cache import discard, ensure

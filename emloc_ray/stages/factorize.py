@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,17 @@ from emloc_ray.core.pivoting import pivot, stored_product
 from emloc_ray.core.ranks import Storage
 from emloc_ray.core.two_sided import extended_two_sided, factorize_two_sided
 from emloc_ray.core.whitening import Whitening
-from emloc_ray.io.checkpoint import Checkpoint, TensorEntry, read_shard, write_index
+from emloc_ray.io.checkpoint import Checkpoint, read_shard, write_index
 from emloc_ray.io.grams import GramStore, StoredGram, drop_grams
 from emloc_ray.io.node_cache import sizes
-from emloc_ray.io.shard_writing import copy_chunks, make_header, stream_shard, write_tensors
-from emloc_ray.modeling.architecture import LinearSpec, StoredRows
+from emloc_ray.io.shard_writing import write_tensors
+from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.emulator import write_emulator_config
 from emloc_ray.modeling.loading import copy_tokenizer
 from emloc_ray.modeling.quantization import dequantize, is_packed, num_elements, quantization_config, quantize
 from emloc_ray.stages.cluster import Flight, Progress, Resources, set_threads, silent
 from emloc_ray.stages.failures import Losses, Tell, unheard
+from emloc_ray.stages.kept_tensors import copy_rest, rest_of_shards
 from emloc_ray.stages.layer_reports import (
     LAYERS,
     Basis,
@@ -41,7 +42,6 @@ from emloc_ray.stages.layer_reports import (
     write_spectra,
 )
 
-_CHUNK_BYTES = 2**26
 _LOOK_S = 1.0
 _CONNECTIONS = 8
 
@@ -199,29 +199,6 @@ def _report(
     return LayerReport(spec.name, rank, error, solver, energy, num_tokens, own, spectrum)
 
 
-@dataclass(frozen=True)
-class Kept:
-    """A tensor that the emulator keeps: its name and shape there, and what of the original's checkpoint it is made of,
-    one below the other."""
-
-    entry: TensorEntry
-    sources: tuple[TensorEntry, ...]
-    transposed: bool = False
-
-    def chunks(self) -> Iterator[torch.Tensor]:
-        """Its bytes."""
-        if self.transposed:
-            yield torch.cat([source.read_rows() for source in self.sources]).T
-            return
-        for source in self.sources:
-            yield from copy_chunks(source, _CHUNK_BYTES)
-
-
-def copy_rest(kept: Sequence[Kept], path: Path) -> None:
-    """Writes tensors that the emulator keeps, streamed."""
-    stream_shard(path, make_header([part.entry for part in kept]), ((part.entry, part.chunks()) for part in kept))
-
-
 class EmulatorBuild:
     """Writes an emulator, shard by shard; shards that are there already are kept.
 
@@ -233,7 +210,7 @@ class EmulatorBuild:
         self.job, self.resources, self.drop = job, resources, drop
         self._shared_job = ray.put(job)  # once, not with every task
         work = sorted(_rewritten(job), key=_cost, reverse=True)
-        rest = _rest_of_shards(job)
+        rest = rest_of_shards(job)
         total = len(work) + len(rest)
         self.files = [job.out_dir / f"model-{number + 1:05d}-of-{total:05d}.safetensors" for number in range(total)]
         self._file_of = dict(zip(work, self.files, strict=False))
@@ -331,48 +308,6 @@ def _rewritten(job: FactorizationJob) -> list[tuple[LinearSpec, ...]]:
         for apart in (False, True):
             found.append(tuple(s for s in group if s.name in written and (s.name in without_gram) == apart))
     return [group for group in found if group]
-
-
-def _rest_of_shards(job: FactorizationJob) -> list[list[Kept]]:
-    """What the emulator keeps, by shard of the original."""
-    in_4bit = set(job.in_4bit)
-    checkpoint = Checkpoint(job.model_dir)
-    specs = [spec for group in job.groups for spec in group]
-    # Dense linears that the original's checkpoint holds in pieces, by the first of these.
-    apart = [s for s in specs if s.name not in job.ranks and (len(s.stored) > 1 or any(_is_slice(r) for r in s.stored))]
-    taken = {r.name for spec in specs if spec.name in job.ranks or spec in apart for r in _all_rows(spec)}
-    taken |= {rows.name for spec in specs if spec.name in in_4bit for rows in spec.weight_rows}
-    kept_at: dict[str, list[Kept]] = {}
-    for spec in apart:
-        kept = _kept_linear(spec, checkpoint)
-        kept_at.setdefault(spec.weight_rows[0].name, []).extend(kept[1:] if spec.name in in_4bit else kept)
-    rest = []
-    for shard in checkpoint.shards:
-        as_they_are = [entry for entry in shard.entries if entry.name not in taken]
-        kept = [Kept(replace(e, name=job.renamed.get(e.name, e.name)), (e,)) for e in as_they_are]
-        rest.append(kept + [part for entry in shard.entries for part in kept_at.get(entry.name, ())])
-    return [kept for kept in rest if kept]
-
-
-def _is_slice(rows: StoredRows) -> bool:
-    return rows.index is not None
-
-
-def _all_rows(spec: LinearSpec) -> tuple[StoredRows, ...]:
-    return (*spec.weight_rows, spec.bias_rows)
-
-
-def _kept_linear(spec: LinearSpec, checkpoint: Checkpoint) -> list[Kept]:
-    """Its weight, and its bias where it has one."""
-    weight = tuple(rows.entry(checkpoint) for rows in spec.weight_rows)
-    size = sum(entry.num_bytes for entry in weight)
-    shape = (spec.out_features, spec.in_features)
-    turned = spec.transposed and spec.routed_share is not None  # a Conv1D stays one
-    kept = [Kept(replace(weight[0], name=spec.weight_name, shape=shape, start=0, stop=size), weight, turned)]
-    if spec.bias_rows.name in checkpoint:
-        bias = spec.bias_rows.entry(checkpoint)
-        kept.append(Kept(replace(bias, name=f"{spec.name}.bias"), (bias,)))
-    return kept
 
 
 def _group_task(

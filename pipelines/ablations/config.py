@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from emloc_ray.batch.config import CacheConfig, LimitsConfig
 from emloc_ray.batch.grid import SAFE_NAME, repeated
-from emloc_ray.config import Section
+from emloc_ray.config_base import Section
 from emloc_ray.config_reading import settings
 
 RATIO = "emulator.compression_ratio"

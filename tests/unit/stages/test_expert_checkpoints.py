@@ -16,7 +16,8 @@ from emloc_ray.modeling.architecture import LinearSpec, block_linears, empty_mod
 from emloc_ray.modeling.emulator import write_emulator_config
 from emloc_ray.modeling.experts import PARTS, owner_of
 from emloc_ray.modeling.stored_names import renamed_tensors, stored_parameters, stored_specs
-from emloc_ray.stages.factorize import FactorizationJob, _rest_of_shards, copy_rest, index_shards
+from emloc_ray.stages.factorize import FactorizationJob, index_shards
+from emloc_ray.stages.kept_tensors import copy_rest, rest_of_shards
 from emloc_ray.stages.merge import MergeJob, merge_shard
 
 R, ALPHA = 2, 6
@@ -90,7 +91,7 @@ def test_an_emulator_with_every_expert_dense_is_the_model(family: str, as_on_the
     model_dir, specs, renamed = save(tmp_path / "model", family, as_on_the_hub)
     job = FactorizationJob(model_dir, tmp_path / "emulator", tuple((spec,) for spec in specs), {}, renamed=renamed)
     files = []
-    for number, kept in enumerate(_rest_of_shards(job)):
+    for number, kept in enumerate(rest_of_shards(job)):
         files.append(tmp_path / "emulator" / f"model-{number}.safetensors")
         copy_rest(kept, files[-1])
         assert all(entry.num_bytes > 0 for entry in read_shard(files[-1]).entries)

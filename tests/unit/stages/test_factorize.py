@@ -18,7 +18,8 @@ from emloc_ray.io.checkpoint import Checkpoint, write_index
 from emloc_ray.io.grams import GramStore, StoredGram
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.stages.corrected_modules import layer_difference
-from emloc_ray.stages.factorize import FactorizationJob, Kept, copy_rest, factorize_group
+from emloc_ray.stages.factorize import FactorizationJob, factorize_group
+from emloc_ray.stages.kept_tensors import Kept, copy_rest
 from emloc_ray.stages.layer_reports import read_reports, spectra_file
 
 

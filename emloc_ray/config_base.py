@@ -1,0 +1,37 @@
+"""What sections of configs are made of: strict about names, and about sizes."""
+
+from __future__ import annotations
+
+import re
+import typing
+from typing import Any
+
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field
+
+Patterns = str | typing.Annotated[list[str], Field(min_length=1)]
+
+_SIZE = re.compile(r"\s*\d+(\.\d+)?\s*[a-zA-Z]*\s*")
+
+
+def _whole_size(value: Any) -> Any:
+    """pydantic reads the beginning of a size and lets the rest go: 1,5GiB would be a byte."""
+    if isinstance(value, str) and not _SIZE.fullmatch(value):
+        raise ValueError(f"{value!r} is no size: give a number and a unit, such as 24GiB")
+    return value
+
+
+Size = typing.Annotated[ByteSize, BeforeValidator(_whole_size), Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and strict about names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class StageConfig(Section):
+    """What a stage asks of Ray."""
+
+    num_workers: int = Field(1, ge=1)
+    cpus_per_worker: float = Field(1, ge=0)
+    gpus_per_worker: float = Field(0, ge=0)
