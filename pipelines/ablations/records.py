@@ -98,7 +98,7 @@ def published(ablation: Ablation, records: Sequence[Record], rows: Sequence[Reco
     versions = {key: sorted({r["versions"][key] for r in records if "versions" in r}) for key in _libraries(records)}
     kept = (
         "dataset", "method", "seed", "ratio", "calibration", "correction", "settings", "status", "loss", "losses",
-        "num_tokens", "gap_closed", "gap_closed_uncorrected", "gap_closed_by_emulator", "parameters_kept", "finetune",
+        "num_tokens", "gap_closed", "gap_closed_uncorrected", "gap_closed_by_emulator", "parameters_kept", "training",
         "inference_planned_bytes", "wall_s", "chosen_correction",
     )  # fmt: skip
     return {

@@ -227,20 +227,22 @@ def _run_batch(
 
 def figures(metrics: dict[str, Any]) -> dict[str, Any]:
     """What is kept of a run's metrics: losses in nats a token, seconds, bytes."""
-    usage = metrics["stages"]["finetune"]
-    correction = metrics["correction"]
+    usages, planned, correction = metrics["stages"], metrics["planned_memory"], metrics["correction"]
+    training = {name: usages[name] for name in ("heal", "finetune") if name in usages}
     return {
         "losses": {variant: values["loss"] for variant, values in metrics["evaluation"].items()},
         "num_tokens": metrics["evaluation"]["original"]["num_tokens"],
         "chosen_correction": {key: correction[key] for key in ("method", "clamp", "strength")},
         "parameters_kept": metrics["emulator"]["parameters_kept"],
-        "finetune": {
-            "wall_s": usage["wall_s"],
-            "peak_bytes": usage["processes"].get("finetune", usage["peak_rss_bytes"]),
-            "planned_bytes": metrics["planned_memory"]["finetune"],
+        "training": {
+            "wall_s": sum(usage["wall_s"] for usage in training.values()),
+            "peak_bytes": max(
+                usage["processes"].get(name, usage["peak_rss_bytes"]) for name, usage in training.items()
+            ),
+            "planned_bytes": max(planned[name] for name in training),
         },
-        "inference_planned_bytes": metrics["planned_memory"]["inference"],
-        "wall_s": sum(stage["wall_s"] for stage in metrics["stages"].values()),
+        "inference_planned_bytes": planned["inference"],
+        "wall_s": {name: usage["wall_s"] for name, usage in usages.items()},
         "versions": metrics["versions"],
     }
 

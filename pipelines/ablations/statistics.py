@@ -71,8 +71,8 @@ def summarize(
         reference = _reference(labels, group, compare_with, alike)
         if reference is not None and reference != group:
             row["against"] = {"label": labels[reference], **_paired(members, groups[reference], value)}
-        row["finetune_s"] = spread([_of(record, lambda r: r["finetune"]["wall_s"]) for record in members])
-        row["finetune_bytes"] = spread([_of(record, lambda r: r["finetune"]["peak_bytes"]) for record in members])
+        row["training_s"] = spread([_of(record, lambda r: r["training"]["wall_s"]) for record in members])
+        row["training_bytes"] = spread([_of(record, lambda r: r["training"]["peak_bytes"]) for record in members])
         row["inference_bytes"] = spread([_of(record, lambda r: r["inference_planned_bytes"]) for record in members])
         rows.append(row)
     return rows
@@ -83,7 +83,7 @@ def _values(records: Sequence[Record], key: str, dataset: str | None = None) -> 
 
 
 def _of(record: Record, get: Callable[[Record], float]) -> float | None:
-    return get(record) if "finetune" in record else None
+    return get(record) if "training" in record else None
 
 
 def _paired(ours: Sequence[Record], theirs: Sequence[Record], value: str) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def _ablation(result: Mapping[str, Any]) -> str:
     against = next((row["against"]["label"] for row in rows if "against" in row), None)
     several = len(datasets) > 1
     header = [*map(_short, keys), *(f"{name}, %" for name in datasets), *(["all, %"] if several else [])]
-    header += ["served small, %", *([_against(result)] if against else []), "tuning, GiB", "tuning, s"]
+    header += ["served small, %", *([_against(result)] if against else []), "training, GiB", "training, s"]
     lines = []
     for row in rows:
         cells = [_value(row["label"][key]) for key in keys]
@@ -64,7 +64,7 @@ def _ablation(result: Mapping[str, Any]) -> str:
         cells += [_percent(row["all"]["gap_closed"], "sem")] if several else []
         cells.append(_percent(row["all"]["gap_closed_by_emulator"], None))
         cells += [_difference(row.get("against"))] if against else []
-        memory, seconds = row["finetune_bytes"]["mean"], row["finetune_s"]["mean"]
+        memory, seconds = row["training_bytes"]["mean"], row["training_s"]["mean"]
         cells += [_NONE if memory is None else f"{memory / 2**30:.2f}", _NONE if seconds is None else f"{seconds:.0f}"]
         lines.append(cells)
     return markdown(header, lines)

@@ -33,7 +33,7 @@ def record(method: str, seed: int, gap: float | None, dataset: str = "names", **
         "gap_closed_uncorrected": gap,
         "gap_closed_by_emulator": None,
     }
-    measured = {"finetune": {"wall_s": 10.0, "peak_bytes": 2**30}, "inference_planned_bytes": 2**29}
+    measured = {"training": {"wall_s": 10.0, "peak_bytes": 2**30}, "inference_planned_bytes": 2**29}
     return {**found, **({} if gap is None else measured), **changes}
 
 
@@ -79,7 +79,7 @@ def test_rows_are_labels_and_pairs_are_of_one_data_set_and_seed() -> None:
     assert ours["against"]["label"] == {"method": "paper"}
     assert ours["against"]["n"] == 2
     assert ours["against"]["mean"] == pytest.approx(0.15)
-    assert ours["finetune_bytes"]["mean"] == 2**30
+    assert ours["training_bytes"]["mean"] == 2**30
 
 
 def test_a_row_is_compared_with_the_one_that_is_like_it_in_all_else() -> None:
@@ -131,7 +131,7 @@ def test_what_is_missing_stands_in_the_table() -> None:
         )
     )
     assert table.splitlines() == [
-        "| method | names, % | served small, % | against paper | tuning, GiB | tuning, s |",
+        "| method | names, % | served small, % | against paper | training, GiB | training, s |",
         "| --- | --- | --- | --- | --- | --- |",
         "| paper | 60.0 ± 14.1 | – | – | 1.00 | 10 |",
         "| ours | 60.0 (1 of 2) | – | +10.0 | 1.00 | 10 |",
