@@ -368,6 +368,8 @@ def _corrected(ablation: Ablation, cell: Cell, run: RunConfig, pruned: Pruned | 
     ways = ablation.config.corrections
     asked = {name: Candidate(way.method, way.clamp, way.strength) for name, way in ways.items()}
     told_apart = tuple(dict.fromkeys((Candidate("none"), *asked.values())))
+    if len(told_apart) == 1:
+        told_apart = (*told_apart, Candidate("projection"))  # one alone is not scored
     with tempfile.TemporaryDirectory(dir=run.run_dir) as folder:
         job = replace(
             jobs.correction(),
