@@ -64,8 +64,8 @@ class Cells:
         self.ablation, self.contents = ablation, contents
 
     def digest(self, cell: Cell) -> str:
-        """Of all that a cell's figures follow from."""
-        asked = cell.config.model_dump(mode="json", exclude=_PLACES)
+        """Of all that a cell's figures follow from; of keys that are later added to configs, where they are set."""
+        asked = cell.config.model_dump(mode="json", exclude=_PLACES, exclude_defaults=True)
         content = self.contents.get((cell.dataset, cell.seed), {})
         rows = {split: content.get(file) for split, file in split_files(cell.calibration, cell.heal_on).items()}
         return fingerprint([asked, rows, cell.prune, version("emloc-ray")])
