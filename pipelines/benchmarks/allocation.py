@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import emloc_ray
-from benchmarks.figures import CONFIG, Figures, figure, write_result
+from benchmarks.figures import Figures, figure, paper_config, write_result
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.artifact_cache import ArtifactCache
 from emloc_ray.modeling.loading import load_model
@@ -65,8 +65,8 @@ def _emulator(out: Path, cache: ArtifactCache, ratio: float, allocation: str, ob
     """A run up to its emulator; runs share tokens, Grams and sums of gradients."""
     run = out / f"allocation-{ratio}-{allocation}-{objective}-{storage}"
     settings = {"compression_ratio": ratio, "allocation": allocation, "objective": objective, "storage": storage}
-    overrides = [f"run_dir={run}", *(f"emulator.{key}={value}" for key, value in settings.items())]
-    emloc_ray.run(emloc_ray.load_config(CONFIG, overrides), until="factorize", cache=cache)
+    config = paper_config(run, *(f"emulator.{key}={value}" for key, value in settings.items()))
+    emloc_ray.run(config, until="factorize", cache=cache)
     return run
 
 

@@ -14,6 +14,14 @@ from emloc_ray.config import RunConfig
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 Figures = dict[str, dict[str, Any]]
 
+_PAPER = ("emulator.allocation=uniform", "emulator.objective=activations", "emulator.healing=null")
+
+
+def paper_config(run_dir: Path, *overrides: str) -> RunConfig:
+    """The quickstart by the paper's emulator: uniform ranks, factors for activations, no healing; 128 calibration rows."""
+    given = [f"run_dir={run_dir}", *_PAPER, "calibration.num_calibration_samples=128", *overrides]
+    return emloc_ray.load_config(CONFIG, given)
+
 
 def figure(ours: float, baseline: float, unit: str, error: float | None = None) -> dict[str, Any]:
     """One line of the result; ``ratio`` is baseline over ours, so that more is better."""
@@ -41,7 +49,7 @@ def interleaved(actions: Sequence[Callable[[], None]], repeats: int) -> list[flo
 
 def calibrated(out: Path) -> tuple[RunConfig, Path]:
     """The quickstart run up to its Grams, made once."""
-    config = emloc_ray.load_config(CONFIG, [f"run_dir={out / 'ratio-0.5'}"])
+    config = paper_config(out / "ratio-0.5")
     emloc_ray.run(config, until="calibrate")
     return config, Path(config.run_dir)
 
@@ -49,5 +57,5 @@ def calibrated(out: Path) -> tuple[RunConfig, Path]:
 def emulated(run: Path, out: Path) -> Path:
     """The quickstart's emulator."""
     if not (run / "emulator" / "config.json").is_file():
-        emloc_ray.run(emloc_ray.load_config(CONFIG, [f"run_dir={out / 'ratio-0.5'}"]), until="factorize")
+        emloc_ray.run(paper_config(out / "ratio-0.5"), until="factorize")
     return run / "emulator"

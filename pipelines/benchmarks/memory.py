@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import emloc_ray
-from benchmarks.figures import CONFIG, Figures, calibrated, emulated, figure, interleaved, write_result
+from benchmarks.figures import Figures, calibrated, emulated, figure, interleaved, paper_config, write_result
 from benchmarks.paper_shapes import write_shapes
 from benchmarks.stage_memory import (
     bare_prepared,
@@ -57,9 +57,9 @@ def memory(out: Path) -> Figures:
 def planner(out: Path) -> Figures:
     """What the plan says of every stage against what a process of its own held; the ratio is planned over measured."""
     calibrated(out)
-    config = emloc_ray.load_config(CONFIG, [f"run_dir={out / 'ratio-0.5'}", "finetune.max_steps=3"])
+    config = paper_config(out / "ratio-0.5", "finetune.max_steps=3")
     emloc_ray.run(config, until="finetune")
-    config = emloc_ray.load_config(CONFIG, [f"run_dir={out / 'ratio-0.5'}", "finetune.loss_on=all"])
+    config = paper_config(out / "ratio-0.5", "finetune.loss_on=all")
     original, emulator = _large(out)
     values = {
         "run_dir": str(out / "unused"),

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, TrainingArguments
 
 import emloc_ray
-from benchmarks.figures import CONFIG, Figures, calibrated, emulated, figure, interleaved, write_result
+from benchmarks.figures import CONFIG, Figures, calibrated, emulated, figure, interleaved, paper_config, write_result
 from emloc_ray.config import RunConfig
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.ingest import SampleOrder, read_micro_steps
@@ -71,19 +71,16 @@ def ray_overhead(out: Path) -> Figures:
 
 def _sized(out: Path, size: str) -> RunConfig:
     samples, steps, held_out = _SIZES[size]
-    return emloc_ray.load_config(
-        CONFIG,
-        [
-            f"run_dir={out / f'overhead-{size}'}",
-            f"calibration.num_calibration_samples={samples}",
-            *(f"{section}.num_workers=1" for section in ("calibration", "emulator", "evaluation")),
-            *(f"{section}.cpus_per_worker={THREADS}" for section in ("calibration", "emulator", "evaluation")),
-            f"finetune.max_steps={steps}",
-            f"evaluation.num_samples={held_out}",
-            "correction.method=projection",
-            "evaluation.num_exact_match=0",
-            "evaluation.num_generations=0",
-        ],
+    return paper_config(
+        out / f"overhead-{size}",
+        f"calibration.num_calibration_samples={samples}",
+        *(f"{section}.num_workers=1" for section in ("calibration", "emulator", "evaluation")),
+        *(f"{section}.cpus_per_worker={THREADS}" for section in ("calibration", "emulator", "evaluation")),
+        f"finetune.max_steps={steps}",
+        f"evaluation.num_samples={held_out}",
+        "correction.method=projection",
+        "evaluation.num_exact_match=0",
+        "evaluation.num_generations=0",
     )
 
 
