@@ -2,7 +2,8 @@
 
     python pipelines/faults.py --out runs/faults                                  # all of it: more than an hour
     python pipelines/faults.py --out runs/faults --stages merge --kinds node --moments 1
-    python pipelines/faults.py --out runs/faults --config configs/quickstart.yaml emulator.compression_ratio=0.25
+    python pipelines/faults.py --out runs/faults --config configs/quickstart.yaml \\
+        emulator.allocation=uniform emulator.objective=activations calibration.mode=streamed
 
 Everything runs on this machine, each node with a loopback address of its own. One run goes undisturbed; then each cell
 takes that run as it was before its stage, kills (SIGKILL) one process or all processes of a node of this cluster once the

@@ -30,7 +30,7 @@ from emloc_ray.io.artifact_cache import ArtifactCache
 from emloc_ray.io.atomic import write_json
 from emloc_ray.io.fingerprint import fingerprint
 from emloc_ray.io.node_cache import discard
-from emloc_ray.io.run_directory import MANIFEST, RunDirectory
+from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.modeling.loading import fetch_weights
 from emloc_ray.preparation import Prepared, prepare
 
@@ -80,11 +80,13 @@ class Cells:
         return self._file(fingerprint([self.digest(cell), corrections if cell.prune is None else None]))
 
     def read(self, cell: Cell) -> dict[str, Any] | None:
-        """A cell's figures, None where it is not done, or its adapter is gone that is yet to be measured."""
+        """A cell's figures, None where it is not done, or its adapter, yet to be measured, is there no more."""
         found = _read(self.path(cell))
         if found is None or not self._asks_more(cell) or self.measured(cell) is not None:
             return found
-        return found if RunDirectory(found["run_dir"]).path(MANIFEST).is_file() else None
+        # Another ablation, or other overrides, may have trained something else in that directory since.
+        scored = RunDirectory(found["run_dir"]).metrics().get("evaluation", {})
+        return found if {variant: values["loss"] for variant, values in scored.items()} == found["losses"] else None
 
     def measured(self, cell: Cell) -> dict[str, float] | None:
         """Losses of the original with adapters made after the run, None where they are yet to be measured."""

@@ -161,7 +161,12 @@ def test_records_are_paired_by_data_set_and_seed_and_tell_what_is_missing(write:
     cells.write_measured(by_name["paper", 0], {"none": 3.6, "half": 3.4})
     cells.write(by_name["cut", 1], done(4.4, original=5.0))
     assert cells.read(by_name["cut", 1]) is None  # its adapter is gone before it was measured
-    RunDirectory(by_name["cut", 1].config.run_dir).create({})
+    run = RunDirectory(by_name["cut", 1].config.run_dir)
+    run.create({})
+    scores = {variant: {"loss": loss} for variant, loss in done(4.4, original=5.0)["losses"].items()}
+    run.write_metrics({"evaluation": {**scores, "corrected": {"loss": 4.3}}})
+    assert cells.read(by_name["cut", 1]) is None  # another adapter was trained there since
+    run.write_metrics({"evaluation": scores})
     assert cells.is_to_be_measured(by_name["cut", 1])
     cells.write_measured(by_name["cut", 1], {"original": 4.0, "recovered": 3.6})
     found = records.collect(ablation, cells, {by_name["paper", 1].name: "memory ran out"})
