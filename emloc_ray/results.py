@@ -51,7 +51,7 @@ def assemble_metrics(
     stages = _current_stages(directory.manifest()["stages"], verified, needed)
     metrics: dict[str, Any] = {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
-        "stages": {name: {**r["usage"], "num_workers": r.get("num_workers", 1)} for name, r in stages.items()},
+        "stages": {name: _usage(result) for name, result in stages.items()},
         "disk_bytes": {name: sum(held) for name in _ARTIFACTS if (held := sizes(directory.path(name)).values())},
     }
     if planned:
@@ -68,22 +68,7 @@ def assemble_metrics(
             found.pop(key, None)
         metrics["allocation"] = found
     if "factorize" in stages:
-        layout = layout.as_made(stages["factorize"])
-        saved = layout.parameters_targeted - layout.parameters_factorized
-        metrics["emulator"] = {
-            "compression_ratio": prepared.config.emulator.compression_ratio,
-            "parameters_kept": layout.parameters_factorized / max(layout.parameters_targeted, 1),
-            "parameters": layout.num_parameters - saved,
-            "original_parameters": layout.num_parameters,
-            "mean_relative_error": stages["factorize"]["mean_relative_error"],
-            "quantization": prepared.config.emulator.quantization,
-            "allocation": layout.allocation,
-            "objective": layout.objective,
-            "storage": layout.storage,
-            **{key: stages["factorize"][key] for key in ("bytes",) if key in stages["factorize"]},
-            **({"bytes": stages["heal"]["bytes"]} if "heal" in stages else {}),
-            "layers": _with_shares(stages["factorize"]["layers"], layout),
-        }
+        metrics["emulator"] = _emulator(prepared, layout.as_made(stages["factorize"]), stages)
     if "heal" in stages:
         shown = ("steps", "train_loss", "history", "healed_layers", "teacher_rows", "teacher_bytes")
         metrics["healing"] = {key: stages["heal"][key] for key in shown}
@@ -98,6 +83,31 @@ def assemble_metrics(
             gap = gap_closed(metrics["evaluation"], bound)
             metrics |= {} if gap is None else {"gap_closed": gap}
     return metrics
+
+
+def _usage(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stage took; of one that came from the cache (``taken_from`` a run) that is only the linking."""
+    origin = {"taken_from": result["taken_from"]} if "taken_from" in result else {}
+    return {**result["usage"], "num_workers": result.get("num_workers", 1), **origin}
+
+
+def _emulator(prepared: Prepared, layout: Layout, stages: Mapping[str, Any]) -> dict[str, Any]:
+    """What was kept of the original, layer by layer and in all, as it is after healing."""
+    saved = layout.parameters_targeted - layout.parameters_factorized
+    found: dict[str, Any] = {
+        "compression_ratio": prepared.config.emulator.compression_ratio,
+        "parameters_kept": layout.parameters_factorized / max(layout.parameters_targeted, 1),
+        "parameters": layout.num_parameters - saved,
+        "original_parameters": layout.num_parameters,
+        "mean_relative_error": stages["factorize"]["mean_relative_error"],
+        "quantization": prepared.config.emulator.quantization,
+        "allocation": layout.allocation,
+        "objective": layout.objective,
+        "storage": layout.storage,
+        "layers": _with_shares(stages["factorize"]["layers"], layout),
+    }
+    made_by = stages.get("heal", stages["factorize"])
+    return {**found, "bytes": made_by["bytes"]} if "bytes" in made_by else found
 
 
 def _with_shares(layers: dict[str, Any], layout: Layout) -> dict[str, Any]:

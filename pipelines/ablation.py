@@ -2,8 +2,9 @@
 
     python pipelines/ablation.py configs/ablations/baselines.yaml --dry-run    # every error at once, and the time planned
     python pipelines/ablation.py configs/ablations/baselines.yaml              # again: what is not done yet
-    python pipelines/ablation.py configs/ablations/baselines.yaml datasets=[summaries] seeds=[0] finetune.max_steps=20
+    python pipelines/ablation.py configs/ablations/baselines.yaml datasets=[summaries] seeds=[0] finetune.bf16=true
     python pipelines/ablation.py configs/ablations/baselines.yaml --publish    # and pipelines/results/baselines.json
+    python pipelines/ablation.py configs/ablations/baselines.yaml --reuse      # only what is in no file of pipelines/results
 
 The results are in the file's ``run_dir``: ``results.json`` has every figure of every cell, ``results.md`` the table; each
 run is in ``tasks/NAME`` with a page of its own, but for its merged model, which is dropped once it is evaluated. Figures are
@@ -15,12 +16,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from ablations import records, runs
 from ablations.cells import Ablation, read_ablation
 from ablations.statistics import summarize
-from ablations.tables import render
+from ablations.tables import read_results, render
 from rich.console import Console
 from tables import RESULTS
 
@@ -38,45 +42,74 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="check, start and write nothing")
     parser.add_argument("--collect", action="store_true", help="run nothing, show what is there")
     parser.add_argument("--publish", action="store_true", help="write pipelines/results/NAME.json")
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--reuse",
+        action="store_true",
+        help="take cells from pipelines/results whose rows, config and version are the same",
+    )
+    arguments = parser.parse_intermixed_args()
     console = Console()
     quiet_libraries()
     try:
         ablation = read_ablation(arguments.config, arguments.overrides)
+        for note in ablation.notes:
+            console.print(note, soft_wrap=True, markup=False, highlight=False)
         if arguments.dry_run:
             with count_progress(console, "Checking every cell") as progress:
                 seconds = runs.check(ablation, progress)
             told = f"{len(ablation.cells)} cells, about {duration(seconds)} one after another if nothing is shared"
             console.print(f"{ablation.name}: {told}. All is good; nothing was started.", soft_wrap=True)
             return 0
-        return run(ablation, console, arguments.collect, RESULTS if arguments.publish else None)
+        known = read_results(RESULTS) if arguments.reuse else {}
+        return run(ablation, console, arguments.collect, RESULTS if arguments.publish else None, known)
     except EmlocError as error:
         print(error, file=sys.stderr)
         return error.exit_code
 
 
-def run(ablation: Ablation, console: Console, only_collect: bool = False, publish_to: Path | None = None) -> int:
-    """Runs what is not done, then writes what came of all; how many cells are missing counts as a failure."""
+def run(
+    ablation: Ablation,
+    console: Console,
+    only_collect: bool = False,
+    publish_to: Path | None = None,
+    published: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> int:
+    """Runs what is not done and in none of the ``published`` results, then writes what came of all; how many cells are
+    missing counts as a failure."""
     failed: dict[str, str] = {}
     with BatchView(console) as view:
         cells = runs.known_data(ablation) if only_collect else runs.make_data(ablation, view.tell)
+        for name, result in published.items():
+            if "cells" in result:
+                held = result["cells"]
+                view.tell(
+                    f"{cells.take(held)} of the {len(held)} figures in {name}.json are of these cells, and new here."
+                )
         try:
             if not only_collect:
                 failed = runs.run(ablation, cells, view.show, view.tell)
         finally:  # after Ctrl-C too
             found = records.collect(ablation, cells, failed)
             rows = summarize(found, records.label_keys(ablation), ablation.config.compare_with)
-            result = records.published(ablation, found, rows)
+            result = records.published(ablation, cells, found, rows)
             write_json(ablation.root / "results.json", {**result, "records": found})
             (ablation.root / "results.md").write_text(render(result) + "\n")
     console.print(render(result), soft_wrap=True, markup=False, highlight=False)
     missing = {record["cell"]: record["reason"] for record in found if record["status"] == records.MISSING}
     for name, reason in missing.items():
         console.print(f"{name} is missing: {reason}", soft_wrap=True, markup=False, highlight=False)
+    for dataset, seed in dict.fromkeys((r["dataset"], r["seed"]) for r in found if _has_no_gap(r)):
+        console.print(
+            f"{dataset}, seed {seed}: {ablation.config.upper_bound} gained nothing, so that there is no gap to close."
+        )
     if publish_to is not None:
         write_json(publish_to / f"{ablation.name}.json", result)
         console.print(f"{publish_to / ablation.name}.json is written; the README's table: python pipelines/tables.py")
     return int(bool(missing))
+
+
+def _has_no_gap(record: records.Record) -> bool:
+    return None not in (record["loss"], record["upper_bound_loss"]) and record["gap_closed"] is None
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ablations.config import RATIO, AblationConfig, MethodConfig
+from ablations.config import RATIO, AblationConfig, MethodConfig, overlap
 from ablations.datasets import data_dir, data_section
 from emloc_ray.batch.config import BatchConfig
 from emloc_ray.batch.grid import joined_name, points
@@ -60,6 +60,7 @@ class Ablation:
     batch: BatchConfig
     ray: RayConfig
     cells: tuple[Cell, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def root(self) -> Path:
@@ -78,7 +79,7 @@ class Ablation:
 
 def read_ablation(path: Path, overrides: Sequence[str] = ()) -> Ablation:
     """Reads an ablation's file; of the ``key=value`` overrides, those of its own keys are for it, all others for every run;
-    ``methods=[a, b]`` picks some of its methods.
+    ``methods=[a, b]`` picks some of its methods. An override goes before what methods say; ``notes`` tell where.
 
     Raises:
         ConfigError: with every error at once, one sentence a line.
@@ -101,6 +102,13 @@ def read_ablation(path: Path, overrides: Sequence[str] = ()) -> Ablation:
     for key in ("run_dir", "shared"):
         if config is not None and is_store_uri(getattr(config, key)):
             lines.append(f"{key} is on an object store, and data sets are made in it: name a local directory.")
+    if config is not None:
+        lines += [
+            f"{key} is what the grid varies: give grid.{varied}=[…] instead."
+            for key in of_runs
+            for varied in config.grid
+            if overlap(key, varied)
+        ]
     if config is None or lines:
         raise ConfigError("\n".join(f"{where}: {line}" for line in lines))
     root = Path(config.run_dir).expanduser().absolute()
@@ -115,7 +123,14 @@ def read_ablation(path: Path, overrides: Sequence[str] = ()) -> Ablation:
     lines = [f"{where}: {line}" for line in _wrong_cells(config, cells)]
     if lines:
         raise ConfigError("\n".join(dict.fromkeys(lines)))
-    return Ablation(path.stem, config, batch.config, batch.ray, tuple(cells))
+    return Ablation(path.stem, config, batch.config, batch.ray, tuple(cells), tuple(_overridden(config, of_runs)))
+
+
+def _overridden(config: AblationConfig, of_runs: dict[str, Any]) -> Iterator[str]:
+    for key, value in of_runs.items():
+        methods = [method.name for method in config.methods if method.fixes(key)]
+        if methods:
+            yield f"{key}={value} goes before what the file says of {', '.join(methods)}."
 
 
 def _picked(methods: Any, names: Sequence[str]) -> Any:
@@ -180,3 +195,19 @@ def _wrong_cells(config: AblationConfig, cells: Sequence[Cell]) -> Iterator[str]
                 f"method {cell.method} takes {asked} calibration rows of {config.rows.calibration}: raise rows.calibration,"
                 " or lower calibration.num_calibration_samples."
             )
+        yield from _unread_rows(config, cell)
+        adapter = cell.config.adapter.method
+        if cell.prune is not None and adapter not in ("lora", "rslora"):
+            yield f"method {cell.method} is pruned, and an adapter of {adapter} cannot be recovered: use lora or rslora."
+        if config.corrections and cell.compresses and not cell.config.adapter.is_additive:
+            yield f"method {cell.method} trains {adapter}, which adds to no weight: take corrections out, or the method."
+
+
+def _unread_rows(config: AblationConfig, cell: Cell) -> Iterator[str]:
+    read = {"eval": ("evaluation.num_samples", cell.config.evaluation.num_samples)}
+    if cell.config.correction.method == "auto":
+        read["selection"] = ("correction.num_selection_samples", cell.config.correction.num_selection_samples)
+    for split, (key, count) in read.items():
+        rows = getattr(config.rows, split)
+        if count is not None and count < rows:
+            yield f"rows.{split} makes {rows} rows and {key} reads {count} of them: raise {key}, or lower rows.{split}."

@@ -18,6 +18,11 @@ Some = Field(min_length=1)
 Foreign = Literal["summaries", "names", "code", "prose"]
 
 
+def overlap(one: str, other: str) -> bool:
+    """Whether a dotted key is another, or holds it, or is within it."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+
+
 class RowsConfig(Section):
     """Rows of each split of every data set."""
 
@@ -74,8 +79,8 @@ class MethodConfig(Section):
         return {".".join(map(str, keys)): value for keys, value in settings(extra, dotted=True)}
 
     def fixes(self, key: str) -> bool:
-        """Whether a key of the grid is this method's own."""
-        return any(f"{own}.".startswith(f"{key}.") or f"{key}.".startswith(f"{own}.") for own in self.own)
+        """Whether a key is this method's own."""
+        return any(overlap(own, key) for own in self.own)
 
 
 class AblationConfig(Section):
@@ -100,10 +105,6 @@ class AblationConfig(Section):
     max_concurrent: int | None = Field(None, ge=1)
     limits: LimitsConfig = LimitsConfig()
     cache: CacheConfig = CacheConfig()
-
-    def method(self, name: str) -> MethodConfig:
-        """The method of a name."""
-        return next(method for method in self.methods if method.name == name)
 
     @property
     def healing_rows(self) -> list[Foreign]:

@@ -152,14 +152,7 @@ def prune(model_dir: Path, out_dir: Path, kind: Kind, ratio: float, seed: int, g
     Raises:
         ConfigError: for another family, a ratio too small for what must be kept, or no Grams.
     """
-    config = load_config(model_dir)
-    if config.model_type not in FAMILIES:
-        raise ConfigError(
-            f"{model_dir} is a {config.model_type}, and what can be pruned is {', '.join(FAMILIES)}: give one of those."
-        )
-    if not 0 < ratio <= 1:
-        raise ConfigError(f"The ratio of what is kept is {ratio}: give one above 0 and up to 1.")
-    shape, model = Shape.of(config), load_model(model_dir, device="cpu")
+    shape, model = checked_shape(load_config(model_dir), kind, ratio), load_model(model_dir, device="cpu")
     if kind == "layers":
         layers = _even_layers(shape, ratio)
     elif kind == "random":
@@ -199,6 +192,26 @@ def recover_adapter(adapter_dir: Path, kept_path: Path, out_dir: Path) -> None:
     # Full names: a suffix would put untrained adapters on the layers that were dropped.
     own = {"base_model_name_or_path": kept.model, "target_modules": [m.name for m in modules], "exclude_modules": None}
     write_adapter(out_dir, lora_form(adapter.config, modules) | own, modules)
+
+
+def checked_shape(config: Any, kind: Kind, ratio: float) -> Shape:
+    """The shape of a model that can be pruned so.
+
+    Raises:
+        ConfigError: for another family, or a ratio too small for what must be kept.
+    """
+    if config.model_type not in FAMILIES:
+        raise ConfigError(
+            f"The model is a {config.model_type}, and what can be pruned is {', '.join(FAMILIES)}: give one of those."
+        )
+    if not 0 < ratio <= 1:
+        raise ConfigError(f"The ratio of what is kept is {ratio}: give one above 0 and up to 1.")
+    shape = Shape.of(config)
+    if kind == "layers":
+        _even_layers(shape, ratio)
+    else:
+        kept_counts(shape, ratio)
+    return shape
 
 
 def kept_counts(shape: Shape, ratio: float) -> tuple[int, int]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ablations.cell_figures import Cells
 from ablations.cells import Ablation, Cell
 from ablations.config import RATIO
-from ablations.runs import Cells
 
 Record = dict[str, Any]
 MISSING = "missing"
@@ -53,7 +53,7 @@ def _records(ablation: Ablation, cells: Cells, cell: Cell, failed: Mapping[str, 
     whole = {key: value for key, value in (found or {}).items() if key not in ("run_dir", "losses")}
     yield {
         **_about(cell, cell.config.correction.method if cell.compresses else None),
-        **_standing(losses, "corrected", reason),
+        **_standing(losses, reason),
         **whole,
     }
     for name in ablation.config.corrections if cell.compresses else ():
@@ -62,7 +62,7 @@ def _records(ablation: Ablation, cells: Cells, cell: Cell, failed: Mapping[str, 
             others["corrected"] = measured[name]
         way = ablation.config.corrections[name]
         chosen = {"chosen_correction": way.model_dump()} if found else {}
-        yield {**_about(cell, name), **_standing(others, "corrected", reason), **whole, **chosen}
+        yield {**_about(cell, name), **_standing(others, reason), **whole, **chosen}
 
 
 def _about(cell: Cell, correction: str | None) -> Record:
@@ -80,14 +80,14 @@ def _about(cell: Cell, correction: str | None) -> Record:
     }
 
 
-def _standing(losses: dict[str, float], served: str, reason: str) -> Record:
-    loss = losses.get(served)
+def _standing(losses: dict[str, float], reason: str) -> Record:
+    loss = losses.get("corrected")
     state = {"status": MISSING, "reason": reason} if loss is None else {"status": "done"}
     return {**state, "loss": loss, "losses": losses}
 
 
-def published(ablation: Ablation, records: Sequence[Record], rows: Sequence[Record]) -> dict[str, Any]:
-    """Numbers, config and versions; no paths, nothing of the machine."""
+def published(ablation: Ablation, cells: Cells, records: Sequence[Record], rows: Sequence[Record]) -> dict[str, Any]:
+    """Numbers, config and versions, and the ``cells`` as they were measured; no paths, nothing of the machine."""
     config = ablation.config
     shown = config.model_dump(mode="json", exclude={"base", "run_dir", "shared", "limits", "cache", "max_concurrent"})
     bound = next(cell.config for cell in ablation.cells if cell.method == config.upper_bound)
@@ -98,8 +98,7 @@ def published(ablation: Ablation, records: Sequence[Record], rows: Sequence[Reco
     versions = {key: sorted({r["versions"][key] for r in records if "versions" in r}) for key in _libraries(records)}
     kept = (
         "dataset", "method", "seed", "ratio", "calibration", "correction", "settings", "status", "loss", "losses",
-        "num_tokens", "gap_closed", "gap_closed_uncorrected", "gap_closed_by_emulator", "parameters_kept", "training",
-        "inference_planned_bytes", "wall_s", "chosen_correction",
+        "gap_closed", "gap_closed_uncorrected", "gap_closed_by_emulator", "chosen_correction",
     )  # fmt: skip
     return {
         "kind": "ablation",
@@ -108,6 +107,7 @@ def published(ablation: Ablation, records: Sequence[Record], rows: Sequence[Reco
         "versions": versions,
         "rows": list(rows),
         "records": [{key: record[key] for key in kept if key in record} for record in records],
+        "cells": cells.known(),
     }
 
 

@@ -11,31 +11,29 @@ import contextlib
 import functools
 import json
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ablations.cell_figures import Cells, figures
 from ablations.cells import Ablation, Cell
-from ablations.datasets import data_section, made, make_dataset, split_files, stand_in
+from ablations.datasets import data_section, made, make_dataset, stand_in
 from emloc_ray import pipeline
 from emloc_ray.batch.driver import Show, Tell, prepare_batch, run_batch
 from emloc_ray.batch.state import BatchState
 from emloc_ray.batch.tasks import Batch, Task
 from emloc_ray.config import RunConfig
-from emloc_ray.errors import EmlocError
+from emloc_ray.errors import ConfigError, EmlocError
 from emloc_ray.io.artifact_cache import ArtifactCache
-from emloc_ray.io.atomic import write_json
-from emloc_ray.io.fingerprint import fingerprint
 from emloc_ray.io.node_cache import discard
 from emloc_ray.io.run_directory import RunDirectory
-from emloc_ray.modeling.loading import fetch_weights
+from emloc_ray.modeling.loading import fetch_weights, read_model_config, resolve_source
 from emloc_ray.preparation import Prepared, prepare
 
-_SPLITS = {"train", "selection", "eval", "calibration", "healing"}
-_PLACES = {"run_dir": True, "ray": True, "data": _SPLITS}
+_POLL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -56,76 +54,6 @@ class Pruned:
         return float(found["kept_parameters"] / found["parameters"])
 
 
-class Cells:
-    """What is known of an ablation's cells, in the files of its directory."""
-
-    def __init__(self, ablation: Ablation, contents: dict[tuple[str, int], dict[str, str]]) -> None:
-        """``contents`` are the SHA-256 of the data sets' files, by name and seed."""
-        self.ablation, self.contents = ablation, contents
-
-    def digest(self, cell: Cell) -> str:
-        """Of all that a cell's figures follow from; of keys that are later added to configs, where they are set."""
-        asked = cell.config.model_dump(mode="json", exclude=_PLACES, exclude_defaults=True)
-        content = self.contents.get((cell.dataset, cell.seed), {})
-        rows = {split: content.get(file) for split, file in split_files(cell.calibration, cell.heal_on).items()}
-        return fingerprint([asked, rows, cell.prune, version("emloc-ray")])
-
-    def path(self, cell: Cell) -> Path:
-        """A cell's figures."""
-        return self._file(self.digest(cell))
-
-    def measured_path(self, cell: Cell) -> Path:
-        """What was measured on its adapter afterwards."""
-        corrections = {key: way.model_dump() for key, way in self.ablation.config.corrections.items()}
-        return self._file(fingerprint([self.digest(cell), corrections if cell.prune is None else None]))
-
-    def read(self, cell: Cell) -> dict[str, Any] | None:
-        """A cell's figures, None where it is not done, or its adapter, yet to be measured, is there no more."""
-        found = _read(self.path(cell))
-        if found is None or not self._asks_more(cell) or self.measured(cell) is not None:
-            return found
-        # Another ablation, or other overrides, may have trained something else in that directory since.
-        scored = RunDirectory(found["run_dir"]).metrics().get("evaluation", {})
-        return found if {variant: values["loss"] for variant, values in scored.items()} == found["losses"] else None
-
-    def measured(self, cell: Cell) -> dict[str, float] | None:
-        """Losses of the original with adapters made after the run, None where they are yet to be measured."""
-        found = _read(self.measured_path(cell))
-        return None if found is None else dict(found["losses"])
-
-    def write(self, cell: Cell, figures: dict[str, Any]) -> None:
-        """A cell is done."""
-        write_json(self.path(cell), {"run_dir": cell.config.run_dir, **figures})
-
-    def write_measured(self, cell: Cell, losses: dict[str, float]) -> None:
-        """What was measured on a cell's adapter."""
-        write_json(self.measured_path(cell), {"losses": losses})
-
-    def run_of(self, cell: Cell) -> RunConfig:
-        """The config of the run that a cell's figures are of, which may be another ablation's."""
-        found = self.read(cell)
-        assert found is not None
-        return cell.config.model_copy(update={"run_dir": found["run_dir"]})
-
-    def is_to_be_measured(self, cell: Cell) -> bool:
-        """Whether more than its run is asked of a cell, which is done, and was not measured yet."""
-        return self._asks_more(cell) and self.read(cell) is not None and self.measured(cell) is None
-
-    def _asks_more(self, cell: Cell) -> bool:
-        return cell.prune is not None or (cell.compresses and bool(self.ablation.config.corrections))
-
-    def _file(self, digest: str) -> Path:
-        return self.ablation.shared / "cells" / f"{digest}.json"
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return found
-
-
 def check(ablation: Ablation, progress: Callable[[int, int], None]) -> float:
     """Checks every cell against its model, and stand-ins for its data; nothing is started, nothing written.
 
@@ -134,6 +62,7 @@ def check(ablation: Ablation, progress: Callable[[int, int], None]) -> float:
     Raises:
         ConfigError: with every error at once.
     """
+    _check_pruning(ablation)
     with tempfile.TemporaryDirectory() as folder:
         for dataset in ablation.config.datasets:
             stand_in(dataset, Path(folder) / dataset, ablation.config.calibrations, ablation.config.healing_rows)
@@ -146,15 +75,32 @@ def check(ablation: Ablation, progress: Callable[[int, int], None]) -> float:
         return sum(stage.seconds for task in tasks for stage in prepared.work.expected(task).values())
 
 
+def _check_pruning(ablation: Ablation) -> None:
+    from ablations.pruning import checked_shape
+
+    lines = []
+    for cell in (cell for cell in ablation.cells if cell.prune is not None):
+        model = cell.config.model
+        try:
+            config = read_model_config(resolve_source(model.source, model.revision), model.trust_remote_code)
+            checked_shape(config, cell.prune, cell.config.emulator.compression_ratio)
+        except ConfigError as error:
+            lines.append(f"{cell.name}: {error}")
+    if lines:
+        raise ConfigError("\n".join(lines))
+
+
 def make_data(ablation: Ablation, tell: Tell) -> Cells:
     """Makes the data sets that are not there yet."""
     run = RunDirectory(ablation.root)
     run.check("batch")
     # Ablations that share data sets make them one after another.
     with contextlib.ExitStack() as held:
-        for place in (run, RunDirectory(ablation.shared / "data")):
-            place.lock()
-            held.callback(place.unlock)
+        run.lock()
+        held.callback(run.unlock)
+        shared = RunDirectory(ablation.shared / "data")
+        _wait_for(shared, tell)
+        held.callback(shared.unlock)
         run.create(ablation.batch.model_dump(mode="json"), kind="batch")
         contents = {}
         for dataset in ablation.config.datasets:
@@ -166,6 +112,20 @@ def make_data(ablation: Ablation, tell: Tell) -> Cells:
                     dataset, folder, seed, config.rows, config.calibrations, config.healing_rows
                 )
     return Cells(ablation, contents)
+
+
+def _wait_for(place: RunDirectory, tell: Tell) -> None:
+    told = False
+    while True:
+        try:
+            return place.lock()
+        except ConfigError as error:
+            if place.holder() is None:
+                raise
+            if not told:
+                tell(f"Another ablation makes its data sets: {error} This one waits.")
+        told = True
+        time.sleep(_POLL_S)
 
 
 def known_data(ablation: Ablation) -> Cells:
@@ -189,7 +149,7 @@ def run(ablation: Ablation, cells: Cells, show: Show, tell: Tell) -> dict[str, s
     with connection(ablation.ray.address, **ablation.ray.init_options):
         failed: dict[str, str] = {}
         asked = [cell for cell in ablation.cells if cell in pending or cells.is_to_be_measured(cell)]
-        pruned = dict(_pruned_models(ablation, [cell for cell in asked if cell.prune], failed, tell))
+        pruned = dict(_pruned_models(ablation, cells, [cell for cell in asked if cell.prune], failed, tell))
         if pending:
             failed |= _run_batch(ablation, cells, pending, pruned, failed, show, tell)
         return failed | _measure_all(ablation, cells, pruned, tell)
@@ -227,28 +187,6 @@ def _run_batch(
     return {task.name: task.reason or task.status for task in state.tasks if task.status != "done"}
 
 
-def figures(metrics: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of a run's metrics: losses in nats a token, seconds, bytes."""
-    usages, planned, correction = metrics["stages"], metrics["planned_memory"], metrics["correction"]
-    training = {name: usages[name] for name in ("heal", "finetune") if name in usages}
-    return {
-        "losses": {variant: values["loss"] for variant, values in metrics["evaluation"].items()},
-        "num_tokens": metrics["evaluation"]["original"]["num_tokens"],
-        "chosen_correction": {key: correction[key] for key in ("method", "clamp", "strength")},
-        "parameters_kept": metrics["emulator"]["parameters_kept"],
-        "training": {
-            "wall_s": sum(usage["wall_s"] for usage in training.values()),
-            "peak_bytes": max(
-                usage["processes"].get(name, usage["peak_rss_bytes"]) for name, usage in training.items()
-            ),
-            "planned_bytes": max(planned[name] for name in training),
-        },
-        "inference_planned_bytes": planned["inference"],
-        "wall_s": {name: usage["wall_s"] for name, usage in usages.items()},
-        "versions": metrics["versions"],
-    }
-
-
 def _changed(task: Task, **sections: dict[str, Any]) -> Task:
     """A task with other keys in some sections of its config."""
     values = task.config.model_dump(exclude_unset=True)
@@ -264,36 +202,25 @@ def _runnable(cell: Cell, pruned: Pruned | None) -> Task:
 
 
 def _pruned_models(
-    ablation: Ablation, asked: Sequence[Cell], failed: dict[str, str], tell: Tell
+    ablation: Ablation, cells: Cells, asked: Sequence[Cell], failed: dict[str, str], tell: Tell
 ) -> Iterator[tuple[str, Pruned]]:
-    """By the names of cells; each kind, ratio and seed once, structured ones by the Grams of their calibration rows."""
+    """By the names of cells; each is made once, where the digest of what it follows from says, and never changes there."""
     from ablations.pruning import prune
 
     cache = ArtifactCache(ablation.batch.cache.path, ablation.batch.cache.max_size)
     for cell in asked:
         try:
-            found, by_grams = Pruned(_pruned_dir(ablation, cell)), cell.prune == "structured"
-            prepared = _prepared_original(ablation, cell)
-            note = found.model_dir.with_suffix(".json")
-            inputs = [prepared.config.model.source, cell.config.data.model_dump(mode="json") if by_grams else None]
-            digest = fingerprint([inputs, version("emloc-ray")])
-            if not found.kept.is_file() or _read(note) != {"digest": digest}:
-                tell(f"Pruned model {found.model_dir.name}")
+            found = Pruned(ablation.root / "pruned" / f"{cell.prune}-{cells.pruned_digest(cell)[:16]}")
+            if not found.kept.is_file():
+                ratio, by_grams = cell.config.emulator.compression_ratio, cell.prune == "structured"
+                tell(f"Pruned model for {cell.name}")
+                prepared = _prepared_original(ablation, cell)
                 pipeline.run(prepared.config, until="calibrate", prepared=prepared, cache=cache)
                 grams = prepared.run.path("calibration") if by_grams else None
-                ratio = cell.config.emulator.compression_ratio
                 prune(original_dir(prepared), found.model_dir, cell.prune, ratio, cell.seed, grams)
-                write_json(note, {"digest": digest})
             yield cell.name, found
         except EmlocError as error:
             failed[cell.name] = " ".join(str(error).split("\n"))
-
-
-def _pruned_dir(ablation: Ablation, cell: Cell) -> Path:
-    name = f"{cell.prune}-{round(1000 * cell.config.emulator.compression_ratio):04d}-{cell.seed}"
-    return (
-        ablation.root / "pruned" / (f"{name}-{cell.dataset}-{cell.calibration}" if cell.prune == "structured" else name)
-    )
 
 
 def _prepared_original(ablation: Ablation, cell: Cell) -> Prepared:
@@ -324,12 +251,22 @@ def _measure_all(ablation: Ablation, cells: Cells, pruned: dict[str, Pruned], te
     failed = {}
 
     def measure(cell: Cell) -> None:
+        run = cells.run_of(cell)
+        place = RunDirectory(run.run_dir)
         try:
-            measured = _recovered if cell.prune is not None else _corrected
-            losses = measured(ablation, cell, cells.run_of(cell), pruned.get(cell.name), tell)
-            cells.write_measured(cell, losses)
+            place.lock()  # nobody trains another adapter there meanwhile
         except EmlocError as error:
             failed[cell.name] = str(error)
+            return
+        try:
+            if not cells.is_to_be_measured(cell):
+                raise ConfigError(f"{run.run_dir} has another adapter by now: run the ablation again.")
+            measured = _recovered if cell.prune is not None else _corrected
+            cells.write_measured(cell, measured(ablation, cell, run, pruned.get(cell.name), tell))
+        except EmlocError as error:
+            failed[cell.name] = str(error)
+        finally:
+            place.unlock()
 
     with ThreadPoolExecutor(at_once) as pool:
         list(pool.map(measure, todo))

@@ -72,7 +72,7 @@ def summarize(
         if reference is not None and reference != group:
             row["against"] = {"label": labels[reference], **_paired(members, groups[reference], value)}
         row["training_s"] = spread([_of(record, lambda r: r["training"]["wall_s"]) for record in members])
-        row["training_bytes"] = spread([_of(record, lambda r: r["training"]["peak_bytes"]) for record in members])
+        row["training_bytes"] = spread([_of(record, lambda r: r["training"]["planned_bytes"]) for record in members])
         row["inference_bytes"] = spread([_of(record, lambda r: r["inference_planned_bytes"]) for record in members])
         rows.append(row)
     return rows

@@ -56,7 +56,7 @@ def _ablation(result: Mapping[str, Any]) -> str:
     against = next((row["against"]["label"] for row in rows if "against" in row), None)
     several = len(datasets) > 1
     header = [*map(_short, keys), *(f"{name}, %" for name in datasets), *(["all, %"] if several else [])]
-    header += ["served small, %", *([_against(result)] if against else []), "training, GiB", "training, s"]
+    header += ["served small, %", *([_against(result)] if against else []), "training, GiB planned", "training, s"]
     lines = []
     for row in rows:
         cells = [_value(row["label"][key]) for key in keys]

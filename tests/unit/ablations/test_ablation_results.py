@@ -33,7 +33,7 @@ def record(method: str, seed: int, gap: float | None, dataset: str = "names", **
         "gap_closed_uncorrected": gap,
         "gap_closed_by_emulator": None,
     }
-    measured = {"training": {"wall_s": 10.0, "peak_bytes": 2**30}, "inference_planned_bytes": 2**29}
+    measured = {"training": {"wall_s": 10.0, "planned_bytes": 2**30}, "inference_planned_bytes": 2**29}
     return {**found, **({} if gap is None else measured), **changes}
 
 
@@ -131,7 +131,7 @@ def test_what_is_missing_stands_in_the_table() -> None:
         )
     )
     assert table.splitlines() == [
-        "| method | names, % | served small, % | against paper | training, GiB | training, s |",
+        "| method | names, % | served small, % | against paper | training, GiB planned | training, s |",
         "| --- | --- | --- | --- | --- | --- |",
         "| paper | 60.0 ± 14.1 | – | – | 1.00 | 10 |",
         "| ours | 60.0 (1 of 2) | – | +10.0 | 1.00 | 10 |",
