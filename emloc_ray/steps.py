@@ -118,7 +118,7 @@ class Steps:
             told(done, total)
 
         try:
-            with measured() as usage:
+            with measured(name) as usage:
                 result = execute(progress, granted)
         except (Exception, SystemExit) as error:
             raise explain(error, name) from error
@@ -144,7 +144,7 @@ class Steps:
         from emloc_ray.stages.monitor import measured
 
         told = self.reporter.start(name)
-        with measured() as usage:
+        with measured(name) as usage:
             for path in outputs:
                 discard(path)
             try:

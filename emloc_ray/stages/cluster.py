@@ -147,7 +147,8 @@ class Flight:
     def add(self, name: str, submit: Callable[[], Any]) -> int:
         """Queues a task; ``submit`` starts it and gives its reference. Returns its number, by which results are found.
 
-        It is to be one of :meth:`Resources.task`, whose time is told then: lost workers are counted, and told of, here.
+        It is to be one of :meth:`Resources.task`, whose time and memory are told then: lost workers are counted, and told
+        of, here.
         """
         self._waiting.append(_Piece(self._added, name, submit))
         self._added += 1
@@ -191,7 +192,8 @@ class Flight:
             self._resting.append(dataclasses.replace(piece, begin=time.monotonic() + delay))
             return
         if isinstance(found, Timed):
-            tell_span(Span(self.losses.stage, found.worker, piece.name, found.begun_at, found.finished_at))
+            when = found.begun_at, found.finished_at
+            tell_span(Span(self.losses.stage, found.worker, piece.name, *when, peak_bytes=found.peak_bytes))
             found = found.result
         self.results[piece.number] = found
 

@@ -129,7 +129,8 @@ def run_group(job: FinetuneJob, resources: Resources, tell: Tell) -> dict[str, A
         while (outcome := _fit(job, resources, losses)) is None:
             pass
     for rank in range(resources.num_workers):
-        tell_span(Span(job.stage, f"rank {rank}", "the training", begun_at, time.time()))
+        known = outcome["peak_bytes"] if rank == 0 else 0  # whose outcome it is
+        tell_span(Span(job.stage, f"rank {rank}", "the training", begun_at, time.time(), peak_bytes=known))
     return outcome
 
 

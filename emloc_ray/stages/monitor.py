@@ -1,4 +1,5 @@
-"""Peak memory of each stage on the driver's machine, counting shared pages once (proportional set size)."""
+"""Peak memory of each stage: of its workers on all nodes, as they tell it, and of all processes on the driver's machine
+together, counting shared pages once (proportional set size)."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ from pathlib import Path
 import psutil
 import ray
 
+from emloc_ray.stages.spans import Span, listening
+
 # Often at first, for short stages; then seldom, because adding up a process's pages costs its time.
 _INTERVALS = (0.5,) * 10 + (2.0,)
 _FRESH_S = 0.3
@@ -20,27 +23,37 @@ _FRESH_S = 0.3
 
 @dataclass
 class Usage:
-    """What one stage used: wall time, the peak of all processes together, and of each kind of process."""
+    """What one stage used: wall time, the peaks of all processes together, of each kind of process, and of its largest worker.
 
+    The first two are of all that goes on on the driver's machine, other runs of a batch too; the last is the stage's own.
+    """
+
+    stage: str
     wall_s: float = 0.0
     peak_pss_bytes: int = 0
     peak_rss_bytes: int = 0
     processes: dict[str, int] = field(default_factory=dict)
+    largest_worker_bytes: int = 0
+
+    def hear(self, span: Span) -> None:
+        """A worker tells what it held; while one stage goes on, others may do some of their work."""
+        if span.stage == self.stage:
+            self.largest_worker_bytes = max(self.largest_worker_bytes, span.peak_bytes)
 
     def as_dict(self) -> dict[str, object]:
-        """As metrics.json has it; ``peak_rss_bytes`` is the largest single process."""
+        """As metrics.json has it; ``peak_rss_bytes`` is the largest worker, or where none told, the largest process here."""
         return {
             "wall_s": round(self.wall_s, 2),
             "peak_pss_bytes": self.peak_pss_bytes,
-            "peak_rss_bytes": self.peak_rss_bytes,
+            "peak_rss_bytes": self.largest_worker_bytes or self.peak_rss_bytes,
             "processes": dict(sorted(self.processes.items(), key=lambda item: -item[1])),
         }
 
 
 @contextlib.contextmanager
-def measured() -> Iterator[Usage]:
-    """Samples this process and what it started while the block runs."""
-    usage, over = Usage(), threading.Event()
+def measured(stage: str) -> Iterator[Usage]:
+    """Samples this process and what it started while the block runs, and hears what the stage's workers tell."""
+    usage, over = Usage(stage), threading.Event()
 
     def sample_until_over() -> None:
         for interval in itertools.chain(_INTERVALS, itertools.repeat(_INTERVALS[-1])):
@@ -52,7 +65,8 @@ def measured() -> Iterator[Usage]:
     begin = time.monotonic()
     thread.start()
     try:
-        yield usage
+        with listening(usage.hear):
+            yield usage
     finally:
         over.set()
         thread.join()

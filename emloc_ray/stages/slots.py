@@ -11,7 +11,7 @@ import ray
 
 from emloc_ray.stages.cluster import Progress, silent
 from emloc_ray.stages.failures import Losses
-from emloc_ray.stages.spans import Span, tell_span
+from emloc_ray.stages.spans import Span, tell_span, timed
 
 
 class SlotActor:
@@ -27,17 +27,20 @@ class SlotActor:
     def __repr__(self) -> str:
         return self._label
 
+    @timed
     def position(self) -> int:
         """The last unit that is safe, or -1."""
         self.slot = self._make()
         found: int = self.slot.position()
         return found
 
+    @timed
     def accumulate(self, unit: int) -> int:
         """Works off one unit; returns it."""
         done: int = self.slot.accumulate(unit)
         return done
 
+    @timed
     def commit(self) -> None:
         """Called once after the last unit."""
         self.slot.commit()
@@ -77,13 +80,14 @@ def run_slots(
             for reference in _some(list(waiting), min(resting.values(), default=None)):
                 slot = waiting.pop(reference)
                 try:
-                    unit = ray.get(reference)
+                    found = ray.get(reference)
                 except ray.exceptions.RayError as error:
                     delay = losses.count(f"slot {slot}{asked.pop(slot, '')}", error)
                     ray.kill(actors.pop(slot))  # one that only does not answer would hold what its successor needs
                     resting[slot] = time.monotonic() + delay
                     continue
-                tell_span(Span(losses.stage, f"slot {slot}", *begun[slot], time.time()))
+                unit, peak = found.result, found.peak_bytes
+                tell_span(Span(losses.stage, f"slot {slot}", *begun[slot], time.time(), peak_bytes=peak))
                 if unit is None:  # committed to the end
                     ray.kill(actors.pop(slot))
                     continue

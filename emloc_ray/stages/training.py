@@ -31,6 +31,7 @@ from emloc_ray.modeling.inputs import label_mask
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import TopLogProbs, token_loss
 from emloc_ray.stages.cluster import set_threads
+from emloc_ray.stages.spans import timed
 from emloc_ray.stages.training_session import GroupSession, LoneSession, TrainingSession, own_environment
 from emloc_ray.stages.zero import join_as_deepspeed_rank, scattered_in, step_was_finite, whole_parameters
 
@@ -232,8 +233,9 @@ class StepKeeper(TrainerCallback):
 
 
 def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
-    """What each worker of a Ray Train group runs; returns what the driver wants to know."""
-    return train(settings["job"], settings["threads"], GroupSession())
+    """What each worker of a Ray Train group runs; returns what the driver wants to know, ``peak_bytes`` of its memory too."""
+    found = timed(train)(settings["job"], settings["threads"], GroupSession())
+    return {**found.result, "peak_bytes": found.peak_bytes}
 
 
 def train_alone(job: FinetuneJob, threads: int) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from emloc_ray.stages.monitor import _kind
+from emloc_ray.stages.monitor import _kind, measured
+from emloc_ray.stages.spans import Span, Timed, listening, tell_span, timed
 
 
 @pytest.mark.parametrize(
@@ -24,3 +25,26 @@ def test_a_worker_is_known_by_its_actor_or_its_tasks_stage(title: str, kind: str
     worker: Any = SimpleNamespace(pid=-1, cmdline=lambda: [title], name=lambda: "python")
     assert _kind(worker) == kind
     assert _kind(SimpleNamespace(pid=-1, cmdline=lambda: ["raylet"], name=lambda: "raylet")) == "raylet"  # type: ignore[arg-type]
+
+
+def test_a_workers_peak_is_that_of_its_own_task() -> None:
+    def hold(size: int) -> int:
+        return len(bytearray(size))  # zeros are written, so that the pages are there
+
+    large: Timed = timed(hold)(2**28)
+    small: Timed = timed(hold)(2**10)
+    assert large.result == 2**28
+    assert large.peak_bytes - small.peak_bytes == pytest.approx(2**28, rel=0.2)
+
+
+def test_a_stage_took_what_its_largest_worker_held_on_whichever_node() -> None:
+    heard: list[Span] = []
+    with listening(heard.append), measured("merge") as usage:
+        for stage, peak in (("merge", 2**50), ("factorize", 2**52), ("merge", 2**49)):
+            tell_span(Span(stage, "process 7 on a node", "a shard", 1.0, 2.0, peak_bytes=peak))
+    assert usage.as_dict()["peak_rss_bytes"] == 2**50
+    assert usage.peak_pss_bytes < 2**49
+    assert len(heard) == 3
+    with measured("merge") as usage:
+        pass
+    assert 2**20 < usage.peak_rss_bytes == usage.as_dict()["peak_rss_bytes"]
