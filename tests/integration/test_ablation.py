@@ -78,7 +78,14 @@ def test_a_committed_file_runs_and_again_does_nothing(
         assert record["status"] == "done", record
         assert {"original", "emulator_adapter", "corrected"} <= record["losses"].keys()
         assert record["loss"] == record["losses"]["corrected"]
-        healed = record["method"] in ("emloc", "other_healing", "healed", "healed_pivoted", "healed_15_tuned_45")
+        healed = record["method"] in (
+            "emloc",
+            "other_healing",
+            "emloc_nf4",
+            "healed",
+            "healed_pivoted",
+            "healed_15_tuned_45",
+        )
         assert record["training"]["wall_s"] == sum(record["wall_s"][name] for name in ["heal"] * healed + ["finetune"])
         assert record["training"]["planned_bytes"] > 2**20
         assert {"torch", "peft", "transformers"} <= record["versions"].keys()
