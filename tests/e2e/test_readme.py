@@ -81,7 +81,7 @@ def test_every_cell_of_an_ablation_fits_its_model() -> None:
     command = [sys.executable, "pipelines/ablation.py", "configs/ablations/baselines.yaml", "seeds=[0]", "--dry-run"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    assert "33 cells" in done.stdout
+    assert "36 cells" in done.stdout
 
 
 def test_the_readme_names_real_make_targets() -> None:
