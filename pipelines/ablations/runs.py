@@ -60,7 +60,7 @@ def check(ablation: Ablation, progress: Callable[[int, int], None]) -> float:
     Returns the seconds that the cells are planned to take one after another if nothing is shared.
 
     Raises:
-        ConfigError: with every error at once.
+        ConfigError: with every error at once; those of pruning before all others.
     """
     _check_pruning(ablation)
     with tempfile.TemporaryDirectory() as folder:
