@@ -68,6 +68,16 @@ class Ablation:
         return Path(self.batch.run_dir)
 
     @property
+    def bound(self) -> Cell:
+        """A cell of the upper bound: its model is the original."""
+        return next(cell for cell in self.cells if cell.method == self.config.upper_bound)
+
+    def has_the_original(self, cell: Cell) -> bool:
+        """Whether a cell begins with the upper bound's model, and not with another, smaller one."""
+        own, original = cell.config.model, self.bound.config.model
+        return (own.source, own.revision) == (original.source, original.revision)
+
+    @property
     def shared(self) -> Path:
         """The directory of what it may share with other ablations."""
         return _shared(self.config)
@@ -180,6 +190,7 @@ def _wrong_cells(config: AblationConfig, cells: Sequence[Cell]) -> Iterator[str]
     own = {cell.config.correction.method for cell in cells}
     for key in own & config.corrections.keys():
         yield f"corrections.{key} has the name of the runs' own correction.method: give it another."
+    bound = next(cell for cell in cells if cell.method == config.upper_bound)
     compared = config.compare_with.get("correction")
     if compared is not None and compared not in {*own, *config.corrections}:
         yield f"compare_with.correction is {compared!r}, none of {', '.join([*own, *config.corrections])}."
@@ -196,7 +207,9 @@ def _wrong_cells(config: AblationConfig, cells: Sequence[Cell]) -> Iterator[str]
                 " or lower calibration.num_calibration_samples."
             )
         yield from _unread_rows(config, cell)
-        adapter = cell.config.adapter.method
+        adapter, model = cell.config.adapter.method, cell.config.model.source
+        if cell.prune is not None and model != bound.config.model.source:
+            yield f"method {cell.method} prunes {model}, and its adapter is to be one of the original: take model out of it."
         if cell.prune is not None and adapter not in ("lora", "rslora"):
             yield f"method {cell.method} is pruned, and an adapter of {adapter} cannot be recovered: use lora or rslora."
         if config.corrections and cell.compresses and not cell.config.adapter.is_additive:

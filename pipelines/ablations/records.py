@@ -21,17 +21,20 @@ def gap_closed(original: float, loss: float, upper_bound: float) -> float | None
 
 
 def collect(ablation: Ablation, cells: Cells, failed: Mapping[str, str]) -> list[Record]:
-    """A record for each cell and each correction that was asked for, those that are missing too, each with the reason."""
+    """A record for each cell and each correction that was asked for, those that are missing too, each with the reason.
+
+    Gaps are the upper bound's, that of a method with another, smaller model too: its ``losses`` are of its own model.
+    """
     records = [record for cell in ablation.cells for record in _records(ablation, cells, cell, failed)]
     bounds = {
-        (record["dataset"], record["seed"]): record["loss"]
+        (record["dataset"], record["seed"]): record["losses"]
         for record in records
         if record["method"] == ablation.config.upper_bound and record["loss"] is not None
     }
     for record in records:
-        bound = bounds.get((record["dataset"], record["seed"]))
+        losses = bounds.get((record["dataset"], record["seed"]), {})
+        original, bound = losses.get("original"), losses.get("corrected")
         record["upper_bound_loss"] = bound
-        original = record["losses"].get("original")
         named = {"gap_closed": record["loss"], "gap_closed_by_emulator": record["losses"].get("emulator_adapter")}
         named["gap_closed_uncorrected"] = record["losses"].get("uncorrected")
         for key, loss in named.items():
@@ -90,7 +93,7 @@ def published(ablation: Ablation, cells: Cells, records: Sequence[Record], rows:
     """Numbers, config and versions, and the ``cells`` as they were measured; no paths, nothing of the machine."""
     config = ablation.config
     shown = config.model_dump(mode="json", exclude={"base", "run_dir", "shared", "limits", "cache", "max_concurrent"})
-    bound = next(cell.config for cell in ablation.cells if cell.method == config.upper_bound)
+    bound = ablation.bound.config
     source = bound.model.source
     base = bound.model_dump(mode="json", include={"calibration", "finetune", "correction", "evaluation"})
     base["data"] = {"max_seq_length": bound.data.max_seq_length}

@@ -25,7 +25,7 @@ from emloc_ray import pipeline
 from emloc_ray.batch.driver import Show, Tell, prepare_batch, run_batch
 from emloc_ray.batch.state import BatchState
 from emloc_ray.batch.tasks import Batch, Task
-from emloc_ray.config import RunConfig
+from emloc_ray.config import ModelConfig, RunConfig
 from emloc_ray.errors import ConfigError, EmlocError
 from emloc_ray.io.artifact_cache import ArtifactCache
 from emloc_ray.io.node_cache import discard
@@ -60,9 +60,10 @@ def check(ablation: Ablation, progress: Callable[[int, int], None]) -> float:
     Returns the seconds that the cells are planned to take one after another if nothing is shared.
 
     Raises:
-        ConfigError: with every error at once; those of pruning before all others.
+        ConfigError: with every error at once; those of pruning and tokenizers before all others.
     """
     _check_pruning(ablation)
+    _check_tokenizers(ablation)
     with tempfile.TemporaryDirectory() as folder:
         for dataset in ablation.config.datasets:
             stand_in(dataset, Path(folder) / dataset, ablation.config.calibrations, ablation.config.healing_rows)
@@ -88,6 +89,32 @@ def _check_pruning(ablation: Ablation) -> None:
             lines.append(f"{cell.name}: {error}")
     if lines:
         raise ConfigError("\n".join(lines))
+
+
+def _check_tokenizers(ablation: Ablation) -> None:
+    """Raises ConfigError where a smaller model has another vocabulary than the original: losses are means over tokens, and
+    those of other tokens tell nothing about each other."""
+    vocabularies: dict[str, dict[str, int]] = {}
+    others = [cell for cell in ablation.cells if not ablation.has_the_original(cell)]
+    for cell in (ablation.bound, *others) if others else ():
+        model = cell.config.model
+        if model.source not in vocabularies:
+            vocabularies[model.source] = _vocabulary(model)
+            if vocabularies[model.source] != vocabularies[ablation.bound.config.model.source]:
+                raise ConfigError(
+                    f"method {cell.method}: {model.source} has other tokens than the original, and losses are means over"
+                    " tokens: take a model of the same family."
+                )
+
+
+def _vocabulary(model: ModelConfig) -> dict[str, int]:
+    from transformers import AutoTokenizer
+
+    source = resolve_source(model.source, model.revision)
+    options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
+    tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=model.trust_remote_code, **options)
+    found: dict[str, int] = tokenizer.get_vocab()
+    return found
 
 
 def make_data(ablation: Ablation, tell: Tell) -> Cells:
@@ -144,6 +171,7 @@ def run(ablation: Ablation, cells: Cells, show: Show, tell: Tell) -> dict[str, s
     pending = [cell for cell in ablation.cells if cells.read(cell) is None]
     if not pending and not any(map(cells.is_to_be_measured, ablation.cells)):
         return {}
+    _check_tokenizers(ablation)
     from emloc_ray.stages.cluster import connection
 
     with connection(ablation.ray.address, **ablation.ray.init_options):
@@ -225,9 +253,8 @@ def _pruned_models(
 
 def _prepared_original(ablation: Ablation, cell: Cell) -> Prepared:
     """A run of the original that goes no further than a cell's Grams, where it is pruned by these, else than its import."""
-    bound = next(cell for cell in ablation.cells if cell.method == ablation.config.upper_bound)
     by_grams = cell.prune == "structured"
-    own = cell.config if by_grams else bound.config
+    own = cell.config if by_grams else ablation.bound.config
     name = f"{cell.dataset}-{cell.seed}-{cell.calibration}" if by_grams else "original"
     return prepare(own.model_copy(update={"run_dir": str(ablation.root / "originals" / name)}))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from ablation import run
 from ablations import runs
 from ablations.cells import Ablation, read_ablation
@@ -131,3 +132,22 @@ def test_pruned_models_are_scored_on_the_original(small: Callable[[Path], Ablati
         assert record["losses"]["emulator"] != original  # the pruned model itself
         assert record["loss"] != original  # an adapter that was recovered does something
         assert 0 < record["parameters_kept"] <= 0.5
+
+
+def test_a_smaller_model_is_held_against_the_original(ray_session: None, tmp_path: Path) -> None:
+    for name, depth in (("original", 4), ("smaller", 2)):
+        make_model("llama", num_hidden_layers=depth, max_position_embeddings=512).save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+    base = yaml.safe_load((ROOT / "configs" / "ablations" / "base.yaml").read_text())
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base | {"model": {"source": str(tmp_path / "original")}}))
+    whole = {"emulator.compression_ratio": 1.0}
+    smaller = {"name": "smaller", "model.source": str(tmp_path / "smaller")}
+    methods = [{"name": "lora", **whole}, {**smaller, **whole}]
+    values = {"base": "base.yaml", "run_dir": str(tmp_path / "run"), "upper_bound": "lora", "methods": methods}
+    (tmp_path / "smaller.yaml").write_text(yaml.safe_dump({**values, "datasets": ["code"]}))
+    ablation = read_ablation(tmp_path / "smaller.yaml", SMALL)
+    assert run(ablation, CONSOLE) == 0
+    bound, found = (record["losses"] for record in records_of(ablation))
+    assert found["original"] != bound["original"]  # its own model's
+    gap = (bound["original"] - found["corrected"]) / (bound["original"] - bound["corrected"])
+    assert records_of(ablation)[1]["gap_closed"] == pytest.approx(gap)

@@ -256,6 +256,26 @@ def test_figures_of_other_weights_or_another_adapter_count_as_missing(write: Wri
     assert Cells(moved, {}).read(same) is None
 
 
+def test_a_smaller_model_has_the_originals_tokens_and_is_not_pruned(write: Write, tmp_path: Path) -> None:
+    original = read_ablation(write()).bound.config.model.source
+    model = shutil.copytree(original, tmp_path / "smaller")
+    smaller = {"name": "smaller", "model.source": str(model), RATIO: 1.0}
+    methods = [{"name": "lora", RATIO: 1.0}, smaller]
+    ablation = read_ablation(write(methods=methods, grid={}))
+    assert not any(map(ablation.has_the_original, cells_of(ablation, "smaller")))
+    runs.check(ablation, lambda done, total: None)
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    [token, other] = list(tokenizer["model"]["vocab"])[-2:]
+    swapped = tokenizer["model"]["vocab"]
+    swapped[token], swapped[other] = swapped[other], swapped[token]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ConfigError, match=r"method smaller: .* has other tokens than the original"):
+        runs.check(ablation, lambda done, total: None)
+    cut = {**smaller, "prune": "layers", RATIO: 0.5}
+    with pytest.raises(ConfigError, match=r"method smaller prunes .*: take model out of it"):
+        read_ablation(write(methods=[methods[0], cut], grid={}))
+
+
 def test_a_pruned_model_follows_from_its_kind_and_structured_ones_from_calibration(write: Write) -> None:
     methods = [{"name": "lora", RATIO: 1.0}, *({"name": kind, "prune": kind} for kind in ("random", "structured"))]
     ablation = read_ablation(write(methods=methods, grid={"calibration.num_calibration_samples": [4, 8]}, seeds=[0]))
