@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One run as a Slurm job: a head and workers by srun, the driver beside the head.
 #
-#     python3 -m venv ~/emloc-ray && ~/emloc-ray/bin/pip install 'emloc-ray[cluster]'     # once, on shared storage
+#     python3 -m venv ~/emloc-ray && ~/emloc-ray/bin/pip install 'emloc-ray[cluster,s3]'     # once, on shared storage
 #     source ~/emloc-ray/bin/activate
 #     sbatch cluster/slurm.sh my.yaml               # then key.path=value … as for emloc-ray run
 #     tail -f emloc-ray-JOBID.out

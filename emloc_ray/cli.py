@@ -192,6 +192,22 @@ def plan(
     _guarded(action)
 
 
+@app.command()
+def keys(
+    section: Annotated[str | None, typer.Argument(metavar="[SECTION]", help="Such as finetune; left out: all.")] = None,
+) -> None:
+    """Show the keys that a config may have, what they may be, and what holds where they are left out."""
+
+    def action() -> None:
+        from emloc_ray.config_keys import config_keys
+        from emloc_ray.console import keys_tables
+
+        for table in keys_tables(config_keys(section)):
+            console.print(table)
+
+    _guarded(action)
+
+
 RunPath = Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run's directory, or its place on an object store.")]
 
 

@@ -25,16 +25,16 @@ class ModelConfig(Section):
     """The original model."""
 
     source: str = Field(description="hub id, local directory, .gguf file, or package:NAME/FILE")
-    revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    attn_implementation: str | None = None
-    trust_remote_code: bool = False
+    revision: str | None = Field(None, description="of a hub id: branch, tag or commit")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: the checkpoint's")
+    attn_implementation: str | None = Field(None, description="transformers' choice where left out")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
 
 
 class SplitConfig(Section):
     """One split of the data: JSONL, Parquet or CSV files, a directory or glob, local or by URI; or ``hf:DATASET``."""
 
-    path: Patterns
+    path: Patterns = Field(description="file, directory, glob, URI, hf:DATASET[:SPLIT], or a list of these")
     num_samples: int | None = Field(None, ge=1, description="rows to sample; all by default")
 
 
@@ -42,13 +42,13 @@ class DataConfig(Section):
     """The task's rows and how they become tokens."""
 
     generate: Literal["docstrings", "vqa"] | None = Field(None, description="make the task's data on the spot")
-    format: Literal["text", "prompt_completion", "messages"] = "text"
-    train: SplitConfig | None = None
-    calibration: SplitConfig | None = None
-    selection: SplitConfig | None = None
-    eval: SplitConfig | None = None
+    format: Literal["text", "prompt_completion", "messages"] = Field("text", description="the columns of a row")
+    train: SplitConfig | None = Field(None, description="what is tuned on")
+    calibration: SplitConfig | None = Field(None, description="left out: rows of train")
+    selection: SplitConfig | None = Field(None, description="what auto chooses on; left out: rows kept from train")
+    eval: SplitConfig | None = Field(None, description="what is reported on; left out: rows kept from train")
     healing: SplitConfig | None = Field(None, description="what the emulator is healed on; left out: train's rows")
-    max_seq_length: int = Field(512, ge=2)
+    max_seq_length: int = Field(512, ge=2, description="tokens that longer rows are cut to")
     packing: bool = Field(False, description="join rows into sequences of max_seq_length")
     on_error: Literal["fail", "skip"] = Field(
         "fail", description="a bad row, or its missing image, ends the run or is left out"
@@ -79,10 +79,10 @@ class CalibrationConfig(StageConfig):
 
     num_calibration_samples: int | None = Field(128, ge=1, description="rows; null: no bound, as where tokens are set")
     num_calibration_tokens: int | None = Field(None, ge=1, description="tokens, reached by whole rows")
-    tokens: Literal["all", "completion"] = "all"
-    batch_size: int = Field(8, ge=1)
+    tokens: Literal["all", "completion"] = Field("all", description="which of a row's count")
+    batch_size: int = Field(8, ge=1, description="rows of a forward pass")
     rows_per_shard: int = Field(32, ge=1, description="the grain of work and of exactly-once accounting")
-    keep: Literal["grams", "none"] = "grams"
+    keep: Literal["grams", "none"] = Field("grams", description="none: Grams go once their layers are factorized")
     mode: Literal["auto", "resident", "streamed"] = Field("auto", description="whole model, or a block at a time")
     convergence_tolerance: float | None = Field(None, gt=0, lt=1, description="stop where Grams change by less")
     # Below some hundred tokens, what the block's tokens say of an expert's inputs is worth more than its own few do: a
@@ -105,21 +105,21 @@ class HealingConfig(Section):
 
     steps: int = Field(ge=1, description="optimizer steps")
     r: int = Field(8, ge=1, description="taken from each layer's rank and given back by the healing")
-    lora_alpha: float = Field(16, gt=0, allow_inf_nan=False)
+    lora_alpha: float = Field(16, gt=0, allow_inf_nan=False, description="over r: the scale of its update")
     learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False, description="left out: finetune's")
     per_device_train_batch_size: int | None = Field(None, ge=1, description="left out: finetune's")
     num_teacher_logits: int = Field(64, ge=1, description="of the original, cached for each label")
-    loss_on: Literal["completion", "all"] = "all"
+    loss_on: Literal["completion", "all"] = Field("all", description="which tokens it is distilled at")
 
 
 class EmulatorConfig(StageConfig):
     """The compressed model."""
 
-    compression_ratio: float = Field(0.5, gt=0, le=1)
+    compression_ratio: float = Field(0.5, gt=0, le=1, description="the share of parameters kept; 1: plain LoRA")
     ratios: dict[str, float] = Field(default_factory=dict, description="pattern: ratio, the first match wins")
-    target_modules: Patterns | None = None
-    exclude_modules: Patterns | None = None
-    dampening_frac: float = Field(1e-6, gt=0, lt=1)
+    target_modules: Patterns | None = Field(None, description="left out: every linear inside the blocks")
+    exclude_modules: Patterns | None = Field(None, description="linears that stay dense")
+    dampening_frac: float = Field(1e-6, gt=0, lt=1, description="of a Gram's mean diagonal, added to it")
     quantization: Literal["none", "nf4"] = Field("none", description="nf4: linears inside the blocks in 4 bits")
     allocation: Literal["uniform", "spectral", "sensitivity"] = Field(
         "uniform", description="who gets the ranks: all alike, or by what they keep of outputs, or of predictions"
@@ -131,7 +131,7 @@ class EmulatorConfig(StageConfig):
         "factors", description="pivoted: the same product in fewer numbers, so that ranks are higher at a ratio"
     )
     gradient_dampening_frac: float = Field(1e-2, gt=0, lt=1, description="of the sums of gradients that weigh outputs")
-    healing: HealingConfig | None = None
+    healing: HealingConfig | None = Field(None, description="distil the original into it before tuning")
 
     @property
     def asks_for_gradients(self) -> str | None:
@@ -165,16 +165,22 @@ class AdapterConfig(Section):
 
     model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
 
-    method: Literal["lora", "rslora", "dora", "loha", "lokr", "vera", "ia3", "prefix_tuning", "prompt_tuning"] = "lora"
-    r: int = Field(8, ge=1)
-    lora_alpha: float = Field(16, gt=0, allow_inf_nan=False)
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    method: Literal["lora", "rslora", "dora", "loha", "lokr", "vera", "ia3", "prefix_tuning", "prompt_tuning"] = Field(
+        "lora", description="what is trained"
+    )
+    r: int = Field(8, ge=1, description="rank")
+    lora_alpha: float = Field(16, gt=0, allow_inf_nan=False, description="over r: the scale of the update")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="of what the adapter reads")
     target_modules: Patterns | None = Field(None, description="every linear inside the model's blocks by default")
-    exclude_modules: Patterns | None = None
-    use_rslora: bool = False
-    rank_pattern: dict[str, typing.Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
-    alpha_pattern: dict[str, typing.Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
-    init_lora_weights: bool | Literal["gaussian"] = True
+    exclude_modules: Patterns | None = Field(None, description="linears without an adapter")
+    use_rslora: bool = Field(False, description="scale by the root of r; as method: rslora")
+    rank_pattern: dict[str, typing.Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict, description="pattern: r of these"
+    )
+    alpha_pattern: dict[str, typing.Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+        default_factory=dict, description="pattern: lora_alpha of these"
+    )
+    init_lora_weights: bool | Literal["gaussian"] = Field(True, description="PEFT's; false: no zeros, for tests")
 
     @field_validator("init_lora_weights", mode="before")
     @classmethod
@@ -225,15 +231,15 @@ class FinetuneConfig(StageConfig):
 
     model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
 
-    loss_on: Literal["completion", "all"] = "completion"
+    loss_on: Literal["completion", "all"] = Field("completion", description="which tokens of a row are learned")
     max_steps: int = Field(-1, description="optimizer steps; -1: num_train_epochs of the data")
-    num_train_epochs: float = Field(1.0, gt=0)
-    per_device_train_batch_size: int = Field(8, ge=1)
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    learning_rate: float = Field(2e-4, gt=0, allow_inf_nan=False)
-    gradient_checkpointing: bool = True
-    save_steps: int = Field(100, ge=1)
-    logging_steps: int = Field(10, ge=1)
+    num_train_epochs: float = Field(1.0, gt=0, description="passes over the data, where max_steps is -1")
+    per_device_train_batch_size: int = Field(8, ge=1, description="rows of a worker's forward pass")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="passes a step")
+    learning_rate: float = Field(2e-4, gt=0, allow_inf_nan=False, description="its peak, by lr_scheduler_type")
+    gradient_checkpointing: bool = Field(True, description="less memory, about a third more time")
+    save_steps: int = Field(100, ge=1, description="steps between checkpoints, from which it goes on")
+    logging_steps: int = Field(10, ge=1, description="steps between losses")
     max_failures: int = Field(3, ge=0, description="lost workers to recover from before the run fails")
     deepspeed: str | None = Field(None, description="path of a DeepSpeed JSON, from the working directory")
 
@@ -248,10 +254,12 @@ class FinetuneConfig(StageConfig):
 class CorrectionConfig(Section):
     """How the adapter is corrected for the difference between emulator and original."""
 
-    method: Literal["auto", "none", "projection", "covariance"] = "auto"
-    clamp: float | None = Field(3.0, gt=0, description="the paper's lambda; null: unclamped")
-    strength: float = Field(1.0, ge=0, le=4)
-    dampening_frac: float = Field(1e-4, gt=0, lt=1)
+    method: Literal["auto", "none", "projection", "covariance"] = Field(
+        "auto", description="auto: what helps on the selection split, of methods, clamps and strengths of its own"
+    )
+    clamp: float | None = Field(3.0, gt=0, description="the paper's lambda; null: unclamped; not of auto")
+    strength: float = Field(1.0, ge=0, le=4, description="what the correction is multiplied by; not of auto")
+    dampening_frac: float = Field(1e-4, gt=0, lt=1, description="of a Gram's mean diagonal, added to it by covariance")
     num_selection_samples: int = Field(64, ge=1, description="rows that auto chooses on, at most")
     max_share: float | None = Field(
         0.1, gt=0, description="tokens that auto may score, as a share of those that are trained on; null: all it has"
@@ -279,10 +287,10 @@ class EvaluationConfig(StageConfig):
 
     variants: list[Variant] = Field(list(get_args(Variant)), description="what is scored, a pass each")
     num_samples: int | None = Field(256, ge=1, description="held-out rows; null: all")
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(8, ge=1, description="rows of a forward pass")
     num_generations: int = Field(4, ge=0, description="sample generations shown in the report")
     num_exact_match: int = Field(32, ge=0, description="held-out prompts completed greedily for exact match")
-    max_new_tokens: int = Field(32, ge=1)
+    max_new_tokens: int = Field(32, ge=1, description="of generations and exact match")
     upper_bound: str | None = Field(None, description="run directory of plain LoRA (compression_ratio: 1.0)")
 
     @field_validator("variants")
@@ -301,9 +309,9 @@ class RayConfig(Section):
 
     model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
 
-    address: str | None = None
-    num_cpus: int | None = Field(None, ge=1)
-    num_gpus: int | None = Field(None, ge=0)
+    address: str | None = Field(None, description="of a running cluster, or auto; left out: one is started here")
+    num_cpus: int | None = Field(None, ge=1, description="of a Ray that is started here; left out: all")
+    num_gpus: int | None = Field(None, ge=0, description="the same")
 
     @property
     def joins(self) -> bool:
@@ -323,19 +331,19 @@ def _get(section: Any, key: str) -> Any:
 class RunConfig(Section):
     """One run: one model, one task, one emulator, one adapter."""
 
-    run_dir: str
-    seed: int = Field(0, ge=0, lt=2**32)
+    run_dir: str = Field(description="where everything goes: a directory, or a URI such as s3://BUCKET/RUN")
+    seed: int = Field(0, ge=0, lt=2**32, description="of every draw")
     memory_budget: Size | None = Field(None, description="what one worker may hold, such as 24GiB")
-    model: ModelConfig
-    data: DataConfig
-    calibration: CalibrationConfig = CalibrationConfig()
-    emulator: EmulatorConfig = EmulatorConfig()
-    adapter: AdapterConfig = AdapterConfig()
-    finetune: FinetuneConfig = FinetuneConfig()
-    correction: CorrectionConfig = CorrectionConfig()
-    merge: MergeConfig = MergeConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    ray: RayConfig = RayConfig()
+    model: ModelConfig = Field(description="the original")
+    data: DataConfig = Field(description="the task's rows")
+    calibration: CalibrationConfig = Field(CalibrationConfig(), description="Grams and gradients, and their workers")
+    emulator: EmulatorConfig = Field(EmulatorConfig(), description="what it keeps; workers of the factorization")
+    adapter: AdapterConfig = Field(AdapterConfig(), description="what is trained")
+    finetune: FinetuneConfig = Field(FinetuneConfig(), description="how, on what workers; the healing's workers too")
+    correction: CorrectionConfig = Field(CorrectionConfig(), description="done by one of evaluation's workers")
+    merge: MergeConfig = Field(MergeConfig(), description="shards of the merged model, and their workers")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="what is scored, and its workers")
+    ray: RayConfig = Field(RayConfig(), description="which cluster")
 
     @model_validator(mode="before")
     @classmethod

@@ -32,6 +32,6 @@ class Section(BaseModel):
 class StageConfig(Section):
     """What a stage asks of Ray."""
 
-    num_workers: int = Field(1, ge=1)
-    cpus_per_worker: float = Field(1, ge=0)
-    gpus_per_worker: float = Field(0, ge=0)
+    num_workers: int = Field(1, ge=1, description="workers at once")
+    cpus_per_worker: float = Field(1, ge=0, description="of one worker: cores, and torch threads")
+    gpus_per_worker: float = Field(0, ge=0, description="of one worker; 0: it sees none")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from emloc_ray.config_keys import KeySection
 from emloc_ray.core.ranks import factor_parameters
 from emloc_ray.memory import total
 from emloc_ray.planner import Plan
@@ -163,6 +165,22 @@ def describe_choice(choice: dict[str, Any]) -> str:
 def gib(size: float) -> str:
     """Bytes as GiB, or as MiB where that is little."""
     return f"{size / 2**30:6.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:6.1f} MiB"
+
+
+def keys_tables(sections: Sequence[KeySection]) -> Iterator[Table]:
+    """A table for each section of a config."""
+    for section in sections:
+        title = f"\n{section.name}  [not bold dim]{escape(section.text)}[/]" if section.name else escape(section.text)
+        table = Table(
+            title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), expand=True
+        )
+        table.add_column("key", style="bold", no_wrap=True)
+        for heading, share in (("left out", 2), ("what it may be", 3), ("what it is", 6)):
+            table.add_column(heading, overflow="fold", ratio=share)
+        for key in section.keys:
+            default = "[red]to be set[/]" if key.default is None else escape(key.default)
+            table.add_row(key.name, default, escape(key.values), escape(key.text))
+        yield table
 
 
 def plan_tables(plan: Plan) -> list[Table]:

@@ -51,7 +51,7 @@ def run(
         ConfigError: before anything starts or is written.
         EmlocError: where a stage failed; finished stages stay, and the same call goes on from them.
     """
-    from emloc_ray.stages.cluster import connection
+    from emloc_ray.stages.cluster import connection, num_gpus
     from emloc_ray.stages.failures import explain
     from emloc_ray.stages.gauges import StageGauges
     from emloc_ray.stages.visibility import check_visible
@@ -66,6 +66,8 @@ def run(
         log = RunLog(prepared.run, [spec.name for spec in prepared.layout.specs])
         with log, connection(config.ray.address, lean_memory=lean, **config.ray.init_options):
             check_visible(prepared)
+            if turns is None and (unused := remarks.idle_gpus([config], num_gpus())):
+                reporter.note(unused)
             told = Reporters(reporter, log, StageGauges(prepared.run.name))
             Pipeline(prepared, told, begin, turns or AtOnce(), cache).run(until)
         return prepared.run.metrics()
@@ -106,6 +108,7 @@ class Pipeline:
         """Every stage up to ``until``, in order."""
         told = (
             remarks.over_budget(self.config, self.steps.planned),
+            remarks.unread_correction(self.config.correction),
             remarks.left_dense(self.layout),
             remarks.long_images(self.prepared),
         )
@@ -358,7 +361,8 @@ class Pipeline:
         def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
             return correct(job, granted, progress, self.reporter.note)
 
-        asked = dataclasses.replace(resources(self.config.merge), num_workers=1)
+        # It scores the original with adapters, as the evaluation does.
+        asked = dataclasses.replace(resources(self.config.evaluation), num_workers=1)
         self.steps.run("correct", inputs, [self.directory.path("adapter")], execute, asked)
 
     def merge(self) -> None:

@@ -189,7 +189,7 @@ def _sections(prepared: Prepared) -> dict[str, Any]:
         "factorize": config.emulator,
         "heal": config.finetune,
         "finetune": config.finetune,
-        "correct": config.merge,
+        "correct": config.evaluation.model_copy(update={"num_workers": 1}),
         "merge": config.merge,
         "evaluate": config.evaluation,
     }

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from emloc_ray.config import RunConfig
+from emloc_ray.config import CorrectionConfig, RunConfig
 from emloc_ray.data.processors import IMAGE_SIDE
 from emloc_ray.layout import Layout
 from emloc_ray.planner import row_lengths
@@ -27,6 +27,26 @@ def over_budget(config: RunConfig, planned: Mapping[str, int]) -> str | None:
         f"memory_budget is {budget / 2**30:.2f} GiB a worker, but the plan says {', '.join(above)}:"
         " see emloc-ray plan --memory-budget for settings that fit."
     )
+
+
+def idle_gpus(configs: Iterable[RunConfig], gpus: float) -> str | None:
+    """Where a cluster has ``gpus``, and all work would go on CPUs."""
+    sections = ("calibration", "emulator", "finetune", "merge", "evaluation")
+    if not gpus or any(getattr(config, section).gpus_per_worker for config in configs for section in sections):
+        return None
+    return (
+        f"The cluster has {gpus:g} GPUs, and no stage asks for one: set gpus_per_worker: 1 in calibration, finetune and"
+        " evaluation."
+    )
+
+
+def unread_correction(section: CorrectionConfig) -> str | None:
+    """Which settings of the correction its ``auto`` does not look at."""
+    told = [key for key in ("clamp", "strength") if getattr(section, key) != type(section).model_fields[key].default]
+    if section.method != "auto" or not told:
+        return None
+    names = " and ".join(f"correction.{key}" for key in told)
+    return f"{names} {'are' if told[1:] else 'is'} not read: auto tries its own; set correction.method to use what you gave."
 
 
 def left_dense(layout: Layout) -> str | None:

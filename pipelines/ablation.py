@@ -2,9 +2,17 @@
 
     python pipelines/ablation.py configs/ablations/baselines.yaml --dry-run    # every error at once, and the time planned
     python pipelines/ablation.py configs/ablations/baselines.yaml              # again: what is not done yet
-    python pipelines/ablation.py configs/ablations/baselines.yaml datasets=[summaries] seeds=[0] finetune.bf16=true
+    python pipelines/ablation.py configs/ablations/baselines.yaml 'datasets=[summaries]' 'seeds=[0]' finetune.bf16=true
     python pipelines/ablation.py configs/ablations/baselines.yaml --publish    # and pipelines/results/baselines.json
     python pipelines/ablation.py configs/ablations/baselines.yaml --reuse      # only what is in no file of pipelines/results
+    python pipelines/ablation.py configs/ablations/baselines.yaml --collect    # nothing: shows what is there
+
+Keys of a file: ``base`` (a config that all runs begin with), ``run_dir``, ``shared`` (what files share: data, figures, cache),
+``datasets`` (summaries, names, code), ``seeds``, ``rows`` (of train, selection, eval, calibration), ``methods`` (of each a
+``name``, the config keys that are its own, ``prune``: layers, random or structured, ``heal_on``: other rows), ``upper_bound``
+(the method that is LoRA on the original), ``compare_with`` (method, calibration, correction or a key of the grid), ``grid``
+(config key: values, for methods that do not set it), ``calibrations`` (name: ``foreign`` rows, their ``share``, ``shuffle``),
+``corrections`` (name: method, clamp, strength; tried on every trained adapter), ``max_concurrent``, ``limits``, ``cache``.
 
 The results are in the file's ``run_dir``: ``results.json`` has every figure of every cell, ``results.md`` the table; each
 run is in ``tasks/NAME`` with a page of its own, but for its merged model, which is dropped once it is evaluated. Figures are

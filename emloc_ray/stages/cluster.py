@@ -23,6 +23,8 @@ from emloc_ray.stages.spans import Span, Timed, tell_span, timed
 Progress = Callable[[int, int], None]
 _LOOK_S = 1.0
 _LEAN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # mallopt(3)
+# Workers that asked for no GPU see none, as it was before Ray 2.55: torch would take the first, whoever else was given it.
+_NO_GPU_UNASKED = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
 
 
 def silent(done: int, total: int) -> None:
@@ -75,11 +77,9 @@ def connection(address: str | None = None, lean_memory: bool = False, **options:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # The future default, and without a GPU there is nothing to hide.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     settings = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False, **options}
-    if lean_memory:
-        settings["runtime_env"] = _with_variables(settings.get("runtime_env"), _LEAN_MEMORY)
+    variables = {**_NO_GPU_UNASKED, **(_LEAN_MEMORY if lean_memory else {})}
+    settings["runtime_env"] = _with_variables(settings.get("runtime_env"), variables)
     if address is not None:
         settings.pop("include_dashboard")
     try:
@@ -92,6 +92,12 @@ def connection(address: str | None = None, lean_memory: bool = False, **options:
         yield
     finally:
         ray.shutdown()
+
+
+def num_gpus() -> float:
+    """Those of all nodes."""
+    found: float = ray.cluster_resources().get("GPU", 0)
+    return found
 
 
 def quiet_ray_data() -> None:

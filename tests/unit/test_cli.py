@@ -376,3 +376,14 @@ def test_an_empty_budget_is_told(call: Call) -> None:
     result = call("plan", "--memory-budget", "")
     assert result.exit_code == 2
     assert "--memory-budget is empty" in result.output
+
+
+def test_keys_of_a_section_are_shown() -> None:
+    shown = invoke("keys", "emulator")
+    assert shown.exit_code == 0
+    assert "uniform | spectral | sensitivity" in shown.stdout
+    assert "num_teacher_logits" in shown.stdout  # of emulator.healing
+    assert "lora_alpha" in invoke("keys").stdout
+    unknown = invoke("keys", "tuning")
+    assert unknown.exit_code == 2
+    assert unknown.stderr.startswith("Error: There is no section tuning: take one of model, data,")

@@ -170,6 +170,13 @@ def test_choosing_a_correction_takes_as_long_as_the_training_allows(plan: Callab
     assert seconds(10, max_share=None) == seconds(10_000)
 
 
+def test_a_correction_has_one_worker_such_as_the_evaluation_has(plan: Callable[..., Plan]) -> None:
+    found = stage(
+        plan(evaluation={"num_workers": 3, "cpus_per_worker": 2, "gpus_per_worker": 1}, ray={"num_gpus": 1}), "correct"
+    )
+    assert (found.num_workers, found.cpus_per_worker, found.gpus_per_worker) == (1, 2, 1)
+
+
 def test_what_ranks_by_data_take_is_planned(plan: Callable[..., Plan]) -> None:
     plain, found = plan(), plan(emulator={"allocation": "sensitivity", "objective": "predictions"})
     names = [entry.name for entry in found.stages]

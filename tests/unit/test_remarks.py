@@ -9,10 +9,19 @@ from typing import Any
 import pytest
 from small_runs import make_values, task_rows, write_jsonl
 
+from emloc_ray.config import CorrectionConfig
 from emloc_ray.config_reading import parse_config
 from emloc_ray.planner import planned_memory
 from emloc_ray.preparation import Prepared, prepare
-from emloc_ray.remarks import cut_rows, no_healing, over_budget, shortfall, thin_calibration
+from emloc_ray.remarks import (
+    cut_rows,
+    idle_gpus,
+    no_healing,
+    over_budget,
+    shortfall,
+    thin_calibration,
+    unread_correction,
+)
 
 Make = Callable[..., Prepared]
 
@@ -55,6 +64,29 @@ def test_a_budget_that_stages_exceed_is_told_with_these(prepared: Make) -> None:
     said = str(said_of("1MiB"))
     assert said.startswith("memory_budget is 0.00 GiB a worker, but the plan says calibrate ")
     assert "finetune" in said
+
+
+def test_gpus_that_no_stage_asks_for_are_told(prepared: Make) -> None:
+    on_cpus, on_a_gpu = prepared().config, prepared(finetune={"gpus_per_worker": 1}, ray={"num_gpus": 2}).config
+    assert idle_gpus([on_cpus, on_cpus], 0) is None
+    assert idle_gpus([on_cpus, on_a_gpu], 8) is None
+    assert str(idle_gpus([on_cpus], 8)).startswith("The cluster has 8 GPUs, and no stage asks for one: set")
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({}, None),
+        ({"clamp": 3.0, "strength": 1.0}, None),
+        ({"method": "projection", "clamp": 1.0}, None),
+        ({"clamp": None}, "correction.clamp is not read: auto"),
+        ({"clamp": 1.0, "strength": 0.5}, "correction.clamp and correction.strength are not read: auto"),
+    ],
+)
+def test_settings_that_auto_does_not_read_are_told(section: dict[str, Any], words: str | None) -> None:
+    said = unread_correction(CorrectionConfig.model_validate(section))
+    assert (said is None) == (words is None)
+    assert words is None or str(said).startswith(words)
 
 
 def test_cut_rows_are_told(prepared: Make) -> None:

@@ -1,0 +1,26 @@
+"""Workers see the GPUs that they were given, and no others."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = """
+import os
+import ray
+from emloc_ray.stages.cluster import Resources, connection, num_gpus
+
+def seen():
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+with connection(num_cpus=1, num_gpus=2):
+    print(num_gpus(), *(repr(ray.get(Resources(1, 1, gpus).task(seen).remote())[0]) for gpus in (0, 1, 0)))
+"""
+
+
+def test_a_worker_that_asked_for_no_gpu_sees_none(tmp_path: Path) -> None:
+    """Ray is told that the machine has two: it hides or gives them by their numbers, and asks no driver."""
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["2.0", "''", "'0'", "''"]
