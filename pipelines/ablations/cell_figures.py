@@ -22,7 +22,12 @@ from emloc_ray.modeling.loading import content_of_source, resolve_source
 
 # What says where something is; the contents stand for it.
 _SPLITS = {"train", "selection", "eval", "calibration", "healing"}
-_PLACES = {"run_dir": True, "ray": True, "data": _SPLITS, "model": {"source", "revision"}}
+_PLACES = {
+    "run_dir": True,
+    "ray": True,
+    "data": {split: {"path"} for split in _SPLITS},
+    "model": {"source", "revision"},
+}
 
 
 class Cells:
@@ -36,15 +41,17 @@ class Cells:
     def digest(self, cell: Cell) -> str:
         """Of all that a cell's figures follow from; of keys that are later added to configs, where they are set."""
         asked = cell.config.model_dump(mode="json", exclude=_PLACES, exclude_defaults=True)
+        asked["data"] = {key: value for key, value in asked["data"].items() if value != {}}
         if not cell.config.adapter.is_lora:  # what is not set is PEFT's default there, not LoRA's
             asked["adapter"] = cell.config.adapter.model_dump(mode="json")
         return fingerprint([asked, self._model(cell), self._rows(cell), cell.prune, version("emloc-ray")])
 
     def pruned_digest(self, cell: Cell) -> str:
         """Of all that a cell's pruned model follows from."""
-        ratio = cell.config.emulator.compression_ratio
-        by_grams = [cell.config.calibration.model_dump(mode="json"), self._rows(cell)["calibration"]]
-        inputs = [self._model(cell), cell.prune, ratio, cell.seed, by_grams if cell.prune == "structured" else None]
+        config, ratio = cell.config, cell.config.emulator.compression_ratio
+        tokens = [config.data.max_seq_length, config.data.packing, self._rows(cell)["calibration"]]
+        by_grams = [config.calibration.model_dump(mode="json"), *tokens] if cell.prune == "structured" else None
+        inputs = [self._model(cell), config.model.dtype, cell.prune, ratio, cell.seed, by_grams]
         return fingerprint([*inputs, version("emloc-ray")])
 
     def _model(self, cell: Cell) -> Any:
@@ -152,9 +159,9 @@ def figures(metrics: dict[str, Any]) -> dict[str, Any]:
         "chosen_correction": {key: correction[key] for key in ("method", "clamp", "strength")},
         "parameters_kept": metrics["emulator"]["parameters_kept"],
         "training": {
-            # Healing that came from the cache says nothing of what it takes.
+            # Healing that came from the cache says nothing of what it takes, and what went on after a kill not all.
             "wall_s": None
-            if any("taken_from" in u for u in training.values())
+            if any("taken_from" in u or "resumed" in u for u in training.values())
             else sum(u["wall_s"] for u in training.values()),
             # As planned: what is measured beside other runs on the machine is theirs too.
             "planned_bytes": max(planned[name] for name in training),
