@@ -34,4 +34,4 @@ class StageConfig(Section):
 
     num_workers: int = Field(1, ge=1, description="workers at once")
     cpus_per_worker: float = Field(1, ge=0, description="of one worker: cores, and torch threads")
-    gpus_per_worker: float = Field(0, ge=0, description="of one worker; 0: it sees none")
+    gpus_per_worker: float = Field(0, ge=0, le=1, description="of one worker, which uses one at most; 0: it sees none")

@@ -57,6 +57,7 @@ class Skeleton:
     modules: tuple[str, ...] = ()
     unfactorable: dict[str, str] = field(default_factory=dict)
     image: ImageShape = ImageShape()
+    whole_logits: bool = False  # see Trace
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Layout:
     replaceable: tuple[str, ...] = ()
     left_dense: dict[str, str] = field(default_factory=dict)
     image: ImageShape = ImageShape()
+    whole_logits: bool = False
     allocation: str = "uniform"
     objective: str = "activations"
     free: tuple[str, ...] = ()  # of the compressed linears those whose ratio no pattern names
@@ -165,9 +167,12 @@ def skeleton_of(
         next_blocks = block_flow(model_config, trust_remote_code, example).between
         found = _in_model_order(model, [*found, *linears_between(model, next_blocks)])
     trace = trace_inputs(model, found, example)
+    if not example:  # what is not called in a block that ran is read as a weight by its owner: it stays as it is
+        ran = {spec.block for spec in found if spec.name in trace.streams and spec.routed_share is None}
+        found = [s for s in found if s.name in trace.streams or s.block not in ran or s.routed_share is not None]
     specs = [replace(spec, stream=trace.streams.get(spec.name, spec.stream)) for spec in found]
     by_name = {spec.name: spec for spec in specs}
-    groups = tuple(tuple(by_name[name] for name in group) for group in trace.groups)
+    groups = tuple(tuple(by_name[name] for name in group) for group in trace.groups if group[0] in by_name)
     head = model.get_output_embeddings()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Skeleton(
@@ -182,6 +187,7 @@ def skeleton_of(
         tuple(name for name, _ in model.named_modules() if name),
         unfactorable(model),
         _image_shape(example, specs, trace.image_tokens) if example else ImageShape(),
+        trace.whole_logits,
     )
 
 
@@ -221,6 +227,7 @@ def make_layout(config: RunConfig, skeleton: Skeleton) -> Layout:
         feedforward=tuple(feedforward_names(forward, model_type, adapted)) if config.adapter.method == "ia3" else (),
         left_dense=left_dense,
         image=skeleton.image,
+        whole_logits=skeleton.whole_logits,
         allocation=config.emulator.allocation,
         objective=config.emulator.objective,
         free=tuple(name for name in compressed if lookup(name, config.emulator.ratios, None) is None),

@@ -329,8 +329,9 @@ class MemoryModel:
         return self.config.calibration.batch_size * self.lengths.longest
 
     def _logits(self, tokens: float, copies: int = LOSS_COPIES) -> float:
-        """One chunk's logits in float32, and what is made of them."""
-        return copies * FLOAT * min(tokens, chunk_tokens(self.layout.hidden_size)) * self._vocabulary()
+        """One chunk's logits in float32, or all where they cannot be made by chunks, and what is made of them."""
+        at_once = tokens if self.layout.whole_logits else min(tokens, chunk_tokens(self.layout.hidden_size))
+        return copies * FLOAT * at_once * self._vocabulary()
 
     def _vocabulary(self) -> float:
         return self.layout.head_parameters / self.layout.hidden_size

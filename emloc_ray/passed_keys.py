@@ -19,7 +19,19 @@ from emloc_ray.config_base import Section
 from emloc_ray.io.secret_values import HIDDEN, is_secret, is_variable, leaves
 
 NO_KEY = " is not a key: "
-_OWN_TRAINING_ARGUMENTS = {"output_dir", "remove_unused_columns", "seed", "data_seed", "resume_from_checkpoint"}
+_OWN_TRAINING_ARGUMENTS = {
+    "output_dir",
+    "remove_unused_columns",
+    "seed",
+    "data_seed",
+    "resume_from_checkpoint",
+    "ignore_data_skip",
+    "average_tokens_across_devices",
+    "auto_find_batch_size",
+    "label_smoothing_factor",
+    "eval_strategy",
+    "load_best_model_at_end",
+}
 
 
 def passed_through_errors(values: dict[str, Any]) -> list[str]:

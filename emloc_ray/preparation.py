@@ -12,8 +12,9 @@ import importlib.util
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +26,7 @@ from emloc_ray.data.images import has_images, look
 from emloc_ray.data.processors import example, open_processor
 from emloc_ray.data.reading import Place, Row, SourceFile, each, list_files, read_rows, scan
 from emloc_ray.data.splits import SPLITS
+from emloc_ray.data.token_shards import PAD_MULTIPLE, padded_length
 from emloc_ray.errors import ArtifactError, ConfigError, DataError, EmlocError
 from emloc_ray.io.fingerprint import fingerprint
 from emloc_ray.io.run_directory import RunDirectory
@@ -93,6 +95,7 @@ def prepare(config: RunConfig) -> Prepared:
     if config.data.generate == "vqa" and not reads_images:
         errors.append("data.generate: vqa shows images, which the model has no processor for: choose one that has.")
     files = {name: attempt(lambda name=name: _check_split(config, name, reads_images)) for name in splits_of(config)}  # type: ignore[misc]
+    attempt(lambda: _check_held_out(files))
     attempt(lambda: _check_upper_bound(config))
     attempt(lambda: _check_resources(config))
     attempt(lambda: _check_quantization(config))
@@ -132,14 +135,15 @@ def _check_length(config: RunConfig, found: Skeleton) -> None:
     virtual = config.adapter.settings.get("num_virtual_tokens", 0) if config.adapter.is_prompt else 0
     if virtual and positions is None:
         positions = getattr(found.config.get_text_config(), "max_position_embeddings", None)
-    if positions is None or length + virtual <= positions:
+    if positions is None or padded_length(length) + virtual <= positions:
         return
+    fits = (positions - virtual) // PAD_MULTIPLE * PAD_MULTIPLE
     if virtual:
         raise ConfigError(
             f"data.max_seq_length is {length}, with {virtual} virtual tokens before them, the model has {positions}"
-            " positions: lower it, or adapter.num_virtual_tokens."
+            f" positions: lower it to {fits}, or adapter.num_virtual_tokens."
         )
-    raise ConfigError(f"data.max_seq_length is {length}, the model has {positions} positions: lower it to that.")
+    raise ConfigError(f"data.max_seq_length is {length}, the model has {positions} positions: lower it to {fits}.")
 
 
 @functools.lru_cache(maxsize=8)
@@ -241,6 +245,9 @@ def _checked_sources(
 ) -> tuple[SourceFile, ...]:
     places = list_files(patterns, key)
     stored = any(isinstance(place, str) for place in places)
+    known = None if stored else (_looks(places), data.format, data.on_error, data.packing, reads_images)
+    if known in _CHECKED:
+        return _CHECKED[known]
     sources = each(scan, places, stored)
     checked = max(1, min(CHECKED_ROWS, MAX_CHECKED_ROWS // len(sources)))
 
@@ -255,7 +262,23 @@ def _checked_sources(
                     raise
         return dataclasses.replace(source, images=fingerprint(images) if images else "")
 
-    return tuple(each(check, sources, stored))
+    found = tuple(each(check, sources, stored))
+    if known is not None and not any(source.images for source in found):  # whose files may change by themselves
+        while len(_CHECKED) >= _MOST_CHECKED:
+            _CHECKED.pop(next(iter(_CHECKED)))
+        _CHECKED[known] = found
+    return found
+
+
+# Of hundreds of tasks, many have the same rows: they are counted once, and held once.
+_CHECKED: dict[Any, tuple[SourceFile, ...]] = {}
+_MOST_CHECKED = 64
+
+
+def _looks(places: Sequence[Path | str]) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of files."""
+    stats = [(str(place), Path(place).stat()) for place in places]
+    return tuple((name, status.st_size, status.st_mtime_ns) for name, status in stats)
 
 
 def _checked_row(row: Row, where: Place, data: DataConfig, reads_images: bool) -> list[Any]:
@@ -266,6 +289,20 @@ def _checked_row(row: Row, where: Place, data: DataConfig, reads_images: bool) -
     if has_images(row) and not reads_images:
         raise DataError(f"{where}: it shows an image, and the model has no processor for images: choose one that has.")
     return look(row, where)
+
+
+def _check_held_out(files: Mapping[str, tuple[SourceFile, ...] | None]) -> None:
+    """Raises ConfigError where what is reported on, or chosen on, is trained on as well."""
+    paths = {name: {source.name for source in sources or ()} for name, sources in files.items()}
+    for held_out, others in (("eval", ("train", "selection", "healing")), ("selection", ("train",))):
+        for other in others:
+            both = sorted(paths.get(held_out, set()) & paths.get(other, set()))
+            if both:
+                more = f" and {len(both) - 1} more" if both[1:] else ""
+                raise ConfigError(
+                    f"data.{held_out} and data.{other} both read {both[0]}{more}: what is held out must not be trained on;"
+                    f" leave data.{held_out} out to have rows of train kept for it, or name other files."
+                )
 
 
 def _is_hub(split: SplitConfig) -> bool:

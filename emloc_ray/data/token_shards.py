@@ -175,12 +175,20 @@ def _row(table: pa.Table, position: int) -> Tokens:
 ImagesToInputs = Callable[[Sequence[Sequence[bytes | memoryview]], Tensor], dict[str, Tensor]]
 
 
+PAD_MULTIPLE = 8
+
+
+def padded_length(length: int, multiple: int = PAD_MULTIPLE) -> int:
+    """What rows of up to this many tokens are padded to in a batch."""
+    return -(-length // multiple) * multiple
+
+
 def collate(
-    rows: Sequence[Tokens], pad_token_id: int, images: ImagesToInputs | None = None, multiple: int = 8
+    rows: Sequence[Tokens], pad_token_id: int, images: ImagesToInputs | None = None, multiple: int = PAD_MULTIPLE
 ) -> dict[str, Tensor]:
     """Right-padded ``input_ids``, ``attention_mask`` and ``completion_mask``, each ``(rows, length)``; beside them what
     ``images`` makes of the rows' images."""
-    length = -(-max(len(row) for row in rows) // multiple) * multiple
+    length = padded_length(max(len(row) for row in rows), multiple)
     ids = np.full((len(rows), length), pad_token_id, dtype=np.int64)
     mask = np.zeros((len(rows), length), dtype=bool)
     completion = np.zeros((len(rows), length), dtype=bool)

@@ -21,7 +21,8 @@ from emloc_ray.modeling.experts import UnfusedExperts, experts_of, owner_of, unf
 from emloc_ray.modeling.inputs import Stream, has_encoder
 from emloc_ray.modeling.meta_pass import UNTRACEABLE, MetaPass
 
-_ROUTER = re.compile(r"(.*\.)?(router|gate|shared_expert_gate)")
+# By the name of the linear itself, or of the module that holds it.
+_ROUTER = re.compile(r"(.*\.)?(router|gate|router_gate|shared_expert_gate)(\..*)?")
 
 
 @dataclass(frozen=True)
@@ -210,11 +211,13 @@ def traced_inputs(config: Any) -> dict[str, torch.Tensor]:
 @dataclass(frozen=True)
 class Trace:
     """``groups``: the names of linears that read the same tensor; ``streams``: which tokens each of them reads;
-    ``image_tokens``: how many those read that an image brings to run, for one image."""
+    ``image_tokens``: how many those read that an image brings to run, for one image; ``whole_logits``: whether the model
+    does something to what its head gives (a cap, a scale), so that they have to be made all at once."""
 
     groups: list[list[str]]
     streams: dict[str, Stream]
     image_tokens: dict[str, int] = field(default_factory=dict)
+    whole_logits: bool = False
 
 
 def trace_inputs(model: Any, specs: Sequence[LinearSpec], example: Mapping[str, torch.Tensor] | None = None) -> Trace:
@@ -238,6 +241,7 @@ def trace_inputs(model: Any, specs: Sequence[LinearSpec], example: Mapping[str, 
         sorted(groups, key=lambda names: order[names[0]]),
         {**text.streams, **dict.fromkeys(others, "other")},
         {name: tokens for name, tokens in shown.image_tokens.items() if name in others} if shown is not None else {},
+        text.whole_logits,
     )
 
 
@@ -247,6 +251,7 @@ def _traced(model: Any, specs: Sequence[LinearSpec], inputs: Mapping[str, torch.
     streams: dict[str, Stream] = {}
     counts: dict[str, int] = {}
     alive: list[torch.Tensor] = []
+    given: list[torch.Tensor] = []
 
     def record(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -262,15 +267,17 @@ def _traced(model: Any, specs: Sequence[LinearSpec], inputs: Mapping[str, torch.
         return hook
 
     handles = [model.get_submodule(s.name).register_forward_pre_hook(record(s.name)) for s in specs]
+    if (head := getattr(model, "get_output_embeddings", lambda: None)()) is not None:
+        handles.append(head.register_forward_hook(lambda module, args, output: given.append(output)))
     try:
         with torch.no_grad(), MetaPass():
-            model(**inputs, use_cache=False)
+            found = model(**inputs, use_cache=False)
     except UNTRACEABLE:
         return None
     finally:
         for handle in handles:
             handle.remove()
-    return Trace(_in_model_order(seen, specs), streams, counts)
+    return Trace(_in_model_order(seen, specs), streams, counts, any(found.logits is not output for output in given))
 
 
 def _in_model_order(seen: dict[tuple[Any, ...], list[str]], specs: Sequence[LinearSpec]) -> list[list[str]]:

@@ -45,11 +45,12 @@ class ExpertEntry:
         if self.whole.name.endswith(_A):
             r = self.whole.shape[0] // self.num_experts
             return self.whole.read_rows(self.index * r, (self.index + 1) * r)
-        return _read(self.whole)[:, self.index :: self.num_experts].contiguous()
+        status = self.whole.file.stat()  # another adapter may lie at the same place by now
+        return _read(self.whole, status.st_ino, status.st_mtime_ns)[:, self.index :: self.num_experts].contiguous()
 
 
 @functools.lru_cache(maxsize=2)  # a layer's experts are read one after the other
-def _read(entry: TensorEntry) -> Tensor:
+def _read(entry: TensorEntry, *look: int) -> Tensor:
     return entry.read_rows()
 
 

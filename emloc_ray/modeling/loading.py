@@ -24,19 +24,24 @@ from emloc_ray.modeling.stored_names import stored_parameters
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
-    "tokenizer.model",
+    "*.model",  # tokenizer.model, spiece.model, tiktoken.model, …
+    "*.spm",
+    "*.tiktoken",
+    "tekken.json",
+    "byte_maps.json",
+    "*.py",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
     "vocab.json",
     "vocab.txt",
     "merges.txt",
-    "spiece.model",
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
     "chat_template.json",
+    "additional_chat_templates/*.jinja",
 )
 
 _COPY_BYTES = 2**24
@@ -112,7 +117,7 @@ def _check_directory(directory: Path, source: str) -> ModelSource:
     return ModelSource(directory)
 
 
-_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
+_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.py")
 
 
 def _download(source: str, revision: str | None, patterns: Sequence[str]) -> Path:
@@ -144,6 +149,19 @@ def check_source(source: ModelSource, model: Any, trust_remote_code: bool = Fals
     that ``model`` has, which transformers would fill with random numbers, or it has no tokenizer."""
     if source.gguf_file is not None:
         return
+    stored_as = getattr(model.config, "quantization_config", None)
+    stored_as = stored_as or getattr(model.config.get_text_config(), "quantization_config", None)
+    if stored_as:
+        method = stored_as.get("quant_method") if isinstance(stored_as, dict) else type(stored_as).__name__
+        raise ConfigError(
+            f"model.source {source.directory} is stored quantized ({method}), and its codes are no weights to factorize or to"
+            " merge into: name the checkpoint that it was made from; emulator.quantization: nf4 is for less memory."
+        )
+    if type(model.config).__module__.startswith("transformers_modules"):
+        raise ConfigError(
+            f"model.source {source.directory} is of the type {model.config.model_type}, whose code comes with the model: an"
+            " emulator is opened by transformers' own classes; name a model of a type that transformers knows."
+        )
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     checkpoint = None if source.hub_id is not None else Checkpoint(source.directory)
     stored = {} if checkpoint is None else stored_parameters(model, (entry.name for entry in checkpoint))
@@ -202,14 +220,15 @@ def copy_checkpoint(source: Path, target: Path, progress: Callable[[int, int], N
 
     ``progress`` hears of the bytes.
     """
-    patterns = ("*.safetensors", *_SMALL_FILES)
+    patterns = ("*.safetensors", *_SMALL_FILES, *TOKENIZER_FILES)
     files = sorted({file for pattern in patterns for file in source.glob(pattern) if file.is_file()})
-    there = {file.name: size for file, size in sizes(target).items()}
+    there = {file.relative_to(target): size for file, size in sizes(target).items()}
     total, done = sum(file.stat().st_size for file in files), 0
     for file in files:
         size = file.stat().st_size
-        if there.get(file.name) != size:
-            with file.open("rb") as stream, atomic_file(target / file.name) as copy:
+        name = file.relative_to(source)
+        if there.get(name) != size:
+            with file.open("rb") as stream, atomic_file(target / name) as copy:
                 while chunk := stream.read(_COPY_BYTES):
                     copy.write(chunk)
                     progress(done + copy.tell(), total)
@@ -218,11 +237,14 @@ def copy_checkpoint(source: Path, target: Path, progress: Callable[[int, int], N
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies the tokenizer, its chat template and the generation config beside a checkpoint made from ``source``."""
+    """Copies the tokenizer, its chat templates, the generation config and code that came with them beside a checkpoint made
+    from ``source``."""
     ensure(source, weights=False)
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            copy_file(source / name, target / name)
+    found = sorted({file for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()})
+    for file in found:
+        name = file.relative_to(source)
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        copy_file(file, target / name)
 
 
 def load_model(

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -254,10 +255,12 @@ _PLAIN_HEADS: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 def _gives_its_head_output(model: Any) -> bool:
     """Whether the model's logits are what its head gives, with nothing done to them (no capping, no scaling).
 
-    Tried once on two tokens.
+    Tried once on two tokens, of the model below where something was put around it that gives logits of another dtype, as
+    mixed precision does.
     """
     if model not in _PLAIN_HEADS:
-        head = model.get_output_embeddings()
+        is_wrapped = isinstance(model, PeftModel) and "forward" in vars(model)
+        tried, head = model.get_base_model() if is_wrapped else model, model.get_output_embeddings()
         given: list[Tensor] = []
         handle = head.register_forward_hook(lambda module, args, output: given.append(output))
         try:
@@ -268,7 +271,7 @@ def _gives_its_head_output(model: Any) -> bool:
                     "attention_mask": token + 1,
                     "completion_mask": token.new_tensor([[0, 1]]).bool(),
                 }
-                logits = model(**model_call(model.config, row).inputs, use_cache=False).logits
+                logits = tried(**model_call(model.config, row).inputs, use_cache=False).logits
         finally:
             handle.remove()
         # The same memory: DeepSpeed's hooks may have put another tensor around it.

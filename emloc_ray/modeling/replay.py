@@ -217,9 +217,16 @@ class BlockReplay:
         """Reads a weight, known by any of ``names`` in the checkpoint, into all of them."""
         stored = next((name for name in names if name in self._stored), names[0])
         weight = require(self._stored, stored, self.checkpoint).read(self.checkpoint)
-        placed = nn.Parameter(weight.to(self.device, self.dtype if weight.is_floating_point() else None), False)
+        dtype = self._dtype_of(names) if weight.is_floating_point() else None
+        placed = nn.Parameter(weight.to(self.device, dtype), False)
         for name in names:
             self._place(name, placed)
+
+    def _dtype_of(self, names: Sequence[str]) -> torch.dtype:
+        """The model's, but for what transformers keeps in float32 where that is narrower (``_keep_in_fp32_modules``)."""
+        kept = self.model._get_dtype_plan(self.dtype)
+        parts = {part for name in names for part in name.split(".")}
+        return torch.float32 if any({*module.split(".")} <= parts for module in kept) else self.dtype
 
     def _place(self, name: str, parameter: nn.Parameter) -> None:
         owner, _, attribute = name.rpartition(".")

@@ -180,7 +180,8 @@ def _tokenizer(job: EvaluationJob) -> Any:
 
     directory = job.merged_dir or job.model_dir
     ensure(directory, weights=False)
-    return AutoTokenizer.from_pretrained(directory)
+    trusted = job.model_options.get("trust_remote_code", False)
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=trusted)
 
 
 def evaluate(

@@ -160,6 +160,9 @@ class EmulatorTrainer(Trainer):
         """Asked before an optimizer step, or where DeepSpeed is, which does both at once, after it."""
         if self.is_deepspeed_enabled:
             return step_was_finite(self.model_wrapped)
+        if (scaler := self.accelerator.scaler) is not None:
+            # In fp16 an overflow is what the loss scale is found by: that step is left out, and the scale halved.
+            return scaler.get_scale() >= 1
         model: Any = self.model
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)

@@ -225,7 +225,9 @@ def test_training_arguments_pass_through() -> None:
     assert made.finetune.num_workers == 2
 
 
-@pytest.mark.parametrize("key", ["output_dir", "seed", "remove_unused_columns"])
+@pytest.mark.parametrize(
+    "key", ["output_dir", "seed", "remove_unused_columns", "ignore_data_skip", "label_smoothing_factor"]
+)
 def test_training_arguments_that_are_ours(key: str) -> None:
     assert f"finetune.{key} is set by emloc_ray itself: remove it." in error_of(finetune={key: 1})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +104,8 @@ def test_a_chunk_of_logits_counts_where_it_is_more_than_a_block(llama_7b: Prepar
     parts = MemoryModel(wide, ROW).finetune()
     assert parts["logits"] == 3 * 4 * 512 * 2_000_000
     assert parts["activations"] == 2048 * 2 * 4096 * 2
+    capped = dataclasses.replace(wide, layout=dataclasses.replace(wide.layout, whole_logits=True))
+    assert MemoryModel(capped, ROW).finetune()["logits"] == 3 * 4 * 2048 * 2_000_000
 
 
 def test_factorizing_and_merging_llama_7b_by_hand(llama_7b: Prepared) -> None:

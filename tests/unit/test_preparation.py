@@ -14,6 +14,7 @@ import pytest
 from tiny import make_config
 from transformers import LlamaConfig
 
+from emloc_ray import preparation
 from emloc_ray.config_reading import parse_config
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.run_directory import RunDirectory
@@ -255,7 +256,36 @@ def test_more_tokens_than_learned_positions_are_told(
     refused: Callable[..., str], tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
     data = {"train": {"path": str(tmp_path / "rows.jsonl")}, "max_seq_length": 129}
-    assert "the model has 128 positions" in refused(tiny_model_dir("gpt2"), data=data)
+    assert "the model has 128 positions: lower it to 128" in refused(tiny_model_dir("gpt2"), data=data)
+    adapter = {"method": "prompt_tuning", "num_virtual_tokens": 20}
+    said = refused(tiny_model_dir("gpt2"), data={**data, "max_seq_length": 108}, adapter=adapter)
+    assert "20 virtual tokens before them, the model has 128 positions: lower it to 104" in said  # padded to 112
+
+
+def test_rows_that_are_held_out_are_not_trained_on(refused: Callable[..., str], tmp_path: Path) -> None:
+    rows, folder = tmp_path / "rows.jsonl", tmp_path / "more"
+    folder.mkdir()
+    shutil.copy(rows, folder / "test.jsonl")
+    data = {"train": {"path": str(folder)}, "max_seq_length": 64, "eval": {"path": str(folder / "test.jsonl")}}
+    said = refused(data=data)
+    assert (
+        f"data.eval and data.train both read {folder / 'test.jsonl'}: what is held out must not be trained on" in said
+    )
+    assert "data.selection and data.train both" in refused(data={**data, "eval": None, "selection": data["eval"]})
+
+
+def test_the_same_files_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of tasks may have the same rows; changed ones are counted anew."""
+    counted, scanning = [], preparation.scan
+    monkeypatch.setattr(preparation, "scan", lambda place: counted.append(place) or scanning(place))
+    path = write_rows(tmp_path / "a.jsonl", 5)
+    values = {"run_dir": str(tmp_path / "run"), "model": {"source": "unused"}, "data": {"train": {"path": str(path)}}}
+    config = parse_config(values)
+    first, again = (preparation._check_split(config, "train", False) for _ in range(2))
+    assert first is again
+    assert len(counted) == 1
+    write_rows(path, 6)
+    assert [source.num_rows for source in preparation._check_split(config, "train", False)] == [6]
 
 
 def test_what_an_encoder_cannot_read_is_told(refused: Callable[..., str], tmp_path: Path) -> None:
@@ -291,7 +321,11 @@ def test_a_file_that_leaves_nothing_to_train_on_is_refused(refused: Callable[...
         ("llama", {"method": "ia3", "feedforward_modules": ["up_proj"]}, "'up_proj' matches none of the 6 linears"),
         ("llama", {"method": "ia3", "feedforward_modules": "("}, "adapter.feedforward_modules: '(' is not a regular"),
         ("llama", {"method": "loha", "r": 40}, "adapter.r is 40, above the smaller side 32 of"),
-        ("llama", {"method": "prefix_tuning", "num_virtual_tokens": 65}, "the model has 128 positions: lower it, or"),
+        (
+            "llama",
+            {"method": "prefix_tuning", "num_virtual_tokens": 65},
+            "the model has 128 positions: lower it to 56, or",
+        ),
         ("llama", {"method": "prefix_tuning", "num_virtual_tokens": 64}, None),
         ("gpt2", {"method": "prefix_tuning", "num_virtual_tokens": 100}, "with 100 virtual tokens before them"),
         ("opt", {"method": "ia3"}, None),

@@ -8,10 +8,21 @@ import pytest
 import torch
 from tiny import HIDDEN, make_config
 from torch import nn
-from transformers import MixtralConfig, Qwen3MoeConfig, ResNetConfig, T5Config
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MixtralConfig,
+    Qwen3MoeConfig,
+    ResNetConfig,
+    T5Config,
+)
 from transformers.pytorch_utils import Conv1D
 
 from emloc_ray.errors import ConfigError
+from emloc_ray.layout import skeleton_of
 from emloc_ray.modeling.architecture import auto_class, block_linears, block_names, empty_model, trace_inputs
 
 
@@ -149,9 +160,42 @@ def test_same_tensor_means_same_memory_and_same_version() -> None:
     assert groups_of(Block) == of_layers("blocks", [["a", "b"], ["c"], ["d"]])
 
 
+def test_logits_that_are_changed_after_the_head_are_found() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 8, "vocab_size": 99}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+    def whole(made: type[Any], config: Any) -> bool:
+        with torch.device("meta"):
+            model = made(config)
+        return trace_inputs(model, block_linears(model)).whole_logits
+
+    assert whole(Gemma2ForCausalLM, Gemma2Config(**sizes, **heads, final_logit_softcapping=30.0))
+    assert not whole(Gemma2ForCausalLM, Gemma2Config(**sizes, **heads, final_logit_softcapping=None))
+    assert not whole(LlamaForCausalLM, LlamaConfig(**sizes, **heads))
+
+
 def test_only_repeated_blocks_with_linears_count() -> None:
     assert block_names(Model()) == ["blocks.0", "blocks.1"]
     assert not any("gate" in spec.name or "router" in spec.name for spec in block_linears(Model()))
+
+
+def test_routers_that_hold_a_linear_are_left_out() -> None:
+    class Routed(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.ModuleDict({"proj": nn.Linear(4, 2)})  # type: ignore[assignment]
+            self.router_gate = nn.Linear(4, 2)
+
+    assert {spec.name.split(".", 2)[-1] for spec in block_linears(Model(Routed))} == {"a", "b", "c", "d"}
+
+
+def test_a_linear_whose_weight_its_owner_reads_stays_as_it_is() -> None:
+    """Mamba's ``dt_proj`` is never called: factors would be an empty weight to it."""
+    config = MambaConfig(hidden_size=16, num_hidden_layers=1, state_size=4, vocab_size=99, time_step_rank=4)
+    model = empty_model(config)
+    assert "dt_proj" in " ".join(spec.name for spec in block_linears(model))
+    names = {spec.name.rpartition(".")[-1] for spec in skeleton_of(config, model).specs}
+    assert names == {"in_proj", "x_proj", "out_proj"}
 
 
 def test_nothing_to_compress() -> None:

@@ -165,6 +165,27 @@ def test_tokenizer_files_are_copied_and_nothing_else(tmp_path: Path, tiny_model_
     assert copied.chat_template == own.chat_template
 
 
+def test_other_tokenizers_templates_and_code_are_copied_too(tmp_path: Path) -> None:
+    names = ["tekken.json", "sentencepiece.bpe.model", "tokenization_x.py", "additional_chat_templates/tool.jinja"]
+    for name in [*names, "config.json", "model.safetensors.index.json"]:
+        (tmp_path / "from" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "from" / name).write_text("{}")
+    (tmp_path / "to").mkdir()
+    copy_tokenizer(tmp_path / "from", tmp_path / "to")
+    found = {file.relative_to(tmp_path / "to").as_posix() for file in (tmp_path / "to").rglob("*") if file.is_file()}
+    assert found == set(names)
+
+
+def test_codes_of_a_quantized_checkpoint_are_no_weights(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
+    directory = Path(shutil.copytree(tiny_model_dir(), tmp_path / "fp8"))
+    config = json.loads((directory / "config.json").read_text())
+    quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (directory / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    source = ModelSource(directory)
+    with pytest.raises(ConfigError, match=r"is stored quantized \(fp8\), and its codes are no weights"):
+        check_source(source, empty_model(read_model_config(source)))
+
+
 # GGUF.
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from tiny import FAMILIES, PAD, VOCABULARY, make_model
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM
@@ -14,6 +16,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import collate
 from emloc_ray.modeling import loss
+from emloc_ray.modeling.adapter import attach_adapter
+from emloc_ray.modeling.adapter_methods import lora_config
 from emloc_ray.modeling.inputs import label_mask
 from emloc_ray.modeling.loss import token_loss
 
@@ -100,14 +104,23 @@ def test_a_wrapped_model() -> None:
     assert torch.equal(wrapped.loss_sum, token_loss(model, batch, "completion").loss_sum)
 
 
-def test_no_more_logits_than_a_chunk_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_mixed_precision(model: Any) -> Any:
+    """With an adapter, and with what accelerate puts around a model where bf16 is asked for."""
+    made = attach_adapter(model, lora_config(target_modules=["layers.0.mlp.down_proj"], r=2, lora_alpha=4))
+    made.forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(made.forward))
+    return made
+
+
+@pytest.mark.parametrize("around", [lambda model: model, in_mixed_precision], ids=["bare", "mixed precision"])
+def test_no_more_logits_than_a_chunk_are_made(monkeypatch: pytest.MonkeyPatch, around: Callable[[Any], Any]) -> None:
     monkeypatch.setattr(loss, "_CHUNK_SHARE", 21)  # three tokens
-    model, batch = make_model("llama"), batch_of(13, 5)
+    bare, batch = make_model("llama"), batch_of(13, 5)
+    model = around(bare)
     rows: list[int] = []
     linear = torch.nn.functional.linear
 
     def recorded(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if weight is model.lm_head.weight:
+        if weight is bare.lm_head.weight:
             rows.append(x.shape[:-1].numel())
         return linear(x, weight, bias)
 
@@ -115,7 +128,7 @@ def test_no_more_logits_than_a_chunk_are_made(monkeypatch: pytest.MonkeyPatch) -
     assert token_loss(model, batch, "all").num_tokens == 16
     assert sum(rows[1:]) == 16  # after the single token that was tried
     assert max(rows) == 3
-    assert "forward" not in vars(model.lm_head)
+    assert "forward" not in vars(bare.lm_head)
 
 
 def test_logits_that_are_changed_after_the_head_are_left_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 from s3_server import uri
-from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from emloc_ray.errors import ArtifactError, StageError
 from emloc_ray.io.checkpoint import Checkpoint
@@ -137,6 +145,17 @@ def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
     replay = BlockReplay(tmp_path)
     replay.load_block(0)
     assert replay.forward(0, model_call(replay.model.config, batch()).inputs, {}).tensors[0].dtype == torch.bfloat16  # type: ignore[union-attr]
+
+
+def test_what_transformers_keeps_in_float32_is_read_so(tmp_path: Path) -> None:
+    T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)).to(
+        torch.float16
+    ).save_pretrained(tmp_path)
+    replay, whole = BlockReplay(tmp_path), load_model(tmp_path)
+    replay.load_block(0)
+    held = {name: p.dtype for name, p in replay.model.named_parameters() if not p.is_meta}
+    assert {name: held[name] for name in held} == {n: p.dtype for n, p in whole.named_parameters() if n in held}
+    assert set(held.values()) == {torch.float16, torch.float32}
 
 
 def test_a_missing_weight_is_named(tmp_path: Path) -> None:
