@@ -30,11 +30,14 @@ class Solution:
     finetune_bytes: int
     inference_bytes: int
     too_large: tuple[tuple[str, int], ...]
+    healing_batch: int | None = None
 
     @property
     def overrides(self) -> list[str]:
         """As the command line takes them."""
+        healing = f"emulator.healing.per_device_train_batch_size={self.healing_batch}"
         return [
+            *([healing] if self.healing_batch is not None else []),
             f"emulator.compression_ratio={self.compression_ratio:g}",
             f"finetune.per_device_train_batch_size={self.micro_batch}",
             f"finetune.gradient_accumulation_steps={self.gradient_accumulation_steps}",
@@ -95,6 +98,7 @@ def solve(prepared: Prepared, budget: int, lengths: Lengths, multiples: Mapping[
     checkpointing = may_checkpoint and needed(ratio, micro_batch, False) > budget
     chosen = with_settings(prepared, ratio, micro_batch, rows // micro_batch, checkpointing)
     changed = MemoryModel(chosen, lengths, multiples)
+    healing = chosen.config.emulator.heals
     names = [name for name in STAGES if name != "finetune"]
     names[1:1] = ["gradients"] if changed.layout.weighed else []
     others = [(name, total(changed.stage(name))) for name in names]
@@ -107,6 +111,7 @@ def solve(prepared: Prepared, budget: int, lengths: Lengths, multiples: Mapping[
         needed(ratio, micro_batch, checkpointing),
         total(changed.inference()),
         tuple((name, size) for name, size in others if size > budget),
+        None if healing is None else healing.per_device_train_batch_size,
     )
 
 
@@ -127,7 +132,7 @@ def check_gradients(prepared: Prepared, lengths: Lengths) -> None:
 def with_settings(
     prepared: Prepared, ratio: float, micro_batch: int, accumulation: int, checkpointing: bool
 ) -> Prepared:
-    """The same run at another ratio, micro-batch and checkpointing."""
+    """The same run at another ratio, micro-batch and checkpointing; a healing of its own batch keeps its rows a step."""
     config = prepared.config
     finetune = config.finetune.model_copy(
         update={
@@ -136,7 +141,11 @@ def with_settings(
             "gradient_checkpointing": checkpointing,
         }
     )
-    emulator = config.emulator.model_copy(update={"compression_ratio": ratio})
+    healing = config.emulator.healing
+    if healing is not None and healing.per_device_train_batch_size is not None:
+        rows = healing.per_device_train_batch_size * config.finetune.gradient_accumulation_steps
+        healing = healing.model_copy(update={"per_device_train_batch_size": max(1, rows // accumulation)})
+    emulator = config.emulator.model_copy(update={"compression_ratio": ratio, "healing": healing})
     changed = config.model_copy(update={"finetune": finetune, "emulator": emulator})
     layout = prepared.layout
     ranks = ranks_at(changed, layout.specs, layout.compressed)

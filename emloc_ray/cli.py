@@ -59,16 +59,16 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Forget what an earlier run
 
 
 def _guarded(action: Callable[[], None]) -> None:
-    """Runs a verb; every failure is a sentence on stderr and an exit code (1 failed, 2 bad call, 130 stopped)."""
+    """Runs a verb; every failure is a sentence on stderr and an exit code (1 failed, 2 bad call, 130 or 143 stopped)."""
     try:
         action()
     except EmlocError as error:
         for line in str(error).split("\n"):
             errors.print(f"[red]Error:[/] {escape(line)}")
         raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as error:  # Ray makes a SystemExit of SIGTERM
         errors.print("Stopped. What was finished stays; the same command goes on from there.")
-        raise typer.Exit(130) from None
+        raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else 143) from None
 
 
 def _prepare(path: Path, overrides: list[str] | None) -> Any:
@@ -243,7 +243,7 @@ def _show_status(run: Any) -> None:
     from emloc_ray.status import asked_steps, read_status
 
     manifest = run.manifest()
-    stages, asked = manifest["stages"], asked_steps(manifest["config"])
+    stages, asked = manifest["stages"], asked_steps(manifest)
     for stage in STEPS:
         if stage in stages:
             usage = stages[stage]["result"]["usage"]

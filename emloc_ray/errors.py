@@ -45,5 +45,9 @@ class StageError(EmlocError):
     """A stage could not finish (a worker was lost for good, memory ran out); names the stage."""
 
 
+class TakenOver(StageError):
+    """Another process holds the run by now: what this one still writes would be mixed with that one's."""
+
+
 class Stopped(EmlocError):
     """The task was cancelled, or its batch is being stopped."""

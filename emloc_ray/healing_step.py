@@ -9,7 +9,7 @@ from emloc_ray.errors import ConfigError
 from emloc_ray.healing import healing_run, healing_split
 from emloc_ray.io.fingerprint import fingerprint
 from emloc_ray.io.node_cache import discard
-from emloc_ray.io.resume import discard_unless
+from emloc_ray.io.resume import begun_with, discard_unless
 from emloc_ray.steps import NOT_LEARNED, Inputs, Steps, without
 
 if TYPE_CHECKING:
@@ -50,6 +50,10 @@ def heal_emulator(steps: Steps, jobs: Jobs, content: Callable[[], Inputs]) -> No
         inputs["deepspeed"] = prepared.zero_config
 
     def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
+        if not begun_with(
+            place, inputs
+        ):  # shards of another training, be it of the same inputs, are of another adapter
+            discard(out_dir)
         for path in (place, out_dir):
             discard_unless(path, inputs)
         job = jobs.healing(healing, f"heal-{fingerprint(inputs)}")

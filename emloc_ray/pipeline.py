@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from emloc_ray import remarks
 from emloc_ray.config import RunConfig
 from emloc_ray.errors import DamagedArtifactError
-from emloc_ray.io.artifact_cache import ArtifactCache
+from emloc_ray.io.artifact_cache import ArtifactCache, EntryGone
 from emloc_ray.io.fingerprint import fingerprint, fingerprint_large_files
 from emloc_ray.io.grams import INDEX, GramStore
 from emloc_ray.io.node_cache import discard, exists, hashes
 from emloc_ray.io.resume import begun_with, discard_unless
-from emloc_ray.planner import make_plan
+from emloc_ray.planner import make_plan, needed_steps
 from emloc_ray.preparation import Prepared, check_disk, prepare
 from emloc_ray.rank_steps import RankSteps
 from emloc_ray.reporter import Reporter, Reporters, SilentReporter
@@ -61,7 +61,7 @@ def run(
     reporter = reporter or SilentReporter()
     try:
         prepared.run.lock(reporter.note)
-        prepared.run.create(config.model_dump(mode="json"), fresh=fresh)
+        prepared.run.create(config.model_dump(mode="json"), fresh=fresh, steps=["data", *needed_steps(prepared)])
         lean = config.memory_budget is not None
         log = RunLog(prepared.run, [spec.name for spec in prepared.layout.specs])
         with log, connection(config.ray.address, lean_memory=lean, **config.ray.init_options):
@@ -120,7 +120,9 @@ class Pipeline:
                 break
             except DamagedArtifactError as error:
                 self.steps.forget_damaged(error)
-                self._build = None
+            except EntryGone as error:
+                self.reporter.note(str(error))
+            self._build = None
         self.steps.write_results()  # once more: a stage may have been committed by a run that was killed right after
 
     def _content(self) -> dict[str, str]:
@@ -279,8 +281,8 @@ class Pipeline:
 
             out_dir = self.directory.path("emulator")
             if self.directory.stage("factorize") is not None:
-                self.directory.forget("factorize")
                 discard(out_dir)
+                self.directory.forget("factorize")
             discard_unless(out_dir, self._rank_steps().factorize_inputs())
             drop = self.config.calibration.keep == "none"
             made = dataclasses.replace(self.prepared, layout=self._rank_steps().allocated())
@@ -398,4 +400,5 @@ class Pipeline:
         def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
             return evaluate(self.jobs.evaluation(), granted, progress, self.reporter.note)
 
-        self.steps.run("evaluate", inputs, [], execute, resources(section))
+        result = self.steps.run("evaluate", inputs, [], execute, resources(section))
+        self._tell(remarks.other_bound(result["evaluation"], section.upper_bound))

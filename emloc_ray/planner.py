@@ -117,6 +117,15 @@ def planned_steps(prepared: Prepared) -> list[str]:
     return [name for name in STEPS if name not in left_out]
 
 
+def needed_steps(prepared: Prepared) -> list[str]:
+    """The steps that the run is done with, beside the data, and the import, which goes by where the model lies."""
+    left_out = {
+        *(() if prepared.layout.differs else ("calibrate",)),
+        *(("merge",) if prepared.config.adapter.is_prompt else ()),
+    }
+    return [name for name in planned_steps(prepared) if name not in left_out]
+
+
 def planned_memory(prepared: Prepared) -> dict[str, int]:
     """Bytes that one worker of every stage is planned to hold at its peak, and what ``inference`` of the original takes."""
     memory = MemoryModel(prepared, row_lengths(prepared))

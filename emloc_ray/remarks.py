@@ -10,6 +10,7 @@ from emloc_ray.data.processors import IMAGE_SIDE
 from emloc_ray.layout import Layout
 from emloc_ray.planner import row_lengths
 from emloc_ray.preparation import Prepared
+from emloc_ray.results import bound_scores
 
 
 def over_budget(config: RunConfig, planned: Mapping[str, int]) -> str | None:
@@ -47,6 +48,16 @@ def unread_correction(section: CorrectionConfig) -> str | None:
         return None
     names = " and ".join(f"correction.{key}" for key in told)
     return f"{names} {'are' if told[1:] else 'is'} not read: auto tries its own; set correction.method to use what you gave."
+
+
+def other_bound(evaluation: Mapping[str, Any], upper_bound: str | None) -> str | None:
+    """Where a run is to be held against another one that was scored on something else."""
+    if upper_bound is None or bound_scores(evaluation, upper_bound) is not None:
+        return None
+    return (
+        f"evaluation.upper_bound {upper_bound} was not scored on the same held-out tokens of the same original, so that no gap"
+        " can be told: run it anew with this run's data, seed and evaluation.num_samples."
+    )
 
 
 def left_dense(layout: Layout) -> str | None:

@@ -118,7 +118,7 @@ def page_view(
     }
     config = manifest.get("config") or {}
     emulator, method = config.get("emulator") or {}, (config.get("adapter") or {}).get("method", "lora")
-    optional = set(STEPS) - set(asked_steps(config))
+    optional = set(STEPS) - set(asked_steps(manifest))
     older = older_stages(done, optional)
     usages = metrics.get("stages") or {}
     stages = [(stage, usages[stage]) for stage in sorted(usages, key=_stage_order) if stage in done]

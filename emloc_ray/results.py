@@ -12,7 +12,7 @@ from typing import Any
 from emloc_ray.io.node_cache import sizes
 from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.layout import Layout
-from emloc_ray.planner import planned_steps
+from emloc_ray.planner import needed_steps
 from emloc_ray.preparation import Prepared
 from emloc_ray.stages import STEPS
 
@@ -28,6 +28,8 @@ _ARTIFACTS = (
     "adapter",
     "merged",
 )
+# Of a loss in bfloat16 on different machines.
+_SAME_LOSS = 1e-2
 _LIBRARIES = ("emloc-ray", "ray", "torch", "transformers", "peft", "safetensors", "pyarrow")
 
 
@@ -43,12 +45,7 @@ def assemble_metrics(
     out, unless it is among the ``verified``, whose inputs were found unchanged since.
     """
     layout = prepared.layout
-    missing = {
-        *(() if layout.differs else ("calibrate",)),
-        *(("merge",) if prepared.config.adapter.is_prompt else ()),
-    }
-    needed = [name for name in planned_steps(prepared) if name not in missing]
-    stages = _current_stages(directory.manifest()["stages"], verified, needed)
+    stages = _current_stages(directory.manifest()["stages"], verified, needed_steps(prepared))
     metrics: dict[str, Any] = {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
         "stages": {name: _usage(result) for name, result in stages.items()},
@@ -86,9 +83,10 @@ def assemble_metrics(
 
 
 def _usage(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What a stage took; of one that came from the cache (``taken_from`` a run) that is only the linking."""
-    origin = {"taken_from": result["taken_from"]} if "taken_from" in result else {}
-    return {**result["usage"], "num_workers": result.get("num_workers", 1), **origin}
+    """What a stage took; of one that came from the cache (``taken_from`` a run) that is only the linking, of one that went on
+    from what an earlier try had left (``resumed``) only the rest."""
+    partly = {key: result[key] for key in ("taken_from", "resumed") if result.get(key)}
+    return {**result["usage"], "num_workers": result.get("num_workers", 1), **partly}
 
 
 def _emulator(prepared: Prepared, layout: Layout, stages: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,7 +99,7 @@ def _emulator(prepared: Prepared, layout: Layout, stages: Mapping[str, Any]) -> 
         "original_parameters": layout.num_parameters,
         "mean_relative_error": stages["factorize"]["mean_relative_error"],
         "quantization": prepared.config.emulator.quantization,
-        "allocation": layout.allocation,
+        "allocation": layout.allocation if prepared.layout.allocated else "uniform",
         "objective": layout.objective,
         "storage": layout.storage,
         "layers": _with_shares(stages["factorize"]["layers"], layout),
@@ -140,9 +138,12 @@ def _current_stages(
 def gap_closed(evaluation: dict[str, Any], upper_bound: str | Path) -> dict[str, Any] | None:
     """``(original − corrected) / (original − LoRA on the original)`` in held-out loss.
 
-    ``upper_bound`` is the run directory of the same task at ratio 1.0. None where it gained nothing: there is no gap.
+    ``upper_bound`` is the run directory of the same task at ratio 1.0. None where it gained nothing, so that there is no gap,
+    and where it was not held against the same rows of the same model.
     """
-    other = RunDirectory(upper_bound).metrics()["evaluation"]
+    other = bound_scores(evaluation, upper_bound)
+    if other is None:
+        return None
     original, bound = evaluation["original"]["loss"], other["corrected"]["loss"]
     gap = original - bound
     if gap <= 0:
@@ -150,3 +151,13 @@ def gap_closed(evaluation: dict[str, Any], upper_bound: str | Path) -> dict[str,
     there = [name for name in ("uncorrected", "corrected", "merged") if name in evaluation]
     shares: dict[str, Any] = {name: (original - evaluation[name]["loss"]) / gap for name in there}
     return {"upper_bound": str(upper_bound), "upper_bound_loss": bound, **shares}
+
+
+def bound_scores(evaluation: Mapping[str, Any], upper_bound: str | Path) -> Mapping[str, Any] | None:
+    """The evaluation of the run ``upper_bound``, None where it has none by now, or its original's loss is of other tokens."""
+    other: Mapping[str, Any] | None = RunDirectory(upper_bound).metrics().get("evaluation")
+    if other is None:
+        return None
+    one, another = evaluation["original"], other["original"]
+    alike = math.isclose(one["loss"], another["loss"], rel_tol=_SAME_LOSS)
+    return other if alike and one["num_tokens"] == another["num_tokens"] else None

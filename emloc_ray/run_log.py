@@ -34,6 +34,7 @@ LOG = "log.jsonl"
 RUN_EVENTS = ("run_started", "run_finished", "run_failed", "run_stopped")
 _LAYER_KEYS = ("rank", "relative_error", "solver", "before", "after")
 _MOST_SPANS = 50  # at a time; more are told as one a worker
+_LONGEST_S = 300.0  # between two lines of progress
 _WORK_SHARE = 0.05  # of a stage's time, after which its work is told again: so a long one takes no more lines
 
 
@@ -52,10 +53,10 @@ class _LogFile(logging.FileHandler):
 class RunLog:
     """A reporter that writes ``log.jsonl`` in the run's directory, after what earlier tries wrote there.
 
-    A stage's progress is written at most every ``interval_s`` seconds, and with its end; what its workers did, as seldom
-    and, the longer a stage takes, more seldom. Records
-    also go to the handlers of the logger ``emloc_ray``, with ``fields`` as their attribute. As a context it tells how the
-    run ends; where neither an end nor a live process is to be found, the run was killed.
+    A stage's progress is written at most every ``interval_s`` seconds, and with its end; what its workers did as seldom; both
+    the more seldom, the longer a stage takes. Records also go to the handlers of the logger ``emloc_ray``, with ``fields`` as
+    their attribute. As a context it tells how the run ends; where neither an end nor a live process is to be found, the run
+    was killed.
     """
 
     def __init__(self, run: RunDirectory, layers: Sequence[str] = (), interval_s: float = 10.0) -> None:
@@ -95,7 +96,7 @@ class RunLog:
         where: dict[str, Any] = {} if self._stage is None else {"stage": self._stage}
         if error is None:
             self._tell("run_finished", "The run has ended well.")
-        elif isinstance(error, KeyboardInterrupt):
+        elif isinstance(error, (KeyboardInterrupt, SystemExit)):  # Ray makes a SystemExit of SIGTERM
             self._tell("run_stopped", "The run was stopped.", **where)
         else:
             sentence = str(error) or type(error).__name__
@@ -119,7 +120,8 @@ class RunLog:
             self._units = {"done": done, "total": total}
             now = time.monotonic()
             if now >= next_time:
-                next_time = now + self.interval_s
+                # The longer a stage takes, the more seldom: the log is whole in every put to an object store.
+                next_time = now + max(self.interval_s, min(_WORK_SHARE * (now - self._begun), _LONGEST_S))
                 self._tell("progress", f"{stage}: {done} of {total}", stage=stage, **self._units)
 
         return progress

@@ -62,9 +62,12 @@ class RunStatus:
         return self.stage if self.progress is None else f"{self.stage}, {self.progress[0]} of {self.progress[1]}"
 
 
-def asked_steps(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The steps of a run, in order, that its config asks for as the manifest holds it; the import not, which goes by where
-    the model lies."""
+def asked_steps(manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    """The steps of a run, in order, as its manifest holds them, or those that its config asks for; the import not, which
+    goes by where the model lies."""
+    if manifest.get("steps"):
+        return tuple(manifest["steps"])
+    config = manifest.get("config") or {}
     emulator = config.get("emulator") or {}
     dense = emulator.get("compression_ratio") == 1
     allocation, by_predictions = emulator.get("allocation", "uniform"), emulator.get("objective") == "predictions"

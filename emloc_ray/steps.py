@@ -20,7 +20,7 @@ from emloc_ray.preparation import Prepared
 from emloc_ray.report import write_report
 from emloc_ray.reporter import Reporter
 from emloc_ray.results import assemble_metrics
-from emloc_ray.stages import GROUPS
+from emloc_ray.stages import GROUPS, SUMS
 from emloc_ray.turns import Turns
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class Steps:
         self.inputs: dict[str, str] = {}
         self._unread: list[str] = []  # stages of earlier runs whose files nobody has read yet
         self._redone: set[str] = set()
+        self._relied_on: set[str] = set()  # stages whose inputs were not made, as the cache held what they make
 
     def run(
         self,
@@ -81,6 +82,8 @@ class Steps:
         self._check_artifacts()
         self.directory.check_held()  # before files are removed, or written over: they may be another's by now
         if entry is not None:
+            for path in outputs:  # first: what a kill in between left would be gone on from, once it is forgotten
+                discard(path)
             self.directory.forget(name)
             self.write_results()  # what was shown of it speaks of another run from now on
         kept = outputs if recorded is None else recorded
@@ -88,7 +91,12 @@ class Steps:
         with self._alone(name, cached and {**(basis or inputs), "shared": shared}):
             if cached and (result := self._from_cache(name, cached, kept)) is not None:
                 return result
-            for path in outputs if entry is not None or not resumes else ():
+            if name in self._relied_on:
+                self._relied_on.remove(name)
+                raise EntryGone(
+                    f"What {name} makes is in the cache no more: it is made here, with what goes before it."
+                )
+            for path in outputs if not resumes else ():
                 discard(path)
             with self.turns.take(name, asked) as granted:
                 result = self._execute(name, execute, granted)
@@ -113,6 +121,7 @@ class Steps:
         told = self.reporter.start(name)
 
         def progress(done: int, total: int) -> None:
+            self.directory.check_held()
             if self.turns.stopped():
                 raise Stopped(f"{name} was stopped at {done} of {total}.")
             told(done, total)
@@ -120,7 +129,7 @@ class Steps:
         try:
             with measured(name) as usage:
                 result = execute(progress, granted)
-        except (Exception, SystemExit) as error:
+        except Exception as error:
             raise explain(error, name) from error
         return {**result, "usage": usage.as_dict()}
 
@@ -190,7 +199,12 @@ class Steps:
         if self.is_done(name, inputs):
             return True
         cache = None if name in self.forced else self.cache
-        return cache is not None and cache.find(name, _key(name, {**inputs, "shared": shared})) is not None
+        found = (
+            cache is not None and cache.find(name, _key(name, {**inputs, "shared": shared}), verify=True) is not None
+        )
+        if found:
+            self._relied_on.add(name)
+        return found
 
     def _check_artifacts(self) -> None:
         """Reads once, before the first stage that is to run, what earlier runs finished.
@@ -219,7 +233,9 @@ class Steps:
         self._redone.add(error.path)
         self.reporter.note(f"{error.path} is not as it was written: {stage} is done again.")
         self.directory.forget(stage)
-        discard(self.directory.path(*error.path.split("/")))  # the rest of what the stage wrote may serve again
+        # The rest of what the stage wrote may serve again; but sums that have an index are taken for whole.
+        folder, *_ = error.path.split("/")
+        discard(self.directory.path(folder) if stage in SUMS else self.directory.path(*error.path.split("/")))
 
     def write_results(self) -> None:
         """metrics.json and report.html, anew from the manifest."""

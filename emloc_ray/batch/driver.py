@@ -134,8 +134,13 @@ def begin_board(prepared: Prepared) -> Board:
 def _run(prepared: Prepared, board: Board, show: Show, tell: Tell) -> BatchState:
     batch, run, limits = prepared.batch, prepared.run, prepared.batch.config.limits
     admission = Admission(lambda: cluster_capacity(limits))
-    whole = cluster_capacity(limits)
-    concurrent = batch.config.max_concurrent or min(max(2 * int(whole.cpus), _LEAST_CONCURRENT), _MOST_CONCURRENT)
+
+    def concurrent() -> int:
+        """Of the cluster as it is now, which may have grown: two tasks a GPU, or a CPU up to a bound."""
+        whole = cluster_capacity(limits)
+        on_cpus = min(max(2 * int(whole.cpus), _LEAST_CONCURRENT), _MOST_CONCURRENT)
+        return batch.config.max_concurrent or max(on_cpus, 2 * int(whole.gpus))
+
     begun = BatchRun(
         run,
         board,

@@ -55,14 +55,15 @@ class BatchRun:
         board: Board,
         work: Work,
         admission: Admission,
-        max_concurrent: int,
+        max_concurrent: Callable[[], int],
         show: Callable[[BatchState], None] = lambda state: None,
         tell: Callable[[str], None] = lambda text: None,
         clock: Callable[[], float] = time.monotonic,
         ray: RayConfig | None = None,
         unfit: Callable[[Task], list[str]] = lambda task: [],
     ) -> None:
-        """``admission`` admits stages; ``max_concurrent`` tasks are under way at once; ``ray`` is that of tasks added later,
+        """``admission`` admits stages; as many tasks are under way at once as
+        ``max_concurrent`` says when it is asked; ``ray`` is that of tasks added later,
         and ``unfit`` says why one of these could never run."""
         self.directory, self.board, self.work, self.admission = run, board, work, admission
         self.max_concurrent, self.show, self.tell, self.clock = max_concurrent, show, tell, clock
@@ -92,10 +93,12 @@ class BatchRun:
         """Until every task is over; what was asked for meanwhile (:func:`emloc_ray.batch.state.ask`) is done.
 
         Raises:
+            StageError: where another process took the batch over, since this one was cut off from its object store.
             KeyboardInterrupt: after the stages under way were asked to end, and did, or a minute has passed.
         """
         try:
             while True:
+                self.directory.check_held()  # another process that took the batch over has its tasks now
                 self.hear()
                 self._seat()
                 self._tell_state()
@@ -178,7 +181,7 @@ class BatchRun:
             if not opened.thread.is_alive():
                 self._open.remove(opened)
                 self._seats.release(opened.seat)
-        for seat in self._seats.admit(Amount(cpus=self.max_concurrent)):
+        for seat in self._seats.admit(Amount(cpus=self.max_concurrent())):
             name = seat.ticket.standing.task
             del self._tickets[name]
             thread = threading.Thread(target=self._do, args=(self.tasks[name],), name=f"task {name}", daemon=True)

@@ -24,7 +24,7 @@ from emloc_ray.errors import DataError
 from emloc_ray.io.fingerprint import fingerprint, fingerprint_large_files
 from emloc_ray.io.node_cache import ensure
 from emloc_ray.io.object_store import is_store_uri
-from emloc_ray.io.stored_files import StoredFile, find_stored, shown
+from emloc_ray.io.stored_files import StoredFile, find_stored, is_hidden, shown
 
 KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".csv": "csv"}
 Row = dict[str, Any]
@@ -111,7 +111,7 @@ def list_files(patterns: str | Sequence[str], key: str) -> list[Path | str]:
         if not matched:
             kinds = ", ".join(sorted(KINDS))
             raise DataError(f"{key}: {pattern} names no file: give a {kinds} file, a directory or a glob of them.")
-        found += matched
+        found += [place for place in matched if place not in found]
     for place in found:
         if _suffix(place) not in KINDS:
             raise DataError(
@@ -123,7 +123,8 @@ def list_files(patterns: str | Sequence[str], key: str) -> list[Path | str]:
 def _local(pattern: str) -> list[Path]:
     path = Path(pattern.removeprefix("file://")).expanduser()
     if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.suffix in KINDS and file.is_file())
+        inside = (file for file in path.rglob("*") if file.suffix in KINDS and file.is_file())
+        return sorted(file for file in inside if not is_hidden(file.relative_to(path).parts))
     if path.is_file():
         return [path]
     return sorted(Path(name) for name in globbing.glob(str(path), recursive=True) if Path(name).is_file())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,7 @@ _FILES = "files"
 _POLL_S = 0.2
 _CONNECTIONS = 8
 _CHUNK = 2**22
+_SWEEP_S = 3600.0  # between two looks of a process at all that is there for what killed ones left
 Files = Mapping[str, Mapping[str, Any]]
 
 
@@ -68,6 +70,8 @@ class ArtifactCache:
         self._at = CachePlace(place)
         self.place = self._at.name
         self._verified: set[str] = set()
+        self._bases: dict[tuple[str, str], Mapping[str, Any]] = {}  # of entries that were read: they never change
+        self._swept_at = -math.inf  # by the monotonic clock
 
     def is_made(self) -> bool:
         """Whether anything was ever put there."""
@@ -127,7 +131,9 @@ class ArtifactCache:
         The cache outlives the installed version: a basis that says nothing of it finds what another made.
         """
         try:
-            return [entry for entry in self.entries() if match.items() <= (entry.basis or {}).items()]
+            found = self._entries(lambda names: match.items() <= self._bases.get(names, match).items())
+            self._bases |= {(entry.stage, entry.key): entry.basis or {} for entry in found}
+            return [entry for entry in found if match.items() <= (entry.basis or {}).items()]
         except (OSError, ArtifactError):
             return []
 
@@ -190,7 +196,10 @@ class ArtifactCache:
 
     def entries(self) -> list[Entry]:
         """All entries, last used first."""
-        used = {names: at for names, at in self._at.scan().items() if at is not None}
+        return self._entries(lambda names: True)
+
+    def _entries(self, wanted: Callable[[tuple[str, str]], bool]) -> list[Entry]:
+        used = {names: at for names, at in self._at.scan().items() if at is not None and wanted(names)}
         with ThreadPoolExecutor(_CONNECTIONS) as pool:
             found = pool.map(lambda names: self._read(names[0], names[1], used[names]), used)
             return sorted((entry for entry in found if entry is not None), key=lambda entry: -entry.used_at)
@@ -200,10 +209,13 @@ class ArtifactCache:
 
         A file that several entries share by hard links counts once. What killed writers left goes too, after an hour.
         """
+        self._swept_at = -math.inf
         return self._prune(max_bytes, None)
 
     def _prune(self, max_bytes: int | None, kept: str | None) -> list[Entry]:
-        self._at.sweep()
+        if time.monotonic() - self._swept_at > _SWEEP_S:
+            self._at.sweep()
+            self._swept_at = time.monotonic()
         if max_bytes is None:
             return []
         held = [(entry, self._blocks(entry)) for entry in self.entries()]

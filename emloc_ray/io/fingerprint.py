@@ -39,7 +39,7 @@ def fingerprint_large_files(files: Iterable[Path]) -> str:
             status = file.stat()
             small = status.st_size < 2**26
             large = _hub_digest(file) or [status.st_size, status.st_mtime_ns]
-            parts.append([file.name, fingerprint_files([file]) if small else large])
+            parts.append([file.name, _small_digest(file, *_look(file)) if small else large])
     return fingerprint(parts)
 
 
@@ -49,6 +49,11 @@ def content_of(files: Iterable[Path]) -> str:
     Each file is read once by a process, or never where its digest is noted with it.
     """
     return fingerprint([[file.name, _known_digest(file, *_look(file))] for file in files if file.is_file()])
+
+
+@functools.lru_cache(maxsize=65536)  # hundreds of tasks may ask for the same
+def _small_digest(file: Path, *look: int) -> str:
+    return fingerprint_files([file])
 
 
 def _look(file: Path) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, Protocol, TypeVar
 
-from emloc_ray.errors import ArtifactError, ConfigError, StageError
+from emloc_ray.errors import ArtifactError, ConfigError, TakenOver
 from emloc_ray.io.object_store import ObjectStore
 
 KEY = "lock"
@@ -82,7 +82,7 @@ class Lease:
         return None
 
     def check(self) -> None:
-        """Raises StageError where another process has taken the lease, because this one could not renew it in time.
+        """Raises TakenOver where another process has taken the lease, because this one could not renew it in time.
 
         Where the last renewal is old, it is renewed here and now: nobody else takes it within the next ``_STALE_S / 2``.
         """
@@ -91,7 +91,7 @@ class Lease:
                 if self._is_due():  # still: a renewal that was under way may have ended well
                     self._renew()
         if self._lost is not None:
-            raise StageError(f"This run was taken over by {self._lost}: leave it to that, or stop that first.")
+            raise TakenOver(f"This run was taken over by {self._lost}: leave it to that, or stop that first.")
 
     def give_back(self) -> None:
         """Lets others take it at once."""

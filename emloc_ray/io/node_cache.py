@@ -69,7 +69,7 @@ def mirror(uri: str) -> Path:
 def origin(path: Path) -> Origin | None:
     """What ``path`` mirrors; None for a path of a file system."""
     for number, part in enumerate(path.parts):
-        if part.startswith(MARK):
+        if part.startswith(MARK) and "://" in unquote(part):
             root = Path(*path.parts[: number + 1])
             return Origin(_store(unquote(part.removeprefix(MARK))), root, "/".join(path.parts[number + 1 :]))
     return None
@@ -81,7 +81,7 @@ def publish(path: Path, *, whole: bool = False) -> None:
     What is ``whole``, to which nobody will add, this node keeps as it keeps what it fetches: until it needs the room.
     """
     here = origin(path)
-    if here is None or _is_unfinished(path):  # it has its own name only when it is whole
+    if here is None or _is_unfinished(here.path):  # it has its own name only when it is whole
         return
     if here.is_plain and path.is_file():
         here.store.write(here.path, path.read_bytes())
@@ -113,7 +113,7 @@ def ensure(path: Path, *, weights: bool = True) -> None:
         return
     found = _stored(here, path)
     for file in _files(path):
-        if file not in found and not _is_unfinished(file):
+        if file not in found and not _is_unfinished(file.relative_to(here.root).as_posix()):
             file.unlink(missing_ok=True)  # a copy of what is no more
     wanted = {file: info for file, info in found.items() if weights or file.suffix != ".safetensors"}
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
@@ -252,5 +252,5 @@ def _files(path: Path) -> list[Path]:
     return sorted(file for file in below if file.is_file())
 
 
-def _is_unfinished(path: Path) -> bool:
-    return any(part.endswith(".tmp") for part in path.parts)
+def _is_unfinished(path: str) -> bool:
+    return any(part.endswith(".tmp") for part in path.split("/"))

@@ -14,7 +14,7 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -137,9 +137,11 @@ class RunDirectory:
             raise ConfigError(str(error)) from error
         return self
 
-    def create(self, config: dict[str, Any], *, fresh: bool = False, kind: Kind = "run") -> None:
-        """Makes the directory with its manifest and config, without its secrets; ``fresh`` removes what an earlier run of
-        this name left."""
+    def create(
+        self, config: dict[str, Any], *, fresh: bool = False, kind: Kind = "run", steps: Sequence[str] = ()
+    ) -> None:
+        """Makes the directory with its manifest and config, without its secrets, and the ``steps`` that it will take;
+        ``fresh`` removes what an earlier run of this name left."""
         self.check(kind)
         config = without_secrets(config)
         self.root.mkdir(parents=True, exist_ok=True)
@@ -147,7 +149,7 @@ class RunDirectory:
             discard(leftover)
         found = self.names()
         manifest: dict[str, Any] = self.manifest() if MANIFEST in found and not fresh else {"stages": {}}
-        manifest.update({"format": _FORMAT, "kind": kind, "name": self.name, "config": config})
+        manifest.update({"format": _FORMAT, "kind": kind, "name": self.name, "config": config, "steps": list(steps)})
         self._write_manifest(manifest)
         with atomic_file(self.path(CONFIG)) as file:
             file.write(yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())

@@ -11,6 +11,7 @@ import yaml
 
 HIDDEN = "(hidden)"
 _ENVIRONMENT = "env_vars"
+_USER_IN_URL = re.compile(r"://[^/\s@]+:[^/\s@]+@")
 _SECRET = re.compile(r"(^|[_-])(token|key|secret|credentials?)$|password|passphrase|api_?key", re.IGNORECASE)
 
 
@@ -32,8 +33,10 @@ def is_variable(path: tuple[str, ...]) -> bool:
 
 
 def is_secret(path: tuple[str, ...], value: Any) -> bool:
-    """Whether the keys that lead to a text say that it is a token, a key or a password."""
-    return isinstance(value, str) and value != "" and any(_SECRET.search(key) for key in path)
+    """Whether the keys that lead to a text say that it is a token, a key or a password, or it is a URL that holds one."""
+    if not isinstance(value, str) or value == "":
+        return False
+    return bool(_USER_IN_URL.search(value)) or any(_SECRET.search(key) for key in path)
 
 
 def without_secrets(value: Any, path: tuple[str, ...] = ()) -> Any:

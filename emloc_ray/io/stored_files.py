@@ -41,12 +41,19 @@ def find_stored(pattern: str, key: str, suffixes: Collection[str]) -> list[str]:
     return [_uri(store, file) for file in sorted(found, key=lambda file: file.split("/"))]
 
 
+def is_hidden(parts: Sequence[str]) -> bool:
+    """Whether a file's path below a directory holds a name that begins with a dot, which globs do not match either: editors
+    and notebooks leave copies there."""
+    return any(part.startswith(".") for part in parts)
+
+
 def _found(store: ObjectStore, path: str, suffixes: Collection[str]) -> list[str]:
     kind = store.status(path).type
     if kind == pyarrow.fs.FileType.File:
         return [path]
     if kind == pyarrow.fs.FileType.Directory:
-        return [file for file in store.files(path) if PurePosixPath(file).suffix in suffixes]
+        inside = [file for file in store.files(path) if PurePosixPath(file).suffix in suffixes]
+        return [file for file in inside if not is_hidden(PurePosixPath(file).relative_to(path).parts)]
     parts = path.split("/")
     plain = next((number for number, part in enumerate(parts) if _MAGIC.search(part)), None)
     if plain is None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 from torch import Tensor
 
@@ -18,13 +21,14 @@ from emloc_ray.core.whitening import Whitening
 from emloc_ray.io.atomic import write_json
 from emloc_ray.io.checkpoint import Checkpoint, read_shard
 from emloc_ray.io.grams import GramStore, StoredGram
-from emloc_ray.io.node_cache import ensure, exists
+from emloc_ray.io.node_cache import ensure, sizes
 from emloc_ray.io.shard_writing import write_tensors
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.stages.cluster import Progress, Resources, bounded, set_threads, silent
 from emloc_ray.stages.failures import Losses, Tell, unheard
 
 RANKS = "ranks.json"
+_CONNECTIONS = 8  # by which small files are read at once
 
 
 @dataclass(frozen=True)
@@ -107,19 +111,21 @@ def allocate_ranks(
     grams = GramStore(job.calibration_dir)
     sums = None if job.gradients_dir is None else GramStore(job.gradients_dir)
     work = sorted(zip(job.groups, files, strict=True), key=lambda pair: _cost(pair[0]), reverse=True)
-    submits = []
+    there, submits = set(sizes(out_dir)), []
+    shared_job = ray.put(dataclasses.replace(job, groups=(), ranks={}))  # once, not with every task
     for specs, file in work:
-        if not exists(file):
+        if file not in there:
             gradients = {} if sums is None else {spec.name: sums.stored(spec.name) for spec in specs}
             named = task.options(name=f"allocate: {' and '.join(spec.name for spec in specs)}")
             call = functools.partial(
-                named.remote, job, specs, grams.stored(specs[0].name), gradients, file, resources.threads
+                named.remote, shared_job, specs, grams.stored(specs[0].name), gradients, file, resources.threads
             )
             submits.append((specs[0].name, call))
-    bounded(submits, 2 * resources.num_workers, Losses("allocate", tell), progress)
+    bounded(submits, resources.num_workers, Losses("allocate", tell), progress)
     gains: dict[str, Tensor] = {}
-    for file in files:
-        gains |= {entry.name: entry.read_rows() for entry in read_shard(file).entries}
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        for found_there in pool.map(_read_spectra, files):
+            gains |= found_there
     every = [spec for group in job.groups for spec in group]
     told = [spec for spec in every if float(gains[spec.name].sum()) > 0]
     curves = [_curve(job, spec, gains[spec.name]) for spec in told]
@@ -170,6 +176,10 @@ def _write(
 
 def _cost(group: Sequence[LinearSpec]) -> float:
     return sum(min(s.out_features, s.in_features) ** 3 + s.num_parameters * s.in_features for s in group)
+
+
+def _read_spectra(file: Path) -> dict[str, Tensor]:
+    return {entry.name: entry.read_rows() for entry in read_shard(file).entries}
 
 
 def _spectra_task(

@@ -20,7 +20,7 @@ from emloc_ray.io.resume import discard_unless
 from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.preparation import Prepared, splits_of
 from emloc_ray.stages.cluster import Progress, silent
-from emloc_ray.stages.failures import Losses, Tell, unheard
+from emloc_ray.stages.failures import Losses, Tell, is_lost, unheard
 
 _ROWS_PER_SHARD = 1024
 _IMAGE_ROWS_PER_SHARD = 256
@@ -114,7 +114,8 @@ def begun_again(work: Callable[[], Result], losses: Losses, piece: Callable[[], 
         try:
             return work()
         except Exception as error:  # Ray Data raises kinds of its own around Ray's
-            time.sleep(losses.count(piece(), error))
+            # To find the piece means to look at what is written, of a store too.
+            time.sleep(losses.count(piece() if is_lost(error) else "", error))
 
 
 def _splits(

@@ -217,10 +217,11 @@ class EmulatorBuild:
         self._rest = list(zip(rest, self.files[len(work) :], strict=True))
         self._work_of = {spec.name: group for group in work for spec in group}
         self._measured = self._work_of.keys() - set(job.without_gram)
-        self._flight = Flight(2 * resources.num_workers, Losses("factorize", tell))
+        self._flight = Flight(resources.num_workers, Losses("factorize", tell))
         self._used: dict[Path, list[Path]] = {}
         self._started: set[Path] = set()
-        self._done = set(sizes(job.out_dir))
+        there, own = set(sizes(job.out_dir)), set(self._file_of.values())
+        self._done = {file for file in there if file not in own or spectra_file(file) in there}
         self._error: Exception | None = None
 
     def add(self, grams: Path, names: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from emloc_ray.errors import EmlocError, NumericsError, Stopped
+from emloc_ray.errors import EmlocError, NumericsError, Stopped, TakenOver
 from emloc_ray.io.node_cache import discard, ensure, exists, open_artifact, publish, remote
 from emloc_ray.stages.cluster import Progress, Resources, bounded, silent
 from emloc_ray.stages.failures import Losses, Tell, is_lost, last_line, reason, unheard
@@ -55,7 +55,8 @@ class FailureLog(ray.train.UserCallback):
         publish(path)
 
 
-Way = Callable[[FinetuneJob, Resources, Tell], dict[str, Any]]
+# ``check`` raises where the training is to be left at once.
+Way = Callable[[FinetuneJob, Resources, Tell, Callable[[], None]], dict[str, Any]]
 
 
 def finetune(
@@ -79,7 +80,7 @@ def finetune(
     for left in (job.stop_path, job.begun_path):
         discard(left)
     with _watching(job, progress, tell) as watcher:
-        outcome = (way or _way(job, resources))(job, resources, tell)
+        outcome = (way or _way(job, resources))(job, resources, tell, watcher.check)
     if outcome["stopped"] and watcher.stop is not None:
         raise watcher.stop
     if outcome["failure"]:
@@ -92,6 +93,7 @@ def finetune(
         "steps": outcome["steps"],
         "train_loss": _mean_loss(history) if outcome["resumed"] and history else outcome["train_loss"],
         "history": [{"step": line["step"], "loss": line["loss"]} for line in history],
+        "resumed": outcome["resumed"],
     }
 
 
@@ -107,13 +109,14 @@ def _way(job: FinetuneJob, resources: Resources) -> Way:
     return run_alone if resources.num_workers == 1 and job.zero_config is None else run_group
 
 
-def run_alone(job: FinetuneJob, resources: Resources, tell: Tell) -> dict[str, Any]:
+def run_alone(job: FinetuneJob, resources: Resources, tell: Tell, check: Callable[[], None]) -> dict[str, Any]:
     """In a task; begun again from its newest checkpoint where its worker is lost."""
     task = resources.task(train_alone, alone=leaves_traces(job)).options(name=f"{job.stage}: {job.name}")
     submit = functools.partial(task.remote, job, resources.threads)
 
     def give_up(done: int, total: int) -> None:
-        """Where it is asked to stop while its task waits for a worker, which may never come."""
+        """Also where it is asked to stop while its task waits for a worker, which may never come."""
+        check()
         if exists(job.stop_path) and not exists(job.begun_path):
             raise Stopped(f"{job.stage} was stopped before it began.")
 
@@ -121,13 +124,13 @@ def run_alone(job: FinetuneJob, resources: Resources, tell: Tell) -> dict[str, A
     return dict(outcome)
 
 
-def run_group(job: FinetuneJob, resources: Resources, tell: Tell) -> dict[str, Any]:
+def run_group(job: FinetuneJob, resources: Resources, tell: Tell, check: Callable[[], None]) -> dict[str, Any]:
     """As a Ray Train group, in another where the process that leads it is lost."""
     losses = Losses(job.stage, tell)
     begun_at = time.time()
     with _interruptible():
         while (outcome := _fit(job, resources, losses)) is None:
-            pass
+            check()
     for rank in range(resources.num_workers):
         known = outcome["peak_bytes"] if rank == 0 else 0  # whose outcome it is
         tell_span(Span(job.stage, f"rank {rank}", "the training", begun_at, time.time(), peak_bytes=known))
@@ -217,13 +220,19 @@ class _watching:
             except EmlocError as error:
                 self.stop = error
         if self.stop is not None and not self.asked:
-            self.job.stop_path.write_text(str(self.stop))
-            publish(self.job.stop_path)
+            if not isinstance(self.stop, TakenOver):  # the other's training reads the same file
+                self.job.stop_path.write_text(str(self.stop))
+                publish(self.job.stop_path)
             self.asked = True
         failures = _logged(self.job.failure_path)
         for text in failures[self.told :]:
             self.tell(text)
         self.told = len(failures)
+
+    def check(self) -> None:
+        """Raises what says that another process holds the run by now, where one does."""
+        if isinstance(self.stop, TakenOver):
+            raise self.stop
 
     def __enter__(self) -> _watching:
         self.thread.start()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 
 from emloc_ray.core.factorization import LowRankFactors
@@ -196,14 +197,14 @@ def fold(
     original's.
     """
     found = pieces(job)
-    task = resources.task(write_piece)
+    task, shared_job = resources.task(write_piece), ray.put(job)  # once, not with every task
 
     def submit(piece: Piece) -> Any:
-        return task.options(name=f"heal: {piece.file.name}").remote(job, piece, resources.threads)
+        return task.options(name=f"heal: {piece.file.name}").remote(shared_job, piece, resources.threads)
 
     largest = sorted(found, key=lambda piece: sum(entry.num_bytes for entry in piece.entries), reverse=True)
     work = [(f"shard {piece.file.name}", functools.partial(submit, piece)) for piece in largest]
-    bounded(work, 2 * resources.num_workers, Losses("heal", tell), progress)
+    bounded(work, resources.num_workers, Losses("heal", tell), progress)
     return finish_emulator(job, base_config)
 
 

@@ -51,7 +51,8 @@ def heal(
     def part(number: int) -> Callable[[int, int], None]:
         return lambda done, total: progress(sum(parts[:number]) + min(done, parts[number]), sum(parts))
 
-    outcome = _outcome(job)
+    outcome, cached_before = _outcome(job), bool(sizes(job.teacher.out_dir))
+    resumed = outcome is not None or cached_before
     if outcome is None:
         teach(job.teacher, resources, part(0), tell)
         cached = sum(size for file, size in sizes(job.teacher.out_dir).items() if file.suffix == ".safetensors")
@@ -60,7 +61,8 @@ def heal(
         outcome = {**found, "teacher_rows": rows, "teacher_bytes": cached}
         write_json(job.outcome_path, outcome)
     total_size = fold(job.fold, base_config, replace(resources, gpus_per_worker=0), part(2), tell)
-    return {**outcome, "healed_layers": len(job.fold.healed), "bytes": total_size}
+    resumed = resumed or outcome.get("resumed", False)
+    return {**outcome, "resumed": resumed, "healed_layers": len(job.fold.healed), "bytes": total_size}
 
 
 def _outcome(job: HealingJob) -> dict[str, Any] | None:

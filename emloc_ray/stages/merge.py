@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 
 from emloc_ray.errors import ArtifactError
@@ -92,9 +93,10 @@ def merge(job: MergeJob, resources: Resources, progress: Progress = silent, tell
     shards = Checkpoint(job.model_dir).shards
     job.out_dir.mkdir(parents=True, exist_ok=True)
     task, threads = resources.task(_merge_task), resources.threads
+    shared_job = ray.put(job)  # once, not with every task
 
     def submit(name: str, shard: Shard) -> Any:
-        return task.options(name=f"merge: {name}").remote(job, shard, job.out_dir / name, threads)
+        return task.options(name=f"merge: {name}").remote(shared_job, shard, job.out_dir / name, threads)
 
     named = sorted(
         output_shards(shards, job.max_shard_size),
@@ -103,7 +105,7 @@ def merge(job: MergeJob, resources: Resources, progress: Progress = silent, tell
     )
     changed = bounded(
         [(f"shard {name}", functools.partial(submit, name, shard)) for name, shard in named],
-        2 * resources.num_workers,
+        resources.num_workers,
         Losses("merge", tell),
         progress,
     )

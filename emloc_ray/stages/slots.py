@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -12,6 +13,8 @@ import ray
 from emloc_ray.stages.cluster import Progress, silent
 from emloc_ray.stages.failures import Losses
 from emloc_ray.stages.spans import Span, tell_span, timed
+
+_LOOK_S = 1.0
 
 
 class SlotActor:
@@ -77,7 +80,8 @@ def run_slots(
                 actors[slot] = start(slot)
                 waiting[actors[slot].position.remote()] = slot
                 begun[slot] = ("its start", time.time())
-            for reference in _some(list(waiting), min(resting.values(), default=None)):
+            progress(_done(work, last), total)  # where it is heard that the run is to stop, too
+            for reference in _some(list(waiting), min(resting.values(), default=math.inf)):
                 slot = waiting.pop(reference)
                 try:
                     found = ray.get(reference)
@@ -94,7 +98,6 @@ def run_slots(
                 last[slot] = unit
                 if unit >= 0:
                     done(slot, unit)
-                progress(sum(1 for s, units in enumerate(work) for u in units if u <= last[s]), total)
                 following = next((u for u in work[slot] if u > unit), None)
                 asked[slot] = " at its end" if following is None else f" at {unit_name} {following}"
                 begun[slot] = ("its end" if following is None else f"{unit_name} {following}", time.time())
@@ -105,11 +108,15 @@ def run_slots(
             ray.kill(actor)
 
 
-def _some(references: list[Any], until: float | None) -> list[Any]:
-    """The first of these that is ready, or none by the time ``until``."""
-    rest = None if until is None else max(0.0, until - time.monotonic())
+def _done(work: Sequence[Sequence[int]], last: Mapping[int, int]) -> int:
+    return sum(1 for slot, units in enumerate(work) for unit in units if unit <= last[slot])
+
+
+def _some(references: list[Any], until: float) -> list[Any]:
+    """The first of these that is ready, or none by the time ``until``, or after a second."""
+    rest = min(_LOOK_S, max(0.0, until - time.monotonic()))
     if references:
         ready: list[Any] = ray.wait(references, num_returns=1, timeout=rest)[0]
         return ready
-    time.sleep(rest or 0)
+    time.sleep(rest)
     return []

@@ -157,7 +157,7 @@ def scheduling(out: Path) -> Figures:
             run = RunDirectory(out / f"sleepers-{count}")
             run.create({}, fresh=True)
             admission = Admission(lambda: Amount(cpus=_SLEEPING_CPUS))
-            batch = BatchRun(run, Board(time.time()), _Sleeps(), admission, max_concurrent=2 * _SLEEPING_CPUS)
+            batch = BatchRun(run, Board(time.time()), _Sleeps(), admission, lambda: 2 * _SLEEPING_CPUS)
             begin = time.perf_counter()
             for number in range(count):
                 batch.add(Task(f"task-{number}", config))

@@ -12,14 +12,24 @@ import torch
 from families import save
 from image_rows import serve, write_image_rows
 from safetensors.torch import load_file
-from small_runs import TWO, FinishedRun, KillingReporter, make_values, redone, run_values, task_rows, write_jsonl
+from small_runs import (
+    TWO,
+    FinishedRun,
+    KillingReporter,
+    RecordingReporter,
+    make_values,
+    redone,
+    run_values,
+    task_rows,
+    write_jsonl,
+)
 from transformers import AutoModelForCausalLM
 from vlms import save_vlm
 
 from emloc_ray.config_reading import parse_config
 from emloc_ray.core.ranks import factor_parameters
 from emloc_ray.data.token_shards import TokenShards
-from emloc_ray.io.artifact_cache import ArtifactCache
+from emloc_ray.io.artifact_cache import ArtifactCache, EntryGone
 from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.io.grams import GramStore
 from emloc_ray.modeling.loading import load_model
@@ -166,6 +176,43 @@ def test_sums_that_are_not_kept_are_gathered_again_where_they_are_of_use(
     smaller = {**values, "emulator": {**values["emulator"], "compression_ratio": 0.3}}
     assert run_values(smaller, until="factorize").started == ["calibrate", "gradients", "allocate", "factorize"]
     assert not (root / "gradients").exists()
+
+
+@pytest.mark.parametrize("harm", ["damaged", "removed"])
+def test_an_emulator_that_the_cache_held_and_does_not_give_is_made_here(
+    weighed_run: FinishedRun, tmp_path: Path, harm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its Grams, gradients and ranks were left out, as nothing but the emulator was of use."""
+    cache = ArtifactCache(str(tmp_path / "cache"))
+    changed = weighed_run.changed(calibration={"keep": "none"}, correction={"method": "projection"})
+
+    def run(name: str) -> RecordingReporter:
+        return run_values({**changed, "run_dir": str(tmp_path / name)}, until="factorize", cache=cache)
+
+    run("first")
+    if harm == "damaged":
+        shard = next((tmp_path / "cache").rglob("emulator/model-*.safetensors"))
+        content = bytearray(shard.read_bytes())
+        content[-1] ^= 1
+        shard.write_bytes(content)
+        cache = ArtifactCache(str(tmp_path / "cache"))
+    else:  # by another task, between the look at what is there and its use
+        link, left = ArtifactCache.link, ["factorize"]
+
+        def gone(self: ArtifactCache, entry: Any, *args: Any, **options: Any) -> Any:
+            if entry.stage in left:
+                left.remove(entry.stage)
+                self._at.remove(entry.stage, entry.key)
+                raise EntryGone("it is there no more")
+            return link(self, entry, *args, **options)
+
+        monkeypatch.setattr(ArtifactCache, "link", gone)
+    reporter = run("second")
+    assert {"calibrate", "gradients", "factorize"} <= set(reporter.started)
+    assert any("factorize makes is in the cache no more" in note for note in reporter.notes) == (harm == "removed")
+    for name in ("model.safetensors.index.json", "config.json"):
+        first, second = (tmp_path / run / "emulator" / name for run in ("first", "second"))
+        assert first.read_bytes() == second.read_bytes()
 
 
 def test_an_emulator_of_other_ranks_is_taken_from_one_of_the_same_objective_alone(

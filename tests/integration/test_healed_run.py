@@ -220,6 +220,19 @@ def test_a_killed_worker_leaves_no_trace(copied: FinishedRun, healed_run: Finish
     same_tensors(copied.root / "emulator_healed", healed_run.root / "emulator_healed", 1e-5)
 
 
+def test_a_damaged_shard_has_all_of_them_made_of_one_training(copied: FinishedRun, healed_run: FinishedRun) -> None:
+    """The others would be of an adapter that is there no more, and training again may end in another."""
+    damaged, *others = sorted((copied.root / "emulator_healed").glob("model-*.safetensors"))
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    before = {path: path.stat().st_ino for path in others}
+    reporter = run_values(copied.changed(correction={"method": "none"}), until="correct")
+    assert reporter.started == ["heal", "correct"]
+    assert all(path.stat().st_ino != inode for path, inode in before.items())
+    same_tensors(copied.root / "emulator_healed", healed_run.root / "emulator_healed", 1e-5)
+
+
 def test_on_an_object_store_it_is_the_same(
     healed_run: FinishedRun, s3_port: int, node_cache: Path, tmp_path: Path
 ) -> None:

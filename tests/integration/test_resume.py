@@ -140,6 +140,23 @@ def test_altered_files_of_the_same_size_are_found_before_they_are_built_on(
         assert shard.read_bytes() == (llama_run.root / "emulator" / shard.name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("folder", "stages"),
+    [("calibration", ["calibrate", "factorize", "correct"]), ("emulator/spectra", ["factorize", "correct"])],
+)
+def test_altered_sums_and_spectra_are_made_anew(copied: FinishedRun, folder: str, stages: list[str]) -> None:
+    """An index that is still there does not stand for the file that went."""
+    file = min((copied.root / folder).glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    values = copied.changed(correction={"method": "covariance", "strength": 0.3})
+    reporter = run_values(values, until="correct")
+    assert reporter.started == stages
+    assert file.is_file()
+    assert run_values(values, until="correct").started == []
+
+
 def test_a_killed_calibration_worker_leaves_no_trace(copied: FinishedRun, llama_run: FinishedRun) -> None:
     reporter = KillingReporter()
     run_values(copied.values, reporter, begin="calibrate", until="calibrate")

@@ -349,13 +349,16 @@ def test_a_failed_run_is_one_sentence_and_code_1(call: Call, monkeypatch: pytest
     assert f"What was finished stays in {call.run_dir}" in second
 
 
-def test_an_interrupted_run_is_code_130(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (SystemExit(15), 143)])
+def test_a_stopped_run_is_no_failure(
+    call: Call, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
+) -> None:
     def interrupt(*args: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
+        raise error
 
     monkeypatch.setattr(pipeline, "run", interrupt)
     result = call("run")
-    assert result.exit_code == 130
+    assert result.exit_code == code
     assert result.stderr.splitlines() == ["Stopped. What was finished stays; the same command goes on from there."]
 
 

@@ -11,7 +11,7 @@ import pytest
 from transformers import LlamaConfig
 
 from emloc_ray import planner
-from emloc_ray.budget import solve
+from emloc_ray.budget import solve, with_settings
 from emloc_ray.config_reading import check_config, parse_config
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import shard_name, write_index, write_shard
@@ -223,3 +223,14 @@ def test_a_budget_is_for_the_healing_too() -> None:
     assert solution.finetune_bytes <= budget
     assert "heal" in dict(solution.too_large)  # its teacher is the original, which is larger
     assert solution.compression_ratio < solve(large(None), budget, ROW).compression_ratio
+
+
+def test_a_budget_leaves_the_healing_its_rows_a_step() -> None:
+    found = large({"steps": 100, "per_device_train_batch_size": 4}, finetune={"per_device_train_batch_size": 8})
+    solution = solve(found, 10 * 2**30, ROW)
+    assert solution.gradient_accumulation_steps > 1
+    changed = with_settings(found, 0.5, 1, solution.gradient_accumulation_steps, True)
+    own = max(1, 4 // solution.gradient_accumulation_steps)
+    assert healing_run(changed, changed.config.emulator.heals).config.finetune.per_device_train_batch_size == own
+    assert f"emulator.healing.per_device_train_batch_size={own}" in solution.overrides
+    assert "healing" not in " ".join(solve(large({"steps": 100}), 12 * 2**30, ROW).overrides)

@@ -15,9 +15,11 @@ from emloc_ray import planner
 from emloc_ray.config_reading import parse_config
 from emloc_ray.console import plan_tables
 from emloc_ray.io.checkpoint import Checkpoint
-from emloc_ray.planner import Plan, make_plan, num_steps
+from emloc_ray.planner import Plan, make_plan, needed_steps, num_steps
 from emloc_ray.preparation import Prepared, prepare
 from emloc_ray.stages import STAGES
+
+PLAIN = [stage for stage in STAGES[1:] if stage != "heal"]
 
 
 @pytest.fixture(autouse=True)
@@ -27,21 +29,27 @@ def steady_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def plan(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[..., Plan]:
-    """``plan(dtype, section={…})``: the plan of a tiny Llama on twelve rows of 70 characters."""
+def prepared(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[..., Prepared]:
+    """``prepared(dtype, section={…})``: a tiny Llama on twelve rows of 70 characters."""
     data = tmp_path / "rows.jsonl"
     data.write_text((json.dumps({"text": "x" * 70}) + "\n") * 12)
 
-    def make(dtype: str = "float32", **sections: Any) -> Plan:
+    def make(dtype: str = "float32", **sections: Any) -> Prepared:
         values = {
             "run_dir": str(tmp_path / "run"),
             "model": {"source": str(tiny_model_dir("llama", dtype=dtype))},
             "data": {"train": {"path": str(data)}, "max_seq_length": 64},
             **sections,
         }
-        return make_plan(prepare(parse_config(values)))
+        return prepare(parse_config(values))
 
     return make
+
+
+@pytest.fixture
+def plan(prepared: Callable[..., Prepared]) -> Callable[..., Plan]:
+    """The plan of that."""
+    return lambda *args, **sections: make_plan(prepared(*args, **sections))
 
 
 def stage(plan: Plan, name: str) -> Any:
@@ -175,6 +183,15 @@ def test_a_correction_has_one_worker_such_as_the_evaluation_has(plan: Callable[.
         plan(evaluation={"num_workers": 3, "cpus_per_worker": 2, "gpus_per_worker": 1}, ray={"num_gpus": 1}), "correct"
     )
     assert (found.num_workers, found.cpus_per_worker, found.gpus_per_worker) == (1, 2, 1)
+
+
+def test_steps_without_work_are_not_waited_for(prepared: Callable[..., Prepared]) -> None:
+    by_data, all_named = {"allocation": "sensitivity"}, {"ratios": {".*": 0.3}}
+    assert needed_steps(prepared(emulator=by_data)) == ["calibrate", "gradients", "allocate", *PLAIN]
+    assert needed_steps(prepared(emulator={**by_data, **all_named})) == ["calibrate", *PLAIN]
+    assert needed_steps(prepared(emulator={"compression_ratio": 1.0})) == PLAIN
+    prompt = {"method": "prompt_tuning"}
+    assert "merge" not in needed_steps(prepared(adapter={**prompt, "num_virtual_tokens": 2}))
 
 
 def test_what_ranks_by_data_take_is_planned(plan: Callable[..., Plan]) -> None:

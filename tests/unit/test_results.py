@@ -18,6 +18,7 @@ from emloc_ray.layout import make_layout, skeleton_of
 from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.loading import ModelSource
 from emloc_ray.preparation import Prepared
+from emloc_ray.remarks import other_bound
 from emloc_ray.results import assemble_metrics, gap_closed
 
 USAGE = {"wall_s": 2.0, "peak_pss_bytes": 10, "peak_rss_bytes": 5, "processes": {"driver": 10}}
@@ -105,6 +106,17 @@ def test_the_upper_bound_may_lie_on_an_object_store(s3_port: int, node_cache: Pa
 def test_there_is_no_gap_where_lora_on_the_original_gained_nothing(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text(json.dumps({"evaluation": losses(original=4.0, corrected=4.0)}))
     assert gap_closed(losses(original=4.0, uncorrected=3.5, corrected=3.0, merged=3.1), tmp_path) is None
+
+
+def test_there_is_no_gap_to_a_run_that_was_scored_on_something_else(tmp_path: Path) -> None:
+    own = losses(original=4.0, uncorrected=3.5, corrected=3.0, merged=3.1)
+    fewer = losses(original=4.0, corrected=2.0)
+    fewer["original"]["num_tokens"] = 50
+    for other in ({}, {"evaluation": losses(original=3.0, corrected=2.0)}, {"evaluation": fewer}):
+        (tmp_path / "metrics.json").write_text(json.dumps(other))
+        assert gap_closed(own, tmp_path) is None
+        assert "was not scored on the same held-out tokens" in str(other_bound(own, str(tmp_path)))
+    assert other_bound(own, None) is None
 
 
 def test_what_stands_on_a_redone_stage_is_left_out_until_it_is_verified(prepared: Prepared) -> None:

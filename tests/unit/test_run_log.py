@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -84,6 +85,21 @@ def test_progress_does_not_flood(run: RunDirectory) -> None:
     assert told[2:] == [("evaluate", 1, 3), ("evaluate", 2, 3)]
 
 
+def test_progress_of_a_long_stage_is_told_more_seldom(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(run_log.time, "monotonic", lambda: now)
+    with RunLog(run, interval_s=10) as log:
+        progress = log.start("calibrate")
+        for second in range(0, 20_000, 5):
+            now = 1000.0 + second
+            progress(second, 20_000)
+    told = [event["done"] for event in read_events(run) if event["event"] == "progress"]
+    gaps = [after - before for before, after in itertools.pairwise(told)]
+    assert gaps[:10] == [10] * 10
+    assert max(gaps) == 300 == gaps[-1]
+    assert len(told) < 150
+
+
 def test_a_failure_is_told_with_its_stage_and_layer(run: RunDirectory) -> None:
     fail(run, "factorize", NumericsError(f"{LAYER}: the Gram holds NaN: mend the data."))
     failed = read_events(run)[-1]
@@ -91,8 +107,9 @@ def test_a_failure_is_told_with_its_stage_and_layer(run: RunDirectory) -> None:
     assert failed["message"] == f"{LAYER}: the Gram holds NaN: mend the data."
 
 
-def test_an_interrupt_is_no_failure(run: RunDirectory) -> None:
-    fail(run, "merge", KeyboardInterrupt())
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(15)], ids=["Ctrl-C", "SIGTERM"])
+def test_an_interrupt_is_no_failure(run: RunDirectory, error: BaseException) -> None:
+    fail(run, "merge", error)
     assert read_events(run)[-1]["event"] == "run_stopped"
 
 

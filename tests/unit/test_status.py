@@ -143,9 +143,16 @@ PLAIN = ("data", "calibrate", "factorize", "finetune", "correct", "merge", "eval
     ],
 )
 def test_the_steps_that_a_config_asks_for(config: dict[str, Any], more: tuple[str, ...], less: tuple[str, ...]) -> None:
-    steps = asked_steps(config)
+    steps = asked_steps({"config": config})
     assert set(steps) == {*PLAIN, *more} - set(less)
     assert list(steps) == sorted(steps, key=STEPS.index)
+
+
+def test_the_steps_that_a_run_wrote_down_go_before_its_config() -> None:
+    """Which cannot tell that its patterns leave nothing to allocate."""
+    config = {"emulator": {"allocation": "sensitivity", "ratios": {".*": 0.3}}}
+    assert "allocate" in asked_steps({"config": config})
+    assert asked_steps({"config": config, "steps": ["data", "merge"]}) == ("data", "merge")
 
 
 def test_the_verb_lists_gradients_and_ranks(run: RunDirectory) -> None:

@@ -76,7 +76,9 @@ class Waits:
 def batch_run(tmp_path: Path, work: Waits, cpus: float = 2.0, max_concurrent: int = 4) -> BatchRun:
     run = RunDirectory(tmp_path / "batch")
     run.create({})
-    return BatchRun(run, Board(time.time()), work, Admission(lambda: Amount(cpus=cpus, memory=1e6)), max_concurrent)
+    return BatchRun(
+        run, Board(time.time()), work, Admission(lambda: Amount(cpus=cpus, memory=1e6)), lambda: max_concurrent
+    )
 
 
 def statuses(state: BatchState) -> dict[str, str]:
@@ -121,6 +123,19 @@ def test_no_more_at_once_than_there_are_resources_and_seats(tmp_path: Path) -> N
         seats.add(task(f"t{number}"))
     seats.run()
     assert seats.work.most_at_once <= 2  # type: ignore[attr-defined]
+
+
+def test_more_tasks_begin_once_the_cluster_has_grown(tmp_path: Path) -> None:
+    work, seats = Waits(seconds=0.05), [1]
+    run = batch_run(tmp_path, work, cpus=30)
+    run.max_concurrent = lambda: seats[0]
+    for number in range(8):
+        run.add(task(f"t{number}"))
+    grown = threading.Timer(0.2, lambda: seats.__setitem__(0, 8))
+    grown.start()
+    run.run()
+    grown.join()
+    assert work.most_at_once > 1
 
 
 def test_priority_decides_who_begins(tmp_path: Path) -> None:

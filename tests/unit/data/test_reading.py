@@ -230,6 +230,10 @@ def test_directories_globs_and_lists(tmp_path: Path) -> None:
     assert list_files(f"file://{one}", "k") == [one]
     assert list_files(str(tmp_path / "**" / "*.csv"), "k") == [two]
     assert list_files([str(two), str(one)], "k") == [two, one]
+    assert list_files([str(tmp_path), str(one)], "k") == [one, two]  # each once, or its copy could be held out
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    (tmp_path / ".ipynb_checkpoints" / "b-checkpoint.jsonl").write_text("x")
+    assert list_files(str(tmp_path), "k") == [one, two]
 
 
 @pytest.mark.parametrize("pattern", ["absent.jsonl", "*.parquet", "empty"])

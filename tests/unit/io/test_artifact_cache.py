@@ -417,6 +417,18 @@ def test_an_entry_is_found_by_its_basis(local: ArtifactCache, tmp_path: Path) ->
     assert local.find_basis({"basis_key": "c"}) == []
 
 
+def test_of_entries_of_another_basis_each_is_read_once(
+    local: ArtifactCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, reading = [], local._read
+    monkeypatch.setattr(local, "_read", lambda *names: read.append(names[1]) or reading(*names))
+    for number in range(3):
+        added(local, tmp_path / "first", ArtifactCache.key(STAGE, number), basis={"of": number})
+    read.clear()
+    assert [len(local.find_basis({"of": 1})) for _ in range(3)] == [1, 1, 1]
+    assert sorted(read.count(ArtifactCache.key(STAGE, number)) for number in range(3)) == [1, 1, 3]
+
+
 def test_a_basis_that_is_none_makes_no_entry(local: ArtifactCache, tmp_path: Path) -> None:
     added(local, tmp_path / "first", basis=["no", "mapping"])
     assert local.find_basis({"basis_key": "b"}) == local.entries() == []

@@ -59,6 +59,14 @@ def test_a_path_says_what_it_mirrors(root: Path, tmp_path: Path) -> None:
     assert (found.root, found.path) == (root, "emulator/config.json")
     assert mirror(found.store.uri) == root
     assert origin(tmp_path) is None
+    assert origin(tmp_path / "store=12" / "part.parquet") is None  # a column of a partitioned data set
+
+
+def test_a_run_may_end_in_tmp(s3_port: int, node_cache: Path) -> None:
+    root = mirror(uri(s3_port, "cache/v1.tmp"))
+    write(root / "emulator" / "config.json", b"1")
+    write(root / "half.tmp" / "config.json", b"1")
+    assert list(sizes(root)) == [root / "emulator" / "config.json"]
 
 
 def test_what_one_node_writes_the_others_read(root: Path, other: Path) -> None:
