@@ -110,17 +110,18 @@ def allocate_ranks(
     task = resources.task(_spectra_task)
     grams = GramStore(job.calibration_dir)
     sums = None if job.gradients_dir is None else GramStore(job.gradients_dir)
-    work = sorted(zip(job.groups, files, strict=True), key=lambda pair: _cost(pair[0]), reverse=True)
-    there, submits = set(sizes(out_dir)), []
-    shared_job = ray.put(dataclasses.replace(job, groups=(), ranks={}))  # once, not with every task
-    for specs, file in work:
-        if file not in there:
-            gradients = {} if sums is None else {spec.name: sums.stored(spec.name) for spec in specs}
-            named = task.options(name=f"allocate: {' and '.join(spec.name for spec in specs)}")
-            call = functools.partial(
-                named.remote, shared_job, specs, grams.stored(specs[0].name), gradients, file, resources.threads
-            )
-            submits.append((specs[0].name, call))
+    there = set(sizes(out_dir))
+    todo = [pair for pair in zip(job.groups, files, strict=True) if pair[1] not in there]
+    # Once, not with every task.
+    shared_job = ray.put(dataclasses.replace(job, groups=(), ranks={})) if todo else None
+    submits = []
+    for specs, file in sorted(todo, key=lambda pair: _cost(pair[0]), reverse=True):
+        gradients = {} if sums is None else {spec.name: sums.stored(spec.name) for spec in specs}
+        named = task.options(name=f"allocate: {' and '.join(spec.name for spec in specs)}")
+        call = functools.partial(
+            named.remote, shared_job, specs, grams.stored(specs[0].name), gradients, file, resources.threads
+        )
+        submits.append((specs[0].name, call))
     bounded(submits, resources.num_workers, Losses("allocate", tell), progress)
     gains: dict[str, Tensor] = {}
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
