@@ -15,7 +15,7 @@ def seen():
     return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 with connection(num_cpus=1, num_gpus=2):
-    print(num_gpus(), *(repr(ray.get(Resources(1, 1, gpus).task(seen).remote())[0]) for gpus in (0, 1, 0)))
+    print(num_gpus(), *(repr(ray.get(Resources(1, 1, gpus).task(seen).remote()).result) for gpus in (0, 1, 0)))
 """
 
 
