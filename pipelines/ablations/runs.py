@@ -125,10 +125,10 @@ def make_data(ablation: Ablation, tell: Tell) -> Cells:
     with contextlib.ExitStack() as held:
         run.lock()
         held.callback(run.unlock)
+        run.create(ablation.batch.model_dump(mode="json"), kind="batch")  # before what is shared, which may lie in it
         shared = RunDirectory(ablation.shared / "data")
         _wait_for(shared, tell)
         held.callback(shared.unlock)
-        run.create(ablation.batch.model_dump(mode="json"), kind="batch")
         contents = {}
         for dataset in ablation.config.datasets:
             for seed in ablation.config.seeds:

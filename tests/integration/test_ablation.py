@@ -145,7 +145,8 @@ def test_a_smaller_model_is_held_against_the_original(ray_session: None, tmp_pat
     methods = [{"name": "lora", **whole}, {**smaller, **whole}]
     values = {"base": "base.yaml", "run_dir": str(tmp_path / "run"), "upper_bound": "lora", "methods": methods}
     (tmp_path / "smaller.yaml").write_text(yaml.safe_dump({**values, "datasets": ["code"]}))
-    ablation = read_ablation(tmp_path / "smaller.yaml", SMALL)
+    learning = ["finetune.max_steps=8", "finetune.learning_rate=1e-2", "finetune.warmup_steps=0"]
+    ablation = read_ablation(tmp_path / "smaller.yaml", [*SMALL, *learning])
     assert run(ablation, CONSOLE) == 0
     bound, found = (record["losses"] for record in records_of(ablation))
     assert found["original"] != bound["original"]  # its own model's

@@ -162,7 +162,9 @@ def test_a_killed_calibration_worker_leaves_no_trace(copied: FinishedRun, llama_
     run_values(copied.values, reporter, begin="calibrate", until="calibrate")
     assert len(reporter.killed) == 1
     [told] = [note for note in reporter.notes if not note.startswith("data.")]
-    assert re.match("calibrate: slot [01](?: at (token shard [0-9]+|its end))? lost its worker because .*; begun again", told)
+    assert re.match(
+        "calibrate: slot [01](?: at (token shard [0-9]+|its end))? lost its worker because .*; begun again", told
+    )
     assert reporter.started == ["calibrate"]
     calm, disturbed = llama_run.root / "calibration", copied.root / "calibration"
     files = sorted(path.name for path in calm.iterdir())
