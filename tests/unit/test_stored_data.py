@@ -44,16 +44,16 @@ def put(port: int, name: str, content: bytes) -> str:
 def test_stored_data_is_prepared_as_local_data_is(s3_port: int, prepared: Make, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", task_rows(100))
     place = put(s3_port, "rows.jsonl", path.read_bytes())
-    here, there = prepared(str(path)), prepared(place, eval=place)
+    here, there = prepared(str(path)), prepared(place, calibration=place)
     (local,), (stored,) = here.files["train"], there.files["train"]
     assert replace(stored, path=local.path, version="") == local
-    assert there.files["eval"] == there.files["train"]
+    assert there.files["calibration"] == there.files["train"]
     assert planner.row_lengths(there) == planner.row_lengths(here)
     assert [len(_data_files(ready)) for ready in (here, there)] == [2, 0]
     first = split_inputs(there)
-    assert split_inputs(prepared(place, eval=place)) == first
+    assert split_inputs(prepared(place, calibration=place)) == first
     put(s3_port, "rows.jsonl", path.read_bytes().replace(b"a", b"b"))
-    second = split_inputs(prepared(place, eval=place))
+    second = split_inputs(prepared(place, calibration=place))
     assert {name for name in first if first[name] != second[name]} == {"files"}
 
 
