@@ -50,9 +50,8 @@ def heal_emulator(steps: Steps, jobs: Jobs, content: Callable[[], Inputs]) -> No
         inputs["deepspeed"] = prepared.zero_config
 
     def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
-        if not begun_with(
-            place, inputs
-        ):  # shards of another training, be it of the same inputs, are of another adapter
+        # Shards of another training, be it of the same inputs, are of another adapter.
+        if not begun_with(place, inputs):
             discard(out_dir)
         for path in (place, out_dir):
             discard_unless(path, inputs)

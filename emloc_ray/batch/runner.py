@@ -62,9 +62,8 @@ class BatchRun:
         ray: RayConfig | None = None,
         unfit: Callable[[Task], list[str]] = lambda task: [],
     ) -> None:
-        """``admission`` admits stages; as many tasks are under way at once as
-        ``max_concurrent`` says when it is asked; ``ray`` is that of tasks added later,
-        and ``unfit`` says why one of these could never run."""
+        """``admission`` admits stages; as many tasks are under way at once as ``max_concurrent`` says when it is asked; ``ray``
+        is that of tasks added later, and ``unfit`` says why one of these could never run."""
         self.directory, self.board, self.work, self.admission = run, board, work, admission
         self.max_concurrent, self.show, self.tell, self.clock = max_concurrent, show, tell, clock
         self.ray, self.unfit, self.makers = ray, unfit, Makers(admission)
@@ -202,7 +201,7 @@ class BatchRun:
             ended(self.board, name, "done")
         except Stopped:
             self._tell_stopped(name)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a task's exit is not the batch's
             ended(self.board, name, "failed", _told(error))
         finally:
             self.work.forget(task)

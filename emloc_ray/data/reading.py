@@ -11,6 +11,7 @@ import glob as globbing
 import io
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -105,19 +106,20 @@ def list_files(patterns: str | Sequence[str], key: str) -> list[Path | str]:
         ConfigError: where a URI holds credentials or cannot be opened; says the ``key`` too.
         ArtifactError: where a store does not answer.
     """
-    found: list[Path | str] = []
+    found: dict[str, Path | str] = {}  # by where they are: a file that is named twice is there once
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         matched: Sequence[Path | str] = find_stored(pattern, key, KINDS) if is_store_uri(pattern) else _local(pattern)
         if not matched:
             kinds = ", ".join(sorted(KINDS))
             raise DataError(f"{key}: {pattern} names no file: give a {kinds} file, a directory or a glob of them.")
-        found += [place for place in matched if place not in found]
-    for place in found:
+        for place in matched:
+            found.setdefault(place if isinstance(place, str) else os.path.abspath(place), place)
+    for place in found.values():
         if _suffix(place) not in KINDS:
             raise DataError(
                 f"{key}: {shown(str(place))} ends in {_suffix(place) or 'nothing'}: give one of {', '.join(sorted(KINDS))}."
             )
-    return found
+    return list(found.values())
 
 
 def _local(pattern: str) -> list[Path]:

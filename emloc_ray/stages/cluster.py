@@ -23,7 +23,7 @@ from emloc_ray.stages.spans import Span, Timed, tell_span, timed
 Progress = Callable[[int, int], None]
 _LOOK_S = 1.0
 _LEAN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # mallopt(3)
-# Workers that asked for no GPU see none, as it was before Ray 2.55: torch would take the first, whoever else was given it.
+# Workers that asked Ray for no GPU see none: torch would take the first, whoever else was given it.
 _NO_GPU_UNASKED = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
 
 

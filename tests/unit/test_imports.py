@@ -21,6 +21,7 @@ LAYERS = {
     "modeling": 2,
     "data": 2,
     "layout": 3,
+    "split_checks": 3,
     "preparation": 3,
     "stages": 4,
 }

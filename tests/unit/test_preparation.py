@@ -14,7 +14,7 @@ import pytest
 from tiny import make_config
 from transformers import LlamaConfig
 
-from emloc_ray import preparation
+from emloc_ray import split_checks
 from emloc_ray.config_reading import parse_config
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.run_directory import RunDirectory
@@ -276,16 +276,16 @@ def test_rows_that_are_held_out_are_not_trained_on(refused: Callable[..., str], 
 
 def test_the_same_files_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hundreds of tasks may have the same rows; changed ones are counted anew."""
-    counted, scanning = [], preparation.scan
-    monkeypatch.setattr(preparation, "scan", lambda place: counted.append(place) or scanning(place))
+    counted, scanning = [], split_checks.scan
+    monkeypatch.setattr(split_checks, "scan", lambda place: counted.append(place) or scanning(place))
     path = write_rows(tmp_path / "a.jsonl", 5)
     values = {"run_dir": str(tmp_path / "run"), "model": {"source": "unused"}, "data": {"train": {"path": str(path)}}}
     config = parse_config(values)
-    first, again = (preparation._check_split(config, "train", False) for _ in range(2))
+    first, again = (split_checks.check_split(config, "train", False) for _ in range(2))
     assert first is again
     assert len(counted) == 1
     write_rows(path, 6)
-    assert [source.num_rows for source in preparation._check_split(config, "train", False)] == [6]
+    assert [source.num_rows for source in split_checks.check_split(config, "train", False)] == [6]
 
 
 def test_what_an_encoder_cannot_read_is_told(refused: Callable[..., str], tmp_path: Path) -> None:
