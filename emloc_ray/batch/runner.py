@@ -249,7 +249,7 @@ class BatchRun:
             opened.thread.join(max(0.0, end - time.monotonic()))
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     """On one line."""
     text = " ".join(str(error).split("\n"))
     return text if isinstance(error, EmlocError) else f"{type(error).__name__}: {text}"
