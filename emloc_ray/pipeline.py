@@ -51,7 +51,7 @@ def run(
         ConfigError: before anything starts or is written.
         EmlocError: where a stage failed; finished stages stay, and the same call goes on from them.
     """
-    from emloc_ray.stages.cluster import connection, num_gpus
+    from emloc_ray.stages.cluster import connection
     from emloc_ray.stages.failures import explain
     from emloc_ray.stages.gauges import StageGauges
     from emloc_ray.stages.visibility import check_visible
@@ -66,8 +66,8 @@ def run(
         log = RunLog(prepared.run, [spec.name for spec in prepared.layout.specs])
         with log, connection(config.ray.address, lean_memory=lean, **config.ray.init_options):
             check_visible(prepared)
-            if turns is None and (unused := remarks.idle_gpus([config], num_gpus())):
-                reporter.note(unused)
+            for remark in remarks.of_machines([config]) if turns is None else ():
+                reporter.note(remark)
             told = Reporters(reporter, log, StageGauges(prepared.run.name))
             Pipeline(prepared, told, begin, turns or AtOnce(), cache).run(until)
         return prepared.run.metrics()

@@ -20,7 +20,7 @@ from emloc_ray.batch.work import PipelineWork
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.artifact_cache import ArtifactCache
 from emloc_ray.io.run_directory import RunDirectory
-from emloc_ray.remarks import idle_gpus
+from emloc_ray.remarks import of_machines
 
 _LEAST_CONCURRENT, _MOST_CONCURRENT = 4, 64
 _POLL_S = 0.5
@@ -86,7 +86,7 @@ def run_batch(prepared: Prepared, show: Show = lambda state: None, tell: Tell = 
     Raises:
         ConfigError: where a task asks for what the cluster does not have; nothing was begun.
     """
-    from emloc_ray.stages.cluster import connection, num_gpus
+    from emloc_ray.stages.cluster import connection
 
     batch, run = prepared.batch, prepared.run
     try:
@@ -96,8 +96,8 @@ def run_batch(prepared: Prepared, show: Show = lambda state: None, tell: Tell = 
         lean = any(task.config.memory_budget is not None for task in batch.tasks)
         with connection(batch.ray.address, lean_memory=lean, **batch.ray.init_options):
             check_fit(prepared)
-            if unused := idle_gpus((task.config for task in batch.tasks), num_gpus()):
-                tell(unused)
+            for remark in of_machines(task.config for task in batch.tasks):
+                tell(remark)
             return _run(prepared, board, show, tell)
     finally:
         run.unlock()

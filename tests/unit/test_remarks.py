@@ -15,6 +15,7 @@ from emloc_ray.planner import planned_memory
 from emloc_ray.preparation import Prepared, prepare
 from emloc_ray.remarks import (
     cut_rows,
+    emulated_bfloat16,
     idle_gpus,
     no_healing,
     over_budget,
@@ -71,6 +72,25 @@ def test_gpus_that_no_stage_asks_for_are_told(prepared: Make) -> None:
     assert idle_gpus([on_cpus, on_cpus], 0) is None
     assert idle_gpus([on_cpus, on_a_gpu], 8) is None
     assert str(idle_gpus([on_cpus], 8)).startswith("The cluster has 8 GPUs, and no stage asks for one: set")
+
+
+@pytest.mark.parametrize(
+    ("finetune", "capabilities", "is_told"),
+    [
+        ({"bf16": True}, {"architecture": "x86_64", "avx2": True, "avx512_bf16": False}, True),
+        ({"bf16": True}, {"architecture": "x86_64", "avx512_bf16": True}, False),
+        ({"bf16": True}, {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": True}, False),
+        ({"bf16": True}, {"architecture": "aarch64"}, False),  # nothing is known of those
+        ({"bf16": True}, {}, False),
+        ({"bf16": True, "gpus_per_worker": 1}, {"architecture": "x86_64"}, False),
+        ({}, {"architecture": "x86_64"}, False),
+    ],
+)
+def test_bfloat16_that_a_cpu_lacks_is_told(
+    prepared: Make, finetune: dict[str, Any], capabilities: dict[str, Any], is_told: bool
+) -> None:
+    run = prepared(finetune=finetune, ray={"num_gpus": 2})
+    assert (emulated_bfloat16([run.config], capabilities) is not None) == is_told
 
 
 @pytest.mark.parametrize(
