@@ -106,14 +106,12 @@ class Pipeline:
 
     def run(self, until: str = STAGES[-1]) -> None:
         """Every stage up to ``until``, in order."""
-        told = (
+        self._tell(
             remarks.over_budget(self.config, self.steps.planned),
             remarks.unread_correction(self.config.correction),
             remarks.left_dense(self.layout),
             remarks.long_images(self.prepared),
         )
-        for remark in told:
-            self._tell(remark)
         while True:
             try:
                 self._run_stages(until)
@@ -133,8 +131,8 @@ class Pipeline:
             return {}
         return {"weights": content_of_source(self.prepared.source, self._source_dir)}
 
-    def _tell(self, remark: str | None) -> None:
-        if remark is not None:
+    def _tell(self, *found: str | None) -> None:
+        for remark in filter(None, found):
             self.reporter.note(remark)
 
     def _run_stages(self, until: str) -> None:
@@ -198,9 +196,8 @@ class Pipeline:
         counts = step(resumes=True, shared=shared)["splits"]
         for split, count in counts.items():
             self.inputs[f"data/{split}"] = fingerprint({file.name: sha for file, sha in hashes(tokens / split).items()})
-            self._tell(remarks.skipped_rows(split, count))
-            self._tell(remarks.cut_rows(self.config, split, count))
-            self._tell(remarks.shortfall(self.config, split, count))
+            cut, short = remarks.cut_rows(self.config, split, count), remarks.shortfall(self.config, split, count)
+            self._tell(remarks.skipped_rows(split, count), cut, short)
 
     def _rank_steps(self) -> RankSteps:
         return RankSteps(self.steps, self.jobs, self._content)
