@@ -30,19 +30,27 @@ from emloc_ray.modeling.emulator import EmulatorModelConfig, emulator_class
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.stages.merge import MergeJob, merge_shard
 
+# A random Llama of 1.1 B parameters.
+LARGE = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+}
+MODELS = ("the quickstart's model, float32", "a random one of 1.1 B parameters, bfloat16")
+BATCHES = (1, 4)  # rows
+
 
 def memory(out: Path) -> Figures:
     """Each side in a process of its own: resident set above the imports on a CPU, the allocator's peak on a GPU."""
     _, run = calibrated(out)
-    pairs = {
-        "the quickstart's model, float32": (run / "model", emulated(run, out)),
-        "a random one of 1.1 B parameters, bfloat16": _large(out),
-    }
+    pairs = dict(zip(MODELS, ((run / "model", emulated(run, out)), _large(out)), strict=True))
     found: Figures = {}
     table = []
     for name, (original, emulator) in pairs.items():
         peaks = {}
-        for rows in (1, 4):
+        for rows in BATCHES:
             size = ("--rows", str(rows), "--length", "512")
             ours, baseline = probe("finetune", emulator, *size), probe("inference", original, *size)
             both = peaks[str(rows)] = ours["peak"] / 2**20, baseline["peak"] / 2**20
@@ -98,16 +106,8 @@ def shapes(out: Path) -> Figures:
 
 
 def _large(out: Path) -> tuple[Path, Path]:
-    """A random Llama of 1.1B parameters and an emulator of it at ratio 0.5, saved once."""
-    config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=22,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        vocab_size=32000,
-        dtype=torch.bfloat16,
-    )
+    """The random model and an emulator of it at ratio 0.5, saved once."""
+    config = LlamaConfig(**LARGE, vocab_size=32000, dtype=torch.bfloat16)
     original, emulator = out / "large", out / "large-emulator"
     if not (emulator / "config.json").is_file():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

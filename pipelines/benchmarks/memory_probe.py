@@ -72,13 +72,15 @@ def inference(directory: Path, rows: int, length: int) -> None:
     """Prefill of the original with its KV cache, logits of the last token."""
     model = weighed_model(directory)
     with torch.no_grad():
-        model(input_ids=_random_ids(rows, length).to(model.device), use_cache=True, logits_to_keep=1)
+        ids = _random_ids(rows, length, model.config.vocab_size)
+        model(input_ids=ids.to(model.device), use_cache=True, logits_to_keep=1)
 
 
 def teach(directory: Path, rows: int, length: int, num_logits: int = 64) -> None:
     """The original's top logits at every label of a batch, as healing caches them."""
     model = weighed_model(directory)
-    teacher_logits(model, {k: value.to(model.device) for k, value in _batch(rows, length).items()}, "all", num_logits)
+    batch = {key: value.to(model.device) for key, value in _batch(rows, length, model.config.vocab_size).items()}
+    teacher_logits(model, batch, "all", num_logits)
 
 
 def finetune(
@@ -102,7 +104,7 @@ def finetune(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    batch = {key: value.to(model.device) for key, value in _batch(rows, length).items()}
+    batch = {key: value.to(model.device) for key, value in _batch(rows, length, model.config.vocab_size).items()}
     teacher = None
     if num_logits:
         labels = rows * (length - 1)
@@ -115,14 +117,14 @@ def finetune(
         optimizer.zero_grad()
 
 
-def _batch(rows: int, length: int) -> dict[str, torch.Tensor]:
-    ids = _random_ids(rows, length)
+def _batch(rows: int, length: int, vocabulary: int) -> dict[str, torch.Tensor]:
+    ids = _random_ids(rows, length, vocabulary)
     completion = (torch.arange(length) >= length // 2).expand(rows, length)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": completion}
 
 
-def _random_ids(rows: int, length: int) -> torch.Tensor:
-    return torch.randint(3, 1000, (rows, length), generator=torch.Generator().manual_seed(0))
+def _random_ids(rows: int, length: int, vocabulary: int) -> torch.Tensor:
+    return torch.randint(3, min(1000, vocabulary), (rows, length), generator=torch.Generator().manual_seed(0))
 
 
 def calibrate_resident(job: CalibrationJob, out_dir: Path, threads: int) -> None:

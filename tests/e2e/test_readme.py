@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import Result
 from families import FAMILIES
+from typer.testing import CliRunner
 from vlms import VLMS, save_vlm
 
 from emloc_ray.batch.tasks import read_batch
+from emloc_ray.cli import app
 from emloc_ray.config_reading import load_config, parse_config
 
 ROOT = Path(__file__).parents[2]
@@ -23,15 +26,14 @@ BATCHES = [path for path in FILES if {"tasks", "grid"} & yaml.safe_load(path.rea
 CONFIGS = [path for path in FILES if path not in BATCHES]
 
 
-def emloc_ray(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", "from emloc_ray.cli import main; main()", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=300,
-        check=False,
-    )
+@pytest.fixture(autouse=True)
+def at_the_top(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the README's commands are given."""
+    monkeypatch.chdir(ROOT)
+
+
+def emloc_ray(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -47,7 +49,7 @@ def test_a_config_plans(path: Path, tmp_path: Path) -> None:
     if load_config(path).data.generate == "vqa":  # its model is on the hub: a tiny one of the same family stands for it
         overrides += [f"model.source={save_vlm('InternVL', tmp_path / 'model')}", "adapter.r=8", "ray.num_gpus=1"]
     done = emloc_ray("plan", str(path), *overrides)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.output
     assert "whole model" in done.stdout
     assert not (tmp_path / "run").exists()
 
@@ -62,7 +64,7 @@ def test_a_batch_is_valid_and_carries_its_exact_command(path: Path) -> None:
 @pytest.mark.parametrize("path", BATCHES, ids=lambda path: path.name)
 def test_every_task_of_a_batch_fits_its_model_and_data(path: Path, tmp_path: Path) -> None:
     done = emloc_ray("batch", str(path), f"run_dir={tmp_path / 'run'}", "--dry-run")
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.output
     assert f"{len(read_batch(path).tasks)} tasks" in done.stdout
     assert not (tmp_path / "run").exists()
 
@@ -107,7 +109,7 @@ def test_the_readmes_verbs_exist() -> None:
     commands = set(re.findall(r"^emloc-ray ((?:cache )?\w+) .*$", README, re.MULTILINE))
     assert {"validate", "plan", "run", "status", "report", "batch", "cancel", "cache list", "cache prune"} <= commands
     for verb in commands:
-        assert emloc_ray(*verb.split(), "--help").returncode == 0, verb
+        assert emloc_ray(*verb.split(), "--help").exit_code == 0, verb
 
 
 def readme_yaml(name: str) -> str:

@@ -1,0 +1,117 @@
+"""The benchmarks that the README's tables come from, at a small size: what they publish is what its tables are made of."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import benchmark
+import pytest
+import yaml
+from ablations.tables import render
+from benchmarks import allocation, figures, memory, whole_runs
+from gguf_files import write_gguf
+from small_runs import task_rows, write_jsonl
+
+ROOT = Path(__file__).parents[2]
+COMMITTED = ROOT / "pipelines" / "results"
+SMALL = {
+    "calibration": {"num_workers": 1},
+    "emulator": {"num_workers": 1, "healing": {"steps": 2, "r": 2}},
+    "finetune": {"max_steps": 4, "cpus_per_worker": 1, "learning_rate": 5e-3},
+    "correction": {"num_selection_samples": 4, "max_share": None},
+    "merge": {"cpus_per_worker": 1},
+    "evaluation": {"num_workers": 1, "num_samples": 16, "num_exact_match": 0, "num_generations": 0},
+}
+
+
+@pytest.fixture
+def publish(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], tuple[dict[str, Any], dict[str, Any]]]:
+    """``publish(name)``: what ``benchmark.py NAME --publish`` published, and all its figures, of a small model and task."""
+    write_gguf(tmp_path / "model.gguf")
+    rows = write_jsonl(tmp_path / "rows.jsonl", task_rows(240))
+    config = tmp_path / "small.yaml"
+    values = {
+        "base": str(ROOT / "configs" / "quickstart.yaml"),
+        "model": {"source": str(tmp_path / "model.gguf")},
+        "data": {"generate": None, "train": {"path": str(rows)}},
+        **SMALL,
+    }
+    config.write_text(yaml.safe_dump(values))
+    for module in (figures, whole_runs):
+        monkeypatch.setattr(module, "CONFIG", config)
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(benchmark, "RESULTS", tmp_path / "results")
+
+    def run(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", name, "--publish", "--out", str(tmp_path / "out")])
+        benchmark.main()
+        published = json.loads((tmp_path / "results" / benchmark.PUBLISHED[name]).read_text())
+        assert published["command"] == f"python pipelines/benchmark.py {name}"
+        return published, json.loads((tmp_path / "out" / "benchmark.json").read_text())
+
+    return run
+
+
+def header(result: dict[str, Any]) -> str:
+    return render(result).splitlines()[0]
+
+
+def committed(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((COMMITTED / benchmark.PUBLISHED[name]).read_text())
+    return found
+
+
+def test_every_published_table_has_its_test() -> None:
+    assert benchmark.PUBLISHED.keys() == {"allocation", "memory", "shapes", "quickstart"}
+
+
+def test_better_ranks(publish: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocation, "WAYS", (("sensitivity", "predictions", "pivoted"),))
+    published, found = publish("allocation")
+    assert header(published) == header(committed("allocation"))
+    assert [(row["ranks"], row["factors"]) for row in published["rows"]] == [
+        ("uniform", "activations"),
+        ("sensitivity", "predictions, pivoted"),
+    ]
+    losses = [row["losses"][str(ratio)] for row in published["rows"] for ratio in allocation.RATIOS]
+    assert all(loss > 0 for loss in losses)
+    assert len(set(losses)) == len(losses)
+    assert all(
+        line["baseline"] == pytest.approx(losses[n] - published["original"], abs=2e-3)
+        for n, line in enumerate(found.values())
+    )
+
+
+def test_memory(publish: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        memory, "LARGE", {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    )
+    monkeypatch.setattr(memory, "BATCHES", (1,))
+    published, found = publish("memory")
+    assert [row["model"] for row in published["rows"]] == list(memory.MODELS)
+    peaks = [row["mib"]["1"] for row in published["rows"]]
+    assert all(peak > 0 for both in peaks for peak in both)
+    assert [[line["ours"], line["baseline"]] for line in found.values()] == peaks
+    assert "1 row" in header(published)
+
+
+def test_shapes_are_the_committed_ones(publish: Callable[[str], Any]) -> None:
+    published, _ = publish("shapes")
+    assert published == committed("shapes")
+
+
+def test_quickstart(publish: Callable[[str], Any]) -> None:
+    published, found = publish("quickstart")
+    assert header(published) == header(committed("quickstart"))
+    losses = {row["what"].partition(" (")[0]: row["loss"] for row in published["rows"]}
+    assert losses["LoRA on the original"] < losses["original"]
+    gap = losses["original"] - losses["LoRA on the original"]
+    for row in published["rows"]:
+        assert row["gap_closed"] == pytest.approx((losses["original"] - row["loss"]) / gap)
+    assert found["quickstart wall time"]["ours"] > 0
