@@ -63,9 +63,10 @@ def _records(ablation: Ablation, cells: Cells, cell: Cell, failed: Mapping[str, 
         others = {key: value for key, value in losses.items() if key not in ("corrected", "merged")}
         if measured is not None:
             others["corrected"] = measured[name]
+        why = reason if measured is None else "the model so corrected has a loss that is no number"
         way = ablation.config.corrections[name]
         chosen = {"chosen_correction": way.model_dump()} if found else {}
-        yield {**_about(cell, name), **_standing(others, reason), **whole, **chosen}
+        yield {**_about(cell, name), **_standing(others, why), **whole, **chosen}
 
 
 def _about(cell: Cell, correction: str | None) -> Record:

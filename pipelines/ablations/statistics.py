@@ -10,6 +10,7 @@ import numpy as np
 from scipy import stats
 
 Record = Mapping[str, Any]
+_ROUNDING = 1e-6  # one adapter scored twice, alone and among others, differs by less
 
 
 def spread(values: Sequence[float | None]) -> dict[str, Any]:
@@ -30,10 +31,10 @@ def paired(ours: Sequence[float | None], theirs: Sequence[float | None]) -> dict
     """The differences ``ours − theirs`` where both are there, and the two-sided p value of the paired t-test that their mean
     is 0; None where it has none, as of one pair."""
     both = [(our, their) for our, their in zip(ours, theirs, strict=True) if our is not None and their is not None]
-    differences = [our - their for our, their in both]
+    differences = [our - their if abs(our - their) > _ROUNDING else 0.0 for our, their in both]
     p = None
     if len(both) > 1 and np.std(differences) > 0:
-        p = float(stats.ttest_rel(*zip(*both, strict=True)).pvalue)
+        p = float(stats.ttest_1samp(differences, 0).pvalue)
     return {**spread(differences), "p": p if p is not None and math.isfinite(p) else None}
 
 
@@ -47,10 +48,12 @@ def label(record: Record, keys: Sequence[str]) -> dict[str, Any]:
 def summarize(
     records: Sequence[Record], keys: Sequence[str], compare_with: Mapping[str, Any], value: str = "gap_closed"
 ) -> list[dict[str, Any]]:
-    """A row for each label: the spread of ``value`` over seeds in each data set and over all of these, the paired comparison
-    with the row whose label is this one's but for ``compare_with``, and means of memory and time.
+    """A row for each label: the spread of ``value`` over seeds in each data set and of its mean over all of these, the paired
+    comparison with the row whose label is this one's but for ``compare_with``, and means of memory and time.
 
-    Pairs are of the same data set and seed.
+    What a seed gives, over several data sets, is one value, their mean: runs of one data set are alike, so that as many values
+    as runs would make errors look smaller than they are. Errors are over seeds, of the data sets that are there. Pairs are of
+    the same data set and seed.
     """
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
@@ -66,7 +69,8 @@ def summarize(
             for name in datasets
         }
         row["all"] = {
-            key: spread(_values(members, key)) for key in (value, "gap_closed_uncorrected", "gap_closed_by_emulator")
+            key: spread(list(_by_seed(members, key).values()))
+            for key in (value, "gap_closed_uncorrected", "gap_closed_by_emulator")
         }
         reference = _reference(labels, group, compare_with, alike)
         if reference is not None and reference != group:
@@ -78,8 +82,16 @@ def summarize(
     return rows
 
 
-def _values(records: Sequence[Record], key: str, dataset: str | None = None) -> list[float | None]:
-    return [record[key] for record in records if dataset in (None, record["dataset"])]
+def _values(records: Sequence[Record], key: str, dataset: str) -> list[float | None]:
+    return [record[key] for record in records if dataset == record["dataset"]]
+
+
+def _by_seed(records: Sequence[Record], key: str) -> dict[int, float | None]:
+    """Each seed's mean over its data sets; None where one of them is missing."""
+    of_seed: dict[int, list[float | None]] = {}
+    for record in records:
+        of_seed.setdefault(record["seed"], []).append(record[key])
+    return {seed: None if None in values else float(np.mean(values)) for seed, values in of_seed.items()}  # type: ignore[arg-type]
 
 
 def _of(record: Record, get: Callable[[Record], float]) -> float | None:
@@ -87,9 +99,8 @@ def _of(record: Record, get: Callable[[Record], float]) -> float | None:
 
 
 def _paired(ours: Sequence[Record], theirs: Sequence[Record], value: str) -> dict[str, Any]:
-    of_theirs = {(record["dataset"], record["seed"]): record[value] for record in theirs}
-    pairs = [(record[value], of_theirs.get((record["dataset"], record["seed"]))) for record in ours]
-    return paired([our for our, _ in pairs], [their for _, their in pairs])
+    our, their = _by_seed(ours, value), _by_seed(theirs, value)
+    return paired(list(our.values()), [their.get(seed) for seed in our])
 
 
 def _reference(

@@ -50,7 +50,7 @@ def render(result: Mapping[str, Any]) -> str:
 
 def _ablation(result: Mapping[str, Any]) -> str:
     """A line for each row of an ablation: per cent of the gap closed, mean ± sample standard deviation over seeds in each
-    data set, ± standard error over all."""
+    data set, ± standard error over seeds of the mean over all data sets."""
     rows: Sequence[Mapping[str, Any]] = result["rows"]
     keys, datasets = list(rows[0]["label"]), list(rows[0]["datasets"])
     against = next((row["against"]["label"] for row in rows if "against" in row), None)
@@ -64,8 +64,8 @@ def _ablation(result: Mapping[str, Any]) -> str:
         cells += [_percent(row["all"]["gap_closed"], "sem")] if several else []
         cells.append(_percent(row["all"]["gap_closed_by_emulator"], None))
         cells += [_difference(row.get("against"))] if against else []
-        memory, seconds = row["training_bytes"]["mean"], row["training_s"]["mean"]
-        cells += [_NONE if memory is None else f"{memory / 2**30:.2f}", _NONE if seconds is None else f"{seconds:.0f}"]
+        memory, seconds = row["training_bytes"]["mean"], row["training_s"]
+        cells += [_NONE if memory is None else f"{memory / 2**30:.2f}", _seconds(seconds["mean"], seconds["sd"])]
         lines.append(cells)
     return markdown(header, lines)
 
@@ -85,6 +85,12 @@ def _percent(found: Mapping[str, Any], error: str | None) -> str:
         text += f" ± {100 * found[error]:.1f}"
     whole = found["n"] + found["missing"]
     return text if not found["missing"] else f"{text} ({found['n']} of {whole})"
+
+
+def _seconds(mean: float | None, sd: float | None) -> str:
+    if mean is None:
+        return _NONE
+    return f"{mean:.0f}" if sd is None else f"{mean:.0f} ± {sd:.0f}"
 
 
 def _difference(found: Mapping[str, Any] | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -74,6 +75,7 @@ def _light(steps: int) -> list[str]:
 
 
 def _write_batch(out: Path, base: Path, name: str, data: Path | None) -> Path:
+    shutil.rmtree(out / f"many-{name}", ignore_errors=True)  # or an earlier call's would be found finished
     tasks: list[dict[str, Any]] = []
     for number in range(_TASKS):
         task: dict[str, Any] = {"name": f"task-{number}", "finetune.learning_rate": 1e-4 * (number + 1)}

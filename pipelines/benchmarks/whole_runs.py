@@ -257,7 +257,7 @@ def quickstart(out: Path) -> Figures:
     steps = given.finetune.max_steps + (given.emulator.healing.steps if given.emulator.healing else 0)
     alone = ["emulator.compression_ratio=1.0", f"finetune.max_steps={steps}"]
     bound = emloc_ray.load_config(CONFIG, [f"run_dir={out / 'ratio-1.0'}", *alone])
-    upper = emloc_ray.run(bound)
+    upper = emloc_ray.run(bound, fresh=True)  # rows that follow from installed packages may have changed
     config = emloc_ray.load_config(CONFIG, [f"run_dir={out / 'quickstart'}", f"evaluation.upper_bound={bound.run_dir}"])
     begin = time.perf_counter()
     metrics = emloc_ray.run(config, fresh=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,43 @@ def test_rows_are_labels_and_pairs_are_of_one_data_set_and_seed() -> None:
     assert ours["training_bytes"]["mean"] == 2**30
 
 
+def test_over_several_data_sets_a_seed_counts_once() -> None:
+    # Gains of 1 point on one data set and of 9 on the other, in both seeds: 5 in the mean, and no doubt of it here.
+    gaps = {("paper", "names"): 0.5, ("ours", "names"): 0.51, ("paper", "code"): 0.2, ("ours", "code"): 0.29}
+    records = [
+        record(method, seed, gap + seed / 10 + (seed and method == "ours") / 50, dataset)
+        for (method, dataset), gap in gaps.items()
+        for seed in (0, 1)
+    ]
+    paper, ours = summarize(records, ["method"], {"method": "paper"})
+    assert paper["all"]["gap_closed"]["n"] == 2
+    assert paper["all"]["gap_closed"]["mean"] == pytest.approx(0.4)
+    assert paper["all"]["gap_closed"]["sem"] == pytest.approx(0.05)
+    assert ours["against"]["n"] == 2
+    assert ours["against"]["mean"] == pytest.approx(0.06)  # 0.05 and 0.07
+    assert ours["against"]["sem"] == pytest.approx(0.01)
+    # t = 6 with one degree of freedom: p = 1 − 2/π · arctan 6.
+    assert ours["against"]["p"] == pytest.approx(1 - 2 / math.pi * math.atan(6))
+
+
+def test_a_seed_without_one_of_the_data_sets_is_missing_from_their_mean() -> None:
+    records = [
+        *(record("paper", seed, 0.5, dataset) for seed in (0, 1) for dataset in ("names", "code")),
+        *(record("ours", 0, 0.6, dataset) for dataset in ("names", "code")),
+        *(record("ours", 1, gap, dataset) for gap, dataset in ((0.9, "names"), (None, "code"))),
+    ]
+    ours = summarize(records, ["method"], {"method": "paper"})[1]
+    assert (ours["all"]["gap_closed"]["n"], ours["all"]["gap_closed"]["missing"]) == (1, 1)
+    assert (ours["against"]["n"], ours["against"]["p"]) == (1, None)
+    assert ours["against"]["mean"] == pytest.approx(0.1)
+
+
+def test_what_two_scorings_of_one_adapter_differ_by_is_no_difference() -> None:
+    found = paired([0.5 + 3e-8, 0.6 - 1e-8, 0.7], [0.5, 0.6, 0.7 - 2e-8])
+    assert (found["mean"], found["sem"], found["p"]) == (0.0, 0.0, None)
+    assert paired([0.5 + 1e-5], [0.5])["mean"] == pytest.approx(1e-5)
+
+
 def test_a_row_is_compared_with_the_one_that_is_like_it_in_all_else() -> None:
     def grid(calibration: str, correction: str, gap: float) -> dict[str, Any]:
         return record("paper", 0, gap, calibration=calibration, correction=correction)
@@ -122,7 +160,7 @@ def test_what_is_missing_stands_in_the_table() -> None:
         result(
             [
                 record("paper", 0, 0.5),
-                record("paper", 1, 0.7),
+                record("paper", 1, 0.7, training={"wall_s": 14.0, "planned_bytes": 2**30}),
                 record("ours", 0, 0.6),
                 record("ours", 1, None),
                 record("lost", 0, None),
@@ -133,7 +171,7 @@ def test_what_is_missing_stands_in_the_table() -> None:
     assert table.splitlines() == [
         "| method | names, % | served small, % | against paper | training, GiB planned | training, s |",
         "| --- | --- | --- | --- | --- | --- |",
-        "| paper | 60.0 ± 14.1 | – | – | 1.00 | 10 |",
+        "| paper | 60.0 ± 14.1 | – | – | 1.00 | 12 ± 3 |",
         "| ours | 60.0 (1 of 2) | – | +10.0 | 1.00 | 10 |",
         "| lost | – (0 of 2) | – | – | – | – |",
     ]
