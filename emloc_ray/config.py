@@ -259,7 +259,9 @@ class CorrectionConfig(Section):
     )
     clamp: float | None = Field(3.0, gt=0, description="the paper's lambda; null: unclamped; not of auto")
     strength: float = Field(1.0, ge=0, le=4, description="what the correction is multiplied by; not of auto")
-    dampening_frac: float = Field(1e-4, gt=0, lt=1, description="of a Gram's mean diagonal, added to it by covariance")
+    dampening_frac: float = Field(
+        1e-4, gt=0, lt=1, description="of the mean diagonal of QᵀGQ, added to it by covariance"
+    )
     num_selection_samples: int = Field(64, ge=1, description="rows that auto chooses on, at most")
     max_share: float | None = Field(
         0.1, gt=0, description="tokens that auto may score, as a share of those that are trained on; null: all it has"

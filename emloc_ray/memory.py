@@ -14,6 +14,7 @@ import torch
 
 from emloc_ray.healing import healing_run
 from emloc_ray.io.shard_writing import chunk_limit
+from emloc_ray.io.teacher_shards import BYTES_PER_LOGIT, rows_per_shard
 from emloc_ray.model_sizes import FLOAT, Block, Lengths, blocks_of, gradient_bytes, gram_bytes, in_waves, widest_step
 from emloc_ray.modeling.adapter_methods import update_rank
 from emloc_ray.modeling.architecture import LinearSpec
@@ -188,8 +189,11 @@ class MemoryModel:
         return max(training, self.teaching(rows), key=total)
 
     def teaching(self, rows: int) -> Parts:
-        """The original's pass over a batch of so many rows for its top logits."""
-        return self._scoring(self.weights, rows)
+        """The original's pass over a batch of so many rows for its top logits, and a shard of these, put together."""
+        healing = self.config.emulator.heals
+        per_row = BYTES_PER_LOGIT * self.lengths.mean * (healing.num_teacher_logits if healing else 0)
+        shard = per_row * (rows_per_shard(self.lengths.mean, healing.num_teacher_logits) if healing else 0)
+        return {**self._scoring(self.weights, rows), "teacher": 2 * shard}
 
     def healing(self) -> Parts:
         """The training of the healing alone; nothing where nothing is healed."""
@@ -223,8 +227,10 @@ class MemoryModel:
 
         Where there is nothing to choose between, the original is not opened.
         """
+        wide = 4 if self.config.adapter.method == "dora" else 3  # what its magnitudes follow from
         thin = sum(
-            self._rank(s) * (_DOUBLE * (s.in_features + 3 * s.out_features) + FLOAT * (s.in_features + s.out_features))
+            self._rank(s)
+            * (_DOUBLE * (s.in_features + wide * s.out_features) + FLOAT * (s.in_features + s.out_features))
             for s in self.adapted
         )
         reading = max((self._difference(spec) for spec in self.adapted), default=0.0)

@@ -277,7 +277,8 @@ class Pipeline:
             from emloc_ray.stages.factorize import EmulatorBuild
 
             out_dir = self.directory.path("emulator")
-            if self.directory.stage("factorize") is not None:
+            # A forced one has ranks found anew, which shards of those before need not have.
+            if self.directory.stage("factorize") is not None or "factorize" in self.steps.forced:
                 discard(out_dir)
                 self.directory.forget("factorize")
             discard_unless(out_dir, self._rank_steps().factorize_inputs())

@@ -70,9 +70,11 @@ class RankSteps:
 
     def factorize_inputs(self) -> Inputs:
         """What the emulator follows from. Not the ranks that follow from the data: from what these do is among it instead."""
-        allocation = self.allocation_inputs()
+        allocation, heals = self.allocation_inputs(), self.config.emulator.heals
         return {
             **({"allocation": allocation} if allocation else {}),
+            # Of ranks that are found, healing takes its own: those below need not show it.
+            **({"healing": heals.r} if allocation and heals is not None else {}),
             **(self.objective_inputs() if self.layout.objective != "activations" else {}),
             **({"quantization": self.config.emulator.quantization} if self.packs_early else {}),
             **self._storing(),
@@ -98,7 +100,7 @@ class RankSteps:
 
     def factorize_basis(self) -> Inputs:
         """What emulators of one basis have in common, whatever their ranks. One that is none itself may take one."""
-        own = ("ranks", "quantization", "storage", "allocation")
+        own = ("ranks", "quantization", "storage", "allocation", "healing")
         alike = {key: value for key, value in self.factorize_inputs().items() if key not in own}
         # Said of every emulator: those of one objective must not be found by what another's says less.
         return {**alike, **self.objective_inputs(), **self.content(), "emloc_ray": version("emloc-ray")}

@@ -41,20 +41,26 @@ def spectrum(
         raise ValueError(f"{name} reads {weight.shape[1]} features, but its Gram is of {whitening.in_features}.")
     wide = weight.detach().to(torch.float32) if outputs is None else weighed(weight, outputs)
     inside, scale = scaled_weight(wide, name)
-    if inside.shape[0] > inside.shape[1]:
-        whitened = whitening.whiten(inside)
-        matrix = whitened.T @ whitened
-    else:
-        matrix = whitening.outer(inside)
-    values: Tensor = torch.linalg.eigvalsh(matrix).to(torch.float64).flip(0).clamp_min(0.0)
+
+    def found(inside: Tensor) -> Tensor:
+        if inside.shape[0] > inside.shape[1]:
+            whitened = whitening.whiten(inside)
+            matrix = whitened.T @ whitened
+        else:
+            matrix = whitening.outer(inside)
+        values: Tensor = torch.linalg.eigvalsh(matrix)
+        return values.to(torch.float64).flip(0).clamp_min(0.0)
+
+    values = found(inside)
+    if _is_lost_in_rounding(values):
+        values = found(inside.to(torch.float64))
     return values * (scale * scale * whitening.scale * (1.0 if outputs is None else outputs.scale))
 
 
 def plain_gains(weight: Tensor, whitening: Whitening, outputs: Whitening, *, name: str = "the layer") -> Tensor:
     """What each rank of the plain factors saves of ``tr(S_d Δ G Δᵀ)``: ``μ_i u_iᵀ S_d u_i``, ``(min(out, in),)``, float64.
 
-    With ``μ_i`` and ``u_i`` of ``W G Wᵀ``, descending. A later rank may save more than one before it: they are told
-    :func:`pooled`.
+    With ``μ_i`` and ``u_i`` of ``W G Wᵀ``, ``μ_i`` descending. A later rank may save more than one before it.
 
     Raises:
         NumericsError: the weight holds a NaN or an Inf.
@@ -63,29 +69,28 @@ def plain_gains(weight: Tensor, whitening: Whitening, outputs: Whitening, *, nam
     if weight.shape[1] != whitening.in_features:
         raise ValueError(f"{name} reads {weight.shape[1]} features, but its Gram is of {whitening.in_features}.")
     inside, scale = scaled_weight(weight.detach().to(torch.float32), name)
-    if inside.shape[0] > inside.shape[1]:
-        whitened = whitening.whiten(inside)
-        parts = whitened @ torch.linalg.eigh(whitened.T @ whitened).eigenvectors.flip(1)
-    else:
+
+    def found(inside: Tensor) -> tuple[Tensor, Tensor]:
+        """Eigenvalues, descending, and ``μ_i^½ u_i`` in columns."""
+        if inside.shape[0] > inside.shape[1]:
+            whitened = whitening.whiten(inside)
+            values, vectors = torch.linalg.eigh(whitened.T @ whitened)
+            return values.flip(0), whitened @ vectors.flip(1)
         values, vectors = torch.linalg.eigh(whitening.outer(inside))
-        parts = (vectors * values.clamp_min(0.0).sqrt()).flip(1)
+        return values.flip(0), (vectors * values.clamp_min(0.0).sqrt()).flip(1)
+
+    values, parts = found(inside)
+    if _is_lost_in_rounding(values):
+        _, parts = found(inside.to(torch.float64))
     saved = weighed(parts, outputs).to(torch.float64).square().sum(dim=0)
-    return pooled(saved) * (scale * scale * whitening.scale * outputs.scale)
+    return saved * (scale * scale * whitening.scale * outputs.scale)
 
 
-def pooled(gains: Tensor) -> Tensor:
-    """Gains made descending: neighbours that ascend share their mean, so that the sums are the upper concave hull of theirs.
-
-    Those of all and up to the hull's corners are as they were (pool adjacent violators, Ayer et al. 1955).
-    """
-    pools: list[tuple[float, int]] = []  # a mean, and of how many
-    for gain in gains.tolist():
-        mean, count = gain, 1
-        while pools and pools[-1][0] < mean:
-            other, size = pools.pop()
-            mean, count = (other * size + mean * count) / (size + count), size + count
-        pools.append((mean, count))
-    return torch.tensor([mean for mean, count in pools for _ in range(count)], dtype=torch.float64)
+def _is_lost_in_rounding(values: Tensor) -> bool:
+    """Whether float32's rounding, some ``u λ₁`` in each of the descending ``values``, is a hundredth or more of those among
+    which ranks are told apart: a linear of ratio 0.5 has about a quarter of them."""
+    unit_roundoff = torch.finfo(torch.float32).eps / 2.0
+    return bool(unit_roundoff * values[0] > 0.01 * values[len(values) // 4])
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ class Curve:
     Attributes:
         name: the linear.
         out_features, in_features: of its weight.
-        gains: of each rank, ``(min(out, in),)``, descending, not negative; dense gains their sum.
+        gains: of each rank, ``(min(out, in),)``, not negative; dense gains their sum.
         may_be_dense: whether it may be left as it is.
         storage: how its factors would be stored.
     """

@@ -66,7 +66,8 @@ def canonical_form(lora_a: Tensor, lora_b: Tensor) -> CanonicalLora:
 
 
 def difference(delta: Tensor, q: Tensor, gram: Tensor | None = None) -> Difference:
-    """Reads ``delta (out, in)`` and ``gram (in, in)`` once, by row chunks in float64, so that no copy of either is made."""
+    """Reads ``delta (out, in)`` and ``gram (in, in)`` by row chunks, in float64 for what is corrected, in float32 for the
+    energy, so that no copy of either is made."""
     right = q if gram is None else torch.cat([q, _wide_product(gram, q)], dim=1)
     read = _wide_product(delta, right)
     k = q.shape[1]

@@ -83,7 +83,8 @@ def leading_vectors(matrix: Tensor, rank: int, seed: int = 0, *, squared: bool =
     """
     total = float(matrix.diagonal().sum(dtype=torch.float64)) if squared else energy(matrix)
     space = _KrylovSpace(matrix, rank, seed, squared)
-    limit = int(_MAX_SHARE * min(matrix.shape))
+    # Beside the basis there has to be room for the block that follows.
+    limit = min(int(_MAX_SHARE * min(matrix.shape)), len(matrix) - 2 * space.block + 1)
     first = _FIRST_LOOK_IF_SMALL if min(matrix.shape) <= _SMALL else _FIRST_LOOK
     least = rank + space.block
     look, before = max(least, min(int(first * rank), limit)), (0, math.inf)

@@ -79,7 +79,8 @@ def affordable(
     """The most candidates for whom ``enough_rows`` are left, and the most rows then, of the first ones.
 
     All candidates, and ``num_further`` that follow from them, are scored on the same rows: these have ``max_tokens``
-    together at most (None: no bound). At least two candidates are begun with; no rows are left where two are too many.
+    together at most (None: no bound). At least two candidates are begun with, of whom there have to be two; no rows are left
+    where two are too many.
     """
     for begun in range(num_candidates, 1, -1):
         rows, left = 0, math.inf if max_tokens is None else max_tokens

@@ -66,7 +66,7 @@ def read_ranks(directory: Path) -> dict[str, int | None]:
 def group_spectra(
     job: AllocationJob, specs: Sequence[LinearSpec], gram: StoredGram, gradients: Mapping[str, StoredGram]
 ) -> dict[str, Tensor]:
-    """What each rank of a group's linears gains, ``(min(out, in),)``, descending; all zeros where the data says nothing.
+    """What each rank of a group's linears gains, ``(min(out, in),)``; all zeros where the data says nothing.
 
     Raises:
         NumericsError: where a weight or a sum holds NaN or Inf, naming the layer.

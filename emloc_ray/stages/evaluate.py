@@ -31,6 +31,7 @@ _FAMILIES = {
     "merged": "merged",
 }
 VARIANTS = tuple(_FAMILIES)
+_ROWS_AT_ONCE = 512  # rows of like length share a batch among these
 
 
 @dataclass(frozen=True)
@@ -82,22 +83,13 @@ def evaluate_slice(job: EvaluationJob, family: str, part: int, num_parts: int, t
     set_threads(threads)
     shards = TokenShards(job.tokens_dir)
     positions = range(part, len(shards), num_parts)
-    rows = [shards.row(position) for position in positions]
-    prompts = [row for row, position in zip(rows, positions, strict=True) if position < _num_prompts(job)]
+    prompts = [shards.row(position) for position in positions if position < _num_prompts(job)]
     results: list[VariantResult] = []
     for variant, model in _models(job, family):
         if variant == "corrected" and "uncorrected" in job.scored and _is_as_trained(job):
             score = results[-1].score
         else:
-            score = score_rows(
-                model,
-                rows,
-                batch_size=job.batch_size,
-                loss_on=job.loss_on,
-                pad_token_id=job.pad_token_id,
-                name=variant,
-                images=_images(job),
-            )
+            score = _score(job, model, shards, positions, variant)
         texts = _completions(job, model, prompts) if variant in job.generating else []
         results.append(VariantResult(variant, score, tuple(texts)))
     return results
@@ -107,22 +99,29 @@ def score_adapters(job: EvaluationJob, adapters: Sequence[Path | None], threads:
     """The original on the held-out rows with each of some adapters, whatever they were trained on; None: without one."""
     set_threads(threads)
     shards = TokenShards(job.tokens_dir)
-    rows = [shards.row(position) for position in range(len(shards))]
     model, found = load_model(job.model_dir, **job.model_options), []
     for adapter in adapters:
         plugged = model if adapter is None else load_adapter(model, adapter)
-        score = score_rows(
-            plugged.eval(),
-            rows,
+        name = "original" if adapter is None else str(adapter)
+        found.append(_score(job, plugged.eval(), shards, range(len(shards)), name))
+        model = plugged if adapter is None else detach_adapter(plugged)
+    return found
+
+
+def _score(job: EvaluationJob, model: Any, shards: TokenShards, positions: range, name: str) -> Score:
+    """Of the rows at ``positions``, of which some hundred are held at a time."""
+    total = Score()
+    for start in range(0, len(positions), _ROWS_AT_ONCE):
+        total += score_rows(
+            model,
+            [shards.row(position) for position in positions[start : start + _ROWS_AT_ONCE]],
             batch_size=job.batch_size,
             loss_on=job.loss_on,
             pad_token_id=job.pad_token_id,
-            name="original" if adapter is None else str(adapter),
+            name=name,
             images=_images(job),
         )
-        found.append(score)
-        model = plugged if adapter is None else detach_adapter(plugged)
-    return found
+    return total
 
 
 def _models(job: EvaluationJob, family: str) -> Iterator[tuple[str, Any]]:

@@ -100,6 +100,7 @@ def factorize_group(job: FactorizationJob, specs: Sequence[LinearSpec], gram: St
     for spec in specs:
         dtype = checkpoint.entry(spec.weight_rows[0].name).dtype
         weight = functools.cache(functools.partial(spec.read_weight, checkpoint))
+        outputs = None  # before the next one is read: three matrices of the outputs' order
         outputs = _output_whitening(job, spec, gradients) if spec.name in job.ranks else None
         result = _factorized(job, spec, weight, inputs, outputs, basis) if spec.name in job.ranks else None
         parts, order = ({"": weight()}, None) if result is None else _parts(result, job.storage)

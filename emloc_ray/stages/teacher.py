@@ -15,13 +15,12 @@ from emloc_ray.data.processors import ImageInputs
 from emloc_ray.data.token_shards import TokenShards, collate
 from emloc_ray.errors import NumericsError
 from emloc_ray.io.node_cache import exists, remote, sizes
-from emloc_ray.io.teacher_shards import TopRow, teacher_shard, write_teacher_index, write_teacher_shard
+from emloc_ray.io.teacher_shards import TopRow, rows_per_shard, teacher_shard, write_teacher_index, write_teacher_shard
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import teacher_logits
 from emloc_ray.stages.cluster import Flight, Progress, Resources, set_threads, silent
 from emloc_ray.stages.failures import Losses, Tell, unheard
 
-ROWS_PER_SHARD = 64
 _LOOK_S = 1.0
 _STORE_LOOK_S = 5.0
 
@@ -44,7 +43,9 @@ class TeacherJob:
     def shards(self) -> list[list[int]]:
         """The rows of each shard, ascending."""
         rows = self.order.seen(self.micro_steps).tolist()
-        return [rows[start : start + ROWS_PER_SHARD] for start in range(0, len(rows), ROWS_PER_SHARD)]
+        tokens = TokenShards(self.tokens_dir)
+        step = rows_per_shard(tokens.index.get("tokens", 0) / max(1, len(tokens)), self.num_logits)
+        return [rows[start : start + step] for start in range(0, len(rows), step)]
 
 
 def teach_shard(job: TeacherJob, model: Any, rows: Sequence[int]) -> list[TopRow]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from emloc_ray.core import factorization, krylov
-from emloc_ray.core.factorization import Factorization, LowRankFactors, Solver, factorize
+from emloc_ray.core.factorization import Factorization, LowRankFactors, Solver, factorize, relative_error
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.errors import NumericsError
 from pipelines.benchmarks.baselines import published_route
@@ -405,3 +405,15 @@ def test_a_factorization_survives_pickling() -> None:
     assert isinstance(again, Factorization)
     assert isinstance(again.factors, LowRankFactors)
     assert torch.equal(again.factors.up, result.factors.up)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-9, 1e12])
+def test_the_error_of_any_approximation(scale: float) -> None:
+    weight, tokens = normal(12, 20, 1) * scale, normal(50, 20, 2)
+    gram = tokens.T @ tokens
+    up, down = normal(12, 3, 3) * scale, normal(3, 20, 4)  # far from the best
+    found, total = relative_error(weight.float(), (up @ down).float(), Whitening(gram.float()))
+    assert found == pytest.approx(error_of(weight, (up, down), damped(gram)), rel=1e-4)
+    assert found > 1
+    assert total == pytest.approx(float(torch.trace(weight @ damped(gram) @ weight.T)), rel=1e-4)
+    assert relative_error(torch.zeros(12, 20), torch.zeros(12, 20), Whitening(gram.float())) == (0.0, 0.0)

@@ -61,6 +61,14 @@ def test_a_normal_matrix_has_no_gap_and_settles(rows: int, dtype: torch.dtype) -
     assert top.energy_left == pytest.approx(float(matrix.square().sum() - top.values.sum()), rel=1e-5)
 
 
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(100, 100, 40), (8, 8, 3), (40, 300, 20), (300, 40, 20)])
+def test_a_basis_that_would_fill_the_whole_space_is_not_grown(rows: int, columns: int, rank: int) -> None:
+    # Of a normal matrix the leading vectors do not settle early; there is no room for another block beside them.
+    matrix = normal(rows, columns)
+    top = leading_vectors(matrix, rank)
+    assert top is None or loss_of(matrix, top.vectors, torch.linalg.svdvals(matrix).square()) < 2e-3
+
+
 def test_float32_holds_where_squares_would_be_below_its_rounding() -> None:
     values = torch.arange(1, 401, dtype=torch.float64) ** -2.0
     matrix = with_singular_values(values, 400, 400)
