@@ -19,6 +19,9 @@ from emloc_ray.stages.spans import Span, listening
 # Often at first, for short stages; then seldom, because adding up a process's pages costs its time.
 _INTERVALS = (0.5,) * 10 + (2.0,)
 _FRESH_S = 0.3
+_COSTS = (
+    30  # a look is not taken again before so many times what it took: a batch on two cores spent a tenth of one on them
+)
 
 
 @dataclass
@@ -57,12 +60,12 @@ def measured(stage: str) -> Iterator[Usage]:
 
     def sample_until_over() -> None:
         for interval in itertools.chain(_INTERVALS, itertools.repeat(_INTERVALS[-1])):
-            _sample(usage)
+            _sample(usage, begin)
             if over.wait(interval):
                 return
 
-    thread = threading.Thread(target=sample_until_over, daemon=True)
     begin = time.monotonic()
+    thread = threading.Thread(target=sample_until_over, daemon=True)
     thread.start()
     try:
         with listening(usage.hear):
@@ -78,23 +81,26 @@ class _Sampler:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._taken_at = -_FRESH_S
+        self._taken_at = self._due_at = 0.0
         self._latest: list[tuple[str, int, int]] = []
 
-    def latest(self) -> list[tuple[str, int, int]]:
-        """Kind, proportional and resident size of each process, not older than a fraction of a second."""
+    def latest(self, since: float) -> list[tuple[str, int, int]]:
+        """Kind, proportional and resident size of each process, ``since`` then or later by the monotonic clock, and older than a
+        fraction of a second only where looks are slow."""
         with self._lock:
-            if time.monotonic() - self._taken_at >= _FRESH_S:
-                self._latest = list(_sizes())
-                self._taken_at = time.monotonic()
+            begin = time.monotonic()
+            if begin >= self._due_at or self._taken_at < since:
+                self._latest, self._taken_at = list(_sizes()), begin
+                end = time.monotonic()
+                self._due_at = end + max(_FRESH_S, _COSTS * (end - begin))
             return self._latest
 
 
 _sampler = _Sampler()
 
 
-def _sample(usage: Usage) -> None:
-    latest = _sampler.latest()
+def _sample(usage: Usage, begun_at: float) -> None:
+    latest = _sampler.latest(begun_at)
     usage.peak_pss_bytes = max(usage.peak_pss_bytes, sum(pss for _, pss, _ in latest))
     usage.peak_rss_bytes = max([usage.peak_rss_bytes, *(rss for _, _, rss in latest)])
     for kind, pss, _ in latest:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from emloc_ray.stages import monitor
 from emloc_ray.stages.monitor import _kind, measured
 from emloc_ray.stages.spans import Span, Timed, listening, tell_span, timed
 
@@ -48,3 +49,26 @@ def test_a_stage_took_what_its_largest_worker_held_on_whichever_node() -> None:
     with measured("merge") as usage:
         pass
     assert 2**20 < usage.peak_rss_bytes == usage.as_dict()["peak_rss_bytes"]
+
+
+def test_slow_looks_are_shared_by_stages_side_by_side_and_no_stage_is_told_of_those_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, looks = [100.0], []
+
+    def look() -> list[tuple[str, int, int]]:
+        clock[0] += 0.1
+        looks.append(clock[0])
+        return [("driver", len(looks), 0)]
+
+    monkeypatch.setattr(monitor.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(monitor, "_sizes", look)
+    sampler = monitor._Sampler()
+    assert sampler.latest(100.0) == sampler.latest(100.0) == [("driver", 1, 0)]
+    clock[0] += 2.9  # a thirtieth of the time is spent on looks
+    assert sampler.latest(100.0) == [("driver", 1, 0)]
+    clock[0] += 0.2
+    assert sampler.latest(100.0) == [("driver", 2, 0)]
+    begun = clock[0]
+    assert sampler.latest(begun) == [("driver", 3, 0)]
+    assert sampler.latest(begun) == [("driver", 3, 0)]
