@@ -93,7 +93,7 @@ class KillingReporter(RecordingReporter):
 
     def _progress(self, done: int, total: int) -> None:
         if done >= 1 and not self.killed:
-            self.killed.append(kill_worker("Slot"))
+            self.killed.append(kill_worker("slot"))
 
 
 class KillingWatcher(threading.Thread):

@@ -1,4 +1,4 @@
-"""Calibrate: token shards go to slots, an actor each; Grams accumulate inside the actors and are summed in slot order."""
+"""Calibrate: token shards go to slots, a task each; Grams accumulate inside the tasks and are summed in slot order."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from emloc_ray.stages.calibration_job import CalibrationJob
 from emloc_ray.stages.cluster import Flight, Progress, Resources, bounded, set_threads, silent
 from emloc_ray.stages.failures import Losses, Tell, unheard
 from emloc_ray.stages.resident_slot import ResidentSlot
-from emloc_ray.stages.slots import SlotActor, run_slots
+from emloc_ray.stages.slots import run_slots, start_slot
 from emloc_ray.stages.streamed_slot import StreamedSlot, grams_file, part_file
 from emloc_ray.stages.thin_experts import (
     Gathered,
@@ -55,8 +55,8 @@ def calibrate(
 ) -> dict[str, Any]:
     """Gathers every group's Gram over the job's token shards into ``out_dir``; each shard counts exactly once.
 
-    The shards go to slots in turn; a lost actor is replaced and goes on from its slot's commit. ``job.mode``
-    ``resident`` holds the model in every actor; ``streamed`` holds one block of it and takes all shards through that.
+    The shards go to slots in turn; a lost task is begun again and goes on from its slot's commit. ``job.mode``
+    ``resident`` holds the model in every task; ``streamed`` holds one block of it and takes all shards through that.
     Both give the same Grams, up to rounding. ``ready`` hears of Grams while others are still gathered. Experts that were
     sent too few tokens get theirs in a second pass (:mod:`emloc_ray.stages.thin_experts`).
 
@@ -124,14 +124,13 @@ def _reside(
             discard(stale)
 
         def start(slot: int, part: CalibrationJob = part, slots: Sequence[Path] = slots) -> Any:
-            actor = ray.remote(SlotActor).options(**resources.options())
-            label = f"{job.step}: slot {slot}"
-            return actor.remote(ResidentSlot, part, slots[slot], resources.threads, label=label)
+            name, path = f"{job.step}: slot {slot}", slots[slot]
+            return start_slot(resources, name, work[slot], ResidentSlot, part, path, resources.threads)
 
         def told(done: int, total: int, number: int = number) -> None:
             progress(number * total + done, len(waves) * total)
 
-        # An actor that did not answer, and was replaced, may still have committed after its successor did.
+        # A task that counted as lost, and was begun again, may still have committed after its successor did.
         while any(not exists(slots[s]) or last_shard(slots[s]) != work[s][-1] for s in range(num_slots)):
             run_slots(start, work, "token shard", losses, told)
         names = [group[0] for group in groups]
@@ -191,20 +190,8 @@ def _stream(
     counts: dict[str, int] = {}
 
     def start(slot: int) -> Any:
-        return (
-            ray.remote(SlotActor)
-            .options(**resources.options())
-            .remote(
-                StreamedSlot,
-                job,
-                out_dir,
-                slot,
-                num_slots,
-                num_blocks,
-                resources.threads,
-                label=f"calibrate: slot {slot}",
-            )
-        )
+        told = job, out_dir, slot, num_slots, num_blocks, resources.threads
+        return start_slot(resources, f"calibrate: slot {slot}", range(num_blocks), StreamedSlot, *told)
 
     def done(slot: int, position: int) -> None:
         for block in range(min(passed.values()) + 1, min((passed | {slot: position}).values()) + 1):

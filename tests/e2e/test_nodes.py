@@ -80,7 +80,7 @@ def node_of_a_slot(nodes: Nodes, driver: subprocess.Popen[bytes], log: Path) -> 
         assert driver.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         for node in nodes.cluster.worker_nodes:
-            if any("Slot" in name for _, name in workers(node)):
+            if any("slot" in name for _, name in workers(node)):
                 return node
         time.sleep(0.05)
 

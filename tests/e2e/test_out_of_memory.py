@@ -17,7 +17,7 @@ os.environ.update(RAY_memory_usage_threshold=sys.argv[1], RAY_memory_monitor_ref
 import ray
 from emloc_ray.stages.cluster import Resources, bounded
 from emloc_ray.stages.failures import Losses
-from emloc_ray.stages.slots import SlotActor, run_slots
+from emloc_ray.stages.slots import run_slots, start_slot
 
 def eat():
     held = []
@@ -38,7 +38,7 @@ def told(work):
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
 task = ray.remote(eat).options(**Resources().task_options())
 told(lambda: bounded([("layer q", task.remote)], 1, Losses("factorize", bound=0)))
-start = lambda slot: ray.remote(SlotActor).remote(Slot)
+start = lambda slot: start_slot(Resources(), "calibrate: slot 0", [0], Slot)
 told(lambda: run_slots(start, [[0]], "token shard", Losses("calibrate", bound=0)))
 """
 

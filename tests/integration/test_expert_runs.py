@@ -139,7 +139,7 @@ def fused_down(model: Any, layer: int, index: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("mode", ["resident", "streamed"])
 def test_a_worker_lost_in_the_second_pass_leaves_no_trace(run: FinishedRun, mode: str, tmp_path: Path) -> None:
-    reporter = SecondPass(lambda: kill_worker("Slot"))
+    reporter = SecondPass(lambda: kill_worker("slot"))
     values = {**run.changed(calibration={"mode": mode}), "run_dir": str(tmp_path / "run")}
     run_values(values, reporter, until="calibrate")
     assert reporter.acted

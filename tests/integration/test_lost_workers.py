@@ -22,7 +22,7 @@ from emloc_ray.stages import failures
 from emloc_ray.stages.cluster import Resources, bounded
 from emloc_ray.stages.data import begun_again
 from emloc_ray.stages.failures import Losses
-from emloc_ray.stages.slots import SlotActor, run_slots
+from emloc_ray.stages.slots import run_slots, start_slot
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 SIZES = {"train": 20}
@@ -61,7 +61,7 @@ def test_a_slot_is_given_up_at_the_shard_that_kills_it(tmp_path: Path) -> None:
             return unit
 
     def start(slot: int) -> Any:
-        return ray.remote(SlotActor).remote(Slot)
+        return start_slot(Resources(), f"calibrate: slot {slot}", range(4), Slot)
 
     finished: list[int] = []
     losses = Losses("calibrate", bound=1)

@@ -15,7 +15,8 @@ from emloc_ray.stages.spans import Span, Timed, listening, tell_span, timed
 @pytest.mark.parametrize(
     ("title", "kind"),
     [
-        ("ray::SlotActor.accumulate", "SlotActor"),
+        ("ray::PlacementGroupCleaner.clean", "PlacementGroupCleaner"),
+        ("ray::calibrate: slot 0", "calibrate"),
         ("ray::factorize: model.layers.3.mlp.gate_proj and model.layers.3.mlp.up_proj", "factorize"),
         ("ray::merge: model-00001-of-00004.safetensors", "merge"),
         ("ray::_add_task()", "_add_task"),
