@@ -23,8 +23,10 @@ _LOOK_S = 1.0
 def start_slot(resources: Resources, name: str, units: Sequence[int], make: Callable[..., Any], *arguments: Any) -> Any:
     """A task, by its name in Ray's dashboard, that works off ascending ``units`` in the slot that ``make(*arguments)`` makes:
     the generator of what :func:`_work_off` yields. It goes on to a unit once what it gave before was taken."""
-    options = {**resources.task_options(), "num_returns": "streaming", "_generator_backpressure_num_objects": 1}
-    return ray.remote(**options)(_work_off).options(name=name).remote(list(units), make, *arguments)
+    streaming = {"num_returns": "streaming", "_generator_backpressure_num_objects": 1}
+    options: dict[str, Any] = {**resources.task_options(), **streaming}
+    task: Any = ray.remote(**options)(_work_off)
+    return task.options(name=name).remote(list(units), make, *arguments)
 
 
 def _work_off(units: Sequence[int], make: Callable[..., Any], *arguments: Any) -> Iterator[Timed]:
