@@ -190,9 +190,9 @@ class MemoryModel:
 
     def teaching(self, rows: int) -> Parts:
         """The original's pass over a batch of so many rows for its top logits, and a shard of these, put together."""
-        healing = self.config.emulator.heals
-        per_row = BYTES_PER_LOGIT * self.lengths.mean * (healing.num_teacher_logits if healing else 0)
-        shard = per_row * (rows_per_shard(self.lengths.mean, healing.num_teacher_logits) if healing else 0)
+        healing, mean = self.config.emulator.heals, self.lengths.mean
+        logits = 0 if healing is None else healing.num_teacher_logits
+        shard = rows_per_shard(mean, logits) * BYTES_PER_LOGIT * mean * logits
         return {**self._scoring(self.weights, rows), "teacher": 2 * shard}
 
     def healing(self) -> Parts:

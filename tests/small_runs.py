@@ -15,6 +15,7 @@ import psutil
 
 from emloc_ray import pipeline
 from emloc_ray.config_reading import parse_config
+from emloc_ray.errors import Stopped
 from emloc_ray.io.fingerprint import fingerprint
 from emloc_ray.pipeline import Pipeline
 from emloc_ray.preparation import prepare
@@ -78,6 +79,22 @@ class RecordingReporter(pipeline.SilentReporter):
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+
+class Stopping(RecordingReporter):
+    """Breaks a stage off once it is so far."""
+
+    def __init__(self, stage: str, when: int) -> None:
+        super().__init__()
+        self.stage, self.when = stage, when
+
+    def start(self, stage: str) -> Callable[[int, int], None]:
+        super().start(stage)
+        return self._progress if stage == self.stage else lambda done, total: None
+
+    def _progress(self, done: int, total: int) -> None:
+        if done >= self.when:
+            raise Stopped(f"stopped at {done} of {total}")
 
 
 class KillingReporter(RecordingReporter):

@@ -19,9 +19,8 @@ from emloc_ray.stages.spans import Span, listening
 # Often at first, for short stages; then seldom, because adding up a process's pages costs its time.
 _INTERVALS = (0.5,) * 10 + (2.0,)
 _FRESH_S = 0.3
-_COSTS = (
-    30  # a look is not taken again before so many times what it took: a batch on two cores spent a tenth of one on them
-)
+# A look is not taken again before so many times what it took: a batch on two cores spent a tenth of one on looks.
+_COSTS = 30
 
 
 @dataclass

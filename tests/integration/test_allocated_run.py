@@ -17,6 +17,7 @@ from small_runs import (
     FinishedRun,
     KillingReporter,
     RecordingReporter,
+    Stopping,
     make_values,
     redone,
     run_values,
@@ -29,6 +30,7 @@ from vlms import save_vlm
 from emloc_ray.config_reading import parse_config
 from emloc_ray.core.ranks import factor_parameters
 from emloc_ray.data.token_shards import TokenShards
+from emloc_ray.errors import Stopped
 from emloc_ray.io.artifact_cache import ArtifactCache, EntryGone
 from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.io.grams import GramStore
@@ -138,6 +140,29 @@ def test_from_a_stage_redoes_it_with_its_steps(weighed_run: FinishedRun, tmp_pat
     assert redone(copied.values, begin="factorize") == tail("allocate")
     assert redone(copied.values, begin="calibrate") == tail("calibrate")
     assert redone(copied.values) == []
+
+
+def test_from_factorize_after_a_kill_begins_anew_and_without_it_goes_on(
+    weighed_run: FinishedRun, tmp_path: Path
+) -> None:
+    copied = weighed_run.copy(tmp_path)
+
+    def broken_off() -> dict[str, int]:
+        with pytest.raises(Stopped):
+            run_values(copied.values, Stopping("factorize", 1), begin="factorize", until="factorize")
+        return written()
+
+    def written() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in (copied.root / "emulator").rglob("*.safetensors")}
+
+    left = broken_off()
+    run_values(copied.values, until="factorize")
+    assert left.items() & written().items()
+    left = broken_off()
+    # Ranks are found anew: shards of those before need not have them.
+    run_values(copied.values, begin="factorize", until="factorize")
+    assert left
+    assert not left.items() & written().items()
 
 
 class KillingGradients(KillingReporter):

@@ -14,7 +14,15 @@ import torch
 from peft import PeftModel
 from s3_server import uri
 from safetensors.torch import load_file
-from small_runs import FinishedRun, KillingWatcher, RecordingReporter, make_values, redone, run_values, write_jsonl
+from small_runs import (
+    FinishedRun,
+    KillingWatcher,
+    Stopping,
+    make_values,
+    redone,
+    run_values,
+    write_jsonl,
+)
 from test_deepspeed import in_one_group
 from transformers import AutoModelForCausalLM
 
@@ -151,22 +159,6 @@ def test_without_it_nothing_of_it_stays(copied: FinishedRun) -> None:
 def test_from_it_on(copied: FinishedRun) -> None:
     assert redone(copied.values, begin="heal") == ["heal", *AFTER]
     assert redone(copied.values) == []
-
-
-class Stopping(RecordingReporter):
-    """Breaks a stage off once it is so far."""
-
-    def __init__(self, stage: str, when: int) -> None:
-        super().__init__()
-        self.stage, self.when = stage, when
-
-    def start(self, stage: str) -> Callable[[int, int], None]:
-        super().start(stage)
-        return self._progress if stage == self.stage else lambda done, total: None
-
-    def _progress(self, done: int, total: int) -> None:
-        if done >= self.when:
-            raise Stopped(f"stopped at {done} of {total}")
 
 
 def test_broken_off_in_each_part_it_goes_on_to_the_same_emulator(copied: FinishedRun, healed_run: FinishedRun) -> None:
