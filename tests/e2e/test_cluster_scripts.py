@@ -190,7 +190,6 @@ def test_a_job_on_bare_hosts(hosts: Path, tmp_path: Path, tiny_model_dir: Callab
         metrics = call_and_scrape(hosts, *submit, "emloc-ray", "run", "my.yaml", "--until", "calibrate")
         assert re.search(r'emloc_ray_units_done\{.*Stage="calibrate"', metrics, re.IGNORECASE), metrics
         tasks = listed(address, "tasks", token.read_text())
-        actors = listed(address, "actors", token.read_text())
     finally:
         stopped = call(script, "stop", *nodes, **settings)
     assert stopped.count("stopped") == 2
@@ -198,7 +197,7 @@ def test_a_job_on_bare_hosts(hosts: Path, tmp_path: Path, tiny_model_dir: Callab
     assert set(RunDirectory(tmp_path / "run").manifest()["stages"]) == {"data", "calibrate"}
     assert read_events(RunDirectory(tmp_path / "run"))[-1]["event"] == "run_finished"
     assert len({task["node_id"] for task in tasks if task["node_id"]}) == 2
-    assert {"calibrate: slot 0", "calibrate: slot 1"} <= {actor["repr_name"] for actor in actors}
+    assert {"calibrate: slot 0", "calibrate: slot 1"} <= {task["name"] for task in tasks}
     assert any(task["name"].startswith("factorize: model.layers.0.") for task in tasks)
 
 
