@@ -10,7 +10,7 @@
 #
 # Hosts are named by the addresses under which they reach each other, and ssh reaches them without a password. The package is
 # installed at the same place on each, whose bin folder EMLOC_BIN names ($HOME/emloc-ray/bin by default):
-#     python3 -m venv ~/emloc-ray && ~/emloc-ray/bin/pip install 'emloc-ray[cluster,s3]'
+#     python3 -m venv ~/emloc-ray && ~/emloc-ray/bin/pip install '/path/to/checkout[cluster,s3]'
 #
 # my.yaml: run_dir on a file system that all hosts share, as an absolute path (or s3://bucket/runs/mine), no ray.num_cpus. Ray
 # finds each host's CPUs and GPUs; stages take what their sections ask for. After a lost head, the same commands go on.

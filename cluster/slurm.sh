@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One run as a Slurm job: a head and workers by srun, the driver beside the head.
 #
-#     python3 -m venv ~/emloc-ray && ~/emloc-ray/bin/pip install 'emloc-ray[cluster,s3]'     # once, on shared storage
+#     python3 -m venv ~/emloc-ray && ~/emloc-ray/bin/pip install '/path/to/checkout[cluster,s3]'     # once, on shared storage
 #     source ~/emloc-ray/bin/activate
 #     sbatch cluster/slurm.sh my.yaml               # then key.path=value … as for emloc-ray run
 #     tail -f emloc-ray-JOBID.out
@@ -10,8 +10,8 @@
 # calibration, finetune and evaluation, no ray.num_cpus. A lost worker node is survived (--no-kill); a job that is preempted or
 # loses its first node is put back into the queue (--requeue) and goes on from what run_dir holds.
 #
-# The job has two parts: nodes without GPUs, for the head and the stages whose section says gpus_per_worker: 0 (calibrate,
-# factorize and merge by default), and nodes with GPUs. For one kind of node, delete the part from "hetjob" on.
+# The job has two parts: nodes without GPUs, for the head and the stages whose section says gpus_per_worker: 0 (the
+# default: so factorize and merge), and nodes with GPUs. For one kind of node, delete the part from "hetjob" on.
 #
 # Objects spill to the nodes' local disk, $SLURM_TMPDIR or /tmp; Ray's session and logs are in /tmp/emloc-ray-JOBID (RAY_TMPDIR
 # for /tmp; Ray takes no more than 43 characters). The cluster's token is made here and lives in the job's environment alone; so

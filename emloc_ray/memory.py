@@ -15,6 +15,7 @@ import torch
 from emloc_ray.healing import healing_run
 from emloc_ray.io.shard_writing import chunk_limit
 from emloc_ray.io.teacher_shards import BYTES_PER_LOGIT, rows_per_shard
+from emloc_ray.machine import gpu_bytes
 from emloc_ray.model_sizes import FLOAT, Block, Lengths, blocks_of, gradient_bytes, gram_bytes, in_waves, widest_step
 from emloc_ray.modeling.adapter_methods import update_rank
 from emloc_ray.modeling.architecture import LinearSpec
@@ -142,12 +143,13 @@ class MemoryModel:
         return self.factorize()
 
     def worker_bytes(self, section: str) -> float:
-        """``memory_budget``; else a worker's share of this machine's memory, or no bound on a cluster elsewhere."""
+        """``memory_budget``; else of a GPU like this machine's, or a worker's share of its memory, or no bound elsewhere."""
         if self.config.memory_budget is not None:
             return float(self.config.memory_budget)
-        if self.config.ray.joins:
-            return float("inf")
-        return psutil.virtual_memory().available / getattr(self.config, section).num_workers
+        asked = getattr(self.config, section)
+        if asked.gpus_per_worker:
+            return gpu_bytes() * asked.gpus_per_worker
+        return float("inf") if self.config.ray.joins else psutil.virtual_memory().available / asked.num_workers
 
     def factorize(self) -> Parts:
         """The group that needs most, with one of its layers computed once more in float64, as rounding may ask."""

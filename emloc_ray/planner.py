@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import time
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from emloc_ray.budget import Solution, check_gradients, solve, with_settings
 from emloc_ray.data.formats import EXTRA_FIELDS, FIELDS
@@ -16,6 +12,7 @@ from emloc_ray.data.reading import Place, Row, read_rows
 from emloc_ray.healing import factor_ranks, healing_run
 from emloc_ray.io.teacher_shards import BYTES_PER_LOGIT
 from emloc_ray.layout import Layout
+from emloc_ray.machine import cpu_flops
 from emloc_ray.memory import MemoryModel, Parts, total
 from emloc_ray.model_sizes import Lengths, gradient_bytes, gram_bytes
 from emloc_ray.preparation import UNKNOWN_ROWS, Prepared
@@ -75,13 +72,14 @@ def make_plan(prepared: Prepared) -> Plan:
     memory = MemoryModel(prepared, lengths)
     disk = _disk_bytes(prepared, memory, lengths)
     flops = _stage_flops(prepared, lengths.mean)
-    speed = _flops_per_second()
+    speed = cpu_flops()
     sections, planned = _sections(prepared), _stage_memory(prepared, memory)
     stages = []
     for name in planned_steps(prepared):
         section = sections[name]
-        cpus = max(1.0, section.cpus_per_worker) * section.num_workers
-        seconds = _START_SECONDS[name] + flops[name] / (speed * cpus * _EFFICIENCY[name]) + disk[name] / 250e6
+        each = section.gpus_per_worker * _GPU_FLOPS or max(1.0, section.cpus_per_worker) * speed
+        work = flops[name] / (each * section.num_workers * _EFFICIENCY[name])
+        seconds = _START_SECONDS[name] + work + disk[name] / 250e6
         stages.append(
             StagePlan(
                 name,
@@ -176,6 +174,8 @@ _START_SECONDS = {
     "merge": 4,
     "evaluate": 20,
 }
+# A second's floating-point operations of a GPU, of which a stage reaches the shares below: no GPU is asked for a plan.
+_GPU_FLOPS = 2e13
 _EFFICIENCY = {
     "calibrate": 0.65,
     "gradients": 0.5,
@@ -338,20 +338,3 @@ def _stage_flops(prepared: Prepared, tokens: float) -> dict[str, float]:
         "evaluate": tokens * held_out * 2 * sum((kept if name in small else blocks) + head for name in scored)
         + 2 * config.evaluation.num_exact_match * config.evaluation.max_new_tokens * 2 * (blocks + 4 * head),
     }
-
-
-@functools.cache
-def _flops_per_second() -> float:
-    """One thread's speed in a matrix product like the model's, measured for a tenth of a second."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        left, right = torch.randn(512, 768), torch.randn(768, 768)
-        left @ right
-        count, begin = 0, time.perf_counter()
-        while time.perf_counter() - begin < 0.1:
-            left @ right
-            count += 1
-        return count * 2 * 512 * 768 * 768 / (time.perf_counter() - begin)
-    finally:
-        torch.set_num_threads(threads)

@@ -313,7 +313,7 @@ def _check_resources(config: RunConfig) -> None:
             asked = section.gpus_per_worker * together
             problems.append(
                 f"{name} asks Ray for {asked:g} GPUs at once, this machine has {gpus}: lower {name}.gpus_per_worker,"
-                " or name a cluster in ray.address."
+                " name a cluster in ray.address, or, to plan for another machine, give ray.num_gpus."
             )
     if problems:
         raise ConfigError("\n".join(problems))

@@ -23,6 +23,8 @@ from emloc_ray.steps import Steps
 from emloc_ray.turns import AtOnce
 
 TWO = {"num_workers": 2}
+# The same rows a step as one worker's eight. Starting a group takes ten times as long as training: for tests of groups.
+GROUP = {**TWO, "per_device_train_batch_size": 4}
 NUM_ROWS = 120
 LENGTH = 64
 
@@ -47,9 +49,9 @@ def make_values(run_dir: Path, model_dir: Path, data: Path, /, **changes: dict[s
         "emulator": {**TWO, "compression_ratio": 0.5},
         "adapter": {"r": 4, "lora_alpha": 16},
         "finetune": {
-            **TWO,
+            "num_workers": 1,
             "max_steps": 8,
-            "per_device_train_batch_size": 4,
+            "per_device_train_batch_size": 8,
             "learning_rate": 5e-3,
             "logging_steps": 1,
         },
@@ -114,11 +116,11 @@ class KillingReporter(RecordingReporter):
 
 
 class KillingWatcher(threading.Thread):
-    """Follows a training's log, and kills one of its workers as soon as a number of steps are logged."""
+    """Follows a training's log, and kills a worker of this name as soon as a number of steps are logged."""
 
-    def __init__(self, training: Path, steps: int) -> None:
+    def __init__(self, training: Path, steps: int, worker: str = "RayTrainWorker") -> None:
         super().__init__(daemon=True)
-        self.training, self.steps = training, steps
+        self.training, self.steps, self.worker = training, steps, worker
         self.over = threading.Event()
         self.logged: list[int] = []
         self.logged_when_killed: list[int] = []
@@ -130,7 +132,7 @@ class KillingWatcher(threading.Thread):
                 self.logged = [json.loads(line)["step"] for line in lines] or self.logged
             if len(self.logged) >= self.steps and not self.logged_when_killed:
                 self.logged_when_killed = self.logged
-                kill_worker("RayTrainWorker")
+                kill_worker(self.worker)
 
     def __enter__(self) -> KillingWatcher:
         self.start()

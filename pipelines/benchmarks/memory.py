@@ -23,6 +23,7 @@ from benchmarks.stage_memory import (
 )
 from emloc_ray.core.ranks import rank_for_ratio
 from emloc_ray.io.checkpoint import Checkpoint
+from emloc_ray.machine import cpu_capabilities, has_bfloat16
 from emloc_ray.modeling.adapter import attach_adapter
 from emloc_ray.modeling.adapter_methods import lora_config
 from emloc_ray.modeling.architecture import block_linears, empty_model
@@ -38,12 +39,15 @@ LARGE = {
     "num_attention_heads": 32,
     "num_key_value_heads": 4,
 }
-MODELS = ("the quickstart's model, float32", "a random one of 1.1 B parameters, bfloat16")
+MODELS = ("the quickstart's model", "a random one of 1.1 B parameters")
 BATCHES = (1, 4)  # rows
 
 
 def memory(out: Path) -> Figures:
-    """Each side in a process of its own: resident set above the imports on a CPU, the allocator's peak on a GPU."""
+    """Each side in a process of its own: resident set above the imports on a CPU, the allocator's peak on a GPU.
+
+    In the type that its files have; the random model's is bfloat16, where this machine computes in it.
+    """
     _, run = calibrated(out)
     pairs = dict(zip(MODELS, ((run / "model", emulated(run, out)), _large(out)), strict=True))
     found: Figures = {}
@@ -57,7 +61,8 @@ def memory(out: Path) -> Figures:
             found[f"peak of fine-tuning the emulator against inference, {name}, {rows} × 512 tokens"] = figure(
                 *both, "MiB"
             )
-        table.append({"model": name, "mib": peaks})
+        dtype = str(next(iter(Checkpoint(original))).dtype).removeprefix("torch.")
+        table.append({"model": f"{name}, {dtype}", "mib": peaks})
     write_result(out / "memory.json", "peaks", "memory", rows=table)
     return found
 
@@ -107,15 +112,17 @@ def shapes(out: Path) -> Figures:
 
 def _large(out: Path) -> tuple[Path, Path]:
     """The random model and an emulator of it at ratio 0.5, saved once."""
-    config = LlamaConfig(**LARGE, vocab_size=32000, dtype=torch.bfloat16)
+    native = torch.cuda.is_available() or has_bfloat16(cpu_capabilities())
+    dtype = torch.bfloat16 if native else torch.float32
+    config = LlamaConfig(**LARGE, vocab_size=32000, dtype=dtype)
     original, emulator = out / "large", out / "large-emulator"
     if not (emulator / "config.json").is_file():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         model.save_pretrained(original)
         ranks = {s.name: rank_for_ratio(s.out_features, s.in_features, 0.5) or 1 for s in block_linears(model)}
         del model
         wrapped = EmulatorModelConfig(config.to_dict(), ranks)
-        small = emulator_class(LlamaForCausalLM, wrapped)(config).to(torch.bfloat16)
+        small = emulator_class(LlamaForCausalLM, wrapped)(config).to(dtype)
         small.save_pretrained(emulator)
     return original, emulator
 

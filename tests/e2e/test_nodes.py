@@ -15,7 +15,7 @@ import psutil
 import pytest
 import yaml
 from faulting.nodes import Nodes, kill, workers
-from small_runs import make_values
+from small_runs import GROUP, make_values
 
 SECONDS = 240
 SHARED = ("calibration", "emulator", "adapter_emulator", "adapter", "merged")
@@ -45,7 +45,7 @@ def artifacts(run: Path) -> dict[str, bytes]:
 def test_a_node_that_goes_and_one_that_comes_leave_no_trace(
     tmp_path: Path, tiny_model_dir: Callable[..., Path], task_file: Path
 ) -> None:
-    finetune = {"max_steps": 4, "save_steps": 2}
+    finetune = {**GROUP, "max_steps": 4, "save_steps": 2}
     values = make_values(tmp_path / "many" / "run", tiny_model_dir("llama"), task_file, finetune=finetune)
     log = tmp_path / "log.txt"
     with Nodes(cpus=1) as nodes:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from families import FAMILIES, save
 from image_rows import serve, write_image_rows
-from small_runs import FinishedRun, make_values, run_values, task_rows, write_jsonl
+from small_runs import GROUP, FinishedRun, make_values, run_values, task_rows, write_jsonl
 from vlms import save_vlm
 
 
@@ -31,8 +31,8 @@ def make_run(
 
 @pytest.fixture(scope="session")
 def llama_run(make_run: Callable[..., FinishedRun], task_file: Path) -> FinishedRun:
-    """A tiny Llama's run in float32; read it, or spoil a copy."""
-    return make_run(task_file)
+    """A tiny Llama's run in float32, trained by a group; read it, or spoil a copy."""
+    return make_run(task_file, finetune=GROUP)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,8 @@ from benchmarks import allocation, figures, memory, whole_runs
 from gguf_files import write_gguf
 from small_runs import task_rows, write_jsonl
 
+from emloc_ray.machine import cpu_capabilities, has_bfloat16
+
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "pipelines" / "results"
 SMALL = {
@@ -94,7 +96,11 @@ def test_memory(publish: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) 
     )
     monkeypatch.setattr(memory, "BATCHES", (1,))
     published, found = publish("memory")
-    assert [row["model"] for row in published["rows"]] == list(memory.MODELS)
+    large = "bfloat16" if has_bfloat16(cpu_capabilities()) else "float32"
+    assert [row["model"] for row in published["rows"]] == [
+        f"{memory.MODELS[0]}, float32",
+        f"{memory.MODELS[1]}, {large}",
+    ]
     peaks = [row["mib"]["1"] for row in published["rows"]]
     assert all(peak > 0 for both in peaks for peak in both)
     assert [[line["ours"], line["baseline"]] for line in found.values()] == peaks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from peft import PeftModel
 from s3_server import uri
 from safetensors.torch import load_file
 from small_runs import (
+    GROUP,
     FinishedRun,
     KillingWatcher,
     Stopping,
@@ -40,6 +42,7 @@ from emloc_ray.preparation import prepare
 from emloc_ray.stages.teacher import teach_part
 
 HEALING = {"steps": 24, "r": 4, "learning_rate": 3e-3}
+ALONE = {"num_workers": 1, "per_device_train_batch_size": 8}
 AFTER = ["finetune", "correct", "merge", "evaluate"]
 
 
@@ -47,7 +50,7 @@ AFTER = ["finetune", "correct", "merge", "evaluate"]
 def healed_run(llama_run: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """The Llama's run with healing, in a copy of its directory."""
     copied = llama_run.copy(tmp_path_factory.mktemp("healed"))
-    values = copied.changed(emulator={"healing": HEALING})
+    values = copied.changed(emulator={"healing": HEALING}, finetune=ALONE)
     return FinishedRun(copied.root, values, copied.model_dir, run_values(values))
 
 
@@ -92,9 +95,7 @@ def test_it_runs_between_factorize_and_finetune_and_leaves_the_emulator_alone(he
     found = metrics["healing"]
     assert found["steps"] == len(found["history"]) == HEALING["steps"]
     assert found["healed_layers"] == 14
-    assert (
-        found["teacher_rows"] == metrics["data"]["train"]["rows"]
-    )  # two workers, 24 steps, four rows each: all of them
+    assert found["teacher_rows"] == metrics["data"]["train"]["rows"]  # 24 steps of eight rows: all of them
     assert found["teacher_bytes"] > 0
     assert metrics["disk_bytes"]["emulator_healed"] > metrics["disk_bytes"]["emulator"]
     assert "Healing the emulator" in (healed_run.root / "report.html").read_text()
@@ -189,7 +190,7 @@ def test_it_may_have_rows_of_its_own(copied: FinishedRun, healed_run: FinishedRu
         tmp_path / "others.jsonl", [{"prompt": "write ", "completion": f"text {i}"} for i in range(50)]
     )
     data = {"healing": {"path": str(others), "num_samples": 20}}
-    values = copied.changed(data=data, emulator={"healing": {**HEALING, "steps": 8}}, finetune={"num_workers": 1})
+    values = copied.changed(data=data, emulator={"healing": {**HEALING, "steps": 8}})
     reporter = run_values(values, until="heal")
     assert reporter.started == ["data", "heal"]
     metrics = json.loads((copied.root / "metrics.json").read_text())
@@ -204,11 +205,11 @@ def test_it_may_have_rows_of_its_own(copied: FinishedRun, healed_run: FinishedRu
 
 def test_a_killed_worker_leaves_no_trace(copied: FinishedRun, healed_run: FinishedRun) -> None:
     values = copied.changed(finetune={"save_steps": 1})
-    with KillingWatcher(copied.root / "healing", steps=4) as watcher:
+    with KillingWatcher(copied.root / "healing", 4, "heal: ") as watcher:
         reporter = run_values(values, begin="heal", until="heal")
     assert 4 <= max(watcher.logged_when_killed) < HEALING["steps"]
     assert watcher.logged.count(1) == 1
-    assert any(note.startswith("heal: rank") and "begun again from the last" in note for note in reporter.notes)
+    assert any(re.match("heal: the training lost its worker because .*; begun again", note) for note in reporter.notes)
     same_tensors(copied.root / "emulator_healed", healed_run.root / "emulator_healed", 1e-5)
 
 
@@ -267,7 +268,7 @@ def test_tasks_that_tune_otherwise_share_it(
 
 
 def test_zero_heals_as_well(healed_run: FinishedRun, tmp_path: Path) -> None:
-    prepared = prepare(parse_config(healed_run.values))
+    prepared = prepare(parse_config(healed_run.changed(finetune=GROUP)))
     section = prepared.config.emulator.healing
     assert section is not None
     job = Jobs(prepared, healed_run.model_dir).healing(section, "plain")
@@ -294,7 +295,7 @@ def test_zero_heals_as_well(healed_run: FinishedRun, tmp_path: Path) -> None:
 
 def test_ranks_by_the_data_are_those_that_it_ends_with(llama_run: FinishedRun, tmp_path: Path) -> None:
     run = llama_run.copy(tmp_path)
-    values = run.changed(emulator={"allocation": "spectral", "healing": {**HEALING, "steps": 2}})
+    values = run.changed(emulator={"allocation": "spectral", "healing": {**HEALING, "steps": 2}}, finetune=ALONE)
     run_values(values, until="finetune")
     allocated = json.loads((run.root / "allocation" / "ranks.json").read_text())["layers"]
     model = AutoModelForCausalLM.from_pretrained(run.root / "emulator_healed")

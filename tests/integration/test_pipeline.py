@@ -1,4 +1,4 @@
-"""The whole pipeline on local Ray, two workers a stage, read back with plain transformers and PEFT."""
+"""The whole pipeline on local Ray, read back with plain transformers and PEFT."""
 
 from __future__ import annotations
 

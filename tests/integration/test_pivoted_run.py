@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small_runs import FinishedRun, redone, run_values
+from small_runs import GROUP, FinishedRun, redone, run_values
 from test_allocated_run import WEIGHED, divergence
 from test_deepspeed import EXAMPLE, assert_same_adapter
 from transformers import AutoModelForCausalLM
@@ -77,7 +77,7 @@ def test_healed_they_have_the_ranks_that_the_budget_leaves(pivoted_run: Finished
 
 def test_zero_3_trains_the_same_adapter(pivoted_run: FinishedRun, tmp_path: Path) -> None:
     copied = pivoted_run.copy(tmp_path)
-    values = copied.changed(finetune={"deepspeed": str(EXAMPLE)})
+    values = copied.changed(finetune={**GROUP, "deepspeed": str(EXAMPLE)})
     run_values(values, until="finetune")
     assert_same_adapter(copied.root / "adapter_emulator", pivoted_run.root / "adapter_emulator")
 

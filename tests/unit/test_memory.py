@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from transformers import InternVLConfig, InternVLVisionConfig, LlamaConfig, MixtralConfig, Qwen2Config
 
+from emloc_ray import memory
 from emloc_ray.budget import check_gradients, solve, with_settings
 from emloc_ray.config_reading import parse_config
 from emloc_ray.errors import ConfigError
@@ -174,6 +175,18 @@ def test_waves_fill_the_room_that_the_model_leaves(prepared: Callable[..., Prepa
     assert [group for wave in waves for group in wave] == [group for wave in free.waves() for group in wave]
     assert len(waves) > 1
     assert all(sum(map(gram_bytes, wave)) <= room for wave in waves)
+
+
+def test_workers_with_a_gpu_go_by_its_memory(
+    prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "gpu_bytes", lambda: BASE_BYTES + 1000)
+    on_gpu = {"calibration": {"gpus_per_worker": 1}, "ray": {"num_gpus": 1}}
+    assert MemoryModel(prepared(), LENGTHS).calibration_mode() == "resident"
+    assert MemoryModel(prepared(**on_gpu), LENGTHS).calibration_mode() == "streamed"
+    assert MemoryModel(prepared(**on_gpu, memory_budget="1GiB"), LENGTHS).calibration_mode() == "resident"
+    on_half = {**on_gpu, "calibration": {"gpus_per_worker": 0.5}}
+    assert MemoryModel(prepared(**on_half), LENGTHS).worker_bytes("calibration") == (BASE_BYTES + 1000) / 2
 
 
 def test_what_costs_less_is_predicted_to_cost_less(prepared: Callable[..., Prepared]) -> None:

@@ -25,7 +25,7 @@ PLAIN = [stage for stage in STAGES[1:] if stage != "heal"]
 @pytest.fixture(autouse=True)
 def steady_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine of one speed, whatever else runs on it."""
-    monkeypatch.setattr(planner, "_flops_per_second", lambda: 1e10)
+    monkeypatch.setattr(planner, "cpu_flops", lambda: 1e10)
 
 
 @pytest.fixture
@@ -183,6 +183,14 @@ def test_a_correction_has_one_worker_such_as_the_evaluation_has(plan: Callable[.
         plan(evaluation={"num_workers": 3, "cpus_per_worker": 2, "gpus_per_worker": 1}, ray={"num_gpus": 1}), "correct"
     )
     assert (found.num_workers, found.cpus_per_worker, found.gpus_per_worker) == (1, 2, 1)
+
+
+def test_a_gpu_s_time_is_not_a_processor_s(plan: Callable[..., Plan]) -> None:
+    on_cpu, on_gpu = (
+        stage(plan(finetune={"max_steps": 10**9, "gpus_per_worker": gpus}, ray={"num_gpus": 1}), "finetune").seconds
+        for gpus in (0, 1)
+    )
+    assert on_cpu / on_gpu == pytest.approx(2e13 / 1e10, rel=1e-2)
 
 
 def test_steps_without_work_are_not_waited_for(prepared: Callable[..., Prepared]) -> None:
