@@ -27,8 +27,11 @@ class _Yaml(yaml.SafeLoader):
     """YAML 1.1 reads 1e-4 as a string; people mean the number."""
 
 
+_MERGE = "tag:yaml.org,2002:merge"  # <<, which brings another mapping's keys
+
+
 def _mapping_without_repeats(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGE]
     repeated = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
     if repeated is not None:
         raise yaml.constructor.ConstructorError(None, None, f"the key {repeated} is there twice", node.start_mark)

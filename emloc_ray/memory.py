@@ -220,6 +220,7 @@ class MemoryModel:
             "weights": self.emulator,
             "unpacked": self._unpacked(),
             "optimizer": _ADAM_BYTES * self.adapter_parameters,
+            "row norms": self._row_norms([spec for spec in self.adapted if len(self.layout.stored_shapes(spec)) == 1]),
             "activations": tokens * kept + (inside if inside >= logits else 0),
             "logits": logits if logits > inside else 0,
         }
@@ -244,6 +245,7 @@ class MemoryModel:
         scoring = {
             **self._scoring(self.weights, self.config.evaluation.batch_size),
             "adapter": FLOAT * self.corrected_parameters,
+            "row norms": self._row_norms(self.adapted),
             "correction": thin,
         }
         return max(scoring, one_by_one, key=total)
@@ -267,7 +269,11 @@ class MemoryModel:
     def evaluate(self) -> Parts:
         """The original with one adapter at a time; scoring a batch, or completing one with a cache."""
         section = self.config.evaluation
-        parts = {**self._scoring(self.weights, section.batch_size), "adapter": FLOAT * self.corrected_parameters}
+        parts = {
+            **self._scoring(self.weights, section.batch_size),
+            "adapter": FLOAT * self.corrected_parameters,
+            "row norms": self._row_norms(self.adapted),
+        }
         tokens = section.batch_size * self.lengths.longest
         cached = section.batch_size * (self.lengths.longest + section.max_new_tokens)
         completing = {
@@ -275,6 +281,7 @@ class MemoryModel:
             "kv cache": cached * self.itemsize * self._cached_per_token(),
             "activations": self._forward(tokens),
             "adapter": FLOAT * self.corrected_parameters,
+            "row norms": self._row_norms(self.adapted),
         }
         return max(parts, completing if section.num_generations or section.num_exact_match else {}, key=total)
 
@@ -294,6 +301,12 @@ class MemoryModel:
         tokens = rows * self.lengths.longest
         inside, logits = self._forward(tokens), self._logits(tokens)
         return {"weights": weights, **({"activations": inside} if inside >= logits else {"logits": logits})}
+
+    def _row_norms(self, dense: Collection[LinearSpec]) -> int:
+        """PEFT's DoRA on a dense linear: an identity, ``s B A``, its unscaled self and its sum with ``W``, in float32."""
+        if self.config.adapter.method != "dora":
+            return 0
+        return FLOAT * max((s.in_features * (s.in_features + 3 * s.out_features) for s in dense), default=0)
 
     def _packed_away(self) -> int:
         """Bytes that the emulator's linears in 4 bits save."""
@@ -352,21 +365,23 @@ class MemoryModel:
         - The residual stream in float32, at each of two norms.
         - What goes into attention and activations, and what comes out: outputs of the linears inside, inputs of those
           that write to the residual stream.
+        - Outputs that are scaled by what is learned, in float32, and of DoRA the base's too.
 
         Frozen linears keep nothing, dense or factorized: their inputs' gradients need their weights alone. Experts' linears
         count by the share of tokens that is sent to each.
         """
         adapted = set(trained)
-        read = 0.0
-        inner = 0.0
+        read = inner = outputs = 0.0
         for group in block.groups:
             count = sum(spec in adapted for spec in group)
             copies = count if self.itemsize < FLOAT or self.config.adapter.lora_dropout else min(count, 1)
             share = group[0].token_share
             read += share * copies * group[0].in_features * FLOAT * (2 if self.config.adapter.lora_dropout else 1)
+            outputs += share * sum(spec.out_features for spec in group if spec in adapted)
             writes = len(group) == 1 and group[0].out_features == block.width
             inner += share * (group[0].in_features if writes else sum(spec.out_features for spec in group))
-        return read + 2 * block.width * FLOAT + inner * self.itemsize
+        scaled = {"dora": FLOAT + self.itemsize, "vera": FLOAT, "ia3": FLOAT}.get(self.config.adapter.method, 0)
+        return read + 2 * block.width * FLOAT + inner * self.itemsize + outputs * scaled
 
     def _update_per_token(self) -> float:
         """Bytes of the widest ``W x + s B (A x)`` on its way forward, or of its gradient on the way back: once in the

@@ -32,6 +32,7 @@ _OWN_TRAINING_ARGUMENTS = {
     "eval_strategy",
     "load_best_model_at_end",
 }
+_SCATTERING = {"fsdp", "fsdp_config", "parallelism_config"}
 
 
 def passed_through_errors(values: dict[str, Any]) -> list[str]:
@@ -42,6 +43,8 @@ def passed_through_errors(values: dict[str, Any]) -> list[str]:
             lines += secrets
         elif key in _OWN_TRAINING_ARGUMENTS:
             lines.append(f"finetune.{key} is set by emloc_ray itself: remove it.")
+        elif key in _SCATTERING:
+            lines.append(f"finetune.{key} is not supported: finetune.deepspeed is what scatters a model over workers.")
         elif key not in (types := _training_argument_types()):
             lines.append(f"{no_such_key(f'finetune.{key}', key, {*types, *FinetuneConfig.model_fields})}.")
         else:

@@ -168,6 +168,7 @@ class Pipeline:
 
         def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
             if source.gguf_file is None:  # by the driver: other nodes need not see the files
+                discard_unless(self.jobs.model_dir, inputs)
                 copy_checkpoint(source_dir, self.jobs.model_dir, progress)
                 return {}
             task = granted.task(import_gguf).options(name="import: the model")
@@ -175,7 +176,8 @@ class Pipeline:
             bounded([("the model", submit)], 1, Losses("import", self.reporter.note))
             return {}
 
-        self.steps.run("import", inputs, [self.jobs.model_dir], execute, Resources(), shared=self._content())
+        goes_on, shared = source.gguf_file is None, self._content()
+        self.steps.run("import", inputs, [self.jobs.model_dir], execute, Resources(), resumes=goes_on, shared=shared)
 
     def prepare_data(self) -> None:
         """Rows, split, as token shards; the split's fingerprint is its content."""

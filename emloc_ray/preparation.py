@@ -251,7 +251,7 @@ def _check_training(config: RunConfig) -> dict[str, Any] | None:
     _check_reporters([arguments.report_to] if isinstance(arguments.report_to, str) else arguments.report_to or [])
     if section.deepspeed is None:
         return None
-    for key in ("use_cpu", "fsdp", "fsdp_config", "accelerator_config", "parallelism_config"):
+    for key in ("use_cpu", "accelerator_config"):
         if extra.get(key):
             raise ConfigError(f"finetune.{key} does not go with finetune.deepspeed: remove one of them.")
     zero_config = read_zero_config(section.deepspeed)

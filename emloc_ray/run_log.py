@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any
 
 from emloc_ray.errors import EmlocError
+from emloc_ray.io.json_lines import end_last_line, read_objects
 from emloc_ray.io.node_cache import ensure, publish
 from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.io.secret_values import without_secret
@@ -76,7 +77,7 @@ class RunLog:
     def __enter__(self) -> RunLog:
         path = self.run.path(LOG)
         ensure(path)
-        _end_last_line(path)
+        end_last_line(path)
         self._handler = _LogFile(path, encoding="utf-8")
         self._handler.setFormatter(_JsonLines())
         self._logger.addHandler(self._handler)
@@ -169,13 +170,6 @@ class RunLog:
                 publish(self.run.path(LOG))
 
 
-def _end_last_line(path: Path) -> None:
-    """A line that a killed process left unfinished ends here: what follows it stays readable."""
-    if path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
-        with path.open("a") as file:
-            file.write("\n")
-
-
 def _read(run: RunDirectory) -> bytes:
     """From a store, past this node's copy, into which the run itself may be writing."""
     if run.store is not None:
@@ -186,12 +180,4 @@ def _read(run: RunDirectory) -> bytes:
 
 def read_events(run: RunDirectory) -> list[dict[str, Any]]:
     """The log's events, oldest first, without lines that a killed process left unfinished; empty where there is none."""
-    events = []
-    for line in _read(run).decode(errors="replace").splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and {"time", "event", "message"} <= event.keys():
-            events.append(event)
-    return events
+    return [event for event in read_objects(_read(run)) if {"time", "event", "message"} <= event.keys()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +84,7 @@ def pack_triangle(matrix: Tensor) -> Tensor:
 
 def unpack_triangle(packed: Tensor) -> Tensor:
     """The symmetric ``(n, n)`` matrix of :func:`pack_triangle`'s ``(n (n + 1) / 2,)``."""
-    n = int(((8 * packed.numel() + 1) ** 0.5 - 1) / 2)
+    n = triangle_order(packed.numel())
     matrix = packed.new_empty(n, n)
     for row in range(n):
         matrix[row, : row + 1] = packed[_triangle(row) : _triangle(row + 1)]
@@ -92,6 +93,11 @@ def unpack_triangle(packed: Tensor) -> Tensor:
         matrix[block, block] = torch.tril(matrix[block, block]) + torch.tril(matrix[block, block], -1).T
         matrix[:start, block] = matrix[block, :start].T
     return matrix
+
+
+def triangle_order(numel: int) -> int:
+    """``n`` of a triangle of ``n (n + 1) / 2`` elements."""
+    return (math.isqrt(8 * numel + 1) - 1) // 2
 
 
 def _triangle(rows: int) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 from emloc_ray.data.formats import RowImage, Tokens
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.atomic import atomic_file, write_json
-from emloc_ray.io.node_cache import ensure
+from emloc_ray.io.node_cache import ensure, open_artifact
 
 _INDEX = "index.json"
 _COUNTS = b"counts"
@@ -71,10 +71,8 @@ def _groups(rows: Iterable[Tokens]) -> Iterator[list[Tokens]]:
 
 def written_counts(path: Path) -> dict[str, int] | None:
     """What was counted of a shard when it was written; None where there is none, or it is not whole."""
-    ensure(path)
     try:
-        with pa.memory_map(str(path)) as file:
-            reader = pa.ipc.open_file(file)
+        with open_artifact(path) as (stream, _), pa.ipc.open_file(stream) as reader:
             metadata = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1).custom_metadata
             found: dict[str, int] = json.loads(metadata[_COUNTS])
     except (OSError, pa.ArrowInvalid, IndexError, KeyError, TypeError):

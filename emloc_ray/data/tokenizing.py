@@ -21,7 +21,7 @@ from emloc_ray.data.reading import Row, each
 from emloc_ray.data.splits import RowSelection
 from emloc_ray.data.token_shards import shard_name, write_index, write_shard, written_counts
 from emloc_ray.errors import DataError
-from emloc_ray.io.node_cache import ensure
+from emloc_ray.io.node_cache import ensure, sizes
 
 _COUNTS = (
     "rows",
@@ -200,8 +200,9 @@ def _tokenizer(path: str, trust_remote_code: bool) -> Any:
 def first_unwritten(splits: dict[str, RowSelection], out_dir: Path, rows_per_shard: dict[str, int]) -> str:
     """The first token shard that is not there, in words."""
     for split, selection in splits.items():
+        there = {path.name for path in sizes(out_dir / split)}  # each appeared whole
         for number in range(len(selection.bounds(rows_per_shard[split])) - 1):
-            if written_counts(out_dir / split / shard_name(number)) is None:
+            if shard_name(number) not in there:
                 return f"token shard {number} of {split}"
     return "the token shards' counts"
 

@@ -71,7 +71,8 @@ class ArtifactCache:
         self.place = self._at.name
         self._verified: set[str] = set()
         self._bases: dict[tuple[str, str], Mapping[str, Any]] = {}  # of entries that were read: they never change
-        self._swept_at = -math.inf  # by the monotonic clock
+        self._swept_at = self._weighed_at = -math.inf  # by the monotonic clock
+        self._held = math.inf  # bytes at most, but for what other processes have added since it was weighed
 
     def is_made(self) -> bool:
         """Whether anything was ever put there."""
@@ -174,7 +175,7 @@ class ArtifactCache:
         basis: Mapping[str, Any] | None = None,
     ) -> str | None:
         """Takes in what the run at ``root`` has committed (``files`` as its manifest names them), unless it is there already;
-        then prunes to ``max_bytes``, but never this entry.
+        then prunes to ``max_bytes``, but never this entry; what other processes add counts within the hour.
 
         Returns None, or why it could not be done (a full disk, a store out of reach): that is no failure of the run.
         """
@@ -184,6 +185,7 @@ class ArtifactCache:
             self._at.make()
             if self.find(stage, key) is None:
                 self._write(entry, root)
+                self._held += entry.bytes
             self._prune(self.max_bytes, key)
         except (OSError, EmlocError) as error:
             return f"{self.place} does not keep {stage} of {run}: {error}"
@@ -209,14 +211,16 @@ class ArtifactCache:
 
         A file that several entries share by hard links counts once. What killed writers left goes too, after an hour.
         """
-        self._swept_at = -math.inf
+        self._swept_at = self._weighed_at = -math.inf
         return self._prune(max_bytes, None)
 
     def _prune(self, max_bytes: int | None, kept: str | None) -> list[Entry]:
         if time.monotonic() - self._swept_at > _SWEEP_S:
             self._at.sweep()
             self._swept_at = time.monotonic()
-        if max_bytes is None:
+        # To weigh it is to read every entry, and to look at every file.
+        known = time.monotonic() - self._weighed_at <= _SWEEP_S
+        if max_bytes is None or (known and self._held <= max_bytes):
             return []
         held = [(entry, self._blocks(entry)) for entry in self.entries()]
         users = Counter(block for _, blocks in held for block in blocks)
@@ -231,6 +235,7 @@ class ArtifactCache:
             removed.append(entry)
             users.subtract(list(blocks))
             total -= sum(size for block, size in blocks.items() if users[block] == 0)
+        self._held, self._weighed_at = total, time.monotonic()
         return removed
 
     def _blocks(self, entry: Entry) -> dict[Any, int]:

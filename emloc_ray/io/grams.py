@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emloc_ray.core.gram import Gram, pack_triangle, relative_change, unpack_triangle
+from emloc_ray.core.gram import Gram, pack_triangle, relative_change, triangle_order, unpack_triangle
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.atomic import write_json
-from emloc_ray.io.checkpoint import read_shard
+from emloc_ray.io.checkpoint import TensorEntry, read_shard
 from emloc_ray.io.node_cache import ensure
-from emloc_ray.io.shard_writing import write_tensors
+from emloc_ray.io.shard_writing import make_header, row_chunks, stream_shard, write_tensors
 
 INDEX = "grams.index.json"
+_CHUNK_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,31 @@ class GramStore:
         return StoredGram(self.directory / self.index["weight_map"][name], name)
 
 
-def write_gram_shard(path: Path, grams: dict[str, Gram]) -> None:
+def write_gram_shard(path: Path, grams: Mapping[str, Gram]) -> None:
     """Writes some Grams as packed triangles, their token counts beside them."""
     counts = {name: gram.num_tokens for name, gram in grams.items()}
-    packed = {name: pack_triangle(gram.matrix) for name, gram in grams.items()}
-    write_tensors(path, packed, {"num_tokens": json.dumps(counts)})
+    _write_packed(
+        path, counts, {name: len(gram.matrix) for name, gram in grams.items()}, lambda name: grams[name].matrix
+    )
+
+
+def write_identities(path: Path, orders: Mapping[str, int]) -> None:
+    """Writes identities of these orders as the Grams over no token."""
+    _write_packed(path, dict.fromkeys(orders, 0), orders, lambda name: torch.eye(orders[name]))
+
+
+def _write_packed(
+    path: Path, counts: Mapping[str, int], orders: Mapping[str, int], matrix: Callable[[str], Tensor]
+) -> None:
+    """``matrix(name)`` is asked for once, and let go of before the next."""
+    sizes = {name: order * (order + 1) // 2 for name, order in orders.items()}
+    entries = [TensorEntry(name, path, torch.float32, (size,), 0, 4 * size) for name, size in sorted(sizes.items())]
+    header = make_header(entries, {"num_tokens": json.dumps(counts)})
+    stream_shard(path, header, ((entry, map(_packed, [entry.name], [matrix])) for entry in entries))
+
+
+def _packed(name: str, matrix: Callable[[str], Tensor]) -> Tensor:
+    return pack_triangle(matrix(name)).float().cpu()
 
 
 def drop_grams(path: Path) -> None:
@@ -94,19 +115,22 @@ def drop_grams(path: Path) -> None:
 
 def add_gram_files(before: Path | None, more: Path, target: Path) -> tuple[dict[str, int], dict[str, float]]:
     """Writes the sums of two files that hold the same Grams (without ``before``, a copy of ``more``), one at a time in
-    memory beside the sums; returns the tokens of each and its :func:`relative_change` from ``before``."""
+    memory; returns the tokens of each and its :func:`relative_change` from ``before``."""
     counts, changes = gram_counts(more), {}
-    earlier = {} if before is None else gram_counts(before)
-    sums: dict[str, Gram] = {}
-    for name, count in counts.items():
-        gram = Gram(StoredGram(more, name).read(), count)
+    earlier = dict.fromkeys(counts, 0) if before is None else gram_counts(before)
+    totals = {name: count + earlier[name] for name, count in counts.items()}
+
+    def summed(name: str) -> Tensor:
+        gram = Gram(StoredGram(more, name).read(), counts[name])
         if before is not None:
             old = Gram(StoredGram(before, name).read(), earlier[name])
             gram = old.combine(gram)
             changes[name] = relative_change(old, gram)
-        sums[name] = gram
-    write_gram_shard(target, sums)
-    return {name: gram.num_tokens for name, gram in sums.items()}, changes
+        return gram.matrix
+
+    orders = {entry.name: triangle_order(entry.shape[0]) for entry in read_shard(more).entries}
+    _write_packed(target, totals, orders, summed)
+    return totals, changes
 
 
 def gram_counts(path: Path) -> dict[str, int]:
@@ -141,13 +165,17 @@ def write_slot(path: Path, grams: dict[str, Gram], last_shard: int) -> None:
     write_tensors(path, {name: gram.matrix for name, gram in grams.items()}, metadata)
 
 
-def read_slot(path: Path, names: Sequence[str] | None = None) -> tuple[dict[str, Gram], int]:
-    """A slot's committed sums (all, or of the Grams named) and its last shard."""
+def add_slot(path: Path, grams: Mapping[str, Gram]) -> int:
+    """Adds a slot's committed sums to those of ``grams`` in place, some rows at a time; returns the last shard they hold."""
     shard = read_shard(path)
-    counts = json.loads(json.loads(shard.header)["__metadata__"]["num_tokens"])
-    wanted = set(counts if names is None else names)
-    grams = {e.name: Gram(e.read_rows(), counts[e.name]) for e in shard.entries if e.name in wanted}
-    return grams, last_shard(path)
+    counts = gram_counts(path)
+    for entry in shard.entries:
+        if entry.name in grams:
+            gram = grams[entry.name]
+            for begin, rows in row_chunks(entry, _CHUNK_BYTES):
+                gram.matrix[begin : begin + len(rows)] += rows.to(gram.matrix.device)
+            gram.num_tokens += counts[entry.name]
+    return last_shard(path)
 
 
 def last_shard(path: Path) -> int:
@@ -157,10 +185,10 @@ def last_shard(path: Path) -> int:
 
 def reduce_slots(slots: Sequence[Path], names: Sequence[str]) -> dict[str, Gram]:
     """The sums over all slots of the Grams named, in slot order, so that the rounding is always the same."""
-    total, _ = read_slot(slots[0], names)
-    for path in slots[1:]:
-        part, _ = read_slot(path, names)
-        total = {name: gram.combine(part[name]) for name, gram in total.items()}
+    orders = {entry.name: entry.shape[0] for entry in read_shard(slots[0]).entries}
+    total = {name: Gram.zero(orders[name]) for name in names}
+    for path in slots:
+        add_slot(path, total)
     for gram in total.values():
-        gram.matrix = torch.tril(gram.matrix)
-    return {name: total[name] for name in names}
+        gram.matrix.tril_()
+    return total

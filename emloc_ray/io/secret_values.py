@@ -11,7 +11,7 @@ import yaml
 
 HIDDEN = "(hidden)"
 _ENVIRONMENT = "env_vars"
-_USER_IN_URL = re.compile(r"://[^/\s@]+:[^/\s@]+@")
+_USER_IN_URL = re.compile(r"https?://[^/\s@]+@|://[^/\s@]+:[^/\s@]+@")  # a token may stand alone
 _SECRET = re.compile(r"(^|[_-])(token|key|secret|credentials?)$|password|passphrase|api_?key", re.IGNORECASE)
 
 

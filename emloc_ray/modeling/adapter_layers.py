@@ -161,7 +161,7 @@ class FactorizedDora(DoraLinearLayer):
         """What is added to the base's output: ``(g − 1) (W_E x) + g s B A x`` with ``g = m / ‖W_E + s B A‖``."""
         norms = self.norms(base_layer, lora_A.weight, lora_B.weight, scaling)
         gain = self.weight / norms.clamp_min(torch.finfo(norms.dtype).tiny)
-        bias = _bias(base_layer)
+        bias = _bias_holder(base_layer).bias
         if base_result is None:  # dropout: of what the adapter reads
             plain = _without_bias(base_layer, x)
         else:
@@ -194,15 +194,18 @@ def _squared_rows(base_layer: Any, device: torch.device) -> Tensor:
 
 
 def _without_bias(base_layer: Any, x: Tensor) -> Tensor:
-    y: Tensor = base_layer(x.to(_dtype(base_layer)))
-    bias = _bias(base_layer)
-    return y if bias is None else y - bias
+    """``W_E x`` of a layer that never sees its bias: taken off again, a large one leaves nothing of it in 16 bits."""
+    holder = _bias_holder(base_layer)
+    bias, holder.bias = holder.bias, None
+    try:
+        y: Tensor = base_layer(x.to(_dtype(base_layer)))
+    finally:
+        holder.bias = bias
+    return y
 
 
-def _bias(base_layer: Any) -> Tensor | None:
-    holder = base_layer if hasattr(base_layer, "bias") else base_layer.up
-    bias: Tensor | None = holder.bias
-    return bias
+def _bias_holder(base_layer: Any) -> Any:
+    return base_layer if hasattr(base_layer, "bias") else base_layer.up
 
 
 ON_FACTORS: dict[type, type] = {

@@ -131,8 +131,9 @@ def _reside(
             progress(number * total + done, len(waves) * total)
 
         # A task that counted as lost, and was begun again, may still have committed after its successor did.
-        while any(not exists(slots[s]) or last_shard(slots[s]) != work[s][-1] for s in range(num_slots)):
-            run_slots(start, work, "token shard", losses, told)
+        ends = [shards[-1] for shards in work]
+        while (safe := [last_shard(file) if exists(file) else -1 for file in slots]) != ends:
+            run_slots(start, work, "token shard", losses, told, safe=safe)
         names = [group[0] for group in groups]
         found = _reduce(slots, names, out_dir, f"grams-{number + 1:05d}" if len(waves) > 1 else "grams", losses)
         counts.update(found[0])

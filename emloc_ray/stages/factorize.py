@@ -133,7 +133,8 @@ def _whitening(gram: StoredGram | None, dampening_frac: float) -> Whitening:
     """
     assert gram is not None
     found = gram.read()
-    return Whitening(found if gram.num_tokens else torch.eye(len(found), dtype=found.dtype), dampening_frac)
+    inputs = found if gram.num_tokens else torch.eye(len(found), dtype=found.dtype)
+    return Whitening(inputs, dampening_frac, name=gram.name)
 
 
 def _factorized(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import json
 import signal
 import threading
 import time
@@ -17,6 +15,7 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from emloc_ray.errors import EmlocError, NumericsError, Stopped, TakenOver
+from emloc_ray.io.json_lines import read_objects
 from emloc_ray.io.node_cache import discard, ensure, exists, open_artifact, publish, remote
 from emloc_ray.stages.cluster import Progress, Resources, bounded, silent
 from emloc_ray.stages.failures import Losses, Tell, is_lost, last_line, reason, unheard
@@ -85,9 +84,9 @@ def finetune(
         raise watcher.stop
     if outcome["failure"]:
         raise NumericsError(outcome["failure"])
-    # Steps that a lost worker had logged and its successor did again count once; a killed one may leave half a line.
-    logged = [json.loads(line) for line in _logged(job.log_path) if line.endswith("}")]
-    history = sorted({line["step"]: line for line in logged}.values(), key=lambda line: line["step"])
+    # Steps that a lost worker had logged and its successor did again count once.
+    logged = {line["step"]: line for line in read_objects(_content(job.log_path))}
+    history = sorted(logged.values(), key=lambda line: line["step"])
     return {
         "num_workers": resources.num_workers,
         "steps": outcome["steps"],
@@ -112,7 +111,10 @@ def _way(job: FinetuneJob, resources: Resources) -> Way:
 def run_alone(job: FinetuneJob, resources: Resources, tell: Tell, check: Callable[[], None]) -> dict[str, Any]:
     """In a task; begun again from its newest checkpoint where its worker is lost."""
     task = resources.task(train_alone, alone=leaves_traces(job)).options(name=f"{job.stage}: {job.name}")
-    submit = functools.partial(task.remote, job, resources.threads)
+
+    def submit() -> Any:
+        discard(job.begun_path)  # a try that was lost has left it
+        return task.remote(job, resources.threads)
 
     def give_up(done: int, total: int) -> None:
         """Also where it is asked to stop while its task waits for a worker, which may never come."""
@@ -168,13 +170,17 @@ def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, An
         return None
 
 
-def _logged(path: Path) -> list[str]:
-    """The lines of a file that workers add to; not copied here, where one of them may be at it."""
+def _content(path: Path) -> bytes:
+    """Of a file that workers add to; not copied here, where one of them may be at it."""
     try:
         with open_artifact(path) as (stream, _):
-            return stream.read().decode(errors="replace").splitlines()
+            return stream.read()
     except FileNotFoundError:
-        return []
+        return b""
+
+
+def _lines(path: Path) -> list[str]:
+    return _content(path).decode(errors="replace").splitlines()
 
 
 @contextlib.contextmanager
@@ -196,7 +202,7 @@ class _watching:
 
     def __init__(self, job: FinetuneJob, progress: Progress, tell: Tell) -> None:
         self.job, self.progress, self.tell = job, progress, tell
-        self.told = len(_logged(job.failure_path))
+        self.told = len(_lines(job.failure_path))
         self.stop: EmlocError | None = None
         self.asked = False
         self.every = _POLL_S if remote(job.storage_dir) is None else _STORE_POLL_S
@@ -213,10 +219,10 @@ class _watching:
             self._show()
 
     def _show(self) -> None:
-        lines = [line for line in _logged(self.job.log_path) if line.endswith("}")]
+        logged = read_objects(_content(self.job.log_path))
         if self.stop is None:
             try:
-                self.progress(json.loads(lines[-1])["step"] if lines else 0, self.job.max_steps)
+                self.progress(logged[-1]["step"] if logged else 0, self.job.max_steps)
             except EmlocError as error:
                 self.stop = error
         if self.stop is not None and not self.asked:
@@ -224,7 +230,7 @@ class _watching:
                 self.job.stop_path.write_text(str(self.stop))
                 publish(self.job.stop_path)
             self.asked = True
-        failures = _logged(self.job.failure_path)
+        failures = _lines(self.job.failure_path)
         for text in failures[self.told :]:
             self.tell(text)
         self.told = len(failures)

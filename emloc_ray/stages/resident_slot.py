@@ -9,7 +9,7 @@ from pathlib import Path
 
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import TokenShards, collate, length_batches
-from emloc_ray.io.grams import read_slot, write_slot
+from emloc_ray.io.grams import add_slot, write_slot
 from emloc_ray.io.node_cache import exists
 from emloc_ray.modeling.gradient_hooks import GradientHooks
 from emloc_ray.modeling.gram_hooks import GramHooks
@@ -48,10 +48,7 @@ class ResidentSlot:
             self.hooks = GradientHooks(model, names, streams, loss_on=labels.loss_on, seed=labels.seed)
         self.last_shard = -1
         if exists(path):
-            committed, self.last_shard = read_slot(path)
-            for name, gram in committed.items():
-                gram.matrix = gram.matrix.to(self.hooks.grams[name].matrix.device)
-                self.hooks.grams[name] = gram
+            self.last_shard = add_slot(path, self.hooks.grams)
         self._commit_seconds, self._committed_at = 0.0, time.monotonic()
 
     def position(self) -> int:

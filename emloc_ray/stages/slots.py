@@ -5,10 +5,11 @@ A task and no actor: its process, in which torch and transformers are imported, 
 
 from __future__ import annotations
 
+import bisect
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
@@ -57,31 +58,34 @@ def run_slots(
     losses: Losses,
     progress: Progress = silent,
     done: Callable[[int, int], None] = lambda slot, unit: None,
+    safe: Sequence[int] | None = None,
 ) -> None:
     """Has ``work[slot]``, a list of ascending units, worked off by the task that ``start(slot)`` begins: :func:`start_slot`.
 
     ``done(slot, unit)`` hears of every unit finished, on a resumed slot of the last one alone. A lost task is begun again
-    and says how far it had come. ``unit_name`` is what people call a unit.
+    and says how far it had come. ``unit_name`` is what people call a unit. ``safe[slot]``, where that is known: the last
+    unit of an earlier try; a slot that is at its end is not begun.
 
     Raises:
         StageError: where a slot is lost at one unit more often than ``losses`` allows.
     """
     running: dict[Any, int] = {}  # the slot of each task
-    resting = dict.fromkeys(range(len(work)), 0.0)  # when a slot may begin, by the monotonic clock
-    at: dict[int, tuple[str, float]] = {}  # what each slot is at, and since when
-    last = dict.fromkeys(range(len(work)), -1)
-    total = sum(len(units) for units in work)
+    counts = [bisect.bisect_right(units, unit) for units, unit in zip(work, safe or [-1] * len(work), strict=True)]
+    # When a slot may begin, by the monotonic clock.
+    resting = {slot: 0.0 for slot, count in enumerate(counts) if count < len(work[slot])}
+    at: dict[int, str] = {}  # what each slot is at
+    done_units, total = sum(counts), sum(len(units) for units in work)
 
     try:
         while running or resting:
             for slot in [slot for slot, begin in resting.items() if begin <= time.monotonic()]:
                 del resting[slot]
                 running[start(slot)] = slot
-                at[slot] = ("its start", time.time())
-            progress(_done(work, last), total)  # where it is heard that the run is to stop, too
+                at[slot] = "its start"
+            progress(done_units, total)  # where it is heard that the run is to stop, too
             for task in _some(list(running), min(resting.values(), default=math.inf)):
                 slot = running[task]
-                where, since = at[slot]
+                where = at[slot]
                 try:
                     found = ray.get(next(task))
                 except ray.exceptions.RayError as error:
@@ -90,23 +94,21 @@ def run_slots(
                     del running[task]
                     resting[slot] = time.monotonic() + delay
                     continue
-                unit, peak = found.result, found.peak_bytes
-                tell_span(Span(losses.stage, f"slot {slot}", where, since, time.time(), peak_bytes=peak))
+                times = found.begun_at, found.finished_at
+                tell_span(Span(losses.stage, f"slot {slot}", where, *times, peak_bytes=found.peak_bytes))
+                unit = found.result
                 if unit is None:  # committed to the end
                     del running[task]
                     continue
-                last[slot] = unit
+                count = bisect.bisect_right(work[slot], unit)
+                done_units += count - counts[slot]
+                counts[slot] = count
                 if unit >= 0:
                     done(slot, unit)
-                following = next((u for u in work[slot] if u > unit), None)
-                at[slot] = ("its end" if following is None else f"{unit_name} {following}", time.time())
+                at[slot] = f"{unit_name} {work[slot][count]}" if count < len(work[slot]) else "its end"
     finally:
         for task in running:  # none, unless something failed: nobody waits for them any more
             ray.cancel(task, force=True)
-
-
-def _done(work: Sequence[Sequence[int]], last: Mapping[int, int]) -> int:
-    return sum(1 for slot, units in enumerate(work) for unit in units if unit <= last[slot])
 
 
 def _some(tasks: list[Any], until: float) -> list[Any]:

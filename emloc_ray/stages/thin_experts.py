@@ -7,10 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from emloc_ray.core.gram import Gram
-from emloc_ray.io.grams import gram_counts, write_gram_shard
+from emloc_ray.io.grams import gram_counts, write_identities
 from emloc_ray.io.node_cache import discard, local_only
 from emloc_ray.stages.calibration_job import CalibrationJob
 
@@ -59,7 +56,7 @@ def gather_thin(
     if still:
         path = out_dir / FOLDER / _IDENTITIES
         widths = dict(job.experts)
-        write_gram_shard(path, {name: Gram(torch.eye(widths[name])) for name in still})
+        write_identities(path, {name: widths[name] for name in still})
         ready(path, still)
     replaced = {**found, **dict.fromkeys(still, 0)}
     placed = {name: f"{FOLDER}/{file}" for name, file in {**files, **dict.fromkeys(still, _IDENTITIES)}.items()}

@@ -22,6 +22,7 @@ from emloc_ray.data.formats import Tokens
 from emloc_ray.data.ingest import SampleOrder, stream_batches
 from emloc_ray.data.processors import ImageInputs, blank_row
 from emloc_ray.data.token_shards import TokenShards, collate
+from emloc_ray.io.json_lines import end_last_line
 from emloc_ray.io.node_cache import ensure, exists, publish
 from emloc_ray.io.teacher_shards import TeacherShards
 from emloc_ray.modeling.adapter import attach_adapter, save_trained_adapter
@@ -266,6 +267,7 @@ def train(job: FinetuneJob, threads: int, session: TrainingSession) -> dict[str,
         trainer, keeper = _make_trainer(job, output_dir, session)
         if session.rank == 0:
             ensure(job.log_path)
+            end_last_line(job.log_path)
             job.begun_path.parent.mkdir(parents=True, exist_ok=True)
             job.begun_path.touch()
             publish(job.begun_path)

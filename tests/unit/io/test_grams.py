@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from slot_files import read_slot
 
 from emloc_ray.core.gram import Gram
 from emloc_ray.errors import ArtifactError
@@ -14,7 +15,6 @@ from emloc_ray.io.grams import (
     GramStore,
     drop_grams,
     last_shard,
-    read_slot,
     reduce_slots,
     write_gram_index,
     write_gram_shard,

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from slot_files import read_slot
 from stage_artifacts import Artifacts
 
 from emloc_ray.core.gram import Gram
 from emloc_ray.core.ranks import factor_parameters
 from emloc_ray.errors import NumericsError
 from emloc_ray.io.checkpoint import Checkpoint, write_index
-from emloc_ray.io.grams import GramStore, StoredGram, read_slot, reduce_slots, write_gram_index, write_gram_shard
+from emloc_ray.io.grams import GramStore, StoredGram, reduce_slots, write_gram_index, write_gram_shard
 from emloc_ray.io.shard_writing import write_tensors
 from emloc_ray.stages.allocate import AllocationJob, allocate_ranks, group_spectra, read_ranks
 from emloc_ray.stages.calibration_job import CalibrationJob, Labels

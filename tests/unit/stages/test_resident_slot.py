@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from slot_files import read_slot
 from stage_artifacts import Artifacts
 
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.errors import NumericsError
-from emloc_ray.io.grams import read_slot
 from emloc_ray.stages.resident_slot import ResidentSlot
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from s3_server import uri
+from slot_files import read_slot
 from stage_artifacts import Artifacts
 
-from emloc_ray.io.grams import read_slot, reduce_slots
+from emloc_ray.io.grams import reduce_slots
 from emloc_ray.io.node_cache import local_only, mirror
 from emloc_ray.stages.calibration_job import CalibrationJob, go_on
 from emloc_ray.stages.resident_slot import ResidentSlot

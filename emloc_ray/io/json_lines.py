@@ -1,0 +1,27 @@
+"""Files with a JSON object a line, to which processes add that may be killed, or find the disk full, within a line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def end_last_line(path: Path) -> None:
+    """Ends a line that was left unfinished: what follows it stays readable."""
+    if path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+        with path.open("a") as file:
+            file.write("\n")
+
+
+def read_objects(content: bytes) -> list[dict[str, Any]]:
+    """The objects of a file's lines, but for lines that hold none, such as one that was left unfinished."""
+    found = []
+    for line in content.decode(errors="replace").splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
