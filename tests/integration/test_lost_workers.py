@@ -70,6 +70,33 @@ def test_a_slot_is_given_up_at_the_shard_that_kills_it(tmp_path: Path) -> None:
     assert sorted(set(finished)) == [0, 1]
 
 
+def test_a_slot_that_was_at_its_end_is_not_begun(tmp_path: Path) -> None:
+    class Slot:
+        def position(self) -> int:
+            return 1
+
+        def accumulate(self, unit: int) -> int:
+            return unit
+
+        def commit(self) -> None:
+            pass
+
+    begun: list[int] = []
+
+    def start(slot: int) -> Any:
+        begun.append(slot)
+        return start_slot(Resources(), f"calibrate: slot {slot}", work[slot], Slot)
+
+    work, shown, finished = [[0, 3], [1, 4, 7], [2, 5]], [], []
+    progress: Any = lambda done, total: shown.append((done, total))  # noqa: E731
+    done: Any = lambda slot, unit: finished.append((slot, unit))  # noqa: E731
+    run_slots(start, work, "token shard", Losses("calibrate"), progress, done, safe=[3, 1, 5])
+    assert begun == [1]
+    assert finished == [(1, 1), (1, 4), (1, 7)]
+    assert shown[0] == (5, 7)
+    assert shown[-1] == (7, 7)
+
+
 def test_a_row_that_kills_its_worker_names_its_shard_and_keeps_the_others(
     tmp_path: Path,
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import pytest
 from peft import PeftModel
 from s3_server import faulty_store, uri
 from safetensors.torch import load_file
-from small_runs import FinishedRun, run_values
+from small_runs import FinishedRun, Stopping, run_values
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from emloc_ray.cli import app
+from emloc_ray.errors import Stopped
 from emloc_ray.io.run_directory import RunDirectory
 
 
@@ -62,6 +64,23 @@ def test_a_run_through_a_faulty_store_is_the_run_on_a_disk(
     status = CliRunner().invoke(app, ["status", place])
     assert status.exit_code == 0, status.output
     assert "Not running." in status.output
+
+
+def test_an_import_that_was_broken_off_goes_on(values: dict[str, Any], s3_port: int, node_cache: Path) -> None:
+    values |= {"run_dir": uri(s3_port, "import/run")}
+    first, *others = sorted(Path(values["model"]["source"]).glob("*.safetensors"))
+    assert others
+    whole = sum(file.stat().st_size for file in first.parent.iterdir() if file.name <= first.name)
+    with pytest.raises(Stopped):
+        run_values(values, Stopping("import", whole + 1), until="calibrate")
+    store = RunDirectory(values["run_dir"]).store
+    assert store is not None
+    before = store.versions("model")[first.name]
+    time.sleep(1.1)  # the server's times are whole seconds
+    reporter = run_values(values, until="calibrate")
+    assert reporter.started == ["import", "data", "calibrate"]
+    assert store.versions("model")[first.name].mtime_ns == before.mtime_ns
+    assert all(other.name in store.versions("model") for other in others)
 
 
 def test_an_altered_object_is_redone_by_name(

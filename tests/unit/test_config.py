@@ -232,6 +232,11 @@ def test_training_arguments_that_are_ours(key: str) -> None:
     assert f"finetune.{key} is set by emloc_ray itself: remove it." in error_of(finetune={key: 1})
 
 
+@pytest.mark.parametrize(("key", "value"), [("fsdp", "full_shard"), ("fsdp_config", {}), ("parallelism_config", {})])
+def test_what_scatters_a_model_is_deepspeed_alone(key: str, value: Any) -> None:
+    assert f"finetune.{key} is not supported: finetune.deepspeed is" in error_of(finetune={key: value})
+
+
 def test_every_unknown_training_argument_is_told() -> None:
     text = error_of(finetune={"weight_decai": 0.1, "lr_schedular_type": "cosine", "seed": 3})
     assert "weight_decai" in text
@@ -343,6 +348,16 @@ def test_a_key_that_is_no_string(section: str) -> None:
 def test_a_key_that_is_there_twice_is_told(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("run_dir: x\nadapter: {r: 4}\nadapter: {r: 8}\n")
     with pytest.raises(ConfigError, match=r"the key adapter is there twice.*line"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_merge_keys_bring_another_section_s(tmp_path: Path) -> None:
+    text = f"{yaml.safe_dump(MINIMAL)}calibration: &two {{num_workers: 2}}\nmerge: {{<<: *two, cpus_per_worker: 3}}\n"
+    (tmp_path / "a.yaml").write_text(text)
+    made = load_config(tmp_path / "a.yaml")
+    assert (made.calibration.num_workers, made.merge.num_workers, made.merge.cpus_per_worker) == (2, 2, 3)
+    (tmp_path / "a.yaml").write_text(text.replace("cpus_per_worker: 3", "cpus_per_worker: 3, cpus_per_worker: 4"))
+    with pytest.raises(ConfigError, match=r"the key cpus_per_worker is there twice"):
         load_config(tmp_path / "a.yaml")
 
 

@@ -266,6 +266,21 @@ def test_each_method_counts_its_own_parameters(prepared: Callable[..., Prepared]
     assert loha.corrected_parameters == sum(4 * (s.in_features + s.out_features) for s in loha.adapted)
 
 
+def test_what_is_scaled_by_what_is_learned_is_kept(prepared: Callable[..., Prepared]) -> None:
+    def finetune(**adapter: Any) -> Any:
+        run = prepared(
+            adapter=adapter, finetune={"per_device_train_batch_size": 1}, emulator={"compression_ratio": 1.0}
+        )
+        return MemoryModel(run, LENGTHS).finetune()
+
+    lora, dora, vera = finetune(r=4), finetune(method="dora", r=4), finetune(method="vera", r=4)
+    outputs = 2 * (3 * 64 + 64 + 2 * 128 + 64)  # of two blocks' linears, grouped heads aside
+    assert dora["activations"] - lora["activations"] <= 64 * outputs * 8
+    assert dora["activations"] - lora["activations"] == 2 * (vera["activations"] - lora["activations"]) > 0
+    assert dora["row norms"] == 4 * 128 * (128 + 3 * 64)
+    assert lora["row norms"] == 0
+
+
 def test_a_budget_never_takes_a_prefix_its_cache(prepared: Callable[..., Prepared]) -> None:
     run = prepared(adapter={"method": "prefix_tuning", "num_virtual_tokens": 3}, memory_budget="500MiB")
     assert solve(run, 500 * 2**20, LENGTHS).gradient_checkpointing is False

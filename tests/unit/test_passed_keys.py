@@ -25,6 +25,7 @@ def test_unknown_keys_are_told_beside_a_bad_value_of_their_section() -> None:
         ({"finetune": {"hub_token": "hush"}}, "finetune.hub_token"),
         ({"finetune": {"lr_scheduler_kwargs": {"api_key": "hush"}}}, "finetune.lr_scheduler_kwargs.api_key"),
         ({"ray": {"_redis_password": "hush"}}, "ray._redis_password"),
+        ({"ray": {"runtime_env": {"pip": ["git+https://hush@github.com/a/b.git"]}}}, "ray.runtime_env.pip"),
         ({"ray": {"runtime_env": {"config": [{"CLIENT-SECRET": "hush"}]}}}, "ray.runtime_env.config.CLIENT-SECRET"),
     ],
 )

@@ -381,6 +381,18 @@ def test_room_is_made_by_what_was_used_longest_ago(tmp_path: Path) -> None:
     assert list((Path(cache.place) / STAGE).iterdir()) == []
 
 
+def test_a_place_with_room_is_not_read_for_each_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = ArtifactCache(str(tmp_path / "cache"), max_bytes=5500)
+    weighed: list[int] = []
+    entries = cache.entries
+    monkeypatch.setattr(cache, "entries", lambda: weighed.append(1) or entries())
+    for number in range(7):
+        added(cache, tmp_path / str(number), ArtifactCache.key(STAGE, number), {"emulator/x": bytes([number]) * 1000})
+        time.sleep(0.01)
+    assert len(weighed) == 3  # at first, and where the sixth and the seventh may be too much
+    assert [entry.key for entry in entries()] == [ArtifactCache.key(STAGE, number) for number in (6, 5, 4, 3, 2)]
+
+
 def test_room_is_made_in_a_store(place: Callable[..., str]) -> None:
     cache = ArtifactCache(place("bucket", "shared"))
     keys = [ArtifactCache.key(STAGE, number) for number in range(3)]

@@ -25,10 +25,10 @@ from emloc_ray.modeling.adapter import (
     load_adapter,
     save_trained_adapter,
 )
-from emloc_ray.modeling.adapter_layers import FactorizedLoraLinear
+from emloc_ray.modeling.adapter_layers import FactorizedDora, FactorizedLoraLinear
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import block_linears
-from emloc_ray.modeling.emulator import FactorizedLinear, dense_weight
+from emloc_ray.modeling.emulator import FactorizedLinear, PivotedLinear, dense_weight
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import token_loss
 from emloc_ray.modeling.scoring import complete
@@ -128,6 +128,18 @@ def test_dora_begins_with_the_lengths_of_the_emulator_s_rows(emulator_dir: Calla
     for layer in layers:
         expected = dense_weight(layer.base_layer).norm(dim=1)
         torch.testing.assert_close(layer.lora_magnitude_vector["default"].weight.data, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [FactorizedLinear, PivotedLinear])
+def test_dora_s_lengths_know_nothing_of_a_bias(kind: type[FactorizedLinear]) -> None:
+    torch.manual_seed(0)
+    layer = kind(24, 40, 8, bias=True).to(torch.bfloat16)
+    (layer.bias if kind is PivotedLinear else layer.up.bias).data.fill_(100.0)
+    adapted = FactorizedDora(fan_in_fan_out=False)
+    lora_a, lora_b = torch.randn(4, 24), torch.randn(40, 4)
+    expected = (dense_weight(layer).float() + 2 * lora_b @ lora_a).norm(dim=1)
+    torch.testing.assert_close(adapted.norms(layer, lora_a, lora_b, 2.0), expected, rtol=2e-2, atol=0)
+    assert bool((layer(torch.zeros(1, 24, dtype=torch.bfloat16)) == 100).all())  # it is back
 
 
 @pytest.mark.parametrize(("case", "family"), FITTING)
