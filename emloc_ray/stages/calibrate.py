@@ -28,7 +28,7 @@ from emloc_ray.stages.cluster import Flight, Progress, Resources, bounded, set_t
 from emloc_ray.stages.failures import Losses, Tell, unheard
 from emloc_ray.stages.resident_slot import ResidentSlot
 from emloc_ray.stages.slots import run_slots, start_slot
-from emloc_ray.stages.streamed_slot import StreamedSlot, grams_file, part_file
+from emloc_ray.stages.streamed_slot import StreamedSlot, grams_file, last_node, part_file
 from emloc_ray.stages.thin_experts import (
     Gathered,
     Ready,
@@ -192,7 +192,8 @@ def _stream(
 
     def start(slot: int) -> Any:
         told = job, out_dir, slot, num_slots, num_blocks, resources.threads
-        return start_slot(resources, f"calibrate: slot {slot}", range(num_blocks), StreamedSlot, *told)
+        node = last_node(out_dir, slot, num_slots)
+        return start_slot(resources, f"calibrate: slot {slot}", range(num_blocks), StreamedSlot, *told, node=node)
 
     def done(slot: int, position: int) -> None:
         for block in range(min(passed.values()) + 1, min((passed | {slot: position}).values()) + 1):

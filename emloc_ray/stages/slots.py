@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from emloc_ray.stages.cluster import Progress, Resources, silent
 from emloc_ray.stages.failures import Losses
@@ -21,11 +22,25 @@ from emloc_ray.stages.spans import Span, Timed, tell_span, timed
 _LOOK_S = 1.0
 
 
-def start_slot(resources: Resources, name: str, units: Sequence[int], make: Callable[..., Any], *arguments: Any) -> Any:
+def start_slot(
+    resources: Resources,
+    name: str,
+    units: Sequence[int],
+    make: Callable[..., Any],
+    *arguments: Any,
+    node: str | None = None,
+) -> Any:
     """A task, by its name in Ray's dashboard, that works off ascending ``units`` in the slot that ``make(*arguments)`` makes:
-    the generator of what :func:`_work_off` yields. It goes on to a unit once what it gave before was taken."""
-    streaming = {"num_returns": "streaming", "_generator_backpressure_num_objects": 1}
-    options: dict[str, Any] = {**resources.task_options(), **streaming}
+    the generator of what :func:`_work_off` yields. It goes on to a unit once what it gave before was taken.
+
+    ``node``: where it begins, by Ray's id; on any other where that node is gone.
+    """
+    options: dict[str, Any] = {
+        **resources.task_options(),
+        "num_returns": "streaming",
+        "_generator_backpressure_num_objects": 1,
+        **({} if node is None else {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True)}),
+    }
     task: Any = ray.remote(**options)(_work_off)
     return task.options(name=name).remote(list(units), make, *arguments)
 

@@ -6,12 +6,14 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import ray
 import torch
 
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import TokenShards, collate, length_batches
+from emloc_ray.io.atomic import atomic_file
 from emloc_ray.io.grams import write_slot
-from emloc_ray.io.node_cache import exists, local_only
+from emloc_ray.io.node_cache import ensure, exists, local_only, remote
 from emloc_ray.modeling.block_outputs import BlockOutput, read_outputs, write_outputs
 from emloc_ray.modeling.gram_hooks import GramHooks
 from emloc_ray.modeling.inputs import model_call
@@ -28,6 +30,19 @@ def grams_file(out_dir: Path, position: int, num_blocks: int) -> Path:
 def part_file(out_dir: Path, slot: int, num_slots: int, position: int) -> Path:
     """Where a slot's Grams of a block wait to be summed."""
     return out_dir / "slots" / f"slot-{slot:04d}-of-{num_slots:04d}" / f"block-{position:05d}.safetensors"
+
+
+def last_node(out_dir: Path, slot: int, num_slots: int) -> str | None:
+    """The node, by Ray's id, whose disk has a slot's hidden states; None where all nodes see them, or there are none."""
+    path = _node_file(out_dir, slot, num_slots)
+    if remote(out_dir) is None:
+        return None
+    ensure(path)
+    return path.read_text() if path.is_file() else None
+
+
+def _node_file(out_dir: Path, slot: int, num_slots: int) -> Path:
+    return out_dir / "slots" / f"slot-{slot:04d}-of-{num_slots:04d}" / "node"
 
 
 def outputs_file(out_dir: Path, position: int, shard: int, inputs: str = "") -> Path:
@@ -57,6 +72,9 @@ class StreamedSlot:
         self.shards = TokenShards(job.tokens_dir)
         self.numbers = job.shards_of(slot, num_slots)
         self.replay = BlockReplay(job.model_dir, **dict(job.model_options))
+        if remote(out_dir) is not None and ray.is_initialized():
+            with atomic_file(_node_file(out_dir, slot, num_slots)) as file:
+                file.write(ray.get_runtime_context().get_node_id().encode())
         for other in _hidden(out_dir).glob("*") if job.inputs else ():
             if other.name != job.inputs:
                 shutil.rmtree(other, ignore_errors=True)

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from peft import PeftModel
 from s3_server import faulty_store, uri
 from safetensors.torch import load_file
 from small_runs import FinishedRun, Stopping, run_values
+from test_calibration import assert_same_grams
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -81,6 +83,23 @@ def test_an_import_that_was_broken_off_goes_on(values: dict[str, Any], s3_port: 
     assert reporter.started == ["import", "data", "calibrate"]
     assert store.versions("model")[first.name].mtime_ns == before.mtime_ns
     assert all(other.name in store.versions("model") for other in others)
+
+
+def test_a_streamed_calibration_goes_on_where_its_hidden_states_are(
+    llama_run: FinishedRun, s3_port: int, node_cache: Path, tmp_path: Path
+) -> None:
+    place = uri(s3_port, "streamed/run")
+    values = {**llama_run.changed(calibration={"mode": "streamed"}), "run_dir": place}
+    with pytest.raises(Stopped):
+        run_values(values, Stopping("calibrate", 2), until="calibrate")
+    store = RunDirectory(place).store
+    assert store is not None
+    here = ray.get_runtime_context().get_node_id()
+    left = store.versions("calibration/slots")
+    assert {store.read(f"calibration/slots/{name}") for name in left if name.endswith("/node")} == {here.encode()}
+    assert run_values(values, until="calibrate").started == ["calibrate"]
+    assert not store.versions("calibration/slots")
+    assert_same_grams(fetched(place, tmp_path / "run", "--part", "calibration"), llama_run.root)
 
 
 def test_an_altered_object_is_redone_by_name(
