@@ -87,7 +87,7 @@ def test_a_slot_that_was_at_its_end_is_not_begun(tmp_path: Path) -> None:
         begun.append(slot)
         return start_slot(Resources(), f"calibrate: slot {slot}", work[slot], Slot, node=gone)
 
-    gone = "f" * 56  # a node that left
+    gone = "a" * 56  # a node that left
     work, shown, finished = [[0, 3], [1, 4, 7], [2, 5]], [], []
     progress: Any = lambda done, total: shown.append((done, total))  # noqa: E731
     done: Any = lambda slot, unit: finished.append((slot, unit))  # noqa: E731
