@@ -92,8 +92,6 @@ def _standing(losses: dict[str, float], reason: str) -> Record:
 
 def published(ablation: Ablation, cells: Cells, records: Sequence[Record], rows: Sequence[Record]) -> dict[str, Any]:
     """Numbers, config and versions, and the ``cells`` as they were measured; no paths, nothing of the machine."""
-    config = ablation.config
-    shown = config.model_dump(mode="json", exclude={"base", "run_dir", "shared", "limits", "cache", "max_concurrent"})
     bound = ablation.bound.config
     source = bound.model.source
     base = bound.model_dump(mode="json", include={"calibration", "finetune", "correction", "evaluation"})
@@ -106,13 +104,19 @@ def published(ablation: Ablation, cells: Cells, records: Sequence[Record], rows:
     )  # fmt: skip
     return {
         "kind": "ablation",
-        "config": shown,
+        "config": asked(ablation),
         "base": base,
         "versions": versions,
         "rows": list(rows),
         "records": [{key: record[key] for key in kept if key in record} for record in records],
         "cells": cells.known(),
     }
+
+
+def asked(ablation: Ablation) -> dict[str, Any]:
+    """What an ablation's file asks for, but for where and with how much of a machine."""
+    places = {"base", "run_dir", "shared", "limits", "cache", "max_concurrent"}
+    return ablation.config.model_dump(mode="json", exclude=places)
 
 
 def _libraries(records: Sequence[Record]) -> list[str]:

@@ -42,6 +42,7 @@ FEWER = {
         "calibrations={own: {}, shuffled: {shuffle: true}, prose_50: {foreign: prose, share: 0.5}}",
     ],
     "healing": [EIGHT, "methods=[lora, tuned_60, healed_15_tuned_45]"],
+    "storage": [EIGHT, "methods=[lora, factors, pivoted]", "grid.emulator.compression_ratio=[0.5]"],
 }
 CONSOLE = Console(quiet=True)
 
@@ -84,7 +85,6 @@ def test_a_committed_file_runs_and_again_does_nothing(
             "other_healing",
             "emloc_nf4",
             "healed",
-            "healed_pivoted",
             "healed_15_tuned_45",
         )
         assert record["training"]["wall_s"] == sum(record["wall_s"][name] for name in ["heal"] * healed + ["finetune"])

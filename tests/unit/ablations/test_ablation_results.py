@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ablations.records import gap_closed
+from ablations.cells import read_ablation
+from ablations.records import asked, gap_closed
 from ablations.statistics import paired, spread, summarize
 from ablations.tables import marked, read_results, render, with_tables
 
@@ -17,6 +18,7 @@ from emloc_ray.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "pipelines" / "results"
+ABLATIONS = sorted(path for path in (ROOT / "configs" / "ablations").glob("*.yaml") if path.name != "base.yaml")
 
 
 def record(method: str, seed: int, gap: float | None, dataset: str = "names", **changes: Any) -> dict[str, Any]:
@@ -197,6 +199,13 @@ def test_the_readmes_tables_are_those_of_the_results() -> None:
     text = (ROOT / "README.md").read_text()
     assert with_tables(text, read_results(RESULTS)) == text
     assert marked(text)
+
+
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
+def test_a_committed_file_asks_for_what_its_table_shows(path: Path) -> None:
+    published = read_results(RESULTS)[path.stem]
+    assert published["config"] == asked(read_ablation(path))
+    assert {record["status"] for record in published["records"]} == {"done"}
 
 
 def test_what_is_published_names_no_place() -> None:
