@@ -13,6 +13,8 @@ from emloc_ray.planner import row_lengths
 from emloc_ray.preparation import Prepared
 from emloc_ray.results import bound_scores
 
+_STAGES = ("calibration", "emulator", "finetune", "merge", "evaluation")
+
 
 def over_budget(config: RunConfig, planned: Mapping[str, int]) -> str | None:
     """Which stages are ``planned`` to hold more bytes than ``memory_budget``: it bounds calibration alone, and informs of
@@ -33,12 +35,25 @@ def over_budget(config: RunConfig, planned: Mapping[str, int]) -> str | None:
 
 def idle_gpus(configs: Iterable[RunConfig], gpus: float) -> str | None:
     """Where a cluster has ``gpus``, and all work would go on CPUs."""
-    sections = ("calibration", "emulator", "finetune", "merge", "evaluation")
-    if not gpus or any(getattr(config, section).gpus_per_worker for config in configs for section in sections):
+    if not gpus or any(getattr(config, section).gpus_per_worker for config in configs for section in _STAGES):
         return None
     return (
         f"The cluster has {gpus:g} GPUs, and no stage asks for one: set gpus_per_worker: 1 in calibration, finetune and"
         " evaluation."
+    )
+
+
+def idle_cpus(configs: Iterable[RunConfig], cpus: float) -> str | None:
+    """Where a cluster has ``cpus``, and its only run leaves all but one of them idle."""
+    run, *others = configs
+    if others or cpus < 2:
+        return None
+    stages = (getattr(run, section) for section in _STAGES)
+    if any(stage.gpus_per_worker or stage.num_workers * stage.cpus_per_worker > 1 for stage in stages):
+        return None
+    return (
+        f"The cluster has {cpus:g} CPUs, and no stage asks for more than one: set cpus_per_worker in calibration, finetune and"
+        " evaluation, and num_workers in emulator."
     )
 
 
@@ -57,10 +72,14 @@ def emulated_bfloat16(configs: Iterable[RunConfig], capabilities: Mapping[str, A
 
 def of_machines(configs: Iterable[RunConfig]) -> list[str]:
     """What the cluster, and this machine's CPU, have that the runs leave unused or lack; needs a connection to Ray."""
-    from emloc_ray.stages.cluster import num_gpus
+    from emloc_ray.stages.cluster import total
 
     configs = list(configs)
-    found = (idle_gpus(configs, num_gpus()), emulated_bfloat16(configs, cpu_capabilities()))
+    found = (
+        idle_gpus(configs, total("GPU")),
+        idle_cpus(configs, total("CPU")),
+        emulated_bfloat16(configs, cpu_capabilities()),
+    )
     return [remark for remark in found if remark is not None]
 
 

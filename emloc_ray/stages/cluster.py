@@ -94,9 +94,9 @@ def connection(address: str | None = None, lean_memory: bool = False, **options:
         ray.shutdown()
 
 
-def num_gpus() -> float:
-    """Those of all nodes."""
-    found: float = ray.cluster_resources().get("GPU", 0)
+def total(resource: str) -> float:
+    """What all nodes have of a resource of Ray's, ``CPU`` or ``GPU``."""
+    found: float = ray.cluster_resources().get(resource, 0)
     return found
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 SCRIPT = """
 import os
 import ray
-from emloc_ray.stages.cluster import Resources, connection, num_gpus
+from emloc_ray.stages.cluster import Resources, connection, total
 
 def seen():
     return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 with connection(num_cpus=1, num_gpus=2):
-    print(num_gpus(), *(repr(ray.get(Resources(1, 1, gpus).task(seen).remote()).result) for gpus in (0, 1, 0)))
+    print(total("GPU"), *(repr(ray.get(Resources(1, 1, gpus).task(seen).remote()).result) for gpus in (0, 1, 0)))
 """
 
 

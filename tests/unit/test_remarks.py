@@ -16,6 +16,7 @@ from emloc_ray.preparation import Prepared, prepare
 from emloc_ray.remarks import (
     cut_rows,
     emulated_bfloat16,
+    idle_cpus,
     idle_gpus,
     no_healing,
     over_budget,
@@ -72,6 +73,15 @@ def test_gpus_that_no_stage_asks_for_are_told(prepared: Make) -> None:
     assert idle_gpus([on_cpus, on_cpus], 0) is None
     assert idle_gpus([on_cpus, on_a_gpu], 8) is None
     assert str(idle_gpus([on_cpus], 8)).startswith("The cluster has 8 GPUs, and no stage asks for one: set")
+
+
+def test_cpus_that_a_run_leaves_idle_are_told(prepared: Make) -> None:
+    ones = {key: {"num_workers": 1} for key in ("calibration", "emulator", "finetune", "merge", "evaluation")}
+    silent, asking = prepared(**ones).config, prepared(**{**ones, "emulator": {"num_workers": 4}}).config
+    assert str(idle_cpus([silent], 16)).startswith("The cluster has 16 CPUs, and no stage asks for more than one: set")
+    assert idle_cpus([silent], 1) is None
+    assert idle_cpus([silent, silent], 16) is None  # which go side by side
+    assert idle_cpus([asking], 16) is None
 
 
 @pytest.mark.parametrize(
