@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 _QUERY = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
+# Of a control group: the files of its limit and of what it holds, and what memory.stat calls the inactive files in that.
+_FIRST_VERSION = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_SECOND_VERSION = ("memory.max", "memory.current", "inactive_file")
 
 
 @functools.cache
@@ -24,6 +30,36 @@ def gpu_bytes() -> float:
         return min(float(line) for line in told.splitlines()) * 2**20
     except (OSError, subprocess.SubprocessError, ValueError):
         return float("inf")
+
+
+def available_bytes(root: Path = Path("/")) -> float:
+    """The memory that this machine has left, or the control groups of this process: a container's, a batch system's job's.
+
+    Of a group's usage, what it has of inactive files counts as left, as the kernel gives it back first: "working set" in
+    https://kubernetes.io/docs/concepts/scheduling-eviction/node-pressure-eviction.
+    """
+    return min([float(psutil.virtual_memory().available), *_left_in_groups(root)])
+
+
+def _left_in_groups(root: Path) -> Iterator[float]:
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # no Linux
+        return
+    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        # cgroups(7): the second version's line names no controllers. In a container the path may be the host's, and not
+        # there: the group itself is at the top then.
+        top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        limit, usage, inactive = _FIRST_VERSION if controllers else _SECOND_VERSION
+        folder = top / path.lstrip("/")
+        for group in (folder, *folder.parents):
+            if group.is_relative_to(top):
+                with contextlib.suppress(OSError, ValueError):  # no limit, or "max"
+                    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                    held = int((group / usage).read_text()) - int(stat.get(inactive, 0))
+                    yield max(0.0, float(int((group / limit).read_text()) - held))
 
 
 @functools.cache

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-import psutil
 import torch
 
 from emloc_ray.healing import healing_run
 from emloc_ray.io.shard_writing import chunk_limit
 from emloc_ray.io.teacher_shards import BYTES_PER_LOGIT, rows_per_shard
-from emloc_ray.machine import gpu_bytes
+from emloc_ray.machine import available_bytes, gpu_bytes
 from emloc_ray.model_sizes import FLOAT, Block, Lengths, blocks_of, gradient_bytes, gram_bytes, in_waves, widest_step
 from emloc_ray.modeling.adapter_methods import update_rank
 from emloc_ray.modeling.architecture import LinearSpec
@@ -149,7 +148,7 @@ class MemoryModel:
         asked = getattr(self.config, section)
         if asked.gpus_per_worker:
             return gpu_bytes() * asked.gpus_per_worker
-        return float("inf") if self.config.ray.joins else psutil.virtual_memory().available / asked.num_workers
+        return float("inf") if self.config.ray.joins else available_bytes() / asked.num_workers
 
     def factorize(self) -> Parts:
         """The group that needs most, with one of its layers computed once more in float64, as rounding may ask."""

@@ -7,6 +7,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from emloc_ray import remarks
+from emloc_ray.budget import check_gradients
 from emloc_ray.config import RunConfig
 from emloc_ray.errors import DamagedArtifactError
 from emloc_ray.io.artifact_cache import ArtifactCache, EntryGone
@@ -14,7 +15,7 @@ from emloc_ray.io.fingerprint import fingerprint, fingerprint_large_files
 from emloc_ray.io.grams import INDEX, GramStore
 from emloc_ray.io.node_cache import discard, exists, hashes
 from emloc_ray.io.resume import begun_with, discard_unless
-from emloc_ray.planner import make_plan, needed_steps
+from emloc_ray.planner import make_plan, needed_steps, row_lengths
 from emloc_ray.preparation import Prepared, check_disk, prepare
 from emloc_ray.rank_steps import RankSteps
 from emloc_ray.reporter import Reporter, Reporters, SilentReporter
@@ -57,7 +58,10 @@ def run(
     from emloc_ray.stages.visibility import check_visible
 
     prepared = prepared or prepare(config)
-    check_disk(prepared.run, 0 if prepared.run.path("manifest.json").is_file() else make_plan(prepared).disk_bytes)
+    begun = prepared.run.path("manifest.json").is_file()
+    if begun and prepared.run.stage("gradients") is None:
+        check_gradients(prepared, row_lengths(prepared))
+    check_disk(prepared.run, 0 if begun else make_plan(prepared).disk_bytes)
     reporter = reporter or SilentReporter()
     try:
         prepared.run.lock(reporter.note)
@@ -249,6 +253,7 @@ class Pipeline:
 
         self.inputs["calibrate"] = fingerprint(inputs)
         if not self._grams_are_wanted():
+            self.steps.pass_over("calibrate")
             return
         kept = section.keep == "grams"
         # Grams that are not kept go as they are used, so that the manifest cannot name them.
@@ -306,7 +311,11 @@ class Pipeline:
         step = functools.partial(self.steps.run, "factorize", ranks.factorize_inputs(), [out_dir], execute, asked)
         result = step(resumes=True, shared=self._content(), basis=basis)
         discard(self.directory.path("basis"))
-        self._tell(remarks.thin_calibration(self.config, result["fewest_tokens"], self.layout.as_made(result)))
+        made = self.layout.as_made(result)
+        self._tell(
+            remarks.thin_calibration(self.config, result["fewest_tokens"], made),
+            remarks.unseen_linears(result.get("unseen", ()), made),
+        )
         if self.config.calibration.keep == "none":
             discard(calibration_dir)
             discard(self.directory.path("gradients"))

@@ -260,17 +260,18 @@ def _rows_scored(prepared: Prepared) -> float:
 
 
 def row_lengths(prepared: Prepared) -> Lengths:
-    """Tokens a row, guessed from the first rows' characters and images; the docstring task's rows are about 80."""
-    limit = prepared.config.data.max_seq_length
-    sources = prepared.files.get("train")
-    if not sources:
-        if prepared.config.data.generate == "vqa":
-            asked = _VQA_TOKENS + prepared.layout.image.row_tokens
-            return Lengths(min(asked, limit), min(asked + _VQA_TOKENS, limit), 1.0, _VQA_BYTES)
-        return Lengths(80.0, min(limit, 256.0))
-    if prepared.config.data.packing:
+    """Tokens a row, guessed from the first rows' characters and images; the docstring task's rows are about 80, and rows of
+    the hub, which are not there before the run, as long as rows may be."""
+    data, sources = prepared.config.data, prepared.files.get("train")
+    limit = data.max_seq_length
+    if data.generate == "vqa":
+        asked = _VQA_TOKENS + prepared.layout.image.row_tokens
+        return Lengths(min(asked, limit), min(asked + _VQA_TOKENS, limit), 1.0, _VQA_BYTES)
+    if data.packing or (not sources and data.generate is None):
         return Lengths(limit, limit)
-    data, numbers = prepared.config.data, range(min(200, sources[0].num_rows))
+    if not sources:
+        return Lengths(80.0, min(limit, 256.0))
+    numbers = range(min(200, sources[0].num_rows))
     shown = prepared.layout.image.row_tokens
     tokens, images, size = [], 0, 0
     fields, extra = FIELDS[data.format], EXTRA_FIELDS[data.format]

@@ -128,7 +128,9 @@ class RankSteps:
         out_dir = self.directory.path("gradients")
         if not self.layout.weighed:
             self.steps.leave_out("gradients", "none needed", out_dir)
-        if not self.layout.weighed or not self.are_needed():
+            return
+        if not self.are_needed():
+            self.steps.pass_over("gradients")
             return
         from emloc_ray.jobs import resources
         from emloc_ray.stages.calibrate import calibrate
@@ -158,7 +160,9 @@ class RankSteps:
         out_dir = self.directory.path("allocation")
         if not self.layout.allocated:
             self.steps.leave_out("allocate", "uniform", out_dir)
-        if not self.layout.allocated or not self.are_needed():
+            return
+        if not self.are_needed():
+            self.steps.pass_over("allocate")
             return
         from emloc_ray.io.resume import discard_unless
         from emloc_ray.jobs import resources

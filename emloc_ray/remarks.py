@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from emloc_ray.config import CorrectionConfig, RunConfig
@@ -164,15 +164,22 @@ def thin_calibration(config: RunConfig, fewest_tokens: int | None, layout: Layou
     highest = max(layout.ranks.values(), default=0)
     if fewest_tokens is None or fewest_tokens >= highest or layout.objective == "weights":
         return None
-    if not fewest_tokens:
-        return (
-            "Calibration brought no token to some linears (a vision tower without images, an expert that nothing was sent to):"
-            " they are factorized by their weights alone."
-        )
     section = config.calibration
     key = "num_calibration_samples" if section.num_calibration_tokens is None else "num_calibration_tokens"
     who = "An expert" if any(spec.routed_share is not None for spec in layout.specs) else "Calibration"
     return f"{who} saw {fewest_tokens} tokens, fewer than the highest rank {highest}: raise calibration.{key}."
+
+
+def unseen_linears(unseen: Sequence[str], layout: Layout) -> str | None:
+    """Where no token came to linears whose factors follow from tokens: of experts the calibration tells itself."""
+    ranked = {spec.name for spec in layout.specs if spec.routed_share is None and spec.name in layout.ranks}
+    found = [name for name in unseen if name in ranked]
+    if not found or layout.objective == "weights":
+        return None
+    return (
+        f"Calibration brought no token to {len(found)} linears, {found[0]} among them (a vision tower without images?): they"
+        " are factorized by their weights alone."
+    )
 
 
 def no_healing(config: RunConfig) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from emloc_ray.layer_grids import column_tops, grids, heat_cells, shortfall_cell
 from emloc_ray.page_text import signed, size_text, visible
 from emloc_ray.run_log import read_events
 from emloc_ray.stages import SPECTRA, STEPS
-from emloc_ray.status import asked_steps
+from emloc_ray.status import asked_steps, older_stages
 from emloc_ray.timeline import draw, run_lines
 
 _TEMPLATE = "report.html.j2"
@@ -119,7 +119,7 @@ def page_view(
     config = manifest.get("config") or {}
     emulator, method = config.get("emulator") or {}, (config.get("adapter") or {}).get("method", "lora")
     optional = set(STEPS) - set(asked_steps(manifest))
-    older = older_stages(done, optional)
+    older = older_stages(manifest)
     usages = metrics.get("stages") or {}
     stages = [(stage, usages[stage]) for stage in sorted(usages, key=_stage_order) if stage in done]
     planned = metrics.get("planned_memory") or {}
@@ -170,20 +170,6 @@ def describe_task(data: dict[str, Any]) -> str | None:
     paths = [paths] if isinstance(paths, str) else paths
     names = [path if path.startswith("hf:") else Path(shown(path)).name for path in paths]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def older_stages(done: dict[str, Any], optional: Collection[str]) -> list[str]:
-    """Stages that finished before one ahead of them was redone, or that one ahead of them is missing for."""
-    older, latest = [], 0.0
-    for stage in [*STEPS, *sorted(set(done) - set(STEPS))]:
-        if stage not in done:
-            latest = latest if stage in optional else math.inf
-            continue
-        finished = done[stage].get("finished_at", latest)
-        if finished < latest:
-            older.append(stage)
-        latest = max(latest, finished)
-    return older
 
 
 def evaluation_rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from typing import Any
 from emloc_ray.io.node_cache import sizes
 from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.layout import Layout
-from emloc_ray.planner import needed_steps
 from emloc_ray.preparation import Prepared
 from emloc_ray.stages import STEPS
+from emloc_ray.status import older_stages
 
 _ARTIFACTS = (
     "model",
@@ -36,16 +36,15 @@ _LIBRARIES = ("emloc-ray", "ray", "torch", "transformers", "peft", "safetensors"
 def assemble_metrics(
     directory: RunDirectory,
     prepared: Prepared,
-    verified: Collection[str] = (),
     planned: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Everything that the finished stages measured, beside the memory that was ``planned`` for a worker of each.
 
-    A stage that was finished before one ahead of it was redone, or is to be redone, speaks of another run: it is left
-    out, unless it is among the ``verified``, whose inputs were found unchanged since.
+    A stage that was finished before one ahead of it was redone, or is to be redone, speaks of another run until its inputs
+    are found unchanged: it is left out.
     """
     layout = prepared.layout
-    stages = _current_stages(directory.manifest()["stages"], verified, needed_steps(prepared))
+    stages = _current_stages(directory.manifest())
     metrics: dict[str, Any] = {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
         "stages": {name: _usage(result) for name, result in stages.items()},
@@ -111,7 +110,7 @@ def _emulator(prepared: Prepared, layout: Layout, stages: Mapping[str, Any]) -> 
 def _with_shares(layers: dict[str, Any], layout: Layout) -> dict[str, Any]:
     """Each layer with the share of its parameters that the emulator keeps; beside them those that an allocation left dense."""
     specs = {spec.name: spec for spec in layout.specs}
-    free = layout.free if layout.allocation != "uniform" else ()
+    free = layout.free if layout.ranks and layout.allocation != "uniform" else ()
     dense = {
         name: {"rank": min(specs[name].out_features, specs[name].in_features), "relative_error": 0.0, "solver": "dense"}
         for name in free
@@ -120,19 +119,9 @@ def _with_shares(layers: dict[str, Any], layout: Layout) -> dict[str, Any]:
     return {name: {**layer, "share": shares[name]} for name, layer in {**dense, **layers}.items()}
 
 
-def _current_stages(
-    entries: dict[str, Any], verified: Collection[str], needed: Collection[str]
-) -> dict[str, dict[str, Any]]:
-    current, newest = {}, 0.0
-    for name in STEPS:
-        entry = entries.get(name)
-        if entry is None:
-            newest = math.inf if name in needed else newest
-            continue
-        if name in verified or entry["finished_at"] >= newest:
-            current[name] = entry["result"]
-        newest = max(newest, entry["finished_at"])
-    return current
+def _current_stages(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    entries, older = manifest["stages"], older_stages(manifest)
+    return {name: entries[name]["result"] for name in STEPS if name in entries and name not in older}
 
 
 def gap_closed(evaluation: dict[str, Any], upper_bound: str | Path) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from emloc_ray.config import PROMPT_METHODS
-from emloc_ray.io.run_directory import CONFIG, RunDirectory
+from emloc_ray.io.run_directory import CONFIG, RunDirectory, standing
 from emloc_ray.io.secret_values import HIDDEN, leaves
 from emloc_ray.run_log import RUN_EVENTS, read_events
 from emloc_ray.stages import STEPS
@@ -80,6 +81,20 @@ def asked_steps(manifest: Mapping[str, Any]) -> tuple[str, ...]:
         "merge": (config.get("adapter") or {}).get("method") in PROMPT_METHODS,
     }
     return tuple(step for step in STEPS if not left_out.get(step))
+
+
+def older_stages(manifest: Mapping[str, Any]) -> list[str]:
+    """Stages that were last known to be right before one ahead of them was done, or that one ahead of them is missing for."""
+    done, asked = manifest.get("stages", {}), asked_steps(manifest)
+    older, newest = [], 0.0
+    for stage in STEPS:
+        if stage not in done:
+            newest = math.inf if stage in asked else newest
+            continue
+        if standing(done[stage]) < newest:
+            older.append(stage)
+        newest = max(newest, standing(done[stage]))
+    return older
 
 
 def read_status(run: RunDirectory) -> RunStatus:

@@ -20,7 +20,7 @@ from emloc_ray.preparation import Prepared
 from emloc_ray.report import write_report
 from emloc_ray.reporter import Reporter
 from emloc_ray.results import assemble_metrics
-from emloc_ray.stages import GROUPS, SUMS
+from emloc_ray.stages import GROUPS, STEPS, SUMS
 from emloc_ray.turns import Turns
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ class Steps:
         entry = self.directory.stage(name)
         if entry is not None and self.is_done(name, inputs):
             self.reporter.skip(name)
+            self.directory.confirm(name, ahead=STEPS[: STEPS.index(name)])
             self._unread.append(name)
             found: dict[str, Any] = entry["result"]
             return found
@@ -190,6 +191,13 @@ class Steps:
         self.directory.forget(name)
         discard(output)
 
+    def pass_over(self, name: str) -> None:
+        """For a stage whose use is the emulator alone, where that is at hand: done in this run before, or by another."""
+        if self.directory.stage(name) is None:
+            self.directory.drop_step(name)
+        else:
+            self.directory.confirm(name, ahead=STEPS[: STEPS.index(name)])
+
     def is_done(self, name: str, inputs: Inputs) -> bool:
         """Whether the manifest says that a stage was done with these inputs, and it is not to be redone."""
         return name not in self.forced and self.directory.is_done(name, fingerprint(inputs))
@@ -239,7 +247,7 @@ class Steps:
 
     def write_results(self) -> None:
         """metrics.json and report.html, anew from the manifest."""
-        metrics = assemble_metrics(self.directory, self.prepared, self.inputs, self.planned)
+        metrics = assemble_metrics(self.directory, self.prepared, self.planned)
         self.directory.write_metrics(metrics)
         write_report(self.directory)
 

@@ -14,7 +14,7 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +38,12 @@ HELD = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)  # NFS and others make fl
 _READERS = 4
 _FORMAT = 2
 Kind = Literal["run", "batch"]
+
+
+def standing(entry: Mapping[str, Any]) -> float:
+    """When a manifest's entry was last known to be right: when its stage finished, or was confirmed since."""
+    known: float = max(entry["finished_at"], entry.get("confirmed_at", 0.0))
+    return known
 
 
 class RunDirectory:
@@ -239,6 +245,24 @@ class RunDirectory:
             "result": result,
         }
         self._write_manifest(manifest)
+
+    def confirm(self, name: str, ahead: Collection[str]) -> None:
+        """Records that a finished stage's inputs were found to be what they were, though a stage ``ahead`` was done since."""
+        manifest = self.manifest()
+        entry = manifest["stages"].get(name)
+        newest = max(
+            (standing(manifest["stages"][stage]) for stage in ahead if stage in manifest["stages"]), default=0.0
+        )
+        if entry is not None and standing(entry) < newest:
+            entry["confirmed_at"] = time.time()
+            self._write_manifest(manifest)
+
+    def drop_step(self, name: str) -> None:
+        """Takes a step out of those that the run is made of: another run did what it would have been for."""
+        manifest = self.manifest()
+        if name in manifest["steps"]:
+            manifest["steps"].remove(name)
+            self._write_manifest(manifest)
 
     def forget(self, name: str) -> None:
         """Takes a stage out of the manifest, before its files are written again."""

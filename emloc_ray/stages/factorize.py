@@ -344,6 +344,7 @@ def _summary(reports: Sequence[LayerReport], resources: Resources) -> dict[str, 
         "mean_relative_error": float(np.mean([r.relative_error for r in reports])) if reports else 0.0,
         "layers": layers,
         "fewest_tokens": min((r.num_tokens for r in reports if r.num_tokens), default=None),
+        "unseen": [r.name for r in reports if not r.num_tokens],
     }
 
 

@@ -38,6 +38,7 @@ from emloc_ray.modeling.loading import load_model
 from emloc_ray.preparation import prepare
 from emloc_ray.stages import STAGES
 from emloc_ray.stages.allocate import read_ranks
+from emloc_ray.status import older_stages
 
 WEIGHED = {"allocation": "sensitivity", "objective": "predictions"}
 ALL = ["data", "calibrate", "gradients", "allocate", "factorize", *STAGES[3:]]  # not healed
@@ -238,6 +239,12 @@ def test_an_emulator_that_the_cache_held_and_does_not_give_is_made_here(
     for name in ("model.safetensors.index.json", "config.json"):
         first, second = (tmp_path / run / "emulator" / name for run in ("first", "second"))
         assert first.read_bytes() == second.read_bytes()
+    # One that takes it is whole without what it was made of.
+    run("third")
+    manifest = json.loads((tmp_path / "third" / "manifest.json").read_text())
+    assert list(manifest["stages"]) == ["data", "factorize"]
+    assert older_stages(manifest) == []
+    assert "factorize" in json.loads((tmp_path / "third" / "metrics.json").read_text())["stages"]
 
 
 def test_an_emulator_of_other_ranks_is_taken_from_one_of_the_same_objective_alone(

@@ -19,6 +19,7 @@ from emloc_ray.config_reading import parse_config
 from emloc_ray.pipeline import Pipeline
 from emloc_ray.preparation import prepare
 from emloc_ray.stages import STAGES
+from emloc_ray.status import older_stages
 
 WITHOUT_HEALING = [stage for stage in STAGES if stage != "heal"]
 ALL = ["data", *WITHOUT_HEALING]
@@ -138,6 +139,11 @@ def test_altered_files_of_the_same_size_are_found_before_they_are_built_on(
     assert any(f"emulator/{shards[0].name} is not as it was written" in note for note in reporter.notes)
     for shard in shards:
         assert shard.read_bytes() == (llama_run.root / "emulator" / shard.name).read_bytes()
+    # What was trained on it stands as it did; what was made of another correction does not.
+    assert older_stages(json.loads((copied.root / "manifest.json").read_text())) == ["merge", "evaluate"]
+    assert {"factorize", "finetune", "correct"} <= json.loads((copied.root / "metrics.json").read_text())[
+        "stages"
+    ].keys()
 
 
 @pytest.mark.parametrize(

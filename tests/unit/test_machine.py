@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from emloc_ray.machine import cpu_flops, gpu_bytes
+from emloc_ray.machine import available_bytes, cpu_flops, gpu_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -39,3 +39,38 @@ def test_the_smallest_gpu_s_memory(
 
 def test_a_thread_s_speed_is_that_of_a_processor() -> None:
     assert 1e8 < cpu_flops() < 1e13
+
+
+@pytest.mark.parametrize(
+    ("told", "top", "names"),
+    [
+        ("0::/job/step\n", "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")),
+        (
+            "5:cpu:/\n4:memory:/job/step\n",
+            "sys/fs/cgroup/memory",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ],
+    ids=["second version", "first version"],
+)
+def test_what_a_control_group_leaves(tmp_path: Path, told: str, top: str, names: tuple[str, str, str]) -> None:
+    limit, usage, inactive = names
+
+    def group(path: str, most: str, held: int, files: int) -> None:
+        (tmp_path / top / path).mkdir(parents=True, exist_ok=True)
+        for name, text in ((limit, most), (usage, str(held)), ("memory.stat", f"anon 5\n{inactive} {files}")):
+            (tmp_path / top / path / name).write_text(text + "\n")
+
+    whole = available_bytes(tmp_path)  # no such files: this machine's
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(told)
+    group("job/step", "max", 0, 0)
+    assert available_bytes(tmp_path) == pytest.approx(whole, rel=0.2)
+    group("job", str(10 * 2**20), 4 * 2**20, 2**20)  # the job's bounds its step
+    assert available_bytes(tmp_path) == 7 * 2**20
+    group("job/step", str(2 * 2**20), 3 * 2**20, 0)
+    assert available_bytes(tmp_path) == 0
+    # In a container the path may be the host's: the group itself is at the top.
+    (tmp_path / "proc/self/cgroup").write_text(told.replace("job", "elsewhere"))
+    group("", str(9 * 2**20), 2**20, 0)
+    assert available_bytes(tmp_path) == 8 * 2**20

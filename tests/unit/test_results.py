@@ -33,7 +33,7 @@ def prepared(tmp_path: Path) -> Prepared:
     values = {"run_dir": str(tmp_path / "run"), "model": {"source": "y"}, "data": {"train": {"path": "z"}}}
     config, model_config = parse_config(values), make_config("llama")
     run = RunDirectory(config.run_dir)
-    run.create({})
+    run.create({}, steps=["calibrate", "factorize", "finetune", "correct", "merge", "evaluate"])
     layout = make_layout(config, skeleton_of(model_config, empty_model(model_config)))
     return Prepared(config, run, ModelSource(tmp_path), model_config, layout, {})
 
@@ -124,7 +124,10 @@ def test_what_stands_on_a_redone_stage_is_left_out_until_it_is_verified(prepared
     prepared.run.commit("calibrate", "key", [], counts)
     prepared.run.commit("data", "new key", [], {"usage": USAGE, "splits": {}})
     assert "calibration" not in assemble_metrics(prepared.run, prepared)
-    assert assemble_metrics(prepared.run, prepared, {"calibrate"})["calibration"]["num_tokens"] == 7
+    prepared.run.confirm("calibrate", ahead=["import"])  # none that is newer
+    assert "calibration" not in assemble_metrics(prepared.run, prepared)
+    prepared.run.confirm("calibrate", ahead=["import", "data"])
+    assert assemble_metrics(prepared.run, prepared)["calibration"]["num_tokens"] == 7
 
 
 def test_what_stands_behind_a_stage_that_is_to_be_redone_is_left_out(prepared: Prepared) -> None:
@@ -135,4 +138,5 @@ def test_what_stands_behind_a_stage_that_is_to_be_redone_is_left_out(prepared: P
     assert "finetune" in assemble_metrics(prepared.run, prepared)
     prepared.run.forget("factorize")
     assert set(assemble_metrics(prepared.run, prepared)["stages"]) == {"data", "calibrate"}
-    assert "finetune" in assemble_metrics(prepared.run, prepared, ["finetune"])["stages"]
+    prepared.run.drop_step("factorize")
+    assert "finetune" in assemble_metrics(prepared.run, prepared)["stages"]

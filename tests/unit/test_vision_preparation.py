@@ -20,7 +20,7 @@ from emloc_ray.memory import MemoryModel, total
 from emloc_ray.modeling.matching import matches
 from emloc_ray.planner import make_plan, row_lengths
 from emloc_ray.preparation import Prepared, prepare
-from emloc_ray.remarks import left_dense, long_images, skipped_rows, thin_calibration
+from emloc_ray.remarks import left_dense, long_images, skipped_rows, unseen_linears
 from emloc_ray.stages.data import may_change, split_inputs
 
 Make = Callable[..., Prepared]
@@ -193,7 +193,11 @@ def test_images_that_no_row_holds_are_told(prepared: Make) -> None:
 
 def test_linears_that_no_token_came_to_are_told(prepared: Make) -> None:
     ready = prepared()
-    assert "no token to some linears" in str(thin_calibration(ready.config, 0, ready.layout))
+    tower = [spec.name for spec in ready.layout.specs if "vision" in spec.name]
+    assert tower
+    assert f"no token to {len(tower)} linears, {tower[0]} among them" in str(unseen_linears(tower, ready.layout))
+    assert unseen_linears([], ready.layout) is None
+    assert unseen_linears(["lm_head"], ready.layout) is None  # nothing follows from its tokens
 
 
 def test_the_plan_counts_an_image_s_tokens_and_patches(prepared: Make) -> None:
