@@ -174,8 +174,9 @@ def plan(
     """Show shapes, ranks, parameters, and the memory, disk, time and resources of every stage; loads no weights."""
 
     def action() -> None:
+        from emloc_ray.budget import check_gradients
         from emloc_ray.console import plan_tables
-        from emloc_ray.planner import make_plan, within_budget
+        from emloc_ray.planner import make_plan, row_lengths, within_budget
 
         # The option is the config's key: whatever else depends on it, such as the way to calibrate, is planned with it.
         if memory_budget is not None and not memory_budget.strip():
@@ -188,6 +189,7 @@ def plan(
             console.print("  " + " ".join(solution.overrides), soft_wrap=True, highlight=False)
         for table in plan_tables(make_plan(prepared)):
             console.print(table)
+        check_gradients(prepared, row_lengths(prepared))
 
     _guarded(action)
 

@@ -34,7 +34,7 @@ class ModelConfig(Section):
 class SplitConfig(Section):
     """One split of the data: JSONL, Parquet or CSV files, a directory or glob, local or by URI; or ``hf:DATASET``."""
 
-    path: Patterns = Field(description="file, directory, glob, URI, hf:DATASET[:SPLIT], or a list of these")
+    path: Patterns = Field(description="file, directory, glob or URI, or a list of these; or hf:DATASET[:SPLIT]")
     num_samples: int | None = Field(None, ge=1, description="rows to sample; all by default")
 
 

@@ -106,7 +106,7 @@ class ConsoleReporter:
         """A stage has ended: what came out, its wall time, its peak memory."""
         self._end()
         line = f"[green]✓[/] {_VERBS[stage]:<20} {usage['wall_s']:7.1f} s  {gib(usage['peak_pss_bytes'])}"
-        self.console.print(f"{line}  {_outcome(stage, result)}".rstrip(), highlight=False, soft_wrap=True)
+        self.console.print(f"{line}  {escape(_outcome(stage, result))}".rstrip(), highlight=False, soft_wrap=True)
 
     def skip(self, stage: str) -> None:
         """A stage was found done."""
@@ -114,7 +114,7 @@ class ConsoleReporter:
 
     def note(self, text: str) -> None:
         """Something that a reader should know."""
-        self.console.print(f"[yellow]![/] {text}", highlight=False, soft_wrap=True)
+        self.console.print(f"[yellow]![/] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def _outcome(stage: str, result: dict[str, Any]) -> str:

@@ -43,11 +43,10 @@ class MemoryModel:
         self.config, self.layout = prepared.config, prepared.layout
         self.model_config = prepared.model_config
         self.calibration_tokens = prepared.calibration_tokens(lengths.mean)
-        self.itemsize = model_dtype(prepared).itemsize
-        self.weights = self.layout.num_parameters * self.itemsize
-        saved = self.layout.parameters_targeted - self.layout.parameters_factorized
-        kept = (self.layout.num_parameters - saved) * self.itemsize
-        self.emulator = kept - self._packed_away() + self.layout.order_bytes
+        self.itemsize, self.file_itemsize = model_dtype(prepared).itemsize, file_dtype(prepared).itemsize
+        self.weights, self.emulator = self._weights(self.itemsize), self._emulator(self.itemsize)
+        # What their files take.
+        self.weight_files, self.emulator_files = self._weights(self.file_itemsize), self._emulator(self.file_itemsize)
         adapted = set(self.layout.adapted)
         self.adapted = tuple(spec for spec in self.layout.specs if spec.name in adapted)
         self.adapter_parameters = self._adapter_parameters()
@@ -162,9 +161,9 @@ class MemoryModel:
         tall = any(spec.out_features > spec.in_features for spec in group)
         damped = square * (2 * FLOAT + _DOUBLE)
         layer = max(self._layer(spec) for spec in group)
-        stored = 0 if self.itemsize == FLOAT else self.itemsize
+        stored = 0 if self.file_itemsize == FLOAT else self.file_itemsize
         weight = max(spec.num_parameters for spec in group) * (stored + FLOAT + _DOUBLE)
-        factors = sum(self.layout.kept(spec) for spec in group) * self.itemsize
+        factors = sum(self.layout.kept(spec) for spec in group) * self.file_itemsize
         weighed = set(self.layout.weighed)
         # A sum of gradients: as summed, damped, its root; and the weight that it weighs.
         sums = max(
@@ -260,7 +259,7 @@ class MemoryModel:
         if self.config.adapter.is_prompt:
             return {}
         largest = max([self.layout.head_parameters, *(spec.num_parameters for spec in self.layout.specs)])
-        chunk = chunk_limit(self.config.merge.chunk_bytes, largest * self.itemsize)
+        chunk = chunk_limit(self.config.merge.chunk_bytes, largest * self.file_itemsize)
         merged = max((min(chunk, FLOAT * spec.num_parameters) for spec in self.adapted), default=0)
         module = max((self._rank(s) * (s.in_features + s.out_features) for s in self.adapted), default=0)
         return {"chunks": max(chunk, 2 * merged), "adapter": FLOAT * module}
@@ -307,12 +306,19 @@ class MemoryModel:
             return 0
         return FLOAT * max((s.in_features * (s.in_features + 3 * s.out_features) for s in dense), default=0)
 
-    def _packed_away(self) -> int:
+    def _weights(self, itemsize: int) -> int:
+        return self.layout.num_parameters * itemsize
+
+    def _emulator(self, itemsize: int) -> int:
+        saved = self.layout.parameters_targeted - self.layout.parameters_factorized
+        return (self.layout.num_parameters - saved) * itemsize - self._packed_away(itemsize) + self.layout.order_bytes
+
+    def _packed_away(self, itemsize: int) -> int:
         """Bytes that the emulator's linears in 4 bits save."""
         in_4bit = set(self.layout.in_4bit)
         packed = [spec for spec in self.layout.specs if spec.name in in_4bit]
         stored = sum(quantized_bytes(*shape) for spec in packed for shape in self.layout.stored_shapes(spec))
-        return sum(self.layout.kept(spec) for spec in packed) * self.itemsize - stored
+        return sum(self.layout.kept(spec) for spec in packed) * itemsize - stored
 
     def _unpacked(self) -> int:
         """Bytes of the largest weight in 4 bits as it is used: looked up by 32-bit indices, two elements each, in float32,
@@ -413,11 +419,16 @@ def total(parts: Parts) -> int:
 
 
 def model_dtype(prepared: Prepared) -> torch.dtype:
-    """What the model's weights are kept in."""
+    """What the model's weights are kept in while they are used; ``auto`` is transformers' own: what its config names, else
+    what its files hold."""
     wanted = prepared.config.model.dtype
     if wanted != "auto":
         found: torch.dtype = getattr(torch, wanted)
         return found
-    if prepared.source.gguf_file:
-        return torch.float32
-    return getattr(prepared.model_config, "dtype", None) or torch.float32
+    named = None if prepared.source.gguf_file else getattr(prepared.model_config, "dtype", None)
+    return named or prepared.file_dtype or torch.float32
+
+
+def file_dtype(prepared: Prepared) -> torch.dtype:
+    """What the model's files hold, and with them the emulator's and the merged model's."""
+    return prepared.file_dtype or model_dtype(prepared)

@@ -16,7 +16,7 @@ from emloc_ray.io.grams import INDEX, GramStore
 from emloc_ray.io.node_cache import discard, exists, hashes
 from emloc_ray.io.resume import begun_with, discard_unless
 from emloc_ray.planner import make_plan, needed_steps, row_lengths
-from emloc_ray.preparation import Prepared, check_disk, prepare
+from emloc_ray.preparation import Prepared, check_disk, check_resources, prepare
 from emloc_ray.rank_steps import RankSteps
 from emloc_ray.reporter import Reporter, Reporters, SilentReporter
 from emloc_ray.run_log import RunLog
@@ -52,16 +52,16 @@ def run(
         ConfigError: before anything starts or is written.
         EmlocError: where a stage failed; finished stages stay, and the same call goes on from them.
     """
-    from emloc_ray.stages.cluster import connection
+    from emloc_ray.stages.cluster import connection, total
     from emloc_ray.stages.failures import explain
     from emloc_ray.stages.gauges import StageGauges
     from emloc_ray.stages.visibility import check_visible
 
     prepared = prepared or prepare(config)
-    begun = prepared.run.path("manifest.json").is_file()
-    if begun and prepared.run.stage("gradients") is None:
+    redone = fresh or begin == STAGES[0] or not {"gradients", "factorize"} & prepared.run.stages().keys()
+    if turns is None and redone:  # in a batch others hold memory now, and a stage waits until they have given it back
         check_gradients(prepared, row_lengths(prepared))
-    check_disk(prepared.run, 0 if begun else make_plan(prepared).disk_bytes)
+    check_disk(prepared.run, 0 if prepared.run.path("manifest.json").is_file() else make_plan(prepared).disk_bytes)
     reporter = reporter or SilentReporter()
     try:
         prepared.run.lock(reporter.note)
@@ -70,6 +70,8 @@ def run(
         log = RunLog(prepared.run, [spec.name for spec in prepared.layout.specs])
         with log, connection(config.ray.address, lean_memory=lean, **config.ray.init_options):
             check_visible(prepared)
+            if turns is None:  # once more, by what Ray counts: in a container that is less than the machine has
+                check_resources(config, total("CPU"), total("GPU"))
             for remark in remarks.of_machines([config]) if turns is None else ():
                 reporter.note(remark)
             told = Reporters(reporter, log, StageGauges(prepared.run.name))
@@ -147,7 +149,7 @@ class Pipeline:
 
     def import_model(self) -> None:
         """The original as a safetensors checkpoint: written once from a GGUF file, else where the config says."""
-        from emloc_ray.modeling.loading import copy_checkpoint, fetch_weights, import_gguf
+        from emloc_ray.modeling.loading import checkpoint_files, copy_checkpoint, fetch_weights, import_gguf
         from emloc_ray.stages.cluster import Resources, bounded
         from emloc_ray.stages.failures import Losses
 
@@ -161,7 +163,7 @@ class Pipeline:
                 self.jobs = dataclasses.replace(self.jobs, model_dir=source_dir)
                 check_visible(self.prepared, source_dir)
         if source.gguf_file is None:
-            files = fingerprint_large_files(sorted(source_dir.iterdir()))
+            files = fingerprint_large_files(checkpoint_files(source_dir))
             inputs: dict[str, Any] = {"files": files}
         else:
             file = fingerprint_large_files([source_dir / source.gguf_file])
@@ -276,7 +278,7 @@ class Pipeline:
                 steps.forced.add("calibrate")
             elif not begun:
                 discard(out_dir)
-        return needed or done
+        return needed or (done and kept)
 
     def _emulator_build(self, granted: Resources) -> EmulatorBuild:
         """Made once a run; what a killed run of the same inputs wrote is kept, what a finished one wrote is not."""
@@ -389,7 +391,9 @@ class Pipeline:
         inputs = {"correct": self.inputs["correct"], **({} if size is None else {"max_shard_size": size})}
 
         def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
-            discard_unless(out_dir, inputs)
+            # Shards of another training, be it of the same inputs, hold another adapter.
+            adapter = {file.name: sha for file, sha in hashes(self.directory.path("adapter")).items()}
+            discard_unless(out_dir, {**inputs, "adapter": adapter})
             return merge(self.jobs.merging(), granted, progress, self.reporter.note)
 
         self.steps.run("merge", inputs, [out_dir], execute, resources(self.config.merge), resumes=True)

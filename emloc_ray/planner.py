@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from emloc_ray.budget import Solution, check_gradients, solve, with_settings
+from emloc_ray.budget import Solution, solve, with_settings
 from emloc_ray.data.formats import EXTRA_FIELDS, FIELDS
 from emloc_ray.data.images import encoded_bytes, image_parts
 from emloc_ray.data.reading import Place, Row, read_rows
@@ -21,6 +21,7 @@ from emloc_ray.stages import STEPS
 _CHARACTERS_PER_TOKEN = 3.5
 _VQA_TOKENS = 24.0  # of a question and its answer
 _VQA_BYTES = 2000.0  # of its image
+_IMAGE_BYTES = 100e3  # of a photograph nobody has looked at
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,13 @@ class StagePlan:
     def worker_bytes(self) -> int:
         """One worker's peak."""
         return total(self.memory)
+
+    @property
+    def host_bytes(self) -> int:
+        """What of that is its node's memory: where it has a GPU, its process, and the weights on their way there."""
+        if not self.gpus_per_worker:
+            return self.worker_bytes
+        return int(sum(self.memory.get(part, 0) for part in ("base", "weights")))
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,6 @@ class Plan:
 def make_plan(prepared: Prepared) -> Plan:
     """Predicts every stage from shapes, the config, a look at the data and a short timing of this machine's products."""
     lengths = row_lengths(prepared)
-    check_gradients(prepared, lengths)
     memory = MemoryModel(prepared, lengths)
     disk = _disk_bytes(prepared, memory, lengths)
     flops = _stage_flops(prepared, lengths.mean)
@@ -207,9 +214,9 @@ def _sections(prepared: Prepared) -> dict[str, Any]:
 def _disk_bytes(prepared: Prepared, memory: MemoryModel, lengths: Lengths) -> dict[str, int]:
     """What every stage leaves on disk, calibration's hidden states while it lasts, and the teacher's logits."""
     adapter, healing = 4 * memory.adapter_parameters, prepared.config.emulator.heals
-    emulator = memory.emulator
+    emulator = memory.emulator_files
     if healing is not None:
-        emulator = MemoryModel(healing_run(prepared, healing), lengths).emulator
+        emulator = MemoryModel(healing_run(prepared, healing), lengths).emulator_files
     grams = sum(gram_bytes(group) for wave in memory.waves() for group in wave)
     rows = sum(source.num_rows for files in prepared.files.values() for source in files) or UNKNOWN_ROWS
     images = int(rows * memory.lengths.image_bytes)  # which the token shards hold
@@ -217,14 +224,14 @@ def _disk_bytes(prepared: Prepared, memory: MemoryModel, lengths: Lengths) -> di
     streamed = memory.calibration_mode() == "streamed"
     held = memory.hidden_state_disk_bytes() if streamed else grams * prepared.config.calibration.num_workers
     return {
-        "calibrate": (memory.weights if prepared.source.gguf_file else 0) + images + grams // 2 + held,
+        "calibrate": (memory.weight_files if prepared.source.gguf_file else 0) + images + grams // 2 + held,
         "gradients": gradients // 2 + gradients * prepared.config.calibration.num_workers,
         "allocate": 8 * sum(min(s.out_features, s.in_features) for s in prepared.layout.specs),
         "factorize": emulator,
         "heal": _healing_bytes(prepared, memory),
         "finetune": 4 * adapter,
         "correct": 4 * memory.corrected_parameters,
-        "merge": 0 if prepared.config.adapter.is_prompt else memory.weights,
+        "merge": 0 if prepared.config.adapter.is_prompt else memory.weight_files,
         "evaluate": 0,
     }
 
@@ -238,7 +245,7 @@ def _healing_bytes(prepared: Prepared, memory: MemoryModel) -> int:
     rows = min(_num_train_rows(run), _rows_trained(run))
     cached = rows * row_lengths(run).mean * healing.num_teacher_logits * BYTES_PER_LOGIT
     lora = sum(healing.r * (s.out_features + s.in_features) for s in run.layout.specs if s.name in run.layout.adapted)
-    return int(memory.emulator + cached + 4 * 4 * lora)
+    return int(memory.emulator_files + cached + 4 * 4 * lora)
 
 
 def _num_train_rows(prepared: Prepared) -> int:
@@ -263,16 +270,16 @@ def row_lengths(prepared: Prepared) -> Lengths:
     """Tokens a row, guessed from the first rows' characters and images; the docstring task's rows are about 80, and rows of
     the hub, which are not there before the run, as long as rows may be."""
     data, sources = prepared.config.data, prepared.files.get("train")
-    limit = data.max_seq_length
+    limit, shown = data.max_seq_length, prepared.layout.image.row_tokens
     if data.generate == "vqa":
-        asked = _VQA_TOKENS + prepared.layout.image.row_tokens
+        asked = _VQA_TOKENS + shown
         return Lengths(min(asked, limit), min(asked + _VQA_TOKENS, limit), 1.0, _VQA_BYTES)
     if data.packing or (not sources and data.generate is None):
-        return Lengths(limit, limit)
+        images = limit // shown if shown and data.format == "messages" else 0
+        return Lengths(limit, limit, images, images * _IMAGE_BYTES)
     if not sources:
         return Lengths(80.0, min(limit, 256.0))
     numbers = range(min(200, sources[0].num_rows))
-    shown = prepared.layout.image.row_tokens
     tokens, images, size = [], 0, 0
     fields, extra = FIELDS[data.format], EXTRA_FIELDS[data.format]
     for number, row in read_rows(sources[0], numbers, fields, extra, data.on_error == "skip"):

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from emloc_ray.data.reading import SourceFile
 from emloc_ray.data.splits import SPLITS
 from emloc_ray.data.token_shards import PAD_MULTIPLE, padded_length
 from emloc_ray.errors import ConfigError, EmlocError
+from emloc_ray.io.checkpoint import SINGLE_NAME, read_index, read_shard
 from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.layout import Layout, Skeleton, adapter_settings, make_layout, skeleton_of
 from emloc_ray.modeling.adapter_methods import count_parameters
@@ -50,6 +52,7 @@ class Prepared:
     layout: Layout
     files: dict[str, tuple[SourceFile, ...]]
     zero_config: dict[str, Any] | None = None
+    file_dtype: torch.dtype | None = None  # of the model's files, where they are here and safetensors
 
     def calibration_tokens(self, tokens_per_row: float) -> float:
         """Tokens that calibration will see, at a mean of so many a row: the least of what the config bounds them by."""
@@ -90,15 +93,25 @@ def prepare(config: RunConfig) -> Prepared:
     if config.data.generate == "vqa" and not reads_images:
         errors.append("data.generate: vqa shows images, which the model has no processor for: choose one that has.")
     files = {name: attempt(lambda name=name: check_split(config, name, reads_images)) for name in splits_of(config)}  # type: ignore[misc]
-    attempt(lambda: check_held_out(files))
+    attempt(lambda: check_held_out(config, files))
     attempt(lambda: _check_upper_bound(config))
     attempt(lambda: _check_resources(config))
     attempt(lambda: _check_quantization(config))
     zero_config = attempt(lambda: _check_training(config))
+    file_dtype = None if source is None else attempt(lambda: _file_dtype(source))
     if errors or source is None or found is None:
         raise ConfigError("\n".join(dict.fromkeys(errors)))  # splits may share a bad file
     known = {name: sources for name, sources in files.items() if sources}
-    return Prepared(config, run, source, found[0], found[1], known, zero_config)
+    return Prepared(config, run, source, found[0], found[1], known, zero_config, file_dtype)
+
+
+def _file_dtype(source: ModelSource) -> torch.dtype | None:
+    if source.gguf_file is not None:
+        return None
+    file = source.directory / min(read_index(source.directory).values(), default=SINGLE_NAME)
+    if not file.is_file():  # of the hub, and not fetched yet
+        return None
+    return next((entry.dtype for entry in read_shard(file).entries if entry.dtype.is_floating_point), None)
 
 
 def _read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
@@ -292,13 +305,15 @@ def _check_reporters(names: list[str]) -> None:
 
 
 def _check_resources(config: RunConfig) -> None:
-    """What a stage asks of a Ray that is started here must be there, or it would wait for ever."""
-    if config.ray.joins:
-        return
-    import os
-
     cpus = config.ray.num_cpus or os.cpu_count() or 1
     gpus = torch.cuda.device_count() if config.ray.num_gpus is None else config.ray.num_gpus
+    check_resources(config, cpus, gpus)
+
+
+def check_resources(config: RunConfig, cpus: float, gpus: float) -> None:
+    """Raises ConfigError where a stage asks a Ray that is started here for more than it has: it would wait for ever."""
+    if config.ray.joins:
+        return
     problems = []
     for name in ("calibration", "emulator", "finetune", "merge", "evaluation"):
         section = getattr(config, name)
@@ -306,13 +321,13 @@ def _check_resources(config: RunConfig) -> None:
         if section.cpus_per_worker * together > cpus:
             asked = section.cpus_per_worker * together
             problems.append(
-                f"{name} asks Ray for {asked:g} CPUs at once, this machine has {cpus}: lower"
+                f"{name} asks Ray for {asked:g} CPUs at once, this machine has {cpus:g}: lower"
                 f" {name}.{'num_workers' if together > 1 else 'cpus_per_worker'}."
             )
         if section.gpus_per_worker * together > gpus:
             asked = section.gpus_per_worker * together
             problems.append(
-                f"{name} asks Ray for {asked:g} GPUs at once, this machine has {gpus}: lower {name}.gpus_per_worker,"
+                f"{name} asks Ray for {asked:g} GPUs at once, this machine has {gpus:g}: lower {name}.gpus_per_worker,"
                 " name a cluster in ray.address, or, to plan for another machine, give ray.num_gpus."
             )
     if problems:

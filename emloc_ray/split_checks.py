@@ -13,7 +13,7 @@ from emloc_ray.config import DataConfig, RunConfig, SplitConfig
 from emloc_ray.data.formats import EXTRA_FIELDS, FIELDS, check_row
 from emloc_ray.data.images import has_images, look
 from emloc_ray.data.reading import Place, Row, SourceFile, each, list_files, read_rows, scan
-from emloc_ray.data.splits import SPLITS
+from emloc_ray.data.splits import SPLITS, hub_split
 from emloc_ray.errors import ArtifactError, ConfigError, DataError
 from emloc_ray.io.fingerprint import fingerprint
 
@@ -99,9 +99,13 @@ def _checked_row(row: Row, where: Place, data: DataConfig, reads_images: bool) -
     return look(row, where)
 
 
-def check_held_out(files: Mapping[str, tuple[SourceFile, ...] | None]) -> None:
+def check_held_out(config: RunConfig, files: Mapping[str, tuple[SourceFile, ...] | None]) -> None:
     """Raises ConfigError where what is reported on, or chosen on, is trained on as well."""
     paths = {name: {_place(source) for source in sources or ()} for name, sources in files.items()}
+    for name in paths:
+        section = getattr(config.data, name)
+        if section is not None and _is_hub(section):
+            paths[name] = {"hf:{}:{}".format(*hub_split(section.path, name))}
     for held_out, others in (("eval", ("train", "selection", "healing")), ("selection", ("train",))):
         for other in others:
             both = sorted(paths.get(held_out, set()) & paths.get(other, set()))

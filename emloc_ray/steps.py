@@ -196,6 +196,7 @@ class Steps:
         if self.directory.stage(name) is None:
             self.directory.drop_step(name)
         else:
+            self.reporter.skip(name)
             self.directory.confirm(name, ahead=STEPS[: STEPS.index(name)])
 
     def is_done(self, name: str, inputs: Inputs) -> bool:

@@ -37,7 +37,7 @@ def unfit(stages: Iterable[StagePlan], limits: LimitsConfig) -> list[str]:
     )
     problems = []
     for stage in stages:
-        worker = Amount(stage.cpus_per_worker, stage.gpus_per_worker, stage.worker_bytes)
+        worker = Amount(stage.cpus_per_worker, stage.gpus_per_worker, stage.host_bytes)
         together = worker * stage.num_workers if stage.name not in BAGS else worker
         if not worker.fits_in(largest):
             problems.append(

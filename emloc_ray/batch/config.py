@@ -11,16 +11,10 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from emloc_ray.batch.grid import MAX_NAME, SAFE_NAME
 from emloc_ray.config_base import Section, Size
-from emloc_ray.io.object_store import is_store_uri
+from emloc_ray.io.object_store import below
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d)")
 _MICROSECONDS = {"s": 10**6, "min": 60 * 10**6, "h": 3600 * 10**6, "d": 86400 * 10**6}
-
-
-def below(place: str, *parts: str) -> str:
-    """A place inside another, with "/" between; the query of an object store's URI stays at its end."""
-    path, mark, query = place.partition("?") if is_store_uri(place) else (place, "", "")
-    return "/".join((path.rstrip("/"), *parts)) + mark + query
 
 
 class LimitsConfig(Section):

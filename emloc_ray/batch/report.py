@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from emloc_ray.batch.config import below
 from emloc_ray.batch.state import BatchState, TaskState
 from emloc_ray.batch.table import counts, standing
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.atomic import atomic_file
+from emloc_ray.io.object_store import below
 from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.page_text import visible
 from emloc_ray.report import render_page

@@ -16,7 +16,7 @@ from emloc_ray.stages.cluster import Resources
 
 @dataclass(frozen=True)
 class Expected:
-    """What the planner expects of a stage: seconds, and bytes that one worker holds."""
+    """What the planner expects of a stage: seconds, and bytes that one worker holds of its node's memory."""
 
     seconds: float = 0.0
     worker_bytes: int = 0

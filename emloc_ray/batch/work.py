@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from emloc_ray.batch.board import TaskReporter
 from emloc_ray.batch.tasks import Task
 from emloc_ray.batch.turns import Expected, TaskTurns
+from emloc_ray.budget import check_gradients
 from emloc_ray.errors import ConfigError, EmlocError
 from emloc_ray.io.artifact_cache import ArtifactCache
-from emloc_ray.planner import Plan, StagePlan, make_plan
+from emloc_ray.planner import Plan, StagePlan, make_plan, row_lengths
 from emloc_ray.preparation import Prepared, prepare
 
 _FIRST = ("import", "data")
@@ -43,6 +44,8 @@ class PipelineWork:
         ready = self._ready.get(task.name)
         if ready is None or ready[0].config != task.config:
             prepared = prepare(task.config)
+            if task.config.memory_budget is not None:  # else it goes by what is free, of which running tasks hold some
+                check_gradients(prepared, row_lengths(prepared))
             ready = self._ready[task.name] = prepared, make_plan(prepared)
         return ready
 
@@ -54,7 +57,7 @@ class PipelineWork:
         """The task's stages in order, and what each is expected to take."""
         plan = self._prepare(task)[1]
         before = {name: Expected(plan.seconds_before / len(_FIRST)) for name in _FIRST}
-        return {**before, **{stage.name: Expected(stage.seconds, stage.worker_bytes) for stage in plan.stages}}
+        return {**before, **{stage.name: Expected(stage.seconds, stage.host_bytes) for stage in plan.stages}}
 
     def do(self, task: Task, turns: TaskTurns, reporter: TaskReporter) -> None:
         """The whole pipeline; raises what it raises."""

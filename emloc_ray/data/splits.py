@@ -140,3 +140,10 @@ def assign_splits(
         "eval": evaluation.sample(num_eval_samples, seed + 5),
         **{name: rows for name, rows in given.items() if name not in SPLITS},
     }
+
+
+def hub_split(path: str, split: str) -> tuple[str, str]:
+    """The data set that ``hf:NAME[:SPLIT]`` names, and which of its splits: left out, ``test`` for what is reported on, else
+    ``train``."""
+    name, _, part = path.removeprefix("hf:").partition(":")
+    return name, part or ("test" if split == "eval" else "train")

@@ -133,7 +133,7 @@ class TokenShards:
 
     def _table(self, number: int) -> pa.Table:
         path = self.directory / shard_name(number)
-        if number not in self._present:
+        if number not in self._present or not path.is_file():  # a node that needs room drops what it can fetch again
             ensure(path)
             self._present.add(number)
         if not path.is_file():

@@ -282,5 +282,7 @@ def _write_split_index(
             f"data.{split}: no row{skipped} keeps its images and a completion token within data.max_seq_length"
             f" {options.max_seq_length}: raise it."
         )
-    write_index(directory, [int(shard["rows"]) for shard in shards], {**counts, "options": asdict(options)})
+    # Without the tokenizer's place, which may be the run's own: what is built on the rows is shared by what they are.
+    told = {key: value for key, value in asdict(options).items() if key != "tokenizer"}
+    write_index(directory, [int(shard["rows"]) for shard in shards], {**counts, "options": told})
     return counts

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from emloc_ray.io.digests import HashingWriter, note_digest
-from emloc_ray.io.node_cache import discard, ensure, publish
+from emloc_ray.io.node_cache import discard, ensure, publish, publish_plain
 
 
 @contextlib.contextmanager
@@ -30,13 +30,16 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         sha256 = file.hexdigest()
         if sha256 is not None:
             note_digest(Path(temporary), sha256)
+        # Where another process of this node brings its copy up to date meanwhile, that must not be what is given away.
+        plain = publish_plain(path, Path(temporary))
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
     _fsync_directory(path.parent)
-    publish(path, whole=True)
+    if not plain:
+        publish(path, whole=True)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.digests import digest
-from emloc_ray.io.object_store import ObjectStore
+from emloc_ray.io.object_store import ObjectStore, below
 from emloc_ray.io.run_directory import MANIFEST, RunDirectory
 
 _CONNECTIONS = 8
@@ -22,7 +22,8 @@ def fetch(
     parts: Sequence[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Path]:
-    """Writes the run's files (those of ``parts`` such as ``adapter`` or ``merged``, else all) to ``directory``.
+    """Writes the run's files (those of ``parts`` such as ``adapter`` or ``merged``, else all) to ``directory``; of a batch,
+    those of all its tasks, without its cache.
 
     What is there already with the same content is left as it is, so that a broken fetch goes on. ``progress`` hears of
     bytes. Returns the files written.
@@ -36,6 +37,8 @@ def fetch(
         raise ConfigError(f"{run.place} is in a file system already: copy it from there.")
     if (directory / MANIFEST).is_file() and RunDirectory(directory).manifest()["name"] != run.name:
         raise ConfigError(f"{directory} holds another run: name a new directory.")
+    if run.manifest().get("kind") == "batch":
+        return _fetch_tasks(run, store, directory, parts, progress)
     names = [name for name in store.names() if not name.startswith("lock")]
     missing = sorted(set(parts) - set(names))
     if missing:
@@ -49,12 +52,39 @@ def fetch(
         for copied in as_completed([pool.submit(_copy, store, info, file) for file, info in left.items()]):
             done += copied.result()
             progress(done, total)
-    for name in plain:
-        content = store.read(name)
+    return [*left, *_fetch_plain(store, plain, directory)]
+
+
+def _fetch_tasks(
+    batch: RunDirectory,
+    store: ObjectStore,
+    directory: Path,
+    parts: Sequence[str],
+    progress: Callable[[int, int], None],
+) -> list[Path]:
+    tasks = [
+        RunDirectory(below(batch.place, "tasks", name)) for name in RunDirectory(below(batch.place, "tasks")).names()
+    ]
+    held = {task: task.names() for task in tasks}
+    missing = sorted(set(parts).difference(*held.values()))
+    if missing:
+        raise ConfigError(f"No task of {batch.place} holds {missing[0]} yet.")
+    names = [name for name in store.names() if name not in ("tasks", "cache") and not name.startswith("lock")]
+    files = _fetch_plain(store, names, directory)
+    for task, there in held.items():
+        wanted = [part for part in parts if part in there]
+        if MANIFEST in there and (wanted or not parts):
+            files += fetch(task, directory / "tasks" / task.name, wanted, progress)
+    return files
+
+
+def _fetch_plain(store: ObjectStore, names: Sequence[str], directory: Path) -> list[Path]:
+    directory.mkdir(parents=True, exist_ok=True)
+    contents = {directory / name: store.read(name) for name in names}
+    for file, content in contents.items():
         if content is not None:
-            directory.mkdir(parents=True, exist_ok=True)
-            (directory / name).write_bytes(content)
-    return [*left, *(directory / name for name in plain)]
+            file.write_bytes(content)
+    return [file for file, content in contents.items() if content is not None]
 
 
 def _is_same(file: Path, info: Any) -> bool:

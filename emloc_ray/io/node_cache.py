@@ -81,13 +81,22 @@ def publish(path: Path, *, whole: bool = False) -> None:
     What is ``whole``, to which nobody will add, this node keeps as it keeps what it fetches: until it needs the room.
     """
     here = origin(path)
-    if here is None or _is_unfinished(here.path):  # it has its own name only when it is whole
-        return
-    if here.is_plain and path.is_file():
-        here.store.write(here.path, path.read_bytes())
+    if (
+        here is None or _is_unfinished(here.path) or publish_plain(path, path)
+    ):  # it has its own name only when it is whole
         return
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         list(pool.map(lambda file: _publish_file(file, whole), _files(path) if path.is_dir() else [path]))
+
+
+def publish_plain(path: Path, written: Path) -> bool:
+    """Gives what was ``written`` for ``path`` to the store, where that is a file under its own name there; whether it is."""
+    here = origin(path)
+    if here is None or not here.is_plain or not written.is_file():
+        return False
+    if not _is_unfinished(here.path):
+        here.store.write(here.path, written.read_bytes())
+    return True
 
 
 def _publish_file(file: Path, whole: bool) -> None:

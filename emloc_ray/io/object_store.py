@@ -32,6 +32,12 @@ def is_store_uri(place: str) -> bool:
     return "://" in place and not place.startswith("file://")
 
 
+def below(place: str, *parts: str) -> str:
+    """A place inside another, with "/" between; the query of an object store's URI stays at its end."""
+    path, mark, query = place.partition("?") if is_store_uri(place) else (place, "", "")
+    return "/".join((path.rstrip("/"), *parts)) + mark + query
+
+
 def open_filesystem(uri: str, key: str) -> tuple[pyarrow.fs.FileSystem, str]:
     """The file system that a URI names and the path in it, without the slashes around it.
 

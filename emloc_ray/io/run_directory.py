@@ -181,6 +181,11 @@ class RunDirectory:
             raise ArtifactError(f"{path} is no manifest of a run of this version: name a new or empty directory.")
         return manifest
 
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """What the manifest says of all finished stages; nothing where there is none yet."""
+        found: dict[str, dict[str, Any]] = self.manifest()["stages"] if MANIFEST in self.names() else {}
+        return found
+
     def stage(self, name: str) -> dict[str, Any] | None:
         """What the manifest says of a finished stage, or None."""
         found: dict[str, Any] | None = self.manifest()["stages"].get(name)
@@ -240,7 +245,7 @@ class RunDirectory:
                 files[path.relative_to(self.root).as_posix()] = {"size": size_of[path], "sha256": sha256}
         manifest["stages"][name] = {
             "inputs": inputs,
-            "finished_at": time.time(),
+            "finished_at": max([time.time(), *map(standing, manifest["stages"].values())]),
             "outputs": files,
             "result": result,
         }
@@ -254,7 +259,7 @@ class RunDirectory:
             (standing(manifest["stages"][stage]) for stage in ahead if stage in manifest["stages"]), default=0.0
         )
         if entry is not None and standing(entry) < newest:
-            entry["confirmed_at"] = time.time()
+            entry["confirmed_at"] = max(time.time(), newest)
             self._write_manifest(manifest)
 
     def drop_step(self, name: str) -> None:

@@ -194,8 +194,8 @@ def _auto_model_class(auto_name: str) -> type[Any]:
             original = config.original()
             base = auto._model_mapping[type(original)]
             base = base[0] if isinstance(base, tuple) else base
-            if kwargs.get("dtype", "auto") == "auto":
-                kwargs["dtype"] = original.dtype or "auto"
+            asked = [kwargs.pop(key) for key in ("dtype", "torch_dtype") if kwargs.get(key) is not None]
+            kwargs["dtype"] = next((dtype for dtype in asked if dtype != "auto"), original.dtype or "auto")
             # The Auto class has put it into the config, which is not the one that the model reads.
             if config._attn_implementation is not None:
                 kwargs.setdefault("attn_implementation", config._attn_implementation)

@@ -212,7 +212,14 @@ def import_gguf(source: ModelSource, directory: Path, dtype: str = "auto", max_s
 
 def content_of_source(source: ModelSource, directory: Path) -> str:
     """A hash of all that a model is read from, as it lies in ``directory``."""
-    return content_of([directory / source.gguf_file] if source.gguf_file else sorted(directory.iterdir()))
+    return content_of([directory / source.gguf_file] if source.gguf_file else checkpoint_files(directory))
+
+
+def checkpoint_files(directory: Path) -> list[Path]:
+    """Weights, configs, tokenizer and code of a checkpoint, in order; what else lies beside them is no part of it."""
+    patterns = ("*.safetensors", *_SMALL_FILES, *TOKENIZER_FILES)
+    found = {file for pattern in patterns for file in directory.glob(pattern) if file.is_file()}
+    return sorted(file for file in found if not file.name.startswith("."))
 
 
 def copy_checkpoint(source: Path, target: Path, progress: Callable[[int, int], None]) -> None:
@@ -220,8 +227,7 @@ def copy_checkpoint(source: Path, target: Path, progress: Callable[[int, int], N
 
     ``progress`` hears of the bytes.
     """
-    patterns = ("*.safetensors", *_SMALL_FILES, *TOKENIZER_FILES)
-    files = sorted({file for pattern in patterns for file in source.glob(pattern) if file.is_file()})
+    files = checkpoint_files(source)
     there = {file.relative_to(target): size for file, size in sizes(target).items()}
     total, done = sum(file.stat().st_size for file in files), 0
     for file in files:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from emloc_ray.config import RunConfig
 from emloc_ray.data.reading import SourceFile, fingerprint_sources, scan
-from emloc_ray.data.splits import CALIBRATION_SEED, SPLITS, RowSelection, assign_splits
+from emloc_ray.data.splits import CALIBRATION_SEED, SPLITS, RowSelection, assign_splits, hub_split
 from emloc_ray.data.token_budget import rows_within
 from emloc_ray.data.tokenizing import TokenizeOptions, first_unwritten, row_lengths, tokenize_splits
 from emloc_ray.errors import DataError
@@ -158,7 +158,7 @@ def _sources(prepared: Prepared, out_dir: Path) -> dict[str, tuple[SourceFile, .
     if config.data.generate is not None:
         found |= _generate(config.data.generate, directory, config.seed)
     for name, path in hub.items():
-        found[name] = (_download(path.removeprefix("hf:"), name, directory),)
+        found[name] = (_download(path, name, directory),)
     return found
 
 
@@ -176,27 +176,24 @@ def _generate(task: str, directory: Path, seed: int) -> dict[str, tuple[SourceFi
     return {name: (scan(directory / f"{name}.parquet"),) for name in SPLITS}
 
 
-def _download(name: str, split: str, directory: Path) -> SourceFile:
-    """A data set of the hub (or of a local folder that ``datasets`` reads) as one Parquet file of the run.
-
-    ``NAME`` or ``NAME:SPLIT``; without a split, the training rows are ``train`` and the others the data set's own.
-    """
+def _download(place: str, split: str, directory: Path) -> SourceFile:
+    """A data set of the hub (or of a local folder that ``datasets`` reads) as one Parquet file of the run."""
     try:
         import datasets
     except ImportError as error:
         raise DataError(
-            f"data.{split}.path hf:{name} needs the datasets package: pip install 'emloc-ray[hub]'."
+            f"data.{split}.path {place} needs the datasets package: pip install 'emloc-ray[hub]'."
         ) from error
     path = directory / f"{split}.parquet"
     if exists(path):
         return scan(path)
-    name, _, part = name.partition(":")
+    name, part = hub_split(place, split)
     try:
-        dataset = datasets.load_dataset(name, split=part or ("train" if split != "eval" else "test"))
+        dataset = datasets.load_dataset(name, split=part)
     except Exception as error:
         detail = str(error).split("\n")[0][:200]
         raise DataError(
-            f"data.{split}.path hf:{name} cannot be loaded ({detail}): mend the name or its split."
+            f"data.{split}.path {place} cannot be loaded ({detail}): mend the name or its split."
         ) from error
     with atomic_file(path) as file:
         dataset.to_parquet(file)

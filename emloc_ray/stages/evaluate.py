@@ -231,7 +231,9 @@ def _compare_texts(job: EvaluationJob, texts: dict[str, list[str]]) -> dict[str,
         row = shards.row(position)
         cut = prompt_length(row)
         prompt = tokenizer.decode(row.input_ids[:cut], skip_special_tokens=True)
-        reference = tokenizer.decode(row.input_ids[cut:], skip_special_tokens=True).strip()
+        # The first answer, which is what is generated: a conversation or packed rows go on after it.
+        end = next((n for n in range(cut, len(row)) if not row.completion_mask[n]), len(row))
+        reference = tokenizer.decode(row.input_ids[cut:end], skip_special_tokens=True).strip()
         answers = {variant: texts[variant][position] for variant in job.generating}
         if position < job.num_exact_match:
             for variant, text in answers.items():

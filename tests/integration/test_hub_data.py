@@ -11,7 +11,7 @@ import pytest
 
 from emloc_ray.config_reading import parse_config
 from emloc_ray.data.token_shards import TokenShards
-from emloc_ray.errors import DataError
+from emloc_ray.errors import ConfigError, DataError
 from emloc_ray.preparation import prepare
 from emloc_ray.stages.data import tokenize_data
 
@@ -60,10 +60,14 @@ def test_a_split_can_be_named_and_a_wrong_name_is_told(
 ) -> None:
     folder = tmp_path / "dataset"
     folder.mkdir()
-    _write(folder / "train.jsonl", "train", 30)
+    for split, count in (("train", 40), ("validation", 30)):
+        _write(folder / f"{split}.jsonl", split, count)
     model = tiny_model_dir("llama")
-    config = _config(model, tmp_path / "run", f"hf:{folder}", f"hf:{folder}:train")
+    config = _config(model, tmp_path / "run", f"hf:{folder}", f"hf:{folder}:validation")
     assert tokenize_data(prepare(config), model, tmp_path / "data")["splits"]["eval"]["rows"] == 30
+    trained_on = _config(model, tmp_path / "run", f"hf:{folder}", f"hf:{folder}:train")
+    with pytest.raises(ConfigError, match=rf"data\.eval and data\.train both read hf:{folder}:train: what is held out"):
+        prepare(trained_on)
     wrong = _config(model, tmp_path / "other", f"hf:{folder}", f"hf:{tmp_path / 'nowhere'}")
     with pytest.raises(DataError, match="nowhere"):
         tokenize_data(prepare(wrong), model, tmp_path / "data2")

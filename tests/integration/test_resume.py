@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_runs import FinishedRun, KillingReporter, KillingWatcher, redone, run_values
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -144,6 +144,20 @@ def test_altered_files_of_the_same_size_are_found_before_they_are_built_on(
     assert {"factorize", "finetune", "correct"} <= json.loads((copied.root / "metrics.json").read_text())[
         "stages"
     ].keys()
+
+
+def test_shards_merged_with_another_adapter_do_not_stay(copied: FinishedRun) -> None:
+    """A kill inside the merge, then another training of the same inputs: on a GPU it gives other numbers."""
+    run = prepare(parse_config(copied.values)).run
+    run.forget("merge")
+    adapter = copied.root / "adapter" / "adapter_model.safetensors"
+    save_file({name: 3 * value for name, value in load_file(adapter).items()}, adapter, {"format": "pt"})
+    correct = run.manifest()["stages"]["correct"]
+    run.commit("correct", correct["inputs"], [copied.root / path for path in correct["outputs"]], correct["result"])
+    assert run_values(copied.values).started == ["merge", "evaluate"]
+    found = json.loads((copied.root / "metrics.json").read_text())["evaluation"]
+    assert found["merged"]["loss"] == pytest.approx(found["corrected"]["loss"], abs=1e-4)
+    assert found["merged"]["loss"] != pytest.approx(copied.metrics["evaluation"]["merged"]["loss"], abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -365,5 +365,5 @@ def test_a_worker_that_cannot_hold_the_whole_model_is_refused(
     with pytest.raises(
         ConfigError, match=rf"emulator\.{key}: {value} needs gradients of the whole model, 4\d\d MiB in a worker"
     ):
-        make_plan(ready)
-    make_plan(prepared(memory_budget=BASE_BYTES, emulator={"allocation": "spectral"}))
+        check_gradients(ready, LENGTHS)
+    check_gradients(prepared(memory_budget=BASE_BYTES, emulator={"allocation": "spectral"}), LENGTHS)

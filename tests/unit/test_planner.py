@@ -72,6 +72,27 @@ def test_parameters_and_bytes_are_those_of_the_files(
         )
 
 
+def test_a_gpu_s_worker_takes_little_of_its_node_s_memory(plan: Callable[..., Plan]) -> None:
+    on_cpu = stage(plan(), "finetune")
+    on_gpu = stage(plan(finetune={"gpus_per_worker": 1}, ray={"num_gpus": 1}), "finetune")
+    assert on_cpu.host_bytes == on_cpu.worker_bytes == on_gpu.worker_bytes
+    assert on_gpu.host_bytes == on_gpu.memory["base"] + on_gpu.memory["weights"] < on_gpu.worker_bytes
+
+
+def test_files_take_what_they_hold_whatever_the_model_is_used_in(
+    plan: Callable[..., Plan], tiny_model_dir: Callable[..., Path]
+) -> None:
+    written = {name: stage(plan("float32"), name).disk_bytes for name in ("factorize", "merge")}
+    narrow = plan(model={"source": str(tiny_model_dir("llama", dtype="float32")), "dtype": "bfloat16"})
+    assert {name: stage(narrow, name).disk_bytes for name in written} == written
+    assert stage(narrow, "evaluate").memory["weights"] == stage(plan("float32"), "evaluate").memory["weights"] / 2
+
+
+def test_rows_that_are_not_here_yet_are_planned_as_long_as_they_may_be(prepared: Callable[..., Prepared]) -> None:
+    found = prepared(data={"train": {"path": "hf:some/rows"}, "max_seq_length": 48})
+    assert planner.row_lengths(found) == planner.Lengths(48, 48)
+
+
 def test_every_stage_is_there_with_what_it_asks_for(plan: Callable[..., Plan]) -> None:
     healed = {"healing": {"steps": 3}}
     found = plan(calibration={"num_workers": 2}, emulator=healed, finetune={"num_workers": 2, "cpus_per_worker": 0.5})

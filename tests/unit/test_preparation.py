@@ -272,6 +272,9 @@ def test_rows_that_are_held_out_are_not_trained_on(refused: Callable[..., str], 
         f"data.eval and data.train both read {folder / 'test.jsonl'}: what is held out must not be trained on" in said
     )
     assert "data.selection and data.train both" in refused(data={**data, "eval": None, "selection": data["eval"]})
+    hub = {"train": {"path": "hf:some/rows"}, "selection": {"path": "hf:some/rows"}, "max_seq_length": 64}
+    assert "data.selection and data.train both read hf:some/rows:train" in refused(data=hub)
+    assert "both read" not in refused(data={**hub, "selection": None, "eval": hub["train"]}, seed=-1)
 
 
 def test_the_same_files_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,6 +233,14 @@ def told_of_correct(result: dict[str, Any]) -> str:
     return str(console.file.getvalue())  # type: ignore[attr-defined]
 
 
+def test_brackets_in_what_is_told_are_no_markup() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    text = "training begins again: RuntimeError: [/src/gloo/pair.cc:534] closed [1]"
+    with ConsoleReporter(console) as reporter:
+        reporter.note(text)
+    assert text in str(console.file.getvalue())  # type: ignore[attr-defined]
+
+
 def test_what_a_choice_was_made_on_is_told(finished: str) -> None:
     assert "The best of these on 694 tokens of the selection rows" in Page(finished).text
     metrics = finished_metrics()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,17 @@ def test_what_stands_on_a_redone_stage_is_left_out_until_it_is_verified(prepared
     assert "calibration" not in assemble_metrics(prepared.run, prepared)
     prepared.run.confirm("calibrate", ahead=["import", "data"])
     assert assemble_metrics(prepared.run, prepared)["calibration"]["num_tokens"] == 7
+
+
+def test_a_clock_that_goes_back_hides_no_stage(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another machine goes on, or the same one after its clock was set."""
+    ahead = time.time() + 300
+    counts = {"usage": USAGE, "splits": {}, "num_tokens": 7, "num_shards": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr("emloc_ray.io.run_directory.time.time", lambda: ahead)
+        prepared.run.commit("data", "key", [], counts)
+    prepared.run.commit("calibrate", "key", [], counts)
+    assert "calibration" in assemble_metrics(prepared.run, prepared)
 
 
 def test_what_stands_behind_a_stage_that_is_to_be_redone_is_left_out(prepared: Prepared) -> None:

@@ -184,6 +184,13 @@ def test_a_projector_that_is_missing_is_told(prepared: Make, tmp_path: Path) -> 
         prepared(model_dir=model_dir)
 
 
+def test_rows_of_the_hub_may_be_full_of_images(prepared: Make) -> None:
+    ready = prepared(data={"train": {"path": "hf:some/rows"}, "max_seq_length": 512})
+    lengths = row_lengths(ready)
+    assert lengths.images == 512 // ready.layout.image.row_tokens > 1
+    assert lengths.image_bytes == lengths.images * 100e3
+
+
 def test_images_that_no_row_holds_are_told(prepared: Make) -> None:
     assert long_images(prepared()) is None
     assert long_images(prepared(rows=[shown(0)] * 20, data={"max_seq_length": 8})) is None

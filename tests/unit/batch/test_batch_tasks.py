@@ -19,12 +19,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from emloc_ray.batch import tasks as batch_tasks
-from emloc_ray.batch.config import below, parse_deadline
+from emloc_ray.batch.config import parse_deadline
 from emloc_ray.batch.grid import MAX_NAME, SAFE_NAME, joined_name, points
 from emloc_ray.batch.tasks import Batch, BatchConfig, Task, anchored, read_batch
 from emloc_ray.config import RayConfig
 from emloc_ray.config_reading import load_config, parse_config, read_values
 from emloc_ray.errors import ConfigError
+from emloc_ray.io.object_store import below
 
 BASE: dict[str, Any] = {
     "run_dir": "runs/one",

@@ -88,6 +88,23 @@ def test_no_index_is_not_finished(tmp_path: Path) -> None:
         TokenShards(tmp_path)
 
 
+def test_a_shard_that_a_node_dropped_for_room_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = write(tmp_path, [[Tokens([1], [True])], [Tokens([2], [True])]])
+    first = tmp_path / shard_name(0)
+    content, fetched = first.read_bytes(), []
+    assert shards.row(0).input_ids == [1]
+    first.unlink()
+
+    def fetch(path: Path) -> None:
+        fetched.append(path)
+        path.write_bytes(content)
+
+    monkeypatch.setattr(token_shards, "ensure", fetch)
+    assert shards.row(0).input_ids == [1]
+    assert shards.row(0).input_ids == [1]
+    assert fetched == [first]
+
+
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     read = write(tmp_path, [[Tokens([1], [True])], [Tokens([2], [True])]])
     (tmp_path / shard_name(1)).unlink()

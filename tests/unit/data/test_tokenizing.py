@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -177,3 +178,20 @@ def test_memory_is_flat_in_the_rows(tmp_path: Path, options: TokenizeOptions, ra
     grown = {name: (large - small) / 2**20 for name, (small, large) in peaks.items()}
     assert grown["driver"] < 16
     assert grown["worker"] < 32
+
+
+def test_where_the_tokenizer_lies_does_not_matter(inline: None, options: TokenizeOptions, tmp_path: Path) -> None:
+    """What is built on the rows is shared by what they are."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", task_rows(20))
+    shutil.copytree(options.tokenizer, tmp_path / "copy")
+    found = []
+    for name, tokenizer in (("one", options.tokenizer), ("other", str(tmp_path / "copy"))):
+        tokenize_splits(
+            {"train": selected(rows, 20)},
+            replace(options, tokenizer=tokenizer),
+            tmp_path / name,
+            rows_per_shard={"train": 8},
+            num_workers=1,
+        )
+        found.append(shards_of(tmp_path / name / "train"))
+    assert found[0] == found[1]

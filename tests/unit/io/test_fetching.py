@@ -10,7 +10,7 @@ from s3_server import uri
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.atomic import atomic_file
 from emloc_ray.io.fetching import fetch
-from emloc_ray.io.object_store import ObjectStore
+from emloc_ray.io.object_store import ObjectStore, below
 from emloc_ray.io.run_directory import RunDirectory
 
 
@@ -58,3 +58,29 @@ def test_refusals(run: RunDirectory, tmp_path: Path) -> None:
         fetch(run, tmp_path / "other")
     with pytest.raises(ConfigError, match="is in a file system already"):
         fetch(RunDirectory(tmp_path / "other"), tmp_path / "new")
+
+
+def test_a_batch_comes_with_all_its_tasks(s3_port: int, node_cache: Path, tmp_path: Path) -> None:
+    batch = RunDirectory(uri(s3_port, "fetch/batch"))
+    batch.create({}, kind="batch")
+    for name in ("first", "second", "late"):
+        task = RunDirectory(below(batch.place, "tasks", name))
+        if name != "late":  # which has not begun
+            task.create({"name": name})
+        for place in ("adapter/adapter_config.json",) if name == "first" else ("data/shard-0",):
+            with atomic_file(task.path(*place.split("/"))) as file:
+                file.write(name.encode())
+    with atomic_file(batch.path("cache", "factorize", "emulator")) as file:
+        file.write(b"shared")
+    fetch(batch, tmp_path / "home")
+    files = sorted(f.relative_to(tmp_path / "home").as_posix() for f in (tmp_path / "home").rglob("*") if f.is_file())
+    of_tasks = [
+        *(f"tasks/first/{name}" for name in ("adapter/adapter_config.json", "config.yaml", "manifest.json")),
+        *(f"tasks/second/{name}" for name in ("config.yaml", "data/shard-0", "manifest.json")),
+    ]
+    assert files == ["config.yaml", "manifest.json", *of_tasks]
+    fetch(batch, tmp_path / "part", ["adapter"])
+    assert (tmp_path / "part" / "tasks" / "first" / "adapter").is_dir()
+    assert not (tmp_path / "part" / "tasks" / "second").exists()
+    with pytest.raises(ConfigError, match=r"No task of .* holds merged yet"):
+        fetch(batch, tmp_path / "none", ["merged"])

@@ -53,6 +53,22 @@ def write(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def test_what_is_given_away_is_what_was_written(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever another process of the node makes of its copy meanwhile: it may have read the store just before."""
+    write(root / "manifest.json", b"old")
+    replace = os.replace
+
+    def overtaken(source: Path, target: Path) -> None:
+        replace(source, target)
+        Path(target).write_bytes(b"old")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("emloc_ray.io.atomic.os.replace", overtaken)
+        write(root / "manifest.json", b"new")
+    ensure(root / "manifest.json")
+    assert (root / "manifest.json").read_bytes() == b"new"
+
+
 def test_a_path_says_what_it_mirrors(root: Path, tmp_path: Path) -> None:
     found = origin(root / "emulator" / "config.json")
     assert found is not None

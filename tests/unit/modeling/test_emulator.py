@@ -78,7 +78,9 @@ def test_asked_dtype_wins(tmp_path: Path) -> None:
     model, ranks = built("llama", dtype="bfloat16")
     saved(tmp_path / "e", model, ranks)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "e", dtype=torch.float32).dtype == torch.float32
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "e", dtype="auto").dtype == torch.bfloat16
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "e", torch_dtype=torch.float32).dtype == torch.float32
+    for options in ({}, {"dtype": "auto"}, {"torch_dtype": "auto"}, {"dtype": None}):
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "e", **options).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("tied", [False, True])

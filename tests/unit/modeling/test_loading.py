@@ -21,6 +21,8 @@ from emloc_ray.modeling.emulator import FactorizedLinear
 from emloc_ray.modeling.loading import (
     ModelSource,
     check_source,
+    checkpoint_files,
+    content_of_source,
     copy_tokenizer,
     fetch_weights,
     import_gguf,
@@ -227,3 +229,16 @@ def test_checking_a_model_on_the_hub_downloads_all_but_its_weights(
     assert read_model_config(source).model_type == "llama"
     assert fetch_weights(source) == tmp_path
     assert Checkpoint(tmp_path).num_bytes == Checkpoint(tiny_model_dir("llama")).num_bytes
+
+
+def test_what_else_lies_beside_a_model_is_no_part_of_it(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    place = tmp_path / "model"
+    shutil.copytree(tiny_model_dir("llama"), place)
+    files, content = checkpoint_files(place), content_of_source(ModelSource(place), place)
+    assert {"config.json", "tokenizer.json"} < {file.name for file in files}
+    for name in ("README.md", "pytorch_model.bin", ".hidden.json"):
+        (place / name).write_text("noted beside it")
+    assert checkpoint_files(place) == files
+    assert content_of_source(ModelSource(place), place) == content
+    (place / "generation_config.json").write_text("{}")
+    assert content_of_source(ModelSource(place), place) != content

@@ -11,9 +11,10 @@ import pytest
 import torch
 from stage_artifacts import Artifacts
 from tiny import save_emulator
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from emloc_ray.data.token_shards import TokenShards
+from emloc_ray.data.formats import Tokens
+from emloc_ray.data.token_shards import TokenShards, shard_name, write_index, write_shard
 from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.modeling.adapter import Adapter, LoraModule, write_adapter
 from emloc_ray.modeling.scoring import Score, score_rows
@@ -144,3 +145,19 @@ def test_the_corrected_adapter_is_the_one_that_is_read(job: EvaluationJob, tmp_p
     scores = {result.variant: result.score for result in evaluate_slice(silenced, "original", 0, 1)}
     assert scores["corrected"].loss_sum == pytest.approx(scores["original"].loss_sum, rel=1e-6)
     assert scores["uncorrected"].loss_sum != pytest.approx(scores["original"].loss_sum, rel=1e-4)
+
+
+def test_the_reference_is_the_answer_that_was_asked_for(job: EvaluationJob, tmp_path: Path) -> None:
+    """A conversation, or packed rows, go on after it."""
+    tokenizer = AutoTokenizer.from_pretrained(job.model_dir)
+    turns = [("ask one", False), ("first answer", True), ("ask two", False), ("second answer", True)]
+    parts = [(tokenizer.encode(f" {text}", add_special_tokens=False), is_answer) for text, is_answer in turns]
+    ids = [token for tokens, _ in parts for token in tokens]
+    mask = [is_answer for tokens, is_answer in parts for _ in tokens]
+    write_shard(tmp_path / shard_name(0), [Tokens(ids, mask)])
+    write_index(tmp_path, [1], {})
+    answer = tokenizer.decode(parts[1][0]).strip()
+    texts = {"original": ["something else"], "merged": [answer]}
+    found = evaluate._compare_texts(replace(job, tokens_dir=tmp_path), texts)
+    assert found["generations"][0]["reference"] == answer
+    assert found["exact_match"] == {"original": 0.0, "merged": 1.0, "num_prompts": 1}
