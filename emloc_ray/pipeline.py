@@ -49,7 +49,7 @@ def run(
     Returns metrics.json's content.
 
     Raises:
-        ConfigError: before anything starts or is written.
+        ConfigError: before any stage starts or anything is written.
         EmlocError: where a stage failed; finished stages stay, and the same call goes on from them.
     """
     from emloc_ray.stages.cluster import connection, total
@@ -65,17 +65,17 @@ def run(
     reporter = reporter or SilentReporter()
     try:
         prepared.run.lock(reporter.note)
-        prepared.run.create(config.model_dump(mode="json"), fresh=fresh, steps=["data", *needed_steps(prepared)])
         lean = config.memory_budget is not None
-        log = RunLog(prepared.run, [spec.name for spec in prepared.layout.specs])
-        with log, connection(config.ray.address, lean_memory=lean, **config.ray.init_options):
-            check_visible(prepared)
+        with connection(config.ray.address, lean_memory=lean, **config.ray.init_options):
             if turns is None:  # once more, by what Ray counts: in a container that is less than the machine has
                 check_resources(config, total("CPU"), total("GPU"))
-            for remark in remarks.of_machines([config]) if turns is None else ():
-                reporter.note(remark)
-            told = Reporters(reporter, log, StageGauges(prepared.run.name))
-            Pipeline(prepared, told, begin, turns or AtOnce(), cache).run(until)
+            prepared.run.create(config.model_dump(mode="json"), fresh=fresh, steps=["data", *needed_steps(prepared)])
+            with RunLog(prepared.run, [spec.name for spec in prepared.layout.specs]) as log:
+                check_visible(prepared)
+                for remark in remarks.of_machines([config]) if turns is None else ():
+                    reporter.note(remark)
+                told = Reporters(reporter, log, StageGauges(prepared.run.name))
+                Pipeline(prepared, told, begin, turns or AtOnce(), cache).run(until)
         return prepared.run.metrics()
     except OSError as error:  # of the run's own small files: a stage explains its own
         raise explain(error, "the run") from error
@@ -136,6 +136,10 @@ class Pipeline:
         if self.steps.cache is None:
             return {}
         return {"weights": content_of_source(self.prepared.source, self._source_dir)}
+
+    def _contents(self, artifact: str) -> dict[str, str]:
+        """SHA-256 of an artifact's files: another training of the same inputs, as after damage, may give another adapter."""
+        return {file.name: sha for file, sha in hashes(self.directory.path(artifact)).items()}
 
     def _tell(self, *found: str | None) -> None:
         for remark in filter(None, found):
@@ -203,7 +207,7 @@ class Pipeline:
             shared = {**self._content(), "rows": content_of_rows(self.prepared)}
         counts = step(resumes=True, shared=shared)["splits"]
         for split, count in counts.items():
-            self.inputs[f"data/{split}"] = fingerprint({file.name: sha for file, sha in hashes(tokens / split).items()})
+            self.inputs[f"data/{split}"] = fingerprint(self._contents(f"data/tokens/{split}"))
             cut, short = remarks.cut_rows(self.config, split, count), remarks.shortfall(self.config, split, count)
             self._tell(remarks.skipped_rows(split, count), cut, short)
 
@@ -255,7 +259,7 @@ class Pipeline:
 
         self.inputs["calibrate"] = fingerprint(inputs)
         if not self._grams_are_wanted():
-            self.steps.pass_over("calibrate")
+            self.steps.pass_over("calibrate", inputs)
             return
         kept = section.keep == "grams"
         # Grams that are not kept go as they are used, so that the manifest cannot name them.
@@ -278,7 +282,7 @@ class Pipeline:
                 steps.forced.add("calibrate")
             elif not begun:
                 discard(out_dir)
-        return needed or (done and kept)
+        return needed
 
     def _emulator_build(self, granted: Resources) -> EmulatorBuild:
         """Made once a run; what a killed run of the same inputs wrote is kept, what a finished one wrote is not."""
@@ -365,6 +369,7 @@ class Pipeline:
         job = self.jobs.correction()
         inputs = {
             "finetune": self.inputs["finetune"],
+            "adapter": self._contents("adapter_emulator"),
             "correction": self.config.correction.model_dump(mode="json"),
             "candidates": [dataclasses.asdict(candidate) for candidate in job.candidates],
             "max_tokens": job.max_tokens,
@@ -381,19 +386,22 @@ class Pipeline:
     def merge(self) -> None:
         """The original with the corrected adapter folded in; none where the adapter changes no weight."""
         if self.config.adapter.is_prompt:
-            self.steps.leave_out("merge", self.inputs["correct"], self.directory.path("merged"))
+            key = fingerprint([self.inputs["correct"], self._contents("adapter")])
+            self.steps.leave_out("merge", key, self.directory.path("merged"))
             self._tell(remarks.no_merge(self.config))
             return
         from emloc_ray.jobs import resources
         from emloc_ray.stages.merge import merge
 
         out_dir, size = self.directory.path("merged"), self.config.merge.max_shard_size
-        inputs = {"correct": self.inputs["correct"], **({} if size is None else {"max_shard_size": size})}
+        inputs = {
+            "correct": self.inputs["correct"],
+            "adapter": self._contents("adapter"),
+            **({} if size is None else {"max_shard_size": size}),
+        }
 
         def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
-            # Shards of another training, be it of the same inputs, hold another adapter.
-            adapter = {file.name: sha for file, sha in hashes(self.directory.path("adapter")).items()}
-            discard_unless(out_dir, {**inputs, "adapter": adapter})
+            discard_unless(out_dir, inputs)
             return merge(self.jobs.merging(), granted, progress, self.reporter.note)
 
         self.steps.run("merge", inputs, [out_dir], execute, resources(self.config.merge), resumes=True)

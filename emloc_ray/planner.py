@@ -19,6 +19,7 @@ from emloc_ray.preparation import UNKNOWN_ROWS, Prepared
 from emloc_ray.stages import STEPS
 
 _CHARACTERS_PER_TOKEN = 3.5
+_ON_HOSTS = ("base", "weights", "correction", "hidden states", "teacher")  # of a GPU's worker
 _VQA_TOKENS = 24.0  # of a question and its answer
 _VQA_BYTES = 2000.0  # of its image
 _IMAGE_BYTES = 100e3  # of a photograph nobody has looked at
@@ -43,10 +44,11 @@ class StagePlan:
 
     @property
     def host_bytes(self) -> int:
-        """What of that is its node's memory: where it has a GPU, its process, and the weights on their way there."""
+        """What of that is its node's memory: where it has a GPU, its process, the weights on their way there, and what is
+        read or corrected on the CPU all the same."""
         if not self.gpus_per_worker:
             return self.worker_bytes
-        return int(sum(self.memory.get(part, 0) for part in ("base", "weights")))
+        return int(sum(self.memory.get(part, 0) for part in _ON_HOSTS))
 
 
 @dataclass(frozen=True)
@@ -275,8 +277,9 @@ def row_lengths(prepared: Prepared) -> Lengths:
         asked = _VQA_TOKENS + shown
         return Lengths(min(asked, limit), min(asked + _VQA_TOKENS, limit), 1.0, _VQA_BYTES)
     if data.packing or (not sources and data.generate is None):
-        images = limit // shown if shown and data.format == "messages" else 0
-        return Lengths(limit, limit, images, images * _IMAGE_BYTES)
+        images = limit // shown if shown and data.format == "messages" and not data.packing else 0
+        # As many as fit count for memory, which fails; one for the disk.
+        return Lengths(limit, limit, images, _IMAGE_BYTES if images else 0.0)
     if not sources:
         return Lengths(80.0, min(limit, 256.0))
     numbers = range(min(200, sources[0].num_rows))

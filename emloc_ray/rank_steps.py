@@ -9,12 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emloc_ray.budget import check_gradients
 from emloc_ray.healing import factor_ranks, packs_late
 from emloc_ray.io.artifact_cache import EntryGone
 from emloc_ray.io.fingerprint import fingerprint
 from emloc_ray.io.grams import INDEX
 from emloc_ray.io.node_cache import discard, exists
 from emloc_ray.layout import Layout
+from emloc_ray.planner import row_lengths
 from emloc_ray.steps import Inputs, Steps
 
 if TYPE_CHECKING:
@@ -130,7 +132,7 @@ class RankSteps:
             self.steps.leave_out("gradients", "none needed", out_dir)
             return
         if not self.are_needed():
-            self.steps.pass_over("gradients")
+            self.steps.pass_over("gradients", self.gradient_inputs())
             return
         from emloc_ray.jobs import resources
         from emloc_ray.stages.calibrate import calibrate
@@ -139,6 +141,8 @@ class RankSteps:
         inputs, section = self.gradient_inputs(), self.config.calibration
         if not exists(out_dir / INDEX) and self.directory.stage("gradients") is not None:
             self.steps.forced.add("gradients")  # they were not kept, and are of use again
+        if self.config.memory_budget is not None and not self.steps.is_done("gradients", inputs):
+            check_gradients(self.prepared, row_lengths(self.prepared))  # of a run whose config has changed since
 
         def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
             job = go_on(self.jobs.gradients(), out_dir, inputs, section.num_workers, False)
@@ -161,14 +165,13 @@ class RankSteps:
         if not self.layout.allocated:
             self.steps.leave_out("allocate", "uniform", out_dir)
             return
+        inputs = {"calibrate": self.steps.inputs["calibrate"], **self.allocation_inputs()}
         if not self.are_needed():
-            self.steps.pass_over("allocate")
+            self.steps.pass_over("allocate", inputs)
             return
         from emloc_ray.io.resume import discard_unless
         from emloc_ray.jobs import resources
         from emloc_ray.stages.allocate import allocate_ranks
-
-        inputs = {"calibrate": self.steps.inputs["calibrate"], **self.allocation_inputs()}
 
         def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
             discard_unless(out_dir, inputs)

@@ -191,13 +191,14 @@ class Steps:
         self.directory.forget(name)
         discard(output)
 
-    def pass_over(self, name: str) -> None:
+    def pass_over(self, name: str, inputs: Inputs) -> None:
         """For a stage whose use is the emulator alone, where that is at hand: done in this run before, or by another."""
-        if self.directory.stage(name) is None:
-            self.directory.drop_step(name)
-        else:
+        if self.is_done(name, inputs):
             self.reporter.skip(name)
             self.directory.confirm(name, ahead=STEPS[: STEPS.index(name)])
+        else:
+            self.directory.forget(name)  # what it says is of other inputs, or its files were not kept
+            self.directory.drop_step(name)
 
     def is_done(self, name: str, inputs: Inputs) -> bool:
         """Whether the manifest says that a stage was done with these inputs, and it is not to be redone."""

@@ -249,6 +249,7 @@ class RunDirectory:
             "outputs": files,
             "result": result,
         }
+        manifest["dropped"] = [step for step in manifest.get("dropped", ()) if step != name]
         self._write_manifest(manifest)
 
     def confirm(self, name: str, ahead: Collection[str]) -> None:
@@ -263,10 +264,11 @@ class RunDirectory:
             self._write_manifest(manifest)
 
     def drop_step(self, name: str) -> None:
-        """Takes a step out of those that the run is made of: another run did what it would have been for."""
+        """Takes a step out of those that the run is made of, until it is done after all: what it is for is there without."""
         manifest = self.manifest()
-        if name in manifest["steps"]:
-            manifest["steps"].remove(name)
+        dropped = manifest.setdefault("dropped", [])
+        if name not in dropped:
+            dropped.append(name)
             self._write_manifest(manifest)
 
     def forget(self, name: str) -> None:

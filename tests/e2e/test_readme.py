@@ -80,7 +80,8 @@ def test_every_yaml_file_of_configs_is_tested() -> None:
 
 
 def test_every_cell_of_an_ablation_fits_its_model() -> None:
-    command = [sys.executable, "pipelines/ablation.py", "configs/ablations/baselines.yaml", "seeds=[0]", "--dry-run"]
+    every = ["seeds=[0]", "datasets=[summaries, names, code]"]
+    command = [sys.executable, "pipelines/ablation.py", "configs/ablations/baselines.yaml", *every, "--dry-run"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert "36 cells" in done.stdout

@@ -1,4 +1,4 @@
-"""The kernels and a short training on a GPU, against the CPU."""
+"""The kernels on a GPU, against the CPU."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ FEWER = {
         "calibrations={own: {}, shuffled: {shuffle: true}, prose_50: {foreign: prose, share: 0.5}}",
     ],
     "healing": [EIGHT, "methods=[lora, tuned_60, healed_15_tuned_45]"],
-    "storage": [EIGHT, "methods=[lora, factors, pivoted]", "grid.emulator.compression_ratio=[0.5]"],
+    "storage": [EIGHT, "methods=[lora, factors, pivoted]"],
 }
 CONSOLE = Console(quiet=True)
 

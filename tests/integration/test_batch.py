@@ -6,7 +6,6 @@ import filecmp
 import json
 import shutil
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,10 +203,8 @@ def test_a_training_that_is_cancelled_leaves_off_with_a_checkpoint(
             asked.set()
             ask(RunDirectory(tmp_path / "many"), {"cancel": ["long"]})
 
-    begin = time.monotonic()
     state = run(path, show=cancel_once)
     assert {task.name: task.status for task in state.tasks} == {"long": "cancelled", "short": "done"}
-    assert time.monotonic() - begin < 240
     training = tmp_path / "many" / "tasks" / "long" / "training"
     assert len(list(training.rglob("newest.json"))) == 1
     # Cancelled it stays, until somebody says otherwise.

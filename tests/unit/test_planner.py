@@ -77,6 +77,9 @@ def test_a_gpu_s_worker_takes_little_of_its_node_s_memory(plan: Callable[..., Pl
     on_gpu = stage(plan(finetune={"gpus_per_worker": 1}, ray={"num_gpus": 1}), "finetune")
     assert on_cpu.host_bytes == on_cpu.worker_bytes == on_gpu.worker_bytes
     assert on_gpu.host_bytes == on_gpu.memory["base"] + on_gpu.memory["weights"] < on_gpu.worker_bytes
+    projection = {"correction": {"method": "projection"}, "evaluation": {"gpus_per_worker": 1}, "ray": {"num_gpus": 1}}
+    correct = stage(plan(**projection), "correct")  # on the CPU of evaluation's worker
+    assert correct.host_bytes == correct.worker_bytes
 
 
 def test_files_take_what_they_hold_whatever_the_model_is_used_in(
