@@ -1,4 +1,4 @@
-"""Tiny vision-language models with their own processors, made without a hub: LLaVA, InternVL, Qwen2-VL, Qwen3-VL."""
+"""Tiny vision-language models with their own processors, made without a hub: LLaVA, InternVL, Gemma 3, Qwen-VL."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ HIDDEN = 32
 _NAMED = {
     "image_token": "<image>",
     "start_image_token": "<img>",
+    "boi_token": "<img>",
+    "eoi_token": "</img>",
     "end_image_token": "</img>",
     "context_image_token": "<image>",
     "video_token": "<video>",
@@ -181,10 +183,36 @@ def _qwen3_vl(tokenizer: Any) -> tuple[Any, Any]:
     return config, _qwen_processor(transformers.Qwen3VLProcessor, tokenizer, 7)
 
 
+def _gemma3(tokenizer: Any) -> tuple[Any, Any]:
+    """Tokens of one image see each other both ways: its processor tells which they are, by a name of its own."""
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=2 * HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=28,
+        patch_size=7,
+    )
+    text = {key: value for key, value in _TEXT.items() if key != "tie_word_embeddings"}
+    config = transformers.Gemma3Config(
+        vision_config=vision,
+        text_config=transformers.Gemma3TextConfig(**text, head_dim=8, sliding_window=64),
+        mm_tokens_per_image=4,
+        image_token_index=tokenizer.image_token_id,
+        boi_token_index=tokenizer.start_image_token_id,
+        eoi_token_index=tokenizer.end_image_token_id,
+        tie_word_embeddings=False,
+    )
+    images = transformers.Gemma3ImageProcessor(size={"height": 28, "width": 28}, image_seq_length=4)
+    template = CHAT_TEMPLATE.replace("<image>", tokenizer.boi_token)
+    return config, transformers.Gemma3Processor(images, tokenizer, image_seq_length=4, chat_template=template)
+
+
 # By the names that the README's table has.
 VLMS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
     "LLaVA": _llava,
     "InternVL": _internvl,
+    "Gemma 3 (vision)": _gemma3,
     "Qwen2-VL": _qwen2_vl,
     "Qwen2.5-VL": _qwen25_vl,
     "Qwen3-VL": _qwen3_vl,
@@ -199,7 +227,7 @@ def build_vlm(family: str, seed: int = 0) -> tuple[Any, Any]:
         model = transformers.AutoModelForImageTextToText.from_config(config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if name.endswith("bias"):
+                if name.endswith(("bias", "projection_weight")):  # 0 else, of Gemma 3's projector too
                     parameter.normal_(std=0.1)
     return model.eval(), processor
 

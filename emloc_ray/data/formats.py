@@ -197,7 +197,10 @@ def _check_placeholders(text: str, count: int, processor: Any, where: str) -> No
     """A text holds no more tokens that stand for images than it has: that it holds no fewer is what the processor checks."""
     image, video = (getattr(processor, name, None) for name in ("image_token", "video_token"))
     found = text.count(image) if image else count
-    stray = image if found > count else video if video and video in text else None
+    # What an image becomes, where that is another token (Gemma 3), stands in no text of a row's own.
+    soft = getattr(processor.tokenizer, "image_token", None)
+    others = [token for token in (video, soft if soft != image else None) if token and token in text]
+    stray = image if found > count else next(iter(others), None)
     if stray is not None:
         raise DataError(f"{where}: a text holds {stray}, which stands for an image or a video: write it otherwise.")
 

@@ -17,8 +17,9 @@ from emloc_ray.errors import ConfigError
 from emloc_ray.io.node_cache import ensure
 
 _FILES = ("processor_config.json", "preprocessor_config.json")
-_TOKEN_TYPES = "mm_token_type_ids"  # which tokens stand for images: made of the row's tokens, not of its images
-_OF_TEXT = ("input_ids", "attention_mask", _TOKEN_TYPES)
+# Which tokens stand for images: made of the row's tokens, not of its images. Gemma 3's processor gives it the second name.
+_TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
+_OF_TEXT = ("input_ids", "attention_mask", *_TOKEN_TYPES)
 
 
 @functools.lru_cache(maxsize=2)
@@ -65,8 +66,9 @@ class ImageInputs:
         texts = [placeholders(processor, len(row)) for row in shown]
         made = processor(text=texts, images=shown, padding=True, return_tensors="pt")
         inputs = {key: value for key, value in made.items() if key not in _OF_TEXT}
-        if _TOKEN_TYPES in made:
-            inputs[_TOKEN_TYPES] = torch.tensor(processor.create_mm_token_type_ids(input_ids.tolist()))
+        for name in _TOKEN_TYPES:
+            if name in made:
+                inputs[name] = torch.tensor(processor.create_mm_token_type_ids(input_ids.tolist()))
         return inputs
 
 
@@ -91,11 +93,17 @@ def example(directory: str | Path, trust_remote_code: bool = False) -> dict[str,
         return {}
     try:
         made = _blank(processor, IMAGE_SIDE)
+        by_tokens = processor.create_mm_token_type_ids(made["input_ids"].tolist())
     except Exception as error:  # a chat template and a processor are programs of the model's own
         detail = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"model.source {directory}: its processor takes no image ({detail}): mend its files."
         ) from error
+    if any(name in made and made[name].tolist() != by_tokens for name in _TOKEN_TYPES):
+        raise ConfigError(
+            f"model.source {directory}: its processor's token types do not follow from the tokens alone (PaliGemma's tell"
+            " prefix from suffix): choose another model."
+        )
     return {key: value for key, value in made.items() if isinstance(value, Tensor)}
 
 

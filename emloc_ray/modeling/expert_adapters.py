@@ -131,7 +131,7 @@ def store_as_peft_does(directory: Path, model: nn.Module) -> None:
     parameters |= {f"{name}.weight": name for name in taken_for_experts(model_type, plain)}
     if not parameters:
         return
-    _add_patterns(config, parameters)
+    _add_patterns(config, parameters, plain)
     config["target_parameters"] = sorted(parameters)
     config["target_modules"] = _without_mistaken(config["target_modules"], plain, parameters)
     config["lora_dropout"] = 0.0  # which PEFT refuses on parameters; it is for training alone
@@ -147,12 +147,28 @@ def _add_the_rest(tensors: dict[str, Tensor], module: str, part: str, num_expert
         tensors.update({key: torch.zeros_like(shape) for key in keys if key not in tensors})
 
 
-def _add_patterns(config: dict[str, Any], parameters: Mapping[str, str]) -> None:
-    """Has ranks and alphas of linears hold for the parameters that stand for them."""
+def _add_patterns(config: dict[str, Any], parameters: Mapping[str, str], plain: Sequence[str]) -> None:
+    """Has ranks and alphas of linears hold for the parameters that stand for them, and for no others.
+
+    A pattern that fits parameters too, as one for shared experts' ``down_proj`` fits the experts', gives way to the names of
+    the linears that it was for: of several that fit the first counts, and PEFT sorts them as it saves.
+    """
     for table, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-        patterns = config.get(table) or {}
-        found = {name: lookup(linear, patterns, config[default]) for name, linear in parameters.items()}
-        config[table] = {**patterns, **{name: value for name, value in found.items() if value != config[default]}}
+        patterns, usual = config.get(table) or {}, config[default]
+        mistaken = {
+            key: value for key, value in patterns.items() if any(_fits(name, {key: value}) for name in parameters)
+        }
+        named = {name: lookup(name, patterns, usual) for name in plain if _fits(name, mistaken)}
+        found = {name: lookup(linear, patterns, usual) for name, linear in parameters.items()}
+        config[table] = {
+            **{key: value for key, value in patterns.items() if key not in mistaken},
+            **named,
+            **{name: value for name, value in found.items() if value != usual},
+        }
+
+
+def _fits(name: str, patterns: Mapping[str, Any]) -> bool:
+    return lookup(name, patterns, None) is not None
 
 
 def taken_for_experts(model_type: str, names: Sequence[str]) -> list[str]:

@@ -87,7 +87,11 @@ def _encoder_decoder(config: Any, batch: dict[str, Tensor]) -> ModelCall:
     width = int(answer.max())
     step = torch.arange(width, device=ids.device)
     real = step < answer
-    labels = ids.gather(1, (begins + step).clamp_max(ids.shape[1] - 1))
+    at = (begins + step).clamp_max(ids.shape[1] - 1)
+    labels = ids.gather(1, at)
+    wanted = real & batch["completion_mask"].bool().gather(
+        1, at
+    )  # a conversation goes on with turns that are not learned
     start = config.decoder_start_token_id
     pad = ids.new_full((), config.pad_token_id if config.pad_token_id is not None else start)
     shifted = torch.cat([ids.new_full((len(ids), 1), start), labels[:, :-1]], dim=1)
@@ -97,4 +101,4 @@ def _encoder_decoder(config: Any, batch: dict[str, Tensor]) -> ModelCall:
         "decoder_input_ids": torch.where(real, shifted, pad),
         "decoder_attention_mask": unpadded_is_none(real.long()),
     }
-    return ModelCall(inputs, {"row": prompt[:, :length], "decoder": real}, real, labels[real])
+    return ModelCall(inputs, {"row": prompt[:, :length], "decoder": real}, wanted, labels[wanted])

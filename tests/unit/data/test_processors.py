@@ -70,12 +70,12 @@ def test_tokens_are_the_processor_s_and_the_answers_are_completion(vlm_dir: Call
     assert [image.content for image in found.images] == [png(), png(GREY)]
     batch = collate([found], 0, ImageInputs(directory))
     for key, value in expected.items():
-        if key not in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        if key not in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
             assert torch.equal(batch[key], value), key
-    if "mm_token_type_ids" in expected:
-        width = len(found.input_ids)
-        assert torch.equal(batch["mm_token_type_ids"][:, :width], expected["mm_token_type_ids"])
-        assert not batch["mm_token_type_ids"][:, width:].any()
+    width = len(found.input_ids)
+    for name in {"mm_token_type_ids", "token_type_ids"} & set(expected):
+        assert torch.equal(batch[name][:, :width], expected[name])
+        assert not batch[name][:, width:].any()
 
 
 def test_a_cut_that_could_lose_part_of_an_image_drops_the_row(vlm_dir: Callable[[str], Path]) -> None:
@@ -153,7 +153,7 @@ def test_tokens_of_an_image_are_no_labels(vlm_dir: Callable[[str], Path], family
     [found] = tokens_of(TokenizeOptions(str(directory), "messages", 512), two_turns())
     assert found is not None
     batch, config = collate([found], 0, ImageInputs(directory)), AutoConfig.from_pretrained(directory)
-    image = open_processor(str(directory)).image_token_id
+    image = config.image_token_id
     shown = batch["input_ids"] == image
     assert shown.any()
     labels = label_mask(batch, "all", config)

@@ -98,6 +98,25 @@ def test_ranks_by_pattern_and_experts_left_out_are_kept(tiny_model_dir: Callable
     assert not adapter.module("model.layers.0.mlp.experts.3.gate_up").lora_b.any()
 
 
+@pytest.mark.parametrize("table", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_for_shared_experts_is_not_the_experts(
+    tiny_model_dir: Callable[..., Path], table: str, tmp_path: Path
+) -> None:
+    """PEFT reads it for the parameter of the same name too."""
+    model_dir = tiny_model_dir("qwen2_moe")
+    model = trained(model_dir, ALL, **{table: {"down_proj": 2}})
+    wanted = logits(model)
+    directory = save(model, tmp_path / "adapter")
+    original = AutoModelForCausalLM.from_pretrained(model_dir)
+    assert_close(logits(PeftModel.from_pretrained(original, directory)), wanted)
+    assert torch.equal(logits(load_adapter(load_model(model_dir), directory).eval()), wanted)
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), directory).save_pretrained(
+        tmp_path / "two"
+    )
+    again = AutoModelForCausalLM.from_pretrained(model_dir)
+    assert_close(logits(PeftModel.from_pretrained(again, tmp_path / "two")), wanted)
+
+
 def test_an_adapter_that_is_read_and_written_is_the_same(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
     directory = save(trained(tiny_model_dir("qwen2_moe"), ALL), tmp_path / "adapter")
     adapter = Adapter(directory)

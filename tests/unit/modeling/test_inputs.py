@@ -53,6 +53,17 @@ def test_the_loss_beside_an_encoder_is_transformers_own(t5: Any) -> None:
     assert float(found.loss_sum) == pytest.approx(expected, rel=1e-5)
 
 
+def test_later_turns_of_a_conversation_are_read_and_not_learned(t5: Any) -> None:
+    row = Tokens([5, 6, 11, 12, 7, 8, 9, 13], [False, False, True, True, False, False, False, True])
+    batch = collate([row, ROWS[1]], PAD)
+    call = model_call(t5.config, batch)
+    start = t5.config.decoder_start_token_id
+    assert call.inputs["decoder_input_ids"].tolist() == [[start, 11, 12, 7, 8, 9], [start, 22, 23, PAD, PAD, PAD]]
+    assert call.targets.tolist() == [11, 12, 13, 22, 23, 24]
+    assert len(call.targets) == int(label_mask(batch, "completion").sum())  # by which a step's loss is divided
+    assert int(call.counted["decoder"].sum()) == 9
+
+
 def test_what_else_is_in_a_batch_is_handed_on() -> None:
     batch = {**collate(ROWS, PAD), "pixel_values": torch.ones(2, 3), "labels": torch.zeros(2, 16)}
     assert model_call(make_model("llama").config, batch).inputs.keys() == {
