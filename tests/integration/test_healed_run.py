@@ -196,6 +196,7 @@ def test_it_may_have_rows_of_its_own(copied: FinishedRun, healed_run: FinishedRu
     metrics = json.loads((copied.root / "metrics.json").read_text())
     assert metrics["data"]["healing"]["rows"] == metrics["healing"]["teacher_rows"] == 20
     before, after = (json.loads((run.root / "manifest.json").read_text())["stages"] for run in (healed_run, copied))
+    assert after["factorize"].pop("confirmed_at") > after["data"]["finished_at"]
     assert before["factorize"] == after["factorize"]
     assert redone(values) == AFTER
     reporter = run_values(copied.changed(emulator={"healing": {**HEALING, "steps": 8}}), until="factorize")
