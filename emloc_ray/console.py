@@ -131,7 +131,8 @@ def _outcome(stage: str, result: dict[str, Any]) -> str:
     if stage == "gradients":
         return f"{result['num_tokens']:,} tokens in {result['num_shards']} shards"
     if stage == "allocate":
-        return f"{result['gain']:.1%} of what all ranks gain, {result['uniform_gain']:.1%} by uniform ones"
+        lost, uniform = 1 - result["gain"], 1 - result["uniform_gain"]
+        return f"what they lose is {lost / uniform:.0%} of what uniform ranks would" if uniform > 0 else ""
     if stage == "factorize":
         return f"{len(result['layers'])} linears, mean relative error {result['mean_relative_error']:.3f}"
     if stage == "heal":

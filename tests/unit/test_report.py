@@ -233,6 +233,16 @@ def told_of_correct(result: dict[str, Any]) -> str:
     return str(console.file.getvalue())  # type: ignore[attr-defined]
 
 
+def test_found_ranks_are_told_beside_uniform_ones() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    with ConsoleReporter(console) as reporter:
+        for uniform in (0.998, 1.0):
+            reporter.start("allocate")
+            reporter.finish("allocate", {"gain": 0.9990, "uniform_gain": uniform}, usage(1))
+    told = str(console.file.getvalue())  # type: ignore[attr-defined]
+    assert told.count("what they lose is 50% of what uniform ranks would") == 1
+
+
 def test_brackets_in_what_is_told_are_no_markup() -> None:
     console = Console(file=io.StringIO(), width=200)
     text = "training begins again: RuntimeError: [/src/gloo/pair.cc:534] closed [1]"
