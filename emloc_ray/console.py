@@ -152,7 +152,7 @@ def _scored(result: dict[str, Any]) -> str:
     if result.get("note"):
         return f". {result['note']}"
     tried = len(result["candidates"])
-    return f" of {tried} on {result['selection_rows']} rows" if result.get("selection_rows") else ""
+    return f", best of {tried} on {result['selection_rows']} rows" if result.get("selection_rows") else ""
 
 
 def describe_choice(choice: dict[str, Any]) -> str:

@@ -261,7 +261,7 @@ def test_what_a_choice_was_made_on_is_told(finished: str) -> None:
     assert "The best of these on 694 tokens of 11 selection rows" in text
     assert "Together they read 2,082 of the 2,100 tokens that they may." in text
     assert "0.00321" in text
-    assert "chose covariance, λ = 3, strength 0.5 of 3 on 11 rows" in told_of_correct(fix)
+    assert "chose covariance, λ = 3, strength 0.5, best of 3 on 11 rows" in told_of_correct(fix)
     none = {"method": "none", "clamp": 3.0, "strength": 1.0, "selection_tokens": 0}
     metrics["correction"] = {**none, "candidates": [{**none, "loss": None}], "modules": {}, "note": "Too little."}
     assert "Too little." in Page(report.render("run", manifest(*STAGES), metrics)).text
