@@ -193,7 +193,8 @@ def _shape_table(plan: Plan) -> Table:
     layout = plan.layout
     table = Table(title="Linears inside the blocks", title_justify="left")
     for column in ("linears", "out × in", "count", "rank", "parameters", "kept", "share"):
-        table.add_column(column, justify="left" if column == "linears" else "right")
+        is_number = column in ("parameters", "kept")  # a number that is cut off is another one
+        table.add_column(column, justify="left" if column == "linears" else "right", no_wrap=is_number)
     kinds: dict[tuple[str, int, int, int | None, bool], int] = {}
     allocated = set(layout.allocated)
     for spec in layout.specs:

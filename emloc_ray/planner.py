@@ -144,7 +144,7 @@ def _stage_memory(prepared: Prepared, memory: MemoryModel) -> dict[str, Parts]:
     """Every stage's peak by part; the healing's at the lengths of the rows that it reads."""
     stages, healing = {name: memory.stage(name) for name in planned_steps(prepared)}, prepared.config.emulator.heals
     if healing is not None:
-        stages["heal"] = MemoryModel(prepared, row_lengths(healing_run(prepared, healing))).heal()
+        stages["heal"] = MemoryModel(prepared, row_lengths(healing_run(prepared, healing))).stage("heal")
     return stages
 
 

@@ -82,6 +82,8 @@ def connection(address: str | None = None, lean_memory: bool = False, **options:
     settings["runtime_env"] = _with_variables(settings.get("runtime_env"), variables)
     if address is not None:
         settings.pop("include_dashboard")
+    elif not os.environ.get("RAY_ADDRESS"):
+        address = "local"  # Ray's own default is whatever was last started on this machine, by anybody
     try:
         ray.init(address=address, **settings)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:

@@ -100,6 +100,7 @@ def test_every_stage_is_there_with_what_it_asks_for(plan: Callable[..., Plan]) -
     healed = {"healing": {"steps": 3}}
     found = plan(calibration={"num_workers": 2}, emulator=healed, finetune={"num_workers": 2, "cpus_per_worker": 0.5})
     assert tuple(entry.name for entry in found.stages) == STAGES
+    assert all(entry.memory["base"] > 0 and min(entry.memory.values()) > 0 for entry in found.stages)
     assert stage(found, "calibrate").num_workers == 2
     assert stage(found, "finetune").cpus_per_worker == 0.5
     assert found.seconds == found.seconds_before + sum(entry.seconds for entry in found.stages)

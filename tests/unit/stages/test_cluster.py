@@ -61,6 +61,24 @@ def test_a_cluster_that_lets_nobody_in_is_a_sentence(kind: type[Exception], monk
         pass
 
 
+@pytest.mark.parametrize(
+    ("given", "variable", "address"),
+    [(None, "", "local"), (None, "10.0.0.1:6379", None), ("auto", "", "auto"), ("auto", "10.0.0.1:6379", "auto")],
+)
+def test_a_ray_that_somebody_else_started_here_is_not_joined_unasked(
+    given: str | None, variable: str, address: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without an address ``ray.init`` takes the newest that it finds on the machine."""
+    asked: list[str | None] = []
+    monkeypatch.setenv("RAY_ADDRESS", variable)
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", lambda address, **options: asked.append(address))
+    monkeypatch.setattr(cluster.ray, "shutdown", lambda: None)
+    with connection(given):
+        pass
+    assert asked == [address]
+
+
 def test_lost_tasks_start_again_and_results_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
     outcomes: dict[str, list[Any]] = {"a": [WorkerCrashedError(), NodeDiedError("node"), 1], "b": [2], "c": [3]}
     started: list[str] = []
