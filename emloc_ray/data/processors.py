@@ -93,13 +93,14 @@ def example(directory: str | Path, trust_remote_code: bool = False) -> dict[str,
         return {}
     try:
         made = _blank(processor, IMAGE_SIDE)
-        by_tokens = processor.create_mm_token_type_ids(made["input_ids"].tolist())
+        told = [made[name].tolist() for name in _TOKEN_TYPES if name in made]
+        by_tokens = processor.create_mm_token_type_ids(made["input_ids"].tolist()) if told else []
     except Exception as error:  # a chat template and a processor are programs of the model's own
         detail = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"model.source {directory}: its processor takes no image ({detail}): mend its files."
         ) from error
-    if any(name in made and made[name].tolist() != by_tokens for name in _TOKEN_TYPES):
+    if any(types != by_tokens for types in told):
         raise ConfigError(
             f"model.source {directory}: its processor's token types do not follow from the tokens alone (PaliGemma's tell"
             " prefix from suffix): choose another model."

@@ -81,9 +81,8 @@ def publish(path: Path, *, whole: bool = False) -> None:
     What is ``whole``, to which nobody will add, this node keeps as it keeps what it fetches: until it needs the room.
     """
     here = origin(path)
-    if (
-        here is None or _is_unfinished(here.path) or publish_plain(path, path)
-    ):  # it has its own name only when it is whole
+    # What is unfinished has its own name only when it is whole.
+    if here is None or _is_unfinished(here.path) or publish_plain(path, path):
         return
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         list(pool.map(lambda file: _publish_file(file, whole), _files(path) if path.is_dir() else [path]))

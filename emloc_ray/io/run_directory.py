@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import socket
 import tempfile
@@ -245,7 +246,10 @@ class RunDirectory:
                 files[path.relative_to(self.root).as_posix()] = {"size": size_of[path], "sha256": sha256}
         manifest["stages"][name] = {
             "inputs": inputs,
-            "finished_at": max([time.time(), *map(standing, manifest["stages"].values())]),
+            # After all that is there, whatever this machine's clock says: by these times stages are known to stand or not.
+            "finished_at": max(
+                [time.time(), *(math.nextafter(standing(e), math.inf) for e in manifest["stages"].values())]
+            ),
             "outputs": files,
             "result": result,
         }

@@ -89,9 +89,8 @@ def _encoder_decoder(config: Any, batch: dict[str, Tensor]) -> ModelCall:
     real = step < answer
     at = (begins + step).clamp_max(ids.shape[1] - 1)
     labels = ids.gather(1, at)
-    wanted = real & batch["completion_mask"].bool().gather(
-        1, at
-    )  # a conversation goes on with turns that are not learned
+    # A conversation goes on with turns that are read and not learned.
+    wanted = real & batch["completion_mask"].bool().gather(1, at)
     start = config.decoder_start_token_id
     pad = ids.new_full((), config.pad_token_id if config.pad_token_id is not None else start)
     shifted = torch.cat([ids.new_full((len(ids), 1), start), labels[:, :-1]], dim=1)

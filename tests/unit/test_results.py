@@ -140,6 +140,8 @@ def test_a_clock_that_goes_back_hides_no_stage(prepared: Prepared, monkeypatch: 
         prepared.run.commit("data", "key", [], counts)
     prepared.run.commit("calibrate", "key", [], counts)
     assert "calibration" in assemble_metrics(prepared.run, prepared)
+    prepared.run.commit("data", "newer key", [], counts)
+    assert "calibration" not in assemble_metrics(prepared.run, prepared)
 
 
 def test_what_stands_behind_a_stage_that_is_to_be_redone_is_left_out(prepared: Prepared) -> None:

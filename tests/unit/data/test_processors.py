@@ -14,6 +14,7 @@ from test_tokenizing import inline  # noqa: F401
 from transformers import AutoConfig, AutoProcessor
 from vlms import VLMS, build_vlm, image_tokenizer, save_vlm
 
+from emloc_ray.data import processors
 from emloc_ray.data.formats import Tokens, segments, truncate
 from emloc_ray.data.processors import ImageInputs, blank_row, example, open_processor
 from emloc_ray.data.reading import scan
@@ -248,3 +249,27 @@ def test_a_text_that_holds_an_image_s_token_is_told(vlm_dir: Callable[[str], Pat
     options = TokenizeOptions(str(vlm_dir("LLaVA")), "messages", 512)
     with pytest.raises(DataError, match=r"row 1: .*<image>"):
         tokens_of(options, row({"type": "text", "text": "is <image> a token?"}))
+
+
+def test_token_types_of_another_meaning_are_refused(
+    vlm_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = vlm_dir("Gemma 3 (vision)")
+    kind = type(open_processor(str(directory)))
+    zeros = lambda self, ids: [[0] * len(row) for row in ids]  # noqa: E731
+    assert "token_type_ids" in example(directory)
+    monkeypatch.setattr(kind, "create_mm_token_type_ids", zeros)
+    monkeypatch.setattr(
+        processors, "_blank", lambda *_: {"input_ids": torch.ones(1, 2), "token_type_ids": torch.ones(1, 2)}
+    )
+    with pytest.raises(ConfigError, match="token types do not follow from the tokens alone"):
+        example(directory)
+
+
+def test_a_processor_without_token_types_needs_none(
+    vlm_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = vlm_dir("LLaVA")
+    monkeypatch.setattr(processors, "_blank", lambda *_: {"input_ids": torch.ones(1, 2)})
+    monkeypatch.setattr(type(open_processor(str(directory))), "create_mm_token_type_ids", None)
+    assert set(example(directory)) == {"input_ids"}
