@@ -95,6 +95,13 @@ def ray_session() -> Iterator[None]:
     """One local Ray of two CPUs for every test that asks for it."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+        # A machine that stands still for a minute is no dead one: Ray would end this process, and all tests with it.
+        _system_config={"health_check_failure_threshold": 60, "gcs_rpc_server_reconnect_timeout_s": 600},
+    )
     yield
     ray.shutdown()

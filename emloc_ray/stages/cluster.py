@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import time
@@ -18,10 +19,12 @@ import torch
 
 from emloc_ray.errors import StageError
 from emloc_ray.stages.failures import Losses
+from emloc_ray.stages.remote import remote_task
 from emloc_ray.stages.spans import Span, Timed, tell_span, timed
 
 Progress = Callable[[int, int], None]
 _LOOK_S = 1.0
+_timed = functools.cache(timed)  # one for each function, as Ray knows them
 _LEAN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # mallopt(3)
 # Workers that asked Ray for no GPU see none: torch would take the first, whoever else was given it.
 _NO_GPU_UNASKED = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
@@ -56,8 +59,7 @@ class Resources:
         GPU, which would hold what torch has taken of it, and stay with that GPU where the next task is given another.
         """
         options: dict[str, Any] = {**self.task_options(), **({"max_calls": 1} if alone else {})}
-        made: Any = ray.remote(**options)
-        return made(timed(function))
+        return remote_task(_timed(function), **options)
 
     @property
     def threads(self) -> int:

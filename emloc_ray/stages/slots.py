@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from emloc_ray.stages.cluster import Progress, Resources, silent
 from emloc_ray.stages.failures import Losses
+from emloc_ray.stages.remote import remote_task
 from emloc_ray.stages.spans import Span, Timed, tell_span, timed
 
 _LOOK_S = 1.0
@@ -39,10 +40,9 @@ def start_slot(
         **resources.task_options(),
         "num_returns": "streaming",
         "_generator_backpressure_num_objects": 1,
-        **({} if node is None else {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True)}),
     }
-    task: Any = ray.remote(**options)(_work_off)
-    return task.options(name=name).remote(list(units), make, *arguments)
+    where = {} if node is None else {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True)}
+    return remote_task(_work_off, **options).options(name=name, **where).remote(list(units), make, *arguments)
 
 
 def _work_off(units: Sequence[int], make: Callable[..., Any], *arguments: Any) -> Iterator[Timed]:

@@ -14,6 +14,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from emloc_ray.errors import ConfigError
+from emloc_ray.stages.remote import remote_task
 
 if TYPE_CHECKING:  # a node that is only asked need not import it
     from emloc_ray.io.run_directory import RunDirectory
@@ -88,7 +89,7 @@ def _data_files(prepared: Prepared) -> list[SharedFile]:
 
 
 def _ask(nodes: Sequence[dict[str, Any]], files: Sequence[SharedFile]) -> None:
-    task: Any = ray.remote(num_cpus=0, max_retries=0)(_unseen)
+    task = remote_task(_unseen, num_cpus=0, max_retries=0)
     asked = {}
     for node in nodes:
         strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)

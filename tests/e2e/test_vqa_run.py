@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,9 @@ def test_a_held_out_accuracy_far_above_chance_survives_the_merge(ray_session: No
         adapter={"r": 16, "lora_alpha": 32},
         finetune={
             **ONE,
-            "max_steps": 220,
+            "max_steps": 320,
             "per_device_train_batch_size": 32,
-            "learning_rate": 6e-3,
+            "learning_rate": 3e-3,
             "lr_scheduler_type": "cosine",
             "gradient_checkpointing": False,
             "logging_steps": 20,
@@ -88,15 +89,8 @@ def test_a_held_out_accuracy_far_above_chance_survives_the_merge(ray_session: No
         evaluation={**ONE, "num_samples": 200, "num_exact_match": 150, "max_new_tokens": 10, "batch_size": 50},
     )
     run_values(values)
-    import json
-
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     exact, evaluation = metrics["exact_match"], metrics["evaluation"]
-    print(exact, {name: (found["loss"], found["token_accuracy"]) for name, found in evaluation.items()})
-    print(
-        metrics["correction"]["method"],
-        [(c["method"], c["clamp"], c["strength"], c["loss"]) for c in metrics["correction"]["candidates"]],
-    )
     # Whoever names a colour that the chart shows is right in five of twelve cases; the original names the highest bar.
     assert exact["num_prompts"] == 150
     assert exact["original"] < 0.2

@@ -32,6 +32,12 @@ def test_a_process_that_had_a_gpu_ends_with_its_task() -> None:
     assert Resources().task(nothing, alone=True)._max_calls == 1
 
 
+def test_a_stage_of_another_run_is_the_same_kind_of_task_to_ray() -> None:
+    """Each call of ``ray.remote`` makes a kind of its own, which the driver and its node keep."""
+    assert Resources(3, 2).task(nothing) is Resources(1, 2).task(nothing)
+    assert Resources(3, 2).task(nothing) is not Resources(3, 1).task(nothing)
+
+
 def test_what_no_node_has_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = [{"Alive": True, "Resources": {"CPU": 4.0}}, {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 1.0}}]
     monkeypatch.setattr(
