@@ -34,7 +34,7 @@ from pathlib import Path
 from benchmarks.allocation import allocation
 from benchmarks.data_path import data
 from benchmarks.factorization import LAYERS, factorization, layers
-from benchmarks.figures import Figures
+from benchmarks.figures import Figures, publish_figures
 from benchmarks.many_tasks import many_tasks, scheduling, short_training
 from benchmarks.memory import memory, merge, planner, shapes
 from benchmarks.whole_runs import calibration, growth, quickstart, ray_overhead, training_step
@@ -58,12 +58,16 @@ BENCHMARKS: dict[str, Callable[[Path], Figures]] = {
     "training": short_training,
     "quickstart": quickstart,
 }
-# What each writes of the README's tables.
+# What each writes of the README's tables, and of which parts the other tables are made.
 PUBLISHED = {
     "allocation": "better_ranks.json",
     "memory": "memory.json",
     "shapes": "paper_shapes.json",
     "quickstart": "quickstart.json",
+}
+TABLES = {
+    "speed.json": ("factorization", "layers", "calibration", "step", "growth", "ray"),
+    "tasks.json": ("tasks", "scheduling", "training"),
 }
 
 
@@ -94,9 +98,15 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     parts = {**BENCHMARKS, "layers": functools.partial(layers, chosen=arguments.layers)}
     for name in BENCHMARKS if "all" in arguments.which else arguments.which:
-        write_results(arguments.out, parts[name](arguments.out))
-        if name in PUBLISHED and arguments.publish:
+        found = parts[name](arguments.out)
+        write_results(arguments.out, found)
+        if not arguments.publish:
+            continue
+        if name in PUBLISHED:
             shutil.copy(arguments.out / PUBLISHED[name], RESULTS)
+        for table, those in TABLES.items():
+            if name in those:
+                publish_figures(RESULTS / table, those, name, found)
 
 
 if __name__ == "__main__":

@@ -147,12 +147,27 @@ def _shapes(result: Mapping[str, Any]) -> str:
     return markdown(["", "weights", "inference", "LoRA on the original", "fine-tuning a 5B emulator, its ratio"], lines)
 
 
+def _figures(result: Mapping[str, Any]) -> str:
+    """Lines of the benchmark: ours beside the baseline that a line's unit names, how many times better, and by how much
+    the result's error is larger."""
+    lines = []
+    for what, found in (line for part in result["parts"].values() for line in part.items()):
+        unit, _, baseline = found["unit"].removesuffix(")").partition(" (baseline: ")
+        error = _NONE if found["error"] is None else f"{found['error']:+.1e}"
+        ours, theirs = (f"{_short_number(found[side])} {unit}" for side in ("ours", "baseline"))
+        lines.append([what, ours, f"{theirs}: {baseline}", f"{found['ratio']:.2f} ×", error])
+    with_errors = any(line[-1] != _NONE for line in lines)
+    header = ["", "here", "beside it", "better", "error over its"]
+    return markdown(header if with_errors else header[:-1], [line if with_errors else line[:-1] for line in lines])
+
+
 _KINDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "ablation": _ablation,
     "bare_emulators": _bare_emulators,
     "whole_run": _whole_run,
     "peaks": _peaks,
     "shapes": _shapes,
+    "figures": _figures,
 }
 
 
@@ -160,6 +175,10 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table."""
     rows = [header, ["---"] * len(header), *lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _short_number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _short(key: str) -> str:

@@ -24,7 +24,8 @@ def paper_config(run_dir: Path, *overrides: str) -> RunConfig:
 
 
 def figure(ours: float, baseline: float, unit: str, error: float | None = None) -> dict[str, Any]:
-    """One line of the result; ``ratio`` is baseline over ours, so that more is better."""
+    """One line of the result; ``ratio`` is baseline over ours, so that more is better. In ``unit`` stands what the baseline
+    is: ``s (baseline: the limit)``."""
     return {"ratio": baseline / ours, "ours": ours, "baseline": baseline, "unit": unit, "error": error}
 
 
@@ -32,6 +33,13 @@ def write_result(path: Path, kind: str, which: str, **content: Any) -> None:
     """What :mod:`ablations.tables` makes a table of, by its ``kind``, with the command that measures it again."""
     command = f"python pipelines/benchmark.py {which}"
     path.write_text(json.dumps({"kind": kind, "command": command, **content}, indent=2) + "\n")
+
+
+def publish_figures(path: Path, parts: Sequence[str], part: str, found: Figures) -> None:
+    """Puts the figures of one of a table's parts in place of those of an earlier day."""
+    known = json.loads(path.read_text())["parts"] if path.is_file() else {}
+    figures = {**known, part: found}
+    write_result(path, "figures", " ".join(parts), parts={name: figures[name] for name in parts if name in figures})
 
 
 def interleaved(actions: Sequence[Callable[[], None]], repeats: int) -> list[float]:

@@ -12,7 +12,7 @@ import benchmark
 import pytest
 import yaml
 from ablations.tables import render
-from benchmarks import allocation, figures, memory, whole_runs
+from benchmarks import allocation, figures, many_tasks, memory, whole_runs
 from gguf_files import write_gguf
 from small_runs import task_rows, write_jsonl
 
@@ -50,11 +50,12 @@ def publish(
     (tmp_path / "results").mkdir()
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path / "results")
 
-    def run(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        monkeypatch.setattr(sys, "argv", ["benchmark.py", name, "--publish", "--out", str(tmp_path / "out")])
+    def run(names: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *names.split(), "--publish", "--out", str(tmp_path / "out")])
         benchmark.main()
-        published = json.loads((tmp_path / "results" / benchmark.PUBLISHED[name]).read_text())
-        assert published["command"] == f"python pipelines/benchmark.py {name}"
+        (file,) = (tmp_path / "results").iterdir()
+        published = json.loads(file.read_text())
+        assert published["command"] == f"python pipelines/benchmark.py {names}"
         return published, json.loads((tmp_path / "out" / "benchmark.json").read_text())
 
     return run
@@ -65,18 +66,51 @@ def header(result: dict[str, Any]) -> str:
 
 
 def committed(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((COMMITTED / benchmark.PUBLISHED[name]).read_text())
+    found: dict[str, Any] = json.loads((COMMITTED / name).read_text())
     return found
 
 
 def test_every_published_table_has_its_test() -> None:
     assert benchmark.PUBLISHED.keys() == {"allocation", "memory", "shapes", "quickstart"}
+    assert benchmark.TABLES.keys() == {"speed.json", "tasks.json"}
+
+
+def test_speed(publish: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "LAYERS", ("256x512",))
+    for name, few in {
+        "_DEPTH": 1,
+        "_ROWS": 32,
+        "_REPEATS": 1,
+        "_SIZES": {"small": (8, 1, 8), "large": (16, 4, 16)},
+    }.items():
+        monkeypatch.setattr(whole_runs, name, few)
+    published, found = publish(" ".join(benchmark.TABLES["speed.json"]))
+    assert header(published) == header(committed("speed.json"))
+    lines = {what: line for part in published["parts"].values() for what, line in part.items()}
+    assert lines == found
+    assert all(line["ours"] > 0 and line["baseline"] > 0 for what, line in lines.items() if "Ray" not in what)
+    shown = committed("speed.json")["parts"]
+    assert list(shown) == list(published["parts"])
+    for part in shown.keys() - {"layers"}:
+        assert list(shown[part]) == list(published["parts"][part])
+
+
+def test_many_tasks(publish: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {"_TASKS": 2, "_STEPS": 2, "_SLEEPERS": (2, 4, 8), "_SLEEPING_CPUS": 2, "_TRAININGS": 2}
+    for name, value in few.items():
+        monkeypatch.setattr(many_tasks, name, value)
+    published, found = publish(" ".join(benchmark.TABLES["tasks.json"]))
+    assert header(published) == header(committed("tasks.json"))
+    assert {what: line for part in published["parts"].values() for what, line in part.items()} == found
+    assert {name: len(part) for name, part in published["parts"].items()} == {
+        name: len(part) for name, part in committed("tasks.json")["parts"].items()
+    }
 
 
 def test_better_ranks(publish: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allocation, "WAYS", (("sensitivity", "predictions", "pivoted"),))
     published, found = publish("allocation")
-    assert header(published) == header(committed("allocation"))
+    assert header(published) == header(committed("better_ranks.json"))
     assert [(row["ranks"], row["factors"]) for row in published["rows"]] == [
         ("uniform", "activations"),
         ("sensitivity", "predictions, pivoted"),
@@ -109,12 +143,12 @@ def test_memory(publish: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) 
 
 def test_shapes_are_the_committed_ones(publish: Callable[[str], Any]) -> None:
     published, _ = publish("shapes")
-    assert published == committed("shapes")
+    assert published == committed("paper_shapes.json")
 
 
 def test_quickstart(publish: Callable[[str], Any]) -> None:
     published, found = publish("quickstart")
-    assert header(published) == header(committed("quickstart"))
+    assert header(published) == header(committed("quickstart.json"))
     losses = {row["what"].partition(" (")[0]: row["loss"] for row in published["rows"]}
     assert losses["LoRA on the original"] < losses["original"]
     gap = losses["original"] - losses["LoRA on the original"]

@@ -233,6 +233,22 @@ def test_peaks_stand_beside_inference() -> None:
     ]
 
 
+def test_a_benchmarks_lines_say_what_they_stand_beside() -> None:
+    one = {"ours": 2.0, "baseline": 7.5, "ratio": 3.75, "unit": "s (baseline: the other way)", "error": 2.6e-4}
+    plain = {"ours": 1234.4, "baseline": 617.2, "ratio": 0.5, "unit": "MiB (baseline: at 125)", "error": None}
+    assert render({"kind": "figures", "parts": {"a": {"one": one}, "b": {"two": plain}}}).splitlines() == [
+        "|  | here | beside it | better | error over its |",
+        "| --- | --- | --- | --- | --- |",
+        "| one | 2 s | 7.5 s: the other way | 3.75 × | +2.6e-04 |",
+        "| two | 1,234 MiB | 617 MiB: at 125 | 0.50 × | – |",
+    ]
+    assert render({"kind": "figures", "parts": {"b": {"two": plain}}}).splitlines() == [
+        "|  | here | beside it | better |",
+        "| --- | --- | --- | --- |",
+        "| two | 1,234 MiB | 617 MiB: at 125 | 0.50 × |",
+    ]
+
+
 def test_the_papers_figures_stand_in_parentheses_where_it_has_them() -> None:
     known = {"weights": 49.9, "inference": 51.8, "lora_on_the_original": 63.1}
     tuned = {**known, "five_billion": {"ratio": 0.17, "finetune": 22.9}, "paper_lora": 72.9, "paper_emloc": 18.6}
