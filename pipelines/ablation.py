@@ -110,7 +110,9 @@ def run(
         console.print(
             f"{dataset}, seed {seed}: {ablation.config.upper_bound} gained nothing, so that there is no gap to close."
         )
-    if publish_to is not None:
+    if publish_to is not None and missing:
+        console.print("Nothing is published: cells are missing.")
+    elif publish_to is not None:
         write_json(publish_to / f"{ablation.name}.json", result)
         console.print(f"{publish_to / ablation.name}.json is written; the README's table: python pipelines/tables.py")
     return int(bool(missing))

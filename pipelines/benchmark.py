@@ -31,13 +31,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from benchmarks.allocation import allocation
 from benchmarks.data_path import data
 from benchmarks.factorization import LAYERS, factorization, layers
 from benchmarks.figures import Figures, publish_figures
 from benchmarks.many_tasks import many_tasks, scheduling, short_training
 from benchmarks.memory import memory, merge, planner, shapes
-from benchmarks.whole_runs import calibration, growth, quickstart, ray_overhead, training_step
+from benchmarks.whole_runs import THREADS, calibration, growth, quickstart, ray_overhead, training_step
 from tables import RESULTS
 
 BENCHMARKS: dict[str, Callable[[Path], Figures]] = {
@@ -95,7 +96,11 @@ def main() -> None:
     )
     parser.add_argument("--publish", action="store_true", help="copy what the README's tables are made of")
     arguments = parser.parse_args()
+    if arguments.publish and set(arguments.layers) != set(LAYERS):
+        parser.error("--publish takes all layers: leave --layers out.")
+    arguments.out = arguments.out.absolute()  # batches and workers look from elsewhere
     arguments.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(THREADS)
     parts = {**BENCHMARKS, "layers": functools.partial(layers, chosen=arguments.layers)}
     for name in BENCHMARKS if "all" in arguments.which else arguments.which:
         found = parts[name](arguments.out)

@@ -32,12 +32,13 @@ def main() -> int:
     except EmlocError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    for name in results.keys() - marked(text):
-        print(f"pipelines/results/{name}.json has no table in the README yet.")
+    untold = sorted(results.keys() - marked(text))
+    for name in untold:
+        print(f"pipelines/results/{name}.json has no table in the README yet.", file=sys.stderr)
     if arguments.check:
         if made != text:
             print("README.md differs from pipelines/results: run python pipelines/tables.py.", file=sys.stderr)
-        return int(made != text)
+        return int(made != text or bool(untold))
     readme.write_text(made)
     return 0
 

@@ -9,6 +9,16 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# A machine that stands still for a minute is no dead one: Ray's processes would end one another, and with them, without a
+# word, their driver, which is the process of all tests. By variables, for most is read before a session's own settings come.
+os.environ.update(
+    RAY_gcs_rpc_server_reconnect_timeout_s="600",
+    RAY_health_check_timeout_ms="60000",
+    RAY_agent_register_timeout_ms="300000",
+    RAY_raylet_client_num_connect_attempts="60",
+    RAY_worker_register_timeout_seconds="300",
+    RAY_grpc_keepalive_timeout_ms="120000",
+)
 # Ray's workers inherit what a store asks for.
 os.environ.update(AWS_ACCESS_KEY_ID="tests", AWS_SECRET_ACCESS_KEY="tests", AWS_EC2_METADATA_DISABLED="true")
 
@@ -100,8 +110,7 @@ def ray_session() -> Iterator[None]:
         include_dashboard=False,
         log_to_driver=False,
         _node_ip_address="127.0.0.1",
-        # A machine that stands still for a minute is no dead one: Ray would end this process, and all tests with it.
-        _system_config={"health_check_failure_threshold": 60, "gcs_rpc_server_reconnect_timeout_s": 600},
+        _system_config={"health_check_failure_threshold": 60},  # here alone: other tests see nodes die
     )
     yield
     ray.shutdown()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,12 @@ from emloc_ray.config_reading import check, put, read_mapping, read_override
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.object_store import is_store_uri
 
+# What an override cannot change, and what to do.
+_OF_EVERY_CELL = {
+    "seed": "a cell has one of the file's: give seeds=[…] instead",
+    "name": "a cell is named by what it varies: leave it out",
+    "data.format": "a data set has its own: leave it out",
+}
 _OF_THE_BATCH = ("run_dir", "max_concurrent", "limits", "cache")
 
 
@@ -61,6 +67,7 @@ class Ablation:
     ray: RayConfig
     cells: tuple[Cell, ...]
     notes: tuple[str, ...] = ()
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def root(self) -> Path:
@@ -119,6 +126,7 @@ def read_ablation(path: Path, overrides: Sequence[str] = ()) -> Ablation:
             for varied in config.grid
             if overlap(key, varied)
         ]
+    lines += [f"{key}: {told}." for key, told in _OF_EVERY_CELL.items() if key in of_runs]
     if config is None or lines:
         raise ConfigError("\n".join(f"{where}: {line}" for line in lines))
     root = Path(config.run_dir).expanduser().absolute()
@@ -133,7 +141,9 @@ def read_ablation(path: Path, overrides: Sequence[str] = ()) -> Ablation:
     lines = [f"{where}: {line}" for line in _wrong_cells(config, cells)]
     if lines:
         raise ConfigError("\n".join(dict.fromkeys(lines)))
-    return Ablation(path.stem, config, batch.config, batch.ray, tuple(cells), tuple(_overridden(config, of_runs)))
+    return Ablation(
+        path.stem, config, batch.config, batch.ray, tuple(cells), tuple(_overridden(config, of_runs)), of_runs
+    )
 
 
 def _overridden(config: AblationConfig, of_runs: dict[str, Any]) -> Iterator[str]:

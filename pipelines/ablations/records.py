@@ -105,6 +105,7 @@ def published(ablation: Ablation, cells: Cells, records: Sequence[Record], rows:
     return {
         "kind": "ablation",
         "config": asked(ablation),
+        "overrides": dict(ablation.overrides),
         "base": base,
         "versions": versions,
         "rows": list(rows),

@@ -42,6 +42,15 @@ def publish_figures(path: Path, parts: Sequence[str], part: str, found: Figures)
     write_result(path, "figures", " ".join(parts), parts={name: figures[name] for name in parts if name in figures})
 
 
+def saved_whole(directory: Path, save: Callable[[Path], object]) -> Path:
+    """A directory that ``save`` makes once: one that was killed at it is made anew."""
+    if not directory.is_dir():
+        part = directory.with_name(f"{directory.name}.part")
+        save(part)
+        part.rename(directory)
+    return directory
+
+
 def interleaved(actions: Sequence[Callable[[], None]], repeats: int) -> list[float]:
     """The fewest seconds that each action took, in turns: what is above them is what else the machine did."""
     times: list[list[float]] = [[] for _ in actions]
@@ -64,6 +73,5 @@ def calibrated(out: Path) -> tuple[RunConfig, Path]:
 
 def emulated(run: Path, out: Path) -> Path:
     """The quickstart's emulator."""
-    if not (run / "emulator" / "config.json").is_file():
-        emloc_ray.run(paper_config(out / "ratio-0.5"), until="factorize")
+    emloc_ray.run(paper_config(out / "ratio-0.5"), until="factorize")
     return run / "emulator"

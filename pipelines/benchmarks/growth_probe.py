@@ -57,7 +57,7 @@ def main(directory: Path, depth: int, num_rows: int) -> None:
     )
     for number in range(num_rows // 32):
         slot.accumulate(number)
-    calibrate_seconds = time.perf_counter() - begin
+    calibrate_seconds, calibrate_peak = time.perf_counter() - begin, peak() - baseline
     for group in names:
         grams = {group[0]: slot.hooks.grams[group[0]]}
         write_gram_shard(directory / "grams.safetensors", grams)
@@ -67,9 +67,14 @@ def main(directory: Path, depth: int, num_rows: int) -> None:
         gram = StoredGram(directory / "grams.safetensors", group[0])
         factorize_group(job, work, gram, directory / "factors.safetensors")
     seconds = time.perf_counter() - begin
+    found = {"seconds": seconds, "peak": peak() - baseline}
+    print(json.dumps({**found, "calibrate_seconds": calibrate_seconds, "calibrate_peak": calibrate_peak}))
+
+
+def peak() -> int:
+    """The most bytes that this process held."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")) - baseline
-    print(json.dumps({"seconds": seconds, "calibrate_seconds": calibrate_seconds, "peak": peak}))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":

@@ -107,12 +107,14 @@ def _one_by_one(batch_file: Path, folder: Path) -> tuple[list[float], float]:
 
 def _changed(batch_file: Path, folder: Path) -> int:
     """How many weights' files of adapters and merged models differ between a batch and lone runs."""
-    return sum(
-        not filecmp.cmp(file, Path(task.config.run_dir) / file.relative_to(folder / task.name), shallow=False)
-        for task in read_batch(batch_file).tasks
-        for part in ("adapter", "merged")
-        for file in sorted((folder / task.name / part).glob("*.safetensors"))
-    )
+    changed = 0
+    for task in read_batch(batch_file).tasks:
+        for part in ("adapter", "merged"):
+            files = sorted((folder / task.name / part).glob("*.safetensors"))
+            assert files, f"{task.name} has no weights in {part}"
+            ours = [Path(task.config.run_dir) / file.relative_to(folder / task.name) for file in files]
+            changed += sum(not filecmp.cmp(*pair, shallow=False) for pair in zip(files, ours, strict=True))
+    return changed
 
 
 class _Sleeps:
@@ -163,7 +165,7 @@ def scheduling(out: Path) -> Figures:
                 batch.add(Task(f"task-{number}", config))
             watched = _Peak()
             batch.show = watched
-            batch.run()
+            assert batch.run().count("done") == count
             walls[count] = time.perf_counter() - begin
             peaks[count] = watched.bytes / 2**20
     few, _, most = _SLEEPERS

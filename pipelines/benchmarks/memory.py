@@ -11,7 +11,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import emloc_ray
-from benchmarks.figures import Figures, calibrated, emulated, figure, interleaved, paper_config, write_result
+from benchmarks.figures import (
+    Figures,
+    calibrated,
+    emulated,
+    figure,
+    interleaved,
+    paper_config,
+    saved_whole,
+    write_result,
+)
 from benchmarks.paper_shapes import write_shapes
 from benchmarks.stage_memory import (
     bare_prepared,
@@ -115,16 +124,17 @@ def _large(out: Path) -> tuple[Path, Path]:
     native = torch.cuda.is_available() or has_bfloat16(cpu_capabilities())
     dtype = torch.bfloat16 if native else torch.float32
     config = LlamaConfig(**LARGE, vocab_size=32000, dtype=dtype)
-    original, emulator = out / "large", out / "large-emulator"
-    if not (emulator / "config.json").is_file():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        model.save_pretrained(original)
-        ranks = {s.name: rank_for_ratio(s.out_features, s.in_features, 0.5) or 1 for s in block_linears(model)}
-        del model
+
+    def save_original(directory: Path) -> None:
+        AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(directory)
+
+    def save_emulator(directory: Path) -> None:
+        linears = block_linears(empty_model(config))
+        ranks = {s.name: rank_for_ratio(s.out_features, s.in_features, 0.5) or 1 for s in linears}
         wrapped = EmulatorModelConfig(config.to_dict(), ranks)
-        small = emulator_class(LlamaForCausalLM, wrapped)(config).to(dtype)
-        small.save_pretrained(emulator)
-    return original, emulator
+        emulator_class(LlamaForCausalLM, wrapped)(config).to(dtype).save_pretrained(directory)
+
+    return saved_whole(out / "large", save_original), saved_whole(out / "large-emulator", save_emulator)
 
 
 def merge(out: Path) -> Figures:
@@ -165,9 +175,7 @@ def merge(out: Path) -> Figures:
 
 def _merge_peaks(job: MergeJob, out: Path) -> Figures:
     """Peak above imports against the largest tensor in its own dtype; the ratio is ours over that."""
-    narrow = out / "merge-bfloat16"
-    if not narrow.is_dir():
-        load_model(job.model_dir, dtype="bfloat16").save_pretrained(narrow)
+    narrow = saved_whole(out / "merge-bfloat16", load_model(job.model_dir, dtype="bfloat16").save_pretrained)
     found: Figures = {}
     for dtype, directory in (("float32", job.model_dir), ("bfloat16", narrow)):
         arguments = {"job": dataclasses.replace(job, model_dir=directory), "threads": 2}

@@ -51,7 +51,8 @@ def publish(
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path / "results")
 
     def run(names: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        monkeypatch.setattr(sys, "argv", ["benchmark.py", *names.split(), "--publish", "--out", str(tmp_path / "out")])
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", *names.split(), "--publish", "--out", "out"])
         benchmark.main()
         (file,) = (tmp_path / "results").iterdir()
         published = json.loads(file.read_text())
@@ -102,6 +103,7 @@ def test_many_tasks(publish: Callable[[str], Any], monkeypatch: pytest.MonkeyPat
     published, found = publish(" ".join(benchmark.TABLES["tasks.json"]))
     assert header(published) == header(committed("tasks.json"))
     assert {what: line for part in published["parts"].values() for what, line in part.items()} == found
+    assert all(line["ours"] > 0 and line["baseline"] > 0 for what, line in found.items() if "scheduling" not in what)
     assert {name: len(part) for name, part in published["parts"].items()} == {
         name: len(part) for name, part in committed("tasks.json")["parts"].items()
     }

@@ -47,6 +47,15 @@ def test_overrides_go_to_the_file_or_to_every_run(write: Write) -> None:
     assert {cell.config.seed for cell in ablation.cells} == {7}
     assert cells_of(ablation, "paper")[0].config.emulator.compression_ratio == 0.3
     assert ablation.config.rows.eval == 5
+    assert ablation.overrides == {"finetune.max_steps": 9}
+
+
+@pytest.mark.parametrize(
+    ("given", "told"), [("seed=5", r"seed: .*give seeds=\[…\]"), ("data.format=text", "has its own")]
+)
+def test_an_override_that_would_change_nothing_is_refused(given: str, told: str, write: Write) -> None:
+    with pytest.raises(ConfigError, match=told):
+        read_ablation(write(), [given])
 
 
 @pytest.mark.parametrize(
