@@ -78,6 +78,7 @@ def _write_batch(out: Path, base: Path, name: str, data: Path | None) -> Path:
     tasks: list[dict[str, Any]] = []
     for number in range(_TASKS):
         task: dict[str, Any] = {"name": f"task-{number}", "finetune.learning_rate": 1e-4 * (number + 1)}
+        task["emulator.healing.learning_rate"] = 1e-4  # its default is the tuning's, and each would heal for itself
         if data is not None:
             rows = [{"prompt": f"take {i} from {i + number}: ", "completion": f"{number} is left"} for i in range(600)]
             path = data / f"rows-{number}.jsonl"
