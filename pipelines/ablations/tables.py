@@ -157,7 +157,7 @@ def _figures(result: Mapping[str, Any]) -> str:
         ours, theirs = (f"{_short_number(found[side])} {unit}" for side in ("ours", "baseline"))
         lines.append([what, ours, f"{theirs}: {baseline}", f"{found['ratio']:.2f} ×", error])
     with_errors = any(line[-1] != _NONE for line in lines)
-    header = ["", "here", "beside it", "better", "error over its"]
+    header = ["", "here", "beside it", "better", "added error"]
     return markdown(header if with_errors else header[:-1], [line if with_errors else line[:-1] for line in lines])
 
 

@@ -237,7 +237,7 @@ def test_a_benchmarks_lines_say_what_they_stand_beside() -> None:
     one = {"ours": 2.0, "baseline": 7.5, "ratio": 3.75, "unit": "s (baseline: the other way)", "error": 2.6e-4}
     plain = {"ours": 1234.4, "baseline": 617.2, "ratio": 0.5, "unit": "MiB (baseline: at 125)", "error": None}
     assert render({"kind": "figures", "parts": {"a": {"one": one}, "b": {"two": plain}}}).splitlines() == [
-        "|  | here | beside it | better | error over its |",
+        "|  | here | beside it | better | added error |",
         "| --- | --- | --- | --- | --- |",
         "| one | 2 s | 7.5 s: the other way | 3.75 × | +2.6e-04 |",
         "| two | 1,234 MiB | 617 MiB: at 125 | 0.50 × | – |",
