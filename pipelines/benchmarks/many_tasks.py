@@ -36,7 +36,7 @@ from emloc_ray.stages.finetune import finetune, run_alone, run_group
 
 _CPUS = 2
 _TASKS = 8
-_STEPS = 80  # fine-tuning is then about a third of a lone task's time
+_STEPS = 80  # fine-tuning is then about half of a lone task's time
 _SLEEPERS = (125, 250, 500)
 _SLEEP_S = 0.05
 _SLEEPING_CPUS = 8
