@@ -12,36 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from emloc_ray.config import AdapterConfig, RunConfig
 from emloc_ray.errors import ConfigError
+from emloc_ray.io.yaml_text import read_yaml
 from emloc_ray.passed_keys import NO_KEY, no_such_key, passed_through_errors
 
 Keys = tuple[Any, ...]  # the parts of a dotted key
 Checked = TypeVar("Checked", bound=BaseModel)
-
-
-class _Yaml(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as a string; people mean the number."""
-
-
-_MERGE = "tag:yaml.org,2002:merge"  # <<, which brings another mapping's keys
-
-
-def _mapping_without_repeats(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGE]
-    repeated = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
-    if repeated is not None:
-        raise yaml.constructor.ConstructorError(None, None, f"the key {repeated} is there twice", node.start_mark)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Yaml.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_repeats)
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -90,13 +69,13 @@ def read_mapping(path: Path, name: str, needs: str) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{name} does not exist: give the path of a YAML file, such as configs/quickstart.yaml.")
     try:
-        values = yaml.load(path.read_text("utf-8"), _Yaml)
+        values = read_yaml(path.read_text("utf-8"))
     except OSError as error:
         raise ConfigError(f"{name} cannot be read ({error.strerror}): give one that can.") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start}): save it so.") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name} is not YAML ({_one_line(error)}): mend it there.") from error
+    except ValueError as error:
+        raise ConfigError(f"{name} is not YAML ({error}): fix it there.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{name} holds no keys: {needs}.")
     return values
@@ -197,14 +176,9 @@ def read_override(override: str) -> tuple[Keys, Any]:
     if not equals or not key.strip():
         raise ConfigError(f"Override {override!r} is not key.path=value: write it like finetune.max_steps=20.")
     try:
-        return tuple(key.strip().split(".")), read_text(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"Override {override!r} has a value that is not YAML ({_one_line(error)}).") from error
-
-
-def read_text(text: str) -> Any:
-    """A value as YAML has it; raises yaml.YAMLError."""
-    return yaml.load(text, _Yaml)
+        return tuple(key.strip().split(".")), read_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"Override {override!r} has a value that is not YAML ({error}).") from error
 
 
 _SHOULD_BE = "Input should be "
@@ -248,7 +222,3 @@ def _section(keys: Sequence[Any], model: type[BaseModel] = RunConfig) -> type[Ba
             return None
         model = found
     return model
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -32,6 +32,7 @@ _OWN_TRAINING_ARGUMENTS = {
     "eval_strategy",
     "load_best_model_at_end",
 }
+_TRUTHS_OF_YAML_1_1 = {"yes", "no", "on", "off"}
 _SCATTERING = {"fsdp", "fsdp_config", "parallelism_config"}
 
 
@@ -48,12 +49,14 @@ def passed_through_errors(values: dict[str, Any]) -> list[str]:
         elif key not in (types := _training_argument_types()):
             lines.append(f"{no_such_key(f'finetune.{key}', key, {*types, *FinetuneConfig.model_fields})}.")
         else:
-            lines += _type_errors(f"finetune.{key}", values["finetune"][key], _training_argument_type(key))
+            lines += _type_errors(f"finetune.{key}", values["finetune"][key], types[key])
     for key in _extra_keys(values, "ray", RayConfig):
         if secrets := _secret_errors(f"ray.{key}", values["ray"][key]):
             lines += secrets
-        elif key not in (known := _ray_init_names()):
-            lines.append(f"{no_such_key(f'ray.{key}', key, known | set(RayConfig.model_fields))}.")
+        elif key not in (types := _ray_init_types()):
+            lines.append(f"{no_such_key(f'ray.{key}', key, {*types, *RayConfig.model_fields})}.")
+        else:
+            lines += _truth_errors(f"ray.{key}", values["ray"][key], types[key])
     return lines + _adapter_errors(values.get("adapter"))
 
 
@@ -82,7 +85,7 @@ def _adapter_errors(given: Any) -> list[str]:
             whose = f", and {key} is LoRA's" if key in ours else ""
             lines.append(f"{no_such_key(f'adapter.{key}', key, types)}{of_method}{whose}.")
         elif key not in ours:  # which are checked as the section's
-            lines += _type_errors(f"adapter.{key}", given[key], _adapter_field_type(method, key), strict=True)
+            lines += _type_errors(f"adapter.{key}", given[key], types[key], strict=True)
     return lines
 
 
@@ -98,13 +101,6 @@ def _prompt_errors(method: str, given: dict[str, Any]) -> list[str]:
         if not from_text and "prompt_tuning_init_text" in given:
             lines.append("adapter.prompt_tuning_init_text is not read: set adapter.prompt_tuning_init to TEXT.")
     return lines
-
-
-@functools.cache
-def _adapter_field_type(method: str, name: str) -> TypeAdapter[Any] | None:
-    from emloc_ray.modeling.adapter_methods import method_fields
-
-    return _checker(method_fields(method)[name])
 
 
 def _secret_errors(key: str, value: Any) -> list[str]:
@@ -127,33 +123,35 @@ def _extra_keys(values: dict[str, Any], section: str, model: type[Section]) -> l
     return [key for key in given if isinstance(key, str) and key not in known] if isinstance(given, dict) else []
 
 
-def _type_errors(key: str, value: Any, wanted: TypeAdapter[Any] | None, strict: bool = False) -> list[str]:
+def _type_errors(key: str, value: Any, hint: Any, strict: bool = False) -> list[str]:
     """Where a value does not fit the type that another library declares for it; ``strict``: as it is, not as it could be
     read, where that library takes it as it is."""
+    if lines := _truth_errors(key, value, hint):
+        return lines
     try:
-        if wanted is not None and strict:
-            wanted.validate_json(
-                json.dumps(value, default=str), strict=True
-            )  # of JSON's, texts pass for an enum's values
-        elif wanted is not None:
+        wanted: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+        if strict:  # of JSON's, texts pass for an enum's values
+            wanted.validate_json(json.dumps(value, default=str), strict=True)
+        else:
             wanted.validate_python(value)
+    except PydanticUserError:  # a type that pydantic cannot check
+        return []
     except ValidationError as error:
         message = error.errors()[0]["msg"]
         return [f"{key} is {value!r}: {message[0].lower()}{message[1:]}."]
     return []
 
 
-@functools.cache
-def _training_argument_type(name: str) -> TypeAdapter[Any] | None:
-    """What checks a field of TrainingArguments; None for a type that pydantic cannot check."""
-    return _checker(_training_argument_types()[name])
-
-
-def _checker(hint: Any) -> TypeAdapter[Any] | None:
-    try:
-        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
-    except PydanticUserError:
-        return None
+def _truth_errors(key: str, value: Any, hint: Any) -> list[str]:
+    """Where a text would pass for true, whatever it says: YAML 1.2 reads ``no`` as text, YAML 1.1 read false."""
+    is_truth = bool in (options := typing.get_args(hint) or (hint,)) and {*options} <= {bool, type(None)}
+    above = tuple(key.split("."))
+    return [
+        f"{'.'.join(path)} is the text {leaf!r}: write true or false."
+        for path, leaf in leaves(value, above)
+        if isinstance(leaf, str)
+        and (is_truth if path == above else leaf.lower() in _TRUTHS_OF_YAML_1_1 and not is_variable(path))
+    ]
 
 
 @functools.cache
@@ -168,14 +166,14 @@ def _training_argument_types() -> dict[str, Any]:
 
 
 @functools.cache
-def _ray_init_names() -> set[str]:
-    """What the installed ``ray.init`` takes."""
+def _ray_init_types() -> dict[str, Any]:
+    """What the installed ``ray.init`` takes, with the types."""
     import inspect
 
     # Where it is defined: after a training in the same process, ray.init can be a wrapper that hides them.
     from ray._private.worker import init
 
-    return {name for name, p in inspect.signature(init).parameters.items() if p.kind is not p.VAR_KEYWORD}
+    return {name: p.annotation for name, p in inspect.signature(init).parameters.items() if p.kind is not p.VAR_KEYWORD}
 
 
 def no_such_key(key: str, last: str, known: Iterable[str]) -> str:

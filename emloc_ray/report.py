@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 
 from emloc_ray.config import PROMPT_METHODS
 from emloc_ray.console import describe_choice, duration
@@ -22,6 +21,7 @@ from emloc_ray.io.node_cache import ensure
 from emloc_ray.io.run_directory import RunDirectory
 from emloc_ray.io.secret_values import without_secrets
 from emloc_ray.io.stored_files import shown
+from emloc_ray.io.yaml_text import write_yaml
 from emloc_ray.layer_grids import column_tops, grids, heat_cells, shortfall_cells
 from emloc_ray.page_text import signed, size_text, visible
 from emloc_ray.run_log import read_events
@@ -152,7 +152,7 @@ def page_view(
         "processes": process_rows([usage for _, usage in stages]),
         "disk": metrics.get("disk_bytes") or {},
         "versions": metrics.get("versions") or {},
-        "config": yaml.safe_dump(without_secrets(config), sort_keys=False, allow_unicode=True) if config else "",
+        "config": write_yaml(without_secrets(config)) if config else "",
     }
 
 

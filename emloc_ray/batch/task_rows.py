@@ -8,11 +8,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from emloc_ray.config_reading import read_mapping, read_text
+from emloc_ray.config_reading import read_mapping
 from emloc_ray.data.reading import KINDS, Row, read_rows, scan
 from emloc_ray.errors import ConfigError, DataError
+from emloc_ray.io.yaml_text import read_yaml
 
 _TEXTS = {"name", "base", "owner", "deadline"}  # columns of a CSV file that are what they say: 007 is no number
 
@@ -109,10 +108,10 @@ def _parse(key: str, text: str) -> Any:
     if text.lower() in ("", "nan", "null", "~"):
         return None
     try:
-        value = read_text(text)
-    except yaml.YAMLError as error:
+        value = read_yaml(text)
+    except ValueError as error:
         if text[0] in "[{\"'":
-            raise ConfigError(f"{key} is {text!r}, which is not YAML: mend it.") from error
+            raise ConfigError(f"{key} is {text!r}, which is not YAML: fix it.") from error
         return text  # such as the pattern *.jsonl
     is_plain = isinstance(value, str) and text[0] not in "\"'"
     return text if value is None or is_plain or isinstance(value, date) else value

@@ -20,8 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.atomic import atomic_file, write_json
 from emloc_ray.io.digests import digest
@@ -30,6 +28,7 @@ from emloc_ray.io.lease import Holder, Lease, find_holder
 from emloc_ray.io.node_cache import discard, ensure, hashes, mirror, origin, sizes
 from emloc_ray.io.object_store import ObjectStore, is_store_uri
 from emloc_ray.io.secret_values import without_secrets
+from emloc_ray.io.yaml_text import write_yaml
 
 CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
@@ -159,7 +158,7 @@ class RunDirectory:
         manifest.update({"format": _FORMAT, "kind": kind, "name": self.name, "config": config, "steps": list(steps)})
         self._write_manifest(manifest)
         with atomic_file(self.path(CONFIG)) as file:
-            file.write(yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode())
+            file.write(write_yaml(config).encode())
         # Last: whatever a kill leaves of these is a run's, with no stage done.
         for name in set(found) - {MANIFEST, CONFIG, _LOCK, LEASE} if fresh else ():
             discard(self.path(name))

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import yaml
+from emloc_ray.io.yaml_text import read_yaml
 
 HIDDEN = "(hidden)"
 _ENVIRONMENT = "env_vars"
@@ -54,8 +54,8 @@ def without_secret(word: str) -> str:
     if not equals:
         return word
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = read_yaml(text)
+    except ValueError:
         value = text
     shown = without_secrets(value, tuple(key.split(".")))
     if shown == value:

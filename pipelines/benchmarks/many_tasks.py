@@ -14,7 +14,6 @@ from typing import Any
 
 import psutil
 import ray
-import yaml
 from faulting.task import make_config
 
 import emloc_ray
@@ -27,6 +26,7 @@ from emloc_ray.batch.tasks import Task, read_batch
 from emloc_ray.batch.turns import Expected, TaskTurns
 from emloc_ray.config_reading import load_config
 from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.io.yaml_text import read_yaml, write_yaml
 from emloc_ray.jobs import Jobs
 from emloc_ray.preparation import prepare
 from emloc_ray.stages import STAGES
@@ -86,11 +86,11 @@ def _write_batch(out: Path, base: Path, name: str, data: Path | None) -> Path:
             task["data.train.path"] = str(path)
         for override in _light(_STEPS):
             key, _, value = override.partition("=")
-            task[key] = yaml.safe_load(value)
+            task[key] = read_yaml(value)
         tasks.append(task)
     batch = {"base": str(base), "run_dir": str(out / f"many-{name}"), "tasks": tasks}
     path = out / f"many-{name}.yaml"
-    path.write_text(yaml.safe_dump(batch))
+    path.write_text(write_yaml(batch))
     return path
 
 

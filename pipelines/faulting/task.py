@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from emloc_ray.io.yaml_text import write_yaml
 
 _VOCABULARY = 300
 _ROWS = 2400
@@ -33,7 +34,7 @@ def make_config(folder: Path) -> Path:
     }
     values["data"]["max_seq_length"] = 64
     config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(values))
+    config.write_text(write_yaml(values))
     return config
 
 

@@ -20,10 +20,10 @@ from typing import Any
 
 import psutil
 import pytest
-import yaml
 from small_runs import make_values
 
 from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.io.yaml_text import write_yaml
 from emloc_ray.run_log import read_events
 
 ROOT = Path(__file__).parents[2]
@@ -169,7 +169,7 @@ def test_a_job_on_bare_hosts(hosts: Path, tmp_path: Path, tiny_model_dir: Callab
     job.mkdir()
     # What starts a Ray of its own elsewhere joins the cluster's here.
     values = make_values(tmp_path / "run", tiny_model_dir("llama"), task_file, ray={"num_cpus": 1})
-    (job / "my.yaml").write_text(yaml.safe_dump(values))
+    (job / "my.yaml").write_text(write_yaml(values))
     settings = {
         "EMLOC_BIN": str(BIN),
         "RAY_PORT": str(free_port()),

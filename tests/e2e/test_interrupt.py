@@ -12,10 +12,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 from small_runs import make_values
 
 from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.io.yaml_text import write_yaml
 from emloc_ray.status import read_status
 
 SECONDS = 240
@@ -52,7 +52,7 @@ def test_an_interrupted_training_goes_on_with_the_same_command(
         ray={"num_cpus": 2},
     )
     config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(values))
+    config.write_text(write_yaml(values))
     arguments, log = ["finetune", str(config)], tmp_path / "log.txt"
     training = tmp_path / "run" / "training"
 

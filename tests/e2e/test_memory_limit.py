@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from limited_worker import LIMIT
 from small_runs import task_rows, write_jsonl
 from tiny import make_model, make_tokenizer
+
+from emloc_ray.io.yaml_text import write_yaml
 
 TESTS = Path(__file__).parent.parent
 ABOVE_IMPORTS = 256 * 2**20
@@ -74,7 +75,7 @@ def run(root: Path, model_dir: Path, environment: dict[str, str], *options: str)
         "ray": {"num_cpus": 2, "runtime_env": {"worker_process_setup_hook": "limited_worker.limit_memory"}},
     }
     config = root / "config.yaml"
-    config.write_text(yaml.safe_dump(values))
+    config.write_text(write_yaml(values))
     command = [sys.executable, "-c", "from emloc_ray.cli import main; main()", "run", str(config), *options]
     return _started(command, environment)
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import psutil
 import pytest
-import yaml
 from faulting.nodes import Nodes, kill, workers
 from small_runs import GROUP, make_values
+
+from emloc_ray.io.yaml_text import write_yaml
 
 SECONDS = 240
 SHARED = ("calibration", "emulator", "adapter_emulator", "adapter", "merged")
@@ -32,7 +33,7 @@ def start(config: Path, log: Path, *arguments: str) -> subprocess.Popen[bytes]:
 def write_config(root: Path, values: dict[str, Any]) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     path = root / "config.yaml"
-    path.write_text(yaml.safe_dump(values))
+    path.write_text(write_yaml(values))
     return path
 
 

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from click.testing import Result
 from families import FAMILIES
 from typer.testing import CliRunner
@@ -18,11 +17,12 @@ from vlms import VLMS, save_vlm
 from emloc_ray.batch.tasks import read_batch
 from emloc_ray.cli import app
 from emloc_ray.config_reading import load_config, parse_config
+from emloc_ray.io.yaml_text import read_yaml
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
-BATCHES = [path for path in FILES if {"tasks", "grid"} & yaml.safe_load(path.read_text()).keys()]
+BATCHES = [path for path in FILES if {"tasks", "grid"} & read_yaml(path.read_text()).keys()]
 CONFIGS = [path for path in FILES if path not in BATCHES]
 
 
@@ -73,7 +73,7 @@ def test_every_yaml_file_of_configs_is_tested() -> None:
     named = {path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml")} - {
         p.relative_to(ROOT) for p in FILES
     }
-    bases = {yaml.safe_load(path.read_text())["base"] for path in BATCHES}
+    bases = {read_yaml(path.read_text())["base"] for path in BATCHES}
     others = {path.relative_to("configs").as_posix() for path in named}
     # tests/unit/ablations/test_ablation_config.py reads them, tests/integration/test_ablation.py runs them.
     assert {path for path in others if not path.startswith("ablations/")} <= bases
@@ -121,7 +121,7 @@ def readme_yaml(name: str) -> str:
 
 
 def test_the_readmes_config_is_valid() -> None:
-    config = parse_config(yaml.safe_load(readme_yaml("my.yaml")))
+    config = parse_config(read_yaml(readme_yaml("my.yaml")))
     assert config.emulator.compression_ratio == 0.5
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from ablation import run
 from ablations import runs
 from ablations.cells import Ablation, read_ablation
 from rich.console import Console
 from tiny import make_model, make_tokenizer
+
+from emloc_ray.io.yaml_text import read_yaml, write_yaml
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path for path in (ROOT / "configs" / "ablations").glob("*.yaml") if path.name != "base.yaml")
@@ -138,13 +139,13 @@ def test_a_smaller_model_is_held_against_the_original(ray_session: None, tmp_pat
     for name, depth in (("original", 4), ("smaller", 2)):
         make_model("llama", num_hidden_layers=depth, max_position_embeddings=512).save_pretrained(tmp_path / name)
         make_tokenizer().save_pretrained(tmp_path / name)
-    base = yaml.safe_load((ROOT / "configs" / "ablations" / "base.yaml").read_text())
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base | {"model": {"source": str(tmp_path / "original")}}))
+    base = read_yaml((ROOT / "configs" / "ablations" / "base.yaml").read_text())
+    (tmp_path / "base.yaml").write_text(write_yaml(base | {"model": {"source": str(tmp_path / "original")}}))
     whole = {"emulator.compression_ratio": 1.0}
     smaller = {"name": "smaller", "model.source": str(tmp_path / "smaller")}
     methods = [{"name": "lora", **whole}, {**smaller, **whole}]
     values = {"base": "base.yaml", "run_dir": str(tmp_path / "run"), "upper_bound": "lora", "methods": methods}
-    (tmp_path / "smaller.yaml").write_text(yaml.safe_dump({**values, "datasets": ["code"]}))
+    (tmp_path / "smaller.yaml").write_text(write_yaml({**values, "datasets": ["code"]}))
     learning = ["finetune.max_steps=8", "finetune.learning_rate=1e-2", "finetune.warmup_steps=0"]
     ablation = read_ablation(tmp_path / "smaller.yaml", [*SMALL, *learning])
     assert run(ablation, CONSOLE) == 0

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from peft import PeftModel
 from small_runs import make_values
 from transformers import AutoModelForCausalLM
@@ -19,6 +18,7 @@ from emloc_ray.batch.state import BatchState
 from emloc_ray.batch.tasks import read_batch
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.io.yaml_text import write_yaml
 from emloc_ray.modeling.adapter import Adapter
 from emloc_ray.modeling.scoring import score_rows
 
@@ -53,10 +53,10 @@ def ended(
         evaluation={**ONE, "num_samples": 8},
     )
     del values["run_dir"], values["adapter"]
-    (root / "base.yaml").write_text(yaml.safe_dump(values))
+    (root / "base.yaml").write_text(write_yaml(values))
     tasks = [{"name": name, **keys} for name, keys in TASKS.items()]
     batch = {"base": "base.yaml", "run_dir": str(root / "many"), "tasks": tasks}
-    (root / "batch.yaml").write_text(yaml.safe_dump(batch))
+    (root / "batch.yaml").write_text(write_yaml(batch))
     return root / "many", run_batch(prepare_batch(read_batch(root / "batch.yaml")))
 
 

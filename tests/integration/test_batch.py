@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from safetensors.torch import load_file
 from small_runs import kill_worker, make_values, run_values, task_rows, write_jsonl
 from test_failing_runs import poison
@@ -21,6 +20,7 @@ from emloc_ray.batch.state import BatchState, TaskState, ask
 from emloc_ray.batch.tasks import read_batch
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.io.yaml_text import write_yaml
 from emloc_ray.run_log import read_events
 
 ONE = {"num_workers": 1}
@@ -45,9 +45,9 @@ def base_values(root: Path, model_dir: Path, data: Path) -> dict[str, Any]:
 
 
 def write_batch(root: Path, base: dict[str, Any], tasks: list[dict[str, Any]]) -> Path:
-    (root / "base.yaml").write_text(yaml.safe_dump(base))
+    (root / "base.yaml").write_text(write_yaml(base))
     batch = {"base": "base.yaml", "run_dir": str(root / "many"), "tasks": tasks}
-    (root / "batch.yaml").write_text(yaml.safe_dump(batch))
+    (root / "batch.yaml").write_text(write_yaml(batch))
     return root / "batch.yaml"
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import benchmark
 import pytest
-import yaml
 from ablations.tables import render
 from benchmarks import allocation, figures, many_tasks, memory, whole_runs
 from gguf_files import write_gguf
 from small_runs import task_rows, write_jsonl
 
+from emloc_ray.io.yaml_text import write_yaml
 from emloc_ray.machine import cpu_capabilities, has_bfloat16
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +44,7 @@ def publish(
         "data": {"generate": None, "train": {"path": str(rows)}},
         **SMALL,
     }
-    config.write_text(yaml.safe_dump(values))
+    config.write_text(write_yaml(values))
     for module in (figures, whole_runs):
         monkeypatch.setattr(module, "CONFIG", config)
     (tmp_path / "results").mkdir()

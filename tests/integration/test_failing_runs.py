@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 from safetensors.torch import load_file, save_file
 from small_runs import FinishedRun, make_values, run_values, task_rows, write_jsonl
 from typer.testing import CliRunner
@@ -19,6 +18,7 @@ from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.errors import NumericsError
 from emloc_ray.io.digests import digest
 from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.io.yaml_text import write_yaml
 
 STEPS = 12
 
@@ -48,7 +48,7 @@ def test_a_bad_row_past_the_checked_ones_fails_the_run_by_file_and_row(
     rows = [*task_rows(1100), {"prompt": "a prompt and no more"}]
     data = write_jsonl(tmp_path / "long.jsonl", rows)
     config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(make_values(tmp_path / "run", tiny_model_dir("llama"), data)))
+    config.write_text(write_yaml(make_values(tmp_path / "run", tiny_model_dir("llama"), data)))
     result = CliRunner().invoke(app, ["run", str(config)])
     assert result.exit_code == 1
     assert f"Error: {data}, row 1101: no field 'completion' (it has prompt)" in result.stderr

@@ -57,7 +57,7 @@ def test_a_method_s_settings_are_what_was_set(adapter: dict[str, Any], settings:
         ({"method": "loha", "alpha": 0}, "adapter.alpha is 0: input should be greater than 0"),
         ({"method": "loha", "rank_dropout": 1.0}, "adapter.rank_dropout is 1.0: input should be less than 1"),
         ({"method": "lokr", "module_dropout": -0.1}, "adapter.module_dropout is -0.1"),
-        ({"method": "lokr", "rank_dropout_scale": "yes"}, "adapter.rank_dropout_scale is 'yes'"),
+        ({"method": "lokr", "rank_dropout_scale": "yes"}, "adapter.rank_dropout_scale is the text 'yes'"),
         ({"method": "vera", "d_initial": 0.0}, "adapter.d_initial is 0.0"),
         ({"method": "vera", "vera_dropout": float("nan")}, "adapter.vera_dropout is nan"),
         ({"method": "vera", "projection_prng_key": 2**64}, "adapter.projection_prng_key is"),

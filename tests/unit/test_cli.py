@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import ray
-import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
@@ -20,6 +19,7 @@ from emloc_ray import pipeline
 from emloc_ray.cli import app
 from emloc_ray.errors import NumericsError
 from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.io.yaml_text import write_yaml
 
 ROWS = [{"prompt": f"add {i}: ", "completion": f"it is {i}"} for i in range(20)]
 VERBS = ["run", "calibrate", "factorize", "heal", "finetune", "correct", "merge", "evaluate", "validate", "plan"]
@@ -33,7 +33,7 @@ class Call(NamedTuple):
     values: dict[str, Any]
 
     def __call__(self, verb: str, *arguments: str) -> Result:
-        self.config.write_text(yaml.safe_dump(self.values))
+        self.config.write_text(write_yaml(self.values))
         return invoke(verb, str(self.config), *arguments)
 
 

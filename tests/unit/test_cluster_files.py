@@ -18,7 +18,6 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import pytest
-import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
@@ -26,6 +25,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from typer.testing import CliRunner
 
 from emloc_ray.cli import app
+from emloc_ray.io.yaml_text import read_yaml
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -43,7 +43,7 @@ ON_A_CLUSTER = sorted(path.name for path in CLUSTER.iterdir() if path.suffix in 
 
 
 def load(name: str) -> Any:
-    return yaml.safe_load((CLUSTER / f"{name}.yaml").read_text())
+    return read_yaml((CLUSTER / f"{name}.yaml").read_text())
 
 
 def cluster_spec(name: str) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def test_a_token_is_asked_for_and_secrets_come_from_outside(name: str) -> None:
 def test_manifests_against_kuberays_own_schemas(name: str) -> None:
     text = (Path(os.environ["KUBERAY_CRDS"]) / f"ray.io_{name}s.yaml").read_text()
     versions = {
-        version["name"]: version["schema"]["openAPIV3Schema"] for version in yaml.safe_load(text)["spec"]["versions"]
+        version["name"]: version["schema"]["openAPIV3Schema"] for version in read_yaml(text)["spec"]["versions"]
     }
     schema = closed(versions["v1"])
     schema["properties"]["metadata"] = {"type": "object"}

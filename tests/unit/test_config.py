@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from pydantic import ValidationError
 
 from emloc_ray.config import AdapterConfig, RayConfig, RunConfig
 from emloc_ray.config_reading import load_config, parse_config
 from emloc_ray.errors import ConfigError
+from emloc_ray.io.yaml_text import write_yaml
 
 MINIMAL: dict[str, Any] = {
     "run_dir": "runs/x",
@@ -43,7 +43,7 @@ def error_of(**sections: Any) -> str:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(MINIMAL))
+    file.write_text(write_yaml(MINIMAL))
     return file
 
 
@@ -244,6 +244,39 @@ def test_every_unknown_training_argument_is_told() -> None:
     assert "finetune.seed" in text
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("finetune", "bf16", "yes"),
+        ("finetune", "gradient_checkpointing_kwargs.use_reentrant", "no"),
+        ("finetune", "liger_kernel_config.rope", "Off"),
+        ("ray", "log_to_driver", "no"),
+        ("ray", "runtime_env.eager_install", "off"),
+        ("adapter", "init_weights", "no"),
+    ],
+)
+def test_a_text_is_never_passed_on_as_true(path: Path, section: str, key: str, value: str) -> None:
+    overrides = ["adapter={method: vera}"] if section == "adapter" else []
+    with pytest.raises(ConfigError, match=rf"{section}\.{key} is the text '{value}': write true or false\."):
+        load_config(path, [*overrides, f"{section}.{key}={value}"])
+    load_config(path, [*overrides, f"{section}.{key}=false"])
+
+
+def test_yes_and_no_are_text_where_text_is_meant(path: Path) -> None:
+    made = load_config(
+        path,
+        [
+            "finetune.save_strategy=no",
+            "ray.runtime_env.env_vars.DEBUG=on",
+            "adapter={method: lokr, init_weights: lycoris}",
+            "finetune.gradient_checkpointing=no",
+        ],
+    )
+    assert made.finetune.model_extra == {"save_strategy": "no"}
+    assert made.finetune.gradient_checkpointing is False
+    assert made.ray.init_options == {"runtime_env": {"env_vars": {"DEBUG": "on"}}}
+
+
 def test_ray_init_arguments_pass_through() -> None:
     made = config(ray={"num_cpus": 2, "object_store_memory": 10**8})
     assert made.ray.init_options == {"num_cpus": 2, "object_store_memory": 10**8}
@@ -345,19 +378,30 @@ def test_a_key_that_is_no_string(section: str) -> None:
     assert f"{section}.1 is 1: keys should be strings." in error_of(**{section: {1: 1}})
 
 
-def test_a_key_that_is_there_twice_is_told(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("run_dir: x\nadapter: {r: 4}\nadapter: {r: 8}\n")
-    with pytest.raises(ConfigError, match=r"the key adapter is there twice.*line"):
+@pytest.mark.parametrize(
+    ("text", "line", "what"),
+    [
+        ("run_dir: x\nadapter: {r: 4}\nadapter: {r: 8}\n", 3, 'there is a second key "adapter"'),
+        ("ray:\n  _redis_password: hush\n  _redis_password: hush\n", 3, 'there is a second key "_redis_password"'),
+        ("run_dir: x\nmodel:\n\tsource: y\n", 3, "there is a tab where YAML takes only spaces"),
+        ("run_dir: 2024-13-45\n", None, "month must be in"),
+    ],
+)
+def test_a_fault_in_the_yaml_names_its_file_and_line(tmp_path: Path, text: str, line: int | None, what: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
         load_config(tmp_path / "a.yaml")
+    assert f"a.yaml is not YAML ({f'line {line}: ' if line else ''}{what}" in str(caught.value)
+    assert "hush" not in str(caught.value)
 
 
 def test_merge_keys_bring_another_section_s(tmp_path: Path) -> None:
-    text = f"{yaml.safe_dump(MINIMAL)}calibration: &two {{num_workers: 2}}\nmerge: {{<<: *two, cpus_per_worker: 3}}\n"
+    text = f"{write_yaml(MINIMAL)}calibration: &two {{num_workers: 2}}\nmerge: {{<<: *two, cpus_per_worker: 3}}\n"
     (tmp_path / "a.yaml").write_text(text)
     made = load_config(tmp_path / "a.yaml")
     assert (made.calibration.num_workers, made.merge.num_workers, made.merge.cpus_per_worker) == (2, 2, 3)
     (tmp_path / "a.yaml").write_text(text.replace("cpus_per_worker: 3", "cpus_per_worker: 3, cpus_per_worker: 4"))
-    with pytest.raises(ConfigError, match=r"the key cpus_per_worker is there twice"):
+    with pytest.raises(ConfigError, match=r"line \d+: there is a second key .cpus_per_worker"):
         load_config(tmp_path / "a.yaml")
 
 

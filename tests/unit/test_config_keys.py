@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import yaml
 
 from emloc_ray.config import RunConfig
 from emloc_ray.config_keys import KeySection, config_keys
 from emloc_ray.config_reading import parse_config
 from emloc_ray.errors import ConfigError
+from emloc_ray.io.yaml_text import read_yaml
 
 NEEDED: dict[str, Any] = {"run_dir": "r", "model": {"source": "m"}, "data": {"train": {"path": "rows.jsonl"}}}
 
@@ -30,7 +30,7 @@ def test_every_key_is_explained_and_can_be_set_to_what_holds_without_it(section:
     for key in section.keys:
         if key.values == "section" or key.default is None:
             continue
-        own = {key.name: yaml.safe_load(key.default)}
+        own = {key.name: read_yaml(key.default)}
         values = {section.name: {**NEEDED.get(section.name, {}), **own}} if section.name else own
         assert parse_config(NEEDED | values).model_dump() == before, key
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from safetensors.torch import load_file, save_file
 from small_runs import write_jsonl
 from vlms import save_vlm
 
 from emloc_ray.config_reading import parse_config
 from emloc_ray.errors import ConfigError
+from emloc_ray.io.yaml_text import read_yaml
 from emloc_ray.memory import MemoryModel, total
 from emloc_ray.modeling.matching import matches
 from emloc_ray.planner import make_plan, row_lengths
@@ -69,7 +69,7 @@ def test_virtual_tokens_do_not_go_with_images(prepared: Make, method: str) -> No
 def test_the_readme_s_example_is_right(prepared: Make) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     block = str(re.findall(r"```yaml\n(data: \{format: messages.*?)```", readme, re.DOTALL)[0])
-    values = yaml.safe_load(block)
+    values = read_yaml(block)
     row = json.loads(re.findall("# train.jsonl: (.*)", block)[0])
     data = {key: value for key, value in values["data"].items() if key != "train"}
     for family in ("LLaVA", "InternVL"):

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+
+from emloc_ray.io.yaml_text import write_yaml
 
 Write = Callable[..., Path]
 RATIO = "emulator.compression_ratio"
@@ -20,7 +21,7 @@ def write(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Write:
     def written(**keys: Any) -> Path:
         base = {"model": {"source": str(tiny_model_dir())}, "data": {"max_seq_length": 64}}
         base |= {"calibration": {"num_calibration_samples": 64}, "correction": {"method": "projection"}}
-        (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+        (tmp_path / "base.yaml").write_text(write_yaml(base))
         values = {
             "base": "base.yaml",
             "run_dir": str(tmp_path / "run"),
@@ -35,7 +36,7 @@ def write(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Write:
             "grid": {RATIO: [0.5, 0.25]},
         }
         values = {key: value for key, value in {**values, **keys}.items() if value is not None}
-        (tmp_path / "try.yaml").write_text(yaml.safe_dump(values))
+        (tmp_path / "try.yaml").write_text(write_yaml(values))
         return tmp_path / "try.yaml"
 
     return written

@@ -13,7 +13,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -26,6 +25,7 @@ from emloc_ray.config import RayConfig
 from emloc_ray.config_reading import load_config, parse_config, read_values
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.object_store import below
+from emloc_ray.io.yaml_text import write_yaml
 
 BASE: dict[str, Any] = {
     "run_dir": "runs/one",
@@ -41,14 +41,12 @@ Write = Callable[..., Path]
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
     """Writes a batch file of keys beside its base; gives its path."""
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE))
+    (tmp_path / "base.yaml").write_text(write_yaml(BASE))
 
     def written(**keys: Any) -> Path:
         file = tmp_path / "batch.yaml"
         values = {"base": "base.yaml", "run_dir": "runs/many", **keys}
-        file.write_text(
-            yaml.safe_dump({key: value for key, value in values.items() if value is not None}, sort_keys=False)
-        )
+        file.write_text(write_yaml({key: value for key, value in values.items() if value is not None}))
         return file
 
     return written
@@ -384,7 +382,7 @@ def test_a_batch_file_that_is_none(tmp_path: Path) -> None:
 
 def test_a_config_s_base_is_looked_for_beside_it_and_overridden(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE))
+    (tmp_path / "base.yaml").write_text(write_yaml(BASE))
     (tmp_path / "deep" / "mid.yaml").write_text("base: ../base.yaml\nadapter:\n  rank_pattern: {k_proj: 3}\ndata:\n")
     (tmp_path / "top.yaml").write_text("base: deep/mid.yaml\nseed: 1\ndata: {train: {path: top.jsonl}, eval: null}\n")
     made = load_config(tmp_path / "top.yaml", ["adapter.r=6"])
@@ -394,7 +392,7 @@ def test_a_config_s_base_is_looked_for_beside_it_and_overridden(tmp_path: Path) 
 
 
 def test_sections_that_share_an_alias_are_overridden_apart(tmp_path: Path) -> None:
-    text = yaml.safe_dump(BASE) + "merge: &two {num_workers: 2}\nevaluation: *two\n"
+    text = write_yaml(BASE) + "merge: &two {num_workers: 2}\nevaluation: *two\n"
     (tmp_path / "a.yaml").write_text(text)
     made = load_config(tmp_path / "a.yaml", ["merge.num_workers=4"])
     assert (made.merge.num_workers, made.evaluation.num_workers) == (4, 2)
@@ -427,7 +425,7 @@ def test_a_base_that_is_missing_or_its_own_shows_the_chain(write: Write, tmp_pat
 
 def test_the_base_s_own_errors_are_told_once_without_tasks(write: Write, tmp_path: Path) -> None:
     wrong = {**BASE, "adapter": {"r": 0}, "finetune": {"max_stps": 3}, "data": {"format": "text"}}
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(wrong))
+    (tmp_path / "base.yaml").write_text(write_yaml(wrong))
     rows = [{"name": f"t{n}", "data.train.path": f"{n}.jsonl"} for n in range(50)]
     assert errors(write(tasks=rows)) == [
         f"{tmp_path}/base.yaml: adapter.r is 0: input should be greater than or equal to 1.",
@@ -478,8 +476,8 @@ def test_each_base_is_read_once(write: Write, monkeypatch: pytest.MonkeyPatch) -
 
 def test_one_ray_serves_the_batch(write: Write, tmp_path: Path) -> None:
     (tmp_path / "same.yaml").write_text("base: base.yaml\n")
-    (tmp_path / "none.yaml").write_text(yaml.safe_dump({**BASE, "ray": None}))
-    (tmp_path / "other.yaml").write_text(yaml.safe_dump({**BASE, "ray": {"address": "auto"}}))
+    (tmp_path / "none.yaml").write_text(write_yaml({**BASE, "ray": None}))
+    (tmp_path / "other.yaml").write_text(write_yaml({**BASE, "ray": {"address": "auto"}}))
     rows = [{"name": name, "base": f"{name}.yaml"} for name in ("same", "none", "other")]
     assert {task.config.ray for task in read_batch(write(tasks=rows[:2])).tasks} == {RayConfig(num_cpus=2)}
     said = error(write(tasks=rows))
@@ -586,7 +584,7 @@ def test_everything_that_is_wrong_is_told_at_once(write: Write, tmp_path: Path) 
         ("t.jsonl", b'{"name": "a"}\n{"name"\n', "t.jsonl, row 2: not JSON"),
         ("t.jsonl", b'{"name": "a"}\n3\n', "t.jsonl, row 2: int instead of an object"),
         ("t.csv", b"name,seed\na\n", "t.csv cannot be read as csv (row 1 has 1 values, the header 2)"),
-        ("t.csv", b"name,seed\na,[1\n", "t.csv, row 1: seed is '[1', which is not YAML: mend it."),
+        ("t.csv", b"name,seed\na,[1\n", "t.csv, row 1: seed is '[1', which is not YAML: fix it."),
     ],
 )
 def test_a_table_that_is_none(write: Write, tmp_path: Path, name: str, content: bytes | None, complaint: str) -> None:

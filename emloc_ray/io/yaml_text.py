@@ -1,0 +1,60 @@
+"""YAML 1.2, as configs are written: ``yes``, ``no``, ``on`` and ``off`` are text, ``1e-4`` is a number."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import BaseConstructor, DuplicateKeyError, SafeConstructor
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode
+
+_MERGE = "tag:yaml.org,2002:merge"  # <<, which brings another mapping's keys
+
+
+class _Constructor(SafeConstructor):
+    """ruamel itself lets equal keys pass in a mapping that has a merge key."""
+
+    def flatten_mapping(self, node: Any) -> Any:
+        own = [pair for pair in node.value if pair[0].tag != _MERGE]
+        if len(own) < len(node.value):
+            BaseConstructor.construct_mapping(self, MappingNode(node.tag, own, node.start_mark))
+        super().flatten_mapping(node)
+
+
+def read_yaml(text: str) -> Any:
+    """The value of a text that holds one document.
+
+    Raises:
+        ValueError: with the line and what is wrong there, such as a tab or the second of two equal keys; shows no value.
+    """
+    yaml = YAML(typ="safe", pure=True, plug_ins=[])
+    yaml.Constructor = _Constructor
+    try:
+        return yaml.load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise ValueError(f"{line}{_problem(error)}") from error
+    except YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def write_yaml(value: Any) -> str:
+    """A value as a YAML document, keys in their order."""
+    yaml = YAML(typ="safe", pure=True, plug_ins=[])
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    stream = io.StringIO()
+    yaml.dump(value, stream)
+    return stream.getvalue()
+
+
+def _problem(error: MarkedYAMLError) -> str:
+    problem = str(error.problem)
+    if isinstance(error, DuplicateKeyError):  # its own words hold both values, of which one may be a secret
+        return problem.replace("found duplicate", "there is a second").partition(" with value ")[0]
+    if r"'\t'" in problem:
+        return "there is a tab where YAML takes only spaces"
+    return " ".join(f"{error.context or ''} {problem}".split())
