@@ -1,14 +1,16 @@
 """emloc_ray: fine-tune a large model through a small emulator of it, on Ray (EMLoC, arXiv 2506.12015).
 
-Importing this package registers the emulator's model type with transformers, so that Auto classes open an emulator
-directory. That imports transformers and torch (2 to 4 s on a cold start); ray is imported by the stages only.
+Importing this package lets transformers' Auto classes open an emulator directory, whichever of the two is imported first.
+It imports neither transformers, torch nor ray (some 0.1 s): the emulator's model type is registered when transformers'
+Auto classes are loaded, and the public names below are imported when they are first asked for.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from emloc_ray.modeling.emulator import register as _register
+from wrapt import register_post_import_hook
 
 if TYPE_CHECKING:
     from emloc_ray.config import RunConfig
@@ -42,12 +44,12 @@ __all__ = [
     "run",
 ]
 
-_register()
+_TYPE, _AUTO = "emloc_ray.modeling.emulator_type", "transformers.models.auto"
+register_post_import_hook(f"{_TYPE}:register_config", f"{_AUTO}.configuration_auto")
+register_post_import_hook(f"{_TYPE}:register_models", f"{_AUTO}.modeling_auto")
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'emloc_ray' has no attribute {name!r}")
-    import importlib
-
     return getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -124,7 +124,7 @@ def show_batch(console: Console, run: Any, watch: bool) -> None:
 
     if watch:
         with Live(table(), console=console, auto_refresh=False) as live:
-            while run.holder() is not None:
+            while not console.quiet and run.holder() is not None:
                 live.update(table(), refresh=True)
                 time.sleep(1)
     console.print(table())

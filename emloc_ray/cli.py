@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import sys
 import time
 from collections.abc import Callable
 from enum import Enum
@@ -37,8 +35,19 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class _Console(Console):
+    """Goes silent where its reader has left (``emloc-ray keys | head``); a run goes on to its end and its exit code."""
+
+    def on_broken_pipe(self) -> None:
+        """Writes nothing from now on, also at exit, when Python flushes what is left."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+console = _Console(highlight=False)
+errors = _Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class Stage(str, Enum):
@@ -230,7 +239,7 @@ def status(
         if of_many:
             show_batch(console, run, watch)
             return
-        while watch and run.holder() is not None:
+        while watch and not console.quiet and run.holder() is not None:
             console.clear()
             _show_status(run)
             time.sleep(1)
@@ -345,10 +354,6 @@ def fetch(
 
 def main() -> None:
     """The ``emloc-ray`` command."""
-    # A hub that cannot be reached is told by us, in one sentence.
+    # emloc_ray says in one sentence that the hub cannot be reached.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks when it is imported, which others do
-    try:
-        app()
-    except BrokenPipeError:
-        sys.exit(0)
+    app()

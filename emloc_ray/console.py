@@ -6,7 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,8 +15,9 @@ from rich.table import Table
 
 from emloc_ray.config_keys import KeySection
 from emloc_ray.core.ranks import factor_parameters
-from emloc_ray.memory import total
-from emloc_ray.planner import Plan
+
+if TYPE_CHECKING:
+    from emloc_ray.planner import Plan
 
 _NO_BREAK = "\u00a0"
 _VERBS = {
@@ -232,6 +233,8 @@ def _shape_table(plan: Plan) -> Table:
 
 
 def _stage_table(plan: Plan) -> Table:
+    from emloc_ray.memory import total
+
     table = Table(title="Stages (predicted)", title_justify="left")
     for column in ("stage", "workers", "CPUs each", "GPUs each", "memory each", "disk", "time"):
         table.add_column(column, justify="left" if column == "stage" else "right")
@@ -252,6 +255,8 @@ def _stage_table(plan: Plan) -> Table:
 
 
 def _memory_table(plan: Plan) -> Table:
+    from emloc_ray.memory import total
+
     table = Table(title=f"Memory of one worker (predicted), calibration {plan.calibration_mode}", title_justify="left")
     table.add_column("stage")
     table.add_column("together", justify="right", no_wrap=True)

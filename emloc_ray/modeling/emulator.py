@@ -7,22 +7,19 @@ raises, instead of loading random weights into dense layers.
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from emloc_ray.core.pivoting import stored_product
 from emloc_ray.core.ranks import Storage
+from emloc_ray.modeling.emulator_type import EmulatorModelConfig
 from emloc_ray.modeling.experts import unfuse
 from emloc_ray.modeling.quantization import module_weight
-
-AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM")
 
 
 class FactorizedLinear(nn.Module):
@@ -90,32 +87,6 @@ class _Reordered(torch.autograd.Function):
         return grad.gather(-1, ctx.order.argsort().expand_as(grad)), None
 
 
-class EmulatorModelConfig(PreTrainedConfig):
-    """``base_config``: the original's config as a dict; ``ranks``: module name to rank; dense modules are left out.
-
-    ``storage``: how factors are stored, ``factors`` or ``pivoted``.
-    """
-
-    model_type = "emloc_emulator"
-
-    def __init__(
-        self,
-        base_config: dict[str, Any] | None = None,
-        ranks: dict[str, int] | None = None,
-        storage: Storage = "factors",
-        **kwargs: Any,
-    ) -> None:
-        self.base_config = base_config or {}
-        self.ranks = ranks or {}
-        self.storage = storage
-        super().__init__(**kwargs)
-
-    def original(self) -> Any:
-        """The original's config, as its own class."""
-        values = copy.deepcopy(self.base_config)
-        return AutoConfig.for_model(values.pop("model_type"), **values)
-
-
 def factorize_modules(model: nn.Module, ranks: dict[str, int], storage: Storage = "factors") -> None:
     """Replaces each named linear by an untrained :class:`FactorizedLinear` of that rank, in place; or a pivoted one."""
     made = PivotedLinear if storage == "pivoted" else FactorizedLinear
@@ -180,42 +151,6 @@ def write_emulator_config(
         "base_config": json.loads(json.dumps(base, default=str)),
     }
     write_json(directory / "config.json", values)
-
-
-def _auto_model_class(auto_name: str) -> type[Any]:
-    auto = getattr(transformers, auto_name)
-
-    class EmulatorModel(PreTrainedModel):
-        config_class = EmulatorModelConfig
-
-        @classmethod
-        def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
-            """Loads the emulator in ``path`` as the original's own class with factorized linears."""
-            original = config.original()
-            base = auto._model_mapping[type(original)]
-            base = base[0] if isinstance(base, tuple) else base
-            asked = [kwargs.pop(key) for key in ("dtype", "torch_dtype") if kwargs.get(key) is not None]
-            kwargs["dtype"] = next((dtype for dtype in asked if dtype != "auto"), original.dtype or "auto")
-            # The Auto class has put it into the config, which is not the one that the model reads.
-            if config._attn_implementation is not None:
-                kwargs.setdefault("attn_implementation", config._attn_implementation)
-            found = emulator_class(base, config).from_pretrained(path, *args, config=original, **kwargs)
-            model = found[0] if isinstance(found, tuple) else found  # beside what its loading told
-            if getattr(model, "is_loaded_in_4bit", False):
-                from emloc_ray.modeling.four_bit_linear import compute_exactly
-
-                compute_exactly(model)
-            return found
-
-    EmulatorModel.__name__ = EmulatorModel.__qualname__ = auto_name.replace("AutoModel", "Emulator")
-    return EmulatorModel
-
-
-def register() -> None:
-    """Makes transformers' Auto classes open emulators; done once, when ``emloc_ray`` is imported."""
-    AutoConfig.register(EmulatorModelConfig.model_type, EmulatorModelConfig, exist_ok=True)
-    for name in AUTO_CLASSES:
-        getattr(transformers, name).register(EmulatorModelConfig, _auto_model_class(name), exist_ok=True)
 
 
 def dense_weight(module: Any, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -19,13 +19,13 @@ from transformers.pytorch_utils import Conv1D
 
 from emloc_ray.modeling.architecture import block_linears
 from emloc_ray.modeling.emulator import (
-    EmulatorModelConfig,
     FactorizedLinear,
     PivotedLinear,
     dense_weight,
     factorize_modules,
     write_emulator_config,
 )
+from emloc_ray.modeling.emulator_type import EmulatorModelConfig
 from emloc_ray.modeling.experts import unfuse
 
 IDS = torch.randint(2, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(0))

@@ -1,0 +1,88 @@
+"""The emulator's model type: its config, and its registration with transformers' Auto classes.
+
+``import emloc_ray`` has both functions below called as soon as transformers' Auto modules are imported, or at once where
+they are. The factorized model itself is imported only when an emulator is opened.
+"""
+
+from __future__ import annotations
+
+import copy
+from types import ModuleType
+from typing import Any
+
+from transformers.configuration_utils import PreTrainedConfig
+
+from emloc_ray.core.ranks import Storage
+
+_AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM")
+
+
+class EmulatorModelConfig(PreTrainedConfig):
+    """``base_config``: the original's config as a dict; ``ranks``: module name to rank; dense modules are left out.
+
+    ``storage``: how factors are stored, ``factors`` or ``pivoted``.
+    """
+
+    model_type = "emloc_emulator"
+
+    def __init__(
+        self,
+        base_config: dict[str, Any] | None = None,
+        ranks: dict[str, int] | None = None,
+        storage: Storage = "factors",
+        **kwargs: Any,
+    ) -> None:
+        self.base_config = base_config or {}
+        self.ranks = ranks or {}
+        self.storage = storage
+        super().__init__(**kwargs)
+
+    def original(self) -> Any:
+        """The original's config, as its own class."""
+        from transformers import AutoConfig
+
+        values = copy.deepcopy(self.base_config)
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def register_config(auto: ModuleType) -> None:
+    """Makes ``AutoConfig`` read an emulator's config; ``auto`` is ``transformers.models.auto.configuration_auto``."""
+    auto.AutoConfig.register(EmulatorModelConfig.model_type, EmulatorModelConfig, exist_ok=True)
+
+
+def register_models(auto: ModuleType) -> None:
+    """Makes the Auto classes open emulators; ``auto`` is ``transformers.models.auto.modeling_auto``."""
+    for name in _AUTO_CLASSES:
+        auto_class = getattr(auto, name)
+        auto_class.register(EmulatorModelConfig, _model_class(auto_class), exist_ok=True)
+
+
+def _model_class(auto: Any) -> type[Any]:
+    """What an Auto class opens an emulator with."""
+
+    class EmulatorModel:
+        config_class = EmulatorModelConfig
+
+        @classmethod
+        def from_pretrained(cls, path: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
+            """Loads the emulator in ``path`` as the original's own class with factorized linears."""
+            from emloc_ray.modeling.emulator import emulator_class
+
+            original = config.original()
+            base = auto._model_mapping[type(original)]
+            base = base[0] if isinstance(base, tuple) else base
+            asked = [kwargs.pop(key) for key in ("dtype", "torch_dtype") if kwargs.get(key) is not None]
+            kwargs["dtype"] = next((dtype for dtype in asked if dtype != "auto"), original.dtype or "auto")
+            # The Auto class has put it into the config, which is not the one that the model reads.
+            if config._attn_implementation is not None:
+                kwargs.setdefault("attn_implementation", config._attn_implementation)
+            loaded = emulator_class(base, config).from_pretrained(path, *args, config=original, **kwargs)
+            model = loaded[0] if isinstance(loaded, tuple) else loaded  # with ``output_loading_info``
+            if getattr(model, "is_loaded_in_4bit", False):
+                from emloc_ray.modeling.four_bit_linear import compute_exactly
+
+                compute_exactly(model)
+            return loaded
+
+    EmulatorModel.__name__ = EmulatorModel.__qualname__ = auto.__name__.replace("AutoModel", "Emulator")
+    return EmulatorModel
