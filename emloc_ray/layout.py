@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
-from emloc_ray.config import AdapterConfig, RunConfig
 from emloc_ray.core.ranks import Storage, rank_for_ratio
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.adapter import portable_targets
@@ -27,6 +26,9 @@ from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.matching import ALL_LINEAR, Patterns, check_table, lookup, matches, select
 from emloc_ray.modeling.quantization import replaceable_linears
 from emloc_ray.modeling.replay import block_flow
+
+if TYPE_CHECKING:
+    from emloc_ray.config import AdapterConfig, RunConfig
 
 Result = TypeVar("Result")
 

@@ -8,10 +8,10 @@ its first call (some 15 MiB), and what its kernels pack weights into.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 
-from emloc_ray.healing import healing_run
 from emloc_ray.io.shard_writing import chunk_limit
 from emloc_ray.io.teacher_shards import BYTES_PER_LOGIT, rows_per_shard
 from emloc_ray.machine import available_bytes, gpu_bytes
@@ -20,7 +20,9 @@ from emloc_ray.modeling.adapter_methods import update_rank
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.loss import chunk_tokens
 from emloc_ray.modeling.quantization import quantized_bytes
-from emloc_ray.preparation import Prepared
+
+if TYPE_CHECKING:
+    from emloc_ray.preparation import Prepared
 
 Parts = dict[str, float]  # bytes by what holds them
 
@@ -200,6 +202,8 @@ class MemoryModel:
         healing = self.config.emulator.heals
         if healing is None:
             return {}
+        from emloc_ray.healing import healing_run  # which needs the config: the rest plans from shapes alone
+
         run = healing_run(self.prepared, healing)
         return MemoryModel(run, self.lengths, self.multiples).finetune(DIVERGENCE_COPIES)
 

@@ -17,13 +17,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.digests import digest, noted_digest
 from emloc_ray.io.node_copies import MARK, alone, make_room, note_of, open_copy, write_note, write_small
-from emloc_ray.io.object_store import ObjectStore
+
+if TYPE_CHECKING:
+    from emloc_ray.io.object_store import ObjectStore
 
 _CONNECTIONS = 8
 _MAX_NAME = 255
@@ -50,6 +52,8 @@ class Origin:
 
 @functools.lru_cache(maxsize=16)
 def _store(uri: str) -> ObjectStore:
+    from emloc_ray.io.object_store import ObjectStore  # pyarrow: no run on a file system needs it
+
     return ObjectStore(uri)
 
 

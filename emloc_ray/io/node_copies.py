@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import quote
 
-from pydantic import ByteSize, TypeAdapter, ValidationError
-
 from emloc_ray.errors import ConfigError
 
 MARK = "store="
@@ -121,6 +119,8 @@ def _held(cache: Path) -> int:
 
 @functools.cache
 def _bytes(size: str) -> int:
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
     try:
         return int(TypeAdapter(ByteSize).validate_python(size))
     except ValidationError as error:

@@ -29,7 +29,6 @@ from peft.utils import (
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
 )
-from pydantic import Field
 
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.architecture import LinearSpec
@@ -68,14 +67,14 @@ _ELSEWHERE = {
 }
 
 # What PEFT leaves unsaid of its fields, or says in the middle of a run.
-_BOUNDS = {
-    "alpha": Field(gt=0),
-    "rank_dropout": Field(ge=0, lt=1),
-    "module_dropout": Field(ge=0, lt=1),
-    "vera_dropout": Field(ge=0, lt=1),
-    "d_initial": Field(gt=0, allow_inf_nan=False),
-    "projection_prng_key": Field(ge=0, lt=2**63),
-    "num_virtual_tokens": Field(ge=1),
+_BOUNDS: dict[str, dict[str, Any]] = {
+    "alpha": {"gt": 0},
+    "rank_dropout": {"ge": 0, "lt": 1},
+    "module_dropout": {"ge": 0, "lt": 1},
+    "vera_dropout": {"ge": 0, "lt": 1},
+    "d_initial": {"gt": 0, "allow_inf_nan": False},
+    "projection_prng_key": {"ge": 0, "lt": 2**63},
+    "num_virtual_tokens": {"ge": 1},
 }
 
 
@@ -98,7 +97,9 @@ def method_fields(method: str) -> dict[str, Any]:
 
 def _narrowed(name: str, hint: Any) -> Any:
     if name in _BOUNDS:
-        return typing.Annotated[hint, _BOUNDS[name]]
+        from pydantic import Field  # what trains an adapter needs no config
+
+        return typing.Annotated[hint, Field(**_BOUNDS[name])]
     options = typing.get_args(hint)
     named = [option for option in options if isinstance(option, type) and issubclass(option, enum.Enum)]
     return named[0] if named and str in options else hint

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from emloc_ray.data.processors import example
 from emloc_ray.errors import StageError
 from emloc_ray.io.checkpoint import Checkpoint
 from emloc_ray.modeling.architecture import (
@@ -175,6 +174,8 @@ class BlockReplay:
         device: str | None = None,
     ) -> None:
         """Raises ArtifactError where the checkpoint lacks a weight that the pass needs."""
+        from emloc_ray.data.processors import example  # pyarrow: planning reads only what follows what
+
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.checkpoint = Checkpoint(directory)
         config = load_config(directory, trust_remote_code=trust_remote_code)
