@@ -21,13 +21,13 @@ from typing import Any
 
 from emloc_ray.errors import ArtifactError, DamagedArtifactError, EmlocError, Stopped
 from emloc_ray.io.cache_place import FORMAT, CachePlace
+from emloc_ray.io.digests import digest_of
 from emloc_ray.io.node_cache import discard, open_artifact, origin, sizes
 from emloc_ray.io.transfer import transfer
 
 _FILES = "files"
 _POLL_S = 0.2
 _CONNECTIONS = 8
-_CHUNK = 2**22
 _SWEEP_S = 3600.0  # between two looks of a process at all that is there for what killed ones left
 Files = Mapping[str, Mapping[str, Any]]
 
@@ -295,11 +295,8 @@ def _parsed(content: bytes, used_at: float) -> Entry | None:
 
 
 def _digest(path: Path) -> str:
-    total = hashlib.sha256()
     with open_artifact(path) as (stream, _):
-        while chunk := stream.read(_CHUNK):
-            total.update(chunk)
-    return total.hexdigest()
+        return digest_of(stream)
 
 
 def _run_name(root: Path) -> str:

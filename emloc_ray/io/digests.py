@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 _CHUNK = 2**22
 _ATTRIBUTE = "user.sha256"
@@ -15,10 +15,15 @@ _ATTRIBUTE = "user.sha256"
 
 def digest(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
-    total = hashlib.sha256()
     with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            total.update(chunk)
+        return digest_of(stream)
+
+
+def digest_of(stream: IO[bytes]) -> str:
+    """The SHA-256 of what a stream holds from here on, in hexadecimal."""
+    total = hashlib.sha256()
+    while chunk := stream.read(_CHUNK):
+        total.update(chunk)
     return total.hexdigest()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.digests import digest
 from emloc_ray.io.object_store import ObjectStore, below
+from emloc_ray.io.replacing import replacing
 from emloc_ray.io.run_directory import MANIFEST, RunDirectory
 
 _CONNECTIONS = 8
@@ -92,8 +92,6 @@ def _is_same(file: Path, info: Any) -> bool:
 
 
 def _copy(store: ObjectStore, info: Any, file: Path) -> int:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
-    store.download(info, temporary)
-    os.replace(temporary, file)
+    with replacing(file) as temporary:
+        store.download(info, temporary)
     return int(info.size)

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from emloc_ray.io.digests import digest, noted_digest
 
@@ -22,8 +22,7 @@ def fingerprint_files(files: Iterable[Path]) -> str:
     """A hash of names and contents, in the order given."""
     total = hashlib.sha256()
     for file in files:
-        with file.open("rb") as stream:
-            total.update(file.name.encode() + _digest(stream))
+        total.update(file.name.encode() + bytes.fromhex(digest(file)))
     return total.hexdigest()[:16]
 
 
@@ -70,10 +69,3 @@ def _hub_digest(file: Path) -> str | None:
     """The SHA-256 by which the hub's cache names a large file (huggingface.co/docs/huggingface_hub/guides/manage-cache)."""
     name = file.resolve().name if file.is_symlink() else ""
     return name if re.fullmatch("[0-9a-f]{64}", name) else None
-
-
-def _digest(stream: BinaryIO) -> bytes:
-    digest = hashlib.sha256()
-    while chunk := stream.read(2**22):
-        digest.update(chunk)
-    return digest.digest()

@@ -23,6 +23,7 @@ from urllib.parse import quote, unquote
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.digests import digest, noted_digest
 from emloc_ray.io.node_copies import MARK, alone, make_room, note_of, open_copy, write_note, write_small
+from emloc_ray.io.replacing import replacing
 
 if TYPE_CHECKING:
     from emloc_ray.io.object_store import ObjectStore
@@ -120,7 +121,6 @@ def ensure(path: Path, *, weights: bool = True) -> None:
     if here is None:
         return
     if here.is_plain and (content := here.store.read(here.path)) is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_small(path, content)
         return
     found = _stored(here, path)
@@ -140,18 +140,10 @@ def _ensure_file(file: Path, info: Any) -> None:
         if copy is not None:
             copy.close()
             return
-        file.parent.mkdir(parents=True, exist_ok=True)
         make_room(here.root, info.size)
-        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")
-        os.close(handle)
-        try:
-            here.store.download(info, Path(temporary))
-            status = os.stat(temporary)
-            os.replace(temporary, file)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
+        with replacing(file, durable=False) as temporary:
+            here.store.download(info, temporary)
+            status = temporary.stat()
         write_note(here.note, info.base_name, status)
 
 
@@ -243,11 +235,16 @@ def sizes(path: Path) -> dict[Path, int]:
     return found
 
 
-def discard(path: Path) -> None:
-    """Removes a file or directory, for all nodes."""
+def forget(path: Path) -> None:
+    """Removes a file or directory from the store that it mirrors; this node's copy stays."""
     here = origin(path)
     if here is not None:
         here.store.remove(here.path)
+
+
+def discard(path: Path) -> None:
+    """Removes a file or directory, for all nodes."""
+    forget(path)
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

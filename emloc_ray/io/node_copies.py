@@ -11,7 +11,6 @@ import fcntl
 import functools
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import IO
 from urllib.parse import quote
 
 from emloc_ray.errors import ConfigError
+from emloc_ray.io.replacing import replacing
 
 MARK = "store="
 _VERSIONS = ".versions"
@@ -50,7 +50,6 @@ def open_copy(note: Path, file: Path, version: str) -> IO[bytes] | None:
 
 def write_note(note: Path, version: str, status: os.stat_result) -> None:
     """Notes the version of the file of this status."""
-    note.parent.mkdir(parents=True, exist_ok=True)
     write_small(note, " ".join([version, *_identity(status)]).encode())
 
 
@@ -69,10 +68,8 @@ def _identity(status: os.stat_result) -> list[str]:
 
 def write_small(path: Path, content: bytes) -> None:
     """Writes a file that appears whole; a crash of the machine may lose it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-    os.replace(temporary, path)
+    with replacing(path, durable=False) as temporary:
+        temporary.write_bytes(content)
 
 
 @contextlib.contextmanager

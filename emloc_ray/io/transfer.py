@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
 import os
 import shutil
 import tempfile
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from emloc_ray.errors import DamagedArtifactError
 from emloc_ray.io.digests import HashingWriter, note_digest
 from emloc_ray.io.node_cache import Origin, discard, origin
+from emloc_ray.io.replacing import replacing
 
 _CHUNK = 2**22
 # What S3 copies in one request: https://docs.aws.amazon.com/AmazonS3/latest/API/API_CopyObject.html
@@ -47,10 +45,8 @@ def transfer(source: Path, target: Path, size: int, sha256: str) -> None:
     if (info.size, info.base_name) != (size, sha256):
         raise _damaged(source)
     if there is None:
-        with _replacing(target) as temporary:
+        with replacing(target) as temporary:
             here.store.download(info, temporary)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
             note_digest(temporary, sha256)
     elif not _copied_by_store(here, info, there):
         there.root.mkdir(parents=True, exist_ok=True)
@@ -60,7 +56,7 @@ def transfer(source: Path, target: Path, size: int, sha256: str) -> None:
 
 
 def _link_file(source: Path, target: Path, size: int, sha256: str) -> None:
-    with _replacing(target) as temporary:
+    with replacing(target) as temporary:
         try:
             os.link(os.path.realpath(source), temporary)
         except FileNotFoundError:
@@ -68,8 +64,6 @@ def _link_file(source: Path, target: Path, size: int, sha256: str) -> None:
         except OSError:  # another file system, one without hard links, too many links, or another user's file
             with source.open("rb") as stream, HashingWriter(io.FileIO(temporary, "wb")) as file:
                 shutil.copyfileobj(stream, file, _CHUNK)
-                file.flush()
-                os.fsync(file.fileno())
             if file.hexdigest() != sha256:
                 raise _damaged(source) from None
             note_digest(temporary, sha256)
@@ -92,19 +86,6 @@ def _copied_by_store(here: Origin, info: Any, there: Origin) -> bool:
     if earlier is not None and earlier.base_name != sha256:
         there.store.remove(f"{there.path}/{earlier.base_name}")
     return True
-
-
-@contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A name beside ``target`` for a file that takes its place when the block ends without an error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        # Also after the replacement: where both names are links to one file, it leaves both.
-        temporary.unlink(missing_ok=True)
 
 
 def _damaged(source: Path) -> DamagedArtifactError:

@@ -113,3 +113,11 @@ def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path: Path
     remove_leftovers(folder)
     found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
     assert found == {"merged", "merged/spectra", "merged/a.safetensors", "other", ".other.z.tmp"}
+
+
+def test_a_file_never_replaces_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a" / "inside").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError), atomic_file(tmp_path / "a") as file:
+        file.write(b"x")
+    assert names(tmp_path) == {"a"}
+    assert names(tmp_path / "a") == {"inside"}

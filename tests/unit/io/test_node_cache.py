@@ -63,7 +63,7 @@ def test_what_is_given_away_is_what_was_written(root: Path, monkeypatch: pytest.
         Path(target).write_bytes(b"old")
 
     with monkeypatch.context() as patch:
-        patch.setattr("emloc_ray.io.atomic.os.replace", overtaken)
+        patch.setattr("emloc_ray.io.replacing.os.replace", overtaken)
         write(root / "manifest.json", b"new")
     ensure(root / "manifest.json")
     assert (root / "manifest.json").read_bytes() == b"new"
