@@ -84,7 +84,6 @@ class CalibrationConfig(StageConfig):
     rows_per_shard: int = Field(32, ge=1, description="the grain of work and of exactly-once accounting")
     keep: Literal["grams", "none"] = Field("grams", description="none: Grams go once their layers are factorized")
     mode: Literal["auto", "resident", "streamed"] = Field("auto", description="whole model, or a block at a time")
-    convergence_tolerance: float | None = Field(None, gt=0, lt=1, description="stop where Grams change by less")
     # Below some hundred tokens, what the block's tokens say of an expert's inputs is worth more than its own few do: a
     # factor of higher rank than there are tokens would be partly arbitrary.
     min_expert_tokens: int = Field(256, ge=0, description="experts sent fewer are run on all tokens; 0: never")

@@ -124,12 +124,7 @@ def _outcome(stage: str, result: dict[str, Any]) -> str:
     if stage == "data":
         rows = ", ".join(f"{split} {count['rows']:,}" for split, count in result["splits"].items())
         return f"rows: {rows}"
-    if stage == "calibrate":
-        text = f"{result['num_tokens']:,} tokens in {result['num_shards']} shards"
-        if result.get("rounds"):
-            text += ", converged" if result["converged"] else ", not converged"
-        return text
-    if stage == "gradients":
+    if stage in ("calibrate", "gradients"):
         return f"{result['num_tokens']:,} tokens in {result['num_shards']} shards"
     if stage == "allocate":
         lost, uniform = 1 - result["gain"], 1 - result["uniform_gain"]

@@ -227,25 +227,20 @@ class Pipeline:
         from emloc_ray.jobs import resources
         from emloc_ray.stages.calibrate import calibrate
         from emloc_ray.stages.calibration_job import go_on
-        from emloc_ray.stages.convergence import calibrate_until_converged
 
         steps, section, out_dir = self.steps, self.config.calibration, self.directory.path("calibration")
-        tolerance = section.convergence_tolerance
         inputs: dict[str, Any] = {
             "model": self.inputs["import"],
             "options": self.model_options,
             "data": self.inputs["data/calibration"],
             "tokens": section.tokens,
             "groups": self.jobs.gram_groups(),
-            **({} if tolerance is None else {"convergence_tolerance": tolerance}),
             **({"min_expert_tokens": section.min_expert_tokens} if self.jobs.experts() else {}),
         }
 
         def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
             job = go_on(self.jobs.calibration(), out_dir, inputs, section.num_workers, section.mode == "auto")
             tell = self.reporter.note
-            if tolerance is not None:
-                return calibrate_until_converged(job, out_dir, granted, tolerance, progress, tell)
             waits = self.layout.allocated or self.layout.weighed
             if waits or not steps.turns.overlaps or steps.is_done("factorize", self._rank_steps().factorize_inputs()):
                 return calibrate(job, out_dir, granted, progress, tell=tell)

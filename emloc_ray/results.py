@@ -56,7 +56,7 @@ def assemble_metrics(
         metrics["data"] = stages["data"]["splits"]
     if "calibrate" in stages:
         found = stages["calibrate"]
-        told = ("num_tokens", "num_shards", "mode", "waves", "rounds", "converged", "experts")
+        told = ("num_tokens", "num_shards", "mode", "waves", "experts")
         metrics["calibration"] = {key: found[key] for key in told if key in found}
     if "allocate" in stages:
         found = {**stages["allocate"]}

@@ -57,21 +57,6 @@ class Gram:
         return lower + torch.tril(lower, -1).T
 
 
-def relative_change(before: Gram, after: Gram) -> float:
-    """``‖G'/n' − G/n‖_F / ‖G'/n'‖_F`` for full symmetric sums ``G`` over n tokens and ``G'`` over n'.
-
-    It bounds the relative change of the spectrum, ``‖λ' − λ‖₂ / ‖λ'‖₂`` (Hoffman and Wielandt 1953,
-    https://doi.org/10.1215/S0012-7094-53-02004-3), without an eigendecomposition, and of the eigenvectors' span beside
-    it. 1 where there were no tokens before, 0 where there is nothing but zeros.
-    """
-    if before.num_tokens == 0:
-        return 1.0
-    now = after.matrix / max(after.num_tokens, 1)
-    size = float(torch.linalg.vector_norm(now, dtype=torch.float64))
-    moved = float(torch.linalg.vector_norm(now - before.matrix / before.num_tokens, dtype=torch.float64))
-    return moved / size if size > 0 else 0.0
-
-
 def pack_triangle(matrix: Tensor) -> Tensor:
     """The lower triangle of a symmetric ``(n, n)`` matrix, row by row, as ``(n (n + 1) / 2,)``: half the bytes."""
     n = matrix.shape[0]
@@ -84,7 +69,7 @@ def pack_triangle(matrix: Tensor) -> Tensor:
 
 def unpack_triangle(packed: Tensor) -> Tensor:
     """The symmetric ``(n, n)`` matrix of :func:`pack_triangle`'s ``(n (n + 1) / 2,)``."""
-    n = triangle_order(packed.numel())
+    n = (math.isqrt(8 * packed.numel() + 1) - 1) // 2
     matrix = packed.new_empty(n, n)
     for row in range(n):
         matrix[row, : row + 1] = packed[_triangle(row) : _triangle(row + 1)]
@@ -93,11 +78,6 @@ def unpack_triangle(packed: Tensor) -> Tensor:
         matrix[block, block] = torch.tril(matrix[block, block]) + torch.tril(matrix[block, block], -1).T
         matrix[:start, block] = matrix[block, :start].T
     return matrix
-
-
-def triangle_order(numel: int) -> int:
-    """``n`` of a triangle of ``n (n + 1) / 2`` elements."""
-    return (math.isqrt(8 * numel + 1) - 1) // 2
 
 
 def _triangle(rows: int) -> int:

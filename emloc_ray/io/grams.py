@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emloc_ray.core.gram import Gram, pack_triangle, relative_change, triangle_order, unpack_triangle
+from emloc_ray.core.gram import Gram, pack_triangle, unpack_triangle
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.atomic import write_json
 from emloc_ray.io.checkpoint import TensorEntry, read_shard
@@ -113,26 +113,6 @@ def drop_grams(path: Path) -> None:
     write_tensors(path, {}, {"num_tokens": json.dumps(gram_counts(path))})
 
 
-def add_gram_files(before: Path | None, more: Path, target: Path) -> tuple[dict[str, int], dict[str, float]]:
-    """Writes the sums of two files that hold the same Grams (without ``before``, a copy of ``more``), one at a time in
-    memory; returns the tokens of each and its :func:`relative_change` from ``before``."""
-    counts, changes = gram_counts(more), {}
-    earlier = dict.fromkeys(counts, 0) if before is None else gram_counts(before)
-    totals = {name: count + earlier[name] for name, count in counts.items()}
-
-    def summed(name: str) -> Tensor:
-        gram = Gram(StoredGram(more, name).read(), counts[name])
-        if before is not None:
-            old = Gram(StoredGram(before, name).read(), earlier[name])
-            gram = old.combine(gram)
-            changes[name] = relative_change(old, gram)
-        return gram.matrix
-
-    orders = {entry.name: triangle_order(entry.shape[0]) for entry in read_shard(more).entries}
-    _write_packed(target, totals, orders, summed)
-    return totals, changes
-
-
 def gram_counts(path: Path) -> dict[str, int]:
     """The token counts of the Grams that :func:`write_gram_shard` wrote."""
     counts: dict[str, int] = json.loads(json.loads(read_shard(path).header)["__metadata__"]["num_tokens"])
@@ -144,18 +124,16 @@ def write_gram_index(
     groups: Sequence[Sequence[str]],
     weight_map: dict[str, str],
     num_tokens: dict[str, int],
-    changes: dict[str, float] | None = None,
     routed_tokens: dict[str, int] | None = None,
 ) -> None:
     """Writes the index, last: Grams without it do not count.
 
-    ``weight_map`` holds paths from ``directory`` on; ``changes`` is each Gram's :func:`relative_change` from a total
-    over fewer rows, where it was measured; ``routed_tokens`` how many tokens experts were sent whose Gram is over others.
+    ``weight_map`` holds paths from ``directory`` on; ``routed_tokens`` how many tokens experts were sent whose Gram is over
+    others.
     """
     named = {group[0]: list(group) for group in groups}
-    index = {"groups": named, "weight_map": weight_map, "num_tokens": num_tokens}
-    more = {"changes": changes, "routed_tokens": routed_tokens or None}
-    write_json(directory / INDEX, index | {key: value for key, value in more.items() if value is not None})
+    index: dict[str, Any] = {"groups": named, "weight_map": weight_map, "num_tokens": num_tokens}
+    write_json(directory / INDEX, index | ({"routed_tokens": routed_tokens} if routed_tokens else {}))
 
 
 def write_slot(path: Path, grams: dict[str, Gram], last_shard: int) -> None:

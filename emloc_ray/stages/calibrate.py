@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from emloc_ray.data.processors import example
 from emloc_ray.io.grams import (
     INDEX,
@@ -135,7 +133,8 @@ def _reside(
         while (safe := [last_shard(file) if exists(file) else -1 for file in slots]) != ends:
             run_slots(start, work, "token shard", losses, told, safe=safe)
         names = [group[0] for group in groups]
-        found = _reduce(slots, names, out_dir, f"grams-{number + 1:05d}" if len(waves) > 1 else "grams", losses)
+        prefix = f"grams-{number + 1:05d}" if len(waves) > 1 else "grams"
+        found = _reduce(slots, names, out_dir, prefix, resources, losses)
         counts.update(found[0])
         weight_map.update(found[1])
         for file in sorted(set(found[1].values())):
@@ -143,11 +142,13 @@ def _reside(
     return counts, weight_map
 
 
-def _reduce(slots: Sequence[Path], names: Sequence[str], out_dir: Path, prefix: str, losses: Losses) -> Gathered:
-    """Sums the slots, a file of a few Grams a task."""
+def _reduce(
+    slots: Sequence[Path], names: Sequence[str], out_dir: Path, prefix: str, resources: Resources, losses: Losses
+) -> Gathered:
+    """Sums the slots, a file of a few Grams a task; as many tasks at once as the stage has workers, without their GPUs."""
     parts = [list(names[start : start + _GRAMS_PER_FILE]) for start in range(0, len(names), _GRAMS_PER_FILE)]
     files = [f"{prefix}-{number + 1:05d}-of-{len(parts):05d}.safetensors" for number in range(len(parts))]
-    task = Resources().task(_reduce_part)
+    task = dataclasses.replace(resources, gpus_per_worker=0).task(_reduce_part)
 
     def submit(file: str, part: list[str]) -> Any:
         return task.options(name=f"{losses.stage}: {file}").remote(list(slots), part, out_dir / file)
@@ -155,7 +156,7 @@ def _reduce(slots: Sequence[Path], names: Sequence[str], out_dir: Path, prefix: 
     submits = [
         (f"the sum {file}", functools.partial(submit, file, part)) for file, part in zip(files, parts, strict=True)
     ]
-    results = bounded(submits, max(2, int(ray.cluster_resources().get("CPU", 1))), losses)
+    results = bounded(submits, resources.num_workers, losses)
     counts: dict[str, int] = {name: count for result in results for name, count in result.items()}
     return counts, {name: file for file, part in zip(files, parts, strict=True) for name in part}
 
@@ -186,7 +187,7 @@ def _stream(
     files = [grams_file(out_dir, block, num_blocks) for block in range(num_blocks)]
     reduce = Resources(cpus_per_worker=0).task(_reduce_block)  # the slots may hold every CPU
     passed = dict.fromkeys(range(num_slots), -1)
-    flight = Flight(2 * num_slots, losses)
+    flight = Flight(num_slots, losses)
     summing: dict[int, int] = {}  # block of each task
     counts: dict[str, int] = {}
 

@@ -161,7 +161,7 @@ def test_a_run_stopped_in_the_second_pass_goes_on_with_the_first_ones_grams(run:
     assert_same_grams(tmp_path / "run", run.root)
 
 
-def test_grams_that_are_not_kept_or_gathered_in_rounds_serve_as_well(run: FinishedRun, tmp_path: Path) -> None:
+def test_grams_that_are_not_kept_serve_as_well(run: FinishedRun, tmp_path: Path) -> None:
     values = {
         **run.changed(calibration={"keep": "none"}, correction={"method": "none"}),
         "run_dir": str(tmp_path / "a"),
@@ -172,8 +172,3 @@ def test_grams_that_are_not_kept_or_gathered_in_rounds_serve_as_well(run: Finish
     assert layers[0].keys() == layers[1].keys()
     for name in layers[0]:
         assert layers[1][name]["relative_error"] == pytest.approx(layers[0][name]["relative_error"], rel=1e-3, abs=1e-6)
-
-    values = {**run.changed(calibration={"convergence_tolerance": 1e-6}), "run_dir": str(tmp_path / "b")}
-    run_values(values, until="calibrate")
-    assert calibration(tmp_path / "b")["experts"] == calibration(run.root)["experts"]
-    assert_same_grams(tmp_path / "b", run.root)

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from emloc_ray.config import AdapterConfig, RayConfig, RunConfig
-from emloc_ray.config_reading import load_config, parse_config
+from emloc_ray.config_reading import REMOVED_KEYS, load_config, parse_config
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.yaml_text import write_yaml
 
@@ -95,6 +95,14 @@ def test_variants_keep_what_gains_are_of() -> None:
     assert "evaluation.variants" in text
     assert "corrected must be among them" in text
     assert "evaluation.variants.0 is 'best'" in error_of(evaluation={"variants": ["best"]})
+
+
+@pytest.mark.parametrize("key", REMOVED_KEYS)
+def test_a_key_of_earlier_versions_is_told_what_to_do_instead(key: str) -> None:
+    section, _, name = key.partition(".")
+    assert error_of(**{section: {name: 1}}).splitlines() == [
+        f"the config: {key} is a key no more: {REMOVED_KEYS[key]}."
+    ]
 
 
 def test_a_key_like_no_other_is_told_what_there_is() -> None:

@@ -55,22 +55,6 @@ def test_a_finished_run_has_every_section_and_its_numbers(finished: str) -> None
         assert number in page.text, number
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ([None, 0.25, 0.0312], "converged: in the last round no Gram changed by more than 0.031."),
-        ([None, 0.0], "converged: in the last round no Gram changed by more than 0.000."),
-        ([None], "converged."),  # one round, with which nothing was compared
-    ],
-)
-def test_rounds_of_a_calibration_tell_what_was_measured(changes: list[float | None], words: str) -> None:
-    metrics = finished_metrics()
-    rounds = [{"num_shards": 2**number, "change": change} for number, change in enumerate(changes)]
-    metrics["calibration"] |= {"rounds": rounds, "converged": True}
-    page = Page(report.render("run", manifest(*STAGES), metrics))
-    assert f"calibrated on 2,220 tokens, {words}" in page.text
-
-
 def test_the_page_loads_nothing(finished: str) -> None:
     page = Page(finished)
     loads = [(tag, name) for tag, attributes in page.tags for name in attributes if name in LOADING]
