@@ -12,9 +12,9 @@ from emloc_ray.config import RunConfig
 from emloc_ray.errors import DamagedArtifactError
 from emloc_ray.io.artifact_cache import ArtifactCache, EntryGone
 from emloc_ray.io.fingerprint import fingerprint, fingerprint_large_files
-from emloc_ray.io.grams import INDEX, GramStore
+from emloc_ray.io.grams import INDEX
 from emloc_ray.io.node_cache import discard, exists, hashes
-from emloc_ray.io.resume import begun_with, discard_unless
+from emloc_ray.io.resume import discard_unless
 from emloc_ray.planner import make_plan, needed_steps, row_lengths
 from emloc_ray.preparation import Prepared, check_disk, check_resources, prepare
 from emloc_ray.rank_steps import RankSteps
@@ -26,7 +26,6 @@ from emloc_ray.turns import AtOnce, Turns
 
 if TYPE_CHECKING:
     from emloc_ray.stages.cluster import Progress, Resources
-    from emloc_ray.stages.factorize import EmulatorBuild
 
 # Settings that say where work runs, not what comes out of it.
 _PLACEMENT = {"num_workers", "cpus_per_worker", "gpus_per_worker"}
@@ -102,7 +101,6 @@ class Pipeline:
         forced = STEPS[STEPS.index("allocate" if begin == "factorize" else begin) :] if begin else ()
         self.steps = Steps(prepared, reporter, turns or AtOnce(), cache, forced)
         self.inputs = self.steps.inputs
-        self._build: EmulatorBuild | None = None
         source = prepared.source
         self._source_dir = source.directory
         # On an object store the run holds the model, for nodes that do not see where it came from.
@@ -126,7 +124,6 @@ class Pipeline:
                 self.steps.forget_damaged(error)
             except EntryGone as error:
                 self.reporter.note(str(error))
-            self._build = None
         self.steps.write_results()  # once more: a stage may have been committed by a run that was killed right after
 
     def _content(self) -> dict[str, str]:
@@ -220,7 +217,7 @@ class Pipeline:
         self._rank_steps().gradients()
 
     def gather_grams(self) -> None:
-        """One Gram per shared input of the linears that compression targets; what they serve is factorized meanwhile."""
+        """One Gram per shared input of the linears that compression targets."""
         if not self.layout.differs:
             self.steps.leave_out("calibrate", "none needed", self.directory.path("calibration"))
             return
@@ -240,17 +237,7 @@ class Pipeline:
 
         def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
             job = go_on(self.jobs.calibration(), out_dir, inputs, section.num_workers, section.mode == "auto")
-            tell = self.reporter.note
-            waits = self.layout.allocated or self.layout.weighed
-            if waits or not steps.turns.overlaps or steps.is_done("factorize", self._rank_steps().factorize_inputs()):
-                return calibrate(job, out_dir, granted, progress, tell=tell)
-            build = self._emulator_build(resources(self.config.emulator))
-
-            def meanwhile(done: int, total: int) -> None:
-                progress(done, total)
-                build.pump()
-
-            return calibrate(job, out_dir, granted, meanwhile, build.add, tell)
+            return calibrate(job, out_dir, granted, progress, self.reporter.note)
 
         self.inputs["calibrate"] = fingerprint(inputs)
         if not self._grams_are_wanted():
@@ -266,46 +253,29 @@ class Pipeline:
 
     def _grams_are_wanted(self) -> bool:
         """False where the emulator comes from another run and no Grams are kept; has them gathered again where they are of
-        use and some are missing."""
-        steps, out_dir, kept = self.steps, self.directory.path("calibration"), self.config.calibration.keep == "grams"
+        use and gone."""
+        steps, out_dir = self.steps, self.directory.path("calibration")
         needed = self._rank_steps().are_needed()
-        # Grams that were dropped are of use to the emulator alone that was begun with them.
-        begun = kept or begun_with(self.directory.path("emulator"), self._rank_steps().factorize_inputs())
-        done = self.directory.stage("calibrate") is not None
-        if needed and not (exists(out_dir / INDEX) and (begun or GramStore(out_dir).is_whole())):
-            if done:
-                steps.forced.add("calibrate")
-            elif not begun:
-                discard(out_dir)
+        if needed and not exists(out_dir / INDEX) and self.directory.stage("calibrate") is not None:
+            steps.forced.add("calibrate")
         return needed
-
-    def _emulator_build(self, granted: Resources) -> EmulatorBuild:
-        """Made once a run; what a killed run of the same inputs wrote is kept, what a finished one wrote is not."""
-        if self._build is None:
-            from emloc_ray.stages.factorize import EmulatorBuild
-
-            out_dir = self.directory.path("emulator")
-            # A forced one has ranks found anew, which shards of those before need not have.
-            if self.directory.stage("factorize") is not None or "factorize" in self.steps.forced:
-                discard(out_dir)
-                self.directory.forget("factorize")
-            discard_unless(out_dir, self._rank_steps().factorize_inputs())
-            drop = self.config.calibration.keep == "none"
-            made = dataclasses.replace(self.prepared, layout=self._rank_steps().allocated())
-            job = dataclasses.replace(self.jobs, prepared=made).factorization(self._rank_steps().found_basis())
-            self._build = EmulatorBuild(job, granted, drop, self.reporter.note)
-        return self._build
 
     def factorize(self) -> None:
         """The emulator."""
         from emloc_ray.jobs import resources
+        from emloc_ray.stages.factorize import build_emulator
 
         self._rank_steps().allocate()
         out_dir, calibration_dir = self.directory.path("emulator"), self.directory.path("calibration")
 
         def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
-            build = self._emulator_build(granted)
-            return {**build.finish(calibration_dir, self.jobs.base_config(), progress), **ranks.found()}
+            if "factorize" in self.steps.forced:  # ranks are found anew, which shards of those before need not have
+                discard(out_dir)
+            discard_unless(out_dir, ranks.factorize_inputs())
+            made = dataclasses.replace(self.prepared, layout=ranks.allocated())
+            job = dataclasses.replace(self.jobs, prepared=made).factorization(ranks.found_basis())
+            config, tell = self.jobs.base_config(), self.reporter.note
+            return {**build_emulator(job, calibration_dir, config, granted, progress, tell), **ranks.found()}
 
         ranks = self._rank_steps()
         asked, basis = resources(self.config.emulator), ranks.factorize_basis() if ranks.is_basis else None

@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 class Turns(Protocol):
     """Whom a run asks before each stage that it does."""
 
-    overlaps: bool
-    """Whether linears may be factorized while calibration goes on, beyond what the stage has asked for."""
-
     def take(self, stage: str, asked: Resources) -> AbstractContextManager[Resources]:
         """Waits until the stage may start; gives what it may use while it runs.
 
@@ -38,8 +35,6 @@ class Turns(Protocol):
 
 class AtOnce:
     """The turns of a run that has its cluster to itself."""
-
-    overlaps = True
 
     @contextlib.contextmanager
     def take(self, stage: str, asked: Resources) -> Iterator[Resources]:

@@ -73,8 +73,6 @@ class Makers:
 class TaskTurns:
     """The turns of one task of a batch."""
 
-    overlaps = False  # each stage asks for itself
-
     def __init__(
         self,
         standing: Standing,

@@ -69,12 +69,6 @@ class GramStore:
         """The symmetric Gram ``(in, in)`` of the inputs of ``linear``, float32."""
         return self.stored(linear).read()
 
-    def is_whole(self) -> bool:
-        """Whether no Gram was dropped since."""
-        files = {self.directory / file for file in self.index["weight_map"].values()}
-        held = {entry.name for file in files for entry in read_shard(file).entries}
-        return held >= set(self.index["weight_map"])
-
     def stored(self, linear: str) -> StoredGram:
         """Where the Gram of the inputs of ``linear`` is."""
         name = self._gram_of[linear]
@@ -106,11 +100,6 @@ def _write_packed(
 
 def _packed(name: str, matrix: Callable[[str], Tensor]) -> Tensor:
     return pack_triangle(matrix(name)).float().cpu()
-
-
-def drop_grams(path: Path) -> None:
-    """Leaves a file's token counts alone, which say that its Grams were gathered and are no longer needed."""
-    write_tensors(path, {}, {"num_tokens": json.dumps(gram_counts(path))})
 
 
 def gram_counts(path: Path) -> dict[str, int]:

@@ -25,6 +25,7 @@ from emloc_ray.io.node_cache import ensure, sizes
 from emloc_ray.io.shard_writing import write_tensors
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.stages.cluster import Progress, Resources, bounded, set_threads, silent
+from emloc_ray.stages.factorize import group_cost
 from emloc_ray.stages.failures import Losses, Tell, unheard
 
 RANKS = "ranks.json"
@@ -115,7 +116,7 @@ def allocate_ranks(
     # Once, not with every task.
     shared_job = ray.put(dataclasses.replace(job, groups=(), ranks={})) if todo else None
     submits = []
-    for specs, file in sorted(todo, key=lambda pair: _cost(pair[0]), reverse=True):
+    for specs, file in sorted(todo, key=lambda pair: group_cost(pair[0]), reverse=True):
         gradients = {} if sums is None else {spec.name: sums.stored(spec.name) for spec in specs}
         named = task.options(name=f"allocate: {' and '.join(spec.name for spec in specs)}")
         call = functools.partial(
@@ -173,10 +174,6 @@ def _write(
             "possible_gain": float(all_gains.sum()),
         }
     write_json(path, {"parameters_left": left, "layers": layers})
-
-
-def _cost(group: Sequence[LinearSpec]) -> float:
-    return sum(min(s.out_features, s.in_features) ** 3 + s.num_parameters * s.in_features for s in group)
 
 
 def _read_spectra(file: Path) -> dict[str, Tensor]:

@@ -27,20 +27,9 @@ from emloc_ray.stages.failures import Losses, Tell, unheard
 from emloc_ray.stages.resident_slot import ResidentSlot
 from emloc_ray.stages.slots import run_slots, start_slot
 from emloc_ray.stages.streamed_slot import StreamedSlot, grams_file, last_node, part_file
-from emloc_ray.stages.thin_experts import (
-    Gathered,
-    Ready,
-    clear_thin,
-    describe,
-    gather_thin,
-    without_thin,
-)
+from emloc_ray.stages.thin_experts import Gathered, clear_thin, describe, gather_thin
 
 _GRAMS_PER_FILE = 4
-
-
-def unneeded(file: Path, names: Sequence[str]) -> None:
-    """The listener that does nothing."""
 
 
 def calibrate(
@@ -48,15 +37,14 @@ def calibrate(
     out_dir: Path,
     resources: Resources,
     progress: Progress = silent,
-    ready: Ready = unneeded,
     tell: Tell = unheard,
 ) -> dict[str, Any]:
     """Gathers every group's Gram over the job's token shards into ``out_dir``; each shard counts exactly once.
 
     The shards go to slots in turn; a lost task is begun again and goes on from its slot's commit. ``job.mode``
     ``resident`` holds the model in every task; ``streamed`` holds one block of it and takes all shards through that.
-    Both give the same Grams, up to rounding. ``ready`` hears of Grams while others are still gathered. Experts that were
-    sent too few tokens get theirs in a second pass (:mod:`emloc_ray.stages.thin_experts`).
+    Both give the same Grams, up to rounding. Experts that were sent too few tokens get theirs in a second pass
+    (:mod:`emloc_ray.stages.thin_experts`).
 
     Raises:
         NumericsError: where activations are NaN or Inf, naming the layer.
@@ -66,9 +54,8 @@ def calibrate(
     num_slots = min(resources.num_workers, num_shards)
     if not exists(out_dir / INDEX):
         losses = Losses(job.step, tell)
-        first = gather(job, out_dir, resources, progress, without_thin(job, ready), losses)
-        second = functools.partial(gather_again, resources, progress, losses)
-        (counts, weight_map), routed = gather_thin(job, out_dir, first, ready, second)
+        gather = functools.partial(_gather, resources=resources, progress=progress, losses=losses)
+        (counts, weight_map), routed = gather_thin(job, out_dir, gather(job, out_dir), gather)
         write_gram_index(out_dir, job.groups, weight_map, counts, routed_tokens=routed)
     for left in (out_dir / "slots", local_only(out_dir) / "hidden"):
         discard(left)
@@ -84,20 +71,13 @@ def calibrate(
     }
 
 
-def gather(
-    job: CalibrationJob, out_dir: Path, resources: Resources, progress: Progress, ready: Ready, losses: Losses
+def _gather(
+    job: CalibrationJob, out_dir: Path, *, resources: Resources, progress: Progress, losses: Losses
 ) -> Gathered:
     """The Grams of the job's groups, in its mode; an index is not written."""
     num_slots = min(resources.num_workers, job.shards[1] - job.shards[0])
     way = _stream if job.mode == "streamed" else _reside
-    return way(job, out_dir, num_slots, resources, progress, ready, losses)
-
-
-def gather_again(
-    resources: Resources, progress: Progress, losses: Losses, job: CalibrationJob, out_dir: Path, ready: Ready
-) -> Gathered:
-    """:func:`gather` for :func:`emloc_ray.stages.thin_experts.gather_thin`."""
-    return gather(job, out_dir, resources, progress, ready, losses)
+    return way(job, out_dir, num_slots, resources, progress, losses)
 
 
 def _reside(
@@ -106,7 +86,6 @@ def _reside(
     num_slots: int,
     resources: Resources,
     progress: Progress,
-    ready: Ready,
     losses: Losses,
 ) -> Gathered:
     """One pass over the shards for each wave of Grams."""
@@ -137,8 +116,6 @@ def _reside(
         found = _reduce(slots, names, out_dir, prefix, resources, losses)
         counts.update(found[0])
         weight_map.update(found[1])
-        for file in sorted(set(found[1].values())):
-            ready(out_dir / file, [name for name in names if found[1][name] == file])
     return counts, weight_map
 
 
@@ -174,7 +151,6 @@ def _stream(
     num_slots: int,
     resources: Resources,
     progress: Progress,
-    ready: Ready,
     losses: Losses,
 ) -> Gathered:
     """Every slot at its own pace through the blocks; a block's Grams are summed once all slots have passed it."""
@@ -188,8 +164,6 @@ def _stream(
     reduce = Resources(cpus_per_worker=0).task(_reduce_block)  # the slots may hold every CPU
     passed = dict.fromkeys(range(num_slots), -1)
     flight = Flight(num_slots, losses)
-    summing: dict[int, int] = {}  # block of each task
-    counts: dict[str, int] = {}
 
     def start(slot: int) -> Any:
         told = job, out_dir, slot, num_slots, num_blocks, resources.threads
@@ -201,21 +175,14 @@ def _stream(
             parts = [part_file(out_dir, s, num_slots, block) for s in range(num_slots)]
             task = reduce.options(name=f"calibrate: {files[block].name}")
             submit = functools.partial(task.remote, parts, names[block], files[block])
-            summing[flight.add(f"the sum of block {block}", submit)] = block
+            flight.add(f"the sum of block {block}", submit)
         passed[slot] = position
         flight.pump()
-        collect()
-
-    def collect() -> None:
-        for task in [task for task in summing if task in flight.results]:
-            block = summing.pop(task)
-            counts.update(flight.results.pop(task))
-            ready(files[block], names[block])
 
     run_slots(start, [range(num_blocks)] * num_slots, "block", losses, progress, done)
     while flight.pump(None):
-        collect()
-    collect()
+        pass
+    counts = {name: count for found in flight.results.values() for name, count in found.items()}
     return counts, {name: files[block].name for block in range(num_blocks) for name in names[block]}
 
 

@@ -23,7 +23,7 @@ from emloc_ray.stages.remote import remote_task
 from emloc_ray.stages.spans import Span, Timed, tell_span, timed
 
 Progress = Callable[[int, int], None]
-_LOOK_S = 1.0
+LOOK_S = 1.0  # between two looks at tasks in flight
 _timed = functools.cache(timed)  # one for each function, as Ray knows them
 _LEAN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # mallopt(3)
 # Workers that asked Ray for no GPU see none: torch would take the first, whoever else was given it.
@@ -209,15 +209,22 @@ class Flight:
 
 
 def bounded(
-    tasks: Iterable[tuple[str, Callable[[], Any]]], limit: int, losses: Losses, progress: Progress = silent
+    tasks: Iterable[tuple[str, Callable[[], Any]]],
+    limit: int,
+    losses: Losses,
+    progress: Progress = silent,
+    look_s: float = LOOK_S,
 ) -> list[Any]:
-    """Submits named Ray tasks in order, at most ``limit`` in flight; their results in the order submitted."""
+    """Submits named Ray tasks in order, at most ``limit`` in flight; their results in the order submitted.
+
+    ``progress`` hears how many have ended, at least every ``look_s`` seconds.
+    """
     flight = Flight(limit, losses)
     for name, submit in tasks:
         flight.add(name, submit)
     total = flight.left
     try:
-        while flight.pump(_LOOK_S):  # one that waits for a worker, or works for hours, is asked after all the same
+        while flight.pump(look_s):  # one that waits for a worker, or works for hours, is asked after all the same
             progress(len(flight.results), total)
         progress(len(flight.results), total)
     except BaseException:

@@ -33,12 +33,10 @@ from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.scoring import RowLosses, losses_by_row
-from emloc_ray.stages.cluster import Flight, Progress, Resources, set_threads, silent
+from emloc_ray.stages.cluster import Progress, Resources, bounded, set_threads, silent
 from emloc_ray.stages.corrected_modules import CorrectableModule, plug_in, read_modules
 from emloc_ray.stages.correction_search import ENOUGH_ROWS, NUM_FURTHER, Measure, search
 from emloc_ray.stages.failures import Losses, Tell, unheard
-
-_LOOK_S = 0.5
 
 # Why adapters of a kind are plugged into the original as trained.
 AS_TRAINED = {
@@ -221,15 +219,14 @@ def correct(
     """Runs the correction in one task, in another where its worker is lost; see :func:`correct_adapter`."""
     discard(job.progress_path)
     task = resources.task(_correct_task).options(name="correct: the adapter")
-    flight = Flight(1, Losses("correct", tell))
-    number = flight.add("the adapter", functools.partial(task.remote, job, resources.threads))
+    submit = functools.partial(task.remote, job, resources.threads)
+
+    def look(_done: int, _total: int) -> None:
+        ensure(job.progress_path)
+        progress(*(json.loads(job.progress_path.read_text()) if job.progress_path.is_file() else (0, 1)))
+
     try:
-        while flight.pump(_LOOK_S):
-            ensure(job.progress_path)
-            progress(*(json.loads(job.progress_path.read_text()) if job.progress_path.is_file() else (0, 1)))
-    except BaseException:
-        flight.cancel()
-        raise
+        [found] = bounded([("the adapter", submit)], 1, Losses("correct", tell), look)
     finally:
         discard(job.progress_path)
-    return {"num_workers": 1, **flight.results[number]}
+    return {"num_workers": 1, **found}

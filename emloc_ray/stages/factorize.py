@@ -22,14 +22,14 @@ from emloc_ray.core.ranks import Storage
 from emloc_ray.core.two_sided import extended_two_sided, factorize_two_sided
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.io.checkpoint import Checkpoint, read_shard, write_index
-from emloc_ray.io.grams import GramStore, StoredGram, drop_grams
+from emloc_ray.io.grams import GramStore, StoredGram
 from emloc_ray.io.node_cache import sizes
 from emloc_ray.io.shard_writing import write_tensors
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.emulator import write_emulator_config
 from emloc_ray.modeling.loading import copy_tokenizer
 from emloc_ray.modeling.quantization import dequantize, is_packed, num_elements, quantization_config, quantize
-from emloc_ray.stages.cluster import Flight, Progress, Resources, set_threads, silent
+from emloc_ray.stages.cluster import Progress, Resources, bounded, set_threads, silent
 from emloc_ray.stages.failures import Losses, Tell, unheard
 from emloc_ray.stages.kept_tensors import copy_rest, rest_of_shards
 from emloc_ray.stages.layer_reports import (
@@ -42,7 +42,6 @@ from emloc_ray.stages.layer_reports import (
     write_spectra,
 )
 
-_LOOK_S = 1.0
 _CONNECTIONS = 8
 
 
@@ -76,7 +75,8 @@ class FactorizationJob:
     storage: Storage = "factors"
 
 
-def _cost(group: Sequence[LinearSpec]) -> float:
+def group_cost(group: Sequence[LinearSpec]) -> float:
+    """About the floating-point operations that a group's factors take, to a constant factor."""
     return sum(min(s.out_features, s.in_features) ** 3 + s.num_parameters * s.in_features for s in group)
 
 
@@ -201,105 +201,50 @@ def _report(
     return LayerReport(spec.name, rank, error, solver, energy, num_tokens, own, spectrum)
 
 
-class EmulatorBuild:
-    """Writes an emulator, shard by shard; shards that are there already are kept.
+def build_emulator(
+    job: FactorizationJob,
+    calibration_dir: Path,
+    base_config: Any,
+    resources: Resources,
+    progress: Progress = silent,
+    tell: Tell = unheard,
+) -> dict[str, Any]:
+    """Writes an emulator, shard by shard: factors of every linear in ``job.ranks``, others in 4 bits where the job says so,
+    all other tensors as they are, config, tokenizer. Shards that are there already are kept.
 
-    Groups may be added as soon as their Grams are, while calibration goes on; :meth:`finish` does all that is left.
+    ``base_config`` is the original's. Raises what a task raised, and NumericsError as :func:`factorize_group`.
     """
-
-    def __init__(self, job: FactorizationJob, resources: Resources, drop: bool = False, tell: Tell = unheard) -> None:
-        """``drop``: empty a file of Grams once all that was added with it is factorized."""
-        self.job, self.resources, self.drop = job, resources, drop
-        self._shared_job = ray.put(job)  # once, not with every task
-        work = sorted(_rewritten(job), key=_cost, reverse=True)
-        rest = rest_of_shards(job)
-        total = len(work) + len(rest)
-        self.files = [job.out_dir / f"model-{number + 1:05d}-of-{total:05d}.safetensors" for number in range(total)]
-        self._file_of = dict(zip(work, self.files, strict=False))
-        self._rest = list(zip(rest, self.files[len(work) :], strict=True))
-        self._work_of = {spec.name: group for group in work for spec in group}
-        self._measured = self._work_of.keys() - set(job.without_gram)
-        self._flight = Flight(resources.num_workers, Losses("factorize", tell))
-        self._used: dict[Path, list[Path]] = {}
-        self._started: set[Path] = set()
-        there, own = set(sizes(job.out_dir)), set(self._file_of.values())
-        self._done = {file for file in there if file not in own or spectra_file(file) in there}
-        self._error: Exception | None = None
-
-    def add(self, grams: Path, names: Sequence[str]) -> None:
-        """Factorizes the groups whose Grams, each named by one of its linears, are in a file now."""
-        groups = {name: group for group in self.job.groups for name in (spec.name for spec in group)}
-        found = {}
-        for name in names:
-            work = next((self._work_of[spec.name] for spec in groups[name] if spec.name in self._measured), None)
-            if work is not None:
-                found[work] = StoredGram(grams, name)
-        self._used[grams] = [self._file_of[work] for work in found]
-        for work in sorted(found, key=_cost, reverse=True):
-            self._start(work, found[work])
-        self.pump()
-
-    def _start(self, work: tuple[LinearSpec, ...], gram: StoredGram | None) -> None:
-        file = self._file_of[work]
-        if file in self._started or file in self._done:
-            return
-        self._started.add(file)
-        name = " and ".join(spec.name for spec in work)
-        task = self.resources.task(_group_task).options(name=f"factorize: {name}")
-        submit = functools.partial(task.remote, self._shared_job, work, gram, file, self.resources.threads)
-        self._flight.add(name, submit)
-
-    def pump(self, timeout: float | None = 0) -> bool:
-        """Starts what may start; whether more is left. What fails is raised by :meth:`finish`, so that calibration, which
-        goes on meanwhile, is not lost with it."""
-        if self._error is not None:
-            return False
-        try:
-            left = self._flight.pump(timeout)
-            self._done.update(self._flight.results.values())
-            for grams, files in list(self._used.items()):
-                if self.drop and all(file in self._done for file in files):
-                    drop_grams(grams)
-                    del self._used[grams]
-            return left
-        except Exception as error:
-            self._error = error
-            return False
-
-    def finish(self, calibration_dir: Path, base_config: Any, progress: Progress = silent) -> dict[str, Any]:
-        """Writes what is left: factors of every linear in ``job.ranks``, others in 4 bits where the job says so, all other
-        tensors as they are, config, tokenizer.
-
-        ``base_config`` is the original's. Raises what a task raised, and NumericsError as :func:`factorize_group`.
-        """
-        left = [w for w, file in self._file_of.items() if file not in self._started | self._done]
-        grams = functools.cache(lambda: GramStore(calibration_dir))
-        for work in left:
-            measured = work[0].name in self._measured
-            self._start(work, grams().stored(work[0].name) if measured else None)
-        copy = Resources().task(copy_rest)
-        for entries, file in self._rest:
-            if file not in self._done:
-                task = copy.options(name=f"factorize: {file.name}")
-                self._flight.add(f"shard {file.name}", functools.partial(task.remote, entries, file))
-        try:
-            while self.pump(_LOOK_S):
-                progress(len(self.files) - self._flight.left, len(self.files))
-            if self._error is not None:
-                raise self._error
-            progress(len(self.files), len(self.files))
-        except BaseException:
-            self._flight.cancel()
-            raise
-        total_size = index_shards(self.job.out_dir, self.files)
-        in_4bit = None
-        if self.job.in_4bit:
-            in_4bit = quantization_config(base_config.dtype or torch.float32, self.job.kept_wide)
-        write_emulator_config(self.job.out_dir, base_config, self.job.ranks, in_4bit, self.job.storage)
-        copy_tokenizer(self.job.model_dir, self.job.out_dir)
-        reports = _read_all_reports(list(self._file_of.values()))
-        write_spectra(self.job.out_dir, reports)
-        return {**_summary(reports, self.resources), "bytes": total_size}
+    work, rest = sorted(_rewritten(job), key=group_cost, reverse=True), rest_of_shards(job)
+    total = len(work) + len(rest)
+    files = [job.out_dir / f"model-{number + 1:05d}-of-{total:05d}.safetensors" for number in range(total)]
+    there, without_gram = set(sizes(job.out_dir)), set(job.without_gram)
+    grams = functools.cache(functools.partial(GramStore, calibration_dir))
+    shared_job = ray.put(job)  # once, not with every task
+    factorize, copy = resources.task(_group_task), Resources().task(copy_rest)
+    submits: list[tuple[str, Callable[[], Any]]] = []
+    for group, file in zip(work, files, strict=False):
+        if file in there and spectra_file(file) in there:
+            continue
+        name = " and ".join(spec.name for spec in group)
+        gram = None if group[0].name in without_gram else grams().stored(group[0].name)
+        task = factorize.options(name=f"factorize: {name}")
+        submits.append((name, functools.partial(task.remote, shared_job, group, gram, file, resources.threads)))
+    for kept, file in zip(rest, files[len(work) :], strict=True):
+        if file not in there:
+            task = copy.options(name=f"factorize: {file.name}")
+            submits.append((f"shard {file.name}", functools.partial(task.remote, kept, file)))
+    before = total - len(submits)
+    bounded(
+        submits,
+        resources.num_workers,
+        Losses("factorize", tell),
+        lambda done, of: progress(before + done, before + of),
+    )
+    kept_wide = job.kept_wide if job.in_4bit else None
+    total_size = finish_emulator(files, base_config, job.model_dir, job.ranks, job.storage, kept_wide)
+    reports = _read_all_reports(files[: len(work)])
+    write_spectra(job.out_dir, reports)
+    return {**_summary(reports, resources), "bytes": total_size}
 
 
 def _rewritten(job: FactorizationJob) -> list[tuple[LinearSpec, ...]]:
@@ -315,19 +260,31 @@ def _rewritten(job: FactorizationJob) -> list[tuple[LinearSpec, ...]]:
 
 def _group_task(
     job: FactorizationJob, specs: Sequence[LinearSpec], gram: StoredGram | None, path: Path, threads: int
-) -> Path:
+) -> None:
     set_threads(threads)
     factorize_group(job, specs, gram, path)
-    return path
 
 
-def index_shards(out_dir: Path, files: Sequence[Path]) -> int:
-    """Writes the index of the shards in ``out_dir``; returns the bytes of all tensors."""
+def finish_emulator(
+    files: Sequence[Path],
+    base_config: Any,
+    tokenizer_dir: Path,
+    ranks: dict[str, int],
+    storage: Storage,
+    kept_wide: tuple[str, ...] | None,
+) -> int:
+    """Makes an emulator of shards that are all written: index, config, tokenizer; returns the bytes of all tensors.
+
+    ``kept_wide`` are the linears outside the blocks, where those inside are in 4 bits; None where none are.
+    """
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         entries = {entry.name: entry for shard in pool.map(read_shard, files) for entry in shard.entries}
     parameters = sum(num_elements(entry.name, entry.dtype, entry.shape) for entry in entries.values())
-    total_size = sum(entry.num_bytes for entry in entries.values())
+    total_size, out_dir = sum(entry.num_bytes for entry in entries.values()), files[0].parent
     write_index(out_dir, {name: entry.file.name for name, entry in entries.items()}, total_size, parameters)
+    in_4bit = None if kept_wide is None else quantization_config(base_config.dtype or torch.float32, kept_wide)
+    write_emulator_config(out_dir, base_config, ranks, in_4bit, storage)
+    copy_tokenizer(tokenizer_dir, out_dir)
     return total_size
 
 

@@ -20,11 +20,9 @@ from emloc_ray.io.checkpoint import Checkpoint, TensorEntry
 from emloc_ray.io.node_cache import exists
 from emloc_ray.io.shard_writing import copy_chunks, make_header, row_chunks, stream_shard, write_tensors
 from emloc_ray.modeling.adapter import Adapter
-from emloc_ray.modeling.emulator import write_emulator_config
-from emloc_ray.modeling.loading import copy_tokenizer
-from emloc_ray.modeling.quantization import quantization_config, quantize
+from emloc_ray.modeling.quantization import quantize
 from emloc_ray.stages.cluster import Progress, Resources, bounded, set_threads, silent
-from emloc_ray.stages.factorize import index_shards
+from emloc_ray.stages.factorize import finish_emulator
 from emloc_ray.stages.failures import Losses, Tell, unheard
 
 _CHUNK_BYTES = 2**25
@@ -205,13 +203,6 @@ def fold(
     largest = sorted(found, key=lambda piece: sum(entry.num_bytes for entry in piece.entries), reverse=True)
     work = [(f"shard {piece.file.name}", functools.partial(submit, piece)) for piece in largest]
     bounded(work, resources.num_workers, Losses("heal", tell), progress)
-    return finish_emulator(job, base_config)
-
-
-def finish_emulator(job: FoldJob, base_config: Any) -> int:
-    """Makes an emulator of the shards that are all there now; returns the bytes of its tensors."""
-    total_size = index_shards(job.out_dir, [piece.file for piece in pieces(job)])
-    in_4bit = quantization_config(base_config.dtype or torch.float32, job.kept_wide) if job.in_4bit else None
-    write_emulator_config(job.out_dir, base_config, job.ranks, in_4bit, job.storage)
-    copy_tokenizer(job.emulator_dir, job.out_dir)
-    return total_size
+    kept_wide = job.kept_wide if job.in_4bit else None
+    files = [piece.file for piece in found]
+    return finish_emulator(files, base_config, job.emulator_dir, job.ranks, job.storage, kept_wide)

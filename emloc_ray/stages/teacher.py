@@ -18,10 +18,9 @@ from emloc_ray.io.node_cache import exists, remote, sizes
 from emloc_ray.io.teacher_shards import TopRow, rows_per_shard, teacher_shard, write_teacher_index, write_teacher_shard
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import teacher_logits
-from emloc_ray.stages.cluster import Flight, Progress, Resources, set_threads, silent
+from emloc_ray.stages.cluster import LOOK_S, Progress, Resources, bounded, set_threads, silent
 from emloc_ray.stages.failures import Losses, Tell, unheard
 
-_LOOK_S = 1.0
 _STORE_LOOK_S = 5.0
 
 
@@ -93,15 +92,10 @@ def teach(job: TeacherJob, resources: Resources, progress: Progress = silent, te
         named = task.options(name=f"heal: teacher, part {part + 1} of {num_parts}")
         return functools.partial(named.remote, job, part, num_parts, resources.threads)
 
-    flight = Flight(num_parts, Losses("heal", tell))
-    for part in range(num_parts):
-        flight.add(f"part {part + 1} of {num_parts} of the teacher's logits", submit(part))
-    look = _LOOK_S if remote(job.out_dir) is None else _STORE_LOOK_S
-    try:
-        while flight.pump(look):
-            progress(sum(file.suffix == ".safetensors" for file in sizes(job.out_dir)), len(shards))
-    except BaseException:
-        flight.cancel()
-        raise
+    def look(_done: int, _total: int) -> None:
+        progress(sum(file.suffix == ".safetensors" for file in sizes(job.out_dir)), len(shards))
+
+    parts = [(f"part {part + 1} of {num_parts} of the teacher's logits", submit(part)) for part in range(num_parts)]
+    bounded(parts, num_parts, Losses("heal", tell), look, LOOK_S if remote(job.out_dir) is None else _STORE_LOOK_S)
     write_teacher_index(job.out_dir, [rows[0] for rows in shards])
     progress(len(shards), len(shards))

@@ -7,15 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from emloc_ray.io.grams import gram_counts, write_identities
+from emloc_ray.io.grams import write_identities
 from emloc_ray.io.node_cache import discard, local_only
 from emloc_ray.stages.calibration_job import CalibrationJob
 
 FOLDER = "reread"
 _IDENTITIES = "identities.safetensors"
 
-# Hears of every file of Grams that is final, with the names of those of them that are.
-Ready = Callable[[Path, Sequence[str]], None]
 Gathered = tuple[dict[str, int], dict[str, str]]  # tokens and file of every Gram
 
 
@@ -24,22 +22,11 @@ def thin_names(job: CalibrationJob, counts: Mapping[str, int]) -> list[str]:
     return [name for name, _ in job.experts if counts.get(name, job.min_expert_tokens) < job.min_expert_tokens]
 
 
-def without_thin(job: CalibrationJob, ready: Ready) -> Ready:
-    """``ready`` for a first pass: it does not hear of Grams that a second pass replaces."""
-
-    def told(file: Path, names: Sequence[str]) -> None:
-        thin = set(thin_names(job, gram_counts(file)) if job.experts else ())
-        ready(file, [name for name in names if name not in thin])
-
-    return told
-
-
 def gather_thin(
     job: CalibrationJob,
     out_dir: Path,
     first: Gathered,
-    ready: Ready,
-    gather: Callable[[CalibrationJob, Path, Ready], Gathered],
+    gather: Callable[[CalibrationJob, Path], Gathered],
 ) -> tuple[Gathered, dict[str, int]]:
     """Has ``gather`` run all tokens through the experts that saw too few, and takes those Grams instead.
 
@@ -51,13 +38,11 @@ def gather_thin(
     if not names:
         return first, {}
     again = _only(job, names)
-    found, files = gather(again, out_dir / FOLDER, without_thin(job, ready))
+    found, files = gather(again, out_dir / FOLDER)
     still = thin_names(job, found)
     if still:
-        path = out_dir / FOLDER / _IDENTITIES
         widths = dict(job.experts)
-        write_identities(path, {name: widths[name] for name in still})
-        ready(path, still)
+        write_identities(out_dir / FOLDER / _IDENTITIES, {name: widths[name] for name in still})
     replaced = {**found, **dict.fromkeys(still, 0)}
     placed = {name: f"{FOLDER}/{file}" for name, file in {**files, **dict.fromkeys(still, _IDENTITIES)}.items()}
     routed = {name: counts[name] for name in names}

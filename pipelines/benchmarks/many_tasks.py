@@ -30,7 +30,7 @@ from emloc_ray.io.yaml_text import read_yaml, write_yaml
 from emloc_ray.jobs import Jobs
 from emloc_ray.preparation import prepare
 from emloc_ray.stages import STAGES
-from emloc_ray.stages.cluster import Flight, Resources, connection, silent
+from emloc_ray.stages.cluster import Resources, bounded, connection, silent
 from emloc_ray.stages.failures import Losses, unheard
 from emloc_ray.stages.finetune import finetune, run_alone, run_group
 
@@ -136,10 +136,8 @@ class _Sleeps:
         for stage in STAGES:
             with turns.take(stage, Resources()) as granted:
                 progress = reporter.start(stage)
-                flight = Flight(1, Losses(stage, unheard))
-                flight.add(stage, functools.partial(granted.task(self.sleep).remote, _SLEEP_S))
-                while flight.pump(None):
-                    progress(0, 1)
+                submit = functools.partial(granted.task(self.sleep).remote, _SLEEP_S)
+                bounded([(stage, submit)], 1, Losses(stage, unheard), progress)
             reporter.finish(stage, {"train_loss": 0.0, "evaluation": _NO_LOSS}, {"wall_s": _SLEEP_S})
 
     def forget(self, task: Task) -> None:

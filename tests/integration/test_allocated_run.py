@@ -33,7 +33,6 @@ from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.errors import Stopped
 from emloc_ray.io.artifact_cache import ArtifactCache, EntryGone
 from emloc_ray.io.checkpoint import Checkpoint
-from emloc_ray.io.grams import GramStore
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.preparation import prepare
 from emloc_ray.stages import STAGES
@@ -353,4 +352,3 @@ def test_spectra_alone_need_no_gradients(weighed_run: FinishedRun, tmp_path: Pat
     assert not (copied.root / "gradients").exists()
     told = json.loads((copied.root / "allocation" / "ranks.json").read_text())["layers"]
     assert all(layer["possible_gain"] == pytest.approx(1) for layer in told.values())
-    assert GramStore(copied.root / "calibration").is_whole()

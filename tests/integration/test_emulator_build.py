@@ -1,4 +1,4 @@
-"""Building an emulator on Ray: shard by shard, while Grams still come, after a kill, and under a full disk."""
+"""Building an emulator on Ray: shard by shard, after a kill, and under a full disk."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ from small_runs import FinishedRun, RecordingReporter, run_values
 
 from emloc_ray.config_reading import parse_config
 from emloc_ray.errors import NumericsError, StageError
-from emloc_ray.io.checkpoint import read_shard
-from emloc_ray.io.grams import INDEX, GramStore
 from emloc_ray.jobs import Jobs
 from emloc_ray.modeling.architecture import load_config
 from emloc_ray.preparation import prepare
 from emloc_ray.stages.cluster import Resources
-from emloc_ray.stages.factorize import EmulatorBuild
+from emloc_ray.stages.factorize import build_emulator
 
 
 def factors(directory: Path) -> dict[str, torch.Tensor]:
@@ -37,36 +35,18 @@ def assert_same_emulator(found: Path, expected: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def new_build(run: FinishedRun, out_dir: Path, model_dir: Path | None = None, drop: bool = False) -> EmulatorBuild:
-    prepared = prepare(parse_config(run.values))
-    job = replace(Jobs(prepared, model_dir or run.model_dir).factorization(), out_dir=out_dir)
-    return EmulatorBuild(job, Resources(2), drop)
-
-
-def test_groups_are_factorized_as_their_grams_come_and_used_grams_are_dropped(
-    llama_run: FinishedRun, tmp_path: Path
-) -> None:
-    grams = tmp_path / "calibration"
-    shutil.copytree(llama_run.root / "calibration", grams)
-    index = (grams / INDEX).read_bytes()
-    store = GramStore(grams)
-    first = sorted(set(store.index["weight_map"].values()))[0]
-    names = [name for name, file in store.index["weight_map"].items() if file == first]
-    (grams / INDEX).unlink()  # other Grams are still gathered
-    build = new_build(llama_run, tmp_path / "emulator", drop=True)
-    build.add(grams / first, names)
-    while build.pump(None):
-        pass
-    written = {name.removesuffix(".up.weight") for name in factors(tmp_path / "emulator") if "up.weight" in name}
-    assert written == {linear for name in names for linear in store.index["groups"][name]}
-    assert read_shard(grams / first).entries == ()
-    (grams / INDEX).write_bytes(index)
+def build(run: FinishedRun, out_dir: Path, model_dir: Path | None = None) -> list[tuple[int, int]]:
+    """Builds the run's emulator anew; gives the progress that was told."""
+    job = Jobs(prepare(parse_config(run.values)), model_dir or run.model_dir).factorization()
     told: list[tuple[int, int]] = []
-    base = load_config(llama_run.model_dir)
-    result = build.finish(grams, base, lambda done, total: told.append((done, total)))
-    assert told[-1][0] == told[-1][1] == len(build.files)
-    assert_same_emulator(tmp_path / "emulator", llama_run.root / "emulator")
-    assert set(result["layers"]) == {spec.name for group in build.job.groups for spec in group}
+    build_emulator(
+        replace(job, out_dir=out_dir),
+        run.root / "calibration",
+        load_config(job.model_dir),
+        Resources(2),
+        lambda done, total: told.append((done, total)),
+    )
+    return told
 
 
 def test_a_build_that_was_killed_keeps_its_shards_and_ends_the_same(llama_run: FinishedRun, tmp_path: Path) -> None:
@@ -77,12 +57,14 @@ def test_a_build_that_was_killed_keeps_its_shards_and_ends_the_same(llama_run: F
     for file in [*lost, out_dir / "config.json"]:
         file.unlink()
     before = {file: file.stat().st_mtime_ns for file in kept}
-    new_build(llama_run, out_dir).finish(llama_run.root / "calibration", load_config(llama_run.model_dir))
+    told = build(llama_run, out_dir)
+    assert told[0][0] >= len(kept)
+    assert told[-1] == (len(files), len(files))
     assert {file: file.stat().st_mtime_ns for file in kept} == before
     assert_same_emulator(out_dir, llama_run.root / "emulator")
 
 
-def test_a_poisoned_layer_is_named_at_the_end_and_the_others_stay(llama_run: FinishedRun, tmp_path: Path) -> None:
+def test_a_poisoned_layer_is_named(llama_run: FinishedRun, tmp_path: Path) -> None:
     model_dir = tmp_path / "model"
     shutil.copytree(llama_run.model_dir, model_dir)
     for file in model_dir.glob("*.safetensors"):
@@ -90,17 +72,8 @@ def test_a_poisoned_layer_is_named_at_the_end_and_the_others_stay(llama_run: Fin
         if "model.layers.0.self_attn.o_proj.weight" in tensors:
             tensors["model.layers.0.self_attn.o_proj.weight"][0, 0] = torch.nan
             save_file(tensors, file, {"format": "pt"})
-    build = new_build(llama_run, tmp_path / "emulator", model_dir)
-    store = GramStore(llama_run.root / "calibration")
-    by_file: dict[str, list[str]] = {}
-    for name, file in store.index["weight_map"].items():
-        by_file.setdefault(file, []).append(name)
-    for file, names in by_file.items():
-        build.add(store.directory / file, names)  # nothing is raised here
-    while build.pump(None):
-        pass
     with pytest.raises(NumericsError, match=r"model\.layers\.0\.self_attn\.o_proj"):
-        build.finish(store.directory, load_config(model_dir))
+        build(llama_run, tmp_path / "emulator", model_dir)
 
 
 @pytest.fixture

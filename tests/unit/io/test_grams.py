@@ -13,7 +13,6 @@ from emloc_ray.errors import ArtifactError
 from emloc_ray.io.grams import (
     INDEX,
     GramStore,
-    drop_grams,
     last_shard,
     reduce_slots,
     write_gram_index,
@@ -114,16 +113,6 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     write_gram_index(tmp_path, [["l.q"]], {"l.q": "one.safetensors"}, {"l.q": 1})
     with pytest.raises(ArtifactError, match=r"one\.safetensors"):
         GramStore(tmp_path).read("l.q")
-
-
-def test_dropped_grams_are_missed(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        write_gram_shard(tmp_path / f"{name}.safetensors", {name: gram(0)[0]})
-    files = {"a": "a.safetensors", "b": "b.safetensors"}
-    write_gram_index(tmp_path, [["a"], ["b"]], files, {"a": 10, "b": 10})
-    assert GramStore(tmp_path).is_whole()
-    drop_grams(tmp_path / "b.safetensors")
-    assert not GramStore(tmp_path).is_whole()
 
 
 def test_a_slot_says_which_shard_it_holds_last(tmp_path: Path) -> None:

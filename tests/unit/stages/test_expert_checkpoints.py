@@ -13,10 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from emloc_ray.io.checkpoint import Checkpoint, read_shard
 from emloc_ray.modeling.adapter import LoraModule, write_adapter
 from emloc_ray.modeling.architecture import LinearSpec, block_linears, empty_model
-from emloc_ray.modeling.emulator import write_emulator_config
 from emloc_ray.modeling.experts import PARTS, owner_of
 from emloc_ray.modeling.stored_names import renamed_tensors, stored_parameters, stored_specs
-from emloc_ray.stages.factorize import FactorizationJob, index_shards
+from emloc_ray.stages.factorize import FactorizationJob, finish_emulator
 from emloc_ray.stages.kept_tensors import copy_rest, rest_of_shards
 from emloc_ray.stages.merge import MergeJob, merge_shard
 
@@ -95,8 +94,7 @@ def test_an_emulator_with_every_expert_dense_is_the_model(family: str, as_on_the
         files.append(tmp_path / "emulator" / f"model-{number}.safetensors")
         copy_rest(kept, files[-1])
         assert all(entry.num_bytes > 0 for entry in read_shard(files[-1]).entries)
-    index_shards(job.out_dir, files)
-    write_emulator_config(job.out_dir, AutoConfig.from_pretrained(model_dir), {})
+    finish_emulator(files, AutoConfig.from_pretrained(model_dir), model_dir, {}, "factors", None)
     original = AutoModelForCausalLM.from_pretrained(model_dir)
     original.set_experts_implementation("eager")
     emulator, said = AutoModelForCausalLM.from_pretrained(job.out_dir, output_loading_info=True)

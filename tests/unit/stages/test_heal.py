@@ -32,7 +32,8 @@ from emloc_ray.modeling.loading import copy_tokenizer, load_model
 from emloc_ray.modeling.loss import TopLogProbs, token_loss
 from emloc_ray.modeling.quantization import dequantize, quantize
 from emloc_ray.stages import training
-from emloc_ray.stages.fold import FoldJob, finish_emulator, pieces, write_piece
+from emloc_ray.stages.factorize import finish_emulator
+from emloc_ray.stages.fold import FoldJob, pieces, write_piece
 from emloc_ray.stages.teacher import TeacherJob, teach_part, teach_shard
 from emloc_ray.stages.training import EmulatorTrainer, FinetuneJob, train
 from emloc_ray.stages.training_session import LoneSession, own_environment
@@ -77,6 +78,15 @@ def taught(job: TeacherJob) -> TeacherJob:
     return job
 
 
+def fold_alone(job: FoldJob, model_dir: Path) -> None:
+    """What :func:`emloc_ray.stages.fold.fold` does, without Ray."""
+    for piece in pieces(job):
+        write_piece(job, piece, torch.get_num_threads())
+    kept_wide = job.kept_wide if job.in_4bit else None
+    files = [piece.file for piece in pieces(job)]
+    finish_emulator(files, AutoConfig.from_pretrained(model_dir), job.emulator_dir, job.ranks, job.storage, kept_wide)
+
+
 class Healing:
     """A family's emulator, all but one linear factorized, with the LoRA that was distilled into it."""
 
@@ -91,9 +101,7 @@ class Healing:
         self.outcome = train(self.job, torch.get_num_threads(), LoneSession(root / "heal"))
         final = {**self.ranks, **dict.fromkeys(self.healed, RANK + R)}
         self.fold = FoldJob(self.emulator, self.job.out_dir, root / "healed", final, tuple(self.healed))
-        for piece in pieces(self.fold):
-            write_piece(self.fold, piece, torch.get_num_threads())
-        finish_emulator(self.fold, AutoConfig.from_pretrained(model_dir))
+        fold_alone(self.fold, model_dir)
 
 
 @pytest.fixture(scope="module")
@@ -289,9 +297,7 @@ def test_pivoted_factors_are_pivoted_anew(
         kept_wide=("lm_head",) if packed else (),
         storage="pivoted",
     )
-    for piece in pieces(job):
-        write_piece(job, piece)
-    finish_emulator(job, AutoConfig.from_pretrained(found.model_dir))
+    fold_alone(job, found.model_dir)
     healed, plain = load_model(job.out_dir), load_model(found.fold.out_dir)
     layers = {name: module for name, module in healed.named_modules() if isinstance(module, PivotedLinear)}
     assert {name: layer.down.out_features for name, layer in layers.items()} == job.ranks
@@ -316,9 +322,7 @@ def test_4_bits_are_those_of_the_grown_factors(healing: Callable[..., Healing], 
         transposed=tuple(spec.name for spec in specs if spec.transposed),
         kept_wide=("lm_head",),
     )
-    for piece in pieces(job):
-        write_piece(job, piece)
-    finish_emulator(job, AutoConfig.from_pretrained(found.model_dir))
+    fold_alone(job, found.model_dir)
     wide, packed = tensors(found.fold.out_dir), tensors(job.out_dir)
     for spec in specs:
         for part in (".up", ".down") if spec.name in job.ranks else ("",):

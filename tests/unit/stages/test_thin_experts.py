@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -23,24 +22,18 @@ from emloc_ray.stages.factorize import FactorizationJob, factorize_group
 from emloc_ray.stages.layer_reports import read_reports
 from emloc_ray.stages.resident_slot import ResidentSlot
 from emloc_ray.stages.streamed_slot import StreamedSlot, part_file
-from emloc_ray.stages.thin_experts import Gathered, Ready, describe, gather_thin, thin_names, without_thin
+from emloc_ray.stages.thin_experts import Gathered, describe, gather_thin, thin_names
 
 SHARDS, BLOCKS = 4, 2
 
 
 @dataclass
 class Scene:
-    """A lopsided Mixtral, tokens for it, and who heard of which Grams."""
+    """A lopsided Mixtral and tokens for it."""
 
     model_dir: Path
     job: CalibrationJob
     specs: tuple[LinearSpec, ...]
-    heard: list[str] = field(default_factory=list)
-
-    def hear(self, file: Path, names: Sequence[str]) -> None:
-        held = {entry.name for entry in read_shard(file).entries}
-        assert held >= set(names)
-        self.heard += names
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +55,15 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
     return Scene(model_dir, job, specs)
 
 
-def resident(job: CalibrationJob, folder: Path, ready: Ready) -> Gathered:
+def resident(job: CalibrationJob, folder: Path) -> Gathered:
     slot = ResidentSlot(job, folder / "slot.safetensors", 1)
     for number in range(SHARDS):
         slot.accumulate(number)
     slot.commit()
-    return written(job, folder, [folder / "slot.safetensors"], ready)
+    return written(job, folder, [folder / "slot.safetensors"])
 
 
-def streamed(job: CalibrationJob, folder: Path, ready: Ready) -> Gathered:
+def streamed(job: CalibrationJob, folder: Path) -> Gathered:
     slot = StreamedSlot(replace(job, mode="streamed"), folder, 0, 1, BLOCKS, 1)
     for block in range(BLOCKS):
         slot.accumulate(block)
@@ -78,19 +71,16 @@ def streamed(job: CalibrationJob, folder: Path, ready: Ready) -> Gathered:
     found: Gathered = ({}, {})
     for block, part in enumerate(parts):
         inside = tuple(group for group in job.groups if f"layers.{block}." in group[0])
-        counts, files = written(replace(job, groups=inside), folder, [part], ready, f"grams-{block}.safetensors")
+        counts, files = written(replace(job, groups=inside), folder, [part], f"grams-{block}.safetensors")
         found[0].update(counts)
         found[1].update(files)
     return found
 
 
-def written(
-    job: CalibrationJob, folder: Path, slots: list[Path], ready: Ready, file: str = "grams.safetensors"
-) -> Gathered:
+def written(job: CalibrationJob, folder: Path, slots: list[Path], file: str = "grams.safetensors") -> Gathered:
     names = [group[0] for group in job.groups]
     grams = reduce_slots(slots, names)
     write_gram_shard(folder / file, grams)
-    ready(folder / file, names)
     return {name: gram.num_tokens for name, gram in grams.items()}, dict.fromkeys(names, file)
 
 
@@ -98,9 +88,7 @@ def calibrated(scene: Scene, out_dir: Path, minimum: int, gather: type | object 
     """Both passes; the store, and what the stage says of experts."""
     assert callable(gather)
     job = replace(scene.job, min_expert_tokens=minimum)
-    scene.heard.clear()
-    first = gather(job, out_dir, without_thin(job, scene.hear))
-    (counts, weight_map), routed = gather_thin(job, out_dir, first, scene.hear, gather)
+    (counts, weight_map), routed = gather_thin(job, out_dir, gather(job, out_dir), gather)
     write_gram_index(out_dir, job.groups, weight_map, counts, routed_tokens=routed)
     return GramStore(out_dir), describe(job, counts, routed)["experts"]
 
@@ -121,7 +109,6 @@ def test_an_expert_that_no_token_is_sent_to_has_the_gram_of_all_tokens(
     assert told["number"] == 8
     assert told["never_routed"] == 2
     assert (told["plain_svd"], told["reread_tokens"]) == (0, total)
-    assert sorted(scene.heard) == sorted(group[0] for group in scene.job.groups)
 
 
 def test_with_too_few_tokens_in_all_the_plain_svd_is_left(scene: Scene, tmp_path: Path) -> None:
@@ -129,7 +116,6 @@ def test_with_too_few_tokens_in_all_the_plain_svd_is_left(scene: Scene, tmp_path
     name = "model.layers.1.mlp.experts.3.down"
     assert store.num_tokens(name) == 0
     assert torch.equal(store.read(name), torch.eye(len(store.read(name))))
-    assert sorted(scene.heard) == sorted(group[0] for group in scene.job.groups)
     assert (told["too_few"], told["plain_svd"], told["number"]) == (8, 8, 8)
     assert store.num_tokens("model.layers.1.self_attn.o_proj") > 0
 
