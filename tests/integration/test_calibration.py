@@ -14,10 +14,13 @@ from small_runs import FinishedRun, KillingReporter, RecordingReporter, run_valu
 
 from emloc_ray.config_reading import parse_config
 from emloc_ray.io.grams import GramStore
+from emloc_ray.jobs import Jobs
 from emloc_ray.memory import MemoryModel, total
 from emloc_ray.model_sizes import gram_bytes
 from emloc_ray.planner import row_lengths
 from emloc_ray.preparation import prepare
+from emloc_ray.stages.calibrate import calibrate
+from emloc_ray.stages.cluster import Resources
 from emloc_ray.stages.spans import Span, listening
 
 
@@ -66,24 +69,27 @@ def test_auto_goes_block_by_block_under_a_budget_and_a_killed_worker_leaves_no_t
 def test_waves_under_a_memory_budget_give_the_same_grams(
     calibrated: Callable[..., Path], llama_run: FinishedRun
 ) -> None:
-    one = {"mode": "resident", "num_workers": 1}
-    values = llama_run.changed(calibration=one)
+    values = llama_run.changed(calibration={"mode": "resident"})
     prepared = prepare(parse_config(values))
     memory = MemoryModel(prepared, row_lengths(prepared))
     parts = memory.stage("calibrate")
     largest = max(gram_bytes(group) for group in prepared.layout.groups)
     assert parts["grams"] > 2 * largest
     budget = total(parts) - int(parts["grams"]) + 2 * largest
-    spans: list[Span] = []
-    with listening(spans.append):
-        run = calibrated(memory_budget=budget, calibration=one)
+    run = calibrated(memory_budget=budget, calibration={"mode": "resident"})
     assert result(run)["mode"] == "resident"
     assert result(run)["waves"] >= 2
-    # The only worker's work is never done by two at once, be it to sum up what the slot gathered.
-    assert sum(span.unit.startswith("the sum") for span in spans) > 2
-    told = sorted((s for s in spans if s.stage == "calibrate"), key=lambda span: span.begun_at)
-    assert all(first.finished_at <= then.begun_at for first, then in itertools.pairwise(told))
     assert_same_grams(run, llama_run.root)
+
+
+def test_sums_run_as_many_at_once_as_the_stage_has_workers(llama_run: FinishedRun, tmp_path: Path) -> None:
+    job = Jobs(prepare(parse_config(llama_run.values)), llama_run.model_dir).calibration()
+    spans: list[Span] = []
+    with listening(spans.append):
+        calibrate(job, tmp_path, Resources(num_workers=1))
+    sums = sorted((span for span in spans if span.unit.startswith("the sum")), key=lambda span: span.begun_at)
+    assert len(sums) > 1
+    assert all(first.finished_at <= then.begun_at for first, then in itertools.pairwise(sums))
 
 
 def test_grams_that_are_not_kept_are_gone_once_used_and_gathered_again_where_needed(
