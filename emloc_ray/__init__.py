@@ -13,24 +13,24 @@ from typing import TYPE_CHECKING, Any
 from wrapt import register_post_import_hook
 
 if TYPE_CHECKING:
-    from emloc_ray.config import RunConfig
-    from emloc_ray.config_reading import load_config
+    from emloc_ray.config.reading import load_config
+    from emloc_ray.config.schema import RunConfig
     from emloc_ray.core.factorization import Factorization, LowRankFactors, factorize
     from emloc_ray.core.gram import Gram
     from emloc_ray.modeling.emulator import FactorizedLinear
-    from emloc_ray.pipeline import run
+    from emloc_ray.runs.run import run
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "RunConfig": "emloc_ray.config",
-    "load_config": "emloc_ray.config_reading",
+    "RunConfig": "emloc_ray.config.schema",
+    "load_config": "emloc_ray.config.reading",
     "Gram": "emloc_ray.core.gram",
     "Factorization": "emloc_ray.core.factorization",
     "LowRankFactors": "emloc_ray.core.factorization",
     "factorize": "emloc_ray.core.factorization",
     "FactorizedLinear": "emloc_ray.modeling.emulator",
-    "run": "emloc_ray.pipeline",
+    "run": "emloc_ray.runs.run",
 }
 
 __all__ = [

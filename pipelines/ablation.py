@@ -36,10 +36,10 @@ from ablations.tables import read_results, render
 from rich.console import Console
 from tables import RESULTS
 
-from emloc_ray.batch.table import BatchView
-from emloc_ray.console import count_progress, duration, quiet_libraries
 from emloc_ray.errors import EmlocError
-from emloc_ray.io.atomic import write_json
+from emloc_ray.io.store.atomic import write_json
+from emloc_ray.ui.batch_table import BatchView
+from emloc_ray.ui.terminal import count_progress, duration, quiet_libraries
 
 
 def main() -> int:

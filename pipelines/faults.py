@@ -27,7 +27,7 @@ from faulting.matrix import STAGES, Cell, Matrix
 from faulting.nodes import KINDS, Nodes
 from faulting.task import make_config
 
-from emloc_ray.config_reading import load_config
+from emloc_ray.config.reading import load_config
 
 
 def table(cells: Sequence[Cell]) -> str:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import sys
 
-from emloc_ray.batch.driver import prepare_batch, run_batch
-from emloc_ray.batch.table import held_out
-from emloc_ray.batch.tasks import read_batch
+from emloc_ray.runs.batch.driver import prepare_batch, run_batch
+from emloc_ray.runs.batch.tasks import read_batch
+from emloc_ray.ui.batch_table import held_out
 
 
 def main() -> None:

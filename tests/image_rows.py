@@ -11,7 +11,7 @@ from typing import Any
 
 from small_runs import write_jsonl
 
-from emloc_ray.data.vqa import VqaTask, examples
+from emloc_ray.demos.vqa import VqaTask, examples
 
 NUM_ROWS = 48
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from emloc_ray.core.gram import Gram
-from emloc_ray.io.checkpoint import read_shard
-from emloc_ray.io.grams import add_slot
+from emloc_ray.io.formats.checkpoint import read_shard
+from emloc_ray.io.formats.grams import add_slot
 
 
 def read_slot(path: Path, names: Sequence[str] | None = None) -> tuple[dict[str, Gram], int]:

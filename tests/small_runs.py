@@ -13,14 +13,14 @@ from typing import Any
 
 import psutil
 
-from emloc_ray import pipeline
-from emloc_ray.config_reading import parse_config
+from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import Stopped
-from emloc_ray.io.fingerprint import fingerprint
-from emloc_ray.pipeline import Pipeline
-from emloc_ray.preparation import prepare
-from emloc_ray.steps import Steps
-from emloc_ray.turns import AtOnce
+from emloc_ray.io.runs.fingerprint import fingerprint
+from emloc_ray.planning.prepared import prepare
+from emloc_ray.runs import run as pipeline
+from emloc_ray.runs.run import Pipeline
+from emloc_ray.runs.steps import Steps
+from emloc_ray.runs.turns import AtOnce
 
 TWO = {"num_workers": 2}
 # The same rows a step as one worker's eight. Starting a group takes ten times as long as training: for tests of groups.

@@ -7,15 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from emloc_ray.data.images import (
-    COLUMNS,
-    check_parts,
-    decode,
-    has_images,
-    image_parts,
-    plain_messages,
-    text_messages,
-)
+from emloc_ray.data.images import COLUMNS, check_parts, decode, has_images, image_parts, plain_messages, text_messages
 from emloc_ray.data.reading import BadRow, Row
 from emloc_ray.errors import DataError
 

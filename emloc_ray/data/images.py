@@ -24,8 +24,8 @@ import numpy as np
 
 from emloc_ray.data.reading import Row
 from emloc_ray.errors import ArtifactError, ConfigError, DataError
-from emloc_ray.io.object_store import is_store_uri
-from emloc_ray.io.stored_files import StoredFile
+from emloc_ray.io.store.object_store import is_store_uri
+from emloc_ray.io.store.stored_files import StoredFile
 
 COLUMNS = ("images", "image")
 """Columns whose images the parts ``{"type": "image"}`` that name none take, in their order."""

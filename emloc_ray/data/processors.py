@@ -14,7 +14,7 @@ from torch import Tensor
 from emloc_ray.data.formats import RowImage, Tokens
 from emloc_ray.data.images import decode
 from emloc_ray.errors import ConfigError
-from emloc_ray.io.node_cache import ensure
+from emloc_ray.io.store.node_cache import ensure
 
 _FILES = ("processor_config.json", "preprocessor_config.json")
 # Which tokens stand for images: made of the row's tokens, not of its images. Gemma 3's processor gives it the second name.

@@ -22,10 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from emloc_ray.errors import DataError
-from emloc_ray.io.fingerprint import fingerprint, fingerprint_large_files
-from emloc_ray.io.node_cache import ensure
-from emloc_ray.io.object_store import is_store_uri
-from emloc_ray.io.stored_files import StoredFile, find_stored, is_hidden, shown
+from emloc_ray.io.runs.fingerprint import fingerprint, fingerprint_large_files
+from emloc_ray.io.store.node_cache import ensure
+from emloc_ray.io.store.object_store import is_store_uri
+from emloc_ray.io.store.stored_files import StoredFile, find_stored, is_hidden, shown
 
 KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".csv": "csv"}
 Row = dict[str, Any]

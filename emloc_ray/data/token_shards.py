@@ -17,8 +17,8 @@ from torch import Tensor
 
 from emloc_ray.data.formats import RowImage, Tokens
 from emloc_ray.errors import ArtifactError
-from emloc_ray.io.atomic import atomic_file, write_json
-from emloc_ray.io.node_cache import ensure, open_artifact
+from emloc_ray.io.store.atomic import atomic_file, write_json
+from emloc_ray.io.store.node_cache import ensure, open_artifact
 
 _INDEX = "index.json"
 _COUNTS = b"counts"

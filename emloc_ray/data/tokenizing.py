@@ -21,7 +21,7 @@ from emloc_ray.data.reading import Row, each
 from emloc_ray.data.splits import RowSelection
 from emloc_ray.data.token_shards import shard_name, write_index, write_shard, written_counts
 from emloc_ray.errors import DataError
-from emloc_ray.io.node_cache import ensure, sizes
+from emloc_ray.io.store.node_cache import ensure, sizes
 
 _COUNTS = (
     "rows",

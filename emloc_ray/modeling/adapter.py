@@ -19,10 +19,10 @@ from torch import Tensor
 
 from emloc_ray.core.updates import HadamardUpdate, KroneckerUpdate, LowRankUpdate, Update
 from emloc_ray.errors import ArtifactError, ConfigError
-from emloc_ray.io.atomic import atomic_directory, copy_file
-from emloc_ray.io.checkpoint import read_shard
-from emloc_ray.io.node_cache import ensure
-from emloc_ray.io.shard_writing import write_tensors
+from emloc_ray.io.formats.checkpoint import read_shard
+from emloc_ray.io.formats.shards import write_tensors
+from emloc_ray.io.store.atomic import atomic_directory, copy_file
+from emloc_ray.io.store.node_cache import ensure
 from emloc_ray.modeling.adapter_layers import attachable, start_magnitudes
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import LinearSpec

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from emloc_ray.core.merging import add_rows, scale_rows, squared_row_norms
 from emloc_ray.core.updates import Update
-from emloc_ray.io.checkpoint import TensorEntry
-from emloc_ray.io.shard_writing import copy_chunks, row_chunks
+from emloc_ray.io.formats.checkpoint import TensorEntry
+from emloc_ray.io.formats.shards import copy_chunks, row_chunks
 from emloc_ray.modeling.adapter import Adapter
 from emloc_ray.modeling.architecture import LinearSpec
 

@@ -15,8 +15,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from emloc_ray.errors import ConfigError
-from emloc_ray.io.checkpoint import Checkpoint, TensorEntry
-from emloc_ray.io.node_cache import ensure
+from emloc_ray.io.formats.checkpoint import Checkpoint, TensorEntry
+from emloc_ray.io.store.node_cache import ensure
 from emloc_ray.modeling.experts import UnfusedExperts, experts_of, owner_of, unfuse
 from emloc_ray.modeling.inputs import Stream, has_encoder
 from emloc_ray.modeling.meta_pass import UNTRACEABLE, MetaPass

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from emloc_ray.errors import StageError
-from emloc_ray.io.checkpoint import read_shard
-from emloc_ray.io.shard_writing import write_tensors
+from emloc_ray.io.formats.checkpoint import read_shard
+from emloc_ray.io.formats.shards import write_tensors
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ def write_emulator_config(
 
     ``quantization_config`` says what of it is stored in 4 bits, as transformers reads it.
     """
-    from emloc_ray.io.atomic import write_json
+    from emloc_ray.io.store.atomic import write_json
 
     base = base_config.to_dict()
     base.pop("_name_or_path", None)

@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from emloc_ray.errors import ConfigError
-from emloc_ray.io.checkpoint import TensorEntry, read_shard
-from emloc_ray.io.shard_writing import write_tensors
+from emloc_ray.io.formats.checkpoint import TensorEntry, read_shard
+from emloc_ray.io.formats.shards import write_tensors
 from emloc_ray.modeling.experts import PARTS, experts_of, owner_of
 from emloc_ray.modeling.matching import lookup, matches
 

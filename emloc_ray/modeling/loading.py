@@ -13,10 +13,10 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from emloc_ray.errors import ArtifactError, ConfigError
-from emloc_ray.io.atomic import atomic_directory, atomic_file, copy_file
-from emloc_ray.io.checkpoint import Checkpoint
-from emloc_ray.io.fingerprint import content_of
-from emloc_ray.io.node_cache import ensure, sizes
+from emloc_ray.io.formats.checkpoint import Checkpoint
+from emloc_ray.io.runs.fingerprint import content_of
+from emloc_ray.io.store.atomic import atomic_directory, atomic_file, copy_file
+from emloc_ray.io.store.node_cache import ensure, sizes
 from emloc_ray.modeling.architecture import auto_class, block_linears, outside_linears
 from emloc_ray.modeling.experts import unfuse
 from emloc_ray.modeling.stored_names import stored_parameters

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from emloc_ray.core.whitening import is_finite
 from emloc_ray.errors import NumericsError
-from emloc_ray.io.checkpoint import Checkpoint
+from emloc_ray.io.formats.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState

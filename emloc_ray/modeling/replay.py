@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from emloc_ray.errors import StageError
-from emloc_ray.io.checkpoint import Checkpoint
+from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.modeling.architecture import (
     auto_class,
     block_names,

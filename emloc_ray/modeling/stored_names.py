@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from emloc_ray.errors import ArtifactError
-from emloc_ray.io.checkpoint import Checkpoint
+from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.modeling.architecture import LinearSpec, StoredRows
 from emloc_ray.modeling.experts import unfused_views
 

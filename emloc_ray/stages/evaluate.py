@@ -15,12 +15,12 @@ from peft import PeftModel
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.processors import ImageInputs
 from emloc_ray.data.token_shards import TokenShards
-from emloc_ray.io.node_cache import ensure
+from emloc_ray.io.store.node_cache import ensure
 from emloc_ray.modeling.adapter import CONFIG_NAME, WEIGHTS_NAME, detach_adapter, load_adapter
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.scoring import Score, complete, prompt_length, score_rows
-from emloc_ray.stages.cluster import Progress, Resources, bounded, set_threads, silent
-from emloc_ray.stages.failures import Losses, Tell, unheard
+from emloc_ray.stages.ray.losses import Losses, Tell, unheard
+from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, set_threads, silent
 
 _FAMILIES = {
     "original": "original",

@@ -13,16 +13,16 @@ import ray
 import torch
 
 from emloc_ray.errors import ArtifactError
-from emloc_ray.io.atomic import copy_file
-from emloc_ray.io.checkpoint import INDEX_NAME, Checkpoint, Shard, TensorEntry, write_index
-from emloc_ray.io.node_cache import exists
-from emloc_ray.io.shard_writing import chunk_limit, copy_chunks, make_header, stream_shard
+from emloc_ray.io.formats.checkpoint import INDEX_NAME, Checkpoint, Shard, TensorEntry, write_index
+from emloc_ray.io.formats.shards import chunk_limit, copy_chunks, make_header, stream_shard
+from emloc_ray.io.store.atomic import copy_file
+from emloc_ray.io.store.node_cache import exists
 from emloc_ray.modeling.adapter import Adapter
 from emloc_ray.modeling.adapter_merging import Changes, changed_tensors, merged_chunks
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.loading import copy_tokenizer
-from emloc_ray.stages.cluster import Progress, Resources, bounded, set_threads, silent
-from emloc_ray.stages.failures import Losses, Tell, unheard
+from emloc_ray.stages.ray.losses import Losses, Tell, unheard
+from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, set_threads, silent
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from typing import Any
 
 from ablations.cells import Ablation, Cell
 from ablations.datasets import split_files
-from emloc_ray.config import RunConfig
-from emloc_ray.io.atomic import write_json
-from emloc_ray.io.fingerprint import fingerprint
-from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.config.schema import RunConfig
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.runs.fingerprint import fingerprint
+from emloc_ray.io.store.atomic import write_json
 from emloc_ray.modeling.loading import content_of_source, resolve_source
 
 # What says where something is; the contents stand for it.

@@ -9,13 +9,13 @@ from typing import Any
 
 from ablations.config import RATIO, AblationConfig, MethodConfig, overlap
 from ablations.datasets import data_dir, data_section
-from emloc_ray.batch.config import BatchConfig
-from emloc_ray.batch.grid import joined_name, points
-from emloc_ray.batch.tasks import Task, compose_batch
-from emloc_ray.config import RayConfig, RunConfig
-from emloc_ray.config_reading import check, put, read_mapping, read_override
+from emloc_ray.config.reading import check, put, read_mapping, read_override
+from emloc_ray.config.schema import RayConfig, RunConfig
 from emloc_ray.errors import ConfigError
-from emloc_ray.io.object_store import is_store_uri
+from emloc_ray.io.store.object_store import is_store_uri
+from emloc_ray.runs.batch.config import BatchConfig
+from emloc_ray.runs.batch.grid import joined_name, points
+from emloc_ray.runs.batch.tasks import Task, compose_batch
 
 # What an override cannot change, and what to do.
 _OF_EVERY_CELL = {

@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from emloc_ray.batch.config import CacheConfig, LimitsConfig
-from emloc_ray.batch.grid import SAFE_NAME, repeated
-from emloc_ray.config_base import Section
-from emloc_ray.config_reading import settings
+from emloc_ray.config.base import Section
+from emloc_ray.config.reading import settings
+from emloc_ray.runs.batch.config import CacheConfig, LimitsConfig
+from emloc_ray.runs.batch.grid import SAFE_NAME, repeated
 
 RATIO = "emulator.compression_ratio"
 OWN = "own"

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ablations.config import AblationConfig, CalibrationRows, RowsConfig
-from emloc_ray.data.docstrings import LEAD, DocstringTask, summary_row
-from emloc_ray.data.python_sources import (
+from emloc_ray.demos.docstrings import LEAD, DocstringTask, summary_row
+from emloc_ray.demos.python_sources import (
     Function,
     RowOf,
     SourceRow,
@@ -36,8 +36,8 @@ from emloc_ray.data.python_sources import (
     words,
 )
 from emloc_ray.errors import DataError
-from emloc_ray.io.atomic import atomic_directory, write_json
-from emloc_ray.io.fingerprint import fingerprint
+from emloc_ray.io.runs.fingerprint import fingerprint
+from emloc_ray.io.store.atomic import atomic_directory, write_json
 
 Dataset = Literal["summaries", "names", "code"]
 DATASETS: tuple[str, ...] = get_args(Dataset)

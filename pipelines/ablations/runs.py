@@ -21,17 +21,17 @@ from typing import Any
 from ablations.cell_figures import Cells, figures
 from ablations.cells import Ablation, Cell
 from ablations.datasets import data_section, made, make_dataset, stand_in
-from emloc_ray import pipeline
-from emloc_ray.batch.driver import Show, Tell, prepare_batch, run_batch
-from emloc_ray.batch.state import BatchState
-from emloc_ray.batch.tasks import Batch, Task
-from emloc_ray.config import ModelConfig, RunConfig
+from emloc_ray.config.schema import ModelConfig, RunConfig
 from emloc_ray.errors import ConfigError, EmlocError
-from emloc_ray.io.artifact_cache import ArtifactCache
-from emloc_ray.io.node_cache import discard
-from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.io.runs.cache import ArtifactCache
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.store.node_cache import discard
 from emloc_ray.modeling.loading import fetch_weights, read_model_config, resolve_source
-from emloc_ray.preparation import Prepared, prepare
+from emloc_ray.planning.prepared import Prepared, prepare
+from emloc_ray.runs import run as pipeline
+from emloc_ray.runs.batch.driver import Show, Tell, prepare_batch, run_batch
+from emloc_ray.runs.batch.state import BatchState
+from emloc_ray.runs.batch.tasks import Batch, Task
 
 _POLL_S = 1.0
 
@@ -172,7 +172,7 @@ def run(ablation: Ablation, cells: Cells, show: Show, tell: Tell) -> dict[str, s
     if not pending and not any(map(cells.is_to_be_measured, ablation.cells)):
         return {}
     _check_tokenizers(ablation)
-    from emloc_ray.stages.cluster import connection
+    from emloc_ray.stages.ray.tasks import connection
 
     with connection(ablation.ray.address, **ablation.ray.init_options):
         failed: dict[str, str] = {}
@@ -303,10 +303,10 @@ def _measure_all(ablation: Ablation, cells: Cells, pruned: dict[str, Pruned], te
 def _recovered(ablation: Ablation, cell: Cell, run: RunConfig, pruned: Pruned | None, tell: Tell) -> dict[str, float]:
     """The original alone and with the adapter that was trained on a pruned model, scattered to its shapes."""
     from ablations.pruning import recover_adapter
-    from emloc_ray.jobs import Jobs, resources
-    from emloc_ray.stages.cluster import bounded
     from emloc_ray.stages.evaluate import score_adapters
-    from emloc_ray.stages.failures import Losses
+    from emloc_ray.stages.jobs import Jobs, resources
+    from emloc_ray.stages.ray.losses import Losses
+    from emloc_ray.stages.ray.tasks import bounded
 
     assert pruned is not None
     tell(f"{cell.name}: its adapter on the original")
@@ -324,8 +324,8 @@ def _recovered(ablation: Ablation, cell: Cell, run: RunConfig, pruned: Pruned | 
 
 def _corrected(ablation: Ablation, cell: Cell, run: RunConfig, pruned: Pruned | None, tell: Tell) -> dict[str, float]:
     """Held-out losses of the ways to correct a trained adapter; nothing is chosen by them."""
-    from emloc_ray.jobs import Jobs, resources
-    from emloc_ray.stages.correct import Candidate, correct
+    from emloc_ray.stages.correct.correct import Candidate, correct
+    from emloc_ray.stages.jobs import Jobs, resources
 
     tell(f"{cell.name}: corrections of its adapter")
     prepared = prepare(run)

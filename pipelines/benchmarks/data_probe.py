@@ -19,12 +19,12 @@ from typing import Any
 
 import psutil
 
-from emloc_ray.config_reading import parse_config
+from emloc_ray.config.reading import parse_config
 from emloc_ray.data.ingest import SampleOrder, stream_batches
 from emloc_ray.data.token_shards import TokenShards
-from emloc_ray.preparation import prepare
-from emloc_ray.stages.cluster import connection
-from emloc_ray.stages.data import tokenize_data
+from emloc_ray.planning.prepared import prepare
+from emloc_ray.stages.ray.tasks import connection
+from emloc_ray.stages.tokens import tokenize_data
 
 STEPS, BATCH = 2048, 8
 

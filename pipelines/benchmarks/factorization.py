@@ -15,8 +15,8 @@ from benchmarks.figures import Figures, calibrated, figure
 from emloc_ray.core.factorization import LowRankFactors, factorize
 from emloc_ray.core.ranks import rank_for_ratio
 from emloc_ray.core.whitening import Whitening
-from emloc_ray.io.checkpoint import Checkpoint
-from emloc_ray.io.grams import GramStore
+from emloc_ray.io.formats.checkpoint import Checkpoint
+from emloc_ray.io.formats.grams import GramStore
 
 _PUBLISHED = "s (baseline: the published route)"
 LAYERS = ("2048x2048", "4096x4096", "14336x4096", "real")

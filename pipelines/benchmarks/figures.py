@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import emloc_ray
-from emloc_ray.config import RunConfig
+from emloc_ray.config.schema import RunConfig
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 Figures = dict[str, dict[str, Any]]

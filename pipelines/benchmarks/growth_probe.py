@@ -19,11 +19,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from emloc_ray.core.ranks import rank_for_ratio
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import shard_name, write_index, write_shard
-from emloc_ray.io.grams import StoredGram, write_gram_shard
+from emloc_ray.io.formats.grams import StoredGram, write_gram_shard
 from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
-from emloc_ray.stages.calibration_job import CalibrationJob
-from emloc_ray.stages.factorize import FactorizationJob, factorize_group
-from emloc_ray.stages.resident_slot import ResidentSlot
+from emloc_ray.stages.calibrate.job import CalibrationJob
+from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
+from emloc_ray.stages.factorize.factorize import FactorizationJob, factorize_group
 
 THREADS = 2
 

@@ -18,21 +18,21 @@ from faulting.task import make_config
 
 import emloc_ray
 from benchmarks.figures import Figures, figure
-from emloc_ray.batch.admission import Admission, Amount
-from emloc_ray.batch.board import Board, TaskReporter
-from emloc_ray.batch.driver import prepare_batch, run_batch
-from emloc_ray.batch.runner import BatchRun
-from emloc_ray.batch.tasks import Task, read_batch
-from emloc_ray.batch.turns import Expected, TaskTurns
-from emloc_ray.config_reading import load_config
-from emloc_ray.io.run_directory import RunDirectory
-from emloc_ray.io.yaml_text import read_yaml, write_yaml
-from emloc_ray.jobs import Jobs
-from emloc_ray.preparation import prepare
-from emloc_ray.stages import STAGES
-from emloc_ray.stages.cluster import Resources, bounded, connection, silent
-from emloc_ray.stages.failures import Losses, unheard
-from emloc_ray.stages.finetune import finetune, run_alone, run_group
+from emloc_ray.config.reading import load_config
+from emloc_ray.config.steps import STAGES
+from emloc_ray.io.formats.yaml_text import read_yaml, write_yaml
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.planning.prepared import prepare
+from emloc_ray.runs.batch.admission import Admission, Amount
+from emloc_ray.runs.batch.board import Board, TaskReporter
+from emloc_ray.runs.batch.driver import prepare_batch, run_batch
+from emloc_ray.runs.batch.runner import BatchRun
+from emloc_ray.runs.batch.tasks import Task, read_batch
+from emloc_ray.runs.batch.turns import Expected, TaskTurns
+from emloc_ray.stages.finetune.finetune import finetune, run_alone, run_group
+from emloc_ray.stages.jobs import Jobs
+from emloc_ray.stages.ray.losses import Losses, unheard
+from emloc_ray.stages.ray.tasks import Resources, bounded, connection, silent
 
 _CPUS = 2
 _TASKS = 8

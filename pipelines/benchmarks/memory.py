@@ -31,14 +31,14 @@ from benchmarks.stage_memory import (
     trained_cases,
 )
 from emloc_ray.core.ranks import rank_for_ratio
-from emloc_ray.io.checkpoint import Checkpoint
-from emloc_ray.machine import cpu_capabilities, has_bfloat16
+from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.modeling.adapter import attach_adapter
 from emloc_ray.modeling.adapter_methods import lora_config
 from emloc_ray.modeling.architecture import block_linears, empty_model
 from emloc_ray.modeling.emulator import emulator_class
 from emloc_ray.modeling.emulator_type import EmulatorModelConfig
 from emloc_ray.modeling.loading import load_model
+from emloc_ray.planning.machine import cpu_capabilities, has_bfloat16
 from emloc_ray.stages.merge import MergeJob, merge_shard
 
 # A random Llama of 1.1 B parameters.

@@ -22,7 +22,7 @@ import peft  # noqa: F401  part of the baseline
 import psutil
 import torch
 
-from emloc_ray.io.grams import GramStore
+from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.modeling.adapter import attach_adapter
 from emloc_ray.modeling.adapter_methods import lora_config
 from emloc_ray.modeling.architecture import block_linears
@@ -30,12 +30,12 @@ from emloc_ray.modeling.emulator import FactorizedLinear
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import TopLogProbs, teacher_logits, token_loss
 from emloc_ray.modeling.replay import BlockReplay
-from emloc_ray.stages import correct as correct_stage
 from emloc_ray.stages import evaluate as evaluate_stage
-from emloc_ray.stages import factorize as factorize_stage
 from emloc_ray.stages import merge as merge_stage
-from emloc_ray.stages import resident_slot, streamed_slot
-from emloc_ray.stages.calibration_job import CalibrationJob
+from emloc_ray.stages.calibrate import resident_slot, streamed_slot
+from emloc_ray.stages.calibrate.job import CalibrationJob
+from emloc_ray.stages.correct import correct as correct_stage
+from emloc_ray.stages.factorize import factorize as factorize_stage
 
 _weights: list[int] = []
 

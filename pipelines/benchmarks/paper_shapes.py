@@ -19,12 +19,12 @@ from transformers import InternVLConfig, InternVLVisionConfig, LlamaConfig, Qwen
 
 from benchmarks.figures import write_result
 from benchmarks.stage_memory import bare_prepared
-from emloc_ray.budget import Solution, solve, with_settings
+from emloc_ray.config.steps import STAGES as ALL_STAGES
 from emloc_ray.errors import ConfigError
-from emloc_ray.memory import MemoryModel, Parts, total
-from emloc_ray.model_sizes import Lengths
-from emloc_ray.preparation import Prepared
-from emloc_ray.stages import STAGES as ALL_STAGES
+from emloc_ray.planning.budget import Solution, solve, with_settings
+from emloc_ray.planning.memory import MemoryModel, Parts, total
+from emloc_ray.planning.prepared import Prepared
+from emloc_ray.planning.sizes import Lengths
 
 ROWS, LENGTH, TILES = 2, 2048, 7
 PATCHES = 1025  # of a tile, in the vision tower; 256 in the language model

@@ -11,22 +11,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from emloc_ray.budget import with_settings
-from emloc_ray.config import RunConfig
-from emloc_ray.config_reading import parse_config
+from emloc_ray.config.reading import parse_config
+from emloc_ray.config.schema import RunConfig
 from emloc_ray.core.correction import Candidate
 from emloc_ray.data.token_shards import TokenShards
-from emloc_ray.io.run_directory import RunDirectory
-from emloc_ray.layout import make_layout, skeleton_of
-from emloc_ray.memory import DIVERGENCE_COPIES, MemoryModel, Parts
-from emloc_ray.model_sizes import Lengths
+from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.loading import ModelSource
-from emloc_ray.preparation import Prepared, prepare
-from emloc_ray.stages.calibration_job import CalibrationJob
-from emloc_ray.stages.correct import CorrectionJob
+from emloc_ray.planning.budget import with_settings
+from emloc_ray.planning.layout import make_layout, skeleton_of
+from emloc_ray.planning.memory import DIVERGENCE_COPIES, MemoryModel, Parts
+from emloc_ray.planning.prepared import Prepared, prepare
+from emloc_ray.planning.sizes import Lengths
+from emloc_ray.stages.calibrate.job import CalibrationJob
+from emloc_ray.stages.correct.correct import CorrectionJob
 from emloc_ray.stages.evaluate import EvaluationJob
-from emloc_ray.stages.factorize import FactorizationJob
+from emloc_ray.stages.factorize.factorize import FactorizationJob
 from emloc_ray.stages.merge import MergeJob
 
 LENGTH = 512  # tokens a row, of fine-tuning and inference

@@ -18,13 +18,12 @@ from transformers import AutoConfig, TrainingArguments
 
 import emloc_ray
 from benchmarks.figures import CONFIG, Figures, calibrated, emulated, figure, interleaved, paper_config, write_result
-from emloc_ray.config import RunConfig
+from emloc_ray.config.schema import RunConfig
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.ingest import SampleOrder, read_micro_steps
 from emloc_ray.data.token_shards import TokenShards, collate, length_batches
-from emloc_ray.io.checkpoint import Checkpoint
-from emloc_ray.io.grams import GramStore, reduce_slots, write_gram_index, write_gram_shard
-from emloc_ray.jobs import Jobs
+from emloc_ray.io.formats.checkpoint import Checkpoint
+from emloc_ray.io.formats.grams import GramStore, reduce_slots, write_gram_index, write_gram_shard
 from emloc_ray.modeling.adapter import attach_adapter, save_trained_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config, lora_config
 from emloc_ray.modeling.architecture import block_linears, empty_model
@@ -32,14 +31,15 @@ from emloc_ray.modeling.gram_hooks import GramHooks
 from emloc_ray.modeling.inputs import label_mask
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import token_loss
-from emloc_ray.preparation import prepare
-from emloc_ray.results import gap_closed
-from emloc_ray.stages.correct import correct_adapter
+from emloc_ray.planning.prepared import prepare
+from emloc_ray.runs.results import gap_closed
+from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
+from emloc_ray.stages.correct.correct import correct_adapter
 from emloc_ray.stages.evaluate import evaluate_slice
-from emloc_ray.stages.factorize import factorize_group
+from emloc_ray.stages.factorize.factorize import factorize_group
+from emloc_ray.stages.finetune.training import EmulatorTrainer, FinetuneJob, RankBatches
+from emloc_ray.stages.jobs import Jobs
 from emloc_ray.stages.merge import merge_shard, output_shards
-from emloc_ray.stages.resident_slot import ResidentSlot
-from emloc_ray.stages.training import EmulatorTrainer, FinetuneJob, RankBatches
 
 THREADS = 2
 _DEPTH, _ROWS, _REPEATS = 6, 64, 3

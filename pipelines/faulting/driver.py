@@ -12,8 +12,8 @@ from typing import Any
 
 import psutil
 
-from emloc_ray import pipeline
-from emloc_ray.config import RunConfig
+from emloc_ray.config.schema import RunConfig
+from emloc_ray.runs import run as pipeline
 from faulting.nodes import kill
 
 Event = dict[str, Any]
@@ -77,7 +77,7 @@ class Driver:
         events.unlink(missing_ok=True)
         events.touch()
         context: Any = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["emloc_ray.jobs", "emloc_ray.stages.visibility"])
+        context.set_forkserver_preload(["emloc_ray.stages.jobs", "emloc_ray.stages.ray.session"])
         self.process = context.Process(target=drive, args=(config, until, events, snapshots))
         self.process.start()
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from emloc_ray.config import RayConfig, RunConfig
+from emloc_ray.config.schema import RayConfig, RunConfig
 from faulting.driver import Driver
 from faulting.nodes import Nodes
 

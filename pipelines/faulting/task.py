@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from emloc_ray.io.yaml_text import write_yaml
+from emloc_ray.io.formats.yaml_text import write_yaml
 
 _VOCABULARY = 300
 _ROWS = 2400

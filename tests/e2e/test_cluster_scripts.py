@@ -22,9 +22,9 @@ import psutil
 import pytest
 from small_runs import make_values
 
-from emloc_ray.io.run_directory import RunDirectory
-from emloc_ray.io.yaml_text import write_yaml
-from emloc_ray.run_log import read_events
+from emloc_ray.io.formats.yaml_text import write_yaml
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.runs.log import read_events
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

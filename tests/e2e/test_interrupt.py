@@ -14,16 +14,16 @@ import psutil
 import pytest
 from small_runs import make_values
 
-from emloc_ray.io.run_directory import RunDirectory
-from emloc_ray.io.yaml_text import write_yaml
-from emloc_ray.status import read_status
+from emloc_ray.io.formats.yaml_text import write_yaml
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.runs.status import read_status
 
 SECONDS = 240
 STEPS = 150  # in a process that is there already, a few take no time
 
 
 def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", "from emloc_ray.cli import main; main()", *arguments]
+    command = [sys.executable, "-c", "from emloc_ray.ui.cli import main; main()", *arguments]
     with log.open("wb") as file:
         return subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_heed_interrupts

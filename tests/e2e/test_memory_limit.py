@@ -14,7 +14,7 @@ from limited_worker import LIMIT
 from small_runs import task_rows, write_jsonl
 from tiny import make_model, make_tokenizer
 
-from emloc_ray.io.yaml_text import write_yaml
+from emloc_ray.io.formats.yaml_text import write_yaml
 
 TESTS = Path(__file__).parent.parent
 ABOVE_IMPORTS = 256 * 2**20
@@ -76,7 +76,7 @@ def run(root: Path, model_dir: Path, environment: dict[str, str], *options: str)
     }
     config = root / "config.yaml"
     config.write_text(write_yaml(values))
-    command = [sys.executable, "-c", "from emloc_ray.cli import main; main()", "run", str(config), *options]
+    command = [sys.executable, "-c", "from emloc_ray.ui.cli import main; main()", "run", str(config), *options]
     return _started(command, environment)
 
 

@@ -16,14 +16,14 @@ import pytest
 from faulting.nodes import Nodes, kill, workers
 from small_runs import GROUP, make_values
 
-from emloc_ray.io.yaml_text import write_yaml
+from emloc_ray.io.formats.yaml_text import write_yaml
 
 SECONDS = 240
 SHARED = ("calibration", "emulator", "adapter_emulator", "adapter", "merged")
 
 
 def start(config: Path, log: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    code = "from emloc_ray.cli import main; main()"
+    code = "from emloc_ray.ui.cli import main; main()"
     with log.open("wb") as file:
         return subprocess.Popen(
             [sys.executable, "-c", code, "run", str(config), *arguments], stdout=file, stderr=subprocess.STDOUT

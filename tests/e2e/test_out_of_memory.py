@@ -15,9 +15,9 @@ _SCRIPT = """
 import functools, os, sys, time
 os.environ.update(RAY_memory_usage_threshold=sys.argv[1], RAY_memory_monitor_refresh_ms="100")
 import ray
-from emloc_ray.stages.cluster import Resources, bounded
-from emloc_ray.stages.failures import Losses
-from emloc_ray.stages.slots import run_slots, start_slot
+from emloc_ray.stages.ray.tasks import Resources, bounded
+from emloc_ray.stages.ray.losses import Losses
+from emloc_ray.stages.ray.slots import run_slots, start_slot
 
 def eat():
     held = []

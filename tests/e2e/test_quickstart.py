@@ -48,7 +48,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "evaluation.num_generations=2",
         "evaluation.max_new_tokens=8",
     ]
-    command = [sys.executable, "-c", "from emloc_ray.cli import main; main()"]
+    command = [sys.executable, "-c", "from emloc_ray.ui.cli import main; main()"]
     arguments = ["run", "configs/quickstart.yaml", f"run_dir={run_dir}", *overrides]
     done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr

@@ -14,10 +14,10 @@ from families import FAMILIES
 from typer.testing import CliRunner
 from vlms import VLMS, save_vlm
 
-from emloc_ray.batch.tasks import read_batch
-from emloc_ray.cli import app
-from emloc_ray.config_reading import load_config, parse_config
-from emloc_ray.io.yaml_text import read_yaml
+from emloc_ray.config.reading import load_config, parse_config
+from emloc_ray.io.formats.yaml_text import read_yaml
+from emloc_ray.runs.batch.tasks import read_batch
+from emloc_ray.ui.cli import app
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

@@ -9,7 +9,7 @@ from pathlib import Path
 SCRIPT = """
 import os
 import ray
-from emloc_ray.stages.cluster import Resources, connection, total
+from emloc_ray.stages.ray.tasks import Resources, connection, total
 
 def seen():
     return os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -16,7 +16,7 @@ from emloc_ray.data.formats import Tokens, encode, segments
 from emloc_ray.data.images import load_images
 from emloc_ray.data.processors import ImageInputs, open_processor
 from emloc_ray.data.token_shards import collate
-from emloc_ray.data.vqa import VqaTask, examples, generate, messages
+from emloc_ray.demos.vqa import VqaTask, examples, generate, messages
 from emloc_ray.modeling.loss import token_loss
 
 pytestmark = pytest.mark.slow

@@ -14,7 +14,7 @@ from ablations.cells import Ablation, read_ablation
 from rich.console import Console
 from tiny import make_model, make_tokenizer
 
-from emloc_ray.io.yaml_text import read_yaml, write_yaml
+from emloc_ray.io.formats.yaml_text import read_yaml, write_yaml
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path for path in (ROOT / "configs" / "ablations").glob("*.yaml") if path.name != "base.yaml")

@@ -13,14 +13,14 @@ from peft import PeftModel
 from small_runs import make_values
 from transformers import AutoModelForCausalLM
 
-from emloc_ray.batch.driver import prepare_batch, run_batch
-from emloc_ray.batch.state import BatchState
-from emloc_ray.batch.tasks import read_batch
 from emloc_ray.data.token_shards import TokenShards
-from emloc_ray.io.run_directory import RunDirectory
-from emloc_ray.io.yaml_text import write_yaml
+from emloc_ray.io.formats.yaml_text import write_yaml
+from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.modeling.adapter import Adapter
 from emloc_ray.modeling.scoring import score_rows
+from emloc_ray.runs.batch.driver import prepare_batch, run_batch
+from emloc_ray.runs.batch.state import BatchState
+from emloc_ray.runs.batch.tasks import read_batch
 
 ONE = {"num_workers": 1}
 TASKS: dict[str, dict[str, Any]] = {

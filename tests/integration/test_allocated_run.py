@@ -27,17 +27,17 @@ from small_runs import (
 from transformers import AutoModelForCausalLM
 from vlms import save_vlm
 
-from emloc_ray.config_reading import parse_config
+from emloc_ray.config.reading import parse_config
+from emloc_ray.config.steps import STAGES
 from emloc_ray.core.ranks import factor_parameters
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.errors import Stopped
-from emloc_ray.io.artifact_cache import ArtifactCache, EntryGone
-from emloc_ray.io.checkpoint import Checkpoint
+from emloc_ray.io.formats.checkpoint import Checkpoint
+from emloc_ray.io.runs.cache import ArtifactCache, EntryGone
 from emloc_ray.modeling.loading import load_model
-from emloc_ray.preparation import prepare
-from emloc_ray.stages import STAGES
-from emloc_ray.stages.allocate import read_ranks
-from emloc_ray.status import older_stages
+from emloc_ray.planning.prepared import prepare
+from emloc_ray.runs.status import older_stages
+from emloc_ray.stages.factorize.allocate import read_ranks
 
 WEIGHED = {"allocation": "sensitivity", "objective": "predictions"}
 ALL = ["data", "calibrate", "gradients", "allocate", "factorize", *STAGES[3:]]  # not healed

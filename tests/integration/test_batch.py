@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from small_runs import kill_worker, make_values, run_values, task_rows, write_jsonl
 from test_failing_runs import poison
 
-from emloc_ray.batch.driver import check_fit, prepare_batch, run_batch
-from emloc_ray.batch.state import BatchState, TaskState, ask
-from emloc_ray.batch.tasks import read_batch
 from emloc_ray.errors import ConfigError
-from emloc_ray.io.run_directory import RunDirectory
-from emloc_ray.io.yaml_text import write_yaml
-from emloc_ray.run_log import read_events
+from emloc_ray.io.formats.yaml_text import write_yaml
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.runs.batch.driver import check_fit, prepare_batch, run_batch
+from emloc_ray.runs.batch.state import BatchState, TaskState, ask
+from emloc_ray.runs.batch.tasks import read_batch
+from emloc_ray.runs.log import read_events
 
 ONE = {"num_workers": 1}
 NUM_GOOD = 18

@@ -15,8 +15,8 @@ from benchmarks import allocation, figures, many_tasks, memory, whole_runs
 from gguf_files import write_gguf
 from small_runs import task_rows, write_jsonl
 
-from emloc_ray.io.yaml_text import write_yaml
-from emloc_ray.machine import cpu_capabilities, has_bfloat16
+from emloc_ray.io.formats.yaml_text import write_yaml
+from emloc_ray.planning.machine import cpu_capabilities, has_bfloat16
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "pipelines" / "results"

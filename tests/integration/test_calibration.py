@@ -12,16 +12,16 @@ import pytest
 import torch
 from small_runs import FinishedRun, KillingReporter, RecordingReporter, run_values
 
-from emloc_ray.config_reading import parse_config
-from emloc_ray.io.grams import GramStore
-from emloc_ray.jobs import Jobs
-from emloc_ray.memory import MemoryModel, total
-from emloc_ray.model_sizes import gram_bytes
-from emloc_ray.planner import row_lengths
-from emloc_ray.preparation import prepare
-from emloc_ray.stages.calibrate import calibrate
-from emloc_ray.stages.cluster import Resources
-from emloc_ray.stages.spans import Span, listening
+from emloc_ray.config.reading import parse_config
+from emloc_ray.io.formats.grams import GramStore
+from emloc_ray.planning.memory import MemoryModel, total
+from emloc_ray.planning.plan import row_lengths
+from emloc_ray.planning.prepared import prepare
+from emloc_ray.planning.sizes import gram_bytes
+from emloc_ray.stages.calibrate.calibrate import calibrate
+from emloc_ray.stages.jobs import Jobs
+from emloc_ray.stages.ray.spans import Span, listening
+from emloc_ray.stages.ray.tasks import Resources
 
 
 @pytest.fixture

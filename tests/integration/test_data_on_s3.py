@@ -12,10 +12,10 @@ import pytest
 from s3_server import uri
 from small_runs import make_values, task_rows, write_jsonl
 
-from emloc_ray.config_reading import parse_config
-from emloc_ray.io.object_store import ObjectStore
-from emloc_ray.preparation import prepare
-from emloc_ray.stages.data import split_inputs, tokenize_data
+from emloc_ray.config.reading import parse_config
+from emloc_ray.io.store.object_store import ObjectStore
+from emloc_ray.planning.prepared import prepare
+from emloc_ray.stages.tokens import split_inputs, tokenize_data
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])

@@ -16,12 +16,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from safetensors.torch import load_file
 from small_runs import FinishedRun, KillingWatcher, redone, run_values
 
-from emloc_ray.config_reading import parse_config
-from emloc_ray.jobs import Jobs
+from emloc_ray.config.reading import parse_config
+from emloc_ray.config.steps import STAGES
 from emloc_ray.modeling.zero_config import read_zero_config
-from emloc_ray.preparation import prepare
-from emloc_ray.stages import STAGES
-from emloc_ray.stages.training import FinetuneJob, train_loop
+from emloc_ray.planning.prepared import prepare
+from emloc_ray.stages.finetune.training import FinetuneJob, train_loop
+from emloc_ray.stages.jobs import Jobs
 
 EXAMPLE = Path(__file__).parents[2] / "configs" / "zero3.json"
 

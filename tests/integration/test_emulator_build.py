@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_runs import FinishedRun, RecordingReporter, run_values
 
-from emloc_ray.config_reading import parse_config
+from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import NumericsError, StageError
-from emloc_ray.jobs import Jobs
 from emloc_ray.modeling.architecture import load_config
-from emloc_ray.preparation import prepare
-from emloc_ray.stages.cluster import Resources
-from emloc_ray.stages.factorize import build_emulator
+from emloc_ray.planning.prepared import prepare
+from emloc_ray.stages.factorize.factorize import build_emulator
+from emloc_ray.stages.jobs import Jobs
+from emloc_ray.stages.ray.tasks import Resources
 
 
 def factors(directory: Path) -> dict[str, torch.Tensor]:

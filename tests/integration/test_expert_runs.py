@@ -15,7 +15,7 @@ from small_runs import FinishedRun, RecordingReporter, kill_worker, make_values,
 from tiny import EOS, save_lopsided
 from transformers import AutoModelForCausalLM
 
-from emloc_ray.io.grams import GramStore
+from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.modeling.emulator import FactorizedLinear
 from emloc_ray.modeling.experts import experts_of
 

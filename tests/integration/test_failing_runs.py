@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from small_runs import FinishedRun, make_values, run_values, task_rows, write_jsonl
 from typer.testing import CliRunner
 
-from emloc_ray.cli import app
 from emloc_ray.data.ingest import SampleOrder
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.errors import NumericsError
-from emloc_ray.io.digests import digest
-from emloc_ray.io.run_directory import RunDirectory
-from emloc_ray.io.yaml_text import write_yaml
+from emloc_ray.io.formats.yaml_text import write_yaml
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.store.digests import digest
+from emloc_ray.ui.cli import app
 
 STEPS = 12
 

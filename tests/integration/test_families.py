@@ -16,20 +16,20 @@ from transformers import AutoConfig
 from vlms import VLMS
 
 import emloc_ray  # noqa: F401
-from emloc_ray.config_reading import parse_config
+from emloc_ray.config.reading import parse_config
 from emloc_ray.data.processors import ImageInputs
 from emloc_ray.data.token_shards import TokenShards, collate
-from emloc_ray.io.checkpoint import Checkpoint
-from emloc_ray.io.grams import GramStore
-from emloc_ray.jobs import Jobs
+from emloc_ray.io.formats.checkpoint import Checkpoint
+from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.modeling.adapter import Adapter
 from emloc_ray.modeling.architecture import auto_class
 from emloc_ray.modeling.emulator import dense_weight
 from emloc_ray.modeling.inputs import model_call
 from emloc_ray.modeling.loading import load_model
-from emloc_ray.preparation import prepare
-from emloc_ray.stages.calibrate import calibrate
-from emloc_ray.stages.cluster import Resources
+from emloc_ray.planning.prepared import prepare
+from emloc_ray.stages.calibrate.calibrate import calibrate
+from emloc_ray.stages.jobs import Jobs
+from emloc_ray.stages.ray.tasks import Resources
 
 
 @pytest.fixture(scope="module", params=[*FAMILIES, *VLMS])

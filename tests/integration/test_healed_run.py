@@ -28,18 +28,18 @@ from small_runs import (
 from test_deepspeed import in_one_group
 from transformers import AutoModelForCausalLM
 
-from emloc_ray.config_reading import parse_config
+from emloc_ray.config.reading import parse_config
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.errors import Stopped
-from emloc_ray.io.artifact_cache import ArtifactCache
-from emloc_ray.io.fetching import fetch
-from emloc_ray.io.run_directory import RunDirectory
-from emloc_ray.io.teacher_shards import write_teacher_index
-from emloc_ray.jobs import Jobs
+from emloc_ray.io.formats.teacher_shards import write_teacher_index
+from emloc_ray.io.runs.cache import ArtifactCache
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.runs.fetch import fetch
 from emloc_ray.modeling.emulator import FactorizedLinear
 from emloc_ray.modeling.zero_config import read_zero_config
-from emloc_ray.preparation import prepare
-from emloc_ray.stages.teacher import teach_part
+from emloc_ray.planning.prepared import prepare
+from emloc_ray.stages.heal.teacher import teach_part
+from emloc_ray.stages.jobs import Jobs
 
 HEALING = {"steps": 24, "r": 4, "learning_rate": 3e-3}
 ALONE = {"num_workers": 1, "per_device_train_batch_size": 8}

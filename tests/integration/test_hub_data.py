@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from emloc_ray.config_reading import parse_config
+from emloc_ray.config.reading import parse_config
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.errors import ConfigError, DataError
-from emloc_ray.preparation import prepare
-from emloc_ray.stages.data import tokenize_data
+from emloc_ray.planning.prepared import prepare
+from emloc_ray.stages.tokens import tokenize_data
 
 pytest.importorskip("datasets")
 

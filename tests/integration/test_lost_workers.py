@@ -18,11 +18,11 @@ from emloc_ray.data.reading import Row, scan
 from emloc_ray.data.splits import RowSelection
 from emloc_ray.data.tokenizing import TokenizeOptions, first_unwritten, tokenize_splits
 from emloc_ray.errors import StageError
-from emloc_ray.stages import failures
-from emloc_ray.stages.cluster import Resources, bounded
-from emloc_ray.stages.data import begun_again
-from emloc_ray.stages.failures import Losses
-from emloc_ray.stages.slots import run_slots, start_slot
+from emloc_ray.stages.ray import losses as failures
+from emloc_ray.stages.ray.losses import Losses
+from emloc_ray.stages.ray.slots import run_slots, start_slot
+from emloc_ray.stages.ray.tasks import Resources, bounded
+from emloc_ray.stages.tokens import begun_again
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 SIZES = {"train": 20}

@@ -21,15 +21,15 @@ from small_runs import LENGTH, FinishedRun, run_values, task_rows
 from tiny import EOS
 from transformers import AutoModelForCausalLM
 
-from emloc_ray.config_reading import load_config, parse_config
+from emloc_ray.config.reading import load_config, parse_config
+from emloc_ray.config.steps import SPECTRA, STAGES
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import TokenShards
-from emloc_ray.io.grams import GramStore
-from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.io.formats.grams import GramStore
+from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.modeling.emulator import FactorizedLinear
-from emloc_ray.run_log import read_events
-from emloc_ray.stages import SPECTRA, STAGES
-from emloc_ray.timeline import stage_runs
+from emloc_ray.runs.log import read_events
+from emloc_ray.ui.timeline import stage_runs
 
 VARIANTS = {"original", "emulator", "emulator_adapter", "uncorrected", "corrected", "merged"}
 

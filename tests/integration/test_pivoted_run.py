@@ -12,13 +12,13 @@ from test_allocated_run import WEIGHED, divergence
 from test_deepspeed import EXAMPLE, assert_same_adapter
 from transformers import AutoModelForCausalLM
 
-from emloc_ray.config_reading import parse_config
+from emloc_ray.config.reading import parse_config
 from emloc_ray.core.ranks import factor_parameters
-from emloc_ray.io.artifact_cache import ArtifactCache
-from emloc_ray.io.checkpoint import Checkpoint
+from emloc_ray.io.formats.checkpoint import Checkpoint
+from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.modeling.emulator import PivotedLinear
-from emloc_ray.preparation import prepare
-from emloc_ray.stages.allocate import read_ranks
+from emloc_ray.planning.prepared import prepare
+from emloc_ray.stages.factorize.allocate import read_ranks
 
 
 @pytest.fixture(scope="session")

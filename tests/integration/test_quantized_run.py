@@ -12,14 +12,14 @@ from peft import PeftModel
 from small_runs import FinishedRun, make_values, redone, run_values
 from transformers import AutoModelForCausalLM
 
-from emloc_ray.config_reading import parse_config
+from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ConfigError
-from emloc_ray.io.artifact_cache import ArtifactCache
-from emloc_ray.io.checkpoint import Checkpoint
-from emloc_ray.io.grams import GramStore
+from emloc_ray.io.formats.checkpoint import Checkpoint
+from emloc_ray.io.formats.grams import GramStore
+from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.modeling.adapter import Adapter
 from emloc_ray.modeling.quantization import dequantize, quantize, stored_weight
-from emloc_ray.preparation import prepare
+from emloc_ray.planning.prepared import prepare
 
 RATIOS = (0.25, 1.0)
 

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from small_runs import FinishedRun, KillingReporter, KillingWatcher, redone, run_values
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from emloc_ray import pipeline
-from emloc_ray.config_reading import parse_config
-from emloc_ray.pipeline import Pipeline
-from emloc_ray.preparation import prepare
-from emloc_ray.stages import STAGES
-from emloc_ray.status import older_stages
+from emloc_ray.config.reading import parse_config
+from emloc_ray.config.steps import STAGES
+from emloc_ray.planning.prepared import prepare
+from emloc_ray.runs import run as pipeline
+from emloc_ray.runs.run import Pipeline
+from emloc_ray.runs.status import older_stages
 
 WITHOUT_HEALING = [stage for stage in STAGES if stage != "heal"]
 ALL = ["data", *WITHOUT_HEALING]

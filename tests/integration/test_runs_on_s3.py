@@ -18,10 +18,10 @@ from test_calibration import assert_same_grams
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from emloc_ray.cli import app
 from emloc_ray.errors import Stopped
-from emloc_ray.io.run_directory import RunDirectory
-from emloc_ray.stages.streamed_slot import last_node
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.stages.calibrate.streamed_slot import last_node
+from emloc_ray.ui.cli import app
 
 
 def contents(root: Path) -> dict[str, bytes]:

@@ -12,12 +12,12 @@ from small_runs import FinishedRun
 from transformers import AutoProcessor
 from vlms import VLMS
 
-from emloc_ray.config_reading import parse_config
+from emloc_ray.config.reading import parse_config
 from emloc_ray.data.processors import ImageInputs
 from emloc_ray.data.token_shards import TokenShards
-from emloc_ray.io.checkpoint import Checkpoint
-from emloc_ray.io.grams import GramStore
-from emloc_ray.preparation import prepare
+from emloc_ray.io.formats.checkpoint import Checkpoint
+from emloc_ray.io.formats.grams import GramStore
+from emloc_ray.planning.prepared import prepare
 
 
 @pytest.fixture(scope="module", params=VLMS)

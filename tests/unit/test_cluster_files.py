@@ -24,8 +24,8 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 from ray.autoscaler._private.util import prepare_config, validate_config
 from typer.testing import CliRunner
 
-from emloc_ray.cli import app
-from emloc_ray.io.yaml_text import read_yaml
+from emloc_ray.io.formats.yaml_text import read_yaml
+from emloc_ray.ui.cli import app
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HEAVY = "[name for name in ('ray', 'torch', 'transformers', 'peft', 'pyarrow') if name in sys.modules]"
-COMMAND = "from emloc_ray.cli import main; main()"
+COMMAND = "from emloc_ray.ui.cli import main; main()"
 
 
 def said(code: str, *arguments: str) -> str:

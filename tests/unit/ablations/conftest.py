@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from emloc_ray.io.yaml_text import write_yaml
+from emloc_ray.io.formats.yaml_text import write_yaml
 
 Write = Callable[..., Path]
 RATIO = "emulator.compression_ratio"

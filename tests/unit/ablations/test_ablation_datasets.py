@@ -11,8 +11,8 @@ import pytest
 from ablations.config import CalibrationRows, RowsConfig
 from ablations.datasets import DATASETS, FORMATS, MASK, data_section, make_dataset, prose, stand_in
 
-from emloc_ray.config import DataConfig
-from emloc_ray.data.python_sources import words
+from emloc_ray.config.schema import DataConfig
+from emloc_ray.demos.python_sources import words
 from emloc_ray.errors import DataError
 
 ROWS = RowsConfig(train=40, selection=8, eval=12, calibration=20)

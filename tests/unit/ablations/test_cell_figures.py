@@ -15,7 +15,7 @@ from ablations.cells import Ablation, read_ablation
 from ablations.statistics import summarize
 from safetensors.torch import load_file, save_file
 
-from emloc_ray.io.run_directory import RunDirectory
+from emloc_ray.io.runs.directory import RunDirectory
 
 RATIO = "emulator.compression_ratio"
 Write = Callable[..., Path]

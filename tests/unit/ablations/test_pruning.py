@@ -16,12 +16,12 @@ from small_runs import make_values, task_rows, write_jsonl
 from tiny import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from emloc_ray.config_reading import parse_config
+from emloc_ray.config.reading import parse_config
 from emloc_ray.core.gram import Gram
 from emloc_ray.errors import ArtifactError, ConfigError
-from emloc_ray.io.grams import write_gram_index, write_gram_shard
+from emloc_ray.io.formats.grams import write_gram_index, write_gram_shard
 from emloc_ray.modeling.architecture import block_linears
-from emloc_ray.preparation import prepare
+from emloc_ray.planning.prepared import prepare
 
 SIZES = {"num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 4}
 KINDS: tuple[Kind, ...] = ("layers", "random", "structured")

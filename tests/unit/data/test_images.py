@@ -24,7 +24,7 @@ from emloc_ray.data.formats import EXTRA_FIELDS, FIELDS, check_row
 from emloc_ray.data.images import decode, load_images, look, plain_messages
 from emloc_ray.data.reading import Place, Row, read_rows, scan
 from emloc_ray.errors import DataError
-from emloc_ray.io.object_store import ObjectStore
+from emloc_ray.io.store.object_store import ObjectStore
 
 
 def png(colour: tuple[int, int, int] = (200, 30, 30), form: str = "PNG") -> bytes:

@@ -20,9 +20,9 @@ from emloc_ray.data import reading
 from emloc_ray.data.reading import fingerprint_sources, list_files, read_rows, scan
 from emloc_ray.data.splits import RowSelection
 from emloc_ray.errors import ArtifactError, ConfigError, DataError
-from emloc_ray.io import object_store
-from emloc_ray.io.object_store import ObjectStore
-from emloc_ray.io.stored_files import StoredFile, _fits, find_stored
+from emloc_ray.io.store import object_store
+from emloc_ray.io.store.object_store import ObjectStore
+from emloc_ray.io.store.stored_files import StoredFile, _fits, find_stored
 
 KEY = "data.train.path"
 Put = Callable[[str, bytes], str]

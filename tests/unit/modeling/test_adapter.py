@@ -18,7 +18,7 @@ from tiny import FAMILIES, VOCABULARY
 from transformers import AutoModelForCausalLM
 
 from emloc_ray.errors import ArtifactError, ConfigError
-from emloc_ray.io.node_cache import mirror
+from emloc_ray.io.store.node_cache import mirror
 from emloc_ray.modeling.adapter import (
     CONFIG_NAME,
     WEIGHTS_NAME,

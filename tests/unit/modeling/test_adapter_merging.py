@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tiny import save_emulator
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from emloc_ray.io.checkpoint import Checkpoint
+from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.modeling.adapter import Adapter
 from emloc_ray.modeling.adapter_merging import changed_tensors, merged_chunks
 from emloc_ray.modeling.adapter_methods import update_rank

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
-from emloc_ray.io.checkpoint import Checkpoint
+from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.modeling.adapter import attach_adapter
 from emloc_ray.modeling.adapter_methods import lora_config
 from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs

@@ -17,11 +17,11 @@ from emloc_ray.data.formats import Tokens
 from emloc_ray.data.processors import example
 from emloc_ray.data.token_shards import collate
 from emloc_ray.errors import NumericsError
-from emloc_ray.layout import skeleton_of
 from emloc_ray.modeling.architecture import block_linears, empty_model
 from emloc_ray.modeling.experts import unfuse
 from emloc_ray.modeling.gradient_hooks import GradientHooks
 from emloc_ray.modeling.loading import load_model
+from emloc_ray.planning.layout import skeleton_of
 
 MADE = ("llama", "qwen2", "gpt2", "opt", "mixtral")
 

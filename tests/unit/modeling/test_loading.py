@@ -15,7 +15,7 @@ from tiny import HIDDEN, VOCABULARY, make_config, make_tokenizer, save_emulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from emloc_ray.errors import ConfigError
-from emloc_ray.io.checkpoint import INDEX_NAME, Checkpoint
+from emloc_ray.io.formats.checkpoint import INDEX_NAME, Checkpoint
 from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.emulator import FactorizedLinear
 from emloc_ray.modeling.loading import (

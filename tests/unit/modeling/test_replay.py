@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from emloc_ray.errors import ArtifactError, StageError
-from emloc_ray.io.checkpoint import Checkpoint
-from emloc_ray.io.node_cache import mirror
+from emloc_ray.io.formats.checkpoint import Checkpoint
+from emloc_ray.io.store.node_cache import mirror
 from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
 from emloc_ray.modeling.gram_hooks import GramHooks
 from emloc_ray.modeling.inputs import model_call

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from emloc_ray.errors import ArtifactError
-from emloc_ray.io.checkpoint import Checkpoint
+from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.modeling.architecture import StoredRows, block_linears
 from emloc_ray.modeling.stored_names import renamed_tensors, require, stored_parameters, stored_specs
 from tests.tiny import HIDDEN, make_model

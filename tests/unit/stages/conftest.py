@@ -11,10 +11,10 @@ from stage_artifacts import Artifacts, write_lora, write_tokens
 from transformers import AutoConfig
 
 from emloc_ray.core.ranks import rank_for_ratio
-from emloc_ray.io.grams import reduce_slots, write_gram_index, write_gram_shard
+from emloc_ray.io.formats.grams import reduce_slots, write_gram_index, write_gram_shard
 from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
-from emloc_ray.stages.calibration_job import CalibrationJob
-from emloc_ray.stages.resident_slot import ResidentSlot
+from emloc_ray.stages.calibrate.job import CalibrationJob
+from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
 
 
 @pytest.fixture(autouse=True)

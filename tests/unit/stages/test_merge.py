@@ -13,8 +13,8 @@ from s3_server import uri
 from stage_artifacts import Artifacts, write_lora
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from emloc_ray.io.checkpoint import INDEX_NAME, Checkpoint, read_shard, write_index
-from emloc_ray.io.node_cache import exists, mirror
+from emloc_ray.io.formats.checkpoint import INDEX_NAME, Checkpoint, read_shard, write_index
+from emloc_ray.io.store.node_cache import exists, mirror
 from emloc_ray.modeling.adapter import Adapter
 from emloc_ray.modeling.architecture import block_linears, empty_model
 from emloc_ray.modeling.loading import copy_checkpoint

@@ -1,0 +1,107 @@
+"""Every key that a config may have, read off the sections themselves: what is printed cannot differ from what is checked."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import ByteSize
+from pydantic.fields import FieldInfo
+
+from emloc_ray.config.base import Section
+from emloc_ray.config.schema import RunConfig
+from emloc_ray.errors import ConfigError
+
+_NAMES = {
+    int: "whole number",
+    float: "number",
+    bool: "true | false",
+    str: "text",
+    ByteSize: "size",
+    list: "list",
+    dict: "map",
+}
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of a section: what may stand there, what holds where nothing does (None: it has to be set), and what it is."""
+
+    name: str
+    values: str
+    default: str | None
+    text: str
+
+
+@dataclass(frozen=True)
+class KeySection:
+    """A section's keys; ``name`` is dotted, empty for those outside all sections, several where these are alike."""
+
+    name: str
+    text: str
+    keys: tuple[Key, ...]
+
+
+def config_keys(name: str | None = None) -> list[KeySection]:
+    """Every section, in a config's order, or just ``name`` and what is in it.
+
+    Raises:
+        ConfigError: where there is no section of that name.
+    """
+    found = list(_sections("", RunConfig))
+    if name is None:
+        return found
+    chosen = [s for s in found if any(f"{one}.".startswith(f"{name}.") for one in s.name.split(", "))]
+    if not chosen:
+        raise ConfigError(f"There is no section {name}: take one of {', '.join(s.name for s in found if s.name)}.")
+    return chosen
+
+
+def _sections(name: str, section: type[Section]) -> Iterator[KeySection]:
+    keys = tuple(_key(key, field) for key, field in section.model_fields.items())
+    yield KeySection(name, " ".join((section.__doc__ or "").replace("``", "").split()), keys)
+    inner: dict[type[Section], list[str]] = {}
+    for key, field in section.model_fields.items():
+        if found := _section_of(field.annotation):
+            inner.setdefault(found, []).append(f"{name}.{key}" if name else key)
+    for found, names in inner.items():
+        yield from _sections(", ".join(names), found)
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    for kind in (annotation, *typing.get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return kind
+    return None
+
+
+def _key(name: str, field: FieldInfo) -> Key:
+    text = field.description or ""
+    if _section_of(field.annotation):
+        return Key(name, "section", None if field.is_required() else "", text)
+    default = None if field.is_required() else _text(field.get_default(call_default_factory=True))
+    return Key(name, _values(field.annotation), default, text)
+
+
+def _text(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{', '.join(map(_text, value))}]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _values(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(dict.fromkeys(_values(one) for one in arguments if one is not types.NoneType))
+    if origin is typing.Annotated:
+        return _values(arguments[0])
+    if origin is list and typing.get_origin(arguments[0]) is Literal:
+        return f"list of {_values(arguments[0])}"
+    return _NAMES[origin or annotation]

@@ -1,0 +1,183 @@
+"""The keys of a config that its sections pass on to transformers, PEFT and Ray, held against what those take.
+
+Apart from pydantic's own validators, which stay silent on a section that has another error: all are told at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import typing
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+
+from emloc_ray.config.base import Section
+from emloc_ray.config.schema import LORA_METHODS, PROMPT_METHODS, AdapterConfig, FinetuneConfig, RayConfig
+from emloc_ray.io.runs.secret_values import HIDDEN, is_secret, is_variable, leaves
+
+NO_KEY = " is not a key: "
+_OWN_TRAINING_ARGUMENTS = {
+    "output_dir",
+    "remove_unused_columns",
+    "seed",
+    "data_seed",
+    "resume_from_checkpoint",
+    "ignore_data_skip",
+    "average_tokens_across_devices",
+    "auto_find_batch_size",
+    "label_smoothing_factor",
+    "eval_strategy",
+    "load_best_model_at_end",
+}
+_TRUTHS_OF_YAML_1_1 = {"yes", "no", "on", "off"}
+_SCATTERING = {"fsdp", "fsdp_config", "parallelism_config"}
+
+
+def passed_through_errors(values: dict[str, Any]) -> list[str]:
+    """What is wrong with the keys that sections pass on, each as a sentence."""
+    lines = []
+    for key in _extra_keys(values, "finetune", FinetuneConfig):
+        if secrets := _secret_errors(f"finetune.{key}", values["finetune"][key]):
+            lines += secrets
+        elif key in _OWN_TRAINING_ARGUMENTS:
+            lines.append(f"finetune.{key} is set by emloc_ray itself: remove it.")
+        elif key in _SCATTERING:
+            lines.append(f"finetune.{key} is not supported: finetune.deepspeed is what scatters a model over workers.")
+        elif key not in (types := _training_argument_types()):
+            lines.append(f"{no_such_key(f'finetune.{key}', key, {*types, *FinetuneConfig.model_fields})}.")
+        else:
+            lines += _type_errors(f"finetune.{key}", values["finetune"][key], types[key])
+    for key in _extra_keys(values, "ray", RayConfig):
+        if secrets := _secret_errors(f"ray.{key}", values["ray"][key]):
+            lines += secrets
+        elif key not in (types := _ray_init_types()):
+            lines.append(f"{no_such_key(f'ray.{key}', key, {*types, *RayConfig.model_fields})}.")
+        else:
+            lines += _truth_errors(f"ray.{key}", values["ray"][key], types[key])
+    return lines + _adapter_errors(values.get("adapter"))
+
+
+def _adapter_errors(given: Any) -> list[str]:
+    """What is wrong with the keys of the adapter's method: LoRA's are the section's own, the others' are PEFT's fields."""
+    if not isinstance(given, dict):
+        return []
+    method, keys = given.get("method", "lora"), [key for key in given if isinstance(key, str) and key != "method"]
+    ours = set(AdapterConfig.model_fields)
+    if method in LORA_METHODS and ours.issuperset(keys):
+        return []
+    from emloc_ray.modeling.adapter_methods import CONFIGS, method_fields, refused_field
+
+    if method not in (*LORA_METHODS, *CONFIGS):
+        return []
+    types = dict.fromkeys(ours) if method in LORA_METHODS else method_fields(method)
+    lines = _prompt_errors(method, given)
+    for key in keys:
+        why_not = refused_field(method, key)
+        if secrets := _secret_errors(f"adapter.{key}", given[key]):
+            lines += secrets
+        elif why_not is not None:
+            lines.append(f"adapter.{key} is not to be set ({why_not}): remove it.")
+        elif key not in types:
+            of_method = "" if method in LORA_METHODS else f", for adapter.method {method}"
+            whose = f", and {key} is LoRA's" if key in ours else ""
+            lines.append(f"{no_such_key(f'adapter.{key}', key, types)}{of_method}{whose}.")
+        elif key not in ours:  # which are checked as the section's
+            lines += _type_errors(f"adapter.{key}", given[key], types[key], strict=True)
+    return lines
+
+
+def _prompt_errors(method: str, given: dict[str, Any]) -> list[str]:
+    """Where a prompt lacks what it cannot be made without, or has what would go unread."""
+    lines = []
+    if method in PROMPT_METHODS and "num_virtual_tokens" not in given:
+        lines.append(f"adapter.num_virtual_tokens is missing: set it, for adapter.method {method}.")
+    if method == "prompt_tuning":
+        from_text = given.get("prompt_tuning_init") == "TEXT"
+        if from_text and not str(given.get("prompt_tuning_init_text") or "").strip():
+            lines.append("adapter.prompt_tuning_init_text is missing: set it, for adapter.prompt_tuning_init TEXT.")
+        if not from_text and "prompt_tuning_init_text" in given:
+            lines.append("adapter.prompt_tuning_init_text is not read: set adapter.prompt_tuning_init to TEXT.")
+    return lines
+
+
+def _secret_errors(key: str, value: Any) -> list[str]:
+    """Where a value would show a secret in the run's files, or is what such a file shows for one."""
+    lines = []
+    for path, leaf in leaves(value, tuple(key.split("."))):
+        if leaf == HIDDEN:
+            lines.append(f"{'.'.join(path)} was hidden where this config was written down: give its value again.")
+        elif is_secret(path, leaf) and not is_variable(path):
+            lines.append(
+                f"{'.'.join(path)} is a secret, and a run writes its config down: remove it, and give it to the nodes as"
+                " their environment (such as HF_TOKEN)."
+            )
+    return lines
+
+
+def _extra_keys(values: dict[str, Any], section: str, model: type[Section]) -> list[str]:
+    given = values.get(section)
+    known = model.model_fields
+    return [key for key in given if isinstance(key, str) and key not in known] if isinstance(given, dict) else []
+
+
+def _type_errors(key: str, value: Any, hint: Any, strict: bool = False) -> list[str]:
+    """Where a value does not fit the type that another library declares for it; ``strict``: as it is, not as it could be
+    read, where that library takes it as it is."""
+    if lines := _truth_errors(key, value, hint):
+        return lines
+    try:
+        wanted: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+        if strict:  # of JSON's, texts pass for an enum's values
+            wanted.validate_json(json.dumps(value, default=str), strict=True)
+        else:
+            wanted.validate_python(value)
+    except PydanticUserError:  # a type that pydantic cannot check
+        return []
+    except ValidationError as error:
+        message = error.errors()[0]["msg"]
+        return [f"{key} is {value!r}: {message[0].lower()}{message[1:]}."]
+    return []
+
+
+def _truth_errors(key: str, value: Any, hint: Any) -> list[str]:
+    """Where a text would pass for true, whatever it says: YAML 1.2 reads ``no`` as text, YAML 1.1 read false."""
+    is_truth = bool in (options := typing.get_args(hint) or (hint,)) and {*options} <= {bool, type(None)}
+    above = tuple(key.split("."))
+    return [
+        f"{'.'.join(path)} is the text {leaf!r}: write true or false."
+        for path, leaf in leaves(value, above)
+        if isinstance(leaf, str)
+        and (is_truth if path == above else leaf.lower() in _TRUTHS_OF_YAML_1_1 and not is_variable(path))
+    ]
+
+
+@functools.cache
+def _training_argument_types() -> dict[str, Any]:
+    """The fields of the installed transformers' TrainingArguments, with their types."""
+    import dataclasses
+
+    from transformers import TrainingArguments
+
+    hints = typing.get_type_hints(TrainingArguments)
+    return {field.name: hints[field.name] for field in dataclasses.fields(TrainingArguments)}
+
+
+@functools.cache
+def _ray_init_types() -> dict[str, Any]:
+    """What the installed ``ray.init`` takes, with the types."""
+    import inspect
+
+    # Where it is defined: after a training in the same process, ray.init can be a wrapper that hides them.
+    from ray._private.worker import init
+
+    return {name: p.annotation for name, p in inspect.signature(init).parameters.items() if p.kind is not p.VAR_KEYWORD}
+
+
+def no_such_key(key: str, last: str, known: Iterable[str]) -> str:
+    """Says that a key is none, and which of ``known`` is nearest to its last part."""
+    near = difflib.get_close_matches(last, sorted(known), n=1, cutoff=0.6)
+    hint = f"the nearest is {near[0]}" if near else f"known are {', '.join(sorted(known)[:30])}"
+    return f"{key}{NO_KEY}{hint}"

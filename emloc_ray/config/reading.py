@@ -1,0 +1,230 @@
+"""A YAML file and dotted overrides as a :class:`RunConfig`, every error told at once, each as a sentence.
+
+Unknown keys are told with the nearest right one; keys that sections pass on to other libraries: ``passed_keys.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from emloc_ray.config.passed import NO_KEY, no_such_key, passed_through_errors
+from emloc_ray.config.schema import AdapterConfig, RunConfig
+from emloc_ray.errors import ConfigError
+from emloc_ray.io.formats.yaml_text import read_yaml
+
+Keys = tuple[Any, ...]  # the parts of a dotted key
+Checked = TypeVar("Checked", bound=BaseModel)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML config and applies ``key.path=value`` overrides (values are YAML too).
+
+    A config may name another as its ``base``, by a path from its own directory on: its keys lie over that one's.
+
+    Raises:
+        ConfigError: with every error at once, one sentence a line.
+    """
+    path = Path(path)
+    values = read_values(path)
+    for override in overrides:
+        put(values, *read_override(override), f"Override {override!r}")
+    return parse_config(values, f"{path} and its overrides" if overrides else str(path))
+
+
+def read_values(path: Path, named_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A config's keys over those of its base and its base's base, unchecked: sections are merged, all else is replaced.
+
+    Raises:
+        ConfigError: where one of them cannot be read or is its own base; shows the chain from ``named_by`` on.
+    """
+    chain = " → ".join(map(str, (*named_by, path)))
+    if named_by and path.resolve() in [other.resolve() for other in named_by]:
+        raise ConfigError(f"Config {path} is its own base ({chain}): take one of these out.")
+    if named_by:
+        values = read_mapping(path, f"Base {path} ({chain})", "write some, or name another base")
+    else:
+        values = read_mapping(path, f"Config {path}", "it needs at least run_dir, model and data")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or not base.strip():
+        raise ConfigError(f"Config {path} has {base!r} as its base: give the path of a YAML file, from its own on.")
+    below = read_values(path.parent / os.path.expanduser(base), (*named_by, path))
+    for keys, value in settings(values):
+        put(below, keys, value, f"{path}: {'.'.join(map(str, keys))}")
+    return below
+
+
+def read_mapping(path: Path, name: str, needs: str) -> dict[str, Any]:
+    """What a YAML file holds; raises ConfigError, with its ``name`` and what it ``needs``, where that is no mapping."""
+    if path.is_dir():
+        raise ConfigError(f"{name} is a directory: give the path of a YAML file in it.")
+    if not path.is_file():
+        raise ConfigError(f"{name} does not exist: give the path of a YAML file, such as configs/quickstart.yaml.")
+    try:
+        values = read_yaml(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be read ({error.strerror}): give one that can.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start}): save it so.") from error
+    except ValueError as error:
+        raise ConfigError(f"{name} is not YAML ({error}): fix it there.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{name} holds no keys: {needs}.")
+    return values
+
+
+def parse_config(values: dict[str, Any], where: str = "the config") -> RunConfig:
+    """Validates a nested dict into a :class:`RunConfig`; raises ConfigError with every error at once."""
+    config, lines = check_config(values)
+    if config is None:
+        raise ConfigError("\n".join(f"{where}: {line}" for line in lines))
+    return config
+
+
+def check_config(values: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
+    """A nested dict as a config, or None and what is wrong with it, each a sentence."""
+    # A section left empty, all its keys commented out, is its defaults.
+    values = {key: value for key, value in values.items() if value is not None}
+    config, lines = check(RunConfig, values)
+    lines = list(dict.fromkeys(lines + passed_through_errors(values)))
+    return None if lines else config, lines
+
+
+def check(model: type[Checked], values: dict[str, Any]) -> tuple[Checked | None, list[str]]:
+    """A nested dict as a model of pydantic, or None and what is wrong with it, each a sentence."""
+    try:
+        return model.model_validate(values), []
+    except ValidationError as error:
+        return None, [_sentence(detail, model) for detail in _one_of_each(error.errors())]
+
+
+def _one_of_each(details: Sequence[Any]) -> list[Any]:
+    """Of a key that may be of several types pydantic tells what is wrong for each: that of the type which was given, or
+    all of them in one."""
+    found: dict[str, Any] = {}
+    for detail in details:
+        key = ".".join(_location(detail))
+        first = found.setdefault(key, detail)
+        if first is detail:
+            continue
+        if first["type"].endswith("_type") and not detail["type"].endswith("_type"):
+            found[key] = detail
+        elif first["type"].endswith("_type") and detail["msg"].startswith(_SHOULD_BE):
+            found[key] = {**first, "msg": f"{first['msg']} or {detail['msg'].removeprefix(_SHOULD_BE)}"}
+    return [detail for key, detail in found.items() if not any(other.startswith(f"{key}.") for other in found)]
+
+
+def unknown_key(key: str) -> str | None:
+    """Says that no config has a dotted key, and which is nearest; None where one has it."""
+    values: dict[str, Any] = {}
+    put(values, tuple(key.split(".")), 0, key)
+    if key.startswith("adapter.") and _a_method_takes(key.removeprefix("adapter.").split(".")[0]):
+        return None
+    return next((line for line in check_config(values)[1] if NO_KEY in line), None)
+
+
+def _a_method_takes(name: str) -> bool:
+    if name in AdapterConfig.model_fields:
+        return False  # what is below it is still to be looked at
+    from emloc_ray.modeling.adapter_methods import fields_of_all
+
+    return name in fields_of_all()
+
+
+def settings(keys: Mapping[Any, Any], *, dotted: bool = False, above: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+    """The single settings of a nested dict, each by the parts of its key; ``dotted``: with keys such as ``data.format``.
+
+    A value that is no section, such as a table of patterns, stays whole. A section left empty says nothing.
+    """
+    for key, value in keys.items():
+        parts = (*above, *(key.split(".") if dotted and isinstance(key, str) else [key]))
+        is_section = _section(parts) is not None
+        if is_section and isinstance(value, Mapping):
+            yield from settings(value, dotted=dotted, above=parts)
+        elif not (is_section and value is None and len(parts) == 1):
+            yield parts, value
+
+
+def put(values: dict[str, Any], keys: Keys, value: Any, what: str) -> None:
+    """Sets one setting; the dicts inside ``values`` are replaced, not changed: YAML's aliases and others may share them.
+
+    Raises:
+        ConfigError: that ``what`` reaches into a value.
+    """
+    node = values
+    for depth, parent in enumerate(keys[:-1], 1):
+        child = node.get(parent)
+        if child is not None and not isinstance(child, dict):
+            prefix = ".".join(map(str, keys[:depth]))
+            raise ConfigError(f"{what} reaches into {prefix}, which is a value: override that instead.")
+        node[parent] = dict(child or {})
+        node = node[parent]
+    node[keys[-1]] = value
+
+
+def read_override(override: str) -> tuple[Keys, Any]:
+    """The parts of the key and the value of ``key.path=value``; raises ConfigError where it is no such thing."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"Override {override!r} is not key.path=value: write it like finetune.max_steps=20.")
+    try:
+        return tuple(key.strip().split(".")), read_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"Override {override!r} has a value that is not YAML ({error}).") from error
+
+
+# Keys of earlier versions, with what to do instead.
+REMOVED_KEYS = {
+    "calibration.convergence_tolerance": "set calibration.num_calibration_tokens to the tokens that are enough",
+}
+_SHOULD_BE = "Input should be "
+# How pydantic names the members of a union inside an error's location.
+_UNION_MEMBER = re.compile(r"str|bool|float|list\[.*|literal\[.*|function-.*")
+
+
+def _sentence(detail: Any, model: type[BaseModel]) -> str:
+    """One pydantic error as a sentence: which key, what is wrong, what would be right."""
+    location = _location(detail)
+    key = ".".join(location)
+    if detail["type"] == "extra_forbidden" and key in REMOVED_KEYS:
+        return f"{key} is a key no more: {REMOVED_KEYS[key]}."
+    if detail["type"] == "extra_forbidden":
+        return f"{no_such_key(key, location[-1], _field_names(location[:-1], model))}."
+    if detail["type"] == "missing":
+        return f"{key} is missing: set it."
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return f"{key}: {message}." if key and key not in message else f"{message}."
+    given = detail["input"]
+    return f"{key} is {given!r}: {message[0].lower()}{message[1:]}."
+
+
+def _location(detail: Any) -> list[str]:
+    return [str(part) for part in detail["loc"] if not _UNION_MEMBER.fullmatch(str(part))]
+
+
+def _field_names(location: list[str], model: type[BaseModel]) -> set[str]:
+    section = _section(location, model)
+    return set(section.model_fields) if section else set()
+
+
+def _section(keys: Sequence[Any], model: type[BaseModel] = RunConfig) -> type[BaseModel] | None:
+    """The section that a key names; None for a single value, a table or no key at all."""
+    for key in keys:
+        field = model.model_fields.get(key)
+        options = (field.annotation, *typing.get_args(field.annotation)) if field else ()
+        # list[str] passes for a type in Python 3.10.
+        types = [o for o in options if isinstance(o, type) and typing.get_origin(o) is None]
+        found = next((option for option in types if issubclass(option, BaseModel)), None)
+        if found is None:
+            return None
+        model = found
+    return model

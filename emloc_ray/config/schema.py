@@ -1,0 +1,395 @@
+"""The whole of a run as one strict, frozen config: YAML plus dotted overrides.
+
+Unknown keys are errors, told with the nearest right one; every error is told at once.
+"""
+
+from __future__ import annotations
+
+import os
+import typing
+from typing import Any, Literal, get_args
+
+from pydantic import (
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from emloc_ray.config.base import Patterns, Section, Size, StageConfig
+
+
+class ModelConfig(Section):
+    """The original model."""
+
+    source: str = Field(description="hub id, local directory, .gguf file, or package:NAME/FILE")
+    revision: str | None = Field(None, description="of a hub id: branch, tag or commit")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: the checkpoint's")
+    attn_implementation: str | None = Field(None, description="transformers' choice where left out")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+
+
+class SplitConfig(Section):
+    """One split of the data: JSONL, Parquet or CSV files, a directory or glob, local or by URI; or ``hf:DATASET``."""
+
+    path: Patterns = Field(description="file, directory, glob or URI, or a list of these; or hf:DATASET[:SPLIT]")
+    num_samples: int | None = Field(None, ge=1, description="rows to sample; all by default")
+
+
+class DataConfig(Section):
+    """The task's rows and how they become tokens."""
+
+    generate: Literal["docstrings", "vqa"] | None = Field(None, description="make the task's data on the spot")
+    format: Literal["text", "prompt_completion", "messages"] = Field("text", description="the columns of a row")
+    train: SplitConfig | None = Field(None, description="what is tuned on")
+    calibration: SplitConfig | None = Field(None, description="left out: rows of train")
+    selection: SplitConfig | None = Field(None, description="what auto chooses on; left out: rows kept from train")
+    eval: SplitConfig | None = Field(None, description="what is reported on; left out: rows kept from train")
+    healing: SplitConfig | None = Field(None, description="what the emulator is healed on; left out: train's rows")
+    max_seq_length: int = Field(512, ge=2, description="tokens that longer rows are cut to")
+    packing: bool = Field(False, description="join rows into sequences of max_seq_length")
+    on_error: Literal["fail", "skip"] = Field(
+        "fail", description="a bad row, or its missing image, ends the run or is left out"
+    )
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> DataConfig:
+        named = [name for name in ("train", "calibration", "selection", "eval") if getattr(self, name) is not None]
+        if self.generate is None and self.train is None:
+            raise ValueError("names no training data: set data.train.path, or data.generate: docstrings or vqa")
+        if self.generate is not None and any(getattr(self, name).path for name in named):
+            raise ValueError(f"data.generate makes every split itself: remove data.{named[0]}.path")
+        made = {"docstrings": "prompt_completion", "vqa": "messages"}
+        if self.generate is not None and self.format != made[self.generate]:
+            raise ValueError(
+                f"data.generate: {self.generate} makes {made[self.generate]} rows: set data.format to that"
+            )
+        return self
+
+
+class CalibrationConfig(StageConfig):
+    """The small data pass that gathers Grams.
+
+    Rows are taken in the order of their hash until there are ``num_calibration_samples``, or until they have
+    ``num_calibration_tokens``, prompt and completion, as cut to ``data.max_seq_length``: whichever comes first of those
+    that are set. The default of 128 rows holds where neither is.
+    """
+
+    num_calibration_samples: int | None = Field(128, ge=1, description="rows; null: no bound, as where tokens are set")
+    num_calibration_tokens: int | None = Field(None, ge=1, description="tokens, reached by whole rows")
+    tokens: Literal["all", "completion"] = Field("all", description="which of a row's count")
+    batch_size: int = Field(8, ge=1, description="rows of a forward pass")
+    rows_per_shard: int = Field(32, ge=1, description="the grain of work and of exactly-once accounting")
+    keep: Literal["grams", "none"] = Field("grams", description="none: Grams go once their layers are factorized")
+    mode: Literal["auto", "resident", "streamed"] = Field("auto", description="whole model, or a block at a time")
+    # Below some hundred tokens, what the block's tokens say of an expert's inputs is worth more than its own few do: a
+    # factor of higher rank than there are tokens would be partly arbitrary.
+    min_expert_tokens: int = Field(256, ge=0, description="experts sent fewer are run on all tokens; 0: never")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tokens_alone_decide(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("num_calibration_tokens") is not None:
+            return {"num_calibration_samples": None, **values}
+        return values
+
+
+class HealingConfig(Section):
+    """Distilling the original into the emulator before the task's adapter is trained: a LoRA that becomes part of the factors.
+
+    What is not said here is as in ``finetune``, whose workers it uses.
+    """
+
+    steps: int = Field(ge=1, description="optimizer steps")
+    r: int = Field(8, ge=1, description="taken from each layer's rank and given back by the healing")
+    lora_alpha: float = Field(16, gt=0, allow_inf_nan=False, description="over r: the scale of its update")
+    learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False, description="left out: finetune's")
+    per_device_train_batch_size: int | None = Field(None, ge=1, description="left out: finetune's")
+    num_teacher_logits: int = Field(64, ge=1, description="of the original, cached for each label")
+    loss_on: Literal["completion", "all"] = Field("all", description="which tokens it is distilled at")
+
+
+class EmulatorConfig(StageConfig):
+    """The compressed model."""
+
+    compression_ratio: float = Field(0.5, gt=0, le=1, description="the share of parameters kept; 1: plain LoRA")
+    ratios: dict[str, float] = Field(default_factory=dict, description="pattern: ratio, the first match wins")
+    target_modules: Patterns | None = Field(None, description="left out: every linear inside the blocks")
+    exclude_modules: Patterns | None = Field(None, description="linears that stay dense")
+    dampening_frac: float = Field(1e-6, gt=0, lt=1, description="of a Gram's mean diagonal, added to it")
+    quantization: Literal["none", "nf4"] = Field("none", description="nf4: linears inside the blocks in 4 bits")
+    allocation: Literal["uniform", "spectral", "sensitivity"] = Field(
+        "uniform", description="who gets the ranks: all alike, or by what they keep of outputs, or of predictions"
+    )
+    objective: Literal["activations", "predictions", "weights"] = Field(
+        "activations", description="what factors keep: their layer's outputs, the model's predictions, or its weights"
+    )
+    storage: Literal["factors", "pivoted"] = Field(
+        "factors", description="pivoted: the same product in fewer numbers, so that ranks are higher at a ratio"
+    )
+    gradient_dampening_frac: float = Field(1e-2, gt=0, lt=1, description="of the sums of gradients that weigh outputs")
+    healing: HealingConfig | None = Field(None, description="distil the original into it before tuning")
+
+    @property
+    def asks_for_gradients(self) -> str | None:
+        """The setting that cannot do without gradients of the model's predictions; None where none does."""
+        if self.compression_ratio == 1:
+            return None
+        if self.objective == "predictions":
+            return "emulator.objective: predictions"
+        return "emulator.allocation: sensitivity" if self.allocation == "sensitivity" else None
+
+    @property
+    def heals(self) -> HealingConfig | None:
+        """The healing, unless nothing is compressed that could be healed."""
+        return None if self.compression_ratio == 1 else self.healing
+
+    @field_validator("ratios")
+    @classmethod
+    def _ratios_in_range(cls, ratios: dict[str, float]) -> dict[str, float]:
+        for pattern, ratio in ratios.items():
+            if not 0 < ratio <= 1:
+                raise ValueError(f"the ratio of {pattern!r} is {ratio}: give one above 0 and up to 1")
+        return ratios
+
+
+class AdapterConfig(Section):
+    """The adapter, in PEFT's names with PEFT's meaning.
+
+    The keys below are those of LoRA, rsLoRA and DoRA. Of another ``method`` every key but ``method`` is a field of PEFT's
+    own config of that method, with PEFT's default.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+    method: Literal["lora", "rslora", "dora", "loha", "lokr", "vera", "ia3", "prefix_tuning", "prompt_tuning"] = Field(
+        "lora", description="what is trained"
+    )
+    r: int = Field(8, ge=1, description="rank")
+    lora_alpha: float = Field(16, gt=0, allow_inf_nan=False, description="over r: the scale of the update")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="of what the adapter reads")
+    target_modules: Patterns | None = Field(None, description="every linear inside the model's blocks by default")
+    exclude_modules: Patterns | None = Field(None, description="linears without an adapter")
+    use_rslora: bool = Field(False, description="scale by the root of r; as method: rslora")
+    rank_pattern: dict[str, typing.Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict, description="pattern: r of these"
+    )
+    alpha_pattern: dict[str, typing.Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+        default_factory=dict, description="pattern: lora_alpha of these"
+    )
+    init_lora_weights: bool | Literal["gaussian"] = Field(True, description="PEFT's; false: no zeros, for tests")
+
+    @field_validator("init_lora_weights", mode="before")
+    @classmethod
+    def _leaves_the_base(cls, value: Any) -> Any:
+        if not isinstance(value, bool) and value != "gaussian":
+            raise ValueError(
+                f"{value!r} is not known here, as PEFT's others change the weights below the adapter: give true, false or"
+                " gaussian"
+            )
+        return value
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether it is LoRA or one of its variants."""
+        return self.method in LORA_METHODS
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether it changes what the model reads instead of its linears."""
+        return self.method in PROMPT_METHODS
+
+    @property
+    def is_additive(self) -> bool:
+        """Whether it adds to weights, so that its update can be corrected; DoRA's does before its rows are scaled."""
+        return self.method not in ("ia3", *PROMPT_METHODS)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What PEFT's config of the method is given, but for the modules: LoRA's keys, or of another method those set."""
+        values = self.model_dump(exclude={"method", "target_modules", "exclude_modules"})
+        variants = {"use_rslora": self.use_rslora or self.method == "rslora", "use_dora": self.method == "dora"}
+        return values | (variants if self.is_lora else {})
+
+    @model_serializer(mode="wrap")
+    def _of_the_method(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without LoRA's defaults where they are not the method's."""
+        values: dict[str, Any] = dump(self)
+        shown = {"method", *self.model_fields_set}
+        return values if self.is_lora else {key: value for key, value in values.items() if key in shown}
+
+
+LORA_METHODS = ("lora", "rslora", "dora")
+PROMPT_METHODS = ("prefix_tuning", "prompt_tuning")
+
+
+class FinetuneConfig(StageConfig):
+    """Training on the emulator; every other key is a Hugging Face TrainingArguments field."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+    loss_on: Literal["completion", "all"] = Field("completion", description="which tokens of a row are learned")
+    max_steps: int = Field(-1, description="optimizer steps; -1: num_train_epochs of the data")
+    num_train_epochs: float = Field(1.0, gt=0, description="passes over the data, where max_steps is -1")
+    per_device_train_batch_size: int = Field(8, ge=1, description="rows of a worker's forward pass")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="passes a step")
+    learning_rate: float = Field(2e-4, gt=0, allow_inf_nan=False, description="its peak, by lr_scheduler_type")
+    gradient_checkpointing: bool = Field(True, description="less memory, about a third more time")
+    save_steps: int = Field(100, ge=1, description="steps between checkpoints, from which it goes on")
+    logging_steps: int = Field(10, ge=1, description="steps between losses")
+    max_failures: int = Field(3, ge=0, description="lost workers to recover from before the run fails")
+    deepspeed: str | None = Field(None, description="path of a DeepSpeed JSON, from the working directory")
+
+    @field_validator("max_steps")
+    @classmethod
+    def _some_steps(cls, max_steps: int) -> int:
+        if max_steps != -1 and max_steps < 1:
+            raise ValueError(f"{max_steps} is no number of steps: give one, or -1 for num_train_epochs of the data")
+        return max_steps
+
+
+class CorrectionConfig(Section):
+    """How the adapter is corrected for the difference between emulator and original."""
+
+    method: Literal["auto", "none", "projection", "covariance"] = Field(
+        "auto", description="auto: what helps on the selection split, of methods, clamps and strengths of its own"
+    )
+    clamp: float | None = Field(3.0, gt=0, description="the paper's lambda; null: unclamped; not of auto")
+    strength: float = Field(1.0, ge=0, le=4, description="what the correction is multiplied by; not of auto")
+    dampening_frac: float = Field(
+        1e-4, gt=0, lt=1, description="of the mean diagonal of QᵀGQ, added to it by covariance"
+    )
+    num_selection_samples: int = Field(64, ge=1, description="rows that auto chooses on, at most")
+    max_share: float | None = Field(
+        0.1, gt=0, description="tokens that auto may score, as a share of those that are trained on; null: all it has"
+    )
+    update_tolerance: float = Field(
+        1e-3,
+        ge=0,
+        lt=1,
+        description="of an update of full rank: the share of its norm that its dominant subspace may lack",
+    )
+
+
+class MergeConfig(StageConfig):
+    """Folding the corrected adapter into the original's weights."""
+
+    chunk_bytes: int = Field(32 * 2**20, ge=4096, description="float32 bytes of a row chunk")
+    max_shard_size: Size | None = Field(None, description="such as 5GB; left out: the original's shards")
+
+
+Variant = Literal["original", "emulator", "emulator_adapter", "uncorrected", "corrected", "merged"]
+
+
+class EvaluationConfig(StageConfig):
+    """What is measured on the held-out split."""
+
+    variants: list[Variant] = Field(list(get_args(Variant)), description="what is scored, a pass each")
+    num_samples: int | None = Field(256, ge=1, description="held-out rows; null: all")
+    batch_size: int = Field(8, ge=1, description="rows of a forward pass")
+    num_generations: int = Field(4, ge=0, description="sample generations shown in the report")
+    num_exact_match: int = Field(32, ge=0, description="held-out prompts completed greedily for exact match")
+    max_new_tokens: int = Field(32, ge=1, description="of generations and exact match")
+    upper_bound: str | None = Field(None, description="run directory of plain LoRA (compression_ratio: 1.0)")
+
+    @field_validator("variants")
+    @classmethod
+    def _has_what_is_compared(cls, variants: list[Variant]) -> list[Variant]:
+        if missing := {"original", "corrected"} - set(variants):
+            raise ValueError(f"{' and '.join(sorted(missing))} must be among them: gains are theirs")
+        return [variant for variant in get_args(Variant) if variant in variants]
+
+
+_OF_A_NEW_RAY = ("num_cpus", "num_gpus", "resources", "labels", "object_store_memory")
+
+
+class RayConfig(Section):
+    """Where Ray is; every other key goes to ``ray.init``."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+    address: str | None = Field(None, description="of a running cluster, or auto; left out: one is started here")
+    num_cpus: int | None = Field(None, ge=1, description="of a Ray that is started here; left out: all")
+    num_gpus: int | None = Field(None, ge=0, description="the same")
+
+    @property
+    def joins(self) -> bool:
+        """Whether a running Ray is joined: named here, or by RAY_ADDRESS, as Ray itself sets it for a submitted job."""
+        return (self.address or os.environ.get("RAY_ADDRESS") or "local") != "local"
+
+    @property
+    def init_options(self) -> dict[str, Any]:
+        """What ``ray.init`` is given, beside the address; a Ray that runs already has its size."""
+        return self.model_dump(exclude={"address", *(_OF_A_NEW_RAY if self.joins else ())}, exclude_none=True)
+
+
+def _get(section: Any, key: str) -> Any:
+    return section.get(key) if isinstance(section, dict) else None
+
+
+class RunConfig(Section):
+    """One run: one model, one task, one emulator, one adapter."""
+
+    run_dir: str = Field(description="where everything goes: a directory, or a URI such as s3://BUCKET/RUN")
+    seed: int = Field(0, ge=0, lt=2**32, description="of every draw")
+    memory_budget: Size | None = Field(None, description="what one worker may hold, such as 24GiB")
+    model: ModelConfig = Field(description="the original")
+    data: DataConfig = Field(description="the task's rows")
+    calibration: CalibrationConfig = Field(CalibrationConfig(), description="Grams and gradients, and their workers")
+    emulator: EmulatorConfig = Field(EmulatorConfig(), description="what it keeps; workers of the factorization")
+    adapter: AdapterConfig = Field(AdapterConfig(), description="what is trained")
+    finetune: FinetuneConfig = Field(FinetuneConfig(), description="how, on what workers; the healing's workers too")
+    correction: CorrectionConfig = Field(CorrectionConfig(), description="done by one of evaluation's workers")
+    merge: MergeConfig = Field(MergeConfig(), description="shards of the merged model, and their workers")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="what is scored, and its workers")
+    ray: RayConfig = Field(RayConfig(), description="which cluster")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _prefixes_need_their_cache(cls, values: Any) -> Any:
+        """Gradient checkpointing drops the cache that a prefix is: off by default where there is one."""
+        if isinstance(values, dict) and _get(values.get("adapter"), "method") == "prefix_tuning":
+            section = values.get("finetune") or {}
+            if isinstance(section, dict) and "gradient_checkpointing" not in section:
+                return {**values, "finetune": {**section, "gradient_checkpointing": False}}
+        return values
+
+    @model_validator(mode="after")
+    def _adapter_agrees(self) -> RunConfig:
+        method, problems = self.adapter.method, []
+        if method == "prefix_tuning" and self.finetune.gradient_checkpointing:
+            problems.append(
+                "finetune.gradient_checkpointing drops the cache that prefix_tuning works through: set it to false"
+            )
+        if self.finetune.deepspeed is not None and method not in ("lora", "rslora"):
+            problems.append(f"finetune.deepspeed goes with adapter.method lora or rslora, not with {method}: remove it")
+        if not self.adapter.is_additive and self.correction.method not in ("auto", "none"):
+            problems.append(
+                f"correction.method: {self.correction.method} corrects what is added to a weight, which {method} does not"
+                " do: leave it at auto"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> RunConfig:
+        asks = self.emulator.asks_for_gradients
+        if asks is not None and self.calibration.mode == "streamed":
+            raise ValueError(
+                f"{asks} needs gradients, which pass through the whole model: set calibration.mode to resident or auto"
+            )
+        if self.data.healing is not None and self.emulator.healing is None:
+            raise ValueError(
+                "data.healing names rows to heal on, and nothing is healed: set emulator.healing.steps, or remove it"
+            )
+        if self.emulator.objective == "weights" and self.emulator.allocation != "uniform":
+            raise ValueError(
+                "emulator.objective: weights looks at no data, which the ranks of"
+                f" emulator.allocation: {self.emulator.allocation} follow from: set that to uniform"
+            )
+        if self.correction.method == "covariance" and self.calibration.keep == "none":
+            raise ValueError("correction.method: covariance needs the Grams: set calibration.keep to grams")
+        return self

@@ -1,0 +1,153 @@
+"""The quickstart's task, made on the spot: say in one sentence what a Python function does.
+
+A row's prompt is a function without its docstring, its completion the docstring's first sentence; functions are found as
+:mod:`emloc_ray.demos.python_sources` says.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from emloc_ray.demos.python_sources import (
+    Function,
+    SourceRow,
+    code_of,
+    collect,
+    draw,
+    installed_roots,
+    split_of,
+    without_collector,
+    words,
+)
+from emloc_ray.errors import DataError
+from emloc_ray.io.store.atomic import atomic_file
+
+SPLIT_FRACTIONS = {"train": 0.7, "calibration": 0.1, "selection": 0.08, "eval": 0.12}
+"""The split names, which are also the file names, and each one's share of the modules."""
+
+LEAD = "\n# What it does:\n"
+"""What stands between the code and the completion; it ends at a line's border, where every tokenizer splits."""
+
+_MIN_WORDS, _MAX_WORDS = 3, 30
+
+_DOC_LIST_LINE = re.compile(r"[-*+:@.>=~^|]|\w[\w ]*:\s*$|\w+ ?\(.*\) ?:")
+_ROLE = re.compile(r":[\w:+.-]+:`(?:~(?:[^`.]*\.)*|\.)?([^`<]+?)(?: *<[^`]*>)?`")
+_ABBREVIATION = re.compile(r"(\b(e\.g|i\.e|etc|vs|cf|resp|approx|al|fig|eq|no|incl|dr|[a-z])|\.\.)\.$", re.IGNORECASE)
+# Plain prose: a capitalised word, then letters, digits and everyday punctuation, then a full stop.
+_PROSE = re.compile(r"[A-Z][a-z]*(-[a-z]+)?,? [A-Za-z0-9 ,.;'\"()/_%&+-]*[A-Za-z0-9)'\"]\.")
+_NOT_A_DESCRIPTION = re.compile(
+    r"(see|refer|todo|fixme|deprecated|note|example|usage|overrid\w*|overload\w*|same as|alias|args|arguments|test"
+    r"|tests|please|copied|adapted|constructor|initializ\w* self|not implemented|inherit\w*|equivalent to|author"
+    r"|copyright|abstract|docstring|internal|helper|function|method|like|similar|warning|placeholder"
+    # These begin remarks about a function, not what it does.
+    r"|this|these|it|there|if|when|where|in|on|for|to|used|called|just|we|you|our|they|some|not|no)\b",
+    re.IGNORECASE,
+)
+_CUT_SHORT = re.compile(r"\b(a|an|the|of|to|for|by|and|or|as|is|are|if|via|from|that|with|using|when|into|than)\.$")
+
+
+@dataclass(frozen=True)
+class DocstringTask:
+    """What the task's rows look like, and how many there are.
+
+    ``max_prompt_chars`` bounds the whole prompt, its closing line included: 280 make rows of about 100 tokens. The
+    two caps keep any package or module from taking over. Fewer than ``min_rows`` (or ``max_rows``, if that is
+    smaller) is an error.
+    """
+
+    max_prompt_chars: int = 280
+    max_rows: int = 12_000
+    seed: int = 0
+    min_rows: int = 3_000
+    max_rows_per_package: int = 1_200
+    max_rows_per_module: int = 12
+
+
+_SCHEMA = pa.schema([(name, pa.string()) for name in SourceRow._fields])
+
+
+def generate(out_dir: Path, task: DocstringTask, roots: Sequence[Path] | None = None) -> dict[str, int]:
+    """Write ``train``, ``calibration``, ``selection`` and ``eval`` as Parquet files into ``out_dir``.
+
+    ``roots`` are the folders whose Python files are read, by default those of the running interpreter. Returns the
+    number of rows of each split. Raises ``DataError`` where the sources yield too few rows.
+    """
+    folders = installed_roots() if roots is None else list(roots)
+
+    def row_of(node: Function, lines: list[str], module: str) -> SourceRow | None:
+        return summary_row(node, lines, module, task.max_prompt_chars)
+
+    with without_collector():
+        found = collect(folders, task.seed, row_of, task.max_rows_per_package, task.max_rows_per_module)
+        rows = list(islice(found, task.max_rows))
+    needed = min(task.min_rows, task.max_rows)
+    if len(rows) < needed:
+        where = ", ".join(str(folder) for folder in folders)
+        raise DataError(
+            f"The docstring task found {len(rows)} usable functions in {where} and needs {needed}: "
+            "install more Python packages there, or lower min_rows."
+        )
+    splits: dict[str, list[SourceRow]] = {name: [] for name in SPLIT_FRACTIONS}
+    for row in sorted(rows, key=lambda row: draw(task.seed, "row", row.completion)):
+        splits[split_of(row.module, task.seed, SPLIT_FRACTIONS)].append(row)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for name, members in splits.items():
+        _write(out_dir / f"{name}.parquet", members)
+    return {name: len(members) for name, members in splits.items()}
+
+
+def summary_row(node: Function, lines: list[str], module: str, max_prompt_chars: int) -> SourceRow | None:
+    """The row that a function makes; None where its docstring or its body says too little."""
+    docstring = ast.get_docstring(node)
+    if docstring is None or node.name.startswith("__") or not _has_real_body(node.body[1:]):
+        return None
+    completion = _first_sentence(docstring)
+    code = code_of(node, lines, max_prompt_chars - len(LEAD)) if completion else None
+    if completion is None or code is None or words(completion) in words(code):
+        return None
+    return SourceRow(code + LEAD, completion, module)
+
+
+def _has_real_body(body: list[ast.stmt]) -> bool:
+    """Whether anything happens besides ``pass``, ``...`` and raising an error."""
+    return any(
+        not isinstance(statement, ast.Pass | ast.Raise)
+        and not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))
+        for statement in body
+    )
+
+
+def _first_sentence(docstring: str) -> str | None:
+    """The docstring's first sentence as plain prose with a full stop; None where it does not begin with one."""
+    paragraph: list[str] = []
+    for line in _ROLE.sub(r"\1", docstring).strip().split("\n"):
+        if not line.strip() or _DOC_LIST_LINE.match(line.strip()):
+            break
+        paragraph.append(line)
+    text = " ".join(" ".join(paragraph).replace("`", "").split())
+    ends = (match.end() for match in re.finditer(r"[.!?](?=\s|$)", text))
+    end = next((end for end in ends if end == len(text) or not _ABBREVIATION.search(text, 0, end)), None)
+    if end is None and len(paragraph) == 1:
+        text += "."
+    elif end is not None and not text[end:].lstrip()[:1].islower():
+        text = text[:end]
+    else:
+        return None
+    is_prose = _PROSE.fullmatch(text) and not _NOT_A_DESCRIPTION.match(text) and not _CUT_SHORT.search(text)
+    is_closed = text.count("(") == text.count(")") and text.count('"') % 2 == 0
+    return text if is_prose and is_closed and _MIN_WORDS <= len(text.split()) <= _MAX_WORDS else None
+
+
+def _write(path: Path, rows: list[SourceRow]) -> None:
+    """Write one split, whole or not at all."""
+    columns = {name: [getattr(row, name) for row in rows] for name in _SCHEMA.names}
+    with atomic_file(path) as file:
+        pq.write_table(pa.table(columns, schema=_SCHEMA), file)

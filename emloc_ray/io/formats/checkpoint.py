@@ -1,0 +1,192 @@
+"""A transformers checkpoint in safetensors, read lazily: headers first, tensors by byte range."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from emloc_ray.errors import ArtifactError
+from emloc_ray.io.store.node_cache import ensure, exists, open_newest, open_version
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor's bytes are: ``[start, stop)`` in ``file``, whose content is ``version`` (None in a file system)."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    version: str | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on disk."""
+        return self.stop - self.start
+
+    def read_rows(self, begin: int = 0, end: int | None = None) -> torch.Tensor:
+        """Rows ``[begin, end)`` of the first dimension (all by default), in the stored dtype, owning their memory."""
+        if not self.shape:
+            return self._bytes(self.start, self.stop).view(self.dtype).reshape(())
+        rows = self.shape[0]
+        end = rows if end is None else min(end, rows)
+        row_bytes = self.num_bytes // max(rows, 1)
+        flat = self._bytes(self.start + begin * row_bytes, self.start + end * row_bytes)
+        return flat.view(self.dtype).reshape(end - begin, *self.shape[1:])
+
+    def slice(self, index: int) -> TensorEntry:
+        """Slice ``index`` along the first dimension, as a tensor of its own."""
+        size = self.num_bytes // self.shape[0]
+        start = self.start + index * size
+        return replace(self, shape=self.shape[1:], start=start, stop=start + size)
+
+    def _bytes(self, start: int, stop: int) -> torch.Tensor:
+        if start == stop:
+            return torch.empty(0, dtype=torch.uint8)
+        with open_version(self.file, self.version) as stream:
+            buffer = np.fromfile(stream, dtype=np.uint8, count=stop - start, offset=start)
+        if buffer.size != stop - start:
+            raise ArtifactError(f"{self.file} is cut short in tensor {self.name}: copy the file again.")
+        return torch.from_numpy(buffer)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file: its verbatim header and its tensors in file order."""
+
+    file: Path
+    header: bytes
+    entries: tuple[TensorEntry, ...]
+
+
+def read_shard(file: Path) -> Shard:
+    """Reads one safetensors header (https://github.com/huggingface/safetensors#format).
+
+    Raises:
+        ArtifactError: where the file is missing, no safetensors file, or shorter than its header says.
+    """
+    try:
+        with open_newest(file) as (stream, size, version):
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise ArtifactError(f"{file} is cut short or no safetensors file: copy it again.")
+            header = stream.read(length)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ArtifactError(
+            f"{file} is missing, though the checkpoint's index names it: copy the checkpoint again."
+        ) from error
+    try:
+        described: dict[str, Any] = json.loads(header)
+        described.pop("__metadata__", None)
+        found = [_entry(file, name, item, 8 + length, version) for name, item in described.items()]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ArtifactError(f"{file} has no readable safetensors header: copy it again.") from error
+    entries = sorted(found, key=lambda entry: entry.start)
+    if entries and entries[-1].stop > size:
+        raise ArtifactError(f"{file} is cut short: its header asks for {entries[-1].stop} bytes, it has {size}.")
+    return Shard(file, header, tuple(entries))
+
+
+def _entry(file: Path, name: str, item: dict[str, Any], base: int, version: str | None) -> TensorEntry:
+    start, stop = item["data_offsets"]
+    if item["dtype"] not in DTYPES:
+        raise ArtifactError(f"{file}: tensor {name} has dtype {item['dtype']}, which is not supported.")
+    dtype, shape = DTYPES[item["dtype"]], tuple(item["shape"])
+    if stop - start != math.prod(shape) * dtype.itemsize:
+        raise ArtifactError(f"{file}: tensor {name} has {stop - start} bytes for shape {list(shape)}: copy it again.")
+    return TensorEntry(name, file, dtype, shape, base + start, base + stop, version)
+
+
+def read_index(directory: Path) -> dict[str, str]:
+    """The file of every tensor, by the checkpoint's index; empty where it has none.
+
+    Raises:
+        ArtifactError: where the index is there, but holds no such map.
+    """
+    index = directory / INDEX_NAME
+    ensure(index)
+    if not index.is_file():
+        return {}
+    try:
+        return {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ArtifactError(f"{index} holds no readable weight_map: copy the checkpoint again.") from error
+
+
+class Checkpoint:
+    """The safetensors shards of a local model directory, opened by their headers alone.
+
+    Raises:
+        ArtifactError: where there are no weights, or a shard is missing or cut short.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
+        self.shards = [read_shard(file) for file in self._files()]
+        self.entries = {entry.name: entry for shard in self.shards for entry in shard.entries}
+
+    def _files(self) -> list[Path]:
+        weight_map = read_index(self.directory)
+        if weight_map:
+            return [self.directory / name for name in sorted(set(weight_map.values()))]
+        if exists(self.directory / SINGLE_NAME):
+            return [self.directory / SINGLE_NAME]
+        raise ArtifactError(
+            f"{self.directory} holds no {SINGLE_NAME} and no {INDEX_NAME}: give a checkpoint saved as safetensors."
+        )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    def __iter__(self) -> Iterator[TensorEntry]:
+        return iter(self.entries.values())
+
+    def entry(self, name: str) -> TensorEntry:
+        """Where ``name`` is; raises ArtifactError where it is not."""
+        if name not in self.entries:
+            raise ArtifactError(f"{self.directory} holds no tensor {name}: the checkpoint does not fit its config.")
+        return self.entries[name]
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor, in its stored dtype."""
+        return self.entry(name).read_rows()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.num_bytes for entry in self)
+
+
+def write_index(directory: Path, weight_map: dict[str, str], total_size: int, total_parameters: int) -> None:
+    """Writes ``model.safetensors.index.json`` as transformers does."""
+    from emloc_ray.io.store.atomic import write_json
+
+    metadata = {"total_parameters": total_parameters, "total_size": total_size}
+    write_json(directory / INDEX_NAME, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})

@@ -1,0 +1,161 @@
+"""Grams on disk: packed triangles in sharded safetensors, with an index of groups and token counts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emloc_ray.core.gram import Gram, pack_triangle, unpack_triangle
+from emloc_ray.errors import ArtifactError
+from emloc_ray.io.formats.checkpoint import TensorEntry, read_shard
+from emloc_ray.io.formats.shards import make_header, row_chunks, stream_shard, write_tensors
+from emloc_ray.io.store.atomic import write_json
+from emloc_ray.io.store.node_cache import ensure
+
+INDEX = "grams.index.json"
+_CHUNK_BYTES = 2**26
+
+
+@dataclass(frozen=True)
+class StoredGram:
+    """One Gram in a file of :func:`write_gram_shard`."""
+
+    file: Path
+    name: str
+
+    def read(self) -> Tensor:
+        """The symmetric Gram ``(in, in)``, float32; raises ArtifactError where the file does not hold it."""
+        entry = next((entry for entry in read_shard(self.file).entries if entry.name == self.name), None)
+        if entry is None:
+            raise ArtifactError(f"{self.file} holds no Gram of {self.name}: run the calibrate stage again.")
+        return unpack_triangle(entry.read_rows())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens summed in it."""
+        return gram_counts(self.file)[self.name]
+
+
+class GramStore:
+    """The calibration's Grams; one Gram stands for every linear of its group.
+
+    Raises:
+        ArtifactError: where the index is missing.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
+        path = self.directory / INDEX
+        ensure(path)
+        if not path.is_file():
+            raise ArtifactError(f"{self.directory} holds no {INDEX}: run the calibrate stage again.")
+        self.index: dict[str, Any] = json.loads(path.read_text())
+        self._gram_of = {name: gram for gram, names in self.index["groups"].items() for name in names}
+
+    def __contains__(self, linear: str) -> bool:
+        return linear in self._gram_of
+
+    def num_tokens(self, linear: str) -> int:
+        """Tokens summed in the linear's Gram."""
+        return int(self.index["num_tokens"][self._gram_of[linear]])
+
+    def read(self, linear: str) -> Tensor:
+        """The symmetric Gram ``(in, in)`` of the inputs of ``linear``, float32."""
+        return self.stored(linear).read()
+
+    def stored(self, linear: str) -> StoredGram:
+        """Where the Gram of the inputs of ``linear`` is."""
+        name = self._gram_of[linear]
+        return StoredGram(self.directory / self.index["weight_map"][name], name)
+
+
+def write_gram_shard(path: Path, grams: Mapping[str, Gram]) -> None:
+    """Writes some Grams as packed triangles, their token counts beside them."""
+    counts = {name: gram.num_tokens for name, gram in grams.items()}
+    _write_packed(
+        path, counts, {name: len(gram.matrix) for name, gram in grams.items()}, lambda name: grams[name].matrix
+    )
+
+
+def write_identities(path: Path, orders: Mapping[str, int]) -> None:
+    """Writes identities of these orders as the Grams over no token."""
+    _write_packed(path, dict.fromkeys(orders, 0), orders, lambda name: torch.eye(orders[name]))
+
+
+def _write_packed(
+    path: Path, counts: Mapping[str, int], orders: Mapping[str, int], matrix: Callable[[str], Tensor]
+) -> None:
+    """``matrix(name)`` is asked for once, and let go of before the next."""
+    sizes = {name: order * (order + 1) // 2 for name, order in orders.items()}
+    entries = [TensorEntry(name, path, torch.float32, (size,), 0, 4 * size) for name, size in sorted(sizes.items())]
+    header = make_header(entries, {"num_tokens": json.dumps(counts)})
+    stream_shard(path, header, ((entry, map(_packed, [entry.name], [matrix])) for entry in entries))
+
+
+def _packed(name: str, matrix: Callable[[str], Tensor]) -> Tensor:
+    return pack_triangle(matrix(name)).float().cpu()
+
+
+def gram_counts(path: Path) -> dict[str, int]:
+    """The token counts of the Grams that :func:`write_gram_shard` wrote."""
+    counts: dict[str, int] = json.loads(json.loads(read_shard(path).header)["__metadata__"]["num_tokens"])
+    return counts
+
+
+def write_gram_index(
+    directory: Path,
+    groups: Sequence[Sequence[str]],
+    weight_map: dict[str, str],
+    num_tokens: dict[str, int],
+    routed_tokens: dict[str, int] | None = None,
+) -> None:
+    """Writes the index, last: Grams without it do not count.
+
+    ``weight_map`` holds paths from ``directory`` on; ``routed_tokens`` how many tokens experts were sent whose Gram is over
+    others.
+    """
+    named = {group[0]: list(group) for group in groups}
+    index: dict[str, Any] = {"groups": named, "weight_map": weight_map, "num_tokens": num_tokens}
+    write_json(directory / INDEX, index | ({"routed_tokens": routed_tokens} if routed_tokens else {}))
+
+
+def write_slot(path: Path, grams: dict[str, Gram], last_shard: int) -> None:
+    """Commits a slot's sums so far together with the last shard they hold: both or neither."""
+    counts = {name: gram.num_tokens for name, gram in grams.items()}
+    metadata = {"last_shard": str(last_shard), "num_tokens": json.dumps(counts)}
+    write_tensors(path, {name: gram.matrix for name, gram in grams.items()}, metadata)
+
+
+def add_slot(path: Path, grams: Mapping[str, Gram]) -> int:
+    """Adds a slot's committed sums to those of ``grams`` in place, some rows at a time; returns the last shard they hold."""
+    shard = read_shard(path)
+    counts = gram_counts(path)
+    for entry in shard.entries:
+        if entry.name in grams:
+            gram = grams[entry.name]
+            for begin, rows in row_chunks(entry, _CHUNK_BYTES):
+                gram.matrix[begin : begin + len(rows)] += rows.to(gram.matrix.device)
+            gram.num_tokens += counts[entry.name]
+    return last_shard(path)
+
+
+def last_shard(path: Path) -> int:
+    """The last shard that a slot's committed sums hold."""
+    return int(json.loads(read_shard(path).header)["__metadata__"]["last_shard"])
+
+
+def reduce_slots(slots: Sequence[Path], names: Sequence[str]) -> dict[str, Gram]:
+    """The sums over all slots of the Grams named, in slot order, so that the rounding is always the same."""
+    orders = {entry.name: entry.shape[0] for entry in read_shard(slots[0]).entries}
+    total = {name: Gram.zero(orders[name]) for name in names}
+    for path in slots:
+        add_slot(path, total)
+    for gram in total.values():
+        gram.matrix.tril_()
+    return total

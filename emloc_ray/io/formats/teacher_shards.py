@@ -1,0 +1,94 @@
+"""A teacher's top log-probabilities at label positions, on disk: safetensors with fixed ranges of rows, read by row.
+
+Of a label k float16 log-probabilities and k int32 ids: 6 k bytes, 384 at k = 64. float16 has them within 2⁻¹¹ of
+themselves (below 6e-5 within 3e-8), so that the nearer a probability is to 1, the better it is known; bfloat16 within 2⁻⁸.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from emloc_ray.errors import ArtifactError
+from emloc_ray.io.formats.checkpoint import TensorEntry, read_shard
+from emloc_ray.io.formats.shards import write_tensors
+from emloc_ray.io.store.atomic import write_json
+from emloc_ray.io.store.node_cache import ensure
+
+_INDEX = "index.json"
+BYTES_PER_LOGIT = 6
+_OPEN = 64  # shards whose headers and rows a reader remembers
+_ROWS, _SHARD_BYTES = 64, 2**28  # of a shard, at most
+
+TopRow = tuple[Tensor, Tensor]  # of one row: ids and log-probabilities, (labels, k) each
+
+
+def rows_per_shard(row_tokens: float, num_logits: int) -> int:
+    """Of rows of so many tokens on average: a shard is held whole, twice, where it is written."""
+    return max(1, min(_ROWS, int(_SHARD_BYTES // max(1.0, BYTES_PER_LOGIT * num_logits * row_tokens))))
+
+
+def teacher_shard(directory: Path, number: int) -> Path:
+    """The file of one shard."""
+    return directory / f"logits-{number:05d}.safetensors"
+
+
+def write_teacher_shard(path: Path, rows: Sequence[int], found: Sequence[TopRow]) -> None:
+    """Writes what the teacher says of ``rows``, ascending positions of the split, atomically."""
+    counts = torch.tensor([len(ids) for ids, _ in found])
+    tensors = {
+        "rows": torch.tensor(rows, dtype=torch.int64),
+        "ends": counts.cumsum(0),
+        "ids": torch.cat([ids for ids, _ in found]).to("cpu", torch.int32),
+        "log_probs": torch.cat([log_probs for _, log_probs in found]).to("cpu", torch.float16),
+    }
+    write_tensors(path, tensors)
+
+
+def write_teacher_index(directory: Path, first_rows: Sequence[int]) -> None:
+    """Writes which row each shard begins with, once all of them are there."""
+    write_json(directory / _INDEX, {"first_rows": list(first_rows)})
+
+
+class _Shard:
+    def __init__(self, path: Path) -> None:
+        self.entries: dict[str, TensorEntry] = {entry.name: entry for entry in read_shard(path).entries}
+        rows, ends = self.entries["rows"].read_rows().tolist(), self.entries["ends"].read_rows().tolist()
+        self.places = {row: (begin, end) for row, begin, end in zip(rows, [0, *ends], ends, strict=False)}
+
+
+class TeacherShards:
+    """What a teacher says of a split's rows, by their positions.
+
+    Raises:
+        ArtifactError: where the index is missing, or a row is in no shard.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        path = directory / _INDEX
+        ensure(path)
+        if not path.is_file():
+            raise ArtifactError(f"{directory} holds no {_INDEX}: run the heal stage again.")
+        self._first_rows: list[int] = json.loads(path.read_text())["first_rows"]
+        self._shard = functools.lru_cache(maxsize=_OPEN)(self._open)
+
+    def _open(self, number: int) -> _Shard:
+        path = teacher_shard(self.directory, number)
+        ensure(path)
+        return _Shard(path)
+
+    def row(self, position: int) -> TopRow:
+        """The teacher's ids (int32) and log-probabilities (float16) at each label of a row, ``(labels, k)`` both."""
+        number = bisect.bisect_right(self._first_rows, position) - 1
+        shard = self._shard(number) if number >= 0 else None
+        if shard is None or position not in shard.places:
+            raise ArtifactError(f"{self.directory} holds nothing of row {position}: run the heal stage again.")
+        begin, end = shard.places[position]
+        return shard.entries["ids"].read_rows(begin, end), shard.entries["log_probs"].read_rows(begin, end)

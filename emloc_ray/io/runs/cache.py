@@ -1,0 +1,304 @@
+"""Artifacts of stages that many runs share, under keys that hash all that they are made from.
+
+PLACE/STAGE/KEY holds ``files/``, by their paths inside a run, and ``entry.json`` (:mod:`emloc_ray.io.runs.cache_place`). Entries
+never change. In a file system their files are hard links to those of the runs: an entry that is removed takes nothing from a
+run, and a file altered in place is altered for all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from emloc_ray.errors import ArtifactError, DamagedArtifactError, EmlocError, Stopped
+from emloc_ray.io.runs.cache_place import FORMAT, CachePlace
+from emloc_ray.io.store.digests import digest_of
+from emloc_ray.io.store.node_cache import discard, open_artifact, origin, sizes
+from emloc_ray.io.store.transfer import transfer
+
+_FILES = "files"
+_POLL_S = 0.2
+_CONNECTIONS = 8
+_SWEEP_S = 3600.0  # between two looks of a process at all that is there for what killed ones left
+Files = Mapping[str, Mapping[str, Any]]
+
+
+class EntryGone(ArtifactError):
+    """An entry cannot be had, whatever the reason: make the artifact as if it had not been found."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a run (``origin``) made in a stage: ``files``, by path inside a run, with ``size`` and ``sha256``; times in s
+    since 1970."""
+
+    stage: str
+    key: str
+    files: Files
+    result: Mapping[str, Any]
+    inputs: Any
+    basis: Mapping[str, Any] | None
+    created_at: float
+    used_at: float
+    origin: str
+
+    @property
+    def bytes(self) -> int:
+        """The size of its files."""
+        return sum(content["size"] for content in self.files.values())
+
+
+class ArtifactCache:
+    """The entries at a directory or the URI of an object store; where they exceed ``max_bytes``, those go that were used
+    longest ago.
+
+    Raises:
+        ConfigError: where the place holds files of something else, or cannot be opened.
+    """
+
+    def __init__(self, place: str, max_bytes: int | None = None) -> None:
+        self.max_bytes = max_bytes
+        self._at = CachePlace(place)
+        self.place = self._at.name
+        self._verified: set[str] = set()
+        self._bases: dict[tuple[str, str], Mapping[str, Any]] = {}  # of entries that were read: they never change
+        self._swept_at = self._weighed_at = -math.inf  # by the monotonic clock
+        self._held = math.inf  # bytes at most, but for what other processes have added since it was weighed
+
+    def is_made(self) -> bool:
+        """Whether anything was ever put there."""
+        return self._at.is_made()
+
+    def check(self) -> None:
+        """Raises ConfigError where nothing can be put there."""
+        self._at.check()
+
+    @staticmethod
+    def key(stage: str, inputs: Any) -> str:
+        """SHA-256 of the stage, its ``inputs`` (plain JSON values; the order of keys does not count) and the format's version.
+
+        Raises:
+            TypeError: where ``inputs`` hold something else, of which no text can be trusted to tell it from others.
+        """
+        return hashlib.sha256(json.dumps([FORMAT, stage, inputs], sort_keys=True).encode()).hexdigest()
+
+    @contextlib.contextmanager
+    def alone(self, key: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Lets one thread at a time make the artifact of a key: of all processes where the place is in a file system, of this
+        one where it is on an object store (two that make the same do no harm there).
+
+        Raises:
+            Stopped: where ``stopped`` turns true while another makes it.
+            ConfigError: where the place cannot be written.
+        """
+        with contextlib.ExitStack() as stack:
+            acquire = self._at.lock(key, stack)
+            while not acquire():
+                if stopped():
+                    raise Stopped(f"Stopped while another run makes the artifact {key[:12]} of {self.place}.")
+                time.sleep(_POLL_S)
+            yield
+
+    def find(self, stage: str, key: str, verify: bool = False) -> Entry | None:
+        """The entry, where every file of it is there with its size (``verify``: its content, read once by this process); a
+        broken one is removed.
+
+        A place that cannot be read holds nothing.
+        """
+        try:
+            used = self._at.used_at(stage, key)
+            entry = None if used is None else self._read(stage, key, used)
+            if entry is not None and not self._is_whole(entry, verify and key not in self._verified):
+                self._at.remove(stage, key)
+                return None
+            if verify and entry is not None:
+                self._verified.add(key)
+            return entry
+        except (OSError, ArtifactError):
+            return None
+
+    def find_basis(self, match: Mapping[str, Any]) -> list[Entry]:
+        """The entries whose basis contains these items, last used first; only :meth:`link` tells whether they are whole.
+
+        The cache outlives the installed version: a basis that says nothing of it finds what another made.
+        """
+        try:
+            found = self._entries(lambda names: match.items() <= self._bases.get(names, match).items())
+            self._bases |= {(entry.stage, entry.key): entry.basis or {} for entry in found}
+            return [entry for entry in found if match.items() <= (entry.basis or {}).items()]
+        except (OSError, ArtifactError):
+            return []
+
+    def link(self, entry: Entry, root: Path, verify: bool = False) -> list[Path]:
+        """Puts an entry's files at their places in the run at ``root`` (:attr:`RunDirectory.root`); returns these.
+
+        Each appears whole, and takes the place of what is there; :func:`emloc_ray.io.store.transfer.transfer` says how.
+        ``verify``: where its content is as it was written, as :meth:`find` looks at it; a broken entry is removed.
+
+        Raises:
+            EntryGone: where that cannot be done, for any reason; then none of its files is in the run.
+        """
+        folder = self._at.folder(entry.stage, entry.key) / _FILES
+        if verify and self.find(entry.stage, entry.key, verify=True) is None:
+            raise EntryGone(
+                f"{self.place} does not give {entry.stage} of {entry.origin}: it is there no more, or broken."
+            )
+        try:
+            self._at.touch(entry.stage, entry.key)
+            _transfer_all(folder, root, entry.files)
+        except (OSError, ArtifactError) as error:
+            with contextlib.suppress(OSError, ArtifactError):
+                for path in entry.files:
+                    discard(root / path)
+                if isinstance(error, DamagedArtifactError):
+                    self._at.remove(entry.stage, entry.key)
+            raise EntryGone(f"{self.place} does not give {entry.stage} of {entry.origin}: {error}") from error
+        return [root / path for path in entry.files]
+
+    def add(
+        self,
+        stage: str,
+        key: str,
+        root: Path,
+        files: Files,
+        result: Mapping[str, Any],
+        inputs: Any,
+        basis: Mapping[str, Any] | None = None,
+    ) -> str | None:
+        """Takes in what the run at ``root`` has committed (``files`` as its manifest names them), unless it is there already;
+        then prunes to ``max_bytes``, but never this entry; what other processes add counts within the hour.
+
+        Returns None, or why it could not be done (a full disk, a store out of reach): that is no failure of the run.
+        """
+        run, now = _run_name(root), time.time()
+        entry = Entry(stage, key, files, result, inputs, basis, created_at=now, used_at=now, origin=run)
+        try:
+            self._at.make()
+            if self.find(stage, key) is None:
+                self._write(entry, root)
+                self._held += entry.bytes
+            self._prune(self.max_bytes, key)
+        except (OSError, EmlocError) as error:
+            return f"{self.place} does not keep {stage} of {run}: {error}"
+        return None
+
+    def _write(self, entry: Entry, root: Path) -> None:
+        content = json.dumps({name: getattr(entry, name) for name in _WRITTEN}, indent=2)
+        with self._at.filling(entry.stage, entry.key, content.encode()) as folder:
+            _transfer_all(root, folder / _FILES, entry.files)
+
+    def entries(self) -> list[Entry]:
+        """All entries, last used first."""
+        return self._entries(lambda names: True)
+
+    def _entries(self, wanted: Callable[[tuple[str, str]], bool]) -> list[Entry]:
+        used = {names: at for names, at in self._at.scan().items() if at is not None and wanted(names)}
+        with ThreadPoolExecutor(_CONNECTIONS) as pool:
+            found = pool.map(lambda names: self._read(names[0], names[1], used[names]), used)
+            return sorted((entry for entry in found if entry is not None), key=lambda entry: -entry.used_at)
+
+    def prune(self, max_bytes: int) -> list[Entry]:
+        """Removes the entries that were used longest ago until the rest takes no more than ``max_bytes``; returns them.
+
+        A file that several entries share by hard links counts once. What killed writers left goes too, after an hour.
+        """
+        self._swept_at = self._weighed_at = -math.inf
+        return self._prune(max_bytes, None)
+
+    def _prune(self, max_bytes: int | None, kept: str | None) -> list[Entry]:
+        if time.monotonic() - self._swept_at > _SWEEP_S:
+            self._at.sweep()
+            self._swept_at = time.monotonic()
+        # To weigh it is to read every entry, and to look at every file.
+        known = time.monotonic() - self._weighed_at <= _SWEEP_S
+        if max_bytes is None or (known and self._held <= max_bytes):
+            return []
+        held = [(entry, self._blocks(entry)) for entry in self.entries()]
+        users = Counter(block for _, blocks in held for block in blocks)
+        total = sum({block: size for _, blocks in held for block, size in blocks.items()}.values())
+        removed = []
+        for entry, blocks in reversed(held):
+            if total <= max_bytes:
+                break
+            if entry.key == kept:
+                continue
+            self._at.remove(entry.stage, entry.key)
+            removed.append(entry)
+            users.subtract(list(blocks))
+            total -= sum(size for block, size in blocks.items() if users[block] == 0)
+        self._held, self._weighed_at = total, time.monotonic()
+        return removed
+
+    def _blocks(self, entry: Entry) -> dict[Any, int]:
+        """The sizes of an entry's files by what they are on the disk or in the store."""
+        if self._at.store is not None:
+            return {(entry.key, path): content["size"] for path, content in entry.files.items()}
+        found = {}
+        for path in entry.files:
+            with contextlib.suppress(FileNotFoundError):
+                status = (self._at.folder(entry.stage, entry.key) / _FILES / path).stat()
+                found[status.st_dev, status.st_ino] = status.st_size
+        return found
+
+    def _read(self, stage: str, key: str, used_at: float) -> Entry | None:
+        """None where there is none; one that cannot be understood is removed."""
+        content = self._at.read(stage, key)
+        if content is None:
+            return None
+        entry = _parsed(content, used_at)
+        if entry is None or (entry.stage, entry.key) != (stage, key):
+            self._at.remove(stage, key)
+            return None
+        return entry
+
+    def _is_whole(self, entry: Entry, verify: bool) -> bool:
+        folder = self._at.folder(entry.stage, entry.key) / _FILES
+        held = sizes(folder)
+        if any(held.get(folder / path) != content["size"] for path, content in entry.files.items()):
+            return False
+        return not verify or all(_digest(folder / path) == content["sha256"] for path, content in entry.files.items())
+
+
+_WRITTEN = ("stage", "key", "files", "result", "inputs", "basis", "created_at", "origin")
+
+
+def _transfer_all(source: Path, target: Path, files: Files) -> None:
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        list(
+            pool.map(
+                lambda path: transfer(source / path, target / path, files[path]["size"], files[path]["sha256"]), files
+            )
+        )
+
+
+def _parsed(content: bytes, used_at: float) -> Entry | None:
+    try:
+        value = json.loads(content)
+        for path, file in value["files"].items():
+            parts = PurePosixPath(path).parts
+            if not parts or parts[0] == "/" or ".." in parts or not isinstance(file["size"], int) or not file["sha256"]:
+                return None
+        if not isinstance(value["result"], dict) or not isinstance(value["basis"], dict | None):
+            return None
+        return Entry(**{name: value[name] for name in _WRITTEN}, used_at=used_at)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _digest(path: Path) -> str:
+    with open_artifact(path) as (stream, _):
+        return digest_of(stream)
+
+
+def _run_name(root: Path) -> str:
+    here = origin(root)
+    return root.name if here is None else here.store.prefix.rpartition("/")[2] or here.store.bucket

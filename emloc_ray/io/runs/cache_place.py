@@ -1,0 +1,256 @@
+"""Where an artifact cache lies: a directory or an object store that holds folders STAGE/KEY, their locks and our marker.
+
+A folder is an entry where it holds ``entry.json``, which is written last and removed first. On an object store a file at PATH
+is the object ``PATH/SHA256`` (:mod:`emloc_ray.io.store.object_store`), and a use is noted in the object ``used``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from emloc_ray.errors import ArtifactError, ConfigError, EmlocError
+from emloc_ray.io.store.atomic import atomic_directory, atomic_file
+from emloc_ray.io.store.node_cache import discard, mirror, origin
+from emloc_ray.io.store.object_store import ObjectStore, is_store_uri
+from emloc_ray.io.runs.directory import HELD
+
+MARKER = "emloc-ray-cache.json"
+FORMAT = 1
+_ENTRY, _USED, _LOCKS = "entry.json", "used", ".locks"
+# What a writer left counts as left for good when nothing in it has changed for so long.
+_LEFT_S = 3600.0
+
+_held: dict[tuple[str, str], threading.Lock] = {}
+
+
+class CachePlace:
+    """The folders at a directory, or at the URI of an object store.
+
+    Raises:
+        ConfigError: where it holds files of something else, or cannot be opened.
+    """
+
+    def __init__(self, place: str) -> None:
+        self.store: ObjectStore | None = None
+        if is_store_uri(place):
+            try:
+                self.root = mirror(place)
+            except ConfigError as error:
+                raise ConfigError(str(error).replace("run_dir", "The artifact cache", 1)) from error
+            here = origin(self.root)
+            assert here is not None
+            self.store = here.store
+            self.name = self.store.uri
+        else:
+            self.root = Path(os.path.expanduser(place.removeprefix("file://"))).absolute()
+            self.name = str(self.root)
+        self.is_made()
+
+    def folder(self, stage: str, key: str) -> Path:
+        """A folder's path, which in an object store says what it mirrors (:mod:`emloc_ray.io.store.node_cache`)."""
+        return self.root / stage / key
+
+    def make(self) -> None:
+        """Writes the marker, before all else, where there is none; raises what the constructor raises."""
+        if self.is_made():
+            return
+        content = json.dumps({"format": FORMAT}).encode()
+        if self.store is not None:
+            self.store.write(MARKER, content)
+        else:
+            with atomic_file(self.root / MARKER) as file:
+                file.write(content)
+
+    def check(self) -> None:
+        """Raises ConfigError where it cannot be written, which leaves no trace."""
+        probe = f".{MARKER}.{uuid.uuid4().hex}"
+        try:
+            if self.store is not None:
+                self.store.write(probe, b"")
+                self.store.remove(probe)
+                return
+            existing = self.root
+            while not existing.exists():
+                existing = existing.parent
+            with tempfile.TemporaryFile(dir=existing):
+                pass
+        except (OSError, ArtifactError) as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: Exception) -> ConfigError:
+        why = error.strerror if isinstance(error, OSError) else error
+        return ConfigError(f"The artifact cache {self.name} cannot be written ({why}): name another place.")
+
+    def is_made(self) -> bool:
+        """Whether the marker is there; raises what the constructor raises."""
+        try:
+            names = self.store.names() if self.store is not None else _names(self.root)
+            if MARKER not in names:
+                others = sorted(name for name in names if not name.startswith(f".{MARKER}."))
+                if others:
+                    raise ConfigError(
+                        f"The artifact cache {self.name} holds files of something else ({', '.join(others[:3])}) and no"
+                        f" {MARKER}: name a new or empty directory."
+                    )
+                return False
+            content = self.store.read(MARKER) if self.store is not None else (self.root / MARKER).read_bytes()
+            if json.loads(content or b"null") != {"format": FORMAT}:
+                raise ValueError
+        except (OSError, ArtifactError) as error:
+            raise ConfigError(
+                f"The artifact cache {self.name} cannot be read ({error}): name another place."
+            ) from error
+        except ValueError:
+            raise ConfigError(
+                f"The artifact cache {self.name} is none of this version: name a new or empty directory."
+            ) from None
+        return True
+
+    def lock(self, key: str, stack: contextlib.ExitStack) -> Callable[[], bool]:
+        """A call that tries to take the lock of a key, which ``stack`` then gives back.
+
+        In a file system it holds between all threads and processes, on an object store between the threads of this one.
+
+        Raises:
+            ConfigError: where the place cannot be written.
+        """
+        if self.store is not None:
+            lock = _held.setdefault((self.name, key), threading.Lock())
+
+            def acquire() -> bool:
+                taken = lock.acquire(blocking=False)
+                if taken:
+                    stack.callback(lock.release)
+                return taken
+
+            return acquire
+        try:
+            self.make()
+            path = self.root / _LOCKS / key
+            path.parent.mkdir(exist_ok=True)
+            file = stack.enter_context(path.open("a"))
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+        def acquire_file() -> bool:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in HELD:
+                    return False
+                raise ConfigError(
+                    f"The artifact cache {self.name} cannot be locked ({error.strerror}): name a place whose file system"
+                    " has locks."
+                ) from error
+            # Not left to the closing of the file: a process forked meanwhile would hold the lock on.
+            stack.callback(fcntl.flock, file, fcntl.LOCK_UN)
+            return True
+
+        return acquire_file
+
+    def scan(self) -> dict[tuple[str, str], float | None]:
+        """When each entry was last used, by stage and key; None for a folder that is none, or not yet."""
+        return self._scan("")
+
+    def used_at(self, stage: str, key: str) -> float | None:
+        """When an entry was last used, in s since 1970; None where there is none."""
+        return self._scan(f"{stage}/{key}").get((stage, key))
+
+    def _scan(self, under: str) -> dict[tuple[str, str], float | None]:
+        found: dict[tuple[str, str], float | None] = {}
+        if self.store is None:
+            for folder in self.root.glob(under or "*/*"):
+                stage, name = folder.parent.name, folder.name
+                if stage != _LOCKS and folder.is_dir():
+                    entry = folder / _ENTRY
+                    with contextlib.suppress(FileNotFoundError):
+                        found[stage, name] = None  # hidden: being written or removed
+                        found[stage, name] = None if name.startswith(".") else entry.stat().st_mtime
+            return found
+        times: dict[tuple[str, ...], float] = {}
+        for info in self.store.below(under):
+            parts = info.path.removeprefix(self.store.key("")).strip("/").split("/", 2)
+            if len(parts) == 3:
+                found[parts[0], parts[1]] = None
+                times[tuple(parts)] = info.mtime_ns / 1e9
+        for stage, name in found:
+            if (stage, name, _ENTRY) in times:
+                found[stage, name] = max(times[stage, name, _ENTRY], times.get((stage, name, _USED), 0.0))
+        return found
+
+    def read(self, stage: str, key: str) -> bytes | None:
+        """What ``entry.json`` holds; None where there is none."""
+        if self.store is not None:
+            return self.store.read(f"{stage}/{key}/{_ENTRY}")
+        path = self.folder(stage, key) / _ENTRY
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            return None
+
+    @contextlib.contextmanager
+    def filling(self, stage: str, key: str, content: bytes) -> Iterator[Path]:
+        """Gives a folder to put files in; it is an entry of this ``content`` when the block ends without an error, else gone."""
+        folder = self.folder(stage, key)
+        if self.store is None:
+            with atomic_directory(folder) as temporary:
+                yield temporary
+                with atomic_file(temporary / _ENTRY) as file:
+                    file.write(content)
+            return
+        try:
+            yield folder
+            self.store.write(f"{stage}/{key}/{_ENTRY}", content)
+        except (OSError, EmlocError):
+            if self.read(stage, key) is None:  # nobody else made it meanwhile
+                discard(folder)
+            raise
+
+    def touch(self, stage: str, key: str) -> None:
+        """Notes a use; raises FileNotFoundError where there is no entry, but on an object store."""
+        if self.store is not None:
+            self.store.write(f"{stage}/{key}/{_USED}", b"")
+            return
+        with contextlib.suppress(PermissionError):  # a cache that other users write
+            os.utime(self.folder(stage, key) / _ENTRY)
+
+    def remove(self, stage: str, key: str) -> None:
+        """Removes an entry, for those who look for it all at once."""
+        folder = self.folder(stage, key)
+        if self.store is not None:
+            self.store.remove(f"{stage}/{key}/{_ENTRY}")
+            discard(folder)
+            return
+        away = folder.with_name(f".{key}.{uuid.uuid4().hex}.tmp")
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            os.rename(folder, away)
+            shutil.rmtree(away, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Removes what writers and removers left that were killed: folders without an entry, unchanged for an hour."""
+        for (stage, name), used in self.scan().items():
+            if used is None and time.time() - self._changed_at(stage, name) > _LEFT_S:
+                discard(self.folder(stage, name))
+
+    def _changed_at(self, stage: str, name: str) -> float:
+        if self.store is not None:
+            return max((float(info.mtime_ns) / 1e9 for info in self.store.below(f"{stage}/{name}")), default=0.0)
+        folder = self.folder(stage, name)
+        try:
+            return max(path.lstat().st_mtime for path in [folder, *folder.rglob("*")])
+        except FileNotFoundError:  # somebody is at work there
+            return time.time()
+
+
+def _names(directory: Path) -> list[str]:
+    return os.listdir(directory) if directory.exists() else []

@@ -1,0 +1,369 @@
+"""A run's directory: its artifacts' places, its manifest, its lock; in a file system or on an object store.
+
+The manifest is written last and atomically after each stage, so that whatever it names is whole: a run that is killed
+anywhere goes on from it. On an object store ``root`` is this node's copy (:mod:`emloc_ray.io.store.node_cache`).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import math
+import os
+import socket
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+from emloc_ray.errors import ArtifactError, ConfigError
+from emloc_ray.io.store.atomic import atomic_file, write_json
+from emloc_ray.io.store.digests import digest
+from emloc_ray.io.store.lease import KEY as LEASE
+from emloc_ray.io.store.lease import Holder, Lease, find_holder
+from emloc_ray.io.store.node_cache import discard, ensure, hashes, mirror, origin, sizes
+from emloc_ray.io.store.object_store import ObjectStore, is_store_uri
+from emloc_ray.io.runs.secret_values import without_secrets
+from emloc_ray.io.formats.yaml_text import write_yaml
+
+CONFIG = "config.yaml"
+MANIFEST = "manifest.json"
+METRICS = "metrics.json"
+_LOCK = ".lock"
+HELD = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)  # NFS and others make flock of fcntl's locks
+_READERS = 4
+_FORMAT = 2
+Kind = Literal["run", "batch"]
+
+
+def standing(entry: Mapping[str, Any]) -> float:
+    """When a manifest's entry was last known to be right: when its stage finished, or was confirmed since."""
+    known: float = max(entry["finished_at"], entry.get("confirmed_at", 0.0))
+    return known
+
+
+class RunDirectory:
+    """The places of a run's artifacts under one root, and the manifest that says which are whole."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.store: ObjectStore | None = None
+        if is_store_uri(str(root)):
+            self.root = mirror(str(root))
+            here = origin(self.root)
+            assert here is not None
+            self.store = here.store
+            self.place = self.store.uri
+        else:
+            self.root = Path(os.path.expanduser(str(root).removeprefix("file://"))).absolute()
+            self.place = str(self.root)
+        self._lock_descriptor: int | None = None
+        self._lease: Lease | None = None
+
+    @property
+    def name(self) -> str:
+        """The run's name: the last part of its place."""
+        return self.root.name if self.store is None else self.store.prefix.rpartition("/")[2] or self.store.bucket
+
+    def path(self, *parts: str) -> Path:
+        """A place inside the run."""
+        return self.root.joinpath(*parts)
+
+    def check(self, kind: Kind = "run") -> None:
+        """Raises ConfigError where it cannot be written, or holds files without our manifest, or another run's name, or
+        what is of another kind."""
+        self._check_place()
+        ensure(self.path(MANIFEST))
+        if not self.path(MANIFEST).is_file():
+            # A run killed while it wrote its first manifest left no more than these.
+            own = (_LOCK, LEASE, f".{MANIFEST}.")
+            others = [name for name in self.names() if not name.startswith(own)]
+            if others:
+                raise ConfigError(
+                    f"run_dir {self.place} holds files of something else ({', '.join(sorted(others)[:3])}) and no"
+                    f" {MANIFEST}: name a new or empty directory."
+                )
+            return
+        try:
+            manifest = self.manifest()
+        except ArtifactError as error:  # --fresh must never remove what may be somebody else's
+            raise ConfigError(f"run_dir: {error}") from error
+        name, found = manifest["name"], manifest.get("kind", "run")
+        if found != kind:
+            raise ConfigError(f"run_dir {self.place} holds a {found}, no {kind}: name a new or empty directory.")
+        if name != self.name:
+            raise ConfigError(
+                f"run_dir {self.place} holds the {kind} {name!r}: name a new directory, or rename this one to {name}."
+            )
+
+    def names(self) -> list[str]:
+        if self.store is not None:
+            return self.store.names()
+        return [entry.name for entry in self.root.iterdir()] if self.root.is_dir() else []
+
+    def _check_place(self) -> None:
+        if self.store is not None:
+            self._check_store()
+            return
+        existing = self.root
+        try:
+            while not existing.exists():
+                existing = existing.parent
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"run_dir {self.root} is no usable path ({error}): name another.") from error
+        if not existing.is_dir():
+            raise ConfigError(f"run_dir {self.root}: {existing} is a file, not a directory: name another place.")
+        try:  # asked of the file system itself: access rights alone do not tell
+            with tempfile.TemporaryFile(dir=existing):
+                pass
+        except OSError as error:
+            raise ConfigError(
+                f"run_dir {self.root} cannot be written ({error.strerror}): name another place."
+            ) from error
+
+    def _check_store(self) -> None:
+        assert self.store is not None
+        if not self.store.prefix:
+            raise ConfigError(f"run_dir {self.place} is a whole bucket: name a folder in it.")
+        probe = f"{LEASE}.{uuid.uuid4().hex}"
+        try:
+            self.store.write(probe, b"")
+            self.store.remove(probe)
+        except ArtifactError as error:
+            raise ConfigError(f"run_dir: {error}") from error
+
+    def existing(self) -> RunDirectory:
+        """Itself; raises ConfigError where this is no run."""
+        try:
+            self.manifest()
+        except ArtifactError as error:
+            raise ConfigError(str(error)) from error
+        return self
+
+    def create(
+        self, config: dict[str, Any], *, fresh: bool = False, kind: Kind = "run", steps: Sequence[str] = ()
+    ) -> None:
+        """Makes the directory with its manifest and config, without its secrets, and the ``steps`` that it will take;
+        ``fresh`` removes what an earlier run of this name left."""
+        self.check(kind)
+        config = without_secrets(config)
+        self.root.mkdir(parents=True, exist_ok=True)
+        for leftover in self.root.glob(".*.tmp"):
+            discard(leftover)
+        found = self.names()
+        manifest: dict[str, Any] = self.manifest() if MANIFEST in found and not fresh else {"stages": {}}
+        manifest.update({"format": _FORMAT, "kind": kind, "name": self.name, "config": config, "steps": list(steps)})
+        self._write_manifest(manifest)
+        with atomic_file(self.path(CONFIG)) as file:
+            file.write(write_yaml(config).encode())
+        # Last: whatever a kill leaves of these is a run's, with no stage done.
+        for name in set(found) - {MANIFEST, CONFIG, _LOCK, LEASE} if fresh else ():
+            discard(self.path(name))
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest; raises ArtifactError where there is none or it is unreadable."""
+        path = self.path(MANIFEST)
+        ensure(path)
+        if not path.is_file():
+            raise ArtifactError(f"{self.place} holds no {MANIFEST}: it is no run directory.")
+        try:
+            manifest: Any = json.loads(path.read_text())
+        except ValueError as error:
+            raise ArtifactError(f"{path} is not JSON: restore it, or remove {self.root}.") from error
+        if (
+            not isinstance(manifest, dict)
+            or manifest.get("format") != _FORMAT
+            or not isinstance(manifest.get("stages"), dict)
+        ):
+            raise ArtifactError(f"{path} is no manifest of a run of this version: name a new or empty directory.")
+        return manifest
+
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """What the manifest says of all finished stages; nothing where there is none yet."""
+        found: dict[str, dict[str, Any]] = self.manifest()["stages"] if MANIFEST in self.names() else {}
+        return found
+
+    def stage(self, name: str) -> dict[str, Any] | None:
+        """What the manifest says of a finished stage, or None."""
+        found: dict[str, Any] | None = self.manifest()["stages"].get(name)
+        return found
+
+    def is_done(self, name: str, inputs: str) -> bool:
+        """Whether the stage was finished with inputs of this fingerprint and its files are all there, whole by size; on an
+        object store, whose keys name contents, as they were written."""
+        entry = self.stage(name)
+        if entry is None or entry["inputs"] != inputs:
+            return False
+        found = self._found(entry["outputs"])
+        return all(found.get(path, {"": None}).items() <= wanted.items() for path, wanted in entry["outputs"].items())
+
+    def _found(self, paths: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """What is known of files that are there: sizes; from a store, asked by the directories at the run's top, all."""
+        if self.store is None:
+            files = {path: self.path(path) for path in paths}
+            return {path: {"size": file.stat().st_size} for path, file in files.items() if file.is_file()}
+        tops = {path.partition("/")[0] for path in paths}
+        return {
+            f"{top}/{name}": {"size": info.size, "sha256": info.base_name}
+            for top in tops
+            for name, info in self.store.versions(top).items()
+        }
+
+    def damaged(self, name: str) -> list[Path]:
+        """The files of a finished stage whose content is not what the manifest says; reads all that is on a disk.
+
+        What comes from an object store is checked when it is found done, and when it is fetched.
+        """
+        entry = self.stage(name)
+        if entry is None or self.store is not None:
+            return []
+        wanted = {self.path(path): content["sha256"] for path, content in entry["outputs"].items()}
+        with ThreadPoolExecutor(_READERS) as pool:
+            found = zip(wanted, pool.map(lambda file: digest(file) if file.is_file() else None, wanted), strict=True)
+            return [file for file, sha256 in found if sha256 != wanted[file]]
+
+    def writer(self, path: str) -> str | None:
+        """The finished stage that wrote a file, by its path from the run's directory on; None where none did."""
+        return next((name for name, entry in self.manifest()["stages"].items() if path in entry["outputs"]), None)
+
+    def commit(self, name: str, inputs: str, outputs: Iterable[Path], result: dict[str, Any]) -> None:
+        """Records a finished stage, with size and SHA-256 of its files, after they are written.
+
+        Raises:
+            StageError: where the run was taken over by another process meanwhile, as in all methods that write.
+        """
+        manifest = self.manifest()
+        files = {}
+        for output in outputs:
+            named, size_of = hashes(output), sizes(output)
+            if not named and not output.is_dir():
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(output))
+            for path, sha256 in named.items():
+                files[path.relative_to(self.root).as_posix()] = {"size": size_of[path], "sha256": sha256}
+        manifest["stages"][name] = {
+            "inputs": inputs,
+            # After all that is there, whatever this machine's clock says: by these times stages are known to stand or not.
+            "finished_at": max(
+                [time.time(), *(math.nextafter(standing(e), math.inf) for e in manifest["stages"].values())]
+            ),
+            "outputs": files,
+            "result": result,
+        }
+        manifest["dropped"] = [step for step in manifest.get("dropped", ()) if step != name]
+        self._write_manifest(manifest)
+
+    def confirm(self, name: str, ahead: Collection[str]) -> None:
+        """Records that a finished stage's inputs were found to be what they were, though a stage ``ahead`` was done since."""
+        manifest = self.manifest()
+        entry = manifest["stages"].get(name)
+        newest = max(
+            (standing(manifest["stages"][stage]) for stage in ahead if stage in manifest["stages"]), default=0.0
+        )
+        if entry is not None and standing(entry) < newest:
+            entry["confirmed_at"] = max(time.time(), newest)
+            self._write_manifest(manifest)
+
+    def drop_step(self, name: str) -> None:
+        """Takes a step out of those that the run is made of, until it is done after all: what it is for is there without."""
+        manifest = self.manifest()
+        dropped = manifest.setdefault("dropped", [])
+        if name not in dropped:
+            dropped.append(name)
+            self._write_manifest(manifest)
+
+    def forget(self, name: str) -> None:
+        """Takes a stage out of the manifest, before its files are written again."""
+        self.check_held()
+        manifest = self.manifest()
+        if manifest["stages"].pop(name, None) is not None:
+            self._write_manifest(manifest)
+
+    def _write_manifest(self, manifest: dict[str, Any]) -> None:
+        self.check_held()
+        write_json(self.path(MANIFEST), manifest)
+
+    def write_metrics(self, metrics: dict[str, Any]) -> None:
+        """Writes ``metrics.json``, whole: what it held of stages that are to be redone does not stay."""
+        self.check_held()
+        write_json(self.path(METRICS), metrics)
+
+    def metrics(self) -> dict[str, Any]:
+        """``metrics.json``, empty where there is none yet."""
+        path = self.path(METRICS)
+        ensure(path)
+        metrics: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        return metrics
+
+    def lock(self, tell: Callable[[str], None] = lambda text: None) -> None:
+        """Takes the run for this process, until it ends, however it ends: a lock of the operating system, on an object
+        store a lease that goes stale a minute after its holder's death.
+
+        There a holder that may be dead is watched until it is known; ``tell`` hears of that before.
+
+        Raises:
+            ConfigError: where another process holds it, and says which; where its file system gives no locks.
+        """
+        me = f"process {os.getpid()} on {socket.gethostname()}"
+        if self.store is not None:
+
+            def watch(holder: Holder) -> None:
+                tell(f"{holder.name} held this run until a moment ago: waiting up to 60 s to see whether it is alive.")
+
+            lease = Lease(self.store, me)
+            held = lease.take(watch)
+            if held is not None:
+                raise ConfigError(f"run_dir {self.place} is in use by {held.name}: wait for it, or name another.")
+            self._lease = lease
+            return
+        self.root.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path(_LOCK), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if not self._flock(descriptor, fcntl.LOCK_EX):
+                holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+                raise ConfigError(f"run_dir {self.root} is in use by {holder}: wait for it, or name another.")
+        except ConfigError:
+            os.close(descriptor)
+            raise
+        os.truncate(descriptor, 0)
+        os.write(descriptor, me.encode())
+        self._lock_descriptor = descriptor
+
+    def check_held(self) -> None:
+        """Raises StageError where another process took the run over, since this one was cut off from its object store."""
+        if self._lease is not None:
+            self._lease.check()
+
+    def holder(self) -> str | None:
+        """The process that holds the run now, or None."""
+        if self.store is not None:
+            return find_holder(self.store)
+        if not self.path(_LOCK).is_file():
+            return None
+        with self.path(_LOCK).open() as file:
+            free = self._flock(file.fileno(), fcntl.LOCK_SH)
+            return None if free else file.read().strip() or "another process"
+
+    def _flock(self, descriptor: int, kind: int) -> bool:
+        """Whether the lock was free; raises ConfigError where the file system has none."""
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in HELD:
+                return False
+            raise ConfigError(
+                f"run_dir {self.root} is on a file system that gives no locks ({error.strerror}): have it mounted with"
+                " them (Lustre: -o flock; NFS 3: with lockd running and without nolock), or name another place."
+            ) from error
+        return True
+
+    def unlock(self) -> None:
+        """Gives the run back."""
+        if self._lease is not None:
+            self._lease.give_back()
+            self._lease = None
+        if self._lock_descriptor is not None:
+            os.close(self._lock_descriptor)
+            self._lock_descriptor = None

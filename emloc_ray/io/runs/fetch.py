@@ -1,0 +1,97 @@
+"""A run on an object store brought to a local directory, under the names that every tool knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from emloc_ray.errors import ConfigError
+from emloc_ray.io.store.digests import digest
+from emloc_ray.io.store.object_store import ObjectStore, below
+from emloc_ray.io.store.replacing import replacing
+from emloc_ray.io.runs.directory import MANIFEST, RunDirectory
+
+_CONNECTIONS = 8
+
+
+def fetch(
+    run: RunDirectory,
+    directory: Path,
+    parts: Sequence[str] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Path]:
+    """Writes the run's files (those of ``parts`` such as ``adapter`` or ``merged``, else all) to ``directory``; of a batch,
+    those of all its tasks, without its cache.
+
+    What is there already with the same content is left as it is, so that a broken fetch goes on. ``progress`` hears of
+    bytes. Returns the files written.
+
+    Raises:
+        ConfigError: the run is in a file system, has no such part, or ``directory`` holds another run.
+        ArtifactError: a file cannot be read, or is not what its key names.
+    """
+    store = run.store
+    if store is None:
+        raise ConfigError(f"{run.place} is in a file system already: copy it from there.")
+    if (directory / MANIFEST).is_file() and RunDirectory(directory).manifest()["name"] != run.name:
+        raise ConfigError(f"{directory} holds another run: name a new directory.")
+    if run.manifest().get("kind") == "batch":
+        return _fetch_tasks(run, store, directory, parts, progress)
+    names = [name for name in store.names() if not name.startswith("lock")]
+    missing = sorted(set(parts) - set(names))
+    if missing:
+        raise ConfigError(f"{run.place} holds no {missing[0]} (it has {', '.join(sorted(names))}).")
+    wanted = [name for name in names if not parts or name in parts]
+    infos = {f"{top}/{name}": info for top in wanted for name, info in store.versions(top).items()}
+    plain = [name for name in wanted if not any(key.startswith(f"{name}/") for key in infos)]
+    left = {directory / name: info for name, info in infos.items() if not _is_same(directory / name, info)}
+    total, done = sum(info.size for info in left.values()), 0
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        for copied in as_completed([pool.submit(_copy, store, info, file) for file, info in left.items()]):
+            done += copied.result()
+            progress(done, total)
+    return [*left, *_fetch_plain(store, plain, directory)]
+
+
+def _fetch_tasks(
+    batch: RunDirectory,
+    store: ObjectStore,
+    directory: Path,
+    parts: Sequence[str],
+    progress: Callable[[int, int], None],
+) -> list[Path]:
+    tasks = [
+        RunDirectory(below(batch.place, "tasks", name)) for name in RunDirectory(below(batch.place, "tasks")).names()
+    ]
+    held = {task: task.names() for task in tasks}
+    missing = sorted(set(parts).difference(*held.values()))
+    if missing:
+        raise ConfigError(f"No task of {batch.place} holds {missing[0]} yet.")
+    names = [name for name in store.names() if name not in ("tasks", "cache") and not name.startswith("lock")]
+    files = _fetch_plain(store, names, directory)
+    for task, there in held.items():
+        wanted = [part for part in parts if part in there]
+        if MANIFEST in there and (wanted or not parts):
+            files += fetch(task, directory / "tasks" / task.name, wanted, progress)
+    return files
+
+
+def _fetch_plain(store: ObjectStore, names: Sequence[str], directory: Path) -> list[Path]:
+    directory.mkdir(parents=True, exist_ok=True)
+    contents = {directory / name: store.read(name) for name in names}
+    for file, content in contents.items():
+        if content is not None:
+            file.write_bytes(content)
+    return [file for file, content in contents.items() if content is not None]
+
+
+def _is_same(file: Path, info: Any) -> bool:
+    return file.is_file() and file.stat().st_size == info.size and digest(file) == info.base_name
+
+
+def _copy(store: ObjectStore, info: Any, file: Path) -> int:
+    with replacing(file) as temporary:
+        store.download(info, temporary)
+    return int(info.size)

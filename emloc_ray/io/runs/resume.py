@@ -1,0 +1,28 @@
+"""What a killed run left in a directory, and whether it may be gone on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from emloc_ray.io.store.atomic import atomic_file
+from emloc_ray.io.runs.fingerprint import fingerprint
+from emloc_ray.io.store.node_cache import discard, ensure
+
+_MARK = ".inputs"
+
+
+def discard_unless(directory: Path, inputs: Any) -> None:
+    """Keeps what is in ``directory`` where it was begun with the same ``inputs``; else empties it, and notes them there."""
+    if not begun_with(directory, inputs):
+        discard(directory)
+        directory.mkdir(parents=True)
+        with atomic_file(directory / _MARK) as file:
+            file.write(fingerprint(inputs).encode())
+
+
+def begun_with(directory: Path, inputs: Any) -> bool:
+    """Whether what is in ``directory`` was begun with these inputs."""
+    mark = directory / _MARK
+    ensure(mark)
+    return mark.is_file() and mark.read_text() == fingerprint(inputs)

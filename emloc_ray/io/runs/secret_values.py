@@ -1,0 +1,63 @@
+"""Which values of a config nobody should read in a run's files, and configs and commands without them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from emloc_ray.io.formats.yaml_text import read_yaml
+
+HIDDEN = "(hidden)"
+_ENVIRONMENT = "env_vars"
+_USER_IN_URL = re.compile(r"https?://[^/\s@]+@|://[^/\s@]+:[^/\s@]+@")  # a token may stand alone
+_SECRET = re.compile(r"(^|[_-])(token|key|secret|credentials?)$|password|passphrase|api_?key", re.IGNORECASE)
+
+
+def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The single values in a config, each with the keys that lead to it."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from leaves(item, (*path, str(key)))
+    elif isinstance(value, list):
+        for item in value:
+            yield from leaves(item, path)
+    else:
+        yield path, value
+
+
+def is_variable(path: tuple[str, ...]) -> bool:
+    """Whether a value is an environment variable's, which may be a secret whatever its name."""
+    return _ENVIRONMENT in path
+
+
+def is_secret(path: tuple[str, ...], value: Any) -> bool:
+    """Whether the keys that lead to a text say that it is a token, a key or a password, or it is a URL that holds one."""
+    if not isinstance(value, str) or value == "":
+        return False
+    return bool(_USER_IN_URL.search(value)) or any(_SECRET.search(key) for key in path)
+
+
+def without_secrets(value: Any, path: tuple[str, ...] = ()) -> Any:
+    """A config with :data:`HIDDEN` for its secrets and for the values of environment variables."""
+    if isinstance(value, dict):
+        return {key: without_secrets(item, (*path, str(key))) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_secrets(item, path) for item in value]
+    return HIDDEN if (is_variable(path) and value) or is_secret(path, value) else value
+
+
+def without_secret(word: str) -> str:
+    """A word of a command line; of ``key.path=value``, the value as :func:`without_secrets` shows it."""
+    key, equals, text = word.partition("=")
+    if not equals:
+        return word
+    try:
+        value = read_yaml(text)
+    except ValueError:
+        value = text
+    shown = without_secrets(value, tuple(key.split(".")))
+    if shown == value:
+        return word
+    return f"{key}={shown if isinstance(shown, str) else json.dumps(shown, ensure_ascii=False, default=str)}"

@@ -1,0 +1,66 @@
+"""Writes that are whole or absent: temporary name, fsync, rename; then, in a run on an object store, given to that."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from emloc_ray.io.store.digests import HashingWriter, note_digest
+from emloc_ray.io.store.node_cache import ensure, forget, publish, publish_plain
+from emloc_ray.io.store.replacing import replacing
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Opens a temporary file beside ``path`` that takes its place, fsynced, when the block ends without an error."""
+    with replacing(path) as temporary:
+        with HashingWriter(io.FileIO(temporary, "wb")) as file:
+            yield file
+        temporary.chmod(0o644)
+        sha256 = file.hexdigest()
+        if sha256 is not None:
+            note_digest(temporary, sha256)
+        # Where another process of this node brings its copy up to date meanwhile, that must not be what is given away.
+        plain = publish_plain(path, temporary)
+    if not plain:
+        publish(path, whole=True)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Gives a temporary folder beside ``path`` that replaces it when the block ends without an error."""
+    with replacing(path) as temporary:
+        temporary.mkdir()
+        yield temporary
+        temporary.chmod(0o755)
+    forget(path)
+    publish(path, whole=True)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a small file, atomically."""
+    ensure(source)
+    with atomic_file(target) as file:
+        file.write(source.read_bytes())
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes what writers of a file or folder, or of files in that, left when they were killed."""
+    beside = path.parent.glob(f".{path.name}.*.tmp")
+    inside = path.rglob(".*.tmp") if path.is_dir() else ()
+    for leftover in [*beside, *inside]:
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes ``value`` as indented JSON, atomically."""
+    with atomic_file(path) as file:
+        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())

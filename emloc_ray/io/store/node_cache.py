@@ -1,0 +1,265 @@
+"""A run on an object store as every node sees it: local paths that say which store they mirror.
+
+A path below ``store=QUOTED-URI`` is this node's copy of what the store holds under the rest of the path, so that stages
+exchange plain paths wherever the run is. In a run on a file system all functions here do nothing, or what their names
+say to the file itself. Files at the run's top, which are small and change, lie under their own name in the store; all others
+under keys that name their content (:class:`ObjectStore`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
+
+from emloc_ray.errors import ArtifactError, ConfigError
+from emloc_ray.io.store.digests import digest, noted_digest
+from emloc_ray.io.store.node_copies import MARK, alone, make_room, note_of, open_copy, write_note, write_small
+from emloc_ray.io.store.replacing import replacing
+
+if TYPE_CHECKING:
+    from emloc_ray.io.store.object_store import ObjectStore
+
+_CONNECTIONS = 8
+_MAX_NAME = 255
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a path mirrors: ``path`` inside the run at ``store``; ``root`` is the run's own place on this node."""
+
+    store: ObjectStore
+    root: Path
+    path: str
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it lies under its own name."""
+        return "/" not in self.path
+
+    @property
+    def note(self) -> Path:
+        """Where this node notes which version its copy is."""
+        return note_of(self.root, self.path)
+
+
+@functools.lru_cache(maxsize=16)
+def _store(uri: str) -> ObjectStore:
+    from emloc_ray.io.store.object_store import ObjectStore  # pyarrow: no run on a file system needs it
+
+    return ObjectStore(uri)
+
+
+def mirror(uri: str) -> Path:
+    """The place of a run at ``uri`` on every node: below ``EMLOC_RAY_CACHE``, or the directory for temporary files.
+
+    Raises:
+        ConfigError: where pyarrow cannot open it, or it is too long for the name of a directory.
+    """
+    folder = MARK + quote(_store(uri).uri, safe="")
+    if len(folder) > _MAX_NAME:
+        raise ConfigError(f"run_dir {uri} is longer than a directory's name may be: shorten it.")
+    base = os.environ.get("EMLOC_RAY_CACHE") or str(Path(tempfile.gettempdir()) / "emloc_ray")
+    return Path(base).absolute() / folder
+
+
+def origin(path: Path) -> Origin | None:
+    """What ``path`` mirrors; None for a path of a file system."""
+    for number, part in enumerate(path.parts):
+        if part.startswith(MARK) and "://" in unquote(part):
+            root = Path(*path.parts[: number + 1])
+            return Origin(_store(unquote(part.removeprefix(MARK))), root, "/".join(path.parts[number + 1 :]))
+    return None
+
+
+def publish(path: Path, *, whole: bool = False) -> None:
+    """Gives a file, or all files below a directory, to the store that it mirrors.
+
+    What is ``whole``, to which nobody will add, this node keeps as it keeps what it fetches: until it needs the room.
+    """
+    here = origin(path)
+    # What is unfinished has its own name only when it is whole.
+    if here is None or _is_unfinished(here.path) or publish_plain(path, path):
+        return
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        list(pool.map(lambda file: _publish_file(file, whole), _files(path) if path.is_dir() else [path]))
+
+
+def publish_plain(path: Path, written: Path) -> bool:
+    """Gives what was ``written`` for ``path`` to the store, where that is a file under its own name there; whether it is."""
+    here = origin(path)
+    if here is None or not here.is_plain or not written.is_file():
+        return False
+    if not _is_unfinished(here.path):
+        here.store.write(here.path, written.read_bytes())
+    return True
+
+
+def _publish_file(file: Path, whole: bool) -> None:
+    here, status = origin(file), file.stat()
+    assert here is not None
+    version = here.store.add_version(here.path, file)
+    if whole:
+        write_note(here.note, version, status)
+
+
+def ensure(path: Path, *, weights: bool = True) -> None:
+    """Makes a file, or all files below a directory, present and current on this node; but for safetensors without ``weights``.
+
+    Raises:
+        ArtifactError: where the store cannot be read, or a file's content is not what its key names.
+    """
+    here = origin(path)
+    if here is None:
+        return
+    if here.is_plain and (content := here.store.read(here.path)) is not None:
+        write_small(path, content)
+        return
+    found = _stored(here, path)
+    for file in _files(path):
+        if file not in found and not _is_unfinished(file.relative_to(here.root).as_posix()):
+            file.unlink(missing_ok=True)  # a copy of what is no more
+    wanted = {file: info for file, info in found.items() if weights or file.suffix != ".safetensors"}
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        list(pool.map(_ensure_file, wanted.keys(), wanted.values()))
+
+
+def _ensure_file(file: Path, info: Any) -> None:
+    here = origin(file)
+    assert here is not None
+    with alone(here.root, here.path):  # one download serves all workers of a node
+        copy = open_copy(here.note, file, info.base_name)
+        if copy is not None:
+            copy.close()
+            return
+        make_room(here.root, info.size)
+        with replacing(file, durable=False) as temporary:
+            here.store.download(info, temporary)
+            status = temporary.stat()
+        write_note(here.note, info.base_name, status)
+
+
+@contextlib.contextmanager
+def open_artifact(path: Path) -> Iterator[tuple[IO[bytes], int]]:
+    """A file and its size, to read some of it: from this node where it is current here, else by ranges from the store.
+
+    Raises:
+        FileNotFoundError: where there is none.
+    """
+    with open_newest(path) as (stream, size, _):
+        yield stream, size
+
+
+@contextlib.contextmanager
+def open_newest(path: Path) -> Iterator[tuple[IO[bytes], int, str | None]]:
+    """As :func:`open_artifact`, with the version that it is: None in a file system."""
+    here = origin(path)
+    if here is None:
+        with path.open("rb") as stream:
+            yield stream, path.stat().st_size, None
+        return
+    info = here.store.versions(here.path).get("")
+    if info is None:
+        raise FileNotFoundError(f"{here.store.uri} holds no {here.path}")
+    with open_copy(here.note, path, info.base_name) or here.store.open(info) as stream:
+        yield stream, info.size, info.base_name
+
+
+def open_version(path: Path, version: str | None) -> IO[bytes]:
+    """A file as :func:`open_newest` found it, from this node, fetched where another version is here or none.
+
+    Raises:
+        FileNotFoundError: where there is none in a file system.
+        ArtifactError: where the store holds another version by now, or none.
+    """
+    here = origin(path)
+    if here is None or version is None:
+        return path.open("rb")
+    copy = open_copy(here.note, path, version)
+    if copy is None:
+        ensure(path)
+        copy = open_copy(here.note, path, version)
+    if copy is None:
+        raise ArtifactError(f"{path} was removed or written anew while it was read: run the same command again.")
+    return copy
+
+
+def exists(path: Path) -> bool:
+    """Whether a file is there for all nodes."""
+    here = origin(path)
+    if here is None:
+        return path.is_file()
+    return here.store.read(here.path) is not None if here.is_plain else "" in here.store.versions(here.path)
+
+
+def remote(path: Path) -> tuple[Any, str] | None:
+    """The pyarrow file system of the store that ``path`` mirrors, and the path's key in it; None in a file system."""
+    here = origin(path)
+    return None if here is None else (here.store.filesystem, here.store.key(here.path))
+
+
+def local_only(path: Path) -> Path:
+    """A place like ``path`` that the store never sees, for what is worth less than its way there and back."""
+    parts = [part.replace(MARK, "local=", 1) if part.startswith(MARK) else part for part in path.parts]
+    return Path(*parts)
+
+
+def hashes(path: Path) -> dict[Path, str]:
+    """The files below a directory, or a file itself, as all nodes see them, with the SHA-256 of their content.
+
+    A file that :func:`emloc_ray.io.store.atomic.atomic_file` wrote is not read for it again.
+    """
+    here = origin(path)
+    if here is not None:
+        return {file: info.base_name for file, info in _stored(here, path).items()}
+    return {file: noted_digest(file) or digest(file) for file in sizes(path)}
+
+
+def sizes(path: Path) -> dict[Path, int]:
+    """The files below a directory, or a file itself, as all nodes see them, with their sizes."""
+    here = origin(path)
+    if here is not None:
+        return {file: info.size for file, info in _stored(here, path).items()}
+    found = {}
+    for file in _files(path):
+        with contextlib.suppress(FileNotFoundError):  # what another process renames or removes at this moment
+            found[file] = file.stat().st_size
+    return found
+
+
+def forget(path: Path) -> None:
+    """Removes a file or directory from the store that it mirrors; this node's copy stays."""
+    here = origin(path)
+    if here is not None:
+        here.store.remove(here.path)
+
+
+def discard(path: Path) -> None:
+    """Removes a file or directory, for all nodes."""
+    forget(path)
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _stored(here: Origin, path: Path) -> dict[Path, Any]:
+    """The files below a path, or itself, that the store holds."""
+    return {path / name if name else path: info for name, info in sorted(here.store.versions(here.path).items())}
+
+
+def _files(path: Path) -> list[Path]:
+    below = path.rglob("*") if path.is_dir() else [path]
+    return sorted(file for file in below if file.is_file())
+
+
+def _is_unfinished(path: str) -> bool:
+    return any(part.endswith(".tmp") for part in path.split("/"))

@@ -1,0 +1,145 @@
+"""A node's copies of what stores hold: which version each is, and room for new ones where the disk is full.
+
+A run's place on the node is a folder whose name begins with :data:`MARK`. Beside each copy lies a note of its version, which
+holds as long as the file is the same, and whose time says when the copy was last used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+from urllib.parse import quote
+
+from emloc_ray.errors import ConfigError
+from emloc_ray.io.store.replacing import replacing
+
+MARK = "store="
+_VERSIONS = ".versions"
+# The copies may fill the node's disk but for this share of it; what was used in the last minutes stays.
+_FREE_SHARE = 0.1
+_SIZE_VARIABLE = "EMLOC_RAY_CACHE_SIZE"
+_IN_USE_S = 600.0
+_MAX_NAME = 255
+
+
+def note_of(root: Path, path: str) -> Path:
+    """Where this node notes which version its copy of a file is."""
+    return root / _VERSIONS / path
+
+
+def open_copy(note: Path, file: Path, version: str) -> IO[bytes] | None:
+    """This node's copy of a file, where it is of this version; it counts as used now."""
+    try:
+        copy = file.open("rb")
+    except FileNotFoundError:
+        return None
+    if _noted_version(note, os.fstat(copy.fileno())) != version:
+        copy.close()
+        return None
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(note)
+    return copy
+
+
+def write_note(note: Path, version: str, status: os.stat_result) -> None:
+    """Notes the version of the file of this status."""
+    write_small(note, " ".join([version, *_identity(status)]).encode())
+
+
+def _noted_version(note: Path, status: os.stat_result) -> str | None:
+    """The version of the file of this status; None where nobody noted it, or another file has taken its place since."""
+    try:
+        noted = note.read_text().split()
+    except FileNotFoundError:
+        return None
+    return noted[0] if noted[1:] == _identity(status) else None
+
+
+def _identity(status: os.stat_result) -> list[str]:
+    return [str(part) for part in (status.st_size, status.st_mtime_ns, status.st_ino)]
+
+
+def write_small(path: Path, content: bytes) -> None:
+    """Writes a file that appears whole; a crash of the machine may lose it."""
+    with replacing(path, durable=False) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextlib.contextmanager
+def alone(root: Path, key: str, waits: bool = True) -> Iterator[None]:
+    """One worker of a node at a time; raises BlockingIOError where it is another's turn and this one does not wait."""
+    lock = root / ".locks" / quote(key, safe="")[-_MAX_NAME:]
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def make_room(root: Path, needed: int) -> None:
+    """Drops the copies that were used longest ago until the disk has room for a file and a share of it stays free, and all
+    copies together take no more than ``EMLOC_RAY_CACHE_SIZE`` (such as 150GiB), where that is set.
+
+    What is no copy of what a store holds stays: hidden states, logs, what is on its way to the store.
+    """
+    if _missing(root, needed) <= 0:
+        return
+    with alone(root.parent, "room"):
+        missing = _missing(root, needed)  # another worker may have made some
+        for used, owner, path in sorted(_copies(root.parent)):
+            if missing <= 0 or used > time.time() - _IN_USE_S:
+                return
+            missing -= _drop(owner, path)
+
+
+def _missing(root: Path, needed: int) -> int:
+    disk = shutil.disk_usage(root)
+    missing = needed + int(_FREE_SHARE * disk.total) - disk.free
+    most = os.environ.get(_SIZE_VARIABLE)
+    return missing if not most else max(missing, _held(root.parent) + needed - _bytes(most))
+
+
+def _held(cache: Path) -> int:
+    """Bytes of all copies."""
+    total = 0
+    for _, owner, path in _copies(cache):
+        with contextlib.suppress(FileNotFoundError):
+            total += (owner / path).stat().st_size
+    return total
+
+
+@functools.cache
+def _bytes(size: str) -> int:
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(size))
+    except ValidationError as error:
+        raise ConfigError(f"{_SIZE_VARIABLE} is {size!r}: give a number and a unit, such as 150GiB.") from error
+
+
+def _copies(cache: Path) -> Iterator[tuple[float, Path, str]]:
+    """All copies of all runs on this node: when each was used last, its run's place, its path in that."""
+    for versions in cache.glob(f"{MARK}*/{_VERSIONS}"):
+        for folder, _, names in os.walk(versions):
+            for note in (Path(folder, name) for name in names):
+                with contextlib.suppress(FileNotFoundError):
+                    yield note.stat().st_mtime, versions.parent, note.relative_to(versions).as_posix()
+
+
+def _drop(root: Path, path: str) -> int:
+    """Removes a copy, unless it is being fetched or is no copy any more; returns how many bytes that gave."""
+    note, file = note_of(root, path), root / path
+    with contextlib.suppress(FileNotFoundError, BlockingIOError), alone(root, path, waits=False):
+        status = file.stat()
+        if _noted_version(note, status) is not None:
+            file.unlink()
+            note.unlink()
+            return status.st_size
+    return 0

@@ -1,0 +1,92 @@
+"""A file of one place put into another as cheaply as the two allow: linked, copied by the store itself, or through this node."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from emloc_ray.errors import DamagedArtifactError
+from emloc_ray.io.store.digests import HashingWriter, note_digest
+from emloc_ray.io.store.node_cache import Origin, discard, origin
+from emloc_ray.io.store.replacing import replacing
+
+_CHUNK = 2**22
+# What S3 copies in one request: https://docs.aws.amazon.com/AmazonS3/latest/API/API_CopyObject.html
+_LARGEST_COPY = 5 * 2**30
+
+
+def transfer(source: Path, target: Path, size: int, sha256: str) -> None:
+    """Makes ``target`` a file of the same content as ``source``, atomically; either may mirror an object store.
+
+    On one file system it is a hard link, checked by size. Within one store the store copies the object, whose key names its
+    content. Otherwise the content goes through this node, and is checked by ``sha256``.
+
+    Raises:
+        FileNotFoundError: where there is no ``source``.
+        DamagedArtifactError: where ``source`` is not of this size or content; ``target`` is as it was, or gone.
+        ArtifactError: where a store cannot be reached.
+    """
+    here, there = origin(source), origin(target)
+    if here is None:
+        if there is None:
+            _link_file(source, target, size, sha256)
+        elif source.stat().st_size != size or there.store.add_version(there.path, source) != sha256:
+            discard(target)
+            raise _damaged(source)
+        return
+    info = here.store.versions(here.path).get("")
+    if info is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(source))
+    if (info.size, info.base_name) != (size, sha256):
+        raise _damaged(source)
+    if there is None:
+        with replacing(target) as temporary:
+            here.store.download(info, temporary)
+            note_digest(temporary, sha256)
+    elif not _copied_by_store(here, info, there):
+        there.root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=there.root, suffix=".tmp") as folder:
+            here.store.download(info, Path(folder, "file"))
+            there.store.add_version(there.path, Path(folder, "file"))
+
+
+def _link_file(source: Path, target: Path, size: int, sha256: str) -> None:
+    with replacing(target) as temporary:
+        try:
+            os.link(os.path.realpath(source), temporary)
+        except FileNotFoundError:
+            raise
+        except OSError:  # another file system, one without hard links, too many links, or another user's file
+            with source.open("rb") as stream, HashingWriter(io.FileIO(temporary, "wb")) as file:
+                shutil.copyfileobj(stream, file, _CHUNK)
+            if file.hexdigest() != sha256:
+                raise _damaged(source) from None
+            note_digest(temporary, sha256)
+        if temporary.stat().st_size != size:
+            raise _damaged(source)
+
+
+def _copied_by_store(here: Origin, info: Any, there: Origin) -> bool:
+    filesystem, sha256 = there.store.filesystem, info.base_name
+    if not filesystem.equals(here.store.filesystem) or info.size > _LARGEST_COPY:
+        return False
+    earlier = there.store.versions(there.path).get("")
+    key = there.store.key(f"{there.path}/{sha256}")
+    try:
+        filesystem.copy_file(info.path, key)
+        if filesystem.get_file_info(key).size != info.size:
+            return False
+    except (OSError, NotImplementedError):  # on the way through this node every step is tried again
+        return False
+    if earlier is not None and earlier.base_name != sha256:
+        there.store.remove(f"{there.path}/{earlier.base_name}")
+    return True
+
+
+def _damaged(source: Path) -> DamagedArtifactError:
+    return DamagedArtifactError(f"{source} is cut short or altered: run the same command again.")

@@ -1,0 +1,158 @@
+"""Settings that fit a memory budget: the planner's question asked backwards."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from emloc_ray.config.steps import STAGES
+from emloc_ray.errors import ConfigError
+from emloc_ray.planning.layout import ranks_at
+from emloc_ray.planning.memory import MemoryModel, total
+from emloc_ray.planning.prepared import Prepared
+from emloc_ray.planning.sizes import Lengths
+
+_RATIOS = tuple(step / 20 for step in range(19, 1, -1))  # 0.95, 0.90, … 0.10
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Settings under which one worker's fine-tuning, and the healing's before it, fits a budget, what it needs then, and
+    what else does not fit."""
+
+    budget: int
+    compression_ratio: float
+    micro_batch: int
+    gradient_accumulation_steps: int
+    gradient_checkpointing: bool
+    finetune_bytes: int
+    inference_bytes: int
+    too_large: tuple[tuple[str, int], ...]
+    healing_batch: int | None = None
+
+    @property
+    def overrides(self) -> list[str]:
+        """As the command line takes them."""
+        healing = f"emulator.healing.per_device_train_batch_size={self.healing_batch}"
+        return [
+            *([healing] if self.healing_batch is not None else []),
+            f"emulator.compression_ratio={self.compression_ratio:g}",
+            f"finetune.per_device_train_batch_size={self.micro_batch}",
+            f"finetune.gradient_accumulation_steps={self.gradient_accumulation_steps}",
+            f"finetune.gradient_checkpointing={str(self.gradient_checkpointing).lower()}",
+        ]
+
+    @property
+    def sentence(self) -> str:
+        """What was found, for a person."""
+        said = (
+            f"Within {_size(self.budget)}: fine-tuning needs {_size(self.finetune_bytes)} a worker, inference of the"
+            f" original {_size(self.inference_bytes)}."
+        )
+        if self.too_large:
+            stages = ", ".join(f"{name} ({_size(size)})" for name, size in self.too_large)
+            said += f" Not within it, whatever the ratio: {stages}; {self._remedy}."
+        return said
+
+    @property
+    def _remedy(self) -> str:
+        if self.inference_bytes <= self.budget:
+            return "lower evaluation.batch_size or data.max_seq_length"
+        held = "these hold the original, which is larger: "
+        return (
+            held
+            + "with correction.method projection or covariance correct does not, and --until merge stops before evaluate"
+        )
+
+
+def solve(prepared: Prepared, budget: int, lengths: Lengths, multiples: Mapping[str, float] | None = None) -> Solution:
+    """The largest compression ratio that fine-tunes within ``budget`` bytes a worker; at it the largest micro-batch, with
+    the same rows a step; and no gradient checkpointing where even that fits. ``multiples`` as :class:`MemoryModel` has it.
+
+    Raises:
+        ConfigError: no ratio fits; it says what the least demanding one needs.
+    """
+    section = prepared.config.finetune
+    rows = section.per_device_train_batch_size * section.gradient_accumulation_steps
+    may_checkpoint = prepared.config.adapter.method != "prefix_tuning"  # which works through the cache that it drops
+
+    def needed(ratio: float, micro_batch: int, checkpointing: bool = True) -> int:
+        changed = with_settings(prepared, ratio, micro_batch, rows // micro_batch, checkpointing and may_checkpoint)
+        memory = MemoryModel(changed, lengths, multiples)
+        return max(total(memory.stage(name)) for name in ("healing", "finetune"))
+
+    ratio = next((ratio for ratio in _RATIOS if needed(ratio, 1) <= budget), None)
+    if ratio is None:
+        adapter = prepared.config.adapter
+        size = "num_virtual_tokens" if adapter.is_prompt else "r" if adapter.is_additive else "target_modules"
+        raise ConfigError(
+            f"No compression ratio fits {_size(budget)}: at {_RATIOS[-1]:g}, a row at a time and"
+            f" {'with' if may_checkpoint else 'without'} gradient checkpointing, fine-tuning needs"
+            f" {_size(needed(_RATIOS[-1], 1))}: give that much, or lower"
+            f" data.max_seq_length or adapter.{size}."
+        )
+    sizes = (size for size in range(section.per_device_train_batch_size, 0, -1) if rows % size == 0)
+    micro_batch = next(size for size in sizes if needed(ratio, size) <= budget)
+    checkpointing = may_checkpoint and needed(ratio, micro_batch, False) > budget
+    chosen = with_settings(prepared, ratio, micro_batch, rows // micro_batch, checkpointing)
+    changed = MemoryModel(chosen, lengths, multiples)
+    healing = chosen.config.emulator.heals
+    names = [name for name in STAGES if name != "finetune"]
+    names[1:1] = ["gradients"] if changed.layout.weighed else []
+    others = [(name, total(changed.stage(name))) for name in names]
+    return Solution(
+        budget,
+        ratio,
+        micro_batch,
+        rows // micro_batch,
+        checkpointing,
+        needed(ratio, micro_batch, checkpointing),
+        total(changed.inference()),
+        tuple((name, size) for name, size in others if size > budget),
+        None if healing is None else healing.per_device_train_batch_size,
+    )
+
+
+def check_gradients(prepared: Prepared, lengths: Lengths) -> None:
+    """Raises ConfigError where gradients are asked for and a worker of the calibration cannot hold what they take."""
+    asks = prepared.config.emulator.asks_for_gradients
+    if asks is None or not prepared.layout.weighed:
+        return
+    memory = MemoryModel(prepared, lengths)
+    needed, room = memory.least_for_gradients(), memory.worker_bytes("calibration")
+    if needed > room:
+        raise ConfigError(
+            f"{asks} needs gradients of the whole model, {_size(needed)} in a worker that may hold {_size(room)}: give it"
+            " more, lower calibration.batch_size, or take allocation spectral and objective activations, which need none."
+        )
+
+
+def with_settings(
+    prepared: Prepared, ratio: float, micro_batch: int, accumulation: int, checkpointing: bool
+) -> Prepared:
+    """The same run at another ratio, micro-batch and checkpointing; a healing of its own batch keeps its rows a step."""
+    config = prepared.config
+    finetune = config.finetune.model_copy(
+        update={
+            "per_device_train_batch_size": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_checkpointing": checkpointing,
+        }
+    )
+    healing = config.emulator.healing
+    if healing is not None and healing.per_device_train_batch_size is not None:
+        rows = healing.per_device_train_batch_size * config.finetune.gradient_accumulation_steps
+        healing = healing.model_copy(update={"per_device_train_batch_size": max(1, rows // accumulation)})
+    emulator = config.emulator.model_copy(update={"compression_ratio": ratio, "healing": healing})
+    changed = config.model_copy(update={"finetune": finetune, "emulator": emulator})
+    layout = prepared.layout
+    ranks = ranks_at(changed, layout.specs, layout.compressed)
+    return dataclasses.replace(prepared, config=changed, layout=dataclasses.replace(layout, ranks=ranks))
+
+
+def _size(size: float) -> str:
+    """Rounded up, so that who gives as much as is said has enough."""
+    unit, name = (2**30, "GiB") if size >= 2**30 else (2**20, "MiB")
+    return f"{math.ceil(100 * size / unit) / 100 if unit == 2**30 else math.ceil(size / unit):g} {name}"

@@ -1,0 +1,128 @@
+"""What is found out about a split's files before anything starts: how many rows they have, whether the first ones are good."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from emloc_ray.config.schema import DataConfig, RunConfig, SplitConfig
+from emloc_ray.data.formats import EXTRA_FIELDS, FIELDS, check_row
+from emloc_ray.data.images import has_images, look
+from emloc_ray.data.reading import Place, Row, SourceFile, each, list_files, read_rows, scan
+from emloc_ray.data.splits import SPLITS, hub_split
+from emloc_ray.errors import ArtifactError, ConfigError, DataError
+from emloc_ray.io.runs.fingerprint import fingerprint
+
+CHECKED_ROWS = 1000  # of a file
+MAX_CHECKED_ROWS = 16_000  # of a split, but for one of each file
+
+
+def check_split(config: RunConfig, name: str, reads_images: bool) -> tuple[SourceFile, ...]:
+    """The files of a split, each with its rows counted and its first ones read; none where the run makes or downloads it.
+
+    ``reads_images``: whether the model has a processor for images.
+
+    Raises:
+        ConfigError: where a store does not answer, or train has no more rows than are held out.
+        DataError: where a file is unreadable, or a row bad, naming both.
+    """
+    split: SplitConfig | None = getattr(config.data, name)
+    is_made = config.data.generate is not None and name in SPLITS
+    if split is None or is_made or _is_hub(split):
+        return ()
+    try:
+        sources = _checked_sources(split.path, f"data.{name}.path", config.data, reads_images)
+    except ArtifactError as error:  # a store that does not answer
+        raise ConfigError(f"data.{name}.path: {error}") from error
+    others = sum(getattr(config.data, other) is None for other in ("selection", "eval"))  # taken out of train
+    rows = sum(source.num_rows for source in sources)
+    if name == "train" and rows <= others:
+        raise ConfigError(
+            f"data.train.path has {rows} rows, of which {others} are held out: give more, or paths of their own to"
+            " data.selection and data.eval."
+        )
+    return sources
+
+
+def _checked_sources(
+    patterns: str | Sequence[str], key: str, data: DataConfig, reads_images: bool
+) -> tuple[SourceFile, ...]:
+    places = list_files(patterns, key)
+    stored = any(isinstance(place, str) for place in places)
+    known = None if stored else (_looks(places), data.format, data.on_error, data.packing, reads_images)
+    if known in _CHECKED:
+        return _CHECKED[known]
+    sources = each(scan, places, stored)
+    checked = max(1, min(CHECKED_ROWS, MAX_CHECKED_ROWS // len(sources)))
+
+    def check(source: SourceFile) -> SourceFile:
+        skips, numbers = data.on_error == "skip", range(min(source.num_rows, checked))
+        images: list[Any] = []
+        for number, row in read_rows(source, numbers, FIELDS[data.format], EXTRA_FIELDS[data.format], keep_bad=skips):
+            try:
+                images += _checked_row(row, Place.of(source, number), data, reads_images)
+            except DataError:
+                if not skips:
+                    raise
+        return dataclasses.replace(source, images=fingerprint(images) if images else "")
+
+    found = tuple(each(check, sources, stored))
+    if known is not None and not any(source.images for source in found):  # whose files may change by themselves
+        while len(_CHECKED) >= _MOST_CHECKED:
+            _CHECKED.pop(next(iter(_CHECKED)))
+        _CHECKED[known] = found
+    return found
+
+
+# Of hundreds of tasks, many have the same rows: they are counted once, and held once.
+_CHECKED: dict[Any, tuple[SourceFile, ...]] = {}
+_MOST_CHECKED = 64
+
+
+def _looks(places: Sequence[Path | str]) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of files."""
+    stats = [(str(place), Path(place).stat()) for place in places]
+    return tuple((name, status.st_size, status.st_mtime_ns) for name, status in stats)
+
+
+def _checked_row(row: Row, where: Place, data: DataConfig, reads_images: bool) -> list[Any]:
+    """What tells the images that a row names from others; raises DataError where it is bad as far as can be seen."""
+    check_row(row, data.format, where, data.packing)
+    if data.format != "messages":
+        return []
+    if has_images(row) and not reads_images:
+        raise DataError(f"{where}: it shows an image, and the model has no processor for images: choose one that has.")
+    return look(row, where)
+
+
+def check_held_out(config: RunConfig, files: Mapping[str, tuple[SourceFile, ...] | None]) -> None:
+    """Raises ConfigError where what is reported on, or chosen on, is trained on as well."""
+    paths = {name: {_place(source) for source in sources or ()} for name, sources in files.items()}
+    for name in paths:
+        section = getattr(config.data, name)
+        if section is not None and _is_hub(section):
+            paths[name] = {"hf:{}:{}".format(*hub_split(section.path, name))}
+    for held_out, others in (("eval", ("train", "selection", "healing")), ("selection", ("train",))):
+        for other in others:
+            both = sorted(paths.get(held_out, set()) & paths.get(other, set()))
+            if both:
+                more = f" and {len(both) - 1} more" if both[1:] else ""
+                raise ConfigError(
+                    f"data.{held_out} and data.{other} both read {both[0]}{more}: what is held out must not be trained on;"
+                    f" leave data.{held_out} out to have rows of train kept for it, or name other files."
+                )
+
+
+def _place(source: SourceFile) -> str:
+    """By which a file is known again, however it was named."""
+    return source.name if source.is_stored else os.path.realpath(source.path)
+
+
+def _is_hub(split: SplitConfig) -> bool:
+    if isinstance(split.path, str) and split.path.startswith("hf:") and importlib.util.find_spec("datasets") is None:
+        raise ConfigError(f"{split.path} needs the datasets package: pip install 'emloc-ray[hub]'.")
+    return isinstance(split.path, str) and split.path.startswith("hf:")

@@ -1,0 +1,369 @@
+"""The model's linears and what the config makes of them: which are compressed and to what rank, which are adapted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import Tensor
+
+from emloc_ray.core.ranks import Storage, rank_for_ratio
+from emloc_ray.errors import ConfigError
+from emloc_ray.modeling.adapter import portable_targets
+from emloc_ray.modeling.adapter_methods import default_targets, feedforward_names
+from emloc_ray.modeling.architecture import (
+    LinearSpec,
+    block_linears,
+    learned_positions,
+    linears_between,
+    trace_inputs,
+    unfactorable,
+)
+from emloc_ray.modeling.expert_adapters import taken_for_experts
+from emloc_ray.modeling.experts import owner_of
+from emloc_ray.modeling.inputs import has_encoder
+from emloc_ray.modeling.matching import ALL_LINEAR, Patterns, check_table, lookup, matches, select
+from emloc_ray.modeling.quantization import replaceable_linears
+from emloc_ray.modeling.replay import block_flow
+
+if TYPE_CHECKING:
+    from emloc_ray.config.schema import AdapterConfig, RunConfig
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class ImageShape:
+    """What an image is to a model: tokens in the row, and the tokens that each block reads which only images bring to run.
+
+    Zero and none where the model reads no images; counted for an image of 448 × 448 pixels.
+    """
+
+    row_tokens: int = 0
+    block_tokens: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """What a model is without its weights: its linears, those that read the same tensor together, and its sizes."""
+
+    config: Any
+    specs: tuple[LinearSpec, ...]
+    groups: tuple[tuple[LinearSpec, ...], ...]
+    positions: int | None
+    num_parameters: int
+    head_parameters: int
+    hidden_size: int
+    replaceable: tuple[str, ...] = ()  # linears anywhere that transformers can put 4-bit ones in place of
+    modules: tuple[str, ...] = ()
+    unfactorable: dict[str, str] = field(default_factory=dict)
+    image: ImageShape = ImageShape()
+    whole_logits: bool = False  # see Trace
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The model's linears and what the config makes of them; ``left_dense`` are modules that its patterns name though they
+    are no linears, with their kinds."""
+
+    specs: tuple[LinearSpec, ...]
+    groups: tuple[tuple[LinearSpec, ...], ...]
+    ranks: dict[str, int]
+    compressed: tuple[str, ...]
+    adapted: tuple[str, ...]
+    portable_targets: str | tuple[str, ...]
+    num_parameters: int
+    head_parameters: int
+    hidden_size: int
+    adapter_parameters: int | None = None  # of another method than LoRA's, whose follow from ranks
+    feedforward: tuple[str, ...] = ()  # of the adapted linears those whose input IA³ scales
+    quantized: bool = False
+    replaceable: tuple[str, ...] = ()
+    left_dense: dict[str, str] = field(default_factory=dict)
+    image: ImageShape = ImageShape()
+    whole_logits: bool = False
+    allocation: str = "uniform"
+    objective: str = "activations"
+    free: tuple[str, ...] = ()  # of the compressed linears those whose ratio no pattern names
+    storage: Storage = "factors"
+
+    @property
+    def allocated(self) -> tuple[str, ...]:
+        """The linears whose ranks follow from the data; those in ``ranks`` are then what they have on the whole."""
+        return tuple(name for name in self.free if name in self.ranks) if self.allocation != "uniform" else ()
+
+    @property
+    def weighed(self) -> tuple[str, ...]:
+        """The linears whose outputs' gradients are needed."""
+        if self.objective == "predictions":
+            return tuple(self.ranks)
+        return self.allocated if self.allocation == "sensitivity" else ()
+
+    def may_be_dense(self, name: str) -> bool:
+        """Whether an allocation may leave a linear as it is: in 4 bits not all linears can be stored dense."""
+        return not self.quantized or name in self.replaceable
+
+    def as_made(self, made: Mapping[str, Any]) -> Layout:
+        """With the ranks of an emulator that was made, from what its factorization told: those that its layers have, or
+        will have when they are healed."""
+        if not self.allocated:
+            return self
+        factorized = {n: layer["rank"] for n, layer in made["layers"].items() if layer["solver"] != "dense"}
+        return replace(self, ranks=made.get("ranks") or factorized)
+
+    @property
+    def differs(self) -> bool:
+        """Whether the emulator is another model than the original: compressed, in 4 bits or both."""
+        return bool(self.ranks) or self.quantized
+
+    @property
+    def in_4bit(self) -> tuple[str, ...]:
+        """The linears that the emulator stores in 4 bits, as factors or dense: all inside the blocks, as QLoRA has it."""
+        able = {*self.ranks, *self.replaceable} if self.quantized else set()
+        return tuple(spec.name for spec in self.specs if spec.name in able)
+
+    @property
+    def kept_wide(self) -> tuple[str, ...]:
+        """The linears that transformers must not take for 4-bit ones: heads, routers, what is outside the blocks."""
+        inside = {spec.name for spec in self.specs}
+        return tuple(name for name in self.replaceable if name not in inside)
+
+    @property
+    def parameters_targeted(self) -> int:
+        """Parameters of the linears that compression targets."""
+        targeted = set(self.compressed)
+        return sum(spec.num_parameters for spec in self.specs if spec.name in targeted)
+
+    @property
+    def parameters_factorized(self) -> int:
+        """What those linears keep in the emulator."""
+        targeted = set(self.compressed)
+        return sum(self.kept(spec) for spec in self.specs if spec.name in targeted)
+
+    def kept(self, spec: LinearSpec) -> int:
+        """Parameters of one linear in the emulator."""
+        return sum(rows * columns for rows, columns in self.stored_shapes(spec))
+
+    def stored_shapes(self, spec: LinearSpec) -> tuple[tuple[int, int], ...]:
+        """The matrices that the emulator has of one linear: its weight, or its two factors."""
+        rank = self.ranks.get(spec.name)
+        if rank is None:
+            return ((spec.out_features, spec.in_features),)
+        rows = spec.out_features - (rank if self.storage == "pivoted" else 0)
+        return ((rows, rank), (rank, spec.in_features))
+
+    @property
+    def order_bytes(self) -> int:
+        """Bytes of the places of pivoted rows, in 32 bits each."""
+        pivoted = self.ranks if self.storage == "pivoted" else {}
+        return 4 * sum(spec.out_features for spec in self.specs if spec.name in pivoted)
+
+
+def skeleton_of(
+    model_config: Any, model: Any, example: Mapping[str, Tensor] | None = None, trust_remote_code: bool = False
+) -> Skeleton:
+    """Of a model on the meta device, or any other; ``example`` is what it is called with for an image, where it reads some."""
+    found = block_linears(model)
+    if example:
+        next_blocks = block_flow(model_config, trust_remote_code, example).between
+        found = _in_model_order(model, [*found, *linears_between(model, next_blocks)])
+    trace = trace_inputs(model, found, example)
+    if not example:  # what is not called in a block that ran is read as a weight by its owner: it stays as it is
+        ran = {spec.block for spec in found if spec.name in trace.streams and spec.routed_share is None}
+        found = [s for s in found if s.name in trace.streams or s.block not in ran or s.routed_share is not None]
+    specs = [replace(spec, stream=trace.streams.get(spec.name, spec.stream)) for spec in found]
+    by_name = {spec.name: spec for spec in specs}
+    groups = tuple(tuple(by_name[name] for name in group) for group in trace.groups if group[0] in by_name)
+    head = model.get_output_embeddings()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Skeleton(
+        model_config,
+        tuple(specs),
+        groups,
+        learned_positions(model),
+        parameters,
+        head.weight.numel(),
+        head.weight.shape[-1],
+        replaceable_linears(model),
+        tuple(name for name, _ in model.named_modules() if name),
+        unfactorable(model),
+        _image_shape(example, specs, trace.image_tokens) if example else ImageShape(),
+        trace.whole_logits,
+    )
+
+
+def _image_shape(example: Mapping[str, Tensor], specs: Sequence[LinearSpec], counts: Mapping[str, int]) -> ImageShape:
+    inside = [spec for spec in specs if spec.name in counts and not spec.between]
+    return ImageShape(example["input_ids"].shape[1], {spec.block: counts[spec.name] for spec in inside})
+
+
+def _in_model_order(model: Any, specs: Sequence[LinearSpec]) -> list[LinearSpec]:
+    by_name = {spec.name: spec for spec in specs}
+    return [by_name[name] for name, _ in model.named_modules() if name in by_name]
+
+
+def make_layout(config: RunConfig, skeleton: Skeleton) -> Layout:
+    """Matches the config's patterns against a model.
+
+    Raises:
+        ConfigError: naming every pattern that fits nothing, one sentence a line.
+    """
+    specs = skeleton.specs
+    left_dense: dict[str, str] = {}
+    compressed, adapted = _matched(config, skeleton, left_dense)
+    _check_no_experts(config.adapter.method, adapted, skeleton)
+    model_type, forward = _model_type(skeleton.config), config.adapter.settings.get("feedforward_modules")
+    return Layout(
+        specs,
+        skeleton.groups,
+        ranks_at(config, specs, compressed),
+        tuple(compressed),
+        tuple(adapted),
+        _portable(config, adapted, skeleton),
+        skeleton.num_parameters,
+        skeleton.head_parameters,
+        skeleton.hidden_size,
+        quantized=config.emulator.quantization != "none",
+        replaceable=skeleton.replaceable,
+        feedforward=tuple(feedforward_names(forward, model_type, adapted)) if config.adapter.method == "ia3" else (),
+        left_dense=left_dense,
+        image=skeleton.image,
+        whole_logits=skeleton.whole_logits,
+        allocation=config.emulator.allocation,
+        objective=config.emulator.objective,
+        free=tuple(name for name in compressed if lookup(name, config.emulator.ratios, None) is None),
+        storage=config.emulator.storage,
+    )
+
+
+def adapter_settings(adapter: AdapterConfig, layout: Layout, model_config: Any) -> dict[str, Any]:
+    """As :func:`emloc_ray.modeling.adapter_methods.adapter_config` takes them: the method's own, and what follows from
+    the model."""
+    transposed = any(s.transposed and s.routed_share is None for s in layout.specs if s.name in layout.adapted)
+    forward = {"feedforward_modules": list(layout.feedforward)} if adapter.method == "ia3" else {}
+    names = {"target_modules": list(layout.adapted), "fan_in_fan_out": transposed, **forward}
+    task_type = "SEQ_2_SEQ_LM" if has_encoder(model_config) else "CAUSAL_LM"
+    return {"method": adapter.method, **adapter.settings, **names, "task_type": task_type}
+
+
+def _model_type(model_config: Any) -> str:
+    return str(getattr(model_config.get_text_config(), "model_type", None) or model_config.model_type)
+
+
+def _matched(config: RunConfig, skeleton: Skeleton, left_dense: dict[str, str]) -> tuple[list[str], list[str]]:
+    """The linears that are compressed, and those that are adapted; adds what patterns name beside them to ``left_dense``."""
+    specs = skeleton.specs
+    names = [spec.name for spec in specs]
+    emulator, adapter = config.emulator, config.adapter
+    errors: list[str] = []
+
+    def attempt(check: Callable[[], Result]) -> Result | None:
+        try:
+            return check()
+        except ConfigError as error:
+            errors.append(str(error))
+            return None
+
+    others = skeleton.unfactorable
+
+    def chosen(targets: Patterns | None, exclude: Patterns | None, key: str) -> list[str]:
+        found = select(names, targets, exclude, key, list(others))
+        beside = _named(others, targets, exclude)
+        if not found:
+            kinds = ", ".join(f"{name} ({kind})" for name, kind in beside.items())
+            raise ConfigError(f"{key} names no linear, only {kinds}: name linears, the one kind that can be factored.")
+        left_dense.update(beside)
+        return found
+
+    def adapted_linears() -> list[str]:
+        targets = adapter.target_modules
+        if targets is None:
+            targets = default_targets(adapter.method, _model_type(skeleton.config), names)
+        return [] if adapter.is_prompt else chosen(targets, adapter.exclude_modules, "adapter.target_modules")
+
+    compressed = attempt(lambda: chosen(emulator.target_modules, emulator.exclude_modules, "emulator.target_modules"))
+    adapted = attempt(adapted_linears)
+    for key, table in (
+        ("emulator.ratios", emulator.ratios),
+        ("adapter.rank_pattern", adapter.rank_pattern),
+        ("adapter.alpha_pattern", adapter.alpha_pattern),
+    ):
+        attempt(lambda table=table, key=key: check_table(names, table, key, list(others)))  # type: ignore[misc]
+        left_dense.update({name: kind for name, kind in others.items() if not errors and lookup(name, table, None)})
+    if not errors and (adapter.is_lora or adapter.method == "loha"):
+        attempt(lambda: _check_adapter_ranks(adapter, [spec for spec in specs if spec.name in set(adapted or ())]))
+    if errors or compressed is None or adapted is None:
+        raise ConfigError("\n".join(errors))
+    return compressed, adapted
+
+
+def _named(others: Mapping[str, str], targets: Patterns | None, exclude: Patterns | None) -> dict[str, str]:
+    """Those of the modules that a section's patterns name."""
+    if targets is None or targets == ALL_LINEAR:
+        return {}
+    excluded = {name for name in others if exclude is not None and matches(name, exclude)}
+    return {name: kind for name, kind in others.items() if name not in excluded and matches(name, targets)}
+
+
+def _check_adapter_ranks(adapter: AdapterConfig, specs: Sequence[LinearSpec]) -> None:
+    for spec in specs:
+        r = lookup(spec.name, adapter.rank_pattern, adapter.r)
+        key = "adapter.r" if r == adapter.r else "adapter.rank_pattern"
+        smaller = min(spec.out_features, spec.in_features)
+        if r > smaller:
+            raise ConfigError(f"{key} is {r}, above the smaller side {smaller} of {spec.name}: lower it.")
+    _check_experts_alike(adapter, specs)
+
+
+def _check_experts_alike(adapter: AdapterConfig, specs: Sequence[LinearSpec]) -> None:
+    """PEFT stores one rank for all experts of a layer."""
+    for key, table in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
+        found: dict[str, float] = {}
+        for spec in specs if table else ():
+            owner = owner_of(spec.name) if spec.routed_share is not None else None
+            value = lookup(spec.name, table, -1)
+            if owner is not None and found.setdefault(f"{owner[0]}.{owner[2]}", value) != value:
+                raise ConfigError(f"adapter.{key} tells experts of {owner[0]} apart: name all of them alike.")
+
+
+def _check_no_experts(method: str, adapted: Sequence[str], skeleton: Skeleton) -> None:
+    """PEFT has fused parameters for experts' linears, which LoRA alone adapts; IA³ alone is never stored as LoRA."""
+    if method in ("lora", "rslora"):
+        return
+    named = set(adapted)
+    found = [spec.name for spec in skeleton.specs if spec.routed_share is not None and spec.name in named]
+    found += [] if method == "ia3" else taken_for_experts(skeleton.config.model_type, adapted)
+    if found:
+        raise ConfigError(
+            f"adapter.target_modules: {method} adapts no experts, and {len(found)} of the linears named are experts' for PEFT"
+            f" ({found[0]}): leave them out, or set adapter.method to lora."
+        )
+
+
+def ranks_at(config: RunConfig, specs: Sequence[LinearSpec], compressed: Sequence[str]) -> dict[str, int]:
+    """The rank of every linear that the config compresses; those that stay dense are left out."""
+    emulator = config.emulator
+    if emulator.compression_ratio == 1:  # plain LoRA on the original: no pattern compresses anything then
+        return {}
+    by_name = {spec.name: spec for spec in specs}
+    ratios = {name: lookup(name, emulator.ratios, emulator.compression_ratio) for name in compressed}
+    ranks = {
+        name: rank_for_ratio(by_name[name].out_features, by_name[name].in_features, ratio, emulator.storage)
+        for name, ratio in ratios.items()
+    }
+    return {name: rank for name, rank in ranks.items() if rank is not None}
+
+
+def _portable(config: RunConfig, adapted: list[str], skeleton: Skeleton) -> str | tuple[str, ...]:
+    """What names the adapted linears and no other module, as PEFT looks for them among all of the original's."""
+    asked = config.adapter.target_modules
+    experts = {
+        spec.name for spec in skeleton.specs if spec.routed_share is not None
+    }  # the original has no such linears
+    plain = [name for name in adapted if name not in experts]
+    modules = [name for name in skeleton.modules if name not in experts]
+    everything = asked is None or asked == ALL_LINEAR
+    if asked is None or everything or experts or {name for name in modules if matches(name, asked)} != set(plain):
+        return tuple(portable_targets(plain, modules))
+    return asked if isinstance(asked, str) else tuple(asked)

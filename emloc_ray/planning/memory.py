@@ -1,0 +1,438 @@
+"""What one worker of every stage holds at its peak, part by part, from shapes alone.
+
+Parts that are never there at the same time are not added up: a pass is at its head or inside a block, a stage reads
+layers before it opens the model. Not counted, because it depends on the machine: the pages of code that a library maps at
+its first call (some 15 MiB), and what its kernels pack weights into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from emloc_ray.io.formats.shards import chunk_limit
+from emloc_ray.io.formats.teacher_shards import BYTES_PER_LOGIT, rows_per_shard
+from emloc_ray.modeling.adapter_methods import update_rank
+from emloc_ray.modeling.architecture import LinearSpec
+from emloc_ray.modeling.loss import chunk_tokens
+from emloc_ray.modeling.quantization import quantized_bytes
+from emloc_ray.planning.machine import available_bytes, gpu_bytes
+from emloc_ray.planning.sizes import FLOAT, Block, Lengths, blocks_of, gradient_bytes, gram_bytes, in_waves, widest_step
+
+if TYPE_CHECKING:
+    from emloc_ray.planning.prepared import Prepared
+
+Parts = dict[str, float]  # bytes by what holds them
+
+BASE_BYTES = 450 * 2**20  # a worker with torch, transformers and peft imported
+_ADAM_BYTES = 16  # a trained parameter in float32: itself, its gradient, Adam's two moments
+_DOUBLE = 8
+_ROWS = 1024  # of a layer that the correction turns to float64 at a time
+# Of a chunk's logits in float32 while their gradient is made: themselves, the softmax and its gradient; of a divergence also
+# those that are not the teacher's top, and theirs.
+LOSS_COPIES, DIVERGENCE_COPIES = 3, 5
+
+
+class MemoryModel:
+    """Predicts from a layout, a config and row lengths; every method gives bytes by part, ``total`` adds them up."""
+
+    def __init__(self, prepared: Prepared, lengths: Lengths, multiples: Mapping[str, float] | None = None) -> None:
+        """``multiples``: prefixes of blocks that see another number of tokens than the row has, and how many times that;
+        left out, by the row's images and the tokens that blocks read for one."""
+        self.prepared, self.lengths = prepared, lengths
+        self.config, self.layout = prepared.config, prepared.layout
+        self.model_config = prepared.model_config
+        self.calibration_tokens = prepared.calibration_tokens(lengths.mean)
+        self.itemsize, self.file_itemsize = model_dtype(prepared).itemsize, file_dtype(prepared).itemsize
+        self.weights, self.emulator = self._weights(self.itemsize), self._emulator(self.itemsize)
+        # What their files take.
+        self.weight_files, self.emulator_files = self._weights(self.file_itemsize), self._emulator(self.file_itemsize)
+        adapted = set(self.layout.adapted)
+        self.adapted = tuple(spec for spec in self.layout.specs if spec.name in adapted)
+        self.adapter_parameters = self._adapter_parameters()
+        if multiples is None:
+            per_image = self.layout.image.block_tokens
+            multiples = {name: count * lengths.images / lengths.longest for name, count in per_image.items()}
+        self.multiples = multiples
+        self.blocks = blocks_of(self.layout.groups, multiples)
+
+    def stage(self, name: str) -> Parts:
+        """Parts of one stage's worker."""
+        found: Parts = getattr(self, name)()
+        return {"base": BASE_BYTES, **{part: int(size) for part, size in found.items() if size}}
+
+    def calibrate(self) -> Parts:
+        return self.calibrate_resident() if self.calibration_mode() == "resident" else self.calibrate_streamed()
+
+    def calibrate_resident(self) -> Parts:
+        """The model, the Grams of the largest wave, and a pass without the head."""
+        largest = max((sum(map(gram_bytes, wave)) for wave in self.waves()), default=0)
+        return {"weights": self.weights, "grams": largest, "activations": self._counting(self._calibration_tokens())}
+
+    def calibrate_streamed(self) -> Parts:
+        """The weights outside the blocks and of the largest block, its Grams, and one token shard's hidden states: what the
+        block reads and what it gives, for all the shard's rows."""
+        inside = max(block.num_parameters for block in self.blocks if not block.is_between)
+        outside = self.layout.num_parameters - sum(s.num_parameters for s in self.layout.specs if not s.between)
+        # The head is never reached; where it is the embedding too, that stays.
+        head = 0 if getattr(self.model_config, "tie_word_embeddings", False) else self.layout.head_parameters
+        names = [block.name for block in self.blocks]
+        grams = max(sum(gram_bytes(group) for group in self._groups() if group[0].block == name) for name in names)
+        section = self.config.calibration
+        rows = min(section.rows_per_shard, section.num_calibration_samples or section.rows_per_shard)
+        shard = rows * self.lengths.longest * self.layout.hidden_size * self.itemsize
+        return {
+            "weights": (inside + outside - head) * self.itemsize,
+            "grams": grams,
+            "hidden states": 2 * shard,
+            "activations": self._counting(self._calibration_tokens()),
+        }
+
+    def hidden_state_disk_bytes(self) -> int:
+        """What streamed calibration keeps on disk at any time: two blocks' outputs for every calibration token."""
+        return int(2 * self.calibration_tokens * self.layout.hidden_size * self.itemsize)
+
+    def calibration_mode(self) -> str:
+        """As the config says; ``auto`` is ``resident`` where that fits a worker."""
+        if self.config.calibration.mode != "auto":
+            return self.config.calibration.mode
+        needed = self.weights + sum(map(gram_bytes, self._groups())) + self._counting(self._calibration_tokens())
+        return "resident" if BASE_BYTES + needed <= self.worker_bytes("calibration") else "streamed"
+
+    def waves(self) -> list[list[tuple[LinearSpec, ...]]]:
+        """The groups of linears, in parts whose Grams fit beside the model in a worker's memory; one part where all do."""
+        room = self.worker_bytes("calibration") - BASE_BYTES - self.weights - self._counting(self._calibration_tokens())
+        return in_waves(self._groups(), gram_bytes, room)
+
+    def gradients(self) -> Parts:
+        """The model, the largest wave's sums of gradients, and a pass forward and back: the blocks' inputs, and inside one
+        block what its backward pass reads, with one output's gradient in float32; or a chunk of logits."""
+        passed = self._backward(self._calibration_tokens())
+        largest = max((sum(map(gradient_bytes, wave)) for wave in self.gradient_waves()), default=0)
+        return {"weights": self.weights, "gradients": largest, **passed}
+
+    def gradient_waves(self) -> list[list[LinearSpec]]:
+        """The linears whose outputs are weighed by gradients, in parts whose sums fit a worker's memory beside the rest."""
+        passed = total(self._backward(self._calibration_tokens()))
+        room = self.worker_bytes("calibration") - BASE_BYTES - self.weights - passed
+        weighed = set(self.layout.weighed)
+        return in_waves([spec for spec in self.layout.specs if spec.name in weighed], gradient_bytes, room)
+
+    def least_for_gradients(self) -> float:
+        """Bytes that a worker needs for gradients at least: those of :meth:`gradients` with one linear's sum at a time."""
+        weighed = set(self.layout.weighed)
+        largest = max((gradient_bytes(spec) for spec in self.layout.specs if spec.name in weighed), default=0)
+        return BASE_BYTES + self.weights + total(self._backward(self._calibration_tokens())) + largest
+
+    def _backward(self, tokens: float) -> Parts:
+        inputs = tokens * self.itemsize * sum(block.multiple * block.width for block in self.blocks)
+        saved = max(block.multiple * self._saved_per_token(block, ()) for block in self.blocks)
+        widest = max((spec.out_features for spec in self.layout.specs), default=0)
+        inside = tokens * (saved + widest * (self.itemsize + FLOAT))
+        # Beside the logits and their softmax a running sum in float64, from which labels are drawn.
+        logits = self._logits(tokens) * (2 * FLOAT + _DOUBLE) / (2 * FLOAT)
+        return {
+            "activations": inputs + (inside if inside >= logits else 0),
+            "logits": logits if logits > inside else 0,
+        }
+
+    def allocate(self) -> Parts:
+        """At most what the group that needs most takes to be factorized."""
+        return self.factorize()
+
+    def worker_bytes(self, section: str) -> float:
+        """``memory_budget``; else of a GPU like this machine's, or a worker's share of its memory, or no bound elsewhere."""
+        if self.config.memory_budget is not None:
+            return float(self.config.memory_budget)
+        asked = getattr(self.config, section)
+        if asked.gpus_per_worker:
+            return gpu_bytes() * asked.gpus_per_worker
+        return float("inf") if self.config.ray.joins else available_bytes() / asked.num_workers
+
+    def factorize(self) -> Parts:
+        """The group that needs most, with one of its layers computed once more in float64, as rounding may ask."""
+        return max((self._factorize_group(group) for group in self._groups()), key=total, default={})
+
+    def _factorize_group(self, group: tuple[LinearSpec, ...]) -> Parts:
+        """A Gram: as summed, damped in float32, damped in float64 (made over a copy), and where an output is wider than
+        the input a Cholesky factor of each. A layer: ``W`` as stored, in float32 and in float64, its product with the
+        Gram, ``M`` with eigenvectors and LAPACK's workspace of twice their size, and the factors of the whole group."""
+        square = group[0].in_features ** 2
+        tall = any(spec.out_features > spec.in_features for spec in group)
+        damped = square * (2 * FLOAT + _DOUBLE)
+        layer = max(self._layer(spec) for spec in group)
+        stored = 0 if self.file_itemsize == FLOAT else self.file_itemsize
+        weight = max(spec.num_parameters for spec in group) * (stored + FLOAT + _DOUBLE)
+        factors = sum(self.layout.kept(spec) for spec in group) * self.file_itemsize
+        weighed = set(self.layout.weighed)
+        # A sum of gradients: as summed, damped, its root; and the weight that it weighs.
+        sums = max(
+            (3 * gradient_bytes(spec) + FLOAT * spec.num_parameters for spec in group if spec.name in weighed),
+            default=0,
+        )
+        damped += sums
+        grams = damped + square * (FLOAT + _DOUBLE if tall else 0)
+        if grams + layer >= damped + square * _DOUBLE:
+            return {"grams": grams, "weights": weight, "products": layer, "factors": factors}
+        return {"grams": damped + square * _DOUBLE, "weights": weight, "factors": factors}
+
+    def _layer(self, spec: LinearSpec) -> float:
+        order = min(spec.out_features, spec.in_features)
+        return spec.num_parameters * _DOUBLE + 4 * order**2 * _DOUBLE + self.layout.kept(spec) * (FLOAT + _DOUBLE)
+
+    def heal(self) -> Parts:
+        """The training, or the original's pass over its batches before it; the larger."""
+        healing, training = self.config.emulator.heals, self.healing()
+        if healing is None:
+            return training
+        rows = healing.per_device_train_batch_size or self.config.finetune.per_device_train_batch_size
+        return max(training, self.teaching(rows), key=total)
+
+    def teaching(self, rows: int) -> Parts:
+        """The original's pass over a batch of so many rows for its top logits, and a shard of these, put together."""
+        healing, mean = self.config.emulator.heals, self.lengths.mean
+        logits = 0 if healing is None else healing.num_teacher_logits
+        shard = rows_per_shard(mean, logits) * BYTES_PER_LOGIT * mean * logits
+        return {**self._scoring(self.weights, rows), "teacher": 2 * shard}
+
+    def healing(self) -> Parts:
+        """The training of the healing alone; nothing where nothing is healed."""
+        healing = self.config.emulator.heals
+        if healing is None:
+            return {}
+        from emloc_ray.planning.training import healing_run  # which needs the config: the rest plans from shapes alone
+
+        run = healing_run(self.prepared, healing)
+        return MemoryModel(run, self.lengths, self.multiples).finetune(DIVERGENCE_COPIES)
+
+    def finetune(self, logit_copies: int = LOSS_COPIES) -> Parts:
+        """Emulator, adapter with its optimizer, and a step: what blocks keep for the backward pass, or only their inputs
+        and one block's at a time under gradient checkpointing; beside it the logits, or one linear's update by LoRA."""
+        section = self.config.finetune
+        virtual = self.config.adapter.settings.get("num_virtual_tokens", 0)
+        tokens = section.per_device_train_batch_size * (self.lengths.longest + virtual)
+        saved = [block.multiple * self._saved_per_token(block, self.adapted) for block in self.blocks]
+        inputs = sum(block.multiple * block.width for block in self.blocks) * self.itemsize
+        kept, again = (inputs, max(saved)) if section.gradient_checkpointing else (sum(saved), 0.0)
+        inside = tokens * (again + self._update_per_token())
+        logits = self._logits(tokens, logit_copies)
+        return {
+            "weights": self.emulator,
+            "unpacked": self._unpacked(),
+            "optimizer": _ADAM_BYTES * self.adapter_parameters,
+            "row norms": self._row_norms([spec for spec in self.adapted if len(self.layout.stored_shapes(spec)) == 1]),
+            "activations": tokens * kept + (inside if inside >= logits else 0),
+            "logits": logits if logits > inside else 0,
+        }
+
+    def correct(self) -> Parts:
+        """First layers one by one, then the original with the adapter and every module's thin matrices; the larger.
+
+        Where there is nothing to choose between, the original is not opened.
+        """
+        wide = 4 if self.config.adapter.method == "dora" else 3  # what its magnitudes follow from
+        thin = sum(
+            self._rank(s)
+            * (_DOUBLE * (s.in_features + wide * s.out_features) + FLOAT * (s.in_features + s.out_features))
+            for s in self.adapted
+        )
+        reading = max((self._difference(spec) for spec in self.adapted), default=0.0)
+        one_by_one: Parts = {"correction": thin + reading}
+        if not self.config.adapter.is_additive:
+            return {}
+        if self.config.correction.method != "auto" or not self.layout.differs:
+            return one_by_one
+        scoring = {
+            **self._scoring(self.weights, self.config.evaluation.batch_size),
+            "adapter": FLOAT * self.corrected_parameters,
+            "row norms": self._row_norms(self.adapted),
+            "correction": thin,
+        }
+        return max(scoring, one_by_one, key=total)
+
+    def _difference(self, spec: LinearSpec) -> float:
+        """``W`` and ``Δ`` in float32 with a product between them, the Gram, and some rows of either in float64."""
+        rows = min(_ROWS, max(spec.out_features, spec.in_features))
+        copies = 5 if self.config.adapter.method == "dora" else 3  # W once more, and W_E: for rows' lengths
+        return copies * FLOAT * spec.num_parameters + gram_bytes((spec,)) * 1.5 + rows * spec.in_features * 2 * _DOUBLE
+
+    def merge(self) -> Parts:
+        """A row chunk that is copied, or one that is merged with its sum in float32; one module's adapter."""
+        if self.config.adapter.is_prompt:
+            return {}
+        largest = max([self.layout.head_parameters, *(spec.num_parameters for spec in self.layout.specs)])
+        chunk = chunk_limit(self.config.merge.chunk_bytes, largest * self.file_itemsize)
+        merged = max((min(chunk, FLOAT * spec.num_parameters) for spec in self.adapted), default=0)
+        module = max((self._rank(s) * (s.in_features + s.out_features) for s in self.adapted), default=0)
+        return {"chunks": max(chunk, 2 * merged), "adapter": FLOAT * module}
+
+    def evaluate(self) -> Parts:
+        """The original with one adapter at a time; scoring a batch, or completing one with a cache."""
+        section = self.config.evaluation
+        parts = {
+            **self._scoring(self.weights, section.batch_size),
+            "adapter": FLOAT * self.corrected_parameters,
+            "row norms": self._row_norms(self.adapted),
+        }
+        tokens = section.batch_size * self.lengths.longest
+        cached = section.batch_size * (self.lengths.longest + section.max_new_tokens)
+        completing = {
+            "weights": self.weights,
+            "kv cache": cached * self.itemsize * self._cached_per_token(),
+            "activations": self._forward(tokens),
+            "adapter": FLOAT * self.corrected_parameters,
+            "row norms": self._row_norms(self.adapted),
+        }
+        return max(parts, completing if section.num_generations or section.num_exact_match else {}, key=total)
+
+    def inference(self) -> Parts:
+        """The original at the fine-tuning's micro-batch and length: prefill with its KV cache, logits of the last token."""
+        rows = self.config.finetune.per_device_train_batch_size
+        tokens = rows * self.lengths.longest
+        return {
+            "base": BASE_BYTES,
+            "weights": self.weights,
+            "kv cache": tokens * self.itemsize * self._cached_per_token(),
+            "activations": self._forward(tokens),
+            "logits": rows * self._vocabulary() * self.itemsize,
+        }
+
+    def _scoring(self, weights: float, rows: int) -> Parts:
+        tokens = rows * self.lengths.longest
+        inside, logits = self._forward(tokens), self._logits(tokens)
+        return {"weights": weights, **({"activations": inside} if inside >= logits else {"logits": logits})}
+
+    def _row_norms(self, dense: Collection[LinearSpec]) -> int:
+        """PEFT's DoRA on a dense linear: an identity, ``s B A``, its unscaled self and its sum with ``W``, in float32."""
+        if self.config.adapter.method != "dora":
+            return 0
+        return FLOAT * max((s.in_features * (s.in_features + 3 * s.out_features) for s in dense), default=0)
+
+    def _weights(self, itemsize: int) -> int:
+        return self.layout.num_parameters * itemsize
+
+    def _emulator(self, itemsize: int) -> int:
+        saved = self.layout.parameters_targeted - self.layout.parameters_factorized
+        return (self.layout.num_parameters - saved) * itemsize - self._packed_away(itemsize) + self.layout.order_bytes
+
+    def _packed_away(self, itemsize: int) -> int:
+        """Bytes that the emulator's linears in 4 bits save."""
+        in_4bit = set(self.layout.in_4bit)
+        packed = [spec for spec in self.layout.specs if spec.name in in_4bit]
+        stored = sum(quantized_bytes(*shape) for spec in packed for shape in self.layout.stored_shapes(spec))
+        return sum(self.layout.kept(spec) for spec in packed) * itemsize - stored
+
+    def _unpacked(self) -> int:
+        """Bytes of the largest weight in 4 bits as it is used: looked up by 32-bit indices, two elements each, in float32,
+        and turned to the model's dtype."""
+        shapes = (shape for spec in self.layout.specs for shape in self.layout.stored_shapes(spec))
+        largest = max((rows * columns for rows, columns in shapes), default=0) if self.layout.in_4bit else 0
+        return largest * (2 + FLOAT + (0 if self.itemsize == FLOAT else self.itemsize))
+
+    def _groups(self) -> list[tuple[LinearSpec, ...]]:
+        targeted = set(self.layout.compressed if self.layout.differs else ())
+        return [group for group in self.layout.groups if any(spec.name in targeted for spec in group)]
+
+    def _adapter_parameters(self) -> int:
+        """Those that are trained: of another method than LoRA's as counted by attaching it, see ``preparation.py``."""
+        if self.layout.adapter_parameters is not None:
+            return self.layout.adapter_parameters
+        magnitudes = sum(s.out_features for s in self.adapted) if self.config.adapter.method == "dora" else 0
+        return magnitudes + self._lora_parameters()
+
+    def _lora_parameters(self) -> int:
+        return sum(self._rank(s) * (s.in_features + s.out_features) for s in self.adapted)
+
+    @property
+    def corrected_parameters(self) -> int:
+        """Those of the adapter as corrected: another method's may be in LoRA's form by then."""
+        corrected = self.config.correction.method != "none" and self.layout.differs
+        return max(self.adapter_parameters, self._lora_parameters() if corrected else 0)
+
+    def _rank(self, spec: LinearSpec) -> int:
+        """The rank of the adapter's update of this linear, as it is corrected: at most the smaller side."""
+        return update_rank(self.config.adapter.method, self.config.adapter.settings, spec)
+
+    def _calibration_tokens(self) -> float:
+        return self.config.calibration.batch_size * self.lengths.longest
+
+    def _logits(self, tokens: float, copies: int = LOSS_COPIES) -> float:
+        """One chunk's logits in float32, or all where they cannot be made by chunks, and what is made of them."""
+        at_once = tokens if self.layout.whole_logits else min(tokens, chunk_tokens(self.layout.hidden_size))
+        return copies * FLOAT * at_once * self._vocabulary()
+
+    def _vocabulary(self) -> float:
+        return self.layout.head_parameters / self.layout.hidden_size
+
+    def _saved_per_token(self, block: Block, trained: Collection[LinearSpec]) -> float:
+        """Bytes that a block keeps of a token for its backward pass, ``trained`` being the linears that are adapted.
+
+        - What adapted linears read, in float32: once for all that share it where the model is in float32, else in a
+          copy for each; with dropout a copy and a mask for each.
+        - The residual stream in float32, at each of two norms.
+        - What goes into attention and activations, and what comes out: outputs of the linears inside, inputs of those
+          that write to the residual stream.
+        - Outputs that are scaled by what is learned, in float32, and of DoRA the base's too.
+
+        Frozen linears keep nothing, dense or factorized: their inputs' gradients need their weights alone. Experts' linears
+        count by the share of tokens that is sent to each.
+        """
+        adapted = set(trained)
+        read = inner = outputs = 0.0
+        for group in block.groups:
+            count = sum(spec in adapted for spec in group)
+            copies = count if self.itemsize < FLOAT or self.config.adapter.lora_dropout else min(count, 1)
+            share = group[0].token_share
+            read += share * copies * group[0].in_features * FLOAT * (2 if self.config.adapter.lora_dropout else 1)
+            outputs += share * sum(spec.out_features for spec in group if spec in adapted)
+            writes = len(group) == 1 and group[0].out_features == block.width
+            inner += share * (group[0].in_features if writes else sum(spec.out_features for spec in group))
+        scaled = {"dora": FLOAT + self.itemsize, "vera": FLOAT, "ia3": FLOAT}.get(self.config.adapter.method, 0)
+        return read + 2 * block.width * FLOAT + inner * self.itemsize + outputs * scaled
+
+    def _update_per_token(self) -> float:
+        """Bytes of the widest ``W x + s B (A x)`` on its way forward, or of its gradient on the way back: once in the
+        model's dtype, three times in float32."""
+        widths = {block.name: block.multiple for block in self.blocks}
+        outputs = (widths[spec.block] * spec.out_features for spec in self.adapted)
+        return max(outputs, default=0.0) * (self.itemsize + 3 * FLOAT)
+
+    def _forward(self, tokens: float) -> float:
+        """Bytes of what lives at once inside a block that keeps nothing: the residual stream before and after attention,
+        normed too, and of its widest step the input, the outputs and one more that is made of them."""
+        return tokens * self.itemsize * max(block.multiple * widest_step(block) for block in self.blocks)
+
+    def _counting(self, tokens: float) -> float:
+        """A pass that adds to Grams: beside it the widest input without its padding, in float32."""
+        widest = max((group[0].in_features for group in self._groups()), default=0)
+        return self._forward(tokens) + tokens * widest * (FLOAT + (0 if self.itemsize == FLOAT else self.itemsize))
+
+    def _cached_per_token(self) -> float:
+        config = self.model_config.get_text_config()
+        heads = getattr(config, "num_attention_heads", None) or 1
+        width = getattr(config, "head_dim", None) or self.layout.hidden_size // heads
+        cached = getattr(config, "num_key_value_heads", None) or heads
+        return 2.0 * cached * width * config.num_hidden_layers
+
+
+def total(parts: Parts) -> int:
+    """All parts together."""
+    return int(sum(parts.values()))
+
+
+def model_dtype(prepared: Prepared) -> torch.dtype:
+    """What the model's weights are kept in while they are used; ``auto`` is transformers' own: what its config names, else
+    what its files hold."""
+    wanted = prepared.config.model.dtype
+    if wanted != "auto":
+        found: torch.dtype = getattr(torch, wanted)
+        return found
+    named = None if prepared.source.gguf_file else getattr(prepared.model_config, "dtype", None)
+    return named or prepared.file_dtype or torch.float32
+
+
+def file_dtype(prepared: Prepared) -> torch.dtype:
+    """What the model's files hold, and with them the emulator's and the merged model's."""
+    return prepared.file_dtype or model_dtype(prepared)

@@ -1,0 +1,97 @@
+"""Sizes that memory is predicted from: how long rows are, and what a model's blocks are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from emloc_ray.modeling.architecture import LinearSpec
+
+FLOAT = 4  # bytes: Grams, adapters, norms and losses are in float32 whatever the model is in
+
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens a row: the mean, and the longest to be expected after truncation; its images, and their bytes as encoded."""
+
+    mean: float
+    longest: float
+    images: float = 0.0
+    image_bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block's linears, those that share an input together, and how many tokens it sees for one of the row.
+
+    That is 1 but for a vision tower, which sees more patches than the language model sees image tokens.
+    """
+
+    name: str
+    groups: tuple[tuple[LinearSpec, ...], ...]
+    multiple: float = 1.0
+
+    @property
+    def is_between(self) -> bool:
+        """Whether these are linears that run between blocks, right before the one of this name."""
+        return self.groups[0][0].between
+
+    @property
+    def specs(self) -> tuple[LinearSpec, ...]:
+        """All its linears."""
+        return tuple(spec for group in self.groups for spec in group)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of their weights."""
+        return sum(spec.num_parameters for spec in self.specs)
+
+    @property
+    def width(self) -> int:
+        """The residual stream's, which its first linears read."""
+        return self.groups[0][0].in_features
+
+
+def gram_bytes(group: tuple[LinearSpec, ...]) -> int:
+    """Bytes of a group's Gram in float32."""
+    return FLOAT * group[0].in_features ** 2
+
+
+def gradient_bytes(spec: LinearSpec) -> int:
+    """Bytes of the sum of a linear's outputs' gradients in float32."""
+    return FLOAT * spec.out_features**2
+
+
+def in_waves(parts: Iterable[Part], size: Callable[[Part], int], room: float) -> list[list[Part]]:
+    """What is gathered, in waves that fit ``room`` bytes, in order; one that does not fit has a wave of its own."""
+    waves: list[list[Part]] = []
+    used = 0.0
+    for part in parts:
+        if not waves or used + size(part) > room:
+            waves.append([])
+            used = 0.0
+        waves[-1].append(part)
+        used += size(part)
+    return waves
+
+
+def widest_step(block: Block) -> int:
+    """Features of a token that live at once in a block's widest step."""
+    steps = ([spec.out_features for spec in group] for group in block.groups)
+    widest = max(group[0].in_features + sum(s) + max(s) for group, s in zip(block.groups, steps, strict=True))
+    return 3 * block.width + widest
+
+
+def blocks_of(groups: tuple[tuple[LinearSpec, ...], ...], multiples: Mapping[str, float]) -> tuple[Block, ...]:
+    """The blocks of a model's linears; ``multiples`` as :class:`emloc_ray.planning.memory.MemoryModel` has it."""
+    found: dict[tuple[str, bool], list[tuple[LinearSpec, ...]]] = {}
+    for group in groups:
+        found.setdefault((group[0].block, group[0].between), []).append(group)
+
+    def multiple(name: str) -> float:
+        return next((value for prefix, value in multiples.items() if name.startswith(prefix)), 1.0)
+
+    return tuple(Block(name, tuple(inside), multiple(name)) for (name, _), inside in found.items())

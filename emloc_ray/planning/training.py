@@ -1,0 +1,60 @@
+"""What a config's healing makes of a run: which layers are healed, and the training that heals them as one like any other."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from emloc_ray.config.schema import AdapterConfig, HealingConfig, RunConfig
+from emloc_ray.core.healing import healed_layers, ranks_before_healing
+from emloc_ray.planning.prepared import Prepared, splits_of
+
+
+def factor_ranks(prepared: Prepared) -> dict[str, int]:
+    """The ranks that layers are factorized to: those of the emulator as it is tuned on, less what healing gives back."""
+    healing = prepared.config.emulator.heals
+    return prepared.layout.ranks if healing is None else ranks_before_healing(prepared.layout.ranks, healing.r)
+
+
+def packs_late(prepared: Prepared) -> bool:
+    """Whether linears are put into 4 bits once they are healed: weights would be rounded twice else, as the blocks of 64
+    elements that share a scale lie otherwise in factors that have grown."""
+    return prepared.layout.quantized and prepared.config.emulator.heals is not None
+
+
+def healing_split(config: RunConfig) -> str:
+    """Whose rows the emulator is healed on."""
+    return "healing" if "healing" in splits_of(config) else "train"
+
+
+def healing_run(prepared: Prepared, healing: HealingConfig) -> Prepared:
+    """The run whose fine-tuning is the healing: a LoRA on the healed layers of the emulator as it is factorized, on the
+    rows that it is healed on."""
+    config, layout = prepared.config, prepared.layout
+    finetune = config.finetune
+    learned = {
+        "max_steps": healing.steps,
+        "loss_on": healing.loss_on,
+        "learning_rate": healing.learning_rate or finetune.learning_rate,
+        "per_device_train_batch_size": healing.per_device_train_batch_size or finetune.per_device_train_batch_size,
+    }
+    changed = config.model_copy(
+        update={
+            "finetune": finetune.model_copy(update=learned),
+            "adapter": AdapterConfig(r=healing.r, lora_alpha=healing.lora_alpha),
+            "emulator": config.emulator.model_copy(update={"healing": None, "quantization": "none"}),
+        }
+    )
+    healed = healed_layers(layout.ranks, healing.r)
+    return dataclasses.replace(
+        prepared,
+        config=changed,
+        files={**prepared.files, "train": prepared.files.get(healing_split(config), ())},
+        layout=dataclasses.replace(
+            layout,
+            ranks=factor_ranks(prepared),
+            adapted=healed,
+            portable_targets=healed,
+            adapter_parameters=None,
+            quantized=False,
+        ),
+    )

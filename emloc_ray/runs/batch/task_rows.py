@@ -1,0 +1,117 @@
+"""A batch's tasks as they are written: a table's rows, a directory's YAML files, or mappings in the batch file itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from emloc_ray.config.reading import read_mapping
+from emloc_ray.data.reading import KINDS, Row, read_rows, scan
+from emloc_ray.errors import ConfigError, DataError
+from emloc_ray.io.formats.yaml_text import read_yaml
+
+_TEXTS = {"name", "base", "owner", "deadline"}  # columns of a CSV file that are what they say: 007 is no number
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """A task's keys, nested or dotted; where it is written; the directory that its ``base`` is looked for from."""
+
+    values: dict[Any, Any]
+    where: str
+    folder: Path
+    name: str | None = None
+
+
+def read_task_rows(tasks: str | list[Any], batch: Path) -> tuple[list[TaskRow], list[str]]:
+    """The tasks of a table, a directory or a list in the batch file, and what cannot be read of them, each a sentence."""
+    rows: list[TaskRow] = []
+    lines: list[str] = []
+    for found in _listed(tasks, batch) if isinstance(tasks, list) else _read(Path(tasks)):
+        if isinstance(found, TaskRow):
+            rows.append(found)
+        else:
+            lines.append(found)
+    return rows, lines
+
+
+def _listed(tasks: list[Any], batch: Path) -> Iterator[TaskRow | str]:
+    for number, values in enumerate(tasks, 1):
+        where = f"{batch}, task {number}"
+        if isinstance(values, dict):
+            yield TaskRow(values, where, batch.parent)
+        else:
+            yield f"{where}: {values!r} is no task: write a mapping of its keys, such as name and data.train.path."
+
+
+def _read(path: Path) -> Iterator[TaskRow | str]:
+    if path.is_dir():
+        yield from _files(path)
+    elif not path.is_file():
+        yield f"tasks {path} does not exist: give a {_kinds()} file, or a directory of YAML files."
+    elif path.suffix not in KINDS:
+        yield f"tasks {path} is no table: give a {_kinds()} file, or a directory of YAML files."
+    else:
+        yield from _table(path)
+
+
+def _kinds() -> str:
+    return ", ".join(sorted(KINDS))
+
+
+def _files(folder: Path) -> Iterator[TaskRow | str]:
+    files = [f for f in sorted(folder.iterdir()) if f.suffix in (".yaml", ".yml") and not f.name.startswith(".")]
+    if not files:
+        yield f"tasks {folder} holds no YAML file: write one a task, such as {folder / 'NAME.yaml'}."
+    for file in files:
+        try:
+            values = read_mapping(file, f"Task {file}", "write those in which it differs from the base")
+            yield TaskRow(values, str(file), folder, file.stem)
+        except ConfigError as error:
+            yield str(error)
+
+
+def _table(path: Path) -> Iterator[TaskRow | str]:
+    try:
+        source = scan(path)
+        for number, row in read_rows(source, range(source.num_rows)):
+            where = f"{path}, row {number + 1}"
+            try:
+                yield TaskRow(_set_cells(_parsed(row) if source.kind == "csv" else row), where, path.parent)
+            except ConfigError as error:
+                yield f"{where}: {error}"
+    except DataError as error:
+        yield str(error)
+    except (ValueError, OverflowError) as error:  # such as nanoseconds, which Python's times have not
+        yield f"{path} holds what Python cannot ({' '.join(str(error).split())}): convert it."
+
+
+def _set_cells(row: Row) -> Row:
+    """A row without its empty cells: tables have a cell for each column, whether a task sets it or not."""
+    cells = {key: _set_cells(value) or None if isinstance(value, dict) else value for key, value in row.items()}
+    return {
+        key: value
+        for key, value in cells.items()
+        if value is not None and value == value and not (isinstance(value, str) and not value.strip())
+    }
+
+
+def _parsed(row: Row) -> Row:
+    return {key: text.strip() if key in _TEXTS else _parse(key, text.strip()) for key, text in row.items()}
+
+
+def _parse(key: str, text: str) -> Any:
+    """A CSV file's text as YAML has it, where that is a number, a list and the like; else as it is: a # is no comment."""
+    if text.lower() in ("", "nan", "null", "~"):
+        return None
+    try:
+        value = read_yaml(text)
+    except ValueError as error:
+        if text[0] in "[{\"'":
+            raise ConfigError(f"{key} is {text!r}, which is not YAML: fix it.") from error
+        return text  # such as the pattern *.jsonl
+    is_plain = isinstance(value, str) and text[0] not in "\"'"
+    return text if value is None or is_plain or isinstance(value, date) else value

@@ -1,0 +1,1 @@
+"""The calibration: Grams and sums of gradients."""

@@ -1,0 +1,195 @@
+"""Calibrate: token shards go to slots, a task each; Grams accumulate inside the tasks and are summed in slot order."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from emloc_ray.data.processors import example
+from emloc_ray.io.formats.grams import (
+    INDEX,
+    GramStore,
+    gram_counts,
+    last_shard,
+    reduce_slots,
+    write_gram_index,
+    write_gram_shard,
+)
+from emloc_ray.io.store.node_cache import discard, exists, local_only, sizes
+from emloc_ray.modeling.architecture import load_config
+from emloc_ray.modeling.replay import block_flow
+from emloc_ray.stages.calibrate.job import CalibrationJob
+from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
+from emloc_ray.stages.calibrate.streamed_slot import StreamedSlot, grams_file, last_node, part_file
+from emloc_ray.stages.calibrate.thin_experts import Gathered, clear_thin, describe, gather_thin
+from emloc_ray.stages.ray.losses import Losses, Tell, unheard
+from emloc_ray.stages.ray.slots import run_slots, start_slot
+from emloc_ray.stages.ray.tasks import Flight, Progress, Resources, bounded, set_threads, silent
+
+_GRAMS_PER_FILE = 4
+
+
+def calibrate(
+    job: CalibrationJob,
+    out_dir: Path,
+    resources: Resources,
+    progress: Progress = silent,
+    tell: Tell = unheard,
+) -> dict[str, Any]:
+    """Gathers every group's Gram over the job's token shards into ``out_dir``; each shard counts exactly once.
+
+    The shards go to slots in turn; a lost task is begun again and goes on from its slot's commit. ``job.mode``
+    ``resident`` holds the model in every task; ``streamed`` holds one block of it and takes all shards through that.
+    Both give the same Grams, up to rounding. Experts that were sent too few tokens get theirs in a second pass
+    (:mod:`emloc_ray.stages.calibrate.thin_experts`).
+
+    Raises:
+        NumericsError: where activations are NaN or Inf, naming the layer.
+        StageError: where a slot is lost more often than retries allow.
+    """
+    num_shards = job.shards[1] - job.shards[0]
+    num_slots = min(resources.num_workers, num_shards)
+    if not exists(out_dir / INDEX):
+        losses = Losses(job.step, tell)
+        gather = functools.partial(_gather, resources=resources, progress=progress, losses=losses)
+        (counts, weight_map), routed = gather_thin(job, out_dir, gather(job, out_dir), gather)
+        write_gram_index(out_dir, job.groups, weight_map, counts, routed_tokens=routed)
+    for left in (out_dir / "slots", local_only(out_dir) / "hidden"):
+        discard(left)
+    clear_thin(out_dir)
+    index = GramStore(out_dir).index
+    return {
+        "num_workers": num_slots,
+        "num_shards": num_shards,
+        "num_tokens": max(index["num_tokens"].values()),
+        "mode": job.mode,
+        "waves": len(job.waves or (job.groups,)),
+        **describe(job, index["num_tokens"], index.get("routed_tokens", {})),
+    }
+
+
+def _gather(
+    job: CalibrationJob, out_dir: Path, *, resources: Resources, progress: Progress, losses: Losses
+) -> Gathered:
+    """The Grams of the job's groups, in its mode; an index is not written."""
+    num_slots = min(resources.num_workers, job.shards[1] - job.shards[0])
+    way = _stream if job.mode == "streamed" else _reside
+    return way(job, out_dir, num_slots, resources, progress, losses)
+
+
+def _reside(
+    job: CalibrationJob,
+    out_dir: Path,
+    num_slots: int,
+    resources: Resources,
+    progress: Progress,
+    losses: Losses,
+) -> Gathered:
+    """One pass over the shards for each wave of Grams."""
+    counts: dict[str, int] = {}
+    weight_map: dict[str, str] = {}
+    waves = job.waves or (job.groups,)
+    work = [job.shards_of(slot, num_slots) for slot in range(num_slots)]
+    for number, groups in enumerate(waves):
+        part = dataclasses.replace(job, groups=groups)
+        folder = out_dir / "slots" / f"wave-{number:04d}-of-{len(waves):04d}"
+        slots = [folder / f"slot-{slot:04d}-of-{num_slots:04d}.safetensors" for slot in range(num_slots)]
+        for stale in set(sizes(folder)) - set(slots):  # of a run with another number of slots
+            discard(stale)
+
+        def start(slot: int, part: CalibrationJob = part, slots: Sequence[Path] = slots) -> Any:
+            name, path = f"{job.step}: slot {slot}", slots[slot]
+            return start_slot(resources, name, work[slot], ResidentSlot, part, path, resources.threads)
+
+        def told(done: int, total: int, number: int = number) -> None:
+            progress(number * total + done, len(waves) * total)
+
+        # A task that counted as lost, and was begun again, may still have committed after its successor did.
+        ends = [shards[-1] for shards in work]
+        while (safe := [last_shard(file) if exists(file) else -1 for file in slots]) != ends:
+            run_slots(start, work, "token shard", losses, told, safe=safe)
+        names = [group[0] for group in groups]
+        prefix = f"grams-{number + 1:05d}" if len(waves) > 1 else "grams"
+        found = _reduce(slots, names, out_dir, prefix, resources, losses)
+        counts.update(found[0])
+        weight_map.update(found[1])
+    return counts, weight_map
+
+
+def _reduce(
+    slots: Sequence[Path], names: Sequence[str], out_dir: Path, prefix: str, resources: Resources, losses: Losses
+) -> Gathered:
+    """Sums the slots, a file of a few Grams a task; as many tasks at once as the stage has workers, without their GPUs."""
+    parts = [list(names[start : start + _GRAMS_PER_FILE]) for start in range(0, len(names), _GRAMS_PER_FILE)]
+    files = [f"{prefix}-{number + 1:05d}-of-{len(parts):05d}.safetensors" for number in range(len(parts))]
+    task = dataclasses.replace(resources, gpus_per_worker=0).task(_reduce_part)
+
+    def submit(file: str, part: list[str]) -> Any:
+        return task.options(name=f"{losses.stage}: {file}").remote(list(slots), part, out_dir / file)
+
+    submits = [
+        (f"the sum {file}", functools.partial(submit, file, part)) for file, part in zip(files, parts, strict=True)
+    ]
+    results = bounded(submits, resources.num_workers, losses)
+    counts: dict[str, int] = {name: count for result in results for name, count in result.items()}
+    return counts, {name: file for file, part in zip(files, parts, strict=True) for name in part}
+
+
+def _reduce_part(slots: list[Path], names: list[str], path: Path) -> dict[str, int]:
+    set_threads(1)
+    grams = reduce_slots(slots, names)
+    write_gram_shard(path, grams)
+    return {name: gram.num_tokens for name, gram in grams.items()}
+
+
+def _stream(
+    job: CalibrationJob,
+    out_dir: Path,
+    num_slots: int,
+    resources: Resources,
+    progress: Progress,
+    losses: Losses,
+) -> Gathered:
+    """Every slot at its own pace through the blocks; a block's Grams are summed once all slots have passed it."""
+    options = dict(job.model_options)
+    trusted = options.get("trust_remote_code", False)
+    config, shown = load_config(job.model_dir, trust_remote_code=trusted), example(job.model_dir, trusted)
+    order = block_flow(config, trusted, shown).order
+    names = [[group[0] for group in job.groups_of(block)] for block in order]
+    num_blocks = 1 + max(position for position, inside in enumerate(names) if inside)
+    files = [grams_file(out_dir, block, num_blocks) for block in range(num_blocks)]
+    reduce = Resources(cpus_per_worker=0).task(_reduce_block)  # the slots may hold every CPU
+    passed = dict.fromkeys(range(num_slots), -1)
+    flight = Flight(num_slots, losses)
+
+    def start(slot: int) -> Any:
+        told = job, out_dir, slot, num_slots, num_blocks, resources.threads
+        node = last_node(out_dir, slot, num_slots)
+        return start_slot(resources, f"calibrate: slot {slot}", range(num_blocks), StreamedSlot, *told, node=node)
+
+    def done(slot: int, position: int) -> None:
+        for block in range(min(passed.values()) + 1, min((passed | {slot: position}).values()) + 1):
+            parts = [part_file(out_dir, s, num_slots, block) for s in range(num_slots)]
+            task = reduce.options(name=f"calibrate: {files[block].name}")
+            submit = functools.partial(task.remote, parts, names[block], files[block])
+            flight.add(f"the sum of block {block}", submit)
+        passed[slot] = position
+        flight.pump()
+
+    run_slots(start, [range(num_blocks)] * num_slots, "block", losses, progress, done)
+    while flight.pump(None):
+        pass
+    counts = {name: count for found in flight.results.values() for name, count in found.items()}
+    return counts, {name: files[block].name for block in range(num_blocks) for name in names[block]}
+
+
+def _reduce_block(parts: list[Path], names: list[str], path: Path) -> dict[str, int]:
+    """Sums a block's Grams over the slots and removes what they were summed from; done once, however often it is asked."""
+    if not exists(path):
+        _reduce_part(parts, names, path)
+    for part in parts:
+        discard(part)
+    return gram_counts(path)

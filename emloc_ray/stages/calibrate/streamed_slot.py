@@ -1,0 +1,145 @@
+"""A calibration slot whose model is larger than its worker: one block's weights at a time, hidden states on disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import ray
+import torch
+
+from emloc_ray.data.formats import Tokens
+from emloc_ray.data.token_shards import TokenShards, collate, length_batches
+from emloc_ray.io.formats.grams import write_slot
+from emloc_ray.io.store.atomic import atomic_file
+from emloc_ray.io.store.node_cache import ensure, exists, local_only, remote
+from emloc_ray.modeling.block_outputs import BlockOutput, read_outputs, write_outputs
+from emloc_ray.modeling.gram_hooks import GramHooks
+from emloc_ray.modeling.inputs import model_call
+from emloc_ray.modeling.replay import BlockReplay
+from emloc_ray.stages.calibrate.job import CalibrationJob
+from emloc_ray.stages.ray.tasks import set_threads
+
+
+def grams_file(out_dir: Path, position: int, num_blocks: int) -> Path:
+    """Where a block's Grams over all slots are."""
+    return out_dir / f"grams-{position + 1:05d}-of-{num_blocks:05d}.safetensors"
+
+
+def part_file(out_dir: Path, slot: int, num_slots: int, position: int) -> Path:
+    """Where a slot's Grams of a block wait to be summed."""
+    return out_dir / "slots" / f"slot-{slot:04d}-of-{num_slots:04d}" / f"block-{position:05d}.safetensors"
+
+
+def last_node(out_dir: Path, slot: int, num_slots: int) -> str | None:
+    """The node, by Ray's id, whose disk has a slot's hidden states; None where all nodes see them, or there are none."""
+    path = _node_file(out_dir, slot, num_slots)
+    if remote(out_dir) is None:
+        return None
+    ensure(path)
+    return path.read_text() if path.is_file() else None
+
+
+def _node_file(out_dir: Path, slot: int, num_slots: int) -> Path:
+    return out_dir / "slots" / f"slot-{slot:04d}-of-{num_slots:04d}" / "node"
+
+
+def outputs_file(out_dir: Path, position: int, shard: int, inputs: str = "") -> Path:
+    """Where the outputs of a block and of those before it that are still needed are, for one token shard.
+
+    Nobody clears them on other nodes, where a calibration of other ``inputs`` may find them.
+    """
+    return _hidden(out_dir) / inputs / f"block-{position:05d}" / f"shard-{shard:05d}.safetensors"
+
+
+def _hidden(out_dir: Path) -> Path:
+    return local_only(out_dir) / "hidden"
+
+
+class StreamedSlot:
+    """Takes its shards through one block after another; a block is safe once its Grams are written.
+
+    At any time the disk holds the hidden states of two blocks for the slot's shards, and whatever earlier outputs
+    later blocks read.
+    """
+
+    def __init__(
+        self, job: CalibrationJob, out_dir: Path, slot: int, num_slots: int, num_blocks: int, threads: int
+    ) -> None:
+        set_threads(threads)
+        self.job, self.out_dir, self.slot, self.num_slots, self.num_blocks = job, out_dir, slot, num_slots, num_blocks
+        self.shards = TokenShards(job.tokens_dir)
+        self.numbers = job.shards_of(slot, num_slots)
+        self.replay = BlockReplay(job.model_dir, **dict(job.model_options))
+        if remote(out_dir) is not None and ray.is_initialized():
+            with atomic_file(_node_file(out_dir, slot, num_slots)) as file:
+                file.write(ray.get_runtime_context().get_node_id().encode())
+        for other in _hidden(out_dir).glob("*") if job.inputs else ():
+            if other.name != job.inputs:
+                shutil.rmtree(other, ignore_errors=True)
+
+    def position(self) -> int:
+        """The last block whose Grams are written, by this slot or summed over all, or -1."""
+        last = max(
+            (
+                k
+                for k in range(self.num_blocks)
+                if exists(self._part(k)) or exists(grams_file(self.out_dir, k, self.num_blocks))
+            ),
+            default=-1,
+        )
+        if 0 <= last < self.num_blocks - 1 and not all(
+            self._outputs(last, number).is_file() for number in self.numbers
+        ):
+            return -1  # the node that held the hidden states is gone, and they with it
+        return last
+
+    def _part(self, position: int) -> Path:
+        return part_file(self.out_dir, self.slot, self.num_slots, position)
+
+    def _outputs(self, position: int, number: int) -> Path:
+        return outputs_file(self.out_dir, position, number, self.job.inputs)
+
+    def accumulate(self, position: int) -> int:
+        """Counts all the slot's shards in the block at ``position``; returns that."""
+        self.replay.load_block(position)
+        block = self.replay.flow.order[position]
+        groups = self.job.groups_of(block)
+        hooks = GramHooks(self.replay.model, groups, dict(self.job.streams), reread=self.job.reread)
+        for number in self.numbers:
+            self._pass_shard(position, number, hooks)
+        hooks.remove()
+        hooks.check_finite()
+        write_slot(self._part(position), hooks.grams, position)
+        for number in self.numbers if position else ():
+            self._outputs(position - 1, number).unlink(missing_ok=True)
+        return position
+
+    def _pass_shard(self, position: int, number: int, hooks: GramHooks) -> None:
+        """Takes one token shard through the block; its hidden states before and after are all that is held of any."""
+        before = read_outputs(self._outputs(position - 1, number)) if position else None
+        after = [
+            self._forward(position, batch, {} if before is None else before[index], hooks)
+            for index, batch in enumerate(length_batches(self.shards.shard(number), self.job.batch_size))
+        ]
+        if position + 1 < self.num_blocks:
+            write_outputs(self._outputs(position, number), after)
+
+    def _forward(
+        self, position: int, rows: Sequence[Tokens], outputs: dict[int, BlockOutput], hooks: GramHooks
+    ) -> dict[int, BlockOutput]:
+        made = collate(rows, self.job.pad_token_id, self.job.image_inputs())
+        batch = {key: value.to(self.replay.device) for key, value in made.items()}
+        call = model_call(self.replay.model.config, batch, tokens=self.job.tokens)
+        with hooks.counting(call.counted):
+            given = self.replay.forward(position, call.inputs, outputs)
+        flow = self.replay.flow
+        known = outputs if given is None else {**outputs, position: given}
+        return {k: v if flow.last_use(k) > position else v.shapes() for k, v in known.items()}
+
+    def commit(self) -> None:
+        """Every block was committed when it was done."""
+        self.replay.drop_blocks()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

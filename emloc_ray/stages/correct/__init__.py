@@ -1,0 +1,1 @@
+"""The correction of the adapter for the difference between emulator and original."""

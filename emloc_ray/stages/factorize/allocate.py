@@ -1,0 +1,192 @@
+"""Allocate: the spectra of all linears, a Ray task for those that share a Gram; then the ranks, here, written as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from torch import Tensor
+
+from emloc_ray.core.allocation import Allocation, Curve, allocate, plain_gains, spectrum
+from emloc_ray.core.ranks import Storage, factor_parameters
+from emloc_ray.core.whitening import Whitening
+from emloc_ray.io.formats.checkpoint import Checkpoint, read_shard
+from emloc_ray.io.formats.grams import GramStore, StoredGram
+from emloc_ray.io.formats.shards import write_tensors
+from emloc_ray.io.store.atomic import write_json
+from emloc_ray.io.store.node_cache import ensure, sizes
+from emloc_ray.modeling.architecture import LinearSpec
+from emloc_ray.stages.factorize.factorize import group_cost
+from emloc_ray.stages.ray.losses import Losses, Tell, unheard
+from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, set_threads, silent
+
+RANKS = "ranks.json"
+_CONNECTIONS = 8  # by which small files are read at once
+
+
+@dataclass(frozen=True)
+class AllocationJob:
+    """Artifact paths and flat settings of the stage.
+
+    ``groups`` are the linears whose ranks are to be found, those that share a Gram together, and ``ranks`` what each has
+    uniformly: the budget. ``by_gradients``: gains are of predictions, ``½ λ_i / N`` with the ``λ_i`` of the metric of both
+    sums, or what ``plain_factors`` save there; else the eigenvalues of ``W G Wᵀ`` as shares of their sum.
+    ``gradients_dir`` holds the sums of gradients. ``never_dense`` are those that an emulator could not store dense as it
+    is to be stored. ``storage`` is that of factors, which says what a rank costs.
+    """
+
+    model_dir: Path
+    calibration_dir: Path
+    gradients_dir: Path | None
+    groups: tuple[tuple[LinearSpec, ...], ...]
+    ranks: dict[str, int]
+    by_gradients: bool
+    plain_factors: bool = False
+    dampening_frac: float = 1e-6
+    gradient_dampening_frac: float = 1e-2
+    never_dense: tuple[str, ...] = ()
+    storage: Storage = "factors"
+
+
+def read_ranks(directory: Path) -> dict[str, int | None]:
+    """The ranks that :func:`allocate_ranks` wrote, None for a linear that stays dense."""
+    path = directory / RANKS
+    ensure(path)
+    layers: dict[str, Any] = json.loads(path.read_text())["layers"]
+    return {name: layer["rank"] for name, layer in layers.items()}
+
+
+def group_spectra(
+    job: AllocationJob, specs: Sequence[LinearSpec], gram: StoredGram, gradients: Mapping[str, StoredGram]
+) -> dict[str, Tensor]:
+    """What each rank of a group's linears gains, ``(min(out, in),)``; all zeros where the data says nothing.
+
+    Raises:
+        NumericsError: where a weight or a sum holds NaN or Inf, naming the layer.
+    """
+    checkpoint, found = Checkpoint(job.model_dir), {}
+    num_tokens = gram.num_tokens
+    # An expert that was sent too few tokens has an identity of no tokens, as it is to be cut by a plain SVD.
+    known = num_tokens > 0
+    whitening = Whitening(gram.read(), job.dampening_frac, name=specs[0].name) if known else None
+    for spec in specs:
+        nothing = torch.zeros(min(spec.out_features, spec.in_features), dtype=torch.float64)
+        found[spec.name] = nothing
+        if whitening is None:
+            continue
+        outputs = None
+        if job.by_gradients:
+            name = f"the gradients of what {spec.name} gives"
+            outputs = Whitening(gradients[spec.name].read(), job.gradient_dampening_frac, name=name)
+            if outputs.is_identity:
+                continue
+        weight = spec.read_weight(checkpoint)
+        if outputs is not None and job.plain_factors:
+            values = plain_gains(weight, whitening, outputs, name=spec.name)
+        else:
+            values = spectrum(weight, whitening, outputs, name=spec.name)
+        total = float(values.sum())
+        if total > 0:
+            found[spec.name] = values / (2 * num_tokens) if job.by_gradients else values / total
+    return found
+
+
+def allocate_ranks(
+    job: AllocationJob, out_dir: Path, resources: Resources, progress: Progress = silent, tell: Tell = unheard
+) -> dict[str, Any]:
+    """Writes ``ranks.json`` into ``out_dir``: every linear's rank (null: dense), the share of its parameters that it keeps,
+    and what it gains of all that it could. Spectra that are there already are kept.
+
+    A linear of which the data says nothing, as an expert that nothing was sent to, keeps its uniform rank.
+    """
+    files = [out_dir / f"spectra-{k + 1:05d}-of-{len(job.groups):05d}.safetensors" for k in range(len(job.groups))]
+    task = resources.task(_spectra_task)
+    grams = GramStore(job.calibration_dir)
+    sums = None if job.gradients_dir is None else GramStore(job.gradients_dir)
+    there = set(sizes(out_dir))
+    todo = [pair for pair in zip(job.groups, files, strict=True) if pair[1] not in there]
+    # Once, not with every task.
+    shared_job = ray.put(dataclasses.replace(job, groups=(), ranks={})) if todo else None
+    submits = []
+    for specs, file in sorted(todo, key=lambda pair: group_cost(pair[0]), reverse=True):
+        gradients = {} if sums is None else {spec.name: sums.stored(spec.name) for spec in specs}
+        named = task.options(name=f"allocate: {' and '.join(spec.name for spec in specs)}")
+        call = functools.partial(
+            named.remote, shared_job, specs, grams.stored(specs[0].name), gradients, file, resources.threads
+        )
+        submits.append((specs[0].name, call))
+    bounded(submits, resources.num_workers, Losses("allocate", tell), progress)
+    gains: dict[str, Tensor] = {}
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        for found_there in pool.map(_read_spectra, files):
+            gains |= found_there
+    every = [spec for group in job.groups for spec in group]
+    told = [spec for spec in every if float(gains[spec.name].sum()) > 0]
+    curves = [_curve(job, spec, gains[spec.name]) for spec in told]
+    uniform = {curve.name: job.ranks[curve.name] for curve in curves}
+    budget = sum(curve.cost(uniform[curve.name]) for curve in curves)
+    found = allocate(curves, budget, dict(uniform)) if curves else Allocation({}, 0, 0.0)
+    ranks: dict[str, int | None] = {spec.name: found.ranks.get(spec.name, job.ranks[spec.name]) for spec in every}
+    _write(job, out_dir / RANKS, every, ranks, gains, budget - found.used)
+    possible = sum(float(values.sum()) for values in gains.values())
+    return {
+        "num_workers": resources.num_workers,
+        "budget": sum(_kept(job, spec, job.ranks[spec.name]) for spec in every),
+        "left": budget - found.used,
+        "num_dense": sum(rank is None for rank in ranks.values()),
+        "num_kept_uniform": len(every) - len(told),
+        "gain": found.gain / possible if possible > 0 else 0.0,
+        "uniform_gain": sum(c.gain(uniform[c.name]) for c in curves) / possible if possible > 0 else 0.0,
+    }
+
+
+def _curve(job: AllocationJob, spec: LinearSpec, gains: Tensor) -> Curve:
+    return Curve(spec.name, spec.out_features, spec.in_features, gains, spec.name not in job.never_dense, job.storage)
+
+
+def _kept(job: AllocationJob, spec: LinearSpec, rank: int | None) -> int:
+    return factor_parameters(spec.out_features, spec.in_features, rank, job.storage)
+
+
+def _write(
+    job: AllocationJob,
+    path: Path,
+    specs: Sequence[LinearSpec],
+    ranks: Mapping[str, int | None],
+    gains: Mapping[str, Tensor],
+    left: int,
+) -> None:
+    layers = {}
+    for spec in specs:
+        rank, all_gains = ranks[spec.name], gains[spec.name]
+        layers[spec.name] = {
+            "rank": rank,
+            "share": _kept(job, spec, rank) / spec.num_parameters,
+            "gain": float((all_gains if rank is None else all_gains[:rank]).sum()),
+            "possible_gain": float(all_gains.sum()),
+        }
+    write_json(path, {"parameters_left": left, "layers": layers})
+
+
+def _read_spectra(file: Path) -> dict[str, Tensor]:
+    return {entry.name: entry.read_rows() for entry in read_shard(file).entries}
+
+
+def _spectra_task(
+    job: AllocationJob,
+    specs: Sequence[LinearSpec],
+    gram: StoredGram,
+    gradients: Mapping[str, StoredGram],
+    file: Path,
+    threads: int,
+) -> None:
+    set_threads(threads)
+    write_tensors(file, group_spectra(job, specs, gram, gradients))

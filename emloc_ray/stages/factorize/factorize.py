@@ -1,0 +1,310 @@
+"""Factorize: one Ray task per group of linears that share a Gram, the largest first, factors written by the task."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from emloc_ray.core.factorization import Factorization, relative_error
+from emloc_ray.core.factorization import factorize as factorize_layer
+from emloc_ray.core.nested import extended, truncated
+from emloc_ray.core.pivoting import pivot, stored_product
+from emloc_ray.core.ranks import Storage
+from emloc_ray.core.two_sided import extended_two_sided, factorize_two_sided
+from emloc_ray.core.whitening import Whitening
+from emloc_ray.io.formats.checkpoint import Checkpoint, read_shard, write_index
+from emloc_ray.io.formats.grams import GramStore, StoredGram
+from emloc_ray.io.formats.shards import write_tensors
+from emloc_ray.io.store.node_cache import sizes
+from emloc_ray.modeling.architecture import LinearSpec
+from emloc_ray.modeling.emulator import write_emulator_config
+from emloc_ray.modeling.loading import copy_tokenizer
+from emloc_ray.modeling.quantization import dequantize, is_packed, num_elements, quantization_config, quantize
+from emloc_ray.stages.factorize.kept_tensors import copy_rest, rest_of_shards
+from emloc_ray.stages.factorize.layer_reports import (
+    LAYERS,
+    Basis,
+    LayerReport,
+    read_reports,
+    sampled,
+    spectra_file,
+    write_spectra,
+)
+from emloc_ray.stages.ray.losses import Losses, Tell, unheard
+from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, set_threads, silent
+
+_CONNECTIONS = 8
+
+
+@dataclass(frozen=True)
+class FactorizationJob:
+    """Artifact paths and flat settings of the stage.
+
+    ``groups`` are the linears that share an input; those without a rank in ``ranks`` stay dense. ``basis_dir`` is an
+    emulator of the same weights and Grams, of any ranks: its factors are cut, or added to. ``renamed`` are the tensors
+    whose names in the checkpoint are not the model's own, which the emulator's are. ``in_4bit`` are the linears that are
+    stored so, as factors or dense, of which those in ``without_gram`` have none; ``kept_wide`` are those elsewhere in the
+    model that are not. ``gradients_dir`` holds the sums of gradients that weigh outputs, where factors are to keep the
+    model's predictions instead of each layer's outputs. ``by_weights``: factors are the weights' own truncated SVD, whose
+    errors alone are measured under the Grams. ``storage`` is how they are stored.
+    """
+
+    model_dir: Path
+    out_dir: Path
+    groups: tuple[tuple[LinearSpec, ...], ...]
+    ranks: dict[str, int]
+    dampening_frac: float = 1e-6
+    seed: int = 0
+    basis_dir: Path | None = None
+    renamed: dict[str, str] = field(default_factory=dict)
+    in_4bit: tuple[str, ...] = ()
+    without_gram: tuple[str, ...] = ()
+    kept_wide: tuple[str, ...] = ()
+    gradients_dir: Path | None = None
+    gradient_dampening_frac: float = 1e-2
+    by_weights: bool = False
+    storage: Storage = "factors"
+
+
+def group_cost(group: Sequence[LinearSpec]) -> float:
+    """About the floating-point operations that a group's factors take, to a constant factor."""
+    return sum(min(s.out_features, s.in_features) ** 3 + s.num_parameters * s.in_features for s in group)
+
+
+def factorize_group(job: FactorizationJob, specs: Sequence[LinearSpec], gram: StoredGram | None, path: Path) -> None:
+    """Factorizes the linears of one group under their shared Gram; writes their spectra, then their factors as one shard.
+
+    Those without a rank are only put into 4 bits; without a Gram all are, and no error is reported.
+
+    Raises:
+        NumericsError: where a weight or the Gram holds NaN or Inf, naming the layer.
+    """
+    checkpoint = Checkpoint(job.model_dir)
+    basis = Basis(job.basis_dir)
+    whitening = functools.cache(functools.partial(_whitening, gram, job.dampening_frac))
+    alike = functools.cache(functools.partial(Whitening.identity, specs[0].in_features))
+    inputs = alike if job.by_weights else whitening
+    gradients = None if job.gradients_dir is None else GramStore(job.gradients_dir)
+    tensors: dict[str, torch.Tensor] = {}
+    spectra: dict[str, torch.Tensor] = {}
+    reports = []
+    for spec in specs:
+        dtype = checkpoint.entry(spec.weight_rows[0].name).dtype
+        weight = functools.cache(functools.partial(spec.read_weight, checkpoint))
+        outputs = None  # before the next one is read: three matrices of the outputs' order
+        outputs = _output_whitening(job, spec, gradients) if spec.name in job.ranks else None
+        result = _factorized(job, spec, weight, inputs, outputs, basis) if spec.name in job.ranks else None
+        parts, order = ({"": weight()}, None) if result is None else _parts(result, job.storage)
+        held = {
+            part: quantize(made, dtype, spec.name) if spec.name in job.in_4bit else {"weight": made.to(dtype)}
+            for part, made in parts.items()
+        }
+        tensors |= {f"{spec.name}{part}.{key}": found for part, some in held.items() for key, found in some.items()}
+        if result is not None:
+            spectra[spec.name] = result.eigenvalues.float()
+            if spec.bias_rows.name in checkpoint:
+                holder = f"{spec.name}.up" if order is None else spec.name
+                tensors[f"{holder}.bias"] = spec.bias_rows.entry(checkpoint).read_rows()
+        if order is not None:
+            tensors[f"{spec.name}.order"] = order
+        if gram is not None:
+            weighed = outputs is not None or job.by_weights
+            stored = functools.partial(_stored, list(held.values()), order)
+            anew = weighed or spec.name in job.in_4bit
+            reports.append(_report(spec, result, stored if anew else None, weight, whitening, gram.num_tokens, weighed))
+    write_tensors(spectra_file(path), spectra, {LAYERS: json.dumps([asdict(report) for report in reports])})
+    write_tensors(path, tensors)  # last: with it, the group is done
+
+
+def _whitening(gram: StoredGram | None, dampening_frac: float) -> Whitening:
+    """Without a Gram nothing asks for it.
+
+    Of linears that calibration brought no token to, as a vision tower's without images, it is as if all inputs were alike:
+    their best factors are then those of the weight alone.
+    """
+    assert gram is not None
+    found = gram.read()
+    inputs = found if gram.num_tokens else torch.eye(len(found), dtype=found.dtype)
+    return Whitening(inputs, dampening_frac, name=gram.name)
+
+
+def _factorized(
+    job: FactorizationJob,
+    spec: LinearSpec,
+    weight: Callable[[], torch.Tensor],
+    inputs: Callable[[], Whitening],
+    outputs: Whitening | None,
+    basis: Basis,
+) -> Factorization:
+    rank, known = job.ranks[spec.name], basis.layer(spec.name)
+    if known is not None and known.factors.up.shape[1] >= rank:
+        return truncated(known, rank)
+    if outputs is None:
+        if known is None:
+            return factorize_layer(weight(), inputs(), rank, seed=job.seed, name=spec.name)
+        return extended(weight(), inputs(), known, rank, seed=job.seed, name=spec.name)
+    if known is None:
+        return factorize_two_sided(weight(), inputs(), outputs, rank, seed=job.seed, name=spec.name)
+    return extended_two_sided(weight(), inputs(), outputs, known, rank, seed=job.seed, name=spec.name)
+
+
+def _output_whitening(job: FactorizationJob, spec: LinearSpec, gradients: GramStore | None) -> Whitening | None:
+    """What weighs the outputs of a linear; None where each counts as it is."""
+    if gradients is None:
+        return None
+    name = f"the gradients of what {spec.name} gives"
+    return Whitening(gradients.read(spec.name), job.gradient_dampening_frac, name=name)
+
+
+def _parts(result: Factorization, storage: Storage) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    """A layer's factors by what follows its name, and where they are pivoted the places of their rows."""
+    if storage == "factors":
+        return {".up": result.factors.up, ".down": result.factors.down}, None
+    up, down, order = pivot(result.factors)
+    return {".up": up, ".down": down}, order
+
+
+def _stored(held: Sequence[dict[str, torch.Tensor]], order: torch.Tensor | None) -> torch.Tensor:
+    """The weight that is stored as these tensors, in float32."""
+    first, *others = [(dequantize(some) if is_packed(some) else some["weight"]).float() for some in held]
+    return stored_product(first, others[0], order) if others else first
+
+
+def _report(
+    spec: LinearSpec,
+    result: Factorization | None,
+    stored: Callable[[], torch.Tensor] | None,
+    weight: Callable[[], torch.Tensor],
+    whitening: Callable[[], Whitening],
+    num_tokens: int,
+    weighed: bool,
+) -> LayerReport:
+    """What is told of a layer; the error of what is ``stored`` is taken anew where that is in 4 bits, or where factors are
+    ``weighed`` and the factorization's own is another."""
+    error, energy = (0.0, 0.0) if result is None else (result.relative_error, result.total_energy)
+    if stored is not None:
+        error, direct = relative_error(weight(), stored(), whitening(), name=spec.name)
+        energy = energy or direct
+    rank = min(spec.out_features, spec.in_features) if result is None else result.factors.up.shape[1]
+    solver = "dense" if result is None else result.solver
+    own = result.relative_error if result is not None and weighed else None
+    spectrum = () if result is None else sampled(result.eigenvalues, result.total_energy)
+    return LayerReport(spec.name, rank, error, solver, energy, num_tokens, own, spectrum)
+
+
+def build_emulator(
+    job: FactorizationJob,
+    calibration_dir: Path,
+    base_config: Any,
+    resources: Resources,
+    progress: Progress = silent,
+    tell: Tell = unheard,
+) -> dict[str, Any]:
+    """Writes an emulator, shard by shard: factors of every linear in ``job.ranks``, others in 4 bits where the job says so,
+    all other tensors as they are, config, tokenizer. Shards that are there already are kept.
+
+    ``base_config`` is the original's. Raises what a task raised, and NumericsError as :func:`factorize_group`.
+    """
+    work, rest = sorted(_rewritten(job), key=group_cost, reverse=True), rest_of_shards(job)
+    total = len(work) + len(rest)
+    files = [job.out_dir / f"model-{number + 1:05d}-of-{total:05d}.safetensors" for number in range(total)]
+    there, without_gram = set(sizes(job.out_dir)), set(job.without_gram)
+    grams = functools.cache(functools.partial(GramStore, calibration_dir))
+    shared_job = ray.put(job)  # once, not with every task
+    factorize, copy = resources.task(_group_task), Resources().task(copy_rest)
+    submits: list[tuple[str, Callable[[], Any]]] = []
+    for group, file in zip(work, files, strict=False):
+        if file in there and spectra_file(file) in there:
+            continue
+        name = " and ".join(spec.name for spec in group)
+        gram = None if group[0].name in without_gram else grams().stored(group[0].name)
+        task = factorize.options(name=f"factorize: {name}")
+        submits.append((name, functools.partial(task.remote, shared_job, group, gram, file, resources.threads)))
+    for kept, file in zip(rest, files[len(work) :], strict=True):
+        if file not in there:
+            task = copy.options(name=f"factorize: {file.name}")
+            submits.append((f"shard {file.name}", functools.partial(task.remote, kept, file)))
+    before = total - len(submits)
+    bounded(
+        submits,
+        resources.num_workers,
+        Losses("factorize", tell),
+        lambda done, of: progress(before + done, before + of),
+    )
+    kept_wide = job.kept_wide if job.in_4bit else None
+    total_size = finish_emulator(files, base_config, job.model_dir, job.ranks, job.storage, kept_wide)
+    reports = _read_all_reports(files[: len(work)])
+    write_spectra(job.out_dir, reports)
+    return {**_summary(reports, resources), "bytes": total_size}
+
+
+def _rewritten(job: FactorizationJob) -> list[tuple[LinearSpec, ...]]:
+    """The linears that are factorized or put into 4 bits: those of one Gram together, and those without one."""
+    written = {*job.ranks, *job.in_4bit}
+    without_gram = set(job.without_gram)
+    found = []
+    for group in job.groups:
+        for apart in (False, True):
+            found.append(tuple(s for s in group if s.name in written and (s.name in without_gram) == apart))
+    return [group for group in found if group]
+
+
+def _group_task(
+    job: FactorizationJob, specs: Sequence[LinearSpec], gram: StoredGram | None, path: Path, threads: int
+) -> None:
+    set_threads(threads)
+    factorize_group(job, specs, gram, path)
+
+
+def finish_emulator(
+    files: Sequence[Path],
+    base_config: Any,
+    tokenizer_dir: Path,
+    ranks: dict[str, int],
+    storage: Storage,
+    kept_wide: tuple[str, ...] | None,
+) -> int:
+    """Makes an emulator of shards that are all written: index, config, tokenizer; returns the bytes of all tensors.
+
+    ``kept_wide`` are the linears outside the blocks, where those inside are in 4 bits; None where none are.
+    """
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        entries = {entry.name: entry for shard in pool.map(read_shard, files) for entry in shard.entries}
+    parameters = sum(num_elements(entry.name, entry.dtype, entry.shape) for entry in entries.values())
+    total_size, out_dir = sum(entry.num_bytes for entry in entries.values()), files[0].parent
+    write_index(out_dir, {name: entry.file.name for name, entry in entries.items()}, total_size, parameters)
+    in_4bit = None if kept_wide is None else quantization_config(base_config.dtype or torch.float32, kept_wide)
+    write_emulator_config(out_dir, base_config, ranks, in_4bit, storage)
+    copy_tokenizer(tokenizer_dir, out_dir)
+    return total_size
+
+
+def _read_all_reports(files: Sequence[Path]) -> list[LayerReport]:
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        found = list(pool.map(read_reports, files))
+    return sorted((report for some in found for report in some), key=lambda report: report.name)
+
+
+def _summary(reports: Sequence[LayerReport], resources: Resources) -> dict[str, Any]:
+    layers = {r.name: _told(r) for r in reports}
+    return {
+        "num_workers": resources.num_workers,
+        "mean_relative_error": float(np.mean([r.relative_error for r in reports])) if reports else 0.0,
+        "layers": layers,
+        "fewest_tokens": min((r.num_tokens for r in reports if r.num_tokens), default=None),
+        "unseen": [r.name for r in reports if not r.num_tokens],
+    }
+
+
+def _told(report: LayerReport) -> dict[str, Any]:
+    told = {key: getattr(report, key) for key in ("rank", "relative_error", "solver", "total_energy")}
+    return told | ({} if report.weighed_error is None else {"weighed_error": report.weighed_error})

@@ -1,0 +1,84 @@
+"""What an emulator keeps of the original as it is, streamed from one checkpoint to the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from emloc_ray.io.formats.checkpoint import Checkpoint, TensorEntry
+from emloc_ray.io.formats.shards import copy_chunks, make_header, stream_shard
+from emloc_ray.modeling.architecture import LinearSpec, StoredRows
+
+if TYPE_CHECKING:
+    from emloc_ray.stages.factorize.factorize import FactorizationJob
+
+_CHUNK_BYTES = 2**26
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor that the emulator keeps: its name and shape there, and what of the original's checkpoint it is made of,
+    one below the other."""
+
+    entry: TensorEntry
+    sources: tuple[TensorEntry, ...]
+    transposed: bool = False
+
+    def chunks(self) -> Iterator[torch.Tensor]:
+        """Its bytes."""
+        if self.transposed:
+            yield torch.cat([source.read_rows() for source in self.sources]).T
+            return
+        for source in self.sources:
+            yield from copy_chunks(source, _CHUNK_BYTES)
+
+
+def copy_rest(kept: Sequence[Kept], path: Path) -> None:
+    """Writes tensors that the emulator keeps, streamed."""
+    stream_shard(path, make_header([part.entry for part in kept]), ((part.entry, part.chunks()) for part in kept))
+
+
+def rest_of_shards(job: FactorizationJob) -> list[list[Kept]]:
+    """What the emulator keeps, by shard of the original."""
+    in_4bit = set(job.in_4bit)
+    checkpoint = Checkpoint(job.model_dir)
+    specs = [spec for group in job.groups for spec in group]
+    # Dense linears that the original's checkpoint holds in pieces, by the first of these.
+    apart = [s for s in specs if s.name not in job.ranks and (len(s.stored) > 1 or any(_is_slice(r) for r in s.stored))]
+    taken = {r.name for spec in specs if spec.name in job.ranks or spec in apart for r in _all_rows(spec)}
+    taken |= {rows.name for spec in specs if spec.name in in_4bit for rows in spec.weight_rows}
+    kept_at: dict[str, list[Kept]] = {}
+    for spec in apart:
+        kept = _kept_linear(spec, checkpoint)
+        kept_at.setdefault(spec.weight_rows[0].name, []).extend(kept[1:] if spec.name in in_4bit else kept)
+    rest = []
+    for shard in checkpoint.shards:
+        as_they_are = [entry for entry in shard.entries if entry.name not in taken]
+        kept = [Kept(replace(e, name=job.renamed.get(e.name, e.name)), (e,)) for e in as_they_are]
+        rest.append(kept + [part for entry in shard.entries for part in kept_at.get(entry.name, ())])
+    return [kept for kept in rest if kept]
+
+
+def _is_slice(rows: StoredRows) -> bool:
+    return rows.index is not None
+
+
+def _all_rows(spec: LinearSpec) -> tuple[StoredRows, ...]:
+    return (*spec.weight_rows, spec.bias_rows)
+
+
+def _kept_linear(spec: LinearSpec, checkpoint: Checkpoint) -> list[Kept]:
+    """Its weight, and its bias where it has one."""
+    weight = tuple(rows.entry(checkpoint) for rows in spec.weight_rows)
+    size = sum(entry.num_bytes for entry in weight)
+    shape = (spec.out_features, spec.in_features)
+    turned = spec.transposed and spec.routed_share is not None  # a Conv1D stays one
+    kept = [Kept(replace(weight[0], name=spec.weight_name, shape=shape, start=0, stop=size), weight, turned)]
+    if spec.bias_rows.name in checkpoint:
+        bias = spec.bias_rows.entry(checkpoint)
+        kept.append(Kept(replace(bias, name=f"{spec.name}.bias"), (bias,)))
+    return kept

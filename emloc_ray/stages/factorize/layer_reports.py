@@ -1,0 +1,89 @@
+"""What is told of every factorized layer, kept beside its factors, and the factors of an emulator that is there already."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from emloc_ray.config.steps import SPECTRA
+from emloc_ray.core.factorization import Factorization, LowRankFactors
+from emloc_ray.io.formats.checkpoint import read_index, read_shard
+from emloc_ray.io.store.atomic import atomic_file
+
+LAYERS = "layers"
+_MOST_SAMPLES = 48
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer: its error, as stored, relative to ``‖W G^½‖``, and the energy ``tr(W G Wᵀ)`` of its spectrum.
+
+    ``rank`` is the full one and ``solver`` is ``dense`` for a layer that was put into 4 bits alone. Where predictions are
+    what the factors keep, the spectrum and its energy are those of ``S^½ W G Wᵀ S^½``, where the weights themselves are,
+    of ``W Wᵀ``; and ``weighed_error`` is the relative error there. ``spectrum`` is a few of its values, each beside its
+    number from 1 on, as shares of the energy.
+    """
+
+    name: str
+    rank: int
+    relative_error: float
+    solver: str
+    total_energy: float
+    num_tokens: int
+    weighed_error: float | None = None
+    spectrum: Sequence[Sequence[float]] = ()
+
+
+def sampled(eigenvalues: torch.Tensor, total_energy: float) -> tuple[tuple[int, float], ...]:
+    """At most ``_MOST_SAMPLES`` of a descending spectrum ``(n,)``, evenly spaced on a logarithmic scale of their numbers."""
+    if not len(eigenvalues) or total_energy <= 0:
+        return ()
+    steps = torch.logspace(0, math.log10(len(eigenvalues)), _MOST_SAMPLES, dtype=torch.float64)
+    numbers = steps.round().long().unique().tolist()
+    return tuple((number, float(f"{float(eigenvalues[number - 1]) / total_energy:.3g}")) for number in numbers)
+
+
+def write_spectra(directory: Path, reports: Iterable[LayerReport]) -> None:
+    """Writes what the reports of an emulator's layers sample of their spectra as one small file."""
+    with atomic_file(directory / SPECTRA) as file:
+        file.write(json.dumps({report.name: report.spectrum for report in reports if report.spectrum}).encode())
+
+
+def spectra_file(factors: Path) -> Path:
+    """Where the spectra of ``W G Wᵀ`` (descending) and the reports of a shard's layers are."""
+    return factors.parent / "spectra" / factors.name
+
+
+def read_reports(factors: Path) -> list[LayerReport]:
+    """What :func:`factorize_group` reported of a shard's layers."""
+    metadata = json.loads(read_shard(spectra_file(factors)).header)["__metadata__"]
+    return [LayerReport(**layer) for layer in json.loads(metadata[LAYERS])]
+
+
+class Basis:
+    """The factorizations that another emulator holds of the same layers; none where there is no such emulator."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self._files = {} if directory is None else {n: directory / f for n, f in read_index(directory).items()}
+
+    def layer(self, name: str) -> Factorization | None:
+        """A layer's, as stored; None where the emulator keeps it dense."""
+        file = self._files.get(f"{name}.up.weight")
+        if file is None:
+            return None
+        entries = {entry.name: entry for entry in (*read_shard(file).entries, *read_shard(spectra_file(file)).entries)}
+        report = next(layer for layer in read_reports(file) if layer.name == name)
+        up, down = (entries[f"{name}.{part}.weight"].read_rows() for part in ("up", "down"))
+        return Factorization(
+            LowRankFactors(up, down),
+            entries[name].read_rows().to(torch.float64),
+            report.total_energy,
+            report.relative_error if report.weighed_error is None else report.weighed_error,
+            report.solver,
+            torch.float32,
+        )

@@ -1,0 +1,1 @@
+"""The adapter, trained on the emulator."""

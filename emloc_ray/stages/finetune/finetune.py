@@ -1,0 +1,249 @@
+"""Finetune: Ray Train's TorchTrainer around the Hugging Face Trainer with PEFT on the emulator; one worker in a task."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from emloc_ray.errors import EmlocError, NumericsError, Stopped, TakenOver
+from emloc_ray.io.formats.json_lines import read_objects
+from emloc_ray.io.store.node_cache import discard, ensure, exists, open_artifact, publish, remote
+from emloc_ray.stages.finetune.training import FinetuneJob, leaves_traces, train_alone, train_loop
+from emloc_ray.stages.ray.losses import Losses, Tell, is_lost, last_line, reason, unheard
+from emloc_ray.stages.ray.spans import Span, tell_span
+from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, silent
+
+_POLL_S = 0.5
+_STORE_POLL_S = 5.0
+
+
+class FailureLog(ray.train.UserCallback):
+    """Writes down, where the driver reads it, why the workers begin again; Ray Train calls it in a process of its own."""
+
+    def __init__(self, job: FinetuneJob) -> None:
+        self.job = job
+        self.failures = 0
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """One line for each failure of the group that it recovers from: of a worker that was lost, or of the first.
+
+        A worker whose peer was killed may be the first to fail, over the connection to it.
+        """
+        self.failures += 1
+        if self.failures > self.job.max_failures:
+            return
+        lost = [rank for rank, error in worker_exceptions.items() if is_lost(error)]
+        rank = min(lost or worker_exceptions)
+        error = worker_exceptions[rank]
+        why = f"lost its worker because {reason(error)[0]}" if lost else f"failed ({last_line(error)})"
+        again = f"begun again from the last checkpoint ({self.failures} of {self.job.max_failures})"
+        path = self.job.failure_path
+        ensure(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(f"{self.job.stage}: rank {rank} {why}; {again}.\n")
+        publish(path)
+
+
+# ``check`` raises where the training is to be left at once.
+Way = Callable[[FinetuneJob, Resources, Tell, Callable[[], None]], dict[str, Any]]
+
+
+def finetune(
+    job: FinetuneJob,
+    resources: Resources,
+    progress: Progress = silent,
+    tell: Tell = unheard,
+    way: Way | None = None,
+) -> dict[str, Any]:
+    """Trains the adapter on the emulator and writes it to ``job.out_dir`` in PEFT's format.
+
+    A lost worker restarts the group from its newest checkpoint, at most ``max_failures`` times; so does running the
+    stage again with the same ``name``, as where Ray Train's own process is lost. One worker runs alone and several as a
+    group, unless ``way`` says how.
+
+    Raises:
+        NumericsError: where loss or gradients stop being numbers, naming the step.
+        EmlocError: what ``progress`` raised to stop the training; a checkpoint of where it was is there then.
+    """
+    job.storage_dir.mkdir(parents=True, exist_ok=True)
+    for left in (job.stop_path, job.begun_path):
+        discard(left)
+    with _watching(job, progress, tell) as watcher:
+        outcome = (way or _way(job, resources))(job, resources, tell, watcher.check)
+    if outcome["stopped"] and watcher.stop is not None:
+        raise watcher.stop
+    if outcome["failure"]:
+        raise NumericsError(outcome["failure"])
+    # Steps that a lost worker had logged and its successor did again count once.
+    logged = {line["step"]: line for line in read_objects(_content(job.log_path))}
+    history = sorted(logged.values(), key=lambda line: line["step"])
+    return {
+        "num_workers": resources.num_workers,
+        "steps": outcome["steps"],
+        "train_loss": _mean_loss(history) if outcome["resumed"] and history else outcome["train_loss"],
+        "history": [{"step": line["step"], "loss": line["loss"]} for line in history],
+        "resumed": outcome["resumed"],
+    }
+
+
+def _mean_loss(history: Sequence[dict[str, Any]]) -> float:
+    """Over all steps, of losses that are each a mean since the one before: the Trainer's own knows of its last try alone."""
+    ends = [line["step"] for line in history]
+    steps = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+    return sum(count * line["loss"] for count, line in zip(steps, history, strict=True)) / ends[-1]
+
+
+def _way(job: FinetuneJob, resources: Resources) -> Way:
+    """DeepSpeed wants a group, be it of one."""
+    return run_alone if resources.num_workers == 1 and job.zero_config is None else run_group
+
+
+def run_alone(job: FinetuneJob, resources: Resources, tell: Tell, check: Callable[[], None]) -> dict[str, Any]:
+    """In a task; begun again from its newest checkpoint where its worker is lost."""
+    task = resources.task(train_alone, alone=leaves_traces(job)).options(name=f"{job.stage}: {job.name}")
+
+    def submit() -> Any:
+        discard(job.begun_path)  # a try that was lost has left it
+        return task.remote(job, resources.threads)
+
+    def give_up(done: int, total: int) -> None:
+        """Also where it is asked to stop while its task waits for a worker, which may never come."""
+        check()
+        if exists(job.stop_path) and not exists(job.begun_path):
+            raise Stopped(f"{job.stage} was stopped before it began.")
+
+    [outcome] = bounded([("the training", submit)], 1, Losses(job.stage, tell, job.max_failures), give_up)
+    return dict(outcome)
+
+
+def run_group(job: FinetuneJob, resources: Resources, tell: Tell, check: Callable[[], None]) -> dict[str, Any]:
+    """As a Ray Train group, in another where the process that leads it is lost."""
+    losses = Losses(job.stage, tell)
+    begun_at = time.time()
+    with _interruptible():
+        while (outcome := _fit(job, resources, losses)) is None:
+            check()
+    for rank in range(resources.num_workers):
+        known = outcome["peak_bytes"] if rank == 0 else 0  # whose outcome it is
+        tell_span(Span(job.stage, f"rank {rank}", "the training", begun_at, time.time(), peak_bytes=known))
+    return outcome
+
+
+def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, Any] | None:
+    """What rank 0 returns; None where the process that leads the workers was lost, and another may go on."""
+    storage = remote(job.storage_dir)
+    trainer: Any = TorchTrainer(
+        train_loop,  # type: ignore[arg-type]
+        train_loop_config={"job": job, "threads": resources.threads},
+        torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=resources.num_workers,
+            use_gpu=resources.gpus_per_worker > 0,
+            resources_per_worker={
+                "CPU": resources.cpus_per_worker,
+                **({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
+            },
+        ),
+        run_config=ray.train.RunConfig(
+            name=job.name,
+            storage_path=str(job.storage_dir) if storage is None else storage[1],
+            storage_filesystem=None if storage is None else storage[0],
+            failure_config=ray.train.FailureConfig(max_failures=job.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            callbacks=[FailureLog(job)],  # type: ignore[list-item]
+        ),
+    )
+    try:  # what workers raise, or are lost more often than max_failures, is no matter of the controller's
+        return dict(trainer.fit().return_value)
+    except (ray.exceptions.RayError, ray.train.ControllerError) as error:
+        time.sleep(losses.count("the training", error))
+        return None
+
+
+def _content(path: Path) -> bytes:
+    """Of a file that workers add to; not copied here, where one of them may be at it."""
+    try:
+        with open_artifact(path) as (stream, _):
+            return stream.read()
+    except FileNotFoundError:
+        return b""
+
+
+def _lines(path: Path) -> list[str]:
+    return _content(path).decode(errors="replace").splitlines()
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ray Train takes Ctrl-C for itself, exits from inside its handler and leaves that behind: gives Python's back."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGINT, before)
+
+
+class _watching:
+    """Polls what the workers log while the training blocks the driver, and shows how far it is and what was lost."""
+
+    def __init__(self, job: FinetuneJob, progress: Progress, tell: Tell) -> None:
+        self.job, self.progress, self.tell = job, progress, tell
+        self.told = len(_lines(job.failure_path))
+        self.stop: EmlocError | None = None
+        self.asked = False
+        self.every = _POLL_S if remote(job.storage_dir) is None else _STORE_POLL_S
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        while not self.over.wait(self.every):
+            self._look()
+        self._look()
+
+    def _look(self) -> None:
+        with contextlib.suppress(EmlocError, OSError):  # a store that does not answer now is asked again
+            self._show()
+
+    def _show(self) -> None:
+        logged = read_objects(_content(self.job.log_path))
+        if self.stop is None:
+            try:
+                self.progress(logged[-1]["step"] if logged else 0, self.job.max_steps)
+            except EmlocError as error:
+                self.stop = error
+        if self.stop is not None and not self.asked:
+            if not isinstance(self.stop, TakenOver):  # the other's training reads the same file
+                self.job.stop_path.write_text(str(self.stop))
+                publish(self.job.stop_path)
+            self.asked = True
+        failures = _lines(self.job.failure_path)
+        for text in failures[self.told :]:
+            self.tell(text)
+        self.told = len(failures)
+
+    def check(self) -> None:
+        """Raises what says that another process holds the run by now, where one does."""
+        if isinstance(self.stop, TakenOver):
+            raise self.stop
+
+    def __enter__(self) -> _watching:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.over.set()
+        self.thread.join()

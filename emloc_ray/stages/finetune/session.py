@@ -1,0 +1,103 @@
+"""Where a training runs: as a rank of a Ray Train group, or alone in a Ray task whose process serves one after another.
+
+A group's processes are made for it and end with it, which takes many times as long as a short training of one worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+import ray.train
+
+from emloc_ray.io.store.atomic import atomic_directory, write_json
+from emloc_ray.io.store.node_cache import discard, ensure, sizes
+
+_NEWEST = "newest.json"
+
+
+class TrainingSession(Protocol):
+    """One rank of a training: which it is, and where its checkpoints are."""
+
+    rank: int
+    world_size: int
+
+    def checkpoint(self) -> AbstractContextManager[str | None]:
+        """The folder of the newest checkpoint, while the block lasts; None where there is none."""
+
+    def save(self, folder: Path | None, step: int) -> None:
+        """Keeps what this rank wrote for a step (``folder``, where it did), in place of earlier steps'. All ranks call it."""
+
+
+class GroupSession:
+    """A rank of the Ray Train group that this process belongs to."""
+
+    def __init__(self) -> None:
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+
+    @contextlib.contextmanager
+    def checkpoint(self) -> Iterator[str | None]:
+        """The one that Ray Train keeps."""
+        kept = ray.train.get_checkpoint()
+        if kept is None:
+            yield None
+            return
+        with kept.as_directory() as folder:
+            yield folder
+
+    def save(self, folder: Path | None, step: int) -> None:
+        """Ray Train puts the files of all ranks together in one directory."""
+        checkpoint = ray.train.Checkpoint.from_directory(folder) if folder is not None else None
+        ray.train.report({"step": step}, checkpoint=checkpoint)
+
+
+class LoneSession:
+    """The only worker of a training; its checkpoints are folders of ``directory``, the newest named by a file."""
+
+    rank, world_size = 0, 1
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    @contextlib.contextmanager
+    def checkpoint(self) -> Iterator[str | None]:
+        """The newest that is whole."""
+        newest = self.directory / _NEWEST
+        ensure(newest)
+        if not newest.is_file():
+            yield None
+            return
+        folder = self.directory / json.loads(newest.read_text())["folder"]
+        ensure(folder)
+        yield str(folder) if folder.is_dir() else None
+
+    def save(self, folder: Path | None, step: int) -> None:
+        """First the new one, whole; then it is named; then the others go."""
+        if folder is None:
+            return
+        target = self.directory / f"checkpoint-{step}"
+        with atomic_directory(target) as place:
+            shutil.copytree(folder, place, dirs_exist_ok=True)
+        write_json(self.directory / _NEWEST, {"folder": target.name})
+        for name in {file.relative_to(self.directory).parts[0] for file in sizes(self.directory)}:
+            if name not in (target.name, _NEWEST):
+                discard(self.directory / name)
+
+
+@contextlib.contextmanager
+def own_environment() -> Iterator[None]:
+    """What a training sets in the environment is gone after it, for the next in the same process."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})

@@ -1,0 +1,349 @@
+"""What each worker of the fine-tuning runs: the Hugging Face Trainer with PEFT on the emulator."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from emloc_ray.data.formats import Tokens
+from emloc_ray.data.ingest import SampleOrder, stream_batches
+from emloc_ray.data.processors import ImageInputs, blank_row
+from emloc_ray.data.token_shards import TokenShards, collate
+from emloc_ray.io.formats.json_lines import end_last_line
+from emloc_ray.io.formats.teacher_shards import TeacherShards
+from emloc_ray.io.store.node_cache import ensure, exists, publish
+from emloc_ray.modeling.adapter import attach_adapter, save_trained_adapter
+from emloc_ray.modeling.adapter_methods import adapter_config
+from emloc_ray.modeling.architecture import load_config
+from emloc_ray.modeling.inputs import label_mask
+from emloc_ray.modeling.loading import load_model
+from emloc_ray.modeling.loss import TopLogProbs, token_loss
+from emloc_ray.stages.finetune.session import GroupSession, LoneSession, TrainingSession, own_environment
+from emloc_ray.stages.finetune.zero import join_as_deepspeed_rank, scattered_in, step_was_finite, whole_parameters
+from emloc_ray.stages.ray.spans import timed
+from emloc_ray.stages.ray.tasks import set_threads
+
+_POLL_S = 0.5
+_TEACHER = "teacher"  # what a batch holds beside what the model is called with
+
+
+@dataclass(frozen=True)
+class FinetuneJob:
+    """Artifact paths and flat settings; ``adapter`` as :func:`~emloc_ray.modeling.adapter_methods.adapter_config` takes
+    them. With ``teacher_dir`` the loss is the divergence from what a teacher says there, not that of the labels."""
+
+    emulator_dir: Path
+    tokens_dir: Path
+    out_dir: Path
+    storage_dir: Path
+    name: str
+    adapter: dict[str, Any]
+    portable_targets: Any
+    base_model: str
+    max_steps: int
+    batch_size: int
+    seed: int = 0
+    loss_on: str = "completion"
+    pad_token_id: int = 0
+    max_failures: int = 3
+    training_arguments: dict[str, Any] = field(default_factory=dict)
+    zero_config: dict[str, Any] | None = None
+    model_options: dict[str, Any] = field(default_factory=dict)
+    teacher_dir: Path | None = None
+    stage: str = "finetune"
+
+    @property
+    def log_path(self) -> Path:
+        """One JSON line per logged step, written by rank 0."""
+        return self.storage_dir / f"{self.name}.log.jsonl"
+
+    @property
+    def events_dir(self) -> Path:
+        """TensorBoard's event files, where ``report_to`` asks for them: they outlive the training and its restarts."""
+        return self.storage_dir.parent / "tensorboard" / self.name
+
+    @property
+    def failure_path(self) -> Path:
+        """One sentence per lost worker."""
+        return self.storage_dir / f"{self.name}.failures.txt"
+
+    @property
+    def begun_path(self) -> Path:
+        """Its presence says that a worker has begun, and looks for :attr:`stop_path` now and then."""
+        return self.storage_dir / f"{self.name}.begun"
+
+    @property
+    def stop_path(self) -> Path:
+        """Its presence asks the workers to save a checkpoint and end."""
+        return self.storage_dir / f"{self.name}.stop"
+
+
+class RankBatches(IterableDataset[dict[str, Any]]):
+    """This rank's micro-batches from the Trainer's current step on, each with what the teacher says of it, if there is one."""
+
+    def __init__(self, job: FinetuneJob, order: SampleOrder, accumulation: int) -> None:
+        self.job, self.order, self.accumulation = job, order, accumulation
+        self.trainer: Trainer | None = None
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        begin = (self.trainer.state.global_step if self.trainer else 0) * self.accumulation
+        end = self.job.max_steps * self.accumulation
+        where = self.job.emulator_dir, self.job.model_options.get("trust_remote_code", False)
+        config = self.trainer.model.config if self.trainer and self.trainer.model else None
+        images, together = ImageInputs(*where), self.order.world_size > 1
+        blank = blank_row(*where) if together and TokenShards(self.job.tokens_dir).has_images else None
+        taught = self._taught(begin, end)
+        for rows in stream_batches(self.job.tokens_dir, self.order, begin, end):
+            batch = collate_together(rows, blank, self.job.pad_token_id, images)
+            mask = label_mask(batch, self.job.loss_on, config)
+            labels = batch["input_ids"].masked_fill(~mask, -100)
+            # No plain tensors: DeepSpeed's training would round those to the dtype that it computes in.
+            yield {**batch, "labels": labels, **({} if taught is None else {_TEACHER: next(taught)})}
+
+    def _taught(self, begin: int, end: int) -> Iterator[TopLogProbs] | None:
+        if self.job.teacher_dir is None:
+            return None
+        teacher = TeacherShards(self.job.teacher_dir)
+        found = ([teacher.row(row) for row in rows.tolist()] for rows in self.order.batches(begin, end))
+        return (TopLogProbs(*map(torch.cat, zip(*parts, strict=True))) for parts in found)
+
+
+def collate_together(
+    rows: list[Tokens], blank: Tokens | None, pad_token_id: int, images: ImageInputs
+) -> dict[str, torch.Tensor]:
+    """A batch, with ``blank`` as its last row where no other shows an image: none of its tokens is a label."""
+    if blank is None or any(row.images for row in rows):
+        return collate(rows, pad_token_id, images)
+    batch = collate([*rows, blank], pad_token_id, images)
+    batch["attention_mask"][-1, 1:] = 0
+    return batch
+
+
+class EmulatorTrainer(Trainer):
+    """The Hugging Face Trainer with our batches and a loss that makes logits only where labels are."""
+
+    def __init__(self, job: FinetuneJob, batches: RankBatches, **kwargs: Any) -> None:
+        super().__init__(train_dataset=batches, **kwargs)
+        self.job, self.batches = job, batches
+        # The loss below is already divided by the labels of all ranks and micro-steps together.
+        self.model_accepts_loss_kwargs = True
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Our own order, resumed by position: nothing is skipped over."""
+        self.batches.trainer = self
+        return DataLoader(self.batches, batch_size=None)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Summed loss over all labels of the step, so that ranks and micro-steps weigh by their labels."""
+        owner = self.accelerator.unwrap_model(model)
+        batch = {key: value for key, value in inputs.items() if key != _TEACHER}
+        teacher = inputs[_TEACHER].to(batch["input_ids"].device) if _TEACHER in inputs else None
+        result = token_loss(model, batch, self.job.loss_on, head_owner=owner, teacher=teacher)
+        # Averaging gradients over ranks divides by the world size once more.
+        return result.loss_sum * self.accelerator.num_processes / num_items_in_batch
+
+    def gradients_are_finite(self) -> bool:
+        """Asked before an optimizer step, or where DeepSpeed is, which does both at once, after it."""
+        if self.is_deepspeed_enabled:
+            return step_was_finite(self.model_wrapped)
+        if (scaler := self.accelerator.scaler) is not None:
+            # In fp16 an overflow is what the loss scale is found by: that step is left out, and the scale halved.
+            return scaler.get_scale() >= 1
+        model: Any = self.model
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+
+    def save_adapter(self) -> None:
+        """Rank 0 writes the adapter; all ranks have to call this."""
+        model = self.accelerator.unwrap_model(self.model)
+        state = whole_parameters(model) if self.is_deepspeed_enabled else None
+        if self.is_world_process_zero():
+            job = self.job
+            save_trained_adapter(
+                model, job.out_dir, targets=job.portable_targets, base_model=job.base_model, state=state
+            )
+
+
+class StepKeeper(TrainerCallback):
+    """Seeds each step, logs, keeps checkpoints, and stops all ranks at a loss that is no number, or where asked to."""
+
+    def __init__(self, job: FinetuneJob, session: TrainingSession) -> None:
+        self.job, self.session = job, session
+        self.trainer: EmulatorTrainer | None = None
+        self.failure: str | None = None
+        self.stopped = False
+        self._looked = time.monotonic()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Dropout depends on the step alone, so that a resumed run repeats the uninterrupted one.
+        torch.manual_seed((self.job.seed * 1_000_003 + state.global_step) * 1009 + self.session.rank)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        assert self.trainer is not None
+        if not self.trainer.gradients_are_finite():  # gradients are averaged by now: every rank sees the same
+            self.failure = (
+                f"The loss or a gradient is NaN or Inf at step {state.global_step + 1}: lower the learning rate."
+            )
+            for parameter in model.parameters():
+                parameter.grad = None
+            control.should_training_stop = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._is_to_stop(args, state.global_step):
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def _is_to_stop(self, args: Any, step: int) -> bool:
+        """The same on all ranks: alone one looks now and then, several ask one another at the steps that are logged."""
+        if self.session.world_size == 1:
+            if time.monotonic() < self._looked + _POLL_S:
+                return False
+            self._looked = time.monotonic()
+            return exists(self.job.stop_path)
+        if step % args.logging_steps:
+            return False
+        asked = torch.tensor([float(exists(self.job.stop_path))], device=args.device)
+        torch.distributed.all_reduce(asked)
+        return bool(asked.item() > 0)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs and state.is_world_process_zero:
+            self.job.log_path.parent.mkdir(parents=True, exist_ok=True)
+            with self.job.log_path.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            publish(self.job.log_path)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        _publish_events(self.job, self.session)
+        if self.failure is None:
+            # Every rank has files of its own there: the random state, and its part of what DeepSpeed scatters.
+            self.session.save(folder if folder.is_dir() else None, state.global_step)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
+    """What each worker of a Ray Train group runs; returns what the driver wants to know, ``peak_bytes`` of its memory too."""
+    found = timed(train)(settings["job"], settings["threads"], GroupSession())
+    return {**found.result, "peak_bytes": found.peak_bytes}
+
+
+def train_alone(job: FinetuneJob, threads: int) -> dict[str, Any]:
+    """The same in a Ray task, whose process may have trained before and may train again."""
+    with own_environment():
+        try:
+            return train(job, threads, LoneSession(job.storage_dir / job.name))
+        finally:
+            gc.collect()
+
+
+def leaves_traces(job: FinetuneJob) -> bool:
+    """Whether a training changes its process for the next one: switches of torch's, a run that a tracker holds open."""
+    arguments = job.training_arguments
+    told = arguments.get("report_to") or "none"
+    trackers = {told} if isinstance(told, str) else set(told)
+    return bool(arguments.get("full_determinism") or arguments.get("tf32") or trackers - {"none", "tensorboard"})
+
+
+def train(job: FinetuneJob, threads: int, session: TrainingSession) -> dict[str, Any]:
+    """Trains one rank's part, from the newest checkpoint on, and writes the adapter."""
+    set_threads(threads)
+    _settle_reports(job)
+    with tempfile.TemporaryDirectory() as output_dir:
+        trainer, keeper = _make_trainer(job, output_dir, session)
+        if session.rank == 0:
+            ensure(job.log_path)
+            end_last_line(job.log_path)
+            job.begun_path.parent.mkdir(parents=True, exist_ok=True)
+            job.begun_path.touch()
+            publish(job.begun_path)
+        with session.checkpoint() as folder:
+            output = trainer.train(resume_from_checkpoint=folder)
+        _publish_events(job, session)
+        if keeper.failure is None and not keeper.stopped:
+            trainer.save_adapter()
+    found = {"failure": keeper.failure, "stopped": keeper.stopped, "resumed": folder is not None}
+    return {**found, "steps": output.global_step, "train_loss": output.training_loss}
+
+
+def _settle_reports(job: FinetuneJob) -> None:
+    """Tells those whom ``report_to`` names where their files belong and which runs make up one training.
+
+    transformers reads these from the environment, reports from rank 0 alone, and what is set there already stays.
+    """
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(job.events_dir))
+    os.environ.setdefault("WANDB_RUN_GROUP", job.name)
+
+
+def _publish_events(job: FinetuneJob, session: TrainingSession) -> None:
+    if session.rank == 0 and job.events_dir.is_dir():
+        publish(job.events_dir)
+
+
+def _make_trainer(job: FinetuneJob, output_dir: str, session: TrainingSession) -> tuple[EmulatorTrainer, StepKeeper]:
+    scattered = {"deepspeed": job.zero_config, **join_as_deepspeed_rank()} if job.zero_config else {}
+    arguments = TrainingArguments(
+        output_dir=output_dir,
+        max_steps=job.max_steps,
+        per_device_train_batch_size=job.batch_size,
+        seed=job.seed,
+        remove_unused_columns=False,
+        ignore_data_skip=True,
+        **{
+            "save_strategy": "steps",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "logging_nan_inf_filter": False,
+            "gradient_checkpointing_kwargs": {"use_reentrant": False},
+            "use_cpu": not torch.cuda.is_available(),
+            **job.training_arguments,
+            **scattered,
+        },
+    )
+    with scattered_in(_stored_dtype(job)) if job.zero_config else contextlib.nullcontext():
+        model = load_model(job.emulator_dir, **job.model_options)
+    if tokenizer := job.adapter.get("tokenizer_name_or_path"):  # which a prompt of a text is begun by
+        ensure(Path(tokenizer), weights=False)
+    torch.manual_seed(job.seed)  # the same A on every rank
+    model = attach_adapter(model, adapter_config(**job.adapter))
+    order = SampleOrder(
+        len(TokenShards(job.tokens_dir)),
+        job.batch_size,
+        session.rank,
+        session.world_size,
+        job.seed,
+    )
+    keeper = StepKeeper(job, session)
+    trainer = EmulatorTrainer(
+        job,
+        RankBatches(job, order, arguments.gradient_accumulation_steps),
+        model=model,
+        args=arguments,
+        callbacks=[keeper],
+    )
+    keeper.trainer = trainer
+    return trainer, keeper
+
+
+def _stored_dtype(job: FinetuneJob) -> torch.dtype:
+    """The dtype that the emulator's weights are loaded in."""
+    named = job.model_options.get("dtype", "auto")
+    if named != "auto":
+        return getattr(torch, named)
+    trusted = job.model_options.get("trust_remote_code", False)
+    found: torch.dtype | None = load_config(job.emulator_dir, trust_remote_code=trusted).dtype
+    return found or torch.float32

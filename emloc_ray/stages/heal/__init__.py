@@ -1,0 +1,1 @@
+"""The healing: the original's logits distilled into the emulator."""

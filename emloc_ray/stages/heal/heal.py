@@ -1,0 +1,73 @@
+"""Heal: before its task, the emulator learns to predict what the original does on the task's own inputs.
+
+The original's top logits are cached (``teacher.py``), a LoRA on the emulator is trained towards them (``finetune.py`` with
+another loss), and that is folded into the factors (``fold.py``). Each of the three goes on from what it had finished.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from emloc_ray.io.store.atomic import write_json
+from emloc_ray.io.store.node_cache import ensure, sizes
+from emloc_ray.stages.finetune.finetune import finetune
+from emloc_ray.stages.finetune.training import FinetuneJob
+from emloc_ray.stages.heal.fold import FoldJob, fold, pieces
+from emloc_ray.stages.heal.teacher import TeacherJob, teach
+from emloc_ray.stages.ray.losses import Tell, unheard
+from emloc_ray.stages.ray.tasks import Progress, Resources, silent
+
+
+@dataclass(frozen=True)
+class HealingJob:
+    """The three parts of the stage; ``training`` reads what ``teacher`` writes, and ``fold`` what it writes itself."""
+
+    teacher: TeacherJob
+    training: FinetuneJob
+    fold: FoldJob
+
+    @property
+    def outcome_path(self) -> Path:
+        """What the training came to, once it is over."""
+        return self.training.storage_dir / "outcome.json"
+
+
+def heal(
+    job: HealingJob, base_config: Any, resources: Resources, progress: Progress = silent, tell: Tell = unheard
+) -> dict[str, Any]:
+    """Writes the healed emulator to ``job.fold.out_dir``; ``base_config`` is the original's.
+
+    Returns what :func:`finetune` does, with ``train_loss`` the divergence in nats a label, and what was cached.
+
+    Raises:
+        NumericsError: where the original's logits, the loss or gradients are no numbers.
+    """
+    parts = (len(job.teacher.shards()), job.training.max_steps, len(pieces(job.fold)))
+
+    def part(number: int) -> Callable[[int, int], None]:
+        return lambda done, total: progress(sum(parts[:number]) + min(done, parts[number]), sum(parts))
+
+    outcome, cached_before = _outcome(job), bool(sizes(job.teacher.out_dir))
+    resumed = outcome is not None or cached_before
+    if outcome is None:
+        teach(job.teacher, resources, part(0), tell)
+        cached = sum(size for file, size in sizes(job.teacher.out_dir).items() if file.suffix == ".safetensors")
+        found = finetune(job.training, resources, part(1), tell)
+        rows = sum(map(len, job.teacher.shards()))
+        outcome = {**found, "teacher_rows": rows, "teacher_bytes": cached}
+        write_json(job.outcome_path, outcome)
+    total_size = fold(job.fold, base_config, replace(resources, gpus_per_worker=0), part(2), tell)
+    resumed = resumed or outcome.get("resumed", False)
+    return {**outcome, "resumed": resumed, "healed_layers": len(job.fold.healed), "bytes": total_size}
+
+
+def _outcome(job: HealingJob) -> dict[str, Any] | None:
+    ensure(job.outcome_path)
+    if not job.outcome_path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(job.outcome_path.read_text())
+    return found

@@ -1,0 +1,107 @@
+"""The teacher of the healing: what the original predicts at each label of the rows that the healing will read, cached."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emloc_ray.data.ingest import SampleOrder
+from emloc_ray.data.processors import ImageInputs
+from emloc_ray.data.token_shards import TokenShards, collate
+from emloc_ray.errors import NumericsError
+from emloc_ray.io.formats.teacher_shards import (
+    TopRow,
+    rows_per_shard,
+    teacher_shard,
+    write_teacher_index,
+    write_teacher_shard,
+)
+from emloc_ray.io.store.node_cache import exists, remote, sizes
+from emloc_ray.modeling.loading import load_model
+from emloc_ray.modeling.loss import teacher_logits
+from emloc_ray.stages.ray.losses import Losses, Tell, unheard
+from emloc_ray.stages.ray.tasks import LOOK_S, Progress, Resources, bounded, set_threads, silent
+
+_STORE_LOOK_S = 5.0
+
+
+@dataclass(frozen=True)
+class TeacherJob:
+    """Artifact paths and flat settings; ``order`` and ``micro_steps`` say which rows the healing will read."""
+
+    model_dir: Path
+    tokens_dir: Path
+    out_dir: Path
+    order: SampleOrder
+    micro_steps: int
+    num_logits: int = 64
+    loss_on: str = "all"
+    batch_size: int = 8
+    pad_token_id: int = 0
+    model_options: dict[str, Any] = field(default_factory=dict)
+
+    def shards(self) -> list[list[int]]:
+        """The rows of each shard, ascending."""
+        rows = self.order.seen(self.micro_steps).tolist()
+        tokens = TokenShards(self.tokens_dir)
+        step = rows_per_shard(tokens.index.get("tokens", 0) / max(1, len(tokens)), self.num_logits)
+        return [rows[start : start + step] for start in range(0, len(rows), step)]
+
+
+def teach_shard(job: TeacherJob, model: Any, rows: Sequence[int]) -> list[TopRow]:
+    """What the model predicts at the labels of some rows, in their order, in batches of rows of like length.
+
+    Raises:
+        NumericsError: where a log-probability is no number, naming the row.
+    """
+    shards = TokenShards(job.tokens_dir)
+    tokens = {row: shards.row(row) for row in rows}
+    by_length = sorted(rows, key=lambda row: len(tokens[row]))
+    images = ImageInputs(job.model_dir, job.model_options.get("trust_remote_code", False))
+    found: dict[int, TopRow] = {}
+    for start in range(0, len(rows), job.batch_size):
+        some = by_length[start : start + job.batch_size]
+        batch = collate([tokens[row] for row in some], job.pad_token_id, images)
+        on_device = {key: value.to(model.device) for key, value in batch.items()}
+        for row, top in zip(some, teacher_logits(model, on_device, job.loss_on, job.num_logits), strict=True):
+            if bool(torch.isnan(top.log_probs).any()):
+                raise NumericsError(f"The original's logits of training row {row} are NaN or Inf: check its weights.")
+            found[row] = top.ids.to("cpu", torch.int32), top.log_probs.to("cpu", torch.float16)
+    return [found[row] for row in rows]
+
+
+def teach_part(job: TeacherJob, part: int, num_parts: int, threads: int = 1) -> None:
+    """Writes the shards ``part, part + num_parts, …`` that are not there yet."""
+    set_threads(threads)
+    left = [(number, rows) for number, rows in list(enumerate(job.shards()))[part::num_parts]]
+    left = [(number, rows) for number, rows in left if not exists(teacher_shard(job.out_dir, number))]
+    model = load_model(job.model_dir, **job.model_options) if left else None
+    for number, rows in left:
+        write_teacher_shard(teacher_shard(job.out_dir, number), rows, teach_shard(job, model, rows))
+
+
+def teach(job: TeacherJob, resources: Resources, progress: Progress = silent, tell: Tell = unheard) -> None:
+    """Writes ``job.out_dir``: a task a worker, each with the whole original; shards that are there already stay.
+
+    Raises what a task raised. ``progress`` hears of shards.
+    """
+    shards = job.shards()
+    num_parts = min(resources.num_workers, len(shards))
+    task = resources.task(teach_part)
+
+    def submit(part: int) -> Callable[[], Any]:
+        named = task.options(name=f"heal: teacher, part {part + 1} of {num_parts}")
+        return functools.partial(named.remote, job, part, num_parts, resources.threads)
+
+    def look(_done: int, _total: int) -> None:
+        progress(sum(file.suffix == ".safetensors" for file in sizes(job.out_dir)), len(shards))
+
+    parts = [(f"part {part + 1} of {num_parts} of the teacher's logits", submit(part)) for part in range(num_parts)]
+    bounded(parts, num_parts, Losses("heal", tell), look, LOOK_S if remote(job.out_dir) is None else _STORE_LOOK_S)
+    write_teacher_index(job.out_dir, [rows[0] for rows in shards])
+    progress(len(shards), len(shards))

@@ -1,0 +1,1 @@
+"""What the stages share of Ray: a connection, tasks, slots, losses, spans and use of memory."""

@@ -1,0 +1,126 @@
+"""Whether every node sees what a run reads and writes: on one machine they all do, on a cluster only what they share."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from emloc_ray.errors import ConfigError
+from emloc_ray.stages.ray.remote import remote_task
+
+if TYPE_CHECKING:  # a node that is only asked need not import it
+    from emloc_ray.io.runs.directory import RunDirectory
+    from emloc_ray.planning.prepared import Prepared
+
+_SHARED = "put it on a file system that all nodes share under this path"
+_ANSWER_SECONDS = 120.0  # a node's first worker may have to start; what answers later is left to the stages
+_FOUND_SECONDS = 5.0  # what one node of a network file system wrote, another may see a little later
+
+
+@dataclass(frozen=True)
+class SharedFile:
+    """A file that every node has to find, with this size; ``key`` is the config's, ``what`` it names for people."""
+
+    key: str
+    what: str
+    path: Path
+    num_bytes: int
+    advice: str = _SHARED
+
+
+def check_visible(prepared: Prepared, model_dir: Path | None = None) -> None:
+    """Asks every node for a fresh file in the run's directory and for the model's and the data's files.
+
+    ``model_dir`` is where a model of the hub was fetched to. Nodes that die meanwhile, or that join later, are not asked.
+
+    Raises:
+        ConfigError: naming the first node that does not see one of them, and what to do.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) > 1:
+        with _probe(prepared.run) as probes:
+            _ask(nodes, [*probes, *_model_files(prepared, model_dir), *_data_files(prepared)])
+
+
+@contextlib.contextmanager
+def _probe(run: RunDirectory) -> Iterator[list[SharedFile]]:
+    if run.store is not None:  # every node asks the store itself
+        yield []
+        return
+    path = run.path(f".visible-{uuid.uuid4().hex}.tmp")
+    path.write_text("x")
+    advice = "name a directory on a file system that all nodes share, or an object store such as s3://BUCKET/RUN"
+    try:
+        yield [SharedFile("run_dir", run.place, path, 1, advice)]
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _model_files(prepared: Prepared, model_dir: Path | None) -> list[SharedFile]:
+    source = prepared.source
+    if (
+        prepared.run.store is not None and source.gguf_file is None
+    ):  # the run holds it: this process alone reads it here
+        return []
+    if source.hub_id is not None:
+        advice = "set HF_HOME to a directory on a file system that all nodes share, on all of them"
+        files = sorted(model_dir.glob("*.safetensors"))[:1] if model_dir is not None else []
+        return [
+            SharedFile("model.source", f"{source.hub_id} in {f.parent}", f, f.stat().st_size, advice) for f in files
+        ]
+    file = source.directory / (source.gguf_file or "config.json")
+    return [SharedFile("model.source", str(file), file, file.stat().st_size)]
+
+
+def _data_files(prepared: Prepared) -> list[SharedFile]:
+    """The first and the last of each split, where they are local files; a store is asked by every node itself."""
+    named = {f"data.{name}.path": sources for name, sources in prepared.files.items()}
+    ends = [(key, source) for key, sources in named.items() for source in (sources[0], sources[-1])]
+    files = [(key, Path(source.path)) for key, source in ends if not source.is_stored]
+    return [SharedFile(key, str(path), path, path.stat().st_size) for key, path in files if path.is_file()]
+
+
+def _ask(nodes: Sequence[dict[str, Any]], files: Sequence[SharedFile]) -> None:
+    task = remote_task(_unseen, num_cpus=0, max_retries=0)
+    asked = {}
+    for node in nodes:
+        strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        asked[task.options(scheduling_strategy=strategy).remote(list(files))] = node["NodeManagerAddress"]
+    answers, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_SECONDS)
+    for answer in answers:
+        try:
+            unseen = ray.get(answer)
+        except ray.exceptions.RayTaskError as error:
+            detail = str(error).strip().splitlines()[-1]
+            raise ConfigError(
+                f"ray: node {asked[answer]} cannot run emloc_ray ({detail}): install the same version of it, and of what"
+                " it needs, on every node."
+            ) from error
+        except ray.exceptions.RayError:  # the node died: no work goes there either
+            continue
+        if unseen:
+            key, what, advice = unseen[0].key, unseen[0].what, unseen[0].advice
+            raise ConfigError(f"{key}: node {asked[answer]} does not see {what} as it is here: {advice}.")
+
+
+def _unseen(files: list[SharedFile]) -> list[SharedFile]:
+    """Which of the files this node does not find."""
+    end = time.monotonic() + _FOUND_SECONDS
+    while (left := [file for file in files if _size(file.path) != file.num_bytes]) and time.monotonic() < end:
+        time.sleep(0.1)
+    return left
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None

@@ -1,0 +1,136 @@
+"""Slots: tasks that each work off a fixed list of units in order, begun again where they are lost.
+
+A task and no actor: its process, in which torch and transformers are imported, serves the next stage too.
+"""
+
+from __future__ import annotations
+
+import bisect
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from emloc_ray.stages.ray.losses import Losses
+from emloc_ray.stages.ray.remote import remote_task
+from emloc_ray.stages.ray.spans import Span, Timed, tell_span, timed
+from emloc_ray.stages.ray.tasks import Progress, Resources, silent
+
+_LOOK_S = 1.0
+
+
+def start_slot(
+    resources: Resources,
+    name: str,
+    units: Sequence[int],
+    make: Callable[..., Any],
+    *arguments: Any,
+    node: str | None = None,
+) -> Any:
+    """A task, by its name in Ray's dashboard, that works off ascending ``units`` in the slot that ``make(*arguments)`` makes:
+    the generator of what :func:`_work_off` yields. It goes on to a unit once what it gave before was taken.
+
+    ``node``: where it begins, by Ray's id; on any other where that node is gone.
+    """
+    options: dict[str, Any] = {
+        **resources.task_options(),
+        "num_returns": "streaming",
+        "_generator_backpressure_num_objects": 1,
+    }
+    where = {} if node is None else {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True)}
+    return remote_task(_work_off, **options).options(name=name, **where).remote(list(units), make, *arguments)
+
+
+def _work_off(units: Sequence[int], make: Callable[..., Any], *arguments: Any) -> Iterator[Timed]:
+    """The slot's last unit that is safe, or -1; then each unit after it once it is worked off; None once all is committed."""
+    made: list[Any] = []
+
+    def begin() -> int:
+        made.append(make(*arguments))
+        found: int = made[0].position()
+        return found
+
+    try:
+        begun: Timed = timed(begin)()
+        yield begun
+        for unit in units:
+            if unit > begun.result:
+                yield timed(made[0].accumulate)(unit)
+        yield timed(made[0].commit)()
+    finally:
+        made.clear()  # a model and its hooks hold one another
+        gc.collect()
+
+
+def run_slots(
+    start: Callable[[int], Any],
+    work: Sequence[Sequence[int]],
+    unit_name: str,
+    losses: Losses,
+    progress: Progress = silent,
+    done: Callable[[int, int], None] = lambda slot, unit: None,
+    safe: Sequence[int] | None = None,
+) -> None:
+    """Has ``work[slot]``, a list of ascending units, worked off by the task that ``start(slot)`` begins: :func:`start_slot`.
+
+    ``done(slot, unit)`` hears of every unit finished, on a resumed slot of the last one alone. A lost task is begun again
+    and says how far it had come. ``unit_name`` is what people call a unit. ``safe[slot]``, where that is known: the last
+    unit of an earlier try; a slot that is at its end is not begun.
+
+    Raises:
+        StageError: where a slot is lost at one unit more often than ``losses`` allows.
+    """
+    running: dict[Any, int] = {}  # the slot of each task
+    counts = [bisect.bisect_right(units, unit) for units, unit in zip(work, safe or [-1] * len(work), strict=True)]
+    # When a slot may begin, by the monotonic clock.
+    resting = {slot: 0.0 for slot, count in enumerate(counts) if count < len(work[slot])}
+    at: dict[int, str] = {}  # what each slot is at
+    done_units, total = sum(counts), sum(len(units) for units in work)
+
+    try:
+        while running or resting:
+            for slot in [slot for slot, begin in resting.items() if begin <= time.monotonic()]:
+                del resting[slot]
+                running[start(slot)] = slot
+                at[slot] = "its start"
+            progress(done_units, total)  # where it is heard that the run is to stop, too
+            for task in _some(list(running), min(resting.values(), default=math.inf)):
+                slot = running[task]
+                where = at[slot]
+                try:
+                    found = ray.get(next(task))
+                except ray.exceptions.RayError as error:
+                    piece = f"slot {slot}" if where == "its start" else f"slot {slot} at {where}"
+                    delay = losses.count(piece, error)
+                    del running[task]
+                    resting[slot] = time.monotonic() + delay
+                    continue
+                times = found.begun_at, found.finished_at
+                tell_span(Span(losses.stage, f"slot {slot}", where, *times, peak_bytes=found.peak_bytes))
+                unit = found.result
+                if unit is None:  # committed to the end
+                    del running[task]
+                    continue
+                count = bisect.bisect_right(work[slot], unit)
+                done_units += count - counts[slot]
+                counts[slot] = count
+                if unit >= 0:
+                    done(slot, unit)
+                at[slot] = f"{unit_name} {work[slot][count]}" if count < len(work[slot]) else "its end"
+    finally:
+        for task in running:  # none, unless something failed: nobody waits for them any more
+            ray.cancel(task, force=True)
+
+
+def _some(tasks: list[Any], until: float) -> list[Any]:
+    """The first of these that has something to take, or none by the time ``until``, or after a second."""
+    rest = min(_LOOK_S, max(0.0, until - time.monotonic()))
+    if tasks:
+        ready: list[Any] = ray.wait(tasks, num_returns=1, timeout=rest)[0]
+        return ready
+    time.sleep(rest)
+    return []

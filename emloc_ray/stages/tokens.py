@@ -1,0 +1,200 @@
+"""Data: the task's rows made or found, split, and tokenized into shards."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from emloc_ray.config.schema import RunConfig
+from emloc_ray.data.reading import SourceFile, fingerprint_sources, scan
+from emloc_ray.data.splits import CALIBRATION_SEED, SPLITS, RowSelection, assign_splits, hub_split
+from emloc_ray.data.token_budget import rows_within
+from emloc_ray.data.tokenizing import TokenizeOptions, first_unwritten, row_lengths, tokenize_splits
+from emloc_ray.errors import DataError
+from emloc_ray.io.runs.fingerprint import content_of
+from emloc_ray.io.runs.resume import discard_unless
+from emloc_ray.io.store.atomic import atomic_file
+from emloc_ray.io.store.node_cache import exists, hashes
+from emloc_ray.modeling.inputs import has_encoder
+from emloc_ray.planning.prepared import Prepared, splits_of
+from emloc_ray.stages.ray.losses import Losses, Tell, is_lost, unheard
+from emloc_ray.stages.ray.tasks import Progress, silent
+
+_ROWS_PER_SHARD = 1024
+_IMAGE_ROWS_PER_SHARD = 256
+Result = TypeVar("Result")
+
+
+def split_inputs(prepared: Prepared) -> dict[str, Any]:
+    """What the token shards depend on."""
+    config = prepared.config
+    unused = {"healing"} - {*splits_of(config)}
+    return {
+        "data": config.data.model_dump(mode="json", exclude=unused),
+        "files": {name: fingerprint_sources(sources) for name, sources in prepared.files.items()},
+        "counts": [
+            config.calibration.num_calibration_samples,
+            config.calibration.num_calibration_tokens,
+            config.correction.num_selection_samples,
+            config.evaluation.num_samples,
+        ],
+        "rows_per_shard": config.calibration.rows_per_shard,
+        "seed": config.seed,
+    }
+
+
+def content_of_rows(prepared: Prepared) -> dict[str, str]:
+    """A hash of the rows of every split that has local files; what lies in a store is told by its version already."""
+    local = {name: [Path(s.path) for s in sources if not s.is_stored] for name, sources in prepared.files.items()}
+    return {name: content_of(files) for name, files in local.items()}
+
+
+def may_change(prepared: Prepared) -> bool:
+    """Whether the same rows may be others another day: a data set of the hub, images that rows name."""
+    data, names = prepared.config.data, splits_of(prepared.config)
+    hub = any(str(split.path).startswith("hf:") for name in names if (split := getattr(data, name)) is not None)
+    return hub or any(source.images for files in prepared.files.values() for source in files)
+
+
+def tokenize_data(
+    prepared: Prepared,
+    tokenizer: Path,
+    out_dir: Path,
+    progress: Progress = silent,
+    inputs: Any = None,
+    tell: Tell = unheard,
+) -> dict[str, Any]:
+    """Makes or finds the rows, splits them and writes ``out_dir/tokens/SPLIT``; returns the counts of each split.
+
+    Shards that a killed run of the same ``inputs`` and rows finished are kept; with ``inputs`` left out, none are.
+
+    Raises:
+        DataError: naming file, row and field of the first bad row.
+    """
+    config = prepared.config
+    found = _sources(prepared, out_dir)
+    files = [Path(source.path) for sources in found.values() for source in sources if not source.is_stored]
+    # By content, not time: on an object store each node's copies have times of their own.
+    made = {path.name: sha for file in files if out_dir in file.parents for path, sha in hashes(file).items()}
+    discard_unless(out_dir / "tokens", time.time() if inputs is None else [inputs, made])
+    options = TokenizeOptions(
+        str(tokenizer),
+        config.data.format,
+        config.data.max_seq_length,
+        config.data.packing,
+        config.model.trust_remote_code,
+        has_encoder(prepared.model_config),
+        config.data.on_error == "skip",
+    )
+    losses = Losses("data", tell)
+    splits = begun_again(lambda: _splits(config, found, options), losses, lambda: "counting tokens")
+    # Rows that may show images are of 100 KB rather than a few.
+    rows_per_shard = _IMAGE_ROWS_PER_SHARD if options.may_show_images else _ROWS_PER_SHARD
+    sizes = dict.fromkeys(splits, rows_per_shard) | {"calibration": config.calibration.rows_per_shard}
+    counts = begun_again(
+        lambda: tokenize_splits(
+            splits,
+            options,
+            out_dir / "tokens",
+            rows_per_shard=sizes,
+            num_workers=config.calibration.num_workers,
+            progress=progress,
+        ),
+        losses,
+        lambda: first_unwritten(splits, out_dir / "tokens", sizes),
+    )
+    return {"splits": counts, "num_workers": config.calibration.num_workers}
+
+
+def begun_again(work: Callable[[], Result], losses: Losses, piece: Callable[[], str]) -> Result:
+    """What ``work`` returns; done again where a worker of Ray Data's is lost, for it keeps what it had finished."""
+    while True:
+        try:
+            return work()
+        except Exception as error:  # Ray Data raises kinds of its own around Ray's
+            # To find the piece means to look at what is written, of a store too.
+            time.sleep(losses.count(piece() if is_lost(error) else "", error))
+
+
+def _splits(
+    config: RunConfig, found: dict[str, tuple[SourceFile, ...]], options: TokenizeOptions
+) -> dict[str, RowSelection]:
+    """The rows of every split; those of the calibration are counted in tokens where the config asks for that."""
+    given = {name: RowSelection.all_rows(sources) for name, sources in found.items()}
+    for name, selection in given.items():
+        split = getattr(config.data, name)
+        if split is not None:
+            given[name] = selection.sample(split.num_samples, config.seed)
+    splits = assign_splits(
+        given,
+        num_calibration_samples=config.calibration.num_calibration_samples,
+        num_selection_samples=config.correction.num_selection_samples,
+        num_eval_samples=config.evaluation.num_samples,
+        seed=config.seed,
+    )
+    empty = [name for name, rows in splits.items() if len(rows) == 0]
+    if empty:
+        raise DataError(f"data.{empty[0]} is left without rows: give it a path, or more training rows.")
+    num_tokens = config.calibration.num_calibration_tokens
+    if num_tokens is not None:
+        seed = config.seed + CALIBRATION_SEED
+        workers = config.calibration.num_workers
+        rows = rows_within(splits["calibration"], num_tokens, seed, lambda part: row_lengths(part, options, workers))
+        splits["calibration"] = splits["calibration"].sample(rows, seed)
+    return splits
+
+
+def _sources(prepared: Prepared, out_dir: Path) -> dict[str, tuple[SourceFile, ...]]:
+    """The files of every split that has its own, those made or downloaded for the run included."""
+    config, directory = prepared.config, out_dir / "rows"
+    named = {name: split.path for name in splits_of(config) if (split := getattr(config.data, name)) is not None}
+    hub = {name: path for name, path in named.items() if isinstance(path, str) and path.startswith("hf:")}
+    if hub or config.data.generate is not None:
+        # What was made for the run stays with it: neither the hub nor the installed sources need be as they were.
+        discard_unless(directory, [config.data.generate, config.seed if config.data.generate else None, hub])
+    found: dict[str, tuple[SourceFile, ...]] = dict(prepared.files)
+    if config.data.generate is not None:
+        found |= _generate(config.data.generate, directory, config.seed)
+    for name, path in hub.items():
+        found[name] = (_download(path, name, directory),)
+    return found
+
+
+def _generate(task: str, directory: Path, seed: int) -> dict[str, tuple[SourceFile, ...]]:
+    from emloc_ray.demos.docstrings import DocstringTask
+    from emloc_ray.demos.docstrings import generate as generate_docstrings
+    from emloc_ray.demos.vqa import VqaTask
+    from emloc_ray.demos.vqa import generate as generate_vqa
+
+    if not all(exists(directory / f"{name}.parquet") for name in SPLITS):
+        if task == "vqa":
+            generate_vqa(directory, VqaTask(seed=seed))
+        else:
+            generate_docstrings(directory, DocstringTask(seed=seed))
+    return {name: (scan(directory / f"{name}.parquet"),) for name in SPLITS}
+
+
+def _download(place: str, split: str, directory: Path) -> SourceFile:
+    """A data set of the hub (or of a local folder that ``datasets`` reads) as one Parquet file of the run."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"data.{split}.path {place} needs the datasets package: pip install 'emloc-ray[hub]'."
+        ) from error
+    path = directory / f"{split}.parquet"
+    if exists(path):
+        return scan(path)
+    name, part = hub_split(place, split)
+    try:
+        dataset = datasets.load_dataset(name, split=part)
+    except Exception as error:
+        detail = str(error).split("\n")[0][:200]
+        raise DataError(
+            f"data.{split}.path {place} cannot be loaded ({detail}): mend the name or its split."
+        ) from error
+    with atomic_file(path) as file:
+        dataset.to_parquet(file)
+    return scan(path)

@@ -1,0 +1,120 @@
+"""report.html of a batch: how its tasks ended and when their stages ran, made from batch.json and their manifests alone."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from emloc_ray.errors import ArtifactError
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.store.atomic import atomic_file
+from emloc_ray.io.store.object_store import below
+from emloc_ray.runs.batch.state import BatchState, TaskState
+from emloc_ray.ui.batch_table import counts, standing
+from emloc_ray.ui.page import render_page
+from emloc_ray.ui.page_text import visible
+from emloc_ray.ui.timeline import Bar, Clock, Line, StageRun, draw, running_time, stage_runs
+
+_TEMPLATE = "batch_report.html.j2"
+_LOST = ("failed", "late", "cancelled")
+_MOST_ROWS = 2000
+_MOST_REASON = 400  # letters of it: batch.json has it whole
+_READERS = 8
+
+
+Stages = Mapping[str, Sequence[StageRun]]  # of each task that has begun, by its name
+
+
+def write_batch_report(run: RunDirectory, state: BatchState) -> Path:
+    """Writes ``report.html`` into the batch's directory; what no task has reached yet is left out."""
+    path = run.path("report.html")
+    with atomic_file(path) as file:
+        file.write(render_batch(run.name, state, read_stages(run, state)).encode(errors="replace"))
+    return path
+
+
+def read_stages(run: RunDirectory, state: BatchState) -> dict[str, tuple[StageRun, ...]]:
+    """What the tasks' manifests say; tasks without one are left out."""
+
+    def read(task: TaskState) -> tuple[StageRun, ...] | None:
+        try:
+            manifest = RunDirectory(below(run.place, "tasks", task.name)).manifest()
+        except ArtifactError:
+            return None
+        return stage_runs(manifest)
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = zip(state.tasks, pool.map(read, state.tasks), strict=True)
+        return {task.name: stages for task, stages in found if stages is not None}
+
+
+def render_batch(name: str, state: BatchState, stages: Stages) -> str:
+    """The page's HTML."""
+    return render_page(_TEMPLATE, batch_view(name, state, stages))
+
+
+def batch_view(name: str, state: BatchState, stages: Stages) -> dict[str, Any]:
+    """All that the template shows."""
+    ordered = sorted(state.tasks, key=lambda task: task.status not in ("failed", "late"))
+    rows = [_row(task, stages.get(task.name, ())) for task in ordered]
+    gains = {row["name"]: row["gain"] for row in rows if row["gain"] is not None and math.isfinite(row["gain"])}
+    every = [stage for found in stages.values() for stage in found]
+    times = [task.ended_at for task in state.tasks if task.ended_at] + [stage.finished_at for stage in every]
+    clock = running_time(_spans(state, every))
+    return {
+        "name": name,
+        "updated": datetime.fromtimestamp(max(times), timezone.utc).strftime("%Y-%m-%d %H:%M UTC") if times else None,
+        "counts": counts(state),
+        "num_tasks": len(state.tasks),
+        "num_done": state.count("done"),
+        "clock": clock,
+        "worked": sum(stage.finished_at - stage.begun_at for stage in every),
+        "num_stages": len(every),
+        "num_taken": sum(stage.taken for stage in every),
+        "best": max(gains.items(), key=lambda item: item[1]) if gains else None,
+        "median": statistics.median(gains.values()) if gains else None,
+        "top": max(gains.values(), default=0.0),
+        "rows": rows[:_MOST_ROWS],
+        "timeline": timeline(clock, state, stages) if clock and every else None,
+    }
+
+
+def _row(task: TaskState, stages: Sequence[StageRun]) -> dict[str, Any]:
+    before, after = task.original_loss, task.corrected_loss
+    reason = visible(task.reason or "")
+    return {
+        "name": visible(task.name),
+        "href": f"tasks/{quote(task.name, safe='=', errors='replace')}/report.html" if stages else None,
+        "status": task.status,
+        "standing": visible(standing(task)),
+        "reason": reason if len(reason) <= _MOST_REASON else f"{reason[:_MOST_REASON]} …",
+        "losses": None if before is None or after is None else (before, after),
+        "gain": None if before is None or after is None else before - after,
+        "seconds": task.seconds,
+        "taken": [stage.name for stage in stages if stage.taken],
+        "notes": task.notes,
+    }
+
+
+def _spans(state: BatchState, stages: Iterable[StageRun]) -> list[tuple[float, float]]:
+    tasks = [(task.started_at, task.ended_at) for task in state.tasks]
+    known = [(begin, end) for begin, end in tasks if begin is not None and end is not None]
+    return known + [(stage.begun_at, stage.finished_at) for stage in stages]
+
+
+def timeline(clock: Clock, state: BatchState, stages: Stages) -> dict[str, Any] | None:
+    """A line a task, who began first on top, with a mark where it ended without a result."""
+    begun = sorted((found[0].begun_at, name) for name, found in stages.items() if found)
+    ended = {task.name: task.ended_at for task in state.tasks if task.status in _LOST and task.started_at is not None}
+    lines = []
+    for _, name in begun:
+        end = ended.get(name)
+        bars = [Bar(stage.name, stage.begun_at, stage.finished_at) for stage in stages[name]]
+        lines.append(Line(name, bars if end is None else [*bars, Bar("lost", end, end)]))
+    return draw(lines, f"the stages of {len(lines)} tasks", clock)

@@ -1,0 +1,149 @@
+"""A batch as people see it: a live table on a terminal, a line where a task begins and ends elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import replace
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from emloc_ray.runs.batch.state import BatchState, TaskState
+from emloc_ray.ui.terminal import duration, gib
+
+_STYLES = {"done": "green", "failed": "red", "late": "red", "cancelled": "dim", "running": "cyan", "waiting": "dim"}
+_NO_BREAK = "\u00a0"
+_COLUMNS = ("task", "state", "loss", "held-out", "memory", "time", "notes")
+_SPARED = ("notes", "memory", "loss")  # in this order
+_ORDER = ("running", "failed", "late", "done", "cancelled", "waiting")
+_MARGIN = 8  # lines of a terminal that are not the table's
+_LEAST_NAME = 30  # of a long one's letters in a line, as long as there is another column to leave out
+
+
+def batch_table(state: BatchState, rows: int | None = None, now: float | None = None, width: int = 200) -> Table:
+    """The tasks, those under way and those that failed first; at most so many ``rows``, the rest as a count.
+
+    Where long names leave no room in ``width``, columns are left out.
+    """
+    now = time.time() if now is None else now
+    table = Table(title=counts(state), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    tasks = sorted(state.tasks, key=lambda task: _ORDER.index(task.status))
+    shown = tasks if rows is None else tasks[:rows]
+    cells = [_cells(task, now) for task in shown]
+    widths = {name: max([len(name), *(len(row[name]) for row in cells)]) + 2 for name in _COLUMNS}
+    kept = list(_COLUMNS)
+    for name in _SPARED:
+        if sum(widths[column] for column in kept[1:]) + min(widths["task"], _LEAST_NAME) > width:
+            kept.remove(name)
+    for name in kept:
+        if name in ("task", "state"):
+            table.add_column(name, overflow="fold")
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
+    for row in cells:
+        table.add_row(*(row[name] for name in kept))
+    if len(shown) < len(tasks):
+        table.caption = f"and {len(tasks) - len(shown)} more"
+    return table
+
+
+def _cells(task: TaskState, now: float) -> dict[str, Text]:
+    spent = task.seconds if task.status != "running" or task.started_at is None else now - task.started_at
+    return {
+        "task": Text(task.name),
+        "state": Text(standing(task), style=_STYLES[task.status]),
+        "loss": Text("" if task.train_loss is None else f"{task.train_loss:.3f}"),
+        "held-out": Text(held_out(task)),
+        "memory": Text(gib(task.planned_bytes).strip().replace(" ", _NO_BREAK)),
+        "time": Text(duration(spent).replace(" ", _NO_BREAK) if spent else ""),
+        "notes": Text(str(task.notes or "")),
+    }
+
+
+def at_rest(state: BatchState) -> BatchState:
+    """The state of a batch that nobody runs: tasks that were running when its process was killed wait to be gone on with."""
+    tasks = (replace(t, status="waiting", active=False) if t.status == "running" else t for t in state.tasks)
+    return replace(state, tasks=tuple(tasks))
+
+
+def standing(task: TaskState) -> str:
+    """The stage that a task is at, with how much of it is done, or how it ended, or where it was interrupted."""
+    if task.status == "running" and task.stage:
+        units = "" if task.units is None else f" {task.units[0]}/{task.units[1]}"
+        return f"{task.stage}{units}" if task.active else f"waits for {task.stage}"
+    if task.status == "waiting" and task.stage:
+        return f"interrupted in {task.stage}"
+    return (
+        f"{task.status} in {task.stage}"
+        if task.status in ("failed", "late", "cancelled") and task.stage
+        else task.status
+    )
+
+
+def held_out(task: TaskState) -> str:
+    """The original's loss on held-out data, and that with the corrected adapter; empty where they are not known."""
+    if task.original_loss is None or task.corrected_loss is None:
+        return ""
+    return f"{task.original_loss:.3f}{_NO_BREAK}→{_NO_BREAK}{task.corrected_loss:.3f}"
+
+
+def counts(state: BatchState) -> str:
+    """How many tasks stand how, in words."""
+    found: Counter[str] = Counter(task.status for task in state.tasks)
+    return ", ".join(f"{found[status]} {status}" for status in _ORDER if found[status]) or "no tasks"
+
+
+def reasons(state: BatchState) -> list[str]:
+    """A sentence for each task that did not end well."""
+    return [f"{t.name}: {t.status}{f' in {t.stage}' if t.stage else ''}: {t.reason}" for t in state.tasks if t.reason]
+
+
+class BatchView:
+    """Shows a batch as it goes."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+        self._statuses: dict[str, str] = {}
+        self._shown_at = 0.0
+
+    def __enter__(self) -> BatchView:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, state: BatchState) -> None:
+        """The state as it is now."""
+        for task in state.tasks:
+            before = self._statuses.get(task.name)
+            self._statuses[task.name] = task.status
+            if before != task.status and (task.is_over or self._live is None) and task.status != "waiting":
+                self.tell(_line(task))
+        if self._live is not None and time.monotonic() - self._shown_at > 0.5:
+            self._shown_at = time.monotonic()
+            self._live.update(self._picture(state), refresh=True)
+
+    def _picture(self, state: BatchState) -> RenderableType:
+        return Group(batch_table(state, max(4, self.console.height - _MARGIN), width=self.console.width))
+
+    def tell(self, text: str) -> None:
+        """A line above the table."""
+        self.console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def _line(task: TaskState) -> str:
+    if task.status == "running":
+        return f"… {task.name} begins"
+    mark = "✓" if task.status == "done" else "✗"
+    losses = f", loss {held_out(task)}" if held_out(task) else ""
+    shared = f", {', '.join(task.taken)} from the cache" if task.taken else ""
+    reason = f": {task.reason}" if task.reason else ""
+    return f"{mark} {task.name} {task.status} in {duration(task.seconds)}{losses}{shared}{reason}"

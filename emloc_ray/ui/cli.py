@@ -1,0 +1,359 @@
+"""The command line: ``emloc-ray VERB CONFIG [key.path=value …]``."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from emloc_ray.errors import ConfigError, EmlocError
+from emloc_ray.ui.batch_verbs import (
+    KEYS,
+    BatchDir,
+    BatchPath,
+    CachePlace,
+    asking,
+    cancel_tasks,
+    list_cache,
+    prune_cache,
+    run_batch,
+    show_batch,
+    state_now,
+)
+
+app = typer.Typer(
+    name="emloc-ray",
+    help="Fine-tune a large model through a small emulator of it, on Ray (EMLoC, arXiv 2506.12015).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class _Console(Console):
+    """Goes silent where its reader has left (``emloc-ray keys | head``); a run goes on to its end and its exit code."""
+
+    def on_broken_pipe(self) -> None:
+        """Writes nothing from now on, also at exit, when Python flushes what is left."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+console = _Console(highlight=False)
+errors = _Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class Stage(str, Enum):
+    """The stages, in order."""
+
+    calibrate = "calibrate"
+    factorize = "factorize"
+    heal = "heal"
+    finetune = "finetune"
+    correct = "correct"
+    merge = "merge"
+    evaluate = "evaluate"
+
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Config keys to override.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Forget what an earlier run of this name left.")]
+
+
+def _guarded(action: Callable[[], None]) -> None:
+    """Runs a verb; every failure is a sentence on stderr and an exit code (1 failed, 2 bad call, 130 or 143 stopped)."""
+    try:
+        action()
+    except EmlocError as error:
+        for line in str(error).split("\n"):
+            errors.print(f"[red]Error:[/] {escape(line)}")
+        raise typer.Exit(error.exit_code) from None
+    except (KeyboardInterrupt, SystemExit) as error:  # Ray makes a SystemExit of SIGTERM
+        errors.print("Stopped. What was finished stays; the same command goes on from there.")
+        raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else 143) from None
+
+
+def _prepare(path: Path, overrides: list[str] | None) -> Any:
+    from emloc_ray.config.reading import load_config
+
+    config = load_config(path, overrides or ())
+    with console.status("Checking the config, the model and the data …"):
+        from emloc_ray.planning.prepared import prepare
+        from emloc_ray.ui.terminal import quiet_libraries
+
+        quiet_libraries()
+        return prepare(config)
+
+
+def _run(path: Path, overrides: list[str] | None, begin: Stage | None, until: Stage, fresh: bool) -> None:
+    from emloc_ray.planning.plan import make_plan
+    from emloc_ray.runs import run as pipeline
+    from emloc_ray.ui.terminal import ConsoleReporter, duration, evaluation_table, gib, result_lines
+
+    prepared = _prepare(path, overrides)
+    plan = make_plan(prepared)
+    console.print(
+        f"[bold]{escape(prepared.run.name)}[/]: {plan.parameters:,} parameters, emulator {plan.emulator_parameters:,};"
+        f" about {duration(plan.seconds)} and {gib(plan.disk_bytes).strip()} of disk if nothing is done yet"
+    )
+    try:
+        with ConsoleReporter(console) as reporter:
+            metrics = pipeline.run(
+                prepared.config,
+                begin=begin and begin.value,
+                until=until.value,
+                fresh=fresh,
+                reporter=reporter,
+                prepared=prepared,
+            )
+    except EmlocError as error:
+        if not isinstance(error, ConfigError):
+            stays = f"What was finished stays in {prepared.run.place}; the same command goes on from there."
+            raise type(error)(f"{error}\n{stays}") from error
+        raise
+    if until is Stage.evaluate:
+        console.print(evaluation_table(metrics))
+    for line in result_lines(metrics, prepared.run.place):
+        console.print(escape(line), soft_wrap=True)
+
+
+@app.command()
+def run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    begin: Annotated[Stage | None, typer.Option("--from", help="Redo from this stage on.")] = None,
+    until: Annotated[Stage, typer.Option("--until", help="Stop after this stage.")] = Stage.evaluate,
+    fresh: Fresh = False,
+) -> None:
+    """Run all stages; what is done is skipped, what the config changed is redone."""
+    _guarded(lambda: _run(config, overrides, begin, until, fresh))
+
+
+def _stage_command(stage: Stage, text: str) -> None:
+    def command(config: ConfigPath, overrides: Overrides = None, fresh: Fresh = False) -> None:
+        _guarded(lambda: _run(config, overrides, None, stage, fresh))
+
+    app.command(name=stage.value, help=text)(command)
+
+
+_stage_command(Stage.calibrate, "Run up to the Grams of the calibration data.")
+_stage_command(Stage.factorize, "Run up to the emulator.")
+_stage_command(Stage.heal, "Run up to the emulator as healed, where the config asks for that.")
+_stage_command(Stage.finetune, "Run up to the adapter as trained on the emulator.")
+_stage_command(Stage.correct, "Run up to the corrected adapter.")
+_stage_command(Stage.merge, "Run up to the merged model.")
+_stage_command(Stage.evaluate, "Run up to the evaluation on held-out data.")
+
+
+@app.command()
+def validate(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Check the config, the model and the data's first rows; every error at once, nothing started."""
+
+    def action() -> None:
+        from emloc_ray.planning.budget import check_gradients
+        from emloc_ray.planning.plan import row_lengths
+
+        prepared = _prepare(config, overrides)
+        check_gradients(prepared, row_lengths(prepared))
+        layout = prepared.layout
+        console.print(
+            f"{escape(str(config))} is good: {len(layout.ranks)} of {len(layout.specs)} linears compressed,"
+            f"{f' {len(layout.in_4bit)} in 4 bits,' if layout.quantized else ''} {len(layout.adapted)} adapted."
+        )
+
+    _guarded(action)
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    memory_budget: Annotated[
+        str | None,
+        typer.Option("--memory-budget", help="Solve for the settings that fine-tune within this, such as 24GiB."),
+    ] = None,
+) -> None:
+    """Show shapes, ranks, parameters, and the memory, disk, time and resources of every stage; loads no weights."""
+
+    def action() -> None:
+        from emloc_ray.planning.budget import check_gradients
+        from emloc_ray.planning.plan import make_plan, row_lengths, within_budget
+        from emloc_ray.ui.terminal import plan_tables
+
+        # The option is the config's key: whatever else depends on it, such as the way to calibrate, is planned with it.
+        if memory_budget is not None and not memory_budget.strip():
+            raise ConfigError("--memory-budget is empty: give a size, such as 24GiB.")
+        budget = [] if memory_budget is None else [f"memory_budget={memory_budget}"]
+        prepared = _prepare(config, [*(overrides or ()), *budget])
+        if memory_budget is not None:
+            solution, prepared = within_budget(prepared)
+            console.print(escape(solution.sentence), soft_wrap=True)
+            console.print("  " + " ".join(solution.overrides), soft_wrap=True, highlight=False)
+        for table in plan_tables(make_plan(prepared)):
+            console.print(table)
+        check_gradients(prepared, row_lengths(prepared))
+
+    _guarded(action)
+
+
+@app.command()
+def keys(
+    section: Annotated[str | None, typer.Argument(metavar="[SECTION]", help="Such as finetune; left out: all.")] = None,
+) -> None:
+    """Show the keys that a config may have, what they may be, and what holds where they are left out."""
+
+    def action() -> None:
+        from emloc_ray.config.keys import config_keys
+        from emloc_ray.ui.terminal import keys_tables
+
+        for table in keys_tables(config_keys(section)):
+            console.print(table)
+
+    _guarded(action)
+
+
+RunPath = Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run's directory, or its place on an object store.")]
+
+
+@app.command()
+def status(
+    run_dir: RunPath,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew every second until the run is over.")] = False,
+) -> None:
+    """Show which stages of a run are done, how it is or how it ended, and its results so far; of a batch, its tasks."""
+
+    def action() -> None:
+        from emloc_ray.io.runs.directory import RunDirectory
+        from emloc_ray.runs.batch.state import is_batch
+
+        with asking(console, run_dir):
+            run = RunDirectory(run_dir).existing()
+            of_many = is_batch(run)
+        if of_many:
+            show_batch(console, run, watch)
+            return
+        while watch and not console.quiet and run.holder() is not None:
+            console.clear()
+            _show_status(run)
+            time.sleep(1)
+        _show_status(run)
+
+    _guarded(action)
+
+
+def _show_status(run: Any) -> None:
+    from emloc_ray.config.steps import STEPS
+    from emloc_ray.runs.status import asked_steps, read_status
+    from emloc_ray.ui.terminal import evaluation_table, gib, result_lines
+
+    manifest = run.manifest()
+    stages, asked = manifest["stages"], asked_steps(manifest)
+    for stage in STEPS:
+        if stage in stages:
+            usage = stages[stage]["result"]["usage"]
+            peak = gib(usage["peak_pss_bytes"]).strip()
+            console.print(f"[green]✓[/] {stage:<10} {usage['wall_s']:8.1f} s  peak {peak}")
+        elif stage in asked:
+            console.print(f"[dim]· {stage:<10} not done[/]")
+    for line in read_status(run).lines():
+        console.print(escape(line), soft_wrap=True)
+    metrics = run.metrics()
+    if "evaluation" in metrics:
+        console.print(evaluation_table(metrics))
+        for line in result_lines(metrics, run.place):
+            console.print(escape(line), soft_wrap=True)
+
+
+@app.command(epilog=KEYS)
+def batch(
+    config: BatchPath,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every task and stop.")] = False,
+) -> None:
+    """Run many tasks over one cluster; again, it redoes what failed; while it runs, it adds what is new."""
+    _guarded(lambda: run_batch(console, config, overrides or [], dry_run))
+
+
+@app.command()
+def cancel(
+    run_dir: BatchDir,
+    tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="The tasks' names.")],
+    undo: Annotated[bool, typer.Option("--undo", help="Have the next emloc-ray batch run them after all.")] = False,
+) -> None:
+    """End tasks of a batch; the others go on."""
+    _guarded(lambda: cancel_tasks(console, run_dir, tasks, undo))
+
+
+cache_app = typer.Typer(help="What runs of a batch share: list it, or make it smaller.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+
+
+@cache_app.command("list")
+def cache_list(cache: CachePlace) -> None:
+    """List a cache's entries, those used last first."""
+    _guarded(lambda: list_cache(console, cache))
+
+
+@cache_app.command("prune")
+def cache_prune(
+    cache: CachePlace,
+    max_size: Annotated[str, typer.Option("--max-size", help="What may stay, such as 50GiB; 0: nothing.")],
+) -> None:
+    """Remove what was used longest ago until the rest fits."""
+    _guarded(lambda: prune_cache(console, cache, max_size))
+
+
+@app.command()
+def report(run_dir: RunPath) -> None:
+    """Write report.html of a run or a batch, finished or not."""
+
+    def action() -> None:
+        from emloc_ray.io.runs.directory import RunDirectory
+        from emloc_ray.ui.batch_page import write_batch_report
+        from emloc_ray.ui.page import write_report
+
+        with asking(console, run_dir):
+            run = RunDirectory(run_dir).existing()
+            state = state_now(run)
+        written = write_report(run) if state is None else write_batch_report(run, state)
+        console.print(escape(str(written)))
+
+    _guarded(action)
+
+
+@app.command()
+def fetch(
+    run_uri: Annotated[str, typer.Argument(metavar="RUN_URI", help="A run's place on an object store.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it.")],
+    part: Annotated[
+        list[str] | None, typer.Option(help="Only this part, such as adapter or merged; may be repeated.")
+    ] = None,
+) -> None:
+    """Bring a run, or parts of it, from an object store to a local directory."""
+
+    def action() -> None:
+        from emloc_ray.io.runs.directory import RunDirectory
+        from emloc_ray.io.runs.fetch import fetch
+        from emloc_ray.ui.terminal import byte_progress
+
+        with asking(console, run_uri):
+            run = RunDirectory(run_uri).existing()
+        with byte_progress(console, "Fetching") as progress:
+            files = fetch(run, directory, part or (), progress)
+        console.print(escape(f"{len(files)} files written to {directory}"), soft_wrap=True)
+
+    _guarded(action)
+
+
+def main() -> None:
+    """The ``emloc-ray`` command."""
+    # emloc_ray says in one sentence that the hub cannot be reached.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    app()

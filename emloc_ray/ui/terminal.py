@@ -1,0 +1,354 @@
+"""What a person sees: progress bars on a terminal, plain lines otherwise, tables of plans and results."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from emloc_ray.config.keys import KeySection
+from emloc_ray.core.ranks import factor_parameters
+
+if TYPE_CHECKING:
+    from emloc_ray.planning.plan import Plan
+
+_NO_BREAK = "\u00a0"
+_VERBS = {
+    "import": "Importing the model",
+    "data": "Making token shards",
+    "calibrate": "Calibrating",
+    "gradients": "Gathering gradients",
+    "allocate": "Allocating ranks",
+    "factorize": "Factorizing",
+    "heal": "Healing",
+    "finetune": "Fine-tuning",
+    "correct": "Correcting",
+    "merge": "Merging",
+    "evaluate": "Evaluating",
+}
+
+
+def quiet_libraries() -> None:
+    """What libraries say of themselves is not for a run's screen."""
+    import transformers
+
+    warnings.filterwarnings("ignore")
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
+
+
+@contextlib.contextmanager
+def byte_progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of bytes, on a terminal; the callback takes how many are done, of how many."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=32),
+        DownloadColumn(binary_units=True),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task(what)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def count_progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of things done, on a terminal; the callback takes how many are, of how many."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=32), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task(what)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+class ConsoleReporter:
+    """Shows a run: a bar a stage on a terminal; elsewhere a line where a stage begins and ends."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bars = Progress(
+            TextColumn("{task.description:<20}"),
+            BarColumn(bar_width=32),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> ConsoleReporter:
+        if self.console.is_terminal:
+            self.bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bars.stop()
+
+    def start(self, stage: str) -> Callable[[int, int], None]:
+        """A stage begins."""
+        if not self.console.is_terminal:
+            self.console.print(f"{_VERBS[stage]} …", highlight=False)
+            return lambda done, total: None
+        task = self.task = self.bars.add_task(_VERBS[stage], total=None)
+        return lambda done, total: self.bars.update(task, completed=done, total=max(total, 1))
+
+    def _end(self) -> None:
+        if self.task is not None:
+            self.bars.remove_task(self.task)
+            self.task = None
+
+    def finish(self, stage: str, result: dict[str, Any], usage: dict[str, Any]) -> None:
+        """A stage has ended: what came out, its wall time, its peak memory."""
+        self._end()
+        line = f"[green]✓[/] {_VERBS[stage]:<20} {usage['wall_s']:7.1f} s  {gib(usage['peak_pss_bytes'])}"
+        self.console.print(f"{line}  {escape(_outcome(stage, result))}".rstrip(), highlight=False, soft_wrap=True)
+
+    def skip(self, stage: str) -> None:
+        """A stage was found done."""
+        self.console.print(f"[dim]· {_VERBS[stage]:<20} done before, inputs unchanged[/]", highlight=False)
+
+    def note(self, text: str) -> None:
+        """Something that a reader should know."""
+        self.console.print(f"[yellow]![/] {escape(text)}", highlight=False, soft_wrap=True)
+
+
+def _outcome(stage: str, result: dict[str, Any]) -> str:
+    if result.get("taken_from"):
+        return f"from the cache, made by {result['taken_from']}"
+    if stage == "data":
+        rows = ", ".join(f"{split} {count['rows']:,}" for split, count in result["splits"].items())
+        return f"rows: {rows}"
+    if stage in ("calibrate", "gradients"):
+        return f"{result['num_tokens']:,} tokens in {result['num_shards']} shards"
+    if stage == "allocate":
+        lost, uniform = 1 - result["gain"], 1 - result["uniform_gain"]
+        return f"what they lose is {lost / uniform:.0%} of what uniform ranks would" if uniform > 0 else ""
+    if stage == "factorize":
+        return f"{len(result['layers'])} linears, mean relative error {result['mean_relative_error']:.3f}"
+    if stage == "heal":
+        return f"{result['steps']} steps, mean divergence from the original {result['train_loss']:.3f}"
+    if stage == "finetune":
+        return f"{result['steps']} steps, training loss {result['train_loss']:.3f}"
+    if stage == "correct":
+        if result.get("as_trained"):
+            return "as trained: nothing to correct"
+        return f"chose {describe_choice(result)}{_scored(result)}"
+    if stage == "merge":
+        return f"{result['merged_tensors']} tensors changed"
+    return ""
+
+
+def _scored(result: dict[str, Any]) -> str:
+    if result.get("note"):
+        return f". {result['note']}"
+    tried = len(result["candidates"])
+    return f", best of {tried} on {result['selection_rows']} rows" if result.get("selection_rows") else ""
+
+
+def describe_choice(choice: dict[str, Any]) -> str:
+    """A correction in words: ``covariance, λ = 3, strength 0.5``."""
+    if choice["method"] == "none":
+        return "none"
+    clamp = "unclamped" if choice["clamp"] is None else f"λ = {choice['clamp']:g}"
+    return f"{choice['method']}, {clamp}, strength {choice['strength']:g}"
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB, or as MiB where that is little."""
+    return f"{size / 2**30:6.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:6.1f} MiB"
+
+
+def keys_tables(sections: Sequence[KeySection]) -> Iterator[Table]:
+    """A table for each section of a config."""
+    for section in sections:
+        title = f"\n{section.name}  [not bold dim]{escape(section.text)}[/]" if section.name else escape(section.text)
+        table = Table(
+            title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), expand=True
+        )
+        table.add_column("key", style="bold", no_wrap=True)
+        for heading, share in (("left out", 2), ("what it may be", 3), ("what it is", 6)):
+            table.add_column(heading, overflow="fold", ratio=share)
+        for key in section.keys:
+            default = "[red]to be set[/]" if key.default is None else escape(key.default)
+            table.add_row(key.name, default, escape(key.values), escape(key.text))
+        yield table
+
+
+def plan_tables(plan: Plan) -> list[Table]:
+    """The plan as tables: what kinds of linears become, what every stage needs, and of what its memory is made."""
+    return [_shape_table(plan), _stage_table(plan), _memory_table(plan)]
+
+
+def _shape_table(plan: Plan) -> Table:
+    layout = plan.layout
+    table = Table(title="Linears inside the blocks", title_justify="left", pad_edge=False)  # 80 columns wide
+    for column in ("linears", "out × in", "count", "rank", "parameters", "kept", "share"):
+        is_number = column in ("parameters", "kept")  # a number that is cut off is another one
+        table.add_column(column, justify="left" if column == "linears" else "right", no_wrap=is_number)
+    kinds: dict[tuple[str, int, int, int | None, bool], int] = {}
+    allocated = set(layout.allocated)
+    for spec in layout.specs:
+        kind, rank = spec.name.rsplit(".", 1)[-1], layout.ranks.get(spec.name)
+        key = (kind, spec.out_features, spec.in_features, rank, spec.name in allocated)
+        kinds[key] = kinds.get(key, 0) + 1
+    for (kind, out_features, in_features, rank, by_data), count in kinds.items():
+        if by_data:
+            shape, parameters = f"{out_features} × {in_features}", out_features * in_features
+            table.add_row(kind, shape, str(count), "by data", f"{count * parameters:,}", "", "")
+            continue
+        dense = out_features * in_features
+        kept = factor_parameters(out_features, in_features, rank, layout.storage)
+        table.add_row(
+            kind,
+            f"{out_features} × {in_features}",
+            str(count),
+            "dense" if rank is None else str(rank),
+            f"{count * dense:,}",
+            f"{count * kept:,}",
+            f"{kept / dense:.3f}",
+        )
+    table.add_section()
+    targeted, kept = layout.parameters_targeted, layout.parameters_factorized
+    table.add_row(
+        "targeted", "", str(len(layout.compressed)), "", f"{targeted:,}", f"{kept:,}", f"{kept / targeted:.3f}"
+    )
+    whole = plan.emulator_parameters / plan.parameters
+    if allocated:
+        table.caption = (
+            f"By data: those ranks follow from the calibration's data; together they keep {kept:,} parameters at most."
+        )
+    table.add_row("whole model", "", "", "", f"{plan.parameters:,}", f"{plan.emulator_parameters:,}", f"{whole:.3f}")
+    return table
+
+
+def _stage_table(plan: Plan) -> Table:
+    from emloc_ray.planning.memory import total
+
+    table = Table(title="Stages (predicted)", title_justify="left")
+    for column in ("stage", "workers", "CPUs each", "GPUs each", "memory each", "disk", "time"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for stage in plan.stages:
+        table.add_row(
+            stage.name,
+            str(stage.num_workers),
+            f"{stage.cpus_per_worker:g}",
+            f"{stage.gpus_per_worker:g}",
+            gib(stage.worker_bytes).strip(),
+            gib(stage.disk_bytes).strip(),
+            duration(stage.seconds),
+        )
+    table.add_section()
+    table.add_row("together", "", "", "", "", gib(plan.disk_bytes).strip(), duration(plan.seconds))
+    table.add_row("inference of the original", "1", "", "", gib(total(plan.inference)).strip(), "", "")
+    return table
+
+
+def _memory_table(plan: Plan) -> Table:
+    from emloc_ray.planning.memory import total
+
+    table = Table(title=f"Memory of one worker (predicted), calibration {plan.calibration_mode}", title_justify="left")
+    table.add_column("stage")
+    table.add_column("together", justify="right", no_wrap=True)
+    table.add_column("made of")
+    named = {stage.name: stage.memory for stage in plan.stages} | {"inference of the original": plan.inference}
+    for name, memory in named.items():
+        parts = sorted(memory.items(), key=lambda item: -item[1])
+        made_of = (f"{part} {gib(size).strip()}".replace(" ", _NO_BREAK) for part, size in parts)
+        table.add_row(name, gib(total(memory)).strip(), ", ".join(made_of))
+    return table
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def evaluation_table(metrics: dict[str, Any]) -> Table:
+    """The variants on the held-out rows, and what was gained."""
+    evaluation = metrics["evaluation"]
+    tokens = evaluation["original"]["num_tokens"]
+    table = Table(title=f"Held-out data, {tokens:,} predicted tokens", title_justify="left")
+    for column in ("model", "loss (nats/token)", "gain", "token accuracy"):
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
+    labels = {
+        "original": "original",
+        "emulator": "emulator",
+        "emulator_adapter": "emulator + adapter",
+        "uncorrected": "original + adapter as trained",
+        "corrected": "original + adapter corrected",
+        "merged": "merged",
+    }
+    for variant, label in labels.items():
+        if variant not in evaluation:  # not asked for, or merged of an adapter that changes no weight
+            continue
+        values = evaluation[variant]
+        gain = evaluation["original"]["loss"] - values["loss"]
+        table.add_row(label, f"{values['loss']:.4f}", f"{gain:+.4f}", f"{values['token_accuracy']:.3f}")
+    return table
+
+
+def _stored(emulator: dict[str, Any]) -> str:
+    return f"; in 4 bits, {gib(emulator['bytes']).strip()}" if emulator.get("quantization", "none") != "none" else ""
+
+
+_USUAL = {"allocation": "uniform", "objective": "activations", "storage": "factors"}
+
+
+def _artifacts(metrics: dict[str, Any]) -> list[str]:
+    """What there is to be used: the newest of what a stage makes of the one before's."""
+    there = metrics["disk_bytes"]
+    results = [
+        text for name, text in (("adapter", "adapter/ (PEFT)"), ("merged", "merged/ (transformers)")) if name in there
+    ]
+    if results and "evaluate" in metrics["stages"] and "merged" not in there:
+        results.append("no merged/: the adapter changes no weight")
+    before = (
+        ("adapter_emulator", "adapter_emulator/ (as trained)"),
+        ("emulator", "emulator/"),
+        ("calibration", "calibration/"),
+    )
+    return results or [text for name, text in before if name in there][:1]
+
+
+def result_lines(metrics: dict[str, Any], run_dir: str) -> list[str]:
+    """The run's outcome in a few lines, below the table."""
+    lines = []
+    if "correction" in metrics:
+        choice = metrics["correction"]
+        as_trained = choice.get("as_trained")
+        lines.append(f"Correction: {f'none. {as_trained}' if as_trained else describe_choice(choice)}")
+    if gap := metrics.get("gap_closed"):
+        lines.append(
+            f"Gap closed: {gap['corrected']:.1%} of the way to LoRA on the original"
+            f" (loss {gap['upper_bound_loss']:.4f}, {gap['upper_bound']})"
+        )
+    if exact := metrics.get("exact_match"):
+        after = exact.get("merged", exact.get("corrected"))
+        lines.append(
+            f"Exact match: {exact['original']:.1%} before, {after:.1%} after (greedy, {exact['num_prompts']} prompts)"
+        )
+    if emulator := metrics.get("emulator"):
+        share = emulator["parameters"] / emulator["original_parameters"]
+        lines.append(
+            f"Emulator: {emulator['parameters']:,} of {emulator['original_parameters']:,} parameters ({share:.0%});"
+            f" {emulator['parameters_kept']:.3f} of the targeted linears{_stored(emulator)}"
+        )
+        ways = [f"{key} {emulator[key]}" for key, usual in _USUAL.items() if emulator.get(key, usual) != usual]
+        lines += [f"Its ranks and factors: {', '.join(ways)}"] if ways else []
+    stages = metrics["stages"]
+    peak = max(stage["peak_pss_bytes"] for stage in stages.values())
+    wall = sum(stage["wall_s"] for stage in stages.values())
+    disk = sum(metrics["disk_bytes"].values())
+    lines.append(
+        f"Stages: {duration(wall)}, peak memory of all processes {gib(peak).strip()}, disk {gib(disk).strip()}"
+    )
+    lines.append(f"Artifacts in {run_dir}: {', '.join([*_artifacts(metrics), 'report.html'])}")
+    return lines

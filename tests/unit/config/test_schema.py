@@ -1,0 +1,490 @@
+"""The config: strict about names and values, every error at once, overrides that read like YAML."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from emloc_ray.config.reading import REMOVED_KEYS, load_config, parse_config
+from emloc_ray.config.schema import AdapterConfig, RayConfig, RunConfig
+from emloc_ray.errors import ConfigError
+from emloc_ray.io.formats.yaml_text import write_yaml
+
+MINIMAL: dict[str, Any] = {
+    "run_dir": "runs/x",
+    "model": {"source": "some/dir"},
+    "data": {"train": {"path": "train.jsonl"}},
+}
+
+
+def config(**sections: Any) -> RunConfig:
+    """The minimal config with sections updated."""
+    values = copy.deepcopy(MINIMAL)
+    for name, section in sections.items():
+        if isinstance(section, dict):
+            values.setdefault(name, {}).update(section)
+        else:
+            values[name] = section
+    return parse_config(values)
+
+
+def error_of(**sections: Any) -> str:
+    """The error's text."""
+    with pytest.raises(ConfigError) as caught:
+        config(**sections)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "run.yaml"
+    file.write_text(write_yaml(MINIMAL))
+    return file
+
+
+def test_defaults_are_what_the_design_says() -> None:
+    made = config()
+    assert made.seed == 0
+    assert made.emulator.dampening_frac == 1e-6
+    assert made.calibration.tokens == "all"
+    assert made.correction.clamp == 3.0
+    assert made.correction.method == "auto"
+    assert made.finetune.loss_on == "completion"
+    assert made.data.packing is False
+    assert made.model.trust_remote_code is False
+
+
+@pytest.mark.parametrize(
+    ("sections", "key", "nearest"),
+    [
+        ({"sead": 1}, "sead", "seed"),
+        ({"modle": {}}, "modle", "model"),
+        ({"model": {"sourse": "x"}}, "model.sourse", "source"),
+        ({"data": {"max_sequence_length": 9}}, "data.max_sequence_length", "max_seq_length"),
+        ({"data": {"eval": {"path": "a.csv", "num_sample": 3}}}, "data.eval.num_sample", "num_samples"),
+        (
+            {"calibration": {"num_calibration_sample": 9}},
+            "calibration.num_calibration_sample",
+            "num_calibration_samples",
+        ),
+        ({"emulator": {"compresion_ratio": 0.5}}, "emulator.compresion_ratio", "compression_ratio"),
+        ({"adapter": {"lora_alfa": 3}}, "adapter.lora_alfa", "lora_alpha"),
+        ({"finetune": {"learning_rte": 1e-3}}, "finetune.learning_rte", "learning_rate"),
+        ({"finetune": {"warmup_step": 3}}, "finetune.warmup_step", "warmup_steps"),
+        ({"correction": {"clmp": 3}}, "correction.clmp", "clamp"),
+        ({"merge": {"chunk_byte": 99999}}, "merge.chunk_byte", "chunk_bytes"),
+        ({"evaluation": {"upper_bounds": "x"}}, "evaluation.upper_bounds", "upper_bound"),
+        ({"ray": {"num_cpu": 2}}, "ray.num_cpu", "num_cpus"),
+    ],
+)
+def test_unknown_key_is_named_with_its_nearest(sections: dict[str, Any], key: str, nearest: str) -> None:
+    text = error_of(**sections)
+    assert f"{key} is not a key: the nearest is {nearest}." in text
+    assert len(text.splitlines()) == 1
+
+
+def test_variants_keep_what_gains_are_of() -> None:
+    chosen = config(evaluation={"variants": ["merged", "corrected", "original"]})
+    assert chosen.evaluation.variants == ["original", "corrected", "merged"]
+    text = error_of(evaluation={"variants": ["original", "merged"]})
+    assert "evaluation.variants" in text
+    assert "corrected must be among them" in text
+    assert "evaluation.variants.0 is 'best'" in error_of(evaluation={"variants": ["best"]})
+
+
+@pytest.mark.parametrize("key", REMOVED_KEYS)
+def test_a_key_of_earlier_versions_is_told_what_to_do_instead(key: str) -> None:
+    section, _, name = key.partition(".")
+    assert error_of(**{section: {name: 1}}).splitlines() == [
+        f"the config: {key} is a key no more: {REMOVED_KEYS[key]}."
+    ]
+
+
+def test_a_key_like_no_other_is_told_what_there_is() -> None:
+    text = error_of(merge={"zzz": 1})
+    assert "merge.zzz is not a key" in text
+    assert "chunk_bytes" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "samples", "tokens"),
+    [
+        ({}, 128, None),
+        ({"num_calibration_tokens": None}, 128, None),
+        ({"num_calibration_tokens": 5000}, None, 5000),
+        ({"num_calibration_tokens": 5000, "num_calibration_samples": 64}, 64, 5000),
+        ({"num_calibration_samples": None}, None, None),
+    ],
+)
+def test_calibration_rows_are_bounded_by_what_is_set(given: dict[str, Any], samples: Any, tokens: Any) -> None:
+    section = config(calibration=given).calibration
+    assert (section.num_calibration_samples, section.num_calibration_tokens) == (samples, tokens)
+    again = config(calibration=section.model_dump(mode="json")).calibration
+    assert again == section
+
+
+def test_every_error_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(
+            {
+                "run_dir": 3,
+                "data": {"format": "txt", "train": {"path": "a", "num_samples": 0}},
+                "emulator": {"compression_ratio": 0, "num_workers": 0},
+                "adapter": {"r": "many", "targets": []},
+                "ray": {"adress": "auto"},
+            },
+            "my.yaml",
+        )
+    lines = str(caught.value).splitlines()
+    for key in (
+        "run_dir",
+        "model",
+        "data.format",
+        "data.train.num_samples",
+        "emulator.compression_ratio",
+        "emulator.num_workers",
+        "adapter.r",
+        "adapter.targets",
+        "ray.adress",
+    ):
+        assert sum(line.startswith(f"my.yaml: {key} ") for line in lines) == 1, (key, lines)
+    assert len(lines) == 9
+    assert all(line.endswith(".") for line in lines)
+
+
+@pytest.mark.parametrize("ratio", [0, -0.5, 1.0001, "half", None, float("nan")])
+def test_ratio_outside_0_to_1(ratio: Any) -> None:
+    assert "emulator.compression_ratio" in error_of(emulator={"compression_ratio": ratio})
+    assert "emulator.ratios" in error_of(emulator={"ratios": {"q_proj": ratio}})
+
+
+@pytest.mark.parametrize("ratio", [1, 1.0, 0.001])
+def test_ratio_inside(ratio: float) -> None:
+    assert config(emulator={"compression_ratio": ratio}).emulator.compression_ratio == ratio
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "bad"),
+    [
+        ("data", "max_seq_length", 1),
+        ("data", "format", "alpaca"),
+        ("calibration", "num_calibration_samples", 0),
+        ("calibration", "num_calibration_tokens", 0),
+        ("calibration", "tokens", "prompt"),
+        ("adapter", "r", 0),
+        ("adapter", "lora_dropout", 1.0),
+        ("adapter", "init_lora_weights", "pissa"),
+        ("finetune", "learning_rate", 0),
+        ("correction", "clamp", 0),
+        ("correction", "strength", -0.1),
+        ("correction", "method", "best"),
+        ("merge", "chunk_bytes", 1),
+        ("evaluation", "num_samples", 0),
+        ("model", "dtype", "int8"),
+    ],
+)
+def test_bad_value_names_its_key(section: str, key: str, bad: Any) -> None:
+    assert f"{section}.{key}" in error_of(**{section: {key: bad}})
+
+
+def test_frozen() -> None:
+    made = config()
+    with pytest.raises(ValidationError):
+        made.seed = 3  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        made.adapter.r = 3  # type: ignore[misc]
+
+
+# Sections that must agree.
+
+
+def test_covariance_needs_grams() -> None:
+    text = error_of(correction={"method": "covariance"}, calibration={"keep": "none"})
+    assert "correction.method" in text
+    assert "calibration.keep" in text
+    assert config(correction={"method": "projection"}, calibration={"keep": "none"}).calibration.keep == "none"
+
+
+def test_data_needs_a_source() -> None:
+    with pytest.raises(ConfigError, match=r"data\.train\.path"):
+        parse_config({**MINIMAL, "data": {"eval": {"path": "e.jsonl"}}})
+
+
+def test_generated_data_takes_no_paths_and_one_format() -> None:
+    made = parse_config({**MINIMAL, "data": {"generate": "docstrings", "format": "prompt_completion"}})
+    assert made.data.train is None
+    with pytest.raises(ConfigError, match=r"remove data\.selection\.path"):
+        parse_config({**MINIMAL, "data": {"generate": "docstrings", "selection": {"path": "s.jsonl"}}})
+    with pytest.raises(ConfigError, match=r"set data\.format"):
+        parse_config({**MINIMAL, "data": {"generate": "docstrings", "format": "text"}})
+
+
+# What passes through.
+
+
+def test_training_arguments_pass_through() -> None:
+    made = config(finetune={"weight_decay": 0.1, "lr_scheduler_type": "cosine", "num_workers": 2})
+    assert made.finetune.model_extra == {"weight_decay": 0.1, "lr_scheduler_type": "cosine"}
+    assert made.finetune.num_workers == 2
+
+
+@pytest.mark.parametrize(
+    "key", ["output_dir", "seed", "remove_unused_columns", "ignore_data_skip", "label_smoothing_factor"]
+)
+def test_training_arguments_that_are_ours(key: str) -> None:
+    assert f"finetune.{key} is set by emloc_ray itself: remove it." in error_of(finetune={key: 1})
+
+
+@pytest.mark.parametrize(("key", "value"), [("fsdp", "full_shard"), ("fsdp_config", {}), ("parallelism_config", {})])
+def test_what_scatters_a_model_is_deepspeed_alone(key: str, value: Any) -> None:
+    assert f"finetune.{key} is not supported: finetune.deepspeed is" in error_of(finetune={key: value})
+
+
+def test_every_unknown_training_argument_is_told() -> None:
+    text = error_of(finetune={"weight_decai": 0.1, "lr_schedular_type": "cosine", "seed": 3})
+    assert "weight_decai" in text
+    assert "lr_schedular_type" in text
+    assert "finetune.seed" in text
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("finetune", "bf16", "yes"),
+        ("finetune", "gradient_checkpointing_kwargs.use_reentrant", "no"),
+        ("finetune", "liger_kernel_config.rope", "Off"),
+        ("ray", "log_to_driver", "no"),
+        ("ray", "runtime_env.eager_install", "off"),
+        ("adapter", "init_weights", "no"),
+    ],
+)
+def test_a_text_is_never_passed_on_as_true(path: Path, section: str, key: str, value: str) -> None:
+    overrides = ["adapter={method: vera}"] if section == "adapter" else []
+    with pytest.raises(ConfigError, match=rf"{section}\.{key} is the text '{value}': write true or false\."):
+        load_config(path, [*overrides, f"{section}.{key}={value}"])
+    load_config(path, [*overrides, f"{section}.{key}=false"])
+
+
+def test_yes_and_no_are_text_where_text_is_meant(path: Path) -> None:
+    made = load_config(
+        path,
+        [
+            "finetune.save_strategy=no",
+            "ray.runtime_env.env_vars.DEBUG=on",
+            "adapter={method: lokr, init_weights: lycoris}",
+            "finetune.gradient_checkpointing=no",
+        ],
+    )
+    assert made.finetune.model_extra == {"save_strategy": "no"}
+    assert made.finetune.gradient_checkpointing is False
+    assert made.ray.init_options == {"runtime_env": {"env_vars": {"DEBUG": "on"}}}
+
+
+def test_ray_init_arguments_pass_through() -> None:
+    made = config(ray={"num_cpus": 2, "object_store_memory": 10**8})
+    assert made.ray.init_options == {"num_cpus": 2, "object_store_memory": 10**8}
+
+
+# Files and overrides.
+
+
+def test_file_with_overrides(path: Path) -> None:
+    made = load_config(
+        path,
+        [
+            "seed=7",
+            "finetune.learning_rate=1e-4",
+            "finetune.weight_decay=5e-2",
+            "adapter.target_modules=[q_proj, v_proj]",
+            "adapter.rank_pattern={q_proj: 4}",
+            "correction.clamp=null",
+            "data.packing=true",
+            "data.train.num_samples=12",
+            "model.source=a=b",
+        ],
+    )
+    assert made.seed == 7
+    assert made.finetune.learning_rate == 1e-4
+    assert made.finetune.model_extra == {"weight_decay": 0.05}
+    assert made.adapter.target_modules == ["q_proj", "v_proj"]
+    assert made.adapter.rank_pattern == {"q_proj": 4}
+    assert made.correction.clamp is None
+    assert made.data.packing is True
+    assert made.data.train is not None
+    assert (made.data.train.path, made.data.train.num_samples) == ("train.jsonl", 12)
+    assert made.model.source == "a=b"
+
+
+def test_scientific_notation_is_a_number_in_the_file_too(path: Path) -> None:
+    path.write_text(path.read_text() + "\nfinetune:\n  learning_rate: 3e-5\n  weight_decay: 1E-2\n")
+    made = load_config(path)
+    assert made.finetune.learning_rate == 3e-5
+    assert made.finetune.model_extra == {"weight_decay": 0.01}
+
+
+def test_empty_section_takes_overrides(path: Path) -> None:
+    path.write_text(path.read_text() + "\nadapter:\n")
+    assert load_config(path, ["adapter.r=4"]).adapter == AdapterConfig(r=4)
+
+
+def test_a_section_left_empty_is_its_defaults(path: Path) -> None:
+    path.write_text(path.read_text() + "\nadapter:\n")
+    assert load_config(path).adapter == AdapterConfig()
+
+
+def test_the_last_override_wins(path: Path) -> None:
+    assert load_config(path, ["seed=1", "seed=2"]).seed == 2
+
+
+@pytest.mark.parametrize("override", ["seed", "=3", " =3"])
+def test_override_without_key_or_value(path: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match=r"is not key\.path=value"):
+        load_config(path, [override])
+
+
+def test_override_reaching_into_a_value(path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"reaches into data\.train\.path, which is a value"):
+        load_config(path, ["data.train.path.glob=x"])
+
+
+def test_override_that_is_no_yaml(path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"adapter\.target_modules=\[q_proj.*not YAML"):
+        load_config(path, ["adapter.target_modules=[q_proj"])
+
+
+def test_misspelt_override_has_its_nearest_and_the_file(path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"and its overrides: finetune\.max_stps is not a key: the nearest is max_steps"
+    ):
+        load_config(path, ["finetune.max_stps=3"])
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [("a: [", "is not YAML"), ("", "holds no keys"), ("- a\n- b\n", "holds no keys"), ("just text", "holds no keys")],
+)
+def test_file_that_is_no_config(path: Path, text: str, complaint: str) -> None:
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml does not exist"):
+        load_config(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("section", ["model", "finetune", "ray"])
+def test_a_key_that_is_no_string(section: str) -> None:
+    assert f"{section}.1 is 1: keys should be strings." in error_of(**{section: {1: 1}})
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "what"),
+    [
+        ("run_dir: x\nadapter: {r: 4}\nadapter: {r: 8}\n", 3, 'there is a second key "adapter"'),
+        ("ray:\n  _redis_password: hush\n  _redis_password: hush\n", 3, 'there is a second key "_redis_password"'),
+        ("run_dir: x\nmodel:\n\tsource: y\n", 3, "there is a tab where YAML takes only spaces"),
+        ("run_dir: 2024-13-45\n", None, "month must be in"),
+    ],
+)
+def test_a_fault_in_the_yaml_names_its_file_and_line(tmp_path: Path, text: str, line: int | None, what: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "a.yaml")
+    assert f"a.yaml is not YAML ({f'line {line}: ' if line else ''}{what}" in str(caught.value)
+    assert "hush" not in str(caught.value)
+
+
+def test_merge_keys_bring_another_section_s(tmp_path: Path) -> None:
+    text = f"{write_yaml(MINIMAL)}calibration: &two {{num_workers: 2}}\nmerge: {{<<: *two, cpus_per_worker: 3}}\n"
+    (tmp_path / "a.yaml").write_text(text)
+    made = load_config(tmp_path / "a.yaml")
+    assert (made.calibration.num_workers, made.merge.num_workers, made.merge.cpus_per_worker) == (2, 2, 3)
+    (tmp_path / "a.yaml").write_text(text.replace("cpus_per_worker: 3", "cpus_per_worker: 3, cpus_per_worker: 4"))
+    with pytest.raises(ConfigError, match=r"line \d+: there is a second key .cpus_per_worker"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_a_config_that_is_no_text_or_a_directory_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_bytes("run_dir: é".encode("latin-1"))
+    with pytest.raises(ConfigError, match="is not UTF-8 text"):
+        load_config(tmp_path / "a.yaml")
+    with pytest.raises(ConfigError, match="is a directory"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize("size", ["1,5GiB", "24GiB 16GiB", "24GiB/2", "GiB", "-1GiB", 0])
+def test_a_size_is_a_number_and_a_unit(size: Any) -> None:
+    assert "memory_budget" in error_of(memory_budget=size)
+    assert config(memory_budget="1.5 GiB").memory_budget == 3 * 2**29
+
+
+@pytest.mark.parametrize(
+    ("address", "variable", "joins"),
+    [
+        (None, None, False),
+        ("local", None, False),
+        ("auto", None, True),
+        (None, "127.0.0.1:6379", True),
+        ("local", "x:1", False),
+    ],
+)
+def test_a_running_ray_is_joined_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, address: str | None, variable: str | None, joins: bool
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if variable is not None:  # as Ray sets it for a job that was submitted
+        monkeypatch.setenv("RAY_ADDRESS", variable)
+    ray = RayConfig(address=address, num_cpus=4, object_store_memory=10**8, namespace="mine")  # type: ignore[call-arg]
+    assert ray.joins is joins
+    assert set(ray.init_options) == {"namespace"} | (set() if joins else {"num_cpus", "object_store_memory"})
+
+
+@pytest.mark.parametrize(
+    ("emulator", "asks"),
+    [
+        ({}, None),
+        ({"allocation": "spectral"}, None),
+        ({"allocation": "sensitivity"}, "emulator.allocation: sensitivity"),
+        ({"objective": "predictions"}, "emulator.objective: predictions"),
+        ({"objective": "predictions", "compression_ratio": 1.0}, None),
+        ({"objective": "weights"}, None),
+    ],
+)
+def test_gradients_need_the_whole_model_in_a_worker(emulator: dict[str, Any], asks: str | None) -> None:
+    assert config(emulator=emulator).emulator.asks_for_gradients == asks
+    streamed = {"mode": "streamed"}
+    if asks is None:
+        config(emulator=emulator, calibration=streamed)
+        return
+    told = error_of(emulator=emulator, calibration=streamed)
+    assert told.endswith(
+        f"{asks} needs gradients, which pass through the whole model: set calibration.mode to resident or auto."
+    )
+
+
+def test_rows_to_heal_on_are_for_a_healing() -> None:
+    data = {"train": {"path": "rows.jsonl"}, "healing": {"path": "other.jsonl"}}
+    assert "data.healing names rows to heal on, and nothing is healed: set emulator.healing.steps" in error_of(
+        data=data
+    )
+    assert config(data=data, emulator={"healing": {"steps": 3}}).data.healing is not None
+
+
+@pytest.mark.parametrize("allocation", ["spectral", "sensitivity"])
+def test_ranks_that_follow_from_data_are_not_for_factors_that_look_at_none(allocation: str) -> None:
+    told = error_of(emulator={"objective": "weights", "allocation": allocation})
+    assert f"emulator.objective: weights looks at no data, which the ranks of emulator.allocation: {allocation}" in told
+
+
+@pytest.mark.parametrize("key", ["allocation", "objective", "storage"])
+def test_ways_to_make_an_emulator_are_named(key: str) -> None:
+    assert f"emulator.{key} is 'best'" in error_of(emulator={key: "best"})

@@ -1,0 +1,34 @@
+"""Lines of JSON, some of them left unfinished."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from emloc_ray.io.formats.json_lines import end_last_line, read_objects
+
+
+@pytest.mark.parametrize("cut", range(len('{"step": 2}\n')))
+def test_what_follows_a_line_that_was_cut_anywhere_stays_readable(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n' + '{"step": 2}\n'[:cut])
+    end_last_line(path)
+    with path.open("a") as file:
+        file.write(json.dumps({"step": 3}) + "\n")
+    found = [line["step"] for line in read_objects(path.read_bytes())]
+    assert found == ([1, 2, 3] if cut == 11 else [1, 3])
+
+
+def test_lines_that_are_no_objects_are_left_out() -> None:
+    assert read_objects(b'3\n[]\nnull\n{"a": 1}\n{"b": "\xff"}\n{"c": 1}{"d"') == [{"a": 1}, {"b": "\ufffd"}]
+    assert read_objects(b"") == []
+
+
+def test_nothing_is_ended_where_nothing_was_begun(tmp_path: Path) -> None:
+    end_last_line(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "empty").touch()
+    end_last_line(tmp_path / "empty")
+    assert (tmp_path / "empty").read_bytes() == b""

@@ -1,0 +1,53 @@
+"""YAML 1.2 both ways: what is written is read again, and its truths are ``true`` and ``false`` alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from emloc_ray.io.formats.yaml_text import read_yaml, write_yaml
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("yes", "yes"),
+        ("Off", "Off"),
+        ("True", True),
+        ("1e-4", 1e-4),
+        ("-2E3", -2000.0),
+        ("1:30", "1:30"),
+        ("~", None),
+        ("", None),
+        ("{a: &x {p: 1, q: 2}, b: {<<: *x, q: 3}}", {"a": {"p": 1, "q": 2}, "b": {"p": 1, "q": 3}}),
+        (
+            "{a: &x {p: {z: 1}}, b: &y {<<: *x, q: {r: 3}}, c: {<<: [*y, *x]}}",
+            {"a": {"p": {"z": 1}}, "b": {"p": {"z": 1}, "q": {"r": 3}}, "c": {"p": {"z": 1}, "q": {"r": 3}}},
+        ),
+    ],
+)
+def test_values(text: str, value: Any) -> None:
+    found = read_yaml(text)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_what_is_written_is_read_again_in_its_order() -> None:
+    value = {
+        "z": "no",
+        "a": 1e-6,
+        "text": "true",
+        "é": ["1e-4", None, {"deep": [1, 2.5]}],
+        "empty": {},
+        "long": "w " * 99,
+    }
+    assert read_yaml(write_yaml(value)) == value
+    assert list(read_yaml(write_yaml(value))) == list(value)
+
+
+@pytest.mark.parametrize("text", ["a: [", "!!python/object:os.path 1", "--- 1\n--- 2", "a: \x07", "*.jsonl"])
+def test_what_is_no_yaml_is_a_value_error_of_one_line(text: str) -> None:
+    with pytest.raises(ValueError, match=r"\w") as caught:
+        read_yaml(text)
+    assert "\n" not in str(caught.value)

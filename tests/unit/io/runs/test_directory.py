@@ -1,0 +1,320 @@
+"""A run directory: what is refused, what counts as done, and whose it is."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from s3_server import uri
+
+import emloc_ray
+from emloc_ray.errors import ArtifactError, ConfigError
+from emloc_ray.io.runs import directory as run_directory
+from emloc_ray.io.store.atomic import atomic_file
+from emloc_ray.io.store.node_cache import discard
+from emloc_ray.io.runs.directory import CONFIG, MANIFEST, Kind, RunDirectory
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    directory = RunDirectory(tmp_path / "mine")
+    directory.create({"seed": 0})
+    return directory
+
+
+def artifact(run: RunDirectory, name: str, text: str = "contents") -> Path:
+    path = run.path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+# Whose directory it is.
+
+
+@pytest.mark.parametrize("prepare", ["absent", "empty", "only a lock", "killed at its first write"])
+def test_a_new_or_empty_directory_is_taken(tmp_path: Path, prepare: str) -> None:
+    root = tmp_path / "deep" / "mine"
+    if prepare != "absent":
+        root.mkdir(parents=True)
+    if prepare == "only a lock":
+        (root / ".lock").touch()
+    if prepare == "killed at its first write":
+        (root / f".{MANIFEST}.abc.tmp").write_text("{")
+    directory = RunDirectory(f"file://{root}")
+    directory.check()
+    directory.create({"seed": 3})
+    manifest = json.loads((root / MANIFEST).read_text())
+    assert manifest["name"] == "mine"
+    assert manifest["config"] == {"seed": 3}
+    assert manifest["stages"] == {}
+    assert (root / CONFIG).read_text() == "seed: 3\n"
+    assert not list(root.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_files_of_something_else_are_refused_and_kept(tmp_path: Path, fresh: bool) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    directory = RunDirectory(tmp_path)
+    with pytest.raises(ConfigError, match=r"thesis\.tex") as caught:
+        directory.create({}, fresh=fresh)
+    assert str(tmp_path) in str(caught.value)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_file_in_its_place_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("x")
+    with pytest.raises(ConfigError, match="is a file"):
+        RunDirectory(tmp_path / "mine").check()
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_another_run_s_name_is_refused(run: RunDirectory, fresh: bool) -> None:
+    artifact(run, "adapter/a.bin")
+    moved = run.root.with_name("theirs")
+    shutil.move(run.root, moved)
+    with pytest.raises(ConfigError, match="'mine'"):
+        RunDirectory(moved).create({}, fresh=fresh)
+    assert (moved / "adapter" / "a.bin").is_file()
+
+
+@pytest.mark.parametrize(("kind", "other"), [("run", "batch"), ("batch", "run")])
+def test_a_run_and_a_batch_share_no_directory(tmp_path: Path, kind: Kind, other: Kind) -> None:
+    directory = RunDirectory(tmp_path / "mine")
+    directory.create({}, kind=kind)
+    directory.path("theirs").touch()
+    for attempt in (lambda: directory.check(other), lambda: directory.create({}, kind=other, fresh=True)):
+        with pytest.raises(ConfigError, match=f"holds a {kind}, no {other}"):
+            attempt()
+    assert directory.path("theirs").exists()
+    directory.create({}, kind=kind)
+
+
+def test_a_manifest_without_a_kind_is_a_run_s(run: RunDirectory) -> None:
+    manifest = run.manifest()
+    del manifest["kind"]
+    run.path(MANIFEST).write_text(json.dumps(manifest))
+    run.check()
+    with pytest.raises(ConfigError, match="holds a run, no batch"):
+        run.check("batch")
+
+
+def test_no_or_a_broken_manifest(run: RunDirectory) -> None:
+    run.path(MANIFEST).write_text("{")
+    with pytest.raises(ArtifactError, match=MANIFEST):
+        run.manifest()
+    run.path(MANIFEST).unlink()
+    with pytest.raises(ArtifactError, match=f"holds no {MANIFEST}"):
+        run.manifest()
+
+
+def test_opening_again_keeps_stages_and_takes_the_new_config(run: RunDirectory) -> None:
+    run.commit("merge", "abc", [artifact(run, "merged/a")], {})
+    run.create({"seed": 9})
+    assert run.manifest()["config"] == {"seed": 9}
+    assert run.is_done("merge", "abc")
+
+
+def test_fresh_removes_all_but_the_lock(run: RunDirectory) -> None:
+    run.lock()
+    run.commit("merge", "abc", [artifact(run, "merged/a")], {})
+    run.write_metrics({"seed": 0})
+    run.create({"seed": 1}, fresh=True)
+    assert {entry.name for entry in run.root.iterdir()} == {CONFIG, MANIFEST, ".lock"}
+    assert not run.is_done("merge", "abc")
+
+
+@pytest.mark.parametrize("removed", range(4))
+def test_fresh_that_is_killed_leaves_a_run_with_no_stage_done(
+    run: RunDirectory, removed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.commit("correct", "abc", [artifact(run, "adapter/a")], {})
+    run.commit("merge", "abc", [artifact(run, "merged/a")], {})
+    run.write_metrics({"seed": 0})
+    artifact(run, "log.jsonl")
+    count = 0
+
+    def killed(path: Path) -> None:
+        nonlocal count
+        if count == removed:
+            raise KeyboardInterrupt
+        count += 1
+        discard(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_directory, "discard", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.create({}, fresh=True)
+    run.check()
+    assert run.stage("merge") is None
+    run.create({"seed": 1}, fresh=True)
+    assert {entry.name for entry in run.root.iterdir()} == {CONFIG, MANIFEST}
+
+
+def test_leftovers_of_a_killed_write_are_removed(run: RunDirectory) -> None:
+    artifact(run, ".adapter.xyz.tmp/half")
+    artifact(run, ".manifest.json.abc.tmp")
+    run.create({})
+    assert {entry.name for entry in run.root.iterdir()} == {CONFIG, MANIFEST}
+
+
+# What counts as done.
+
+
+def test_done_by_inputs(run: RunDirectory) -> None:
+    assert not run.is_done("factorize", "abc")
+    run.commit("factorize", "abc", [artifact(run, "emulator/a"), artifact(run, "emulator/b")], {"wall_s": 3})
+    assert run.is_done("factorize", "abc")
+    assert not run.is_done("factorize", "abd")
+    assert not run.is_done("calibrate", "abc")
+    entry = run.stage("factorize")
+    assert entry is not None
+    assert entry["result"] == {"wall_s": 3}
+
+
+def test_directories_count_with_every_file_in_them(run: RunDirectory) -> None:
+    artifact(run, "emulator/deep/a")
+    artifact(run, "emulator/b")
+    run.commit("factorize", "abc", [run.path("emulator")], {})
+    assert run.is_done("factorize", "abc")
+    run.path("emulator", "deep", "a").unlink()
+    assert not run.is_done("factorize", "abc")
+
+
+@pytest.mark.parametrize("damage", ["removed", "cut short", "grown"])
+def test_a_damaged_artifact_is_not_done(run: RunDirectory, damage: str) -> None:
+    path = artifact(run, "merged/model.safetensors")
+    run.commit("merge", "abc", [path], {})
+    if damage == "removed":
+        path.unlink()
+    else:
+        path.write_text("content" if damage == "cut short" else "contents and more")
+    assert not run.is_done("merge", "abc")
+
+
+@pytest.mark.parametrize(("content", "done"), [("contents", True), ("CONTENTS", False)])
+def test_what_another_wrote_into_a_store_since_is_not_done(
+    s3_port: int, node_cache: Path, tmp_path: Path, content: str, done: bool
+) -> None:
+    run = RunDirectory(uri(s3_port, f"since/{content}"))
+    run.create({})
+    for root, text in ((run.root, "contents"), (tmp_path / "other" / run.root.name, content)):
+        with atomic_file(root / "merged" / "model.safetensors") as file:
+            file.write(text.encode())
+        if root == run.root:
+            run.commit("merge", "abc", [run.path("merged")], {})
+    assert run.is_done("merge", "abc") == done
+
+
+def test_forgotten_is_not_done_and_others_stay(run: RunDirectory) -> None:
+    run.commit("correct", "c", [artifact(run, "adapter/a")], {})
+    run.commit("merge", "m", [artifact(run, "merged/a")], {})
+    run.forget("correct")
+    run.forget("never ran")
+    assert not run.is_done("correct", "c")
+    assert run.is_done("merge", "m")
+    assert run.stage("correct") is None
+
+
+def test_a_stage_whose_file_is_missing_is_not_committed(run: RunDirectory) -> None:
+    with pytest.raises(FileNotFoundError):
+        run.commit("merge", "abc", [run.path("merged", "absent")], {})
+    assert not run.is_done("merge", "abc")
+
+
+def test_a_moved_parent_keeps_what_is_done(run: RunDirectory, tmp_path: Path) -> None:
+    run.commit("merge", "abc", [artifact(run, "merged/a")], {})
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(run.root, tmp_path / "elsewhere" / "mine")
+    moved = RunDirectory(tmp_path / "elsewhere" / "mine")
+    moved.check()
+    assert moved.is_done("merge", "abc")
+
+
+def test_metrics_are_replaced_whole(run: RunDirectory) -> None:
+    assert run.metrics() == {}
+    run.write_metrics({"evaluation": {"original": 1}, "seed": 0})
+    run.write_metrics({"seed": 1})
+    assert run.metrics() == {"seed": 1}
+
+
+# The lock, between processes.
+
+# The package's folders without their __init__, and no torch: importing those would cost seconds.
+HOLD = """
+import sys, time, types
+for name, path in (("emloc_ray", sys.argv[2]), ("emloc_ray.io", sys.argv[2] + "/io")):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [path]
+sys.modules["emloc_ray.io.store.atomic"] = types.SimpleNamespace(atomic_file=None, write_json=None)
+from emloc_ray.io.runs.directory import RunDirectory
+run = RunDirectory(sys.argv[1])
+run.lock()
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+def test_one_process_at_a_time_until_it_ends_however_it_ends(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "mine")
+    command = [sys.executable, "-c", HOLD, str(directory.root), str(Path(emloc_ray.__file__).parent)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline().strip() == "locked"
+        with pytest.raises(ConfigError, match=f"in use by process {holder.pid} on "):
+            directory.lock()
+        holder.send_signal(signal.SIGKILL)
+        holder.wait(10)
+        directory.lock()
+        directory.unlock()
+    finally:
+        holder.kill()
+        holder.wait(10)
+
+
+def test_unlocked_can_be_locked_again(tmp_path: Path) -> None:
+    one, two = RunDirectory(tmp_path), RunDirectory(tmp_path)
+    one.lock()
+    with pytest.raises(ConfigError, match="in use by process"):
+        two.lock()
+    one.unlock()
+    two.lock()
+    two.unlock()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_not_taken_for_a_held_run(
+    run: RunDirectory, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.lock()
+    run.unlock()
+
+    def refuse(descriptor: int, kind: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    for ask in (run.lock, run.holder):
+        with pytest.raises(ConfigError, match=r"gives no locks \(.*Lustre: -o flock"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    "content", ['{"name": "PLACE", "icons": []}', "[]", '"x"', '{"name": "PLACE", "stages": {}, "format": 99}']
+)
+def test_another_program_s_manifest_is_not_ours_and_fresh_removes_nothing(tmp_path: Path, content: str) -> None:
+    (tmp_path / MANIFEST).write_text(content.replace("PLACE", tmp_path.name))
+    (tmp_path / "code.js").write_text("precious")
+    for attempt in (RunDirectory(tmp_path).check, lambda: RunDirectory(tmp_path).create({}, fresh=True)):
+        with pytest.raises(ConfigError, match=r"no manifest of a run of this version"):
+            attempt()
+    with pytest.raises(ConfigError):
+        RunDirectory(tmp_path).existing()
+    assert (tmp_path / "code.js").read_text() == "precious"

@@ -1,0 +1,86 @@
+"""A run brought home: whole or in parts, gone on from, never mixed with another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from s3_server import uri
+
+from emloc_ray.errors import ConfigError
+from emloc_ray.io.store.atomic import atomic_file
+from emloc_ray.io.runs.fetch import fetch
+from emloc_ray.io.store.object_store import ObjectStore, below
+from emloc_ray.io.runs.directory import RunDirectory
+
+
+@pytest.fixture
+def run(s3_port: int, node_cache: Path, request: pytest.FixtureRequest) -> RunDirectory:
+    found = RunDirectory(uri(s3_port, f"fetch/{request.node.name}"))
+    found.create({"a": 1})
+    for name in ("merged/model.safetensors", "adapter/adapter_config.json", "data/tokens/train/shard-0"):
+        with atomic_file(found.path(*name.split("/"))) as file:
+            file.write(name.encode())
+    return found
+
+
+def test_a_run_comes_whole(run: RunDirectory, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    fetch(run, tmp_path / "home", progress=lambda done, total: told.append((done, total)))
+    files = sorted(f.relative_to(tmp_path / "home").as_posix() for f in (tmp_path / "home").rglob("*") if f.is_file())
+    assert files == [
+        "adapter/adapter_config.json",
+        "config.yaml",
+        "data/tokens/train/shard-0",
+        "manifest.json",
+        "merged/model.safetensors",
+    ]
+    assert (tmp_path / "home" / "merged" / "model.safetensors").read_bytes() == b"merged/model.safetensors"
+    assert told[-1][0] == told[-1][1] > 0
+    assert RunDirectory(tmp_path / "home").manifest() == run.manifest()
+
+
+def test_a_part_comes_alone_and_what_is_there_stays(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fetch(run, tmp_path, ["adapter"]) == [tmp_path / "adapter" / "adapter_config.json"]
+    (tmp_path / "adapter" / "adapter_config.json").write_bytes(b"spoilt")
+    assert fetch(run, tmp_path, ["adapter"]) == [tmp_path / "adapter" / "adapter_config.json"]
+    monkeypatch.setattr(ObjectStore, "download", lambda *_: pytest.fail("fetched again"))
+    assert fetch(run, tmp_path, ["adapter"]) == []
+
+
+def test_refusals(run: RunDirectory, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds no adaptor \(it has adapter, config\.yaml"):
+        fetch(run, tmp_path / "new", ["adaptor"])
+    RunDirectory(tmp_path / "other").create({})
+    with pytest.raises(ConfigError, match="holds another run"):
+        fetch(run, tmp_path / "other")
+    with pytest.raises(ConfigError, match="is in a file system already"):
+        fetch(RunDirectory(tmp_path / "other"), tmp_path / "new")
+
+
+def test_a_batch_comes_with_all_its_tasks(s3_port: int, node_cache: Path, tmp_path: Path) -> None:
+    batch = RunDirectory(uri(s3_port, "fetch/batch"))
+    batch.create({}, kind="batch")
+    for name in ("first", "second", "late"):
+        task = RunDirectory(below(batch.place, "tasks", name))
+        if name != "late":  # which has not begun
+            task.create({"name": name})
+        for place in ("adapter/adapter_config.json",) if name == "first" else ("data/shard-0",):
+            with atomic_file(task.path(*place.split("/"))) as file:
+                file.write(name.encode())
+    with atomic_file(batch.path("cache", "factorize", "emulator")) as file:
+        file.write(b"shared")
+    fetch(batch, tmp_path / "home")
+    files = sorted(f.relative_to(tmp_path / "home").as_posix() for f in (tmp_path / "home").rglob("*") if f.is_file())
+    of_tasks = [
+        *(f"tasks/first/{name}" for name in ("adapter/adapter_config.json", "config.yaml", "manifest.json")),
+        *(f"tasks/second/{name}" for name in ("config.yaml", "data/shard-0", "manifest.json")),
+    ]
+    assert files == ["config.yaml", "manifest.json", *of_tasks]
+    fetch(batch, tmp_path / "part", ["adapter"])
+    assert (tmp_path / "part" / "tasks" / "first" / "adapter").is_dir()
+    assert not (tmp_path / "part" / "tasks" / "second").exists()
+    with pytest.raises(ConfigError, match=r"No task of .* holds merged yet"):
+        fetch(batch, tmp_path / "none", ["merged"])

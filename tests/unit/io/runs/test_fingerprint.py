@@ -1,0 +1,107 @@
+"""Fingerprints change with what matters, and with nothing else."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from emloc_ray.io.runs import fingerprint as module
+from emloc_ray.io.runs.fingerprint import content_of, fingerprint, fingerprint_files, fingerprint_large_files
+
+
+def test_key_order_does_not_count_but_list_order_and_values_do() -> None:
+    assert fingerprint({"a": 1, "b": {"c": 2, "d": 3}}) == fingerprint({"b": {"d": 3, "c": 2}, "a": 1})
+    different = [{"a": 1}, {"a": 2}, {"a": "1"}, {"a": None}, {"b": 1}, {"a": [1, 2]}, {"a": [2, 1]}, {}, []]
+    assert len({fingerprint(value) for value in different}) == len(different)
+
+
+def test_the_same_in_every_process() -> None:
+    value = {"a": [1.5, "x", None], "path": "runs/x"}
+    # The file alone: importing the package would cost seconds.
+    code = f"import runpy; print(runpy.run_path({module.__file__!r})['fingerprint']({value!r}))"
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert run.stdout.strip() == fingerprint(value)
+
+
+def test_files_by_name_and_content(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_bytes(b"x" * 5_000_000)
+    two.write_bytes(b"y")
+    before = fingerprint_files([one, two])
+    assert fingerprint_files([two, one]) != before
+    os.utime(one, (1, 1))
+    assert fingerprint_files([one, two]) == before
+    one.write_bytes(b"x" * 4_999_999 + b"z")
+    assert fingerprint_files([one, two]) != before
+    one.write_bytes(b"x" * 5_000_000)
+    assert fingerprint_files([one, two]) == before
+    assert fingerprint_files([one.rename(tmp_path / "renamed"), two]) != before
+
+
+def test_a_checkpoint_s_copy_is_the_same_and_a_changed_byte_is_not(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path]
+) -> None:
+    copy = tmp_path / "m"
+    shutil.copytree(tiny_model_dir(), copy, copy_function=shutil.copyfile)
+    original = fingerprint_large_files(sorted(tiny_model_dir().iterdir()))
+    assert fingerprint_large_files(sorted(copy.iterdir())) == original
+    shard = sorted(copy.glob("*.safetensors"))[0]
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert fingerprint_large_files(sorted(copy.iterdir())) != original
+
+
+@pytest.mark.parametrize("change", ["size", "time", "name"])
+def test_large_files_by_name_size_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    monkeypatch.setattr(module, "fingerprint_files", lambda files: pytest.fail("a large file was read"))
+    large = tmp_path / "model.safetensors"
+    with large.open("wb") as file:
+        file.truncate(2**30)  # sparse
+    before = fingerprint_large_files([large])
+    assert fingerprint_large_files([large]) == before
+    if change == "size":
+        os.truncate(large, 2**30 + 1)
+    elif change == "time":
+        os.utime(large, (1, 1))
+    else:
+        large = large.rename(tmp_path / "other.safetensors")
+    assert fingerprint_large_files([large]) != before
+
+
+def test_what_the_hub_s_cache_names_by_its_content_goes_by_that(tmp_path: Path) -> None:
+    sha = "0123456789abcdef" * 4
+    for folder, time in (("one", 1), ("two", 2)):
+        (tmp_path / folder).mkdir()
+        blob = tmp_path / folder / sha
+        with blob.open("wb") as file:
+            file.truncate(2**30)  # sparse
+        os.utime(blob, (time, time))
+        (tmp_path / folder / "model.safetensors").symlink_to(blob)
+    one, two = (tmp_path / folder / "model.safetensors" for folder in ("one", "two"))
+    assert fingerprint_large_files([one]) == fingerprint_large_files([two])
+    other = tmp_path / "two" / sha[::-1]
+    (tmp_path / "two" / sha).rename(other)
+    two.unlink()
+    two.symlink_to(other)
+    assert fingerprint_large_files([one]) != fingerprint_large_files([two])
+
+
+def test_content_tells_files_of_one_name_size_and_time_apart(tmp_path: Path) -> None:
+    files = []
+    for folder, byte in (("one", b"a"), ("two", b"b"), ("three", b"a")):
+        (tmp_path / folder).mkdir()
+        files.append(tmp_path / folder / "model.safetensors")
+        files[-1].write_bytes(byte * 2**26)
+        os.utime(files[-1], (1, 1))
+    one, two, three = files
+    assert fingerprint_large_files([one]) == fingerprint_large_files([two])  # as a start may, at no cost
+    assert content_of([one]) != content_of([two])
+    assert content_of([one]) == content_of([three])

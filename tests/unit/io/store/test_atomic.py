@@ -1,0 +1,123 @@
+"""Atomic writes: an exception leaves what was there, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from emloc_ray.io.store.atomic import atomic_directory, atomic_file, remove_leftovers, write_json
+
+
+class Interrupted(BaseException):
+    """As Ctrl-C or SystemExit: not an Exception."""
+
+
+def names(directory: Path) -> set[str]:
+    return {entry.name for entry in directory.iterdir()}
+
+
+def test_file_appears_whole_and_only_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.bin"
+    with atomic_file(path) as file:
+        file.write(b"half")
+        assert not path.exists()
+        file.write(b" whole")
+    assert path.read_bytes() == b"half whole"
+    assert names(path.parent) == {"a.bin"}
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("error", [ValueError, Interrupted])
+@pytest.mark.parametrize("before", [None, b"old"])
+def test_a_failed_file_leaves_what_was_there(tmp_path: Path, error: type[BaseException], before: bytes | None) -> None:
+    path = tmp_path / "a.bin"
+    if before is not None:
+        path.write_bytes(before)
+
+    def fail() -> None:
+        with atomic_file(path) as file:
+            file.write(b"new")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert names(tmp_path) == ({"a.bin"} if before else set())
+    assert not before or path.read_bytes() == before
+
+
+def test_the_bytes_are_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append("fsync"), fsync(fd))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("replace"), replace(a, b))[1])
+    with atomic_file(tmp_path / "a.bin") as file:
+        file.write(b"x")
+    assert events == ["fsync", "replace", "fsync"]
+
+
+def test_directory_replaces_the_old_one_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "d"
+    path.mkdir()
+    (path / "old").write_text("old")
+    with atomic_directory(path) as temporary:
+        (temporary / "sub").mkdir()
+        (temporary / "sub" / "new").write_text("new")
+        assert names(path) == {"old"}
+    assert names(path) == {"sub"}
+    assert (path / "sub" / "new").read_text() == "new"
+    assert names(tmp_path) == {"d"}
+
+
+@pytest.mark.parametrize("error", [ValueError, Interrupted])
+def test_a_failed_directory_leaves_what_was_there(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "d"
+    path.mkdir()
+    (path / "old").write_text("old")
+
+    def fail() -> None:
+        with atomic_directory(path) as temporary:
+            (temporary / "new").write_text("new")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert names(tmp_path) == {"d"}
+    assert names(path) == {"old"}
+
+
+def test_json_is_read_back_and_a_bad_value_keeps_the_old(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"λ": [1, 2.5, None]})
+    assert json.loads(path.read_text()) == {"λ": [1, 2.5, None]}
+    with pytest.raises(TypeError):
+        write_json(path, {"set": {1}})
+    assert json.loads(path.read_text()) == {"λ": [1, 2.5, None]}
+    assert names(tmp_path) == {"a.json"}
+
+
+def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "merged"
+    (folder / "spectra").mkdir(parents=True)
+    for name in (
+        "merged/.a.safetensors.x1.tmp",
+        "merged/spectra/.b.y2.tmp",
+        "merged/a.safetensors",
+        "other",
+        ".other.z.tmp",
+    ):
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".merged.z3.tmp").mkdir()
+    remove_leftovers(folder)
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert found == {"merged", "merged/spectra", "merged/a.safetensors", "other", ".other.z.tmp"}
+
+
+def test_a_file_never_replaces_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a" / "inside").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError), atomic_file(tmp_path / "a") as file:
+        file.write(b"x")
+    assert names(tmp_path) == {"a"}
+    assert names(tmp_path / "a") == {"inside"}

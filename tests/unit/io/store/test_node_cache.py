@@ -1,0 +1,311 @@
+"""A node's copy of a store: what is current stays, what is not is fetched, what was redone elsewhere is not believed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from s3_server import uri
+
+from emloc_ray.data.reading import scan
+from emloc_ray.errors import ArtifactError, ConfigError
+from emloc_ray.io.formats.checkpoint import read_shard
+from emloc_ray.io.formats.shards import write_tensors
+from emloc_ray.io.runs.resume import discard_unless
+from emloc_ray.io.store import node_cache, node_copies
+from emloc_ray.io.store.atomic import atomic_directory, atomic_file, copy_file, write_json
+from emloc_ray.io.store.digests import digest
+from emloc_ray.io.store.node_cache import (
+    discard,
+    ensure,
+    exists,
+    hashes,
+    local_only,
+    mirror,
+    open_artifact,
+    origin,
+    publish,
+    sizes,
+)
+from emloc_ray.io.store.object_store import ObjectStore
+
+
+@pytest.fixture
+def root(s3_port: int, node_cache: Path, request: pytest.FixtureRequest) -> Path:
+    return mirror(uri(s3_port, f"cache/{request.node.name}"))
+
+
+@pytest.fixture
+def other(root: Path, tmp_path: Path) -> Path:
+    """The same run on another node."""
+    return tmp_path / "other" / root.name
+
+
+def write(path: Path, content: bytes) -> None:
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+def test_what_is_given_away_is_what_was_written(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever another process of the node makes of its copy meanwhile: it may have read the store just before."""
+    write(root / "manifest.json", b"old")
+    replace = os.replace
+
+    def overtaken(source: Path, target: Path) -> None:
+        replace(source, target)
+        Path(target).write_bytes(b"old")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("emloc_ray.io.store.replacing.os.replace", overtaken)
+        write(root / "manifest.json", b"new")
+    ensure(root / "manifest.json")
+    assert (root / "manifest.json").read_bytes() == b"new"
+
+
+def test_a_path_says_what_it_mirrors(root: Path, tmp_path: Path) -> None:
+    found = origin(root / "emulator" / "config.json")
+    assert found is not None
+    assert (found.root, found.path) == (root, "emulator/config.json")
+    assert mirror(found.store.uri) == root
+    assert origin(tmp_path) is None
+    assert origin(tmp_path / "store=12" / "part.parquet") is None  # a column of a partitioned data set
+
+
+def test_a_run_may_end_in_tmp(s3_port: int, node_cache: Path) -> None:
+    root = mirror(uri(s3_port, "cache/v1.tmp"))
+    write(root / "emulator" / "config.json", b"1")
+    write(root / "half.tmp" / "config.json", b"1")
+    assert list(sizes(root)) == [root / "emulator" / "config.json"]
+
+
+def test_what_one_node_writes_the_others_read(root: Path, other: Path) -> None:
+    write(root / "emulator" / "a.safetensors", b"1")
+    write(root / "emulator" / "b.json", b"2")
+    write_json(root / "manifest.json", {})
+    ensure(other / "emulator", weights=False)
+    assert not (other / "emulator" / "a.safetensors").exists()
+    ensure(other / "emulator")
+    ensure(other / "manifest.json")
+    assert (other / "emulator" / "a.safetensors").read_bytes() == b"1"
+    assert (other / "manifest.json").read_bytes() == b"{}\n"
+    assert sizes(other / "emulator") == {other / "emulator" / "a.safetensors": 1, other / "emulator" / "b.json": 1}
+    assert hashes(other / "emulator")[other / "emulator" / "b.json"] == digest(root / "emulator" / "b.json")
+
+
+def test_what_one_node_writes_another_copies_and_counts(root: Path, other: Path) -> None:
+    write(root / "model" / "config.json", b"{}")
+    write(root / "data" / "rows" / "train.jsonl", b'{"prompt": "p"}\n')
+    copy_file(other / "model" / "config.json", other / "merged" / "config.json")
+    assert exists(root / "merged" / "config.json")
+    assert scan(other / "data" / "rows" / "train.jsonl").num_rows == 1
+
+
+def test_an_old_copy_gives_way(root: Path, other: Path) -> None:
+    write(root / "slots" / "s", b"first")
+    ensure(other / "slots" / "s")
+    write(root / "slots" / "s", b"later")
+    with open_artifact(other / "slots" / "s") as (file, size):
+        assert (file.read(), size) == (b"later", 5)
+    ensure(other / "slots" / "s")
+    assert (other / "slots" / "s").read_bytes() == b"later"
+
+
+def test_a_node_reads_the_version_that_another_found(root: Path, other: Path) -> None:
+    """As where the driver reads headers, and workers read the tensors that it found."""
+    shard = root / "model" / "model.safetensors"
+    for value in (1.0, 2.0):
+        write_tensors(shard, {"weight": torch.full((3,), value)})
+        entry = read_shard(shard).entries[0]
+        there = dataclasses.replace(entry, file=other / "model" / shard.name)
+        assert there.read_rows().tolist() == [value] * 3
+    write_tensors(shard, {"weight": torch.zeros(3)})
+    assert there.read_rows().tolist() == [2.0] * 3
+    there.file.unlink()
+    with pytest.raises(ArtifactError, match="written anew while it was read"):
+        there.read_rows()
+
+
+def test_what_a_killed_writer_did_not_give_to_the_store_is_not_believed(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    write(root / "a" / "f", b"whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectStore, "add_version", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write(root / "a" / "f", b"other")
+    assert (root / "a" / "f").read_bytes() == b"other"
+    with open_artifact(root / "a" / "f") as (file, _):
+        assert file.read() == b"whole"
+    ensure(root / "a")
+    assert (root / "a" / "f").read_bytes() == b"whole"
+
+
+def test_a_look_at_a_file_removes_nothing_that_others_have_just_fetched(root: Path, other: Path) -> None:
+    write(root / "a" / "f", b"x")
+    (other / "a").mkdir(parents=True)
+    (other / "a" / "f").write_bytes(b"x")  # in its place, and not noted yet
+    with open_artifact(other / "a" / "f") as (file, size):
+        assert (file.read(), size) == (b"x", 1)
+    assert (other / "a" / "f").is_file()
+
+
+def test_a_directory_loses_what_the_store_no_longer_holds(root: Path, other: Path) -> None:
+    """As a merged model of one file whose successor is in several: transformers would read the one."""
+    for name in ("model.safetensors", "config.json"):
+        write(root / "merged" / name, b"x")
+    ensure(other / "merged")
+    discard(root / "merged" / "model.safetensors")
+    ensure(other / "merged", weights=False)
+    assert [file.name for file in (other / "merged").iterdir()] == ["config.json"]
+
+
+def test_a_copy_of_what_is_no_more_goes(root: Path, other: Path) -> None:
+    for name in ("manifest.json", "slots/s"):
+        write(root / name, b"x")
+        ensure(other / name)
+        discard(root / name)
+        assert not (root / name).exists()
+        assert not exists(other / name)
+        ensure(other / name)
+        assert not (other / name).exists()
+
+
+def test_a_current_copy_is_not_fetched_again(root: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(root / "a" / "f", b"x")
+    ensure(other / "a")
+    monkeypatch.setattr(ObjectStore, "download", lambda *_: pytest.fail("fetched again"))
+    ensure(other / "a")
+    ensure(root / "a")
+
+
+def test_workers_of_a_node_fetch_a_file_once(root: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(root / "a" / "f", b"x")
+    fetched: list[Path] = []
+    download = ObjectStore.download
+
+    def counted(self: ObjectStore, info: object, target: Path) -> None:
+        fetched.append(target)
+        time.sleep(0.2)
+        download(self, info, target)
+
+    monkeypatch.setattr(ObjectStore, "download", counted)
+    threads = [threading.Thread(target=ensure, args=(other / "a" / "f",)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(fetched) == 1
+
+
+def test_a_directory_that_is_being_written_is_not_seen(root: Path, other: Path) -> None:
+    write(root / "adapter" / "old", b"x")
+    with atomic_directory(root / "adapter") as temporary:
+        write(temporary / "new", b"y")
+        assert list(sizes(other / "adapter")) == [other / "adapter" / "old"]
+    assert list(sizes(other / "adapter")) == [other / "adapter" / "new"]
+    found = origin(root)
+    assert found is not None
+    assert found.store.names() == ["adapter"]
+
+
+@pytest.fixture
+def full_disk(other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other.mkdir(parents=True)
+    usage = shutil.disk_usage(other)
+    monkeypatch.setattr(node_copies.shutil, "disk_usage", lambda _: usage._replace(total=1000, free=0))
+
+
+def test_the_cache_makes_room(root: Path, other: Path, full_disk: None) -> None:
+    for name in ("a/old", "a/used", "a/new"):
+        write(root / name, b"x" * 10)
+    ensure(other / "a" / "old")
+    ensure(other / "a" / "used")
+    found = origin(other / "a" / "old")
+    assert found is not None
+    os.utime(found.note, (0, 0))
+    ensure(other / "a" / "new")
+    assert sorted(file.name for file in (other / "a").iterdir()) == ["new", "used"]
+    ensure(other / "a" / "old")
+    assert (other / "a" / "old").read_bytes() == b"x" * 10
+
+
+def test_copies_take_no_more_than_they_may(root: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_copies, "_IN_USE_S", 0.0)
+    monkeypatch.setenv("EMLOC_RAY_CACHE_SIZE", "25B")
+    for number, name in enumerate(("a/first", "a/second", "a/third", "a/fourth")):
+        write(root / name, b"x" * 10)
+        ensure(other / name)
+        found = origin(other / name)
+        assert found is not None
+        os.utime(found.note, (number, number))
+    assert sorted(file.name for file in (other / "a").iterdir()) == ["fourth", "third"]
+    monkeypatch.setenv("EMLOC_RAY_CACHE_SIZE", "much")
+    write(root / "a" / "fifth", b"x")
+    with pytest.raises(ConfigError, match="EMLOC_RAY_CACHE_SIZE is 'much': give a number and a unit"):
+        ensure(other / "a" / "fifth")
+
+
+def test_what_is_no_copy_stays_where_room_is_made(
+    root: Path, other: Path, full_disk: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = [local_only(other) / "hidden" / "h", *(other / name for name in ("log.jsonl", "a/on-its-way", "a/log"))]
+    for file in kept:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"x" * 10)
+        os.utime(file, (0, 0))
+    publish(other / "a" / "log")
+    monkeypatch.setattr(node_copies, "_IN_USE_S", 0.0)
+    write(root / "b" / "new", b"x" * 10)
+    ensure(other / "b" / "new")
+    assert all(file.is_file() for file in kept)
+
+
+def test_workers_may_make_room_at_once(
+    root: Path, other: Path, full_disk: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = [f"new/{number}" for number in range(8)]
+    for name in [*new, *(f"old/{number}" for number in range(40))]:
+        write(root / name, b"x" * 10)
+    ensure(other / "old")
+    monkeypatch.setattr(node_copies, "_IN_USE_S", 0.0)
+    with ThreadPoolExecutor(len(new)) as pool:
+        list(pool.map(ensure, [other / name for name in new]))
+    assert not list((other / "old").iterdir())
+
+
+def test_what_was_begun_with_other_inputs_goes_for_all_nodes(root: Path, other: Path) -> None:
+    discard_unless(root / "merged", {"a": 1})
+    write(root / "merged" / "shard", b"x")
+    discard_unless(other / "merged", {"a": 1})
+    assert exists(other / "merged" / "shard")
+    discard_unless(other / "merged", {"a": 2})
+    assert not exists(root / "merged" / "shard")
+
+
+def test_hidden_states_stay_on_their_node(root: Path, tmp_path: Path) -> None:
+    assert origin(local_only(root / "hidden")) is None
+    assert local_only(tmp_path) == tmp_path
+
+
+def test_a_place_too_long_for_a_directory_is_refused(s3_port: int) -> None:
+    with pytest.raises(ConfigError, match="shorten it"):
+        mirror(uri(s3_port, "x" * 300))
+
+
+def test_a_file_that_another_process_renames_meanwhile_is_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kept").write_text("four")
+    seen = node_cache._files(tmp_path)
+    monkeypatch.setattr(node_cache, "_files", lambda path: [*seen, path / ".shard.tmp"])
+    assert node_cache.sizes(tmp_path) == {tmp_path / "kept": 4}

@@ -1,0 +1,115 @@
+"""Against a real S3 server: versions, retries, what is cut short, what cannot be reached."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from s3_server import faulty_store, uri
+
+from emloc_ray.errors import ArtifactError, ConfigError
+from emloc_ray.io.store import object_store
+from emloc_ray.io.store.digests import digest
+from emloc_ray.io.store.object_store import ObjectStore, is_store_uri
+
+
+@pytest.fixture
+def store(s3_port: int, request: pytest.FixtureRequest) -> ObjectStore:
+    return ObjectStore(uri(s3_port, f"store/{request.node.name}"))
+
+
+def written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def test_a_uri_with_a_scheme_is_a_store() -> None:
+    assert [is_store_uri(p) for p in ("s3://b/r", "gs://b/r", "file:///r", "/r", "r")] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+
+
+def test_a_new_version_takes_the_place_of_the_old(store: ObjectStore, tmp_path: Path) -> None:
+    first = store.add_version("a/b.bin", written(tmp_path / "f", b"first"))
+    assert {name: info.base_name for name, info in store.versions("a").items()} == {"b.bin": first}
+    second = store.add_version("a/b.bin", written(tmp_path / "f", b"second"))
+    assert {name: info.base_name for name, info in store.versions("a/b.bin").items()} == {"": second}
+    assert second == digest(tmp_path / "f")
+    assert store.names() == ["a"]
+    store.download(store.versions("a")["b.bin"], tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == b"second"
+    with store.open(store.versions("a")["b.bin"]) as file:
+        file.seek(3)
+        assert file.read(2) == b"on"
+    store.remove("a")
+    assert store.versions("a") == {}
+
+
+def test_the_same_content_is_not_written_twice(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.add_version("a", written(tmp_path / "f", b"same"))
+    monkeypatch.setattr(ObjectStore, "_upload", lambda *_: pytest.fail("written again"))
+    store.add_version("a", tmp_path / "f")
+
+
+def test_a_name_is_no_prefix_of_another(store: ObjectStore, tmp_path: Path) -> None:
+    for name in ("shard-1", "shard-10"):
+        store.add_version(f"a/{name}", written(tmp_path / "f", name.encode()))
+    assert list(store.versions("a/shard-1")) == [""]
+    store.remove("a/shard-1")
+    assert list(store.versions("a")) == ["shard-10"]
+
+
+def test_altered_content_is_found_when_it_is_read(store: ObjectStore, tmp_path: Path) -> None:
+    store.add_version("a/f", written(tmp_path / "f", b"content"))
+    info = store.versions("a")["f"]
+    with store.filesystem.open_output_stream(info.path) as stream:
+        stream.write(b"altered")
+    with pytest.raises(ArtifactError, match="cut short or altered"):
+        store.download(info, tmp_path / "back")
+
+
+def test_a_full_disk_is_told_at_once_and_is_not_the_store_s(store: ObjectStore, tmp_path: Path) -> None:
+    store.add_version("a/f", written(tmp_path / "f", b"content"))
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        store.download(store.versions("a")["f"], Path("/dev/full"))
+
+
+def test_faults_are_tried_away(s3_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_store, "_FIRST_PAUSE_S", 0.01)
+    content = bytes(range(256)) * 4096
+    with faulty_store(s3_port, share=0.3, pause_s=0.01) as faulty:
+        store = ObjectStore(uri(faulty.port, "faults/run"))
+        for number in range(6):
+            store.add_version(f"a/{number}", written(tmp_path / "f", content + bytes([number])))
+        assert sorted(store.versions("a")) == [str(number) for number in range(6)]
+        for name, info in store.versions("a").items():
+            store.download(info, tmp_path / "back")
+            assert (tmp_path / "back").read_bytes() == content + bytes([int(name)])
+        assert min(faulty.counts().values()) > 0
+
+
+def test_a_store_out_of_reach_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_store, "_ATTEMPTS", 1)
+    store = ObjectStore(uri(1, "nowhere"))
+    with pytest.raises(ArtifactError, match=r"does not read manifest\.json .* run the same command again"):
+        store.read("manifest.json")
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("s3://key:secret@bucket/run", "holds credentials"),
+        ("s3://bucket/run?regoin=x", "unknown option regoin"),
+        ("what://bucket/run", "no place that pyarrow can open"),
+    ],
+)
+def test_bad_places(place: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as error:
+        ObjectStore(place)
+    assert "secret" not in str(error.value)

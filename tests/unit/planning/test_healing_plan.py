@@ -1,0 +1,236 @@
+"""What a config's healing makes of a run before it starts: ranks, settings, memory, disk, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from emloc_ray.config.reading import check_config, parse_config
+from emloc_ray.data.formats import Tokens
+from emloc_ray.data.token_shards import shard_name, write_index, write_shard
+from emloc_ray.errors import ConfigError
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.modeling.architecture import empty_model
+from emloc_ray.modeling.loading import ModelSource
+from emloc_ray.planning import plan as planner
+from emloc_ray.planning.budget import solve, with_settings
+from emloc_ray.planning.layout import make_layout, skeleton_of
+from emloc_ray.planning.memory import MemoryModel, total
+from emloc_ray.planning.plan import StagePlan, make_plan
+from emloc_ray.planning.prepared import Prepared, prepare
+from emloc_ray.planning.sizes import Lengths
+from emloc_ray.planning.training import factor_ranks, healing_run, healing_split, packs_late
+from emloc_ray.runs.remarks import no_healing
+from emloc_ray.stages.jobs import Jobs
+from emloc_ray.stages.tokens import split_inputs
+
+ROW = Lengths(2048.0, 2048.0)
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[..., Prepared]:
+    """``prepared(healing={…}, section={…})``: a tiny Llama's run on 300 rows of 70 characters."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text((json.dumps({"text": "x" * 70}) + "\n") * 300)
+
+    def make(healing: dict[str, Any] | None, **sections: Any) -> Prepared:
+        values = {
+            "run_dir": str(tmp_path / "run"),
+            "model": {"source": str(tiny_model_dir("llama"))},
+            "data": {"train": {"path": str(data)}, "max_seq_length": 64},
+            **sections,
+        }
+        values["emulator"] = {**values.get("emulator", {}), "healing": healing}
+        return prepare(parse_config(values))
+
+    return make
+
+
+def large(healing: dict[str, Any] | None, **sections: Any) -> Prepared:
+    """A 7B model without files, in bfloat16, a row at a time."""
+    values: dict[str, Any] = {
+        "run_dir": "unused",
+        "model": {"source": "unused", "dtype": "bfloat16"},
+        "data": {"train": {"path": "unused"}},
+        "finetune": {"per_device_train_batch_size": 1},
+        **sections,
+    }
+    values["emulator"] = {**values.get("emulator", {}), "healing": healing}
+    config, model_config = parse_config(values), LlamaConfig()
+    layout = make_layout(config, skeleton_of(model_config, empty_model(model_config)))
+    return Prepared(config, RunDirectory("unused"), ModelSource(Path()), model_config, layout, {})
+
+
+def stage(found: Prepared, name: str) -> StagePlan:
+    return next(entry for entry in make_plan(found).stages if entry.name == name)
+
+
+@pytest.mark.parametrize(
+    ("healing", "said"),
+    [
+        ({}, "emulator.healing.steps is missing: set it."),
+        ({"steps": 0}, "emulator.healing.steps is 0"),
+        ({"steps": 3, "rank": 4}, "emulator.healing.rank is not a key"),
+        ({"steps": 3, "learning_rate": 0}, "emulator.healing.learning_rate is 0"),
+        ({"steps": 3, "loss_on": "prompt"}, "emulator.healing.loss_on is 'prompt'"),
+    ],
+)
+def test_bad_settings_are_named(healing: dict[str, Any], said: str) -> None:
+    values = {"run_dir": "x", "model": {"source": "y"}, "data": {"train": {"path": "z"}}}
+    _, lines = check_config({**values, "emulator": {"healing": healing}})
+    assert any(line.startswith(said) for line in lines), lines
+
+
+def test_a_rank_that_no_layer_has_is_refused(prepared: Callable[..., Prepared]) -> None:
+    assert prepared({"steps": 3, "r": 20})  # the MLP's ranks are 21
+    with pytest.raises(ConfigError, match=r"emulator.healing.r is 21, and no linear's rank is above it .*21\)"):
+        prepared({"steps": 3, "r": 21})
+
+
+def test_at_ratio_one_it_is_left_out_and_told(prepared: Callable[..., Prepared]) -> None:
+    found = prepared({"steps": 3, "r": 100}, emulator={"compression_ratio": 1.0})
+    assert factor_ranks(found) == {}
+    assert "heal" not in [entry.name for entry in make_plan(found).stages]
+    assert "compression_ratio 1.0" in (no_healing(found.config) or "")
+    assert no_healing(prepared(None).config) is None
+    assert no_healing(prepared({"steps": 3, "r": 8}).config) is None
+
+
+def test_parameters_are_those_without_healing(prepared: Callable[..., Prepared]) -> None:
+    plain, found = prepared(None), prepared({"steps": 3, "r": 17})
+    assert found.layout.ranks == plain.layout.ranks
+    assert found.layout.parameters_factorized == plain.layout.parameters_factorized
+    assert make_plan(found).emulator_parameters == make_plan(plain).emulator_parameters
+    training = healing_run(found, found.config.emulator.healing)
+    # q and k of rank 16 and less have nothing to give; what the MLP gives the LoRA has.
+    assert {name.rsplit(".", 1)[-1] for name in training.layout.adapted} == {"gate_proj", "up_proj", "down_proj"}
+    lora = MemoryModel(training, ROW).adapter_parameters
+    assert training.layout.parameters_factorized + lora == plain.layout.parameters_factorized
+
+
+def test_what_it_does_not_say_is_as_in_finetune(prepared: Callable[..., Prepared]) -> None:
+    finetune = {"learning_rate": 3e-4, "per_device_train_batch_size": 2, "max_steps": 50, "lr_scheduler_type": "cosine"}
+    for own, expected in (({}, (3e-4, 2)), ({"learning_rate": 1e-3, "per_device_train_batch_size": 4}, (1e-3, 4))):
+        found = prepared({"steps": 7, **own}, finetune=finetune, adapter={"method": "dora", "r": 2})
+        run = healing_run(found, found.config.emulator.healing)
+        section = run.config.finetune
+        assert (section.learning_rate, section.per_device_train_batch_size) == expected
+        assert (section.max_steps, section.loss_on) == (7, "all")
+        assert section.model_extra == {"lr_scheduler_type": "cosine"}
+        assert (run.config.adapter.method, run.config.adapter.r) == ("lora", 8)
+
+
+def test_the_plan_counts_the_teachers_logits_and_a_second_emulator(
+    prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planner, "cpu_flops", lambda: 1e10)
+    few, many, all_of_them = ({"steps": steps, "num_teacher_logits": 64} for steps in (5, 25, 1000))
+    sizes = [stage(prepared(healing), "heal").disk_bytes for healing in (few, many, all_of_them)]
+    assert sizes[1] - sizes[0] == pytest.approx(20 * 8 * 20 * 64 * 6, abs=8)  # steps · rows · tokens · k · bytes
+    assert sizes[2] - sizes[0] == pytest.approx((300 - 40) * 20 * 64 * 6, abs=8)  # each row is cached once
+    assert stage(prepared(many), "heal").seconds > stage(prepared(few), "heal").seconds
+    plain, found = prepared(None), prepared(few)
+    assert stage(found, "factorize").disk_bytes < stage(plain, "factorize").disk_bytes < sizes[0]
+    assert stage(found, "finetune").memory == stage(plain, "finetune").memory
+
+
+@pytest.fixture
+def others(tmp_path: Path) -> Path:
+    """Sixty rows of twice as many characters as the task's."""
+    path = tmp_path / "others.jsonl"
+    path.write_text((json.dumps({"text": "y" * 140}) + "\n") * 60)
+    return path
+
+
+def test_it_may_have_rows_of_its_own(
+    prepared: Callable[..., Prepared], others: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planner, "cpu_flops", lambda: 1e10)
+    data = {"train": {"path": str(tmp_path / "rows.jsonl")}, "max_seq_length": 64}
+    with_own = {**data, "healing": {"path": str(others)}}
+    plain, found = prepared({"steps": 1000}), prepared({"steps": 1000}, data=with_own)
+    assert (healing_split(plain.config), healing_split(found.config)) == ("train", "healing")
+    run = healing_run(found, found.config.emulator.healing)
+    assert [source.path for source in run.files["train"]] == [str(others)]
+    # Rows · tokens · k · bytes of the teacher's logits.
+    sizes = [stage(entry, "heal").disk_bytes for entry in (plain, found)]
+    assert sizes[0] - sizes[1] == pytest.approx((300 * 20 - 60 * 40) * 64 * 6, abs=8)
+    longer, shorter = (total(stage(entry, "heal").memory) for entry in (found, plain))
+    assert longer > shorter
+    assert stage(found, "finetune").memory == stage(plain, "finetune").memory
+
+
+def test_teacher_and_training_read_those_rows(prepared: Callable[..., Prepared], others: Path, tmp_path: Path) -> None:
+    data = {"train": {"path": str(tmp_path / "rows.jsonl")}, "max_seq_length": 64, "healing": {"path": str(others)}}
+    found = prepared({"steps": 1000}, data=data)
+    jobs = Jobs(found, found.source.directory)
+    for split, count in (("train", 5), ("healing", 3)):
+        write_shard(jobs.tokens(split) / shard_name(0), [Tokens([2, 3], [True, True])] * count)
+        write_index(jobs.tokens(split), [count], {"tokens": 2 * count})
+    section = found.config.emulator.healing
+    assert section is not None
+    job = jobs.healing(section, "heal")
+    assert job.teacher.tokens_dir == job.training.tokens_dir == jobs.tokens("healing")
+    assert sorted({row for rows in job.teacher.shards() for row in rows}) == [0, 1, 2]
+    assert jobs.finetuning("finetune").tokens_dir == jobs.tokens("train")
+
+
+def test_rows_of_its_own_are_read_only_where_it_heals(
+    prepared: Callable[..., Prepared], others: Path, tmp_path: Path
+) -> None:
+    data = {"train": {"path": str(tmp_path / "rows.jsonl")}, "max_seq_length": 64}
+    with_own = {**data, "healing": {"path": str(others)}}
+    whole = {"compression_ratio": 1.0}
+    assert "healing" in prepared({"steps": 3}, data=with_own).files
+    dense = prepared({"steps": 3}, data=with_own, emulator=whole)
+    assert "healing" not in dense.files
+    assert split_inputs(dense) == split_inputs(prepared(None, data=data, emulator=whole))
+    assert split_inputs(prepared({"steps": 3}, data=with_own)) != split_inputs(prepared({"steps": 3}, data=data))
+    assert "healing" not in split_inputs(prepared({"steps": 3}, data=data))["data"]
+    made = {"generate": "docstrings", "format": "prompt_completion", "max_seq_length": 64}
+    others.write_text(json.dumps({"prompt": "x", "completion": "y"}) + "\n")
+    assert list(prepared({"steps": 3}, data={**made, "healing": {"path": str(others)}}).files) == ["healing"]
+    others.write_text(json.dumps({"title": "y"}) + "\n")
+    with pytest.raises(ConfigError, match=r"others\.jsonl"):
+        prepared({"steps": 3}, data=with_own)
+
+
+def test_healing_needs_no_more_memory_than_inference_does() -> None:
+    for ratio in (0.25, 0.5):
+        found = large({"steps": 100, "r": 16}, emulator={"compression_ratio": ratio})
+        memory = MemoryModel(found, ROW)
+        assert total(memory.stage("heal")) <= total(memory.inference()), ratio
+
+
+def test_4_bits_come_after_healing(prepared: Callable[..., Prepared]) -> None:
+    found = large({"steps": 100}, emulator={"quantization": "nf4"})
+    memory = MemoryModel(found, ROW)
+    assert packs_late(found)
+    assert not packs_late(large(None, emulator={"quantization": "nf4"}))
+    assert total(memory.stage("heal")) == total(MemoryModel(large({"steps": 100}), ROW).stage("heal"))
+    assert total(memory.stage("finetune")) < total(memory.stage("heal"))
+
+
+def test_a_budget_is_for_the_healing_too() -> None:
+    budget = 12 * 2**30
+    found = large({"steps": 100, "per_device_train_batch_size": 4})
+    solution = solve(found, budget, ROW)
+    assert solution.finetune_bytes <= budget
+    assert "heal" in dict(solution.too_large)  # its teacher is the original, which is larger
+    assert solution.compression_ratio < solve(large(None), budget, ROW).compression_ratio
+
+
+def test_a_budget_leaves_the_healing_its_rows_a_step() -> None:
+    found = large({"steps": 100, "per_device_train_batch_size": 4}, finetune={"per_device_train_batch_size": 8})
+    solution = solve(found, 10 * 2**30, ROW)
+    assert solution.gradient_accumulation_steps > 1
+    changed = with_settings(found, 0.5, 1, solution.gradient_accumulation_steps, True)
+    own = max(1, 4 // solution.gradient_accumulation_steps)
+    assert healing_run(changed, changed.config.emulator.heals).config.finetune.per_device_train_batch_size == own
+    assert f"emulator.healing.per_device_train_batch_size={own}" in solution.overrides
+    assert "healing" not in " ".join(solve(large({"steps": 100}), 12 * 2**30, ROW).overrides)

@@ -1,0 +1,76 @@
+"""What is told of this machine, by a stand-in for the tool that knows its GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from emloc_ray.planning.machine import available_bytes, cpu_flops, gpu_bytes
+
+
+@pytest.fixture(autouse=True)
+def asked_anew() -> Iterator[None]:
+    gpu_bytes.cache_clear()
+    yield
+    gpu_bytes.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("script", "mib"),
+    [
+        ("printf '81559\\n24564\\n'", 24564),
+        ("echo '[N/A]'", float("inf")),  # memory that CPU and GPU share
+        ("echo no driver; exit 9", float("inf")),
+        ("true", float("inf")),
+        (None, float("inf")),
+    ],
+)
+def test_the_smallest_gpu_s_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None, mib: float
+) -> None:
+    if script is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu_bytes() == mib * 2**20
+
+
+def test_a_thread_s_speed_is_that_of_a_processor() -> None:
+    assert 1e8 < cpu_flops() < 1e13
+
+
+@pytest.mark.parametrize(
+    ("told", "top", "names"),
+    [
+        ("0::/job/step\n", "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")),
+        (
+            "5:cpu:/\n4:memory:/job/step\n",
+            "sys/fs/cgroup/memory",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ],
+    ids=["second version", "first version"],
+)
+def test_what_a_control_group_leaves(tmp_path: Path, told: str, top: str, names: tuple[str, str, str]) -> None:
+    limit, usage, inactive = names
+
+    def group(path: str, most: str, held: int, files: int) -> None:
+        (tmp_path / top / path).mkdir(parents=True, exist_ok=True)
+        for name, text in ((limit, most), (usage, str(held)), ("memory.stat", f"anon 5\n{inactive} {files}")):
+            (tmp_path / top / path / name).write_text(text + "\n")
+
+    whole = available_bytes(tmp_path)  # no such files: this machine's
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(told)
+    group("job/step", "max", 0, 0)
+    assert available_bytes(tmp_path) == pytest.approx(whole, rel=0.2)
+    group("job", str(10 * 2**20), 4 * 2**20, 2**20)  # the job's bounds its step
+    assert available_bytes(tmp_path) == 7 * 2**20
+    group("job/step", str(2 * 2**20), 3 * 2**20, 0)
+    assert available_bytes(tmp_path) == 0
+    # In a container the path may be the host's: the group itself is at the top.
+    (tmp_path / "proc/self/cgroup").write_text(told.replace("job", "elsewhere"))
+    group("", str(9 * 2**20), 2**20, 0)
+    assert available_bytes(tmp_path) == 8 * 2**20

@@ -1,0 +1,369 @@
+"""Memory predictions: exact where arithmetic is, and monotone where it is not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import InternVLConfig, InternVLVisionConfig, LlamaConfig, MixtralConfig, Qwen2Config
+
+from emloc_ray.config.reading import parse_config
+from emloc_ray.errors import ConfigError
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.modeling.architecture import empty_model
+from emloc_ray.modeling.loading import ModelSource
+from emloc_ray.planning import memory
+from emloc_ray.planning.budget import check_gradients, solve, with_settings
+from emloc_ray.planning.layout import make_layout, skeleton_of
+from emloc_ray.planning.memory import BASE_BYTES, MemoryModel, total
+from emloc_ray.planning.plan import make_plan, row_lengths, within_budget
+from emloc_ray.planning.prepared import Prepared, prepare
+from emloc_ray.planning.sizes import Lengths, gram_bytes
+
+LENGTHS = Lengths(mean=40.0, longest=64.0)
+ROW = Lengths(2048.0, 2048.0)
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[..., Prepared]:
+    """``prepared(key=value, section={…})``: a tiny Llama's run on rows of 70 characters."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text((json.dumps({"text": "x" * 70}) + "\n") * 12)
+
+    def make(**sections: Any) -> Prepared:
+        values = {
+            "run_dir": str(tmp_path / "run"),
+            "model": {"source": str(tiny_model_dir("llama"))},
+            "data": {"train": {"path": str(data)}, "max_seq_length": 64},
+            **sections,
+        }
+        return prepare(parse_config(values))
+
+    return make
+
+
+def bare(model_config: Any, **sections: Any) -> Prepared:
+    """A run of a model that has no files, in bfloat16, a row at a time."""
+    values = {
+        "run_dir": "unused",
+        "model": {"source": "unused", "dtype": "bfloat16"},
+        "data": {"train": {"path": "unused"}},
+        "finetune": {"per_device_train_batch_size": 1},
+        **sections,
+    }
+    config = parse_config(values)
+    layout = make_layout(config, skeleton_of(model_config, empty_model(model_config)))
+    return Prepared(config, RunDirectory("unused"), ModelSource(Path()), model_config, layout, {})
+
+
+@pytest.fixture(scope="module")
+def llama_7b() -> Prepared:
+    """Llama 7B: 32 blocks, hidden 4096, MLP 11008, vocabulary 32000, untied."""
+    return bare(LlamaConfig())
+
+
+def test_llama_7b_by_hand(llama_7b: Prepared) -> None:
+    model = MemoryModel(llama_7b, ROW)
+    block = 4 * 4096**2 + 3 * 4096 * 11008
+    assert llama_7b.layout.num_parameters == 6_738_415_616 == 32 * block + 2 * 32000 * 4096 + 65 * 4096
+    inference = model.inference()
+    assert inference["weights"] == 13_476_831_232
+    assert inference["kv cache"] == 2 * 32 * 4096 * 2048 * 2 == 2**30
+    assert inference["logits"] == 32000 * 2
+    assert [gram_bytes(group) for group in llama_7b.layout.groups[:4]] == [67_108_864] * 3 + [484_704_256]
+    assert sum(gram_bytes(group) for wave in model.waves() for group in wave) == 32 * (3 * 67_108_864 + 484_704_256)
+    streamed = model.calibrate_streamed()
+    assert streamed["weights"] == 2 * (block + 32000 * 4096 + 65 * 4096)  # embedding and norms, no head
+    assert streamed["grams"] == 3 * 67_108_864 + 484_704_256
+    assert streamed["hidden states"] == 2 * (32 * 2048 * 4096 * 2)
+    assert model.adapter_parameters == 32 * 8 * (4 * 2 * 4096 + 3 * (4096 + 11008)) == 19_988_480
+
+
+def test_finetuning_llama_7b_by_hand(llama_7b: Prepared) -> None:
+    parts = MemoryModel(llama_7b, ROW).finetune()
+    kept = 4 * 1024 * 2 * 4096 + 3 * 1492 * (4096 + 11008)  # of a block, at ratio 0.5
+    assert parts["weights"] == 2 * (32 * kept + 2 * 32000 * 4096 + 65 * 4096)
+    assert parts["optimizer"] == 16 * 19_988_480
+    read = 4 * (6 * 4096 + 11008)  # float32 copies for q, k, v, o, gate, up and down
+    inner = 2 * (3 * 4096 + 4096 + 2 * 11008 + 11008)  # q, k, v, attention's output, gate, up, their product
+    saved = read + 2 * 4096 * 4 + inner
+    update = 11008 * (2 + 3 * 4)
+    assert parts["activations"] == 2048 * (32 * 4096 * 2 + saved + update)
+    whole = MemoryModel(with_settings(llama_7b, 0.5, 1, 1, False), ROW).finetune()
+    assert whole["activations"] == 2048 * (32 * saved + update)
+    assert whole["weights"] == parts["weights"]
+
+
+def test_a_chunk_of_logits_counts_where_it_is_more_than_a_block(llama_7b: Prepared) -> None:
+    short = MemoryModel(llama_7b, Lengths(8.0, 8.0)).finetune()
+    assert short["logits"] == 0
+    wide = bare(LlamaConfig(vocab_size=2_000_000, num_hidden_layers=2))
+    parts = MemoryModel(wide, ROW).finetune()
+    assert parts["logits"] == 3 * 4 * 512 * 2_000_000
+    assert parts["activations"] == 2048 * 2 * 4096 * 2
+    capped = dataclasses.replace(wide, layout=dataclasses.replace(wide.layout, whole_logits=True))
+    assert MemoryModel(capped, ROW).finetune()["logits"] == 3 * 4 * 2048 * 2_000_000
+
+
+def test_factorizing_and_merging_llama_7b_by_hand(llama_7b: Prepared) -> None:
+    model = MemoryModel(llama_7b, ROW)
+    parts = model.factorize()  # down_proj: 4096 × 11008, its Gram in float32, damped in float32 and in float64
+    assert parts["grams"] == 11008**2 * (2 * 4 + 8)
+    assert parts["weights"] == 4096 * 11008 * (2 + 4 + 8)
+    kept = 1492 * (4096 + 11008)
+    assert parts["products"] == 8 * 4096 * 11008 + 4 * 8 * 4096**2 + kept * (4 + 8)
+    assert parts["factors"] == 2 * kept
+    merge = model.merge()
+    assert merge["chunks"] == 2 * (32000 * 4096 * 2 // 8)
+    assert merge["adapter"] == 4 * 8 * (4096 + 11008)
+
+
+def test_correction_opens_the_original_only_to_choose(llama_7b: Prepared) -> None:
+    chosen = MemoryModel(bare(LlamaConfig(), correction={"method": "projection"}), ROW).correct()
+    assert "weights" not in chosen
+    assert MemoryModel(llama_7b, ROW).correct()["weights"] == 13_476_831_232
+    assert total(chosen) < 4 * 2**30
+
+
+def test_a_vision_tower_sees_tokens_of_its_own() -> None:
+    vision = InternVLVisionConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
+    language = Qwen2Config(
+        hidden_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        intermediate_size=160,
+        vocab_size=300,
+    )
+    ready = bare(InternVLConfig(vision_config=vision, text_config=language))
+    one, four = (MemoryModel(ready, ROW, {"model.vision_tower": factor}) for factor in (1.0, 4.0))
+    assert one.inference()["kv cache"] == 2 * 3 * (2 * 16) * 2048 * 2  # the language model's alone
+    inputs = 2048 * 2 * (2 * 64)  # of the tower's two blocks
+    assert four.finetune()["activations"] - one.finetune()["activations"] > 3 * inputs
+    assert {block.width for block in four.blocks} == {64, 96}
+
+
+def test_grams_are_in_squared_float32_once_a_shared_input(prepared: Callable[..., Prepared]) -> None:
+    # Two blocks: q, k, v share 64 inputs, o has 64, gate and up share 64, down has 128.
+    parts = MemoryModel(prepared(), LENGTHS).stage("calibrate")
+    assert parts["grams"] == 2 * 4 * (3 * 64**2 + 128**2)
+    assert parts["base"] == BASE_BYTES
+
+
+def test_streamed_holds_a_block_and_not_the_head(prepared: Callable[..., Prepared]) -> None:
+    ready = prepared(calibration={"mode": "streamed"})
+    model = MemoryModel(ready, LENGTHS)
+    block = sum(spec.num_parameters for spec in ready.layout.specs) // 2
+    outside = ready.layout.num_parameters - 2 * block - ready.layout.head_parameters
+    parts = model.stage("calibrate")
+    assert parts["weights"] == 4 * (block + outside)
+    assert parts["grams"] == 4 * (3 * 64**2 + 128**2)
+    assert model.hidden_state_disk_bytes() == 2 * 128 * 40 * 64 * 4
+
+
+def test_waves_fill_the_room_that_the_model_leaves(prepared: Callable[..., Prepared]) -> None:
+    free = MemoryModel(prepared(), LENGTHS)
+    assert len(free.waves()) == 1
+    beside = total(free.stage("calibrate")) - int(free.stage("calibrate")["grams"])
+    room = 4 * 128**2 + 4 * 64**2
+    bounded = MemoryModel(prepared(memory_budget=beside + room, calibration={"mode": "resident"}), LENGTHS)
+    waves = bounded.waves()
+    assert [group for wave in waves for group in wave] == [group for wave in free.waves() for group in wave]
+    assert len(waves) > 1
+    assert all(sum(map(gram_bytes, wave)) <= room for wave in waves)
+
+
+def test_workers_with_a_gpu_go_by_its_memory(
+    prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "gpu_bytes", lambda: BASE_BYTES + 1000)
+    on_gpu = {"calibration": {"gpus_per_worker": 1}, "ray": {"num_gpus": 1}}
+    assert MemoryModel(prepared(), LENGTHS).calibration_mode() == "resident"
+    assert MemoryModel(prepared(**on_gpu), LENGTHS).calibration_mode() == "streamed"
+    assert MemoryModel(prepared(**on_gpu, memory_budget="1GiB"), LENGTHS).calibration_mode() == "resident"
+    on_half = {**on_gpu, "calibration": {"gpus_per_worker": 0.5}}
+    assert MemoryModel(prepared(**on_half), LENGTHS).worker_bytes("calibration") == (BASE_BYTES + 1000) / 2
+
+
+def test_what_costs_less_is_predicted_to_cost_less(prepared: Callable[..., Prepared]) -> None:
+    def finetune(**section: Any) -> int:
+        return total(MemoryModel(prepared(finetune=section), LENGTHS).stage("finetune"))
+
+    assert finetune(gradient_checkpointing=True) < finetune(gradient_checkpointing=False)
+    assert finetune(per_device_train_batch_size=1) < finetune(per_device_train_batch_size=8)
+    short = MemoryModel(prepared(), Lengths(8.0, 16.0))
+    assert total(short.inference()) < total(MemoryModel(prepared(), LENGTHS).inference())
+
+
+def test_the_cache_of_inference_is_keys_and_values_of_every_block(prepared: Callable[..., Prepared]) -> None:
+    # 2 blocks of 2 key-value heads of 16; 8 rows of 64 tokens in float32.
+    assert MemoryModel(prepared(), LENGTHS).inference()["kv cache"] == 2 * 2 * (2 * 16) * (8 * 64) * 4
+
+
+def test_a_budget_is_solved_for_the_largest_ratio_that_fits(prepared: Callable[..., Prepared]) -> None:
+    ready = prepared(finetune={"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2})
+    least = total(MemoryModel(with_settings(ready, 0.1, 1, 16, True), LENGTHS).stage("finetune"))
+    found = [solve(ready, least + more, LENGTHS) for more in range(0, 40_000_000, 400_000)]
+    for solution in found:
+        assert solution.finetune_bytes <= solution.budget
+        assert solution.micro_batch * solution.gradient_accumulation_steps == 16
+    ratios = [solution.compression_ratio for solution in found]
+    assert ratios == sorted(ratios)
+    assert ratios[0] < ratios[-1] == 0.95
+    assert (found[-1].micro_batch, found[-1].gradient_checkpointing) == (8, False)
+    assert found[0].micro_batch < 8
+    assert found[0].gradient_checkpointing
+
+
+def test_a_budget_that_nothing_meets_says_what_would(prepared: Callable[..., Prepared]) -> None:
+    with pytest.raises(ConfigError, match=r"No compression ratio fits 103 MiB: at 0\.1, .* needs 451 MiB"):
+        solve(prepared(), 2**30 // 10, LENGTHS)
+    for adapter, knob in (
+        ({"method": "lokr"}, "r"),
+        ({"method": "ia3"}, "target_modules"),
+        ({"method": "prompt_tuning", "num_virtual_tokens": 4}, "num_virtual_tokens"),
+    ):
+        with pytest.raises(ConfigError, match=rf"lower data\.max_seq_length or adapter\.{knob}\.$"):
+            solve(prepared(adapter=adapter), 2**30 // 10, LENGTHS)
+
+
+def test_what_no_ratio_helps_is_told_with_what_would(llama_7b: Prepared) -> None:
+    solution = solve(llama_7b, 10 * 2**30, ROW)
+    assert {name for name, _ in solution.too_large} == {"correct", "evaluate"}
+    assert "with correction.method projection or covariance correct does not" in solution.sentence
+    with pytest.raises(ConfigError, match=r"No compression ratio fits 1 GiB: at 0\.1, .* needs \d+\.\d\d GiB"):
+        solve(llama_7b, 2**30, ROW)
+
+
+def test_the_solution_is_what_is_planned(prepared: Callable[..., Prepared]) -> None:
+    ready = prepared(memory_budget=BASE_BYTES + 3_000_000)
+    solution, changed = within_budget(ready)
+    plan = make_plan(changed)
+    stage = next(stage for stage in plan.stages if stage.name == "finetune")
+    assert stage.worker_bytes == solution.finetune_bytes
+    again = parse_config(ready.config.model_dump(mode="json"))
+    assert again.memory_budget == ready.config.memory_budget
+    assert row_lengths(ready).longest == pytest.approx(25)
+
+
+def test_each_method_counts_its_own_parameters(prepared: Callable[..., Prepared]) -> None:
+    def memory(**adapter: Any) -> MemoryModel:
+        return MemoryModel(prepared(adapter=adapter), LENGTHS)
+
+    lora, dora = memory(r=4), memory(method="dora", r=4)
+    assert dora.adapter_parameters - lora.adapter_parameters == sum(spec.out_features for spec in dora.adapted)
+    prompt = memory(method="prompt_tuning", num_virtual_tokens=5)
+    assert prompt.adapter_parameters == 5 * 64
+    assert prompt.stage("finetune")["optimizer"] == 16 * 5 * 64
+    assert prompt.stage("merge") == {"base": BASE_BYTES}
+    assert prompt.stage("correct") == {"base": BASE_BYTES}
+    loha = memory(method="loha", r=2)  # trained small, corrected as LoRA of rank r²
+    assert loha.adapter_parameters == 2 * sum(2 * (s.in_features + s.out_features) for s in loha.adapted)
+    assert loha.corrected_parameters == sum(4 * (s.in_features + s.out_features) for s in loha.adapted)
+
+
+def test_what_is_scaled_by_what_is_learned_is_kept(prepared: Callable[..., Prepared]) -> None:
+    def finetune(**adapter: Any) -> Any:
+        run = prepared(
+            adapter=adapter, finetune={"per_device_train_batch_size": 1}, emulator={"compression_ratio": 1.0}
+        )
+        return MemoryModel(run, LENGTHS).finetune()
+
+    lora, dora, vera = finetune(r=4), finetune(method="dora", r=4), finetune(method="vera", r=4)
+    outputs = 2 * (3 * 64 + 64 + 2 * 128 + 64)  # of two blocks' linears, grouped heads aside
+    assert dora["activations"] - lora["activations"] <= 64 * outputs * 8
+    assert dora["activations"] - lora["activations"] == 2 * (vera["activations"] - lora["activations"]) > 0
+    assert dora["row norms"] == 4 * 128 * (128 + 3 * 64)
+    assert lora["row norms"] == 0
+
+
+def test_a_budget_never_takes_a_prefix_its_cache(prepared: Callable[..., Prepared]) -> None:
+    run = prepared(adapter={"method": "prefix_tuning", "num_virtual_tokens": 3}, memory_budget="500MiB")
+    assert solve(run, 500 * 2**20, LENGTHS).gradient_checkpointing is False
+
+
+def mixture(num_experts: int) -> MemoryModel:
+    """A Mixtral of one layer's width and another number of experts, two of them a token."""
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=1024,
+        intermediate_size=3584,
+        num_hidden_layers=2,
+        num_local_experts=num_experts,
+        num_experts_per_tok=2,
+    )
+    return MemoryModel(bare(config, finetune={"per_device_train_batch_size": 1}), ROW)
+
+
+def test_experts_count_as_weights_all_and_as_activations_by_their_share_of_tokens() -> None:
+    few, many = mixture(4), mixture(8)
+    for stage in ("finetune", "correct", "evaluate"):
+        assert many.stage(stage)["weights"] > 1.7 * few.stage(stage)["weights"]
+    assert many.stage("finetune")["activations"] == few.stage("finetune")["activations"]
+    spec = next(spec for spec in many.layout.specs if spec.name.endswith("0.down"))
+    assert (spec.routed_share, spec.token_share) == (0.25, 0.25)
+    # A Gram for what each expert's gate and up read, and one for what its down reads.
+    grams = many.stage("calibrate")["grams"] - few.stage("calibrate")["grams"]
+    assert grams == 2 * 4 * 4 * (1024**2 + 3584**2)
+
+
+def test_llama_7b_in_4_bits_by_hand() -> None:
+    packed = MemoryModel(bare(LlamaConfig(), emulator={"quantization": "nf4", "compression_ratio": 1.0}), ROW)
+    block = 4 * 4096**2 + 3 * 4096 * 11008
+    outside = 2 * 32000 * 4096 + 65 * 4096
+    # Half a byte, a byte for 64, four for 64 · 256; of each of the 224 linears two tables and some words.
+    bits = 4 + 8 / 64 + 32 / (64 * 256)
+    assert packed.emulator == pytest.approx(2 * outside + 32 * block * bits / 8 + 224 * 1258, abs=1)
+    quarter = MemoryModel(bare(LlamaConfig(), emulator={"quantization": "nf4", "compression_ratio": 0.25}), ROW)
+    assert 0.24 < (quarter.emulator - 2 * outside) / (packed.emulator - 2 * outside) < 0.26
+    # Unpacked one at a time, the largest: indices of two elements each, float32, bfloat16.
+    assert packed.finetune()["unpacked"] == 4096 * 11008 * (2 + 4 + 2)
+    assert "unpacked" not in MemoryModel(bare(LlamaConfig()), ROW).stage("finetune")
+    assert packed.calibrate()["grams"] > 0
+
+
+WEIGHED = {"allocation": "sensitivity", "objective": "predictions"}
+
+
+def test_gradients_of_llama_7b_by_hand() -> None:
+    ready = bare(LlamaConfig(), memory_budget="200GiB", emulator=WEIGHED, calibration={"batch_size": 1})
+    model = MemoryModel(ready, ROW)
+    parts = model.gradients()
+    assert parts["weights"] == 13_476_831_232
+    assert parts["gradients"] == 32 * 4 * (4 * 4096**2 + 2 * 11008**2 + 4096**2)
+    inner = 2 * (3 * 4096 + 4096 + 2 * 11008 + 11008)
+    saved = 2 * 4096 * 4 + inner
+    assert parts["activations"] == 2048 * (32 * 4096 * 2 + saved + 11008 * (2 + 4))
+    square = MemoryModel(bare(LlamaConfig()), ROW).factorize()["grams"]
+    assert model.factorize()["grams"] == square + 3 * 4 * 4096**2 + 4 * 4096 * 11008
+    assert MemoryModel(bare(LlamaConfig()), ROW).gradients()["gradients"] == 0
+
+
+def test_sums_of_gradients_go_in_waves_too(prepared: Callable[..., Prepared]) -> None:
+    free = MemoryModel(prepared(emulator=WEIGHED), LENGTHS)
+    [whole] = free.gradient_waves()
+    assert [spec.name for spec in whole] == list(free.layout.weighed)
+    beside = total(free.stage("gradients")) - int(free.stage("gradients")["gradients"])
+    room = 4 * 128**2 + 4 * 64**2
+    bounded = MemoryModel(prepared(memory_budget=beside + room, emulator=WEIGHED), LENGTHS)
+    waves = bounded.gradient_waves()
+    assert [spec for wave in waves for spec in wave] == whole
+    assert len(waves) > 1
+    assert all(sum(4 * spec.out_features**2 for spec in wave) <= room for wave in waves)
+    check_gradients(prepared(memory_budget=beside + room, emulator=WEIGHED), LENGTHS)
+
+
+@pytest.mark.parametrize(("key", "value"), [("allocation", "sensitivity"), ("objective", "predictions")])
+def test_a_worker_that_cannot_hold_the_whole_model_is_refused(
+    prepared: Callable[..., Prepared], key: str, value: str
+) -> None:
+    ready = prepared(memory_budget=BASE_BYTES, emulator={key: value})
+    with pytest.raises(
+        ConfigError, match=rf"emulator\.{key}: {value} needs gradients of the whole model, 4\d\d MiB in a worker"
+    ):
+        check_gradients(ready, LENGTHS)
+    check_gradients(prepared(memory_budget=BASE_BYTES, emulator={"allocation": "spectral"}), LENGTHS)

@@ -1,0 +1,242 @@
+"""The plan: what is exact in it is exact, and what is predicted goes the right way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tiny import save_quantized_emulator
+
+from emloc_ray.config.reading import parse_config
+from emloc_ray.config.steps import STAGES
+from emloc_ray.io.formats.checkpoint import Checkpoint
+from emloc_ray.planning import plan as planner
+from emloc_ray.planning.plan import Plan, make_plan, needed_steps, num_steps
+from emloc_ray.planning.prepared import Prepared, prepare
+from emloc_ray.ui.terminal import plan_tables
+
+PLAIN = [stage for stage in STAGES[1:] if stage != "heal"]
+
+
+@pytest.fixture(autouse=True)
+def steady_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine of one speed, whatever else runs on it."""
+    monkeypatch.setattr(planner, "cpu_flops", lambda: 1e10)
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[..., Prepared]:
+    """``prepared(dtype, section={…})``: a tiny Llama on twelve rows of 70 characters."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text((json.dumps({"text": "x" * 70}) + "\n") * 12)
+
+    def make(dtype: str = "float32", **sections: Any) -> Prepared:
+        values = {
+            "run_dir": str(tmp_path / "run"),
+            "model": {"source": str(tiny_model_dir("llama", dtype=dtype))},
+            "data": {"train": {"path": str(data)}, "max_seq_length": 64},
+            **sections,
+        }
+        return prepare(parse_config(values))
+
+    return make
+
+
+@pytest.fixture
+def plan(prepared: Callable[..., Prepared]) -> Callable[..., Plan]:
+    """The plan of that."""
+    return lambda *args, **sections: make_plan(prepared(*args, **sections))
+
+
+def stage(plan: Plan, name: str) -> Any:
+    return next(entry for entry in plan.stages if entry.name == name)
+
+
+def test_parameters_and_bytes_are_those_of_the_files(
+    plan: Callable[..., Plan], tiny_model_dir: Callable[..., Path]
+) -> None:
+    for dtype in ("float32", "bfloat16"):
+        found = plan(dtype)
+        checkpoint = Checkpoint(tiny_model_dir("llama", dtype=dtype))
+        assert stage(found, "merge").disk_bytes == checkpoint.num_bytes
+        assert found.parameters == sum(e.num_bytes // e.dtype.itemsize for e in checkpoint)
+        saved = found.layout.parameters_targeted - found.layout.parameters_factorized
+        assert found.emulator_parameters == found.parameters - saved
+        assert (
+            stage(found, "factorize").disk_bytes
+            == found.emulator_parameters * checkpoint.entry("lm_head.weight").dtype.itemsize
+        )
+
+
+def test_a_gpu_s_worker_takes_little_of_its_node_s_memory(plan: Callable[..., Plan]) -> None:
+    on_cpu = stage(plan(), "finetune")
+    on_gpu = stage(plan(finetune={"gpus_per_worker": 1}, ray={"num_gpus": 1}), "finetune")
+    assert on_cpu.host_bytes == on_cpu.worker_bytes == on_gpu.worker_bytes
+    assert on_gpu.host_bytes == on_gpu.memory["base"] + on_gpu.memory["weights"] < on_gpu.worker_bytes
+    projection = {"correction": {"method": "projection"}, "evaluation": {"gpus_per_worker": 1}, "ray": {"num_gpus": 1}}
+    correct = stage(plan(**projection), "correct")  # on the CPU of evaluation's worker
+    assert correct.host_bytes == correct.worker_bytes
+
+
+def test_files_take_what_they_hold_whatever_the_model_is_used_in(
+    plan: Callable[..., Plan], tiny_model_dir: Callable[..., Path]
+) -> None:
+    written = {name: stage(plan("float32"), name).disk_bytes for name in ("factorize", "merge")}
+    narrow = plan(model={"source": str(tiny_model_dir("llama", dtype="float32")), "dtype": "bfloat16"})
+    assert {name: stage(narrow, name).disk_bytes for name in written} == written
+    assert stage(narrow, "evaluate").memory["weights"] == stage(plan("float32"), "evaluate").memory["weights"] / 2
+
+
+def test_rows_that_are_not_here_yet_are_planned_as_long_as_they_may_be(prepared: Callable[..., Prepared]) -> None:
+    found = prepared(data={"train": {"path": "hf:some/rows"}, "max_seq_length": 48})
+    assert planner.row_lengths(found) == planner.Lengths(48, 48)
+
+
+def test_every_stage_is_there_with_what_it_asks_for(plan: Callable[..., Plan]) -> None:
+    healed = {"healing": {"steps": 3}}
+    found = plan(calibration={"num_workers": 2}, emulator=healed, finetune={"num_workers": 2, "cpus_per_worker": 0.5})
+    assert tuple(entry.name for entry in found.stages) == STAGES
+    assert all(entry.memory["base"] > 0 and min(entry.memory.values()) > 0 for entry in found.stages)
+    assert stage(found, "calibrate").num_workers == 2
+    assert stage(found, "finetune").cpus_per_worker == 0.5
+    assert found.seconds == found.seconds_before + sum(entry.seconds for entry in found.stages)
+    assert found.seconds_before > 0
+    assert found.disk_bytes == sum(entry.disk_bytes for entry in found.stages)
+    assert found.lengths.mean == pytest.approx(20)
+
+
+def test_less_is_kept_and_less_is_written_at_a_smaller_ratio(plan: Callable[..., Plan]) -> None:
+    half, quarter = plan(), plan(emulator={"compression_ratio": 0.25})
+    assert quarter.emulator_parameters < half.emulator_parameters
+    assert stage(quarter, "factorize").disk_bytes < stage(half, "factorize").disk_bytes
+    assert stage(quarter, "finetune").worker_bytes < stage(half, "finetune").worker_bytes
+
+
+def test_ratio_one_needs_no_grams(plan: Callable[..., Plan]) -> None:
+    dense = plan(emulator={"compression_ratio": 1.0})
+    assert dense.emulator_parameters == dense.parameters
+    assert stage(dense, "calibrate").disk_bytes == 0
+    assert stage(dense, "calibrate").seconds == 0
+
+
+def test_more_steps_take_longer_and_checkpointing_takes_less_memory(plan: Callable[..., Plan]) -> None:
+    few, many = plan(finetune={"max_steps": 10}), plan(finetune={"max_steps": 10_000})
+    assert stage(many, "finetune").seconds > stage(few, "finetune").seconds
+    whole = plan(finetune={"gradient_checkpointing": False})
+    assert stage(whole, "finetune").worker_bytes > stage(few, "finetune").worker_bytes
+
+
+@pytest.mark.parametrize(
+    ("finetune", "rows", "steps"),
+    [
+        ({"max_steps": 7}, 100, 7),
+        ({"per_device_train_batch_size": 4}, 100, 25),
+        ({"per_device_train_batch_size": 4, "num_workers": 2, "num_train_epochs": 2}, 100, 25),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 5}, 100, 5),
+        ({"per_device_train_batch_size": 64}, 3, 1),
+    ],
+)
+def test_steps_are_the_epochs_of_the_rows(finetune: dict[str, Any], rows: int, steps: int) -> None:
+    values = {"run_dir": "x", "model": {"source": "y"}, "data": {"train": {"path": "z"}}, "finetune": finetune}
+    assert num_steps(parse_config(values), rows) == steps
+
+
+@pytest.mark.parametrize(
+    ("calibration", "tokens"),
+    [
+        ({}, 128 * 20),
+        ({"num_calibration_samples": 4}, 4 * 20),
+        ({"num_calibration_tokens": 100}, 100),
+        ({"num_calibration_tokens": 100, "num_calibration_samples": 3}, 3 * 20),
+        ({"num_calibration_tokens": 10_000}, 12 * 20),
+        ({"num_calibration_samples": None}, 12 * 20),
+    ],
+)
+def test_calibration_sees_the_least_of_what_bounds_it(
+    plan: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, calibration: dict[str, Any], tokens: int
+) -> None:
+    seen: list[float] = []
+    found = Prepared.calibration_tokens
+
+    def remembered(self: Prepared, tokens_per_row: float) -> float:
+        seen.append(found(self, tokens_per_row))
+        return seen[-1]
+
+    monkeypatch.setattr(Prepared, "calibration_tokens", remembered)
+    plan(calibration=calibration)
+    assert seen == [pytest.approx(tokens)] * len(seen)
+    assert seen
+
+
+def test_in_4_bits_parameters_stay_and_bytes_go(plan: Callable[..., Plan]) -> None:
+    for dtype in ("float32", "bfloat16"):
+        wide, packed = plan(dtype), plan(dtype, emulator={"quantization": "nf4"})
+        assert packed.emulator_parameters == wide.emulator_parameters
+        assert stage(packed, "factorize").disk_bytes < stage(wide, "factorize").disk_bytes
+        assert stage(packed, "merge").disk_bytes == stage(wide, "merge").disk_bytes
+    whole = plan(emulator={"quantization": "nf4", "compression_ratio": 1.0})
+    assert whole.emulator_parameters == whole.parameters
+    assert stage(whole, "calibrate").disk_bytes > 0  # QLoRA's difference to the original is measured too
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bytes_in_4_bits_are_those_of_a_saved_emulator(
+    plan: Callable[..., Plan], tiny_model_dir: Callable[..., Path], tmp_path: Path, ratio: float, dtype: str
+) -> None:
+    found = plan(dtype, emulator={"quantization": "nf4", "compression_ratio": ratio})
+    saved = save_quantized_emulator(tiny_model_dir("llama", dtype=dtype), tmp_path / "emulator", found.layout.ranks)
+    assert stage(found, "factorize").disk_bytes == pytest.approx(Checkpoint(saved).num_bytes, rel=0.01)
+
+
+def test_choosing_a_correction_takes_as_long_as_the_training_allows(plan: Callable[..., Plan]) -> None:
+    def seconds(steps: int, **correction: Any) -> float:
+        found = plan(finetune={"max_steps": steps}, correction=correction)
+        return stage(found, "correct").seconds
+
+    given = seconds(10_000, method="projection")
+    assert given < seconds(1) < seconds(10) < seconds(10_000)
+    assert seconds(10, max_share=None) == seconds(10_000)
+
+
+def test_a_correction_has_one_worker_such_as_the_evaluation_has(plan: Callable[..., Plan]) -> None:
+    found = stage(
+        plan(evaluation={"num_workers": 3, "cpus_per_worker": 2, "gpus_per_worker": 1}, ray={"num_gpus": 1}), "correct"
+    )
+    assert (found.num_workers, found.cpus_per_worker, found.gpus_per_worker) == (1, 2, 1)
+
+
+def test_a_gpu_s_time_is_not_a_processor_s(plan: Callable[..., Plan]) -> None:
+    on_cpu, on_gpu = (
+        stage(plan(finetune={"max_steps": 10**9, "gpus_per_worker": gpus}, ray={"num_gpus": 1}), "finetune").seconds
+        for gpus in (0, 1)
+    )
+    assert on_cpu / on_gpu == pytest.approx(2e13 / 1e10, rel=1e-2)
+
+
+def test_steps_without_work_are_not_waited_for(prepared: Callable[..., Prepared]) -> None:
+    by_data, all_named = {"allocation": "sensitivity"}, {"ratios": {".*": 0.3}}
+    assert needed_steps(prepared(emulator=by_data)) == ["calibrate", "gradients", "allocate", *PLAIN]
+    assert needed_steps(prepared(emulator={**by_data, **all_named})) == ["calibrate", *PLAIN]
+    assert needed_steps(prepared(emulator={"compression_ratio": 1.0})) == PLAIN
+    prompt = {"method": "prompt_tuning"}
+    assert "merge" not in needed_steps(prepared(adapter={**prompt, "num_virtual_tokens": 2}))
+
+
+def test_what_ranks_by_data_take_is_planned(plan: Callable[..., Plan]) -> None:
+    plain, found = plan(), plan(emulator={"allocation": "sensitivity", "objective": "predictions"})
+    names = [entry.name for entry in found.stages]
+    assert names == ["calibrate", "gradients", "allocate", "factorize", *STAGES[3:]]
+    assert found.emulator_parameters == plain.emulator_parameters
+    assert stage(found, "gradients").worker_bytes > stage(found, "calibrate").worker_bytes
+    assert stage(found, "gradients").seconds > stage(found, "calibrate").seconds > 0
+    assert stage(found, "finetune") == stage(plain, "finetune")
+    spectral = [entry.name for entry in plan(emulator={"allocation": "spectral"}).stages]
+    assert spectral == ["calibrate", "allocate", "factorize", *STAGES[3:]]
+    text = "".join(segment.text for table in plan_tables(found) for segment in Console(width=200).render(table))
+    assert "by data" in text
+    assert f"together they keep {found.layout.parameters_factorized:,} parameters at most" in " ".join(text.split())

@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import math
+import os
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+from s3_server import uri
+
+from emloc_ray.runs import log as run_log
+from emloc_ray.errors import NumericsError
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.runs.reporter import Reporters
+from emloc_ray.runs.log import LOG, RunLog, read_events
+from emloc_ray.stages.ray.spans import Span, joined, tell_span, timed
+
+USAGE = {"wall_s": 2.5, "peak_pss_bytes": 10, "processes": {"driver": 5}}
+LAYER = "model.layers.3.mlp.gate_proj"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    directory = RunDirectory(tmp_path / "mine")
+    directory.create({})
+    return directory
+
+
+def fail(run: RunDirectory, stage: str, error: BaseException) -> None:
+    """A try that an error ends in a stage."""
+    with contextlib.suppress(type(error)), RunLog(run, ["model.layers.3", LAYER]) as log:
+        log.start(stage)
+        raise error
+
+
+def test_a_run_tells_its_stages_and_layers_a_line_each(run: RunDirectory) -> None:
+    result = {"layers": {LAYER: {"rank": 8, "relative_error": 0.25, "solver": "eigh", "total_energy": 4.0}}}
+    with RunLog(run) as log:
+        log.skip("data")
+        log.start("factorize")
+        log.note("Thin data.")
+        log.finish("factorize", result, USAGE)
+    lines = [json.loads(line) for line in run.path(LOG).read_text().splitlines()]
+    assert [line["event"] for line in lines] == [
+        "run_started",
+        "skipped",
+        "started",
+        "note",
+        "layer",
+        "finished",
+        "run_finished",
+    ]
+    assert {line["run"] for line in lines} == {"mine"}
+    assert [line.get("stage") for line in lines] == [None, "data", *["factorize"] * 4, None]
+    layer = lines[4]
+    assert (layer["layer"], layer["rank"], layer["relative_error"]) == (LAYER, 8, 0.25)
+    assert lines[5]["wall_s"] == 2.5
+    assert "processes" not in lines[5]
+    age = datetime.now(timezone.utc) - datetime.fromisoformat(lines[0]["time"])
+    assert 0 <= age.total_seconds() < 60
+
+
+def test_progress_does_not_flood(run: RunDirectory) -> None:
+    with RunLog(run, interval_s=3600) as log:
+        for stage in ("calibrate", "merge"):
+            progress = log.start(stage)
+            for done in range(1000):
+                progress(done + 1, 1000)
+            log.finish(stage, {}, USAGE)
+    told = [(e["stage"], e["done"], e["total"]) for e in read_events(run) if e["event"] == "progress"]
+    assert told == [("calibrate", 1, 1000), ("merge", 1, 1000)]
+    ends = [(e["stage"], e["done"], e["total"]) for e in read_events(run) if e["event"] == "finished"]
+    assert ends == [("calibrate", 1000, 1000), ("merge", 1000, 1000)]
+    with RunLog(run, interval_s=0) as log:
+        progress = log.start("evaluate")
+        progress(1, 3)
+        progress(2, 3)
+    told = [(e["stage"], e["done"], e["total"]) for e in read_events(run) if e["event"] == "progress"]
+    assert told[2:] == [("evaluate", 1, 3), ("evaluate", 2, 3)]
+
+
+def test_progress_of_a_long_stage_is_told_more_seldom(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(run_log.time, "monotonic", lambda: now)
+    with RunLog(run, interval_s=10) as log:
+        progress = log.start("calibrate")
+        for second in range(0, 20_000, 5):
+            now = 1000.0 + second
+            progress(second, 20_000)
+    told = [event["done"] for event in read_events(run) if event["event"] == "progress"]
+    gaps = [after - before for before, after in itertools.pairwise(told)]
+    assert gaps[:10] == [10] * 10
+    assert max(gaps) == 300 == gaps[-1]
+    assert len(told) < 150
+
+
+def test_a_failure_is_told_with_its_stage_and_layer(run: RunDirectory) -> None:
+    fail(run, "factorize", NumericsError(f"{LAYER}: the Gram holds NaN: mend the data."))
+    failed = read_events(run)[-1]
+    assert (failed["event"], failed["stage"], failed["layer"]) == ("run_failed", "factorize", LAYER)
+    assert failed["message"] == f"{LAYER}: the Gram holds NaN: mend the data."
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(15)], ids=["Ctrl-C", "SIGTERM"])
+def test_an_interrupt_is_no_failure(run: RunDirectory, error: BaseException) -> None:
+    fail(run, "merge", error)
+    assert read_events(run)[-1]["event"] == "run_stopped"
+
+
+def test_half_a_line_of_a_killed_process_spoils_no_other(run: RunDirectory) -> None:
+    run.path(LOG).write_text('{"time": "2026-01-01T00:00:00+00:00", "event": "started", "mess')
+    with RunLog(run):
+        pass
+    assert [event["event"] for event in read_events(run)] == ["run_started", "run_finished"]
+
+
+def test_a_full_disk_is_not_told_by_the_log(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+    run.path(LOG).symlink_to("/dev/full")
+    with RunLog(run) as log:
+        log.note("Something.")
+    assert capsys.readouterr().err == ""
+
+
+def test_records_reach_the_handlers_of_the_library_too(run: RunDirectory, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO), RunLog(run) as log:
+        log.note("Something.")
+    assert [(r.name, r.getMessage()) for r in caplog.records if r.levelno == logging.WARNING] == [
+        ("emloc_ray.run", "Something.")
+    ]
+
+
+def test_a_log_on_a_store_is_read_elsewhere_while_it_grows(
+    s3_port: int, node_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = uri(s3_port, "logs/mine")
+    here = RunDirectory(place)
+    here.create({})
+    with RunLog(here, interval_s=0) as log:
+        log.start("merge")(1, 2)
+        monkeypatch.setenv("EMLOC_RAY_CACHE", str(tmp_path / "elsewhere"))
+        elsewhere = RunDirectory(place)
+        assert [e["event"] for e in read_events(elsewhere)] == ["run_started", "started", "progress"]
+    with RunLog(elsewhere):
+        pass
+    assert [e["event"] for e in read_events(here)][3:] == ["run_finished", "run_started", "run_finished"]
+
+
+def test_several_reporters_hear_all(run: RunDirectory, tmp_path: Path) -> None:
+    other = RunDirectory(tmp_path / "other")
+    other.create({})
+    with RunLog(run, interval_s=0) as first, RunLog(other, interval_s=0) as second:
+        both = Reporters(first, second)
+        both.start("merge")(1, 2)
+        both.note("Something.")
+        both.finish("merge", {}, USAGE)
+        both.skip("evaluate")
+    heard = [[(e["event"], e["message"]) for e in read_events(directory)] for directory in (run, other)]
+    assert heard[0] == heard[1]
+    assert [event for event, _ in heard[0]][1:-1] == ["started", "progress", "note", "finished", "skipped"]
+    assert {e["run"] for e in read_events(other)} == {"other"}
+
+
+def piece(number: int, stage: str = "factorize", worker: str = "process 7 on here") -> Span:
+    return Span(stage, worker, f"layer {number}", float(number), number + 0.5)
+
+
+def worked(run: RunDirectory) -> list[dict[str, Any]]:
+    return [event for event in read_events(run) if event["event"] == "work"]
+
+
+def test_what_workers_did_is_told_with_their_stages_end(run: RunDirectory) -> None:
+    with RunLog(run) as log:
+        log.start("calibrate")
+        tell_span(piece(1, "calibrate", "slot 0"))
+        tell_span(piece(2))  # factorized while calibration goes on
+        assert worked(run) == []
+        log.finish("calibrate", {}, USAGE)
+        log.start("merge")
+        tell_span(piece(3, "merge"))
+    tell_span(piece(4))  # nobody listens any more
+    assert [(event["stage"], event["spans"]) for event in worked(run)] == [
+        ("calibrate", [["slot 0", "layer 1", 1.0, 1.5, 1]]),
+        ("factorize", [["process 7 on here", "layer 2", 2.0, 2.5, 1]]),
+        ("merge", [["process 7 on here", "layer 3", 3.0, 3.5, 1]]),
+    ]
+    assert worked(run)[0]["message"] == "calibrate: 1 done by its workers"
+
+
+def test_work_is_told_while_a_stage_goes_on_the_more_seldom_the_longer(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = 0.0
+    monkeypatch.setattr(run_log.time, "monotonic", lambda: clock)
+    with RunLog(run, interval_s=10) as log:
+        log.start("factorize")
+        for number in range(36_000):  # ten hours, a layer a second
+            clock = float(number)
+            log.work(piece(number))
+        assert len(worked(run)) < 150
+    spans = [span for event in worked(run) for span in event["spans"]]
+    assert len(spans) < 2000
+    assert sum(span[-1] for span in spans) == 36_000
+
+
+def test_neighbours_are_joined_by_worker_and_stage() -> None:
+    spans = [piece(1), piece(2), piece(9), piece(3, "merge"), piece(1, worker="slot 0")]
+    found = joined(spans, 1.0)
+    assert [(s.stage, s.worker, s.begun_at, s.finished_at, s.count) for s in found] == [
+        ("factorize", "process 7 on here", 1.0, 2.5, 2),
+        ("merge", "process 7 on here", 3.0, 3.5, 1),
+        ("factorize", "process 7 on here", 9.0, 9.5, 1),
+        ("factorize", "slot 0", 1.0, 1.5, 1),
+    ]
+
+
+def test_a_tasks_time_comes_with_its_result() -> None:
+    found = timed(math.hypot)(3, 4)
+    assert found.result == 5
+    assert found.begun_at <= found.finished_at <= time.time()
+    assert found.worker.startswith(f"process {os.getpid()} on ")

@@ -1,0 +1,150 @@
+"""What a reader is told of a run though nothing is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_runs import make_values, task_rows, write_jsonl
+
+from emloc_ray.config.schema import CorrectionConfig
+from emloc_ray.config.reading import parse_config
+from emloc_ray.planning.plan import planned_memory
+from emloc_ray.planning.prepared import Prepared, prepare
+from emloc_ray.runs.remarks import cut_rows, emulated_bfloat16, idle_cpus, idle_gpus, no_healing, over_budget, shortfall, thin_calibration, unread_correction
+
+Make = Callable[..., Prepared]
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Make:
+    """``prepared(memory_budget=…, calibration={…})``: of 600 rows."""
+    path = write_jsonl(tmp_path / "rows.jsonl", task_rows(600))
+
+    def make(memory_budget: Any = None, **sections: Any) -> Prepared:
+        values = make_values(tmp_path / "run", tiny_model_dir("llama"), path, **sections)
+        return prepare(parse_config({**values, "memory_budget": memory_budget}))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("split", "count", "words"),
+    [
+        ("calibration", {"rows": 128, "dropped_rows": 0}, None),
+        ("calibration", {"rows": 100, "dropped_rows": 28}, None),
+        ("calibration", {"rows": 100, "dropped_rows": 0}, "100 rows instead of the 128 asked for"),
+        ("selection", {"rows": 3, "dropped_rows": 0}, "3 rows instead of the 8"),
+        ("train", {"rows": 3, "dropped_rows": 0}, None),
+    ],
+)
+def test_fewer_rows_than_asked_are_told(prepared: Make, split: str, count: dict[str, int], words: str | None) -> None:
+    said = shortfall(prepared(calibration={"num_calibration_samples": 128}).config, split, {"tokens": 10, **count})
+    assert (said is None) == (words is None)
+    assert words is None or words in str(said)
+
+
+def test_a_budget_that_stages_exceed_is_told_with_these(prepared: Make) -> None:
+    def said_of(*budget: str) -> str | None:
+        run = prepared(*budget)
+        return over_budget(run.config, planned_memory(run))
+
+    assert said_of() is None
+    assert said_of("64GiB") is None
+    said = str(said_of("1MiB"))
+    assert said.startswith("memory_budget is 0.00 GiB a worker, but the plan says calibrate ")
+    assert "finetune" in said
+
+
+def test_gpus_that_no_stage_asks_for_are_told(prepared: Make) -> None:
+    on_cpus, on_a_gpu = prepared().config, prepared(finetune={"gpus_per_worker": 1}, ray={"num_gpus": 2}).config
+    assert idle_gpus([on_cpus, on_cpus], 0) is None
+    assert idle_gpus([on_cpus, on_a_gpu], 8) is None
+    assert str(idle_gpus([on_cpus], 8)).startswith("The cluster has 8 GPUs, and no stage asks for one: set")
+
+
+def test_cpus_that_a_run_leaves_idle_are_told(prepared: Make) -> None:
+    ones = {key: {"num_workers": 1} for key in ("calibration", "emulator", "finetune", "merge", "evaluation")}
+    silent, asking = prepared(**ones).config, prepared(**{**ones, "emulator": {"num_workers": 4}}).config
+    assert str(idle_cpus([silent], 16)).startswith("The cluster has 16 CPUs, and no stage asks for more than one: set")
+    assert idle_cpus([silent], 1) is None
+    assert idle_cpus([silent, silent], 16) is None  # which go side by side
+    assert idle_cpus([asking], 16) is None
+
+
+@pytest.mark.parametrize(
+    ("finetune", "capabilities", "is_told"),
+    [
+        ({"bf16": True}, {"architecture": "x86_64", "avx2": True, "avx512_bf16": False}, True),
+        ({"bf16": True}, {"architecture": "x86_64", "avx512_bf16": True}, False),
+        ({"bf16": True}, {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": True}, False),
+        ({"bf16": True}, {"architecture": "aarch64"}, False),  # nothing is known of those
+        ({"bf16": True}, {}, False),
+        ({"bf16": True, "gpus_per_worker": 1}, {"architecture": "x86_64"}, False),
+        ({}, {"architecture": "x86_64"}, False),
+    ],
+)
+def test_bfloat16_that_a_cpu_lacks_is_told(
+    prepared: Make, finetune: dict[str, Any], capabilities: dict[str, Any], is_told: bool
+) -> None:
+    run = prepared(finetune=finetune, ray={"num_gpus": 2})
+    assert (emulated_bfloat16([run.config], capabilities) is not None) == is_told
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({}, None),
+        ({"clamp": 3.0, "strength": 1.0}, None),
+        ({"method": "projection", "clamp": 1.0}, None),
+        ({"clamp": None}, "correction.clamp is not read: auto"),
+        ({"clamp": 1.0, "strength": 0.5}, "correction.clamp and correction.strength are not read: auto"),
+    ],
+)
+def test_settings_that_auto_does_not_read_are_told(section: dict[str, Any], words: str | None) -> None:
+    said = unread_correction(CorrectionConfig.model_validate(section))
+    assert (said is None) == (words is None)
+    assert words is None or str(said).startswith(words)
+
+
+def test_cut_rows_are_told(prepared: Make) -> None:
+    config = prepared().config
+    count = {"truncated_rows": 0, "truncated_tokens": 0, "dropped_rows": 0}
+    assert cut_rows(config, "train", count) is None
+    assert cut_rows(config, "train", {"truncated_rows": 3, "truncated_tokens": 40, "dropped_rows": 1}) == (
+        "data.train: 3 rows cut to 64 tokens (40 tokens left out), 1 dropped with no completion or not all of an image"
+        " left."
+    )
+
+
+@pytest.mark.parametrize(
+    ("calibration", "key"),
+    [({}, "num_calibration_samples"), ({"num_calibration_tokens": 9}, "num_calibration_tokens")],
+)
+def test_fewer_tokens_than_ranks_are_told(prepared: Make, calibration: dict[str, Any], key: str) -> None:
+    ready = prepared(calibration=calibration)
+    highest = max(ready.layout.ranks.values())
+    assert thin_calibration(ready.config, highest, ready.layout) is None
+    assert thin_calibration(ready.config, None, ready.layout) is None
+    said = thin_calibration(ready.config, highest - 1, ready.layout)
+    assert (
+        said == f"Calibration saw {highest - 1} tokens, fewer than the highest rank {highest}: raise calibration.{key}."
+    )
+    plain = prepared(calibration=calibration, emulator={"objective": "weights"})
+    assert thin_calibration(plain.config, highest - 1, plain.layout) is None
+
+
+@pytest.mark.parametrize(
+    ("emulator", "told"),
+    [
+        ({"compression_ratio": 0.5}, False),
+        ({"compression_ratio": 0.5, "healing": {"steps": 2}}, False),
+        ({"compression_ratio": 1.0, "healing": {"steps": 2}}, True),
+    ],
+)
+def test_healing_of_the_original_itself_is_told_to_be_none(
+    prepared: Make, emulator: dict[str, Any], told: bool
+) -> None:
+    assert (no_healing(prepared(emulator=emulator).config) is not None) is told

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import contextlib
+import json
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from emloc_ray.ui.cli import app
+from emloc_ray.errors import StageError
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.runs.log import LOG, RunLog
+from emloc_ray.config.steps import STEPS
+from emloc_ray.runs.status import asked_steps, read_status
+
+BEGUN = datetime(2026, 5, 1, 12, 0, tzinfo=timezone.utc)
+COMMAND = "emloc-ray run my.yaml finetune.max_steps=5 --fresh"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    directory = RunDirectory(tmp_path / "mine")
+    directory.create({})
+    return directory
+
+
+def write(run: RunDirectory, *events: dict[str, Any]) -> None:
+    """Events a second apart, after one that begins the run."""
+    first = {"event": "run_started", "message": "The run begins.", "command": COMMAND, "directory": "/home/me"}
+    with run.path(LOG).open("a") as file:
+        for number, event in enumerate([first, *events]):
+            when = (BEGUN + timedelta(seconds=number)).isoformat()
+            file.write(json.dumps({"time": when, "message": "Something.", **event}) + "\n")
+
+
+def lines(run: RunDirectory, seconds: float = 60) -> list[str]:
+    return read_status(run).lines(BEGUN + timedelta(seconds=seconds))
+
+
+def test_a_live_run_shows_who_holds_it_and_how_far_it_is(run: RunDirectory) -> None:
+    progress = {"event": "progress", "stage": "calibrate", "done": 3, "total": 8, "message": "calibrate: 3 of 8"}
+    write(run, {"event": "started", "stage": "calibrate"}, progress)
+    run.lock()
+    try:
+        first, second = lines(run)
+    finally:
+        run.unlock()
+    assert first.startswith("Running: process ")
+    assert first.endswith(", in calibrate, 3 of 8")
+    assert second == "Last event, 58 s ago: calibrate: 3 of 8"
+
+
+def test_a_killed_run_says_where_it_was_and_how_it_goes_on(run: RunDirectory) -> None:
+    write(run, {"event": "started", "stage": "merge"})
+    first, last, go_on = lines(run, 7200)
+    assert first == "Not running: its process ended without a word, in merge: killed, or its machine was lost."
+    assert last == "Last event, 2 h ago: Something."
+    assert go_on == "It goes on by the same command: cd /home/me && emloc-ray run my.yaml finetune.max_steps=5"
+
+
+def test_a_failed_run_says_its_sentence(run: RunDirectory) -> None:
+    with contextlib.suppress(StageError), RunLog(run) as log:
+        log.start("finetune")
+        raise StageError("finetune: the disk is full: free some and run the same command again.")
+    told = read_status(run).lines()
+    assert told[0] == "Not running."
+    assert told[2].startswith("Failed in finetune, ")
+    assert told[2].endswith(": finetune: the disk is full: free some and run the same command again.")
+    assert told[3].startswith(
+        "It goes on by the same command: emloc-ray run "
+    )  # begun from Python, not by a command line
+    assert told[3].endswith("config.yaml")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "ray.runtime_env.env_vars.WANDB_KEY=hush",
+        "ray.runtime_env.env_vars={WANDB_KEY: hush}",
+        "ray={runtime_env: {env_vars: {WANDB_KEY: hush}}}",
+        "ray.runtime_env.env_vars.WANDB_KEY={hush",
+    ],
+)
+def test_secrets_of_the_command_are_hidden_and_asked_for(
+    run: RunDirectory, override: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["/bin/emloc-ray", "run", "my.yaml", "finetune.max_steps=5", override])
+    with contextlib.suppress(KeyboardInterrupt), RunLog(run):
+        raise KeyboardInterrupt
+    assert "hush" not in run.path(LOG).read_text()
+    told = lines(run)[-1]
+    assert told.startswith("It goes on by the same command, with the values given again for which (hidden) stands: cd ")
+    assert "emloc-ray run my.yaml finetune.max_steps=5 'ray" in told
+    assert "WANDB_KEY" in told
+
+
+def test_secrets_of_a_call_are_asked_for(run: RunDirectory) -> None:
+    run.create({"ray": {"runtime_env": {"env_vars": {"WANDB_KEY": "hush"}}}})
+    told = lines(run)[-1]
+    assert "with the values given again for which (hidden) stands: emloc-ray run " in told
+    assert told.endswith("config.yaml 'ray.runtime_env.env_vars.WANDB_KEY=(hidden)'")
+
+
+def test_what_a_later_try_made_good_is_no_failure(run: RunDirectory) -> None:
+    write(run, {"event": "run_failed", "stage": "merge", "message": "merge: no."})
+    write(run, {"event": "started", "stage": "merge"})
+    assert any(line.startswith("Failed in merge") for line in lines(run))
+    write(run, {"event": "finished", "stage": "merge"}, {"event": "run_finished", "message": "The run has ended well."})
+    assert lines(run) == ["Not running.", "Last event, 58 s ago: The run has ended well."]
+
+
+def test_a_stopped_run(run: RunDirectory) -> None:
+    write(run, {"event": "started", "stage": "merge"}, {"event": "run_stopped", "message": "The run was stopped."})
+    assert lines(run)[0] == "Not running: stopped, in merge."
+    assert "It goes on" in lines(run)[-1]
+
+
+def test_a_run_without_a_log(run: RunDirectory) -> None:
+    assert lines(run)[0] == "Not running."
+    assert len(lines(run)) == 2
+
+
+PLAIN = ("data", "calibrate", "factorize", "finetune", "correct", "merge", "evaluate")
+
+
+@pytest.mark.parametrize(
+    ("config", "more", "less"),
+    [
+        ({}, (), ()),
+        ({"emulator": {"compression_ratio": 0.5, "allocation": "spectral"}}, ("allocate",), ()),
+        ({"emulator": {"allocation": "sensitivity"}}, ("gradients", "allocate"), ()),
+        ({"emulator": {"objective": "predictions", "healing": {"steps": 3}}}, ("gradients", "heal"), ()),
+        (
+            {"emulator": {"compression_ratio": 1.0, "allocation": "sensitivity", "healing": {"steps": 3}}},
+            (),
+            ("calibrate",),
+        ),
+        ({"emulator": {"compression_ratio": 1.0, "quantization": "nf4"}}, (), ()),
+        ({"adapter": {"method": "prompt_tuning"}}, (), ("merge",)),
+    ],
+)
+def test_the_steps_that_a_config_asks_for(config: dict[str, Any], more: tuple[str, ...], less: tuple[str, ...]) -> None:
+    steps = asked_steps({"config": config})
+    assert set(steps) == {*PLAIN, *more} - set(less)
+    assert list(steps) == sorted(steps, key=STEPS.index)
+
+
+def test_the_steps_that_a_run_wrote_down_go_before_its_config() -> None:
+    """Which cannot tell that its patterns leave nothing to allocate."""
+    config = {"emulator": {"allocation": "sensitivity", "ratios": {".*": 0.3}}}
+    assert "allocate" in asked_steps({"config": config})
+    assert asked_steps({"config": config, "steps": ["data", "merge"]}) == ("data", "merge")
+
+
+def test_the_verb_lists_gradients_and_ranks(run: RunDirectory) -> None:
+    """Where the config asks for them, done or not; and what was done in any case."""
+    config = {"emulator": {"compression_ratio": 0.5, "allocation": "sensitivity"}}
+    run.create(config)
+    run.commit("import", "", [], {"usage": {"wall_s": 2.0, "peak_pss_bytes": 2**30}})
+    run.commit("gradients", "", [], {"usage": {"wall_s": 12.5, "peak_pss_bytes": 2**30}})
+    told = CliRunner().invoke(app, ["status", str(run.root)], env={"COLUMNS": "200"})
+    assert told.exit_code == 0, told.output
+    marks = [line.split()[:2] for line in told.output.splitlines() if line[:1] in "✓·"]
+    assert marks == [["✓" if step in ("import", "gradients") else "·", step] for step in STEPS if step not in ("heal",)]
+    assert "12.5 s" in told.output
+
+
+def test_what_workers_did_is_no_last_event(run: RunDirectory) -> None:
+    write(run, {"event": "started", "stage": "merge"}, {"event": "work", "stage": "merge", "message": "merge: 2 done."})
+    assert "Last event, 59 s ago: Something." in lines(run)

@@ -1,0 +1,66 @@
+"""What a killed calibration began is gone on with in its own way, unless it would hold more than is allowed now."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from emloc_ray.io.runs.resume import discard_unless
+from emloc_ray.stages.calibrate.job import CalibrationJob, go_on
+
+A, B, C = ("a", "a2"), ("b",), ("c",)
+INPUTS = {"model": "m", "data": "d"}
+
+
+def job_of(mode: str, *waves: tuple[tuple[str, ...], ...]) -> CalibrationJob:
+    return CalibrationJob(Path("m"), Path("t"), (A, B, C), (0, 4), mode=mode, waves=waves or None)
+
+
+def went_on(job: CalibrationJob, out_dir: Path, inputs: dict[str, str], num_slots: int = 2) -> CalibrationJob:
+    return dataclasses.replace(go_on(job, out_dir, inputs, num_slots, auto=True), inputs="")
+
+
+def begin(out_dir: Path, job: CalibrationJob, num_slots: int = 2) -> Path:
+    """A first try, and a file that it left."""
+    assert went_on(job, out_dir, INPUTS, num_slots) == job
+    left = out_dir / "slots" / "part"
+    left.parent.mkdir()
+    left.write_text("x")
+    return left
+
+
+def test_waves_that_were_begun_are_gone_on_with_where_fewer_would_fit(tmp_path: Path) -> None:
+    first = job_of("resident", (A, B), (C,))
+    left = begin(tmp_path / "c", first)
+    for other in (job_of("resident", (A, B, C)), job_of("resident", (A,), (B, C))):
+        assert went_on(other, tmp_path / "c", INPUTS) == dataclasses.replace(other, waves=first.waves)
+        assert left.exists()
+
+
+def test_what_would_hold_more_than_is_allowed_now_is_begun_again(tmp_path: Path) -> None:
+    left = begin(tmp_path / "c", job_of("resident", (A, B, C)))
+    smaller = job_of("resident", (A,), (B,), (C,))
+    assert went_on(smaller, tmp_path / "c", INPUTS) == smaller
+    assert not left.exists()
+
+
+@pytest.mark.parametrize(
+    ("num_slots", "auto", "mode", "kept"),
+    [(2, True, "resident", True), (3, True, "streamed", False), (2, False, "resident", False)],
+)
+def test_a_streamed_try(tmp_path: Path, num_slots: int, auto: bool, mode: str, kept: bool) -> None:
+    left = begin(tmp_path / "c", job_of("streamed"))
+    found = go_on(job_of(mode, (A, B, C)), tmp_path / "c", INPUTS, num_slots, auto)
+    assert found.mode == ("streamed" if kept or mode == "streamed" else "resident")
+    assert left.exists() == kept
+
+
+def test_other_inputs_leave_nothing(tmp_path: Path) -> None:
+    left = begin(tmp_path / "c", job_of("resident", (A, B), (C,)))
+    discard_unless(tmp_path / "c", INPUTS)
+    assert left.exists()
+    whole = job_of("resident", (A, B, C))
+    assert went_on(whole, tmp_path / "c", {**INPUTS, "data": "other"}) == whole
+    assert not left.exists()

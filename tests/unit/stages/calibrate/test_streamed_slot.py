@@ -1,0 +1,93 @@
+"""Streamed slots: the same Grams as resident ones, whoever is interrupted, with little left on disk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from s3_server import uri
+from slot_files import read_slot
+from stage_artifacts import Artifacts
+
+from emloc_ray.io.formats.grams import reduce_slots
+from emloc_ray.io.store.node_cache import local_only, mirror
+from emloc_ray.stages.calibrate.job import CalibrationJob, go_on
+from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
+from emloc_ray.stages.calibrate.streamed_slot import StreamedSlot, grams_file, outputs_file, part_file
+
+BLOCKS = 2
+
+
+@pytest.fixture
+def job(artifacts: Artifacts) -> CalibrationJob:
+    return replace(artifacts.calibration_job, mode="streamed")
+
+
+def slot(job: CalibrationJob, out_dir: Path, number: int = 0, of: int = 1) -> StreamedSlot:
+    return StreamedSlot(job, out_dir, number, of, BLOCKS, 1)
+
+
+@pytest.mark.parametrize("tokens", ["all", "completion"])
+def test_two_slots_together_give_the_resident_grams(job: CalibrationJob, tokens: str, tmp_path: Path) -> None:
+    job = replace(job, tokens=tokens)
+    for number in range(2):
+        each = slot(job, tmp_path, number, 2)
+        assert [each.accumulate(position) for position in range(BLOCKS)] == [0, 1]
+        each.commit()
+    whole = ResidentSlot(job, tmp_path / "whole.safetensors", 1)
+    for number in range(4):
+        whole.accumulate(number)
+    seen = 0
+    for position in range(BLOCKS):
+        parts = [part_file(tmp_path, number, 2, position) for number in range(2)]
+        names = [name for name in whole.hooks.grams if f"layers.{position}." in name]
+        for name, gram in reduce_slots(parts, names).items():
+            expected = whole.hooks.grams[name]
+            assert gram.num_tokens == expected.num_tokens
+            torch.testing.assert_close(gram.symmetric(), expected.symmetric(), rtol=1e-5, atol=1e-5)
+            seen += 1
+    assert seen == len(job.groups)
+
+
+def test_a_slot_made_anew_goes_on_after_its_last_block(job: CalibrationJob, tmp_path: Path) -> None:
+    calm = slot(job, tmp_path / "calm")
+    assert calm.position() == -1
+    calm.accumulate(0)
+    calm.accumulate(1)
+    first = slot(job, tmp_path / "killed")
+    first.accumulate(0)
+    part = part_file(tmp_path / "killed", 0, 1, 0)
+    second = slot(job, tmp_path / "killed")
+    assert second.position() == 0
+    part.rename(grams_file(tmp_path / "killed", 0, BLOCKS))  # as summed over all slots
+    assert slot(job, tmp_path / "killed").position() == 0
+    second.accumulate(1)
+    (expected, _), (found, _) = (read_slot(part_file(tmp_path / run, 0, 1, 1)) for run in ("calm", "killed"))
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(found[name].matrix, expected[name].matrix)
+
+
+def test_what_no_later_block_reads_is_removed(job: CalibrationJob, tmp_path: Path) -> None:
+    one = slot(job, tmp_path)
+    one.accumulate(0)
+    assert all(outputs_file(tmp_path, 0, shard).is_file() for shard in range(4))
+    one.accumulate(1)
+    assert not list((tmp_path / "hidden").rglob("*.safetensors"))
+
+
+def test_a_slot_that_moves_takes_no_hidden_states_of_another_config(
+    job: CalibrationJob, s3_port: int, node_cache: Path, tmp_path: Path
+) -> None:
+    root = mirror(uri(s3_port, "moved/run"))
+    out_dir, elsewhere = root / "calibration", tmp_path / "other" / root.name / "calibration"
+    slot(go_on(job, out_dir, "first", 1, False), elsewhere).accumulate(0)
+    second = go_on(job, out_dir, "second", 1, False)
+    one = slot(second, out_dir)
+    assert one.position() == -1
+    one.accumulate(0)
+    assert slot(second, elsewhere).position() == -1
+    assert not list(local_only(elsewhere).rglob("*.safetensors"))
+    assert one.position() == slot(second, out_dir).position() == 0

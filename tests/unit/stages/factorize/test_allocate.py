@@ -1,0 +1,268 @@
+"""Sums of gradients, spectra and ranks as the stages' plain functions make them, and factors that keep predictions."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from slot_files import read_slot
+from stage_artifacts import Artifacts
+
+from emloc_ray.core.gram import Gram
+from emloc_ray.core.ranks import factor_parameters
+from emloc_ray.errors import NumericsError
+from emloc_ray.io.formats.checkpoint import Checkpoint, write_index
+from emloc_ray.io.formats.grams import GramStore, StoredGram, reduce_slots, write_gram_index, write_gram_shard
+from emloc_ray.io.formats.shards import write_tensors
+from emloc_ray.stages.calibrate.job import CalibrationJob, Labels
+from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
+from emloc_ray.stages.factorize.allocate import AllocationJob, allocate_ranks, group_spectra, read_ranks
+from emloc_ray.stages.factorize.factorize import FactorizationJob, factorize_group
+from emloc_ray.stages.factorize.layer_reports import Basis, read_reports
+from emloc_ray.stages.ray.tasks import Resources
+
+DAMPING = 1e-2
+
+
+def gradient_job(artifacts: Artifacts) -> CalibrationJob:
+    names = tuple((spec.name,) for spec in artifacts.specs)
+    return replace(artifacts.calibration_job, groups=names, gradients=Labels(seed=3))
+
+
+@pytest.fixture(scope="module")
+def gradients_dir(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sums of gradients of every linear over all token shards."""
+    root = tmp_path_factory.mktemp("gradients")
+    slot = ResidentSlot(gradient_job(artifacts), root / "slot.safetensors", 1)
+    for number in range(4):
+        slot.accumulate(number)
+    slot.commit()
+    names = [spec.name for spec in artifacts.specs]
+    sums = reduce_slots([root / "slot.safetensors"], names)
+    write_gram_shard(root / "sums.safetensors", sums)
+    counts = {name: gram.num_tokens for name, gram in sums.items()}
+    write_gram_index(root, [[name] for name in names], dict.fromkeys(names, "sums.safetensors"), counts)
+    return root
+
+
+def allocation_job(artifacts: Artifacts, gradients_dir: Path | None) -> AllocationJob:
+    return AllocationJob(
+        artifacts.model_dir,
+        artifacts.calibration_dir,
+        gradients_dir,
+        artifacts.groups,
+        artifacts.ranks,
+        gradients_dir is not None,
+        gradient_dampening_frac=DAMPING,
+    )
+
+
+def stored(directory: Path, names: list[str]) -> dict[str, StoredGram]:
+    return {name: GramStore(directory).stored(name) for name in names}
+
+
+def damped(matrix: torch.Tensor, share: float) -> torch.Tensor:
+    matrix = matrix.double()
+    return matrix + share * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=torch.float64)
+
+
+def test_a_slot_of_gradients_goes_on_from_its_commit_to_the_same_bits(artifacts: Artifacts, tmp_path: Path) -> None:
+    job = gradient_job(artifacts)
+    calm = ResidentSlot(job, tmp_path / "calm", 1)
+    for number in range(3):
+        calm.accumulate(number)
+    calm.commit()
+    first = ResidentSlot(job, tmp_path / "killed", 1)
+    first.accumulate(0)
+    first.commit()
+    first.accumulate(1)  # lost with the actor
+    second = ResidentSlot(job, tmp_path / "killed", 1)
+    assert second.position() == 0
+    for number in (1, 2):
+        second.accumulate(number)
+    second.commit()
+    (went_on, _), (expected, _) = read_slot(tmp_path / "killed"), read_slot(tmp_path / "calm")
+    assert went_on.keys() == {spec.name for spec in artifacts.specs}
+    grams, _ = read_slot(artifacts.root / "slot.safetensors")
+    for name, gram in expected.items():
+        assert torch.equal(went_on[name].matrix, gram.matrix)
+        assert 0 < gram.num_tokens < max(other.num_tokens for other in grams.values())
+
+
+def test_other_seeds_draw_other_labels(artifacts: Artifacts, tmp_path: Path) -> None:
+    job = gradient_job(artifacts)
+    found = []
+    for seed in (0, 1):
+        slot = ResidentSlot(replace(job, gradients=Labels(seed=seed)), tmp_path / str(seed), 1)
+        slot.accumulate(0)
+        found.append(slot.hooks.grams[artifacts.specs[0].name].matrix)
+    assert not torch.equal(*found)
+
+
+@pytest.mark.parametrize("by_gradients", [True, False])
+def test_gains_are_eigenvalues_of_both_sums_or_shares_of_one(
+    artifacts: Artifacts, gradients_dir: Path, by_gradients: bool
+) -> None:
+    group = next(group for group in artifacts.groups if len(group) == 2)  # gate and up
+    job = allocation_job(artifacts, gradients_dir if by_gradients else None)
+    grams, sums = GramStore(artifacts.calibration_dir), GramStore(gradients_dir)
+    found = group_spectra(job, group, grams.stored(group[0].name), stored(gradients_dir, [spec.name for spec in group]))
+    for spec in group:
+        weight, gram = (
+            Checkpoint(artifacts.model_dir).read(spec.weight_name).double(),
+            damped(grams.read(spec.name), 1e-6),
+        )
+        matrix = weight @ gram @ weight.T
+        if by_gradients:
+            matrix = matrix @ damped(sums.read(spec.name), DAMPING)
+        values = torch.linalg.eigvals(matrix).real.sort(descending=True).values[: min(weight.shape)]
+        expected = values / (2 * grams.num_tokens(spec.name)) if by_gradients else values / values.sum()
+        torch.testing.assert_close(found[spec.name], expected, rtol=1e-3, atol=1e-5 * float(expected[0]))
+
+
+def test_plain_factors_are_allocated_by_what_they_save(artifacts: Artifacts, gradients_dir: Path) -> None:
+    group = artifacts.groups[0]
+    job = allocation_job(artifacts, gradients_dir)
+    gram = GramStore(artifacts.calibration_dir).stored(group[0].name)
+    sums = stored(gradients_dir, [spec.name for spec in group])
+    best, plain = (
+        group_spectra(job, group, gram, sums),
+        group_spectra(replace(job, plain_factors=True), group, gram, sums),
+    )
+    for name, values in best.items():
+        # No factors of a rank save more than those that are made for it; all ranks save all.
+        assert bool((plain[name].cumsum(0) <= values.cumsum(0) * (1 + 1e-4)).all())
+        assert float(plain[name].sum()) == pytest.approx(float(values.sum()), rel=1e-3)
+        assert float(plain[name][:4].sum()) < 0.999 * float(values[:4].sum())
+
+
+def test_linears_of_which_the_data_says_nothing_gain_nothing(artifacts: Artifacts, tmp_path: Path) -> None:
+    group = artifacts.groups[0]
+    names = [spec.name for spec in group]
+    zeros = {spec.name: Gram(torch.zeros(spec.out_features, spec.out_features), 0) for spec in group}
+    write_gram_shard(tmp_path / "zeros", zeros)
+    job = allocation_job(artifacts, tmp_path)
+    gram = GramStore(artifacts.calibration_dir).stored(names[0])
+    unseen = {name: StoredGram(tmp_path / "zeros", name) for name in names}
+    assert all(float(values.sum()) == 0 for values in group_spectra(job, group, gram, unseen).values())
+    write_gram_shard(tmp_path / "identity", {names[0]: Gram(torch.eye(group[0].in_features), 0)})
+    nothing = StoredGram(tmp_path / "identity", names[0])
+    assert all(float(values.sum()) == 0 for values in group_spectra(job, group, nothing, {}).values())
+
+
+def test_ranks_are_written_with_what_they_gain(artifacts: Artifacts, gradients_dir: Path, tmp_path: Path) -> None:
+    job = allocation_job(artifacts, gradients_dir)
+    silent = artifacts.specs[3].name
+    for number, group in enumerate(job.groups):  # as tasks leave them, so that none is started
+        gram = GramStore(artifacts.calibration_dir).stored(group[0].name)
+        found = group_spectra(job, group, gram, stored(gradients_dir, [spec.name for spec in group]))
+        found |= {silent: torch.zeros_like(found[silent])} if silent in found else {}
+
+        write_tensors(tmp_path / f"spectra-{number + 1:05d}-of-{len(job.groups):05d}.safetensors", found)
+    result = allocate_ranks(job, tmp_path, Resources())
+    ranks = read_ranks(tmp_path)
+    assert list(ranks) == [spec.name for group in job.groups for spec in group]
+    assert ranks[silent] == artifacts.ranks[silent]
+    assert result["num_kept_uniform"] == 1
+    used = sum(factor_parameters(s.out_features, s.in_features, ranks[s.name]) for s in artifacts.specs)
+    assert result["budget"] - result["left"] == used
+    assert 0 <= result["left"] < min(s.out_features + s.in_features for s in artifacts.specs)
+    assert result["gain"] >= result["uniform_gain"] > 0
+    told = json.loads((tmp_path / "ranks.json").read_text())["layers"]
+    for spec in artifacts.specs:
+        layer = told[spec.name]
+        assert layer["share"] == pytest.approx(
+            factor_parameters(spec.out_features, spec.in_features, layer["rank"]) / spec.num_parameters
+        )
+        assert 0 <= layer["gain"] <= layer["possible_gain"]
+    alone = replace(job, never_dense=tuple(ranks))
+    allocate_ranks(alone, tmp_path, Resources())
+    assert None not in read_ranks(tmp_path).values()
+
+
+def factorization_job(artifacts: Artifacts, gradients_dir: Path, **changes: object) -> FactorizationJob:
+    job = FactorizationJob(
+        artifacts.model_dir, artifacts.root / "no", artifacts.groups, artifacts.ranks, gradients_dir=gradients_dir
+    )
+    return replace(job, gradient_dampening_frac=DAMPING, **changes)
+
+
+def energies(artifacts: Artifacts, gradients_dir: Path, name: str, delta: torch.Tensor) -> tuple[float, float]:
+    """``tr(Δ G Δᵀ)`` and ``tr(S Δ G Δᵀ)``."""
+    gram = damped(GramStore(artifacts.calibration_dir).read(name), 1e-6)
+    weighing = damped(GramStore(gradients_dir).read(name), DAMPING)
+    change = delta @ gram @ delta.T
+    return float(change.trace()), float((weighing @ change).trace())
+
+
+def test_factors_keep_predictions_and_tell_both_errors(
+    artifacts: Artifacts, gradients_dir: Path, tmp_path: Path
+) -> None:
+    group = next(group for group in artifacts.groups if len(group) == 3)
+    gram = GramStore(artifacts.calibration_dir).stored(group[0].name)
+    factorize_group(factorization_job(artifacts, gradients_dir), group, gram, tmp_path / "both")
+    factorize_group(
+        replace(factorization_job(artifacts, gradients_dir), gradients_dir=None), group, gram, tmp_path / "one"
+    )
+    both, one = load_file(tmp_path / "both"), load_file(tmp_path / "one")
+    for spec, report in zip(group, read_reports(tmp_path / "both"), strict=True):
+        weight = Checkpoint(artifacts.model_dir).read(spec.weight_name).double()
+        found = {}
+        for key, held in (("both", both), ("one", one)):
+            product = held[f"{spec.name}.up.weight"].double() @ held[f"{spec.name}.down.weight"].double()
+            found[key] = energies(artifacts, gradients_dir, spec.name, weight - product)
+        assert found["both"][1] < found["one"][1]
+        assert found["both"][0] > found["one"][0]
+        whole = energies(artifacts, gradients_dir, spec.name, weight)
+        assert report.relative_error == pytest.approx((found["both"][0] / whole[0]) ** 0.5, rel=1e-3)
+        assert report.weighed_error == pytest.approx((found["both"][1] / whole[1]) ** 0.5, rel=1e-3)
+        assert report.total_energy == pytest.approx(whole[1], rel=1e-3)
+
+
+def test_an_emulator_is_cut_from_another_or_added_to_it(
+    artifacts: Artifacts, gradients_dir: Path, tmp_path: Path
+) -> None:
+    group = next(group for group in artifacts.groups if len(group) == 3)
+    gram = GramStore(artifacts.calibration_dir).stored(group[0].name)
+    factorize_group(factorization_job(artifacts, gradients_dir), group, gram, tmp_path / "basis" / "factors")
+    names = [f"{spec.name}.{part}.weight" for spec in group for part in ("up", "down")]
+    write_index(tmp_path / "basis", dict.fromkeys(names, "factors"), 0, 0)
+    ranks = {group[0].name: artifacts.ranks[group[0].name] - 5, group[1].name: artifacts.ranks[group[1].name] + 4}
+    assert Basis(tmp_path / "basis").layer(group[2].name) is not None
+    for name, basis in (("made", None), ("taken", tmp_path / "basis")):
+        job = factorization_job(artifacts, gradients_dir, ranks=ranks, basis_dir=basis)
+        factorize_group(job, group[:2], gram, tmp_path / name)
+    made, taken = load_file(tmp_path / "made"), load_file(tmp_path / "taken")
+    assert {key: value.shape for key, value in made.items()} == {key: value.shape for key, value in taken.items()}
+    for spec, one, other in zip(group, read_reports(tmp_path / "made"), read_reports(tmp_path / "taken"), strict=False):
+        products = [held[f"{spec.name}.up.weight"] @ held[f"{spec.name}.down.weight"] for held in (made, taken)]
+        torch.testing.assert_close(*products, rtol=1e-2, atol=1e-3 * float(products[0].abs().max()))
+        assert other.weighed_error == pytest.approx(one.weighed_error, rel=1e-3)
+        assert other.relative_error == pytest.approx(one.relative_error, rel=1e-3)
+
+
+def test_factors_in_4_bits_tell_the_error_of_what_is_stored(
+    artifacts: Artifacts, gradients_dir: Path, tmp_path: Path
+) -> None:
+    group = artifacts.groups[0]
+    gram = GramStore(artifacts.calibration_dir).stored(group[0].name)
+    names = tuple(spec.name for spec in group)
+    factorize_group(factorization_job(artifacts, gradients_dir), group, gram, tmp_path / "wide")
+    factorize_group(factorization_job(artifacts, gradients_dir, in_4bit=names), group, gram, tmp_path / "packed")
+    for wide, packed in zip(read_reports(tmp_path / "wide"), read_reports(tmp_path / "packed"), strict=True):
+        assert wide.relative_error < packed.relative_error < 1.5 * wide.relative_error
+        assert packed.weighed_error == wide.weighed_error
+
+
+def test_gradients_that_are_no_numbers_name_their_layer(artifacts: Artifacts, tmp_path: Path) -> None:
+    group = artifacts.groups[0]
+    sums = {spec.name: Gram(torch.full((spec.out_features, spec.out_features), torch.nan), 4) for spec in group}
+    write_gram_shard(tmp_path / "sums", sums)
+    job = allocation_job(artifacts, tmp_path)
+    gram = GramStore(artifacts.calibration_dir).stored(group[0].name)
+    with pytest.raises(NumericsError, match=r"the gradients of what model\.layers\.0\.self_attn\.q_proj gives"):
+        group_spectra(job, group, gram, {name: StoredGram(tmp_path / "sums", name) for name in sums})

@@ -1,0 +1,77 @@
+"""A lone training's checkpoints, wherever it is killed between two writes; what it leaves to the next in its process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import pytest
+
+from emloc_ray.stages.finetune import session as training_session
+from emloc_ray.stages.finetune.session import LoneSession, own_environment
+
+
+class Killed(Exception):
+    pass
+
+
+def checkpoint(folder: Path, step: int) -> Path:
+    (folder / "deep").mkdir(parents=True)
+    (folder / "trainer_state.json").write_text(str(step))
+    (folder / "deep" / "weights").write_text("w" * step)
+    return folder
+
+
+def found(directory: Path) -> tuple[str, str] | None:
+    with LoneSession(directory).checkpoint() as folder:
+        if folder is None:
+            return None
+        return Path(folder, "trainer_state.json").read_text(), Path(folder, "deep", "weights").read_text()
+
+
+def test_the_newest_is_found_and_the_others_go(tmp_path: Path) -> None:
+    session = LoneSession(tmp_path / "kept")
+    assert found(tmp_path / "kept") is None
+    for step in (2, 4):
+        session.save(checkpoint(tmp_path / f"made-{step}", step), step)
+        assert found(tmp_path / "kept") == (str(step), "w" * step)
+    session.save(None, 6)  # a rank that wrote nothing
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["checkpoint-4", "newest.json"]
+
+
+@pytest.mark.parametrize(("call", "kept"), [("atomic_directory", 2), ("write_json", 2), ("discard", 4)])
+def test_killed_before_any_write_one_whole_checkpoint_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, kept: int
+) -> None:
+    LoneSession(tmp_path / "kept").save(checkpoint(tmp_path / "first", 2), 2)
+    second = checkpoint(tmp_path / "second", 4)
+
+    def kill(*arguments: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_session, call, kill)
+        with pytest.raises(Killed):
+            LoneSession(tmp_path / "kept").save(second, 4)
+    assert found(tmp_path / "kept") == (str(kept), "w" * kept)
+    LoneSession(tmp_path / "kept").save(second, 4)
+    assert found(tmp_path / "kept") == ("4", "wwww")
+    assert not (tmp_path / "kept" / "checkpoint-2").exists()
+
+
+def test_a_name_without_its_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "newest.json").write_text('{"folder": "checkpoint-8"}')
+    assert found(tmp_path) is None
+
+
+def test_what_a_training_sets_in_the_environment_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEPT", "before")
+    monkeypatch.setenv("REMOVED", "before")
+    monkeypatch.delenv("ADDED", raising=False)
+    with contextlib.suppress(Killed), own_environment():
+        os.environ.update(KEPT="other", ADDED="x")
+        del os.environ["REMOVED"]
+        raise Killed
+    assert (os.environ["KEPT"], os.environ["REMOVED"]) == ("before", "before")
+    assert "ADDED" not in os.environ

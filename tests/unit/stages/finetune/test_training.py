@@ -1,0 +1,71 @@
+"""Training with each adapter method, in this process: broken off and gone on with it ends in the same files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from adapter_cases import CASES, TARGETS, settings
+from stage_artifacts import Artifacts
+from tiny import save_emulator
+
+from emloc_ray.modeling.adapter import CONFIG_NAME, WEIGHTS_NAME
+from emloc_ray.stages.finetune.session import LoneSession, own_environment
+from emloc_ray.stages.finetune.training import FinetuneJob, train
+
+
+class Killed(Exception):
+    pass
+
+
+class DyingSession(LoneSession):
+    """Dies once its first checkpoint is there."""
+
+    def save(self, folder: Path | None, step: int) -> None:
+        super().save(folder, step)
+        raise Killed
+
+
+@pytest.fixture(scope="module")
+def job(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> FinetuneJob:
+    root = tmp_path_factory.mktemp("training")
+    return FinetuneJob(
+        emulator_dir=save_emulator(artifacts.model_dir, root / "emulator"),
+        tokens_dir=artifacts.tokens_dir,
+        out_dir=root / "adapter",
+        storage_dir=root / "storage",
+        name="training",
+        adapter={},
+        portable_targets=TARGETS["llama"],
+        base_model="the/original",
+        max_steps=4,
+        batch_size=4,
+        training_arguments={"save_steps": 2, "logging_steps": 1, "learning_rate": 0.01, "disable_tqdm": True},
+    )
+
+
+@pytest.fixture(autouse=True)
+def own_environment_variables() -> Iterator[None]:
+    with own_environment():
+        yield
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_goes_on_from_its_checkpoint(case: str, job: FinetuneJob, artifacts: Artifacts, tmp_path: Path) -> None:
+    options = settings(case, "llama", [spec.name for spec in artifacts.specs])
+    if case != "prefix":  # which the config refuses
+        job = replace(job, training_arguments={**job.training_arguments, "gradient_checkpointing": True})
+    job = replace(job, adapter=options, storage_dir=tmp_path)
+    whole = replace(job, name="whole", out_dir=tmp_path / "whole-adapter")
+    assert train(whole, torch.get_num_threads(), LoneSession(tmp_path / "whole"))["resumed"] is False
+    broken = replace(job, name="broken", out_dir=tmp_path / "broken-adapter")
+    with pytest.raises(Killed):
+        train(broken, torch.get_num_threads(), DyingSession(tmp_path / "broken"))
+    found = train(broken, torch.get_num_threads(), LoneSession(tmp_path / "broken"))
+    assert found["resumed"] is True
+    assert found["steps"] == 4
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        assert (broken.out_dir / name).read_bytes() == (whole.out_dir / name).read_bytes(), name

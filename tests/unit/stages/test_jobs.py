@@ -1,0 +1,57 @@
+"""What a config makes of the stages' jobs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emloc_ray.config.reading import parse_config
+from emloc_ray.data.token_shards import write_index
+from emloc_ray.planning.prepared import prepare
+from emloc_ray.stages.correct.correct import CorrectionJob
+from emloc_ray.stages.jobs import Jobs
+
+
+@pytest.fixture
+def correction(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[..., CorrectionJob]:
+    """The correction of a run of twelve training rows of 40 tokens together, 3 steps of 2 · 4 · 2 rows."""
+    data, model_dir = tmp_path / "rows.jsonl", tiny_model_dir("llama")
+    data.write_text((json.dumps({"text": "x" * 70}) + "\n") * 12)
+    steps = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "num_workers": 2,
+    }
+
+    def make(**section: Any) -> CorrectionJob:
+        values = {
+            "run_dir": str(tmp_path / "run"),
+            "model": {"source": str(model_dir)},
+            "data": {"train": {"path": str(data)}, "max_seq_length": 64},
+            "finetune": steps,
+            "correction": section,
+        }
+        prepared = prepare(parse_config(values))
+        write_index(prepared.run.path("data", "tokens", "train"), [8, 4], {"tokens": 40})
+        found = Jobs(prepared, model_dir).correction()
+        shutil.rmtree(tmp_path / "run")
+        return found
+
+    return make
+
+
+def test_what_choosing_may_read_is_a_share_of_what_training_reads(correction: Callable[..., CorrectionJob]) -> None:
+    assert correction().max_tokens == 16  # a tenth of 48 rows of 10/3 tokens
+    assert correction(max_share=2.5).max_tokens == 400
+    assert correction(max_share=None).max_tokens is None
+
+
+def test_the_search_begins_with_none(correction: Callable[..., CorrectionJob]) -> None:
+    assert [c.method for c in correction().candidates] == ["none", "covariance", "covariance", "projection"]
+    assert [c.method for c in correction(method="projection").candidates] == ["projection"]

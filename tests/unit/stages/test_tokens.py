@@ -1,0 +1,169 @@
+"""The data stage: rows to splits of token shards; how many calibration takes, and what a killed run leaves for the next."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from small_runs import make_values, task_rows, write_jsonl
+
+from emloc_ray.config.reading import parse_config
+from emloc_ray.data.hash_order import row_hash
+from emloc_ray.data.reading import scan
+from emloc_ray.data.splits import CALIBRATION_SEED, SPLITS, RowSelection
+from emloc_ray.data.token_shards import TokenShards
+from emloc_ray.data.tokenizing import TokenizeOptions
+from emloc_ray.demos.docstrings import DocstringTask
+from emloc_ray.io.runs.resume import discard_unless
+from emloc_ray.planning.prepared import Prepared, prepare
+from emloc_ray.runs.remarks import shortfall
+from emloc_ray.stages.tokens import _sources, split_inputs, tokenize_data
+
+Make = Callable[..., Prepared]
+NUM_ROWS = 600
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Make:
+    """``prepared(num_calibration_tokens=…, …)``: a config of 600 rows, all of which calibration may take."""
+    path = write_jsonl(tmp_path / "rows.jsonl", task_rows(NUM_ROWS))
+
+    def make(**calibration: Any) -> Prepared:
+        values = make_values(tmp_path / "run", tiny_model_dir("llama"), path, data={"calibration": {"path": str(path)}})
+        values["calibration"] = {"rows_per_shard": 8, **calibration}
+        return prepare(parse_config(values))
+
+    return make
+
+
+def calibration_tokens(ready: Prepared, out: Path) -> tuple[dict[str, int], list[list[int]]]:
+    """What the stage counted, and the rows it wrote."""
+    counts = tokenize_data(ready, ready.source.directory, out)["splits"]["calibration"]
+    shards = TokenShards(out / "tokens" / "calibration")
+    return counts, [shards.row(position).input_ids for position in range(len(shards))]
+
+
+@pytest.mark.parametrize("wanted", [1, 2000, 9000])
+def test_tokens_are_reached_by_whole_rows_on_any_number_of_workers(
+    prepared: Make, tmp_path: Path, ray_session: None, wanted: int
+) -> None:
+    counts, rows = calibration_tokens(prepared(num_calibration_tokens=wanted), tmp_path / "one")
+    assert counts["tokens"] == sum(map(len, rows))
+    on_two = prepared(num_calibration_tokens=wanted, num_workers=2)
+    assert calibration_tokens(on_two, tmp_path / "two") == (counts, rows)
+    # By hand: the rows of smallest hash, up to the one that reaches the number.
+    every = RowSelection.all_rows([scan(tmp_path / "rows.jsonl")])
+    options = TokenizeOptions(str(on_two.source.directory), "prompt_completion", on_two.config.data.max_seq_length)
+    whole = [tokens.input_ids for tokens in options.tokens(every.read(0, NUM_ROWS))]
+    order = np.argsort(row_hash(np.arange(NUM_ROWS), CALIBRATION_SEED))
+    totals = np.cumsum([len(whole[row]) for row in order])
+    taken = sorted(order[: int(np.searchsorted(totals, wanted)) + 1].tolist())
+    assert rows == [whole[row] for row in taken]
+    assert counts["tokens"] - wanted < max(map(len, rows))
+
+
+@pytest.mark.parametrize(
+    ("calibration", "rows"),
+    [({"num_calibration_samples": 20, "num_calibration_tokens": 10**6}, 20), ({"num_calibration_tokens": 10**6}, 600)],
+)
+def test_samples_bound_tokens_and_the_file_bounds_both(
+    prepared: Make, tmp_path: Path, ray_session: None, calibration: dict[str, int], rows: int
+) -> None:
+    ready = prepared(**calibration)
+    counts, found = calibration_tokens(ready, tmp_path / "out")
+    assert counts["rows"] == len(found) == rows
+    said = shortfall(ready.config, "calibration", counts)
+    assert (said is None) == (rows == 20)
+    if said is not None:
+        assert (
+            said
+            == f"data.calibration: {counts['tokens']} tokens instead of the 1000000 asked for: there are no more rows."
+        )
+
+
+def test_a_killed_run_s_shards_are_kept_by_the_same_inputs_alone(
+    prepared: Make, tmp_path: Path, ray_session: None
+) -> None:
+    ready, out = prepared(num_calibration_samples=40), tmp_path / "out"
+
+    def times(inputs: Any) -> dict[str, int]:
+        tokenize_data(ready, ready.source.directory, out, inputs=inputs)
+        return {path.name: path.stat().st_mtime_ns for path in (out / "tokens" / "calibration").glob("*.arrow")}
+
+    first = times(split_inputs(ready))
+    (out / "tokens" / "calibration" / "shard-00002.arrow").unlink()
+    (out / "tokens" / "calibration" / "index.json").unlink()
+    again = times(split_inputs(ready))
+    assert {name for name in first if first[name] != again[name]} == {"shard-00002.arrow"}
+    other = times({**split_inputs(ready), "seed": 1})
+    assert all(other[name] != again[name] for name in again)
+    assert all(other[name] != time for name, time in times(None).items())
+
+
+def test_a_directory_is_kept_for_the_same_inputs_alone(tmp_path: Path) -> None:
+    directory = tmp_path / "deep" / "made"
+    discard_unless(directory, {"a": 1})
+    (directory / "file").write_text("x")
+    discard_unless(directory, json.loads('{"a": 1}'))
+    assert (directory / "file").is_file()
+    discard_unless(directory, {"a": 2})
+    assert not (directory / "file").exists()
+
+
+def test_large_rows_of_the_run_s_own_are_known_by_their_content(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generate(directory: Path, task: DocstringTask) -> None:
+        for name in SPLITS:
+            rows = 66 if name == "train" else 1
+            table = pa.table({"prompt": [os.urandom(2**20) for _ in range(rows)]})
+            pq.write_table(table, directory / f"{name}.parquet", compression="none")
+
+    found: list[list[str]] = []
+
+    def tokenize(splits: Any, options: Any, out_dir: Path, **rest: Any) -> dict[str, Any]:
+        found.append(sorted(path.name for path in out_dir.iterdir()))
+        (out_dir / "shard").touch()
+        return {}
+
+    monkeypatch.setattr("emloc_ray.demos.docstrings.generate", generate)
+    monkeypatch.setattr("emloc_ray.stages.tokens._splits", lambda *_: {})
+    monkeypatch.setattr("emloc_ray.stages.tokens.tokenize_splits", tokenize)
+    values = {"run_dir": str(tmp_path / "run"), "model": {"source": str(tiny_model_dir("llama"))}}
+    ready = prepare(parse_config({**values, "data": {"generate": "docstrings", "format": "prompt_completion"}}))
+    for _ in range(2):
+        tokenize_data(ready, ready.source.directory, tmp_path / "data", inputs=split_inputs(ready))
+        os.utime(tmp_path / "data" / "rows" / "train.parquet")
+    assert found == [[".inputs"], [".inputs", "shard"]]
+
+
+def test_rows_are_made_once_for_each_seed(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    def generate(directory: Path, task: DocstringTask) -> None:
+        made.append(task.seed)
+        for name in SPLITS:
+            pq.write_table(pa.table({"prompt": ["p"], "completion": ["c"]}), directory / f"{name}.parquet")
+
+    monkeypatch.setattr("emloc_ray.demos.docstrings.generate", generate)
+    for seed in (0, 0, 5):
+        data = {"generate": "docstrings", "format": "prompt_completion"}
+        values = {"run_dir": str(tmp_path / "run"), "model": {"source": str(tiny_model_dir("llama"))}, "data": data}
+        found = _sources(prepare(parse_config({**values, "seed": seed})), tmp_path / "data")
+        assert sorted(found) == sorted(SPLITS)
+    assert made == [0, 5]
+    others = write_jsonl(tmp_path / "others.jsonl", task_rows(3))
+    healed = {"data": {**data, "healing": {"path": str(others)}}, "emulator": {"healing": {"steps": 3}}}
+    found = _sources(prepare(parse_config({**values, **healed, "seed": 5})), tmp_path / "data")
+    assert [source.num_rows for source in found["healing"]] == [3]
+    assert sorted(found) == sorted((*SPLITS, "healing"))
+    assert made == [0, 5]

@@ -1,0 +1,231 @@
+"""A batch's state as it is read, and what its verbs say: true sentences, and no traceback, whatever they are given."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from rich.console import Console
+from typer.testing import CliRunner
+
+from emloc_ray.errors import ArtifactError
+from emloc_ray.io.runs.cache import ArtifactCache
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.runs.batch.config import BatchConfig, TaskKeys
+from emloc_ray.runs.batch.state import STATE, BatchState, TaskState, read_state, write_state
+from emloc_ray.ui.batch_table import at_rest, batch_table
+from emloc_ray.ui.cli import app
+from emloc_ray.ui.terminal import duration
+
+BEGIN = 1.8e9
+TASKS = (
+    TaskState("good", "done", "evaluate", seconds=60.0, train_loss=2.5, taken=("data",)),
+    TaskState("bad", "failed", "finetune", reason="row 7 is bad."),
+    TaskState("cut", "running", "finetune", (3, 10), active=True, started_at=BEGIN, seconds=90.0),
+    TaskState("next"),
+    TaskState("left", "cancelled"),
+)
+
+
+def invoke(*arguments: str, columns: int = 200) -> Result:
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": str(columns)})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    """A batch's directory, as a driver that was killed leaves it."""
+    run = RunDirectory(tmp_path / "sweep")
+    run.create({}, kind="batch")
+    write_state(run, BatchState(BEGIN, TASKS))
+    return run
+
+
+def refused(result: Result) -> str:
+    assert result.exit_code == 2, (result.exception, result.output)
+    return " ".join(result.stderr.split())
+
+
+# What is written, and what may stand there instead.
+
+
+def test_a_state_comes_back(run: RunDirectory) -> None:
+    assert read_state(run) == BatchState(BEGIN, TASKS)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"units": []},
+        {"status": "asleep"},
+        {"started_at": "yesterday"},
+        {"train_loss": "low"},
+        {"planned_bytes": "many"},
+        {"taken": None},
+        {"name": None},
+    ],
+)
+def test_a_state_of_other_values_is_told(run: RunDirectory, values: dict[str, Any]) -> None:
+    state = json.loads(run.path(STATE).read_text())
+    state["tasks"][0] |= values
+    run.path(STATE).write_text(json.dumps(state))
+    with pytest.raises(ArtifactError, match="no state of a batch of this version"):
+        read_state(run)
+    result = invoke("status", str(run.root))
+    assert (result.exit_code, type(result.exception)) == (1, SystemExit), result.output
+
+
+# The table.
+
+
+def shown(state: BatchState, width: int) -> list[str]:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(batch_table(state, now=BEGIN + 1e6, width=width))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().splitlines()
+
+
+def test_what_nobody_runs_is_not_running(run: RunDirectory) -> None:
+    output = invoke("status", str(run.root)).stdout
+    (line,) = (line for line in output.splitlines() if line.strip().startswith("cut"))
+    assert "interrupted in finetune" in line
+    assert duration(90).replace(" ", "\u00a0") in line  # not the time since
+    assert "running" not in output.replace("Not running.", "")
+    run.lock()
+    try:
+        assert "1 running" in invoke("status", str(run.root)).stdout
+    finally:
+        run.unlock()
+    assert at_rest(BatchState(BEGIN, TASKS)).count("running") == 0
+
+
+def test_a_long_name_takes_few_lines() -> None:
+    name = "compression_ratio=0.5-" * 5
+    tasks = (TaskState(name, "running", "calibrate", (10, 99), True, None, BEGIN, train_loss=2.5, planned_bytes=2**30),)
+    lines = shown(BatchState(BEGIN, tasks), 80)
+    below = next(number for number, line in enumerate(lines) if "──" in line) + 1
+    rows = [line.split()[0] for line in lines[below:] if line.strip()]
+    assert "".join(rows) == name
+    assert len(rows) <= 4
+    assert "notes" in " ".join(shown(BatchState(BEGIN, tasks), 200))
+
+
+# What is asked of a batch.
+
+
+def asked(run: RunDirectory) -> list[Any]:
+    return [json.loads(path.read_text()) for path in sorted(run.root.glob("request-*.json"))]
+
+
+def test_a_batch_nobody_runs_leaves_out_what_is_cancelled_and_takes_it_up_again(run: RunDirectory) -> None:
+    for name in ("bad", "cut", "next"):
+        assert (
+            f"{name}: to be left out when emloc-ray batch is run again." in invoke("cancel", str(run.root), name).stdout
+        )
+    assert "left: to be run when emloc-ray batch" in invoke("cancel", str(run.root), "left", "--undo").stdout
+    assert asked(run) == [{"cancel": ["bad"]}, {"cancel": ["cut"]}, {"cancel": ["next"]}, {"restore": ["left"]}]
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("good", "good cannot be cancelled: nothing is left to do of it."),
+        ("bad", "bad cannot be cancelled: it is failed already."),
+        ("left", "left cannot be cancelled: it is cancelled already."),
+        ("nobody", "has no task nobody"),
+    ],
+)
+def test_what_is_over_is_not_cancelled_in_a_batch_that_runs(run: RunDirectory, name: str, sentence: str) -> None:
+    run.lock()
+    try:
+        assert sentence in refused(invoke("cancel", str(run.root), "next", name))
+        assert asked(run) == []
+        result = invoke("cancel", str(run.root), "cut")
+        assert "cut: asked for; a task that runs ends as soon as its stage can leave off." in result.stdout
+    finally:
+        run.unlock()
+
+
+def test_what_is_done_is_not_taken_up_again(run: RunDirectory) -> None:
+    assert "good cannot be taken up again" in refused(invoke("cancel", str(run.root), "good", "--undo"))
+
+
+def test_what_is_no_batch_has_no_tasks_to_cancel(tmp_path: Path) -> None:
+    RunDirectory(tmp_path / "plain").create({})
+    for place in (tmp_path, tmp_path / "plain"):
+        assert "is no batch's directory" in refused(invoke("cancel", str(place), "a"))
+
+
+# A batch that is checked.
+
+Write = Callable[..., tuple[str, ...]]
+
+
+@pytest.fixture
+def write(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Write:
+    """``batch`` with a good batch file of one task and these values."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"add {i}: ", "completion": f"it is {i}"}) + "\n" for i in range(20)))
+    base = {
+        "run_dir": "unused",
+        "model": {"source": str(tiny_model_dir("llama"))},
+        "data": {"train": {"path": str(rows)}, "format": "prompt_completion", "max_seq_length": 64},
+    }
+    (tmp_path / "base.yaml").write_text(json.dumps(base))
+
+    def get(**values: Any) -> tuple[str, ...]:
+        batch = {"base": "base.yaml", "run_dir": str(tmp_path / "runs" / "many"), "tasks": [{"name": "a"}], **values}
+        (tmp_path / "batch.yaml").write_text(json.dumps(batch))
+        return "batch", str(tmp_path / "batch.yaml"), "--dry-run"
+
+    return get
+
+
+@pytest.mark.parametrize("name", ["x[red]y", "x[b]y", "[", "x\\"])
+def test_a_dry_run_says_that_all_is_good(write: Write, tmp_path: Path, name: str) -> None:
+    result = invoke(*write(run_dir=str(tmp_path / "runs" / name)))
+    assert result.exit_code == 0, (result.exception, result.output)
+    assert f"{name}: 1 task, about" in result.stdout
+    assert f"in {tmp_path}/runs/{name}" in result.stdout
+    assert "All is good; nothing was started." in result.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_tag_across_a_path_is_text(write: Write, tmp_path: Path) -> None:
+    result = invoke(*write(run_dir=str(tmp_path / "runs" / "x[" / "b]y")))
+    assert "x[/b]y" in result.stdout, result.exception
+
+
+def test_a_dry_run_finds_places_that_cannot_be_had(write: Write, tmp_path: Path) -> None:
+    assert "cannot be written" in refused(invoke(*write(cache={"path": "/proc/emloc-ray-cache"})))
+    RunDirectory(tmp_path / "runs" / "many").create({})
+    assert "holds a run, no batch" in refused(invoke(*write()))
+
+
+def test_a_task_s_key_on_the_command_line_is_told(write: Write) -> None:
+    assert "each task has for itself: set it in tasks or grid" in refused(invoke(*write(), "priority=3"))
+
+
+def test_the_help_names_every_key() -> None:
+    words = invoke("batch", "--help").stdout.replace("(", " ").replace(")", " ").replace(",", " ").split()
+    assert {*BatchConfig.model_fields, *TaskKeys.model_fields} <= set(words)
+
+
+# A cache.
+
+
+def test_a_place_that_is_no_cache_is_told(tmp_path: Path) -> None:
+    for call in (["list"], ["prune", "--max-size", "0"]):
+        assert "holds no artifact cache" in refused(invoke("cache", call[0], str(tmp_path / "mistyped"), *call[1:]))
+
+
+def test_an_origin_is_text(tmp_path: Path) -> None:
+    cache = ArtifactCache(str(tmp_path / "cache"))
+    assert cache.add("data", ArtifactCache.key("data", 1), tmp_path / "[b]x", {}, {}, {}) is None
+    result = invoke("cache", "list", cache.place)
+    assert "[b]x" in result.stdout, result.exception
+    assert "1 entry, " in result.stdout

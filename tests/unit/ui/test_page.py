@@ -1,0 +1,332 @@
+"""report.html: self-contained, well-formed, escaped, and right for runs that are finished, half-way or empty."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pages import LOADING, Page
+from rich.console import Console
+from run_samples import STAGES, finished_metrics, manifest, spectra, usage
+
+from emloc_ray.config.steps import SPECTRA
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.runs.log import RunLog
+from emloc_ray.stages.ray.spans import Span
+from emloc_ray.ui import page as report
+from emloc_ray.ui.terminal import ConsoleReporter, evaluation_table, result_lines
+
+
+@pytest.fixture
+def finished() -> str:
+    return report.render("run", manifest(*STAGES), finished_metrics())
+
+
+def test_planned_memory_stands_beside_the_measured() -> None:
+    planned = {"calibrate": 3 * 2**29, "finetune": 2**31, "inference": 5 * 2**29}
+    page = Page(report.render("run", manifest(*STAGES), {**finished_metrics(), "planned_memory": planned}))
+    assert (
+        "is what one worker was planned to hold, and the dashed line the plan for inference of the original"
+        in page.text
+    )
+    assert "calibrate11.5 s2.00 GiB300 MiB1.50 GiB2" in page.text
+    assert "merge15.5 s6.00 GiB300 MiB–2" in page.text
+
+
+def test_a_finished_run_has_every_section_and_its_numbers(finished: str) -> None:
+    page = Page(finished)
+    assert page.sections == [
+        "evaluation", "correction", "timeline", "stages", "training", "emulator", "data", "generations", "disk", "setup",
+    ]  # fmt: skip
+    for number in (
+        "org/model-1b, fine-tuned on tickets.jsonl through an emulator of compression ratio 0.25;",
+        "correction: covariance, λ = 3, strength 0.5. Held-out loss 4.5000 → 4.2105 nats a token, a gain of +0.2895.",
+        "12,345", "−2.2500", "51.2%", "72.5%", "45.7%",  # evaluation
+        "4.32109", "+0.02458", "unclamped", "✓ chosen", "−25.00%",  # correction
+        "13.5 s", "7.00 GiB", "300 MiB", "Actor3",  # stages
+        "5.1667", "600,123 of 1,000,000 parameters", "24.9%", "0.1636", "2,220 tokens",  # training, emulator
+        "6,212", "91", "1.50 KiB", "3.00 GiB", "3,221,225,472", "ray 2.60.0", "max_steps: 3",
+    ):  # fmt: skip
+        assert number in page.text, number
+
+
+def test_the_page_loads_nothing(finished: str) -> None:
+    page = Page(finished)
+    loads = [(tag, name) for tag, attributes in page.tags for name in attributes if name in LOADING]
+    assert loads == []
+    assert not {"script", "link", "img", "iframe", "object", "image", "use"} & {tag for tag, _ in page.tags}
+    style = re.search(r"<style>(.*)</style>", finished, re.DOTALL)
+    assert style
+    assert not re.search(r"url\(|@import|@font-face|https?://", style[1])
+    assert "default-src 'none'" in finished
+    assert "prefers-color-scheme: dark" in style[1]
+    assert "@media print" in style[1]
+
+
+def test_generations_are_escaped_and_control_characters_shown(finished: str) -> None:
+    assert "<script" not in finished
+    assert "&lt;/pre&gt;&lt;script&gt;alert(&#34;1&#34;)" in finished
+    assert "if a[k] < b & c:␀␛␍" in Page(finished).text
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", finished)
+    finished.encode()
+
+
+def test_names_and_paths_are_escaped() -> None:
+    metrics = finished_metrics()
+    metrics["emulator"]["layers"] = {'x.0.<s>"': {"rank": 1, "relative_error": 0.1}}
+    metrics["correction"]["modules"] = {'x.0.<q>"': {"before": 1.0, "after": 0.0}}
+    page = report.render("<u>", manifest(*STAGES), metrics)
+    assert not {"s", "q", "u"} & {tag for tag, _ in Page(page).tags}
+
+
+def test_secrets_of_the_config_are_not_shown(finished: str) -> None:
+    assert "hush" not in finished
+    assert "hub_token: (hidden)" in finished
+
+
+@pytest.mark.parametrize("count", range(len(STAGES)))
+def test_a_run_killed_after_any_stage(count: int) -> None:
+    # The manifest counts: what metrics.json still holds of a stage to be redone is not shown.
+    html = report.render("run", manifest(*STAGES[:count]), finished_metrics())
+    page = Page(html)
+    assert "Not evaluated yet." in page.text
+    made = {"timeline": 1, "stages": 1, "data": 1, "emulator": 3, "training": 4, "correction": 5}
+    shown = [section for section, after in made.items() if count >= after]
+    assert set(page.sections) - {"disk", "setup"} == set(shown)
+    assert page.text.count("○") == len(STAGES) - count
+
+
+def test_an_empty_run(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "fresh")
+    directory.create({})
+    path = report.write_report(directory)
+    assert path == tmp_path / "fresh" / "report.html"
+    page = Page(path.read_text())
+    assert page.sections == []
+    assert "No stage has finished yet" in page.text
+    assert "fresh" in page.text
+
+
+def test_the_page_of_a_run_that_was_killed_in_a_stage(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.create({"emulator": {"compression_ratio": 0.5}})
+    log = RunLog(directory, interval_s=0).__enter__()  # never left: killed
+    log.start("calibrate")
+    log.work(Span("calibrate", "slot 0", "token shard 3", 1.8e9, 1.8e9 + 5))
+    page = Page(report.write_report(directory).read_text())
+    assert page.sections == ["timeline", "setup"]
+    assert "calibrate, not finished: 0 s" in page.text
+    assert "calibrate, token shard 3: 5.0 s" in page.text
+    log.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("content", [None, "{", json.dumps(spectra())])
+def test_spectra_are_read_where_there_are_any(tmp_path: Path, content: str | None) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.create({})
+    directory.path("manifest.json").write_text(json.dumps(manifest(*STAGES)))
+    directory.path("metrics.json").write_text(json.dumps(finished_metrics()))
+    directory.path("emulator").mkdir()
+    if content is not None:
+        directory.path("emulator", SPECTRA).write_text(content)
+    cells = report.write_report(directory).read_text().count("popovertarget=")
+    assert cells == (len(spectra()) if content and content != "{" else 0)
+
+
+def test_the_corrections_effect_is_told_beside_the_losses(finished: str) -> None:
+    assert "The correction: 4.3000 → 4.2100, a gain of +0.0900." in Page(finished).text
+
+
+def test_the_file_is_utf8_whatever_models_write(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.create({})
+    directory.path("manifest.json").write_text(json.dumps(manifest(*STAGES)))
+    directory.path("metrics.json").write_text(json.dumps(finished_metrics()))
+    text = report.write_report(directory).read_bytes().decode("utf-8")
+    assert '<meta charset="utf-8">' in text
+    assert not text.isascii()
+
+
+def test_sections_without_their_optional_parts() -> None:
+    metrics = finished_metrics()
+    for key in ("gap_closed", "exact_match", "generations"):
+        metrics[key] = {}
+    metrics["emulator"]["layers"] = {}
+    metrics["finetune"]["history"] = []
+    metrics["correction"] |= {"candidates": [{**metrics["correction"]["candidates"][2], "loss": None}], "modules": {}}
+    page = Page(report.render("run", manifest(*STAGES), metrics))
+    assert "Every linear is dense." in page.text
+    assert "Given by the config, not chosen." in page.text
+    assert {"training", "generations"}.isdisjoint(page.sections)
+    assert "Gap closed" not in page.text
+
+
+def test_losses_that_diverged() -> None:
+    metrics = finished_metrics()
+    metrics["evaluation"]["emulator"]["loss"] = float("nan")
+    metrics["finetune"]["history"][0]["loss"] = float("inf")
+    html = report.render("run", manifest(*STAGES), metrics)
+    Page(html)
+    assert not re.search(r'(width|d)="[^"]*(nan|inf)', html)
+
+
+def test_stages_older_than_one_before_them_are_named() -> None:
+    entries = manifest(*STAGES)
+    assert "stage ahead" not in report.render("run", entries, finished_metrics())
+    redone = copy.deepcopy(entries)
+    redone["stages"]["finetune"]["finished_at"] += 100
+    assert "correct, merge, evaluate: finished before" in Page(report.render("run", redone, finished_metrics())).text
+
+
+def test_tasks_are_described_by_their_files() -> None:
+    assert report.describe_task({"generate": "docstrings"}) == "generated docstrings"
+    assert report.describe_task({"train": {"path": ["a/x.jsonl", "b/y.jsonl"]}}) == "x.jsonl, y.jsonl"
+    assert report.describe_task({"train": {"path": "hf:org/data"}}) == "hf:org/data"
+    assert report.describe_task({"train": {"path": "s3://b/d/x.csv?region=eu-west-1"}}) == "x.csv"
+    assert report.describe_task({}) is None
+
+
+def unmerged() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The manifest and metrics of a run of prefix tuning."""
+    found, metrics = manifest(*(stage for stage in STAGES if stage != "merge")), finished_metrics()
+    found["config"]["adapter"] = {"method": "prefix_tuning"}
+    for measured in (metrics["evaluation"], metrics["stages"], metrics["disk_bytes"]):
+        for name in ("merged", "merge"):
+            measured.pop(name, None)
+    metrics["disk_bytes"]["adapter"] = 2**20
+    metrics["gap_closed"].pop("merged", None)
+    metrics["exact_match"]["corrected"] = metrics["exact_match"].pop("merged")
+    for sample in metrics["generations"]:
+        sample["corrected"] = sample.pop("merged")
+    none = {"method": "none", "clamp": 3.0, "strength": 1.0}
+    metrics["correction"] = {**none, "candidates": [{**none, "loss": None}], "modules": {}, "selection_tokens": 0}
+    metrics["correction"]["as_trained"] = "There is nothing to correct here."
+    return found, metrics
+
+
+def told_of_correct(result: dict[str, Any]) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    with ConsoleReporter(console) as reporter:
+        reporter.start("correct")
+        reporter.finish("correct", result, usage(1))
+    return str(console.file.getvalue())  # type: ignore[attr-defined]
+
+
+def test_found_ranks_are_told_beside_uniform_ones() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    with ConsoleReporter(console) as reporter:
+        for uniform in (0.998, 1.0):
+            reporter.start("allocate")
+            reporter.finish("allocate", {"gain": 0.9990, "uniform_gain": uniform}, usage(1))
+    told = str(console.file.getvalue())  # type: ignore[attr-defined]
+    assert told.count("what they lose is 50% of what uniform ranks would") == 1
+
+
+def test_brackets_in_what_is_told_are_no_markup() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    text = "training begins again: RuntimeError: [/src/gloo/pair.cc:534] closed [1]"
+    with ConsoleReporter(console) as reporter:
+        reporter.note(text)
+    assert text in str(console.file.getvalue())  # type: ignore[attr-defined]
+
+
+def test_what_a_choice_was_made_on_is_told(finished: str) -> None:
+    assert "The best of these on 694 tokens of the selection rows" in Page(finished).text
+    metrics = finished_metrics()
+    fix = metrics["correction"]
+    fix |= {"selection_rows": 11, "scored_tokens": 2082, "max_tokens": 2100}
+    fix["candidates"][2] |= {"gain": 0.02458, "standard_error": 0.00321}
+    text = Page(report.render("run", manifest(*STAGES), metrics)).text
+    assert "The best of these on 694 tokens of 11 selection rows" in text
+    assert "Together they read 2,082 of the 2,100 tokens that they may." in text
+    assert "0.00321" in text
+    assert "chose covariance, λ = 3, strength 0.5, best of 3 on 11 rows" in told_of_correct(fix)
+    none = {"method": "none", "clamp": 3.0, "strength": 1.0, "selection_tokens": 0}
+    metrics["correction"] = {**none, "candidates": [{**none, "loss": None}], "modules": {}, "note": "Too little."}
+    assert "Too little." in Page(report.render("run", manifest(*STAGES), metrics)).text
+    assert "chose none. Too little." in told_of_correct(metrics["correction"])
+
+
+def test_an_adapter_that_cannot_be_merged_is_said_so() -> None:
+    found, metrics = unmerged()
+    page = Page(report.render("run", found, metrics))
+    for text in (
+        "by prefix tuning through an emulator of compression ratio 0.25; plugged in as trained.",
+        "There is no merged model: prefix tuning changes no weight",
+        "The adapter was plugged into the original as trained. There is nothing to correct here.",
+        "by the original with the adapter",
+    ):
+        assert text in page.text, text
+    assert "○ merge" not in page.text
+    assert "merged model." not in page.text
+    lines = "\n".join(result_lines(metrics, "runs/x"))
+    assert "Correction: none. There is nothing to correct here." in lines
+    assert "no merged/" in lines
+    assert evaluation_table(metrics).row_count == 5
+
+
+@pytest.mark.parametrize(
+    ("made", "named"),
+    [
+        (["data"], "runs/x: report.html"),
+        (["data", "calibration", "emulator"], "runs/x: emulator/, report.html"),
+        (["emulator", "adapter_emulator"], "runs/x: adapter_emulator/ (as trained), report.html"),
+        (["adapter_emulator", "adapter"], "runs/x: adapter/ (PEFT), report.html"),
+        (["adapter", "merged"], "runs/x: adapter/ (PEFT), merged/ (transformers), report.html"),
+    ],
+)
+def test_the_artifacts_that_there_are_get_named(made: list[str], named: str) -> None:
+    metrics = {"stages": {"data": usage(0)}, "disk_bytes": dict.fromkeys(made, 5)}
+    assert result_lines(metrics, "runs/x")[-1] == f"Artifacts in {named}"
+
+
+def test_the_form_that_full_rank_updates_are_corrected_in_is_told() -> None:
+    metrics = finished_metrics()
+    metrics["correction"]["lora_form"] = {"largest_lack": 0.00094, "mean_rank": 37.25}
+    page = Page(report.render("run", manifest(*STAGES), metrics))
+    assert "of mean rank 37.2" in page.text
+    assert "all but 0.00094 of each update's norm" in page.text
+
+
+@pytest.mark.parametrize(("ratio", "words"), [(0.25, "in 4 bits (NF4)"), (1.0, "LoRA on the original in 4 bits")])
+def test_an_emulator_in_4_bits_is_said_to_be_one(finished: str, ratio: float, words: str) -> None:
+    made, metrics = manifest(*STAGES), finished_metrics()
+    made["config"]["emulator"] = {"compression_ratio": ratio, "quantization": "nf4"}
+    metrics["emulator"] |= {"quantization": "nf4", "bytes": 5 * 2**20}
+    page = report.render("run", made, metrics)
+    assert words in page
+    assert "5.00 MiB" in page
+    assert "4 bits" not in finished
+    # Unlike plain LoRA it was calibrated.
+    del made["stages"]["calibrate"]
+    assert "factorize" in report.page_view("run", made, metrics)["older"]
+
+
+def test_a_healing_is_shown_with_its_curve(finished: str) -> None:
+    stages = [*STAGES[:3], "heal", *STAGES[3:]]
+    made, metrics = manifest(*stages), finished_metrics()
+    made["config"]["emulator"] = {"compression_ratio": 0.25, "healing": {"steps": 30}}
+    metrics["healing"] = {
+        "steps": 30,
+        "train_loss": 1.25,
+        "history": [{"step": 10, "loss": 2.5}, {"step": 30, "loss": 0.75}],
+        "healed_layers": 14,
+        "teacher_rows": 1234,
+        "teacher_bytes": 3 * 2**20,
+    }
+    page = Page(report.render("run", made, metrics))
+    assert "over 30 steps, mean 1.2500 nats a token; 14 linears healed" in page.text
+    assert "1,234 rows took 3.00 MiB" in page.text
+    assert "step 10: 2.5000" in page.text
+    assert "both before the healing" in page.text
+    assert "healed" not in finished
+    # What was tuned on an emulator that is to be healed again is of another run.
+    del made["stages"]["heal"]
+    assert "finetune" in report.page_view("run", made, metrics)["older"]
+    made["config"]["emulator"]["compression_ratio"] = 1.0
+    assert report.page_view("run", made, metrics)["older"] == []
