@@ -51,6 +51,7 @@ class Steps:
         self._unread: list[str] = []  # stages of earlier runs whose files nobody has read yet
         self._redone: set[str] = set()
         self._relied_on: set[str] = set()  # stages whose inputs were not made, as the cache held what they make
+        self._not_given: set[str] = set()  # of these, what the cache then did not give
 
     def run(
         self,
@@ -94,8 +95,9 @@ class Steps:
                 return result
             if name in self._relied_on:
                 self._relied_on.remove(name)
+                self._not_given.add(name)  # or an entry that is whole and cannot be linked would be relied on for ever
                 raise EntryGone(
-                    f"What {name} makes is in the cache no more: it is made here, with what goes before it."
+                    f"The cache does not give what {name} makes: it is made here, with what goes before it."
                 )
             for path in outputs if not resumes else ():
                 discard(path)
@@ -146,7 +148,7 @@ class Steps:
 
     def _from_cache(self, name: str, inputs: Inputs, outputs: Sequence[Path]) -> dict[str, Any] | None:
         """``inputs`` with what else is ``shared``."""
-        if self.cache is None or name in self.forced:
+        if self.cache is None or name in self.forced | self._not_given:
             return None
         entry = self.cache.find(name, _key(name, inputs), verify=True)
         if entry is None:
@@ -208,7 +210,7 @@ class Steps:
         """Whether a stage need not be run: it was done, or the cache holds what it makes of these inputs."""
         if self.is_done(name, inputs):
             return True
-        cache = None if name in self.forced else self.cache
+        cache = None if name in self.forced | self._not_given else self.cache
         found = (
             cache is not None and cache.find(name, _key(name, {**inputs, "shared": shared}), verify=True) is not None
         )
