@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,9 @@ def open_processor(directory: str, trust_remote_code: bool = False) -> Any:
 class ImageInputs:
     """What a model is called with for the images of a batch, made by its own processor; opened at the first image."""
 
-    def __init__(self, directory: str | Path, trust_remote_code: bool = False) -> None:
-        self.directory, self.trust_remote_code = str(directory), trust_remote_code
+    def __init__(self, directory: str | Path, model_options: Mapping[str, Any] | None = None) -> None:
+        """``model_options``: what the model is loaded with; ``trust_remote_code`` counts for its processor too."""
+        self.directory, self.model_options = str(directory), model_options or {}
 
     def __call__(self, images: Sequence[Sequence[bytes | memoryview]], input_ids: Tensor) -> dict[str, Tensor]:
         """Pixels and whatever else the processor makes of each row's encoded images, and of the rows' ``input_ids``.
@@ -60,9 +61,7 @@ class ImageInputs:
         shown = [[decode(content) for content in row] for row in images if row]
         if not shown:
             return {}
-        processor = open_processor(self.directory, self.trust_remote_code)
-        if processor is None:
-            raise ConfigError(f"{self.directory} holds no processor, which the rows' images need: copy it there.")
+        processor = self._processor()
         texts = [placeholders(processor, len(row)) for row in shown]
         made = processor(text=texts, images=shown, padding=True, return_tensors="pt")
         inputs = {key: value for key, value in made.items() if key not in _OF_TEXT}
@@ -70,6 +69,25 @@ class ImageInputs:
             if name in made:
                 inputs[name] = torch.tensor(processor.create_mm_token_type_ids(input_ids.tolist()))
         return inputs
+
+    def blank_row(self) -> Tokens:
+        """A row that shows a small blank image and has nothing to learn.
+
+        Ranks that train together have to run the same parts of a model: one whose batch shows no image would leave the
+        others waiting for its part of the vision tower's gradients, or of its weights.
+        """
+        from PIL import Image
+
+        stream = io.BytesIO()
+        Image.new("RGB", (_SMALL_SIDE, _SMALL_SIDE)).save(stream, "PNG")
+        ids = _blank(self._processor(), _SMALL_SIDE)["input_ids"][0].tolist()
+        return Tokens(ids, [False] * len(ids), (RowImage(stream.getvalue(), len(ids)),))
+
+    def _processor(self) -> Any:
+        processor = open_processor(self.directory, self.model_options.get("trust_remote_code", False))
+        if processor is None:
+            raise ConfigError(f"{self.directory} holds no processor, which the rows' images need: copy it there.")
+        return processor
 
 
 def placeholders(processor: Any, count: int) -> str:
@@ -106,20 +124,6 @@ def example(directory: str | Path, trust_remote_code: bool = False) -> dict[str,
             " prefix from suffix): choose another model."
         )
     return {key: value for key, value in made.items() if isinstance(value, Tensor)}
-
-
-def blank_row(directory: str | Path, trust_remote_code: bool = False) -> Tokens:
-    """A row that shows a small blank image and has nothing to learn.
-
-    Ranks that train together have to run the same parts of a model: one whose batch shows no image would leave the others
-    waiting for its part of the vision tower's gradients, or of its weights.
-    """
-    from PIL import Image
-
-    stream = io.BytesIO()
-    Image.new("RGB", (_SMALL_SIDE, _SMALL_SIDE)).save(stream, "PNG")
-    ids = _blank(open_processor(str(directory), trust_remote_code), _SMALL_SIDE)["input_ids"][0].tolist()
-    return Tokens(ids, [False] * len(ids), (RowImage(stream.getvalue(), len(ids)),))
 
 
 def _blank(processor: Any, side: int) -> Any:

@@ -119,7 +119,7 @@ def _score(job: EvaluationJob, model: Any, shards: TokenShards, positions: range
             loss_on=job.loss_on,
             pad_token_id=job.pad_token_id,
             name=name,
-            images=_images(job),
+            images=ImageInputs(job.model_dir, job.model_options),
         )
     return total
 
@@ -166,12 +166,8 @@ def _completions(job: EvaluationJob, model: Any, rows: Sequence[Tokens]) -> list
         rows,
         max_new_tokens=job.max_new_tokens,
         batch_size=job.batch_size,
-        images=_images(job),
+        images=ImageInputs(job.model_dir, job.model_options),
     )
-
-
-def _images(job: EvaluationJob) -> ImageInputs:
-    return ImageInputs(job.model_dir, job.model_options.get("trust_remote_code", False))
 
 
 def _tokenizer(job: EvaluationJob) -> Any:

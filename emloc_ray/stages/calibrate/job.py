@@ -72,7 +72,7 @@ class CalibrationJob:
 
     def image_inputs(self) -> ImageInputs:
         """What makes pixels of the rows' images."""
-        return ImageInputs(self.model_dir, dict(self.model_options).get("trust_remote_code", False))
+        return ImageInputs(self.model_dir, dict(self.model_options))
 
     def shards_of(self, slot: int, num_slots: int) -> range:
         """The token shards of a slot: every ``num_slots``-th from its own number on."""

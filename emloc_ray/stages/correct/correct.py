@@ -176,7 +176,7 @@ def _measure(
     form."""
     model = load_adapter(load_model(job.model_dir, **job.model_options), job.adapter_dir).eval()
     is_lora = adapter.is_lora
-    images = ImageInputs(job.model_dir, job.model_options.get("trust_remote_code", False))
+    images = ImageInputs(job.model_dir, job.model_options)
 
     def measure(candidate: Candidate) -> RowLosses:
         nonlocal model, is_lora

@@ -205,6 +205,7 @@ class _watching:
         self.told = len(_lines(job.failure_path))
         self.stop: EmlocError | None = None
         self.asked = False
+        self.failed_looks: set[str] = set()
         self.every = _POLL_S if remote(job.storage_dir) is None else _STORE_POLL_S
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
@@ -215,8 +216,17 @@ class _watching:
         self._look()
 
     def _look(self) -> None:
-        with contextlib.suppress(EmlocError, OSError):  # a store that does not answer now is asked again
+        """Never raises: without it a training hears no stop, and nobody hears of its failures."""
+        try:
             self._show()
+        except (EmlocError, OSError):
+            pass  # a store that does not answer now is asked again
+        except Exception as error:
+            text = f"{self.job.stage}: a look at the training failed ({type(error).__name__}: {last_line(error)})."
+            if text not in self.failed_looks:
+                self.failed_looks.add(text)
+                with contextlib.suppress(Exception):
+                    self.tell(text)
 
     def _show(self) -> None:
         logged = read_objects(_content(self.job.log_path))

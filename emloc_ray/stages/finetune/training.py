@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.ingest import SampleOrder, stream_batches
-from emloc_ray.data.processors import ImageInputs, blank_row
+from emloc_ray.data.processors import ImageInputs
 from emloc_ray.data.token_shards import TokenShards, collate
 from emloc_ray.io.formats.json_lines import end_last_line
 from emloc_ray.io.formats.teacher_shards import TeacherShards
@@ -101,10 +101,9 @@ class RankBatches(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         begin = (self.trainer.state.global_step if self.trainer else 0) * self.accumulation
         end = self.job.max_steps * self.accumulation
-        where = self.job.emulator_dir, self.job.model_options.get("trust_remote_code", False)
         config = self.trainer.model.config if self.trainer and self.trainer.model else None
-        images, together = ImageInputs(*where), self.order.world_size > 1
-        blank = blank_row(*where) if together and TokenShards(self.job.tokens_dir).has_images else None
+        images, together = ImageInputs(self.job.emulator_dir, self.job.model_options), self.order.world_size > 1
+        blank = images.blank_row() if together and TokenShards(self.job.tokens_dir).has_images else None
         taught = self._taught(begin, end)
         for rows in stream_batches(self.job.tokens_dir, self.order, begin, end):
             batch = collate_together(rows, blank, self.job.pad_token_id, images)
@@ -204,21 +203,20 @@ class StepKeeper(TrainerCallback):
             control.should_training_stop = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._is_to_stop(args, state.global_step):
+        if self._is_to_stop(args.device):
             self.stopped = control.should_save = control.should_training_stop = True
 
-    def _is_to_stop(self, args: Any, step: int) -> bool:
-        """The same on all ranks: alone one looks now and then, several ask one another at the steps that are logged."""
-        if self.session.world_size == 1:
-            if time.monotonic() < self._looked + _POLL_S:
-                return False
+    def _is_to_stop(self, device: torch.device) -> bool:
+        """The same on all ranks: the first looks now and then, and says at every step what it saw."""
+        asked = False
+        if self.session.rank == 0 and time.monotonic() >= self._looked + _POLL_S:
             self._looked = time.monotonic()
-            return exists(self.job.stop_path)
-        if step % args.logging_steps:
-            return False
-        asked = torch.tensor([float(exists(self.job.stop_path))], device=args.device)
-        torch.distributed.all_reduce(asked)
-        return bool(asked.item() > 0)
+            asked = exists(self.job.stop_path)
+        if self.session.world_size == 1:
+            return asked
+        heard = torch.tensor([float(asked)], device=device)
+        torch.distributed.broadcast(heard, src=0)
+        return bool(heard.item())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs and state.is_world_process_zero:

@@ -62,7 +62,7 @@ def teach_shard(job: TeacherJob, model: Any, rows: Sequence[int]) -> list[TopRow
     shards = TokenShards(job.tokens_dir)
     tokens = {row: shards.row(row) for row in rows}
     by_length = sorted(rows, key=lambda row: len(tokens[row]))
-    images = ImageInputs(job.model_dir, job.model_options.get("trust_remote_code", False))
+    images = ImageInputs(job.model_dir, job.model_options)
     found: dict[int, TopRow] = {}
     for start in range(0, len(rows), job.batch_size):
         some = by_length[start : start + job.batch_size]

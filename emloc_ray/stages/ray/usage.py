@@ -59,7 +59,8 @@ def measured(stage: str) -> Iterator[Usage]:
 
     def sample_until_over() -> None:
         for interval in itertools.chain(_INTERVALS, itertools.repeat(_INTERVALS[-1])):
-            _sample(usage, begin)
+            with contextlib.suppress(Exception):  # such as a Ray that ends right now: the next look may succeed
+                _sample(usage, begin)
             if over.wait(interval):
                 return
 

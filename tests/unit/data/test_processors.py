@@ -16,7 +16,7 @@ from vlms import VLMS, build_vlm, image_tokenizer, save_vlm
 
 from emloc_ray.data import processors
 from emloc_ray.data.formats import Tokens, segments, truncate
-from emloc_ray.data.processors import ImageInputs, blank_row, example, open_processor
+from emloc_ray.data.processors import ImageInputs, example, open_processor
 from emloc_ray.data.reading import scan
 from emloc_ray.data.splits import RowSelection
 from emloc_ray.data.token_shards import TokenShards, collate
@@ -171,7 +171,7 @@ def test_a_blank_image_has_every_part_run_and_changes_no_loss(
     model, images = load_model(directory).requires_grad_(True), ImageInputs(directory)
     rows = [Tokens([5, 6, 7, 8, 9], [False] * 3 + [True] * 2), Tokens([5, 6, 7], [False] * 2 + [True])]
     alone = token_loss(model, collate(rows, 0, images), loss_on)
-    together = token_loss(model, collate_together(rows, blank_row(directory), 0, images), loss_on)
+    together = token_loss(model, collate_together(rows, ImageInputs(directory).blank_row(), 0, images), loss_on)
     assert together.num_tokens == alone.num_tokens
     assert together.loss_sum.item() == pytest.approx(alone.loss_sum.item(), rel=1e-5)
     together.loss_sum.backward()
@@ -182,7 +182,7 @@ def test_a_blank_image_has_every_part_run_and_changes_no_loss(
     for linear in linears:
         assert linear.weight.grad is not None
         assert not linear.weight.grad.any()
-    shown = blank_row(directory)
+    shown = ImageInputs(directory).blank_row()
     assert len(collate_together([*rows, shown], shown, 0, images)["input_ids"]) == 3
 
 

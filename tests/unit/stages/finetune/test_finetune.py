@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from emloc_ray.stages.finetune.finetune import _mean_loss, _way, run_alone, run_group
-from emloc_ray.stages.finetune.training import FinetuneJob, leaves_traces
+from emloc_ray.errors import Stopped
+from emloc_ray.stages.finetune import finetune as finetune_stage
+from emloc_ray.stages.finetune import training as training_stage
+from emloc_ray.stages.finetune.finetune import _mean_loss, _watching, _way, run_alone, run_group
+from emloc_ray.stages.finetune.training import FinetuneJob, StepKeeper, leaves_traces
 from emloc_ray.stages.ray.tasks import Resources
 
 JOB = FinetuneJob(Path("e"), Path("t"), Path("o"), Path("s"), "name", {}, None, "base", 4, 1)
@@ -42,3 +49,53 @@ def test_a_resumed_training_s_loss_is_that_of_all_its_steps() -> None:
 )
 def test_a_process_that_the_next_training_would_find_changed_ends(arguments: dict[str, Any], ends: bool) -> None:
     assert leaves_traces(dataclasses.replace(JOB, training_arguments=arguments)) == ends
+
+
+def test_an_unexpected_error_is_told_once_and_a_stop_is_heard_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finetune_stage, "_POLL_S", 0.01)
+    job, notes, looks = dataclasses.replace(JOB, storage_dir=tmp_path), [], []
+
+    def progress(done: int, total: int) -> None:
+        looks.append(done)
+        if len(looks) < 4:
+            raise KeyError("a bug of a reporter")
+        raise Stopped("stopped")
+
+    with _watching(job, progress, notes.append):
+        deadline = time.monotonic() + 20
+        while not job.stop_path.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert job.stop_path.read_text() == "stopped"
+    assert notes == ["finetune: a look at the training failed (KeyError: 'a bug of a reporter')."]
+
+
+def _steps_until_stopped(rank: int, root: Path, found: Any) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{root / 'group'}", rank=rank, world_size=2)
+    training_stage._POLL_S = 0.05
+    session: Any = SimpleNamespace(rank=rank, world_size=2)
+    keeper = StepKeeper(dataclasses.replace(JOB, storage_dir=root), session)
+    arguments, control = SimpleNamespace(device=torch.device("cpu"), logging_steps=10**6), SimpleNamespace()
+    for step in range(1, 2000):
+        if step == 5 and rank == 1:
+            keeper.job.stop_path.touch()
+        time.sleep(0.001)
+        keeper.on_step_end(arguments, SimpleNamespace(global_step=step), control)
+        if keeper.stopped:
+            break
+    found.put((rank, step, control.should_save, control.should_training_stop))
+
+
+def test_several_workers_hear_a_stop_between_logged_steps_and_end_at_the_same_one(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    found = context.Queue()
+    ranks = [context.Process(target=_steps_until_stopped, args=(rank, tmp_path, found)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    first, second = sorted(found.get(timeout=60) for _ in ranks)
+    for process in ranks:
+        process.join(60)
+    assert first[1:] == second[1:]
+    assert 5 <= first[1] < 1999
+    assert first[2:] == (True, True)
