@@ -10,6 +10,7 @@ from emloc_ray.data.formats import EXTRA_FIELDS, FIELDS
 from emloc_ray.data.images import encoded_bytes, image_parts
 from emloc_ray.data.reading import Place, Row, read_rows
 from emloc_ray.io.formats.teacher_shards import BYTES_PER_LOGIT
+from emloc_ray.io.store.node_cache import sizes
 from emloc_ray.planning.budget import Solution, solve, with_settings
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.machine import cpu_flops
@@ -138,6 +139,19 @@ def planned_memory(prepared: Prepared) -> dict[str, int]:
     memory = MemoryModel(prepared, row_lengths(prepared))
     stages = {name: total(parts) for name, parts in _stage_memory(prepared, memory).items()}
     return {**stages, "inference": total(memory.inference())}
+
+
+def missing_disk(prepared: Prepared, fresh: bool = False) -> int:
+    """Bytes that the run directory has still to grow by, at most: what the stages that are not done leave there, and no more
+    than the whole plan beside what is there already (``fresh``: to be removed)."""
+    memory = MemoryModel(prepared, row_lengths(prepared))
+    planned = _disk_bytes(prepared, memory, memory.lengths)
+    done = set() if fresh else prepared.run.stages().keys()
+    left = [name for name in planned_steps(prepared) if name not in done]
+    held = sum(sizes(prepared.run.root).values())
+    return max(
+        0, min(sum(planned[name] for name in left), sum(planned[name] for name in planned_steps(prepared)) - held)
+    )
 
 
 def _stage_memory(prepared: Prepared, memory: MemoryModel) -> dict[str, Parts]:

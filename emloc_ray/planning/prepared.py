@@ -335,9 +335,7 @@ def check_resources(config: RunConfig, cpus: float, gpus: float) -> None:
 
 
 def check_disk(run: RunDirectory, needed: int) -> None:
-    """Raises ConfigError where the disk of the run directory has less room than the plan says."""
-    if run.store is not None:
-        return  # the store has room; a node's cache makes its own
+    """Raises ConfigError where the disk of the run directory has less room than is ``needed``, in bytes."""
     existing = next(parent for parent in itertools.chain([run.root], run.root.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:

@@ -15,7 +15,7 @@ from emloc_ray.io.runs.fingerprint import fingerprint, fingerprint_large_files
 from emloc_ray.io.formats.grams import INDEX
 from emloc_ray.io.store.node_cache import discard, exists, hashes
 from emloc_ray.io.runs.resume import discard_unless
-from emloc_ray.planning.plan import make_plan, needed_steps, row_lengths
+from emloc_ray.planning.plan import missing_disk, needed_steps, row_lengths
 from emloc_ray.planning.prepared import Prepared, check_disk, check_resources, prepare
 from emloc_ray.runs.inputs import RankSteps
 from emloc_ray.runs.reporter import Reporter, Reporters, SilentReporter
@@ -60,7 +60,8 @@ def run(
     redone = fresh or begin == STAGES[0] or not {"gradients", "factorize"} & prepared.run.stages().keys()
     if turns is None and redone:  # in a batch others hold memory now, and a stage waits until they have given it back
         check_gradients(prepared, row_lengths(prepared))
-    check_disk(prepared.run, 0 if prepared.run.path("manifest.json").is_file() else make_plan(prepared).disk_bytes)
+    if prepared.run.store is None:  # which has room; a node's cache makes its own
+        check_disk(prepared.run, missing_disk(prepared, fresh))
     reporter = reporter or SilentReporter()
     try:
         prepared.run.lock(reporter.note)

@@ -15,7 +15,7 @@ from emloc_ray.config.reading import parse_config
 from emloc_ray.config.steps import STAGES
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.planning import plan as planner
-from emloc_ray.planning.plan import Plan, make_plan, needed_steps, num_steps
+from emloc_ray.planning.plan import Plan, make_plan, missing_disk, needed_steps, num_steps, planned_steps
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.ui.terminal import plan_tables
 
@@ -70,6 +70,24 @@ def test_parameters_and_bytes_are_those_of_the_files(
             stage(found, "factorize").disk_bytes
             == found.emulator_parameters * checkpoint.entry("lm_head.weight").dtype.itemsize
         )
+
+
+def test_a_run_that_goes_on_needs_the_disk_of_what_is_not_done(prepared: Callable[..., Prepared]) -> None:
+    ready = prepared()
+    found, run = make_plan(ready), ready.run
+    assert missing_disk(ready) == found.disk_bytes
+    run.create({})
+    for name in planned_steps(ready)[:2]:
+        run.path(name).mkdir()
+        run.path(name, "file").write_bytes(bytes(100))
+        run.commit(name, "key", [run.path(name)], {})
+    left = sum(entry.disk_bytes for entry in found.stages[2:])
+    assert missing_disk(ready) == left < found.disk_bytes
+    run.path("emulator.half").write_bytes(bytes(found.disk_bytes - left + 7))  # as a killed try left it
+    assert left - 1000 < missing_disk(ready) < left - 7
+    for name in planned_steps(ready)[2:]:
+        run.commit(name, "key", [], {})
+    assert missing_disk(ready) == 0
 
 
 def test_a_gpu_s_worker_takes_little_of_its_node_s_memory(plan: Callable[..., Plan]) -> None:

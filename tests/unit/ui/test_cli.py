@@ -252,6 +252,8 @@ def test_a_full_disk_is_told_before_anything_is_written(call: Call, monkeypatch:
     usage = shutil._ntuple_diskusage(2**40, 2**40 - 1000, 1000)  # type: ignore[attr-defined]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert_refused(call("run"), call.run_dir, "needs about", "GiB free")
+    RunDirectory(call.run_dir).create({})  # begun and killed
+    assert "GiB free" in call("run").stderr
 
 
 def test_more_cpus_than_there_are_are_refused(call: Call) -> None:
