@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from emloc_ray.errors import DataError
+from emloc_ray.io.formats.arrow_schemas import check_parquet
 from emloc_ray.io.runs.fingerprint import fingerprint, fingerprint_large_files
 from emloc_ray.io.store.node_cache import ensure
 from emloc_ray.io.store.object_store import is_store_uri
@@ -66,7 +67,8 @@ _STORED_BUFFER_BYTES = 2**20
 _STORED_HEADER_BYTES = 2**16
 _CONNECTIONS = 8
 _MAX_CSV_FIELD = 2**31 - 1  # the csv module's own limit is 128 KiB
-_UNREADABLE = (OSError, pa.ArrowException, csv.Error, UnicodeDecodeError)
+# ValueError: also of a registered type whose own metadata is broken.
+_UNREADABLE = (OSError, pa.ArrowException, csv.Error, ValueError)
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,9 @@ def scan(path: Path | str) -> SourceFile:
         with _open(place, _STORED_SCAN_BYTES) as stream:
             version = stream.raw.version if isinstance(stream.raw, StoredFile) else ""
             if kind == "parquet":
-                metadata = pq.read_metadata(stream)
+                with pq.ParquetFile(stream, arrow_extensions_enabled=False) as file:
+                    check_parquet(file, shown(place))
+                    metadata = file.metadata
                 groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
                 source = SourceFile(place, kind, metadata.num_rows, (), max(groups, default=1), version)
             else:
@@ -273,12 +277,19 @@ def _open(path: str, stored_bytes: int) -> io.BufferedReader:
 
 @contextlib.contextmanager
 def _parquet(path: str) -> Iterator[pq.ParquetFile]:
-    """Buffered, a row group is read page by page; unbuffered, whole columns of it at once."""
-    if not is_store_uri(path):
-        with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
-            yield file
-        return
-    with StoredFile(path) as stored, pq.ParquetFile(stored, buffer_size=_STORED_BUFFER_BYTES, pre_buffer=False) as file:
+    """Buffered, a row group is read page by page; unbuffered, whole columns of it at once.
+
+    Its schema is checked each time: the file may be another than the one that was counted.
+    """
+    is_stored = is_store_uri(path)
+    size = _STORED_BUFFER_BYTES if is_stored else _BUFFER_BYTES
+    with contextlib.ExitStack() as opened:
+        place = opened.enter_context(StoredFile(path)) if is_stored else path
+        # Without Parquet's own logical types, such as UUIDs, which come as plain bytes then.
+        file = opened.enter_context(
+            pq.ParquetFile(place, buffer_size=size, pre_buffer=False, arrow_extensions_enabled=False)
+        )
+        check_parquet(file, shown(path))
         yield file
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from emloc_ray.data.formats import RowImage, Tokens
-from emloc_ray.errors import ArtifactError
+from emloc_ray.errors import ArtifactError, DamagedArtifactError
+from emloc_ray.io.formats.arrow_schemas import check_as_written
 from emloc_ray.io.store.atomic import atomic_file, write_json
 from emloc_ray.io.store.node_cache import ensure, open_artifact
 
@@ -30,6 +31,7 @@ _TYPES = {
     "images": pa.list_(pa.struct([("content", pa.large_binary()), ("end", pa.int32())])),
 }
 _ALWAYS = ("input_ids", "completion_mask")
+_SCHEMAS = tuple(pa.schema([(name, _TYPES[name]) for name in names]) for names in (_ALWAYS, _TYPES))
 
 
 def shard_name(number: int) -> str:
@@ -73,9 +75,10 @@ def written_counts(path: Path) -> dict[str, int] | None:
     """What was counted of a shard when it was written; None where there is none, or it is not whole."""
     try:
         with open_artifact(path) as (stream, _), pa.ipc.open_file(stream) as reader:
+            check_as_written(reader.schema, _SCHEMAS, path)
             metadata = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1).custom_metadata
             found: dict[str, int] = json.loads(metadata[_COUNTS])
-    except (OSError, pa.ArrowInvalid, IndexError, KeyError, TypeError):
+    except (OSError, ValueError, IndexError, KeyError, TypeError, DamagedArtifactError):
         return None
     return found
 
@@ -145,7 +148,9 @@ class TokenShards:
 @functools.lru_cache(maxsize=64)
 def _open(path: str, inode: int, modified: int) -> pa.Table:
     # Inode and time are part of the key: a worker may outlive the shards that it has mapped.
-    return pa.ipc.open_file(pa.memory_map(path)).read_all()
+    reader = pa.ipc.open_file(pa.memory_map(path))
+    check_as_written(reader.schema, _SCHEMAS, Path(path))
+    return reader.read_all()
 
 
 def to_table(rows: Sequence[Tokens], with_images: bool = False) -> pa.Table:

@@ -269,6 +269,8 @@ def load_model(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     original = config.original() if hasattr(config, "original") else config
-    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    options: dict[str, Any] = {"use_safetensors": True}  # no pickles, whatever lies beside
+    if attn_implementation:
+        options["attn_implementation"] = attn_implementation
     model = auto_class(original).from_pretrained(directory, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     return unfuse(model.to(device).eval().requires_grad_(False))

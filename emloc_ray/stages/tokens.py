@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from emloc_ray.config.schema import RunConfig
+from emloc_ray.data.hub import download
 from emloc_ray.data.reading import SourceFile, fingerprint_sources, scan
-from emloc_ray.data.splits import CALIBRATION_SEED, SPLITS, RowSelection, assign_splits, hub_split
+from emloc_ray.data.splits import CALIBRATION_SEED, SPLITS, RowSelection, assign_splits
 from emloc_ray.data.token_budget import rows_within
 from emloc_ray.data.tokenizing import TokenizeOptions, first_unwritten, row_lengths, tokenize_splits
 from emloc_ray.errors import DataError
 from emloc_ray.io.runs.fingerprint import content_of
 from emloc_ray.io.runs.resume import discard_unless
-from emloc_ray.io.store.atomic import atomic_file
 from emloc_ray.io.store.node_cache import exists, hashes
 from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.planning.prepared import Prepared, splits_of
@@ -177,24 +177,8 @@ def _generate(task: str, directory: Path, seed: int) -> dict[str, tuple[SourceFi
 
 
 def _download(place: str, split: str, directory: Path) -> SourceFile:
-    """A data set of the hub (or of a local folder that ``datasets`` reads) as one Parquet file of the run."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(
-            f"data.{split}.path {place} needs the datasets package: pip install 'emloc-ray[hub]'."
-        ) from error
+    """A data set of the hub as one Parquet file of the run."""
     path = directory / f"{split}.parquet"
-    if exists(path):
-        return scan(path)
-    name, part = hub_split(place, split)
-    try:
-        dataset = datasets.load_dataset(name, split=part)
-    except Exception as error:
-        detail = str(error).split("\n")[0][:200]
-        raise DataError(
-            f"data.{split}.path {place} cannot be loaded ({detail}): mend the name or its split."
-        ) from error
-    with atomic_file(path) as file:
-        dataset.to_parquet(file)
+    if not exists(path):
+        download(place, split, path)
     return scan(path)

@@ -98,7 +98,7 @@ def planner(out: Path) -> Figures:
     ]
     found: Figures = {}
     for name, function, arguments, parts in cases:
-        measured = probe_job(function, arguments, scratch)
+        measured = probe_job(function, arguments)
         planned = {"total above imports": (sum(parts.values()) - parts.get("base", 0), measured["peak"])}
         if "weights" in measured:
             planned["weights"] = (parts["weights"], measured["weights"])
@@ -180,7 +180,7 @@ def _merge_peaks(job: MergeJob, out: Path) -> Figures:
     found: Figures = {}
     for dtype, directory in (("float32", job.model_dir), ("bfloat16", narrow)):
         arguments = {"job": dataclasses.replace(job, model_dir=directory), "threads": 2}
-        peak = probe_job("merge", arguments, out)["peak"]
+        peak = probe_job("merge", arguments)["peak"]
         largest = max(entry.num_bytes for entry in Checkpoint(directory))
         line = figure(peak / 2**20, largest / 2**20, "MiB (baseline: the tensor)")
         found[f"merge peak against the largest tensor, {dtype}"] = {**line, "ratio": peak / largest}

@@ -2,7 +2,7 @@
 
     python pipelines/benchmarks/memory_probe.py inference MODEL_DIR --rows 1 --length 512
     python pipelines/benchmarks/memory_probe.py finetune EMULATOR_DIR --rows 1 --length 512
-    python pipelines/benchmarks/memory_probe.py stage JOB.pickle
+    python pipelines/benchmarks/memory_probe.py stage - <JOB
 
 A job is pickled as ``(name, arguments)``, the arguments of one of this file's functions. ``peak`` is the most bytes held
 above what the imports took: the resident set on a CPU, the allocator's peak on a GPU. ``weights`` is what opening the
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -203,7 +204,7 @@ def main() -> None:
     name: str = arguments.what
     settings: dict[str, Any] = {"directory": arguments.path, "rows": arguments.rows, "length": arguments.length}
     if name == "stage":
-        name, settings = pickle.loads(arguments.path.read_bytes())
+        name, settings = pickle.load(sys.stdin.buffer)
     baseline = 0 if torch.cuda.is_available() else held_bytes()
     STAGES[name](**settings)
     found = {"baseline": baseline, "peak": peak_bytes() - baseline}

@@ -34,20 +34,18 @@ LOGITS = 64  # of a teacher
 _BLOCKS = 4  # that the streamed slot is taken through: its peak is the same in all
 
 
-def probe(what: str, path: Path, *options: str) -> dict[str, float]:
+def probe(what: str, path: Path | str, *options: str, job: bytes | None = None) -> dict[str, float]:
     """What ``memory_probe.py`` printed, run as workers under a memory_budget are."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
     command = [sys.executable, str(Path(__file__).with_name("memory_probe.py")), what, str(path), *options]
-    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    output = subprocess.run(command, check=True, capture_output=True, input=job, env=environment).stdout
     found: dict[str, float] = json.loads(output.splitlines()[-1])
     return found
 
 
-def probe_job(name: str, arguments: dict[str, Any], out: Path) -> dict[str, float]:
-    """The same of one pickled job."""
-    path = out / "probe.pickle"
-    path.write_bytes(pickle.dumps((name, arguments)))
-    return probe("stage", path)
+def probe_job(name: str, arguments: dict[str, Any]) -> dict[str, float]:
+    """The same of one job, handed over by a pipe: no file holds a pickle."""
+    return probe("stage", "-", job=pickle.dumps((name, arguments)))
 
 
 Case = tuple[str, str, dict[str, Any], Parts]  # what it is called, the probe's function, its arguments, the plan

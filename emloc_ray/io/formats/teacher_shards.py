@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from emloc_ray.errors import ArtifactError
+from emloc_ray.errors import ArtifactError, DamagedArtifactError
 from emloc_ray.io.formats.checkpoint import TensorEntry, read_shard
 from emloc_ray.io.formats.shards import write_tensors
 from emloc_ray.io.store.atomic import write_json
@@ -25,6 +25,7 @@ _INDEX = "index.json"
 BYTES_PER_LOGIT = 6
 _OPEN = 64  # shards whose headers and rows a reader remembers
 _ROWS, _SHARD_BYTES = 64, 2**28  # of a shard, at most
+_DTYPES = {"rows": torch.int64, "ends": torch.int64, "ids": torch.int32, "log_probs": torch.float16}
 
 TopRow = tuple[Tensor, Tensor]  # of one row: ids and log-probabilities, (labels, k) each
 
@@ -59,6 +60,12 @@ def write_teacher_index(directory: Path, first_rows: Sequence[int]) -> None:
 class _Shard:
     def __init__(self, path: Path) -> None:
         self.entries: dict[str, TensorEntry] = {entry.name: entry for entry in read_shard(path).entries}
+        found = {name: entry.dtype for name, entry in self.entries.items()}
+        if found != _DTYPES:
+            name = min(name for name, _ in found.items() ^ _DTYPES.items())
+            raise DamagedArtifactError(
+                f"{path} is not as the heal stage writes it (tensor {name!r}): delete it and run the same command again."
+            )
         rows, ends = self.entries["rows"].read_rows().tolist(), self.entries["ends"].read_rows().tolist()
         self.places = {row: (begin, end) for row, begin, end in zip(rows, [0, *ends], ends, strict=False)}
 
@@ -67,7 +74,7 @@ class TeacherShards:
     """What a teacher says of a split's rows, by their positions.
 
     Raises:
-        ArtifactError: where the index is missing, or a row is in no shard.
+        ArtifactError: where the index is missing, a row is in no shard, or a shard holds something else.
     """
 
     def __init__(self, directory: Path) -> None:

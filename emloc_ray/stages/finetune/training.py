@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 import os
+import pickle
 import shutil
 import tempfile
 import time
@@ -22,6 +23,7 @@ from emloc_ray.data.formats import Tokens
 from emloc_ray.data.ingest import SampleOrder, stream_batches
 from emloc_ray.data.processors import ImageInputs
 from emloc_ray.data.token_shards import TokenShards, collate
+from emloc_ray.errors import DamagedArtifactError
 from emloc_ray.io.formats.json_lines import end_last_line
 from emloc_ray.io.formats.teacher_shards import TeacherShards
 from emloc_ray.io.store.node_cache import ensure, exists, publish
@@ -270,7 +272,13 @@ def train(job: FinetuneJob, threads: int, session: TrainingSession) -> dict[str,
             job.begun_path.touch()
             publish(job.begun_path)
         with session.checkpoint() as folder:
-            output = trainer.train(resume_from_checkpoint=folder)
+            try:
+                output = trainer.train(resume_from_checkpoint=folder)
+            except pickle.UnpicklingError as error:  # torch's weights-only loader found more than tensors and numbers
+                raise DamagedArtifactError(
+                    f"{folder} holds something else than a training's checkpoint: delete {job.storage_dir} and run the same"
+                    " command again."
+                ) from error
         _publish_events(job, session)
         if keeper.failure is None and not keeper.stopped:
             trainer.save_adapter()

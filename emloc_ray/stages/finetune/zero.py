@@ -1,4 +1,7 @@
-"""DeepSpeed ZeRO in a worker of Ray Train: what has to be done otherwise where state is scattered over the ranks."""
+"""DeepSpeed ZeRO in a worker of Ray Train: what has to be done otherwise where state is scattered over the ranks.
+
+DeepSpeed opens its own checkpoints with pickle: a training under ZeRO runs whatever code its run directory holds.
+"""
 
 from __future__ import annotations
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_cases import CASES, TARGETS, settings
+from payloads import Leaves
 from stage_artifacts import Artifacts
 from tiny import save_emulator
 
+from emloc_ray.errors import DamagedArtifactError
 from emloc_ray.modeling.adapter import CONFIG_NAME, WEIGHTS_NAME
 from emloc_ray.stages.finetune.session import LoneSession, own_environment
 from emloc_ray.stages.finetune.training import FinetuneJob, train
@@ -69,3 +71,20 @@ def test_it_goes_on_from_its_checkpoint(case: str, job: FinetuneJob, artifacts: 
     assert found["steps"] == 4
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         assert (broken.out_dir / name).read_bytes() == (whole.out_dir / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_that_holds_code_is_refused(
+    name: str, job: FinetuneJob, artifacts: Artifacts, tmp_path: Path
+) -> None:
+    """Everything that the Trainer reads again, torch's weights-only loader reads."""
+    job = replace(
+        job, storage_dir=tmp_path, adapter=settings(next(iter(CASES)), "llama", [spec.name for spec in artifacts.specs])
+    )
+    with pytest.raises(Killed):
+        train(job, torch.get_num_threads(), DyingSession(tmp_path / "broken"))
+    [file] = (tmp_path / "broken").rglob(name)
+    torch.save(Leaves(tmp_path / "mark"), file)
+    with pytest.raises(DamagedArtifactError, match=f"{file.parent} holds something else"):
+        train(job, torch.get_num_threads(), LoneSession(tmp_path / "broken"))
+    assert not (tmp_path / "mark").exists()

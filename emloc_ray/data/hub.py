@@ -1,0 +1,65 @@
+"""A data set of the hub as one Parquet file, written by a process that never imports Ray.
+
+``datasets`` makes Python's values of some files (an image folder's ``metadata.parquet``, of several but one's schema is
+looked at) before we can check them. Where Ray Data is imported, its registered type would unpickle those values.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from emloc_ray.data.splits import hub_split
+from emloc_ray.errors import DataError
+from emloc_ray.io.formats.arrow_schemas import check_no_extensions
+from emloc_ray.io.store.atomic import atomic_file
+
+_REFUSED = 3  # the exit code of an error of ours, which says all
+
+
+def download(place: str, split: str, path: Path) -> None:
+    """Writes what ``hf:NAME[:SPLIT]`` names (also a local folder that ``datasets`` reads) to ``path``.
+
+    Raises:
+        DataError: where it cannot be loaded, or a column has an extension type.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=".hub.", suffix=".tmp") as folder,
+        tempfile.TemporaryFile("w+") as said,
+    ):
+        rows = Path(folder, path.name)
+        command = [sys.executable, "-m", __name__, *hub_split(place, split), place, str(rows)]
+        code = subprocess.run(command, stdout=said, stderr=said).returncode
+        if code:
+            said.seek(0)
+            detail = (said.read().strip().splitlines() or [f"exit code {code}"])[-1]
+            raise DataError(
+                detail
+                if code == _REFUSED
+                else f"data.{split}.path {place} cannot be loaded ({detail[:200]}): mend the name or its split."
+            )
+        with rows.open("rb") as written, atomic_file(path) as file:
+            shutil.copyfileobj(written, file)
+
+
+def _write(name: str, part: str, place: str, path: str) -> None:
+    import datasets
+
+    datasets.disable_progress_bars()
+    dataset = datasets.load_dataset(name, split=part)
+    check_no_extensions(dataset.features.arrow_schema, place)
+    dataset.to_parquet(path)
+
+
+if __name__ == "__main__":
+    try:
+        _write(*sys.argv[1:])
+    except DataError as error:
+        print(error)
+        sys.exit(_REFUSED)
+    except Exception as error:
+        sys.exit(str(error).split("\n")[0])
