@@ -2,16 +2,27 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test benchmark clean
+PYTEST := $(BIN)/python -m pytest -q --durations=25
+
+.PHONY: quickstart check test test-deep benchmark clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/emloc-ray run configs/quickstart.yaml
 
-test: $(VENV)/installed
+# Two minutes: what a change is tried with while it is made. Without pytest's cache: .ci/run tells by it whether the next came to its end.
+check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q --durations=10
+	$(PYTEST) -p no:cacheprovider -n 2 --dist loadfile -m quick tests/unit
+
+# Twenty minutes: that, and all that is not deep.
+test: check
+	$(PYTEST) -m "not quick and not deep"
+
+# The rest: slow variants, small grids, faults, memory limits.
+test-deep: $(VENV)/installed
+	$(PYTEST) -m deep
 
 benchmark: $(VENV)/installed
 	$(BIN)/python pipelines/benchmark.py all --out runs/benchmark

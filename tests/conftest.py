@@ -1,14 +1,23 @@
-"""Fixtures for all tests: tiny models on disk, one local Ray for the tests that ask for it, no network."""
+"""What all tests share: their tiers, tiny models on disk, one local Ray for the tests that ask for it, no network.
+
+Imports what is heavy where it is used: a test of plain functions starts without torch.
+"""
 
 from __future__ import annotations
 
 import functools
 import os
+import sys
 
-# Before transformers or ray is imported, here or in a subprocess.
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["RAY_AUTH_MODE"] = "disabled"
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# Before torch, transformers, rich or ray is imported, here or in a subprocess.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    OMP_NUM_THREADS="1",  # two test processes on two cores
+    RAY_AUTH_MODE="disabled",
+    RAY_USAGE_STATS_ENABLED="0",
+    TERM="xterm",  # rich takes a dumb terminal for 80 columns wide, whatever COLUMNS says
+)
 # A machine that stands still for a minute is no dead one: Ray's processes would end one another, and with them, without a
 # word, their driver, which is the process of all tests. By variables, for most is read before a session's own settings come.
 os.environ.update(
@@ -27,25 +36,69 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import settings
-from s3_server import s3_server
-from small_runs import task_rows, write_jsonl
-from tiny import make_tokenizer, save_emulator, save_model
-from transformers.utils import logging as transformers_logging
-from vlms import save_vlm
 
-transformers_logging.disable_progress_bar()
-torch.set_num_threads(2)
+for _name in ("COLUMNS", "FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "NO_COLOR", "CLICOLOR_FORCE"):
+    os.environ.pop(_name, None)  # each changes what a command prints
 
 # The machine's speed is no property of the code.
 settings.register_profile("emloc", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("emloc")
 
+TESTS = Path(__file__).parent
+STARTS = {"ray_session": "ray", "s3_port": "server", "browser": "browser"}
+# What a machine may lack. On CI any other skip is a failure.
+ALLOWED_SKIPS = (
+    "no GPU here",
+    "KUBERAY_CRDS names no folder",
+    "may not mount a file system",
+    "no mount namespace of one's own",
+    "this file system keeps no attributes",
+    "needs 7 GiB of free memory",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks each test by what it starts, and ``quick`` the unit tests that start nothing; those of the shared Ray come last."""
+    for item in items:
+        marks = {STARTS[name] for name in STARTS.keys() & set(item.fixturenames)}  # type: ignore[attr-defined]
+        room = item.path.relative_to(TESTS).parts[0]
+        marks |= {"ray"} if room in ("integration", "e2e") else set()
+        for mark in marks:
+            item.add_marker(mark)
+        if room == "unit" and not {mark.name for mark in item.iter_markers()} & {*STARTS.values(), "deep", "gpu"}:
+            item.add_marker("quick")
+    # Tests that start a Ray of their own must not meet the shared one.
+    items.sort(key=lambda item: "ray_session" in item.fixturenames)  # type: ignore[attr-defined]
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """A test that starts Ray says so: by ``ray_session``, or by its mark."""
+    ray = sys.modules.get("ray")
+    if ray is not None and item.get_closest_marker("ray") is None and ray.is_initialized():
+        ray.shutdown()
+        pytest.fail("starts Ray, but is not marked 'ray'")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """On CI a skip fails, but for :data:`ALLOWED_SKIPS` and what the variable ``ALLOWED_SKIPS`` holds."""
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is None or not os.environ.get("CI"):
+        return
+    allowed = (*ALLOWED_SKIPS, *filter(None, os.environ.get("ALLOWED_SKIPS", "").split(",")))
+    reasons = {str(report.longrepr[2]) for report in terminal.stats.get("skipped", []) if report.longrepr}
+    unexpected = sorted(reason for reason in reasons if not any(words in reason for words in allowed))
+    if unexpected:
+        terminal.write_line(f"unexpected skips: {'; '.join(unexpected)}", red=True)
+        session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     """The tiny byte-level tokenizer, with pad, eos and a chat template; do not change it."""
+    from tiny import make_tokenizer
+
     return make_tokenizer()
 
 
@@ -55,6 +108,8 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
 
     Made once a session for each choice: read it, copy it, but do not write to it.
     """
+    from tiny import save_model
+
     made: dict[Any, Path] = {}
 
     def get(family: str = "llama", **options: Any) -> Path:
@@ -71,24 +126,32 @@ def emulator_dir(
     tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
     """``emulator_dir(family)``: an emulator of that tiny model; do not write to it."""
+    from tiny import save_emulator
+
     return functools.cache(lambda family: save_emulator(tiny_model_dir(family), tmp_path_factory.mktemp("e") / family))
 
 
 @pytest.fixture(scope="session")
 def vlm_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """``vlm_dir(family)``: a saved vision-language model with its processor; do not write to it."""
+    from vlms import save_vlm
+
     return functools.cache(lambda family: save_vlm(family, tmp_path_factory.mktemp("vlm") / "model"))
 
 
 @pytest.fixture(scope="session")
 def task_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The task as JSONL."""
+    from small_runs import task_rows, write_jsonl
+
     return write_jsonl(tmp_path_factory.mktemp("task") / "rows.jsonl", task_rows())
 
 
 @pytest.fixture(scope="session")
 def s3_port() -> Iterator[int]:
     """The port of one S3 server for every test that asks for it."""
+    from s3_server import s3_server
+
     with s3_server() as port:
         yield port
 

@@ -26,6 +26,8 @@ from emloc_ray.io.formats.yaml_text import write_yaml
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.runs.log import read_events
 
+pytestmark = pytest.mark.deep
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 SECONDS = 240
@@ -162,7 +164,6 @@ def listed(address: str, kind: str, token: str) -> list[dict[str, Any]]:
         return found
 
 
-@pytest.mark.slow
 def test_a_job_on_bare_hosts(hosts: Path, tmp_path: Path, tiny_model_dir: Callable[..., Path], task_file: Path) -> None:
     stand_in(hosts, "ssh", _SSH)
     job, dashboard = tmp_path / "job", free_port()
@@ -201,7 +202,6 @@ def test_a_job_on_bare_hosts(hosts: Path, tmp_path: Path, tiny_model_dir: Callab
     assert any(task["name"].startswith("factorize: model.layers.0.") for task in tasks)
 
 
-@pytest.mark.slow
 def test_a_slurm_job_of_two_parts(hosts: Path) -> None:
     stand_in(hosts, "srun", _SRUN)
     stand_in(hosts, "scontrol", _SCONTROL)

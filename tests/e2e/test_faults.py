@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.deep
+
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
 def test_killed_nodes_and_drivers_change_nothing(tmp_path: Path) -> None:
     cells = ["--stages", "calibrate", "factorize", "--kinds", "node", "driver", "--moments", "1"]
     command = [sys.executable, str(ROOT / "pipelines" / "faults.py"), "--out", str(tmp_path), *cells]

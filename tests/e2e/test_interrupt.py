@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-import pytest
 from small_runs import make_values
 
 from emloc_ray.io.formats.yaml_text import write_yaml
@@ -39,7 +38,6 @@ def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
-@pytest.mark.slow
 def test_an_interrupted_training_goes_on_with_the_same_command(
     tmp_path: Path, tiny_model_dir: Callable[..., Path], task_file: Path
 ) -> None:

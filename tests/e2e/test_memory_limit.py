@@ -16,6 +16,8 @@ from tiny import make_model, make_tokenizer
 
 from emloc_ray.io.formats.yaml_text import write_yaml
 
+pytestmark = pytest.mark.deep
+
 TESTS = Path(__file__).parent.parent
 ABOVE_IMPORTS = 256 * 2**20
 

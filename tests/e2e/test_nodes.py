@@ -18,6 +18,8 @@ from small_runs import GROUP, make_values
 
 from emloc_ray.io.formats.yaml_text import write_yaml
 
+pytestmark = pytest.mark.deep
+
 SECONDS = 240
 SHARED = ("calibration", "emulator", "adapter_emulator", "adapter", "merged")
 
@@ -42,7 +44,6 @@ def artifacts(run: Path) -> dict[str, bytes]:
     return {str(path.relative_to(run)): path.read_bytes() for path in files}
 
 
-@pytest.mark.slow
 def test_a_node_that_goes_and_one_that_comes_leave_no_trace(
     tmp_path: Path, tiny_model_dir: Callable[..., Path], task_file: Path
 ) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+pytestmark = pytest.mark.deep
+
 GIB = 2**30
 
 _SCRIPT = """
@@ -43,7 +45,6 @@ told(lambda: run_slots(start, [[0]], "token shard", Losses("calibrate", bound=0)
 """
 
 
-@pytest.mark.slow
 def test_what_ray_kills_for_memory_is_said() -> None:
     memory = psutil.virtual_memory()
     if memory.available < 7 * GIB:

@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+pytestmark = pytest.mark.deep
+
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("gguf")
 
@@ -62,7 +64,6 @@ def metrics(quickstart: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_few_steps_already_help(metrics: dict[str, Any]) -> None:
     losses = {name: values["loss"] for name, values in metrics["evaluation"].items()}
@@ -71,7 +72,6 @@ def test_a_few_steps_already_help(metrics: dict[str, Any]) -> None:
     assert losses["merged"] == pytest.approx(losses["corrected"], abs=1e-3)
 
 
-@pytest.mark.slow
 def test_rows_enough_and_no_module_in_two_splits(quickstart: Path, metrics: dict[str, Any]) -> None:
     import pyarrow.parquet
 
@@ -85,7 +85,6 @@ def test_rows_enough_and_no_module_in_two_splits(quickstart: Path, metrics: dict
     assert metrics["data"]["train"]["rows"] > 2000
 
 
-@pytest.mark.slow
 def test_it_loads_without_us(quickstart: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", _OUTSIDE, str(quickstart)], capture_output=True, text=True, timeout=300, check=False
@@ -96,7 +95,6 @@ def test_it_loads_without_us(quickstart: Path) -> None:
     assert figures["moved"] > 10 * figures["apart"]
 
 
-@pytest.mark.slow
 def test_no_trace_of_quantization_and_untouched_tensors_are_the_originals(quickstart: Path) -> None:
     assert "quantization_config" not in json.loads((quickstart / "model" / "config.json").read_text())
     original, merged = _tensors(quickstart / "model"), _tensors(quickstart / "merged")

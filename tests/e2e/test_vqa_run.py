@@ -19,7 +19,7 @@ from emloc_ray.data.token_shards import collate
 from emloc_ray.demos.vqa import VqaTask, examples, generate, messages
 from emloc_ray.modeling.loss import token_loss
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.deep
 
 SIDE = 24
 CHARTS = {"image_size": SIDE, "kinds": ("chart",), "max_bars": 3}

@@ -16,6 +16,8 @@ from tiny import make_model, make_tokenizer
 
 from emloc_ray.io.formats.yaml_text import read_yaml, write_yaml
 
+pytestmark = pytest.mark.deep
+
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path for path in (ROOT / "configs" / "ablations").glob("*.yaml") if path.name != "base.yaml")
 SMALL = [

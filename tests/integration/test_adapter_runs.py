@@ -22,6 +22,8 @@ from emloc_ray.runs.batch.driver import prepare_batch, run_batch
 from emloc_ray.runs.batch.state import BatchState
 from emloc_ray.runs.batch.tasks import read_batch
 
+pytestmark = pytest.mark.deep
+
 ONE = {"num_workers": 1}
 TASKS: dict[str, dict[str, Any]] = {
     "dora": {"adapter": {"method": "dora", "r": 4}},

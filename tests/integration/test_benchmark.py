@@ -18,6 +18,8 @@ from small_runs import task_rows, write_jsonl
 from emloc_ray.io.formats.yaml_text import write_yaml
 from emloc_ray.planning.machine import cpu_capabilities, has_bfloat16
 
+pytestmark = pytest.mark.deep
+
 ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "pipelines" / "results"
 SMALL = {

@@ -23,6 +23,8 @@ from emloc_ray.planning.prepared import prepare
 from emloc_ray.stages.finetune.training import FinetuneJob, train_loop
 from emloc_ray.stages.jobs import Jobs
 
+pytestmark = pytest.mark.deep
+
 EXAMPLE = Path(__file__).parents[2] / "configs" / "zero3.json"
 
 

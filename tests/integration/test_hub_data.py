@@ -15,6 +15,8 @@ from emloc_ray.errors import ConfigError, DataError
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.stages.tokens import tokenize_data
 
+pytestmark = pytest.mark.deep
+
 pytest.importorskip("datasets")
 
 

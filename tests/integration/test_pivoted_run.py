@@ -20,6 +20,8 @@ from emloc_ray.modeling.emulator import PivotedLinear
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.stages.factorize.allocate import read_ranks
 
+pytestmark = pytest.mark.deep
+
 
 @pytest.fixture(scope="session")
 def pivoted_run(make_run: Callable[..., FinishedRun], task_file: Path) -> FinishedRun:

@@ -34,7 +34,8 @@ from emloc_ray.io.store.object_store import ObjectStore
 STAGE = "factorize"
 CONTENTS = {"emulator/a.safetensors": b"a" * 1000, "emulator/deep/b.json": b"{}"}
 KEY = ArtifactCache.key(STAGE, {"ranks": 8})
-PLACES = ("folder", "bucket")
+BUCKET = pytest.param("bucket", marks=pytest.mark.server)
+PLACES = ("folder", BUCKET)
 fork = multiprocessing.get_context("fork")
 
 
@@ -141,7 +142,7 @@ def test_what_has_no_text_of_its_own_makes_no_key() -> None:
         ArtifactCache.key(STAGE, {"a": object()})
 
 
-@pytest.mark.parametrize("to", ["folder", "bucket", "other bucket"])
+@pytest.mark.parametrize("to", ["folder", BUCKET, pytest.param("other bucket", marks=pytest.mark.server)])
 @pytest.mark.parametrize("at", PLACES)
 @pytest.mark.parametrize("by", PLACES)
 def test_what_one_run_made_another_has(place: Callable[..., str], by: str, at: str, to: str) -> None:
@@ -166,6 +167,7 @@ def test_what_one_run_made_another_has(place: Callable[..., str], by: str, at: s
         assert noted_digest(other / "emulator" / "a.safetensors") == entry.files["emulator/a.safetensors"]["sha256"]
 
 
+@pytest.mark.server
 def test_in_one_store_nothing_goes_through_this_node(
     place: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,6 +182,7 @@ def test_in_one_store_nothing_goes_through_this_node(
     assert held(mirror(place("bucket", "second"))) == CONTENTS
 
 
+@pytest.mark.server
 def test_a_store_that_cannot_copy_is_read_and_written(
     place: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +252,7 @@ def test_a_broken_entry_is_a_miss_and_goes(local: ArtifactCache, tmp_path: Path,
     assert local.find(STAGE, KEY, verify=True) is not None
 
 
+@pytest.mark.server
 def test_a_broken_entry_of_a_store_is_a_miss_and_goes(place: Callable[..., str]) -> None:
     cache = ArtifactCache(place("bucket", "shared"))
     store = ObjectStore(cache.place)
@@ -344,6 +348,7 @@ def test_killed_before_the_entry_is_written(
     assert local.find(STAGE, KEY) is not None
 
 
+@pytest.mark.server
 def test_what_is_left_in_a_store_goes(place: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     cache = ArtifactCache(place("bucket", "shared"))
     added(cache, root_of(place("bucket", "first")))
@@ -395,6 +400,7 @@ def test_a_place_with_room_is_not_read_for_each_entry(tmp_path: Path, monkeypatc
     assert [entry.key for entry in entries()] == [ArtifactCache.key(STAGE, number) for number in (6, 5, 4, 3, 2)]
 
 
+@pytest.mark.server
 def test_room_is_made_in_a_store(place: Callable[..., str]) -> None:
     cache = ArtifactCache(place("bucket", "shared"))
     keys = [ArtifactCache.key(STAGE, number) for number in range(3)]
@@ -620,6 +626,7 @@ def test_a_place_of_something_else_is_refused(tmp_path: Path) -> None:
         ArtifactCache(str(tmp_path / "empty"))
 
 
+@pytest.mark.server
 def test_a_store_of_something_else_is_refused(place: Callable[..., str]) -> None:
     ObjectStore(place("bucket", "other")).write("notes.txt", b"mine")
     with pytest.raises(ConfigError, match="holds files of something else"):
