@@ -121,7 +121,8 @@ def test_grams_that_are_not_kept_are_gone_once_the_adapter_is_corrected_and_gath
     assert run_values(smaller, until="correct").started == ["finetune", "correct"]
     assert not place.exists()
 
-    stronger = {**smaller, "correction": {"method": "covariance", "strength": 0.3}}
+    correction = {**smaller["correction"], "method": "covariance", "strength": 0.3}
+    stronger = {**smaller, "correction": correction}
     assert run_values(stronger, until="correct").started == ["calibrate", "correct"]
     assert not place.exists()
     assert run_values(stronger, until="correct").started == []

@@ -12,7 +12,7 @@ import pytest
 import torch
 from adapter_cases import CASES, FITTING, IDS, ON_LINEARS, PROMPTS, attached, fits, logits, settings, train, trained
 from peft import PeftModel, get_peft_model
-from tiny import make_model, save_emulator, save_quantized_emulator
+from tiny import dense_weight, make_model, save_emulator, save_quantized_emulator
 from transformers import AutoModelForCausalLM
 
 from emloc_ray.data.formats import Tokens
@@ -28,7 +28,7 @@ from emloc_ray.modeling.adapter import (
 from emloc_ray.modeling.adapter_layers import FactorizedDora, FactorizedLoraLinear
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import block_linears
-from emloc_ray.modeling.emulator import FactorizedLinear, PivotedLinear, dense_weight
+from emloc_ray.modeling.emulator import FactorizedLinear, PivotedLinear
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import token_loss
 from emloc_ray.modeling.scoring import complete

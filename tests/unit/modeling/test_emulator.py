@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import EXPERT_FAMILIES, FAMILIES, VOCABULARY, Storage, make_emulator, make_model, save_emulator
+from tiny import EXPERT_FAMILIES, FAMILIES, VOCABULARY, Storage, dense_weight, make_emulator, make_model, save_emulator
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -21,7 +21,6 @@ from emloc_ray.modeling.architecture import block_linears
 from emloc_ray.modeling.emulator import (
     FactorizedLinear,
     PivotedLinear,
-    dense_weight,
     factorize_modules,
     write_emulator_config,
 )

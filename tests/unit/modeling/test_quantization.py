@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import FAMILIES, VOCABULARY, make_model, save_quantized_emulator
+from tiny import FAMILIES, VOCABULARY, dense_weight, make_model, save_quantized_emulator
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 
@@ -20,7 +20,7 @@ from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.modeling.adapter import attach_adapter
 from emloc_ray.modeling.adapter_methods import lora_config
 from emloc_ray.modeling.architecture import block_linears
-from emloc_ray.modeling.emulator import FactorizedLinear, dense_weight
+from emloc_ray.modeling.emulator import FactorizedLinear
 from emloc_ray.modeling.four_bit_linear import ExactLinear4bit
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.quantization import (

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from stage_artifacts import Artifacts, write_tokens
-from tiny import make_emulator, save_emulator
+from tiny import dense_weight, make_emulator, save_emulator
 from transformers import AutoConfig, AutoModelForCausalLM
 from vlms import save_vlm
 
@@ -27,7 +27,7 @@ from emloc_ray.errors import ArtifactError, NumericsError
 from emloc_ray.io.formats.teacher_shards import TeacherShards, teacher_shard, write_teacher_index
 from emloc_ray.modeling.adapter import load_adapter
 from emloc_ray.modeling.architecture import block_linears, empty_model
-from emloc_ray.modeling.emulator import FactorizedLinear, PivotedLinear, dense_weight, write_emulator_config
+from emloc_ray.modeling.emulator import FactorizedLinear, PivotedLinear, write_emulator_config
 from emloc_ray.modeling.loading import copy_tokenizer, load_model
 from emloc_ray.modeling.loss import TopLogProbs, token_loss
 from emloc_ray.modeling.quantization import dequantize, quantize
