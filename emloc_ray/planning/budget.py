@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from emloc_ray.config.steps import STAGES
 from emloc_ray.errors import ConfigError
+from emloc_ray.planning.costs import Costed, with_base
 from emloc_ray.planning.layout import ranks_at
 from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.prepared import Prepared
@@ -67,7 +67,13 @@ class Solution:
         )
 
 
-def solve(prepared: Prepared, budget: int, lengths: Lengths, multiples: Mapping[str, float] | None = None) -> Solution:
+def solve(
+    stages: Sequence[Costed],
+    prepared: Prepared,
+    budget: int,
+    lengths: Lengths,
+    multiples: Mapping[str, float] | None = None,
+) -> Solution:
     """The largest compression ratio that fine-tunes within ``budget`` bytes a worker; at it the largest micro-batch, with
     the same rows a step; and no gradient checkpointing where even that fits. ``multiples`` as :class:`MemoryModel` has it.
 
@@ -81,7 +87,7 @@ def solve(prepared: Prepared, budget: int, lengths: Lengths, multiples: Mapping[
     def needed(ratio: float, micro_batch: int, checkpointing: bool = True) -> int:
         changed = with_settings(prepared, ratio, micro_batch, rows // micro_batch, checkpointing and may_checkpoint)
         memory = MemoryModel(changed, lengths, multiples)
-        return max(total(memory.stage(name)) for name in ("healing", "finetune"))
+        return max(total(with_base(parts)) for parts in (memory.healing(), memory.finetune()))
 
     ratio = next((ratio for ratio in _RATIOS if needed(ratio, 1) <= budget), None)
     if ratio is None:
@@ -99,9 +105,8 @@ def solve(prepared: Prepared, budget: int, lengths: Lengths, multiples: Mapping[
     chosen = with_settings(prepared, ratio, micro_batch, rows // micro_batch, checkpointing)
     changed = MemoryModel(chosen, lengths, multiples)
     healing = chosen.config.emulator.heals
-    names = [name for name in STAGES if name != "finetune"]
-    names[1:1] = ["gradients"] if changed.layout.weighed else []
-    others = [(name, total(changed.stage(name))) for name in names]
+    asked = [(s.name, s.cost) for s in stages if s.cost is not None and s.wanted(chosen)]
+    peaks = [(name, total(with_base(cost(changed).memory))) for name, cost in asked]
     return Solution(
         budget,
         ratio,
@@ -110,7 +115,7 @@ def solve(prepared: Prepared, budget: int, lengths: Lengths, multiples: Mapping[
         checkpointing,
         needed(ratio, micro_batch, checkpointing),
         total(changed.inference()),
-        tuple((name, size) for name, size in others if size > budget),
+        tuple((name, size) for name, size in peaks if size > budget),
         None if healing is None else healing.per_device_train_batch_size,
     )
 

@@ -58,11 +58,6 @@ class MemoryModel:
         self.multiples = multiples
         self.blocks = blocks_of(self.layout.groups, multiples)
 
-    def stage(self, name: str) -> Parts:
-        """Parts of one stage's worker."""
-        found: Parts = getattr(self, name)()
-        return {"base": BASE_BYTES, **{part: int(size) for part, size in found.items() if size}}
-
     def calibrate(self) -> Parts:
         return self.calibrate_resident() if self.calibration_mode() == "resident" else self.calibrate_streamed()
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from emloc_ray.config.schema import PROMPT_METHODS
 from emloc_ray.io.runs.directory import CONFIG, RunDirectory, standing
 from emloc_ray.io.runs.secret_values import HIDDEN, leaves
 from emloc_ray.runs.log import RUN_EVENTS, read_events
@@ -64,23 +63,8 @@ class RunStatus:
 
 
 def asked_steps(manifest: Mapping[str, Any]) -> tuple[str, ...]:
-    """The steps of a run, in order, as its manifest holds them, or those that its config asks for; the import not, which goes
-    by where the model lies."""
-    if manifest.get("steps"):
-        return tuple(manifest["steps"])
-    config = manifest.get("config") or {}
-    emulator = config.get("emulator") or {}
-    dense = emulator.get("compression_ratio") == 1
-    allocation, by_predictions = emulator.get("allocation", "uniform"), emulator.get("objective") == "predictions"
-    left_out = {
-        "import": True,
-        "calibrate": dense and emulator.get("quantization", "none") == "none",
-        "gradients": dense or not (allocation == "sensitivity" or by_predictions),
-        "allocate": dense or allocation == "uniform",
-        "heal": dense or not emulator.get("healing"),
-        "merge": (config.get("adapter") or {}).get("method") in PROMPT_METHODS,
-    }
-    return tuple(step for step in STEPS if not left_out.get(step))
+    """The steps that a run's config asks for, in order; of a run of an older version those that it has done."""
+    return tuple(manifest.get("steps") or (step for step in STEPS if step in manifest.get("stages", {})))
 
 
 def older_stages(manifest: Mapping[str, Any]) -> list[str]:

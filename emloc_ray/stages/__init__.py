@@ -1,1 +1,1 @@
-"""The stages: each a plain function over artifact paths, and its Ray wrapper."""
+"""The steps of a run: each an object in a file of its own, beside the plain functions and the tasks that do it."""

@@ -1,0 +1,56 @@
+"""What a stage costs, as the stage itself says it to whoever plans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from emloc_ray.config.base import StageConfig
+from emloc_ray.config.schema import RunConfig
+from emloc_ray.planning.memory import BASE_BYTES, MemoryModel, Parts
+from emloc_ray.planning.prepared import Prepared
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """``memory``: bytes of one worker at its peak, by what holds them, without what every process holds.
+
+    ``flops``: floating-point operations of all workers. ``disk_bytes``: what the stage leaves, or needs while it runs.
+    ``efficiency``: the share of a matrix product's speed that it reaches. ``start_seconds``: starting workers and loading.
+    """
+
+    memory: Parts
+    flops: float = 0.0
+    disk_bytes: int = 0
+    efficiency: float = 0.5
+    start_seconds: float = 5.0
+
+
+class Costed(Protocol):
+    """What planning has to know of a stage: it is handed the stages, and imports none."""
+
+    @property
+    def name(self) -> str:
+        """The stage's name."""
+
+    @property
+    def divisible(self) -> bool:
+        """Whether fewer workers than asked for can do it."""
+
+    @property
+    def wanted(self) -> Callable[[Prepared], bool]:
+        """Whether a run has the stage."""
+
+    @property
+    def asks(self) -> Callable[[RunConfig], StageConfig]:
+        """The workers that it asks of Ray."""
+
+    @property
+    def cost(self) -> Callable[[MemoryModel], StageCost] | None:
+        """What it costs; None where it is not planned for."""
+
+
+def with_base(parts: Parts) -> Parts:
+    """A stage's parts in whole bytes, and what every worker holds with torch, transformers and PEFT imported."""
+    return {"base": BASE_BYTES, **{part: int(size) for part, size in parts.items() if size}}

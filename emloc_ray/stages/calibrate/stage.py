@@ -1,0 +1,196 @@
+"""Calibration as two steps of a run: the Grams of what linears read, and the gradients of what they give."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from emloc_ray.data.token_shards import TokenShards
+from emloc_ray.planning.budget import check_gradients
+from emloc_ray.planning.costs import StageCost
+from emloc_ray.planning.memory import MemoryModel
+from emloc_ray.planning.prepared import UNKNOWN_ROWS, Prepared
+from emloc_ray.planning.sizes import gradient_bytes, gram_bytes
+from emloc_ray.planning.work import block_work, head_work, tokens_calibrated
+from emloc_ray.stages.calibrate.job import CalibrationJob, Labels, go_on
+from emloc_ray.stages.context import Context, Inputs, Result
+from emloc_ray.stages.stage import Stage, by_weights
+
+if TYPE_CHECKING:
+    from emloc_ray.stages.ray.tasks import Progress, Resources
+
+
+def calibration_job(context: Context) -> CalibrationJob:
+    """With the mode and the waves that fit a worker's memory."""
+    prepared, memory = context.prepared, context.memory
+    mode, section = memory.calibration_mode(), prepared.config.calibration
+    return CalibrationJob(
+        context.model_dir,
+        context.tokens("calibration"),
+        context.gram_groups(),
+        (0, TokenShards(context.tokens("calibration")).num_shards),
+        section.tokens,
+        section.batch_size,
+        context.pad_token_id(),
+        tuple(context.model_options.items()),
+        mode,
+        tuple(context.gram_groups(wave) for wave in memory.waves()) if mode == "resident" else None,
+        experts=experts(context),
+        min_expert_tokens=section.min_expert_tokens,
+        streams=tuple((s.name, s.stream) for s in context.layout.specs if s.stream != "row"),
+        between=tuple((s.name, s.block) for s in context.layout.specs if s.between),
+    )
+
+
+def gradient_job(context: Context) -> CalibrationJob:
+    """The same pass over the same rows, forward and back, for the sums of gradients of what linears give."""
+    waves = tuple(tuple((spec.name,) for spec in wave) for wave in context.memory.gradient_waves())
+    return dataclasses.replace(
+        calibration_job(context),
+        groups=tuple(group for wave in waves for group in wave),
+        mode="resident",
+        waves=waves,
+        experts=(),
+        gradients=Labels(context.loss_on(), context.prepared.config.seed),
+    )
+
+
+def experts(context: Context) -> tuple[tuple[str, int], ...]:
+    """The Grams of experts' linears, with how many inputs these have."""
+    specs = {spec.name: spec for spec in context.layout.specs}
+    firsts = [specs[group[0]] for group in context.gram_groups()]
+    return tuple((spec.name, spec.in_features) for spec in firsts if spec.routed_share is not None)
+
+
+def _gram_inputs(context: Context) -> Inputs:
+    section = context.prepared.config.calibration
+    return {
+        "model": context.model_key,
+        "options": context.model_options,
+        "data": context.split_key("calibration"),
+        "tokens": section.tokens,
+        "groups": context.gram_groups(),
+        **({"min_expert_tokens": section.min_expert_tokens} if experts(context) else {}),
+    }
+
+
+def gradient_inputs(context: Context) -> Inputs:
+    """What the sums of gradients are made of."""
+    config = context.prepared.config
+    return {
+        "model": context.model_key,
+        "options": context.model_options,
+        "data": context.split_key("calibration"),
+        "tokens": config.calibration.tokens,
+        "linears": context.layout.weighed,
+        "loss_on": context.loss_on(),
+        "seed": config.seed,
+    }
+
+
+def _gather_grams(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
+    from emloc_ray.stages.calibrate.calibrate import calibrate
+
+    section, out_dir = context.prepared.config.calibration, context.path("calibration")
+    job = go_on(calibration_job(context), out_dir, inputs, section.num_workers, section.mode == "auto")
+    return calibrate(job, out_dir, granted, progress, context.note)
+
+
+def _gather_gradients(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
+    from emloc_ray.stages.calibrate.calibrate import calibrate
+
+    prepared, out_dir = context.prepared, context.path("gradients")
+    if prepared.config.memory_budget is not None:  # of a run whose config has changed since it was prepared
+        check_gradients(prepared, context.memory.lengths)
+    job = go_on(gradient_job(context), out_dir, inputs, prepared.config.calibration.num_workers, False)
+    return calibrate(job, out_dir, granted, progress, context.note)
+
+
+def _gram_cost(memory: MemoryModel) -> StageCost:
+    prepared, layout = memory.prepared, memory.layout
+    products = sum(group[0].token_share * group[0].in_features ** 2 for group in layout.groups) * 1.2
+    grams = sum(gram_bytes(group) for wave in memory.waves() for group in wave)
+    rows = sum(source.num_rows for files in prepared.files.values() for source in files) or UNKNOWN_ROWS
+    images = int(rows * memory.lengths.image_bytes)  # which the token shards hold
+    streamed = memory.calibration_mode() == "streamed"
+    # Hidden states while the stage lasts, or a set of sums for each worker.
+    held = memory.hidden_state_disk_bytes() if streamed else grams * prepared.config.calibration.num_workers
+    return StageCost(
+        memory.calibrate(),
+        flops=tokens_calibrated(prepared, memory.lengths) * 2 * (block_work(layout) + products),
+        disk_bytes=(memory.weight_files if prepared.source.gguf_file else 0) + images + grams // 2 + held,
+        efficiency=0.65,
+        start_seconds=25,
+    )
+
+
+def _gradient_cost(memory: MemoryModel) -> StageCost:
+    prepared, layout = memory.prepared, memory.layout
+    weighed = set(layout.weighed)
+    # Forward, once more for what the backward pass reads, and back; and the sums.
+    sums = sum(s.token_share * s.out_features**2 for s in layout.specs if s.name in weighed) * 1.2
+    stored = sum(gradient_bytes(spec) for wave in memory.gradient_waves() for spec in wave)
+    work = 3 * (block_work(layout) + head_work(layout)) + sums
+    return StageCost(
+        memory.gradients(),
+        flops=tokens_calibrated(prepared, memory.lengths) * 2 * work if weighed else 0.0,
+        disk_bytes=stored // 2 + stored * prepared.config.calibration.num_workers,
+        start_seconds=25,
+    )
+
+
+def thin_experts(calibration: Result) -> str | None:
+    """How many experts were sent too few tokens, and what was done for them, from the calibration's result."""
+    found = calibration.get("experts") or {}
+    if not found.get("too_few"):
+        return None
+    reread = found["too_few"] - found["plain_svd"]
+    done = [f"{reread} have their statistics from {found['reread_tokens']} tokens run through them"] if reread else []
+    done += [f"{found['plain_svd']} are cut by a plain SVD, for want of tokens"] if found["plain_svd"] else []
+    return (
+        f"The router sent {found['too_few']} of {found['number']} experts fewer than {found['min_expert_tokens']} tokens"
+        f" ({found['never_routed']} none, the fewest {found['fewest_routed_tokens']}): {' and '.join(done)}."
+    )
+
+
+def _summary(result: Result) -> str:
+    return f"{result['num_tokens']:,} tokens in {result['num_shards']} shards"
+
+
+def _sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
+    found, shown = results["calibrate"], ("num_tokens", "num_shards", "mode", "waves", "experts")
+    return {"calibration": {key: found[key] for key in shown if key in found}}
+
+
+CALIBRATE = Stage(
+    name="calibrate",
+    title="Calibrating",
+    wanted=lambda prepared: prepared.layout.differs,
+    asks=lambda config: config.calibration,
+    inputs=_gram_inputs,
+    outputs=("calibration",),
+    run=_gather_grams,
+    cost=_gram_cost,
+    shares=by_weights,
+    resumes=True,
+    whole=True,
+    summary=_summary,
+    remarks=lambda context, result: [thin_experts(result)],
+    sections=_sections,
+)
+GRADIENTS = Stage(
+    name="gradients",
+    title="Gathering gradients",
+    verb="calibrate",
+    wanted=lambda prepared: bool(prepared.layout.weighed),
+    asks=lambda config: config.calibration,
+    inputs=gradient_inputs,
+    outputs=("gradients",),
+    run=_gather_gradients,
+    cost=_gradient_cost,
+    shares=by_weights,
+    resumes=True,
+    whole=True,
+    summary=_summary,
+)
+SUMS = (CALIBRATE.name, GRADIENTS.name)

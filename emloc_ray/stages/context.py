@@ -1,0 +1,164 @@
+"""What a stage may know when it runs: the prepared run, where the original lies, and what the stages before it made."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from emloc_ray.config.base import StageConfig
+from emloc_ray.io.formats.checkpoint import Checkpoint
+from emloc_ray.io.runs.fingerprint import fingerprint, fingerprint_large_files
+from emloc_ray.io.store.node_cache import hashes
+from emloc_ray.modeling.architecture import LinearSpec, empty_model, load_config
+from emloc_ray.modeling.inputs import has_encoder
+from emloc_ray.modeling.loading import checkpoint_files, content_of_source
+from emloc_ray.modeling.stored_names import StoredParameter, stored_parameters, stored_specs
+from emloc_ray.planning.layout import Layout
+from emloc_ray.planning.memory import MemoryModel
+from emloc_ray.planning.prepared import Prepared
+from emloc_ray.planning.work import row_lengths
+
+Inputs = dict[str, Any]
+Result = dict[str, Any]
+
+
+def _unheard(text: str) -> None:
+    """Tells nobody."""
+
+
+@dataclasses.dataclass(eq=False)
+class Context:
+    """One pass over the stages of a run; ``model_dir`` holds, or will hold, the original as safetensors.
+
+    ``source_dir`` is where the original is read from, another folder where it is imported. ``made`` and ``results`` fill up
+    while the stages run: the fingerprint of what each was made from, and what it returned; of a stage that the config leaves
+    out neither is there. ``note`` takes what a reader should know.
+    """
+
+    prepared: Prepared
+    model_dir: Path
+    source_dir: Path | None = None
+    note: Callable[[str], None] = _unheard
+    made: dict[str, str] = dataclasses.field(default_factory=dict)
+    results: dict[str, Result] = dataclasses.field(default_factory=dict)
+
+    def path(self, *parts: str) -> Path:
+        """A file or folder of the run directory."""
+        return self.prepared.run.path(*parts)
+
+    def tokens(self, split: str) -> Path:
+        """The token shards of a split."""
+        return self.path("data", "tokens", split)
+
+    def with_prepared(self, prepared: Prepared) -> Context:
+        """The same place and history for another training of the same run."""
+        return dataclasses.replace(self, prepared=prepared)
+
+    @functools.cached_property
+    def model_inputs(self) -> Inputs:
+        """What tells the original's files from others."""
+        source, directory = self.prepared.source, self.source_dir or self.prepared.source.directory
+        if source.gguf_file is None:
+            return {"files": fingerprint_large_files(checkpoint_files(directory))}
+        file = fingerprint_large_files([directory / source.gguf_file])
+        return {"file": file, "dtype": self.prepared.config.model.dtype}
+
+    @functools.cached_property
+    def model_key(self) -> str:
+        """The fingerprint of the original."""
+        return fingerprint(self.model_inputs)
+
+    @functools.cached_property
+    def weights(self) -> Inputs:
+        """A hash of the original's whole content: runs that share what they make of it must not go by times of files."""
+        directory = self.source_dir or self.prepared.source.directory
+        return {"weights": content_of_source(self.prepared.source, directory)}
+
+    @functools.cache  # noqa: B019 a context lives for one pass over the stages
+    def split_key(self, split: str) -> str:
+        """The fingerprint of a split's token shards, by their content."""
+        return fingerprint(self.contents("data", "tokens", split))
+
+    def contents(self, *parts: str) -> dict[str, str]:
+        """SHA-256 of an artifact's files: another training from the same inputs may give another adapter."""
+        return {file.name: sha for file, sha in hashes(self.path(*parts)).items()}
+
+    @functools.cached_property
+    def memory(self) -> MemoryModel:
+        """What workers are predicted to hold."""
+        return MemoryModel(self.prepared, row_lengths(self.prepared))
+
+    @property
+    def layout(self) -> Layout:
+        """The emulator's layout as planned."""
+        return self.prepared.layout
+
+    @property
+    def layout_made(self) -> Layout:
+        """The emulator's layout with the ranks that it was factorized to; as planned before that."""
+        made = self.results.get("factorize")
+        return self.layout if made is None else self.layout.as_made(made)
+
+    @property
+    def emulator_key(self) -> str:
+        """What the adapter is trained on: the fingerprint of the healed emulator, or of the factorized one."""
+        return self.made.get("heal") or self.made["factorize"]
+
+    @property
+    def emulator_dir(self) -> Path:
+        """The emulator that the adapter is trained on."""
+        return self.path("emulator" if self.prepared.config.emulator.heals is None else "emulator_healed")
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """How every stage opens the original."""
+        model = self.prepared.config.model
+        return {
+            "dtype": model.dtype,
+            "attn_implementation": model.attn_implementation,
+            "trust_remote_code": model.trust_remote_code,
+        }
+
+    def base_config(self) -> Any:
+        """The original's transformers config."""
+        return load_config(self.model_dir, trust_remote_code=self.prepared.config.model.trust_remote_code)
+
+    def stored(self) -> dict[str, StoredParameter]:
+        """Under which names the original's checkpoint holds the model's parameters."""
+        names = tuple(entry.name for entry in Checkpoint(self.model_dir))
+        return _stored_parameters(self.model_dir, self.prepared.config.model.trust_remote_code, names)
+
+    def specs(self) -> tuple[LinearSpec, ...]:
+        """The model's linears, with where the checkpoint holds them."""
+        return stored_specs(self.layout.specs, self.stored(), Checkpoint(self.model_dir))
+
+    def gram_groups(self, groups: Sequence[Sequence[Any]] | None = None) -> tuple[tuple[str, ...], ...]:
+        """The names of the linears that compression targets, those that read the same tensor together."""
+        targeted = set(self.layout.compressed)
+        whole = self.layout.groups if groups is None else groups
+        named = (tuple(spec.name for spec in group if spec.name in targeted) for group in whole)
+        return tuple(group for group in named if group)
+
+    def loss_on(self) -> str:
+        """The tokens whose predictions are the task's."""
+        # A decoder beside an encoder writes the completion alone.
+        return "completion" if has_encoder(self.base_config()) else self.prepared.config.finetune.loss_on
+
+    def pad_token_id(self) -> int:
+        """The token that rows are padded with; padding is masked everywhere, so that any token serves."""
+        pad = getattr(self.base_config(), "pad_token_id", None)
+        return pad if isinstance(pad, int) and pad >= 0 else 0
+
+
+@functools.lru_cache(maxsize=8)
+def _stored_parameters(model_dir: Path, trust_remote_code: bool, names: tuple[str, ...]) -> dict[str, StoredParameter]:
+    config = load_config(model_dir, trust_remote_code=trust_remote_code)
+    return stored_parameters(empty_model(config, trust_remote_code), names)
+
+
+def without(section: StageConfig, keys: Collection[str]) -> Inputs:
+    """A section's settings as inputs of a stage, but for some."""
+    return section.model_dump(mode="json", exclude=set(keys))

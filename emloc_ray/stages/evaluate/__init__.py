@@ -1,0 +1,1 @@
+"""The evaluation of every variant on the held-out rows."""

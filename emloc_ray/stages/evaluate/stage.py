@@ -1,0 +1,131 @@
+"""The evaluation as a step of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.planning.costs import StageCost
+from emloc_ray.planning.memory import MemoryModel
+from emloc_ray.planning.prepared import Prepared
+from emloc_ray.planning.work import block_work, emulator_work, head_work
+from emloc_ray.stages.context import Context, Inputs, Result, without
+from emloc_ray.stages.stage import Stage
+
+if TYPE_CHECKING:
+    from emloc_ray.stages.evaluate.evaluate import EvaluationJob
+    from emloc_ray.stages.ray.tasks import Progress, Resources
+
+# Settings that say where work runs, not what comes out of it, and the run that the result is held against.
+_NOT_SCORED = {"num_workers", "cpus_per_worker", "gpus_per_worker", "upper_bound"}
+_ON_EMULATOR = ("emulator", "emulator_adapter")
+_SAME_LOSS = 1e-2  # of a loss in bfloat16 on different machines
+
+
+def evaluation_job(context: Context) -> EvaluationJob:
+    """Of every variant on the held-out rows."""
+    from emloc_ray.stages.evaluate.evaluate import EvaluationJob
+
+    config = context.prepared.config
+    section = config.evaluation
+    return EvaluationJob(
+        model_dir=context.model_dir,
+        emulator_dir=context.emulator_dir,
+        trained_adapter_dir=context.path("adapter_emulator"),
+        corrected_adapter_dir=context.path("adapter"),
+        merged_dir=None if config.adapter.is_prompt else context.path("merged"),
+        tokens_dir=context.tokens("eval"),
+        loss_on=context.loss_on(),
+        batch_size=section.batch_size,
+        pad_token_id=context.pad_token_id(),
+        num_generations=section.num_generations,
+        num_exact_match=section.num_exact_match,
+        max_new_tokens=section.max_new_tokens,
+        variants=tuple(section.variants),
+        model_options=context.model_options,
+    )
+
+
+def _inputs(context: Context) -> Inputs:
+    return {
+        "correct": context.made["correct"],
+        "adapter": context.contents("adapter"),
+        "merge": context.made.get("merge", ""),
+        "data": context.split_key("eval"),
+        "evaluation": without(context.prepared.config.evaluation, _NOT_SCORED),
+    }
+
+
+def _evaluate(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
+    from emloc_ray.stages.evaluate.evaluate import evaluate
+
+    return evaluate(evaluation_job(context), granted, progress, context.note)
+
+
+def _cost(memory: MemoryModel) -> StageCost:
+    section, layout = memory.config.evaluation, memory.layout
+    blocks, kept, head = block_work(layout), emulator_work(layout), head_work(layout)
+    scored = memory.lengths.mean * (section.num_samples or 1000)
+    works = ((kept if name in _ON_EMULATOR else blocks) + head for name in section.variants)
+    completed = 2 * section.num_exact_match * section.max_new_tokens * (blocks + 4 * head)
+    return StageCost(memory.evaluate(), flops=2 * (scored * sum(works) + completed), efficiency=0.45, start_seconds=20)
+
+
+def gap_closed(evaluation: dict[str, Any], upper_bound: str | Path) -> dict[str, Any] | None:
+    """``(original − corrected) / (original − LoRA on the original)`` in held-out loss.
+
+    ``upper_bound`` is the run directory of the same task at ratio 1.0. None where it gained nothing, so that there is no gap,
+    and where it was not held against the same rows of the same model.
+    """
+    other = bound_scores(evaluation, upper_bound)
+    if other is None:
+        return None
+    original, bound = evaluation["original"]["loss"], other["corrected"]["loss"]
+    gap = original - bound
+    if gap <= 0:
+        return None
+    there = [name for name in ("uncorrected", "corrected", "merged") if name in evaluation]
+    shares: dict[str, Any] = {name: (original - evaluation[name]["loss"]) / gap for name in there}
+    return {"upper_bound": str(upper_bound), "upper_bound_loss": bound, **shares}
+
+
+def bound_scores(evaluation: Mapping[str, Any], upper_bound: str | Path) -> Mapping[str, Any] | None:
+    """The evaluation of the run ``upper_bound``, None where it has none by now, or its original's loss is of other tokens."""
+    other: Mapping[str, Any] | None = RunDirectory(upper_bound).metrics().get("evaluation")
+    if other is None:
+        return None
+    one, another = evaluation["original"], other["original"]
+    alike = math.isclose(one["loss"], another["loss"], rel_tol=_SAME_LOSS)
+    return other if alike and one["num_tokens"] == another["num_tokens"] else None
+
+
+def other_bound(evaluation: Mapping[str, Any], upper_bound: str | None) -> str | None:
+    """Where a run is to be held against another one that was scored on something else."""
+    if upper_bound is None or bound_scores(evaluation, upper_bound) is not None:
+        return None
+    return (
+        f"evaluation.upper_bound {upper_bound} was not scored on the same held-out tokens of the same original, so that no gap"
+        " can be told: run it anew with this run's data, seed and evaluation.num_samples."
+    )
+
+
+def _sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
+    sections = {key: results["evaluate"][key] for key in ("evaluation", "exact_match", "generations")}
+    bound = prepared.config.evaluation.upper_bound
+    gap = None if bound is None else gap_closed(sections["evaluation"], bound)
+    return sections if gap is None else {**sections, "gap_closed": gap}
+
+
+EVALUATE = Stage(
+    name="evaluate",
+    title="Evaluating",
+    asks=lambda config: config.evaluation,
+    inputs=_inputs,
+    run=_evaluate,
+    cost=_cost,
+    remarks=lambda context, result: [other_bound(result["evaluation"], context.prepared.config.evaluation.upper_bound)],
+    sections=_sections,
+)

@@ -1,0 +1,298 @@
+"""The emulator as two steps of a run: the ranks, where they follow from the data, and the factors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from emloc_ray.config.schema import RunConfig
+from emloc_ray.io.runs.fingerprint import fingerprint
+from emloc_ray.io.runs.resume import discard_unless
+from emloc_ray.modeling.stored_names import renamed_tensors
+from emloc_ray.planning.costs import StageCost
+from emloc_ray.planning.layout import Layout
+from emloc_ray.planning.memory import MemoryModel
+from emloc_ray.planning.prepared import Prepared
+from emloc_ray.planning.training import factor_ranks, healing_run, packs_late
+from emloc_ray.stages.calibrate.stage import CALIBRATE, SUMS, gradient_inputs
+from emloc_ray.stages.context import Context, Inputs, Result
+from emloc_ray.stages.stage import Stage, by_weights
+
+if TYPE_CHECKING:
+    from emloc_ray.stages.factorize.allocate import AllocationJob
+    from emloc_ray.stages.factorize.factorize import FactorizationJob
+    from emloc_ray.stages.ray.tasks import Progress, Resources
+
+
+def allocation_job(context: Context) -> AllocationJob:
+    """Of the ranks that the linears whose ratio no pattern names have together."""
+    from emloc_ray.stages.factorize.allocate import AllocationJob
+
+    emulator, layout = context.prepared.config.emulator, context.layout
+    allocated, placed = set(layout.allocated), {spec.name: spec for spec in context.specs()}
+    groups = (tuple(placed[s.name] for s in group if s.name in allocated) for group in layout.groups)
+    return AllocationJob(
+        model_dir=context.model_dir,
+        calibration_dir=context.path("calibration"),
+        gradients_dir=context.path("gradients"),
+        groups=tuple(group for group in groups if group),
+        ranks={name: layout.ranks[name] for name in layout.allocated},
+        plain_factors=layout.objective == "activations",
+        dampening_frac=emulator.dampening_frac,
+        gradient_dampening_frac=emulator.gradient_dampening_frac,
+        never_dense=tuple(name for name in layout.allocated if not layout.may_be_dense(name)),
+        storage=layout.storage,
+    )
+
+
+def factorization_job(context: Context, layout: Layout | None = None) -> FactorizationJob:
+    """Every group of linears that share an input; ``layout`` has the ranks, where they were allocated."""
+    from emloc_ray.stages.factorize.factorize import FactorizationJob
+
+    prepared = context.prepared if layout is None else replace(context.prepared, layout=layout)
+    emulator, layout = prepared.config.emulator, prepared.layout
+    placed = {spec.name: spec for spec in context.specs()}
+    in_4bit, targeted = () if packs_late(prepared) else layout.in_4bit, set(layout.compressed)
+    return FactorizationJob(
+        model_dir=context.model_dir,
+        out_dir=context.path("emulator"),
+        groups=tuple(tuple(placed[spec.name] for spec in group) for group in layout.groups),
+        ranks=factor_ranks(prepared),
+        dampening_frac=emulator.dampening_frac,
+        seed=prepared.config.seed,
+        renamed=renamed_tensors(context.stored()),
+        in_4bit=in_4bit,
+        without_gram=tuple(name for name in in_4bit if name not in targeted),
+        kept_wide=layout.kept_wide,
+        gradients_dir=context.path("gradients") if _reads_gradients(layout) else None,
+        gradient_dampening_frac=emulator.gradient_dampening_frac,
+        by_weights=layout.objective == "weights",
+        storage=layout.storage,
+    )
+
+
+def _reads_gradients(layout: Layout) -> bool:
+    return layout.objective == "predictions" and bool(layout.ranks)
+
+
+def _storage(layout: Layout) -> Inputs:
+    return {"storage": layout.storage} if layout.storage != "factors" else {}
+
+
+def _weighing(context: Context) -> Inputs:
+    # Which linears have sums is left out: the sums of one are the same whatever the others.
+    inputs = {key: value for key, value in gradient_inputs(context).items() if key != "linears"}
+    return {"weighing": fingerprint([inputs, context.prepared.config.emulator.gradient_dampening_frac])}
+
+
+def _allocation(context: Context) -> Inputs:
+    """What ranks follow from, but for Grams; empty where they are uniform."""
+    layout = context.layout
+    if not layout.allocated:
+        return {}
+    return {
+        **_storage(layout),
+        "allocation": layout.allocation,
+        "budget": {name: layout.ranks[name] for name in layout.allocated},
+        "dampening_frac": context.prepared.config.emulator.dampening_frac,
+        "dense": [name for name in layout.allocated if layout.may_be_dense(name)],
+        "objective": layout.objective,
+        **_weighing(context),
+    }
+
+
+def _allocate_inputs(context: Context) -> Inputs:
+    return {"calibrate": context.made[CALIBRATE.name], **_allocation(context)}
+
+
+def _factorize_inputs(context: Context) -> Inputs:
+    """What the emulator follows from: of allocated ranks what they are made from, for a cache must find it without them."""
+    config, layout, allocation = context.prepared.config, context.layout, _allocation(context)
+    heals, objective = config.emulator.heals, layout.objective
+    return {
+        **({"allocation": allocation} if allocation else {}),
+        # Of allocated ranks healing takes its own: the ranks below need not show it.
+        **({"healing": heals.r} if allocation and heals is not None else {}),
+        **({"objective": objective} if objective != "activations" else {}),
+        **(_weighing(context) if objective == "predictions" else {}),
+        **({"quantization": config.emulator.quantization} if layout.quantized and not packs_late(context.prepared) else {}),
+        **_storage(layout),
+        "calibrate": context.made.get(CALIBRATE.name, ""),
+        "model": context.model_key,
+        "ranks": factor_ranks(context.prepared),
+        "dampening_frac": config.emulator.dampening_frac,
+        "seed": config.seed,
+    }
+
+
+def _allocated(context: Context) -> Layout:
+    """The layout with the ranks that were allocated."""
+    from emloc_ray.stages.factorize.allocate import read_ranks
+
+    layout = context.layout
+    if not layout.allocated:
+        return layout
+    ranks = {**layout.ranks, **read_ranks(context.path("allocation"))}
+    return replace(layout, ranks={name: rank for name, rank in ranks.items() if rank is not None})
+
+
+def _allocate(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
+    from emloc_ray.stages.factorize.allocate import allocate_ranks
+
+    out_dir = context.path("allocation")
+    discard_unless(out_dir, inputs)
+    return allocate_ranks(allocation_job(context), out_dir, granted, progress, context.note)
+
+
+def _factorize(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
+    from emloc_ray.stages.factorize.factorize import build_emulator
+
+    layout = _allocated(context)
+    job = factorization_job(context, layout)
+    # Ranks that were allocated anew need not be those of shards that a killed try left.
+    discard_unless(job.out_dir, [inputs, job.ranks])
+    made = build_emulator(job, context.path("calibration"), context.base_config(), granted, progress, context.note)
+    heals = context.prepared.config.emulator.heals is not None
+    # Healing has to know the ranks, of an emulator from the cache too.
+    return {**made, **({"ranks": layout.ranks} if heals and layout.allocated else {})}
+
+
+def _factorize_reads(context: Context) -> Sequence[str]:
+    return SUMS if _reads_gradients(context.layout) else (CALIBRATE.name,)
+
+
+def _allocate_cost(memory: MemoryModel) -> StageCost:
+    layout = memory.layout
+    spread = set(layout.allocated)
+    values = sum(2 * s.num_parameters * s.in_features for s in layout.specs if s.name in spread)
+    spectra = 8 * sum(min(s.out_features, s.in_features) for s in layout.specs)
+    # At most what the group that needs most takes to be factorized.
+    return StageCost(memory.factorize(), flops=2.5 * values, disk_bytes=spectra, start_seconds=6)
+
+
+def factorize_work(memory: MemoryModel) -> float:
+    """Floating-point operations of products with Grams, for all linears that are factorized."""
+    ranks = factor_ranks(memory.prepared)
+    specs = [spec for spec in memory.layout.specs if spec.name in ranks]
+    return sum(2.0 * s.num_parameters * max(s.in_features, 2 * ranks[s.name]) for s in specs)
+
+
+def _factorize_cost(memory: MemoryModel) -> StageCost:
+    healing, files = memory.config.emulator.heals, memory.emulator_files
+    if healing is not None:  # at the lower ranks that healing begins with
+        files = MemoryModel(healing_run(memory.prepared, healing), memory.lengths).emulator_files
+    return StageCost(memory.factorize(), flops=2.5 * factorize_work(memory), disk_bytes=files, start_seconds=6)
+
+
+def thin_calibration(config: RunConfig, fewest_tokens: int | None, layout: Layout) -> str | None:
+    """Where a Gram has fewer tokens than a rank that is taken from it."""
+    highest = max(layout.ranks.values(), default=0)
+    if fewest_tokens is None or fewest_tokens >= highest or layout.objective == "weights":
+        return None
+    section = config.calibration
+    key = "num_calibration_samples" if section.num_calibration_tokens is None else "num_calibration_tokens"
+    who = "An expert" if any(spec.routed_share is not None for spec in layout.specs) else "Calibration"
+    return f"{who} saw {fewest_tokens} tokens, fewer than the highest rank {highest}: raise calibration.{key}."
+
+
+def unseen_linears(unseen: Sequence[str], layout: Layout) -> str | None:
+    """Where no token came to linears whose factors follow from tokens: of experts the calibration tells itself."""
+    ranked = {spec.name for spec in layout.specs if spec.routed_share is None and spec.name in layout.ranks}
+    without = [name for name in unseen if name in ranked]
+    if not without or layout.objective == "weights":
+        return None
+    return (
+        f"Calibration brought no token to {len(without)} linears, {without[0]} among them (a vision tower without images?):"
+        " they are factorized by their weights alone."
+    )
+
+
+def _remarks(context: Context, result: Result) -> list[str | None]:
+    made = context.layout.as_made(result)
+    return [
+        thin_calibration(context.prepared.config, result["fewest_tokens"], made),
+        unseen_linears(result.get("unseen", ()), made),
+    ]
+
+
+def _allocate_summary(result: Result) -> str:
+    lost, uniform = 1 - result["gain"], 1 - result["uniform_gain"]
+    return f"what they lose is {lost / uniform:.0%} of what uniform ranks would" if uniform > 0 else ""
+
+
+def _factorize_summary(result: Result) -> str:
+    return f"{len(result['layers'])} linears, mean relative error {result['mean_relative_error']:.3f}"
+
+
+def _allocate_sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
+    left_out = ("usage", "num_workers", "taken_from")
+    return {"allocation": {key: value for key, value in results["allocate"].items() if key not in left_out}}
+
+
+def _factorize_sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
+    """What was kept of the original, layer by layer and in all, as it is after healing."""
+    made = results["factorize"]
+    layout = prepared.layout.as_made(made)
+    saved = layout.parameters_targeted - layout.parameters_factorized
+    emulator: dict[str, Any] = {
+        "compression_ratio": prepared.config.emulator.compression_ratio,
+        "parameters_kept": layout.parameters_factorized / max(layout.parameters_targeted, 1),
+        "parameters": layout.num_parameters - saved,
+        "original_parameters": layout.num_parameters,
+        "mean_relative_error": made["mean_relative_error"],
+        "quantization": prepared.config.emulator.quantization,
+        "allocation": layout.allocation if prepared.layout.allocated else "uniform",
+        "objective": layout.objective,
+        "storage": layout.storage,
+        "layers": _with_shares(made["layers"], layout),
+    }
+    last = results.get("heal", made)
+    return {"emulator": {**emulator, **({"bytes": last["bytes"]} if "bytes" in last else {})}}
+
+
+def _with_shares(layers: dict[str, Any], layout: Layout) -> dict[str, Any]:
+    """Each layer with the share of its parameters that the emulator keeps; beside them those that an allocation left dense."""
+    specs = {spec.name: spec for spec in layout.specs}
+    free = layout.free if layout.ranks and layout.allocation != "uniform" else ()
+    dense = {
+        name: {"rank": min(specs[name].out_features, specs[name].in_features), "relative_error": 0.0, "solver": "dense"}
+        for name in free
+    }
+    shares = {name: layout.kept(spec) / spec.num_parameters for name, spec in specs.items()}
+    return {name: {**layer, "share": shares[name]} for name, layer in {**dense, **layers}.items()}
+
+
+ALLOCATE = Stage(
+    name="allocate",
+    title="Allocating ranks",
+    verb="factorize",
+    wanted=lambda prepared: bool(prepared.layout.allocated),
+    asks=lambda config: config.emulator,
+    inputs=_allocate_inputs,
+    outputs=("allocation",),
+    run=_allocate,
+    cost=_allocate_cost,
+    reads=lambda context: SUMS,
+    shares=by_weights,
+    resumes=True,
+    divisible=True,
+    summary=_allocate_summary,
+    sections=_allocate_sections,
+)
+FACTORIZE = Stage(
+    name="factorize",
+    title="Factorizing",
+    asks=lambda config: config.emulator,
+    inputs=_factorize_inputs,
+    outputs=("emulator",),
+    run=_factorize,
+    cost=_factorize_cost,
+    reads=_factorize_reads,
+    shares=by_weights,
+    resumes=True,
+    divisible=True,
+    summary=_factorize_summary,
+    remarks=_remarks,
+    sections=_factorize_sections,
+)

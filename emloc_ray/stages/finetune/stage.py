@@ -1,0 +1,148 @@
+"""Fine-tuning as a step of a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from emloc_ray.config.base import StageConfig
+from emloc_ray.config.schema import RunConfig
+from emloc_ray.data.token_shards import TokenShards
+from emloc_ray.io.runs.fingerprint import fingerprint
+from emloc_ray.planning.costs import StageCost
+from emloc_ray.planning.layout import adapter_settings
+from emloc_ray.planning.memory import MemoryModel
+from emloc_ray.planning.prepared import Prepared
+from emloc_ray.planning.work import emulator_work, head_work, num_steps, rows_trained
+from emloc_ray.stages.context import Context, Inputs, Result, without
+from emloc_ray.stages.stage import Stage
+
+if TYPE_CHECKING:
+    from emloc_ray.stages.finetune.training import FinetuneJob
+    from emloc_ray.stages.ray.tasks import Progress, Resources
+
+# Settings of the fine-tuning that do not enter what comes out of it; its number of workers does, which orders the rows.
+NOT_LEARNED = frozenset({"cpus_per_worker", "gpus_per_worker", "max_failures", "deepspeed", "report_to", "run_name"})
+
+
+def steps_of(context: Context) -> int:
+    """Optimizer steps of the fine-tuning, from the rows that it has."""
+    return num_steps(context.prepared.config, len(TokenShards(context.tokens("train"))))
+
+
+def trained_tokens(context: Context) -> float:
+    """Tokens that all steps of the fine-tuning read, of rows of mean length."""
+    section, shards = context.prepared.config.finetune, TokenShards(context.tokens("train"))
+    rows = section.per_device_train_batch_size * section.gradient_accumulation_steps * section.num_workers
+    return steps_of(context) * rows * float(shards.index["tokens"]) / max(1, len(shards))
+
+
+def finetune_job(context: Context, name: str) -> FinetuneJob:
+    """``name`` is what a later try of the same training goes on from."""
+    from emloc_ray.stages.finetune.training import FinetuneJob
+
+    prepared, config = context.prepared, context.prepared.config
+    section = config.finetune
+    return FinetuneJob(
+        emulator_dir=context.emulator_dir,
+        tokens_dir=context.tokens("train"),
+        out_dir=context.path("adapter_emulator"),
+        storage_dir=context.path("training"),
+        name=name,
+        adapter=_adapter_settings(context),
+        portable_targets=_portable_targets(context),
+        base_model=_base_model(context),
+        max_steps=steps_of(context),
+        batch_size=section.per_device_train_batch_size,
+        seed=config.seed,
+        loss_on=context.loss_on(),
+        pad_token_id=context.pad_token_id(),
+        max_failures=section.max_failures,
+        training_arguments={"run_name": prepared.run.name, **_training_arguments(section)},
+        zero_config=prepared.zero_config,
+        model_options=context.model_options,
+    )
+
+
+def _portable_targets(context: Context) -> str | list[str]:
+    targets = context.layout.portable_targets
+    return targets if isinstance(targets, str) else list(targets)
+
+
+def _base_model(context: Context) -> str:
+    """How the adapter's config names the original."""
+    prepared = context.prepared
+    if prepared.source.gguf_file is None:
+        return prepared.config.model.source
+    run = prepared.run
+    return str(context.model_dir) if run.store is None else f"{run.place.partition('?')[0]}/model"
+
+
+def _adapter_settings(context: Context) -> dict[str, Any]:
+    settings = adapter_settings(context.prepared.config.adapter, context.layout, context.base_config())
+    if settings.get("prompt_tuning_init") == "TEXT":
+        settings["tokenizer_name_or_path"] = str(context.model_dir)
+    return settings
+
+
+def _training_arguments(section: Any) -> dict[str, Any]:
+    """What the finetune section says to Hugging Face's TrainingArguments, but for what the stage sets itself."""
+    own = {*StageConfig.model_fields, "loss_on", "max_steps", "num_train_epochs", "per_device_train_batch_size"}
+    dumped: dict[str, Any] = section.model_dump(mode="json", exclude={*own, "max_failures", "deepspeed"})
+    return dumped
+
+
+def _inputs(context: Context) -> Inputs:
+    prepared, config = context.prepared, context.prepared.config
+    return {
+        "emulator": context.emulator_key,
+        "data": context.split_key("train"),
+        "options": context.model_options,
+        "adapter": config.adapter.model_dump(mode="json"),
+        "finetune": without(config.finetune, NOT_LEARNED),
+        "steps": steps_of(context),
+        "seed": config.seed,
+        **({} if prepared.zero_config is None else {"deepspeed": prepared.zero_config}),
+    }
+
+
+def _finetune(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
+    from emloc_ray.stages.finetune.finetune import finetune
+
+    return finetune(finetune_job(context, f"finetune-{fingerprint(inputs)}"), granted, progress, context.note)
+
+
+def passes(config: RunConfig) -> int:
+    """Floating-point operations of a training step for each multiply-add of a forward pass: frozen weights have no gradients
+    of their own, and checkpointing goes forward twice."""
+    return 6 if config.finetune.gradient_checkpointing else 4
+
+
+def _cost(memory: MemoryModel) -> StageCost:
+    work = emulator_work(memory.layout) + head_work(memory.layout)
+    tokens = rows_trained(memory.prepared) * memory.lengths.mean
+    disk = 4 * 4 * memory.adapter_parameters
+    flops = tokens * passes(memory.config) * work
+    return StageCost(memory.finetune(), flops=flops, disk_bytes=disk, efficiency=0.2, start_seconds=20)
+
+
+def _summary(result: Result) -> str:
+    return f"{result['steps']} steps, training loss {result['train_loss']:.3f}"
+
+
+def _sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
+    return {"finetune": {key: results["finetune"][key] for key in ("steps", "train_loss", "history")}}
+
+
+FINETUNE = Stage(
+    name="finetune",
+    title="Fine-tuning",
+    asks=lambda config: config.finetune,
+    inputs=_inputs,
+    outputs=("adapter_emulator",),
+    scratch=("training",),
+    run=_finetune,
+    cost=_cost,
+    together=True,
+    summary=_summary,
+    sections=_sections,
+)

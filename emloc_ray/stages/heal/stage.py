@@ -1,0 +1,163 @@
+"""Healing as a step of a run: the original's logits are distilled into the emulator."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from emloc_ray.config.schema import HealingConfig, RunConfig
+from emloc_ray.data.ingest import SampleOrder
+from emloc_ray.data.token_shards import TokenShards
+from emloc_ray.errors import ConfigError
+from emloc_ray.io.formats.teacher_shards import BYTES_PER_LOGIT
+from emloc_ray.io.runs.fingerprint import fingerprint
+from emloc_ray.io.runs.resume import begun_with, discard_unless
+from emloc_ray.io.store.node_cache import discard
+from emloc_ray.planning.costs import StageCost
+from emloc_ray.planning.memory import MemoryModel
+from emloc_ray.planning.prepared import Prepared
+from emloc_ray.planning.training import healing_run, healing_split
+from emloc_ray.planning.work import block_work, emulator_work, head_work, num_train_rows, row_lengths, rows_trained
+from emloc_ray.stages.context import Context, Inputs, Result, without
+from emloc_ray.stages.finetune.stage import NOT_LEARNED, finetune_job, passes
+from emloc_ray.stages.stage import Stage, by_weights
+
+if TYPE_CHECKING:
+    from emloc_ray.stages.heal.heal import HealingJob
+    from emloc_ray.stages.ray.tasks import Progress, Resources
+
+_OWN = {"max_steps", "num_train_epochs", "loss_on"}  # what the healing has instead of the fine-tuning's
+_PLACE = "healing"
+
+
+def healing_job(context: Context, healing: HealingConfig, name: str) -> HealingJob:
+    """``name`` is what a later try of the same healing goes on from; all but the outcome is in ``healing/``."""
+    from emloc_ray.stages.heal.fold import FoldJob
+    from emloc_ray.stages.heal.heal import HealingJob
+    from emloc_ray.stages.heal.teacher import TeacherJob
+
+    prepared = replace(context.prepared, layout=context.layout_made)
+    config, layout = prepared.config, prepared.layout
+    own = context.with_prepared(healing_run(prepared, healing))
+    training = replace(
+        finetune_job(own, name),
+        emulator_dir=context.path("emulator"),
+        tokens_dir=context.tokens(healing_split(config)),
+        out_dir=context.path(_PLACE, "adapter"),
+        storage_dir=context.path(_PLACE),
+        teacher_dir=context.path(_PLACE, "teacher"),
+        stage="heal",
+    )
+    num_workers = config.finetune.num_workers
+    order = SampleOrder(len(TokenShards(training.tokens_dir)), training.batch_size, 0, num_workers, training.seed)
+    teacher = TeacherJob(
+        context.model_dir,
+        training.tokens_dir,
+        context.path(_PLACE, "teacher"),
+        order,
+        training.max_steps * config.finetune.gradient_accumulation_steps,
+        healing.num_teacher_logits,
+        training.loss_on,
+        training.batch_size,
+        training.pad_token_id,
+        context.model_options,
+    )
+    fold = FoldJob(
+        training.emulator_dir,
+        training.out_dir,
+        context.path("emulator_healed"),
+        layout.ranks,
+        own.layout.adapted,
+        layout.in_4bit,
+        tuple(s.name for s in layout.specs if s.transposed and s.routed_share is None),
+        layout.kept_wide,
+        layout.storage,
+    )
+    return HealingJob(teacher, training, fold)
+
+
+def _inputs(context: Context) -> Inputs:
+    prepared = replace(context.prepared, layout=context.layout_made)
+    config, healing = prepared.config, prepared.config.emulator.heals
+    assert healing is not None
+    training = healing_run(prepared, healing)
+    if not training.layout.adapted:
+        raise ConfigError(f"emulator.healing.r is {healing.r}, and no linear was given a rank above it: lower it.")
+    return {
+        "factorize": context.made["factorize"],
+        "data": context.split_key(healing_split(config)),
+        "options": context.model_options,
+        "healing": healing.model_dump(mode="json"),
+        "finetune": without(training.config.finetune, NOT_LEARNED | _OWN),
+        "ranks": prepared.layout.ranks,
+        "quantization": config.emulator.quantization,
+        "seed": config.seed,
+        **({} if prepared.zero_config is None else {"deepspeed": prepared.zero_config}),
+    }
+
+
+def _heal(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
+    from emloc_ray.stages.heal.heal import heal
+
+    out_dir, place, healing = context.path("emulator_healed"), context.path(_PLACE), context.prepared.config.emulator.heals
+    assert healing is not None
+    # Shards of another training are of another adapter, though their inputs may be the same.
+    if not begun_with(place, inputs):
+        discard(out_dir)
+    for path in (place, out_dir):
+        discard_unless(path, inputs)
+    job = healing_job(context, healing, f"heal-{fingerprint(inputs)}")
+    return heal(job, context.base_config(), granted, progress, context.note)
+
+
+def _cost(memory: MemoryModel) -> StageCost:
+    """The healed emulator, and while it is made the teacher's logits (k · 6 bytes of a token) and training checkpoints."""
+    prepared, layout, healing = memory.prepared, memory.layout, memory.config.emulator.heals
+    assert healing is not None
+    run = healing_run(prepared, healing)
+    lengths, rows = row_lengths(run), rows_trained(run)
+    taught, head = min(rows, num_train_rows(run)) * lengths.mean, head_work(layout)
+    lora = sum(healing.r * (s.out_features + s.in_features) for s in run.layout.specs if s.name in run.layout.adapted)
+    training = rows * lengths.mean * passes(prepared.config) * (emulator_work(layout) + 4 * head)
+    return StageCost(
+        MemoryModel(prepared, lengths).heal(),
+        flops=training + taught * 2 * (block_work(layout) + 4 * head),
+        disk_bytes=int(memory.emulator_files + taught * healing.num_teacher_logits * BYTES_PER_LOGIT + 4 * 4 * lora),
+        efficiency=0.2,
+        start_seconds=30,
+    )
+
+
+def no_healing(config: RunConfig) -> str | None:
+    """Where healing is asked for and there is nothing to heal."""
+    if config.emulator.healing is None or config.emulator.heals is not None:
+        return None
+    return "heal: at compression_ratio 1.0 the emulator is the original, so it is not healed."
+
+
+def _summary(result: Result) -> str:
+    return f"{result['steps']} steps, mean divergence from the original {result['train_loss']:.3f}"
+
+
+def _sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
+    shown = ("steps", "train_loss", "history", "healed_layers", "teacher_rows", "teacher_bytes")
+    return {"healing": {key: results["heal"][key] for key in shown}}
+
+
+HEAL = Stage(
+    name="heal",
+    title="Healing",
+    wanted=lambda prepared: prepared.config.emulator.heals is not None,
+    asks=lambda config: config.finetune,
+    inputs=_inputs,
+    outputs=("emulator_healed",),
+    scratch=(_PLACE,),
+    run=_heal,
+    cost=_cost,
+    shares=by_weights,
+    resumes=True,
+    together=True,
+    summary=_summary,
+    absent=no_healing,
+    sections=_sections,
+)

@@ -1,0 +1,1 @@
+"""The merged model: the corrected adapter folded into the original."""

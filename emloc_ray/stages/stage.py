@@ -1,0 +1,97 @@
+"""One step of a run as one object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from emloc_ray.config.base import StageConfig
+from emloc_ray.config.schema import RunConfig
+from emloc_ray.planning.costs import StageCost
+from emloc_ray.planning.memory import MemoryModel
+from emloc_ray.planning.prepared import Prepared
+from emloc_ray.stages.context import Context, Inputs, Result
+
+if TYPE_CHECKING:
+    from emloc_ray.stages.ray.tasks import Progress, Resources
+
+
+def always(prepared: Prepared) -> bool:
+    """Every run has the stage."""
+    return True
+
+
+def nothing(*_: Any) -> tuple[Any, ...]:
+    """Nothing to say, to read or to drop."""
+    return ()
+
+
+def no_sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
+    """Nothing of ``metrics.json``."""
+    return {}
+
+
+def no_words(result: Result) -> str:
+    """Nothing beside the stage's name and time."""
+    return ""
+
+
+def by_weights(context: Context) -> Inputs:
+    """Runs that start from the same weights share what the stage makes of equal inputs."""
+    return context.weights
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of a run: what it is made from, what it writes, how it runs, what it costs, and what is said of it.
+
+    ``name`` is its word in the manifest and in the log, ``title`` its word on screens, ``verb`` the command that runs up to
+    it, its own name unless another's. ``asks`` gives the config section whose workers it takes. ``outputs`` and ``scratch``
+    are folders of the run directory: what later stages read, and what a killed try is continued from.
+    """
+
+    name: str
+    title: str
+    asks: Callable[[RunConfig], StageConfig]
+    inputs: Callable[[Context], Inputs]
+    """All that decides what comes out."""
+    run: Callable[[Context, Inputs, Resources, Progress], Result]
+    """Writes ``outputs``; imports what uses Ray when it is called."""
+    outputs: tuple[str, ...] = ()
+    scratch: tuple[str, ...] = ()
+    verb: str = ""
+    wanted: Callable[[Prepared], bool] = always
+    """Whether this config has the stage."""
+    cost: Callable[[MemoryModel], StageCost] | None = None
+    """Memory, disk and work; None where it is not planned for."""
+    reads: Callable[[Context], Sequence[str]] = nothing
+    """The stages whose files it reads that may have been dropped by now."""
+    drops: Callable[[Context], Sequence[str]] = nothing
+    """The stages whose files nothing needs once this one is recorded."""
+    shares: Callable[[Context], Inputs | None] | None = None
+    """What tells its work from others' beside its inputs, where a cache is shared; None where it is not to be shared."""
+    resumes: bool = False
+    """Whether what a killed try left in ``outputs`` is continued from."""
+    whole: bool = False
+    """Whether a damaged file spoils all of ``outputs``: sums with an index that says that they are complete."""
+    together: bool = False
+    """Whether all its workers have to be there at once."""
+    divisible: bool = False
+    """Whether fewer workers than asked for can do it: a bag of tasks."""
+    summary: Callable[[Result], str] = no_words
+    """Its one line when it has ended."""
+    remarks: Callable[[Context, Result], Sequence[str | None]] = nothing
+    """What a reader should know of its result."""
+    absent: Callable[[RunConfig], str | None] = lambda config: None
+    """What a reader should know where the config leaves it out."""
+    sections: Callable[[Prepared, dict[str, Result]], dict[str, Any]] = no_sections
+    """Its part of ``metrics.json``, from the results of the stages that are done."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "verb", self.verb or self.name)
+
+
+def one_worker(section: StageConfig) -> StageConfig:
+    """The section's worker, once."""
+    return section.model_copy(update={"num_workers": 1})

@@ -1,0 +1,125 @@
+"""Data as a step of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emloc_ray.config.schema import RunConfig
+from emloc_ray.data.reading import fingerprint_sources
+from emloc_ray.io.runs.fingerprint import content_of
+from emloc_ray.planning.prepared import Prepared, splits_of
+from emloc_ray.stages.context import Context, Inputs, Result
+from emloc_ray.stages.stage import Stage
+
+if TYPE_CHECKING:
+    from emloc_ray.stages.ray.tasks import Progress, Resources
+
+
+def split_inputs(prepared: Prepared) -> Inputs:
+    """What the token shards depend on beside the model's tokenizer."""
+    config = prepared.config
+    unused = {"healing"} - {*splits_of(config)}
+    return {
+        "data": config.data.model_dump(mode="json", exclude=unused),
+        "files": {name: fingerprint_sources(sources) for name, sources in prepared.files.items()},
+        "counts": [
+            config.calibration.num_calibration_samples,
+            config.calibration.num_calibration_tokens,
+            config.correction.num_selection_samples,
+            config.evaluation.num_samples,
+        ],
+        "rows_per_shard": config.calibration.rows_per_shard,
+        "seed": config.seed,
+    }
+
+
+def content_of_rows(prepared: Prepared) -> dict[str, str]:
+    """A hash of the rows of every split that has local files; a store tells the version of what lies in it."""
+    local = {name: [Path(s.path) for s in sources if not s.is_stored] for name, sources in prepared.files.items()}
+    return {name: content_of(files) for name, files in local.items()}
+
+
+def may_change(prepared: Prepared) -> bool:
+    """Whether the same rows may be others another day: a data set of the hub, images that rows name."""
+    data, names = prepared.config.data, splits_of(prepared.config)
+    hub = any(str(split.path).startswith("hf:") for name in names if (split := getattr(data, name)) is not None)
+    return hub or any(source.images for files in prepared.files.values() for source in files)
+
+
+def _shares(context: Context) -> Inputs | None:
+    prepared = context.prepared
+    return None if may_change(prepared) else {**context.weights, "rows": content_of_rows(prepared)}
+
+
+def _tokenize(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
+    from emloc_ray.stages.tokens.tokens import tokenize_data
+
+    prepared, out_dir = context.prepared, context.path("data")
+    return tokenize_data(prepared, context.model_dir, out_dir, progress, inputs, context.note)
+
+
+def _remarks(context: Context, result: Result) -> list[str | None]:
+    config, remarks = context.prepared.config, (skipped_rows, cut_rows, shortfall)
+    return [remark(config, split, count) for split, count in result["splits"].items() for remark in remarks]
+
+
+def cut_rows(config: RunConfig, split: str, count: dict[str, int]) -> str | None:
+    """How many rows of a split were longer than ``max_seq_length``."""
+    if not count["truncated_rows"]:
+        return None
+    return (
+        f"data.{split}: {count['truncated_rows']} rows cut to {config.data.max_seq_length} tokens"
+        f" ({count['truncated_tokens']} tokens left out), {count['dropped_rows']} dropped with no completion"
+        " or not all of an image left."
+    )
+
+
+def skipped_rows(config: RunConfig, split: str, count: dict[str, int]) -> str | None:
+    """How many bad rows ``data.on_error: skip`` left out of a split."""
+    skipped = count.get("skipped_rows", 0)
+    return f"data.{split}: {skipped} bad rows skipped; data.on_error: fail names the first." if skipped else None
+
+
+def shortfall(config: RunConfig, split: str, count: dict[str, int]) -> str | None:
+    """Where a split holds less than was asked for."""
+    calibration = config.calibration
+    asked = {
+        "calibration": calibration.num_calibration_samples,
+        "selection": config.correction.num_selection_samples,
+        "eval": config.evaluation.num_samples,
+    }.get(split)
+    tokens = calibration.num_calibration_tokens if split == "calibration" else None
+    if tokens is not None and count["tokens"] >= tokens:
+        return None
+    seen = count["rows"] + count["dropped_rows"] + count.get("skipped_rows", 0)
+    few = asked is not None and seen < asked and not config.data.packing
+    if few:
+        return f"data.{split}: {count['rows']} rows instead of the {asked} asked for: there are no more."
+    if asked is None and tokens is not None:
+        return f"data.{split}: {count['tokens']} tokens instead of the {tokens} asked for: there are no more rows."
+    return None
+
+
+def _sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
+    return {"data": results["data"]["splits"]}
+
+
+def _summary(result: Result) -> str:
+    return "rows: " + ", ".join(f"{split} {count['rows']:,}" for split, count in result["splits"].items())
+
+
+DATA = Stage(
+    name="data",
+    title="Making token shards",
+    verb="calibrate",
+    asks=lambda config: config.calibration.model_copy(update={"num_workers": 1, "cpus_per_worker": 1, "gpus_per_worker": 0}),
+    inputs=lambda context: {"model": context.model_key, **split_inputs(context.prepared)},
+    outputs=("data/tokens",),
+    run=_tokenize,
+    resumes=True,
+    shares=_shares,
+    summary=_summary,
+    remarks=_remarks,
+    sections=_sections,
+)
