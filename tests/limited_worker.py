@@ -17,7 +17,7 @@ def data_bytes() -> int:
 
 def data_bytes_after_imports() -> int:
     """What a worker of the heaviest stage has taken before it does anything."""
-    import emloc_ray.stages.jobs  # noqa: F401
+    import emloc_ray.stages.order  # noqa: F401
 
     return data_bytes()
 

@@ -391,3 +391,9 @@ class RunConfig(Section):
                 f" emulator.allocation: {self.emulator.allocation} follow from: set that to uniform"
             )
         return self
+
+
+# The sections that say what workers a stage has.
+WORKER_SECTIONS = tuple(
+    name for name, field in RunConfig.model_fields.items() if isinstance(field.default, StageConfig)
+)

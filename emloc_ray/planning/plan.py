@@ -128,7 +128,9 @@ def missing_disk(plan: Plan, run: RunDirectory, fresh: bool = False) -> int:
 def planned_memory(stages: Sequence[Costed], prepared: Prepared) -> dict[str, int]:
     """Bytes that one worker of every stage is planned to hold at its peak, and what ``inference`` of the original takes."""
     memory = MemoryModel(prepared, row_lengths(prepared))
-    planned = {s.name: total(with_base(s.cost(memory).memory)) for s in stages if s.cost is not None and s.wanted(prepared)}
+    planned = {
+        s.name: total(with_base(s.cost(memory).memory)) for s in stages if s.cost is not None and s.wanted(prepared)
+    }
     return {**planned, "inference": total(memory.inference())}
 
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from emloc_ray.config.schema import RunConfig
+from emloc_ray.config.schema import WORKER_SECTIONS, RunConfig
 from emloc_ray.core.healing import healed_layers
 from emloc_ray.data.processors import example, open_processor
 from emloc_ray.data.reading import SourceFile
@@ -315,7 +315,7 @@ def check_resources(config: RunConfig, cpus: float, gpus: float) -> None:
     if config.ray.joins:
         return
     problems = []
-    for name in ("calibration", "emulator", "finetune", "merge", "evaluation"):
+    for name in WORKER_SECTIONS:
         section = getattr(config, name)
         together = section.num_workers if name == "finetune" else 1
         if section.cpus_per_worker * together > cpus:

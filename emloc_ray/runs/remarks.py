@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from emloc_ray.config.schema import CorrectionConfig, RunConfig
+from emloc_ray.config.schema import WORKER_SECTIONS, CorrectionConfig, RunConfig
 from emloc_ray.data.processors import IMAGE_SIDE
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.machine import cpu_capabilities, has_bfloat16
-from emloc_ray.planning.plan import row_lengths
+from emloc_ray.planning.work import row_lengths
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.runs.results import bound_scores
+from emloc_ray.stages.evaluate.stage import bound_scores
 
-_STAGES = ("calibration", "emulator", "finetune", "merge", "evaluation")
 
 
 def over_budget(config: RunConfig, planned: Mapping[str, int]) -> str | None:
@@ -35,7 +34,7 @@ def over_budget(config: RunConfig, planned: Mapping[str, int]) -> str | None:
 
 def idle_gpus(configs: Iterable[RunConfig], gpus: float) -> str | None:
     """Where a cluster has ``gpus``, and all work would go on CPUs."""
-    if not gpus or any(getattr(config, section).gpus_per_worker for config in configs for section in _STAGES):
+    if not gpus or any(getattr(config, section).gpus_per_worker for config in configs for section in WORKER_SECTIONS):
         return None
     return (
         f"The cluster has {gpus:g} GPUs, and no stage asks for one: set gpus_per_worker: 1 in calibration, finetune and"
@@ -48,7 +47,7 @@ def idle_cpus(configs: Iterable[RunConfig], cpus: float) -> str | None:
     run, *others = configs
     if others or cpus < 2:
         return None
-    stages = (getattr(run, section) for section in _STAGES)
+    stages = (getattr(run, section) for section in WORKER_SECTIONS)
     if any(stage.gpus_per_worker or stage.num_workers * stage.cpus_per_worker > 1 for stage in stages):
         return None
     return (

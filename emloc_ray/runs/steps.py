@@ -106,7 +106,8 @@ class Steps:
             self._check_read(stage, context)
             for path in outputs if not stage.resumes else ():
                 discard(path)
-            with self.turns.take(stage, resources_of(stage, self.prepared)) as granted:
+            asked = resources_of(stage, self.prepared)
+            with self.turns.take(stage.name, asked, 1 if stage.divisible else asked.num_workers) as granted:
                 result = self._execute(stage, context, inputs, granted)
             for path in outputs:
                 remove_leftovers(path)

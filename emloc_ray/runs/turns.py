@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 class Turns(Protocol):
     """Whom a run asks before each stage that it does."""
 
-    def take(self, stage: str, asked: Resources) -> AbstractContextManager[Resources]:
+    def take(self, stage: str, asked: Resources, least: int) -> AbstractContextManager[Resources]:
         """Waits until the stage may start; gives what it may use while it runs.
 
-        One of :data:`emloc_ray.stages.BAGS` may be given fewer workers than it asked for.
+        It may be fewer workers than it asked for, but not fewer than ``least``.
 
         Raises:
             Stopped: where the run is to end instead.
@@ -37,7 +37,7 @@ class AtOnce:
     """The turns of a run that has its cluster to itself."""
 
     @contextlib.contextmanager
-    def take(self, stage: str, asked: Resources) -> Iterator[Resources]:
+    def take(self, stage: str, asked: Resources, least: int) -> Iterator[Resources]:
         """At once, all that was asked for."""
         yield asked
 

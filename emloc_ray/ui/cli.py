@@ -95,10 +95,11 @@ def _prepare(path: Path, overrides: list[str] | None) -> Any:
 def _run(path: Path, overrides: list[str] | None, begin: Stage | None, until: Stage, fresh: bool) -> None:
     from emloc_ray.planning.plan import make_plan
     from emloc_ray.runs import run as pipeline
+    from emloc_ray.stages.order import STEPS
     from emloc_ray.ui.terminal import ConsoleReporter, duration, evaluation_table, gib, result_lines
 
     prepared = _prepare(path, overrides)
-    plan = make_plan(prepared)
+    plan = make_plan(STEPS, prepared)
     console.print(
         f"[bold]{escape(prepared.run.name)}[/]: {plan.parameters:,} parameters, emulator {plan.emulator_parameters:,};"
         f" about {duration(plan.seconds)} and {gib(plan.disk_bytes).strip()} of disk if nothing is done yet"
@@ -158,7 +159,7 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
 
     def action() -> None:
         from emloc_ray.planning.budget import check_gradients
-        from emloc_ray.planning.plan import row_lengths
+        from emloc_ray.planning.work import row_lengths
 
         prepared = _prepare(config, overrides)
         check_gradients(prepared, row_lengths(prepared))
@@ -184,7 +185,9 @@ def plan(
 
     def action() -> None:
         from emloc_ray.planning.budget import check_gradients
-        from emloc_ray.planning.plan import make_plan, row_lengths, within_budget
+        from emloc_ray.planning.plan import make_plan, within_budget
+        from emloc_ray.planning.work import row_lengths
+        from emloc_ray.stages.order import STEPS
         from emloc_ray.ui.terminal import plan_tables
 
         # The option is the config's key: whatever else depends on it, such as the way to calibrate, is planned with it.
@@ -193,10 +196,10 @@ def plan(
         budget = [] if memory_budget is None else [f"memory_budget={memory_budget}"]
         prepared = _prepare(config, [*(overrides or ()), *budget])
         if memory_budget is not None:
-            solution, prepared = within_budget(prepared)
+            solution, prepared = within_budget(STEPS, prepared)
             console.print(escape(solution.sentence), soft_wrap=True)
             console.print("  " + " ".join(solution.overrides), soft_wrap=True, highlight=False)
-        for table in plan_tables(make_plan(prepared)):
+        for table in plan_tables(make_plan(STEPS, prepared)):
             console.print(table)
         check_gradients(prepared, row_lengths(prepared))
 

@@ -13,10 +13,10 @@ from typing import Any
 import jinja2
 
 from emloc_ray.config.schema import PROMPT_METHODS
-from emloc_ray.config.steps import SPECTRA, STEPS
+from emloc_ray.config.steps import STEPS
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.yaml_text import write_yaml
-from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.runs.directory import SPECTRA, RunDirectory
 from emloc_ray.io.runs.secret_values import without_secrets
 from emloc_ray.io.store.atomic import atomic_file
 from emloc_ray.io.store.node_cache import ensure

@@ -303,8 +303,10 @@ def _measure_all(ablation: Ablation, cells: Cells, pruned: dict[str, Pruned], te
 def _recovered(ablation: Ablation, cell: Cell, run: RunConfig, pruned: Pruned | None, tell: Tell) -> dict[str, float]:
     """The original alone and with the adapter that was trained on a pruned model, scattered to its shapes."""
     from ablations.pruning import recover_adapter
-    from emloc_ray.stages.evaluate import score_adapters
-    from emloc_ray.stages.jobs import Jobs, resources
+    from emloc_ray.runs.steps import resources_of
+    from emloc_ray.stages.context import Context
+    from emloc_ray.stages.evaluate.evaluate import score_adapters
+    from emloc_ray.stages.evaluate.stage import EVALUATE, evaluation_job
     from emloc_ray.stages.ray.losses import Losses
     from emloc_ray.stages.ray.tasks import bounded
 
@@ -315,8 +317,8 @@ def _recovered(ablation: Ablation, cell: Cell, run: RunConfig, pruned: Pruned | 
     recover_adapter(place.path("adapter"), pruned.kept, adapter)
     prepared = _prepared_original(ablation, cell)
     own = prepare(_runnable(cell, pruned).config.model_copy(update={"run_dir": run.run_dir}))
-    job = replace(Jobs(own, pruned.model_dir).evaluation(), model_dir=original_dir(prepared))
-    asked = resources(cell.config.evaluation)
+    job = replace(evaluation_job(Context(own, pruned.model_dir)), model_dir=original_dir(prepared))
+    asked = resources_of(EVALUATE, own)
     submit = functools.partial(asked.task(score_adapters).remote, job, [None, adapter], asked.threads)
     [(original, recovered)] = bounded([("the adapter on the original", submit)], 1, Losses("evaluate", tell))
     return {"original": original.metrics()["loss"], "recovered": recovered.metrics()["loss"]}
@@ -324,13 +326,15 @@ def _recovered(ablation: Ablation, cell: Cell, run: RunConfig, pruned: Pruned | 
 
 def _corrected(ablation: Ablation, cell: Cell, run: RunConfig, pruned: Pruned | None, tell: Tell) -> dict[str, float]:
     """Held-out losses of the ways to correct a trained adapter; nothing is chosen by them."""
+    from emloc_ray.runs.steps import resources_of
+    from emloc_ray.stages.context import Context
     from emloc_ray.stages.correct.correct import Candidate, correct
-    from emloc_ray.stages.jobs import Jobs, resources
+    from emloc_ray.stages.correct.stage import CORRECT, correction_job
 
     tell(f"{cell.name}: corrections of its adapter")
     prepared = prepare(run)
     model_dir = original_dir(prepared)
-    jobs = Jobs(prepared, model_dir)
+    context = Context(prepared, model_dir)
     ways = ablation.config.corrections
     asked = {name: Candidate(way.method, way.clamp, way.strength) for name, way in ways.items()}
     told_apart = tuple(dict.fromkeys((Candidate("none"), *asked.values())))
@@ -338,13 +342,13 @@ def _corrected(ablation: Ablation, cell: Cell, run: RunConfig, pruned: Pruned | 
         told_apart = (*told_apart, Candidate("projection"))  # one alone is not scored
     with tempfile.TemporaryDirectory(dir=run.run_dir) as folder:
         job = replace(
-            jobs.correction(),
+            correction_job(context),
             candidates=told_apart,
             num_further=0,
             max_tokens=None,
-            selection_dir=jobs.tokens("eval"),
+            selection_dir=context.tokens("eval"),
             out_dir=Path(folder) / "adapter",
         )
-        found = correct(job, replace(resources(cell.config.evaluation), num_workers=1), tell=tell)
+        found = correct(job, resources_of(CORRECT, prepared), tell=tell)
     losses = dict(zip(told_apart, (candidate["loss"] for candidate in found["candidates"]), strict=True))
     return {name: losses[candidate] for name, candidate in asked.items()}

@@ -19,7 +19,7 @@ from faulting.task import make_config
 import emloc_ray
 from benchmarks.figures import Figures, figure
 from emloc_ray.config.reading import load_config
-from emloc_ray.config.steps import STAGES
+from emloc_ray.config.steps import VERBS
 from emloc_ray.io.formats.yaml_text import read_yaml, write_yaml
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning.prepared import prepare
@@ -29,8 +29,9 @@ from emloc_ray.runs.batch.driver import prepare_batch, run_batch
 from emloc_ray.runs.batch.runner import BatchRun
 from emloc_ray.runs.batch.tasks import Task, read_batch
 from emloc_ray.runs.batch.turns import Expected, TaskTurns
+from emloc_ray.stages.context import Context
 from emloc_ray.stages.finetune.finetune import finetune, run_alone, run_group
-from emloc_ray.stages.jobs import Jobs
+from emloc_ray.stages.finetune.stage import finetune_job
 from emloc_ray.stages.ray.losses import Losses, unheard
 from emloc_ray.stages.ray.tasks import Resources, bounded, connection, silent
 
@@ -129,11 +130,11 @@ class _Sleeps:
 
     def expected(self, task: Task) -> Mapping[str, Expected]:
         """Of every stage the sleep."""
-        return {stage: Expected(_SLEEP_S) for stage in STAGES}
+        return {stage: Expected(_SLEEP_S) for stage in VERBS}
 
     def do(self, task: Task, turns: TaskTurns, reporter: TaskReporter) -> None:
         """All stages, one after another."""
-        for stage in STAGES:
+        for stage in VERBS:
             with turns.take(stage, Resources()) as granted:
                 progress = reporter.start(stage)
                 submit = functools.partial(granted.task(self.sleep).remote, _SLEEP_S)
@@ -168,7 +169,7 @@ def scheduling(out: Path) -> Figures:
             walls[count] = time.perf_counter() - begin
             peaks[count] = watched.bytes / 2**20
     few, _, most = _SLEEPERS
-    ideal = most * len(STAGES) * _SLEEP_S / _SLEEPING_CPUS
+    ideal = most * len(VERBS) * _SLEEP_S / _SLEEPING_CPUS
     overhead = (walls[most] - ideal) / most * 1000
     growth = (walls[most] - walls[few]) / (most - few) * few / walls[few]
     return {
@@ -195,11 +196,11 @@ def short_training(out: Path) -> Figures:
         config = load_config(base, [f"run_dir={out / 'short-training'}", "emulator.healing=null", *_light(1)])
         emloc_ray.run(config, until="factorize", fresh=True)
         prepared = prepare(config)
-        jobs = Jobs(prepared, prepared.source.directory)
+        context = Context(prepared, prepared.source.directory)
         seconds: dict[str, list[float]] = {"alone": [], "group": []}
         for number in range(_TRAININGS):
             for name, way in (("alone", run_alone), ("group", run_group)):
-                job = jobs.finetuning(f"{name}-{number}")
+                job = finetune_job(context, f"{name}-{number}")
                 begin = time.perf_counter()
                 finetune(job, Resources(), silent, unheard, way)
                 seconds[name].append(time.perf_counter() - begin)

@@ -39,7 +39,7 @@ from emloc_ray.modeling.emulator import emulator_class
 from emloc_ray.modeling.emulator_type import EmulatorModelConfig
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.planning.machine import cpu_capabilities, has_bfloat16
-from emloc_ray.stages.merge import MergeJob, merge_shard
+from emloc_ray.stages.merge.merge import MergeJob, merge_shard
 
 # A random Llama of 1.1 B parameters.
 LARGE = {

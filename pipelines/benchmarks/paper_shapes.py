@@ -19,19 +19,21 @@ from transformers import InternVLConfig, InternVLVisionConfig, LlamaConfig, Qwen
 
 from benchmarks.figures import write_result
 from benchmarks.stage_memory import bare_prepared
-from emloc_ray.config.steps import STAGES as ALL_STAGES
 from emloc_ray.errors import ConfigError
 from emloc_ray.planning.budget import Solution, solve, with_settings
 from emloc_ray.planning.memory import MemoryModel, Parts, total
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.sizes import Lengths
+from emloc_ray.stages.order import STEPS
 
 ROWS, LENGTH, TILES = 2, 2048, 7
 PATCHES = 1025  # of a tile, in the vision tower; 256 in the language model
 BUDGET = 24 * 10**9
 MULTIPLES = {"model.vision_tower": TILES * PATCHES / LENGTH}
 GB = 1e9
-STAGES = [stage for stage in ALL_STAGES if stage != "heal"]  # the paper has none
+STAGES = [
+    stage for stage in STEPS if stage.cost is not None and stage.verb == stage.name and stage.name != "heal"
+]  # the paper has none
 
 _SMALL_VISION = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 _LARGE_VISION = {"hidden_size": 3200, "num_hidden_layers": 45, "num_attention_heads": 25, "intermediate_size": 12800}
@@ -106,7 +108,7 @@ def plan_shape(shape: Shape) -> dict[str, Any]:
     if five is not None:
         found["five_billion"] = {"ratio": five, "finetune": _gb(at(five).finetune())}
     try:
-        solution: Solution | None = solve(prepared, BUDGET, lengths, MULTIPLES)
+        solution: Solution | None = solve(STEPS, prepared, BUDGET, lengths, MULTIPLES)
     except ConfigError as error:
         solution, found["budget"] = None, str(error)
     if solution is not None:
@@ -116,7 +118,7 @@ def plan_shape(shape: Shape) -> dict[str, Any]:
             "micro_batch": solution.micro_batch,
             "emulator_parameters": memory.emulator // memory.itemsize,
             "calibration": memory.calibration_mode(),
-            **{stage: _gb(memory.stage(stage)) for stage in STAGES},
+            **{stage.name: _gb(stage.cost(memory).memory) for stage in STAGES if stage.cost is not None},
         }
     return found
 
@@ -131,7 +133,7 @@ def write_shapes(out: Path) -> dict[str, dict[str, Any]]:
     write_result(out / "paper_shapes.json", "shapes", "shapes", models=found)
     lines = [render({"kind": "shapes", "models": found}), "", "Within 24 GB a worker, imports included:", ""]
     lines += [
-        f"| GB | ratio | rows | emulator | calibration | {' | '.join(STAGES)} |",
+        f"| GB | ratio | rows | emulator | calibration | {' | '.join(stage.name for stage in STAGES)} |",
         f"| --- | --- | --- | --- | --- | {' | '.join('---' for _ in STAGES)} |",
     ]
     for name, row in found.items():
@@ -139,7 +141,7 @@ def write_shapes(out: Path) -> dict[str, dict[str, Any]]:
         if isinstance(solved, str):
             lines.append(f"| {name} | {solved} |")
             continue
-        peaks = " | ".join(f"{solved[stage]:.1f}" for stage in STAGES)
+        peaks = " | ".join(f"{solved[stage.name]:.1f}" for stage in STAGES)
         size = f"{solved['emulator_parameters'] / 1e9:.1f}B"
         lines.append(
             f"| {name} | {solved['ratio']:g} | {solved['micro_batch']} | {size} | {solved['calibration']} | {peaks} |"

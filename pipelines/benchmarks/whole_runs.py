@@ -32,14 +32,19 @@ from emloc_ray.modeling.inputs import label_mask
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import token_loss
 from emloc_ray.planning.prepared import prepare
-from emloc_ray.runs.results import gap_closed
 from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
+from emloc_ray.stages.calibrate.stage import calibration_job
+from emloc_ray.stages.context import Context
 from emloc_ray.stages.correct.correct import correct_adapter
-from emloc_ray.stages.evaluate import evaluate_slice
+from emloc_ray.stages.correct.stage import correction_job
+from emloc_ray.stages.evaluate.evaluate import evaluate_slice
+from emloc_ray.stages.evaluate.stage import evaluation_job, gap_closed
 from emloc_ray.stages.factorize.factorize import factorize_group
+from emloc_ray.stages.factorize.stage import factorization_job
+from emloc_ray.stages.finetune.stage import finetune_job
 from emloc_ray.stages.finetune.training import EmulatorTrainer, FinetuneJob, RankBatches
-from emloc_ray.stages.jobs import Jobs
-from emloc_ray.stages.merge import merge_shard, output_shards
+from emloc_ray.stages.merge.merge import merge_shard, output_shards
+from emloc_ray.stages.merge.stage import merge_job
 
 THREADS = 2
 _DEPTH, _ROWS, _REPEATS = 6, 64, 3
@@ -98,24 +103,24 @@ def _run_plain(config: RunConfig) -> None:
     """The stages' own functions, one after the other, no Ray; from the adapter on they read what the run left."""
     torch.set_num_threads(THREADS)
     prepared = prepare(config)
-    jobs = Jobs(prepared, prepared.run.path("model"))
+    context = Context(prepared, prepared.run.path("model"))
     plain = prepared.run.root.with_name(prepared.run.name + "-plain")
-    grams = _calibrate_plain(jobs, plain)
-    factorization = jobs.factorization()
+    grams = _calibrate_plain(context, plain)
+    factorization = factorization_job(context)
     for number, group in enumerate(factorization.groups):
         factorize_group(factorization, group, grams.stored(group[0].name), plain / "emulator" / f"{number}.safetensors")
-    _train_plain(jobs.finetuning("plain"), plain)
-    correct_adapter(dataclasses.replace(jobs.correction(), out_dir=plain / "adapter"))
-    merging = jobs.merging()
-    for name, shard in output_shards(Checkpoint(jobs.model_dir).shards, None):
+    _train_plain(finetune_job(context, "plain"), plain)
+    correct_adapter(dataclasses.replace(correction_job(context), out_dir=plain / "adapter"))
+    merging = merge_job(context)
+    for name, shard in output_shards(Checkpoint(context.model_dir).shards, None):
         merge_shard(merging, shard, plain / "merged" / name)
     for family in ("original", "emulator", "merged"):
-        evaluate_slice(jobs.evaluation(), family, 0, 1, THREADS)
+        evaluate_slice(evaluation_job(context), family, 0, 1, THREADS)
     shutil.rmtree(plain)
 
 
-def _calibrate_plain(jobs: Jobs, plain: Path) -> GramStore:
-    job = jobs.calibration()
+def _calibrate_plain(context: Context, plain: Path) -> GramStore:
+    job = calibration_job(context)
     slot = ResidentSlot(job, plain / "slot.safetensors", THREADS)
     for number in job.shards_of(0, 1):
         slot.accumulate(number)

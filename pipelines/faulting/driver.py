@@ -77,7 +77,7 @@ class Driver:
         events.unlink(missing_ok=True)
         events.touch()
         context: Any = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["emloc_ray.stages.jobs", "emloc_ray.stages.ray.session"])
+        context.set_forkserver_preload(["emloc_ray.stages.order", "emloc_ray.stages.ray.session"])
         self.process = context.Process(target=drive, args=(config, until, events, snapshots))
         self.process.start()
 

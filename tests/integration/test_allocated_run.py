@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from vlms import save_vlm
 
 from emloc_ray.config.reading import parse_config
-from emloc_ray.config.steps import STAGES
+from emloc_ray.config.steps import VERBS
 from emloc_ray.core.ranks import factor_parameters
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.errors import Stopped
@@ -36,7 +36,7 @@ from emloc_ray.planning.prepared import prepare
 from emloc_ray.stages.factorize.allocate import read_ranks
 
 WEIGHED = {"allocation": "sensitivity", "objective": "predictions"}
-ALL = ["data", "calibrate", "gradients", "allocate", "factorize", *STAGES[3:]]  # not healed
+ALL = ["data", "calibrate", "gradients", "allocate", "factorize", *VERBS[3:]]  # not healed
 
 
 @pytest.fixture(scope="session")

@@ -15,12 +15,14 @@ from small_runs import FinishedRun, KillingReporter, RecordingReporter, Stopping
 from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import Stopped
 from emloc_ray.io.formats.grams import INDEX, GramStore
+from emloc_ray.planning.costs import with_base
 from emloc_ray.planning.memory import MemoryModel, total
-from emloc_ray.planning.plan import row_lengths
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.planning.sizes import gram_bytes
+from emloc_ray.planning.work import row_lengths
 from emloc_ray.stages.calibrate.calibrate import calibrate
-from emloc_ray.stages.jobs import Jobs
+from emloc_ray.stages.calibrate.stage import calibration_job
+from emloc_ray.stages.context import Context
 from emloc_ray.stages.ray.spans import Span, listening
 from emloc_ray.stages.ray.tasks import Resources
 
@@ -58,7 +60,7 @@ def test_auto_goes_block_by_block_under_a_budget_and_a_killed_worker_leaves_no_t
     calibrated: Callable[..., Path], llama_run: FinishedRun
 ) -> None:
     prepared = prepare(parse_config(llama_run.values))
-    needed = total(MemoryModel(prepared, row_lengths(prepared)).stage("calibrate"))
+    needed = total(with_base(MemoryModel(prepared, row_lengths(prepared)).calibrate()))
     reporter = KillingReporter()
     run = calibrated(reporter, memory_budget=needed - 1)
     assert reporter.killed
@@ -73,7 +75,7 @@ def test_waves_under_a_memory_budget_give_the_same_grams(
     values = llama_run.changed(calibration={"mode": "resident"})
     prepared = prepare(parse_config(values))
     memory = MemoryModel(prepared, row_lengths(prepared))
-    parts = memory.stage("calibrate")
+    parts = with_base(memory.calibrate())
     largest = max(gram_bytes(group) for group in prepared.layout.groups)
     assert parts["grams"] > 2 * largest
     budget = total(parts) - int(parts["grams"]) + 2 * largest
@@ -84,7 +86,7 @@ def test_waves_under_a_memory_budget_give_the_same_grams(
 
 
 def test_sums_run_as_many_at_once_as_the_stage_has_workers(llama_run: FinishedRun, tmp_path: Path) -> None:
-    job = Jobs(prepare(parse_config(llama_run.values)), llama_run.model_dir).calibration()
+    job = calibration_job(Context(prepare(parse_config(llama_run.values)), llama_run.model_dir))
     spans: list[Span] = []
     with listening(spans.append):
         calibrate(job, tmp_path, Resources(num_workers=1))

@@ -15,7 +15,8 @@ from small_runs import make_values, task_rows, write_jsonl
 from emloc_ray.config.reading import parse_config
 from emloc_ray.io.store.object_store import ObjectStore
 from emloc_ray.planning.prepared import prepare
-from emloc_ray.stages.tokens import split_inputs, tokenize_data
+from emloc_ray.stages.tokens.stage import split_inputs
+from emloc_ray.stages.tokens.tokens import tokenize_data
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])

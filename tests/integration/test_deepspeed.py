@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 from small_runs import FinishedRun, KillingWatcher, redone, run_values
 
 from emloc_ray.config.reading import parse_config
-from emloc_ray.config.steps import STAGES
+from emloc_ray.config.steps import VERBS
 from emloc_ray.modeling.zero_config import read_zero_config
 from emloc_ray.planning.prepared import prepare
+from emloc_ray.stages.context import Context
+from emloc_ray.stages.finetune.stage import finetune_job
 from emloc_ray.stages.finetune.training import FinetuneJob, train_loop
-from emloc_ray.stages.jobs import Jobs
 
 pytestmark = pytest.mark.deep
 
@@ -69,7 +70,7 @@ def in_one_group(jobs: list[FinetuneJob], storage: Path) -> list[dict[str, Any]]
 def test_whole_weights_train_the_same_adapter_and_stop_at_a_number_lost(copied: FinishedRun, tmp_path: Path) -> None:
     # Stages 0, 1 and 2: nothing scattered, the optimizer's state, its gradients too.
     prepared = prepare(parse_config(copied.values))
-    job = Jobs(prepared, copied.model_dir).finetuning("plain")
+    job = finetune_job(Context(prepared, copied.model_dir), "plain")
     jobs = []
     for stage, rate in ((0, 5e-3), (1, 5e-3), (2, 5e-3), (2, 1e30)):
         path = tmp_path / "zero.json"
@@ -106,13 +107,13 @@ def test_zero_3_trains_the_same_adapter_and_goes_on_after_a_killed_worker(
     path.write_text(json.dumps(json.loads(EXAMPLE.read_text())))
     assert redone(values)[0] == "correct"
     path.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
-    assert redone(values) == list(STAGES[STAGES.index("finetune") :])
+    assert redone(values) == list(VERBS[VERBS.index("finetune") :])
 
 
 def test_ranks_whose_batches_show_no_image(family_run: Callable[[str], FinishedRun], tmp_path: Path) -> None:
     """A row in six shows none: such a rank runs the vision tower too, and what is learned is the same at every stage."""
     run = family_run("LLaVA").copy(tmp_path)
-    job = Jobs(prepare(parse_config(run.values)), run.model_dir).finetuning("plain")
+    job = finetune_job(Context(prepare(parse_config(run.values)), run.model_dir), "plain")
     jobs = []
     for stage in (None, 1, 2, 3):
         path = tmp_path / "zero.json"

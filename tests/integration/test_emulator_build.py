@@ -19,8 +19,9 @@ from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import NumericsError, StageError
 from emloc_ray.modeling.architecture import load_config
 from emloc_ray.planning.prepared import prepare
+from emloc_ray.stages.context import Context
 from emloc_ray.stages.factorize.factorize import build_emulator
-from emloc_ray.stages.jobs import Jobs
+from emloc_ray.stages.factorize.stage import factorization_job
 from emloc_ray.stages.ray.tasks import Resources
 
 
@@ -37,7 +38,7 @@ def assert_same_emulator(found: Path, expected: Path) -> None:
 
 def build(run: FinishedRun, out_dir: Path, model_dir: Path | None = None) -> list[tuple[int, int]]:
     """Builds the run's emulator anew; gives the progress that was told."""
-    job = Jobs(prepare(parse_config(run.values)), model_dir or run.model_dir).factorization()
+    job = factorization_job(Context(prepare(parse_config(run.values)), model_dir or run.model_dir))
     told: list[tuple[int, int]] = []
     build_emulator(
         replace(job, out_dir=out_dir),

@@ -28,7 +28,8 @@ from emloc_ray.modeling.inputs import model_call
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.stages.calibrate.calibrate import calibrate
-from emloc_ray.stages.jobs import Jobs
+from emloc_ray.stages.calibrate.stage import calibration_job
+from emloc_ray.stages.context import Context
 from emloc_ray.stages.ray.tasks import Resources
 
 
@@ -94,7 +95,7 @@ def test_calibrate(run: FinishedRun) -> None:
 
 def test_streamed(run: FinishedRun, tmp_path: Path) -> None:
     """Block by block, the Grams are those of the whole model."""
-    job = Jobs(prepare(parse_config(run.values)), run.model_dir).calibration()
+    job = calibration_job(Context(prepare(parse_config(run.values)), run.model_dir))
     calibrate(dataclasses.replace(job, mode="streamed", waves=None), tmp_path, Resources())
     ours, whole = GramStore(tmp_path), GramStore(run.root / "calibration")
     assert ours.index["num_tokens"] == whole.index["num_tokens"]
@@ -156,7 +157,7 @@ def test_merge(run: FinishedRun) -> None:
     moved = {name for name in adapted if adapter.module(name).lora_b.any()}
     # LLaVA reads its tower before the last block, and a router may choose an expert for no token.
     assert all("vision_tower" in name or ".experts." in name for name in adapted - moved)
-    specs = Jobs(prepared, run.model_dir).specs()
+    specs = Context(prepared, run.model_dir).specs()
     assert changed == {rows.name for spec in specs if spec.name in moved for rows in spec.weight_rows}
 
 

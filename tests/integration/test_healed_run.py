@@ -38,8 +38,9 @@ from emloc_ray.io.runs.fetch import fetch
 from emloc_ray.modeling.emulator import FactorizedLinear
 from emloc_ray.modeling.zero_config import read_zero_config
 from emloc_ray.planning.prepared import prepare
+from emloc_ray.stages.context import Context
+from emloc_ray.stages.heal.stage import healing_job
 from emloc_ray.stages.heal.teacher import teach_part
-from emloc_ray.stages.jobs import Jobs
 
 HEALING = {"steps": 24, "r": 4, "learning_rate": 3e-3}
 ALONE = {"num_workers": 1, "per_device_train_batch_size": 8}
@@ -272,7 +273,7 @@ def test_zero_heals_as_well(healed_run: FinishedRun, tmp_path: Path) -> None:
     prepared = prepare(parse_config(healed_run.changed(finetune=GROUP)))
     section = prepared.config.emulator.healing
     assert section is not None
-    job = Jobs(prepared, healed_run.model_dir).healing(section, "plain")
+    job = healing_job(Context(prepared, healed_run.model_dir), section, "plain")
     teacher = dataclasses.replace(job.teacher, out_dir=tmp_path / "teacher")
     teach_part(teacher, 0, 1)
     write_teacher_index(teacher.out_dir, [rows[0] for rows in teacher.shards()])

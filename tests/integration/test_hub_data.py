@@ -13,7 +13,7 @@ from emloc_ray.config.reading import parse_config
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.errors import ConfigError, DataError
 from emloc_ray.planning.prepared import prepare
-from emloc_ray.stages.tokens import tokenize_data
+from emloc_ray.stages.tokens.tokens import tokenize_data
 
 pytestmark = pytest.mark.deep
 

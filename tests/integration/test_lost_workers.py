@@ -22,7 +22,7 @@ from emloc_ray.stages.ray import losses as failures
 from emloc_ray.stages.ray.losses import Losses
 from emloc_ray.stages.ray.slots import run_slots, start_slot
 from emloc_ray.stages.ray.tasks import Resources, bounded
-from emloc_ray.stages.tokens import begun_again
+from emloc_ray.stages.tokens.tokens import begun_again
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 SIZES = {"train": 20}

@@ -22,11 +22,11 @@ from tiny import EOS
 from transformers import AutoModelForCausalLM
 
 from emloc_ray.config.reading import load_config, parse_config
-from emloc_ray.config.steps import SPECTRA, STAGES
+from emloc_ray.config.steps import VERBS
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.formats.grams import GramStore
-from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.runs.directory import SPECTRA, RunDirectory
 from emloc_ray.modeling.emulator import FactorizedLinear
 from emloc_ray.runs.log import read_events
 from emloc_ray.ui.timeline import stage_runs
@@ -148,7 +148,7 @@ def test_metrics_have_their_keys(any_run: FinishedRun) -> None:
         assert 0 < variant["loss"] < 20
         assert 0 <= variant["token_accuracy"] <= 1
     assert {"method", "clamp", "strength", "candidates", "modules"} <= set(metrics["correction"])
-    assert {"data", *STAGES} - {"calibrate", "heal"} <= set(metrics["stages"])
+    assert {"data", *VERBS} - {"calibrate", "heal"} <= set(metrics["stages"])
     for stage in metrics["stages"].values():
         assert stage["wall_s"] >= 0
         assert stage["peak_rss_bytes"] > 0

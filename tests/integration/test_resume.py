@@ -15,13 +15,13 @@ from small_runs import FinishedRun, KillingReporter, KillingWatcher, redone, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from emloc_ray.config.reading import parse_config
-from emloc_ray.config.steps import STAGES
+from emloc_ray.config.steps import VERBS
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.runs import run as pipeline
 from emloc_ray.runs.run import Pipeline
 from emloc_ray.runs.status import older_stages
 
-WITHOUT_HEALING = [stage for stage in STAGES if stage != "heal"]
+WITHOUT_HEALING = [stage for stage in VERBS if stage != "heal"]
 ALL = ["data", *WITHOUT_HEALING]
 
 

@@ -32,6 +32,7 @@ from emloc_ray.io.formats.yaml_text import write_yaml
 
 CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
+SPECTRA = "spectra.json"  # in an emulator's folder: a few of each layer's eigenvalues
 METRICS = "metrics.json"
 _LOCK = ".lock"
 HELD = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)  # NFS and others make flock of fcntl's locks

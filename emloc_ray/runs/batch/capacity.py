@@ -9,7 +9,6 @@ import ray
 from emloc_ray.runs.batch.admission import Amount
 from emloc_ray.runs.batch.config import LimitsConfig
 from emloc_ray.planning.plan import StagePlan
-from emloc_ray.config.steps import BAGS
 
 _ADVICE = "lower what it asks for, or name in the batch's limits what the cluster grows to."
 
@@ -38,7 +37,7 @@ def unfit(stages: Iterable[StagePlan], limits: LimitsConfig) -> list[str]:
     problems = []
     for stage in stages:
         worker = Amount(stage.cpus_per_worker, stage.gpus_per_worker, stage.host_bytes)
-        together = worker * stage.num_workers if stage.name not in BAGS else worker
+        together = worker if stage.divisible else worker * stage.num_workers
         if not worker.fits_in(largest):
             problems.append(
                 f"{stage.name} needs {_told(worker)} for one worker, the largest node has {_told(largest)}: {_ADVICE}"

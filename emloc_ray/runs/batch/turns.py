@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from emloc_ray.runs.batch.admission import Admission, Amount, Need, Standing
-from emloc_ray.config.steps import BAGS
 from emloc_ray.stages.ray.tasks import Resources
 
 
@@ -87,11 +86,11 @@ class TaskTurns:
         self.stopped, self.waits = stopped, waits
 
     @contextlib.contextmanager
-    def take(self, stage: str, asked: Resources) -> Iterator[Resources]:
+    def take(self, stage: str, asked: Resources, least: int) -> Iterator[Resources]:
         """Waits among all tasks' stages for what was asked for, or where it is a bag of tasks for some of it."""
         expected = self.expected.get(stage, Expected())
         each = Amount(asked.cpus_per_worker, asked.gpus_per_worker, expected.worker_bytes)
-        need = Need(each, asked.num_workers, 1 if stage in BAGS else asked.num_workers)
+        need = Need(each, asked.num_workers, least)
         standing = dataclasses.replace(self.standing, remaining=self.remaining(stage))
         self.waits(stage)
         with self.admission.admitted(standing, stage, need, self.stopped, self.makers.lifted) as workers:

@@ -8,9 +8,11 @@ from emloc_ray.runs.batch.board import TaskReporter
 from emloc_ray.runs.batch.tasks import Task
 from emloc_ray.runs.batch.turns import Expected, TaskTurns
 from emloc_ray.planning.budget import check_gradients
+from emloc_ray.stages.order import STEPS
 from emloc_ray.errors import ConfigError, EmlocError
 from emloc_ray.io.runs.cache import ArtifactCache
-from emloc_ray.planning.plan import Plan, StagePlan, make_plan, row_lengths
+from emloc_ray.planning.plan import Plan, StagePlan, make_plan
+from emloc_ray.planning.work import row_lengths
 from emloc_ray.planning.prepared import Prepared, prepare
 
 _FIRST = ("import", "data")
@@ -46,7 +48,7 @@ class PipelineWork:
             prepared = prepare(task.config)
             if task.config.memory_budget is not None:  # else it goes by what is free, of which running tasks hold some
                 check_gradients(prepared, row_lengths(prepared))
-            ready = self._ready[task.name] = prepared, make_plan(prepared)
+            ready = self._ready[task.name] = prepared, make_plan(STEPS, prepared)
         return ready
 
     def stages(self, task: Task) -> tuple[StagePlan, ...]:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from emloc_ray.config.steps import SPECTRA
 from emloc_ray.io.formats.checkpoint import read_shard
+from emloc_ray.io.runs.directory import SPECTRA
 from emloc_ray.io.store.atomic import atomic_file
 
 LAYERS = "layers"

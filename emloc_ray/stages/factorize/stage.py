@@ -116,7 +116,11 @@ def _factorize_inputs(context: Context) -> Inputs:
         **({"healing": heals.r} if allocation and heals is not None else {}),
         **({"objective": objective} if objective != "activations" else {}),
         **(_weighing(context) if objective == "predictions" else {}),
-        **({"quantization": config.emulator.quantization} if layout.quantized and not packs_late(context.prepared) else {}),
+        **(
+            {"quantization": config.emulator.quantization}
+            if layout.quantized and not packs_late(context.prepared)
+            else {}
+        ),
         **_storage(layout),
         "calibrate": context.made.get(CALIBRATE.name, ""),
         "model": context.model_key,

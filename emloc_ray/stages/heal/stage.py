@@ -99,7 +99,11 @@ def _inputs(context: Context) -> Inputs:
 def _heal(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
     from emloc_ray.stages.heal.heal import heal
 
-    out_dir, place, healing = context.path("emulator_healed"), context.path(_PLACE), context.prepared.config.emulator.heals
+    out_dir, place, healing = (
+        context.path("emulator_healed"),
+        context.path(_PLACE),
+        context.prepared.config.emulator.heals,
+    )
     assert healing is not None
     # Shards of another training are of another adapter, though their inputs may be the same.
     if not begun_with(place, inputs):

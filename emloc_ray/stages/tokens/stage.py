@@ -113,7 +113,9 @@ DATA = Stage(
     name="data",
     title="Making token shards",
     verb="calibrate",
-    asks=lambda config: config.calibration.model_copy(update={"num_workers": 1, "cpus_per_worker": 1, "gpus_per_worker": 0}),
+    asks=lambda config: config.calibration.model_copy(
+        update={"num_workers": 1, "cpus_per_worker": 1, "gpus_per_worker": 0}
+    ),
     inputs=lambda context: {"model": context.model_key, **split_inputs(context.prepared)},
     outputs=("data/tokens",),
     run=_tokenize,

@@ -19,15 +19,18 @@ from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.loading import ModelSource
 from emloc_ray.planning import plan as planner
 from emloc_ray.planning.budget import solve, with_settings
+from emloc_ray.planning.costs import with_base
 from emloc_ray.planning.layout import make_layout, skeleton_of
 from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.plan import StagePlan, make_plan
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.planning.sizes import Lengths
 from emloc_ray.planning.training import factor_ranks, healing_run, healing_split, packs_late
-from emloc_ray.runs.remarks import no_healing
-from emloc_ray.stages.jobs import Jobs
-from emloc_ray.stages.tokens import split_inputs
+from emloc_ray.stages.context import Context
+from emloc_ray.stages.finetune.stage import finetune_job
+from emloc_ray.stages.heal.stage import healing_job, no_healing
+from emloc_ray.stages.order import STEPS
+from emloc_ray.stages.tokens.stage import split_inputs
 
 ROW = Lengths(2048.0, 2048.0)
 
@@ -67,7 +70,7 @@ def large(healing: dict[str, Any] | None, **sections: Any) -> Prepared:
 
 
 def stage(found: Prepared, name: str) -> StagePlan:
-    return next(entry for entry in make_plan(found).stages if entry.name == name)
+    return next(entry for entry in make_plan(STEPS, found).stages if entry.name == name)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +98,7 @@ def test_a_rank_that_no_layer_has_is_refused(prepared: Callable[..., Prepared]) 
 def test_at_ratio_one_it_is_left_out_and_told(prepared: Callable[..., Prepared]) -> None:
     found = prepared({"steps": 3, "r": 100}, emulator={"compression_ratio": 1.0})
     assert factor_ranks(found) == {}
-    assert "heal" not in [entry.name for entry in make_plan(found).stages]
+    assert "heal" not in [entry.name for entry in make_plan(STEPS, found).stages]
     assert "compression_ratio 1.0" in (no_healing(found.config) or "")
     assert no_healing(prepared(None).config) is None
     assert no_healing(prepared({"steps": 3, "r": 8}).config) is None
@@ -105,7 +108,7 @@ def test_parameters_are_those_without_healing(prepared: Callable[..., Prepared])
     plain, found = prepared(None), prepared({"steps": 3, "r": 17})
     assert found.layout.ranks == plain.layout.ranks
     assert found.layout.parameters_factorized == plain.layout.parameters_factorized
-    assert make_plan(found).emulator_parameters == make_plan(plain).emulator_parameters
+    assert make_plan(STEPS, found).emulator_parameters == make_plan(STEPS, plain).emulator_parameters
     training = healing_run(found, found.config.emulator.healing)
     # q and k of rank 16 and less have nothing to give; what the MLP gives the LoRA has.
     assert {name.rsplit(".", 1)[-1] for name in training.layout.adapted} == {"gate_proj", "up_proj", "down_proj"}
@@ -168,16 +171,16 @@ def test_it_may_have_rows_of_its_own(
 def test_teacher_and_training_read_those_rows(prepared: Callable[..., Prepared], others: Path, tmp_path: Path) -> None:
     data = {"train": {"path": str(tmp_path / "rows.jsonl")}, "max_seq_length": 64, "healing": {"path": str(others)}}
     found = prepared({"steps": 1000}, data=data)
-    jobs = Jobs(found, found.source.directory)
+    context = Context(found, found.source.directory)
     for split, count in (("train", 5), ("healing", 3)):
-        write_shard(jobs.tokens(split) / shard_name(0), [Tokens([2, 3], [True, True])] * count)
-        write_index(jobs.tokens(split), [count], {"tokens": 2 * count})
+        write_shard(context.tokens(split) / shard_name(0), [Tokens([2, 3], [True, True])] * count)
+        write_index(context.tokens(split), [count], {"tokens": 2 * count})
     section = found.config.emulator.healing
     assert section is not None
-    job = jobs.healing(section, "heal")
-    assert job.teacher.tokens_dir == job.training.tokens_dir == jobs.tokens("healing")
+    job = healing_job(context, section, "heal")
+    assert job.teacher.tokens_dir == job.training.tokens_dir == context.tokens("healing")
     assert sorted({row for rows in job.teacher.shards() for row in rows}) == [0, 1, 2]
-    assert jobs.finetuning("finetune").tokens_dir == jobs.tokens("train")
+    assert finetune_job(context, "finetune").tokens_dir == context.tokens("train")
 
 
 def test_rows_of_its_own_are_read_only_where_it_heals(
@@ -204,7 +207,7 @@ def test_healing_needs_no_more_memory_than_inference_does() -> None:
     for ratio in (0.25, 0.5):
         found = large({"steps": 100, "r": 16}, emulator={"compression_ratio": ratio})
         memory = MemoryModel(found, ROW)
-        assert total(memory.stage("heal")) <= total(memory.inference()), ratio
+        assert total(with_base(memory.heal())) <= total(memory.inference()), ratio
 
 
 def test_4_bits_come_after_healing(prepared: Callable[..., Prepared]) -> None:
@@ -212,25 +215,25 @@ def test_4_bits_come_after_healing(prepared: Callable[..., Prepared]) -> None:
     memory = MemoryModel(found, ROW)
     assert packs_late(found)
     assert not packs_late(large(None, emulator={"quantization": "nf4"}))
-    assert total(memory.stage("heal")) == total(MemoryModel(large({"steps": 100}), ROW).stage("heal"))
-    assert total(memory.stage("finetune")) < total(memory.stage("heal"))
+    assert total(with_base(memory.heal())) == total(with_base(MemoryModel(large({"steps": 100}), ROW).heal()))
+    assert total(with_base(memory.finetune())) < total(with_base(memory.heal()))
 
 
 def test_a_budget_is_for_the_healing_too() -> None:
     budget = 12 * 2**30
     found = large({"steps": 100, "per_device_train_batch_size": 4})
-    solution = solve(found, budget, ROW)
+    solution = solve(STEPS, found, budget, ROW)
     assert solution.finetune_bytes <= budget
     assert "heal" in dict(solution.too_large)  # its teacher is the original, which is larger
-    assert solution.compression_ratio < solve(large(None), budget, ROW).compression_ratio
+    assert solution.compression_ratio < solve(STEPS, large(None), budget, ROW).compression_ratio
 
 
 def test_a_budget_leaves_the_healing_its_rows_a_step() -> None:
     found = large({"steps": 100, "per_device_train_batch_size": 4}, finetune={"per_device_train_batch_size": 8})
-    solution = solve(found, 10 * 2**30, ROW)
+    solution = solve(STEPS, found, 10 * 2**30, ROW)
     assert solution.gradient_accumulation_steps > 1
     changed = with_settings(found, 0.5, 1, solution.gradient_accumulation_steps, True)
     own = max(1, 4 // solution.gradient_accumulation_steps)
     assert healing_run(changed, changed.config.emulator.heals).config.finetune.per_device_train_batch_size == own
     assert f"emulator.healing.per_device_train_batch_size={own}" in solution.overrides
-    assert "healing" not in " ".join(solve(large({"steps": 100}), 12 * 2**30, ROW).overrides)
+    assert "healing" not in " ".join(solve(STEPS, large({"steps": 100}), 12 * 2**30, ROW).overrides)

@@ -18,11 +18,14 @@ from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.loading import ModelSource
 from emloc_ray.planning import memory
 from emloc_ray.planning.budget import check_gradients, solve, with_settings
+from emloc_ray.planning.costs import with_base
 from emloc_ray.planning.layout import make_layout, skeleton_of
 from emloc_ray.planning.memory import BASE_BYTES, MemoryModel, total
-from emloc_ray.planning.plan import make_plan, row_lengths, within_budget
+from emloc_ray.planning.plan import make_plan, within_budget
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.planning.sizes import Lengths, gram_bytes
+from emloc_ray.planning.work import row_lengths
+from emloc_ray.stages.order import STEPS
 
 LENGTHS = Lengths(mean=40.0, longest=64.0)
 ROW = Lengths(2048.0, 2048.0)
@@ -149,7 +152,7 @@ def test_a_vision_tower_sees_tokens_of_its_own() -> None:
 
 def test_grams_are_in_squared_float32_once_a_shared_input(prepared: Callable[..., Prepared]) -> None:
     # Two blocks: q, k, v share 64 inputs, o has 64, gate and up share 64, down has 128.
-    parts = MemoryModel(prepared(), LENGTHS).stage("calibrate")
+    parts = with_base(MemoryModel(prepared(), LENGTHS).calibrate())
     assert parts["grams"] == 2 * 4 * (3 * 64**2 + 128**2)
     assert parts["base"] == BASE_BYTES
 
@@ -159,7 +162,7 @@ def test_streamed_holds_a_block_and_not_the_head(prepared: Callable[..., Prepare
     model = MemoryModel(ready, LENGTHS)
     block = sum(spec.num_parameters for spec in ready.layout.specs) // 2
     outside = ready.layout.num_parameters - 2 * block - ready.layout.head_parameters
-    parts = model.stage("calibrate")
+    parts = with_base(model.calibrate())
     assert parts["weights"] == 4 * (block + outside)
     assert parts["grams"] == 4 * (3 * 64**2 + 128**2)
     assert model.hidden_state_disk_bytes() == 2 * 128 * 40 * 64 * 4
@@ -168,7 +171,7 @@ def test_streamed_holds_a_block_and_not_the_head(prepared: Callable[..., Prepare
 def test_waves_fill_the_room_that_the_model_leaves(prepared: Callable[..., Prepared]) -> None:
     free = MemoryModel(prepared(), LENGTHS)
     assert len(free.waves()) == 1
-    beside = total(free.stage("calibrate")) - int(free.stage("calibrate")["grams"])
+    beside = total(with_base(free.calibrate())) - int(with_base(free.calibrate())["grams"])
     room = 4 * 128**2 + 4 * 64**2
     bounded = MemoryModel(prepared(memory_budget=beside + room, calibration={"mode": "resident"}), LENGTHS)
     waves = bounded.waves()
@@ -191,7 +194,7 @@ def test_workers_with_a_gpu_go_by_its_memory(
 
 def test_what_costs_less_is_predicted_to_cost_less(prepared: Callable[..., Prepared]) -> None:
     def finetune(**section: Any) -> int:
-        return total(MemoryModel(prepared(finetune=section), LENGTHS).stage("finetune"))
+        return total(with_base(MemoryModel(prepared(finetune=section), LENGTHS).finetune()))
 
     assert finetune(gradient_checkpointing=True) < finetune(gradient_checkpointing=False)
     assert finetune(per_device_train_batch_size=1) < finetune(per_device_train_batch_size=8)
@@ -206,8 +209,8 @@ def test_the_cache_of_inference_is_keys_and_values_of_every_block(prepared: Call
 
 def test_a_budget_is_solved_for_the_largest_ratio_that_fits(prepared: Callable[..., Prepared]) -> None:
     ready = prepared(finetune={"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2})
-    least = total(MemoryModel(with_settings(ready, 0.1, 1, 16, True), LENGTHS).stage("finetune"))
-    found = [solve(ready, least + more, LENGTHS) for more in range(0, 40_000_000, 400_000)]
+    least = total(with_base(MemoryModel(with_settings(ready, 0.1, 1, 16, True), LENGTHS).finetune()))
+    found = [solve(STEPS, ready, least + more, LENGTHS) for more in range(0, 40_000_000, 400_000)]
     for solution in found:
         assert solution.finetune_bytes <= solution.budget
         assert solution.micro_batch * solution.gradient_accumulation_steps == 16
@@ -221,28 +224,28 @@ def test_a_budget_is_solved_for_the_largest_ratio_that_fits(prepared: Callable[.
 
 def test_a_budget_that_nothing_meets_says_what_would(prepared: Callable[..., Prepared]) -> None:
     with pytest.raises(ConfigError, match=r"No compression ratio fits 103 MiB: at 0\.1, .* needs 451 MiB"):
-        solve(prepared(), 2**30 // 10, LENGTHS)
+        solve(STEPS, prepared(), 2**30 // 10, LENGTHS)
     for adapter, knob in (
         ({"method": "lokr"}, "r"),
         ({"method": "ia3"}, "target_modules"),
         ({"method": "prompt_tuning", "num_virtual_tokens": 4}, "num_virtual_tokens"),
     ):
         with pytest.raises(ConfigError, match=rf"lower data\.max_seq_length or adapter\.{knob}\.$"):
-            solve(prepared(adapter=adapter), 2**30 // 10, LENGTHS)
+            solve(STEPS, prepared(adapter=adapter), 2**30 // 10, LENGTHS)
 
 
 def test_what_no_ratio_helps_is_told_with_what_would(llama_7b: Prepared) -> None:
-    solution = solve(llama_7b, 10 * 2**30, ROW)
+    solution = solve(STEPS, llama_7b, 10 * 2**30, ROW)
     assert {name for name, _ in solution.too_large} == {"correct", "evaluate"}
     assert "with correction.method projection or covariance correct does not" in solution.sentence
     with pytest.raises(ConfigError, match=r"No compression ratio fits 1 GiB: at 0\.1, .* needs \d+\.\d\d GiB"):
-        solve(llama_7b, 2**30, ROW)
+        solve(STEPS, llama_7b, 2**30, ROW)
 
 
 def test_the_solution_is_what_is_planned(prepared: Callable[..., Prepared]) -> None:
     ready = prepared(memory_budget=BASE_BYTES + 3_000_000)
-    solution, changed = within_budget(ready)
-    plan = make_plan(changed)
+    solution, changed = within_budget(STEPS, ready)
+    plan = make_plan(STEPS, changed)
     stage = next(stage for stage in plan.stages if stage.name == "finetune")
     assert stage.worker_bytes == solution.finetune_bytes
     again = parse_config(ready.config.model_dump(mode="json"))
@@ -258,9 +261,9 @@ def test_each_method_counts_its_own_parameters(prepared: Callable[..., Prepared]
     assert dora.adapter_parameters - lora.adapter_parameters == sum(spec.out_features for spec in dora.adapted)
     prompt = memory(method="prompt_tuning", num_virtual_tokens=5)
     assert prompt.adapter_parameters == 5 * 64
-    assert prompt.stage("finetune")["optimizer"] == 16 * 5 * 64
-    assert prompt.stage("merge") == {"base": BASE_BYTES}
-    assert prompt.stage("correct") == {"base": BASE_BYTES}
+    assert with_base(prompt.finetune())["optimizer"] == 16 * 5 * 64
+    assert with_base(prompt.merge()) == {"base": BASE_BYTES}
+    assert with_base(prompt.correct()) == {"base": BASE_BYTES}
     loha = memory(method="loha", r=2)  # trained small, corrected as LoRA of rank r²
     assert loha.adapter_parameters == 2 * sum(2 * (s.in_features + s.out_features) for s in loha.adapted)
     assert loha.corrected_parameters == sum(4 * (s.in_features + s.out_features) for s in loha.adapted)
@@ -283,7 +286,7 @@ def test_what_is_scaled_by_what_is_learned_is_kept(prepared: Callable[..., Prepa
 
 def test_a_budget_never_takes_a_prefix_its_cache(prepared: Callable[..., Prepared]) -> None:
     run = prepared(adapter={"method": "prefix_tuning", "num_virtual_tokens": 3}, memory_budget="500MiB")
-    assert solve(run, 500 * 2**20, LENGTHS).gradient_checkpointing is False
+    assert solve(STEPS, run, 500 * 2**20, LENGTHS).gradient_checkpointing is False
 
 
 def mixture(num_experts: int) -> MemoryModel:
@@ -303,11 +306,11 @@ def test_experts_count_as_weights_all_and_as_activations_by_their_share_of_token
     few, many = mixture(4), mixture(8)
     for stage in ("finetune", "correct", "evaluate"):
         assert many.stage(stage)["weights"] > 1.7 * few.stage(stage)["weights"]
-    assert many.stage("finetune")["activations"] == few.stage("finetune")["activations"]
+    assert with_base(many.finetune())["activations"] == with_base(few.finetune())["activations"]
     spec = next(spec for spec in many.layout.specs if spec.name.endswith("0.down"))
     assert (spec.routed_share, spec.token_share) == (0.25, 0.25)
     # A Gram for what each expert's gate and up read, and one for what its down reads.
-    grams = many.stage("calibrate")["grams"] - few.stage("calibrate")["grams"]
+    grams = with_base(many.calibrate())["grams"] - with_base(few.calibrate())["grams"]
     assert grams == 2 * 4 * 4 * (1024**2 + 3584**2)
 
 
@@ -322,7 +325,7 @@ def test_llama_7b_in_4_bits_by_hand() -> None:
     assert 0.24 < (quarter.emulator - 2 * outside) / (packed.emulator - 2 * outside) < 0.26
     # Unpacked one at a time, the largest: indices of two elements each, float32, bfloat16.
     assert packed.finetune()["unpacked"] == 4096 * 11008 * (2 + 4 + 2)
-    assert "unpacked" not in MemoryModel(bare(LlamaConfig()), ROW).stage("finetune")
+    assert "unpacked" not in with_base(MemoryModel(bare(LlamaConfig()), ROW).finetune())
     assert packed.calibrate()["grams"] > 0
 
 
@@ -347,7 +350,7 @@ def test_sums_of_gradients_go_in_waves_too(prepared: Callable[..., Prepared]) ->
     free = MemoryModel(prepared(emulator=WEIGHED), LENGTHS)
     [whole] = free.gradient_waves()
     assert [spec.name for spec in whole] == list(free.layout.weighed)
-    beside = total(free.stage("gradients")) - int(free.stage("gradients")["gradients"])
+    beside = total(with_base(free.gradients())) - int(with_base(free.gradients())["gradients"])
     room = 4 * 128**2 + 4 * 64**2
     bounded = MemoryModel(prepared(memory_budget=beside + room, emulator=WEIGHED), LENGTHS)
     waves = bounded.gradient_waves()

@@ -12,14 +12,16 @@ from rich.console import Console
 from tiny import save_quantized_emulator
 
 from emloc_ray.config.reading import parse_config
-from emloc_ray.config.steps import STAGES
+from emloc_ray.config.steps import VERBS
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.planning import plan as planner
-from emloc_ray.planning.plan import Plan, make_plan, missing_disk, needed_steps, num_steps, planned_steps
+from emloc_ray.planning.plan import Plan, make_plan, missing_disk, needed_steps, planned_steps
 from emloc_ray.planning.prepared import Prepared, prepare
+from emloc_ray.planning.work import num_steps
+from emloc_ray.stages.order import STEPS
 from emloc_ray.ui.terminal import plan_tables
 
-PLAIN = [stage for stage in STAGES[1:] if stage != "heal"]
+PLAIN = [stage for stage in VERBS[1:] if stage != "heal"]
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +51,7 @@ def prepared(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[..
 @pytest.fixture
 def plan(prepared: Callable[..., Prepared]) -> Callable[..., Plan]:
     """The plan of that."""
-    return lambda *args, **sections: make_plan(prepared(*args, **sections))
+    return lambda *args, **sections: make_plan(STEPS, prepared(*args, **sections))
 
 
 def stage(plan: Plan, name: str) -> Any:
@@ -74,7 +76,7 @@ def test_parameters_and_bytes_are_those_of_the_files(
 
 def test_a_run_that_goes_on_needs_the_disk_of_what_is_not_done(prepared: Callable[..., Prepared]) -> None:
     ready = prepared()
-    found, run = make_plan(ready), ready.run
+    found, run = make_plan(STEPS, ready), ready.run
     assert missing_disk(ready) == found.disk_bytes
     run.create({})
     for name in planned_steps(ready)[:2]:
@@ -117,7 +119,7 @@ def test_rows_that_are_not_here_yet_are_planned_as_long_as_they_may_be(prepared:
 def test_every_stage_is_there_with_what_it_asks_for(plan: Callable[..., Plan]) -> None:
     healed = {"healing": {"steps": 3}}
     found = plan(calibration={"num_workers": 2}, emulator=healed, finetune={"num_workers": 2, "cpus_per_worker": 0.5})
-    assert tuple(entry.name for entry in found.stages) == STAGES
+    assert tuple(entry.name for entry in found.stages) == VERBS
     assert all(entry.memory["base"] > 0 and min(entry.memory.values()) > 0 for entry in found.stages)
     assert stage(found, "calibrate").num_workers == 2
     assert stage(found, "finetune").cpus_per_worker == 0.5
@@ -248,7 +250,7 @@ def test_steps_without_work_are_not_waited_for(prepared: Callable[..., Prepared]
 def test_what_ranks_by_data_take_is_planned(plan: Callable[..., Plan]) -> None:
     plain, found = plan(), plan(emulator={"allocation": "sensitivity", "objective": "predictions"})
     names = [entry.name for entry in found.stages]
-    assert names == ["calibrate", "gradients", "allocate", "factorize", *STAGES[3:]]
+    assert names == ["calibrate", "gradients", "allocate", "factorize", *VERBS[3:]]
     assert found.emulator_parameters == plain.emulator_parameters
     assert stage(found, "gradients").worker_bytes > stage(found, "calibrate").worker_bytes
     assert stage(found, "gradients").seconds > stage(found, "calibrate").seconds > 0

@@ -19,7 +19,7 @@ from emloc_ray.io.store.object_store import ObjectStore
 from emloc_ray.planning import plan as planner
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.stages.ray.session import _data_files
-from emloc_ray.stages.tokens import split_inputs
+from emloc_ray.stages.tokens.stage import split_inputs
 from emloc_ray.ui.cli import app
 
 Make = Callable[..., Prepared]

@@ -17,11 +17,15 @@ from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.yaml_text import read_yaml
 from emloc_ray.modeling.matching import matches
+from emloc_ray.planning.costs import with_base
 from emloc_ray.planning.memory import MemoryModel, total
-from emloc_ray.planning.plan import make_plan, row_lengths
+from emloc_ray.planning.plan import make_plan
 from emloc_ray.planning.prepared import Prepared, prepare
-from emloc_ray.runs.remarks import left_dense, long_images, skipped_rows, unseen_linears
-from emloc_ray.stages.tokens import may_change, split_inputs
+from emloc_ray.planning.work import row_lengths
+from emloc_ray.runs.remarks import left_dense, long_images
+from emloc_ray.stages.factorize.stage import unseen_linears
+from emloc_ray.stages.order import STEPS
+from emloc_ray.stages.tokens.stage import may_change, skipped_rows, split_inputs
 
 Make = Callable[..., Prepared]
 
@@ -136,7 +140,7 @@ def test_bad_rows_end_validation_unless_they_are_skipped(prepared: Make) -> None
 def test_rows_of_no_known_form_are_skipped_by_the_plan_too(prepared: Make) -> None:
     bad = [{"messages": 5}, {"messages": [5]}, {"messages": [{"role": "user", "content": 5}]}, {"other": 1}]
     ready = prepared(rows=[*bad, *[shown()] * 20], data={"on_error": "skip"})
-    assert make_plan(ready).lengths.images == pytest.approx(20 / 24)
+    assert make_plan(STEPS, ready).lengths.images == pytest.approx(20 / 24)
 
 
 def test_an_image_file_that_is_missing_is_told_before_the_start(prepared: Make, tmp_path: Path) -> None:
@@ -217,8 +221,8 @@ def test_the_plan_counts_an_image_s_tokens_and_patches(prepared: Make) -> None:
     assert lengths.images == 1
     assert lengths.mean == pytest.approx(words.mean + one.layout.image.row_tokens)
     assert MemoryModel(one, lengths).blocks[0].multiple == pytest.approx(17 / lengths.longest)
-    assert total(MemoryModel(one, lengths).stage("calibrate")) > 0
-    assert make_plan(one).parameters == one.layout.num_parameters
+    assert total(with_base(MemoryModel(one, lengths).calibrate())) > 0
+    assert make_plan(STEPS, one).parameters == one.layout.num_parameters
 
 
 def test_encoded_images_in_rows_are_no_text(prepared: Make) -> None:
@@ -228,5 +232,5 @@ def test_encoded_images_in_rows_are_no_text(prepared: Make) -> None:
     assert row_lengths(ready).longest < 200
     # They are kept on disk as encoded, beside the tokens.
     assert row_lengths(ready).image_bytes == 75_000
-    needed = make_plan(ready).disk_bytes
-    assert needed == make_plan(prepared(rows=[shown(0)] * 20)).disk_bytes + 20 * 75_000
+    needed = make_plan(STEPS, ready).disk_bytes
+    assert needed == make_plan(STEPS, prepared(rows=[shown(0)] * 20)).disk_bytes + 20 * 75_000

@@ -14,8 +14,7 @@ from pages import LOADING, Page
 from rich.console import Console
 from run_samples import STAGES, finished_metrics, manifest, spectra, usage
 
-from emloc_ray.config.steps import SPECTRA
-from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.runs.directory import SPECTRA, RunDirectory
 from emloc_ray.runs.log import RunLog
 from emloc_ray.stages.ray.spans import Span
 from emloc_ray.ui import page as report

@@ -16,9 +16,9 @@ from emloc_ray.io.formats.checkpoint import Checkpoint, read_shard
 from emloc_ray.io.formats.grams import GramStore, reduce_slots, write_gram_index, write_gram_shard
 from emloc_ray.modeling.architecture import LinearSpec, block_linears, empty_model, trace_inputs
 from emloc_ray.modeling.stored_names import stored_parameters, stored_specs
-from emloc_ray.runs.remarks import thin_experts
 from emloc_ray.stages.calibrate.job import CalibrationJob
 from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
+from emloc_ray.stages.calibrate.stage import thin_experts
 from emloc_ray.stages.calibrate.streamed_slot import StreamedSlot, part_file
 from emloc_ray.stages.calibrate.thin_experts import Gathered, describe, gather_thin, thin_names
 from emloc_ray.stages.factorize.factorize import FactorizationJob, factorize_group

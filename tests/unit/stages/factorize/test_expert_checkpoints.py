@@ -17,7 +17,7 @@ from emloc_ray.modeling.experts import PARTS, owner_of
 from emloc_ray.modeling.stored_names import renamed_tensors, stored_parameters, stored_specs
 from emloc_ray.stages.factorize.factorize import FactorizationJob, finish_emulator
 from emloc_ray.stages.factorize.kept_tensors import copy_rest, rest_of_shards
-from emloc_ray.stages.merge import MergeJob, merge_shard
+from emloc_ray.stages.merge.merge import MergeJob, merge_shard
 
 R, ALPHA = 2, 6
 FAMILIES = ["mixtral", "qwen2_moe"]

@@ -18,7 +18,7 @@ from emloc_ray.io.store.node_cache import exists, mirror
 from emloc_ray.modeling.adapter import Adapter
 from emloc_ray.modeling.architecture import block_linears, empty_model
 from emloc_ray.modeling.loading import copy_checkpoint
-from emloc_ray.stages.merge import MergeJob, _write_index, merge_shard, output_shards
+from emloc_ray.stages.merge.merge import MergeJob, _write_index, merge_shard, output_shards
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -13,8 +13,9 @@ import pytest
 from emloc_ray.config.reading import parse_config
 from emloc_ray.data.token_shards import write_index
 from emloc_ray.planning.prepared import prepare
+from emloc_ray.stages.context import Context
 from emloc_ray.stages.correct.correct import CorrectionJob
-from emloc_ray.stages.jobs import Jobs
+from emloc_ray.stages.correct.stage import correction_job
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def correction(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[
         }
         prepared = prepare(parse_config(values))
         write_index(prepared.run.path("data", "tokens", "train"), [8, 4], {"tokens": 40})
-        found = Jobs(prepared, model_dir).correction()
+        found = correction_job(Context(prepared, model_dir))
         shutil.rmtree(tmp_path / "run")
         return found
 

@@ -23,8 +23,8 @@ from emloc_ray.data.tokenizing import TokenizeOptions
 from emloc_ray.demos.docstrings import DocstringTask
 from emloc_ray.io.runs.resume import discard_unless
 from emloc_ray.planning.prepared import Prepared, prepare
-from emloc_ray.runs.remarks import shortfall
-from emloc_ray.stages.tokens import _sources, split_inputs, tokenize_data
+from emloc_ray.stages.tokens.stage import shortfall, split_inputs
+from emloc_ray.stages.tokens.tokens import _sources, tokenize_data
 
 Make = Callable[..., Prepared]
 NUM_ROWS = 600
@@ -134,8 +134,8 @@ def test_large_rows_of_the_run_s_own_are_known_by_their_content(
         return {}
 
     monkeypatch.setattr("emloc_ray.demos.docstrings.generate", generate)
-    monkeypatch.setattr("emloc_ray.stages.tokens._splits", lambda *_: {})
-    monkeypatch.setattr("emloc_ray.stages.tokens.tokenize_splits", tokenize)
+    monkeypatch.setattr("emloc_ray.stages.tokens.tokens._splits", lambda *_: {})
+    monkeypatch.setattr("emloc_ray.stages.tokens.tokens.tokenize_splits", tokenize)
     values = {"run_dir": str(tmp_path / "run"), "model": {"source": str(tiny_model_dir("llama"))}}
     ready = prepare(parse_config({**values, "data": {"generate": "docstrings", "format": "prompt_completion"}}))
     for _ in range(2):
