@@ -304,8 +304,8 @@ def mixture(num_experts: int) -> MemoryModel:
 
 def test_experts_count_as_weights_all_and_as_activations_by_their_share_of_tokens() -> None:
     few, many = mixture(4), mixture(8)
-    for stage in ("finetune", "correct", "evaluate"):
-        assert many.stage(stage)["weights"] > 1.7 * few.stage(stage)["weights"]
+    for of in (MemoryModel.finetune, MemoryModel.correct, MemoryModel.evaluate):
+        assert of(many)["weights"] > 1.7 * of(few)["weights"]
     assert with_base(many.finetune())["activations"] == with_base(few.finetune())["activations"]
     spec = next(spec for spec in many.layout.specs if spec.name.endswith("0.down"))
     assert (spec.routed_share, spec.token_share) == (0.25, 0.25)

@@ -130,9 +130,10 @@ def test_bad_rows_end_validation_unless_they_are_skipped(prepared: Make) -> None
     rows = [{"messages": []}, *[shown()] * 20]
     with pytest.raises(ConfigError, match=r"rows\.jsonl, row 1: field 'messages'"):
         prepared(rows=rows)
-    assert prepared(rows=rows, data={"on_error": "skip"}).files["train"][0].num_rows == 21
-    assert skipped_rows("train", {"skipped_rows": 0}) is None
-    assert skipped_rows("train", {"skipped_rows": 3}) == (
+    ready = prepared(rows=rows, data={"on_error": "skip"})
+    assert ready.files["train"][0].num_rows == 21
+    assert skipped_rows(ready.config, "train", {"skipped_rows": 0}) is None
+    assert skipped_rows(ready.config, "train", {"skipped_rows": 3}) == (
         "data.train: 3 bad rows skipped; data.on_error: fail names the first."
     )
 
@@ -149,7 +150,8 @@ def test_an_image_file_that_is_missing_is_told_before_the_start(prepared: Make, 
     rows = [*[shown()] * 20, lost]
     with pytest.raises(ConfigError, match=r"rows\.jsonl, row 21: image 1 lost\.png is not there: mend the path"):
         prepared(rows=rows)
-    assert prepared(rows=rows, data={"on_error": "skip"}).files["train"][0].num_rows == 21
+    ready = prepared(rows=rows, data={"on_error": "skip"})
+    assert ready.files["train"][0].num_rows == 21
 
 
 def test_changed_images_redo_the_tokens_and_are_not_shared(prepared: Make, tmp_path: Path) -> None:

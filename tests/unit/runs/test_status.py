@@ -123,47 +123,21 @@ def test_a_run_without_a_log(run: RunDirectory) -> None:
     assert len(lines(run)) == 2
 
 
-PLAIN = ("data", "calibrate", "factorize", "finetune", "correct", "merge", "evaluate")
+def test_the_steps_are_those_that_the_run_wrote_down() -> None:
+    """Or those that it has done, where an older version wrote none down."""
+    assert asked_steps({"stages": {"merge": {}}, "steps": ["data", "merge"]}) == ("data", "merge")
+    assert asked_steps({"stages": {"merge": {}, "data": {}}}) == ("data", "merge")
 
 
-@pytest.mark.parametrize(
-    ("config", "more", "less"),
-    [
-        ({}, (), ()),
-        ({"emulator": {"allocation": "sensitivity"}}, ("gradients", "allocate"), ()),
-        ({"emulator": {"objective": "predictions", "healing": {"steps": 3}}}, ("gradients", "heal"), ()),
-        (
-            {"emulator": {"compression_ratio": 1.0, "allocation": "sensitivity", "healing": {"steps": 3}}},
-            (),
-            ("calibrate",),
-        ),
-        ({"emulator": {"compression_ratio": 1.0, "quantization": "nf4"}}, (), ()),
-        ({"adapter": {"method": "prompt_tuning"}}, (), ("merge",)),
-    ],
-)
-def test_the_steps_that_a_config_asks_for(config: dict[str, Any], more: tuple[str, ...], less: tuple[str, ...]) -> None:
-    steps = asked_steps({"config": config})
-    assert set(steps) == {*PLAIN, *more} - set(less)
-    assert list(steps) == sorted(steps, key=STEPS.index)
-
-
-def test_the_steps_that_a_run_wrote_down_go_before_its_config() -> None:
-    """Which cannot tell that its patterns leave nothing to allocate."""
-    config = {"emulator": {"allocation": "sensitivity", "ratios": {".*": 0.3}}}
-    assert "allocate" in asked_steps({"config": config})
-    assert asked_steps({"config": config, "steps": ["data", "merge"]}) == ("data", "merge")
-
-
-def test_the_verb_lists_gradients_and_ranks(run: RunDirectory) -> None:
-    """Where the config asks for them, done or not; and what was done in any case."""
-    config = {"emulator": {"compression_ratio": 0.5, "allocation": "sensitivity"}}
-    run.create(config)
+def test_the_verb_lists_what_is_done_and_what_is_asked_for(run: RunDirectory) -> None:
+    run.create({}, steps=["data", "calibrate", "gradients", "merge"])
     run.commit("import", "", [], {"usage": {"wall_s": 2.0, "peak_pss_bytes": 2**30}})
     run.commit("gradients", "", [], {"usage": {"wall_s": 12.5, "peak_pss_bytes": 2**30}})
     told = CliRunner().invoke(app, ["status", str(run.root)], env={"COLUMNS": "200"})
     assert told.exit_code == 0, told.output
     marks = [line.split()[:2] for line in told.output.splitlines() if line[:1] in "✓·"]
-    assert marks == [["✓" if step in ("import", "gradients") else "·", step] for step in STEPS if step not in ("heal",)]
+    done = {"import", "gradients"}
+    assert marks == [["✓" if step in done else "·", step] for step in ("import", "data", "calibrate", "gradients", "merge")]
     assert "12.5 s" in told.output
 
 
