@@ -133,9 +133,11 @@ def save_lopsided(directory: Path) -> Path:
 
 def make_emulator(model: Any, ranks: dict[str, int], storage: Storage = "factors") -> Any:
     """Replaces linears of a model, in place, by the plain truncated SVD of their weights; returns it."""
+    from dense_weights import dense_weight
+
     from emloc_ray.core.factorization import LowRankFactors
     from emloc_ray.core.pivoting import pivot
-    from emloc_ray.modeling.emulator import dense_weight, factorize_modules
+    from emloc_ray.modeling.emulator import factorize_modules
 
     weights = {name: dense_weight(model.get_submodule(name)) for name in ranks}
     biases = {name: model.get_submodule(name).bias for name in ranks}

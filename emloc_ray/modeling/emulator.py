@@ -15,11 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from emloc_ray.core.pivoting import stored_product
 from emloc_ray.core.ranks import Storage
 from emloc_ray.modeling.emulator_type import EmulatorModelConfig
 from emloc_ray.modeling.experts import unfuse
-from emloc_ray.modeling.quantization import module_weight
 
 
 class FactorizedLinear(nn.Module):
@@ -151,12 +149,3 @@ def write_emulator_config(
         "base_config": json.loads(json.dumps(base, default=str)),
     }
     write_json(directory / "config.json", values)
-
-
-def dense_weight(module: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``W_E (out, in)`` of a linear or of its factors as stored, in 4 bits or not, computed in ``dtype``."""
-    if isinstance(module, FactorizedLinear):
-        up, down = (module_weight(part).to(dtype) for part in (module.up, module.down))
-        return stored_product(up, down, getattr(module, "order", None))
-    weight = module_weight(module).to(dtype)
-    return weight if isinstance(module, nn.Linear) else weight.T

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense_weights import dense_weight
 from families import FAMILIES
 from peft import PeftModel
 from small_runs import FinishedRun
@@ -23,7 +24,6 @@ from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.modeling.adapter import Adapter
 from emloc_ray.modeling.architecture import auto_class
-from emloc_ray.modeling.emulator import dense_weight
 from emloc_ray.modeling.inputs import model_call
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.planning.prepared import prepare

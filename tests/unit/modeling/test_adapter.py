@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense_weights import dense_weight
 from peft import PeftModel
 from s3_server import uri
 from safetensors.torch import load_file, save_file
@@ -34,7 +35,7 @@ from emloc_ray.modeling.adapter import (
 from emloc_ray.modeling.adapter_layers import FactorizedLoraLinear
 from emloc_ray.modeling.adapter_methods import lora_config
 from emloc_ray.modeling.architecture import block_linears
-from emloc_ray.modeling.emulator import FactorizedLinear, dense_weight
+from emloc_ray.modeling.emulator import FactorizedLinear
 from emloc_ray.modeling.loading import load_model
 
 IDS = torch.randint(2, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(0))

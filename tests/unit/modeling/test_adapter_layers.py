@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_cases import CASES, FITTING, IDS, ON_LINEARS, PROMPTS, attached, fits, logits, settings, train, trained
+from dense_weights import dense_weight
 from peft import PeftModel, get_peft_model
 from tiny import make_model, save_emulator, save_quantized_emulator
 from transformers import AutoModelForCausalLM
@@ -28,7 +29,7 @@ from emloc_ray.modeling.adapter import (
 from emloc_ray.modeling.adapter_layers import FactorizedDora, FactorizedLoraLinear
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import block_linears
-from emloc_ray.modeling.emulator import FactorizedLinear, PivotedLinear, dense_weight
+from emloc_ray.modeling.emulator import FactorizedLinear, PivotedLinear
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import token_loss
 from emloc_ray.modeling.scoring import complete

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense_weights import dense_weight
 from safetensors import safe_open
 from tiny import EXPERT_FAMILIES, FAMILIES, VOCABULARY, Storage, make_emulator, make_model, save_emulator
 from torch import nn
@@ -21,7 +22,6 @@ from emloc_ray.modeling.architecture import block_linears
 from emloc_ray.modeling.emulator import (
     FactorizedLinear,
     PivotedLinear,
-    dense_weight,
     factorize_modules,
     write_emulator_config,
 )

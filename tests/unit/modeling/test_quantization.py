@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dense_weights import dense_weight
 from safetensors.torch import load_file
 from tiny import FAMILIES, VOCABULARY, make_model, save_quantized_emulator
 from torch import nn
@@ -20,7 +21,7 @@ from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.modeling.adapter import attach_adapter
 from emloc_ray.modeling.adapter_methods import lora_config
 from emloc_ray.modeling.architecture import block_linears
-from emloc_ray.modeling.emulator import FactorizedLinear, dense_weight
+from emloc_ray.modeling.emulator import FactorizedLinear
 from emloc_ray.modeling.four_bit_linear import ExactLinear4bit
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.quantization import (

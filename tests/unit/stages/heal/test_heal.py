@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense_weights import dense_weight
 from PIL import Image
 from safetensors.torch import load_file
 from stage_artifacts import Artifacts, write_tokens
@@ -27,7 +28,7 @@ from emloc_ray.errors import ArtifactError, NumericsError
 from emloc_ray.io.formats.teacher_shards import TeacherShards, teacher_shard, write_teacher_index
 from emloc_ray.modeling.adapter import load_adapter
 from emloc_ray.modeling.architecture import block_linears, empty_model
-from emloc_ray.modeling.emulator import FactorizedLinear, PivotedLinear, dense_weight, write_emulator_config
+from emloc_ray.modeling.emulator import FactorizedLinear, PivotedLinear, write_emulator_config
 from emloc_ray.modeling.loading import copy_tokenizer, load_model
 from emloc_ray.modeling.loss import TopLogProbs, token_loss
 from emloc_ray.modeling.quantization import dequantize, quantize
