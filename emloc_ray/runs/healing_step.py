@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from emloc_ray.errors import ConfigError
-from emloc_ray.planning.training import healing_run, healing_split
 from emloc_ray.io.runs.fingerprint import fingerprint
-from emloc_ray.io.store.node_cache import discard
 from emloc_ray.io.runs.resume import begun_with, discard_unless
+from emloc_ray.io.store.node_cache import discard
+from emloc_ray.planning.training import healing_run, healing_split
 from emloc_ray.runs.steps import NOT_LEARNED, Inputs, Steps, without
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ def heal_emulator(steps: Steps, jobs: Jobs, content: Callable[[], Inputs]) -> No
         steps.leave_out("heal", steps.inputs["factorize"], out_dir)
         discard(place)
         return
-    from emloc_ray.stages.jobs import resources
     from emloc_ray.stages.heal.heal import heal
+    from emloc_ray.stages.jobs import resources
 
     training = healing_run(prepared, healing)
     if not training.layout.adapted:

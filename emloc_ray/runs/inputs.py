@@ -9,14 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emloc_ray.planning.budget import check_gradients
-from emloc_ray.planning.training import factor_ranks, packs_late
+from emloc_ray.io.formats.grams import INDEX
 from emloc_ray.io.runs.cache import EntryGone
 from emloc_ray.io.runs.fingerprint import fingerprint
-from emloc_ray.io.formats.grams import INDEX
 from emloc_ray.io.store.node_cache import discard, exists
+from emloc_ray.planning.budget import check_gradients
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.plan import row_lengths
+from emloc_ray.planning.training import factor_ranks, packs_late
 from emloc_ray.runs.steps import Inputs, Steps
 
 if TYPE_CHECKING:
@@ -134,9 +134,9 @@ class RankSteps:
         if not self.are_needed():
             self.steps.pass_over("gradients", self.gradient_inputs())
             return
-        from emloc_ray.stages.jobs import resources
         from emloc_ray.stages.calibrate.calibrate import calibrate
         from emloc_ray.stages.calibrate.job import go_on
+        from emloc_ray.stages.jobs import resources
 
         inputs, section = self.gradient_inputs(), self.config.calibration
         if not exists(out_dir / INDEX) and self.directory.stage("gradients") is not None:
@@ -170,8 +170,8 @@ class RankSteps:
             self.steps.pass_over("allocate", inputs)
             return
         from emloc_ray.io.runs.resume import discard_unless
-        from emloc_ray.stages.jobs import resources
         from emloc_ray.stages.factorize.allocate import allocate_ranks
+        from emloc_ray.stages.jobs import resources
 
         def execute(progress: Progress, granted: Resources) -> dict[str, Any]:
             discard_unless(out_dir, inputs)

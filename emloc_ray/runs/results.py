@@ -9,11 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from emloc_ray.io.store.node_cache import sizes
+from emloc_ray.config.steps import STEPS
 from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.store.node_cache import sizes
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.config.steps import STEPS
 from emloc_ray.runs.status import older_stages
 
 _ARTIFACTS = (

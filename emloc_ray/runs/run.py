@@ -6,21 +6,21 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING, Any
 
-from emloc_ray.runs import remarks
-from emloc_ray.planning.budget import check_gradients
 from emloc_ray.config.schema import RunConfig
+from emloc_ray.config.steps import STAGES, STEPS
 from emloc_ray.errors import DamagedArtifactError
+from emloc_ray.io.formats.grams import INDEX
 from emloc_ray.io.runs.cache import ArtifactCache, EntryGone
 from emloc_ray.io.runs.fingerprint import fingerprint, fingerprint_large_files
-from emloc_ray.io.formats.grams import INDEX
-from emloc_ray.io.store.node_cache import discard, exists, hashes
 from emloc_ray.io.runs.resume import discard_unless
+from emloc_ray.io.store.node_cache import discard, exists, hashes
+from emloc_ray.planning.budget import check_gradients
 from emloc_ray.planning.plan import missing_disk, needed_steps, row_lengths
 from emloc_ray.planning.prepared import Prepared, check_disk, check_resources, prepare
+from emloc_ray.runs import remarks
 from emloc_ray.runs.inputs import RankSteps
-from emloc_ray.runs.reporter import Reporter, Reporters, SilentReporter
 from emloc_ray.runs.log import RunLog
-from emloc_ray.config.steps import STAGES, STEPS
+from emloc_ray.runs.reporter import Reporter, Reporters, SilentReporter
 from emloc_ray.runs.steps import NOT_LEARNED, Steps, without
 from emloc_ray.runs.turns import AtOnce, Turns
 
@@ -51,10 +51,10 @@ def run(
         ConfigError: before any stage starts or anything is written.
         EmlocError: where a stage failed; finished stages stay, and the same call goes on from them.
     """
-    from emloc_ray.stages.ray.tasks import connection, total
-    from emloc_ray.stages.ray.losses import explain
     from emloc_ray.stages.ray.gauges import StageGauges
+    from emloc_ray.stages.ray.losses import explain
     from emloc_ray.stages.ray.session import check_visible
+    from emloc_ray.stages.ray.tasks import connection, total
 
     prepared = prepared or prepare(config)
     redone = fresh or begin == STAGES[0] or not {"gradients", "factorize"} & prepared.run.stages().keys()
@@ -152,8 +152,8 @@ class Pipeline:
     def import_model(self) -> None:
         """The original as a safetensors checkpoint: written once from a GGUF file, else where the config says."""
         from emloc_ray.modeling.loading import checkpoint_files, copy_checkpoint, fetch_weights, import_gguf
-        from emloc_ray.stages.ray.tasks import Resources, bounded
         from emloc_ray.stages.ray.losses import Losses
+        from emloc_ray.stages.ray.tasks import Resources, bounded
 
         source, source_dir = self.prepared.source, self._source_dir
         if source.hub_id is not None:
@@ -222,9 +222,9 @@ class Pipeline:
         if not self.layout.differs:
             self.steps.leave_out("calibrate", "none needed", self.directory.path("calibration"))
             return
-        from emloc_ray.stages.jobs import resources
         from emloc_ray.stages.calibrate.calibrate import calibrate
         from emloc_ray.stages.calibrate.job import go_on
+        from emloc_ray.stages.jobs import resources
 
         steps, section, out_dir = self.steps, self.config.calibration, self.directory.path("calibration")
         inputs: dict[str, Any] = {
@@ -263,8 +263,8 @@ class Pipeline:
 
     def factorize(self) -> None:
         """The emulator."""
-        from emloc_ray.stages.jobs import resources
         from emloc_ray.stages.factorize.factorize import build_emulator
+        from emloc_ray.stages.jobs import resources
 
         self._rank_steps().allocate()
         out_dir, calibration_dir = self.directory.path("emulator"), self.directory.path("calibration")
@@ -304,8 +304,8 @@ class Pipeline:
 
     def finetune(self) -> None:
         """The adapter as trained on the emulator."""
-        from emloc_ray.stages.jobs import resources
         from emloc_ray.stages.finetune.finetune import finetune
+        from emloc_ray.stages.jobs import resources
 
         section = self.config.finetune
         inputs = {
@@ -329,8 +329,8 @@ class Pipeline:
 
     def correct(self) -> None:
         """The adapter as corrected for the original."""
-        from emloc_ray.stages.jobs import resources
         from emloc_ray.stages.correct.correct import correct
+        from emloc_ray.stages.jobs import resources
 
         job = self.jobs.correction()
         inputs = {
@@ -374,8 +374,8 @@ class Pipeline:
 
     def evaluate(self) -> None:
         """Every variant on the held-out rows."""
-        from emloc_ray.stages.jobs import resources
         from emloc_ray.stages.evaluate import evaluate
+        from emloc_ray.stages.jobs import resources
 
         section = self.config.evaluation
         inputs = {

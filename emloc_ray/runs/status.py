@@ -10,10 +10,10 @@ from datetime import datetime, timezone
 from typing import Any
 
 from emloc_ray.config.schema import PROMPT_METHODS
+from emloc_ray.config.steps import STEPS
 from emloc_ray.io.runs.directory import CONFIG, RunDirectory, standing
 from emloc_ray.io.runs.secret_values import HIDDEN, leaves
 from emloc_ray.runs.log import RUN_EVENTS, read_events
-from emloc_ray.config.steps import STEPS
 
 Event = dict[str, Any]
 

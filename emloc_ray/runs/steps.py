@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emloc_ray.config.base import StageConfig
+from emloc_ray.config.steps import GROUPS, STEPS, SUMS
 from emloc_ray.errors import DamagedArtifactError, Stopped
 from emloc_ray.io.runs.cache import ArtifactCache, EntryGone
-from emloc_ray.io.store.atomic import remove_leftovers
 from emloc_ray.io.runs.fingerprint import fingerprint
+from emloc_ray.io.store.atomic import remove_leftovers
 from emloc_ray.io.store.node_cache import discard
 from emloc_ray.planning.plan import planned_memory
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.ui.page import write_report
 from emloc_ray.runs.reporter import Reporter
 from emloc_ray.runs.results import assemble_metrics
-from emloc_ray.config.steps import GROUPS, STEPS, SUMS
 from emloc_ray.runs.turns import Turns
+from emloc_ray.ui.page import write_report
 
 if TYPE_CHECKING:
     from emloc_ray.stages.ray.tasks import Resources
@@ -114,8 +114,8 @@ class Steps:
         return result
 
     def _execute(self, name: str, execute: Execute, granted: Resources) -> dict[str, Any]:
-        from emloc_ray.stages.ray.tasks import shortage
         from emloc_ray.stages.ray.losses import explain
+        from emloc_ray.stages.ray.tasks import shortage
         from emloc_ray.stages.ray.usage import measured
 
         missing = shortage(name, granted, together=name in GROUPS)
@@ -142,8 +142,7 @@ class Steps:
         if self.cache is None or inputs is None:
             yield
             return
-        key = _key(name, inputs)
-        with self.turns.waits_for(key), self.cache.alone(key, self.turns.stopped), self.turns.makes(key):
+        with self.cache.alone(_key(name, inputs), self.turns.stopped):
             yield
 
     def _from_cache(self, name: str, inputs: Inputs, outputs: Sequence[Path]) -> dict[str, Any] | None:

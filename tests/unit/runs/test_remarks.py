@@ -9,11 +9,21 @@ from typing import Any
 import pytest
 from small_runs import make_values, task_rows, write_jsonl
 
-from emloc_ray.config.schema import CorrectionConfig
 from emloc_ray.config.reading import parse_config
+from emloc_ray.config.schema import CorrectionConfig
 from emloc_ray.planning.plan import planned_memory
 from emloc_ray.planning.prepared import Prepared, prepare
-from emloc_ray.runs.remarks import cut_rows, emulated_bfloat16, idle_cpus, idle_gpus, no_healing, over_budget, shortfall, thin_calibration, unread_correction
+from emloc_ray.runs.remarks import (
+    cut_rows,
+    emulated_bfloat16,
+    idle_cpus,
+    idle_gpus,
+    no_healing,
+    over_budget,
+    shortfall,
+    thin_calibration,
+    unread_correction,
+)
 
 Make = Callable[..., Prepared]
 

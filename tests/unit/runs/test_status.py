@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from emloc_ray.ui.cli import app
+from emloc_ray.config.steps import STEPS
 from emloc_ray.errors import StageError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.runs.log import LOG, RunLog
-from emloc_ray.config.steps import STEPS
 from emloc_ray.runs.status import asked_steps, read_status
+from emloc_ray.ui.cli import app
 
 BEGUN = datetime(2026, 5, 1, 12, 0, tzinfo=timezone.utc)
 COMMAND = "emloc-ray run my.yaml finetune.max_steps=5 --fresh"
