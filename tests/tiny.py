@@ -146,6 +146,8 @@ def dense_weight(module: Any, dtype: torch.dtype = torch.float32) -> torch.Tenso
 
 def make_emulator(model: Any, ranks: dict[str, int], storage: Storage = "factors") -> Any:
     """Replaces linears of a model, in place, by the plain truncated SVD of their weights; returns it."""
+    from dense_weights import dense_weight
+
     from emloc_ray.core.factorization import LowRankFactors
     from emloc_ray.core.pivoting import pivot
     from emloc_ray.modeling.emulator import factorize_modules

@@ -7,27 +7,20 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from emloc_ray.core.updates import LowRankUpdate, Update
+from emloc_ray.core.updates import Update
 
 # Products are taken of windows of rows that start on this grid and are no smaller: a product's last bits depend on its
 # shape (one row alone even takes another kernel), and may not depend on where a checkpoint is cut into chunks.
 _GRID = 64
 
 
-def merge_rows(
-    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, begin: int = 0, transposed: bool = False
-) -> Tensor:
-    """Rows ``[begin, begin + n)`` of ``W + s B A``, in ``weight``'s dtype.
+def add_rows(weight: Tensor, update: Update, begin: int = 0, transposed: bool = False) -> Tensor:
+    """Rows ``[begin, begin + n)`` of ``W + ΔW``, in ``weight``'s dtype.
 
     ``weight`` holds the stored rows: ``(n, in)`` of ``W (out, in)``, or with ``transposed`` ``(n, out)`` of ``Wᵀ``
-    (``Conv1D``). ``lora_a (r, in)``, ``lora_b (out, r)``. Rounded once, from float32. Beside ``weight`` it holds the rows
-    in float32 once, and the result where that is narrower.
+    (``Conv1D``). Rounded once, from float32. Beside ``weight`` it holds the rows in float32 once, and the result where that
+    is narrower.
     """
-    return add_rows(weight, LowRankUpdate(lora_a, lora_b, scale), begin, transposed)
-
-
-def add_rows(weight: Tensor, update: Update, begin: int = 0, transposed: bool = False) -> Tensor:
-    """Rows ``[begin, begin + n)`` of ``W + ΔW``, in ``weight``'s dtype; as :func:`merge_rows`, for any update."""
     return _summed(weight, update, begin, transposed).to(weight.dtype)
 
 

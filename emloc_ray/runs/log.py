@@ -26,9 +26,9 @@ from typing import Any
 
 from emloc_ray.errors import EmlocError
 from emloc_ray.io.formats.json_lines import end_last_line, read_objects
-from emloc_ray.io.store.node_cache import ensure, publish
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.runs.secret_values import without_secret
+from emloc_ray.io.store.node_cache import ensure, publish
 from emloc_ray.stages.ray.spans import Span, joined, listening
 
 LOG = "log.jsonl"

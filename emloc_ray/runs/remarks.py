@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from emloc_ray.config.schema import WORKER_SECTIONS, CorrectionConfig, RunConfig
 from emloc_ray.data.processors import IMAGE_SIDE
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.machine import cpu_capabilities, has_bfloat16
-from emloc_ray.planning.work import row_lengths
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.stages.evaluate.stage import bound_scores
-
+from emloc_ray.planning.work import row_lengths
 
 
 def over_budget(config: RunConfig, planned: Mapping[str, int]) -> str | None:
@@ -89,7 +87,6 @@ def unread_correction(section: CorrectionConfig) -> str | None:
         return None
     names = " and ".join(f"correction.{key}" for key in told)
     return f"{names} {'are' if told[1:] else 'is'} not read: auto tries its own; set correction.method to use what you gave."
-
 
 
 def left_dense(layout: Layout) -> str | None:

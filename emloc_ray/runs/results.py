@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
-from emloc_ray.io.store.node_cache import sizes
 from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.store.node_cache import sizes
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.runs.status import older_stages
 from emloc_ray.stages.order import STEPS

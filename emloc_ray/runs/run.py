@@ -60,7 +60,11 @@ def run(
         with connection(config.ray.address, lean_memory=lean, **config.ray.init_options):
             if turns is None:  # once more, by what Ray counts: in a container that is less than the machine has
                 check_resources(config, total("CPU"), total("GPU"))
-            prepared.run.create(config.model_dump(mode="json"), fresh=fresh, steps=[stage.name for stage in STEPS if stage.wanted(prepared)])
+            prepared.run.create(
+                config.model_dump(mode="json"),
+                fresh=fresh,
+                steps=[stage.name for stage in STEPS if stage.wanted(prepared)],
+            )
             with RunLog(prepared.run, [spec.name for spec in prepared.layout.specs]) as log:
                 check_visible(prepared)
                 for remark in remarks.of_machines([config]) if turns is None else ():

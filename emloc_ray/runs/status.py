@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
+from emloc_ray.config.steps import STEPS
 from emloc_ray.io.runs.directory import CONFIG, RunDirectory, standing
 from emloc_ray.io.runs.secret_values import HIDDEN, leaves
 from emloc_ray.runs.log import RUN_EVENTS, read_events
-from emloc_ray.config.steps import STEPS
 
 Event = dict[str, Any]
 

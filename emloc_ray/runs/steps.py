@@ -145,8 +145,7 @@ class Steps:
         if self.cache is None or inputs is None:
             yield
             return
-        key = _key(name, inputs)
-        with self.turns.waits_for(key), self.cache.alone(key, self.turns.stopped), self.turns.makes(key):
+        with self.cache.alone(_key(name, inputs), self.turns.stopped):
             yield
 
     def _from_cache(self, stage: Stage, context: Context, inputs: Inputs) -> Result | None:

@@ -23,12 +23,6 @@ class Turns(Protocol):
             Stopped: where the run is to end instead.
         """
 
-    def waits_for(self, key: str) -> AbstractContextManager[None]:
-        """While it lasts the run waits for whoever makes the artifact of a key, or makes it itself."""
-
-    def makes(self, key: str) -> AbstractContextManager[None]:
-        """While it lasts the run makes the artifact of a key."""
-
     def stopped(self) -> bool:
         """Whether the run is to end: asked again and again while a stage runs."""
 
@@ -40,14 +34,6 @@ class AtOnce:
     def take(self, stage: str, asked: Resources, least: int) -> Iterator[Resources]:
         """At once, all that was asked for."""
         yield asked
-
-    def waits_for(self, key: str) -> AbstractContextManager[None]:
-        """Nobody else is to know."""
-        return contextlib.nullcontext()
-
-    def makes(self, key: str) -> AbstractContextManager[None]:
-        """Nobody else is to know."""
-        return contextlib.nullcontext()
 
     def stopped(self) -> bool:
         """Never: who runs it interrupts it."""

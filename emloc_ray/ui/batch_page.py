@@ -1,4 +1,4 @@
-"""report.html of a batch: how its tasks ended and when their stages ran, made from batch.json and their manifests alone."""
+"""Makes a batch's report.html from batch.json and the tasks' manifests: how tasks ended, when their stages ran."""
 
 from __future__ import annotations
 
@@ -16,23 +16,22 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store.atomic import atomic_file
 from emloc_ray.io.store.object_store import below
 from emloc_ray.runs.batch.state import BatchState, TaskState
-from emloc_ray.ui.batch_table import counts, standing
+from emloc_ray.ui.batch_table import counts, status_text
 from emloc_ray.ui.page import render_page
 from emloc_ray.ui.page_text import visible
 from emloc_ray.ui.timeline import Bar, Clock, Line, StageRun, draw, running_time, stage_runs
 
 _TEMPLATE = "batch_report.html.j2"
-_LOST = ("failed", "late", "cancelled")
-_MOST_ROWS = 2000
-_MOST_REASON = 400  # letters of it: batch.json has it whole
+_LOST = ("failed", "cancelled")
+_MAX_ROWS = 2000
+_MAX_REASON = 400  # letters: batch.json has all
 _READERS = 8
-
 
 Stages = Mapping[str, Sequence[StageRun]]  # of each task that has begun, by its name
 
 
 def write_batch_report(run: RunDirectory, state: BatchState) -> Path:
-    """Writes ``report.html`` into the batch's directory; what no task has reached yet is left out."""
+    """Writes ``report.html`` into the batch's directory; leaves out what no task has reached yet."""
     path = run.path("report.html")
     with atomic_file(path) as file:
         file.write(render_batch(run.name, state, read_stages(run, state)).encode(errors="replace"))
@@ -40,7 +39,7 @@ def write_batch_report(run: RunDirectory, state: BatchState) -> Path:
 
 
 def read_stages(run: RunDirectory, state: BatchState) -> dict[str, tuple[StageRun, ...]]:
-    """What the tasks' manifests say; tasks without one are left out."""
+    """The stages in the tasks' manifests, by task; leaves out tasks without one."""
 
     def read(task: TaskState) -> tuple[StageRun, ...] | None:
         try:
@@ -50,8 +49,8 @@ def read_stages(run: RunDirectory, state: BatchState) -> dict[str, tuple[StageRu
         return stage_runs(manifest)
 
     with ThreadPoolExecutor(_READERS) as pool:
-        found = zip(state.tasks, pool.map(read, state.tasks), strict=True)
-        return {task.name: stages for task, stages in found if stages is not None}
+        pairs = zip(state.tasks, pool.map(read, state.tasks), strict=True)
+        return {task.name: stages for task, stages in pairs if stages is not None}
 
 
 def render_batch(name: str, state: BatchState, stages: Stages) -> str:
@@ -61,10 +60,10 @@ def render_batch(name: str, state: BatchState, stages: Stages) -> str:
 
 def batch_view(name: str, state: BatchState, stages: Stages) -> dict[str, Any]:
     """All that the template shows."""
-    ordered = sorted(state.tasks, key=lambda task: task.status not in ("failed", "late"))
+    ordered = sorted(state.tasks, key=lambda task: task.status != "failed")
     rows = [_row(task, stages.get(task.name, ())) for task in ordered]
     gains = {row["name"]: row["gain"] for row in rows if row["gain"] is not None and math.isfinite(row["gain"])}
-    every = [stage for found in stages.values() for stage in found]
+    every = [stage for of_task in stages.values() for stage in of_task]
     times = [task.ended_at for task in state.tasks if task.ended_at] + [stage.finished_at for stage in every]
     clock = running_time(_spans(state, every))
     return {
@@ -80,7 +79,7 @@ def batch_view(name: str, state: BatchState, stages: Stages) -> dict[str, Any]:
         "best": max(gains.items(), key=lambda item: item[1]) if gains else None,
         "median": statistics.median(gains.values()) if gains else None,
         "top": max(gains.values(), default=0.0),
-        "rows": rows[:_MOST_ROWS],
+        "rows": rows[:_MAX_ROWS],
         "timeline": timeline(clock, state, stages) if clock and every else None,
     }
 
@@ -92,8 +91,8 @@ def _row(task: TaskState, stages: Sequence[StageRun]) -> dict[str, Any]:
         "name": visible(task.name),
         "href": f"tasks/{quote(task.name, safe='=', errors='replace')}/report.html" if stages else None,
         "status": task.status,
-        "standing": visible(standing(task)),
-        "reason": reason if len(reason) <= _MOST_REASON else f"{reason[:_MOST_REASON]} …",
+        "status_text": visible(status_text(task)),
+        "reason": reason if len(reason) <= _MAX_REASON else f"{reason[:_MAX_REASON]} …",
         "losses": None if before is None or after is None else (before, after),
         "gain": None if before is None or after is None else before - after,
         "seconds": task.seconds,
@@ -109,8 +108,8 @@ def _spans(state: BatchState, stages: Iterable[StageRun]) -> list[tuple[float, f
 
 
 def timeline(clock: Clock, state: BatchState, stages: Stages) -> dict[str, Any] | None:
-    """A line a task, who began first on top, with a mark where it ended without a result."""
-    begun = sorted((found[0].begun_at, name) for name, found in stages.items() if found)
+    """A line a task, the first to begin on top, with a mark where it ended without a result."""
+    begun = sorted((of_task[0].begun_at, name) for name, of_task in stages.items() if of_task)
     ended = {task.name: task.ended_at for task in state.tasks if task.status in _LOST and task.started_at is not None}
     lines = []
     for _, name in begun:

@@ -1,4 +1,4 @@
-"""A batch as people see it: a live table on a terminal, a line where a task begins and ends elsewhere."""
+"""Shows a batch: a live table on a terminal; elsewhere a line where a task begins and ends."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from rich.text import Text
 from emloc_ray.runs.batch.state import BatchState, TaskState
 from emloc_ray.ui.terminal import duration, gib
 
-_STYLES = {"done": "green", "failed": "red", "late": "red", "cancelled": "dim", "running": "cyan", "waiting": "dim"}
+_STYLES = {"done": "green", "failed": "red", "cancelled": "dim", "running": "cyan", "waiting": "dim"}
 _NO_BREAK = "\u00a0"
 _COLUMNS = ("task", "state", "loss", "held-out", "memory", "time", "notes")
-_SPARED = ("notes", "memory", "loss")  # in this order
-_ORDER = ("running", "failed", "late", "done", "cancelled", "waiting")
+_LEFT_OUT_FIRST = ("notes", "memory", "loss")  # where there is no width for all
+_ORDER = ("running", "failed", "done", "cancelled", "waiting")
 _MARGIN = 8  # lines of a terminal that are not the table's
-_LEAST_NAME = 30  # of a long one's letters in a line, as long as there is another column to leave out
+_MIN_NAME = 30  # letters of a long name in a line, as long as there is another column to leave out
 
 
 def batch_table(state: BatchState, rows: int | None = None, now: float | None = None, width: int = 200) -> Table:
-    """The tasks, those under way and those that failed first; at most so many ``rows``, the rest as a count.
+    """The tasks, running and failed ones first; at most ``rows`` of them, the rest as a count.
 
-    Where long names leave no room in ``width``, columns are left out.
+    Leaves out columns where long names fill the ``width``.
     """
     now = time.time() if now is None else now
     table = Table(title=counts(state), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -36,8 +36,8 @@ def batch_table(state: BatchState, rows: int | None = None, now: float | None = 
     cells = [_cells(task, now) for task in shown]
     widths = {name: max([len(name), *(len(row[name]) for row in cells)]) + 2 for name in _COLUMNS}
     kept = list(_COLUMNS)
-    for name in _SPARED:
-        if sum(widths[column] for column in kept[1:]) + min(widths["task"], _LEAST_NAME) > width:
+    for name in _LEFT_OUT_FIRST:
+        if sum(widths[column] for column in kept[1:]) + min(widths["task"], _MIN_NAME) > width:
             kept.remove(name)
     for name in kept:
         if name in ("task", "state"):
@@ -55,7 +55,7 @@ def _cells(task: TaskState, now: float) -> dict[str, Text]:
     spent = task.seconds if task.status != "running" or task.started_at is None else now - task.started_at
     return {
         "task": Text(task.name),
-        "state": Text(standing(task), style=_STYLES[task.status]),
+        "state": Text(status_text(task), style=_STYLES[task.status]),
         "loss": Text("" if task.train_loss is None else f"{task.train_loss:.3f}"),
         "held-out": Text(held_out(task)),
         "memory": Text(gib(task.planned_bytes).strip().replace(" ", _NO_BREAK)),
@@ -65,36 +65,32 @@ def _cells(task: TaskState, now: float) -> dict[str, Text]:
 
 
 def at_rest(state: BatchState) -> BatchState:
-    """The state of a batch that nobody runs: tasks that were running when its process was killed wait to be gone on with."""
+    """The state of a batch that nobody runs: tasks that ran when its process was killed wait for the next run."""
     tasks = (replace(t, status="waiting", active=False) if t.status == "running" else t for t in state.tasks)
     return replace(state, tasks=tuple(tasks))
 
 
-def standing(task: TaskState) -> str:
-    """The stage that a task is at, with how much of it is done, or how it ended, or where it was interrupted."""
+def status_text(task: TaskState) -> str:
+    """A task's stage with its progress, or how it ended, or where it was interrupted."""
     if task.status == "running" and task.stage:
         units = "" if task.units is None else f" {task.units[0]}/{task.units[1]}"
         return f"{task.stage}{units}" if task.active else f"waits for {task.stage}"
     if task.status == "waiting" and task.stage:
         return f"interrupted in {task.stage}"
-    return (
-        f"{task.status} in {task.stage}"
-        if task.status in ("failed", "late", "cancelled") and task.stage
-        else task.status
-    )
+    return f"{task.status} in {task.stage}" if task.status in ("failed", "cancelled") and task.stage else task.status
 
 
 def held_out(task: TaskState) -> str:
-    """The original's loss on held-out data, and that with the corrected adapter; empty where they are not known."""
+    """The held-out loss of the original and with the corrected adapter; empty where they are not known."""
     if task.original_loss is None or task.corrected_loss is None:
         return ""
     return f"{task.original_loss:.3f}{_NO_BREAK}→{_NO_BREAK}{task.corrected_loss:.3f}"
 
 
 def counts(state: BatchState) -> str:
-    """How many tasks stand how, in words."""
-    found: Counter[str] = Counter(task.status for task in state.tasks)
-    return ", ".join(f"{found[status]} {status}" for status in _ORDER if found[status]) or "no tasks"
+    """How many tasks have which status, in words."""
+    number: Counter[str] = Counter(task.status for task in state.tasks)
+    return ", ".join(f"{number[status]} {status}" for status in _ORDER if number[status]) or "no tasks"
 
 
 def reasons(state: BatchState) -> list[str]:
@@ -121,7 +117,7 @@ class BatchView:
             self._live.stop()
 
     def show(self, state: BatchState) -> None:
-        """The state as it is now."""
+        """Shows the state as it is now."""
         for task in state.tasks:
             before = self._statuses.get(task.name)
             self._statuses[task.name] = task.status
@@ -135,7 +131,7 @@ class BatchView:
         return Group(batch_table(state, max(4, self.console.height - _MARGIN), width=self.console.width))
 
     def tell(self, text: str) -> None:
-        """A line above the table."""
+        """Prints a line above the table."""
         self.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 

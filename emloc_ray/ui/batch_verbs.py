@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,25 +18,25 @@ from emloc_ray.errors import ConfigError, StageError
 
 if TYPE_CHECKING:
     from emloc_ray.io.runs.cache import ArtifactCache
-    from emloc_ray.runs.batch.driver import Handed
     from emloc_ray.runs.batch.state import BatchState
 
 BatchPath = Annotated[Path, typer.Argument(metavar="BATCH", help="A YAML file that names a base config and tasks.")]
 KEYS = (
     "Keys of BATCH: base (a config), run_dir, tasks (a list, a table or a directory), grid (key: values), max_concurrent,"
-    " limits (cpus, gpus, memory), cache (path, max_size). Of a task: name, base, priority, deadline, owner, and all that a"
-    " config has. On the command line, BATCH's own keys are for it, a config's for every task."
+    " limits (cpus, gpus, memory), cache (path, max_size). Of a task: name, base, priority, and all that a config has. On"
+    " the command line, BATCH's own keys are for it, a config's for every task."
 )
 BatchDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="The batch's run_dir.")]
 CachePlace = Annotated[str, typer.Argument(metavar="CACHE", help="A cache's place, such as RUN_DIR/cache.")]
 
 
 def run_batch(console: Console, path: Path, overrides: list[str], dry_run: bool) -> None:
-    """Checks a batch whole, then runs it, or hands its new tasks to the process that runs it already.
+    """Checks a batch whole, then runs it.
 
     Raises:
         StageError: where a task failed; the others went on.
     """
+    from emloc_ray.io.runs.directory import RunDirectory
     from emloc_ray.runs.batch import driver
     from emloc_ray.runs.batch.tasks import read_batch
     from emloc_ray.ui.batch_table import BatchView, batch_table, reasons
@@ -44,9 +44,11 @@ def run_batch(console: Console, path: Path, overrides: list[str], dry_run: bool)
 
     quiet_libraries()
     batch = read_batch(path, overrides)
+    if not dry_run:
+        driver.check_free(RunDirectory(batch.config.run_dir))
     with count_progress(console, "Checking every task") as progress:
         prepared = driver.prepare_batch(batch, progress)
-    seconds = sum(stage.seconds for task in batch.tasks for stage in prepared.work.expected(task).values())
+    seconds = sum(prepared.work.planned(task).seconds for task in batch.tasks)
     place = prepared.run.place
     console.print(
         f"[bold]{escape(prepared.run.name)}[/]: {_tasks(len(batch.tasks))}, about {duration(seconds)} one after another if"
@@ -56,19 +58,13 @@ def run_batch(console: Console, path: Path, overrides: list[str], dry_run: bool)
     if dry_run:
         console.print("All is good; nothing was started.")
         return
-    with console.status("Handing new tasks to the process that runs this batch"):
-        handed = driver.hand_over(prepared)
-    if handed is not None:
-        console.print(_told(handed), soft_wrap=True, markup=False)
-        return
     with BatchView(console) as view:
         state = driver.run_batch(prepared, view.show, view.tell)
     console.print(batch_table(state, width=console.width))
-    lost = state.count("failed", "late")
-    if lost:
-        again = "it" if lost == 1 else "them"
-        told = f"{lost} of {_tasks(len(state.tasks))} did not end well: the same command does {again} again."
-        raise StageError("\n".join([*reasons(state), told]))
+    failed = state.count("failed")
+    if failed:
+        summary = f"{failed} of {_tasks(len(state.tasks))} failed: the same command tries again."
+        raise StageError("\n".join([*reasons(state), summary]))
     console.print(f"Results in {place}: summary.parquet, report.html, tasks/", soft_wrap=True, markup=False)
 
 
@@ -78,13 +74,13 @@ def _tasks(count: int) -> str:
 
 @contextlib.contextmanager
 def asking(console: Console, place: str) -> Iterator[None]:
-    """Says on a terminal that a place is being asked: an object store that is out of reach takes a minute to be known so."""
+    """Says on a terminal that a place is being asked: it takes a minute to notice that an object store is out of reach."""
     with console.status(escape(f"Asking {place} …")):
         yield
 
 
 def state_now(run: Any) -> BatchState | None:
-    """How a batch stands, with the tasks that are running only if somebody runs it; None where it is none."""
+    """The state of a batch, with running tasks only where a process runs it; None where the directory is no batch's."""
     from emloc_ray.runs.batch.state import is_batch, read_state
     from emloc_ray.ui.batch_table import at_rest
 
@@ -95,24 +91,8 @@ def state_now(run: Any) -> BatchState | None:
     return state if state is None or is_run else at_rest(state)
 
 
-def _told(handed: Handed) -> str:
-    new, changed = handed.new, handed.changed
-    told = f"{_counted(new)} handed over" if new else "it has been given nothing new"
-    if changed:
-        told += (
-            f"; {_counted(changed)} changed, but waiting or running as before: cancel what is to change, or wait until it is"
-            " over, then run the same command again"
-        )
-    return f"{handed.holder} runs this batch: {told}."
-
-
-def _counted(names: Sequence[str]) -> str:
-    some = ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
-    return f"{_tasks(len(names))} ({some})"
-
-
 def show_batch(console: Console, run: Any, watch: bool) -> None:
-    """The table of a batch, once or again and again until it is over."""
+    """Shows the table of a batch, once, or with ``watch`` until it is over."""
     from rich.live import Live
 
     from emloc_ray.ui.batch_table import batch_table, reasons
@@ -136,32 +116,23 @@ def show_batch(console: Console, run: Any, watch: bool) -> None:
 
 
 def cancel_tasks(console: Console, place: str, names: list[str], undo: bool) -> None:
-    """Asks the process that runs a batch, or will run it next, to end some tasks, or to take them up again."""
+    """Cancels tasks of a batch, or has cancelled ones run again."""
     from emloc_ray.io.runs.directory import RunDirectory
-    from emloc_ray.runs.batch.driver import cancel
+    from emloc_ray.runs.batch.state import cancel
 
     with asking(console, place):
-        run = RunDirectory(place)
-        state, holder = state_now(run), run.holder()
-        if undo and holder is not None:
-            raise ConfigError(f"{place} is being run: a cancelled task is taken up again by the next emloc-ray batch.")
-        statuses = {} if state is None else {task.name: task.status for task in state.tasks}
-        for name in names:
-            # Where nobody runs the batch, the next that does would do again what failed.
-            status = statuses.get(name, "waiting")
-            if status == "done" or (holder and status in ("failed", "late", "cancelled")):
-                why = "nothing is left to do of it" if status == "done" else f"it is {status} already"
-                raise ConfigError(f"{name} cannot be {'taken up again' if undo else 'cancelled'}: {why}.")
-        live = cancel(run, names, undo)
-    if live:
-        told = "asked for; a task that runs ends as soon as its stage can leave off"
+        is_run = cancel(RunDirectory(place), names, undo)
+    if is_run:
+        effect = "cancelled; a task that runs ends as soon as its stage can leave off"
+    elif undo:
+        effect = "to be run by the next emloc-ray batch"
     else:
-        told = f"to be {'run' if undo else 'left out'} when emloc-ray batch is run again"
-    console.print(f"{', '.join(names)}: {told}.", soft_wrap=True, markup=False)
+        effect = "to be left out by the next emloc-ray batch"
+    console.print(f"{', '.join(names)}: {effect}.", soft_wrap=True, markup=False)
 
 
 def list_cache(console: Console, place: str) -> None:
-    """The entries of a cache, those used last first."""
+    """Lists the entries of a cache, the last used first."""
     from emloc_ray.ui.terminal import gib
 
     with asking(console, place):
@@ -177,7 +148,7 @@ def list_cache(console: Console, place: str) -> None:
 
 
 def prune_cache(console: Console, place: str, max_size: str) -> None:
-    """Removes what was used longest ago until the rest fits."""
+    """Removes the entries used longest ago until the rest fits."""
     from pydantic import TypeAdapter, ValidationError
 
     from emloc_ray.config.base import Size

@@ -280,7 +280,7 @@ def batch(
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every task and stop.")] = False,
 ) -> None:
-    """Run many tasks over one cluster; again, it redoes what failed; while it runs, it adds what is new."""
+    """Run many tasks over one cluster; again, it runs what is new or failed."""
     _guarded(lambda: run_batch(console, config, overrides or [], dry_run))
 
 
@@ -288,7 +288,7 @@ def batch(
 def cancel(
     run_dir: BatchDir,
     tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="The tasks' names.")],
-    undo: Annotated[bool, typer.Option("--undo", help="Have the next emloc-ray batch run them after all.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Have the next emloc-ray batch run them.")] = False,
 ) -> None:
     """End tasks of a batch; the others go on."""
     _guarded(lambda: cancel_tasks(console, run_dir, tasks, undo))

@@ -73,7 +73,7 @@ def check(ablation: Ablation, progress: Callable[[int, int], None]) -> float:
             whole = {} if cell.prune is None else {"emulator": {"compression_ratio": 1.0}}
             tasks.append(_changed(cell.task, data=data, **whole))
         prepared = prepare_batch(Batch(ablation.batch, tuple(tasks), ablation.ray), progress)
-        return sum(stage.seconds for task in tasks for stage in prepared.work.expected(task).values())
+        return sum(prepared.work.planned(task).seconds for task in tasks)
 
 
 def _check_pruning(ablation: Ablation) -> None:

@@ -8,7 +8,6 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,12 @@ from emloc_ray.config.steps import VERBS
 from emloc_ray.io.formats.yaml_text import read_yaml, write_yaml
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning.prepared import prepare
-from emloc_ray.runs.batch.admission import Admission, Amount
-from emloc_ray.runs.batch.board import Board, TaskReporter
+from emloc_ray.runs.batch.admission import Amount
 from emloc_ray.runs.batch.driver import prepare_batch, run_batch
 from emloc_ray.runs.batch.runner import BatchRun
+from emloc_ray.runs.batch.state import TaskReporter
 from emloc_ray.runs.batch.tasks import Task, read_batch
-from emloc_ray.runs.batch.turns import Expected, TaskTurns
+from emloc_ray.runs.batch.work import TaskPlan, TaskTurns
 from emloc_ray.stages.context import Context
 from emloc_ray.stages.finetune.finetune import finetune, run_alone, run_group
 from emloc_ray.stages.finetune.stage import finetune_job
@@ -46,7 +45,7 @@ _TRAININGS = 4
 
 def many_tasks(out: Path) -> Figures:
     """Eight tasks, warm cluster, two cores: tasks that share model and data, then tasks that share the model alone."""
-    found: Figures = {}
+    figures: Figures = {}
     with connection(num_cpus=_CPUS):
         base = make_config(out / "many-base")
         _warm(out, base)
@@ -61,8 +60,8 @@ def many_tasks(out: Path) -> Figures:
             changed = _changed(batch_file, out / f"alone-{what.replace(' ', '-')}")
             print(f"{what}: fine-tuning took {shares:.0%} of lone tasks' time", file=sys.stderr)
             assert not changed, f"files that differ: {changed}"
-            found[f"{_TASKS} tasks that share {what}"] = figure(ours, alone, "s (baseline: one after another)")
-    return found
+            figures[f"{_TASKS} tasks that share {what}"] = figure(ours, alone, "s (baseline: one after another)")
+    return figures
 
 
 def _warm(out: Path, base: Path) -> None:
@@ -75,7 +74,7 @@ def _light(steps: int) -> list[str]:
 
 
 def _write_batch(out: Path, base: Path, name: str, data: Path | None) -> Path:
-    shutil.rmtree(out / f"many-{name}", ignore_errors=True)  # or an earlier call's would be found finished
+    shutil.rmtree(out / f"many-{name}", ignore_errors=True)  # an earlier call's tasks would be done already
     tasks: list[dict[str, Any]] = []
     for number in range(_TASKS):
         task: dict[str, Any] = {"name": f"task-{number}", "finetune.learning_rate": 1e-4 * (number + 1)}
@@ -128,9 +127,9 @@ class _Sleeps:
 
         self.sleep = sleep
 
-    def expected(self, task: Task) -> Mapping[str, Expected]:
-        """Of every stage the sleep."""
-        return {stage: Expected(_SLEEP_S) for stage in VERBS}
+    def planned(self, task: Task) -> TaskPlan:
+        """A sleep a stage."""
+        return TaskPlan(_SLEEP_S * len(VERBS))
 
     def do(self, task: Task, turns: TaskTurns, reporter: TaskReporter) -> None:
         """All stages, one after another."""
@@ -158,13 +157,10 @@ def scheduling(out: Path) -> Figures:
         for count in _SLEEPERS:
             run = RunDirectory(out / f"sleepers-{count}")
             run.create({}, fresh=True)
-            admission = Admission(lambda: Amount(cpus=_SLEEPING_CPUS))
-            batch = BatchRun(run, Board(time.time()), _Sleeps(), admission, lambda: 2 * _SLEEPING_CPUS)
-            begin = time.perf_counter()
-            for number in range(count):
-                batch.add(Task(f"task-{number}", config))
+            tasks = [Task(f"task-{number}", config) for number in range(count)]
             watched = _Peak()
-            batch.show = watched
+            begin = time.perf_counter()
+            batch = BatchRun(run, tasks, _Sleeps(), lambda: Amount(cpus=_SLEEPING_CPUS), show=watched)
             assert batch.run().count("done") == count
             walls[count] = time.perf_counter() - begin
             peaks[count] = watched.bytes / 2**20
@@ -199,10 +195,10 @@ def short_training(out: Path) -> Figures:
         context = Context(prepared, prepared.source.directory)
         seconds: dict[str, list[float]] = {"alone": [], "group": []}
         for number in range(_TRAININGS):
-            for name, way in (("alone", run_alone), ("group", run_group)):
+            for name, train in (("alone", run_alone), ("group", run_group)):
                 job = finetune_job(context, f"{name}-{number}")
                 begin = time.perf_counter()
-                finetune(job, Resources(), silent, unheard, way)
+                finetune(job, Resources(), silent, unheard, train)
                 seconds[name].append(time.perf_counter() - begin)
     # The first of each starts processes that the others find.
     alone, group = (min(seconds[name][1:]) for name in ("alone", "group"))

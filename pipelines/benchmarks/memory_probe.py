@@ -34,9 +34,9 @@ from emloc_ray.modeling.replay import BlockReplay
 from emloc_ray.stages.calibrate import resident_slot, streamed_slot
 from emloc_ray.stages.calibrate.job import CalibrationJob
 from emloc_ray.stages.correct import correct as correct_stage
-from emloc_ray.stages.evaluate import evaluate as evaluate_stage
+from emloc_ray.stages.evaluate.evaluate import evaluate as evaluate_stage
 from emloc_ray.stages.factorize import factorize as factorize_stage
-from emloc_ray.stages.merge import merge as merge_stage
+from emloc_ray.stages.merge.merge import merge as merge_stage
 
 _weights: list[int] = []
 

@@ -130,7 +130,7 @@ def test_the_readmes_batch_is_valid(tmp_path: Path) -> None:
     (tmp_path / "many.yaml").write_text(readme_yaml("many.yaml"))
     batch = read_batch(tmp_path / "many.yaml")
     assert len(batch.tasks) == 6
-    assert {task.owner for task in batch.tasks} == {"ann", "bob"}
+    assert {task.priority for task in batch.tasks} == {0, 1}
     cancelled = re.search(r"^emloc-ray cancel \S+ (\S+)", README, re.MULTILINE)
     assert cancelled is not None
     assert cancelled[1] in {task.name for task in batch.tasks}

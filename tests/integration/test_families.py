@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense_weights import dense_weight
 from families import FAMILIES
 from peft import PeftModel
 from small_runs import FinishedRun

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from emloc_ray.errors import ArtifactError, ConfigError
+from emloc_ray.io.formats.yaml_text import write_yaml
+from emloc_ray.io.runs.secret_values import without_secrets
 from emloc_ray.io.store.atomic import atomic_file, write_json
 from emloc_ray.io.store.digests import digest
 from emloc_ray.io.store.lease import KEY as LEASE
 from emloc_ray.io.store.lease import Holder, Lease, find_holder
 from emloc_ray.io.store.node_cache import discard, ensure, hashes, mirror, origin, sizes
 from emloc_ray.io.store.object_store import ObjectStore, is_store_uri
-from emloc_ray.io.runs.secret_values import without_secrets
-from emloc_ray.io.formats.yaml_text import write_yaml
 
 CONFIG = "config.yaml"
 MANIFEST = "manifest.json"

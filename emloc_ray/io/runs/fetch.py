@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from emloc_ray.errors import ConfigError
+from emloc_ray.io.runs.directory import MANIFEST, RunDirectory
 from emloc_ray.io.store.digests import digest
 from emloc_ray.io.store.object_store import ObjectStore, below
 from emloc_ray.io.store.replacing import replacing
-from emloc_ray.io.runs.directory import MANIFEST, RunDirectory
 
 _CONNECTIONS = 8
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from emloc_ray.io.store.atomic import atomic_file
 from emloc_ray.io.runs.fingerprint import fingerprint
+from emloc_ray.io.store.atomic import atomic_file
 from emloc_ray.io.store.node_cache import discard, ensure
 
 _MARK = ".inputs"

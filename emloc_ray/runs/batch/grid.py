@@ -1,4 +1,4 @@
-"""The points of a grid of settings, each with a name that is a directory's and no other point's."""
+"""Expands a grid of settings into points, each with a unique name that is safe as a directory's."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_NAME = 120
-# What begins with "store=" would be taken for the copy of an object store's run (io/node_cache.py).
+# A name that begins with "store=" would pass for the copy of an object store's run (io/node_cache.py).
 SAFE_NAME = re.compile(rf"(?!store=)[A-Za-z0-9_][A-Za-z0-9._=-]{{0,{MAX_NAME - 1}}}")
 _MAX_VALUE = 40
 
 
 @dataclass(frozen=True)
 class Point:
-    """The settings of one point, by dotted key, and ``KEY=VALUE-KEY=VALUE``; a grid of nothing has one, without name."""
+    """The settings of one point, by dotted key, and its name ``KEY=VALUE-KEY=VALUE``; an empty grid has one, unnamed."""
 
     values: dict[str, Any]
     name: str = ""
 
 
 def points(grid: Mapping[str, Sequence[Any]]) -> list[Point]:
-    """The product of all values, the last key's fastest.
+    """The product of all values, where the last key varies fastest.
 
-    The name has the last part of each key. A value's stays as it is when others join the grid: a digest follows what had
-    to be replaced in it, and a value holds no "=", so that a name can be read from its end in one way.
+    A name has the last part of each key. A value keeps its label when others join the grid: a label whose letters were
+    replaced ends in a digest, and no label holds a "=", so that a name reads in one way from its end.
     """
     named = [
         [(key, value, f"{_key_label(key)}={label}") for value, label in zip(values, _labels(values), strict=True)]
@@ -42,13 +42,13 @@ def points(grid: Mapping[str, Sequence[Any]]) -> list[Point]:
 
 
 def joined_name(task: str, point: str) -> str:
-    """A task's name with a point's, either of which may be empty; cut to ``MAX_NAME``, with a digest of the whole."""
+    """A task's name with a point's, either may be empty; a longer one is cut to ``MAX_NAME`` and ends in a digest."""
     name = "-".join(filter(None, (task, point)))
     return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 9]}.{_digest(name)}"
 
 
 def repeated(values: Sequence[Any]) -> list[str]:
-    """The values that are there twice, as text."""
+    """The values that occur more than once, as text."""
     return [text for text, times in Counter(map(repr, values)).items() if times > 1]
 
 

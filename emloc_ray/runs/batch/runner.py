@@ -1,49 +1,46 @@
-"""Runs a batch: every task a pipeline in a thread of its own, whose stages are admitted one by one on the cluster."""
+"""Runs a batch: every task is a pipeline in a thread of its own, whose stages the cluster admits one by one."""
 
 from __future__ import annotations
 
-import datetime
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
-from emloc_ray.runs.batch.admission import Admission, AdmissionQueue, Amount, Grant, Need, Standing
-from emloc_ray.runs.batch.board import Board, TaskReporter, ended
-from emloc_ray.runs.batch.state import BatchState, Request, TaskState, requests, write_state
-from emloc_ray.runs.batch.tasks import Task
-from emloc_ray.runs.batch.turns import Expected, Makers, TaskTurns
-from emloc_ray.config.schema import RayConfig
-from emloc_ray.errors import ConfigError, EmlocError, Stopped
-from emloc_ray.io.store.node_cache import discard
+from emloc_ray.errors import EmlocError, Stopped
 from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.runs.batch.admission import Admission, Amount
+from emloc_ray.runs.batch.config import MAX_CONCURRENT
+from emloc_ray.runs.batch.state import (
+    BatchState,
+    Board,
+    TaskReporter,
+    TaskState,
+    read_cancelled,
+    read_state,
+    remove_cancel,
+    write_state,
+)
+from emloc_ray.runs.batch.tasks import Task
+from emloc_ray.runs.batch.work import TaskPlan, TaskTurns
 
+_MIN_CONCURRENT = 4
 _TICK_S = 0.5
 _WRITE_S = 2.0
 _GRACE_S = 60.0  # for stages to end once they were asked to
-_SEAT = Need(Amount(cpus=1.0), workers=1, least=1)
 
 
 class Work(Protocol):
     """What a batch does with a task."""
 
-    def expected(self, task: Task) -> Mapping[str, Expected]:
-        """The task's stages in order, and what each is expected to take."""
+    def planned(self, task: Task) -> TaskPlan:
+        """What the task is expected to take."""
 
     def do(self, task: Task, turns: TaskTurns, reporter: TaskReporter) -> None:
-        """All of a task; raises EmlocError where it fails, Stopped where its turns say so."""
+        """Runs all of a task; raises EmlocError where it fails, Stopped where its turns say so."""
 
     def forget(self, task: Task) -> None:
-        """The task is over: what was kept for it goes."""
-
-
-@dataclass(frozen=True)
-class _Open:
-    """A task under way: its thread, and the seat that it holds."""
-
-    thread: threading.Thread
-    seat: Grant
+        """Drops what was kept for a task that is over."""
 
 
 class BatchRun:
@@ -52,204 +49,139 @@ class BatchRun:
     def __init__(
         self,
         run: RunDirectory,
-        board: Board,
+        tasks: Sequence[Task],
         work: Work,
-        admission: Admission,
-        max_concurrent: Callable[[], int],
+        capacity: Callable[[], Amount],
+        max_concurrent: int | None = None,
         show: Callable[[BatchState], None] = lambda state: None,
         tell: Callable[[str], None] = lambda text: None,
-        clock: Callable[[], float] = time.monotonic,
-        ray: RayConfig | None = None,
-        unfit: Callable[[Task], list[str]] = lambda task: [],
     ) -> None:
-        """``admission`` admits stages; as many tasks are under way at once as ``max_concurrent`` says when it is asked; ``ray``
-        is that of tasks added later, and ``unfit`` says why one of these could never run."""
-        self.directory, self.board, self.work, self.admission = run, board, work, admission
-        self.max_concurrent, self.show, self.tell, self.clock = max_concurrent, show, tell, clock
-        self.ray, self.unfit, self.makers = ray, unfit, Makers(admission)
-        self.tasks: dict[str, Task] = {}
-        self._seats = AdmissionQueue(clock)
-        self._tickets: dict[str, Any] = {}
-        self._due: dict[str, float | None] = {}  # on the clock
-        self._open: list[_Open] = []
-        self._heard: set[str] = set()  # requests
-        self._hindered: set[Callable[[], Any]] = set()
+        """``capacity``: what the tasks may use now; ``max_concurrent``: see :func:`concurrency`."""
+        self.directory, self.work, self.capacity, self.max_concurrent = run, work, capacity, max_concurrent
+        self.show, self.tell = show, tell
+        before = read_state(run)
+        self.board = Board(before.started_at if before else time.time(), (self._begin(task) for task in tasks))
+        self.admission = Admission()
+        in_order = sorted(tasks, key=lambda task: -task.priority)  # of the same priority as in the file
+        self._order = {task.name: number for number, task in enumerate(in_order)}
+        self._waiting = {task.name: task for task in in_order}
+        self._running: dict[str, threading.Thread] = {}
+        self._cancelled: set[str] = set()
+        self._failing: set[Callable[[], None]] = set()
         self._ending = False
-        self._changed = threading.Event()
+        self._task_ended = threading.Event()
         self._written = (-1, 0.0)
 
-    def add(self, task: Task) -> None:
-        """A task that waits for its turn; one that was over is begun again, and keeps what it had finished."""
-        expected = self.work.expected(task)
-        seconds = sum(stage.seconds for stage in expected.values())
-        held = max((stage.worker_bytes for stage in expected.values()), default=0)
-        self.tasks[task.name] = task
-        self._due[task.name] = self._due_on_clock(task)
-        self.board.put(TaskState(task.name, planned_seconds=seconds, planned_bytes=held, digest=task.digest))
-        self._tickets[task.name] = self._seats.ask(self._standing(task, seconds), "task", _SEAT)
-
     def run(self) -> BatchState:
-        """Until every task is over; what was asked for meanwhile (:func:`emloc_ray.runs.batch.state.ask`) is done.
+        """Runs until every task is over; cancels those whose cancel file appears.
 
         Raises:
-            StageError: where another process took the batch over, since this one was cut off from its object store.
-            KeyboardInterrupt: after the stages under way were asked to end, and did, or a minute has passed.
+            StageError: where another process took the batch over, because this one was cut off from its object store.
+            KeyboardInterrupt: after the running stages were asked to end, and did, or a minute has passed.
         """
+        self._write()  # at once: from now on the batch can be looked at and its tasks cancelled
         try:
             while True:
                 self.directory.check_held()  # another process that took the batch over has its tasks now
-                self.hear()
-                self._seat()
-                self._tell_state()
-                if not self._open and not self._tickets:
+                is_over = not self._running and not self._waiting
+                self._attempt(self._cancel_asked)
+                self._start_tasks()
+                self._publish()
+                if is_over:
                     return self.board.state()
-                self._changed.wait(_TICK_S)
-                self._changed.clear()
+                self._task_ended.wait(_TICK_S)
+                self._task_ended.clear()
         except BaseException:
             self._end()
             raise
         finally:
-            self._tell_state(at_once=True)
+            self._publish(at_once=True)
 
-    def cancel(self, name: str, reason: str | None = None) -> None:
-        """Ends one task: at once where it waits, else as soon as its stage can leave off."""
-        self.board.change(name, to_cancel=True)
-        ticket = self._tickets.pop(name, None)
-        if ticket is not None:
-            self._seats.withdraw(ticket)
-            ended(self.board, name, "cancelled", reason)
-            self.work.forget(self.tasks[name])
-        self.admission.wake()
+    def _begin(self, task: Task) -> TaskState:
+        plan = self.work.planned(task)
+        return TaskState(task.name, planned_seconds=plan.seconds, planned_bytes=plan.peak_bytes)
 
-    def hear(self) -> bool:
-        """Does what was asked since; whether that was anything."""
-        known = len(self._heard)
-        self._try(self._hear)
-        return len(self._heard) > known
-
-    def _hear(self) -> None:
-        found = requests(self.directory, self.tell)
-        for file, request in found.items():
-            if file not in self._heard:
-                self._heard.add(file)
-                self._obey(request)
-        if found:
-            self._write()  # before they go: what a kill leaves of them is in one place or the other
-        for file in found:
-            discard(self.directory.path(file))
-
-    def _obey(self, request: Request) -> None:
-        for values in request.add:
-            name = str(values.get("name")).strip()
-            if name not in self.board or self.board[name].is_over:
-                self._add_later(name, values)
-        for name in request.cancel:
-            if name in self.board and not self.board[name].is_over:
-                self.cancel(name)
-                self.tell(f"{name} is cancelled.")
-        for name in request.restore:
-            if name in self.tasks and self.board[name].status == "cancelled":
-                self._add_later(name, self.tasks[name])
-
-    def _add_later(self, name: str, given: Task | dict[str, Any]) -> None:
-        """What is wrong with a task that is added while others run ends it alone."""
-        try:
-            task = given if isinstance(given, Task) else Task.from_dict(given, self.ray)
-            problems = self.unfit(task)
-            if problems:
-                raise ConfigError(" ".join(problems))
-            self.add(task)
-        except Exception as error:
-            self.board.put(TaskState(name))
-            ended(self.board, name, "failed", _told(error))
-        self.tell(f"{name} was added.")
-
-    def _try(self, act: Callable[[], None]) -> None:
-        """What a full disk or a store that is away hinders is told once, and left to the next turn."""
-        try:
-            act()
-            self._hindered.discard(act)
-        except (OSError, EmlocError) as error:
-            if act not in self._hindered:
-                self.tell(f"{self.directory.place}: {_told(error)}: it is tried again.")
-            self._hindered.add(act)
-
-    def _seat(self) -> None:
-        """Collects the tasks that are over, and begins those whose turn it is."""
-        for opened in list(self._open):
-            if not opened.thread.is_alive():
-                self._open.remove(opened)
-                self._seats.release(opened.seat)
-        for seat in self._seats.admit(Amount(cpus=self.max_concurrent())):
-            name = seat.ticket.standing.task
-            del self._tickets[name]
-            thread = threading.Thread(target=self._do, args=(self.tasks[name],), name=f"task {name}", daemon=True)
-            self._open.append(_Open(thread, seat))
-            thread.start()
+    def _start_tasks(self) -> None:
+        capacity = self.capacity()
+        self.admission.update(capacity)
+        free = concurrency(self.max_concurrent, capacity) - len(self._running)
+        for name in list(self._waiting)[: max(0, free)]:
+            task = self._waiting.pop(name)
+            self._running[name] = threading.Thread(target=self._do, args=(task,), name=f"task {name}", daemon=True)
+            self._running[name].start()
 
     def _do(self, task: Task) -> None:
         name = task.name
         self.board.change(name, status="running", started_at=time.time())
         reporter = TaskReporter(self.board, name, self.tell)
         try:
-            standing = self._standing(task, self.board[name].planned_seconds)
-            expected = self.work.expected(task)
+            plan = self.work.planned(task)
             turns = TaskTurns(
-                standing, self.admission, self.makers, expected, lambda: self._is_to_stop(name), reporter.waits
+                name, self._order[name], self.admission, plan, lambda: self._is_stopped(name), reporter.wait
             )
             self.work.do(task, turns, reporter)
-            ended(self.board, name, "done")
+            self.board.end(name, "done")
         except Stopped:
-            self._tell_stopped(name)
+            if name in self._cancelled:
+                self.board.end(name, "cancelled")
+            else:
+                self.board.change(name, status="waiting", active=False)
         except (Exception, SystemExit) as error:  # a task's exit is not the batch's
-            ended(self.board, name, "failed", _told(error))
+            self.board.end(name, "failed", _one_line(error))
         finally:
             self.work.forget(task)
-            self._changed.set()
+            del self._running[name]
+            self._task_ended.set()
 
-    def _tell_stopped(self, name: str) -> None:
-        if self.board[name].to_cancel:
-            ended(self.board, name, "cancelled")
-        elif self._ending:
-            self.board.change(name, status="waiting", active=False)
-        else:
-            ended(self.board, name, "late", "its deadline passed")
+    def _is_stopped(self, name: str) -> bool:
+        return self._ending or name in self._cancelled
 
-    def _is_to_stop(self, name: str) -> bool:
-        due = self._due[name]
-        return self._ending or self.board[name].to_cancel or (due is not None and self.clock() > due)
+    def _cancel_asked(self) -> None:
+        """Cancels tasks as their files ask: at once where they wait, else as soon as their stage can leave off."""
+        for name in read_cancelled(self.directory):
+            if name in self._waiting:
+                self.board.end(name, "cancelled")
+                self.work.forget(self._waiting.pop(name))
+            elif name in self._running and name not in self._cancelled:
+                self._cancelled.add(name)
+                self.tell(f"{name} ends as soon as its stage can leave off.")
+            elif name in self.board and self.board[name].status == "done":
+                remove_cancel(self.directory, name)  # it came too late
 
-    def _standing(self, task: Task, seconds: float) -> Standing:
-        return Standing(task.name, task.priority, task.owner, self._due[task.name], seconds)
-
-    def _due_on_clock(self, task: Task) -> float | None:
-        """The deadline of a task that is added now; a duration counts from here: an earlier run's time was no time for it."""
-        if task.deadline is None:
-            return None
-        if isinstance(task.deadline, datetime.timedelta):
-            return self.clock() + task.deadline.total_seconds()
-        return self.clock() + task.deadline.timestamp() - time.time()
-
-    def _tell_state(self, at_once: bool = False) -> None:
+    def _publish(self, at_once: bool = False) -> None:
         self.show(self.board.state())
         version, written_at = self._written
         if at_once or (self.board.version != version and time.monotonic() - written_at >= _WRITE_S):
-            self._try(self._write)
+            self._attempt(self._write)
 
     def _write(self) -> None:
         version = self.board.version
         write_state(self.directory, self.board.state())
         self._written = (version, time.monotonic())
 
+    def _attempt(self, action: Callable[[], None]) -> None:
+        """Says once what a full disk or a store that is away hinders, and leaves it to the next tick."""
+        try:
+            action()
+            self._failing.discard(action)
+        except (OSError, EmlocError) as error:
+            if action not in self._failing:
+                self.tell(f"{self.directory.place}: {_one_line(error)}: trying again.")
+            self._failing.add(action)
+
     def _end(self) -> None:
         self._ending = True
-        self.admission.wake()
         end = time.monotonic() + _GRACE_S
-        for opened in self._open:
-            opened.thread.join(max(0.0, end - time.monotonic()))
+        for thread in list(self._running.values()):
+            thread.join(max(0.0, end - time.monotonic()))
 
 
-def _told(error: BaseException) -> str:
-    """On one line."""
+def concurrency(max_concurrent: int | None, capacity: Amount) -> int:
+    """How many tasks run at once: ``max_concurrent``, or two a CPU or GPU; each takes a thread, so there is a bound."""
+    wanted = max_concurrent or max(_MIN_CONCURRENT, 2 * int(max(capacity.cpus, capacity.gpus)))
+    return min(wanted, MAX_CONCURRENT)
+
+
+def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split("\n"))
     return text if isinstance(error, EmlocError) else f"{type(error).__name__}: {text}"

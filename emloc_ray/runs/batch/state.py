@@ -1,37 +1,34 @@
-"""How each task of a batch stands, as ``batch.json`` in the batch's directory; and what is asked of a batch that runs."""
+"""How each task of a batch stands: ``batch.json`` in the batch's directory, and the board that its threads write on."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 import time
-import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import TypeAdapter
 
-from emloc_ray.config.base import Section
 from emloc_ray.errors import ArtifactError, ConfigError
-from emloc_ray.io.store.atomic import write_json
-from emloc_ray.io.store.node_cache import discard, ensure
 from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.store.atomic import atomic_file, write_json
+from emloc_ray.io.store.node_cache import discard, ensure
 
 STATE = "batch.json"
-_REQUEST = "request-"
-_FORMAT = 1
+_CANCEL = "cancel-"
+_FORMAT = 2
 
-Status = Literal["waiting", "running", "done", "failed", "late", "cancelled"]
-UNFINISHED = ("waiting", "running")
+Status = Literal["waiting", "running", "done", "failed", "cancelled"]
 
 
 @dataclass(frozen=True)
 class TaskState:
-    """One task's standing; times in seconds since 1970, ``seconds`` those of its stages in this try and earlier ones.
+    """How one task stands; times in seconds since 1970, ``seconds`` those of its stages in this try and earlier ones.
 
-    ``stage`` is the one that it is at, waits for, or ended in; ``units`` how many of that are done, of how many;
-    ``to_cancel``, that it was asked to end; ``digest``, of what was asked of it.
+    ``stage`` is the one that it runs, waits for or ended in; ``units`` how many of that are done, and of how many.
     """
 
     name: str
@@ -50,18 +47,11 @@ class TaskState:
     corrected_loss: float | None = None
     notes: int = 0
     taken: tuple[str, ...] = ()
-    to_cancel: bool = False
-    digest: str = ""
-
-    @property
-    def is_cancelled(self) -> bool:
-        """Whether nobody wants it any more, even where it has not left off yet; what was done before it could is done."""
-        return self.status == "cancelled" or (self.to_cancel and self.status != "done")
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more happens to it in this batch's present run."""
-        return self.status not in UNFINISHED
+        """Whether nothing more happens to it in the present run of the batch."""
+        return self.status in ("done", "failed", "cancelled")
 
 
 @dataclass(frozen=True)
@@ -72,7 +62,7 @@ class BatchState:
     tasks: tuple[TaskState, ...] = ()
 
     def count(self, *statuses: str) -> int:
-        """How many tasks stand so."""
+        """How many tasks have one of these statuses."""
         return sum(task.status in statuses for task in self.tasks)
 
 
@@ -101,7 +91,7 @@ def read_state(run: RunDirectory) -> BatchState | None:
         return _WRITTEN.validate_python(values)
     except (ValueError, TypeError, KeyError) as error:
         raise ArtifactError(
-            f"{path} is no state of a batch of this version: remove it, and the tasks are looked at anew."
+            f"{path} is no state of a batch of this version: remove it, and the batch checks every task anew."
         ) from error
 
 
@@ -111,40 +101,126 @@ def write_state(run: RunDirectory, state: BatchState) -> None:
     write_json(run.path(STATE), {"format": _FORMAT, "started_at": state.started_at, "tasks": tasks})
 
 
-class Request(Section):
-    """What is asked of a batch: tasks to add, in their own words for JSON, and names to cancel or to restore."""
+def cancel(run: RunDirectory, names: Sequence[str], undo: bool = False) -> bool:
+    """Cancels tasks, in this run of the batch and later ones, by a file that holds the name; ``undo`` removes the file.
 
-    add: list[dict[str, Any]] = Field(default_factory=list)
-    cancel: list[str] = Field(default_factory=list)
-    restore: list[str] = Field(default_factory=list)
+    Returns whether a process runs the batch now.
+
+    Raises:
+        ConfigError: where it is no batch, a task is unknown or over, or a running batch is to take a task back.
+    """
+    state, holder = read_state(run), run.holder()
+    if state is None:
+        raise ConfigError(f"{run.place} is no batch's directory: name the run_dir of one.")
+    if undo and holder is not None:
+        raise ConfigError(f"{run.place} is run by {holder}: undo once that is over, then run emloc-ray batch again.")
+    statuses = {task.name: task.status for task in state.tasks}
+    cancelled = read_cancelled(run)
+    for name in names:
+        status = statuses.get(name)
+        if status is None:
+            raise ConfigError(f"{run.place} has no task {name}: emloc-ray status {run.place} lists them.")
+        if undo and name not in cancelled:
+            raise ConfigError(f"{name} is {status}, not cancelled: emloc-ray batch runs it anyway.")
+        # Where nobody runs the batch, the next run would try again what failed.
+        if not undo and (status == "done" or (holder and status in ("failed", "cancelled"))):
+            raise ConfigError(f"{name} is {status} already: there is nothing to cancel.")
+    for name in names:
+        if undo:
+            remove_cancel(run, name)
+            continue
+        with atomic_file(run.path(_CANCEL + name)) as file:
+            file.write(name.encode())
+    return holder is not None
 
 
-def ask(run: RunDirectory, request: dict[str, Any]) -> str:
-    """Leaves a :class:`Request` for whoever runs the batch, now or next; gives the name of its file."""
-    name = f"{_REQUEST}{time.time():017.6f}-{uuid.uuid4().hex[:8]}.json"
-    write_json(run.path(name), request)
-    return name
+def read_cancelled(run: RunDirectory) -> set[str]:
+    """The names of the tasks that are cancelled."""
+    return {name.removeprefix(_CANCEL) for name in run.names() if name.startswith(_CANCEL)}
 
 
-def requests(run: RunDirectory, tell: Callable[[str], None] = lambda text: None) -> dict[str, Request]:
-    """What was asked since, oldest first, by the names of the files; a file that is no request is removed, and told of."""
-    found = {}
-    for name in sorted(name for name in run.names() if name.startswith(_REQUEST)):
-        path = run.path(name)
-        ensure(path)
-        try:
-            found[name] = Request.model_validate_json(path.read_bytes())
-        except OSError:
-            continue  # taken by another
-        except ValueError:
-            discard(path)
-            tell(f"{path} was no request that this version knows, and was removed: ask again.")
-    return found
+def remove_cancel(run: RunDirectory, name: str) -> None:
+    """Removes the file that cancels a task."""
+    discard(run.path(_CANCEL + name))
 
 
-def check_names(state: BatchState, names: Iterable[str], place: str) -> None:
-    """Raises ConfigError where the batch has no task of a name."""
-    known = {task.name for task in state.tasks}
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ConfigError(f"{place} has no task {unknown[0]}: emloc-ray status {place} lists them.")
+class Board:
+    """All tasks' states; safe for many threads."""
+
+    def __init__(self, started_at: float, tasks: Iterable[TaskState] = ()) -> None:
+        self._lock = threading.Lock()
+        self._tasks = {task.name: task for task in tasks}
+        self.started_at = started_at
+        self.version = 0
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tasks
+
+    def __getitem__(self, name: str) -> TaskState:
+        return self._tasks[name]
+
+    def change(self, name: str, **values: Any) -> None:
+        """Sets values of a task's state."""
+        with self._lock:
+            self._tasks[name] = dataclasses.replace(self._tasks[name], **values)
+            self.version += 1
+
+    def end(self, name: str, status: Status, reason: str | None = None) -> None:
+        """Ends a task, for this run of the batch."""
+        self.change(name, status=status, reason=reason, active=False, ended_at=time.time())
+
+    def state(self) -> BatchState:
+        """All states as they are now."""
+        with self._lock:
+            return BatchState(self.started_at, tuple(self._tasks.values()))
+
+
+class TaskReporter:
+    """A reporter that keeps one task's line of the board."""
+
+    def __init__(self, board: Board, name: str, tell: Callable[[str], None]) -> None:
+        self.board, self.name, self.tell = board, name, tell
+
+    def wait(self, stage: str) -> None:
+        """A stage waits for its resources."""
+        self.board.change(self.name, stage=stage, units=None, active=False)
+
+    def start(self, stage: str) -> Callable[[int, int], None]:
+        """A stage begins."""
+        self.board.change(self.name, stage=stage, units=None, active=True)
+        return lambda done, total: self.board.change(self.name, units=(done, total))
+
+    def finish(self, stage: str, result: dict[str, Any], usage: dict[str, Any]) -> None:
+        """A stage has ended well: keeps its time and its losses."""
+        task = self.board[self.name]
+        values: dict[str, Any] = {"active": False, "seconds": task.seconds + usage["wall_s"]}
+        if result.get("taken_from"):
+            values["taken"] = (*task.taken, stage)
+        self.board.change(self.name, **values, **_losses(stage, result))
+
+    def skip(self, stage: str) -> None:
+        """A stage was done already."""
+        self.board.change(self.name, stage=stage, units=None, active=False)
+
+    def note(self, text: str) -> None:
+        """Counts something that a reader should know, and says it."""
+        self.board.change(self.name, notes=self.board[self.name].notes + 1)
+        self.tell(f"{self.name}: {text}")
+
+    def results(self, metrics: dict[str, Any]) -> None:
+        """Keeps the whole run's time and losses, stages of earlier tries included."""
+        values: dict[str, Any] = {"seconds": sum(stage["wall_s"] for stage in metrics["stages"].values())}
+        if "finetune" in metrics:
+            values |= _losses("finetune", metrics["finetune"])
+        if "evaluation" in metrics:
+            values |= _losses("evaluate", metrics)
+        self.board.change(self.name, **values)
+
+
+def _losses(stage: str, result: dict[str, Any]) -> dict[str, float]:
+    if stage == "finetune":
+        return {"train_loss": result["train_loss"]}
+    if stage == "evaluate":
+        evaluation = result["evaluation"]
+        return {f"{name}_loss": evaluation[name]["loss"] for name in ("original", "corrected")}
+    return {}

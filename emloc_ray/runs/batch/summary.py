@@ -1,4 +1,4 @@
-"""What came of a batch, as a table that others read: ``summary.parquet``, a row a task."""
+"""Writes ``summary.parquet``, a batch's results as a table, a row a task."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from emloc_ray.runs.batch.state import BatchState
-from emloc_ray.io.store.atomic import atomic_file
 from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.store.atomic import atomic_file
+from emloc_ray.runs.batch.state import BatchState
 
 SUMMARY = "summary.parquet"
 _SCHEMA = pa.schema(

@@ -1,4 +1,4 @@
-"""A batch's tasks as they are written: a table's rows, a directory's YAML files, or mappings in the batch file itself."""
+"""Reads a batch's tasks: a table's rows, a directory's YAML files, or mappings in the batch file itself."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from emloc_ray.data.reading import KINDS, Row, read_rows, scan
 from emloc_ray.errors import ConfigError, DataError
 from emloc_ray.io.formats.yaml_text import read_yaml
 
-_TEXTS = {"name", "base", "owner", "deadline"}  # columns of a CSV file that are what they say: 007 is no number
+_TEXTS = {"name", "base"}  # columns of a CSV file that stay text: 007 is no number
 
 
 @dataclass(frozen=True)
 class TaskRow:
-    """A task's keys, nested or dotted; where it is written; the directory that its ``base`` is looked for from."""
+    """A task's keys, nested or dotted; the file and row that hold it; the directory that its ``base`` is relative to."""
 
     values: dict[Any, Any]
     where: str
@@ -27,15 +27,9 @@ class TaskRow:
 
 
 def read_task_rows(tasks: str | list[Any], batch: Path) -> tuple[list[TaskRow], list[str]]:
-    """The tasks of a table, a directory or a list in the batch file, and what cannot be read of them, each a sentence."""
-    rows: list[TaskRow] = []
-    lines: list[str] = []
-    for found in _listed(tasks, batch) if isinstance(tasks, list) else _read(Path(tasks)):
-        if isinstance(found, TaskRow):
-            rows.append(found)
-        else:
-            lines.append(found)
-    return rows, lines
+    """The tasks of a table, a directory or a list in the batch file, and the errors, each a sentence."""
+    read = list(_listed(tasks, batch) if isinstance(tasks, list) else _read(Path(tasks)))
+    return [row for row in read if isinstance(row, TaskRow)], [error for error in read if isinstance(error, str)]
 
 
 def _listed(tasks: list[Any], batch: Path) -> Iterator[TaskRow | str]:
@@ -85,7 +79,7 @@ def _table(path: Path) -> Iterator[TaskRow | str]:
                 yield f"{where}: {error}"
     except DataError as error:
         yield str(error)
-    except (ValueError, OverflowError) as error:  # such as nanoseconds, which Python's times have not
+    except (ValueError, OverflowError) as error:  # such as times that Python's do not reach
         yield f"{path} holds what Python cannot ({' '.join(str(error).split())}): convert it."
 
 
@@ -104,7 +98,7 @@ def _parsed(row: Row) -> Row:
 
 
 def _parse(key: str, text: str) -> Any:
-    """A CSV file's text as YAML has it, where that is a number, a list and the like; else as it is: a # is no comment."""
+    """Reads a CSV cell as YAML where that gives a number, a list and the like; else it stays text: a # is no comment."""
     if text.lower() in ("", "nan", "null", "~"):
         return None
     try:

@@ -1,21 +1,62 @@
-"""What a batch does with its tasks: each is a run of the pipeline, prepared and planned before the first begins."""
+"""What a batch does with its tasks: each is a run of the pipeline, checked and planned before the first begins."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from emloc_ray.runs.batch.board import TaskReporter
-from emloc_ray.runs.batch.tasks import Task
-from emloc_ray.runs.batch.turns import Expected, TaskTurns
-from emloc_ray.planning.budget import check_gradients
-from emloc_ray.stages.order import STEPS
 from emloc_ray.errors import ConfigError, EmlocError
 from emloc_ray.io.runs.cache import ArtifactCache
+from emloc_ray.planning.budget import check_gradients
 from emloc_ray.planning.plan import Plan, StagePlan, make_plan
-from emloc_ray.planning.work import row_lengths
 from emloc_ray.planning.prepared import Prepared, prepare
+from emloc_ray.planning.work import row_lengths
+from emloc_ray.runs.batch.admission import Admission, Amount, Need, Ticket
+from emloc_ray.runs.batch.state import TaskReporter
+from emloc_ray.runs.batch.tasks import Task, first_few
+from emloc_ray.stages.order import STEPS
+from emloc_ray.stages.ray.tasks import Resources
 
-_FIRST = ("import", "data")
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """What a task is expected to take: seconds in all, and the bytes that one worker of a stage holds of its node."""
+
+    seconds: float = 0.0
+    worker_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of a worker of the stage that holds most."""
+        return max(self.worker_bytes.values(), default=0)
+
+
+class TaskTurns:
+    """The turns of one task of a batch: each stage waits until what it needs is free."""
+
+    def __init__(
+        self,
+        task: str,
+        order: int,
+        admission: Admission,
+        plan: TaskPlan,
+        stopped: Callable[[], bool],
+        on_wait: Callable[[str], None] = lambda stage: None,
+    ) -> None:
+        """``on_wait`` is called with a stage that begins to wait."""
+        self.task, self.order, self.admission, self.plan = task, order, admission, plan
+        self.stopped, self.on_wait = stopped, on_wait
+
+    @contextlib.contextmanager
+    def take(self, stage: str, asked: Resources, least: int) -> Iterator[Resources]:
+        """Waits for what was asked for; a bag of tasks may get fewer workers."""
+        each = Amount(asked.cpus_per_worker, asked.gpus_per_worker, self.plan.worker_bytes.get(stage, 0))
+        need = Need(each, asked.num_workers, least)
+        self.on_wait(stage)
+        with self.admission.admitted(Ticket(self.task, stage, self.order, need), self.stopped) as workers:
+            yield dataclasses.replace(asked, num_workers=workers)
 
 
 class PipelineWork:
@@ -29,7 +70,7 @@ class PipelineWork:
         """Checks every task against its model and data, and plans it.
 
         Raises:
-            ConfigError: with every error of every task, each once, with the tasks that it concerns.
+            ConfigError: with every error of every task, each once, with its tasks.
         """
         problems: dict[str, list[str]] = {}
         for number, task in enumerate(tasks):
@@ -39,8 +80,7 @@ class PipelineWork:
                 for line in str(error).split("\n"):
                     problems.setdefault(line, []).append(task.name)
             progress(number + 1, len(tasks))
-        if problems:
-            raise ConfigError("\n".join(f"{_named(names)}: {line}" for line, names in problems.items()))
+        raise_problems(problems)
 
     def _prepare(self, task: Task) -> tuple[Prepared, Plan]:
         ready = self._ready.get(task.name)
@@ -52,17 +92,16 @@ class PipelineWork:
         return ready
 
     def stages(self, task: Task) -> tuple[StagePlan, ...]:
-        """What the planner says of the task's stages."""
+        """The plans of the task's stages."""
         return self._prepare(task)[1].stages
 
-    def expected(self, task: Task) -> Mapping[str, Expected]:
-        """The task's stages in order, and what each is expected to take."""
+    def planned(self, task: Task) -> TaskPlan:
+        """What the task is expected to take."""
         plan = self._prepare(task)[1]
-        before = {name: Expected(plan.seconds_before / len(_FIRST)) for name in _FIRST}
-        return {**before, **{stage.name: Expected(stage.seconds, stage.host_bytes) for stage in plan.stages}}
+        return TaskPlan(plan.seconds, {stage.name: stage.host_bytes for stage in plan.stages})
 
     def do(self, task: Task, turns: TaskTurns, reporter: TaskReporter) -> None:
-        """The whole pipeline; raises what it raises."""
+        """Runs the whole pipeline; raises what it raises."""
         from emloc_ray.runs import run as pipeline
 
         prepared = self._prepare(task)[0]
@@ -70,10 +109,11 @@ class PipelineWork:
         reporter.results(metrics)
 
     def forget(self, task: Task) -> None:
-        """The task is over: a later try of it prepares it anew."""
+        """Drops what was prepared for a task that is over: a later try prepares it anew."""
         self._ready.pop(task.name, None)
 
 
-def _named(names: Sequence[str]) -> str:
-    others = "" if len(names) == 1 else f" and {len(names) - 1} other{'s' if len(names) > 2 else ''}"
-    return f"task {names[0]}{others}"
+def raise_problems(problems: Mapping[str, Sequence[str]]) -> None:
+    """Raises ConfigError with each problem once and the tasks that have it; nothing where there is none."""
+    if problems:
+        raise ConfigError("\n".join(f"task {first_few(names)}: {line}" for line, names in problems.items()))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from emloc_ray.core.correction import apply_correction, canonical_form, correction, difference
-from emloc_ray.core.merging import add_rows, merge_rows, scale_rows, squared_row_norms
+from emloc_ray.core.merging import add_rows, scale_rows, squared_row_norms
 from emloc_ray.core.updates import HadamardUpdate, KroneckerUpdate, LowRankUpdate, Update, row_norms, seen_rows
 
 GENERATOR = torch.Generator().manual_seed(3)
@@ -98,13 +98,6 @@ def test_no_bit_of_a_merge_depends_on_the_chunks(name: str, transposed: bool, dt
     for step in (1, 5, 11):
         parts = [add_rows(stored[at : at + step], update, at, transposed) for at in range(0, len(stored), step)]
         assert torch.equal(torch.cat(parts), whole)
-
-
-def test_lora_s_merge_is_the_general_one() -> None:
-    update, _ = CASES["low rank"]
-    assert isinstance(update, LowRankUpdate)
-    weight = random(24, 30)
-    assert torch.equal(merge_rows(weight, update.lora_a, update.lora_b, update.scale), add_rows(weight, update))
 
 
 def test_row_norms_from_thin_products() -> None:

@@ -11,10 +11,14 @@ from hypothesis import strategies as st
 from tiny import CHAT_TEMPLATE, EOS, PAD, make_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from emloc_ray.data.formats import Tokens, check_row, pack, tokenize_row, tokenize_rows, truncate
+from emloc_ray.data.formats import Tokens, check_row, pack, tokenize_rows, truncate
 from emloc_ray.errors import DataError
 
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(str.strip)
+
+
+def tokenize_row(row: dict[str, Any], format: str, tokenizer: Any, where: str) -> Tokens:
+    return tokenize_rows([(where, row)], format, tokenizer)[0]
 
 
 def spans(tokens: Tokens, tokenizer: Any) -> list[tuple[bool, str]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense_weights import dense_weight
 from peft import PeftModel
 from s3_server import uri
 from safetensors.torch import load_file, save_file

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_cases import CASES, FITTING, IDS, ON_LINEARS, PROMPTS, attached, fits, logits, settings, train, trained
+from dense_weights import dense_weight
 from peft import PeftModel, get_peft_model
 from tiny import dense_weight, make_model, save_emulator, save_quantized_emulator
 from transformers import AutoModelForCausalLM

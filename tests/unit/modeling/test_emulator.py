@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense_weights import dense_weight
 from safetensors import safe_open
 from tiny import EXPERT_FAMILIES, FAMILIES, VOCABULARY, Storage, dense_weight, make_emulator, make_model, save_emulator
 from torch import nn

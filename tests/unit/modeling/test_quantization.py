@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dense_weights import dense_weight
 from safetensors.torch import load_file
 from tiny import FAMILIES, VOCABULARY, dense_weight, make_model, save_quantized_emulator
 from torch import nn

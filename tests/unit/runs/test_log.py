@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from s3_server import uri
 
-from emloc_ray.runs import log as run_log
 from emloc_ray.errors import NumericsError
 from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.runs.reporter import Reporters
+from emloc_ray.runs import log as run_log
 from emloc_ray.runs.log import LOG, RunLog, read_events
+from emloc_ray.runs.reporter import Reporters
 from emloc_ray.stages.ray.spans import Span, joined, tell_span, timed
 
 USAGE = {"wall_s": 2.5, "peak_pss_bytes": 10, "processes": {"driver": 5}}

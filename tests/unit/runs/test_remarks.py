@@ -9,16 +9,15 @@ from typing import Any
 import pytest
 from small_runs import make_values, task_rows, write_jsonl
 
-from emloc_ray.config.schema import CorrectionConfig
 from emloc_ray.config.reading import parse_config
+from emloc_ray.config.schema import CorrectionConfig
 from emloc_ray.planning.plan import planned_memory
-from emloc_ray.stages.order import STEPS
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.runs.remarks import emulated_bfloat16, idle_cpus, idle_gpus, over_budget, unread_correction
-from emloc_ray.stages.tokens.stage import cut_rows
-from emloc_ray.stages.heal.stage import no_healing
-from emloc_ray.stages.tokens.stage import shortfall
 from emloc_ray.stages.factorize.stage import thin_calibration
+from emloc_ray.stages.heal.stage import no_healing
+from emloc_ray.stages.order import STEPS
+from emloc_ray.stages.tokens.stage import cut_rows, shortfall
 
 Make = Callable[..., Prepared]
 

@@ -13,15 +13,14 @@ from s3_server import uri
 from tiny import make_config
 
 from emloc_ray.config.reading import parse_config
-from emloc_ray.io.store.atomic import atomic_file
 from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.planning.layout import make_layout, skeleton_of
+from emloc_ray.io.store.atomic import atomic_file
 from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.loading import ModelSource
+from emloc_ray.planning.layout import make_layout, skeleton_of
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.stages.evaluate.stage import other_bound
 from emloc_ray.runs.results import assemble_metrics
-from emloc_ray.stages.evaluate.stage import gap_closed
+from emloc_ray.stages.evaluate.stage import gap_closed, other_bound
 
 USAGE = {"wall_s": 2.0, "peak_pss_bytes": 10, "peak_rss_bytes": 5, "processes": {"driver": 10}}
 

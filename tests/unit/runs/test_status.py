@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from emloc_ray.ui.cli import app
 from emloc_ray.errors import StageError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.runs.log import LOG, RunLog
-from emloc_ray.config.steps import STEPS
 from emloc_ray.runs.status import asked_steps, read_status
+from emloc_ray.ui.cli import app
 
 BEGUN = datetime(2026, 5, 1, 12, 0, tzinfo=timezone.utc)
 COMMAND = "emloc-ray run my.yaml finetune.max_steps=5 --fresh"
@@ -137,7 +136,9 @@ def test_the_verb_lists_what_is_done_and_what_is_asked_for(run: RunDirectory) ->
     assert told.exit_code == 0, told.output
     marks = [line.split()[:2] for line in told.output.splitlines() if line[:1] in "✓·"]
     done = {"import", "gradients"}
-    assert marks == [["✓" if step in done else "·", step] for step in ("import", "data", "calibrate", "gradients", "merge")]
+    assert marks == [
+        ["✓" if step in done else "·", step] for step in ("import", "data", "calibrate", "gradients", "merge")
+    ]
     assert "12.5 s" in told.output
 
 

@@ -17,7 +17,7 @@ from emloc_ray.errors import ArtifactError
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.runs.batch.config import BatchConfig, TaskKeys
-from emloc_ray.runs.batch.state import STATE, BatchState, TaskState, read_state, write_state
+from emloc_ray.runs.batch.state import STATE, BatchState, TaskState, read_cancelled, read_state, write_state
 from emloc_ray.ui.batch_table import at_rest, batch_table
 from emloc_ray.ui.cli import app
 from emloc_ray.ui.terminal import duration
@@ -61,7 +61,7 @@ def test_a_state_comes_back(run: RunDirectory) -> None:
     "values",
     [
         {"units": []},
-        {"status": "asleep"},
+        {"status": "late"},
         {"started_at": "yesterday"},
         {"train_loss": "low"},
         {"planned_bytes": "many"},
@@ -114,28 +114,23 @@ def test_a_long_name_takes_few_lines() -> None:
     assert "notes" in " ".join(shown(BatchState(BEGIN, tasks), 200))
 
 
-# What is asked of a batch.
-
-
-def asked(run: RunDirectory) -> list[Any]:
-    return [json.loads(path.read_text()) for path in sorted(run.root.glob("request-*.json"))]
+# What is cancelled.
 
 
 def test_a_batch_nobody_runs_leaves_out_what_is_cancelled_and_takes_it_up_again(run: RunDirectory) -> None:
     for name in ("bad", "cut", "next"):
-        assert (
-            f"{name}: to be left out when emloc-ray batch is run again." in invoke("cancel", str(run.root), name).stdout
-        )
-    assert "left: to be run when emloc-ray batch" in invoke("cancel", str(run.root), "left", "--undo").stdout
-    assert asked(run) == [{"cancel": ["bad"]}, {"cancel": ["cut"]}, {"cancel": ["next"]}, {"restore": ["left"]}]
+        stdout = invoke("cancel", str(run.root), name).stdout
+        assert f"{name}: to be left out by the next emloc-ray batch." in stdout
+    assert "cut: to be run by the next emloc-ray batch." in invoke("cancel", str(run.root), "cut", "--undo").stdout
+    assert read_cancelled(run) == {"bad", "next"}
 
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("good", "good cannot be cancelled: nothing is left to do of it."),
-        ("bad", "bad cannot be cancelled: it is failed already."),
-        ("left", "left cannot be cancelled: it is cancelled already."),
+        ("good", "good is done already: there is nothing to cancel."),
+        ("bad", "bad is failed already: there is nothing to cancel."),
+        ("left", "left is cancelled already: there is nothing to cancel."),
         ("nobody", "has no task nobody"),
     ],
 )
@@ -143,21 +138,33 @@ def test_what_is_over_is_not_cancelled_in_a_batch_that_runs(run: RunDirectory, n
     run.lock()
     try:
         assert sentence in refused(invoke("cancel", str(run.root), "next", name))
-        assert asked(run) == []
+        assert read_cancelled(run) == set()
         result = invoke("cancel", str(run.root), "cut")
-        assert "cut: asked for; a task that runs ends as soon as its stage can leave off." in result.stdout
+        assert "cut: cancelled; a task that runs ends as soon as its stage can leave off." in result.stdout
+        assert "undo once that is over" in refused(invoke("cancel", str(run.root), "cut", "--undo"))
     finally:
         run.unlock()
 
 
-def test_what_is_done_is_not_taken_up_again(run: RunDirectory) -> None:
-    assert "good cannot be taken up again" in refused(invoke("cancel", str(run.root), "good", "--undo"))
+def test_what_is_not_cancelled_is_not_taken_up_again(run: RunDirectory) -> None:
+    assert "good is done, not cancelled" in refused(invoke("cancel", str(run.root), "good", "--undo"))
 
 
 def test_what_is_no_batch_has_no_tasks_to_cancel(tmp_path: Path) -> None:
     RunDirectory(tmp_path / "plain").create({})
     for place in (tmp_path, tmp_path / "plain"):
         assert "is no batch's directory" in refused(invoke("cancel", str(place), "a"))
+
+
+def test_a_batch_that_runs_is_not_run_twice(write: Write, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "runs" / "many")
+    run.create({}, kind="batch")
+    run.lock()
+    try:
+        assert "stop that with Ctrl-C, then give this command again" in refused(invoke(*write()[:2]))
+        assert "All is good" in invoke(*write()).stdout
+    finally:
+        run.unlock()
 
 
 # A batch that is checked.

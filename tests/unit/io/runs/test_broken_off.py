@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from s3_server import uri
 
-from emloc_ray.io.store.atomic import atomic_directory, atomic_file, write_json
+from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.runs.fingerprint import fingerprint
+from emloc_ray.io.runs.resume import discard_unless
+from emloc_ray.io.store.atomic import atomic_directory, atomic_file, write_json
 from emloc_ray.io.store.node_cache import discard, ensure, exists, sizes
 from emloc_ray.io.store.object_store import ObjectStore
-from emloc_ray.io.runs.resume import discard_unless
-from emloc_ray.io.runs.directory import RunDirectory
 
 _places = itertools.count()
 

@@ -23,10 +23,10 @@ from s3_server import uri
 from emloc_ray.errors import ConfigError, Stopped
 from emloc_ray.io.runs import cache as artifact_cache
 from emloc_ray.io.runs import cache_place
-from emloc_ray.io.store import transfer
 from emloc_ray.io.runs.cache import ArtifactCache, Entry, EntryGone
-from emloc_ray.io.store.atomic import atomic_file
 from emloc_ray.io.runs.cache_place import MARKER
+from emloc_ray.io.store import transfer
+from emloc_ray.io.store.atomic import atomic_file
 from emloc_ray.io.store.digests import digest, noted_digest
 from emloc_ray.io.store.node_cache import discard, hashes, mirror, open_artifact, sizes
 from emloc_ray.io.store.object_store import ObjectStore

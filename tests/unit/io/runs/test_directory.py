@@ -17,9 +17,9 @@ from s3_server import uri
 import emloc_ray
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.runs import directory as run_directory
+from emloc_ray.io.runs.directory import CONFIG, MANIFEST, Kind, RunDirectory
 from emloc_ray.io.store.atomic import atomic_file
 from emloc_ray.io.store.node_cache import discard
-from emloc_ray.io.runs.directory import CONFIG, MANIFEST, Kind, RunDirectory
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import pytest
 from s3_server import uri
 
 from emloc_ray.errors import ConfigError
-from emloc_ray.io.store.atomic import atomic_file
-from emloc_ray.io.runs.fetch import fetch
-from emloc_ray.io.store.object_store import ObjectStore, below
 from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.runs.fetch import fetch
+from emloc_ray.io.store.atomic import atomic_file
+from emloc_ray.io.store.object_store import ObjectStore, below
 
 
 @pytest.fixture

@@ -1,12 +1,10 @@
-"""Batch files as tasks: what overrides what, every error at once, names that are safe and unique, tasks through JSON."""
+"""Batch files as tasks: what overrides what, every error at once, names that are safe and unique."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable
-from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from emloc_ray.runs.batch import tasks as batch_tasks
-from emloc_ray.runs.batch.config import parse_deadline
-from emloc_ray.runs.batch.grid import MAX_NAME, SAFE_NAME, joined_name, points
-from emloc_ray.runs.batch.tasks import Batch, BatchConfig, Task, anchored, read_batch
-from emloc_ray.config.schema import RayConfig
 from emloc_ray.config.reading import load_config, parse_config, read_values
+from emloc_ray.config.schema import RayConfig
 from emloc_ray.errors import ConfigError
-from emloc_ray.io.store.object_store import below
 from emloc_ray.io.formats.yaml_text import write_yaml
+from emloc_ray.io.store.object_store import below
+from emloc_ray.runs.batch import tasks as batch_tasks
+from emloc_ray.runs.batch.grid import MAX_NAME, SAFE_NAME, joined_name, points
+from emloc_ray.runs.batch.tasks import Batch, BatchConfig, read_batch
 
 BASE: dict[str, Any] = {
     "run_dir": "runs/one",
@@ -82,13 +79,13 @@ def names(batch: Batch) -> list[str]:
 
 def test_a_table_of_jsonl_sets_nested_and_dotted_keys(write: Write, tmp_path: Path) -> None:
     rows = [
-        {"name": "a", "data.train.path": "a.jsonl", "priority": 2, "deadline": "2h", "owner": "me"},
-        {"name": "b", "data": {"train": {"path": "b.jsonl", "num_samples": None}}, "seed": 0, "owner": ""},
+        {"name": "a", "data.train.path": "a.jsonl", "priority": 2},
+        {"name": "b", "data": {"train": {"path": "b.jsonl", "num_samples": None}}, "seed": 0, "adapter.r": ""},
         {"name": "c", "adapter": {"rank_pattern": {"layers.0.k_proj": 1}}, "adapter.r": 8, "priority": None},
     ]
     batch = read_batch(write(tasks=jsonl(tmp_path / "t.jsonl", *rows)))
     a, b, c = batch.tasks
-    assert (a.name, a.priority, a.deadline, a.owner) == ("a", 2, timedelta(hours=2), "me")
+    assert (a.name, a.priority) == ("a", 2)
     assert a.where == f"{tmp_path}/t.jsonl, row 1"
     assert a.config == parse_config(
         {
@@ -97,7 +94,7 @@ def test_a_table_of_jsonl_sets_nested_and_dotted_keys(write: Write, tmp_path: Pa
             "data": {**BASE["data"], "train": {"path": "a.jsonl", "num_samples": 9}},
         }
     )
-    assert (b.priority, b.deadline, b.owner) == (0, None, "")
+    assert (b.priority, b.config.adapter.r) == (0, 4)
     assert b.config.data.train is not None
     assert (b.config.data.train.path, b.config.data.train.num_samples, b.config.seed) == ("b.jsonl", 9, 0)
     assert c.config.adapter.rank_pattern == {
@@ -110,13 +107,12 @@ def test_a_table_of_jsonl_sets_nested_and_dotted_keys(write: Write, tmp_path: Pa
 def test_a_table_of_csv_is_text_that_reads_like_yaml(write: Write, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(
         "name,data.train.path,finetune.learning_rate,finetune.weight_decay,adapter.target_modules,correction.clamp,"
-        "model.trust_remote_code,model.revision,owner,deadline\n"
-        "007,*.jsonl,1e-4,0.1,\"[q_proj, v_proj]\",NaN,true,'12',12,2030-01-02T03:04:05Z\n"
-        "b,data #1.jsonl,,,,null,,2024-01-01,,\n"
+        "model.trust_remote_code,model.revision\n"
+        "007,*.jsonl,1e-4,0.1,\"[q_proj, v_proj]\",NaN,true,'12'\n"
+        "b,data #1.jsonl,,,,null,,2024-01-01\n"
     )
     first, second = read_batch(write(tasks="t.csv")).tasks
-    assert (first.name, first.owner) == ("007", "12")
-    assert first.deadline == datetime(2030, 1, 2, 3, 4, 5, tzinfo=timezone.utc)
+    assert first.name == "007"
     assert first.config.data.train is not None
     assert first.config.data.train.path == "*.jsonl"
     assert first.config.finetune.learning_rate == 1e-4
@@ -128,17 +124,14 @@ def test_a_table_of_csv_is_text_that_reads_like_yaml(write: Write, tmp_path: Pat
     assert second.config.data.train is not None
     assert second.config.data.train.path == "data #1.jsonl"
     assert second.config.finetune.model_extra == {}
-    assert second.deadline is None
 
 
 def test_a_table_of_parquet_has_struct_columns_and_nan(write: Write, tmp_path: Path) -> None:
-    when = datetime(2030, 1, 2, tzinfo=timezone.utc)
     table = {
         "name": [1, 2],
         "data": [{"train": {"path": "x", "num_samples": None}}, {"train": None}],
         "seed": [1.0, math.nan],
         "adapter.r": pa.array([None, 16]),
-        "deadline": pa.array([when, None], pa.timestamp("ns", "UTC")),
     }
     pq.write_table(pa.table(table), tmp_path / "t.parquet")
     first, second = read_batch(write(tasks="t.parquet")).tasks
@@ -148,20 +141,18 @@ def test_a_table_of_parquet_has_struct_columns_and_nan(write: Write, tmp_path: P
     assert first.config.data.train is not None
     assert second.config.data.train is not None
     assert (first.config.data.train.path, second.config.data.train.path) == ("x", "base.jsonl")
-    assert (first.deadline, second.deadline) == (when, None)
 
 
 def test_a_directory_of_files_has_their_stems_as_names_and_bases_beside_them(write: Write, tmp_path: Path) -> None:
     folder = tmp_path / "many"
     folder.mkdir()
-    (folder / "a.yaml").write_text("adapter: {r: 5}\ndeadline: 2030-01-02 03:04:05\n")
+    (folder / "a.yaml").write_text("adapter: {r: 5}\n")
     (folder / "b.yml").write_text("name: other\nbase: deeper/base.yaml\ncorrection.clamp: null\n")
     (folder / "notes.txt").write_text("no task")
     (folder / "deeper").mkdir()
     (folder / "deeper" / "base.yaml").write_text("base: ../../base.yaml\nseed: 11\n")
     first, second = read_batch(write(tasks="many")).tasks
     assert (first.name, first.config.adapter.r, first.config.seed) == ("a", 5, 3)
-    assert first.deadline == datetime(2030, 1, 2, 3, 4, 5).astimezone()  # local
     assert (second.name, second.config.seed, second.config.correction.clamp) == ("other", 11, None)
     assert second.where == str(folder / "b.yml")
 
@@ -263,6 +254,10 @@ def test_values_that_read_alike_have_names_of_their_own() -> None:
         ({"adapter": {"r": [1]}}, "grid.adapter is {'r': [1]}: input should be a valid list."),
         ({"seed": [1, 2, 1]}, "grid.seed holds 1 twice: each once makes the same tasks."),
         ({"name": ["a"]}, "grid.name: the grid makes names itself: take it out."),
+        (
+            {"owner": ["a", "b"]},
+            "grid.owner was removed: give each team a Kueue queue with a quota, see cluster/README.md.",
+        ),
         ({"run_dir": ["a"]}, "grid.run_dir is the batch's, each task has its own below it: take it out."),
         (
             {"ray.num_cpus": [1]},
@@ -320,6 +315,8 @@ def test_the_command_line_wins_over_everything(write: Write, tmp_path: Path, mon
         ("run_dir.x=1", "Override 'run_dir.x=1' reaches into run_dir, which is a value"),
         ("adapter.rr=1", "base.yaml and its overrides: adapter.rr is not a key: the nearest is r."),
         ("max_concurrent=0", "batch.yaml and its overrides: max_concurrent is 0: input should be greater"),
+        ("max_concurrent=129", "max_concurrent is 129: input should be less than or equal to 128."),
+        ("owner=me", "Override 'owner=me': owner was removed: give each team a Kueue queue"),
     ],
 )
 def test_an_override_that_is_wrong_is_told_once(write: Write, override: str, complaint: str) -> None:
@@ -358,7 +355,7 @@ def test_places_on_an_object_store_keep_their_query(write: Write) -> None:
         ({"run_dir": ""}, "run_dir is ''"),
         ({"run_dir": None}, "run_dir is missing: set it."),
         ({"tasks": None}, "it names no tasks: set tasks, or grid, or both."),
-        ({"tasks": []}, "tasks is empty: give some, or leave it out for a grid alone."),
+        ({"tasks": []}, "tasks is empty: give at least one, or leave it out for a grid alone."),
         ({"tasks": " "}, "tasks is empty"),
         ({"tasks": 3}, "tasks is 3: give the path of a table or a directory, or a list of mappings."),
         ({"base": [1]}, "base is [1]: input should be a valid string."),
@@ -516,13 +513,8 @@ def test_one_ray_serves_the_batch(write: Write, tmp_path: Path) -> None:
         ({"ray": {"num_cpus": 1}}, "ray.num_cpus is the batch's, one cluster serves it: set it in its base or on"),
         ({"ray.address": "auto"}, "ray.address is the batch's, one cluster serves it"),
         ({"priority": "high"}, "priority is 'high': input should be a valid integer"),
-        ({"owner": ["me"]}, "owner is ['me']: input should be a valid string."),
-        (
-            {"deadline": "soon"},
-            "deadline is 'soon': give a duration above 0 from the batch's start, such as 90s, 30min,",
-        ),
-        ({"deadline": 90}, "deadline is 90: give a duration"),
-        ({"deadline": "2030-01-02"}, "deadline is '2030-01-02': give a duration"),
+        ({"owner": "me"}, "owner was removed: give each team a Kueue queue with a quota, see cluster/README.md."),
+        ({"deadline": "2h"}, "deadline was removed: give what must end first a higher priority."),
     ],
 )
 def test_a_task_that_is_wrong_is_told_with_its_place(
@@ -595,7 +587,7 @@ def test_a_table_that_is_none(write: Write, tmp_path: Path, name: str, content: 
 
 def test_times_that_python_has_not_are_told(write: Write, tmp_path: Path) -> None:
     column = pa.array([10**15], pa.timestamp("s"))
-    pq.write_table(pa.table({"name": ["a"], "deadline": column}), tmp_path / "t.parquet")
+    pq.write_table(pa.table({"name": ["a"], "model.revision": column}), tmp_path / "t.parquet")
     assert "t.parquet" in error(write(tasks="t.parquet"))
 
 
@@ -604,108 +596,3 @@ def test_a_directory_or_a_list_without_tasks(write: Write, tmp_path: Path) -> No
     assert f"tasks {tmp_path / 'empty'} holds no YAML file: write one a task" in error(write(tasks="empty"))
     said = error(write(tasks=[{"name": "a"}, None]))
     assert said.startswith(f"{tmp_path}/batch.yaml, task 2: None is no task: write a mapping of its keys")
-
-
-# Deadlines and JSON.
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"), [("90s", 90), ("30min", 1800), ("1.5 h", 5400), (" 1d ", 86400), ("0.000001s", 1e-6)]
-)
-def test_durations(text: str, seconds: float) -> None:
-    assert parse_deadline(text) == timedelta(seconds=seconds)
-
-
-def test_times_have_zones() -> None:
-    assert parse_deadline("2030-01-31T18:00+02:00") == datetime(2030, 1, 31, 16, tzinfo=timezone.utc)
-    local = parse_deadline("2030-01-31 18:00")
-    assert isinstance(local, datetime)
-    assert local.tzinfo is not None
-    assert local.replace(tzinfo=None) == datetime(2030, 1, 31, 18)
-
-
-@pytest.mark.parametrize(
-    "value", ["", "0s", "-1h", "1w", "5m", "12:30", "9999999999999d", "1:2:3", -1, True, [], timedelta(0)]
-)
-def test_no_deadlines(value: Any) -> None:
-    with pytest.raises(ValueError, match="give a duration above 0"):
-        parse_deadline(value)
-
-
-deadlines = (
-    st.none()
-    | st.timedeltas(min_value=timedelta(microseconds=1))
-    | st.datetimes(timezones=st.sampled_from([timezone.utc, timezone(timedelta(hours=-9, minutes=30))]))
-)
-
-
-@given(
-    task_names,
-    st.integers(-(2**40), 2**40),
-    deadlines,
-    st.text(st.characters(exclude_categories=["Cs"])),
-    st.fixed_dictionaries(
-        {},
-        optional={
-            "memory_budget": st.sampled_from(["24GiB", 5]),
-            "adapter": st.fixed_dictionaries({"lora_alpha": st.floats(min_value=1e-300, max_value=1e300)}),
-            "finetune": st.fixed_dictionaries(
-                {"weight_decay": st.floats(0, 1), "lr_scheduler_type": st.just("cosine")}
-            ),
-            "calibration": st.fixed_dictionaries({"num_calibration_tokens": st.integers(1, 9)}),
-            "correction": st.just({"clamp": None}),
-            "emulator": st.fixed_dictionaries({"ratios": st.dictionaries(st.text(max_size=4), st.floats(0.1, 1))}),
-        },
-    ),
-)
-def test_a_task_comes_back_from_json(
-    name: str, priority: int, deadline: timedelta | datetime | None, owner: str, keys: dict[str, Any]
-) -> None:
-    task = Task(name, parse_config({**BASE, **keys}), priority, deadline, owner, "t.csv, row 3")
-    again = Task.from_dict(json.loads(json.dumps(task.as_dict())), task.config.ray)
-    assert again == dataclasses.replace(task, config=anchored(task.config))
-    assert again.config.finetune.model_extra == task.config.finetune.model_extra
-    assert type(again.deadline) is type(task.deadline)
-
-
-def test_a_task_that_is_handed_over_keeps_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = tmp_path / "a[1]"
-    (here / "model").mkdir(parents=True)
-    monkeypatch.chdir(here)
-    paths = ["train.jsonl", "more/*.jsonl", "s3://bucket/*.csv", "file://old.csv", "/data/x.csv"]
-    values = {
-        **BASE,
-        "model": {"source": "model"},
-        "data": {"train": {"path": paths}, "eval": {"path": "hf:some/rows"}},
-    }
-    keys = {"finetune": {"deepspeed": "zero.json"}, "evaluation": {"upper_bound": "runs/plain"}}
-    told = Task("a", parse_config({**values, **keys})).as_dict()
-    monkeypatch.chdir(tmp_path)
-    config = Task.from_dict(told).config
-    assert config.run_dir == str(here / "runs/one")
-    assert config.model.source == str(here / "model")
-    assert config.data.train is not None
-    assert config.data.eval is not None
-    assert config.data.train.path == [
-        str(here / "train.jsonl"),
-        str(tmp_path / "a[[]1]" / "more" / "*.jsonl"),
-        "s3://bucket/*.csv",
-        str(here / "old.csv"),
-        "/data/x.csv",
-    ]
-    assert config.data.eval.path == "hf:some/rows"
-    assert config.finetune.deepspeed == str(here / "zero.json")
-    assert config.evaluation.upper_bound == str(here / "runs/plain")
-    for source in ("some/model", "package:weights/m.gguf"):
-        kept = Task("a", parse_config({**values, "model": {"source": source}}))
-        assert kept.as_dict()["config"]["model"]["source"] == source
-
-
-def test_what_is_no_task_is_told() -> None:
-    task = Task("a", parse_config(BASE)).as_dict()
-    with pytest.raises(ConfigError, match="'a b' is no safe directory name"):
-        Task.from_dict({**task, "name": "a b"})
-    with pytest.raises(ConfigError, match="task a: model is missing"):
-        Task.from_dict({**task, "config": {"run_dir": "x"}})
-    with pytest.raises(ConfigError, match="from_a_later_version is not a key"):
-        Task.from_dict({**task, "from_a_later_version": 1})

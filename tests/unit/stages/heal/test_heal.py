@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense_weights import dense_weight
 from PIL import Image
 from safetensors.torch import load_file
 from stage_artifacts import Artifacts, write_tokens
