@@ -1,0 +1,1 @@
+"""A run's directory, its cache and what it is recognised by."""
