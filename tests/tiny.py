@@ -131,19 +131,6 @@ def save_lopsided(directory: Path) -> Path:
     return directory
 
 
-def dense_weight(module: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """``W_E (out, in)`` of a linear or of its factors as stored, in 4 bits or not, computed in ``dtype``."""
-    from emloc_ray.core.pivoting import stored_product
-    from emloc_ray.modeling.emulator import FactorizedLinear
-    from emloc_ray.modeling.quantization import module_weight
-
-    if isinstance(module, FactorizedLinear):
-        up, down = (module_weight(part).to(dtype) for part in (module.up, module.down))
-        return stored_product(up, down, getattr(module, "order", None))
-    weight = module_weight(module).to(dtype)
-    return weight if isinstance(module, torch.nn.Linear) else weight.T
-
-
 def make_emulator(model: Any, ranks: dict[str, int], storage: Storage = "factors") -> Any:
     """Replaces linears of a model, in place, by the plain truncated SVD of their weights; returns it."""
     from dense_weights import dense_weight

@@ -13,7 +13,6 @@ from dense_weights import dense_weight
 from families import FAMILIES
 from peft import PeftModel
 from small_runs import FinishedRun
-from tiny import dense_weight
 from transformers import AutoConfig
 from vlms import VLMS
 

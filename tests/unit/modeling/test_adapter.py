@@ -15,7 +15,7 @@ from dense_weights import dense_weight
 from peft import PeftModel
 from s3_server import uri
 from safetensors.torch import load_file, save_file
-from tiny import FAMILIES, VOCABULARY, dense_weight
+from tiny import FAMILIES, VOCABULARY
 from transformers import AutoModelForCausalLM
 
 from emloc_ray.errors import ArtifactError, ConfigError

@@ -13,7 +13,7 @@ import torch
 from adapter_cases import CASES, FITTING, IDS, ON_LINEARS, PROMPTS, attached, fits, logits, settings, train, trained
 from dense_weights import dense_weight
 from peft import PeftModel, get_peft_model
-from tiny import dense_weight, make_model, save_emulator, save_quantized_emulator
+from tiny import make_model, save_emulator, save_quantized_emulator
 from transformers import AutoModelForCausalLM
 
 from emloc_ray.data.formats import Tokens

@@ -13,7 +13,7 @@ import pytest
 import torch
 from dense_weights import dense_weight
 from safetensors import safe_open
-from tiny import EXPERT_FAMILIES, FAMILIES, VOCABULARY, Storage, dense_weight, make_emulator, make_model, save_emulator
+from tiny import EXPERT_FAMILIES, FAMILIES, VOCABULARY, Storage, make_emulator, make_model, save_emulator
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D

@@ -12,7 +12,7 @@ import pytest
 import torch
 from dense_weights import dense_weight
 from safetensors.torch import load_file
-from tiny import FAMILIES, VOCABULARY, dense_weight, make_model, save_quantized_emulator
+from tiny import FAMILIES, VOCABULARY, make_model, save_quantized_emulator
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
 

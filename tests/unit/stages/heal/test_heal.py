@@ -15,7 +15,7 @@ from dense_weights import dense_weight
 from PIL import Image
 from safetensors.torch import load_file
 from stage_artifacts import Artifacts, write_tokens
-from tiny import dense_weight, make_emulator, save_emulator
+from tiny import make_emulator, save_emulator
 from transformers import AutoConfig, AutoModelForCausalLM
 from vlms import save_vlm
 
