@@ -1,0 +1,112 @@
+"""A run's stages in this process, without Ray: their plain functions on the jobs that a config makes of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from small_runs import write_jsonl
+
+from emloc_ray.config_reading import parse_config
+from emloc_ray.data.formats import Tokens, truncate
+from emloc_ray.data.token_shards import TokenShards, shard_name, write_index, write_shard
+from emloc_ray.data.tokenizing import TokenizeOptions
+from emloc_ray.io.checkpoint import INDEX_NAME, Checkpoint
+from emloc_ray.io.grams import GramStore, reduce_slots, write_gram_index, write_gram_shard
+from emloc_ray.jobs import Jobs
+from emloc_ray.modeling.emulator import write_emulator_config
+from emloc_ray.preparation import prepare
+from emloc_ray.stages.correct import correct_adapter
+from emloc_ray.stages.evaluate import evaluate_slice
+from emloc_ray.stages.factorize import factorize_group, index_shards
+from emloc_ray.stages.kept_tensors import copy_rest, rest_of_shards
+from emloc_ray.stages.merge import merge_shard, output_shards
+from emloc_ray.stages.resident_slot import ResidentSlot
+from emloc_ray.stages.training import train
+from emloc_ray.stages.training_session import LoneSession, own_environment
+
+SPLITS = ("train", "calibration", "selection", "eval")
+
+
+@dataclass(frozen=True)
+class PlainRun:
+    """Where a run's artifacts are, the loss of each optimizer step, and the held-out loss of each variant."""
+
+    jobs: Jobs
+    step_losses: list[float]
+    losses: dict[str, float]
+
+    def rows(self, split: str) -> list[Tokens]:
+        """The rows of a split, in order."""
+        shards = TokenShards(self.jobs.tokens(split))
+        return [shards.row(position) for position in range(len(shards))]
+
+
+def run_plainly(root: Path, values: dict[str, Any], rows: dict[str, list[dict[str, str]]]) -> PlainRun:
+    """Every stage on these rows of each split, by a config's nested values, in ``root``."""
+    paths = {split: {"path": str(write_jsonl(root / f"{split}.jsonl", rows[split]))} for split in SPLITS}
+    values = {**values, "run_dir": str(root / "run"), "data": {**values["data"], **paths}}
+    prepared = prepare(parse_config(values))
+    jobs = Jobs(prepared, prepared.source.directory)
+    for split in SPLITS:
+        _tokenize(jobs, split, rows[split])
+    _calibrate(jobs)
+    _factorize(jobs)
+    step_losses = _finetune(jobs)
+    correct_adapter(jobs.correction())
+    _merge(jobs)
+    job = jobs.evaluation()
+    results = [result for family in job.families for result in evaluate_slice(job, family, 0, 1)]
+    return PlainRun(jobs, step_losses, {result.variant: result.score.metrics()["loss"] for result in results})
+
+
+def _tokenize(jobs: Jobs, split: str, rows: Iterable[dict[str, str]]) -> None:
+    data = jobs.prepared.config.data
+    options = TokenizeOptions(str(jobs.model_dir), data.format, data.max_seq_length)
+    whole = options.tokens((f"{split} {number}", row) for number, row in enumerate(rows))
+    kept = [cut for tokens in whole if tokens is not None and (cut := truncate(tokens, data.max_seq_length))]
+    write_shard(jobs.tokens(split) / shard_name(0), kept)
+    write_index(jobs.tokens(split), [len(kept)], {"tokens": sum(map(len, kept))})
+
+
+def _calibrate(jobs: Jobs) -> None:
+    job, out_dir = jobs.calibration(), jobs.prepared.run.path("calibration")
+    slot = ResidentSlot(job, out_dir / "slot.safetensors", 1)
+    slot.accumulate(0)
+    slot.commit()
+    grams = reduce_slots([slot.path], [group[0] for group in job.groups])
+    write_gram_shard(out_dir / "grams.safetensors", grams)
+    counts = {name: gram.num_tokens for name, gram in grams.items()}
+    write_gram_index(out_dir, job.groups, dict.fromkeys(grams, "grams.safetensors"), counts)
+
+
+def _factorize(jobs: Jobs) -> None:
+    job, grams = jobs.factorization(), GramStore(jobs.prepared.run.path("calibration"))
+    files = [job.out_dir / f"group-{number}.safetensors" for number in range(len(job.groups))]
+    for group, file in zip(job.groups, files, strict=True):
+        factorize_group(job, group, grams.stored(group[0].name), file)
+    for number, kept in enumerate(rest_of_shards(job)):
+        files.append(job.out_dir / f"rest-{number}.safetensors")
+        copy_rest(kept, files[-1])
+    index_shards(job.out_dir, files)
+    write_emulator_config(job.out_dir, jobs.base_config(), job.ranks)
+
+
+def _finetune(jobs: Jobs) -> list[float]:
+    job = jobs.finetuning("finetune")
+    with own_environment():
+        train(job, torch.get_num_threads(), LoneSession(job.storage_dir / "session"))
+    logged = map(json.loads, job.log_path.read_text().splitlines())
+    return [line["loss"] for line in logged if "loss" in line]
+
+
+def _merge(jobs: Jobs) -> None:
+    job = jobs.merging()
+    for name, shard in output_shards(Checkpoint(job.model_dir).shards, job.max_shard_size):
+        merge_shard(job, shard, job.out_dir / name)
+    for name in ("config.json", INDEX_NAME, "tokenizer.json", "tokenizer_config.json"):
+        (job.out_dir / name).write_bytes((job.model_dir / name).read_bytes())
