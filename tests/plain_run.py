@@ -11,23 +11,22 @@ from typing import Any
 import torch
 from small_runs import write_jsonl
 
-from emloc_ray.config_reading import parse_config
+from emloc_ray.config.reading import parse_config
 from emloc_ray.data.formats import Tokens, truncate
 from emloc_ray.data.token_shards import TokenShards, shard_name, write_index, write_shard
 from emloc_ray.data.tokenizing import TokenizeOptions
-from emloc_ray.io.checkpoint import INDEX_NAME, Checkpoint
-from emloc_ray.io.grams import GramStore, reduce_slots, write_gram_index, write_gram_shard
-from emloc_ray.jobs import Jobs
-from emloc_ray.modeling.emulator import write_emulator_config
-from emloc_ray.preparation import prepare
-from emloc_ray.stages.correct import correct_adapter
+from emloc_ray.io.formats.checkpoint import INDEX_NAME, Checkpoint
+from emloc_ray.io.formats.grams import GramStore, reduce_slots, write_gram_index, write_gram_shard
+from emloc_ray.planning.prepared import prepare
+from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
+from emloc_ray.stages.correct.correct import correct_adapter
 from emloc_ray.stages.evaluate import evaluate_slice
-from emloc_ray.stages.factorize import factorize_group, index_shards
-from emloc_ray.stages.kept_tensors import copy_rest, rest_of_shards
+from emloc_ray.stages.factorize.factorize import factorize_group, finish_emulator
+from emloc_ray.stages.factorize.kept_tensors import copy_rest, rest_of_shards
+from emloc_ray.stages.finetune.session import LoneSession, own_environment
+from emloc_ray.stages.finetune.training import train
+from emloc_ray.stages.jobs import Jobs
 from emloc_ray.stages.merge import merge_shard, output_shards
-from emloc_ray.stages.resident_slot import ResidentSlot
-from emloc_ray.stages.training import train
-from emloc_ray.stages.training_session import LoneSession, own_environment
 
 SPLITS = ("train", "calibration", "selection", "eval")
 
@@ -92,8 +91,7 @@ def _factorize(jobs: Jobs) -> None:
     for number, kept in enumerate(rest_of_shards(job)):
         files.append(job.out_dir / f"rest-{number}.safetensors")
         copy_rest(kept, files[-1])
-    index_shards(job.out_dir, files)
-    write_emulator_config(job.out_dir, jobs.base_config(), job.ranks)
+    finish_emulator(files, jobs.base_config(), job.model_dir, job.ranks, job.storage, kept_wide=None)
 
 
 def _finetune(jobs: Jobs) -> list[float]:
