@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from emloc_ray.core.factorization import Factorization, LowRankFactors, factorize
     from emloc_ray.core.gram import Gram
     from emloc_ray.modeling.emulator import FactorizedLinear
-    from emloc_ray.runs.run import run
+    from emloc_ray.ui.api import run
+
 
 __version__ = "0.1.0"
 
@@ -30,7 +31,7 @@ _PUBLIC = {
     "LowRankFactors": "emloc_ray.core.factorization",
     "factorize": "emloc_ray.core.factorization",
     "FactorizedLinear": "emloc_ray.modeling.emulator",
-    "run": "emloc_ray.runs.run",
+    "run": "emloc_ray.ui.api",
 }
 
 __all__ = [

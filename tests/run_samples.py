@@ -97,22 +97,12 @@ def event(kind: str, second: float, **fields: Any) -> dict[str, Any]:
     return {"time": when, "event": kind, "message": "Something.", **fields}
 
 
-def work(stage: str, *spans: tuple[str, str, float, float]) -> dict[str, Any]:
-    """What workers did, from a second to a second."""
-    told = [[worker, unit, BEGIN + begin, BEGIN + end, 1] for worker, unit, begin, end in spans]
-    return event("work", max((end for *_, end in spans), default=0), stage=stage, spans=told)
-
-
 def events() -> list[dict[str, Any]]:
     """Of a run that was killed in its factorization."""
     return [
         event("run_started", -40),
         event("started", -30, stage="calibrate"),
-        work(
-            "calibrate", ("slot 0", "its start", -30, -20), ("slot 0", "token shard 0", -20, 1), ("slot 1", "a", -30, 1)
-        ),
         event("finished", 1, stage="calibrate"),
         event("started", 2, stage="factorize"),
-        work("factorize", ("process 7 on here", "layers.0.q and k", 2, 9), ("process 8 on here", EVIL, 3, 9)),
         event("progress", 12, stage="factorize", done=2, total=9),
     ]

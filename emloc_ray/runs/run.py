@@ -22,6 +22,7 @@ from emloc_ray.runs.inputs import RankSteps
 from emloc_ray.runs.log import RunLog
 from emloc_ray.runs.reporter import Reporter, Reporters, SilentReporter
 from emloc_ray.runs.steps import NOT_LEARNED, Steps, without
+from emloc_ray.runs.trace import Trace
 from emloc_ray.runs.turns import AtOnce, Turns
 
 if TYPE_CHECKING:
@@ -70,11 +71,12 @@ def run(
             if turns is None:  # once more, by what Ray counts: in a container that is less than the machine has
                 check_resources(config, total("CPU"), total("GPU"))
             prepared.run.create(config.model_dump(mode="json"), fresh=fresh, steps=["data", *needed_steps(prepared)])
-            with RunLog(prepared.run, [spec.name for spec in prepared.layout.specs]) as log:
+            linears = [spec.name for spec in prepared.layout.specs]
+            with RunLog(prepared.run, linears) as log, Trace(prepared.run) as trace:
                 check_visible(prepared)
                 for remark in remarks.of_machines([config]) if turns is None else ():
                     reporter.note(remark)
-                told = Reporters(reporter, log, StageGauges(prepared.run.name))
+                told = Reporters(reporter, log, trace, StageGauges(prepared.run.name))
                 Pipeline(prepared, told, begin, turns or AtOnce(), cache).run(until)
         return prepared.run.metrics()
     except OSError as error:  # of the run's own small files: a stage explains its own

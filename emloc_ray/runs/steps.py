@@ -21,7 +21,6 @@ from emloc_ray.planning.prepared import Prepared
 from emloc_ray.runs.reporter import Reporter
 from emloc_ray.runs.results import assemble_metrics
 from emloc_ray.runs.turns import Turns
-from emloc_ray.ui.page import write_report
 
 if TYPE_CHECKING:
     from emloc_ray.stages.ray.tasks import Resources
@@ -249,10 +248,9 @@ class Steps:
         discard(self.directory.path(folder) if stage in SUMS else self.directory.path(*error.path.split("/")))
 
     def write_results(self) -> None:
-        """metrics.json and report.html, anew from the manifest."""
-        metrics = assemble_metrics(self.directory, self.prepared, self.planned)
-        self.directory.write_metrics(metrics)
-        write_report(self.directory)
+        """Writes metrics.json anew from the manifest, and says so."""
+        self.directory.write_metrics(assemble_metrics(self.directory, self.prepared, self.planned))
+        self.reporter.changed(self.directory)
 
 
 def _key(name: str, inputs: Inputs) -> str:

@@ -32,6 +32,7 @@ from emloc_ray.stages.finetune.finetune import finetune, run_alone, run_group
 from emloc_ray.stages.jobs import Jobs
 from emloc_ray.stages.ray.losses import Losses, unheard
 from emloc_ray.stages.ray.tasks import Resources, bounded, connection, silent
+from emloc_ray.ui.batch_page import BatchPages
 
 _CPUS = 2
 _TASKS = 8
@@ -51,7 +52,7 @@ def many_tasks(out: Path) -> Figures:
         for what, data in (("data and model", None), ("the model alone", out)):
             batch_file = _write_batch(out, base, what.replace(" ", "-"), data)
             begin = time.perf_counter()
-            state = run_batch(prepare_batch(read_batch(batch_file)))
+            state = run_batch(prepare_batch(read_batch(batch_file), pages=BatchPages()))
             ours = time.perf_counter() - begin
             assert state.count("done") == _TASKS, state
             runs, shares = _one_by_one(batch_file, out / f"alone-{what.replace(' ', '-')}")
