@@ -252,6 +252,7 @@ def status(
 def _show_status(run: Any) -> None:
     from emloc_ray.config.steps import STEPS
     from emloc_ray.io.store.node_cache import exists
+    from emloc_ray.io.store.object_store import below
     from emloc_ray.runs.status import asked_steps, read_status
     from emloc_ray.runs.trace import TRACE
     from emloc_ray.text import duration, size
@@ -269,7 +270,7 @@ def _show_status(run: Any) -> None:
     for line in read_status(run).lines():
         console.print(escape(line), soft_wrap=True)
     if exists(run.path(TRACE)):
-        console.print(escape(f"Trace of its workers: {run.path(TRACE)}, for ui.perfetto.dev"), soft_wrap=True)
+        console.print(escape(f"Trace of its workers: {below(run.place, TRACE)}, for ui.perfetto.dev"), soft_wrap=True)
     metrics = run.metrics()
     if "evaluation" in metrics:
         console.print(evaluation_table(metrics))

@@ -166,3 +166,11 @@ def test_the_verb_lists_gradients_and_ranks(run: RunDirectory) -> None:
     marks = [line.split()[:2] for line in told.output.splitlines() if line[:1] in "✓·"]
     assert marks == [["✓" if step in ("import", "gradients") else "·", step] for step in STEPS if step not in ("heal",)]
     assert "12 s" in told.output
+
+
+def test_the_verb_names_the_trace(run: RunDirectory) -> None:
+    run.create({})
+    before = CliRunner().invoke(app, ["status", str(run.root)]).output
+    run.path("trace.json").write_text("{}")
+    after = CliRunner().invoke(app, ["status", str(run.root)]).output
+    assert [f"{run.place}/trace.json" in output for output in (before, after)] == [False, True]
