@@ -10,8 +10,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from wrapt import register_post_import_hook
-
 if TYPE_CHECKING:
     from emloc_ray.config.reading import load_config
     from emloc_ray.config.schema import RunConfig
@@ -45,9 +43,21 @@ __all__ = [
     "run",
 ]
 
-_TYPE, _AUTO = "emloc_ray.modeling.emulator_type", "transformers.models.auto"
-register_post_import_hook(f"{_TYPE}:register_config", f"{_AUTO}.configuration_auto")
-register_post_import_hook(f"{_TYPE}:register_models", f"{_AUTO}.modeling_auto")
+
+def _when_imported(module: str, function: str) -> None:
+    """Has the function called with transformers' module as soon as that is imported; at once where wrapt is missing, as it
+    may be where torch, transformers and peft alone are."""
+    where = "emloc_ray.modeling.emulator_type"
+    try:
+        from wrapt import register_post_import_hook
+    except ImportError:
+        getattr(importlib.import_module(where), function)(importlib.import_module(module))
+    else:
+        register_post_import_hook(f"{where}:{function}", module)
+
+
+_when_imported("transformers.models.auto.configuration_auto", "register_config")
+_when_imported("transformers.models.auto.modeling_auto", "register_models")
 
 
 def __getattr__(name: str) -> Any:

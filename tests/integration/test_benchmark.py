@@ -74,7 +74,13 @@ def committed(name: str) -> dict[str, Any]:
 
 
 def test_every_published_table_has_its_test() -> None:
-    assert benchmark.PUBLISHED.keys() == {"allocation", "memory", "shapes", "quickstart"}
+    assert benchmark.PUBLISHED.keys() == {
+        "allocation",
+        "memory",
+        "shapes",
+        "quickstart",
+        "gpu",
+    }  # gpu: tests/unit/benchmarks
     assert benchmark.TABLES.keys() == {"speed.json", "tasks.json"}
 
 
