@@ -10,15 +10,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from wrapt import register_post_import_hook
-
 if TYPE_CHECKING:
     from emloc_ray.config.reading import load_config
     from emloc_ray.config.schema import RunConfig
     from emloc_ray.core.factorization import Factorization, LowRankFactors, factorize
     from emloc_ray.core.gram import Gram
     from emloc_ray.modeling.emulator import FactorizedLinear
-    from emloc_ray.runs.run import run
+    from emloc_ray.ui.api import run
+
 
 __version__ = "0.1.0"
 
@@ -30,7 +29,7 @@ _PUBLIC = {
     "LowRankFactors": "emloc_ray.core.factorization",
     "factorize": "emloc_ray.core.factorization",
     "FactorizedLinear": "emloc_ray.modeling.emulator",
-    "run": "emloc_ray.runs.run",
+    "run": "emloc_ray.ui.api",
 }
 
 __all__ = [
@@ -44,9 +43,21 @@ __all__ = [
     "run",
 ]
 
-_TYPE, _AUTO = "emloc_ray.modeling.emulator_type", "transformers.models.auto"
-register_post_import_hook(f"{_TYPE}:register_config", f"{_AUTO}.configuration_auto")
-register_post_import_hook(f"{_TYPE}:register_models", f"{_AUTO}.modeling_auto")
+
+def _when_imported(module: str, function: str) -> None:
+    """Has the function called with transformers' module as soon as that is imported; at once where wrapt is missing, as it
+    may be where torch, transformers and peft alone are."""
+    where = "emloc_ray.modeling.emulator_type"
+    try:
+        from wrapt import register_post_import_hook
+    except ImportError:
+        getattr(importlib.import_module(where), function)(importlib.import_module(module))
+    else:
+        register_post_import_hook(f"{where}:{function}", module)
+
+
+_when_imported("transformers.models.auto.configuration_auto", "register_config")
+_when_imported("transformers.models.auto.modeling_auto", "register_models")
 
 
 def __getattr__(name: str) -> Any:

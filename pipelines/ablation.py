@@ -38,8 +38,9 @@ from tables import RESULTS
 
 from emloc_ray.errors import EmlocError
 from emloc_ray.io.store.atomic import write_json
+from emloc_ray.text import duration
 from emloc_ray.ui.batch_table import BatchView
-from emloc_ray.ui.terminal import count_progress, duration, quiet_libraries
+from emloc_ray.ui.terminal import count_progress, quiet_libraries
 
 
 def main() -> int:

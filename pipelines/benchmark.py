@@ -20,51 +20,56 @@
 ``scheduling``     500 tasks whose stages sleep: what a task costs beyond its sleep, and what the driver holds
 ``training``       a fine-tuning stage of one step, against one in a Ray Train group of its own
 ``quickstart``     the quickstart and the same run at ratio 1.0: wall time, peak memory, gain, gap closed
+``gpu``            8B and 70B shapes of random weights on one GPU, in ``--minutes``; not among ``all``, needs no Ray
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import importlib.util
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+if importlib.util.find_spec("emloc_ray") is None:  # not installed: ``gpu`` runs from a bare checkout
+    sys.path.append(str(Path(__file__).parents[1]))
+
 import torch
-from benchmarks.allocation import allocation
-from benchmarks.data_path import data
-from benchmarks.factorization import LAYERS, factorization, layers
-from benchmarks.figures import Figures, publish_figures
-from benchmarks.many_tasks import many_tasks, scheduling, short_training
-from benchmarks.memory import memory, merge, planner, shapes
-from benchmarks.whole_runs import THREADS, calibration, growth, quickstart, ray_overhead, training_step
+from benchmarks.figures import THREADS, Figures, publish_figures
 from tables import RESULTS
 
-BENCHMARKS: dict[str, Callable[[Path], Figures]] = {
-    "factorization": factorization,
-    "layers": layers,
-    "allocation": allocation,
-    "calibration": calibration,
-    "step": training_step,
-    "memory": memory,
-    "planner": planner,
-    "shapes": shapes,
-    "merge": merge,
-    "data": data,
-    "growth": growth,
-    "ray": ray_overhead,
-    "tasks": many_tasks,
-    "scheduling": scheduling,
-    "training": short_training,
-    "quickstart": quickstart,
+from emloc_ray.errors import ConfigError
+
+# ``MODULE:FUNCTION`` in ``benchmarks``, imported when it is measured: where ``gpu`` runs there may be no Ray.
+BENCHMARKS = {
+    "factorization": "factorization:factorization",
+    "layers": "factorization:layers",
+    "allocation": "allocation:allocation",
+    "calibration": "whole_runs:calibration",
+    "step": "whole_runs:training_step",
+    "memory": "memory:memory",
+    "planner": "memory:planner",
+    "shapes": "memory:shapes",
+    "merge": "memory:merge",
+    "data": "data_path:data",
+    "growth": "whole_runs:growth",
+    "ray": "whole_runs:ray_overhead",
+    "tasks": "many_tasks:many_tasks",
+    "scheduling": "many_tasks:scheduling",
+    "training": "many_tasks:short_training",
+    "quickstart": "whole_runs:quickstart",
 }
+GPU = "gpu.command:gpu"
+LAYERS = ("2048x2048", "4096x4096", "14336x4096", "real")
 # What each writes of the README's tables, and of which parts the other tables are made.
 PUBLISHED = {
     "allocation": "better_ranks.json",
     "memory": "memory.json",
     "shapes": "paper_shapes.json",
     "quickstart": "quickstart.json",
+    "gpu": "gpu.json",
 }
 TABLES = {
     "speed.json": ("factorization", "layers", "calibration", "step", "growth", "ray"),
@@ -89,21 +94,32 @@ def write_results(out: Path, figures: Figures) -> None:
 def main() -> None:
     """Runs the benchmarks named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", nargs="+", choices=[*BENCHMARKS, "all"])
+    parser.add_argument("which", nargs="+", choices=[*BENCHMARKS, "gpu", "all"])
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
     parser.add_argument(
         "--layers", nargs="+", choices=LAYERS, default=LAYERS, help="which of them the part `layers` takes"
     )
+    parser.add_argument("--minutes", type=float, default=10.0, help="in which the part `gpu` ends, about")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="of the part `gpu`")
+    parser.add_argument("--shapes", default="full", choices=("full", "tiny"), help="of the part `gpu`")
     parser.add_argument("--publish", action="store_true", help="copy what the README's tables are made of")
     arguments = parser.parse_args()
     if arguments.publish and set(arguments.layers) != set(LAYERS):
         parser.error("--publish takes all layers: leave --layers out.")
+    if arguments.publish and "gpu" in arguments.which and (arguments.device, arguments.shapes) != ("cuda", "full"):
+        parser.error("--publish takes full shapes on a GPU: leave --device and --shapes out.")
     arguments.out = arguments.out.absolute()  # batches and workers look from elsewhere
     arguments.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(THREADS)
-    parts = {**BENCHMARKS, "layers": functools.partial(layers, chosen=arguments.layers)}
-    for name in BENCHMARKS if "all" in arguments.which else arguments.which:
-        found = parts[name](arguments.out)
+    chosen = {name: BENCHMARKS.get(name, GPU) for name in (BENCHMARKS if "all" in arguments.which else arguments.which)}
+    options = {
+        "layers": {"chosen": arguments.layers},
+        "gpu": {"minutes": arguments.minutes, "device": arguments.device, "shapes": arguments.shapes},
+    }
+    for name, where in chosen.items():
+        try:
+            found = _function(where)(arguments.out, **options.get(name, {}))
+        except ConfigError as error:
+            parser.error(str(error))
         write_results(arguments.out, found)
         if not arguments.publish:
             continue
@@ -112,6 +128,14 @@ def main() -> None:
         for table, those in TABLES.items():
             if name in those:
                 publish_figures(RESULTS / table, those, name, found)
+
+
+def _function(where: str) -> Callable[..., Figures]:
+    module, _, name = where.partition(":")
+    found: Callable[..., Figures] = getattr(importlib.import_module(f"benchmarks.{module}"), name)
+    if where != GPU:  # which computes beside a card with all cores
+        torch.set_num_threads(THREADS)
+    return found
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 from datetime import datetime, timezone
 from typing import Any
 
+from emloc_ray.config.steps import STEPS
+
 BEGIN = 1.8e9
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
 NAMES = [f"model.layers.{block}.{kind}" for block in (0, 1, 10, 2) for kind in LINEARS]
@@ -20,8 +22,9 @@ def manifest(*stages: str) -> dict[str, Any]:
         "finetune": {"hub_token": "hf_hush", "max_steps": 3},
         "ray": {"runtime_env": {"env_vars": {"WANDB_KEY": "hush"}}},
     }
+    asked = [stage for stage in STEPS if stage in {*STAGES, *stages}]
     done = {stage: {"finished_at": BEGIN + number, "result": {}} for number, stage in enumerate(stages)}
-    return {"format": 2, "name": "run", "config": config, "stages": done}
+    return {"format": 2, "name": "run", "config": config, "stages": done, "steps": asked}
 
 
 def usage(number: int) -> dict[str, Any]:
@@ -97,22 +100,12 @@ def event(kind: str, second: float, **fields: Any) -> dict[str, Any]:
     return {"time": when, "event": kind, "message": "Something.", **fields}
 
 
-def work(stage: str, *spans: tuple[str, str, float, float]) -> dict[str, Any]:
-    """What workers did, from a second to a second."""
-    told = [[worker, unit, BEGIN + begin, BEGIN + end, 1] for worker, unit, begin, end in spans]
-    return event("work", max((end for *_, end in spans), default=0), stage=stage, spans=told)
-
-
 def events() -> list[dict[str, Any]]:
     """Of a run that was killed in its factorization."""
     return [
         event("run_started", -40),
         event("started", -30, stage="calibrate"),
-        work(
-            "calibrate", ("slot 0", "its start", -30, -20), ("slot 0", "token shard 0", -20, 1), ("slot 1", "a", -30, 1)
-        ),
         event("finished", 1, stage="calibrate"),
         event("started", 2, stage="factorize"),
-        work("factorize", ("process 7 on here", "layers.0.q and k", 2, 9), ("process 8 on here", EVIL, 3, 9)),
         event("progress", 12, stage="factorize", done=2, total=9),
     ]

@@ -17,10 +17,11 @@ from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import Stopped
 from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.planning.prepared import prepare
-from emloc_ray.runs import run as pipeline
+from emloc_ray.runs.reporter import SilentReporter
 from emloc_ray.runs.run import Pipeline
 from emloc_ray.runs.steps import Steps
 from emloc_ray.runs.turns import AtOnce
+from emloc_ray.ui import api
 
 TWO = {"num_workers": 2}
 # The same rows a step as one worker's eight. Starting a group takes ten times as long as training: for tests of groups.
@@ -64,7 +65,7 @@ def make_values(run_dir: Path, model_dir: Path, data: Path, /, **changes: dict[s
     return values
 
 
-class RecordingReporter(pipeline.SilentReporter):
+class RecordingReporter(SilentReporter):
     """Remembers what it is told."""
 
     def __init__(self) -> None:
@@ -176,7 +177,7 @@ class FinishedRun:
 def run_values(values: dict[str, Any], reporter: RecordingReporter | None = None, **options: Any) -> RecordingReporter:
     """Runs the pipeline on a config's nested values; gives what the reporter heard."""
     reporter = reporter or RecordingReporter()
-    pipeline.run(parse_config(values), reporter=reporter, **options)
+    api.run(parse_config(values), reporter=reporter, **options)
     return reporter
 
 

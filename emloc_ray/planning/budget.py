@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from emloc_ray.planning.layout import ranks_at
 from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.sizes import Lengths
+from emloc_ray.text import size_up
 
 _RATIOS = tuple(step / 20 for step in range(19, 1, -1))  # 0.95, 0.90, … 0.10
 
@@ -48,11 +48,11 @@ class Solution:
     def sentence(self) -> str:
         """What was found, for a person."""
         said = (
-            f"Within {_size(self.budget)}: fine-tuning needs {_size(self.finetune_bytes)} a worker, inference of the"
-            f" original {_size(self.inference_bytes)}."
+            f"Within {size_up(self.budget)}: fine-tuning needs {size_up(self.finetune_bytes)} a worker, inference of the"
+            f" original {size_up(self.inference_bytes)}."
         )
         if self.too_large:
-            stages = ", ".join(f"{name} ({_size(size)})" for name, size in self.too_large)
+            stages = ", ".join(f"{name} ({size_up(held)})" for name, held in self.too_large)
             said += f" Not within it, whatever the ratio: {stages}; {self._remedy}."
         return said
 
@@ -94,9 +94,9 @@ def solve(
         adapter = prepared.config.adapter
         size = "num_virtual_tokens" if adapter.is_prompt else "r" if adapter.is_additive else "target_modules"
         raise ConfigError(
-            f"No compression ratio fits {_size(budget)}: at {_RATIOS[-1]:g}, a row at a time and"
+            f"No compression ratio fits {size_up(budget)}: at {_RATIOS[-1]:g}, a row at a time and"
             f" {'with' if may_checkpoint else 'without'} gradient checkpointing, fine-tuning needs"
-            f" {_size(needed(_RATIOS[-1], 1))}: give that much, or lower"
+            f" {size_up(needed(_RATIOS[-1], 1))}: give that much, or lower"
             f" data.max_seq_length or adapter.{size}."
         )
     sizes = (size for size in range(section.per_device_train_batch_size, 0, -1) if rows % size == 0)
@@ -129,7 +129,7 @@ def check_gradients(prepared: Prepared, lengths: Lengths) -> None:
     needed, room = memory.least_for_gradients(), memory.worker_bytes("calibration")
     if needed > room:
         raise ConfigError(
-            f"{asks} needs gradients of the whole model, {_size(needed)} in a worker that may hold {_size(room)}: give it"
+            f"{asks} needs gradients of the whole model, {size_up(needed)} in a worker that may hold {size_up(room)}: give it"
             " more, lower calibration.batch_size, or take allocation uniform and objective activations, which need none."
         )
 
@@ -155,9 +155,3 @@ def with_settings(
     layout = prepared.layout
     ranks = ranks_at(changed, layout.specs, layout.compressed)
     return dataclasses.replace(prepared, config=changed, layout=dataclasses.replace(layout, ranks=ranks))
-
-
-def _size(size: float) -> str:
-    """Rounded up, so that who gives as much as is said has enough."""
-    unit, name = (2**30, "GiB") if size >= 2**30 else (2**20, "MiB")
-    return f"{math.ceil(100 * size / unit) / 100 if unit == 2**30 else math.ceil(size / unit):g} {name}"

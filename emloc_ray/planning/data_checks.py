@@ -16,6 +16,7 @@ from emloc_ray.data.reading import Place, Row, SourceFile, each, list_files, rea
 from emloc_ray.data.splits import SPLITS, hub_split
 from emloc_ray.errors import ArtifactError, ConfigError, DataError
 from emloc_ray.io.runs.fingerprint import fingerprint
+from emloc_ray.text import listed
 
 CHECKED_ROWS = 1000  # of a file
 MAX_CHECKED_ROWS = 16_000  # of a split, but for one of each file
@@ -110,9 +111,8 @@ def check_held_out(config: RunConfig, files: Mapping[str, tuple[SourceFile, ...]
         for other in others:
             both = sorted(paths.get(held_out, set()) & paths.get(other, set()))
             if both:
-                more = f" and {len(both) - 1} more" if both[1:] else ""
                 raise ConfigError(
-                    f"data.{held_out} and data.{other} both read {both[0]}{more}: what is held out must not be trained on;"
+                    f"data.{held_out} and data.{other} both read {listed(both, 1)}: what is held out must not be trained on;"
                     f" leave data.{held_out} out to have rows of train kept for it, or name other files."
                 )
 

@@ -35,6 +35,7 @@ from emloc_ray.modeling.loading import ModelSource, check_source, read_model_con
 from emloc_ray.modeling.zero_config import check_zero_config, read_zero_config
 from emloc_ray.planning.data_checks import check_held_out, check_split
 from emloc_ray.planning.layout import Layout, Skeleton, adapter_settings, make_layout, skeleton_of
+from emloc_ray.text import size, size_up
 
 UNKNOWN_ROWS = 8000  # of a split that is made or downloaded later
 _BATCHES = ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate")
@@ -340,6 +341,6 @@ def check_disk(run: RunDirectory, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise ConfigError(
-            f"run_dir {run.root} needs about {needed / 2**30:.1f} GiB, its disk has {free / 2**30:.1f} GiB free:"
+            f"run_dir {run.root} needs about {size_up(needed)}, its disk has {size(free)} free:"
             " free some, or name another place."
         )

@@ -11,6 +11,7 @@ from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.machine import cpu_capabilities, has_bfloat16
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.work import row_lengths
+from emloc_ray.text import listed, size
 
 
 def over_budget(config: RunConfig, planned: Mapping[str, int]) -> str | None:
@@ -19,13 +20,11 @@ def over_budget(config: RunConfig, planned: Mapping[str, int]) -> str | None:
     budget = config.memory_budget
     if budget is None:
         return None
-    above = [
-        f"{name} {size / 2**30:.2f} GiB" for name, size in planned.items() if name != "inference" and size > budget
-    ]
+    above = [f"{name} {size(held)}" for name, held in planned.items() if name != "inference" and held > budget]
     if not above:
         return None
     return (
-        f"memory_budget is {budget / 2**30:.2f} GiB a worker, but the plan says {', '.join(above)}:"
+        f"memory_budget is {size(budget)} a worker, but the plan says {', '.join(above)}:"
         " see emloc-ray plan --memory-budget for settings that fit."
     )
 
@@ -93,9 +92,8 @@ def left_dense(layout: Layout) -> str | None:
     """Which modules a pattern names that cannot be factored."""
     if not layout.left_dense:
         return None
-    first, *more = [f"{name} ({kind})" for name, kind in layout.left_dense.items()]
-    others = f" and {len(more)} more" if more else ""
-    return f"Only linears can be factored or adapted: {first}{others}, which a pattern names, stays as it is."
+    named = listed([f"{name} ({kind})" for name, kind in layout.left_dense.items()], 1)
+    return f"Only linears can be factored or adapted: {named}, which a pattern names, stays as it is."
 
 
 def long_images(prepared: Prepared) -> str | None:

@@ -1,32 +1,38 @@
-"""Who is told how a run goes."""
+"""Reporters hear how a run goes: they show it, log it, trace it, write its page."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from emloc_ray.io.runs.directory import RunDirectory
 
 
 class Reporter(Protocol):
-    """Who is told how a run goes; the command line shows it, a library's user may ignore it."""
+    """Hears how a run goes."""
 
     def start(self, stage: str) -> Callable[[int, int], None]:
-        """A stage begins; gives its progress callback."""
+        """A stage begins; returns its progress callback, which takes the units done and all units."""
 
     def finish(self, stage: str, result: dict[str, Any], usage: dict[str, Any]) -> None:
-        """A stage has ended well."""
+        """A stage has finished."""
 
     def skip(self, stage: str) -> None:
-        """A stage was found done."""
+        """A stage was done before."""
 
     def note(self, text: str) -> None:
-        """Something that a reader should know."""
+        """A remark for the user."""
+
+    def changed(self, run: RunDirectory) -> None:
+        """The run's manifest and metrics.json have changed."""
 
 
 class SilentReporter:
-    """Tells nobody."""
+    """Does nothing: the base of reporters that need some of the events only."""
 
     def start(self, stage: str) -> Callable[[int, int], None]:
-        """Gives a callback that does nothing."""
+        """Returns a callback that does nothing."""
         return lambda done, total: None
 
     def finish(self, stage: str, result: dict[str, Any], usage: dict[str, Any]) -> None:
@@ -38,15 +44,18 @@ class SilentReporter:
     def note(self, text: str) -> None:
         """Nothing."""
 
+    def changed(self, run: RunDirectory) -> None:
+        """Nothing."""
+
 
 class Reporters:
-    """Tells several, in order."""
+    """Several reporters as one, called in order."""
 
     def __init__(self, *reporters: Reporter) -> None:
         self.reporters = reporters
 
     def start(self, stage: str) -> Callable[[int, int], None]:
-        """Gives a callback that tells each one's."""
+        """Returns a callback that calls each one's."""
         callbacks = [reporter.start(stage) for reporter in self.reporters]
 
         def progress(done: int, total: int) -> None:
@@ -56,16 +65,21 @@ class Reporters:
         return progress
 
     def finish(self, stage: str, result: dict[str, Any], usage: dict[str, Any]) -> None:
-        """Tells each."""
+        """Calls each."""
         for reporter in self.reporters:
             reporter.finish(stage, result, usage)
 
     def skip(self, stage: str) -> None:
-        """Tells each."""
+        """Calls each."""
         for reporter in self.reporters:
             reporter.skip(stage)
 
     def note(self, text: str) -> None:
-        """Tells each."""
+        """Calls each."""
         for reporter in self.reporters:
             reporter.note(text)
+
+    def changed(self, run: RunDirectory) -> None:
+        """Calls each."""
+        for reporter in self.reporters:
+            reporter.changed(run)

@@ -17,6 +17,7 @@ from emloc_ray.runs import remarks
 from emloc_ray.runs.log import RunLog
 from emloc_ray.runs.reporter import Reporter, Reporters, SilentReporter
 from emloc_ray.runs.steps import Dropped, Steps
+from emloc_ray.runs.trace import Trace
 from emloc_ray.runs.turns import AtOnce, Turns
 from emloc_ray.stages.context import Context
 from emloc_ray.stages.importing import is_imported
@@ -60,16 +61,14 @@ def run(
         with connection(config.ray.address, lean_memory=lean, **config.ray.init_options):
             if turns is None:  # once more, by what Ray counts: in a container that is less than the machine has
                 check_resources(config, total("CPU"), total("GPU"))
-            prepared.run.create(
-                config.model_dump(mode="json"),
-                fresh=fresh,
-                steps=[stage.name for stage in STEPS if stage.wanted(prepared)],
-            )
-            with RunLog(prepared.run, [spec.name for spec in prepared.layout.specs]) as log:
+            steps = [stage.name for stage in STEPS if stage.wanted(prepared)]
+            prepared.run.create(config.model_dump(mode="json"), fresh=fresh, steps=steps)
+            linears = [spec.name for spec in prepared.layout.specs]
+            with RunLog(prepared.run, linears) as log, Trace(prepared.run) as trace:
                 check_visible(prepared)
                 for remark in remarks.of_machines([config]) if turns is None else ():
                     reporter.note(remark)
-                told = Reporters(reporter, log, StageGauges(prepared.run.name))
+                told = Reporters(reporter, log, trace, StageGauges(prepared.run.name))
                 Pipeline(prepared, told, begin, turns or AtOnce(), cache).run(until)
         return prepared.run.metrics()
     except OSError as error:  # of the run's own small files: a stage explains its own

@@ -13,6 +13,7 @@ from emloc_ray.config.steps import STEPS
 from emloc_ray.io.runs.directory import CONFIG, RunDirectory, standing
 from emloc_ray.io.runs.secret_values import HIDDEN, leaves
 from emloc_ray.runs.log import RUN_EVENTS, read_events
+from emloc_ray.text import duration
 
 Event = dict[str, Any]
 
@@ -101,7 +102,7 @@ def read_status(run: RunDirectory) -> RunStatus:
         holder=run.holder(),
         stage=stage,
         progress=progress,
-        last=next((event for event in reversed(events) if event["event"] != "work"), None),
+        last=events[-1] if events else None,
         end=ends[-1] if ends else None,
         failure=failed,
         go_on=_command(run, newest[0] if newest else {}),
@@ -121,8 +122,4 @@ def _command(run: RunDirectory, begun: Event) -> str:
 
 
 def _age(event: Event, now: datetime) -> str:
-    seconds = max(0.0, (now - datetime.fromisoformat(event["time"])).total_seconds())
-    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (129600, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds / unit:.0f} {name} ago"
-    return f"{seconds / 86400:.0f} days ago"
+    return f"{duration(max(0.0, (now - datetime.fromisoformat(event['time'])).total_seconds()))} ago"

@@ -221,8 +221,9 @@ class Steps:
         discard(self.directory.path(folder) if spoilt else self.directory.path(*error.path.split("/")))
 
     def write_results(self) -> None:
-        """metrics.json, anew from the manifest; a reporter shows it."""
+        """Writes metrics.json anew from the manifest, and says so."""
         self.directory.write_metrics(assemble_metrics(self.directory, self.prepared, self.planned))
+        self.reporter.changed(self.directory)
 
     def _outputs(self, stage: Stage, *more: str) -> list[Path]:
         return [self.directory.path(*path.split("/")) for path in (*stage.outputs, *more)]

@@ -87,6 +87,8 @@ class Stage:
     """What a reader should know where the config leaves it out."""
     sections: Callable[[Prepared, dict[str, Result]], dict[str, Any]] = no_sections
     """Its part of ``metrics.json``, from the results of the stages that are done."""
+    keys: tuple[str, ...] = ()
+    """The keys of that part."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "verb", self.verb or self.name)

@@ -15,10 +15,11 @@ from emloc_ray.errors import ArtifactError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store.atomic import atomic_file
 from emloc_ray.io.store.object_store import below
+from emloc_ray.runs.batch.driver import Pages
 from emloc_ray.runs.batch.state import BatchState, TaskState
+from emloc_ray.text import visible
 from emloc_ray.ui.batch_table import counts, status_text
-from emloc_ray.ui.page import render_page
-from emloc_ray.ui.page_text import visible
+from emloc_ray.ui.page import render_page, write_report
 from emloc_ray.ui.timeline import Bar, Clock, Line, StageRun, draw, running_time, stage_runs
 
 _TEMPLATE = "batch_report.html.j2"
@@ -36,6 +37,18 @@ def write_batch_report(run: RunDirectory, state: BatchState) -> Path:
     with atomic_file(path) as file:
         file.write(render_batch(run.name, state, read_stages(run, state)).encode(errors="replace"))
     return path
+
+
+class BatchPages(Pages):
+    """Keeps the pages of a batch's tasks at what they have reached, and writes its own at its end."""
+
+    def changed(self, run: RunDirectory) -> None:
+        """Writes a task's page anew."""
+        write_report(run)
+
+    def ended(self, run: RunDirectory, state: BatchState) -> None:
+        """Writes the batch's page."""
+        write_batch_report(run, state)
 
 
 def read_stages(run: RunDirectory, state: BatchState) -> dict[str, tuple[StageRun, ...]]:

@@ -13,10 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from emloc_ray.runs.batch.state import BatchState, TaskState
-from emloc_ray.ui.terminal import duration, gib
+from emloc_ray.text import NO_BREAK, duration, size
 
 _STYLES = {"done": "green", "failed": "red", "cancelled": "dim", "running": "cyan", "waiting": "dim"}
-_NO_BREAK = "\u00a0"
 _COLUMNS = ("task", "state", "loss", "held-out", "memory", "time", "notes")
 _LEFT_OUT_FIRST = ("notes", "memory", "loss")  # where there is no width for all
 _ORDER = ("running", "failed", "done", "cancelled", "waiting")
@@ -58,8 +57,8 @@ def _cells(task: TaskState, now: float) -> dict[str, Text]:
         "state": Text(status_text(task), style=_STYLES[task.status]),
         "loss": Text("" if task.train_loss is None else f"{task.train_loss:.3f}"),
         "held-out": Text(held_out(task)),
-        "memory": Text(gib(task.planned_bytes).strip().replace(" ", _NO_BREAK)),
-        "time": Text(duration(spent).replace(" ", _NO_BREAK) if spent else ""),
+        "memory": Text(size(task.planned_bytes).replace(" ", NO_BREAK)),
+        "time": Text(duration(spent).replace(" ", NO_BREAK) if spent else ""),
         "notes": Text(str(task.notes or "")),
     }
 
@@ -84,7 +83,7 @@ def held_out(task: TaskState) -> str:
     """The held-out loss of the original and with the corrected adapter; empty where they are not known."""
     if task.original_loss is None or task.corrected_loss is None:
         return ""
-    return f"{task.original_loss:.3f}{_NO_BREAK}→{_NO_BREAK}{task.corrected_loss:.3f}"
+    return f"{task.original_loss:.3f}{NO_BREAK}→{NO_BREAK}{task.corrected_loss:.3f}"
 
 
 def counts(state: BatchState) -> str:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from emloc_ray.errors import ConfigError, StageError
+from emloc_ray.text import counted, duration, size
 
 if TYPE_CHECKING:
     from emloc_ray.io.runs.cache import ArtifactCache
@@ -39,20 +40,21 @@ def run_batch(console: Console, path: Path, overrides: list[str], dry_run: bool)
     from emloc_ray.io.runs.directory import RunDirectory
     from emloc_ray.runs.batch import driver
     from emloc_ray.runs.batch.tasks import read_batch
+    from emloc_ray.ui.batch_page import BatchPages
     from emloc_ray.ui.batch_table import BatchView, batch_table, reasons
-    from emloc_ray.ui.terminal import count_progress, duration, quiet_libraries
+    from emloc_ray.ui.terminal import count_progress, quiet_libraries
 
     quiet_libraries()
     batch = read_batch(path, overrides)
     if not dry_run:
         driver.check_free(RunDirectory(batch.config.run_dir))
     with count_progress(console, "Checking every task") as progress:
-        prepared = driver.prepare_batch(batch, progress)
+        prepared = driver.prepare_batch(batch, progress, BatchPages())
     seconds = sum(prepared.work.planned(task).seconds for task in batch.tasks)
     place = prepared.run.place
     console.print(
-        f"[bold]{escape(prepared.run.name)}[/]: {_tasks(len(batch.tasks))}, about {duration(seconds)} one after another if"
-        f" nothing is shared or done yet; in {escape(place)}",
+        f"[bold]{escape(prepared.run.name)}[/]: {counted(len(batch.tasks), 'task')}, about {duration(seconds)} one after another"
+        f" if nothing is shared or done yet; in {escape(place)}",
         soft_wrap=True,
     )
     if dry_run:
@@ -63,13 +65,9 @@ def run_batch(console: Console, path: Path, overrides: list[str], dry_run: bool)
     console.print(batch_table(state, width=console.width))
     failed = state.count("failed")
     if failed:
-        summary = f"{failed} of {_tasks(len(state.tasks))} failed: the same command tries again."
+        summary = f"{failed} of {counted(len(state.tasks), 'task')} failed: the same command tries again."
         raise StageError("\n".join([*reasons(state), summary]))
     console.print(f"Results in {place}: summary.parquet, report.html, tasks/", soft_wrap=True, markup=False)
-
-
-def _tasks(count: int) -> str:
-    return f"{count} task{'' if count == 1 else 's'}"
 
 
 @contextlib.contextmanager
@@ -133,17 +131,18 @@ def cancel_tasks(console: Console, place: str, names: list[str], undo: bool) -> 
 
 def list_cache(console: Console, place: str) -> None:
     """Lists the entries of a cache, the last used first."""
-    from emloc_ray.ui.terminal import gib
-
     with asking(console, place):
         entries = _cache(place).entries()
-    size = gib(sum(entry.bytes for entry in entries)).strip()
-    table = Table(title=f"{_entries(len(entries))}, {size}", title_justify="left")
+    held = sum(entry.bytes for entry in entries)
+    table = Table(
+        title=f"{counted(len(entries), 'entry', 'entries')}, {size(held)}",
+        title_justify="left",
+    )
     for column in ("stage", "key", "size", "made by", "last used"):
         table.add_column(column, justify="right" if column == "size" else "left")
     for entry in entries:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used_at))
-        table.add_row(entry.stage, entry.key[:12], gib(entry.bytes).strip(), Text(entry.origin), used)
+        table.add_row(entry.stage, entry.key[:12], size(entry.bytes), Text(entry.origin), used)
     console.print(table)
 
 
@@ -152,16 +151,17 @@ def prune_cache(console: Console, place: str, max_size: str) -> None:
     from pydantic import TypeAdapter, ValidationError
 
     from emloc_ray.config.base import Size
-    from emloc_ray.ui.terminal import gib
 
     try:
-        size = 0 if max_size.strip() == "0" else int(TypeAdapter(Size).validate_python(max_size))
+        most = 0 if max_size.strip() == "0" else int(TypeAdapter(Size).validate_python(max_size))
     except ValidationError as error:
         raise ConfigError(f"--max-size {max_size!r} is no size: give a number and a unit, such as 50GiB.") from error
     with asking(console, place):
-        removed = _cache(place).prune(size)
-    freed = gib(sum(entry.bytes for entry in removed)).strip()
-    console.print(f"{_entries(len(removed))} removed, {freed}. Runs keep what they took from them.")
+        removed = _cache(place).prune(most)
+    freed = sum(entry.bytes for entry in removed)
+    console.print(
+        f"{counted(len(removed), 'entry', 'entries')} removed, {size(freed)}. Runs keep what they took from them."
+    )
 
 
 def _cache(place: str) -> ArtifactCache:
@@ -171,7 +171,3 @@ def _cache(place: str) -> ArtifactCache:
     if not cache.is_made():
         raise ConfigError(f"{place} holds no artifact cache: name the place of one, such as RUN_DIR/cache.")
     return cache
-
-
-def _entries(count: int) -> str:
-    return "1 entry" if count == 1 else f"{count} entries"

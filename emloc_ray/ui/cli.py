@@ -64,11 +64,11 @@ class Stage(str, Enum):
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Config keys to override.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Forget what an earlier run of this name left.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in run_dir, and start anew.")]
 
 
 def _guarded(action: Callable[[], None]) -> None:
-    """Runs a verb; every failure is a sentence on stderr and an exit code (1 failed, 2 bad call, 130 or 143 stopped)."""
+    """Runs a verb; turns a failure into a sentence on stderr and an exit code (1 failed, 2 bad call, 130 or 143 stopped)."""
     try:
         action()
     except EmlocError as error:
@@ -94,19 +94,20 @@ def _prepare(path: Path, overrides: list[str] | None) -> Any:
 
 def _run(path: Path, overrides: list[str] | None, begin: Stage | None, until: Stage, fresh: bool) -> None:
     from emloc_ray.planning.plan import make_plan
-    from emloc_ray.runs import run as pipeline
     from emloc_ray.stages.order import STEPS
-    from emloc_ray.ui.terminal import ConsoleReporter, duration, evaluation_table, gib, result_lines
+    from emloc_ray.text import duration, size
+    from emloc_ray.ui import api
+    from emloc_ray.ui.terminal import ConsoleReporter, evaluation_table, result_lines
 
     prepared = _prepare(path, overrides)
     plan = make_plan(STEPS, prepared)
     console.print(
         f"[bold]{escape(prepared.run.name)}[/]: {plan.parameters:,} parameters, emulator {plan.emulator_parameters:,};"
-        f" about {duration(plan.seconds)} and {gib(plan.disk_bytes).strip()} of disk if nothing is done yet"
+        f" about {duration(plan.seconds)} and {size(plan.disk_bytes)} of disk if nothing is done yet"
     )
     try:
         with ConsoleReporter(console) as reporter:
-            metrics = pipeline.run(
+            metrics = api.run(
                 prepared.config,
                 begin=begin and begin.value,
                 until=until.value,
@@ -133,7 +134,7 @@ def run(
     until: Annotated[Stage, typer.Option("--until", help="Stop after this stage.")] = Stage.evaluate,
     fresh: Fresh = False,
 ) -> None:
-    """Run all stages; what is done is skipped, what the config changed is redone."""
+    """Run all stages: skip what is done, redo what the config changed."""
     _guarded(lambda: _run(config, overrides, begin, until, fresh))
 
 
@@ -146,8 +147,8 @@ def _stage_command(stage: Stage, text: str) -> None:
 
 _stage_command(Stage.calibrate, "Run up to the Grams of the calibration data.")
 _stage_command(Stage.factorize, "Run up to the emulator.")
-_stage_command(Stage.heal, "Run up to the emulator as healed, where the config asks for that.")
-_stage_command(Stage.finetune, "Run up to the adapter as trained on the emulator.")
+_stage_command(Stage.heal, "Run up to the healed emulator, where the config asks for healing.")
+_stage_command(Stage.finetune, "Run up to the adapter trained on the emulator.")
 _stage_command(Stage.correct, "Run up to the corrected adapter.")
 _stage_command(Stage.merge, "Run up to the merged model.")
 _stage_command(Stage.evaluate, "Run up to the evaluation on held-out data.")
@@ -155,7 +156,7 @@ _stage_command(Stage.evaluate, "Run up to the evaluation on held-out data.")
 
 @app.command()
 def validate(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Check the config, the model and the data's first rows; every error at once, nothing started."""
+    """Check the config, the model and the data's first rows: list every error, start nothing."""
 
     def action() -> None:
         from emloc_ray.planning.budget import check_gradients
@@ -165,7 +166,7 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
         check_gradients(prepared, row_lengths(prepared))
         layout = prepared.layout
         console.print(
-            f"{escape(str(config))} is good: {len(layout.ranks)} of {len(layout.specs)} linears compressed,"
+            f"{escape(str(config))} is valid: {len(layout.ranks)} of {len(layout.specs)} linears compressed,"
             f"{f' {len(layout.in_4bit)} in 4 bits,' if layout.quantized else ''} {len(layout.adapted)} adapted."
         )
 
@@ -181,7 +182,7 @@ def plan(
         typer.Option("--memory-budget", help="Solve for the settings that fine-tune within this, such as 24GiB."),
     ] = None,
 ) -> None:
-    """Show shapes, ranks, parameters, and the memory, disk, time and resources of every stage; loads no weights."""
+    """Show shapes, ranks and parameters, and every stage's memory, disk, time and resources; load no weights."""
 
     def action() -> None:
         from emloc_ray.planning.budget import check_gradients
@@ -190,7 +191,7 @@ def plan(
         from emloc_ray.stages.order import STEPS
         from emloc_ray.ui.terminal import plan_tables
 
-        # The option is the config's key: whatever else depends on it, such as the way to calibrate, is planned with it.
+        # The option sets the config's key: what depends on that, such as the calibration's mode, is planned with it.
         if memory_budget is not None and not memory_budget.strip():
             raise ConfigError("--memory-budget is empty: give a size, such as 24GiB.")
         budget = [] if memory_budget is None else [f"memory_budget={memory_budget}"]
@@ -208,9 +209,9 @@ def plan(
 
 @app.command()
 def keys(
-    section: Annotated[str | None, typer.Argument(metavar="[SECTION]", help="Such as finetune; left out: all.")] = None,
+    section: Annotated[str | None, typer.Argument(metavar="[SECTION]", help="One section; all by default.")] = None,
 ) -> None:
-    """Show the keys that a config may have, what they may be, and what holds where they are left out."""
+    """Show every key of a config: its values, its default, its meaning."""
 
     def action() -> None:
         from emloc_ray.config.keys import config_keys
@@ -228,9 +229,9 @@ RunPath = Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run's directo
 @app.command()
 def status(
     run_dir: RunPath,
-    watch: Annotated[bool, typer.Option("--watch", help="Show it anew every second until the run is over.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh every second until the run is over.")] = False,
 ) -> None:
-    """Show which stages of a run are done, how it is or how it ended, and its results so far; of a batch, its tasks."""
+    """Show a run's finished stages, its state and its results so far; of a batch, its tasks."""
 
     def action() -> None:
         from emloc_ray.io.runs.directory import RunDirectory
@@ -253,20 +254,26 @@ def status(
 
 def _show_status(run: Any) -> None:
     from emloc_ray.config.steps import STEPS
+    from emloc_ray.io.store.node_cache import exists
+    from emloc_ray.io.store.object_store import below
     from emloc_ray.runs.status import asked_steps, read_status
-    from emloc_ray.ui.terminal import evaluation_table, gib, result_lines
+    from emloc_ray.runs.trace import TRACE
+    from emloc_ray.text import duration, size
+    from emloc_ray.ui.terminal import evaluation_table, result_lines
 
     manifest = run.manifest()
     stages, asked = manifest["stages"], asked_steps(manifest)
     for stage in STEPS:
         if stage in stages:
             usage = stages[stage]["result"]["usage"]
-            peak = gib(usage["peak_pss_bytes"]).strip()
-            console.print(f"[green]✓[/] {stage:<10} {usage['wall_s']:8.1f} s  peak {peak}")
+            took, peak = duration(usage["wall_s"]), size(usage["peak_pss_bytes"])
+            console.print(f"[green]✓[/] {stage:<10} {took:>9}  peak {peak}")
         elif stage in asked:
             console.print(f"[dim]· {stage:<10} not done[/]")
     for line in read_status(run).lines():
         console.print(escape(line), soft_wrap=True)
+    if exists(run.path(TRACE)):
+        console.print(escape(f"Trace of its workers: {below(run.place, TRACE)}, for ui.perfetto.dev"), soft_wrap=True)
     metrics = run.metrics()
     if "evaluation" in metrics:
         console.print(evaluation_table(metrics))
@@ -294,7 +301,7 @@ def cancel(
     _guarded(lambda: cancel_tasks(console, run_dir, tasks, undo))
 
 
-cache_app = typer.Typer(help="What runs of a batch share: list it, or make it smaller.", no_args_is_help=True)
+cache_app = typer.Typer(help="List or shrink the cache that runs of a batch share.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
 
 
@@ -336,10 +343,10 @@ def fetch(
     run_uri: Annotated[str, typer.Argument(metavar="RUN_URI", help="A run's place on an object store.")],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it.")],
     part: Annotated[
-        list[str] | None, typer.Option(help="Only this part, such as adapter or merged; may be repeated.")
+        list[str] | None, typer.Option(help="Only this part, such as adapter or merged; repeat it for several.")
     ] = None,
 ) -> None:
-    """Bring a run, or parts of it, from an object store to a local directory."""
+    """Copy a run, or parts of it, from an object store to a local directory."""
 
     def action() -> None:
         from emloc_ray.io.runs.directory import RunDirectory

@@ -1,4 +1,4 @@
-"""report.html: one self-contained page per run, made of its manifest, metrics and log alone: without a script."""
+"""report.html: one self-contained page per run, without a script, made from its manifest, metrics and log."""
 
 from __future__ import annotations
 
@@ -19,18 +19,21 @@ from emloc_ray.io.formats.yaml_text import write_yaml
 from emloc_ray.io.runs.directory import SPECTRA, RunDirectory
 from emloc_ray.io.runs.secret_values import without_secrets
 from emloc_ray.io.store.atomic import atomic_file
-from emloc_ray.io.store.node_cache import ensure
+from emloc_ray.io.store.node_cache import ensure, exists
 from emloc_ray.io.store.stored_files import shown
 from emloc_ray.runs.log import read_events
+from emloc_ray.runs.reporter import SilentReporter
 from emloc_ray.runs.status import asked_steps, older_stages
+from emloc_ray.runs.trace import TRACE
+from emloc_ray.stages.order import STEPS as STAGES
+from emloc_ray.text import counted, describe_choice, duration, listed, signed, size, visible
 from emloc_ray.ui.drawing import bar, before_after, loss_curve, share
 from emloc_ray.ui.layer_grids import column_tops, grids, heat_cells, shortfall_cells
-from emloc_ray.ui.page_text import signed, size_text, visible
-from emloc_ray.ui.terminal import describe_choice, duration
+from emloc_ray.ui.terminal import VARIANTS
 from emloc_ray.ui.timeline import draw, run_lines
 
 _TEMPLATE = "report.html.j2"
-# What of metrics.json each stage makes: not shown where the manifest lacks the stage, as it is to be redone.
+# The keys of metrics.json that each stage makes. They are not shown where the manifest lacks the stage: it will be redone.
 _SECTIONS = {
     "data": ["data"],
     "calibrate": ["calibration"],
@@ -39,14 +42,6 @@ _SECTIONS = {
     "finetune": ["finetune"],
     "correct": ["correction"],
     "evaluate": ["evaluation", "exact_match", "generations", "gap_closed"],
-}
-_VARIANTS = {
-    "original": "original",
-    "emulator": "emulator",
-    "emulator_adapter": "emulator + adapter",
-    "uncorrected": "original + adapter, uncorrected",
-    "corrected": "original + adapter, corrected",
-    "merged": "merged",
 }
 
 METHOD_NAMES = {
@@ -63,12 +58,21 @@ METHOD_NAMES = {
 
 
 def write_report(directory: RunDirectory) -> Path:
-    """Writes ``report.html`` into the run directory; what the run has not reached yet is left out."""
+    """Writes ``report.html`` into the run directory; leaves out what the run has not reached yet."""
     found = directory.manifest(), directory.metrics(), read_events(directory), _read_spectra(directory)
+    html = render(directory.name, *found, has_trace=exists(directory.path(TRACE)))
     path = directory.path("report.html")
     with atomic_file(path) as file:
-        file.write(render(directory.name, *found).encode(errors="replace"))
+        file.write(html.encode(errors="replace"))
     return path
+
+
+class PageReporter(SilentReporter):
+    """Keeps a run's ``report.html`` at what the run has reached."""
+
+    def changed(self, run: RunDirectory) -> None:
+        """Writes the page anew."""
+        write_report(run)
 
 
 def _read_spectra(directory: RunDirectory) -> dict[str, Any]:
@@ -86,10 +90,12 @@ def render(
     metrics: dict[str, Any],
     events: Sequence[Mapping[str, Any]] = (),
     spectra: Mapping[str, Any] | None = None,
+    has_trace: bool = False,
 ) -> str:
     """The page's HTML, of what a run's ``manifest.json``, ``metrics.json``, ``log.jsonl`` and the emulator's samples of
-    spectra hold."""
-    return render_page(_TEMPLATE, page_view(name, manifest, metrics, events, spectra))
+    spectra hold; ``has_trace``: beside it lies ``trace.json``."""
+    view = page_view(name, manifest, metrics, events, spectra)
+    return render_page(_TEMPLATE, {**view, "has_trace": has_trace})
 
 
 def render_page(template: str, view: dict[str, Any]) -> str:
@@ -97,8 +103,14 @@ def render_page(template: str, view: dict[str, Any]) -> str:
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.lstrip_blocks = True
-    environment.filters |= {"size": size_text, "signed": signed, "choice": describe_choice, "duration": duration}
-    environment.filters["visible"] = visible
+    environment.filters |= {
+        "size": size,
+        "signed": signed,
+        "duration": duration,
+        "counted": counted,
+        "visible": visible,
+    }
+    environment.filters["choice"] = describe_choice
     environment.globals |= {"bar": bar, "before_after": before_after, "share": share}
     environment.globals |= {"grids": grids, "column_tops": column_tops}
     return environment.get_template(template).render(view)
@@ -113,9 +125,7 @@ def page_view(
 ) -> dict[str, Any]:
     """All that the template shows; a section that the run has not reached is missing or empty."""
     done: dict[str, Any] = manifest.get("stages", {})
-    found = {
-        key: (metrics.get(key) or {}) if stage in done else {} for stage, keys in _SECTIONS.items() for key in keys
-    }
+    found = {key: (metrics.get(key) or {}) if stage.name in done else {} for stage in STAGES for key in stage.keys}
     config = manifest.get("config") or {}
     emulator, method = config.get("emulator") or {}, (config.get("adapter") or {}).get("method", "lora")
     optional = set(STEPS) - set(asked_steps(manifest))
@@ -146,7 +156,7 @@ def page_view(
         "curve": loss_curve(found["finetune"]),
         "healing_curve": loss_curve(found["healing"]),
         "stages": stages,
-        "timeline": draw(run_lines(manifest, events), "the stages of the run and what its workers did"),
+        "timeline": draw(run_lines(manifest, events), "the stages of the run"),
         "planned": planned,
         "most_memory": max([*(usage["peak_rss_bytes"] for _, usage in stages), *planned.values()], default=0),
         "processes": process_rows([usage for _, usage in stages]),
@@ -169,7 +179,7 @@ def describe_task(data: dict[str, Any]) -> str | None:
         return None
     paths = [paths] if isinstance(paths, str) else paths
     names = [path if path.startswith("hf:") else Path(shown(path)).name for path in paths]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return listed(names)
 
 
 def evaluation_rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
@@ -182,7 +192,7 @@ def evaluation_rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
             "gain": None if original is None or variant == "original" else original - evaluation[variant]["loss"],
             **evaluation[variant],
         }
-        for variant, label in _VARIANTS.items()
+        for variant, label in VARIANTS.items()
         if variant in evaluation
     ]
 

@@ -1,8 +1,9 @@
-"""What a person sees: progress bars on a terminal, plain lines otherwise, tables of plans and results."""
+"""What a terminal shows: progress bars, or plain lines where it is none, and tables of plans and results."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,28 +16,27 @@ from rich.table import Table
 
 from emloc_ray.config.keys import KeySection
 from emloc_ray.core.ranks import factor_parameters
+from emloc_ray.runs.reporter import SilentReporter
+from emloc_ray.text import NO_BREAK, describe_choice, duration, size
 
 if TYPE_CHECKING:
     from emloc_ray.planning.plan import Plan
+    from emloc_ray.stages.stage import Stage
 
-_NO_BREAK = "\u00a0"
-_VERBS = {
-    "import": "Importing the model",
-    "data": "Making token shards",
-    "calibrate": "Calibrating",
-    "gradients": "Gathering gradients",
-    "allocate": "Allocating ranks",
-    "factorize": "Factorizing",
-    "heal": "Healing",
-    "finetune": "Fine-tuning",
-    "correct": "Correcting",
-    "merge": "Merging",
-    "evaluate": "Evaluating",
+
+# What each variant that is evaluated is called, in the order in which they are shown.
+VARIANTS = {
+    "original": "original",
+    "emulator": "emulator",
+    "emulator_adapter": "emulator + adapter",
+    "uncorrected": "original + adapter as trained",
+    "corrected": "original + adapter corrected",
+    "merged": "merged",
 }
 
 
 def quiet_libraries() -> None:
-    """What libraries say of themselves is not for a run's screen."""
+    """Keeps other libraries' warnings off the screen."""
     import transformers
 
     warnings.filterwarnings("ignore")
@@ -46,7 +46,7 @@ def quiet_libraries() -> None:
 
 @contextlib.contextmanager
 def byte_progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar of bytes, on a terminal; the callback takes how many are done, of how many."""
+    """Shows a bar of bytes on a terminal; the callback takes the bytes done and all bytes."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=32),
@@ -60,15 +60,22 @@ def byte_progress(console: Console, what: str) -> Iterator[Callable[[int, int], 
 
 @contextlib.contextmanager
 def count_progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar of things done, on a terminal; the callback takes how many are, of how many."""
+    """Shows a bar of things done on a terminal; the callback takes the number done and the number of all."""
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=32), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         task = bars.add_task(what)
         yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
-class ConsoleReporter:
-    """Shows a run: a bar a stage on a terminal; elsewhere a line where a stage begins and ends."""
+@functools.cache
+def _stages() -> dict[str, Stage]:
+    from emloc_ray.stages.order import STEPS  # a table of results needs no torch
+
+    return {stage.name: stage for stage in STEPS}
+
+
+class ConsoleReporter(SilentReporter):
+    """Shows a run: a bar for each stage on a terminal, elsewhere a line where a stage begins and ends."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -93,9 +100,9 @@ class ConsoleReporter:
     def start(self, stage: str) -> Callable[[int, int], None]:
         """A stage begins."""
         if not self.console.is_terminal:
-            self.console.print(f"{_VERBS[stage]} …", highlight=False)
+            self.console.print(f"{_stages()[stage].title} …", highlight=False)
             return lambda done, total: None
-        task = self.task = self.bars.add_task(_VERBS[stage], total=None)
+        task = self.task = self.bars.add_task(_stages()[stage].title, total=None)
         return lambda done, total: self.bars.update(task, completed=done, total=max(total, 1))
 
     def _end(self) -> None:
@@ -104,64 +111,24 @@ class ConsoleReporter:
             self.task = None
 
     def finish(self, stage: str, result: dict[str, Any], usage: dict[str, Any]) -> None:
-        """A stage has ended: what came out, its wall time, its peak memory."""
+        """Shows a stage's result, wall time and peak memory."""
         self._end()
-        line = f"[green]✓[/] {_VERBS[stage]:<20} {usage['wall_s']:7.1f} s  {gib(usage['peak_pss_bytes'])}"
+        line = f"[green]✓[/] {_stages()[stage].title:<20} {duration(usage['wall_s']):>8}  {size(usage['peak_pss_bytes']):>8}"
         self.console.print(f"{line}  {escape(_outcome(stage, result))}".rstrip(), highlight=False, soft_wrap=True)
 
     def skip(self, stage: str) -> None:
-        """A stage was found done."""
-        self.console.print(f"[dim]· {_VERBS[stage]:<20} done before, inputs unchanged[/]", highlight=False)
+        """Says that a stage was done before."""
+        self.console.print(f"[dim]· {_stages()[stage].title:<20} done before, inputs unchanged[/]", highlight=False)
 
     def note(self, text: str) -> None:
-        """Something that a reader should know."""
+        """Shows a remark."""
         self.console.print(f"[yellow]![/] {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def _outcome(stage: str, result: dict[str, Any]) -> str:
     if result.get("taken_from"):
         return f"from the cache, made by {result['taken_from']}"
-    if stage == "data":
-        rows = ", ".join(f"{split} {count['rows']:,}" for split, count in result["splits"].items())
-        return f"rows: {rows}"
-    if stage in ("calibrate", "gradients"):
-        return f"{result['num_tokens']:,} tokens in {result['num_shards']} shards"
-    if stage == "allocate":
-        lost, uniform = 1 - result["gain"], 1 - result["uniform_gain"]
-        return f"what they lose is {lost / uniform:.0%} of what uniform ranks would" if uniform > 0 else ""
-    if stage == "factorize":
-        return f"{len(result['layers'])} linears, mean relative error {result['mean_relative_error']:.3f}"
-    if stage == "heal":
-        return f"{result['steps']} steps, mean divergence from the original {result['train_loss']:.3f}"
-    if stage == "finetune":
-        return f"{result['steps']} steps, training loss {result['train_loss']:.3f}"
-    if stage == "correct":
-        if result.get("as_trained"):
-            return "as trained: nothing to correct"
-        return f"chose {describe_choice(result)}{_scored(result)}"
-    if stage == "merge":
-        return f"{result['merged_tensors']} tensors changed"
-    return ""
-
-
-def _scored(result: dict[str, Any]) -> str:
-    if result.get("note"):
-        return f". {result['note']}"
-    tried = len(result["candidates"])
-    return f", best of {tried} on {result['selection_rows']} rows" if result.get("selection_rows") else ""
-
-
-def describe_choice(choice: dict[str, Any]) -> str:
-    """A correction in words: ``covariance, λ = 3, strength 0.5``."""
-    if choice["method"] == "none":
-        return "none"
-    clamp = "unclamped" if choice["clamp"] is None else f"λ = {choice['clamp']:g}"
-    return f"{choice['method']}, {clamp}, strength {choice['strength']:g}"
-
-
-def gib(size: float) -> str:
-    """Bytes as GiB, or as MiB where that is little."""
-    return f"{size / 2**30:6.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:6.1f} MiB"
+    return _stages()[stage].summary(result)
 
 
 def keys_tables(sections: Sequence[KeySection]) -> Iterator[Table]:
@@ -172,16 +139,16 @@ def keys_tables(sections: Sequence[KeySection]) -> Iterator[Table]:
             title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), expand=True
         )
         table.add_column("key", style="bold", no_wrap=True)
-        for heading, share in (("left out", 2), ("what it may be", 3), ("what it is", 6)):
+        for heading, share in (("default", 2), ("values", 3), ("meaning", 6)):
             table.add_column(heading, overflow="fold", ratio=share)
         for key in section.keys:
-            default = "[red]to be set[/]" if key.default is None else escape(key.default)
+            default = "[red]required[/]" if key.default is None else escape(key.default)
             table.add_row(key.name, default, escape(key.values), escape(key.text))
         yield table
 
 
 def plan_tables(plan: Plan) -> list[Table]:
-    """The plan as tables: what kinds of linears become, what every stage needs, and of what its memory is made."""
+    """The plan as tables: the linears by kind, every stage's resources, and the parts of its memory."""
     return [_shape_table(plan), _stage_table(plan), _memory_table(plan)]
 
 
@@ -239,13 +206,13 @@ def _stage_table(plan: Plan) -> Table:
             str(stage.num_workers),
             f"{stage.cpus_per_worker:g}",
             f"{stage.gpus_per_worker:g}",
-            gib(stage.worker_bytes).strip(),
-            gib(stage.disk_bytes).strip(),
+            size(stage.worker_bytes),
+            size(stage.disk_bytes),
             duration(stage.seconds),
         )
     table.add_section()
-    table.add_row("together", "", "", "", "", gib(plan.disk_bytes).strip(), duration(plan.seconds))
-    table.add_row("inference of the original", "1", "", "", gib(total(plan.inference)).strip(), "", "")
+    table.add_row("together", "", "", "", "", size(plan.disk_bytes), duration(plan.seconds))
+    table.add_row("inference of the original", "1", "", "", size(total(plan.inference)), "", "")
     return table
 
 
@@ -259,34 +226,19 @@ def _memory_table(plan: Plan) -> Table:
     named = {stage.name: stage.memory for stage in plan.stages} | {"inference of the original": plan.inference}
     for name, memory in named.items():
         parts = sorted(memory.items(), key=lambda item: -item[1])
-        made_of = (f"{part} {gib(size).strip()}".replace(" ", _NO_BREAK) for part, size in parts)
-        table.add_row(name, gib(total(memory)).strip(), ", ".join(made_of))
+        made_of = (f"{part} {size(held)}".replace(" ", NO_BREAK) for part, held in parts)
+        table.add_row(name, size(total(memory)), ", ".join(made_of))
     return table
 
 
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def evaluation_table(metrics: dict[str, Any]) -> Table:
-    """The variants on the held-out rows, and what was gained."""
+    """The variants' losses on the held-out rows, and their gains."""
     evaluation = metrics["evaluation"]
     tokens = evaluation["original"]["num_tokens"]
     table = Table(title=f"Held-out data, {tokens:,} predicted tokens", title_justify="left")
     for column in ("model", "loss (nats/token)", "gain", "token accuracy"):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
-    labels = {
-        "original": "original",
-        "emulator": "emulator",
-        "emulator_adapter": "emulator + adapter",
-        "uncorrected": "original + adapter as trained",
-        "corrected": "original + adapter corrected",
-        "merged": "merged",
-    }
-    for variant, label in labels.items():
+    for variant, label in VARIANTS.items():
         if variant not in evaluation:  # not asked for, or merged of an adapter that changes no weight
             continue
         values = evaluation[variant]
@@ -296,14 +248,14 @@ def evaluation_table(metrics: dict[str, Any]) -> Table:
 
 
 def _stored(emulator: dict[str, Any]) -> str:
-    return f"; in 4 bits, {gib(emulator['bytes']).strip()}" if emulator.get("quantization", "none") != "none" else ""
+    return f"; in 4 bits, {size(emulator['bytes'])}" if emulator.get("quantization", "none") != "none" else ""
 
 
 _USUAL = {"allocation": "uniform", "objective": "activations", "storage": "factors"}
 
 
 def _artifacts(metrics: dict[str, Any]) -> list[str]:
-    """What there is to be used: the newest of what a stage makes of the one before's."""
+    """The artifacts to use: the adapter and the merged model, or the newest one before them."""
     there = metrics["disk_bytes"]
     results = [
         text for name, text in (("adapter", "adapter/ (PEFT)"), ("merged", "merged/ (transformers)")) if name in there
@@ -347,8 +299,6 @@ def result_lines(metrics: dict[str, Any], run_dir: str) -> list[str]:
     peak = max(stage["peak_pss_bytes"] for stage in stages.values())
     wall = sum(stage["wall_s"] for stage in stages.values())
     disk = sum(metrics["disk_bytes"].values())
-    lines.append(
-        f"Stages: {duration(wall)}, peak memory of all processes {gib(peak).strip()}, disk {gib(disk).strip()}"
-    )
-    lines.append(f"Artifacts in {run_dir}: {', '.join([*_artifacts(metrics), 'report.html'])}")
+    lines.append(f"Stages: {duration(wall)}, peak memory of all processes {size(peak)}, disk {size(disk)}")
+    lines.append(f"Artifacts in {run_dir}: {', '.join([*_artifacts(metrics), 'report.html', 'trace.json'])}")
     return lines

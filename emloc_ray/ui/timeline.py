@@ -1,5 +1,4 @@
-"""When stages ran and what workers did: lines of bars over the time in which anything ran, for the pages of a run and of
-a batch."""
+"""When stages ran: lines of bars over the time in which anything ran, for the pages of a run and of a batch."""
 
 from __future__ import annotations
 
@@ -14,14 +13,12 @@ from markupsafe import Markup
 
 from emloc_ray.config.steps import STEPS
 from emloc_ray.runs.log import RUN_EVENTS
-from emloc_ray.stages.ray.spans import Span, joined
-from emloc_ray.ui.page_text import visible
-from emloc_ray.ui.terminal import duration
+from emloc_ray.text import duration, visible
 
-_MOST_LINES, _MOST_NAMED, _MOST_BARS = 1000, 60, 2000
+_MOST_LINES, _MOST_NAMED = 1000, 60
 _NAMED_REM, _LINE_REM, _HEIGHT_REM = 1.25, 0.25, 60.0  # of a line with a name and of one without; of those together
-_LEAST_WIDTH = 0.15  # per cent: what is shorter would not be seen
-_PAUSE_S, _PAUSE_SHARE = 60.0, 0.05  # a longer one, in which nothing ran, is no part of the time that is shown
+_LEAST_WIDTH = 0.15  # per cent: a shorter bar would not be seen
+_PAUSE_S, _PAUSE_SHARE = 60.0, 0.05  # longer pauses are cut out of the time that is shown
 _STEPS = {"s": (1, 2, 5, 10, 20, 30), "min": (1, 2, 5, 10, 20, 30), "h": (1, 2, 3, 6, 12), "d": (1, 2, 5, 10, 30, 100)}
 _SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 
@@ -38,7 +35,7 @@ class StageRun:
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar of a timeline: its kind, a step's name or another of the style's, its time, and what it says of itself."""
+    """A bar of a timeline: its kind (a step's name or ``lost``), its time and its tooltip."""
 
     kind: str
     begun_at: float
@@ -63,7 +60,7 @@ class Clock:
     pauses: tuple[tuple[float, float], ...] = ()
 
     def at(self, moment: float) -> float:
-        """What it shows at a moment, which is given in seconds since 1970."""
+        """The clock's time at a moment (seconds since 1970)."""
         return moment - self.begun_at - sum(min(end, moment) - begin for begin, end in self.pauses if begin < moment)
 
 
@@ -82,16 +79,15 @@ def stage_runs(manifest: Mapping[str, Any]) -> tuple[StageRun, ...]:
 
 
 @dataclass
-class _Told:
-    """What a log says of a stage since it was last begun after an end."""
+class _Stage:
+    """What a log says of a stage since its last end."""
 
-    tries: list[tuple[float, float]] = field(default_factory=list)  # that came to no end
-    work: list[Span] = field(default_factory=list)
+    tries: list[tuple[float, float]] = field(default_factory=list)  # unfinished ones
     is_over: bool = False
 
 
 def run_lines(manifest: Mapping[str, Any], events: Iterable[Mapping[str, Any]]) -> list[Line]:
-    """A line of a run's stages, then one a worker: what is finished, and what a killed or living run has come to."""
+    """The line of a run's stages, finished and unfinished; no line before the first begins."""
     done = {run.name: run for run in stage_runs(manifest)}
     told = _read_log(events, done)
     stages = [
@@ -103,14 +99,11 @@ def run_lines(manifest: Mapping[str, Any], events: Iterable[Mapping[str, Any]]) 
         for name, found in told.items()
         for begin, end in found.tries
     ]
-    work = [span for name, found in told.items() if name in done or not found.is_over for span in found.work]
-    if not stages and not work:
-        return []
-    return [Line("stages", sorted(stages, key=lambda bar: bar.begun_at)), *_worker_lines(work)]
+    return [Line("stages", sorted(stages, key=lambda bar: bar.begun_at))] if stages else []
 
 
-def _read_log(events: Iterable[Mapping[str, Any]], done: Mapping[str, StageRun]) -> dict[str, _Told]:
-    told: dict[str, _Told] = {}
+def _read_log(events: Iterable[Mapping[str, Any]], done: Mapping[str, StageRun]) -> dict[str, _Stage]:
+    told: dict[str, _Stage] = {}
     current: tuple[str, float] | None = None
     last = 0.0
 
@@ -119,51 +112,29 @@ def _read_log(events: Iterable[Mapping[str, Any]], done: Mapping[str, StageRun])
             told[current[0]].tries.append((current[1], end))
 
     for event in events:
-        with contextlib.suppress(TypeError, ValueError, KeyError):  # somebody else's hand was in it
+        with contextlib.suppress(TypeError, ValueError, KeyError):  # a line that somebody edited
             kind, moment = event["event"], datetime.fromisoformat(event["time"]).timestamp()
             name = str(event.get("stage", ""))
             if kind in RUN_EVENTS or kind == "started":
-                leave(last if kind == RUN_EVENTS[0] else moment)  # a killed run's time ends with what it told last
+                leave(last if kind == RUN_EVENTS[0] else moment)  # a killed run ends with its last event
                 current = None
-            if kind in ("started", "work") and told.setdefault(name, _Told()).is_over:
-                told[name] = _Told()
             if kind == "started":
+                if told.setdefault(name, _Stage()).is_over:
+                    told[name] = _Stage()
                 current = (name, moment)
-            elif kind == "work":
-                told[name].work += [_span(name, *values) for values in event["spans"]]
             elif kind == "finished":
                 current = None
-                told.setdefault(name, _Told()).is_over = True
+                told.setdefault(name, _Stage()).is_over = True
             last = moment
     leave(last)
-    for name, found in told.items():  # recorded, and killed before the log heard of it
+    for name, found in told.items():  # in the manifest, and killed before the log had it
         if name in done and not found.is_over and found.tries and done[name].finished_at >= found.tries[-1][0]:
             found.tries.pop()
     return told
 
 
-def _span(stage: str, worker: str, unit: str, begun_at: float, finished_at: float, count: int) -> Span:
-    return Span(stage, str(worker), str(unit), float(begun_at), float(finished_at), int(count))
-
-
-def _worker_lines(work: Sequence[Span]) -> list[Line]:
-    """A line a worker, who began first on top; bars that lie close are one where there are very many."""
-    whole = max((span.finished_at for span in work), default=0.0) - min((s.begun_at for s in work), default=0.0)
-    pause, spans = whole / 2000, list(work)
-    while len(spans) > _MOST_BARS and pause < whole:
-        spans, pause = joined(work, pause), 4 * pause
-    hosts = {end for _, on, end in (span.worker.partition(" on ") for span in work) if on}
-    lines: dict[str, list[Bar]] = {}
-    for span in sorted(spans, key=lambda span: span.begun_at):
-        unit = span.unit if span.count == 1 else f"{span.count:,} pieces of work"
-        title = f"{span.stage}, {unit}: {max(span.finished_at - span.begun_at, 0.0):.1f} s"
-        lines.setdefault(span.worker, []).append(Bar(span.stage, span.begun_at, span.finished_at, title))
-    alone = len(hosts) == 1
-    return [Line(worker.partition(" on ")[0] if alone else worker, bars) for worker, bars in lines.items()]
-
-
 def running_time(spans: Iterable[tuple[float, float]]) -> Clock | None:
-    """The time in which anything ran, short pauses included: it may be gone on with days later. None without spans."""
+    """The time in which anything ran, with short pauses but not long ones: a run may go on days later. None without spans."""
     merged: list[list[float]] = []
     for begin, end in sorted(spans):
         if merged and begin <= merged[-1][1]:
@@ -237,6 +208,6 @@ def _draw_line(line: Line, number: int, clock: Clock, scale: float) -> str:
 
 
 def _kind(kind: str, known: Collection[str] = (*STEPS, "lost")) -> str:
-    """Of the style's: what another version calls a stage is none."""
+    """The bar's class in the page's style; ``other`` for a stage of another version."""
     name, _, rest = kind.partition(" ")
     return (name if name in known else "other") + (" unfinished" if rest == "unfinished" else "")

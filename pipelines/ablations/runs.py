@@ -32,6 +32,7 @@ from emloc_ray.runs import run as pipeline
 from emloc_ray.runs.batch.driver import Show, Tell, prepare_batch, run_batch
 from emloc_ray.runs.batch.state import BatchState
 from emloc_ray.runs.batch.tasks import Batch, Task
+from emloc_ray.ui.batch_page import BatchPages
 
 _POLL_S = 1.0
 
@@ -209,7 +210,7 @@ def _run_batch(
                 cells.write(cell, found)
                 discard(place.path("merged"))  # of the size of the original each, and evaluated by now
 
-    prepared = prepare_batch(Batch(ablation.batch, tasks, ablation.ray))
+    prepared = prepare_batch(Batch(ablation.batch, tasks, ablation.ray), pages=BatchPages())
     state = run_batch(prepared, look, tell)
     look(state)
     return {task.name: task.reason or task.status for task in state.tasks if task.status != "done"}

@@ -19,7 +19,6 @@ from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.formats.grams import GramStore
 
 _PUBLISHED = "s (baseline: the published route)"
-LAYERS = ("2048x2048", "4096x4096", "14336x4096", "real")
 SPECTRA = {"flat": 0.0, "1/i": 1.0, "1/i²": 2.0}
 # Of the quickstart's model: a tall one and a wide one, in the middle.
 REAL_LAYERS = (".15.mlp.up_proj", ".15.mlp.down_proj")
@@ -70,7 +69,7 @@ def _error(weight: torch.Tensor, up: torch.Tensor, down: torch.Tensor, gram: tor
     return math.sqrt(float(((rest @ gram) * rest).sum() / ((whole @ gram) * whole).sum()))
 
 
-def layers(out: Path, chosen: Sequence[str] = LAYERS) -> Figures:
+def layers(out: Path, chosen: Sequence[str]) -> Figures:
     """Single layers at ratio 0.25, each route timed in turns; the error is against the exact optimum.
 
     ``W G^½`` has the singular values ``1``, ``1/i`` or ``1/i²``; ``real`` are two layers of the quickstart's model. Where the

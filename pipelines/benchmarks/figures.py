@@ -6,12 +6,15 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import emloc_ray
-from emloc_ray.config.schema import RunConfig
+
+if TYPE_CHECKING:
+    from emloc_ray.config.schema import RunConfig
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+THREADS = 2  # of a benchmark on CPUs, so that figures of any two can be compared
 Figures = dict[str, dict[str, Any]]
 
 _PAPER = ("emulator.allocation=uniform", "emulator.objective=activations", "emulator.healing=null")

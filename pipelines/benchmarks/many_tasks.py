@@ -33,6 +33,7 @@ from emloc_ray.stages.finetune.finetune import finetune, run_alone, run_group
 from emloc_ray.stages.finetune.stage import finetune_job
 from emloc_ray.stages.ray.losses import Losses, unheard
 from emloc_ray.stages.ray.tasks import Resources, bounded, connection, silent
+from emloc_ray.ui.batch_page import BatchPages
 
 _CPUS = 2
 _TASKS = 8
@@ -52,7 +53,7 @@ def many_tasks(out: Path) -> Figures:
         for what, data in (("data and model", None), ("the model alone", out)):
             batch_file = _write_batch(out, base, what.replace(" ", "-"), data)
             begin = time.perf_counter()
-            state = run_batch(prepare_batch(read_batch(batch_file)))
+            state = run_batch(prepare_batch(read_batch(batch_file), pages=BatchPages()))
             ours = time.perf_counter() - begin
             assert state.count("done") == _TASKS, state
             runs, shares = _one_by_one(batch_file, out / f"alone-{what.replace(' ', '-')}")
@@ -134,7 +135,7 @@ class _Sleeps:
     def do(self, task: Task, turns: TaskTurns, reporter: TaskReporter) -> None:
         """All stages, one after another."""
         for stage in VERBS:
-            with turns.take(stage, Resources()) as granted:
+            with turns.take(stage, Resources(), 1) as granted:
                 progress = reporter.start(stage)
                 submit = functools.partial(granted.task(self.sleep).remote, _SLEEP_S)
                 bounded([(stage, submit)], 1, Losses(stage, unheard), progress)

@@ -17,7 +17,17 @@ import torch
 from transformers import AutoConfig, TrainingArguments
 
 import emloc_ray
-from benchmarks.figures import CONFIG, Figures, calibrated, emulated, figure, interleaved, paper_config, write_result
+from benchmarks.figures import (
+    CONFIG,
+    THREADS,
+    Figures,
+    calibrated,
+    emulated,
+    figure,
+    interleaved,
+    paper_config,
+    write_result,
+)
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.ingest import SampleOrder, read_micro_steps
@@ -46,7 +56,6 @@ from emloc_ray.stages.finetune.training import EmulatorTrainer, FinetuneJob, Ran
 from emloc_ray.stages.merge.merge import merge_shard, output_shards
 from emloc_ray.stages.merge.stage import merge_job
 
-THREADS = 2
 _DEPTH, _ROWS, _REPEATS = 6, 64, 3
 _SIZES = {"small": (8, 2, 8), "large": (96, 24, 64)}  # calibration rows, steps, held-out rows
 

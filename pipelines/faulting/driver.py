@@ -13,7 +13,8 @@ from typing import Any
 import psutil
 
 from emloc_ray.config.schema import RunConfig
-from emloc_ray.runs import run as pipeline
+from emloc_ray.runs.reporter import SilentReporter
+from emloc_ray.ui import api
 from faulting.nodes import kill
 
 Event = dict[str, Any]
@@ -23,7 +24,7 @@ class _Over(Exception):
     """The stage up to which the driver was asked to go has ended."""
 
 
-class EventReporter:
+class EventReporter(SilentReporter):
     """Writes one JSON line for each thing it is told."""
 
     def __init__(self, path: Path, until: str, snapshots: Path | None, run_dir: Path) -> None:
@@ -49,9 +50,6 @@ class EventReporter:
         if stage == self.until:
             raise _Over
 
-    def skip(self, stage: str) -> None:
-        """A stage was done before."""
-
     def note(self, text: str) -> None:
         """What a person would be told."""
         self.write("note", text=text)
@@ -61,7 +59,7 @@ def drive(config: RunConfig, until: str, events: Path, snapshots: Path | None) -
     """The driver's whole life."""
     reporter = EventReporter(events, until, snapshots, Path(config.run_dir))
     try:
-        pipeline.run(config, reporter=reporter)
+        api.run(config, reporter=reporter)
     except _Over:
         pass
     except Exception as error:

@@ -21,6 +21,7 @@ from emloc_ray.modeling.scoring import score_rows
 from emloc_ray.runs.batch.driver import prepare_batch, run_batch
 from emloc_ray.runs.batch.state import BatchState
 from emloc_ray.runs.batch.tasks import read_batch
+from emloc_ray.ui.batch_page import BatchPages
 
 pytestmark = pytest.mark.deep
 
@@ -59,7 +60,7 @@ def ended(
     tasks = [{"name": name, **keys} for name, keys in TASKS.items()]
     batch = {"base": "base.yaml", "run_dir": str(root / "many"), "tasks": tasks}
     (root / "batch.yaml").write_text(write_yaml(batch))
-    return root / "many", run_batch(prepare_batch(read_batch(root / "batch.yaml")))
+    return root / "many", run_batch(prepare_batch(read_batch(root / "batch.yaml"), pages=BatchPages()))
 
 
 def directory(ended: tuple[Path, BatchState], name: str) -> RunDirectory:

@@ -28,7 +28,7 @@ from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.io.runs.directory import SPECTRA, RunDirectory
 from emloc_ray.modeling.emulator import FactorizedLinear
-from emloc_ray.runs.log import read_events
+from emloc_ray.runs.trace import read_trace
 from emloc_ray.ui.timeline import stage_runs
 
 VARIANTS = {"original", "emulator", "emulator_adapter", "uncorrected", "corrected", "merged"}
@@ -159,24 +159,24 @@ def test_metrics_have_their_keys(any_run: FinishedRun) -> None:
     assert metrics["disk_bytes"]["merged"] > 0
 
 
-def test_workers_tell_the_log_what_they_did_and_layers_have_spectra(any_run: FinishedRun) -> None:
+def test_the_trace_has_what_workers_did_and_layers_have_spectra(any_run: FinishedRun) -> None:
     run = RunDirectory(any_run.root)
-    told = [event for event in read_events(run) if event["event"] == "work"]
+    spans = read_trace(run)
     working = {"factorize", "finetune", "correct", "merge", "evaluate"} | (
         {"calibrate"} & any_run.metrics["stages"].keys()
     )
-    assert {event["stage"] for event in told} >= working
+    assert {span.stage for span in spans} >= working
     stages = {stage.name: stage for stage in stage_runs(run.manifest())}
-    for event in told:
-        for worker, _, begun_at, finished_at, count in event["spans"]:
-            assert worker.startswith(("slot ", "rank ", "process "))
-            assert count >= 1
-            assert stages["data"].begun_at < begun_at <= finished_at <= stages["evaluate"].finished_at + 0.1
+    assert [span.begun_at for span in spans] == sorted(span.begun_at for span in spans)
+    for span in spans:
+        assert span.worker.startswith(("slot ", "rank ", "process "))
+        assert stages["data"].begun_at < span.begun_at <= span.finished_at <= stages["evaluate"].finished_at + 0.1
+    assert all(span.peak_bytes > 0 for span in spans if not span.worker.startswith("rank "))
     layers = json.loads((any_run.root / "emulator" / SPECTRA).read_text())
     assert layers.keys() == {name for name, layer in any_run.metrics["emulator"]["layers"].items() if layer["rank"]}
     html = (any_run.root / "report.html").read_text()
     assert html.count("popovertarget=") == len(layers)
-    assert "evaluate, part 1 of" in html
+    assert 'href="trace.json"' in html
 
 
 def test_training_lowered_the_loss(any_run: FinishedRun) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import ray
 
@@ -19,14 +19,22 @@ from emloc_ray.runs.batch.summary import write_summary
 from emloc_ray.runs.batch.tasks import Batch
 from emloc_ray.runs.batch.work import PipelineWork, raise_problems
 from emloc_ray.runs.remarks import of_machines
+from emloc_ray.runs.reporter import SilentReporter
 from emloc_ray.stages.ray.tasks import connection
-from emloc_ray.ui.batch_page import write_batch_report
+from emloc_ray.text import size
 
 _ADVICE = "lower what it asks for, or name in the batch's limits what the cluster grows to."
 
 Show = Callable[[BatchState], None]
 Tell = Callable[[str], None]
 Progress = Callable[[int, int], None]
+
+
+class Pages(SilentReporter):
+    """What a batch writes for people: as a reporter it hears of every task's run; nothing by default."""
+
+    def ended(self, run: RunDirectory, state: BatchState) -> None:
+        """All tasks of a batch are over."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +45,11 @@ class Prepared:
     run: RunDirectory
     cache: ArtifactCache
     work: PipelineWork
+    pages: Pages = field(default_factory=Pages)
 
 
-def prepare_batch(batch: Batch, progress: Progress = lambda done, total: None) -> Prepared:
-    """Checks every task against its model and data.
+def prepare_batch(batch: Batch, progress: Progress = lambda done, total: None, pages: Pages | None = None) -> Prepared:
+    """Checks every task against its model and data; ``pages`` hears how the tasks and the batch go once it runs.
 
     Raises:
         ConfigError: with every error of every task at once.
@@ -49,9 +58,10 @@ def prepare_batch(batch: Batch, progress: Progress = lambda done, total: None) -
     run.check("batch")
     cache = ArtifactCache(batch.config.cache.path, batch.config.cache.max_size)
     cache.check()
-    work = PipelineWork(cache)
+    pages = pages or Pages()
+    work = PipelineWork(cache, pages)
     work.prepare(batch.tasks, progress)
-    return Prepared(batch, run, cache, work)
+    return Prepared(batch, run, cache, work, pages)
 
 
 def check_free(run: RunDirectory) -> None:
@@ -84,7 +94,7 @@ def run_batch(prepared: Prepared, show: Show = lambda state: None, tell: Tell = 
                 tell(remark)
             state = begun.run()
             write_summary(run, state)
-            write_batch_report(run, state)
+            prepared.pages.ended(run, state)
             return state
     finally:
         run.unlock()
@@ -143,4 +153,4 @@ def _amount(resources: dict[str, float]) -> Amount:
 
 def _text(amount: Amount) -> str:
     gpus = f", {amount.gpus:g} GPUs" if amount.gpus else ""
-    return f"{amount.cpus:g} CPUs{gpus} and {amount.memory / 2**30:.1f} GiB"
+    return f"{amount.cpus:g} CPUs{gpus} and {size(amount.memory)}"

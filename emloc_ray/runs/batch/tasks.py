@@ -32,8 +32,9 @@ from emloc_ray.errors import ConfigError
 from emloc_ray.runs.batch.config import REMOVED_KEYS, BatchConfig, TaskKeys
 from emloc_ray.runs.batch.grid import Point, joined_name, points, repeated
 from emloc_ray.runs.batch.task_rows import TaskRow, read_task_rows
+from emloc_ray.text import listed
 
-__all__ = ["Batch", "BatchConfig", "Task", "compose_batch", "first_few", "read_batch"]
+__all__ = ["Batch", "BatchConfig", "Task", "compose_batch", "read_batch"]
 
 MAX_GRID_TASKS = 10_000
 _FEW = 3  # tasks that an error names
@@ -105,12 +106,6 @@ def compose_batch(values: dict[str, Any], path: Path, overrides: Sequence[str] =
         raise ConfigError("\n".join(dict.fromkeys(errors)))
     whole = tuple(task for task in tasks if task is not None)
     return Batch(config, whole, whole[0].config.ray)
-
-
-def first_few(labels: Sequence[str]) -> str:
-    """The first labels, and how many more there are."""
-    more = f" and {len(labels) - _FEW:,} more" if len(labels) > _FEW else ""
-    return ", ".join(labels[:_FEW]) + more
 
 
 def _apply(values: dict[str, Any], overrides: Sequence[str]) -> tuple[list[Override], list[str]]:
@@ -235,7 +230,7 @@ class _Composer:
         lines = [unread] if unread else []
         for name, places in self.places.items():
             if name and len(places) > 1:
-                lines.append(f"the name {name!r} is that of {first_few(list(places))}: give each task its own.")
+                lines.append(f"the name {name!r} is that of {listed(list(places), _FEW)}: give each task its own.")
         for sentence, tasks in self.wrong.items():
             own: list[_WrongTask] = []
             for path in dict.fromkeys(task.base for task in tasks):
@@ -247,7 +242,7 @@ class _Composer:
             if len(own) == self.num_tasks.total() > _FEW:
                 lines.append(f"all {len(own):,} tasks: {sentence}")
             elif own:
-                lines.append(f"{first_few(self._labels(own))}: {sentence}")
+                lines.append(f"{listed(self._labels(own), _FEW)}: {sentence}")
         return lines
 
     def _labels(self, tasks: list[_WrongTask]) -> list[str]:

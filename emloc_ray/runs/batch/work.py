@@ -15,9 +15,11 @@ from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.planning.work import row_lengths
 from emloc_ray.runs.batch.admission import Admission, Amount, Need, Ticket
 from emloc_ray.runs.batch.state import TaskReporter
-from emloc_ray.runs.batch.tasks import Task, first_few
+from emloc_ray.runs.batch.tasks import Task
+from emloc_ray.runs.reporter import Reporter, Reporters, SilentReporter
 from emloc_ray.stages.order import STEPS
 from emloc_ray.stages.ray.tasks import Resources
+from emloc_ray.text import listed
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,9 @@ class TaskTurns:
 class PipelineWork:
     """Runs of the pipeline that share one cache."""
 
-    def __init__(self, cache: ArtifactCache | None) -> None:
-        self.cache = cache
+    def __init__(self, cache: ArtifactCache | None, reporter: Reporter | None = None) -> None:
+        """``reporter`` hears how every task's run goes."""
+        self.cache, self.reporter = cache, reporter or SilentReporter()
         self._ready: dict[str, tuple[Prepared, Plan]] = {}
 
     def prepare(self, tasks: Sequence[Task], progress: Callable[[int, int], None] = lambda done, total: None) -> None:
@@ -105,7 +108,8 @@ class PipelineWork:
         from emloc_ray.runs import run as pipeline
 
         prepared = self._prepare(task)[0]
-        metrics = pipeline.run(task.config, reporter=reporter, prepared=prepared, turns=turns, cache=self.cache)
+        both = Reporters(reporter, self.reporter)
+        metrics = pipeline.run(task.config, reporter=both, prepared=prepared, turns=turns, cache=self.cache)
         reporter.results(metrics)
 
     def forget(self, task: Task) -> None:
@@ -116,4 +120,4 @@ class PipelineWork:
 def raise_problems(problems: Mapping[str, Sequence[str]]) -> None:
     """Raises ConfigError with each problem once and the tasks that have it; nothing where there is none."""
     if problems:
-        raise ConfigError("\n".join(f"task {first_few(names)}: {line}" for line, names in problems.items()))
+        raise ConfigError("\n".join(f"task {listed(names)}: {line}" for line, names in problems.items()))

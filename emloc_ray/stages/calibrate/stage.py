@@ -177,6 +177,7 @@ CALIBRATE = Stage(
     summary=_summary,
     remarks=lambda context, result: [thin_experts(result)],
     sections=_sections,
+    keys=("calibration",),
 )
 GRADIENTS = Stage(
     name="gradients",

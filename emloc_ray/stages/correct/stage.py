@@ -14,6 +14,7 @@ from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.factorize.stage import factorize_work
 from emloc_ray.stages.finetune.stage import trained_tokens
 from emloc_ray.stages.stage import Stage, one_worker
+from emloc_ray.text import describe_choice
 
 if TYPE_CHECKING:
     from emloc_ray.stages.correct.correct import CorrectionJob
@@ -78,14 +79,6 @@ def _cost(memory: MemoryModel) -> StageCost:
     return StageCost(memory.correct(), flops=flops, disk_bytes=4 * memory.corrected_parameters, start_seconds=15)
 
 
-def describe_choice(choice: dict[str, Any]) -> str:
-    """A correction in words: ``covariance, λ = 3, strength 0.5``."""
-    if choice["method"] == "none":
-        return "none"
-    clamp = "unclamped" if choice["clamp"] is None else f"λ = {choice['clamp']:g}"
-    return f"{choice['method']}, {clamp}, strength {choice['strength']:g}"
-
-
 def _summary(result: Result) -> str:
     if result.get("as_trained"):
         return "as trained: nothing to correct"
@@ -113,4 +106,5 @@ CORRECT = Stage(
     drops=_drops,
     summary=_summary,
     sections=_sections,
+    keys=("correction",),
 )

@@ -128,4 +128,5 @@ EVALUATE = Stage(
     cost=_cost,
     remarks=lambda context, result: [other_bound(result["evaluation"], context.prepared.config.evaluation.upper_bound)],
     sections=_sections,
+    keys=("evaluation", "exact_match", "generations", "gap_closed"),
 )

@@ -283,6 +283,7 @@ ALLOCATE = Stage(
     divisible=True,
     summary=_allocate_summary,
     sections=_allocate_sections,
+    keys=("allocation",),
 )
 FACTORIZE = Stage(
     name="factorize",
@@ -299,4 +300,5 @@ FACTORIZE = Stage(
     summary=_factorize_summary,
     remarks=_remarks,
     sections=_factorize_sections,
+    keys=("emulator",),
 )

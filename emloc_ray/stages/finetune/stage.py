@@ -145,4 +145,5 @@ FINETUNE = Stage(
     together=True,
     summary=_summary,
     sections=_sections,
+    keys=("finetune",),
 )

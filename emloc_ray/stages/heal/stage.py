@@ -164,4 +164,5 @@ HEAL = Stage(
     summary=_summary,
     absent=no_healing,
     sections=_sections,
+    keys=("healing",),
 )

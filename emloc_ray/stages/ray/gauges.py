@@ -7,6 +7,8 @@ from typing import Any
 
 from ray.util.metrics import Gauge
 
+from emloc_ray.io.runs.directory import RunDirectory
+
 
 class StageGauges:
     """A reporter that sets the gauges ``emloc_ray_units_done`` and ``emloc_ray_units_total``; needs a connection to Ray.
@@ -37,4 +39,7 @@ class StageGauges:
         """Nothing: it has no units now."""
 
     def note(self, text: str) -> None:
+        """Nothing."""
+
+    def changed(self, run: RunDirectory) -> None:
         """Nothing."""

@@ -110,7 +110,8 @@ def run_slots(
                     resting[slot] = time.monotonic() + delay
                     continue
                 times = found.begun_at, found.finished_at
-                tell_span(Span(losses.stage, f"slot {slot}", where, *times, peak_bytes=found.peak_bytes))
+                worker = f"slot {slot} on {found.worker.partition(' on ')[2]}"
+                tell_span(Span(losses.stage, worker, where, *times, peak_bytes=found.peak_bytes))
                 unit = found.result
                 if unit is None:  # committed to the end
                     del running[task]

@@ -1,5 +1,5 @@
-"""Who worked at what, when, and holding how much: told by Ray's workers with their results, heard by whoever keeps a run's
-log and measures its stages."""
+"""Spans of work: which worker did what, when, with how much memory. Ray's workers send them with their results; a run's
+trace and the measures of its stages listen."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Timed:
-    """What a task gave, with when it ran, in which process, and the most that this held meanwhile."""
+    """A task's result, with its time, its process and the most that this held meanwhile."""
 
     result: Any
     worker: str
@@ -44,12 +44,12 @@ class Timed:
 
 
 Listener = Callable[[Span], None]
-# Of a thread: a batch has one for each of its tasks.
+# One a thread: a batch has a thread for each task.
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 def timed(function: Callable[..., Any]) -> Callable[..., Timed]:
-    """The function with its result as :class:`Timed`."""
+    """The function, returning its result as :class:`Timed`."""
 
     @functools.wraps(function)
     def run(*arguments: Any, **named: Any) -> Timed:
@@ -63,13 +63,13 @@ def timed(function: Callable[..., Any]) -> Callable[..., Timed]:
 
 
 def _give_back_memory() -> None:
-    """What the process freed of an earlier task, and glibc kept for the next: it would count as this one's (malloc_trim(3))."""
+    """Has glibc return what an earlier task freed: it would count as this one's (malloc_trim(3))."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _forget_peak() -> None:
-    """Has the kernel take what this process holds for its peak: one that serves many tasks tells each its own.
+    """Resets the kernel's peak of this process, so that each of its many tasks has its own.
 
     https://www.kernel.org/doc/html/latest/filesystems/proc.html, ``clear_refs``.
     """
@@ -78,7 +78,7 @@ def _forget_peak() -> None:
 
 
 def _peak() -> int:
-    """The most that this process held resident, in bytes, since that was forgotten; since its start where it cannot be."""
+    """The most resident bytes of this process since the last reset; since its start where the system has none."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
@@ -89,7 +89,7 @@ def _peak() -> int:
 
 @contextlib.contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Has the listener hear of all work that this thread hears of while the block runs, as does who listens already."""
+    """Calls the listener with every span of this thread while the block runs, beside listeners from outside the block."""
     outer = _listener.get()
 
     def hear(span: Span) -> None:
@@ -105,14 +105,14 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 def tell_span(span: Span) -> None:
-    """Tells the thread's listener, where there is one."""
+    """Calls the thread's listener, where there is one."""
     listener = _listener.get()
     if listener is not None:
         listener(span)
 
 
 def joined(spans: Iterable[Span], pause_s: float) -> list[Span]:
-    """The spans with neighbours of one worker and stage made one where no more than ``pause_s`` lies between them."""
+    """Joins neighbouring spans of one worker and stage where at most ``pause_s`` lies between them."""
     found: list[Span] = []
     for span in sorted(spans, key=lambda span: (span.worker, span.begun_at)):
         last = found[-1] if found else None

@@ -1,5 +1,5 @@
-"""Peak memory of each stage: of its workers on all nodes, as they tell it, and of all processes on the driver's machine
-together, counting shared pages once (proportional set size)."""
+"""Peak memory of each stage: of its workers on all nodes, from their spans, and of all processes on the driver's machine
+together, with shared pages counted once (proportional set size)."""
 
 from __future__ import annotations
 
@@ -9,25 +9,24 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import psutil
 import ray
 
 from emloc_ray.stages.ray.spans import Span, listening
 
-# Often at first, for short stages; then seldom, because adding up a process's pages costs its time.
+# Seconds between samples: short ones first, for short stages; adding up a process's pages costs its time.
 _INTERVALS = (0.5,) * 10 + (2.0,)
 _FRESH_S = 0.3
-# A look is not taken again before so many times what it took: a batch on two cores spent a tenth of one on looks.
+# The next sample waits at least so many times what the last took: without, a batch on two cores spent a tenth of one on them.
 _COSTS = 30
 
 
 @dataclass
 class Usage:
-    """What one stage used: wall time, the peaks of all processes together, of each kind of process, and of its largest worker.
+    """What one stage used: wall time and the peaks of all processes together, of each kind of process, of its largest worker.
 
-    The first two are of all that goes on on the driver's machine, other runs of a batch too; the last is the stage's own.
+    The first two peaks are of all runs on the driver's machine; the last is the stage's own.
     """
 
     stage: str
@@ -38,12 +37,12 @@ class Usage:
     largest_worker_bytes: int = 0
 
     def hear(self, span: Span) -> None:
-        """A worker tells what it held; while one stage goes on, others may do some of their work."""
+        """Takes a span's peak, where it is of this stage."""
         if span.stage == self.stage:
             self.largest_worker_bytes = max(self.largest_worker_bytes, span.peak_bytes)
 
     def as_dict(self) -> dict[str, object]:
-        """As metrics.json has it; ``peak_rss_bytes`` is the largest worker, or where none told, the largest process here."""
+        """For metrics.json; ``peak_rss_bytes`` is of the largest worker, or of the largest process here where no span came."""
         return {
             "wall_s": round(self.wall_s, 2),
             "peak_pss_bytes": self.peak_pss_bytes,
@@ -54,7 +53,7 @@ class Usage:
 
 @contextlib.contextmanager
 def measured(stage: str) -> Iterator[Usage]:
-    """Samples this process and what it started while the block runs, and hears what the stage's workers tell."""
+    """Samples this process and its children while the block runs, and listens to the spans of the stage's workers."""
     usage, over = Usage(stage), threading.Event()
 
     def sample_until_over() -> None:
@@ -77,7 +76,7 @@ def measured(stage: str) -> Iterator[Usage]:
 
 
 class _Sampler:
-    """One look at all processes for however many stages go on side by side: adding up pages costs them time."""
+    """Shares one sample of all processes between the stages that run side by side: adding up pages costs time."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -85,8 +84,7 @@ class _Sampler:
         self._latest: list[tuple[str, int, int]] = []
 
     def latest(self, since: float) -> list[tuple[str, int, int]]:
-        """Kind, proportional and resident size of each process, ``since`` then or later by the monotonic clock, and older than a
-        fraction of a second only where looks are slow."""
+        """Kind, proportional and resident size of each process, sampled at ``since`` (monotonic clock) or later."""
         with self._lock:
             begin = time.monotonic()
             if begin >= self._due_at or self._taken_at < since:
@@ -127,22 +125,18 @@ def _processes() -> list[psutil.Process]:
 
 
 def _session() -> str:
-    """The name of the Ray session that this process is connected to, as its raylets' command lines hold it."""
+    """The name of the connected Ray session, which its raylets' command lines hold."""
     return ray.get_runtime_context().get_session_name() if ray.is_initialized() else ""
 
 
 def _memory(process: psutil.Process) -> tuple[int, int]:
-    rollup = Path(f"/proc/{process.pid}/smaps_rollup")
-    if not rollup.exists():  # not Linux
-        size = process.memory_info().rss
-        return size, size
-    lines = rollup.read_text().splitlines()
-    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines[1:] if ":" in line}
-    return sizes.get("Pss", 0), sizes.get("Rss", 0)
+    """Proportional and resident size in bytes; the latter twice where the system does not know the former (only Linux does)."""
+    memory = process.memory_full_info() if psutil.LINUX else process.memory_info()
+    return getattr(memory, "pss", memory.rss), memory.rss
 
 
 def _kind(process: psutil.Process) -> str:
-    """A process's name as people know it: a Ray worker by its actor or its task's stage, else by its program."""
+    """A process's name for people: of a Ray worker its actor or its task's stage, else its program."""
     if process.pid == psutil.Process().pid:
         return "driver"
     line = process.cmdline()

@@ -124,4 +124,5 @@ DATA = Stage(
     summary=_summary,
     remarks=_remarks,
     sections=_sections,
+    keys=("data",),
 )

@@ -238,7 +238,7 @@ def test_what_no_ratio_helps_is_told_with_what_would(llama_7b: Prepared) -> None
     solution = solve(STEPS, llama_7b, 10 * 2**30, ROW)
     assert {name for name, _ in solution.too_large} == {"correct", "evaluate"}
     assert "with correction.method projection or covariance correct does not" in solution.sentence
-    with pytest.raises(ConfigError, match=r"No compression ratio fits 1 GiB: at 0\.1, .* needs \d+\.\d\d GiB"):
+    with pytest.raises(ConfigError, match=r"No compression ratio fits 1\.00 GiB: at 0\.1, .* needs \d+\.\d\d GiB"):
         solve(STEPS, llama_7b, 2**30, ROW)
 
 

@@ -9,7 +9,6 @@ import os
 import time
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import pytest
 from s3_server import uri
@@ -19,7 +18,7 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.runs import log as run_log
 from emloc_ray.runs.log import LOG, RunLog, read_events
 from emloc_ray.runs.reporter import Reporters
-from emloc_ray.stages.ray.spans import Span, joined, tell_span, timed
+from emloc_ray.stages.ray.spans import timed
 
 USAGE = {"wall_s": 2.5, "peak_pss_bytes": 10, "processes": {"driver": 5}}
 LAYER = "model.layers.3.mlp.gate_proj"
@@ -164,59 +163,6 @@ def test_several_reporters_hear_all(run: RunDirectory, tmp_path: Path) -> None:
     assert heard[0] == heard[1]
     assert [event for event, _ in heard[0]][1:-1] == ["started", "progress", "note", "finished", "skipped"]
     assert {e["run"] for e in read_events(other)} == {"other"}
-
-
-def piece(number: int, stage: str = "factorize", worker: str = "process 7 on here") -> Span:
-    return Span(stage, worker, f"layer {number}", float(number), number + 0.5)
-
-
-def worked(run: RunDirectory) -> list[dict[str, Any]]:
-    return [event for event in read_events(run) if event["event"] == "work"]
-
-
-def test_what_workers_did_is_told_with_their_stages_end(run: RunDirectory) -> None:
-    with RunLog(run) as log:
-        log.start("calibrate")
-        tell_span(piece(1, "calibrate", "slot 0"))
-        tell_span(piece(2))  # factorized while calibration goes on
-        assert worked(run) == []
-        log.finish("calibrate", {}, USAGE)
-        log.start("merge")
-        tell_span(piece(3, "merge"))
-    tell_span(piece(4))  # nobody listens any more
-    assert [(event["stage"], event["spans"]) for event in worked(run)] == [
-        ("calibrate", [["slot 0", "layer 1", 1.0, 1.5, 1]]),
-        ("factorize", [["process 7 on here", "layer 2", 2.0, 2.5, 1]]),
-        ("merge", [["process 7 on here", "layer 3", 3.0, 3.5, 1]]),
-    ]
-    assert worked(run)[0]["message"] == "calibrate: 1 done by its workers"
-
-
-def test_work_is_told_while_a_stage_goes_on_the_more_seldom_the_longer(
-    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = 0.0
-    monkeypatch.setattr(run_log.time, "monotonic", lambda: clock)
-    with RunLog(run, interval_s=10) as log:
-        log.start("factorize")
-        for number in range(36_000):  # ten hours, a layer a second
-            clock = float(number)
-            log.work(piece(number))
-        assert len(worked(run)) < 150
-    spans = [span for event in worked(run) for span in event["spans"]]
-    assert len(spans) < 2000
-    assert sum(span[-1] for span in spans) == 36_000
-
-
-def test_neighbours_are_joined_by_worker_and_stage() -> None:
-    spans = [piece(1), piece(2), piece(9), piece(3, "merge"), piece(1, worker="slot 0")]
-    found = joined(spans, 1.0)
-    assert [(s.stage, s.worker, s.begun_at, s.finished_at, s.count) for s in found] == [
-        ("factorize", "process 7 on here", 1.0, 2.5, 2),
-        ("merge", "process 7 on here", 3.0, 3.5, 1),
-        ("factorize", "process 7 on here", 9.0, 9.5, 1),
-        ("factorize", "slot 0", 1.0, 1.5, 1),
-    ]
 
 
 def test_a_tasks_time_comes_with_its_result() -> None:

@@ -144,7 +144,7 @@ def test_days_in_which_nothing_ran_take_no_room() -> None:
     page = report.render_batch("sweep", state, found)
     assert paths(page, "b")["import"][0] == pytest.approx(50)
     assert "4 min, in which stages worked for 4 min" in Page(page).text
-    assert "nothing ran for 72.0 h" in page
+    assert "nothing ran for 3.0 days" in page
 
 
 def test_five_hundred_tasks_are_a_small_page_made_fast() -> None:

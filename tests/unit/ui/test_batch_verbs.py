@@ -18,9 +18,9 @@ from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.runs.batch.config import BatchConfig, TaskKeys
 from emloc_ray.runs.batch.state import STATE, BatchState, TaskState, read_cancelled, read_state, write_state
+from emloc_ray.text import duration
 from emloc_ray.ui.batch_table import at_rest, batch_table
 from emloc_ray.ui.cli import app
-from emloc_ray.ui.terminal import duration
 
 BEGIN = 1.8e9
 TASKS = (

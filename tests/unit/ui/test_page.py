@@ -16,7 +16,6 @@ from run_samples import STAGES, finished_metrics, manifest, spectra, usage
 
 from emloc_ray.io.runs.directory import SPECTRA, RunDirectory
 from emloc_ray.runs.log import RunLog
-from emloc_ray.stages.ray.spans import Span
 from emloc_ray.ui import page as report
 from emloc_ray.ui.terminal import ConsoleReporter, evaluation_table, result_lines
 
@@ -116,11 +115,9 @@ def test_the_page_of_a_run_that_was_killed_in_a_stage(tmp_path: Path) -> None:
     directory.create({"emulator": {"compression_ratio": 0.5}})
     log = RunLog(directory, interval_s=0).__enter__()  # never left: killed
     log.start("calibrate")
-    log.work(Span("calibrate", "slot 0", "token shard 3", 1.8e9, 1.8e9 + 5))
     page = Page(report.write_report(directory).read_text())
     assert page.sections == ["timeline", "setup"]
     assert "calibrate, not finished: 0 s" in page.text
-    assert "calibrate, token shard 3: 5.0 s" in page.text
     log.__exit__(None, None, None)
 
 
@@ -272,11 +269,11 @@ def test_an_adapter_that_cannot_be_merged_is_said_so() -> None:
 @pytest.mark.parametrize(
     ("made", "named"),
     [
-        (["data"], "runs/x: report.html"),
-        (["data", "calibration", "emulator"], "runs/x: emulator/, report.html"),
-        (["emulator", "adapter_emulator"], "runs/x: adapter_emulator/ (as trained), report.html"),
-        (["adapter_emulator", "adapter"], "runs/x: adapter/ (PEFT), report.html"),
-        (["adapter", "merged"], "runs/x: adapter/ (PEFT), merged/ (transformers), report.html"),
+        (["data"], "runs/x: report.html, trace.json"),
+        (["data", "calibration", "emulator"], "runs/x: emulator/, report.html, trace.json"),
+        (["emulator", "adapter_emulator"], "runs/x: adapter_emulator/ (as trained), report.html, trace.json"),
+        (["adapter_emulator", "adapter"], "runs/x: adapter/ (PEFT), report.html, trace.json"),
+        (["adapter", "merged"], "runs/x: adapter/ (PEFT), merged/ (transformers), report.html, trace.json"),
     ],
 )
 def test_the_artifacts_that_there_are_get_named(made: list[str], named: str) -> None:

@@ -1,11 +1,11 @@
-"""Timelines: of stages and workers, from what a run's manifest and log say of it, whole or killed."""
+"""Timelines of stages, from what a run's manifest and log say of it, whole or killed."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-from run_samples import BEGIN, event, events, manifest, work
+from run_samples import BEGIN, event, events, manifest
 
 from emloc_ray.ui import timeline
 from emloc_ray.ui.timeline import Clock
@@ -41,11 +41,9 @@ def lines(*stages: str, told: list[dict[str, Any]] | None = None) -> dict[str, l
 
 
 def test_a_killed_run_shows_what_had_run() -> None:
-    found = lines("data", "calibrate")
-    assert list(found) == ["stages", "slot 0", "slot 1", "process 7", "process 8"]
-    assert found["stages"] == [("data", 0, 0), ("calibrate", 1, 1), ("factorize unfinished", 2, 12)]
-    assert found["slot 0"] == [("calibrate", -30, -20), ("calibrate", -20, 1)]
-    assert found["process 8"] == [("factorize", 3, 9)]
+    assert lines("data", "calibrate") == {
+        "stages": [("data", 0, 0), ("calibrate", 1, 1), ("factorize unfinished", 2, 12)]
+    }
 
 
 def test_a_run_of_which_there_is_a_manifest_alone_or_a_log_alone() -> None:
@@ -56,9 +54,8 @@ def test_a_run_of_which_there_is_a_manifest_alone_or_a_log_alone() -> None:
 
 
 def test_a_stage_recorded_right_before_the_kill_is_finished() -> None:
-    found = lines("data", "calibrate", told=[*events()[:3]])
+    found = lines("data", "calibrate", told=[*events()[:2]])
     assert found["stages"] == [("data", 0, 0), ("calibrate", 1, 1)]
-    assert "slot 0" in found
 
 
 def test_tries_end_where_they_failed_or_told_last() -> None:
@@ -74,46 +71,24 @@ def test_a_try_that_was_stopped_stays_beside_the_one_that_came_to_an_end() -> No
 
 
 def test_a_stage_that_is_redone_is_shown_anew() -> None:
-    redone = [
-        event("run_started", 100),
-        event("started", 110, stage="calibrate"),
-        work("calibrate", ("slot 0", "token shard 5", 111, 120)),
-        work("factorize", ("process 9 on here", "a layer, while calibration goes on", 115, 119)),
-    ]
+    redone = [event("run_started", 100), event("started", 110, stage="calibrate"), event("progress", 119)]
     found = lines("data", told=[*events(), event("finished", 30, stage="factorize"), *redone])
     assert found["stages"] == [("data", 0, 0), ("calibrate unfinished", 110, 119)]
-    assert found["slot 0"] == [("calibrate", 111, 120)]
-    assert "process 7" not in found
-    assert found["process 9"] == [("factorize", 115, 119)]
 
 
 def test_a_log_that_somebody_wrote_into_spoils_no_page() -> None:
     odd = [
         {"time": "noon", "event": "started", "stage": "data", "message": ""},
-        {"time": None, "event": "work", "message": ""},
-        {**work("merge"), "spans": [["slot 0"], 5]},
-        {**work("merge"), "spans": None},
+        {"time": None, "event": "finished", "message": ""},
         event("started", 3, stage=["data"]),
         event("finished", 4),
     ]
     assert timeline.draw(timeline.run_lines(manifest("data"), odd), "x") is not None
 
 
-def test_workers_of_several_nodes_are_told_apart() -> None:
-    told = work("merge", ("process 7 on a", "x", 0, 1), ("process 7 on b", "y", 0, 1))
-    assert list(lines("merge", told=[told])) == ["stages", "process 7 on a", "process 7 on b"]
-
-
-def test_a_hundred_thousand_pieces_of_work_are_a_small_drawing() -> None:
-    spans = [(f"process {n % 8} on here", f"layer {n}", n / 10, n / 10 + 0.5) for n in range(100_000)]
-    drawn = timeline.draw(timeline.run_lines(manifest(), [work("factorize", *spans)]), "x")
-    assert drawn is not None
-    assert len(drawn["svg"]) < 400_000
-
-
-def test_names_units_and_kinds_are_escaped() -> None:
-    evil = work('"><s>', ('<s title="', "<s>\x00", 0, 1))
-    drawn = timeline.draw(timeline.run_lines(manifest("data"), [evil]), '"<s>')
+def test_names_and_kinds_are_escaped() -> None:
+    evil = [event("started", 1, stage='"><s title="<s>\x00'), event("progress", 2)]
+    drawn = timeline.draw(timeline.run_lines(manifest("data"), evil), '"<s>')
     assert drawn is not None
     assert "<s" not in drawn["svg"].replace("<svg", "")
     assert 'class="other"' in drawn["svg"]

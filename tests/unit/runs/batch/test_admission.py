@@ -339,11 +339,11 @@ def test_a_stage_asks_for_its_workers_with_the_memory_that_is_planned() -> None:
     admission = Admission(Amount(cpus=3, memory=100))
     waited: list[str] = []
     turns = TaskTurns("a", 5, admission, TaskPlan(60.0, {"factorize": 7, "finetune": 9}), never, waited.append)
-    with turns.take("factorize", Resources(8)) as granted:
+    with turns.take("factorize", Resources(8), 1) as granted:
         assert granted == Resources(3)
         [(ticket, workers)] = admission.queue.running.items()
         assert ticket.need.per_worker * workers == Amount(cpus=3, memory=21)
         assert (ticket.task, ticket.order) == ("a", 5)
-    with turns.take("finetune", Resources(2, 1.0)) as granted:
+    with turns.take("finetune", Resources(2, 1.0), 2) as granted:
         assert granted == Resources(2, 1.0)
     assert waited == ["factorize", "finetune"]

@@ -42,7 +42,7 @@ class Waits:
 
     def do(self, task: Task, turns: TaskTurns, reporter: TaskReporter) -> None:
         for stage in STAGES:
-            with turns.take(stage, Resources()):
+            with turns.take(stage, Resources(), 1):
                 progress = reporter.start(stage)
                 with self._lock:
                     self.begun.append((task.name, stage))

@@ -1,0 +1,132 @@
+"""trace.json: what a run's workers did, when, and the most memory that they held: https://ui.perfetto.dev opens it.
+
+In the Trace Event Format: a complete event for each piece of work, ``pid`` the node, ``tid`` the worker, ``args`` how many
+pieces it stands for and the peak bytes of its process. Times are microseconds since 1970.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from emloc_ray.errors import ArtifactError, EmlocError
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.store.atomic import atomic_file
+from emloc_ray.io.store.node_cache import ensure
+from emloc_ray.runs.reporter import SilentReporter
+from emloc_ray.stages.ray.spans import Span, joined, listening
+
+TRACE = "trace.json"
+_NO_NODE = "training group"  # its ranks do not say where they ran
+_MOST_SPANS = 50_000  # more are joined: neighbours of one worker and stage
+_INTERVAL_S, _WORK_SHARE = 10.0, 0.05  # of a stage's time, before the file is written again
+
+
+class Trace(SilentReporter):
+    """Writes ``trace.json`` in the run's directory, after what earlier tries wrote there.
+
+    As a context it hears of all work that its thread hears of. It writes at every stage's end, at its own, and now and then.
+    """
+
+    def __init__(self, run: RunDirectory, interval_s: float = _INTERVAL_S) -> None:
+        self.run, self.interval_s = run, interval_s
+        self._spans: list[Span] = []
+        self._begun = self._written = time.monotonic()
+        self._listening = contextlib.ExitStack()
+
+    def __enter__(self) -> Trace:
+        self._spans = read_trace(self.run)
+        self._listening.enter_context(listening(self.hear))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._listening.close()
+        self._write()
+
+    def hear(self, span: Span) -> None:
+        """A worker has done something."""
+        self._spans.append(span)
+        now = time.monotonic()
+        if now - self._written >= max(self.interval_s, _WORK_SHARE * (now - self._begun)):
+            self._write()
+
+    def finish(self, stage: str, result: dict[str, Any], usage: dict[str, Any]) -> None:
+        """Writes what the stage's workers did."""
+        self._write()
+
+    def _write(self) -> None:
+        self._written = time.monotonic()
+        if not self._spans:
+            return
+        self._spans = _at_most(self._spans, _MOST_SPANS)
+        content = {"traceEvents": trace_events(self._spans), "displayTimeUnit": "ms"}
+        with contextlib.suppress(EmlocError, OSError):  # a store that fails ends the run when the run itself writes
+            self.run.check_held()
+            with atomic_file(self.run.path(TRACE)) as file:
+                file.write(json.dumps(content, ensure_ascii=False).encode(errors="replace"))
+
+
+def _at_most(spans: Sequence[Span], most: int) -> list[Span]:
+    """The spans, neighbours joined over ever longer pauses until there are no more than ``most``."""
+    pause, fewer = 0.001, list(spans)
+    while len(fewer) > most and pause < math.inf:
+        fewer, pause = joined(spans, pause), 10 * pause
+    return fewer
+
+
+def trace_events(spans: Sequence[Span]) -> list[dict[str, Any]]:
+    """The spans as events in the order of their beginnings, after the names of nodes and workers."""
+    pids: dict[str, int] = {}
+    tids: dict[tuple[str, str], int] = {}
+    names, events = [], []
+    for span in sorted(spans, key=lambda span: span.begun_at):
+        worker, _, node = span.worker.partition(" on ")
+        node = node or _NO_NODE
+        if node not in pids:
+            pids[node] = len(pids) + 1
+            names.append(_named("process_name", node, pids[node], 0))
+        if (node, worker) not in tids:
+            tids[node, worker] = len(tids) + 1
+            names.append(_named("thread_name", worker, pids[node], tids[node, worker]))
+        begin, end = (round(1e6 * moment) for moment in (span.begun_at, span.finished_at))
+        events.append(
+            {
+                "name": span.unit,
+                "cat": span.stage,
+                "ph": "X",
+                "ts": begin,
+                "dur": max(end - begin, 0),
+                "pid": pids[node],
+                "tid": tids[node, worker],
+                "args": {"stage": span.stage, "count": span.count, "peak_bytes": span.peak_bytes},
+            }
+        )
+    return [*names, *events]
+
+
+def _named(kind: str, name: str, node: int, worker: int) -> dict[str, Any]:
+    return {"name": kind, "ph": "M", "pid": node, "tid": worker, "args": {"name": name}}
+
+
+def read_trace(run: RunDirectory) -> list[Span]:
+    """The spans of a run's ``trace.json``; none where it has none, or one that is not as :func:`trace_events` makes it."""
+    try:
+        ensure(run.path(TRACE))
+        events = json.loads(run.path(TRACE).read_text())["traceEvents"]
+        names = {(e["name"], e["pid"], e["tid"]): e["args"]["name"] for e in events if e["ph"] == "M"}
+        return [_span(event, names) for event in events if event["ph"] == "X"]
+    except (ArtifactError, OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _span(event: dict[str, Any], names: dict[tuple[str, int, int], str]) -> Span:
+    worker = names["thread_name", event["pid"], event["tid"]]
+    node = names["process_name", event["pid"], 0]
+    begin, end = event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6
+    count, peak_bytes = event["args"]["count"], event["args"]["peak_bytes"]
+    return Span(event["cat"], f"{worker} on {node}", event["name"], begin, end, count, peak_bytes)

@@ -1,0 +1,72 @@
+"""Sizes, times, counts, lists and numbers as people read them: on screens, on pages, in sentences."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+NO_BREAK = "\u00a0"
+_SIZES = (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10))
+
+
+def size(num_bytes: float) -> str:
+    """Bytes to three digits in the largest unit that they fill: ``1.50 KiB``, ``24.0 GiB``."""
+    number, digits, unit = _in_unit(num_bytes)
+    return f"{number:.{digits}f} {unit}"
+
+
+def size_up(num_bytes: float) -> str:
+    """:func:`size` rounded up: whoever gives as much as it says has given enough."""
+    number, digits, unit = _in_unit(num_bytes)
+    return f"{math.ceil(number * 10**digits) / 10**digits:.{digits}f} {unit}"
+
+
+def _in_unit(num_bytes: float) -> tuple[float, int, str]:
+    """A number, how many of its decimals are shown, and its unit."""
+    for unit, power in _SIZES:
+        if num_bytes >= 2**power:
+            number = num_bytes / 2**power
+            return number, 0 if number >= 100 else 1 if number >= 10 else 2, unit
+    return num_bytes, 0, "B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that people would use: ``0.4 s``, ``45 s``, ``30 min``, ``2.5 h``, ``3.1 days``."""
+    if seconds < 90:
+        return f"{seconds:.{1 if 0.05 <= seconds < 9.95 else 0}f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 129600 else f"{seconds / 86400:.1f} days"
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """``1 task``, ``2 tasks``, ``1,000 entries``."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def listed(items: Sequence[str], most: int = 3) -> str:
+    """``a, b, c and 4 more``."""
+    rest = f" and {len(items) - most:,} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + rest
+
+
+def signed(value: float, digits: int = 4) -> str:
+    """A number with its sign, a true minus where it is negative; what rounds to zero has none."""
+    text = f"{value:+.{digits}f}".replace("-", "−")
+    return text if re.search("[1-9n]", text) else text[1:]
+
+
+def visible(text: str) -> str:
+    """Text that a model wrote, its control characters made visible (␀): HTML has no place for them."""
+    text = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda control: chr(0x2400 + ord(control[0])), text)
+    return re.sub(r"[\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
+
+
+def describe_choice(choice: dict[str, Any]) -> str:
+    """A correction in words: ``covariance, λ = 3, strength 0.5``."""
+    if choice["method"] == "none":
+        return "none"
+    clamp = "unclamped" if choice["clamp"] is None else f"λ = {choice['clamp']:g}"
+    return f"{choice['method']}, {clamp}, strength {choice['strength']:g}"

@@ -1,0 +1,88 @@
+"""What sums cost beside the passes that they are gathered in: a block's forward pass with Grams, and its backward with
+gradients' sums."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.session import Session
+from benchmarks.gpu.shapes import llama_config, random_batch, random_llama
+from emloc_ray.core.gram import Gram
+from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
+from emloc_ray.modeling.gradient_hooks import GradientHooks
+from emloc_ray.modeling.gram_hooks import GramHooks
+
+_VOCABULARY = 256  # so that a block is nearly all of its model
+
+
+class _WithoutSums(GradientHooks):
+    """The same pass, hooks and all, that adds nothing."""
+
+    def _add(self, name: str, counted: Tensor | None, gradient: Tensor) -> None:
+        pass
+
+
+def blocks(session: Session) -> None:
+    """One block of the model's shape, then one of a large model's."""
+    for name, values in (("the model's", session.shapes.model), ("a large model's", session.shapes.large)):
+        found = session.measure("blocks", f"{name} block", 30, lambda values=values: _block(session, values))
+        forward, backward = "s (baseline: the forward pass alone)", "s (baseline: forward and backward alone)"
+        sides = found.get("with_grams_s"), found.get("forward_s")
+        session.compare("blocks", f"{name} block with Grams", *sides, forward)
+        sides = found.get("with_gradient_sums_s"), found.get("backward_s")
+        session.compare("blocks", f"{name} block with sums of gradients", *sides, backward)
+    if session.is_cuda:
+        width = session.shapes.model["intermediate_size"]
+        session.measure("blocks", f"a Gram of {width} by one product", 5, lambda: _one_product(session, width))
+
+
+def _block(session: Session, values: dict[str, int]) -> dict[str, Any]:
+    config = llama_config(values, num_hidden_layers=1, vocab_size=_VOCABULARY)
+    bare = empty_model(config)
+    specs = block_linears(bare)
+    groups = trace_inputs(bare, specs).groups
+    model = random_llama(config, session.device)
+    batch = random_batch(session.shapes.rows, session.shapes.length, _VOCABULARY, session.device)
+    positions = range(session.shapes.rows)
+
+    @torch.no_grad()
+    def forward() -> None:
+        model.model(input_ids=batch["input_ids"], use_cache=False)
+
+    found: dict[str, Any] = {"tokens": session.shapes.tokens, "forward_s": session.timed(forward)}
+    grams = GramHooks(model, groups)
+    found["with_grams_s"] = session.timed(lambda: grams.forward(batch))
+    found["grams_bytes"] = sum(gram.matrix.nbytes for gram in grams.grams.values())
+    grams.remove()
+    grams.grams.clear()
+    session.give_back()
+    for key, kind in (("backward_s", _WithoutSums), ("with_gradient_sums_s", GradientHooks)):
+        hooks = kind(model, [spec.name for spec in specs], loss_on="all")
+        found[key] = session.timed(lambda hooks=hooks: hooks.forward(batch, "all", positions))
+        hooks.remove()
+        hooks.grams.clear()
+        session.give_back()
+    found["grams_share"] = 1 - found["forward_s"] / found["with_grams_s"]
+    found["gradient_sums_share"] = 1 - found["backward_s"] / found["with_gradient_sums_s"]
+    return {**found, **session.peaks()}
+
+
+def _one_product(session: Session, width: int) -> dict[str, Any]:
+    """``XᵀX`` of bfloat16 tokens with float32 sums, in one product, beside the blocks of a :class:`Gram` in float32."""
+    x = torch.randn(session.shapes.tokens, width, device=session.device, dtype=torch.bfloat16)
+    gram = Gram.zero(width, device=session.device)
+    one = torch.mm(x.T, x, out_dtype=torch.float32)
+    exact = x[:, :256].double().T @ x[:, :256].double()
+    gram.update(x)
+
+    def error(matrix: Tensor) -> float:
+        lower = torch.tril(matrix[:256, :256].double() - exact)
+        return float(torch.linalg.vector_norm(lower) / torch.linalg.vector_norm(exact))
+
+    found = {"one_product_error": error(one), "in_blocks_error": error(gram.matrix)}
+    found["in_blocks_s"] = session.timed(lambda: gram.update(x))
+    found["one_product_s"] = session.timed(lambda: torch.mm(x.T, x, out_dtype=torch.float32))
+    return found

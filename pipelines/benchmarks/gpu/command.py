@@ -1,0 +1,32 @@
+"""The part ``gpu``: with torch, transformers, peft and safetensors alone, on random weights, in the minutes given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from benchmarks.figures import Figures
+from benchmarks.gpu.blocks import blocks
+from benchmarks.gpu.linears import on_cpu, on_device
+from benchmarks.gpu.ranks import ranks
+from benchmarks.gpu.session import Session
+from benchmarks.gpu.shapes import SHAPES
+from benchmarks.gpu.training import smaller_card, training
+from emloc_ray.errors import ConfigError
+
+
+def gpu(out: Path, minutes: float = 10.0, device: str = "cuda", shapes: str = "full") -> Figures:
+    """Measures, the most telling first; ``gpu.json`` holds all that was found, also where this is broken off.
+
+    Raises:
+        ConfigError: where there is no such device.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            "--device cuda needs a GPU that torch sees, and there is none: give --device cpu --shapes tiny."
+        )
+    session = Session(device, SHAPES[shapes], out, minutes)
+    for part in (training, ranks, blocks, on_device, smaller_card, on_cpu):
+        part(session)
+    return {f"{part}: {what}": line for part, lines in session.parts.items() for what, line in lines.items()}

@@ -1,0 +1,136 @@
+"""Factorization and correction of single linears, on the GPU against the CPU, with the errors of both."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.plan import R
+from benchmarks.gpu.session import Session
+from emloc_ray.core.correction import Candidate
+from emloc_ray.core.factorization import factorize, relative_error
+from emloc_ray.core.ranks import rank_for_ratio
+from emloc_ray.core.whitening import Whitening
+from emloc_ray.modeling.adapter import LoraModule
+from emloc_ray.stages.correct.modules import CorrectableModule
+
+RATIOS = (0.5, 0.25)
+_LARGE = 8192  # from this order on a CPU takes minutes
+_DAMPENING = 1e-4  # of a correction
+
+
+def on_device(session: Session) -> None:
+    """Every shape's factorization at two ratios and its correction, where the session computes."""
+    device = session.device
+    for shape in session.shapes.linears:
+        needs = 40 if min(shape) >= _LARGE else 10
+        for ratio in RATIOS:
+            case, run = _name(shape, ratio, device), functools.partial(_factorized, session, shape, ratio, device)
+            session.measure("factorization", case, needs, run)
+    for shape in session.shapes.linears:
+        run = functools.partial(_corrected, session, shape, device)
+        session.measure("correction", _name(shape, None, device), 5, run)
+    for order in sorted({min(shape) for shape in session.shapes.linears}):
+        run = functools.partial(_eigh, session, order)
+        session.measure("factorization", f"eigh of order {order}, {device.type}", 5 if order < _LARGE else 30, run)
+
+
+def on_cpu(session: Session) -> None:
+    """The same on the CPU, the quickest first, and both side by side; nothing where the session is on it."""
+    if not session.is_cuda:
+        return
+    cpu, threads = torch.device("cpu"), f"s (baseline: {torch.get_num_threads()} CPU threads)"
+    for shape in session.shapes.linears:
+        run = functools.partial(_corrected, session, shape, cpu)
+        here = session.measure("correction", _name(shape, None, cpu), 30 if max(shape) >= _LARGE else 10, run)
+        there = session.measured["correction"][_name(shape, None, session.device)]
+        error = _apart(there, here, "update")
+        session.compare("correction", _name(shape, None, None), there.get("s"), here.get("s"), threads, error)
+    for shape in sorted(session.shapes.linears, key=min):
+        for ratio in sorted(RATIOS):
+            needs = 150 if min(shape) >= _LARGE else 40
+            run = functools.partial(_factorized, session, shape, ratio, cpu)
+            here = session.measure("factorization", _name(shape, ratio, cpu), needs, run)
+            there = session.measured["factorization"][_name(shape, ratio, session.device)]
+            sides = there.get("factorize_s"), here.get("factorize_s")
+            error = _apart(there, here, "error")
+            session.compare("factorization", _name(shape, ratio, None), *sides, threads, error)
+
+
+def _name(shape: tuple[int, int], ratio: float | None, device: torch.device | None) -> str:
+    at = "" if ratio is None else f" at ratio {ratio}"
+    return f"{shape[0]} × {shape[1]}{at}{'' if device is None else f', {device.type}'}"
+
+
+def _apart(there: dict[str, Any], here: dict[str, Any], key: str) -> float | None:
+    return there[key] / here[key] - 1 if there.get(key) and here.get(key) else None
+
+
+def layer(session: Session, shape: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """``W (out, in)`` and the Gram of inputs whose strengths fall by a hundred; made where the session computes, so that
+    every device gets the same."""
+    generator = torch.Generator(session.device).manual_seed(0)
+    options: Any = {"generator": generator, "device": session.device}
+    out_features, in_features = shape
+    gram = torch.zeros(in_features, in_features, device=session.device)
+    strengths = torch.logspace(0, -2, in_features, device=session.device)
+    for _ in range(2):
+        tokens = torch.randn(in_features, in_features, **options) * strengths
+        gram.addmm_(tokens.T, tokens)
+    return (torch.randn(out_features, in_features, **options) * 0.02).to(device), gram.to(device)
+
+
+def _factorized(session: Session, shape: tuple[int, int], ratio: float, device: torch.device) -> dict[str, Any]:
+    """The Cholesky factor that linears share, and the layer itself; each once, after a warm-up on small ones."""
+    rank = rank_for_ratio(*shape, ratio) or 1
+    rank = max(rank // session.shapes.multiple, 1) * session.shapes.multiple
+    small = torch.eye(64, device=device)
+    factorize(small, Whitening(small), 8)
+    weight, gram = layer(session, shape, device)
+    whitening = Whitening(gram)
+    cholesky_s = session.timed(lambda: whitening.cholesky(torch.float32), 1, warm_up=0)
+    made: list[Any] = []
+    factorize_s = session.timed(lambda: made.append(factorize(weight, whitening, rank)), 1, warm_up=0)
+    found = made[0]
+    error, _ = relative_error(weight, found.factors.up @ found.factors.down, whitening)
+    return {
+        "rank": rank,
+        "cholesky_s": cholesky_s,
+        "factorize_s": factorize_s,
+        "error": error,
+        "told_error": found.relative_error,
+        "solver": found.solver,
+        "dtype": str(found.dtype).removeprefix("torch."),
+        "device": found.factors.up.device.type,
+        **(session.peaks() if device.type == "cuda" else {}),
+    }
+
+
+def _eigh(session: Session, order: int) -> dict[str, Any]:
+    """Of a symmetric matrix in float32: what the exact solver stands and falls with."""
+    matrix = torch.randn(order, order, device=session.device)
+    matrix = matrix @ matrix.T
+    return {"s": session.timed(lambda: torch.linalg.eigh(matrix), 1, warm_up=0), **session.peaks()}
+
+
+def _corrected(session: Session, shape: tuple[int, int], device: torch.device) -> dict[str, Any]:
+    """By covariance, as the stage does it, what it leaves included; ``update`` is ``‖B A‖`` as corrected."""
+    delta, gram = layer(session, shape, device)
+    generator = torch.Generator().manual_seed(1)
+    lora_a = torch.randn(R, shape[1], generator=generator).to(device)
+    lora_b = torch.randn(shape[0], R, generator=generator).to(device) * 0.01
+    made: list[tuple[Any, Any]] = []
+
+    def correct() -> None:
+        module = CorrectableModule(LoraModule("layer", lora_a, lora_b, 2.0), delta, gram)
+        candidate = Candidate("covariance", None)
+        made.append((module.corrected(candidate, _DAMPENING), module.shortfalls(candidate, _DAMPENING)))
+
+    seconds = session.timed(correct, 1, warm_up=int(device == session.device))
+    lora, shortfalls = made[-1]
+    a, b = lora.lora_a.double(), lora.lora_b.double()
+    update = float(torch.trace((b.T @ b) @ (a @ a.T)).clamp_min(0).sqrt())
+    return {"s": seconds, "update": update, "shortfalls": shortfalls, "device": lora.lora_a.device.type}

@@ -1,0 +1,37 @@
+"""What the planner says that fine-tuning takes, from a model's config and the settings that memory depends on alone."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+
+from emloc_ray.modeling.architecture import empty_model
+from emloc_ray.planning.layout import Layout, skeleton_of
+from emloc_ray.planning.memory import MemoryModel, total
+from emloc_ray.planning.sizes import Lengths
+
+R = 8  # of LoRA on every linear in the blocks
+
+
+def planned_bytes(config: LlamaConfig, ranks: dict[str, int], rows: int, length: int) -> int:
+    """Of a worker's fine-tuning with gradient checkpointing, the base in bfloat16; without its imports."""
+    found = skeleton_of(config, empty_model(config))
+    names = tuple(spec.name for spec in found.specs)
+    sizes = found.num_parameters, found.head_parameters, found.hidden_size
+    layout = Layout(found.specs, found.groups, ranks, tuple(ranks), names, names, *sizes)
+    settings: Any = SimpleNamespace(
+        model=SimpleNamespace(dtype="bfloat16"),
+        adapter=SimpleNamespace(method="lora", lora_dropout=0.0, settings={"r": R}),
+        finetune=SimpleNamespace(per_device_train_batch_size=rows, gradient_checkpointing=True),
+    )
+    prepared: Any = SimpleNamespace(
+        config=settings,
+        layout=layout,
+        model_config=config,
+        file_dtype=torch.bfloat16,
+        calibration_tokens=lambda mean: 0.0,
+    )
+    return total(MemoryModel(prepared, Lengths(length, length)).finetune())

@@ -1,0 +1,138 @@
+"""Measurements within a given time: each is on disk as soon as it is made, and none stops the next."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.figures import Figures, figure
+from benchmarks.gpu.shapes import Shapes
+from emloc_ray.io.store.atomic import write_json
+
+FILE = "gpu.json"
+COMMAND = "python pipelines/benchmark.py gpu"
+
+
+class Session:
+    """One run on one device.
+
+    ``found`` is what :data:`FILE` holds: ``machine``, ``parts`` (figures by part, as the README's tables are made of) and
+    ``measured`` (by part and case: numbers and ``seconds``, or one sentence under ``left_out`` or ``failed``).
+    """
+
+    def __init__(self, device: str, shapes: Shapes, out: Path, minutes: float) -> None:
+        self.device, self.shapes, self.out = torch.device(device), shapes, out
+        self.is_cuda = self.device.type == "cuda"
+        self.deadline = time.monotonic() + 60 * minutes
+        parts: dict[str, Figures] = {}
+        measured: dict[str, dict[str, Any]] = {}
+        self.found = {
+            "kind": "figures",
+            "command": f"{COMMAND} --minutes {minutes:g}",
+            "machine": machine(self.device),
+            "shapes": shapes.name,
+            "parts": parts,
+            "measured": measured,
+        }
+        self.parts, self.measured = parts, measured
+
+    def measure(self, part: str, case: str, needs_s: float, action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Runs one case and writes what it found; ``needs_s`` is about what it takes on an H100, at full shapes.
+
+        A case that lacks a package or time is left out, one that raises has failed; either says why in a sentence.
+        """
+        print(f"{part}: {case} …", flush=True)
+        begin = time.monotonic()
+        left = self.deadline - begin
+        result: dict[str, Any]
+        if left < needs_s * self.shapes.effort:
+            result = {"left_out": f"It takes about {needs_s:.0f} s, and {max(left, 0.0):.0f} s were left."}
+        else:
+            self.give_back()
+            try:
+                result = action()
+            except ImportError as error:
+                result = {"left_out": _sentence(error)}
+            except Exception as error:  # whatever it is: the next case does not depend on it
+                result = {"failed": _sentence(error)}
+            self.give_back()
+            result["seconds"] = time.monotonic() - begin
+        self.measured.setdefault(part, {})[case] = result
+        write_json(self.out / FILE, self.found)
+        print(f"{part}: {case}: {result}", flush=True)
+        return result
+
+    def compare(
+        self, part: str, what: str, ours: float | None, baseline: float | None, unit: str, error: float | None = None
+    ) -> None:
+        """A line of the table, where both sides were measured."""
+        if ours and baseline:
+            self.parts.setdefault(part, {})[what] = figure(ours, baseline, unit, error)
+            write_json(self.out / FILE, self.found)
+
+    def timed(self, action: Callable[[], Any], repeats: int | None = None, warm_up: int = 2) -> float:
+        """Seconds that ``action`` takes: the median, by CUDA's events on a GPU, where all that it started has ended."""
+        for _ in range(warm_up):
+            action()
+        return statistics.median(self._once(action) for _ in range(repeats or self.shapes.repeats))
+
+    def _once(self, action: Callable[[], Any]) -> float:
+        if not self.is_cuda:
+            clock = time.perf_counter()
+            action()
+            return time.perf_counter() - clock
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        action()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    def peaks(self) -> dict[str, int]:
+        """Bytes that CUDA's allocator held at most since the case began; nothing on a CPU."""
+        if not self.is_cuda:
+            return {}
+        return {
+            "reserved_bytes": torch.cuda.max_memory_reserved(),
+            "allocated_bytes": torch.cuda.max_memory_allocated(),
+        }
+
+    def give_back(self) -> None:
+        """Frees what no case holds any more, and begins to watch peaks anew."""
+        gc.collect()
+        if self.is_cuda:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures are of: the card, its host and the versions of what computes."""
+    found: dict[str, Any] = {
+        "device": device.type,
+        "name": platform.processor() or platform.machine(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
+    }
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        found |= {"name": card.name, "bytes": card.total_memory, "capability": f"{card.major}.{card.minor}"}
+        found |= {"cuda": torch.version.cuda, "tf32": torch.backends.cuda.matmul.allow_tf32}
+    return found
+
+
+def _sentence(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text.partition('. ')[0][:300].rstrip('.')}."

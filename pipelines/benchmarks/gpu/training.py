@@ -1,0 +1,201 @@
+"""A training step of an emulator, beside LoRA on the original in 16 and in 4 bits; and within a smaller card's memory."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import LlamaConfig
+
+from benchmarks.gpu.plan import R, planned_bytes
+from benchmarks.gpu.session import Session
+from benchmarks.gpu.shapes import (
+    RATIO,
+    fill_randomly,
+    linears_of,
+    llama_config,
+    random_batch,
+    random_llama,
+    uniform_ranks,
+)
+from emloc_ray.modeling.adapter import attach_adapter
+from emloc_ray.modeling.adapter_methods import lora_config
+from emloc_ray.modeling.inputs import model_call
+from emloc_ray.modeling.loss import token_loss
+
+GIB = 2**30
+CARD = 24 * GIB
+_MARGIN = 0.08  # of a card's memory that is not planned: the context, what the allocator cannot put together
+_BY_STEP = "s a micro-step (baseline: plain PEFT LoRA on the original)"
+
+
+def training(session: Session) -> None:
+    """The emulator with and without autocast and a mask; LoRA on the original with our loss, with transformers', and on NF4."""
+    cases: dict[str, tuple[float, Callable[[], dict[str, Any]]]] = {
+        "emulator": (25, lambda: emulator_step(session)),
+        "plain LoRA on the original": (30, lambda: original_step(session, plain=True)),
+        "emulator, no autocast": (30, lambda: emulator_step(session, autocast=False)),
+        "emulator, a padded row": (25, lambda: emulator_step(session, padded=True)),
+        "LoRA on the original, loss in chunks": (30, lambda: original_step(session)),
+        "LoRA on the original in NF4": (40, lambda: original_step(session, in_4bit=True)),
+    }
+    found = {name: session.measure("training", name, *case) for name, case in cases.items()}
+    ours, plain = found["emulator"], found["plain LoRA on the original"]
+    for name, other in found.items():
+        if other is not plain:
+            session.compare("training", name, other.get("micro_step_s"), plain.get("micro_step_s"), _BY_STEP)
+    if "reserved_bytes" in ours:
+        unit = "GiB (baseline: planned)"
+        session.compare("training", "emulator, peak", ours["reserved_bytes"] / GIB, ours["planned_bytes"] / GIB, unit)
+
+
+def emulator_step(
+    session: Session,
+    *,
+    rows: int | None = None,
+    autocast: bool = True,
+    padded: bool = False,
+    repeats: int | None = None,
+) -> dict[str, Any]:
+    """Of the emulator at uniform, aligned ranks, with the product's own layers, adapter and loss."""
+    config, rows = llama_config(session.shapes.model), rows or session.shapes.rows
+    specs = linears_of(config)
+    ranks = uniform_ranks(specs, RATIO, session.shapes.multiple)
+    model = random_llama(config, session.device, ranks)
+    model = attach_adapter(model, lora_config(target_modules=[s.name for s in specs], r=R, lora_alpha=2 * R))
+    batch = random_batch(rows, session.shapes.length, config.vocab_size, session.device, padded)
+    kept = _head(config) + sum(ranks[s.name] * (s.out_features + s.in_features) for s in specs)
+    found = _steps(session, model, batch, lambda: _chunked(model, batch), kept, autocast, repeats)
+    return {**found, "planned_bytes": planned_bytes(config, ranks, rows, session.shapes.length)}
+
+
+def original_step(session: Session, *, plain: bool = False, in_4bit: bool = False) -> dict[str, Any]:
+    """Of the original; ``plain``: by PEFT and transformers alone, all logits at once."""
+    config = llama_config(session.shapes.model)
+    specs = linears_of(config)
+    names = [spec.name for spec in specs]
+    weights = _head(config) + sum(spec.num_parameters for spec in specs)
+    model = _in_nf4(config, names, session.device) if in_4bit else random_llama(config, session.device)
+    adapter = lora_config(target_modules=names, r=R, lora_alpha=2 * R)
+    model = get_peft_model(model, adapter) if plain or in_4bit else attach_adapter(model, adapter)
+    batch = random_batch(session.shapes.rows, session.shapes.length, config.vocab_size, session.device)
+    if plain:
+        inputs = {"input_ids": batch["input_ids"], "labels": batch["input_ids"], "use_cache": False}
+        found = _steps(session, model, batch, lambda: model(**inputs).loss, weights)
+    else:
+        found = _steps(session, model, batch, lambda: _chunked(model, batch), weights)
+    if not in_4bit:
+        found["planned_bytes"] = planned_bytes(config, {}, session.shapes.rows, session.shapes.length)
+    return found
+
+
+def _head(config: LlamaConfig) -> int:
+    return int(config.vocab_size * config.hidden_size)
+
+
+def _chunked(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    result = token_loss(model, batch, "all")
+    return result.loss_sum / result.num_tokens
+
+
+def _steps(
+    session: Session,
+    model: Any,
+    batch: dict[str, Any],
+    loss: Callable[[], torch.Tensor],
+    num_weights: int,
+    autocast: bool = True,
+    repeats: int | None = None,
+) -> dict[str, Any]:
+    """A micro-step (forward, blocks again, backward) and a whole step (one micro-step, clipping, AdamW), warmed."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=session.is_cuda)
+
+    def micro_step() -> torch.Tensor:
+        with torch.autocast(session.device.type, torch.bfloat16) if autocast else contextlib.nullcontext():
+            value = loss()
+        value.backward()
+        return value.detach()
+
+    def step() -> None:
+        micro_step()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    whole = session.timed(step, repeats)
+    micro = session.timed(micro_step, repeats)
+    tokens = batch["input_ids"].numel()
+    return {
+        "tokens": tokens,
+        "micro_step_s": micro,
+        "step_s": whole,
+        "tokens_per_s": tokens / micro,
+        # 2 a weight and token on each pass: forward, forward again, backward; attention and the adapter are left out.
+        "tflop_per_s": 6 * num_weights * tokens / micro / 1e12,
+        "loss": float(micro_step()),
+        "masked": model_call(model.config, batch).inputs["attention_mask"] is not None,
+        **({"host_syncs": host_syncs(micro_step)} if session.is_cuda else {}),
+        **session.peaks(),
+    }
+
+
+def host_syncs(action: Callable[[], Any]) -> int:
+    """How often the host waits for the GPU in it."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            action()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in told)
+
+
+def _in_nf4(config: LlamaConfig, names: list[str], device: torch.device) -> Any:
+    """The original with linears as QLoRA holds them, each quantized as it is made; raises ImportError without bitsandbytes."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    bare = random_llama(config, torch.device("meta"))
+    shapes = {name: bare.get_submodule(name).weight.shape for name in names}
+    for name in names:
+        bare.set_submodule(name, nn.Identity())
+    model = bare.to_empty(device=device)
+    fill_randomly(model)
+    options = {"compute_dtype": torch.bfloat16, "compress_statistics": True, "quant_type": "nf4"}
+    for name, (out_features, in_features) in shapes.items():
+        layer = Linear4bit(in_features, out_features, bias=False, device="meta", **options)
+        weight = torch.empty(out_features, in_features, dtype=torch.bfloat16, device=device).normal_(std=0.02)
+        layer.weight = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4").to(device)
+        model.set_submodule(name, layer)
+    model.is_loaded_in_4bit = True  # what PEFT goes by
+    return model
+
+
+def smaller_card(session: Session) -> None:
+    """The emulator's step in 24 GiB: with the rows that the plan says fit, then with more until they do not."""
+    config = llama_config(session.shapes.model)
+    ranks = uniform_ranks(linears_of(config), RATIO, session.shapes.multiple)
+    length, limit = session.shapes.length, CARD * (1 - _MARGIN)
+    planned = max((n for n in range(1, 65) if planned_bytes(config, ranks, n, length) <= limit), default=1)
+    fraction = 1.0
+    if session.is_cuda:
+        fraction = min(1.0, CARD / torch.cuda.get_device_properties(session.device).total_memory)
+        torch.cuda.set_per_process_memory_fraction(fraction, session.device)
+    sizes = (planned, planned * 3 // 2, planned * 2, planned * 3) if session.is_cuda else (1, 2)
+    try:
+        for rows in sorted(set(sizes)):
+            case = f"{rows} rows, {'within the plan' if rows <= planned else 'beyond the plan'}"
+            found = session.measure("24 GiB", case, 25, lambda rows=rows: emulator_step(session, rows=rows, repeats=3))
+            if "micro_step_s" not in found:
+                break
+    finally:
+        if session.is_cuda:
+            torch.cuda.set_per_process_memory_fraction(1.0, session.device)

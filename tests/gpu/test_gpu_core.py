@@ -1,0 +1,133 @@
+"""The algorithms on a GPU, against the CPU: the same sums, factors, ranks and corrections, on the device they began on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from emloc_ray.core.allocation import Curve, allocate, spectrum
+from emloc_ray.core.correction import Candidate
+from emloc_ray.core.factorization import factorize
+from emloc_ray.core.gram import Gram
+from emloc_ray.core.pivoting import pivot
+from emloc_ray.core.two_sided import factorize_two_sided
+from emloc_ray.core.whitening import Whitening
+from emloc_ray.modeling.adapter import LoraModule
+from emloc_ray.stages.correct.modules import CorrectableModule
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
+DEVICE = "cuda"
+SHAPES = [(1024, 1024), (2048, 512), (512, 2048)]
+
+
+def layer(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """``W (out, in)`` and the Gram of inputs whose strengths fall by a hundred."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(4096, shape[1], generator=generator) * torch.logspace(0, -2, shape[1])
+    return torch.randn(shape, generator=generator), tokens.T @ tokens
+
+
+def direct_error(weight: Tensor, product: Tensor, gram: Tensor) -> float:
+    """``‖(W − W_E) G^½‖ / ‖W G^½‖`` in float64 on the CPU."""
+    weight, gram = weight.double(), gram.double()
+    rest = weight - product.double().cpu()
+    return float((((rest @ gram) * rest).sum() / ((weight @ gram) * weight).sum()).sqrt())
+
+
+def test_a_gram_is_summed_in_full_float32() -> None:
+    tokens = torch.randn(4096, 512, dtype=torch.float64) * torch.logspace(0, 3, 512, dtype=torch.float64)
+    gram = Gram.zero(512, device=DEVICE)
+    gram.update(tokens.float().to(DEVICE))
+    expected = tokens.T @ tokens
+    assert torch.allclose(gram.symmetric().cpu().double(), expected, rtol=1e-4, atol=1e-4 * float(expected.max()) / 1e3)
+
+
+def test_padding_never_counts() -> None:
+    tokens, mask = torch.randn(4, 64, 96, device=DEVICE), torch.ones(4, 64, device=DEVICE)
+    mask[1:, 40:] = 0
+    padded, alone = Gram.zero(96, device=DEVICE), Gram.zero(96, device=DEVICE)
+    padded.update(tokens, mask)
+    alone.update(tokens[mask.bool()])
+    assert padded.num_tokens == alone.num_tokens == 64 + 3 * 40
+    assert torch.equal(padded.symmetric(), alone.symmetric())
+
+
+def test_a_whitening_is_a_root_of_the_damped_gram() -> None:
+    _, gram = layer((8, 1024))
+    there = Whitening(gram.to(DEVICE))
+    root = there.root(torch.float32).double()
+    damped = Whitening(gram).matrix(torch.float64)
+    assert root.device.type == DEVICE
+    assert torch.linalg.norm((root @ root.T).cpu() - damped) <= 1e-5 * torch.linalg.norm(damped)
+
+
+@pytest.mark.parametrize("share", [2, 8])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_layer_factorizes_as_on_the_cpu(shape: tuple[int, int], share: int) -> None:
+    weight, gram = layer(shape)
+    rank = min(shape) // share
+    here = factorize(weight, Whitening(gram), rank)
+    there = factorize(weight.to(DEVICE), Whitening(gram.to(DEVICE)), rank)
+    assert there.factors.up.device.type == DEVICE
+    assert there.solver == here.solver
+    assert there.relative_error == pytest.approx(here.relative_error, rel=1e-3)
+    product = there.factors.up @ there.factors.down
+    assert direct_error(weight, product, gram) == pytest.approx(here.relative_error, rel=2e-3)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_factors_for_predictions_are_those_of_the_cpu(shape: tuple[int, int]) -> None:
+    weight, gram = layer(shape)
+    _, gradients = layer((8, shape[0]))
+    rank = min(shape) // 4
+    here = factorize_two_sided(weight, Whitening(gram), Whitening(gradients, 1e-2), rank)
+    there = factorize_two_sided(
+        weight.to(DEVICE), Whitening(gram.to(DEVICE)), Whitening(gradients.to(DEVICE), 1e-2), rank
+    )
+    assert there.factors.up.device.type == DEVICE
+    assert there.relative_error == pytest.approx(here.relative_error, rel=1e-3)
+
+
+def test_pivoted_factors_are_the_same_product() -> None:
+    weight, gram = layer((512, 2048))
+    factors = factorize(weight.to(DEVICE), Whitening(gram.to(DEVICE)), 128).factors
+    pivoted = pivot(factors)
+    expected = factors.up @ factors.down
+    assert pivoted.up.device.type == DEVICE
+    assert torch.linalg.norm(pivoted.product() - expected) <= 1e-5 * torch.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("method", ["projection", "covariance"])
+def test_an_adapter_is_corrected_as_on_the_cpu(method: str) -> None:
+    delta, gram = layer((512, 768))
+    generator = torch.Generator().manual_seed(1)
+    lora_a, lora_b = torch.randn(8, 768, generator=generator), torch.randn(512, 8, generator=generator)
+    candidate = Candidate(method)  # type: ignore[arg-type]
+    products, shortfalls = [], []
+    for device in ("cpu", DEVICE):
+        lora = LoraModule("layer", lora_a.to(device), lora_b.to(device), 2.0)
+        module = CorrectableModule(lora, delta.to(device), gram.to(device))
+        corrected = module.corrected(candidate, 1e-4)
+        assert corrected.lora_a.device.type == device
+        products.append((corrected.lora_b @ corrected.lora_a).cpu())
+        shortfalls.append(module.shortfalls(candidate, 1e-4))
+    assert torch.linalg.norm(products[1] - products[0]) <= 1e-4 * torch.linalg.norm(products[0])
+    assert shortfalls[1] == pytest.approx(shortfalls[0], rel=1e-4)
+
+
+def test_spectra_and_the_ranks_that_follow_are_those_of_the_cpu() -> None:
+    found = {}
+    for device in ("cpu", DEVICE):
+        curves = []
+        for shape in SHAPES:
+            weight, gram = layer(shape)
+            gains = spectrum(weight.to(device), Whitening(gram.to(device)))
+            assert gains.device.type == device
+            curves.append(Curve(str(shape), *shape, gains=gains.cpu(), may_be_dense=True))
+        budget = sum(out * inside for out, inside in SHAPES) // 2
+        found[device] = curves, allocate(curves, budget, {curve.name: 1 for curve in curves})
+    (here, expected), (there, ranks) = found["cpu"], found[DEVICE]
+    for one, other in zip(here, there, strict=True):
+        assert torch.allclose(one.gains, other.gains, rtol=1e-3, atol=1e-5 * float(one.gains[0]))
+    assert ranks.gain == pytest.approx(expected.gain, rel=1e-3)

@@ -1,0 +1,100 @@
+"""trace.json: what workers did, as Perfetto reads it, over all tries of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.runs import trace
+from emloc_ray.runs.trace import TRACE, Trace, read_trace
+from emloc_ray.stages.ray.spans import Span, joined, tell_span
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    directory = RunDirectory(tmp_path / "mine")
+    directory.create({})
+    return directory
+
+
+def piece(number: int, stage: str = "factorize", worker: str = "process 7 on here") -> Span:
+    return Span(stage, worker, f"layer {number}", float(number), number + 0.5, peak_bytes=number * 2**20)
+
+
+def written(run: RunDirectory) -> list[dict[str, Any]]:
+    return json.loads(run.path(TRACE).read_text())["traceEvents"]
+
+
+def test_events_are_in_order_and_name_node_worker_and_bytes(run: RunDirectory) -> None:
+    with Trace(run):
+        tell_span(piece(3))
+        tell_span(piece(1, "calibrate", "slot 0 on there"))
+        tell_span(Span("finetune", "rank 0", '"<s>\ud800', 4.0, 4.0))
+    tell_span(piece(9))  # nobody listens any more
+    names = {(e["name"], e["pid"], e["tid"]): e["args"]["name"] for e in written(run) if e["ph"] == "M"}
+    work = [event for event in written(run) if event["ph"] == "X"]
+    assert [(event["name"], event["cat"], event["ts"], event["dur"]) for event in work] == [
+        ("layer 1", "calibrate", 1_000_000, 500_000),
+        ("layer 3", "factorize", 3_000_000, 500_000),
+        ('"<s>?', "finetune", 4_000_000, 0),
+    ]
+    assert [event["args"]["peak_bytes"] for event in work] == [2**20, 3 * 2**20, 0]
+    of_each = [(names["process_name", e["pid"], 0], names["thread_name", e["pid"], e["tid"]]) for e in work]
+    assert of_each == [("there", "slot 0"), ("here", "process 7"), ("training group", "rank 0")]
+
+
+def test_a_later_try_adds_to_what_earlier_ones_wrote(run: RunDirectory) -> None:
+    spans = [piece(1), Span("finetune", "rank 0", "the training", 2.0, 3.0)]
+    for span in spans:
+        with Trace(run):
+            tell_span(span)
+    first, second = read_trace(run)
+    assert first == spans[0]
+    assert (second.stage, second.unit, second.begun_at, second.finished_at) == ("finetune", "the training", 2.0, 3.0)
+    with Trace(run):
+        tell_span(Span("finetune", "rank 0", "the training", 5.0, 6.0))
+    assert len([event for event in written(run) if event["name"] == "thread_name"]) == 2
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"traceEvents": [{"ph": "X"}]}'])
+def test_a_file_that_is_no_trace_is_written_anew(run: RunDirectory, content: str) -> None:
+    run.path(TRACE).write_text(content)
+    with Trace(run):
+        tell_span(piece(1))
+    assert read_trace(run) == [piece(1)]
+
+
+def test_it_is_written_at_a_stages_end_and_while_one_goes_on(run: RunDirectory) -> None:
+    with Trace(run, interval_s=0) as now_and_then:
+        tell_span(piece(1))
+        assert len(read_trace(run)) == 1
+        now_and_then.interval_s = 1000
+        tell_span(piece(2))
+        assert len(read_trace(run)) == 1
+        now_and_then.finish("factorize", {}, {})
+        assert len(read_trace(run)) == 2
+
+
+def test_very_many_pieces_of_work_are_joined(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trace, "_MOST_SPANS", 100)
+    with Trace(run):
+        for number in range(1000):
+            tell_span(piece(number))
+    spans = read_trace(run)
+    assert len(spans) <= 100
+    assert sum(span.count for span in spans) == 1000
+
+
+def test_neighbours_are_joined_by_worker_and_stage() -> None:
+    spans = [piece(1), piece(2), piece(9), piece(3, "merge"), piece(1, worker="slot 0")]
+    found = joined(spans, 1.0)
+    assert [(s.stage, s.worker, s.begun_at, s.finished_at, s.count) for s in found] == [
+        ("factorize", "process 7 on here", 1.0, 2.5, 2),
+        ("merge", "process 7 on here", 3.0, 3.5, 1),
+        ("factorize", "process 7 on here", 9.0, 9.5, 1),
+        ("factorize", "slot 0", 1.0, 1.5, 1),
+    ]
