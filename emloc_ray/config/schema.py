@@ -82,7 +82,7 @@ class CalibrationConfig(StageConfig):
     tokens: Literal["all", "completion"] = Field("all", description="which of a row's count")
     batch_size: int = Field(8, ge=1, description="rows of a forward pass")
     rows_per_shard: int = Field(32, ge=1, description="the grain of work and of exactly-once accounting")
-    keep: Literal["grams", "none"] = Field("grams", description="none: Grams go once their layers are factorized")
+    keep: Literal["grams", "none"] = Field("grams", description="none: deleted once the adapter is corrected")
     mode: Literal["auto", "resident", "streamed"] = Field("auto", description="whole model, or a block at a time")
     # Below some hundred tokens, what the block's tokens say of an expert's inputs is worth more than its own few do: a
     # factor of higher rank than there are tokens would be partly arbitrary.
@@ -390,6 +390,4 @@ class RunConfig(Section):
                 "emulator.objective: weights looks at no data, which the ranks of"
                 f" emulator.allocation: {self.emulator.allocation} follow from: set that to uniform"
             )
-        if self.correction.method == "covariance" and self.calibration.keep == "none":
-            raise ValueError("correction.method: covariance needs the Grams: set calibration.keep to grams")
         return self

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emloc_ray.io.formats.grams import INDEX
-from emloc_ray.io.runs.cache import EntryGone
+from emloc_ray.config.steps import SUMS
 from emloc_ray.io.runs.fingerprint import fingerprint
-from emloc_ray.io.store.node_cache import discard, exists
 from emloc_ray.planning.budget import check_gradients
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.plan import row_lengths
@@ -32,7 +30,6 @@ class RankSteps:
         self.steps, self.directory, self.jobs, self.content = steps, steps.directory, jobs, content
         self.prepared = steps.prepared
         self.config, self.layout = self.prepared.config, self.prepared.layout
-        self._keeps = self.config.calibration.keep == "grams"
 
     def gradient_inputs(self) -> Inputs:
         """What the sums of gradients are made of."""
@@ -121,26 +118,17 @@ class RankSteps:
                 return place / "emulator"
         return None
 
-    def are_needed(self) -> bool:
-        """Whether sums are to be kept, or the emulator is still to be made of them."""
-        return self._keeps or not self.steps.is_at_hand("factorize", self.factorize_inputs(), self.content())
-
     def gradients(self) -> None:
         """The sums of gradients of what linears give, where allocation or factors need them."""
         out_dir = self.directory.path("gradients")
         if not self.layout.weighed:
             self.steps.leave_out("gradients", "none needed", out_dir)
             return
-        if not self.are_needed():
-            self.steps.pass_over("gradients", self.gradient_inputs())
-            return
         from emloc_ray.stages.calibrate.calibrate import calibrate
         from emloc_ray.stages.calibrate.job import go_on
         from emloc_ray.stages.jobs import resources
 
         inputs, section = self.gradient_inputs(), self.config.calibration
-        if not exists(out_dir / INDEX) and self.directory.stage("gradients") is not None:
-            self.steps.forced.add("gradients")  # they were not kept, and are of use again
         if self.config.memory_budget is not None and not self.steps.is_done("gradients", inputs):
             check_gradients(self.prepared, row_lengths(self.prepared))  # of a run whose config has changed since
 
@@ -155,8 +143,7 @@ class RankSteps:
             execute,
             resources(section),
             resumes=True,
-            recorded=[out_dir] if self._keeps else [],
-            shared=self.content() if self._keeps else None,
+            shared=self.content(),
         )
 
     def allocate(self) -> None:
@@ -166,9 +153,6 @@ class RankSteps:
             self.steps.leave_out("allocate", "uniform", out_dir)
             return
         inputs = {"calibrate": self.steps.inputs["calibrate"], **self.allocation_inputs()}
-        if not self.are_needed():
-            self.steps.pass_over("allocate", inputs)
-            return
         from emloc_ray.io.runs.resume import discard_unless
         from emloc_ray.stages.factorize.allocate import allocate_ranks
         from emloc_ray.stages.jobs import resources
@@ -177,8 +161,14 @@ class RankSteps:
             discard_unless(out_dir, inputs)
             return allocate_ranks(self.jobs.allocation(), out_dir, granted, progress, self.steps.reporter.note)
 
+        read = SUMS if self.layout.allocation == "sensitivity" else SUMS[:1]
         asked = resources(self.config.emulator)
-        self.steps.run("allocate", inputs, [out_dir], execute, asked, resumes=True, shared=self.content())
+        self.steps.run("allocate", inputs, [out_dir], execute, asked, resumes=True, read=read, shared=self.content())
+
+    def sums_of_factors(self) -> Sequence[str]:
+        """The stages whose sums the factorization reads."""
+        by_gradients = self.layout.objective == "predictions" and self.layout.ranks
+        return SUMS if by_gradients else SUMS[:1]
 
     def allocated(self) -> Layout:
         """The layout with the ranks that were found."""

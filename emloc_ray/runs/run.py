@@ -7,13 +7,12 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from emloc_ray.config.schema import RunConfig
-from emloc_ray.config.steps import STAGES, STEPS
+from emloc_ray.config.steps import STAGES, STEPS, SUMS
 from emloc_ray.errors import DamagedArtifactError
-from emloc_ray.io.formats.grams import INDEX
-from emloc_ray.io.runs.cache import ArtifactCache, EntryGone
+from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.runs.fingerprint import fingerprint, fingerprint_large_files
 from emloc_ray.io.runs.resume import discard_unless
-from emloc_ray.io.store.node_cache import discard, exists, hashes
+from emloc_ray.io.store.node_cache import discard, hashes
 from emloc_ray.planning.budget import check_gradients
 from emloc_ray.planning.plan import missing_disk, needed_steps, row_lengths
 from emloc_ray.planning.prepared import Prepared, check_disk, check_resources, prepare
@@ -21,7 +20,7 @@ from emloc_ray.runs import remarks
 from emloc_ray.runs.inputs import RankSteps
 from emloc_ray.runs.log import RunLog
 from emloc_ray.runs.reporter import Reporter, Reporters, SilentReporter
-from emloc_ray.runs.steps import NOT_LEARNED, Steps, without
+from emloc_ray.runs.steps import NOT_LEARNED, Dropped, Steps, without
 from emloc_ray.runs.trace import Trace
 from emloc_ray.runs.turns import AtOnce, Turns
 
@@ -58,7 +57,7 @@ def run(
     from emloc_ray.stages.ray.tasks import connection, total
 
     prepared = prepared or prepare(config)
-    redone = fresh or begin == STAGES[0] or not {"gradients", "factorize"} & prepared.run.stages().keys()
+    redone = fresh or begin == STAGES[0] or "gradients" not in prepared.run.stages()
     if turns is None and redone:  # in a batch others hold memory now, and a stage waits until they have given it back
         check_gradients(prepared, row_lengths(prepared))
     if prepared.run.store is None:  # which has room; a node's cache makes its own
@@ -125,7 +124,7 @@ class Pipeline:
                 break
             except DamagedArtifactError as error:
                 self.steps.forget_damaged(error)
-            except EntryGone as error:
+            except Dropped as error:
                 self.reporter.note(str(error))
         self.steps.write_results()  # once more: a stage may have been committed by a run that was killed right after
 
@@ -242,26 +241,8 @@ class Pipeline:
             job = go_on(self.jobs.calibration(), out_dir, inputs, section.num_workers, section.mode == "auto")
             return calibrate(job, out_dir, granted, progress, self.reporter.note)
 
-        self.inputs["calibrate"] = fingerprint(inputs)
-        if not self._grams_are_wanted():
-            self.steps.pass_over("calibrate", inputs)
-            return
-        kept = section.keep == "grams"
-        # Grams that are not kept go as they are used, so that the manifest cannot name them.
-        recorded = [out_dir] if kept else []
         step = functools.partial(steps.run, "calibrate", inputs, [out_dir], execute, resources(section))
-        self._tell(
-            remarks.thin_experts(step(resumes=True, recorded=recorded, shared=self._content() if kept else None))
-        )
-
-    def _grams_are_wanted(self) -> bool:
-        """False where the emulator comes from another run and no Grams are kept; has them gathered again where they are of
-        use and gone."""
-        steps, out_dir = self.steps, self.directory.path("calibration")
-        needed = self._rank_steps().are_needed()
-        if needed and not exists(out_dir / INDEX) and self.directory.stage("calibrate") is not None:
-            steps.forced.add("calibrate")
-        return needed
+        self._tell(remarks.thin_experts(step(resumes=True, shared=self._content())))
 
     def factorize(self) -> None:
         """The emulator."""
@@ -283,16 +264,13 @@ class Pipeline:
         ranks = self._rank_steps()
         asked, basis = resources(self.config.emulator), ranks.factorize_basis() if ranks.is_basis else None
         step = functools.partial(self.steps.run, "factorize", ranks.factorize_inputs(), [out_dir], execute, asked)
-        result = step(resumes=True, shared=self._content(), basis=basis)
+        result = step(resumes=True, read=ranks.sums_of_factors(), shared=self._content(), basis=basis)
         discard(self.directory.path("basis"))
         made = self.layout.as_made(result)
         self._tell(
             remarks.thin_calibration(self.config, result["fewest_tokens"], made),
             remarks.unseen_linears(result.get("unseen", ()), made),
         )
-        if self.config.calibration.keep == "none":
-            discard(calibration_dir)
-            discard(self.directory.path("gradients"))
 
     def heal(self) -> None:
         """The emulator after it was distilled from the original on the task's inputs; none where the config asks for none."""
@@ -349,7 +327,10 @@ class Pipeline:
 
         # It scores the original with adapters, as the evaluation does.
         asked = dataclasses.replace(resources(self.config.evaluation), num_workers=1)
-        self.steps.run("correct", inputs, [self.directory.path("adapter")], execute, asked)
+        read = () if job.calibration_dir is None else ("calibrate",)
+        self.steps.run("correct", inputs, [self.directory.path("adapter")], execute, asked, read=read)
+        for stage in SUMS if self.config.calibration.keep == "none" else ():
+            self.directory.drop(stage)
 
     def merge(self) -> None:
         """The original with the corrected adapter folded in; none where the adapter changes no weight."""

@@ -65,10 +65,10 @@ class RunStatus:
 
 
 def asked_steps(manifest: Mapping[str, Any]) -> tuple[str, ...]:
-    """The steps of a run, in order, as its manifest holds them, or those that its config asks for, without those that it
-    dropped; the import not, which goes by where the model lies."""
+    """The steps of a run, in order, as its manifest holds them, or those that its config asks for; the import not, which goes
+    by where the model lies."""
     if manifest.get("steps"):
-        return tuple(step for step in manifest["steps"] if step not in manifest.get("dropped", ()))
+        return tuple(manifest["steps"])
     config = manifest.get("config") or {}
     emulator = config.get("emulator") or {}
     dense = emulator.get("compression_ratio") == 1

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from emloc_ray.config.base import StageConfig
 from emloc_ray.config.steps import GROUPS, STEPS, SUMS
-from emloc_ray.errors import DamagedArtifactError, Stopped
+from emloc_ray.errors import DamagedArtifactError, EmlocError, Stopped
 from emloc_ray.io.runs.cache import ArtifactCache, EntryGone
 from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.io.store.atomic import remove_leftovers
@@ -29,6 +29,10 @@ Inputs = dict[str, Any]
 # Settings of the fine-tuning that do not enter what comes out of it; its number of workers does, which orders the rows.
 NOT_LEARNED = frozenset({"cpus_per_worker", "gpus_per_worker", "max_failures", "deepspeed", "report_to", "run_name"})
 Execute = Callable[[Callable[[int, int], None], "Resources"], dict[str, Any]]
+
+
+class Dropped(EmlocError):
+    """A stage is to read files that were dropped: the stages before it are gone through again."""
 
 
 class Steps:
@@ -49,8 +53,6 @@ class Steps:
         self.inputs: dict[str, str] = {}
         self._unread: list[str] = []  # stages of earlier runs whose files nobody has read yet
         self._redone: set[str] = set()
-        self._relied_on: set[str] = set()  # stages whose inputs were not made, as the cache held what they make
-        self._not_given: set[str] = set()  # of these, what the cache then did not give
 
     def run(
         self,
@@ -61,16 +63,18 @@ class Steps:
         asked: Resources,
         *,
         resumes: bool = False,
-        recorded: Sequence[Path] | None = None,
+        read: Sequence[str] = (),
         shared: Inputs | None = None,
         basis: Inputs | None = None,
     ) -> dict[str, Any]:
         """Runs a stage unless the manifest says that it was done with the same inputs; returns its result.
 
         What was left in ``outputs`` is removed first, unless a killed try left it and the stage ``resumes`` from that.
-        The manifest names ``outputs``, or what is ``recorded`` of them. With ``shared`` it may come from the cache, and goes
-        there, under the inputs and this: what else tells it from what others make. ``basis`` is what its entry is found by
-        for other inputs.
+        With ``shared`` it may come from the cache, and goes there, under the inputs and this: what else tells it from what
+        others make. ``basis`` is what its entry is found by for other inputs. ``read`` are the stages whose sums it reads.
+
+        Raises:
+            Dropped: where these were not kept; they are out of the manifest then.
         """
         key = self.inputs[name] = fingerprint(inputs)
         entry = self.directory.stage(name)
@@ -87,17 +91,11 @@ class Steps:
                 discard(path)
             self.directory.forget(name)
             self.write_results()  # what was shown of it speaks of another run from now on
-        kept = outputs if recorded is None else recorded
         cached = None if shared is None or self.cache is None else {**inputs, "shared": shared}
         with self._alone(name, cached and {**(basis or inputs), "shared": shared}):
-            if cached and (result := self._from_cache(name, cached, kept)) is not None:
+            if cached and (result := self._from_cache(name, cached, outputs)) is not None:
                 return result
-            if name in self._relied_on:
-                self._relied_on.remove(name)
-                self._not_given.add(name)  # or an entry that is whole and cannot be linked would be relied on for ever
-                raise EntryGone(
-                    f"The cache does not give what {name} makes: it is made here, with what goes before it."
-                )
+            self._check_read(name, read)
             for path in outputs if not resumes else ():
                 discard(path)
             with self.turns.take(name, asked) as granted:
@@ -105,7 +103,8 @@ class Steps:
             used = result["usage"]
             for path in outputs:
                 remove_leftovers(path)
-            self.directory.commit(name, key, kept, result)
+            self.directory.commit(name, key, outputs, result)
+            self.forced.discard(name)
             self.write_results()
             self.reporter.finish(name, result, used)
             if cached:
@@ -146,7 +145,7 @@ class Steps:
 
     def _from_cache(self, name: str, inputs: Inputs, outputs: Sequence[Path]) -> dict[str, Any] | None:
         """``inputs`` with what else is ``shared``."""
-        if self.cache is None or name in self.forced | self._not_given:
+        if self.cache is None or name in self.forced:
             return None
         entry = self.cache.find(name, _key(name, inputs), verify=True)
         if entry is None:
@@ -191,30 +190,22 @@ class Steps:
         self.directory.forget(name)
         discard(output)
 
-    def pass_over(self, name: str, inputs: Inputs) -> None:
-        """For a stage whose use is the emulator alone, where that is at hand: done in this run before, or by another."""
-        if self.is_done(name, inputs):
-            self.reporter.skip(name)
-            self.directory.confirm(name, ahead=STEPS[: STEPS.index(name)])
-        else:
-            self.directory.forget(name)  # what it says is of other inputs, or its files were not kept
-            self.directory.drop_step(name)
-
     def is_done(self, name: str, inputs: Inputs) -> bool:
         """Whether the manifest says that a stage was done with these inputs, and it is not to be redone."""
         return name not in self.forced and self.directory.is_done(name, fingerprint(inputs))
 
-    def is_at_hand(self, name: str, inputs: Inputs, shared: Inputs) -> bool:
-        """Whether a stage need not be run: it was done, or the cache holds what it makes of these inputs."""
-        if self.is_done(name, inputs):
-            return True
-        cache = None if name in self.forced | self._not_given else self.cache
-        found = (
-            cache is not None and cache.find(name, _key(name, {**inputs, "shared": shared}), verify=True) is not None
-        )
-        if found:
-            self._relied_on.add(name)
-        return found
+    def _check_read(self, name: str, read: Sequence[str]) -> None:
+        """Takes the stages out of the manifest whose files were dropped and are to be ``read`` again.
+
+        Raises:
+            Dropped: where there are some.
+        """
+        gone = [stage for stage in read if self.directory.is_dropped(stage)]
+        for stage in gone:
+            self.directory.drop(stage)  # what a kill left of its files is not to be gone on from
+            self.directory.forget(stage)
+        if gone:
+            raise Dropped(f"{name} reads what {' and '.join(gone)} made, which was not kept: it is made again.")
 
     def _check_artifacts(self) -> None:
         """Reads once, before the first stage that is to run, what earlier runs finished.

@@ -238,17 +238,16 @@ class Jobs:
         """With the candidates that the config leaves to choose among."""
         config, layout = self.prepared.config, self.prepared.layout
         section = config.correction
-        has_grams = layout.differs and config.calibration.keep == "grams"
         method = section.method if layout.differs and config.adapter.is_additive else "none"
         return CorrectionJob(
             model_dir=self.model_dir,
             emulator_dir=self.emulator_dir,
-            calibration_dir=self._path("calibration") if has_grams else None,
+            calibration_dir=self._path("calibration") if layout.differs else None,
             adapter_dir=self._path("adapter_emulator"),
             out_dir=self._path("adapter"),
             selection_dir=self.tokens("selection"),
             specs=self.specs(),
-            candidates=tuple(candidates(method, section.clamp, section.strength, has_grams)),
+            candidates=tuple(candidates(method, section.clamp, section.strength)),
             max_tokens=None if section.max_share is None else int(section.max_share * self.trained_tokens()),
             dampening_frac=section.dampening_frac,
             update_tolerance=section.update_tolerance,

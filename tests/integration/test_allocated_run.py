@@ -16,7 +16,6 @@ from small_runs import (
     TWO,
     FinishedRun,
     KillingReporter,
-    RecordingReporter,
     Stopping,
     make_values,
     redone,
@@ -36,7 +35,6 @@ from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.runs.cache import ArtifactCache, EntryGone
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.planning.prepared import prepare
-from emloc_ray.runs.status import older_stages
 from emloc_ray.stages.factorize.allocate import read_ranks
 
 WEIGHED = {"allocation": "sensitivity", "objective": "predictions"}
@@ -190,31 +188,30 @@ def test_a_killed_worker_leaves_no_trace(weighed_run: FinishedRun, tmp_path: Pat
 def test_sums_that_are_not_kept_are_gathered_again_where_they_are_of_use(
     weighed_run: FinishedRun, tmp_path: Path
 ) -> None:
-    root = tmp_path / "run"
-    values = weighed_run.changed(calibration={"keep": "none"}, correction={"method": "projection"})
-    values = {**values, "run_dir": str(root)}
-    assert run_values(values, until="factorize").started == tail("data")[:5]
+    copied = weighed_run.copy(tmp_path)
+    values = copied.changed(calibration={"keep": "none"})
+    assert run_values(values).started == []
     for folder in ("calibration", "gradients"):
-        assert not (root / folder).exists()
-    assert read_ranks(root / "allocation") == read_ranks(weighed_run.root / "allocation")
-    assert run_values(values, until="factorize").started == []
+        assert not (copied.root / folder).exists()
+    assert run_values(values).started == []
     smaller = {**values, "emulator": {**values["emulator"], "compression_ratio": 0.3}}
     assert run_values(smaller, until="factorize").started == ["calibrate", "gradients", "allocate", "factorize"]
-    assert not (root / "gradients").exists()
+    assert run_values(smaller, until="factorize").started == []
 
 
 @pytest.mark.parametrize("harm", ["damaged", "removed", "not linked"])
 def test_an_emulator_that_the_cache_held_and_does_not_give_is_made_here(
     weighed_run: FinishedRun, tmp_path: Path, harm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its Grams, gradients and ranks were left out, as nothing but the emulator was of use."""
     cache = ArtifactCache(str(tmp_path / "cache"))
-    changed = weighed_run.changed(calibration={"keep": "none"}, correction={"method": "projection"})
 
-    def run(name: str) -> RecordingReporter:
-        return run_values({**changed, "run_dir": str(tmp_path / name)}, until="factorize", cache=cache)
+    def run(name: str) -> dict[str, str | None]:
+        """From which run each stage was taken."""
+        run_values({**weighed_run.values, "run_dir": str(tmp_path / name)}, until="factorize", cache=cache)
+        stages = json.loads((tmp_path / name / "manifest.json").read_text())["stages"]
+        return {stage: entry["result"].get("taken_from") for stage, entry in stages.items()}
 
-    run("first")
+    assert set(run("first").values()) == {None}
     if harm == "damaged":
         shard = next((tmp_path / "cache").rglob("emulator/model-*.safetensors"))
         content = bytearray(shard.read_bytes())
@@ -233,19 +230,13 @@ def test_an_emulator_that_the_cache_held_and_does_not_give_is_made_here(
             return link(self, entry, *args, **options)
 
         monkeypatch.setattr(ArtifactCache, "link", gone)
-    reporter = run("second")
-    assert {"calibrate", "gradients", "factorize"} <= set(reporter.started)
-    assert any("does not give what factorize makes" in note for note in reporter.notes) == (harm != "damaged")
+    taken = dict.fromkeys(("data", "calibrate", "gradients", "allocate", "factorize"), "first")
+    assert run("second") == {**taken, "factorize": None}
     for name in ("model.safetensors.index.json", "config.json"):
         first, second = (tmp_path / run / "emulator" / name for run in ("first", "second"))
         assert first.read_bytes() == second.read_bytes()
-    # One that takes it is whole without what it was made of.
     monkeypatch.undo()
-    run("third")
-    manifest = json.loads((tmp_path / "third" / "manifest.json").read_text())
-    assert list(manifest["stages"]) == ["data", "factorize"]
-    assert older_stages(manifest) == []
-    assert "factorize" in json.loads((tmp_path / "third" / "metrics.json").read_text())["stages"]
+    assert run("third") == {**taken, "factorize": "first" if harm == "not linked" else "second"}
 
 
 def test_an_emulator_of_other_ranks_is_taken_from_one_of_the_same_objective_alone(

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import FinishedRun, KillingReporter, RecordingReporter, run_values
+from small_runs import FinishedRun, KillingReporter, RecordingReporter, Stopping, redone, run_values
 
 from emloc_ray.config.reading import parse_config
-from emloc_ray.io.formats.grams import GramStore
+from emloc_ray.errors import Stopped
+from emloc_ray.io.formats.grams import INDEX, GramStore
 from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.plan import row_lengths
 from emloc_ray.planning.prepared import prepare
@@ -92,16 +93,36 @@ def test_sums_run_as_many_at_once_as_the_stage_has_workers(llama_run: FinishedRu
     assert all(first.finished_at <= then.begun_at for first, then in itertools.pairwise(sums))
 
 
-def test_grams_that_are_not_kept_are_gone_once_used_and_gathered_again_where_needed(
+def test_grams_that_are_not_kept_are_gone_once_the_adapter_is_corrected_and_gathered_again_where_needed(
     llama_run: FinishedRun, tmp_path: Path
 ) -> None:
-    values = llama_run.changed(calibration={"keep": "none", "mode": "streamed"}, correction={"method": "projection"})
-    values["run_dir"] = str(tmp_path / "run")
-    assert {"calibrate", "factorize"} <= set(run_values(values, until="factorize").started)
-    assert not (tmp_path / "run" / "calibration").exists()
+    copied = llama_run.copy(tmp_path)
+    place = copied.root / "calibration"
+    values = copied.changed(calibration={"keep": "none"})
     assert run_values(values, until="factorize").started == []
-    values["emulator"] = {**values["emulator"], "compression_ratio": 0.25}
-    assert run_values(values, until="factorize").started == ["calibrate", "factorize"]
-    values["calibration"] = {**values["calibration"], "keep": "grams"}
-    assert run_values(values, until="factorize").started == ["calibrate"]
-    assert_same_grams(tmp_path / "run", llama_run.root)
+    assert place.exists()  # the correction may read them
+    assert run_values(values).started == []
+    assert not place.exists()
+    before = (copied.root / "metrics.json").read_text()
+    assert run_values(values).started == []
+    assert json.loads((copied.root / "metrics.json").read_text())["stages"] == json.loads(before)["stages"]
+    scored = {**values, "evaluation": {**values["evaluation"], "num_generations": 0}}
+    assert redone(scored) == ["evaluate"]
+
+    smaller = {**values, "emulator": {**values["emulator"], "compression_ratio": 0.25}}
+    place.mkdir()
+    (place / INDEX).write_text("{}")  # as where a kill came between the manifest and the files
+    stopping = Stopping("calibrate", 1)
+    with pytest.raises(Stopped):
+        run_values(smaller, stopping, until="factorize")
+    assert "factorize reads what calibrate made, which was not kept: it is made again." in stopping.notes
+    assert run_values(smaller, until="factorize").started == ["calibrate", "factorize"]
+    assert_same_grams(copied.root, llama_run.root)
+    assert run_values(smaller, until="correct").started == ["finetune", "correct"]
+    assert not place.exists()
+
+    correction = {**smaller["correction"], "method": "covariance", "strength": 0.3}
+    stronger = {**smaller, "correction": correction}
+    assert run_values(stronger, until="correct").started == ["calibrate", "correct"]
+    assert not place.exists()
+    assert run_values(stronger, until="correct").started == []

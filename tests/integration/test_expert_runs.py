@@ -159,16 +159,3 @@ def test_a_run_stopped_in_the_second_pass_goes_on_with_the_first_ones_grams(run:
     run_values(values, until="calibrate")
     assert first.stat().st_mtime_ns == made
     assert_same_grams(tmp_path / "run", run.root)
-
-
-def test_grams_that_are_not_kept_serve_as_well(run: FinishedRun, tmp_path: Path) -> None:
-    values = {
-        **run.changed(calibration={"keep": "none"}, correction={"method": "none"}),
-        "run_dir": str(tmp_path / "a"),
-    }
-    run_values(values, until="factorize")
-    assert not (tmp_path / "a" / "calibration").exists()
-    layers = [json.loads((r / "metrics.json").read_text())["emulator"]["layers"] for r in (run.root, tmp_path / "a")]
-    assert layers[0].keys() == layers[1].keys()
-    for name in layers[0]:
-        assert layers[1][name]["relative_error"] == pytest.approx(layers[0][name]["relative_error"], rel=1e-3, abs=1e-6)

@@ -192,11 +192,13 @@ class RunDirectory:
         return found
 
     def is_done(self, name: str, inputs: str) -> bool:
-        """Whether the stage was finished with inputs of this fingerprint and its files are all there, whole by size; on an
-        object store, whose keys name contents, as they were written."""
+        """Whether the stage was finished with inputs of this fingerprint and its files are all there, whole by size, or were
+        dropped since; on an object store, whose keys name contents, as they were written."""
         entry = self.stage(name)
         if entry is None or entry["inputs"] != inputs:
             return False
+        if entry.get("dropped"):
+            return True
         found = self._found(entry["outputs"])
         return all(found.get(path, {"": None}).items() <= wanted.items() for path, wanted in entry["outputs"].items())
 
@@ -218,7 +220,7 @@ class RunDirectory:
         What comes from an object store is checked when it is found done, and when it is fetched.
         """
         entry = self.stage(name)
-        if entry is None or self.store is not None:
+        if entry is None or entry.get("dropped") or self.store is not None:
             return []
         wanted = {self.path(path): content["sha256"] for path, content in entry["outputs"].items()}
         with ThreadPoolExecutor(_READERS) as pool:
@@ -252,7 +254,6 @@ class RunDirectory:
             "outputs": files,
             "result": result,
         }
-        manifest["dropped"] = [step for step in manifest.get("dropped", ()) if step != name]
         self._write_manifest(manifest)
 
     def confirm(self, name: str, ahead: Collection[str]) -> None:
@@ -266,13 +267,23 @@ class RunDirectory:
             entry["confirmed_at"] = max(time.time(), newest)
             self._write_manifest(manifest)
 
-    def drop_step(self, name: str) -> None:
-        """Takes a step out of those that the run is made of, until it is done after all: what it is for is there without."""
+    def drop(self, name: str) -> None:
+        """Deletes the files of a finished stage, which stays done; the manifest says so first."""
+        self.check_held()
         manifest = self.manifest()
-        dropped = manifest.setdefault("dropped", [])
-        if name not in dropped:
-            dropped.append(name)
+        entry = manifest["stages"].get(name)
+        if entry is None:
+            return
+        if not entry.get("dropped"):
+            entry["dropped"] = True
             self._write_manifest(manifest)
+        for top in {path.partition("/")[0] for path in entry["outputs"]}:
+            discard(self.path(top))
+
+    def is_dropped(self, name: str) -> bool:
+        """Whether a finished stage's files were deleted, as nothing was to follow from them any more."""
+        entry = self.stage(name)
+        return entry is not None and bool(entry.get("dropped"))
 
     def forget(self, name: str) -> None:
         """Takes a stage out of the manifest, before its files are written again."""

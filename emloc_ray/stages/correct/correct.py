@@ -46,12 +46,12 @@ AS_TRAINED = {
 }
 
 
-def candidates(method: str, clamp: float | None, strength: float, has_grams: bool) -> list[Candidate]:
+def candidates(method: str, clamp: float | None, strength: float) -> list[Candidate]:
     """The candidates of a ``correction`` section: one, or with ``auto`` those that the search begins with, ``none`` and
     then the likeliest first."""
     if method != "auto":
         return [Candidate(m, clamp, strength) for m in get_args(Method) if m == method]
-    methods: tuple[Method, ...] = ("covariance", "projection") if has_grams else ("projection",)
+    methods: tuple[Method, ...] = ("covariance", "projection")
     clamped = [Candidate(methods[0], 1.0), *(Candidate(method) for method in methods)]
     return [Candidate("none"), *clamped]
 

@@ -203,13 +203,6 @@ def test_frozen() -> None:
 # Sections that must agree.
 
 
-def test_covariance_needs_grams() -> None:
-    text = error_of(correction={"method": "covariance"}, calibration={"keep": "none"})
-    assert "correction.method" in text
-    assert "calibration.keep" in text
-    assert config(correction={"method": "projection"}, calibration={"keep": "none"}).calibration.keep == "none"
-
-
 def test_data_needs_a_source() -> None:
     with pytest.raises(ConfigError, match=r"data\.train\.path"):
         parse_config({**MINIMAL, "data": {"eval": {"path": "e.jsonl"}}})

@@ -152,5 +152,3 @@ def test_what_stands_behind_a_stage_that_is_to_be_redone_is_left_out(prepared: P
     assert "finetune" in assemble_metrics(prepared.run, prepared)
     prepared.run.forget("factorize")
     assert set(assemble_metrics(prepared.run, prepared)["stages"]) == {"data", "calibrate"}
-    prepared.run.drop_step("factorize")
-    assert "finetune" in assemble_metrics(prepared.run, prepared)["stages"]

@@ -229,6 +229,23 @@ def test_a_stage_whose_file_is_missing_is_not_committed(run: RunDirectory) -> No
     assert not run.is_done("merge", "abc")
 
 
+def test_a_dropped_stage_stays_done_without_its_files(run: RunDirectory) -> None:
+    run.drop("calibrate")  # nothing yet
+    file = artifact(run, "calibration/grams")
+    run.commit("calibrate", "abc", [file], {"num_tokens": 7})
+    assert not run.is_dropped("calibrate")
+    for _ in range(2):  # a kill between the manifest and the files leaves some of them
+        run.drop("calibrate")
+        assert not run.path("calibration").exists()
+        assert run.is_dropped("calibrate")
+        assert run.is_done("calibrate", "abc")
+        assert not run.is_done("calibrate", "other")
+        assert run.damaged("calibrate") == []
+        artifact(run, "calibration/grams")
+    run.commit("calibrate", "abc", [file], {})
+    assert not run.is_dropped("calibrate")
+
+
 def test_a_moved_parent_keeps_what_is_done(run: RunDirectory, tmp_path: Path) -> None:
     run.commit("merge", "abc", [artifact(run, "merged/a")], {})
     (tmp_path / "elsewhere").mkdir()

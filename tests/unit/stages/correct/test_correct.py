@@ -97,7 +97,7 @@ def test_the_shortfall_told_is_that_of_the_written_adapter(job: CorrectionJob) -
 
 
 def test_auto_chooses_by_rows_and_plugs_in_what_it_writes(job: CorrectionJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    tried = tuple(candidates("auto", 3.0, 1.0, has_grams=True))
+    tried = tuple(candidates("auto", 3.0, 1.0))
     steps: list[tuple[int, int]] = []
     served: list[dict[str, torch.Tensor]] = []
 
@@ -139,7 +139,7 @@ def test_auto_reads_no_more_than_it_may(job: CorrectionJob, budget: int, monkeyp
         return losses_by_row(model, rows, **kwargs)
 
     monkeypatch.setattr(module, "losses_by_row", losses)
-    tried = tuple(candidates("auto", 3.0, 1.0, has_grams=True))
+    tried = tuple(candidates("auto", 3.0, 1.0))
     result = correct_adapter(replace(job, candidates=tried, max_tokens=budget))
     assert read <= budget
     if budget == 0:
@@ -153,7 +153,7 @@ def test_auto_reads_no_more_than_it_may(job: CorrectionJob, budget: int, monkeyp
 
 
 def test_one_selection_row_and_rows_of_one_token_say_nothing(job: CorrectionJob, tmp_path: Path) -> None:
-    tried = tuple(candidates("auto", 3.0, 1.0, has_grams=True))
+    tried = tuple(candidates("auto", 3.0, 1.0))
     for lengths in ([9], [1, 1, 1]):
         tokens = tmp_path / f"rows{len(lengths)}"
         write_shard(tokens / shard_name(0), [Tokens([5] * n, [at > 0 for at in range(n)]) for n in lengths])
@@ -278,8 +278,7 @@ def test_dora_s_gains_are_those_trained(method: Any, method_job: Callable[[str],
 
 
 def test_without_grams_covariance_is_left_out() -> None:
-    assert {c.method for c in candidates("auto", 3.0, 1.0, has_grams=False)} == {"none", "projection"}
-    assert candidates("projection", None, 0.7, has_grams=True) == [Candidate("projection", None, 0.7)]
+    assert candidates("projection", None, 0.7) == [Candidate("projection", None, 0.7)]
 
 
 def test_conv1d_weights_are_turned_before_they_are_compared(

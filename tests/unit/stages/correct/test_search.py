@@ -15,7 +15,7 @@ from emloc_ray.modeling.scoring import RowLosses
 from emloc_ray.stages.correct.correct import candidates
 from emloc_ray.stages.correct.search import NUM_FURTHER, search
 
-BEGUN = candidates("auto", 3.0, 1.0, has_grams=True)
+BEGUN = candidates("auto", 3.0, 1.0)
 
 
 def measure_of(loss: Callable[[Candidate], float], noise: float = 0.01) -> Callable[[Candidate], RowLosses]:
