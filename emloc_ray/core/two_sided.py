@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from emloc_ray.core.factorization import Factorization, LowRankFactors, Solver, factorize
-from emloc_ray.core.nested import extended
 from emloc_ray.core.whitening import Whitening
 
 
@@ -76,32 +75,6 @@ def factorize_two_sided(
     """
     found = factorize(weighed(weight, outputs), whitening, rank, solver=solver, seed=seed, name=name)
     return _taken_back(found, outputs)
-
-
-def extended_two_sided(
-    weight: Tensor,
-    whitening: Whitening,
-    outputs: Whitening,
-    known: Factorization,
-    rank: int,
-    *,
-    seed: int = 0,
-    name: str = "the layer",
-) -> Factorization:
-    """The best of a ``rank`` above that of ``known``, which :func:`factorize_two_sided` made under the same sums.
-
-    As :func:`emloc_ray.core.nested.extended`, which see, of ``Lᵀ W``.
-    """
-    up, down = known.factors
-    wide = weighed(weight, outputs)
-    inside = up.to(wide.dtype) if outputs.is_identity else outputs.root(wide.dtype).T @ up.to(wide.dtype)
-    there = dataclasses.replace(
-        known,
-        factors=LowRankFactors(inside, down),
-        eigenvalues=known.eigenvalues / outputs.scale,
-        total_energy=known.total_energy / outputs.scale,
-    )
-    return _taken_back(extended(wide, whitening, there, rank, seed=seed, name=name), outputs)
 
 
 def _taken_back(found: Factorization, outputs: Whitening) -> Factorization:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emloc_ray.config.steps import SUMS
@@ -57,8 +54,8 @@ class RankSteps:
             **({"objective": self.layout.objective, **self._weighing()} if by_gradients else {}),
         }
 
-    def objective_inputs(self) -> Inputs:
-        """What factors follow from beside Grams: what emulators have to share for one to be cut from the other."""
+    def _objective(self) -> Inputs:
+        """What factors follow from beside Grams."""
         predicts = self.layout.objective == "predictions"
         return {"objective": self.layout.objective, **(self._weighing() if predicts else {})}
 
@@ -74,7 +71,7 @@ class RankSteps:
             **({"allocation": allocation} if allocation else {}),
             # Of ranks that are found, healing takes its own: those below need not show it.
             **({"healing": heals.r} if allocation and heals is not None else {}),
-            **(self.objective_inputs() if self.layout.objective != "activations" else {}),
+            **(self._objective() if self.layout.objective != "activations" else {}),
             **({"quantization": self.config.emulator.quantization} if self.packs_early else {}),
             **self._storing(),
             "calibrate": self.steps.inputs["calibrate"],
@@ -91,32 +88,6 @@ class RankSteps:
     def packs_early(self) -> bool:
         """Whether the factorization itself puts linears into 4 bits."""
         return self.layout.quantized and not packs_late(self.prepared)
-
-    @property
-    def is_basis(self) -> bool:
-        """Whether emulators of other ranks can be made of this one: its factors are there, in the order of what they give."""
-        return self.layout.storage == "factors" and not self.packs_early
-
-    def factorize_basis(self) -> Inputs:
-        """What emulators of one basis have in common, whatever their ranks. One that is none itself may take one."""
-        own = ("ranks", "quantization", "storage", "allocation", "healing")
-        alike = {key: value for key, value in self.factorize_inputs().items() if key not in own}
-        # Said of every emulator: those of one objective must not be found by what another's says less.
-        return {**alike, **self.objective_inputs(), **self.content(), "emloc_ray": version("emloc-ray")}
-
-    def found_basis(self) -> Path | None:
-        """The emulator of the highest ranks that another run made of the same sums, linked into this one for a while."""
-        place, cache = self.directory.path("basis"), self.steps.cache
-        discard(place)
-        found = [] if cache is None else cache.find_basis(self.factorize_basis())
-        for entry in sorted(
-            found, key=lambda e: sum(layer["rank"] for layer in e.result["layers"].values()), reverse=True
-        ):
-            assert cache is not None
-            with contextlib.suppress(EntryGone):
-                cache.link(entry, place, verify=True)
-                return place / "emulator"
-        return None
 
     def gradients(self) -> None:
         """The sums of gradients of what linears give, where allocation or factors need them."""

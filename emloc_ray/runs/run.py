@@ -257,15 +257,14 @@ class Pipeline:
                 discard(out_dir)
             discard_unless(out_dir, ranks.factorize_inputs())
             made = dataclasses.replace(self.prepared, layout=ranks.allocated())
-            job = dataclasses.replace(self.jobs, prepared=made).factorization(ranks.found_basis())
+            job = dataclasses.replace(self.jobs, prepared=made).factorization()
             config, tell = self.jobs.base_config(), self.reporter.note
             return {**build_emulator(job, calibration_dir, config, granted, progress, tell), **ranks.found()}
 
         ranks = self._rank_steps()
-        asked, basis = resources(self.config.emulator), ranks.factorize_basis() if ranks.is_basis else None
+        asked = resources(self.config.emulator)
         step = functools.partial(self.steps.run, "factorize", ranks.factorize_inputs(), [out_dir], execute, asked)
-        result = step(resumes=True, read=ranks.sums_of_factors(), shared=self._content(), basis=basis)
-        discard(self.directory.path("basis"))
+        result = step(resumes=True, read=ranks.sums_of_factors(), shared=self._content())
         made = self.layout.as_made(result)
         self._tell(
             remarks.thin_calibration(self.config, result["fewest_tokens"], made),

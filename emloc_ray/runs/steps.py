@@ -65,13 +65,12 @@ class Steps:
         resumes: bool = False,
         read: Sequence[str] = (),
         shared: Inputs | None = None,
-        basis: Inputs | None = None,
     ) -> dict[str, Any]:
         """Runs a stage unless the manifest says that it was done with the same inputs; returns its result.
 
         What was left in ``outputs`` is removed first, unless a killed try left it and the stage ``resumes`` from that.
         With ``shared`` it may come from the cache, and goes there, under the inputs and this: what else tells it from what
-        others make. ``basis`` is what its entry is found by for other inputs. ``read`` are the stages whose sums it reads.
+        others make. ``read`` are the stages whose sums it reads.
 
         Raises:
             Dropped: where these were not kept; they are out of the manifest then.
@@ -92,7 +91,7 @@ class Steps:
             self.directory.forget(name)
             self.write_results()  # what was shown of it speaks of another run from now on
         cached = None if shared is None or self.cache is None else {**inputs, "shared": shared}
-        with self._alone(name, cached and {**(basis or inputs), "shared": shared}):
+        with self._alone(name, cached):
             if cached and (result := self._from_cache(name, cached, outputs)) is not None:
                 return result
             self._check_read(name, read)
@@ -108,7 +107,7 @@ class Steps:
             self.write_results()
             self.reporter.finish(name, result, used)
             if cached:
-                self._to_cache(name, cached, result, basis)
+                self._to_cache(name, cached, result)
         return result
 
     def _execute(self, name: str, execute: Execute, granted: Resources) -> dict[str, Any]:
@@ -167,7 +166,7 @@ class Steps:
         self.reporter.finish(name, result, result["usage"])
         return result
 
-    def _to_cache(self, name: str, inputs: Inputs, result: dict[str, Any], basis: Inputs | None) -> None:
+    def _to_cache(self, name: str, inputs: Inputs, result: dict[str, Any]) -> None:
         entry = self.directory.stage(name)
         if self.cache is None or entry is None:
             return
@@ -179,7 +178,6 @@ class Steps:
             entry["outputs"],
             plain,
             inputs,
-            basis,
         )
         if why_not is not None:
             self.reporter.note(f"{name}: what it made is not shared with other tasks: {why_not}")

@@ -133,8 +133,8 @@ class Jobs:
         firsts = [specs[group[0]] for group in self.gram_groups()]
         return tuple((spec.name, spec.in_features) for spec in firsts if spec.routed_share is not None)
 
-    def factorization(self, basis_dir: Path | None = None) -> FactorizationJob:
-        """Every group of linears that share an input; ``basis_dir`` is an emulator of the same Grams and other ranks."""
+    def factorization(self) -> FactorizationJob:
+        """Every group of linears that share an input."""
         config, layout = self.prepared.config, self.prepared.layout
         placed = {spec.name: spec for spec in self.specs()}
         in_4bit, targeted = () if packs_late(self.prepared) else layout.in_4bit, set(layout.compressed)
@@ -145,7 +145,6 @@ class Jobs:
             ranks=factor_ranks(self.prepared),
             dampening_frac=config.emulator.dampening_frac,
             seed=config.seed,
-            basis_dir=basis_dir,
             renamed=renamed_tensors(self.stored()),
             in_4bit=in_4bit,
             without_gram=tuple(name for name in in_4bit if name not in targeted),

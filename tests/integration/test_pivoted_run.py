@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 from emloc_ray.config.reading import parse_config
 from emloc_ray.core.ranks import factor_parameters
 from emloc_ray.io.formats.checkpoint import Checkpoint
-from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.modeling.emulator import PivotedLinear
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.stages.factorize.allocate import read_ranks
@@ -82,22 +81,3 @@ def test_zero_3_trains_the_same_adapter(pivoted_run: FinishedRun, tmp_path: Path
     values = copied.changed(finetune={**GROUP, "deepspeed": str(EXAMPLE)})
     run_values(values, until="finetune")
     assert_same_adapter(copied.root / "adapter_emulator", pivoted_run.root / "adapter_emulator")
-
-
-def test_they_are_no_basis_and_may_have_one(pivoted_run: FinishedRun, tmp_path: Path) -> None:
-    cache, copied = ArtifactCache(str(tmp_path / "shared")), pivoted_run.copy(tmp_path)
-    name = "model.layers.0.self_attn.o_proj"
-
-    def emulator(storage: str, ratio: float) -> Checkpoint:
-        settings = {"allocation": "uniform", "storage": storage, "compression_ratio": ratio}
-        run_values(copied.changed(emulator=settings), until="factorize", cache=cache)
-        return Checkpoint(copied.root / "emulator")
-
-    up, down = (emulator("factors", 0.9).read(f"{name}.{part}.weight") for part in ("up", "down"))
-    kept = emulator("pivoted", 0.5).read(f"{name}.down.weight")
-    bases = {"storage" in entry.inputs: entry.basis for entry in cache.entries() if entry.stage == "factorize"}
-    assert bases[False] is not None
-    assert bases[True] is None
-    product = up[:, : len(kept)] @ down[: len(kept)]  # the best of a rank is the first columns of any more
-    nearest = (product[:, None] - kept[None]).abs().amax(dim=2).amin(dim=0)
-    assert float(nearest.max()) < 1e-5 * float(product.abs().max())

@@ -9,16 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from small_runs import FinishedRun, make_values, redone, run_values
+from small_runs import FinishedRun, redone
 from transformers import AutoModelForCausalLM
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.formats.grams import GramStore
-from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.modeling.adapter import Adapter
-from emloc_ray.modeling.quantization import dequantize, quantize, stored_weight
+from emloc_ray.modeling.quantization import stored_weight
 from emloc_ray.planning.prepared import prepare
 
 RATIOS = (0.25, 1.0)
@@ -110,23 +109,6 @@ def test_the_quantization_is_among_the_inputs(quantized_run: FinishedRun) -> Non
     assert redone(quantized_run.values) == []
     changed = quantized_run.changed(emulator={"quantization": "none", "compression_ratio": 0.25})
     assert redone(changed)[:2] == ["factorize", "finetune"]
-
-
-def test_an_emulator_in_4_bits_is_no_basis_and_may_have_one(
-    ray_session: None, tmp_path: Path, tiny_model_dir: Callable[..., Path], task_file: Path
-) -> None:
-    cache = ArtifactCache(str(tmp_path / "shared"))
-    for name, ratio, quantization in (("wide", 0.5, "none"), ("packed", 0.25, "nf4")):
-        emulator = {"compression_ratio": ratio, "quantization": quantization}
-        values = make_values(tmp_path / name, tiny_model_dir("llama"), task_file, emulator=emulator)
-        run_values(values, until="factorize", cache=cache)
-    bases = {"quantization" in entry.inputs: entry.basis for entry in cache.entries() if entry.stage == "factorize"}
-    assert bases[False] is not None
-    assert bases[True] is None
-    wide, packed = (Checkpoint(tmp_path / name / "emulator") for name in ("wide", "packed"))
-    factor = "model.layers.0.self_attn.q_proj.up"
-    first = wide.read(f"{factor}.weight")[:, :8].contiguous()  # the best of rank 8 is the first columns of any more
-    assert torch.equal(stored_weight(packed, factor), dequantize(quantize(first, torch.float32)))
 
 
 def test_lora_on_the_original_in_4_bits_is_no_upper_bound(quantized_run: FinishedRun) -> None:

@@ -46,7 +46,6 @@ class Entry:
     files: Files
     result: Mapping[str, Any]
     inputs: Any
-    basis: Mapping[str, Any] | None
     created_at: float
     used_at: float
     origin: str
@@ -70,7 +69,6 @@ class ArtifactCache:
         self._at = CachePlace(place)
         self.place = self._at.name
         self._verified: set[str] = set()
-        self._bases: dict[tuple[str, str], Mapping[str, Any]] = {}  # of entries that were read: they never change
         self._swept_at = self._weighed_at = -math.inf  # by the monotonic clock
         self._held = math.inf  # bytes at most, but for what other processes have added since it was weighed
 
@@ -126,32 +124,15 @@ class ArtifactCache:
         except (OSError, ArtifactError):
             return None
 
-    def find_basis(self, match: Mapping[str, Any]) -> list[Entry]:
-        """The entries whose basis contains these items, last used first; only :meth:`link` tells whether they are whole.
-
-        The cache outlives the installed version: a basis that says nothing of it finds what another made.
-        """
-        try:
-            found = self._entries(lambda names: match.items() <= self._bases.get(names, match).items())
-            self._bases |= {(entry.stage, entry.key): entry.basis or {} for entry in found}
-            return [entry for entry in found if match.items() <= (entry.basis or {}).items()]
-        except (OSError, ArtifactError):
-            return []
-
-    def link(self, entry: Entry, root: Path, verify: bool = False) -> list[Path]:
+    def link(self, entry: Entry, root: Path) -> list[Path]:
         """Puts an entry's files at their places in the run at ``root`` (:attr:`RunDirectory.root`); returns these.
 
         Each appears whole, and takes the place of what is there; :func:`emloc_ray.io.store.transfer.transfer` says how.
-        ``verify``: where its content is as it was written, as :meth:`find` looks at it; a broken entry is removed.
 
         Raises:
             EntryGone: where that cannot be done, for any reason; then none of its files is in the run.
         """
         folder = self._at.folder(entry.stage, entry.key) / _FILES
-        if verify and self.find(entry.stage, entry.key, verify=True) is None:
-            raise EntryGone(
-                f"{self.place} does not give {entry.stage} of {entry.origin}: it is there no more, or broken."
-            )
         try:
             self._at.touch(entry.stage, entry.key)
             _transfer_all(folder, root, entry.files)
@@ -172,7 +153,6 @@ class ArtifactCache:
         files: Files,
         result: Mapping[str, Any],
         inputs: Any,
-        basis: Mapping[str, Any] | None = None,
     ) -> str | None:
         """Takes in what the run at ``root`` has committed (``files`` as its manifest names them), unless it is there already;
         then prunes to ``max_bytes``, but never this entry; what other processes add counts within the hour.
@@ -180,7 +160,7 @@ class ArtifactCache:
         Returns None, or why it could not be done (a full disk, a store out of reach): that is no failure of the run.
         """
         run, now = _run_name(root), time.time()
-        entry = Entry(stage, key, files, result, inputs, basis, created_at=now, used_at=now, origin=run)
+        entry = Entry(stage, key, files, result, inputs, created_at=now, used_at=now, origin=run)
         try:
             self._at.make()
             if self.find(stage, key) is None:
@@ -198,10 +178,7 @@ class ArtifactCache:
 
     def entries(self) -> list[Entry]:
         """All entries, last used first."""
-        return self._entries(lambda names: True)
-
-    def _entries(self, wanted: Callable[[tuple[str, str]], bool]) -> list[Entry]:
-        used = {names: at for names, at in self._at.scan().items() if at is not None and wanted(names)}
+        used = {names: at for names, at in self._at.scan().items() if at is not None}
         with ThreadPoolExecutor(_CONNECTIONS) as pool:
             found = pool.map(lambda names: self._read(names[0], names[1], used[names]), used)
             return sorted((entry for entry in found if entry is not None), key=lambda entry: -entry.used_at)
@@ -268,7 +245,7 @@ class ArtifactCache:
         return not verify or all(_digest(folder / path) == content["sha256"] for path, content in entry.files.items())
 
 
-_WRITTEN = ("stage", "key", "files", "result", "inputs", "basis", "created_at", "origin")
+_WRITTEN = ("stage", "key", "files", "result", "inputs", "created_at", "origin")
 
 
 def _transfer_all(source: Path, target: Path, files: Files) -> None:
@@ -287,7 +264,7 @@ def _parsed(content: bytes, used_at: float) -> Entry | None:
             parts = PurePosixPath(path).parts
             if not parts or parts[0] == "/" or ".." in parts or not isinstance(file["size"], int) or not file["sha256"]:
                 return None
-        if not isinstance(value["result"], dict) or not isinstance(value["basis"], dict | None):
+        if not isinstance(value["result"], dict):
             return None
         return Entry(**{name: value[name] for name in _WRITTEN}, used_at=used_at)
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -16,10 +16,9 @@ import torch
 
 from emloc_ray.core.factorization import Factorization, relative_error
 from emloc_ray.core.factorization import factorize as factorize_layer
-from emloc_ray.core.nested import extended, truncated
 from emloc_ray.core.pivoting import pivot, stored_product
 from emloc_ray.core.ranks import Storage
-from emloc_ray.core.two_sided import extended_two_sided, factorize_two_sided
+from emloc_ray.core.two_sided import factorize_two_sided
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.io.formats.checkpoint import Checkpoint, read_shard, write_index
 from emloc_ray.io.formats.grams import GramStore, StoredGram
@@ -32,7 +31,6 @@ from emloc_ray.modeling.quantization import dequantize, is_packed, num_elements,
 from emloc_ray.stages.factorize.kept_tensors import copy_rest, rest_of_shards
 from emloc_ray.stages.factorize.layer_reports import (
     LAYERS,
-    Basis,
     LayerReport,
     read_reports,
     sampled,
@@ -49,8 +47,7 @@ _CONNECTIONS = 8
 class FactorizationJob:
     """Artifact paths and flat settings of the stage.
 
-    ``groups`` are the linears that share an input; those without a rank in ``ranks`` stay dense. ``basis_dir`` is an
-    emulator of the same weights and Grams, of any ranks: its factors are cut, or added to. ``renamed`` are the tensors
+    ``groups`` are the linears that share an input; those without a rank in ``ranks`` stay dense. ``renamed`` are the tensors
     whose names in the checkpoint are not the model's own, which the emulator's are. ``in_4bit`` are the linears that are
     stored so, as factors or dense, of which those in ``without_gram`` have none; ``kept_wide`` are those elsewhere in the
     model that are not. ``gradients_dir`` holds the sums of gradients that weigh outputs, where factors are to keep the
@@ -64,7 +61,6 @@ class FactorizationJob:
     ranks: dict[str, int]
     dampening_frac: float = 1e-6
     seed: int = 0
-    basis_dir: Path | None = None
     renamed: dict[str, str] = field(default_factory=dict)
     in_4bit: tuple[str, ...] = ()
     without_gram: tuple[str, ...] = ()
@@ -89,7 +85,6 @@ def factorize_group(job: FactorizationJob, specs: Sequence[LinearSpec], gram: St
         NumericsError: where a weight or the Gram holds NaN or Inf, naming the layer.
     """
     checkpoint = Checkpoint(job.model_dir)
-    basis = Basis(job.basis_dir)
     whitening = functools.cache(functools.partial(_whitening, gram, job.dampening_frac))
     alike = functools.cache(functools.partial(Whitening.identity, specs[0].in_features))
     inputs = alike if job.by_weights else whitening
@@ -102,7 +97,7 @@ def factorize_group(job: FactorizationJob, specs: Sequence[LinearSpec], gram: St
         weight = functools.cache(functools.partial(spec.read_weight, checkpoint))
         outputs = None  # before the next one is read: three matrices of the outputs' order
         outputs = _output_whitening(job, spec, gradients) if spec.name in job.ranks else None
-        result = _factorized(job, spec, weight, inputs, outputs, basis) if spec.name in job.ranks else None
+        result = _factorized(job, spec, weight, inputs, outputs) if spec.name in job.ranks else None
         parts, order = ({"": weight()}, None) if result is None else _parts(result, job.storage)
         held = {
             part: quantize(made, dtype, spec.name) if spec.name in job.in_4bit else {"weight": made.to(dtype)}
@@ -143,18 +138,11 @@ def _factorized(
     weight: Callable[[], torch.Tensor],
     inputs: Callable[[], Whitening],
     outputs: Whitening | None,
-    basis: Basis,
 ) -> Factorization:
-    rank, known = job.ranks[spec.name], basis.layer(spec.name)
-    if known is not None and known.factors.up.shape[1] >= rank:
-        return truncated(known, rank)
+    rank = job.ranks[spec.name]
     if outputs is None:
-        if known is None:
-            return factorize_layer(weight(), inputs(), rank, seed=job.seed, name=spec.name)
-        return extended(weight(), inputs(), known, rank, seed=job.seed, name=spec.name)
-    if known is None:
-        return factorize_two_sided(weight(), inputs(), outputs, rank, seed=job.seed, name=spec.name)
-    return extended_two_sided(weight(), inputs(), outputs, known, rank, seed=job.seed, name=spec.name)
+        return factorize_layer(weight(), inputs(), rank, seed=job.seed, name=spec.name)
+    return factorize_two_sided(weight(), inputs(), outputs, rank, seed=job.seed, name=spec.name)
 
 
 def _output_whitening(job: FactorizationJob, spec: LinearSpec, gradients: GramStore | None) -> Whitening | None:

@@ -1,4 +1,4 @@
-"""What is told of every factorized layer, kept beside its factors, and the factors of an emulator that is there already."""
+"""What is told of every factorized layer, kept beside its factors."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 from emloc_ray.config.steps import SPECTRA
-from emloc_ray.core.factorization import Factorization, LowRankFactors
-from emloc_ray.io.formats.checkpoint import read_index, read_shard
+from emloc_ray.io.formats.checkpoint import read_shard
 from emloc_ray.io.store.atomic import atomic_file
 
 LAYERS = "layers"
@@ -63,27 +62,3 @@ def read_reports(factors: Path) -> list[LayerReport]:
     """What :func:`factorize_group` reported of a shard's layers."""
     metadata = json.loads(read_shard(spectra_file(factors)).header)["__metadata__"]
     return [LayerReport(**layer) for layer in json.loads(metadata[LAYERS])]
-
-
-class Basis:
-    """The factorizations that another emulator holds of the same layers; none where there is no such emulator."""
-
-    def __init__(self, directory: Path | None) -> None:
-        self._files = {} if directory is None else {n: directory / f for n, f in read_index(directory).items()}
-
-    def layer(self, name: str) -> Factorization | None:
-        """A layer's, as stored; None where the emulator keeps it dense."""
-        file = self._files.get(f"{name}.up.weight")
-        if file is None:
-            return None
-        entries = {entry.name: entry for entry in (*read_shard(file).entries, *read_shard(spectra_file(file)).entries)}
-        report = next(layer for layer in read_reports(file) if layer.name == name)
-        up, down = (entries[f"{name}.{part}.weight"].read_rows() for part in ("up", "down"))
-        return Factorization(
-            LowRankFactors(up, down),
-            entries[name].read_rows().to(torch.float64),
-            report.total_energy,
-            report.relative_error if report.weighed_error is None else report.weighed_error,
-            report.solver,
-            torch.float32,
-        )

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from torch import Tensor
 
-from emloc_ray.core.factorization import LowRankFactors, factorize
-from emloc_ray.core.nested import truncated
-from emloc_ray.core.two_sided import extended_two_sided, factorize_two_sided, weighed
+from emloc_ray.core.factorization import factorize
+from emloc_ray.core.two_sided import factorize_two_sided, weighed
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.errors import NumericsError
 
@@ -95,26 +92,6 @@ def test_equal_gradients_leave_the_plain_factors(shape: tuple[int, int]) -> None
             found.factors.up @ found.factors.down, plain.factors.up @ plain.factors.down, rtol=1e-6, atol=1e-8
         )
         assert found.relative_error == pytest.approx(plain.relative_error)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_other_ranks_are_cut_or_added(shape: tuple[int, int]) -> None:
-    weight, gram, gradients = sums(shape)
-    whitening, outputs = Whitening(gram.float()), Whitening(gradients.float(), DAMPING)
-    known = factorize_two_sided(weight.float(), whitening, outputs, 10)
-    stored = LowRankFactors(*(factor.to(torch.bfloat16) for factor in known.factors))
-    for rank, found in (
-        (4, truncated(known, 4)),
-        (15, extended_two_sided(weight.float(), whitening, outputs, known, 15)),
-        (15, extended_two_sided(weight.float(), whitening, outputs, dataclasses.replace(known, factors=stored), 15)),
-    ):
-        up, down = found.factors
-        expected, values = best(weight, gram, gradients, rank, DAMPING)
-        limit = lost(weight, expected, gram, gradients, DAMPING)
-        error = lost(weight, up.double() @ down.double(), gram, gradients, DAMPING)
-        assert error <= limit * 1.01
-        assert found.relative_error == pytest.approx(limit / float(values.sum()) ** 0.5, rel=1e-2)
-        torch.testing.assert_close(found.eigenvalues[:4], values[:4], rtol=1e-2, atol=0.0)
 
 
 def test_what_does_not_fit_is_said() -> None:

@@ -77,8 +77,8 @@ def made(root: Path, contents: dict[str, bytes] = CONTENTS) -> dict[str, dict[st
     }
 
 
-def added(cache: ArtifactCache, root: Path, key: str = KEY, contents: dict[str, bytes] = CONTENTS, **more: Any) -> None:
-    assert cache.add(STAGE, key, root, made(root, contents), {"rank": 8}, {"ranks": 8}, **more) is None
+def added(cache: ArtifactCache, root: Path, key: str = KEY, contents: dict[str, bytes] = CONTENTS) -> None:
+    assert cache.add(STAGE, key, root, made(root, contents), {"rank": 8}, {"ranks": 8}) is None
 
 
 def held(root: Path, contents: dict[str, bytes] = CONTENTS) -> dict[str, bytes]:
@@ -149,12 +149,12 @@ def test_what_one_run_made_another_has(place: Callable[..., str], by: str, at: s
     first, cache = root_of(place(by, "first")), ArtifactCache(place(at, "shared"))
     assert cache.find(STAGE, KEY) is None
     before = time.time()
-    added(cache, first, basis={"basis_key": "b"})
+    added(cache, first)
     discard(first / "emulator")
     entry = cache.find(STAGE, KEY, verify=True)
     assert entry is not None
     assert (entry.stage, entry.key, entry.bytes, entry.result) == (STAGE, KEY, 1002, {"rank": 8})
-    assert (entry.inputs, entry.basis, entry.origin) == ({"ranks": 8}, {"basis_key": "b"}, "first")
+    assert (entry.inputs, entry.origin) == ({"ranks": 8}, "first")
     assert before - 5 < entry.created_at <= time.time()
     other = root_of(place(to.split()[-1], "second", "localhost" if to.startswith("other") else "127.0.0.1"))
     with atomic_file(other / "emulator" / "deep" / "b.json") as file:
@@ -426,43 +426,12 @@ def test_a_file_of_two_entries_counts_once(local: ArtifactCache, tmp_path: Path)
     assert [entry.key for entry in local.prune(1500)] == keys[:2]
 
 
-def test_an_entry_is_found_by_its_basis(local: ArtifactCache, tmp_path: Path) -> None:
-    bases: list[dict[str, Any] | None] = [{"basis_key": "b", "ranks": [8]}, {"basis_key": "b", "ranks": [4]}, {}, None]
-    keys = [ArtifactCache.key(STAGE, number) for number in range(4)]
-    for number, (key, basis) in enumerate(zip(keys, bases, strict=True)):
-        added(local, tmp_path / "first", key, basis=basis)
-        used(local, key, 1000.0 + number)
-    assert [entry.key for entry in local.find_basis({"basis_key": "b"})] == [keys[1], keys[0]]
-    assert [entry.key for entry in local.find_basis({"basis_key": "b", "ranks": [8]})] == [keys[0]]
-    assert local.find_basis({"basis_key": "c"}) == []
-
-
-def test_of_entries_of_another_basis_each_is_read_once(
-    local: ArtifactCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read, reading = [], local._read
-    monkeypatch.setattr(local, "_read", lambda *names: read.append(names[1]) or reading(*names))
-    for number in range(3):
-        added(local, tmp_path / "first", ArtifactCache.key(STAGE, number), basis={"of": number})
-    read.clear()
-    assert [len(local.find_basis({"of": 1})) for _ in range(3)] == [1, 1, 1]
-    assert sorted(read.count(ArtifactCache.key(STAGE, number)) for number in range(3)) == [1, 1, 3]
-
-
-def test_a_basis_that_is_none_makes_no_entry(local: ArtifactCache, tmp_path: Path) -> None:
-    added(local, tmp_path / "first", basis=["no", "mapping"])
-    assert local.find_basis({"basis_key": "b"}) == local.entries() == []
-
-
-def test_what_was_altered_in_place_is_not_linked(local: ArtifactCache, tmp_path: Path) -> None:
+def test_what_was_altered_in_place_is_not_found(local: ArtifactCache, tmp_path: Path) -> None:
     assert local.find(STAGE, KEY, verify=True) is None  # a miss says nothing of what another adds later
-    added(local, tmp_path / "first", basis={})
+    added(local, tmp_path / "first")
     (file,) = Path(local.place).rglob("a.safetensors")
     file.write_bytes(b"x" * 1000)
-    (entry,) = local.find_basis({})
-    with pytest.raises(EntryGone, match="broken"):
-        local.link(entry, tmp_path / "second", verify=True)
-    assert not (tmp_path / "second").exists()
+    assert local.find(STAGE, KEY, verify=True) is None
     assert local.entries() == []
 
 
@@ -637,7 +606,7 @@ def test_a_store_of_something_else_is_refused(place: Callable[..., str]) -> None
 
 def test_a_place_is_made_by_its_first_use(cache: ArtifactCache) -> None:
     assert cache.find(STAGE, KEY) is None
-    assert cache.entries() == cache.prune(0) == cache.find_basis({}) == []
+    assert cache.entries() == cache.prune(0) == []
     store = cache._at.store
     assert not (Path(cache.place).exists() if store is None else store.below())
 

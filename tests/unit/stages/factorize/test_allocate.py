@@ -15,14 +15,14 @@ from stage_artifacts import Artifacts
 from emloc_ray.core.gram import Gram
 from emloc_ray.core.ranks import factor_parameters
 from emloc_ray.errors import NumericsError
-from emloc_ray.io.formats.checkpoint import Checkpoint, write_index
+from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.formats.grams import GramStore, StoredGram, reduce_slots, write_gram_index, write_gram_shard
 from emloc_ray.io.formats.shards import write_tensors
 from emloc_ray.stages.calibrate.job import CalibrationJob, Labels
 from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
 from emloc_ray.stages.factorize.allocate import AllocationJob, allocate_ranks, group_spectra, read_ranks
 from emloc_ray.stages.factorize.factorize import FactorizationJob, factorize_group
-from emloc_ray.stages.factorize.layer_reports import Basis, read_reports
+from emloc_ray.stages.factorize.layer_reports import read_reports
 from emloc_ray.stages.ray.tasks import Resources
 
 DAMPING = 1e-2
@@ -221,28 +221,6 @@ def test_factors_keep_predictions_and_tell_both_errors(
         assert report.relative_error == pytest.approx((found["both"][0] / whole[0]) ** 0.5, rel=1e-3)
         assert report.weighed_error == pytest.approx((found["both"][1] / whole[1]) ** 0.5, rel=1e-3)
         assert report.total_energy == pytest.approx(whole[1], rel=1e-3)
-
-
-def test_an_emulator_is_cut_from_another_or_added_to_it(
-    artifacts: Artifacts, gradients_dir: Path, tmp_path: Path
-) -> None:
-    group = next(group for group in artifacts.groups if len(group) == 3)
-    gram = GramStore(artifacts.calibration_dir).stored(group[0].name)
-    factorize_group(factorization_job(artifacts, gradients_dir), group, gram, tmp_path / "basis" / "factors")
-    names = [f"{spec.name}.{part}.weight" for spec in group for part in ("up", "down")]
-    write_index(tmp_path / "basis", dict.fromkeys(names, "factors"), 0, 0)
-    ranks = {group[0].name: artifacts.ranks[group[0].name] - 5, group[1].name: artifacts.ranks[group[1].name] + 4}
-    assert Basis(tmp_path / "basis").layer(group[2].name) is not None
-    for name, basis in (("made", None), ("taken", tmp_path / "basis")):
-        job = factorization_job(artifacts, gradients_dir, ranks=ranks, basis_dir=basis)
-        factorize_group(job, group[:2], gram, tmp_path / name)
-    made, taken = load_file(tmp_path / "made"), load_file(tmp_path / "taken")
-    assert {key: value.shape for key, value in made.items()} == {key: value.shape for key, value in taken.items()}
-    for spec, one, other in zip(group, read_reports(tmp_path / "made"), read_reports(tmp_path / "taken"), strict=False):
-        products = [held[f"{spec.name}.up.weight"] @ held[f"{spec.name}.down.weight"] for held in (made, taken)]
-        torch.testing.assert_close(*products, rtol=1e-2, atol=1e-3 * float(products[0].abs().max()))
-        assert other.weighed_error == pytest.approx(one.weighed_error, rel=1e-3)
-        assert other.relative_error == pytest.approx(one.relative_error, rel=1e-3)
 
 
 def test_factors_in_4_bits_tell_the_error_of_what_is_stored(
