@@ -181,9 +181,10 @@ def read_override(override: str) -> tuple[Keys, Any]:
         raise ConfigError(f"Override {override!r} has a value that is not YAML ({error}).") from error
 
 
-# Keys of earlier versions, with what to do instead.
+# Keys, or values of one, of earlier versions, with what to do instead.
 REMOVED_KEYS = {
     "calibration.convergence_tolerance": "set calibration.num_calibration_tokens to the tokens that are enough",
+    "emulator.allocation: spectral": "take sensitivity, or uniform ranks, which were better than it",
 }
 _SHOULD_BE = "Input should be "
 # How pydantic names the members of a union inside an error's location.
@@ -194,8 +195,9 @@ def _sentence(detail: Any, model: type[BaseModel]) -> str:
     """One pydantic error as a sentence: which key, what is wrong, what would be right."""
     location = _location(detail)
     key = ".".join(location)
-    if detail["type"] == "extra_forbidden" and key in REMOVED_KEYS:
-        return f"{key} is a key no more: {REMOVED_KEYS[key]}."
+    for removed in (key, f"{key}: {detail['input']}"):
+        if removed in REMOVED_KEYS:
+            return f"{removed} was removed: {REMOVED_KEYS[removed]}."
     if detail["type"] == "extra_forbidden":
         return f"{no_such_key(key, location[-1], _field_names(location[:-1], model))}."
     if detail["type"] == "missing":

@@ -120,8 +120,8 @@ class EmulatorConfig(StageConfig):
     exclude_modules: Patterns | None = Field(None, description="linears that stay dense")
     dampening_frac: float = Field(1e-6, gt=0, lt=1, description="of a Gram's mean diagonal, added to it")
     quantization: Literal["none", "nf4"] = Field("none", description="nf4: linears inside the blocks in 4 bits")
-    allocation: Literal["uniform", "spectral", "sensitivity"] = Field(
-        "uniform", description="who gets the ranks: all alike, or by what they keep of outputs, or of predictions"
+    allocation: Literal["uniform", "sensitivity"] = Field(
+        "uniform", description="who gets the ranks: all alike, or by what they keep of predictions"
     )
     objective: Literal["activations", "predictions", "weights"] = Field(
         "activations", description="what factors keep: their layer's outputs, the model's predictions, or its weights"

@@ -26,10 +26,8 @@ from emloc_ray.core.two_sided import weighed
 from emloc_ray.core.whitening import Whitening
 
 
-def spectrum(
-    weight: Tensor, whitening: Whitening, outputs: Whitening | None = None, *, name: str = "the layer"
-) -> Tensor:
-    """The eigenvalues of ``S_d^½ W G Wᵀ S_d^½``, or without ``outputs`` of ``W G Wᵀ``: ``(min(out, in),)``, descending, float64.
+def spectrum(weight: Tensor, whitening: Whitening, outputs: Whitening, *, name: str = "the layer") -> Tensor:
+    """The eigenvalues of ``S_d^½ W G Wᵀ S_d^½``: ``(min(out, in),)``, descending, float64.
 
     With the damped ``G`` and ``S``, as in :class:`Whitening`.
 
@@ -39,8 +37,7 @@ def spectrum(
     """
     if weight.shape[1] != whitening.in_features:
         raise ValueError(f"{name} reads {weight.shape[1]} features, but its Gram is of {whitening.in_features}.")
-    wide = weight.detach().to(torch.float32) if outputs is None else weighed(weight, outputs)
-    inside, scale = scaled_weight(wide, name)
+    inside, scale = scaled_weight(weighed(weight, outputs), name)
 
     def found(inside: Tensor) -> Tensor:
         if inside.shape[0] > inside.shape[1]:
@@ -54,7 +51,7 @@ def spectrum(
     values = found(inside)
     if _is_lost_in_rounding(values):
         values = found(inside.to(torch.float64))
-    return values * (scale * scale * whitening.scale * (1.0 if outputs is None else outputs.scale))
+    return values * (scale * scale * whitening.scale * outputs.scale)
 
 
 def plain_gains(weight: Tensor, whitening: Whitening, outputs: Whitening, *, name: str = "the layer") -> Tensor:

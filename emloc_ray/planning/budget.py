@@ -125,7 +125,7 @@ def check_gradients(prepared: Prepared, lengths: Lengths) -> None:
     if needed > room:
         raise ConfigError(
             f"{asks} needs gradients of the whole model, {size_up(needed)} in a worker that may hold {size_up(room)}: give it"
-            " more, lower calibration.batch_size, or take allocation spectral and objective activations, which need none."
+            " more, lower calibration.batch_size, or take allocation uniform and objective activations, which need none."
         )
 
 

@@ -98,7 +98,7 @@ class Layout:
         """The linears whose outputs' gradients are needed."""
         if self.objective == "predictions":
             return tuple(self.ranks)
-        return self.allocated if self.allocation == "sensitivity" else ()
+        return self.allocated
 
     def may_be_dense(self, name: str) -> bool:
         """Whether an allocation may leave a linear as it is: in 4 bits not all linears can be stored dense."""

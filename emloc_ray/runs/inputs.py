@@ -44,14 +44,14 @@ class RankSteps:
         """What ranks follow from, but for Grams; empty where they are uniform."""
         if not self.layout.allocated:
             return {}
-        by_gradients = self.layout.allocation == "sensitivity"
         return {
             **self._storing(),
             "allocation": self.layout.allocation,
             "budget": {name: self.layout.ranks[name] for name in self.layout.allocated},
             "dampening_frac": self.config.emulator.dampening_frac,
             "dense": [name for name in self.layout.allocated if self.layout.may_be_dense(name)],
-            **({"objective": self.layout.objective, **self._weighing()} if by_gradients else {}),
+            "objective": self.layout.objective,
+            **self._weighing(),
         }
 
     def _objective(self) -> Inputs:
@@ -132,9 +132,8 @@ class RankSteps:
             discard_unless(out_dir, inputs)
             return allocate_ranks(self.jobs.allocation(), out_dir, granted, progress, self.steps.reporter.note)
 
-        read = SUMS if self.layout.allocation == "sensitivity" else SUMS[:1]
         asked = resources(self.config.emulator)
-        self.steps.run("allocate", inputs, [out_dir], execute, asked, resumes=True, read=read, shared=self.content())
+        self.steps.run("allocate", inputs, [out_dir], execute, asked, resumes=True, read=SUMS, shared=self.content())
 
     def sums_of_factors(self) -> Sequence[str]:
         """The stages whose sums the factorization reads."""

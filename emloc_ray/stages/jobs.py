@@ -112,14 +112,12 @@ class Jobs:
         config, layout = self.prepared.config, self.prepared.layout
         allocated, placed = set(layout.allocated), {spec.name: spec for spec in self.specs()}
         groups = (tuple(placed[s.name] for s in group if s.name in allocated) for group in layout.groups)
-        by_gradients = layout.allocation == "sensitivity"
         return AllocationJob(
             model_dir=self.model_dir,
             calibration_dir=self._path("calibration"),
-            gradients_dir=self._path("gradients") if by_gradients else None,
+            gradients_dir=self._path("gradients"),
             groups=tuple(group for group in groups if group),
             ranks={name: layout.ranks[name] for name in layout.allocated},
-            by_gradients=by_gradients,
             plain_factors=layout.objective == "activations",
             dampening_frac=config.emulator.dampening_frac,
             gradient_dampening_frac=config.emulator.gradient_dampening_frac,

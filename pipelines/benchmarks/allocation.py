@@ -22,7 +22,6 @@ WAYS = (
     ("uniform", "predictions", "pivoted"),
     ("uniform", "predictions", "factors"),
     ("sensitivity", "activations", "factors"),
-    ("spectral", "activations", "factors"),
 )
 _ROWS = 64
 

@@ -12,7 +12,6 @@ import torch
 from families import save
 from image_rows import serve, write_image_rows
 from small_runs import (
-    TWO,
     FinishedRun,
     KillingReporter,
     Stopping,
@@ -119,7 +118,6 @@ def test_the_page_and_the_log_tell_of_it(weighed_run: FinishedRun) -> None:
         ("emulator", {"gradient_dampening_frac": 0.1}, tail("allocate")),
         ("emulator", {"compression_ratio": 0.3}, tail("allocate")),
         ("emulator", {"objective": "activations"}, tail("allocate")),
-        ("emulator", {"allocation": "spectral"}, tail("allocate")),
         ("emulator", {"allocation": "uniform"}, tail("factorize")),
         ("emulator", {"allocation": "uniform", "objective": "activations"}, tail("factorize")),
         ("finetune", {"loss_on": "all"}, tail("gradients")),
@@ -304,12 +302,3 @@ def test_a_vision_tower_is_allocated_too(ray_session: None, tmp_path: Path) -> N
     # What the last block gives is not read: it is left as it would be uniformly.
     uniform = prepare(parse_config(values)).layout.ranks
     assert all(told[name]["rank"] == uniform[name] for name, gains in tower.items() if not gains)
-
-
-def test_spectra_alone_need_no_gradients(weighed_run: FinishedRun, tmp_path: Path) -> None:
-    copied = weighed_run.copy(tmp_path)
-    values = copied.changed(emulator={"allocation": "spectral", "objective": "activations", **TWO})
-    assert run_values(values, until="factorize").started == ["allocate", "factorize"]
-    assert not (copied.root / "gradients").exists()
-    told = json.loads((copied.root / "allocation" / "ranks.json").read_text())["layers"]
-    assert all(layer["possible_gain"] == pytest.approx(1) for layer in told.values())

@@ -296,7 +296,7 @@ def test_zero_heals_as_well(healed_run: FinishedRun, tmp_path: Path) -> None:
 
 def test_ranks_by_the_data_are_those_that_it_ends_with(llama_run: FinishedRun, tmp_path: Path) -> None:
     run = llama_run.copy(tmp_path)
-    values = run.changed(emulator={"allocation": "spectral", "healing": {**HEALING, "steps": 2}}, finetune=ALONE)
+    values = run.changed(emulator={"allocation": "sensitivity", "healing": {**HEALING, "steps": 2}}, finetune=ALONE)
     run_values(values, until="finetune")
     allocated = json.loads((run.root / "allocation" / "ranks.json").read_text())["layers"]
     model = AutoModelForCausalLM.from_pretrained(run.root / "emulator_healed")

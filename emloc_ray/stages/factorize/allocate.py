@@ -37,18 +37,16 @@ class AllocationJob:
     """Artifact paths and flat settings of the stage.
 
     ``groups`` are the linears whose ranks are to be found, those that share a Gram together, and ``ranks`` what each has
-    uniformly: the budget. ``by_gradients``: gains are of predictions, ``½ λ_i / N`` with the ``λ_i`` of the metric of both
-    sums, or what ``plain_factors`` save there; else the eigenvalues of ``W G Wᵀ`` as shares of their sum.
-    ``gradients_dir`` holds the sums of gradients. ``never_dense`` are those that an emulator could not store dense as it
-    is to be stored. ``storage`` is that of factors, which says what a rank costs.
+    uniformly: the budget. Gains are of predictions, ``½ λ_i / N`` with the ``λ_i`` of the metric of both sums, or what
+    ``plain_factors`` save there. ``gradients_dir`` holds the sums of gradients. ``never_dense`` are those that an emulator
+    could not store dense as it is to be stored. ``storage`` is that of factors, which says what a rank costs.
     """
 
     model_dir: Path
     calibration_dir: Path
-    gradients_dir: Path | None
+    gradients_dir: Path
     groups: tuple[tuple[LinearSpec, ...], ...]
     ranks: dict[str, int]
-    by_gradients: bool
     plain_factors: bool = False
     dampening_frac: float = 1e-6
     gradient_dampening_frac: float = 1e-2
@@ -82,20 +80,12 @@ def group_spectra(
         found[spec.name] = nothing
         if whitening is None:
             continue
-        outputs = None
-        if job.by_gradients:
-            name = f"the gradients of what {spec.name} gives"
-            outputs = Whitening(gradients[spec.name].read(), job.gradient_dampening_frac, name=name)
-            if outputs.is_identity:
-                continue
-        weight = spec.read_weight(checkpoint)
-        if outputs is not None and job.plain_factors:
-            values = plain_gains(weight, whitening, outputs, name=spec.name)
-        else:
-            values = spectrum(weight, whitening, outputs, name=spec.name)
-        total = float(values.sum())
-        if total > 0:
-            found[spec.name] = values / (2 * num_tokens) if job.by_gradients else values / total
+        name = f"the gradients of what {spec.name} gives"
+        outputs = Whitening(gradients[spec.name].read(), job.gradient_dampening_frac, name=name)
+        if not outputs.is_identity:
+            gains = plain_gains if job.plain_factors else spectrum
+            weight = spec.read_weight(checkpoint)
+            found[spec.name] = gains(weight, whitening, outputs, name=spec.name) / (2 * num_tokens)
     return found
 
 
@@ -110,14 +100,14 @@ def allocate_ranks(
     files = [out_dir / f"spectra-{k + 1:05d}-of-{len(job.groups):05d}.safetensors" for k in range(len(job.groups))]
     task = resources.task(_spectra_task)
     grams = GramStore(job.calibration_dir)
-    sums = None if job.gradients_dir is None else GramStore(job.gradients_dir)
+    sums = GramStore(job.gradients_dir)
     there = set(sizes(out_dir))
     todo = [pair for pair in zip(job.groups, files, strict=True) if pair[1] not in there]
     # Once, not with every task.
     shared_job = ray.put(dataclasses.replace(job, groups=(), ranks={})) if todo else None
     submits = []
     for specs, file in sorted(todo, key=lambda pair: group_cost(pair[0]), reverse=True):
-        gradients = {} if sums is None else {spec.name: sums.stored(spec.name) for spec in specs}
+        gradients = {spec.name: sums.stored(spec.name) for spec in specs}
         named = task.options(name=f"allocate: {' and '.join(spec.name for spec in specs)}")
         call = functools.partial(
             named.remote, shared_job, specs, grams.stored(specs[0].name), gradients, file, resources.threads

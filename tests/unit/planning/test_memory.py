@@ -366,4 +366,4 @@ def test_a_worker_that_cannot_hold_the_whole_model_is_refused(
         ConfigError, match=rf"emulator\.{key}: {value} needs gradients of the whole model, 4\d\d MiB in a worker"
     ):
         check_gradients(ready, LENGTHS)
-    check_gradients(prepared(memory_budget=BASE_BYTES, emulator={"allocation": "spectral"}), LENGTHS)
+    check_gradients(prepared(memory_budget=BASE_BYTES, emulator={"objective": "weights"}), LENGTHS)

@@ -423,7 +423,6 @@ def test_ranks_that_follow_from_data_are_those_whose_ratio_no_pattern_names() ->
     }
     assert found.weighed == found.allocated
     assert layout(emulator={**options, "objective": "predictions"}).weighed == tuple(found.ranks)
-    assert layout(emulator={"allocation": "spectral"}).weighed == ()
     whole = layout(emulator={"allocation": "sensitivity", "objective": "predictions", "compression_ratio": 1.0})
     assert whole.allocated == whole.weighed == ()
 
@@ -444,7 +443,7 @@ def test_pivoted_factors_have_higher_ranks_in_as_many_parameters(quantization: s
 
 
 def test_a_layout_takes_the_ranks_of_the_emulator_that_was_made() -> None:
-    found = layout(emulator={"allocation": "spectral"})
+    found = layout(emulator={"allocation": "sensitivity"})
     layers = {name: {"rank": 3, "solver": "exact"} for name in found.ranks}
     first, second, *_ = layers
     del layers[first]  # left dense
@@ -458,9 +457,9 @@ def test_a_layout_takes_the_ranks_of_the_emulator_that_was_made() -> None:
 
 
 def test_in_4_bits_only_what_can_be_stored_dense_may_be() -> None:
-    wide = layout("gpt2", emulator={"allocation": "spectral"})
+    wide = layout("gpt2", emulator={"allocation": "sensitivity"})
     assert all(wide.may_be_dense(name) for name in wide.allocated)
-    packed = layout("gpt2", emulator={"allocation": "spectral", "quantization": "nf4"})
+    packed = layout("gpt2", emulator={"allocation": "sensitivity", "quantization": "nf4"})
     assert {name for name in packed.allocated if packed.may_be_dense(name)} == set(packed.replaceable) & set(
         packed.allocated
     )

@@ -130,7 +130,6 @@ PLAIN = ("data", "calibrate", "factorize", "finetune", "correct", "merge", "eval
     ("config", "more", "less"),
     [
         ({}, (), ()),
-        ({"emulator": {"compression_ratio": 0.5, "allocation": "spectral"}}, ("allocate",), ()),
         ({"emulator": {"allocation": "sensitivity"}}, ("gradients", "allocate"), ()),
         ({"emulator": {"objective": "predictions", "healing": {"steps": 3}}}, ("gradients", "heal"), ()),
         (

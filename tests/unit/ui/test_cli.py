@@ -386,7 +386,7 @@ def test_an_empty_budget_is_told(call: Call) -> None:
 def test_keys_of_a_section_are_shown() -> None:
     shown = invoke("keys", "emulator")
     assert shown.exit_code == 0
-    assert "uniform | spectral | sensitivity" in shown.stdout
+    assert "uniform | sensitivity" in shown.stdout
     assert "num_teacher_logits" in shown.stdout  # of emulator.healing
     assert "lora_alpha" in invoke("keys").stdout
     unknown = invoke("keys", "tuning")
