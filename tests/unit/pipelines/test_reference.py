@@ -29,8 +29,8 @@ from emloc_ray.data.ingest import SampleOrder
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.modeling.adapter import Adapter
-from emloc_ray.stages.correct.stage import correction_job
 from emloc_ray.stages.correct.correct import correct_adapter
+from emloc_ray.stages.correct.stage import correction_job
 
 ROWS = task_rows(96)
 PARTS = {"train": ROWS[24:], "calibration": ROWS[24:48], "selection": ROWS[16:24], "eval": ROWS[:16]}
