@@ -126,7 +126,7 @@ def adapter_updates(run: FinishedRun) -> dict[str, tuple[torch.Tensor, torch.Ten
 def test_run_directory_is_laid_out_as_designed(llama_run: FinishedRun) -> None:
     names = {entry.name for entry in llama_run.root.iterdir() if not entry.name.startswith(".")}
     folders = {"data", "calibration", "emulator", "adapter_emulator", "adapter", "merged"}
-    assert names == folders | {"manifest.json", "metrics.json", "config.yaml", "report.html", "log.jsonl"}
+    assert names == folders | {"manifest.json", "metrics.json", "config.yaml", "report.html", "log.jsonl", "trace.json"}
     assert not list(llama_run.root.rglob("*.tmp"))
     for adapter in ("adapter", "adapter_emulator"):
         files = {file.name for file in (llama_run.root / adapter).iterdir()}
