@@ -1,4 +1,4 @@
-"""Every family through every stage; the README's table of families says what is tested here, cell by cell."""
+"""Every family through every stage; the table of families in emloc_ray/README.md says what is tested here, cell by cell."""
 
 from __future__ import annotations
 
