@@ -1,7 +1,7 @@
-"""The README's tables, made of the results in ``pipelines/results/``, so that they cannot drift.
+"""The tables of README.md and pipelines/README.md, made of ``pipelines/results/``, so that they cannot drift.
 
     python pipelines/tables.py            # writes them
-    python pipelines/tables.py --check    # ends with 1 where the README differs
+    python pipelines/tables.py --check    # ends with 1 where a page differs
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``, and comes from ``pipelines/results/NAME.json``.
 """
@@ -18,28 +18,31 @@ from emloc_ray.errors import EmlocError
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "pipelines" / "results"
+PAGES = (ROOT / "README.md", ROOT / "pipelines" / "README.md")
 
 
 def main() -> int:
-    """Writes or checks the README."""
+    """Writes or checks the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
     arguments = parser.parse_args()
-    readme = ROOT / "README.md"
-    text, results = readme.read_text(), read_results(RESULTS)
+    texts, results = {page: page.read_text() for page in PAGES}, read_results(RESULTS)
     try:
-        made = with_tables(text, results)
+        made = {page: with_tables(text, results) for page, text in texts.items()}
     except EmlocError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    untold = sorted(results.keys() - marked(text))
-    for name in untold:
-        print(f"pipelines/results/{name}.json has no table in the README yet.", file=sys.stderr)
+    missing = sorted(results.keys() - set().union(*map(marked, texts.values())))
+    for name in missing:
+        print(f"pipelines/results/{name}.json has no table in pipelines/README.md yet.", file=sys.stderr)
     if arguments.check:
-        if made != text:
-            print("README.md differs from pipelines/results: run python pipelines/tables.py.", file=sys.stderr)
-        return int(made != text or bool(untold))
-    readme.write_text(made)
+        for page in PAGES:
+            if made[page] != texts[page]:
+                name = page.relative_to(ROOT)
+                print(f"{name} differs from pipelines/results: run python pipelines/tables.py.", file=sys.stderr)
+        return int(made != texts or bool(missing))
+    for page, text in made.items():
+        page.write_text(text)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A tiny model of each family that the README's table names, built from transformers' own config."""
+"""A tiny model of each family that the table of emloc_ray/README.md names, built from transformers' own config."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _t5() -> Any:
     )
 
 
-# By the names that the README's table has.
+# By the names that the table of emloc_ray/README.md has.
 FAMILIES: dict[str, Callable[[], Any]] = {
     "Llama": _llama,
     "Qwen2": _qwen2,

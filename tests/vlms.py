@@ -208,7 +208,7 @@ def _gemma3(tokenizer: Any) -> tuple[Any, Any]:
     return config, transformers.Gemma3Processor(images, tokenizer, image_seq_length=4, chat_template=template)
 
 
-# By the names that the README's table has.
+# By the names that the table of emloc_ray/README.md has.
 VLMS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
     "LLaVA": _llava,
     "InternVL": _internvl,

@@ -1,4 +1,7 @@
-"""The emulator's layer: the best rank-r ``W_E`` under ``‖(W − W_E) G^½‖_F`` (paper, section 3.1)."""
+"""The emulator's layer: the best rank-r ``W_E`` under ``‖(W − W_E) G^½‖_F`` (paper, section 3.1).
+
+Stored as ``U (Uᵀ W)``, which needs no inverse of ``G^½``; Swift-SVD (https://arxiv.org/abs/2604.01609) stores ``V (Vᵀ W)``.
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ it is made of in these. With ``P`` the permutation that puts them back in their 
 
 are ``r (out + in − r)`` numbers where ``up`` and ``down`` have ``r (out + in)``, and no more than the weight's at any rank.
 (An interpolative decomposition of ``upᵀ``: Cheng, Gimbutas, Martinsson and Rokhlin 2005,
-https://doi.org/10.1137/030602678; PIFA stores low-rank layers so, https://arxiv.org/abs/2502.01719.)
+https://doi.org/10.1137/030602678; PIFA stores low-rank layers so, https://arxiv.org/abs/2501.19090.)
 
 Rows are chosen so that no element of ``T`` is far above 1: then what rounding does to ``W_p`` and ``T`` is not blown up.
 Gaussian elimination with row pivoting finds rows that nearly are such; where a row is still more than one of those that it

@@ -14,6 +14,9 @@ one of ``Lᵀ W`` under ``G``, taken back: with ``U`` its top r left singular ve
     W_E = L⁻ᵀ U Uᵀ Lᵀ W          up = L⁻ᵀ U (out, r)      down = Uᵀ Lᵀ W (r, in)
 
 which does not depend on which root ``L`` is. With ``S ∝ I`` it is the plain one.
+
+Published kin: IO-SVD (https://arxiv.org/abs/2605.15626) and GFWSVD (https://arxiv.org/abs/2505.17974) weigh inputs and
+outputs as well.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every command of the README and every config in configs/ is real."""
+"""Every command of the READMEs and every config in configs/ is real."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ from emloc_ray.ui.cli import app
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+PAGES = {
+    name: (ROOT / name / "README.md").read_text() for name in (".", "emloc_ray", "configs", "pipelines", "cluster")
+}
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
 BATCHES = [path for path in FILES if {"tasks", "grid"} & read_yaml(path.read_text()).keys()]
 CONFIGS = [path for path in FILES if path not in BATCHES]
@@ -87,6 +90,23 @@ def test_every_cell_of_an_ablation_fits_its_model() -> None:
     assert "36 cells" in done.stdout
 
 
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 200
+    assert len(README.split()) <= 2500
+
+
+def test_every_link_of_the_pages_leads_somewhere() -> None:
+    for folder, page in PAGES.items():
+        for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page):
+            path, _, anchor = target.partition("#")
+            file = ROOT / folder / (path or "README.md")
+            assert file.exists(), f"{folder}/README.md: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
+                slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+                assert anchor in slugs, f"{folder}/README.md: {target}"
+
+
 def test_the_readme_names_real_make_targets() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = re.findall(r"^make ([\w-]+)", README, re.MULTILINE)
@@ -96,7 +116,7 @@ def test_the_readme_names_real_make_targets() -> None:
 
 
 def test_every_cell_of_the_table_of_families_is_a_test() -> None:
-    lines = README.split("| family | ", 1)[1].split("\n\n", 1)[0].splitlines()
+    lines = PAGES["emloc_ray"].split("| family | ", 1)[1].split("\n\n", 1)[0].splitlines()
     columns = [cell.strip() for cell in lines[0].strip("| ").split("|")]
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines[2:]]
     suite = (ROOT / "tests" / "integration" / "test_families.py").read_text()
@@ -107,31 +127,33 @@ def test_every_cell_of_the_table_of_families_is_a_test() -> None:
 
 
 def test_the_readmes_verbs_exist() -> None:
-    commands = set(re.findall(r"^emloc-ray ((?:cache )?\w+) .*$", README, re.MULTILINE))
+    commands = {
+        verb for page in PAGES.values() for verb in re.findall(r"^emloc-ray ((?:cache )?\w+) .*$", page, re.MULTILINE)
+    }
     assert {"validate", "plan", "run", "status", "report", "batch", "cancel", "cache list", "cache prune"} <= commands
     for verb in commands:
         assert emloc_ray(*verb.split(), "--help").exit_code == 0, verb
 
 
-def readme_yaml(name: str) -> str:
-    """The YAML block of the README whose first line says its name."""
-    block = re.search(rf"```yaml\n(# {re.escape(name)}\n.*?)```", README, re.DOTALL)
+def readme_yaml(folder: str, name: str) -> str:
+    """The YAML block of that folder's page whose first line says its name."""
+    block = re.search(rf"```yaml\n(# {re.escape(name)}\n.*?)```", PAGES[folder], re.DOTALL)
     assert block is not None
     return block.group(1)
 
 
 def test_the_readmes_config_is_valid() -> None:
-    config = parse_config(read_yaml(readme_yaml("my.yaml")))
+    config = parse_config(read_yaml(readme_yaml(".", "my.yaml")))
     assert config.emulator.compression_ratio == 0.5
 
 
 def test_the_readmes_batch_is_valid(tmp_path: Path) -> None:
-    (tmp_path / "my.yaml").write_text(readme_yaml("my.yaml"))
-    (tmp_path / "many.yaml").write_text(readme_yaml("many.yaml"))
+    (tmp_path / "my.yaml").write_text(readme_yaml(".", "my.yaml"))
+    (tmp_path / "many.yaml").write_text(readme_yaml("configs", "many.yaml"))
     batch = read_batch(tmp_path / "many.yaml")
     assert len(batch.tasks) == 6
     assert {task.priority for task in batch.tasks} == {0, 1}
-    cancelled = re.search(r"^emloc-ray cancel \S+ (\S+)", README, re.MULTILINE)
+    cancelled = re.search(r"^emloc-ray cancel \S+ (\S+)", PAGES["configs"], re.MULTILINE)
     assert cancelled is not None
     assert cancelled[1] in {task.name for task in batch.tasks}
 

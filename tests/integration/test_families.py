@@ -1,4 +1,4 @@
-"""Every family through every stage; the README's table of families says what is tested here, cell by cell."""
+"""Every family through every stage; the table of families in emloc_ray/README.md says what is tested here, cell by cell."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from dense_weights import dense_weight
 from families import FAMILIES
 from peft import PeftModel
+from plain_runs import gather_streamed
 from small_runs import FinishedRun
 from transformers import AutoConfig
 from vlms import VLMS
@@ -27,10 +28,8 @@ from emloc_ray.modeling.architecture import auto_class
 from emloc_ray.modeling.inputs import model_call
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.planning.prepared import prepare
-from emloc_ray.stages.calibrate.calibrate import calibrate
 from emloc_ray.stages.calibrate.stage import calibration_job
 from emloc_ray.stages.context import Context
-from emloc_ray.stages.ray.tasks import Resources
 
 
 @pytest.fixture(scope="module", params=[*FAMILIES, *VLMS])
@@ -96,12 +95,15 @@ def test_calibrate(run: FinishedRun) -> None:
 def test_streamed(run: FinishedRun, tmp_path: Path) -> None:
     """Block by block, the Grams are those of the whole model."""
     job = calibration_job(Context(prepare(parse_config(run.values)), run.model_dir))
-    calibrate(dataclasses.replace(job, mode="streamed", waves=None), tmp_path, Resources())
-    ours, whole = GramStore(tmp_path), GramStore(run.root / "calibration")
-    assert ours.index["num_tokens"] == whole.index["num_tokens"]
-    for name in whole.index["groups"]:
+    ours, whole = (
+        gather_streamed(dataclasses.replace(job, mode="streamed"), tmp_path),
+        GramStore(run.root / "calibration"),
+    )
+    assert ours.keys() == whole.index["groups"].keys()
+    for name, gram in ours.items():
+        assert gram.num_tokens == whole.num_tokens(name)
         scale = float(whole.read(name).diagonal().max())
-        torch.testing.assert_close(ours.read(name), whole.read(name), rtol=1e-4, atol=1e-5 * scale)
+        torch.testing.assert_close(gram.symmetric(), whole.read(name), rtol=1e-4, atol=1e-5 * scale)
 
 
 def test_factorize(run: FinishedRun) -> None:
@@ -131,16 +133,37 @@ def test_finetune(run: FinishedRun) -> None:
     assert evaluation["emulator_adapter"]["loss"] < evaluation["emulator"]["loss"] - 0.05
 
 
+@torch.no_grad()
 def test_correct(run: FinishedRun) -> None:
-    """Plain PEFT opens the corrected adapter on the original, and its update is not the trained one's."""
-    original, _ = opened(run.model_dir)
-    plain = logits(original, run)
-    corrected = logits(PeftModel.from_pretrained(original, run.root / "adapter").eval(), run)
-    original, _ = opened(run.model_dir)
-    trained = logits(PeftModel.from_pretrained(original, run.root / "adapter_emulator").eval(), run)
-    moved = float((trained - plain).abs().max())
-    assert moved > 0
-    assert float((corrected - trained).abs().max()) > 1e-3 * moved
+    """Every module's update is the trained one less the closed form, worked out here densely and in float64.
+
+    With ``Aᵀ = Q S Vᵀ``, ``B' = B V S`` and ``G`` damped: ``C = Δ G Q (Qᵀ G Q)⁻¹ / s``, each column clamped to λ times that
+    of ``B'``, and ``B_c A_c = (B' − C) Qᵀ``.
+    """
+    original, emulator = load_model(run.model_dir), opened(run.root / "emulator")[0]
+    grams = GramStore(run.root / "calibration")
+    trained, corrected = Adapter(run.root / "adapter_emulator"), Adapter(run.root / "adapter")
+    assert trained.names == corrected.names
+    settings, clamp, clamped, corrections = run.values["adapter"], run.values["correction"]["clamp"], 0, []
+    scale = settings["lora_alpha"] / settings["r"]
+    for name in trained.names:
+        before, after = trained.module(name), corrected.module(name)
+        weights = (dense_weight(model.get_submodule(name)).double() for model in (original, emulator))
+        delta = next(weights) - next(weights)
+        q, s, vh = torch.linalg.svd(before.lora_a.double().T, full_matrices=False)
+        b, gram = before.lora_b.double() @ vh.T * s, grams.read(name).double()
+        size = (q.T @ gram @ q).diagonal().mean()
+        damped = gram + (1e-4 * size if size > 0 else 1) * torch.eye(len(gram), dtype=gram.dtype)
+        c = delta @ damped @ q @ torch.linalg.inv(q.T @ damped @ q) / scale
+        ratio = c.abs().mean(dim=0) / b.abs().mean(dim=0).clamp_min(1e-30)
+        c *= torch.where(ratio > clamp, clamp / ratio, 1) * b.any(dim=0)
+        expected = (b - c) @ q.T
+        found = after.lora_b.double() @ after.lora_a.double()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+        clamped += int((ratio > clamp).sum())
+        corrections.append(float(c.norm() / b.norm()) if b.any() else 0.0)
+    assert max(corrections) > 0.02  # far above what is tolerated: a sign, or a scale left out, shows
+    assert 0 < clamped < len(corrections) * settings["r"]
 
 
 def test_merge(run: FinishedRun) -> None:

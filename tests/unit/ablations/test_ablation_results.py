@@ -1,4 +1,4 @@
-"""From cells to a table: gaps, their spread, pairs, what is missing, and the README's tables."""
+"""From cells to a table: gaps, their spread, pairs, what is missing, and the pages' tables."""
 
 from __future__ import annotations
 
@@ -191,14 +191,40 @@ def test_a_page_gets_the_tables_that_it_names() -> None:
         with_tables(page, {"y": one})
 
 
-def test_the_readmes_tables_are_those_of_the_results() -> None:
+def test_the_pages_tables_are_those_of_the_results() -> None:
     done = subprocess.run(
         [sys.executable, "pipelines/tables.py", "--check"], capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert done.returncode == 0, done.stderr
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "pipelines" / "README.md").read_text()
     assert with_tables(text, read_results(RESULTS)) == text
-    assert marked(text)
+    assert marked(text) == read_results(RESULTS).keys()
+
+
+def test_the_readmes_summary_has_the_figures_of_its_tables() -> None:
+    """Its four rows, and the plan of a 26B model beside them."""
+    text, results = (ROOT / "README.md").read_text(), read_results(RESULTS)
+    rows = [line.strip("| ").split(" | ") for line in text.split("| method | gap", 1)[1].splitlines()[2:6]]
+    baselines, allocation = (render(results[name]).splitlines() for name in ("baselines", "allocation"))
+    of = {
+        "LoRA on the original": ("| lora | 1.0 |", baselines),
+        "LoRA on the original in 4 bits": ("| nf4 lora | 1.0 |", baselines),
+        "emulator of half of the parameters": ("| emloc | 0.5 |", baselines),
+        "emulator of a quarter": ("| healed | 0.25 |", allocation),
+    }
+    assert [row[0] for row in rows] == list(of)
+    for name, *figures in rows:
+        start, table = of[name]
+        found = next(line for line in table if line.startswith(start)).strip("| ").split(" | ")
+        assert figures == [found[2], found[-2], found[-1]], name
+    assert (
+        f"the paper's settings close {next(line for line in baselines if line.startswith('| paper |')).split(' | ')[2]}"
+        in text
+    )
+    large = results["paper_shapes"]["models"]["26B"]
+    tuned = large["five_billion"]
+    assert f"{tuned['finetune']:.1f} GB of training on an emulator (ratio {tuned['ratio']:g})" in text
+    assert f"{large['inference']:.1f} GB of inference, {large['lora_on_the_original']:.1f} GB of LoRA" in text
 
 
 @pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)

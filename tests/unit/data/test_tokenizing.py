@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from inline_data import tokenized_here
 from small_runs import task_rows, worker_processes, write_jsonl
 
 from emloc_ray.data import tokenizing
@@ -24,26 +22,11 @@ from emloc_ray.data.splits import RowSelection
 from emloc_ray.data.token_shards import TokenShards, shard_name, written_counts
 from emloc_ray.data.tokenizing import ShardTokenizer, TokenizeOptions, row_lengths, tokenize_splits
 
-Batch = dict[str, Any]
-
-
-class Inline:
-    """Stands for Ray Data's result: the function, called here, on one unit after the other."""
-
-    def __init__(self, work: list[Batch], function: Callable[[Batch], Batch], num_workers: int) -> None:
-        self.batches = [function({"unit": np.array([json.dumps(unit)])}) for unit in work]
-
-    def iter_rows(self) -> list[Batch]:
-        return [dict(zip(b, values, strict=True)) for b in self.batches for values in zip(*b.values(), strict=True)]
-
-    def iter_batches(self, **options: Any) -> list[Batch]:
-        return self.batches[::-1]  # results come in any order
-
 
 @pytest.fixture
-def inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizing, "_mapped", Inline)
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+def inline() -> Iterator[None]:
+    with tokenized_here():
+        yield
 
 
 @pytest.fixture

@@ -71,7 +71,7 @@ def test_virtual_tokens_do_not_go_with_images(prepared: Make, method: str) -> No
 
 
 def test_the_readme_s_example_is_right(prepared: Make) -> None:
-    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    readme = (Path(__file__).parents[3] / "emloc_ray" / "README.md").read_text()
     block = str(re.findall(r"```yaml\n(data: \{format: messages.*?)```", readme, re.DOTALL)[0])
     values = read_yaml(block)
     row = json.loads(re.findall("# train.jsonl: (.*)", block)[0])

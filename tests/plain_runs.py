@@ -1,0 +1,109 @@
+"""A run through the stages' plain functions, in this process: what a test of the method needs of one, without Ray."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from inline_data import tokenized_here
+from small_runs import FinishedRun, RecordingReporter
+
+from emloc_ray.config.reading import parse_config
+from emloc_ray.core.gram import Gram
+from emloc_ray.data.processors import example
+from emloc_ray.io.formats.checkpoint import INDEX_NAME, Checkpoint
+from emloc_ray.io.formats.grams import GramStore, reduce_slots, write_gram_index, write_gram_shard
+from emloc_ray.io.store.atomic import copy_file
+from emloc_ray.modeling.architecture import load_config
+from emloc_ray.modeling.loading import copy_tokenizer
+from emloc_ray.modeling.replay import block_flow
+from emloc_ray.planning.prepared import prepare
+from emloc_ray.stages.calibrate.job import CalibrationJob
+from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
+from emloc_ray.stages.calibrate.stage import calibration_job
+from emloc_ray.stages.calibrate.streamed_slot import StreamedSlot, part_file
+from emloc_ray.stages.context import Context
+from emloc_ray.stages.correct.correct import correct_adapter
+from emloc_ray.stages.correct.stage import correction_job
+from emloc_ray.stages.evaluate.evaluate import EvaluationJob, evaluate_slice
+from emloc_ray.stages.evaluate.stage import evaluation_job
+from emloc_ray.stages.factorize.factorize import FactorizationJob, factorize_group, finish_emulator
+from emloc_ray.stages.factorize.kept_tensors import copy_rest, rest_of_shards
+from emloc_ray.stages.factorize.stage import factorization_job
+from emloc_ray.stages.finetune.stage import finetune_job
+from emloc_ray.stages.finetune.training import train_alone
+from emloc_ray.stages.merge.merge import MergeJob, merge_shard
+from emloc_ray.stages.merge.stage import merge_job
+from emloc_ray.stages.tokens.tokens import tokenize_data
+
+
+def plain_run(values: dict[str, Any], model_dir: Path) -> FinishedRun:
+    """The artifacts of a run of this config, each at its place, and of the metrics the evaluation."""
+    prepared = prepare(parse_config(values))
+    root, context = prepared.run.root, Context(prepared, model_dir)
+    prepared.run.create(prepared.config.model_dump(mode="json"))
+    with tokenized_here():
+        tokenize_data(prepared, model_dir, root / "data")
+    gather(calibration_job(context), root / "calibration")
+    build(factorization_job(context), GramStore(root / "calibration"), context.base_config())
+    train_alone(finetune_job(context, "training"), 1)
+    correct_adapter(correction_job(context))
+    merge(merge_job(context))
+    (root / "metrics.json").write_text(json.dumps({"evaluation": score(evaluation_job(context))}))
+    return FinishedRun(root, values, model_dir, RecordingReporter())
+
+
+def gather(job: CalibrationJob, out_dir: Path) -> None:
+    """All Grams, by one slot that holds the model."""
+    file = out_dir / "slot.safetensors"
+    slot = ResidentSlot(job, file, 1)
+    for number in range(*job.shards):
+        slot.accumulate(number)
+    slot.commit()
+    names = [group[0] for group in job.groups]
+    grams = reduce_slots([file], names)
+    write_gram_shard(out_dir / "grams.safetensors", grams)
+    counts = {name: gram.num_tokens for name, gram in grams.items()}
+    write_gram_index(out_dir, job.groups, dict.fromkeys(names, "grams.safetensors"), counts)
+
+
+def gather_streamed(job: CalibrationJob, out_dir: Path) -> dict[str, Gram]:
+    """All Grams, by one slot that holds a block at a time."""
+    order = block_flow(load_config(job.model_dir), False, example(job.model_dir, False)).order
+    names = [[group[0] for group in job.groups_of(block)] for block in order]
+    num_blocks = 1 + max(position for position, inside in enumerate(names) if inside)
+    slot, grams = StreamedSlot(job, out_dir, 0, 1, num_blocks, 1), {}
+    for position in range(num_blocks):
+        slot.accumulate(position)
+        grams |= reduce_slots([part_file(out_dir, 0, 1, position)], names[position])
+    return grams
+
+
+def build(job: FactorizationJob, grams: GramStore, base_config: Any) -> None:
+    """The emulator, of factors and of what stays as it is."""
+    factorized = [[spec for spec in group if spec.name in job.ranks] for group in job.groups]
+    work, rest = [group for group in factorized if group], rest_of_shards(job)
+    files = [job.out_dir / f"model-{number}.safetensors" for number in range(len(work) + len(rest))]
+    for group, file in zip(work, files, strict=False):
+        factorize_group(job, group, grams.stored(group[0].name), file)
+    for kept, file in zip(rest, files[len(work) :], strict=True):
+        copy_rest(kept, file)
+    finish_emulator(files, base_config, job.model_dir, job.ranks, job.storage, None)
+
+
+def merge(job: MergeJob) -> None:
+    """The merged model, in the original's shards."""
+    for shard in Checkpoint(job.model_dir).shards:
+        merge_shard(job, shard, job.out_dir / shard.file.name)
+    for name in ("config.json", INDEX_NAME):
+        if (job.model_dir / name).is_file():
+            copy_file(job.model_dir / name, job.out_dir / name)
+    copy_tokenizer(job.model_dir, job.out_dir)
+
+
+def score(job: EvaluationJob) -> dict[str, dict[str, float]]:
+    """Every variant on the held-out rows."""
+    found: Sequence[Any] = [result for family in job.families for result in evaluate_slice(job, family, 0, 1)]
+    return {result.variant: result.score.metrics() for result in found}
