@@ -15,12 +15,13 @@ import psutil
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import Stopped
-from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.runs.reporter import SilentReporter
 from emloc_ray.runs.run import Pipeline
 from emloc_ray.runs.steps import Steps
 from emloc_ray.runs.turns import AtOnce
+from emloc_ray.stages.context import Context, Inputs, Result
+from emloc_ray.stages.stage import Stage
 from emloc_ray.ui import api
 
 TWO = {"num_workers": 2}
@@ -182,22 +183,20 @@ def run_values(values: dict[str, Any], reporter: RecordingReporter | None = None
 
 
 class DrySteps(Steps):
-    """Asks of every stage only whether it would be redone; needs no Ray."""
+    """Notes of every stage only whether it would be redone; needs no Ray."""
 
     redone: list[str]
 
-    def run(self, name: str, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        self.inputs[name] = fingerprint(inputs)
-        if not self.is_done(name, inputs):
-            self.redone.append(name)
-        found: dict[str, Any] = self.directory.manifest()["stages"][name]["result"]
-        return found
+    def make(self, stage: Stage, context: Context, inputs: Inputs) -> Result:
+        self.redone.append(stage.name)
+        result: Result = self.directory.manifest()["stages"][stage.name]["result"]
+        return result
 
 
 def redone(values: dict[str, Any], begin: str | None = None) -> list[str]:
     """The stages that a run of this config would do again."""
     dry = Pipeline(prepare(parse_config(values)), RecordingReporter(), begin)
-    steps = DrySteps(dry.prepared, dry.reporter, AtOnce(), None, sorted(dry.steps.forced))
-    steps.redone, steps.inputs, dry.steps = [], dry.inputs, steps
+    dry.steps = steps = DrySteps(dry.prepared, dry.reporter, AtOnce(), None, sorted(dry.steps.forced))
+    steps.redone = []
     dry.run()
     return steps.redone

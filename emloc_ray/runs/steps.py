@@ -63,7 +63,7 @@ class Steps:
         context.made[stage.name] = key = fingerprint(inputs)
         result = self._done_before(stage, key)
         if result is None:
-            result = self._make(stage, context, inputs)
+            result = self.make(stage, context, inputs)
         context.results[stage.name] = result
         self._note(*stage.remarks(context, result))
         for path in stage.scratch:  # not before the stage is recorded
@@ -87,7 +87,7 @@ class Steps:
         result: Result = entry["result"]
         return result
 
-    def _make(self, stage: Stage, context: Context, inputs: Inputs) -> Result:
+    def make(self, stage: Stage, context: Context, inputs: Inputs) -> Result:
         """The stage's result, from the cache or by its own work; either way it is recorded."""
         self._check_artifacts()
         self.directory.check_held()  # before files are removed, or written over: they may be another's by now
@@ -104,7 +104,8 @@ class Steps:
             if result is not None:
                 return result
             self._check_read(stage, context)
-            for path in outputs if not stage.resumes else ():
+            anew = not stage.resumes or stage.name in self.forced
+            for path in outputs if anew else ():
                 discard(path)
             asked = resources_of(stage, self.prepared)
             with self.turns.take(stage.name, asked, 1 if stage.divisible else asked.num_workers) as granted:
