@@ -68,7 +68,7 @@ def emulated_bfloat16(configs: Iterable[RunConfig], capabilities: Mapping[str, A
 
 def of_machines(configs: Iterable[RunConfig]) -> list[str]:
     """What the cluster, and this machine's CPU, have that the runs leave unused or lack; needs a connection to Ray."""
-    from emloc_ray.stages.ray.tasks import total
+    from emloc_ray.stages.ray.session import total
 
     configs = list(configs)
     found = (

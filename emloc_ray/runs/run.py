@@ -22,10 +22,9 @@ from emloc_ray.runs.turns import AtOnce, Turns
 from emloc_ray.stages.context import Context
 from emloc_ray.stages.importing import is_imported
 from emloc_ray.stages.order import STEPS
-from emloc_ray.stages.ray.gauges import StageGauges
 from emloc_ray.stages.ray.losses import explain
-from emloc_ray.stages.ray.session import check_visible
-from emloc_ray.stages.ray.tasks import connection, total
+from emloc_ray.stages.ray.session import check_visible, connection, total
+from emloc_ray.stages.ray.usage import StageGauges
 
 
 def run(

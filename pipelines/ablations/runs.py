@@ -173,7 +173,7 @@ def run(ablation: Ablation, cells: Cells, show: Show, tell: Tell) -> dict[str, s
     if not pending and not any(map(cells.is_to_be_measured, ablation.cells)):
         return {}
     _check_tokenizers(ablation)
-    from emloc_ray.stages.ray.tasks import connection
+    from emloc_ray.stages.ray.session import connection
 
     with connection(ablation.ray.address, **ablation.ray.init_options):
         failed: dict[str, str] = {}

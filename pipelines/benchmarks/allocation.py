@@ -12,7 +12,7 @@ from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.scoring import score_rows
-from emloc_ray.stages.ray.tasks import connection
+from emloc_ray.stages.ray.session import connection
 
 RATIOS = (0.5, 0.25)
 PLAIN = ("uniform", "activations", "factors")

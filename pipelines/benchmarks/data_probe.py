@@ -23,7 +23,7 @@ from emloc_ray.config.reading import parse_config
 from emloc_ray.data.ingest import SampleOrder, stream_batches
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.planning.prepared import prepare
-from emloc_ray.stages.ray.tasks import connection
+from emloc_ray.stages.ray.session import connection
 from emloc_ray.stages.tokens.tokens import tokenize_data
 
 STEPS, BATCH = 2048, 8

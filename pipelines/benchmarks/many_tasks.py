@@ -32,7 +32,8 @@ from emloc_ray.stages.context import Context
 from emloc_ray.stages.finetune.finetune import finetune, run_alone, run_group
 from emloc_ray.stages.finetune.stage import finetune_job
 from emloc_ray.stages.ray.losses import Losses, unheard
-from emloc_ray.stages.ray.tasks import Resources, bounded, connection, silent
+from emloc_ray.stages.ray.session import connection
+from emloc_ray.stages.ray.tasks import Resources, bounded, silent
 from emloc_ray.ui.batch_page import BatchPages
 
 _CPUS = 2

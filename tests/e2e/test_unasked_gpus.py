@@ -9,7 +9,8 @@ from pathlib import Path
 SCRIPT = """
 import os
 import ray
-from emloc_ray.stages.ray.tasks import Resources, connection, total
+from emloc_ray.stages.ray.tasks import Resources
+from emloc_ray.stages.ray.session import connection, total
 
 def seen():
     return os.environ.get("CUDA_VISIBLE_DEVICES")

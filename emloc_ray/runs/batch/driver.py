@@ -20,7 +20,7 @@ from emloc_ray.runs.batch.tasks import Batch
 from emloc_ray.runs.batch.work import PipelineWork, raise_problems
 from emloc_ray.runs.remarks import of_machines
 from emloc_ray.runs.reporter import SilentReporter
-from emloc_ray.stages.ray.tasks import connection
+from emloc_ray.stages.ray.session import connection
 from emloc_ray.text import size
 
 _ADVICE = "lower what it asks for, or name in the batch's limits what the cluster grows to."

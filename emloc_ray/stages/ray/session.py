@@ -1,10 +1,13 @@
-"""Whether every node sees what a run reads and writes: on one machine they all do, on a cluster only what they share."""
+"""The connection to Ray, and whether each of its nodes sees what a run reads and writes: on a cluster only what they share."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import time
 import uuid
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +16,75 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from emloc_ray.errors import ConfigError
-from emloc_ray.stages.ray.remote import remote_task
+from emloc_ray.errors import ConfigError, StageError
+from emloc_ray.stages.ray.tasks import remote_task
 
 if TYPE_CHECKING:  # a node that is only asked need not import it
     from emloc_ray.io.runs.directory import RunDirectory
     from emloc_ray.planning.prepared import Prepared
 
+_LEAN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # mallopt(3)
+# Workers that asked Ray for no GPU see none: torch would take the first, whoever else was given it.
+_NO_GPU_UNASKED = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
 _SHARED = "put it on a file system that all nodes share under this path"
 _ANSWER_SECONDS = 120.0  # a node's first worker may have to start; what answers later is left to the stages
 _FOUND_SECONDS = 5.0  # what one node of a network file system wrote, another may see a little later
+
+
+@contextlib.contextmanager
+def connection(address: str | None = None, lean_memory: bool = False, **options: Any) -> Iterator[None]:
+    """Connects to Ray, or starts it here; what was started here is shut down again, what was found is left alone.
+
+    With ``lean_memory``, workers give large freed blocks back to the system at once, where glibc would keep them in a
+    heap that grows by fragments: what they hold is then what a stage needs. Measured on a CPU, a training step at 4 rows
+    of 512 tokens peaked at 0.65 GiB for 1.70, at half as much time again for clearing fresh pages.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    settings = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False, **options}
+    variables = {**_NO_GPU_UNASKED, **(_LEAN_MEMORY if lean_memory else {})}
+    settings["runtime_env"] = _with_variables(settings.get("runtime_env"), variables)
+    if address is not None:
+        settings.pop("include_dashboard")
+    elif not os.environ.get("RAY_ADDRESS"):
+        address = "local"  # Ray's own default is whatever was last started on this machine, by anybody
+    try:
+        ray.init(address=address, **settings)
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        detail = " ".join(str(error).split())[:200]
+        raise StageError(f"Ray could not be started or reached ({detail}): check the ray section.") from error
+    quiet_ray_data()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def total(resource: str) -> float:
+    """What all nodes have of a resource of Ray's, ``CPU`` or ``GPU``."""
+    found: float = ray.cluster_resources().get(resource, 0)
+    return found
+
+
+def quiet_ray_data() -> None:
+    """Our own progress speaks for Ray Data's."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray.data", "ray.train"):  # what they would log of an error they also raise
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    # Its tasks' retries can be bounded in no other way.
+    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+
+
+def _with_variables(runtime_env: Any, variables: dict[str, str]) -> dict[str, Any]:
+    """A runtime environment with environment variables of ours, unless it sets them itself."""
+    given = dict(runtime_env or {})
+    return {**given, "env_vars": {**variables, **given.get("env_vars", {})}}
 
 
 @dataclass(frozen=True)

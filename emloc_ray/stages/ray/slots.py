@@ -16,9 +16,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from emloc_ray.stages.ray.losses import Losses
-from emloc_ray.stages.ray.remote import remote_task
 from emloc_ray.stages.ray.spans import Span, Timed, tell_span, timed
-from emloc_ray.stages.ray.tasks import Progress, Resources, silent
+from emloc_ray.stages.ray.tasks import Progress, Resources, remote_task, silent
 
 _LOOK_S = 1.0
 

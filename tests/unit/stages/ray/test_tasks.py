@@ -6,13 +6,12 @@ import functools
 from typing import Any
 
 import pytest
-from ray.exceptions import AuthenticationError, NodeDiedError, WorkerCrashedError
+from ray.exceptions import NodeDiedError, WorkerCrashedError
 
-from emloc_ray.errors import StageError
 from emloc_ray.stages.ray import losses as failures
-from emloc_ray.stages.ray import tasks as cluster
+from emloc_ray.stages.ray import tasks
 from emloc_ray.stages.ray.losses import Losses
-from emloc_ray.stages.ray.tasks import Resources, bounded, connection, shortage
+from emloc_ray.stages.ray.tasks import Resources, bounded, shortage
 
 
 @pytest.mark.parametrize(("cpus", "threads"), [(0.5, 1), (1, 1), (2, 2), (2.5, 2)])
@@ -41,9 +40,7 @@ def test_a_stage_of_another_run_is_the_same_kind_of_task_to_ray() -> None:
 
 def test_what_no_node_has_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes = [{"Alive": True, "Resources": {"CPU": 4.0}}, {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 1.0}}]
-    monkeypatch.setattr(
-        cluster.ray, "nodes", lambda: [*nodes, {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 9.0}}]
-    )
+    monkeypatch.setattr(tasks.ray, "nodes", lambda: [*nodes, {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 9.0}}])
     assert shortage("merge", Resources(99, 8), together=False) is None
     assert shortage("finetune", Resources(3, 4, 0), together=True) is None
     assert shortage("merge", Resources(1, 9), together=False) == (
@@ -52,38 +49,6 @@ def test_what_no_node_has_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "2 GPUs at once, the cluster has 1: it waits until more" in str(
         shortage("f", Resources(2, 1, 1), together=True)
     )
-
-
-@pytest.mark.parametrize("kind", [AuthenticationError, ConnectionError])
-def test_a_cluster_that_lets_nobody_in_is_a_sentence(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(**options: Any) -> None:
-        raise kind("no authentication token was found")
-
-    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(cluster.ray, "init", refuse)
-    with (
-        pytest.raises(StageError, match=r"could not be started or reached \(no authentication token was found"),
-        connection("10.0.0.1:6379"),
-    ):
-        pass
-
-
-@pytest.mark.parametrize(
-    ("given", "variable", "address"),
-    [(None, "", "local"), (None, "10.0.0.1:6379", None), ("auto", "", "auto"), ("auto", "10.0.0.1:6379", "auto")],
-)
-def test_a_ray_that_somebody_else_started_here_is_not_joined_unasked(
-    given: str | None, variable: str, address: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without an address ``ray.init`` takes the newest that it finds on the machine."""
-    asked: list[str | None] = []
-    monkeypatch.setenv("RAY_ADDRESS", variable)
-    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(cluster.ray, "init", lambda address, **options: asked.append(address))
-    monkeypatch.setattr(cluster.ray, "shutdown", lambda: None)
-    with connection(given):
-        pass
-    assert asked == [address]
 
 
 def test_lost_tasks_start_again_and_results_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,13 +65,13 @@ def test_lost_tasks_start_again_and_results_keep_their_order(monkeypatch: pytest
             raise outcome
         return outcome
 
-    monkeypatch.setattr(cluster.ray, "wait", lambda references, **options: (references[:1], references[1:]))
-    monkeypatch.setattr(cluster.ray, "get", get)
+    monkeypatch.setattr(tasks.ray, "wait", lambda references, **options: (references[:1], references[1:]))
+    monkeypatch.setattr(tasks.ray, "get", get)
     monkeypatch.setattr(failures, "_DELAYS", (0.0,))
     told: list[str] = []
     shown: list[tuple[int, int]] = []
-    tasks = [(name, functools.partial(submit, name)) for name in outcomes]
-    assert bounded(tasks, 2, Losses("merge", told.append), lambda done, of: shown.append((done, of))) == [1, 2, 3]
+    named = [(name, functools.partial(submit, name)) for name in outcomes]
+    assert bounded(named, 2, Losses("merge", told.append), lambda done, of: shown.append((done, of))) == [1, 2, 3]
     assert sorted(started) == ["a", "a", "a", "b", "c"]
     assert len(told) == 2
     assert shown[-1] == (3, 3)

@@ -1,0 +1,44 @@
+"""The connection to Ray, as far as it can be told without one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from ray.exceptions import AuthenticationError
+
+from emloc_ray.errors import StageError
+from emloc_ray.stages.ray import session
+from emloc_ray.stages.ray.session import connection
+
+
+@pytest.mark.parametrize("kind", [AuthenticationError, ConnectionError])
+def test_a_cluster_that_lets_nobody_in_is_a_sentence(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**options: Any) -> None:
+        raise kind("no authentication token was found")
+
+    monkeypatch.setattr(session.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(session.ray, "init", refuse)
+    with (
+        pytest.raises(StageError, match=r"could not be started or reached \(no authentication token was found"),
+        connection("10.0.0.1:6379"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("given", "variable", "address"),
+    [(None, "", "local"), (None, "10.0.0.1:6379", None), ("auto", "", "auto"), ("auto", "10.0.0.1:6379", "auto")],
+)
+def test_a_ray_that_somebody_else_started_here_is_not_joined_unasked(
+    given: str | None, variable: str, address: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without an address ``ray.init`` takes the newest that it finds on the machine."""
+    asked: list[str | None] = []
+    monkeypatch.setenv("RAY_ADDRESS", variable)
+    monkeypatch.setattr(session.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(session.ray, "init", lambda address, **options: asked.append(address))
+    monkeypatch.setattr(session.ray, "shutdown", lambda: None)
+    with connection(given):
+        pass
+    assert asked == [address]
