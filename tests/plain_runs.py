@@ -29,7 +29,8 @@ from emloc_ray.stages.correct.correct import correct_adapter
 from emloc_ray.stages.correct.stage import correction_job
 from emloc_ray.stages.evaluate.evaluate import EvaluationJob, evaluate_slice
 from emloc_ray.stages.evaluate.stage import evaluation_job
-from emloc_ray.stages.factorize.factorize import FactorizationJob, factorize_group, finish_emulator
+from emloc_ray.stages.factorize.factorize import factorize_group, finish_emulator
+from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.factorize.kept_tensors import copy_rest, rest_of_shards
 from emloc_ray.stages.factorize.stage import factorization_job
 from emloc_ray.stages.finetune.stage import finetune_job

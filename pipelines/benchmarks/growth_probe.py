@@ -23,7 +23,8 @@ from emloc_ray.io.formats.grams import StoredGram, write_gram_shard
 from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
 from emloc_ray.stages.calibrate.job import CalibrationJob
 from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
-from emloc_ray.stages.factorize.factorize import FactorizationJob, factorize_group
+from emloc_ray.stages.factorize.factorize import factorize_group
+from emloc_ray.stages.factorize.job import FactorizationJob
 
 THREADS = 2
 

@@ -36,6 +36,7 @@ from emloc_ray.stages.calibrate.job import CalibrationJob
 from emloc_ray.stages.correct import correct as correct_stage
 from emloc_ray.stages.evaluate.evaluate import evaluate as evaluate_stage
 from emloc_ray.stages.factorize import factorize as factorize_stage
+from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.merge.merge import merge as merge_stage
 
 _weights: list[int] = []
@@ -154,7 +155,7 @@ def calibrate_streamed(job: CalibrationJob, out_dir: Path, num_blocks: int, thre
         slot.accumulate(position)
 
 
-def factorize(job: factorize_stage.FactorizationJob, grams_dir: Path, threads: int) -> None:
+def factorize(job: FactorizationJob, grams_dir: Path, threads: int) -> None:
     """All groups that compression targets, one after the other."""
     torch.set_num_threads(threads)
     grams = GramStore(grams_dir)

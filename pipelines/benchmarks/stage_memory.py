@@ -26,7 +26,7 @@ from emloc_ray.planning.sizes import Lengths
 from emloc_ray.stages.calibrate.job import CalibrationJob
 from emloc_ray.stages.correct.correct import CorrectionJob
 from emloc_ray.stages.evaluate.evaluate import EvaluationJob
-from emloc_ray.stages.factorize.factorize import FactorizationJob
+from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.merge.merge import MergeJob
 
 LENGTH = 512  # tokens a row, of fine-tuning and inference

@@ -24,7 +24,7 @@ from emloc_ray.io.formats.shards import write_tensors
 from emloc_ray.io.store.atomic import write_json
 from emloc_ray.io.store.node_cache import ensure, sizes
 from emloc_ray.modeling.architecture import LinearSpec
-from emloc_ray.stages.factorize.factorize import group_cost
+from emloc_ray.stages.factorize.job import group_cost
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
 from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, set_threads, silent
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from emloc_ray.io.formats.checkpoint import Checkpoint, TensorEntry
 from emloc_ray.io.formats.shards import copy_chunks, make_header, stream_shard
 from emloc_ray.modeling.architecture import LinearSpec, StoredRows
-
-if TYPE_CHECKING:
-    from emloc_ray.stages.factorize.factorize import FactorizationJob
+from emloc_ray.stages.factorize.job import FactorizationJob
 
 _CHUNK_BYTES = 2**26
 

@@ -17,11 +17,11 @@ from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.training import factor_ranks, healing_run, packs_late
 from emloc_ray.stages.calibrate.stage import CALIBRATE, SUMS, gradient_inputs
 from emloc_ray.stages.context import Context, Inputs, Result
+from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.stage import Stage, by_weights
 
 if TYPE_CHECKING:
     from emloc_ray.stages.factorize.allocate import AllocationJob
-    from emloc_ray.stages.factorize.factorize import FactorizationJob
     from emloc_ray.stages.ray.tasks import Progress, Resources
 
 
@@ -48,8 +48,6 @@ def allocation_job(context: Context) -> AllocationJob:
 
 def factorization_job(context: Context, layout: Layout | None = None) -> FactorizationJob:
     """Every group of linears that share an input; ``layout`` has the ranks, where they were allocated."""
-    from emloc_ray.stages.factorize.factorize import FactorizationJob
-
     prepared = context.prepared if layout is None else replace(context.prepared, layout=layout)
     emulator, layout = prepared.config.emulator, prepared.layout
     placed = {spec.name: spec for spec in context.specs()}

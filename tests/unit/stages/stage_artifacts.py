@@ -15,7 +15,7 @@ from emloc_ray.io.formats.grams import GramStore, StoredGram, write_gram_index, 
 from emloc_ray.modeling.adapter import LoraModule, write_adapter
 from emloc_ray.modeling.architecture import LinearSpec, block_linears, empty_model
 from emloc_ray.stages.calibrate.job import CalibrationJob
-from emloc_ray.stages.factorize.factorize import FactorizationJob
+from emloc_ray.stages.factorize.job import FactorizationJob
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
 from emloc_ray.stages.calibrate.stage import thin_experts
 from emloc_ray.stages.calibrate.streamed_slot import StreamedSlot, part_file
 from emloc_ray.stages.calibrate.thin_experts import Gathered, describe, gather_thin, thin_names
-from emloc_ray.stages.factorize.factorize import FactorizationJob, factorize_group
+from emloc_ray.stages.factorize.factorize import factorize_group
+from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.factorize.layer_reports import read_reports
 
 SHARDS, BLOCKS = 4, 2

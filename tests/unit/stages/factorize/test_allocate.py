@@ -21,7 +21,8 @@ from emloc_ray.io.formats.shards import write_tensors
 from emloc_ray.stages.calibrate.job import CalibrationJob, Labels
 from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
 from emloc_ray.stages.factorize.allocate import AllocationJob, allocate_ranks, group_spectra, read_ranks
-from emloc_ray.stages.factorize.factorize import FactorizationJob, factorize_group
+from emloc_ray.stages.factorize.factorize import factorize_group
+from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.factorize.layer_reports import read_reports
 from emloc_ray.stages.ray.tasks import Resources
 

@@ -15,7 +15,8 @@ from emloc_ray.modeling.adapter import LoraModule, write_adapter
 from emloc_ray.modeling.architecture import LinearSpec, block_linears, empty_model
 from emloc_ray.modeling.experts import PARTS, owner_of
 from emloc_ray.modeling.stored_names import renamed_tensors, stored_parameters, stored_specs
-from emloc_ray.stages.factorize.factorize import FactorizationJob, finish_emulator
+from emloc_ray.stages.factorize.factorize import finish_emulator
+from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.factorize.kept_tensors import copy_rest, rest_of_shards
 from emloc_ray.stages.merge.merge import MergeJob, merge_shard
 

@@ -18,7 +18,8 @@ from emloc_ray.io.formats.checkpoint import Checkpoint, write_index
 from emloc_ray.io.formats.grams import GramStore, StoredGram
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.stages.correct.modules import layer_difference
-from emloc_ray.stages.factorize.factorize import FactorizationJob, factorize_group
+from emloc_ray.stages.factorize.factorize import factorize_group
+from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.factorize.kept_tensors import Kept, copy_rest
 from emloc_ray.stages.factorize.layer_reports import read_reports, spectra_file
 

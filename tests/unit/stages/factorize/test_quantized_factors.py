@@ -23,7 +23,8 @@ from emloc_ray.modeling.quantization import dequantize, quantize
 from emloc_ray.modeling.stored_names import stored_parameters, stored_specs
 from emloc_ray.stages.correct.correct import CorrectionJob, correct_adapter
 from emloc_ray.stages.correct.modules import layer_difference
-from emloc_ray.stages.factorize.factorize import FactorizationJob, factorize_group
+from emloc_ray.stages.factorize.factorize import factorize_group
+from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.factorize.layer_reports import read_reports, spectra_file
 
 

@@ -1,0 +1,43 @@
+"""What every task of the factorization needs to know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from emloc_ray.core.ranks import Storage
+from emloc_ray.modeling.architecture import LinearSpec
+
+
+@dataclass(frozen=True)
+class FactorizationJob:
+    """Artifact paths and flat settings of the stage.
+
+    ``groups`` are the linears that share an input; those without a rank in ``ranks`` stay dense. ``renamed`` are the tensors
+    whose names in the checkpoint are not the model's own, which the emulator's are. ``in_4bit`` are the linears that are
+    stored so, as factors or dense, of which those in ``without_gram`` have none; ``kept_wide`` are those elsewhere in the
+    model that are not. ``gradients_dir`` holds the sums of gradients that weigh outputs, where factors are to keep the
+    model's predictions instead of each layer's outputs. ``by_weights``: factors are the weights' own truncated SVD, whose
+    errors alone are measured under the Grams. ``storage`` is how they are stored.
+    """
+
+    model_dir: Path
+    out_dir: Path
+    groups: tuple[tuple[LinearSpec, ...], ...]
+    ranks: dict[str, int]
+    dampening_frac: float = 1e-6
+    seed: int = 0
+    renamed: dict[str, str] = field(default_factory=dict)
+    in_4bit: tuple[str, ...] = ()
+    without_gram: tuple[str, ...] = ()
+    kept_wide: tuple[str, ...] = ()
+    gradients_dir: Path | None = None
+    gradient_dampening_frac: float = 1e-2
+    by_weights: bool = False
+    storage: Storage = "factors"
+
+
+def group_cost(group: Sequence[LinearSpec]) -> float:
+    """About the floating-point operations that a group's factors take, to a constant factor."""
+    return sum(min(s.out_features, s.in_features) ** 3 + s.num_parameters * s.in_features for s in group)
