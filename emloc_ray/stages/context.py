@@ -44,6 +44,7 @@ class Context:
     note: Callable[[str], None] = _unheard
     made: dict[str, str] = dataclasses.field(default_factory=dict)
     results: dict[str, Result] = dataclasses.field(default_factory=dict)
+    _split_keys: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def path(self, *parts: str) -> Path:
         """A file or folder of the run directory."""
@@ -77,10 +78,11 @@ class Context:
         directory = self.source_dir or self.prepared.source.directory
         return {"weights": content_of_source(self.prepared.source, directory)}
 
-    @functools.cache  # noqa: B019 a context lives for one pass over the stages
     def split_key(self, split: str) -> str:
         """The fingerprint of a split's token shards, by their content."""
-        return fingerprint(self.contents("data", "tokens", split))
+        if split not in self._split_keys:
+            self._split_keys[split] = fingerprint(self.contents("data", "tokens", split))
+        return self._split_keys[split]
 
     def contents(self, *parts: str) -> dict[str, str]:
         """SHA-256 of an artifact's files: another training from the same inputs may give another adapter."""

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from emloc_ray.config.schema import HealingConfig, RunConfig
-from emloc_ray.data.ingest import SampleOrder
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.teacher_shards import BYTES_PER_LOGIT
@@ -32,6 +31,7 @@ _PLACE = "healing"
 
 def healing_job(context: Context, healing: HealingConfig, name: str) -> HealingJob:
     """``name`` is what a later try of the same healing goes on from; all but the outcome is in ``healing/``."""
+    from emloc_ray.data.ingest import SampleOrder
     from emloc_ray.stages.heal.fold import FoldJob
     from emloc_ray.stages.heal.heal import HealingJob
     from emloc_ray.stages.heal.teacher import TeacherJob

@@ -1,0 +1,38 @@
+"""The stages as objects: in order, complete, and without Ray until they run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from emloc_ray.config import steps
+from emloc_ray.config.base import StageConfig
+from emloc_ray.config.reading import parse_config
+from emloc_ray.stages.order import STEPS
+
+
+def test_names_and_verbs_are_those_of_the_config() -> None:
+    assert tuple(stage.name for stage in STEPS) == steps.STEPS
+    assert tuple(dict.fromkeys(stage.verb for stage in STEPS)) == steps.VERBS
+
+
+def test_no_two_stages_write_the_same() -> None:
+    folders = [folder for stage in STEPS for folder in (*stage.outputs, *stage.scratch)]
+    keys = [key for stage in STEPS for key in stage.keys]
+    assert len(set(folders)) == len(folders)
+    assert len(set(keys)) == len(keys)
+
+
+def test_every_stage_asks_for_workers_of_a_section() -> None:
+    values = {"run_dir": "runs/x", "model": {"source": "m"}, "data": {"train": {"path": "x.jsonl"}}}
+    config = parse_config({**values, "evaluation": {"num_workers": 3, "cpus_per_worker": 2}})
+    asked = {stage.name: stage.asks(config) for stage in STEPS}
+    assert all(isinstance(section, StageConfig) for section in asked.values())
+    assert (asked["evaluate"].num_workers, asked["correct"].num_workers) == (3, 1)
+    assert asked["correct"].cpus_per_worker == 2
+
+
+def test_stages_are_known_without_ray() -> None:
+    code = "import sys, emloc_ray.stages.order; print('ray' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "False"
