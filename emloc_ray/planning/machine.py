@@ -1,9 +1,13 @@
-"""What this machine has, as far as plans and remarks go by it; workers may be on others."""
+"""What this machine has, and whether that is enough for a config; workers may be on others."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
+import itertools
+import os
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -12,6 +16,11 @@ from typing import Any
 
 import psutil
 import torch
+
+from emloc_ray.config.schema import WORKER_SECTIONS, RunConfig
+from emloc_ray.errors import ConfigError
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.text import size, size_up
 
 _QUERY = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
 # Of a control group: the files of its limit and of what it holds, and what memory.stat calls the inactive files in that.
@@ -89,3 +98,54 @@ def has_bfloat16(capabilities: Mapping[str, Any]) -> bool:
     """Whether a CPU of these ``capabilities`` computes in bfloat16; True where it is of a kind that they say nothing of."""
     native = any(capabilities.get(key) for key in ("avx512_bf16", "amx_bf16", "avx10_2"))
     return native or capabilities.get("architecture") != "x86_64"
+
+
+def check_resources(config: RunConfig, cpus: float | None = None, gpus: float | None = None) -> None:
+    """Raises ConfigError where a stage asks a Ray that is started here for more than it has: it would wait for ever.
+
+    ``cpus`` and ``gpus`` are those that Ray counts; before it runs, those of the config or of this machine.
+    """
+    if config.ray.joins:
+        return
+    if cpus is None:
+        cpus = config.ray.num_cpus or os.cpu_count() or 1
+    if gpus is None:
+        gpus = torch.cuda.device_count() if config.ray.num_gpus is None else config.ray.num_gpus
+    problems = []
+    for name in WORKER_SECTIONS:
+        section = getattr(config, name)
+        together = section.num_workers if name == "finetune" else 1
+        if section.cpus_per_worker * together > cpus:
+            asked = section.cpus_per_worker * together
+            problems.append(
+                f"{name} asks Ray for {asked:g} CPUs at once, this machine has {cpus:g}: lower"
+                f" {name}.{'num_workers' if together > 1 else 'cpus_per_worker'}."
+            )
+        if section.gpus_per_worker * together > gpus:
+            asked = section.gpus_per_worker * together
+            problems.append(
+                f"{name} asks Ray for {asked:g} GPUs at once, this machine has {gpus:g}: lower {name}.gpus_per_worker,"
+                " name a cluster in ray.address, or, to plan for another machine, give ray.num_gpus."
+            )
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def check_disk(run: RunDirectory, needed: int) -> None:
+    """Raises ConfigError where the disk of the run directory has less room than is ``needed``, in bytes."""
+    existing = next(parent for parent in itertools.chain([run.root], run.root.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise ConfigError(
+            f"run_dir {run.root} needs about {size_up(needed)}, its disk has {size(free)} free:"
+            " free some, or name another place."
+        )
+
+
+def check_quantization(config: RunConfig) -> None:
+    """Raises ConfigError where the config wants 4 bits and the package that packs them is not installed."""
+    wanted = config.emulator.quantization
+    if wanted != "none" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"emulator.quantization: {wanted} needs the bitsandbytes package: pip install 'emloc-ray[quantization]'."
+        )

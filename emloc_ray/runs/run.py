@@ -10,8 +10,9 @@ from emloc_ray.errors import DamagedArtifactError
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.modeling.loading import fetch_weights
 from emloc_ray.planning.budget import check_gradients
+from emloc_ray.planning.machine import check_disk, check_resources
 from emloc_ray.planning.plan import make_plan, missing_disk
-from emloc_ray.planning.prepared import Prepared, check_disk, check_resources, prepare
+from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.planning.work import row_lengths
 from emloc_ray.runs import remarks
 from emloc_ray.runs.log import RunLog

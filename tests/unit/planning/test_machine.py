@@ -1,13 +1,17 @@
-"""What is told of this machine, by a stand-in for the tool that knows its GPUs."""
+"""What is told of this machine, by a stand-in for the tool that knows its GPUs, and the room that its disk has."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from emloc_ray.planning.machine import available_bytes, cpu_flops, gpu_bytes
+from emloc_ray.errors import ConfigError
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.planning.machine import available_bytes, check_disk, cpu_flops, gpu_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -74,3 +78,19 @@ def test_what_a_control_group_leaves(tmp_path: Path, told: str, top: str, names:
     (tmp_path / "proc/self/cgroup").write_text(told.replace("job", "elsewhere"))
     group("", str(9 * 2**20), 2**20, 0)
     assert available_bytes(tmp_path) == 8 * 2**20
+
+
+def test_room_is_asked_of_the_nearest_folder_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+    usage = shutil.disk_usage(tmp_path)
+
+    def disk_usage(path: Path) -> Any:
+        asked.append(path)
+        return usage._replace(free=2**30)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    run = RunDirectory(tmp_path / "not" / "yet")
+    check_disk(run, 2**30)
+    with pytest.raises(ConfigError, match=r"needs about 1\.01 GiB, its disk has 1\.00 GiB free"):
+        check_disk(run, 2**30 + 1)
+    assert asked == [tmp_path, tmp_path]

@@ -1,0 +1,152 @@
+"""What a config asks of its model, checked before a weight moves."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from typing import Any
+
+import torch
+
+from emloc_ray.config.schema import RunConfig
+from emloc_ray.core.healing import healed_layers
+from emloc_ray.data.processors import example, open_processor
+from emloc_ray.data.token_shards import PAD_MULTIPLE, padded_length
+from emloc_ray.errors import ConfigError
+from emloc_ray.io.formats.checkpoint import SINGLE_NAME, read_index, read_shard
+from emloc_ray.modeling.adapter_methods import count_parameters
+from emloc_ray.modeling.architecture import empty_model
+from emloc_ray.modeling.inputs import has_encoder
+from emloc_ray.modeling.loading import ModelSource, check_source, read_model_config
+from emloc_ray.planning.layout import Layout, Skeleton, adapter_settings, make_layout, skeleton_of
+
+
+def read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
+    """The model's transformers config and its layout under this config, from its files' headers alone.
+
+    Raises:
+        ConfigError: where the model does not go with the config.
+    """
+    options = config.model
+    found = _skeleton(source, options.trust_remote_code, options.attn_implementation, _look(source))
+    if has_encoder(found.config):
+        _check_encoder_decoder(config)
+    if found.image.row_tokens and config.adapter.is_prompt:
+        raise ConfigError(
+            f"adapter.method is {config.adapter.method}, whose virtual tokens would move a model's images from where it looks"
+            " for them: choose a method that adapts linears, as lora."
+        )
+    _check_length(config, found)
+    if config.data.format == "messages" and source.gguf_file is None:
+        _check_template(source, options.trust_remote_code)
+    layout = make_layout(config, found)
+    _check_healing(config, layout)
+    if not config.adapter.is_lora:
+        settings = json.dumps(adapter_settings(config.adapter, layout, found.config), sort_keys=True)
+        parameters = _adapter_parameters(source, options.trust_remote_code, settings, _look(source))
+        layout = dataclasses.replace(layout, adapter_parameters=parameters)
+    return found.config, layout
+
+
+def file_dtype_of(source: ModelSource) -> torch.dtype | None:
+    """The dtype of the model's files; None of a GGUF file, and where they are not here yet."""
+    if source.gguf_file is not None:
+        return None
+    file = source.directory / min(read_index(source.directory).values(), default=SINGLE_NAME)
+    if not file.is_file():  # of the hub, and not fetched yet
+        return None
+    return next((entry.dtype for entry in read_shard(file).entries if entry.dtype.is_floating_point), None)
+
+
+def _check_length(config: RunConfig, found: Skeleton) -> None:
+    """Rows, and a prompt's virtual tokens before them, have to lie within the model's positions; where it computes those,
+    for any number of them, the prompt has to leave rows within what it was made for."""
+    length, positions = config.data.max_seq_length, found.positions
+    virtual = config.adapter.settings.get("num_virtual_tokens", 0) if config.adapter.is_prompt else 0
+    if virtual and positions is None:
+        positions = getattr(found.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None or padded_length(length) + virtual <= positions:
+        return
+    fits = (positions - virtual) // PAD_MULTIPLE * PAD_MULTIPLE
+    if virtual:
+        raise ConfigError(
+            f"data.max_seq_length is {length}, with {virtual} virtual tokens before them, the model has {positions}"
+            f" positions: lower it to {fits}, or adapter.num_virtual_tokens."
+        )
+    raise ConfigError(f"data.max_seq_length is {length}, the model has {positions} positions: lower it to {fits}.")
+
+
+@functools.lru_cache(maxsize=8)
+def _adapter_parameters(
+    source: ModelSource, trust_remote_code: bool, settings: str, files: tuple[tuple[str, int, int], ...]
+) -> int:
+    """How many parameters an adapter trains; raises ConfigError where it does not fit the model."""
+    named = json.loads(settings)
+    model = empty_model(read_model_config(source, trust_remote_code), trust_remote_code)
+    return count_parameters(model, named.pop("method"), named)
+
+
+def _check_healing(config: RunConfig, layout: Layout) -> None:
+    healing = config.emulator.heals
+    if healing is not None and not healed_layers(layout.ranks, healing.r):
+        highest = max(layout.ranks.values(), default=0)
+        raise ConfigError(
+            f"emulator.healing.r is {healing.r}, and no linear's rank is above it (the highest is {highest}): lower it, or"
+            " raise emulator.compression_ratio."
+        )
+
+
+def _check_template(source: ModelSource, trust_remote_code: bool) -> None:
+    """Messages are written out by a chat template of the model's own: its processor's, or its tokenizer's."""
+    from transformers import AutoTokenizer
+
+    processor = open_processor(str(source.directory), trust_remote_code)
+    if processor is not None and processor.chat_template:
+        return
+    tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
+    if not tokenizer.chat_template:
+        owner = "tokenizer has" if processor is None else "processor and tokenizer have"
+        raise ConfigError(
+            f"data.format is messages, and the model's {owner} no chat template: save one beside the model as"
+            " chat_template.jinja, or use data.format prompt_completion or text."
+        )
+
+
+def _check_encoder_decoder(config: RunConfig) -> None:
+    """A model with an encoder reads a row's prompt there."""
+    if config.data.format == "text":
+        raise ConfigError(
+            "data.format is text, and the model reads a prompt with its encoder: use prompt_completion or messages."
+        )
+    if config.data.packing:
+        raise ConfigError("data.packing joins rows, which a model with an encoder cannot tell apart: set it to false.")
+    if config.adapter.is_prompt:
+        raise ConfigError(
+            f"adapter.method is {config.adapter.method}, whose virtual tokens are for models that are a decoder alone: choose"
+            " a method that adapts linears, as lora."
+        )
+
+
+def _look(source: ModelSource) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of the files that a model is read from."""
+    named = [source.directory / source.gguf_file] if source.gguf_file else sorted(source.directory.iterdir())
+    return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in named if file.is_file())
+
+
+@functools.lru_cache(maxsize=8)  # of hundreds of tasks, most have the same model
+def _skeleton(
+    source: ModelSource,
+    trust_remote_code: bool,
+    attn_implementation: str | None,
+    files: tuple[tuple[str, int, int], ...],
+) -> Skeleton:
+    model_config = read_model_config(source, trust_remote_code)
+    try:
+        model = empty_model(model_config, trust_remote_code, attn_implementation)
+    except (ValueError, ImportError) as error:
+        detail = " ".join(str(error).split())[:200]
+        raise ConfigError(f"model: transformers cannot build it ({detail}): mend the model section.") from error
+    check_source(source, model, trust_remote_code)
+    shown = None if source.gguf_file else example(source.directory, trust_remote_code)
+    return skeleton_of(model_config, model, shown, trust_remote_code)

@@ -1,0 +1,30 @@
+"""Checks of the data's files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from emloc_ray.config.reading import parse_config
+from emloc_ray.planning import data_checks
+
+
+def write_rows(path: Path, count: int) -> Path:
+    path.write_text("".join(json.dumps({"text": f"row {number}"}) + "\n" for number in range(count)))
+    return path
+
+
+def test_the_same_files_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of tasks may have the same rows; changed ones are counted anew."""
+    counted, scanning = [], data_checks.scan
+    monkeypatch.setattr(data_checks, "scan", lambda place: counted.append(place) or scanning(place))
+    path = write_rows(tmp_path / "a.jsonl", 5)
+    values = {"run_dir": str(tmp_path / "run"), "model": {"source": "unused"}, "data": {"train": {"path": str(path)}}}
+    config = parse_config(values)
+    first, again = (data_checks.check_split(config, "train", False) for _ in range(2))
+    assert first is again
+    assert len(counted) == 1
+    write_rows(path, 6)
+    assert [source.num_rows for source in data_checks.check_split(config, "train", False)] == [6]
