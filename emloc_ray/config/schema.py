@@ -28,7 +28,7 @@ class ModelConfig(Section):
     revision: str | None = Field(None, description="of a hub id: branch, tag or commit")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: the checkpoint's")
     attn_implementation: str | None = Field(None, description="transformers' choice where left out")
-    trust_remote_code: bool = Field(False, description="run code that comes with the model")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model; of a hub id: at a commit")
 
 
 class SplitConfig(Section):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +15,9 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from emloc_ray.errors import ArtifactError, ConfigError
-from emloc_ray.io.formats.checkpoint import Checkpoint
+from emloc_ray.io.formats.checkpoint import Checkpoint, read_index
 from emloc_ray.io.runs.fingerprint import content_of
+from emloc_ray.io.runs.secret_values import leaves
 from emloc_ray.io.store.atomic import atomic_directory, atomic_file, copy_file
 from emloc_ray.io.store.node_cache import ensure, sizes
 from emloc_ray.modeling.architecture import auto_class, block_linears, outside_linears
@@ -60,11 +63,11 @@ class ModelSource:
     revision: str | None = None
 
 
-def resolve_source(source: str, revision: str | None = None) -> ModelSource:
+def resolve_source(source: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelSource:
     """Finds what ``model.source`` names; of a hub id all but the weights is downloaded, or taken from the cache.
 
     Raises:
-        ConfigError: where it names nothing, or something without usable weights.
+        ConfigError: where it names nothing, something without usable weights, or code that may be another tomorrow.
     """
     if source.startswith("package:"):
         return _resolve_package(source)
@@ -75,10 +78,32 @@ def resolve_source(source: str, revision: str | None = None) -> ModelSource:
         return _check_directory(path.absolute(), source)
     if path.exists() or source.startswith(("/", ".", "~")) or source.count("/") > 1:
         raise ConfigError(f"model.source {source} is no model directory and no .gguf file: mend the path.")
+    if trust_remote_code and not re.fullmatch("[0-9a-f]{40}", revision or ""):
+        raise ConfigError(
+            f"model.trust_remote_code runs code of {source} on the hub, which a branch or a tag can change at any time: set"
+            " model.revision to the commit that you read (40 hex digits)."
+        )
     directory = _download(source, revision, _SMALL_FILES)
+    if trust_remote_code:
+        _check_own_code(directory, source)
     if not (directory / "config.json").is_file():
         raise ConfigError(f"model.source {source} holds no config.json on the hub: name a transformers checkpoint.")
     return ModelSource(directory, hub_id=source, revision=revision)
+
+
+def _check_own_code(directory: Path, source: str) -> None:
+    """Raises ConfigError where a model has its code from another repository, at no commit, as ``OTHER/REPO--file.Class``."""
+    for file in sorted(directory.glob("*config.json")):
+        try:
+            found = list(leaves(json.loads(file.read_text("utf-8"))))
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"model.source {source}: {file.name} is no JSON: name another checkpoint.") from error
+        other = next((code for path, code in found if "auto_map" in path and "--" in str(code)), None)
+        if other is not None:
+            raise ConfigError(
+                f"model.source {source}: {file.name} takes code from {other.partition('--')[0]}, at no commit: download both,"
+                " save the code beside the model, and name that directory."
+            )
 
 
 def fetch_weights(source: ModelSource) -> Path:
@@ -265,6 +290,7 @@ def load_model(
     import transformers
 
     ensure(Path(directory))
+    read_index(Path(directory))  # its names are checked: transformers opens whatever file one leads to
     transformers.utils.logging.disable_progress_bar()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)

@@ -71,7 +71,7 @@ def prepare(config: RunConfig) -> Prepared:
 
     run = RunDirectory(config.run_dir)
     attempt(run.check)
-    source = attempt(lambda: resolve_source(config.model.source, config.model.revision))
+    source = attempt(lambda: resolve_source(config.model.source, config.model.revision, config.model.trust_remote_code))
     found = None
     if source is not None:
         found = attempt(lambda: read_model(config, source))

@@ -84,7 +84,9 @@ def _check_pruning(ablation: Ablation) -> None:
     for cell in (cell for cell in ablation.cells if cell.prune is not None):
         model = cell.config.model
         try:
-            config = read_model_config(resolve_source(model.source, model.revision), model.trust_remote_code)
+            config = read_model_config(
+                resolve_source(model.source, model.revision, model.trust_remote_code), model.trust_remote_code
+            )
             checked_shape(config, cell.prune, cell.config.emulator.compression_ratio)
         except ConfigError as error:
             lines.append(f"{cell.name}: {error}")
@@ -111,7 +113,7 @@ def _check_tokenizers(ablation: Ablation) -> None:
 def _vocabulary(model: ModelConfig) -> dict[str, int]:
     from transformers import AutoTokenizer
 
-    source = resolve_source(model.source, model.revision)
+    source = resolve_source(model.source, model.revision, model.trust_remote_code)
     options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=model.trust_remote_code, **options)
     found: dict[str, int] = tokenizer.get_vocab()

@@ -106,7 +106,7 @@ def read_shard(file: Path) -> Shard:
         described: dict[str, Any] = json.loads(header)
         described.pop("__metadata__", None)
         found = [_entry(file, name, item, 8 + length, version) for name, item in described.items()]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{file} has no readable safetensors header: copy it again.") from error
     entries = sorted(found, key=lambda entry: entry.start)
     if entries and entries[-1].stop > size:
@@ -128,16 +128,28 @@ def read_index(directory: Path) -> dict[str, str]:
     """The file of every tensor, by the checkpoint's index; empty where it has none.
 
     Raises:
-        ArtifactError: where the index is there, but holds no such map.
+        ArtifactError: where the index is there, but holds no such map, or it names a file that is not below ``directory``.
     """
     index = directory / INDEX_NAME
     ensure(index)
     if not index.is_file():
         return {}
     try:
-        return {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        weight_map = {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{index} holds no readable weight_map: copy the checkpoint again.") from error
+    for file in dict.fromkeys(weight_map.values()):
+        check_inside(file, index)
+    return weight_map
+
+
+def check_inside(name: str, index: Path) -> None:
+    """Raises ArtifactError where a file's name in a map of weights leads out of the folder that the map, ``index``, is in."""
+    parts = name.replace("\\", "/").split("/")
+    if {"", ".", ".."} & {*parts} or ":" in parts[0] or "\0" in name:
+        raise ArtifactError(
+            f"{index} names {name!r} as a file of weights, which leads out of its folder: name files below the folder."
+        )
 
 
 class Checkpoint:

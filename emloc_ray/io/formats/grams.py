@@ -13,7 +13,7 @@ from torch import Tensor
 
 from emloc_ray.core.gram import Gram, pack_triangle, unpack_triangle
 from emloc_ray.errors import ArtifactError
-from emloc_ray.io.formats.checkpoint import TensorEntry, read_shard
+from emloc_ray.io.formats.checkpoint import TensorEntry, check_inside, read_shard
 from emloc_ray.io.formats.shards import make_header, row_chunks, stream_shard, write_tensors
 from emloc_ray.io.store.atomic import write_json
 from emloc_ray.io.store.node_cache import ensure
@@ -46,7 +46,7 @@ class GramStore:
     """The calibration's Grams; one Gram stands for every linear of its group.
 
     Raises:
-        ArtifactError: where the index is missing.
+        ArtifactError: where the index is missing, or names a file that is not below ``directory``.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -56,6 +56,8 @@ class GramStore:
         if not path.is_file():
             raise ArtifactError(f"{self.directory} holds no {INDEX}: run the calibrate stage again.")
         self.index: dict[str, Any] = json.loads(path.read_text())
+        for file in dict.fromkeys(self.index["weight_map"].values()):
+            check_inside(file, path)
         self._gram_of = {name: gram for gram, names in self.index["groups"].items() for name in names}
 
     def __contains__(self, linear: str) -> bool:

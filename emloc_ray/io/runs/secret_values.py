@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -12,7 +13,39 @@ from emloc_ray.io.formats.yaml_text import read_yaml
 HIDDEN = "(hidden)"
 _ENVIRONMENT = "env_vars"
 _USER_IN_URL = re.compile(r"https?://[^/\s@]+@|://[^/\s@]+:[^/\s@]+@")  # a token may stand alone
-_SECRET = re.compile(r"(^|[_-])(token|key|secret|credentials?)$|password|passphrase|api_?key", re.IGNORECASE)
+# The words of https://github.com/Yelp/detect-secrets/blob/master/detect_secrets/plugins/keyword.py and of the rule
+# generic-api-key in https://github.com/gitleaks/gitleaks/blob/master/config/gitleaks.toml, and what clouds call theirs.
+_SECRET_WORD = re.compile(
+    r"\w*(password|passwd|pwd|passphrase|passcode|secret|credential)s?|secrete|secreto|contrase[nñ]a|creds?|bearer|authorization"
+    r"|keypass|dsn|jwt|cookie"
+)
+_SECRET_LAST = {"token", "key", "pass", "auth", "pat", "sas", "sig", "signature"}
+_SECRET_PAIR = re.compile(
+    r"(api|app|application|auth|access|private|priv|secret|service|account|client|shared|storage|master|signing|encryption"
+    r"|database|db|ssh|subscription)keys?|(auth|oauth|access|refresh|session|bearer|api|sas|security)tokens?"
+    r"|connection(string|str)|connstr|dbpass"
+)
+_NO_SECRET_BEFORE = {  # what says that a token or a key is of a text, of a table or for all to see
+    "token": {
+        "pad",
+        "eos",
+        "bos",
+        "unk",
+        "sep",
+        "cls",
+        "mask",
+        "image",
+        "video",
+        "audio",
+        "special",
+        "boi",
+        "eoi",
+        "stop",
+    },
+    "key": {"public", "primary", "foreign", "sort", "prng"},
+    "pass": {"forward", "backward"},
+}
+_WORD_ENDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[\W_]+")
 
 
 def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -36,7 +69,17 @@ def is_secret(path: tuple[str, ...], value: Any) -> bool:
     """Whether the keys that lead to a text say that it is a token, a key or a password, or it is a URL that holds one."""
     if not isinstance(value, str) or value == "":
         return False
-    return bool(_USER_IN_URL.search(value)) or any(_SECRET.search(key) for key in path)
+    return bool(_USER_IN_URL.search(value)) or any(map(is_secret_name, path))
+
+
+@functools.cache
+def is_secret_name(name: str) -> bool:
+    """Whether the words of a key, in snake_case, camelCase or kebab-case, say that it holds a secret."""
+    words = [word.lower() for word in _WORD_ENDS.split(name) if word]
+    if any(_SECRET_WORD.fullmatch(word) for word in words) or _SECRET_PAIR.search("".join(words)):
+        return True
+    before, last = [None, None, *words][-2:]
+    return last in _SECRET_LAST and before not in _NO_SECRET_BEFORE.get(last, ())
 
 
 def without_secrets(value: Any, path: tuple[str, ...] = ()) -> Any:

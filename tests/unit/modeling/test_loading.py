@@ -14,7 +14,7 @@ from gguf_files import write_gguf
 from tiny import HIDDEN, VOCABULARY, make_config, make_tokenizer, save_emulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from emloc_ray.errors import ConfigError
+from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.formats.checkpoint import INDEX_NAME, Checkpoint
 from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.emulator import FactorizedLinear
@@ -229,6 +229,49 @@ def test_checking_a_model_on_the_hub_downloads_all_but_its_weights(
     assert read_model_config(source).model_type == "llama"
     assert fetch_weights(source) == tmp_path
     assert Checkpoint(tmp_path).num_bytes == Checkpoint(tiny_model_dir("llama")).num_bytes
+
+
+@pytest.mark.parametrize("revision", [None, "main", "v1", "a" * 39, "g" * 40])
+def test_code_of_the_hub_runs_at_a_commit_alone(monkeypatch: pytest.MonkeyPatch, revision: str | None) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda source, **_: asked.append(source))
+    with pytest.raises(
+        ConfigError, match=r"code of someone/model on the hub.*set model\.revision to the commit"
+    ) as caught:
+        resolve_source("someone/model", revision, trust_remote_code=True)
+    assert not asked
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "processor_config.json"])
+def test_code_of_another_repository_is_at_no_commit(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    place = tmp_path / "model"
+    shutil.copytree(tiny_model_dir("llama"), place)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda source, **_: str(place))
+    commit = "0123456789" * 4
+    assert resolve_source("someone/model", commit, trust_remote_code=True).revision == commit
+    values = json.loads((place / name).read_text()) if (place / name).is_file() else {}
+    values["auto_map"] = {"AutoTokenizer": ["else/where--code.Tokenizer", None]}
+    (place / name).write_text(json.dumps(values).replace("--", "\\u002d-"))
+    with pytest.raises(ConfigError, match=f"{name} takes code from else/where, at no commit"):
+        resolve_source("someone/model", commit, trust_remote_code=True)
+    assert resolve_source("someone/model", "main").revision == "main"
+
+
+def test_a_model_is_not_loaded_by_names_that_lead_elsewhere(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    place = tmp_path / "model"
+    shutil.copytree(tiny_model_dir("llama"), place)
+    index = json.loads((place / INDEX_NAME).read_text())
+    index["weight_map"] = {name: f"../model/{file}" for name, file in index["weight_map"].items()}
+    (place / INDEX_NAME).write_text(json.dumps(index))
+    with pytest.raises(
+        ArtifactError, match=r"names '\.\./model/.*' as a file of weights, which leads out of its folder"
+    ):
+        load_model(place, device="cpu")
 
 
 def test_what_else_lies_beside_a_model_is_no_part_of_it(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:

@@ -167,11 +167,40 @@ def test_unknown_dtype(tmp_path: Path) -> None:
         Checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": [1]}'])
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": [1]}', "[" * 100_000])
 def test_bad_index(tmp_path: Path, text: str) -> None:
     (tmp_path / INDEX_NAME).write_text(text)
     with pytest.raises(ArtifactError, match=INDEX_NAME):
         Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x.safetensors",
+        "/etc/x.safetensors",
+        "a/../../x",
+        "a\\..\\x",
+        "C:\\x",
+        "C:x",
+        "a//x",
+        "./x",
+        "..",
+        "",
+        "a\0b",
+    ],
+)
+def test_an_index_names_files_below_its_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": name}}))
+    with pytest.raises(ArtifactError) as caught:
+        Checkpoint(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / INDEX_NAME} names {name!r} as a file of weights, which leads out")
+
+
+def test_an_index_may_name_files_in_folders_below(tmp_path: Path) -> None:
+    save(tmp_path / "part..1", {"a": sample(torch.float32, 2)})
+    write_index(tmp_path, {"a": f"part..1/{SINGLE_NAME}"}, 8, 2)
+    assert [entry.name for entry in Checkpoint(tmp_path)] == ["a"]
 
 
 def test_index_as_transformers_writes_it(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:

@@ -118,3 +118,9 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 def test_a_slot_says_which_shard_it_holds_last(tmp_path: Path) -> None:
     write_slot(tmp_path / "slot", {"a": gram(0)[0]}, 7)
     assert last_shard(tmp_path / "slot") == 7
+
+
+def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path: Path) -> None:
+    write_gram_index(tmp_path, [["l.q"]], {"l.q": "../one.safetensors"}, {"l.q": 10})
+    with pytest.raises(ArtifactError, match=rf"{INDEX} names '\.\./one\.safetensors' .* leads out of its folder"):
+        GramStore(tmp_path)

@@ -1,0 +1,68 @@
+"""Which names of a config say that a value is a secret: by their words, however these are joined."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import TrainingArguments
+
+from emloc_ray.config.keys import config_keys
+from emloc_ray.io.runs.secret_values import HIDDEN, is_secret, is_secret_name, without_secret, without_secrets
+from emloc_ray.modeling.adapter_methods import fields_of_all
+
+# Those of https://github.com/Yelp/detect-secrets/blob/master/detect_secrets/plugins/keyword.py, and of clouds and hubs.
+SECRETS = str.split("""
+apikey api_key appkey app_key authkey auth_key servicekey service_key applicationkey application_key accountkey account_key
+dbkey db_key databasekey database_key clientkey client_key aws_secret_access_key db_pass password passwd pass pwd
+private_key privatekey priv_key privkey secret secrete secreto keypass token contrasena
+auth_token authtoken access_key accesskey access_key_id connection_string connectionstring bearer passphrase client_secret
+clientsecret sas_token credential credentials creds authorization hf_token dbpassword signing_key refresh_token dsn
+""")
+PLAIN = str.split("""
+max_new_tokens num_tokens tokens tokenizer tokenizer_name pad_token pad_token_id eos_token bos_token image_token special_tokens
+loss_on num_virtual_tokens num_calibration_tokens min_expert_tokens keep keys monkey keyboard passes pass_through forward_pass
+author authors secretary passage compass path bypass public_key design signal assignment data_author connection string
+""")
+STYLES: dict[str, Callable[[list[str]], str]] = {
+    "snake": "_".join,
+    "kebab": "-".join,
+    "upper": lambda words: "_".join(words).upper(),
+    "camel": lambda words: words[0] + "".join(word.title() for word in words[1:]),
+    "pascal": lambda words: "".join(word.title() for word in words),
+    "dotted": ".".join,
+}
+before = st.lists(st.sampled_from(["my", "hub", "azure", "s3", "the", "prod", "github", "x2"]), max_size=2)
+style = st.sampled_from(sorted(STYLES))
+
+
+@given(st.sampled_from(SECRETS), before, style)
+def test_names_of_secrets(name: str, prefix: list[str], style: str) -> None:
+    written = STYLES[style]([*prefix, *name.split("_")])
+    assert is_secret_name(written), written
+
+
+@given(st.sampled_from(PLAIN), style)
+def test_names_that_only_look_alike(name: str, style: str) -> None:
+    written = STYLES[style](name.split("_"))
+    assert not is_secret_name(written), written
+
+
+@pytest.mark.parametrize(
+    "name", ["authToken", "accessKey", "APIKey", "AWSSecretAccessKey", "HFToken", "apiKEY", "x-api-key"]
+)
+def test_names_as_other_tools_write_them(name: str) -> None:
+    assert is_secret((name,), "value")
+    assert without_secrets({"a": {name: ["value"]}}) == {"a": {name: [HIDDEN]}}
+    assert without_secret(f"a.{name}=value") == f"a.{name}={HIDDEN}"
+
+
+def test_of_all_keys_that_a_config_takes_the_hub_s_tokens_alone_are_secrets() -> None:
+    ours = {key.name for section in config_keys() for key in section.keys}
+    theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
+    secret = {name for name in ours | theirs | set(fields_of_all()) if is_secret_name(name)}
+    assert secret <= {"hub_token", "push_to_hub_token"}
+    assert "hub_token" in secret
