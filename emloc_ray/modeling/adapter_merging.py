@@ -17,7 +17,7 @@ from emloc_ray.core.merging import add_rows, scale_rows, squared_row_norms
 from emloc_ray.core.updates import Update
 from emloc_ray.io.formats.checkpoint import TensorEntry
 from emloc_ray.io.formats.shards import copy_chunks, row_chunks
-from emloc_ray.modeling.adapter import Adapter
+from emloc_ray.modeling.adapter_files import Adapter
 from emloc_ray.modeling.architecture import LinearSpec
 
 _NORM_ROWS = 64  # read at a time for norms, whatever the chunks are: no bit may depend on those

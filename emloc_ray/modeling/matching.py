@@ -89,3 +89,13 @@ def _no_match(key: str, pattern: str, names: Sequence[str]) -> str:
     near = difflib.get_close_matches(pattern, there, n=1, cutoff=0.6)
     hint = f"; the nearest is {near[0]}" if near else ""
     return f"{key}: {pattern!r} matches none of the {len(names)} linears (there are {', '.join(there[:20])}{hint})."
+
+
+def portable_targets(chosen: Sequence[str], every_linear: Sequence[str]) -> list[str]:
+    """The shortest ``target_modules`` that names just ``chosen`` among all the model's linears.
+
+    Suffixes (``q_proj``) where they suffice, as servers expect; else full names.
+    """
+    short = suffixes(chosen)
+    reached = [name for name in every_linear if matches(name, short)]
+    return short if set(reached) == set(chosen) else list(chosen)

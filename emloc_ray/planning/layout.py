@@ -10,7 +10,6 @@ from torch import Tensor
 
 from emloc_ray.core.ranks import Storage, rank_for_ratio
 from emloc_ray.errors import ConfigError
-from emloc_ray.modeling.adapter import portable_targets
 from emloc_ray.modeling.adapter_methods import default_targets, feedforward_names
 from emloc_ray.modeling.architecture import (
     LinearSpec,
@@ -23,7 +22,7 @@ from emloc_ray.modeling.architecture import (
 from emloc_ray.modeling.expert_adapters import taken_for_experts
 from emloc_ray.modeling.experts import owner_of
 from emloc_ray.modeling.inputs import has_encoder
-from emloc_ray.modeling.matching import ALL_LINEAR, Patterns, check_table, lookup, matches, select
+from emloc_ray.modeling.matching import ALL_LINEAR, Patterns, check_table, lookup, matches, portable_targets, select
 from emloc_ray.modeling.quantization import replaceable_linears
 from emloc_ray.modeling.replay import block_flow
 

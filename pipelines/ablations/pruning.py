@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.io.store.atomic import atomic_directory, write_json
-from emloc_ray.modeling.adapter import Adapter, LoraModule, lora_form, write_adapter
+from emloc_ray.modeling.adapter_files import Adapter, LoraModule, lora_form, write_adapter
 from emloc_ray.modeling.architecture import load_config
 from emloc_ray.modeling.loading import copy_tokenizer, load_model
 

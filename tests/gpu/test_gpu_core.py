@@ -13,7 +13,7 @@ from emloc_ray.core.gram import Gram
 from emloc_ray.core.pivoting import pivot
 from emloc_ray.core.two_sided import factorize_two_sided
 from emloc_ray.core.whitening import Whitening
-from emloc_ray.modeling.adapter import LoraModule
+from emloc_ray.modeling.adapter_files import LoraModule
 from emloc_ray.stages.correct.modules import CorrectableModule
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]

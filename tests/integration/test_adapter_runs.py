@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.formats.yaml_text import write_yaml
 from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.modeling.adapter import Adapter
+from emloc_ray.modeling.adapter_files import Adapter
 from emloc_ray.modeling.scoring import score_rows
 from emloc_ray.runs.batch.driver import prepare_batch, run_batch
 from emloc_ray.runs.batch.state import BatchState

@@ -23,7 +23,7 @@ from emloc_ray.data.processors import ImageInputs
 from emloc_ray.data.token_shards import TokenShards, collate
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.formats.grams import GramStore
-from emloc_ray.modeling.adapter import Adapter
+from emloc_ray.modeling.adapter_files import Adapter
 from emloc_ray.modeling.architecture import auto_class
 from emloc_ray.modeling.inputs import model_call
 from emloc_ray.modeling.loading import load_model

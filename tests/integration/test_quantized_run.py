@@ -16,7 +16,7 @@ from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.formats.grams import GramStore
-from emloc_ray.modeling.adapter import Adapter
+from emloc_ray.modeling.adapter_files import Adapter
 from emloc_ray.modeling.quantization import stored_weight
 from emloc_ray.planning.prepared import prepare
 

@@ -19,16 +19,8 @@ from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.io.store.atomic import write_json
 from emloc_ray.io.store.node_cache import discard, ensure
-from emloc_ray.modeling.adapter import (
-    Adapter,
-    attach_adapter,
-    copy_adapter,
-    detach_adapter,
-    load_adapter,
-    lora_form,
-    lora_form_settings,
-    write_adapter,
-)
+from emloc_ray.modeling.adapter import attach_adapter, detach_adapter, load_adapter
+from emloc_ray.modeling.adapter_files import Adapter, copy_adapter, lora_form, lora_form_settings, write_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.loading import load_model

@@ -23,7 +23,7 @@ from emloc_ray.core.pivoting import stored_product
 from emloc_ray.core.updates import LowRankUpdate, row_norms, seen_rows
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.formats.grams import GramStore
-from emloc_ray.modeling.adapter import Adapter, LoraModule
+from emloc_ray.modeling.adapter_files import Adapter, LoraModule
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.quantization import is_quantized, stored_weight
 

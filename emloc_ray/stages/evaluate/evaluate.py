@@ -16,7 +16,8 @@ from emloc_ray.data.formats import Tokens
 from emloc_ray.data.processors import ImageInputs
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.store.node_cache import ensure
-from emloc_ray.modeling.adapter import CONFIG_NAME, WEIGHTS_NAME, detach_adapter, load_adapter
+from emloc_ray.modeling.adapter import detach_adapter, load_adapter
+from emloc_ray.modeling.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.scoring import Score, complete, prompt_length, score_rows
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard

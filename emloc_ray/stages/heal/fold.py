@@ -19,7 +19,7 @@ from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.checkpoint import Checkpoint, TensorEntry
 from emloc_ray.io.formats.shards import copy_chunks, make_header, row_chunks, stream_shard, write_tensors
 from emloc_ray.io.store.node_cache import exists
-from emloc_ray.modeling.adapter import Adapter
+from emloc_ray.modeling.adapter_files import Adapter
 from emloc_ray.modeling.quantization import quantize
 from emloc_ray.stages.factorize.factorize import finish_emulator
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard

@@ -17,7 +17,7 @@ from emloc_ray.io.formats.checkpoint import INDEX_NAME, Checkpoint, Shard, Tenso
 from emloc_ray.io.formats.shards import chunk_limit, copy_chunks, make_header, stream_shard
 from emloc_ray.io.store.atomic import copy_file
 from emloc_ray.io.store.node_cache import exists
-from emloc_ray.modeling.adapter import Adapter
+from emloc_ray.modeling.adapter_files import Adapter
 from emloc_ray.modeling.adapter_merging import Changes, changed_tensors, merged_chunks
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.loading import copy_tokenizer

@@ -14,7 +14,7 @@ from emloc_ray.core.correction import Candidate
 from emloc_ray.core.factorization import factorize, relative_error
 from emloc_ray.core.ranks import rank_for_ratio
 from emloc_ray.core.whitening import Whitening
-from emloc_ray.modeling.adapter import LoraModule
+from emloc_ray.modeling.adapter_files import LoraModule
 from emloc_ray.stages.correct.modules import CorrectableModule
 
 RATIOS = (0.5, 0.25)

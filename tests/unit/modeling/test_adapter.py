@@ -14,22 +14,17 @@ import torch
 from dense_weights import dense_weight
 from peft import PeftModel
 from s3_server import uri
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny import FAMILIES, VOCABULARY
 from transformers import AutoModelForCausalLM
 
-from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.store.node_cache import mirror
-from emloc_ray.modeling.adapter import (
+from emloc_ray.modeling.adapter import attach_adapter, load_adapter, save_trained_adapter
+from emloc_ray.modeling.adapter_files import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     Adapter,
     LoraModule,
-    adapter_scale,
-    attach_adapter,
-    load_adapter,
-    portable_targets,
-    save_trained_adapter,
     write_adapter,
 )
 from emloc_ray.modeling.adapter_layers import FactorizedLoraLinear
@@ -238,11 +233,6 @@ def test_scales_are_peft_s_own(
         assert module.lora_a.shape[0] == layer.r["default"]
 
 
-def test_null_patterns_as_older_peft_writes_them() -> None:
-    config = {"r": 4, "lora_alpha": 8, "rank_pattern": None, "alpha_pattern": None}
-    assert adapter_scale(config, "x.q_proj") == 2.0
-
-
 def test_every_node_loads_the_newest_adapter(
     s3_port: int, node_cache: Path, tmp_path: Path, emulator_dir: Callable[[str], Path]
 ) -> None:
@@ -269,65 +259,3 @@ def test_what_write_adapter_writes_plain_peft_reads(
     expected = by_hand(tiny_model_dir(family), tmp_path / "b")
     torch.testing.assert_close(logits(model.eval()), expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(expected, by_hand(tiny_model_dir(family), directory))
-
-
-# What is refused.
-
-
-@pytest.fixture(scope="module")
-def adapter_dir(emulator_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(tmp_path_factory.mktemp("adapter") / "a", emulator_dir("llama"))[1]
-
-
-def changed(adapter_dir: Path, directory: Path, **changes: Any) -> Path:
-    directory.mkdir()
-    config = json.loads((adapter_dir / CONFIG_NAME).read_text()) | changes
-    (directory / CONFIG_NAME).write_text(json.dumps(config))
-    save_file(load_file(adapter_dir / WEIGHTS_NAME), directory / WEIGHTS_NAME)
-    return directory
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"trainable_token_indices": [3]}, "trainable_token_indices"),
-        ({"target_parameters": ["mlp.gate.e_score_correction_bias"]}, "e_score_correction_bias"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"init_lora_weights": "pissa"}, "pissa"),
-        ({"init_lora_weights": "pissa_niter_16"}, "pissa_niter_16"),
-        ({"init_lora_weights": "olora"}, "olora"),
-        ({"peft_type": "BOFT"}, "BOFT"),
-    ],
-)
-def test_variants_that_are_not_s_b_a(tmp_path: Path, adapter_dir: Path, changes: dict[str, Any], named: str) -> None:
-    with pytest.raises(ConfigError, match=named) as caught:
-        Adapter(changed(adapter_dir, tmp_path / "x", **changes))
-    assert str(tmp_path / "x") in str(caught.value)
-
-
-@pytest.mark.parametrize("init", [True, False, "gaussian"])
-def test_plain_initialisations_are_taken(tmp_path: Path, adapter_dir: Path, init: Any) -> None:
-    assert Adapter(changed(adapter_dir, tmp_path / "x", init_lora_weights=init)).names
-
-
-@pytest.mark.parametrize("missing", [CONFIG_NAME, WEIGHTS_NAME])
-def test_missing_files(tmp_path: Path, adapter_dir: Path, missing: str) -> None:
-    directory = changed(adapter_dir, tmp_path / "x")
-    (directory / missing).unlink()
-    with pytest.raises(ArtifactError, match=f"holds no {missing}"):
-        Adapter(directory)
-
-
-# Portable targets.
-
-
-def test_suffixes_where_they_suffice_else_full_names() -> None:
-    every = [f"layers.{layer}.{name}" for layer in range(2) for name in ("attn.q", "attn.v", "mlp.up")]
-    assert portable_targets(["layers.0.attn.q", "layers.1.attn.q"], every) == ["q"]
-    assert portable_targets(every, every) == ["q", "v", "up"]
-    assert portable_targets(["layers.1.attn.q"], every) == ["layers.1.attn.q"]
-    assert portable_targets(["layers.0.attn.q", "layers.1.attn.q"], [*every, "vision.0.q"]) == [
-        "layers.0.attn.q",
-        "layers.1.attn.q",
-    ]

@@ -17,15 +17,8 @@ from tiny import make_model, save_emulator, save_quantized_emulator
 from transformers import AutoModelForCausalLM
 
 from emloc_ray.data.formats import Tokens
-from emloc_ray.modeling.adapter import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    Adapter,
-    attach_adapter,
-    detach_adapter,
-    load_adapter,
-    save_trained_adapter,
-)
+from emloc_ray.modeling.adapter import attach_adapter, detach_adapter, load_adapter, save_trained_adapter
+from emloc_ray.modeling.adapter_files import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from emloc_ray.modeling.adapter_layers import FactorizedDora, FactorizedLoraLinear
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import block_linears

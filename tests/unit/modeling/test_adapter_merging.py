@@ -15,7 +15,7 @@ from tiny import save_emulator
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from emloc_ray.io.formats.checkpoint import Checkpoint
-from emloc_ray.modeling.adapter import Adapter
+from emloc_ray.modeling.adapter_files import Adapter
 from emloc_ray.modeling.adapter_merging import changed_tensors, merged_chunks
 from emloc_ray.modeling.adapter_methods import update_rank
 from emloc_ray.modeling.architecture import LinearSpec, StoredRows, block_linears, empty_model

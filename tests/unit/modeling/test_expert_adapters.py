@@ -13,14 +13,8 @@ from tiny import EXPERT_FAMILIES
 from transformers import AutoModelForCausalLM
 
 from emloc_ray.errors import ConfigError
-from emloc_ray.modeling.adapter import (
-    Adapter,
-    LoraModule,
-    attach_adapter,
-    load_adapter,
-    save_trained_adapter,
-    write_adapter,
-)
+from emloc_ray.modeling.adapter import attach_adapter, load_adapter, save_trained_adapter
+from emloc_ray.modeling.adapter_files import Adapter, LoraModule, write_adapter
 from emloc_ray.modeling.adapter_methods import lora_config
 from emloc_ray.modeling.architecture import block_linears
 from emloc_ray.modeling.expert_adapters import split_experts

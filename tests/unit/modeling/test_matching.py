@@ -13,7 +13,7 @@ from tiny import make_config
 
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.architecture import block_linears, empty_model
-from emloc_ray.modeling.matching import check_table, lookup, matches, select, suffixes
+from emloc_ray.modeling.matching import check_table, lookup, matches, portable_targets, select, suffixes
 
 NAMES = [spec.name for spec in block_linears(empty_model(make_config("llama")))]
 
@@ -120,3 +120,14 @@ def test_a_table_s_key_that_names_nothing() -> None:
 
 def test_suffixes_in_order_without_repeats() -> None:
     assert suffixes(NAMES) == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def test_suffixes_where_they_suffice_else_full_names() -> None:
+    every = [f"layers.{layer}.{name}" for layer in range(2) for name in ("attn.q", "attn.v", "mlp.up")]
+    assert portable_targets(["layers.0.attn.q", "layers.1.attn.q"], every) == ["q"]
+    assert portable_targets(every, every) == ["q", "v", "up"]
+    assert portable_targets(["layers.1.attn.q"], every) == ["layers.1.attn.q"]
+    assert portable_targets(["layers.0.attn.q", "layers.1.attn.q"], [*every, "vision.0.q"]) == [
+        "layers.0.attn.q",
+        "layers.1.attn.q",
+    ]

@@ -28,7 +28,7 @@ from emloc_ray.core.correction import Method
 from emloc_ray.data.ingest import SampleOrder
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.formats.grams import GramStore
-from emloc_ray.modeling.adapter import Adapter
+from emloc_ray.modeling.adapter_files import Adapter
 from emloc_ray.stages.correct.correct import correct_adapter
 from emloc_ray.stages.correct.stage import correction_job
 

@@ -12,7 +12,7 @@ from emloc_ray.core.gram import Gram
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import shard_name, write_index, write_shard
 from emloc_ray.io.formats.grams import GramStore, StoredGram, write_gram_index, write_gram_shard
-from emloc_ray.modeling.adapter import LoraModule, write_adapter
+from emloc_ray.modeling.adapter_files import LoraModule, write_adapter
 from emloc_ray.modeling.architecture import LinearSpec, block_linears, empty_model
 from emloc_ray.stages.calibrate.job import CalibrationJob
 from emloc_ray.stages.factorize.job import FactorizationJob

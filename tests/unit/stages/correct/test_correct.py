@@ -22,7 +22,8 @@ from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import TokenShards, shard_name, write_index, write_shard
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.formats.grams import GramStore
-from emloc_ray.modeling.adapter import Adapter, save_trained_adapter, write_adapter
+from emloc_ray.modeling.adapter import save_trained_adapter
+from emloc_ray.modeling.adapter_files import Adapter, write_adapter
 from emloc_ray.modeling.architecture import block_linears, empty_model
 from emloc_ray.modeling.scoring import losses_by_row, score_rows
 from emloc_ray.stages.correct import correct as module

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import TokenShards, shard_name, write_index, write_shard
 from emloc_ray.io.formats.checkpoint import Checkpoint
-from emloc_ray.modeling.adapter import Adapter, LoraModule, write_adapter
+from emloc_ray.modeling.adapter_files import Adapter, LoraModule, write_adapter
 from emloc_ray.modeling.scoring import Score, score_rows
 from emloc_ray.stages.evaluate.evaluate import VARIANTS, EvaluationJob, evaluate, evaluate_slice
 from emloc_ray.stages.merge.merge import MergeJob, merge_shard

@@ -11,7 +11,7 @@ from tiny import VOCABULARY, make_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from emloc_ray.io.formats.checkpoint import Checkpoint, read_shard
-from emloc_ray.modeling.adapter import LoraModule, write_adapter
+from emloc_ray.modeling.adapter_files import LoraModule, write_adapter
 from emloc_ray.modeling.architecture import LinearSpec, block_linears, empty_model
 from emloc_ray.modeling.experts import PARTS, owner_of
 from emloc_ray.modeling.stored_names import renamed_tensors, stored_parameters, stored_specs

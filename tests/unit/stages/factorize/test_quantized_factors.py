@@ -17,7 +17,7 @@ from emloc_ray.core.correction import Candidate
 from emloc_ray.errors import NumericsError
 from emloc_ray.io.formats.checkpoint import Checkpoint, read_shard
 from emloc_ray.io.formats.grams import GramStore
-from emloc_ray.modeling.adapter import Adapter
+from emloc_ray.modeling.adapter_files import Adapter
 from emloc_ray.modeling.architecture import block_linears, empty_model
 from emloc_ray.modeling.quantization import dequantize, quantize
 from emloc_ray.modeling.stored_names import stored_parameters, stored_specs

@@ -14,7 +14,7 @@ from stage_artifacts import Artifacts
 from tiny import save_emulator
 
 from emloc_ray.errors import DamagedArtifactError
-from emloc_ray.modeling.adapter import CONFIG_NAME, WEIGHTS_NAME
+from emloc_ray.modeling.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from emloc_ray.stages.finetune.session import LoneSession, own_environment
 from emloc_ray.stages.finetune.training import FinetuneJob, train
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from emloc_ray.io.formats.checkpoint import INDEX_NAME, Checkpoint, read_shard, write_index
 from emloc_ray.io.store.node_cache import exists, mirror
-from emloc_ray.modeling.adapter import Adapter
+from emloc_ray.modeling.adapter_files import Adapter
 from emloc_ray.modeling.architecture import block_linears, empty_model
 from emloc_ray.modeling.loading import copy_checkpoint
 from emloc_ray.stages.merge.merge import MergeJob, _write_index, merge_shard, output_shards
