@@ -18,8 +18,7 @@ from emloc_ray.errors import Stopped
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.runs.reporter import SilentReporter
 from emloc_ray.runs.run import Pipeline
-from emloc_ray.runs.steps import Steps
-from emloc_ray.runs.turns import AtOnce
+from emloc_ray.runs.steps import AtOnce, Steps
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.stage import Stage
 from emloc_ray.ui import api

@@ -331,7 +331,7 @@ class MemoryModel:
         return [group for group in self.layout.groups if any(spec.name in targeted for spec in group)]
 
     def _adapter_parameters(self) -> int:
-        """Those that are trained: of another method than LoRA's as counted by attaching it, see ``preparation.py``."""
+        """Those that are trained: of another method than LoRA's as counted by attaching it, see ``model_checks.py``."""
         if self.layout.adapter_parameters is not None:
             return self.layout.adapter_parameters
         magnitudes = sum(s.out_features for s in self.adapted) if self.config.adapter.method == "dora" else 0

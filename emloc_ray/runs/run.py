@@ -17,9 +17,8 @@ from emloc_ray.planning.work import row_lengths
 from emloc_ray.runs import remarks
 from emloc_ray.runs.log import RunLog
 from emloc_ray.runs.reporter import Reporter, Reporters, SilentReporter
-from emloc_ray.runs.steps import Dropped, Steps
+from emloc_ray.runs.steps import AtOnce, Dropped, Steps, Turns
 from emloc_ray.runs.trace import Trace
-from emloc_ray.runs.turns import AtOnce, Turns
 from emloc_ray.stages.context import Context
 from emloc_ray.stages.importing import is_imported
 from emloc_ray.stages.order import STEPS

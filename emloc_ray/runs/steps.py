@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Protocol
 
 from emloc_ray.config.steps import STEPS
 from emloc_ray.errors import DamagedArtifactError, EmlocError, Stopped
@@ -18,13 +20,41 @@ from emloc_ray.planning.plan import planned_memory
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.runs.reporter import Reporter
 from emloc_ray.runs.results import assemble_metrics
-from emloc_ray.runs.turns import Turns
 from emloc_ray.stages import order
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.ray.losses import explain
 from emloc_ray.stages.ray.tasks import Resources, shortage
 from emloc_ray.stages.ray.usage import measured
 from emloc_ray.stages.stage import Stage
+
+
+class Turns(Protocol):
+    """Whom a run asks before each stage that it does: when it may start, and with how many workers."""
+
+    def take(self, stage: str, asked: Resources, least: int) -> AbstractContextManager[Resources]:
+        """Waits until the stage may start; gives what it may use while it runs.
+
+        It may be fewer workers than it asked for, but not fewer than ``least``.
+
+        Raises:
+            Stopped: where the run is to end instead.
+        """
+
+    def stopped(self) -> bool:
+        """Whether the run is to end: asked again and again while a stage runs."""
+
+
+class AtOnce:
+    """The turns of a run that has its cluster to itself."""
+
+    @contextlib.contextmanager
+    def take(self, stage: str, asked: Resources, least: int) -> Iterator[Resources]:
+        """At once, all that was asked for."""
+        yield asked
+
+    def stopped(self) -> bool:
+        """Never: who runs it interrupts it."""
+        return False
 
 
 class Dropped(EmlocError):
