@@ -14,7 +14,7 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(PYTEST) -p no:cacheprovider -n 2 --dist loadfile -m quick tests/unit
+	$(PYTEST) -p no:cacheprovider -n 2 --dist loadfile -m quick tests/unit tests/compat
 
 # Twenty minutes: that, and all that is not deep.
 test: check

@@ -60,14 +60,15 @@ ALLOWED_SKIPS = (
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks each test by what it starts, and ``quick`` the unit tests that start nothing; those of the shared Ray come last."""
+    """Marks each test by what it starts, ``quick`` those of units and old runs that start nothing; the shared Ray's come last."""
     for item in items:
         marks = {STARTS[name] for name in STARTS.keys() & set(item.fixturenames)}  # type: ignore[attr-defined]
         room = item.path.relative_to(TESTS).parts[0]
         marks |= {"ray"} if room in ("integration", "e2e") else set()
         for mark in marks:
             item.add_marker(mark)
-        if room == "unit" and not {mark.name for mark in item.iter_markers()} & {*STARTS.values(), "deep", "gpu"}:
+        busy = {mark.name for mark in item.iter_markers()} & {*STARTS.values(), "deep", "gpu"}
+        if room in ("unit", "compat") and not busy:
             item.add_marker("quick")
     # Tests that start a Ray of their own must not meet the shared one.
     items.sort(key=lambda item: "ray_session" in item.fixturenames)  # type: ignore[attr-defined]

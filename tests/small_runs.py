@@ -192,9 +192,9 @@ class DrySteps(Steps):
         return result
 
 
-def redone(values: dict[str, Any], begin: str | None = None) -> list[str]:
-    """The stages that a run of this config would do again."""
-    dry = Pipeline(prepare(parse_config(values)), RecordingReporter(), begin)
+def redone(values: dict[str, Any], begin: str | None = None, reporter: RecordingReporter | None = None) -> list[str]:
+    """The stages that a run of this config would do again; the reporter hears what it would say of that."""
+    dry = Pipeline(prepare(parse_config(values)), reporter or RecordingReporter(), begin)
     dry.steps = steps = DrySteps(dry.prepared, dry.reporter, AtOnce(), None, sorted(dry.steps.forced))
     steps.redone = []
     dry.run()

@@ -77,6 +77,7 @@ class Steps:
         self.planned = planned_memory(order.STEPS, prepared)
         self._unread: list[str] = []  # stages of earlier runs whose files nobody has read yet
         self._redone: set[str] = set()
+        self._outdated: str | None = None  # the first finished stage whose inputs are not what they were
 
     def run(self, stage: Stage, context: Context) -> None:
         """Brings one stage up to date, and says of it in ``context`` what it was made from and what it returned.
@@ -109,7 +110,15 @@ class Steps:
 
     def _done_before(self, stage: Stage, key: str) -> Result | None:
         entry = self.directory.stage(stage.name)
-        if entry is None or stage.name in self.forced or not self.directory.is_done(stage.name, key):
+        if entry is None or stage.name in self.forced:
+            return None
+        if not self.directory.is_done(stage.name, key):
+            if self._outdated is None:
+                self._outdated = stage.name
+                self._note(
+                    f"{stage.name} is done again, and what follows from it: the config, the files or the version of"
+                    " emloc_ray that it was done with have changed."
+                )
             return None
         self.reporter.skip(stage.name)
         self.directory.confirm(stage.name, ahead=STEPS[: STEPS.index(stage.name)])

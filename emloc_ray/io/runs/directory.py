@@ -174,12 +174,13 @@ class RunDirectory:
             manifest: Any = json.loads(path.read_text())
         except ValueError as error:
             raise ArtifactError(f"{path} is not JSON: restore it, or remove {self.root}.") from error
-        if (
-            not isinstance(manifest, dict)
-            or manifest.get("format") != _FORMAT
-            or not isinstance(manifest.get("stages"), dict)
-        ):
-            raise ArtifactError(f"{path} is no manifest of a run of this version: name a new or empty directory.")
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("stages"), dict):
+            raise ArtifactError(f"{path} is no manifest of a run: name a new or empty directory.")
+        if manifest.get("format") != _FORMAT:
+            raise ArtifactError(
+                f"{path} has format {manifest.get('format')!r}, and this version reads {_FORMAT}: use the version of"
+                " emloc_ray that wrote it, or name a new directory."
+            )
         return manifest
 
     def stages(self) -> dict[str, dict[str, Any]]:

@@ -330,7 +330,7 @@ def test_another_program_s_manifest_is_not_ours_and_fresh_removes_nothing(tmp_pa
     (tmp_path / MANIFEST).write_text(content.replace("PLACE", tmp_path.name))
     (tmp_path / "code.js").write_text("precious")
     for attempt in (RunDirectory(tmp_path).check, lambda: RunDirectory(tmp_path).create({}, fresh=True)):
-        with pytest.raises(ConfigError, match=r"no manifest of a run of this version"):
+        with pytest.raises(ConfigError, match=r"is no manifest of a run: name|has format 99, and"):
             attempt()
     with pytest.raises(ConfigError):
         RunDirectory(tmp_path).existing()
