@@ -12,7 +12,9 @@ from small_runs import FinishedRun, RecordingReporter
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.core.gram import Gram
+from emloc_ray.data.formats import Tokens
 from emloc_ray.data.processors import example
+from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.formats.checkpoint import INDEX_NAME, Checkpoint
 from emloc_ray.io.formats.grams import GramStore, reduce_slots, write_gram_index, write_gram_shard
 from emloc_ray.io.store.atomic import copy_file
@@ -34,26 +36,44 @@ from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.factorize.kept_tensors import copy_rest, rest_of_shards
 from emloc_ray.stages.factorize.stage import factorization_job
 from emloc_ray.stages.finetune.stage import finetune_job
-from emloc_ray.stages.finetune.training import train_alone
+from emloc_ray.stages.finetune.training import FinetuneJob, train_alone
 from emloc_ray.stages.merge.merge import MergeJob, merge_shard
 from emloc_ray.stages.merge.stage import merge_job
 from emloc_ray.stages.tokens.tokens import tokenize_data
 
 
-def plain_run(values: dict[str, Any], model_dir: Path) -> FinishedRun:
-    """The artifacts of a run of this config, each at its place, and of the metrics the evaluation."""
+class PlainRun(FinishedRun):
+    """A finished run whose metrics hold the evaluation alone, with its context and the loss of each optimizer step."""
+
+    def __init__(self, context: Context, values: dict[str, Any], step_losses: list[float]) -> None:
+        super().__init__(context.path(), values, context.model_dir, RecordingReporter())
+        self.context, self.step_losses = context, step_losses
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """The held-out loss of each variant."""
+        return {variant: scores["loss"] for variant, scores in self.metrics["evaluation"].items()}
+
+    def rows(self, split: str) -> list[Tokens]:
+        """The rows of a split, in order."""
+        shards = TokenShards(self.context.tokens(split))
+        return [shards.row(position) for position in range(len(shards))]
+
+
+def plain_run(values: dict[str, Any], model_dir: Path) -> PlainRun:
+    """A run of this config: every artifact at its place."""
     prepared = prepare(parse_config(values))
-    root, context = prepared.run.root, Context(prepared, model_dir)
+    context = Context(prepared, model_dir)
     prepared.run.create(prepared.config.model_dump(mode="json"))
     with tokenized_here():
-        tokenize_data(prepared, model_dir, root / "data")
-    gather(calibration_job(context), root / "calibration")
-    build(factorization_job(context), GramStore(root / "calibration"), context.base_config())
-    train_alone(finetune_job(context, "training"), 1)
+        tokenize_data(prepared, model_dir, context.path("data"))
+    gather(calibration_job(context), context.path("calibration"))
+    build(factorization_job(context), GramStore(context.path("calibration")), context.base_config())
+    step_losses = train(finetune_job(context, "training"))
     correct_adapter(correction_job(context))
     merge(merge_job(context))
-    (root / "metrics.json").write_text(json.dumps({"evaluation": score(evaluation_job(context))}))
-    return FinishedRun(root, values, model_dir, RecordingReporter())
+    context.path("metrics.json").write_text(json.dumps({"evaluation": score(evaluation_job(context))}))
+    return PlainRun(context, values, step_losses)
 
 
 def gather(job: CalibrationJob, out_dir: Path) -> None:
@@ -92,6 +112,13 @@ def build(job: FactorizationJob, grams: GramStore, base_config: Any) -> None:
     for kept, file in zip(rest, files[len(work) :], strict=True):
         copy_rest(kept, file)
     finish_emulator(files, base_config, job.model_dir, job.ranks, job.storage, None)
+
+
+def train(job: FinetuneJob) -> list[float]:
+    """The adapter; returns the loss of each logged step."""
+    train_alone(job, 1)
+    logged = map(json.loads, job.log_path.read_text().splitlines())
+    return [line["loss"] for line in logged if "loss" in line]
 
 
 def merge(job: MergeJob) -> None:

@@ -17,7 +17,7 @@ import reference
 import torch
 from gguf_files import write_gguf
 from peft import LoraConfig, PeftModel, get_peft_model
-from plain_run import PlainRun, run_plainly
+from plain_runs import PlainRun, plain_run
 from reference import Row, Settings
 from small_runs import task_rows, write_jsonl
 from tiny import make_model, make_tokenizer
@@ -69,12 +69,14 @@ def save_model(directory: Path, family: str) -> Path:
     return directory
 
 
-def config_values(model_dir: Path, settings: Settings) -> dict[str, Any]:
-    """What the pipeline calls the reference's settings."""
+def config_values(root: Path, model_dir: Path, settings: Settings) -> dict[str, Any]:
+    """What the pipeline calls the reference's settings, its run and the rows of each split in ``root``."""
+    splits = {name: {"path": str(write_jsonl(root / f"{name}.jsonl", rows))} for name, rows in PARTS.items()}
     return {
+        "run_dir": str(root / "run"),
         "seed": settings.seed,
         "model": {"source": str(model_dir)},
-        "data": {"format": "prompt_completion", "max_seq_length": settings.max_seq_length},
+        "data": {"format": "prompt_completion", "max_seq_length": settings.max_seq_length, **splits},
         "calibration": {"num_calibration_samples": settings.num_calibration_samples},
         "emulator": {"compression_ratio": settings.compression_ratio},
         "adapter": {"r": settings.r, "lora_alpha": settings.lora_alpha},
@@ -94,14 +96,14 @@ class Twins:
 
     def __init__(self, root: Path, family: str) -> None:
         self.model_dir = save_model(root / "model", family)
-        self.pipeline: PlainRun = run_plainly(root, config_values(self.model_dir, SETTINGS), PARTS)
+        self.pipeline: PlainRun = plain_run(config_values(root, self.model_dir, SETTINGS), self.model_dir)
         tokenizer, longest = make_tokenizer(), SETTINGS.max_seq_length
         cut = {name: [reference.tokenize(row, tokenizer, longest) for row in rows] for name, rows in PARTS.items()}
         self.rows: dict[str, list[Row]] = {name: [row for row in rows if row] for name, rows in cut.items()}
 
     def path(self, *parts: str) -> Path:
         """An artifact of the pipeline's run."""
-        return self.pipeline.context.prepared.run.path(*parts)
+        return self.pipeline.context.path(*parts)
 
     @property
     def batches(self) -> list[list[Row]]:
