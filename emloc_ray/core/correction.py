@@ -8,12 +8,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from emloc_ray.core.products import ROWS, product_by_rows
+
 Method = Literal["none", "projection", "covariance"]
 
 # Directions of A weaker than this fraction of the strongest one carry no update that float32 could tell from noise.
 _DROP_BELOW = 1e-6
-
-_ROWS = 1024  # of a layer, turned to float64 at a time
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,11 @@ def canonical_form(lora_a: Tensor, lora_b: Tensor) -> CanonicalLora:
 def difference(delta: Tensor, q: Tensor, gram: Tensor | None = None) -> Difference:
     """Reads ``delta (out, in)`` and ``gram (in, in)`` by row chunks, in float64 for what is corrected, in float32 for the
     energy, so that no copy of either is made."""
-    right = q if gram is None else torch.cat([q, _wide_product(gram, q)], dim=1)
-    read = _wide_product(delta, right)
+    right = q if gram is None else torch.cat([q, product_by_rows(gram, q)], dim=1)
+    read = product_by_rows(delta, right)
     k = q.shape[1]
     energy = 0.0
-    for rows in torch.split(delta, _ROWS):
+    for rows in torch.split(delta, ROWS):
         weighted = rows.float() if gram is None else rows.float() @ gram.float()
         energy += float((weighted * rows.float()).sum(dtype=torch.float64))
     if gram is None:
@@ -102,10 +102,6 @@ def correction(seen: Difference, method: Method, scale: float, dampening_frac: f
     inner = seen.inner + damping * torch.eye(len(seen.inner), dtype=torch.float64, device=seen.inner.device)
     solved: Tensor = torch.linalg.solve(inner, seen.delta_gq + damping * seen.delta_q, left=False)
     return solved / scale
-
-
-def _wide_product(left: Tensor, right: Tensor) -> Tensor:
-    return torch.cat([rows.double() @ right for rows in torch.split(left, _ROWS)])
 
 
 def clamp_columns(correction: Tensor, b: Tensor, clamp: float | None) -> Tensor:

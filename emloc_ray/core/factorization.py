@@ -14,7 +14,8 @@ from torch import Tensor
 
 from emloc_ray.core.gram import Gram
 from emloc_ray.core.krylov import MAX_LOSS_SHARE, LeadingVectors, is_lost, leading_vectors
-from emloc_ray.core.whitening import Whitening, energy, is_finite, wide_product
+from emloc_ray.core.products import energy, is_finite, wide_product
+from emloc_ray.core.whitening import Whitening
 from emloc_ray.errors import NumericsError
 
 Solver = Literal["auto", "exact", "subspace"]

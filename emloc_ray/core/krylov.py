@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from emloc_ray.core.whitening import energy, wide_product
+from emloc_ray.core.products import energy, wide_product
 
 # The search ends where the estimated loss of energy is below this share of the energy that is left. The true loss was the
 # estimate for spectra that fall, and up to 4 times it for those of normal matrices; the relative error loses half of it.

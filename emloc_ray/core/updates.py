@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-_ROWS = 1024  # of a layer, turned to float64 at a time
+from emloc_ray.core.products import paired_columns
 
 # Directions weaker than this fraction of the strongest one carry no update that float32 could tell from noise.
 _DROP_BELOW = 1e-6
@@ -137,31 +137,6 @@ class KroneckerUpdate:
         u = (u1[:, one].unsqueeze(1) * u2[:, two]).reshape(-1, k)
         vh = (vh1[one].unsqueeze(2) * vh2[two].unsqueeze(1)).reshape(k, -1)
         return Subspace(vh, u * s[:k], _share(s, k))
-
-
-def paired_columns(one: Tensor, two: Tensor) -> Tensor:
-    """``(n, p)`` and ``(n, q)`` to ``(n, p q)``: every column of one times every column of the other (Khatri–Rao)."""
-    return (one.unsqueeze(2) * two.unsqueeze(1)).flatten(1)
-
-
-def row_norms(base: Tensor, cross: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
-    """``‖W + s B A‖`` of every row ``(out,)`` from thin products alone.
-
-    ``base (out,)`` holds ``‖W‖²`` of each row, ``cross = W Aᵀ (out, r)``: ``‖w‖² + 2 s b·(A w) + s² b (A Aᵀ) bᵀ``.
-    """
-    inner = lora_a @ lora_a.T
-    square = base + 2 * scale * (lora_b * cross).sum(dim=1) + scale**2 * ((lora_b @ inner) * lora_b).sum(dim=1)
-    return square.clamp_min(0).sqrt()
-
-
-def seen_rows(weight: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """``‖w‖²`` of every row of ``weight (out, in)``, and ``W Q (out, k)``, in float64, by row chunks: no wide copy is made."""
-    squares, products = [], []
-    for rows in torch.split(weight, _ROWS):
-        wide = rows.double()
-        squares.append(wide.square().sum(dim=1))
-        products.append(wide @ q)
-    return torch.cat(squares), torch.cat(products)
 
 
 def _dominant_of_product(left: Tensor, right: Tensor, tolerance: float) -> Subspace:

@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from emloc_ray.core.gram import Gram
+from emloc_ray.core.products import is_finite, wide_product
 from emloc_ray.errors import NumericsError
 
 # Blocks of this many columns: wide enough for full matrix-product speed, narrow enough to skip nearly half of a
 # product with a symmetric or triangular matrix.
 _BLOCK = 192
-# Rows cast to float64 at a time: few enough to stay in the cache.
-_ROWS = 256
 
 
 class Whitening:
@@ -57,9 +56,9 @@ class Whitening:
         self._choleskys: dict[torch.dtype, Tensor | None] = {}
 
     @classmethod
-    def identity(cls, in_features: int, device: torch.device | str = "cpu") -> Whitening:
+    def identity(cls, in_features: int) -> Whitening:
         """``G = I``: what is left is the plain SVD of the weight."""
-        return cls(torch.zeros(in_features, in_features, device=device), dampening_frac=0.0)
+        return cls(torch.zeros(in_features, in_features), dampening_frac=0.0)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """``G' (in, in)`` in ``dtype``, float32 or float64; do not write to it."""
@@ -161,29 +160,3 @@ def _cholesky(matrix: Tensor) -> Tensor | None:
         block[: end - start] = corner
         block[end - start :] = torch.linalg.solve_triangular(corner.T, block[end - start :], upper=True, left=False)
     return lower
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether ``tensor`` holds neither NaN nor Inf.
-
-    A norm reads it at memory speed, several times as fast as an elementwise test, and is finite only where all is;
-    where it is not, finite but large elements may have overflowed it, so that the elements decide.
-    """
-    return bool(torch.isfinite(torch.linalg.vector_norm(tensor))) or bool(torch.isfinite(tensor).all())
-
-
-def wide_product(left: Tensor, right: Tensor) -> Tensor:
-    """``leftᵀ right (a, b)`` in float64, for ``left (n, a)`` and ``right (n, b)`` that are cast some rows at a time."""
-    # A few rows times a matrix go up to twice as fast as its transpose times a few columns.
-    made = torch.zeros(right.shape[1], left.shape[1], dtype=torch.float64, device=left.device)
-    for begin in range(0, len(left), _ROWS):
-        rows = slice(begin, begin + _ROWS)
-        made.addmm_(right[rows].to(torch.float64).T, left[rows].to(torch.float64))
-    return made.T
-
-
-def energy(matrix: Tensor) -> float:
-    """``‖A‖²``: of rows in the dtype of ``A (n, k)``, and of their sum in float64."""
-    # Along the memory's rows, where sums are made in parts; across them float32 drifts by some 1e-6.
-    rows = matrix.T if matrix.stride(0) < matrix.stride(1) else matrix
-    return float(torch.linalg.vector_norm(rows, dim=1).square().sum(dtype=torch.float64))

@@ -99,20 +99,11 @@ class Segment(NamedTuple):
     images: tuple[bytes, ...] = ()
 
 
-def tokenize_rows(
-    rows: Iterable[tuple[str, Row]], format: str, tokenizer: Any, has_encoder: bool = False
-) -> list[Tokens]:
-    """Checked rows, each with the place that errors name, as tokens, whole (see :func:`truncate`), each ending in the
-    end-of-sequence token: what each would be alone, in two calls for all.
+def encode(rows: Sequence[Sequence[Segment]], tokenizer: Any) -> list[Tokens]:
+    """Rows in pieces (see :func:`segments`) as tokens, whole (see :func:`truncate`): what each would be alone, in two calls.
 
-    For a model that ``has_encoder``, which reads the prompt apart, that ends in an end-of-sequence token of its own.
     Of rows of fifty tokens a fast tokenizer takes 1.4 times as many a second so, measured on one CPU.
     """
-    return encode([segments(row, format, tokenizer, where, has_encoder) for where, row in rows], tokenizer)
-
-
-def encode(rows: Sequence[Sequence[Segment]], tokenizer: Any) -> list[Tokens]:
-    """Rows in pieces as tokens."""
     encoded: dict[bool, Iterator[list[int]]] = {}
     for special in (True, False):
         texts = [s.text for parts in rows for s in parts if s.ids is None and s.add_special_tokens == special]

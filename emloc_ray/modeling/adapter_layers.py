@@ -29,7 +29,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.vera.layer import Linear as VeraLinear
 from torch import Tensor, nn
 
-from emloc_ray.core.updates import paired_columns, row_norms
+from emloc_ray.core.products import paired_columns, row_norms
 from emloc_ray.modeling.emulator import FactorizedLinear
 
 _COLUMNS = 256  # of W_E, seen at a time

@@ -41,7 +41,6 @@ class GradientHooks:
         *,
         loss_on: str = "completion",
         seed: int = 0,
-        dtype: torch.dtype = torch.float32,
     ) -> None:
         """``loss_on`` are the tokens whose predictions matter; ``seed`` is that of the labels that are drawn for them."""
         self.model, self.loss_on, self.seed = model, loss_on, seed
@@ -53,7 +52,7 @@ class GradientHooks:
         for name in names:
             module = model.get_submodule(name)
             out_features = module.out_features if isinstance(module, nn.Linear) else module.weight.shape[1]
-            self.grams[name] = Gram.zero(out_features, dtype, module.weight.device)
+            self.grams[name] = Gram.zero(out_features, device=module.weight.device)
             self._handles.append(module.register_forward_hook(self._hook(name)))
         self._blocks = [model.get_submodule(name) for name in block_names(model)]
         for block in self._blocks:

@@ -28,7 +28,6 @@ class GramHooks:
         model: Any,
         groups: Sequence[Sequence[str]],
         streams: Mapping[str, Stream] | None = None,
-        dtype: torch.dtype = torch.float32,
         reread: bool = False,
     ) -> None:
         self.model = model
@@ -42,7 +41,7 @@ class GramHooks:
         for group in groups:
             module = model.get_submodule(group[0])
             in_features = module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0]
-            self.grams[group[0]] = Gram.zero(in_features, dtype, module.weight.device)
+            self.grams[group[0]] = Gram.zero(in_features, device=module.weight.device)
             self._handles.append(module.register_forward_pre_hook(self._hook_of(group[0], reread)))
 
     def _hook_of(self, name: str, reread: bool) -> Any:

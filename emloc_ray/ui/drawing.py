@@ -43,11 +43,11 @@ def before_after(before: float, after: float, top: float) -> Markup:
     return Markup(f'<svg class="pair" viewBox="0 0 100 9" preserveAspectRatio="none" aria-hidden="true">{rects}</svg>')
 
 
-def nice_ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers, evenly spaced, that enclose ``low`` and ``high``; at most ``most`` steps."""
+def nice_ticks(low: float, high: float) -> list[float]:
+    """Round numbers, evenly spaced, that enclose ``low`` and ``high``; at most five steps."""
     span = (high - low) or abs(high) or 1.0
-    power = 10.0 ** math.floor(math.log10(span / most))
-    step = next(power * factor for factor in (1, 2, 5, 10, 20) if span / (power * factor) <= most)
+    power = 10.0 ** math.floor(math.log10(span / 5))
+    step = next(power * factor for factor in (1, 2, 5, 10, 20) if span / (power * factor) <= 5)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [number * step for number in range(first, max(last, first + 1) + 1)]
 

@@ -31,10 +31,10 @@ class Cell:
     ends: tuple[int, int] = (0, 0)  # the layer's rank, and the last that its spectrum knows of
 
 
-def _groups(names: Iterable[str], most: int = _MOST_CELLS) -> dict[str, list[str]]:
-    """Each name alone; where they are more than ``most``, those that differ in an expert's number alone in one."""
+def _groups(names: Iterable[str]) -> dict[str, list[str]]:
+    """Each name alone; where they are more than :data:`_MOST_CELLS`, those that differ in an expert's number alone in one."""
     names = list(names)
-    if len(names) <= most:
+    if len(names) <= _MOST_CELLS:
         return {name: [name] for name in names}
     found: dict[str, list[str]] = {}
     for name in names:

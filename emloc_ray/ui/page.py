@@ -33,16 +33,6 @@ from emloc_ray.ui.terminal import VARIANTS
 from emloc_ray.ui.timeline import draw, run_lines
 
 _TEMPLATE = "report.html.j2"
-# The keys of metrics.json that each stage makes. They are not shown where the manifest lacks the stage: it will be redone.
-_SECTIONS = {
-    "data": ["data"],
-    "calibrate": ["calibration"],
-    "factorize": ["emulator"],
-    "heal": ["healing"],
-    "finetune": ["finetune"],
-    "correct": ["correction"],
-    "evaluate": ["evaluation", "exact_match", "generations", "gap_closed"],
-}
 
 METHOD_NAMES = {
     "lora": "LoRA",

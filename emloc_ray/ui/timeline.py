@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -150,10 +150,10 @@ def running_time(spans: Iterable[tuple[float, float]]) -> Clock | None:
     return Clock(merged[0][0], seconds, pauses)
 
 
-def time_ticks(seconds: float, most: int = 6) -> list[tuple[float, str]]:
-    """Round times from 0 on, none above ``seconds``, each with its text; at most ``most`` steps of 100 d."""
+def time_ticks(seconds: float) -> list[tuple[float, str]]:
+    """Round times from 0 on, none above ``seconds``, each with its text; at most six steps, or steps of 100 d."""
     steps = [(unit, number) for unit, numbers in _STEPS.items() for number in numbers]
-    unit, number = next((step for step in steps if seconds / (_SECONDS[step[0]] * step[1]) <= most), steps[-1])
+    unit, number = next((step for step in steps if seconds / (_SECONDS[step[0]] * step[1]) <= 6), steps[-1])
     count = int(seconds / (_SECONDS[unit] * number))
     return [(step * number * _SECONDS[unit], f"{step * number} {unit}") for step in range(count + 1)]
 
@@ -207,7 +207,7 @@ def _draw_line(line: Line, number: int, clock: Clock, scale: float) -> str:
     return f"<g><title>{Markup.escape(visible(line.name))}</title>{''.join(paths)}</g>"
 
 
-def _kind(kind: str, known: Collection[str] = (*STEPS, "lost")) -> str:
+def _kind(kind: str) -> str:
     """The bar's class in the page's style; ``other`` for a stage of another version."""
     name, _, rest = kind.partition(" ")
-    return (name if name in known else "other") + (" unfinished" if rest == "unfinished" else "")
+    return (name if name in (*STEPS, "lost") else "other") + (" unfinished" if rest == "unfinished" else "")

@@ -20,7 +20,8 @@ from emloc_ray.core.correction import (
     shortfall,
 )
 from emloc_ray.core.pivoting import stored_product
-from emloc_ray.core.updates import LowRankUpdate, row_norms, seen_rows
+from emloc_ray.core.products import row_norms, seen_rows
+from emloc_ray.core.updates import LowRankUpdate
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.modeling.adapter_files import Adapter, LoraModule

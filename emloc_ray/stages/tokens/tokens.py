@@ -9,12 +9,11 @@ from typing import Any, TypeVar
 
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.data.hub import download
-from emloc_ray.data.reading import SourceFile, fingerprint_sources, scan
+from emloc_ray.data.reading import SourceFile, scan
 from emloc_ray.data.splits import CALIBRATION_SEED, SPLITS, RowSelection, assign_splits
 from emloc_ray.data.token_budget import rows_within
 from emloc_ray.data.tokenizing import TokenizeOptions, first_unwritten, row_lengths, tokenize_splits
 from emloc_ray.errors import DataError
-from emloc_ray.io.runs.fingerprint import content_of
 from emloc_ray.io.runs.resume import discard_unless
 from emloc_ray.io.store.node_cache import exists, hashes
 from emloc_ray.modeling.inputs import has_encoder
@@ -25,37 +24,6 @@ from emloc_ray.stages.ray.tasks import Progress, silent
 _ROWS_PER_SHARD = 1024
 _IMAGE_ROWS_PER_SHARD = 256
 Result = TypeVar("Result")
-
-
-def split_inputs(prepared: Prepared) -> dict[str, Any]:
-    """What the token shards depend on."""
-    config = prepared.config
-    unused = {"healing"} - {*splits_of(config)}
-    return {
-        "data": config.data.model_dump(mode="json", exclude=unused),
-        "files": {name: fingerprint_sources(sources) for name, sources in prepared.files.items()},
-        "counts": [
-            config.calibration.num_calibration_samples,
-            config.calibration.num_calibration_tokens,
-            config.correction.num_selection_samples,
-            config.evaluation.num_samples,
-        ],
-        "rows_per_shard": config.calibration.rows_per_shard,
-        "seed": config.seed,
-    }
-
-
-def content_of_rows(prepared: Prepared) -> dict[str, str]:
-    """A hash of the rows of every split that has local files; what lies in a store is told by its version already."""
-    local = {name: [Path(s.path) for s in sources if not s.is_stored] for name, sources in prepared.files.items()}
-    return {name: content_of(files) for name, files in local.items()}
-
-
-def may_change(prepared: Prepared) -> bool:
-    """Whether the same rows may be others another day: a data set of the hub, images that rows name."""
-    data, names = prepared.config.data, splits_of(prepared.config)
-    hub = any(str(split.path).startswith("hf:") for name in names if (split := getattr(data, name)) is not None)
-    return hub or any(source.images for files in prepared.files.values() for source in files)
 
 
 def tokenize_data(

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from emloc_ray.core.correction import apply_correction, canonical_form, correction, difference
 from emloc_ray.core.merging import add_rows, scale_rows, squared_row_norms
-from emloc_ray.core.updates import HadamardUpdate, KroneckerUpdate, LowRankUpdate, Update, row_norms, seen_rows
+from emloc_ray.core.products import row_norms, seen_rows
+from emloc_ray.core.updates import HadamardUpdate, KroneckerUpdate, LowRankUpdate, Update
 
 GENERATOR = torch.Generator().manual_seed(3)
 

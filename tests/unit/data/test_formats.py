@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from tiny import CHAT_TEMPLATE, EOS, PAD, make_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from emloc_ray.data.formats import Tokens, check_row, pack, tokenize_rows, truncate
+from emloc_ray.data.formats import Tokens, check_row, encode, pack, segments, truncate
 from emloc_ray.errors import DataError
 
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(str.strip)
 
 
 def tokenize_row(row: dict[str, Any], format: str, tokenizer: Any, where: str) -> Tokens:
-    return tokenize_rows([(where, row)], format, tokenizer)[0]
+    return encode([segments(row, format, tokenizer, where)], tokenizer)[0]
 
 
 def spans(tokens: Tokens, tokenizer: Any) -> list[tuple[bool, str]]:
@@ -65,7 +65,7 @@ def test_a_tokenizer_that_adds_special_tokens_itself() -> None:
 
 def test_an_encoder_s_prompt_ends_by_itself(tokenizer: Any) -> None:
     row = {"prompt": "hello", "completion": "world"}
-    [tokens] = tokenize_rows([("here", row)], "prompt_completion", tokenizer, has_encoder=True)
+    [tokens] = encode([segments(row, "prompt_completion", tokenizer, "here", has_encoder=True)], tokenizer)
     assert spans(tokens, tokenizer) == [(False, "hello<eos>"), (True, "world<eos>")]
 
 
@@ -82,7 +82,7 @@ def test_many_rows_at_once_are_what_each_is_alone(special: bool, pairs: list[tup
             turns = [{"role": "user", "content": first}, {"role": "assistant", "content": second}]
             rows.append({"text": first, "prompt": first, "completion": second, "messages": turns * 2})
         alone = [by_the_text(row, format, tokenizer) for row in rows]
-        assert tokenize_rows([("here", row) for row in rows], format, tokenizer) == alone
+        assert encode([segments(row, format, tokenizer, "here") for row in rows], tokenizer) == alone
         assert [tokenize_row(row, format, tokenizer, "here") for row in rows] == alone
 
 
