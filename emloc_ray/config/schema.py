@@ -50,9 +50,9 @@ class DataConfig(Section):
     healing: SplitConfig | None = Field(None, description="what the emulator is healed on; left out: train's rows")
     max_seq_length: int = Field(512, ge=2, description="tokens that longer rows are cut to")
     packing: bool = Field(False, description="join rows into sequences of max_seq_length")
-    on_error: Literal["fail", "skip"] = Field(
-        "fail", description="a bad row, or its missing image, ends the run or is left out"
-    )
+    on_error: Literal["fail", "skip"] = Field("fail", description="a bad row or image ends the run, or is left out")
+    image_hosts: list[str] = Field([], description="hosts of private addresses that rows may name images at")
+    image_roots: list[str] = Field([], description="folders and URIs of images beside the data's own")
 
     @model_validator(mode="after")
     def _has_a_source(self) -> DataConfig:

@@ -10,35 +10,27 @@ from __future__ import annotations
 import base64
 import http.client
 import io
-import posixpath
+import math
 import re
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
+from emloc_ray.data.downloads import NotAllowed
+from emloc_ray.data.image_places import NOWHERE_ELSE, ImagePlaces, is_remote, local_path
 from emloc_ray.data.reading import Row
 from emloc_ray.errors import ArtifactError, ConfigError, DataError
 from emloc_ray.io.store.object_store import is_store_uri
-from emloc_ray.io.store.stored_files import StoredFile
 
 COLUMNS = ("images", "image")
 """Columns whose images the parts ``{"type": "image"}`` that name none take, in their order."""
 
-Content = TypeVar("Content", bytes, bytearray)
 SOURCES = ("image", "url", "path", "base64", "bytes")
-_TIMEOUT_S = 20.0  # of a server's silence
-_LONGEST_S = 60.0  # of one try of a URL
-_WAITS_S = (1.0, 4.0)  # before another try
-_MAX_BYTES = 2**27  # of one encoded image
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+"""What Pillow may open of rows' images, by its names: each decoder is one more that a row can attack."""
+_MAX_PIXELS = 2**27  # of one image: 400 MB as RGB
 _REMOTE_BYTES = 100_000
-_CHUNK_BYTES = 2**16
-_OF_URLS = ":/?#[]@!$&'()*+,;=%~"  # what a URL may hold beside letters and digits
 
 
 def image_parts(row: Row) -> Iterator[dict[str, Any]]:
@@ -85,34 +77,29 @@ def sources(row: Row) -> Iterator[tuple[str, Any]]:
             yield source
 
 
-def is_remote(name: str, folder: str) -> bool:
-    """Whether a server has to be asked for an image of that name, in a row of a file in ``folder``."""
-    return is_store_uri(name) or (is_store_uri(folder) and not name.startswith("file://"))
-
-
-def local_path(name: str, folder: str) -> Path:
-    """Where an image is that is not remote; a relative path is taken from the row's file."""
-    return Path(folder) / Path(name.removeprefix("file://")).expanduser()
-
-
-def look(row: Row, where: str) -> list[Any]:
+def look(row: Row, where: str, places: ImagePlaces = NOWHERE_ELSE) -> list[Any]:
     """What can be seen of a checked row's images that are no part of it, unopened: names, sizes and times.
 
     Raises:
-        DataError: naming file and row, where one is to be a file here and is not.
+        DataError: naming file and row, where one is to be a file here and is not, or is where rows may not read.
     """
     folder = getattr(where, "folder", ".")
     seen: list[Any] = []
     for number, (kind, name) in enumerate(sources(row)):
         if kind not in ("path", "url") or not isinstance(name, str) or name.startswith("data:"):
             continue
-        if is_remote(name, folder):
-            seen.append(name)
-            continue
+        label = f"{where}: image {number + 1} {_shown(name)}"
         try:
-            status = local_path(name, folder).stat()
+            if is_remote(name, folder):
+                if not name.startswith(("http://", "https://")):
+                    places.stored(name, folder)
+                seen.append(name)
+                continue
+            status = places.local(name, folder).stat()
+        except NotAllowed as error:
+            raise _not_allowed(label, error) from error
         except (OSError, ValueError) as error:
-            raise _not_there(f"{where}: image {number + 1} {_shown(name)}") from error
+            raise _not_there(label) from error
         seen.append([name, status.st_size, status.st_mtime_ns])
     return seen
 
@@ -131,24 +118,29 @@ def encoded_bytes(row: Row, folder: str) -> int:
     return size
 
 
+def _not_allowed(label: str, error: NotAllowed) -> DataError:
+    return DataError(f"{label} is not read: {error}.")
+
+
 def _not_there(label: str) -> DataError:
     return DataError(f"{label} is not there: mend the path, which is from the data file's folder.")
 
 
-def load_images(row: Row, where: str) -> list[bytes]:
+def load_images(row: Row, where: str, places: ImagePlaces = NOWHERE_ELSE) -> list[bytes]:
     """The encoded bytes of the row's images, in the order of its messages; each was decoded once.
 
     A relative path is taken from the folder of the row's file, here or on its object store.
 
     Raises:
-        DataError: naming file and row, where one is missing, cannot be fetched, or is no image.
+        DataError: naming file and row, where one is missing, may not or cannot be fetched, or is no image of
+            :data:`FORMATS` or too large.
     """
     found = []
     for number, source in enumerate(sources(row)):
         label = f"{where}: image {number + 1}"
         if isinstance(source[1], str) and (source[0] != "base64" or len(source[1]) < 100):
             label = f"{label} {_shown(source[1])}"
-        content = _read(source, getattr(where, "folder", "."), label)
+        content = _read(source, getattr(where, "folder", "."), label, places)
         try:
             decode(content)
         except Exception as error:  # whatever a broken file brings Pillow to raise
@@ -162,11 +154,18 @@ def decode(content: bytes | memoryview) -> Any:
     """An encoded image as transformers opens one: turned upright, RGB; of 16 bits a pixel the upper 8.
 
     Raises:
-        ValueError: where pixels are numbers of no known range; and what Pillow raises of a file that is none of its.
+        ValueError: where it is of another kind than :data:`FORMATS`, or has too many pixels; and what Pillow raises of a file
+            that is broken.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
-    with Image.open(io.BytesIO(content)) as image:
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise ValueError("it is no JPEG, PNG, WebP or GIF") from error
+    with image:
+        if math.prod(image.size) > _MAX_PIXELS:  # before any is decoded
+            raise ValueError(f"it has {image.width} x {image.height} pixels, more than {_MAX_PIXELS}")
         return _in_bytes(ImageOps.exif_transpose(image)).convert("RGB")
 
 
@@ -174,14 +173,9 @@ def _in_bytes(image: Any) -> Any:
     """Pillow itself cuts values of 16 bits off at 255, so that most of such an image would be white."""
     from PIL import Image
 
-    if image.mode == "F":
-        raise ValueError("its pixels are floats of no known range")
     if not image.mode.startswith("I"):
         return image
-    values = np.asarray(image)
-    if values.min() < 0 or values.max() >= 2**16:
-        raise ValueError("its pixels have more than 16 bits")
-    return Image.fromarray((values >> 8).astype(np.uint8))
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 def _shown(name: str) -> str:
@@ -224,18 +218,18 @@ def _named(value: Any) -> tuple[str, Any]:
     return ("path" if is_path and not value.startswith("data:") else "base64"), value
 
 
-def _read(source: tuple[str, Any], folder: str, label: str) -> bytes:
+def _read(source: tuple[str, Any], folder: str, label: str, places: ImagePlaces) -> bytes:
     kind, value = source
     if kind == "bytes" and isinstance(value, bytes | bytearray | memoryview):
         return bytes(value)
     if not isinstance(value, str):
         raise DataError(f"{label} is {type(value).__name__}: give a path, a URL or the encoded file's bytes.")
     try:
-        if value.startswith(("http://", "https://")):
-            return _fetch(value)
         if kind == "base64" or value.startswith("data:"):
             return base64.b64decode(value.partition(",")[2] if value.startswith("data:") else value, validate=True)
-        return _read_file(value, folder)
+        return places.read(value, folder)
+    except NotAllowed as error:
+        raise _not_allowed(label, error) from error
     except FileNotFoundError as error:
         raise _not_there(label) from error
     except (OSError, ValueError, http.client.HTTPException, ArtifactError, ConfigError) as error:
@@ -249,58 +243,6 @@ def _read(source: tuple[str, Any], folder: str, label: str) -> bytes:
 def _detail(error: Exception, name: str) -> str:
     said = str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error)
     return " ".join(said.replace(name, _shown(name)).split())[:150]
-
-
-def _read_file(name: str, folder: str) -> bytes:
-    if not is_remote(name, folder):
-        path = local_path(name, folder)
-        if path.exists() and not path.is_file():  # a device or a pipe may have no end
-            raise OSError("it is no file")
-        with path.open("rb") as file:
-            return _bounded(file.read(_MAX_BYTES + 1))
-    uri = name
-    if not is_store_uri(name):
-        place, mark, options = folder.partition("?")
-        scheme, separator, rest = place.partition("://")
-        uri = f"{scheme}{separator}{posixpath.normpath(f'{rest}/{urllib.parse.quote(name)}')}{mark}{options}"
-    with io.BufferedReader(StoredFile(uri)) as stream:
-        return _bounded(stream.read(_MAX_BYTES + 1))
-
-
-def _bounded(content: Content) -> Content:
-    if len(content) > _MAX_BYTES:
-        raise ValueError(f"it has more than {_MAX_BYTES >> 20} MiB")
-    return content
-
-
-def _fetch(url: str) -> bytes:
-    """A URL's content; asked again where the server is silent or in trouble, not where it says no."""
-    request = urllib.request.Request(urllib.parse.quote(url, safe=_OF_URLS), headers={"User-Agent": "emloc-ray"})
-    for wait in (*_WAITS_S, None):
-        try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
-                return _whole(answer)
-        except urllib.error.HTTPError as error:
-            if wait is None or error.code not in (408, 425, 429, 500, 502, 503, 504):
-                raise ValueError(f"HTTP {error.code}") from error
-        except (OSError, http.client.HTTPException):
-            if wait is None:
-                raise
-        time.sleep(wait)
-    raise AssertionError("the last try returns or raises")
-
-
-def _whole(answer: Any) -> bytes:
-    """An answer's body, as long as it said, within the time and size that an image may take."""
-    content, ends = bytearray(), time.monotonic() + _LONGEST_S
-    while chunk := answer.read1(_CHUNK_BYTES):
-        content += chunk
-        _bounded(content)
-        if time.monotonic() > ends:
-            raise TimeoutError(f"it took more than {_LONGEST_S:g} s")
-    if answer.length:
-        raise ConnectionError(f"it ended {answer.length} bytes early")
-    return bytes(content)
 
 
 def plain_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

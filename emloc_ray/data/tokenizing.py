@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from emloc_ray.data.formats import EXTRA_FIELDS, FIELDS, Segment, Tokens, check_row, encode, pack, segments, truncate
-from emloc_ray.data.images import is_remote, load_images, sources
+from emloc_ray.data.image_places import NOWHERE_ELSE, ImagePlaces, is_remote
+from emloc_ray.data.images import load_images, sources
 from emloc_ray.data.processors import open_processor
 from emloc_ray.data.reading import Row, each
 from emloc_ray.data.splits import RowSelection
@@ -51,6 +52,7 @@ class TokenizeOptions:
     trust_remote_code: bool = False
     has_encoder: bool = False
     skip_bad_rows: bool = False
+    image_places: ImagePlaces = NOWHERE_ELSE
 
     @property
     def may_show_images(self) -> bool:
@@ -77,7 +79,7 @@ class TokenizeOptions:
         where, row = item
         try:
             check_row(row, self.format, where, self.packing)
-            return load_images(row, where) if self.may_show_images else []
+            return load_images(row, where, self.image_places) if self.may_show_images else []
         except DataError:
             if self.skip_bad_rows:
                 return None
@@ -282,7 +284,7 @@ def _write_split_index(
             f"data.{split}: no row{skipped} keeps its images and a completion token within data.max_seq_length"
             f" {options.max_seq_length}: raise it."
         )
-    # Without the tokenizer's place, which may be the run's own: what is built on the rows is shared by what they are.
-    told = {key: value for key, value in asdict(options).items() if key != "tokenizer"}
+    # Without places, which may be the run's own: what is built on the rows is shared by what they are.
+    told = {key: value for key, value in asdict(options).items() if key not in ("tokenizer", "image_places")}
     write_index(directory, [int(shard["rows"]) for shard in shards], {**counts, "options": told})
     return counts

@@ -11,6 +11,7 @@ from typing import Any
 
 from emloc_ray.config.schema import DataConfig, RunConfig, SplitConfig
 from emloc_ray.data.formats import EXTRA_FIELDS, FIELDS, check_row
+from emloc_ray.data.image_places import ImagePlaces
 from emloc_ray.data.images import has_images, look
 from emloc_ray.data.reading import Place, Row, SourceFile, each, list_files, read_rows, scan
 from emloc_ray.data.splits import SPLITS, hub_split
@@ -54,7 +55,11 @@ def _checked_sources(
 ) -> tuple[SourceFile, ...]:
     places = list_files(patterns, key)
     stored = any(isinstance(place, str) for place in places)
-    known = None if stored else (_looks(places), data.format, data.on_error, data.packing, reads_images)
+    known = (
+        None
+        if stored
+        else (_looks(places), data.format, data.on_error, data.packing, reads_images, tuple(data.image_roots))
+    )
     if known in _CHECKED:
         return _CHECKED[known]
     sources = each(scan, places, stored)
@@ -97,7 +102,7 @@ def _checked_row(row: Row, where: Place, data: DataConfig, reads_images: bool) -
         return []
     if has_images(row) and not reads_images:
         raise DataError(f"{where}: it shows an image, and the model has no processor for images: choose one that has.")
-    return look(row, where)
+    return look(row, where, ImagePlaces.of(data.image_hosts, data.image_roots))
 
 
 def check_held_out(config: RunConfig, files: Mapping[str, tuple[SourceFile, ...] | None]) -> None:

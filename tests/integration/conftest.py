@@ -64,7 +64,8 @@ def family_run(
                 ratios = {r".*(vision_tower|visual)\..*": 0.7}
                 if family != "Gemma 3 (vision)":  # whose projector is no linear
                     ratios[r".*(projector|merger)\..*"] = 0.6
-                changes = {"data": {"format": "messages", "max_seq_length": 128}, "emulator": {"ratios": ratios}}
+                data = {"format": "messages", "max_seq_length": 128, "image_hosts": ["127.0.0.1"]}
+                changes = {"data": data, "emulator": {"ratios": ratios}}
             one = {"num_workers": 1}
             sections: dict[str, dict[str, Any]] = {
                 "calibration": {**one, "num_calibration_samples": 16, "min_expert_tokens": 0},

@@ -289,7 +289,7 @@ def test_a_vision_tower_is_allocated_too(ray_session: None, tmp_path: Path) -> N
     server, url = serve(tmp_path / "rows")
     try:
         rows = write_image_rows(tmp_path / "rows", url)
-        data = {"format": "messages", "max_seq_length": 128}
+        data = {"format": "messages", "max_seq_length": 128, "image_hosts": ["127.0.0.1"]}
         values = one_worker(tmp_path, model_dir, rows, data=data, calibration={"batch_size": 1})
         run_values(values, until="factorize")
     finally:

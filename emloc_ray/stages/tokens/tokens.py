@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.data.hub import download
+from emloc_ray.data.image_places import ImagePlaces
 from emloc_ray.data.reading import SourceFile, scan
 from emloc_ray.data.splits import CALIBRATION_SEED, SPLITS, RowSelection, assign_splits
 from emloc_ray.data.token_budget import rows_within
@@ -55,6 +56,7 @@ def tokenize_data(
         config.model.trust_remote_code,
         has_encoder(prepared.model_config),
         config.data.on_error == "skip",
+        ImagePlaces.of(config.data.image_hosts, config.data.image_roots),
     )
     losses = Losses("data", tell)
     splits = begun_again(lambda: _splits(config, found, options), losses, lambda: "counting tokens")

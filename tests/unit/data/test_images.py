@@ -18,13 +18,16 @@ from PIL import Image
 from s3_server import uri
 from small_runs import write_jsonl
 
+from emloc_ray.data import downloads, image_places, reading
 from emloc_ray.data import images as images_module
-from emloc_ray.data import reading
 from emloc_ray.data.formats import EXTRA_FIELDS, FIELDS, check_row
+from emloc_ray.data.image_places import ImagePlaces
 from emloc_ray.data.images import decode, load_images, look, plain_messages
 from emloc_ray.data.reading import Place, Row, read_rows, scan
 from emloc_ray.errors import DataError
 from emloc_ray.io.store.object_store import ObjectStore
+
+HERE = ImagePlaces(hosts=("127.0.0.1",))  # where the tests' server is
 
 
 def png(colour: tuple[int, int, int] = (200, 30, 30), form: str = "PNG") -> bytes:
@@ -76,7 +79,7 @@ class Server(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr(images_module, "_WAITS_S", (0.01, 0.01))
+    monkeypatch.setattr(downloads, "_WAITS_S", (0.01, 0.01))
     Server.asked.clear()
     with HTTPServer(("127.0.0.1", 0), Server) as started:
         threading.Thread(target=started.serve_forever, daemon=True).start()
@@ -104,7 +107,7 @@ def test_every_way_of_naming_an_image_gives_its_bytes(tmp_path: Path, server: st
     ]
     shown = row(*({"type": "image", **way} for way in ways), {"type": "image_url", "image_url": {"url": f"{server}/b"}})
     check_row(shown, "messages", "here")
-    assert load_images(shown, place(tmp_path)) == [content] * 13
+    assert load_images(shown, place(tmp_path), HERE) == [content] * 13
 
 
 def test_a_path_is_from_the_folder_of_a_file_on_a_store(s3_port: int) -> None:
@@ -177,7 +180,7 @@ def test_a_bad_image_is_told_by_file_and_row(tmp_path: Path, part: dict[str, Any
 def test_what_signs_a_url_is_in_no_error(server: str) -> None:
     secret = server.replace("http://", "http://ann:hunter2@") + "/a.png?X-Amz-Signature=abc#f"
     with pytest.raises(DataError) as caught:
-        load_images(row({"type": "image", "url": secret}), "here")
+        load_images(row({"type": "image", "url": secret}), "here", HERE)
     assert f"{server}/a.png cannot be read" in str(caught.value)
     assert not any(word in str(caught.value) for word in ("hunter2", "Signature", "abc"))
     with pytest.raises(DataError, match=r"^here: image 1 x{200}… cannot be read .File name too long") as caught:
@@ -185,27 +188,28 @@ def test_what_signs_a_url_is_in_no_error(server: str) -> None:
 
 
 def test_a_url_as_people_write_it(server: str) -> None:
-    load_images(row({"type": "image", "url": f"{server}/a b ä.png?q=%20"}), "here")
+    load_images(row({"type": "image", "url": f"{server}/a b ä.png?q=%20"}), "here", HERE)
     assert Server.asked == ["/a%20b%20%C3%A4.png?q=%20"]
 
 
 def test_an_answer_that_ends_early_is_asked_for_again(server: str) -> None:
-    assert load_images(row({"type": "image", "url": f"{server}/short.png"}), "here") == [png()]
+    assert load_images(row({"type": "image", "url": f"{server}/short.png"}), "here", HERE) == [png()]
     assert Server.asked == ["/short.png"] * 2
 
 
 def test_an_image_has_a_size_and_a_time(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images_module, "_LONGEST_S", -1.0)
+    monkeypatch.setattr(downloads, "_LONGEST_S", -1.0)
     with pytest.raises(DataError, match="took more than"):
-        load_images(row({"type": "image", "url": f"{server}/a.png"}), "here")
-    monkeypatch.setattr(images_module, "_LONGEST_S", 9.0)
-    monkeypatch.setattr(images_module, "_MAX_BYTES", 20)
+        load_images(row({"type": "image", "url": f"{server}/a.png"}), "here", HERE)
+    monkeypatch.setattr(downloads, "_LONGEST_S", 9.0)
+    monkeypatch.setattr(downloads, "MAX_BYTES", 20)
+    monkeypatch.setattr(image_places, "MAX_BYTES", 20)
     (tmp_path / "a.png").write_bytes(png())
     for part in ({"url": f"{server}/a.png"}, {"path": "a.png"}):
         with pytest.raises(DataError, match="it has more than 0 MiB"):
-            load_images(row({"type": "image", **part}), place(tmp_path))
+            load_images(row({"type": "image", **part}), place(tmp_path), HERE)
     with pytest.raises(DataError, match=r"/dev/zero cannot be read .it is no file"):
-        load_images(row({"type": "image", "path": "/dev/zero"}), "here")
+        load_images(row({"type": "image", "path": "/dev/zero"}), "here", ImagePlaces(roots=("/dev",)))
 
 
 @pytest.mark.parametrize(("name", "code", "tries"), [("gone.png", 404, 1), ("broken.png", 500, 3)])
@@ -213,17 +217,14 @@ def test_a_server_that_says_no_is_asked_once_and_one_in_trouble_again(
     server: str, name: str, code: int, tries: int
 ) -> None:
     with pytest.raises(DataError, match=f"{name} cannot be read .HTTP {code}"):
-        load_images(row({"type": "image", "url": f"{server}/{name}"}), "here")
+        load_images(row({"type": "image", "url": f"{server}/{name}"}), "here", HERE)
     assert Server.asked == [f"/{name}"] * tries
 
 
-def test_a_server_that_is_not_there_is_told() -> None:
-    images_module._WAITS_S, before = (), images_module._WAITS_S
-    try:
-        with pytest.raises(DataError, match=r"127\.0\.0\.1:9/a\.png cannot be read"):
-            load_images(row({"type": "image", "url": "http://127.0.0.1:9/a.png"}), "here")
-    finally:
-        images_module._WAITS_S = before
+def test_a_server_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads, "_WAITS_S", ())
+    with pytest.raises(DataError, match=r"127\.0\.0\.1:9/a\.png cannot be read"):
+        load_images(row({"type": "image", "url": "http://127.0.0.1:9/a.png"}), "here", HERE)
 
 
 @pytest.mark.parametrize(
@@ -254,17 +255,25 @@ def test_sixteen_bits_are_scaled_not_cut_off() -> None:
     Image.fromarray((np.arange(256, dtype=np.uint16) * 256).reshape(16, 16)).save(stream, "PNG")
     found = np.asarray(decode(stream.getvalue()))
     assert found[..., 0].flatten().tolist() == list(range(256))
-    stream = io.BytesIO()
-    Image.fromarray(np.ones((4, 4), np.float32)).save(stream, "TIFF")
-    with pytest.raises(ValueError, match="floats of no known range"):
-        decode(stream.getvalue())
+
+
+@pytest.mark.parametrize("form", ["TIFF", "BMP", "PPM", "ICO", "TGA", "PCX"])
+def test_kinds_of_images_that_rows_do_not_need_are_not_opened(tmp_path: Path, form: str) -> None:
+    (tmp_path / "a.png").write_bytes(png(form=form))
+    with pytest.raises(DataError, match=r"row 7: image 1 a\.png cannot be decoded .it is no JPEG, PNG, WebP or GIF"):
+        load_images(row({"type": "image", "path": "a.png"}), place(tmp_path))
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF"])
+def test_kinds_of_images_that_are_opened(form: str) -> None:
+    assert decode(png(form=form)).size == (12, 8)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
 def test_images_of_every_kind_are_of_three_colours(mode: str) -> None:
     stream = io.BytesIO()
     first = Image.new("RGB", (6, 4), (250, 250, 250)).convert(mode)
-    first.save(stream, "TIFF" if mode == "CMYK" else "PNG")
+    first.save(stream, "JPEG" if mode == "CMYK" else "PNG")
     assert decode(stream.getvalue()).mode == "RGB"
 
 
@@ -280,6 +289,13 @@ def test_an_image_of_too_many_pixels_is_told() -> None:
     Image.new("1", (20_000, 9_500)).save(stream, "PNG")  # 23 KB
     with pytest.raises(DataError, match=r"cannot be decoded .*decompression bomb"):
         load_images(row({"type": "image", "image": stream.getvalue()}), "here")
+
+
+def test_pixels_are_counted_before_they_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images_module, "_MAX_PIXELS", 95)
+    (tmp_path / "a.png").write_bytes(png()[:60])  # no pixel of it is there
+    with pytest.raises(DataError, match=r"row 7: image 1 a\.png .*it has 12 x 8 pixels, more than 95"):
+        load_images(row({"type": "image", "path": "a.png"}), place(tmp_path))
 
 
 def test_what_is_seen_of_images_unopened(tmp_path: Path) -> None:

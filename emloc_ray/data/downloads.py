@@ -1,0 +1,214 @@
+"""Files fetched by URL, from public addresses alone: what a row of data names must not reach a cluster's own services.
+
+A host's name is resolved once, every address is checked, and the connection goes to a checked one, so that a second answer of
+the name server cannot lead elsewhere; the same again after each redirect.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import http.client
+import ipaddress
+import socket
+import ssl
+import threading
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
+
+MAX_BYTES = 2**27
+_TIMEOUT_S = 20.0  # of a server's silence
+_LONGEST_S = 60.0  # of one try of a URL, with its redirects
+_WAITS_S = (1.0, 4.0)  # before another try
+_MAX_REDIRECTS = 5
+_CHUNK_BYTES = 2**16
+_AGAIN = (408, 425, 429, 500, 502, 503, 504)
+_OF_URLS = ":/?#[]@!$&'()*+,;=%~"  # what a URL may hold beside letters and digits
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+Address = tuple[Any, ...]
+Content = TypeVar("Content", bytes, bytearray)
+
+
+class NotAllowed(ValueError):
+    """What names a file names a place that data may not read from; says which, and what to do."""
+
+
+def download(url: str, hosts: Collection[str] = ()) -> bytes:
+    """A URL's content; asked again where the server is silent or in trouble, not where it says no.
+
+    ``hosts``: names that may be at addresses which are not public.
+
+    Raises:
+        NotAllowed: where the URL, or one that it redirects to, is none of http(s) or at such an address.
+        ValueError: where the server says no, or the file is too long.
+        OSError, HTTPException: where the server is in trouble.
+    """
+    for wait in (*_WAITS_S, None):
+        try:
+            status, content = _follow(urllib.parse.quote(url, safe=_OF_URLS), hosts)
+            if status == 200:
+                return content
+            if wait is None or status not in _AGAIN:
+                raise ValueError(f"HTTP {status}")
+        except (OSError, http.client.HTTPException):
+            if wait is None:
+                raise
+        time.sleep(wait)
+    raise AssertionError("the last try returns or raises")
+
+
+def public_addresses(host: str, port: int, hosts: Collection[str]) -> list[Address]:
+    """The socket addresses of a host, all of them public unless ``hosts`` names it.
+
+    Raises:
+        NotAllowed: where one is private, of this machine or network, multicast or reserved.
+        OSError: where the name is not known.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for *_, address in found:
+        if host.lower() not in hosts and not is_public(str(address[0])):
+            raise NotAllowed(
+                f"{host} is at {address[0]}, which is no public address: add the host to data.image_hosts if rows may read"
+                " from it"
+            )
+    return [address for *_, address in found]
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the Internet's, and so is what it carries inside where it stands for another."""
+    ip = ipaddress.ip_address(address)
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = (
+            ip.ipv4_mapped or ip.sixtofour or (ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in _NAT64 else None)
+        )
+        if inner is not None:
+            return is_public(str(inner))
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+
+
+def _follow(url: str, hosts: Collection[str]) -> tuple[int, bytes]:
+    """The status and content at the end of a URL's redirects."""
+    ends = time.monotonic() + _LONGEST_S
+    for _ in range(_MAX_REDIRECTS + 1):
+        status, content, target = _ask(url, hosts, ends)
+        if target is None:
+            return status, content
+        url = urllib.parse.urljoin(url, urllib.parse.quote(target, safe=_OF_URLS))
+    raise ValueError(f"more than {_MAX_REDIRECTS} redirects")
+
+
+def _ask(url: str, hosts: Collection[str], ends: float) -> tuple[int, bytes, str | None]:
+    """One request: the status, the content, and where it redirects to."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise NotAllowed("it leads to a URL that is none of http or https: name the file itself")
+    if parts.username is not None:
+        raise ValueError("its URL holds a user's name")
+    with _Deadline(ends) as deadline:
+        connection, target, headers = _connect(parts, hosts, deadline.watch)
+        try:
+            connection.request("GET", target, headers={"User-Agent": "emloc-ray", **headers})
+            answer = connection.getresponse()
+            where = answer.getheader("Location") if answer.status in (301, 302, 303, 307, 308) else None
+            content = _whole(answer) if answer.status == 200 else b""
+        finally:
+            connection.close()
+    return answer.status, content, where
+
+
+def _connect(
+    parts: urllib.parse.SplitResult, hosts: Collection[str], watch: Callable[[socket.socket], None]
+) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
+    """A connection to a URL's host, what to ask it for, and with which headers; through the environment's proxy where it
+    names one, which then resolves names itself: those that are known here are checked all the same."""
+    host, secure = str(parts.hostname), parts.scheme == "https"
+    port = parts.port or (443 if secure else 80)
+    kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+    target = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    if not proxy or urllib.request.proxy_bypass(host):
+        connection = kind(host, port, timeout=_TIMEOUT_S)
+        stream = _open_first(public_addresses(host, port, hosts))
+        watch(stream)
+        if secure:
+            stream = ssl.create_default_context().wrap_socket(stream, server_hostname=host)
+            watch(stream)
+        connection.sock = stream
+        return connection, target, {}
+    with contextlib.suppress(socket.gaierror):  # a name that the proxy alone knows
+        public_addresses(host, port, hosts)
+    via = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    user = urllib.parse.unquote(f"{via.username or ''}:{via.password or ''}")
+    login = {"Proxy-Authorization": f"Basic {base64.b64encode(user.encode()).decode()}"} if via.username else {}
+    connection = kind(str(via.hostname), via.port or 80, timeout=_TIMEOUT_S)
+    if secure:
+        connection.set_tunnel(host, port, login)
+    connection.connect()
+    watch(connection.sock)
+    if secure:
+        return connection, target, {}
+    return connection, urllib.parse.urlunsplit((*parts[:4], "")), login
+
+
+def _open_first(addresses: list[Address]) -> socket.socket:
+    """A connection to the first of the addresses that answers."""
+    for place, address in enumerate(addresses):
+        stream = socket.socket(socket.AF_INET6 if len(address) == 4 else socket.AF_INET, socket.SOCK_STREAM)
+        stream.settimeout(_TIMEOUT_S)
+        try:
+            stream.connect(address)
+            return stream
+        except OSError:
+            stream.close()
+            if place == len(addresses) - 1:
+                raise
+    raise OSError("its name has no address")
+
+
+class _Deadline:
+    """Ends what is read from a connection at a time, however slowly it comes: a timeout counts each read anew."""
+
+    def __init__(self, ends: float) -> None:
+        self._ends = ends
+        self._stream: socket.socket | None = None
+        self._timer = threading.Timer(max(0.0, ends - time.monotonic()), self._end)
+
+    def watch(self, stream: socket.socket) -> None:
+        """Says which connection it is."""
+        self._stream = stream
+
+    def _end(self) -> None:
+        if self._stream is not None:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(self._stream, socket.SHUT_RDWR)  # below TLS, which may be in a read
+
+    def __enter__(self) -> _Deadline:
+        self._timer.daemon = True
+        self._timer.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
+        self._timer.cancel()
+        if time.monotonic() > self._ends and not isinstance(error, NotAllowed):
+            raise TimeoutError(f"it took more than {_LONGEST_S:g} s") from error
+
+
+def _whole(answer: http.client.HTTPResponse) -> bytes:
+    """An answer's body, as long as it said, within the size that a file may have."""
+    content = bytearray()
+    while chunk := answer.read1(_CHUNK_BYTES):
+        content += chunk
+        bounded(content)
+    if answer.length:
+        raise ConnectionError(f"it ended {answer.length} bytes early")
+    return bytes(content)
+
+
+def bounded(content: Content) -> Content:
+    """The content; raises ValueError where it is longer than :data:`MAX_BYTES`."""
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"it has more than {MAX_BYTES >> 20} MiB")
+    return content

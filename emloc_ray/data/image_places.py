@@ -1,0 +1,108 @@
+"""Where rows' images may be read from: beside their data file, in its bucket, at public URLs, and where a config says."""
+
+from __future__ import annotations
+
+import io
+import os
+import posixpath
+import urllib.parse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from emloc_ray.data.downloads import MAX_BYTES, NotAllowed, bounded, download
+from emloc_ray.io.store.object_store import is_store_uri
+from emloc_ray.io.store.stored_files import StoredFile
+
+_ASK = "add its folder to data.image_roots if rows may read from it"
+
+
+@dataclass(frozen=True)
+class ImagePlaces:
+    """What rows may read beside their data file's folder or bucket and public hosts: ``hosts`` at addresses that are not
+    public, and ``roots``, folders or URIs."""
+
+    hosts: tuple[str, ...] = ()
+    roots: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, hosts: Sequence[str], roots: Sequence[str]) -> ImagePlaces:
+        """As a config names them, its folders from the working directory on."""
+        local = (root.removeprefix("file://") for root in roots if not is_store_uri(root))
+        return cls(
+            tuple(host.lower() for host in hosts),
+            (*(os.path.abspath(os.path.expanduser(root)) for root in local), *filter(is_store_uri, roots)),
+        )
+
+    def local(self, name: str, folder: str) -> Path:
+        """The file that a name stands for which is not remote, all links followed; it need not be there.
+
+        Raises:
+            NotAllowed: where it is neither below ``folder``, the data file's, nor below a root.
+        """
+        path = os.path.realpath(local_path(name, folder))
+        roots = [root for root in (folder, *self.roots) if not is_store_uri(root)]
+        if not any(Path(path).is_relative_to(os.path.realpath(root)) for root in roots):
+            raise NotAllowed(f"{path} is not below the data file's folder: {_ASK}")
+        return Path(path)
+
+    def stored(self, name: str, folder: str) -> str:
+        """The URI of a stored file, with the options of the place that allows it: the data file's bucket, or a root.
+
+        Raises:
+            NotAllowed: where it is in neither.
+        """
+        uri = name
+        if not is_store_uri(name):
+            place, mark, options = folder.partition("?")
+            scheme, separator, rest = place.partition("://")
+            uri = f"{scheme}{separator}{posixpath.normpath(f'{rest}/{urllib.parse.quote(name)}')}{mark}{options}"
+        asked = urllib.parse.urlsplit(uri)
+        roots = [urllib.parse.urlsplit(root) for root in self.roots if is_store_uri(root)]
+        if is_store_uri(folder):
+            roots.insert(0, urllib.parse.urlsplit(folder)._replace(path="/"))
+        for root in roots:
+            if _holds(root, asked):
+                return urllib.parse.urlunsplit((asked.scheme, asked.netloc, asked.path, root.query, ""))
+        raise NotAllowed(f"{asked.scheme}://{asked.netloc.rpartition('@')[2]} is not the data file's bucket: {_ASK}")
+
+    def read(self, name: str, folder: str) -> bytes:
+        """The content of what a row of a file in ``folder`` names: a URL, a path or a URI.
+
+        Raises:
+            NotAllowed: where rows may not read from there.
+            ValueError: where it has more than :data:`MAX_BYTES`.
+            FileNotFoundError: where it is not there.
+            OSError, HTTPException, ArtifactError: where it cannot be had.
+        """
+        if name.startswith(("http://", "https://")):
+            return download(name, self.hosts)
+        if is_remote(name, folder):
+            with io.BufferedReader(StoredFile(self.stored(name, folder))) as stream:
+                return bounded(stream.read(MAX_BYTES + 1))
+        path = self.local(name, folder)
+        if path.exists() and not path.is_file():  # a device or a pipe may have no end
+            raise OSError("it is no file")
+        with path.open("rb") as file:
+            return bounded(file.read(MAX_BYTES + 1))
+
+
+NOWHERE_ELSE = ImagePlaces()
+
+
+def is_remote(name: str, folder: str) -> bool:
+    """Whether a server has to be asked for an image of that name, in a row of a file in ``folder``."""
+    return is_store_uri(name) or (is_store_uri(folder) and not name.startswith("file://"))
+
+
+def local_path(name: str, folder: str) -> Path:
+    """Where an image is that is not remote; a relative path is taken from the row's file."""
+    return Path(folder) / Path(name.removeprefix("file://")).expanduser()
+
+
+def _holds(root: urllib.parse.SplitResult, asked: urllib.parse.SplitResult) -> bool:
+    """Whether a URI is below a root, on the same server."""
+    parts = urllib.parse.unquote(asked.path).strip("/").split("/")
+    above = [part for part in urllib.parse.unquote(root.path).split("/") if part]
+    same = (root.scheme, root.netloc) == (asked.scheme, asked.netloc) and asked.query in ("", root.query)
+    return same and ".." not in parts and parts[: len(above)] == above
