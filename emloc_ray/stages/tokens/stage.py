@@ -20,6 +20,7 @@ def split_inputs(prepared: Prepared) -> Inputs:
     """What the token shards depend on beside the model's tokenizer."""
     config = prepared.config
     unused = {"healing"} - {*splits_of(config)}
+    unused |= {key for key in ("image_hosts", "image_roots") if not getattr(config.data, key)}
     return {
         "data": config.data.model_dump(mode="json", exclude=unused),
         "files": {name: fingerprint_sources(sources) for name, sources in prepared.files.items()},
