@@ -19,8 +19,8 @@ from emloc_ray.io.formats.checkpoint import INDEX_NAME, Checkpoint
 from emloc_ray.io.formats.grams import GramStore, reduce_slots, write_gram_index, write_gram_shard
 from emloc_ray.io.store.atomic import copy_file
 from emloc_ray.modeling.architecture import load_config
+from emloc_ray.modeling.block_flow import block_flow
 from emloc_ray.modeling.loading import copy_tokenizer
-from emloc_ray.modeling.replay import block_flow
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.stages.calibrate.job import CalibrationJob
 from emloc_ray.stages.calibrate.resident_slot import ResidentSlot

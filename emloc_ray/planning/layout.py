@@ -19,12 +19,12 @@ from emloc_ray.modeling.architecture import (
     trace_inputs,
     unfactorable,
 )
+from emloc_ray.modeling.block_flow import block_flow
 from emloc_ray.modeling.expert_adapters import taken_for_experts
 from emloc_ray.modeling.experts import owner_of
 from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.matching import ALL_LINEAR, Patterns, check_table, lookup, matches, portable_targets, select
 from emloc_ray.modeling.quantization import replaceable_linears
-from emloc_ray.modeling.replay import block_flow
 
 if TYPE_CHECKING:
     from emloc_ray.config.schema import AdapterConfig, RunConfig

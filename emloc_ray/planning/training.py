@@ -58,3 +58,10 @@ def healing_run(prepared: Prepared, healing: HealingConfig) -> Prepared:
             quantized=False,
         ),
     )
+
+
+def factorize_work(prepared: Prepared) -> float:
+    """Floating-point operations of products with Grams, for all linears that are factorized."""
+    ranks = factor_ranks(prepared)
+    specs = [spec for spec in prepared.layout.specs if spec.name in ranks]
+    return sum(2.0 * s.num_parameters * max(s.in_features, 2 * ranks[s.name]) for s in specs)

@@ -20,7 +20,7 @@ from emloc_ray.io.formats.grams import (
 )
 from emloc_ray.io.store.node_cache import discard, exists, local_only, sizes
 from emloc_ray.modeling.architecture import load_config
-from emloc_ray.modeling.replay import block_flow
+from emloc_ray.modeling.block_flow import block_flow
 from emloc_ray.stages.calibrate.job import CalibrationJob
 from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
 from emloc_ray.stages.calibrate.streamed_slot import StreamedSlot, grams_file, last_node, part_file

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
+from emloc_ray.planning.training import factorize_work
 from emloc_ray.planning.work import block_work, head_work, rows_selected_on
 from emloc_ray.stages.calibrate.stage import CALIBRATE, SUMS
 from emloc_ray.stages.context import Context, Inputs, Result
-from emloc_ray.stages.factorize.stage import factorize_work
 from emloc_ray.stages.finetune.stage import trained_tokens
 from emloc_ray.stages.stage import Stage, one_worker
 from emloc_ray.text import describe_choice
@@ -75,7 +75,7 @@ def _drops(context: Context) -> tuple[str, ...]:
 
 def _cost(memory: MemoryModel) -> StageCost:
     tokens = memory.lengths.mean * rows_selected_on(memory.prepared)
-    flops = tokens * 2 * (block_work(memory.layout) + head_work(memory.layout)) + factorize_work(memory)
+    flops = tokens * 2 * (block_work(memory.layout) + head_work(memory.layout)) + factorize_work(memory.prepared)
     return StageCost(memory.correct(), flops=flops, disk_bytes=4 * memory.corrected_parameters, start_seconds=15)
 
 

@@ -14,7 +14,7 @@ from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.training import factor_ranks, healing_run, packs_late
+from emloc_ray.planning.training import factor_ranks, factorize_work, healing_run, packs_late
 from emloc_ray.stages.calibrate.stage import CALIBRATE, SUMS, gradient_inputs
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.factorize.job import FactorizationJob
@@ -173,18 +173,11 @@ def _allocate_cost(memory: MemoryModel) -> StageCost:
     return StageCost(memory.factorize(), flops=2.5 * values, disk_bytes=spectra, start_seconds=6)
 
 
-def factorize_work(memory: MemoryModel) -> float:
-    """Floating-point operations of products with Grams, for all linears that are factorized."""
-    ranks = factor_ranks(memory.prepared)
-    specs = [spec for spec in memory.layout.specs if spec.name in ranks]
-    return sum(2.0 * s.num_parameters * max(s.in_features, 2 * ranks[s.name]) for s in specs)
-
-
 def _factorize_cost(memory: MemoryModel) -> StageCost:
     healing, files = memory.config.emulator.heals, memory.emulator_files
     if healing is not None:  # at the lower ranks that healing begins with
         files = MemoryModel(healing_run(memory.prepared, healing), memory.lengths).emulator_files
-    return StageCost(memory.factorize(), flops=2.5 * factorize_work(memory), disk_bytes=files, start_seconds=6)
+    return StageCost(memory.factorize(), flops=2.5 * factorize_work(memory.prepared), disk_bytes=files, start_seconds=6)
 
 
 def thin_calibration(config: RunConfig, fewest_tokens: int | None, layout: Layout) -> str | None:

@@ -10,8 +10,8 @@ from vlms import VLMS, build_vlm, save_vlm
 
 from emloc_ray.data.processors import example
 from emloc_ray.modeling.architecture import empty_model, learned_positions, load_config, towers, unfactorable
+from emloc_ray.modeling.block_flow import block_flow
 from emloc_ray.modeling.meta_pass import MetaPass
-from emloc_ray.modeling.replay import block_flow
 from emloc_ray.planning.layout import skeleton_of
 
 BETWEEN = {

@@ -25,8 +25,8 @@ from emloc_ray.modeling.architecture import block_linears, empty_model, trace_in
 from emloc_ray.modeling.gram_hooks import GramHooks
 from emloc_ray.modeling.inputs import model_call
 from emloc_ray.modeling.loading import copy_checkpoint, load_model
-from emloc_ray.modeling.replay import BlockFlow, BlockOutput, BlockReplay, _Lineage, block_flow
-from tests.tiny import VOCABULARY, make_config, make_model
+from emloc_ray.modeling.replay import BlockOutput, BlockReplay
+from tests.tiny import VOCABULARY, make_model
 
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -100,33 +100,6 @@ def test_one_block_is_in_memory_at_a_time(tmp_path: Path) -> None:
         replay.model.get_submodule("model.layers.2.mlp.up_proj").weight.data,
         Checkpoint(tmp_path).read("model.layers.2.mlp.up_proj.weight"),
     )
-
-
-def test_a_chain_needs_only_the_block_before() -> None:
-    flow = block_flow(make_config("llama", num_hidden_layers=4))
-    assert flow.order == tuple(f"model.layers.{k}" for k in range(4))
-    assert flow.needs == (frozenset(), frozenset({0}), frozenset({1}), frozenset({2}))
-    assert [flow.last_use(k) for k in range(4)] == [1, 2, 3, 3]
-
-
-def test_lineage_follows_views_sums_and_writes_in_place() -> None:
-    lineage = _Lineage()
-    a, b, c = (torch.ones(4, device="meta") for _ in range(3))
-    lineage.mark(a, frozenset({0}))
-    lineage.mark(b, frozenset({1}))
-    with lineage:
-        both = (a[1:].reshape(3, 1) + 1).squeeze() * b[:3]
-        c[:1] = 0
-        into = torch.zeros(4, device="meta")
-        into.add_(b)
-    assert lineage.of(both) == {0, 1}
-    assert lineage.of([c, {"x": a}]) == {0}
-    assert lineage.of(into) == {1}
-
-
-def test_an_earlier_output_that_is_read_late_is_kept() -> None:
-    flow = BlockFlow(("a", "b", "c", "d"), (frozenset(), frozenset({0}), frozenset({1}), frozenset({0, 2})))
-    assert [flow.last_use(k) for k in range(4)] == [3, 2, 3, 3]
 
 
 def test_what_was_not_kept_is_nan_where_it_is_read_after_all(tmp_path: Path) -> None:

@@ -1,0 +1,132 @@
+"""Which block of a model runs after which, and reads what which gave: followed through one pass on the meta device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from emloc_ray.modeling.architecture import (
+    block_names,
+    empty_model,
+    outside_linears,
+    traced_inputs,
+)
+from emloc_ray.modeling.meta_pass import UNTRACEABLE, MetaPass
+
+
+@dataclass(frozen=True)
+class BlockFlow:
+    """In which order blocks run, and from which earlier blocks each one's inputs come: ``needs[k]`` are positions.
+
+    ``between`` are the linears outside all blocks that carry what a block gives to another, with the block that runs
+    next: in its pass they read what they read in the whole model. ``optional`` are the positions that run for images alone.
+    """
+
+    order: tuple[str, ...]
+    needs: tuple[frozenset[int], ...]
+    between: dict[str, str] = field(default_factory=dict)
+    optional: frozenset[int] = frozenset()
+
+    def last_use(self, position: int) -> int:
+        """The last block that reads what this one gave; its own position where none does."""
+        return max([position, *(k for k, needed in enumerate(self.needs) if position in needed)])
+
+
+class Lineage(MetaPass):
+    """Follows through every operation which blocks' outputs a tensor was made from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: Any = WeakTensorKeyDictionary()
+
+    def of(self, values: Any) -> frozenset[int]:
+        """The blocks whose outputs went into any tensor of a nested structure."""
+        found = [self.sources.get(leaf, frozenset()) for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+        return frozenset().union(*found)
+
+    def mark(self, values: Any, sources: frozenset[int]) -> None:
+        """Says that the tensors of a nested structure were made from the outputs of these blocks."""
+        for leaf in tree_leaves(values):
+            if isinstance(leaf, Tensor):
+                self.sources[leaf] = sources
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = super().__torch_dispatch__(func, types, args, kwargs)
+        sources = self.of((args, kwargs))
+        self.mark(output, sources)
+        if sources and func._schema.is_mutable:
+            self.mark(args, sources)
+        return output
+
+
+def block_flow(config: Any, trust_remote_code: bool = False, example: Mapping[str, Tensor] | None = None) -> BlockFlow:
+    """The flow of a model of this config, from one forward pass on the meta device.
+
+    ``example`` is what a model that reads images is called with for one. A model that cannot run there is taken to run
+    its blocks in their order, each reading all before it.
+    """
+    model = empty_model(config, trust_remote_code)
+    names = block_names(model)
+    with_image = _followed(model, names, example) if example else None
+    text = _followed(model, names, traced_inputs(config))
+    found = with_image or text
+    if found is None:
+        return BlockFlow(tuple(names), tuple(frozenset(range(k)) for k in range(len(names))))
+    if with_image is None or text is None:
+        return found
+    optional = frozenset(position for position, name in enumerate(found.order) if name not in text.order)
+    return replace(found, optional=optional)
+
+
+def _followed(model: Any, names: Sequence[str], inputs: Mapping[str, Tensor]) -> BlockFlow | None:
+    """One pass on the meta device; None where the model cannot run there, or runs a block twice."""
+    lineage = Lineage()
+    order: list[str] = []
+    needs: list[frozenset[int]] = []
+    outside = outside_linears(model)
+    ran: dict[
+        int, int
+    ] = {}  # of the linears outside that read what a block gave, by -1 - their number: blocks begun then
+
+    def before(module: nn.Module, args: Any, kwargs: Any, name: str = "") -> None:
+        needs.append(lineage.of((args, kwargs)))
+        order.append(name)
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        lineage.mark(output, frozenset({len(order) - 1}))
+
+    def carried(module: nn.Module, args: Any, output: Any, mark: int = 0) -> None:
+        sources = lineage.of(args)
+        if sources:
+            ran[mark] = len(order)
+            lineage.mark(output, sources | {mark})
+
+    handles = []
+    for name in names:
+        block = model.get_submodule(name)
+        handles.append(block.register_forward_pre_hook(functools.partial(before, name=name), with_kwargs=True))
+        handles.append(block.register_forward_hook(after))
+    for number, name in enumerate(outside):
+        hook = functools.partial(carried, mark=-1 - number)
+        handles.append(model.get_submodule(name).register_forward_hook(hook))
+    try:
+        with torch.no_grad(), lineage:
+            model(**inputs, use_cache=False)
+    except UNTRACEABLE:
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not order or len(set(order)) != len(order):
+        return None
+    read = frozenset().union(*needs)
+    between = {outside[-1 - mark]: order[begun] for mark, begun in ran.items() if mark in read}
+    return BlockFlow(tuple(order), tuple(frozenset(k for k in need if k >= 0) for need in needs), between)
