@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,14 @@ class Gram:
         """The full symmetric matrix ``(in, in)``, from the lower triangle."""
         lower = torch.tril(self.matrix)
         return lower + torch.tril(lower, -1).T
+
+
+def not_finite(grams: Mapping[str, Gram]) -> str | None:
+    """The first of the sums that a NaN or an Inf went into; asked once of all, for a GPU waits at each answer."""
+    if not grams:
+        return None
+    finite = torch.stack([torch.isfinite(gram.matrix.diagonal()).all() for gram in grams.values()]).tolist()
+    return next((name for name, is_finite in zip(grams, finite, strict=True) if not is_finite), None)
 
 
 def pack_triangle(matrix: Tensor) -> Tensor:

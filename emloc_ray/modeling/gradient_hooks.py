@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from emloc_ray.core.gram import Gram
+from emloc_ray.core.gram import Gram, not_finite
 from emloc_ray.errors import NumericsError, StageError
 from emloc_ray.modeling.architecture import block_names
 from emloc_ray.modeling.experts import UnfusedExperts, owner_of
@@ -47,7 +47,9 @@ class GradientHooks:
         self.grams: dict[str, Gram] = {}
         self.streams = streams or {}
         self._scale = _FLOAT16_SCALE if model.dtype == torch.float16 else 1.0
+        # Which of the batch's tokens count, and their places; all of a stream that is not named.
         self._masks: dict[Stream, Tensor] = {}
+        self._places: dict[Stream, Tensor] = {}
         self._handles: list[Any] = []
         for name in names:
             module = model.get_submodule(name)
@@ -76,36 +78,40 @@ class GradientHooks:
         return watch
 
     def _counted(self, name: str, stream: Stream, rows: Tensor | None, num_tokens: int) -> Tensor | None:
-        """Which of a linear's tokens count; None: all."""
+        """The places of a linear's tokens that count; None: all."""
         mask = self._masks.get(stream)
-        if mask is not None and rows is not None:
-            mask = mask[rows]
-        if mask is not None and len(mask) != num_tokens:
+        if mask is None:
+            return None
+        known = len(mask) if rows is None else len(rows)
+        if known != num_tokens:
             raise StageError(
-                f"{name} reads {num_tokens} of a batch's {len(mask)} tokens, which ones is not known: set"
+                f"{name} reads {num_tokens} of a batch's {known} tokens, which ones is not known: set"
                 " calibration.batch_size to 1 and calibration.tokens to all."
             )
-        return mask
+        return self._places[stream] if rows is None else mask[rows].nonzero().squeeze(1)
 
     def _add(self, name: str, counted: Tensor | None, gradient: Tensor) -> None:
         tokens = gradient.reshape(-1, gradient.shape[-1])
+        tokens = tokens if counted is None else tokens[counted]
         if self._scale != 1.0:
             tokens = tokens.to(self.grams[name].matrix.dtype) / self._scale
-        self.grams[name].update(tokens, counted)
+        self.grams[name].update(tokens)
 
     def forward(self, batch: dict[str, Tensor], tokens: str, positions: Sequence[int]) -> None:
         """Adds the tokens of a batch that count: ``all`` but padding, or those of the ``completion``.
 
         ``positions`` are its rows' places in the whole sample, which their labels' seeds are made of.
         """
-        counted = model_call(self.model.config, batch, tokens=tokens).counted
-        self._masks = {stream: mask.flatten() for stream, mask in counted.items() if not bool(mask.all())}
+        counted, device = model_call(self.model.config, batch, tokens=tokens).counted, self.model.device
+        masks = {stream: mask.flatten() for stream, mask in counted.items() if not bool(mask.all())}
+        self._masks = {stream: mask.to(device) for stream, mask in masks.items()}
+        self._places = {stream: mask.nonzero().squeeze(1).to(device) for stream, mask in masks.items()}
         draws = [Generator().manual_seed(_row_seed(self.seed, position)) for position in positions]
         try:
             with torch.enable_grad():
                 (sampled_loss(self.model, batch, self.loss_on, draws).loss_sum * self._scale).backward()
         finally:
-            self._masks = {}
+            self._masks, self._places = {}, {}
 
     def remove(self) -> None:
         """Takes the hooks off the model."""
@@ -116,12 +122,12 @@ class GradientHooks:
 
     def check_finite(self) -> None:
         """Raises NumericsError, naming the layer, where a gradient was NaN or Inf."""
-        for name, gram in self.grams.items():
-            if not bool(torch.isfinite(gram.matrix.diagonal()).all()):
-                raise NumericsError(
-                    f"Gradients of what {name} gives hold NaN or Inf: check the model's weights and dtype"
-                    " (float16 overflows; try bfloat16 or float32)."
-                )
+        name = not_finite(self.grams)
+        if name is not None:
+            raise NumericsError(
+                f"Gradients of what {name} gives hold NaN or Inf: check the model's weights and dtype"
+                " (float16 overflows; try bfloat16 or float32)."
+            )
 
 
 def _row_seed(seed: int, position: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emloc_ray.core.gram import Gram
+from emloc_ray.core.gram import Gram, not_finite
 from emloc_ray.errors import NumericsError, StageError
 from emloc_ray.modeling.experts import UnfusedExperts, owner_of
 from emloc_ray.modeling.inputs import Stream, model_call
@@ -43,6 +43,8 @@ class GramHooks:
             in_features = module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0]
             self.grams[group[0]] = Gram.zero(in_features, device=module.weight.device)
             self._handles.append(module.register_forward_pre_hook(self._hook_of(group[0], reread)))
+        # Of a model that is held block by block the first parameter may be on the meta device.
+        self.device = next((gram.matrix.device for gram in self.grams.values()), model.device)
 
     def _hook_of(self, name: str, reread: bool) -> Any:
         owner = owner_of(name)
@@ -82,9 +84,10 @@ class GramHooks:
     @contextlib.contextmanager
     def counting(self, counted: Mapping[Stream, Tensor]) -> Iterator[None]:
         """While it lasts, a pass of the model adds the tokens of each stream where ``counted (rows, length)`` is true."""
-        # Found once a batch, not once a Gram.
-        self._masks = {stream: mask.flatten() for stream, mask in counted.items() if not bool(mask.all())}
-        self._counted = {stream: mask.nonzero().squeeze(1) for stream, mask in self._masks.items()}
+        # Found once a batch, not once a Gram, and where the masks are: on the CPU.
+        masks = {stream: mask.flatten() for stream, mask in counted.items() if not bool(mask.all())}
+        self._masks = {stream: mask.to(self.device) for stream, mask in masks.items()}
+        self._counted = {stream: mask.nonzero().squeeze(1).to(self.device) for stream, mask in masks.items()}
         try:
             yield
         finally:
@@ -95,7 +98,7 @@ class GramHooks:
         """Adds the tokens of a batch that count: ``all`` but padding, or those of the ``completion``."""
         call = model_call(self.model.config, batch, tokens=tokens)
         with self.counting(call.counted):
-            self.body(**call.inputs, use_cache=False)
+            self.body(**call.to(self.device).inputs, use_cache=False)
 
     def remove(self) -> None:
         """Takes the hooks off the model."""
@@ -107,9 +110,9 @@ class GramHooks:
 
     def check_finite(self) -> None:
         """Raises NumericsError, naming the layer, where an activation was NaN or Inf."""
-        for name, gram in self.grams.items():
-            if not bool(torch.isfinite(gram.matrix.diagonal()).all()):
-                raise NumericsError(
-                    f"Activations that {name} reads hold NaN or Inf: check the model's weights and dtype"
-                    " (float16 overflows; try bfloat16 or float32)."
-                )
+        name = not_finite(self.grams)
+        if name is not None:
+            raise NumericsError(
+                f"Activations that {name} reads hold NaN or Inf: check the model's weights and dtype"
+                " (float16 overflows; try bfloat16 or float32)."
+            )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -19,19 +19,30 @@ Stream = Literal["row", "decoder", "other"]
 
 @dataclass(frozen=True)
 class ModelCall:
-    """A batch as a model takes it.
+    """A batch as a model takes it: made on the CPU, where to ask which tokens are padding or labels makes no GPU wait.
 
     Attributes:
         inputs: what the model is called with.
-        counted: which tokens of the row and of a decoder's input count, ``(rows, length)`` each.
-        predicting: at which positions of what the head reads a label is predicted, ``(rows, length)``.
-        targets: the labels, in the order of those positions.
+        counted: which tokens of the row and of a decoder's input count, ``(rows, length)`` each, where they were made.
+        predicting: where in what the head reads ``(rows, length, hidden)`` a label is predicted: rows, and places from the
+            end (prompt tuning puts virtual tokens before a row's), ``(labels,)`` each.
+        targets: the labels, in that order ``(labels,)``.
+        counts: how many labels each row has.
     """
 
     inputs: dict[str, Any]
     counted: dict[Stream, Tensor]
-    predicting: Tensor
+    predicting: tuple[Tensor, Tensor]
     targets: Tensor
+    counts: tuple[int, ...]
+
+    def to(self, device: torch.device) -> ModelCall:
+        """The same, to be called there; ``counted`` stays."""
+        inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in self.inputs.items()}
+        rows, places = self.predicting
+        return replace(
+            self, inputs=inputs, predicting=(rows.to(device), places.to(device)), targets=self.targets.to(device)
+        )
 
 
 def has_encoder(config: Any) -> bool:
@@ -48,15 +59,22 @@ def model_call(config: Any, batch: dict[str, Tensor], loss_on: str = "completion
     Whatever else is in the batch is handed on.
     """
     others = {key: value for key, value in batch.items() if key not in OURS}
-    call = _encoder_decoder(config, batch) if has_encoder(config) else None
-    if call is None:
-        labels = label_mask(batch, loss_on, config)
-        predicting = torch.zeros_like(labels)
-        predicting[:, :-1] = labels[:, 1:]
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": unpadded_is_none(batch["attention_mask"])}
-        counted = batch["attention_mask"].bool() if tokens == "all" else label_mask(batch, "completion")
-        call = ModelCall(inputs, {"row": counted}, predicting, batch["input_ids"][labels])
-    return ModelCall({**call.inputs, **others}, call.counted, call.predicting, call.targets)
+    if has_encoder(config):
+        call = _encoder_decoder(config, batch)
+        return replace(call, inputs={**call.inputs, **others})
+    labels = label_mask(batch, loss_on, config)
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": unpadded_is_none(batch["attention_mask"]), **others}
+    counted = batch["attention_mask"].bool() if tokens == "all" else label_mask(batch, "completion")
+    return _call(inputs, {"row": counted}, labels, batch["input_ids"], shift=1)
+
+
+def _call(
+    inputs: dict[str, Any], counted: dict[Stream, Tensor], labels: Tensor, ids: Tensor, shift: int = 0
+) -> ModelCall:
+    """With the ``ids`` for labels where the mask says so, each predicted ``shift`` places earlier."""
+    rows, places = labels.nonzero(as_tuple=True)
+    counts = tuple(labels.sum(dim=1).tolist())
+    return ModelCall(inputs, counted, (rows, places - shift - labels.shape[1]), ids[rows, places], counts)
 
 
 def label_mask(batch: dict[str, Tensor], loss_on: str, config: Any = None) -> Tensor:
@@ -100,4 +118,4 @@ def _encoder_decoder(config: Any, batch: dict[str, Tensor]) -> ModelCall:
         "decoder_input_ids": torch.where(real, shifted, pad),
         "decoder_attention_mask": unpadded_is_none(real.long()),
     }
-    return ModelCall(inputs, {"row": prompt[:, :length], "decoder": real}, wanted, labels[wanted])
+    return _call(inputs, {"row": prompt[:, :length], "decoder": real}, wanted, labels)

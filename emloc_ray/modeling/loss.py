@@ -60,13 +60,18 @@ def token_loss(
     """The loss of one batch of :func:`emloc_ray.data.token_shards.collate`, in float32: the cross-entropy of its labels, or
     the divergence from what a ``teacher`` says at their positions, in the labels' order.
 
-    ``head_owner`` is the model that owns the head where ``model`` is a wrapper around it (DDP).
+    The batch is read where it is, on the CPU at no cost, and then taken to the model's device. ``head_owner`` is the model
+    that owns the head where ``model`` is a wrapper around it (DDP).
 
     Raises:
         ArtifactError: where the teacher speaks of another number of labels.
     """
     owner = head_owner or model
-    call = model_call(owner.config, batch, loss_on)
+    return call_loss(model, model_call(owner.config, batch, loss_on).to(owner.device), owner, teacher)
+
+
+def call_loss(model: Any, call: ModelCall, owner: Any, teacher: TopLogProbs | None = None) -> TokenLoss:
+    """:func:`token_loss` of a call that is on the model's device, as the teacher's logits are."""
     if teacher is None:
         return _loss_at(model, owner, call, _loss_of, call.targets)
     if len(teacher.ids) != call.targets.numel():
@@ -83,11 +88,10 @@ def sampled_loss(model: Any, batch: dict[str, Tensor], loss_on: str, draws: Sequ
     Its gradients' products are, on average, those of the Fisher matrix of the predictions. Each row's labels come from its
     own of the generators ``draws``, whatever else is in the batch.
     """
-    call = model_call(model.config, batch, loss_on)
-    counts = call.predicting.sum(dim=1).tolist()
+    call = model_call(model.config, batch, loss_on).to(model.device)
     numbers = [
         torch.rand(count, generator=generator, dtype=torch.float64)
-        for count, generator in zip(counts, draws, strict=True)
+        for count, generator in zip(call.counts, draws, strict=True)
     ]
     return _loss_at(model, model, call, _loss_of_drawn, torch.cat(numbers).to(call.targets.device))
 
@@ -107,26 +111,25 @@ def _loss_at(model: Any, owner: Any, call: ModelCall, criterion: Criterion, *tar
 
 @torch.no_grad()
 def teacher_logits(model: Any, batch: dict[str, Tensor], loss_on: str, k: int) -> list[TopLogProbs]:
-    """Of every row of a batch the top ``k`` log-probabilities at its label positions, logits made a chunk at a time."""
-    call = model_call(model.config, batch, loss_on)
+    """Of every row of a batch the top ``k`` log-probabilities at its label positions, logits made a chunk at a time; on the
+    CPU."""
+    call = model_call(model.config, batch, loss_on).to(model.device)
     found = _read_at_labels(model, call, lambda logits, targets: top_log_probs(logits, k))
-    ids, log_probs = (torch.cat(parts) for parts in zip(*found, strict=True))
-    counts = call.predicting.sum(dim=1).tolist()
-    return [TopLogProbs(*row) for row in zip(ids.split(counts), log_probs.split(counts), strict=True)]
+    ids, log_probs = (torch.cat(parts).cpu().split(call.counts) for parts in zip(*found, strict=True))
+    return [TopLogProbs(*row) for row in zip(ids, log_probs, strict=True)]
 
 
 @torch.no_grad()
 def row_losses(model: Any, batch: dict[str, Tensor], loss_on: str) -> tuple[Tensor, Tensor]:
     """Of every row of a batch its loss in nats, summed over its labels, and how many labels it has: both ``(rows,)``.
 
-    In float32, with logits made a chunk at a time; the rows' losses add up to :func:`token_loss`.
+    In float32, with logits made a chunk at a time; the rows' losses add up to :func:`token_loss`. The counts are on the CPU.
     """
-    call = model_call(model.config, batch, loss_on)
+    call = model_call(model.config, batch, loss_on).to(model.device)
     found = _read_at_labels(
         model, call, lambda logits, targets: F.cross_entropy(logits.float(), targets, reduction="none")
     )
-    counts = call.predicting.sum(dim=1)
-    return torch.stack([part.sum() for part in torch.cat(found).split(counts.tolist())]), counts
+    return torch.stack([part.sum() for part in torch.cat(found).split(call.counts)]), torch.tensor(call.counts)
 
 
 def _read_at_labels(model: Any, call: ModelCall, read: Callable[[Tensor, Tensor], _Read]) -> list[_Read]:
@@ -185,17 +188,12 @@ def _divergence_of(logits: Tensor, targets: Tensor, ids: Tensor, log_probs: Tens
     return divergence(logits, ids, log_probs), correct
 
 
-def _chosen(hidden: Tensor, positions: Tensor) -> Tensor:
-    """Counted from the end: prompt tuning puts virtual tokens before the row's."""
-    return hidden[:, -positions.shape[1] :][positions]
-
-
 @contextlib.contextmanager
-def logits_at(model: Any, positions: Tensor) -> Iterator[None]:
-    """The head sees only ``positions (rows, length)`` of the hidden states: logits are ``(1, positions, vocabulary)``."""
+def logits_at(model: Any, positions: tuple[Tensor, Tensor]) -> Iterator[None]:
+    """The head sees only these rows and places of the hidden states: logits are ``(1, positions, vocabulary)``."""
 
     def select(module: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (_chosen(args[0], positions).unsqueeze(0), *args[1:])
+        return (args[0][positions].unsqueeze(0), *args[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
@@ -206,7 +204,7 @@ def logits_at(model: Any, positions: Tensor) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _loss_in_the_head(
-    model: Any, positions: Tensor, criterion: Criterion, targets: tuple[Tensor, ...]
+    model: Any, positions: tuple[Tensor, Tensor], criterion: Criterion, targets: tuple[Tensor, ...]
 ) -> Iterator[list[Tensor]]:
     """While it lasts the head gives the sum of the loss ``(1, 1, 1)`` for its logits, of ``criterion(logits, *targets)``
     with each target's rows those of the logits; afterwards how many were correct, by chunk.
@@ -235,12 +233,12 @@ def _loss_in_the_head(
 
 @contextlib.contextmanager
 def _in_place_of_the_head(
-    model: Any, positions: Tensor, forward: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+    model: Any, positions: tuple[Tensor, Tensor], forward: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 ) -> Iterator[None]:
     """While it lasts the head gives ``forward(its own forward, the hidden states at the positions)``."""
     head = model.get_output_embeddings()
     compute, before = head.forward, vars(head).get("forward")
-    head.forward = lambda hidden: forward(compute, _chosen(hidden, positions))
+    head.forward = lambda hidden: forward(compute, hidden[positions])
     try:
         yield
     finally:
@@ -265,13 +263,13 @@ def _gives_its_head_output(model: Any) -> bool:
         handle = head.register_forward_hook(lambda module, args, output: given.append(output))
         try:
             with torch.random.fork_rng(), torch.no_grad():
-                token = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+                token = torch.zeros(1, 2, dtype=torch.long)
                 row = {
                     "input_ids": token,
                     "attention_mask": token + 1,
                     "completion_mask": token.new_tensor([[0, 1]]).bool(),
                 }
-                logits = tried(**model_call(model.config, row).inputs, use_cache=False).logits
+                logits = tried(**model_call(model.config, row).to(model.device).inputs, use_cache=False).logits
         finally:
             handle.remove()
         # The same memory: DeepSpeed's hooks may have put another tensor around it.

@@ -59,10 +59,10 @@ def score_rows(
     Raises:
         NumericsError: with ``name``, where its loss is no number.
     """
+    batches = length_batches(rows, batch_size)
+    found = [token_loss(model, collate(part, pad_token_id, images), loss_on) for part in batches]
     total = Score()
-    for part in length_batches(rows, batch_size):
-        batch = {key: value.to(model.device) for key, value in collate(part, pad_token_id, images).items()}
-        result = token_loss(model, batch, loss_on)
+    for result in found:  # read when all are asked for: a GPU is kept busy meanwhile
         total += Score(float(result.loss_sum), int(result.num_correct), result.num_tokens)
     if not math.isfinite(total.loss_sum):
         raise NumericsError(f"The loss of the {name} model is NaN or Inf: check its weights and dtype.")
@@ -90,9 +90,9 @@ def losses_by_row(
     found = RowLosses(torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.int64))
     for some in length_batches([_Numbered(number, row) for number, row in enumerate(rows)], batch_size):
         batch = collate([numbered.row for numbered in some], pad_token_id, images)
-        sums, counts = row_losses(model, {key: value.to(model.device) for key, value in batch.items()}, loss_on)
+        sums, counts = row_losses(model, batch, loss_on)
         at = [numbered.number for numbered in some]
-        found.sums[at], found.counts[at] = sums.double().cpu(), counts.cpu()
+        found.sums[at], found.counts[at] = sums.cpu().double(), counts
     return found
 
 
@@ -222,10 +222,9 @@ def _whole_rows(
     for _ in range(max_new_tokens):
         longest = max(map(len, rows))
         ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=model.device)
-        lengths = torch.tensor([len(row) for row in rows], device=model.device).unsqueeze(1)
-        at = torch.arange(longest, device=model.device)
-        with logits_at(model, at == lengths - 1):
-            mask = (at < lengths).long()
+        lengths = torch.tensor([len(row) for row in rows], device=model.device)
+        with logits_at(model, (torch.arange(len(rows), device=model.device), lengths - 1 - longest)):
+            mask = (torch.arange(longest, device=model.device) < lengths.unsqueeze(1)).long()
             logits = model(**others(ids), input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
         for number, token in enumerate(logits.argmax(dim=-1).tolist()):
             if number in going:

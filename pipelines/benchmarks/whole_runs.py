@@ -38,7 +38,6 @@ from emloc_ray.modeling.adapter import attach_adapter, save_trained_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config, lora_config
 from emloc_ray.modeling.architecture import block_linears, empty_model
 from emloc_ray.modeling.gram_hooks import GramHooks
-from emloc_ray.modeling.inputs import label_mask
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import token_loss
 from emloc_ray.planning.prepared import prepare
@@ -145,13 +144,12 @@ def _calibrate_plain(context: Context, plain: Path) -> GramStore:
 class _PlainBatches(RankBatches):
     """The same batches, read without Ray Data."""
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         for step in range(self.job.max_steps):
             table = read_micro_steps(self.job.tokens_dir, self.order, step, step + 1)
             columns = table["input_ids"].to_pylist(), table["completion_mask"].to_pylist()
             batch = collate([Tokens(*row) for row in zip(*columns, strict=True)], self.job.pad_token_id)
-            labels = batch["input_ids"].masked_fill(~label_mask(batch, self.job.loss_on), -100)
-            yield {**batch, "labels": labels}
+            yield self.called(batch, None)
 
 
 def _train_plain(job: FinetuneJob, plain: Path) -> None:

@@ -57,11 +57,10 @@ class ResidentSlot:
 
     def accumulate(self, number: int) -> int:
         """Counts one shard; returns its number."""
-        device, images = self.hooks.model.device, self.job.image_inputs()
+        images = self.job.image_inputs()
         rows = [_Numbered(*pair) for pair in enumerate(self.shards.shard(number), self.shards.first_position(number))]
         for some in length_batches(rows, self.job.batch_size):
-            made = collate([row.tokens for row in some], self.job.pad_token_id, images)
-            batch = {key: value.to(device) for key, value in made.items()}
+            batch = collate([row.tokens for row in some], self.job.pad_token_id, images)
             if isinstance(self.hooks, GramHooks):
                 self.hooks.forward(batch, self.job.tokens)
             else:

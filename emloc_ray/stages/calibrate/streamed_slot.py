@@ -129,9 +129,8 @@ class StreamedSlot:
     def _forward(
         self, position: int, rows: Sequence[Tokens], outputs: dict[int, BlockOutput], hooks: GramHooks
     ) -> dict[int, BlockOutput]:
-        made = collate(rows, self.job.pad_token_id, self.job.image_inputs())
-        batch = {key: value.to(self.replay.device) for key, value in made.items()}
-        call = model_call(self.replay.model.config, batch, tokens=self.job.tokens)
+        batch = collate(rows, self.job.pad_token_id, self.job.image_inputs())
+        call = model_call(self.replay.model.config, batch, tokens=self.job.tokens).to(self.replay.device)
         with hooks.counting(call.counted):
             given = self.replay.forward(position, call.inputs, outputs)
         flow = self.replay.flow

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,16 @@ from emloc_ray.io.store.node_cache import ensure, exists, publish
 from emloc_ray.modeling.adapter import attach_adapter, save_trained_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import load_config
-from emloc_ray.modeling.inputs import label_mask
+from emloc_ray.modeling.inputs import label_mask, model_call
 from emloc_ray.modeling.loading import load_model
-from emloc_ray.modeling.loss import TopLogProbs, token_loss
+from emloc_ray.modeling.loss import TopLogProbs, call_loss
 from emloc_ray.stages.finetune.session import GroupSession, LoneSession, TrainingSession, own_environment
 from emloc_ray.stages.finetune.zero import join_as_deepspeed_rank, scattered_in, step_was_finite, whole_parameters
 from emloc_ray.stages.ray.spans import timed
 from emloc_ray.stages.ray.tasks import set_threads
 
 _POLL_S = 0.5
-_TEACHER = "teacher"  # what a batch holds beside what the model is called with
+_TEACHER, _CALL = "teacher", "call"  # what a batch holds beside what the model is called with
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,15 @@ class RankBatches(IterableDataset[dict[str, Any]]):
         taught = self._taught(begin, end)
         for rows in stream_batches(self.job.tokens_dir, self.order, begin, end):
             batch = collate_together(rows, blank, self.job.pad_token_id, images)
-            mask = label_mask(batch, self.job.loss_on, config)
-            labels = batch["input_ids"].masked_fill(~mask, -100)
             # No plain tensors: DeepSpeed's training would round those to the dtype that it computes in.
-            yield {**batch, "labels": labels, **({} if taught is None else {_TEACHER: next(taught)})}
+            yield {**self.called(batch, config), **({} if taught is None else {_TEACHER: next(taught)})}
+
+    def called(self, batch: dict[str, torch.Tensor], config: Any) -> dict[str, Any]:
+        """What a model of that config is called with, labels for the Trainer to count, and where the model predicts them:
+        found here, before the batch is on a GPU."""
+        labels = batch["input_ids"].masked_fill(~label_mask(batch, self.job.loss_on, config), -100)
+        call = model_call(config, batch, self.job.loss_on)
+        return {**call.inputs, "labels": labels, _CALL: replace(call, inputs={})}
 
     def _taught(self, begin: int, end: int) -> Iterator[TopLogProbs] | None:
         if self.job.teacher_dir is None:
@@ -151,10 +156,11 @@ class EmulatorTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Summed loss over all labels of the step, so that ranks and micro-steps weigh by their labels."""
-        owner = self.accelerator.unwrap_model(model)
-        batch = {key: value for key, value in inputs.items() if key != _TEACHER}
-        teacher = inputs[_TEACHER].to(batch["input_ids"].device) if _TEACHER in inputs else None
-        result = token_loss(model, batch, self.job.loss_on, head_owner=owner, teacher=teacher)
+        device, others = inputs["input_ids"].device, (_TEACHER, _CALL, "labels")
+        called = {key: value for key, value in inputs.items() if key not in others}
+        call = replace(inputs[_CALL], inputs=called).to(device)
+        teacher = inputs[_TEACHER].to(device) if _TEACHER in inputs else None
+        result = call_loss(model, call, self.accelerator.unwrap_model(model), teacher)
         # Averaging gradients over ranks divides by the world size once more.
         return result.loss_sum * self.accelerator.num_processes / num_items_in_batch
 
@@ -167,7 +173,8 @@ class EmulatorTrainer(Trainer):
             return scaler.get_scale() >= 1
         model: Any = self.model
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        return all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+        # Asked once, not once a gradient: a GPU waits at each answer.
+        return not gradients or bool(torch.stack([torch.isfinite(gradient).all() for gradient in gradients]).all())
 
     def save_adapter(self) -> None:
         """Rank 0 writes the adapter; all ranks have to call this."""

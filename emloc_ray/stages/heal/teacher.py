@@ -67,11 +67,10 @@ def teach_shard(job: TeacherJob, model: Any, rows: Sequence[int]) -> list[TopRow
     for start in range(0, len(rows), job.batch_size):
         some = by_length[start : start + job.batch_size]
         batch = collate([tokens[row] for row in some], job.pad_token_id, images)
-        on_device = {key: value.to(model.device) for key, value in batch.items()}
-        for row, top in zip(some, teacher_logits(model, on_device, job.loss_on, job.num_logits), strict=True):
+        for row, top in zip(some, teacher_logits(model, batch, job.loss_on, job.num_logits), strict=True):
             if bool(torch.isnan(top.log_probs).any()):
                 raise NumericsError(f"The original's logits of training row {row} are NaN or Inf: check its weights.")
-            found[row] = top.ids.to("cpu", torch.int32), top.log_probs.to("cpu", torch.float16)
+            found[row] = top.ids.to(torch.int32), top.log_probs.to(torch.float16)
     return [found[row] for row in rows]
 
 

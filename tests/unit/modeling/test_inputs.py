@@ -25,7 +25,11 @@ def t5() -> Any:
 def test_a_decoder_predicts_each_label_from_the_tokens_before_it() -> None:
     call = model_call(make_model("llama").config, collate(ROWS, PAD))
     assert call.targets.tolist() == [11, 12, 13, 14, 22, 23, 24]
-    assert call.predicting.nonzero().tolist() == [[0, 5], [0, 6], [0, 7], [0, 8], [1, 1], [1, 2], [1, 3]]
+    rows, places = call.predicting
+    assert rows.tolist() == [0, 0, 0, 0, 1, 1, 1]
+    length = call.inputs["input_ids"].shape[1]
+    assert (places + length).tolist() == [5, 6, 7, 8, 1, 2, 3]
+    assert call.counts == (4, 3)
     assert call.counted["row"].sum() == 15
     assert call.counted.keys() == {"row"}
 
