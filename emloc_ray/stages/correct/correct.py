@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from emloc_ray.core.correction import Candidate, Method
+from emloc_ray.core.precision import exact_float32
 from emloc_ray.core.selection import affordable
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.processors import ImageInputs
@@ -103,6 +104,7 @@ def correct_adapter(job: CorrectionJob, progress: Progress = silent) -> dict[str
     return result
 
 
+@exact_float32()
 def _read(job: CorrectionJob, adapter: Adapter, progress: Progress) -> list[CorrectableModule]:
     original, emulator = Checkpoint(job.model_dir), Checkpoint(job.emulator_dir)
     grams = None if job.calibration_dir is None else GramStore(job.calibration_dir)
@@ -113,6 +115,7 @@ def _read(job: CorrectionJob, adapter: Adapter, progress: Progress) -> list[Corr
     return [modules[name] for name in adapter.names]
 
 
+@exact_float32()
 def _write(job: CorrectionJob, adapter: Adapter, modules: Sequence[CorrectableModule], chosen: Candidate) -> None:
     """In the method's own form where it is LoRA or nothing is taken out; else as a LoRA adapter of the same linears."""
     if not adapter.is_lora and chosen.method == "none":

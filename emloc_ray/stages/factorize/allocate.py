@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from emloc_ray.core.allocation import Allocation, Curve, allocate, plain_gains, spectrum
+from emloc_ray.core.precision import exact_float32
 from emloc_ray.core.ranks import Storage, factor_parameters
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.io.formats.checkpoint import Checkpoint, read_shard
@@ -62,6 +63,7 @@ def read_ranks(directory: Path) -> dict[str, int | None]:
     return {name: layer["rank"] for name, layer in layers.items()}
 
 
+@exact_float32()
 def group_spectra(
     job: AllocationJob, specs: Sequence[LinearSpec], gram: StoredGram, gradients: Mapping[str, StoredGram]
 ) -> dict[str, Tensor]:

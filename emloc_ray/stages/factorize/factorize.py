@@ -17,6 +17,7 @@ import torch
 from emloc_ray.core.factorization import Factorization, relative_error
 from emloc_ray.core.factorization import factorize as factorize_layer
 from emloc_ray.core.pivoting import pivot, stored_product
+from emloc_ray.core.precision import exact_float32
 from emloc_ray.core.ranks import Storage
 from emloc_ray.core.two_sided import factorize_two_sided
 from emloc_ray.core.whitening import Whitening
@@ -44,6 +45,7 @@ from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, set_threads
 _CONNECTIONS = 8
 
 
+@exact_float32()
 def factorize_group(job: FactorizationJob, specs: Sequence[LinearSpec], gram: StoredGram | None, path: Path) -> None:
     """Factorizes the linears of one group under their shared Gram; writes their spectra, then their factors as one shard.
 

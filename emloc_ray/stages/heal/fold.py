@@ -14,6 +14,7 @@ import torch
 from emloc_ray.core.factorization import LowRankFactors
 from emloc_ray.core.healing import added_factors
 from emloc_ray.core.pivoting import PivotedFactors, pivot
+from emloc_ray.core.precision import exact_float32
 from emloc_ray.core.ranks import Storage
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.checkpoint import Checkpoint, TensorEntry
@@ -175,6 +176,7 @@ def make_linear(job: FoldJob, piece: Piece) -> None:
     write_tensors(piece.file, tensors)
 
 
+@exact_float32()
 def write_piece(job: FoldJob, piece: Piece, threads: int = 1) -> None:
     """Writes a shard, unless it is there, whole, from a try that was killed."""
     set_threads(threads)

@@ -12,6 +12,7 @@ from typing import Any
 import ray
 import torch
 
+from emloc_ray.core.precision import exact_float32
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.checkpoint import INDEX_NAME, Checkpoint, Shard, TensorEntry, write_index
 from emloc_ray.io.formats.shards import chunk_limit, copy_chunks, make_header, stream_shard
@@ -56,6 +57,7 @@ def output_shards(shards: Sequence[Shard], max_shard_size: int | None) -> list[t
     return [(f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors", part) for number, part in enumerate(parts)]
 
 
+@exact_float32()
 def merge_shard(job: MergeJob, shard: Shard, target: Path) -> int:
     """Writes one shard of the merged model; returns how many tensors changed.
 

@@ -18,7 +18,8 @@ from emloc_ray.data.token_shards import TokenShards, shard_name, write_index, wr
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.modeling.adapter_files import Adapter, LoraModule, write_adapter
 from emloc_ray.modeling.scoring import Score, score_rows
-from emloc_ray.stages.evaluate.evaluate import VARIANTS, EvaluationJob, evaluate, evaluate_slice
+from emloc_ray.stages.evaluate import evaluate
+from emloc_ray.stages.evaluate.evaluate import VARIANTS, EvaluationJob, evaluate_slice
 from emloc_ray.stages.merge.merge import MergeJob, merge_shard
 
 

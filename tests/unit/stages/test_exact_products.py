@@ -1,0 +1,64 @@
+"""What workers compute of Grams, factors, corrections and merged weights is exact float32, though TF32 was allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from float32_products import Float32Products
+from stage_artifacts import Artifacts
+from tiny import save_emulator
+
+from emloc_ray.core.correction import Candidate
+from emloc_ray.io.formats.checkpoint import Checkpoint
+from emloc_ray.io.formats.grams import GramStore
+from emloc_ray.stages.correct.correct import CorrectionJob, correct_adapter
+from emloc_ray.stages.factorize.factorize import factorize_group
+from emloc_ray.stages.factorize.job import FactorizationJob
+from emloc_ray.stages.merge.merge import MergeJob, merge_shard
+
+
+@pytest.fixture(autouse=True)
+def tf32() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def products() -> Iterator[Float32Products]:
+    with Float32Products() as products:
+        yield products
+    assert set(products.precisions) == {"highest"}
+    assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_factors(artifacts: Artifacts, products: Float32Products, tmp_path: Path) -> None:
+    job = FactorizationJob(artifacts.model_dir, tmp_path, artifacts.groups, artifacts.ranks)
+    group = artifacts.groups[0]
+    gram = GramStore(artifacts.calibration_dir).stored(group[0].name)
+    factorize_group(job, group, gram, tmp_path / "factors.safetensors")
+
+
+def test_corrections(artifacts: Artifacts, products: Float32Products, tmp_path: Path) -> None:
+    correct_adapter(
+        CorrectionJob(
+            model_dir=artifacts.model_dir,
+            emulator_dir=save_emulator(artifacts.model_dir, tmp_path / "emulator"),
+            calibration_dir=artifacts.calibration_dir,
+            adapter_dir=artifacts.adapter_dir,
+            out_dir=tmp_path / "corrected",
+            selection_dir=artifacts.tokens_dir,
+            specs=artifacts.specs,
+            candidates=(Candidate("covariance", None, 1.0),),
+        )
+    )
+
+
+def test_merged_weights(artifacts: Artifacts, products: Float32Products, tmp_path: Path) -> None:
+    job = MergeJob(artifacts.model_dir, artifacts.adapter_dir, tmp_path, artifacts.specs)
+    for shard in Checkpoint(artifacts.model_dir).shards:
+        merge_shard(job, shard, tmp_path / shard.file.name)
