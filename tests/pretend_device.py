@@ -15,7 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import (
+    _DummyBackendModule,
+    _DummyPrivateUse1Hook,
+    _setup_privateuseone_for_python_backend,
+)
 
 NAME = "pretend"
 _aten = torch.ops.aten
@@ -24,6 +28,8 @@ _aten = torch.ops.aten
 _WAITS = {
     _aten._local_scalar_dense,
     _aten._linalg_check_errors,
+    _aten._linalg_eigh,
+    _aten._linalg_svd,
     _aten.equal,
     _aten.nonzero,
     _aten.masked_select,
@@ -49,12 +55,27 @@ class Meter:
     waits: Counter[str] = field(default_factory=Counter)
     current: int = 0
     peak: int = 0
+    largest: int = 0  # of one tensor's memory
     held: Counter[int] = field(default_factory=Counter)  # tensors by the address of their memory
 
     def restart(self) -> None:
-        """Forgets waits, and takes what is held now for the peak."""
+        """Forgets waits and sizes, and takes what is held now for the peak."""
         self.waits.clear()
-        self.peak = self.current
+        self.peak, self.largest = self.current, 0
+
+    def hold(self, address: int, size: int) -> None:
+        """A tensor of that memory is made."""
+        self.held[address] += 1
+        if self.held[address] == 1:
+            self.current += size
+            self.peak, self.largest = max(self.peak, self.current), max(self.largest, size)
+
+    def release(self, address: int, size: int) -> None:
+        """One of them is gone."""
+        self.held[address] -= 1
+        if self.held[address] == 0:
+            del self.held[address]
+            self.current -= size
 
 
 METER = Meter()
@@ -68,16 +89,11 @@ class _Hold:
             inner.untyped_storage()
         )  # held, so that no other one is given its address before it is counted out
         self.address, self.size = self.storage.data_ptr(), self.storage.nbytes()
-        METER.held[self.address] += 1
-        if METER.held[self.address] == 1:
-            METER.current += self.size
-            METER.peak = max(METER.peak, METER.current)
+        self.meter = METER  # a name of the module's is gone when the interpreter ends
+        METER.hold(self.address, self.size)
 
     def __del__(self) -> None:
-        METER.held[self.address] -= 1
-        if METER.held[self.address] == 0:
-            del METER.held[self.address]
-            METER.current -= self.size
+        self.meter.release(self.address, self.size)
 
 
 class PretendTensor(Tensor):
@@ -122,7 +138,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     else:
         _refuse_mixed(func, packet, args, given)
     masks = packet in _INDEXED and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-    if packet in _WAITS or masks or (packet in _COPIES and on_cpu):
+    to_meta = target is not None and torch.device(target).type == "meta"
+    if packet in _WAITS or masks or (packet in _COPIES and on_cpu and not to_meta):
         METER.waits[packet.__name__] += 1
     if target is not None and not on_cpu:
         kwargs["device"] = "cpu"
@@ -165,13 +182,20 @@ class _Module(_DummyBackendModule):
         METER.waits["synchronize"] += 1
 
 
+class _Hook(_DummyPrivateUse1Hook):
+    """Tests that come after in this process must not take it for the machine's accelerator."""
+
+    def is_available(self) -> bool:
+        return False
+
+
 _registered: list[torch.library.Library] = []  # kernels live as long as their library
 
 
 def pretend_device() -> torch.device:
     """The device, registered at the first call."""
     if not _registered:
-        _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+        _setup_privateuseone_for_python_backend(NAME, backend_module=_Module(), hook=_Hook())
         library = torch.library.Library("aten", "IMPL")
         for name in torch._C._dispatch_get_all_op_names():
             kind, _, overload = name.removeprefix("aten::").partition(".")

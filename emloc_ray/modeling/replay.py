@@ -78,9 +78,10 @@ class BlockReplay:
         self._current = -1
         self._outputs: Mapping[int, BlockOutput] = {}
         self._load_outside()
-        for name, buffer in self.model.named_buffers():
-            found = self._stored.get(name)
-            buffer.data = (found.read(self.checkpoint) if found is not None else buffer).to(self.device)
+        for name, buffer in list(self.model.named_buffers(remove_duplicate=False)):
+            found, (owner, _, attribute) = self._stored.get(name), name.rpartition(".")
+            placed = (found.read(self.checkpoint) if found is not None else buffer).to(self.device)
+            self.model.get_submodule(owner)._buffers[attribute] = placed
         for position, name in enumerate(self.flow.order):
             block = self.model.get_submodule(name)
             block.forward = functools.partial(self._forward_block, position, block.forward)

@@ -1,0 +1,130 @@
+"""The method's algebra on a device of its own: nothing is left on the CPU, and what comes out is what the CPU gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from pretend_device import Meter
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from emloc_ray.core.allocation import plain_gains, spectrum
+from emloc_ray.core.correction import apply_correction, canonical_form, clamp_columns, correction, difference, shortfall
+from emloc_ray.core.distillation import divergence, top_log_probs
+from emloc_ray.core.factorization import LowRankFactors, factorize, relative_error
+from emloc_ray.core.gram import Gram, pack_triangle, unpack_triangle
+from emloc_ray.core.healing import added_factors
+from emloc_ray.core.merging import add_rows
+from emloc_ray.core.pivoting import pivot, stored_product
+from emloc_ray.core.two_sided import factorize_two_sided
+from emloc_ray.core.updates import HadamardUpdate, KroneckerUpdate, LowRankUpdate
+from emloc_ray.core.whitening import Whitening
+
+OUT, IN, R = 24, 40, 6
+
+
+def made() -> dict[str, Tensor]:
+    """Of one linear: its weight, sums over inputs and gradients, an adapter."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    x, g = normal(100, IN) @ normal(IN, IN), normal(100, OUT) @ normal(OUT, OUT)
+    lora = {"a": normal(4, IN), "b": normal(OUT, 4), "more": normal(OUT, 4), "less": normal(4, IN)}
+    return {"weight": normal(OUT, IN), "gram": x.T @ x, "gradients": g.T @ g, "x": x, "delta": normal(OUT, IN), **lora}
+
+
+def plain(t: dict[str, Tensor], solver: Any = "exact", turned: bool = False) -> Any:
+    weight, gram = (t["weight"].T.contiguous(), t["gradients"]) if turned else (t["weight"], t["gram"])
+    found = factorize(weight, Whitening(gram), R, solver=solver)
+    error = relative_error(weight, found.factors.up @ found.factors.down, Whitening(gram))
+    return found.factors, found.eigenvalues, found.total_energy, found.relative_error, error
+
+
+def two_sided(t: dict[str, Tensor]) -> Any:
+    found = factorize_two_sided(t["weight"], Whitening(t["gram"]), Whitening(t["gradients"], 1e-2), R)
+    return found.factors, found.eigenvalues
+
+
+def pivoted(t: dict[str, Tensor]) -> Any:
+    found = pivot(LowRankFactors(*plain(t)[0]))
+    return found, stored_product(*found)
+
+
+def whitened(t: dict[str, Tensor]) -> Any:
+    whitening, weight, dtype = Whitening(t["gram"]), t["weight"], torch.float32
+    tensors = whitening.matrix(dtype), whitening.root(dtype), whitening.outer(weight), whitening.whiten(weight)
+    return tensors, whitening.energy(weight), whitening.times(t["x"].T.double())
+
+
+def summed(t: dict[str, Tensor]) -> Any:
+    gram = Gram.zero(IN, device=t["x"].device)
+    gram.update(t["x"])
+    gram.update(t["x"], t["x"][:, 0] > 0)
+    whole = gram.combine(gram).symmetric()
+    return whole, gram.num_tokens, unpack_triangle(pack_triangle(whole))
+
+
+def corrected(t: dict[str, Tensor]) -> Any:
+    form = canonical_form(t["a"], t["b"])
+    found = []
+    for method, gram in (("projection", None), ("covariance", t["gram"])):
+        seen = difference(t["delta"], form.q, gram)
+        applied = clamp_columns(correction(seen, method, 2.0), form.b, 3.0)  # type: ignore[arg-type]
+        found.append((apply_correction(form, applied, 4), shortfall(seen, applied, 2.0) if gram is not None else 0.0))
+    return found
+
+
+def updates(t: dict[str, Tensor]) -> Any:
+    all_of_them = (
+        LowRankUpdate(t["a"], t["b"], 2.0),
+        HadamardUpdate(t["b"], t["a"], t["more"], t["less"], 0.5),
+        KroneckerUpdate(t["b"][:6], t["less"][:, :10], 0.5),
+    )
+    return [(update.rows(1, 5), update.dominant(1e-3), add_rows(t["weight"], update)) for update in all_of_them]
+
+
+def distilled(t: dict[str, Tensor]) -> Any:
+    top = top_log_probs(t["weight"], 5)
+    return top, divergence(t["delta"], *top), added_factors(t["a"], t["b"], 2.0)
+
+
+CASES: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    "exact": plain,
+    "exact, tall": lambda t: plain(t, turned=True),
+    "subspace": lambda t: plain(t, "subspace"),
+    "subspace, tall": lambda t: plain(t, "subspace", turned=True),
+    "two-sided": two_sided,
+    "pivoted": pivoted,
+    "whitening": whitened,
+    "Grams": summed,
+    "spectrum": lambda t: spectrum(t["weight"], Whitening(t["gram"]), Whitening(t["gradients"], 1e-2)),
+    "plain gains": lambda t: plain_gains(t["weight"], Whitening(t["gram"]), Whitening(t["gradients"], 1e-2)),
+    "correction": corrected,
+    "updates": updates,
+    "distillation": distilled,
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_what_the_cpu_gives(case: str, device: torch.device) -> None:
+    here = tree_leaves(CASES[case](made()))
+    there = tree_leaves(CASES[case](tree_map_only(Tensor, lambda tensor: tensor.to(device), made())))
+    for expected, found in zip(here, there, strict=True):
+        if isinstance(expected, Tensor):
+            assert found.device == device
+            torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)
+        else:
+            assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_gram_is_added_to_without_a_wait(device: torch.device, meter: Meter) -> None:
+    gram, x = Gram.zero(IN, device=device), made()["x"].to(device)
+    before = meter.current
+    gram.update(x)
+    assert not meter.waits
+    assert meter.current == before
