@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_cases import CASES, IDS, attached
+from families import build
 from pretend_device import Meter, moved
 from tiny import PAD, VOCABULARY, make_model, save_emulator
 from torch import Tensor
@@ -91,6 +92,19 @@ def test_sums_of_gradients(family: str, batch: str, meter: Meter) -> None:
     for name, gram in here.grams.items():
         assert there.grams[name].num_tokens == gram.num_tokens
         close(there.grams[name].matrix.cpu(), gram.matrix, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "T5"])
+def test_a_loss_and_its_gradients(family: str, device: torch.device) -> None:
+    model = unfuse(build(family)).eval()
+    there = moved(copy.deepcopy(model))
+    for loss_on in ("completion", "all"):
+        here, other = (token_loss(some, PADDED, loss_on) for some in (model, there))
+        close(other.loss_sum.cpu(), here.loss_sum)
+        for result in (here, other):
+            result.loss_sum.backward()
+    for expected, found in zip(gradients(model), gradients(there), strict=True):
+        close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", CASES)
