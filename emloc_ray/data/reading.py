@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import glob as globbing
 import io
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from emloc_ray.data.text_rows import BadText, csv_records, csv_row, lines, other_encoding, read_object
 from emloc_ray.errors import DataError
 from emloc_ray.io.formats.arrow_schemas import check_parquet
 from emloc_ray.io.runs.fingerprint import fingerprint, fingerprint_large_files
@@ -66,9 +67,8 @@ _STORED_SCAN_BYTES = 2**23
 _STORED_BUFFER_BYTES = 2**20
 _STORED_HEADER_BYTES = 2**16
 _CONNECTIONS = 8
-_MAX_CSV_FIELD = 2**31 - 1  # the csv module's own limit is 128 KiB
 # ValueError: also of a registered type whose own metadata is broken.
-_UNREADABLE = (OSError, pa.ArrowException, csv.Error, ValueError)
+_UNREADABLE = (OSError, pa.ArrowException, csv.Error, ValueError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,13 @@ def each(function: Callable[[Item], Result], items: Sequence[Item], stored: bool
         return list(pool.map(function, items))
 
 
-def scan(path: Path | str) -> SourceFile:
-    """Counts a file's rows; raises DataError where it is unreadable or empty, ArtifactError where its store is silent."""
+def scan(path: Path | str, keep_bad: bool = False) -> SourceFile:
+    """Counts a file's rows; with ``keep_bad`` rows of a CSV file count that are none by themselves.
+
+    Raises:
+        DataError: where it is unreadable or empty.
+        ArtifactError: where its store does not answer.
+    """
     if isinstance(path, Path):
         ensure(path)
     kind, place = KINDS[_suffix(path)], str(path)
@@ -162,7 +167,9 @@ def scan(path: Path | str) -> SourceFile:
                 source = SourceFile(place, kind, metadata.num_rows, (), max(groups, default=1), version)
             else:
                 marks, count = [], 0
-                for offset in _csv_offsets(stream) if kind == "csv" else _line_offsets(stream):
+                if encoding := other_encoding(stream.peek(4)):
+                    raise DataError(f"{shown(place)} is {encoding} text: save it as UTF-8.")
+                for offset in _csv_offsets(stream, shown(place), keep_bad) if kind == "csv" else _line_offsets(stream):
                     if count % _ROWS_PER_MARK == 0:
                         marks.append(offset)
                     count += 1
@@ -202,12 +209,12 @@ def read_rows(
     if not source.is_stored:
         ensure(Path(source.path))
     if source.kind == "parquet":
-        return _read_groups(source, rows, fields, extra)
+        return _read_groups(source, rows, fields, extra, keep_bad)
     return _read_records(source, rows, keep_bad)
 
 
 def _read_groups(
-    source: SourceFile, rows: Iterable[int], fields: Sequence[str] | None, extra: Sequence[str]
+    source: SourceFile, rows: Iterable[int], fields: Sequence[str] | None, extra: Sequence[str], keep_bad: bool
 ) -> Iterator[tuple[int, Row]]:
     wanted = iter(rows)
     row = next(wanted, None)
@@ -231,7 +238,7 @@ def _read_groups(
                         row = next(wanted, None)
                     if inside:
                         taken = batch.take(pa.array([number - begin for number in inside]))
-                        yield from zip(inside, taken.to_pylist(), strict=True)
+                        yield from zip(inside, _python_rows(taken, source, inside, keep_bad), strict=True)
                     begin += batch.num_rows
                     if row is None or row >= stop:
                         break
@@ -244,12 +251,39 @@ def _read_groups(
         raise DataError(f"{source.name} is shorter than when it was counted: run again.")
 
 
+def _python_rows(batch: pa.RecordBatch, source: SourceFile, numbers: Sequence[int], keep_bad: bool) -> Iterable[Row]:
+    """A batch's rows; one by one where one holds text that is not UTF-8, which Arrow does not look at."""
+    try:
+        rows: list[Row] = batch.to_pylist()
+        return rows
+    except UnicodeDecodeError:
+        return (_python_row(batch.slice(at, 1), source, row, keep_bad) for at, row in enumerate(numbers))
+
+
+def _python_row(batch: pa.RecordBatch, source: SourceFile, row: int, keep_bad: bool) -> Row:
+    found: Row = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            found[name] = column[0].as_py()
+        except UnicodeDecodeError as error:
+            return _bad(f"column {name!r} is not UTF-8 ({error.reason}): write it so", source, row, keep_bad)
+    return found
+
+
+def _bad(what: str, source: SourceFile, row: int, keep_bad: bool) -> BadRow:
+    bad = BadRow(DataError(f"{source.name}, row {row + 1}: {what}."))
+    if not keep_bad:
+        raise bad.error
+    return bad
+
+
 def _read_records(source: SourceFile, rows: Iterable[int], keep_bad: bool) -> Iterator[tuple[int, Row]]:
     """JSONL and CSV: from the nearest mark on where that is ahead, else by reading on."""
     records: Iterator[Any] = iter(())
     position = -1
     row = 0
     try:
+        parse = _csv_parser(source.path) if source.kind == "csv" else read_object
         for row in rows:
             mark = row // _ROWS_PER_MARK
             if position < 0 or mark * _ROWS_PER_MARK > position:
@@ -258,7 +292,11 @@ def _read_records(source: SourceFile, rows: Iterable[int], keep_bad: bool) -> It
             record = next(itertools.islice(records, row - position, None), None)
             if record is None:
                 raise DataError(f"{source.name} is shorter than when it was counted: run again.")
-            yield row, record if source.kind == "csv" else _parse(record, source.name, row, keep_bad)
+            try:
+                found: Row = parse(record)
+            except BadText as error:
+                found = _bad(str(error), source, row, keep_bad)
+            yield row, found
             position = row + 1
     except _UNREADABLE as error:
         raise DataError(
@@ -267,7 +305,16 @@ def _read_records(source: SourceFile, rows: Iterable[int], keep_bad: bool) -> It
 
 
 def _records(source: SourceFile, offset: int) -> Iterator[Any]:
-    return _csv_rows(source.path, offset) if source.kind == "csv" else _lines(source.path, offset)
+    with _open(source.path, _STORED_BUFFER_BYTES) as stream:
+        for _, record in csv_records(stream, offset) if source.kind == "csv" else lines(stream, offset):
+            yield record
+
+
+def _csv_parser(path: str) -> Callable[[Any], Row]:
+    """What makes a row of a record: by the file's header."""
+    with _open(path, _STORED_HEADER_BYTES) as stream:
+        names = next(csv_records(stream), (0, []))[1]
+    return functools.partial(csv_row, names)
 
 
 def _open(path: str, stored_bytes: int) -> io.BufferedReader:
@@ -293,76 +340,26 @@ def _parquet(path: str) -> Iterator[pq.ParquetFile]:
         yield file
 
 
-def _lines(path: str, offset: int) -> Iterator[bytes]:
-    with _open(path, _STORED_BUFFER_BYTES) as stream:
-        stream.seek(offset)
-        for line in stream:
-            if line.strip():
-                yield line
+def _line_offsets(stream: io.BufferedReader) -> Iterator[int]:
+    return (offset for offset, _ in lines(stream))
 
 
-def _line_offsets(stream: Iterable[bytes]) -> Iterator[int]:
-    """Where each line begins that is not blank."""
-    offset = 0
-    for line in stream:
-        if line.strip():
-            yield offset
-        offset += len(line)
-
-
-def _csv_rows(path: str, offset: int) -> Iterator[Row]:
-    """The rows from a byte offset on; all values are text, as a CSV file has them: an answer of 007 is no number."""
-    with _open(path, _STORED_HEADER_BYTES) as stream:
-        names = next(_csv_records(io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")), [])
-    with _open(path, _STORED_BUFFER_BYTES) as stream:
-        stream.seek(offset)
-        for record in _csv_records(io.TextIOWrapper(stream, encoding="utf-8", newline="")):
-            yield dict(zip(names, record, strict=True))
-
-
-def _csv_offsets(stream: io.BufferedReader) -> Iterator[int]:
-    """Where each row begins, in bytes: a quoted value may hold newlines, so the reader says where a row is over."""
-    consumed = 0
-
-    def counted(text: Iterable[str]) -> Iterator[str]:
-        nonlocal consumed
-        for line in text:
-            bare = line if consumed else line.removeprefix("\ufeff")
-            consumed += len(line) if line.isascii() else len(line.encode())
-            yield bare
-
-    records = _csv_records(counted(io.TextIOWrapper(stream, encoding="utf-8", newline="")))
-    names = next(records, [])
-    repeated = next((name for place, name in enumerate(names) if name in names[:place]), None)
+def _csv_offsets(stream: io.BufferedReader, name: str, keep_bad: bool) -> Iterator[int]:
+    """Where each row begins, in bytes."""
+    records = csv_records(stream)
+    names = next(records, (0, []))[1]
+    repeated = next((column for place, column in enumerate(names) if column in names[:place]), None)
     if repeated is not None:
         raise csv.Error(f"its header names {repeated!r} twice")
-    begin = consumed
-    for number, record in enumerate(records):
-        if len(record) != len(names):
-            raise csv.Error(f"row {number + 1} has {len(record)} values, the header {len(names)}")
-        yield begin
-        begin = consumed
-
-
-def _csv_records(text: Iterable[str]) -> Iterator[list[str]]:
-    """Records of a CSV file, without blank lines; they are read no further than they are asked for."""
-    csv.field_size_limit(_MAX_CSV_FIELD)
-    return filter(None, csv.reader(text, strict=True))
+    csv_row(names, names)
+    for number, (offset, record) in enumerate(records):
+        if not keep_bad:
+            try:
+                csv_row(names, record)
+            except BadText as error:
+                raise DataError(f"{name}, row {number + 1}: {error}.") from error
+        yield offset
 
 
 def _detail(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
-
-
-def _parse(line: bytes, path: str, row: int, keep_bad: bool) -> Row:
-    try:
-        value = json.loads(line)
-        if isinstance(value, dict):
-            return value
-        what = f"{type(value).__name__} instead of an object"
-    except ValueError as error:
-        what = f"not JSON ({' '.join(str(error).split())})"
-    bad = BadRow(DataError(f"{path}, row {row + 1}: {what}: write one object a line."))
-    if not keep_bad:
-        raise bad.error
-    return bad

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
@@ -62,7 +63,7 @@ def _checked_sources(
     )
     if known in _CHECKED:
         return _CHECKED[known]
-    sources = each(scan, places, stored)
+    sources = each(functools.partial(scan, keep_bad=data.on_error == "skip"), places, stored)
     checked = max(1, min(CHECKED_ROWS, MAX_CHECKED_ROWS // len(sources)))
 
     def check(source: SourceFile) -> SourceFile:

@@ -1,0 +1,123 @@
+"""Rows of JSONL and CSV files as their bytes hold them: where each begins, what it says, and what is wrong with it alone.
+
+A line is held no further than to :data:`MAX_LINE_BYTES`; the rest of a longer one is passed over, and the row is a bad one.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+MAX_LINE_BYTES = 2**28  # an image of 128 MiB in base64, and half as much again
+_MAX_CSV_FIELD = 2**31 - 1  # the csv module's own limit is 128 KiB
+_SKIP_BYTES = 2**20
+_TOO_LONG = "\udcfftoo long"  # stands for a line of a CSV file; no UTF-8 decodes to it
+_BOMS = {
+    **dict.fromkeys((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "UTF-32"),  # first: the one begins as UTF-16's does
+    **dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "UTF-16"),
+}
+
+
+class BadText(ValueError):
+    """A row's text is no row; says why."""
+
+
+def other_encoding(head: bytes) -> str | None:
+    """The encoding of a text file that begins so, where that is seen at once and is not UTF-8."""
+    found = next((name for mark, name in _BOMS.items() if head.startswith(mark)), None)
+    if found or b"\0" not in head[:4]:
+        return found
+    return "UTF-32" if b"\0\0" in head[:4] else "UTF-16"
+
+
+def lines(stream: io.BufferedReader, offset: int = 0) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank, each with its offset, from ``offset`` on; of one that is too long the beginning."""
+    stream.seek(offset)
+    for line, size in _bounded(stream):
+        if line.strip():
+            yield offset, line
+        offset += size
+
+
+def read_object(line: bytes) -> dict[str, Any]:
+    """The object that a line of a JSONL file holds; raises BadText where it holds none."""
+    if len(line) > MAX_LINE_BYTES:
+        raise BadText(f"longer than {MAX_LINE_BYTES} bytes: split it")
+    try:
+        value = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise BadText(_not_utf8(line[error.start], error.start)) from error
+    except RecursionError as error:
+        raise BadText("JSON that is nested too deeply: write it flat") from error
+    except ValueError as error:
+        raise BadText(f"not JSON ({' '.join(str(error).split())}): write one object a line") from error
+    if not isinstance(value, dict):
+        raise BadText(f"{type(value).__name__} instead of an object: write one object a line")
+    return value
+
+
+def csv_records(stream: io.BufferedReader, offset: int = 0) -> Iterator[tuple[int, list[str]]]:
+    """The records of a CSV file that are not blank, each with its offset; read no further than they are asked for.
+
+    A quoted value may hold newlines, so the csv module says where a record is over.
+
+    Raises:
+        csv.Error: where that cannot be told, as of a quote that is never closed.
+    """
+    csv.field_size_limit(_MAX_CSV_FIELD)
+    stream.seek(offset)
+    begin = consumed = offset
+    held = 0
+
+    def parts() -> Iterator[str]:
+        nonlocal consumed, held
+        for line, size in _bounded(stream):
+            # As with newline="": a lone carriage return ends a line too.
+            for part in [line] if size > MAX_LINE_BYTES else line.splitlines(keepends=True):
+                bare = part.removeprefix(codecs.BOM_UTF8) if consumed == 0 else part
+                text = f"{_TOO_LONG}\n" if size > MAX_LINE_BYTES else bare.decode("utf-8", "surrogateescape")
+                consumed += size if size > MAX_LINE_BYTES else len(part)
+                held += len(text)
+                if held > MAX_LINE_BYTES:
+                    raise csv.Error(
+                        f"the row at byte {begin} is longer than {MAX_LINE_BYTES} bytes, or a quote is open"
+                    )
+                yield text
+
+    for record in csv.reader(parts(), strict=True):
+        if record:
+            yield begin, record
+        begin, held = consumed, 0
+
+
+def csv_row(names: Sequence[str], record: Sequence[str]) -> dict[str, Any]:
+    """A record under the header's names, all values text: an answer of 007 is no number; raises BadText where it is bad."""
+    if any(_TOO_LONG in value for value in record):
+        raise BadText(f"longer than {MAX_LINE_BYTES} bytes: split it")
+    for value in record:
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise BadText(_not_utf8(ord(value[error.start]) & 0xFF, error.start)) from error
+    if len(record) != len(names):
+        raise BadText(f"{len(record)} values under a header of {len(names)}: quote those that hold commas")
+    return dict(zip(names, record, strict=True))
+
+
+def _not_utf8(byte: int, place: int) -> str:
+    return f"not UTF-8 (byte {byte:#04x} at {place}; Latin-1, perhaps): save the file as UTF-8"
+
+
+def _bounded(stream: io.BufferedReader) -> Iterator[tuple[bytes, int]]:
+    """Lines with their sizes; of a longer one than :data:`MAX_LINE_BYTES` one byte more than these."""
+    while line := stream.readline(MAX_LINE_BYTES + 1):
+        size = len(line)
+        rest = line
+        while size > MAX_LINE_BYTES and rest and not rest.endswith(b"\n"):
+            rest = stream.readline(_SKIP_BYTES)
+            size += len(rest)
+        yield line, size
