@@ -19,7 +19,7 @@ def write_rows(path: Path, count: int) -> Path:
 def test_the_same_files_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hundreds of tasks may have the same rows; changed ones are counted anew."""
     counted, scanning = [], data_checks.scan
-    monkeypatch.setattr(data_checks, "scan", lambda place: counted.append(place) or scanning(place))
+    monkeypatch.setattr(data_checks, "scan", lambda place, **how: counted.append(place) or scanning(place, **how))
     path = write_rows(tmp_path / "a.jsonl", 5)
     values = {"run_dir": str(tmp_path / "run"), "model": {"source": "unused"}, "data": {"train": {"path": str(path)}}}
     config = parse_config(values)

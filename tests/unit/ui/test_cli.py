@@ -187,9 +187,9 @@ def test_data_that_names_nothing_is_refused(call: Call, tmp_path: Path) -> None:
         ("field.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', ["row 2", "no field 'completion'"]),
         ("type.jsonl", b'{"prompt": "a", "completion": 7}\n', ["row 1", "'completion' is int"]),
         ("blank.jsonl", b'{"prompt": " ", "completion": "b"}\n', ["row 1", "'prompt' is empty"]),
-        ("latin.jsonl", b'{"prompt": "\xe9", "completion": "b"}\n', ["latin.jsonl, row 1", "not JSON"]),
+        ("latin.jsonl", b'{"prompt": "\xe9", "completion": "b"}\n', ["latin.jsonl, row 1", "not UTF-8"]),
         ("fake.parquet", b"not parquet at all", ["fake.parquet cannot be read as parquet"]),
-        ("ragged.csv", b"prompt,completion\na,b\nc,d,e\n", ["ragged.csv cannot be read as csv"]),
+        ("ragged.csv", b"prompt,completion\na,b\nc,d,e\n", ["ragged.csv, row 2: 3 values under a header of 2"]),
         (
             "headless.csv",
             b"prompt,answer\na,b\n",
