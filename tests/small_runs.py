@@ -103,6 +103,8 @@ class Stopping(RecordingReporter):
 class KillingReporter(RecordingReporter):
     """Kills a worker of the calibration once a shard is counted."""
 
+    victim = "slot"  # of its task's name: a process that served the stage before may still be there
+
     def __init__(self) -> None:
         super().__init__()
         self.killed: list[int] = []
@@ -113,7 +115,7 @@ class KillingReporter(RecordingReporter):
 
     def _progress(self, done: int, total: int) -> None:
         if done >= 1 and not self.killed:
-            self.killed.append(kill_worker("slot"))
+            self.killed.append(kill_worker(self.victim))
 
 
 class KillingWatcher(threading.Thread):

@@ -163,6 +163,8 @@ def test_from_factorize_after_a_kill_begins_anew_and_without_it_goes_on(
 class KillingGradients(KillingReporter):
     """Kills a worker once a shard of gradients is counted."""
 
+    victim = "gradients: slot"
+
     def start(self, stage: str) -> Callable[[int, int], None]:
         told = super().start(stage)
         return self._progress if stage == "gradients" else (told if stage != "calibrate" else lambda done, total: None)
