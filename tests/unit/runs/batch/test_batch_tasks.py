@@ -575,7 +575,7 @@ def test_everything_that_is_wrong_is_told_at_once(write: Write, tmp_path: Path) 
         ("t.parquet", b"no parquet", "t.parquet cannot be read as parquet"),
         ("t.jsonl", b'{"name": "a"}\n{"name"\n', "t.jsonl, row 2: not JSON"),
         ("t.jsonl", b'{"name": "a"}\n3\n', "t.jsonl, row 2: int instead of an object"),
-        ("t.csv", b"name,seed\na\n", "t.csv cannot be read as csv (row 1 has 1 values, the header 2)"),
+        ("t.csv", b"name,seed\na\n", "t.csv, row 1: 1 values under a header of 2"),
         ("t.csv", b"name,seed\na,[1\n", "t.csv, row 1: seed is '[1', which is not YAML: fix it."),
     ],
 )
