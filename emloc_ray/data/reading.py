@@ -108,14 +108,15 @@ def list_files(patterns: str | Sequence[str], key: str) -> list[Path | str]:
         ConfigError: where a URI holds credentials or cannot be opened; says the ``key`` too.
         ArtifactError: where a store does not answer.
     """
-    found: dict[str, Path | str] = {}  # by where they are: a file that is named twice is there once
+    found: dict[str, Path | str] = {}  # each once; absolute, for workers are elsewhere
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         matched: Sequence[Path | str] = find_stored(pattern, key, KINDS) if is_store_uri(pattern) else _local(pattern)
         if not matched:
             kinds = ", ".join(sorted(KINDS))
             raise DataError(f"{key}: {pattern} names no file: give a {kinds} file, a directory or a glob of them.")
         for place in matched:
-            found.setdefault(place if isinstance(place, str) else os.path.abspath(place), place)
+            whole = place if isinstance(place, str) else Path(os.path.abspath(place))
+            found.setdefault(str(whole), whole)
     for place in found.values():
         if _suffix(place) not in KINDS:
             raise DataError(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-import threading
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.config.steps import VERBS
+from emloc_ray.io.formats.yaml_text import write_yaml
+from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.runs import run as pipeline
 from emloc_ray.runs.run import Pipeline
@@ -90,15 +94,30 @@ def test_changed_data_redoes_the_rows(copied: FinishedRun, task_file: Path, tmp_
     ],
 )
 @pytest.mark.parametrize("damage", ["cut", "removed"])
-def test_a_damaged_artifact_is_redone(copied: FinishedRun, artifact: str, stage: str, damage: str) -> None:
-    path = copied.root / artifact
+def test_a_damaged_artifact_is_not_taken_for_done(copied: FinishedRun, artifact: str, stage: str, damage: str) -> None:
+    spoil(copied.root / artifact, damage)
+    assert redone(copied.values)[0] == stage
+
+
+def spoil(path: Path, damage: str) -> None:
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-1])
     else:
         path.unlink()
-    found = prepare(parse_config(copied.values)).run
-    entries = found.manifest()["stages"]
-    assert [name for name in entries if not found.is_done(name, entries[name]["inputs"])] == [stage]
+
+
+def test_stages_with_damaged_artifacts_are_redone_and_no_others(copied: FinishedRun) -> None:
+    damaged = {
+        "data/tokens/train/shard-00000.arrow": "cut",
+        "emulator/model.safetensors.index.json": "removed",
+        "adapter/adapter_model.safetensors": "cut",
+        "merged/config.json": "removed",
+    }
+    before = {name: (copied.root / name).read_bytes() for name in damaged}
+    for name, damage in damaged.items():
+        spoil(copied.root / name, damage)
+    assert run_values(copied.values).started == ["data", "factorize", "correct", "merge"]
+    assert {name: (copied.root / name).read_bytes() for name in damaged} == before
 
 
 def test_a_finished_run_is_skipped_whole(copied: FinishedRun) -> None:
@@ -223,21 +242,15 @@ def test_fresh_forgets_what_was_there(copied: FinishedRun, monkeypatch: pytest.M
     assert json.loads((copied.root / "manifest.json").read_text())["stages"] == {}
 
 
-def test_two_processes_do_not_share_a_run(copied: FinishedRun) -> None:
-    holder = prepare(parse_config(copied.values)).run
+def test_two_processes_do_not_share_a_run(copied: FinishedRun, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(write_yaml(copied.values))
+    holder = RunDirectory(copied.root)
     holder.lock()
     try:
-        errors: list[BaseException] = []
-
-        def attempt() -> None:
-            try:
-                pipeline.run(parse_config(copied.values))
-            except Exception as error:
-                errors.append(error)
-
-        thread = threading.Thread(target=attempt)
-        thread.start()
-        thread.join(60)
-        assert "is in use by process" in str(errors[0])
+        command = [sys.executable, "-c", "from emloc_ray.ui.cli import main; main()", "run", str(config)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     finally:
         holder.unlock()
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert f"is in use by process {os.getpid()} on" in done.stderr

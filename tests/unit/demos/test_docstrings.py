@@ -242,6 +242,7 @@ def test_too_few_rows_is_an_error_that_says_where(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.deep
 def test_the_installed_sources_give_enough_clean_rows(installed: dict[str, list[dict[str, str]]]) -> None:
     rows = [row for split in installed.values() for row in split]
     assert len(rows) >= 3_000

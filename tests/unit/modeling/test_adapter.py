@@ -180,7 +180,7 @@ def test_on_the_original_with_plain_peft_it_is_w_plus_s_b_a(
         _, adapter = trained(tmp_path / family, emulator_dir(family), family)
         jobs.append((str(tiny_model_dir(family)), str(adapter), str(tmp_path / f"{family}.pt")))
     command = [sys.executable, "-c", PLAIN_PEFT, json.dumps(jobs), json.dumps(IDS.tolist())]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "False"
     for model_dir, adapter, out in jobs:

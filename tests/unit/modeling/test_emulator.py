@@ -142,7 +142,7 @@ print("emloc_ray" in sys.modules)
 def test_without_the_import_it_raises(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
     directory = save_emulator(tiny_model_dir(), tmp_path / "e")
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(directory)], capture_output=True, text=True, timeout=120, cwd=tmp_path
+        [sys.executable, "-c", LOAD, str(directory)], capture_output=True, text=True, timeout=300, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["ValueError", "True", "False"]

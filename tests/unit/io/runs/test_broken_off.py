@@ -100,6 +100,7 @@ def break_off(place: str, kills: list[int], changed: bool) -> None:
     check(place, 1)
 
 
+@settings(max_examples=15)
 @given(kills=st.lists(st.integers(0, 30), max_size=4), changed=st.booleans())
 def test_on_a_disk(kills: list[int], changed: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:

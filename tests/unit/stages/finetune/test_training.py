@@ -55,7 +55,12 @@ def own_environment_variables() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("lora", "prefix", "ia3")
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.deep) for case in CASES]
+)
 def test_it_goes_on_from_its_checkpoint(case: str, job: FinetuneJob, artifacts: Artifacts, tmp_path: Path) -> None:
     options = settings(case, "llama", [spec.name for spec in artifacts.specs])
     if case != "prefix":  # which the config refuses

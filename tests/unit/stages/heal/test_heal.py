@@ -339,6 +339,7 @@ def test_4_bits_are_those_of_the_grown_factors(healing: Callable[..., Healing], 
     assert float((ours - theirs).norm() / theirs.norm()) < 0.5
 
 
+@pytest.mark.deep
 def test_a_model_that_sees_is_healed_on_its_images(tmp_path: Path) -> None:
     model_dir = save_vlm("LLaVA", tmp_path / "model")
     options = TokenizeOptions(str(model_dir), "messages", 128)
