@@ -7,21 +7,34 @@ import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from s3_server import uri
+from small_runs import make_values
 
+from emloc_ray.config.reading import parse_config
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.io.runs.resume import discard_unless
 from emloc_ray.io.store.atomic import atomic_directory, atomic_file, write_json
-from emloc_ray.io.store.node_cache import discard, ensure, exists, sizes
+from emloc_ray.io.store.node_cache import ensure, exists, sizes
 from emloc_ray.io.store.object_store import ObjectStore
+from emloc_ray.planning.prepared import prepare
+from emloc_ray.runs import steps as runs_steps
+from emloc_ray.runs.reporter import SilentReporter
+from emloc_ray.runs.steps import AtOnce, Steps
+from emloc_ray.stages.context import Context, Inputs, Result
+from emloc_ray.stages.ray.tasks import Progress, Resources
+from emloc_ray.stages.stage import Stage
 
+Run = Callable[[str, int], None]
+Kill = tuple[int, int]  # before which write, with which seed
+KILLS = st.tuples(st.integers(0, 60), st.sampled_from((1, 2)))
 _places = itertools.count()
 
 
@@ -50,84 +63,123 @@ def killed_at(write: int) -> Iterator[None]:
         yield
 
 
-def run(place: str, seed: int) -> None:
-    """Two stages as the pipeline makes them: one of shards that are gone on from, one that is written whole."""
-    directory = RunDirectory(place)
-    directory.create({"seed": seed})
-    shards, whole = directory.path("shards"), directory.path("whole")
-    inputs = fingerprint(["shards", seed])
-    if not directory.is_done("shards", inputs):
-        if directory.stage("shards") is not None:
-            directory.forget("shards")
-            discard(shards)
-        discard_unless(shards, inputs)
-        for number in range(3):
-            if not exists(shards / f"{number}.bin"):
-                with atomic_file(shards / f"{number}.bin") as file:
-                    file.write(f"{seed}/{number}".encode())
-        directory.commit("shards", inputs, [shards], {})
-    inputs = fingerprint(["whole", seed])
-    if not directory.is_done("whole", inputs):
-        if directory.stage("whole") is not None:
-            directory.forget("whole")
-        ensure(shards)
-        content = b"+".join((shards / f"{number}.bin").read_bytes() for number in range(3))
-        with atomic_directory(whole) as temporary:
-            (temporary / "sum.bin").write_bytes(content)
-            write_json(temporary / "about.json", seed)
-        directory.commit("whole", inputs, [whole], {})
+def write_shards(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
+    """Three files, each of which is kept from a try that was killed."""
+    folder = context.path("shards")
+    discard_unless(folder, inputs)
+    for number in range(3):
+        if not exists(folder / f"{number}.bin"):
+            with atomic_file(folder / f"{number}.bin") as file:
+                file.write(f"{inputs['seed']}/{number}".encode())
+        progress(number + 1, 3)
+    return {}
+
+
+def write_whole(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
+    """One folder made of the shards."""
+    ensure(context.path("shards"))
+    content = b"+".join((context.path("shards", f"{number}.bin")).read_bytes() for number in range(3))
+    with atomic_directory(context.path("whole")) as temporary:
+        (temporary / "sum.bin").write_bytes(content)
+        write_json(temporary / "about.json", inputs["shards"])
+    return {}
+
+
+# Of names that the pipeline has, for it orders stages by them.
+SHARDS = Stage(
+    "calibrate",
+    "shards",
+    lambda config: config.merge,
+    lambda context: {"seed": context.prepared.config.seed},
+    write_shards,
+    outputs=("shards",),
+    resumes=True,
+)
+WHOLE = Stage(
+    "merge",
+    "whole",
+    lambda config: config.merge,
+    lambda context: {"shards": context.made["calibrate"]},
+    write_whole,
+    outputs=("whole",),
+)
+STAGES = (SHARDS, WHOLE)
+
+
+@pytest.fixture(scope="module")
+def run(
+    tiny_model_dir: Callable[..., Path], task_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Run]:
+    """``run(place, seed)``: the pipeline's own steps over a stage of shards that is continued and one that is written whole."""
+    base = prepare(parse_config(make_values(tmp_path_factory.mktemp("run") / "run", tiny_model_dir(), task_file)))
+
+    def begin(place: str, seed: int) -> None:
+        config = base.config.model_copy(update={"seed": seed})
+        prepared = replace(base, config=config, run=RunDirectory(place))
+        prepared.run.create({"seed": seed}, steps=[stage.name for stage in STAGES])
+        steps, context = Steps(prepared, SilentReporter(), AtOnce()), Context(prepared, base.source.directory)
+        for stage in STAGES:
+            steps.run(stage, context)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs_steps, "shortage", lambda *asked: None)  # there is no cluster to look at
+        yield begin
 
 
 def check(place: str, seed: int) -> None:
     directory = RunDirectory(place)
-    assert list(directory.manifest()["stages"]) == ["shards", "whole"]
-    for name in ("shards", "whole"):
-        assert directory.is_done(name, fingerprint([name, seed]))
-        assert directory.damaged(name) == []
-        assert not [file for file in sizes(directory.path(name)) if ".tmp" in file.name]
+    assert directory.stages().keys() == {"calibrate", "merge"}
+    for stage in STAGES:
+        entry = directory.stages()[stage.name]
+        assert directory.is_done(stage.name, entry["inputs"])
+        assert directory.damaged(stage.name) == []
+        assert not [file for file in sizes(directory.path(*stage.outputs)) if ".tmp" in file.name]
+    assert directory.stages()["calibrate"]["inputs"] == fingerprint({"seed": seed})
     ensure(directory.path("whole"))
     assert directory.path("whole", "sum.bin").read_bytes() == f"{seed}/0+{seed}/1+{seed}/2".encode()
 
 
-def break_off(place: str, kills: list[int], changed: bool) -> None:
-    for write in kills:
+def break_off(run: Run, place: str, kills: list[Kill]) -> None:
+    """Tries of two configs in turn, each killed; then one that is not."""
+    for write, seed in kills:
         with contextlib.suppress(Killed), killed_at(write):
-            run(place, 1)
-    if changed:  # the config is not what it was
-        run(place, 2)
-        check(place, 2)
+            run(place, seed)
     run(place, 1)
     check(place, 1)
 
 
 @settings(max_examples=15)
-@given(kills=st.lists(st.integers(0, 30), max_size=4), changed=st.booleans())
-def test_on_a_disk(kills: list[int], changed: bool) -> None:
+@given(kills=st.lists(KILLS, max_size=4))
+def test_on_a_disk(run: Run, kills: list[Kill]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        break_off(f"{folder}/run", kills, changed)
+        break_off(run, f"{folder}/run", kills)
 
 
-@settings(max_examples=15)
-@given(kills=st.lists(st.integers(0, 40), max_size=3), changed=st.booleans())
-def test_on_an_object_store(s3_port: int, kills: list[int], changed: bool) -> None:
+@settings(max_examples=8)
+@given(kills=st.lists(KILLS, max_size=3))
+def test_on_an_object_store(run: Run, s3_port: int, kills: list[Kill]) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("EMLOC_RAY_CACHE", folder)
         place = uri(s3_port, f"prefix/{next(_places)}")
-        break_off(place, kills, changed)
+        break_off(run, place, kills)
         shutil.rmtree(folder)  # another node's
         Path(folder).mkdir()
         check(place, 1)
 
 
-def test_every_single_write_on_a_disk(tmp_path: Path) -> None:
-    for write in itertools.count():
-        place = str(tmp_path / str(write))
-        try:
-            with killed_at(write):
+def test_every_single_write_on_a_disk(run: Run, tmp_path: Path) -> None:
+    """Of a first run, and of one with another config over a finished run."""
+    for done in ((), (1,)):
+        for write in itertools.count():
+            place = f"{tmp_path}/{len(done)}-{write}"
+            for seed in done:
+                run(place, seed)
+            try:
+                with killed_at(write):
+                    run(place, 2)
+            except Killed:
                 run(place, 1)
-        except Killed:
-            run(place, 1)
-            check(place, 1)
-            continue
-        assert write > 8
-        return
+                check(place, 1)
+                continue
+            assert write > 8
+            break
