@@ -110,7 +110,9 @@ def test_zero_3_trains_the_same_adapter_and_goes_on_after_a_killed_worker(
     assert redone(values) == list(VERBS[VERBS.index("finetune") :])
 
 
-def test_ranks_whose_batches_show_no_image(family_run: Callable[[str], FinishedRun], tmp_path: Path) -> None:
+def test_ranks_whose_batches_show_no_image(
+    ray_session: None, family_run: Callable[[str], FinishedRun], tmp_path: Path
+) -> None:
     """A row in six shows none: such a rank runs the vision tower too, and what is learned is the same at every stage."""
     run = family_run("LLaVA").copy(tmp_path)
     job = finetune_job(Context(prepare(parse_config(run.values)), run.model_dir), "plain")
