@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from emloc_ray.config.steps import STEPS
-from emloc_ray.io.runs.directory import CONFIG, RunDirectory, standing
+from emloc_ray.io.runs.directory import CONFIG, RunDirectory, confirmed_at
 from emloc_ray.io.runs.secret_values import HIDDEN, leaves
 from emloc_ray.runs.log import RUN_EVENTS, read_events
 from emloc_ray.text import duration
@@ -76,9 +76,9 @@ def older_stages(manifest: Mapping[str, Any]) -> list[str]:
         if stage not in done:
             newest = math.inf if stage in asked else newest
             continue
-        if standing(done[stage]) < newest:
+        if confirmed_at(done[stage]) < newest:
             older.append(stage)
-        newest = max(newest, standing(done[stage]))
+        newest = max(newest, confirmed_at(done[stage]))
     return older
 
 

@@ -70,7 +70,7 @@ class Stage:
     drops: Callable[[Context], Sequence[str]] = nothing
     """The stages whose files nothing needs once this one is recorded."""
     shares: Callable[[Context], Inputs | None] | None = None
-    """What tells its work from others' beside its inputs, where a cache is shared; None where it is not to be shared."""
+    """What is hashed beside ``inputs`` to find its work in a shared cache; None: it is not shared."""
     resumes: bool = False
     """Whether what a killed try left in ``outputs`` is continued from."""
     whole: bool = False

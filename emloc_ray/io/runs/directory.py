@@ -41,7 +41,7 @@ _FORMAT = 2
 Kind = Literal["run", "batch"]
 
 
-def standing(entry: Mapping[str, Any]) -> float:
+def confirmed_at(entry: Mapping[str, Any]) -> float:
     """When a manifest's entry was last known to be right: when its stage finished, or was confirmed since."""
     known: float = max(entry["finished_at"], entry.get("confirmed_at", 0.0))
     return known
@@ -201,11 +201,11 @@ class RunDirectory:
             return False
         if entry.get("dropped"):
             return True
-        found = self._found(entry["outputs"])
+        found = self._content_of(entry["outputs"])
         return all(found.get(path, {"": None}).items() <= wanted.items() for path, wanted in entry["outputs"].items())
 
-    def _found(self, paths: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """What is known of files that are there: sizes; from a store, asked by the directories at the run's top, all."""
+    def _content_of(self, paths: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """Sizes of the files that exist; from a store their SHA-256 too, listed by the run's top folders."""
         if self.store is None:
             files = {path: self.path(path) for path in paths}
             return {path: {"size": file.stat().st_size} for path, file in files.items() if file.is_file()}
@@ -251,7 +251,7 @@ class RunDirectory:
             "inputs": inputs,
             # After all that is there, whatever this machine's clock says: by these times stages are known to stand or not.
             "finished_at": max(
-                [time.time(), *(math.nextafter(standing(e), math.inf) for e in manifest["stages"].values())]
+                [time.time(), *(math.nextafter(confirmed_at(e), math.inf) for e in manifest["stages"].values())]
             ),
             "outputs": files,
             "result": result,
@@ -263,9 +263,9 @@ class RunDirectory:
         manifest = self.manifest()
         entry = manifest["stages"].get(name)
         newest = max(
-            (standing(manifest["stages"][stage]) for stage in ahead if stage in manifest["stages"]), default=0.0
+            (confirmed_at(manifest["stages"][stage]) for stage in ahead if stage in manifest["stages"]), default=0.0
         )
-        if entry is not None and standing(entry) < newest:
+        if entry is not None and confirmed_at(entry) < newest:
             entry["confirmed_at"] = max(time.time(), newest)
             self._write_manifest(manifest)
 

@@ -35,7 +35,7 @@ def find_stored(pattern: str, key: str, suffixes: Collection[str]) -> list[str]:
     """
     store, path = _place(pattern, key)
     try:
-        found = _found(store, path, suffixes)
+        found = _matching_files(store, path, suffixes)
     except ValueError as error:  # no name that a store can have
         raise ConfigError(f"{key} {pattern} is no place that pyarrow can open ({error}): name another.") from error
     return [_uri(store, file) for file in sorted(found, key=lambda file: file.split("/"))]
@@ -47,7 +47,7 @@ def is_hidden(parts: Sequence[str]) -> bool:
     return any(part.startswith(".") for part in parts)
 
 
-def _found(store: ObjectStore, path: str, suffixes: Collection[str]) -> list[str]:
+def _matching_files(store: ObjectStore, path: str, suffixes: Collection[str]) -> list[str]:
     kind = store.status(path).type
     if kind == pyarrow.fs.FileType.File:
         return [path]

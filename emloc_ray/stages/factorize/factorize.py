@@ -253,7 +253,7 @@ def _read_all_reports(files: Sequence[Path]) -> list[LayerReport]:
 
 
 def _summary(reports: Sequence[LayerReport], resources: Resources) -> dict[str, Any]:
-    layers = {r.name: _told(r) for r in reports}
+    layers = {r.name: _layer_metrics(r) for r in reports}
     return {
         "num_workers": resources.num_workers,
         "mean_relative_error": float(np.mean([r.relative_error for r in reports])) if reports else 0.0,
@@ -263,6 +263,6 @@ def _summary(reports: Sequence[LayerReport], resources: Resources) -> dict[str, 
     }
 
 
-def _told(report: LayerReport) -> dict[str, Any]:
+def _layer_metrics(report: LayerReport) -> dict[str, Any]:
     told = {key: getattr(report, key) for key in ("rank", "relative_error", "solver", "total_energy")}
     return told | ({} if report.weighed_error is None else {"weighed_error": report.weighed_error})

@@ -79,7 +79,7 @@ def finetune(
     for left in (job.stop_path, job.begun_path):
         discard(left)
     with _watching(job, progress, tell) as watcher:
-        outcome = (way or _way(job, resources))(job, resources, tell, watcher.check)
+        outcome = (way or _trained_by(job, resources))(job, resources, tell, watcher.check)
     if outcome["stopped"] and watcher.stop is not None:
         raise watcher.stop
     if outcome["failure"]:
@@ -103,7 +103,7 @@ def _mean_loss(history: Sequence[dict[str, Any]]) -> float:
     return sum(count * line["loss"] for count, line in zip(steps, history, strict=True)) / ends[-1]
 
 
-def _way(job: FinetuneJob, resources: Resources) -> Way:
+def _trained_by(job: FinetuneJob, resources: Resources) -> Way:
     """DeepSpeed wants a group, be it of one."""
     return run_alone if resources.num_workers == 1 and job.zero_config is None else run_group
 

@@ -97,7 +97,7 @@ def run_slots(
                 running[start(slot)] = slot
                 at[slot] = "its start"
             progress(done_units, total)  # where it is heard that the run is to stop, too
-            for task in _some(list(running), min(resting.values(), default=math.inf)):
+            for task in _first_ready(list(running), min(resting.values(), default=math.inf)):
                 slot = running[task]
                 where = at[slot]
                 try:
@@ -126,7 +126,7 @@ def run_slots(
             ray.cancel(task, force=True)
 
 
-def _some(tasks: list[Any], until: float) -> list[Any]:
+def _first_ready(tasks: list[Any], until: float) -> list[Any]:
     """The first of these that has something to take, or none by the time ``until``, or after a second."""
     rest = min(_LOOK_S, max(0.0, until - time.monotonic()))
     if tasks:
