@@ -15,7 +15,7 @@ import torch
 from emloc_ray.errors import Stopped
 from emloc_ray.stages.finetune import finetune as finetune_stage
 from emloc_ray.stages.finetune import training as training_stage
-from emloc_ray.stages.finetune.finetune import _mean_loss, _watching, _way, run_alone, run_group
+from emloc_ray.stages.finetune.finetune import _mean_loss, _trained_by, _watching, run_alone, run_group
 from emloc_ray.stages.finetune.training import FinetuneJob, StepKeeper, leaves_traces
 from emloc_ray.stages.ray.tasks import Resources
 
@@ -23,9 +23,9 @@ JOB = FinetuneJob(Path("e"), Path("t"), Path("o"), Path("s"), "name", {}, None, 
 
 
 def test_one_worker_runs_alone_unless_deepspeed_wants_a_group() -> None:
-    assert _way(JOB, Resources(1)) is run_alone
-    assert _way(JOB, Resources(2)) is run_group
-    assert _way(dataclasses.replace(JOB, zero_config={"zero_optimization": {}}), Resources(1)) is run_group
+    assert _trained_by(JOB, Resources(1)) is run_alone
+    assert _trained_by(JOB, Resources(2)) is run_group
+    assert _trained_by(dataclasses.replace(JOB, zero_config={"zero_optimization": {}}), Resources(1)) is run_group
 
 
 def test_a_resumed_training_s_loss_is_that_of_all_its_steps() -> None:
