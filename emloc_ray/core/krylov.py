@@ -33,7 +33,7 @@ _FLOAT32_SHARE = 1e-4
 _CANCELLED = {torch.float32: 6e-5, torch.float64: 1e-11}
 # What is left of a matrix is rounding where its norm is below this many unit roundoffs of the whole.
 _LOST = 50.0
-_PROBES = 8
+NUM_PROBES = 8
 _PROBE_STEPS = 3
 _ROWS = 1024
 
@@ -51,7 +51,7 @@ class LeadingVectors(NamedTuple):
     energy_left: float
 
 
-class _Ritz(NamedTuple):
+class Ritz(NamedTuple):
     """A look at a space: ``values (r,)``, ``rotation (m, r)`` and ``gaps (r,)`` in float64, ``loss`` as estimated.
 
     ``energy_left`` is a difference of sums, or, where ``cancelled`` says that rounding is too much of it, a bound from below.
@@ -82,7 +82,7 @@ def leading_vectors(matrix: Tensor, rank: int, seed: int = 0, *, squared: bool =
     to ``σ₁²``: ``None`` as well where it is too much of what is left.
     """
     total = float(matrix.diagonal().sum(dtype=torch.float64)) if squared else energy(matrix)
-    space = _KrylovSpace(matrix, rank, seed, squared)
+    space = KrylovSpace(matrix, rank, seed, squared)
     # Beside the basis there has to be room for the block that follows.
     limit = min(int(_MAX_SHARE * min(matrix.shape)), len(matrix) - 2 * space.block + 1)
     first = _FIRST_LOOK_IF_SMALL if min(matrix.shape) <= _SMALL else _FIRST_LOOK
@@ -124,7 +124,7 @@ def _step(size: int, excess: float, before: tuple[int, float], rank: int) -> flo
     return (size - before[0]) * math.log(excess) / math.log(before[1] / excess)
 
 
-class _KrylovSpace:
+class KrylovSpace:
     """An orthonormal ``Q (n, m)`` and ``Z = Aᵀ Q (k, m)``, or ``A Aᵀ Q (n, m)``, grown a block at a time."""
 
     def __init__(self, matrix: Tensor, rank: int, seed: int, squared: bool = False) -> None:
@@ -136,7 +136,7 @@ class _KrylovSpace:
         self._basis = matrix.new_empty(len(matrix), 3 * rank)
         self._images = matrix.new_empty(matrix.shape[1], 3 * rank)
         self._gram = torch.zeros(0, 0, dtype=torch.float64, device=matrix.device)
-        start = matrix @ _random(matrix.shape[1], self.block, self._generator, matrix)
+        start = matrix @ normal_numbers(matrix.shape[1], self.block, self._generator, matrix)
         if not squared:
             start = matrix @ orthonormal(matrix.T @ self._new_directions(start))[0]
         self._next = self._new_directions(start)
@@ -156,7 +156,7 @@ class _KrylovSpace:
             self._next = self._new_directions(product)
             self._coupling = self._next.T @ product
 
-    def look(self, rank: int, total: float) -> _Ritz:
+    def look(self, rank: int, total: float) -> Ritz:
         """The top Ritz pairs and the energy that they are estimated to miss."""
         known, images = len(self._gram), self._images[:, : self.size]
         gram = self._gram.new_empty(self.size, self.size)
@@ -180,9 +180,9 @@ class _KrylovSpace:
         # What couples to the next block lies about as high as the last one.
         level = gram.diagonal()[-self.block :].mean()
         gaps = torch.maximum(values - level, _MIN_GAP * values).clamp_min(torch.finfo(torch.float64).tiny)
-        return _Ritz(values, rotation, gaps, float((residuals / gaps).sum()), energy_left, cancelled)
+        return Ritz(values, rotation, gaps, float((residuals / gaps).sum()), energy_left, cancelled)
 
-    def vectors(self, ritz: _Ritz) -> LeadingVectors:
+    def vectors(self, ritz: Ritz) -> LeadingVectors:
         """The Ritz vectors themselves, and the energy left by them in full."""
         rank, dtype = len(ritz.values), self._matrix.dtype
         basis, images = self._basis[:, : self.size], self._images[:, : self.size]
@@ -202,7 +202,7 @@ class _KrylovSpace:
         return _outside(self._basis[:, : self.size], product, self._generator)
 
 
-def _random(rows: int, columns: int, generator: torch.Generator, like: Tensor) -> Tensor:
+def normal_numbers(rows: int, columns: int, generator: torch.Generator, like: Tensor) -> Tensor:
     """Normal numbers ``(rows, columns)``, drawn on the CPU: the same on every device."""
     return torch.randn(rows, columns, generator=generator).to(like.device, like.dtype)
 
@@ -218,7 +218,7 @@ def _outside(basis: Tensor, block: Tensor, generator: torch.Generator) -> Tensor
         lost = kept < 0.5
         if not bool(lost.any()):
             return block
-        block = torch.where(lost, _random(block.shape[0], block.shape[1], generator, block), block)
+        block = torch.where(lost, normal_numbers(block.shape[0], block.shape[1], generator, block), block)
 
 
 def _descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -254,8 +254,8 @@ def complement_gain(matrix: Tensor, top: LeadingVectors, seed: int, *, squared: 
     With that weight, where all else is flat, a direction counts in full from 6 times the ``θ_r`` on for ``n`` of 4,096.
     """
     generator = torch.Generator().manual_seed(seed)
-    count = min(_PROBES, min(matrix.shape) - len(top.values))
-    probe = _random(len(matrix), count, generator, matrix)
+    count = min(NUM_PROBES, min(matrix.shape) - len(top.values))
+    probe = normal_numbers(len(matrix), count, generator, matrix)
     # A few rows times a matrix go several times as fast as the matrix times a few columns.
     for _ in range(_PROBE_STEPS):
         probe, _ = orthonormal(probe - top.vectors @ (top.vectors.T @ probe))

@@ -59,7 +59,7 @@ if __name__ == "__main__":
     try:
         _write(*sys.argv[1:])
     except DataError as error:
-        print(error)
+        sys.stdout.write(f"{error}\n")
         sys.exit(_REFUSED)
     except Exception as error:
-        sys.exit(str(error).split("\n")[0])
+        raise SystemExit(str(error).split("\n")[0]) from error

@@ -31,7 +31,7 @@ class ImagePlaces:
         local = (root.removeprefix("file://") for root in roots if not is_store_uri(root))
         return cls(
             tuple(host.lower() for host in hosts),
-            (*(os.path.abspath(os.path.expanduser(root)) for root in local), *filter(is_store_uri, roots)),
+            (*(str(Path(os.path.expanduser(root)).absolute()) for root in local), *filter(is_store_uri, roots)),
         )
 
     def local(self, name: str, folder: str) -> Path:

@@ -115,7 +115,7 @@ def list_files(patterns: str | Sequence[str], key: str) -> list[Path | str]:
             kinds = ", ".join(sorted(KINDS))
             raise DataError(f"{key}: {pattern} names no file: give a {kinds} file, a directory or a glob of them.")
         for place in matched:
-            whole = place if isinstance(place, str) else Path(os.path.abspath(place))
+            whole = place if isinstance(place, str) else Path(os.path.normpath(place.absolute()))
             found.setdefault(str(whole), whole)
     for place in found.values():
         if _suffix(place) not in KINDS:
@@ -126,13 +126,14 @@ def list_files(patterns: str | Sequence[str], key: str) -> list[Path | str]:
 
 
 def _local(pattern: str) -> list[Path]:
-    path = Path(pattern.removeprefix("file://")).expanduser()
+    path = Path(os.path.expanduser(pattern.removeprefix("file://")))
     if path.is_dir():
         inside = (file for file in path.rglob("*") if file.suffix in KINDS and file.is_file())
         return sorted(file for file in inside if not is_hidden(file.relative_to(path).parts))
     if path.is_file():
         return [path]
-    return sorted(Path(name) for name in globbing.glob(str(path), recursive=True) if Path(name).is_file())
+    named = globbing.glob(str(path), recursive=True)  # noqa: PTH207  Path.glob takes hidden files too, and no absolute pattern
+    return sorted(Path(name) for name in named if Path(name).is_file())
 
 
 def _suffix(place: Path | str) -> str:
@@ -320,7 +321,7 @@ def _csv_parser(path: str) -> Callable[[Any], Row]:
 
 def _open(path: str, stored_bytes: int) -> io.BufferedReader:
     """A file's bytes, in a buffer of ``stored_bytes`` where they come from a store."""
-    return io.BufferedReader(StoredFile(path), stored_bytes) if is_store_uri(path) else open(path, "rb")
+    return io.BufferedReader(StoredFile(path), stored_bytes) if is_store_uri(path) else Path(path).open("rb")
 
 
 @contextlib.contextmanager

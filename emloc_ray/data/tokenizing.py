@@ -226,7 +226,9 @@ def tokenize_splits(
     Raises:
         DataError: for the first bad row, with file, row and field; or where a split keeps no row.
     """
-    work = [unit for split, selection in splits.items() for unit in _units(split, selection, rows_per_shard[split])]
+    work = [
+        unit for split, selection in splits.items() for unit in shard_units(split, selection, rows_per_shard[split])
+    ]
     total = sum(len(unit["bounds"]) - 1 for unit in work)
     results = []
     for result in _mapped(work, ShardTokenizer(options, splits, out_dir), num_workers).iter_rows():
@@ -237,7 +239,7 @@ def tokenize_splits(
 
 def row_lengths(selection: RowSelection, options: TokenizeOptions, num_workers: int) -> NDArray[np.int64]:
     """The number of tokens of every row of the selection, in its order; 0 where none would be kept of it."""
-    work = list(_units("", selection, _ROWS_PER_BATCH))
+    work = list(shard_units("", selection, _ROWS_PER_BATCH))
     dataset = _mapped(work, RowLengths(options, selection), num_workers)
     blocks = list(dataset.iter_batches(batch_size=None, batch_format="numpy"))
     firsts, lengths = (np.concatenate([block[key] for block in blocks]) for key in ("first", "length"))
@@ -245,7 +247,7 @@ def row_lengths(selection: RowSelection, options: TokenizeOptions, num_workers: 
     return found
 
 
-def _units(split: str, selection: RowSelection, rows_per_shard: int) -> Iterator[Unit]:
+def shard_units(split: str, selection: RowSelection, rows_per_shard: int) -> Iterator[Unit]:
     """Neighbouring shards as work that can be done anywhere, one shard a unit where files can be entered anywhere.
 
     A Parquet row group is read from its beginning whatever part of it is wanted: a unit spans a sixteenth of the largest

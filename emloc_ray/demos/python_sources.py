@@ -97,9 +97,9 @@ def _modules(folders: Sequence[Path]) -> dict[str, Path]:
             subfolders[:] = [name for name in subfolders if name.isidentifier() and not _SKIPPED_FOLDER.fullmatch(name)]
             package = Path(folder).relative_to(root).parts
             for name in names:
-                stem, suffix = os.path.splitext(name)
+                stem, _, suffix = name.rpartition(".")
                 parts = package if stem == "__init__" else (*package, stem)
-                if suffix == ".py" and parts and stem.isidentifier() and not _SKIPPED_FILE.fullmatch(stem):
+                if suffix == "py" and parts and stem.isidentifier() and not _SKIPPED_FILE.fullmatch(stem):
                     found.setdefault(".".join(parts), Path(folder, name))
     return found
 

@@ -73,7 +73,7 @@ def token_loss(
 def call_loss(model: Any, call: ModelCall, owner: Any, teacher: TopLogProbs | None = None) -> TokenLoss:
     """:func:`token_loss` of a call that is on the model's device, as the teacher's logits are."""
     if teacher is None:
-        return _loss_at(model, owner, call, _loss_of, call.targets)
+        return _loss_at(model, owner, call, label_loss, call.targets)
     if len(teacher.ids) != call.targets.numel():
         raise ArtifactError(
             f"The teacher's logits are of {len(teacher.ids)} labels, the batch has {call.targets.numel()}: remove healing/ of"
@@ -168,7 +168,8 @@ def _hidden_size(head: Any) -> int:
     return int(getattr(head.weight, "ds_shape", head.weight.shape)[-1])
 
 
-def _loss_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def label_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The criterion of labels: summed cross-entropy in nats, and how many of the largest logits are the targets ``(n,)``."""
     logits = logits.float()
     correct = (logits.detach().argmax(dim=-1) == targets).sum()
     return F.cross_entropy(logits, targets, reduction="sum"), correct
@@ -178,7 +179,7 @@ def _loss_of_drawn(logits: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     """With labels where ``numbers (n,)``, of ``[0, 1)``, are in the predictions' cumulated probabilities."""
     cumulated = logits.detach().float().softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     drawn = torch.searchsorted(cumulated, numbers.unsqueeze(1) * cumulated[:, -1:], right=True).squeeze(1)
-    return _loss_of(logits, drawn.clamp_max(logits.shape[-1] - 1))
+    return label_loss(logits, drawn.clamp_max(logits.shape[-1] - 1))
 
 
 def _divergence_of(logits: Tensor, targets: Tensor, ids: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:

@@ -59,6 +59,7 @@ class MemoryModel:
         self.blocks = blocks_of(self.layout.groups, multiples)
 
     def calibrate(self) -> Parts:
+        """What a worker holds whose model is resident, or block by block, whichever the calibration does."""
         return self.calibrate_resident() if self.calibration_mode() == "resident" else self.calibrate_streamed()
 
     def calibrate_resident(self) -> Parts:

@@ -80,7 +80,7 @@ class RunLog(SilentReporter):
             "The run begins.",
             process=f"process {os.getpid()} on {socket.gethostname()}",
             command=shlex.join([Path(sys.argv[0]).name, *map(without_secret, sys.argv[1:])]),
-            directory=os.getcwd(),
+            directory=str(Path.cwd()),
         )
         return self
 

@@ -1,0 +1,1 @@
+"""What `pipelines/ablation.py` is made of."""

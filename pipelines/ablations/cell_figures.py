@@ -142,6 +142,7 @@ class Cells:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is no such file, or no JSON in it."""
     try:
         found: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError):

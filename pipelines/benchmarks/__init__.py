@@ -1,0 +1,1 @@
+"""What `pipelines/benchmark.py` is made of."""

@@ -1,0 +1,1 @@
+"""What `pipelines/faults.py` is made of."""

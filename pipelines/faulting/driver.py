@@ -64,7 +64,7 @@ def drive(config: RunConfig, until: str, events: Path, snapshots: Path | None) -
         pass
     except Exception as error:
         reporter.write("error", text=f"{type(error).__name__}: {error}")
-        raise SystemExit(1) from None
+        raise SystemExit(1) from error
 
 
 class Driver:

@@ -233,7 +233,7 @@ class CachePlace:
             return
         away = folder.with_name(f".{key}.{uuid.uuid4().hex}.tmp")
         with contextlib.suppress(FileNotFoundError):  # another process was faster
-            os.rename(folder, away)
+            folder.rename(away)
             shutil.rmtree(away, ignore_errors=True)
 
     def sweep(self) -> None:
@@ -253,4 +253,4 @@ class CachePlace:
 
 
 def _names(directory: Path) -> list[str]:
-    return os.listdir(directory) if directory.exists() else []
+    return [path.name for path in directory.iterdir()] if directory.exists() else []

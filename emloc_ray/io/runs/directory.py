@@ -101,6 +101,7 @@ class RunDirectory:
             )
 
     def names(self) -> list[str]:
+        """What lies directly in it."""
         if self.store is not None:
             return self.store.names()
         return [entry.name for entry in self.root.iterdir()] if self.root.is_dir() else []

@@ -24,7 +24,7 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
             _fsync(temporary)
         if temporary.is_dir():
             _remove(path)
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         _remove(temporary)  # also after the replacement: of two names of one file it leaves both
     if durable:

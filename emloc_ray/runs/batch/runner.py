@@ -126,7 +126,7 @@ class BatchRun:
                 self.board.end(name, "cancelled")
             else:
                 self.board.change(name, status="waiting", active=False)
-        except (Exception, SystemExit) as error:  # a task's exit is not the batch's
+        except (Exception, SystemExit) as error:  # noqa: BLE001  a task's exit is not the batch's
             self.board.end(name, "failed", _one_line(error))
         finally:
             self.work.forget(task)

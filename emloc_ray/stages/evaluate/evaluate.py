@@ -209,7 +209,7 @@ def evaluate(
     return {
         "num_workers": num_parts,
         "evaluation": evaluation,
-        **_compare_texts(job, texts),
+        **compare_texts(job, texts),
     }
 
 
@@ -219,7 +219,8 @@ def _interleave(found: Sequence[Any], variant: str, num_parts: int) -> list[str]
     return [text for line in lines for text in line if text is not None]
 
 
-def _compare_texts(job: EvaluationJob, texts: dict[str, list[str]]) -> dict[str, Any]:
+def compare_texts(job: EvaluationJob, texts: dict[str, list[str]]) -> dict[str, Any]:
+    """The share of prompts whose generated text is the reference, by variant, and the first samples; the keys of metrics.json."""
     tokenizer = _tokenizer(job)
     shards = TokenShards(job.tokens_dir)
     samples, matches = [], dict.fromkeys(job.generating, 0)

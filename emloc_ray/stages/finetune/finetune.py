@@ -78,8 +78,8 @@ def finetune(
     job.storage_dir.mkdir(parents=True, exist_ok=True)
     for left in (job.stop_path, job.begun_path):
         discard(left)
-    with _watching(job, progress, tell) as watcher:
-        outcome = (way or _trained_by(job, resources))(job, resources, tell, watcher.check)
+    with Watcher(job, progress, tell) as watcher:
+        outcome = (way or trained_by(job, resources))(job, resources, tell, watcher.check)
     if outcome["stopped"] and watcher.stop is not None:
         raise watcher.stop
     if outcome["failure"]:
@@ -90,20 +90,20 @@ def finetune(
     return {
         "num_workers": resources.num_workers,
         "steps": outcome["steps"],
-        "train_loss": _mean_loss(history) if outcome["resumed"] and history else outcome["train_loss"],
+        "train_loss": mean_loss(history) if outcome["resumed"] and history else outcome["train_loss"],
         "history": [{"step": line["step"], "loss": line["loss"]} for line in history],
         "resumed": outcome["resumed"],
     }
 
 
-def _mean_loss(history: Sequence[dict[str, Any]]) -> float:
+def mean_loss(history: Sequence[dict[str, Any]]) -> float:
     """Over all steps, of losses that are each a mean since the one before: the Trainer's own knows of its last try alone."""
     ends = [line["step"] for line in history]
     steps = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
     return sum(count * line["loss"] for count, line in zip(steps, history, strict=True)) / ends[-1]
 
 
-def _trained_by(job: FinetuneJob, resources: Resources) -> Way:
+def trained_by(job: FinetuneJob, resources: Resources) -> Way:
     """DeepSpeed wants a group, be it of one."""
     return run_alone if resources.num_workers == 1 and job.zero_config is None else run_group
 
@@ -197,21 +197,21 @@ def _interruptible() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-class _watching:
+class Watcher:
     """Polls what the workers log while the training blocks the driver, and shows how far it is and what was lost."""
 
-    def __init__(self, job: FinetuneJob, progress: Progress, tell: Tell) -> None:
+    def __init__(self, job: FinetuneJob, progress: Progress, tell: Tell, poll_s: float | None = None) -> None:
         self.job, self.progress, self.tell = job, progress, tell
         self.told = len(_lines(job.failure_path))
         self.stop: EmlocError | None = None
         self.asked = False
         self.failed_looks: set[str] = set()
-        self.every = _POLL_S if remote(job.storage_dir) is None else _STORE_POLL_S
+        self.poll_s = poll_s or (_POLL_S if remote(job.storage_dir) is None else _STORE_POLL_S)
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
     def _watch(self) -> None:
-        while not self.over.wait(self.every):
+        while not self.over.wait(self.poll_s):
             self._look()
         self._look()
 
@@ -221,7 +221,7 @@ class _watching:
             self._show()
         except (EmlocError, OSError):
             pass  # a store that does not answer now is asked again
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  see above
             text = f"{self.job.stage}: a look at the training failed ({type(error).__name__}: {last_line(error)})."
             if text not in self.failed_looks:
                 self.failed_looks.add(text)
@@ -250,7 +250,7 @@ class _watching:
         if isinstance(self.stop, TakenOver):
             raise self.stop
 
-    def __enter__(self) -> _watching:
+    def __enter__(self) -> Watcher:
         self.thread.start()
         return self
 

@@ -190,18 +190,20 @@ class EmulatorTrainer(Trainer):
 class StepKeeper(TrainerCallback):
     """Seeds each step, logs, keeps checkpoints, and stops all ranks at a loss that is no number, or where asked to."""
 
-    def __init__(self, job: FinetuneJob, session: TrainingSession) -> None:
-        self.job, self.session = job, session
+    def __init__(self, job: FinetuneJob, session: TrainingSession, poll_s: float = _POLL_S) -> None:
+        self.job, self.session, self.poll_s = job, session, poll_s
         self.trainer: EmulatorTrainer | None = None
         self.failure: str | None = None
         self.stopped = False
         self._looked = time.monotonic()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Seeds the step."""
         # Dropout depends on the step alone, so that a resumed run repeats the uninterrupted one.
         torch.manual_seed((self.job.seed * 1_000_003 + state.global_step) * 1009 + self.session.rank)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Ends the training, its weights unchanged, at a loss that is no number."""
         assert self.trainer is not None
         if not self.trainer.gradients_are_finite():  # gradients are averaged by now: every rank sees the same
             self.failure = (
@@ -212,13 +214,14 @@ class StepKeeper(TrainerCallback):
             control.should_training_stop = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Saves and ends the training where it is asked to."""
         if self._is_to_stop(args.device):
             self.stopped = control.should_save = control.should_training_stop = True
 
     def _is_to_stop(self, device: torch.device) -> bool:
         """The same on all ranks: the first looks now and then, and says at every step what it saw."""
         asked = False
-        if self.session.rank == 0 and time.monotonic() >= self._looked + _POLL_S:
+        if self.session.rank == 0 and time.monotonic() >= self._looked + self.poll_s:
             self._looked = time.monotonic()
             asked = exists(self.job.stop_path)
         if self.session.world_size == 1:
@@ -228,6 +231,7 @@ class StepKeeper(TrainerCallback):
         return bool(heard.item())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Appends the losses to the job's log."""
         if logs and "loss" in logs and state.is_world_process_zero:
             self.job.log_path.parent.mkdir(parents=True, exist_ok=True)
             with self.job.log_path.open("a") as file:
@@ -235,6 +239,7 @@ class StepKeeper(TrainerCallback):
             publish(self.job.log_path)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Hands the checkpoint to the session, and removes the Trainer's copy."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         _publish_events(self.job, self.session)
         if self.failure is None:

@@ -120,12 +120,12 @@ def merge(job: MergeJob, resources: Resources, progress: Progress = silent, tell
             f"{job.adapter_dir} changes {expected} tensors, of which {job.model_dir} holds {sum(changed)}: they do not fit."
         )
     copy_file(job.model_dir / "config.json", job.out_dir / "config.json")
-    _write_index(job, shards, named)
+    write_weight_index(job, shards, named)
     copy_tokenizer(job.model_dir, job.out_dir)
     return {"num_workers": resources.num_workers, "merged_tensors": sum(changed)}
 
 
-def _write_index(job: MergeJob, shards: Sequence[Shard], named: Sequence[tuple[str, Shard]]) -> None:
+def write_weight_index(job: MergeJob, shards: Sequence[Shard], named: Sequence[tuple[str, Shard]]) -> None:
     """The original's own index where the shards are its own; else one of what was written."""
     if {name for name, _ in named} != {shard.file.name for shard in shards}:
         files = {entry.name: name for name, shard in named for entry in shard.entries}

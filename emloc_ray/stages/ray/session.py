@@ -109,7 +109,7 @@ def check_visible(prepared: Prepared, model_dir: Path | None = None) -> None:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) > 1:
         with _probe(prepared.run) as probes:
-            _ask(nodes, [*probes, *_model_files(prepared, model_dir), *_data_files(prepared)])
+            _ask(nodes, [*probes, *_model_files(prepared, model_dir), *data_files(prepared)])
 
 
 @contextlib.contextmanager
@@ -142,7 +142,7 @@ def _model_files(prepared: Prepared, model_dir: Path | None) -> list[SharedFile]
     return [SharedFile("model.source", str(file), file, file.stat().st_size)]
 
 
-def _data_files(prepared: Prepared) -> list[SharedFile]:
+def data_files(prepared: Prepared) -> list[SharedFile]:
     """The first and the last of each split, where they are local files; a store is asked by every node itself."""
     named = {f"data.{name}.path": sources for name, sources in prepared.files.items()}
     ends = [(key, source) for key, sources in named.items() for source in (sources[0], sources[-1])]

@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -84,10 +84,11 @@ def measured(stage: str) -> Iterator[Usage]:
         usage.wall_s = time.monotonic() - begin
 
 
-class _Sampler:
+class Sampler:
     """Shares one sample of all processes between the stages that run side by side: adding up pages costs time."""
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: Callable[[], Iterable[tuple[str, int, int]]] | None = None) -> None:
+        self._sizes = sizes
         self._lock = threading.Lock()
         self._taken_at = self._due_at = 0.0
         self._latest: list[tuple[str, int, int]] = []
@@ -97,13 +98,13 @@ class _Sampler:
         with self._lock:
             begin = time.monotonic()
             if begin >= self._due_at or self._taken_at < since:
-                self._latest, self._taken_at = list(_sizes()), begin
+                self._latest, self._taken_at = list((self._sizes or _sizes)()), begin
                 end = time.monotonic()
                 self._due_at = end + max(_FRESH_S, _COSTS * (end - begin))
             return self._latest
 
 
-_sampler = _Sampler()
+_sampler = Sampler()
 
 
 def _sample(usage: Usage, begun_at: float) -> None:
@@ -118,7 +119,7 @@ def _sizes() -> Iterator[tuple[str, int, int]]:
     for process in _processes():
         with contextlib.suppress(psutil.Error, OSError):
             pss, rss = _memory(process)
-            yield _kind(process), pss, rss
+            yield kind_of(process), pss, rss
 
 
 def _processes() -> list[psutil.Process]:
@@ -144,7 +145,7 @@ def _memory(process: psutil.Process) -> tuple[int, int]:
     return getattr(memory, "pss", memory.rss), memory.rss
 
 
-def _kind(process: psutil.Process) -> str:
+def kind_of(process: psutil.Process) -> str:
     """A process's name for people: of a Ray worker its actor or its task's stage, else its program."""
     if process.pid == psutil.Process().pid:
         return "driver"

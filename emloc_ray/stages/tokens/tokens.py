@@ -43,7 +43,7 @@ def tokenize_data(
         DataError: naming file, row and field of the first bad row.
     """
     config = prepared.config
-    found = _sources(prepared, out_dir)
+    found = split_sources(prepared, out_dir)
     files = [Path(source.path) for sources in found.values() for source in sources if not source.is_stored]
     # By content, not time: on an object store each node's copies have times of their own.
     made = {path.name: sha for file in files if out_dir in file.parents for path, sha in hashes(file).items()}
@@ -83,7 +83,7 @@ def begun_again(work: Callable[[], Result], losses: Losses, piece: Callable[[], 
     while True:
         try:
             return work()
-        except Exception as error:  # Ray Data raises kinds of its own around Ray's
+        except Exception as error:  # noqa: BLE001  Ray Data raises kinds of its own around Ray's
             # To find the piece means to look at what is written, of a store too.
             time.sleep(losses.count(piece() if is_lost(error) else "", error))
 
@@ -116,7 +116,7 @@ def _splits(
     return splits
 
 
-def _sources(prepared: Prepared, out_dir: Path) -> dict[str, tuple[SourceFile, ...]]:
+def split_sources(prepared: Prepared, out_dir: Path) -> dict[str, tuple[SourceFile, ...]]:
     """The files of every split that has its own, those made or downloaded for the run included."""
     config, directory = prepared.config, out_dir / "rows"
     named = {name: split.path for name in splits_of(config) if (split := getattr(config.data, name)) is not None}

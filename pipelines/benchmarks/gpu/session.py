@@ -62,7 +62,7 @@ class Session:
                 result = action()
             except ImportError as error:
                 result = {"left_out": _sentence(error)}
-            except Exception as error:  # whatever it is: the next case does not depend on it
+            except Exception as error:  # noqa: BLE001  the next case does not depend on it
                 result = {"failed": _sentence(error)}
             self.give_back()
             result["seconds"] = time.monotonic() - begin

@@ -86,15 +86,15 @@ def test_a_start_that_misses_a_direction_is_found_out(monkeypatch: pytest.Monkey
     # Diagonal, so that nothing but zeros ever mixes the direction in.
     matrix = torch.diag(torch.cat([torch.tensor([30.0]), torch.linspace(3.0, 1.0, 199)]))
     assert leading_vectors(matrix, 20) is not None
-    numbers = krylov._random
+    numbers = krylov.normal_numbers
 
     def blind(rows: int, columns: int, generator: torch.Generator, like: Tensor) -> Tensor:
         drawn = numbers(rows, columns, generator, like)
-        if columns > krylov._PROBES:
+        if columns > krylov.NUM_PROBES:
             drawn[0] = 0.0
         return drawn
 
-    monkeypatch.setattr(krylov, "_random", blind)
+    monkeypatch.setattr(krylov, "normal_numbers", blind)
     assert leading_vectors(matrix, 20) is None
     # Its Ritz residuals say that all is well: only the probe says no.
     monkeypatch.setattr(krylov, "complement_gain", lambda *_, **__: 0.0)
@@ -161,13 +161,13 @@ def test_of_the_square_the_same_vectors_while_rounding_lets_it(dtype: torch.dtyp
 def test_what_float32_cannot_hold_ends_the_search_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = with_singular_values(torch.arange(1, 301, dtype=torch.float64) ** -4.0, 300, 300)
     looks: list[int] = []
-    look = krylov._KrylovSpace.look
+    look = krylov.KrylovSpace.look
 
-    def counted(self: krylov._KrylovSpace, rank: int, total: float) -> krylov._Ritz:
+    def counted(self: krylov.KrylovSpace, rank: int, total: float) -> krylov.Ritz:
         looks.append(self.size)
         return look(self, rank, total)
 
-    monkeypatch.setattr(krylov._KrylovSpace, "look", counted)
+    monkeypatch.setattr(krylov.KrylovSpace, "look", counted)
     top = leading_vectors(matrix.float(), 60)
     assert top is not None
     assert krylov.is_lost(top.energy_left, 1.0, torch.float32)

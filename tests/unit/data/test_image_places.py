@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.server
-import os
 import socket
 import threading
 import time
@@ -198,12 +197,12 @@ def _absolute(folder: Path) -> str:
 
 
 def _linked(folder: Path) -> str:
-    os.symlink("../secret.png", folder / "link.png")
+    (folder / "link.png").symlink_to("../secret.png")
     return "link.png"
 
 
 def _linked_folder(folder: Path) -> str:
-    os.symlink(folder.parent, folder / "deep")
+    (folder / "deep").symlink_to(folder.parent)
     return "deep/secret.png"
 
 

@@ -15,7 +15,7 @@ from small_runs import task_rows, write_jsonl
 from emloc_ray.data import text_rows
 from emloc_ray.data.reading import BadRow, read_rows, scan
 from emloc_ray.data.splits import RowSelection
-from emloc_ray.data.tokenizing import ShardTokenizer, TokenizeOptions, _units
+from emloc_ray.data.tokenizing import ShardTokenizer, TokenizeOptions, shard_units
 from emloc_ray.errors import DataError
 from emloc_ray.io.store.object_store import ObjectStore
 
@@ -160,6 +160,6 @@ def test_poison_rows_are_counted(tmp_path: Path, tiny_model_dir: Any) -> None:
     rows = RowSelection.all_rows([scan(path)])
     options = TokenizeOptions(str(tiny_model_dir("llama")), "prompt_completion", 64, skip_bad_rows=True)
     (tmp_path / "out" / "train").mkdir(parents=True)
-    [unit] = _units("train", rows, 32)
+    [unit] = shard_units("train", rows, 32)
     told = ShardTokenizer(options, {"train": rows}, tmp_path / "out")({"unit": [json.dumps(unit)]})
     assert (told["skipped_rows"].tolist(), told["rows"].tolist()) == ([2], [18])

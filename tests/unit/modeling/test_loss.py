@@ -198,7 +198,7 @@ def test_weights_that_zero_3_scatters_are_there_for_each_chunk(monkeypatch: pyte
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         rows: list[int] = []
-        compute_loss = loss._loss_of
+        compute_loss = loss.label_loss
 
         def recorded(logits: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             rows.append(len(wanted))
@@ -210,7 +210,7 @@ def test_weights_that_zero_3_scatters_are_there_for_each_chunk(monkeypatch: pyte
             expected = token_loss(plain, batch, "all")
             expected.loss_sum.backward()
             with monkeypatch.context() as patched:
-                patched.setattr(loss, "_loss_of", recorded)
+                patched.setattr(loss, "label_loss", recorded)
                 result = token_loss(engine, batch, "all", head_owner=model)
                 engine.backward(result.loss_sum)
             assert int(result.num_correct) == int(expected.num_correct)

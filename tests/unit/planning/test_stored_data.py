@@ -18,7 +18,7 @@ from emloc_ray.io.store import object_store
 from emloc_ray.io.store.object_store import ObjectStore
 from emloc_ray.planning import plan as planner
 from emloc_ray.planning.prepared import Prepared, prepare
-from emloc_ray.stages.ray.session import _data_files
+from emloc_ray.stages.ray.session import data_files
 from emloc_ray.stages.tokens.stage import split_inputs
 from emloc_ray.ui.cli import app
 
@@ -49,7 +49,7 @@ def test_stored_data_is_prepared_as_local_data_is(s3_port: int, prepared: Make, 
     assert replace(stored, path=local.path, version="") == local
     assert there.files["calibration"] == there.files["train"]
     assert planner.row_lengths(there) == planner.row_lengths(here)
-    assert [len(_data_files(ready)) for ready in (here, there)] == [2, 0]
+    assert [len(data_files(ready)) for ready in (here, there)] == [2, 0]
     first = split_inputs(there)
     assert split_inputs(prepared(place, calibration=place)) == first
     put(s3_port, "rows.jsonl", path.read_bytes().replace(b"a", b"b"))

@@ -158,6 +158,6 @@ def test_the_reference_is_the_answer_that_was_asked_for(job: EvaluationJob, tmp_
     write_index(tmp_path, [1], {})
     answer = tokenizer.decode(parts[1][0]).strip()
     texts = {"original": ["something else"], "merged": [answer]}
-    found = evaluate._compare_texts(replace(job, tokens_dir=tmp_path), texts)
+    found = evaluate.compare_texts(replace(job, tokens_dir=tmp_path), texts)
     assert found["generations"][0]["reference"] == answer
     assert found["exact_match"] == {"original": 0.0, "merged": 1.0, "num_prompts": 1}

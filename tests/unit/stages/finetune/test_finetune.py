@@ -13,9 +13,7 @@ import pytest
 import torch
 
 from emloc_ray.errors import Stopped
-from emloc_ray.stages.finetune import finetune as finetune_stage
-from emloc_ray.stages.finetune import training as training_stage
-from emloc_ray.stages.finetune.finetune import _mean_loss, _trained_by, _watching, run_alone, run_group
+from emloc_ray.stages.finetune.finetune import Watcher, mean_loss, run_alone, run_group, trained_by
 from emloc_ray.stages.finetune.training import FinetuneJob, StepKeeper, leaves_traces
 from emloc_ray.stages.ray.tasks import Resources
 
@@ -23,15 +21,15 @@ JOB = FinetuneJob(Path("e"), Path("t"), Path("o"), Path("s"), "name", {}, None, 
 
 
 def test_one_worker_runs_alone_unless_deepspeed_wants_a_group() -> None:
-    assert _trained_by(JOB, Resources(1)) is run_alone
-    assert _trained_by(JOB, Resources(2)) is run_group
-    assert _trained_by(dataclasses.replace(JOB, zero_config={"zero_optimization": {}}), Resources(1)) is run_group
+    assert trained_by(JOB, Resources(1)) is run_alone
+    assert trained_by(JOB, Resources(2)) is run_group
+    assert trained_by(dataclasses.replace(JOB, zero_config={"zero_optimization": {}}), Resources(1)) is run_group
 
 
 def test_a_resumed_training_s_loss_is_that_of_all_its_steps() -> None:
     # Steps of losses 1 to 5, logged after the second, the third and the fifth.
     history = [{"step": 2, "loss": 1.5}, {"step": 3, "loss": 3.0}, {"step": 5, "loss": 4.5}]
-    assert _mean_loss(history) == pytest.approx(3.0)
+    assert mean_loss(history) == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize(
@@ -51,10 +49,7 @@ def test_a_process_that_the_next_training_would_find_changed_ends(arguments: dic
     assert leaves_traces(dataclasses.replace(JOB, training_arguments=arguments)) == ends
 
 
-def test_an_unexpected_error_is_told_once_and_a_stop_is_heard_after_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(finetune_stage, "_POLL_S", 0.01)
+def test_an_unexpected_error_is_told_once_and_a_stop_is_heard_after_it(tmp_path: Path) -> None:
     job, notes, looks = dataclasses.replace(JOB, storage_dir=tmp_path), [], []
 
     def progress(done: int, total: int) -> None:
@@ -63,7 +58,7 @@ def test_an_unexpected_error_is_told_once_and_a_stop_is_heard_after_it(
             raise KeyError("a bug of a reporter")
         raise Stopped("stopped")
 
-    with _watching(job, progress, notes.append):
+    with Watcher(job, progress, notes.append, poll_s=0.01):
         deadline = time.monotonic() + 20
         while not job.stop_path.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -73,9 +68,8 @@ def test_an_unexpected_error_is_told_once_and_a_stop_is_heard_after_it(
 
 def _steps_until_stopped(rank: int, root: Path, found: Any) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{root / 'group'}", rank=rank, world_size=2)
-    training_stage._POLL_S = 0.05
     session: Any = SimpleNamespace(rank=rank, world_size=2)
-    keeper = StepKeeper(dataclasses.replace(JOB, storage_dir=root), session)
+    keeper = StepKeeper(dataclasses.replace(JOB, storage_dir=root), session, poll_s=0.05)
     arguments, control = SimpleNamespace(device=torch.device("cpu"), logging_steps=10**6), SimpleNamespace()
     for step in range(1, 2000):
         if step == 5 and rank == 1:

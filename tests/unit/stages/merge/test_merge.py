@@ -18,7 +18,7 @@ from emloc_ray.io.store.node_cache import exists, mirror
 from emloc_ray.modeling.adapter_files import Adapter
 from emloc_ray.modeling.architecture import block_linears, empty_model
 from emloc_ray.modeling.loading import copy_checkpoint
-from emloc_ray.stages.merge.merge import MergeJob, _write_index, merge_shard, output_shards
+from emloc_ray.stages.merge.merge import MergeJob, merge_shard, output_shards, write_weight_index
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -117,5 +117,5 @@ def test_the_index_is_found_where_this_node_s_copy_is_gone(
     job = MergeJob(root / "model", artifacts.adapter_dir, root / "merged", artifacts.specs)
     shards = Checkpoint(job.model_dir).shards
     (job.model_dir / INDEX_NAME).unlink()
-    _write_index(job, shards, output_shards(shards, None))
+    write_weight_index(job, shards, output_shards(shards, None))
     assert exists(job.out_dir / INDEX_NAME)

@@ -9,7 +9,7 @@ import pytest
 
 from emloc_ray.stages.ray import usage as monitor
 from emloc_ray.stages.ray.spans import Span, Timed, listening, tell_span, timed
-from emloc_ray.stages.ray.usage import _kind, measured
+from emloc_ray.stages.ray.usage import kind_of, measured
 
 
 @pytest.mark.parametrize(
@@ -25,8 +25,8 @@ from emloc_ray.stages.ray.usage import _kind, measured
 )
 def test_a_worker_is_known_by_its_actor_or_its_tasks_stage(title: str, kind: str) -> None:
     worker: Any = SimpleNamespace(pid=-1, cmdline=lambda: [title], name=lambda: "python")
-    assert _kind(worker) == kind
-    assert _kind(SimpleNamespace(pid=-1, cmdline=lambda: ["raylet"], name=lambda: "raylet")) == "raylet"  # type: ignore[arg-type]
+    assert kind_of(worker) == kind
+    assert kind_of(SimpleNamespace(pid=-1, cmdline=lambda: ["raylet"], name=lambda: "raylet")) == "raylet"  # type: ignore[arg-type]
 
 
 def test_a_workers_peak_is_that_of_its_own_task() -> None:
@@ -63,8 +63,7 @@ def test_slow_looks_are_shared_by_stages_side_by_side_and_no_stage_is_told_of_th
         return [("driver", len(looks), 0)]
 
     monkeypatch.setattr(monitor.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(monitor, "_sizes", look)
-    sampler = monitor._Sampler()
+    sampler = monitor.Sampler(look)
     assert sampler.latest(100.0) == sampler.latest(100.0) == [("driver", 1, 0)]
     clock[0] += 2.9  # a thirtieth of the time is spent on looks
     assert sampler.latest(100.0) == [("driver", 1, 0)]

@@ -24,7 +24,7 @@ from emloc_ray.demos.docstrings import DocstringTask
 from emloc_ray.io.runs.resume import discard_unless
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.stages.tokens.stage import shortfall, split_inputs
-from emloc_ray.stages.tokens.tokens import _sources, tokenize_data
+from emloc_ray.stages.tokens.tokens import split_sources, tokenize_data
 
 Make = Callable[..., Prepared]
 NUM_ROWS = 600
@@ -158,12 +158,12 @@ def test_rows_are_made_once_for_each_seed(
     for seed in (0, 0, 5):
         data = {"generate": "docstrings", "format": "prompt_completion"}
         values = {"run_dir": str(tmp_path / "run"), "model": {"source": str(tiny_model_dir("llama"))}, "data": data}
-        found = _sources(prepare(parse_config({**values, "seed": seed})), tmp_path / "data")
+        found = split_sources(prepare(parse_config({**values, "seed": seed})), tmp_path / "data")
         assert sorted(found) == sorted(SPLITS)
     assert made == [0, 5]
     others = write_jsonl(tmp_path / "others.jsonl", task_rows(3))
     healed = {"data": {**data, "healing": {"path": str(others)}}, "emulator": {"healing": {"steps": 3}}}
-    found = _sources(prepare(parse_config({**values, **healed, "seed": 5})), tmp_path / "data")
+    found = split_sources(prepare(parse_config({**values, **healed, "seed": 5})), tmp_path / "data")
     assert [source.num_rows for source in found["healing"]] == [3]
     assert sorted(found) == sorted((*SPLITS, "healing"))
     assert made == [0, 5]
