@@ -19,7 +19,7 @@ import numpy as np
 
 from emloc_ray.data.downloads import NotAllowed
 from emloc_ray.data.image_places import NOWHERE_ELSE, ImagePlaces, is_remote, local_path
-from emloc_ray.data.reading import Row
+from emloc_ray.data.text_rows import Row
 from emloc_ray.errors import ArtifactError, ConfigError, DataError
 from emloc_ray.io.store.object_store import is_store_uri
 

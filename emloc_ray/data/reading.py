@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from emloc_ray.data.text_rows import BadText, csv_records, csv_row, lines, other_encoding, read_object
+from emloc_ray.data.text_rows import BadText, Row, csv_records, csv_row, lines, other_encoding, read_object
 from emloc_ray.errors import DataError
 from emloc_ray.io.formats.arrow_schemas import check_parquet
 from emloc_ray.io.runs.fingerprint import fingerprint, fingerprint_large_files
@@ -30,7 +30,6 @@ from emloc_ray.io.store.object_store import is_store_uri
 from emloc_ray.io.store.stored_files import StoredFile, find_stored, is_hidden, shown
 
 KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".csv": "csv"}
-Row = dict[str, Any]
 
 
 class BadRow(Row):

@@ -12,6 +12,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+Row = dict[str, Any]
+
 MAX_LINE_BYTES = 2**28  # an image of 128 MiB in base64, and half as much again
 _MAX_CSV_FIELD = 2**31 - 1  # the csv module's own limit is 128 KiB
 _SKIP_BYTES = 2**20
@@ -43,7 +45,7 @@ def lines(stream: io.BufferedReader, offset: int = 0) -> Iterator[tuple[int, byt
         offset += size
 
 
-def read_object(line: bytes) -> dict[str, Any]:
+def read_object(line: bytes) -> Row:
     """The object that a line of a JSONL file holds; raises BadText where it holds none."""
     if len(line) > MAX_LINE_BYTES:
         raise BadText(f"longer than {MAX_LINE_BYTES} bytes: split it")
@@ -94,7 +96,7 @@ def csv_records(stream: io.BufferedReader, offset: int = 0) -> Iterator[tuple[in
         begin, held = consumed, 0
 
 
-def csv_row(names: Sequence[str], record: Sequence[str]) -> dict[str, Any]:
+def csv_row(names: Sequence[str], record: Sequence[str]) -> Row:
     """A record under the header's names, all values text: an answer of 007 is no number; raises BadText where it is bad."""
     if any(_TOO_LONG in value for value in record):
         raise BadText(f"longer than {MAX_LINE_BYTES} bytes: split it")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from emloc_ray.errors import ConfigError
 from emloc_ray.planning.costs import Costed, with_base
 from emloc_ray.planning.layout import ranks_at
+from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.sizes import Lengths
 from emloc_ray.text import size_up
 
 _RATIOS = tuple(step / 20 for step in range(19, 1, -1))  # 0.95, 0.90, … 0.10
@@ -19,9 +19,10 @@ _RATIOS = tuple(step / 20 for step in range(19, 1, -1))  # 0.95, 0.90, … 0.10
 
 @dataclass(frozen=True)
 class Solution:
-    """Settings under which one worker's fine-tuning, and the healing's before it, fits a budget, what it needs then, and
-    what else does not fit."""
+    """Settings under which one worker's fine-tuning, and the healing's before it, fits a budget, the run ``prepared`` with
+    them, what it needs then, and what else does not fit."""
 
+    prepared: Prepared
     budget: int
     compression_ratio: float
     micro_batch: int
@@ -67,15 +68,9 @@ class Solution:
         )
 
 
-def solve(
-    stages: Sequence[Costed],
-    prepared: Prepared,
-    budget: int,
-    lengths: Lengths,
-    multiples: Mapping[str, float] | None = None,
-) -> Solution:
+def solve(stages: Sequence[Costed], prepared: Prepared, budget: int, lengths: Lengths) -> Solution:
     """The largest compression ratio that fine-tunes within ``budget`` bytes a worker; at it the largest micro-batch, with
-    the same rows a step; and no gradient checkpointing where even that fits. ``multiples`` as :class:`MemoryModel` has it.
+    the same rows a step; and no gradient checkpointing where even that fits.
 
     Raises:
         ConfigError: no ratio fits; it says what the least demanding one needs.
@@ -86,7 +81,7 @@ def solve(
 
     def needed(ratio: float, micro_batch: int, checkpointing: bool = True) -> int:
         changed = with_settings(prepared, ratio, micro_batch, rows // micro_batch, checkpointing and may_checkpoint)
-        memory = MemoryModel(changed, lengths, multiples)
+        memory = MemoryModel(changed, lengths)
         return max(total(with_base(parts)) for parts in (memory.healing(), memory.finetune()))
 
     ratio = next((ratio for ratio in _RATIOS if needed(ratio, 1) <= budget), None)
@@ -103,29 +98,30 @@ def solve(
     micro_batch = next(size for size in sizes if needed(ratio, size) <= budget)
     checkpointing = may_checkpoint and needed(ratio, micro_batch, False) > budget
     chosen = with_settings(prepared, ratio, micro_batch, rows // micro_batch, checkpointing)
-    changed = MemoryModel(chosen, lengths, multiples)
+    memory = MemoryModel(chosen, lengths)
     healing = chosen.config.emulator.heals
     asked = [(s.name, s.cost) for s in stages if s.cost is not None and s.wanted(chosen)]
-    peaks = [(name, total(with_base(cost(changed).memory))) for name, cost in asked]
+    peaks = [(name, total(with_base(cost(memory).memory))) for name, cost in asked]
     return Solution(
+        chosen,
         budget,
         ratio,
         micro_batch,
         rows // micro_batch,
         checkpointing,
         needed(ratio, micro_batch, checkpointing),
-        total(changed.inference()),
+        total(memory.inference()),
         tuple((name, size) for name, size in peaks if size > budget),
         None if healing is None else healing.per_device_train_batch_size,
     )
 
 
-def check_gradients(prepared: Prepared, lengths: Lengths) -> None:
+def check_gradients(prepared: Prepared) -> None:
     """Raises ConfigError where gradients are asked for and a worker of the calibration cannot hold what they take."""
     asks = prepared.config.emulator.asks_for_gradients
     if asks is None or not prepared.layout.weighed:
         return
-    memory = MemoryModel(prepared, lengths)
+    memory = MemoryModel(prepared)
     needed, room = memory.least_for_gradients(), memory.worker_bytes("calibration")
     if needed > room:
         raise ConfigError(

@@ -7,7 +7,7 @@ its first call (some 15 MiB), and what its kernels pack weights into.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,8 +18,9 @@ from emloc_ray.modeling.adapter_methods import update_rank
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.loss import chunk_tokens
 from emloc_ray.modeling.quantization import quantized_bytes
+from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.machine import available_bytes, gpu_bytes
-from emloc_ray.planning.sizes import FLOAT, Block, Lengths, blocks_of, gradient_bytes, gram_bytes, in_waves, widest_step
+from emloc_ray.planning.sizes import FLOAT, Block, blocks_of, gradient_bytes, gram_bytes, in_waves, widest_step
 
 if TYPE_CHECKING:
     from emloc_ray.planning.prepared import Prepared
@@ -38,13 +39,12 @@ LOSS_COPIES, DIVERGENCE_COPIES = 3, 5
 class MemoryModel:
     """Predicts from a layout, a config and row lengths; every method gives bytes by part, ``total`` adds them up."""
 
-    def __init__(self, prepared: Prepared, lengths: Lengths, multiples: Mapping[str, float] | None = None) -> None:
-        """``multiples``: prefixes of blocks that see another number of tokens than the row has, and how many times that;
-        left out, by the row's images and the tokens that blocks read for one."""
-        self.prepared, self.lengths = prepared, lengths
+    def __init__(self, prepared: Prepared, lengths: Lengths | None = None) -> None:
+        """``lengths``: those of the run's own rows by default."""
+        self.prepared, self.lengths = prepared, lengths or prepared.lengths
         self.config, self.layout = prepared.config, prepared.layout
         self.model_config = prepared.model_config
-        self.calibration_tokens = prepared.calibration_tokens(lengths.mean)
+        self.calibration_tokens = prepared.calibration_tokens(self.lengths.mean)
         self.itemsize, self.file_itemsize = model_dtype(prepared).itemsize, file_dtype(prepared).itemsize
         self.weights, self.emulator = self._weights(self.itemsize), self._emulator(self.itemsize)
         # What their files take.
@@ -52,10 +52,8 @@ class MemoryModel:
         adapted = set(self.layout.adapted)
         self.adapted = tuple(spec for spec in self.layout.specs if spec.name in adapted)
         self.adapter_parameters = self._adapter_parameters()
-        if multiples is None:
-            per_image = self.layout.image.block_tokens
-            multiples = {name: count * lengths.images / lengths.longest for name, count in per_image.items()}
-        self.multiples = multiples
+        per_image = self.layout.image.block_tokens
+        multiples = {name: count * self.lengths.images / self.lengths.longest for name, count in per_image.items()}
         self.blocks = blocks_of(self.layout.groups, multiples)
 
     def calibrate(self) -> Parts:
@@ -201,7 +199,7 @@ class MemoryModel:
         from emloc_ray.planning.training import healing_run  # which needs the config: the rest plans from shapes alone
 
         run = healing_run(self.prepared, healing)
-        return MemoryModel(run, self.lengths, self.multiples).finetune(DIVERGENCE_COPIES)
+        return MemoryModel(run, self.lengths).finetune(DIVERGENCE_COPIES)
 
     def finetune(self, logit_copies: int = LOSS_COPIES) -> Parts:
         """Emulator, adapter with its optimizer, and a step: what blocks keep for the backward pass, or only their inputs

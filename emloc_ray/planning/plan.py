@@ -7,15 +7,14 @@ from dataclasses import dataclass
 
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store.node_cache import sizes
-from emloc_ray.planning.budget import Solution, solve, with_settings
+from emloc_ray.planning.budget import Solution, solve
 from emloc_ray.planning.costs import Costed, with_base
 from emloc_ray.planning.layout import Layout
+from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.machine import cpu_flops
 from emloc_ray.planning.memory import MemoryModel, Parts, total
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.sizes import Lengths
 from emloc_ray.planning.training import healing_run
-from emloc_ray.planning.work import row_lengths
 
 # What of a GPU's worker lies in its node's memory.
 _ON_HOSTS = ("base", "weights", "correction", "hidden states", "teacher")
@@ -72,6 +71,11 @@ class Plan:
         return sum(stage.disk_bytes for stage in self.stages)
 
     @property
+    def worker_bytes(self) -> dict[str, int]:
+        """One worker's peak in every stage, and what ``inference`` of the original takes."""
+        return {**{stage.name: stage.worker_bytes for stage in self.stages}, "inference": total(self.inference)}
+
+    @property
     def seconds(self) -> float:
         """Predicted wall time of all stages, and of importing the model and making token shards before them."""
         return self.seconds_before + sum(stage.seconds for stage in self.stages)
@@ -79,10 +83,7 @@ class Plan:
 
 def make_plan(stages: Sequence[Costed], prepared: Prepared) -> Plan:
     """Predicts every stage from shapes, the config, a look at the data and a short timing of this machine's products."""
-    lengths = row_lengths(prepared)
-    memory = MemoryModel(prepared, lengths)
-    speed = cpu_flops()
-    layout = prepared.layout
+    memory, speed, layout = MemoryModel(prepared), cpu_flops(), prepared.layout
     saved = layout.parameters_targeted - layout.parameters_factorized
     return Plan(
         layout,
@@ -90,7 +91,7 @@ def make_plan(stages: Sequence[Costed], prepared: Prepared) -> Plan:
         layout.num_parameters,
         layout.num_parameters - saved,
         memory.inference(),
-        lengths,
+        prepared.lengths,
         memory.calibration_mode(),
         _SECONDS_BEFORE + (memory.weights / 20e6 if prepared.source.gguf_file else 0),
     )
@@ -125,29 +126,13 @@ def missing_disk(plan: Plan, run: RunDirectory, fresh: bool = False) -> int:
     return max(0, min(left, plan.disk_bytes - sum(sizes(run.root).values())))
 
 
-def planned_memory(stages: Sequence[Costed], prepared: Prepared) -> dict[str, int]:
-    """Bytes that one worker of every stage is planned to hold at its peak, and what ``inference`` of the original takes."""
-    memory = MemoryModel(prepared, row_lengths(prepared))
-    planned = {
-        s.name: total(with_base(s.cost(memory).memory)) for s in stages if s.cost is not None and s.wanted(prepared)
-    }
-    return {**planned, "inference": total(memory.inference())}
-
-
-def within_budget(stages: Sequence[Costed], prepared: Prepared) -> tuple[Solution, Prepared]:
-    """The settings that fit the config's ``memory_budget``, and the run with them.
+def within_budget(stages: Sequence[Costed], prepared: Prepared) -> Solution:
+    """The settings that fit the config's ``memory_budget``.
 
     Raises:
         ConfigError: where none fit.
     """
-    lengths, healing = row_lengths(prepared), prepared.config.emulator.heals
+    lengths, healing = prepared.lengths, prepared.config.emulator.heals
     if healing is not None:
-        lengths = max(lengths, row_lengths(healing_run(prepared, healing)), key=lambda found: found.longest)
-    solution = solve(stages, prepared, int(prepared.config.memory_budget or 0), lengths)
-    return solution, with_settings(
-        prepared,
-        solution.compression_ratio,
-        solution.micro_batch,
-        solution.gradient_accumulation_steps,
-        solution.gradient_checkpointing,
-    )
+        lengths = max(lengths, healing_run(prepared, healing).lengths, key=lambda rows: rows.longest)
+    return solve(stages, prepared, int(prepared.config.memory_budget or 0), lengths)

@@ -5,6 +5,7 @@ All of it is checked before Ray starts and before anything is written, and every
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,6 +20,7 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.modeling.loading import ModelSource, resolve_source
 from emloc_ray.planning.data_checks import check_held_out, check_split
 from emloc_ray.planning.layout import Layout
+from emloc_ray.planning.lengths import Lengths, row_lengths
 from emloc_ray.planning.machine import check_quantization, check_resources
 from emloc_ray.planning.model_checks import file_dtype_of, read_model
 from emloc_ray.planning.training_checks import check_training
@@ -29,7 +31,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Prepared:
-    """A config with all that was found out about it."""
+    """A config, with what its model, data and run directory were seen to be."""
 
     config: RunConfig
     run: RunDirectory
@@ -39,6 +41,11 @@ class Prepared:
     files: dict[str, tuple[SourceFile, ...]]
     zero_config: dict[str, Any] | None = None
     file_dtype: torch.dtype | None = None  # of the model's files, where they are here and safetensors
+
+    @functools.cached_property
+    def lengths(self) -> Lengths:
+        """How long the rows to train on are."""
+        return row_lengths(self.config.data, self.files.get("train", ()), self.layout.image.row_tokens)
 
     def calibration_tokens(self, tokens_per_row: float) -> float:
         """Tokens that calibration will see, at a mean of so many a row: the least of what the config bounds them by."""

@@ -1,4 +1,4 @@
-"""Sizes that memory is predicted from: how long rows are, and what a model's blocks are made of."""
+"""What a model's blocks are made of: the sizes that memory is predicted from."""
 
 from __future__ import annotations
 
@@ -11,16 +11,6 @@ from emloc_ray.modeling.architecture import LinearSpec
 FLOAT = 4  # bytes: Grams, adapters, norms and losses are in float32 whatever the model is in
 
 Part = TypeVar("Part")
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Tokens a row: the mean, and the longest to be expected after truncation; its images, and their bytes as encoded."""
-
-    mean: float
-    longest: float
-    images: float = 0.0
-    image_bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -86,12 +76,9 @@ def widest_step(block: Block) -> int:
 
 
 def blocks_of(groups: tuple[tuple[LinearSpec, ...], ...], multiples: Mapping[str, float]) -> tuple[Block, ...]:
-    """The blocks of a model's linears; ``multiples`` as :class:`emloc_ray.planning.memory.MemoryModel` has it."""
-    found: dict[tuple[str, bool], list[tuple[LinearSpec, ...]]] = {}
+    """The blocks of a model's linears; ``multiples``: of those that see another number of tokens than the row has, how many
+    times that."""
+    blocks: dict[tuple[str, bool], list[tuple[LinearSpec, ...]]] = {}
     for group in groups:
-        found.setdefault((group[0].block, group[0].between), []).append(group)
-
-    def multiple(name: str) -> float:
-        return next((value for prefix, value in multiples.items() if name.startswith(prefix)), 1.0)
-
-    return tuple(Block(name, tuple(inside), multiple(name)) for (name, _), inside in found.items())
+        blocks.setdefault((group[0].block, group[0].between), []).append(group)
+    return tuple(Block(name, tuple(inside), multiples.get(name, 1.0)) for (name, _), inside in blocks.items())

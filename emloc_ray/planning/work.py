@@ -4,60 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from emloc_ray.data.formats import EXTRA_FIELDS, FIELDS
-from emloc_ray.data.images import encoded_bytes, image_parts
-from emloc_ray.data.reading import Place, Row, read_rows
 from emloc_ray.planning.layout import Layout
+from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.prepared import UNKNOWN_ROWS, Prepared
-from emloc_ray.planning.sizes import Lengths
 
-_CHARACTERS_PER_TOKEN = 3.5
-_VQA_TOKENS = 24.0  # of a question and its answer
-_VQA_BYTES = 2000.0  # of its image
-_IMAGE_BYTES = 100e3  # of a photograph that was not read
-# Corrections that auto tries at most.
-_CANDIDATES = 7
-
-
-def row_lengths(prepared: Prepared) -> Lengths:
-    """Tokens a row, estimated from the first rows' characters and images.
-
-    Rows of the docstring task are about 80 tokens long. Rows of the hub, which are not here before the run, count as long as
-    rows may be.
-    """
-    data, sources = prepared.config.data, prepared.files.get("train")
-    limit, shown = data.max_seq_length, prepared.layout.image.row_tokens
-    if data.generate == "vqa":
-        asked = _VQA_TOKENS + shown
-        return Lengths(min(asked, limit), min(asked + _VQA_TOKENS, limit), 1.0, _VQA_BYTES)
-    if data.packing or (not sources and data.generate is None):
-        images = limit // shown if shown and data.format == "messages" and not data.packing else 0
-        # As many images as fit count for memory, which may run out; one counts for the disk.
-        return Lengths(limit, limit, images, _IMAGE_BYTES if images else 0.0)
-    if not sources:
-        return Lengths(80.0, min(limit, 256.0))
-    numbers = range(min(200, sources[0].num_rows))
-    tokens, images, size = [], 0, 0
-    fields, extra = FIELDS[data.format], EXTRA_FIELDS[data.format]
-    for number, row in read_rows(sources[0], numbers, fields, extra, data.on_error == "skip"):
-        count = 0
-        if data.format == "messages":
-            count = sum(1 for _ in image_parts(row))
-            size += encoded_bytes(row, Place.of(sources[0], number).folder)
-        tokens.append(_characters(row) / _CHARACTERS_PER_TOKEN + shown * count)
-        images += count
-    mean = min(sum(tokens) / len(tokens), limit)
-    return Lengths(mean, min(1.25 * max(tokens), limit), images / len(tokens), size / len(tokens))
-
-
-def _characters(row: Row) -> int:
-    """The characters of a row's text; images inside messages have none."""
-    turns = row.get("messages")
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        return sum(len(value) for value in row.values() if isinstance(value, str))
-    contents = [turn.get("content") for turn in turns]
-    parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]
-    return sum(len(str(part.get("text") or "") if isinstance(part, dict) else str(part)) for part in parts)
+_CANDIDATES = 7  # corrections that auto tries at most
 
 
 def num_steps(config: Any, num_rows: int) -> int:

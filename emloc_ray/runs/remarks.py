@@ -10,7 +10,6 @@ from emloc_ray.data.processors import IMAGE_SIDE
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.machine import cpu_capabilities, has_bfloat16
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.work import row_lengths
 from emloc_ray.text import listed, size
 
 
@@ -99,7 +98,7 @@ def left_dense(layout: Layout) -> str | None:
 def long_images(prepared: Prepared) -> str | None:
     """Where rows show images, and one of ordinary size is longer than a row may be."""
     limit, tokens = prepared.config.data.max_seq_length, prepared.layout.image.row_tokens
-    if tokens < limit or not row_lengths(prepared).images:
+    if tokens < limit or not prepared.lengths.images:
         return None
     return (
         f"An image of {IMAGE_SIDE} × {IMAGE_SIDE} pixels takes {tokens} tokens of this model, data.max_seq_length is {limit}:"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from emloc_ray.config.schema import RunConfig
@@ -13,7 +14,6 @@ from emloc_ray.planning.budget import check_gradients
 from emloc_ray.planning.machine import check_disk, check_resources
 from emloc_ray.planning.plan import make_plan, missing_disk
 from emloc_ray.planning.prepared import Prepared, prepare
-from emloc_ray.planning.work import row_lengths
 from emloc_ray.runs import remarks
 from emloc_ray.runs.log import RunLog
 from emloc_ray.runs.reporter import Reporter, Reporters, SilentReporter
@@ -50,9 +50,10 @@ def run(
     prepared = prepared or prepare(config)
     redone = fresh or begin == VERBS[0] or "gradients" not in prepared.run.stages()
     if turns is None and redone:  # in a batch others hold memory now, and a stage waits until they have given it back
-        check_gradients(prepared, row_lengths(prepared))
+        check_gradients(prepared)
+    plan = make_plan(STEPS, prepared)
     if prepared.run.store is None:  # which has room; a node's cache makes its own
-        check_disk(prepared.run, missing_disk(make_plan(STEPS, prepared), prepared.run, fresh))
+        check_disk(prepared.run, missing_disk(plan, prepared.run, fresh))
     reporter = reporter or SilentReporter()
     try:
         prepared.run.lock(reporter.note)
@@ -67,8 +68,8 @@ def run(
                 check_visible(prepared)
                 for remark in remarks.of_machines([config]) if turns is None else ():
                     reporter.note(remark)
-                told = Reporters(reporter, log, trace, StageGauges(prepared.run.name))
-                Pipeline(prepared, told, begin, turns or AtOnce(), cache).run(until)
+                reporters = Reporters(reporter, log, trace, StageGauges(prepared.run.name))
+                Pipeline(prepared, reporters, begin, turns, cache, plan.worker_bytes).run(until)
         return prepared.run.metrics()
     except OSError as error:  # of the run's own small files: a stage explains its own
         raise explain(error, "the run") from error
@@ -86,9 +87,10 @@ class Pipeline:
         begin: str | None = None,
         turns: Turns | None = None,
         cache: ArtifactCache | None = None,
+        planned: Mapping[str, int] | None = None,
     ) -> None:
         self.prepared, self.reporter = prepared, reporter
-        self.steps = Steps(prepared, reporter, turns or AtOnce(), cache, _forced(begin))
+        self.steps = Steps(prepared, reporter, turns or AtOnce(), cache, _forced(begin), planned)
 
     def run(self, until: str = VERBS[-1]) -> None:
         """Every stage up to the last one of the verb ``until``, in order."""

@@ -4,7 +4,7 @@ it, else run in its turn and recorded."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,6 @@ from emloc_ray.io.runs.cache import ArtifactCache, EntryGone
 from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.io.store.atomic import remove_leftovers
 from emloc_ray.io.store.node_cache import discard
-from emloc_ray.planning.plan import planned_memory
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.runs.reporter import Reporter
 from emloc_ray.runs.results import assemble_metrics
@@ -71,10 +70,12 @@ class Steps:
         turns: Turns,
         cache: ArtifactCache | None = None,
         forced: Collection[str] = (),
+        planned: Mapping[str, int] | None = None,
     ) -> None:
+        """``planned``: what :attr:`emloc_ray.planning.plan.Plan.worker_bytes` gives, for metrics.json."""
         self.prepared, self.directory, self.reporter = prepared, prepared.run, reporter
         self.turns, self.cache, self.forced = turns, cache, set(forced)
-        self.planned = planned_memory(order.STEPS, prepared)
+        self.planned = planned or {}
         self._unread: list[str] = []  # stages of earlier runs whose files nobody has read yet
         self._redone: set[str] = set()
         self._outdated: str | None = None  # the first finished stage whose inputs are not what they were

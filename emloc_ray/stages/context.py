@@ -19,7 +19,6 @@ from emloc_ray.modeling.stored_names import StoredParameter, stored_parameters, 
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.work import row_lengths
 
 Inputs = dict[str, Any]
 Result = dict[str, Any]
@@ -91,7 +90,7 @@ class Context:
     @functools.cached_property
     def memory(self) -> MemoryModel:
         """What workers are predicted to hold."""
-        return MemoryModel(self.prepared, row_lengths(self.prepared))
+        return MemoryModel(self.prepared)
 
     @property
     def layout(self) -> Layout:

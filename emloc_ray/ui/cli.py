@@ -160,10 +160,9 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
 
     def action() -> None:
         from emloc_ray.planning.budget import check_gradients
-        from emloc_ray.planning.work import row_lengths
 
         prepared = _prepare(config, overrides)
-        check_gradients(prepared, row_lengths(prepared))
+        check_gradients(prepared)
         layout = prepared.layout
         console.print(
             f"{escape(str(config))} is valid: {len(layout.ranks)} of {len(layout.specs)} linears compressed,"
@@ -187,7 +186,6 @@ def plan(
     def action() -> None:
         from emloc_ray.planning.budget import check_gradients
         from emloc_ray.planning.plan import make_plan, within_budget
-        from emloc_ray.planning.work import row_lengths
         from emloc_ray.stages.order import STEPS
         from emloc_ray.ui.terminal import plan_tables
 
@@ -197,12 +195,13 @@ def plan(
         budget = [] if memory_budget is None else [f"memory_budget={memory_budget}"]
         prepared = _prepare(config, [*(overrides or ()), *budget])
         if memory_budget is not None:
-            solution, prepared = within_budget(STEPS, prepared)
+            solution = within_budget(STEPS, prepared)
+            prepared = solution.prepared
             console.print(escape(solution.sentence), soft_wrap=True)
             console.print("  " + " ".join(solution.overrides), soft_wrap=True, highlight=False)
         for table in plan_tables(make_plan(STEPS, prepared)):
             console.print(table)
-        check_gradients(prepared, row_lengths(prepared))
+        check_gradients(prepared)
 
     _guarded(action)
 

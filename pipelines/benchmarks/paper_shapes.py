@@ -9,7 +9,7 @@ counts a Gram of its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,15 @@ from benchmarks.figures import write_result
 from benchmarks.stage_memory import bare_prepared
 from emloc_ray.errors import ConfigError
 from emloc_ray.planning.budget import Solution, solve, with_settings
+from emloc_ray.planning.layout import ImageShape
+from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.memory import MemoryModel, Parts, total
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.sizes import Lengths
 from emloc_ray.stages.order import STEPS
 
 ROWS, LENGTH, TILES = 2, 2048, 7
 PATCHES = 1025  # of a tile, in the vision tower; 256 in the language model
 BUDGET = 24 * 10**9
-MULTIPLES = {"model.vision_tower": TILES * PATCHES / LENGTH}
 GB = 1e9
 STAGES = [
     stage for stage in STEPS if stage.cost is not None and stage.verb == stage.name and stage.name != "heal"
@@ -83,16 +83,18 @@ def prepared_shape(shape: Shape) -> Prepared:
         "finetune": {"per_device_train_batch_size": ROWS, "gradient_accumulation_steps": 4},
         "evaluation": {"batch_size": ROWS},
     }
-    return bare_prepared(values, model_config)
+    bare = bare_prepared(values, model_config)
+    patches = {spec.block: PATCHES for spec in bare.layout.specs if spec.block.startswith("model.vision_tower")}
+    return replace(bare, layout=replace(bare.layout, image=ImageShape(LENGTH // TILES, patches)))
 
 
 def plan_shape(shape: Shape) -> dict[str, Any]:
     """Parameters and peaks in GB, imports left out as the paper's figures of an allocator do."""
     prepared = prepared_shape(shape)
-    lengths = Lengths(LENGTH, LENGTH)
+    lengths = Lengths(LENGTH, LENGTH, images=TILES)
 
     def at(ratio: float, rows: int = ROWS) -> MemoryModel:
-        return MemoryModel(with_settings(prepared, ratio, rows, 8 // rows, True), lengths, MULTIPLES)
+        return MemoryModel(with_settings(prepared, ratio, rows, 8 // rows, True), lengths)
 
     original = at(1.0)
     found: dict[str, Any] = {
@@ -108,7 +110,7 @@ def plan_shape(shape: Shape) -> dict[str, Any]:
     if five is not None:
         found["five_billion"] = {"ratio": five, "finetune": _gb(at(five).finetune())}
     try:
-        solution: Solution | None = solve(STEPS, prepared, BUDGET, lengths, MULTIPLES)
+        solution: Solution | None = solve(STEPS, prepared, BUDGET, lengths)
     except ConfigError as error:
         solution, found["budget"] = None, str(error)
     if solution is not None:

@@ -20,9 +20,9 @@ from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.loading import ModelSource
 from emloc_ray.planning.budget import with_settings
 from emloc_ray.planning.layout import make_layout, skeleton_of
+from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.memory import DIVERGENCE_COPIES, MemoryModel, Parts
 from emloc_ray.planning.prepared import Prepared, prepare
-from emloc_ray.planning.sizes import Lengths
 from emloc_ray.stages.calibrate.job import CalibrationJob
 from emloc_ray.stages.correct.correct import CorrectionJob
 from emloc_ray.stages.evaluate.evaluate import EvaluationJob

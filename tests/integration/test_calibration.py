@@ -19,7 +19,6 @@ from emloc_ray.planning.costs import with_base
 from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.planning.sizes import gram_bytes
-from emloc_ray.planning.work import row_lengths
 from emloc_ray.stages.calibrate.calibrate import calibrate
 from emloc_ray.stages.calibrate.stage import calibration_job
 from emloc_ray.stages.context import Context
@@ -60,7 +59,7 @@ def test_auto_goes_block_by_block_under_a_budget_and_a_killed_worker_leaves_no_t
     calibrated: Callable[..., Path], llama_run: FinishedRun
 ) -> None:
     prepared = prepare(parse_config(llama_run.values))
-    needed = total(with_base(MemoryModel(prepared, row_lengths(prepared)).calibrate()))
+    needed = total(with_base(MemoryModel(prepared).calibrate()))
     reporter = KillingReporter()
     run = calibrated(reporter, memory_budget=needed - 1)
     assert reporter.killed
@@ -74,7 +73,7 @@ def test_waves_under_a_memory_budget_give_the_same_grams(
 ) -> None:
     values = llama_run.changed(calibration={"mode": "resident"})
     prepared = prepare(parse_config(values))
-    memory = MemoryModel(prepared, row_lengths(prepared))
+    memory = MemoryModel(prepared)
     parts = with_base(memory.calibrate())
     largest = max(gram_bytes(group) for group in prepared.layout.groups)
     assert parts["grams"] > 2 * largest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import emloc_ray
 ROOT = Path(emloc_ray.__file__).parent
 # From the top down: a file imports from its own room and from those below it.
 ROOMS = ("ui", "runs", "stages", "planning", "config", "demos", "modeling", "data", "io", "core", "text", "errors")
+LONGEST_CHAIN = 18  # modules, each imported by the one before it
 NO_RAY = ("errors", "core", "io", "modeling")
 
 
@@ -27,10 +29,11 @@ def room(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
-def imports(path: Path) -> list[str]:
-    """The full names of all that a file imports anywhere, inside functions too."""
+def imports(path: Path, at_import: bool = False) -> list[str]:
+    """The full names of all that a file imports, inside functions too; ``at_import``: of what its import imports alone."""
     names: list[str] = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in tree.body if at_import else ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -75,6 +78,17 @@ def test_no_circle_of_modules() -> None:
     # Opening an emulator imports its model; registering its type must not.
     graph[ROOT / "modeling/emulator_type.py"] -= {ROOT / "modeling/emulator.py"}
     assert len(list(graphlib.TopologicalSorter(graph).static_order())) >= len(modules())
+
+
+def test_no_chain_of_modules_is_longer_than_a_reader_follows() -> None:
+    graph = {path: {module_of(name) for name in imports(path, at_import=True)} - {None, path} for path in modules()}
+
+    @functools.cache
+    def chain(path: Path | None) -> tuple[Path | None, ...]:
+        return (path, *max(map(chain, graph.get(path, ())), key=len, default=()))
+
+    longest = max(map(chain, graph), key=len)
+    assert len(longest) <= LONGEST_CHAIN, " > ".join(str(path) for path in longest)
 
 
 def test_the_rooms_below_the_stages_never_import_ray() -> None:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from emloc_ray.errors import ConfigError
+from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.runs.directory import MANIFEST, RunDirectory
 from emloc_ray.io.store.digests import digest
 from emloc_ray.io.store.object_store import ObjectStore, below
@@ -30,7 +30,7 @@ def fetch(
 
     Raises:
         ConfigError: the run is in a file system, has no such part, or ``directory`` holds another run.
-        ArtifactError: a file cannot be read, or is not what its key names.
+        ArtifactError: a file cannot be read, is not what its key names, or its name leads out of ``directory``.
     """
     store = run.store
     if store is None:
@@ -46,7 +46,8 @@ def fetch(
     wanted = [name for name in names if not parts or name in parts]
     infos = {f"{top}/{name}": info for top in wanted for name, info in store.versions(top).items()}
     plain = [name for name in wanted if not any(key.startswith(f"{name}/") for key in infos)]
-    left = {directory / name: info for name, info in infos.items() if not _is_same(directory / name, info)}
+    files = {_inside(directory, name): info for name, info in infos.items()}
+    left = {file: info for file, info in files.items() if not _is_same(file, info)}
     total, done = sum(info.size for info in left.values()), 0
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         for copied in as_completed([pool.submit(_copy, store, info, file) for file, info in left.items()]):
@@ -74,17 +75,26 @@ def _fetch_tasks(
     for task, there in held.items():
         wanted = [part for part in parts if part in there]
         if MANIFEST in there and (wanted or not parts):
-            files += fetch(task, directory / "tasks" / task.name, wanted, progress)
+            files += fetch(task, _inside(directory / "tasks", task.name), wanted, progress)
     return files
 
 
 def _fetch_plain(store: ObjectStore, names: Sequence[str], directory: Path) -> list[Path]:
     directory.mkdir(parents=True, exist_ok=True)
-    contents = {directory / name: store.read(name) for name in names}
+    contents = {_inside(directory, name): store.read(name) for name in names}
     for file, content in contents.items():
         if content is not None:
             file.write_bytes(content)
     return [file for file, content in contents.items() if content is not None]
+
+
+def _inside(directory: Path, name: str) -> Path:
+    """The file that a stored name becomes; raises ArtifactError where it would lie outside ``directory``."""
+    if name.startswith("/") or ".." in name.split("/"):
+        raise ArtifactError(
+            f"The stored name {name} leads out of {directory}: remove it from the store, then fetch again."
+        )
+    return directory / name
 
 
 def _is_same(file: Path, info: Any) -> bool:

@@ -12,7 +12,6 @@ from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.planning.budget import check_gradients
 from emloc_ray.planning.plan import Plan, StagePlan, make_plan
 from emloc_ray.planning.prepared import Prepared, prepare
-from emloc_ray.planning.work import row_lengths
 from emloc_ray.runs.batch.admission import Admission, Amount, Need, Ticket
 from emloc_ray.runs.batch.state import TaskReporter
 from emloc_ray.runs.batch.tasks import Task
@@ -90,7 +89,7 @@ class PipelineWork:
         if ready is None or ready[0].config != task.config:
             prepared = prepare(task.config)
             if task.config.memory_budget is not None:  # else it goes by what is free, of which running tasks hold some
-                check_gradients(prepared, row_lengths(prepared))
+                check_gradients(prepared)
             ready = self._ready[task.name] = prepared, make_plan(STEPS, prepared)
         return ready
 

@@ -101,7 +101,7 @@ def _gather_gradients(context: Context, inputs: Inputs, granted: Resources, prog
 
     prepared, out_dir = context.prepared, context.path("gradients")
     if prepared.config.memory_budget is not None:  # of a run whose config has changed since it was prepared
-        check_gradients(prepared, context.memory.lengths)
+        check_gradients(prepared)
     job = go_on(gradient_job(context), out_dir, inputs, prepared.config.calibration.num_workers, False)
     return calibrate(job, out_dir, granted, progress, context.note)
 

@@ -16,7 +16,7 @@ from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.training import healing_run, healing_split
-from emloc_ray.planning.work import block_work, emulator_work, head_work, num_train_rows, row_lengths, rows_trained
+from emloc_ray.planning.work import block_work, emulator_work, head_work, num_train_rows, rows_trained
 from emloc_ray.stages.context import Context, Inputs, Result, without
 from emloc_ray.stages.finetune.stage import NOT_LEARNED, finetune_job, passes
 from emloc_ray.stages.stage import Stage, by_weights
@@ -119,7 +119,7 @@ def _cost(memory: MemoryModel) -> StageCost:
     prepared, layout, healing = memory.prepared, memory.layout, memory.config.emulator.heals
     assert healing is not None
     run = healing_run(prepared, healing)
-    lengths, rows = row_lengths(run), rows_trained(run)
+    lengths, rows = run.lengths, rows_trained(run)
     taught, head = min(rows, num_train_rows(run)) * lengths.mean, head_work(layout)
     lora = sum(healing.r * (s.out_features + s.in_features) for s in run.layout.specs if s.name in run.layout.adapted)
     training = rows * lengths.mean * passes(prepared.config) * (emulator_work(layout) + 4 * head)

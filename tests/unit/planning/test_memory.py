@@ -19,12 +19,12 @@ from emloc_ray.modeling.loading import ModelSource
 from emloc_ray.planning import memory
 from emloc_ray.planning.budget import check_gradients, solve, with_settings
 from emloc_ray.planning.costs import with_base
-from emloc_ray.planning.layout import make_layout, skeleton_of
+from emloc_ray.planning.layout import ImageShape, make_layout, skeleton_of
+from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.memory import BASE_BYTES, MemoryModel, total
 from emloc_ray.planning.plan import make_plan, within_budget
 from emloc_ray.planning.prepared import Prepared, prepare
-from emloc_ray.planning.sizes import Lengths, gram_bytes
-from emloc_ray.planning.work import row_lengths
+from emloc_ray.planning.sizes import gram_bytes
 from emloc_ray.stages.order import STEPS
 
 LENGTHS = Lengths(mean=40.0, longest=64.0)
@@ -143,7 +143,9 @@ def test_a_vision_tower_sees_tokens_of_its_own() -> None:
         vocab_size=300,
     )
     ready = bare(InternVLConfig(vision_config=vision, text_config=language))
-    one, four = (MemoryModel(ready, ROW, {"model.vision_tower": factor}) for factor in (1.0, 4.0))
+    tower = {spec.block: 2048 for spec in ready.layout.specs if "vision_tower" in spec.block}
+    ready = dataclasses.replace(ready, layout=dataclasses.replace(ready.layout, image=ImageShape(256, tower)))
+    one, four = (MemoryModel(ready, dataclasses.replace(ROW, images=factor)) for factor in (1.0, 4.0))
     assert one.inference()["kv cache"] == 2 * 3 * (2 * 16) * 2048 * 2  # the language model's alone
     inputs = 2048 * 2 * (2 * 64)  # of the tower's two blocks
     assert four.finetune()["activations"] - one.finetune()["activations"] > 3 * inputs
@@ -244,13 +246,14 @@ def test_what_no_ratio_helps_is_told_with_what_would(llama_7b: Prepared) -> None
 
 def test_the_solution_is_what_is_planned(prepared: Callable[..., Prepared]) -> None:
     ready = prepared(memory_budget=BASE_BYTES + 3_000_000)
-    solution, changed = within_budget(STEPS, ready)
+    solution = within_budget(STEPS, ready)
+    changed = solution.prepared
     plan = make_plan(STEPS, changed)
     stage = next(stage for stage in plan.stages if stage.name == "finetune")
     assert stage.worker_bytes == solution.finetune_bytes
     again = parse_config(ready.config.model_dump(mode="json"))
     assert again.memory_budget == ready.config.memory_budget
-    assert row_lengths(ready).longest == pytest.approx(25)
+    assert ready.lengths.longest == pytest.approx(25)
 
 
 def test_each_method_counts_its_own_parameters(prepared: Callable[..., Prepared]) -> None:
@@ -347,17 +350,17 @@ def test_gradients_of_llama_7b_by_hand() -> None:
 
 
 def test_sums_of_gradients_go_in_waves_too(prepared: Callable[..., Prepared]) -> None:
-    free = MemoryModel(prepared(emulator=WEIGHED), LENGTHS)
+    free = MemoryModel(prepared(emulator=WEIGHED))
     [whole] = free.gradient_waves()
     assert [spec.name for spec in whole] == list(free.layout.weighed)
     beside = total(with_base(free.gradients())) - int(with_base(free.gradients())["gradients"])
     room = 4 * 128**2 + 4 * 64**2
-    bounded = MemoryModel(prepared(memory_budget=beside + room, emulator=WEIGHED), LENGTHS)
+    bounded = MemoryModel(prepared(memory_budget=beside + room, emulator=WEIGHED))
     waves = bounded.gradient_waves()
     assert [spec for wave in waves for spec in wave] == whole
     assert len(waves) > 1
     assert all(sum(4 * spec.out_features**2 for spec in wave) <= room for wave in waves)
-    check_gradients(prepared(memory_budget=beside + room, emulator=WEIGHED), LENGTHS)
+    check_gradients(prepared(memory_budget=beside + room, emulator=WEIGHED))
 
 
 @pytest.mark.parametrize(("key", "value"), [("allocation", "sensitivity"), ("objective", "predictions")])
@@ -368,5 +371,5 @@ def test_a_worker_that_cannot_hold_the_whole_model_is_refused(
     with pytest.raises(
         ConfigError, match=rf"emulator\.{key}: {value} needs gradients of the whole model, 4\d\d MiB in a worker"
     ):
-        check_gradients(ready, LENGTHS)
-    check_gradients(prepared(memory_budget=BASE_BYTES, emulator={"objective": "weights"}), LENGTHS)
+        check_gradients(ready)
+    check_gradients(prepared(memory_budget=BASE_BYTES, emulator={"objective": "weights"}))

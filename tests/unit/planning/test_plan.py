@@ -114,7 +114,7 @@ def test_files_take_what_they_hold_whatever_the_model_is_used_in(
 
 def test_rows_that_are_not_here_yet_are_planned_as_long_as_they_may_be(prepared: Callable[..., Prepared]) -> None:
     found = prepared(data={"train": {"path": "hf:some/rows"}, "max_seq_length": 48})
-    assert planner.row_lengths(found) == planner.Lengths(48, 48)
+    assert found.lengths == planner.Lengths(48, 48)
 
 
 def test_every_stage_is_there_with_what_it_asks_for(plan: Callable[..., Plan]) -> None:

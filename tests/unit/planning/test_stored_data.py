@@ -16,7 +16,6 @@ from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.store import object_store
 from emloc_ray.io.store.object_store import ObjectStore
-from emloc_ray.planning import plan as planner
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.stages.ray.session import data_files
 from emloc_ray.stages.tokens.stage import split_inputs
@@ -48,7 +47,7 @@ def test_stored_data_is_prepared_as_local_data_is(s3_port: int, prepared: Make, 
     (local,), (stored,) = here.files["train"], there.files["train"]
     assert replace(stored, path=local.path, version="") == local
     assert there.files["calibration"] == there.files["train"]
-    assert planner.row_lengths(there) == planner.row_lengths(here)
+    assert there.lengths == here.lengths
     assert [len(data_files(ready)) for ready in (here, there)] == [2, 0]
     first = split_inputs(there)
     assert split_inputs(prepared(place, calibration=place)) == first

@@ -21,7 +21,6 @@ from emloc_ray.planning.costs import with_base
 from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.plan import make_plan
 from emloc_ray.planning.prepared import Prepared, prepare
-from emloc_ray.planning.work import row_lengths
 from emloc_ray.runs.remarks import left_dense, long_images
 from emloc_ray.stages.factorize.stage import unseen_linears
 from emloc_ray.stages.order import STEPS
@@ -192,7 +191,7 @@ def test_a_projector_that_is_missing_is_told(prepared: Make, tmp_path: Path) -> 
 
 def test_rows_of_the_hub_may_be_full_of_images(prepared: Make) -> None:
     ready = prepared(data={"train": {"path": "hf:some/rows"}, "max_seq_length": 512})
-    lengths = row_lengths(ready)
+    lengths = ready.lengths
     assert lengths.images == 512 // ready.layout.image.row_tokens > 1
     assert lengths.image_bytes == 100e3
 
@@ -215,15 +214,15 @@ def test_linears_that_no_token_came_to_are_told(prepared: Make) -> None:
 
 def test_the_plan_counts_an_image_s_tokens_and_patches(prepared: Make) -> None:
     none = prepared(rows=[shown(0)] * 20)
-    words = row_lengths(none)
-    assert MemoryModel(none, words).blocks[0].multiple == 0
+    words = none.lengths
+    assert MemoryModel(none).blocks[0].multiple == 0
     one = prepared()
     assert one.layout.image.block_tokens["model.vision_tower.encoder.layers.0"] == 17
-    lengths = row_lengths(one)
+    lengths = one.lengths
     assert lengths.images == 1
     assert lengths.mean == pytest.approx(words.mean + one.layout.image.row_tokens)
-    assert MemoryModel(one, lengths).blocks[0].multiple == pytest.approx(17 / lengths.longest)
-    assert total(with_base(MemoryModel(one, lengths).calibrate())) > 0
+    assert MemoryModel(one).blocks[0].multiple == pytest.approx(17 / lengths.longest)
+    assert total(with_base(MemoryModel(one).calibrate())) > 0
     assert make_plan(STEPS, one).parameters == one.layout.num_parameters
 
 
@@ -231,8 +230,8 @@ def test_encoded_images_in_rows_are_no_text(prepared: Make) -> None:
     big = shown()
     big["messages"][0]["content"][0] = {"type": "image", "base64": "A" * 100_000}
     ready = prepared(rows=[json.loads(json.dumps(big))] * 20)
-    assert row_lengths(ready).longest < 200
+    assert ready.lengths.longest < 200
     # They are kept on disk as encoded, beside the tokens.
-    assert row_lengths(ready).image_bytes == 75_000
+    assert ready.lengths.image_bytes == 75_000
     needed = make_plan(STEPS, ready).disk_bytes
     assert needed == make_plan(STEPS, prepared(rows=[shown(0)] * 20)).disk_bytes + 20 * 75_000

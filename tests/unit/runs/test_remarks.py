@@ -11,7 +11,7 @@ from small_runs import make_values, task_rows, write_jsonl
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.config.schema import CorrectionConfig
-from emloc_ray.planning.plan import planned_memory
+from emloc_ray.planning.plan import make_plan
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.runs.remarks import emulated_bfloat16, idle_cpus, idle_gpus, over_budget, unread_correction
 from emloc_ray.stages.factorize.stage import thin_calibration
@@ -53,7 +53,7 @@ def test_fewer_rows_than_asked_are_told(prepared: Make, split: str, count: dict[
 def test_a_budget_that_stages_exceed_is_told_with_these(prepared: Make) -> None:
     def said_of(*budget: str) -> str | None:
         run = prepared(*budget)
-        return over_budget(run.config, planned_memory(STEPS, run))
+        return over_budget(run.config, make_plan(STEPS, run).worker_bytes)
 
     assert said_of() is None
     assert said_of("64GiB") is None

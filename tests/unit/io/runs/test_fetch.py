@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from s3_server import uri
 
-from emloc_ray.errors import ConfigError
+from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.runs.fetch import fetch
 from emloc_ray.io.store.atomic import atomic_file
@@ -58,6 +58,19 @@ def test_refusals(run: RunDirectory, tmp_path: Path) -> None:
         fetch(run, tmp_path / "other")
     with pytest.raises(ConfigError, match="is in a file system already"):
         fetch(RunDirectory(tmp_path / "other"), tmp_path / "new")
+
+
+@pytest.mark.parametrize("name", ["outside", "a/../../outside"])
+def test_a_name_that_leads_out_is_refused(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    assert run.store is not None
+    [info] = run.store.versions("adapter").values()
+    monkeypatch.setattr(ObjectStore, "versions", lambda *_: {f"../{name}": info})
+    monkeypatch.setattr(ObjectStore, "names", lambda *_: ["adapter"])
+    with pytest.raises(ArtifactError, match="leads out of"):
+        fetch(run, tmp_path / "home")
+    assert not (tmp_path / "outside").exists()
 
 
 def test_a_batch_comes_with_all_its_tasks(s3_port: int, node_cache: Path, tmp_path: Path) -> None:

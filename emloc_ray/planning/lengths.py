@@ -1,0 +1,67 @@
+"""How long rows are: what memory, disk and time are predicted from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from emloc_ray.config.schema import DataConfig
+from emloc_ray.data.formats import EXTRA_FIELDS, FIELDS
+from emloc_ray.data.images import encoded_bytes, image_parts
+from emloc_ray.data.reading import Place, SourceFile, read_rows
+from emloc_ray.data.text_rows import Row
+
+_CHARACTERS_PER_TOKEN = 3.5
+_VQA_TOKENS = 24.0  # of a question and its answer
+_VQA_BYTES = 2000.0  # of its image
+_IMAGE_BYTES = 100e3  # of a photograph that was not read
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens a row: the mean, and the longest to be expected after truncation; its images, and their bytes as encoded."""
+
+    mean: float
+    longest: float
+    images: float = 0.0
+    image_bytes: float = 0.0
+
+
+def row_lengths(data: DataConfig, sources: Sequence[SourceFile], image_tokens: int) -> Lengths:
+    """Tokens a row, estimated from the characters and images of the first rows of ``sources``.
+
+    ``image_tokens``: what an image takes of a row. Rows of the docstring task are about 80 tokens long. Rows of the hub
+    are not here before the run: they count as long as rows may be.
+    """
+    limit = data.max_seq_length
+    if data.generate == "vqa":
+        question = _VQA_TOKENS + image_tokens
+        return Lengths(min(question, limit), min(question + _VQA_TOKENS, limit), 1.0, _VQA_BYTES)
+    if data.packing or (not sources and data.generate is None):
+        images = limit // image_tokens if image_tokens and data.format == "messages" and not data.packing else 0
+        # As many images as fit count for memory, which may run out; one counts for the disk.
+        return Lengths(limit, limit, images, _IMAGE_BYTES if images else 0.0)
+    if not sources:
+        return Lengths(80.0, min(limit, 256.0))
+    numbers = range(min(200, sources[0].num_rows))
+    tokens, images, size = [], 0, 0
+    fields, extra = FIELDS[data.format], EXTRA_FIELDS[data.format]
+    for number, row in read_rows(sources[0], numbers, fields, extra, data.on_error == "skip"):
+        count = 0
+        if data.format == "messages":
+            count = sum(1 for _ in image_parts(row))
+            size += encoded_bytes(row, Place.of(sources[0], number).folder)
+        tokens.append(_characters(row) / _CHARACTERS_PER_TOKEN + image_tokens * count)
+        images += count
+    mean = min(sum(tokens) / len(tokens), limit)
+    return Lengths(mean, min(1.25 * max(tokens), limit), images / len(tokens), size / len(tokens))
+
+
+def _characters(row: Row) -> int:
+    """The characters of a row's text; images inside messages have none."""
+    turns = row.get("messages")
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return sum(len(value) for value in row.values() if isinstance(value, str))
+    contents = [turn.get("content") for turn in turns]
+    parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]
+    return sum(len(str(part.get("text") or "") if isinstance(part, dict) else str(part)) for part in parts)
