@@ -60,7 +60,7 @@ def test_refusals(run: RunDirectory, tmp_path: Path) -> None:
         fetch(RunDirectory(tmp_path / "other"), tmp_path / "new")
 
 
-@pytest.mark.parametrize("name", ["outside", "a/../../outside"])
+@pytest.mark.parametrize("name", ["outside", "a/../../outside"], ids=["up", "down_and_up"])
 def test_a_name_that_leads_out_is_refused(
     run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
