@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from emloc_ray.core.factorization import scaled_weight
+from emloc_ray.core.precision import has_fast_float64
 from emloc_ray.core.ranks import Storage, factor_parameters
 from emloc_ray.core.two_sided import weighed
 from emloc_ray.core.whitening import Whitening
@@ -39,7 +40,7 @@ def spectrum(weight: Tensor, whitening: Whitening, outputs: Whitening, *, name: 
         raise ValueError(f"{name} reads {weight.shape[1]} features, but its Gram is of {whitening.in_features}.")
     inside, scale = scaled_weight(weighed(weight, outputs), name)
 
-    def found(inside: Tensor) -> Tensor:
+    def found(inside: Tensor, whitening: Whitening) -> Tensor:
         if inside.shape[0] > inside.shape[1]:
             whitened = whitening.whiten(inside)
             matrix = whitened.T @ whitened
@@ -48,9 +49,9 @@ def spectrum(weight: Tensor, whitening: Whitening, outputs: Whitening, *, name: 
         values: Tensor = torch.linalg.eigvalsh(matrix)
         return values.to(torch.float64).flip(0).clamp_min(0.0)
 
-    values = found(inside)
+    values = found(inside, whitening)
     if _is_lost_in_rounding(values):
-        values = found(inside.to(torch.float64))
+        values = found(*_in_float64(inside, whitening)).to(weight.device)
     return values * (scale * scale * whitening.scale * outputs.scale)
 
 
@@ -67,7 +68,7 @@ def plain_gains(weight: Tensor, whitening: Whitening, outputs: Whitening, *, nam
         raise ValueError(f"{name} reads {weight.shape[1]} features, but its Gram is of {whitening.in_features}.")
     inside, scale = scaled_weight(weight.detach().to(torch.float32), name)
 
-    def found(inside: Tensor) -> tuple[Tensor, Tensor]:
+    def found(inside: Tensor, whitening: Whitening) -> tuple[Tensor, Tensor]:
         """Eigenvalues, descending, and ``μ_i^½ u_i`` in columns."""
         if inside.shape[0] > inside.shape[1]:
             whitened = whitening.whiten(inside)
@@ -76,11 +77,18 @@ def plain_gains(weight: Tensor, whitening: Whitening, outputs: Whitening, *, nam
         values, vectors = torch.linalg.eigh(whitening.outer(inside))
         return values.flip(0), (vectors * values.clamp_min(0.0).sqrt()).flip(1)
 
-    values, parts = found(inside)
+    values, parts = found(inside, whitening)
     if _is_lost_in_rounding(values):
-        _, parts = found(inside.to(torch.float64))
+        parts = found(*_in_float64(inside, whitening))[1].to(weight.device)
     saved = weighed(parts, outputs).to(torch.float64).square().sum(dim=0)
     return saved * (scale * scale * whitening.scale * outputs.scale)
+
+
+def _in_float64(inside: Tensor, whitening: Whitening) -> tuple[Tensor, Whitening]:
+    """To compute with in float64, on the CPU where the device's is slow."""
+    if not has_fast_float64(inside.device):
+        inside, whitening = inside.cpu(), whitening.on_cpu()
+    return inside.to(torch.float64), whitening
 
 
 def _is_lost_in_rounding(values: Tensor) -> bool:

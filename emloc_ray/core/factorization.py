@@ -14,11 +14,13 @@ from torch import Tensor
 
 from emloc_ray.core.gram import Gram
 from emloc_ray.core.krylov import MAX_LOSS_SHARE, LeadingVectors, is_lost, leading_vectors
+from emloc_ray.core.precision import has_fast_float64
 from emloc_ray.core.products import energy, is_finite, wide_product
+from emloc_ray.core.subspace_iteration import leading_by_products
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.errors import NumericsError
 
-Solver = Literal["auto", "exact", "subspace"]
+Solver = Literal["auto", "exact", "subspace", "products"]
 
 # What `_rounding_share` decides. Over real layers, and layers with channels 30 to 3,000 times the others, up to the first
 # bound the residual energy was off by less than 1e-3 and the factors' within 2e-4 of the optimum. Up to the second the
@@ -39,6 +41,8 @@ _SMALL = 1024
 # Measured: below this order, or for ranks above this share of it, the full eigendecomposition is as fast.
 _SUBSPACE_MIN_ORDER = 256
 _SUBSPACE_MAX_SHARE = 0.2
+# Of the order, on a GPU, where decompositions cost many times what products do.
+_PRODUCTS_MAX_SHARE = 0.5
 
 
 class LowRankFactors(NamedTuple):
@@ -59,7 +63,7 @@ class Factorization:
         total_energy: ``tr(W G Wᵀ)``, so that ``1 − Σ_{i ≤ r} eigenvalues_i / total_energy`` is the squared relative
             error of the best rank ``r``, for every ``r``.
         relative_error: ``‖(W − W_E) G^½‖_F / ‖W G^½‖_F`` with the damped ``G``; 0 for a weight of zeros.
-        solver: ``"exact"`` or ``"subspace"``.
+        solver: ``"exact"``, ``"subspace"`` or ``"products"``.
         dtype: what the layer was computed in: float64 where float32 was not enough.
     """
 
@@ -84,15 +88,16 @@ def factorize(
 
     ``exact`` takes ``U_r`` from the full eigendecomposition of the smaller side: of ``W G Wᵀ`` where ``out ≤ in``, else of
     ``Lᵀ Wᵀ W L`` with ``G = L Lᵀ``, ``U_r = orth(W L V_r)``. ``subspace`` finds only the top eigenvectors, until the
-    relative error is within 1e-3 (relative) of the optimum, and falls back to ``exact`` where it does not get there. ``auto``
-    takes what is faster for the shape. Either is computed in float32 and once more in float64 where rounding could
-    change the residual by 1e-3. The result depends on ``seed`` (the subspace's start) only within these bounds.
+    relative error is within 1e-3 (relative) of the optimum, and falls back to ``exact`` where it does not get there;
+    ``products`` does so by subspace iteration, as a GPU likes it. ``auto`` takes what is faster for the shape and the
+    device. Each is computed in float32 and once more in float64 where rounding could change the residual by 1e-3, on the CPU
+    where the device's float64 is slow. The result depends on ``seed`` (the subspace's start) only within these bounds.
 
     Args:
-        weight: ``(out, in)``, any floating dtype.
+        weight: ``(out, in)``, any floating dtype, on the device of the whitening, where it is computed.
         whitening: the damped Gram of its inputs, shared by the linears that read the same tensor.
         rank: within ``1 .. min(out, in)``.
-        solver: ``auto``, ``exact`` or ``subspace``.
+        solver: ``auto``, ``exact``, ``subspace`` or ``products``.
         seed: of the subspace solver's start.
         name: the layer, for the errors.
 
@@ -107,23 +112,31 @@ def factorize(
     if not 1 <= rank <= order:
         raise ValueError(f"{name} has {order} ranks, so its rank cannot be {rank}.")
     if solver == "auto":
-        pays = order >= _SUBSPACE_MIN_ORDER and rank <= _SUBSPACE_MAX_SHARE * order
-        solver = "subspace" if pays else "exact"
+        share, faster = _faster_solver(weight.device)
+        solver = faster if order >= _SUBSPACE_MIN_ORDER and rank <= share * order else "exact"
     stored = torch.float64 if weight.dtype == torch.float64 else torch.float32
     scaled, scale = scaled_weight(weight.detach().to(stored), name)
     result, trusted = _factorize_scaled(scaled, whitening, rank, solver, seed)
     if not trusted and stored == torch.float32:
+        if not has_fast_float64(weight.device):
+            scaled, whitening = scaled.cpu(), whitening.on_cpu()
+            solver = "subspace" if solver == "products" else solver
         result, _ = _factorize_scaled(scaled.to(torch.float64), whitening, rank, solver, seed)
     energy_scale = scale * scale * whitening.scale
-    up, down = result.factors
+    up, down = (factor.to(weight.device) for factor in result.factors)
     return Factorization(
         factors=LowRankFactors(up.to(stored).contiguous(), (down if scale == 1.0 else down * scale).to(stored)),
-        eigenvalues=result.eigenvalues * energy_scale,
+        eigenvalues=result.eigenvalues.to(weight.device) * energy_scale,
         total_energy=result.total_energy * energy_scale,
         relative_error=result.relative_error,
         solver=result.solver,
         dtype=result.dtype,
     )
+
+
+def _faster_solver(device: torch.device) -> tuple[float, Solver]:
+    """Up to what share of the order which solver is faster than the full eigendecomposition."""
+    return (_SUBSPACE_MAX_SHARE, "subspace") if device.type == "cpu" else (_PRODUCTS_MAX_SHARE, "products")
 
 
 def relative_error(
@@ -167,30 +180,34 @@ def _factorize_scaled(
     weight: Tensor, whitening: Whitening, rank: int, solver: Solver, seed: int
 ) -> tuple[Factorization, bool]:
     """The factorization in the dtype of ``weight`` under ``G'``, and whether that dtype was wide enough for it."""
-    found = _by_subspace(weight, whitening, rank, seed) if solver == "subspace" else None
+    found = None if solver == "exact" else _by_subspace(weight, whitening, rank, seed, solver)
     return _by_eigendecomposition(weight, whitening, rank) if found is None else found
 
 
-def _by_subspace(weight: Tensor, whitening: Whitening, rank: int, seed: int) -> tuple[Factorization, bool] | None:
+def _by_subspace(
+    weight: Tensor, whitening: Whitening, rank: int, seed: int, solver: Solver
+) -> tuple[Factorization, bool] | None:
     """From the leading singular vectors of ``W L``; ``None`` where they do not settle, or ``G'`` has no cheap root.
 
     Of ``W G' Wᵀ`` or ``Lᵀ Wᵀ W L`` first where that saves more than it costs and rounding lets it pass: for a wide layer
     Cholesky's factor of ``G'``, for a small tall one most of the products.
     """
-    if weight.shape[1] >= _ASPECT * weight.shape[0]:
+    squares = solver == "subspace"
+    if squares and weight.shape[1] >= _ASPECT * weight.shape[0]:
         matrix = whitening.outer(weight)
         top = _of_square(matrix, rank, seed)
         if top is not None:
             top = top._replace(vectors=polish(top.vectors))
-            return _of_vectors(weight, top, float(matrix.diagonal().sum(dtype=torch.float64))), True
+            return _of_vectors(weight, top, float(matrix.diagonal().sum(dtype=torch.float64)), solver), True
     if whitening.cholesky(weight.dtype) is None:
         return None
     whitened = whitening.whiten(weight)
     tall = weight.shape[0] > weight.shape[1]
-    small = weight.shape[1] <= _SMALL and weight.shape[0] >= _ASPECT * weight.shape[1]
+    small = squares and weight.shape[1] <= _SMALL and weight.shape[0] >= _ASPECT * weight.shape[1]
     top = _of_square(_inner_gram(whitened).symmetric(), rank, seed) if small else None
     if top is None:
-        top = leading_vectors(whitened.T if tall else whitened, rank, seed)
+        leading = leading_vectors if squares else leading_by_products
+        top = leading(whitened.T if tall else whitened, rank, seed)
     if top is None:
         return None
     total = energy(whitened)
@@ -208,7 +225,7 @@ def _by_subspace(weight: Tensor, whitening: Whitening, rank: int, seed: int) -> 
         and not is_lost(top.energy_left, total, weight.dtype)
         and _survives_probes(weight, whitened, whitening, top, seed)
     )
-    return _of_vectors(weight, top, total), trusted
+    return _of_vectors(weight, top, total, solver), trusted
 
 
 def _of_square(matrix: Tensor, rank: int, seed: int) -> LeadingVectors | None:
@@ -228,10 +245,10 @@ def _inner_gram(whitened: Tensor) -> Gram:
     return gram
 
 
-def _of_vectors(weight: Tensor, top: LeadingVectors, total: float) -> Factorization:
+def _of_vectors(weight: Tensor, top: LeadingVectors, total: float, solver: Solver) -> Factorization:
     up = top.vectors
     error = math.sqrt(top.energy_left / total) if total > 0.0 else 0.0
-    return Factorization(LowRankFactors(up, up.T @ weight), top.values, total, error, "subspace", weight.dtype)
+    return Factorization(LowRankFactors(up, up.T @ weight), top.values, total, error, solver, weight.dtype)
 
 
 def _survives_probes(weight: Tensor, whitened: Tensor, whitening: Whitening, top: LeadingVectors, seed: int) -> bool:

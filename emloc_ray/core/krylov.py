@@ -26,7 +26,7 @@ _DECADE = 0.25
 # Past this share of the order the full eigendecomposition is as fast.
 _MAX_SHARE = 0.75
 # A Ritz value stands at least so far, as a share of it, above what the space has not reached.
-_MIN_GAP = 0.05
+MIN_GAP = 0.05
 # A look is in float32 where that moves less than this share of what is left.
 _FLOAT32_SHARE = 1e-4
 # Below this share of the whole energy, a difference of sums (in float64, of products in the dtype) loses 1e-4 of what is left.
@@ -51,11 +51,21 @@ class LeadingVectors(NamedTuple):
     energy_left: float
 
 
-class Ritz(NamedTuple):
-    """A look at a space: ``values (r,)``, ``rotation (m, r)`` and ``gaps (r,)`` in float64, ``loss`` as estimated.
+class RitzPairs(NamedTuple):
+    """``values (m,)``, descending, in float64, and ``rotation (m, m)``.
 
-    ``energy_left`` is a difference of sums, or, where ``cancelled`` says that rounding is too much of it, a bound from below.
+    ``energy_left`` by the first r is a difference of sums, or, where ``cancelled`` says that rounding is too much of it, a
+    bound from below.
     """
+
+    values: Tensor
+    rotation: Tensor
+    energy_left: float
+    cancelled: bool
+
+
+class Ritz(NamedTuple):
+    """A look at a space: ``values (r,)``, ``rotation (m, r)`` and ``gaps (r,)``, ``loss`` as estimated, the rest."""
 
     values: Tensor
     rotation: Tensor
@@ -167,39 +177,50 @@ class KrylovSpace:
             gram[:, known:] = wide_product(images, images[:, known:])
         gram[known:, :known] = gram[:known, known:].T
         self._gram = gram
-        # In float32 where its rounding, of ``‖QᵀMQ‖`` at most in each value, is nothing beside what is left of any basis.
-        moved = rank * torch.finfo(torch.float32).eps / 2.0 * float(torch.linalg.vector_norm(gram))
-        exact = moved > _FLOAT32_SHARE * (total - float(gram.diagonal().sum()))
-        values, rotation = _descending(gram if exact else gram.to(torch.float32))
-        energy_left = total - float(values[:rank].sum())
-        cancelled = energy_left <= _CANCELLED[self._matrix.dtype] * total
-        if cancelled:
-            energy_left = float(values[rank:].sum())
-        values, rotation = values[:rank], rotation[:, :rank]
+        pairs = ritz_pairs(gram, rank, total, self._matrix.dtype)
+        values, rotation = pairs.values[:rank], pairs.rotation[:, :rank]
         residuals = (self._coupling.to(rotation.dtype) @ rotation[-self.block :]).square().sum(dim=0).to(torch.float64)
         # What couples to the next block lies about as high as the last one.
         level = gram.diagonal()[-self.block :].mean()
-        gaps = torch.maximum(values - level, _MIN_GAP * values).clamp_min(torch.finfo(torch.float64).tiny)
-        return Ritz(values, rotation, gaps, float((residuals / gaps).sum()), energy_left, cancelled)
+        gaps = torch.maximum(values - level, MIN_GAP * values).clamp_min(torch.finfo(torch.float64).tiny)
+        return Ritz(values, rotation, gaps, float((residuals / gaps).sum()), pairs.energy_left, pairs.cancelled)
 
     def vectors(self, ritz: Ritz) -> LeadingVectors:
         """The Ritz vectors themselves, and the energy left by them in full."""
-        rank, dtype = len(ritz.values), self._matrix.dtype
         basis, images = self._basis[:, : self.size], self._images[:, : self.size]
         if not ritz.cancelled:
-            return LeadingVectors(ritz.values, basis @ ritz.rotation.to(dtype), ritz.gaps, ritz.energy_left)
-        # With QᵀQ as it is: the 1e-7 that float32 leaves between two columns turns the vector of a large σ₁ out of the span.
-        lower = torch.linalg.cholesky(wide_product(basis, basis))
-        half = torch.linalg.solve_triangular(lower, self._gram, upper=False)
-        values, rotation = _descending(torch.linalg.solve_triangular(lower, half.T, upper=False))
-        rotation = torch.linalg.solve_triangular(lower.T, rotation[:, :rank], upper=True).to(dtype)
-        vectors, inside = basis @ rotation, (images @ rotation).T
-        parts = (slice(begin, begin + _ROWS) for begin in range(0, len(vectors), _ROWS))
-        left = sum(energy(torch.addmm(self._matrix[rows], vectors[rows], inside, alpha=-1.0)) for rows in parts)
-        return LeadingVectors(values[:rank], vectors, ritz.gaps, left)
+            return LeadingVectors(ritz.values, basis @ ritz.rotation.to(basis.dtype), ritz.gaps, ritz.energy_left)
+        return careful_vectors(self._matrix, basis, images, self._gram, ritz.gaps)
 
     def _new_directions(self, product: Tensor) -> Tensor:
         return _outside(self._basis[:, : self.size], product, self._generator)
+
+
+def ritz_pairs(gram: Tensor, rank: int, total: float, dtype: torch.dtype) -> RitzPairs:
+    """All Ritz pairs of ``Qᵀ A Aᵀ Q (m, m)`` in float64, of a basis in ``dtype``; ``total`` is ``‖A‖²``."""
+    # In float32 where its rounding, of ``‖QᵀMQ‖`` at most in each value, is nothing beside what is left of any basis.
+    moved = rank * torch.finfo(torch.float32).eps / 2.0 * float(torch.linalg.vector_norm(gram))
+    exact = moved > _FLOAT32_SHARE * (total - float(gram.diagonal().sum()))
+    values, rotation = _descending(gram if exact else gram.to(torch.float32))
+    energy_left = total - float(values[:rank].sum())
+    cancelled = energy_left <= _CANCELLED[dtype] * total
+    return RitzPairs(values, rotation, float(values[rank:].sum()) if cancelled else energy_left, cancelled)
+
+
+def careful_vectors(matrix: Tensor, basis: Tensor, images: Tensor, gram: Tensor, gaps: Tensor) -> LeadingVectors:
+    """The leading Ritz vectors of ``A (n, k)``, as many as ``gaps``, and the energy that they leave, in full.
+
+    For ``basis`` Q, ``images`` ``Aᵀ Q`` and ``gram`` ``Qᵀ A Aᵀ Q`` with ``QᵀQ`` as it is: the 1e-7 that float32 leaves between
+    two columns turns the vector of a large ``σ₁`` out of the span.
+    """
+    lower = torch.linalg.cholesky(wide_product(basis, basis))
+    half = torch.linalg.solve_triangular(lower, gram, upper=False)
+    values, rotation = _descending(torch.linalg.solve_triangular(lower, half.T, upper=False))
+    rotation = torch.linalg.solve_triangular(lower.T, rotation[:, : len(gaps)], upper=True).to(matrix.dtype)
+    vectors, inside = basis @ rotation, (images @ rotation).T
+    parts = (slice(begin, begin + _ROWS) for begin in range(0, len(vectors), _ROWS))
+    left = sum(energy(torch.addmm(matrix[rows], vectors[rows], inside, alpha=-1.0)) for rows in parts)
+    return LeadingVectors(values[: len(gaps)], vectors, gaps, left)
 
 
 def normal_numbers(rows: int, columns: int, generator: torch.Generator, like: Tensor) -> Tensor:

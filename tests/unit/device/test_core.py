@@ -11,6 +11,7 @@ from pretend_device import Meter
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from emloc_ray.core import factorization
 from emloc_ray.core.allocation import plain_gains, spectrum
 from emloc_ray.core.correction import apply_correction, canonical_form, clamp_columns, correction, difference, shortfall
 from emloc_ray.core.distillation import divergence, top_log_probs
@@ -98,6 +99,8 @@ CASES: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "exact, tall": lambda t: plain(t, turned=True),
     "subspace": lambda t: plain(t, "subspace"),
     "subspace, tall": lambda t: plain(t, "subspace", turned=True),
+    "products": lambda t: plain(t, "products"),
+    "products, tall": lambda t: plain(t, "products", turned=True),
     "two-sided": two_sided,
     "pivoted": pivoted,
     "whitening": whitened,
@@ -120,6 +123,37 @@ def test_it_is_what_the_cpu_gives(case: str, device: torch.device) -> None:
             torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)
         else:
             assert found == pytest.approx(expected, rel=1e-4)
+
+
+def wide(order: int, power: float) -> tuple[Tensor, Tensor]:
+    """A layer of ``order + 40`` outputs whose ``W G Wᵀ`` has eigenvalues that fall as ``i^-power``, and its Gram."""
+    generator = torch.Generator().manual_seed(3)
+    u, v = (torch.linalg.qr(torch.randn(n, order, generator=generator)).Q for n in (order + 40, order))
+    return (u * torch.arange(1, order + 1) ** (-power / 2)) @ v.T, torch.eye(order)
+
+
+@pytest.mark.parametrize("order", [256, 512])
+def test_the_host_waits_for_looks_not_for_steps(order: int, device: torch.device, meter: Meter) -> None:
+    weight, gram = (tensor.to(device) for tensor in wide(order, 1.0))
+    meter.restart()
+    assert factorize(weight, Whitening(gram), order // 4).solver == "products"
+    assert meter.waits.total() <= 40, meter.waits
+
+
+def test_slow_float64_is_done_on_the_cpu(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factorization, "_SURE_ROUNDING_SHARE", 0.0)
+    monkeypatch.setattr(factorization, "_MAX_RESIDUAL_DIFFERENCE", -1.0)
+    taken = []
+    inner = factorization.leading_vectors
+    monkeypatch.setattr(
+        factorization, "leading_vectors", lambda matrix, *rest: taken.append(matrix) or inner(matrix, *rest)
+    )
+    weight, gram = wide(256, 1.0)
+    found = factorize(weight.to(device), Whitening(gram.to(device)), 40)
+    assert [(matrix.device.type, matrix.dtype) for matrix in taken] == [("cpu", torch.float64)]
+    assert found.dtype == torch.float64
+    assert {part.device for part in (*found.factors, found.eigenvalues)} == {device}
+    assert found.relative_error == pytest.approx(factorize(weight, Whitening(gram), 40).relative_error, rel=1e-3)
 
 
 def test_a_gram_is_added_to_without_a_wait(device: torch.device, meter: Meter) -> None:
