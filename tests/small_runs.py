@@ -16,7 +16,7 @@ import psutil
 from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import Stopped
 from emloc_ray.planning.prepared import prepare
-from emloc_ray.runs.reporter import SilentReporter
+from emloc_ray.runs.reporter import Reporter
 from emloc_ray.runs.run import Pipeline
 from emloc_ray.runs.steps import AtOnce, Steps
 from emloc_ray.stages.context import Context, Inputs, Result
@@ -65,7 +65,7 @@ def make_values(run_dir: Path, model_dir: Path, data: Path, /, **changes: dict[s
     return values
 
 
-class RecordingReporter(SilentReporter):
+class RecordingReporter(Reporter):
     """Remembers what it is told."""
 
     def __init__(self) -> None:

@@ -27,7 +27,7 @@ from emloc_ray.io.formats.json_lines import end_last_line, read_objects
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.runs.secret_values import without_secret
 from emloc_ray.io.store.node_cache import ensure, publish
-from emloc_ray.runs.reporter import SilentReporter
+from emloc_ray.runs.reporter import Reporter
 
 LOG = "log.jsonl"
 RUN_EVENTS = ("run_started", "run_finished", "run_failed", "run_stopped")
@@ -48,7 +48,7 @@ class _LogFile(logging.FileHandler):
         """Does nothing: a full disk ends the run when the run itself writes."""
 
 
-class RunLog(SilentReporter):
+class RunLog(Reporter):
     """A reporter that writes ``log.jsonl`` in the run's directory, after what earlier tries wrote there.
 
     A stage's progress is written at most every ``interval_s`` seconds, the more seldom the longer the stage takes, and with

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from emloc_ray.io.runs.directory import RunDirectory
 
 
-class Reporter(Protocol):
-    """Hears how a run goes."""
+class Reporter:
+    """Hears how a run goes; what a subclass leaves out does nothing."""
 
     def start(self, stage: str) -> Callable[[int, int], None]:
         """A stage begins; returns its progress callback, which takes the units done and all units."""
+        return lambda done, total: None
 
     def finish(self, stage: str, result: dict[str, Any], usage: dict[str, Any]) -> None:
         """A stage has finished."""
@@ -28,27 +29,7 @@ class Reporter(Protocol):
         """The run's manifest and metrics.json have changed."""
 
 
-class SilentReporter:
-    """Does nothing: the base of reporters that need some of the events only."""
-
-    def start(self, stage: str) -> Callable[[int, int], None]:
-        """Returns a callback that does nothing."""
-        return lambda done, total: None
-
-    def finish(self, stage: str, result: dict[str, Any], usage: dict[str, Any]) -> None:
-        """Nothing."""
-
-    def skip(self, stage: str) -> None:
-        """Nothing."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
-
-    def changed(self, run: RunDirectory) -> None:
-        """Nothing."""
-
-
-class Reporters:
+class Reporters(Reporter):
     """Several reporters as one, called in order."""
 
     def __init__(self, *reporters: Reporter) -> None:

@@ -15,8 +15,9 @@ from emloc_ray.planning.machine import check_disk, check_resources
 from emloc_ray.planning.plan import make_plan, missing_disk
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.runs import remarks
+from emloc_ray.runs.gauges import StageGauges
 from emloc_ray.runs.log import RunLog
-from emloc_ray.runs.reporter import Reporter, Reporters, SilentReporter
+from emloc_ray.runs.reporter import Reporter, Reporters
 from emloc_ray.runs.steps import AtOnce, Dropped, Steps, Turns
 from emloc_ray.runs.trace import Trace
 from emloc_ray.stages.context import Context
@@ -24,7 +25,6 @@ from emloc_ray.stages.importing import is_imported
 from emloc_ray.stages.order import STEPS
 from emloc_ray.stages.ray.losses import explain
 from emloc_ray.stages.ray.session import check_visible, connection, total
-from emloc_ray.stages.ray.usage import StageGauges
 
 
 def run(
@@ -54,7 +54,7 @@ def run(
     plan = make_plan(STEPS, prepared)
     if prepared.run.store is None:  # which has room; a node's cache makes its own
         check_disk(prepared.run, missing_disk(plan, prepared.run, fresh))
-    reporter = reporter or SilentReporter()
+    reporter = reporter or Reporter()
     try:
         prepared.run.lock(reporter.note)
         lean = config.memory_budget is not None

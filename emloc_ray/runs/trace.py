@@ -18,7 +18,7 @@ from emloc_ray.errors import ArtifactError, EmlocError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store.atomic import atomic_file
 from emloc_ray.io.store.node_cache import ensure
-from emloc_ray.runs.reporter import SilentReporter
+from emloc_ray.runs.reporter import Reporter
 from emloc_ray.stages.ray.spans import Span, joined, listening
 
 TRACE = "trace.json"
@@ -27,7 +27,7 @@ _MOST_SPANS = 50_000  # more are joined: neighbours of one worker and stage
 _INTERVAL_S, _WORK_SHARE = 10.0, 0.05  # of a stage's time, before the file is written again
 
 
-class Trace(SilentReporter):
+class Trace(Reporter):
     """Writes ``trace.json`` in the run's directory, after what earlier tries wrote there.
 
     As a context it hears of all work that its thread hears of. It writes at every stage's end, at its own, and now and then.

@@ -8,7 +8,7 @@ from emloc_ray.config.schema import RunConfig
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.runs import run as pipeline
-from emloc_ray.runs.reporter import Reporter, Reporters, SilentReporter
+from emloc_ray.runs.reporter import Reporter, Reporters
 from emloc_ray.ui.page import PageReporter
 
 
@@ -32,5 +32,5 @@ def run(
         ConfigError: before any stage starts or anything is written.
         EmlocError: where a stage failed; finished stages stay, and the same call goes on from them.
     """
-    both = Reporters(reporter or SilentReporter(), PageReporter())
+    both = Reporters(reporter or Reporter(), PageReporter())
     return pipeline.run(config, begin=begin, until=until, fresh=fresh, reporter=both, prepared=prepared, cache=cache)

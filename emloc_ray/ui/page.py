@@ -22,7 +22,7 @@ from emloc_ray.io.store.atomic import atomic_file
 from emloc_ray.io.store.node_cache import ensure, exists
 from emloc_ray.io.store.stored_files import shown
 from emloc_ray.runs.log import read_events
-from emloc_ray.runs.reporter import SilentReporter
+from emloc_ray.runs.reporter import Reporter
 from emloc_ray.runs.status import asked_steps, older_stages
 from emloc_ray.runs.trace import TRACE
 from emloc_ray.stages.order import STEPS as STAGES
@@ -57,7 +57,7 @@ def write_report(directory: RunDirectory) -> Path:
     return path
 
 
-class PageReporter(SilentReporter):
+class PageReporter(Reporter):
     """Keeps a run's ``report.html`` at what the run has reached."""
 
     def changed(self, run: RunDirectory) -> None:

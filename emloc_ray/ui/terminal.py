@@ -16,7 +16,7 @@ from rich.table import Table
 
 from emloc_ray.config.keys import KeySection
 from emloc_ray.core.ranks import factor_parameters
-from emloc_ray.runs.reporter import SilentReporter
+from emloc_ray.runs.reporter import Reporter
 from emloc_ray.text import NO_BREAK, describe_choice, duration, size
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def _stages() -> dict[str, Stage]:
     return {stage.name: stage for stage in STEPS}
 
 
-class ConsoleReporter(SilentReporter):
+class ConsoleReporter(Reporter):
     """Shows a run: a bar for each stage on a terminal, elsewhere a line where a stage begins and ends."""
 
     def __init__(self, console: Console) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from emloc_ray.config.schema import RunConfig
-from emloc_ray.runs.reporter import SilentReporter
+from emloc_ray.runs.reporter import Reporter
 from emloc_ray.ui import api
 from faulting.nodes import kill
 
@@ -24,7 +24,7 @@ class _Over(Exception):
     """The stage up to which the driver was asked to go has ended."""
 
 
-class EventReporter(SilentReporter):
+class EventReporter(Reporter):
     """Writes one JSON line for each thing it is told."""
 
     def __init__(self, path: Path, until: str, snapshots: Path | None, run_dir: Path) -> None:

@@ -53,17 +53,12 @@ class Amount:
 class Need:
     """What a stage asks for: ``workers``, or at least ``least`` where they share a bag of tasks.
 
-    A stage whose workers work in step has ``least == workers``.
+    A stage whose workers work in step has ``least == workers``; ``1 <= least <= workers``.
     """
 
     per_worker: Amount
     workers: int
     least: int
-
-    def __post_init__(self) -> None:
-        """Raises ValueError unless ``1 <= least <= workers``."""
-        if not 1 <= self.least <= self.workers:
-            raise ValueError(f"A stage asks for {self.least} to {self.workers} workers: give 1 <= least <= workers.")
 
     def workers_in(self, free: Amount) -> int:
         """How many workers fit in ``free``, up to ``workers``; 0 where that is fewer than ``least``."""
@@ -112,9 +107,8 @@ class AdmissionQueue:
         """Starts what may start now and returns it with its workers; a capacity below what runs only delays."""
         started: dict[Ticket, int] = {}
         in_use = self._held()
-        behind: Amount | None = (
-            None  # what must stay free of later stages: the first one's need, and what runs behind it
-        )
+        # What must stay free of later stages: the first one's need, and what runs behind it.
+        behind: Amount | None = None
         for ticket in tuple(self.waiting):
             if not in_use.fits_in(capacity):
                 break
@@ -145,10 +139,9 @@ class Admission:
     A thread that holds a grant must not ask for another: what has to run alone would wait for it, and it for that.
     """
 
-    def __init__(self, capacity: Amount | None = None) -> None:
-        """Starts nothing before the capacity is known."""
+    def __init__(self) -> None:
         self.queue = AdmissionQueue()
-        self._capacity = capacity
+        self._capacity: Amount | None = None  # nothing starts before it is known
         self._changed = threading.Condition()  # guards both above
 
     def update(self, capacity: Amount) -> None:

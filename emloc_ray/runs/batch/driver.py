@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -19,7 +21,7 @@ from emloc_ray.runs.batch.summary import write_summary
 from emloc_ray.runs.batch.tasks import Batch
 from emloc_ray.runs.batch.work import PipelineWork, raise_problems
 from emloc_ray.runs.remarks import of_machines
-from emloc_ray.runs.reporter import SilentReporter
+from emloc_ray.runs.reporter import Reporter
 from emloc_ray.stages.ray.session import connection
 from emloc_ray.text import size
 
@@ -30,7 +32,7 @@ Tell = Callable[[str], None]
 Progress = Callable[[int, int], None]
 
 
-class Pages(SilentReporter):
+class Pages(Reporter):
     """What a batch writes for people: as a reporter it hears of every task's run; nothing by default."""
 
     def ended(self, run: RunDirectory, state: BatchState) -> None:
@@ -38,17 +40,18 @@ class Pages(SilentReporter):
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedBatch:
     """A batch that has been checked whole; nothing was started."""
 
     batch: Batch
     run: RunDirectory
-    cache: ArtifactCache
     work: PipelineWork
     pages: Pages = field(default_factory=Pages)
 
 
-def prepare_batch(batch: Batch, progress: Progress = lambda done, total: None, pages: Pages | None = None) -> Prepared:
+def prepare_batch(
+    batch: Batch, progress: Progress = lambda done, total: None, pages: Pages | None = None
+) -> PreparedBatch:
     """Checks every task against its model and data; ``pages`` hears how the tasks and the batch go once it runs.
 
     Raises:
@@ -61,7 +64,7 @@ def prepare_batch(batch: Batch, progress: Progress = lambda done, total: None, p
     pages = pages or Pages()
     work = PipelineWork(cache, pages)
     work.prepare(batch.tasks, progress)
-    return Prepared(batch, run, cache, work, pages)
+    return PreparedBatch(batch, run, work, pages)
 
 
 def check_free(run: RunDirectory) -> None:
@@ -73,7 +76,7 @@ def check_free(run: RunDirectory) -> None:
         )
 
 
-def run_batch(prepared: Prepared, show: Show = lambda state: None, tell: Tell = lambda text: None) -> BatchState:
+def run_batch(prepared: PreparedBatch, show: Show = lambda state: None, tell: Tell = lambda text: None) -> BatchState:
     """Runs every task that is not cancelled, those that are done to see that they still are; returns how all ended.
 
     Raises:
@@ -84,15 +87,14 @@ def run_batch(prepared: Prepared, show: Show = lambda state: None, tell: Tell = 
         run.lock(tell)
         run.create(batch.config.model_dump(mode="json"), kind="batch")
         limits = batch.config.limits
-        begun = BatchRun(
-            run, batch.tasks, prepared.work, lambda: cluster_capacity(limits), batch.config.max_concurrent, show, tell
-        )
+        capacity = functools.partial(cluster_capacity, limits)
+        batch_run = BatchRun(run, batch.tasks, prepared.work, capacity, batch.config.max_concurrent, show, tell)
         lean = any(task.config.memory_budget is not None for task in batch.tasks)
         with connection(batch.ray.address, lean_memory=lean, **batch.ray.init_options):
             check_fit(prepared)
             for remark in of_machines(task.config for task in batch.tasks):
                 tell(remark)
-            state = begun.run()
+            state = batch_run.run()
             write_summary(run, state)
             prepared.pages.ended(run, state)
             return state
@@ -100,7 +102,7 @@ def run_batch(prepared: Prepared, show: Show = lambda state: None, tell: Tell = 
         run.unlock()
 
 
-def check_fit(prepared: Prepared) -> None:
+def check_fit(prepared: PreparedBatch) -> None:
     """Raises ConfigError naming every task that could never run on the cluster."""
     problems: dict[str, list[str]] = {}
     for task in prepared.batch.tasks:
@@ -124,11 +126,8 @@ def _unfit(stages: Iterable[StagePlan], limits: LimitsConfig) -> list[str]:
     the cluster. What ``limits`` name, the cluster is taken to grow to."""
     nodes = [_amount(node["Resources"]) for node in ray.nodes() if node["Alive"]]
     whole = cluster_capacity(limits)
-    largest = Amount(
-        max([whole.cpus if limits.cpus else 0.0, *(node.cpus for node in nodes)]),
-        max([whole.gpus if limits.gpus else 0.0, *(node.gpus for node in nodes)]),
-        max([whole.memory if limits.memory else 0.0, *(node.memory for node in nodes)]),
-    )
+    named = Amount(limits.cpus or 0.0, limits.gpus or 0.0, float(limits.memory or 0))
+    largest = Amount(*(max(sizes) for sizes in zip(*map(dataclasses.astuple, [named, *nodes]), strict=True)))
     problems = []
     for stage in stages:
         worker = Amount(stage.cpus_per_worker, stage.gpus_per_worker, stage.host_bytes)

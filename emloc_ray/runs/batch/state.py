@@ -16,7 +16,7 @@ from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store.atomic import atomic_file, write_json
 from emloc_ray.io.store.node_cache import discard, ensure
-from emloc_ray.runs.reporter import SilentReporter
+from emloc_ray.runs.reporter import Reporter
 
 STATE = "batch.json"
 _CANCEL = "cancel-"
@@ -176,7 +176,7 @@ class Board:
             return BatchState(self.started_at, tuple(self._tasks.values()))
 
 
-class TaskReporter(SilentReporter):
+class TaskReporter(Reporter):
     """A reporter that keeps one task's line of the board."""
 
     def __init__(self, board: Board, name: str, tell: Callable[[str], None]) -> None:

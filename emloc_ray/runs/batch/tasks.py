@@ -11,7 +11,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,6 @@ from emloc_ray.runs.batch.config import REMOVED_KEYS, BatchConfig, TaskKeys
 from emloc_ray.runs.batch.grid import Point, joined_name, points, repeated
 from emloc_ray.runs.batch.task_rows import TaskRow, read_task_rows
 from emloc_ray.text import listed
-
-__all__ = ["Batch", "BatchConfig", "Task", "compose_batch", "read_batch"]
 
 MAX_GRID_TASKS = 10_000
 _FEW = 3  # tasks that an error names
@@ -99,7 +97,7 @@ def compose_batch(values: dict[str, Any], path: Path, overrides: Sequence[str] =
     if config.tasks is None:
         rows = [TaskRow(p.values, f"{path}, grid", path.parent, joined_name("", p.name)) for p in grid_points if grid]
         grid_points = [Point({})]
-    composer = _Composer(config, of_tasks, path, where, len(grid_points))
+    composer = _Composer(config, of_tasks, path, len(grid_points))
     tasks = [composer.task(row, point) for row, point in itertools.product(rows, grid_points)]
     errors += composer.error_lines()
     if errors:
@@ -166,117 +164,78 @@ def _check_grid(grid: dict[str, list[Any]]) -> tuple[dict[str, list[Any]], list[
     return {key: values for key, values in grid.items() if key not in errors}, list(errors.values())
 
 
-@dataclass(frozen=True)
-class _Base:
-    """A base's keys, the errors in them under the command line's keys, and their ``ray``; ``unread``: why it has none."""
-
-    where: str
-    values: dict[str, Any] = field(default_factory=dict)
-    errors: tuple[str, ...] = ()
-    ray: Any = None
-    unread: str = ""
-
-
-@dataclass(frozen=True)
-class _WrongTask:
-    """A task with an error: its base, the place and name of its row, and its own name."""
-
-    base: str | None
-    where: str
-    row_name: str
-    name: str
-
-
 class _Composer:
     """Puts tasks together, reads each base once, and gathers the errors by their sentence."""
 
-    def __init__(self, config: BatchConfig, overrides: list[Override], path: Path, where: str, num_points: int) -> None:
-        self.config, self.overrides, self.path, self.where = config, overrides, path, where
+    def __init__(self, config: BatchConfig, overrides: list[Override], path: Path, num_points: int) -> None:
+        self.config, self.overrides, self.path = config, overrides, path
         self.num_points = num_points  # of the grid
-        self.bases: dict[str | None, _Base] = {}
-        self.num_tasks: Counter[str | None] = Counter()  # by base
+        self.num_tasks = 0
+        self.bases: dict[str | None, tuple[dict[str, Any], str]] = {}  # by path: its keys, and why there are none
         self.places: dict[str, dict[str, None]] = {}  # by the name of a row
-        self.wrong: dict[str, list[_WrongTask]] = {}  # by sentence
+        self.wrong: dict[str, list[tuple[str, str, str]]] = {}  # by sentence: the row's place and name, the task's name
 
     def task(self, row: TaskRow, point: Point) -> Task | None:
         """One task, or None where it has an error."""
+        self.num_tasks += 1
         own = {"name": row.name, **row.values, **point.values}
         keys, errors = check(TaskKeys, {key: own[key] for key in TaskKeys.model_fields if own.get(key) is not None})
         given = str(own["base"]).strip() if isinstance(own.get("base"), str | int | float) else ""
         folder = self.path.parent if "base" in point.values else row.folder
-        path = str(folder / os.path.expanduser(given)) if given else self.config.base
-        self.num_tasks[path] += 1
-        base = self._base(path)
-        values, wrong = self._values(row, point, base)
-        errors += wrong
+        base, unread = self._base(str(folder / os.path.expanduser(given)) if given else self.config.base)
+        values, wrong = self._values(row, point, base, unread)
         row_name = "" if own["name"] is None else str(own["name"]).strip()
         name = joined_name(row_name, point.name)
-        config = None
-        if not base.unread:
+        config, errors = None, errors + wrong
+        if not unread:
             config, wrong = check_config({**values, "run_dir": self.config.task_dir(name)})
             errors += wrong
         elif given:
-            errors.append(base.unread)
+            errors.append(unread)
         self.places.setdefault(row_name, {})[row.where] = None
         for error in errors:
-            self.wrong.setdefault(error, []).append(_WrongTask(path, row.where, row_name, name))
+            self.wrong.setdefault(error, []).append((row.where, row_name, name))
         if keys is None or config is None or errors:
             return None
         return Task(name, config, keys.priority, row.where)
 
     def error_lines(self) -> list[str]:
-        """Each error once: with the base where all of its tasks have it from there, else with the tasks."""
-        unread = self._base(self.config.base).unread
+        """Each error once, with the tasks that have it."""
+        unread = self._base(self.config.base)[1]
         lines = [unread] if unread else []
         for name, places in self.places.items():
             if name and len(places) > 1:
                 lines.append(f"the name {name!r} is that of {listed(list(places), _FEW)}: give each task its own.")
         for sentence, tasks in self.wrong.items():
-            own: list[_WrongTask] = []
-            for path in dict.fromkeys(task.base for task in tasks):
-                of_base = [task for task in tasks if task.base == path]
-                if sentence in self.bases[path].errors and len(of_base) == self.num_tasks[path]:
-                    lines.append(f"{self.bases[path].where}: {sentence}")
-                else:
-                    own += of_base
-            if len(own) == self.num_tasks.total() > _FEW:
-                lines.append(f"all {len(own):,} tasks: {sentence}")
-            elif own:
-                lines.append(f"{listed(self._labels(own), _FEW)}: {sentence}")
+            everyone = len(tasks) == self.num_tasks > _FEW
+            lines.append(
+                f"{f'all {len(tasks):,} tasks' if everyone else listed(self._labels(tasks), _FEW)}: {sentence}"
+            )
         return lines
 
-    def _labels(self, tasks: list[_WrongTask]) -> list[str]:
+    def _labels(self, tasks: list[tuple[str, str, str]]) -> list[str]:
         """Names and places; a row with the error at every point of the grid comes once, by its own name."""
-        per_row = Counter(task.where for task in tasks)
-        names = [(t.row_name if per_row[t.where] == self.num_points else t.name, t.where) for t in tasks]
+        per_row = Counter(where for where, *_ in tasks)
+        names = [(row_name if per_row[where] == self.num_points else name, where) for where, row_name, name in tasks]
         return [f"task {name} ({where})" if name else where for name, where in dict.fromkeys(names)]
 
-    def _base(self, path: str | None) -> _Base:
+    def _base(self, path: str | None) -> tuple[dict[str, Any], str]:
         if path not in self.bases:
-            self.bases[path] = self._read_base(path)
+            try:
+                self.bases[path] = {} if path is None else read_values(Path(path), (self.path,)), ""
+            except ConfigError as error:
+                self.bases[path] = {}, str(error)
         return self.bases[path]
 
-    def _read_base(self, path: str | None) -> _Base:
-        where = self.where if path is None else f"{path} and its overrides" if self.overrides else path
-        try:
-            values = {} if path is None else read_values(Path(path), (self.path,))
-        except ConfigError as error:
-            return _Base(where, unread=str(error))
-        given = {**values, "run_dir": self.config.run_dir}
-        errors = [error for override in self.overrides for error in _put(given, *override)]
-        return _Base(where, values, (*errors, *check_config(given)[1]), given.get("ray"))
-
-    def _values(self, row: TaskRow, point: Point, base: _Base) -> tuple[dict[str, Any], list[str]]:
+    def _values(
+        self, row: TaskRow, point: Point, base: dict[str, Any], unread: str
+    ) -> tuple[dict[str, Any], list[str]]:
         """The task's whole config, unchecked, and the errors in its own keys."""
-        values, errors = dict(base.values), []
-        shared = self._base(self.config.base)
+        values, errors = dict(base), []
+        shared, shared_unread = self._base(self.config.base)
+        shared = dict(shared)
         if values.get("ray") is None:
-            values["ray"] = shared.values.get("ray")
-        elif base.ray != shared.ray and not shared.unread:
-            errors.append(
-                "its base sets ray otherwise than the batch's base: take it out there, or set it whole on the command"
-                " line, such as ray={address: auto}."
-            )
+            values["ray"] = shared.get("ray")
         for source in (row.values, point.values):
             seen: set[Keys] = set()
             own = {key: value for key, value in source.items() if key not in TaskKeys.model_fields}
@@ -289,7 +248,13 @@ class _Composer:
                     errors += _put(values, keys, value, _dotted(keys))
                 seen.add(keys)
         for override in self.overrides:
+            _put(shared, *override)
             errors += _put(values, *override)
+        if not unread and not shared_unread and values.get("ray") != shared.get("ray"):
+            errors.append(
+                "its base sets ray otherwise than the batch's base: take it out there, or set it whole on the command"
+                " line, such as ray={address: auto}."
+            )
         return values, errors
 
 

@@ -15,7 +15,7 @@ from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.runs.batch.admission import Admission, Amount, Need, Ticket
 from emloc_ray.runs.batch.state import TaskReporter
 from emloc_ray.runs.batch.tasks import Task
-from emloc_ray.runs.reporter import Reporter, Reporters, SilentReporter
+from emloc_ray.runs.reporter import Reporter, Reporters
 from emloc_ray.stages.order import STEPS
 from emloc_ray.stages.ray.tasks import Resources
 from emloc_ray.text import listed
@@ -65,7 +65,7 @@ class PipelineWork:
 
     def __init__(self, cache: ArtifactCache | None, reporter: Reporter | None = None) -> None:
         """``reporter`` hears how every task's run goes."""
-        self.cache, self.reporter = cache, reporter or SilentReporter()
+        self.cache, self.reporter = cache, reporter or Reporter()
         self._ready: dict[str, tuple[Prepared, Plan]] = {}
 
     def prepare(self, tasks: Sequence[Task], progress: Callable[[int, int], None] = lambda done, total: None) -> None:

@@ -1,8 +1,7 @@
-"""What stages use, and how far they are.
+"""What stages use: wall time and peak memory.
 
-Peak memory of each stage: of its workers on all nodes, from their spans, and of all processes on the driver's machine
-together, with shared pages counted once (proportional set size). Ray metrics of a run: units done and in all, by run and
-stage, on every node's Prometheus endpoint and Ray's dashboard.
+That is the peak of the stage's workers on all nodes, from their spans, and of all processes on the driver's machine
+together, with shared pages counted once (proportional set size).
 """
 
 from __future__ import annotations
@@ -13,16 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
 import psutil
 import ray
-from ray.util.metrics import Gauge
 
 from emloc_ray.stages.ray.spans import Span, listening
-
-if TYPE_CHECKING:
-    from emloc_ray.io.runs.directory import RunDirectory
 
 # Seconds between samples: short ones first, for short stages; adding up a process's pages costs its time.
 _INTERVALS = (0.5,) * 10 + (2.0,)
@@ -153,38 +147,3 @@ def kind_of(process: psutil.Process) -> str:
     if line and line[0].startswith("ray::"):
         return line[0].split()[0].removeprefix("ray::").split(".")[0].split("(")[0].rstrip(":")
     return process.name()
-
-
-class StageGauges:
-    """A reporter that sets the gauges ``emloc_ray_units_done`` and ``emloc_ray_units_total``; needs a connection to Ray.
-
-    Units are the stage's own: shards, linears, steps, modules.
-    """
-
-    def __init__(self, run: str) -> None:
-        self.run = run
-        keys = ("run", "stage")
-        self._done = Gauge("emloc_ray_units_done", description="Units of a stage that are done.", tag_keys=keys)
-        self._total = Gauge("emloc_ray_units_total", description="Units of a stage in all.", tag_keys=keys)
-
-    def start(self, stage: str) -> Callable[[int, int], None]:
-        """A stage begins."""
-        tags = {"run": self.run, "stage": stage}
-
-        def progress(done: int, total: int) -> None:
-            self._done.set(done, tags)
-            self._total.set(total, tags)
-
-        return progress
-
-    def finish(self, stage: str, result: dict[str, Any], usage: dict[str, Any]) -> None:
-        """The gauges stay where the stage left them."""
-
-    def skip(self, stage: str) -> None:
-        """Nothing: it has no units now."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
-
-    def changed(self, run: RunDirectory) -> None:
-        """Nothing."""

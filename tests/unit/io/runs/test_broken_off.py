@@ -26,7 +26,7 @@ from emloc_ray.io.store.node_cache import ensure, exists, sizes
 from emloc_ray.io.store.object_store import ObjectStore
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.runs import steps as runs_steps
-from emloc_ray.runs.reporter import SilentReporter
+from emloc_ray.runs.reporter import Reporter
 from emloc_ray.runs.steps import AtOnce, Steps
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.ray.tasks import Progress, Resources
@@ -117,7 +117,7 @@ def run(
         config = base.config.model_copy(update={"seed": seed})
         prepared = replace(base, config=config, run=RunDirectory(place))
         prepared.run.create({"seed": seed}, steps=[stage.name for stage in STAGES])
-        steps, context = Steps(prepared, SilentReporter(), AtOnce()), Context(prepared, base.source.directory)
+        steps, context = Steps(prepared, Reporter(), AtOnce()), Context(prepared, base.source.directory)
         for stage in STAGES:
             steps.run(stage, context)
 

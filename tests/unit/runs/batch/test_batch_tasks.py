@@ -21,8 +21,9 @@ from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.yaml_text import write_yaml
 from emloc_ray.io.store.object_store import below
 from emloc_ray.runs.batch import tasks as batch_tasks
+from emloc_ray.runs.batch.config import BatchConfig
 from emloc_ray.runs.batch.grid import MAX_NAME, SAFE_NAME, joined_name, points
-from emloc_ray.runs.batch.tasks import Batch, BatchConfig, read_batch
+from emloc_ray.runs.batch.tasks import Batch, read_batch
 
 BASE: dict[str, Any] = {
     "run_dir": "runs/one",
@@ -313,7 +314,7 @@ def test_the_command_line_wins_over_everything(write: Write, tmp_path: Path, mon
         ("adapter.target_modules=[q", "Override 'adapter.target_modules=[q' has a value that is not YAML"),
         ("data.train.path.x=1", "Override 'data.train.path.x=1' reaches into data.train.path, which is a value"),
         ("run_dir.x=1", "Override 'run_dir.x=1' reaches into run_dir, which is a value"),
-        ("adapter.rr=1", "base.yaml and its overrides: adapter.rr is not a key: the nearest is r."),
+        ("adapter.rr=1", "all 8 tasks: adapter.rr is not a key: the nearest is r."),
         ("max_concurrent=0", "batch.yaml and its overrides: max_concurrent is 0: input should be greater"),
         ("max_concurrent=129", "max_concurrent is 129: input should be less than or equal to 128."),
         ("owner=me", "Override 'owner=me': owner was removed: give each team a Kueue queue"),
@@ -420,13 +421,13 @@ def test_a_base_that_is_missing_or_its_own_shows_the_chain(write: Write, tmp_pat
     assert error(batch).startswith(f"Base {tmp_path}/no.yaml ({batch} → {tmp_path}/no.yaml) does not exist: ")
 
 
-def test_the_base_s_own_errors_are_told_once_without_tasks(write: Write, tmp_path: Path) -> None:
+def test_the_base_s_own_errors_are_told_once(write: Write, tmp_path: Path) -> None:
     wrong = {**BASE, "adapter": {"r": 0}, "finetune": {"max_stps": 3}, "data": {"format": "text"}}
     (tmp_path / "base.yaml").write_text(write_yaml(wrong))
     rows = [{"name": f"t{n}", "data.train.path": f"{n}.jsonl"} for n in range(50)]
     assert errors(write(tasks=rows)) == [
-        f"{tmp_path}/base.yaml: adapter.r is 0: input should be greater than or equal to 1.",
-        f"{tmp_path}/base.yaml: finetune.max_stps is not a key: the nearest is max_steps.",
+        "all 50 tasks: adapter.r is 0: input should be greater than or equal to 1.",
+        "all 50 tasks: finetune.max_stps is not a key: the nearest is max_steps.",
     ]
     rows[7].pop("data.train.path")  # a key that the base leaves to the tasks is missed by the task
     assert f"task t7 ({tmp_path}/batch.yaml, task 8): names no training data" in errors(write(tasks=rows))[-1]
