@@ -41,8 +41,12 @@ class GradientHooks:
         *,
         loss_on: str = "completion",
         seed: int = 0,
+        checkpointing: bool = True,
     ) -> None:
-        """``loss_on`` are the tokens whose predictions matter; ``seed`` is that of the labels that are drawn for them."""
+        """``loss_on`` are the tokens whose predictions matter; ``seed`` is that of the labels that are drawn for them.
+
+        An offloaded model runs its blocks again by itself: without ``checkpointing``.
+        """
         self.model, self.loss_on, self.seed = model, loss_on, seed
         self.grams: dict[str, Gram] = {}
         self.streams = streams or {}
@@ -56,7 +60,7 @@ class GradientHooks:
             out_features = module.out_features if isinstance(module, nn.Linear) else module.weight.shape[1]
             self.grams[name] = Gram.zero(out_features, device=module.weight.device)
             self._handles.append(module.register_forward_hook(self._hook(name)))
-        self._blocks = [model.get_submodule(name) for name in block_names(model)]
+        self._blocks = [model.get_submodule(name) for name in block_names(model)] if checkpointing else []
         for block in self._blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 

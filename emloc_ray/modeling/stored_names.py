@@ -8,7 +8,7 @@ no stage holds more of a parameter than it works on.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from emloc_ray.errors import ArtifactError
-from emloc_ray.io.formats.checkpoint import Checkpoint
+from emloc_ray.io.formats.checkpoint import Checkpoint, TensorEntry
 from emloc_ray.modeling.architecture import LinearSpec, StoredRows
 from emloc_ray.modeling.experts import unfused_views
 
@@ -52,11 +52,11 @@ class StoredParameter:
         sizes = [StoredRows(name, 0, self.index).entry(checkpoint).shape[0] for name in part]
         return tuple(StoredRows(name, sum(sizes[:k]), self.index) for k, name in enumerate(part))
 
-    def read(self, checkpoint: Checkpoint) -> Tensor:
-        """The whole parameter in its stored dtype; raises ArtifactError where a tensor of it is missing."""
+    def read(self, checkpoint: Checkpoint, read: Callable[[TensorEntry], Tensor] = TensorEntry.read_rows) -> Tensor:
+        """The whole parameter in its stored dtype, its tensors read by ``read``; raises ArtifactError where one is missing."""
         if self.is_stack:
-            return torch.stack([_join([checkpoint.read(name) for name in part]) for part in self.parts])
-        joined = _join([rows.entry(checkpoint).read_rows() for rows in self.rows(checkpoint)])
+            return torch.stack([_join([read(checkpoint.entry(name)) for name in part]) for part in self.parts])
+        joined = _join([read(rows.entry(checkpoint)) for rows in self.rows(checkpoint)])
         return joined.T if self.is_transposed else joined
 
 

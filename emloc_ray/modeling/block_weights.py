@@ -1,0 +1,134 @@
+"""A model that is made without weights, and its checkpoint's weights, read for it a part at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from emloc_ray.errors import StageError
+from emloc_ray.io.formats.checkpoint import Checkpoint, TensorEntry
+from emloc_ray.io.store.node_cache import ensure
+from emloc_ray.modeling.architecture import auto_class, block_names, load_config
+from emloc_ray.modeling.emulator import factorize_modules
+from emloc_ray.modeling.experts import unfuse
+from emloc_ray.modeling.stored_names import StoredParameter, require, stored_parameters
+
+
+class BlockWeights:
+    """An original or an emulator whose parameters are on the meta device until they are asked for.
+
+    A file of weights is mapped, not read: a tensor in the dtype that it is stored in takes no memory of its own on a CPU.
+
+    Attributes:
+        model: the model, in evaluation mode, frozen, its experts unfused, its buffers on ``device``.
+        blocks: the names of its blocks.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        dtype: str = "auto",
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        device: str | None = None,
+    ) -> None:
+        """Raises StageError where the weights are in 4 bits, which are not read a part at a time."""
+        ensure(Path(directory))
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.checkpoint = Checkpoint(directory)
+        config = load_config(directory, trust_remote_code=trust_remote_code)
+        self.config = config.original() if hasattr(config, "original") else config
+        if getattr(config, "quantization_config", None) or getattr(self.config, "quantization_config", None):
+            raise StageError(f"{directory} is in 4 bits, which a worker has to hold whole: set model.hold to resident.")
+        self.dtype = _dtype(dtype, self.config, self.checkpoint)
+        options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+        with init_empty_weights(include_buffers=False):
+            model = auto_class(self.config).from_config(
+                self.config, dtype=self.dtype, trust_remote_code=trust_remote_code, **options
+            )
+            self.model: Any = unfuse(model)
+            if self.config is not config:
+                factorize_modules(self.model, config.ranks, config.storage)
+        self.model.tie_weights()  # again: what is made empty is made anew, and tied to nothing
+        self.model.eval().requires_grad_(False)
+        self.blocks = block_names(self.model)
+        names = [entry.name for entry in self.checkpoint]
+        # An emulator is stored under the names that it has in memory.
+        own = {name: StoredParameter(((name,),)) for name in names}
+        self._stored = stored_parameters(self.model, names) if self.config is config else own
+        self._files: dict[Path, Tensor] = {}
+        self._place_buffers()
+        self.model.name_or_path = str(directory)
+        if (Path(directory) / "generation_config.json").is_file():
+            self.model.generation_config = GenerationConfig.from_pretrained(directory)
+
+    def _place_buffers(self) -> None:
+        for name, buffer in list(self.model.named_buffers(remove_duplicate=False)):
+            stored, (owner, _, attribute) = self._stored.get(name), name.rpartition(".")
+            value = buffer if stored is None else stored.read(self.checkpoint)
+            self.model.get_submodule(owner)._buffers[attribute] = value.to(self.device)
+
+    def outside(self) -> list[list[str]]:
+        """The parameters outside all blocks, each by all the names that it has."""
+        inside = tuple(f"{name}." for name in self.blocks)
+        aliases: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if not name.startswith(inside):
+                aliases.setdefault(id(parameter), []).append(name)
+        return list(aliases.values())
+
+    def read(self, names: Sequence[str]) -> Tensor:
+        """A parameter, known by any of ``names`` in the checkpoint, in the dtype that the model has it in, on the CPU.
+
+        Raises:
+            ArtifactError: where the checkpoint lacks it.
+        """
+        name = next((name for name in names if name in self._stored), names[0])
+        weight = require(self._stored, name, self.checkpoint).read(self.checkpoint, self._mapped)
+        return weight.to(self._dtype_of(names)) if weight.is_floating_point() else weight
+
+    def load(self, names: Sequence[str]) -> None:
+        """Puts a parameter on the device, under all of ``names``."""
+        parameter = nn.Parameter(self.read(names).to(self.device), False)
+        for name in names:
+            self.place(name, parameter)
+
+    def place(self, name: str, parameter: nn.Parameter) -> None:
+        """Makes ``parameter`` the model's of that name."""
+        owner, _, attribute = name.rpartition(".")
+        self.model.get_submodule(owner)._parameters[attribute] = parameter
+
+    def parameters_of(self, module: str) -> Iterable[tuple[str, nn.Parameter]]:
+        """The parameters of a module with their names in the model."""
+        return list(self.model.get_submodule(module).named_parameters(prefix=module))
+
+    def _mapped(self, entry: TensorEntry) -> Tensor:
+        """The tensor's place in its file's mapping; a copy where the file has it at an odd place."""
+        if entry.start == entry.stop or entry.start % entry.dtype.itemsize:
+            return entry.read_rows()
+        if entry.file not in self._files:
+            size = entry.file.stat().st_size
+            self._files[entry.file] = torch.from_file(str(entry.file), False, size, dtype=torch.uint8)
+        return self._files[entry.file][entry.start : entry.stop].view(entry.dtype).reshape(entry.shape)
+
+    def _dtype_of(self, names: Sequence[str]) -> torch.dtype:
+        """The model's, but for what transformers keeps in float32 where that is narrower (``_keep_in_fp32_modules``)."""
+        kept = self.model._get_dtype_plan(self.dtype)
+        parts = {part for name in names for part in name.split(".")}
+        return torch.float32 if any({*module.split(".")} <= parts for module in kept) else self.dtype
+
+
+def _dtype(wanted: str, config: Any, checkpoint: Checkpoint) -> torch.dtype:
+    """What ``from_pretrained`` takes: as asked, else the config's, else the checkpoint's first floating dtype."""
+    if wanted != "auto":
+        named: torch.dtype = getattr(torch, wanted)
+        return named
+    stored = (entry.dtype for entry in checkpoint if entry.dtype.is_floating_point)
+    return getattr(config, "dtype", None) or next(stored, torch.float32)

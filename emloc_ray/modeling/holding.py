@@ -1,0 +1,275 @@
+"""How a model is held for a pass, with the same numbers whichever way.
+
+- ``resident``: all of its weights on the device.
+- ``offloaded``: a block's weights come to the device when its forward pass begins and go when it ends, and once more where
+  a backward pass runs the block again. They wait in the mapped file, or for a GPU in pinned memory of the host; the next
+  block's copy runs while a block computes. One pass costs one transfer of the weights.
+- ``block_by_block``: one block at a time over all rows (:mod:`emloc_ray.modeling.replay`), which is Grams' own.
+
+Kin: axolotl's ``layer_offloading``; MegaTrain (https://arxiv.org/abs/2604.05091).
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from emloc_ray.modeling.block_weights import BlockWeights
+from emloc_ray.modeling.loading import load_model
+
+Result = TypeVar("Result")
+
+_PINNED_SHARE = 0.5  # of the host's free memory: what blocks may wait in
+
+
+def open_model(directory: Path, hold: str = "resident", *, ends_offloaded: bool = False, **options: Any) -> Any:
+    """The model of a directory, held so; ``options`` as :func:`emloc_ray.modeling.loading.load_model` has them.
+
+    ``ends_offloaded``: of one that is offloaded, the embedding and the head come and go as blocks do.
+
+    Raises:
+        ArtifactError: where the checkpoint lacks a weight.
+        StageError: where it cannot be read a part at a time.
+    """
+    if hold == "resident":
+        return load_model(directory, **options)
+    return Offloaded(directory, ends_offloaded=ends_offloaded, **options).model
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A parameter: the module that has it, under which name that module does and under which ones the checkpoint may, and
+    what stands in its place while it is away."""
+
+    owner: nn.Module
+    attribute: str
+    names: Sequence[str]
+    absent: nn.Parameter
+
+
+@dataclass
+class _Part:
+    """What comes and goes together: a block, or the embedding or the head."""
+
+    module: nn.Module
+    position: int
+    slots: list[_Slot]
+    host: list[Tensor] = field(default_factory=list)  # its weights, where they wait in pinned memory
+
+
+class Offloaded:
+    """A model whose blocks' weights are on the device only while they compute.
+
+    A weight that is away is a NaN seen ``(out, in)`` times: device, dtype and shape are right, and it takes no memory. Where
+    gradients are wanted a block is run again in the backward pass, so that no weight has to stay for it.
+
+    Attributes:
+        model: the model; adapters may be attached to it, and stay where they are.
+    """
+
+    def __init__(self, directory: Path, *, ends_offloaded: bool = False, **options: Any) -> None:
+        """As :func:`open_model`."""
+        self.weights = BlockWeights(directory, **options)
+        self.model, self.device = self.weights.model, self.weights.device
+        self._on_gpu = self.device.type == "cuda"
+        self._copies = torch.cuda.Stream(self.device) if self._on_gpu else None
+        # The part that is on its way to a GPU, its weights, and when they will be there.
+        self._ahead: tuple[int, list[Tensor], Any] | None = None
+        self._turns: _Turns | None = None
+        self._present: _Part | None = None
+        outside = self.weights.outside()
+        aliases = {name: names for names in outside for name in names}
+        ends = self._ends(outside) if ends_offloaded else []
+        for names in outside:
+            if not {name.rpartition(".")[0] for name in names}.intersection(ends):
+                self.weights.load(names)
+        names = [*self.weights.blocks, *ends]
+        self._parts = [self._part(name, position, aliases) for position, name in enumerate(names)]
+        size = sum(slot.absent.numel() * slot.absent.element_size() for part in self._parts for slot in part.slots)
+        self._stays_pinned = self._on_gpu and size <= _PINNED_SHARE * psutil.virtual_memory().available
+
+    def _ends(self, outside: Sequence[Sequence[str]]) -> list[str]:
+        """The embedding and the head, and whatever modules have their weights too."""
+        ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        own = {name for name, module in self.model.named_modules() if any(module is end for end in ends)}
+        owners = [[name.rpartition(".")[0] for name in names] for names in outside]
+        return list(dict.fromkeys(name for names in owners if own.intersection(names) for name in names))
+
+    def _part(self, name: str, position: int, aliases: Mapping[str, Sequence[str]]) -> _Part:
+        module, slots = self.model.get_submodule(name), []
+        for own, parameter in list(module.named_parameters(prefix=name, remove_duplicate=False)):
+            owner, _, attribute = own.rpartition(".")
+            nan = torch.full((), float("nan"), dtype=parameter.dtype, device=self.device)
+            absent = nn.Parameter(nan.expand(parameter.shape), False)
+            slots.append(_Slot(self.model.get_submodule(owner), attribute, aliases.get(own, [own]), absent))
+        part = _Part(module, position, slots)
+        self._leave(part)
+        module.forward = functools.partial(self._forward, part, module.forward)
+        return part
+
+    def _forward(self, part: _Part, compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        run = functools.partial(self._run, part, compute)
+        if torch.is_grad_enabled() and part.position < len(self.weights.blocks):
+            draws = part.module.training  # dropout, the same again
+            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=draws, **kwargs)
+        return run(*args, **kwargs)
+
+    def _run(self, part: _Part, compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Also ended by an exception of torch's, where a backward pass has all that it needs of a block."""
+        if self._present is not part:
+            self._drop()
+            self._enter(part)
+        if self._turns is None:
+            try:
+                return compute(*args, **kwargs)
+            finally:
+                self._drop()
+        self._turns.begin(part.module)
+        result = compute(*args, **kwargs)
+        self._turns.pass_on()
+        return result
+
+    def _enter(self, part: _Part) -> None:
+        begun = torch.cuda.current_stream(self.device).record_event() if self._on_gpu else None
+        for slot, weight in zip(part.slots, self._arrived(part), strict=True):
+            slot.owner._parameters[slot.attribute] = nn.Parameter(weight, False)
+        self._present, self._begun = part, begun
+
+    def _drop(self) -> None:
+        """Lets the weights go that are there; a GPU's next ones may come once what came before these has ended."""
+        part, self._present = self._present, None
+        if part is None:
+            return
+        self._leave(part)
+        if self._begun is not None:
+            self._begun.synchronize()  # the host may be many blocks ahead, each of whose weights would be held
+            self._send_ahead(part.position)
+
+    def _leave(self, part: _Part) -> None:
+        for slot in part.slots:
+            slot.owner._parameters[slot.attribute] = slot.absent
+
+    def _arrived(self, part: _Part) -> list[Tensor]:
+        """The part's weights on the device: those that were sent ahead, or a copy made now."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or ahead[0] != part.position:
+            return [weight.to(self.device) for weight in self._waiting(part)]
+        _, weights, there = ahead
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(there)
+        for weight in weights:
+            weight.record_stream(stream)
+        return weights
+
+    def _waiting(self, part: _Part) -> list[Tensor]:
+        """The part's weights on the host: mapped, in pinned memory for a GPU."""
+        if part.host:
+            return part.host
+        weights = [self.weights.read(slot.names) for slot in part.slots]
+        weights = [weight.pin_memory() for weight in weights] if self._on_gpu else weights
+        part.host = weights if self._stays_pinned else []
+        return weights
+
+    def _send_ahead(self, position: int) -> None:
+        """Begins the copy of the block that comes next, upwards or downwards as the pass goes, while this one computes."""
+        upwards = torch._C._current_graph_task_id() == -1
+        after = position + 1 if upwards else position - 1
+        if upwards and after == len(self.weights.blocks) and not torch.is_grad_enabled():
+            after = 0  # of the next batch
+        if self._copies is None or not 0 <= after < len(self.weights.blocks):
+            return
+        with torch.cuda.stream(self._copies):
+            weights = [weight.to(self.device, non_blocking=True) for weight in self._waiting(self._parts[after])]
+            self._ahead = after, weights, self._copies.record_event()
+
+    def in_step(self, passes: Sequence[Callable[[], Result]], begin: Callable[[int, nn.Module], None]) -> list[Result]:
+        """What passes of the model give that go through it block after block together: weights come once for all.
+
+        ``begin`` is told of a block that a pass is about to run, with the pass's number: there it has its adapter switched on.
+        The passes take no gradients. Raises what a pass raised.
+        """
+        self._turns = _Turns(len(passes), begin, self.model.get_output_embeddings())
+        try:
+            return self._turns.run(passes)
+        finally:
+            self._turns = None
+            self._drop()
+
+
+class _Turns:
+    """Threads of which one runs at a time, the next one whenever a block is passed."""
+
+    def __init__(self, number: int, begin: Callable[[int, nn.Module], None], head: nn.Module) -> None:
+        """``head``: what each of them may put into it is its own (:mod:`emloc_ray.modeling.loss`)."""
+        self._begin, self._head = begin, head
+        self._bare = vars(head).get("forward")
+        self._gates = [threading.Semaphore(0) for _ in range(number)]
+        self._going = list(range(number))
+        self._current = 0
+
+    def begin(self, module: nn.Module) -> None:
+        """The current pass is about to run a block."""
+        self._begin(self._current, module)
+
+    def pass_on(self) -> None:
+        """Lets the next one run, and waits for the turn to come back."""
+        own, forward = self._current, vars(self._head).get("forward")
+        hooks = self._head._forward_hooks, self._head._forward_pre_hooks
+        put = [dict(some) for some in hooks]
+        for some in hooks:
+            some.clear()
+        self._set_forward(self._bare)
+        self._next(own)
+        self._gates[own].acquire()
+        self._current = own
+        self._set_forward(forward)
+        for some, before in zip(hooks, put, strict=True):
+            some.update(before)
+
+    def _set_forward(self, forward: Any) -> None:
+        if forward is not None:
+            self._head.forward = forward
+        else:
+            vars(self._head).pop("forward", None)
+
+    def _next(self, own: int) -> None:
+        after = [number for number in self._going if number > own]
+        if self._going:
+            self._gates[(after or self._going)[0]].release()
+
+    def run(self, passes: Sequence[Callable[[], Result]]) -> list[Result]:
+        """What all give, in order."""
+        results: dict[int, Result] = {}
+        errors: list[BaseException] = []
+        num_threads = torch.get_num_threads()
+
+        def go(number: int) -> None:
+            self._gates[number].acquire()
+            self._current = number
+            torch.set_num_threads(num_threads)  # which a thread begins without
+            try:
+                if not errors:
+                    results[number] = passes[number]()
+            except BaseException as error:
+                errors.append(error)
+            self._going.remove(number)
+            self._next(number)
+
+        threads = [threading.Thread(target=go, args=(number,), daemon=True) for number in range(len(passes))]
+        for thread in threads:
+            thread.start()
+        self._gates[0].release()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return [results[number] for number in range(len(passes))]

@@ -1,0 +1,168 @@
+"""A model whose blocks come and go computes what the whole model does: logits, adapters' gradients, sums of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import save
+from test_gram_hooks import rows
+from tiny import PAD, save_model
+from torch import Tensor
+
+from emloc_ray.data.token_shards import collate
+from emloc_ray.errors import ArtifactError
+from emloc_ray.modeling.adapter import attach_adapter, load_adapter, switch_adapter
+from emloc_ray.modeling.adapter_methods import adapter_config
+from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
+from emloc_ray.modeling.gradient_hooks import GradientHooks
+from emloc_ray.modeling.gram_hooks import GramHooks
+from emloc_ray.modeling.holding import Offloaded, open_model
+from emloc_ray.modeling.loss import token_loss
+from emloc_ray.modeling.scoring import complete, score_rows
+
+FAMILIES = ("Llama", "Qwen2", "GPT-2", "Gemma 3", "Mixtral", "gpt-oss", "T5")
+BATCH = collate(rows(), PAD)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            made[family] = save(family, tmp_path_factory.mktemp("held") / "model")
+        return made[family]
+
+    return get
+
+
+def names_of(model: Any) -> list[str]:
+    return [spec.name for spec in block_linears(empty_model(model.config))]
+
+
+def trained(model: Any) -> Any:
+    torch.manual_seed(0)
+    targets = [name for name in names_of(model) if not name.endswith("k_proj")]
+    config = adapter_config(r=2, lora_alpha=4, target_modules=targets, lora_dropout=0.2, init_lora_weights=False)
+    return attach_adapter(model, config).train()
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    token_loss(model, BATCH, "completion", model.get_base_model()).loss_sum.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_and_gradients_are_those_of_the_whole_model(
+    family: str, ends: bool, saved: Callable[[str], Path]
+) -> None:
+    whole, held = open_model(saved(family)), open_model(saved(family), "offloaded", ends_offloaded=ends)
+    with torch.no_grad():
+        one, other = (token_loss(model, BATCH, "all") for model in (whole, held))
+    assert float(one.loss_sum) == float(other.loss_sum)
+    resident = trained(whole)
+    resident.gradient_checkpointing_enable({"use_reentrant": False})
+    expected, found = gradients(resident), gradients(trained(held))
+    assert expected.keys() == found.keys()
+    assert len(found) > 10
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+    assert not [
+        name
+        for name, p in held.named_parameters()
+        if "layers.0" in name and not p.isnan().all() and not p.requires_grad
+    ]
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mixtral", "T5"])
+def test_sums_are_those_of_the_whole_model(family: str, saved: Callable[[str], Path]) -> None:
+    sums: list[list[Any]] = []
+    for hold in ("resident", "offloaded"):
+        model = open_model(saved(family), hold)
+        empty = empty_model(model.config)
+        trace = trace_inputs(empty, block_linears(empty))
+        grams = GramHooks(model, trace.groups, trace.streams)
+        grams.forward(BATCH)
+        grams.remove()
+        hooks = GradientHooks(model, names_of(model), trace.streams, checkpointing=hold == "resident")
+        hooks.forward(BATCH, "all", [0, 1, 2, 3])
+        sums.append([*grams.grams.values(), *hooks.grams.values()])
+    for one, other in zip(*sums, strict=True):
+        assert one.num_tokens == other.num_tokens
+        torch.testing.assert_close(one.symmetric(), other.symmetric(), rtol=1e-5, atol=1e-6)
+
+
+def test_tied_embeddings_and_another_dtype(tmp_path: Path) -> None:
+    save_model(tmp_path, "llama", tied=True)
+    for options in ({}, {"dtype": "bfloat16"}):
+        for ends in (False, True):
+            models = open_model(tmp_path, **options), open_model(tmp_path, "offloaded", ends_offloaded=ends, **options)
+            one, other = (model(input_ids=torch.arange(9)[None]).logits for model in models)
+            assert one.dtype == other.dtype
+            assert torch.equal(one, other)
+
+
+def test_completions_and_emulators(
+    saved: Callable[[str], Path], emulator_dir: Callable[[str], Path], tokenizer: Any
+) -> None:
+    for directory in (saved("Llama"), emulator_dir("llama")):
+        found = [
+            complete(open_model(directory, hold), tokenizer, rows(), max_new_tokens=4, batch_size=2)
+            for hold in ("resident", "offloaded")
+        ]
+        assert found[0] == found[1]
+
+
+def test_passes_in_step_are_those_one_after_another(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    directory, options = saved("Qwen2"), {"batch_size": 2, "loss_on": "all", "pad_token_id": PAD, "name": "x"}
+    for number in range(2):
+        attached = trained(open_model(directory))
+        for parameter in attached.parameters():
+            parameter.data.mul_(1 + number)
+        attached.save_pretrained(str(tmp_path / str(number)))
+    alone = [score_rows(open_model(directory), rows(), **options)]
+    alone += [score_rows(load_adapter(open_model(directory), tmp_path / n).eval(), rows(), **options) for n in "01"]
+    held = Offloaded(directory)
+    model = load_adapter(load_adapter(held.model, tmp_path / "0", "0"), tmp_path / "1", "1").eval()
+    score_rows(model, rows()[:1], **options)  # after which it is known how the model uses its head
+    reads: list[int] = []
+    read = held.weights.read
+    held.weights.read = lambda names: reads.append(1) or read(names)  # type: ignore[method-assign, func-returns-value]
+    together = held.in_step(
+        [lambda: score_rows(model, rows(), **options)] * 3,
+        lambda number, block: switch_adapter(block, (None, "0", "1")[number]),
+    )
+    assert together == alone
+    assert len({score.loss_sum for score in together}) == 3
+    once = len(reads)
+    reads.clear()
+    held.in_step([lambda: score_rows(model, rows(), **options)], lambda number, block: switch_adapter(block, "0"))
+    assert len(reads) == once
+
+
+def test_an_error_of_one_pass_ends_all(saved: Callable[[str], Path]) -> None:
+    held = Offloaded(saved("Llama"))
+    ids = torch.arange(5)[None]
+
+    def fails() -> None:
+        held.model(input_ids=ids)
+        raise ValueError("no number")
+
+    with torch.no_grad(), pytest.raises(ValueError, match="no number"):
+        held.in_step([lambda: held.model(input_ids=ids), fails], lambda number, module: None)
+    assert torch.isfinite(held.model(input_ids=ids).logits).all()
+
+
+def test_a_missing_weight_is_named(saved: Callable[[str], Path], tmp_path: Path) -> None:
+    model = open_model(save_model(tmp_path / "whole", "llama"))
+    state = {name: tensor for name, tensor in model.state_dict().items() if "layers.1.mlp.up_proj" not in name}
+    model.save_pretrained(tmp_path / "part", state_dict=state)
+    held = open_model(tmp_path / "part", "offloaded")
+    with pytest.raises(ArtifactError, match=r"no tensor model\.layers\.1\.mlp\.up_proj\.weight"):
+        held(input_ids=torch.arange(5)[None])
