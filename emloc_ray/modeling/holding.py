@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -86,6 +87,7 @@ class Offloaded:
         self._ahead: tuple[int, list[Tensor], Any] | None = None
         self._turns: _Turns | None = None
         self._present: _Part | None = None
+        self._step = 1
         outside = self.weights.outside()
         aliases = {name: names for names in outside for name in names}
         ends = self._ends(outside) if ends_offloaded else []
@@ -119,12 +121,19 @@ class Offloaded:
     def _forward(self, part: _Part, compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         run = functools.partial(self._run, part, compute)
         if torch.is_grad_enabled() and part.position < len(self.weights.blocks):
-            draws = part.module.training  # dropout, the same again
-            return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=draws, **kwargs)
-        return run(*args, **kwargs)
+            steps = iter((1, -1))  # up, and down where it is run again
 
-    def _run(self, part: _Part, compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Also ended by an exception of torch's, where a backward pass has all that it needs of a block."""
+            def checkpointed(*args: Any, **kwargs: Any) -> Any:
+                return run(next(steps, -1), *args, **kwargs)
+
+            draws = part.module.training  # dropout: the same again
+            return checkpoint(checkpointed, *args, use_reentrant=False, preserve_rng_state=draws, **kwargs)
+        return run(1, *args, **kwargs)
+
+    def _run(self, part: _Part, compute: Callable[..., Any], step: int, *args: Any, **kwargs: Any) -> Any:
+        """Also ended by an exception of torch's, where a backward pass has all that it needs of a block; ``step``: 1 where the
+        next block comes next, -1 where the one before does."""
+        self._step = step
         if self._present is not part:
             self._drop()
             self._enter(part)
@@ -181,9 +190,8 @@ class Offloaded:
 
     def _send_ahead(self, position: int) -> None:
         """Begins the copy of the block that comes next, upwards or downwards as the pass goes, while this one computes."""
-        upwards = torch._C._current_graph_task_id() == -1
-        after = position + 1 if upwards else position - 1
-        if upwards and after == len(self.weights.blocks) and not torch.is_grad_enabled():
+        after = position + self._step
+        if after == len(self.weights.blocks) and not torch.is_grad_enabled():
             after = 0  # of the next batch
         if self._copies is None or not 0 <= after < len(self.weights.blocks):
             return
@@ -223,7 +231,7 @@ class _Turns:
     def pass_on(self) -> None:
         """Lets the next one run, and waits for the turn to come back."""
         own, forward = self._current, vars(self._head).get("forward")
-        hooks = self._head._forward_hooks, self._head._forward_pre_hooks
+        hooks = [vars(self._head)[name] for name in ("_forward_hooks", "_forward_pre_hooks")]
         put = [dict(some) for some in hooks]
         for some in hooks:
             some.clear()
@@ -248,28 +256,19 @@ class _Turns:
 
     def run(self, passes: Sequence[Callable[[], Result]]) -> list[Result]:
         """What all give, in order."""
-        results: dict[int, Result] = {}
-        errors: list[BaseException] = []
         num_threads = torch.get_num_threads()
 
-        def go(number: int) -> None:
+        def go(number: int) -> Result:
             self._gates[number].acquire()
             self._current = number
             torch.set_num_threads(num_threads)  # which a thread begins without
             try:
-                if not errors:
-                    results[number] = passes[number]()
-            except BaseException as error:
-                errors.append(error)
-            self._going.remove(number)
-            self._next(number)
+                return passes[number]()
+            finally:
+                self._going.remove(number)
+                self._next(number)
 
-        threads = [threading.Thread(target=go, args=(number,), daemon=True) for number in range(len(passes))]
-        for thread in threads:
-            thread.start()
-        self._gates[0].release()
-        for thread in threads:
-            thread.join()
-        if errors:
-            raise errors[0]
-        return [results[number] for number in range(len(passes))]
+        with ThreadPoolExecutor(len(passes)) as threads:
+            futures = [threads.submit(go, number) for number in range(len(passes))]
+            self._gates[0].release()
+        return [future.result() for future in futures]

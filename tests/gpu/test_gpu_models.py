@@ -16,6 +16,7 @@ from emloc_ray.modeling.adapter_methods import lora_config
 from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
 from emloc_ray.modeling.gradient_hooks import GradientHooks
 from emloc_ray.modeling.gram_hooks import GramHooks
+from emloc_ray.modeling.holding import open_model
 from emloc_ray.modeling.inputs import model_call
 from emloc_ray.modeling.loss import token_loss
 
@@ -155,3 +156,23 @@ def test_4_bits_are_the_same_weight_on_both(shape: tuple[int, int]) -> None:
     here = dequantize({key: value.cpu() for key, value in packed.items()})
     assert there.device.type == DEVICE
     assert apart(there, here) < 1e-6
+
+
+def test_an_offloaded_step_is_a_resident_one(tmp_path: Path) -> None:
+    """Weights come over a stream of their own, the next block's while one computes; the same numbers."""
+    model_on("cpu").save_pretrained(tmp_path)
+    targets = [spec.name for spec in linears_of(CONFIG)]
+    losses, gradients = [], []
+    for hold in ("resident", "offloaded"):
+        torch.manual_seed(0)
+        config = lora_config(target_modules=targets, r=4, lora_alpha=8, init_lora_weights=False)
+        model = attach_adapter(open_model(tmp_path, hold, device=DEVICE), config).train()
+        for _ in range(2):
+            model.zero_grad()
+            loss = token_loss(model, batch_on(DEVICE, padded=True), "all", model.get_base_model()).loss_sum
+            loss.backward()
+        losses.append(float(loss.detach()))
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

@@ -82,4 +82,3 @@ def test_sums_of_gradients_beside_one_block(directory: Path, device: torch.devic
     assert meter.peak - before - outside < block + 4 * 64 * 64 + 2 * ACTIVATIONS
     assert runs == [0, 1, 2, 3, 4, 5, 5]  # nothing up to what is summed is run again
     assert float(hooks.grams[name].matrix.cpu().diagonal().sum()) > 0
-
