@@ -60,6 +60,7 @@ class Whitening:
         self._roots: dict[torch.dtype, Tensor] = {}
         self._choleskys: dict[torch.dtype, Tensor | None] = {}
         self._on_cpu: Whitening | None = None
+        self._by_energy: dict[float, tuple[Tensor, Whitening]] = {}
 
     @classmethod
     def identity(cls, in_features: int, device: torch.device | str = "cpu") -> Whitening:
@@ -111,6 +112,13 @@ class Whitening:
                 lower = _cholesky(self.matrix(torch.float64))
             self._choleskys[dtype] = None if lower is None else lower.to(dtype)
         return self._choleskys[dtype]
+
+    def by_energy(self, dampening_frac: float) -> tuple[Tensor, Whitening]:
+        """The inputs in ascending order of ``G_jj``, ``(in,)``, and the whitening of the inputs in that order."""
+        if dampening_frac not in self._by_energy:
+            order = self._gram.diagonal().argsort(stable=True)
+            self._by_energy[dampening_frac] = order, Whitening(self._gram[order][:, order], dampening_frac)
+        return self._by_energy[dampening_frac]
 
     def times(self, columns: Tensor) -> Tensor:
         """``G' X (in, k)`` for a few float64 columns ``X (in, k)``, from the Gram as it was given."""

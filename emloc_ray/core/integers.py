@@ -1,0 +1,148 @@
+"""Weights as small integers: ``W ≈ s (q − z)``, with a scale and a zero point for each group of a row's columns.
+
+``q`` has b bits. ``s = 2^(e + c / 8)``, with c in 8 bits and one integer ``e`` a weight: 32 octaves in steps of 9 %, so
+that a scale chosen among these loses nothing that matters. ``z = c' / ⌊255 / (2^b − 1)⌋`` with c' in 8 bits: a zero
+point between two integers too, as 2 bits need it. In groups of 64 this takes b + 0.25 bits an element.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+BITS = (2, 3, 4, 8)
+GROUP_SIZE = 64
+SCALE_STEPS = 8  # of an octave
+_OCTAVES = 256 // SCALE_STEPS
+# Bits of the planes that codes are split into, so that each fills bytes.
+_PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+
+
+@dataclass(frozen=True)
+class IntegerWeight:
+    """A weight ``(out, in)`` as integers; groups are of consecutive columns, the last one may be shorter.
+
+    Attributes:
+        codes: ``q (out, in)``, uint8.
+        scales, zeros: ``c`` and ``c'``, ``(out, groups)``, uint8.
+        exponent: ``e``.
+        bits: b.
+        group_size: columns that share a scale.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    exponent: int
+    bits: int
+    group_size: int
+
+    def with_codes(self, codes: Tensor) -> IntegerWeight:
+        """Other codes at the same scales and zero points."""
+        return replace(self, codes=codes)
+
+    def dense(self) -> Tensor:
+        """``s (q − z) (out, in)`` in float32."""
+        return _dense(self.codes, self.scales, self.zeros, self.exponent, self.bits, self.group_size)
+
+    def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What a checkpoint stores; ``exponent`` is of the ``dtype`` that the weight computes in, which holds it exactly."""
+        return {
+            f"int{self.bits}": _packed(self.codes, self.bits),
+            "scales": self.scales,
+            "zeros": self.zeros,
+            "exponent": torch.tensor(float(self.exponent), dtype=dtype),
+        }
+
+
+def stored_bits(keys: Container[str]) -> int | None:
+    """The bits of a module's weight by the names of its tensors; None where none is of integers."""
+    return next((bits for bits in BITS if f"int{bits}" in keys), None)
+
+
+def dense_weight(tensors: Mapping[str, Tensor], in_features: int, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight ``(out, in)`` that ``tensors``, as :meth:`IntegerWeight.tensors` has them, stand for.
+
+    In ``dtype``, or in the one that it was stored for; computed in float32.
+    """
+    bits = stored_bits(tensors)
+    assert bits is not None
+    codes = _unpacked(tensors[f"int{bits}"], bits, in_features)
+    scales, exponent = tensors["scales"], tensors["exponent"]
+    size = group_size_of(in_features, scales.shape[1])
+    return _dense(codes, scales, tensors["zeros"], exponent.float(), bits, size).to(dtype or exponent.dtype)
+
+
+def num_groups(in_features: int, group_size: int) -> int:
+    """Groups of a row at a ``group_size``, a multiple of 8: as many as hold it, then made of one size."""
+    return math.ceil(in_features / group_size)
+
+
+def group_size_of(in_features: int, groups: int) -> int:
+    """The size of the groups that a row is cut into: the smallest multiple of 8 that makes so many, the last one shorter."""
+    return next(size for size in range(8, in_features + 8, 8) if math.ceil(in_features / size) == groups)
+
+
+def integer_bytes(out_features: int, in_features: int, bits: int, group_size: int, itemsize: int = 4) -> int:
+    """Bytes of a weight of integers, scales and zero points included."""
+    packed = sum(math.ceil(in_features * plane / 8) for plane in _PLANES[bits])
+    return out_features * (packed + 2 * num_groups(in_features, group_size)) + itemsize
+
+
+def _dense(codes: Tensor, scales: Tensor, zeros: Tensor, exponent: Tensor | int, bits: int, group_size: int) -> Tensor:
+    groups, columns = scales.shape[1], codes.shape[1]
+    lacking = groups * group_size - columns
+    values = torch.nn.functional.pad(codes, (0, lacking)).view(len(codes), groups, group_size).float()
+    scale, zero = scale_values(scales, exponent)[..., None], zero_values(zeros, bits)[..., None]
+    return values.sub_(zero).mul_(scale).flatten(1)[:, :columns]
+
+
+def scale_values(codes: Tensor, exponent: Tensor | int) -> Tensor:
+    """``s`` in float32."""
+    return torch.exp2(codes.float() / SCALE_STEPS + exponent)
+
+
+def zero_values(codes: Tensor, bits: int) -> Tensor:
+    """``z`` in float32."""
+    return codes.float() / zero_steps(bits)
+
+
+def zero_steps(bits: int) -> int:
+    """How many codes of zero points there are from one integer to the next."""
+    return 255 // (2**bits - 1)
+
+
+def exponent_for(largest_scale: float) -> int:
+    """``e`` such that scales up to twice the largest have a code, and those down to some 2⁻³⁰ of it."""
+    return math.floor(math.log2(largest_scale)) + 2 - _OCTAVES if largest_scale > 0 else 0
+
+
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    """``(out, bytes)``: planes one after the other, in each the first of the columns that share a byte lowest."""
+    planes, shift = [], 0
+    for width in _PLANES[bits]:
+        each = 8 // width
+        part = (codes >> shift) & (2**width - 1)
+        part = torch.nn.functional.pad(part, (0, -part.shape[1] % each)).view(len(codes), -1, each)
+        places = torch.arange(0, 8, width, dtype=torch.uint8, device=codes.device)
+        planes.append((part << places).sum(dim=2, dtype=torch.uint8))
+        shift += width
+    return torch.cat(planes, dim=1).contiguous()
+
+
+def _unpacked(packed: Tensor, bits: int, in_features: int) -> Tensor:
+    codes, begin, shift = None, 0, 0
+    for width in _PLANES[bits]:
+        length = math.ceil(in_features * width / 8)
+        part = packed[:, begin : begin + length]
+        if width < 8:
+            places = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
+            part = ((part[..., None] >> places) & (2**width - 1)).flatten(1)[:, :in_features]
+        codes = part if codes is None else codes | (part << shift)
+        begin, shift = begin + length, shift + width
+    assert codes is not None
+    return codes

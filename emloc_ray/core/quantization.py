@@ -1,0 +1,289 @@
+"""Few bits a weight: the integers ``q`` that lose little of ``tr(Δ G Δᵀ)``, with ``Δ = W − s (q − z)``.
+
+First GPTQ (https://arxiv.org/abs/2210.17323): columns are rounded one after another, each after what the rounding of those
+before it did to the outputs was added to it. With ``G = L Lᵀ``, ``L`` lower triangular, and the last column first,
+
+    ‖Δ L‖² = Σ_k L_kk² ‖t_k − ŵ_k‖²,        t_k = w_k + Σ_{j > k} Δ_j L_jk / L_kk
+
+so that each column is rounded to the nearest of ``t_k``: Babai's nearest plane, as QuIP (https://arxiv.org/abs/2307.13304)
+derives it, which needs no inverse of ``G``. Columns of more energy come first (GPTQ's ``act_order``), for later ones make
+up for earlier ones; scales are fixed before, so that the order costs no index. ``G`` is damped by GPTQ's 1 % there: at
+less, targets leave the range of few bits, and what is clipped is never made up for.
+
+Then coordinate descent (QuantEase, https://arxiv.org/abs/2309.01885): each column anew, all others given, which can only
+lower ``tr(Δ G Δᵀ)``; here without that damping.
+
+``W ≈ Q + up down``: with ``Q`` fixed the best factors are those of ``W − Q`` under ``G`` (LQER,
+https://arxiv.org/abs/2402.02446, weighs by the diagonal; QERA, https://arxiv.org/abs/2410.06040, and CLoQ,
+https://arxiv.org/abs/2501.18475, have the closed form), with the factors fixed ``Q`` is that of ``W − up down``: in turns,
+as long as the error falls (LoftQ, https://arxiv.org/abs/2310.08659, does so without ``G``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from emloc_ray.core.factorization import LowRankFactors, factorize, scaled_weight
+from emloc_ray.core.integers import (
+    BITS,
+    GROUP_SIZE,
+    SCALE_STEPS,
+    IntegerWeight,
+    exponent_for,
+    group_size_of,
+    num_groups,
+    scale_values,
+    zero_steps,
+    zero_values,
+)
+from emloc_ray.core.whitening import Whitening
+
+# Ranges that are tried for a group, as shares of its own; each is then fitted once to the integers that it gives.
+_SHARES = (0.4, 0.5, 0.6, 0.7, 0.85, 1.0)
+_ROWS = 64  # of a weight that scales are sought for at a time: few enough for the cache
+_COLUMNS = 64  # that are rounded one by one before the rest hears of it
+_DAMPENING_FRAC = 1e-2
+_PASSES = 2  # of the descent: two more lower the error by another 1 %
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """``weight``, and ``‖(W − W_Q) G^½‖_F / ‖W G^½‖_F`` with the damped ``G``."""
+
+    weight: IntegerWeight
+    relative_error: float
+
+
+def quantize(
+    weight: Tensor, whitening: Whitening, bits: int, group_size: int = GROUP_SIZE, *, name: str = "the layer"
+) -> Quantization:
+    """``weight (out, in)`` in integers of ``bits`` bits that lose little of ``tr(Δ G Δᵀ)``: no row more than by rounding it.
+
+    Scales and zero points minimise ``Σ_j G_jj Δ_j²`` of their group over some ranges. What is lost is measured on ``Δ`` itself,
+    in float32: of a ``G`` that is damped as above nothing is lost in rounding.
+
+    Args:
+        weight: any floating dtype.
+        whitening: the damped Gram of its inputs, shared by the linears that read the same tensor.
+        bits: 2, 3, 4 or 8.
+        group_size: columns that share a scale, a multiple of 8; groups of one row are made of one size.
+        name: the layer, for the errors.
+
+    Raises:
+        NumericsError: the weight holds a NaN or an Inf.
+        ValueError: the shapes do not fit, or ``bits`` or ``group_size`` is none that there is.
+    """
+    if bits not in BITS or group_size < 8 or group_size % 8:
+        raise ValueError(f"{name} cannot be put into {bits} bits in groups of {group_size}.")
+    if weight.shape[1] != whitening.in_features:
+        raise ValueError(f"{name} reads {weight.shape[1]} features, but its Gram is of {whitening.in_features}.")
+    scaled, scale = scaled_weight(weight.detach().to(torch.float32), name)
+    grid = _grid(scaled, whitening, bits, group_size)
+    codes = _rounded(scaled, grid)
+    lost = _row_energies(scaled - grid.with_codes(codes).dense(), whitening)
+    if not whitening.is_identity:
+        planes = _by_planes(scaled, whitening, grid)
+        better = _row_energies(scaled - grid.with_codes(planes).dense(), whitening) < lost
+        codes = _descended(scaled, whitening, grid, torch.where(better[:, None], planes, codes))
+        lost = _row_energies(scaled - grid.with_codes(codes).dense(), whitening)
+    total = whitening.energy(scaled)
+    error = math.sqrt(max(float(lost.sum()), 0.0) / total) if total > 0.0 else 0.0
+    exponent = grid.exponent + round(math.log2(scale))
+    return Quantization(IntegerWeight(codes, grid.scales, grid.zeros, exponent, bits, grid.group_size), error)
+
+
+def quantize_factors(
+    factors: LowRankFactors,
+    weight: Tensor,
+    whitening: Whitening,
+    bits: int,
+    group_size: int = GROUP_SIZE,
+    *,
+    name: str = "the layer",
+) -> tuple[IntegerWeight, IntegerWeight]:
+    """``up`` and ``down`` of ``weight ≈ up down`` in integers, rounded in turn.
+
+    ``down`` first, under ``G``: with orthonormal columns of ``up`` what it loses is what the layer loses. Then ``up`` is fitted
+    anew to what became of it, ``W G dᵀ (d G dᵀ)⁻¹``, and rounded under ``d G dᵀ (r, r)``.
+    """
+    down = quantize(factors.down, whitening, bits, group_size, name=name).weight
+    kept = down.dense().double()
+    seen = kept @ whitening.matrix(torch.float64)
+    inner = Whitening(seen @ kept.T, whitening.dampening_frac, name=name)
+    cross = weight.double() @ seen.T / inner.scale
+    up = torch.linalg.solve(inner.matrix(torch.float64), cross, left=False)
+    return quantize(up.float(), inner, bits, group_size, name=name).weight, down
+
+
+def quantize_with_factors(
+    weight: Tensor,
+    whitening: Whitening,
+    bits: int,
+    rank: int,
+    stored: Callable[[LowRankFactors, Tensor], LowRankFactors],
+    group_size: int = GROUP_SIZE,
+    *,
+    rounds: int = 2,
+    seed: int = 0,
+    name: str = "the layer",
+) -> tuple[Quantization, LowRankFactors]:
+    """``weight ≈ Q + up down``: integers and the factors of what they leave, each made in turn for what the other leaves.
+
+    Args:
+        weight: ``(out, in)``.
+        whitening: the damped Gram of its inputs.
+        bits, group_size: of ``Q``.
+        rank: of the factors.
+        stored: factors, and the residual that they are of, to factors as they will be stored, which ``Q`` then makes up for.
+        rounds: at most so many turns; the first that lowers the error no more ends them.
+        seed: of the factorization's start.
+        name: the layer, for the errors.
+
+    Returns:
+        ``Q``, with the relative error of both together, and the factors as ``stored`` gave them.
+    """
+    wide = weight.detach().to(torch.float32)
+    total = whitening.energy(wide)
+    best: tuple[Quantization, LowRankFactors] | None = None
+    rest = wide
+    for _ in range(rounds):
+        made = quantize(rest, whitening, bits, group_size, name=name)
+        residual = wide - made.weight.dense()
+        factors = stored(factorize(residual, whitening, rank, seed=seed, name=name).factors, residual)
+        product = factors.up.float() @ factors.down.float()
+        left = whitening.energy(residual - product)
+        error = math.sqrt(max(left, 0.0) / total) if total > 0.0 else 0.0
+        if best is not None and error >= best[0].relative_error:
+            break
+        best = Quantization(made.weight, error), factors
+        rest = wide - product
+    assert best is not None
+    return best
+
+
+def _row_energies(difference: Tensor, whitening: Whitening) -> Tensor:
+    """``Δ_i G' Δ_iᵀ`` of every row, ``(out,)``, float64."""
+    return (difference @ whitening.matrix(torch.float32)).mul_(difference).sum(dim=1, dtype=torch.float64)
+
+
+def _rounded(weight: Tensor, grid: IntegerWeight) -> Tensor:
+    """The nearest codes."""
+    scales = scale_values(grid.scales, grid.exponent).repeat_interleave(grid.group_size, dim=1)[:, : weight.shape[1]]
+    zeros = zero_values(grid.zeros, grid.bits).repeat_interleave(grid.group_size, dim=1)[:, : weight.shape[1]]
+    return (weight / scales).add_(zeros).round_().clamp_(0, 2**grid.bits - 1).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """A weight and its grid by columns in some order, each next to itself in memory: ``(in, out)``."""
+
+    weight: Tensor
+    scales: Tensor
+    zeros: Tensor
+    groups: list[int]
+    top: int
+
+    def rounded(self, column: int, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest code of a column's target, ``(out,)`` each, and its value."""
+        scale, zero = self.scales[self.groups[column]], self.zeros[self.groups[column]]
+        code = (target / scale).add_(zero).round_().clamp_(0, self.top)
+        return code.to(torch.uint8), code.sub_(zero).mul_(scale)
+
+
+def _columns(weight: Tensor, grid: IntegerWeight, order: Tensor) -> _Columns:
+    scales, zeros = scale_values(grid.scales, grid.exponent), zero_values(grid.zeros, grid.bits)
+    groups = (order // grid.group_size).tolist()
+    return _Columns(weight.T[order], scales.T.contiguous(), zeros.T.contiguous(), groups, 2**grid.bits - 1)
+
+
+def _by_planes(weight: Tensor, whitening: Whitening, grid: IntegerWeight) -> Tensor:
+    """Codes by Babai's nearest plane, ``(out, in)``."""
+    order, ordered = whitening.by_energy(_DAMPENING_FRAC)
+    root = ordered.root(torch.float32)
+    gains, columns = root / root.diagonal(), _columns(weight, grid, order)
+    differences, codes = torch.empty_like(columns.weight), torch.empty_like(columns.weight, dtype=torch.uint8)
+    for end in range(len(codes), 0, -_COLUMNS):
+        begin = max(0, end - _COLUMNS)
+        targets = torch.addmm(columns.weight[begin:end], gains[end:, begin:end].T, differences[end:])
+        for k in range(end - 1, begin - 1, -1):
+            target = targets[k - begin] + gains[k + 1 : end, k] @ differences[k + 1 : end]
+            codes[k], value = columns.rounded(k, target)
+            differences[k] = columns.weight[k] - value
+    return codes[order.argsort()].T.contiguous()
+
+
+def _descended(weight: Tensor, whitening: Whitening, grid: IntegerWeight, codes: Tensor) -> Tensor:
+    """Codes ``(out, in)`` after some passes of coordinate descent, the columns of most energy first."""
+    gram = whitening.matrix(torch.float32)
+    order = gram.diagonal().argsort(descending=True, stable=True)
+    gram, columns = gram[order][:, order], _columns(weight, grid, order)
+    differences = columns.weight - grid.with_codes(codes).dense().T[order]
+    made, energies = codes.T[order], gram.diagonal().tolist()
+    for _ in range(_PASSES):
+        for begin in range(0, len(made), _COLUMNS):
+            end = min(begin + _COLUMNS, len(made))
+            slopes = gram[begin:end] @ differences  # half the derivatives by Δ
+            for k in range(begin, end):
+                best = columns.weight[k] - differences[k] + slopes[k - begin] / energies[k]
+                made[k], value = columns.rounded(k, best)
+                change = columns.weight[k] - value - differences[k]
+                differences[k] += change
+                slopes.addr_(gram[begin:end, k], change)
+    return made[order.argsort()].T.contiguous()
+
+
+def _grid(weight: Tensor, whitening: Whitening, bits: int, group_size: int) -> IntegerWeight:
+    """Scales and zero points for all groups, without codes."""
+    out_features, in_features = weight.shape
+    groups = num_groups(in_features, group_size)
+    size = group_size_of(in_features, groups)
+    lacking = groups * size - in_features
+    energies = whitening.matrix(torch.float32).diagonal()
+    # Inputs that were never there say nothing, unless a group has no others; nor do those that fill up a row.
+    energies = torch.where(energies > 1.5 * whitening.dampening_frac, energies, 0.0)
+    energies = torch.nn.functional.pad(energies, (0, lacking)).view(groups, size)
+    energies = torch.where(energies.sum(dim=1, keepdim=True) > 0, energies, 1.0)
+    rows = torch.nn.functional.pad(weight, (0, lacking)).view(out_features, groups, size)
+    exponent = exponent_for(2.0 * float(weight.abs().max()) / (2**bits - 1))
+    parts = [_group_grid(part, energies, bits, exponent) for part in rows.split(_ROWS)]
+    scales, zeros = (torch.cat(found) for found in zip(*parts, strict=True))
+    nothing = torch.empty(out_features, in_features, dtype=torch.uint8, device="meta")
+    return IntegerWeight(nothing, scales, zeros, exponent, bits, size)
+
+
+def _group_grid(weight: Tensor, energies: Tensor, bits: int, exponent: int) -> tuple[Tensor, Tensor]:
+    """Scales and zero points ``(rows, groups)`` as codes, for ``weight (rows, groups, size)``."""
+    top, steps = 2**bits - 1, zero_steps(bits)
+    counted = weight * (energies > 0)
+    low, high = counted.amin(-1, keepdim=True).clamp_max_(0), counted.amax(-1, keepdim=True).clamp_min_(0)
+    mass = energies.sum(-1, keepdim=True)
+    mean = (energies * weight).sum(-1, keepdim=True) / mass
+    tiny = torch.finfo(torch.float32).tiny
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    for share in _SHARES:
+        scale = (share / top) * (high - low)
+        zero = -share * low / scale.clamp_min(tiny)
+        for fitted in (False, True):
+            c = (SCALE_STEPS * (scale.clamp_min_(tiny).log2_() - exponent)).round_().clamp_(0, 255)
+            d = (zero * steps).round_().clamp_(0, top * steps)
+            s, z = torch.exp2(c / SCALE_STEPS + exponent), d / steps
+            q = (weight / s).add_(z).round_().clamp_(0, top)
+            lost = (s * (q - z)).sub_(weight).square_().mul_(energies).sum(-1, keepdim=True)
+            if best is None:
+                best = lost, c, d
+            else:
+                better = lost < best[0]
+                best = tuple(torch.where(better, new, old) for new, old in zip((lost, c, d), best, strict=True))
+            if not fitted:  # the line through the integers and their weights
+                centre = (energies * q).sum(-1, keepdim=True) / mass
+                q -= centre
+                scale = (energies * q * weight).sum(-1, keepdim=True) / (energies * q * q).sum(-1, keepdim=True)
+                scale = scale.nan_to_num_(0.0).clamp_min_(tiny)
+                zero = centre - mean / scale
+    _, c, d = best
+    return c[..., 0].to(torch.uint8), d[..., 0].to(torch.uint8)

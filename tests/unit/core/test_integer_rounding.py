@@ -1,0 +1,174 @@
+"""Rounding under a Gram: against every rounding there is on tiny layers, against the nearest one, and on ugly layers."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from emloc_ray.core.factorization import LowRankFactors, factorize
+from emloc_ray.core.integers import IntegerWeight
+from emloc_ray.core.quantization import quantize, quantize_factors, quantize_with_factors
+from emloc_ray.core.whitening import Whitening
+from emloc_ray.errors import NumericsError
+
+
+def _gram(columns: int, tokens: int = 400, spread: float = 1.0, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mixed = torch.randn(tokens, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    x = mixed * torch.logspace(0, torch.tensor(spread).log10().item(), columns)
+    return x.T @ x
+
+
+def _lost(weight: Tensor, made: IntegerWeight, gram: Tensor) -> Tensor:
+    """Of every row, in float64 and without damping."""
+    difference = weight.double() - made.dense().double()
+    return ((difference @ gram.double()) * difference).sum(dim=1)
+
+
+def _nearest(weight: Tensor, made: IntegerWeight) -> IntegerWeight:
+    """The nearest codes at the same scales, one element at a time."""
+    every = torch.stack([made.with_codes(torch.full_like(made.codes, code)).dense() for code in range(2**made.bits)])
+    return made.with_codes((every - weight.float()).abs().argmin(dim=0).to(torch.uint8))
+
+
+def test_a_tiny_layer_is_rounded_nearly_as_well_as_can_be() -> None:
+    excess, excess_of_nearest = [], []
+    for seed in range(30):
+        torch.manual_seed(seed)
+        weight, gram = torch.randn(1, 4), _gram(4, seed=seed)
+        made = quantize(weight, Whitening(gram), 2).weight
+        codes = torch.tensor(list(itertools.product(range(4), repeat=4)), dtype=torch.uint8)
+        every = [float(_lost(weight, made.with_codes(code[None]), gram)) for code in codes]
+        lost, nearest = float(_lost(weight, made, gram)), float(_lost(weight, _nearest(weight, made), gram))
+        assert lost >= min(every) * (1 - 1e-9)
+        assert lost <= nearest * (1 + 1e-4)
+        excess.append(lost / min(every))
+        excess_of_nearest.append(nearest / min(every))
+    assert sum(1 for value in excess if value < 1 + 1e-6) >= 15  # half of them are the best there is
+    assert sum(excess) / 30 < 1.1 < 1.3 < sum(excess_of_nearest) / 30
+
+
+def test_without_correlations_the_nearest_is_best() -> None:
+    torch.manual_seed(0)
+    weight, gram = torch.randn(5, 24), torch.diag(torch.rand(24) + 0.1)
+    made = quantize(weight, Whitening(gram, 1e-9), 3).weight
+    assert torch.equal(made.codes, _nearest(weight, made).codes)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_no_row_loses_more_than_by_rounding_to_the_nearest(bits: int) -> None:
+    torch.manual_seed(bits)
+    weight, gram = torch.randn(40, 96), _gram(96, spread=3.0)
+    found = quantize(weight, Whitening(gram), bits, 32)
+    lost, nearest = _lost(weight, found.weight, gram), _lost(weight, _nearest(weight, found.weight), gram)
+    assert (lost <= nearest * (1 + 1e-3)).all()
+    assert lost.sum() < 0.7 * nearest.sum()
+    told = found.relative_error**2 * float(((weight @ gram) * weight).sum())
+    assert told == pytest.approx(float(lost.sum()), rel=2e-3)
+
+
+def test_more_bits_lose_less() -> None:
+    torch.manual_seed(0)
+    weight, whitening = torch.randn(64, 128), Whitening(_gram(128))
+    errors = [quantize(weight, whitening, bits).relative_error for bits in (2, 3, 4, 8)]
+    assert errors[0] > 1.7 * errors[1] > 1.7**2 * errors[2] > 1.7**3 * errors[3]
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "gram"),
+    [
+        ("fewer tokens than channels", torch.randn(16, 64), _gram(64, tokens=10)),
+        ("channels 3,000 times the others", torch.randn(16, 64), _gram(64, spread=3000.0)),
+        ("no token", torch.randn(16, 64), torch.zeros(64, 64)),
+        ("bfloat16", torch.randn(16, 64, dtype=torch.bfloat16), _gram(64)),
+        ("a last group that is shorter", torch.randn(16, 100), _gram(100)),
+        ("an odd number of channels", torch.randn(3, 13), _gram(13)),
+        ("weights of zero", torch.zeros(4, 64), _gram(64)),
+        ("rows of all sizes", torch.randn(16, 64) * torch.logspace(-4, 4, 16)[:, None], _gram(64)),
+        ("huge weights", torch.randn(16, 64) * 1e30, _gram(64)),
+        ("tiny weights", torch.randn(16, 64) * 1e-30, _gram(64)),
+        ("positive weights", torch.rand(16, 64) + 3, _gram(64)),
+    ],
+)
+def test_ugly_layers(name: str, weight: Tensor, gram: Tensor) -> None:
+    found = quantize(weight, Whitening(gram), 4, 64, name=name)
+    dense = found.weight.dense()
+    wide, scale = weight.double(), weight.double().abs().max().clamp_min(1e-300)
+    metric = gram.double() if bool(gram.any()) else torch.eye(len(gram), dtype=torch.float64)
+
+    def energy(matrix: Tensor) -> float:
+        return float(((matrix / scale @ metric) * (matrix / scale)).sum())
+
+    assert torch.isfinite(dense).all()
+    assert energy(wide - dense.double()) <= 0.02 * energy(wide) + 1e-12
+    for row, part in zip(wide / scale, dense.double() / scale, strict=True):  # small rows as well as large ones
+        difference = row - part
+        assert difference @ metric @ difference <= 0.05 * (row @ metric @ row)
+
+
+def test_channels_that_never_fire_do_not_widen_a_range() -> None:
+    torch.manual_seed(0)
+    weight, gram = torch.randn(8, 64), _gram(64)
+    gram[7], gram[:, 7] = 0, 0
+    plain = quantize(weight, Whitening(gram), 3)
+    weight[:, 7] = 1e4
+    outlier = quantize(weight, Whitening(gram), 3)
+    live = torch.arange(64) != 7
+    kept = outlier.weight.dense()[:, live] - weight[:, live]
+    assert torch.linalg.vector_norm(kept) < 1.5 * torch.linalg.vector_norm(
+        plain.weight.dense()[:, live] - weight[:, live]
+    )
+
+
+def test_a_weight_that_is_not_finite_is_named() -> None:
+    weight = torch.randn(4, 16)
+    weight[1, 2] = float("nan")
+    with pytest.raises(NumericsError, match=r"blocks\.0\.q"):
+        quantize(weight, Whitening(_gram(16)), 4, name="blocks.0.q")
+
+
+def test_what_there_is_no_such_thing_of() -> None:
+    with pytest.raises(ValueError, match="5 bits"):
+        quantize(torch.randn(4, 16), Whitening(_gram(16)), 5)
+    with pytest.raises(ValueError, match="groups of 12"):
+        quantize(torch.randn(4, 16), Whitening(_gram(16)), 4, 12)
+
+
+def test_residual_factors_are_the_closed_form() -> None:
+    """QERA-exact: the truncated SVD of ``(W − Q) G^½``, taken back by ``G^−½``."""
+    torch.manual_seed(0)
+    weight, gram = torch.randn(24, 32), _gram(32)
+    whitening = Whitening(gram)
+    found, factors = quantize_with_factors(weight, whitening, 2, 4, lambda factors, _: factors, rounds=1)
+    damped = gram.double() + 1e-6 * gram.double().diagonal().mean() * torch.eye(32, dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(damped)
+    root, inverse = (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
+    u, s, vh = torch.linalg.svd((weight.double() - found.weight.dense().double()) @ root, full_matrices=False)
+    wanted = (u[:, :4] * s[:4]) @ vh[:4] @ inverse
+    assert torch.allclose((factors.up @ factors.down).double(), wanted, atol=1e-3 * float(wanted.abs().max()))
+
+
+def test_turns_never_raise_the_error() -> None:
+    torch.manual_seed(1)
+    weight, whitening = torch.randn(64, 96), Whitening(_gram(96))
+    alone = quantize(weight, whitening, 2).relative_error
+    errors = [
+        quantize_with_factors(weight, whitening, 2, 8, lambda factors, _: factors, rounds=rounds)[0].relative_error
+        for rounds in (1, 2, 4)
+    ]
+    assert alone > errors[0] >= errors[1] >= errors[2]
+
+
+@pytest.mark.parametrize(("bits", "added"), [(4, 0.11), (8, 0.02)])
+def test_factors_in_integers(bits: int, added: float) -> None:
+    torch.manual_seed(2)
+    weight, gram = torch.randn(96, 128) * torch.logspace(0, -2, 96)[:, None], _gram(128)
+    whitening = Whitening(gram)
+    wide = factorize(weight, whitening, 48)
+    up, down = quantize_factors(LowRankFactors(*wide.factors), weight, whitening, bits)
+    difference = weight - up.dense() @ down.dense()
+    error = (float(whitening.energy(difference)) / float(whitening.energy(weight))) ** 0.5
+    assert error**2 <= wide.relative_error**2 + added**2
+    apart = [quantize(part, Whitening.identity(part.shape[1]), bits).weight.dense() for part in wide.factors]
+    assert float(whitening.energy(difference)) < float(whitening.energy(weight - apart[0] @ apart[1]))
