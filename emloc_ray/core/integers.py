@@ -84,13 +84,18 @@ def num_groups(in_features: int, group_size: int) -> int:
 
 def group_size_of(in_features: int, groups: int) -> int:
     """The size of the groups that a row is cut into: the smallest multiple of 8 that makes so many, the last one shorter."""
-    return next(size for size in range(8, in_features + 8, 8) if math.ceil(in_features / size) == groups)
+    sizes = range(8, in_features + 8, 8)
+    return next(size for size in sizes if math.ceil(in_features / size) == groups)
+
+
+def packed_width(in_features: int, bits: int) -> int:
+    """Bytes of a row's codes."""
+    return sum(math.ceil(in_features * plane / 8) for plane in _PLANES[bits])
 
 
 def integer_bytes(out_features: int, in_features: int, bits: int, group_size: int, itemsize: int = 4) -> int:
     """Bytes of a weight of integers, scales and zero points included."""
-    packed = sum(math.ceil(in_features * plane / 8) for plane in _PLANES[bits])
-    return out_features * (packed + 2 * num_groups(in_features, group_size)) + itemsize
+    return out_features * (packed_width(in_features, bits) + 2 * num_groups(in_features, group_size)) + itemsize
 
 
 def _dense(codes: Tensor, scales: Tensor, zeros: Tensor, exponent: Tensor | int, bits: int, group_size: int) -> Tensor:
@@ -113,7 +118,7 @@ def zero_values(codes: Tensor, bits: int) -> Tensor:
 
 def zero_steps(bits: int) -> int:
     """How many codes of zero points there are from one integer to the next."""
-    return 255 // (2**bits - 1)
+    return 255 // ((1 << bits) - 1)
 
 
 def exponent_for(largest_scale: float) -> int:
