@@ -112,12 +112,12 @@ def quantize_factors(
     anew to what became of it, ``W G dᵀ (d G dᵀ)⁻¹``, and rounded under ``d G dᵀ (r, r)``.
     """
     down = quantize(factors.down, whitening, bits, group_size, name=name).weight
-    kept = down.dense().double()
-    seen = kept @ whitening.matrix(torch.float64)
+    kept = down.dense()
+    seen = kept @ whitening.matrix(torch.float32)
     inner = Whitening(seen @ kept.T, whitening.dampening_frac, name=name)
-    cross = weight.double() @ seen.T / inner.scale
-    up = torch.linalg.solve(inner.matrix(torch.float64), cross, left=False)
-    return quantize(up.float(), inner, bits, group_size, name=name).weight, down
+    root, cross = inner.root(torch.float32), weight.float() @ seen.T / inner.scale
+    up = torch.cholesky_solve(cross.T, root).T
+    return quantize(up, inner, bits, group_size, name=name).weight, down
 
 
 def quantize_with_factors(
@@ -264,7 +264,7 @@ def _group_grid(weight: Tensor, energies: Tensor, bits: int, exponent: int) -> t
     mass = energies.sum(-1, keepdim=True)
     mean = (energies * weight).sum(-1, keepdim=True) / mass
     tiny = torch.finfo(torch.float32).tiny
-    best: tuple[Tensor, Tensor, Tensor] | None = None
+    least, best_c, best_d = torch.full_like(mean, math.inf), torch.zeros_like(mean), torch.zeros_like(mean)
     for share in _SHARES:
         scale = (share / top) * (high - low)
         zero = -share * low / scale.clamp_min(tiny)
@@ -274,16 +274,13 @@ def _group_grid(weight: Tensor, energies: Tensor, bits: int, exponent: int) -> t
             s, z = torch.exp2(c / SCALE_STEPS + exponent), d / steps
             q = (weight / s).add_(z).round_().clamp_(0, top)
             lost = (s * (q - z)).sub_(weight).square_().mul_(energies).sum(-1, keepdim=True)
-            if best is None:
-                best = lost, c, d
-            else:
-                better = lost < best[0]
-                best = tuple(torch.where(better, new, old) for new, old in zip((lost, c, d), best, strict=True))
+            better = lost < least
+            least = torch.where(better, lost, least)
+            best_c, best_d = torch.where(better, c, best_c), torch.where(better, d, best_d)
             if not fitted:  # the line through the integers and their weights
                 centre = (energies * q).sum(-1, keepdim=True) / mass
                 q -= centre
                 scale = (energies * q * weight).sum(-1, keepdim=True) / (energies * q * q).sum(-1, keepdim=True)
                 scale = scale.nan_to_num_(0.0).clamp_min_(tiny)
                 zero = centre - mean / scale
-    _, c, d = best
-    return c[..., 0].to(torch.uint8), d[..., 0].to(torch.uint8)
+    return best_c[..., 0].to(torch.uint8), best_d[..., 0].to(torch.uint8)
