@@ -38,8 +38,10 @@ def main() -> int:
     if arguments.check:
         for page in PAGES:
             if made[page] != texts[page]:
-                name = page.relative_to(ROOT)
-                print(f"{name} differs from pipelines/results: run python pipelines/tables.py.", file=sys.stderr)
+                print(
+                    f"{page.relative_to(ROOT)} differs from pipelines/results: run python pipelines/tables.py.",
+                    file=sys.stderr,
+                )
         return int(made != texts or bool(missing))
     for page, text in made.items():
         page.write_text(text)

@@ -10,8 +10,8 @@ import torch
 import transformers
 from tiny import EOS, HIDDEN, PAD, VOCABULARY, make_tokenizer
 
-_TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": EOS, "eos_token_id": EOS}
-_SIZES = {
+_TOKENS: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "bos_token_id": EOS, "eos_token_id": EOS}
+_SIZES: dict[str, Any] = {
     **_TOKENS,
     "hidden_size": HIDDEN,
     "num_hidden_layers": 2,
@@ -20,7 +20,7 @@ _SIZES = {
     "max_position_embeddings": 128,
     "tie_word_embeddings": False,
 }
-_GROUPED = {**_SIZES, "num_key_value_heads": 2}
+_GROUPED: dict[str, Any] = {**_SIZES, "num_key_value_heads": 2}
 
 
 def _llama() -> Any:
@@ -47,7 +47,7 @@ def _gemma() -> Any:
 def _gemma3() -> Any:
     """Layers of two kinds of attention, logits of a head that is the embedding."""
     kinds = ["sliding_attention", "full_attention"]
-    changes = {"tie_word_embeddings": True, "sliding_window": 8, "layer_types": kinds, "head_dim": 16}
+    changes: dict[str, Any] = {"tie_word_embeddings": True, "sliding_window": 8, "layer_types": kinds, "head_dim": 16}
     return transformers.Gemma3TextConfig(query_pre_attn_scalar=16, **{**_GROUPED, **changes})
 
 
@@ -69,7 +69,8 @@ def _gpt_neox() -> Any:
     return transformers.GPTNeoXConfig(**_SIZES)
 
 
-_ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+_HEAD: dict[str, Any] = {"head_dim": 16}
+_ROUTED: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
 
 def _mixtral() -> Any:
@@ -84,7 +85,7 @@ def _qwen2_moe() -> Any:
 
 def _qwen3_moe() -> Any:
     """The first layer dense: linears there are called as experts' are on disk."""
-    return transformers.Qwen3MoeConfig(head_dim=16, mlp_only_layers=[0], **_ROUTED, **_GROUPED)
+    return transformers.Qwen3MoeConfig(mlp_only_layers=[0], **_ROUTED, **_GROUPED, **_HEAD)
 
 
 def _gpt_oss() -> Any:
@@ -97,6 +98,8 @@ def _gpt_oss() -> Any:
 
 def _t5() -> Any:
     """Encoder and decoder; the gated variant that the later releases are."""
+    more = {key: value for key, value in _TOKENS.items() if key != "bos_token_id"}
+    more |= {"decoder_start_token_id": PAD, "tie_word_embeddings": False}
     return transformers.T5Config(
         d_model=HIDDEN,
         d_kv=16,
@@ -104,9 +107,7 @@ def _t5() -> Any:
         num_layers=2,
         num_heads=4,
         feed_forward_proj="gated-gelu",
-        decoder_start_token_id=PAD,
-        tie_word_embeddings=False,
-        **{key: value for key, value in _TOKENS.items() if key != "bos_token_id"},
+        **more,
     )
 
 

@@ -95,7 +95,8 @@ def gather_streamed(job: CalibrationJob, out_dir: Path) -> dict[str, Gram]:
     order = block_flow(load_config(job.model_dir), False, example(job.model_dir, False)).order
     names = [[group[0] for group in job.groups_of(block)] for block in order]
     num_blocks = 1 + max(position for position, inside in enumerate(names) if inside)
-    slot, grams = StreamedSlot(job, out_dir, 0, 1, num_blocks, 1), {}
+    slot = StreamedSlot(job, out_dir, 0, 1, num_blocks, 1)
+    grams: dict[str, Gram] = {}
     for position in range(num_blocks):
         slot.accumulate(position)
         grams |= reduce_slots([part_file(out_dir, 0, 1, position)], names[position])

@@ -43,7 +43,7 @@ def measures(loss: float) -> dict[str, float | int]:
 
 def finished_metrics() -> dict[str, Any]:
     losses = {"original": 4.5, "emulator": 6.75, "emulator_adapter": 4.4, "uncorrected": 4.3, "corrected": 4.21}
-    candidates = [
+    candidates: list[dict[str, Any]] = [
         {"method": "none", "clamp": 3.0, "strength": 1.0, "loss": 4.34567},
         {"method": "projection", "clamp": None, "strength": 1.0, "loss": 4.35},
         {"method": "covariance", "clamp": 3.0, "strength": 0.5, "loss": 4.32109},

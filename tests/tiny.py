@@ -78,7 +78,7 @@ def make_config(family: str, *, tied: bool = False, **changes: Any) -> Any:
         sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
         if family == "qwen2_moe":
             return Qwen2MoeConfig(shared_expert_intermediate_size=96, **{**sizes, **common, **changes})
-        return Qwen3MoeConfig(head_dim=16, mlp_only_layers=[0], **{**sizes, **common, **changes})
+        return Qwen3MoeConfig(mlp_only_layers=[0], **{**sizes, "head_dim": 16, **common, **changes})
     return {"llama": LlamaConfig, "qwen2": Qwen2Config}[family](**{**sizes, **common, **changes})
 
 

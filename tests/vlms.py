@@ -20,7 +20,7 @@ _NAMED = {
     "context_image_token": "<image>",
     "video_token": "<video>",
 }
-_TEXT = {
+_TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "pad_token_id": PAD,
     "bos_token_id": EOS,
@@ -243,7 +243,12 @@ def save_vlm(family: str, directory: Path, seed: int = 0) -> Path:
 def small_llava(directory: Path, side: int) -> Path:
     """Saves a LLaVA of twice the width for square images of ``side`` pixels, 16 patches each, that a minute can teach."""
     width = 2 * HIDDEN
-    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     tokenizer = image_tokenizer()
     vision = transformers.CLIPVisionConfig(**sizes, image_size=side, patch_size=side // 4, projection_dim=width)
     config = transformers.LlavaConfig(

@@ -22,7 +22,7 @@ from emloc_ray.modeling.loading import content_of_source, resolve_source
 
 # What says where something is; the contents stand for it.
 _SPLITS = {"train", "selection", "eval", "calibration", "healing"}
-_PLACES = {
+_PLACES: Any = {
     "run_dir": True,
     "ray": True,
     "data": {split: {"path"} for split in _SPLITS},

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ablations.config import RATIO, AblationConfig, MethodConfig, overlap
+from ablations.config import RATIO, AblationConfig, Kind, MethodConfig, overlap
 from ablations.datasets import data_dir, data_section
 from emloc_ray.config.reading import check, put, read_mapping, read_override
 from emloc_ray.config.schema import RayConfig, RunConfig
@@ -37,7 +37,7 @@ class Cell:
     calibration: str
     point: dict[str, Any]
     task: Task
-    prune: str | None = None
+    prune: Kind | None = None
     heal_on: str | None = None
 
     @property

@@ -15,6 +15,7 @@ RATIO = "emulator.compression_ratio"
 OWN = "own"
 
 Some = Field(min_length=1)
+Kind = Literal["layers", "random", "structured"]  # of what is left out of a pruned model
 Foreign = Literal["summaries", "names", "code", "prose"]
 
 
@@ -60,9 +61,7 @@ class MethodConfig(Section):
     model_config = ConfigDict(frozen=True, extra="allow")
 
     name: str
-    prune: Literal["layers", "random", "structured"] | None = Field(
-        None, description="train on a model of which parts are left out, instead of an emulator"
-    )
+    prune: Kind | None = Field(None, description="train on a model of which parts are left out, instead of an emulator")
     heal_on: Foreign | None = Field(None, description="other rows than the task's to heal the emulator on")
 
     @field_validator("name")

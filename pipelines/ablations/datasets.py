@@ -215,7 +215,8 @@ def _paragraphs() -> dict[str, str]:
 
 def _documents() -> Iterator[str]:
     for distribution in importlib.metadata.distributions():
-        yield str(distribution.metadata.get_payload() or distribution.metadata.get("Description") or "")
+        about: Any = distribution.metadata  # an email's Message, whatever its declared type
+        yield str(about.get_payload() or about.get("Description") or "")
         for file in distribution.files or ():
             if _LICENCES.fullmatch(file.name) and file.suffix not in (".py", ".pyc"):
                 try:

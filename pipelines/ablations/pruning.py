@@ -14,19 +14,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ablations.config import Kind
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.io.store.atomic import atomic_directory, write_json
 from emloc_ray.modeling.adapter_files import Adapter, LoraModule, lora_form, write_adapter
 from emloc_ray.modeling.architecture import load_config
 from emloc_ray.modeling.loading import copy_tokenizer, load_model
-
-Kind = Literal["layers", "random", "structured"]
 
 FAMILIES = ("llama", "qwen2", "mistral")
 KEPT_NAME = "kept.json"
@@ -268,7 +267,7 @@ def _largest_parts(shape: Shape, ratio: float, model: nn.Module, grams: GramStor
             raise ConfigError(
                 f"{grams.directory} holds no Gram of {missing}: calibrate a run that compresses all linears."
             )
-        (out, out_gram), (down, down_gram) = ((model.get_submodule(n).weight, grams.read(n)) for n in names)
+        (out, out_gram), (down, down_gram) = ((model.get_parameter(f"{n}.weight"), grams.read(n)) for n in names)
         of_groups = group_energies(out, out_gram, shape.num_groups)
         of_channels = group_energies(down, down_gram, shape.num_channels)
         layers.append(KeptLayer.of(shape, layer, _largest(of_groups, groups), _largest(of_channels, channels)))

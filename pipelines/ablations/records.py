@@ -39,7 +39,7 @@ def collect(ablation: Ablation, cells: Cells, failed: Mapping[str, str]) -> list
         named["gap_closed_uncorrected"] = record["losses"].get("uncorrected")
         for key, loss in named.items():
             is_known = bound is not None and original is not None and loss is not None
-            record[key] = gap_closed(original, loss, bound) if is_known else None  # type: ignore[arg-type]
+            record[key] = gap_closed(original, loss, bound) if is_known else None
     return records
 
 

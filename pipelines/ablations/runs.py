@@ -81,7 +81,9 @@ def _check_pruning(ablation: Ablation) -> None:
     from ablations.pruning import checked_shape
 
     lines = []
-    for cell in (cell for cell in ablation.cells if cell.prune is not None):
+    for cell in ablation.cells:
+        if cell.prune is None:
+            continue
         model = cell.config.model
         try:
             config = read_model_config(
@@ -132,7 +134,7 @@ def make_data(ablation: Ablation, tell: Tell) -> Cells:
         shared = RunDirectory(ablation.shared / "data")
         _wait_for(shared, tell)
         held.callback(shared.unlock)
-        contents = {}
+        contents: dict[tuple[str, int], dict[str, str]] = {}
         for dataset in ablation.config.datasets:
             for seed in ablation.config.seeds:
                 tell(f"Data set {dataset}, seed {seed}")
@@ -160,7 +162,7 @@ def _wait_for(place: RunDirectory, tell: Tell) -> None:
 
 def known_data(ablation: Ablation) -> Cells:
     """What an earlier call made."""
-    contents = {}
+    contents: dict[tuple[str, int], dict[str, str]] = {}
     for dataset in ablation.config.datasets:
         for seed in ablation.config.seeds:
             found = made(ablation.data_dir(dataset, seed))
@@ -248,6 +250,7 @@ def _pruned_models(
                 prepared = _prepared_original(ablation, cell)
                 pipeline.run(prepared.config, until="calibrate", prepared=prepared, cache=cache)
                 grams = prepared.run.path("calibration") if by_grams else None
+                assert cell.prune is not None
                 prune(original_dir(prepared), found.model_dir, cell.prune, ratio, cell.seed, grams)
             yield cell.name, found
         except EmlocError as error:

@@ -40,10 +40,12 @@ def data(out: Path) -> Figures:
             rows.unlink()
         for power, name in itertools.product(_POWERS[1:], ("driver", "worker", "object store")):
             sizes = [max(measured[number][name] / 2**20, 0.01) for number in (power, 3)]
-            found[f"data path, {kind}, 10^{power} rows, peak of the {name}"] = figure(*sizes, "MiB (baseline: 10^3)")
+            found[f"data path, {kind}, 10^{power} rows, peak of the {name}"] = figure(
+                sizes[0], sizes[1], "MiB (baseline: 10^3)"
+            )
         for power, name in itertools.product(_POWERS[1:], ("rows/s", "batch rows/s")):
             rates = [measured[number][name] for number in (power, 3)]
-            line = {**figure(*rates, "rows/s (baseline: 10^3)"), "ratio": rates[0] / rates[1]}
+            line = {**figure(rates[0], rates[1], "rows/s (baseline: 10^3)"), "ratio": rates[0] / rates[1]}
             found[f"data path, {kind}, 10^{power} rows, {_SPEEDS[name]}"] = line
     return found
 

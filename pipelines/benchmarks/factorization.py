@@ -41,7 +41,7 @@ def _factorize_all(run: Path, ratio: float) -> dict[str, Any]:
         whitening = Whitening(gram)  # shared by the group, as in the stage
         mine = []
         for name, weight in zip(names, weights, strict=True):
-            rank = rank_for_ratio(*weight.shape, ratio) or 1
+            rank = rank_for_ratio(weight.shape[0], weight.shape[1], ratio) or 1
             mine.append(factorize(weight, whitening, rank, name=name).factors)
         ours += time.perf_counter() - begin
         begin = time.perf_counter()
@@ -85,7 +85,7 @@ def layers(out: Path, chosen: Sequence[str]) -> Figures:
             continue
         out_features, in_features = map(int, shape.split("x"))
         rank = rank_for_ratio(out_features, in_features, 0.25) or 1
-        baseline = None
+        baseline: float | None = None
         for name, power in SPECTRA.items():
             weight, gram, values = _layer(out_features, in_features, power)
             repeats = 5 if max(weight.shape) <= 2048 else 3
@@ -107,7 +107,7 @@ def _real_layers(out: Path) -> Figures:
         for name, weight in zip(names, weights, strict=True):
             if not name.endswith(REAL_LAYERS):
                 continue
-            rank = rank_for_ratio(*weight.shape, 0.25) or 1
+            rank = rank_for_ratio(weight.shape[0], weight.shape[1], 0.25) or 1
             ours, baseline, factors = _race(weight, gram, rank, repeats=9)
             best = published_route(weight.double(), gram.double(), rank)
             error = _error(weight, *factors, gram) / _error(weight, *best, gram) - 1

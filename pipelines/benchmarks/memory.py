@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -23,6 +24,7 @@ from benchmarks.figures import (
 )
 from benchmarks.paper_shapes import write_shapes
 from benchmarks.stage_memory import (
+    Case,
     bare_prepared,
     made_directory,
     probe,
@@ -42,7 +44,7 @@ from emloc_ray.planning.machine import cpu_capabilities, has_bfloat16
 from emloc_ray.stages.merge.merge import MergeJob, merge_shard
 
 # A random Llama of 1.1 B parameters.
-LARGE = {
+LARGE: dict[str, Any] = {
     "hidden_size": 2048,
     "intermediate_size": 5632,
     "num_hidden_layers": 22,
@@ -92,9 +94,9 @@ def planner(out: Path) -> Figures:
     }
     large = bare_prepared(values, AutoConfig.from_pretrained(original))
     scratch = made_directory(out / "planner")
-    cases = [
+    cases: list[Case] = [
         *quickstart_cases(config, Path(config.run_dir), scratch),
-        *((f"{name}, 1.1B", *rest) for name, *rest in trained_cases(large, original, emulator, rows=1)),
+        *((f"{case[0]}, 1.1B", *case[1:]) for case in trained_cases(large, original, emulator, rows=1)),
     ]
     found: Figures = {}
     for name, function, arguments, parts in cases:
@@ -133,7 +135,8 @@ def _large(out: Path) -> tuple[Path, Path]:
         linears = block_linears(empty_model(config))
         ranks = {s.name: rank_for_ratio(s.out_features, s.in_features, 0.5) or 1 for s in linears}
         wrapped = EmulatorModelConfig(config.to_dict(), ranks)
-        emulator_class(LlamaForCausalLM, wrapped)(config).to(dtype).save_pretrained(directory)
+        emulator: Any = emulator_class(LlamaForCausalLM, wrapped)(config)
+        emulator.to(dtype).save_pretrained(directory)
 
     return saved_whole(out / "large", save_original), saved_whole(out / "large-emulator", save_emulator)
 
@@ -148,7 +151,7 @@ def merge(out: Path) -> Figures:
         load_model(run / "model"),
         lora_config(target_modules=[s.name for s in specs], r=8, lora_alpha=16, init_lora_weights=False),
     )
-    model.save_pretrained(adapter)
+    model.save_pretrained(str(adapter))
     job = MergeJob(run / "model", adapter, out / "merge-merged", specs)
     shards = Checkpoint(run / "model").shards
     files = [shard.file for shard in shards]
@@ -170,7 +173,9 @@ def merge(out: Path) -> Figures:
 
     seconds = interleaved([ours, copy], repeats=3)
     rates = [size / 2**20 / s for s in seconds]
-    found = {"merge throughput": {**figure(*rates, "MiB/s (baseline: a copy)"), "ratio": rates[0] / rates[1]}}
+    found = {
+        "merge throughput": {**figure(rates[0], rates[1], "MiB/s (baseline: a copy)"), "ratio": rates[0] / rates[1]}
+    }
     return {**found, **_merge_peaks(job, out)}
 
 

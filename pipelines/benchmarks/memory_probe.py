@@ -34,10 +34,10 @@ from emloc_ray.modeling.replay import BlockReplay
 from emloc_ray.stages.calibrate import resident_slot, streamed_slot
 from emloc_ray.stages.calibrate.job import CalibrationJob
 from emloc_ray.stages.correct import correct as correct_stage
-from emloc_ray.stages.evaluate.evaluate import evaluate as evaluate_stage
+from emloc_ray.stages.evaluate import evaluate as evaluate_stage
 from emloc_ray.stages.factorize import factorize as factorize_stage
 from emloc_ray.stages.factorize.job import FactorizationJob
-from emloc_ray.stages.merge.merge import merge as merge_stage
+from emloc_ray.stages.merge import merge as merge_stage
 
 _weights: list[int] = []
 
@@ -131,7 +131,7 @@ def _random_ids(rows: int, length: int, vocabulary: int) -> torch.Tensor:
 
 def calibrate_resident(job: CalibrationJob, out_dir: Path, threads: int) -> None:
     """A slot that holds the model, over two token shards: its peak is the same in all."""
-    resident_slot.load_model = weighed_model  # type: ignore[attr-defined]
+    resident_slot.load_model = weighed_model
     slot = resident_slot.ResidentSlot(job, out_dir / "slot.safetensors", threads)
     for number in range(min(2, slot.shards.num_shards)):
         slot.accumulate(number)
@@ -169,7 +169,7 @@ def factorize(job: FactorizationJob, grams_dir: Path, threads: int) -> None:
 def correct(job: correct_stage.CorrectionJob, threads: int) -> None:
     """The actor's whole work."""
     torch.set_num_threads(threads)
-    correct_stage.load_model = weighed_model  # type: ignore[attr-defined]
+    correct_stage.load_model = weighed_model
     correct_stage.correct_adapter(job)
 
 
@@ -182,7 +182,7 @@ def merge(job: merge_stage.MergeJob, threads: int) -> None:
 
 def evaluate(job: evaluate_stage.EvaluationJob, family: str, num_parts: int, threads: int) -> None:
     """What one base model serves, on the first slice of the rows."""
-    evaluate_stage.load_model = weighed_model  # type: ignore[attr-defined]
+    evaluate_stage.load_model = weighed_model
     evaluate_stage.evaluate_slice(job, family, 0, num_parts, threads)
 
 

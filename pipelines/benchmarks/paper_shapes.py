@@ -44,7 +44,7 @@ class Shape:
     """One of the paper's models: its towers' sizes, and the paper's peaks in GB where it gives them."""
 
     name: str
-    vision: dict[str, int]
+    vision: dict[str, Any]
     language: Any
     lora_gb: float | None = None
     emloc_gb: float | None = None

@@ -182,7 +182,7 @@ def training_step(out: Path) -> Figures:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
         actions.append(functools.partial(_step, model, optimizer, batch))
     seconds = interleaved(actions, repeats=9)
-    return {"a training step on the emulator": figure(*seconds, "s (baseline: on the original)")}
+    return {"a training step on the emulator": figure(seconds[0], seconds[1], "s (baseline: on the original)")}
 
 
 def _step(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor]) -> None:
@@ -249,7 +249,7 @@ def calibration(out: Path) -> Figures:
         return forward
 
     seconds = interleaved([passes(hooked), passes(plain)], repeats=5)
-    return {"calibration passes": figure(*seconds, "s (baseline: forward passes without hooks)")}
+    return {"calibration passes": figure(seconds[0], seconds[1], "s (baseline: forward passes without hooks)")}
 
 
 def _against_lora(metrics: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:

@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
 from peft import PeftModel
 from safetensors.torch import load_file
 from small_runs import RecordingReporter, redone
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import emloc_ray  # noqa: F401  (the emulator's type)
 from emloc_ray.config.reading import load_config, read_values

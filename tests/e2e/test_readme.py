@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import Result
 from families import FAMILIES
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 from vlms import VLMS, save_vlm
 
 from emloc_ray.config.reading import load_config, parse_config

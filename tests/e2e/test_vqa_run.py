@@ -22,7 +22,7 @@ from emloc_ray.modeling.loss import token_loss
 pytestmark = pytest.mark.deep
 
 SIDE = 24
-CHARTS = {"image_size": SIDE, "kinds": ("chart",), "max_bars": 3}
+CHARTS: dict[str, Any] = {"image_size": SIDE, "kinds": ("chart",), "max_bars": 3}
 ONE = {"num_workers": 1}
 
 

@@ -122,7 +122,8 @@ def test_spectra_and_the_ranks_that_follow_are_those_of_the_cpu() -> None:
         curves = []
         for shape in SHAPES:
             weight, gram = layer(shape)
-            gains = spectrum(weight.to(device), Whitening(gram.to(device)))
+            outputs = Whitening(torch.eye(shape[0], device=device, dtype=gram.dtype))
+            gains = spectrum(weight.to(device), Whitening(gram.to(device)), outputs)
             assert gains.device.type == device
             curves.append(Curve(str(shape), *shape, gains=gains.cpu(), may_be_dense=True))
         budget = sum(out * inside for out, inside in SHAPES) // 2

@@ -77,7 +77,7 @@ def test_whole_weights_train_the_same_adapter_and_stop_at_a_number_lost(copied: 
         path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
         name = f"zero-{stage}-{rate}"
         arguments = {**job.training_arguments, "save_strategy": "no", "learning_rate": rate}
-        changes = {"out_dir": tmp_path / name, "name": name, "zero_config": read_zero_config(str(path))}
+        changes: dict[str, Any] = {"out_dir": tmp_path / name, "name": name, "zero_config": read_zero_config(str(path))}
         jobs.append(dataclasses.replace(job, training_arguments=arguments, **changes))
     outcomes = in_one_group(jobs, tmp_path / "training")
     for outcome, made in zip(outcomes[:-1], jobs, strict=False):
@@ -122,7 +122,12 @@ def test_ranks_whose_batches_show_no_image(
         path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
         zero = {} if stage is None else {"zero_config": read_zero_config(str(path))}
         arguments = {**job.training_arguments, "save_strategy": "no"}
-        changes = {"out_dir": tmp_path / f"zero-{stage}", "name": f"zero-{stage}", "batch_size": 1, **zero}
+        changes: dict[str, Any] = {
+            "out_dir": tmp_path / f"zero-{stage}",
+            "name": f"zero-{stage}",
+            "batch_size": 1,
+            **zero,
+        }
         jobs.append(dataclasses.replace(job, training_arguments=arguments, **changes))
     outcomes = in_one_group(jobs, tmp_path / "training")
     assert [outcome["failure"] for outcome in outcomes] == [None] * 4

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
 from small_runs import task_rows, write_jsonl
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from emloc_ray.ui.cli import app
 

@@ -3,6 +3,7 @@ gradients' sums."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class _WithoutSums(GradientHooks):
 def blocks(session: Session) -> None:
     """One block of the model's shape, then one of a large model's."""
     for name, values in (("the model's", session.shapes.model), ("a large model's", session.shapes.large)):
-        found = session.measure("blocks", f"{name} block", 30, lambda values=values: _block(session, values))
+        found = session.measure("blocks", f"{name} block", 30, functools.partial(_block, session, values))
         forward, backward = "s (baseline: the forward pass alone)", "s (baseline: forward and backward alone)"
         sides = found.get("with_grams_s"), found.get("forward_s")
         session.compare("blocks", f"{name} block with Grams", *sides, forward)
@@ -61,7 +62,7 @@ def _block(session: Session, values: dict[str, int]) -> dict[str, Any]:
     session.give_back()
     for key, kind in (("backward_s", _WithoutSums), ("with_gradient_sums_s", GradientHooks)):
         hooks = kind(model, [spec.name for spec in specs], loss_on="all")
-        found[key] = session.timed(lambda hooks=hooks: hooks.forward(batch, "all", positions))
+        found[key] = session.timed(functools.partial(hooks.forward, batch, "all", positions))
         hooks.remove()
         hooks.grams.clear()
         session.give_back()

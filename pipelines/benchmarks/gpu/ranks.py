@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def ranks(session: Session) -> None:
     part, multiples = "ranks", dict.fromkeys((1, 8, session.shapes.multiple))
     for shape in session.shapes.linears[:3]:
         name = f"{shape[0]} × {shape[1]}"
-        products = session.measure(part, f"products of {name}", 5, lambda shape=shape: _products(session, *shape))
+        products = session.measure(part, f"products of {name}", 5, functools.partial(_products, session, *shape))
         odd, even = (products.get(f"multiple of {multiple}") for multiple in (1, session.shapes.multiple))
         if odd and even:
             unit = "ns a rank and token (baseline: the formula's rank)"
@@ -31,9 +32,9 @@ def ranks(session: Session) -> None:
     steps = {}
     for multiple in multiples:
         case = f"a block's step, ranks multiples of {multiple}"
-        steps[multiple] = session.measure(part, case, 8, lambda multiple=multiple: _block_step(session, multiple))
-    times = [steps[multiple].get("step_s") for multiple in (session.shapes.multiple, 1)]
-    session.compare(part, "a block's step, ranks aligned", *times, "s (baseline: the formula's ranks)")
+        steps[multiple] = session.measure(part, case, 8, functools.partial(_block_step, session, multiple))
+    even, odd = (steps[multiple].get("step_s") for multiple in (session.shapes.multiple, 1))
+    session.compare(part, "a block's step, ranks aligned", even, odd, "s (baseline: the formula's ranks)")
 
 
 def _products(session: Session, out_features: int, in_features: int) -> dict[str, Any]:
@@ -46,7 +47,8 @@ def _products(session: Session, out_features: int, in_features: int) -> dict[str
     for multiple in dict.fromkeys((1, 8, session.shapes.multiple)):
         r = max(rank // multiple, 1) * multiple
         down, up = torch.randn(r, in_features, **options), torch.randn(out_features, r, **options)
-        seconds = session.timed(lambda down=down, up=up: F.linear(F.linear(x, down), up), 4 * session.shapes.repeats)
+        both = functools.partial(_both, x, down, up)
+        seconds = session.timed(both, 4 * session.shapes.repeats)
         rate = 2 * tokens * r * (out_features + in_features) / seconds / 1e12
         found[f"multiple of {multiple}"] = {
             "rank": r,
@@ -57,17 +59,23 @@ def _products(session: Session, out_features: int, in_features: int) -> dict[str
     return found
 
 
+def _both(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return F.linear(F.linear(x, down), up)
+
+
 def _block_step(session: Session, multiple: int) -> dict[str, Any]:
     config = llama_config(session.shapes.model, num_hidden_layers=1, vocab_size=_VOCABULARY)
     specs = linears_of(config)
     found = uniform_ranks(specs, _RATIO, multiple)
     model = random_llama(config, session.device, found)
-    model = attach_adapter(model, lora_config(target_modules=[s.name for s in specs], r=R, lora_alpha=2 * R)).train()
+    targets = [spec.name for spec in specs]
+    adapted = attach_adapter(model, lora_config(target_modules=targets, r=R, lora_alpha=2 * R)).train()
+    inner: Any = adapted.get_base_model().model
     batch = random_batch(session.shapes.rows, session.shapes.length, _VOCABULARY, session.device)
 
     def step() -> None:
         with torch.autocast(session.device.type, torch.bfloat16):
-            hidden = model.base_model.model.model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
+            hidden = inner(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
         hidden.float().square().mean().backward()
 
     return {"ranks": sorted(set(found.values())), "step_s": session.timed(step), **session.peaks()}

@@ -78,7 +78,8 @@ SHAPES = {
 
 def llama_config(values: dict[str, int], **changes: int) -> LlamaConfig:
     """Its embedding and its head are apart."""
-    return LlamaConfig(**{**values, **changes}, tie_word_embeddings=False, max_position_embeddings=8192)
+    sizes: dict[str, Any] = {**values, **changes}
+    return LlamaConfig(**sizes, tie_word_embeddings=False, max_position_embeddings=8192)
 
 
 def linears_of(config: LlamaConfig) -> list[LinearSpec]:

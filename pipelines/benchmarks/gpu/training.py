@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -173,7 +174,8 @@ def _in_nf4(config: LlamaConfig, names: list[str], device: torch.device) -> Any:
     for name, (out_features, in_features) in shapes.items():
         layer = Linear4bit(in_features, out_features, bias=False, device="meta", **options)
         weight = torch.empty(out_features, in_features, dtype=torch.bfloat16, device=device).normal_(std=0.02)
-        layer.weight = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4").to(device)
+        packed: Any = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4")
+        layer.weight = packed.to(device)
         model.set_submodule(name, layer)
     model.is_loaded_in_4bit = True  # what PEFT goes by
     return model
@@ -193,7 +195,7 @@ def smaller_card(session: Session) -> None:
     try:
         for rows in sorted(set(sizes)):
             case = f"{rows} rows, {'within the plan' if rows <= planned else 'beyond the plan'}"
-            found = session.measure("24 GiB", case, 25, lambda rows=rows: emulator_step(session, rows=rows, repeats=3))
+            found = session.measure("24 GiB", case, 25, functools.partial(emulator_step, session, rows=rows, repeats=3))
             if "micro_step_s" not in found:
                 break
     finally:

@@ -23,7 +23,7 @@ from emloc_ray.io.formats.grams import write_gram_index, write_gram_shard
 from emloc_ray.modeling.architecture import block_linears
 from emloc_ray.planning.prepared import prepare
 
-SIZES = {"num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 4}
+SIZES: dict[str, Any] = {"num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 4}
 KINDS: tuple[Kind, ...] = ("layers", "random", "structured")
 IDS = torch.randint(2, 300, (2, 12), generator=torch.Generator().manual_seed(0))
 SMOLLM2 = Shape(num_layers=30, hidden_size=576, head_dim=64, num_heads=9, num_groups=3, num_channels=1536)
@@ -55,7 +55,7 @@ def train(model: Any, directory: Path, **settings: Any) -> Any:
         for name, parameter in trained.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    trained.save_pretrained(directory)
+    trained.save_pretrained(str(directory))
     return trained.double().eval()
 
 

@@ -195,9 +195,9 @@ def test_bad_value_names_its_key(section: str, key: str, bad: Any) -> None:
 def test_frozen() -> None:
     made = config()
     with pytest.raises(ValidationError):
-        made.seed = 3  # type: ignore[misc]
+        made.seed = 3
     with pytest.raises(ValidationError):
-        made.adapter.r = 3  # type: ignore[misc]
+        made.adapter.r = 3
 
 
 # Sections that must agree.
@@ -436,7 +436,7 @@ def test_a_running_ray_is_joined_as_it_is(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if variable is not None:  # as Ray sets it for a job that was submitted
         monkeypatch.setenv("RAY_ADDRESS", variable)
-    ray = RayConfig(address=address, num_cpus=4, object_store_memory=10**8, namespace="mine")  # type: ignore[call-arg]
+    ray = RayConfig(address=address, num_cpus=4, object_store_memory=10**8, namespace="mine")
     assert ray.joins is joins
     assert set(ray.init_options) == {"namespace"} | (set() if joins else {"num_cpus", "object_store_memory"})
 

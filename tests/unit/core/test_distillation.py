@@ -68,4 +68,5 @@ def test_a_teacher_that_is_certain_leaves_finite_gradients() -> None:
     found = divergence(student, ids, log_probs.half())
     torch.testing.assert_close(found, F.cross_entropy(student, torch.zeros(3, dtype=torch.long), reduction="sum"))
     found.backward()
+    assert student.grad is not None
     assert bool(torch.isfinite(student.grad).all())

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from benchmarks.baselines import published_route
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,7 +17,6 @@ from emloc_ray.core import factorization, krylov
 from emloc_ray.core.factorization import Factorization, LowRankFactors, Solver, factorize, relative_error
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.errors import NumericsError
-from pipelines.benchmarks.baselines import published_route
 
 FEW = settings(deadline=None, max_examples=25)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -290,7 +290,7 @@ def test_auto_takes_the_subspace_where_it_pays() -> None:
 def test_up_is_orthonormal_and_down_its_projection(dtype: torch.dtype, out_features: int, in_features: int) -> None:
     weight, tokens = normal(out_features, in_features).to(dtype), normal(99, in_features, 1).to(dtype)
     for solver in ("exact", "subspace"):
-        up, down = factorize(weight, Whitening(tokens.T @ tokens), 9, solver=solver).factors  # type: ignore[arg-type]
+        up, down = factorize(weight, Whitening(tokens.T @ tokens), 9, solver=solver).factors
         tolerance = 3e-6 if dtype == torch.float32 else 1e-13
         torch.testing.assert_close(up.T @ up, torch.eye(9, dtype=dtype), rtol=0, atol=tolerance)
         torch.testing.assert_close(down, up.T @ weight, rtol=1e-4, atol=1e-5)
@@ -376,7 +376,7 @@ def test_leaves_its_arguments_alone() -> None:
     copies = weight.clone(), gram.clone()
     whitening = Whitening(gram)
     for solver in ("exact", "subspace"):
-        factorize(weight, whitening, 20, solver=solver)  # type: ignore[arg-type]
+        factorize(weight, whitening, 20, solver=solver)
     assert torch.equal(weight, copies[0])
     assert torch.equal(gram, copies[1])
 

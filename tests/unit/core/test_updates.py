@@ -31,7 +31,7 @@ def cases() -> dict[str, tuple[Update, Tensor]]:
             2 * (w1_a.double() @ w1_b.double()) * (w2_a.double() @ w2_b.double()),
         ),
         "hadamard of full rank": (
-            HadamardUpdate(*wide, 0.3),
+            HadamardUpdate(wide[0], wide[1], wide[2], wide[3], 0.3),
             0.3 * (wide[0].double() @ wide[1].double()) * (wide[2].double() @ wide[3].double()),
         ),
         "kronecker": (KroneckerUpdate(w1, w2, 1.5), 1.5 * torch.kron(w1.double(), w2.double())),

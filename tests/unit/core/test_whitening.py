@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -23,7 +25,9 @@ def test_products_are_those_of_the_damped_gram(features: int, dtype: torch.dtype
     damped = tokens.T @ tokens
     damped += 1e-3 * damped.trace() / features * torch.eye(features, dtype=torch.float64)
     weight = tokens_of(11, features, seed=1)
-    tolerance = {"rtol": 1e-4, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-10}
+    tolerance: dict[str, Any] = (
+        {"rtol": 1e-4, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-10}
+    )
     outer = whitening.outer(weight.to(dtype))
     assert outer.dtype == dtype
     assert torch.equal(outer, outer.T)

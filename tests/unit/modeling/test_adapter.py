@@ -183,8 +183,8 @@ def test_on_the_original_with_plain_peft_it_is_w_plus_s_b_a(
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "False"
-    for model_dir, adapter, out in jobs:
-        got, expected = torch.load(out), by_hand(Path(model_dir), Path(adapter))
+    for model_dir, adapter_dir, out in jobs:
+        got, expected = torch.load(out), by_hand(Path(model_dir), Path(adapter_dir))
         assert float((got - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
         plain = logits(AutoModelForCausalLM.from_pretrained(model_dir))
         assert float((got - plain).abs().max()) > 1e-2 * float(plain.abs().max())  # the update shows
@@ -243,7 +243,7 @@ def test_every_node_loads_the_newest_adapter(
         model, _ = trained(root / "adapter", emulator_dir("llama"), lora_alpha=alpha)
         found.append(logits(load_adapter(load_model(emulator_dir("llama")), other / "adapter").eval()))
         torch.testing.assert_close(found[-1], logits(model.eval()))
-    assert not torch.allclose(*found)
+    assert not torch.allclose(found[0], found[1])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -257,17 +257,18 @@ def test_a_prompt_of_real_tokens_is_those_tokens(
 def test_a_prompt_of_a_text_begins_with_its_embeddings_and_names_no_place_of_the_training(
     tmp_path: Path, emulator_dir: Callable[[str], Path], tiny_model_dir: Callable[..., Path], tokenizer: Any
 ) -> None:
+    PROMPT = "prompt_encoder.default.embedding.weight"
     told = {"num_virtual_tokens": 6, "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "say it"}
     model_dir, bare = tiny_model_dir("llama"), load_model(emulator_dir("llama"))
     config = adapter_config("prompt_tuning", **told, tokenizer_name_or_path=str(model_dir))
     model = attach_adapter(bare, config)
     ids = tokenizer("say it")["input_ids"]
     expected = bare.get_input_embeddings()(torch.tensor((6 * ids)[:6]))
-    assert torch.equal(model.prompt_encoder["default"].embedding.weight, expected)
+    assert torch.equal(model.get_parameter(PROMPT), expected)
     save_trained_adapter(model, tmp_path / "a", targets=[], base_model="the/original")
     assert json.loads((tmp_path / "a" / CONFIG_NAME).read_text())["tokenizer_name_or_path"] == "the/original"
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), tmp_path / "a")
-    assert torch.equal(plain.prompt_encoder["default"].embedding.weight, expected)
+    assert torch.equal(plain.get_parameter(PROMPT), expected)
 
 
 def test_a_prompt_learns_under_gradient_checkpointing(emulator_dir: Callable[[str], Path]) -> None:

@@ -161,8 +161,14 @@ def test_same_tensor_means_same_memory_and_same_version() -> None:
 
 
 def test_logits_that_are_changed_after_the_head_are_found() -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 8, "vocab_size": 99}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "head_dim": 8,
+        "vocab_size": 99,
+    }
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
     def whole(made: type[Any], config: Any) -> bool:
         with torch.device("meta"):
@@ -244,7 +250,7 @@ def test_a_subclass_of_linear_may_compute_something_else() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.a = Scaled(4, 4)
-            self.b = Conv1D(4, 4)
+            self.b = Conv1D(4, 4)  # type: ignore[assignment]
 
     specs = {spec.name: spec for spec in block_linears(Model(Mixed))}
     assert "blocks.0.a" not in specs

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
+from tiny import make_config
 
 from emloc_ray.modeling.block_flow import BlockFlow, Lineage, block_flow
-from tests.tiny import make_config
 
 
 def test_a_chain_needs_only_the_block_before() -> None:

@@ -172,7 +172,7 @@ def test_a_pivoted_layer_is_its_dense_weight_forward_and_back(bias: bool) -> Non
     x = torch.randn(3, 5, 6, requires_grad=True)
     dense = nn.Linear(6, 4, bias)
     dense.weight.data = dense_weight(layer).detach()
-    dense.bias = layer.bias
+    dense.register_parameter("bias", layer.bias)
     torch.testing.assert_close(layer(x), dense(x))
     upstream = torch.randn(3, 5, 4)
     [ours], [theirs] = (torch.autograd.grad(module(x), x, upstream) for module in (layer, dense))

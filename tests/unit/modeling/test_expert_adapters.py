@@ -105,7 +105,7 @@ def test_a_pattern_for_shared_experts_is_not_the_experts(
     assert_close(logits(PeftModel.from_pretrained(original, directory)), wanted)
     assert torch.equal(logits(load_adapter(load_model(model_dir), directory).eval()), wanted)
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), directory).save_pretrained(
-        tmp_path / "two"
+        str(tmp_path / "two")
     )
     again = AutoModelForCausalLM.from_pretrained(model_dir)
     assert_close(logits(PeftModel.from_pretrained(again, tmp_path / "two")), wanted)

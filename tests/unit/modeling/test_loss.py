@@ -106,7 +106,7 @@ def test_a_wrapped_model() -> None:
 
 def in_mixed_precision(model: Any) -> Any:
     """With an adapter, and with what accelerate puts around a model where bf16 is asked for."""
-    made = attach_adapter(model, lora_config(target_modules=["layers.0.mlp.down_proj"], r=2, lora_alpha=4))
+    made: Any = attach_adapter(model, lora_config(target_modules=["layers.0.mlp.down_proj"], r=2, lora_alpha=4))
     made.forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(made.forward))
     return made
 
@@ -132,8 +132,8 @@ def test_no_more_logits_than_a_chunk_are_made(monkeypatch: pytest.MonkeyPatch, a
 
 
 def test_logits_that_are_changed_after_the_head_are_left_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 8}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 8}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
     capped = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, final_logit_softcapping=0.1)).eval()
     monkeypatch.setattr(loss, "_CHUNK_SHARE", 1)
     whole = token_loss(capped, batch_of(16, 9), "all")
@@ -193,7 +193,11 @@ def test_weights_that_zero_3_scatters_are_there_for_each_chunk(monkeypatch: pyte
     try:
         deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
         model, plain, batch = make_model("llama"), make_model("llama"), batch_of(13, 5)
-        settings = {"train_batch_size": 1, "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True}
+        settings: dict[str, Any] = {
+            "train_batch_size": 1,
+            "gradient_clipping": 0.0,
+            "zero_allow_untested_optimizer": True,
+        }
         settings["zero_optimization"] = {"stage": 3, "stage3_param_persistence_threshold": 0}
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)

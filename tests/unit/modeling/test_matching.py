@@ -21,7 +21,8 @@ NAMES = [spec.name for spec in block_linears(empty_model(make_config("llama")))]
 def chosen_by_peft(targets: Any, exclude: Any) -> list[str]:
     """The modules that PEFT attaches to."""
     config = LoraConfig(target_modules=targets, exclude_modules=exclude, r=2)
-    return list(get_peft_model(empty_model(make_config("llama")), config).base_model.targeted_module_names)
+    base: Any = get_peft_model(empty_model(make_config("llama")), config).base_model
+    return list(base.targeted_module_names)
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def test_no_unpacked_weight_is_kept_for_the_backward_pass(tmp_path: Path, tiny_m
 
 def test_linears_that_transformers_keeps_in_float32_are_none_of_them() -> None:
     class Careful(LlamaForCausalLM):
-        _keep_in_fp32_modules = ("o_proj",)
+        _keep_in_fp32_modules = ["o_proj"]  # noqa: RUF012
 
     found = replaceable_linears(Careful(make_model("llama").config))
     assert "lm_head" in found

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import HIDDEN, make_model
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -20,7 +21,6 @@ from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.modeling.architecture import StoredRows, block_linears
 from emloc_ray.modeling.stored_names import renamed_tensors, require, stored_parameters, stored_specs
-from tests.tiny import HIDDEN, make_model
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -38,7 +38,7 @@ def mixtral() -> Any:
 
 def qwen3_moe() -> Any:
     return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=8, **SIZES)
+        Qwen3MoeConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, **{**SIZES, "head_dim": 8})
     )
 
 

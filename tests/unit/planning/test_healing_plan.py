@@ -104,12 +104,19 @@ def test_at_ratio_one_it_is_left_out_and_told(prepared: Callable[..., Prepared])
     assert no_healing(prepared({"steps": 3, "r": 8}).config) is None
 
 
+def healed(prepared: Prepared) -> Prepared:
+    """The run that its healing is."""
+    healing = prepared.config.emulator.heals
+    assert healing is not None
+    return healing_run(prepared, healing)
+
+
 def test_parameters_are_those_without_healing(prepared: Callable[..., Prepared]) -> None:
     plain, found = prepared(None), prepared({"steps": 3, "r": 17})
     assert found.layout.ranks == plain.layout.ranks
     assert found.layout.parameters_factorized == plain.layout.parameters_factorized
     assert make_plan(STEPS, found).emulator_parameters == make_plan(STEPS, plain).emulator_parameters
-    training = healing_run(found, found.config.emulator.healing)
+    training = healed(found)
     # q and k of rank 16 and less have nothing to give; what the MLP gives the LoRA has.
     assert {name.rsplit(".", 1)[-1] for name in training.layout.adapted} == {"gate_proj", "up_proj", "down_proj"}
     lora = MemoryModel(training, ROW).adapter_parameters
@@ -120,7 +127,7 @@ def test_what_it_does_not_say_is_as_in_finetune(prepared: Callable[..., Prepared
     finetune = {"learning_rate": 3e-4, "per_device_train_batch_size": 2, "max_steps": 50, "lr_scheduler_type": "cosine"}
     for own, expected in (({}, (3e-4, 2)), ({"learning_rate": 1e-3, "per_device_train_batch_size": 4}, (1e-3, 4))):
         found = prepared({"steps": 7, **own}, finetune=finetune, adapter={"method": "dora", "r": 2})
-        run = healing_run(found, found.config.emulator.healing)
+        run = healed(found)
         section = run.config.finetune
         assert (section.learning_rate, section.per_device_train_batch_size) == expected
         assert (section.max_steps, section.loss_on) == (7, "all")
@@ -158,7 +165,7 @@ def test_it_may_have_rows_of_its_own(
     with_own = {**data, "healing": {"path": str(others)}}
     plain, found = prepared({"steps": 1000}), prepared({"steps": 1000}, data=with_own)
     assert (healing_split(plain.config), healing_split(found.config)) == ("train", "healing")
-    run = healing_run(found, found.config.emulator.healing)
+    run = healed(found)
     assert [source.path for source in run.files["train"]] == [str(others)]
     # Rows · tokens · k · bytes of the teacher's logits.
     sizes = [stage(entry, "heal").disk_bytes for entry in (plain, found)]
@@ -234,6 +241,6 @@ def test_a_budget_leaves_the_healing_its_rows_a_step() -> None:
     assert solution.gradient_accumulation_steps > 1
     changed = with_settings(found, 0.5, 1, solution.gradient_accumulation_steps, True)
     own = max(1, 4 // solution.gradient_accumulation_steps)
-    assert healing_run(changed, changed.config.emulator.heals).config.finetune.per_device_train_batch_size == own
+    assert healed(changed).config.finetune.per_device_train_batch_size == own
     assert f"emulator.healing.per_device_train_batch_size={own}" in solution.overrides
     assert "healing" not in " ".join(solve(STEPS, large({"steps": 100}), 12 * 2**30, ROW).overrides)

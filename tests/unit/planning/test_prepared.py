@@ -30,7 +30,7 @@ def test_prepare_reads_no_more_than_it_must(tmp_path: Path, tiny_model_dir: Call
         content = file.read_bytes()
         header = 8 + int.from_bytes(content[:8], "little")
         file.write_bytes(content[:header] + bytes(len(content) - header))
-    data = {"train": {"path": str(write_rows(tmp_path / "a.jsonl", 5))}}
+    data: dict[str, Any] = {"train": {"path": str(write_rows(tmp_path / "a.jsonl", 5))}}
     data["eval"] = {"path": [str(write_rows(tmp_path / "b.jsonl", 3)), str(write_rows(tmp_path / "c.jsonl", 2))]}
     values = {"run_dir": str(tmp_path / "run"), "model": {"source": str(model_dir)}, "data": data}
     prepared = prepare(parse_config(values))
@@ -172,7 +172,7 @@ def test_what_an_encoder_cannot_read_is_told(refused: Callable[..., str], tmp_pa
 def test_what_transformers_takes_is_passed_whatever_we_set_ourselves(
     tmp_path: Path, tiny_model_dir: Callable[..., Path]
 ) -> None:
-    data = {"train": {"path": str(write_rows(tmp_path / "a.jsonl", 5))}}
+    data: dict[str, Any] = {"train": {"path": str(write_rows(tmp_path / "a.jsonl", 5))}}
     values = {"run_dir": str(tmp_path / "run"), "model": {"source": str(tiny_model_dir("llama"))}, "data": data}
     settings = {"report_to": "none", "use_cpu": True, "lr_scheduler_type": "cosine", "warmup_steps": 3}
     assert prepare(parse_config({**values, "finetune": settings})).config.finetune.model_extra == settings

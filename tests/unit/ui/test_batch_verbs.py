@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
 from rich.console import Console
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.runs.cache import ArtifactCache

@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import ray
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from emloc_ray.errors import NumericsError
 from emloc_ray.io.formats.yaml_text import write_yaml
@@ -249,7 +248,7 @@ def test_another_runs_name_is_refused(call: Call) -> None:
 
 
 def test_a_full_disk_is_told_before_anything_is_written(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = shutil._ntuple_diskusage(2**40, 2**40 - 1000, 1000)  # type: ignore[attr-defined]
+    usage = shutil._ntuple_diskusage(2**40, 2**40 - 1000, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert_refused(call("run"), call.run_dir, "needs about", "1000 B free")
     RunDirectory(call.run_dir).create({})  # begun and killed

@@ -77,7 +77,7 @@ def test_a_stage_that_is_redone_is_shown_anew() -> None:
 
 
 def test_a_log_that_somebody_wrote_into_spoils_no_page() -> None:
-    odd = [
+    odd: list[Any] = [
         {"time": "noon", "event": "started", "stage": "data", "message": ""},
         {"time": None, "event": "finished", "message": ""},
         event("started", 3, stage=["data"]),

@@ -317,14 +317,15 @@ def test_a_run_that_cannot_take_it_gets_nothing(local: ArtifactCache, tmp_path: 
 
 def stop_before_the_entry(place: str, root: Path, files: dict[str, Any]) -> None:
     cache = ArtifactCache(place)
-    parsed = cache_place.atomic_file
+    place_module: Any = cache_place
+    parsed = place_module.atomic_file
 
     def stop(path: Path) -> Any:
         if path.name == "entry.json":
             os._exit(9)
         return parsed(path)
 
-    cache_place.atomic_file = stop
+    place_module.atomic_file = stop
     cache.add(STAGE, KEY, root, files, {}, {})
 
 

@@ -222,7 +222,7 @@ def test_a_directory_that_is_being_written_is_not_seen(root: Path, other: Path) 
 def full_disk(other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other.mkdir(parents=True)
     usage = shutil.disk_usage(other)
-    monkeypatch.setattr(node_copies.shutil, "disk_usage", lambda _: usage._replace(total=1000, free=0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(total=1000, free=0))
 
 
 def test_the_cache_makes_room(root: Path, other: Path, full_disk: None) -> None:

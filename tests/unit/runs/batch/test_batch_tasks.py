@@ -333,7 +333,7 @@ def test_the_batch_s_own_keys(write: Write) -> None:
     assert (config.limits.cpus, config.limits.gpus, config.limits.memory) == (64, 8, 512 * 2**30)
     assert (config.cache.path, config.cache.max_size, config.max_concurrent) == ("c", None, 8)
     with pytest.raises(ValidationError):
-        config.run_dir = "x"  # type: ignore[misc]
+        config.run_dir = "x"
     assert BatchConfig.model_validate(config.model_dump(mode="json")) == config
 
 

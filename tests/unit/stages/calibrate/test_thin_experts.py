@@ -85,7 +85,7 @@ def written(job: CalibrationJob, folder: Path, slots: list[Path], file: str = "g
     return {name: gram.num_tokens for name, gram in grams.items()}, dict.fromkeys(names, file)
 
 
-def calibrated(scene: Scene, out_dir: Path, minimum: int, gather: type | object = resident) -> tuple[GramStore, dict]:  # type: ignore[type-arg]
+def calibrated(scene: Scene, out_dir: Path, minimum: int, gather: type | object = resident) -> tuple[GramStore, dict]:
     """Both passes; the store, and what the stage says of experts."""
     assert callable(gather)
     job = replace(scene.job, min_expert_tokens=minimum)

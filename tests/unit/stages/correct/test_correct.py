@@ -86,6 +86,7 @@ def test_projection_serves_on_the_original_what_was_trained_on_the_emulator(job:
 def test_the_shortfall_told_is_that_of_the_written_adapter(job: CorrectionJob) -> None:
     result = correct_adapter(replace(job, candidates=(Candidate("covariance", 3.0, 0.5),)))
     before, after = Adapter(job.adapter_dir), Adapter(job.out_dir)
+    assert job.calibration_dir is not None
     original, emulator, grams = Checkpoint(job.model_dir), Checkpoint(job.emulator_dir), GramStore(job.calibration_dir)
     specs = {spec.name: spec for spec in job.specs}
     assert len(result["modules"]) == len(before.names) - 1

@@ -71,6 +71,7 @@ def brute_force(model: Any, job: EvaluationJob) -> tuple[float, int]:
 
 def test_scores_are_those_of_the_models_themselves(job: EvaluationJob) -> None:
     scores = all_variants(job)
+    assert job.merged_dir is not None
     original = AutoModelForCausalLM.from_pretrained(job.model_dir)
     for variant, model in (
         ("original", original),

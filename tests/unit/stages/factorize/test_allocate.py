@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -179,7 +180,7 @@ def test_ranks_are_written_with_what_they_gain(artifacts: Artifacts, gradients_d
     assert None not in read_ranks(tmp_path).values()
 
 
-def factorization_job(artifacts: Artifacts, gradients_dir: Path, **changes: object) -> FactorizationJob:
+def factorization_job(artifacts: Artifacts, gradients_dir: Path, **changes: Any) -> FactorizationJob:
     job = FactorizationJob(
         artifacts.model_dir, artifacts.root / "no", artifacts.groups, artifacts.ranks, gradients_dir=gradients_dir
     )

@@ -73,7 +73,7 @@ def test_factors_of_the_weights_are_their_truncated_svd_and_their_error_is_told_
     job, gram = dataclasses.replace(job_of(artifacts), by_weights=True), gram_of(artifacts, group)
     factorize_group(job, group, gram, tmp_path / "model.safetensors")
     factorize_group(job_of(artifacts), group, gram, tmp_path / "activations" / "model.safetensors")
-    reports, spectra = (read(tmp_path / "model.safetensors") for read in (read_reports, _spectra))
+    reports, spectra = read_reports(tmp_path / "model.safetensors"), _spectra(tmp_path / "model.safetensors")
     written, original, g = load_file(tmp_path / "model.safetensors"), Checkpoint(artifacts.model_dir), gram.read()
     for spec, report, best in zip(
         group, reports, read_reports(tmp_path / "activations" / "model.safetensors"), strict=True

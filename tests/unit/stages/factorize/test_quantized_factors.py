@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.factorize.layer_reports import read_reports, spectra_file
 
 
-def job_of(artifacts: Artifacts, **changes: object) -> FactorizationJob:
+def job_of(artifacts: Artifacts, **changes: Any) -> FactorizationJob:
     names = tuple(spec.name for spec in artifacts.specs)
     job = FactorizationJob(artifacts.model_dir, artifacts.root / "no", artifacts.groups, artifacts.ranks, in_4bit=names)
     return replace(job, **changes)

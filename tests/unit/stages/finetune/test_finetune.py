@@ -50,7 +50,9 @@ def test_a_process_that_the_next_training_would_find_changed_ends(arguments: dic
 
 
 def test_an_unexpected_error_is_told_once_and_a_stop_is_heard_after_it(tmp_path: Path) -> None:
-    job, notes, looks = dataclasses.replace(JOB, storage_dir=tmp_path), [], []
+    job = dataclasses.replace(JOB, storage_dir=tmp_path)
+    notes: list[str] = []
+    looks: list[int] = []
 
     def progress(done: int, total: int) -> None:
         looks.append(done)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,7 +105,7 @@ def test_memory_is_named_where_it_killed_the_worker(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_trainings_failure_is_written_down_while_it_is_recovered_from(tmp_path: Path) -> None:
-    fields = dict.fromkeys(("emulator_dir", "tokens_dir", "out_dir"), tmp_path)
+    fields: dict[str, Any] = dict.fromkeys(("emulator_dir", "tokens_dir", "out_dir"), tmp_path)
     job = FinetuneJob(**fields, storage_dir=tmp_path / "training", name="a", adapter={}, portable_targets=[],
                       base_model="", max_steps=1, batch_size=1, max_failures=2)  # fmt: skip
     log = FailureLog(job)

@@ -26,7 +26,7 @@ from emloc_ray.stages.ray.usage import kind_of, measured
 def test_a_worker_is_known_by_its_actor_or_its_tasks_stage(title: str, kind: str) -> None:
     worker: Any = SimpleNamespace(pid=-1, cmdline=lambda: [title], name=lambda: "python")
     assert kind_of(worker) == kind
-    assert kind_of(SimpleNamespace(pid=-1, cmdline=lambda: ["raylet"], name=lambda: "raylet")) == "raylet"  # type: ignore[arg-type]
+    assert kind_of(SimpleNamespace(pid=-1, cmdline=lambda: ["raylet"], name=lambda: "raylet")) == "raylet"
 
 
 def test_a_workers_peak_is_that_of_its_own_task() -> None:
