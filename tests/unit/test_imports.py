@@ -81,7 +81,9 @@ def test_no_circle_of_modules() -> None:
 
 
 def test_no_chain_of_modules_is_longer_than_a_reader_follows() -> None:
-    graph = {path: {module_of(name) for name in imports(path, at_import=True)} - {None, path} for path in modules()}
+    graph: dict[Path | None, set[Path | None]] = {
+        path: {module_of(name) for name in imports(path, at_import=True)} - {None, path} for path in modules()
+    }
 
     @functools.cache
     def chain(path: Path | None) -> tuple[Path | None, ...]:

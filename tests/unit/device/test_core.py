@@ -18,6 +18,7 @@ from emloc_ray.core.distillation import divergence, top_log_probs
 from emloc_ray.core.factorization import LowRankFactors, factorize, relative_error
 from emloc_ray.core.gram import Gram, pack_triangle, unpack_triangle
 from emloc_ray.core.healing import added_factors
+from emloc_ray.core.krylov import leading_vectors
 from emloc_ray.core.merging import add_rows
 from emloc_ray.core.pivoting import pivot, stored_product
 from emloc_ray.core.two_sided import factorize_two_sided
@@ -144,7 +145,7 @@ def test_slow_float64_is_done_on_the_cpu(device: torch.device, monkeypatch: pyte
     monkeypatch.setattr(factorization, "_SURE_ROUNDING_SHARE", 0.0)
     monkeypatch.setattr(factorization, "_MAX_RESIDUAL_DIFFERENCE", -1.0)
     taken = []
-    inner = factorization.leading_vectors
+    inner = leading_vectors
     monkeypatch.setattr(
         factorization, "leading_vectors", lambda matrix, *rest: taken.append(matrix) or inner(matrix, *rest)
     )

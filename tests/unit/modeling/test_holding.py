@@ -100,7 +100,8 @@ def test_sums_are_those_of_the_whole_model(family: str, saved: Callable[[str], P
 
 def test_tied_embeddings_and_another_dtype(tmp_path: Path) -> None:
     save_model(tmp_path, "llama", tied=True)
-    for options in ({}, {"dtype": "bfloat16"}):
+    choices: list[dict[str, Any]] = [{}, {"dtype": "bfloat16"}]
+    for options in choices:
         for ends in (False, True):
             models = open_model(tmp_path, **options), open_model(tmp_path, "offloaded", ends_offloaded=ends, **options)
             one, other = (model(input_ids=torch.arange(9)[None]).logits for model in models)
@@ -120,7 +121,8 @@ def test_completions_and_emulators(
 
 
 def test_passes_in_step_are_those_one_after_another(saved: Callable[[str], Path], tmp_path: Path) -> None:
-    directory, options = saved("Qwen2"), {"batch_size": 2, "loss_on": "all", "pad_token_id": PAD, "name": "x"}
+    directory = saved("Qwen2")
+    options: dict[str, Any] = {"batch_size": 2, "loss_on": "all", "pad_token_id": PAD, "name": "x"}
     for number in range(2):
         attached = trained(open_model(directory))
         for parameter in attached.parameters():
@@ -133,7 +135,7 @@ def test_passes_in_step_are_those_one_after_another(saved: Callable[[str], Path]
     score_rows(model, rows()[:1], **options)  # after which it is known how the model uses its head
     reads: list[int] = []
     read = held.weights.read
-    held.weights.read = lambda names: reads.append(1) or read(names)  # type: ignore[method-assign, func-returns-value]
+    held.weights.read = lambda names: reads.append(1) or read(names)  # type: ignore[method-assign]
     together = held.in_step(
         [lambda: score_rows(model, rows(), **options)] * 3,
         lambda number, block: switch_adapter(block, (None, "0", "1")[number]),
