@@ -25,7 +25,7 @@ from emloc_ray.io.formats.shards import write_tensors
 from emloc_ray.io.store.atomic import write_json
 from emloc_ray.io.store.node_cache import ensure, sizes
 from emloc_ray.modeling.architecture import LinearSpec
-from emloc_ray.stages.factorize.job import group_cost
+from emloc_ray.stages.factorize.job import bundles, group_cost
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
 from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, set_threads, silent
 
@@ -65,9 +65,13 @@ def read_ranks(directory: Path) -> dict[str, int | None]:
 
 @exact_float32()
 def group_spectra(
-    job: AllocationJob, specs: Sequence[LinearSpec], gram: StoredGram, gradients: Mapping[str, StoredGram]
+    job: AllocationJob,
+    specs: Sequence[LinearSpec],
+    gram: StoredGram,
+    gradients: Mapping[str, StoredGram],
+    device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
-    """What each rank of a group's linears gains, ``(min(out, in),)``; all zeros where the data says nothing.
+    """What each rank of a group's linears gains, ``(min(out, in),)``, computed on ``device``; zeros where data says nothing.
 
     Raises:
         NumericsError: where a weight or a sum holds NaN or Inf, naming the layer.
@@ -76,18 +80,18 @@ def group_spectra(
     num_tokens = gram.num_tokens
     # An expert that was sent too few tokens has an identity of no tokens, as it is to be cut by a plain SVD.
     known = num_tokens > 0
-    whitening = Whitening(gram.read(), job.dampening_frac, name=specs[0].name) if known else None
+    whitening = Whitening(gram.read().to(device), job.dampening_frac, name=specs[0].name) if known else None
     for spec in specs:
         nothing = torch.zeros(min(spec.out_features, spec.in_features), dtype=torch.float64)
         found[spec.name] = nothing
         if whitening is None:
             continue
         name = f"the gradients of what {spec.name} gives"
-        outputs = Whitening(gradients[spec.name].read(), job.gradient_dampening_frac, name=name)
+        outputs = Whitening(gradients[spec.name].read().to(device), job.gradient_dampening_frac, name=name)
         if not outputs.is_identity:
             gains = plain_gains if job.plain_factors else spectrum
-            weight = spec.read_weight(checkpoint)
-            found[spec.name] = gains(weight, whitening, outputs, name=spec.name) / (2 * num_tokens)
+            weight = spec.read_weight(checkpoint).to(device)
+            found[spec.name] = (gains(weight, whitening, outputs, name=spec.name) / (2 * num_tokens)).cpu()
     return found
 
 
@@ -105,16 +109,18 @@ def allocate_ranks(
     sums = GramStore(job.gradients_dir)
     there = set(sizes(out_dir))
     todo = [pair for pair in zip(job.groups, files, strict=True) if pair[1] not in there]
+    todo.sort(key=lambda pair: group_cost(pair[0]), reverse=True)
     # Once, not with every task.
     shared_job = ray.put(dataclasses.replace(job, groups=(), ranks={})) if todo else None
     submits = []
-    for specs, file in sorted(todo, key=lambda pair: group_cost(pair[0]), reverse=True):
-        gradients = {spec.name: sums.stored(spec.name) for spec in specs}
-        named = task.options(name=f"allocate: {' and '.join(spec.name for spec in specs)}")
-        call = functools.partial(
-            named.remote, shared_job, specs, grams.stored(specs[0].name), gradients, file, resources.threads
-        )
-        submits.append((specs[0].name, call))
+    for bundle in bundles(todo, lambda pair: group_cost(pair[0]), resources):
+        pieces = [
+            (specs, grams.stored(specs[0].name), {spec.name: sums.stored(spec.name) for spec in specs}, file)
+            for specs, file in bundle
+        ]
+        name = bundle[0][0][0].name
+        named = task.options(name=f"allocate: {name}")
+        submits.append((name, functools.partial(named.remote, shared_job, pieces, resources.device, resources.threads)))
     bounded(submits, resources.num_workers, Losses("allocate", tell), progress)
     gains: dict[str, Tensor] = {}
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
@@ -174,11 +180,11 @@ def _read_spectra(file: Path) -> dict[str, Tensor]:
 
 def _spectra_task(
     job: AllocationJob,
-    specs: Sequence[LinearSpec],
-    gram: StoredGram,
-    gradients: Mapping[str, StoredGram],
-    file: Path,
+    pieces: Sequence[tuple[Sequence[LinearSpec], StoredGram, Mapping[str, StoredGram], Path]],
+    device: str,
     threads: int,
 ) -> None:
     set_threads(threads)
-    write_tensors(file, group_spectra(job, specs, gram, gradients))
+    for specs, gram, gradients, file in pieces:
+        if not sizes(file):
+            write_tensors(file, group_spectra(job, specs, gram, gradients, device))

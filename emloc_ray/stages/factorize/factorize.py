@@ -14,7 +14,7 @@ import numpy as np
 import ray
 import torch
 
-from emloc_ray.core.factorization import Factorization, relative_error
+from emloc_ray.core.factorization import Factorization, LowRankFactors, relative_error
 from emloc_ray.core.factorization import factorize as factorize_layer
 from emloc_ray.core.pivoting import pivot, stored_product
 from emloc_ray.core.precision import exact_float32
@@ -29,7 +29,8 @@ from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.emulator import write_emulator_config
 from emloc_ray.modeling.loading import copy_tokenizer
 from emloc_ray.modeling.quantization import dequantize, is_packed, num_elements, quantization_config, quantize
-from emloc_ray.stages.factorize.job import FactorizationJob, group_cost
+from emloc_ray.stages.factorize.group_tensors import GroupPiece, GroupTensors, read_group
+from emloc_ray.stages.factorize.job import FactorizationJob, bundles, group_cost
 from emloc_ray.stages.factorize.kept_tensors import copy_rest, rest_of_shards
 from emloc_ray.stages.factorize.layer_reports import (
     LAYERS,
@@ -46,17 +47,25 @@ _CONNECTIONS = 8
 
 
 @exact_float32()
-def factorize_group(job: FactorizationJob, specs: Sequence[LinearSpec], gram: StoredGram | None, path: Path) -> None:
+def factorize_group(
+    job: FactorizationJob,
+    specs: Sequence[LinearSpec],
+    gram: StoredGram | None,
+    path: Path,
+    device: torch.device | str = "cpu",
+    tensors_read: GroupTensors | None = None,
+) -> None:
     """Factorizes the linears of one group under their shared Gram; writes their spectra, then their factors as one shard.
 
-    Those without a rank are only put into 4 bits; without a Gram all are, and no error is reported.
+    Those without a rank are only put into 4 bits; without a Gram all are, and no error is reported. It computes on
+    ``device``; weights and Gram that were read ahead are taken from ``tensors_read``.
 
     Raises:
         NumericsError: where a weight or the Gram holds NaN or Inf, naming the layer.
     """
     checkpoint = Checkpoint(job.model_dir)
-    whitening = functools.cache(functools.partial(_whitening, gram, job.dampening_frac))
-    alike = functools.cache(functools.partial(Whitening.identity, specs[0].in_features))
+    whitening = functools.cache(functools.partial(_whitening, gram, job.dampening_frac, device, tensors_read))
+    alike = functools.cache(functools.partial(Whitening.identity, specs[0].in_features, device))
     inputs = alike if job.by_weights else whitening
     gradients = None if job.gradients_dir is None else GramStore(job.gradients_dir)
     tensors: dict[str, torch.Tensor] = {}
@@ -64,18 +73,18 @@ def factorize_group(job: FactorizationJob, specs: Sequence[LinearSpec], gram: St
     reports = []
     for spec in specs:
         dtype = checkpoint.entry(spec.weight_rows[0].name).dtype
-        weight = functools.cache(functools.partial(spec.read_weight, checkpoint))
+        weight = functools.cache(functools.partial(_weight, spec, checkpoint, device, tensors_read))
         outputs = None  # before the next one is read: three matrices of the outputs' order
-        outputs = _output_whitening(job, spec, gradients) if spec.name in job.ranks else None
+        outputs = _output_whitening(job, spec, gradients, device) if spec.name in job.ranks else None
         result = _factorized(job, spec, weight, inputs, outputs) if spec.name in job.ranks else None
-        parts, order = ({"": weight()}, None) if result is None else _parts(result, job.storage)
+        parts, order = ({"": weight().cpu()}, None) if result is None else _parts(result, job.storage)
         held = {
             part: quantize(made, dtype, spec.name) if spec.name in job.in_4bit else {"weight": made.to(dtype)}
             for part, made in parts.items()
         }
         tensors |= {f"{spec.name}{part}.{key}": found for part, some in held.items() for key, found in some.items()}
         if result is not None:
-            spectra[spec.name] = result.eigenvalues.float()
+            spectra[spec.name] = result.eigenvalues.float().cpu()
             if spec.bias_rows.name in checkpoint:
                 holder = f"{spec.name}.up" if order is None else spec.name
                 tensors[f"{holder}.bias"] = spec.bias_rows.entry(checkpoint).read_rows()
@@ -83,23 +92,31 @@ def factorize_group(job: FactorizationJob, specs: Sequence[LinearSpec], gram: St
             tensors[f"{spec.name}.order"] = order
         if gram is not None:
             weighed = outputs is not None or job.by_weights
-            stored = functools.partial(_stored, list(held.values()), order)
+            stored = functools.partial(_stored, list(held.values()), order, device)
             anew = weighed or spec.name in job.in_4bit
             reports.append(_report(spec, result, stored if anew else None, weight, whitening, gram.num_tokens, weighed))
     write_tensors(spectra_file(path), spectra, {LAYERS: json.dumps([asdict(report) for report in reports])})
     write_tensors(path, tensors)  # last: with it, the group is done
 
 
-def _whitening(gram: StoredGram | None, dampening_frac: float) -> Whitening:
+def _weight(
+    spec: LinearSpec, checkpoint: Checkpoint, device: torch.device | str, tensors_read: GroupTensors | None
+) -> torch.Tensor:
+    return (tensors_read.weights[spec.name] if tensors_read else spec.read_weight(checkpoint)).to(device)
+
+
+def _whitening(
+    gram: StoredGram | None, dampening_frac: float, device: torch.device | str, tensors_read: GroupTensors | None
+) -> Whitening:
     """Without a Gram nothing asks for it.
 
     Of linears that calibration brought no token to, as a vision tower's without images, it is as if all inputs were alike:
     their best factors are then those of the weight alone.
     """
     assert gram is not None
-    found = gram.read()
+    found = gram.read() if tensors_read is None or tensors_read.gram is None else tensors_read.gram
     inputs = found if gram.num_tokens else torch.eye(len(found), dtype=found.dtype)
-    return Whitening(inputs, dampening_frac, name=gram.name)
+    return Whitening(inputs.to(device), dampening_frac, name=gram.name)
 
 
 def _factorized(
@@ -115,25 +132,31 @@ def _factorized(
     return factorize_two_sided(weight(), inputs(), outputs, rank, seed=job.seed, name=spec.name)
 
 
-def _output_whitening(job: FactorizationJob, spec: LinearSpec, gradients: GramStore | None) -> Whitening | None:
+def _output_whitening(
+    job: FactorizationJob, spec: LinearSpec, gradients: GramStore | None, device: torch.device | str
+) -> Whitening | None:
     """What weighs the outputs of a linear; None where each counts as it is."""
     if gradients is None:
         return None
     name = f"the gradients of what {spec.name} gives"
-    return Whitening(gradients.read(spec.name), job.gradient_dampening_frac, name=name)
+    return Whitening(gradients.read(spec.name).to(device), job.gradient_dampening_frac, name=name)
 
 
 def _parts(result: Factorization, storage: Storage) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-    """A layer's factors by what follows its name, and where they are pivoted the places of their rows."""
+    """A layer's factors by what follows its name, and where they are pivoted the places of their rows, on the CPU."""
+    factors = LowRankFactors(*(factor.cpu() for factor in result.factors))
     if storage == "factors":
-        return {".up": result.factors.up, ".down": result.factors.down}, None
-    up, down, order = pivot(result.factors)
+        return {".up": factors.up, ".down": factors.down}, None
+    up, down, order = pivot(factors)
     return {".up": up, ".down": down}, order
 
 
-def _stored(held: Sequence[dict[str, torch.Tensor]], order: torch.Tensor | None) -> torch.Tensor:
+def _stored(
+    held: Sequence[dict[str, torch.Tensor]], order: torch.Tensor | None, device: torch.device | str
+) -> torch.Tensor:
     """The weight that is stored as these tensors, in float32."""
-    first, *others = [(dequantize(some) if is_packed(some) else some["weight"]).float() for some in held]
+    first, *others = [(dequantize(some) if is_packed(some) else some["weight"]).float().to(device) for some in held]
+    order = None if order is None else order.to(device)
     return stored_product(first, others[0], order) if others else first
 
 
@@ -178,26 +201,30 @@ def build_emulator(
     there, without_gram = set(sizes(job.out_dir)), set(job.without_gram)
     grams = functools.cache(functools.partial(GramStore, calibration_dir))
     shared_job = ray.put(job)  # once, not with every task
-    factorize, copy = resources.task(_group_task), Resources().task(copy_rest)
+    factorize, copy = resources.task(_groups_task), Resources().task(copy_rest)
     submits: list[tuple[str, Callable[[], Any]]] = []
+    todo = []
     for group, file in zip(work, files, strict=False):
-        if file in there and spectra_file(file) in there:
-            continue
-        name = " and ".join(spec.name for spec in group)
-        gram = None if group[0].name in without_gram else grams().stored(group[0].name)
+        if not (file in there and spectra_file(file) in there):
+            gram = None if group[0].name in without_gram else grams().stored(group[0].name)
+            todo.append((group, gram, file))
+    for bundle in bundles(todo, lambda piece: group_cost(piece[0]), resources):
+        name = " and ".join(spec.name for spec in bundle[0][0]) + ("" if len(bundle) == 1 else ", …")
         task = factorize.options(name=f"factorize: {name}")
-        submits.append((name, functools.partial(task.remote, shared_job, group, gram, file, resources.threads)))
+        submits.append((name, functools.partial(task.remote, shared_job, bundle, resources.device, resources.threads)))
     for kept, file in zip(rest, files[len(work) :], strict=True):
         if file not in there:
             task = copy.options(name=f"factorize: {file.name}")
             submits.append((f"shard {file.name}", functools.partial(task.remote, kept, file)))
-    before = total - len(submits)
-    bounded(
-        submits,
-        resources.num_workers,
-        Losses("factorize", tell),
-        lambda done, of: progress(before + done, before + of),
-    )
+
+    def told(done: int, of: int) -> None:
+        # A worker with a GPU takes many groups one after another: their files tell how far it is.
+        if done < of and resources.gpus_per_worker:
+            progress(min(len(set(sizes(job.out_dir)) & set(files)), total - 1), total)
+        else:
+            progress(total - of + done, total)
+
+    bounded(submits, resources.num_workers, Losses("factorize", tell), told)
     kept_wide = job.kept_wide if job.in_4bit else None
     total_size = finish_emulator(files, base_config, job.model_dir, job.ranks, job.storage, kept_wide)
     reports = _read_all_reports(files[: len(work)])
@@ -216,11 +243,23 @@ def _rewritten(job: FactorizationJob) -> list[tuple[LinearSpec, ...]]:
     return [group for group in found if group]
 
 
-def _group_task(
-    job: FactorizationJob, specs: Sequence[LinearSpec], gram: StoredGram | None, path: Path, threads: int
-) -> None:
+def _groups_task(job: FactorizationJob, groups: Sequence[GroupPiece], device: str, threads: int) -> None:
     set_threads(threads)
-    factorize_group(job, specs, gram, path)
+    factorize_groups(job, groups, device)
+
+
+def factorize_groups(job: FactorizationJob, groups: Sequence[GroupPiece], device: torch.device | str = "cpu") -> None:
+    """:func:`factorize_group` of each whose files are not there yet; while one is computed, the next one's tensors are read."""
+    todo = [piece for piece in groups if not (sizes(piece[2]) and sizes(spectra_file(piece[2])))]
+    if len(groups) == 1:
+        factorize_group(job, *groups[0], device)
+        return
+    with ThreadPoolExecutor(1) as reader:
+        pending = [reader.submit(read_group, job, *piece[:2]) for piece in todo[:1]]
+        for number, piece in enumerate(todo):
+            tensors_read = pending.pop().result()
+            pending = [reader.submit(read_group, job, *other[:2]) for other in todo[number + 1 : number + 2]]
+            factorize_group(job, *piece, device, tensors_read)
 
 
 def finish_emulator(

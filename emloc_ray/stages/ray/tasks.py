@@ -69,6 +69,11 @@ class Resources:
         """Torch threads of one worker; more than its CPUs would fight with the other workers."""
         return max(1, int(self.cpus_per_worker))
 
+    @property
+    def device(self) -> str:
+        """Where a worker computes: on a GPU only where Ray was asked for one."""
+        return "cuda" if self.gpus_per_worker else "cpu"
+
 
 def set_threads(count: int) -> None:
     """Fixes torch's threads in this worker, which also fixes the order of its sums."""

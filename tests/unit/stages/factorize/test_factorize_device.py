@@ -1,0 +1,89 @@
+"""Factorizing and allocating where a GPU is: what the CPU gives, several groups in one worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from pretend_device import pretend_device
+from safetensors.torch import load_file
+from stage_artifacts import Artifacts, gpt2_group
+from test_allocate import allocation_job, gradients_dir, stored
+from test_factorize import gram_of, job_of
+
+from emloc_ray.io.formats.grams import GramStore
+from emloc_ray.stages.factorize.allocate import group_spectra
+from emloc_ray.stages.factorize.factorize import factorize_group, factorize_groups
+from emloc_ray.stages.factorize.job import FactorizationJob, bundles
+from emloc_ray.stages.factorize.layer_reports import read_reports
+from emloc_ray.stages.ray.tasks import Resources
+
+__all__ = ["gradients_dir"]
+JOBS: dict[str, Callable[[FactorizationJob], FactorizationJob]] = {
+    "plain": lambda job: job,
+    "weights": lambda job: replace(job, by_weights=True),
+    "pivoted": lambda job: replace(job, storage="pivoted"),
+}
+
+
+def products(file: Path) -> list[torch.Tensor]:
+    tensors = load_file(file)
+    ups = [name for name in tensors if name.endswith(".up.weight")]
+    return [tensors[name] @ tensors[name.replace(".up.", ".down.")] for name in sorted(ups)]
+
+
+@pytest.mark.parametrize("kind", JOBS)
+def test_a_group_s_factors_are_the_cpu_s(kind: str, tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
+    job, group, gram = gpt2_group(tiny_model_dir("gpt2"), tmp_path)
+    job = JOBS[kind](job)
+    for name, device in (("here", "cpu"), ("there", pretend_device())):
+        factorize_group(job, group, gram, tmp_path / name / "factors.safetensors", device)
+    here, there = (tmp_path / name / "factors.safetensors" for name in ("here", "there"))
+    for expected, found in zip(products(here), products(there), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    for one, other in zip(read_reports(here), read_reports(there), strict=True):
+        assert other.relative_error == pytest.approx(one.relative_error, rel=1e-3)
+
+
+def test_factors_of_predictions_and_spectra_are_the_cpu_s(
+    artifacts: Artifacts, gradients_dir: Path, tmp_path: Path
+) -> None:
+    group = next(group for group in artifacts.groups if len(group) == 2)
+    job = replace(job_of(artifacts), gradients_dir=gradients_dir)
+    for name, device in (("here", "cpu"), ("there", pretend_device())):
+        factorize_group(job, group, gram_of(artifacts, group), tmp_path / name, device)
+    for expected, found in zip(products(tmp_path / "here"), products(tmp_path / "there"), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    gram = GramStore(artifacts.calibration_dir).stored(group[0].name)
+    sums = stored(gradients_dir, [spec.name for spec in group])
+    spectra = [
+        group_spectra(allocation_job(artifacts, gradients_dir), group, gram, sums, device)
+        for device in ("cpu", pretend_device())
+    ]
+    for name, expected in spectra[0].items():
+        torch.testing.assert_close(spectra[1][name], expected, rtol=1e-3, atol=1e-5 * float(expected[0]))
+
+
+def test_groups_one_after_another_are_each_as_alone_and_those_there_are_kept(
+    artifacts: Artifacts, tmp_path: Path
+) -> None:
+    job = job_of(artifacts)
+    pieces = [(g, gram_of(artifacts, g), tmp_path / f"{k}.safetensors") for k, g in enumerate(artifacts.groups[:3])]
+    factorize_group(job, *pieces[1])
+    kept = pieces[1][2].stat()
+    factorize_groups(job, pieces)
+    assert pieces[1][2].stat().st_mtime_ns == kept.st_mtime_ns
+    for group, gram, file in pieces:
+        factorize_group(job, group, gram, tmp_path / "alone" / file.name)
+        assert file.read_bytes() == (tmp_path / "alone" / file.name).read_bytes()
+
+
+def test_a_worker_with_a_gpu_takes_its_share_in_one_task() -> None:
+    pieces = [5, 4, 3, 3, 2, 1]
+    assert bundles(pieces, float, Resources(num_workers=2)) == [[piece] for piece in pieces]
+    shared = bundles(pieces, float, Resources(num_workers=2, gpus_per_worker=1))
+    assert [sum(bundle) for bundle in shared] == [9, 9]
+    assert len(bundles([1, 1], float, Resources(num_workers=5, gpus_per_worker=1))) == 2
