@@ -129,6 +129,9 @@ class EmulatorConfig(StageConfig):
     storage: Literal["factors", "pivoted"] = Field(
         "factors", description="pivoted: the same product in fewer numbers, so that ranks are higher at a ratio"
     )
+    rank_multiple: Literal["auto"] | typing.Annotated[int, Field(ge=1)] = Field(
+        "auto", description="what ranks are multiples of; auto: 64 in large linears, 8 in small ones, 1 in tiny ones"
+    )
     gradient_dampening_frac: float = Field(1e-2, gt=0, lt=1, description="of the sums of gradients that weigh outputs")
     healing: HealingConfig | None = Field(None, description="distil the original into it before tuning")
 

@@ -108,6 +108,7 @@ class Curve:
         gains: of each rank, ``(min(out, in),)``, not negative; dense gains their sum.
         may_be_dense: whether it may be left as it is.
         storage: how its factors would be stored.
+        multiple: of which its ranks are multiples.
     """
 
     name: str
@@ -116,6 +117,7 @@ class Curve:
     gains: Tensor
     may_be_dense: bool = True
     storage: Storage = "factors"
+    multiple: int = 1
 
     @property
     def dense(self) -> int:
@@ -123,8 +125,17 @@ class Curve:
         return self.out_features * self.in_features
 
     @property
+    def least(self) -> int:
+        """The lowest rank: the multiple, or 1 where that would be no smaller than the weight."""
+        return self.multiple if self.multiple <= self._limit else 1
+
+    @property
     def highest(self) -> int:
         """The highest rank whose factors are smaller than the weight; at least 1."""
+        return max(self.least, self._limit - self._limit % self.multiple)
+
+    @property
+    def _limit(self) -> int:
         if self.storage == "pivoted":
             return max(1, min(self.out_features, self.in_features) - 1)
         return max(1, (self.dense - 1) // (self.out_features + self.in_features))
@@ -148,7 +159,7 @@ class Allocation:
 
 
 def allocate(curves: Sequence[Curve], budget: int, fallback: Mapping[str, int | None]) -> Allocation:
-    """The ranks that gain most at a cost of at most ``budget`` parameters; every linear has at least one.
+    """The ranks that gain most at a cost of at most ``budget`` parameters; every linear has its least rank or more.
 
     Greedy along the hulls, then by the best single step that still fits, until none does: what is left of the budget is less
     than the smallest step of any linear that could take one. The gain is at least that of ``fallback``, an allocation
@@ -158,7 +169,9 @@ def allocate(curves: Sequence[Curve], budget: int, fallback: Mapping[str, int | 
     Raises:
         ValueError: the budget does not hold a rank for each, or not the fallback.
     """
-    least = {curve.name: 1 for curve in curves}
+    least = {curve.name: curve.least for curve in curves}
+    if sum(curve.cost(curve.least) for curve in curves) > budget:  # ranks below their multiples
+        least = {name: min(rank or least[name], least[name]) for name, rank in fallback.items()}
     found = _filled(curves, _greedy(curves, least, budget), budget)
     other = _filled(curves, dict(fallback), budget)
     return max(found, other, key=lambda allocation: allocation.gain)
@@ -168,7 +181,7 @@ def _greedy(curves: Sequence[Curve], least: Mapping[str, int], budget: int) -> d
     """Pieces of the hulls in the order of their slopes; one that does not fit is left out."""
     ranks: dict[str, int | None] = dict(least)
     left = budget - sum(curve.cost(ranks[curve.name]) for curve in curves)
-    pieces = [(curve, *piece) for curve in curves for piece in _hull(curve)]
+    pieces = [(curve, *piece) for curve in curves for piece in _hull(curve, least[curve.name])]
     slopes = torch.tensor([slope for *_, slope in pieces], dtype=torch.float64)
     for index in torch.sort(slopes, descending=True, stable=True).indices.tolist():
         curve, before, rank, _ = pieces[index]
@@ -178,14 +191,15 @@ def _greedy(curves: Sequence[Curve], least: Mapping[str, int], budget: int) -> d
     return ranks
 
 
-def _hull(curve: Curve) -> Iterator[tuple[int, int | None, float]]:
-    """The pieces of the upper concave hull after the first rank, by the ranks that each begins and ends in, and its slope.
+def _hull(curve: Curve, least: int) -> Iterator[tuple[int, int | None, float]]:
+    """The pieces of the upper concave hull after the ``least`` rank, by the ranks that each begins and ends in, and its slope.
 
     (The monotone chain of Andrew 1979.)
     """
     sums = [0.0, *curve.gains.cumsum(0).tolist()]
     corners: list[tuple[int, int, float]] = []  # rank, cost, gain
-    ends = [(rank, curve.cost(rank), sums[rank]) for rank in range(1, curve.highest + 1)]
+    above = range(least - least % curve.multiple + curve.multiple, curve.highest + 1, curve.multiple)
+    ends = [(rank, curve.cost(rank), sums[rank]) for rank in (least, *above)]
     whole = len(sums)  # stands for dense
     if curve.may_be_dense and curve.dense > ends[-1][1]:
         ends.append((whole, curve.dense, sums[-1]))
@@ -223,9 +237,10 @@ def _steps(curve: Curve, rank: int | None) -> Iterator[tuple[int | None, int, fl
     """What may come after a rank: the next one, and dense; each with its cost and its gain a parameter."""
     if rank is None:
         return
-    if rank < curve.highest:
-        step = curve.cost(rank + 1) - curve.cost(rank)
-        yield rank + 1, step, float(curve.gains[rank]) / step
+    higher = rank - rank % curve.multiple + curve.multiple
+    if higher <= curve.highest:
+        step = curve.cost(higher) - curve.cost(rank)
+        yield higher, step, float(curve.gains[rank:higher].sum()) / step
     cost = curve.dense - curve.cost(rank)
     if curve.may_be_dense and cost > 0:
         yield None, cost, float(curve.gains[rank:].sum()) / cost

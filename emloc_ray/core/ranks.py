@@ -9,10 +9,24 @@ from typing import Literal
 Storage = Literal["factors", "pivoted"]
 
 
+# By a layer's smaller side, from which on its ranks are multiples of what: a GPU's matrix products run in tiles of 64, and
+# below a multiple of 8 without its tensor cores. Rounding down costs up to 6 % of the rank at ratio 0.5, and 3 % with 8.
+_MULTIPLES = ((4096, 64), (1024, 8))
+
+
+def rank_multiple(out_features: int, in_features: int, asked: int | Literal["auto"] = "auto") -> int:
+    """What a layer's ranks are multiples of: as asked, or 64 for a large layer, 8 for a small one, 1 for a tiny one."""
+    if asked != "auto":
+        return asked
+    return next((multiple for side, multiple in _MULTIPLES if min(out_features, in_features) >= side), 1)
+
+
 def rank_for_ratio(
-    out_features: int, in_features: int, compression_ratio: float, storage: Storage = "factors"
+    out_features: int, in_features: int, compression_ratio: float, storage: Storage = "factors", multiple: int = 1
 ) -> int | None:
     """The highest rank whose factors keep at most that share of the layer, at least 1; ``None`` for one that stays dense.
+
+    It is a multiple of ``multiple``, or of 8 or 1 where it is below that.
 
     ``compression_ratio`` is the fraction of the layer's parameters that is kept: ``r = max(1, ⌊ratio · out · in / (out +
     in)⌋)`` for ``up (out, r)`` and ``down (r, in)``, and pivoted the largest r with ``r (out + in − r) ≤ ratio · out · in``.
@@ -26,6 +40,7 @@ def rank_for_ratio(
     else:
         half = (out_features + in_features) / 2
         rank = int(half - math.sqrt(half * half - compression_ratio * dense))
+    rank -= rank % next((step for step in (multiple, 8) if multiple % step == 0 and step <= rank), 1)
     rank = max(1, rank)
     return None if factor_parameters(out_features, in_features, rank, storage) >= dense else rank
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
-from emloc_ray.core.ranks import Storage, rank_for_ratio
+from emloc_ray.core.ranks import Storage, rank_for_ratio, rank_multiple
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.adapter_methods import default_targets, feedforward_names
 from emloc_ray.modeling.architecture import (
@@ -347,10 +347,12 @@ def ranks_at(config: RunConfig, specs: Sequence[LinearSpec], compressed: Sequenc
         return {}
     by_name = {spec.name: spec for spec in specs}
     ratios = {name: lookup(name, emulator.ratios, emulator.compression_ratio) for name in compressed}
-    ranks = {
-        name: rank_for_ratio(by_name[name].out_features, by_name[name].in_features, ratio, emulator.storage)
-        for name, ratio in ratios.items()
-    }
+
+    def rank_of(spec: LinearSpec, ratio: float) -> int | None:
+        shape = spec.out_features, spec.in_features
+        return rank_for_ratio(*shape, ratio, emulator.storage, rank_multiple(*shape, emulator.rank_multiple))
+
+    ranks = {name: rank_of(by_name[name], ratio) for name, ratio in ratios.items()}
     return {name: rank for name, rank in ranks.items() if rank is not None}
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from emloc_ray.core.allocation import Allocation, Curve, allocate, plain_gains, spectrum
 from emloc_ray.core.precision import exact_float32
-from emloc_ray.core.ranks import Storage, factor_parameters
+from emloc_ray.core.ranks import Storage, factor_parameters, rank_multiple
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.io.formats.checkpoint import Checkpoint, read_shard
 from emloc_ray.io.formats.grams import GramStore, StoredGram
@@ -40,7 +40,8 @@ class AllocationJob:
     ``groups`` are the linears whose ranks are to be found, those that share a Gram together, and ``ranks`` what each has
     uniformly: the budget. Gains are of predictions, ``½ λ_i / N`` with the ``λ_i`` of the metric of both sums, or what
     ``plain_factors`` save there. ``gradients_dir`` holds the sums of gradients. ``never_dense`` are those that an emulator
-    could not store dense as it is to be stored. ``storage`` is that of factors, which says what a rank costs.
+    could not store dense as it is to be stored. ``storage`` is that of factors, which says what a rank costs, and ranks are
+    multiples of ``rank_multiple``.
     """
 
     model_dir: Path
@@ -53,6 +54,7 @@ class AllocationJob:
     gradient_dampening_frac: float = 1e-2
     never_dense: tuple[str, ...] = ()
     storage: Storage = "factors"
+    rank_multiple: int | Literal["auto"] = "auto"
 
 
 def read_ranks(directory: Path) -> dict[str, int | None]:
@@ -147,7 +149,9 @@ def allocate_ranks(
 
 
 def _curve(job: AllocationJob, spec: LinearSpec, gains: Tensor) -> Curve:
-    return Curve(spec.name, spec.out_features, spec.in_features, gains, spec.name not in job.never_dense, job.storage)
+    shape = spec.out_features, spec.in_features
+    multiple = rank_multiple(*shape, job.rank_multiple)
+    return Curve(spec.name, *shape, gains, spec.name not in job.never_dense, job.storage, multiple)
 
 
 def _kept(job: AllocationJob, spec: LinearSpec, rank: int | None) -> int:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from emloc_ray.config.schema import RunConfig
+from emloc_ray.core.ranks import rank_multiple
 from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.io.runs.resume import discard_unless
 from emloc_ray.modeling.stored_names import renamed_tensors
@@ -43,6 +44,7 @@ def allocation_job(context: Context) -> AllocationJob:
         gradient_dampening_frac=emulator.gradient_dampening_frac,
         never_dense=tuple(name for name in layout.allocated if not layout.may_be_dense(name)),
         storage=layout.storage,
+        rank_multiple=emulator.rank_multiple,
     )
 
 
@@ -89,8 +91,11 @@ def _allocation(context: Context) -> Inputs:
     layout = context.layout
     if not layout.allocated:
         return {}
+    asked = context.prepared.config.emulator.rank_multiple
+    multiples = {rank_multiple(s.out_features, s.in_features, asked) for s in layout.specs}
     return {
         **_storage(layout),
+        **({"rank_multiple": asked} if multiples != {1} else {}),
         "allocation": layout.allocation,
         "budget": {name: layout.ranks[name] for name in layout.allocated},
         "dampening_frac": context.prepared.config.emulator.dampening_frac,

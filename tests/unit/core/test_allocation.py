@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -128,6 +129,23 @@ def test_a_linear_that_matters_is_left_dense_and_one_that_does_not_pays() -> Non
     assert result.ranks == {"flat": None, "steep": 2}
     never = [curve("flat", (32, 32), flat, may_be_dense=False), found[1]]
     assert allocate(never, 18 * 64, {"flat": 9, "steep": 9}).ranks == {"flat": 15, "steep": 3}
+
+
+@given(curves(), st.sampled_from([2, 3, 4]), st.floats(0.2, 0.95))
+def test_ranks_lie_on_the_grid(found: list[Curve], multiple: int, ratio: float) -> None:
+    found = [replace(c, multiple=multiple) for c in found]
+    ranks = {c.name: rank_for_ratio(c.out_features, c.in_features, ratio, c.storage, multiple) for c in found}
+    fallback = {c.name: min(ranks[c.name] or c.highest, c.highest) for c in found}
+    budget = sum(c.cost(fallback[c.name]) for c in found)
+    result = allocate(found, budget, fallback)
+    assert result.used <= budget
+    assert result.gain >= sum(c.gain(fallback[c.name]) for c in found) * (1 - 1e-12)
+    for c in found:
+        rank = result.ranks[c.name]
+        assert rank is None or rank <= c.highest
+        assert rank is None or rank % multiple == 0 or rank == min(c.least, fallback[c.name])
+        if rank is not None and c.highest >= (higher := rank - rank % multiple + multiple):
+            assert c.cost(higher) - c.cost(rank) > budget - result.used
 
 
 def test_pieces_too_large_to_fit_do_not_leave_it_below_the_fallback() -> None:

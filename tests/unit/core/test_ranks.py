@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emloc_ray.core.ranks import factor_parameters, rank_for_ratio
+from emloc_ray.core.ranks import factor_parameters, rank_for_ratio, rank_multiple
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,24 @@ from emloc_ray.core.ranks import factor_parameters, rank_for_ratio
 )
 def test_known_ranks(out_features: int, in_features: int, ratio: float, rank: int | None) -> None:
     assert rank_for_ratio(out_features, in_features, ratio) == rank
+
+
+@pytest.mark.parametrize(
+    ("out_features", "in_features", "ratio", "multiple", "rank"),
+    [
+        (4096, 14336, 0.5, 64, 1536),
+        (1024, 4096, 0.5, 8, 408),
+        (576, 1536, 0.5, 1, 209),
+        (4096, 4096, 0.02, 64, 40),  # 40.96: below 64, of 8
+        (4096, 4096, 0.003, 64, 6),
+    ],
+)
+def test_ranks_are_multiples_of_what_products_like(
+    out_features: int, in_features: int, ratio: float, multiple: int, rank: int
+) -> None:
+    assert rank_multiple(out_features, in_features) == multiple
+    assert rank_multiple(out_features, in_features, 7) == 7
+    assert rank_for_ratio(out_features, in_features, ratio, multiple=multiple) == rank
 
 
 @settings(deadline=None, max_examples=300)
