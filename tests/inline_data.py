@@ -32,6 +32,6 @@ class Inline:
 def tokenized_here() -> Iterator[None]:
     """Rows are tokenized in this process meanwhile."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizing, "_mapped", Inline)
+        patch.setattr(tokenizing, "mapped", Inline)
         patch.setenv("TOKENIZERS_PARALLELISM", "false")
         yield

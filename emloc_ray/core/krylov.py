@@ -19,7 +19,7 @@ _BLOCK_SHARE = 0.125
 _MIN_BLOCK = 32
 # The first look at the Ritz values, in ranks: 1/i² needs 1.5, real layers of 576 features 2.2, a normal matrix 3.5. In a
 # small matrix a look costs as much as several blocks, so that it comes later.
-_FIRST_LOOK, _FIRST_LOOK_IF_SMALL = 1.75, 2.2
+_FIRST_LOOK, FIRST_LOOK_IF_SMALL = 1.75, 2.2
 _SMALL = 1024
 # In so many ranks the loss is expected to fall by a factor of ten, until two looks have told.
 _DECADE = 0.25
@@ -95,7 +95,7 @@ def leading_vectors(matrix: Tensor, rank: int, seed: int = 0, *, squared: bool =
     space = KrylovSpace(matrix, rank, seed, squared)
     # Beside the basis there has to be room for the block that follows.
     limit = min(int(_MAX_SHARE * min(matrix.shape)), len(matrix) - 2 * space.block + 1)
-    first = _FIRST_LOOK_IF_SMALL if min(matrix.shape) <= _SMALL else _FIRST_LOOK
+    first = FIRST_LOOK_IF_SMALL if min(matrix.shape) <= _SMALL else _FIRST_LOOK
     least = rank + space.block
     look, before = max(least, min(int(first * rank), limit)), (0, math.inf)
     while look <= limit:

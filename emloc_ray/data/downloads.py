@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 
 MAX_BYTES = 2**27
 _TIMEOUT_S = 20.0  # of a server's silence
-_LONGEST_S = 60.0  # of one try of a URL, with its redirects
-_WAITS_S = (1.0, 4.0)  # before another try
+LONGEST_S = 60.0  # of one try of a URL, with its redirects
+WAITS_S = (1.0, 4.0)  # before another try
 _MAX_REDIRECTS = 5
 _CHUNK_BYTES = 2**16
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)
@@ -46,7 +46,7 @@ def download(url: str, hosts: Collection[str] = ()) -> bytes:
         ValueError: where the server says no, or the file is too long.
         OSError, HTTPException: where the server is in trouble.
     """
-    for wait in (*_WAITS_S, None):
+    for wait in (*WAITS_S, None):
         try:
             status, content = _follow(urllib.parse.quote(url, safe=_OF_URLS), hosts)
             if status == 200:
@@ -91,7 +91,7 @@ def is_public(address: str) -> bool:
 
 def _follow(url: str, hosts: Collection[str]) -> tuple[int, bytes]:
     """The status and content at the end of a URL's redirects."""
-    ends = time.monotonic() + _LONGEST_S
+    ends = time.monotonic() + LONGEST_S
     for _ in range(_MAX_REDIRECTS + 1):
         status, content, target = _ask(url, hosts, ends)
         if target is None:
@@ -193,7 +193,7 @@ class _Deadline:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
         self._timer.cancel()
         if time.monotonic() > self._ends and not isinstance(error, NotAllowed):
-            raise TimeoutError(f"it took more than {_LONGEST_S:g} s") from error
+            raise TimeoutError(f"it took more than {LONGEST_S:g} s") from error
 
 
 def _whole(answer: http.client.HTTPResponse) -> bytes:

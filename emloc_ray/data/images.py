@@ -29,7 +29,7 @@ COLUMNS = ("images", "image")
 SOURCES = ("image", "url", "path", "base64", "bytes")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 """What Pillow may open of rows' images, by its names: each decoder is one more that a row can attack."""
-_MAX_PIXELS = 2**27  # of one image: 400 MB as RGB
+MAX_PIXELS = 2**27  # of one image: 400 MB as RGB
 _REMOTE_BYTES = 100_000
 
 
@@ -164,8 +164,8 @@ def decode(content: bytes | memoryview) -> Any:
     except UnidentifiedImageError as error:
         raise ValueError("it is no JPEG, PNG, WebP or GIF") from error
     with image:
-        if math.prod(image.size) > _MAX_PIXELS:  # before any is decoded
-            raise ValueError(f"it has {image.width} x {image.height} pixels, more than {_MAX_PIXELS}")
+        if math.prod(image.size) > MAX_PIXELS:  # before any is decoded
+            raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
         return _in_bytes(ImageOps.exif_transpose(image)).convert("RGB")
 
 

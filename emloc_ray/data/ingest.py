@@ -17,7 +17,7 @@ from emloc_ray.data.formats import Tokens
 from emloc_ray.data.hash_order import Rows, shuffled
 from emloc_ray.data.token_shards import TokenShards, from_table, to_table
 
-_STEPS_PER_TASK = 256
+STEPS_PER_TASK = 256
 _TASK_BYTES = 2**26  # of a reading task's rows, which are of 100 KB rather than one where they show images
 _READERS = 2
 _READ_AHEAD_BYTES = 2**27
@@ -51,8 +51,8 @@ class SampleOrder:
 
     def batches(self, begin: int, end: int) -> Iterator[Rows]:
         """The rows of each of this rank's micro-steps ``[begin, end)``: ``(batch_size,)``."""
-        for start in range(begin, end, _STEPS_PER_TASK):
-            yield from self.micro_steps(start, min(end, start + _STEPS_PER_TASK)).reshape(-1, self.batch_size)
+        for start in range(begin, end, STEPS_PER_TASK):
+            yield from self.micro_steps(start, min(end, start + STEPS_PER_TASK)).reshape(-1, self.batch_size)
 
     def seen(self, micro_steps: int) -> Rows:
         """What all ranks together have read after so many micro-steps each: every row once, ascending."""
@@ -104,7 +104,7 @@ class MicroStepSource(Datasource):
 def steps_per_task(tokens_dir: Path, batch_size: int) -> int:
     """How many micro-steps of so many rows are read at once."""
     step_bytes = max(1.0, batch_size * TokenShards(tokens_dir).row_bytes)
-    return int(min(max(1, _TASK_BYTES // step_bytes), _STEPS_PER_TASK))
+    return int(min(max(1, _TASK_BYTES // step_bytes), STEPS_PER_TASK))
 
 
 def stream_batches(tokens_dir: Path, order: SampleOrder, begin: int, end: int) -> Iterator[list[Tokens]]:

@@ -80,7 +80,7 @@ class ImageInputs:
 
         stream = io.BytesIO()
         Image.new("RGB", (_SMALL_SIDE, _SMALL_SIDE)).save(stream, "PNG")
-        ids = _blank(self._processor(), _SMALL_SIDE)["input_ids"][0].tolist()
+        ids = blank_image_tokens(self._processor(), _SMALL_SIDE)["input_ids"][0].tolist()
         return Tokens(ids, [False] * len(ids), (RowImage(stream.getvalue(), len(ids)),))
 
     def _processor(self) -> Any:
@@ -110,7 +110,7 @@ def example(directory: str | Path, trust_remote_code: bool = False) -> dict[str,
     if processor is None:
         return {}
     try:
-        made = _blank(processor, IMAGE_SIDE)
+        made = blank_image_tokens(processor, IMAGE_SIDE)
         told = [made[name].tolist() for name in _TOKEN_TYPES if name in made]
         by_tokens = processor.create_mm_token_type_ids(made["input_ids"].tolist()) if told else []
     except Exception as error:  # a chat template and a processor are programs of the model's own
@@ -126,7 +126,8 @@ def example(directory: str | Path, trust_remote_code: bool = False) -> dict[str,
     return {key: value for key, value in made.items() if isinstance(value, Tensor)}
 
 
-def _blank(processor: Any, side: int) -> Any:
+def blank_image_tokens(processor: Any, side: int) -> Any:
+    """What the processor makes of a text with one black square image of ``side`` pixels."""
     from PIL import Image
 
     text, image = placeholders(processor, 1), Image.new("RGB", (side, side))

@@ -59,11 +59,11 @@ Result = TypeVar("Result")
 
 _ROWS_PER_MARK = 1024
 _ROWS_PER_BATCH = 256
-_BATCH_BYTES = 2**24  # of a Parquet file's rows, which may hold images
+BATCH_BYTES = 2**24  # of a Parquet file's rows, which may hold images
 _BUFFER_BYTES = 2**18
 # What one request asks of a store: more where a file is read through, less where it is entered for some rows.
 _STORED_SCAN_BYTES = 2**23
-_STORED_BUFFER_BYTES = 2**20
+STORED_BUFFER_BYTES = 2**20
 _STORED_HEADER_BYTES = 2**16
 _CONNECTIONS = 8
 # ValueError: also of a registered type whose own metadata is broken.
@@ -231,7 +231,7 @@ def _read_groups(
                     continue
                 begin = start
                 row_bytes = file.metadata.row_group(group).total_byte_size / max(1, stop - start)
-                size = int(min(max(1, _BATCH_BYTES // max(row_bytes, 1)), _ROWS_PER_BATCH))
+                size = int(min(max(1, BATCH_BYTES // max(row_bytes, 1)), _ROWS_PER_BATCH))
                 for batch in file.iter_batches(size, [group], columns, use_threads=False):
                     inside = []
                     while row is not None and row < begin + batch.num_rows:
@@ -306,7 +306,7 @@ def _read_records(source: SourceFile, rows: Iterable[int], keep_bad: bool) -> It
 
 
 def _records(source: SourceFile, offset: int) -> Iterator[Any]:
-    with _open(source.path, _STORED_BUFFER_BYTES) as stream:
+    with _open(source.path, STORED_BUFFER_BYTES) as stream:
         for _, record in csv_records(stream, offset) if source.kind == "csv" else lines(stream, offset):
             yield record
 
@@ -330,7 +330,7 @@ def _parquet(path: str) -> Iterator[pq.ParquetFile]:
     Its schema is checked each time: the file may be another than the one that was counted.
     """
     is_stored = is_store_uri(path)
-    size = _STORED_BUFFER_BYTES if is_stored else _BUFFER_BYTES
+    size = STORED_BUFFER_BYTES if is_stored else _BUFFER_BYTES
     with contextlib.ExitStack() as opened:
         place = opened.enter_context(StoredFile(path)) if is_stored else path
         # Without Parquet's own logical types, such as UUIDs, which come as plain bytes then.

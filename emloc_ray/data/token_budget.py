@@ -17,19 +17,25 @@ _MARGIN = 1.05
 
 
 def rows_within(
-    selection: RowSelection, num_tokens: int, seed: int, lengths: Callable[[RowSelection], NDArray[np.int64]]
+    selection: RowSelection,
+    num_tokens: int,
+    seed: int,
+    lengths: Callable[[RowSelection], NDArray[np.int64]],
+    *,
+    first_rows: int = _FIRST_ROWS,
+    most_rows: int = _MOST_ROWS,
 ) -> int:
     """The smallest k such that the k rows of smallest hash have ``num_tokens`` tokens; all rows where they have fewer.
 
     ``lengths`` gives the tokens of a selection's rows, in the order of their numbers. Rows are counted in rounds: the
     first few, then as many as their mean says are missing and a little more, so that little more than what is taken
-    is tokenized; a round's 131,072 rows at most bound what is held. k is the same however rounds fall.
+    is tokenized; a round's ``most_rows`` bound what is held. k is the same however rounds fall.
     """
     taken, tokens = 0, 0
     while taken < len(selection):
         missing = num_tokens - tokens
         guess = math.ceil(_MARGIN * missing * taken / tokens) if tokens else taken
-        more = min(max(guess, _FIRST_ROWS), _MOST_ROWS)
+        more = min(max(guess, first_rows), most_rows)
         rest = selection.sample(taken + more, seed).split(taken, seed)[1]
         order = np.argsort(row_hash(np.concatenate(list(rest.chunks())), seed))
         totals = tokens + np.cumsum(lengths(rest)[order])

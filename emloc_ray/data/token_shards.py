@@ -40,17 +40,21 @@ def shard_name(number: int) -> str:
 
 
 def write_shard(
-    path: Path, rows: Iterable[Tokens], counts: Mapping[str, int] | None = None, with_images: bool = False
+    path: Path,
+    rows: Iterable[Tokens],
+    counts: Mapping[str, int] | None = None,
+    with_images: bool = False,
+    batch_bytes: int = _BATCH_BYTES,
 ) -> int:
     """Writes rows as one Arrow IPC file, atomically, beside what was counted on the way; returns how many there are.
 
     ``counts`` is read once the rows are, so that whoever yields them may count as they go. Only some hundred rows are held
-    at once, or one and what 32 MiB of images add. ``with_images``: whether any of them may show some.
+    at once, or one and what ``batch_bytes`` of images add. ``with_images``: whether any of them may show some.
     """
     empty = to_table([], with_images)
     written = 0
     with atomic_file(path) as file, pa.ipc.new_file(file, empty.schema) as writer:
-        for some in _groups(rows):
+        for some in _groups(rows, batch_bytes):
             writer.write_table(to_table(some, with_images))
             written += len(some)
         [last] = empty.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], empty.schema)]
@@ -58,13 +62,13 @@ def write_shard(
     return written
 
 
-def _groups(rows: Iterable[Tokens]) -> Iterator[list[Tokens]]:
+def _groups(rows: Iterable[Tokens], batch_bytes: int) -> Iterator[list[Tokens]]:
     some: list[Tokens] = []
     size = 0
     for row in rows:
         some.append(row)
         size += sum(len(image.content) for image in row.images)
-        if len(some) == _ROWS_PER_BATCH or size >= _BATCH_BYTES:
+        if len(some) == _ROWS_PER_BATCH or size >= batch_bytes:
             yield some
             some, size = [], 0
     if some:

@@ -34,7 +34,7 @@ _COUNTS = (
     "images",
     "image_bytes",
 )
-_ROWS_PER_BATCH = 256
+ROWS_PER_BATCH = 256
 _IMAGE_ROWS_PER_BATCH = 32
 _READS_PER_GROUP = 16
 
@@ -67,7 +67,7 @@ class TokenizeOptions:
         """
         tokenizer = _tokenizer(self.tokenizer, self.trust_remote_code)
         stream = iter(rows)
-        size = _IMAGE_ROWS_PER_BATCH if self.may_show_images else _ROWS_PER_BATCH
+        size = _IMAGE_ROWS_PER_BATCH if self.may_show_images else ROWS_PER_BATCH
         while some := list(itertools.islice(stream, size)):
             loaded = each(self._loaded, some, self.may_show_images and any(_asks_a_server(row, at) for at, row in some))
             parts = [self._segments(at, row, images) for (at, row), images in zip(some, loaded, strict=True)]
@@ -231,7 +231,7 @@ def tokenize_splits(
     ]
     total = sum(len(unit["bounds"]) - 1 for unit in work)
     results = []
-    for result in _mapped(work, ShardTokenizer(options, splits, out_dir), num_workers).iter_rows():
+    for result in mapped(work, ShardTokenizer(options, splits, out_dir), num_workers).iter_rows():
         results.append(result)
         progress(len(results), total)
     return {split: _write_split_index(split, results, options, out_dir / split) for split in splits}
@@ -239,8 +239,8 @@ def tokenize_splits(
 
 def row_lengths(selection: RowSelection, options: TokenizeOptions, num_workers: int) -> NDArray[np.int64]:
     """The number of tokens of every row of the selection, in its order; 0 where none would be kept of it."""
-    work = list(shard_units("", selection, _ROWS_PER_BATCH))
-    dataset = _mapped(work, RowLengths(options, selection), num_workers)
+    work = list(shard_units("", selection, ROWS_PER_BATCH))
+    dataset = mapped(work, RowLengths(options, selection), num_workers)
     blocks = list(dataset.iter_batches(batch_size=None, batch_format="numpy"))
     firsts, lengths = (np.concatenate([block[key] for block in blocks]) for key in ("first", "length"))
     found: NDArray[np.int64] = lengths[np.argsort(firsts, kind="stable")]
@@ -263,7 +263,8 @@ def shard_units(split: str, selection: RowSelection, rows_per_shard: int) -> Ite
             first = shard
 
 
-def _mapped(work: Sequence[Unit], function: Callable[[dict[str, Any]], dict[str, Any]], num_workers: int) -> Any:
+def mapped(work: Sequence[Unit], function: Callable[[dict[str, Any]], dict[str, Any]], num_workers: int) -> Any:
+    """The Ray data set of what ``function`` makes of each unit, in tasks of one unit, ``num_workers`` at a time."""
     import ray.data
 
     # Wrapped in Ray Data's own exception, ours would be lost on its way here.

@@ -21,7 +21,7 @@ from emloc_ray.modeling.inputs import ModelCall, model_call
 
 # A chunk is of hidden size over this tokens: its logits, held about three times in float32 while their gradient is made,
 # then stay below the head's own weights.
-_CHUNK_SHARE = 8
+CHUNK_SHARE = 8
 
 # Summed loss, and how many of the largest logits are the labels, of logits (n, vocabulary) and what is wanted of these n.
 Criterion = Callable[..., tuple[Tensor, Tensor]]
@@ -153,7 +153,7 @@ def _read_at_labels(model: Any, call: ModelCall, read: Callable[[Tensor, Tensor]
 
 def chunk_tokens(hidden_size: int) -> int:
     """How many tokens' logits are made at once."""
-    return max(1, hidden_size // _CHUNK_SHARE)
+    return max(1, hidden_size // CHUNK_SHARE)
 
 
 def _in_chunks(owner: Any, num_tokens: int) -> bool:

@@ -33,8 +33,8 @@ class Trace(Reporter):
     As a context it hears of all work that its thread hears of. It writes at every stage's end, at its own, and now and then.
     """
 
-    def __init__(self, run: RunDirectory, interval_s: float = _INTERVAL_S) -> None:
-        self.run, self.interval_s = run, interval_s
+    def __init__(self, run: RunDirectory, interval_s: float = _INTERVAL_S, most_spans: int = _MOST_SPANS) -> None:
+        self.run, self.interval_s, self.most_spans = run, interval_s, most_spans
         self._spans: list[Span] = []
         self._begun = self._written = time.monotonic()
         self._listening = contextlib.ExitStack()
@@ -63,7 +63,7 @@ class Trace(Reporter):
         self._written = time.monotonic()
         if not self._spans:
             return
-        self._spans = _at_most(self._spans, _MOST_SPANS)
+        self._spans = _at_most(self._spans, self.most_spans)
         content = {"traceEvents": trace_events(self._spans), "displayTimeUnit": "ms"}
         with contextlib.suppress(EmlocError, OSError):  # a store that fails ends the run when the run itself writes
             self.run.check_held()

@@ -18,7 +18,6 @@ from emloc_ray.data.reading import Row, scan
 from emloc_ray.data.splits import RowSelection
 from emloc_ray.data.tokenizing import TokenizeOptions, first_unwritten, tokenize_splits
 from emloc_ray.errors import StageError
-from emloc_ray.stages.ray import losses as failures
 from emloc_ray.stages.ray.losses import Losses
 from emloc_ray.stages.ray.slots import run_slots, start_slot
 from emloc_ray.stages.ray.tasks import Resources, bounded
@@ -30,7 +29,7 @@ SIZES = {"train": 20}
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(failures, "_DELAYS", (0.0,))
+    monkeypatch.setattr(Losses, "delays", (0.0,))
 
 
 def test_a_task_that_kills_its_worker_is_given_up_and_others_are_not() -> None:

@@ -70,6 +70,7 @@ class BatchRun:
         self._failing: set[Callable[[], None]] = set()
         self._ending = False
         self._task_ended = threading.Event()
+        self.write_s = _WRITE_S
         self._written = (-1, 0.0)
 
     def run(self) -> BatchState:
@@ -151,7 +152,7 @@ class BatchRun:
     def _publish(self, at_once: bool = False) -> None:
         self.show(self.board.state())
         version, written_at = self._written
-        if at_once or (self.board.version != version and time.monotonic() - written_at >= _WRITE_S):
+        if at_once or (self.board.version != version and time.monotonic() - written_at >= self.write_s):
             self._attempt(self._write)
 
     def _write(self) -> None:

@@ -26,7 +26,6 @@ LOST = (
 )
 # Seconds before the first, second and later tries. Together they outlast the 15 s for which, by Ray's defaults, a node
 # counts as alive whose raylet is dead: work begun again at once may be sent to such a node each time.
-_DELAYS = (0.0, 4.0, 16.0)
 # Where errors of Ray's tasks, and of Ray Train's, keep what they were raised from.
 _HELD = ("cause", "_base_exc", "controller_failure", "health_check_failure")
 # Control groups of the second and the first version, and the machine; proc(5).
@@ -44,6 +43,8 @@ def unheard(text: str) -> None:
 
 class Losses:
     """How often each piece of a stage's work has lost its worker."""
+
+    delays: tuple[float, ...] = (0.0, 4.0, 16.0)  # seconds before each of its tries
 
     def __init__(self, stage: str, tell: Tell = unheard, bound: int = MAX_RESTARTS) -> None:
         self.stage, self.tell, self.bound = stage, tell, bound
@@ -67,7 +68,7 @@ class Losses:
                 f"{self.stage}: {piece} lost its worker {times} times, the last time because {why}: {what_to_do}."
             ) from error
         self.tell(f"{self.stage}: {piece} lost its worker because {why}; begun again ({times} of {self.bound}).")
-        return _DELAYS[min(times, len(_DELAYS)) - 1]
+        return self.delays[min(times, len(self.delays)) - 1]
 
 
 def is_lost(error: BaseException) -> bool:

@@ -59,7 +59,7 @@ def tokenize_data(
         ImagePlaces.of(config.data.image_hosts, config.data.image_roots),
     )
     losses = Losses("data", tell)
-    splits = begun_again(lambda: _splits(config, found, options), losses, lambda: "counting tokens")
+    splits = begun_again(lambda: rows_of_splits(config, found, options), losses, lambda: "counting tokens")
     # Rows that may show images are of 100 KB rather than a few.
     rows_per_shard = _IMAGE_ROWS_PER_SHARD if options.may_show_images else _ROWS_PER_SHARD
     sizes = dict.fromkeys(splits, rows_per_shard) | {"calibration": config.calibration.rows_per_shard}
@@ -88,7 +88,7 @@ def begun_again(work: Callable[[], Result], losses: Losses, piece: Callable[[], 
             time.sleep(losses.count(piece() if is_lost(error) else "", error))
 
 
-def _splits(
+def rows_of_splits(
     config: RunConfig, found: dict[str, tuple[SourceFile, ...]], options: TokenizeOptions
 ) -> dict[str, RowSelection]:
     """The rows of every split; those of the calibration are counted in tokens where the config asks for that."""

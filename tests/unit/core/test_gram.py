@@ -35,7 +35,7 @@ def assert_same(left: Gram, right: Gram) -> None:
 def test_is_the_sum_of_outer_products_for_any_block_size(seed: int, count: int, features: int, block: int) -> None:
     tokens = tokens_of(seed, count, features)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gram_module, "_BLOCK", block)
+        patch.setattr(gram_module, "BLOCK", block)
         gram = gram_of(tokens)
     expected = torch.einsum("ni,nj->ij", tokens, tokens)
     torch.testing.assert_close(gram.symmetric(), expected, rtol=1e-12, atol=1e-12)

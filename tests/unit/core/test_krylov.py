@@ -121,7 +121,7 @@ def test_the_probe_finds_any_missing_direction_and_no_other(seed: int, missing: 
 
 
 def test_more_equal_values_than_a_block_is_wide_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(krylov, "_FIRST_LOOK_IF_SMALL", 1.5)
+    monkeypatch.setattr(krylov, "FIRST_LOOK_IF_SMALL", 1.5)
     values = torch.where(torch.arange(640) < 80, 1.0, 0.5).double()
     matrix = with_singular_values(values, 640, 640)
     assert leading_vectors(matrix, 80) is None

@@ -50,7 +50,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    monkeypatch.setattr(downloads, "_WAITS_S", ())
+    monkeypatch.setattr(downloads, "WAITS_S", ())
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
     Server.asked.clear()
@@ -185,7 +185,7 @@ def test_the_environment_s_proxy_is_used_and_hosts_are_checked_all_the_same(
 
 
 def test_an_answer_that_drips_has_an_end(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(downloads, "_LONGEST_S", 0.3)
+    monkeypatch.setattr(downloads, "LONGEST_S", 0.3)
     begun = time.monotonic()
     with pytest.raises(TimeoutError, match=r"took more than 0\.3 s"):
         download(f"http://127.0.0.1:{port}/slow.png", HERE.hosts)

@@ -79,7 +79,7 @@ class Server(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr(downloads, "_WAITS_S", (0.01, 0.01))
+    monkeypatch.setattr(downloads, "WAITS_S", (0.01, 0.01))
     Server.asked.clear()
     with HTTPServer(("127.0.0.1", 0), Server) as started:
         threading.Thread(target=started.serve_forever, daemon=True).start()
@@ -148,7 +148,7 @@ def test_a_parquet_file_s_bytes_inside_content_and_beside(tmp_path: Path, monkey
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What colour?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
     ]
-    monkeypatch.setattr(reading, "_BATCH_BYTES", 1)  # a row at a time, where rows are large
+    monkeypatch.setattr(reading, "BATCH_BYTES", 1)  # a row at a time, where rows are large
     again = [r for _, r in read_rows(scan(tmp_path / "inside.parquet"), range(2), FIELDS["messages"])]
     assert again == found
     source = scan(tmp_path / "beside.parquet")
@@ -198,10 +198,10 @@ def test_an_answer_that_ends_early_is_asked_for_again(server: str) -> None:
 
 
 def test_an_image_has_a_size_and_a_time(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(downloads, "_LONGEST_S", -1.0)
+    monkeypatch.setattr(downloads, "LONGEST_S", -1.0)
     with pytest.raises(DataError, match="took more than"):
         load_images(row({"type": "image", "url": f"{server}/a.png"}), "here", HERE)
-    monkeypatch.setattr(downloads, "_LONGEST_S", 9.0)
+    monkeypatch.setattr(downloads, "LONGEST_S", 9.0)
     monkeypatch.setattr(downloads, "MAX_BYTES", 20)
     monkeypatch.setattr(image_places, "MAX_BYTES", 20)
     (tmp_path / "a.png").write_bytes(png())
@@ -222,7 +222,7 @@ def test_a_server_that_says_no_is_asked_once_and_one_in_trouble_again(
 
 
 def test_a_server_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(downloads, "_WAITS_S", ())
+    monkeypatch.setattr(downloads, "WAITS_S", ())
     with pytest.raises(DataError, match=r"127\.0\.0\.1:9/a\.png cannot be read"):
         load_images(row({"type": "image", "url": "http://127.0.0.1:9/a.png"}), "here", HERE)
 
@@ -292,7 +292,7 @@ def test_an_image_of_too_many_pixels_is_told() -> None:
 
 
 def test_pixels_are_counted_before_they_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images_module, "_MAX_PIXELS", 95)
+    monkeypatch.setattr(images_module, "MAX_PIXELS", 95)
     (tmp_path / "a.png").write_bytes(png()[:60])  # no pixel of it is there
     with pytest.raises(DataError, match=r"row 7: image 1 a\.png .*it has 12 x 8 pixels, more than 95"):
         load_images(row({"type": "image", "path": "a.png"}), place(tmp_path))

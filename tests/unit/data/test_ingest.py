@@ -101,7 +101,7 @@ def test_micro_steps_are_read_with_their_tokens(tokens_dir: Path) -> None:
 
 @pytest.mark.usefixtures("ray_session")
 def test_ray_data_streams_the_order_as_it_is(tokens_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ingest, "_STEPS_PER_TASK", 4)  # several read tasks, which may finish in any order
+    monkeypatch.setattr(ingest, "STEPS_PER_TASK", 4)  # several read tasks, which may finish in any order
     order = SampleOrder(num_rows=17, batch_size=3, rank=0, world_size=2, seed=5)
     batches = list(stream_batches(tokens_dir, order, 3, 21))
     expected = order.micro_steps(3, 21).reshape(-1, 3).tolist()

@@ -260,7 +260,7 @@ def test_token_types_of_another_meaning_are_refused(
     assert "token_type_ids" in example(directory)
     monkeypatch.setattr(kind, "create_mm_token_type_ids", zeros)
     monkeypatch.setattr(
-        processors, "_blank", lambda *_: {"input_ids": torch.ones(1, 2), "token_type_ids": torch.ones(1, 2)}
+        processors, "blank_image_tokens", lambda *_: {"input_ids": torch.ones(1, 2), "token_type_ids": torch.ones(1, 2)}
     )
     with pytest.raises(ConfigError, match="token types do not follow from the tokens alone"):
         example(directory)
@@ -270,6 +270,6 @@ def test_a_processor_without_token_types_needs_none(
     vlm_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = vlm_dir("LLaVA")
-    monkeypatch.setattr(processors, "_blank", lambda *_: {"input_ids": torch.ones(1, 2)})
+    monkeypatch.setattr(processors, "blank_image_tokens", lambda *_: {"input_ids": torch.ones(1, 2)})
     monkeypatch.setattr(type(open_processor(str(directory))), "create_mm_token_type_ids", None)
     assert set(example(directory)) == {"input_ids"}

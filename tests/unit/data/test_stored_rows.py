@@ -113,7 +113,7 @@ def test_rows_are_read_without_the_rest_of_the_file(
     else:
         WRITERS[suffix](path, rows)
     source = scan(put(f"part/a{suffix}", path.read_bytes()))
-    monkeypatch.setattr(reading, "_STORED_BUFFER_BYTES", 2**16)
+    monkeypatch.setattr(reading, "STORED_BUFFER_BYTES", 2**16)
     asked, read_range = [], ObjectStore.read_range
 
     def watched(self: ObjectStore, *arguments: Any) -> bytes:
@@ -131,7 +131,7 @@ def test_faults_on_the_way_change_no_row(
     s3_port: int, put: Put, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(object_store, "_FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(reading, "_STORED_BUFFER_BYTES", 2**13)
+    monkeypatch.setattr(reading, "STORED_BUFFER_BYTES", 2**13)
     rows = [{"prompt": f"p{i}", "completion": f"{i} " * 100} for i in range(300)]
     put(f"faults/a{suffix}", WRITERS[suffix](tmp_path / f"a{suffix}", rows).read_bytes())
     with faulty_store(s3_port, share=0.3, pause_s=0.01) as faulty:

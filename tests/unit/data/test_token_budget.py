@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from emloc_ray.data import token_budget
 from emloc_ray.data.hash_order import row_hash
 from emloc_ray.data.reading import SourceFile
 from emloc_ray.data.splits import RowSelection
@@ -42,9 +41,7 @@ def test_whole_rows_reach_it_and_all_but_the_last_do_not(
     first_rows: int, tokens: list[int], wanted: int, seed: int
 ) -> None:
     counter = Counter(tokens)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_budget, "_FIRST_ROWS", first_rows)
-        rows = rows_within(counter.selection, wanted, seed, counter)
+    rows = rows_within(counter.selection, wanted, seed, counter, first_rows=first_rows)
     ordered = counter.in_order(seed)
     if sum(tokens) < wanted:
         assert rows == len(tokens)
@@ -70,8 +67,7 @@ def test_little_more_is_tokenized_than_is_taken() -> None:
     assert len(counter.asked) < 1.1 * rows
 
 
-def test_rounds_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_budget, "_MOST_ROWS", 300)
+def test_rounds_are_bounded() -> None:
     counter = Counter([1] * 2000)
     sizes = []
 
@@ -79,5 +75,5 @@ def test_rounds_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         sizes.append(len(selection))
         return counter(selection)
 
-    assert rows_within(counter.selection, 1500, 0, counted) == 1500
+    assert rows_within(counter.selection, 1500, 0, counted, most_rows=300) == 1500
     assert max(sizes) == 300

@@ -57,18 +57,14 @@ def test_a_rewritten_shard_is_read_anew(tmp_path: Path) -> None:
     assert write(tmp_path, [[new]]).row(0) == new
 
 
-def test_images_are_written_some_at_a_time_and_stay_in_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(token_shards, "_BATCH_BYTES", 10)
-
+def test_images_are_written_some_at_a_time_and_stay_in_the_file(tmp_path: Path) -> None:
     def some() -> Iterator[Tokens]:
         for number in range(9):
             yield Tokens([number, 1], [False, True], (RowImage(bytes([number]) * 4, 1),) if number % 3 else ())
 
     flat = list(some())
     path = tmp_path / shard_name(0)
-    assert write_shard(path, some(), {"rows": 9}, with_images=True) == 9
+    assert write_shard(path, some(), {"rows": 9}, with_images=True, batch_bytes=10) == 9
     # Ten bytes are full with three images: the last batch is the counts' own.
     assert pa.ipc.open_file(pa.memory_map(str(path))).num_record_batches == 3
     assert written_counts(path) == {"rows": 9}

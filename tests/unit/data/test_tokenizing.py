@@ -47,7 +47,7 @@ def shards_of(directory: Path) -> dict[str, bytes]:
 def test_shards_do_not_depend_on_the_file_s_kind_or_its_row_groups(
     tmp_path: Path, options: TokenizeOptions, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizing, "_ROWS_PER_BATCH", 5)
+    monkeypatch.setattr(tokenizing, "ROWS_PER_BATCH", 5)
     rows = task_rows()
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=group)
     write_jsonl(tmp_path / "a.jsonl", rows)

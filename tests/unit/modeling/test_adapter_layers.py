@@ -220,7 +220,7 @@ def test_the_loss_is_transformers_own(
 ) -> None:
     """Virtual tokens stand before the row's: positions count from the end."""
     if chunked:
-        monkeypatch.setattr("emloc_ray.modeling.loss._CHUNK_SHARE", 16)
+        monkeypatch.setattr("emloc_ray.modeling.loss.CHUNK_SHARE", 16)
     model = attached(emulator_dir("llama"), case, "llama")
     train(model)
     model.eval()

@@ -49,7 +49,7 @@ def reference(model: Any, batch: dict[str, torch.Tensor], loss_on: str) -> tuple
 def test_equals_the_full_loss_with_gradients(
     monkeypatch: pytest.MonkeyPatch, family: str, loss_on: str, lengths: tuple[int, ...], share: int
 ) -> None:
-    monkeypatch.setattr(loss, "_CHUNK_SHARE", share)
+    monkeypatch.setattr(loss, "CHUNK_SHARE", share)
     batch = batch_of(*lengths)
     ours, theirs = make_model(family), make_model(family)
     mean, correct, count = reference(theirs, batch, loss_on)
@@ -69,7 +69,7 @@ def test_bfloat16_logits_are_summed_in_float32() -> None:
 
 
 def test_the_head_sees_labels_only_and_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "_CHUNK_SHARE", 1)
+    monkeypatch.setattr(loss, "CHUNK_SHARE", 1)
     model, batch = make_model("llama"), batch_of(13, 5)
     seen: list[int] = []
     handle = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[:-1].numel()))
@@ -113,7 +113,7 @@ def in_mixed_precision(model: Any) -> Any:
 
 @pytest.mark.parametrize("around", [lambda model: model, in_mixed_precision], ids=["bare", "mixed precision"])
 def test_no_more_logits_than_a_chunk_are_made(monkeypatch: pytest.MonkeyPatch, around: Callable[[Any], Any]) -> None:
-    monkeypatch.setattr(loss, "_CHUNK_SHARE", 21)  # three tokens
+    monkeypatch.setattr(loss, "CHUNK_SHARE", 21)  # three tokens
     bare, batch = make_model("llama"), batch_of(13, 5)
     model = around(bare)
     rows: list[int] = []
@@ -135,14 +135,14 @@ def test_logits_that_are_changed_after_the_head_are_left_to_the_model(monkeypatc
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 8}
     heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
     capped = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, final_logit_softcapping=0.1)).eval()
-    monkeypatch.setattr(loss, "_CHUNK_SHARE", 1)
+    monkeypatch.setattr(loss, "CHUNK_SHARE", 1)
     whole = token_loss(capped, batch_of(16, 9), "all")
-    monkeypatch.setattr(loss, "_CHUNK_SHARE", 64)
+    monkeypatch.setattr(loss, "CHUNK_SHARE", 64)
     assert torch.equal(token_loss(capped, batch_of(16, 9), "all").loss_sum, whole.loss_sum)
 
 
 def test_the_random_state_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "_CHUNK_SHARE", 64)
+    monkeypatch.setattr(loss, "CHUNK_SHARE", 64)
     model = make_model("llama", attention_dropout=0.5).train()
     state = torch.get_rng_state()
     with torch.random.fork_rng():
@@ -165,7 +165,7 @@ def test_labels_are_never_first_tokens_nor_padding() -> None:
 def test_ddp_that_looks_for_unused_parameters_finds_them_all_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(loss, "_CHUNK_SHARE", 16)
+    monkeypatch.setattr(loss, "CHUNK_SHARE", 16)
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
@@ -184,7 +184,7 @@ def test_ddp_that_looks_for_unused_parameters_finds_them_all_used(
 def test_weights_that_zero_3_scatters_are_there_for_each_chunk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import deepspeed
 
-    monkeypatch.setattr(loss, "_CHUNK_SHARE", 21)  # three tokens
+    monkeypatch.setattr(loss, "CHUNK_SHARE", 21)  # three tokens
     monkeypatch.setattr(nn.functional, "linear", nn.functional.linear)  # DeepSpeed puts its own there, for good
     monkeypatch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)
     monkeypatch.setenv("LOCAL_RANK", "0")

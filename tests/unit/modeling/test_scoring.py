@@ -61,7 +61,7 @@ def test_score_is_row_by_row_whatever_the_batch(family: str, loss_on: str, batch
 def test_losses_by_row_are_the_rows_own_in_their_order(
     loss_on: str, share: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss_module, "_CHUNK_SHARE", share)  # logits at once, or a token's at a time
+    monkeypatch.setattr(loss_module, "CHUNK_SHARE", share)  # logits at once, or a token's at a time
     model, many = make_model("llama"), rows(13, 5, 1, 8, 21, 2)
     found = losses_by_row(model, many, batch_size=4, loss_on=loss_on, pad_token_id=PAD)
     expected = [by_hand(model, [row], loss_on) for row in many]

@@ -43,7 +43,7 @@ def plain_divergence(student: Any, teacher: Any, batch: dict[str, torch.Tensor],
 def test_equals_torchs_own_with_gradients(
     monkeypatch: pytest.MonkeyPatch, family: str, loss_on: str, share: int
 ) -> None:
-    monkeypatch.setattr(loss, "_CHUNK_SHARE", share)
+    monkeypatch.setattr(loss, "CHUNK_SHARE", share)
     batch = batch_of(13, 5, 8)
     teacher = make_model(family, seed=1)
     rows = teacher_logits(teacher, batch, loss_on, VOCABULARY)
@@ -62,9 +62,9 @@ def test_equals_torchs_own_with_gradients(
 
 def test_top_logits_in_chunks_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = make_model("llama"), batch_of(13, 5, 8)
-    monkeypatch.setattr(loss, "_CHUNK_SHARE", 1)
+    monkeypatch.setattr(loss, "CHUNK_SHARE", 1)
     whole = joined(teacher_logits(model, batch, "all", 4))
-    monkeypatch.setattr(loss, "_CHUNK_SHARE", 21)  # three tokens
+    monkeypatch.setattr(loss, "CHUNK_SHARE", 21)  # three tokens
     parts = joined(teacher_logits(model, batch, "all", 4))
     assert torch.equal(whole.ids, parts.ids)
     torch.testing.assert_close(whole.log_probs, parts.log_probs)

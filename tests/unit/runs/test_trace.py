@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.runs import trace
 from emloc_ray.runs.trace import TRACE, Trace, read_trace
 from emloc_ray.stages.ray.spans import Span, joined, tell_span
 
@@ -79,9 +78,8 @@ def test_it_is_written_at_a_stages_end_and_while_one_goes_on(run: RunDirectory) 
         assert len(read_trace(run)) == 2
 
 
-def test_very_many_pieces_of_work_are_joined(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trace, "_MOST_SPANS", 100)
-    with Trace(run):
+def test_very_many_pieces_of_work_are_joined(run: RunDirectory) -> None:
+    with Trace(run, most_spans=100):
         for number in range(1000):
             tell_span(piece(number))
     spans = read_trace(run)

@@ -218,7 +218,7 @@ def test_a_full_disk_for_a_moment_ends_nothing(tmp_path: Path, monkeypatch: pyte
         write_state(*given)  # type: ignore[arg-type]
 
     monkeypatch.setattr(runner, "write_state", fail_twice)
-    monkeypatch.setattr(runner, "_WRITE_S", 0.0)
+    run.write_s = 0.0
     state = run.run()
     assert statuses(state) == {"a": "done", "b": "done"}
     assert read_state(run.directory) == state

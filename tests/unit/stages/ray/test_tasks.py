@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from ray.exceptions import NodeDiedError, WorkerCrashedError
 
-from emloc_ray.stages.ray import losses as failures
 from emloc_ray.stages.ray import tasks
 from emloc_ray.stages.ray.losses import Losses
 from emloc_ray.stages.ray.tasks import Resources, bounded, shortage
@@ -67,7 +66,7 @@ def test_lost_tasks_start_again_and_results_keep_their_order(monkeypatch: pytest
 
     monkeypatch.setattr(tasks.ray, "wait", lambda references, **options: (references[:1], references[1:]))
     monkeypatch.setattr(tasks.ray, "get", get)
-    monkeypatch.setattr(failures, "_DELAYS", (0.0,))
+    monkeypatch.setattr(Losses, "delays", (0.0,))
     told: list[str] = []
     shown: list[tuple[int, int]] = []
     named = [(name, functools.partial(submit, name)) for name in outcomes]

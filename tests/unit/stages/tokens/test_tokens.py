@@ -134,7 +134,7 @@ def test_large_rows_of_the_run_s_own_are_known_by_their_content(
         return {}
 
     monkeypatch.setattr("emloc_ray.demos.docstrings.generate", generate)
-    monkeypatch.setattr("emloc_ray.stages.tokens.tokens._splits", lambda *_: {})
+    monkeypatch.setattr("emloc_ray.stages.tokens.tokens.rows_of_splits", lambda *_: {})
     monkeypatch.setattr("emloc_ray.stages.tokens.tokens.tokenize_splits", tokenize)
     values = {"run_dir": str(tmp_path / "run"), "model": {"source": str(tiny_model_dir("llama"))}}
     ready = prepare(parse_config({**values, "data": {"generate": "docstrings", "format": "prompt_completion"}}))
