@@ -117,7 +117,7 @@ def build(job: FactorizationJob, grams: GramStore, base_config: Any) -> None:
 
 def train(job: FinetuneJob) -> list[float]:
     """The adapter; returns the loss of each logged step."""
-    train_alone(job, 1)
+    train_alone(job)
     logged = map(json.loads, job.log_path.read_text().splitlines())
     return [line["loss"] for line in logged if "loss" in line]
 

@@ -325,7 +325,7 @@ def _recovered(ablation: Ablation, cell: Cell, run: RunConfig, pruned: Pruned | 
     own = prepare(_runnable(cell, pruned).config.model_copy(update={"run_dir": run.run_dir}))
     job = replace(evaluation_job(Context(own, pruned.model_dir)), model_dir=original_dir(prepared))
     asked = resources_of(EVALUATE, own)
-    submit = functools.partial(asked.task(score_adapters).remote, job, [None, adapter], asked.threads)
+    submit = functools.partial(asked.task(score_adapters).remote, job, [None, adapter])
     [(original, recovered)] = bounded([("the adapter on the original", submit)], 1, Losses("evaluate", tell))
     return {"original": original.metrics()["loss"], "recovered": recovered.metrics()["loss"]}
 

@@ -182,8 +182,9 @@ def merge(job: merge_stage.MergeJob, threads: int) -> None:
 
 def evaluate(job: evaluate_stage.EvaluationJob, family: str, num_parts: int, threads: int) -> None:
     """What one base model serves, on the first slice of the rows."""
+    torch.set_num_threads(threads)
     evaluate_stage.load_model = weighed_model
-    evaluate_stage.evaluate_slice(job, family, 0, num_parts, threads)
+    evaluate_stage.evaluate_slice(job, family, 0, num_parts)
 
 
 STAGES: dict[str, Callable[..., None]] = {

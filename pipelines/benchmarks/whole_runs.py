@@ -123,7 +123,7 @@ def _run_plain(config: RunConfig) -> None:
     for name, shard in output_shards(Checkpoint(context.model_dir).shards, None):
         merge_shard(merging, shard, plain / "merged" / name)
     for family in ("original", "emulator", "merged"):
-        evaluate_slice(evaluation_job(context), family, 0, 1, THREADS)
+        evaluate_slice(evaluation_job(context), family, 0, 1)
     shutil.rmtree(plain)
 
 

@@ -29,7 +29,7 @@ from emloc_ray.modeling.scoring import RowLosses, losses_by_row
 from emloc_ray.stages.correct.modules import CorrectableModule, plug_in, read_modules
 from emloc_ray.stages.correct.search import ENOUGH_ROWS, NUM_FURTHER, Measure, search
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
-from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, set_threads, silent
+from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, silent
 
 # Why adapters of a kind are plugged into the original as trained.
 AS_TRAINED = {
@@ -194,9 +194,8 @@ def _measure(
     return measure
 
 
-def _correct_task(job: CorrectionJob, threads: int) -> dict[str, Any]:
+def _correct_task(job: CorrectionJob) -> dict[str, Any]:
     """In a process that may have corrected before: an actor's is made for it, which takes longer than a small adapter does."""
-    set_threads(threads)
     state = (0, 0)
 
     def note(done: int, total: int) -> None:
@@ -214,7 +213,7 @@ def correct(
     """Runs the correction in one task, in another where its worker is lost; see :func:`correct_adapter`."""
     discard(job.progress_path)
     task = resources.task(_correct_task).options(name="correct: the adapter")
-    submit = functools.partial(task.remote, job, resources.threads)
+    submit = functools.partial(task.remote, job)
 
     def look(_done: int, _total: int) -> None:
         ensure(job.progress_path)

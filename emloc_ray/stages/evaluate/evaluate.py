@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from emloc_ray.modeling.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.scoring import Score, complete, prompt_length, score_rows
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
-from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, set_threads, silent
+from emloc_ray.stages.ray.tasks import Progress, Resources, run_tasks, silent
 
 _FAMILIES = {
     "original": "original",
@@ -79,9 +78,8 @@ class VariantResult:
     completions: tuple[str, ...] = ()
 
 
-def evaluate_slice(job: EvaluationJob, family: str, part: int, num_parts: int, threads: int = 1) -> list[VariantResult]:
+def evaluate_slice(job: EvaluationJob, family: str, part: int, num_parts: int) -> list[VariantResult]:
     """Every variant that one base model serves, on rows ``part, part + num_parts, …`` of the held-out split."""
-    set_threads(threads)
     shards = TokenShards(job.tokens_dir)
     positions = range(part, len(shards), num_parts)
     prompts = [shards.row(position) for position in positions if position < _num_prompts(job)]
@@ -96,9 +94,8 @@ def evaluate_slice(job: EvaluationJob, family: str, part: int, num_parts: int, t
     return results
 
 
-def score_adapters(job: EvaluationJob, adapters: Sequence[Path | None], threads: int = 1) -> list[Score]:
+def score_adapters(job: EvaluationJob, adapters: Sequence[Path | None]) -> list[Score]:
     """The original on the held-out rows with each of some adapters, whatever they were trained on; None: without one."""
-    set_threads(threads)
     shards = TokenShards(job.tokens_dir)
     model, found = load_model(job.model_dir, **job.model_options), []
     for adapter in adapters:
@@ -189,17 +186,10 @@ def evaluate(
     """
     num_parts = min(resources.num_workers, len(TokenShards(job.tokens_dir)))
     work = list(itertools.product(job.families, range(num_parts)))
-    task = resources.task(evaluate_slice)
-
-    def submit(family: str, part: int) -> Any:
-        named = task.options(name=f"evaluate: {family}, part {part + 1} of {num_parts}")
-        return named.remote(job, family, part, num_parts, resources.threads)
-
-    submits = [
-        (f"part {part + 1} of {num_parts} of the {family} model", functools.partial(submit, family, part))
-        for family, part in work
+    pieces = [
+        (f"part {part + 1} of {num_parts} of the {family} model", (family, part, num_parts)) for family, part in work
     ]
-    results = bounded(submits, resources.num_workers, Losses("evaluate", tell), progress)
+    results = run_tasks(evaluate_slice, job, pieces, resources, Losses("evaluate", tell), progress)
     found = list(zip(work, results, strict=True))
     evaluation = {}
     for variant in job.scored:

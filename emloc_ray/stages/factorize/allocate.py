@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import ray
 import torch
 from torch import Tensor
 
@@ -27,7 +25,7 @@ from emloc_ray.io.store.node_cache import ensure, sizes
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.stages.factorize.job import bundles, group_cost
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
-from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, set_threads, silent
+from emloc_ray.stages.ray.tasks import Progress, Resources, run_tasks, silent
 
 RANKS = "ranks.json"
 _CONNECTIONS = 8  # by which small files are read at once
@@ -106,24 +104,20 @@ def allocate_ranks(
     A linear of which the data says nothing, as an expert that nothing was sent to, keeps its uniform rank.
     """
     files = [out_dir / f"spectra-{k + 1:05d}-of-{len(job.groups):05d}.safetensors" for k in range(len(job.groups))]
-    task = resources.task(_spectra_task)
     grams = GramStore(job.calibration_dir)
     sums = GramStore(job.gradients_dir)
     there = set(sizes(out_dir))
     todo = [pair for pair in zip(job.groups, files, strict=True) if pair[1] not in there]
     todo.sort(key=lambda pair: group_cost(pair[0]), reverse=True)
-    # Once, not with every task.
-    shared_job = ray.put(dataclasses.replace(job, groups=(), ranks={})) if todo else None
-    submits = []
+    work = []
     for bundle in bundles(todo, lambda pair: group_cost(pair[0]), resources):
         pieces = [
             (specs, grams.stored(specs[0].name), {spec.name: sums.stored(spec.name) for spec in specs}, file)
             for specs, file in bundle
         ]
-        name = bundle[0][0][0].name
-        named = task.options(name=f"allocate: {name}")
-        submits.append((name, functools.partial(named.remote, shared_job, pieces, resources.device, resources.threads)))
-    bounded(submits, resources.num_workers, Losses("allocate", tell), progress)
+        work.append((bundle[0][0][0].name, (pieces, resources.device)))
+    shared = dataclasses.replace(job, groups=(), ranks={})
+    run_tasks(_spectra_task, shared, work, resources, Losses("allocate", tell), progress)
     gains: dict[str, Tensor] = {}
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         for found_there in pool.map(_read_spectra, files):
@@ -186,9 +180,7 @@ def _spectra_task(
     job: AllocationJob,
     pieces: Sequence[tuple[Sequence[LinearSpec], StoredGram, Mapping[str, StoredGram], Path]],
     device: str,
-    threads: int,
 ) -> None:
-    set_threads(threads)
     for specs, gram, gradients, file in pieces:
         if not sizes(file):
             write_tensors(file, group_spectra(job, specs, gram, gradients, device))

@@ -41,7 +41,7 @@ from emloc_ray.stages.factorize.layer_reports import (
     write_spectra,
 )
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
-from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, set_threads, silent
+from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, silent
 
 _CONNECTIONS = 8
 
@@ -201,7 +201,7 @@ def build_emulator(
     there, without_gram = set(sizes(job.out_dir)), set(job.without_gram)
     grams = functools.cache(functools.partial(GramStore, calibration_dir))
     shared_job = ray.put(job)  # once, not with every task
-    factorize, copy = resources.task(_groups_task), Resources().task(copy_rest)
+    factorize, copy = resources.task(factorize_groups), Resources().task(copy_rest)
     submits: list[tuple[str, Callable[[], Any]]] = []
     todo = []
     for group, file in zip(work, files, strict=False):
@@ -211,7 +211,7 @@ def build_emulator(
     for bundle in bundles(todo, lambda piece: group_cost(piece[0]), resources):
         name = " and ".join(spec.name for spec in bundle[0][0]) + ("" if len(bundle) == 1 else ", …")
         task = factorize.options(name=f"factorize: {name}")
-        submits.append((name, functools.partial(task.remote, shared_job, bundle, resources.device, resources.threads)))
+        submits.append((name, functools.partial(task.remote, shared_job, bundle, resources.device)))
     for kept, file in zip(rest, files[len(work) :], strict=True):
         if file not in there:
             task = copy.options(name=f"factorize: {file.name}")
@@ -241,11 +241,6 @@ def _rewritten(job: FactorizationJob) -> list[tuple[LinearSpec, ...]]:
         for apart in (False, True):
             found.append(tuple(s for s in group if s.name in written and (s.name in without_gram) == apart))
     return [group for group in found if group]
-
-
-def _groups_task(job: FactorizationJob, groups: Sequence[GroupPiece], device: str, threads: int) -> None:
-    set_threads(threads)
-    factorize_groups(job, groups, device)
 
 
 def factorize_groups(job: FactorizationJob, groups: Sequence[GroupPiece], device: torch.device | str = "cpu") -> None:

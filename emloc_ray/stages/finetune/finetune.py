@@ -114,7 +114,7 @@ def run_alone(job: FinetuneJob, resources: Resources, tell: Tell, check: Callabl
 
     def submit() -> Any:
         discard(job.begun_path)  # a try that was lost has left it
-        return task.remote(job, resources.threads)
+        return task.remote(job)
 
     def give_up(done: int, total: int) -> None:
         """Also where it is asked to stop while its task waits for a worker, which may never come."""

@@ -36,7 +36,6 @@ from emloc_ray.modeling.loss import TopLogProbs, call_loss
 from emloc_ray.stages.finetune.session import GroupSession, LoneSession, TrainingSession, own_environment
 from emloc_ray.stages.finetune.zero import join_as_deepspeed_rank, scattered_in, step_was_finite, whole_parameters
 from emloc_ray.stages.ray.spans import timed
-from emloc_ray.stages.ray.tasks import set_threads
 
 _POLL_S = 0.5
 _TEACHER, _CALL = "teacher", "call"  # what a batch holds beside what the model is called with
@@ -250,15 +249,16 @@ class StepKeeper(TrainerCallback):
 
 def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     """What each worker of a Ray Train group runs; returns what the driver wants to know, ``peak_bytes`` of its memory too."""
-    found = timed(train)(settings["job"], settings["threads"], GroupSession())
+    torch.set_num_threads(settings["threads"])
+    found = timed(train)(settings["job"], GroupSession())
     return {**found.result, "peak_bytes": found.peak_bytes}
 
 
-def train_alone(job: FinetuneJob, threads: int) -> dict[str, Any]:
+def train_alone(job: FinetuneJob) -> dict[str, Any]:
     """The same in a Ray task, whose process may have trained before and may train again."""
     with own_environment():
         try:
-            return train(job, threads, LoneSession(job.storage_dir / job.name))
+            return train(job, LoneSession(job.storage_dir / job.name))
         finally:
             gc.collect()
 
@@ -271,9 +271,8 @@ def leaves_traces(job: FinetuneJob) -> bool:
     return bool(arguments.get("full_determinism") or arguments.get("tf32") or trackers - {"none", "tensorboard"})
 
 
-def train(job: FinetuneJob, threads: int, session: TrainingSession) -> dict[str, Any]:
+def train(job: FinetuneJob, session: TrainingSession) -> dict[str, Any]:
     """Trains one rank's part, from the newest checkpoint on, and writes the adapter."""
-    set_threads(threads)
     _settle_reports(job)
     with tempfile.TemporaryDirectory() as output_dir:
         trainer, keeper = _make_trainer(job, output_dir, session)

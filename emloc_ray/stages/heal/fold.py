@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 
 from emloc_ray.core.factorization import LowRankFactors
@@ -24,7 +23,7 @@ from emloc_ray.modeling.adapter_files import Adapter
 from emloc_ray.modeling.quantization import quantize
 from emloc_ray.stages.factorize.factorize import finish_emulator
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
-from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, set_threads, silent
+from emloc_ray.stages.ray.tasks import Progress, Resources, run_tasks, silent
 
 _CHUNK_BYTES = 2**25
 _PARTS = {".up.weight": ".up", ".down.weight": ".down", ".order": ".order", ".weight": ""}
@@ -177,9 +176,8 @@ def make_linear(job: FoldJob, piece: Piece) -> None:
 
 
 @exact_float32()
-def write_piece(job: FoldJob, piece: Piece, threads: int = 1) -> None:
+def write_piece(job: FoldJob, piece: Piece) -> None:
     """Writes a shard, unless it is there, whole, from a try that was killed."""
-    set_threads(threads)
     if exists(piece.file):
         return
     if piece.linear is None:
@@ -197,14 +195,9 @@ def fold(
     original's.
     """
     found = pieces(job)
-    task, shared_job = resources.task(write_piece), ray.put(job)  # once, not with every task
-
-    def submit(piece: Piece) -> Any:
-        return task.options(name=f"heal: {piece.file.name}").remote(shared_job, piece, resources.threads)
-
     largest = sorted(found, key=lambda piece: sum(entry.num_bytes for entry in piece.entries), reverse=True)
-    work = [(f"shard {piece.file.name}", functools.partial(submit, piece)) for piece in largest]
-    bounded(work, resources.num_workers, Losses("heal", tell), progress)
+    work = [(f"shard {piece.file.name}", (piece,)) for piece in largest]
+    run_tasks(write_piece, job, work, resources, Losses("heal", tell), progress)
     kept_wide = job.kept_wide if job.in_4bit else None
     files = [piece.file for piece in found]
     return finish_emulator(files, base_config, job.emulator_dir, job.ranks, job.storage, kept_wide)

@@ -25,7 +25,7 @@ from emloc_ray.io.store.node_cache import exists, remote, sizes
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import teacher_logits
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
-from emloc_ray.stages.ray.tasks import LOOK_S, Progress, Resources, bounded, set_threads, silent
+from emloc_ray.stages.ray.tasks import LOOK_S, Progress, Resources, bounded, silent
 
 _STORE_LOOK_S = 5.0
 
@@ -74,9 +74,8 @@ def teach_shard(job: TeacherJob, model: Any, rows: Sequence[int]) -> list[TopRow
     return [found[row] for row in rows]
 
 
-def teach_part(job: TeacherJob, part: int, num_parts: int, threads: int = 1) -> None:
+def teach_part(job: TeacherJob, part: int, num_parts: int) -> None:
     """Writes the shards ``part, part + num_parts, …`` that are not there yet."""
-    set_threads(threads)
     left = [(number, rows) for number, rows in list(enumerate(job.shards()))[part::num_parts]]
     left = [(number, rows) for number, rows in left if not exists(teacher_shard(job.out_dir, number))]
     model = load_model(job.model_dir, **job.model_options) if left else None
@@ -95,7 +94,7 @@ def teach(job: TeacherJob, resources: Resources, progress: Progress = silent, te
 
     def submit(part: int) -> Callable[[], Any]:
         named = task.options(name=f"heal: teacher, part {part + 1} of {num_parts}")
-        return functools.partial(named.remote, job, part, num_parts, resources.threads)
+        return functools.partial(named.remote, job, part, num_parts)
 
     def look(_done: int, _total: int) -> None:
         progress(sum(file.suffix == ".safetensors" for file in sizes(job.out_dir)), len(shards))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 
 from emloc_ray.core.precision import exact_float32
@@ -23,7 +21,7 @@ from emloc_ray.modeling.adapter_merging import Changes, changed_tensors, merged_
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.loading import copy_tokenizer
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
-from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, set_threads, silent
+from emloc_ray.stages.ray.tasks import Progress, Resources, run_tasks, silent
 
 
 @dataclass(frozen=True)
@@ -94,23 +92,13 @@ def merge(job: MergeJob, resources: Resources, progress: Progress = silent, tell
     """
     shards = Checkpoint(job.model_dir).shards
     job.out_dir.mkdir(parents=True, exist_ok=True)
-    task, threads = resources.task(_merge_task), resources.threads
-    shared_job = ray.put(job)  # once, not with every task
-
-    def submit(name: str, shard: Shard) -> Any:
-        return task.options(name=f"merge: {name}").remote(shared_job, shard, job.out_dir / name, threads)
-
     named = sorted(
         output_shards(shards, job.max_shard_size),
         key=lambda item: sum(entry.num_bytes for entry in item[1].entries),
         reverse=True,
     )
-    changed = bounded(
-        [(f"shard {name}", functools.partial(submit, name, shard)) for name, shard in named],
-        resources.num_workers,
-        Losses("merge", tell),
-        progress,
-    )
+    work = [(f"shard {name}", (shard, job.out_dir / name)) for name, shard in named]
+    changed = run_tasks(_merge_task, job, work, resources, Losses("merge", tell), progress)
     adapter = Adapter(job.adapter_dir)
     known = {spec.name for spec in job.specs}
     expected = sum(map(len, changed_tensors(adapter, job.specs).values()))
@@ -136,8 +124,7 @@ def write_weight_index(job: MergeJob, shards: Sequence[Shard], named: Sequence[t
         copy_file(job.model_dir / INDEX_NAME, job.out_dir / INDEX_NAME)
 
 
-def _merge_task(job: MergeJob, shard: Shard, target: Path, threads: int) -> int:
-    set_threads(threads)
+def _merge_task(job: MergeJob, shard: Shard, target: Path) -> int:
     if exists(target):  # whole, from a try that was killed
         return len(_touched(job, Adapter(job.adapter_dir), shard))
     return merge_shard(job, shard, target)

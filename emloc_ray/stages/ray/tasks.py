@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,22 @@ from emloc_ray.stages.ray.spans import Span, Timed, tell_span, timed
 
 Progress = Callable[[int, int], None]
 LOOK_S = 1.0  # between two looks at tasks in flight
-_timed = functools.cache(timed)  # one for each function, as Ray knows them
 
 
 def silent(done: int, total: int) -> None:
     """The progress callback that shows nothing."""
+
+
+@functools.cache
+def _on_worker(function: Callable[..., Any], threads: int) -> Callable[..., Timed]:
+    """The function as a worker runs it: timed, with so many torch threads, which also fixes the order of its sums."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        torch.set_num_threads(threads)
+        return function(*arguments)
+
+    return timed(run)
 
 
 @functools.cache
@@ -55,14 +66,14 @@ class Resources:
         return {**self.options(), "max_retries": 0}
 
     def task(self, function: Callable[..., Any], alone: bool = False) -> Any:
-        """A function as a Ray task with :meth:`task_options`, whose result a :class:`Flight` takes; ``alone``: in a process
-        that ends with it.
+        """A function as a Ray task with :meth:`task_options` and :attr:`threads`, whose result a :class:`Flight` takes;
+        ``alone``: in a process that ends with it.
 
         It is made with the options rather than given them later: only then does Ray end the process of a task that had a
         GPU, which would hold what torch has taken of it, and stay with that GPU where the next task is given another.
         """
         options: dict[str, Any] = {**self.task_options(), **({"max_calls": 1} if alone else {})}
-        return remote_task(_timed(function), **options)
+        return remote_task(_on_worker(function, self.threads), **options)
 
     @property
     def threads(self) -> int:
@@ -183,6 +194,27 @@ def bounded(
         flight.cancel()
         raise
     return [flight.results[number] for number in sorted(flight.results)]
+
+
+def run_tasks(
+    function: Callable[..., Any],
+    shared: Any,
+    pieces: Sequence[tuple[str, tuple[Any, ...]]],
+    resources: Resources,
+    losses: Losses,
+    progress: Progress = silent,
+) -> list[Any]:
+    """:func:`bounded` of a task ``function(shared, *arguments)`` for each of the ``pieces``, a name and arguments; ``shared``
+    is sent once."""
+    if not pieces:
+        return []
+    task, reference = resources.task(function), ray.put(shared)
+
+    def submit(name: str, arguments: tuple[Any, ...]) -> Any:
+        return task.options(name=f"{losses.stage}: {name}").remote(reference, *arguments)
+
+    named = [(name, functools.partial(submit, name, arguments)) for name, arguments in pieces]
+    return bounded(named, resources.num_workers, losses, progress)
 
 
 def shortage(stage: str, asked: Resources, together: bool) -> str | None:

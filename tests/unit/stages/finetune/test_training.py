@@ -67,11 +67,11 @@ def test_it_goes_on_from_its_checkpoint(case: str, job: FinetuneJob, artifacts: 
         job = replace(job, training_arguments={**job.training_arguments, "gradient_checkpointing": True})
     job = replace(job, adapter=options, storage_dir=tmp_path)
     whole = replace(job, name="whole", out_dir=tmp_path / "whole-adapter")
-    assert train(whole, torch.get_num_threads(), LoneSession(tmp_path / "whole"))["resumed"] is False
+    assert train(whole, LoneSession(tmp_path / "whole"))["resumed"] is False
     broken = replace(job, name="broken", out_dir=tmp_path / "broken-adapter")
     with pytest.raises(Killed):
-        train(broken, torch.get_num_threads(), DyingSession(tmp_path / "broken"))
-    found = train(broken, torch.get_num_threads(), LoneSession(tmp_path / "broken"))
+        train(broken, DyingSession(tmp_path / "broken"))
+    found = train(broken, LoneSession(tmp_path / "broken"))
     assert found["resumed"] is True
     assert found["steps"] == 4
     for name in (CONFIG_NAME, WEIGHTS_NAME):
@@ -87,9 +87,9 @@ def test_a_checkpoint_that_holds_code_is_refused(
         job, storage_dir=tmp_path, adapter=settings(next(iter(CASES)), "llama", [spec.name for spec in artifacts.specs])
     )
     with pytest.raises(Killed):
-        train(job, torch.get_num_threads(), DyingSession(tmp_path / "broken"))
+        train(job, DyingSession(tmp_path / "broken"))
     [file] = (tmp_path / "broken").rglob(name)
     torch.save(Leaves(tmp_path / "mark"), file)
     with pytest.raises(DamagedArtifactError, match=f"{file.parent} holds something else"):
-        train(job, torch.get_num_threads(), LoneSession(tmp_path / "broken"))
+        train(job, LoneSession(tmp_path / "broken"))
     assert not (tmp_path / "mark").exists()

@@ -82,7 +82,7 @@ def taught(job: TeacherJob) -> TeacherJob:
 def fold_alone(job: FoldJob, model_dir: Path) -> None:
     """What :func:`emloc_ray.stages.heal.fold.fold` does, without Ray."""
     for piece in pieces(job):
-        write_piece(job, piece, torch.get_num_threads())
+        write_piece(job, piece)
     kept_wide = job.kept_wide if job.in_4bit else None
     files = [piece.file for piece in pieces(job)]
     finish_emulator(files, AutoConfig.from_pretrained(model_dir), job.emulator_dir, job.ranks, job.storage, kept_wide)
@@ -99,7 +99,7 @@ class Healing:
         self.small, *self.healed = sorted(self.ranks)
         taught(teacher_job(model_dir, self.tokens, root / "teacher"))
         self.job = training_job(self.emulator, self.tokens, root, tuple(self.healed))
-        self.outcome = train(self.job, torch.get_num_threads(), LoneSession(root / "heal"))
+        self.outcome = train(self.job, LoneSession(root / "heal"))
         final = {**self.ranks, **dict.fromkeys(self.healed, RANK + R)}
         self.fold = FoldJob(self.emulator, self.job.out_dir, root / "healed", final, tuple(self.healed))
         fold_alone(self.fold, model_dir)
@@ -204,7 +204,7 @@ def test_gradients_flow_into_the_lora_alone(
 
     monkeypatch.setattr(training, "EmulatorTrainer", Watching)
     job = replace(found.job, storage_dir=tmp_path, out_dir=tmp_path / "adapter", max_steps=1)
-    train(job, torch.get_num_threads(), LoneSession(tmp_path / "heal"))
+    train(job, LoneSession(tmp_path / "heal"))
     expected = {f"base_model.model.{name}.lora_{part}.default.weight" for name in found.healed for part in "AB"}
     assert trained == expected
 
@@ -264,10 +264,10 @@ def test_shards_of_a_killed_fold_stay_and_the_rest_is_the_same(healing: Callable
     found = healing("llama")
     job = replace(found.fold, out_dir=tmp_path / "healed")
     first, *_ = pieces(job)
-    write_piece(job, first, torch.get_num_threads())
+    write_piece(job, first)
     inode = first.file.stat().st_ino
     for piece in pieces(job):
-        write_piece(job, piece, torch.get_num_threads())
+        write_piece(job, piece)
     assert first.file.stat().st_ino == inode
     for piece in pieces(found.fold):
         assert (job.out_dir / piece.file.name).read_bytes() == piece.file.read_bytes()
@@ -354,7 +354,7 @@ def test_a_model_that_sees_is_healed_on_its_images(tmp_path: Path) -> None:
     emulator = tmp_path / "emulator"
     save_factors(model_dir, emulator, ranks)
     job = replace(training_job(emulator, tokens_dir, tmp_path, tuple(ranks)), teacher_dir=teacher.out_dir)
-    train(job, torch.get_num_threads(), LoneSession(tmp_path / "heal"))
+    train(job, LoneSession(tmp_path / "heal"))
     losses = [json.loads(line)["loss"] for line in job.log_path.read_text().splitlines()]
     assert sum(losses[-5:]) < sum(losses[:5])
 
