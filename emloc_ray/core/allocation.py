@@ -36,23 +36,12 @@ def spectrum(weight: Tensor, whitening: Whitening, outputs: Whitening, *, name: 
         NumericsError: the weight holds a NaN or an Inf.
         ValueError: the shapes do not fit.
     """
-    if weight.shape[1] != whitening.in_features:
-        raise ValueError(f"{name} reads {weight.shape[1]} features, but its Gram is of {whitening.in_features}.")
+    _check_shapes(weight, whitening, name)
     inside, scale = scaled_weight(weighed(weight, outputs), name)
-
-    def found(inside: Tensor, whitening: Whitening) -> Tensor:
-        if inside.shape[0] > inside.shape[1]:
-            whitened = whitening.whiten(inside)
-            matrix = whitened.T @ whitened
-        else:
-            matrix = whitening.outer(inside)
-        values: Tensor = torch.linalg.eigvalsh(matrix)
-        return values.to(torch.float64).flip(0).clamp_min(0.0)
-
-    values = found(inside, whitening)
+    values = torch.linalg.eigvalsh(_smaller_side(inside, whitening)[0])
     if _is_lost_in_rounding(values):
-        values = found(*_in_float64(inside, whitening)).to(weight.device)
-    return values * (scale * scale * whitening.scale * outputs.scale)
+        values = torch.linalg.eigvalsh(_smaller_side(*_in_float64(inside, whitening))[0]).to(weight.device)
+    return values.to(torch.float64).flip(0).clamp_min(0.0) * (scale * scale * whitening.scale * outputs.scale)
 
 
 def plain_gains(weight: Tensor, whitening: Whitening, outputs: Whitening, *, name: str = "the layer") -> Tensor:
@@ -64,23 +53,12 @@ def plain_gains(weight: Tensor, whitening: Whitening, outputs: Whitening, *, nam
         NumericsError: the weight holds a NaN or an Inf.
         ValueError: the shapes do not fit.
     """
-    if weight.shape[1] != whitening.in_features:
-        raise ValueError(f"{name} reads {weight.shape[1]} features, but its Gram is of {whitening.in_features}.")
+    _check_shapes(weight, whitening, name)
     inside, scale = scaled_weight(weight.detach().to(torch.float32), name)
-
-    def found(inside: Tensor, whitening: Whitening) -> tuple[Tensor, Tensor]:
-        """Eigenvalues, descending, and ``μ_i^½ u_i`` in columns."""
-        if inside.shape[0] > inside.shape[1]:
-            whitened = whitening.whiten(inside)
-            values, vectors = torch.linalg.eigh(whitened.T @ whitened)
-            return values.flip(0), whitened @ vectors.flip(1)
-        values, vectors = torch.linalg.eigh(whitening.outer(inside))
-        return values.flip(0), (vectors * values.clamp_min(0.0).sqrt()).flip(1)
-
-    values, parts = found(inside, whitening)
+    values, parts = _scaled_vectors(inside, whitening)
     if _is_lost_in_rounding(values):
-        parts = found(*_in_float64(inside, whitening))[1].to(weight.device)
-    saved = weighed(parts, outputs).to(torch.float64).square().sum(dim=0)
+        parts = _scaled_vectors(*_in_float64(inside, whitening))[1].to(weight.device)
+    saved = weighed(parts, outputs).to(torch.float64).square().sum(dim=0).flip(0)
     return saved * (scale * scale * whitening.scale * outputs.scale)
 
 
@@ -91,11 +69,31 @@ def _in_float64(inside: Tensor, whitening: Whitening) -> tuple[Tensor, Whitening
     return inside.to(torch.float64), whitening
 
 
+def _check_shapes(weight: Tensor, whitening: Whitening, name: str) -> None:
+    if weight.shape[1] != whitening.in_features:
+        raise ValueError(f"{name} reads {weight.shape[1]} features, but its Gram is of {whitening.in_features}.")
+
+
+def _smaller_side(weight: Tensor, whitening: Whitening) -> tuple[Tensor, Tensor | None]:
+    """``W G' Wᵀ``, or for ``out > in`` the matrix ``(W L)ᵀ W L`` of the same eigenvalues, and ``W L``; ``L Lᵀ = G'``."""
+    if weight.shape[0] <= weight.shape[1]:
+        return whitening.outer(weight), None
+    whitened = whitening.whiten(weight)
+    return whitened.T @ whitened, whitened
+
+
+def _scaled_vectors(weight: Tensor, whitening: Whitening) -> tuple[Tensor, Tensor]:
+    """The eigenvalues ``μ_i`` of ``W G' Wᵀ``, ascending, and ``μ_i^½ u_i`` in columns."""
+    matrix, whitened = _smaller_side(weight, whitening)
+    values, vectors = torch.linalg.eigh(matrix)
+    return values, vectors * values.clamp_min(0.0).sqrt() if whitened is None else whitened @ vectors
+
+
 def _is_lost_in_rounding(values: Tensor) -> bool:
-    """Whether float32's rounding, some ``u λ₁`` in each of the descending ``values``, is a hundredth or more of those among
-    which ranks are told apart: a linear of ratio 0.5 has about a quarter of them."""
+    """Whether float32's rounding, some ``u λ₁`` in each of the ascending ``values``, is a hundredth or more of the value at
+    the first quarter from the top: a linear of ratio 0.5 has about as many ranks."""
     unit_roundoff = torch.finfo(torch.float32).eps / 2.0
-    return bool(unit_roundoff * values[0] > 0.01 * values[len(values) // 4])
+    return bool(unit_roundoff * values[-1] > 0.01 * values[-1 - len(values) // 4])
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,8 @@ _GPU_BLOCK = 2048  # what a GPU needs to be busy with one
 class Gram:
     """``matrix = Σ x xᵀ`` over ``num_tokens`` tokens, shape ``(in, in)``, float32 or wider.
 
-    A monoid: :meth:`zero` is the identity, :meth:`update` adds activations, :meth:`combine` adds two sums; the
-    result does not depend on how the tokens were grouped, up to rounding. While it accumulates, only the lower
-    block triangle is kept current (:meth:`symmetric` gives the full matrix).
+    A monoid: :meth:`zero` is the identity, and sums add up (:func:`emloc_ray.io.formats.grams.add_slot`). How tokens are
+    grouped changes the rounding alone. Only the lower block triangle is kept current: :meth:`symmetric` gives all.
     """
 
     matrix: Tensor
@@ -34,16 +33,9 @@ class Gram:
         """The sum over no tokens, ``(in_features, in_features)`` of zeros."""
         return cls(torch.zeros(in_features, in_features, dtype=dtype, device=device))
 
-    def update(self, activations: Tensor, mask: Tensor | None = None) -> None:
-        """Adds the tokens of ``activations (..., in)`` in place.
-
-        ``mask (...)`` is false on padding, which never counts.
-        """
+    def update(self, activations: Tensor) -> None:
+        """Adds the tokens of ``activations (..., in)``, in place; leave padding out."""
         tokens = activations.detach().reshape(-1, activations.shape[-1])
-        if mask is not None:
-            keep = mask.reshape(-1).to(torch.bool)
-            if not bool(keep.all()):
-                tokens = tokens[keep]
         narrow = tokens.device.type == "cuda" and tokens.dtype == torch.bfloat16 and self.matrix.dtype == torch.float32
         tokens = tokens if narrow else tokens.to(self.matrix.dtype)
         width = _width(tokens)
@@ -56,10 +48,6 @@ class Gram:
                 else:
                     block.addmm_(left, right)
         self.num_tokens += tokens.shape[0]
-
-    def combine(self, other: Gram) -> Gram:
-        """The sum over both sets of tokens, as a new Gram."""
-        return Gram(self.matrix + other.matrix, self.num_tokens + other.num_tokens)
 
     def symmetric(self) -> Tensor:
         """The full symmetric matrix ``(in, in)``, from the lower triangle."""
@@ -74,7 +62,7 @@ def _width(tokens: Tensor) -> int:
 
 
 def not_finite(grams: Mapping[str, Gram]) -> str | None:
-    """The first of the sums that a NaN or an Inf went into; asked once of all, for a GPU waits at each answer."""
+    """The first of the sums that holds a NaN or an Inf, by one transfer from the device for all of them."""
     if not grams:
         return None
     finite = torch.stack([torch.isfinite(gram.matrix.diagonal()).all() for gram in grams.values()]).tolist()

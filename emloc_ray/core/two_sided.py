@@ -26,7 +26,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from emloc_ray.core.factorization import Factorization, LowRankFactors, Solver, factorize
+from emloc_ray.core.factorization import Factorization, LowRankFactors, factorize
 from emloc_ray.core.whitening import Whitening
 
 
@@ -53,7 +53,6 @@ def factorize_two_sided(
     outputs: Whitening,
     rank: int,
     *,
-    solver: Solver = "auto",
     seed: int = 0,
     name: str = "the layer",
 ) -> Factorization:
@@ -68,7 +67,6 @@ def factorize_two_sided(
         whitening: the damped Gram of its inputs.
         outputs: the whitening of ``S (out, out)``, damped; of a sum of zeros it leaves the plain factors.
         rank: within ``1 .. min(out, in)``.
-        solver: ``auto``, ``exact`` or ``subspace``.
         seed: of the subspace solver's start.
         name: the layer, for the errors.
 
@@ -76,18 +74,13 @@ def factorize_two_sided(
         NumericsError: the weight holds a NaN or an Inf.
         ValueError: the shapes do not fit, or ``rank`` is out of its range.
     """
-    found = factorize(weighed(weight, outputs), whitening, rank, solver=solver, seed=seed, name=name)
-    return _taken_back(found, outputs)
-
-
-def _taken_back(found: Factorization, outputs: Whitening) -> Factorization:
-    """The factorization of ``Lᵀ W`` as one of ``W``."""
-    up, down = found.factors
+    inside = factorize(weighed(weight, outputs), whitening, rank, seed=seed, name=name)
+    up, down = inside.factors
     if not outputs.is_identity:
         up = torch.linalg.solve_triangular(outputs.root(up.dtype).T, up, upper=True)
     return dataclasses.replace(
-        found,
+        inside,
         factors=LowRankFactors(up.contiguous(), down),
-        eigenvalues=found.eigenvalues * outputs.scale,
-        total_energy=found.total_energy * outputs.scale,
+        eigenvalues=inside.eigenvalues * outputs.scale,
+        total_energy=inside.total_energy * outputs.scale,
     )

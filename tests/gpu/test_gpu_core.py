@@ -43,16 +43,6 @@ def test_a_gram_is_summed_in_full_float32() -> None:
     assert torch.allclose(gram.symmetric().cpu().double(), expected, rtol=1e-4, atol=1e-4 * float(expected.max()) / 1e3)
 
 
-def test_padding_never_counts() -> None:
-    tokens, mask = torch.randn(4, 64, 96, device=DEVICE), torch.ones(4, 64, device=DEVICE)
-    mask[1:, 40:] = 0
-    padded, alone = Gram.zero(96, device=DEVICE), Gram.zero(96, device=DEVICE)
-    padded.update(tokens, mask)
-    alone.update(tokens[mask.bool()])
-    assert padded.num_tokens == alone.num_tokens == 64 + 3 * 40
-    assert torch.equal(padded.symmetric(), alone.symmetric())
-
-
 def test_a_whitening_is_a_root_of_the_damped_gram() -> None:
     _, gram = layer((8, 1024))
     there = Whitening(gram.to(DEVICE))

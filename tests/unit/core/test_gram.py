@@ -50,15 +50,6 @@ def test_widths_around_the_block_size(features: int) -> None:
 
 
 @FEW
-@given(seeds, st.integers(1, 12), st.lists(st.integers(0, 9), min_size=3, max_size=3))
-def test_monoid(seed: int, features: int, counts: list[int]) -> None:
-    a, b, c = (gram_of(tokens_of(seed + i, count, features)) for i, count in enumerate(counts))
-    assert_same(a.combine(b).combine(c), a.combine(b.combine(c)))
-    assert_same(a.combine(b), b.combine(a))
-    assert_same(a.combine(Gram.zero(features, torch.float64)), a)
-
-
-@FEW
 @given(seeds, st.integers(1, 12), st.lists(st.integers(0, 9), min_size=1, max_size=5))
 def test_grouping_does_not_matter(seed: int, features: int, counts: list[int]) -> None:
     parts = [tokens_of(seed + i, count, features) for i, count in enumerate(counts)]
@@ -66,26 +57,6 @@ def test_grouping_does_not_matter(seed: int, features: int, counts: list[int]) -
     for part in parts:
         stepwise.update(part)
     assert_same(stepwise, gram_of(torch.cat(parts)))
-
-
-def test_combine_leaves_its_operands_alone() -> None:
-    a, b = gram_of(tokens_of(0, 3, 4)), gram_of(tokens_of(1, 5, 4))
-    before = a.matrix.clone()
-    a.combine(b)
-    assert torch.equal(a.matrix, before)
-    assert (a.num_tokens, b.num_tokens) == (3, 5)
-
-
-@FEW
-@given(seeds, st.integers(1, 4), st.integers(1, 6), st.integers(1, 9))
-def test_padding_never_counts(seed: int, batch: int, length: int, features: int) -> None:
-    activations = tokens_of(seed, batch * length, features).reshape(batch, length, features)
-    mask = torch.rand(batch, length, generator=torch.Generator().manual_seed(seed)) < 0.5
-    poisoned = activations.masked_fill(~mask[..., None], float("nan"))
-    for given_mask in (mask, mask.to(torch.int64)):
-        gram = Gram.zero(features, torch.float64)
-        gram.update(poisoned, given_mask)
-        assert_same(gram, gram_of(activations[mask]))
 
 
 def test_half_precision_activations_are_summed_in_the_grams_dtype() -> None:

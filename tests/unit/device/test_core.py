@@ -66,8 +66,7 @@ def whitened(t: dict[str, Tensor]) -> Any:
 def summed(t: dict[str, Tensor]) -> Any:
     gram = Gram.zero(IN, device=t["x"].device)
     gram.update(t["x"])
-    gram.update(t["x"], t["x"][:, 0] > 0)
-    whole = gram.combine(gram).symmetric()
+    whole = gram.symmetric()
     return whole, gram.num_tokens, unpack_triangle(pack_triangle(whole))
 
 
