@@ -170,9 +170,9 @@ def allocate(curves: Sequence[Curve], budget: int, fallback: Mapping[str, int | 
     least = {curve.name: curve.least for curve in curves}
     if sum(curve.cost(curve.least) for curve in curves) > budget:  # ranks below their multiples
         least = {name: min(rank or least[name], least[name]) for name, rank in fallback.items()}
-    found = _filled(curves, _greedy(curves, least, budget), budget)
-    other = _filled(curves, dict(fallback), budget)
-    return max(found, other, key=lambda allocation: allocation.gain)
+    greedy = _filled(curves, _greedy(curves, least, budget), budget)
+    filled_fallback = _filled(curves, dict(fallback), budget)
+    return max(greedy, filled_fallback, key=lambda allocation: allocation.gain)
 
 
 def _greedy(curves: Sequence[Curve], least: Mapping[str, int], budget: int) -> dict[str, int | None]:

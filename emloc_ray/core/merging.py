@@ -1,4 +1,4 @@
-"""``W + s B A`` by rows, in float32, cast back to the weight's own dtype."""
+"""Merging by rows: ``W + ΔW``, or that times gains, in float32 and cast back to the weight's own dtype."""
 
 from __future__ import annotations
 
@@ -14,14 +14,29 @@ from emloc_ray.core.updates import Update
 _GRID = 64
 
 
-def add_rows(weight: Tensor, update: Update, begin: int = 0, transposed: bool = False) -> Tensor:
-    """Rows ``[begin, begin + n)`` of ``W + ΔW``, in ``weight``'s dtype.
+def merged_rows(
+    weight: Tensor,
+    update: Update | None,
+    begin: int = 0,
+    transposed: bool = False,
+    gains: Tensor | None = None,
+    along_rows: bool = True,
+) -> Tensor:
+    """Rows ``[begin, begin + n)`` of ``W + ΔW`` times ``gains``, in ``weight``'s dtype; rounded once, from float32.
 
-    ``weight`` holds the stored rows: ``(n, in)`` of ``W (out, in)``, or with ``transposed`` ``(n, out)`` of ``Wᵀ``
-    (``Conv1D``). Rounded once, from float32. Beside ``weight`` it holds the rows in float32 once, and the result where that
-    is narrower.
+    Beside ``weight`` it holds the rows in float32, twice where there are gains, and the result.
+
+    Args:
+        weight: the stored rows: ``(n, in)`` of ``W (out, in)``, or with ``transposed`` ``(n, out)`` of ``Wᵀ`` (``Conv1D``);
+            of a bias its elements ``(n,)``.
+        update: ``ΔW``; None adds nothing.
+        gains: one factor a stored row of the whole weight, or with ``along_rows`` false a stored column; None: 1.
     """
-    return _summed(weight, update, begin, transposed).to(weight.dtype)
+    rows = weight.float() if update is None else _summed(weight, update, begin, transposed)
+    if gains is not None and along_rows:
+        gains = gains[begin : begin + len(weight)]
+        gains = gains.unsqueeze(1) if weight.ndim == 2 else gains
+    return (rows if gains is None else rows * gains).to(weight.dtype)
 
 
 def squared_row_norms(chunks: Iterable[tuple[int, Tensor]], update: Update, transposed: bool = False) -> Tensor:
@@ -36,32 +51,9 @@ def squared_row_norms(chunks: Iterable[tuple[int, Tensor]], update: Update, tran
     return total
 
 
-def scale_rows(
-    weight: Tensor,
-    gains: Tensor,
-    begin: int = 0,
-    along_rows: bool = True,
-    update: Update | None = None,
-    transposed: bool = False,
-) -> Tensor:
-    """Rows of ``W``, or of ``W + ΔW``, times ``gains``, in ``weight``'s dtype: one gain a stored row, or a stored column.
-
-    ``weight`` holds the stored rows ``[begin, begin + n)``; of a vector (a bias) its elements.
-    """
-    summed = weight.float() if update is None else _summed(weight, update, begin, transposed)
-    if along_rows:
-        gains = gains[begin : begin + len(weight)]
-    return (summed * (gains.unsqueeze(1) if along_rows and weight.ndim == 2 else gains)).to(weight.dtype)
-
-
 def _summed(weight: Tensor, update: Update, begin: int, transposed: bool) -> Tensor:
-    end = begin + weight.shape[0]
-    first, last = _window(begin, end, update.shape[1] if transposed else update.shape[0])
-    return update.rows(first, last, transposed)[begin - first : end - first].add_(weight)
-
-
-def _window(begin: int, end: int, total: int) -> tuple[int, int]:
-    """The rows ``[first, last)`` of the grid that hold ``[begin, end)`` of ``total``."""
+    end, total = begin + weight.shape[0], update.shape[1 if transposed else 0]
     last = min(total, -(-end // _GRID) * _GRID)
     first = min(begin, max(0, last - _GRID))
-    return first - first % _GRID, last
+    first -= first % _GRID
+    return update.rows(first, last, transposed)[begin - first : end - first].add_(weight)

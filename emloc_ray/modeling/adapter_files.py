@@ -21,12 +21,9 @@ from emloc_ray.io.store.atomic import atomic_directory, copy_file
 from emloc_ray.io.store.node_cache import ensure
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import LinearSpec
-from emloc_ray.modeling.expert_adapters import join_experts, split_experts
+from emloc_ray.modeling.expert_adapters import CONFIG_NAME, PREFIX, WEIGHTS_NAME, join_experts, split_experts
 from emloc_ray.modeling.matching import lookup
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _MAGNITUDE = "lora_magnitude_vector"
 
 # What an adapter is to a weight: added to it; added, then its rows scaled to magnitudes (DoRA); a scale of its rows or
@@ -81,7 +78,9 @@ class Adapter:
         self.kind: Kind = "decomposed" if self.config.get("use_dora") else kind
         shard = read_shard(self.directory / WEIGHTS_NAME)
         self.entries = split_experts(self.config, {entry.name: entry for entry in shard.entries}, self.directory)
-        self.names = [_module_name(key, end) for key in self.entries for end in endings if key.endswith(end)]
+        self.names = [
+            key.removeprefix(PREFIX).removesuffix(end) for key in self.entries for end in endings if key.endswith(end)
+        ]
 
     @property
     def is_lora(self) -> bool:
@@ -122,13 +121,13 @@ class Adapter:
         return vector.flatten(), vector.shape[0] == 1
 
     def _read(self, name: str, part: str) -> Tensor:
-        return self.entries[f"{_PREFIX}{name}.{part}"].read_rows().to(torch.float32)
+        return self.entries[f"{PREFIX}{name}.{part}"].read_rows().to(torch.float32)
 
     def _scale(self, alpha: str, name: str) -> float:
         return adapter_scale({**self.config, "lora_alpha": self.config[alpha]}, name)
 
     def _kronecker(self, name: str, part: str) -> Tensor:
-        if f"{_PREFIX}{name}.{part}" in self.entries:
+        if f"{PREFIX}{name}.{part}" in self.entries:
             return self._read(name, part)
         return self._read(name, f"{part}_a") @ self._read(name, f"{part}_b")
 
@@ -150,10 +149,10 @@ def write_adapter(
 
     ``magnitudes`` are DoRA's, by module.
     """
-    tensors = {f"{_PREFIX}{name}.{_MAGNITUDE}": m.to(torch.float32) for name, m in (magnitudes or {}).items()}
+    tensors = {f"{PREFIX}{name}.{_MAGNITUDE}": m.to(torch.float32) for name, m in (magnitudes or {}).items()}
     for module in modules:
-        tensors[f"{_PREFIX}{module.name}.lora_A.weight"] = module.lora_a.to(torch.float32)
-        tensors[f"{_PREFIX}{module.name}.lora_B.weight"] = module.lora_b.to(torch.float32)
+        tensors[f"{PREFIX}{module.name}.lora_A.weight"] = module.lora_a.to(torch.float32)
+        tensors[f"{PREFIX}{module.name}.lora_B.weight"] = module.lora_b.to(torch.float32)
     with atomic_directory(directory) as temporary:
         write_tensors(temporary / WEIGHTS_NAME, join_experts(config, tensors))
         (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -190,10 +189,6 @@ def lora_form(config: dict[str, Any], modules: Sequence[LoraModule]) -> dict[str
         **{key: config[key] for key in kept if key in config},
         "inference_mode": True,
     }
-
-
-def _module_name(key: str, ending: str) -> str:
-    return key.removeprefix(_PREFIX).removesuffix(ending)
 
 
 def _refuse_variants(config: dict[str, Any], where: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from emloc_ray.core.merging import add_rows, scale_rows, squared_row_norms
+from emloc_ray.core.merging import merged_rows, squared_row_norms
 from emloc_ray.core.updates import Update
 from emloc_ray.io.formats.checkpoint import TensorEntry
 from emloc_ray.io.formats.shards import copy_chunks, row_chunks
@@ -39,16 +39,16 @@ Changes = dict[int | None, Change]  # by the slice of a tensor, None for the who
 def changed_tensors(adapter: Adapter, specs: Sequence[LinearSpec]) -> dict[str, Changes]:
     """The checkpoint's tensors that the merge changes, by name."""
     named = set(adapter.names)
-    found: dict[str, Changes] = {}
+    changes: dict[str, Changes] = {}
     for spec in specs:
         if spec.name not in named:
             continue
         for rows in spec.weight_rows:
-            found.setdefault(rows.name, {})[rows.index] = Change(spec, rows.begin)
+            changes.setdefault(rows.name, {})[rows.index] = Change(spec, rows.begin)
         if adapter.kind == "scaling" and spec.has_bias and not adapter.scaling(spec.name)[1]:
             rows = spec.bias_rows
-            found.setdefault(rows.name, {})[rows.index] = Change(spec, rows.begin, is_bias=True)
-    return found
+            changes.setdefault(rows.name, {})[rows.index] = Change(spec, rows.begin, is_bias=True)
+    return changes
 
 
 def merged_chunks(entry: TensorEntry, adapter: Adapter, changes: Changes, chunk_bytes: int) -> Iterator[Tensor]:
@@ -65,16 +65,10 @@ def merged_chunks(entry: TensorEntry, adapter: Adapter, changes: Changes, chunk_
 
 def _merged(entry: TensorEntry, adapter: Adapter, change: Change, chunk_bytes: int) -> Iterator[Tensor]:
     """Rows of ``ΔW`` are computed with the chunk that they are added to."""
-    transposed = change.spec.transposed
     update, gains, along_rows = _operation(entry, adapter, change)
     own_bytes = max(1, chunk_bytes * entry.dtype.itemsize // 4)  # of the stored dtype: chunk_bytes counts float32
     for offset, rows in row_chunks(entry, own_bytes):
-        begin = change.begin + offset
-        if gains is None and update is not None:
-            merged = add_rows(rows, update, begin, transposed)
-        else:
-            assert gains is not None
-            merged = scale_rows(rows, gains, begin, along_rows, update, transposed)
+        merged = merged_rows(rows, update, change.begin + offset, change.spec.transposed, gains, along_rows)
         del rows
         yield merged
         del merged

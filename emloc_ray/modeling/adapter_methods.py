@@ -90,9 +90,9 @@ def method_fields(method: str) -> dict[str, Any]:
     """The fields that a method takes, with types and bounds; an enum's values alone where PEFT also takes any text."""
     hints = typing.get_type_hints(CONFIGS[method])
     names = [field.name for field in dataclasses.fields(CONFIGS[method])]
-    found = {name: _narrowed(name, hints[name]) for name in names if refused_field(method, name) is None}
+    fields = {name: _narrowed(name, hints[name]) for name in names if refused_field(method, name) is None}
     # Names are resolved here, so that every method can leave some out.
-    return found | ({"exclude_modules": list[str] | str | None} if "target_modules" in found else {})
+    return fields | ({"exclude_modules": list[str] | str | None} if "target_modules" in fields else {})
 
 
 def _narrowed(name: str, hint: Any) -> Any:
@@ -110,50 +110,17 @@ def fields_of_all() -> set[str]:
     return {name for method in CONFIGS for name in method_fields(method)}
 
 
-def lora_config(
-    *,
-    target_modules: Patterns,
-    r: int,
-    lora_alpha: float,
-    lora_dropout: float = 0.0,
-    use_rslora: bool = False,
-    use_dora: bool = False,
-    rank_pattern: dict[str, int] | None = None,
-    alpha_pattern: dict[str, float] | None = None,
-    init_lora_weights: bool | str = True,
-    fan_in_fan_out: bool = False,
-    base_model: str | None = None,
-    task_type: str = "CAUSAL_LM",
-) -> LoraConfig:
-    """PEFT's config of LoRA, rsLoRA or DoRA."""
-    return LoraConfig(
-        task_type=task_type,
-        r=r,
-        lora_alpha=lora_alpha,  # type: ignore[arg-type]
-        lora_dropout=lora_dropout,
-        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
-        use_rslora=use_rslora,
-        use_dora=use_dora,
-        rank_pattern=rank_pattern or {},
-        alpha_pattern=alpha_pattern or {},
-        init_lora_weights=init_lora_weights,  # type: ignore[arg-type]
-        fan_in_fan_out=fan_in_fan_out,
-        base_model_name_or_path=base_model,
-    )
-
-
 def adapter_config(method: str = "lora", **settings: Any) -> PeftConfig:
-    """PEFT's config of a method. LoRA's settings are those of :func:`lora_config`; the others' are PEFT's own fields.
+    """PEFT's config of a method, LoRA's of its variants too, from PEFT's own fields; others among ``settings`` are left out.
 
     Raises:
         ConfigError: where PEFT refuses them.
     """
-    if method not in CONFIGS:
-        return lora_config(**settings)
-    known = {field.name for field in dataclasses.fields(CONFIGS[method])}
+    kind = CONFIGS.get(method, LoraConfig)
+    known = {field.name for field in dataclasses.fields(kind)}
     given = {key: value for key, value in settings.items() if key in known and value is not None}
     try:
-        return CONFIGS[method](**{"task_type": "CAUSAL_LM", **given})
+        return kind(**{"task_type": "CAUSAL_LM", **given})
     except (ValueError, TypeError) as error:
         raise ConfigError(_refusal(method, error)) from error
 

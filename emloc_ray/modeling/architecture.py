@@ -133,14 +133,14 @@ def towers(model: nn.Module) -> list[str]:
 
 def block_names(model: nn.Module) -> list[str]:
     """The model's blocks: the members of its outermost ``ModuleList``s that are of one class and hold linears."""
-    found: list[str] = []
+    blocks: list[str] = []
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{block}.") for block in found)
+        inside = any(name.startswith(f"{block}.") for block in blocks)
         if inside or not isinstance(module, nn.ModuleList) or len({type(member) for member in module}) != 1:
             continue
         if any(_is_linear(child) for child in module[0].modules()):
-            found += [f"{name}.{index}" for index in range(len(module))]
-    return found
+            blocks += [f"{name}.{index}" for index in range(len(module))]
+    return blocks
 
 
 def block_linears(model: nn.Module) -> list[LinearSpec]:
@@ -271,13 +271,13 @@ def _traced(model: Any, specs: Sequence[LinearSpec], inputs: Mapping[str, torch.
         handles.append(head.register_forward_hook(lambda module, args, output: given.append(output)))
     try:
         with torch.no_grad(), MetaPass():
-            found = model(**inputs, use_cache=False)
+            result = model(**inputs, use_cache=False)
     except UNTRACEABLE:
         return None
     finally:
         for handle in handles:
             handle.remove()
-    return Trace(_in_model_order(seen, specs), streams, counts, any(found.logits is not output for output in given))
+    return Trace(_in_model_order(seen, specs), streams, counts, any(result.logits is not output for output in given))
 
 
 def _in_model_order(seen: dict[tuple[Any, ...], list[str]], specs: Sequence[LinearSpec]) -> list[list[str]]:

@@ -48,8 +48,8 @@ class Lineage(MetaPass):
 
     def of(self, values: Any) -> frozenset[int]:
         """The blocks whose outputs went into any tensor of a nested structure."""
-        found = [self.sources.get(leaf, frozenset()) for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
-        return frozenset().union(*found)
+        sources = [self.sources.get(leaf, frozenset()) for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+        return frozenset().union(*sources)
 
     def mark(self, values: Any, sources: frozenset[int]) -> None:
         """Says that the tensors of a nested structure were made from the outputs of these blocks."""
@@ -77,13 +77,13 @@ def block_flow(config: Any, trust_remote_code: bool = False, example: Mapping[st
     names = block_names(model)
     with_image = _followed(model, names, example) if example else None
     text = _followed(model, names, traced_inputs(config))
-    found = with_image or text
-    if found is None:
+    flow = with_image or text
+    if flow is None:
         return BlockFlow(tuple(names), tuple(frozenset(range(k)) for k in range(len(names))))
     if with_image is None or text is None:
-        return found
-    optional = frozenset(position for position, name in enumerate(found.order) if name not in text.order)
-    return replace(found, optional=optional)
+        return flow
+    optional = frozenset(position for position, name in enumerate(flow.order) if name not in text.order)
+    return replace(flow, optional=optional)
 
 
 def _followed(model: Any, names: Sequence[str], inputs: Mapping[str, Tensor]) -> BlockFlow | None:

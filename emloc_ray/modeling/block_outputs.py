@@ -26,10 +26,10 @@ class BlockOutput:
     @classmethod
     def of(cls, output: Any, block: str) -> BlockOutput:
         """Raises StageError where the block gives something else."""
-        found = output if isinstance(output, tuple) else (output,)
-        if not all(part is None or isinstance(part, Tensor) for part in found):
+        parts = output if isinstance(output, tuple) else (output,)
+        if not all(part is None or isinstance(part, Tensor) for part in parts):
             raise StageError(f"{block} returns {type(output).__name__}: set calibration.mode to resident.")
-        return cls(tuple(found), isinstance(output, tuple))
+        return cls(tuple(parts), isinstance(output, tuple))
 
     def value(self, device: torch.device | str) -> Any:
         """As the block gave it. NaN stands for what was not kept: if it were read after all, its Grams would say so."""

@@ -27,9 +27,10 @@ from emloc_ray.io.formats.shards import write_tensors
 from emloc_ray.modeling.experts import PARTS, experts_of, owner_of
 from emloc_ray.modeling.matching import lookup, matches
 
-_PREFIX = "base_model.model."
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of every module's name
 _A, _B = ".lora_A.weight", ".lora_B.weight"
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -64,43 +65,43 @@ def split_experts(
         ConfigError: where ``target_parameters`` names what is no expert's and no linear's weight.
     """
     _check_parameters(config, where)
-    found: dict[str, TensorEntry | ExpertEntry] = {}
+    apart: dict[str, TensorEntry | ExpertEntry] = {}
     for key, entry in entries.items():
         suffix = _A if key.endswith(_A) else _B
-        module = key.removeprefix(_PREFIX).removesuffix(suffix)
+        module = key.removeprefix(PREFIX).removesuffix(suffix)
         container = module
         while container.endswith(".base_layer"):
             container = container.removesuffix(".base_layer")
         targeted = _targeted(config, container)
         if not targeted:
-            found[key] = entry
+            apart[key] = entry
             continue
         part = targeted[-1 - module.removeprefix(container).count(".base_layer")]
         r = lookup(f"{container}.{PARTS[part]}", config.get("rank_pattern") or {}, config["r"])
         num_experts = entry.shape[0 if suffix == _A else 1] // r
         for index in range(num_experts):
-            found[f"{_PREFIX}{container}.{index}.{part}{suffix}"] = ExpertEntry(entry, index, num_experts)
-    return found
+            apart[f"{PREFIX}{container}.{index}.{part}{suffix}"] = ExpertEntry(entry, index, num_experts)
+    return apart
 
 
 def join_experts(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of an unfused model's adapter as PEFT stores them, where ``config`` names fused parameters."""
-    found: dict[str, Tensor] = {}
-    apart: dict[tuple[str, str, str], dict[int, Tensor]] = {}
+    stored: dict[str, Tensor] = {}
+    by_parameter: dict[tuple[str, str, str], dict[int, Tensor]] = {}
     for key, tensor in tensors.items():
         suffix = _A if key.endswith(_A) else _B
-        owner = owner_of(key.removeprefix(_PREFIX).removesuffix(suffix))
+        owner = owner_of(key.removeprefix(PREFIX).removesuffix(suffix))
         if owner is None or owner[2] not in _targeted(config, owner[0]):
-            found[key] = tensor
+            stored[key] = tensor
         else:
-            apart.setdefault((owner[0], owner[2], suffix), {})[owner[1]] = tensor
-    for (container, part, suffix), experts in apart.items():
+            by_parameter.setdefault((owner[0], owner[2], suffix), {})[owner[1]] = tensor
+    for (container, part, suffix), experts in by_parameter.items():
         targeted = _targeted(config, container)
         inner = ".base_layer" * (len(targeted) - 1 - targeted.index(part))
         ordered = [experts[index] for index in range(len(experts))]
         joined = torch.cat(ordered) if suffix == _A else torch.stack(ordered, dim=2).flatten(1)
-        found[f"{_PREFIX}{container}{inner}{suffix}"] = joined
-    return found
+        stored[f"{PREFIX}{container}{inner}{suffix}"] = joined
+    return stored
 
 
 def _targeted(config: Mapping[str, Any], container: str) -> list[str]:
@@ -117,10 +118,10 @@ def _check_parameters(config: Mapping[str, Any], where: Path) -> None:
 
 def store_as_peft_does(directory: Path, model: nn.Module) -> None:
     """Rewrites an adapter of an unfused ``model``, as just saved, for the original; one that adapts no expert stays."""
-    config = json.loads((directory / _CONFIG).read_text())
-    tensors = load_file(directory / _WEIGHTS)  # still on this node alone
-    names = sorted(key.removeprefix(_PREFIX).removesuffix(_A) for key in tensors if key.endswith(_A))
-    experts = {name.removeprefix(_PREFIX): module for name, module in experts_of(model).items()}
+    config = json.loads((directory / CONFIG_NAME).read_text())
+    tensors = load_file(directory / WEIGHTS_NAME)  # still on this node alone
+    names = sorted(key.removeprefix(PREFIX).removesuffix(_A) for key in tensors if key.endswith(_A))
+    experts = {name.removeprefix(PREFIX): module for name, module in experts_of(model).items()}
     owners = [owner for name in names if (owner := owner_of(name)) is not None and owner[0] in experts]
     adapted = sorted({(module, part) for module, _, part in owners})
     for module, part in adapted:
@@ -135,14 +136,14 @@ def store_as_peft_does(directory: Path, model: nn.Module) -> None:
     config["target_parameters"] = sorted(parameters)
     config["target_modules"] = _without_mistaken(config["target_modules"], plain, parameters)
     config["lora_dropout"] = 0.0  # which PEFT refuses on parameters; it is for training alone
-    write_tensors(directory / _WEIGHTS, join_experts(config, tensors))
-    (directory / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_tensors(directory / WEIGHTS_NAME, join_experts(config, tensors))
+    (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _add_the_rest(tensors: dict[str, Tensor], module: str, part: str, num_experts: int) -> None:
     """Zeros for the experts that are not adapted: PEFT has one rank for all of a parameter."""
     for suffix in (_A, _B):
-        keys = [f"{_PREFIX}{module}.{index}.{part}{suffix}" for index in range(num_experts)]
+        keys = [f"{PREFIX}{module}.{index}.{part}{suffix}" for index in range(num_experts)]
         shape = next(tensors[key] for key in keys if key in tensors)
         tensors.update({key: torch.zeros_like(shape) for key in keys if key not in tensors})
 
@@ -159,11 +160,11 @@ def _add_patterns(config: dict[str, Any], parameters: Mapping[str, str], plain: 
             key: value for key, value in patterns.items() if any(_fits(name, {key: value}) for name in parameters)
         }
         named = {name: lookup(name, patterns, usual) for name in plain if _fits(name, mistaken)}
-        found = {name: lookup(linear, patterns, usual) for name, linear in parameters.items()}
+        values = {name: lookup(linear, patterns, usual) for name, linear in parameters.items()}
         config[table] = {
             **{key: value for key, value in patterns.items() if key not in mistaken},
             **named,
-            **{name: value for name, value in found.items() if value != usual},
+            **{name: value for name, value in values.items() if value != usual},
         }
 
 
@@ -204,15 +205,15 @@ def as_linears() -> Iterator[None]:
 @contextlib.contextmanager
 def readable(directory: Path, model: nn.Module) -> Iterator[Path]:
     """The adapter in ``directory`` as ``model``, unfused, can load it: itself, or a copy in which experts are apart."""
-    config = json.loads((directory / _CONFIG).read_text())
+    config = json.loads((directory / CONFIG_NAME).read_text())
     if not config.get("target_parameters") or not experts_of(model):
         yield directory
         return
-    stored = {entry.name: entry for entry in read_shard(directory / _WEIGHTS).entries}
+    stored = {entry.name: entry for entry in read_shard(directory / WEIGHTS_NAME).entries}
     entries = split_experts(config, stored, directory)
-    config["target_modules"] = [key.removeprefix(_PREFIX).removesuffix(_A) for key in entries if key.endswith(_A)]
+    config["target_modules"] = [key.removeprefix(PREFIX).removesuffix(_A) for key in entries if key.endswith(_A)]
     config["target_parameters"] = None
     with tempfile.TemporaryDirectory() as folder:
-        write_tensors(Path(folder) / _WEIGHTS, {key: entry.read_rows() for key, entry in entries.items()})
-        (Path(folder) / _CONFIG).write_text(json.dumps(config))
+        write_tensors(Path(folder) / WEIGHTS_NAME, {key: entry.read_rows() for key, entry in entries.items()})
+        (Path(folder) / CONFIG_NAME).write_text(json.dumps(config))
         yield Path(folder)

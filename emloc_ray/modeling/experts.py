@@ -58,8 +58,8 @@ class UnfusedExperts(nn.Module):
         output = torch.zeros_like(hidden_states)
         for index, tokens, places in self._chosen(top_k_index):
             self.rows = tokens
-            found = self._run(index, hidden_states[tokens]) * top_k_weights[tokens, places, None]
-            output.index_add_(0, tokens, found.to(output.dtype))
+            weighed = self._run(index, hidden_states[tokens]) * top_k_weights[tokens, places, None]
+            output.index_add_(0, tokens, weighed.to(output.dtype))
         self.rows, self.rereading = None, True
         for index in sorted(self.reread):
             self._run(index, hidden_states)
@@ -136,22 +136,22 @@ class View:
 
 def unfused_views(model: nn.Module) -> dict[str, View]:
     """Of which fused parameter each parameter of a model's unfused experts is a view, by their names."""
-    found = {}
+    views = {}
     for module, experts in experts_of(model).items():
         for index in range(experts.num_experts):
             for part in experts.parts:
                 name, parameter = f"{module}.{index}.{part}", f"{module}.{PARTS[part]}"
-                found[f"{name}.weight"] = View(parameter, index, experts.is_transposed)
+                views[f"{name}.weight"] = View(parameter, index, experts.is_transposed)
                 if experts.has_bias:
-                    found[f"{name}.bias"] = View(f"{parameter}_bias", index, False)
-    return found
+                    views[f"{name}.bias"] = View(f"{parameter}_bias", index, False)
+    return views
 
 
 def _top_k(model: nn.Module, experts: str) -> int | None:
     """How many experts a token is sent to, as the router beside them says."""
     beside = model.get_submodule(experts.rpartition(".")[0])
-    found = (getattr(owner, "top_k", None) for owner in (beside, *beside.children()))
-    return next((k for k in found if isinstance(k, int)), None)
+    candidates = (getattr(owner, "top_k", None) for owner in (beside, *beside.children()))
+    return next((k for k in candidates if isinstance(k, int)), None)
 
 
 def _linear(fused: Any, name: str, index: int) -> nn.Linear:

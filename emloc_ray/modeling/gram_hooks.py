@@ -15,13 +15,86 @@ from emloc_ray.modeling.experts import UnfusedExperts, owner_of
 from emloc_ray.modeling.inputs import Stream, model_call
 
 
-class GramHooks:
+class TokenSums:
+    """Sums over the tokens of a model's batches, gathered by hooks.
+
+    ``grams`` maps a linear's name to its sum; ``streams`` says which tokens it reads, where not those of the row. Of an
+    expert's linears the tokens count that were sent to the expert.
+    """
+
+    summed = ""  # what went into the sum of a linear, for the error
+
+    def __init__(self, model: Any, streams: Mapping[str, Stream] | None) -> None:
+        self.model = model
+        self.grams: dict[str, Gram] = {}
+        self._streams = streams or {}
+        # Which of the batch's tokens count, and their places; all of a stream that is not named.
+        self._masks: dict[Stream, Tensor] = {}
+        self._places: dict[Stream, Tensor] = {}
+        self._handles: list[Any] = []
+
+    @property
+    def device(self) -> torch.device:
+        """Where the sums are: of a model that is held block by block the first parameter may be on the meta device."""
+        device: torch.device = next((gram.matrix.device for gram in self.grams.values()), self.model.device)
+        return device
+
+    @contextlib.contextmanager
+    def counting(self, counted: Mapping[Stream, Tensor]) -> Iterator[None]:
+        """While it lasts, a pass of the model adds the tokens of each stream where ``counted (rows, length)`` is true."""
+        # Asked once a batch, not once a Gram, and where the masks are: on the CPU.
+        masks = {stream: mask.flatten() for stream, mask in counted.items() if not bool(mask.all())}
+        self._masks = {stream: mask.to(self.device) for stream, mask in masks.items()}
+        self._places = {stream: mask.nonzero().squeeze(1).to(self.device) for stream, mask in masks.items()}
+        try:
+            yield
+        finally:
+            self._masks, self._places = {}, {}
+
+    def _experts_of(self, name: str) -> UnfusedExperts | None:
+        """The experts of which the linear is a part, if it is of any."""
+        owner = owner_of(name)
+        experts = self.model.get_submodule(owner[0]) if owner else None
+        return experts if isinstance(experts, UnfusedExperts) else None
+
+    def _add(self, name: str, tokens: Tensor, sent: Tensor | None) -> None:
+        """Adds those of ``tokens (..., features)`` that count; ``sent`` are the places in the batch of those that an expert
+        was sent, None where it runs on all."""
+        tokens, stream = tokens.reshape(-1, tokens.shape[-1]), self._streams.get(name, "row")
+        mask = self._masks.get(stream)
+        if mask is None:
+            return self.grams[name].update(tokens)
+        known = len(mask) if sent is None else len(sent)
+        if known != len(tokens):
+            raise StageError(
+                f"{name} reads {len(tokens)} of a batch's {known} tokens, and which ones is not known: set"
+                " calibration.batch_size to 1 and calibration.tokens to all."
+            )
+        return self.grams[name].update(tokens[self._places[stream] if sent is None else mask[sent]])
+
+    def remove(self) -> None:
+        """Takes the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    def check_finite(self) -> None:
+        """Raises NumericsError, naming the layer, where a NaN or an Inf was summed."""
+        name = not_finite(self.grams)
+        if name is not None:
+            raise NumericsError(
+                f"{self.summed.format(name)} hold NaN or Inf: check the model's weights and dtype"
+                " (float16 overflows; try bfloat16 or float32)."
+            )
+
+
+class GramHooks(TokenSums):
     """One Gram per group of linears that read the same tensor, gathered at the group's first linear.
 
-    ``grams`` maps that linear's name to its sum; ``streams`` says which tokens it reads, where not those of the row.
-    :meth:`forward` runs a batch through the model without its head. Of an expert's linears the tokens count that were sent
-    to the expert, or with ``reread`` all tokens, which are run through it as well.
+    :meth:`forward` runs a batch through the model without its head. With ``reread`` all tokens are run through the experts
+    too, and these count.
     """
+
+    summed = "Activations that {} reads"
 
     def __init__(
         self,
@@ -30,68 +103,24 @@ class GramHooks:
         streams: Mapping[str, Stream] | None = None,
         reread: bool = False,
     ) -> None:
-        self.model = model
+        super().__init__(model, streams)
         self.body = getattr(model, model.base_model_prefix, model)
-        self.grams: dict[str, Gram] = {}
-        self.streams = streams or {}
-        # Which of the batch's tokens count, and their positions; all of a stream that is not named.
-        self._masks: dict[Stream, Tensor] = {}
-        self._counted: dict[Stream, Tensor] = {}
-        self._handles: list[Any] = []
-        for group in groups:
-            module = model.get_submodule(group[0])
+        for name, *_ in groups:
+            module = model.get_submodule(name)
             in_features = module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0]
-            self.grams[group[0]] = Gram.zero(in_features, device=module.weight.device)
-            self._handles.append(module.register_forward_pre_hook(self._hook_of(group[0], reread)))
-        # Of a model that is held block by block the first parameter may be on the meta device.
-        self.device = next((gram.matrix.device for gram in self.grams.values()), model.device)
+            self.grams[name] = Gram.zero(in_features, device=module.weight.device)
+            self._handles.append(module.register_forward_pre_hook(self._hook(name, reread)))
 
-    def _hook_of(self, name: str, reread: bool) -> Any:
-        owner = owner_of(name)
-        experts = self.model.get_submodule(owner[0]) if owner else None
-        if owner is None or not isinstance(experts, UnfusedExperts):
-            return self._hook(name)
-        if reread:
+    def _hook(self, name: str, reread: bool) -> Any:
+        experts, owner = self._experts_of(name), owner_of(name)
+        if reread and experts is not None and owner is not None:
             experts.reread |= {owner[1]}
-        return self._expert_hook(name, experts, reread)
 
-    def _hook(self, name: str) -> Any:
         def accumulate(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            tokens = args[0].reshape(-1, args[0].shape[-1])
-            stream = self.streams.get(name, "row")
-            if stream in self._masks and len(tokens) != len(self._masks[stream]):
-                raise StageError(
-                    f"{name} reads {len(tokens)} of a batch's {len(self._masks[stream])} tokens, which ones is not known: set"
-                    " calibration.batch_size to 1 and calibration.tokens to all."
-                )
-            counted = self._counted.get(stream)
-            self.grams[name].update(tokens if counted is None else tokens[counted])
+            if experts is None or experts.rereading == reread:
+                self._add(name, args[0], None if experts is None else experts.rows)
 
         return accumulate
-
-    def _expert_hook(self, name: str, experts: UnfusedExperts, reread: bool) -> Any:
-        def accumulate(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if experts.rereading != reread:
-                return
-            tokens, stream = args[0], self.streams.get(name, "row")
-            if stream in self._masks:
-                read = self._counted[stream] if experts.rows is None else self._masks[stream][experts.rows]
-                tokens = tokens[read]
-            self.grams[name].update(tokens)
-
-        return accumulate
-
-    @contextlib.contextmanager
-    def counting(self, counted: Mapping[Stream, Tensor]) -> Iterator[None]:
-        """While it lasts, a pass of the model adds the tokens of each stream where ``counted (rows, length)`` is true."""
-        # Found once a batch, not once a Gram, and where the masks are: on the CPU.
-        masks = {stream: mask.flatten() for stream, mask in counted.items() if not bool(mask.all())}
-        self._masks = {stream: mask.to(self.device) for stream, mask in masks.items()}
-        self._counted = {stream: mask.nonzero().squeeze(1).to(self.device) for stream, mask in masks.items()}
-        try:
-            yield
-        finally:
-            self._masks, self._counted = {}, {}
 
     @torch.no_grad()
     def forward(self, batch: dict[str, Tensor], tokens: str = "all") -> None:
@@ -101,18 +130,8 @@ class GramHooks:
             self.body(**call.to(self.device).inputs, use_cache=False)
 
     def remove(self) -> None:
-        """Takes the hooks off the model."""
-        for handle in self._handles:
-            handle.remove()
+        """Takes the hooks off the model, and has no expert read all tokens any more."""
+        super().remove()
         for module in self.model.modules():
             if isinstance(module, UnfusedExperts):
                 module.reread = frozenset()
-
-    def check_finite(self) -> None:
-        """Raises NumericsError, naming the layer, where an activation was NaN or Inf."""
-        name = not_finite(self.grams)
-        if name is not None:
-            raise NumericsError(
-                f"Activations that {name} reads hold NaN or Inf: check the model's weights and dtype"
-                " (float16 overflows; try bfloat16 or float32)."
-            )

@@ -50,28 +50,21 @@ class TopLogProbs:
         return TopLogProbs(self.ids.to(device), self.log_probs.to(device))
 
 
-def token_loss(
-    model: Any,
-    batch: dict[str, Tensor],
-    loss_on: str,
-    head_owner: Any = None,
-    teacher: TopLogProbs | None = None,
-) -> TokenLoss:
+def token_loss(model: Any, batch: dict[str, Tensor], loss_on: str, teacher: TopLogProbs | None = None) -> TokenLoss:
     """The loss of one batch of :func:`emloc_ray.data.token_shards.collate`, in float32: the cross-entropy of its labels, or
     the divergence from what a ``teacher`` says at their positions, in the labels' order.
 
-    The batch is read where it is, on the CPU at no cost, and then taken to the model's device. ``head_owner`` is the model
-    that owns the head where ``model`` is a wrapper around it (DDP).
+    The batch is read where it is, on the CPU at no cost, and then taken to the model's device.
 
     Raises:
         ArtifactError: where the teacher speaks of another number of labels.
     """
-    owner = head_owner or model
-    return call_loss(model, model_call(owner.config, batch, loss_on).to(owner.device), owner, teacher)
+    return call_loss(model, model_call(model.config, batch, loss_on).to(model.device), model, teacher)
 
 
 def call_loss(model: Any, call: ModelCall, owner: Any, teacher: TopLogProbs | None = None) -> TokenLoss:
-    """:func:`token_loss` of a call that is on the model's device, as the teacher's logits are."""
+    """:func:`token_loss` of a call that is on the model's device, as the teacher's logits are. ``owner`` has the head, where
+    ``model`` is a wrapper around it (DDP)."""
     if teacher is None:
         return _loss_at(model, owner, call, label_loss, call.targets)
     if len(teacher.ids) != call.targets.numel():
@@ -114,8 +107,8 @@ def teacher_logits(model: Any, batch: dict[str, Tensor], loss_on: str, k: int) -
     """Of every row of a batch the top ``k`` log-probabilities at its label positions, logits made a chunk at a time; on the
     CPU."""
     call = model_call(model.config, batch, loss_on).to(model.device)
-    found = _read_at_labels(model, call, lambda logits, targets: top_log_probs(logits, k))
-    ids, log_probs = (torch.cat(parts).cpu().split(call.counts) for parts in zip(*found, strict=True))
+    chunks = _read_at_labels(model, call, lambda logits, targets: top_log_probs(logits, k))
+    ids, log_probs = (torch.cat(parts).cpu().split(call.counts) for parts in zip(*chunks, strict=True))
     return [TopLogProbs(*row) for row in zip(ids, log_probs, strict=True)]
 
 
@@ -126,29 +119,29 @@ def row_losses(model: Any, batch: dict[str, Tensor], loss_on: str) -> tuple[Tens
     In float32, with logits made a chunk at a time; the rows' losses add up to :func:`token_loss`. The counts are on the CPU.
     """
     call = model_call(model.config, batch, loss_on).to(model.device)
-    found = _read_at_labels(
+    chunks = _read_at_labels(
         model, call, lambda logits, targets: F.cross_entropy(logits.float(), targets, reduction="none")
     )
-    return torch.stack([part.sum() for part in torch.cat(found).split(call.counts)]), torch.tensor(call.counts)
+    return torch.stack([part.sum() for part in torch.cat(chunks).split(call.counts)]), torch.tensor(call.counts)
 
 
 def _read_at_labels(model: Any, call: ModelCall, read: Callable[[Tensor, Tensor], _Read]) -> list[_Read]:
     """``read(logits, targets)`` of the call's labels, by chunks where their logits are many."""
-    inputs, found = {**call.inputs, "use_cache": False}, []
+    inputs, chunks = {**call.inputs, "use_cache": False}, []
     if _in_chunks(model, len(call.targets)):
 
         def forward(compute: Callable[[Tensor], Tensor], chosen: Tensor) -> Tensor:
             step = chunk_tokens(_hidden_size(model.get_output_embeddings()))
             for hidden, targets in zip(chosen.split(step), call.targets.split(step), strict=True):
-                found.append(read(compute(hidden), targets))
+                chunks.append(read(compute(hidden), targets))
             return chosen.new_zeros(1, 1, 1)
 
         with _in_place_of_the_head(model, call.predicting, forward):
             model(**inputs)
     else:
         with logits_at(model, call.predicting):
-            found.append(read(model(**inputs).logits[0], call.targets))
-    return found
+            chunks.append(read(model(**inputs).logits[0], call.targets))
+    return chunks
 
 
 def chunk_tokens(hidden_size: int) -> int:

@@ -81,7 +81,7 @@ def _check_regex(pattern: str, key: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ConfigError(f"{key}: {pattern!r} is not a regular expression ({error}): mend it.") from error
+        raise ConfigError(f"{key}: {pattern!r} is not a regular expression ({error}): fix it.") from error
 
 
 def _no_match(key: str, pattern: str, names: Sequence[str]) -> str:

@@ -39,11 +39,11 @@ class MetaPass(TorchDispatchMode):
 
 def _as_positions(indices: Any) -> list[Any]:
     """Masks that have values as the positions where they are true: how many those are is asked for."""
-    found: list[Any] = []
+    positions: list[Any] = []
     for index in indices:
         is_mask = index is not None and index.dtype in (torch.bool, torch.uint8) and not index.is_meta
-        found += index.nonzero().unbind(1) if is_mask else [index]
-    return found
+        positions += index.nonzero().unbind(1) if is_mask else [index]
+    return positions
 
 
 def _without_values(leaf: Any) -> Any:

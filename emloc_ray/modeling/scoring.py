@@ -60,9 +60,9 @@ def score_rows(
         NumericsError: with ``name``, where its loss is no number.
     """
     batches = length_batches(rows, batch_size)
-    found = [token_loss(model, collate(part, pad_token_id, images), loss_on) for part in batches]
+    results = [token_loss(model, collate(part, pad_token_id, images), loss_on) for part in batches]
     total = Score()
-    for result in found:  # read when all are asked for: a GPU is kept busy meanwhile
+    for result in results:  # read when all are asked for: a GPU is kept busy meanwhile
         total += Score(float(result.loss_sum), int(result.num_correct), result.num_tokens)
     if not math.isfinite(total.loss_sum):
         raise NumericsError(f"The loss of the {name} model is NaN or Inf: check its weights and dtype.")
@@ -87,22 +87,14 @@ def losses_by_row(
     images: ImagesToInputs | None = None,
 ) -> RowLosses:
     """Of each row, in the order given, what :func:`score_rows` sums; a loss that is no number is left so."""
-    found = RowLosses(torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.int64))
-    for some in length_batches([_Numbered(number, row) for number, row in enumerate(rows)], batch_size):
-        batch = collate([numbered.row for numbered in some], pad_token_id, images)
+    losses = RowLosses(torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.int64))
+    by_length = sorted(range(len(rows)), key=lambda number: len(rows[number]))
+    for start in range(0, len(rows), batch_size):
+        numbers = by_length[start : start + batch_size]
+        batch = collate([rows[number] for number in numbers], pad_token_id, images)
         sums, counts = row_losses(model, batch, loss_on)
-        at = [numbered.number for numbered in some]
-        found.sums[at], found.counts[at] = sums.cpu().double(), counts
-    return found
-
-
-@dataclass(frozen=True)
-class _Numbered:
-    number: int
-    row: Tokens
-
-    def __len__(self) -> int:
-        return len(self.row)
+        losses.sums[numbers], losses.counts[numbers] = sums.cpu().double(), counts
+    return losses
 
 
 def prompt_length(row: Tokens) -> int:
@@ -129,16 +121,16 @@ def complete(
     room = _room(model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     texts: list[str] = []
-    for some in _batches(rows, batch_size, room - max_new_tokens):
-        prompts = [row.input_ids[: prompt_length(row)] for row in some]
-        shown = [[image.content for image in row.images if image.end <= prompt_length(row)] for row in some]
+    for batch in _batches(rows, batch_size, room - max_new_tokens):
+        prompts = [row.input_ids[: prompt_length(row)] for row in batch]
+        shown = [[image.content for image in row.images if image.end <= prompt_length(row)] for row in batch]
         others = functools.partial(_other_inputs, images, shown, model.device)
         most = min(max_new_tokens, *(room - len(prompt) for prompt in prompts))
         if _virtual_tokens(model) is not None:
-            found = _whole_rows(model, prompts, others, most, pad)
+            completions = _whole_rows(model, prompts, others, most, pad)
         else:
-            found = _generated(model, prompts, others, most, pad)
-        texts += [tokenizer.decode(line, skip_special_tokens=True).strip() for line in found]
+            completions = _generated(model, prompts, others, most, pad)
+        texts += [tokenizer.decode(line, skip_special_tokens=True).strip() for line in completions]
     return texts
 
 
@@ -159,18 +151,18 @@ def _virtual_tokens(model: Any) -> int | None:
 
 def _batches(rows: Sequence[Tokens], batch_size: int, longest: int) -> Iterator[Sequence[Tokens]]:
     """The rows in their order; those whose prompt is above ``longest`` alone, so that they cut no other one short."""
-    some: list[Tokens] = []
+    batch: list[Tokens] = []
     for row in rows:
         alone = prompt_length(row) > longest
-        if some and (alone or len(some) == batch_size):
-            yield some
-            some = []
-        some.append(row)
+        if batch and (alone or len(batch) == batch_size):
+            yield batch
+            batch = []
+        batch.append(row)
         if alone:
-            yield some
-            some = []
-    if some:
-        yield some
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 OtherInputs = Callable[[torch.Tensor], dict[str, torch.Tensor]]  # beside the token ids that it is given
@@ -182,8 +174,8 @@ def _other_inputs(
     device: torch.device,
     ids: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
-    found = {} if images is None else images(shown, ids.cpu())
-    return {key: value.to(device) for key, value in found.items()}
+    inputs = {} if images is None else images(shown, ids.cpu())
+    return {key: value.to(device) for key, value in inputs.items()}
 
 
 def _generated(

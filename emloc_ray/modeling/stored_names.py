@@ -103,10 +103,10 @@ def stored_parameters(model: Any, names: Iterable[str]) -> dict[str, StoredParam
             target, pattern = rename_source_key(name, [], [], prefix, state)
         if target not in state:
             continue
-        found = collected.setdefault(target, _Collected(by_pattern[pattern] if pattern else None))
-        found.names.setdefault(pattern, []).append(name)
-    stored = {target: _stored(found) for target, found in collected.items()}
-    whole = {name: found for name, found in stored.items() if name not in sliced}
+        parts = collected.setdefault(target, _Collected(by_pattern[pattern] if pattern else None))
+        parts.names.setdefault(pattern, []).append(name)
+    stored = {target: _stored(parts) for target, parts in collected.items()}
+    whole = {name: parts for name, parts in stored.items() if name not in sliced}
     apart = {
         name: stored[view.parameter].slice(view.index, view.is_transposed)
         for name, view in views.items()
@@ -115,12 +115,12 @@ def stored_parameters(model: Any, names: Iterable[str]) -> dict[str, StoredParam
     return whole | apart
 
 
-def _stored(found: _Collected) -> StoredParameter:
-    if found.converter is None:
-        return StoredParameter(((found.names[None][0],),))
-    operations = [type(operation).__name__ for operation in found.converter.operations]
-    dims = [operation.dim for operation in found.converter.operations if hasattr(operation, "dim")]
-    columns = [found.names.get(pattern, []) for pattern in found.converter.source_patterns]
+def _stored(collected: _Collected) -> StoredParameter:
+    if collected.converter is None:
+        return StoredParameter(((collected.names[None][0],),))
+    operations = [type(operation).__name__ for operation in collected.converter.operations]
+    dims = [operation.dim for operation in collected.converter.operations if hasattr(operation, "dim")]
+    columns = [collected.names.get(pattern, []) for pattern in collected.converter.source_patterns]
     if operations == ["MergeModulelist"] and dims == [0] and len(columns) == 1:
         return StoredParameter(tuple((name,) for name in columns[0]), True)
     if operations == ["MergeModulelist", "Concatenate"] and dims == [0, 1] and len({len(c) for c in columns}) == 1:
@@ -138,27 +138,27 @@ def stored_specs(
 
 
 def _stored_spec(spec: LinearSpec, stored: Mapping[str, StoredParameter], checkpoint: Checkpoint) -> LinearSpec:
-    found = require(stored, spec.weight_name, checkpoint)
-    if found.own_name == spec.weight_name:
+    weight = require(stored, spec.weight_name, checkpoint)
+    if weight.own_name == spec.weight_name:
         return spec
     bias = stored.get(f"{spec.name}.bias") if spec.has_bias else None
     stored_bias = None if bias is None else bias.rows(checkpoint)[0]
-    return dataclasses.replace(spec, stored=found.rows(checkpoint), stored_bias=stored_bias)
+    return dataclasses.replace(spec, stored=weight.rows(checkpoint), stored_bias=stored_bias)
 
 
 def renamed_tensors(stored: Mapping[str, StoredParameter]) -> dict[str, str]:
     """The name in the model of every stored tensor that is a parameter as it stands under another name."""
-    return {found.own_name: name for name, found in stored.items() if found.own_name not in (None, name)}
+    return {parameter.own_name: name for name, parameter in stored.items() if parameter.own_name not in (None, name)}
 
 
 def require(stored: Mapping[str, StoredParameter], name: str, checkpoint: Checkpoint) -> StoredParameter:
     """What holds a parameter; raises ArtifactError where nothing does, or transformers makes it in a way not known here."""
-    found = stored.get(name)
-    if found is None:
+    parameter = stored.get(name)
+    if parameter is None:
         raise ArtifactError(f"{checkpoint.directory} holds no tensor {name}: the checkpoint does not fit its config.")
-    if not found.parts:
+    if not parameter.parts:
         raise ArtifactError(
             f"{checkpoint.directory} holds {name} in a form that only transformers can convert: load it with transformers,"
             " save it again with save_pretrained(save_original_format=False), and name that."
         )
-    return found
+    return parameter

@@ -37,7 +37,7 @@ def read_zero_config(path: str) -> dict[str, Any]:
             f"{where} cannot be read ({error.strerror}): give the path of a JSON file, from the working directory."
         ) from error
     except ValueError as error:
-        raise ConfigError(f"{where} is not JSON ({error}): mend it there.") from error
+        raise ConfigError(f"{where} is not JSON ({error}): fix it there.") from error
     zero = content.get("zero_optimization") if isinstance(content, dict) else None
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if type(stage) is not int or not 0 <= stage <= 3:
@@ -71,10 +71,10 @@ def check_zero_config(
         seen.trainer_config_process(argparse.Namespace(**{**vars(arguments), "world_size": num_workers}))
     except (AttributeError, TypeError, KeyError, ValueError) as error:
         raise ConfigError(
-            f"finetune.deepspeed {path} has a value of another type than DeepSpeed takes ({error}): mend it there."
+            f"finetune.deepspeed {path} has a value of another type than DeepSpeed takes ({error}): fix it there."
         ) from error
     if seen.mismatches:
-        told = "; ".join(
+        mismatches = "; ".join(
             line.removeprefix("- ds ").replace(" vs hf ", f", {section} says ") for line in seen.mismatches
         )
-        raise ConfigError(f'finetune.deepspeed {path} says {told}: set "auto" there, or the same here.')
+        raise ConfigError(f'finetune.deepspeed {path} says {mismatches}: set "auto" there, or the same here.')

@@ -35,7 +35,7 @@ from benchmarks.stage_memory import (
 from emloc_ray.core.ranks import rank_for_ratio
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.modeling.adapter import attach_adapter
-from emloc_ray.modeling.adapter_methods import lora_config
+from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import block_linears, empty_model
 from emloc_ray.modeling.emulator import emulator_class
 from emloc_ray.modeling.emulator_type import EmulatorModelConfig
@@ -149,7 +149,7 @@ def merge(out: Path) -> Figures:
     adapter = out / "merge-adapter"
     model = attach_adapter(
         load_model(run / "model"),
-        lora_config(target_modules=[s.name for s in specs], r=8, lora_alpha=16, init_lora_weights=False),
+        adapter_config(target_modules=[s.name for s in specs], r=8, lora_alpha=16, init_lora_weights=False),
     )
     model.save_pretrained(str(adapter))
     job = MergeJob(run / "model", adapter, out / "merge-merged", specs)

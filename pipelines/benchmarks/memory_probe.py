@@ -25,7 +25,7 @@ import torch
 
 from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.modeling.adapter import attach_adapter
-from emloc_ray.modeling.adapter_methods import lora_config
+from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import block_linears
 from emloc_ray.modeling.emulator import FactorizedLinear
 from emloc_ray.modeling.loading import load_model
@@ -101,7 +101,7 @@ def finetune(
     model = weighed_model(directory)
     targets = [name for name, module in model.named_modules() if isinstance(module, FactorizedLinear)]
     targets = targets or [spec.name for spec in block_linears(model)]
-    model = attach_adapter(model, lora_config(target_modules=targets, r=r, lora_alpha=2 * r))
+    model = attach_adapter(model, adapter_config(target_modules=targets, r=r, lora_alpha=2 * r))
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()

@@ -35,7 +35,7 @@ from emloc_ray.data.token_shards import TokenShards, collate, length_batches
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.formats.grams import GramStore, reduce_slots, write_gram_index, write_gram_shard
 from emloc_ray.modeling.adapter import attach_adapter, save_trained_adapter
-from emloc_ray.modeling.adapter_methods import adapter_config, lora_config
+from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import block_linears, empty_model
 from emloc_ray.modeling.gram_hooks import GramHooks
 from emloc_ray.modeling.loading import load_model
@@ -178,7 +178,9 @@ def training_step(out: Path) -> Figures:
     actions = []
     for directory in (emulated(run, out), run / "model"):
         targets = [spec.name for spec in block_linears(empty_model(AutoConfig.from_pretrained(run / "model")))]
-        model = attach_adapter(load_model(directory), lora_config(target_modules=targets, r=8, lora_alpha=16)).train()
+        model = attach_adapter(
+            load_model(directory), adapter_config(target_modules=targets, r=8, lora_alpha=16)
+        ).train()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
         actions.append(functools.partial(_step, model, optimizer, batch))
     seconds = interleaved(actions, repeats=9)

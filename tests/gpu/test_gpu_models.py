@@ -12,7 +12,7 @@ from benchmarks.gpu.shapes import SHAPES, linears_of, llama_config, random_batch
 from torch import Tensor
 
 from emloc_ray.modeling.adapter import attach_adapter
-from emloc_ray.modeling.adapter_methods import lora_config
+from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
 from emloc_ray.modeling.gradient_hooks import GradientHooks
 from emloc_ray.modeling.gram_hooks import GramHooks
@@ -35,7 +35,9 @@ def emulator_on(device: str) -> Any:
     """With a LoRA on every linear, the same on every device, and blocks run again in the backward pass."""
     specs = linears_of(CONFIG)
     emulator = model_on("cpu", uniform_ranks(specs, 0.5, 8))
-    model = attach_adapter(emulator, lora_config(target_modules=[s.name for s in specs], r=4, lora_alpha=8)).to(device)
+    model = attach_adapter(emulator, adapter_config(target_modules=[s.name for s in specs], r=4, lora_alpha=8)).to(
+        device
+    )
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
 

@@ -105,10 +105,10 @@ def read_shard(file: Path) -> Shard:
     try:
         described: dict[str, Any] = json.loads(header)
         described.pop("__metadata__", None)
-        found = [_entry(file, name, item, 8 + length, version) for name, item in described.items()]
+        read = [_entry(file, name, item, 8 + length, version) for name, item in described.items()]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{file} has no readable safetensors header: copy it again.") from error
-    entries = sorted(found, key=lambda entry: entry.start)
+    entries = sorted(read, key=lambda entry: entry.start)
     if entries and entries[-1].stop > size:
         raise ArtifactError(f"{file} is cut short: its header asks for {entries[-1].stop} bytes, it has {size}.")
     return Shard(file, header, tuple(entries))

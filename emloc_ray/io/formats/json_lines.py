@@ -16,12 +16,12 @@ def end_last_line(path: Path) -> None:
 
 def read_objects(content: bytes) -> list[dict[str, Any]]:
     """The objects of a file's lines, but for lines that hold none, such as one that was left unfinished."""
-    found = []
+    objects = []
     for line in content.decode(errors="replace").splitlines():
         try:
             value = json.loads(line)
         except ValueError:
             continue
         if isinstance(value, dict):
-            found.append(value)
-    return found
+            objects.append(value)
+    return objects

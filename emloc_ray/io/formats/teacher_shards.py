@@ -40,14 +40,14 @@ def teacher_shard(directory: Path, number: int) -> Path:
     return directory / f"logits-{number:05d}.safetensors"
 
 
-def write_teacher_shard(path: Path, rows: Sequence[int], found: Sequence[TopRow]) -> None:
+def write_teacher_shard(path: Path, rows: Sequence[int], tops: Sequence[TopRow]) -> None:
     """Writes what the teacher says of ``rows``, ascending positions of the split, atomically."""
-    counts = torch.tensor([len(ids) for ids, _ in found])
+    counts = torch.tensor([len(ids) for ids, _ in tops])
     tensors = {
         "rows": torch.tensor(rows, dtype=torch.int64),
         "ends": counts.cumsum(0),
-        "ids": torch.cat([ids for ids, _ in found]).to("cpu", torch.int32),
-        "log_probs": torch.cat([log_probs for _, log_probs in found]).to("cpu", torch.float16),
+        "ids": torch.cat([ids for ids, _ in tops]).to("cpu", torch.int32),
+        "log_probs": torch.cat([log_probs for _, log_probs in tops]).to("cpu", torch.float16),
     }
     write_tensors(path, tensors)
 
@@ -60,9 +60,9 @@ def write_teacher_index(directory: Path, first_rows: Sequence[int]) -> None:
 class _Shard:
     def __init__(self, path: Path) -> None:
         self.entries: dict[str, TensorEntry] = {entry.name: entry for entry in read_shard(path).entries}
-        found = {name: entry.dtype for name, entry in self.entries.items()}
-        if found != _DTYPES:
-            name = min(name for name, _ in found.items() ^ _DTYPES.items())
+        dtypes = {name: entry.dtype for name, entry in self.entries.items()}
+        if dtypes != _DTYPES:
+            name = min(name for name, _ in dtypes.items() ^ _DTYPES.items())
             raise DamagedArtifactError(
                 f"{path} is not as the heal stage writes it (tensor {name!r}): delete it and run the same command again."
             )

@@ -92,9 +92,9 @@ class RunDirectory:
             manifest = self.manifest()
         except ArtifactError as error:  # --fresh must never remove what may be somebody else's
             raise ConfigError(f"run_dir: {error}") from error
-        name, found = manifest["name"], manifest.get("kind", "run")
-        if found != kind:
-            raise ConfigError(f"run_dir {self.place} holds a {found}, no {kind}: name a new or empty directory.")
+        name, own_kind = manifest["name"], manifest.get("kind", "run")
+        if own_kind != kind:
+            raise ConfigError(f"run_dir {self.place} holds a {own_kind}, no {kind}: name a new or empty directory.")
         if name != self.name:
             raise ConfigError(
                 f"run_dir {self.place} holds the {kind} {name!r}: name a new directory, or rename this one to {name}."
@@ -155,14 +155,14 @@ class RunDirectory:
         self.root.mkdir(parents=True, exist_ok=True)
         for leftover in self.root.glob(".*.tmp"):
             discard(leftover)
-        found = self.names()
-        manifest: dict[str, Any] = self.manifest() if MANIFEST in found and not fresh else {"stages": {}}
+        names = self.names()
+        manifest: dict[str, Any] = self.manifest() if MANIFEST in names and not fresh else {"stages": {}}
         manifest.update({"format": _FORMAT, "kind": kind, "name": self.name, "config": config, "steps": list(steps)})
         self._write_manifest(manifest)
         with atomic_file(self.path(CONFIG)) as file:
             file.write(write_yaml(config).encode())
         # Last: whatever a kill leaves of these is a run's, with no stage done.
-        for name in set(found) - {MANIFEST, CONFIG, _LOCK, LEASE} if fresh else ():
+        for name in set(names) - {MANIFEST, CONFIG, _LOCK, LEASE} if fresh else ():
             discard(self.path(name))
 
     def manifest(self) -> dict[str, Any]:
@@ -186,13 +186,13 @@ class RunDirectory:
 
     def stages(self) -> dict[str, dict[str, Any]]:
         """What the manifest says of all finished stages; nothing where there is none yet."""
-        found: dict[str, dict[str, Any]] = self.manifest()["stages"] if MANIFEST in self.names() else {}
-        return found
+        stages: dict[str, dict[str, Any]] = self.manifest()["stages"] if MANIFEST in self.names() else {}
+        return stages
 
     def stage(self, name: str) -> dict[str, Any] | None:
         """What the manifest says of a finished stage, or None."""
-        found: dict[str, Any] | None = self.manifest()["stages"].get(name)
-        return found
+        entry: dict[str, Any] | None = self.manifest()["stages"].get(name)
+        return entry
 
     def is_done(self, name: str, inputs: str) -> bool:
         """Whether the stage was finished with inputs of this fingerprint and its files are all there, whole by size, or were
@@ -202,8 +202,8 @@ class RunDirectory:
             return False
         if entry.get("dropped"):
             return True
-        found = self._content_of(entry["outputs"])
-        return all(found.get(path, {"": None}).items() <= wanted.items() for path, wanted in entry["outputs"].items())
+        content = self._content_of(entry["outputs"])
+        return all(content.get(path, {"": None}).items() <= wanted.items() for path, wanted in entry["outputs"].items())
 
     def _content_of(self, paths: Iterable[str]) -> dict[str, dict[str, Any]]:
         """Sizes of the files that exist; from a store their SHA-256 too, listed by the run's top folders."""
@@ -227,8 +227,8 @@ class RunDirectory:
             return []
         wanted = {self.path(path): content["sha256"] for path, content in entry["outputs"].items()}
         with ThreadPoolExecutor(_READERS) as pool:
-            found = zip(wanted, pool.map(lambda file: digest(file) if file.is_file() else None, wanted), strict=True)
-            return [file for file, sha256 in found if sha256 != wanted[file]]
+            digests = zip(wanted, pool.map(lambda file: digest(file) if file.is_file() else None, wanted), strict=True)
+            return [file for file, sha256 in digests if sha256 != wanted[file]]
 
     def writer(self, path: str) -> str | None:
         """The finished stage that wrote a file, by its path from the run's directory on; None where none did."""

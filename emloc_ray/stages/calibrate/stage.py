@@ -141,15 +141,15 @@ def _gradient_cost(memory: MemoryModel) -> StageCost:
 
 def thin_experts(calibration: Result) -> str | None:
     """How many experts were sent too few tokens, and what was done for them, from the calibration's result."""
-    found = calibration.get("experts") or {}
-    if not found.get("too_few"):
+    counts = calibration.get("experts") or {}
+    if not counts.get("too_few"):
         return None
-    reread = found["too_few"] - found["plain_svd"]
-    done = [f"{reread} have their statistics from {found['reread_tokens']} tokens run through them"] if reread else []
-    done += [f"{found['plain_svd']} are cut by a plain SVD, for want of tokens"] if found["plain_svd"] else []
+    reread = counts["too_few"] - counts["plain_svd"]
+    done = [f"{reread} have their statistics from {counts['reread_tokens']} tokens run through them"] if reread else []
+    done += [f"{counts['plain_svd']} are cut by a plain SVD, for want of tokens"] if counts["plain_svd"] else []
     return (
-        f"The router sent {found['too_few']} of {found['number']} experts fewer than {found['min_expert_tokens']} tokens"
-        f" ({found['never_routed']} none, the fewest {found['fewest_routed_tokens']}): {' and '.join(done)}."
+        f"The router sent {counts['too_few']} of {counts['number']} experts fewer than {counts['min_expert_tokens']} tokens"
+        f" ({counts['never_routed']} none, the fewest {counts['fewest_routed_tokens']}): {' and '.join(done)}."
     )
 
 

@@ -122,8 +122,8 @@ class RankBatches(IterableDataset[dict[str, Any]]):
         if self.job.teacher_dir is None:
             return None
         teacher = TeacherShards(self.job.teacher_dir)
-        found = ([teacher.row(row) for row in rows.tolist()] for rows in self.order.batches(begin, end))
-        return (TopLogProbs(*map(torch.cat, zip(*parts, strict=True))) for parts in found)
+        tops = ([teacher.row(row) for row in rows.tolist()] for rows in self.order.batches(begin, end))
+        return (TopLogProbs(*map(torch.cat, zip(*parts, strict=True))) for parts in tops)
 
 
 def collate_together(
@@ -250,8 +250,8 @@ class StepKeeper(TrainerCallback):
 def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     """What each worker of a Ray Train group runs; returns what the driver wants to know, ``peak_bytes`` of its memory too."""
     torch.set_num_threads(settings["threads"])
-    found = timed(train)(settings["job"], GroupSession())
-    return {**found.result, "peak_bytes": found.peak_bytes}
+    outcome = timed(train)(settings["job"], GroupSession())
+    return {**outcome.result, "peak_bytes": outcome.peak_bytes}
 
 
 def train_alone(job: FinetuneJob) -> dict[str, Any]:
@@ -266,8 +266,8 @@ def train_alone(job: FinetuneJob) -> dict[str, Any]:
 def leaves_traces(job: FinetuneJob) -> bool:
     """Whether a training changes its process for the next one: switches of torch's, a run that a tracker holds open."""
     arguments = job.training_arguments
-    told = arguments.get("report_to") or "none"
-    trackers = {told} if isinstance(told, str) else set(told)
+    report_to = arguments.get("report_to") or "none"
+    trackers = {report_to} if isinstance(report_to, str) else set(report_to)
     return bool(arguments.get("full_determinism") or arguments.get("tf32") or trackers - {"none", "tensorboard"})
 
 
@@ -293,8 +293,8 @@ def train(job: FinetuneJob, session: TrainingSession) -> dict[str, Any]:
         _publish_events(job, session)
         if keeper.failure is None and not keeper.stopped:
             trainer.save_adapter()
-    found = {"failure": keeper.failure, "stopped": keeper.stopped, "resumed": folder is not None}
-    return {**found, "steps": output.global_step, "train_loss": output.training_loss}
+    outcome = {"failure": keeper.failure, "stopped": keeper.stopped, "resumed": folder is not None}
+    return {**outcome, "steps": output.global_step, "train_loss": output.training_loss}
 
 
 def _settle_reports(job: FinetuneJob) -> None:
@@ -362,5 +362,5 @@ def _stored_dtype(job: FinetuneJob) -> torch.dtype:
     if named != "auto":
         return getattr(torch, named)
     trusted = job.model_options.get("trust_remote_code", False)
-    found: torch.dtype | None = load_config(job.emulator_dir, trust_remote_code=trusted).dtype
-    return found or torch.float32
+    dtype: torch.dtype | None = load_config(job.emulator_dir, trust_remote_code=trusted).dtype
+    return dtype or torch.float32

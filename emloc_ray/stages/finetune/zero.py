@@ -81,6 +81,6 @@ def whole_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
     whole: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            found = safe_get_full_fp32_param(parameter)
-            whole[name] = (parameter if found is None else found).detach().to("cpu", torch.float32, copy=True)
+            gathered = safe_get_full_fp32_param(parameter)
+            whole[name] = (parameter if gathered is None else gathered).detach().to("cpu", torch.float32, copy=True)
     return whole

@@ -113,9 +113,9 @@ class _Added:
         name, part = _linear(self.job, entry)
         if part not in (".up", ".down") or name not in self.healed:
             return None
-        found = self.factors(name)
-        added = found.up if part == ".up" else found.down
-        rank = entry.shape[1 if part == ".up" else 0] + found.down.shape[0]
+        factors = self.factors(name)
+        added = factors.up if part == ".up" else factors.down
+        rank = entry.shape[1 if part == ".up" else 0] + factors.down.shape[0]
         wanted = self.job.ranks[name]
         if rank != wanted:
             raise ArtifactError(f"{entry.file}: {name} would grow to rank {rank}, not {wanted}: run the stage again.")
@@ -127,23 +127,23 @@ def grow_shard(job: FoldJob, piece: Piece) -> None:
     added = _Added(job)
 
     def grown(entry: TensorEntry) -> TensorEntry:
-        found = added.part(entry)
-        if found is None:
+        change = added.part(entry)
+        if change is None:
             return entry
-        part, more = found
+        part, more = change
         rows, columns = entry.shape
         shape = (rows, columns + more.shape[1]) if part == ".up" else (rows + more.shape[0], columns)
         return replace(entry, shape=shape, start=0, stop=entry.num_bytes + more.nbytes)
 
     def chunks(entry: TensorEntry) -> Iterator[torch.Tensor]:
-        found = added.part(entry)
-        if found is not None and found[0] == ".up":
+        change = added.part(entry)
+        if change is not None and change[0] == ".up":
             for begin, rows in row_chunks(entry, _CHUNK_BYTES):
-                yield torch.cat([rows, found[1][begin : begin + len(rows)]], dim=1)
+                yield torch.cat([rows, change[1][begin : begin + len(rows)]], dim=1)
             return
         yield from copy_chunks(entry, _CHUNK_BYTES)
-        if found is not None:
-            yield found[1]
+        if change is not None:
+            yield change[1]
 
     entries = [(grown(entry), entry) for entry in piece.entries]
     header = make_header([new for new, _ in entries])
@@ -160,9 +160,9 @@ def make_linear(job: FoldJob, piece: Piece) -> None:
     if order is not None and healed:
         weights[".up"], _ = PivotedFactors(weights[".up"], weights[".down"], order).plain()
     for part, entry in entries.items():
-        found = added.part(entry)
-        if found is not None:
-            weights[part] = torch.cat([weights[part], found[1]], dim=1 if part == ".up" else 0)
+        change = added.part(entry)
+        if change is not None:
+            weights[part] = torch.cat([weights[part], change[1]], dim=1 if part == ".up" else 0)
     if order is not None and healed:
         weights[".up"], weights[".down"], order = pivot(LowRankFactors(weights[".up"], weights[".down"]))
     tensors = {} if order is None else {f"{name}.order": order}
@@ -194,10 +194,10 @@ def fold(
     Shards that are in it already are kept: the caller knows that they are of this adapter. ``base_config`` is the
     original's.
     """
-    found = pieces(job)
-    largest = sorted(found, key=lambda piece: sum(entry.num_bytes for entry in piece.entries), reverse=True)
+    shards = pieces(job)
+    largest = sorted(shards, key=lambda piece: sum(entry.num_bytes for entry in piece.entries), reverse=True)
     work = [(f"shard {piece.file.name}", (piece,)) for piece in largest]
     run_tasks(write_piece, job, work, resources, Losses("heal", tell), progress)
     kept_wide = job.kept_wide if job.in_4bit else None
-    files = [piece.file for piece in found]
+    files = [piece.file for piece in shards]
     return finish_emulator(files, base_config, job.emulator_dir, job.ranks, job.storage, kept_wide)

@@ -56,9 +56,9 @@ def heal(
     if outcome is None:
         teach(job.teacher, resources, part(0), tell)
         cached = sum(size for file, size in sizes(job.teacher.out_dir).items() if file.suffix == ".safetensors")
-        found = finetune(job.training, resources, part(1), tell)
+        trained = finetune(job.training, resources, part(1), tell)
         rows = sum(map(len, job.teacher.shards()))
-        outcome = {**found, "teacher_rows": rows, "teacher_bytes": cached}
+        outcome = {**trained, "teacher_rows": rows, "teacher_bytes": cached}
         write_json(job.outcome_path, outcome)
     total_size = fold(job.fold, base_config, replace(resources, gpus_per_worker=0), part(2), tell)
     resumed = resumed or outcome.get("resumed", False)
@@ -69,5 +69,5 @@ def _outcome(job: HealingJob) -> dict[str, Any] | None:
     ensure(job.outcome_path)
     if not job.outcome_path.is_file():
         return None
-    found: dict[str, Any] = json.loads(job.outcome_path.read_text())
-    return found
+    outcome: dict[str, Any] = json.loads(job.outcome_path.read_text())
+    return outcome

@@ -63,15 +63,15 @@ def teach_shard(job: TeacherJob, model: Any, rows: Sequence[int]) -> list[TopRow
     tokens = {row: shards.row(row) for row in rows}
     by_length = sorted(rows, key=lambda row: len(tokens[row]))
     images = ImageInputs(job.model_dir, job.model_options)
-    found: dict[int, TopRow] = {}
+    tops: dict[int, TopRow] = {}
     for start in range(0, len(rows), job.batch_size):
-        some = by_length[start : start + job.batch_size]
-        batch = collate([tokens[row] for row in some], job.pad_token_id, images)
-        for row, top in zip(some, teacher_logits(model, batch, job.loss_on, job.num_logits), strict=True):
+        numbers = by_length[start : start + job.batch_size]
+        batch = collate([tokens[row] for row in numbers], job.pad_token_id, images)
+        for row, top in zip(numbers, teacher_logits(model, batch, job.loss_on, job.num_logits), strict=True):
             if bool(torch.isnan(top.log_probs).any()):
                 raise NumericsError(f"The original's logits of training row {row} are NaN or Inf: check its weights.")
-            found[row] = top.ids.to(torch.int32), top.log_probs.to(torch.float16)
-    return [found[row] for row in rows]
+            tops[row] = top.ids.to(torch.int32), top.log_probs.to(torch.float16)
+    return [tops[row] for row in rows]
 
 
 def teach_part(job: TeacherJob, part: int, num_parts: int) -> None:

@@ -78,17 +78,17 @@ def is_lost(error: BaseException) -> bool:
 
 def reason(error: BaseException, kernel_killed: bool = False) -> tuple[str, str]:
     """Why a worker was lost, as far as Ray or the kernel knows, and what to do where it happens again and again."""
-    found = list(causes(error))
-    text = " ".join(str(cause) for cause in found)
-    if any(_is_out_of_memory(cause) for cause in found) or "memory pressure" in text:
+    chain = list(causes(error))
+    text = " ".join(str(cause) for cause in chain)
+    if any(_is_out_of_memory(cause) for cause in chain) or "memory pressure" in text:
         return "its node ran out of memory", _MEMORY
     if kernel_killed:
         return "the kernel killed a process for memory", _MEMORY
-    if any(isinstance(cause, ray.exceptions.NodeDiedError) for cause in found) or "node has died" in text:
+    if any(isinstance(cause, ray.exceptions.NodeDiedError) for cause in chain) or "node has died" in text:
         return "its node died", "look after the node, then run the same command again"
-    if any(isinstance(cause, ray.exceptions.ActorUnavailableError) for cause in found):
+    if any(isinstance(cause, ray.exceptions.ActorUnavailableError) for cause in chain):
         return "it does not answer", "look after its node and the network, then run the same command again"
-    if any(isinstance(cause, ray.exceptions.ObjectLostError) for cause in found):
+    if any(isinstance(cause, ray.exceptions.ObjectLostError) for cause in chain):
         return "its result was lost with its node", "look after the nodes, then run the same command again"
     return "its process crashed or was killed", f"see its log in Ray's session; where memory ran short, {_MEMORY}"
 
@@ -120,11 +120,11 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 def own_error(error: BaseException) -> EmlocError | None:
     """The EmlocError at the bottom of what Ray raised, as it was raised on the worker; None where there is none."""
-    own = (e for e in causes(error) if isinstance(e, EmlocError) and not isinstance(e, ray.exceptions.RayError))
-    found = next(own, None)
-    if found is not None and _RAY_DATA_S_ADVICE in str(found):
-        found.args = (str(found).partition(_RAY_DATA_S_ADVICE)[0], *found.args[1:])
-    return found
+    candidates = (e for e in causes(error) if isinstance(e, EmlocError) and not isinstance(e, ray.exceptions.RayError))
+    own = next(candidates, None)
+    if own is not None and _RAY_DATA_S_ADVICE in str(own):
+        own.args = (str(own).partition(_RAY_DATA_S_ADVICE)[0], *own.args[1:])
+    return own
 
 
 def explain(error: BaseException, stage: str) -> EmlocError:

@@ -64,8 +64,8 @@ def connection(address: str | None = None, lean_memory: bool = False, **options:
 
 def total(resource: str) -> float:
     """What all nodes have of a resource of Ray's, ``CPU`` or ``GPU``."""
-    found: float = ray.cluster_resources().get(resource, 0)
-    return found
+    amount: float = ray.cluster_resources().get(resource, 0)
+    return amount
 
 
 def quiet_ray_data() -> None:

@@ -101,17 +101,17 @@ def run_slots(
                 slot = running[task]
                 where = at[slot]
                 try:
-                    found = ray.get(next(task))
+                    timed_unit = ray.get(next(task))
                 except ray.exceptions.RayError as error:
                     piece = f"slot {slot}" if where == "its start" else f"slot {slot} at {where}"
                     delay = losses.count(piece, error)
                     del running[task]
                     resting[slot] = time.monotonic() + delay
                     continue
-                times = found.begun_at, found.finished_at
-                worker = f"slot {slot} on {found.worker.partition(' on ')[2]}"
-                tell_span(Span(losses.stage, worker, where, *times, peak_bytes=found.peak_bytes))
-                unit = found.result
+                times = timed_unit.begun_at, timed_unit.finished_at
+                worker = f"slot {slot} on {timed_unit.worker.partition(' on ')[2]}"
+                tell_span(Span(losses.stage, worker, where, *times, peak_bytes=timed_unit.peak_bytes))
+                unit = timed_unit.result
                 if unit is None:  # committed to the end
                     del running[task]
                     continue

@@ -113,14 +113,14 @@ def tell_span(span: Span) -> None:
 
 def joined(spans: Iterable[Span], pause_s: float) -> list[Span]:
     """Joins neighbouring spans of one worker and stage where at most ``pause_s`` lies between them."""
-    found: list[Span] = []
+    merged: list[Span] = []
     for span in sorted(spans, key=lambda span: (span.worker, span.begun_at)):
-        last = found[-1] if found else None
+        last = merged[-1] if merged else None
         alike = last is not None and (last.worker, last.stage) == (span.worker, span.stage)
         if last is None or not alike or span.begun_at - last.finished_at > pause_s:
-            found.append(span)
+            merged.append(span)
             continue
         end, count = max(last.finished_at, span.finished_at), last.count + span.count
         peak = max(last.peak_bytes, span.peak_bytes)
-        found[-1] = replace(last, finished_at=end, count=count, peak_bytes=peak)
-    return found
+        merged[-1] = replace(last, finished_at=end, count=count, peak_bytes=peak)
+    return merged

@@ -159,16 +159,16 @@ class Flight:
     def _collect(self, reference: Any) -> None:
         piece = self._flying.pop(reference)
         try:
-            found = ray.get(reference)
+            result = ray.get(reference)
         except ray.exceptions.RayError as error:
             delay = self.losses.count(piece.name, error)
             self._resting.append(dataclasses.replace(piece, begin=time.monotonic() + delay))
             return
-        if isinstance(found, Timed):
-            when = found.begun_at, found.finished_at
-            tell_span(Span(self.losses.stage, found.worker, piece.name, *when, peak_bytes=found.peak_bytes))
-            found = found.result
-        self.results[piece.number] = found
+        if isinstance(result, Timed):
+            when = result.begun_at, result.finished_at
+            tell_span(Span(self.losses.stage, result.worker, piece.name, *when, peak_bytes=result.peak_bytes))
+            result = result.result
+        self.results[piece.number] = result
 
 
 def bounded(

@@ -118,14 +118,14 @@ def _sizes() -> Iterator[tuple[str, int, int]]:
 
 def _processes() -> list[psutil.Process]:
     own = psutil.Process()
-    found = {process.pid: process for process in [own, *own.children(recursive=True)]}
+    processes = {process.pid: process for process in [own, *own.children(recursive=True)]}
     session = _session()
     for process in psutil.process_iter(["name"]):  # a Ray that was not started here, but that this process uses
-        if process.info["name"] == "raylet" and process.pid not in found:
+        if process.info["name"] == "raylet" and process.pid not in processes:
             with contextlib.suppress(psutil.Error):
                 if session and any(session in part for part in process.cmdline()):
-                    found.update({child.pid: child for child in [process, *process.children(recursive=True)]})
-    return list(found.values())
+                    processes.update({child.pid: child for child in [process, *process.children(recursive=True)]})
+    return list(processes.values())
 
 
 def _session() -> str:

@@ -43,10 +43,10 @@ def tokenize_data(
         DataError: naming file, row and field of the first bad row.
     """
     config = prepared.config
-    found = split_sources(prepared, out_dir)
-    files = [Path(source.path) for sources in found.values() for source in sources if not source.is_stored]
+    sources = split_sources(prepared, out_dir)
+    local = [Path(source.path) for files in sources.values() for source in files if not source.is_stored]
     # By content, not time: on an object store each node's copies have times of their own.
-    made = {path.name: sha for file in files if out_dir in file.parents for path, sha in hashes(file).items()}
+    made = {path.name: sha for file in local if out_dir in file.parents for path, sha in hashes(file).items()}
     discard_unless(out_dir / "tokens", time.time() if inputs is None else [inputs, made])
     options = TokenizeOptions(
         str(tokenizer),
@@ -59,7 +59,7 @@ def tokenize_data(
         ImagePlaces.of(config.data.image_hosts, config.data.image_roots),
     )
     losses = Losses("data", tell)
-    splits = begun_again(lambda: rows_of_splits(config, found, options), losses, lambda: "counting tokens")
+    splits = begun_again(lambda: rows_of_splits(config, sources, options), losses, lambda: "counting tokens")
     # Rows that may show images are of 100 KB rather than a few.
     rows_per_shard = _IMAGE_ROWS_PER_SHARD if options.may_show_images else _ROWS_PER_SHARD
     sizes = dict.fromkeys(splits, rows_per_shard) | {"calibration": config.calibration.rows_per_shard}
@@ -89,10 +89,10 @@ def begun_again(work: Callable[[], Result], losses: Losses, piece: Callable[[], 
 
 
 def rows_of_splits(
-    config: RunConfig, found: dict[str, tuple[SourceFile, ...]], options: TokenizeOptions
+    config: RunConfig, sources: dict[str, tuple[SourceFile, ...]], options: TokenizeOptions
 ) -> dict[str, RowSelection]:
     """The rows of every split; those of the calibration are counted in tokens where the config asks for that."""
-    given = {name: RowSelection.all_rows(sources) for name, sources in found.items()}
+    given = {name: RowSelection.all_rows(files) for name, files in sources.items()}
     for name, selection in given.items():
         split = getattr(config.data, name)
         if split is not None:
@@ -124,12 +124,12 @@ def split_sources(prepared: Prepared, out_dir: Path) -> dict[str, tuple[SourceFi
     if hub or config.data.generate is not None:
         # What was made for the run stays with it: neither the hub nor the installed sources need be as they were.
         discard_unless(directory, [config.data.generate, config.seed if config.data.generate else None, hub])
-    found: dict[str, tuple[SourceFile, ...]] = dict(prepared.files)
+    sources: dict[str, tuple[SourceFile, ...]] = dict(prepared.files)
     if config.data.generate is not None:
-        found |= _generate(config.data.generate, directory, config.seed)
+        sources |= _generate(config.data.generate, directory, config.seed)
     for name, path in hub.items():
-        found[name] = (_download(path, name, directory),)
-    return found
+        sources[name] = (_download(path, name, directory),)
+    return sources
 
 
 def _generate(task: str, directory: Path, seed: int) -> dict[str, tuple[SourceFile, ...]]:

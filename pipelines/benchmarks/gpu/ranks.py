@@ -13,7 +13,7 @@ from benchmarks.gpu.session import Session
 from benchmarks.gpu.shapes import linears_of, llama_config, random_batch, random_llama, uniform_ranks
 from emloc_ray.core.ranks import rank_for_ratio
 from emloc_ray.modeling.adapter import attach_adapter
-from emloc_ray.modeling.adapter_methods import lora_config
+from emloc_ray.modeling.adapter_methods import adapter_config
 
 _RATIO = 0.47  # of which no rank of these shapes is a multiple of 8 by chance
 _VOCABULARY = 256  # so that a block is nearly all of its model
@@ -69,7 +69,7 @@ def _block_step(session: Session, multiple: int) -> dict[str, Any]:
     found = uniform_ranks(specs, _RATIO, multiple)
     model = random_llama(config, session.device, found)
     targets = [spec.name for spec in specs]
-    adapted = attach_adapter(model, lora_config(target_modules=targets, r=R, lora_alpha=2 * R)).train()
+    adapted = attach_adapter(model, adapter_config(target_modules=targets, r=R, lora_alpha=2 * R)).train()
     inner: Any = adapted.get_base_model().model
     batch = random_batch(session.shapes.rows, session.shapes.length, _VOCABULARY, session.device)
 

@@ -25,7 +25,7 @@ from benchmarks.gpu.shapes import (
     uniform_ranks,
 )
 from emloc_ray.modeling.adapter import attach_adapter
-from emloc_ray.modeling.adapter_methods import lora_config
+from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.inputs import model_call
 from emloc_ray.modeling.loss import token_loss
 
@@ -68,7 +68,7 @@ def emulator_step(
     specs = linears_of(config)
     ranks = uniform_ranks(specs, RATIO, session.shapes.multiple)
     model = random_llama(config, session.device, ranks)
-    model = attach_adapter(model, lora_config(target_modules=[s.name for s in specs], r=R, lora_alpha=2 * R))
+    model = attach_adapter(model, adapter_config(target_modules=[s.name for s in specs], r=R, lora_alpha=2 * R))
     batch = random_batch(rows, session.shapes.length, config.vocab_size, session.device, padded)
     kept = _head(config) + sum(ranks[s.name] * (s.out_features + s.in_features) for s in specs)
     found = _steps(session, model, batch, lambda: _chunked(model, batch), kept, autocast, repeats)
@@ -82,7 +82,7 @@ def original_step(session: Session, *, plain: bool = False, in_4bit: bool = Fals
     names = [spec.name for spec in specs]
     weights = _head(config) + sum(spec.num_parameters for spec in specs)
     model = _in_nf4(config, names, session.device) if in_4bit else random_llama(config, session.device)
-    adapter = lora_config(target_modules=names, r=R, lora_alpha=2 * R)
+    adapter = adapter_config(target_modules=names, r=R, lora_alpha=2 * R)
     model = get_peft_model(model, adapter) if plain or in_4bit else attach_adapter(model, adapter)
     batch = random_batch(session.shapes.rows, session.shapes.length, config.vocab_size, session.device)
     if plain:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from emloc_ray.core.correction import apply_correction, canonical_form, correction, difference
-from emloc_ray.core.merging import add_rows, scale_rows, squared_row_norms
+from emloc_ray.core.merging import merged_rows, squared_row_norms
 from emloc_ray.core.products import row_norms, seen_rows
 from emloc_ray.core.updates import HadamardUpdate, KroneckerUpdate, LowRankUpdate, Update
 
@@ -92,12 +92,12 @@ def test_an_untrained_update_has_one_direction_and_no_weight(update: Update) -> 
 def test_no_bit_of_a_merge_depends_on_the_chunks(name: str, transposed: bool, dtype: torch.dtype) -> None:
     update, dense = CASES[name]
     stored = random(*(dense.T if transposed else dense).shape).to(dtype)
-    whole = add_rows(stored, update, 0, transposed)
+    whole = merged_rows(stored, update, 0, transposed)
     torch.testing.assert_close(
         whole.float(), (stored.double() + (dense.T if transposed else dense)).to(dtype).float(), rtol=1e-2, atol=1e-2
     )
     for step in (1, 5, 11):
-        parts = [add_rows(stored[at : at + step], update, at, transposed) for at in range(0, len(stored), step)]
+        parts = [merged_rows(stored[at : at + step], update, at, transposed) for at in range(0, len(stored), step)]
         assert torch.equal(torch.cat(parts), whole)
 
 
@@ -117,10 +117,10 @@ def test_row_norms_from_thin_products() -> None:
 
 def test_gains_along_rows_columns_and_of_a_vector() -> None:
     weight, rows, columns = random(6, 4), random(6), random(4)
-    assert torch.equal(scale_rows(weight, rows), weight * rows[:, None])
-    assert torch.equal(scale_rows(weight[2:5], rows, 2), (weight * rows[:, None])[2:5])
-    assert torch.equal(scale_rows(weight[2:5], columns, 2, along_rows=False), (weight * columns)[2:5])
-    assert torch.equal(scale_rows(weight[:, 0], rows), weight[:, 0] * rows)
+    assert torch.equal(merged_rows(weight, None, gains=rows), weight * rows[:, None])
+    assert torch.equal(merged_rows(weight[2:5], None, 2, gains=rows), (weight * rows[:, None])[2:5])
+    assert torch.equal(merged_rows(weight[2:5], None, 2, gains=columns, along_rows=False), (weight * columns)[2:5])
+    assert torch.equal(merged_rows(weight[:, 0], None, gains=rows), weight[:, 0] * rows)
 
 
 def test_a_full_rank_update_is_corrected_as_the_dense_formula_says() -> None:

@@ -19,7 +19,7 @@ from emloc_ray.core.factorization import LowRankFactors, factorize, relative_err
 from emloc_ray.core.gram import Gram, pack_triangle, unpack_triangle
 from emloc_ray.core.healing import added_factors
 from emloc_ray.core.krylov import leading_vectors
-from emloc_ray.core.merging import add_rows
+from emloc_ray.core.merging import merged_rows
 from emloc_ray.core.pivoting import pivot, stored_product
 from emloc_ray.core.two_sided import factorize_two_sided
 from emloc_ray.core.updates import HadamardUpdate, KroneckerUpdate, LowRankUpdate
@@ -86,7 +86,7 @@ def updates(t: dict[str, Tensor]) -> Any:
         HadamardUpdate(t["b"], t["a"], t["more"], t["less"], 0.5),
         KroneckerUpdate(t["b"][:6], t["less"][:, :10], 0.5),
     )
-    return [(update.rows(1, 5), update.dominant(1e-3), add_rows(t["weight"], update)) for update in all_of_them]
+    return [(update.rows(1, 5), update.dominant(1e-3), merged_rows(t["weight"], update)) for update in all_of_them]
 
 
 def distilled(t: dict[str, Tensor]) -> Any:

@@ -28,7 +28,7 @@ from emloc_ray.modeling.adapter_files import (
     write_adapter,
 )
 from emloc_ray.modeling.adapter_layers import FactorizedLoraLinear
-from emloc_ray.modeling.adapter_methods import lora_config
+from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import block_linears
 from emloc_ray.modeling.emulator import FactorizedLinear
 from emloc_ray.modeling.loading import load_model
@@ -65,7 +65,7 @@ def trained(directory: Path, emulator: Path, family: str = "llama", **options: A
         "fan_in_fan_out": family == "gpt2",
         **options,
     }
-    model = attach_adapter(load_model(emulator), lora_config(**options))
+    model = attach_adapter(load_model(emulator), adapter_config(**options))
     train(model)
     save_trained_adapter(model, directory, targets=options["target_modules"], base_model="the/original")
     return model.eval(), directory
@@ -94,7 +94,7 @@ def test_attached_to_factors_only_lora_learns(emulator_dir: Callable[[str], Path
     before = logits(model)
     factors = {name for name, module in model.named_modules() if isinstance(module, FactorizedLinear)}
     model = attach_adapter(
-        model, lora_config(target_modules=TARGETS[family], r=4, lora_alpha=8, fan_in_fan_out=family == "gpt2")
+        model, adapter_config(target_modules=TARGETS[family], r=4, lora_alpha=8, fan_in_fan_out=family == "gpt2")
     )
     layers = {n: m for n, m in model.base_model.model.named_modules() if hasattr(m, "lora_A") and n}
     assert {name.rsplit(".", 1)[-1] for name in layers} == set(TARGETS[family])
@@ -112,7 +112,7 @@ def test_attached_to_factors_only_lora_learns(emulator_dir: Callable[[str], Path
 @torch.no_grad()
 def test_the_layer_s_update_is_s_b_a(emulator_dir: Callable[[str], Path]) -> None:
     model = attach_adapter(
-        load_model(emulator_dir("llama")), lora_config(target_modules=["q_proj"], r=4, lora_alpha=6)
+        load_model(emulator_dir("llama")), adapter_config(target_modules=["q_proj"], r=4, lora_alpha=6)
     ).eval()
     layer = next(m for m in model.modules() if isinstance(m, FactorizedLoraLinear))
     layer.lora_B["default"].weight.normal_()
@@ -123,7 +123,9 @@ def test_the_layer_s_update_is_s_b_a(emulator_dir: Callable[[str], Path]) -> Non
 
 
 def test_an_emulator_refuses_the_merge(emulator_dir: Callable[[str], Path]) -> None:
-    model = attach_adapter(load_model(emulator_dir("llama")), lora_config(target_modules=["q_proj"], r=4, lora_alpha=8))
+    model = attach_adapter(
+        load_model(emulator_dir("llama")), adapter_config(target_modules=["q_proj"], r=4, lora_alpha=8)
+    )
     with pytest.raises(TypeError, match="merge the corrected adapter into the original"):
         model.merge_and_unload()
 

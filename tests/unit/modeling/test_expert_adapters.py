@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.adapter import attach_adapter, load_adapter, save_trained_adapter
 from emloc_ray.modeling.adapter_files import Adapter, LoraModule, write_adapter
-from emloc_ray.modeling.adapter_methods import lora_config
+from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import block_linears
 from emloc_ray.modeling.expert_adapters import split_experts
 from emloc_ray.modeling.experts import experts_of
@@ -29,7 +29,7 @@ def trained(model_dir: Path, targets: list[str], **options: Any) -> Any:
     """An unfused model with a random adapter."""
     model = load_model(model_dir)
     names = [spec.name for spec in block_linears(model) if spec.name.endswith(tuple(targets))]
-    adapted = attach_adapter(model, lora_config(target_modules=names, r=RANK, lora_alpha=ALPHA, **options)).eval()
+    adapted = attach_adapter(model, adapter_config(target_modules=names, r=RANK, lora_alpha=ALPHA, **options)).eval()
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():

@@ -16,7 +16,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.modeling.adapter import attach_adapter
-from emloc_ray.modeling.adapter_methods import lora_config
+from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
 from emloc_ray.modeling.emulator import factorize_modules
 from emloc_ray.modeling.experts import UnfusedExperts, experts_of, is_fused, owner_of, unfuse
@@ -169,7 +169,7 @@ def test_in_training_every_adapter_of_an_expert_has_a_gradient() -> None:
     model = unfuse(make_model("mixtral"))
     names = [spec.name for spec in block_linears(model) if spec.routed_share is not None]
     factorize_modules(model, {name: 4 for name in names if ".down" not in name})
-    adapted = attach_adapter(model, lora_config(target_modules=names, r=2, lora_alpha=4)).train()
+    adapted = attach_adapter(model, adapter_config(target_modules=names, r=2, lora_alpha=4)).train()
     adapted(IDS[:1, :1]).logits.sum().backward()  # one token: two of four experts
     trained = {name: parameter.grad for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert len(trained) == 2 * len(names)

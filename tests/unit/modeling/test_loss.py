@@ -17,9 +17,9 @@ from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import collate
 from emloc_ray.modeling import loss
 from emloc_ray.modeling.adapter import attach_adapter
-from emloc_ray.modeling.adapter_methods import lora_config
-from emloc_ray.modeling.inputs import label_mask
-from emloc_ray.modeling.loss import token_loss
+from emloc_ray.modeling.adapter_methods import adapter_config
+from emloc_ray.modeling.inputs import label_mask, model_call
+from emloc_ray.modeling.loss import call_loss, token_loss
 
 
 def batch_of(*lengths: int) -> dict[str, torch.Tensor]:
@@ -100,13 +100,13 @@ class Wrapper(nn.Module):
 
 def test_a_wrapped_model() -> None:
     model, batch = make_model("llama"), batch_of(13, 5)
-    wrapped = token_loss(Wrapper(model), batch, "completion", head_owner=model)
+    wrapped = call_loss(Wrapper(model), model_call(model.config, batch, "completion"), model)
     assert torch.equal(wrapped.loss_sum, token_loss(model, batch, "completion").loss_sum)
 
 
 def in_mixed_precision(model: Any) -> Any:
     """With an adapter, and with what accelerate puts around a model where bf16 is asked for."""
-    made: Any = attach_adapter(model, lora_config(target_modules=["layers.0.mlp.down_proj"], r=2, lora_alpha=4))
+    made: Any = attach_adapter(model, adapter_config(target_modules=["layers.0.mlp.down_proj"], r=2, lora_alpha=4))
     made.forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(made.forward))
     return made
 

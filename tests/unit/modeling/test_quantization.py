@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausa
 from emloc_ray.errors import NumericsError
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.modeling.adapter import attach_adapter
-from emloc_ray.modeling.adapter_methods import lora_config
+from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import block_linears
 from emloc_ray.modeling.emulator import FactorizedLinear
 from emloc_ray.modeling.four_bit_linear import ExactLinear4bit
@@ -181,7 +181,7 @@ def test_gradients_are_those_of_the_unpacked_model(emulator: Path, checkpointing
     model = load_model(emulator)
     family = model.config.model_type
     names = [spec.name for spec in block_linears(make_model(family))]
-    config = lora_config(target_modules=names, r=4, lora_alpha=8, fan_in_fan_out=family == "gpt2")
+    config = adapter_config(target_modules=names, r=4, lora_alpha=8, fan_in_fan_out=family == "gpt2")
     torch.manual_seed(0)
     adapted = attach_adapter(model, config)
     if checkpointing:
