@@ -167,7 +167,7 @@ def test_an_offloaded_step_is_a_resident_one(tmp_path: Path) -> None:
     losses, gradients = [], []
     for hold in ("resident", "offloaded"):
         torch.manual_seed(0)
-        config = lora_config(target_modules=targets, r=4, lora_alpha=8, init_lora_weights=False)
+        config = adapter_config(target_modules=targets, r=4, lora_alpha=8, init_lora_weights=False)
         model = attach_adapter(open_model(tmp_path, hold, device=DEVICE), config).train()
         for _ in range(2):
             model.zero_grad()

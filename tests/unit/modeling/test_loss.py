@@ -172,7 +172,7 @@ def test_ddp_that_looks_for_unused_parameters_finds_them_all_used(
         model, batch = make_model("llama"), batch_of(13, 5)
         wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
         for _ in range(2):
-            token_loss(wrapped, batch, "all", head_owner=model).loss_sum.backward()
+            call_loss(wrapped, model_call(model.config, batch, "all"), model).loss_sum.backward()
     finally:
         torch.distributed.destroy_process_group()
     expected = make_model("llama")
@@ -215,7 +215,7 @@ def test_weights_that_zero_3_scatters_are_there_for_each_chunk(monkeypatch: pyte
             expected.loss_sum.backward()
             with monkeypatch.context() as patched:
                 patched.setattr(loss, "label_loss", recorded)
-                result = token_loss(engine, batch, "all", head_owner=model)
+                result = call_loss(engine, model_call(model.config, batch, "all"), model)
                 engine.backward(result.loss_sum)
             assert int(result.num_correct) == int(expected.num_correct)
             torch.testing.assert_close(result.loss_sum, expected.loss_sum, rtol=1e-5, atol=1e-6)
