@@ -41,7 +41,8 @@ def spectrum(weight: Tensor, whitening: Whitening, outputs: Whitening, *, name: 
     values = torch.linalg.eigvalsh(_smaller_side(inside, whitening)[0])
     if _is_lost_in_rounding(values):
         values = torch.linalg.eigvalsh(_smaller_side(*_in_float64(inside, whitening))[0]).to(weight.device)
-    return values.to(torch.float64).flip(0).clamp_min(0.0) * (scale * scale * whitening.scale * outputs.scale)
+    gains: Tensor = values.to(torch.float64).flip(0).clamp_min(0.0) * (scale * scale * whitening.scale * outputs.scale)
+    return gains
 
 
 def plain_gains(weight: Tensor, whitening: Whitening, outputs: Whitening, *, name: str = "the layer") -> Tensor:
