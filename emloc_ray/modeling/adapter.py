@@ -33,13 +33,16 @@ def attach_adapter(model: Any, config: PeftConfig) -> PeftModel:
     return attached
 
 
-def load_adapter(model: Any, directory: Path) -> PeftModel:
-    """A saved adapter, frozen, on an emulator or on its original."""
+def load_adapter(model: Any, directory: Path, name: str = "default") -> PeftModel:
+    """A saved adapter, frozen, on an emulator or on its original; beside those it has, where it has any of that method."""
     ensure(Path(directory))
     with readable(Path(directory), model) as folder:
         config = PeftConfig.from_pretrained(str(folder))
         with attachable(model, config), as_linears():
-            loaded = PeftModel.from_pretrained(model, folder, config=config)
+            if isinstance(model, PeftModel):
+                model.load_adapter(folder, adapter_name=name, peft_config=config)
+                return model
+            loaded = PeftModel.from_pretrained(model, folder, adapter_name=name, config=config)
     return loaded.requires_grad_(False)  # a prompt's encoder would learn on
 
 

@@ -18,7 +18,7 @@ from emloc_ray.modeling.gradient_hooks import GradientHooks
 from emloc_ray.modeling.gram_hooks import GramHooks
 from emloc_ray.modeling.holding import open_model
 from emloc_ray.modeling.inputs import model_call
-from emloc_ray.modeling.loss import token_loss
+from emloc_ray.modeling.loss import call_loss, token_loss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
 DEVICE = "cuda"
@@ -171,7 +171,9 @@ def test_an_offloaded_step_is_a_resident_one(tmp_path: Path) -> None:
         model = attach_adapter(open_model(tmp_path, hold, device=DEVICE), config).train()
         for _ in range(2):
             model.zero_grad()
-            loss = token_loss(model, batch_on(DEVICE, padded=True), "all", model.get_base_model()).loss_sum
+            base: Any = model.get_base_model()
+            call = model_call(base.config, batch_on(DEVICE, padded=True), "all").to(base.device)
+            loss = call_loss(model, call, base).loss_sum
             loss.backward()
         losses.append(float(loss.detach()))
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])

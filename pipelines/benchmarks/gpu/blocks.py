@@ -22,7 +22,7 @@ _VOCABULARY = 256  # so that a block is nearly all of its model
 class _WithoutSums(GradientHooks):
     """The same pass, hooks and all, that adds nothing."""
 
-    def _add(self, name: str, counted: Tensor | None, gradient: Tensor) -> None:
+    def _add(self, name: str, tokens: Tensor, sent: Tensor | None) -> None:
         pass
 
 

@@ -18,7 +18,8 @@ from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import block_linears, empty_model
 from emloc_ray.modeling.gradient_hooks import GradientHooks
 from emloc_ray.modeling.holding import open_model
-from emloc_ray.modeling.loss import token_loss
+from emloc_ray.modeling.inputs import model_call
+from emloc_ray.modeling.loss import call_loss
 
 LAYERS = 6
 BATCH = collate([Tokens([5, 6, 7, 8], [False, False, True, True])], PAD)
@@ -41,6 +42,11 @@ def held(directory: Path, device: torch.device, **options: Any) -> Any:
     return open_model(directory, "offloaded", device=str(device), **options)
 
 
+def loss_of(model: Any) -> torch.Tensor:
+    base = model.get_base_model()
+    return call_loss(model, model_call(base.config, BATCH, "all").to(base.device), base).loss_sum
+
+
 @pytest.mark.parametrize("ends", [False, True])
 def test_a_pass_forward_and_back(ends: bool, directory: Path, device: torch.device, meter: Meter) -> None:
     outside, block = sizes(directory)
@@ -53,9 +59,9 @@ def test_a_pass_forward_and_back(ends: bool, directory: Path, device: torch.devi
     torch.manual_seed(0)
     model = attach_adapter(model, adapter_config(r=1, lora_alpha=1, target_modules=targets, init_lora_weights=False))
     own = meter.current - before
-    token_loss(model, BATCH, "all", model.get_base_model()).loss_sum.backward()
+    loss_of(model).backward()
     meter.restart()
-    loss = token_loss(model, BATCH, "all", model.get_base_model()).loss_sum
+    loss = loss_of(model)
     forward = meter.peak - before - own
     loss.backward()
     largest = max(block, 4 * VOCABULARY * 64 if ends else 0)

@@ -192,6 +192,17 @@ def test_on_the_original_with_plain_peft_it_is_w_plus_s_b_a(
         assert float((got - plain).abs().max()) > 1e-2 * float(plain.abs().max())  # the update shows
 
 
+def test_a_second_adapter_on_the_same_model(tmp_path: Path, emulator_dir: Callable[[str], Path]) -> None:
+    one, first = trained(tmp_path / "a", emulator_dir("llama"))
+    two, second = trained(tmp_path / "b", emulator_dir("llama"), r=2)
+    model = load_adapter(load_model(emulator_dir("llama")), first)
+    assert load_adapter(model, second, "other") is model
+    model.eval()
+    assert torch.equal(logits(model), logits(one))
+    model.set_adapter("other")
+    assert torch.equal(logits(model), logits(two))
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -92,8 +92,10 @@ def test_in_4_bits_it_is_what_peft_does_on_the_unpacked_weights(
     dense = PeftModel.from_pretrained(dense_emulator(model_dir, emulator_dir), tmp_path / "a").eval()
     torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-4)
     assert float((logits(model) - logits(load_model(emulator_dir))).abs().max()) > 1e-2
-    loaded = load_adapter(load_model(emulator_dir), tmp_path / "a").eval()
-    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
+    twice = load_adapter(load_adapter(load_model(emulator_dir), tmp_path / "a"), tmp_path / "a", "again").eval()
+    torch.testing.assert_close(logits(twice), logits(model), rtol=1e-5, atol=1e-5)
+    twice.set_adapter("again")
+    torch.testing.assert_close(logits(twice), logits(model), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["lora", "dora", "ia3", "lokr"])

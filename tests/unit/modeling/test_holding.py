@@ -21,7 +21,8 @@ from emloc_ray.modeling.architecture import block_linears, empty_model, trace_in
 from emloc_ray.modeling.gradient_hooks import GradientHooks
 from emloc_ray.modeling.gram_hooks import GramHooks
 from emloc_ray.modeling.holding import Offloaded, open_model
-from emloc_ray.modeling.loss import token_loss
+from emloc_ray.modeling.inputs import model_call
+from emloc_ray.modeling.loss import call_loss, token_loss
 from emloc_ray.modeling.scoring import complete, score_rows
 
 FAMILIES = ("Llama", "Qwen2", "GPT-2", "Gemma 3", "Mixtral", "gpt-oss", "T5")
@@ -53,7 +54,8 @@ def trained(model: Any) -> Any:
 
 def gradients(model: Any) -> dict[str, Tensor]:
     torch.manual_seed(1)
-    token_loss(model, BATCH, "completion", model.get_base_model()).loss_sum.backward()
+    base = model.get_base_model()
+    call_loss(model, model_call(base.config, BATCH, "completion").to(base.device), base).loss_sum.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
