@@ -40,7 +40,7 @@ from emloc_ray.errors import EmlocError
 from emloc_ray.io.store.atomic import write_json
 from emloc_ray.text import duration
 from emloc_ray.ui.batch_table import BatchView
-from emloc_ray.ui.terminal import count_progress, quiet_libraries
+from emloc_ray.ui.terminal import progress_bar, quiet_libraries
 
 
 def main() -> int:
@@ -64,10 +64,10 @@ def main() -> int:
         for note in ablation.notes:
             console.print(note, soft_wrap=True, markup=False, highlight=False)
         if arguments.dry_run:
-            with count_progress(console, "Checking every cell") as progress:
+            with progress_bar(console, "Checking every cell") as progress:
                 seconds = runs.check(ablation, progress)
-            told = f"{len(ablation.cells)} cells, about {duration(seconds)} one after another if nothing is shared"
-            console.print(f"{ablation.name}: {told}. All is good; nothing was started.", soft_wrap=True)
+            plan = f"{len(ablation.cells)} cells, about {duration(seconds)} one after another if nothing is shared"
+            console.print(f"{ablation.name}: {plan}. All cells are valid; nothing was started.", soft_wrap=True)
             return 0
         known = read_results(RESULTS) if arguments.reuse else {}
         return run(ablation, console, arguments.collect, RESULTS if arguments.publish else None, known)
@@ -98,16 +98,16 @@ def run(
             if not only_collect:
                 failed = runs.run(ablation, cells, view.show, view.tell)
         finally:  # after Ctrl-C too
-            found = records.collect(ablation, cells, failed)
-            rows = summarize(found, records.label_keys(ablation), ablation.config.compare_with)
-            result = records.published(ablation, cells, found, rows)
-            write_json(ablation.root / "results.json", {**result, "records": found})
+            every_record = records.collect(ablation, cells, failed)
+            rows = summarize(every_record, records.label_keys(ablation), ablation.config.compare_with)
+            result = records.published(ablation, cells, every_record, rows)
+            write_json(ablation.root / "results.json", {**result, "records": every_record})
             (ablation.root / "results.md").write_text(render(result) + "\n")
     console.print(render(result), soft_wrap=True, markup=False, highlight=False)
-    missing = {record["cell"]: record["reason"] for record in found if record["status"] == records.MISSING}
+    missing = {record["cell"]: record["reason"] for record in every_record if record["status"] == records.MISSING}
     for name, reason in missing.items():
         console.print(f"{name} is missing: {reason}", soft_wrap=True, markup=False, highlight=False)
-    for dataset, seed in dict.fromkeys((r["dataset"], r["seed"]) for r in found if _has_no_gap(r)):
+    for dataset, seed in dict.fromkeys((r["dataset"], r["seed"]) for r in every_record if _has_no_gap(r)):
         console.print(
             f"{dataset}, seed {seed}: {ablation.config.upper_bound} gained nothing, so that there is no gap to close."
         )

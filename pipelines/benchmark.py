@@ -117,25 +117,25 @@ def main() -> None:
     }
     for name, where in chosen.items():
         try:
-            found = _function(where)(arguments.out, **options.get(name, {}))
+            figures = _function(where)(arguments.out, **options.get(name, {}))
         except ConfigError as error:
             parser.error(str(error))
-        write_results(arguments.out, found)
+        write_results(arguments.out, figures)
         if not arguments.publish:
             continue
         if name in PUBLISHED:
             shutil.copy(arguments.out / PUBLISHED[name], RESULTS)
         for table, those in TABLES.items():
             if name in those:
-                publish_figures(RESULTS / table, those, name, found)
+                publish_figures(RESULTS / table, those, name, figures)
 
 
 def _function(where: str) -> Callable[..., Figures]:
     module, _, name = where.partition(":")
-    found: Callable[..., Figures] = getattr(importlib.import_module(f"benchmarks.{module}"), name)
+    measure: Callable[..., Figures] = getattr(importlib.import_module(f"benchmarks.{module}"), name)
     if where != GPU:  # which computes beside a card with all cores
         torch.set_num_threads(THREADS)
-    return found
+    return measure
 
 
 if __name__ == "__main__":

@@ -58,10 +58,10 @@ def cells(matrix: Matrix, stages: Sequence[str], kinds: Sequence[str], moments: 
                 yield matrix.cell(stage, kind, round(drawn.uniform(0.05, 0.95), 3), drawn.randrange(2**32))
 
 
-def write(out: Path, found: Sequence[Cell]) -> None:
+def write(out: Path, cells: Sequence[Cell]) -> None:
     """Both files, whole, after every cell."""
-    (out / "faults.json").write_text(json.dumps([asdict(cell) for cell in found], indent=2) + "\n")
-    (out / "faults.md").write_text(table(found))
+    (out / "faults.json").write_text(json.dumps([asdict(cell) for cell in cells], indent=2) + "\n")
+    (out / "faults.md").write_text(table(cells))
 
 
 def main() -> int:
@@ -78,19 +78,19 @@ def main() -> int:
     out: Path = arguments.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     known = out / "faults.json"
-    found = [Cell(**cell) for cell in json.loads(known.read_text())] if known.is_file() else []
-    first = len(found)
+    done = [Cell(**cell) for cell in json.loads(known.read_text())] if known.is_file() else []
+    first = len(done)
     with tempfile.TemporaryDirectory(dir=out) as folder, Nodes() as nodes:
         config = load_config(arguments.config or make_config(Path(folder) / "task"), arguments.overrides)
         matrix = Matrix(nodes, config, Path(folder) / "runs")
         stages = [stage for stage in matrix.stages if stage in arguments.stages]
         matrix.undisturbed(stages)
         for cell in cells(matrix, stages, arguments.kinds, arguments.moments, arguments.seed):
-            found.append(cell)
-            write(out, found)
+            done.append(cell)
+            write(out, done)
             print(table([cell]).splitlines()[2], flush=True)
-    print(table(found[first:]))
-    return int(any(cell.outcome in ("lost", "changed") for cell in found[first:]))
+    print(table(done[first:]))
+    return int(any(cell.outcome in ("lost", "changed") for cell in done[first:]))
 
 
 if __name__ == "__main__":

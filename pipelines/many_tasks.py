@@ -9,14 +9,17 @@ import sys
 
 from emloc_ray.runs.batch.driver import prepare_batch, run_batch
 from emloc_ray.runs.batch.tasks import read_batch
-from emloc_ray.ui.batch_page import BatchPages
+from emloc_ray.ui.batch_page import write_batch_report
 from emloc_ray.ui.batch_table import held_out
+from emloc_ray.ui.page import PageReporter
 
 
 def main() -> None:
     """Runs a batch and prints each task's held-out loss, before and after."""
     batch = read_batch(sys.argv[1], sys.argv[2:])
-    state = run_batch(prepare_batch(batch, pages=BatchPages()), tell=print)
+    prepared = prepare_batch(batch, reporter=PageReporter())
+    state = run_batch(prepared, tell=print)
+    write_batch_report(prepared.run, state)
     for task in state.tasks:
         print(f"{task.name:<50} {task.status:<10} {held_out(task)}")
 

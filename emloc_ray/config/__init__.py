@@ -1,1 +1,1 @@
-"""What a run is told to do: the schema, reading it, the keys that go on to other libraries, the steps' names."""
+"""A run's settings: the schema, reading it, the keys passed on to other libraries, the steps' names."""

@@ -1,4 +1,4 @@
-"""What sections of configs are made of: strict about names, and about sizes."""
+"""The base of a config's sections: strict about names and sizes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SIZE = re.compile(r"\s*\d+(\.\d+)?\s*[a-zA-Z]*\s*")
 
 
 def _whole_size(value: Any) -> Any:
-    """pydantic reads the beginning of a size and lets the rest go: 1,5GiB would be a byte."""
+    """pydantic reads the beginning of a size and ignores the rest: 1,5GiB would be a byte."""
     if isinstance(value, str) and not _SIZE.fullmatch(value):
         raise ValueError(f"{value!r} is no size: give a number and a unit, such as 24GiB")
     return value
@@ -24,7 +24,7 @@ Size = typing.Annotated[ByteSize, BeforeValidator(_whole_size), Field(ge=1)]
 
 
 class Section(BaseModel):
-    """Base of every section: frozen, and strict about names."""
+    """Base of every section: frozen; unknown names are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 

@@ -1,4 +1,4 @@
-"""Every key that a config may have, read off the sections themselves: what is printed cannot differ from what is checked."""
+"""Every key that a config may have, read from the sections themselves: what is printed is what is checked."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Key:
-    """A key of a section: what may stand there, what holds where nothing does (None: it has to be set), and what it is."""
+    """A key of a section: its values, its default (None: it has to be set) and its meaning."""
 
     name: str
     values: str
@@ -38,7 +38,7 @@ class Key:
 
 @dataclass(frozen=True)
 class KeySection:
-    """A section's keys; ``name`` is dotted, empty for those outside all sections, several where these are alike."""
+    """A section's keys; ``name`` is dotted, empty for the top level, and several names where sections are alike."""
 
     name: str
     text: str
@@ -46,17 +46,15 @@ class KeySection:
 
 
 def config_keys(name: str | None = None) -> list[KeySection]:
-    """Every section, in a config's order, or just ``name`` and what is in it.
+    """Every section, in a config's order, or ``name`` alone with its subsections.
 
     Raises:
         ConfigError: where there is no section of that name.
     """
-    found = list(_sections("", RunConfig))
-    if name is None:
-        return found
-    chosen = [s for s in found if any(f"{one}.".startswith(f"{name}.") for one in s.name.split(", "))]
+    every = list(_sections("", RunConfig))
+    chosen = [s for s in every if name is None or any(f"{one}.".startswith(f"{name}.") for one in s.name.split(", "))]
     if not chosen:
-        raise ConfigError(f"There is no section {name}: take one of {', '.join(s.name for s in found if s.name)}.")
+        raise ConfigError(f"There is no section {name}: take one of {', '.join(s.name for s in every if s.name)}.")
     return chosen
 
 
@@ -65,10 +63,10 @@ def _sections(name: str, section: type[Section]) -> Iterator[KeySection]:
     yield KeySection(name, " ".join((section.__doc__ or "").replace("``", "").split()), keys)
     inner: dict[type[Section], list[str]] = {}
     for key, field in section.model_fields.items():
-        if found := _section_of(field.annotation):
-            inner.setdefault(found, []).append(f"{name}.{key}" if name else key)
-    for found, names in inner.items():
-        yield from _sections(", ".join(names), found)
+        if subsection := _section_of(field.annotation):
+            inner.setdefault(subsection, []).append(f"{name}.{key}" if name else key)
+    for subsection, names in inner.items():
+        yield from _sections(", ".join(names), subsection)
 
 
 def _section_of(annotation: Any) -> type[Section] | None:

@@ -1,6 +1,6 @@
-"""The keys of a config that its sections pass on to transformers, PEFT and Ray, held against what those take.
+"""Checks the keys that a config's sections pass on to transformers, PEFT and Ray against what these take.
 
-Apart from pydantic's own validators, which stay silent on a section that has another error: all are told at once.
+Not by pydantic's validators, which are skipped in a section that has another error: all errors come at once.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SCATTERING = {"fsdp", "fsdp_config", "parallelism_config"}
 
 
 def passed_through_errors(values: dict[str, Any]) -> list[str]:
-    """What is wrong with the keys that sections pass on, each as a sentence."""
+    """The errors in the keys that sections pass on, each a sentence."""
     lines = []
     for key in _extra_keys(values, "finetune", FinetuneConfig):
         if secrets := _secret_errors(f"finetune.{key}", values["finetune"][key]):
@@ -61,7 +61,7 @@ def passed_through_errors(values: dict[str, Any]) -> list[str]:
 
 
 def _adapter_errors(given: Any) -> list[str]:
-    """What is wrong with the keys of the adapter's method: LoRA's are the section's own, the others' are PEFT's fields."""
+    """The errors in the keys of the adapter's method: LoRA's keys are the section's own, the others' are PEFT's fields."""
     if not isinstance(given, dict):
         return []
     method, keys = given.get("method", "lora"), [key for key in given if isinstance(key, str) and key != "method"]
@@ -84,13 +84,13 @@ def _adapter_errors(given: Any) -> list[str]:
             of_method = "" if method in LORA_METHODS else f", for adapter.method {method}"
             whose = f", and {key} is LoRA's" if key in ours else ""
             lines.append(f"{no_such_key(f'adapter.{key}', key, types)}{of_method}{whose}.")
-        elif key not in ours:  # which are checked as the section's
+        elif key not in ours:  # the section's own are checked with it
             lines += _type_errors(f"adapter.{key}", given[key], types[key], strict=True)
     return lines
 
 
 def _prompt_errors(method: str, given: dict[str, Any]) -> list[str]:
-    """Where a prompt lacks what it cannot be made without, or has what would go unread."""
+    """The errors of a prompt: a missing key that it needs, or one that is not read."""
     lines = []
     if method in PROMPT_METHODS and "num_virtual_tokens" not in given:
         lines.append(f"adapter.num_virtual_tokens is missing: set it, for adapter.method {method}.")
@@ -104,15 +104,15 @@ def _prompt_errors(method: str, given: dict[str, Any]) -> list[str]:
 
 
 def _secret_errors(key: str, value: Any) -> list[str]:
-    """Where a value would show a secret in the run's files, or is what such a file shows for one."""
+    """The errors of values that are secrets, which the run's files would show, or that stand in such a file for one."""
     lines = []
     for path, leaf in leaves(value, tuple(key.split("."))):
         if leaf == HIDDEN:
-            lines.append(f"{'.'.join(path)} was hidden where this config was written down: give its value again.")
+            lines.append(f"{'.'.join(path)} was hidden when this config was written: give its value again.")
         elif is_secret(path, leaf) and not is_variable(path):
             lines.append(
-                f"{'.'.join(path)} is a secret, and a run writes its config down: remove it, and give it to the nodes as"
-                " their environment (such as HF_TOKEN)."
+                f"{'.'.join(path)} is a secret, and a run writes its config to a file: remove it, and set it in the nodes'"
+                " environment (such as HF_TOKEN)."
             )
     return lines
 
@@ -124,16 +124,16 @@ def _extra_keys(values: dict[str, Any], section: str, model: type[Section]) -> l
 
 
 def _type_errors(key: str, value: Any, hint: Any, strict: bool = False) -> list[str]:
-    """Where a value does not fit the type that another library declares for it; ``strict``: as it is, not as it could be
-    read, where that library takes it as it is."""
+    """The error of a value that is not of the type that another library declares; ``strict``: without conversion, for a
+    library that converts nothing."""
     if lines := _truth_errors(key, value, hint):
         return lines
     try:
-        wanted: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
-        if strict:  # of JSON's, texts pass for an enum's values
-            wanted.validate_json(json.dumps(value, default=str), strict=True)
+        declared: TypeAdapter[Any] = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+        if strict:  # in JSON, a text passes for an enum's value
+            declared.validate_json(json.dumps(value, default=str), strict=True)
         else:
-            wanted.validate_python(value)
+            declared.validate_python(value)
     except PydanticUserError:  # a type that pydantic cannot check
         return []
     except ValidationError as error:
@@ -143,7 +143,7 @@ def _type_errors(key: str, value: Any, hint: Any, strict: bool = False) -> list[
 
 
 def _truth_errors(key: str, value: Any, hint: Any) -> list[str]:
-    """Where a text would pass for true, whatever it says: YAML 1.2 reads ``no`` as text, YAML 1.1 read false."""
+    """The errors of texts that would pass for true, whatever they say: ``no`` is a text in YAML 1.2, false in YAML 1.1."""
     is_truth = bool in (options := typing.get_args(hint) or (hint,)) and {*options} <= {bool, type(None)}
     above = tuple(key.split("."))
     return [
@@ -167,17 +167,17 @@ def _training_argument_types() -> dict[str, Any]:
 
 @functools.cache
 def _ray_init_types() -> dict[str, Any]:
-    """What the installed ``ray.init`` takes, with the types."""
+    """The parameters of the installed ``ray.init``, with their types."""
     import inspect
 
-    # Where it is defined: after a training in the same process, ray.init can be a wrapper that hides them.
+    # From the module that defines it: after a training in the same process, ray.init may be a wrapper without them.
     from ray._private.worker import init
 
     return {name: p.annotation for name, p in inspect.signature(init).parameters.items() if p.kind is not p.VAR_KEYWORD}
 
 
 def no_such_key(key: str, last: str, known: Iterable[str]) -> str:
-    """Says that a key is none, and which of ``known`` is nearest to its last part."""
+    """Says that there is no such key, and which of ``known`` is nearest to its last part."""
     near = difflib.get_close_matches(last, sorted(known), n=1, cutoff=0.6)
     hint = f"the nearest is {near[0]}" if near else f"known are {', '.join(sorted(known)[:30])}"
     return f"{key}{NO_KEY}{hint}"

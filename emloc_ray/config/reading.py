@@ -1,6 +1,6 @@
-"""A YAML file and dotted overrides as a :class:`RunConfig`, every error told at once, each as a sentence.
+"""Reads a YAML file and dotted overrides as a :class:`RunConfig`; raises all errors at once, each a sentence.
 
-Unknown keys are told with the nearest right one; keys that sections pass on to other libraries: ``passed_keys.py``.
+An unknown key's error names the nearest known one. ``passed.py`` checks the keys that are passed on to other libraries.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Checked = TypeVar("Checked", bound=BaseModel)
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML config and applies ``key.path=value`` overrides (values are YAML too).
 
-    A config may name another as its ``base``, by a path from its own directory on: its keys lie over that one's.
+    A config may name another as its ``base``, by a path from its own directory: its keys override that one's.
 
     Raises:
         ConfigError: with every error at once, one sentence a line.
@@ -39,23 +39,25 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def read_values(path: Path, named_by: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A config's keys over those of its base and its base's base, unchecked: sections are merged, all else is replaced.
+    """A config's keys over those of its bases, unchecked: sections are merged, all else is replaced.
 
     Raises:
-        ConfigError: where one of them cannot be read or is its own base; shows the chain from ``named_by`` on.
+        ConfigError: where a file cannot be read or is its own base; shows the chain from ``named_by`` on.
     """
     chain = " → ".join(map(str, (*named_by, path)))
     if named_by and path.resolve() in [other.resolve() for other in named_by]:
         raise ConfigError(f"Config {path} is its own base ({chain}): take one of these out.")
     if named_by:
-        values = read_mapping(path, f"Base {path} ({chain})", "write some, or name another base")
+        values = read_mapping(path, f"Base {path} ({chain})", "write keys, or name another base")
     else:
         values = read_mapping(path, f"Config {path}", "it needs at least run_dir, model and data")
     base = values.pop("base", None)
     if base is None:
         return values
     if not isinstance(base, str) or not base.strip():
-        raise ConfigError(f"Config {path} has {base!r} as its base: give the path of a YAML file, from its own on.")
+        raise ConfigError(
+            f"Config {path} has {base!r} as its base: give the path of a YAML file, from this one's directory."
+        )
     below = read_values(path.parent / os.path.expanduser(base), (*named_by, path))
     for keys, value in settings(values):
         put(below, keys, value, f"{path}: {'.'.join(map(str, keys))}")
@@ -63,7 +65,7 @@ def read_values(path: Path, named_by: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def read_mapping(path: Path, name: str, needs: str) -> dict[str, Any]:
-    """What a YAML file holds; raises ConfigError, with its ``name`` and what it ``needs``, where that is no mapping."""
+    """The mapping in a YAML file; raises ConfigError, with its ``name`` and what it ``needs``, where there is none."""
     if path.is_dir():
         raise ConfigError(f"{name} is a directory: give the path of a YAML file in it.")
     if not path.is_file():
@@ -90,8 +92,8 @@ def parse_config(values: dict[str, Any], where: str = "the config") -> RunConfig
 
 
 def check_config(values: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
-    """A nested dict as a config, or None and what is wrong with it, each a sentence."""
-    # A section left empty, all its keys commented out, is its defaults.
+    """A nested dict as a config, or None and its errors, each a sentence."""
+    # An empty section, with all its keys commented out, has its defaults.
     values = {key: value for key, value in values.items() if value is not None}
     config, lines = check(RunConfig, values)
     lines = list(dict.fromkeys(lines + passed_through_errors(values)))
@@ -99,7 +101,7 @@ def check_config(values: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
 
 
 def check(model: type[Checked], values: dict[str, Any]) -> tuple[Checked | None, list[str]]:
-    """A nested dict as a model of pydantic, or None and what is wrong with it, each a sentence."""
+    """A nested dict as a pydantic model, or None and its errors, each a sentence."""
     try:
         return model.model_validate(values), []
     except ValidationError as error:
@@ -107,42 +109,38 @@ def check(model: type[Checked], values: dict[str, Any]) -> tuple[Checked | None,
 
 
 def _one_of_each(details: Sequence[Any]) -> list[Any]:
-    """Of a key that may be of several types pydantic tells what is wrong for each: that of the type which was given, or
-    all of them in one."""
-    found: dict[str, Any] = {}
+    """One error a key: for a key of several types pydantic gives one for each. Keeps that of the type which was given, or
+    joins them."""
+    by_key: dict[str, Any] = {}
     for detail in details:
         key = ".".join(_location(detail))
-        first = found.setdefault(key, detail)
+        first = by_key.setdefault(key, detail)
         if first is detail:
             continue
         if first["type"].endswith("_type") and not detail["type"].endswith("_type"):
-            found[key] = detail
+            by_key[key] = detail
         elif first["type"].endswith("_type") and detail["msg"].startswith(_SHOULD_BE):
-            found[key] = {**first, "msg": f"{first['msg']} or {detail['msg'].removeprefix(_SHOULD_BE)}"}
-    return [detail for key, detail in found.items() if not any(other.startswith(f"{key}.") for other in found)]
+            by_key[key] = {**first, "msg": f"{first['msg']} or {detail['msg'].removeprefix(_SHOULD_BE)}"}
+    return [detail for key, detail in by_key.items() if not any(other.startswith(f"{key}.") for other in by_key)]
 
 
 def unknown_key(key: str) -> str | None:
     """Says that no config has a dotted key, and which is nearest; None where one has it."""
     values: dict[str, Any] = {}
     put(values, tuple(key.split(".")), 0, key)
-    if key.startswith("adapter.") and _a_method_takes(key.removeprefix("adapter.").split(".")[0]):
-        return None
+    section, _, rest = key.partition(".")
+    if section == "adapter" and (name := rest.split(".")[0]) not in AdapterConfig.model_fields:
+        from emloc_ray.modeling.adapter_methods import fields_of_all
+
+        if name in fields_of_all():
+            return None
     return next((line for line in check_config(values)[1] if NO_KEY in line), None)
 
 
-def _a_method_takes(name: str) -> bool:
-    if name in AdapterConfig.model_fields:
-        return False  # what is below it is still to be looked at
-    from emloc_ray.modeling.adapter_methods import fields_of_all
-
-    return name in fields_of_all()
-
-
 def settings(keys: Mapping[Any, Any], *, dotted: bool = False, above: Keys = ()) -> Iterator[tuple[Keys, Any]]:
-    """The single settings of a nested dict, each by the parts of its key; ``dotted``: with keys such as ``data.format``.
+    """The single settings of a nested dict, each by the parts of its key; ``dotted``: keys may be dotted, as ``data.format``.
 
-    A value that is no section, such as a table of patterns, stays whole. A section left empty says nothing.
+    A value that is no section, such as a table of patterns, stays whole. An empty section sets nothing.
     """
     for key, value in keys.items():
         parts = (*above, *(key.split(".") if dotted and isinstance(key, str) else [key]))
@@ -154,10 +152,10 @@ def settings(keys: Mapping[Any, Any], *, dotted: bool = False, above: Keys = ())
 
 
 def put(values: dict[str, Any], keys: Keys, value: Any, what: str) -> None:
-    """Sets one setting; the dicts inside ``values`` are replaced, not changed: YAML's aliases and others may share them.
+    """Sets one setting; replaces the dicts inside ``values`` instead of changing them, as YAML's aliases may share them.
 
     Raises:
-        ConfigError: that ``what`` reaches into a value.
+        ConfigError: where ``what`` reaches into a value.
     """
     node = values
     for depth, parent in enumerate(keys[:-1], 1):
@@ -171,7 +169,7 @@ def put(values: dict[str, Any], keys: Keys, value: Any, what: str) -> None:
 
 
 def read_override(override: str) -> tuple[Keys, Any]:
-    """The parts of the key and the value of ``key.path=value``; raises ConfigError where it is no such thing."""
+    """The parts of the key and the value of ``key.path=value``; raises ConfigError where it has another form."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"Override {override!r} is not key.path=value: write it like finetune.max_steps=20.")
@@ -181,25 +179,26 @@ def read_override(override: str) -> tuple[Keys, Any]:
         raise ConfigError(f"Override {override!r} has a value that is not YAML ({error}).") from error
 
 
-# Keys, or values of one, of earlier versions, with what to do instead.
+# Keys of earlier versions, or values of a key, with what to do instead.
 REMOVED_KEYS = {
     "calibration.convergence_tolerance": "set calibration.num_calibration_tokens to the tokens that are enough",
     "emulator.allocation: spectral": "take sensitivity, or uniform ranks, which were better than it",
 }
 _SHOULD_BE = "Input should be "
-# How pydantic names the members of a union inside an error's location.
+# pydantic's names of a union's members in an error's location.
 _UNION_MEMBER = re.compile(r"str|bool|float|list\[.*|literal\[.*|function-.*")
 
 
 def _sentence(detail: Any, model: type[BaseModel]) -> str:
-    """One pydantic error as a sentence: which key, what is wrong, what would be right."""
+    """One pydantic error as a sentence: the key, what is wrong, what is right."""
     location = _location(detail)
     key = ".".join(location)
     for removed in (key, f"{key}: {detail['input']}"):
         if removed in REMOVED_KEYS:
             return f"{removed} was removed: {REMOVED_KEYS[removed]}."
     if detail["type"] == "extra_forbidden":
-        return f"{no_such_key(key, location[-1], _field_names(location[:-1], model))}."
+        section = _section(location[:-1], model)
+        return f"{no_such_key(key, location[-1], section.model_fields if section else ())}."
     if detail["type"] == "missing":
         return f"{key} is missing: set it."
     message = detail["msg"].removeprefix("Value error, ")
@@ -213,20 +212,15 @@ def _location(detail: Any) -> list[str]:
     return [str(part) for part in detail["loc"] if not _UNION_MEMBER.fullmatch(str(part))]
 
 
-def _field_names(location: list[str], model: type[BaseModel]) -> set[str]:
-    section = _section(location, model)
-    return set(section.model_fields) if section else set()
-
-
 def _section(keys: Sequence[Any], model: type[BaseModel] = RunConfig) -> type[BaseModel] | None:
-    """The section that a key names; None for a single value, a table or no key at all."""
+    """The section that a key names; None for a single value, a table or an unknown key."""
     for key in keys:
         field = model.model_fields.get(key)
         options = (field.annotation, *typing.get_args(field.annotation)) if field else ()
         # list[str] passes for a type in Python 3.10.
         types = [o for o in options if isinstance(o, type) and typing.get_origin(o) is None]
-        found = next((option for option in types if issubclass(option, BaseModel)), None)
-        if found is None:
+        section = next((option for option in types if issubclass(option, BaseModel)), None)
+        if section is None:
             return None
-        model = found
+        model = section
     return model

@@ -1,7 +1,4 @@
-"""The whole of a run as one strict, frozen config: YAML plus dotted overrides.
-
-Unknown keys are errors, told with the nearest right one; every error is told at once.
-"""
+"""A run's settings as one strict, frozen config."""
 
 from __future__ import annotations
 
@@ -43,11 +40,11 @@ class DataConfig(Section):
 
     generate: Literal["docstrings", "vqa"] | None = Field(None, description="make the task's data on the spot")
     format: Literal["text", "prompt_completion", "messages"] = Field("text", description="the columns of a row")
-    train: SplitConfig | None = Field(None, description="what is tuned on")
+    train: SplitConfig | None = Field(None, description="rows to train on")
     calibration: SplitConfig | None = Field(None, description="left out: rows of train")
-    selection: SplitConfig | None = Field(None, description="what auto chooses on; left out: rows kept from train")
-    eval: SplitConfig | None = Field(None, description="what is reported on; left out: rows kept from train")
-    healing: SplitConfig | None = Field(None, description="what the emulator is healed on; left out: train's rows")
+    selection: SplitConfig | None = Field(None, description="rows that auto chooses on; left out: rows kept from train")
+    eval: SplitConfig | None = Field(None, description="rows that are reported on; left out: rows kept from train")
+    healing: SplitConfig | None = Field(None, description="rows to heal the emulator on; left out: train's rows")
     max_seq_length: int = Field(512, ge=2, description="tokens that longer rows are cut to")
     packing: bool = Field(False, description="join rows into sequences of max_seq_length")
     on_error: Literal["fail", "skip"] = Field("fail", description="a bad row or image ends the run, or is left out")
@@ -72,9 +69,9 @@ class DataConfig(Section):
 class CalibrationConfig(StageConfig):
     """The small data pass that gathers Grams.
 
-    Rows are taken in the order of their hash until there are ``num_calibration_samples``, or until they have
-    ``num_calibration_tokens``, prompt and completion, as cut to ``data.max_seq_length``: whichever comes first of those
-    that are set. The default of 128 rows holds where neither is.
+    It takes rows in the order of their hash, until there are ``num_calibration_samples`` rows or ``num_calibration_tokens``
+    tokens, prompt and completion, as cut to ``data.max_seq_length``. Where both are set, the first that is reached counts;
+    where neither is, 128 rows.
     """
 
     num_calibration_samples: int | None = Field(128, ge=1, description="rows; null: no bound, as where tokens are set")
@@ -84,8 +81,8 @@ class CalibrationConfig(StageConfig):
     rows_per_shard: int = Field(32, ge=1, description="the grain of work and of exactly-once accounting")
     keep: Literal["grams", "none"] = Field("grams", description="none: deleted once the adapter is corrected")
     mode: Literal["auto", "resident", "streamed"] = Field("auto", description="whole model, or a block at a time")
-    # Below some hundred tokens, what the block's tokens say of an expert's inputs is worth more than its own few do: a
-    # factor of higher rank than there are tokens would be partly arbitrary.
+    # Below some hundred tokens, all of the block's tokens describe an expert's inputs better than its own few: a factor of
+    # higher rank than there are tokens is partly arbitrary.
     min_expert_tokens: int = Field(256, ge=0, description="experts sent fewer are run on all tokens; 0: never")
 
     @model_validator(mode="before")
@@ -97,9 +94,9 @@ class CalibrationConfig(StageConfig):
 
 
 class HealingConfig(Section):
-    """Distilling the original into the emulator before the task's adapter is trained: a LoRA that becomes part of the factors.
+    """Distils the original into the emulator before the task's adapter is trained: a LoRA that becomes part of the factors.
 
-    What is not said here is as in ``finetune``, whose workers it uses.
+    All other settings, and the workers, are those of ``finetune``.
     """
 
     steps: int = Field(ge=1, description="optimizer steps")
@@ -137,7 +134,7 @@ class EmulatorConfig(StageConfig):
 
     @property
     def asks_for_gradients(self) -> str | None:
-        """The setting that cannot do without gradients of the model's predictions; None where none does."""
+        """The setting that needs gradients of the model's predictions; None where none does."""
         if self.compression_ratio == 1:
             return None
         if self.objective == "predictions":
@@ -146,7 +143,7 @@ class EmulatorConfig(StageConfig):
 
     @property
     def heals(self) -> HealingConfig | None:
-        """The healing, unless nothing is compressed that could be healed."""
+        """The healing; None where nothing is compressed, so that there is nothing to heal."""
         return None if self.compression_ratio == 1 else self.healing
 
     @field_validator("ratios")
@@ -161,8 +158,8 @@ class EmulatorConfig(StageConfig):
 class AdapterConfig(Section):
     """The adapter, in PEFT's names with PEFT's meaning.
 
-    The keys below are those of LoRA, rsLoRA and DoRA. Of another ``method`` every key but ``method`` is a field of PEFT's
-    own config of that method, with PEFT's default.
+    The keys below are those of LoRA, rsLoRA and DoRA. For another ``method`` every other key is a field of PEFT's own config
+    of that method, with PEFT's default.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
@@ -189,8 +186,8 @@ class AdapterConfig(Section):
     def _leaves_the_base(cls, value: Any) -> Any:
         if not isinstance(value, bool) and value != "gaussian":
             raise ValueError(
-                f"{value!r} is not known here, as PEFT's others change the weights below the adapter: give true, false or"
-                " gaussian"
+                f"{value!r} is not supported, because PEFT's other initializations change the base's weights: give true, false"
+                " or gaussian"
             )
         return value
 
@@ -211,14 +208,14 @@ class AdapterConfig(Section):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What PEFT's config of the method is given, but for the modules: LoRA's keys, or of another method those set."""
+        """The arguments of PEFT's config of the method, without the modules: LoRA's keys, or those that are set."""
         values = self.model_dump(exclude={"method", "target_modules", "exclude_modules"})
         variants = {"use_rslora": self.use_rslora or self.method == "rslora", "use_dora": self.method == "dora"}
         return values | (variants if self.is_lora else {})
 
     @model_serializer(mode="wrap")
     def _of_the_method(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without LoRA's defaults where they are not the method's."""
+        """Leaves LoRA's defaults out where another method is set."""
         values: dict[str, Any] = dump(self)
         shown = {"method", *self.model_fields_set}
         return values if self.is_lora else {key: value for key, value in values.items() if key in shown}
@@ -257,7 +254,7 @@ class CorrectionConfig(Section):
     """How the adapter is corrected for the difference between emulator and original."""
 
     method: Literal["auto", "none", "projection", "covariance"] = Field(
-        "auto", description="auto: what helps on the selection split, of methods, clamps and strengths of its own"
+        "auto", description="auto: tries methods, clamps and strengths, keeps what helps on the selection split"
     )
     clamp: float | None = Field(3.0, gt=0, description="the paper's lambda; null: unclamped; not of auto")
     strength: float = Field(1.0, ge=0, le=4, description="what the correction is multiplied by; not of auto")
@@ -324,7 +321,7 @@ class RayConfig(Section):
 
     @property
     def init_options(self) -> dict[str, Any]:
-        """What ``ray.init`` is given, beside the address; a Ray that runs already has its size."""
+        """The arguments of ``ray.init`` beside the address; without sizes where a running Ray is joined."""
         return self.model_dump(exclude={"address", *(_OF_A_NEW_RAY if self.joins else ())}, exclude_none=True)
 
 
@@ -352,7 +349,7 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _prefixes_need_their_cache(cls, values: Any) -> Any:
-        """Gradient checkpointing drops the cache that a prefix is: off by default where there is one."""
+        """Turns gradient checkpointing off by default, as it drops the cache that a prefix consists of."""
         if isinstance(values, dict) and _get(values.get("adapter"), "method") == "prefix_tuning":
             section = values.get("finetune") or {}
             if isinstance(section, dict) and "gradient_checkpointing" not in section:
@@ -364,7 +361,7 @@ class RunConfig(Section):
         method, problems = self.adapter.method, []
         if method == "prefix_tuning" and self.finetune.gradient_checkpointing:
             problems.append(
-                "finetune.gradient_checkpointing drops the cache that prefix_tuning works through: set it to false"
+                "finetune.gradient_checkpointing drops the cache that holds prefix_tuning's prefix: set it to false"
             )
         if self.finetune.deepspeed is not None and method not in ("lora", "rslora"):
             problems.append(f"finetune.deepspeed goes with adapter.method lora or rslora, not with {method}: remove it")
@@ -386,12 +383,12 @@ class RunConfig(Section):
             )
         if self.data.healing is not None and self.emulator.healing is None:
             raise ValueError(
-                "data.healing names rows to heal on, and nothing is healed: set emulator.healing.steps, or remove it"
+                "data.healing names rows to heal on, but there is no healing: set emulator.healing.steps, or remove it"
             )
         if self.emulator.objective == "weights" and self.emulator.allocation != "uniform":
             raise ValueError(
-                "emulator.objective: weights looks at no data, which the ranks of"
-                f" emulator.allocation: {self.emulator.allocation} follow from: set that to uniform"
+                "emulator.objective: weights reads no data, but the ranks of"
+                f" emulator.allocation: {self.emulator.allocation} follow from data: set it to uniform"
             )
         return self
 

@@ -1,6 +1,6 @@
 """The steps of a run by name, in order."""
 
-# Every step, as the manifest and the log name it.
+# The names in the manifest and in the log.
 STEPS = (
     "import",
     "data",
@@ -14,5 +14,5 @@ STEPS = (
     "merge",
     "evaluate",
 )
-# The verbs of the command line: each runs up to its last step.
+# The stages' verbs on the command line: each runs up to its last step.
 VERBS = ("calibrate", "factorize", "heal", "finetune", "correct", "merge", "evaluate")

@@ -1,7 +1,7 @@
-"""Files fetched by URL, from public addresses alone: what a row of data names must not reach a cluster's own services.
+"""Downloads files by URL, from public addresses only: a row of data must not reach a cluster's own services.
 
 A host's name is resolved once, every address is checked, and the connection goes to a checked one, so that a second answer of
-the name server cannot lead elsewhere; the same again after each redirect.
+the name server changes nothing. The same holds after each redirect.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 MAX_BYTES = 2**27
-_TIMEOUT_S = 20.0  # of a server's silence
-LONGEST_S = 60.0  # of one try of a URL, with its redirects
+_TIMEOUT_S = 20.0  # for a server's next bytes
+LONGEST_S = 60.0  # for one try, with its redirects
 WAITS_S = (1.0, 4.0)  # before another try
 _MAX_REDIRECTS = 5
 _CHUNK_BYTES = 2**16
@@ -33,18 +33,18 @@ Content = TypeVar("Content", bytes, bytearray)
 
 
 class NotAllowed(ValueError):
-    """What names a file names a place that data may not read from; says which, and what to do."""
+    """A name leads to a place that data may not read from; says which, and what to do."""
 
 
 def download(url: str, hosts: Collection[str] = ()) -> bytes:
-    """A URL's content; asked again where the server is silent or in trouble, not where it says no.
+    """A URL's content; tries again where the server is silent or in trouble, not where it refuses.
 
-    ``hosts``: names that may be at addresses which are not public.
+    ``hosts``: names that may have private addresses.
 
     Raises:
-        NotAllowed: where the URL, or one that it redirects to, is none of http(s) or at such an address.
-        ValueError: where the server says no, or the file is too long.
-        OSError, HTTPException: where the server is in trouble.
+        NotAllowed: where the URL, or one that it redirects to, is not http(s), or has a private address.
+        ValueError: where the server refuses, or the file is too long.
+        OSError, HTTPException: where the server is silent or in trouble.
     """
     for wait in (*WAITS_S, None):
         try:
@@ -65,20 +65,20 @@ def public_addresses(host: str, port: int, hosts: Collection[str]) -> list[Addre
 
     Raises:
         NotAllowed: where one is private, of this machine or network, multicast or reserved.
-        OSError: where the name is not known.
+        OSError: where the name is unknown.
     """
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    for *_, address in found:
+    addresses = [address for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    for address in addresses:
         if host.lower() not in hosts and not is_public(str(address[0])):
             raise NotAllowed(
                 f"{host} is at {address[0]}, which is no public address: add the host to data.image_hosts if rows may read"
                 " from it"
             )
-    return [address for *_, address in found]
+    return addresses
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the Internet's, and so is what it carries inside where it stands for another."""
+    """Whether an IP address is public, and also the address that it embeds, where it stands for another."""
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):
         inner = (
@@ -122,8 +122,8 @@ def _ask(url: str, hosts: Collection[str], ends: float) -> tuple[int, bytes, str
 def _connect(
     parts: urllib.parse.SplitResult, hosts: Collection[str], watch: Callable[[socket.socket], None]
 ) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
-    """A connection to a URL's host, what to ask it for, and with which headers; through the environment's proxy where it
-    names one, which then resolves names itself: those that are known here are checked all the same."""
+    """A connection to a URL's host, the request's target, and its headers. An environment's proxy resolves names itself: names
+    that this machine knows are checked all the same."""
     host, secure = str(parts.hostname), parts.scheme == "https"
     port = parts.port or (443 if secure else 80)
     kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
@@ -138,7 +138,7 @@ def _connect(
             watch(stream)
         connection.sock = stream
         return connection, target, {}
-    with contextlib.suppress(socket.gaierror):  # a name that the proxy alone knows
+    with contextlib.suppress(socket.gaierror):  # a name that only the proxy knows
         public_addresses(host, port, hosts)
     via = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     user = urllib.parse.unquote(f"{via.username or ''}:{via.password or ''}")
@@ -169,7 +169,7 @@ def _open_first(addresses: list[Address]) -> socket.socket:
 
 
 class _Deadline:
-    """Ends what is read from a connection at a time, however slowly it comes: a timeout counts each read anew."""
+    """Ends a connection's reads at a time: a timeout alone restarts with each read, however slowly bytes come."""
 
     def __init__(self, ends: float) -> None:
         self._ends = ends
@@ -177,7 +177,7 @@ class _Deadline:
         self._timer = threading.Timer(max(0.0, ends - time.monotonic()), self._end)
 
     def watch(self, stream: socket.socket) -> None:
-        """Says which connection it is."""
+        """Sets the connection to end."""
         self._stream = stream
 
     def _end(self) -> None:
@@ -197,7 +197,7 @@ class _Deadline:
 
 
 def _whole(answer: http.client.HTTPResponse) -> bytes:
-    """An answer's body, as long as it said, within the size that a file may have."""
+    """An answer's whole body, within :data:`MAX_BYTES`."""
     content = bytearray()
     while chunk := answer.read1(_CHUNK_BYTES):
         content += chunk

@@ -1,4 +1,4 @@
-"""What a row means: text, prompt and completion, or chat messages, as token ids and a mask of completion tokens."""
+"""Rows as token ids and a mask of completion tokens: of text, of prompt and completion, or of chat messages."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from emloc_ray.errors import DataError
 
 FIELDS = {"text": ("text",), "prompt_completion": ("prompt", "completion"), "messages": ("messages",)}
 EXTRA_FIELDS = {"text": (), "prompt_completion": (), "messages": COLUMNS}
-"""Columns that a row may have beside."""
+"""Further columns that a row may have."""
 
 
 class RowImage(NamedTuple):
-    """An encoded image, in memory or in a file's map; all tokens that stand for it are before the row's place ``end``."""
+    """An encoded image, in memory or in a mapped file; its last token is before the row's position ``end``."""
 
     content: bytes | memoryview
     end: int
@@ -25,7 +25,7 @@ class RowImage(NamedTuple):
 
 @dataclass(frozen=True)
 class Tokens:
-    """One row: token ids, which of them are completion (what the task's loss counts), and the images that it shows."""
+    """One row: token ids, which of them are completion (the task's loss counts these), and its images."""
 
     input_ids: list[int]
     completion_mask: list[bool]
@@ -36,7 +36,7 @@ class Tokens:
 
 
 def check_row(row: Row, format: str, where: str, packing: bool = False) -> None:
-    """Raises DataError, naming file, row and field, where a row is not of its format, or shows an image and is packed."""
+    """Raises DataError, naming file, row and field, where a row has another format, or shows an image and is packed."""
     if isinstance(row, BadRow):
         raise row.error
     for name in FIELDS[format]:
@@ -50,7 +50,7 @@ def check_row(row: Row, format: str, where: str, packing: bool = False) -> None:
         check_parts(row, where)
         if packing and has_images(row):
             raise DataError(
-                f"{where}: it shows an image, which data.packing would tear from its row: set that to false."
+                f"{where}: it shows an image, and data.packing would separate the two: set data.packing to false."
             )
         return
     for name in FIELDS[format]:
@@ -86,9 +86,10 @@ def _check_unicode(text: str, where: str) -> None:
 
 
 class Segment(NamedTuple):
-    """A piece of a row that is tokenized by itself; ``eos`` says what its last token must be, None: as it comes.
+    """A piece of a row that is tokenized alone; ``eos``: whether its last token must be the end-of-sequence token, None: as it
+    comes.
 
-    ``ids`` are its tokens where a processor has made them, of a text that shows ``images``.
+    ``ids`` are its tokens where a processor made them, for a text that shows ``images``.
     """
 
     text: str
@@ -100,9 +101,9 @@ class Segment(NamedTuple):
 
 
 def encode(rows: Sequence[Sequence[Segment]], tokenizer: Any) -> list[Tokens]:
-    """Rows in pieces (see :func:`segments`) as tokens, whole (see :func:`truncate`): what each would be alone, in two calls.
+    """Rows in pieces (see :func:`segments`) as tokens, before :func:`truncate`: the same as one by one, in two calls.
 
-    Of rows of fifty tokens a fast tokenizer takes 1.4 times as many a second so, measured on one CPU.
+    A fast tokenizer takes 1.4 times as many rows of fifty tokens a second this way, measured on one CPU.
     """
     encoded: dict[bool, Iterator[list[int]]] = {}
     for special in (True, False):
@@ -120,9 +121,9 @@ def segments(
     processor: Any = None,
     images: Sequence[bytes] = (),
 ) -> list[Segment]:
-    """A checked row in the pieces that are tokenized apart; ``images`` are those of its messages, encoded.
+    """A checked row in pieces that are tokenized apart; ``images``: the encoded images of its messages.
 
-    A model that has a ``processor`` for images has its chat template, and the tokens that stand for an image, from that.
+    The chat template and the tokens of an image come from the model's ``processor``, where it has one for images.
 
     Raises:
         DataError: where there is no chat template, it rewrites earlier turns, or the processor refuses an image.
@@ -137,14 +138,14 @@ def segments(
     own = processor is not None and bool(processor.chat_template)
     as_parts = own or has_images(row)
     messages = plain_messages(row["messages"]) if as_parts else text_messages(row["messages"])
-    found = _message_segments(messages, processor if own else tokenizer, where)
-    return found if processor is None else [*_with_images(found, messages, processor, images, where)]
+    pieces = _message_segments(messages, processor if own else tokenizer, where)
+    return pieces if processor is None else [*_with_images(pieces, messages, processor, images, where)]
 
 
 def _with_images(
-    found: Sequence[Segment], messages: list[dict[str, Any]], processor: Any, images: Sequence[bytes], where: str
+    pieces: Sequence[Segment], messages: list[dict[str, Any]], processor: Any, images: Sequence[bytes], where: str
 ) -> Iterator[Segment]:
-    """The segments, of which those that show images have the tokens that the processor makes of both."""
+    """The segments; those that show images get the tokens that the processor makes of text and images."""
     shown = [len(list(image_parts({"messages": [turn]}))) for turn in messages]
     answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
     turns = [
@@ -153,7 +154,7 @@ def _with_images(
         for begin, end in ((last + 1, turn), (turn, turn + 1))
     ]
     rest = iter(images)
-    for segment, (begin, end) in zip(found, turns, strict=True):
+    for segment, (begin, end) in zip(pieces, turns, strict=True):
         own = list(itertools.islice(rest, sum(shown[begin:end])))
         _check_placeholders(segment.text, len(own), processor, where)
         if not own:
@@ -166,32 +167,34 @@ def _with_images(
         except (ValueError, TypeError, IndexError, StopIteration, RuntimeError) as error:
             detail = " ".join(str(error).split())[:150]
             raise DataError(
-                f"{where}: the model's processor refuses its images ({detail}): mend the row, or the chat template."
+                f"{where}: the model's processor refuses its images ({detail}): fix the row, or the chat template."
             ) from error
         ids = tuple(int(token) for token in made["input_ids"][0])
         yield segment._replace(ids=ids, images=tuple(own))
 
 
 def _check_placeholders(text: str, count: int, processor: Any, where: str) -> None:
-    """A text holds no more tokens that stand for images than it has: that it holds no fewer is what the processor checks."""
+    """Raises DataError where a text has more image tokens than images, or video tokens; the processor checks for fewer."""
     image, video = (getattr(processor, name, None) for name in ("image_token", "video_token"))
-    found = text.count(image) if image else count
-    # What an image becomes, where that is another token (Gemma 3), stands in no text of a row's own.
+    in_text = text.count(image) if image else count
+    # Gemma 3 replaces its image token by another, which no row's text may hold either.
     soft = getattr(processor.tokenizer, "image_token", None)
     others = [token for token in (video, soft if soft != image else None) if token and token in text]
-    stray = image if found > count else next(iter(others), None)
+    stray = image if in_text > count else next(iter(others), None)
     if stray is not None:
-        raise DataError(f"{where}: a text holds {stray}, which stands for an image or a video: write it otherwise.")
+        raise DataError(
+            f"{where}: a text holds {stray}, which stands for an image or a video: write it in another form."
+        )
 
 
 def _message_segments(messages: list[dict[str, Any]], tokenizer: Any, where: str) -> list[Segment]:
-    """Every assistant turn is completion: what the template adds between 'generate now' and the end of the turn.
+    """Prompts and completions in turn: an assistant turn's completion is what the template adds after 'generate now'.
 
-    Prompt and completion are tokenized apart, as they are when the model is asked to generate.
+    They are tokenized apart, as in generation.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(f"{where}: the tokenizer has no chat template: use data.format prompt_completion or text.")
-    found = []
+    pieces: list[Segment] = []
     text = ""
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -200,20 +203,20 @@ def _message_segments(messages: list[dict[str, Any]], tokenizer: Any, where: str
         through = _written(tokenizer, messages[: turn + 1], where)
         if not prompt.startswith(text) or not through.startswith(prompt):
             raise DataError(
-                f"{where}: the chat template rewrites earlier turns, so completion tokens cannot be told apart:"
+                f"{where}: the chat template rewrites earlier turns, so that completion tokens cannot be found:"
                 " give one assistant message a row, as the last."
             )
-        found += [Segment(prompt[len(text) :], False), Segment(through[len(prompt) :], True)]
+        pieces += [Segment(prompt[len(text) :], False), Segment(through[len(prompt) :], True)]
         text = through
-    return found
+    return pieces
 
 
 def _written(tokenizer: Any, messages: list[dict[str, Any]], where: str, **options: Any) -> str:
     try:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except Exception as error:  # a template is a program, and may itself raise
+    except Exception as error:  # a template is a program and may raise anything
         detail = " ".join(str(error).split())[:150]
-        raise DataError(f"{where}: the chat template refuses its messages ({detail}): mend the row.") from error
+        raise DataError(f"{where}: the chat template refuses its messages ({detail}): fix the row.") from error
     return text
 
 
@@ -244,7 +247,7 @@ def _joined(parts: Sequence[Segment], encoded: dict[bool, Iterator[list[int]]], 
 
 
 def truncate(tokens: Tokens, max_seq_length: int) -> Tokens | None:
-    """The first ``max_seq_length`` tokens, or None where no completion token is left, or a token of an image may be lost."""
+    """The first ``max_seq_length`` tokens; None where no completion token is left, or an image would be cut."""
     if any(image.end > max_seq_length for image in tokens.images):
         return None
     ids, mask = tokens.input_ids[:max_seq_length], tokens.completion_mask[:max_seq_length]

@@ -1,4 +1,4 @@
-"""Rows in the order of a hash of their number, found in chunks: what sampling and shuffling are made of."""
+"""Rows in the order of a hash of their number, computed in chunks: for sampling and shuffling."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ def rows_at(
 ) -> Rows:
     """The rows at the places ``[begin, end)`` of their order by hash: ``argsort(row_hash(rows))[begin:end]``.
 
-    A radix selection: one pass counts the hashes by bucket (left out where ``counts`` is given), one takes the rows of
-    the buckets that the places fall into and sorts those alone. n rows cost O(n) time and, beside the result, a chunk, the
-    counts (0.5 MiB) and two buckets, n / 65,536 rows each: at n = 10⁷, where sorting all would take 240 MB, that is 1 MiB.
+    A radix selection: one pass counts the hashes by bucket (unless ``counts`` are given), another sorts the rows of the
+    buckets that hold the places. n rows take O(n) time and, beside the result, a chunk, the counts (0.5 MiB) and two
+    buckets of n / 65,536 rows: 1 MiB at n = 10⁷, where a full sort takes 240 MB.
     """
     ends = np.cumsum(bucket_counts(chunks(), seed) if counts is None else counts)
     first, last = np.searchsorted(ends, [begin, end - 1], side="right")
-    found = [np.empty(0, dtype=np.int64)]
+    inside = [np.empty(0, dtype=np.int64)]
     for rows in chunks():
         buckets = _bucket(row_hash(rows, seed))
-        found.append(rows[(buckets >= first) & (buckets <= last)])
-    candidates = np.concatenate(found)
+        inside.append(rows[(buckets >= first) & (buckets <= last)])
+    candidates = np.concatenate(inside)
     ordered = candidates[np.argsort(row_hash(candidates, seed))]
     before = int(ends[first - 1]) if first else 0
     return ordered[begin - before : end - before]

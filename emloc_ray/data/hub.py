@@ -1,7 +1,7 @@
-"""A data set of the hub as one Parquet file, written by a process that never imports Ray.
+"""Writes a data set of the hub as one Parquet file, in a process that never imports Ray.
 
-``datasets`` makes Python's values of some files (an image folder's ``metadata.parquet``, of several but one's schema is
-looked at) before we can check them. Where Ray Data is imported, its registered type would unpickle those values.
+``datasets`` makes Python values of some files before we can check them (an image folder's ``metadata.parquet``: it reads one
+schema of several). Where Ray Data is imported, its registered type would unpickle these values.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from emloc_ray.errors import DataError
 from emloc_ray.io.formats.arrow_schemas import check_no_extensions
 from emloc_ray.io.store.atomic import atomic_file
 
-_REFUSED = 3  # the exit code of an error of ours, which says all
+_REFUSED = 3  # the exit code for a whole sentence of ours on stdout
 
 
 def download(place: str, split: str, path: Path) -> None:
-    """Writes what ``hf:NAME[:SPLIT]`` names (also a local folder that ``datasets`` reads) to ``path``.
+    """Writes the rows of ``hf:NAME[:SPLIT]`` (also of a local folder that ``datasets`` reads) to ``path``.
 
     Raises:
         DataError: where it cannot be loaded, or a column has an extension type.
@@ -40,7 +40,7 @@ def download(place: str, split: str, path: Path) -> None:
             raise DataError(
                 detail
                 if code == _REFUSED
-                else f"data.{split}.path {place} cannot be loaded ({detail[:200]}): mend the name or its split."
+                else f"data.{split}.path {place} cannot be loaded ({detail[:200]}): fix the name or its split."
             )
         with rows.open("rb") as written, atomic_file(path) as file:
             shutil.copyfileobj(written, file)

@@ -1,4 +1,4 @@
-"""Where rows' images may be read from: beside their data file, in its bucket, at public URLs, and where a config says."""
+"""The places that rows' images may be read from: the data file's folder or bucket, public URLs, and those of the config."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ _ASK = "add its folder to data.image_roots if rows may read from it"
 
 @dataclass(frozen=True)
 class ImagePlaces:
-    """What rows may read beside their data file's folder or bucket and public hosts: ``hosts`` at addresses that are not
-    public, and ``roots``, folders or URIs."""
+    """Further places that rows may read: ``hosts`` with private addresses, and ``roots``, folders or URIs."""
 
     hosts: tuple[str, ...] = ()
     roots: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, hosts: Sequence[str], roots: Sequence[str]) -> ImagePlaces:
-        """As a config names them, its folders from the working directory on."""
+        """From a config's values; its folders begin at the working directory."""
         local = (root.removeprefix("file://") for root in roots if not is_store_uri(root))
         return cls(
             tuple(host.lower() for host in hosts),
@@ -35,7 +34,7 @@ class ImagePlaces:
         )
 
     def local(self, name: str, folder: str) -> Path:
-        """The file that a name stands for which is not remote, all links followed; it need not be there.
+        """The local file of a name, with all links followed; it may be missing.
 
         Raises:
             NotAllowed: where it is neither below ``folder``, the data file's, nor below a root.
@@ -67,13 +66,13 @@ class ImagePlaces:
         raise NotAllowed(f"{asked.scheme}://{asked.netloc.rpartition('@')[2]} is not the data file's bucket: {_ASK}")
 
     def read(self, name: str, folder: str) -> bytes:
-        """The content of what a row of a file in ``folder`` names: a URL, a path or a URI.
+        """The content of the URL, path or URI that a row of a file in ``folder`` names.
 
         Raises:
             NotAllowed: where rows may not read from there.
             ValueError: where it has more than :data:`MAX_BYTES`.
-            FileNotFoundError: where it is not there.
-            OSError, HTTPException, ArtifactError: where it cannot be had.
+            FileNotFoundError: where it is missing.
+            OSError, HTTPException, ArtifactError: where it cannot be read.
         """
         if name.startswith(("http://", "https://")):
             return download(name, self.hosts)
@@ -91,12 +90,12 @@ NOWHERE_ELSE = ImagePlaces()
 
 
 def is_remote(name: str, folder: str) -> bool:
-    """Whether a server has to be asked for an image of that name, in a row of a file in ``folder``."""
+    """Whether an image of this name, in a row of a file in ``folder``, is on a server."""
     return is_store_uri(name) or (is_store_uri(folder) and not name.startswith("file://"))
 
 
 def local_path(name: str, folder: str) -> Path:
-    """Where an image is that is not remote; a relative path is taken from the row's file."""
+    """The path of a local image; a relative one begins at the row's file."""
     return Path(folder) / Path(name.removeprefix("file://")).expanduser()
 
 

@@ -1,4 +1,4 @@
-"""Images inside a row's messages: named by path, URL or bytes, read as they are encoded and looked at once.
+"""Images inside a row's messages: named by path, URL or bytes, read encoded, decoded once to check them.
 
 Token shards carry the encoded bytes, not pixels: a photo of some megapixels is about 100 KB as a JPEG, and 1.4 MB as the
 336 × 336 float32 pixels that LLaVA reads (12 MB at the million pixels that Qwen-VL may take). Of 10⁷ rows that is 1 TB
@@ -24,17 +24,17 @@ from emloc_ray.errors import ArtifactError, ConfigError, DataError
 from emloc_ray.io.store.object_store import is_store_uri
 
 COLUMNS = ("images", "image")
-"""Columns whose images the parts ``{"type": "image"}`` that name none take, in their order."""
+"""Columns with the images of parts ``{"type": "image"}`` that name no image, in their order."""
 
 SOURCES = ("image", "url", "path", "base64", "bytes")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
-"""What Pillow may open of rows' images, by its names: each decoder is one more that a row can attack."""
+"""What Pillow may open of rows' images: each further decoder is one more that a row can attack."""
 MAX_PIXELS = 2**27  # of one image: 400 MB as RGB
 _REMOTE_BYTES = 100_000
 
 
 def image_parts(row: Row) -> Iterator[dict[str, Any]]:
-    """The image parts of all the row's messages, in order; none where the messages are of no known form."""
+    """The image parts of all the row's messages, in order; none where messages have no known form."""
     turns = row.get("messages")
     for turn in turns if isinstance(turns, list) else ():
         content = turn.get("content") if isinstance(turn, dict) else None
@@ -68,8 +68,8 @@ def has_images(row: Row) -> bool:
 
 
 def sources(row: Row) -> Iterator[tuple[str, Any]]:
-    """Of what kind each of the row's images is, and what names or holds it, in order; those of columns are the parts'
-    that name none."""
+    """The kind of each of the row's images, and what names or holds it, in order; parts that name no image take the
+    columns'."""
     beside = iter(_column(row))
     for part in image_parts(row):
         source = _source(part) or next(beside, None)
@@ -78,10 +78,10 @@ def sources(row: Row) -> Iterator[tuple[str, Any]]:
 
 
 def look(row: Row, where: str, places: ImagePlaces = NOWHERE_ELSE) -> list[Any]:
-    """What can be seen of a checked row's images that are no part of it, unopened: names, sizes and times.
+    """Names, and of local files sizes and times, of the images outside a checked row; opens none.
 
     Raises:
-        DataError: naming file and row, where one is to be a file here and is not, or is where rows may not read.
+        DataError: naming file and row, where a local file is missing, or a place is one that rows may not read.
     """
     folder = getattr(where, "folder", ".")
     seen: list[Any] = []
@@ -105,7 +105,7 @@ def look(row: Row, where: str, places: ImagePlaces = NOWHERE_ELSE) -> list[Any]:
 
 
 def encoded_bytes(row: Row, folder: str) -> int:
-    """About how many bytes the row's images are as encoded, unopened; a remote one is taken for 100 KB."""
+    """About how many bytes the row's encoded images have; opens none, and takes a remote one for 100 KB."""
     size = 0
     for kind, value in sources(row):
         if isinstance(value, str) and (kind == "base64" or value.startswith("data:")):
@@ -123,19 +123,19 @@ def _not_allowed(label: str, error: NotAllowed) -> DataError:
 
 
 def _not_there(label: str) -> DataError:
-    return DataError(f"{label} is not there: mend the path, which is from the data file's folder.")
+    return DataError(f"{label} is not there: fix the path, which is from the data file's folder.")
 
 
 def load_images(row: Row, where: str, places: ImagePlaces = NOWHERE_ELSE) -> list[bytes]:
-    """The encoded bytes of the row's images, in the order of its messages; each was decoded once.
+    """The encoded bytes of the row's images, in the order of its messages; each is decoded once to check it.
 
-    A relative path is taken from the folder of the row's file, here or on its object store.
+    A relative path begins at the folder of the row's file, here or on its object store.
 
     Raises:
-        DataError: naming file and row, where one is missing, may not or cannot be fetched, or is no image of
-            :data:`FORMATS` or too large.
+        DataError: naming file and row, where an image is missing, may not or cannot be fetched, is none of
+            :data:`FORMATS`, or is too large.
     """
-    found = []
+    contents = []
     for number, source in enumerate(sources(row)):
         label = f"{where}: image {number + 1}"
         if isinstance(source[1], str) and (source[0] != "base64" or len(source[1]) < 100):
@@ -145,17 +145,16 @@ def load_images(row: Row, where: str, places: ImagePlaces = NOWHERE_ELSE) -> lis
             decode(content)
         except Exception as error:  # whatever a broken file brings Pillow to raise
             detail = " ".join(str(error).split())[:120]
-            raise DataError(f"{label} cannot be decoded ({detail}): mend or replace it.") from error
-        found.append(content)
-    return found
+            raise DataError(f"{label} cannot be decoded ({detail}): replace it.") from error
+        contents.append(content)
+    return contents
 
 
 def decode(content: bytes | memoryview) -> Any:
-    """An encoded image as transformers opens one: turned upright, RGB; of 16 bits a pixel the upper 8.
+    """An encoded image as transformers opens one: upright, RGB; of 16 bits a pixel the upper 8.
 
     Raises:
-        ValueError: where it is of another kind than :data:`FORMATS`, or has too many pixels; and what Pillow raises of a file
-            that is broken.
+        ValueError: where it is none of :data:`FORMATS`, or has too many pixels; Pillow raises others for a broken file.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -166,20 +165,14 @@ def decode(content: bytes | memoryview) -> Any:
     with image:
         if math.prod(image.size) > MAX_PIXELS:  # before any is decoded
             raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
-        return _in_bytes(ImageOps.exif_transpose(image)).convert("RGB")
-
-
-def _in_bytes(image: Any) -> Any:
-    """Pillow itself cuts values of 16 bits off at 255, so that most of such an image would be white."""
-    from PIL import Image
-
-    if not image.mode.startswith("I"):
-        return image
-    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):  # Pillow cuts 16 bits off at 255, which makes most of such an image white
+            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        return upright.convert("RGB")
 
 
 def _shown(name: str) -> str:
-    """A name as errors say it: a URL without what signs it or logs in, and nothing at length."""
+    """A name for errors: a URL without signature and login, and at most 200 characters."""
     scheme, mark, rest = name.partition("://")
     if mark:
         host, slash, path = re.split(r"[?#]", rest)[0].partition("/")
@@ -196,7 +189,7 @@ def _column(row: Row) -> list[tuple[str, Any]]:
 
 
 def _source(part: dict[str, Any]) -> tuple[str, Any] | None:
-    """Of what kind a part's image is, and the image; None where it names none."""
+    """The kind of a part's image, and what names or holds it; None where the part names none."""
     given = part.get("image_url")
     if given is not None:
         return "url", given.get("url") if isinstance(given, dict) else given
@@ -207,7 +200,7 @@ def _source(part: dict[str, Any]) -> tuple[str, Any] | None:
 
 
 def _named(value: Any) -> tuple[str, Any]:
-    """What ``image`` holds: bytes, a path, a URL, base64, or the ``{bytes, path}`` that data sets' image columns have."""
+    """The kind of a value of ``image``: bytes, a path, a URL, base64, or the ``{bytes, path}`` of data sets' image columns."""
     if isinstance(value, dict):
         return ("bytes", value["bytes"]) if value.get("bytes") is not None else ("path", value.get("path"))
     if not isinstance(value, str):
@@ -233,11 +226,11 @@ def _read(source: tuple[str, Any], folder: str, label: str, places: ImagePlaces)
     except FileNotFoundError as error:
         raise _not_there(label) from error
     except (OSError, ValueError, http.client.HTTPException, ArtifactError, ConfigError) as error:
-        if kind == "base64":  # a path is told by its ending
+        if kind == "base64":  # a path is recognized by its ending
             raise DataError(
-                f"{label} is no base64 ({_detail(error, value)}), and no path: mend it, or give it as path."
+                f"{label} is no base64 ({_detail(error, value)}), and no path: fix it, or give it as path."
             ) from error
-        raise DataError(f"{label} cannot be read ({_detail(error, value)}): mend the name or the file.") from error
+        raise DataError(f"{label} cannot be read ({_detail(error, value)}): fix the name or the file.") from error
 
 
 def _detail(error: Exception, name: str) -> str:
@@ -247,19 +240,20 @@ def _detail(error: Exception, name: str) -> str:
 
 def plain_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The messages as a processor's chat template takes them: every content a list of parts, images without their source."""
-    return [{**turn, "content": _plain(turn["content"])} for turn in messages]
+
+    def parts(content: Any) -> list[dict[str, Any]]:
+        named = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        return [
+            {"type": "text", "text": part["text"]} if part["type"] == "text" else {"type": "image"} for part in named
+        ]
+
+    return [{**turn, "content": parts(turn["content"])} for turn in messages]
 
 
 def text_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages that show no image as a tokenizer's chat template takes them: every content a text."""
-    return [{**turn, "content": _text(turn["content"])} for turn in messages]
+    """Messages without images as a tokenizer's chat template takes them: every content a text."""
 
+    def text(content: Any) -> str:
+        return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
-def _text(content: Any) -> str:
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
-
-
-def _plain(content: Any) -> list[dict[str, Any]]:
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    return [{"type": "text", "text": part["text"]} if part["type"] == "text" else {"type": "image"} for part in content]
+    return [{**turn, "content": text(turn["content"])} for turn in messages]

@@ -25,10 +25,10 @@ _READ_AHEAD_BYTES = 2**27
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """Which rows every micro-step of every rank sees.
+    """Which rows every micro-step of every rank reads.
 
-    The stream is epoch after epoch, each a permutation of the rows by hash of (row, seed, epoch); micro-step m of rank k
-    takes positions ``(m · world_size + k) · batch_size`` and the ``batch_size - 1`` after it.
+    The stream is epoch after epoch, each a permutation of the rows by hash of (row, seed, epoch). Micro-step m of rank k
+    reads ``batch_size`` positions from ``(m · world_size + k) · batch_size``.
     """
 
     num_rows: int
@@ -55,14 +55,14 @@ class SampleOrder:
             yield from self.micro_steps(start, min(end, start + STEPS_PER_TASK)).reshape(-1, self.batch_size)
 
     def seen(self, micro_steps: int) -> Rows:
-        """What all ranks together have read after so many micro-steps each: every row once, ascending."""
+        """The rows that all ranks together have read after so many micro-steps each, ascending."""
         places = micro_steps * self.world_size * self.batch_size
         if places >= self.num_rows:  # the first epoch has all
             return np.arange(self.num_rows)
         return np.sort(self.epoch(0, 0, places))
 
     def epoch(self, number: int, begin: int = 0, end: int | None = None) -> Rows:
-        """One epoch's permutation, or its places ``[begin, end)``: only those are held, of rows of any number."""
+        """One epoch's permutation, or its places ``[begin, end)``, without holding the others."""
         return shuffled(
             self.num_rows, self.seed + 1_000_003 * (number + 1), begin, self.num_rows if end is None else end
         )
@@ -72,8 +72,8 @@ def read_micro_steps(tokens_dir: Path, order: SampleOrder, begin: int, end: int)
     """The rows of this rank's micro-steps ``[begin, end)``, in order, with their tokens."""
     shards = TokenShards(tokens_dir)
     wanted = order.micro_steps(begin, end)
-    found = {row: shards.row(row) for row in np.unique(wanted).tolist()}  # ascending: each shard is opened once
-    return to_table([found[row] for row in wanted.tolist()], shards.has_images)
+    tokens = {row: shards.row(row) for row in np.unique(wanted).tolist()}  # ascending: each shard is opened once
+    return to_table([tokens[row] for row in wanted.tolist()], shards.has_images)
 
 
 class MicroStepSource(Datasource):
@@ -88,7 +88,7 @@ class MicroStepSource(Datasource):
         return None
 
     def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
-        """One task per range, whatever ``parallelism`` says: the ranges fix the order."""
+        """One task a range, whatever ``parallelism`` says: the ranges fix the order."""
         steps = steps_per_task(self.tokens_dir, self.order.batch_size)
         starts = range(self.begin, self.end, steps)
         return [self._task(start, min(self.end, start + steps)) for start in starts]
@@ -102,7 +102,7 @@ class MicroStepSource(Datasource):
 
 
 def steps_per_task(tokens_dir: Path, batch_size: int) -> int:
-    """How many micro-steps of so many rows are read at once."""
+    """How many micro-steps a reading task has."""
     step_bytes = max(1.0, batch_size * TokenShards(tokens_dir).row_bytes)
     return int(min(max(1, _TASK_BYTES // step_bytes), STEPS_PER_TASK))
 
@@ -110,9 +110,9 @@ def steps_per_task(tokens_dir: Path, batch_size: int) -> int:
 def stream_batches(tokens_dir: Path, order: SampleOrder, begin: int, end: int) -> Iterator[list[Tokens]]:
     """This rank's micro-batches ``[begin, end)``, in order, read ahead by Ray Data.
 
-    The reading tasks ask Ray for no CPU: they move a few kilobytes, and the worker group may hold every CPU there is. Two
-    at once are ahead of any training, and what they read ahead is bounded: left to itself, Ray starts a process
-    for each of hundreds of tasks that ask for nothing, and fills its object store with a long training's rows.
+    The reading tasks ask Ray for no CPU: they move a few kilobytes, and the worker group may hold all CPUs. Two at once are
+    faster than any training. How far they read ahead is bounded: otherwise Ray starts a process for each of hundreds of
+    tasks that ask for nothing, and fills its object store with a long training's rows.
     """
     num_tasks = -(-(end - begin) // steps_per_task(tokens_dir, order.batch_size))
     if num_tasks <= 1:  # nothing to stream: starting Ray Data takes longer than reading it

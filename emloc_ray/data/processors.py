@@ -1,4 +1,4 @@
-"""A vision-language model's own processor: opened where the model has one, and what it makes of a batch's images."""
+"""A vision-language model's own processor, and the inputs that it makes from a batch's images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from emloc_ray.errors import ConfigError
 from emloc_ray.io.store.node_cache import ensure
 
 _FILES = ("processor_config.json", "preprocessor_config.json")
-# Which tokens stand for images: made of the row's tokens, not of its images. Gemma 3's processor gives it the second name.
+# The names of the mask of image tokens, which follows from the row's tokens; the second is Gemma 3's.
 _TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 _OF_TEXT = ("input_ids", "attention_mask", *_TOKEN_TYPES)
 
@@ -39,7 +39,7 @@ def open_processor(directory: str, trust_remote_code: bool = False) -> Any:
     except (ImportError, ValueError, OSError, TypeError, KeyError, AttributeError) as error:
         detail = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"model.source {directory}: its processor does not open ({detail}): pip install 'emloc-ray[vision]', or mend"
+            f"model.source {directory}: its processor does not open ({detail}): pip install 'emloc-ray[vision]', or fix"
             " its files."
         ) from error
     is_whole = hasattr(processor, "image_processor") and hasattr(processor, "tokenizer")
@@ -47,16 +47,16 @@ def open_processor(directory: str, trust_remote_code: bool = False) -> Any:
 
 
 class ImageInputs:
-    """What a model is called with for the images of a batch, made by its own processor; opened at the first image."""
+    """Makes a model's inputs for the images of a batch with its own processor, which it opens at the first image."""
 
     def __init__(self, directory: str | Path, model_options: Mapping[str, Any] | None = None) -> None:
-        """``model_options``: what the model is loaded with; ``trust_remote_code`` counts for its processor too."""
+        """``model_options``: those of the model; ``trust_remote_code`` holds for its processor too."""
         self.directory, self.model_options = str(directory), model_options or {}
 
     def __call__(self, images: Sequence[Sequence[bytes | memoryview]], input_ids: Tensor) -> dict[str, Tensor]:
-        """Pixels and whatever else the processor makes of each row's encoded images, and of the rows' ``input_ids``.
+        """Pixels, and all else that the processor makes of each row's encoded images and ``input_ids``; empty without images.
 
-        The same as the processor gives with the rows' text: pixels do not depend on it. Nothing where there are no images.
+        Pixels do not depend on the rows' text, so that placeholders do.
         """
         shown = [[decode(content) for content in row] for row in images if row]
         if not shown:
@@ -73,8 +73,8 @@ class ImageInputs:
     def blank_row(self) -> Tokens:
         """A row that shows a small blank image and has nothing to learn.
 
-        Ranks that train together have to run the same parts of a model: one whose batch shows no image would leave the
-        others waiting for its part of the vision tower's gradients, or of its weights.
+        Ranks that train together must run the same parts of a model: a rank without images would leave the others waiting
+        for its part of the vision tower's gradients or weights.
         """
         from PIL import Image
 
@@ -91,7 +91,7 @@ class ImageInputs:
 
 
 def placeholders(processor: Any, count: int) -> str:
-    """A text that shows so many images and says nothing."""
+    """A text of so many images and no words."""
     content: list[dict[str, Any]] = [{"type": "image"}] * count
     if processor.chat_template or processor.tokenizer.chat_template:
         template = processor if processor.chat_template else processor.tokenizer
@@ -101,24 +101,24 @@ def placeholders(processor: Any, count: int) -> str:
 
 
 def example(directory: str | Path, trust_remote_code: bool = False) -> dict[str, Tensor]:
-    """What a model is called with for one blank image and no words, by its own processor; nothing where it has none.
+    """A model's inputs for one blank image and no words, from its own processor; empty where it has none.
 
     Raises:
-        ConfigError: where the processor does not take it.
+        ConfigError: where the processor refuses the image.
     """
     processor = open_processor(str(directory), trust_remote_code)
     if processor is None:
         return {}
     try:
         made = blank_image_tokens(processor, IMAGE_SIDE)
-        told = [made[name].tolist() for name in _TOKEN_TYPES if name in made]
-        by_tokens = processor.create_mm_token_type_ids(made["input_ids"].tolist()) if told else []
+        masks = [made[name].tolist() for name in _TOKEN_TYPES if name in made]
+        by_tokens = processor.create_mm_token_type_ids(made["input_ids"].tolist()) if masks else []
     except Exception as error:  # a chat template and a processor are programs of the model's own
         detail = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"model.source {directory}: its processor takes no image ({detail}): mend its files."
+            f"model.source {directory}: its processor takes no image ({detail}): fix its files."
         ) from error
-    if any(types != by_tokens for types in told):
+    if any(mask != by_tokens for mask in masks):
         raise ConfigError(
             f"model.source {directory}: its processor's token types do not follow from the tokens alone (PaliGemma's tell"
             " prefix from suffix): choose another model."

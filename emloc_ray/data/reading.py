@@ -1,6 +1,6 @@
-"""The user's rows as files hold them: JSONL, Parquet, CSV, counted and read by row number, in streams.
+"""The user's rows: JSONL, Parquet and CSV files, counted and read by row number, in streams.
 
-Files are local or on an object store; there they are read by ranges, never as a whole to be kept.
+Files are local or on an object store, where they are read by ranges and never kept whole.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "p
 
 
 class BadRow(Row):
-    """Stands for a row that cannot be read; ``error`` says why."""
+    """A row that cannot be read; ``error`` says why."""
 
     def __init__(self, error: DataError) -> None:
         super().__init__()
@@ -41,13 +41,13 @@ class BadRow(Row):
 
 
 class Place(str):
-    """A row's file and number, as errors name them; ``folder`` is where the file is, for what the row names beside it."""
+    """A row's file and number, for errors; ``folder``: the file's, where the row's relative paths begin."""
 
     folder: str
 
     @classmethod
     def of(cls, source: SourceFile, row: int) -> Place:
-        """Of a row by its number from 0 on."""
+        """The place of a row by its number, from 0."""
         made = cls(f"{source.name}, row {row + 1}")
         path, mark, options = source.path.partition("?") if source.is_stored else (source.path, "", "")
         made.folder = f"{path.rpartition('/')[0]}{mark}{options}" if source.is_stored else str(Path(path).parent)
@@ -61,23 +61,23 @@ _ROWS_PER_MARK = 1024
 _ROWS_PER_BATCH = 256
 BATCH_BYTES = 2**24  # of a Parquet file's rows, which may hold images
 _BUFFER_BYTES = 2**18
-# What one request asks of a store: more where a file is read through, less where it is entered for some rows.
+# The bytes of one request to a store: more where a file is read through, fewer where single rows are read.
 _STORED_SCAN_BYTES = 2**23
 STORED_BUFFER_BYTES = 2**20
 _STORED_HEADER_BYTES = 2**16
 _CONNECTIONS = 8
-# ValueError: also of a registered type whose own metadata is broken.
+# ValueError: also for a registered type with broken metadata.
 _UNREADABLE = (OSError, pa.ArrowException, csv.Error, ValueError, RecursionError)
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file, by its path or its URI on an object store, and how many rows it holds.
+    """A file, by its path or its URI on an object store, and the number of its rows.
 
-    ``marks`` are the byte offsets of every 1,024th row of a JSONL or CSV file, where reading can begin: 10⁷ rows have
-    9,766. ``group_rows`` is the size of a Parquet file's largest row group: reading can begin at groups alone.
-    ``version`` tells a stored file's content from what it is later; of a local file it is empty. ``images`` is a hash of
-    the images that its first rows name: their names, and sizes and times of those that are files here.
+    ``marks`` are the byte offsets of every 1,024th row of a JSONL or CSV file, where reading can begin: 9,766 for 10⁷ rows.
+    ``group_rows`` is the size of a Parquet file's largest row group, where alone reading can begin. ``version`` identifies a
+    stored file's content; it is empty for a local file. ``images`` is a hash of the images that its first rows name: their
+    names, and for local files their sizes and times.
     """
 
     path: str
@@ -95,19 +95,19 @@ class SourceFile:
 
     @property
     def name(self) -> str:
-        """The file as errors name it: its path, or its URI without options."""
+        """The file's name for errors: its path, or its URI without options."""
         return shown(self.path)
 
 
 def list_files(patterns: str | Sequence[str], key: str) -> list[Path | str]:
-    """The files that a path, a directory or a glob names, sorted: paths, and URIs of those on an object store.
+    """The files of a path, a directory or a glob, sorted: paths, and URIs of files on an object store.
 
     Raises:
-        DataError: where there is none, or one is of no known kind; says the config ``key``.
-        ConfigError: where a URI holds credentials or cannot be opened; says the ``key`` too.
+        DataError: naming the config ``key``, where there is none, or one is of an unknown kind.
+        ConfigError: naming the ``key``, where a URI holds credentials or cannot be opened.
         ArtifactError: where a store does not answer.
     """
-    found: dict[str, Path | str] = {}  # each once; absolute, for workers are elsewhere
+    files: dict[str, Path | str] = {}  # each once; absolute, as workers run in other directories
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         matched: Sequence[Path | str] = find_stored(pattern, key, KINDS) if is_store_uri(pattern) else _local(pattern)
         if not matched:
@@ -115,13 +115,13 @@ def list_files(patterns: str | Sequence[str], key: str) -> list[Path | str]:
             raise DataError(f"{key}: {pattern} names no file: give a {kinds} file, a directory or a glob of them.")
         for place in matched:
             whole = place if isinstance(place, str) else Path(os.path.normpath(place.absolute()))
-            found.setdefault(str(whole), whole)
-    for place in found.values():
+            files.setdefault(str(whole), whole)
+    for place in files.values():
         if _suffix(place) not in KINDS:
             raise DataError(
                 f"{key}: {shown(str(place))} ends in {_suffix(place) or 'nothing'}: give one of {', '.join(sorted(KINDS))}."
             )
-    return list(found.values())
+    return list(files.values())
 
 
 def _local(pattern: str) -> list[Path]:
@@ -140,7 +140,7 @@ def _suffix(place: Path | str) -> str:
 
 
 def each(function: Callable[[Item], Result], items: Sequence[Item], stored: bool) -> list[Result]:
-    """What ``function`` says of each item, in order; some at once where every item waits for a store."""
+    """The results of ``function`` for all items, in order; ``stored``: in threads, as every item waits for a store."""
     if not stored:
         return [function(item) for item in items]
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
@@ -148,7 +148,7 @@ def each(function: Callable[[Item], Result], items: Sequence[Item], stored: bool
 
 
 def scan(path: Path | str, keep_bad: bool = False) -> SourceFile:
-    """Counts a file's rows; with ``keep_bad`` rows of a CSV file count that are none by themselves.
+    """Counts a file's rows; ``keep_bad``: counts a CSV file's bad rows too.
 
     Raises:
         DataError: where it is unreadable or empty.
@@ -176,15 +176,15 @@ def scan(path: Path | str, keep_bad: bool = False) -> SourceFile:
                     count += 1
                 source = SourceFile(place, kind, count, tuple(marks), version=version)
     except _UNREADABLE as error:
-        raise DataError(f"{shown(str(path))} cannot be read as {kind} ({_detail(error)}): mend the file.") from error
+        raise DataError(f"{shown(str(path))} cannot be read as {kind} ({_detail(error)}): fix the file.") from error
     if source.num_rows == 0:
         raise DataError(f"{source.name} is empty: give a file with rows.")
     return source
 
 
 def fingerprint_sources(sources: Sequence[SourceFile]) -> str:
-    """A hash of files as they were counted: of the local ones as of any large file, of the others by name and version; and
-    of the images that they name."""
+    """A hash of counted files: of local ones by their content, of stored ones by name and version; and of the images that
+    they name."""
     local = fingerprint_large_files(Path(source.path) for source in sources if not source.is_stored)
     stored = [[PurePosixPath(source.name).name, source.version] for source in sources if source.is_stored]
     images = [source.images for source in sources if source.images]
@@ -198,11 +198,10 @@ def read_rows(
     extra: Sequence[str] = (),
     keep_bad: bool = False,
 ) -> Iterator[tuple[int, Row]]:
-    """Yields ``(row number, row)`` for ascending row numbers (0-based), reading on from one to the next.
+    """Yields ``(row number, row)`` for ascending row numbers from 0, in one stream.
 
-    Of a Parquet file that has all ``fields`` no other columns are read, but those of ``extra`` that there are. Memory is a
-    buffer's, whatever the size of files, row groups and ``rows``. With ``keep_bad`` a line that is no row is a
-    :class:`BadRow`.
+    Reads only the columns ``fields`` and ``extra`` of a Parquet file that has all ``fields``. Holds a buffer, whatever the
+    size of files, row groups and ``rows``. ``keep_bad``: a line that is no row comes as a :class:`BadRow`.
 
     Raises:
         DataError: naming file and row.
@@ -245,15 +244,13 @@ def _read_groups(
                         break
     except _UNREADABLE as error:
         where = f"rows {start + 1} to {stop}"
-        raise DataError(
-            f"{source.name}, {where}: not readable as parquet ({_detail(error)}): mend the file."
-        ) from error
+        raise DataError(f"{source.name}, {where}: not readable as parquet ({_detail(error)}): fix the file.") from error
     if row is not None:
         raise DataError(f"{source.name} is shorter than when it was counted: run again.")
 
 
 def _python_rows(batch: pa.RecordBatch, source: SourceFile, numbers: Sequence[int], keep_bad: bool) -> Iterable[Row]:
-    """A batch's rows; one by one where one holds text that is not UTF-8, which Arrow does not look at."""
+    """A batch's rows; one by one where one holds text that is not UTF-8, which Arrow does not check."""
     try:
         rows: list[Row] = batch.to_pylist()
         return rows
@@ -262,13 +259,13 @@ def _python_rows(batch: pa.RecordBatch, source: SourceFile, numbers: Sequence[in
 
 
 def _python_row(batch: pa.RecordBatch, source: SourceFile, row: int, keep_bad: bool) -> Row:
-    found: Row = {}
+    values: Row = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
-            found[name] = column[0].as_py()
+            values[name] = column[0].as_py()
         except UnicodeDecodeError as error:
             return _bad(f"column {name!r} is not UTF-8 ({error.reason}): write it so", source, row, keep_bad)
-    return found
+    return values
 
 
 def _bad(what: str, source: SourceFile, row: int, keep_bad: bool) -> BadRow:
@@ -279,7 +276,7 @@ def _bad(what: str, source: SourceFile, row: int, keep_bad: bool) -> BadRow:
 
 
 def _read_records(source: SourceFile, rows: Iterable[int], keep_bad: bool) -> Iterator[tuple[int, Row]]:
-    """JSONL and CSV: from the nearest mark on where that is ahead, else by reading on."""
+    """Rows of JSONL and CSV files: enters at the nearest mark where it is ahead, else reads on."""
     records: Iterator[Any] = iter(())
     position = -1
     row = 0
@@ -294,14 +291,14 @@ def _read_records(source: SourceFile, rows: Iterable[int], keep_bad: bool) -> It
             if record is None:
                 raise DataError(f"{source.name} is shorter than when it was counted: run again.")
             try:
-                found: Row = parse(record)
+                values: Row = parse(record)
             except BadText as error:
-                found = _bad(str(error), source, row, keep_bad)
-            yield row, found
+                values = _bad(str(error), source, row, keep_bad)
+            yield row, values
             position = row + 1
     except _UNREADABLE as error:
         raise DataError(
-            f"{source.name}, row {row + 1}: not readable as {source.kind} ({_detail(error)}): mend the file."
+            f"{source.name}, row {row + 1}: not readable as {source.kind} ({_detail(error)}): fix the file."
         ) from error
 
 
@@ -312,28 +309,28 @@ def _records(source: SourceFile, offset: int) -> Iterator[Any]:
 
 
 def _csv_parser(path: str) -> Callable[[Any], Row]:
-    """What makes a row of a record: by the file's header."""
+    """The function that makes a row of a record, by the file's header."""
     with _open(path, _STORED_HEADER_BYTES) as stream:
         names = next(csv_records(stream), (0, []))[1]
     return functools.partial(csv_row, names)
 
 
 def _open(path: str, stored_bytes: int) -> io.BufferedReader:
-    """A file's bytes, in a buffer of ``stored_bytes`` where they come from a store."""
+    """A file's bytes; those of a store in a buffer of ``stored_bytes``."""
     return io.BufferedReader(StoredFile(path), stored_bytes) if is_store_uri(path) else Path(path).open("rb")
 
 
 @contextlib.contextmanager
 def _parquet(path: str) -> Iterator[pq.ParquetFile]:
-    """Buffered, a row group is read page by page; unbuffered, whole columns of it at once.
+    """A Parquet file, buffered: so a row group is read page by page instead of by whole columns.
 
-    Its schema is checked each time: the file may be another than the one that was counted.
+    Checks its schema each time, as the file may have changed since it was counted.
     """
     is_stored = is_store_uri(path)
     size = STORED_BUFFER_BYTES if is_stored else _BUFFER_BYTES
     with contextlib.ExitStack() as opened:
         place = opened.enter_context(StoredFile(path)) if is_stored else path
-        # Without Parquet's own logical types, such as UUIDs, which come as plain bytes then.
+        # Without Parquet's own logical types: UUIDs come as plain bytes.
         file = opened.enter_context(
             pq.ParquetFile(place, buffer_size=size, pre_buffer=False, arrow_extensions_enabled=False)
         )

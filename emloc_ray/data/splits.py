@@ -1,4 +1,4 @@
-"""Which rows each split takes: a function of the files, the seed and the sizes asked, the same on any cluster."""
+"""The rows of each split: a function of the files, the seed and the asked sizes, the same on any cluster."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from emloc_ray.data.hash_order import Rows, row_chunks, row_hash, rows_at
 from emloc_ray.data.reading import Place, Row, SourceFile, read_rows
 
 SPLITS = ("train", "calibration", "selection", "eval")
-"""What every run has; beside them may be ``healing``, where the emulator is healed on rows of its own."""
+"""The splits of every run; ``healing`` joins them where the config names rows to heal on."""
 CALIBRATION_SEED = 3
-"""What is added to the run's seed where calibration rows are drawn."""
+"""Added to the run's seed to draw calibration rows."""
 
 _LARGEST = 2**64 - 1
 
 
 @dataclass(frozen=True)
 class HashRange:
-    """The rows whose hash under ``seed`` is between ``low`` and ``high``, both included."""
+    """The rows whose hash under ``seed`` is from ``low`` to ``high``, both included."""
 
     seed: int
     low: int
@@ -35,10 +35,10 @@ class HashRange:
 
 @dataclass(frozen=True)
 class RowSelection:
-    """Rows of a list of files, by their numbers in the files' concatenation, ascending.
+    """Rows of a list of files, by ascending number in the files' concatenation.
 
-    No row is written down: a row is in where its hashes are in all ``ranges``, so that a selection of 10⁷ rows is a few
-    numbers here and on every worker, and any part of it is found again from them.
+    A row is in where its hashes are in all ``ranges``: a selection of 10⁷ rows is a few numbers, from which every worker
+    finds any part of it.
     """
 
     sources: tuple[SourceFile, ...]
@@ -54,7 +54,7 @@ class RowSelection:
         return self.num_rows
 
     def chunks(self, begin: int = 0, end: int | None = None) -> Iterator[Rows]:
-        """The selection's rows in ``[begin, end)`` of the concatenation, ascending, some ten thousand at once at most."""
+        """The selection's rows in ``[begin, end)`` of the concatenation, ascending, at most 65,536 at once."""
         whole = sum(source.num_rows for source in self.sources)
         for rows in row_chunks(begin, whole if end is None else end):
             for part in self.ranges:
@@ -62,7 +62,7 @@ class RowSelection:
             yield rows
 
     def sample(self, count: int | None, seed: int) -> RowSelection:
-        """The ``count`` rows of smallest hash (all where None or more than there are)."""
+        """The ``count`` rows of smallest hash; all for None, or where there are fewer."""
         if count is None or count >= len(self):
             return self
         return self.split(count, seed)[0]
@@ -82,7 +82,7 @@ class RowSelection:
         )
 
     def bounds(self, rows_per_shard: int) -> Rows:
-        """Where each shard of ``rows_per_shard`` rows begins in the concatenation, and its end: ``(shards + 1,)``."""
+        """The begin of each shard of ``rows_per_shard`` rows in the concatenation, and the last one's end: ``(shards + 1,)``."""
         starts, seen = [], 0
         for rows in self.chunks():
             starts.append(rows[-seen % rows_per_shard :: rows_per_shard])
@@ -118,11 +118,10 @@ def assign_splits(
     num_eval_samples: int | None,
     seed: int,
 ) -> dict[str, RowSelection]:
-    """Completes the splits that were not given from the training rows.
+    """Makes the splits that were not given from the training rows.
 
-    Held-out and selection rows are taken *out of* train (a tenth of it at most each), so that nothing is chosen or
-    reported on a trained row; calibration is sampled from what is left to train on. A split that not every run has stays
-    as it was given.
+    Held-out and selection rows are taken *out of* train (at most a tenth of it each), so that nothing is chosen or reported
+    on a trained row. Calibration rows are sampled from the rest of train. Other splits stay as given.
     """
     train = given["train"]
     tenth = max(1, len(train) // 10)
@@ -143,7 +142,6 @@ def assign_splits(
 
 
 def hub_split(path: str, split: str) -> tuple[str, str]:
-    """The data set that ``hf:NAME[:SPLIT]`` names, and which of its splits: left out, ``test`` for what is reported on, else
-    ``train``."""
+    """The data set and the split of ``hf:NAME[:SPLIT]``; without SPLIT ``test`` for rows to report on, else ``train``."""
     name, _, part = path.removeprefix("hf:").partition(":")
     return name, part or ("test" if split == "eval" else "train")

@@ -1,6 +1,6 @@
-"""Rows of JSONL and CSV files as their bytes hold them: where each begins, what it says, and what is wrong with it alone.
+"""Rows of JSONL and CSV files: their offsets, their values, and the errors of each alone.
 
-A line is held no further than to :data:`MAX_LINE_BYTES`; the rest of a longer one is passed over, and the row is a bad one.
+Of a line longer than :data:`MAX_LINE_BYTES` the rest is skipped, and the row is a bad one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Row = dict[str, Any]
 MAX_LINE_BYTES = 2**28  # an image of 128 MiB in base64, and half as much again
 _MAX_CSV_FIELD = 2**31 - 1  # the csv module's own limit is 128 KiB
 _SKIP_BYTES = 2**20
-_TOO_LONG = "\udcfftoo long"  # stands for a line of a CSV file; no UTF-8 decodes to it
+_TOO_LONG = "\udcfftoo long"  # replaces a too long line of a CSV file; no UTF-8 decodes to it
 _BOMS = {
     **dict.fromkeys((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "UTF-32"),  # first: the one begins as UTF-16's does
     **dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "UTF-16"),
@@ -29,15 +29,15 @@ class BadText(ValueError):
 
 
 def other_encoding(head: bytes) -> str | None:
-    """The encoding of a text file that begins so, where that is seen at once and is not UTF-8."""
-    found = next((name for mark, name in _BOMS.items() if head.startswith(mark)), None)
-    if found or b"\0" not in head[:4]:
-        return found
+    """The encoding of a text file with this beginning, where it is recognizable and not UTF-8."""
+    encoding = next((name for mark, name in _BOMS.items() if head.startswith(mark)), None)
+    if encoding or b"\0" not in head[:4]:
+        return encoding
     return "UTF-32" if b"\0\0" in head[:4] else "UTF-16"
 
 
 def lines(stream: io.BufferedReader, offset: int = 0) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, each with its offset, from ``offset`` on; of one that is too long the beginning."""
+    """The lines that are not blank, each with its offset, from ``offset`` on; only the beginning of a too long one."""
     stream.seek(offset)
     for line, size in _bounded(stream):
         if line.strip():
@@ -63,12 +63,12 @@ def read_object(line: bytes) -> Row:
 
 
 def csv_records(stream: io.BufferedReader, offset: int = 0) -> Iterator[tuple[int, list[str]]]:
-    """The records of a CSV file that are not blank, each with its offset; read no further than they are asked for.
+    """The records of a CSV file that are not blank, each with its offset; reads no further than asked.
 
-    A quoted value may hold newlines, so the csv module says where a record is over.
+    A quoted value may hold newlines: the csv module finds a record's end.
 
     Raises:
-        csv.Error: where that cannot be told, as of a quote that is never closed.
+        csv.Error: where a record has no end, as with a quote that is never closed.
     """
     csv.field_size_limit(_MAX_CSV_FIELD)
     stream.seek(offset)
@@ -97,7 +97,7 @@ def csv_records(stream: io.BufferedReader, offset: int = 0) -> Iterator[tuple[in
 
 
 def csv_row(names: Sequence[str], record: Sequence[str]) -> Row:
-    """A record under the header's names, all values text: an answer of 007 is no number; raises BadText where it is bad."""
+    """A record as a dict by the header's names, all values text (007 is no number); raises BadText for a bad one."""
     if any(_TOO_LONG in value for value in record):
         raise BadText(f"longer than {MAX_LINE_BYTES} bytes: split it")
     for value in record:
@@ -115,7 +115,7 @@ def _not_utf8(byte: int, place: int) -> str:
 
 
 def _bounded(stream: io.BufferedReader) -> Iterator[tuple[bytes, int]]:
-    """Lines with their sizes; of a longer one than :data:`MAX_LINE_BYTES` one byte more than these."""
+    """Lines with their sizes; of a too long one the first ``MAX_LINE_BYTES + 1`` bytes."""
     while line := stream.readline(MAX_LINE_BYTES + 1):
         size = len(line)
         rest = line

@@ -1,4 +1,4 @@
-"""How many rows make a number of tokens, in the order in which rows are sampled, without tokenizing them all."""
+"""The number of sampled rows that have a number of tokens, found without tokenizing all rows."""
 
 from __future__ import annotations
 
@@ -27,9 +27,8 @@ def rows_within(
 ) -> int:
     """The smallest k such that the k rows of smallest hash have ``num_tokens`` tokens; all rows where they have fewer.
 
-    ``lengths`` gives the tokens of a selection's rows, in the order of their numbers. Rows are counted in rounds: the
-    first few, then as many as their mean says are missing and a little more, so that little more than what is taken
-    is tokenized; a round's ``most_rows`` bound what is held. k is the same however rounds fall.
+    ``lengths`` gives the tokens of a selection's rows, in the order of their numbers. It counts in rounds: a first few rows,
+    then as many as their mean says are missing, and a little more, but at most ``most_rows``. k does not depend on the rounds.
     """
     taken, tokens = 0, 0
     while taken < len(selection):

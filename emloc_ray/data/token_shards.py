@@ -46,54 +46,54 @@ def write_shard(
     with_images: bool = False,
     batch_bytes: int = _BATCH_BYTES,
 ) -> int:
-    """Writes rows as one Arrow IPC file, atomically, beside what was counted on the way; returns how many there are.
+    """Writes rows as one Arrow IPC file, atomically, with ``counts``; returns the number of rows.
 
-    ``counts`` is read once the rows are, so that whoever yields them may count as they go. Only some hundred rows are held
-    at once, or one and what ``batch_bytes`` of images add. ``with_images``: whether any of them may show some.
+    ``counts`` is read after the rows, so that their iterator may count. At most 256 rows are held at once, or
+    ``batch_bytes`` of images and a row. ``with_images``: whether rows may show images.
     """
     empty = to_table([], with_images)
     written = 0
     with atomic_file(path) as file, pa.ipc.new_file(file, empty.schema) as writer:
-        for some in _groups(rows, batch_bytes):
-            writer.write_table(to_table(some, with_images))
-            written += len(some)
+        for group in _groups(rows, batch_bytes):
+            writer.write_table(to_table(group, with_images))
+            written += len(group)
         [last] = empty.combine_chunks().to_batches() or [pa.RecordBatch.from_pylist([], empty.schema)]
         writer.write_batch(last, custom_metadata={_COUNTS: json.dumps(dict(counts or {}))})
     return written
 
 
 def _groups(rows: Iterable[Tokens], batch_bytes: int) -> Iterator[list[Tokens]]:
-    some: list[Tokens] = []
+    group: list[Tokens] = []
     size = 0
     for row in rows:
-        some.append(row)
+        group.append(row)
         size += sum(len(image.content) for image in row.images)
-        if len(some) == _ROWS_PER_BATCH or size >= batch_bytes:
-            yield some
-            some, size = [], 0
-    if some:
-        yield some
+        if len(group) == _ROWS_PER_BATCH or size >= batch_bytes:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def written_counts(path: Path) -> dict[str, int] | None:
-    """What was counted of a shard when it was written; None where there is none, or it is not whole."""
+    """The counts that a shard was written with; None where there is no whole shard."""
     try:
         with open_artifact(path) as (stream, _), pa.ipc.open_file(stream) as reader:
             check_as_written(reader.schema, _SCHEMAS, path)
             metadata = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1).custom_metadata
-            found: dict[str, int] = json.loads(metadata[_COUNTS])
+            counts: dict[str, int] = json.loads(metadata[_COUNTS])
+            return counts
     except (OSError, ValueError, IndexError, KeyError, TypeError, DamagedArtifactError):
         return None
-    return found
 
 
 def write_index(directory: Path, rows_per_shard: Sequence[int], counts: dict[str, Any]) -> None:
-    """Writes the split's index: how many rows each shard holds, and what was counted on the way."""
+    """Writes the split's index: how many rows each shard holds, and the counts."""
     write_json(directory / _INDEX, {"rows_per_shard": list(rows_per_shard), **counts})
 
 
 class TokenShards:
-    """A split's rows, by their position; shards are mapped, not read, so that any order costs the same."""
+    """A split's rows by their position; shards are mapped, not read, so that any order costs the same."""
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
@@ -115,7 +115,7 @@ class TokenShards:
 
     @property
     def row_bytes(self) -> float:
-        """What a row takes on average: its tokens, and its images as encoded."""
+        """The mean bytes of a row: of its tokens, and of its encoded images."""
         counts = [self.index.get(name, 0) for name in ("tokens", "image_bytes")]
         return (5 * counts[0] + counts[1]) / max(1, len(self))
 
@@ -140,7 +140,7 @@ class TokenShards:
 
     def _table(self, number: int) -> pa.Table:
         path = self.directory / shard_name(number)
-        if number not in self._present or not path.is_file():  # a node that needs room drops what it can fetch again
+        if number not in self._present or not path.is_file():  # a node short of room drops what it can fetch again
             ensure(path)
             self._present.add(number)
         if not path.is_file():
@@ -151,14 +151,14 @@ class TokenShards:
 
 @functools.lru_cache(maxsize=64)
 def _open(path: str, inode: int, modified: int) -> pa.Table:
-    # Inode and time are part of the key: a worker may outlive the shards that it has mapped.
+    # Inode and time are part of the cache's key: a worker may outlive the shards that it has mapped.
     reader = pa.ipc.open_file(pa.memory_map(path))
     check_as_written(reader.schema, _SCHEMAS, Path(path))
     return reader.read_all()
 
 
 def to_table(rows: Sequence[Tokens], with_images: bool = False) -> pa.Table:
-    """Rows as columns; ``with_images`` with one for theirs."""
+    """Rows as columns; ``with_images``: with a column of images."""
     columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name in _TYPES}
     columns["images"] = [[{"content": bytes(i.content), "end": i.end} for i in row.images] for row in rows]
     names = _TYPES if with_images else _ALWAYS
@@ -171,14 +171,14 @@ def from_table(table: pa.Table) -> list[Tokens]:
 
 
 def _row(table: pa.Table, position: int) -> Tokens:
-    """The images stay where the file is mapped: what is held of a row are its tokens."""
+    """Copies the tokens; the images stay in the mapped file."""
     ids, mask = (table[name][position].as_py() for name in _ALWAYS)
     shown = table["images"][position].values if "images" in table.column_names else ()
     images = tuple(RowImage(memoryview(i["content"].as_buffer()).cast("B"), i["end"].as_py()) for i in shown)
     return Tokens(ids, mask, images)
 
 
-# What a model is called with for the images of a batch's rows, given those and the batch's token ids.
+# Gives a model's inputs for the images of a batch's rows, from these and the batch's token ids.
 ImagesToInputs = Callable[[Sequence[Sequence[bytes | memoryview]], Tensor], dict[str, Tensor]]
 
 
@@ -186,15 +186,15 @@ PAD_MULTIPLE = 8
 
 
 def padded_length(length: int, multiple: int = PAD_MULTIPLE) -> int:
-    """What rows of up to this many tokens are padded to in a batch."""
+    """The length of a batch whose longest row has ``length`` tokens."""
     return -(-length // multiple) * multiple
 
 
 def collate(
     rows: Sequence[Tokens], pad_token_id: int, images: ImagesToInputs | None = None, multiple: int = PAD_MULTIPLE
 ) -> dict[str, Tensor]:
-    """Right-padded ``input_ids``, ``attention_mask`` and ``completion_mask``, each ``(rows, length)``; beside them what
-    ``images`` makes of the rows' images."""
+    """Right-padded ``input_ids``, ``attention_mask`` and ``completion_mask``, each ``(rows, length)``, and what ``images``
+    makes of the rows' images."""
     length = padded_length(max(len(row) for row in rows), multiple)
     ids = np.full((len(rows), length), pad_token_id, dtype=np.int64)
     mask = np.zeros((len(rows), length), dtype=bool)
@@ -216,6 +216,6 @@ _Row = TypeVar("_Row", bound=Sized)
 
 
 def length_batches(rows: Sequence[_Row], batch_size: int) -> list[list[_Row]]:
-    """Batches of rows of like length, so that little is padding; a function of the rows alone."""
+    """Batches of rows of like length, so that there is little padding; a function of the rows alone."""
     ordered = sorted(rows, key=len)
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]

@@ -60,37 +60,27 @@ class TokenizeOptions:
         return self.format == "messages" and open_processor(self.tokenizer, self.trust_remote_code) is not None
 
     def tokens(self, rows: Iterable[tuple[str, Row]]) -> Iterator[Tokens | None]:
-        """Rows, checked, as whole tokens, some hundred rows held at once, or some dozen with their images; they come with
-        the place that errors name.
+        """Checks rows, each with the place that errors name, and gives their whole tokens; None stands for a bad row that
+        is skipped.
 
-        None stands for a row that is skipped because it is bad.
+        At most 256 rows are held at once, or 32 with their images.
         """
         tokenizer = _tokenizer(self.tokenizer, self.trust_remote_code)
         stream = iter(rows)
         size = _IMAGE_ROWS_PER_BATCH if self.may_show_images else ROWS_PER_BATCH
-        while some := list(itertools.islice(stream, size)):
-            loaded = each(self._loaded, some, self.may_show_images and any(_asks_a_server(row, at) for at, row in some))
-            parts = [self._segments(at, row, images) for (at, row), images in zip(some, loaded, strict=True)]
+        while batch := list(itertools.islice(stream, size)):
+            asks = self.may_show_images and any(_asks_a_server(row, where) for where, row in batch)
+            parts = each(self._segments, batch, asks)
             encoded = iter(encode([segments for segments in parts if segments is not None], tokenizer))
             yield from (None if segments is None else next(encoded) for segments in parts)
 
-    def _loaded(self, item: tuple[str, Row]) -> list[bytes] | None:
-        """A row's images, once it is checked."""
+    def _segments(self, item: tuple[str, Row]) -> list[Segment] | None:
         where, row = item
-        try:
-            check_row(row, self.format, where, self.packing)
-            return load_images(row, where, self.image_places) if self.may_show_images else []
-        except DataError:
-            if self.skip_bad_rows:
-                return None
-            raise
-
-    def _segments(self, where: str, row: Row, images: Sequence[bytes] | None) -> list[Segment] | None:
-        if images is None:
-            return None
         tokenizer = _tokenizer(self.tokenizer, self.trust_remote_code)
         processor = open_processor(self.tokenizer, self.trust_remote_code)
         try:
+            check_row(row, self.format, where, self.packing)
+            images = load_images(row, where, self.image_places) if self.may_show_images else []
             return segments(row, self.format, tokenizer, where, self.has_encoder, processor, images)
         except DataError:
             if self.skip_bad_rows:
@@ -105,9 +95,9 @@ def _asks_a_server(row: Row, where: str) -> bool:
 
 @dataclass(frozen=True)
 class ShardTokenizer:
-    """Turns units of work into shard files: a Ray Data function without state, so that it can run anywhere again.
+    """Turns units of work into shard files: a Ray Data function without state, which may run again anywhere.
 
-    A unit is a few neighbouring shards of a split: their first number, how many rows each has, and where each begins.
+    A unit is a few neighbouring shards of a split: the number of the first, the rows a shard, and where each begins.
     """
 
     options: TokenizeOptions
@@ -121,11 +111,10 @@ class ShardTokenizer:
         return {key: np.array([result[key] for result in results]) for key in results[0]}
 
     def _shards(self, unit: Unit) -> Iterator[dict[str, Any]]:
-        """Shards that are there already are kept; the others are read as one stream."""
+        """Keeps shards that are written already; reads the others as one stream."""
         selection, bounds = self.splits[unit["split"]], unit["bounds"]
         stream: Iterator[tuple[str, Row]] | None = None
-        for place, begin in enumerate(bounds[:-1]):
-            shard = unit["first"] + place
+        for shard, begin in enumerate(bounds[:-1], unit["first"]):
             path = self.out_dir / unit["split"] / shard_name(shard)
             counts = written_counts(path)
             if counts is not None:
@@ -169,7 +158,7 @@ def _counted(rows: Iterable[Tokens], counts: dict[str, int]) -> Iterator[Tokens]
 
 @dataclass(frozen=True)
 class RowLengths:
-    """Counts the tokens of a unit's rows, as they would be kept: 0 for a row that would be dropped."""
+    """Counts the tokens that a shard would hold of each of a unit's rows; 0 for a row that is dropped."""
 
     options: TokenizeOptions
     selection: RowSelection
@@ -200,11 +189,11 @@ def _tokenizer(path: str, trust_remote_code: bool) -> Any:
 
 
 def first_unwritten(splits: dict[str, RowSelection], out_dir: Path, rows_per_shard: dict[str, int]) -> str:
-    """The first token shard that is not there, in words."""
+    """The first missing token shard, in words."""
     for split, selection in splits.items():
-        there = {path.name for path in sizes(out_dir / split)}  # each appeared whole
+        written = {path.name for path in sizes(out_dir / split)}  # each appeared whole
         for number in range(len(selection.bounds(rows_per_shard[split])) - 1):
-            if shard_name(number) not in there:
+            if shard_name(number) not in written:
                 return f"token shard {number} of {split}"
     return "the token shards' counts"
 
@@ -218,10 +207,10 @@ def tokenize_splits(
     num_workers: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, dict[str, int]]:
-    """Writes ``out_dir/SPLIT/shard-*.arrow`` and an index for each split; returns what was counted.
+    """Writes ``out_dir/SPLIT/shard-*.arrow`` and an index for each split; returns the counts of each split.
 
-    Shards that are whole in ``out_dir`` already are taken as they are: the caller knows that they are of these rows.
-    The driver holds some numbers for each shard, never for each row; workers hold a batch of rows and a shard's tokens.
+    Keeps whole shards that are in ``out_dir`` already: the caller knows that they are of these rows. The driver holds a few
+    numbers a shard, never a row's; workers hold a batch of rows and a shard's tokens.
 
     Raises:
         DataError: for the first bad row, with file, row and field; or where a split keeps no row.
@@ -238,20 +227,20 @@ def tokenize_splits(
 
 
 def row_lengths(selection: RowSelection, options: TokenizeOptions, num_workers: int) -> NDArray[np.int64]:
-    """The number of tokens of every row of the selection, in its order; 0 where none would be kept of it."""
+    """The tokens that are kept of every row of the selection, in its order."""
     work = list(shard_units("", selection, ROWS_PER_BATCH))
     dataset = mapped(work, RowLengths(options, selection), num_workers)
     blocks = list(dataset.iter_batches(batch_size=None, batch_format="numpy"))
     firsts, lengths = (np.concatenate([block[key] for block in blocks]) for key in ("first", "length"))
-    found: NDArray[np.int64] = lengths[np.argsort(firsts, kind="stable")]
-    return found
+    ordered: NDArray[np.int64] = lengths[np.argsort(firsts, kind="stable")]
+    return ordered
 
 
 def shard_units(split: str, selection: RowSelection, rows_per_shard: int) -> Iterator[Unit]:
-    """Neighbouring shards as work that can be done anywhere, one shard a unit where files can be entered anywhere.
+    """Units of work of neighbouring shards: of one shard each, where files can be entered at any row.
 
-    A Parquet row group is read from its beginning whatever part of it is wanted: a unit spans a sixteenth of the largest
-    one at least, so that a file of one huge group is read through eight times in all, not once a shard.
+    A Parquet row group is read from its beginning, whatever part is asked for. So a unit spans at least a sixteenth of the
+    largest group: a file of one huge group is read through eight times in all, not once a shard.
     """
     bounds = selection.bounds(rows_per_shard).tolist()
     span = max(source.group_rows for source in selection.sources) / _READS_PER_GROUP
@@ -267,10 +256,10 @@ def mapped(work: Sequence[Unit], function: Callable[[dict[str, Any]], dict[str, 
     """The Ray data set of what ``function`` makes of each unit, in tasks of one unit, ``num_workers`` at a time."""
     import ray.data
 
-    # Wrapped in Ray Data's own exception, ours would be lost on its way here.
+    # Ray Data would wrap our exception in its own, which loses it.
     ray.data.DataContext.get_current().raise_original_map_exception = True
     workers = ray.data.TaskPoolStrategy(size=min(num_workers, len(work)))
-    # No retries: a row that kills its worker would kill another for ever. Who calls this counts them.
+    # No retries: a row that kills its worker would kill one after another. The caller counts tries.
     return ray.data.from_items([{"unit": json.dumps(unit)} for unit in work]).map_batches(
         function, batch_size=1, num_cpus=1, compute=workers, max_retries=0
     )
@@ -282,12 +271,12 @@ def _write_split_index(
     shards = sorted((r for r in results if r["split"] == split), key=lambda r: r["shard"])
     counts = {key: int(sum(shard[key] for shard in shards)) for key in _COUNTS}
     if counts["rows"] == 0:
-        skipped = f" of those that are not bad ({counts['skipped_rows']} are)" if counts["skipped_rows"] else ""
+        skipped = f" of the good ones ({counts['skipped_rows']} are bad)" if counts["skipped_rows"] else ""
         raise DataError(
             f"data.{split}: no row{skipped} keeps its images and a completion token within data.max_seq_length"
             f" {options.max_seq_length}: raise it."
         )
-    # Without places, which may be the run's own: what is built on the rows is shared by what they are.
-    told = {key: value for key, value in asdict(options).items() if key not in ("tokenizer", "image_places")}
-    write_index(directory, [int(shard["rows"]) for shard in shards], {**counts, "options": told})
+    # Without places, which may be the run's own: what is built on equal rows is shared.
+    shared = {key: value for key, value in asdict(options).items() if key not in ("tokenizer", "image_places")}
+    write_index(directory, [int(shard["rows"]) for shard in shards], {**counts, "options": shared})
     return counts

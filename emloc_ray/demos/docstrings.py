@@ -14,24 +14,18 @@ from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from emloc_ray.demos.python_sources import (
     Function,
     SourceRow,
     code_of,
     collect,
-    draw,
     installed_roots,
-    split_of,
     without_collector,
     words,
 )
+from emloc_ray.demos.splits import SPLIT_FRACTIONS, draw, split_at, write_splits
 from emloc_ray.errors import DataError
-from emloc_ray.io.store.atomic import atomic_file
-
-SPLIT_FRACTIONS = {"train": 0.7, "calibration": 0.1, "selection": 0.08, "eval": 0.12}
-"""The split names, which are also the file names, and each one's share of the modules."""
 
 LEAD = "\n# What it does:\n"
 """What stands between the code and the completion; it ends at a line's border, where every tokenizer splits."""
@@ -56,11 +50,10 @@ _CUT_SHORT = re.compile(r"\b(a|an|the|of|to|for|by|and|or|as|is|are|if|via|from|
 
 @dataclass(frozen=True)
 class DocstringTask:
-    """What the task's rows look like, and how many there are.
+    """The form of the task's rows, and their number.
 
-    ``max_prompt_chars`` bounds the whole prompt, its closing line included: 280 make rows of about 100 tokens. The
-    two caps keep any package or module from taking over. Fewer than ``min_rows`` (or ``max_rows``, if that is
-    smaller) is an error.
+    ``max_prompt_chars`` bounds the whole prompt, its closing line included: 280 make rows of about 100 tokens. The two caps
+    keep any package or module from taking over. Fewer rows than ``min_rows``, or than a smaller ``max_rows``, are an error.
     """
 
     max_prompt_chars: int = 280
@@ -75,7 +68,7 @@ _SCHEMA = pa.schema([(name, pa.string()) for name in SourceRow._fields])
 
 
 def generate(out_dir: Path, task: DocstringTask, roots: Sequence[Path] | None = None) -> dict[str, int]:
-    """Write ``train``, ``calibration``, ``selection`` and ``eval`` as Parquet files into ``out_dir``.
+    """Writes ``train``, ``calibration``, ``selection`` and ``eval`` as Parquet files into ``out_dir``.
 
     ``roots`` are the folders whose Python files are read, by default those of the running interpreter. Returns the
     number of rows of each split. Raises ``DataError`` where the sources yield too few rows.
@@ -86,8 +79,8 @@ def generate(out_dir: Path, task: DocstringTask, roots: Sequence[Path] | None = 
         return summary_row(node, lines, module, task.max_prompt_chars)
 
     with without_collector():
-        found = collect(folders, task.seed, row_of, task.max_rows_per_package, task.max_rows_per_module)
-        rows = list(islice(found, task.max_rows))
+        every = collect(folders, task.seed, row_of, task.max_rows_per_package, task.max_rows_per_module)
+        rows = list(islice(every, task.max_rows))
     needed = min(task.min_rows, task.max_rows)
     if len(rows) < needed:
         where = ", ".join(str(folder) for folder in folders)
@@ -95,17 +88,14 @@ def generate(out_dir: Path, task: DocstringTask, roots: Sequence[Path] | None = 
             f"The docstring task found {len(rows)} usable functions in {where} and needs {needed}: "
             "install more Python packages there, or lower min_rows."
         )
-    splits: dict[str, list[SourceRow]] = {name: [] for name in SPLIT_FRACTIONS}
+    splits: dict[str, list[dict[str, str]]] = {name: [] for name in SPLIT_FRACTIONS}
     for row in sorted(rows, key=lambda row: draw(task.seed, "row", row.completion)):
-        splits[split_of(row.module, task.seed, SPLIT_FRACTIONS)].append(row)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for name, members in splits.items():
-        _write(out_dir / f"{name}.parquet", members)
-    return {name: len(members) for name, members in splits.items()}
+        splits[split_at(draw(task.seed, "split", row.module))].append(row._asdict())
+    return write_splits(out_dir, splits, _SCHEMA)
 
 
 def summary_row(node: Function, lines: list[str], module: str, max_prompt_chars: int) -> SourceRow | None:
-    """The row that a function makes; None where its docstring or its body says too little."""
+    """A function's row; None where its docstring or its body says too little."""
     docstring = ast.get_docstring(node)
     if docstring is None or node.name.startswith("__") or not _has_real_body(node.body[1:]):
         return None
@@ -126,7 +116,7 @@ def _has_real_body(body: list[ast.stmt]) -> bool:
 
 
 def _first_sentence(docstring: str) -> str | None:
-    """The docstring's first sentence as plain prose with a full stop; None where it does not begin with one."""
+    """The docstring's first sentence as plain prose with a full stop; None where it does not begin so."""
     paragraph: list[str] = []
     for line in _ROLE.sub(r"\1", docstring).strip().split("\n"):
         if not line.strip() or _DOC_LIST_LINE.match(line.strip()):
@@ -144,10 +134,3 @@ def _first_sentence(docstring: str) -> str | None:
     is_prose = _PROSE.fullmatch(text) and not _NOT_A_DESCRIPTION.match(text) and not _CUT_SHORT.search(text)
     is_closed = text.count("(") == text.count(")") and text.count('"') % 2 == 0
     return text if is_prose and is_closed and _MIN_WORDS <= len(text.split()) <= _MAX_WORDS else None
-
-
-def _write(path: Path, rows: list[SourceRow]) -> None:
-    """Write one split, whole or not at all."""
-    columns = {name: [getattr(row, name) for row in rows] for name in _SCHEMA.names}
-    with atomic_file(path) as file:
-        pq.write_table(pa.table(columns, schema=_SCHEMA), file)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import gc
-import hashlib
 import importlib.util
 import os
 import re
@@ -17,15 +16,15 @@ import sys
 import sysconfig
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from emloc_ray.demos.splits import draw
+
 _MAX_FILE_BYTES = 1_000_000
 
-# Folders and files that hold tests, copies of other packages, or code that no one wrote by hand; and this package
-# itself, so that working on it does not change the task.
+# Tests, copies of other packages, generated code; and this package itself, so that work on it does not change the task.
 _SKIPPED_FOLDER = re.compile(
     r"(.*_)?tests?|testing|conftest|_?vendor(ed)?|extern(als?)?|third_?party.*|_distutils|(.*_)?generated"
     r"|site-packages|dist-packages|__pycache__|emloc_ray"
@@ -44,14 +43,14 @@ class SourceRow(NamedTuple):
     module: str
 
 
-# What a function makes, given the lines of its file and its module's name; None where it makes none.
+# A function's row, given the lines of its file and its module's name; None where it makes none.
 RowOf = Callable[[Function, list[str], str], SourceRow | None]
 
 
 def collect(
     folders: Sequence[Path], seed: int, row_of: RowOf, max_rows_per_package: int, max_rows_per_module: int
 ) -> Iterator[SourceRow]:
-    """Rows from files in hash order, none of them like another: neither prompt nor completion has the words of one before.
+    """Rows from files in hash order; no prompt and no completion has the words of an earlier one.
 
     The two caps keep any package or module from taking over.
     """
@@ -72,7 +71,7 @@ def collect(
 
 @contextlib.contextmanager
 def without_collector() -> Iterator[None]:
-    """Syntax trees hold no cycles, and looking for some takes longer than the parsing."""
+    """Switches Python's cycle collector off: syntax trees hold no cycles, and the search takes longer than parsing."""
     was_collecting = gc.isenabled()
     gc.disable()
     try:
@@ -90,8 +89,8 @@ def installed_roots() -> list[Path]:
 
 
 def _modules(folders: Sequence[Path]) -> dict[str, Path]:
-    """Module name -> file, for every file worth reading; of two files with one name the first folder's counts."""
-    found: dict[str, Path] = {}
+    """Module name -> file, for every file worth reading; of two files with one name, the first folder's."""
+    modules: dict[str, Path] = {}
     for root in folders:
         for folder, subfolders, names in os.walk(root):
             subfolders[:] = [name for name in subfolders if name.isidentifier() and not _SKIPPED_FOLDER.fullmatch(name)]
@@ -100,12 +99,12 @@ def _modules(folders: Sequence[Path]) -> dict[str, Path]:
                 stem, _, suffix = name.rpartition(".")
                 parts = package if stem == "__init__" else (*package, stem)
                 if suffix == "py" and parts and stem.isidentifier() and not _SKIPPED_FILE.fullmatch(stem):
-                    found.setdefault(".".join(parts), Path(folder, name))
-    return found
+                    modules.setdefault(".".join(parts), Path(folder, name))
+    return modules
 
 
 def _rows_of_file(path: Path, module: str, seed: int, row_of: RowOf) -> list[SourceRow]:
-    """The file's rows in a seeded order, not yet deduplicated; none where the file cannot be read as Python."""
+    """The file's rows in a seeded order, with duplicates; none where the file cannot be read as Python."""
     try:
         if path.stat().st_size > _MAX_FILE_BYTES:
             return []
@@ -123,7 +122,7 @@ def _rows_of_file(path: Path, module: str, seed: int, row_of: RowOf) -> list[Sou
 
 
 def _functions(tree: ast.AST) -> Iterator[Function]:
-    """Functions and methods, but not those inside another function: their code is the outer one's."""
+    """Functions and methods, but not those inside another function."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, Function):
             yield node
@@ -166,18 +165,5 @@ def _docstrings(node: ast.stmt) -> Iterator[ast.stmt]:
 
 
 def words(text: str) -> str:
-    """The text as lower-case words with single spaces, punctuation dropped: what duplicates are told by."""
+    """The text as lower-case words with single spaces, without punctuation: duplicates are compared by it."""
     return " ".join(re.findall(r"[a-z0-9_]+", text.lower()))
-
-
-def draw(seed: int, kind: str, name: str) -> float:
-    """A number in [0, 1) that depends on the arguments alone, the same on every machine."""
-    digest = hashlib.sha256(f"{seed}:{kind}:{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def split_of(module: str, seed: int, shares: Mapping[str, float]) -> str:
-    """The split that the whole module goes to, of those whose ``shares`` sum to 1."""
-    drawn = draw(seed, "split", module)
-    bounds = zip(shares, accumulate(shares.values()), strict=True)
-    return next((name for name, bound in bounds if drawn < bound), next(iter(shares)))

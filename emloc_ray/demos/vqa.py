@@ -7,23 +7,17 @@ so that no held-out answer can be remembered.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from emloc_ray.demos.splits import SPLIT_FRACTIONS, draw, split_at, write_splits
 from emloc_ray.errors import DataError
-from emloc_ray.io.store.atomic import atomic_file
-
-SPLIT_FRACTIONS = {"train": 0.7, "calibration": 0.1, "selection": 0.08, "eval": 0.12}
-"""The split names, which are also the file names, and each one's share of what images show."""
 
 COLOURS = {
     "red": (214, 39, 40),
@@ -37,15 +31,13 @@ _PART = pa.struct([("type", pa.string()), ("text", pa.string()), ("image", pa.bi
 _SCHEMA = pa.schema(
     [("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.list_(_PART))]))), ("kind", pa.string())]
 )
-_MOST_TRIES = 20  # draws for each row that is wanted, where what is shown repeats
+_MOST_TRIES = 20  # draws a row, where images repeat
 
 
 @dataclass(frozen=True)
 class VqaTask:
-    """How many rows, of which ``kinds`` of images, ``image_size`` pixels wide and high.
-
-    ``questions`` restricts what is asked of charts: ``highest``, ``lowest`` and ``count``.
-    """
+    """The number of rows, the ``kinds`` of their images, each ``image_size`` pixels wide and high, and the ``questions`` about
+    charts."""
 
     num_rows: int = 6_000
     image_size: int = 224
@@ -56,7 +48,7 @@ class VqaTask:
 
 
 class Example(NamedTuple):
-    """One image with its question; ``shown`` is what it shows, whatever the place and the colours."""
+    """One image with its question; ``shown`` is its content, whatever the place and the colours."""
 
     kind: str
     shown: str
@@ -73,15 +65,11 @@ def generate(out_dir: Path, task: VqaTask) -> dict[str, int]:
     splits: dict[str, list[dict[str, Any]]] = {name: [] for name in SPLIT_FRACTIONS}
     for example in examples(task):
         splits[split_of(example, task.seed)].append({"messages": messages(example), "kind": example.kind})
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for name, rows in splits.items():
-        with atomic_file(out_dir / f"{name}.parquet") as file:
-            pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), file, row_group_size=256)
-    return {name: len(rows) for name, rows in splits.items()}
+    return write_splits(out_dir, splits, _SCHEMA)
 
 
 def examples(task: VqaTask) -> Iterator[Example]:
-    """The task's rows, ``kinds`` in turn, no two of which show the same and ask the same."""
+    """The task's rows, ``kinds`` in turn; no two show the same and ask the same."""
     try:
         import PIL  # noqa: F401
     except ImportError as error:
@@ -98,11 +86,8 @@ def examples(task: VqaTask) -> Iterator[Example]:
 
 
 def split_of(example: Example, seed: int) -> str:
-    """The split that everything which shows the same goes to."""
-    digest = hashlib.sha256(f"{seed}:{example.kind}:{example.shown}".encode()).digest()
-    drawn = int.from_bytes(digest[:8], "big") / 2**64
-    bounds = zip(SPLIT_FRACTIONS, accumulate(SPLIT_FRACTIONS.values()), strict=True)
-    return next((name for name, bound in bounds if drawn < bound), "train")
+    """The split of all examples that show the same."""
+    return split_at(draw(seed, example.kind, example.shown))
 
 
 def messages(example: Example) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Settings that fit a memory budget: the planner's question asked backwards."""
+"""Solves for the settings that fit a memory budget."""
 
 from __future__ import annotations
 
@@ -47,37 +47,35 @@ class Solution:
 
     @property
     def sentence(self) -> str:
-        """What was found, for a person."""
-        said = (
+        """The solution in words."""
+        text = (
             f"Within {size_up(self.budget)}: fine-tuning needs {size_up(self.finetune_bytes)} a worker, inference of the"
             f" original {size_up(self.inference_bytes)}."
         )
         if self.too_large:
             stages = ", ".join(f"{name} ({size_up(held)})" for name, held in self.too_large)
-            said += f" Not within it, whatever the ratio: {stages}; {self._remedy}."
-        return said
-
-    @property
-    def _remedy(self) -> str:
-        if self.inference_bytes <= self.budget:
-            return "lower evaluation.batch_size or data.max_seq_length"
-        held = "these hold the original, which is larger: "
-        return (
-            held
-            + "with correction.method projection or covariance correct does not, and --until merge stops before evaluate"
-        )
+            remedy = "lower evaluation.batch_size or data.max_seq_length"
+            if self.inference_bytes > self.budget:
+                remedy = (
+                    "these hold the original, which is larger: with correction.method projection or covariance correct does"
+                    " not, and --until merge stops before evaluate"
+                )
+            text += f" Above it, whatever the ratio: {stages}; {remedy}."
+        return text
 
 
 def solve(stages: Sequence[Costed], prepared: Prepared, budget: int, lengths: Lengths) -> Solution:
-    """The largest compression ratio that fine-tunes within ``budget`` bytes a worker; at it the largest micro-batch, with
-    the same rows a step; and no gradient checkpointing where even that fits.
+    """The largest compression ratio that fine-tunes within ``budget`` bytes a worker; at this ratio the largest micro-batch,
+    with the same rows a step; and no gradient checkpointing where that fits too.
 
     Raises:
-        ConfigError: no ratio fits; it says what the least demanding one needs.
+        ConfigError: where no ratio fits; it says what the smallest one needs.
     """
     section = prepared.config.finetune
     rows = section.per_device_train_batch_size * section.gradient_accumulation_steps
-    may_checkpoint = prepared.config.adapter.method != "prefix_tuning"  # which works through the cache that it drops
+    may_checkpoint = (
+        prepared.config.adapter.method != "prefix_tuning"
+    )  # whose prefix is in the cache that checkpointing drops
 
     def needed(ratio: float, micro_batch: int, checkpointing: bool = True) -> int:
         changed = with_settings(prepared, ratio, micro_batch, rows // micro_batch, checkpointing and may_checkpoint)
@@ -117,7 +115,7 @@ def solve(stages: Sequence[Costed], prepared: Prepared, budget: int, lengths: Le
 
 
 def check_gradients(prepared: Prepared) -> None:
-    """Raises ConfigError where gradients are asked for and a worker of the calibration cannot hold what they take."""
+    """Raises ConfigError where the config needs gradients and a calibration worker cannot hold what they take."""
     asks = prepared.config.emulator.asks_for_gradients
     if asks is None or not prepared.layout.weighed:
         return
@@ -126,14 +124,14 @@ def check_gradients(prepared: Prepared) -> None:
     if needed > room:
         raise ConfigError(
             f"{asks} needs gradients of the whole model, {size_up(needed)} in a worker that may hold {size_up(room)}: give it"
-            " more, lower calibration.batch_size, or take allocation uniform and objective activations, which need none."
+            " more, lower calibration.batch_size, or set allocation uniform and objective activations, which need none."
         )
 
 
 def with_settings(
     prepared: Prepared, ratio: float, micro_batch: int, accumulation: int, checkpointing: bool
 ) -> Prepared:
-    """The same run at another ratio, micro-batch and checkpointing; a healing of its own batch keeps its rows a step."""
+    """The same run at another ratio, micro-batch and checkpointing; healing with its own batch keeps its rows a step."""
     config = prepared.config
     finetune = config.finetune.model_copy(
         update={

@@ -1,4 +1,4 @@
-"""What a stage costs, as the stage itself says it to whoever plans."""
+"""What a stage costs, by the stage's own account."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from emloc_ray.planning.prepared import Prepared
 
 @dataclass(frozen=True)
 class StageCost:
-    """``memory``: bytes of one worker at its peak, by what holds them, without what every process holds.
+    """``memory``: bytes of one worker at its peak by part, without what every process holds.
 
     ``flops``: floating-point operations of all workers. ``disk_bytes``: what the stage leaves, or needs while it runs.
     ``efficiency``: the share of a matrix product's speed that it reaches. ``start_seconds``: starting workers and loading.
@@ -28,7 +28,7 @@ class StageCost:
 
 
 class Costed(Protocol):
-    """What planning has to know of a stage: it is handed the stages, and imports none."""
+    """What planning needs of a stage; it is handed the stages and imports none."""
 
     @property
     def name(self) -> str:
@@ -52,5 +52,5 @@ class Costed(Protocol):
 
 
 def with_base(parts: Parts) -> Parts:
-    """A stage's parts in whole bytes, and what every worker holds with torch, transformers and PEFT imported."""
+    """A stage's parts in whole bytes, with ``base``: what a worker holds with torch, transformers and PEFT imported."""
     return {"base": BASE_BYTES, **{part: int(size) for part, size in parts.items() if size}}

@@ -1,4 +1,4 @@
-"""What is found out about a split's files before anything starts: how many rows they have, whether the first ones are good."""
+"""Checks a split's files before anything starts: counts their rows, and reads the first ones."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ MAX_CHECKED_ROWS = 16_000  # of a split, but for one of each file
 
 
 def check_split(config: RunConfig, name: str, reads_images: bool) -> tuple[SourceFile, ...]:
-    """The files of a split, each with its rows counted and its first ones read; none where the run makes or downloads it.
+    """The files of a split, with counted rows and checked first rows; none where the run makes or downloads the split.
 
     ``reads_images``: whether the model has a processor for images.
 
     Raises:
         ConfigError: where a store does not answer, or train has no more rows than are held out.
-        DataError: where a file is unreadable, or a row bad, naming both.
+        DataError: naming file and row, where a file is unreadable or a row bad.
     """
     split: SplitConfig | None = getattr(config.data, name)
     is_made = config.data.generate is not None and name in SPLITS
@@ -56,13 +56,10 @@ def _checked_sources(
 ) -> tuple[SourceFile, ...]:
     places = list_files(patterns, key)
     stored = any(isinstance(place, str) for place in places)
-    known = (
-        None
-        if stored
-        else (_looks(places), data.format, data.on_error, data.packing, reads_images, tuple(data.image_roots))
-    )
-    if known in _CHECKED:
-        return _CHECKED[known]
+    options = (data.format, data.on_error, data.packing, reads_images, tuple(data.image_roots))
+    cached = None if stored else (_looks(places), *options)
+    if cached in _CHECKED:
+        return _CHECKED[cached]
     sources = each(functools.partial(scan, keep_bad=data.on_error == "skip"), places, stored)
     checked = max(1, min(CHECKED_ROWS, MAX_CHECKED_ROWS // len(sources)))
 
@@ -77,15 +74,15 @@ def _checked_sources(
                     raise
         return dataclasses.replace(source, images=fingerprint(images) if images else "")
 
-    found = tuple(each(check, sources, stored))
-    if known is not None and not any(source.images for source in found):  # whose files may change by themselves
+    result = tuple(each(check, sources, stored))
+    if cached is not None and not any(source.images for source in result):  # image files may change by themselves
         while len(_CHECKED) >= _MOST_CHECKED:
             _CHECKED.pop(next(iter(_CHECKED)))
-        _CHECKED[known] = found
-    return found
+        _CHECKED[cached] = result
+    return result
 
 
-# Of hundreds of tasks, many have the same rows: they are counted once, and held once.
+# Many of a batch's tasks read the same files: these are counted once, and held once.
 _CHECKED: dict[Any, tuple[SourceFile, ...]] = {}
 _MOST_CHECKED = 64
 
@@ -97,7 +94,7 @@ def _looks(places: Sequence[Path | str]) -> tuple[tuple[str, int, int], ...]:
 
 
 def _checked_row(row: Row, where: Place, data: DataConfig, reads_images: bool) -> list[Any]:
-    """What tells the images that a row names from others; raises DataError where it is bad as far as can be seen."""
+    """The names, sizes and times of the images that a row names; raises DataError where the row is bad."""
     check_row(row, data.format, where, data.packing)
     if data.format != "messages":
         return []
@@ -107,7 +104,7 @@ def _checked_row(row: Row, where: Place, data: DataConfig, reads_images: bool) -
 
 
 def check_held_out(config: RunConfig, files: Mapping[str, tuple[SourceFile, ...] | None]) -> None:
-    """Raises ConfigError where what is reported on, or chosen on, is trained on as well."""
+    """Raises ConfigError where rows to report or to choose on are also trained on."""
     paths = {name: {_place(source) for source in sources or ()} for name, sources in files.items()}
     for name in paths:
         section = getattr(config.data, name)
@@ -118,13 +115,13 @@ def check_held_out(config: RunConfig, files: Mapping[str, tuple[SourceFile, ...]
             both = sorted(paths.get(held_out, set()) & paths.get(other, set()))
             if both:
                 raise ConfigError(
-                    f"data.{held_out} and data.{other} both read {listed(both, 1)}: what is held out must not be trained on;"
+                    f"data.{held_out} and data.{other} both read {listed(both, 1)}: held-out rows must not be trained on;"
                     f" leave data.{held_out} out to have rows of train kept for it, or name other files."
                 )
 
 
 def _place(source: SourceFile) -> str:
-    """By which a file is known again, however it was named."""
+    """A file's identity, however it was named."""
     return source.name if source.is_stored else os.path.realpath(source.path)
 
 

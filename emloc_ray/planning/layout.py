@@ -1,4 +1,4 @@
-"""The model's linears and what the config makes of them: which are compressed and to what rank, which are adapted."""
+"""The model's linears under a config: which are compressed, to what rank, and which are adapted."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class ImageShape:
-    """What an image is to a model: tokens in the row, and the tokens that each block reads which only images bring to run.
+    """The tokens of an image of 448 × 448 pixels: in the row, and in each block that only images reach.
 
-    Zero and none where the model reads no images; counted for an image of 448 × 448 pixels.
+    Zero and none where the model reads no images.
     """
 
     row_tokens: int = 0
@@ -45,7 +45,7 @@ class ImageShape:
 
 @dataclass(frozen=True)
 class Skeleton:
-    """What a model is without its weights: its linears, those that read the same tensor together, and its sizes."""
+    """A model without its weights: its linears, grouped by the tensor that they read, and its sizes."""
 
     config: Any
     specs: tuple[LinearSpec, ...]
@@ -54,7 +54,7 @@ class Skeleton:
     num_parameters: int
     head_parameters: int
     hidden_size: int
-    replaceable: tuple[str, ...] = ()  # linears anywhere that transformers can put 4-bit ones in place of
+    replaceable: tuple[str, ...] = ()  # linears anywhere that transformers can replace by 4-bit ones
     modules: tuple[str, ...] = ()
     unfactorable: dict[str, str] = field(default_factory=dict)
     image: ImageShape = ImageShape()
@@ -63,8 +63,8 @@ class Skeleton:
 
 @dataclass(frozen=True)
 class Layout:
-    """The model's linears and what the config makes of them; ``left_dense`` are modules that its patterns name though they
-    are no linears, with their kinds."""
+    """The model's linears under a config; ``left_dense`` maps modules that its patterns name, but that are no linears, to
+    their kinds."""
 
     specs: tuple[LinearSpec, ...]
     groups: tuple[tuple[LinearSpec, ...], ...]
@@ -75,8 +75,8 @@ class Layout:
     num_parameters: int
     head_parameters: int
     hidden_size: int
-    adapter_parameters: int | None = None  # of another method than LoRA's, whose follow from ranks
-    feedforward: tuple[str, ...] = ()  # of the adapted linears those whose input IA³ scales
+    adapter_parameters: int | None = None  # counted for methods other than LoRA, whose number follows from ranks
+    feedforward: tuple[str, ...] = ()  # adapted linears whose input IA³ scales
     quantized: bool = False
     replaceable: tuple[str, ...] = ()
     left_dense: dict[str, str] = field(default_factory=dict)
@@ -84,28 +84,27 @@ class Layout:
     whole_logits: bool = False
     allocation: str = "uniform"
     objective: str = "activations"
-    free: tuple[str, ...] = ()  # of the compressed linears those whose ratio no pattern names
+    free: tuple[str, ...] = ()  # compressed linears without a ratio of their own
     storage: Storage = "factors"
 
     @property
     def allocated(self) -> tuple[str, ...]:
-        """The linears whose ranks follow from the data; those in ``ranks`` are then what they have on the whole."""
+        """The linears whose ranks follow from the data; their ``ranks`` are then a common budget."""
         return tuple(name for name in self.free if name in self.ranks) if self.allocation != "uniform" else ()
 
     @property
     def weighed(self) -> tuple[str, ...]:
-        """The linears whose outputs' gradients are needed."""
+        """The linears whose outputs need gradients."""
         if self.objective == "predictions":
             return tuple(self.ranks)
         return self.allocated
 
     def may_be_dense(self, name: str) -> bool:
-        """Whether an allocation may leave a linear as it is: in 4 bits not all linears can be stored dense."""
+        """Whether an allocation may leave a linear dense: in 4 bits not all can be."""
         return not self.quantized or name in self.replaceable
 
     def as_made(self, made: Mapping[str, Any]) -> Layout:
-        """With the ranks of an emulator that was made, from what its factorization told: those that its layers have, or
-        will have when they are healed."""
+        """With the ranks of a factorized emulator, from its stage's result: those of its layers, once they are healed."""
         if not self.allocated:
             return self
         factorized = {n: layer["rank"] for n, layer in made["layers"].items() if layer["solver"] != "dense"}
@@ -113,30 +112,30 @@ class Layout:
 
     @property
     def differs(self) -> bool:
-        """Whether the emulator is another model than the original: compressed, in 4 bits or both."""
+        """Whether the emulator differs from the original: compressed, in 4 bits or both."""
         return bool(self.ranks) or self.quantized
 
     @property
     def in_4bit(self) -> tuple[str, ...]:
-        """The linears that the emulator stores in 4 bits, as factors or dense: all inside the blocks, as QLoRA has it."""
-        able = {*self.ranks, *self.replaceable} if self.quantized else set()
-        return tuple(spec.name for spec in self.specs if spec.name in able)
+        """The linears that the emulator stores in 4 bits, as factors or dense: all inside the blocks, as in QLoRA."""
+        packable = {*self.ranks, *self.replaceable} if self.quantized else set()
+        return tuple(spec.name for spec in self.specs if spec.name in packable)
 
     @property
     def kept_wide(self) -> tuple[str, ...]:
-        """The linears that transformers must not take for 4-bit ones: heads, routers, what is outside the blocks."""
+        """The linears that stay wide in a 4-bit emulator: heads, routers, all outside the blocks."""
         inside = {spec.name for spec in self.specs}
         return tuple(name for name in self.replaceable if name not in inside)
 
     @property
     def parameters_targeted(self) -> int:
-        """Parameters of the linears that compression targets."""
+        """Parameters of the targeted linears."""
         targeted = set(self.compressed)
         return sum(spec.num_parameters for spec in self.specs if spec.name in targeted)
 
     @property
     def parameters_factorized(self) -> int:
-        """What those linears keep in the emulator."""
+        """Parameters of the targeted linears in the emulator."""
         targeted = set(self.compressed)
         return sum(self.kept(spec) for spec in self.specs if spec.name in targeted)
 
@@ -145,7 +144,7 @@ class Layout:
         return sum(rows * columns for rows, columns in self.stored_shapes(spec))
 
     def stored_shapes(self, spec: LinearSpec) -> tuple[tuple[int, int], ...]:
-        """The matrices that the emulator has of one linear: its weight, or its two factors."""
+        """The shapes of one linear in the emulator: of its weight, or of its two factors."""
         rank = self.ranks.get(spec.name)
         if rank is None:
             return ((spec.out_features, spec.in_features),)
@@ -162,18 +161,25 @@ class Layout:
 def skeleton_of(
     model_config: Any, model: Any, example: Mapping[str, Tensor] | None = None, trust_remote_code: bool = False
 ) -> Skeleton:
-    """Of a model on the meta device, or any other; ``example`` is what it is called with for an image, where it reads some."""
-    found = block_linears(model)
+    """Of a model on any device, meta included; ``example``: the model's inputs for an image, where it reads images."""
+    linears = block_linears(model)
     if example:
         next_blocks = block_flow(model_config, trust_remote_code, example).between
-        found = _in_model_order(model, [*found, *linears_between(model, next_blocks)])
-    trace = trace_inputs(model, found, example)
-    if not example:  # what is not called in a block that ran is read as a weight by its owner: it stays as it is
-        ran = {spec.block for spec in found if spec.name in trace.streams and spec.routed_share is None}
-        found = [s for s in found if s.name in trace.streams or s.block not in ran or s.routed_share is not None]
-    specs = [replace(spec, stream=trace.streams.get(spec.name, spec.stream)) for spec in found]
+        by_name = {spec.name: spec for spec in (*linears, *linears_between(model, next_blocks))}
+        linears = [by_name[name] for name, _ in model.named_modules() if name in by_name]  # in the model's order
+    trace = trace_inputs(model, linears, example)
+    if (
+        not example
+    ):  # a linear that is not called in a block that ran is read as a weight by its owner: it stays as it is
+        ran = {spec.block for spec in linears if spec.name in trace.streams and spec.routed_share is None}
+        linears = [s for s in linears if s.name in trace.streams or s.block not in ran or s.routed_share is not None]
+    specs = [replace(spec, stream=trace.streams.get(spec.name, spec.stream)) for spec in linears]
     by_name = {spec.name: spec for spec in specs}
     groups = tuple(tuple(by_name[name] for name in group) for group in trace.groups if group[0] in by_name)
+    image = ImageShape()
+    if example:
+        inside = [spec for spec in specs if spec.name in trace.image_tokens and not spec.between]
+        image = ImageShape(example["input_ids"].shape[1], {s.block: trace.image_tokens[s.name] for s in inside})
     head = model.get_output_embeddings()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Skeleton(
@@ -187,26 +193,16 @@ def skeleton_of(
         replaceable_linears(model),
         tuple(name for name, _ in model.named_modules() if name),
         unfactorable(model),
-        _image_shape(example, specs, trace.image_tokens) if example else ImageShape(),
+        image,
         trace.whole_logits,
     )
-
-
-def _image_shape(example: Mapping[str, Tensor], specs: Sequence[LinearSpec], counts: Mapping[str, int]) -> ImageShape:
-    inside = [spec for spec in specs if spec.name in counts and not spec.between]
-    return ImageShape(example["input_ids"].shape[1], {spec.block: counts[spec.name] for spec in inside})
-
-
-def _in_model_order(model: Any, specs: Sequence[LinearSpec]) -> list[LinearSpec]:
-    by_name = {spec.name: spec for spec in specs}
-    return [by_name[name] for name, _ in model.named_modules() if name in by_name]
 
 
 def make_layout(config: RunConfig, skeleton: Skeleton) -> Layout:
     """Matches the config's patterns against a model.
 
     Raises:
-        ConfigError: naming every pattern that fits nothing, one sentence a line.
+        ConfigError: naming every pattern that matches nothing, one sentence a line.
     """
     specs = skeleton.specs
     left_dense: dict[str, str] = {}
@@ -237,8 +233,7 @@ def make_layout(config: RunConfig, skeleton: Skeleton) -> Layout:
 
 
 def adapter_settings(adapter: AdapterConfig, layout: Layout, model_config: Any) -> dict[str, Any]:
-    """As :func:`emloc_ray.modeling.adapter_methods.adapter_config` takes them: the method's own, and what follows from
-    the model."""
+    """The arguments of :func:`emloc_ray.modeling.adapter_methods.adapter_config`: the method's own, and the model's."""
     transposed = any(s.transposed and s.routed_share is None for s in layout.specs if s.name in layout.adapted)
     forward = {"feedforward_modules": list(layout.feedforward)} if adapter.method == "ia3" else {}
     names = {"target_modules": list(layout.adapted), "fan_in_fan_out": transposed, **forward}
@@ -251,7 +246,7 @@ def _model_type(model_config: Any) -> str:
 
 
 def _matched(config: RunConfig, skeleton: Skeleton, left_dense: dict[str, str]) -> tuple[list[str], list[str]]:
-    """The linears that are compressed, and those that are adapted; adds what patterns name beside them to ``left_dense``."""
+    """The compressed and the adapted linears; adds other modules that patterns name to ``left_dense``."""
     specs = skeleton.specs
     names = [spec.name for spec in specs]
     emulator, adapter = config.emulator, config.adapter
@@ -267,13 +262,13 @@ def _matched(config: RunConfig, skeleton: Skeleton, left_dense: dict[str, str]) 
     others = skeleton.unfactorable
 
     def chosen(targets: Patterns | None, exclude: Patterns | None, key: str) -> list[str]:
-        found = select(names, targets, exclude, key, list(others))
+        linears = select(names, targets, exclude, key, list(others))
         beside = _named(others, targets, exclude)
-        if not found:
+        if not linears:
             kinds = ", ".join(f"{name} ({kind})" for name, kind in beside.items())
-            raise ConfigError(f"{key} names no linear, only {kinds}: name linears, the one kind that can be factored.")
+            raise ConfigError(f"{key} names no linear, only {kinds}: name linears, only these can be factored.")
         left_dense.update(beside)
-        return found
+        return linears
 
     def adapted_linears() -> list[str]:
         targets = adapter.target_modules
@@ -298,7 +293,7 @@ def _matched(config: RunConfig, skeleton: Skeleton, left_dense: dict[str, str]) 
 
 
 def _named(others: Mapping[str, str], targets: Patterns | None, exclude: Patterns | None) -> dict[str, str]:
-    """Those of the modules that a section's patterns name."""
+    """The modules among ``others`` that a section's patterns name."""
     if targets is None or targets == ALL_LINEAR:
         return {}
     excluded = {name for name in others if exclude is not None and matches(name, exclude)}
@@ -318,32 +313,32 @@ def _check_adapter_ranks(adapter: AdapterConfig, specs: Sequence[LinearSpec]) ->
 def _check_experts_alike(adapter: AdapterConfig, specs: Sequence[LinearSpec]) -> None:
     """PEFT stores one rank for all experts of a layer."""
     for key, table in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
-        found: dict[str, float] = {}
+        values: dict[str, float] = {}
         for spec in specs if table else ():
             owner = owner_of(spec.name) if spec.routed_share is not None else None
             value = lookup(spec.name, table, -1)
-            if owner is not None and found.setdefault(f"{owner[0]}.{owner[2]}", value) != value:
-                raise ConfigError(f"adapter.{key} tells experts of {owner[0]} apart: name all of them alike.")
+            if owner is not None and values.setdefault(f"{owner[0]}.{owner[2]}", value) != value:
+                raise ConfigError(f"adapter.{key} treats experts of {owner[0]} differently: name all of them alike.")
 
 
 def _check_no_experts(method: str, adapted: Sequence[str], skeleton: Skeleton) -> None:
-    """PEFT has fused parameters for experts' linears, which LoRA alone adapts; IA³ alone is never stored as LoRA."""
+    """PEFT has fused parameters for experts' linears, which only LoRA adapts; only IA³ is never stored as LoRA."""
     if method in ("lora", "rslora"):
         return
     named = set(adapted)
-    found = [spec.name for spec in skeleton.specs if spec.routed_share is not None and spec.name in named]
-    found += [] if method == "ia3" else taken_for_experts(skeleton.config.model_type, adapted)
-    if found:
+    experts = [spec.name for spec in skeleton.specs if spec.routed_share is not None and spec.name in named]
+    experts += [] if method == "ia3" else taken_for_experts(skeleton.config.model_type, adapted)
+    if experts:
         raise ConfigError(
-            f"adapter.target_modules: {method} adapts no experts, and {len(found)} of the linears named are experts' for PEFT"
-            f" ({found[0]}): leave them out, or set adapter.method to lora."
+            f"adapter.target_modules: {method} adapts no experts, and PEFT takes {len(experts)} of these linears for experts'"
+            f" ({experts[0]}): leave them out, or set adapter.method to lora."
         )
 
 
 def ranks_at(config: RunConfig, specs: Sequence[LinearSpec], compressed: Sequence[str]) -> dict[str, int]:
     """The rank of every linear that the config compresses; those that stay dense are left out."""
     emulator = config.emulator
-    if emulator.compression_ratio == 1:  # plain LoRA on the original: no pattern compresses anything then
+    if emulator.compression_ratio == 1:  # plain LoRA on the original, whatever the patterns say
         return {}
     by_name = {spec.name: spec for spec in specs}
     ratios = {name: lookup(name, emulator.ratios, emulator.compression_ratio) for name in compressed}
@@ -357,14 +352,12 @@ def ranks_at(config: RunConfig, specs: Sequence[LinearSpec], compressed: Sequenc
 
 
 def _portable(config: RunConfig, adapted: list[str], skeleton: Skeleton) -> str | tuple[str, ...]:
-    """What names the adapted linears and no other module, as PEFT looks for them among all of the original's."""
+    """Patterns that match the adapted linears and no other module of the original, as PEFT looks among all of them."""
     asked = config.adapter.target_modules
-    experts = {
-        spec.name for spec in skeleton.specs if spec.routed_share is not None
-    }  # the original has no such linears
+    # The original has no such linears.
+    experts = {spec.name for spec in skeleton.specs if spec.routed_share is not None}
     plain = [name for name in adapted if name not in experts]
     modules = [name for name in skeleton.modules if name not in experts]
-    everything = asked is None or asked == ALL_LINEAR
-    if asked is None or everything or experts or {name for name in modules if matches(name, asked)} != set(plain):
+    if asked is None or asked == ALL_LINEAR or experts or {n for n in modules if matches(n, asked)} != set(plain):
         return tuple(portable_targets(plain, modules))
     return asked if isinstance(asked, str) else tuple(asked)

@@ -1,4 +1,4 @@
-"""What this machine has, and whether that is enough for a config; workers may be on others."""
+"""What this machine has, and whether it is enough for a config; workers may run on other machines."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.text import size, size_up
 
 _QUERY = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
-# Of a control group: the files of its limit and of what it holds, and what memory.stat calls the inactive files in that.
+# A control group's files of its limit and its usage, and the key of inactive files in its memory.stat.
 _FIRST_VERSION = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 _SECOND_VERSION = ("memory.max", "memory.current", "inactive_file")
 
 
 @functools.cache
 def gpu_bytes() -> float:
-    """The memory of this machine's smallest GPU; infinite where it has none, or none that ``nvidia-smi`` tells of.
+    """The memory of this machine's smallest GPU; infinite where ``nvidia-smi`` shows none.
 
-    torch would make a CUDA context to say so, which holds some of that memory for as long as its process lives.
+    torch would make a CUDA context, which holds some of that memory as long as its process lives.
     """
     try:
-        told = subprocess.run(_QUERY, capture_output=True, text=True, timeout=30, check=True).stdout
-        return min(float(line) for line in told.splitlines()) * 2**20
+        output = subprocess.run(_QUERY, capture_output=True, text=True, timeout=30, check=True).stdout
+        return min(float(line) for line in output.splitlines()) * 2**20
     except (OSError, subprocess.SubprocessError, ValueError):
         return float("inf")
 
 
 def available_bytes(root: Path = Path("/")) -> float:
-    """The memory that this machine has left, or the control groups of this process: a container's, a batch system's job's.
+    """The memory that is left to this machine, or to the control groups of this process (a container, a job).
 
-    Of a group's usage, what it has of inactive files counts as left, as the kernel gives it back first: "working set" in
+    A group's inactive files count as left, as the kernel frees them first: "working set" in
     https://kubernetes.io/docs/concepts/scheduling-eviction/node-pressure-eviction.
     """
     return min([float(psutil.virtual_memory().available), *_left_in_groups(root)])
@@ -58,8 +58,8 @@ def _left_in_groups(root: Path) -> Iterator[float]:
     for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
         if controllers and "memory" not in controllers.split(","):
             continue
-        # cgroups(7): the second version's line names no controllers. In a container the path may be the host's, and not
-        # there: the group itself is at the top then.
+        # cgroups(7): the second version's line names no controllers. In a container the path may be the host's and missing:
+        # then the group itself is at the top.
         top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
         limit, usage, inactive = _FIRST_VERSION if controllers else _SECOND_VERSION
         folder = top / path.lstrip("/")
@@ -73,7 +73,7 @@ def _left_in_groups(root: Path) -> Iterator[float]:
 
 @functools.cache
 def cpu_flops() -> float:
-    """Floating-point operations a second of one thread in a matrix product like the model's, measured for a tenth of one."""
+    """Floating-point operations a second of one thread in a matrix product, measured for a tenth of a second."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -89,21 +89,21 @@ def cpu_flops() -> float:
 
 
 def cpu_capabilities() -> dict[str, Any]:
-    """What torch tells of this machine's CPU; nothing, where torch is older than that."""
-    told: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return told
+    """The capabilities of this machine's CPU, from torch; empty for an older torch."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return capabilities
 
 
 def has_bfloat16(capabilities: Mapping[str, Any]) -> bool:
-    """Whether a CPU of these ``capabilities`` computes in bfloat16; True where it is of a kind that they say nothing of."""
+    """Whether a CPU of these ``capabilities`` computes in bfloat16; True for CPUs other than x86_64."""
     native = any(capabilities.get(key) for key in ("avx512_bf16", "amx_bf16", "avx10_2"))
     return native or capabilities.get("architecture") != "x86_64"
 
 
 def check_resources(config: RunConfig, cpus: float | None = None, gpus: float | None = None) -> None:
-    """Raises ConfigError where a stage asks a Ray that is started here for more than it has: it would wait for ever.
+    """Raises ConfigError where a stage asks more of a Ray that is started here than it has: the stage would wait for ever.
 
-    ``cpus`` and ``gpus`` are those that Ray counts; before it runs, those of the config or of this machine.
+    ``cpus`` and ``gpus``: what Ray counts; by default, before Ray runs, those of the config or of this machine.
     """
     if config.ray.joins:
         return
@@ -115,16 +115,15 @@ def check_resources(config: RunConfig, cpus: float | None = None, gpus: float | 
     for name in WORKER_SECTIONS:
         section = getattr(config, name)
         together = section.num_workers if name == "finetune" else 1
-        if section.cpus_per_worker * together > cpus:
-            asked = section.cpus_per_worker * together
+        asked_cpus, asked_gpus = section.cpus_per_worker * together, section.gpus_per_worker * together
+        if asked_cpus > cpus:
             problems.append(
-                f"{name} asks Ray for {asked:g} CPUs at once, this machine has {cpus:g}: lower"
+                f"{name} asks Ray for {asked_cpus:g} CPUs at once, this machine has {cpus:g}: lower"
                 f" {name}.{'num_workers' if together > 1 else 'cpus_per_worker'}."
             )
-        if section.gpus_per_worker * together > gpus:
-            asked = section.gpus_per_worker * together
+        if asked_gpus > gpus:
             problems.append(
-                f"{name} asks Ray for {asked:g} GPUs at once, this machine has {gpus:g}: lower {name}.gpus_per_worker,"
+                f"{name} asks Ray for {asked_gpus:g} GPUs at once, this machine has {gpus:g}: lower {name}.gpus_per_worker,"
                 " name a cluster in ray.address, or, to plan for another machine, give ray.num_gpus."
             )
     if problems:
@@ -132,20 +131,20 @@ def check_resources(config: RunConfig, cpus: float | None = None, gpus: float | 
 
 
 def check_disk(run: RunDirectory, needed: int) -> None:
-    """Raises ConfigError where the disk of the run directory has less room than is ``needed``, in bytes."""
+    """Raises ConfigError where the disk of the run directory has fewer free bytes than ``needed``."""
     existing = next(parent for parent in itertools.chain([run.root], run.root.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise ConfigError(
-            f"run_dir {run.root} needs about {size_up(needed)}, its disk has {size(free)} free:"
-            " free some, or name another place."
+            f"run_dir {run.root} needs about {size_up(needed)}, and its disk has {size(free)} free:"
+            " make room, or name another place."
         )
 
 
 def check_quantization(config: RunConfig) -> None:
-    """Raises ConfigError where the config wants 4 bits and the package that packs them is not installed."""
-    wanted = config.emulator.quantization
-    if wanted != "none" and importlib.util.find_spec("bitsandbytes") is None:
+    """Raises ConfigError where the config asks for 4 bits and bitsandbytes is not installed."""
+    quantization = config.emulator.quantization
+    if quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
-            f"emulator.quantization: {wanted} needs the bitsandbytes package: pip install 'emloc-ray[quantization]'."
+            f"emulator.quantization: {quantization} needs the bitsandbytes package: pip install 'emloc-ray[quantization]'."
         )

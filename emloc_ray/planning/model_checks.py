@@ -1,4 +1,4 @@
-"""What a config asks of its model, checked before a weight moves."""
+"""Checks a config against its model, before a weight moves."""
 
 from __future__ import annotations
 
@@ -29,49 +29,49 @@ def read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
         ConfigError: where the model does not go with the config.
     """
     options = config.model
-    found = _skeleton(source, options.trust_remote_code, options.attn_implementation, _look(source))
-    if has_encoder(found.config):
+    skeleton = _skeleton(source, options.trust_remote_code, options.attn_implementation, _looks(source))
+    if has_encoder(skeleton.config):
         _check_encoder_decoder(config)
-    if found.image.row_tokens and config.adapter.is_prompt:
+    if skeleton.image.row_tokens and config.adapter.is_prompt:
         raise ConfigError(
-            f"adapter.method is {config.adapter.method}, whose virtual tokens would move a model's images from where it looks"
-            " for them: choose a method that adapts linears, as lora."
+            f"adapter.method is {config.adapter.method}, whose virtual tokens would move images away from where the model"
+            " expects them: choose a method that adapts linears, such as lora."
         )
-    _check_length(config, found)
+    _check_length(config, skeleton)
     if config.data.format == "messages" and source.gguf_file is None:
         _check_template(source, options.trust_remote_code)
-    layout = make_layout(config, found)
+    layout = make_layout(config, skeleton)
     _check_healing(config, layout)
     if not config.adapter.is_lora:
-        settings = json.dumps(adapter_settings(config.adapter, layout, found.config), sort_keys=True)
-        parameters = _adapter_parameters(source, options.trust_remote_code, settings, _look(source))
+        settings = json.dumps(adapter_settings(config.adapter, layout, skeleton.config), sort_keys=True)
+        parameters = _adapter_parameters(source, options.trust_remote_code, settings, _looks(source))
         layout = dataclasses.replace(layout, adapter_parameters=parameters)
-    return found.config, layout
+    return skeleton.config, layout
 
 
 def file_dtype_of(source: ModelSource) -> torch.dtype | None:
-    """The dtype of the model's files; None of a GGUF file, and where they are not here yet."""
+    """The dtype of the model's files; None for a GGUF file, and before a model of the hub is fetched."""
     if source.gguf_file is not None:
         return None
     file = source.directory / min(read_index(source.directory).values(), default=SINGLE_NAME)
-    if not file.is_file():  # of the hub, and not fetched yet
+    if not file.is_file():
         return None
     return next((entry.dtype for entry in read_shard(file).entries if entry.dtype.is_floating_point), None)
 
 
-def _check_length(config: RunConfig, found: Skeleton) -> None:
-    """Rows, and a prompt's virtual tokens before them, have to lie within the model's positions; where it computes those,
-    for any number of them, the prompt has to leave rows within what it was made for."""
-    length, positions = config.data.max_seq_length, found.positions
+def _check_length(config: RunConfig, skeleton: Skeleton) -> None:
+    """Rows and a prompt's virtual tokens must fit the model's positions; a model that computes positions takes any row, and
+    with a prompt those that it was made for."""
+    length, positions = config.data.max_seq_length, skeleton.positions
     virtual = config.adapter.settings.get("num_virtual_tokens", 0) if config.adapter.is_prompt else 0
     if virtual and positions is None:
-        positions = getattr(found.config.get_text_config(), "max_position_embeddings", None)
+        positions = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
     if positions is None or padded_length(length) + virtual <= positions:
         return
     fits = (positions - virtual) // PAD_MULTIPLE * PAD_MULTIPLE
     if virtual:
         raise ConfigError(
-            f"data.max_seq_length is {length}, with {virtual} virtual tokens before them, the model has {positions}"
+            f"data.max_seq_length is {length}, {virtual} virtual tokens come before, and the model has {positions}"
             f" positions: lower it to {fits}, or adapter.num_virtual_tokens."
         )
     raise ConfigError(f"data.max_seq_length is {length}, the model has {positions} positions: lower it to {fits}.")
@@ -81,7 +81,7 @@ def _check_length(config: RunConfig, found: Skeleton) -> None:
 def _adapter_parameters(
     source: ModelSource, trust_remote_code: bool, settings: str, files: tuple[tuple[str, int, int], ...]
 ) -> int:
-    """How many parameters an adapter trains; raises ConfigError where it does not fit the model."""
+    """The number of parameters that an adapter trains; raises ConfigError where it does not fit the model."""
     named = json.loads(settings)
     model = empty_model(read_model_config(source, trust_remote_code), trust_remote_code)
     return count_parameters(model, named.pop("method"), named)
@@ -98,7 +98,7 @@ def _check_healing(config: RunConfig, layout: Layout) -> None:
 
 
 def _check_template(source: ModelSource, trust_remote_code: bool) -> None:
-    """Messages are written out by a chat template of the model's own: its processor's, or its tokenizer's."""
+    """Messages need a chat template of the model: its processor's, or its tokenizer's."""
     from transformers import AutoTokenizer
 
     processor = open_processor(str(source.directory), trust_remote_code)
@@ -123,18 +123,18 @@ def _check_encoder_decoder(config: RunConfig) -> None:
         raise ConfigError("data.packing joins rows, which a model with an encoder cannot tell apart: set it to false.")
     if config.adapter.is_prompt:
         raise ConfigError(
-            f"adapter.method is {config.adapter.method}, whose virtual tokens are for models that are a decoder alone: choose"
-            " a method that adapts linears, as lora."
+            f"adapter.method is {config.adapter.method}, whose virtual tokens go with decoder-only models: choose a method"
+            " that adapts linears, such as lora."
         )
 
 
-def _look(source: ModelSource) -> tuple[tuple[str, int, int], ...]:
+def _looks(source: ModelSource) -> tuple[tuple[str, int, int], ...]:
     """Names, sizes and times of the files that a model is read from."""
     named = [source.directory / source.gguf_file] if source.gguf_file else sorted(source.directory.iterdir())
     return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in named if file.is_file())
 
 
-@functools.lru_cache(maxsize=8)  # of hundreds of tasks, most have the same model
+@functools.lru_cache(maxsize=8)  # most tasks of a batch have the same model
 def _skeleton(
     source: ModelSource,
     trust_remote_code: bool,
@@ -146,7 +146,7 @@ def _skeleton(
         model = empty_model(model_config, trust_remote_code, attn_implementation)
     except (ValueError, ImportError) as error:
         detail = " ".join(str(error).split())[:200]
-        raise ConfigError(f"model: transformers cannot build it ({detail}): mend the model section.") from error
+        raise ConfigError(f"model: transformers cannot build it ({detail}): fix the model section.") from error
     check_source(source, model, trust_remote_code)
     shown = None if source.gguf_file else example(source.directory, trust_remote_code)
     return skeleton_of(model_config, model, shown, trust_remote_code)

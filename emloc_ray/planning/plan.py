@@ -1,4 +1,4 @@
-"""What a run will do and need, as data that can be printed: shapes, ranks, memory, disk, time. Loads no weights."""
+"""The plan of a run as data: shapes, ranks, memory, disk, time; loads no weights."""
 
 from __future__ import annotations
 
@@ -16,18 +16,16 @@ from emloc_ray.planning.memory import MemoryModel, Parts, total
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.training import healing_run
 
-# What of a GPU's worker lies in its node's memory.
+# The parts of a GPU worker's memory that are on its node.
 _ON_HOSTS = ("base", "weights", "correction", "hidden states", "teacher")
-# A second's floating-point operations of a GPU: no GPU is asked for a plan.
-_GPU_FLOPS = 2e13
+_GPU_FLOPS = 2e13  # a guess: planning needs no GPU
 _DISK_BYTES_PER_SECOND = 250e6
-# Making token shards, mostly of starting Ray and its workers.
-_SECONDS_BEFORE = 20
+_SECONDS_BEFORE = 20  # to start Ray and make token shards
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: bytes of one worker at its peak by part, bytes it leaves on disk, seconds, what it asks of Ray."""
+    """One stage: bytes of one worker at its peak by part, bytes on disk, seconds, the workers it asks of Ray."""
 
     name: str
     memory: Parts
@@ -45,8 +43,8 @@ class StagePlan:
 
     @property
     def host_bytes(self) -> int:
-        """What of that is its node's memory: where it has a GPU, its process, the weights on their way there, and what is
-        read or corrected on the CPU all the same."""
+        """The part of it in the node's memory: with a GPU the process, weights on their way to the GPU, and what is read or
+        corrected on the CPU."""
         if not self.gpus_per_worker:
             return self.worker_bytes
         return int(sum(self.memory.get(part, 0) for part in _ON_HOSTS))
@@ -54,7 +52,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole of a run before it starts."""
+    """The plan of a whole run."""
 
     layout: Layout
     stages: tuple[StagePlan, ...]
@@ -67,7 +65,7 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """What the run directory grows to, temporary files included."""
+        """The size of the finished run directory, with temporary files."""
         return sum(stage.disk_bytes for stage in self.stages)
 
     @property
@@ -77,12 +75,12 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Predicted wall time of all stages, and of importing the model and making token shards before them."""
+        """Predicted wall time of all stages, and of the model's import and the token shards before them."""
         return self.seconds_before + sum(stage.seconds for stage in self.stages)
 
 
 def make_plan(stages: Sequence[Costed], prepared: Prepared) -> Plan:
-    """Predicts every stage from shapes, the config, a look at the data and a short timing of this machine's products."""
+    """Predicts every stage from shapes, the config, the first rows and a short timing of this machine's products."""
     memory, speed, layout = MemoryModel(prepared), cpu_flops(), prepared.layout
     saved = layout.parameters_targeted - layout.parameters_factorized
     return Plan(
@@ -116,10 +114,8 @@ def _planned(stage: Costed, memory: MemoryModel, speed: float) -> StagePlan:
 
 
 def missing_disk(plan: Plan, run: RunDirectory, fresh: bool = False) -> int:
-    """Bytes that the run directory has still to grow by, at most.
-
-    That is what the stages that are not done leave there, and no more than the whole plan beside what is there already;
-    ``fresh``: what is there is removed first.
+    """The bytes by which the run directory still grows, at most: those of the stages that are not done, and no more than the
+    whole plan minus what is there; ``fresh``: all is removed first.
     """
     done = set() if fresh else run.stages().keys()
     left = sum(stage.disk_bytes for stage in plan.stages if stage.name not in done)

@@ -1,6 +1,6 @@
-"""Everything that can be known before a weight moves: the model's layers, the patterns' matches, the data's first rows.
+"""All that is known before a weight moves: the model's layers, the patterns' matches, the data's first rows.
 
-All of it is checked before Ray starts and before anything is written, and every error is told at once.
+It is checked before Ray starts and before anything is written; all errors come at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from emloc_ray.planning.machine import check_quantization, check_resources
 from emloc_ray.planning.model_checks import file_dtype_of, read_model
 from emloc_ray.planning.training_checks import check_training
 
-UNKNOWN_ROWS = 8000  # of a split that is made or downloaded later
+UNKNOWN_ROWS = 8000  # the guess for a split that is made or downloaded later
 Result = TypeVar("Result")
 
 
@@ -48,7 +48,7 @@ class Prepared:
         return row_lengths(self.config.data, self.files.get("train", ()), self.layout.image.row_tokens)
 
     def calibration_tokens(self, tokens_per_row: float) -> float:
-        """Tokens that calibration will see, at a mean of so many a row: the least of what the config bounds them by."""
+        """The tokens that calibration reads, at a mean of so many a row: the smallest of the config's bounds."""
         section = self.config.calibration
         files = self.files.get("calibration") or self.files.get("train")
         rows = sum(source.num_rows for source in files) if files else UNKNOWN_ROWS
@@ -57,7 +57,7 @@ class Prepared:
 
 
 def splits_of(config: RunConfig) -> tuple[str, ...]:
-    """The splits that a run has rows of: one for the healing alone where it heals and such rows are named."""
+    """The splits of a run; ``healing`` is among them where the config names rows to heal on."""
     return (*SPLITS, "healing") if config.data.healing is not None and config.emulator.heals is not None else SPLITS
 
 
@@ -79,12 +79,12 @@ def prepare(config: RunConfig) -> Prepared:
     run = RunDirectory(config.run_dir)
     attempt(run.check)
     source = attempt(lambda: resolve_source(config.model.source, config.model.revision, config.model.trust_remote_code))
-    found = None
-    if source is not None:
-        found = attempt(lambda: read_model(config, source))
-    reads_images = found is None or found[1].image.row_tokens > 0
+    model = None if source is None else attempt(lambda: read_model(config, source))
+    reads_images = model is None or model[1].image.row_tokens > 0
     if config.data.generate == "vqa" and not reads_images:
-        errors.append("data.generate: vqa shows images, which the model has no processor for: choose one that has.")
+        errors.append(
+            "data.generate: vqa shows images, and the model has no processor for images: choose one that has."
+        )
     files = {name: attempt(lambda name=name: check_split(config, name, reads_images)) for name in splits_of(config)}  # type: ignore[misc]
     attempt(lambda: check_held_out(config, files))
     attempt(lambda: _check_upper_bound(config))
@@ -92,10 +92,10 @@ def prepare(config: RunConfig) -> Prepared:
     attempt(lambda: check_quantization(config))
     zero_config = attempt(lambda: check_training(config))
     file_dtype = None if source is None else attempt(lambda: file_dtype_of(source))
-    if errors or source is None or found is None:
+    if errors or source is None or model is None:
         raise ConfigError("\n".join(dict.fromkeys(errors)))  # splits may share a bad file
     known = {name: sources for name, sources in files.items() if sources}
-    return Prepared(config, run, source, found[0], found[1], known, zero_config, file_dtype)
+    return Prepared(config, run, source, *model, known, zero_config, file_dtype)
 
 
 def _check_upper_bound(config: RunConfig) -> None:

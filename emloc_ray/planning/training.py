@@ -1,4 +1,4 @@
-"""What a config's healing makes of a run: which layers are healed, and the training that heals them as one like any other."""
+"""The healing of a run: which layers are healed, and the training that heals them, as a run like any other."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from emloc_ray.planning.prepared import Prepared, splits_of
 
 
 def factor_ranks(prepared: Prepared) -> dict[str, int]:
-    """The ranks that layers are factorized to: those of the emulator as it is tuned on, less what healing gives back."""
+    """The ranks that layers are factorized to: the emulator's own, less what healing gives back."""
     healing = prepared.config.emulator.heals
     return prepared.layout.ranks if healing is None else ranks_before_healing(prepared.layout.ranks, healing.r)
 
 
 def packs_late(prepared: Prepared) -> bool:
-    """Whether linears are put into 4 bits once they are healed: weights would be rounded twice else, as the blocks of 64
-    elements that share a scale lie otherwise in factors that have grown."""
+    """Whether linears are put into 4 bits after healing: factors that grow have other blocks of 64 elements with a common
+    scale, so that packing them before would round weights twice."""
     return prepared.layout.quantized and prepared.config.emulator.heals is not None
 
 
 def healing_split(config: RunConfig) -> str:
-    """Whose rows the emulator is healed on."""
+    """The split with the rows to heal on."""
     return "healing" if "healing" in splits_of(config) else "train"
 
 
 def healing_run(prepared: Prepared, healing: HealingConfig) -> Prepared:
-    """The run whose fine-tuning is the healing: a LoRA on the healed layers of the emulator as it is factorized, on the
-    rows that it is healed on."""
+    """The run whose fine-tuning is the healing: a LoRA on the healed layers of the factorized emulator, on the rows to heal
+    on."""
     config, layout = prepared.config, prepared.layout
     finetune = config.finetune
     learned = {

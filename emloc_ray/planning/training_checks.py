@@ -1,4 +1,4 @@
-"""What a config passes on to transformers and DeepSpeed, checked before anything starts."""
+"""Checks what a config passes on to transformers and DeepSpeed, before anything starts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BATCHES = ("per_device_train_batch_size", "gradient_accumulation_steps", "learn
 
 
 def check_training(config: RunConfig) -> dict[str, Any] | None:
-    """Has transformers check what is passed through to it, as the workers will; the DeepSpeed config, where there is one."""
+    """Has transformers check the arguments it gets, as on the workers; returns the DeepSpeed config, where there is one."""
     import tempfile
 
     from transformers import TrainingArguments
@@ -22,14 +22,14 @@ def check_training(config: RunConfig) -> dict[str, Any] | None:
     extra = dict(section.model_extra or {})
     ours = section.model_dump(include=set(_BATCHES))
     given = {"use_cpu": True, "report_to": "none", **ours, **extra}
-    if section.gpus_per_worker:  # what GPUs can do is known on the workers alone
+    if section.gpus_per_worker:  # only workers know what their GPUs can do
         given = {key: value for key, value in given.items() if key not in ("bf16", "fp16", "tf32", "optim")}
     with tempfile.TemporaryDirectory() as folder:
         try:
             arguments = TrainingArguments(output_dir=folder, **given)
         except (ValueError, TypeError, ImportError, OSError) as error:
             detail = " ".join(str(error).split())[:200]
-            raise ConfigError(f"finetune: transformers refuses its settings ({detail}): mend them.") from error
+            raise ConfigError(f"finetune: transformers refuses its settings ({detail}): fix them.") from error
     _check_reporters([arguments.report_to] if isinstance(arguments.report_to, str) else arguments.report_to or [])
     if section.deepspeed is None:
         return None
@@ -37,12 +37,12 @@ def check_training(config: RunConfig) -> dict[str, Any] | None:
         if extra.get(key):
             raise ConfigError(f"finetune.{key} does not go with finetune.deepspeed: remove one of them.")
     zero_config = read_zero_config(section.deepspeed)
-    wanted = argparse.Namespace(**{**vars(arguments), **extra})
-    check_zero_config(section.deepspeed, zero_config, wanted, section.num_workers)
-    if (healing := config.emulator.heals) is not None:  # trains under the same
-        learned = healing.model_dump(include={"learning_rate", "per_device_train_batch_size"}, exclude_none=True)
-        wanted = argparse.Namespace(**{**vars(wanted), **learned})
-        check_zero_config(section.deepspeed, zero_config, wanted, section.num_workers, "emulator.healing")
+    training = argparse.Namespace(**{**vars(arguments), **extra})
+    check_zero_config(section.deepspeed, zero_config, training, section.num_workers)
+    if (healing := config.emulator.heals) is not None:  # trains under the same config
+        own = healing.model_dump(include={"learning_rate", "per_device_train_batch_size"}, exclude_none=True)
+        training = argparse.Namespace(**{**vars(training), **own})
+        check_zero_config(section.deepspeed, zero_config, training, section.num_workers, "emulator.healing")
     if config.emulator.quantization != "none" and zero_config["zero_optimization"]["stage"] == 3:
         raise ConfigError(
             f"finetune.deepspeed {section.deepspeed} is ZeRO stage 3, which cannot scatter weights in 4 bits: give stage 2,"
@@ -52,14 +52,14 @@ def check_training(config: RunConfig) -> dict[str, Any] | None:
 
 
 def _check_reporters(names: list[str]) -> None:
-    """Those whom ``finetune.report_to`` names, before the stages ahead of it have taken their hours."""
+    """Raises ConfigError where ``finetune.report_to`` names an unknown or missing integration."""
     from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
     try:
         get_reporting_integration_callbacks(names)
     except ValueError as error:
         raise ConfigError(f"finetune.report_to: {error}") from error
-    # transformers does not look for these two by themselves.
+    # transformers does not check these two.
     missing = set(names) - {*get_available_reporting_integrations(), "azure_ml", "flyte"}
     if missing:
         raise ConfigError(f"finetune.report_to: {min(missing)} is not installed: install it, or leave it out.")

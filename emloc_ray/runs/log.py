@@ -32,8 +32,8 @@ from emloc_ray.runs.reporter import Reporter
 LOG = "log.jsonl"
 RUN_EVENTS = ("run_started", "run_finished", "run_failed", "run_stopped")
 _LAYER_KEYS = ("rank", "relative_error", "solver", "before", "after")
-_LONGEST_S = 300.0  # between two lines of progress
-_PROGRESS_SHARE = 0.05  # of a stage's time between two lines of progress: a long stage takes no more lines
+# Between two lines of progress: a share of the stage's time, as each put to an object store holds the whole log, up to a bound.
+_PROGRESS_SHARE, _LONGEST_S = 0.05, 300.0
 
 
 class _JsonLines(logging.Formatter):
@@ -45,25 +45,25 @@ class _JsonLines(logging.Formatter):
 
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
-        """Does nothing: a full disk ends the run when the run itself writes."""
+        """Does nothing: a full disk ends the run at its next own write."""
 
 
 class RunLog(Reporter):
-    """A reporter that writes ``log.jsonl`` in the run's directory, after what earlier tries wrote there.
+    """A reporter that appends to ``log.jsonl`` in the run's directory.
 
-    A stage's progress is written at most every ``interval_s`` seconds, the more seldom the longer the stage takes, and with
-    its end. Records also go to the handlers of the logger ``emloc_ray``, with ``fields`` as
-    their attribute. As a context it logs how the run ends; a log without an end and without a live process is of a killed run.
+    It writes a stage's progress every ``interval_s`` seconds or more seldom. Records also go to the handlers of the logger
+    ``emloc_ray``, with ``fields`` as their attribute. As a context it logs how the run ends: a log without an end, and
+    without a live process, is a killed run's.
     """
 
     def __init__(self, run: RunDirectory, layers: Sequence[str] = (), interval_s: float = 10.0) -> None:
-        """``layers``: names to look for in an error's sentence."""
+        """``layers``: the names that may occur in an error's sentence."""
         self.run, self.interval_s = run, interval_s
         self._layers = set(layers)
         self._stage: str | None = None
         self._units: dict[str, int] = {}
         self._begun = 0.0
-        # One logger a run: two runs side by side do not write into each other's log.
+        # A logger a run: runs of one process do not write into each other's log.
         self._logger = logging.Logger("emloc_ray.run", logging.INFO)
         self._logger.parent = logging.getLogger("emloc_ray")
         self._handler: logging.Handler | None = None
@@ -75,7 +75,7 @@ class RunLog(Reporter):
         self._handler = _LogFile(path, encoding="utf-8")
         self._handler.setFormatter(_JsonLines())
         self._logger.addHandler(self._handler)
-        self._tell(
+        self._write(
             "run_started",
             "The run begins.",
             process=f"process {os.getpid()} on {socket.gethostname()}",
@@ -87,14 +87,14 @@ class RunLog(Reporter):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         where: dict[str, Any] = {} if self._stage is None else {"stage": self._stage}
         if error is None:
-            self._tell("run_finished", "The run has ended well.")
+            self._write("run_finished", "The run has ended well.")
         elif isinstance(error, (KeyboardInterrupt, SystemExit)):  # Ray makes a SystemExit of SIGTERM
-            self._tell("run_stopped", "The run was stopped.", **where)
+            self._write("run_stopped", "The run was stopped.", **where)
         else:
             sentence = str(error) or type(error).__name__
             named = [word for word in re.findall(r"[\w.]+", sentence) if word.rstrip(".") in self._layers]
             layer: dict[str, Any] = {"layer": named[0].rstrip(".")} if named else {}
-            self._tell("run_failed", sentence, logging.ERROR, **where, **layer)
+            self._write("run_failed", sentence, logging.ERROR, **where, **layer)
         if self._handler is not None:
             self._logger.removeHandler(self._handler)
             with contextlib.suppress(OSError):
@@ -104,7 +104,7 @@ class RunLog(Reporter):
         """A stage begins."""
         self._stage, self._units = stage, {}
         self._begun = time.monotonic()
-        self._tell("started", f"{stage} begins.", stage=stage)
+        self._write("started", f"{stage} begins.", stage=stage)
         next_time = 0.0
 
         def progress(done: int, total: int) -> None:
@@ -112,40 +112,39 @@ class RunLog(Reporter):
             self._units = {"done": done, "total": total}
             now = time.monotonic()
             if now >= next_time:
-                # The longer a stage takes, the fewer lines: every put to an object store holds the whole log.
                 next_time = now + max(self.interval_s, min(_PROGRESS_SHARE * (now - self._begun), _LONGEST_S))
-                self._tell("progress", f"{stage}: {done} of {total}", stage=stage, **self._units)
+                self._write("progress", f"{stage}: {done} of {total}", stage=stage, **self._units)
 
         return progress
 
     def finish(self, stage: str, result: dict[str, Any], usage: dict[str, Any]) -> None:
-        """A stage has finished: its layers, then what it used."""
+        """A stage has finished: logs its layers, then what it used."""
         self._stage = None
         layers: dict[str, Any] = result.get("layers") or result.get("modules") or {}
         for layer, values in layers.items():
             shown = {key: values[key] for key in _LAYER_KEYS if key in values}
-            self._tell("layer", f"{stage}: {layer}", stage=stage, layer=layer, **shown)
+            self._write("layer", f"{stage}: {layer}", stage=stage, layer=layer, **shown)
         used = {key: value for key, value in usage.items() if key != "processes"}
-        self._tell("finished", f"{stage} has ended.", stage=stage, **self._units, **used)
+        self._write("finished", f"{stage} has ended.", stage=stage, **self._units, **used)
 
     def skip(self, stage: str) -> None:
         """A stage was done before."""
-        self._tell("skipped", f"{stage} was done before, its inputs are unchanged.", stage=stage)
+        self._write("skipped", f"{stage} was done before, its inputs are unchanged.", stage=stage)
 
     def note(self, text: str) -> None:
         """A remark for the user."""
-        self._tell("note", text, logging.WARNING, **({} if self._stage is None else {"stage": self._stage}))
+        self._write("note", text, logging.WARNING, **({} if self._stage is None else {"stage": self._stage}))
 
-    def _tell(self, event: str, message: str, level: int = logging.INFO, **fields: Any) -> None:
+    def _write(self, event: str, message: str, level: int = logging.INFO, **fields: Any) -> None:
         self._logger.log(level, "%s", message, extra={"fields": {"run": self.run.name, "event": event, **fields}})
         if event != "layer":  # the stage's end follows, and publishes them
-            with contextlib.suppress(EmlocError, OSError):  # a store that fails ends the run when the run itself writes
+            with contextlib.suppress(EmlocError, OSError):  # a store that fails ends the run at its next own write
                 self.run.check_held()
                 publish(self.run.path(LOG))
 
 
 def _read(run: RunDirectory) -> bytes:
-    """From a store, past this node's copy, into which the run itself may be writing."""
+    """The log's bytes; from a store itself, as the run may be writing into this node's copy."""
     if run.store is not None:
         return run.store.read(LOG) or b""
     path = run.path(LOG)
@@ -153,5 +152,5 @@ def _read(run: RunDirectory) -> bytes:
 
 
 def read_events(run: RunDirectory) -> list[dict[str, Any]]:
-    """The log's events, oldest first, without lines that a killed process left unfinished; empty where there is none."""
+    """The log's events, oldest first, without unfinished lines; empty where there is no log."""
     return [event for event in read_objects(_read(run)) if {"time", "event", "message"} <= event.keys()]

@@ -1,4 +1,4 @@
-"""What a reader should know of a run though nothing is wrong, each a sentence; None where there is nothing to say."""
+"""Remarks on a run where nothing is wrong: each function gives a sentence, or None."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from emloc_ray.text import listed, size
 
 
 def over_budget(config: RunConfig, planned: Mapping[str, int]) -> str | None:
-    """Which stages are ``planned`` to hold more bytes than ``memory_budget``: it bounds calibration alone, and informs of
-    the rest."""
+    """Names the stages that are ``planned`` to hold more bytes than ``memory_budget``, which bounds calibration alone."""
     budget = config.memory_budget
     if budget is None:
         return None
@@ -29,7 +28,7 @@ def over_budget(config: RunConfig, planned: Mapping[str, int]) -> str | None:
 
 
 def idle_gpus(configs: Iterable[RunConfig], gpus: float) -> str | None:
-    """Where a cluster has ``gpus``, and all work would go on CPUs."""
+    """Says so where a cluster has ``gpus``, and all work goes to CPUs."""
     if not gpus or any(getattr(config, section).gpus_per_worker for config in configs for section in WORKER_SECTIONS):
         return None
     return (
@@ -39,7 +38,7 @@ def idle_gpus(configs: Iterable[RunConfig], gpus: float) -> str | None:
 
 
 def idle_cpus(configs: Iterable[RunConfig], cpus: float) -> str | None:
-    """Where a cluster has ``cpus``, and its only run leaves all but one of them idle."""
+    """Says so where a cluster has ``cpus``, and its only run leaves all but one idle."""
     run, *others = configs
     if others or cpus < 2:
         return None
@@ -53,42 +52,42 @@ def idle_cpus(configs: Iterable[RunConfig], cpus: float) -> str | None:
 
 
 def emulated_bfloat16(configs: Iterable[RunConfig], capabilities: Mapping[str, Any]) -> str | None:
-    """Where CPUs train in bfloat16, and this machine's has no instructions for it: on one without, the forward product of 256
-    rows and 2048 × 2048 weights took 4 times as long as in float32, and the backward one 200 times."""
+    """Says so where CPUs train in bfloat16 and this machine's has no instructions for it. On such a CPU the forward product
+    of 256 rows and 2048 × 2048 weights took 4 times as long as in float32, the backward one 200 times."""
     if has_bfloat16(capabilities) or not any(
         config.finetune.gpus_per_worker == 0 and getattr(config.finetune, "bf16", False) for config in configs
     ):
         return None
     return (
-        "finetune.bf16 is set, and this machine's CPU has no bfloat16 instructions: on workers like it training takes many"
-        " times as long as in float32, without it."
+        "finetune.bf16 is set, and this machine's CPU has no bfloat16 instructions: on such workers training takes many times"
+        " as long as in float32; leave it out."
     )
 
 
 def of_machines(configs: Iterable[RunConfig]) -> list[str]:
-    """What the cluster, and this machine's CPU, have that the runs leave unused or lack; needs a connection to Ray."""
+    """The remarks on the cluster and this machine's CPU; needs a connection to Ray."""
     from emloc_ray.stages.ray.session import total
 
     configs = list(configs)
-    found = (
+    remarks = (
         idle_gpus(configs, total("GPU")),
         idle_cpus(configs, total("CPU")),
         emulated_bfloat16(configs, cpu_capabilities()),
     )
-    return [remark for remark in found if remark is not None]
+    return [remark for remark in remarks if remark is not None]
 
 
 def unread_correction(section: CorrectionConfig) -> str | None:
-    """Which settings of the correction its ``auto`` does not look at."""
-    told = [key for key in ("clamp", "strength") if getattr(section, key) != type(section).model_fields[key].default]
-    if section.method != "auto" or not told:
+    """Names the settings of the correction that ``auto`` does not read."""
+    unread = [key for key in ("clamp", "strength") if getattr(section, key) != type(section).model_fields[key].default]
+    if section.method != "auto" or not unread:
         return None
-    names = " and ".join(f"correction.{key}" for key in told)
-    return f"{names} {'are' if told[1:] else 'is'} not read: auto tries its own; set correction.method to use what you gave."
+    names = " and ".join(f"correction.{key}" for key in unread)
+    return f"{names} {'are' if unread[1:] else 'is'} not read: auto tries its own; set correction.method to use yours."
 
 
 def left_dense(layout: Layout) -> str | None:
-    """Which modules a pattern names that cannot be factored."""
+    """Names the modules that a pattern names and that cannot be factored."""
     if not layout.left_dense:
         return None
     named = listed([f"{name} ({kind})" for name, kind in layout.left_dense.items()], 1)
@@ -96,7 +95,7 @@ def left_dense(layout: Layout) -> str | None:
 
 
 def long_images(prepared: Prepared) -> str | None:
-    """Where rows show images, and one of ordinary size is longer than a row may be."""
+    """Says so where rows show images, and one of ordinary size is longer than a row may be."""
     limit, tokens = prepared.config.data.max_seq_length, prepared.layout.image.row_tokens
     if tokens < limit or not prepared.lengths.images:
         return None

@@ -1,4 +1,4 @@
-"""metrics.json, put together from what the manifest says of each finished stage."""
+"""metrics.json, made from the manifest's finished stages."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def assemble_metrics(
     prepared: Prepared,
     planned: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """Everything that the finished stages measured, beside the memory that was ``planned`` for a worker of each.
+    """All that the finished stages measured, and the memory that was ``planned`` for a worker of each.
 
-    A stage that was finished before one ahead of it was redone, or is to be redone, speaks of another run until its inputs
-    are found unchanged: it is left out.
+    Leaves out a stage that finished before an earlier one was redone, or has to be redone: until its inputs prove unchanged,
+    its numbers are another run's.
     """
     stages = _current_stages(directory.manifest())
     metrics: dict[str, Any] = {
@@ -41,13 +41,13 @@ def assemble_metrics(
 
 
 def _folders() -> list[str]:
-    """The run directory's folders that hold what stages made."""
+    """The run directory's folders of the stages' outputs."""
     return list(dict.fromkeys(output.partition("/")[0] for stage in STEPS for output in stage.outputs))
 
 
 def _usage(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What a stage took; of one that came from the cache (``taken_from`` a run) that is only the linking, of one that went on
-    from what an earlier try had left (``resumed``) only the rest."""
+    """What a stage used: only linking where it came from the cache (``taken_from``), only the rest where it continued an
+    earlier try (``resumed``)."""
     partly = {key: result[key] for key in ("taken_from", "resumed") if result.get(key)}
     return {**result["usage"], "num_workers": result.get("num_workers", 1), **partly}
 

@@ -1,4 +1,4 @@
-"""The paper's figure as code: import, calibrate, factorize, heal, finetune, correct, merge, evaluate; each skipped where done."""
+"""One run: import, calibrate, factorize, heal, finetune, correct, merge, evaluate; each is skipped where it is done."""
 
 from __future__ import annotations
 
@@ -38,28 +38,28 @@ def run(
     turns: Turns | None = None,
     cache: ArtifactCache | None = None,
 ) -> dict[str, Any]:
-    """Runs the pipeline up to ``until``; finished stages with unchanged inputs are skipped, unless from ``begin`` on.
+    """Runs the pipeline up to ``until``; skips finished stages with unchanged inputs, but redoes all from ``begin`` on.
 
-    ``turns`` says when each stage may start, at once by default; through ``cache`` runs share what they would make alike.
-    Returns metrics.json's content.
+    ``turns`` says when each stage may start, by default at once. Runs with one ``cache`` share what they make from equal
+    inputs. Returns the content of metrics.json.
 
     Raises:
         ConfigError: before any stage starts or anything is written.
-        EmlocError: where a stage failed; finished stages stay, and the same call goes on from them.
+        EmlocError: where a stage failed; finished stages stay, and the same call continues from them.
     """
     prepared = prepared or prepare(config)
     redone = fresh or begin == VERBS[0] or "gradients" not in prepared.run.stages()
-    if turns is None and redone:  # in a batch others hold memory now, and a stage waits until they have given it back
+    if turns is None and redone:  # in a batch other runs hold memory now, and a stage waits until it is free
         check_gradients(prepared)
     plan = make_plan(STEPS, prepared)
-    if prepared.run.store is None:  # which has room; a node's cache makes its own
+    if prepared.run.store is None:  # a store has room, and a node's cache makes its own
         check_disk(prepared.run, missing_disk(plan, prepared.run, fresh))
     reporter = reporter or Reporter()
     try:
         prepared.run.lock(reporter.note)
         lean = config.memory_budget is not None
         with connection(config.ray.address, lean_memory=lean, **config.ray.init_options):
-            if turns is None:  # once more, by what Ray counts: in a container that is less than the machine has
+            if turns is None:  # again, by what Ray counts: in a container less than the machine has
                 check_resources(config, total("CPU"), total("GPU"))
             steps = [stage.name for stage in STEPS if stage.wanted(prepared)]
             prepared.run.create(config.model_dump(mode="json"), fresh=fresh, steps=steps)
@@ -71,7 +71,7 @@ def run(
                 reporters = Reporters(reporter, log, trace, StageGauges(prepared.run.name))
                 Pipeline(prepared, reporters, begin, turns, cache, plan.worker_bytes).run(until)
         return prepared.run.metrics()
-    except OSError as error:  # of the run's own small files: a stage explains its own
+    except OSError as error:  # of the run's own small files: stages explain theirs
         raise explain(error, "the run") from error
     finally:
         prepared.run.unlock()
@@ -93,7 +93,7 @@ class Pipeline:
         self.steps = Steps(prepared, reporter, turns or AtOnce(), cache, _forced(begin), planned)
 
     def run(self, until: str = VERBS[-1]) -> None:
-        """Every stage up to the last one of the verb ``until``, in order."""
+        """Runs every stage up to the last one of the verb ``until``, in order."""
         config, layout = self.prepared.config, self.prepared.layout
         self._note(
             remarks.over_budget(config, self.steps.planned),
@@ -112,27 +112,27 @@ class Pipeline:
                 self.steps.forget_damaged(error)
             except Dropped as error:
                 self.reporter.note(str(error))
-        self.steps.write_results()  # once more: a run that was killed may have committed a stage right before
+        self.steps.write_results()  # again: a run may have been killed right after it recorded a stage
 
     def _context(self) -> Context:
-        """A pass over the stages; a model of the hub is fetched first, where it is not cached."""
+        """The context of a pass over the stages; fetches a model of the hub first, where it is not cached."""
         prepared, source = self.prepared, self.prepared.source
         source_dir, imported = source.directory, is_imported(prepared)
         if source.hub_id is not None:
-            self.reporter.note(f"The weights of {source.hub_id} are taken from the hub, where they are not cached yet.")
+            self.reporter.note(f"The weights of {source.hub_id} come from the hub, unless they are cached.")
             source_dir = fetch_weights(source)
             if not imported:
                 check_visible(prepared, source_dir)
         model_dir = prepared.run.path("model") if imported else source_dir
         return Context(prepared, model_dir, source_dir, self.reporter.note)
 
-    def _note(self, *found: str | None) -> None:
-        for remark in filter(None, found):
-            self.reporter.note(remark)
+    def _note(self, *sentences: str | None) -> None:
+        for sentence in filter(None, sentences):
+            self.reporter.note(sentence)
 
 
 def _forced(begin: str | None) -> tuple[str, ...]:
-    """The stages that ``begin`` asks to do again: all from the verb's first one on; the model and the data stay."""
+    """The stages that ``begin`` redoes: all from the verb's first one on, without the import and the data."""
     if begin is None:
         return ()
     names = [stage.name for stage in STEPS if stage.cost is not None]

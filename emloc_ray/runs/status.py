@@ -1,4 +1,4 @@
-"""How a run is, alive or dead, from its lock and its log."""
+"""The status of a run, alive or dead, from its lock and its log."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Event = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Who holds a run, where it is or where it ended, and what failed last."""
+    """Who holds a run, where it is or ended, and what failed last."""
 
     holder: str | None
     stage: str | None
@@ -32,30 +32,29 @@ class RunStatus:
 
     @property
     def is_lost(self) -> bool:
-        """Whether its process ended without a word."""
+        """Whether its process ended without writing so."""
         return self.holder is None and self.end is None and self.last is not None
 
     def lines(self, now: datetime | None = None) -> list[str]:
-        """In sentences; ``now`` is the clock that the events' ages are told by."""
+        """The status in sentences; ``now`` is the clock for the events' ages."""
         now = now or datetime.now(timezone.utc)
-        told = [f"Running: {self.holder}" if self.holder else "Not running."]
+        state = f"Running: {self.holder}" if self.holder else "Not running."
         if self.holder and self.stage:
-            told[0] += f", in {self._place()}"
+            state += f", in {self._place()}"
         elif self.is_lost:
-            told[0] = (
-                f"Not running: its process ended without a word, in {self._place()}: killed, or its machine was lost."
-            )
+            state = f"Not running: its process was killed in {self._place()}, or its machine was lost."
         elif self.end is not None and self.end["event"] == "run_stopped":
-            told[0] = f"Not running: stopped, in {self._place()}."
+            state = f"Not running: stopped, in {self._place()}."
+        sentences = [state]
         if self.last is not None:
-            told.append(f"Last event, {_age(self.last, now)}: {self.last['message']}")
+            sentences.append(f"Last event, {_age(self.last, now)}: {self.last['message']}")
         if self.failure is not None:
             where = f" in {self.failure['stage']}" if "stage" in self.failure else ""
-            told.append(f"Failed{where}, {_age(self.failure, now)}: {self.failure['message']}")
+            sentences.append(f"Failed{where}, {_age(self.failure, now)}: {self.failure['message']}")
         if not self.holder and (self.end is None or self.end["event"] != "run_finished"):
-            again = f", with the values given again for which {HIDDEN} stands" if HIDDEN in self.go_on else ""
-            told.append(f"It goes on by the same command{again}: {self.go_on}")
-        return told
+            again = f", with the values for which {HIDDEN} stands" if HIDDEN in self.go_on else ""
+            sentences.append(f"To continue, give the same command{again}: {self.go_on}")
+        return sentences
 
     def _place(self) -> str:
         if self.stage is None:
@@ -64,12 +63,12 @@ class RunStatus:
 
 
 def asked_steps(manifest: Mapping[str, Any]) -> tuple[str, ...]:
-    """The steps that a run's config asks for, in order; of a run of an older version those that it has done."""
+    """The steps of a run's config, in order; for a run of an older version those that are done."""
     return tuple(manifest.get("steps") or (step for step in STEPS if step in manifest.get("stages", {})))
 
 
 def older_stages(manifest: Mapping[str, Any]) -> list[str]:
-    """Stages that were last known to be right before one ahead of them was done, or that one ahead of them is missing for."""
+    """Finished stages that may be out of date: an earlier stage was done after they were last confirmed, or is missing."""
     done, asked = manifest.get("stages", {}), asked_steps(manifest)
     older, newest = [], 0.0
     for stage in STEPS:
@@ -83,7 +82,7 @@ def older_stages(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def read_status(run: RunDirectory) -> RunStatus:
-    """The status of a run's newest try, with the last failure of any that no later one made up for."""
+    """The status of a run's newest try, and the last failure, where no later try finished."""
     events = read_events(run)
     begin = max((n for n, event in enumerate(events) if event["event"] == "run_started"), default=0)
     newest = events[begin:]
@@ -110,7 +109,7 @@ def read_status(run: RunDirectory) -> RunStatus:
 
 
 def _command(run: RunDirectory, begun: Event) -> str:
-    """The command line that began a run, without what would undo its work; where it was none, one that goes on as well."""
+    """The command that began a run, without ``--fresh``; for a run from Python, one that continues it."""
     words = shlex.split(begun.get("command", ""))
     if not words or words[0] != "emloc-ray":
         if run.store:

@@ -1,5 +1,5 @@
-"""The steps of one run: each is skipped where the manifest says that it was done, taken from the cache where another run did
-it, else run in its turn and recorded."""
+"""The steps of one run: each is skipped where the manifest has it, linked from the cache where another run did it, else run in
+its turn and recorded."""
 
 from __future__ import annotations
 
@@ -28,40 +28,38 @@ from emloc_ray.stages.stage import Stage
 
 
 class Turns(Protocol):
-    """Whom a run asks before each stage that it does: when it may start, and with how many workers."""
+    """Decides when each stage of a run may start, and with how many workers."""
 
     def take(self, stage: str, asked: Resources, least: int) -> AbstractContextManager[Resources]:
-        """Waits until the stage may start; gives what it may use while it runs.
-
-        It may be fewer workers than it asked for, but not fewer than ``least``.
+        """Waits until the stage may start; gives the resources of its run: ``least`` workers or more, up to those asked for.
 
         Raises:
-            Stopped: where the run is to end instead.
+            Stopped: where the run shall end instead.
         """
 
     def stopped(self) -> bool:
-        """Whether the run is to end: asked again and again while a stage runs."""
+        """Whether the run shall end: asked all the time while a stage runs."""
 
 
 class AtOnce:
-    """The turns of a run that has its cluster to itself."""
+    """The turns of a run that has the cluster for itself."""
 
     @contextlib.contextmanager
     def take(self, stage: str, asked: Resources, least: int) -> Iterator[Resources]:
-        """At once, all that was asked for."""
+        """Gives all that was asked for, at once."""
         yield asked
 
     def stopped(self) -> bool:
-        """Never: who runs it interrupts it."""
+        """Never: its user interrupts it."""
         return False
 
 
 class Dropped(EmlocError):
-    """A stage is to read files that were dropped: the run goes through the stages before it again."""
+    """A stage needs files that were deleted: the run goes through the stages before it again."""
 
 
 class Steps:
-    """Runs stages over one run directory; ``forced`` names those to do again, whatever the manifest says."""
+    """Runs stages over one run directory; redoes those in ``forced``, whatever the manifest says."""
 
     def __init__(
         self,
@@ -76,17 +74,17 @@ class Steps:
         self.prepared, self.directory, self.reporter = prepared, prepared.run, reporter
         self.turns, self.cache, self.forced = turns, cache, set(forced)
         self.planned = planned or {}
-        self._unread: list[str] = []  # stages of earlier runs whose files nobody has read yet
+        self._unread: list[str] = []  # finished stages whose files were not checked yet
         self._redone: set[str] = set()
-        self._outdated: str | None = None  # the first finished stage whose inputs are not what they were
+        self._outdated: str | None = None  # the first finished stage with other inputs now
 
     def run(self, stage: Stage, context: Context) -> None:
-        """Brings one stage up to date, and says of it in ``context`` what it was made from and what it returned.
+        """Brings one stage up to date; puts the fingerprint of its inputs and its result into ``context``.
 
-        A stage that the config leaves out leaves nothing behind.
+        Removes what a stage left that the config leaves out now.
 
         Raises:
-            Dropped: where it is to read files that were not kept; the stages that make them are out of the manifest then.
+            Dropped: where it needs files that were deleted; takes the stages that make them out of the manifest.
         """
         if not stage.wanted(self.prepared):
             self._leave_out(stage)
@@ -117,8 +115,8 @@ class Steps:
             if self._outdated is None:
                 self._outdated = stage.name
                 self._note(
-                    f"{stage.name} is done again, and what follows from it: the config, the files or the version of"
-                    " emloc_ray that it was done with have changed."
+                    f"{stage.name} and what follows from it are redone: the config, the files or the version of emloc_ray"
+                    " have changed since."
                 )
             return None
         self.reporter.skip(stage.name)
@@ -128,15 +126,15 @@ class Steps:
         return result
 
     def make(self, stage: Stage, context: Context, inputs: Inputs) -> Result:
-        """The stage's result, from the cache or by its own work; either way it is recorded."""
+        """The stage's result, from the cache or by its own work; records it."""
         self._check_artifacts()
-        self.directory.check_held()  # before files are removed, or written over: they may be another's by now
+        self.directory.check_held()  # before files are removed or overwritten: another process may own them now
         outputs = self._outputs(stage)
         if self.directory.stage(stage.name) is not None:
-            for path in outputs:  # first: once the stage is forgotten, a later try would go on from what a kill left
+            for path in outputs:  # first: once the stage is forgotten, a later try would continue from what a kill left
                 discard(path)
             self.directory.forget(stage.name)
-            self.write_results()  # what was shown of it speaks of another run from now on
+            self.write_results()  # its old numbers are no longer this run's
         shared = None if stage.shares is None or self.cache is None else stage.shares(context)
         cached = None if shared is None else {**inputs, "shared": shared}
         with self._alone(stage.name, cached):
@@ -182,7 +180,7 @@ class Steps:
 
     @contextlib.contextmanager
     def _alone(self, name: str, inputs: Inputs | None) -> Iterator[None]:
-        """Where others may be about to make the same, the first makes it and they wait for that."""
+        """Of runs that are about to make the same, the first makes it and the others wait."""
         if self.cache is None or inputs is None:
             yield
             return
@@ -215,26 +213,24 @@ class Steps:
         plain = {key: value for key, value in result.items() if key != "usage"}
         why_not = self.cache.add(name, _key(name, inputs), self.directory.root, entry["outputs"], plain, inputs)
         if why_not is not None:
-            self._note(f"{name}: what it made is not shared with other tasks: {why_not}")
+            self._note(f"{name}: other tasks cannot share its result: {why_not}")
 
     def _check_read(self, stage: Stage, context: Context) -> None:
-        """Takes stages out of the manifest whose files were dropped and are to be read again.
-
-        Raises:
-            Dropped: where there are some.
-        """
+        """Takes stages out of the manifest whose deleted files are needed again; raises Dropped where there are any."""
         gone = [name for name in stage.reads(context) if self.directory.is_dropped(name)]
         for name in gone:
-            self.directory.drop(name)  # what a kill left of its files is not to be gone on from
+            self.directory.drop(name)  # a later try must not continue from what a kill left
             self.directory.forget(name)
         if gone:
-            raise Dropped(f"{stage.name} reads what {' and '.join(gone)} made, which was not kept: it is made again.")
+            raise Dropped(
+                f"{stage.name} needs the result of {' and '.join(gone)}, which was deleted: it is made again."
+            )
 
     def _check_artifacts(self) -> None:
-        """Reads once, before the first stage that is to run, what earlier runs finished.
+        """Checks the files of finished stages once, before the first stage runs.
 
         Raises:
-            DamagedArtifactError: where a stage has files whose content is not what the manifest says; all are gone then.
+            DamagedArtifactError: where the content of a stage's files differs from the manifest; removes these files.
         """
         while self._unread:
             name = self._unread.pop(0)
@@ -243,26 +239,28 @@ class Steps:
                 discard(file)
             for file in damaged[:1]:
                 path = file.relative_to(self.directory.root).as_posix()
-                raise DamagedArtifactError(f"{file} is not as {name} wrote it: run the same command again.", path)
+                raise DamagedArtifactError(
+                    f"{file} has changed since {name} wrote it: run the same command again.", path
+                )
 
     def forget_damaged(self, error: DamagedArtifactError) -> None:
-        """Takes the stage that wrote a damaged file out of the manifest, so that it is done again.
+        """Takes the stage that wrote a damaged file out of the manifest, so that it is redone.
 
         Raises:
-            DamagedArtifactError: ``error`` itself, where no stage wrote it, or it was done again already.
+            DamagedArtifactError: ``error`` itself, where no stage wrote the file, or it was redone before.
         """
         name = self.directory.writer(error.path)
-        if name is None or error.path in self._redone:  # twice: its place alters what is written
+        if name is None or error.path in self._redone:  # damaged twice: the disk alters what is written
             raise error
         self._redone.add(error.path)
-        self._note(f"{error.path} is not as it was written: {name} is done again.")
+        self._note(f"{error.path} is damaged: {name} is redone.")
         self.directory.forget(name)
         folder, *_ = error.path.split("/")
         spoilt = any(stage.whole for stage in order.STEPS if stage.name == name)
         discard(self.directory.path(folder) if spoilt else self.directory.path(*error.path.split("/")))
 
     def write_results(self) -> None:
-        """Writes metrics.json anew from the manifest, and says so."""
+        """Writes metrics.json from the manifest, and tells the reporter."""
         self.directory.write_metrics(assemble_metrics(self.directory, self.prepared, self.planned))
         self.reporter.changed(self.directory)
 
@@ -281,5 +279,5 @@ def resources_of(stage: Stage, prepared: Prepared) -> Resources:
 
 
 def _key(name: str, inputs: Inputs) -> str:
-    """In the cache, which outlives the installed version: another may make something else of the same inputs."""
+    """A key of the cache, with emloc_ray's version: another version may make something else of the same inputs."""
     return ArtifactCache.key(name, [version("emloc-ray"), inputs])

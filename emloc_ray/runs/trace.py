@@ -1,7 +1,7 @@
-"""trace.json: what a run's workers did, when, and the most memory that they held: https://ui.perfetto.dev opens it.
+"""trace.json: what a run's workers did, when, and their peak memory, for https://ui.perfetto.dev.
 
-In the Trace Event Format: a complete event for each piece of work, ``pid`` the node, ``tid`` the worker, ``args`` how many
-pieces it stands for and the peak bytes of its process. Times are microseconds since 1970.
+In the Trace Event Format: a complete event for each piece of work. ``pid`` is the node, ``tid`` the worker; ``args`` hold the
+number of pieces and the peak bytes of the process. Times are microseconds since 1970.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from emloc_ray.runs.reporter import Reporter
 from emloc_ray.stages.ray.spans import Span, joined, listening
 
 TRACE = "trace.json"
-_NO_NODE = "training group"  # its ranks do not say where they ran
-_MOST_SPANS = 50_000  # more are joined: neighbours of one worker and stage
+_NO_NODE = "training group"  # whose ranks do not name their nodes
+_MOST_SPANS = 50_000  # above it, neighbours of one worker and stage are joined
 _INTERVAL_S, _WORK_SHARE = 10.0, 0.05  # of a stage's time, before the file is written again
 
 
 class Trace(Reporter):
-    """Writes ``trace.json`` in the run's directory, after what earlier tries wrote there.
+    """Writes ``trace.json`` in the run's directory, and keeps what earlier tries wrote there.
 
-    As a context it hears of all work that its thread hears of. It writes at every stage's end, at its own, and now and then.
+    As a context it records the work that its thread hears of. It writes at the end of every stage, at its own end, and in
+    between.
     """
 
     def __init__(self, run: RunDirectory, interval_s: float = _INTERVAL_S, most_spans: int = _MOST_SPANS) -> None:
@@ -65,14 +66,14 @@ class Trace(Reporter):
             return
         self._spans = _at_most(self._spans, self.most_spans)
         content = {"traceEvents": trace_events(self._spans), "displayTimeUnit": "ms"}
-        with contextlib.suppress(EmlocError, OSError):  # a store that fails ends the run when the run itself writes
+        with contextlib.suppress(EmlocError, OSError):  # a store that fails ends the run at its next own write
             self.run.check_held()
             with atomic_file(self.run.path(TRACE)) as file:
                 file.write(json.dumps(content, ensure_ascii=False).encode(errors="replace"))
 
 
 def _at_most(spans: Sequence[Span], most: int) -> list[Span]:
-    """The spans, neighbours joined over ever longer pauses until there are no more than ``most``."""
+    """At most ``most`` spans: neighbours are joined over ever longer pauses."""
     pause, fewer = 0.001, list(spans)
     while len(fewer) > most and pause < math.inf:
         fewer, pause = joined(spans, pause), 10 * pause
@@ -80,7 +81,7 @@ def _at_most(spans: Sequence[Span], most: int) -> list[Span]:
 
 
 def trace_events(spans: Sequence[Span]) -> list[dict[str, Any]]:
-    """The spans as events in the order of their beginnings, after the names of nodes and workers."""
+    """The spans as events, ordered by their begin, after the names of nodes and workers."""
     pids: dict[str, int] = {}
     tids: dict[tuple[str, str], int] = {}
     names, events = [], []
@@ -114,7 +115,7 @@ def _named(kind: str, name: str, node: int, worker: int) -> dict[str, Any]:
 
 
 def read_trace(run: RunDirectory) -> list[Span]:
-    """The spans of a run's ``trace.json``; none where it has none, or one that is not as :func:`trace_events` makes it."""
+    """The spans of a run's ``trace.json``; none where there is none, or it has another form than :func:`trace_events` gives."""
     try:
         ensure(run.path(TRACE))
         events = json.loads(run.path(TRACE).read_text())["traceEvents"]

@@ -24,13 +24,13 @@ def run(
 ) -> dict[str, Any]:
     """Runs the pipeline up to ``until`` and keeps ``report.html``; skips finished stages whose inputs are unchanged.
 
-    ``begin`` redoes from this stage on; ``fresh`` forgets what an earlier run left. ``reporter`` hears how the run goes.
-    ``prepared`` is the config as it was checked already. Runs that are given one ``cache`` share what they make alike.
+    ``begin`` redoes all from this stage on; ``fresh`` deletes what an earlier run left. ``reporter`` hears how the run goes.
+    ``prepared`` is the checked config, where there is one. Runs with one ``cache`` share what they make from equal inputs.
     Returns the content of metrics.json.
 
     Raises:
         ConfigError: before any stage starts or anything is written.
-        EmlocError: where a stage failed; finished stages stay, and the same call goes on from them.
+        EmlocError: where a stage failed; finished stages stay, and the same call continues from them.
     """
     both = Reporters(reporter or Reporter(), PageReporter())
     return pipeline.run(config, begin=begin, until=until, fresh=fresh, reporter=both, prepared=prepared, cache=cache)

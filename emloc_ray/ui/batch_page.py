@@ -1,4 +1,4 @@
-"""Makes a batch's report.html from batch.json and the tasks' manifests: how tasks ended, when their stages ran."""
+"""A batch's report.html, made from batch.json and the tasks' manifests: how tasks ended, when their stages ran."""
 
 from __future__ import annotations
 
@@ -6,20 +6,17 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.io.store.atomic import atomic_file
 from emloc_ray.io.store.object_store import below
-from emloc_ray.runs.batch.driver import Pages
 from emloc_ray.runs.batch.state import BatchState, TaskState
 from emloc_ray.text import visible
 from emloc_ray.ui.batch_table import counts, status_text
-from emloc_ray.ui.page import render_page, write_report
+from emloc_ray.ui.page import last_minute, render_page, write_page
 from emloc_ray.ui.timeline import Bar, Clock, Line, StageRun, draw, running_time, stage_runs
 
 _TEMPLATE = "batch_report.html.j2"
@@ -33,26 +30,11 @@ Stages = Mapping[str, Sequence[StageRun]]  # of each task that has begun, by its
 
 def write_batch_report(run: RunDirectory, state: BatchState) -> Path:
     """Writes ``report.html`` into the batch's directory; leaves out what no task has reached yet."""
-    path = run.path("report.html")
-    with atomic_file(path) as file:
-        file.write(render_batch(run.name, state, read_stages(run, state)).encode(errors="replace"))
-    return path
-
-
-class BatchPages(Pages):
-    """Keeps the pages of a batch's tasks at what they have reached, and writes its own at its end."""
-
-    def changed(self, run: RunDirectory) -> None:
-        """Writes a task's page anew."""
-        write_report(run)
-
-    def ended(self, run: RunDirectory, state: BatchState) -> None:
-        """Writes the batch's page."""
-        write_batch_report(run, state)
+    return write_page(run, render_batch(run.name, state, read_stages(run, state)))
 
 
 def read_stages(run: RunDirectory, state: BatchState) -> dict[str, tuple[StageRun, ...]]:
-    """The stages in the tasks' manifests, by task; leaves out tasks without one."""
+    """The stages in the tasks' manifests, by task; leaves out tasks without a manifest."""
 
     def read(task: TaskState) -> tuple[StageRun, ...] | None:
         try:
@@ -68,20 +50,15 @@ def read_stages(run: RunDirectory, state: BatchState) -> dict[str, tuple[StageRu
 
 def render_batch(name: str, state: BatchState, stages: Stages) -> str:
     """The page's HTML."""
-    return render_page(_TEMPLATE, batch_view(name, state, stages))
-
-
-def batch_view(name: str, state: BatchState, stages: Stages) -> dict[str, Any]:
-    """All that the template shows."""
     ordered = sorted(state.tasks, key=lambda task: task.status != "failed")
     rows = [_row(task, stages.get(task.name, ())) for task in ordered]
     gains = {row["name"]: row["gain"] for row in rows if row["gain"] is not None and math.isfinite(row["gain"])}
     every = [stage for of_task in stages.values() for stage in of_task]
     times = [task.ended_at for task in state.tasks if task.ended_at] + [stage.finished_at for stage in every]
     clock = running_time(_spans(state, every))
-    return {
+    view: dict[str, Any] = {
         "name": name,
-        "updated": datetime.fromtimestamp(max(times), timezone.utc).strftime("%Y-%m-%d %H:%M UTC") if times else None,
+        "updated": last_minute(times),
         "counts": counts(state),
         "num_tasks": len(state.tasks),
         "num_done": state.count("done"),
@@ -95,6 +72,7 @@ def batch_view(name: str, state: BatchState, stages: Stages) -> dict[str, Any]:
         "rows": rows[:_MAX_ROWS],
         "timeline": timeline(clock, state, stages) if clock and every else None,
     }
+    return render_page(_TEMPLATE, view)
 
 
 def _row(task: TaskState, stages: Sequence[StageRun]) -> dict[str, Any]:

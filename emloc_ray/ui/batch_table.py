@@ -1,4 +1,4 @@
-"""Shows a batch: a live table on a terminal; elsewhere a line where a task begins and ends."""
+"""Shows a batch: a live table on a terminal; elsewhere a line when a task begins and ends."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import replace
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -17,14 +17,14 @@ from emloc_ray.text import NO_BREAK, duration, size
 
 _STYLES = {"done": "green", "failed": "red", "cancelled": "dim", "running": "cyan", "waiting": "dim"}
 _COLUMNS = ("task", "state", "loss", "held-out", "memory", "time", "notes")
-_LEFT_OUT_FIRST = ("notes", "memory", "loss")  # where there is no width for all
+_LEFT_OUT_FIRST = ("notes", "memory", "loss")  # where the width is too small for all columns
 _ORDER = ("running", "failed", "done", "cancelled", "waiting")
-_MARGIN = 8  # lines of a terminal that are not the table's
-_MIN_NAME = 30  # letters of a long name in a line, as long as there is another column to leave out
+_MARGIN = 8  # lines of a terminal outside the table
+_MIN_NAME = 30  # letters that a long name gets before columns are left out
 
 
 def batch_table(state: BatchState, rows: int | None = None, now: float | None = None, width: int = 200) -> Table:
-    """The tasks, running and failed ones first; at most ``rows`` of them, the rest as a count.
+    """The tasks, running and failed ones first: ``rows`` of them and a count of the rest.
 
     Leaves out columns where long names fill the ``width``.
     """
@@ -64,13 +64,13 @@ def _cells(task: TaskState, now: float) -> dict[str, Text]:
 
 
 def at_rest(state: BatchState) -> BatchState:
-    """The state of a batch that nobody runs: tasks that ran when its process was killed wait for the next run."""
+    """The state of a batch that no process runs: tasks that ran when it was killed wait for the next run."""
     tasks = (replace(t, status="waiting", active=False) if t.status == "running" else t for t in state.tasks)
     return replace(state, tasks=tuple(tasks))
 
 
 def status_text(task: TaskState) -> str:
-    """A task's stage with its progress, or how it ended, or where it was interrupted."""
+    """A task's stage with its progress, or its end, or where it was interrupted."""
     if task.status == "running" and task.stage:
         units = "" if task.units is None else f" {task.units[0]}/{task.units[1]}"
         return f"{task.stage}{units}" if task.active else f"waits for {task.stage}"
@@ -80,14 +80,14 @@ def status_text(task: TaskState) -> str:
 
 
 def held_out(task: TaskState) -> str:
-    """The held-out loss of the original and with the corrected adapter; empty where they are not known."""
+    """The held-out loss, of the original and with the corrected adapter; empty before the evaluation."""
     if task.original_loss is None or task.corrected_loss is None:
         return ""
     return f"{task.original_loss:.3f}{NO_BREAK}→{NO_BREAK}{task.corrected_loss:.3f}"
 
 
 def counts(state: BatchState) -> str:
-    """How many tasks have which status, in words."""
+    """The number of tasks of each status, in words."""
     number: Counter[str] = Counter(task.status for task in state.tasks)
     return ", ".join(f"{number[status]} {status}" for status in _ORDER if number[status]) or "no tasks"
 
@@ -124,10 +124,8 @@ class BatchView:
                 self.tell(_line(task))
         if self._live is not None and time.monotonic() - self._shown_at > 0.5:
             self._shown_at = time.monotonic()
-            self._live.update(self._picture(state), refresh=True)
-
-    def _picture(self, state: BatchState) -> RenderableType:
-        return Group(batch_table(state, max(4, self.console.height - _MARGIN), width=self.console.width))
+            rows = max(4, self.console.height - _MARGIN)
+            self._live.update(batch_table(state, rows, width=self.console.width), refresh=True)
 
     def tell(self, text: str) -> None:
         """Prints a line above the table."""

@@ -1,16 +1,15 @@
-"""The command line's verbs for many tasks: ``batch``, ``cancel``, and ``cache`` with ``list`` and ``prune``."""
+"""The command line's verbs for many tasks: ``batch``, ``cancel``, ``cache list`` and ``cache prune``."""
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
@@ -32,24 +31,25 @@ CachePlace = Annotated[str, typer.Argument(metavar="CACHE", help="A cache's plac
 
 
 def run_batch(console: Console, path: Path, overrides: list[str], dry_run: bool) -> None:
-    """Checks a batch whole, then runs it.
+    """Checks a whole batch, then runs it.
 
     Raises:
-        StageError: where a task failed; the others went on.
+        StageError: where a task failed; the others finished.
     """
     from emloc_ray.io.runs.directory import RunDirectory
     from emloc_ray.runs.batch import driver
     from emloc_ray.runs.batch.tasks import read_batch
-    from emloc_ray.ui.batch_page import BatchPages
+    from emloc_ray.ui.batch_page import write_batch_report
     from emloc_ray.ui.batch_table import BatchView, batch_table, reasons
-    from emloc_ray.ui.terminal import count_progress, quiet_libraries
+    from emloc_ray.ui.page import PageReporter
+    from emloc_ray.ui.terminal import progress_bar, quiet_libraries
 
     quiet_libraries()
     batch = read_batch(path, overrides)
     if not dry_run:
         driver.check_free(RunDirectory(batch.config.run_dir))
-    with count_progress(console, "Checking every task") as progress:
-        prepared = driver.prepare_batch(batch, progress, BatchPages())
+    with progress_bar(console, "Checking every task") as progress:
+        prepared = driver.prepare_batch(batch, progress, PageReporter())
     seconds = sum(prepared.work.planned(task).seconds for task in batch.tasks)
     place = prepared.run.place
     console.print(
@@ -58,10 +58,11 @@ def run_batch(console: Console, path: Path, overrides: list[str], dry_run: bool)
         soft_wrap=True,
     )
     if dry_run:
-        console.print("All is good; nothing was started.")
+        console.print("The batch is valid; nothing was started.")
         return
     with BatchView(console) as view:
         state = driver.run_batch(prepared, view.show, view.tell)
+    write_batch_report(prepared.run, state)
     console.print(batch_table(state, width=console.width))
     failed = state.count("failed")
     if failed:
@@ -70,23 +71,21 @@ def run_batch(console: Console, path: Path, overrides: list[str], dry_run: bool)
     console.print(f"Results in {place}: summary.parquet, report.html, tasks/", soft_wrap=True, markup=False)
 
 
-@contextlib.contextmanager
-def asking(console: Console, place: str) -> Iterator[None]:
-    """Says on a terminal that a place is being asked: it takes a minute to notice that an object store is out of reach."""
-    with console.status(escape(f"Asking {place} …")):
-        yield
+def asking(console: Console, place: str) -> Status:
+    """Says on a terminal that a place is being asked: an object store that is out of reach takes a minute."""
+    return console.status(escape(f"Asking {place} …"))
 
 
 def state_now(run: Any) -> BatchState | None:
-    """The state of a batch, with running tasks only where a process runs it; None where the directory is no batch's."""
+    """The state of a batch, with running tasks only while a process runs it; None for the directory of a run."""
     from emloc_ray.runs.batch.state import is_batch, read_state
     from emloc_ray.ui.batch_table import at_rest
 
     if not is_batch(run):
         return None
-    is_run = run.holder() is not None  # before its state: it may end in between
+    is_running = run.holder() is not None  # asked before the state, as the batch may end in between
     state = read_state(run)
-    return state if state is None or is_run else at_rest(state)
+    return state if state is None or is_running else at_rest(state)
 
 
 def show_batch(console: Console, run: Any, watch: bool) -> None:
@@ -114,18 +113,16 @@ def show_batch(console: Console, run: Any, watch: bool) -> None:
 
 
 def cancel_tasks(console: Console, place: str, names: list[str], undo: bool) -> None:
-    """Cancels tasks of a batch, or has cancelled ones run again."""
+    """Cancels tasks of a batch, or takes that back."""
     from emloc_ray.io.runs.directory import RunDirectory
     from emloc_ray.runs.batch.state import cancel
 
     with asking(console, place):
-        is_run = cancel(RunDirectory(place), names, undo)
-    if is_run:
-        effect = "cancelled; a task that runs ends as soon as its stage can leave off"
-    elif undo:
-        effect = "to be run by the next emloc-ray batch"
+        is_running = cancel(RunDirectory(place), names, undo)
+    if is_running:
+        effect = "cancelled; a running task ends as soon as its stage can stop"
     else:
-        effect = "to be left out by the next emloc-ray batch"
+        effect = f"the next emloc-ray batch {'runs' if undo else 'skips'} {'it' if len(names) == 1 else 'them'}"
     console.print(f"{', '.join(names)}: {effect}.", soft_wrap=True, markup=False)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
@@ -38,16 +39,19 @@ app = typer.Typer(
 
 
 class _Console(Console):
-    """Goes silent where its reader has left (``emloc-ray keys | head``); a run goes on to its end and its exit code."""
+    """Goes silent where its reader has left (``emloc-ray keys | head``), so that a run reaches its end and exit code."""
 
     def on_broken_pipe(self) -> None:
-        """Writes nothing from now on, also at exit, when Python flushes what is left."""
+        """Writes nothing from now on, not even at exit, when Python flushes the rest."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 console = _Console(highlight=False)
 errors = _Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+Arguments = ParamSpec("Arguments")
 
 
 class Stage(str, Enum):
@@ -67,17 +71,22 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in run_dir, and start anew.")]
 
 
-def _guarded(action: Callable[[], None]) -> None:
-    """Runs a verb; turns a failure into a sentence on stderr and an exit code (1 failed, 2 bad call, 130 or 143 stopped)."""
-    try:
-        action()
-    except EmlocError as error:
-        for line in str(error).split("\n"):
-            errors.print(f"[red]Error:[/] {escape(line)}")
-        raise typer.Exit(error.exit_code) from None
-    except (KeyboardInterrupt, SystemExit) as error:  # Ray makes a SystemExit of SIGTERM
-        errors.print("Stopped. What was finished stays; the same command goes on from there.")
-        raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else 143) from None
+def guarded(verb: Callable[Arguments, None]) -> Callable[Arguments, None]:
+    """A verb that turns a failure into a sentence on stderr and an exit code: 1 failed, 2 bad call, 130 or 143 stopped."""
+
+    @functools.wraps(verb)
+    def call(*arguments: Arguments.args, **options: Arguments.kwargs) -> None:
+        try:
+            verb(*arguments, **options)
+        except EmlocError as error:
+            for line in str(error).split("\n"):
+                errors.print(f"[red]Error:[/] {escape(line)}")
+            raise typer.Exit(error.exit_code) from None
+        except (KeyboardInterrupt, SystemExit) as error:  # Ray makes a SystemExit of SIGTERM
+            errors.print("Stopped. Finished stages stay; the same command continues from there.")
+            raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else 143) from None
+
+    return call
 
 
 def _prepare(path: Path, overrides: list[str] | None) -> Any:
@@ -117,7 +126,7 @@ def _run(path: Path, overrides: list[str] | None, begin: Stage | None, until: St
             )
     except EmlocError as error:
         if not isinstance(error, ConfigError):
-            stays = f"What was finished stays in {prepared.run.place}; the same command goes on from there."
+            stays = f"Finished stages stay in {prepared.run.place}; the same command continues from there."
             raise type(error)(f"{error}\n{stays}") from error
         raise
     if until is Stage.evaluate:
@@ -127,6 +136,7 @@ def _run(path: Path, overrides: list[str] | None, begin: Stage | None, until: St
 
 
 @app.command()
+@guarded
 def run(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -135,14 +145,14 @@ def run(
     fresh: Fresh = False,
 ) -> None:
     """Run all stages: skip what is done, redo what the config changed."""
-    _guarded(lambda: _run(config, overrides, begin, until, fresh))
+    _run(config, overrides, begin, until, fresh)
 
 
 def _stage_command(stage: Stage, text: str) -> None:
+    @app.command(name=stage.value, help=text)
+    @guarded
     def command(config: ConfigPath, overrides: Overrides = None, fresh: Fresh = False) -> None:
-        _guarded(lambda: _run(config, overrides, None, stage, fresh))
-
-    app.command(name=stage.value, help=text)(command)
+        _run(config, overrides, None, stage, fresh)
 
 
 _stage_command(Stage.calibrate, "Run up to the Grams of the calibration data.")
@@ -155,24 +165,22 @@ _stage_command(Stage.evaluate, "Run up to the evaluation on held-out data.")
 
 
 @app.command()
+@guarded
 def validate(config: ConfigPath, overrides: Overrides = None) -> None:
     """Check the config, the model and the data's first rows: list every error, start nothing."""
+    from emloc_ray.planning.budget import check_gradients
 
-    def action() -> None:
-        from emloc_ray.planning.budget import check_gradients
-
-        prepared = _prepare(config, overrides)
-        check_gradients(prepared)
-        layout = prepared.layout
-        console.print(
-            f"{escape(str(config))} is valid: {len(layout.ranks)} of {len(layout.specs)} linears compressed,"
-            f"{f' {len(layout.in_4bit)} in 4 bits,' if layout.quantized else ''} {len(layout.adapted)} adapted."
-        )
-
-    _guarded(action)
+    prepared = _prepare(config, overrides)
+    check_gradients(prepared)
+    layout = prepared.layout
+    console.print(
+        f"{escape(str(config))} is valid: {len(layout.ranks)} of {len(layout.specs)} linears compressed,"
+        f"{f' {len(layout.in_4bit)} in 4 bits,' if layout.quantized else ''} {len(layout.adapted)} adapted."
+    )
 
 
 @app.command()
+@guarded
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -182,73 +190,63 @@ def plan(
     ] = None,
 ) -> None:
     """Show shapes, ranks and parameters, and every stage's memory, disk, time and resources; load no weights."""
+    from emloc_ray.planning.budget import check_gradients
+    from emloc_ray.planning.plan import make_plan, within_budget
+    from emloc_ray.stages.order import STEPS
+    from emloc_ray.ui.terminal import plan_tables
 
-    def action() -> None:
-        from emloc_ray.planning.budget import check_gradients
-        from emloc_ray.planning.plan import make_plan, within_budget
-        from emloc_ray.stages.order import STEPS
-        from emloc_ray.ui.terminal import plan_tables
-
-        # The option sets the config's key: what depends on that, such as the calibration's mode, is planned with it.
-        if memory_budget is not None and not memory_budget.strip():
-            raise ConfigError("--memory-budget is empty: give a size, such as 24GiB.")
-        budget = [] if memory_budget is None else [f"memory_budget={memory_budget}"]
-        prepared = _prepare(config, [*(overrides or ()), *budget])
-        if memory_budget is not None:
-            solution = within_budget(STEPS, prepared)
-            prepared = solution.prepared
-            console.print(escape(solution.sentence), soft_wrap=True)
-            console.print("  " + " ".join(solution.overrides), soft_wrap=True, highlight=False)
-        for table in plan_tables(make_plan(STEPS, prepared)):
-            console.print(table)
-        check_gradients(prepared)
-
-    _guarded(action)
+    # The option sets the config's key: what depends on that, such as the calibration's mode, is planned with it.
+    if memory_budget is not None and not memory_budget.strip():
+        raise ConfigError("--memory-budget is empty: give a size, such as 24GiB.")
+    budget = [] if memory_budget is None else [f"memory_budget={memory_budget}"]
+    prepared = _prepare(config, [*(overrides or ()), *budget])
+    if memory_budget is not None:
+        solution = within_budget(STEPS, prepared)
+        prepared = solution.prepared
+        console.print(escape(solution.sentence), soft_wrap=True)
+        console.print("  " + " ".join(solution.overrides), soft_wrap=True, highlight=False)
+    for table in plan_tables(make_plan(STEPS, prepared)):
+        console.print(table)
+    check_gradients(prepared)
 
 
 @app.command()
+@guarded
 def keys(
     section: Annotated[str | None, typer.Argument(metavar="[SECTION]", help="One section; all by default.")] = None,
 ) -> None:
     """Show every key of a config: its values, its default, its meaning."""
+    from emloc_ray.config.keys import config_keys
+    from emloc_ray.ui.terminal import keys_tables
 
-    def action() -> None:
-        from emloc_ray.config.keys import config_keys
-        from emloc_ray.ui.terminal import keys_tables
-
-        for table in keys_tables(config_keys(section)):
-            console.print(table)
-
-    _guarded(action)
+    for table in keys_tables(config_keys(section)):
+        console.print(table)
 
 
 RunPath = Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run's directory, or its place on an object store.")]
 
 
 @app.command()
+@guarded
 def status(
     run_dir: RunPath,
     watch: Annotated[bool, typer.Option("--watch", help="Refresh every second until the run is over.")] = False,
 ) -> None:
-    """Show a run's finished stages, its state and its results so far; of a batch, its tasks."""
+    """Show a run's finished stages, state and results so far; for a batch, its tasks."""
+    from emloc_ray.io.runs.directory import RunDirectory
+    from emloc_ray.runs.batch.state import is_batch
 
-    def action() -> None:
-        from emloc_ray.io.runs.directory import RunDirectory
-        from emloc_ray.runs.batch.state import is_batch
-
-        with asking(console, run_dir):
-            run = RunDirectory(run_dir).existing()
-            of_many = is_batch(run)
-        if of_many:
-            show_batch(console, run, watch)
-            return
-        while watch and not console.quiet and run.holder() is not None:
-            console.clear()
-            _show_status(run)
-            time.sleep(1)
+    with asking(console, run_dir):
+        run = RunDirectory(run_dir).existing()
+        of_many = is_batch(run)
+    if of_many:
+        show_batch(console, run, watch)
+        return
+    while watch and not console.quiet and run.holder() is not None:
+        console.clear()
         _show_status(run)
-
-    _guarded(action)
+        time.sleep(1)
+    _show_status(run)
 
 
 def _show_status(run: Any) -> None:
@@ -281,23 +279,25 @@ def _show_status(run: Any) -> None:
 
 
 @app.command(epilog=KEYS)
+@guarded
 def batch(
     config: BatchPath,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every task and stop.")] = False,
 ) -> None:
     """Run many tasks over one cluster; again, it runs what is new or failed."""
-    _guarded(lambda: run_batch(console, config, overrides or [], dry_run))
+    run_batch(console, config, overrides or [], dry_run)
 
 
 @app.command()
+@guarded
 def cancel(
     run_dir: BatchDir,
     tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="The tasks' names.")],
     undo: Annotated[bool, typer.Option("--undo", help="Have the next emloc-ray batch run them.")] = False,
 ) -> None:
     """End tasks of a batch; the others go on."""
-    _guarded(lambda: cancel_tasks(console, run_dir, tasks, undo))
+    cancel_tasks(console, run_dir, tasks, undo)
 
 
 cache_app = typer.Typer(help="List or shrink the cache that runs of a batch share.", no_args_is_help=True)
@@ -305,39 +305,39 @@ app.add_typer(cache_app, name="cache")
 
 
 @cache_app.command("list")
+@guarded
 def cache_list(cache: CachePlace) -> None:
     """List a cache's entries, those used last first."""
-    _guarded(lambda: list_cache(console, cache))
+    list_cache(console, cache)
 
 
 @cache_app.command("prune")
+@guarded
 def cache_prune(
     cache: CachePlace,
     max_size: Annotated[str, typer.Option("--max-size", help="What may stay, such as 50GiB; 0: nothing.")],
 ) -> None:
     """Remove what was used longest ago until the rest fits."""
-    _guarded(lambda: prune_cache(console, cache, max_size))
+    prune_cache(console, cache, max_size)
 
 
 @app.command()
+@guarded
 def report(run_dir: RunPath) -> None:
     """Write report.html of a run or a batch, finished or not."""
+    from emloc_ray.io.runs.directory import RunDirectory
+    from emloc_ray.ui.batch_page import write_batch_report
+    from emloc_ray.ui.page import write_report
 
-    def action() -> None:
-        from emloc_ray.io.runs.directory import RunDirectory
-        from emloc_ray.ui.batch_page import write_batch_report
-        from emloc_ray.ui.page import write_report
-
-        with asking(console, run_dir):
-            run = RunDirectory(run_dir).existing()
-            state = state_now(run)
-        written = write_report(run) if state is None else write_batch_report(run, state)
-        console.print(escape(str(written)))
-
-    _guarded(action)
+    with asking(console, run_dir):
+        run = RunDirectory(run_dir).existing()
+        state = state_now(run)
+    written = write_report(run) if state is None else write_batch_report(run, state)
+    console.print(escape(str(written)))
 
 
 @app.command()
+@guarded
 def fetch(
     run_uri: Annotated[str, typer.Argument(metavar="RUN_URI", help="A run's place on an object store.")],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it.")],
@@ -346,19 +346,15 @@ def fetch(
     ] = None,
 ) -> None:
     """Copy a run, or parts of it, from an object store to a local directory."""
+    from emloc_ray.io.runs.directory import RunDirectory
+    from emloc_ray.io.runs.fetch import fetch
+    from emloc_ray.ui.terminal import progress_bar
 
-    def action() -> None:
-        from emloc_ray.io.runs.directory import RunDirectory
-        from emloc_ray.io.runs.fetch import fetch
-        from emloc_ray.ui.terminal import byte_progress
-
-        with asking(console, run_uri):
-            run = RunDirectory(run_uri).existing()
-        with byte_progress(console, "Fetching") as progress:
-            files = fetch(run, directory, part or (), progress)
-        console.print(escape(f"{len(files)} files written to {directory}"), soft_wrap=True)
-
-    _guarded(action)
+    with asking(console, run_uri):
+        run = RunDirectory(run_uri).existing()
+    with progress_bar(console, "Fetching", in_bytes=True) as progress:
+        files = fetch(run, directory, part or (), progress)
+    console.print(escape(f"{len(files)} files written to {directory}"), soft_wrap=True)
 
 
 def main() -> None:

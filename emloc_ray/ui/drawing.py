@@ -1,7 +1,7 @@
-"""Small plots as SVG that stretches to the room that it is given, coloured by the page's style, light or dark.
+"""Small plots as SVG: they stretch to the width they get, and take the page's colours, light or dark.
 
-Drawn here: of the libraries, pygal's curve is a page of 44 KB with a script and its own colours, leather's has its colours
-fixed, and a heat map's hundreds of spectra would be megabytes by either.
+Libraries do not fit: pygal's curve is a page of 44 KB with a script and its own colours, leather's colours are fixed, and
+the hundreds of spectra of a heat map would be megabytes by either.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any
 from markupsafe import Markup
 
 _FIXED = 'vector-effect="non-scaling-stroke"'
-_DECADES = 8  # of a spectrum's energy; what is less lies at the bottom
+_DECADES = 8  # of energy that a spectrum's plot spans
 
 
 def share(value: float, top: float) -> float:
-    """``value`` of ``top``, kept within 0 and 1; 0 where that makes no sense."""
+    """``value / top``, cut to 0 and 1; 0 where it is not finite."""
     return min(max(value / top, 0.0), 1.0) if top > 0 and math.isfinite(value / top) else 0.0
 
 
 def bar(value: float, top: float, mark: float | None = None, kind: str = "", goal: float | None = None) -> Markup:
-    """A horizontal bar from zero; ``mark`` draws a dashed line to compare with and ``goal`` a bold one."""
+    """A horizontal bar from zero; ``mark`` adds a dashed line to compare with, ``goal`` a bold one."""
     lines = "".join(
         f'<path class="{name}" d="M{100 * share(at, top):.2f} 0V10" {_FIXED}/>'
         for name, at in (("mark", mark), ("goal", goal))
@@ -44,7 +44,7 @@ def before_after(before: float, after: float, top: float) -> Markup:
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
-    """Round numbers, evenly spaced, that enclose ``low`` and ``high``; at most five steps."""
+    """Evenly spaced round numbers from below ``low`` to above ``high``; at most five steps."""
     span = (high - low) or abs(high) or 1.0
     power = 10.0 ** math.floor(math.log10(span / 5))
     step = next(power * factor for factor in (1, 2, 5, 10, 20) if span / (power * factor) <= 5)
@@ -58,7 +58,7 @@ def loss_curve(training: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def curve(points: Sequence[tuple[float, float]]) -> dict[str, Any] | None:
-    """A line through the points, and where its labels go, in per cent of its height and width."""
+    """A line through the points, and the places of its labels in per cent of its height; None without finite points."""
     points = [point for point in points if math.isfinite(point[1])]
     if not points:
         return None
@@ -83,7 +83,7 @@ def curve(points: Sequence[tuple[float, float]]) -> dict[str, Any] | None:
 
 
 def spectrum(points: Sequence[tuple[int, float]], rank: int) -> Markup:
-    """A spectrum on logarithmic scales, shares of the energy over ``_DECADES`` decades, with a line at ``rank``."""
+    """A spectrum, both axes logarithmic: the share of the energy in each direction, with a dashed line at ``rank``."""
     width = math.log(max(points[-1][0], 2))
 
     def across(number: int) -> float:

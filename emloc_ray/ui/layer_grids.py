@@ -1,11 +1,11 @@
-"""Layers as tables of a report's page: a row a block, a column a kind of linear; experts in one where they are thousands."""
+"""Layers as tables of a report: a row a block, a column a kind of linear; thousands of experts share cells."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,44 +13,43 @@ from markupsafe import Markup
 
 from emloc_ray.ui.drawing import spectrum
 
-_MOST_CELLS = 2000  # more layers than these are shown in groups
+_MOST_CELLS = 2000  # of a table: experts share cells where there are more layers
 _MOST_SPECTRA = 1000
-_ALIKE = 0.02  # shares of parameters that differ by less, by the rounding of ranks
+_ROUNDING = 0.02  # by which the shares of parameters may differ for the rounding of ranks alone
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What a heat map says of a layer, or of ``count`` layers in one: the mean error, the ranks, the share kept where that is
-    not alike everywhere."""
+    """A cell of a heat map, of one layer or several: the mean error, the ranks, and the share of parameters kept, where
+    layers differ in it."""
 
     error: float
     rank: str
     title: str
     kept: float | None = None
     spectrum: Markup | None = None
-    ends: tuple[int, int] = (0, 0)  # the layer's rank, and the last that its spectrum knows of
+    last_direction: int = 0  # of the spectrum
 
 
 def _groups(names: Iterable[str]) -> dict[str, list[str]]:
-    """Each name alone; where they are more than :data:`_MOST_CELLS`, those that differ in an expert's number alone in one."""
+    """The layers of each cell: one each, or, above :data:`_MOST_CELLS` layers, those that differ by an expert's number alone."""
     names = list(names)
-    if len(names) <= _MOST_CELLS:
-        return {name: [name] for name in names}
-    found: dict[str, list[str]] = {}
+    cells: dict[str, list[str]] = {}
     for name in names:
-        found.setdefault(re.sub(r"\bexperts\.\d+\.", "experts.*.", name), []).append(name)
-    return found
+        shared = re.sub(r"\bexperts\.\d+\.", "experts.*.", name) if len(names) > _MOST_CELLS else name
+        cells.setdefault(shared, []).append(name)
+    return cells
 
 
 def heat_cells(
     layers: Mapping[str, dict[str, Any]], spectra: Mapping[str, Sequence[tuple[int, float]]]
 ) -> dict[str, Cell]:
-    """The cells of a heat map by the names of its layers; with spectra where these are not too many for a page."""
-    few = len(layers) <= _MOST_SPECTRA
+    """The cells of a heat map by the names of its layers; with spectra where a page has room for them all."""
+    drawn = spectra if len(layers) <= _MOST_SPECTRA else {}
     shares = [layer["share"] for layer in layers.values() if "share" in layer]
-    differ = bool(shares) and max(shares) - min(shares) > _ALIKE
+    differ = bool(shares) and max(shares) - min(shares) > _ROUNDING
     return {
-        name: _cell(name, [layers[part] for part in parts], spectra.get(name, ()) if few else (), differ)
+        name: _cell(name, [layers[part] for part in parts], drawn.get(name, ()), differ)
         for name, parts in _groups(layers).items()
     }
 
@@ -59,30 +58,36 @@ def _cell(name: str, layers: Sequence[dict[str, Any]], points: Sequence[tuple[in
     errors, ranks = [layer["relative_error"] for layer in layers], [layer["rank"] for layer in layers]
     shares = [layer["share"] for layer in layers if "share" in layer]
     kept = sum(shares) / len(shares) if shares else None
+    rank = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)}–{max(ranks)}"
     if len(layers) == 1:
-        solver = f", {layers[0]['solver']}" if "solver" in layers[0] else ""
-        told = f"relative error {errors[0]:.6g}, rank {ranks[0]}"
-        rank, kind = str(ranks[0]), solver
+        facts = [f"relative error {errors[0]:.6g}, rank {rank}"]
     else:
-        told = f"{len(layers)} layers, relative errors of {min(errors):.3g} to {max(errors):.3g}"
-        rank, kind = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)}–{max(ranks)}", ""
-    title = f"{name}: {told}{'' if kept is None else f', {kept:.1%} of its parameters'}{kind}"
-    drawn = spectrum(points, ranks[0]) if points else None
-    ends = (ranks[0], points[-1][0]) if points else (0, 0)
-    return Cell(sum(errors) / len(errors), rank, title, kept if differ else None, drawn, ends)
+        facts = [f"{len(layers)} layers, relative errors of {min(errors):.3g} to {max(errors):.3g}"]
+    facts += [] if kept is None else [f"{kept:.1%} of its parameters"]
+    facts += [layers[0]["solver"]] if len(layers) == 1 and "solver" in layers[0] else []
+    return Cell(
+        sum(errors) / len(errors),
+        rank,
+        f"{name}: {', '.join(facts)}",
+        kept if differ else None,
+        spectrum(points, ranks[0]) if points else None,
+        points[-1][0] if points else 0,
+    )
 
 
-def shortfall_cells(modules: Mapping[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """The modules' shortfalls; those of modules in one are the root of their sum of squares."""
-    return {
-        name: {key: math.hypot(*(modules[part][key] for part in parts)) for key in ("before", "after")}
-        for name, parts in _groups(modules).items()
-    }
+def shortfall(modules: Collection[dict[str, float]]) -> dict[str, float] | None:
+    """The shortfall of several modules, before and after the correction: the root of their sum of squares; None of none."""
+    return {key: math.hypot(*(m[key] for m in modules)) for key in ("before", "after")} if modules else None
+
+
+def shortfall_cells(modules: Mapping[str, dict[str, float]]) -> dict[str, dict[str, float] | None]:
+    """The shortfalls of the modules, by cell."""
+    return {name: shortfall([modules[part] for part in parts]) for name, parts in _groups(modules).items()}
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Linears of one stack of blocks: a row a block, a column a kind; a cell is the layer's name, or None."""
+    """Linears of one stack of blocks: a row a block, a column a kind; a cell holds the layer's name, or None."""
 
     prefix: str
     kinds: list[str]
@@ -90,7 +95,7 @@ class Grid:
 
 
 def grids(names: Iterable[str]) -> list[Grid]:
-    """Sorts layers such as ``model.layers.3.self_attn.q_proj`` into one grid a stack: the first integer is the block."""
+    """Sorts layers such as ``model.layers.3.self_attn.q_proj`` into a grid a stack; the first integer is the block."""
     stacks: dict[str, dict[tuple[int | None, str], str]] = {}
     for name in names:
         parts = name.split(".")
@@ -99,17 +104,18 @@ def grids(names: Iterable[str]) -> list[Grid]:
             stacks.setdefault("", {})[None, name] = name
         else:
             stacks.setdefault(".".join(parts[:at]), {})[int(parts[at]), ".".join(parts[at + 1 :])] = name
-    found = []
-    for prefix, cells in stacks.items():
-        kinds = list(dict.fromkeys(kind for _, kind in cells))
-        blocks = sorted({block for block, _ in cells}, key=lambda block: -1 if block is None else block)
-        rows = [(block, [cells.get((block, kind)) for kind in kinds]) for block in blocks]
-        found.append(Grid(prefix, shortest_suffixes(kinds), rows))
-    return found
+    return [_grid(prefix, cells) for prefix, cells in stacks.items()]
+
+
+def _grid(prefix: str, cells: Mapping[tuple[int | None, str], str]) -> Grid:
+    kinds = list(dict.fromkeys(kind for _, kind in cells))
+    blocks = sorted({block for block, _ in cells}, key=lambda block: -1 if block is None else block)
+    rows = [(block, [cells.get((block, kind)) for kind in kinds]) for block in blocks]
+    return Grid(prefix, shortest_suffixes(kinds), rows)
 
 
 def column_tops(grid: Grid, modules: dict[str, dict[str, float]]) -> dict[str, float]:
-    """For each module of a grid, the largest number that its column holds."""
+    """The largest number in the column of each module of a grid."""
     tops: dict[str, float] = {}
     for column in zip(*(names for _, names in grid.rows), strict=True):
         present = [name for name in column if name is not None]
@@ -118,7 +124,7 @@ def column_tops(grid: Grid, modules: dict[str, dict[str, float]]) -> dict[str, f
 
 
 def shortest_suffixes(names: Sequence[str]) -> list[str]:
-    """Every dotted name's shortest ending that no other one shares: ``q_proj`` for ``self_attn.q_proj``."""
+    """The shortest ending of each dotted name that no other name has: ``q_proj`` for ``self_attn.q_proj``."""
     endings = {name: [".".join(name.split(".")[at:]) for at in range(name.count("."), -1, -1)] for name in names}
     counts = Counter(ending for options in endings.values() for ending in options)
     return [next((ending for ending in endings[name] if counts[ending] == 1), name) for name in names]

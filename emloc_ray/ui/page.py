@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,8 +27,8 @@ from emloc_ray.runs.trace import TRACE
 from emloc_ray.stages.order import STEPS as STAGES
 from emloc_ray.text import counted, describe_choice, duration, listed, signed, size, visible
 from emloc_ray.ui.drawing import bar, before_after, loss_curve, share
-from emloc_ray.ui.layer_grids import column_tops, grids, heat_cells, shortfall_cells
-from emloc_ray.ui.terminal import VARIANTS
+from emloc_ray.ui.layer_grids import column_tops, grids, heat_cells, shortfall, shortfall_cells
+from emloc_ray.ui.terminal import evaluation_rows
 from emloc_ray.ui.timeline import draw, run_lines
 
 _TEMPLATE = "report.html.j2"
@@ -49,8 +48,12 @@ METHOD_NAMES = {
 
 def write_report(directory: RunDirectory) -> Path:
     """Writes ``report.html`` into the run directory; leaves out what the run has not reached yet."""
-    found = directory.manifest(), directory.metrics(), read_events(directory), _read_spectra(directory)
-    html = render(directory.name, *found, has_trace=exists(directory.path(TRACE)))
+    records = directory.manifest(), directory.metrics(), read_events(directory), _read_spectra(directory)
+    return write_page(directory, render(directory.name, *records, has_trace=exists(directory.path(TRACE))))
+
+
+def write_page(directory: RunDirectory, html: str) -> Path:
+    """Writes ``report.html`` into a run's or a batch's directory, whole; returns its path."""
     path = directory.path("report.html")
     with atomic_file(path) as file:
         file.write(html.encode(errors="replace"))
@@ -69,8 +72,8 @@ def _read_spectra(directory: RunDirectory) -> dict[str, Any]:
     path = directory.path("emulator", SPECTRA)
     with contextlib.suppress(ArtifactError, OSError, ValueError):  # of an older version, or on its way to be redone
         ensure(path)
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
+        spectra: dict[str, Any] = json.loads(path.read_text())
+        return spectra
     return {}
 
 
@@ -82,28 +85,33 @@ def render(
     spectra: Mapping[str, Any] | None = None,
     has_trace: bool = False,
 ) -> str:
-    """The page's HTML, of what a run's ``manifest.json``, ``metrics.json``, ``log.jsonl`` and the emulator's samples of
-    spectra hold; ``has_trace``: beside it lies ``trace.json``."""
+    """The page's HTML, from the contents of a run's ``manifest.json``, ``metrics.json``, ``log.jsonl`` and the emulator's
+    sampled spectra; ``has_trace``: whether there is a ``trace.json`` beside it."""
     view = page_view(name, manifest, metrics, events, spectra)
     return render_page(_TEMPLATE, {**view, "has_trace": has_trace})
 
 
 def render_page(template: str, view: dict[str, Any]) -> str:
-    """A page's HTML; ``template`` by its name in ``templates/``."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.lstrip_blocks = True
-    environment.filters |= {
-        "size": size,
-        "signed": signed,
-        "duration": duration,
-        "counted": counted,
-        "visible": visible,
-    }
+    """A page's HTML; ``template`` is the name of a file in ``templates/``."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {function.__name__: function for function in (size, signed, duration, counted, visible)}
     environment.filters["choice"] = describe_choice
-    environment.globals |= {"bar": bar, "before_after": before_after, "share": share}
-    environment.globals |= {"grids": grids, "column_tops": column_tops}
+    functions = (bar, before_after, share, grids, column_tops)
+    environment.globals |= {function.__name__: function for function in functions}
     return environment.get_template(template).render(view)
+
+
+def last_minute(moments: Sequence[float]) -> str | None:
+    """The last of some moments in seconds since 1970, as a page shows it; None of none."""
+    if not moments:
+        return None
+    return datetime.fromtimestamp(max(moments), timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def page_view(
@@ -115,18 +123,17 @@ def page_view(
 ) -> dict[str, Any]:
     """All that the template shows; a section that the run has not reached is missing or empty."""
     done: dict[str, Any] = manifest.get("stages", {})
-    found = {key: (metrics.get(key) or {}) if stage.name in done else {} for stage in STAGES for key in stage.keys}
+    results = {key: (metrics.get(key) or {}) if stage.name in done else {} for stage in STAGES for key in stage.keys}
     config = manifest.get("config") or {}
     emulator, method = config.get("emulator") or {}, (config.get("adapter") or {}).get("method", "lora")
     optional = set(STEPS) - set(asked_steps(manifest))
     older = older_stages(manifest)
     usages = metrics.get("stages") or {}
-    stages = [(stage, usages[stage]) for stage in sorted(usages, key=_stage_order) if stage in done]
+    stages = [(stage, usages[stage]) for stage in STEPS if stage in usages and stage in done]
     planned = metrics.get("planned_memory") or {}
-    times = [entry["finished_at"] for entry in done.values() if "finished_at" in entry]
     return {
         "name": name,
-        "found": found,
+        "results": results,
         "task": describe_task(config.get("data") or {}),
         "model": (config.get("model") or {}).get("source"),
         "method": METHOD_NAMES.get(method, method),
@@ -136,15 +143,15 @@ def page_view(
         "progress": [
             (stage, stage in done and stage not in older) for stage in STEPS if stage in done or stage not in optional
         ],
-        "updated": datetime.fromtimestamp(max(times), timezone.utc).strftime("%Y-%m-%d %H:%M UTC") if times else None,
+        "updated": last_minute([entry["finished_at"] for entry in done.values() if "finished_at" in entry]),
         "older": older,
-        "evaluation": evaluation_rows(found["evaluation"]),
-        "candidates": candidate_rows(found["correction"]),
-        "shortfall": total_shortfall(found["correction"].get("modules", {})),
-        "shortfalls": shortfall_cells(found["correction"].get("modules", {})),
-        "cells": heat_cells(found["emulator"].get("layers") or {}, spectra or {}),
-        "curve": loss_curve(found["finetune"]),
-        "healing_curve": loss_curve(found["healing"]),
+        "evaluation": evaluation_rows(results["evaluation"]),
+        "candidates": candidate_rows(results["correction"]),
+        "shortfall": shortfall(results["correction"].get("modules", {}).values()),
+        "shortfalls": shortfall_cells(results["correction"].get("modules", {})),
+        "cells": heat_cells(results["emulator"].get("layers") or {}, spectra or {}),
+        "curve": loss_curve(results["finetune"]),
+        "healing_curve": loss_curve(results["healing"]),
         "stages": stages,
         "timeline": draw(run_lines(manifest, events), "the stages of the run"),
         "planned": planned,
@@ -156,10 +163,6 @@ def page_view(
     }
 
 
-def _stage_order(stage: str) -> int:
-    return STEPS.index(stage) if stage in STEPS else len(STEPS)
-
-
 def describe_task(data: dict[str, Any]) -> str | None:
     """What the run trains on, in a word or two: the generator's or the training file's name."""
     if data.get("generate"):
@@ -168,28 +171,12 @@ def describe_task(data: dict[str, Any]) -> str | None:
     if not paths:
         return None
     paths = [paths] if isinstance(paths, str) else paths
-    names = [path if path.startswith("hf:") else Path(shown(path)).name for path in paths]
-    return listed(names)
-
-
-def evaluation_rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """The variants in order, each with its label, its measures and its gain against the original."""
-    original = evaluation.get("original", {}).get("loss")
-    return [
-        {
-            "label": label,
-            "variant": variant,
-            "gain": None if original is None or variant == "original" else original - evaluation[variant]["loss"],
-            **evaluation[variant],
-        }
-        for variant, label in VARIANTS.items()
-        if variant in evaluation
-    ]
+    return listed([path if path.startswith("hf:") else Path(shown(path)).name for path in paths])
 
 
 def candidate_rows(correction: dict[str, Any]) -> list[dict[str, Any]]:
-    """The correction's candidates, each with its gain against ``none`` on the selection rows, and that gain's standard
-    error where it is known; one is the chosen."""
+    """The correction's candidates, each with its gain over ``none`` on the selection rows, that gain's standard error
+    where it is known, and whether it was chosen."""
     candidates = correction.get("candidates", [])
     keys = ("method", "clamp", "strength")
     plain = next((c["loss"] for c in candidates if c["method"] == "none"), None)
@@ -202,13 +189,6 @@ def candidate_rows(correction: dict[str, Any]) -> list[dict[str, Any]]:
         }
         for candidate in candidates
     ]
-
-
-def total_shortfall(modules: dict[str, dict[str, float]]) -> dict[str, float] | None:
-    """All modules' shortfalls together (the root of their sum of squares), before and after."""
-    if not modules:
-        return None
-    return {key: math.hypot(*(module[key] for module in modules.values())) for key in ("before", "after")}
 
 
 def process_rows(usages: Sequence[dict[str, Any]]) -> list[tuple[str, list[int | None]]]:

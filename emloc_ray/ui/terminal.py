@@ -1,4 +1,4 @@
-"""What a terminal shows: progress bars, or plain lines where it is none, and tables of plans and results."""
+"""What a console shows: progress bars on a terminal, plain lines elsewhere; tables of plans and results."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from emloc_ray.stages.stage import Stage
 
 
-# What each variant that is evaluated is called, in the order in which they are shown.
+# The evaluated variants' labels, in the order of tables.
 VARIANTS = {
     "original": "original",
     "emulator": "emulator",
@@ -45,23 +46,10 @@ def quiet_libraries() -> None:
 
 
 @contextlib.contextmanager
-def byte_progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows a bar of bytes on a terminal; the callback takes the bytes done and all bytes."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=32),
-        DownloadColumn(binary_units=True),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        task = bars.add_task(what)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
-
-
-@contextlib.contextmanager
-def count_progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows a bar of things done on a terminal; the callback takes the number done and the number of all."""
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=32), MofNCompleteColumn(), TimeElapsedColumn())
+def progress_bar(console: Console, what: str, in_bytes: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """Shows a bar on a terminal; the callback takes how many units are done and how many there are, bytes or things."""
+    count = DownloadColumn(binary_units=True) if in_bytes else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=32), count, TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         task = bars.add_task(what)
         yield lambda done, total: bars.update(task, completed=done, total=total)
@@ -105,16 +93,15 @@ class ConsoleReporter(Reporter):
         task = self.task = self.bars.add_task(_stages()[stage].title, total=None)
         return lambda done, total: self.bars.update(task, completed=done, total=max(total, 1))
 
-    def _end(self) -> None:
+    def finish(self, stage: str, result: dict[str, Any], usage: dict[str, Any]) -> None:
+        """Shows a stage's result, wall time and peak memory."""
         if self.task is not None:
             self.bars.remove_task(self.task)
             self.task = None
-
-    def finish(self, stage: str, result: dict[str, Any], usage: dict[str, Any]) -> None:
-        """Shows a stage's result, wall time and peak memory."""
-        self._end()
+        outcome = f"from the cache, made by {result['taken_from']}" if result.get("taken_from") else None
+        outcome = outcome or _stages()[stage].summary(result)
         line = f"[green]✓[/] {_stages()[stage].title:<20} {duration(usage['wall_s']):>8}  {size(usage['peak_pss_bytes']):>8}"
-        self.console.print(f"{line}  {escape(_outcome(stage, result))}".rstrip(), highlight=False, soft_wrap=True)
+        self.console.print(f"{line}  {escape(outcome)}".rstrip(), highlight=False, soft_wrap=True)
 
     def skip(self, stage: str) -> None:
         """Says that a stage was done before."""
@@ -123,12 +110,6 @@ class ConsoleReporter(Reporter):
     def note(self, text: str) -> None:
         """Shows a remark."""
         self.console.print(f"[yellow]![/] {escape(text)}", highlight=False, soft_wrap=True)
-
-
-def _outcome(stage: str, result: dict[str, Any]) -> str:
-    if result.get("taken_from"):
-        return f"from the cache, made by {result['taken_from']}"
-    return _stages()[stage].summary(result)
 
 
 def keys_tables(sections: Sequence[KeySection]) -> Iterator[Table]:
@@ -158,38 +139,30 @@ def _shape_table(plan: Plan) -> Table:
     for column in ("linears", "out × in", "count", "rank", "parameters", "kept", "share"):
         is_number = column in ("parameters", "kept")  # a number that is cut off is another one
         table.add_column(column, justify="left" if column == "linears" else "right", no_wrap=is_number)
-    kinds: dict[tuple[str, int, int, int | None, bool], int] = {}
     allocated = set(layout.allocated)
-    for spec in layout.specs:
-        kind, rank = spec.name.rsplit(".", 1)[-1], layout.ranks.get(spec.name)
-        key = (kind, spec.out_features, spec.in_features, rank, spec.name in allocated)
-        kinds[key] = kinds.get(key, 0) + 1
+    kinds = Counter(
+        (s.name.rsplit(".", 1)[-1], s.out_features, s.in_features, layout.ranks.get(s.name), s.name in allocated)
+        for s in layout.specs
+    )
     for (kind, out_features, in_features, rank, by_data), count in kinds.items():
-        if by_data:
-            shape, parameters = f"{out_features} × {in_features}", out_features * in_features
-            table.add_row(kind, shape, str(count), "by data", f"{count * parameters:,}", "", "")
-            continue
         dense = out_features * in_features
         kept = factor_parameters(out_features, in_features, rank, layout.storage)
-        table.add_row(
-            kind,
-            f"{out_features} × {in_features}",
-            str(count),
+        known = (
             "dense" if rank is None else str(rank),
             f"{count * dense:,}",
             f"{count * kept:,}",
             f"{kept / dense:.3f}",
         )
+        size_of = ("by data", f"{count * dense:,}", "", "") if by_data else known
+        table.add_row(kind, f"{out_features} × {in_features}", str(count), *size_of)
     table.add_section()
     targeted, kept = layout.parameters_targeted, layout.parameters_factorized
     table.add_row(
         "targeted", "", str(len(layout.compressed)), "", f"{targeted:,}", f"{kept:,}", f"{kept / targeted:.3f}"
     )
-    whole = plan.emulator_parameters / plan.parameters
     if allocated:
-        table.caption = (
-            f"By data: those ranks follow from the calibration's data; together they keep {kept:,} parameters at most."
-        )
+        table.caption = f"By data: calibration decides these ranks; together they keep {kept:,} parameters at most."
+    whole = plan.emulator_parameters / plan.parameters
     table.add_row("whole model", "", "", "", f"{plan.parameters:,}", f"{plan.emulator_parameters:,}", f"{whole:.3f}")
     return table
 
@@ -238,36 +211,42 @@ def evaluation_table(metrics: dict[str, Any]) -> Table:
     table = Table(title=f"Held-out data, {tokens:,} predicted tokens", title_justify="left")
     for column in ("model", "loss (nats/token)", "gain", "token accuracy"):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
-    for variant, label in VARIANTS.items():
-        if variant not in evaluation:  # not asked for, or merged of an adapter that changes no weight
-            continue
-        values = evaluation[variant]
-        gain = evaluation["original"]["loss"] - values["loss"]
-        table.add_row(label, f"{values['loss']:.4f}", f"{gain:+.4f}", f"{values['token_accuracy']:.3f}")
+    for row in evaluation_rows(evaluation):
+        table.add_row(row["label"], f"{row['loss']:.4f}", f"{row['gain'] or 0:+.4f}", f"{row['token_accuracy']:.3f}")
     return table
 
 
-def _stored(emulator: dict[str, Any]) -> str:
-    return f"; in 4 bits, {size(emulator['bytes'])}" if emulator.get("quantization", "none") != "none" else ""
+def evaluation_rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    """The variants that were evaluated, in order, each with its label, its measures and its gain over the original."""
+    original = evaluation.get("original", {}).get("loss")
+    return [
+        {
+            "label": label,
+            "variant": variant,
+            "gain": None if original is None or variant == "original" else original - evaluation[variant]["loss"],
+            **evaluation[variant],
+        }
+        for variant, label in VARIANTS.items()
+        if variant in evaluation
+    ]
 
 
-_USUAL = {"allocation": "uniform", "objective": "activations", "storage": "factors"}
+_DEFAULTS = {"allocation": "uniform", "objective": "activations", "storage": "factors"}
+_RESULTS = {"adapter": "adapter/ (PEFT)", "merged": "merged/ (transformers)"}
+_BEFORE_RESULTS = {
+    "adapter_emulator": "adapter_emulator/ (as trained)",
+    "emulator": "emulator/",
+    "calibration": "calibration/",
+}
 
 
 def _artifacts(metrics: dict[str, Any]) -> list[str]:
     """The artifacts to use: the adapter and the merged model, or the newest one before them."""
-    there = metrics["disk_bytes"]
-    results = [
-        text for name, text in (("adapter", "adapter/ (PEFT)"), ("merged", "merged/ (transformers)")) if name in there
-    ]
-    if results and "evaluate" in metrics["stages"] and "merged" not in there:
+    held = metrics["disk_bytes"]
+    results = [text for name, text in _RESULTS.items() if name in held]
+    if results and "evaluate" in metrics["stages"] and "merged" not in held:
         results.append("no merged/: the adapter changes no weight")
-    before = (
-        ("adapter_emulator", "adapter_emulator/ (as trained)"),
-        ("emulator", "emulator/"),
-        ("calibration", "calibration/"),
-    )
-    return results or [text for name, text in before if name in there][:1]
+    return results or [text for name, text in _BEFORE_RESULTS.items() if name in held][:1]
 
 
 def result_lines(metrics: dict[str, Any], run_dir: str) -> list[str]:
@@ -291,10 +270,11 @@ def result_lines(metrics: dict[str, Any], run_dir: str) -> list[str]:
         share = emulator["parameters"] / emulator["original_parameters"]
         lines.append(
             f"Emulator: {emulator['parameters']:,} of {emulator['original_parameters']:,} parameters ({share:.0%});"
-            f" {emulator['parameters_kept']:.3f} of the targeted linears{_stored(emulator)}"
+            f" {emulator['parameters_kept']:.3f} of the targeted linears"
+            + (f"; in 4 bits, {size(emulator['bytes'])}" if emulator.get("quantization", "none") != "none" else "")
         )
-        ways = [f"{key} {emulator[key]}" for key, usual in _USUAL.items() if emulator.get(key, usual) != usual]
-        lines += [f"Its ranks and factors: {', '.join(ways)}"] if ways else []
+        chosen = [f"{key} {emulator[key]}" for key, value in _DEFAULTS.items() if emulator.get(key, value) != value]
+        lines += [f"Its ranks and factors: {', '.join(chosen)}"] if chosen else []
     stages = metrics["stages"]
     peak = max(stage["peak_pss_bytes"] for stage in stages.values())
     wall = sum(stage["wall_s"] for stage in stages.values())

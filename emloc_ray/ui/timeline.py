@@ -1,11 +1,11 @@
-"""When stages ran: lines of bars over the time in which anything ran, for the pages of a run and of a batch."""
+"""When stages ran, as bars over time, for the pages of a run and of a batch; long pauses are cut out."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -16,8 +16,8 @@ from emloc_ray.runs.log import RUN_EVENTS
 from emloc_ray.text import duration, visible
 
 _MOST_LINES, _MOST_NAMED = 1000, 60
-_NAMED_REM, _LINE_REM, _HEIGHT_REM = 1.25, 0.25, 60.0  # of a line with a name and of one without; of those together
-_LEAST_WIDTH = 0.15  # per cent: a shorter bar would not be seen
+_NAMED_REM, _LINE_REM, _HEIGHT_REM = 1.25, 0.25, 60.0  # heights of a line with a name, of one without, of all of these
+_LEAST_WIDTH = 0.15  # per cent: a narrower bar cannot be seen
 _PAUSE_S, _PAUSE_SHARE = 60.0, 0.05  # longer pauses are cut out of the time that is shown
 _STEPS = {"s": (1, 2, 5, 10, 20, 30), "min": (1, 2, 5, 10, 20, 30), "h": (1, 2, 3, 6, 12), "d": (1, 2, 5, 10, 30, 100)}
 _SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
@@ -25,7 +25,7 @@ _SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 
 @dataclass(frozen=True)
 class StageRun:
-    """A finished stage, in seconds since 1970; ``taken`` from the cache, where another run had made it."""
+    """A finished stage, in seconds since 1970; ``taken``: from the cache, where another run had made it."""
 
     name: str
     begun_at: float
@@ -53,7 +53,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Clock:
-    """The time from ``begun_at`` on without the ``pauses`` in it: ``seconds`` in all."""
+    """The time from ``begun_at`` on without its ``pauses``: ``seconds`` in all."""
 
     begun_at: float
     seconds: float
@@ -78,38 +78,33 @@ def stage_runs(manifest: Mapping[str, Any]) -> tuple[StageRun, ...]:
     )
 
 
-@dataclass
-class _Stage:
-    """What a log says of a stage since its last end."""
-
-    tries: list[tuple[float, float]] = field(default_factory=list)  # unfinished ones
-    is_over: bool = False
-
-
 def run_lines(manifest: Mapping[str, Any], events: Iterable[Mapping[str, Any]]) -> list[Line]:
-    """The line of a run's stages, finished and unfinished; no line before the first begins."""
+    """The line of a run's stages, finished and unfinished; none before the first stage begins."""
     done = {run.name: run for run in stage_runs(manifest)}
-    told = _read_log(events, done)
-    stages = [
+    bars = [
         Bar(r.name, r.begun_at, r.finished_at, f"{r.name}: {duration(r.finished_at - r.begun_at)}")
         for r in done.values()
     ]
-    stages += [
+    bars += [
         Bar(f"{name} unfinished", begin, end, f"{name}, not finished: {duration(end - begin)}")
-        for name, found in told.items()
-        for begin, end in found.tries
+        for name, tries in _unfinished_tries(events, done).items()
+        for begin, end in tries
     ]
-    return [Line("stages", sorted(stages, key=lambda bar: bar.begun_at))] if stages else []
+    return [Line("stages", sorted(bars, key=lambda bar: bar.begun_at))] if bars else []
 
 
-def _read_log(events: Iterable[Mapping[str, Any]], done: Mapping[str, StageRun]) -> dict[str, _Stage]:
-    told: dict[str, _Stage] = {}
+def _unfinished_tries(
+    events: Iterable[Mapping[str, Any]], done: Mapping[str, StageRun]
+) -> dict[str, list[tuple[float, float]]]:
+    """When stages ran without an end: of a stage that was redone, those tries alone that came after its last end."""
+    tries: dict[str, list[tuple[float, float]]] = {}
+    over: set[str] = set()
     current: tuple[str, float] | None = None
     last = 0.0
 
     def leave(end: float) -> None:
         if current is not None:
-            told[current[0]].tries.append((current[1], end))
+            tries[current[0]].append((current[1], end))
 
     for event in events:
         with contextlib.suppress(TypeError, ValueError, KeyError):  # a line that somebody edited
@@ -119,22 +114,23 @@ def _read_log(events: Iterable[Mapping[str, Any]], done: Mapping[str, StageRun])
                 leave(last if kind == RUN_EVENTS[0] else moment)  # a killed run ends with its last event
                 current = None
             if kind == "started":
-                if told.setdefault(name, _Stage()).is_over:
-                    told[name] = _Stage()
+                if name in over or name not in tries:
+                    tries[name] = []
+                over.discard(name)
                 current = (name, moment)
             elif kind == "finished":
                 current = None
-                told.setdefault(name, _Stage()).is_over = True
+                over.add(name)
             last = moment
     leave(last)
-    for name, found in told.items():  # in the manifest, and killed before the log had it
-        if name in done and not found.is_over and found.tries and done[name].finished_at >= found.tries[-1][0]:
-            found.tries.pop()
-    return told
+    for name in done.keys() & tries.keys() - over:  # recorded, and killed before the log had its end
+        if tries[name] and done[name].finished_at >= tries[name][-1][0]:
+            tries[name].pop()
+    return tries
 
 
 def running_time(spans: Iterable[tuple[float, float]]) -> Clock | None:
-    """The time in which anything ran, with short pauses but not long ones: a run may go on days later. None without spans."""
+    """The time in which anything ran, without long pauses: a run may go on days later. None without spans."""
     merged: list[list[float]] = []
     for begin, end in sorted(spans):
         if merged and begin <= merged[-1][1]:
@@ -159,9 +155,9 @@ def time_ticks(seconds: float) -> list[tuple[float, str]]:
 
 
 def draw(lines: Sequence[Line], what: str, clock: Clock | None = None) -> dict[str, Any] | None:
-    """The lines as SVG that stretches; its ticks in per cent; names where these find room. None without bars.
+    """The lines as SVG that stretches, with ticks in per cent, and names where there is room. None without bars.
 
-    ``what`` says what a number of lines are: ``the stages of 3 tasks``. ``clock`` is that of all bars by default.
+    ``what`` is said to screen readers: ``the stages of 3 tasks``. ``clock`` is that of all bars by default.
     """
     every = [bar for line in lines for bar in line.bars]
     clock = clock or running_time((bar.begun_at, bar.finished_at) for bar in every)

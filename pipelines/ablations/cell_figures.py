@@ -60,8 +60,8 @@ class Cells:
         if (asked.source, asked.revision) not in self._weights:
             source = resolve_source(asked.source, asked.revision)
             commit = [source.hub_id, source.directory.name]
-            found = content_of_source(source, source.directory) if source.hub_id is None else commit
-            self._weights[asked.source, asked.revision] = found
+            digest = content_of_source(source, source.directory) if source.hub_id is None else commit
+            self._weights[asked.source, asked.revision] = digest
         return self._weights[asked.source, asked.revision]
 
     def _rows(self, cell: Cell) -> dict[str, str | None]:
@@ -74,25 +74,25 @@ class Cells:
 
     def measured_path(self, cell: Cell) -> Path:
         """What was measured on its adapter afterwards."""
-        corrections = {key: way.model_dump() for key, way in self.ablation.config.corrections.items()}
+        corrections = {key: correction.model_dump() for key, correction in self.ablation.config.corrections.items()}
         return self._file(fingerprint([self.digest(cell), corrections if cell.prune is None else None]))
 
     def read(self, cell: Cell) -> dict[str, Any] | None:
         """A cell's figures, None where it is not done, or its adapter, yet to be measured, is there no more."""
-        found = read_json(self.path(cell))
-        if found is None or not self._asks_more(cell) or self.measured(cell) is not None:
-            return found
-        if "run_dir" not in found:
+        figures = read_json(self.path(cell))
+        if figures is None or not self._asks_more(cell) or self.measured(cell) is not None:
+            return figures
+        if "run_dir" not in figures:
             return None
         # Another ablation, or other overrides, may have trained something else in that directory since.
-        scored = RunDirectory(found["run_dir"]).metrics().get("evaluation", {})
-        return found if {variant: values["loss"] for variant, values in scored.items()} == found["losses"] else None
+        scored = RunDirectory(figures["run_dir"]).metrics().get("evaluation", {})
+        return figures if {variant: values["loss"] for variant, values in scored.items()} == figures["losses"] else None
 
     def measured(self, cell: Cell) -> dict[str, float] | None:
         """Losses of the original with adapters made after the run, None where they are yet to be measured, or are of an adapter
         with other losses than the run's."""
-        run, found = read_json(self.path(cell)), read_json(self.measured_path(cell))
-        return None if run is None or found is None or found["of"] != run["losses"] else dict(found["losses"])
+        run, measured = read_json(self.path(cell)), read_json(self.measured_path(cell))
+        return None if run is None or measured is None or measured["of"] != run["losses"] else dict(measured["losses"])
 
     def write(self, cell: Cell, figures: dict[str, Any]) -> None:
         """A cell is done."""
@@ -106,10 +106,10 @@ class Cells:
 
     def known(self) -> dict[str, dict[str, Any]]:
         """All that is known, by the names of the files, without the places of the runs."""
-        found = {path.stem: read_json(path) for path in self._paths()}
+        contents = {path.stem: read_json(path) for path in self._paths()}
         return {
             name: {key: value for key, value in content.items() if key != "run_dir"}
-            for name, content in found.items()
+            for name, content in contents.items()
             if content is not None
         }
 
@@ -126,9 +126,9 @@ class Cells:
 
     def run_of(self, cell: Cell) -> RunConfig:
         """The config of the run that a cell's figures are of, which may be another ablation's."""
-        found = self.read(cell)
-        assert found is not None
-        return cell.config.model_copy(update={"run_dir": found["run_dir"]})
+        figures = self.read(cell)
+        assert figures is not None
+        return cell.config.model_copy(update={"run_dir": figures["run_dir"]})
 
     def is_to_be_measured(self, cell: Cell) -> bool:
         """Whether more than its run is asked of a cell, which is done, and was not measured yet."""
@@ -144,10 +144,10 @@ class Cells:
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None where there is no such file, or no JSON in it."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        content: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    return found
+    return content
 
 
 def figures(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -126,17 +126,17 @@ def read_ablation(path: Path, overrides: Sequence[str] = ()) -> Ablation:
             for varied in config.grid
             if overlap(key, varied)
         ]
-    lines += [f"{key}: {told}." for key, told in _OF_EVERY_CELL.items() if key in of_runs]
+    lines += [f"{key}: {reason}." for key, reason in _OF_EVERY_CELL.items() if key in of_runs]
     if config is None or lines:
         raise ConfigError("\n".join(f"{where}: {line}" for line in lines))
     root = Path(config.run_dir).expanduser().absolute()
-    found = list(_cells(config, of_runs))
-    batch = compose_batch(_batch_values(config, root, [values for *_, values in found]), path, of_ray)
+    points = list(_cells(config, of_runs))
+    batch = compose_batch(_batch_values(config, root, [values for *_, values in points]), path, of_ray)
     cells = [
         Cell(
             dataset, method.name, point.pop("seed"), point.pop("calibration"), point, task, method.prune, method.heal_on
         )
-        for (dataset, method, point, _), task in zip(found, batch.tasks, strict=True)
+        for (dataset, method, point, _), task in zip(points, batch.tasks, strict=True)
     ]
     lines = [f"{where}: {line}" for line in _wrong_cells(config, cells)]
     if lines:

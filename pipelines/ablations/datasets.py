@@ -29,12 +29,11 @@ from emloc_ray.demos.python_sources import (
     SourceRow,
     code_of,
     collect,
-    draw,
     installed_roots,
-    split_of,
     without_collector,
     words,
 )
+from emloc_ray.demos.splits import draw, split_at
 from emloc_ray.errors import DataError
 from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.io.store.atomic import atomic_directory, write_json
@@ -76,7 +75,7 @@ def make_dataset(
         return known
     folders = installed_roots() if roots is None else list(roots)
     splits = {
-        split: [_as_row(row, name) for row in found] for split, found in _splits(name, folders, seed, rows).items()
+        split: [_as_row(row, name) for row in members] for split, members in _splits(name, folders, seed, rows).items()
     }
     files: dict[str, list[dict[str, str]]] = {split: splits[split] for split in SPLITS[:-1]}
     for key, calibration in calibrations.items():
@@ -84,7 +83,7 @@ def make_dataset(
     for key in healing_rows:
         texts = _foreign(key, "train", rows.train, folders, seed, rows)
         files[f"healing-{key}"] = [_as_row(_cut(text), name) for text in texts]
-    written = {key: "".join(json.dumps(row) + "\n" for row in found) for key, found in files.items()}
+    written = {key: "".join(json.dumps(row) + "\n" for row in members) for key, members in files.items()}
     content = {key: hashlib.sha256(text.encode()).hexdigest() for key, text in written.items()}
     with atomic_directory(out_dir) as temporary:
         for key, text in written.items():
@@ -109,9 +108,9 @@ def made(folder: Path, asked: str | None = None) -> dict[str, str] | None:
     file = folder / _MADE
     if not file.is_file():
         return None
-    found = json.loads(file.read_text())
-    content: dict[str, str] = found["content"]
-    return content if asked in (None, found["asked"]) else None
+    record = json.loads(file.read_text())
+    content: dict[str, str] = record["content"]
+    return content if asked in (None, record["asked"]) else None
 
 
 def data_dir(folder: Path, name: str, seed: int, config: AblationConfig) -> Path:
@@ -146,23 +145,23 @@ def _splits(name: str, folders: Sequence[Path], seed: int, rows: RowsConfig) -> 
     """As many rows a split as are asked for, each split of files of its own."""
     wanted: dict[str, int] = {split: getattr(rows, split) for split in SPLITS}
     shares = {split: count / sum(wanted.values()) for split, count in wanted.items()}
-    found: dict[str, list[SourceRow]] = {split: [] for split in SPLITS}
+    splits: dict[str, list[SourceRow]] = {split: [] for split in SPLITS}
     with without_collector():
         for row in collect(folders, seed, _ROW_OF[name], _PER_PACKAGE, _PER_MODULE):
-            split = found[split_of(row.module, seed, shares)]
+            split = splits[split_at(draw(seed, "split", row.module), shares)]
             split.append(row)
-            if all(len(found[name]) >= count for name, count in wanted.items()):
+            if all(len(splits[name]) >= count for name, count in wanted.items()):
                 break
-    short = [split for split, count in wanted.items() if len(found[split]) < count]
+    short = [split for split, count in wanted.items() if len(splits[split]) < count]
     if short:
         where = ", ".join(map(str, folders))
         raise DataError(
-            f"The data set {name} has {len(found[short[0]])} rows for {short[0]} in {where} and needs {wanted[short[0]]}:"
+            f"The data set {name} has {len(splits[short[0]])} rows for {short[0]} in {where} and needs {wanted[short[0]]}:"
             f" install more Python packages there, or lower rows.{short[0]}."
         )
     # In an order of their own: rows of one file stand apart.
     by_draw = {
-        split: sorted(members, key=lambda row: draw(seed, "row", row.completion)) for split, members in found.items()
+        split: sorted(members, key=lambda row: draw(seed, "row", row.completion)) for split, members in splits.items()
     }
     return {split: members[: wanted[split]] for split, members in by_draw.items()}
 
@@ -171,16 +170,16 @@ def _calibration(
     name: str, own: list[dict[str, str]], asked: CalibrationRows, folders: Sequence[Path], seed: int, rows: RowsConfig
 ) -> list[dict[str, str]]:
     """The task's own calibration rows, some of them replaced, their words shuffled where that is asked for."""
-    found = list(own)
+    mixed = list(own)
     if asked.foreign is not None:
         count = round(asked.share * len(own))
         texts = _foreign(asked.foreign, "calibration", count, folders, seed, rows)
         places = sorted(range(len(own)), key=lambda number: draw(seed, "foreign", str(number)))
         for place, text in zip(places, texts, strict=False):
-            found[place] = _as_row(_cut(text), name)
+            mixed[place] = _as_row(_cut(text), name)
     if asked.shuffle:
-        found = [{key: _shuffled(text, seed) for key, text in row.items()} for row in found]
-    return found
+        mixed = [{key: _shuffled(text, seed) for key, text in row.items()} for row in mixed]
+    return mixed
 
 
 def _foreign(name: str, split: str, count: int, folders: Sequence[Path], seed: int, rows: RowsConfig) -> list[str]:
@@ -196,21 +195,21 @@ def _foreign(name: str, split: str, count: int, folders: Sequence[Path], seed: i
 
 def prose(seed: int) -> list[str]:
     """Paragraphs of the installed packages' descriptions and licences, each once, in a seeded order."""
-    found = _paragraphs()
-    return [found[key] for key in sorted(found, key=lambda key: draw(seed, "prose", key))]
+    paragraphs = _paragraphs()
+    return [paragraphs[key] for key in sorted(paragraphs, key=lambda key: draw(seed, "prose", key))]
 
 
 @functools.cache
 def _paragraphs() -> dict[str, str]:
     """By their words."""
-    found: dict[str, str] = {}
+    paragraphs: dict[str, str] = {}
     for text in _documents():
         for paragraph in re.split(r"\n\s*\n", text):
             plain = " ".join(paragraph.split())
             letters = sum(letter.isalpha() or letter == " " for letter in plain)
             if _PROSE_CHARS[0] <= len(plain) <= _PROSE_CHARS[1] and letters > 0.9 * len(plain):
-                found.setdefault(words(plain), plain)
-    return found
+                paragraphs.setdefault(words(plain), plain)
+    return paragraphs
 
 
 def _documents() -> Iterator[str]:

@@ -112,8 +112,8 @@ class Kept:
     def read(cls, path: Path) -> Kept:
         """Raises ArtifactError where the file is missing or another."""
         try:
-            found = json.loads(path.read_text())
-            return cls(found["model"], Shape(**found["shape"]), [KeptLayer(**layer) for layer in found["layers"]])
+            record = json.loads(path.read_text())
+            return cls(record["model"], Shape(**record["shape"]), [KeptLayer(**layer) for layer in record["layers"]])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArtifactError(
                 f"{path} is no {KEPT_NAME} of a pruned model: give the one beside its weights."
@@ -165,11 +165,11 @@ def prune(model_dir: Path, out_dir: Path, kind: Kind, ratio: float, seed: int, g
     kept = Kept(str(model_dir), shape, layers)
     _shrink(model, kept)
     total = shape.num_layers * shape.block_parameters
-    told = {"kind": kind, "ratio": ratio, "seed": seed, "parameters": total, "kept_parameters": kept.num_parameters}
+    facts = {"kind": kind, "ratio": ratio, "seed": seed, "parameters": total, "kept_parameters": kept.num_parameters}
     with atomic_directory(out_dir) as temporary:
         model.save_pretrained(temporary)
         copy_tokenizer(model_dir, temporary)
-        write_json(temporary / KEPT_NAME, told | asdict(kept))
+        write_json(temporary / KEPT_NAME, facts | asdict(kept))
 
 
 def recover_adapter(adapter_dir: Path, kept_path: Path, out_dir: Path) -> None:
@@ -221,15 +221,15 @@ def kept_counts(shape: Shape, ratio: float) -> tuple[int, int]:
     """
     share = _exact(ratio)
     budget = math.floor(share * shape.block_parameters)
-    found = {
+    shapes = {
         groups: (budget - groups * shape.group_parameters) // shape.channel_parameters
         for groups in range(1, shape.num_groups + 1)
         if shape.hidden_size % (groups * shape.heads_per_group) == 0 or groups == shape.num_groups
     }
-    found = {groups: channels for groups, channels in found.items() if 1 <= channels <= shape.num_channels}
-    if not found:
+    shapes = {groups: channels for groups, channels in shapes.items() if 1 <= channels <= shape.num_channels}
+    if not shapes:
         raise ConfigError(f"The ratio {ratio} leaves no block an attention group and an MLP channel: keep more.")
-    return min(found.items(), key=lambda item: (abs(item[0] - share * shape.num_groups), -item[0]))
+    return min(shapes.items(), key=lambda item: (abs(item[0] - share * shape.num_groups), -item[0]))
 
 
 def _even_layers(shape: Shape, ratio: float) -> list[KeptLayer]:
@@ -316,10 +316,10 @@ def _cut(linear: nn.Linear, rows: list[int] | None, columns: list[int] | None) -
 
 def _recovered(module: LoraModule, kept: Kept, adapter_dir: Path) -> LoraModule:
     """Under the original's name and in its shape, of scale 1."""
-    found = _LINEAR.fullmatch(module.name)
-    if found is None:
+    match = _LINEAR.fullmatch(module.name)
+    if match is None:
         raise ConfigError(f"{adapter_dir} adapts {module.name}, which is no linear of a block: adapt those alone.")
-    number, linear = int(found[1]), found[2]
+    number, linear = int(match[1]), match[2]
     if number >= len(kept.layers):
         raise ArtifactError(
             f"{adapter_dir} adapts {module.name}, but {len(kept.layers)} layers are kept: they do not fit."

@@ -44,16 +44,16 @@ def collect(ablation: Ablation, cells: Cells, failed: Mapping[str, str]) -> list
 
 
 def _records(ablation: Ablation, cells: Cells, cell: Cell, failed: Mapping[str, str]) -> Iterator[Record]:
-    found, measured = cells.read(cell), cells.measured(cell)
+    figures, measured = cells.read(cell), cells.measured(cell)
     reason = failed.get(cell.name, "not run yet, or broken off: the same command does it")
-    losses = dict(found["losses"]) if found else {}
-    if cell.prune is not None and found is not None:
+    losses = dict(figures["losses"]) if figures else {}
+    if cell.prune is not None and figures is not None:
         # Its run's original was the pruned model.
         own = {"emulator": losses["original"], "emulator_adapter": losses["corrected"]}
         losses = (
             own if measured is None else {**own, "original": measured["original"], "corrected": measured["recovered"]}
         )
-    whole = {key: value for key, value in (found or {}).items() if key not in ("run_dir", "losses")}
+    whole = {key: value for key, value in (figures or {}).items() if key not in ("run_dir", "losses")}
     yield {
         **_about(cell, cell.config.correction.method if cell.compresses else None),
         **_standing(losses, reason),
@@ -64,8 +64,8 @@ def _records(ablation: Ablation, cells: Cells, cell: Cell, failed: Mapping[str, 
         if measured is not None:
             others["corrected"] = measured[name]
         why = reason if measured is None else "the model so corrected has a loss that is no number"
-        way = ablation.config.corrections[name]
-        chosen = {"chosen_correction": way.model_dump()} if found else {}
+        correction = ablation.config.corrections[name]
+        chosen = {"chosen_correction": correction.model_dump()} if figures else {}
         yield {**_about(cell, name), **_standing(others, why), **whole, **chosen}
 
 

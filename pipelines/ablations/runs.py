@@ -32,7 +32,8 @@ from emloc_ray.runs import run as pipeline
 from emloc_ray.runs.batch.driver import Show, Tell, prepare_batch, run_batch
 from emloc_ray.runs.batch.state import BatchState
 from emloc_ray.runs.batch.tasks import Batch, Task
-from emloc_ray.ui.batch_page import BatchPages
+from emloc_ray.ui.batch_page import write_batch_report
+from emloc_ray.ui.page import PageReporter
 
 _POLL_S = 1.0
 
@@ -51,8 +52,8 @@ class Pruned:
     @property
     def parameters_kept(self) -> float:
         """The share of the blocks' linears that it has."""
-        found = json.loads(self.kept.read_text())
-        return float(found["kept_parameters"] / found["parameters"])
+        counts = json.loads(self.kept.read_text())
+        return float(counts["kept_parameters"] / counts["parameters"])
 
 
 def check(ablation: Ablation, progress: Callable[[int, int], None]) -> float:
@@ -118,8 +119,8 @@ def _vocabulary(model: ModelConfig) -> dict[str, int]:
     source = resolve_source(model.source, model.revision, model.trust_remote_code)
     options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=model.trust_remote_code, **options)
-    found: dict[str, int] = tokenizer.get_vocab()
-    return found
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    return vocabulary
 
 
 def make_data(ablation: Ablation, tell: Tell) -> Cells:
@@ -147,16 +148,16 @@ def make_data(ablation: Ablation, tell: Tell) -> Cells:
 
 
 def _wait_for(place: RunDirectory, tell: Tell) -> None:
-    told = False
+    is_announced = False
     while True:
         try:
             return place.lock()
         except ConfigError as error:
             if place.holder() is None:
                 raise
-            if not told:
+            if not is_announced:
                 tell(f"Another ablation makes its data sets: {error} This one waits.")
-        told = True
+        is_announced = True
         time.sleep(_POLL_S)
 
 
@@ -165,9 +166,9 @@ def known_data(ablation: Ablation) -> Cells:
     contents: dict[tuple[str, int], dict[str, str]] = {}
     for dataset in ablation.config.datasets:
         for seed in ablation.config.seeds:
-            found = made(ablation.data_dir(dataset, seed))
-            if found is not None:
-                contents[dataset, seed] = found
+            content = made(ablation.data_dir(dataset, seed))
+            if content is not None:
+                contents[dataset, seed] = content
     return Cells(ablation, contents)
 
 
@@ -208,14 +209,15 @@ def _run_batch(
             if task.status == "done" and task.name in runnable:
                 cell = runnable.pop(task.name)
                 place = RunDirectory(ablation.batch.task_dir(task.name))
-                found = figures(place.metrics())
+                measured = figures(place.metrics())
                 if cell.name in pruned:
-                    found["parameters_kept"] = pruned[cell.name].parameters_kept
-                cells.write(cell, found)
+                    measured["parameters_kept"] = pruned[cell.name].parameters_kept
+                cells.write(cell, measured)
                 discard(place.path("merged"))  # of the size of the original each, and evaluated by now
 
-    prepared = prepare_batch(Batch(ablation.batch, tasks, ablation.ray), pages=BatchPages())
+    prepared = prepare_batch(Batch(ablation.batch, tasks, ablation.ray), reporter=PageReporter())
     state = run_batch(prepared, look, tell)
+    write_batch_report(prepared.run, state)
     look(state)
     return {task.name: task.reason or task.status for task in state.tasks if task.status != "done"}
 
@@ -243,16 +245,16 @@ def _pruned_models(
     cache = ArtifactCache(ablation.batch.cache.path, ablation.batch.cache.max_size)
     for cell in asked:
         try:
-            found = Pruned(ablation.root / "pruned" / f"{cell.prune}-{cells.pruned_digest(cell)[:16]}")
-            if not found.kept.is_file():
+            pruned = Pruned(ablation.root / "pruned" / f"{cell.prune}-{cells.pruned_digest(cell)[:16]}")
+            if not pruned.kept.is_file():
                 ratio, by_grams = cell.config.emulator.compression_ratio, cell.prune == "structured"
                 tell(f"Pruned model for {cell.name}")
                 prepared = _prepared_original(ablation, cell)
                 pipeline.run(prepared.config, until="calibrate", prepared=prepared, cache=cache)
                 grams = prepared.run.path("calibration") if by_grams else None
                 assert cell.prune is not None
-                prune(original_dir(prepared), found.model_dir, cell.prune, ratio, cell.seed, grams)
-            yield cell.name, found
+                prune(original_dir(prepared), pruned.model_dir, cell.prune, ratio, cell.seed, grams)
+            yield cell.name, pruned
         except EmlocError as error:
             failed[cell.name] = " ".join(str(error).split("\n"))
 
@@ -341,20 +343,19 @@ def _corrected(ablation: Ablation, cell: Cell, run: RunConfig, pruned: Pruned | 
     prepared = prepare(run)
     model_dir = original_dir(prepared)
     context = Context(prepared, model_dir)
-    ways = ablation.config.corrections
-    asked = {name: Candidate(way.method, way.clamp, way.strength) for name, way in ways.items()}
-    told_apart = tuple(dict.fromkeys((Candidate("none"), *asked.values())))
-    if len(told_apart) == 1:
-        told_apart = (*told_apart, Candidate("projection"))  # one alone is not scored
+    asked = {name: Candidate(c.method, c.clamp, c.strength) for name, c in ablation.config.corrections.items()}
+    distinct = tuple(dict.fromkeys((Candidate("none"), *asked.values())))
+    if len(distinct) == 1:
+        distinct = (*distinct, Candidate("projection"))  # one alone is not scored
     with tempfile.TemporaryDirectory(dir=run.run_dir) as folder:
         job = replace(
             correction_job(context),
-            candidates=told_apart,
+            candidates=distinct,
             num_further=0,
             max_tokens=None,
             selection_dir=context.tokens("eval"),
             out_dir=Path(folder) / "adapter",
         )
-        found = correct(job, resources_of(CORRECT, prepared), tell=tell)
-    losses = dict(zip(told_apart, (candidate["loss"] for candidate in found["candidates"]), strict=True))
+        result = correct(job, resources_of(CORRECT, prepared), tell=tell)
+    losses = dict(zip(distinct, (candidate["loss"] for candidate in result["candidates"]), strict=True))
     return {name: losses[candidate] for name, candidate in asked.items()}

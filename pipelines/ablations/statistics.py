@@ -17,10 +17,10 @@ def spread(values: Sequence[float | None]) -> dict[str, Any]:
     """Of those values that are there: ``mean``, ``sd`` (sample standard deviation), ``sem`` (standard error of the mean), the
     number ``n``; and how many are ``missing``."""
     there = [value for value in values if value is not None]
-    found = {"n": len(there), "missing": len(values) - len(there)}
+    counts = {"n": len(there), "missing": len(values) - len(there)}
     several = len(there) > 1
     return {
-        **found,
+        **counts,
         "mean": float(np.mean(there)) if there else None,
         "sd": float(np.std(there, ddof=1)) if several else None,
         "sem": float(stats.sem(there)) if several else None,
@@ -115,9 +115,9 @@ def _reference(
         return None
     own = labels[group]
     exact = {**own, **compare_with}
-    for candidate, found in labels.items():
-        if all(found.get(key) == compare_with[key] for key in compare_with if key in found) and all(
-            found[key] == exact[key] or found[key] is None or own[key] is None for key in alike & found.keys()
+    for candidate, label in labels.items():
+        if all(label.get(key) == compare_with[key] for key in compare_with if key in label) and all(
+            label[key] == exact[key] or label[key] is None or own[key] is None for key in alike & label.keys()
         ):
             return candidate
     return None

@@ -77,14 +77,14 @@ def _against(result: Mapping[str, Any]) -> str:
     )
 
 
-def _percent(found: Mapping[str, Any], error: str | None) -> str:
+def _percent(summary: Mapping[str, Any], error: str | None) -> str:
     if error is None:
-        return _NONE if found["mean"] is None else f"{100 * found['mean']:.1f}"
-    text = _NONE if found["mean"] is None else f"{100 * found['mean']:.1f}"
-    if found[error] is not None:
-        text += f" ± {100 * found[error]:.1f}"
-    whole = found["n"] + found["missing"]
-    return text if not found["missing"] else f"{text} ({found['n']} of {whole})"
+        return _NONE if summary["mean"] is None else f"{100 * summary['mean']:.1f}"
+    text = _NONE if summary["mean"] is None else f"{100 * summary['mean']:.1f}"
+    if summary[error] is not None:
+        text += f" ± {100 * summary[error]:.1f}"
+    whole = summary["n"] + summary["missing"]
+    return text if not summary["missing"] else f"{text} ({summary['n']} of {whole})"
 
 
 def _seconds(mean: float | None, sd: float | None) -> str:
@@ -93,13 +93,13 @@ def _seconds(mean: float | None, sd: float | None) -> str:
     return f"{mean:.0f}" if sd is None else f"{mean:.0f} ± {sd:.0f}"
 
 
-def _difference(found: Mapping[str, Any] | None) -> str:
-    if found is None or found["mean"] is None:
+def _difference(summary: Mapping[str, Any] | None) -> str:
+    if summary is None or summary["mean"] is None:
         return _NONE
-    text = f"{100 * found['mean']:+.1f}"
-    if found["sem"] is not None:
-        text += f" ± {100 * found['sem']:.1f}"
-    return text if found["p"] is None else f"{text} (p = {found['p']:.2g})"
+    text = f"{100 * summary['mean']:+.1f}"
+    if summary["sem"] is not None:
+        text += f" ± {100 * summary['sem']:.1f}"
+    return text if summary["p"] is None else f"{text} (p = {summary['p']:.2g})"
 
 
 def _bare_emulators(result: Mapping[str, Any]) -> str:
@@ -151,11 +151,11 @@ def _figures(result: Mapping[str, Any]) -> str:
     """Lines of the benchmark: ours beside the baseline that a line's unit names, how many times better, and by how much
     the result's error is larger."""
     lines = []
-    for what, found in (line for part in result["parts"].values() for line in part.items()):
-        unit, _, baseline = found["unit"].removesuffix(")").partition(" (baseline: ")
-        error = _NONE if found["error"] is None else f"{found['error']:+.1e}"
-        ours, theirs = (f"{_short_number(found[side])} {unit}" for side in ("ours", "baseline"))
-        lines.append([what, ours, f"{theirs}: {baseline}", f"{found['ratio']:.2f} ×", error])
+    for what, figure in (line for part in result["parts"].values() for line in part.items()):
+        unit, _, baseline = figure["unit"].removesuffix(")").partition(" (baseline: ")
+        error = _NONE if figure["error"] is None else f"{figure['error']:+.1e}"
+        ours, theirs = (f"{_short_number(figure[side])} {unit}" for side in ("ours", "baseline"))
+        lines.append([what, ours, f"{theirs}: {baseline}", f"{figure['ratio']:.2f} ×", error])
     with_errors = any(line[-1] != _NONE for line in lines)
     header = ["", "here", "beside it", "better", "added error"]
     return markdown(header if with_errors else header[:-1], [line if with_errors else line[:-1] for line in lines])

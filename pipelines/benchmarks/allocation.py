@@ -32,7 +32,7 @@ def allocation(out: Path) -> Figures:
     The losses themselves are in ``better_ranks.json``, as ``pipelines/results`` holds them for the README's table.
     """
     torch.set_num_threads(2)
-    cache, found = ArtifactCache(str(out / "cache")), {}
+    cache, figures = ArtifactCache(str(out / "cache")), {}
     with connection():
         plain = {ratio: _emulator(out, cache, ratio, *PLAIN) for ratio in RATIOS}
         original = _loss(plain[RATIOS[0]], "model")
@@ -47,7 +47,7 @@ def allocation(out: Path) -> Figures:
                 of[ratio] = loss
                 print(f"ratio {ratio}, {allocation} ranks, {objective}, {storage}: {loss:.3f}", flush=True)
                 what = f"loss above the original's at ratio {ratio}, {allocation} ranks, {storage} for {objective}"
-                found[what] = figure(loss - original, baseline[ratio] - original, "nats/token")
+                figures[what] = figure(loss - original, baseline[ratio] - original, "nats/token")
     rows = [
         {
             "ranks": ranks,
@@ -57,7 +57,7 @@ def allocation(out: Path) -> Figures:
         for (ranks, keep, storage), by_ratio in losses.items()
     ]
     write_result(out / "better_ranks.json", "bare_emulators", "allocation", original=round(original, 3), rows=rows)
-    return found
+    return figures
 
 
 def _emulator(out: Path, cache: ArtifactCache, ratio: float, allocation: str, objective: str, storage: str) -> Path:

@@ -30,7 +30,7 @@ def data(out: Path) -> Figures:
     Memory is anonymous: most of it is the libraries, imported in each process.
     """
     _save_tiny_model(out / "data-model")
-    found: Figures = {}
+    figures: Figures = {}
     for kind, write in (("JSONL", _write_jsonl), ("Parquet", _write_parquet)):
         measured = {}
         for power in _POWERS:
@@ -40,14 +40,14 @@ def data(out: Path) -> Figures:
             rows.unlink()
         for power, name in itertools.product(_POWERS[1:], ("driver", "worker", "object store")):
             sizes = [max(measured[number][name] / 2**20, 0.01) for number in (power, 3)]
-            found[f"data path, {kind}, 10^{power} rows, peak of the {name}"] = figure(
+            figures[f"data path, {kind}, 10^{power} rows, peak of the {name}"] = figure(
                 sizes[0], sizes[1], "MiB (baseline: 10^3)"
             )
         for power, name in itertools.product(_POWERS[1:], ("rows/s", "batch rows/s")):
             rates = [measured[number][name] for number in (power, 3)]
             line = {**figure(rates[0], rates[1], "rows/s (baseline: 10^3)"), "ratio": rates[0] / rates[1]}
-            found[f"data path, {kind}, 10^{power} rows, {_SPEEDS[name]}"] = line
-    return found
+            figures[f"data path, {kind}, 10^{power} rows, {_SPEEDS[name]}"] = line
+    return figures
 
 
 def _probe(model: Path, rows: Path) -> dict[str, float]:
@@ -56,8 +56,8 @@ def _probe(model: Path, rows: Path) -> dict[str, float]:
     with tempfile.TemporaryDirectory(dir=rows.parent) as folder:
         command = [sys.executable, str(script), str(model), str(rows), folder]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found: dict[str, float] = json.loads(output.splitlines()[-1])
-    return found
+    measured: dict[str, float] = json.loads(output.splitlines()[-1])
+    return measured
 
 
 def _save_tiny_model(directory: Path) -> None:

@@ -44,7 +44,7 @@ class Peaks(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.over = threading.Event()
-        self.found = {"driver": 0, "worker": 0, "object store": 0}
+        self.peaks = {"driver": 0, "worker": 0, "object store": 0}
 
     def run(self) -> None:
         """Looks at them every twentieth of a second."""
@@ -59,7 +59,7 @@ class Peaks(threading.Thread):
                         self._see("worker", kilobytes(Path(f"/proc/{process.pid}/status"), "RssAnon"))
 
     def _see(self, kind: str, size: int) -> None:
-        self.found[kind] = max(self.found[kind], size)
+        self.peaks[kind] = max(self.peaks[kind], size)
 
 
 def measure(model_dir: Path, rows: Path, out: Path) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def measure(model_dir: Path, rows: Path, out: Path) -> dict[str, Any]:
     total = sum(count["rows"] for split, count in counts.items() if split != "calibration")
     tokens = counts["train"]["tokens"]
     rates = {"rows/s": total / (made - begin), "batch rows/s": streamed / (end - made)}
-    return {"rows": total, "tokens": tokens, **rates, **peaks.found}
+    return {"rows": total, "tokens": tokens, **rates, **peaks.peaks}
 
 
 def main() -> None:

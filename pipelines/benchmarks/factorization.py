@@ -35,7 +35,7 @@ def _factorize_all(run: Path, ratio: float) -> dict[str, Any]:
     for weight in weights:  # the libraries' own first calls are nobody's
         published_route(weight, gram, factorize(weight, Whitening(gram), 1).factors.up.shape[1])
     ours = baseline = 0.0
-    found: list[list[tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]] = []
+    groups: list[list[tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]] = []
     for names, weights, gram in _groups(run):
         begin = time.perf_counter()
         whitening = Whitening(gram)  # shared by the group, as in the stage
@@ -47,9 +47,9 @@ def _factorize_all(run: Path, ratio: float) -> dict[str, Any]:
         begin = time.perf_counter()
         theirs = [published_route(weight, gram, f.up.shape[1]) for weight, f in zip(weights, mine, strict=True)]
         baseline += time.perf_counter() - begin
-        found.append(list(zip(mine, theirs, strict=True)))
+        groups.append(list(zip(mine, theirs, strict=True)))
     worst = 0.0
-    for (_, weights, gram), pairs in zip(_groups(run), found, strict=True):
+    for (_, weights, gram), pairs in zip(_groups(run), groups, strict=True):
         for weight, (factors, published) in zip(weights, pairs, strict=True):
             worst = max(worst, _error(weight, *factors, gram) / _error(weight, *published, gram) - 1)
     return figure(ours, baseline, _PUBLISHED, worst)
@@ -78,10 +78,10 @@ def layers(out: Path, chosen: Sequence[str]) -> Figures:
     torch.set_num_threads(2)
     warm = _layer(512, 512, 1.0)
     _race(*warm[:2], 64, repeats=1)  # the libraries' own first calls are nobody's
-    found: Figures = {}
+    figures: Figures = {}
     for shape in chosen:
         if shape == "real":
-            found.update(_real_layers(out))
+            figures.update(_real_layers(out))
             continue
         out_features, in_features = map(int, shape.split("x"))
         rank = rank_for_ratio(out_features, in_features, 0.25) or 1
@@ -95,14 +95,14 @@ def layers(out: Path, chosen: Sequence[str]) -> Figures:
             optimum = math.sqrt(float(squares[rank:].sum() / squares.sum()))
             error = _error(weight, *factors, gram) / optimum - 1
             what = f"one linear, {out_features} × {in_features}, singular values {name}"
-            found[what] = figure(ours, baseline, _PUBLISHED, error)
-            print(what, found[what], flush=True)
-    return found
+            figures[what] = figure(ours, baseline, _PUBLISHED, error)
+            print(what, figures[what], flush=True)
+    return figures
 
 
 def _real_layers(out: Path) -> Figures:
     _, run = calibrated(out)
-    found: Figures = {}
+    figures: Figures = {}
     for names, weights, gram in _groups(run):
         for name, weight in zip(names, weights, strict=True):
             if not name.endswith(REAL_LAYERS):
@@ -112,8 +112,8 @@ def _real_layers(out: Path) -> Figures:
             best = published_route(weight.double(), gram.double(), rank)
             error = _error(weight, *factors, gram) / _error(weight, *best, gram) - 1
             what = f"one linear, {weight.shape[0]} × {weight.shape[1]}, {name}"
-            found[what] = figure(ours, baseline, _PUBLISHED, error)
-    return found
+            figures[what] = figure(ours, baseline, _PUBLISHED, error)
+    return figures
 
 
 def _race(

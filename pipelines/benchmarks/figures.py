@@ -38,10 +38,10 @@ def write_result(path: Path, kind: str, which: str, **content: Any) -> None:
     path.write_text(json.dumps({"kind": kind, "command": command, **content}, indent=2) + "\n")
 
 
-def publish_figures(path: Path, parts: Sequence[str], part: str, found: Figures) -> None:
+def publish_figures(path: Path, parts: Sequence[str], part: str, new: Figures) -> None:
     """Puts the figures of one of a table's parts in place of those of an earlier day."""
     known = json.loads(path.read_text())["parts"] if path.is_file() else {}
-    figures = {**known, part: found}
+    figures = {**known, part: new}
     write_result(path, "figures", " ".join(parts), parts={name: figures[name] for name in parts if name in figures})
 
 
@@ -60,11 +60,11 @@ def interleaved(actions: Sequence[Callable[[], None]], repeats: int) -> list[flo
     for action in actions:
         action()
     for _ in range(repeats):
-        for action, found in zip(actions, times, strict=True):
+        for action, seconds in zip(actions, times, strict=True):
             begin = time.perf_counter()
             action()
-            found.append(time.perf_counter() - begin)
-    return [min(found) for found in times]
+            seconds.append(time.perf_counter() - begin)
+    return [min(seconds) for seconds in times]
 
 
 def calibrated(out: Path) -> tuple[RunConfig, Path]:

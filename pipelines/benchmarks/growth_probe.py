@@ -68,8 +68,8 @@ def main(directory: Path, depth: int, num_rows: int) -> None:
         gram = StoredGram(directory / "grams.safetensors", group[0])
         factorize_group(job, work, gram, directory / "factors.safetensors")
     seconds = time.perf_counter() - begin
-    found = {"seconds": seconds, "peak": peak() - baseline}
-    print(json.dumps({**found, "calibrate_seconds": calibrate_seconds, "calibrate_peak": calibrate_peak}))
+    measured = {"seconds": seconds, "peak": peak() - baseline}
+    print(json.dumps({**measured, "calibrate_seconds": calibrate_seconds, "calibrate_peak": calibrate_peak}))
 
 
 def peak() -> int:

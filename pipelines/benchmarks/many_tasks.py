@@ -34,7 +34,7 @@ from emloc_ray.stages.finetune.stage import finetune_job
 from emloc_ray.stages.ray.losses import Losses, unheard
 from emloc_ray.stages.ray.session import connection
 from emloc_ray.stages.ray.tasks import Resources, bounded, silent
-from emloc_ray.ui.batch_page import BatchPages
+from emloc_ray.ui.page import PageReporter
 
 _CPUS = 2
 _TASKS = 8
@@ -54,7 +54,7 @@ def many_tasks(out: Path) -> Figures:
         for what, data in (("data and model", None), ("the model alone", out)):
             batch_file = _write_batch(out, base, what.replace(" ", "-"), data)
             begin = time.perf_counter()
-            state = run_batch(prepare_batch(read_batch(batch_file), pages=BatchPages()))
+            state = run_batch(prepare_batch(read_batch(batch_file), reporter=PageReporter()))
             ours = time.perf_counter() - begin
             assert state.count("done") == _TASKS, state
             runs, shares = _one_by_one(batch_file, out / f"alone-{what.replace(' ', '-')}")

@@ -62,7 +62,7 @@ def memory(out: Path) -> Figures:
     """
     _, run = calibrated(out)
     pairs = dict(zip(MODELS, ((run / "model", emulated(run, out)), _large(out)), strict=True))
-    found: Figures = {}
+    figures: Figures = {}
     table = []
     for name, (original, emulator) in pairs.items():
         peaks = {}
@@ -70,13 +70,13 @@ def memory(out: Path) -> Figures:
             size = ("--rows", str(rows), "--length", "512")
             ours, baseline = probe("finetune", emulator, *size), probe("inference", original, *size)
             both = peaks[str(rows)] = ours["peak"] / 2**20, baseline["peak"] / 2**20
-            found[f"peak of fine-tuning the emulator against inference, {name}, {rows} × 512 tokens"] = figure(
+            figures[f"peak of fine-tuning the emulator against inference, {name}, {rows} × 512 tokens"] = figure(
                 *both, "MiB"
             )
         dtype = str(next(iter(Checkpoint(original))).dtype).removeprefix("torch.")
         table.append({"model": f"{name}, {dtype}", "mib": peaks})
     write_result(out / "memory.json", "peaks", "memory", rows=table)
-    return found
+    return figures
 
 
 def planner(out: Path) -> Figures:
@@ -98,7 +98,7 @@ def planner(out: Path) -> Figures:
         *quickstart_cases(config, Path(config.run_dir), scratch),
         *((f"{case[0]}, 1.1B", *case[1:]) for case in trained_cases(large, original, emulator, rows=1)),
     ]
-    found: Figures = {}
+    figures: Figures = {}
     for name, function, arguments, parts in cases:
         measured = probe_job(function, arguments)
         planned = {"total above imports": (sum(parts.values()) - parts.get("base", 0), measured["peak"])}
@@ -107,19 +107,21 @@ def planner(out: Path) -> Figures:
         for what, (ours, baseline) in planned.items():
             ratio = ours / baseline
             line = figure(ours / 2**20, baseline / 2**20, "MiB (baseline: measured)", ratio - 1)
-            found[f"plan, {name}, {what}"] = {**line, "ratio": ratio}
-    return found
+            figures[f"plan, {name}, {what}"] = {**line, "ratio": ratio}
+    return figures
 
 
 def shapes(out: Path) -> Figures:
     """The plan for the paper's models beside the paper's peaks, in GB; ``shapes.md`` has all of its lines."""
-    found: Figures = {}
+    figures: Figures = {}
     for name, row in write_shapes(out).items():
         if row["paper_lora"] is not None:
             lora, emulator = row["lora_on_the_original"], row["five_billion"]["finetune"]
-            found[f"plan, {name}: LoRA on the original"] = figure(lora, row["paper_lora"], "GB (baseline: the paper's)")
-            found[f"plan, {name}: a 5B emulator"] = figure(emulator, row["paper_emloc"], "GB (baseline: the paper's)")
-    return found
+            figures[f"plan, {name}: LoRA on the original"] = figure(
+                lora, row["paper_lora"], "GB (baseline: the paper's)"
+            )
+            figures[f"plan, {name}: a 5B emulator"] = figure(emulator, row["paper_emloc"], "GB (baseline: the paper's)")
+    return figures
 
 
 def _large(out: Path) -> tuple[Path, Path]:
@@ -173,20 +175,20 @@ def merge(out: Path) -> Figures:
 
     seconds = interleaved([ours, copy], repeats=3)
     rates = [size / 2**20 / s for s in seconds]
-    found = {
+    peaks = {
         "merge throughput": {**figure(rates[0], rates[1], "MiB/s (baseline: a copy)"), "ratio": rates[0] / rates[1]}
     }
-    return {**found, **_merge_peaks(job, out)}
+    return {**peaks, **_merge_peaks(job, out)}
 
 
 def _merge_peaks(job: MergeJob, out: Path) -> Figures:
     """Peak above imports against the largest tensor in its own dtype; the ratio is ours over that."""
     narrow = saved_whole(out / "merge-bfloat16", load_model(job.model_dir, dtype="bfloat16").save_pretrained)
-    found: Figures = {}
+    figures: Figures = {}
     for dtype, directory in (("float32", job.model_dir), ("bfloat16", narrow)):
         arguments = {"job": dataclasses.replace(job, model_dir=directory), "threads": 2}
         peak = probe_job("merge", arguments)["peak"]
         largest = max(entry.num_bytes for entry in Checkpoint(directory))
         line = figure(peak / 2**20, largest / 2**20, "MiB (baseline: the tensor)")
-        found[f"merge peak against the largest tensor, {dtype}"] = {**line, "ratio": peak / largest}
-    return found
+        figures[f"merge peak against the largest tensor, {dtype}"] = {**line, "ratio": peak / largest}
+    return figures

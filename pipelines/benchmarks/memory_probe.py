@@ -209,8 +209,8 @@ def main() -> None:
         name, settings = pickle.load(sys.stdin.buffer)
     baseline = 0 if torch.cuda.is_available() else held_bytes()
     STAGES[name](**settings)
-    found = {"baseline": baseline, "peak": peak_bytes() - baseline}
-    print(json.dumps({**found, **({"weights": max(_weights)} if _weights else {})}))
+    held = {"baseline": baseline, "peak": peak_bytes() - baseline}
+    print(json.dumps({**held, **({"weights": max(_weights)} if _weights else {})}))
 
 
 if __name__ == "__main__":

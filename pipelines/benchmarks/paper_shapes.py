@@ -97,7 +97,7 @@ def plan_shape(shape: Shape) -> dict[str, Any]:
         return MemoryModel(with_settings(prepared, ratio, rows, 8 // rows, True), lengths)
 
     original = at(1.0)
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "parameters": prepared.layout.num_parameters,
         "weights": original.weights / GB,
         "inference": _gb(original.inference()),
@@ -108,21 +108,21 @@ def plan_shape(shape: Shape) -> dict[str, Any]:
     ratios = (step / 100 for step in range(99, 0, -1))
     five = next((ratio for ratio in ratios if at(ratio).emulator <= 5e9 * torch.bfloat16.itemsize), None)
     if five is not None:
-        found["five_billion"] = {"ratio": five, "finetune": _gb(at(five).finetune())}
+        figures["five_billion"] = {"ratio": five, "finetune": _gb(at(five).finetune())}
     try:
         solution: Solution | None = solve(STEPS, prepared, BUDGET, lengths)
     except ConfigError as error:
-        solution, found["budget"] = None, str(error)
+        solution, figures["budget"] = None, str(error)
     if solution is not None:
         memory = at(solution.compression_ratio, solution.micro_batch)
-        found["budget"] = {
+        figures["budget"] = {
             "ratio": solution.compression_ratio,
             "micro_batch": solution.micro_batch,
             "emulator_parameters": memory.emulator // memory.itemsize,
             "calibration": memory.calibration_mode(),
             **{stage.name: _gb(stage.cost(memory).memory) for stage in STAGES if stage.cost is not None},
         }
-    return found
+    return figures
 
 
 def _gb(parts: Parts) -> float:
@@ -131,14 +131,14 @@ def _gb(parts: Parts) -> float:
 
 def write_shapes(out: Path) -> dict[str, dict[str, Any]]:
     """``paper_shapes.json`` and ``shapes.md``; returns what the former has by model."""
-    found = {shape.name: plan_shape(shape) for shape in SHAPES}
-    write_result(out / "paper_shapes.json", "shapes", "shapes", models=found)
-    lines = [render({"kind": "shapes", "models": found}), "", "Within 24 GB a worker, imports included:", ""]
+    models = {shape.name: plan_shape(shape) for shape in SHAPES}
+    write_result(out / "paper_shapes.json", "shapes", "shapes", models=models)
+    lines = [render({"kind": "shapes", "models": models}), "", "Within 24 GB a worker, imports included:", ""]
     lines += [
         f"| GB | ratio | rows | emulator | calibration | {' | '.join(stage.name for stage in STAGES)} |",
         f"| --- | --- | --- | --- | --- | {' | '.join('---' for _ in STAGES)} |",
     ]
-    for name, row in found.items():
+    for name, row in models.items():
         solved = row["budget"]
         if isinstance(solved, str):
             lines.append(f"| {name} | {solved} |")
@@ -149,4 +149,4 @@ def write_shapes(out: Path) -> dict[str, dict[str, Any]]:
             f"| {name} | {solved['ratio']:g} | {solved['micro_batch']} | {size} | {solved['calibration']} | {peaks} |"
         )
     (out / "shapes.md").write_text("\n".join(lines) + "\n")
-    return found
+    return models

@@ -39,8 +39,8 @@ def probe(what: str, path: Path | str, *options: str, job: bytes | None = None) 
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
     command = [sys.executable, str(Path(__file__).with_name("memory_probe.py")), what, str(path), *options]
     output = subprocess.run(command, check=True, capture_output=True, input=job, env=environment).stdout
-    found: dict[str, float] = json.loads(output.splitlines()[-1])
-    return found
+    measured: dict[str, float] = json.loads(output.splitlines()[-1])
+    return measured
 
 
 def probe_job(name: str, arguments: dict[str, Any]) -> dict[str, float]:

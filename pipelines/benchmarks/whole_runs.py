@@ -200,7 +200,7 @@ def growth(out: Path) -> Figures:
     The ratio is the smallest, times how much more there was, over the larger: 1 is linear, more is better; of the peak
     memory that rows take, 1 is flat.
     """
-    found: Figures = {}
+    figures: Figures = {}
     measured = {times: _grown(out, times * _DEPTH, _ROWS) for times in (1, 2, 4)}
     measured_rows = {times: _grown(out, _DEPTH, times * _ROWS) for times in (2, 4)}
     for what in ("seconds", "peak"):
@@ -208,14 +208,14 @@ def growth(out: Path) -> Figures:
         base = measured[1][what] / scale
         for times in (2, 4):
             ours = measured[times][what] / scale
-            found[f"calibrating and factorizing {times} × the depth, {what}"] = figure(
+            figures[f"calibrating and factorizing {times} × the depth, {what}"] = figure(
                 ours, times * base, f"{unit} (baseline: {times} × that of one)"
             )
         for times in (2, 4):
             one, ours = (rows[f"calibrate_{what}"] / scale for rows in (measured[1], measured_rows[times]))
             expected, said = (one, "of one") if what == "peak" else (times * one, f"{times} × that of one")
-            found[f"calibrating {times} × the rows, {what}"] = figure(ours, expected, f"{unit} (baseline: {said})")
-    return found
+            figures[f"calibrating {times} × the rows, {what}"] = figure(ours, expected, f"{unit} (baseline: {said})")
+    return figures
 
 
 def _grown(out: Path, depth: int, rows: int) -> dict[str, float]:
@@ -228,8 +228,8 @@ def _grown(out: Path, depth: int, rows: int) -> dict[str, float]:
         str(rows),
     ]
     outputs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(_REPEATS)]
-    found: list[dict[str, float]] = [json.loads(output.splitlines()[-1]) for output in outputs]
-    return {key: min(each[key] for each in found) for key in found[0]}
+    measured: list[dict[str, float]] = [json.loads(output.splitlines()[-1]) for output in outputs]
+    return {key: min(each[key] for each in measured) for key in measured[0]}
 
 
 def calibration(out: Path) -> Figures:

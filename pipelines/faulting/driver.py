@@ -90,8 +90,8 @@ class Driver:
 
     def progress(self, stage: str, since: float = 0) -> list[int]:
         """How far the stage has said it was, each time since then."""
-        told = [event for event in self.events() if event["event"] == "progress" and event["time"] >= since]
-        return [event["done"] for event in told if event["stage"] == stage]
+        progress = [event for event in self.events() if event["event"] == "progress" and event["time"] >= since]
+        return [event["done"] for event in progress if event["stage"] == stage]
 
     def poll(self, seconds: float, pause: float = 0.02) -> Iterator[None]:
         """Yields now and then until the driver has ended, or the time is over."""

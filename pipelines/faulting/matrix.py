@@ -102,13 +102,13 @@ class Matrix:
 
     def cell(self, stage: str, kind: str, moment: float, seed: int) -> Cell:
         """Kills one thing once the stage has run for a share of its undisturbed time; earlier where it was over by then."""
-        found = Cell(stage, kind, moment)
+        cell = Cell(stage, kind, moment)
         for _ in range(_TRIES):
-            found = self._attempt(found, random.Random(seed))
-            if found.outcome != "none":
-                return found
-            found = replace(found, moment=found.moment / 2)
-        return replace(found, moment=moment)
+            cell = self._attempt(cell, random.Random(seed))
+            if cell.outcome != "none":
+                return cell
+            cell = replace(cell, moment=cell.moment / 2)
+        return replace(cell, moment=moment)
 
     def _attempt(self, cell: Cell, random_numbers: random.Random) -> Cell:
         position = self.stages.index(cell.stage)
@@ -187,8 +187,8 @@ def _alike(ours: Path, theirs: Path) -> bool:
 def _files(run: Path, stage: str) -> dict[Path, int]:
     """The pieces of work that a stage has finished, where they are files: each with its inode."""
     folder = run / _ARTIFACTS.get(stage, "-")
-    found = [path for path in folder.rglob("*") if path.suffix in (".arrow", ".safetensors")]
-    return {path.relative_to(run): path.stat().st_ino for path in found if not path.name.startswith(".")}
+    files = [path for path in folder.rglob("*") if path.suffix in (".arrow", ".safetensors")]
+    return {path.relative_to(run): path.stat().st_ino for path in files if not path.name.startswith(".")}
 
 
 def _written_again(before: dict[Path, int], run: Path) -> int:

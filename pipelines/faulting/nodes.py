@@ -121,10 +121,10 @@ def _processes(node: Any) -> list[psutil.Process]:
 
 def workers(node: Any) -> list[tuple[psutil.Process, str]]:
     """A node's Ray workers, each with the task or the actor's method that it is at; ``IDLE`` where at none."""
-    found = []
+    workers = []
     for process in _processes(node):
         with contextlib.suppress(psutil.NoSuchProcess, IndexError):
             title = process.cmdline()[0]
             if title.startswith("ray::") and "Agent" not in title:  # the node's own helpers
-                found.append((process, title.removeprefix("ray::").split("(")[0]))
-    return found
+                workers.append((process, title.removeprefix("ray::").split("(")[0]))
+    return workers

@@ -85,7 +85,7 @@ def test_report_is_written(release: Path) -> None:
 def test_the_same_config_goes_on_or_says_what_it_does_again(release: Path) -> None:
     reporter = RecordingReporter()
     stages = redone(read_values(release / "config.yaml"), reporter=reporter)
-    said = [note for note in reporter.notes if "done again" in note]
+    said = [note for note in reporter.notes if "redone" in note]
     assert [note.split()[0] for note in said] == stages[:1]
 
 
@@ -112,7 +112,9 @@ def test_a_manifest_of_another_format_is_refused(release: Path, number: object) 
 
 def test_a_batch_state_of_format_1_is_refused(release: Path) -> None:
     assert json.loads((release / "batch/batch.json").read_text())["format"] == 1
-    with pytest.raises(ArtifactError, match=r"batch\.json is no state of a batch of this version: remove it, and the"):
+    with pytest.raises(
+        ArtifactError, match=r"batch\.json is of another version of emloc_ray, or damaged: remove it, and the"
+    ):
         read_state(RunDirectory(release / "batch"))
     for verb in ("status", "report"):
         shown = invoke(verb, "batch")

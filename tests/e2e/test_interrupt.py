@@ -68,9 +68,7 @@ def test_an_interrupted_training_goes_on_with_the_same_command(
         assert process.wait(30) == 130
     finally:
         process.kill()
-    assert log.read_text().splitlines()[-1] == (
-        "Stopped. What was finished stays; the same command goes on from there."
-    )
+    assert log.read_text().splitlines()[-1] == ("Stopped. Finished stages stay; the same command continues from there.")
     assert "Traceback" not in log.read_text()
     _, alive = psutil.wait_procs(own, timeout=15)
     assert [p.name() for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
@@ -78,7 +76,7 @@ def test_an_interrupted_training_goes_on_with_the_same_command(
     assert run.holder() is None
     told = read_status(run).lines()
     assert told[0].startswith("Not running: stopped, in finetune, ")
-    assert told[-1].startswith("It goes on by the same command: emloc-ray run ")
+    assert told[-1].startswith("To continue, give the same command: emloc-ray run ")
     assert set(run.manifest()["stages"]) == {"data", "calibrate", "factorize"}
     assert list(training.glob("finetune-*/checkpoint-*"))  # from which it goes on
 

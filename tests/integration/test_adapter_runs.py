@@ -21,7 +21,7 @@ from emloc_ray.modeling.scoring import score_rows
 from emloc_ray.runs.batch.driver import prepare_batch, run_batch
 from emloc_ray.runs.batch.state import BatchState
 from emloc_ray.runs.batch.tasks import read_batch
-from emloc_ray.ui.batch_page import BatchPages
+from emloc_ray.ui.page import PageReporter
 
 pytestmark = pytest.mark.deep
 
@@ -60,7 +60,7 @@ def ended(
     tasks = [{"name": name, **keys} for name, keys in TASKS.items()]
     batch = {"base": "base.yaml", "run_dir": str(root / "many"), "tasks": tasks}
     (root / "batch.yaml").write_text(write_yaml(batch))
-    return root / "many", run_batch(prepare_batch(read_batch(root / "batch.yaml"), pages=BatchPages()))
+    return root / "many", run_batch(prepare_batch(read_batch(root / "batch.yaml"), reporter=PageReporter()))
 
 
 def directory(ended: tuple[Path, BatchState], name: str) -> RunDirectory:
@@ -112,7 +112,7 @@ def test_ia3_is_plugged_in_as_trained_and_the_report_says_so(ended: tuple[Path, 
     run = directory(ended, "ia3")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert run.path("adapter", file).read_bytes() == run.path("adapter_emulator", file).read_bytes()
-    assert "plugged into the original as trained" in run.path("report.html").read_text()
+    assert "The original takes the adapter as trained" in run.path("report.html").read_text()
 
 
 def test_a_prefix_has_no_merge_and_all_say_so(ended: tuple[Path, BatchState]) -> None:

@@ -22,7 +22,7 @@ from emloc_ray.runs.batch.driver import check_fit, prepare_batch, run_batch
 from emloc_ray.runs.batch.state import BatchState, TaskState, cancel
 from emloc_ray.runs.batch.tasks import read_batch
 from emloc_ray.runs.log import read_events
-from emloc_ray.ui.batch_page import BatchPages
+from emloc_ray.ui.page import PageReporter
 
 ONE = {"num_workers": 1}
 NUM_GOOD = 4
@@ -53,7 +53,7 @@ def write_batch(root: Path, base: dict[str, Any], tasks: list[dict[str, Any]]) -
 
 
 def run(path: Path, **options: Any) -> BatchState:
-    return run_batch(prepare_batch(read_batch(path), pages=BatchPages()), **options)
+    return run_batch(prepare_batch(read_batch(path), reporter=PageReporter()), **options)
 
 
 def named(state: BatchState) -> dict[str, TaskState]:
@@ -231,5 +231,5 @@ def test_what_the_cluster_could_never_run_is_told_before_anything_starts(
     assert "for one worker, the largest node has 2 CPUs" in large
     assert not (tmp_path / "many" / "tasks").exists()
     # A cluster that grows to more is said to.
-    prepared = prepare_batch(read_batch(path, ["limits.cpus=8"]), pages=BatchPages())
+    prepared = prepare_batch(read_batch(path, ["limits.cpus=8"]), reporter=PageReporter())
     check_fit(prepared)

@@ -116,7 +116,7 @@ def test_grams_that_are_not_kept_are_gone_once_the_adapter_is_corrected_and_gath
     stopping = Stopping("calibrate", 1)
     with pytest.raises(Stopped):
         run_values(smaller, stopping, until="factorize")
-    assert "factorize reads what calibrate made, which was not kept: it is made again." in stopping.notes
+    assert "factorize needs the result of calibrate, which was deleted: it is made again." in stopping.notes
     assert run_values(smaller, until="factorize").started == ["calibrate", "factorize"]
     assert_same_grams(copied.root, llama_run.root)
     assert run_values(smaller, until="correct").started == ["finetune", "correct"]

@@ -53,7 +53,7 @@ def test_a_bad_row_past_the_checked_ones_fails_the_run_by_file_and_row(
     assert result.exit_code == 1
     assert f"Error: {data}, row 1101: no field 'completion' (it has prompt)" in result.stderr
     assert "UDF" not in result.stderr
-    assert "the same command goes on from there" in result.stderr
+    assert "the same command continues from there" in result.stderr
     assert "data" not in RunDirectory(tmp_path / "run").manifest()["stages"]
     # Mended, the same command gets further.
     write_jsonl(data, task_rows(1100))

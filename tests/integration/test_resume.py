@@ -155,7 +155,7 @@ def test_altered_files_of_the_same_size_are_found_before_they_are_built_on(
         shard.write_bytes(content)
     reporter = run_values(copied.changed(correction={"method": "none"}), until="correct")
     assert reporter.started == ["factorize", "correct"]
-    assert any(f"emulator/{shards[0].name} is not as it was written" in note for note in reporter.notes)
+    assert any(f"emulator/{shards[0].name} is damaged" in note for note in reporter.notes)
     for shard in shards:
         assert shard.read_bytes() == (llama_run.root / "emulator" / shard.name).read_bytes()
     # What was trained on it stands as it did; what was made of another correction does not.

@@ -1,7 +1,7 @@
 """Decides which waiting stages of many tasks start, by order and by what fits.
 
-Ray places work, moves data and retries, but knows no priorities: it gets no more than fits, in the order decided here.
-No ray in this module: the caller gives the capacity.
+Ray places work, moves data and retries, but has no priorities: it gets stages in the order of this module, and no more than
+fit.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Amount:
 
 @dataclass(frozen=True)
 class Need:
-    """What a stage asks for: ``workers``, or at least ``least`` where they share a bag of tasks.
+    """What a stage asks for: ``workers``, or ``least`` and more where workers share a bag of tasks.
 
     A stage whose workers work in step has ``least == workers``; ``1 <= least <= workers``.
     """
@@ -82,12 +82,12 @@ class Ticket:
 class AdmissionQueue:
     """Waiting and running stages of all tasks; not for several threads.
 
-    Stages start in order. One that does not fit waits, and those behind it start only where they leave it room: the first
-    stage that waits needs ``n``, the running stages behind it hold ``b``, and another starts behind it only where it fits
-    in both the free resources and ``capacity - n - b``. So it starts once the stages ahead of it have ended.
+    Stages start in order. One that does not fit waits, and later ones start only where they leave it room: the first
+    waiting stage needs ``n``, running stages behind it hold ``b``, and another starts behind it only where it fits in the
+    free resources and in ``capacity - n - b``. So it starts once the stages ahead of it have ended.
 
-    A stage that exceeds the whole capacity holds no room. It starts when nothing else runs, with ``least`` workers and
-    alone: a cluster may grow on demand, an estimate of memory may be too high.
+    A stage that exceeds the whole capacity reserves nothing. It starts when nothing else runs, alone and with ``least``
+    workers: a cluster may grow on demand, an estimate of memory may be too high.
     """
 
     def __init__(self) -> None:
@@ -104,7 +104,7 @@ class AdmissionQueue:
             self.waiting.remove(ticket)
 
     def admit(self, capacity: Amount) -> dict[Ticket, int]:
-        """Starts what may start now and returns it with its workers; a capacity below what runs only delays."""
+        """Starts all stages that may start now, and returns them with their workers."""
         started: dict[Ticket, int] = {}
         in_use = self._held()
         # What must stay free of later stages: the first one's need, and what runs behind it.
@@ -128,7 +128,7 @@ class AdmissionQueue:
         return started
 
     def _held(self, after: float = -math.inf) -> Amount:
-        """What runs, of stages behind an order alone."""
+        """What the running stages hold, those behind an order alone."""
         amounts = (ticket.need.per_worker * n for ticket, n in self.running.items() if ticket.order > after)
         return sum(amounts, Amount())
 
@@ -136,7 +136,7 @@ class AdmissionQueue:
 class Admission:
     """The queue for threads, one a task: each waits until its stage may start.
 
-    A thread that holds a grant must not ask for another: what has to run alone would wait for it, and it for that.
+    A thread with a running stage must not ask for another: a stage that has to run alone would wait for it, and it for that.
     """
 
     def __init__(self) -> None:

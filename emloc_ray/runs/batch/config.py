@@ -1,4 +1,4 @@
-"""The keys of a batch file, and those of a task that no config has."""
+"""The keys of a batch file, and a task's own keys beside a config's."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class BatchConfig(Section):
 
 
 class TaskKeys(Section):
-    """The keys of a task that no config has."""
+    """A task's own keys beside a config's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
 

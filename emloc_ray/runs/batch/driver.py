@@ -1,11 +1,11 @@
-"""Checks a batch against its models, data and cluster, and runs it."""
+"""Checks a batch against its models, its data and the cluster, and runs it."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import ray
 
@@ -32,27 +32,19 @@ Tell = Callable[[str], None]
 Progress = Callable[[int, int], None]
 
 
-class Pages(Reporter):
-    """What a batch writes for people: as a reporter it hears of every task's run; nothing by default."""
-
-    def ended(self, run: RunDirectory, state: BatchState) -> None:
-        """All tasks of a batch are over."""
-
-
 @dataclass(frozen=True)
 class PreparedBatch:
-    """A batch that has been checked whole; nothing was started."""
+    """A checked batch; nothing was started."""
 
     batch: Batch
     run: RunDirectory
     work: PipelineWork
-    pages: Pages = field(default_factory=Pages)
 
 
 def prepare_batch(
-    batch: Batch, progress: Progress = lambda done, total: None, pages: Pages | None = None
+    batch: Batch, progress: Progress = lambda done, total: None, reporter: Reporter | None = None
 ) -> PreparedBatch:
-    """Checks every task against its model and data; ``pages`` hears how the tasks and the batch go once it runs.
+    """Checks every task against its model and data; ``reporter`` hears how the run of each task goes.
 
     Raises:
         ConfigError: with every error of every task at once.
@@ -61,10 +53,9 @@ def prepare_batch(
     run.check("batch")
     cache = ArtifactCache(batch.config.cache.path, batch.config.cache.max_size)
     cache.check()
-    pages = pages or Pages()
-    work = PipelineWork(cache, pages)
+    work = PipelineWork(cache, reporter)
     work.prepare(batch.tasks, progress)
-    return PreparedBatch(batch, run, work, pages)
+    return PreparedBatch(batch, run, work)
 
 
 def check_free(run: RunDirectory) -> None:
@@ -72,12 +63,12 @@ def check_free(run: RunDirectory) -> None:
     holder = run.holder()
     if holder is not None:
         raise ConfigError(
-            f"{run.place} is run by {holder}: stop that with Ctrl-C, then give this command again: it goes on from there."
+            f"{run.place} is run by {holder}: stop that with Ctrl-C, then give this command again: it continues from there."
         )
 
 
 def run_batch(prepared: PreparedBatch, show: Show = lambda state: None, tell: Tell = lambda text: None) -> BatchState:
-    """Runs every task that is not cancelled, those that are done to see that they still are; returns how all ended.
+    """Runs every task that is not cancelled, and checks those that are done; returns how all ended.
 
     Raises:
         ConfigError: where a task asks for what the cluster does not have; nothing was begun.
@@ -96,14 +87,13 @@ def run_batch(prepared: PreparedBatch, show: Show = lambda state: None, tell: Te
                 tell(remark)
             state = batch_run.run()
             write_summary(run, state)
-            prepared.pages.ended(run, state)
             return state
     finally:
         run.unlock()
 
 
 def check_fit(prepared: PreparedBatch) -> None:
-    """Raises ConfigError naming every task that could never run on the cluster."""
+    """Raises ConfigError naming every task that can never run on the cluster."""
     problems: dict[str, list[str]] = {}
     for task in prepared.batch.tasks:
         for problem in _unfit(prepared.work.stages(task), prepared.batch.config.limits):
@@ -112,7 +102,7 @@ def check_fit(prepared: PreparedBatch) -> None:
 
 
 def cluster_capacity(limits: LimitsConfig) -> Amount:
-    """All CPUs, GPUs and memory that Ray may place work on now, or what the batch may hold of them."""
+    """The CPUs, GPUs and memory of the cluster now, or the batch's ``limits`` of them."""
     whole = _amount(ray.cluster_resources())
     return Amount(
         whole.cpus if limits.cpus is None else limits.cpus,
@@ -122,8 +112,8 @@ def cluster_capacity(limits: LimitsConfig) -> Amount:
 
 
 def _unfit(stages: Iterable[StagePlan], limits: LimitsConfig) -> list[str]:
-    """A sentence for each stage that could never run: a worker exceeds every node, or workers that start together exceed
-    the cluster. What ``limits`` name, the cluster is taken to grow to."""
+    """A sentence for each stage that can never run: a worker exceeds every node, or workers that start together exceed the
+    cluster, which may grow to ``limits``."""
     nodes = [_amount(node["Resources"]) for node in ray.nodes() if node["Alive"]]
     whole = cluster_capacity(limits)
     named = Amount(limits.cpus or 0.0, limits.gpus or 0.0, float(limits.memory or 0))
@@ -145,7 +135,7 @@ def _unfit(stages: Iterable[StagePlan], limits: LimitsConfig) -> list[str]:
 
 
 def _amount(resources: dict[str, float]) -> Amount:
-    """Ray's resources; of the memory also the part that Ray sets aside for its object store."""
+    """Ray's resources; the memory includes Ray's object store."""
     memory = resources.get("memory", 0.0) + resources.get("object_store_memory", 0.0)
     return Amount(resources.get("CPU", 0.0), resources.get("GPU", 0.0), memory)
 

@@ -1,4 +1,4 @@
-"""Expands a grid of settings into points, each with a unique name that is safe as a directory's."""
+"""Expands a grid of settings into points, each with a unique name that is safe for a directory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_NAME = 120
-# A name that begins with "store=" would pass for the copy of an object store's run (io/node_cache.py).
+# Copies of an object store's runs have names that begin with "store=" (io/store/node_cache.py).
 SAFE_NAME = re.compile(rf"(?!store=)[A-Za-z0-9_][A-Za-z0-9._=-]{{0,{MAX_NAME - 1}}}")
 _MAX_VALUE = 40
 
@@ -26,10 +26,10 @@ class Point:
 
 
 def points(grid: Mapping[str, Sequence[Any]]) -> list[Point]:
-    """The product of all values, where the last key varies fastest.
+    """The product of all values; the last key varies fastest.
 
-    A name has the last part of each key. A value keeps its label when others join the grid: a label whose letters were
-    replaced ends in a digest, and no label holds a "=", so that a name reads in one way from its end.
+    A name has the last part of each key. A value keeps its label when others join the grid: a label with replaced letters
+    ends in a digest. No label holds a "=", so that names are unambiguous.
     """
     named = [
         [(key, value, f"{_key_label(key)}={label}") for value, label in zip(values, _labels(values), strict=True)]
@@ -42,7 +42,7 @@ def points(grid: Mapping[str, Sequence[Any]]) -> list[Point]:
 
 
 def joined_name(task: str, point: str) -> str:
-    """A task's name with a point's, either may be empty; a longer one is cut to ``MAX_NAME`` and ends in a digest."""
+    """A task's name with a point's, either may be empty; a too long name is cut to ``MAX_NAME`` and ends in a digest."""
     name = "-".join(filter(None, (task, point)))
     return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 9]}.{_digest(name)}"
 

@@ -1,4 +1,4 @@
-"""Runs a batch: every task is a pipeline in a thread of its own, whose stages the cluster admits one by one."""
+"""Runs a batch: every task is a pipeline in its own thread, whose stages are admitted one by one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Work(Protocol):
     """What a batch does with a task."""
 
     def planned(self, task: Task) -> TaskPlan:
-        """What the task is expected to take."""
+        """The task's plan."""
 
     def do(self, task: Task, turns: TaskTurns, reporter: TaskReporter) -> None:
         """Runs all of a task; raises EmlocError where it fails, Stopped where its turns say so."""
@@ -77,13 +77,13 @@ class BatchRun:
         """Runs until every task is over; cancels those whose cancel file appears.
 
         Raises:
-            StageError: where another process took the batch over, because this one was cut off from its object store.
-            KeyboardInterrupt: after the running stages were asked to end, and did, or a minute has passed.
+            StageError: where another process took the batch over, while this one was cut off from its object store.
+            KeyboardInterrupt: after the running stages were stopped, or a minute has passed.
         """
-        self._write()  # at once: from now on the batch can be looked at and its tasks cancelled
+        self._write()  # at once, for status and cancel
         try:
             while True:
-                self.directory.check_held()  # another process that took the batch over has its tasks now
+                self.directory.check_held()  # else another process has taken the batch and its tasks over
                 is_over = not self._running and not self._waiting
                 self._attempt(self._cancel_asked)
                 self._start_tasks()
@@ -138,14 +138,14 @@ class BatchRun:
         return self._ending or name in self._cancelled
 
     def _cancel_asked(self) -> None:
-        """Cancels tasks as their files ask: at once where they wait, else as soon as their stage can leave off."""
+        """Cancels tasks that have a cancel file: waiting ones at once, running ones as soon as their stage can stop."""
         for name in read_cancelled(self.directory):
             if name in self._waiting:
                 self.board.end(name, "cancelled")
                 self.work.forget(self._waiting.pop(name))
             elif name in self._running and name not in self._cancelled:
                 self._cancelled.add(name)
-                self.tell(f"{name} ends as soon as its stage can leave off.")
+                self.tell(f"{name} ends as soon as its stage can stop.")
             elif name in self.board and self.board[name].status == "done":
                 remove_cancel(self.directory, name)  # it came too late
 
@@ -161,7 +161,7 @@ class BatchRun:
         self._written = (version, time.monotonic())
 
     def _attempt(self, action: Callable[[], None]) -> None:
-        """Says once what a full disk or a store that is away hinders, and leaves it to the next tick."""
+        """Tries an action; where a disk is full or a store does not answer, says so once and leaves it to the next tick."""
         try:
             action()
             self._failing.discard(action)
@@ -178,9 +178,8 @@ class BatchRun:
 
 
 def concurrency(max_concurrent: int | None, capacity: Amount) -> int:
-    """How many tasks run at once: ``max_concurrent``, or two a CPU or GPU; each takes a thread, so there is a bound."""
-    wanted = max_concurrent or max(_MIN_CONCURRENT, 2 * int(max(capacity.cpus, capacity.gpus)))
-    return min(wanted, MAX_CONCURRENT)
+    """How many tasks run at once: ``max_concurrent``, or two a CPU or GPU; bounded, as each takes a thread."""
+    return min(max_concurrent or max(_MIN_CONCURRENT, 2 * int(max(capacity.cpus, capacity.gpus))), MAX_CONCURRENT)
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""How each task of a batch stands: ``batch.json`` in the batch's directory, and the board that its threads write on."""
+"""The state of a batch's tasks: ``batch.json`` in its directory, and the board that its threads write to."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ Status = Literal["waiting", "running", "done", "failed", "cancelled"]
 
 @dataclass(frozen=True)
 class TaskState:
-    """How one task stands; times in seconds since 1970, ``seconds`` those of its stages in this try and earlier ones.
+    """The state of one task; times in seconds since 1970, ``seconds`` of its stages in all tries.
 
-    ``stage`` is the one that it runs, waits for or ended in; ``units`` how many of that are done, and of how many.
+    ``stage`` is the one that it runs, waits for or ended in; ``units`` how many of its units are done, and how many there are.
     """
 
     name: str
@@ -51,7 +51,7 @@ class TaskState:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more happens to it in the present run of the batch."""
+        """Whether the present run of the batch is done with it."""
         return self.status in ("done", "failed", "cancelled")
 
 
@@ -71,13 +71,13 @@ _WRITTEN = TypeAdapter(BatchState)
 
 
 def is_batch(run: RunDirectory) -> bool:
-    """Whether a directory is a batch's rather than a run's."""
+    """Whether a directory is a batch's, not a run's."""
     ensure(run.path(STATE))
     return run.path(STATE).is_file()
 
 
 def read_state(run: RunDirectory) -> BatchState | None:
-    """What ``batch.json`` says; None where there is none.
+    """The content of ``batch.json``; None where there is none.
 
     Raises:
         ArtifactError: where it is unreadable, or of another version.
@@ -92,7 +92,7 @@ def read_state(run: RunDirectory) -> BatchState | None:
         return _WRITTEN.validate_python(values)
     except (ValueError, TypeError, KeyError) as error:
         raise ArtifactError(
-            f"{path} is no state of a batch of this version: remove it, and the batch checks every task anew."
+            f"{path} is of another version of emloc_ray, or damaged: remove it, and the batch checks every task again."
         ) from error
 
 
@@ -108,7 +108,7 @@ def cancel(run: RunDirectory, names: Sequence[str], undo: bool = False) -> bool:
     Returns whether a process runs the batch now.
 
     Raises:
-        ConfigError: where it is no batch, a task is unknown or over, or a running batch is to take a task back.
+        ConfigError: where it is no batch, a task is unknown or over, or ``undo`` is asked of a running batch.
     """
     state, holder = read_state(run), run.holder()
     if state is None:
@@ -123,7 +123,7 @@ def cancel(run: RunDirectory, names: Sequence[str], undo: bool = False) -> bool:
             raise ConfigError(f"{run.place} has no task {name}: emloc-ray status {run.place} lists them.")
         if undo and name not in cancelled:
             raise ConfigError(f"{name} is {status}, not cancelled: emloc-ray batch runs it anyway.")
-        # Where nobody runs the batch, the next run would try again what failed.
+        # Where no process runs the batch, the next run tries failed tasks again.
         if not undo and (status == "done" or (holder and status in ("failed", "cancelled"))):
             raise ConfigError(f"{name} is {status} already: there is nothing to cancel.")
     for name in names:
@@ -192,7 +192,7 @@ class TaskReporter(Reporter):
         return lambda done, total: self.board.change(self.name, units=(done, total))
 
     def finish(self, stage: str, result: dict[str, Any], usage: dict[str, Any]) -> None:
-        """A stage has ended well: keeps its time and its losses."""
+        """A stage has finished: keeps its time and its losses."""
         task = self.board[self.name]
         values: dict[str, Any] = {"active": False, "seconds": task.seconds + usage["wall_s"]}
         if result.get("taken_from"):
@@ -204,12 +204,12 @@ class TaskReporter(Reporter):
         self.board.change(self.name, stage=stage, units=None, active=False)
 
     def note(self, text: str) -> None:
-        """Counts something that a reader should know, and says it."""
+        """Counts a remark, and says it."""
         self.board.change(self.name, notes=self.board[self.name].notes + 1)
         self.tell(f"{self.name}: {text}")
 
     def results(self, metrics: dict[str, Any]) -> None:
-        """Keeps the whole run's time and losses, stages of earlier tries included."""
+        """Keeps the whole run's time and losses, with the stages of earlier tries."""
         values: dict[str, Any] = {"seconds": sum(stage["wall_s"] for stage in metrics["stages"].values())}
         if "finetune" in metrics:
             values |= _losses("finetune", metrics["finetune"])

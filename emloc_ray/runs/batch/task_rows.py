@@ -1,4 +1,4 @@
-"""Reads a batch's tasks: a table's rows, a directory's YAML files, or mappings in the batch file itself."""
+"""Reads a batch's tasks: the rows of a table, the YAML files of a directory, or mappings in the batch file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TEXTS = {"name", "base"}  # columns of a CSV file that stay text: 007 is no num
 
 @dataclass(frozen=True)
 class TaskRow:
-    """A task's keys, nested or dotted; the file and row that hold it; the directory that its ``base`` is relative to."""
+    """A task's keys, nested or dotted; its file and row; the directory where the path of its ``base`` begins."""
 
     values: dict[Any, Any]
     where: str
@@ -84,7 +84,7 @@ def _table(path: Path) -> Iterator[TaskRow | str]:
 
 
 def _set_cells(row: Row) -> Row:
-    """A row without its empty cells: tables have a cell for each column, whether a task sets it or not."""
+    """A row without its empty cells: a table has a cell for each column, set or not."""
     cells = {key: _set_cells(value) or None if isinstance(value, dict) else value for key, value in row.items()}
     return {
         key: value
@@ -98,7 +98,7 @@ def _parsed(row: Row) -> Row:
 
 
 def _parse(key: str, text: str) -> Any:
-    """Reads a CSV cell as YAML where that gives a number, a list and the like; else it stays text: a # is no comment."""
+    """A CSV cell as YAML where that is a number, a list and the like; otherwise as text, where # begins no comment."""
     if text.lower() in ("", "nan", "null", "~"):
         return None
     try:

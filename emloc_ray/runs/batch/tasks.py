@@ -1,7 +1,7 @@
 """Reads a batch file as tasks, each a whole :class:`RunConfig`.
 
-A task's keys override those of its base, the grid overrides both, the command line overrides all. Everything is checked
-before anything starts: all errors come at once, and one that many tasks share comes once.
+A task's keys override its base, the grid overrides both, the command line overrides all. All errors come at once, before
+anything starts, and one that many tasks share comes once.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class Batch:
 
 
 def read_batch(path: str | Path, overrides: Sequence[str] = ()) -> Batch:
-    """Reads a batch file; a ``key=value`` override sets the batch's own key, or else that key of every task.
+    """Reads a batch file; a ``key=value`` override sets the batch's own key, or that key of every task.
 
-    Paths of ``base`` and ``tasks`` are relative to the file that has them; on the command line, to the working directory.
+    Paths of ``base`` and ``tasks`` are relative to their file; on the command line, to the working directory.
 
     Raises:
         ConfigError: with every error of all tasks at once, one sentence a line.
@@ -72,7 +72,7 @@ def read_batch(path: str | Path, overrides: Sequence[str] = ()) -> Batch:
 
 
 def compose_batch(values: dict[str, Any], path: Path, overrides: Sequence[str] = ()) -> Batch:
-    """As :func:`read_batch`, from the values that the file at ``path`` holds, or that were made from it."""
+    """As :func:`read_batch`, from the values of the file at ``path``, or made from it."""
     values = dict(values)
     where = f"{path} and its overrides" if overrides else str(path)
     for key in ("base", "tasks"):
@@ -131,10 +131,7 @@ def _apply(values: dict[str, Any], overrides: Sequence[str]) -> tuple[list[Overr
 
 
 def _check_batch(values: dict[str, Any]) -> tuple[BatchConfig | None, set[str], list[str]]:
-    """The batch's config without the keys that are wrong, the keys that are right, and the errors.
-
-    None where the tasks cannot be checked without the wrong ones.
-    """
+    """The batch's config without its wrong keys, the right keys, and the errors; None where tasks need the wrong keys."""
     values = {key: value for key, value in values.items() if value is not None}
     config, errors = check(BatchConfig, values)
     if config is not None:
@@ -149,7 +146,7 @@ def _check_batch(values: dict[str, Any]) -> tuple[BatchConfig | None, set[str], 
 
 
 def _check_grid(grid: dict[str, list[Any]]) -> tuple[dict[str, list[Any]], list[str]]:
-    """The grid without the keys that are wrong, and the errors."""
+    """The grid without its wrong keys, and the errors."""
     errors = {}
     for key, values in grid.items():
         duplicates = repeated(values)
@@ -252,14 +249,14 @@ class _Composer:
             errors += _put(values, *override)
         if not unread and not shared_unread and values.get("ray") != shared.get("ray"):
             errors.append(
-                "its base sets ray otherwise than the batch's base: take it out there, or set it whole on the command"
+                "its base has another ray section than the batch's base: take it out there, or set it whole on the command"
                 " line, such as ray={address: auto}."
             )
         return values, errors
 
 
 def _refused(keys: Keys) -> str | None:
-    """Why a task or a grid may not set a key; None where it may."""
+    """Why a task or a grid must not set a key; None where it may."""
     if keys[0] == "run_dir":
         return "run_dir is the batch's, each task has its own below it: take it out."
     if keys[0] == "ray":

@@ -1,4 +1,4 @@
-"""What a batch does with its tasks: each is a run of the pipeline, checked and planned before the first begins."""
+"""A batch's tasks as runs of the pipeline, checked and planned before the first begins."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from emloc_ray.text import listed
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """What a task is expected to take: seconds in all, and the bytes that one worker of a stage holds of its node."""
+    """The plan of a task: seconds in all, and by stage the bytes of its node that one worker holds."""
 
     seconds: float = 0.0
     worker_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def peak_bytes(self) -> int:
-        """Of a worker of the stage that holds most."""
+        """The largest of these."""
         return max(self.worker_bytes.values(), default=0)
 
 
@@ -52,7 +52,7 @@ class TaskTurns:
 
     @contextlib.contextmanager
     def take(self, stage: str, asked: Resources, least: int) -> Iterator[Resources]:
-        """Waits for what was asked for; a bag of tasks may get fewer workers."""
+        """Waits for the resources; a bag of tasks may get fewer workers than it asked for."""
         each = Amount(asked.cpus_per_worker, asked.gpus_per_worker, self.plan.worker_bytes.get(stage, 0))
         need = Need(each, asked.num_workers, least)
         self.on_wait(stage)
@@ -88,7 +88,7 @@ class PipelineWork:
         ready = self._ready.get(task.name)
         if ready is None or ready[0].config != task.config:
             prepared = prepare(task.config)
-            if task.config.memory_budget is not None:  # else it goes by what is free, of which running tasks hold some
+            if task.config.memory_budget is not None:  # else it depends on free memory, and running tasks hold some
                 check_gradients(prepared)
             ready = self._ready[task.name] = prepared, make_plan(STEPS, prepared)
         return ready
@@ -98,7 +98,7 @@ class PipelineWork:
         return self._prepare(task)[1].stages
 
     def planned(self, task: Task) -> TaskPlan:
-        """What the task is expected to take."""
+        """The task's plan."""
         plan = self._prepare(task)[1]
         return TaskPlan(plan.seconds, {stage.name: stage.host_bytes for stage in plan.stages})
 

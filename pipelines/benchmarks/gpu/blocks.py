@@ -29,11 +29,11 @@ class _WithoutSums(GradientHooks):
 def blocks(session: Session) -> None:
     """One block of the model's shape, then one of a large model's."""
     for name, values in (("the model's", session.shapes.model), ("a large model's", session.shapes.large)):
-        found = session.measure("blocks", f"{name} block", 30, functools.partial(_block, session, values))
+        figures = session.measure("blocks", f"{name} block", 30, functools.partial(_block, session, values))
         forward, backward = "s (baseline: the forward pass alone)", "s (baseline: forward and backward alone)"
-        sides = found.get("with_grams_s"), found.get("forward_s")
+        sides = figures.get("with_grams_s"), figures.get("forward_s")
         session.compare("blocks", f"{name} block with Grams", *sides, forward)
-        sides = found.get("with_gradient_sums_s"), found.get("backward_s")
+        sides = figures.get("with_gradient_sums_s"), figures.get("backward_s")
         session.compare("blocks", f"{name} block with sums of gradients", *sides, backward)
     if session.is_cuda:
         width = session.shapes.model["intermediate_size"]
@@ -53,22 +53,22 @@ def _block(session: Session, values: dict[str, int]) -> dict[str, Any]:
     def forward() -> None:
         model.model(input_ids=batch["input_ids"], use_cache=False)
 
-    found: dict[str, Any] = {"tokens": session.shapes.tokens, "forward_s": session.timed(forward)}
+    figures: dict[str, Any] = {"tokens": session.shapes.tokens, "forward_s": session.timed(forward)}
     grams = GramHooks(model, groups)
-    found["with_grams_s"] = session.timed(lambda: grams.forward(batch))
-    found["grams_bytes"] = sum(gram.matrix.nbytes for gram in grams.grams.values())
+    figures["with_grams_s"] = session.timed(lambda: grams.forward(batch))
+    figures["grams_bytes"] = sum(gram.matrix.nbytes for gram in grams.grams.values())
     grams.remove()
     grams.grams.clear()
     session.give_back()
     for key, kind in (("backward_s", _WithoutSums), ("with_gradient_sums_s", GradientHooks)):
         hooks = kind(model, [spec.name for spec in specs], loss_on="all")
-        found[key] = session.timed(functools.partial(hooks.forward, batch, "all", positions))
+        figures[key] = session.timed(functools.partial(hooks.forward, batch, "all", positions))
         hooks.remove()
         hooks.grams.clear()
         session.give_back()
-    found["grams_share"] = 1 - found["forward_s"] / found["with_grams_s"]
-    found["gradient_sums_share"] = 1 - found["backward_s"] / found["with_gradient_sums_s"]
-    return {**found, **session.peaks()}
+    figures["grams_share"] = 1 - figures["forward_s"] / figures["with_grams_s"]
+    figures["gradient_sums_share"] = 1 - figures["backward_s"] / figures["with_gradient_sums_s"]
+    return {**figures, **session.peaks()}
 
 
 def _one_product(session: Session, width: int) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def _one_product(session: Session, width: int) -> dict[str, Any]:
         lower = torch.tril(matrix[:256, :256].double() - exact)
         return float(torch.linalg.vector_norm(lower) / torch.linalg.vector_norm(exact))
 
-    found = {"one_product_error": error(one), "in_blocks_error": error(gram.matrix)}
-    found["in_blocks_s"] = session.timed(lambda: gram.update(x))
-    found["one_product_s"] = session.timed(lambda: torch.mm(x.T, x, out_dtype=torch.float32))
-    return found
+    figures = {"one_product_error": error(one), "in_blocks_error": error(gram.matrix)}
+    figures["in_blocks_s"] = session.timed(lambda: gram.update(x))
+    figures["one_product_s"] = session.timed(lambda: torch.mm(x.T, x, out_dtype=torch.float32))
+    return figures

@@ -94,17 +94,17 @@ def _factorized(session: Session, shape: tuple[int, int], ratio: float, device: 
     cholesky_s = session.timed(lambda: whitening.cholesky(torch.float32), 1, warm_up=0)
     made: list[Any] = []
     factorize_s = session.timed(lambda: made.append(factorize(weight, whitening, rank)), 1, warm_up=0)
-    found = made[0]
-    error, _ = relative_error(weight, found.factors.up @ found.factors.down, whitening)
+    factorization = made[0]
+    error, _ = relative_error(weight, factorization.factors.up @ factorization.factors.down, whitening)
     return {
         "rank": rank,
         "cholesky_s": cholesky_s,
         "factorize_s": factorize_s,
         "error": error,
-        "told_error": found.relative_error,
-        "solver": found.solver,
-        "dtype": str(found.dtype).removeprefix("torch."),
-        "device": found.factors.up.device.type,
+        "told_error": factorization.relative_error,
+        "solver": factorization.solver,
+        "dtype": str(factorization.dtype).removeprefix("torch."),
+        "device": factorization.factors.up.device.type,
         **(session.peaks() if device.type == "cuda" else {}),
     }
 

@@ -18,10 +18,10 @@ R = 8  # of LoRA on every linear in the blocks
 
 def planned_bytes(config: LlamaConfig, ranks: dict[str, int], rows: int, length: int) -> int:
     """Of a worker's fine-tuning with gradient checkpointing, the base in bfloat16; without its imports."""
-    found = skeleton_of(config, empty_model(config))
-    names = tuple(spec.name for spec in found.specs)
-    sizes = found.num_parameters, found.head_parameters, found.hidden_size
-    layout = Layout(found.specs, found.groups, ranks, tuple(ranks), names, names, *sizes)
+    skeleton = skeleton_of(config, empty_model(config))
+    names = tuple(spec.name for spec in skeleton.specs)
+    sizes = skeleton.num_parameters, skeleton.head_parameters, skeleton.hidden_size
+    layout = Layout(skeleton.specs, skeleton.groups, ranks, tuple(ranks), names, names, *sizes)
     settings: Any = SimpleNamespace(
         model=SimpleNamespace(dtype="bfloat16"),
         adapter=SimpleNamespace(method="lora", lora_dropout=0.0, settings={"r": R}),

@@ -43,20 +43,20 @@ def _products(session: Session, out_features: int, in_features: int) -> dict[str
     tokens = session.shapes.tokens
     options: Any = {"device": session.device, "dtype": torch.bfloat16}
     x = torch.randn(tokens, in_features, **options)
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for multiple in dict.fromkeys((1, 8, session.shapes.multiple)):
         r = max(rank // multiple, 1) * multiple
         down, up = torch.randn(r, in_features, **options), torch.randn(out_features, r, **options)
         both = functools.partial(_both, x, down, up)
         seconds = session.timed(both, 4 * session.shapes.repeats)
         rate = 2 * tokens * r * (out_features + in_features) / seconds / 1e12
-        found[f"multiple of {multiple}"] = {
+        figures[f"multiple of {multiple}"] = {
             "rank": r,
             "s": seconds,
             "ns": seconds / r / tokens * 1e9,
             "tflop_per_s": rate,
         }
-    return found
+    return figures
 
 
 def _both(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -66,8 +66,8 @@ def _both(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor
 def _block_step(session: Session, multiple: int) -> dict[str, Any]:
     config = llama_config(session.shapes.model, num_hidden_layers=1, vocab_size=_VOCABULARY)
     specs = linears_of(config)
-    found = uniform_ranks(specs, _RATIO, multiple)
-    model = random_llama(config, session.device, found)
+    ranks = uniform_ranks(specs, _RATIO, multiple)
+    model = random_llama(config, session.device, ranks)
     targets = [spec.name for spec in specs]
     adapted = attach_adapter(model, adapter_config(target_modules=targets, r=R, lora_alpha=2 * R)).train()
     inner: Any = adapted.get_base_model().model
@@ -78,4 +78,4 @@ def _block_step(session: Session, multiple: int) -> dict[str, Any]:
             hidden = inner(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
         hidden.float().square().mean().backward()
 
-    return {"ranks": sorted(set(found.values())), "step_s": session.timed(step), **session.peaks()}
+    return {"ranks": sorted(set(ranks.values())), "step_s": session.timed(step), **session.peaks()}

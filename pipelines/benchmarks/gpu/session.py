@@ -35,7 +35,7 @@ class Session:
         self.deadline = time.monotonic() + 60 * minutes
         parts: dict[str, Figures] = {}
         measured: dict[str, dict[str, Any]] = {}
-        self.found = {
+        self.figures = {
             "kind": "figures",
             "command": f"{COMMAND} --minutes {minutes:g}",
             "machine": machine(self.device),
@@ -46,7 +46,7 @@ class Session:
         self.parts, self.measured = parts, measured
 
     def measure(self, part: str, case: str, needs_s: float, action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Runs one case and writes what it found; ``needs_s`` is about what it takes on an H100, at full shapes.
+        """Runs one case and writes what it figures; ``needs_s`` is about what it takes on an H100, at full shapes.
 
         A case that lacks a package or time is left out, one that raises has failed; either says why in a sentence.
         """
@@ -67,7 +67,7 @@ class Session:
             self.give_back()
             result["seconds"] = time.monotonic() - begin
         self.measured.setdefault(part, {})[case] = result
-        write_json(self.out / FILE, self.found)
+        write_json(self.out / FILE, self.figures)
         print(f"{part}: {case}: {result}", flush=True)
         return result
 
@@ -77,7 +77,7 @@ class Session:
         """A line of the table, where both sides were measured."""
         if ours and baseline:
             self.parts.setdefault(part, {})[what] = figure(ours, baseline, unit, error)
-            write_json(self.out / FILE, self.found)
+            write_json(self.out / FILE, self.figures)
 
     def timed(self, action: Callable[[], Any], repeats: int | None = None, warm_up: int = 2) -> float:
         """Seconds that ``action`` takes: the median, by CUDA's events on a GPU, where all that it started has ended."""
@@ -118,7 +118,7 @@ class Session:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What the figures are of: the card, its host and the versions of what computes."""
-    found: dict[str, Any] = {
+    machine: dict[str, Any] = {
         "device": device.type,
         "name": platform.processor() or platform.machine(),
         "cpus": len(os.sched_getaffinity(0)),
@@ -128,9 +128,9 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
-        found |= {"name": card.name, "bytes": card.total_memory, "capability": f"{card.major}.{card.minor}"}
-        found |= {"cuda": torch.version.cuda, "tf32": torch.backends.cuda.matmul.allow_tf32}
-    return found
+        machine |= {"name": card.name, "bytes": card.total_memory, "capability": f"{card.major}.{card.minor}"}
+        machine |= {"cuda": torch.version.cuda, "tf32": torch.backends.cuda.matmul.allow_tf32}
+    return machine
 
 
 def _sentence(error: Exception) -> str:

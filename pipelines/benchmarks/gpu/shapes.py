@@ -89,8 +89,8 @@ def linears_of(config: LlamaConfig) -> list[LinearSpec]:
 
 def uniform_ranks(specs: list[LinearSpec], ratio: float, multiple: int = 1) -> dict[str, int]:
     """``r = ⌊ratio · out · in / (out + in)⌋``, down to a multiple, but to no less than that; dense layers are left out."""
-    found = {spec.name: rank_for_ratio(spec.out_features, spec.in_features, ratio) for spec in specs}
-    return {name: max(rank // multiple, 1) * multiple for name, rank in found.items() if rank is not None}
+    ranks = {spec.name: rank_for_ratio(spec.out_features, spec.in_features, ratio) for spec in specs}
+    return {name: max(rank // multiple, 1) * multiple for name, rank in ranks.items() if rank is not None}
 
 
 def random_llama(

@@ -45,9 +45,9 @@ def training(session: Session) -> None:
         "LoRA on the original, loss in chunks": (30, lambda: original_step(session)),
         "LoRA on the original in NF4": (40, lambda: original_step(session, in_4bit=True)),
     }
-    found = {name: session.measure("training", name, *case) for name, case in cases.items()}
-    ours, plain = found["emulator"], found["plain LoRA on the original"]
-    for name, other in found.items():
+    measured = {name: session.measure("training", name, *case) for name, case in cases.items()}
+    ours, plain = measured["emulator"], measured["plain LoRA on the original"]
+    for name, other in measured.items():
         if other is not plain:
             session.compare("training", name, other.get("micro_step_s"), plain.get("micro_step_s"), _BY_STEP)
     if "reserved_bytes" in ours:
@@ -71,8 +71,8 @@ def emulator_step(
     model = attach_adapter(model, adapter_config(target_modules=[s.name for s in specs], r=R, lora_alpha=2 * R))
     batch = random_batch(rows, session.shapes.length, config.vocab_size, session.device, padded)
     kept = _head(config) + sum(ranks[s.name] * (s.out_features + s.in_features) for s in specs)
-    found = _steps(session, model, batch, lambda: _chunked(model, batch), kept, autocast, repeats)
-    return {**found, "planned_bytes": planned_bytes(config, ranks, rows, session.shapes.length)}
+    measured = _steps(session, model, batch, lambda: _chunked(model, batch), kept, autocast, repeats)
+    return {**measured, "planned_bytes": planned_bytes(config, ranks, rows, session.shapes.length)}
 
 
 def original_step(session: Session, *, plain: bool = False, in_4bit: bool = False) -> dict[str, Any]:
@@ -87,12 +87,12 @@ def original_step(session: Session, *, plain: bool = False, in_4bit: bool = Fals
     batch = random_batch(session.shapes.rows, session.shapes.length, config.vocab_size, session.device)
     if plain:
         inputs = {"input_ids": batch["input_ids"], "labels": batch["input_ids"], "use_cache": False}
-        found = _steps(session, model, batch, lambda: model(**inputs).loss, weights)
+        measured = _steps(session, model, batch, lambda: model(**inputs).loss, weights)
     else:
-        found = _steps(session, model, batch, lambda: _chunked(model, batch), weights)
+        measured = _steps(session, model, batch, lambda: _chunked(model, batch), weights)
     if not in_4bit:
-        found["planned_bytes"] = planned_bytes(config, {}, session.shapes.rows, session.shapes.length)
-    return found
+        measured["planned_bytes"] = planned_bytes(config, {}, session.shapes.rows, session.shapes.length)
+    return measured
 
 
 def _head(config: LlamaConfig) -> int:
@@ -150,14 +150,14 @@ def _steps(
 
 def host_syncs(action: Callable[[], Any]) -> int:
     """How often the host waits for the GPU in it."""
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             action()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in told)
+    return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
 def _in_nf4(config: LlamaConfig, names: list[str], device: torch.device) -> Any:
@@ -195,8 +195,10 @@ def smaller_card(session: Session) -> None:
     try:
         for rows in sorted(set(sizes)):
             case = f"{rows} rows, {'within the plan' if rows <= planned else 'beyond the plan'}"
-            found = session.measure("24 GiB", case, 25, functools.partial(emulator_step, session, rows=rows, repeats=3))
-            if "micro_step_s" not in found:
+            measured = session.measure(
+                "24 GiB", case, 25, functools.partial(emulator_step, session, rows=rows, repeats=3)
+            )
+            if "micro_step_s" not in measured:
                 break
     finally:
         if session.is_cuda:

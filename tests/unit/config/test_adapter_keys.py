@@ -52,7 +52,7 @@ def test_a_method_s_settings_are_what_was_set(adapter: dict[str, Any], settings:
         ({"layers_to_transform": [0]}, "name the layers in adapter.target_modules"),
         ({"target_parameters": ["experts.down_proj"]}, "name experts' linears in adapter.target_modules"),
         ({"fan_in_fan_out": True}, "set by emloc_ray itself"),
-        ({"init_lora_weights": "pissa"}, "'pissa' is not known here, as PEFT's others change the weights below"),
+        ({"init_lora_weights": "pissa"}, "'pissa' is not supported, because PEFT's other initializations"),
         ({"method": ["lora"]}, "adapter.method is ['lora']"),
         ({"method": "loha", "alpha": 0}, "adapter.alpha is 0: input should be greater than 0"),
         ({"method": "loha", "rank_dropout": 1.0}, "adapter.rank_dropout is 1.0: input should be less than 1"),
@@ -97,7 +97,7 @@ def test_a_prefix_turns_gradient_checkpointing_off() -> None:
     adapter = {"method": "prefix_tuning", "num_virtual_tokens": 2}
     assert config(adapter=adapter).finetune.gradient_checkpointing is False
     assert config(adapter={**adapter, "method": "prompt_tuning"}).finetune.gradient_checkpointing is True
-    assert "works through" in error_of(adapter=adapter, finetune={"gradient_checkpointing": True})
+    assert "holds prefix_tuning's prefix" in error_of(adapter=adapter, finetune={"gradient_checkpointing": True})
 
 
 def test_what_does_not_go_with_a_method() -> None:

@@ -31,7 +31,7 @@ def test_unknown_keys_are_told_beside_a_bad_value_of_their_section() -> None:
 )
 def test_a_secret_is_refused_and_not_repeated(sections: dict[str, Any], key: str) -> None:
     text = error_of(**sections)
-    assert f"{key} is a secret, and a run writes its config down: remove it" in text
+    assert f"{key} is a secret, and a run writes its config to a file: remove it" in text
     assert "hush" not in text
 
 
@@ -42,7 +42,7 @@ def test_environment_variables_are_taken_unless_hidden(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "mine")
     run.create(made.model_dump(mode="json"))
     assert not [file for file in run.root.iterdir() if "hush" in file.read_text()]
-    with pytest.raises(ConfigError, match=r"env_vars\.WANDB_API_KEY was hidden where this config was written down"):
+    with pytest.raises(ConfigError, match=r"env_vars\.WANDB_API_KEY was hidden when this config was written"):
         load_config(run.path(CONFIG))
     again = load_config(run.path(CONFIG), ["ray.runtime_env.env_vars.WANDB_API_KEY=hush"])
     assert again == made

@@ -465,7 +465,7 @@ def test_gradients_need_the_whole_model_in_a_worker(emulator: dict[str, Any], as
 
 def test_rows_to_heal_on_are_for_a_healing() -> None:
     data = {"train": {"path": "rows.jsonl"}, "healing": {"path": "other.jsonl"}}
-    assert "data.healing names rows to heal on, and nothing is healed: set emulator.healing.steps" in error_of(
+    assert "data.healing names rows to heal on, but there is no healing: set emulator.healing.steps" in error_of(
         data=data
     )
     assert config(data=data, emulator={"healing": {"steps": 3}}).data.healing is not None
@@ -473,7 +473,7 @@ def test_rows_to_heal_on_are_for_a_healing() -> None:
 
 def test_ranks_that_follow_from_data_are_not_for_factors_that_look_at_none() -> None:
     told = error_of(emulator={"objective": "weights", "allocation": "sensitivity"})
-    assert "emulator.objective: weights looks at no data, which the ranks of emulator.allocation: sensitivity" in told
+    assert "emulator.objective: weights reads no data, but the ranks of emulator.allocation: sensitivity" in told
 
 
 @pytest.mark.parametrize("key", ["allocation", "objective", "storage"])

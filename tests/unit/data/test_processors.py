@@ -198,7 +198,7 @@ def test_an_image_for_a_model_that_reads_none(tiny_model_dir: Callable[..., Path
 
 def test_images_are_not_packed(vlm_dir: Callable[[str], Path]) -> None:
     options = TokenizeOptions(str(vlm_dir("LLaVA")), "messages", 512, packing=True)
-    with pytest.raises(DataError, match=r"row 2: it shows an image, which data\.packing"):
+    with pytest.raises(DataError, match=r"row 2: it shows an image, and data\.packing"):
         tokens_of(options, row(), two_turns())
 
 
@@ -241,7 +241,7 @@ def test_all_rows_bad(tmp_path: Path, vlm_dir: Callable[[str], Path]) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": []}] * 3)
     options = TokenizeOptions(str(vlm_dir("LLaVA")), "messages", 512, skip_bad_rows=True)
     selection = RowSelection.all_rows([scan(path)])
-    with pytest.raises(DataError, match=r"data\.s: no row of those that are not bad \(3 are\)"):
+    with pytest.raises(DataError, match=r"data\.s: no row of the good ones \(3 are bad\)"):
         tokenize_splits({"s": selection}, options, tmp_path / "out", rows_per_shard={"s": 5}, num_workers=1)
 
 

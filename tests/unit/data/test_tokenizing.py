@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 import time
@@ -131,7 +132,12 @@ class PeakAnonymous(threading.Thread):
 
 
 def _tokenizers() -> list[psutil.Process]:
-    return [p for p in worker_processes() if "ShardTokenizer" in p.name() + "".join(p.cmdline())]
+    found = []
+    for process in worker_processes():
+        with contextlib.suppress(psutil.Error):  # it may end while it is looked at
+            if "ShardTokenizer" in process.name() + "".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is told by Linux alone")

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from emloc_ray.demos.docstrings import LEAD, SPLIT_FRACTIONS, DocstringTask, generate
+from emloc_ray.demos.docstrings import LEAD, DocstringTask, generate
+from emloc_ray.demos.splits import SPLIT_FRACTIONS
 from emloc_ray.errors import DataError
 
 ANY_NUMBER = DocstringTask(min_rows=0)

@@ -11,7 +11,8 @@ from PIL import Image
 
 from emloc_ray.data.formats import check_row
 from emloc_ray.data.images import load_images
-from emloc_ray.demos.vqa import COLOURS, SPLIT_FRACTIONS, Example, VqaTask, examples, generate, split_of
+from emloc_ray.demos.splits import SPLIT_FRACTIONS
+from emloc_ray.demos.vqa import COLOURS, Example, VqaTask, examples, generate, split_of
 
 TASK = VqaTask(num_rows=90, image_size=56)
 

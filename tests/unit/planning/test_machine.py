@@ -91,6 +91,6 @@ def test_room_is_asked_of_the_nearest_folder_that_exists(tmp_path: Path, monkeyp
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     run = RunDirectory(tmp_path / "not" / "yet")
     check_disk(run, 2**30)
-    with pytest.raises(ConfigError, match=r"needs about 1\.01 GiB, its disk has 1\.00 GiB free"):
+    with pytest.raises(ConfigError, match=r"needs about 1\.01 GiB, and its disk has 1\.00 GiB free"):
         check_disk(run, 2**30 + 1)
     assert asked == [tmp_path, tmp_path]

@@ -143,7 +143,7 @@ def test_more_tokens_than_learned_positions_are_told(
     assert "the model has 128 positions: lower it to 128" in refused(tiny_model_dir("gpt2"), data=data)
     adapter = {"method": "prompt_tuning", "num_virtual_tokens": 20}
     said = refused(tiny_model_dir("gpt2"), data={**data, "max_seq_length": 108}, adapter=adapter)
-    assert "20 virtual tokens before them, the model has 128 positions: lower it to 104" in said  # padded to 112
+    assert "20 virtual tokens come before, and the model has 128 positions: lower it to 104" in said  # padded to 112
 
 
 def test_rows_that_are_held_out_are_not_trained_on(refused: Callable[..., str], tmp_path: Path) -> None:
@@ -152,9 +152,7 @@ def test_rows_that_are_held_out_are_not_trained_on(refused: Callable[..., str], 
     shutil.copy(rows, folder / "test.jsonl")
     data = {"train": {"path": str(folder)}, "max_seq_length": 64, "eval": {"path": str(folder / "test.jsonl")}}
     said = refused(data=data)
-    assert (
-        f"data.eval and data.train both read {folder / 'test.jsonl'}: what is held out must not be trained on" in said
-    )
+    assert f"data.eval and data.train both read {folder / 'test.jsonl'}: held-out rows must not be trained on" in said
     assert "data.selection and data.train both" in refused(data={**data, "eval": None, "selection": data["eval"]})
     hub = {"train": {"path": "hf:some/rows"}, "selection": {"path": "hf:some/rows"}, "max_seq_length": 64}
     assert "data.selection and data.train both read hf:some/rows:train" in refused(data=hub)
@@ -200,10 +198,10 @@ def test_a_file_that_leaves_nothing_to_train_on_is_refused(refused: Callable[...
             "the model has 128 positions: lower it to 56, or",
         ),
         ("llama", {"method": "prefix_tuning", "num_virtual_tokens": 64}, None),
-        ("gpt2", {"method": "prefix_tuning", "num_virtual_tokens": 100}, "with 100 virtual tokens before them"),
+        ("gpt2", {"method": "prefix_tuning", "num_virtual_tokens": 100}, "100 virtual tokens come before"),
         ("opt", {"method": "ia3"}, None),
         ("llama", {"method": "vera"}, None),
-        ("mixtral", {"method": "dora"}, "dora adapts no experts, and 16 of the linears named are experts' for PEFT"),
+        ("mixtral", {"method": "dora"}, "dora adapts no experts, and PEFT takes 16 of these linears for experts'"),
         ("mixtral", {"method": "ia3", "target_modules": "all-linear"}, "ia3 adapts no experts"),
         (
             "qwen3_moe",
@@ -215,7 +213,7 @@ def test_a_file_that_leaves_nothing_to_train_on_is_refused(refused: Callable[...
         (
             "T5",
             {"method": "prefix_tuning", "num_virtual_tokens": 4},
-            "virtual tokens are for models that are a decoder",
+            "virtual tokens go with decoder-only models",
         ),
         ("T5", {"method": "ia3"}, None),
     ],

@@ -63,9 +63,7 @@ def test_tower_projector_and_language_model_have_ratios_of_their_own(prepared: M
 
 @pytest.mark.parametrize("method", ["prefix_tuning", "prompt_tuning"])
 def test_virtual_tokens_do_not_go_with_images(prepared: Make, method: str) -> None:
-    with pytest.raises(
-        ConfigError, match=f"adapter.method is {method}, whose virtual tokens would move a model's images"
-    ):
+    with pytest.raises(ConfigError, match=f"adapter.method is {method}, whose virtual tokens would move images"):
         prepared(adapter={"method": method, "num_virtual_tokens": 4})
 
 
@@ -120,7 +118,7 @@ def test_a_processor_without_a_chat_template_is_told(prepared: Make, tmp_path: P
 
 
 def test_packing_is_refused_where_a_row_shows_an_image(prepared: Make) -> None:
-    with pytest.raises(ConfigError, match=r"rows\.jsonl, row 1: it shows an image, which data\.packing"):
+    with pytest.raises(ConfigError, match=r"rows\.jsonl, row 1: it shows an image, and data\.packing"):
         prepared(data={"packing": True})
     assert prepared(rows=[shown(0)] * 20, data={"packing": True}).layout.ranks
 
@@ -147,7 +145,7 @@ def test_an_image_file_that_is_missing_is_told_before_the_start(prepared: Make, 
     lost = shown()
     lost["messages"][0]["content"][0]["path"] = "lost.png"
     rows = [*[shown()] * 20, lost]
-    with pytest.raises(ConfigError, match=r"rows\.jsonl, row 21: image 1 lost\.png is not there: mend the path"):
+    with pytest.raises(ConfigError, match=r"rows\.jsonl, row 21: image 1 lost\.png is not there: fix the path"):
         prepared(rows=rows)
     ready = prepared(rows=rows, data={"on_error": "skip"})
     assert ready.files["train"][0].num_rows == 21
@@ -167,14 +165,14 @@ def test_images_for_a_model_that_reads_none(prepared: Make, tiny_model_dir: Call
     directory = tiny_model_dir("llama")
     with pytest.raises(ConfigError, match=r"row 1: it shows an image, and the model has no processor"):
         prepared(model_dir=directory)
-    with pytest.raises(ConfigError, match=r"^data\.generate: vqa shows images, which the model has no processor for"):
+    with pytest.raises(ConfigError, match=r"^data\.generate: vqa shows images, and the model has no processor for"):
         prepared(model_dir=directory, data={"generate": "vqa", "train": None})
 
 
 def test_a_processor_that_takes_no_image_is_told(prepared: Make, tmp_path: Path) -> None:
     model_dir = save_vlm("LLaVA", tmp_path / "odd")
     (model_dir / "chat_template.jinja").write_text("{{ raise_exception('no such role') }}")
-    with pytest.raises(ConfigError, match=r"its processor takes no image .no such role.: mend its files"):
+    with pytest.raises(ConfigError, match=r"its processor takes no image .no such role.: fix its files"):
         prepared(model_dir=model_dir)
 
 

@@ -55,9 +55,9 @@ def test_a_live_run_shows_who_holds_it_and_how_far_it_is(run: RunDirectory) -> N
 def test_a_killed_run_says_where_it_was_and_how_it_goes_on(run: RunDirectory) -> None:
     write(run, {"event": "started", "stage": "merge"})
     first, last, go_on = lines(run, 7200)
-    assert first == "Not running: its process ended without a word, in merge: killed, or its machine was lost."
+    assert first == "Not running: its process was killed in merge, or its machine was lost."
     assert last == "Last event, 2.0 h ago: Something."
-    assert go_on == "It goes on by the same command: cd /home/me && emloc-ray run my.yaml finetune.max_steps=5"
+    assert go_on == "To continue, give the same command: cd /home/me && emloc-ray run my.yaml finetune.max_steps=5"
 
 
 def test_a_failed_run_says_its_sentence(run: RunDirectory) -> None:
@@ -69,7 +69,7 @@ def test_a_failed_run_says_its_sentence(run: RunDirectory) -> None:
     assert told[2].startswith("Failed in finetune, ")
     assert told[2].endswith(": finetune: the disk is full: free some and run the same command again.")
     assert told[3].startswith(
-        "It goes on by the same command: emloc-ray run "
+        "To continue, give the same command: emloc-ray run "
     )  # begun from Python, not by a command line
     assert told[3].endswith("config.yaml")
 
@@ -91,7 +91,7 @@ def test_secrets_of_the_command_are_hidden_and_asked_for(
         raise KeyboardInterrupt
     assert "hush" not in run.path(LOG).read_text()
     told = lines(run)[-1]
-    assert told.startswith("It goes on by the same command, with the values given again for which (hidden) stands: cd ")
+    assert told.startswith("To continue, give the same command, with the values for which (hidden) stands: cd ")
     assert "emloc-ray run my.yaml finetune.max_steps=5 'ray" in told
     assert "WANDB_KEY" in told
 
@@ -99,7 +99,7 @@ def test_secrets_of_the_command_are_hidden_and_asked_for(
 def test_secrets_of_a_call_are_asked_for(run: RunDirectory) -> None:
     run.create({"ray": {"runtime_env": {"env_vars": {"WANDB_KEY": "hush"}}}})
     told = lines(run)[-1]
-    assert "with the values given again for which (hidden) stands: emloc-ray run " in told
+    assert "with the values for which (hidden) stands: emloc-ray run " in told
     assert told.endswith("config.yaml 'ray.runtime_env.env_vars.WANDB_KEY=(hidden)'")
 
 
@@ -114,7 +114,7 @@ def test_what_a_later_try_made_good_is_no_failure(run: RunDirectory) -> None:
 def test_a_stopped_run(run: RunDirectory) -> None:
     write(run, {"event": "started", "stage": "merge"}, {"event": "run_stopped", "message": "The run was stopped."})
     assert lines(run)[0] == "Not running: stopped, in merge."
-    assert "It goes on" in lines(run)[-1]
+    assert "To continue" in lines(run)[-1]
 
 
 def test_a_run_without_a_log(run: RunDirectory) -> None:

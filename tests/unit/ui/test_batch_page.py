@@ -82,7 +82,7 @@ def test_a_batch_is_told_in_a_sentence_and_a_table(mixed: str) -> None:
     assert page.sections == ["timeline", "tasks"]
     assert (
         "4 tasks: 1 failed, 2 done, 1 cancelled; 2 min, in which stages worked for 4 min."
-        " 3 of 18 finished stages came from the cache: another run had made the same."
+        " 3 of 18 finished stages came from the cache, where another run had put the same."
     ) in page.text
     assert "median gain+0.125" in page.text
     assert "largest gain+0.750 first" in page.text
@@ -167,7 +167,7 @@ def test_thousands_of_tasks_are_cut_and_it_is_said() -> None:
     parsed = Page(report.render_batch("sweep", state, found))
     assert sum(tag == "g" for tag, _ in parsed.tags) == 1000
     assert "the first 1,000 of 2,100" in parsed.text
-    assert "The first 2,000, those that failed before the others; summary.parquet has all." in parsed.text
+    assert "The first 2,000 tasks, failed ones first; summary.parquet has all." in parsed.text
 
 
 def test_few_tasks_have_their_names_beside_their_lines() -> None:

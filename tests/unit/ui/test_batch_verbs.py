@@ -72,7 +72,7 @@ def test_a_state_of_other_values_is_told(run: RunDirectory, values: dict[str, An
     state = json.loads(run.path(STATE).read_text())
     state["tasks"][0] |= values
     run.path(STATE).write_text(json.dumps(state))
-    with pytest.raises(ArtifactError, match="no state of a batch of this version"):
+    with pytest.raises(ArtifactError, match="is of another version of emloc_ray, or damaged"):
         read_state(run)
     result = invoke("status", str(run.root))
     assert (result.exit_code, type(result.exception)) == (1, SystemExit), result.output
@@ -119,8 +119,8 @@ def test_a_long_name_takes_few_lines() -> None:
 def test_a_batch_nobody_runs_leaves_out_what_is_cancelled_and_takes_it_up_again(run: RunDirectory) -> None:
     for name in ("bad", "cut", "next"):
         stdout = invoke("cancel", str(run.root), name).stdout
-        assert f"{name}: to be left out by the next emloc-ray batch." in stdout
-    assert "cut: to be run by the next emloc-ray batch." in invoke("cancel", str(run.root), "cut", "--undo").stdout
+        assert f"{name}: the next emloc-ray batch skips it." in stdout
+    assert "cut: the next emloc-ray batch runs it." in invoke("cancel", str(run.root), "cut", "--undo").stdout
     assert read_cancelled(run) == {"bad", "next"}
 
 
@@ -139,7 +139,7 @@ def test_what_is_over_is_not_cancelled_in_a_batch_that_runs(run: RunDirectory, n
         assert sentence in refused(invoke("cancel", str(run.root), "next", name))
         assert read_cancelled(run) == set()
         result = invoke("cancel", str(run.root), "cut")
-        assert "cut: cancelled; a task that runs ends as soon as its stage can leave off." in result.stdout
+        assert "cut: cancelled; a running task ends as soon as its stage can stop." in result.stdout
         assert "undo once that is over" in refused(invoke("cancel", str(run.root), "cut", "--undo"))
     finally:
         run.unlock()
@@ -161,7 +161,7 @@ def test_a_batch_that_runs_is_not_run_twice(write: Write, tmp_path: Path) -> Non
     run.lock()
     try:
         assert "stop that with Ctrl-C, then give this command again" in refused(invoke(*write()[:2]))
-        assert "All is good" in invoke(*write()).stdout
+        assert "The batch is valid" in invoke(*write()).stdout
     finally:
         run.unlock()
 
@@ -197,7 +197,7 @@ def test_a_dry_run_says_that_all_is_good(write: Write, tmp_path: Path, name: str
     assert result.exit_code == 0, (result.exception, result.output)
     assert f"{name}: 1 task, about" in result.stdout
     assert f"in {tmp_path}/runs/{name}" in result.stdout
-    assert "All is good; nothing was started." in result.stdout
+    assert "The batch is valid; nothing was started." in result.stdout
     assert not (tmp_path / "runs").exists()
 
 

@@ -347,7 +347,7 @@ def test_a_failed_run_is_one_sentence_and_code_1(call: Call, monkeypatch: pytest
     assert result.exit_code == 1
     first, second = result.stderr.splitlines()
     assert first == "Error: model.layers.0 holds NaN [in row 3]."
-    assert f"What was finished stays in {call.run_dir}" in second
+    assert f"Finished stages stay in {call.run_dir}" in second
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (SystemExit(15), 143)])
@@ -360,7 +360,7 @@ def test_a_stopped_run_is_no_failure(
     monkeypatch.setattr(pipeline, "run", interrupt)
     result = call("run")
     assert result.exit_code == code
-    assert result.stderr.splitlines() == ["Stopped. What was finished stays; the same command goes on from there."]
+    assert result.stderr.splitlines() == ["Stopped. Finished stages stay; the same command continues from there."]
 
 
 def test_the_stages_verbs_say_how_far_to_go(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

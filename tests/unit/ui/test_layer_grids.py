@@ -59,7 +59,7 @@ def test_experts_in_their_thousands_are_one_cell_a_block() -> None:
     shown = layer_grids.shortfall_cells(modules)["model.layers.3.mlp.experts.*.gate_up"]
     assert shown["before"] == pytest.approx(3 * 128**0.5)
     html = report.render("run", manifest(*STAGES[:3]), {"emulator": emulator(layers)})
-    assert "experts of a block are one" in html
+    assert "experts of a block share a cell" in html
     assert len(html) < 200_000
 
 

@@ -28,10 +28,7 @@ def finished() -> str:
 def test_planned_memory_stands_beside_the_measured() -> None:
     planned = {"calibrate": 3 * 2**29, "finetune": 2**31, "inference": 5 * 2**29}
     page = Page(report.render("run", manifest(*STAGES), {**finished_metrics(), "planned_memory": planned}))
-    assert (
-        "is what one worker was planned to hold, and the dashed line the plan for inference of the original"
-        in page.text
-    )
+    assert "marks the plan for one worker, the dashed line the plan for inference of the original" in page.text
     assert "calibrate11.5 s2.00 GiB300 MiB1.50 GiB2" in page.text
     assert "merge15.5 s6.00 GiB300 MiB–2" in page.text
 
@@ -157,7 +154,7 @@ def test_sections_without_their_optional_parts() -> None:
     metrics["correction"] |= {"candidates": [{**metrics["correction"]["candidates"][2], "loss": None}], "modules": {}}
     page = Page(report.render("run", manifest(*STAGES), metrics))
     assert "Every linear is dense." in page.text
-    assert "Given by the config, not chosen." in page.text
+    assert "Set in the config, not chosen." in page.text
     assert {"training", "generations"}.isdisjoint(page.sections)
     assert "Gap closed" not in page.text
 
@@ -173,10 +170,10 @@ def test_losses_that_diverged() -> None:
 
 def test_stages_older_than_one_before_them_are_named() -> None:
     entries = manifest(*STAGES)
-    assert "stage ahead" not in report.render("run", entries, finished_metrics())
+    assert "was redone since" not in report.render("run", entries, finished_metrics())
     redone = copy.deepcopy(entries)
     redone["stages"]["finetune"]["finished_at"] += 100
-    assert "correct, merge, evaluate: finished before" in Page(report.render("run", redone, finished_metrics())).text
+    assert "was redone since: correct, merge, evaluate." in Page(report.render("run", redone, finished_metrics())).text
 
 
 def test_tasks_are_described_by_their_files() -> None:
@@ -233,14 +230,14 @@ def test_brackets_in_what_is_told_are_no_markup() -> None:
 
 
 def test_what_a_choice_was_made_on_is_told(finished: str) -> None:
-    assert "The best of these on 694 tokens of the selection rows" in Page(finished).text
+    assert "Chosen on 694 tokens of the selection rows" in Page(finished).text
     metrics = finished_metrics()
     fix = metrics["correction"]
     fix |= {"selection_rows": 11, "scored_tokens": 2082, "max_tokens": 2100}
     fix["candidates"][2] |= {"gain": 0.02458, "standard_error": 0.00321}
     text = Page(report.render("run", manifest(*STAGES), metrics)).text
-    assert "The best of these on 694 tokens of 11 selection rows" in text
-    assert "Together they read 2,082 of the 2,100 tokens that they may." in text
+    assert "Chosen on 694 tokens of 11 selection rows" in text
+    assert "The candidates read 2,082 tokens, of at most 2,100." in text
     assert "0.00321" in text
     assert "chose covariance, λ = 3, strength 0.5, best of 3 on 11 rows" in told_of_correct(fix)
     none = {"method": "none", "clamp": 3.0, "strength": 1.0, "selection_tokens": 0}
@@ -254,8 +251,8 @@ def test_an_adapter_that_cannot_be_merged_is_said_so() -> None:
     page = Page(report.render("run", found, metrics))
     for text in (
         "by prefix tuning through an emulator of compression ratio 0.25; plugged in as trained.",
-        "There is no merged model: prefix tuning changes no weight",
-        "The adapter was plugged into the original as trained. There is nothing to correct here.",
+        "There is no merged model, because prefix tuning changes no weight",
+        "The original takes the adapter as trained. There is nothing to correct here.",
         "by the original with the adapter",
     ):
         assert text in page.text, text
@@ -320,7 +317,7 @@ def test_a_healing_is_shown_with_its_curve(finished: str) -> None:
     assert "over 30 steps, mean 1.2500 nats a token; 14 linears healed" in page.text
     assert "1,234 rows took 3.00 MiB" in page.text
     assert "step 10: 2.5000" in page.text
-    assert "both before the healing" in page.text
+    assert "both before healing" in page.text
     assert "healed" not in finished
     # What was tuned on an emulator that is to be healed again is of another run.
     del made["stages"]["heal"]

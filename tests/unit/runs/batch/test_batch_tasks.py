@@ -480,7 +480,7 @@ def test_one_ray_serves_the_batch(write: Write, tmp_path: Path) -> None:
     assert {task.config.ray for task in read_batch(write(tasks=rows[:2])).tasks} == {RayConfig(num_cpus=2)}
     said = error(write(tasks=rows))
     assert said.startswith(
-        f"task other ({tmp_path}/batch.yaml, task 3): its base sets ray otherwise than the batch's base"
+        f"task other ({tmp_path}/batch.yaml, task 3): its base has another ray section than the batch's base"
     )
     assert read_batch(write(tasks=rows), ["ray={num_cpus: 7}"]).ray == RayConfig(num_cpus=7)
 

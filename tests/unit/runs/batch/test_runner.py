@@ -152,7 +152,7 @@ def test_cancelled_while_it_waits_and_while_it_runs(tmp_path: Path) -> None:
         time.sleep(0.01)
     let_go.set()
     thread.join(20)
-    assert told == ["first ends as soon as its stage can leave off."]
+    assert told == ["first ends as soon as its stage can stop."]
     assert statuses(run.board.state()) == {"first": "cancelled", "second": "cancelled", "third": "done"}
     assert ("first", "finetune") not in work.begun
     assert not any(name == "second" for name, _ in work.begun)
