@@ -103,7 +103,7 @@ def render_page(template: str, view: dict[str, Any]) -> str:
     environment.filters |= {function.__name__: function for function in (size, signed, duration, counted, visible)}
     environment.filters["choice"] = describe_choice
     functions = (bar, before_after, share, grids, column_tops)
-    environment.globals |= {function.__name__: function for function in functions}
+    environment.globals |= {"STEPS": STEPS, **{function.__name__: function for function in functions}}
     return environment.get_template(template).render(view)
 
 
