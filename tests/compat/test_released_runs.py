@@ -119,4 +119,4 @@ def test_a_batch_state_of_format_1_is_refused(release: Path) -> None:
     for verb in ("status", "report"):
         shown = invoke(verb, "batch")
         assert shown.exit_code == 1
-        assert "remove it, and the batch checks every task anew." in shown.stderr
+        assert "remove it, and the batch checks every task again." in shown.stderr
