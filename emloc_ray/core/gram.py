@@ -73,7 +73,7 @@ def pack_triangle(matrix: Tensor) -> Tensor:
     """The lower triangle of a symmetric ``(n, n)`` matrix, row by row, as ``(n (n + 1) / 2,)``: half the bytes."""
     n = matrix.shape[0]
     packed = matrix.new_empty(n * (n + 1) // 2)
-    # By rows: an index of all elements would be four times the triangle.
+    # Row by row: an index of all elements would take four times the triangle's memory.
     for row in range(n):
         packed[_triangle(row) : _triangle(row + 1)] = matrix[row, : row + 1]
     return packed

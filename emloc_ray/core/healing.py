@@ -11,10 +11,10 @@ from emloc_ray.core.factorization import LowRankFactors
 
 
 def ranks_before_healing(ranks: Mapping[str, int], r: int) -> dict[str, int]:
-    """To what ranks layers are factorized so that a LoRA of rank r brings each to the rank of ``ranks``.
+    """The ranks to factorize to, so that a LoRA of rank r brings each layer to its rank in ``ranks``: ``rank − r``.
 
-    ``rank − r``; where that is not above zero the layer has its whole rank from the start, and is not healed. The factors
-    then hold as many parameters with and without healing.
+    A layer with ``rank ≤ r`` gets its whole rank at once and is not healed. So factors hold as many parameters with healing
+    as without.
     """
     return {name: rank - r if rank > r else rank for name, rank in ranks.items()}
 
@@ -27,8 +27,8 @@ def healed_layers(ranks: Mapping[str, int], r: int) -> tuple[str, ...]:
 def added_factors(lora_a: Tensor, lora_b: Tensor, scale: float) -> LowRankFactors:
     """``s B A`` as factors like those of the emulator: ``up (out, r)`` with orthonormal columns, ``down (r, in)``.
 
-    ``B = Q R`` and ``up = Q``, ``down = s R A``, in float64: so that columns which share a block of 64 in 4 bits are of one
-    size, as they would not be with B's own.
+    ``B = Q R``, ``up = Q``, ``down = s R A``, in float64. Columns of one size lose less in 4 bits, where 64 elements share a
+    scale.
 
     Args:
         lora_a: A ``(r, in)``.

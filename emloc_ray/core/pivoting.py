@@ -1,18 +1,18 @@
 """Pivoted storage of factors: the same product with r² fewer numbers.
 
-Of a product ``W_E = up @ down`` of rank r, r rows span all rows: they are kept themselves, and each of the others as what
-it is made of in these. With ``P`` the permutation that puts them back in their places,
+A product ``W_E = up @ down`` of rank r has r rows that span all rows. These are kept as they are, and the others as
+combinations of them. ``P`` is the permutation that puts all rows back in their places:
 
     W_E = P [I; T] W_p          W_p (r, in): rows of W_E      T (out − r, r): the others in terms of these
 
-are ``r (out + in − r)`` numbers where ``up`` and ``down`` have ``r (out + in)``, and no more than the weight's at any rank.
+These are ``r (out + in − r)`` numbers, where ``up`` and ``down`` have ``r (out + in)``: no more than the weight at any rank.
 (An interpolative decomposition of ``upᵀ``: Cheng, Gimbutas, Martinsson and Rokhlin 2005,
 https://doi.org/10.1137/030602678; PIFA stores low-rank layers so, https://arxiv.org/abs/2501.19090.)
 
-Rows are chosen so that no element of ``T`` is far above 1: then what rounding does to ``W_p`` and ``T`` is not blown up.
-Gaussian elimination with row pivoting finds rows that nearly are such; where a row is still more than one of those that it
-is made of, they change places, each time the chosen rows' volume grows by that element, until none is (Goreinov and
-Tyrtyshnikov 2001, "The maximal-volume concept in approximation by low-rank matrices").
+Rows are chosen so that no element of ``T`` is far above 1, so that rounding of ``W_p`` and ``T`` is not amplified. Gaussian
+elimination with row pivoting finds nearly such rows. Then, while an element of ``T`` is larger, the two rows that it
+relates change places, which multiplies the chosen rows' volume by that element (Goreinov and Tyrtyshnikov 2001, "The maximal-volume
+concept in approximation by low-rank matrices").
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from emloc_ray.core.factorization import LowRankFactors
 
-LARGEST = 1.2  # element of T that is left: at 1 some exchanges would go round in circles by rounding
+LARGEST = 1.2  # element of T that is left: at 1 rounding could make exchanges endless
 
 
 class PivotedFactors(NamedTuple):
@@ -50,13 +50,13 @@ def stored_product(up: Tensor, down: Tensor, order: Tensor | None = None) -> Ten
 
 
 def pivot(factors: LowRankFactors) -> PivotedFactors:
-    """The same product, pivoted; computed in float64 and given back in the dtype of the factors.
+    """Pivots a product: computed in float64, returned in the dtype of the factors.
 
     Args:
         factors: ``up (out, r)`` and ``down (r, in)``, ``r < out``.
 
     Raises:
-        ValueError: there are no rows beside those that would be kept.
+        ValueError: ``r ≥ out``.
     """
     up, down = (part.detach().to(torch.float64) for part in factors)
     out_features, rank = up.shape
@@ -93,7 +93,7 @@ def _exchange(rows: Tensor, made: Tensor) -> None:
     while True:
         a, b = divmod(int(made.abs().argmax()), rank)
         largest = float(made[a, b])
-        if not abs(largest) > LARGEST:  # so that what is no number ends too
+        if not abs(largest) > LARGEST:  # a NaN ends it too
             return
         row, column = made[a].clone(), made[:, b].clone()
         change = row.clone()

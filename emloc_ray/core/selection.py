@@ -17,7 +17,7 @@ class Gain(NamedTuple):
 
 
 def paired_gain(losses: Tensor, reference: Tensor, counts: Tensor) -> Gain:
-    """Of two models' losses of the same rows ``(rows,)``, each the sum over a row's ``counts`` of tokens.
+    """Compares two models by their losses on the same rows ``(rows,)``, each summed over a row's ``counts`` of tokens.
 
     The mean is ``Σ d / Σ n`` with ``d = reference − losses``, a ratio of sums; its standard error is
     ``√(m / (m − 1) · Σ (d − mean · n)²) / Σ n`` over the m rows (Cochran, Sampling Techniques, 2.11). One row says
@@ -47,10 +47,10 @@ def choose(losses: Sequence[Tensor], counts: Tensor, reference: int) -> int:
 
 
 def best_strength(losses: Mapping[float, float], most: float) -> float | None:
-    """Where the parabola through three strengths' losses is lowest, between 0 and ``most``, and at twice the largest known
-    at the farthest; None where it has no lowest point and does not fall that way either.
+    """The minimum of the parabola through three strengths' losses, within 0 and ``most`` and at most twice the largest known.
 
-    The three are the best strength and those beside it, or the nearest three where it is at an end.
+    The three are the best strength and its neighbours, or the nearest three where it is at an end. A parabola without a
+    minimum gives the upper bound where the loss falls towards it, else None.
     """
     known = sorted(strength for strength, loss in losses.items() if math.isfinite(loss))
     if len(known) < 3:

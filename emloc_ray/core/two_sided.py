@@ -7,8 +7,8 @@ are drawn from the model's own predictions, ``S`` is the output factor of the Fi
 
     ½ tr(S Δ G Δᵀ) / N
 
-``G = Σ x xᵀ`` alone (EMLoC, ASVD, SVD-LLM) minimises what a layer's output changes by; this weighs every direction of the
-output by what the predictions make of it. With ``S_d = S + ε mean(diag S) I = L Lᵀ`` the best ``W_E`` of rank r is the plain
+``G = Σ x xᵀ`` alone (EMLoC, ASVD, SVD-LLM) minimises the change of a layer's output; ``S`` weighs each direction of the output
+by its effect on the predictions. With ``S_d = S + ε mean(diag S) I = L Lᵀ`` the best ``W_E`` of rank r is the plain
 one of ``Lᵀ W`` under ``G``, taken back: with ``U`` its top r left singular vectors there,
 
     W_E = L⁻ᵀ U Uᵀ Lᵀ W          up = L⁻ᵀ U (out, r)      down = Uᵀ Lᵀ W (r, in)

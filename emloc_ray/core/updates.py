@@ -140,7 +140,7 @@ class KroneckerUpdate:
 
 
 def _dominant_of_product(left: Tensor, right: Tensor, tolerance: float) -> Subspace:
-    """Of ``left (out, n) @ right (n, in)``, both float64."""
+    """The dominant subspace of ``left (out, n) @ right (n, in)``, both float64."""
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right.T)
     u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)

@@ -144,7 +144,7 @@ def default_targets(method: str, model_type: str, names: Sequence[str]) -> list[
 
 
 def feedforward_names(patterns: Patterns | None, model_type: str, adapted: Sequence[str]) -> list[str]:
-    """Of the adapted linears those whose input IA³ scales, by ``patterns``, else by PEFT's table for the model's type.
+    """The adapted linears whose input IA³ scales: by ``patterns``, else by PEFT's table for the model's type.
 
     Raises:
         ConfigError: where there is no default, or a pattern names none of ``adapted``.

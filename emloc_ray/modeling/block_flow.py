@@ -23,7 +23,7 @@ from emloc_ray.modeling.meta_pass import UNTRACEABLE, MetaPass
 
 @dataclass(frozen=True)
 class BlockFlow:
-    """In which order blocks run, and from which earlier blocks each one's inputs come: ``needs[k]`` are positions.
+    """The order in which blocks run, and the earlier blocks that each one's inputs come from: ``needs[k]`` are positions.
 
     ``between`` are the linears outside all blocks that carry what a block gives to another, with the block that runs
     next: in its pass they read what they read in the whole model. ``optional`` are the positions that run for images alone.

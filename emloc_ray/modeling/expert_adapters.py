@@ -134,7 +134,9 @@ def store_as_peft_does(directory: Path, model: nn.Module) -> None:
         return
     _add_patterns(config, parameters, plain)
     config["target_parameters"] = sorted(parameters)
-    config["target_modules"] = _without_mistaken(config["target_modules"], plain, parameters)
+    linears = [name for name in plain if f"{name}.weight" not in parameters]
+    if isinstance(config["target_modules"], str) or len(linears) < len(plain):
+        config["target_modules"] = linears
     config["lora_dropout"] = 0.0  # which PEFT refuses on parameters; it is for training alone
     write_tensors(directory / WEIGHTS_NAME, join_experts(config, tensors))
     (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -180,13 +182,6 @@ def taken_for_experts(model_type: str, names: Sequence[str]) -> list[str]:
     kind: Any = conversion._MODEL_TO_CONVERSION_PATTERN.get(model_type)
     mistaken = list(conversion._MOE_TARGET_MODULE_MAPPING.get(kind, ()))
     return [name for name in names if mistaken and matches(name, mistaken)]
-
-
-def _without_mistaken(targets: Any, plain: list[str], parameters: Mapping[str, str]) -> Any:
-    left = [name for name in plain if f"{name}.weight" not in parameters]
-    if isinstance(targets, str) or len(left) < len(plain):
-        return left
-    return targets
 
 
 @contextlib.contextmanager

@@ -135,7 +135,7 @@ class View:
 
 
 def unfused_views(model: nn.Module) -> dict[str, View]:
-    """Of which fused parameter each parameter of a model's unfused experts is a view, by their names."""
+    """Maps each parameter of a model's unfused experts to the view of a fused parameter that it is, by name."""
     views = {}
     for module, experts in experts_of(model).items():
         for index in range(experts.num_experts):

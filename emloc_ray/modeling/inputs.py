@@ -71,7 +71,7 @@ def model_call(config: Any, batch: dict[str, Tensor], loss_on: str = "completion
 def _call(
     inputs: dict[str, Any], counted: dict[Stream, Tensor], labels: Tensor, ids: Tensor, shift: int = 0
 ) -> ModelCall:
-    """With the ``ids`` for labels where the mask says so, each predicted ``shift`` places earlier."""
+    """A call whose labels are the ``ids`` where the mask is true, each predicted ``shift`` places earlier."""
     rows, places = labels.nonzero(as_tuple=True)
     counts = tuple(labels.sum(dim=1).tolist())
     return ModelCall(inputs, counted, (rows, places - shift - labels.shape[1]), ids[rows, places], counts)

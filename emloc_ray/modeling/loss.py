@@ -104,8 +104,7 @@ def _loss_at(model: Any, owner: Any, call: ModelCall, criterion: Criterion, *tar
 
 @torch.no_grad()
 def teacher_logits(model: Any, batch: dict[str, Tensor], loss_on: str, k: int) -> list[TopLogProbs]:
-    """Of every row of a batch the top ``k`` log-probabilities at its label positions, logits made a chunk at a time; on the
-    CPU."""
+    """The top ``k`` log-probabilities at the label positions of each row of a batch, on the CPU; logits are made in chunks."""
     call = model_call(model.config, batch, loss_on).to(model.device)
     chunks = _read_at_labels(model, call, lambda logits, targets: top_log_probs(logits, k))
     ids, log_probs = (torch.cat(parts).cpu().split(call.counts) for parts in zip(*chunks, strict=True))
@@ -114,9 +113,9 @@ def teacher_logits(model: Any, batch: dict[str, Tensor], loss_on: str, k: int) -
 
 @torch.no_grad()
 def row_losses(model: Any, batch: dict[str, Tensor], loss_on: str) -> tuple[Tensor, Tensor]:
-    """Of every row of a batch its loss in nats, summed over its labels, and how many labels it has: both ``(rows,)``.
+    """The loss of each row of a batch in nats, summed over its labels, and how many labels it has: both ``(rows,)``.
 
-    In float32, with logits made a chunk at a time; the rows' losses add up to :func:`token_loss`. The counts are on the CPU.
+    In float32, with logits made in chunks; the rows' losses add up to :func:`token_loss`. The counts are on the CPU.
     """
     call = model_call(model.config, batch, loss_on).to(model.device)
     chunks = _read_at_labels(
@@ -157,7 +156,7 @@ def _in_chunks(owner: Any, num_tokens: int) -> bool:
 
 
 def _hidden_size(head: Any) -> int:
-    """Of a weight scattered by ZeRO-3, which is empty between uses, by its shape as a whole."""
+    """The head's input size; ZeRO-3 empties a scattered weight between uses, but keeps its whole shape."""
     return int(getattr(head.weight, "ds_shape", head.weight.shape)[-1])
 
 
@@ -169,14 +168,14 @@ def label_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _loss_of_drawn(logits: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """With labels where ``numbers (n,)``, of ``[0, 1)``, are in the predictions' cumulated probabilities."""
+    """The loss of labels drawn by inverse transform sampling: ``numbers (n,)`` are uniform in ``[0, 1)``."""
     cumulated = logits.detach().float().softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     drawn = torch.searchsorted(cumulated, numbers.unsqueeze(1) * cumulated[:, -1:], right=True).squeeze(1)
     return label_loss(logits, drawn.clamp_max(logits.shape[-1] - 1))
 
 
 def _divergence_of(logits: Tensor, targets: Tensor, ids: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    """Correct are still those that the labels, not the teacher, call so."""
+    """The divergence from a teacher; what is correct is judged by the labels."""
     logits = logits.float()
     correct = (logits.detach().argmax(dim=-1) == targets).sum()
     return divergence(logits, ids, log_probs), correct

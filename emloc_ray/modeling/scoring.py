@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -70,7 +71,7 @@ def score_rows(
 
 
 class RowLosses(NamedTuple):
-    """Of each row its loss in nats, summed over its predicted tokens, and how many these are; both ``(rows,)``."""
+    """The loss of each row in nats, summed over its predicted tokens, and how many these are; both ``(rows,)``."""
 
     sums: torch.Tensor
     counts: torch.Tensor
@@ -86,7 +87,7 @@ def losses_by_row(
     pad_token_id: int,
     images: ImagesToInputs | None = None,
 ) -> RowLosses:
-    """Of each row, in the order given, what :func:`score_rows` sums; a loss that is no number is left so."""
+    """The summands of :func:`score_rows`, row by row in the order given; NaN and Inf are kept."""
     losses = RowLosses(torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.int64))
     by_length = sorted(range(len(rows)), key=lambda number: len(rows[number]))
     for start in range(0, len(rows), batch_size):
@@ -143,7 +144,7 @@ def _room(model: Any) -> int:
 
 
 def _virtual_tokens(model: Any) -> int | None:
-    """Those that a prompt puts before a row; None where the adapter is no prompt."""
+    """How many virtual tokens a prompt puts before a row; None where the adapter is no prompt."""
     if not isinstance(model, PeftModel) or not model.active_peft_config.is_prompt_learning:
         return None
     return int(model.active_peft_config.num_virtual_tokens)
@@ -151,18 +152,9 @@ def _virtual_tokens(model: Any) -> int | None:
 
 def _batches(rows: Sequence[Tokens], batch_size: int, longest: int) -> Iterator[Sequence[Tokens]]:
     """The rows in their order; those whose prompt is above ``longest`` alone, so that they cut no other one short."""
-    batch: list[Tokens] = []
-    for row in rows:
-        alone = prompt_length(row) > longest
-        if batch and (alone or len(batch) == batch_size):
-            yield batch
-            batch = []
-        batch.append(row)
-        if alone:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+    for is_long, neighbours in itertools.groupby(rows, key=lambda row: prompt_length(row) > longest):
+        run, size = list(neighbours), 1 if is_long else batch_size
+        yield from (run[start : start + size] for start in range(0, len(run), size))
 
 
 OtherInputs = Callable[[torch.Tensor], dict[str, torch.Tensor]]  # beside the token ids that it is given

@@ -1,4 +1,4 @@
-"""Under which names a checkpoint holds a model's parameters.
+"""The names under which a checkpoint holds a model's parameters.
 
 What transformers keeps in memory may be named otherwise on disk, or be put together from several tensors (experts). Its
 own conversion mapping says how (https://huggingface.co/docs/transformers/main/en/weightconverter); read here, not applied:

@@ -25,7 +25,7 @@ Result = dict[str, Any]
 
 
 def _unheard(text: str) -> None:
-    """Tells nobody."""
+    """Drops a note."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -128,7 +128,7 @@ class Context:
         return load_config(self.model_dir, trust_remote_code=self.prepared.config.model.trust_remote_code)
 
     def stored(self) -> dict[str, StoredParameter]:
-        """Under which names the original's checkpoint holds the model's parameters."""
+        """The names under which the original's checkpoint holds the model's parameters."""
         names = tuple(entry.name for entry in Checkpoint(self.model_dir))
         return _stored_parameters(self.model_dir, self.prepared.config.model.trust_remote_code, names)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
 from emloc_ray.io.runs.resume import discard_unless
@@ -23,17 +22,16 @@ def is_imported(prepared: Prepared) -> bool:
 
 def _import(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
     from emloc_ray.stages.ray.losses import Losses
-    from emloc_ray.stages.ray.tasks import bounded
+    from emloc_ray.stages.ray.tasks import run_tasks
 
     source, target = context.prepared.source, context.model_dir
     if source.gguf_file is None:  # by the driver: other nodes need not see the files
         discard_unless(target, inputs)
         copy_checkpoint(context.source_dir or source.directory, target, progress)
         return {}
-    task = granted.task(import_gguf).options(name="import: the model")
-    submit = functools.partial(task.remote, source, target, context.prepared.config.model.dtype)
     discard(target)  # a killed conversion leaves shards that nothing vouches for
-    bounded([("the model", submit)], 1, Losses("import", context.note))
+    work = [("the model", (target, context.prepared.config.model.dtype))]
+    run_tasks(import_gguf, source, work, granted, Losses("import", context.note))
     return {}
 
 

@@ -97,11 +97,7 @@ def _write_packed(
     sizes = {name: order * (order + 1) // 2 for name, order in orders.items()}
     entries = [TensorEntry(name, path, torch.float32, (size,), 0, 4 * size) for name, size in sorted(sizes.items())]
     header = make_header(entries, {"num_tokens": json.dumps(counts)})
-    stream_shard(path, header, ((entry, map(_packed, [entry.name], [matrix])) for entry in entries))
-
-
-def _packed(name: str, matrix: Callable[[str], Tensor]) -> Tensor:
-    return pack_triangle(matrix(name)).float().cpu()
+    stream_shard(path, header, ((e, iter([pack_triangle(matrix(e.name)).float().cpu()])) for e in entries))
 
 
 def gram_counts(path: Path) -> dict[str, int]:

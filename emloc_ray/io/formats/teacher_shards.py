@@ -1,7 +1,7 @@
 """A teacher's top log-probabilities at label positions, on disk: safetensors with fixed ranges of rows, read by row.
 
-Of a label k float16 log-probabilities and k int32 ids: 6 k bytes, 384 at k = 64. float16 has them within 2⁻¹¹ of
-themselves (below 6e-5 within 3e-8), so that the nearer a probability is to 1, the better it is known; bfloat16 within 2⁻⁸.
+A label takes k float16 log-probabilities and k int32 ids: 6 k bytes, 384 at k = 64. float16 rounds a log-probability by at
+most 2⁻¹¹ of itself (bfloat16: 2⁻⁸), so that probabilities near 1 are the most exact.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TopRow = tuple[Tensor, Tensor]  # of one row: ids and log-probabilities, (labels
 
 
 def rows_per_shard(row_tokens: float, num_logits: int) -> int:
-    """Of rows of so many tokens on average: a shard is held whole, twice, where it is written."""
+    """Rows of a shard, at ``row_tokens`` a row on average; the writer holds a shard twice in memory."""
     return max(1, min(_ROWS, int(_SHARD_BYTES // max(1.0, BYTES_PER_LOGIT * num_logits * row_tokens))))
 
 

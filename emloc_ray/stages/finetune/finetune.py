@@ -54,8 +54,8 @@ class FailureLog(ray.train.UserCallback):
         publish(path)
 
 
-# ``check`` raises where the training is to be left at once.
-Way = Callable[[FinetuneJob, Resources, Tell, Callable[[], None]], dict[str, Any]]
+# How a training runs; its last argument raises where it is to be left at once.
+Runner = Callable[[FinetuneJob, Resources, Tell, Callable[[], None]], dict[str, Any]]
 
 
 def finetune(
@@ -63,13 +63,13 @@ def finetune(
     resources: Resources,
     progress: Progress = silent,
     tell: Tell = unheard,
-    way: Way | None = None,
+    runner: Runner | None = None,
 ) -> dict[str, Any]:
     """Trains the adapter on the emulator and writes it to ``job.out_dir`` in PEFT's format.
 
     A lost worker restarts the group from its newest checkpoint, at most ``max_failures`` times; so does running the
     stage again with the same ``name``, as where Ray Train's own process is lost. One worker runs alone and several as a
-    group, unless ``way`` says how.
+    group, unless a ``runner`` is given.
 
     Raises:
         NumericsError: where loss or gradients stop being numbers, naming the step.
@@ -79,7 +79,7 @@ def finetune(
     for left in (job.stop_path, job.begun_path):
         discard(left)
     with Watcher(job, progress, tell) as watcher:
-        outcome = (way or trained_by(job, resources))(job, resources, tell, watcher.check)
+        outcome = (runner or runner_of(job, resources))(job, resources, tell, watcher.check)
     if outcome["stopped"] and watcher.stop is not None:
         raise watcher.stop
     if outcome["failure"]:
@@ -97,19 +97,19 @@ def finetune(
 
 
 def mean_loss(history: Sequence[dict[str, Any]]) -> float:
-    """Over all steps, of losses that are each a mean since the one before: the Trainer's own knows of its last try alone."""
+    """The mean loss over all steps, from means since the entry before. The Trainer's own covers its last try alone."""
     ends = [line["step"] for line in history]
     steps = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
     return sum(count * line["loss"] for count, line in zip(steps, history, strict=True)) / ends[-1]
 
 
-def trained_by(job: FinetuneJob, resources: Resources) -> Way:
-    """DeepSpeed wants a group, be it of one."""
+def runner_of(job: FinetuneJob, resources: Resources) -> Runner:
+    """One worker trains alone, but for DeepSpeed, which needs a group."""
     return run_alone if resources.num_workers == 1 and job.zero_config is None else run_group
 
 
 def run_alone(job: FinetuneJob, resources: Resources, tell: Tell, check: Callable[[], None]) -> dict[str, Any]:
-    """In a task; begun again from its newest checkpoint where its worker is lost."""
+    """Trains in one task; a lost worker's successor starts from the newest checkpoint."""
     task = resources.task(train_alone, alone=leaves_traces(job)).options(name=f"{job.stage}: {job.name}")
 
     def submit() -> Any:
@@ -117,7 +117,7 @@ def run_alone(job: FinetuneJob, resources: Resources, tell: Tell, check: Callabl
         return task.remote(job)
 
     def give_up(done: int, total: int) -> None:
-        """Also where it is asked to stop while its task waits for a worker, which may never come."""
+        """Ends a training that is stopped while its task waits for a worker, which may never come."""
         check()
         if exists(job.stop_path) and not exists(job.begun_path):
             raise Stopped(f"{job.stage} was stopped before it began.")
@@ -127,7 +127,7 @@ def run_alone(job: FinetuneJob, resources: Resources, tell: Tell, check: Callabl
 
 
 def run_group(job: FinetuneJob, resources: Resources, tell: Tell, check: Callable[[], None]) -> dict[str, Any]:
-    """As a Ray Train group, in another where the process that leads it is lost."""
+    """Trains in a Ray Train group; where its leading process is lost, in another."""
     losses = Losses(job.stage, tell)
     begun_at = time.time()
     with _interruptible():
@@ -171,7 +171,7 @@ def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, An
 
 
 def _content(path: Path) -> bytes:
-    """Of a file that workers add to; not copied here, where one of them may be at it."""
+    """Reads a file that workers append to, without a copy on this node."""
     try:
         with open_artifact(path) as (stream, _):
             return stream.read()
@@ -202,7 +202,7 @@ class Watcher:
 
     def __init__(self, job: FinetuneJob, progress: Progress, tell: Tell, poll_s: float | None = None) -> None:
         self.job, self.progress, self.tell = job, progress, tell
-        self.told = len(_lines(job.failure_path))
+        self.num_shown = len(_lines(job.failure_path))
         self.stop: EmlocError | None = None
         self.asked = False
         self.failed_looks: set[str] = set()
@@ -241,9 +241,9 @@ class Watcher:
                 publish(self.job.stop_path)
             self.asked = True
         failures = _lines(self.job.failure_path)
-        for text in failures[self.told :]:
+        for text in failures[self.num_shown :]:
             self.tell(text)
-        self.told = len(failures)
+        self.num_shown = len(failures)
 
     def check(self) -> None:
         """Raises what says that another process holds the run by now, where one does."""

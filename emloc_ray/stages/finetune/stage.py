@@ -41,7 +41,7 @@ def finetune_job(context: Context, name: str) -> FinetuneJob:
     from emloc_ray.stages.finetune.training import FinetuneJob
 
     prepared, config = context.prepared, context.prepared.config
-    section = config.finetune
+    section, targets = config.finetune, context.layout.portable_targets
     return FinetuneJob(
         emulator_dir=context.emulator_dir,
         tokens_dir=context.tokens("train"),
@@ -49,7 +49,7 @@ def finetune_job(context: Context, name: str) -> FinetuneJob:
         storage_dir=context.path("training"),
         name=name,
         adapter=_adapter_settings(context),
-        portable_targets=_portable_targets(context),
+        portable_targets=targets if isinstance(targets, str) else list(targets),
         base_model=_base_model(context),
         max_steps=steps_of(context),
         batch_size=section.per_device_train_batch_size,
@@ -61,11 +61,6 @@ def finetune_job(context: Context, name: str) -> FinetuneJob:
         zero_config=prepared.zero_config,
         model_options=context.model_options,
     )
-
-
-def _portable_targets(context: Context) -> str | list[str]:
-    targets = context.layout.portable_targets
-    return targets if isinstance(targets, str) else list(targets)
 
 
 def _base_model(context: Context) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from emloc_ray.core.precision import exact_float32
 from emloc_ray.core.ranks import Storage
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.checkpoint import Checkpoint, TensorEntry
-from emloc_ray.io.formats.shards import copy_chunks, make_header, row_chunks, stream_shard, write_tensors
+from emloc_ray.io.formats.shards import copy_chunks, make_header, stream_shard, write_tensors
 from emloc_ray.io.store.node_cache import exists
 from emloc_ray.modeling.adapter_files import Adapter
 from emloc_ray.modeling.quantization import quantize
@@ -50,16 +48,16 @@ class FoldJob:
     storage: Storage = "factors"
 
     @property
-    def made_whole(self) -> frozenset[str]:
-        """The linears whose tensors follow from all that the emulator has of them: those put into 4 bits or pivoted anew."""
-        return frozenset(self.in_4bit) | (frozenset(self.healed) if self.storage == "pivoted" else frozenset())
+    def changed(self) -> frozenset[str]:
+        """The linears that are healed or put into 4 bits."""
+        return frozenset(self.in_4bit) | frozenset(self.healed)
 
 
 @dataclass(frozen=True)
 class Piece:
     """A shard of the healed emulator: its file, and the emulator's tensors that it is made of.
 
-    Those of one linear that is ``made_whole`` make a shard of their own, for in 4 bits how long they get is known only then.
+    Those of a ``changed`` linear make a shard of their own: how long they are in 4 bits is known only once they are made.
     """
 
     file: Path
@@ -69,14 +67,14 @@ class Piece:
 
 def pieces(job: FoldJob) -> list[Piece]:
     """The shards to write, by the emulator's."""
-    whole = job.made_whole
+    changed = job.changed
     apart: dict[str, list[TensorEntry]] = {}
     parts: list[tuple[tuple[TensorEntry, ...], str | None]] = []
     for shard in Checkpoint(job.emulator_dir).shards:
         plain: list[TensorEntry] = []
         for entry in shard.entries:
             name = _linear(job, entry)[0]
-            (apart.setdefault(name, []) if name in whole else plain).append(entry)
+            (apart.setdefault(name, []) if name in changed else plain).append(entry)
         parts += [(tuple(plain), None)] if plain else []
     parts += [(tuple(entries), name) for name, entries in apart.items()]
     return [
@@ -97,82 +95,43 @@ def _linear(job: FoldJob, entry: TensorEntry) -> tuple[str, str]:
     return "", ""
 
 
-class _Added:
-    """What the adapter adds to each healed layer's factors, one layer at a time."""
-
-    def __init__(self, job: FoldJob) -> None:
-        self.job, self.adapter, self.healed = job, Adapter(job.adapter_dir), set(job.healed)
-        self.factors = functools.lru_cache(maxsize=1)(self._factors)
-
-    def _factors(self, name: str) -> LowRankFactors:
-        lora = self.adapter.module(name)
-        return added_factors(lora.lora_a, lora.lora_b, lora.scale)
-
-    def part(self, entry: TensorEntry) -> tuple[str, torch.Tensor] | None:
-        """Which factor of a healed layer a tensor is, and what is to be joined to it; None of all other tensors."""
-        name, part = _linear(self.job, entry)
-        if part not in (".up", ".down") or name not in self.healed:
-            return None
-        factors = self.factors(name)
-        added = factors.up if part == ".up" else factors.down
-        rank = entry.shape[1 if part == ".up" else 0] + factors.down.shape[0]
-        wanted = self.job.ranks[name]
-        if rank != wanted:
-            raise ArtifactError(f"{entry.file}: {name} would grow to rank {rank}, not {wanted}: run the stage again.")
-        return part, added.to(entry.dtype)
+def _grown(job: FoldJob, name: str, factors: LowRankFactors) -> LowRankFactors:
+    """A healed layer's factors ``[up, added]`` and ``[down; added]``, in their own dtype."""
+    lora = Adapter(job.adapter_dir).module(name)
+    added = added_factors(lora.lora_a, lora.lora_b, lora.scale)
+    rank, wanted = factors.down.shape[0] + added.down.shape[0], job.ranks[name]
+    if rank != wanted:
+        raise ArtifactError(
+            f"{job.emulator_dir}: {name} would grow to rank {rank}, not {wanted}: run the heal stage again."
+        )
+    dtype = factors.up.dtype
+    return LowRankFactors(
+        torch.cat([factors.up, added.up.to(dtype)], dim=1), torch.cat([factors.down, added.down.to(dtype)])
+    )
 
 
-def grow_shard(job: FoldJob, piece: Piece) -> None:
-    """Writes a shard with ``up' = [up, added]`` and ``down' = [down; added]`` in place of a healed layer's factors."""
-    added = _Added(job)
+def make_linear(job: FoldJob, name: str, entries: dict[str, TensorEntry]) -> dict[str, torch.Tensor]:
+    """The tensors of a linear: its factors grown where it is healed, and pivoted anew where they were; in 4 bits.
 
-    def grown(entry: TensorEntry) -> TensorEntry:
-        change = added.part(entry)
-        if change is None:
-            return entry
-        part, more = change
-        rows, columns = entry.shape
-        shape = (rows, columns + more.shape[1]) if part == ".up" else (rows + more.shape[0], columns)
-        return replace(entry, shape=shape, start=0, stop=entry.num_bytes + more.nbytes)
-
-    def chunks(entry: TensorEntry) -> Iterator[torch.Tensor]:
-        change = added.part(entry)
-        if change is not None and change[0] == ".up":
-            for begin, rows in row_chunks(entry, _CHUNK_BYTES):
-                yield torch.cat([rows, change[1][begin : begin + len(rows)]], dim=1)
-            return
-        yield from copy_chunks(entry, _CHUNK_BYTES)
-        if change is not None:
-            yield change[1]
-
-    entries = [(grown(entry), entry) for entry in piece.entries]
-    header = make_header([new for new, _ in entries])
-    stream_shard(piece.file, header, ((new, chunks(entry)) for new, entry in entries))
-
-
-def make_linear(job: FoldJob, piece: Piece) -> None:
-    """Writes a linear that is made as a whole: its factors grown where it is healed, and pivoted anew; in 4 bits."""
-    added, name = _Added(job), piece.linear
-    assert name is not None
-    entries = {_linear(job, entry)[1]: entry for entry in piece.entries}
+    ``entries`` are those of the emulator, by what they are of the linear.
+    """
     weights = {part: entry.read_rows() for part, entry in entries.items()}
-    order, healed = weights.pop(".order", None), name in job.healed
-    if order is not None and healed:
-        weights[".up"], _ = PivotedFactors(weights[".up"], weights[".down"], order).plain()
-    for part, entry in entries.items():
-        change = added.part(entry)
-        if change is not None:
-            weights[part] = torch.cat([weights[part], change[1]], dim=1 if part == ".up" else 0)
-    if order is not None and healed:
-        weights[".up"], weights[".down"], order = pivot(LowRankFactors(weights[".up"], weights[".down"]))
+    order = weights.pop(".order", None)
+    if name in job.healed:
+        factors = LowRankFactors(weights[".up"], weights[".down"])
+        if order is None:
+            weights[".up"], weights[".down"] = _grown(job, name, factors)
+        else:
+            plain = PivotedFactors(*factors, order).plain()
+            weights[".up"], weights[".down"], order = pivot(_grown(job, name, plain))
     tensors = {} if order is None else {f"{name}.order": order}
     for part, weight in weights.items():
-        held = {"weight": weight}
+        stored = {"weight": weight}
         if name in job.in_4bit:
             turned = name in job.transposed and not part
-            held = quantize(weight.T if turned else weight, entries[part].dtype, name)
-        tensors |= {f"{name}{part}.{key}": tensor for key, tensor in held.items()}
-    write_tensors(piece.file, tensors)
+            stored = quantize(weight.T if turned else weight, entries[part].dtype, name)
+        tensors |= {f"{name}{part}.{key}": tensor for key, tensor in stored.items()}
+    return tensors
 
 
 @exact_float32()
@@ -180,10 +139,12 @@ def write_piece(job: FoldJob, piece: Piece) -> None:
     """Writes a shard, unless it is there, whole, from a try that was killed."""
     if exists(piece.file):
         return
-    if piece.linear is None:
-        grow_shard(job, piece)
-    else:
-        make_linear(job, piece)
+    if piece.linear is not None:
+        parts = {_linear(job, entry)[1]: entry for entry in piece.entries}
+        write_tensors(piece.file, make_linear(job, piece.linear, parts))
+        return
+    chunks = ((entry, copy_chunks(entry, _CHUNK_BYTES)) for entry in piece.entries)
+    stream_shard(piece.file, make_header(piece.entries), chunks)
 
 
 def fold(

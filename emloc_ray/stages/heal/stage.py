@@ -133,7 +133,7 @@ def _cost(memory: MemoryModel) -> StageCost:
 
 
 def no_healing(config: RunConfig) -> str | None:
-    """Where healing is asked for and there is nothing to heal."""
+    """Says where healing is asked for and there is nothing to heal."""
     if config.emulator.healing is None or config.emulator.heals is not None:
         return None
     return "heal: at compression_ratio 1.0 the emulator is the original, so it is not healed."

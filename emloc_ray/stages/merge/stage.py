@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def merge_job(context: Context) -> MergeJob:
-    """Of the corrected adapter into the original."""
+    """Merges the corrected adapter into the original."""
     from emloc_ray.stages.merge.merge import MergeJob
 
     section = context.prepared.config.merge
@@ -49,7 +49,7 @@ def _merge(context: Context, inputs: Inputs, granted: Resources, progress: Progr
 
 
 def no_merge(config: RunConfig) -> str:
-    """Where there is no merged model: what there is instead."""
+    """Says what to serve where there is no merged model."""
     return f"merge: {config.adapter.method} changes no weight, so there is no merged/: the original is served with adapter/."
 
 

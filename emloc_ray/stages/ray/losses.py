@@ -38,7 +38,7 @@ _MEMORY = "set memory_budget to what it has, or lower its batch size or num_work
 
 
 def unheard(text: str) -> None:
-    """Tells nobody."""
+    """Drops a message."""
 
 
 class Losses:

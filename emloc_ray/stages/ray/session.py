@@ -45,7 +45,8 @@ def connection(address: str | None = None, lean_memory: bool = False, **options:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     settings = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False, **options}
     variables = {**_NO_GPU_UNASKED, **(_LEAN_MEMORY if lean_memory else {})}
-    settings["runtime_env"] = _with_variables(settings.get("runtime_env"), variables)
+    given = dict(settings.get("runtime_env") or {})
+    settings["runtime_env"] = {**given, "env_vars": {**variables, **given.get("env_vars", {})}}
     if address is not None:
         settings.pop("include_dashboard")
     elif not os.environ.get("RAY_ADDRESS"):
@@ -79,12 +80,6 @@ def quiet_ray_data() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     # Its tasks' retries can be bounded in no other way.
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
-
-
-def _with_variables(runtime_env: Any, variables: dict[str, str]) -> dict[str, Any]:
-    """A runtime environment with environment variables of ours, unless it sets them itself."""
-    given = dict(runtime_env or {})
-    return {**given, "env_vars": {**variables, **given.get("env_vars", {})}}
 
 
 @dataclass(frozen=True)

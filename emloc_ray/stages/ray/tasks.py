@@ -57,7 +57,7 @@ class Resources:
     gpus_per_worker: float = 0
 
     def options(self) -> dict[str, float]:
-        """As Ray's ``.options()`` takes them."""
+        """Arguments of Ray's ``.options()``."""
         return {"num_cpus": self.cpus_per_worker, "num_gpus": self.gpus_per_worker}
 
     def task_options(self) -> dict[str, float]:

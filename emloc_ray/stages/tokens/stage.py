@@ -83,7 +83,7 @@ def skipped_rows(config: RunConfig, split: str, count: dict[str, int]) -> str | 
 
 
 def shortfall(config: RunConfig, split: str, count: dict[str, int]) -> str | None:
-    """Where a split holds less than was asked for."""
+    """Says where a split holds less than was asked for."""
     calibration = config.calibration
     asked = {
         "calibration": calibration.num_calibration_samples,

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from emloc_ray.errors import Stopped
-from emloc_ray.stages.finetune.finetune import Watcher, mean_loss, run_alone, run_group, trained_by
+from emloc_ray.stages.finetune.finetune import Watcher, mean_loss, run_alone, run_group, runner_of
 from emloc_ray.stages.finetune.training import FinetuneJob, StepKeeper, leaves_traces
 from emloc_ray.stages.ray.tasks import Resources
 
@@ -21,9 +21,9 @@ JOB = FinetuneJob(Path("e"), Path("t"), Path("o"), Path("s"), "name", {}, None, 
 
 
 def test_one_worker_runs_alone_unless_deepspeed_wants_a_group() -> None:
-    assert trained_by(JOB, Resources(1)) is run_alone
-    assert trained_by(JOB, Resources(2)) is run_group
-    assert trained_by(dataclasses.replace(JOB, zero_config={"zero_optimization": {}}), Resources(1)) is run_group
+    assert runner_of(JOB, Resources(1)) is run_alone
+    assert runner_of(JOB, Resources(2)) is run_group
+    assert runner_of(dataclasses.replace(JOB, zero_config={"zero_optimization": {}}), Resources(1)) is run_group
 
 
 def test_a_resumed_training_s_loss_is_that_of_all_its_steps() -> None:
