@@ -11,8 +11,8 @@ https://doi.org/10.1137/030602678; PIFA stores low-rank layers so, https://arxiv
 
 Rows are chosen so that no element of ``T`` is far above 1, so that rounding of ``W_p`` and ``T`` is not amplified. Gaussian
 elimination with row pivoting finds nearly such rows. Then, while an element of ``T`` is larger, the two rows that it
-relates change places, which multiplies the chosen rows' volume by that element (Goreinov and Tyrtyshnikov 2001, "The maximal-volume
-concept in approximation by low-rank matrices").
+relates change places, which multiplies the chosen rows' volume by that element (Goreinov and Tyrtyshnikov 2001, "The
+maximal-volume concept in approximation by low-rank matrices").
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Usage:
             self.largest_worker_bytes = max(self.largest_worker_bytes, span.peak_bytes)
 
     def as_dict(self) -> dict[str, object]:
-        """Values for metrics.json; ``peak_rss_bytes`` is that of the largest worker, or without spans of the largest process here."""
+        """Values for metrics.json; ``peak_rss_bytes`` is that of the largest worker, else of the largest process here."""
         return {
             "wall_s": round(self.wall_s, 2),
             "peak_pss_bytes": self.peak_pss_bytes,
