@@ -6,12 +6,12 @@
 #     sbatch cluster/slurm.sh my.yaml               # then key.path=value … as for emloc-ray run
 #     tail -f emloc-ray-JOBID.out
 #
-# my.yaml: run_dir on the shared file system, as an absolute path (or s3://bucket/runs/mine), gpus_per_worker: 1 in
-# calibration, finetune and evaluation, no ray.num_cpus. A lost worker node is survived (--no-kill); a job that is preempted or
+# my.yaml: run_dir on the shared file system, as an absolute path (or s3://bucket/runs/mine), no
+# ray.num_cpus. A lost worker node is survived (--no-kill); a job that is preempted or
 # loses its first node is put back into the queue (--requeue) and goes on from what run_dir holds.
 #
-# The job has two parts: nodes without GPUs, for the head and the stages whose section says gpus_per_worker: 0 (the
-# default: so factorize and merge), and nodes with GPUs. For one kind of node, delete the part from "hetjob" on.
+# The job has two parts: nodes without GPUs, for the head and the stages whose section says gpus_per_worker: 0
+# (merge always), and nodes with GPUs. For one kind of node, delete the part from "hetjob" on.
 #
 # Objects spill to the nodes' local disk, $SLURM_TMPDIR or /tmp; Ray's session and logs are in /tmp/emloc-ray-JOBID (RAY_TMPDIR
 # for /tmp; Ray takes no more than 43 characters). The cluster's token is made here and lives in the job's environment alone; so

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import typing
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field
 
@@ -34,4 +34,11 @@ class StageConfig(Section):
 
     num_workers: int = Field(1, ge=1, description="workers at once")
     cpus_per_worker: float = Field(1, ge=0, description="of one worker: cores, and torch threads")
-    gpus_per_worker: float = Field(0, ge=0, le=1, description="of one worker, which uses one at most; 0: it sees none")
+    gpus_per_worker: Literal["auto"] | typing.Annotated[float, Field(ge=0, le=1)] = Field(
+        "auto", description="of one worker, one at most; auto: one where Ray has some or can add some; 0: it sees none"
+    )
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of one worker; none as long as ``auto`` is not decided (:meth:`RunConfig.with_gpus`)."""
+        return 0.0 if self.gpus_per_worker == "auto" else self.gpus_per_worker

@@ -276,8 +276,18 @@ class CorrectionConfig(Section):
 class MergeConfig(StageConfig):
     """Folding the corrected adapter into the original's weights."""
 
+    gpus_per_worker: Literal["auto"] | float = Field(0, description="none: merging is work for CPUs")
     chunk_bytes: int = Field(32 * 2**20, ge=4096, description="float32 bytes of a row chunk")
     max_shard_size: Size | None = Field(None, description="such as 5GB; left out: the original's shards")
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _on_cpus(cls, gpus: Any) -> Any:
+        if gpus != 0:
+            raise ValueError(
+                "merging adds thin products to shards, which is work for CPUs: remove merge.gpus_per_worker"
+            )
+        return gpus
 
 
 Variant = Literal["original", "emulator", "emulator_adapter", "uncorrected", "corrected", "merged"]
@@ -345,6 +355,17 @@ class RunConfig(Section):
     merge: MergeConfig = Field(MergeConfig(), description="shards of the merged model, and their workers")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="what is scored, and its workers")
     ray: RayConfig = Field(RayConfig(), description="which cluster")
+
+    def with_gpus(self, available: float) -> RunConfig:
+        """Each ``gpus_per_worker: auto`` decided by the GPUs that Ray has or can add; workers of a training start together,
+        so that each of them has to get one."""
+        decided = {}
+        for name in WORKER_SECTIONS:
+            section = getattr(self, name)
+            if section.gpus_per_worker == "auto":
+                together = section.num_workers if name == "finetune" else 1
+                decided[name] = section.model_copy(update={"gpus_per_worker": 1 if available >= together else 0})
+        return self.model_copy(update=decided)
 
     @model_validator(mode="before")
     @classmethod

@@ -100,6 +100,13 @@ def has_bfloat16(capabilities: Mapping[str, Any]) -> bool:
     return native or capabilities.get("architecture") != "x86_64"
 
 
+def gpus_expected(config: RunConfig) -> float:
+    """The GPUs of a Ray that is started here, as far as torch can use them; of one that is joined none is known yet."""
+    if config.ray.joins:
+        return 0
+    return torch.cuda.device_count() if config.ray.num_gpus is None else config.ray.num_gpus
+
+
 def check_resources(config: RunConfig, cpus: float | None = None, gpus: float | None = None) -> None:
     """Raises ConfigError where a stage asks more of a Ray that is started here than it has: the stage would wait for ever.
 
@@ -110,12 +117,12 @@ def check_resources(config: RunConfig, cpus: float | None = None, gpus: float | 
     if cpus is None:
         cpus = config.ray.num_cpus or os.cpu_count() or 1
     if gpus is None:
-        gpus = torch.cuda.device_count() if config.ray.num_gpus is None else config.ray.num_gpus
+        gpus = gpus_expected(config)
     problems = []
     for name in WORKER_SECTIONS:
         section = getattr(config, name)
         together = section.num_workers if name == "finetune" else 1
-        asked_cpus, asked_gpus = section.cpus_per_worker * together, section.gpus_per_worker * together
+        asked_cpus, asked_gpus = section.cpus_per_worker * together, section.gpus * together
         if asked_cpus > cpus:
             problems.append(
                 f"{name} asks Ray for {asked_cpus:g} CPUs at once, this machine has {cpus:g}: lower"

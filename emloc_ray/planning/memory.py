@@ -141,8 +141,8 @@ class MemoryModel:
         if self.config.memory_budget is not None:
             return float(self.config.memory_budget)
         asked = getattr(self.config, section)
-        if asked.gpus_per_worker:
-            return gpu_bytes() * asked.gpus_per_worker
+        if asked.gpus:
+            return gpu_bytes() * asked.gpus
         return float("inf") if self.config.ray.joins else available_bytes() / asked.num_workers
 
     def factorize(self) -> Parts:

@@ -98,7 +98,7 @@ def make_plan(stages: Sequence[Costed], prepared: Prepared) -> Plan:
 def _planned(stage: Costed, memory: MemoryModel, speed: float) -> StagePlan:
     assert stage.cost is not None
     cost, asked = stage.cost(memory), stage.asks(memory.config)
-    each = asked.gpus_per_worker * _GPU_FLOPS or max(1.0, asked.cpus_per_worker) * speed
+    each = asked.gpus * _GPU_FLOPS or max(1.0, asked.cpus_per_worker) * speed
     work = cost.flops / (each * asked.num_workers * cost.efficiency)
     seconds = cost.start_seconds + work + cost.disk_bytes / _DISK_BYTES_PER_SECOND
     return StagePlan(
@@ -108,7 +108,7 @@ def _planned(stage: Costed, memory: MemoryModel, speed: float) -> StagePlan:
         seconds if cost.flops or cost.disk_bytes else 0.0,
         asked.num_workers,
         asked.cpus_per_worker,
-        asked.gpus_per_worker,
+        asked.gpus,
         stage.divisible,
     )
 

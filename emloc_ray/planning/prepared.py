@@ -5,6 +5,7 @@ It is checked before Ray starts and before anything is written; all errors come 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from emloc_ray.modeling.loading import ModelSource, resolve_source
 from emloc_ray.planning.data_checks import check_held_out, check_split
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.lengths import Lengths, row_lengths
-from emloc_ray.planning.machine import check_quantization, check_resources
+from emloc_ray.planning.machine import check_quantization, check_resources, gpus_expected
 from emloc_ray.planning.model_checks import file_dtype_of, read_model
 from emloc_ray.planning.training_checks import check_training
 
@@ -41,6 +42,12 @@ class Prepared:
     files: dict[str, tuple[SourceFile, ...]]
     zero_config: dict[str, Any] | None = None
     file_dtype: torch.dtype | None = None  # of the model's files, where they are here and safetensors
+    as_written: RunConfig | None = None  # the config before the GPUs of a worker were decided
+
+    def with_gpus(self, available: float) -> Prepared:
+        """The same where Ray has or can add so many GPUs; itself, where that changes nothing."""
+        config = (self.as_written or self.config).with_gpus(available)
+        return self if config == self.config else dataclasses.replace(self, config=config)
 
     @functools.cached_property
     def lengths(self) -> Lengths:
@@ -67,6 +74,7 @@ def prepare(config: RunConfig) -> Prepared:
     Raises:
         ConfigError: with every error at once, one sentence a line; nothing was written.
     """
+    as_written, config = config, config.with_gpus(gpus_expected(config))
     errors: list[str] = []
 
     def attempt(check: Callable[[], Result]) -> Result | None:
@@ -95,7 +103,7 @@ def prepare(config: RunConfig) -> Prepared:
     if errors or source is None or model is None:
         raise ConfigError("\n".join(dict.fromkeys(errors)))  # splits may share a bad file
     known = {name: sources for name, sources in files.items() if sources}
-    return Prepared(config, run, source, *model, known, zero_config, file_dtype)
+    return Prepared(config, run, source, *model, known, zero_config, file_dtype, as_written)
 
 
 def _check_upper_bound(config: RunConfig) -> None:

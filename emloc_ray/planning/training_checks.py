@@ -22,7 +22,7 @@ def check_training(config: RunConfig) -> dict[str, Any] | None:
     extra = dict(section.model_extra or {})
     ours = section.model_dump(include=set(_BATCHES))
     given = {"use_cpu": True, "report_to": "none", **ours, **extra}
-    if section.gpus_per_worker:  # only workers know what their GPUs can do
+    if section.gpus:  # only workers know what their GPUs can do
         given = {key: value for key, value in given.items() if key not in ("bf16", "fp16", "tf32", "optim")}
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -27,23 +27,13 @@ def over_budget(config: RunConfig, planned: Mapping[str, int]) -> str | None:
     )
 
 
-def idle_gpus(configs: Iterable[RunConfig], gpus: float) -> str | None:
-    """Says so where a cluster has ``gpus``, and all work goes to CPUs."""
-    if not gpus or any(getattr(config, section).gpus_per_worker for config in configs for section in WORKER_SECTIONS):
-        return None
-    return (
-        f"The cluster has {gpus:g} GPUs, and no stage asks for one: set gpus_per_worker: 1 in calibration, finetune and"
-        " evaluation."
-    )
-
-
 def idle_cpus(configs: Iterable[RunConfig], cpus: float) -> str | None:
     """Says so where a cluster has ``cpus``, and its only run leaves all but one idle."""
     run, *others = configs
     if others or cpus < 2:
         return None
     stages = (getattr(run, section) for section in WORKER_SECTIONS)
-    if any(stage.gpus_per_worker or stage.num_workers * stage.cpus_per_worker > 1 for stage in stages):
+    if any(stage.gpus or stage.num_workers * stage.cpus_per_worker > 1 for stage in stages):
         return None
     return (
         f"The cluster has {cpus:g} CPUs, and no stage asks for more than one: set cpus_per_worker in calibration, finetune and"
@@ -55,7 +45,7 @@ def emulated_bfloat16(configs: Iterable[RunConfig], capabilities: Mapping[str, A
     """Says so where CPUs train in bfloat16 and this machine's has no instructions for it. On such a CPU the forward product
     of 256 rows and 2048 × 2048 weights took 4 times as long as in float32, the backward one 200 times."""
     if has_bfloat16(capabilities) or not any(
-        config.finetune.gpus_per_worker == 0 and getattr(config.finetune, "bf16", False) for config in configs
+        config.finetune.gpus == 0 and getattr(config.finetune, "bf16", False) for config in configs
     ):
         return None
     return (
@@ -70,7 +60,6 @@ def of_machines(configs: Iterable[RunConfig]) -> list[str]:
 
     configs = list(configs)
     remarks = (
-        idle_gpus(configs, total("GPU")),
         idle_cpus(configs, total("CPU")),
         emulated_bfloat16(configs, cpu_capabilities()),
     )

@@ -24,7 +24,7 @@ from emloc_ray.stages.context import Context
 from emloc_ray.stages.importing import is_imported
 from emloc_ray.stages.order import STEPS
 from emloc_ray.stages.ray.losses import explain
-from emloc_ray.stages.ray.session import check_visible, connection, total
+from emloc_ray.stages.ray.session import check_visible, connection, gpus_within_reach, total
 
 
 def run(
@@ -58,11 +58,14 @@ def run(
     try:
         prepared.run.lock(reporter.note)
         lean = config.memory_budget is not None
-        with connection(config.ray.address, lean_memory=lean, **config.ray.init_options):
+        with connection(config.ray.address, lean_memory=lean, **config.ray.init_options) as started:
+            if turns is None and not started:
+                prepared, before = prepared.with_gpus(gpus_within_reach()), prepared
+                config, plan = prepared.config, plan if prepared is before else make_plan(STEPS, prepared)
             if turns is None:  # again, by what Ray counts: in a container less than the machine has
                 check_resources(config, total("CPU"), total("GPU"))
             steps = [stage.name for stage in STEPS if stage.wanted(prepared)]
-            prepared.run.create(config.model_dump(mode="json"), fresh=fresh, steps=steps)
+            prepared.run.create((prepared.as_written or config).model_dump(mode="json"), fresh=fresh, steps=steps)
             linears = [spec.name for spec in prepared.layout.specs]
             with RunLog(prepared.run, linears) as log, Trace(prepared.run) as trace:
                 check_visible(prepared)

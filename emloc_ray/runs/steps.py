@@ -275,7 +275,7 @@ class Steps:
 def resources_of(stage: Stage, prepared: Prepared) -> Resources:
     """The workers that a stage asks of Ray."""
     section = stage.asks(prepared.config)
-    return Resources(section.num_workers, section.cpus_per_worker, section.gpus_per_worker)
+    return Resources(section.num_workers, section.cpus_per_worker, section.gpus)
 
 
 def _key(name: str, inputs: Inputs) -> str:

@@ -58,7 +58,7 @@ def in_one_group(jobs: list[FinetuneJob], storage: Path) -> list[dict[str, Any]]
 
     trainer: Any = TorchTrainer(
         train_all,  # type: ignore[arg-type]
-        train_loop_config={"threads": 1},
+        train_loop_config={"threads": 1, "device": "cpu"},
         torch_config=TorchConfig(backend="gloo"),
         scaling_config=ray.train.ScalingConfig(num_workers=2),
         run_config=ray.train.RunConfig(name="all", storage_path=str(storage)),

@@ -22,7 +22,7 @@ from emloc_ray.runs.batch.tasks import Batch
 from emloc_ray.runs.batch.work import PipelineWork, raise_problems
 from emloc_ray.runs.remarks import of_machines
 from emloc_ray.runs.reporter import Reporter
-from emloc_ray.stages.ray.session import connection
+from emloc_ray.stages.ray.session import connection, gpus_within_reach
 from emloc_ray.text import size
 
 _ADVICE = "lower what it asks for, or name in the batch's limits what the cluster grows to."
@@ -81,9 +81,11 @@ def run_batch(prepared: PreparedBatch, show: Show = lambda state: None, tell: Te
         capacity = functools.partial(cluster_capacity, limits)
         batch_run = BatchRun(run, batch.tasks, prepared.work, capacity, batch.config.max_concurrent, show, tell)
         lean = any(task.config.memory_budget is not None for task in batch.tasks)
-        with connection(batch.ray.address, lean_memory=lean, **batch.ray.init_options):
+        with connection(batch.ray.address, lean_memory=lean, **batch.ray.init_options) as started:
+            if not started:
+                prepared.work.with_gpus(gpus_within_reach())
             check_fit(prepared)
-            for remark in of_machines(task.config for task in batch.tasks):
+            for remark in of_machines(prepared.work.config(task) for task in batch.tasks):
                 tell(remark)
             state = batch_run.run()
             write_summary(run, state)

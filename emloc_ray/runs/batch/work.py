@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from emloc_ray.config.schema import RunConfig
 from emloc_ray.errors import ConfigError, EmlocError
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.planning.budget import check_gradients
@@ -67,6 +68,14 @@ class PipelineWork:
         """``reporter`` hears how every task's run goes."""
         self.cache, self.reporter = cache, reporter or Reporter()
         self._ready: dict[str, tuple[Prepared, Plan]] = {}
+        self._gpus: float | None = None  # of a Ray that was there already
+
+    def with_gpus(self, available: float) -> None:
+        """Plans every task anew whose workers take a GPU where Ray has or can add so many, and those that come later so."""
+        self._gpus = available
+        for name, (prepared, plan) in self._ready.items():
+            found = prepared.with_gpus(available)
+            self._ready[name] = (prepared, plan) if found is prepared else (found, make_plan(STEPS, found))
 
     def prepare(self, tasks: Sequence[Task], progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Checks every task against its model and data, and plans it.
@@ -86,12 +95,17 @@ class PipelineWork:
 
     def _prepare(self, task: Task) -> tuple[Prepared, Plan]:
         ready = self._ready.get(task.name)
-        if ready is None or ready[0].config != task.config:
+        if ready is None or (ready[0].as_written or ready[0].config) != task.config:
             prepared = prepare(task.config)
+            prepared = prepared if self._gpus is None else prepared.with_gpus(self._gpus)
             if task.config.memory_budget is not None:  # else it depends on free memory, and running tasks hold some
                 check_gradients(prepared)
             ready = self._ready[task.name] = prepared, make_plan(STEPS, prepared)
         return ready
+
+    def config(self, task: Task) -> RunConfig:
+        """The task's config, its workers' GPUs decided."""
+        return self._prepare(task)[0].config
 
     def stages(self, task: Task) -> tuple[StagePlan, ...]:
         """The plans of the task's stages."""

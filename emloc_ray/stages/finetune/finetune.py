@@ -144,7 +144,7 @@ def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, An
     storage = remote(job.storage_dir)
     trainer: Any = TorchTrainer(
         train_loop,  # type: ignore[arg-type]
-        train_loop_config={"job": job, "threads": resources.threads},
+        train_loop_config={"job": job, "threads": resources.threads, "device": resources.device},
         torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources.num_workers,

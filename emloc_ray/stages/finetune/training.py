@@ -249,6 +249,8 @@ class StepKeeper(TrainerCallback):
 
 def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     """What each worker of a Ray Train group runs; returns what the driver wants to know, ``peak_bytes`` of its memory too."""
+    if settings["device"] == "cpu":  # a Ray that our caller started lets every worker see its node's GPUs
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(settings["threads"])
     outcome = timed(train)(settings["job"], GroupSession())
     return {**outcome.result, "peak_bytes": outcome.peak_bytes}

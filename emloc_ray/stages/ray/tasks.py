@@ -24,6 +24,18 @@ def silent(done: int, total: int) -> None:
     """The progress callback that shows nothing."""
 
 
+# Workers that asked Ray for no GPU see none: torch would take the first, whoever else was given it.
+NO_GPU_UNASKED = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
+
+
+def _gpus_are_hidden() -> bool:
+    """Whether workers without a GPU of their own see none anyway: as where we started or joined Ray, not our caller."""
+    if not ray.is_initialized():
+        return True
+    variables = ray.get_runtime_context().runtime_env.get("env_vars") or {}
+    return NO_GPU_UNASKED.items() <= variables.items() or not ray.cluster_resources().get("GPU")
+
+
 @functools.cache
 def _on_worker(function: Callable[..., Any], threads: int) -> Callable[..., Timed]:
     """The function as a worker runs it: timed, with so many torch threads, which also fixes the order of its sums."""
@@ -44,6 +56,8 @@ def remote_task(function: Callable[..., Any], **options: Any) -> Any:
     are kept as long as the driver lives: a batch of 500 tasks would make some ten thousand kinds. Measured, a call took
     4.6 ms and left 10 KB behind, and 2.4 ms and nothing where the task was made before.
     """
+    if not options.get("num_gpus") and not _gpus_are_hidden():
+        options["runtime_env"] = {"env_vars": NO_GPU_UNASKED}
     made: Any = ray.remote(**options)
     return made(function)
 

@@ -479,3 +479,13 @@ def test_ranks_that_follow_from_data_are_not_for_factors_that_look_at_none() -> 
 @pytest.mark.parametrize("key", ["allocation", "objective", "storage"])
 def test_ways_to_make_an_emulator_are_named(key: str) -> None:
     assert f"emulator.{key} is 'best'" in error_of(emulator={key: "best"})
+
+
+def test_the_gpus_of_a_worker_follow_from_those_that_ray_has() -> None:
+    asked = config(finetune={"num_workers": 2}, calibration={"gpus_per_worker": 0}, evaluation={"gpus_per_worker": 0.5})
+    assert [asked.emulator.gpus_per_worker, asked.emulator.gpus] == ["auto", 0]
+    sections = ("calibration", "emulator", "finetune", "merge", "evaluation")
+    for available, expected in ((0, [0, 0, 0, 0, 0.5]), (1, [0, 1, 0, 0, 0.5]), (2, [0, 1, 1, 0, 0.5])):
+        decided = asked.with_gpus(available)
+        assert [getattr(decided, name).gpus_per_worker for name in sections] == expected
+    assert "merging adds thin products" in error_of(merge={"gpus_per_worker": 1})

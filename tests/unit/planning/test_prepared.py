@@ -43,6 +43,19 @@ def test_prepare_reads_no_more_than_it_must(tmp_path: Path, tiny_model_dir: Call
     assert not (tmp_path / "run").exists()
 
 
+def test_gpus_are_decided_by_what_this_machine_has_and_anew_by_what_ray_has(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path]
+) -> None:
+    values: dict[str, Any] = {"run_dir": str(tmp_path / "run"), "model": {"source": str(tiny_model_dir("llama"))}}
+    values["data"] = {"train": {"path": str(write_rows(tmp_path / "a.jsonl", 5))}}
+    on_cpus, on_gpus = (prepare(parse_config({**values, "ray": {"num_gpus": gpus}})) for gpus in (0, 1))
+    assert [found.config.finetune.gpus_per_worker for found in (on_cpus, on_gpus)] == [0, 1]
+    assert on_cpus.as_written is not None
+    assert on_cpus.as_written.finetune.gpus_per_worker == "auto"
+    assert on_cpus.with_gpus(0) is on_cpus
+    assert on_cpus.with_gpus(4).config.finetune.gpus_per_worker == 1
+
+
 @pytest.fixture
 def refused(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[..., str]:
     """``refused(section={…})``: what is said of a config with these keys; nothing may be written."""

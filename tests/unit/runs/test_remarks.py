@@ -13,7 +13,7 @@ from emloc_ray.config.reading import parse_config
 from emloc_ray.config.schema import CorrectionConfig
 from emloc_ray.planning.plan import make_plan
 from emloc_ray.planning.prepared import Prepared, prepare
-from emloc_ray.runs.remarks import emulated_bfloat16, idle_cpus, idle_gpus, over_budget, unread_correction
+from emloc_ray.runs.remarks import emulated_bfloat16, idle_cpus, over_budget, unread_correction
 from emloc_ray.stages.factorize.stage import thin_calibration
 from emloc_ray.stages.heal.stage import no_healing
 from emloc_ray.stages.order import STEPS
@@ -62,13 +62,6 @@ def test_a_budget_that_stages_exceed_is_told_with_these(prepared: Make) -> None:
     assert "finetune" in said
 
 
-def test_gpus_that_no_stage_asks_for_are_told(prepared: Make) -> None:
-    on_cpus, on_a_gpu = prepared().config, prepared(finetune={"gpus_per_worker": 1}, ray={"num_gpus": 2}).config
-    assert idle_gpus([on_cpus, on_cpus], 0) is None
-    assert idle_gpus([on_cpus, on_a_gpu], 8) is None
-    assert str(idle_gpus([on_cpus], 8)).startswith("The cluster has 8 GPUs, and no stage asks for one: set")
-
-
 def test_cpus_that_a_run_leaves_idle_are_told(prepared: Make) -> None:
     ones = {key: {"num_workers": 1} for key in ("calibration", "emulator", "finetune", "merge", "evaluation")}
     silent, asking = prepared(**ones).config, prepared(**{**ones, "emulator": {"num_workers": 4}}).config
@@ -93,7 +86,7 @@ def test_cpus_that_a_run_leaves_idle_are_told(prepared: Make) -> None:
 def test_bfloat16_that_a_cpu_lacks_is_told(
     prepared: Make, finetune: dict[str, Any], capabilities: dict[str, Any], is_told: bool
 ) -> None:
-    run = prepared(finetune=finetune, ray={"num_gpus": 2})
+    run = prepared(finetune={"gpus_per_worker": 0, **finetune}, ray={"num_gpus": 2})
     assert (emulated_bfloat16([run.config], capabilities) is not None) == is_told
 
 
