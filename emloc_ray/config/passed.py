@@ -32,6 +32,17 @@ _OWN_TRAINING_ARGUMENTS = {
     "eval_strategy",
     "load_best_model_at_end",
 }
+# Of the Trainer's own data loader, in place of which ours streams batches in their own order.
+_LOADING = {
+    "dataloader_num_workers",
+    "dataloader_prefetch_factor",
+    "dataloader_persistent_workers",
+    "dataloader_pin_memory",
+    "dataloader_drop_last",
+    "group_by_length",
+    "length_column_name",
+    "train_sampling_strategy",
+}
 _TRUTHS_OF_YAML_1_1 = {"yes", "no", "on", "off"}
 _SCATTERING = {"fsdp", "fsdp_config", "parallelism_config"}
 
@@ -44,6 +55,20 @@ def passed_through_errors(values: dict[str, Any]) -> list[str]:
             lines += secrets
         elif key in _OWN_TRAINING_ARGUMENTS:
             lines.append(f"finetune.{key} is set by emloc_ray itself: remove it.")
+        elif key in _LOADING:
+            lines.append(
+                f"finetune.{key} is not read: batches are streamed from token shards in an order of their own: remove it."
+            )
+        elif key.startswith(("push_to_hub", "hub_")):
+            lines.append(
+                f"finetune.{key} would push the adapter as trained on the emulator, not the corrected one: remove it, and upload"
+                " RUN_DIR/adapter after the run (hf upload)."
+            )
+        elif key == "gradient_checkpointing_kwargs" and _is_reentrant(values["finetune"][key]):
+            lines.append(
+                "finetune.gradient_checkpointing_kwargs.use_reentrant: true gives no gradients where a block's inputs need none,"
+                " as below adapters on frozen weights: remove it."
+            )
         elif key in _SCATTERING:
             lines.append(f"finetune.{key} is not supported: finetune.deepspeed is what scatters a model over workers.")
         elif key not in (types := _training_argument_types()):
@@ -58,6 +83,10 @@ def passed_through_errors(values: dict[str, Any]) -> list[str]:
         else:
             lines += _truth_errors(f"ray.{key}", values["ray"][key], types[key])
     return lines + _adapter_errors(values.get("adapter"))
+
+
+def _is_reentrant(given: Any) -> bool:
+    return isinstance(given, dict) and given.get("use_reentrant") is True
 
 
 def _adapter_errors(given: Any) -> list[str]:

@@ -10,6 +10,7 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
+    StrictBool,
     field_validator,
     model_serializer,
     model_validator,
@@ -23,7 +24,9 @@ class ModelConfig(Section):
 
     source: str = Field(description="hub id, local directory, .gguf file, or package:NAME/FILE")
     revision: str | None = Field(None, description="of a hub id: branch, tag or commit")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: the checkpoint's")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: the checkpoint's; on GPUs that compute it bfloat16 for float32"
+    )
     attn_implementation: str | None = Field(None, description="transformers' choice where left out")
     trust_remote_code: bool = Field(False, description="run code that comes with the model; of a hub id: at a commit")
 
@@ -236,6 +239,9 @@ class FinetuneConfig(StageConfig):
     per_device_train_batch_size: int = Field(8, ge=1, description="rows of a worker's forward pass")
     gradient_accumulation_steps: int = Field(1, ge=1, description="passes a step")
     learning_rate: float = Field(2e-4, gt=0, allow_inf_nan=False, description="its peak, by lr_scheduler_type")
+    bf16: Literal["auto"] | StrictBool = Field(
+        "auto", description="mixed precision; auto: where the worker's GPU has it"
+    )
     gradient_checkpointing: bool = Field(True, description="less memory, about a third more time")
     save_steps: int = Field(100, ge=1, description="steps between checkpoints, from which it goes on")
     logging_steps: int = Field(10, ge=1, description="steps between losses")
@@ -248,6 +254,14 @@ class FinetuneConfig(StageConfig):
         if max_steps != -1 and max_steps < 1:
             raise ValueError(f"{max_steps} is no number of steps: give one, or -1 for num_train_epochs of the data")
         return max_steps
+
+    @model_validator(mode="after")
+    def _whole_gpus_in_a_group(self) -> FinetuneConfig:
+        if self.num_workers > 1 and 0 < self.gpus < 1:
+            raise ValueError(
+                f"finetune.gpus_per_worker is {self.gpus:g}, and NCCL takes no two workers on one GPU: give 1, or num_workers: 1"
+            )
+        return self
 
 
 class CorrectionConfig(Section):

@@ -39,6 +39,11 @@ def exact_float32() -> Iterator[None]:
 _FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 
 
+def computes_bfloat16(device: torch.device | str) -> bool:
+    """Whether a GPU has instructions for bfloat16; False of any other device."""
+    return torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def has_fast_float64(device: torch.device) -> bool:
     """Whether a device computes in float64 at about half its speed in float32."""
     if device.type == "cuda" and torch.version.hip is None:

@@ -17,6 +17,7 @@ from emloc_ray.io.store.node_cache import ensure
 from emloc_ray.modeling.architecture import auto_class, block_names, load_config
 from emloc_ray.modeling.emulator import factorize_modules
 from emloc_ray.modeling.experts import unfuse
+from emloc_ray.modeling.loading import dtype_on
 from emloc_ray.modeling.stored_names import StoredParameter, require, stored_parameters
 
 
@@ -47,7 +48,7 @@ class BlockWeights:
         self.config = config.original() if hasattr(config, "original") else config
         if getattr(config, "quantization_config", None) or getattr(self.config, "quantization_config", None):
             raise StageError(f"{directory} is in 4 bits, which a worker has to hold whole: set model.hold to resident.")
-        self.dtype = _dtype(dtype, self.config, self.checkpoint)
+        self.dtype = _dtype(dtype_on(self.device, dtype, self.config), self.config, self.checkpoint)
         options = {"attn_implementation": attn_implementation} if attn_implementation else {}
         with init_empty_weights(include_buffers=False):
             model = auto_class(self.config).from_config(

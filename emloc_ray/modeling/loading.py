@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
+from emloc_ray.core.precision import computes_bfloat16
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.formats.checkpoint import Checkpoint, read_index
 from emloc_ray.io.runs.fingerprint import content_of
@@ -278,6 +279,12 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         copy_file(file, target / name)
 
 
+def dtype_on(device: torch.device | str, wanted: str, config: Any) -> str:
+    """``auto`` is the checkpoint's dtype, but bfloat16 for a float32 one on a GPU that computes it, in a fraction of the time."""
+    narrow = wanted == "auto" and getattr(config, "dtype", None) == torch.float32 and computes_bfloat16(device)
+    return "bfloat16" if narrow else wanted
+
+
 def load_model(
     directory: Path,
     *,
@@ -295,6 +302,7 @@ def load_model(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     original = config.original() if hasattr(config, "original") else config
+    dtype = dtype_on(device, dtype, config)
     options: dict[str, Any] = {"use_safetensors": True}  # no pickles, whatever lies beside
     if attn_implementation:
         options["attn_implementation"] = attn_implementation

@@ -22,23 +22,28 @@ from emloc_ray.errors import ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.text import size, size_up
 
-_QUERY = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
+_QUERY = ("nvidia-smi", "--format=csv,noheader,nounits")
+_FIRST_WITH_BFLOAT16 = 8.0  # compute capability: Ampere
 # A control group's files of its limit and its usage, and the key of inactive files in its memory.stat.
 _FIRST_VERSION = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 _SECOND_VERSION = ("memory.max", "memory.current", "inactive_file")
 
 
 @functools.cache
-def gpu_bytes() -> float:
-    """The memory of this machine's smallest GPU; infinite where ``nvidia-smi`` shows none.
-
-    torch would make a CUDA context, which holds some of that memory as long as its process lives.
-    """
+def of_each_gpu(what: str) -> tuple[float, ...]:
+    """What ``nvidia-smi`` tells of this machine's GPUs; torch would make a CUDA context, which holds memory, to say so."""
     try:
-        output = subprocess.run(_QUERY, capture_output=True, text=True, timeout=30, check=True).stdout
-        return min(float(line) for line in output.splitlines()) * 2**20
+        told = subprocess.run(
+            (*_QUERY, f"--query-gpu={what}"), capture_output=True, text=True, timeout=30, check=True
+        ).stdout
+        return tuple(float(line) for line in told.splitlines())
     except (OSError, subprocess.SubprocessError, ValueError):
-        return float("inf")
+        return ()
+
+
+def gpu_bytes() -> float:
+    """The memory of this machine's smallest GPU; infinite where it has none, or none that ``nvidia-smi`` tells of."""
+    return min(of_each_gpu("memory.total"), default=float("inf")) * 2**20
 
 
 def available_bytes(root: Path = Path("/")) -> float:
@@ -129,8 +134,10 @@ def check_resources(config: RunConfig, cpus: float | None = None, gpus: float | 
                 f" {name}.{'num_workers' if together > 1 else 'cpus_per_worker'}."
             )
         if asked_gpus > gpus:
+            unseen = len(of_each_gpu("memory.total")) > gpus == torch.cuda.device_count()
+            why = " (torch sees no others: a build without CUDA, or a driver too old for it)" if unseen else ""
             problems.append(
-                f"{name} asks Ray for {asked_gpus:g} GPUs at once, this machine has {gpus:g}: lower {name}.gpus_per_worker,"
+                f"{name} asks Ray for {asked_gpus:g} GPUs at once, this machine has {gpus:g}{why}: lower {name}.gpus_per_worker,"
                 " name a cluster in ray.address, or, to plan for another machine, give ray.num_gpus."
             )
     if problems:
@@ -148,10 +155,30 @@ def check_disk(run: RunDirectory, needed: int) -> None:
         )
 
 
-def check_quantization(config: RunConfig) -> None:
-    """Raises ConfigError where the config asks for 4 bits and bitsandbytes is not installed."""
-    quantization = config.emulator.quantization
-    if quantization != "none" and importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            f"emulator.quantization: {quantization} needs the bitsandbytes package: pip install 'emloc-ray[quantization]'."
+def check_packages(config: RunConfig) -> None:
+    """Raises ConfigError where the config wants what a package brings that is not installed, or this machine's GPU lacks."""
+    extra, quantization = config.finetune.model_extra or {}, config.emulator.quantization
+    optimizer = str(extra.get("optim", ""))
+    wanted = {
+        f"emulator.quantization: {quantization}": ("bitsandbytes", "'emloc-ray[quantization]'", quantization != "none"),
+        "finetune.use_liger_kernel": ("liger_kernel", "liger-kernel", bool(extra.get("use_liger_kernel"))),
+        f"finetune.optim: {optimizer}": (
+            "bitsandbytes",
+            "'emloc-ray[quantization]'",
+            any(part in optimizer for part in ("bnb", "8bit", "paged")),
+        ),
+    }
+    problems = [
+        f"{key} needs the {package} package: pip install {source}."
+        for key, (package, source, is_wanted) in wanted.items()
+        if is_wanted and importlib.util.find_spec(package) is None
+    ]
+    oldest = min(of_each_gpu("compute_cap"), default=_FIRST_WITH_BFLOAT16)
+    section = config.finetune
+    if section.bf16 is True and section.gpus and not config.ray.joins and oldest < _FIRST_WITH_BFLOAT16:
+        problems.append(
+            f"finetune.bf16 needs a GPU of compute capability {_FIRST_WITH_BFLOAT16:g} or higher, this machine has one of"
+            f" {oldest:g}: leave it at auto, or set finetune.fp16."
         )
+    if problems:
+        raise ConfigError("\n".join(problems))

@@ -22,7 +22,7 @@ from emloc_ray.modeling.loading import ModelSource, resolve_source
 from emloc_ray.planning.data_checks import check_held_out, check_split
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.lengths import Lengths, row_lengths
-from emloc_ray.planning.machine import check_quantization, check_resources, gpus_expected
+from emloc_ray.planning.machine import check_packages, check_resources, gpus_expected
 from emloc_ray.planning.model_checks import file_dtype_of, read_model
 from emloc_ray.planning.training_checks import check_training
 
@@ -97,7 +97,7 @@ def prepare(config: RunConfig) -> Prepared:
     attempt(lambda: check_held_out(config, files))
     attempt(lambda: _check_upper_bound(config))
     attempt(lambda: check_resources(config))
-    attempt(lambda: check_quantization(config))
+    attempt(lambda: check_packages(config))
     zero_config = attempt(lambda: check_training(config))
     file_dtype = None if source is None else attempt(lambda: file_dtype_of(source))
     if errors or source is None or model is None:

@@ -21,6 +21,7 @@ def check_training(config: RunConfig) -> dict[str, Any] | None:
     section = config.finetune
     extra = dict(section.model_extra or {})
     ours = section.model_dump(include=set(_BATCHES))
+    extra["bf16"] = section.bf16 is True
     given = {"use_cpu": True, "report_to": "none", **ours, **extra}
     if section.gpus:  # only workers know what their GPUs can do
         given = {key: value for key, value in given.items() if key not in ("bf16", "fp16", "tf32", "optim")}
@@ -37,6 +38,9 @@ def check_training(config: RunConfig) -> dict[str, Any] | None:
         if extra.get(key):
             raise ConfigError(f"finetune.{key} does not go with finetune.deepspeed: remove one of them.")
     zero_config = read_zero_config(section.deepspeed)
+    asked = zero_config.get("bf16")  # which auto follows
+    follows = section.bf16 == "auto" and isinstance(asked, dict) and asked.get("enabled") is True
+    extra["bf16"] = section.bf16 is True or follows
     training = argparse.Namespace(**{**vars(arguments), **extra})
     check_zero_config(section.deepspeed, zero_config, training, section.num_workers)
     if (healing := config.emulator.heals) is not None:  # trains under the same config

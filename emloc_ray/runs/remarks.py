@@ -45,7 +45,7 @@ def emulated_bfloat16(configs: Iterable[RunConfig], capabilities: Mapping[str, A
     """Says so where CPUs train in bfloat16 and this machine's has no instructions for it. On such a CPU the forward product
     of 256 rows and 2048 × 2048 weights took 4 times as long as in float32, the backward one 200 times."""
     if has_bfloat16(capabilities) or not any(
-        config.finetune.gpus == 0 and getattr(config.finetune, "bf16", False) for config in configs
+        config.finetune.gpus == 0 and config.finetune.bf16 is True for config in configs
     ):
         return None
     return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from emloc_ray.config.base import StageConfig
-from emloc_ray.config.schema import RunConfig
+from emloc_ray.config.schema import FinetuneConfig, RunConfig
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.planning.costs import StageCost
@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
 # Settings of the fine-tuning that do not enter what comes out of it; its number of workers does, which orders the rows.
 NOT_LEARNED = frozenset({"cpus_per_worker", "gpus_per_worker", "max_failures", "deepspeed", "report_to", "run_name"})
+
+
+def learned(section: FinetuneConfig, *own: str) -> Inputs:
+    """The settings of the fine-tuning that its result follows from, but for some; ``bf16: auto`` follows from the machine."""
+    machine = {"bf16"} if section.bf16 == "auto" else set()
+    return without(section, NOT_LEARNED | machine | set(own))
 
 
 def steps_of(context: Context) -> int:
@@ -93,7 +99,7 @@ def _inputs(context: Context) -> Inputs:
         "data": context.split_key("train"),
         "options": context.model_options,
         "adapter": config.adapter.model_dump(mode="json"),
-        "finetune": without(config.finetune, NOT_LEARNED),
+        "finetune": learned(config.finetune),
         "steps": steps_of(context),
         "seed": config.seed,
         **({} if prepared.zero_config is None else {"deepspeed": prepared.zero_config}),

@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from emloc_ray.core.precision import computes_bfloat16
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.ingest import SampleOrder, stream_batches
 from emloc_ray.data.processors import ImageInputs
@@ -30,6 +31,7 @@ from emloc_ray.io.store.node_cache import ensure, exists, publish
 from emloc_ray.modeling.adapter import attach_adapter, save_trained_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import load_config
+from emloc_ray.modeling.experts import UnfusedExperts
 from emloc_ray.modeling.inputs import label_mask, model_call
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import TopLogProbs, call_loss
@@ -330,11 +332,16 @@ def _make_trainer(job: FinetuneJob, output_dir: str, session: TrainingSession) -
             "gradient_checkpointing_kwargs": {"use_reentrant": False},
             "use_cpu": not torch.cuda.is_available(),
             **job.training_arguments,
+            "bf16": trains_in_bfloat16(job),
             **scattered,
         },
     )
     with scattered_in(_stored_dtype(job)) if job.zero_config else contextlib.nullcontext():
-        model = load_model(job.emulator_dir, **job.model_options)
+        wide = {} if arguments.bf16 or job.model_options.get("dtype", "auto") != "auto" else _stored_float32(job)
+        model = load_model(job.emulator_dir, **{**job.model_options, **wide})
+    if arguments.ddp_find_unused_parameters is None:
+        # Looked for in vain at every step: only an expert that a rank sends no token to has none.
+        arguments.ddp_find_unused_parameters = any(isinstance(part, UnfusedExperts) for part in model.modules())
     if tokenizer := job.adapter.get("tokenizer_name_or_path"):  # which a prompt of a text is begun by
         ensure(Path(tokenizer), weights=False)
     torch.manual_seed(job.seed)  # the same A on every rank
@@ -356,6 +363,25 @@ def _make_trainer(job: FinetuneJob, output_dir: str, session: TrainingSession) -
     )
     keeper.trainer = trainer
     return trainer, keeper
+
+
+def trains_in_bfloat16(job: FinetuneJob) -> bool:
+    """As asked; else as the DeepSpeed config has it, or where this worker's GPU computes it and no other dtype is asked for."""
+    arguments, zero = job.training_arguments, (job.zero_config or {}).get("bf16", {})
+    asked = arguments.get("bf16", "auto")
+    if asked != "auto":
+        return bool(asked)
+    if isinstance(zero.get("enabled"), bool):
+        return bool(zero["enabled"])
+    others = any(arguments.get(key) for key in ("fp16", "use_cpu"))
+    return not others and computes_bfloat16("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _stored_float32(job: FinetuneJob) -> dict[str, str]:
+    """What keeps the weights of a float32 emulator in float32 where its passes are not to be in bfloat16."""
+    trusted = job.model_options.get("trust_remote_code", False)
+    stored = load_config(job.emulator_dir, trust_remote_code=trusted).dtype
+    return {"dtype": "float32"} if stored == torch.float32 else {}
 
 
 def _stored_dtype(job: FinetuneJob) -> torch.dtype:

@@ -17,8 +17,8 @@ from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.training import healing_run, healing_split
 from emloc_ray.planning.work import block_work, emulator_work, head_work, num_train_rows, rows_trained
-from emloc_ray.stages.context import Context, Inputs, Result, without
-from emloc_ray.stages.finetune.stage import NOT_LEARNED, finetune_job, passes
+from emloc_ray.stages.context import Context, Inputs, Result
+from emloc_ray.stages.finetune.stage import finetune_job, learned, passes
 from emloc_ray.stages.stage import Stage, by_weights
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _inputs(context: Context) -> Inputs:
         "data": context.split_key(healing_split(config)),
         "options": context.model_options,
         "healing": healing.model_dump(mode="json"),
-        "finetune": without(training.config.finetune, NOT_LEARNED | _OWN),
+        "finetune": learned(training.config.finetune, *_OWN),
         "ranks": prepared.layout.ranks,
         "quantization": config.emulator.quantization,
         "seed": config.seed,

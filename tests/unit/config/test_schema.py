@@ -248,7 +248,7 @@ def test_every_unknown_training_argument_is_told() -> None:
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [
-        ("finetune", "bf16", "yes"),
+        ("finetune", "fp16", "yes"),
         ("finetune", "gradient_checkpointing_kwargs.use_reentrant", "no"),
         ("finetune", "liger_kernel_config.rope", "Off"),
         ("ray", "log_to_driver", "no"),
@@ -489,3 +489,23 @@ def test_the_gpus_of_a_worker_follow_from_those_that_ray_has() -> None:
         decided = asked.with_gpus(available)
         assert [getattr(decided, name).gpus_per_worker for name in sections] == expected
     assert "merging adds thin products" in error_of(merge={"gpus_per_worker": 1})
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"push_to_hub": True}, "finetune.push_to_hub would push the adapter as trained on the emulator"),
+        ({"hub_model_id": "me/mine"}, "finetune.hub_model_id would push"),
+        ({"dataloader_num_workers": 4}, "finetune.dataloader_num_workers is not read"),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant: true gives no gradients"),
+        ({"num_workers": 2, "gpus_per_worker": 0.5}, "NCCL takes no two workers on one GPU"),
+        ({"bf16": "yes"}, "finetune.bf16 is 'yes'"),
+    ],
+)
+def test_what_would_be_ignored_or_harm_is_refused(keys: dict[str, Any], words: str) -> None:
+    assert words in error_of(finetune=keys)
+
+
+def test_a_lone_worker_may_share_a_gpu_and_checkpointing_needs_no_reentrance() -> None:
+    found = config(finetune={"gpus_per_worker": 0.5, "gradient_checkpointing_kwargs": {"use_reentrant": False}})
+    assert (found.finetune.gpus, found.finetune.bf16) == (0.5, "auto")

@@ -8,17 +8,33 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from emloc_ray.config.reading import parse_config
+from emloc_ray.config.schema import RunConfig
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.planning.machine import available_bytes, check_disk, cpu_flops, gpu_bytes
+from emloc_ray.planning.machine import (
+    available_bytes,
+    check_disk,
+    check_packages,
+    check_resources,
+    cpu_flops,
+    gpu_bytes,
+    of_each_gpu,
+)
 
 
 @pytest.fixture(autouse=True)
 def asked_anew() -> Iterator[None]:
-    gpu_bytes.cache_clear()
+    of_each_gpu.cache_clear()
     yield
-    gpu_bytes.cache_clear()
+    of_each_gpu.cache_clear()
+
+
+def nvidia_smi(folder: Path, script: str) -> None:
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "nvidia-smi").chmod(0o755)
 
 
 @pytest.mark.parametrize(
@@ -35,8 +51,7 @@ def test_the_smallest_gpu_s_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None, mib: float
 ) -> None:
     if script is not None:
-        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
-        (tmp_path / "nvidia-smi").chmod(0o755)
+        nvidia_smi(tmp_path, script)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert gpu_bytes() == mib * 2**20
 
@@ -94,3 +109,38 @@ def test_room_is_asked_of_the_nearest_folder_that_exists(tmp_path: Path, monkeyp
     with pytest.raises(ConfigError, match=r"needs about 1\.01 GiB, and its disk has 1\.00 GiB free"):
         check_disk(run, 2**30 + 1)
     assert asked == [tmp_path, tmp_path]
+
+
+def of(**finetune: Any) -> RunConfig:
+    values = {"run_dir": "x", "model": {"source": "x"}, "data": {"train": {"path": "x"}}, "ray": {"num_gpus": 1}}
+    return parse_config({**values, "finetune": finetune}).with_gpus(1)
+
+
+def test_a_gpu_too_old_for_bfloat16_is_told_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvidia_smi(tmp_path, "echo 9.0; echo 7.5")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    check_packages(of())
+    check_packages(of(bf16=True, gpus_per_worker=0))
+    with pytest.raises(ConfigError, match=r"bf16 needs a GPU of compute capability 8 or higher, .* one of 7\.5: leave"):
+        check_packages(of(bf16=True))
+
+
+def test_gpus_that_torch_does_not_see_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvidia_smi(tmp_path, "echo 81559")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigError, match=r"this machine has 0 \(torch sees no others: a build without CUDA"):
+        check_resources(of(), 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"use_liger_kernel": True}, "finetune.use_liger_kernel needs the liger_kernel package"),
+        ({"optim": "paged_adamw_8bit"}, "finetune.optim: paged_adamw_8bit needs the bitsandbytes package"),
+    ],
+)
+def test_packages_that_are_missing_are_told(monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any], words: str) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=words):
+        check_packages(of(**keys))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tiny import save_emulator
 
 from emloc_ray.errors import DamagedArtifactError
 from emloc_ray.modeling.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from emloc_ray.stages.finetune import training
 from emloc_ray.stages.finetune.session import LoneSession, own_environment
 from emloc_ray.stages.finetune.training import FinetuneJob, train
 
@@ -93,3 +95,27 @@ def test_a_checkpoint_that_holds_code_is_refused(
     with pytest.raises(DamagedArtifactError, match=f"{file.parent} holds something else"):
         train(job, LoneSession(tmp_path / "broken"))
     assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "zero", "has_bfloat16", "expected"),
+    [
+        ({}, None, False, False),
+        ({"bf16": "auto"}, None, True, True),
+        ({"bf16": "auto", "fp16": True}, None, True, False),
+        ({"bf16": True}, None, False, True),
+        ({"bf16": False}, None, True, False),
+        ({"bf16": "auto"}, {"bf16": {"enabled": False}}, True, False),
+        ({"bf16": "auto"}, {"bf16": {"enabled": "auto"}}, True, True),
+    ],
+)
+def test_bfloat16_is_trained_in_where_the_gpu_has_it_or_where_it_is_asked_for(
+    job: FinetuneJob,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: dict[str, Any],
+    zero: dict[str, Any] | None,
+    has_bfloat16: bool,
+    expected: bool,
+) -> None:
+    monkeypatch.setattr(training, "computes_bfloat16", lambda device: has_bfloat16)
+    assert training.trains_in_bfloat16(replace(job, training_arguments=arguments, zero_config=zero)) is expected
