@@ -18,7 +18,7 @@ from emloc_ray.errors import EmlocError, NumericsError, Stopped, TakenOver
 from emloc_ray.io.formats.json_lines import read_objects
 from emloc_ray.io.store.node_cache import discard, ensure, exists, open_artifact, publish, remote
 from emloc_ray.stages.finetune.training import FinetuneJob, leaves_traces, train_alone, train_loop
-from emloc_ray.stages.ray.losses import Losses, Tell, is_lost, last_line, reason, unheard
+from emloc_ray.stages.ray.losses import Losses, Tell, explain, is_lost, last_line, reason, unheard
 from emloc_ray.stages.ray.spans import Span, tell_span
 from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, silent
 
@@ -73,13 +73,16 @@ def finetune(
 
     Raises:
         NumericsError: where loss or gradients stop being numbers, naming the step.
+        StageError: where memory ran out, which a restart would not change.
         EmlocError: what ``progress`` raised to stop the training; a checkpoint of where it was is there then.
     """
     job.storage_dir.mkdir(parents=True, exist_ok=True)
-    for left in (job.stop_path, job.begun_path):
+    for left in (job.stop_path, job.begun_path, job.out_of_memory_path):
         discard(left)
     with Watcher(job, progress, tell) as watcher:
         outcome = (runner or runner_of(job, resources))(job, resources, tell, watcher.check)
+    if outcome.get("out_of_memory"):
+        raise explain(MemoryError(), job.stage)
     if outcome["stopped"] and watcher.stop is not None:
         raise watcher.stop
     if outcome["failure"]:
@@ -134,8 +137,10 @@ def run_group(job: FinetuneJob, resources: Resources, tell: Tell, check: Callabl
         while (outcome := _fit(job, resources, losses)) is None:
             check()
     for rank in range(resources.num_workers):
-        known = outcome["peak_bytes"] if rank == 0 else 0  # whose outcome it is
-        tell_span(Span(job.stage, f"rank {rank}", "the training", begun_at, time.time(), peak_bytes=known))
+        peaks = (
+            {key: outcome[key] for key in ("peak_bytes", "gpu_peak_bytes")} if rank == 0 else {}
+        )  # whose outcome it is
+        tell_span(Span(job.stage, f"rank {rank}", "the training", begun_at, time.time(), **peaks))
     return outcome
 
 

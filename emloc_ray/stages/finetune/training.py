@@ -37,6 +37,7 @@ from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import TopLogProbs, call_loss
 from emloc_ray.stages.finetune.session import GroupSession, LoneSession, TrainingSession, own_environment
 from emloc_ray.stages.finetune.zero import join_as_deepspeed_rank, scattered_in, step_was_finite, whole_parameters
+from emloc_ray.stages.ray.losses import is_out_of_memory
 from emloc_ray.stages.ray.spans import timed
 
 _POLL_S = 0.5
@@ -87,6 +88,11 @@ class FinetuneJob:
     def begun_path(self) -> Path:
         """Its presence says that a worker has begun, and looks for :attr:`stop_path` now and then."""
         return self.storage_dir / f"{self.name}.begun"
+
+    @property
+    def out_of_memory_path(self) -> Path:
+        """Its presence says that a worker of a group ran out of memory, as it would again."""
+        return self.storage_dir / f"{self.name}.out_of_memory"
 
     @property
     def stop_path(self) -> Path:
@@ -254,8 +260,18 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     if settings["device"] == "cpu":  # a Ray that our caller started lets every worker see its node's GPUs
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(settings["threads"])
-    outcome = timed(train)(settings["job"], GroupSession())
-    return {**outcome.result, "peak_bytes": outcome.peak_bytes}
+    job: FinetuneJob = settings["job"]
+    if exists(job.out_of_memory_path):  # the group was begun again, and would run out once more
+        return {"out_of_memory": True, "peak_bytes": 0, "gpu_peak_bytes": 0}
+    try:
+        outcome = timed(train)(job, GroupSession())
+    except Exception as error:
+        if is_out_of_memory(error):
+            job.out_of_memory_path.parent.mkdir(parents=True, exist_ok=True)
+            job.out_of_memory_path.touch()
+            publish(job.out_of_memory_path)
+        raise
+    return {**outcome.result, "peak_bytes": outcome.peak_bytes, "gpu_peak_bytes": outcome.gpu_peak_bytes}
 
 
 def train_alone(job: FinetuneJob) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def reason(error: BaseException, kernel_killed: bool = False) -> tuple[str, str]
     """Why a worker was lost, as far as Ray or the kernel knows, and what to do where it happens again and again."""
     chain = list(causes(error))
     text = " ".join(str(cause) for cause in chain)
-    if any(_is_out_of_memory(cause) for cause in chain) or "memory pressure" in text:
+    if any(is_out_of_memory(cause) for cause in chain) or "memory pressure" in text:
         return "its node ran out of memory", _MEMORY
     if kernel_killed:
         return "the kernel killed a process for memory", _MEMORY
@@ -132,7 +132,7 @@ def explain(error: BaseException, stage: str) -> EmlocError:
     own = own_error(error)
     if own is not None:
         return own
-    if any(_is_out_of_memory(cause) for cause in causes(error)):
+    if any(is_out_of_memory(cause) for cause in causes(error)):
         return StageError(f"{stage}: a worker ran out of memory: {_MEMORY}.")
     full = next((e for e in causes(error) if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)), None)
     if full is not None:
@@ -150,7 +150,7 @@ def last_line(error: BaseException) -> str:
     return (lines[-1] if lines else type(error).__name__).strip()[:300]
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Killed by Ray's memory monitor, refused by the operating system, or by torch's allocator, which on a CPU raises no
     kind of its own."""
     kinds = (ray.exceptions.OutOfMemoryError, MemoryError, torch.OutOfMemoryError)

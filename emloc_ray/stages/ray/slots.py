@@ -110,7 +110,8 @@ def run_slots(
                     continue
                 times = timed_unit.begun_at, timed_unit.finished_at
                 worker = f"slot {slot} on {timed_unit.worker.partition(' on ')[2]}"
-                tell_span(Span(losses.stage, worker, where, *times, peak_bytes=timed_unit.peak_bytes))
+                peaks = {"peak_bytes": timed_unit.peak_bytes, "gpu_peak_bytes": timed_unit.gpu_peak_bytes}
+                tell_span(Span(losses.stage, worker, where, *times, **peaks))
                 unit = timed_unit.result
                 if unit is None:  # committed to the end
                     del running[task]

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from typing import Any
 @dataclass(frozen=True)
 class Span:
     """``count`` pieces of a stage's work, ``unit`` where it is one, by one worker; times in seconds since 1970, ``peak_bytes``
-    the most that its process held meanwhile, 0 where that is not known."""
+    the most that its process held meanwhile, ``gpu_peak_bytes`` what torch reserved of its GPU; 0 where that is not known."""
 
     stage: str
     worker: str
@@ -30,17 +31,19 @@ class Span:
     finished_at: float
     count: int = 1
     peak_bytes: int = 0
+    gpu_peak_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Timed:
-    """A task's result, with its time, its process and the most that this held meanwhile."""
+    """A task's result, with its time, its process and the most that this held meanwhile, of a GPU too."""
 
     result: Any
     worker: str
     begun_at: float
     finished_at: float
     peak_bytes: int
+    gpu_peak_bytes: int = 0
 
 
 Listener = Callable[[Span], None]
@@ -55,11 +58,30 @@ def timed(function: Callable[..., Any]) -> Callable[..., Timed]:
     def run(*arguments: Any, **named: Any) -> Timed:
         _give_back_memory()
         _forget_peak()
+        _let_segments_grow()
+        if cuda := _cuda():
+            cuda.reset_peak_memory_stats()
         begun_at = time.time()
         result = function(*arguments, **named)
-        return Timed(result, f"process {os.getpid()} on {socket.gethostname()}", begun_at, time.time(), _peak())
+        gpu_peak = cuda.max_memory_reserved() if (cuda := _cuda()) else 0
+        where = f"process {os.getpid()} on {socket.gethostname()}"
+        return Timed(result, where, begun_at, time.time(), _peak(), gpu_peak)
 
     return run
+
+
+def _cuda() -> Any:
+    """torch.cuda where this process uses a GPU; asking must not begin to."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
+
+
+def _let_segments_grow() -> None:
+    """Has torch's CUDA allocator grow its segments, which keeps batches of many lengths from splitting a GPU's memory; it
+    reads the variable at its first allocation, and what the node sets itself stays."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        renamed = tuple(map(int, version("torch").split(".")[:2])) >= (2, 9)
+        os.environ["PYTORCH_ALLOC_CONF" if renamed else "PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _give_back_memory() -> None:
@@ -122,5 +144,6 @@ def joined(spans: Iterable[Span], pause_s: float) -> list[Span]:
             continue
         end, count = max(last.finished_at, span.finished_at), last.count + span.count
         peak = max(last.peak_bytes, span.peak_bytes)
-        merged[-1] = replace(last, finished_at=end, count=count, peak_bytes=peak)
+        gpu_peak = max(last.gpu_peak_bytes, span.gpu_peak_bytes)
+        merged[-1] = replace(last, finished_at=end, count=count, peak_bytes=peak, gpu_peak_bytes=gpu_peak)
     return merged

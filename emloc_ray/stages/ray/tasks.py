@@ -180,7 +180,8 @@ class Flight:
             return
         if isinstance(result, Timed):
             when = result.begun_at, result.finished_at
-            tell_span(Span(self.losses.stage, result.worker, piece.name, *when, peak_bytes=result.peak_bytes))
+            peaks = {"peak_bytes": result.peak_bytes, "gpu_peak_bytes": result.gpu_peak_bytes}
+            tell_span(Span(self.losses.stage, result.worker, piece.name, *when, **peaks))
             result = result.result
         self.results[piece.number] = result
 

@@ -29,7 +29,7 @@ _COSTS = 30
 class Usage:
     """What one stage used: wall time and the peaks of all processes together, of each kind of process, of its largest worker.
 
-    The first two peaks are of all runs on the driver's machine; the last is the stage's own.
+    The first two peaks are of all runs on the driver's machine; the last two are the stage's own.
     """
 
     stage: str
@@ -38,11 +38,13 @@ class Usage:
     peak_rss_bytes: int = 0
     processes: dict[str, int] = field(default_factory=dict)
     largest_worker_bytes: int = 0
+    largest_gpu_bytes: int = 0
 
     def hear(self, span: Span) -> None:
         """Takes a span's peak, where it is of this stage."""
         if span.stage == self.stage:
             self.largest_worker_bytes = max(self.largest_worker_bytes, span.peak_bytes)
+            self.largest_gpu_bytes = max(self.largest_gpu_bytes, span.gpu_peak_bytes)
 
     def as_dict(self) -> dict[str, object]:
         """Values for metrics.json; ``peak_rss_bytes`` is that of the largest worker, else of the largest process here."""
@@ -50,6 +52,7 @@ class Usage:
             "wall_s": round(self.wall_s, 2),
             "peak_pss_bytes": self.peak_pss_bytes,
             "peak_rss_bytes": self.largest_worker_bytes or self.peak_rss_bytes,
+            **({"peak_gpu_bytes": self.largest_gpu_bytes} if self.largest_gpu_bytes else {}),
             "processes": dict(sorted(self.processes.items(), key=lambda item: -item[1])),
         }
 

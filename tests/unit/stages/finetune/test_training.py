@@ -14,11 +14,13 @@ from payloads import Leaves
 from stage_artifacts import Artifacts
 from tiny import save_emulator
 
-from emloc_ray.errors import DamagedArtifactError
+from emloc_ray.errors import DamagedArtifactError, StageError
 from emloc_ray.modeling.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from emloc_ray.stages.finetune import training
+from emloc_ray.stages.finetune.finetune import finetune
 from emloc_ray.stages.finetune.session import LoneSession, own_environment
 from emloc_ray.stages.finetune.training import FinetuneJob, train
+from emloc_ray.stages.ray.tasks import Resources
 
 
 class Killed(Exception):
@@ -119,3 +121,28 @@ def test_bfloat16_is_trained_in_where_the_gpu_has_it_or_where_it_is_asked_for(
 ) -> None:
     monkeypatch.setattr(training, "computes_bfloat16", lambda device: has_bfloat16)
     assert training.trains_in_bfloat16(replace(job, training_arguments=arguments, zero_config=zero)) is expected
+
+
+def test_a_group_that_ran_out_of_memory_is_not_begun_again(
+    job: FinetuneJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(job: FinetuneJob, session: Any) -> dict[str, Any]:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(training, "train", run_out)
+    monkeypatch.setattr(training, "GroupSession", lambda: None)
+    settings: dict[str, Any] = {
+        "job": replace(job, storage_dir=tmp_path),
+        "threads": torch.get_num_threads(),
+        "device": "cuda",
+    }
+    with pytest.raises(torch.OutOfMemoryError):
+        training.train_loop(settings)
+    assert training.train_loop(settings)["out_of_memory"]
+
+    def runner(job: FinetuneJob, *_: Any) -> dict[str, Any]:
+        job.out_of_memory_path.touch()
+        return training.train_loop(settings)
+
+    with pytest.raises(StageError, match="finetune: a worker ran out of memory: set memory_budget"):
+        finetune(settings["job"], Resources(2), runner=runner)

@@ -46,6 +46,9 @@ def test_a_stage_took_what_its_largest_worker_held_on_whichever_node() -> None:
             tell_span(Span(stage, "process 7 on a node", "a shard", 1.0, 2.0, peak_bytes=peak))
     assert usage.as_dict()["peak_rss_bytes"] == 2**50
     assert usage.peak_pss_bytes < 2**49
+    assert "peak_gpu_bytes" not in usage.as_dict()
+    usage.hear(Span("merge", "process 7 on a node", "a shard", 1.0, 2.0, gpu_peak_bytes=2**33))
+    assert usage.as_dict()["peak_gpu_bytes"] == 2**33
     assert len(heard) == 3
     with measured("merge") as usage:
         pass
