@@ -1,6 +1,6 @@
 """A real S3 server for the tests, and a proxy before it that makes it slow, busy or cut off in mid-answer.
 
-Both are processes of their own: pyarrow holds Python's lock in some of its calls, and a server in the same process would wait
+Both are processes of their own: clients hold Python's lock in some of their calls, and a server in the same process would wait
 for it for ever.
 """
 
@@ -58,6 +58,13 @@ def faulty_store(port: int, share: float, pause_s: float = 0.2, seed: int = 0) -
 
 
 @contextmanager
+def deaf_store(port: int, header: str) -> Iterator[int]:
+    """The port of a proxy to the server at ``port`` that keeps a header of requests to itself."""
+    with _process("proxy", str(port), "0", "0", "0", "--without", header) as own:
+        yield own
+
+
+@contextmanager
 def _process(*arguments: str) -> Iterator[int]:
     process = subprocess.Popen([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True)
     try:
@@ -87,7 +94,7 @@ def _serve() -> None:
     threading.Event().wait()
 
 
-def _proxy(port: int, share: float, pause_s: float, seed: int) -> None:
+def _proxy(port: int, share: float, pause_s: float, seed: int, without: str) -> None:
     counts, drawing, lock = dict.fromkeys(_KINDS, 0), random.Random(seed), threading.Lock()
 
     def draw() -> str | None:
@@ -97,7 +104,7 @@ def _proxy(port: int, share: float, pause_s: float, seed: int) -> None:
                 counts[fault] += 1
             return fault
 
-    hop = {"transfer-encoding", "connection", "content-length", "expect"}
+    hop = {"transfer-encoding", "connection", "content-length", "expect", without}
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -157,8 +164,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=("server", "proxy"))
     parser.add_argument("numbers", type=float, nargs="*")
+    parser.add_argument("--without", default="")
     given = parser.parse_args()
     if given.what == "server":
         _serve()
     else:
-        _proxy(int(given.numbers[0]), given.numbers[1], given.numbers[2], int(given.numbers[3]))
+        _proxy(int(given.numbers[0]), given.numbers[1], given.numbers[2], int(given.numbers[3]), given.without)

@@ -179,10 +179,10 @@ class CachePlace:
             return found
         times: dict[tuple[str, ...], float] = {}
         for info in self.store.below(under):
-            parts = info.path.removeprefix(self.store.key("")).strip("/").split("/", 2)
+            parts = info.path.split("/", 2)
             if len(parts) == 3:
                 found[parts[0], parts[1]] = None
-                times[tuple(parts)] = info.mtime_ns / 1e9
+                times[tuple(parts)] = info.modified
         for stage, name in found:
             if (stage, name, _ENTRY) in times:
                 found[stage, name] = max(times[stage, name, _ENTRY], times.get((stage, name, _USED), 0.0))
@@ -244,7 +244,7 @@ class CachePlace:
 
     def _changed_at(self, stage: str, name: str) -> float:
         if self.store is not None:
-            return max((float(info.mtime_ns) / 1e9 for info in self.store.below(f"{stage}/{name}")), default=0.0)
+            return max((info.modified for info in self.store.below(f"{stage}/{name}")), default=0.0)
         folder = self.folder(stage, name)
         try:
             return max(path.lstat().st_mtime for path in [folder, *folder.rglob("*")])

@@ -20,18 +20,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-from emloc_ray.errors import ArtifactError, ConfigError
+from emloc_ray.errors import ArtifactError, ConfigError, TakenOver
 from emloc_ray.io.formats.yaml_text import write_yaml
 from emloc_ray.io.runs.secret_values import without_secrets
-from emloc_ray.io.store.atomic import atomic_file, write_json
+from emloc_ray.io.store.atomic import atomic_file, json_bytes, write_json
 from emloc_ray.io.store.digests import digest
 from emloc_ray.io.store.lease import KEY as LEASE
 from emloc_ray.io.store.lease import Holder, Lease, find_holder
 from emloc_ray.io.store.node_cache import discard, ensure, hashes, mirror, origin, sizes
-from emloc_ray.io.store.object_store import ObjectStore, is_store_uri
+from emloc_ray.io.store.object_store import MANIFEST, ObjectStore, Version, is_store_uri, named_files
 
 CONFIG = "config.yaml"
-MANIFEST = "manifest.json"
 SPECTRA = "spectra.json"  # in an emulator's folder: a few of each layer's eigenvalues
 METRICS = "metrics.json"
 _LOCK = ".lock"
@@ -53,16 +52,20 @@ class RunDirectory:
     def __init__(self, root: str | Path) -> None:
         self.store: ObjectStore | None = None
         if is_store_uri(str(root)):
-            self.root = mirror(str(root))
-            here = origin(self.root)
-            assert here is not None
-            self.store = here.store
-            self.place = self.store.uri
+            self._open(str(root), None)
         else:
             self.root = Path(os.path.expanduser(str(root).removeprefix("file://"))).absolute()
             self.place = str(self.root)
         self._lock_descriptor: int | None = None
         self._lease: Lease | None = None
+        self._version: Version | None = None  # of the manifest on an object store, as it was read last
+
+    def _open(self, uri: str, lease: int | None) -> None:
+        """Sees the store as the holder of the lease of this number sees it."""
+        self.root = mirror(uri, lease)
+        here = origin(self.root)
+        assert here is not None
+        self.store, self.place = here.store, here.store.uri
 
     @property
     def name(self) -> str:
@@ -77,8 +80,7 @@ class RunDirectory:
         """Raises ConfigError where it cannot be written, or holds files without our manifest, or another run's name, or
         what is of another kind."""
         self._check_place()
-        ensure(self.path(MANIFEST))
-        if not self.path(MANIFEST).is_file():
+        if self._manifest_content() is None:
             # A run killed while it wrote its first manifest left no more than these.
             own = (_LOCK, LEASE, f".{MANIFEST}.")
             others = [name for name in self.names() if not name.startswith(own)]
@@ -130,11 +132,9 @@ class RunDirectory:
         assert self.store is not None
         if not self.store.prefix:
             raise ConfigError(f"run_dir {self.place} is a whole bucket: name a folder in it.")
-        probe = f"{LEASE}.{uuid.uuid4().hex}"
         try:
-            self.store.write(probe, b"")
-            self.store.remove(probe)
-        except ArtifactError as error:
+            self.store.check_conditions(f"{LEASE}.{uuid.uuid4().hex}")
+        except (ArtifactError, ConfigError) as error:
             raise ConfigError(f"run_dir: {error}") from error
 
     def existing(self) -> RunDirectory:
@@ -156,8 +156,11 @@ class RunDirectory:
         for leftover in self.root.glob(".*.tmp"):
             discard(leftover)
         names = self.names()
-        manifest: dict[str, Any] = self.manifest() if MANIFEST in names and not fresh else {"stages": {}}
+        before: dict[str, Any] = self.manifest() if MANIFEST in names else {"stages": {}}
+        manifest: dict[str, Any] = {"stages": {}} if fresh else dict(before)
         manifest.update({"format": _FORMAT, "kind": kind, "name": self.name, "config": config, "steps": list(steps)})
+        if self._lease is not None and before.get("lease") != self._lease.number:
+            manifest = self._adopted(before, manifest, fresh)
         self._write_manifest(manifest)
         with atomic_file(self.path(CONFIG)) as file:
             file.write(write_yaml(config).encode())
@@ -165,14 +168,27 @@ class RunDirectory:
         for name in set(names) - {MANIFEST, CONFIG, _LOCK, LEASE} if fresh else ():
             discard(self.path(name))
 
+    def _adopted(self, before: dict[str, Any], manifest: dict[str, Any], fresh: bool) -> dict[str, Any]:
+        """The manifest under this lease, which names what unfinished stages had written under the one before: from now on
+        nobody else writes to this run, or what they write is not read."""
+        assert self._lease is not None
+        past = ObjectStore(self.place, lease=before.get("lease"))
+        manifest.update({"lease": self._lease.number, "adopted": {}})
+        self._write_manifest(manifest)
+        if not fresh:
+            named, seen = named_files(before), past.versions("", before)
+            manifest["adopted"] = {path: stored.sha256 for path, stored in seen.items() if path not in named}
+        return manifest
+
     def manifest(self) -> dict[str, Any]:
-        """The manifest; raises ArtifactError where there is none or it is unreadable."""
+        """The manifest; raises ArtifactError where there is none or it is unreadable, TakenOver where another process that
+        holds the run wrote it."""
         path = self.path(MANIFEST)
-        ensure(path)
-        if not path.is_file():
+        content = self._manifest_content()
+        if content is None:
             raise ArtifactError(f"{self.place} holds no {MANIFEST}: it is no run directory.")
         try:
-            manifest: Any = json.loads(path.read_text())
+            manifest: Any = json.loads(content)
         except ValueError as error:
             raise ArtifactError(f"{path} is not JSON: restore it, or remove {self.root}.") from error
         if not isinstance(manifest, dict) or not isinstance(manifest.get("stages"), dict):
@@ -182,7 +198,20 @@ class RunDirectory:
                 f"{path} has format {manifest.get('format')!r}, and this version reads {_FORMAT}: use the version of"
                 " emloc_ray that wrote it, or name a new directory."
             )
+        if self._lease is not None and manifest.get("lease", 0) > self._lease.number:
+            raise self._taken_over()
         return manifest
+
+    def _manifest_content(self) -> bytes | None:
+        if self.store is None:
+            path = self.path(MANIFEST)
+            return path.read_bytes() if path.is_file() else None
+        found = self.store.read_version(MANIFEST)
+        self._version = None if found is None else found[0]
+        return None if found is None else found[1]
+
+    def _taken_over(self) -> TakenOver:
+        return TakenOver(f"{self.place} was taken over by another process: leave it to that, or stop that first.")
 
     def stages(self) -> dict[str, dict[str, Any]]:
         """What the manifest says of all finished stages; nothing where there is none yet."""
@@ -212,7 +241,7 @@ class RunDirectory:
             return {path: {"size": file.stat().st_size} for path, file in files.items() if file.is_file()}
         tops = {path.partition("/")[0] for path in paths}
         return {
-            f"{top}/{name}": {"size": info.size, "sha256": info.base_name}
+            f"{top}/{name}": {"size": info.size, "sha256": info.sha256}
             for top in tops
             for name, info in self.store.versions(top).items()
         }
@@ -257,7 +286,13 @@ class RunDirectory:
             "outputs": files,
             "result": result,
         }
+        adopted = manifest.get("adopted", {})
+        for path in adopted.keys() & files.keys():
+            del adopted[path]
         self._write_manifest(manifest)
+        if self.store is not None:
+            for top in {path.partition("/")[0] for path in files}:
+                self.store.drop_others(top)
 
     def confirm(self, name: str, ahead: Collection[str]) -> None:
         """Records that a finished stage's inputs were found to be what they were, though a stage ``ahead`` was done since."""
@@ -296,8 +331,14 @@ class RunDirectory:
             self._write_manifest(manifest)
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
+        """On an object store in the place of the one that was read."""
         self.check_held()
-        write_json(self.path(MANIFEST), manifest)
+        if self.store is None:
+            write_json(self.path(MANIFEST), manifest)
+            return
+        self._version = self.store.replace(MANIFEST, json_bytes(manifest), self._version)
+        if self._version is None:
+            raise self._taken_over()
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """Writes ``metrics.json``, whole: what it held of stages that are to be redone does not stay."""
@@ -326,11 +367,12 @@ class RunDirectory:
             def watch(holder: Holder) -> None:
                 tell(f"{holder.name} held this run until a moment ago: waiting up to 60 s to see whether it is alive.")
 
-            lease = Lease(self.store, me)
+            lease = Lease(self.store, me, after=self.store.checked_manifest().get("lease", 0))
             held = lease.take(watch)
             if held is not None:
                 raise ConfigError(f"run_dir {self.place} is in use by {held.name}: wait for it, or name another.")
             self._lease = lease
+            self._open(self.place, lease.number)
             return
         self.root.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.path(_LOCK), os.O_RDWR | os.O_CREAT, 0o644)
@@ -378,6 +420,7 @@ class RunDirectory:
         if self._lease is not None:
             self._lease.give_back()
             self._lease = None
+            self._open(self.place, None)
         if self._lock_descriptor is not None:
             os.close(self._lock_descriptor)
             self._lock_descriptor = None

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
 
 from emloc_ray.errors import ArtifactError, ConfigError
-from emloc_ray.io.runs.directory import MANIFEST, RunDirectory
+from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store.digests import digest
-from emloc_ray.io.store.object_store import ObjectStore, below
+from emloc_ray.io.store.object_store import MANIFEST, ObjectStore, Stored, below
 from emloc_ray.io.store.replacing import replacing
 
 _CONNECTIONS = 8
@@ -97,11 +96,11 @@ def _inside(directory: Path, name: str) -> Path:
     return directory / name
 
 
-def _is_same(file: Path, info: Any) -> bool:
-    return file.is_file() and file.stat().st_size == info.size and digest(file) == info.base_name
+def _is_same(file: Path, info: Stored) -> bool:
+    return file.is_file() and file.stat().st_size == info.size and digest(file) == info.sha256
 
 
-def _copy(store: ObjectStore, info: Any, file: Path) -> int:
+def _copy(store: ObjectStore, info: Stored, file: Path) -> int:
     with replacing(file) as temporary:
         store.download(info, temporary)
-    return int(info.size)
+    return info.size

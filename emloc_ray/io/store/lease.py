@@ -1,9 +1,11 @@
-"""Who holds a run on an object store: an object put on condition that there is none, renewed while its holder lives."""
+"""Who holds a run on an object store: an object replaced by compare-and-swap, renewed while its holder lives.
+
+Each lease has a number above all before it, which stays when it is given back.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import threading
@@ -11,34 +13,31 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
-from typing import Any, Protocol, TypeVar
 
-from emloc_ray.errors import ArtifactError, ConfigError, TakenOver
-from emloc_ray.io.store.object_store import ObjectStore
+from emloc_ray.errors import ArtifactError, TakenOver
+from emloc_ray.io.store.object_store import ObjectStore, Version
 
 KEY = "lock"
+_CLOCK = "lock.clock"  # an object whose time is the store's own
 _RENEW_S = 10.0
 _STALE_S = 60.0
-_SETTLE_S = 3.0
-_ATTEMPTS = 8
-Result = TypeVar("Result")
+_REQUEST_S = 10.0
 
 
 @dataclass(frozen=True)
 class Holder:
-    """The lease as found: who wrote it, its version, another with each renewal, and its age by the store's own clock;
-    None where the store does not tell."""
+    """The lease as it is: who wrote it ("": nobody holds it), its number, its version, another with each renewal, and when it
+    was renewed, by the store's clock."""
 
     name: str
     token: str
-    version: str
-    age_s: float | None
+    number: int
+    version: Version
+    renewed_at: float
 
-    @property
-    def is_stale(self) -> bool:
-        """Whether its holder has missed several renewals: it is dead, or cut off from the store."""
-        return self.age_s is not None and self.age_s > _STALE_S
+    def is_stale(self, now: float) -> bool:
+        """Whether nobody holds it, or its holder has missed several renewals: it is dead, or cut off from the store."""
+        return not self.name or now - self.renewed_at > _STALE_S
 
 
 class Lease:
@@ -46,16 +45,20 @@ class Lease:
 
     Raises:
         ArtifactError: in all its methods, where the store does not answer.
+        ConfigError: in :meth:`take`, where the store has no conditional writes.
     """
 
-    def __init__(self, store: ObjectStore, name: str) -> None:
+    def __init__(self, store: ObjectStore, name: str, after: int = 0) -> None:
+        """``after``: a number that its own is to be above, as of what is left of runs removed since: it is the time in s."""
         self.token = uuid.uuid4().hex
-        self._store, self._name = store, name
-        self._objects = _conditional_object(store)
+        self.number = max(int(time.time()), after + 1)
+        # A request that hangs must not outlast the lease.
+        self._store, self._name = ObjectStore(store.uri, timeout_s=_REQUEST_S), name
         self._over = threading.Event()
         self._renewing = threading.Lock()
         self._lost: str | None = None
-        self._version, self._renewed, self._count = "", -math.inf, 0
+        self._version: Version | None = None
+        self._renewed, self._count = -math.inf, 0
         self._thread: threading.Thread | None = None
 
     def take(self, tell: Callable[[Holder], None] = lambda holder: None) -> Holder | None:
@@ -63,19 +66,18 @@ class Lease:
 
         Who is not stale yet is told, then watched until it renews its hold, gives it back, or is stale.
         """
-        found = self._objects.find()
-        if found is not None and not found.is_stale:
-            tell(found)
-            found = _watched(self._objects, found)
-        if found is not None and not found.is_stale:
-            return found
-        begin = _now()
-        version = self._objects.put(self._content(), None if found is None else found.version)
+        current = _find(self._store)
+        if current is not None and not current.is_stale(self._now()):
+            tell(current)
+            current = self._watched(current)
+            if current is not None and not current.is_stale(self._now()):
+                return current
+        if current is not None:
+            self.number = max(self.number, current.number + 1)
+        begin = _monotonic()
+        version = self._store.replace(KEY, self._content(self._name), None if current is None else current.version)
         if version is None:
-            winner = self._objects.find()
-            if winner is None or winner.token != self.token:
-                return winner or Holder("another process", "", "", None)
-            version = winner.version  # our own write, whose answer was lost
+            return _find(self._store) or Holder("another process", "", 0, {}, 0.0)
         self._version, self._renewed = version, begin
         self._thread = threading.Thread(target=self._keep, daemon=True)
         self._thread.start()
@@ -100,9 +102,7 @@ class Lease:
             self._thread.join()
         if self._lost is None:
             with contextlib.suppress(Exception):  # it goes stale by itself
-                found = self._objects.find()
-                if found is not None and found.token == self.token:
-                    self._objects.remove()
+                self._store.replace(KEY, self._content(""), self._version)
 
     def _keep(self) -> None:
         while self._lost is None and not self._over.wait(_RENEW_S):
@@ -111,168 +111,70 @@ class Lease:
                 self._renew()
 
     def _is_due(self) -> bool:
-        return self._lost is None and _now() - self._renewed > _STALE_S / 2
+        return self._lost is None and _monotonic() - self._renewed > _STALE_S / 2
 
     def _renew(self) -> None:
-        for _ in range(2):
-            begin = _now()
-            version = self._objects.put(self._content(), self._version)
-            if version is not None:
-                self._version, self._renewed = version, begin
-                return
-            found = self._objects.find()
-            if found is None or found.token != self.token:
-                self._lost = "another process" if found is None else found.name
-                return
-            self._version = found.version  # our own write, whose answer was lost: renewed once more from that
-        raise _failure(self._store, "renew", "it says that it changes meanwhile")
+        begin = _monotonic()
+        version = self._store.replace(KEY, self._content(self._name), self._version)
+        if version is None:
+            current = _find(self._store)
+            if current is not None and current.token == self.token:  # an earlier renewal, whose answer was lost
+                version = self._store.replace(KEY, self._content(self._name), current.version)
+        if version is None:
+            current = _find(self._store)
+            if current is not None and current.token == self.token:
+                raise ArtifactError(f"{self._store.uri} does not renew {KEY}: run the same command again.")
+            self._lost = current.name if current is not None and current.name else "another process"
+            return
+        self._version, self._renewed = version, begin
 
-    def _content(self) -> bytes:
+    def _content(self, name: str) -> bytes:
         self._count += 1
-        return json.dumps({"holder": self._name, "token": self.token, "count": self._count}).encode()
+        held = {"holder": name, "token": self.token, "number": self.number, "count": self._count}
+        return json.dumps(held).encode()
+
+    def _now(self) -> float:
+        """The store's clock, so that those of the nodes do not matter."""
+        self._store.write(_CLOCK, b"")
+        clock = self._store.find(_CLOCK)
+        return time.time() if clock is None else clock.modified
+
+    def _watched(self, current: Holder) -> Holder | None:
+        """What becomes of a holder: renewed, stale, or None where its object is gone; after ``_STALE_S`` at most."""
+        begin = _monotonic()
+        last: Holder | None = current
+        while last is not None and last.version == current.version:
+            if _monotonic() - begin > _STALE_S or last.is_stale(self._now()):
+                return Holder("", last.token, last.number, last.version, last.renewed_at)
+            time.sleep(min(1.0, _RENEW_S))
+            last = _find(self._store)
+        return last
 
 
 def find_holder(store: ObjectStore) -> str | None:
-    """The process that holds the run at ``store`` and is alive, or None; raises ArtifactError where it does not answer."""
-    objects = _conditional_object(store)
-    found = objects.find()
-    if found is not None and found.age_s is None:
-        found = _watched(objects, found)
-    return None if found is None or found.is_stale else found.name
+    """The process that holds the run at ``store`` and is alive by this machine's clock, or None; nothing is written.
+
+    Raises:
+        ArtifactError: where the store does not answer.
+    """
+    current = _find(store)
+    return None if current is None or current.is_stale(time.time()) else current.name
 
 
-class _LeaseObject(Protocol):
-    def find(self) -> Holder | None:
-        """The lease as it is now."""
-
-    def put(self, content: bytes, replaces: str | None) -> str | None:
-        """The new version, or None where the object is not the one to replace (None: where there is one)."""
-
-    def remove(self) -> None:
-        """Removes it."""
-
-
-def _conditional_object(store: ObjectStore) -> _LeaseObject:
-    return _S3Object(store) if store.scheme == "s3" else _SettledObject(store)
-
-
-def _watched(objects: _LeaseObject, found: Holder) -> Holder | None:
-    """What becomes of a holder: renewed, stale, or None where it gave its hold back; after ``_STALE_S`` at most."""
-    begin = _now()
-    last: Holder | None = found
-    while last is not None and last.version == found.version and not last.is_stale:
-        if _now() - begin > _STALE_S:
-            return dataclasses.replace(last, age_s=math.inf)
-        time.sleep(min(1.0, _RENEW_S))
-        last = objects.find()
-    return last
-
-
-def _now() -> float:
-    """Seconds of a clock that goes on while the machine sleeps."""
-    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
-
-
-def _parsed(content: bytes, version: str, age_s: float | None) -> Holder:
+def _find(store: ObjectStore) -> Holder | None:
+    stored = store.read_version(KEY)
+    if stored is None:
+        return None
+    version, content = stored
+    listed = store.find(KEY)
+    renewed_at = 0.0 if listed is None else listed.modified
     try:
         value = json.loads(content)
-        return Holder(str(value["holder"]), str(value["token"]), version, age_s)
-    except (ValueError, KeyError, TypeError):
-        return Holder("another process", "", version, age_s)
+        return Holder(str(value["holder"]), str(value["token"]), int(value.get("number", 0)), version, renewed_at)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return Holder("another process", "", 0, version, renewed_at)
 
 
-def _failure(store: ObjectStore, what: str, why: object) -> ArtifactError:
-    detail = " ".join(str(why).split())[:200]
-    return ArtifactError(
-        f"{store.uri} does not {what} {KEY} ({detail}): see that the store can be reached and its credentials are valid,"
-        " then run the same command again."
-    )
-
-
-class _S3Object:
-    """S3's conditional writes, which pyarrow has not
-    (https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-writes.html)."""
-
-    def __init__(self, store: ObjectStore) -> None:
-        try:
-            import boto3
-            from botocore.config import Config
-        except ImportError as error:
-            raise ConfigError("run_dir on S3 needs boto3: pip install 'emloc-ray[s3]'.") from error
-        endpoint = store.options.get("endpoint_override")
-        if endpoint is not None and "://" not in endpoint:
-            endpoint = f"{store.options.get('scheme', 'https')}://{endpoint}"
-        self._store = store
-        retries = {"mode": "standard", "max_attempts": _ATTEMPTS}
-        # A request that hangs must not outlast the lease.
-        config = Config(retries=retries, connect_timeout=5, read_timeout=10)
-        region = store.options.get("region")
-        self._client: Any = self._ask(
-            "open", (), lambda: boto3.client("s3", endpoint_url=endpoint, region_name=region, config=config)
-        )
-        self._place = {"Bucket": store.bucket, "Key": f"{store.prefix}/{KEY}".strip("/")}
-
-    def find(self) -> Holder | None:
-        return self._ask("read", (404,), self._get)
-
-    def _get(self) -> Holder:
-        answer = self._client.get_object(**self._place)
-        # Both times are the server's, so that the clocks of the nodes do not matter.
-        date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
-        age_s = None if date is None else (parsedate_to_datetime(date) - answer["LastModified"]).total_seconds()
-        return _parsed(answer["Body"].read(), answer["ETag"], age_s)
-
-    def put(self, content: bytes, replaces: str | None) -> str | None:
-        condition = {"IfNoneMatch": "*"} if replaces is None else {"IfMatch": replaces}
-        put = self._client.put_object
-        return self._ask("write", (404, 409, 412), lambda: str(put(**self._place, Body=content, **condition)["ETag"]))
-
-    def remove(self) -> None:
-        self._ask("remove", (404,), lambda: self._client.delete_object(**self._place))
-
-    def _ask(self, what: str, refusals: tuple[int, ...], call: Callable[[], Result]) -> Result | None:
-        """The store's answer, None where its status is one of ``refusals``."""
-        from botocore.exceptions import BotoCoreError, ClientError, IncompleteReadError, ResponseStreamingError
-
-        try:
-            for _ in range(_ATTEMPTS - 1):
-                with contextlib.suppress(
-                    IncompleteReadError, ResponseStreamingError
-                ):  # boto3 itself tries no body again
-                    return call()
-            return call()
-        except ClientError as error:
-            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-            if status in refusals:
-                return None
-            if status == 501:
-                raise ConfigError(
-                    f"run_dir {self._store.uri} is on a store without conditional writes, which keep two processes from one"
-                    " run: name a place on another."
-                ) from error
-            raise _failure(self._store, what, error) from error
-        except (BotoCoreError, ValueError) as error:
-            raise _failure(self._store, what, error) from error
-
-
-class _SettledObject:
-    """Where the store's client has no conditional writes: written, left to settle, read again; the last writer has it."""
-
-    def __init__(self, store: ObjectStore) -> None:
-        self._store = store
-
-    def find(self) -> Holder | None:
-        content = self._store.read(KEY)
-        return None if content is None else _parsed(content, content.decode(errors="replace"), None)
-
-    def put(self, content: bytes, replaces: str | None) -> str | None:
-        held, new = self.find(), _parsed(content, content.decode(), None)
-        if (None if held is None else held.version) != replaces:
-            return None
-        self._store.write(KEY, content)
-        if held is None or held.token != new.token:
-            time.sleep(_SETTLE_S)
-        return new.version if self._store.read(KEY) == content else None
-
-    def remove(self) -> None:
-        self._store.remove(KEY)
+def _monotonic() -> float:
+    """Seconds of a clock that goes on while the machine sleeps."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))

@@ -1,7 +1,8 @@
 """A run on an object store as every node sees it: local paths that say which store they mirror.
 
 A path below ``store=QUOTED-URI`` is this node's copy of what the store holds under the rest of the path, so that stages
-exchange plain paths wherever the run is. In a run on a file system all functions here do nothing, or what their names
+exchange plain paths wherever the run is; ``store=QUOTED-URI%23NUMBER`` says under which lease, so that workers know whose they
+are (:class:`ObjectStore`). In a run on a file system all functions here do nothing, or what their names
 say to the file itself. Files at the run's top, which are small and change, lie under their own name in the store; all others
 under keys that name their content (:class:`ObjectStore`).
 """
@@ -22,7 +23,16 @@ from urllib.parse import quote, unquote
 
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.store.digests import digest, noted_digest
-from emloc_ray.io.store.node_copies import MARK, alone, make_room, note_of, open_copy, write_note, write_small
+from emloc_ray.io.store.node_copies import (
+    MARK,
+    alone,
+    link_copy,
+    make_room,
+    note_of,
+    open_copy,
+    write_note,
+    write_small,
+)
 from emloc_ray.io.store.replacing import replacing
 
 if TYPE_CHECKING:
@@ -51,20 +61,22 @@ class Origin:
         return note_of(self.root, self.path)
 
 
-@functools.lru_cache(maxsize=16)
-def _store(uri: str) -> ObjectStore:
-    from emloc_ray.io.store.object_store import ObjectStore  # pyarrow: no run on a file system needs it
+@functools.lru_cache(maxsize=64)
+def _store(place: str) -> ObjectStore:
+    from emloc_ray.io.store.object_store import ObjectStore  # obstore: no run on a file system needs it
 
-    return ObjectStore(uri)
+    uri, _, lease = place.partition("#")
+    return ObjectStore(uri, lease=int(lease) if lease else None)
 
 
-def mirror(uri: str) -> Path:
-    """The place of a run at ``uri`` on every node: below ``EMLOC_RAY_CACHE``, or the directory for temporary files.
+def mirror(uri: str, lease: int | None = None) -> Path:
+    """The place of a run at ``uri`` on every node, for the holder of the lease of this number: below ``EMLOC_RAY_CACHE``, or
+    the directory for temporary files.
 
     Raises:
-        ConfigError: where pyarrow cannot open it, or it is too long for the name of a directory.
+        ConfigError: where obstore cannot open it, or it is too long for the name of a directory.
     """
-    folder = MARK + quote(_store(uri).uri, safe="")
+    folder = MARK + quote(_store(uri).uri + ("" if lease is None else f"#{lease}"), safe="")
     if len(folder) > _MAX_NAME:
         raise ConfigError(f"run_dir {uri} is longer than a directory's name may be: shorten it.")
     base = os.environ.get("EMLOC_RAY_CACHE") or str(Path(tempfile.gettempdir()) / "emloc_ray")
@@ -136,15 +148,16 @@ def _ensure_file(file: Path, info: Any) -> None:
     here = origin(file)
     assert here is not None
     with alone(here.root, here.path):  # one download serves all workers of a node
-        copy = open_copy(here.note, file, info.base_name)
+        copy = open_copy(here.note, file, info.sha256)
         if copy is not None:
             copy.close()
             return
-        make_room(here.root, info.size)
-        with replacing(file, durable=False) as temporary:
-            here.store.download(info, temporary)
-            status = temporary.stat()
-        write_note(here.note, info.base_name, status)
+        if not link_copy(here.root, here.path, info.sha256):
+            make_room(here.root, info.size)
+            with replacing(file, durable=False) as temporary:
+                here.store.download(info, temporary)
+                status = temporary.stat()
+            write_note(here.note, info.sha256, status)
 
 
 @contextlib.contextmanager
@@ -169,8 +182,8 @@ def open_newest(path: Path) -> Iterator[tuple[IO[bytes], int, str | None]]:
     info = here.store.versions(here.path).get("")
     if info is None:
         raise FileNotFoundError(f"{here.store.uri} holds no {here.path}")
-    with open_copy(here.note, path, info.base_name) or here.store.open(info) as stream:
-        yield stream, info.size, info.base_name
+    with open_copy(here.note, path, info.sha256) or here.store.open(info) as stream:
+        yield stream, info.size, info.sha256  # type: ignore[misc]
 
 
 def open_version(path: Path, version: str | None) -> IO[bytes]:
@@ -200,15 +213,16 @@ def exists(path: Path) -> bool:
     return here.store.read(here.path) is not None if here.is_plain else "" in here.store.versions(here.path)
 
 
-def remote(path: Path) -> tuple[Any, str] | None:
-    """The pyarrow file system of the store that ``path`` mirrors, and the path's key in it; None in a file system."""
-    here = origin(path)
-    return None if here is None else (here.store.filesystem, here.store.key(here.path))
+def is_stored(path: Path) -> bool:
+    """Whether a path mirrors a store."""
+    return origin(path) is not None
 
 
 def local_only(path: Path) -> Path:
     """A place like ``path`` that the store never sees, for what is worth less than its way there and back."""
-    parts = [part.replace(MARK, "local=", 1) if part.startswith(MARK) else part for part in path.parts]
+    parts = [
+        part.replace(MARK, "local=", 1).partition("%23")[0] if part.startswith(MARK) else part for part in path.parts
+    ]
     return Path(*parts)
 
 
@@ -219,7 +233,7 @@ def hashes(path: Path) -> dict[Path, str]:
     """
     here = origin(path)
     if here is not None:
-        return {file: info.base_name for file, info in _stored(here, path).items()}
+        return {file: info.sha256 for file, info in _stored(here, path).items()}
     return {file: noted_digest(file) or digest(file) for file in sizes(path)}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import glob
 import os
 import shutil
 import time
@@ -46,6 +47,21 @@ def open_copy(note: Path, file: Path, version: str) -> IO[bytes] | None:
     with contextlib.suppress(FileNotFoundError):
         os.utime(note)
     return copy
+
+
+def link_copy(root: Path, path: str, version: str) -> bool:
+    """Makes the copy that this node has of the version from an earlier lease of the run the run's own; whether it has one."""
+    for earlier in root.parent.glob(f"{glob.escape(root.name.partition('%23')[0])}*"):
+        copy = None if earlier == root else open_copy(note_of(earlier, path), earlier / path, version)
+        if copy is None:
+            continue
+        with copy, contextlib.suppress(OSError), replacing(root / path, durable=False) as temporary:
+            os.link(earlier / path, temporary)
+            status = temporary.stat()
+            if status.st_ino == os.fstat(copy.fileno()).st_ino:
+                write_note(note_of(root, path), version, status)
+                return True
+    return False
 
 
 def write_note(note: Path, version: str, status: os.stat_result) -> None:
@@ -141,5 +157,5 @@ def _drop(root: Path, path: str) -> int:
         if _noted_version(note, status) is not None:
             file.unlink()
             note.unlink()
-            return status.st_size
+            return status.st_size if status.st_nlink == 1 else 0
     return 0

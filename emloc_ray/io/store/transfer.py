@@ -8,11 +8,11 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from emloc_ray.errors import DamagedArtifactError
+from emloc_ray.errors import ArtifactError, DamagedArtifactError
 from emloc_ray.io.store.digests import HashingWriter, note_digest
 from emloc_ray.io.store.node_cache import Origin, discard, origin
+from emloc_ray.io.store.object_store import Stored
 from emloc_ray.io.store.replacing import replacing
 
 _CHUNK = 2**22
@@ -39,10 +39,10 @@ def transfer(source: Path, target: Path, size: int, sha256: str) -> None:
             discard(target)
             raise _damaged(source)
         return
-    info = here.store.versions(here.path).get("")
+    info = here.store.version_of(here.path, sha256)
     if info is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(source))
-    if (info.size, info.base_name) != (size, sha256):
+    if info.size != size:
         raise _damaged(source)
     if there is None:
         with replacing(target) as temporary:
@@ -71,20 +71,13 @@ def _link_file(source: Path, target: Path, size: int, sha256: str) -> None:
             raise _damaged(source)
 
 
-def _copied_by_store(here: Origin, info: Any, there: Origin) -> bool:
-    filesystem, sha256 = there.store.filesystem, info.base_name
-    if not filesystem.equals(here.store.filesystem) or info.size > _LARGEST_COPY:
+def _copied_by_store(here: Origin, info: Stored, there: Origin) -> bool:
+    if there.store.client != here.store.client or info.size > _LARGEST_COPY:
         return False
-    earlier = there.store.versions(there.path).get("")
-    key = there.store.key(f"{there.path}/{sha256}")
     try:
-        filesystem.copy_file(info.path, key)
-        if filesystem.get_file_info(key).size != info.size:
-            return False
-    except (OSError, NotImplementedError):  # on the way through this node every step is tried again
+        there.store.copy_version(there.path, here.store.key(info.path), info)
+    except ArtifactError:  # on the way through this node every step is tried again
         return False
-    if earlier is not None and earlier.base_name != sha256:
-        there.store.remove(f"{there.path}/{earlier.base_name}")
     return True
 
 

@@ -13,7 +13,7 @@ from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import TokenShards, collate, length_batches
 from emloc_ray.io.formats.grams import write_slot
 from emloc_ray.io.store.atomic import atomic_file
-from emloc_ray.io.store.node_cache import ensure, exists, local_only, remote
+from emloc_ray.io.store.node_cache import ensure, exists, is_stored, local_only
 from emloc_ray.modeling.block_outputs import BlockOutput, read_outputs, write_outputs
 from emloc_ray.modeling.gram_hooks import GramHooks
 from emloc_ray.modeling.inputs import model_call
@@ -35,7 +35,7 @@ def part_file(out_dir: Path, slot: int, num_slots: int, position: int) -> Path:
 def last_node(out_dir: Path, slot: int, num_slots: int) -> str | None:
     """The node, by Ray's id, whose disk has a slot's hidden states; None where all nodes see them, or there are none."""
     path = _node_file(out_dir, slot, num_slots)
-    if remote(out_dir) is None:
+    if not is_stored(out_dir):
         return None
     ensure(path)
     return path.read_text() if path.is_file() else None
@@ -72,7 +72,7 @@ class StreamedSlot:
         self.shards = TokenShards(job.tokens_dir)
         self.numbers = job.shards_of(slot, num_slots)
         self.replay = BlockReplay(job.model_dir, **dict(job.model_options))
-        if remote(out_dir) is not None and ray.is_initialized():
+        if is_stored(out_dir) and ray.is_initialized():
             with atomic_file(_node_file(out_dir, slot, num_slots)) as file:
                 file.write(ray.get_runtime_context().get_node_id().encode())
         for other in _hidden(out_dir).glob("*") if job.inputs else ():

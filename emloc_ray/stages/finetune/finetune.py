@@ -16,7 +16,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from emloc_ray.errors import EmlocError, NumericsError, Stopped, TakenOver
 from emloc_ray.io.formats.json_lines import read_objects
-from emloc_ray.io.store.node_cache import discard, ensure, exists, open_artifact, publish, remote
+from emloc_ray.io.store.arrow_files import arrow_files
+from emloc_ray.io.store.node_cache import discard, ensure, exists, is_stored, open_artifact, publish
 from emloc_ray.stages.finetune.training import FinetuneJob, leaves_traces, train_alone, train_loop
 from emloc_ray.stages.ray.losses import Losses, Tell, explain, is_lost, last_line, reason, unheard
 from emloc_ray.stages.ray.spans import Span, tell_span
@@ -146,7 +147,7 @@ def run_group(job: FinetuneJob, resources: Resources, tell: Tell, check: Callabl
 
 def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, Any] | None:
     """What rank 0 returns; None where the process that leads the workers was lost, and another may go on."""
-    storage = remote(job.storage_dir)
+    storage = arrow_files(job.storage_dir)
     trainer: Any = TorchTrainer(
         train_loop,  # type: ignore[arg-type]
         train_loop_config={"job": job, "threads": resources.threads, "device": resources.device},
@@ -211,7 +212,7 @@ class Watcher:
         self.stop: EmlocError | None = None
         self.asked = False
         self.failed_looks: set[str] = set()
-        self.poll_s = poll_s or (_POLL_S if remote(job.storage_dir) is None else _STORE_POLL_S)
+        self.poll_s = poll_s or (_STORE_POLL_S if is_stored(job.storage_dir) else _POLL_S)
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
 

@@ -21,7 +21,7 @@ from emloc_ray.io.formats.teacher_shards import (
     write_teacher_index,
     write_teacher_shard,
 )
-from emloc_ray.io.store.node_cache import exists, remote, sizes
+from emloc_ray.io.store.node_cache import exists, is_stored, sizes
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import teacher_logits
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
@@ -100,6 +100,6 @@ def teach(job: TeacherJob, resources: Resources, progress: Progress = silent, te
         progress(sum(file.suffix == ".safetensors" for file in sizes(job.out_dir)), len(shards))
 
     parts = [(f"part {part + 1} of {num_parts} of the teacher's logits", submit(part)) for part in range(num_parts)]
-    bounded(parts, num_parts, Losses("heal", tell), look, LOOK_S if remote(job.out_dir) is None else _STORE_LOOK_S)
+    bounded(parts, num_parts, Losses("heal", tell), look, _STORE_LOOK_S if is_stored(job.out_dir) else LOOK_S)
     write_teacher_index(job.out_dir, [rows[0] for rows in shards])
     progress(len(shards), len(shards))

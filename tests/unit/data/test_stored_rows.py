@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 from collections.abc import Callable
 from pathlib import Path
@@ -204,22 +205,14 @@ def test_a_fingerprint_changes_with_content_alone(s3_port: int, put: Put, tmp_pa
     assert fingerprint_sources(both) not in (fingerprint_sources(both[:1]), fingerprint_sources(both[1:]))
 
 
-def test_without_an_etag_the_time_tells_versions_apart(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_etag_the_time_tells_versions_apart(put: Put) -> None:
     place = put("times/a.jsonl", b"x\n")
     with StoredFile(place) as file:
         tagged = file.version
-        file._file = _Untagged(file._file)
+        file.stored = dataclasses.replace(file.stored, e_tag=None)
         size, time = file.version.split()
     assert tagged.startswith("2 ")
-    assert (size, int(time) > 10**18) == ("2", True)
-
-
-class _Untagged:
-    def __init__(self, file: Any) -> None:
-        self.size, self.close = file.size, file.close
-
-    def metadata(self) -> dict[str, Any]:
-        return {}
+    assert (size, float(time) > 10**9) == ("2", True)
 
 
 # Errors.
@@ -259,13 +252,13 @@ def test_credentials_are_refused(place: str) -> None:
     "place", ["s3://bucket/a.jsonl?regoin=x", "what://bucket/a.jsonl", "s3:///a.jsonl", "s3://[b/a.jsonl"]
 )
 def test_places_that_cannot_be_opened(place: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^{KEY} .* is no place that pyarrow can open"):
+    with pytest.raises(ConfigError, match=rf"^{KEY} .* is no place that obstore can open"):
         list_files(place, KEY)
 
 
 def test_a_store_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_store, "_ATTEMPTS", 1)
-    with pytest.raises(ArtifactError, match=r"does not list a\.jsonl .* see that the store can be reached"):
+    with pytest.raises(ArtifactError, match=r"does not read a\.jsonl .* see that the store can be reached"):
         list_files(uri(1, "a.jsonl"), KEY)
 
 
@@ -303,6 +296,6 @@ def test_bad_files(put: Put, name: str, content: bytes, said: str) -> None:
 def test_a_file_that_is_gone(put: Put) -> None:
     place = put("gone/a.jsonl", b'{"text": "x"}\n')
     source = scan(place)
-    with pytest.raises(DataError, match=rf"^s3://{BUCKET}/gone/absent\.jsonl cannot be read as jsonl .*Path does not"):
+    with pytest.raises(DataError, match=rf"^s3://{BUCKET}/gone/absent\.jsonl cannot be read as jsonl .*is not there"):
         scan(place.replace("a.jsonl", "absent.jsonl"))
     assert list(read_rows(source, [0])) == [(0, {"text": "x"})]

@@ -77,5 +77,5 @@ def test_a_store_out_of_reach_is_told_by_validate(
     assert result.exit_code == 2, result.output
     said = " ".join(result.output.split())
     assert "data.train.path: s3://runs" in said
-    assert "does not list a.jsonl" in said
+    assert "does not read a.jsonl" in said
     assert "Traceback" not in said

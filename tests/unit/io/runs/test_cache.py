@@ -257,8 +257,8 @@ def test_a_broken_entry_of_a_store_is_a_miss_and_goes(place: Callable[..., str])
     cache = ArtifactCache(place("bucket", "shared"))
     store = ObjectStore(cache.place)
     for break_it in (
-        lambda info: store.filesystem.delete_file(info.path),
-        lambda info: store.write(f"{STAGE}/{KEY}/files/emulator/a.safetensors/{info.base_name}", b"cut"),
+        lambda info: store.remove(info.path),
+        lambda info: store.write(f"{STAGE}/{KEY}/files/emulator/a.safetensors/{info.sha256}", b"cut"),
         lambda info: store.write(f"{STAGE}/{KEY}/entry.json", b"{"),
     ):
         added(cache, root_of(place("bucket", "first")))
@@ -267,7 +267,7 @@ def test_a_broken_entry_of_a_store_is_a_miss_and_goes(place: Callable[..., str])
         assert store.below(STAGE) == []
     added(cache, root_of(place("bucket", "first")))
     info = store.versions(f"{STAGE}/{KEY}/files")["emulator/a.safetensors"]
-    store.write(f"{STAGE}/{KEY}/files/emulator/a.safetensors/{info.base_name}", b"b" * 1000)
+    store.write(f"{STAGE}/{KEY}/files/emulator/a.safetensors/{info.sha256}", b"b" * 1000)
     entry = cache.find(STAGE, KEY)
     assert entry is not None
     assert cache.find(STAGE, KEY, verify=True) is None

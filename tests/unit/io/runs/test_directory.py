@@ -17,9 +17,10 @@ from s3_server import uri
 import emloc_ray
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.runs import directory as run_directory
-from emloc_ray.io.runs.directory import CONFIG, MANIFEST, Kind, RunDirectory
+from emloc_ray.io.runs.directory import CONFIG, Kind, RunDirectory
 from emloc_ray.io.store.atomic import atomic_file
 from emloc_ray.io.store.node_cache import discard
+from emloc_ray.io.store.object_store import MANIFEST
 
 
 @pytest.fixture
@@ -270,7 +271,6 @@ import sys, time, types
 for name, path in (("emloc_ray", sys.argv[2]), ("emloc_ray.io", sys.argv[2] + "/io")):
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [path]
-sys.modules["emloc_ray.io.store.atomic"] = types.SimpleNamespace(atomic_file=None, write_json=None)
 from emloc_ray.io.runs.directory import RunDirectory
 run = RunDirectory(sys.argv[1])
 run.lock()

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from s3_server import uri
+from obstore.store import S3Store
+from s3_server import deaf_store, uri
 
 from emloc_ray.errors import ArtifactError, ConfigError, StageError
 from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.io.store import lease
+from emloc_ray.io.store import clients, lease, object_store
 from emloc_ray.io.store.lease import Lease, find_holder
 from emloc_ray.io.store.object_store import ObjectStore
 from emloc_ray.runs.log import RunLog, read_events
@@ -112,11 +113,11 @@ def test_a_loss_is_told_though_the_store_did_not_answer_at_first(
     cut_off(dead)
     assert following.take() is None
 
-    def unreachable() -> None:
+    def unreachable(*_: object) -> None:
         raise ArtifactError("The store cannot be reached.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(dead._objects, "find", unreachable)
+        patch.setattr(ObjectStore, "read_version", unreachable)
         for _ in range(2):
             with pytest.raises(ArtifactError, match="cannot be reached"):
                 dead.check()
@@ -137,22 +138,33 @@ def test_who_was_cut_off_for_long_but_not_followed_goes_on(store: ObjectStore, q
 
 
 def test_a_write_whose_answer_was_lost_is_one_s_own(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is put twice, as by one who heard no answer to the first, is refused the second time."""
     holder = Lease(store, "holder")
-    put = holder._objects._client.put_object  # type: ignore[attr-defined]
+    put = S3Store.put
 
-    def again(**request: Any) -> Any:
-        put(**request)
-        return put(**request)
+    def again(self: S3Store, *given: Any, **options: Any) -> Any:
+        put(self, *given, **options)
+        return put(self, *given, **options)
 
-    monkeypatch.setattr(holder._objects._client, "put_object", again)  # type: ignore[attr-defined]
-    assert holder.take() is None
-    with pytest.raises(ArtifactError, match="does not renew lock"):  # no answer ever
+    with monkeypatch.context() as patch:
+        patch.setattr(S3Store, "put", again)
+        assert holder.take() is None
         holder._renew()
-    monkeypatch.undo()
     holder._renew()
     holder.check()
     holder.give_back()
     assert find_holder(store) is None
+
+
+def test_numbers_grow(store: ObjectStore) -> None:
+    numbers = []
+    for _ in range(3):
+        lease = Lease(store, "holder")
+        assert lease.take() is None
+        numbers.append(lease.number)
+        lease.give_back()
+    assert numbers == sorted(set(numbers))
+    assert Lease(store, "holder", after=10**12).number == 10**12 + 1
 
 
 def test_the_clocks_of_the_nodes_do_not_matter(
@@ -229,7 +241,8 @@ CUT = (
 )
 
 
-def test_what_a_store_refuses_is_a_sentence(node_cache: Path) -> None:
+def test_what_a_store_refuses_is_a_sentence(node_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_store, "_FIRST_PAUSE_S", 0.01)
     with answers(FORBIDDEN) as port:
         store = ObjectStore(uri(port, "run"))
         for ask in (Lease(store, "me").take, lambda: find_holder(store)):
@@ -239,79 +252,30 @@ def test_what_a_store_refuses_is_a_sentence(node_cache: Path) -> None:
         Lease(ObjectStore(uri(port, "run")), "me").take()
 
 
+@pytest.mark.parametrize("ignored", ["if-none-match", "if-match"])
+def test_a_store_that_ignores_conditions_is_refused_and_left_as_it_was(
+    s3_port: int, node_cache: Path, ignored: str
+) -> None:
+    with deaf_store(s3_port, ignored) as port:
+        run = RunDirectory(uri(port, f"deaf/{ignored}"))
+        with pytest.raises(ConfigError, match=r"^run_dir: s3://.* is on a store without conditional writes"):
+            run.check()
+        assert run.names() == []
+
+
 def test_a_store_that_cannot_be_reached_is_a_sentence(node_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "_ATTEMPTS", 1)
+    monkeypatch.setattr(clients, "_ATTEMPTS", 1)
+    monkeypatch.setattr(object_store, "_ATTEMPTS", 1)
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    with pytest.raises(ArtifactError, match=r"does not read lock \(Could not connect"):
+    with pytest.raises(ArtifactError, match=r"does not read lock \(.*HTTP error"):
         find_holder(ObjectStore(uri(port, "run")))
 
 
-def test_an_answer_cut_short_is_asked_for_again(node_cache: Path) -> None:
+def test_an_answer_cut_short_is_asked_for_again(node_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_store, "_FIRST_PAUSE_S", 0.01)
     content = b'{"holder": "me", "token": "t"}'
     cut, whole = (CUT % len(content) + part for part in (content[:9], content))
     with answers(cut, cut, whole) as port:
-        assert find_holder(ObjectStore(uri(port, "run"))) == "me"
-
-
-# Stores whose clients have no conditional writes: any store serves.
-
-
-@pytest.fixture
-def settled(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "_conditional_object", lease._SettledObject)
-    monkeypatch.setattr(lease, "_SETTLE_S", 0.2)
-
-
-def test_without_conditional_writes_who_is_silent_for_less_than_the_stale_time_is_alive(
-    store: ObjectStore, settled: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lease, "_STALE_S", 4.0)
-    holder = Lease(store, "holder")
-    assert holder.take() is None
-    cut_off(holder)
-    late = threading.Timer(2.0, holder._renew)
-    late.start()
-    held = Lease(store, "other").take()
-    assert held is not None
-    assert held.name == "holder"
-    late.join()
-    holder.check()
-    holder.give_back()
-    assert find_holder(store) is None
-
-
-def test_without_conditional_writes_who_was_followed_notices(store: ObjectStore, settled: None) -> None:
-    dead, following = Lease(store, "dead"), Lease(store, "following")
-    assert dead.take() is None
-    cut_off(dead)
-    assert following.take() is None
-    assert find_holder(store) == "following"
-    with pytest.raises(StageError, match="taken over by following"):
-        dead.check()
-    dead.give_back()
-    assert find_holder(store) == "following"
-    following.give_back()
-
-
-def test_without_conditional_writes_a_write_not_read_back_is_one_s_own(
-    store: ObjectStore, settled: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    holder = Lease(store, "holder")
-    assert holder.take() is None
-    cut_off(holder)
-    read, asked = store.read, []
-
-    def unreachable_at_the_second(path: str) -> bytes | None:
-        asked.append(path)
-        if len(asked) == 2:
-            raise ArtifactError("The store cannot be reached.")
-        return read(path)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(store, "read", unreachable_at_the_second)
-        with pytest.raises(ArtifactError):
-            holder._renew()
-    holder._renew()
-    holder.check()
-    holder.give_back()
+        found = ObjectStore(uri(port, "run")).read("lock")
+        assert found == content

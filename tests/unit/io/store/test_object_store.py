@@ -8,7 +8,7 @@ import pytest
 from s3_server import faulty_store, uri
 
 from emloc_ray.errors import ArtifactError, ConfigError
-from emloc_ray.io.store import object_store
+from emloc_ray.io.store import clients, object_store
 from emloc_ray.io.store.digests import digest
 from emloc_ray.io.store.object_store import ObjectStore, is_store_uri
 
@@ -35,9 +35,9 @@ def test_a_uri_with_a_scheme_is_a_store() -> None:
 
 def test_a_new_version_takes_the_place_of_the_old(store: ObjectStore, tmp_path: Path) -> None:
     first = store.add_version("a/b.bin", written(tmp_path / "f", b"first"))
-    assert {name: info.base_name for name, info in store.versions("a").items()} == {"b.bin": first}
+    assert {name: info.sha256 for name, info in store.versions("a").items()} == {"b.bin": first}
     second = store.add_version("a/b.bin", written(tmp_path / "f", b"second"))
-    assert {name: info.base_name for name, info in store.versions("a/b.bin").items()} == {"": second}
+    assert {name: info.sha256 for name, info in store.versions("a/b.bin").items()} == {"": second}
     assert second == digest(tmp_path / "f")
     assert store.names() == ["a"]
     store.download(store.versions("a")["b.bin"], tmp_path / "back")
@@ -68,8 +68,7 @@ def test_a_name_is_no_prefix_of_another(store: ObjectStore, tmp_path: Path) -> N
 def test_altered_content_is_found_when_it_is_read(store: ObjectStore, tmp_path: Path) -> None:
     store.add_version("a/f", written(tmp_path / "f", b"content"))
     info = store.versions("a")["f"]
-    with store.filesystem.open_output_stream(info.path) as stream:
-        stream.write(b"altered")
+    store.write(info.path, b"altered")
     with pytest.raises(ArtifactError, match="cut short or altered"):
         store.download(info, tmp_path / "back")
 
@@ -82,6 +81,7 @@ def test_a_full_disk_is_told_at_once_and_is_not_the_store_s(store: ObjectStore, 
 
 def test_faults_are_tried_away(s3_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_store, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(clients, "_FIRST_PAUSE_S", 0.01)
     content = bytes(range(256)) * 4096
     with faulty_store(s3_port, share=0.3, pause_s=0.01) as faulty:
         store = ObjectStore(uri(faulty.port, "faults/run"))
@@ -96,6 +96,7 @@ def test_faults_are_tried_away(s3_port: int, tmp_path: Path, monkeypatch: pytest
 
 def test_a_store_out_of_reach_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_store, "_ATTEMPTS", 1)
+    monkeypatch.setattr(clients, "_ATTEMPTS", 1)
     store = ObjectStore(uri(1, "nowhere"))
     with pytest.raises(ArtifactError, match=r"does not read manifest\.json .* run the same command again"):
         store.read("manifest.json")
@@ -106,7 +107,7 @@ def test_a_store_out_of_reach_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> 
     [
         ("s3://key:secret@bucket/run", "holds credentials"),
         ("s3://bucket/run?regoin=x", "unknown option regoin"),
-        ("what://bucket/run", "no place that pyarrow can open"),
+        ("what://bucket/run", "no place that obstore can open"),
     ],
 )
 def test_bad_places(place: str, said: str) -> None:

@@ -1,0 +1,191 @@
+"""What a process writes after another has taken its run over is refused, and where it slips through is never read."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pf
+import pytest
+from s3_server import uri
+from test_lease import cut_off, quick  # noqa: F401
+
+from emloc_ray.errors import ArtifactError, TakenOver
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.store.arrow_files import arrow_files
+from emloc_ray.io.store.atomic import atomic_file
+from emloc_ray.io.store.node_cache import discard, ensure, hashes, open_artifact, sizes
+from emloc_ray.io.store.object_store import ObjectStore
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+@pytest.fixture
+def begin(s3_port: int, node_cache: Path, request: pytest.FixtureRequest) -> Callable[..., RunDirectory]:
+    """Begins the run as another process would, whoever holds it being cut off."""
+    place, holders = uri(s3_port, f"takeover/{request.node.name}"), []
+
+    def follow(**options: Any) -> RunDirectory:
+        for holder in holders:
+            cut_off(holder._lease)
+        run = RunDirectory(place)
+        run.lock()
+        holders.append(run)
+        run.create({}, **options)
+        return run
+
+    return follow
+
+
+def write(path: Path, content: bytes) -> None:
+    with atomic_file(path) as file:
+        file.write(content)
+
+
+def read(path: Path) -> bytes:
+    with open_artifact(path) as (stream, _):
+        return stream.read()
+
+
+def keys(run: RunDirectory) -> set[str]:
+    assert run.store is not None
+    return {stored.path for stored in run.store.below("emulator")}
+
+
+def paused(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """As a worker that was stopped right after it looked whose the run is."""
+    monkeypatch.setattr(ObjectStore, "checked_manifest", lambda self: {})
+    return monkeypatch
+
+
+def test_a_late_writer_is_told_and_writes_and_removes_nothing(begin: Callable[..., RunDirectory]) -> None:
+    late = begin()
+    write(late.path("emulator", "a"), b"early")
+    following = begin()
+    before = keys(following)
+    for write_it in (
+        lambda: write(late.path("emulator", "a"), b"late"),
+        lambda: write(late.path("emulator", "b"), b"late"),
+        lambda: discard(late.path("emulator")),
+    ):
+        with pytest.raises(TakenOver, match="was taken over by another process: leave it to that, or stop that first"):
+            write_it()
+    assert keys(following) == before
+    with pytest.raises(TakenOver):
+        ensure(late.path("emulator"))
+
+
+def test_a_late_write_that_slips_through_is_never_read(
+    begin: Callable[..., RunDirectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = begin()
+    write(late.path("emulator", "adopted"), b"early")
+    following = begin()
+    with paused(monkeypatch).context() as patch:
+        paused(patch)
+        for name in ("adopted", "own", "new"):
+            write(late.path("emulator", name), b"late")
+    monkeypatch.undo()
+    write(following.path("emulator", "own"), b"right")
+    seen = {path.name: read(path) for path in sizes(following.path("emulator"))}
+    assert seen == {"adopted": b"early", "own": b"right"}
+    following.commit("factorize", "inputs", [following.path("emulator")], {})
+    assert len(keys(following)) == 2  # what is not named has gone
+    with monkeypatch.context() as patch:
+        paused(patch)
+        write(late.path("emulator", "own"), b"later")
+    assert read(following.path("emulator", "own")) == b"right"
+    third = begin()
+    assert {path.name: read(path) for path in sizes(third.path("emulator"))} == seen
+    assert third.is_done("factorize", "inputs")
+
+
+def test_what_is_written_after_the_commit_is_not_read(begin: Callable[..., RunDirectory]) -> None:
+    """As by a worker that was taken for dead and has a successor."""
+    run = begin()
+    write(run.path("emulator", "a"), b"right")
+    run.commit("factorize", "inputs", [run.path("emulator")], {})
+    named = hashes(run.path("emulator"))
+    assert run.store is not None
+    run.store.write(f"emulator/a/{run.store.lease}.9.{'0' * 64}", b"wrong")
+    assert hashes(run.path("emulator")) == named
+    assert read(run.path("emulator", "a")) == b"right"
+    reader = RunDirectory(run.place)
+    assert read(reader.path("emulator", "a")) == b"right"
+
+
+def test_a_reader_sees_what_is_committed_alone(begin: Callable[..., RunDirectory]) -> None:
+    run = begin()
+    write(run.path("emulator", "a"), b"half")
+    reader = RunDirectory(run.place)
+    assert sizes(reader.path("emulator")) == {}
+    run.commit("factorize", "inputs", [run.path("emulator")], {})
+    assert sizes(reader.path("emulator")) == {reader.path("emulator", "a"): 4}
+
+
+def test_two_holders_cannot_both_write_the_manifest(
+    begin: Callable[..., RunDirectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = begin()
+    read_before = late.manifest()
+    following = begin()
+    monkeypatch.setattr(RunDirectory, "check_held", lambda self: None)  # as one paused right after it
+    with pytest.raises(TakenOver, match="was taken over by another process"):
+        late._write_manifest(read_before)
+    with pytest.raises(TakenOver):
+        late.manifest()
+    assert following.manifest()["lease"] > read_before["lease"]
+
+
+def test_a_fresh_run_adopts_nothing(begin: Callable[..., RunDirectory]) -> None:
+    late = begin()
+    write(late.path("emulator", "a"), b"old")
+    following = begin(fresh=True)
+    assert sizes(following.path("emulator")) == {}
+    assert keys(following) == set()
+
+
+def test_a_node_keeps_its_copies_under_the_next_lease(
+    begin: Callable[..., RunDirectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = begin()
+    write(first.path("emulator", "a"), b"content")
+    following = begin()
+    monkeypatch.setattr(ObjectStore, "download", lambda *_: pytest.fail("fetched again"))
+    ensure(following.path("emulator"))
+    assert following.path("emulator", "a").read_bytes() == b"content"
+
+
+def test_a_training_group_writes_below_its_lease_and_goes_on_from_the_last(
+    begin: Callable[..., RunDirectory], tmp_path: Path
+) -> None:
+    (tmp_path / "t" / "checkpoint" / "deep").mkdir(parents=True)
+    (tmp_path / "t" / "checkpoint" / "deep" / "state").write_bytes(b"x" * 100)
+
+    def opened(run: RunDirectory) -> tuple[Any, str]:
+        found = arrow_files(run.path("training"))
+        assert found is not None
+        return pickle.loads(pickle.dumps(found[0])), found[1]
+
+    late, at = opened(begin())
+    pf.copy_files(str(tmp_path / "t"), f"{at}/t", source_filesystem=pf.LocalFileSystem(), destination_filesystem=late)
+    with late.open_output_stream(f"{at}/t/newest.json") as stream:
+        stream.write(b"{}")
+    following, there = opened(begin())
+    assert there != at
+    found = following.get_file_info(pf.FileSelector(there, recursive=True))
+    assert {info.path.removeprefix(f"{there}/"): info.type for info in found} == {
+        "t": pf.FileType.Directory,
+        "t/checkpoint": pf.FileType.Directory,
+        "t/checkpoint/deep": pf.FileType.Directory,
+        "t/checkpoint/deep/state": pf.FileType.File,
+        "t/newest.json": pf.FileType.File,
+    }
+    with following.open_input_stream(f"{there}/t/checkpoint/deep/state") as stream:
+        assert stream.read() == b"x" * 100
+    with pytest.raises((TakenOver, ArtifactError, OSError)), late.open_output_stream(f"{at}/t/newest.json") as stream:
+        stream.write(b"late")
+    following.delete_dir(f"{there}/t/checkpoint")
+    assert [info.base_name for info in following.get_file_info(pf.FileSelector(f"{there}/t"))] == ["newest.json"]
