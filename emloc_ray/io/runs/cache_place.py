@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from emloc_ray.errors import ArtifactError, ConfigError, EmlocError
-from emloc_ray.io.runs.directory import HELD
 from emloc_ray.io.store.atomic import atomic_directory, atomic_file
+from emloc_ray.io.store.lock_file import HELD
 from emloc_ray.io.store.node_cache import discard, mirror, origin
 from emloc_ray.io.store.object_store import ObjectStore, is_store_uri
 

@@ -7,7 +7,6 @@ anywhere goes on from it. On an object store ``root`` is this node's copy (:mod:
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import math
 import os
@@ -27,14 +26,15 @@ from emloc_ray.io.store.atomic import atomic_file, json_bytes, write_json
 from emloc_ray.io.store.digests import digest
 from emloc_ray.io.store.lease import KEY as LEASE
 from emloc_ray.io.store.lease import Holder, Lease, find_holder
+from emloc_ray.io.store.lock_file import NAME as LOCK
+from emloc_ray.io.store.lock_file import LockFile, check_lock
 from emloc_ray.io.store.node_cache import discard, ensure, hashes, mirror, origin, sizes
-from emloc_ray.io.store.object_store import MANIFEST, ObjectStore, Version, is_store_uri, named_files
+from emloc_ray.io.store.object_store import MANIFEST, ObjectStore, is_store_uri, named_files
+from emloc_ray.io.store.objects import Version
 
 CONFIG = "config.yaml"
 SPECTRA = "spectra.json"  # in an emulator's folder: a few of each layer's eigenvalues
 METRICS = "metrics.json"
-_LOCK = ".lock"
-HELD = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)  # NFS and others make flock of fcntl's locks
 _READERS = 4
 _FORMAT = 2
 Kind = Literal["run", "batch"]
@@ -56,7 +56,7 @@ class RunDirectory:
         else:
             self.root = Path(os.path.expanduser(str(root).removeprefix("file://"))).absolute()
             self.place = str(self.root)
-        self._lock_descriptor: int | None = None
+        self._lock_file: LockFile | None = None
         self._lease: Lease | None = None
         self._version: Version | None = None  # of the manifest on an object store, as it was read last
 
@@ -82,7 +82,7 @@ class RunDirectory:
         self._check_place()
         if self._manifest_content() is None:
             # A run killed while it wrote its first manifest left no more than these.
-            own = (_LOCK, LEASE, f".{MANIFEST}.")
+            own = (LOCK, LEASE, f".{MANIFEST}.")
             others = [name for name in self.names() if not name.startswith(own)]
             if others:
                 raise ConfigError(
@@ -165,7 +165,7 @@ class RunDirectory:
         with atomic_file(self.path(CONFIG)) as file:
             file.write(write_yaml(config).encode())
         # Last: whatever a kill leaves of these is a run's, with no stage done.
-        for name in set(names) - {MANIFEST, CONFIG, _LOCK, LEASE} if fresh else ():
+        for name in set(names) - {MANIFEST, CONFIG, LOCK, LEASE} if fresh else ():
             discard(self.path(name))
 
     def _adopted(self, before: dict[str, Any], manifest: dict[str, Any], fresh: bool) -> dict[str, Any]:
@@ -374,46 +374,21 @@ class RunDirectory:
             self._lease = lease
             self._open(self.place, lease.number)
             return
-        self.root.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path(_LOCK), os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            if not self._flock(descriptor, fcntl.LOCK_EX):
-                holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
-                raise ConfigError(f"run_dir {self.root} is in use by {holder}: wait for it, or name another.")
-        except ConfigError:
-            os.close(descriptor)
-            raise
-        os.truncate(descriptor, 0)
-        os.write(descriptor, me.encode())
-        self._lock_descriptor = descriptor
+        self._lock_file = LockFile(self.root)
+        self._lock_file.take()
 
     def check_held(self) -> None:
-        """Raises StageError where another process took the run over, since this one was cut off from its object store."""
+        """Raises TakenOver where another process took the run over, since this one was cut off from where it is."""
         if self._lease is not None:
             self._lease.check()
+        elif self._lock_file is not None:
+            check_lock(self._lock_file.path)
 
     def holder(self) -> str | None:
         """The process that holds the run now, or None."""
         if self.store is not None:
             return find_holder(self.store)
-        if not self.path(_LOCK).is_file():
-            return None
-        with self.path(_LOCK).open() as file:
-            free = self._flock(file.fileno(), fcntl.LOCK_SH)
-            return None if free else file.read().strip() or "another process"
-
-    def _flock(self, descriptor: int, kind: int) -> bool:
-        """Whether the lock was free; raises ConfigError where the file system has none."""
-        try:
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in HELD:
-                return False
-            raise ConfigError(
-                f"run_dir {self.root} is on a file system that gives no locks ({error.strerror}): have it mounted with"
-                " them (Lustre: -o flock; NFS 3: with lockd running and without nolock), or name another place."
-            ) from error
-        return True
+        return LockFile(self.root).holder()
 
     def unlock(self) -> None:
         """Gives the run back."""
@@ -421,6 +396,6 @@ class RunDirectory:
             self._lease.give_back()
             self._lease = None
             self._open(self.place, None)
-        if self._lock_descriptor is not None:
-            os.close(self._lock_descriptor)
-            self._lock_descriptor = None
+        if self._lock_file is not None:
+            self._lock_file.give_back()
+            self._lock_file = None

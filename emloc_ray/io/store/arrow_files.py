@@ -14,7 +14,8 @@ import pyarrow as pa
 from pyarrow.fs import FileInfo, FileSelector, FileSystemHandler, FileType, PyFileSystem
 
 from emloc_ray.io.store.node_cache import origin
-from emloc_ray.io.store.object_store import ObjectFile, ObjectStore, Stored
+from emloc_ray.io.store.object_store import ObjectStore
+from emloc_ray.io.store.objects import ObjectFile, Stored
 
 
 def arrow_files(path: Path) -> tuple[PyFileSystem, str] | None:
@@ -60,12 +61,15 @@ class StoreFiles(FileSystemHandler):  # type: ignore[misc]
         return hash(self.__reduce__())
 
     def get_type_name(self) -> str:
+        """Its name in pyarrow's messages."""
         return "emloc_ray"
 
     def normalize_path(self, path: str) -> str:
+        """A path as all methods here take it."""
         return path.strip("/")
 
     def get_file_info(self, paths: list[str]) -> list[FileInfo]:
+        """What lies under each path."""
         return [self._info(path) for path in paths]
 
     def _info(self, path: str) -> FileInfo:
@@ -75,6 +79,7 @@ class StoreFiles(FileSystemHandler):  # type: ignore[misc]
         return FileInfo(path, FileType.Directory if self.store.below(path) else FileType.NotFound)
 
     def get_file_info_selector(self, selector: FileSelector) -> list[FileInfo]:
+        """What lies in a folder, its folders too."""
         base = selector.base_dir.strip("/")
         found = self.store.below(base)
         if not found and not selector.allow_not_found:
@@ -92,38 +97,47 @@ class StoreFiles(FileSystemHandler):  # type: ignore[misc]
         """Folders are there with what is in them."""
 
     def delete_dir(self, path: str) -> None:
+        """Removes a file, or all that is in a folder."""
         self.store.remove(path)
 
     delete_file = delete_dir
 
     def delete_dir_contents(self, path: str, missing_dir_ok: bool = False) -> None:
+        """All that is in a folder: nothing else is there of it."""
         self.store.remove(path)
 
     def delete_root_dir_contents(self) -> None:
+        """Never: it would be the run."""
         raise NotImplementedError
 
     def move(self, src: str, dest: str) -> None:
+        """Copied by the store, then removed."""
         self.copy_file(src, dest)
         self.store.remove(src)
 
     def copy_file(self, src: str, dest: str) -> None:
+        """By the store itself."""
         self.store.checked_manifest()
         self.store.client.copy(self.store.key(src), self.store.key(dest))
 
     def open_input_stream(self, path: str) -> Any:
+        """To read."""
         return self.open_input_file(path)
 
     def open_input_file(self, path: str) -> Any:
+        """To read by ranges."""
         stored = self.store.find(path)
         if stored is None:
             raise FileNotFoundError(path)
         return pa.PythonFile(ObjectFile(self.store, stored), mode="r")
 
     def open_output_stream(self, path: str, metadata: Any) -> Any:
+        """To write; it appears whole."""
         self.store.checked_manifest()
         return pa.PythonFile(_Writer(obstore.open_writer(self.store.client, self.store.key(path))), mode="w")
 
     def open_append_stream(self, path: str, metadata: Any) -> Any:
+        """Objects do not grow."""
         raise NotImplementedError
 
 

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from emloc_ray.errors import ArtifactError, TakenOver
-from emloc_ray.io.store.object_store import ObjectStore, Version
+from emloc_ray.io.store.object_store import ObjectStore
+from emloc_ray.io.store.objects import Version
 
 KEY = "lock"
 _CLOCK = "lock.clock"  # an object whose time is the store's own

@@ -13,7 +13,8 @@ from pathlib import PurePosixPath
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from emloc_ray.errors import ConfigError
-from emloc_ray.io.store.object_store import ObjectFile, ObjectStore, is_store_uri
+from emloc_ray.io.store.object_store import ObjectStore, is_store_uri
+from emloc_ray.io.store.objects import ObjectFile
 
 _MAGIC = re.compile(r"[*?[]")
 _ESCAPED = re.compile(r"[%?#\x00-\x1f]")

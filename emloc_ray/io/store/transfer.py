@@ -12,7 +12,7 @@ from pathlib import Path
 from emloc_ray.errors import ArtifactError, DamagedArtifactError
 from emloc_ray.io.store.digests import HashingWriter, note_digest
 from emloc_ray.io.store.node_cache import Origin, discard, origin
-from emloc_ray.io.store.object_store import Stored
+from emloc_ray.io.store.objects import Stored
 from emloc_ray.io.store.replacing import replacing
 
 _CHUNK = 2**22

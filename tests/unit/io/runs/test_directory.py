@@ -9,16 +9,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from s3_server import uri
 
 import emloc_ray
-from emloc_ray.errors import ArtifactError, ConfigError
+from emloc_ray.errors import ArtifactError, ConfigError, TakenOver
 from emloc_ray.io.runs import directory as run_directory
 from emloc_ray.io.runs.directory import CONFIG, Kind, RunDirectory
-from emloc_ray.io.store.atomic import atomic_file
+from emloc_ray.io.store.atomic import atomic_file, write_json
 from emloc_ray.io.store.node_cache import discard
 from emloc_ray.io.store.object_store import MANIFEST
 
@@ -295,6 +296,62 @@ def test_one_process_at_a_time_until_it_ends_however_it_ends(tmp_path: Path) -> 
     finally:
         holder.kill()
         holder.wait(10)
+
+
+def test_who_lost_its_lock_writes_nothing_more(tmp_path: Path) -> None:
+    """As where a server of files lost the lock, or somebody removed the file."""
+    run, file = RunDirectory(tmp_path / "mine"), tmp_path / "mine" / "emulator" / "a"
+    run.lock()
+    run.create({})
+    run.write_metrics({"seed": 1})
+    lock = tmp_path / "mine" / ".lock"
+    content = lock.read_text()
+    for taken in (lambda: lock.write_text(content.replace("process", "other process")), lock.unlink):
+        taken()
+        before = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+        for write in (
+            lambda: run.write_metrics({"seed": 2}),
+            lambda: run.commit("merge", "inputs", [], {}),
+            lambda: write_json(file, 1),
+        ):
+            with pytest.raises(TakenOver, match=r"mine was taken over by another process: leave it to that, or stop"):
+                write()
+        assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == before
+        assert run.metrics() == {"seed": 1}
+    run.unlock()
+
+
+def test_a_worker_writes_for_whom_it_wrote_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, file = tmp_path / "mine" / ".lock", tmp_path / "mine" / "slots" / "a"
+    lock.parent.mkdir()
+    lock.write_text("process 1 on here\ntoken\n")
+    write_json(file, 1)
+    monkeypatch.setenv("RAY_RAYLET_PID", "1")
+    write_json(file, 2)
+    lock.write_text("process 2 on here\nanother\n")
+    with pytest.raises(TakenOver):
+        write_json(file, 3)
+    assert (json.loads(file.read_text()), list(file.parent.iterdir())) == (2, [file])
+
+
+def test_a_look_at_who_holds_a_run_lets_it_start(tmp_path: Path) -> None:
+    run, over = RunDirectory(tmp_path / "mine"), threading.Event()
+    run.lock()
+    run.unlock()
+
+    def look() -> None:
+        while not over.is_set():
+            RunDirectory(tmp_path / "mine").holder()
+
+    lookers = [threading.Thread(target=look) for _ in range(2)]
+    for looker in lookers:
+        looker.start()
+    for _ in range(20):
+        run.lock()
+        run.unlock()
+    over.set()
+    for looker in lookers:
+        looker.join()
 
 
 def test_unlocked_can_be_locked_again(tmp_path: Path) -> None:

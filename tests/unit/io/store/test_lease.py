@@ -17,7 +17,7 @@ from s3_server import deaf_store, uri
 
 from emloc_ray.errors import ArtifactError, ConfigError, StageError
 from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.io.store import clients, lease, object_store
+from emloc_ray.io.store import clients, lease, objects
 from emloc_ray.io.store.lease import Lease, find_holder
 from emloc_ray.io.store.object_store import ObjectStore
 from emloc_ray.runs.log import RunLog, read_events
@@ -242,7 +242,7 @@ CUT = (
 
 
 def test_what_a_store_refuses_is_a_sentence(node_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(object_store, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(objects, "_FIRST_PAUSE_S", 0.01)
     with answers(FORBIDDEN) as port:
         store = ObjectStore(uri(port, "run"))
         for ask in (Lease(store, "me").take, lambda: find_holder(store)):
@@ -265,7 +265,7 @@ def test_a_store_that_ignores_conditions_is_refused_and_left_as_it_was(
 
 def test_a_store_that_cannot_be_reached_is_a_sentence(node_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clients, "_ATTEMPTS", 1)
-    monkeypatch.setattr(object_store, "_ATTEMPTS", 1)
+    monkeypatch.setattr(objects, "_ATTEMPTS", 1)
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     with pytest.raises(ArtifactError, match=r"does not read lock \(.*HTTP error"):
@@ -273,7 +273,7 @@ def test_a_store_that_cannot_be_reached_is_a_sentence(node_cache: Path, monkeypa
 
 
 def test_an_answer_cut_short_is_asked_for_again(node_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(object_store, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(objects, "_FIRST_PAUSE_S", 0.01)
     content = b'{"holder": "me", "token": "t"}'
     cut, whole = (CUT % len(content) + part for part in (content[:9], content))
     with answers(cut, cut, whole) as port:

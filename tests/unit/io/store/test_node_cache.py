@@ -35,6 +35,7 @@ from emloc_ray.io.store.node_cache import (
     sizes,
 )
 from emloc_ray.io.store.object_store import ObjectStore
+from emloc_ray.io.store.objects import Stored
 
 
 @pytest.fixture
@@ -193,7 +194,7 @@ def test_workers_of_a_node_fetch_a_file_once(root: Path, other: Path, monkeypatc
     fetched: list[Path] = []
     download = ObjectStore.download
 
-    def counted(self: ObjectStore, info: object, target: Path) -> None:
+    def counted(self: ObjectStore, info: Stored, target: Path) -> None:
         fetched.append(target)
         time.sleep(0.2)
         download(self, info, target)

@@ -25,10 +25,12 @@ pytestmark = pytest.mark.usefixtures("quick")
 @pytest.fixture
 def begin(s3_port: int, node_cache: Path, request: pytest.FixtureRequest) -> Callable[..., RunDirectory]:
     """Begins the run as another process would, whoever holds it being cut off."""
-    place, holders = uri(s3_port, f"takeover/{request.node.name}"), []
+    place = uri(s3_port, f"takeover/{request.node.name}")
+    holders: list[RunDirectory] = []
 
     def follow(**options: Any) -> RunDirectory:
         for holder in holders:
+            assert holder._lease is not None
             cut_off(holder._lease)
         run = RunDirectory(place)
         run.lock()

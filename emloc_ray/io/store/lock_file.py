@@ -1,0 +1,109 @@
+"""Who holds a run in a file system: a lock of the operating system on a file that names its holder.
+
+Where a server of files loses a lock, or somebody removes the file, two processes may each take the run for theirs: so what
+the file is, and whom it names, is compared before every write in the run, by its workers too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import time
+import uuid
+from pathlib import Path
+
+from emloc_ray.errors import ConfigError, TakenOver
+
+NAME = ".lock"
+HELD = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)  # NFS and others make flock of fcntl's locks
+_TOKEN = uuid.uuid4().hex  # of this process: it may give a run back and take it again
+_PATIENCE_S = 1.0  # who asks whether a run is held has its lock for a moment
+_FILE_S = 0.05
+_WORKER = "RAY_RAYLET_PID"  # which Ray gives to workers
+_known: dict[Path, tuple[int, str]] = {}
+
+
+class LockFile:
+    """The lock of the run at ``root``; the operating system gives it back where this process ends, however it ends."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.path = root, root / NAME
+        self._descriptor: int | None = None
+
+    def take(self) -> None:
+        """Raises ConfigError where another process holds it, and says which; where its file system gives no locks."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            until = time.monotonic() + _PATIENCE_S
+            while not self._flock(descriptor, fcntl.LOCK_EX):
+                if time.monotonic() > until:
+                    name = _holder(os.read(descriptor, 400)) or "another process"
+                    raise ConfigError(f"run_dir {self.root} is in use by {name}: wait for it, or name another.")
+                time.sleep(_FILE_S)
+        except ConfigError:
+            os.close(descriptor)
+            raise
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n{_TOKEN}\n".encode(), 0)
+        self._descriptor = descriptor
+        _known[self.root] = _identity(self.path)
+
+    def holder(self) -> str | None:
+        """The process that holds it now, or None."""
+        try:
+            with self.path.open("rb") as file:
+                free = self._flock(file.fileno(), fcntl.LOCK_SH)
+                return None if free else _holder(file.read()) or "another process"
+        except FileNotFoundError:
+            return None
+
+    def give_back(self) -> None:
+        """Lets others take it."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+            _known.pop(self.root, None)
+
+    def _flock(self, descriptor: int, kind: int) -> bool:
+        """Whether the lock was free; raises ConfigError where the file system has none."""
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in HELD:
+                return False
+            raise ConfigError(
+                f"run_dir {self.root} is on a file system that gives no locks ({error.strerror}): have it mounted with"
+                " them (Lustre: -o flock; NFS 3: with lockd running and without nolock), or name another place."
+            ) from error
+        return True
+
+
+def check_lock(path: Path) -> None:
+    """Raises TakenOver where ``path`` lies in a run whose lock is another file, or names another process, than when this
+    process took it or, in a worker of Ray's, first wrote there."""
+    for root in path.parents:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            now = _identity(root / NAME)
+            if _WORKER in os.environ:  # others may write reports whoever holds the run
+                _known.setdefault(root, now)
+            if _known.get(root, now) != now:
+                break
+            return
+        if root in _known:
+            break
+    else:
+        return
+    raise TakenOver(f"{root} was taken over by another process: leave it to that, or stop that first.")
+
+
+def _identity(path: Path) -> tuple[int, str]:
+    with path.open() as file:
+        return os.fstat(file.fileno()).st_ino, file.read(400)
+
+
+def _holder(content: bytes) -> str:
+    return content.decode(errors="replace").partition("\n")[0].strip()

@@ -1,0 +1,252 @@
+"""The objects below one URI, by obstore: listed, read whole or by ranges, put on condition; requests are tried again."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError, PreconditionError
+
+from emloc_ray.errors import ArtifactError, ConfigError
+from emloc_ray.io.store.clients import REQUEST_S, open_client
+
+_ATTEMPTS = 3  # of a request whose answer breaks off; obstore tries those that are refused
+_FIRST_PAUSE_S = 0.5
+FULL = (errno.ENOSPC, errno.EDQUOT)
+_VERSION = re.compile(r"(?:(\d+)\.(\d+)\.)?([0-9a-f]{64})")
+Version = Mapping[str, Any]  # as obstore takes it: S3 and Azure compare ETags, Google Cloud its generations
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An object: ``path`` from the run on, when it was put by the store's clock in s since 1970, and its ETag."""
+
+    path: str
+    size: int
+    modified: float
+    e_tag: str | None
+
+    @property
+    def sha256(self) -> str:
+        """The content that its key names; "" where it names none."""
+        match = _VERSION.fullmatch(self.path.rpartition("/")[2])
+        return match[3] if match else ""
+
+    @property
+    def lease(self) -> int | None:
+        """The number of the lease under which it was written; None where none was asked for."""
+        match = _VERSION.fullmatch(self.path.rpartition("/")[2])
+        return int(match[1]) if match and match[1] else None
+
+    @property
+    def order(self) -> tuple[int, float]:
+        """Of what was written to one path under one lease, the later is the greater; times are whole seconds in some stores."""
+        match = _VERSION.fullmatch(self.path.rpartition("/")[2])
+        return int(match[2] or 0) if match else 0, self.modified
+
+
+class Objects:
+    """What lies under one URI.
+
+    Every call is tried a few times, with growing pauses: stores answer 503 when they are busy, and connections break.
+
+    Raises:
+        ConfigError: naming the config's ``key``, where the URI holds credentials or names no store.
+    """
+
+    def __init__(self, uri: str, key: str = "run_dir", timeout_s: float = REQUEST_S) -> None:
+        self.uri = uri.rstrip("/")
+        self.client, self.base = open_client(self.uri, key, timeout_s)
+        self.bucket, self.prefix = urlsplit(self.uri).netloc, self.base
+
+    def key(self, path: str) -> str:
+        """The full key of a path inside the run."""
+        return f"{self.base}/{path}".strip("/")
+
+    def below(self, path: str = "") -> list[Stored]:
+        """All objects below a path, whatever their names."""
+        prefix = self.key(path)
+        try:
+            listed = self._trying(lambda: self.client.list(prefix or None).collect(), "list", path)
+        except FileNotFoundError:  # no such bucket
+            return []
+        return [self._stored(meta) for meta in listed]
+
+    def _stored(self, meta: Mapping[str, Any]) -> Stored:
+        path = meta["path"].removeprefix(self.base).lstrip("/")
+        return Stored(path, meta["size"], meta["last_modified"].timestamp(), meta["e_tag"])
+
+    def names(self, path: str = "") -> list[str]:
+        """What lies directly under a path."""
+        prefix = self.key(path)
+        try:
+            listed = self._trying(lambda: self.client.list_with_delimiter(prefix or None), "list", path)
+        except FileNotFoundError:
+            return []
+        paths = [*listed["common_prefixes"], *(meta["path"] for meta in listed["objects"])]
+        return [found.rstrip("/").rpartition("/")[2] for found in paths]
+
+    def files(self, path: str, recursive: bool = True) -> list[str]:
+        """The paths of the files in a directory and, where ``recursive``, in all below it: whatever their names."""
+        found = [stored.path for stored in self.below(path)]
+        depth = path.count("/") + 1 if path else 0
+        return [file for file in found if recursive or file.count("/") == depth]
+
+    def find(self, path: str) -> Stored | None:
+        """The object under a path's own name, or None."""
+        key = self.key(path)
+        if not key:
+            return None
+        try:
+            return self._stored(self._trying(lambda: self.client.head(key), "read", path))
+        except FileNotFoundError:
+            return None
+
+    def read(self, path: str) -> bytes | None:
+        """A small object's content; None where there is none."""
+        found = self.read_version(path)
+        return None if found is None else found[1]
+
+    def read_version(self, path: str, known: Version | None = None) -> tuple[Version, bytes] | None:
+        """A small object's version and content, which is b"" where the version is the one ``known``; None where there is none."""
+        key = self.key(path)
+
+        def get() -> tuple[Version, bytes]:
+            if known is not None and _version(self.client.head(key)) == known:
+                return known, b""
+            answer = self.client.get(key)
+            return _version(answer.meta), bytes(answer.bytes())
+
+        try:
+            return self._trying(get, "read", path)
+        except FileNotFoundError:
+            return None
+
+    def read_range(self, path: str, offset: int, count: int) -> bytes:
+        """The ``count`` bytes from ``offset`` on of an object, which has so many."""
+
+        def get() -> bytes:
+            content = bytes(self.client.get_range(self.key(path), start=offset, length=count))
+            if len(content) != count:
+                raise OSError(f"{len(content)} of {count} bytes arrived")
+            return content
+
+        return self._trying(get, "read", path) if count > 0 else b""
+
+    def write(self, path: str, content: bytes) -> None:
+        """Puts a small object under a key of its own name: whole or not at all."""
+        self._trying(lambda: self.client.put(self.key(path), content), "write", path)
+
+    def replace(self, path: str, content: bytes, known: Version | None) -> Version | None:
+        """Puts a small object in the place of the version ``known`` (None: of nothing); None where another is there by now.
+
+        What was put, though the answer was lost, is found by its content.
+        """
+        key = self.key(path)
+        mode: Any = "create" if known is None else dict(known)
+
+        def put() -> Version | None:
+            try:
+                return _version(self.client.put(key, content, mode=mode))
+            except (AlreadyExistsError, PreconditionError, FileNotFoundError):
+                found = self.read_version(path)
+                return found[0] if found is not None and found[1] == content else None
+
+        try:
+            return self._trying(put, "write", path)
+        except (NotSupportedError, NotImplementedError) as error:
+            raise self.without_conditions() from error
+
+    def without_conditions(self) -> ConfigError:
+        """What is said of a store that has no compare-and-swap."""
+        return ConfigError(
+            f"{self.uri} is on a store without conditional writes, which keep two processes from one run: name a place on"
+            " another."
+        )
+
+    def _delete(self, objects: list[Stored]) -> None:
+        for begin in range(
+            0, len(objects), 1000
+        ):  # https://docs.aws.amazon.com/AmazonS3/latest/API/API_DeleteObjects.html
+            keys = [self.key(stored.path) for stored in objects[begin : begin + 1000]]
+            with contextlib.suppress(FileNotFoundError):
+                self._trying(lambda keys=keys: self.client.delete(keys), "remove", objects[begin].path)  # type: ignore[misc]
+
+    def _trying(self, call: Callable[[], Result], what: str, path: str) -> Result:
+        """Raises ArtifactError where the last try fails too; what is not there, or a full disk, is told at once."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                return call()
+            except (FileNotFoundError, NotSupportedError, NotImplementedError):
+                raise
+            except (OSError, BaseError) as error:
+                if isinstance(error, OSError) and error.errno in FULL:  # this node's disk: the store does not answer so
+                    raise
+                if "501 Not Implemented" in str(error):
+                    raise self.without_conditions() from error
+                if "404 Not Found" in str(error):
+                    raise FileNotFoundError(path) from error
+                if attempt + 1 < _ATTEMPTS:
+                    time.sleep(_FIRST_PAUSE_S * 2**attempt)
+                    continue
+                detail = " ".join(str(error).partition("Debug source")[0].split())[:200]
+                raise ArtifactError(
+                    f"{self.uri} does not {what} {path or 'anything'} ({detail}): see that the store can be reached and its"
+                    " credentials are valid, then run the same command again."
+                ) from error
+        raise AssertionError
+
+
+class ObjectFile(io.RawIOBase):
+    """An object that is read by ranges, each of them tried as often as all that an :class:`Objects` does."""
+
+    def __init__(self, store: Objects, stored: Stored) -> None:
+        super().__init__()
+        self.store, self.stored = store, stored
+        self._position = 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def tell(self) -> int:
+        """Where the next byte is read."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Moves to a place; nothing is read for it."""
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.stored.size}[whence]
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Fills the buffer by one request, as far as the file goes."""
+        content = self._next(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def readall(self) -> bytes:
+        """The rest, by one request."""
+        return self._next(self.stored.size)
+
+    def _next(self, most: int) -> bytes:
+        count = max(0, min(most, self.stored.size - self._position))
+        content = self.store.read_range(self.stored.path, self._position, count)
+        self._position += count
+        return content
+
+
+def _version(meta: Mapping[str, Any]) -> Version:
+    return {name: meta[name] for name in ("e_tag", "version") if meta[name] is not None}
