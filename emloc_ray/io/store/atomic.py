@@ -11,13 +11,18 @@ from pathlib import Path
 from typing import IO, Any
 
 from emloc_ray.io.store.digests import HashingWriter, note_digest
+from emloc_ray.io.store.lock_file import check_lock
 from emloc_ray.io.store.node_cache import ensure, forget, publish, publish_plain
 from emloc_ray.io.store.replacing import replacing
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a temporary file beside ``path`` that takes its place, fsynced, when the block ends without an error."""
+    """Opens a temporary file beside ``path`` that takes its place, fsynced, when the block ends without an error.
+
+    Raises:
+        TakenOver: where that lies in a run that another process has taken meanwhile; it is as it was then.
+    """
     with replacing(path) as temporary:
         with HashingWriter(io.FileIO(temporary, "wb")) as file:
             yield file
@@ -25,6 +30,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         sha256 = file.hexdigest()
         if sha256 is not None:
             note_digest(temporary, sha256)
+        check_lock(path)
         # Where another process of this node brings its copy up to date meanwhile, that must not be what is given away.
         plain = publish_plain(path, temporary)
     if not plain:
@@ -38,6 +44,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         temporary.chmod(0o755)
+        check_lock(path)
     forget(path)
     publish(path, whole=True)
 

@@ -9,15 +9,10 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from emloc_ray.io.store.lock_file import check_lock
-
 
 @contextlib.contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """A name beside ``path`` for a file or folder that takes its place when the block ends without an error.
-
-    Raises TakenOver where that lies in a run that another process has taken meanwhile, and leaves it as it was; not
-    ``durable``, that is not looked at.
 
     It is on disk before it has its name, and so is the name; not ``durable``, a crash of the machine may lose it.
     """
@@ -27,8 +22,6 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
         yield temporary
         if durable:
             _fsync(temporary)
-        if durable:
-            check_lock(path)
         if temporary.is_dir():
             _remove(path)
         temporary.replace(path)
