@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emloc_ray.data.downloads import MAX_BYTES, NotAllowed, bounded, download
-from emloc_ray.io.store.object_store import is_store_uri
+from emloc_ray.io.store.places import is_store_uri
 from emloc_ray.io.store.stored_files import StoredFile
 
 _ASK = "add its folder to data.image_roots if rows may read from it"

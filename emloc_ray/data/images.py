@@ -21,7 +21,7 @@ from emloc_ray.data.downloads import NotAllowed
 from emloc_ray.data.image_places import NOWHERE_ELSE, ImagePlaces, is_remote, local_path
 from emloc_ray.data.text_rows import Row
 from emloc_ray.errors import ArtifactError, ConfigError, DataError
-from emloc_ray.io.store.object_store import is_store_uri
+from emloc_ray.io.store.places import is_store_uri
 
 COLUMNS = ("images", "image")
 """Columns with the images of parts ``{"type": "image"}`` that name no image, in their order."""

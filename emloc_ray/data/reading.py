@@ -26,7 +26,7 @@ from emloc_ray.errors import DataError
 from emloc_ray.io.formats.arrow_schemas import check_parquet
 from emloc_ray.io.runs.fingerprint import fingerprint, fingerprint_large_files
 from emloc_ray.io.store.node_cache import ensure
-from emloc_ray.io.store.object_store import is_store_uri
+from emloc_ray.io.store.places import is_store_uri
 from emloc_ray.io.store.stored_files import StoredFile, find_stored, is_hidden, shown
 
 KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".csv": "csv"}

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.io.store.object_store import below
+from emloc_ray.io.store.places import below
 from emloc_ray.runs.batch.state import BatchState, TaskState
 from emloc_ray.text import visible
 from emloc_ray.ui.batch_table import counts, status_text

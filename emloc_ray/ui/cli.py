@@ -252,7 +252,7 @@ def status(
 def _show_status(run: Any) -> None:
     from emloc_ray.config.steps import STEPS
     from emloc_ray.io.store.node_cache import exists
-    from emloc_ray.io.store.object_store import below
+    from emloc_ray.io.store.places import below
     from emloc_ray.runs.status import asked_steps, read_status
     from emloc_ray.runs.trace import TRACE
     from emloc_ray.text import duration, size

@@ -12,7 +12,7 @@ from ablations.datasets import data_dir, data_section
 from emloc_ray.config.reading import check, put, read_mapping, read_override
 from emloc_ray.config.schema import RayConfig, RunConfig
 from emloc_ray.errors import ConfigError
-from emloc_ray.io.store.object_store import is_store_uri
+from emloc_ray.io.store.places import is_store_uri
 from emloc_ray.runs.batch.config import BatchConfig
 from emloc_ray.runs.batch.grid import joined_name, points
 from emloc_ray.runs.batch.tasks import Task, compose_batch

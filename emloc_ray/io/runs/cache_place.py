@@ -22,7 +22,8 @@ from emloc_ray.errors import ArtifactError, ConfigError, EmlocError
 from emloc_ray.io.store.atomic import atomic_directory, atomic_file
 from emloc_ray.io.store.lock_file import HELD
 from emloc_ray.io.store.node_cache import discard, mirror, origin
-from emloc_ray.io.store.object_store import ObjectStore, is_store_uri
+from emloc_ray.io.store.object_store import ObjectStore
+from emloc_ray.io.store.places import is_store_uri
 
 MARKER = "emloc-ray-cache.json"
 FORMAT = 1

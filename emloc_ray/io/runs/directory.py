@@ -29,8 +29,9 @@ from emloc_ray.io.store.lease import Holder, Lease, find_holder
 from emloc_ray.io.store.lock_file import NAME as LOCK
 from emloc_ray.io.store.lock_file import LockFile, check_lock
 from emloc_ray.io.store.node_cache import discard, ensure, hashes, mirror, origin, sizes
-from emloc_ray.io.store.object_store import MANIFEST, ObjectStore, is_store_uri, named_files
+from emloc_ray.io.store.object_store import MANIFEST, ObjectStore, named_files
 from emloc_ray.io.store.objects import Version
+from emloc_ray.io.store.places import is_store_uri
 
 CONFIG = "config.yaml"
 SPECTRA = "spectra.json"  # in an emulator's folder: a few of each layer's eigenvalues

@@ -9,8 +9,9 @@ from pathlib import Path
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store.digests import digest
-from emloc_ray.io.store.object_store import MANIFEST, ObjectStore, below
+from emloc_ray.io.store.object_store import MANIFEST, ObjectStore
 from emloc_ray.io.store.objects import Stored
+from emloc_ray.io.store.places import below
 from emloc_ray.io.store.replacing import replacing
 
 _CONNECTIONS = 8

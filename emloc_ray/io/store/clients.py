@@ -21,7 +21,6 @@ from emloc_ray.errors import ConfigError
 
 _ATTEMPTS = 5
 _FIRST_PAUSE_S = 0.5
-REQUEST_S = 120.0  # of one part of a large file
 _OPTIONS = {
     "s3": {"region", "scheme", "endpoint_override", "anonymous", "force_virtual_addressing"},
     "gs": {"anonymous"},
@@ -33,7 +32,7 @@ _SECRET_OPTIONS = ("key", "secret", "token", "password", "sig")
 Client = S3Store | GCSStore | AzureStore
 
 
-def open_client(uri: str, key: str, timeout_s: float = REQUEST_S) -> tuple[Client, str]:
+def open_client(uri: str, key: str, timeout_s: float) -> tuple[Client, str]:
     """The client of the bucket that a URI names and the path in it, without the slashes around it.
 
     Raises:

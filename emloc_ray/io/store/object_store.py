@@ -17,24 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from emloc_ray.errors import DamagedArtifactError, TakenOver
-from emloc_ray.io.store.clients import REQUEST_S
 from emloc_ray.io.store.digests import digest
-from emloc_ray.io.store.objects import FULL, ObjectFile, Objects, Stored, Version
+from emloc_ray.io.store.objects import FULL, REQUEST_S, ObjectFile, Objects, Stored, Version
 
 MANIFEST = "manifest.json"
 _RANGE = 2**25  # bytes of a file that one request reads
 _PART = 2**24  # and writes, of which S3 takes 10,000
-
-
-def is_store_uri(place: str) -> bool:
-    """Whether a run's place is on an object store, not in a file system."""
-    return "://" in place and not place.startswith("file://")
-
-
-def below(place: str, *parts: str) -> str:
-    """A place inside another, with "/" between; the query of an object store's URI stays at its end."""
-    path, mark, query = place.partition("?") if is_store_uri(place) else (place, "", "")
-    return "/".join((path.rstrip("/"), *parts)) + mark + query
 
 
 class ObjectStore(Objects):

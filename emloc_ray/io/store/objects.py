@@ -15,10 +15,10 @@ from urllib.parse import urlsplit
 from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError, PreconditionError
 
 from emloc_ray.errors import ArtifactError, ConfigError
-from emloc_ray.io.store.clients import REQUEST_S, open_client
 
 _ATTEMPTS = 3  # of a request whose answer breaks off; obstore tries those that are refused
 _FIRST_PAUSE_S = 0.5
+REQUEST_S = 120.0  # of one part of a large file
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _VERSION = re.compile(r"(?:(\d+)\.(\d+)\.)?([0-9a-f]{64})")
 Version = Mapping[str, Any]  # as obstore takes it: S3 and Azure compare ETags, Google Cloud its generations
@@ -63,6 +63,8 @@ class Objects:
     """
 
     def __init__(self, uri: str, key: str = "run_dir", timeout_s: float = REQUEST_S) -> None:
+        from emloc_ray.io.store.clients import open_client  # obstore's stores: whoever only names them needs none
+
         self.uri = uri.rstrip("/")
         self.client, self.base = open_client(self.uri, key, timeout_s)
         self.bucket, self.prefix = urlsplit(self.uri).netloc, self.base

@@ -13,8 +13,8 @@ from pathlib import PurePosixPath
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from emloc_ray.errors import ConfigError
-from emloc_ray.io.store.object_store import ObjectStore, is_store_uri
-from emloc_ray.io.store.objects import ObjectFile
+from emloc_ray.io.store.objects import ObjectFile, Objects
+from emloc_ray.io.store.places import is_store_uri
 
 _MAGIC = re.compile(r"[*?[]")
 _ESCAPED = re.compile(r"[%?#\x00-\x1f]")
@@ -44,7 +44,7 @@ def is_hidden(parts: Sequence[str]) -> bool:
     return any(part.startswith(".") for part in parts)
 
 
-def _matching_files(store: ObjectStore, path: str, suffixes: Collection[str]) -> list[str]:
+def _matching_files(store: Objects, path: str, suffixes: Collection[str]) -> list[str]:
     parts = path.split("/")
     plain = next((number for number, part in enumerate(parts) if _MAGIC.search(part)), None)
     if plain is None and store.find(path) is not None:
@@ -83,11 +83,11 @@ class StoredFile(ObjectFile):
 
 
 @functools.lru_cache(maxsize=16)
-def _store(uri: str, key: str) -> ObjectStore:
-    return ObjectStore(uri, key)
+def _store(uri: str, key: str) -> Objects:
+    return Objects(uri, key)
 
 
-def _place(uri: str, key: str) -> tuple[ObjectStore, str]:
+def _place(uri: str, key: str) -> tuple[Objects, str]:
     """The store at the URI's root, of which a process opens one, and the path in it."""
     try:
         parts = urlsplit(uri)
@@ -97,7 +97,7 @@ def _place(uri: str, key: str) -> tuple[ObjectStore, str]:
     return _store(root, key), unquote(parts.path).strip("/")
 
 
-def _uri(store: ObjectStore, path: str) -> str:
+def _uri(store: Objects, path: str) -> str:
     root, mark, options = store.uri.partition("?")
     return f"{root}/{_ESCAPED.sub(lambda found: quote(found[0]), path)}{mark}{options}"
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from emloc_ray.config.base import Section, Size
-from emloc_ray.io.store.object_store import below
+from emloc_ray.io.store.places import below
 from emloc_ray.runs.batch.grid import MAX_NAME, SAFE_NAME
 
 MAX_CONCURRENT = 128

@@ -23,6 +23,7 @@ from emloc_ray.data.splits import RowSelection
 from emloc_ray.errors import ArtifactError, ConfigError, DataError
 from emloc_ray.io.store import objects
 from emloc_ray.io.store.object_store import ObjectStore
+from emloc_ray.io.store.objects import Objects
 from emloc_ray.io.store.stored_files import StoredFile, _fits, find_stored
 
 KEY = "data.train.path"
@@ -115,14 +116,14 @@ def test_rows_are_read_without_the_rest_of_the_file(
         WRITERS[suffix](path, rows)
     source = scan(put(f"part/a{suffix}", path.read_bytes()))
     monkeypatch.setattr(reading, "STORED_BUFFER_BYTES", 2**16)
-    asked, read_range = [], ObjectStore.read_range
+    asked, read_range = [], Objects.read_range
 
-    def watched(self: ObjectStore, *arguments: Any) -> bytes:
+    def watched(self: Objects, *arguments: Any) -> bytes:
         content = read_range(self, *arguments)
         asked.append(len(content))
         return content
 
-    monkeypatch.setattr(ObjectStore, "read_range", watched)
+    monkeypatch.setattr(Objects, "read_range", watched)
     assert list(read_rows(source, [2049])) == [(2049, rows[2049])]
     assert 0 < sum(asked) < path.stat().st_size / 4
 
@@ -272,7 +273,7 @@ def test_a_store_that_falls_silent_is_not_a_bad_file(
     def silent(*_: Any) -> bytes:
         raise ArtifactError("the store is silent")
 
-    monkeypatch.setattr(ObjectStore, "read_range", silent)
+    monkeypatch.setattr(Objects, "read_range", silent)
     with pytest.raises(ArtifactError, match="the store is silent"):
         list(read_rows(source, [0]))
     with pytest.raises(ArtifactError, match="the store is silent"):

@@ -11,7 +11,8 @@ from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.runs.fetch import fetch
 from emloc_ray.io.store.atomic import atomic_file
-from emloc_ray.io.store.object_store import ObjectStore, below
+from emloc_ray.io.store.object_store import ObjectStore
+from emloc_ray.io.store.places import below
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from s3_server import faulty_store, uri
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.store import clients, objects
 from emloc_ray.io.store.digests import digest
-from emloc_ray.io.store.object_store import ObjectStore, is_store_uri
+from emloc_ray.io.store.object_store import ObjectStore
+from emloc_ray.io.store.places import is_store_uri
 
 
 @pytest.fixture

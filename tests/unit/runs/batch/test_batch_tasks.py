@@ -19,7 +19,7 @@ from emloc_ray.config.reading import load_config, parse_config, read_values
 from emloc_ray.config.schema import RayConfig
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.yaml_text import write_yaml
-from emloc_ray.io.store.object_store import below
+from emloc_ray.io.store.places import below
 from emloc_ray.runs.batch import tasks as batch_tasks
 from emloc_ray.runs.batch.config import BatchConfig
 from emloc_ray.runs.batch.grid import MAX_NAME, SAFE_NAME, joined_name, points

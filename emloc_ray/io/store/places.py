@@ -1,0 +1,14 @@
+"""Places of runs and data: paths, and URIs of object stores."""
+
+from __future__ import annotations
+
+
+def is_store_uri(place: str) -> bool:
+    """Whether a run's place is on an object store, not in a file system."""
+    return "://" in place and not place.startswith("file://")
+
+
+def below(place: str, *parts: str) -> str:
+    """A place inside another, with "/" between; the query of an object store's URI stays at its end."""
+    path, mark, query = place.partition("?") if is_store_uri(place) else (place, "", "")
+    return "/".join((path.rstrip("/"), *parts)) + mark + query
