@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -245,28 +247,33 @@ def trace_inputs(model: Any, specs: Sequence[LinearSpec], example: Mapping[str, 
     )
 
 
+class _Reads:
+    """What the linears of one pass read: ``seen`` has the names by tensor, ``streams`` and ``counts`` the tokens by name."""
+
+    def __init__(self) -> None:
+        self.seen: dict[tuple[Any, ...], list[str]] = {}
+        self.streams: dict[str, Stream] = {}
+        self.counts: dict[str, int] = {}
+        self._alive: list[torch.Tensor] = []  # a freed storage's address could be given to another tensor
+
+    def note(self, name: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        """The linear reads ``args[0]``."""
+        tensor = args[0]
+        self._alive.append(tensor)
+        storage = tensor.untyped_storage()._cdata
+        key = (storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor._version)
+        self.seen.setdefault(key, []).append(name)
+        length = tensor.shape[1] if tensor.dim() == 3 else -1
+        self.streams[name] = next((stream for stream, tokens in _TRACED.items() if tokens == length), "row")
+        self.counts[name] = tensor.shape[:-1].numel()
+
+
 def _traced(model: Any, specs: Sequence[LinearSpec], inputs: Mapping[str, torch.Tensor]) -> Trace | None:
     """One pass on the meta device; None where the model cannot run there."""
-    seen: dict[tuple[Any, ...], list[str]] = {}
-    streams: dict[str, Stream] = {}
-    counts: dict[str, int] = {}
-    alive: list[torch.Tensor] = []
-    given: list[torch.Tensor] = []
-
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            tensor = args[0]
-            alive.append(tensor)  # a freed storage's address could be given to another tensor
-            storage = tensor.untyped_storage()._cdata
-            key = (storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor._version)
-            seen.setdefault(key, []).append(name)
-            length = tensor.shape[1] if tensor.dim() == 3 else -1
-            streams[name] = next((stream for stream, tokens in _TRACED.items() if tokens == length), "row")
-            counts[name] = tensor.shape[:-1].numel()
-
-        return hook
-
-    handles = [model.get_submodule(s.name).register_forward_pre_hook(record(s.name)) for s in specs]
+    reads, given = _Reads(), []
+    handles = [
+        model.get_submodule(s.name).register_forward_pre_hook(functools.partial(reads.note, s.name)) for s in specs
+    ]
     if (head := getattr(model, "get_output_embeddings", lambda: None)()) is not None:
         handles.append(head.register_forward_hook(lambda module, args, output: given.append(output)))
     try:
@@ -277,20 +284,17 @@ def _traced(model: Any, specs: Sequence[LinearSpec], inputs: Mapping[str, torch.
     finally:
         for handle in handles:
             handle.remove()
-    return Trace(_in_model_order(seen, specs), streams, counts, any(result.logits is not output for output in given))
+    whole_logits = any(result.logits is not output for output in given)
+    return Trace(_grouped(reads.seen, specs), reads.streams, reads.counts, whole_logits)
 
 
-def _in_model_order(seen: dict[tuple[Any, ...], list[str]], specs: Sequence[LinearSpec]) -> list[list[str]]:
+def _grouped(seen: dict[tuple[Any, ...], list[str]], specs: Sequence[LinearSpec]) -> list[list[str]]:
+    """Linears that read one tensor once, together; each of the others alone."""
     order = {spec.name: position for position, spec in enumerate(specs)}
-    counts: dict[str, int] = {}
-    for names in seen.values():
-        for name in names:
-            counts[name] = counts.get(name, 0) + 1
-    once = ([name for name in names if counts[name] == 1] for names in seen.values())
-    groups = [names for names in once if names]
-    grouped = {name for names in groups for name in names}
-    groups += [[spec.name] for spec in specs if spec.name not in grouped]
-    return sorted((sorted(names, key=order.__getitem__) for names in groups), key=lambda names: order[names[0]])
+    times = Counter(name for names in seen.values() for name in names)
+    groups = [once for names in seen.values() if (once := [name for name in names if times[name] == 1])]
+    groups += [[spec.name] for spec in specs if times[spec.name] != 1]
+    return [sorted(names, key=order.__getitem__) for names in groups]
 
 
 def load_config(directory: Path, **options: Any) -> Any:

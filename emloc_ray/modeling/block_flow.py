@@ -40,11 +40,34 @@ class BlockFlow:
 
 
 class Lineage(MetaPass):
-    """Follows through every operation which blocks' outputs a tensor was made from."""
+    """Follows through every operation which blocks' outputs a tensor was made from.
+
+    ``order`` are the blocks that have begun, ``needs`` what their inputs were made from. A linear outside the blocks has a
+    negative mark for a source; ``begun`` says how many blocks had begun when it read what a block gave.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.sources: Any = WeakTensorKeyDictionary()
+        self.order: list[str] = []
+        self.needs: list[frozenset[int]] = []
+        self.begun: dict[int, int] = {}
+
+    def begin(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A block begins."""
+        self.needs.append(self.of((args, kwargs)))
+        self.order.append(name)
+
+    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The block that began last ends."""
+        self.mark(output, frozenset({len(self.order) - 1}))
+
+    def carry(self, mark: int, module: nn.Module, args: Any, output: Any) -> None:
+        """A linear outside the blocks runs."""
+        sources = self.of(args)
+        if sources:
+            self.begun[mark] = len(self.order)
+            self.mark(output, sources | {mark})
 
     def of(self, values: Any) -> frozenset[int]:
         """The blocks whose outputs went into any tensor of a nested structure."""
@@ -88,35 +111,13 @@ def block_flow(config: Any, trust_remote_code: bool = False, example: Mapping[st
 
 def _followed(model: Any, names: Sequence[str], inputs: Mapping[str, Tensor]) -> BlockFlow | None:
     """One pass on the meta device; None where the model cannot run there, or runs a block twice."""
-    lineage = Lineage()
-    order: list[str] = []
-    needs: list[frozenset[int]] = []
-    outside = outside_linears(model)
-    ran: dict[
-        int, int
-    ] = {}  # of the linears outside that read what a block gave, by -1 - their number: blocks begun then
-
-    def before(module: nn.Module, args: Any, kwargs: Any, name: str = "") -> None:
-        needs.append(lineage.of((args, kwargs)))
-        order.append(name)
-
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        lineage.mark(output, frozenset({len(order) - 1}))
-
-    def carried(module: nn.Module, args: Any, output: Any, mark: int = 0) -> None:
-        sources = lineage.of(args)
-        if sources:
-            ran[mark] = len(order)
-            lineage.mark(output, sources | {mark})
-
-    handles = []
+    lineage, outside, handles = Lineage(), outside_linears(model), []
     for name in names:
         block = model.get_submodule(name)
-        handles.append(block.register_forward_pre_hook(functools.partial(before, name=name), with_kwargs=True))
-        handles.append(block.register_forward_hook(after))
+        handles.append(block.register_forward_pre_hook(functools.partial(lineage.begin, name), with_kwargs=True))
+        handles.append(block.register_forward_hook(lineage.end))
     for number, name in enumerate(outside):
-        hook = functools.partial(carried, mark=-1 - number)
-        handles.append(model.get_submodule(name).register_forward_hook(hook))
+        handles.append(model.get_submodule(name).register_forward_hook(functools.partial(lineage.carry, -1 - number)))
     try:
         with torch.no_grad(), lineage:
             model(**inputs, use_cache=False)
@@ -125,8 +126,9 @@ def _followed(model: Any, names: Sequence[str], inputs: Mapping[str, Tensor]) ->
     finally:
         for handle in handles:
             handle.remove()
+    order = lineage.order
     if not order or len(set(order)) != len(order):
         return None
-    read = frozenset().union(*needs)
-    between = {outside[-1 - mark]: order[begun] for mark, begun in ran.items() if mark in read}
-    return BlockFlow(tuple(order), tuple(frozenset(k for k in need if k >= 0) for need in needs), between)
+    read = frozenset().union(*lineage.needs)
+    between = {outside[-1 - mark]: order[begun] for mark, begun in lineage.begun.items() if mark in read}
+    return BlockFlow(tuple(order), tuple(frozenset(k for k in need if k >= 0) for need in lineage.needs), between)

@@ -4,6 +4,7 @@ largest tensors of a training step."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ CHUNK_SHARE = 8
 
 # Summed loss, and how many of the largest logits are the labels, of logits (n, vocabulary) and what is wanted of these n.
 Criterion = Callable[..., tuple[Tensor, Tensor]]
+Head = Callable[[Tensor], Tensor]  # hidden states (n, hidden) to logits (n, vocabulary)
 
 _Read = TypeVar("_Read")
 
@@ -91,15 +93,37 @@ def sampled_loss(model: Any, batch: dict[str, Tensor], loss_on: str, draws: Sequ
 
 def _loss_at(model: Any, owner: Any, call: ModelCall, criterion: Criterion, *targets: Tensor) -> TokenLoss:
     """``criterion(logits, *targets)`` at the positions of the call's labels."""
-    inputs, predicting, count = {**call.inputs, "use_cache": False}, call.predicting, len(targets[0])
-    if _in_chunks(owner, count):
-        with _loss_in_the_head(owner, predicting, criterion, targets) as counts:
-            loss = model(**inputs).logits.sum()
-        correct = torch.stack(counts).sum()
-    else:
-        with logits_at(owner, predicting):
+    inputs, count = {**call.inputs, "use_cache": False}, len(targets[0])
+    if not _in_chunks(owner, count):
+        with logits_at(owner, call.predicting):
             loss, correct = criterion(model(**inputs).logits[0], *targets)
-    return TokenLoss(loss, correct, count)
+        return TokenLoss(loss, correct, count)
+    counts: list[Tensor] = []
+    forward = functools.partial(_loss_in_chunks, criterion, targets, counts)
+    with _in_place_of_the_head(owner, call.predicting, forward):
+        loss = model(**inputs).logits.sum()
+    return TokenLoss(loss, torch.stack(counts).sum(), count)
+
+
+def _loss_in_chunks(
+    criterion: Criterion, targets: Sequence[Tensor], counts: list[Tensor], compute: Head, hidden: Tensor
+) -> Tensor:
+    """The sum ``(1, 1, 1)`` of ``criterion(compute(hidden), *targets)``, a chunk at a time; adds what is correct to ``counts``.
+
+    A chunk's logits are made again for its gradient, so that the logits of one chunk are all there ever are. The loss
+    has to be the head's output, and thereby the model's: so DDP finds the parameters that it uses, and ZeRO-3 gathers
+    the head's weight before its gradient is made.
+    """
+    step, losses = chunk_tokens(hidden.shape[-1]), []
+    for chunk in zip(hidden.split(step), *(target.split(step) for target in targets), strict=True):
+        loss, correct = checkpoint(_loss_of_hidden, criterion, compute, *chunk, use_reentrant=False)
+        losses.append(loss)
+        counts.append(correct)
+    return torch.stack(losses).sum().reshape(1, 1, 1)
+
+
+def _loss_of_hidden(criterion: Criterion, compute: Head, hidden: Tensor, *targets: Tensor) -> tuple[Tensor, Tensor]:
+    return criterion(compute(hidden), *targets)
 
 
 @torch.no_grad()
@@ -128,19 +152,23 @@ def _read_at_labels(model: Any, call: ModelCall, read: Callable[[Tensor, Tensor]
     """``read(logits, targets)`` of the call's labels, by chunks where their logits are many."""
     inputs, chunks = {**call.inputs, "use_cache": False}, []
     if _in_chunks(model, len(call.targets)):
-
-        def forward(compute: Callable[[Tensor], Tensor], chosen: Tensor) -> Tensor:
-            step = chunk_tokens(_hidden_size(model.get_output_embeddings()))
-            for hidden, targets in zip(chosen.split(step), call.targets.split(step), strict=True):
-                chunks.append(read(compute(hidden), targets))
-            return chosen.new_zeros(1, 1, 1)
-
+        forward = functools.partial(_read_in_chunks, read, call.targets, chunks)
         with _in_place_of_the_head(model, call.predicting, forward):
             model(**inputs)
     else:
         with logits_at(model, call.predicting):
             chunks.append(read(model(**inputs).logits[0], call.targets))
     return chunks
+
+
+def _read_in_chunks(
+    read: Callable[[Tensor, Tensor], _Read], targets: Tensor, chunks: list[_Read], compute: Head, hidden: Tensor
+) -> Tensor:
+    """Adds ``read(compute(hidden), targets)`` to ``chunks``, a chunk at a time; the head then gives zeros ``(1, 1, 1)``."""
+    step = chunk_tokens(hidden.shape[-1])
+    for part, labels in zip(hidden.split(step), targets.split(step), strict=True):
+        chunks.append(read(compute(part), labels))
+    return hidden.new_zeros(1, 1, 1)
 
 
 def chunk_tokens(hidden_size: int) -> int:
@@ -196,37 +224,8 @@ def logits_at(model: Any, positions: tuple[Tensor, Tensor]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _loss_in_the_head(
-    model: Any, positions: tuple[Tensor, Tensor], criterion: Criterion, targets: tuple[Tensor, ...]
-) -> Iterator[list[Tensor]]:
-    """While it lasts the head gives the sum of the loss ``(1, 1, 1)`` for its logits, of ``criterion(logits, *targets)``
-    with each target's rows those of the logits; afterwards how many were correct, by chunk.
-
-    A chunk's logits are made again for its gradient, so that the logits of one chunk are all there ever are. The loss
-    has to be the head's output, and thereby the model's: so DDP finds the parameters that it uses, and ZeRO-3 gathers
-    the head's weight before its gradient is made.
-    """
-    correct: list[Tensor] = []
-
-    def forward(compute: Callable[[Tensor], Tensor], chosen: Tensor) -> Tensor:
-        def chunk_loss(hidden: Tensor, *wanted: Tensor) -> tuple[Tensor, Tensor]:
-            return criterion(compute(hidden), *wanted)
-
-        step = chunk_tokens(_hidden_size(model.get_output_embeddings()))
-        parts = []
-        for start in range(0, len(chosen), step):
-            wanted = (target[start : start + step] for target in targets)
-            parts.append(checkpoint(chunk_loss, chosen[start : start + step], *wanted, use_reentrant=False))
-        correct.extend(count for _, count in parts)
-        return torch.stack([loss for loss, _ in parts]).sum().reshape(1, 1, 1)
-
-    with _in_place_of_the_head(model, positions, forward):
-        yield correct
-
-
-@contextlib.contextmanager
 def _in_place_of_the_head(
-    model: Any, positions: tuple[Tensor, Tensor], forward: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+    model: Any, positions: tuple[Tensor, Tensor], forward: Callable[[Head, Tensor], Tensor]
 ) -> Iterator[None]:
     """While it lasts the head gives ``forward(its own forward, the hidden states at the positions)``."""
     head = model.get_output_embeddings()

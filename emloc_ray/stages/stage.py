@@ -17,26 +17,6 @@ if TYPE_CHECKING:
     from emloc_ray.stages.ray.tasks import Progress, Resources
 
 
-def always(prepared: Prepared) -> bool:
-    """Every run has the stage."""
-    return True
-
-
-def nothing(*_: Any) -> tuple[Any, ...]:
-    """Nothing to say, to read or to drop."""
-    return ()
-
-
-def no_sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
-    """Nothing of ``metrics.json``."""
-    return {}
-
-
-def no_words(result: Result) -> str:
-    """Nothing beside the stage's name and time."""
-    return ""
-
-
 def by_weights(context: Context) -> Inputs:
     """Runs that start from the same weights share what the stage makes of equal inputs."""
     return context.weights
@@ -61,13 +41,13 @@ class Stage:
     outputs: tuple[str, ...] = ()
     scratch: tuple[str, ...] = ()
     verb: str = ""
-    wanted: Callable[[Prepared], bool] = always
+    wanted: Callable[[Prepared], bool] = lambda prepared: True
     """Whether this config has the stage."""
     cost: Callable[[MemoryModel], StageCost] | None = None
     """Memory, disk and work; None where it is not planned for."""
-    reads: Callable[[Context], Sequence[str]] = nothing
+    reads: Callable[[Context], Sequence[str]] = lambda context: ()
     """The stages whose files it reads that may have been dropped by now."""
-    drops: Callable[[Context], Sequence[str]] = nothing
+    drops: Callable[[Context], Sequence[str]] = lambda context: ()
     """The stages whose files nothing needs once this one is recorded."""
     shares: Callable[[Context], Inputs | None] | None = None
     """What is hashed beside ``inputs`` to find its work in a shared cache; None: it is not shared."""
@@ -79,13 +59,13 @@ class Stage:
     """Whether all its workers have to be there at once."""
     divisible: bool = False
     """Whether fewer workers than asked for can do it: a bag of tasks."""
-    summary: Callable[[Result], str] = no_words
+    summary: Callable[[Result], str] = lambda result: ""
     """Its one line when it has ended."""
-    remarks: Callable[[Context, Result], Sequence[str | None]] = nothing
+    remarks: Callable[[Context, Result], Sequence[str | None]] = lambda context, result: ()
     """What a reader should know of its result."""
     absent: Callable[[RunConfig], str | None] = lambda config: None
     """What a reader should know where the config leaves it out."""
-    sections: Callable[[Prepared, dict[str, Result]], dict[str, Any]] = no_sections
+    sections: Callable[[Prepared, dict[str, Result]], dict[str, Any]] = lambda prepared, results: {}
     """Its part of ``metrics.json``, from the results of the stages that are done."""
     keys: tuple[str, ...] = ()
     """The keys of that part."""
