@@ -150,7 +150,8 @@ def row_losses(model: Any, batch: dict[str, Tensor], loss_on: str) -> tuple[Tens
 
 def _read_at_labels(model: Any, call: ModelCall, read: Callable[[Tensor, Tensor], _Read]) -> list[_Read]:
     """``read(logits, targets)`` of the call's labels, by chunks where their logits are many."""
-    inputs, chunks = {**call.inputs, "use_cache": False}, []
+    chunks: list[_Read] = []
+    inputs = {**call.inputs, "use_cache": False}
     if _in_chunks(model, len(call.targets)):
         forward = functools.partial(_read_in_chunks, read, call.targets, chunks)
         with _in_place_of_the_head(model, call.predicting, forward):
