@@ -32,6 +32,13 @@ def _in_unit(num_bytes: float) -> tuple[float, int, str]:
     return num_bytes, 0, "B"
 
 
+def stored_bits(quantization: str) -> str:
+    """``4 bits (NF4)``, ``2 bits``; nothing where weights are stored as floats."""
+    if quantization == "none":
+        return ""
+    return "4 bits (NF4)" if quantization == "nf4" else f"{quantization.removeprefix('int')} bits"
+
+
 def duration(seconds: float) -> str:
     """Seconds in the unit that people would use: ``0.4 s``, ``45 s``, ``30 min``, ``2.5 h``, ``3.1 days``."""
     if seconds < 90:

@@ -119,7 +119,11 @@ class EmulatorConfig(StageConfig):
     target_modules: Patterns | None = Field(None, description="left out: every linear inside the blocks")
     exclude_modules: Patterns | None = Field(None, description="linears that stay dense")
     dampening_frac: float = Field(1e-6, gt=0, lt=1, description="of a Gram's mean diagonal, added to it")
-    quantization: Literal["none", "nf4"] = Field("none", description="nf4: linears inside the blocks in 4 bits")
+    quantization: Literal["none", "nf4", "int8", "int4", "int3", "int2"] = Field(
+        "none", description="bits of the linears inside the blocks: nf4 as QLoRA's, intN rounded under the Grams"
+    )
+    group_size: int = Field(64, ge=8, multiple_of=8, description="of intN: columns that share a scale")
+    residual_rank: int = Field(0, ge=0, description="of intN: factors of what the integers of a dense linear leave")
     allocation: Literal["uniform", "sensitivity"] = Field(
         "uniform", description="who gets the ranks: all alike, or by what they keep of predictions"
     )
@@ -134,6 +138,29 @@ class EmulatorConfig(StageConfig):
     )
     gradient_dampening_frac: float = Field(1e-2, gt=0, lt=1, description="of the sums of gradients that weigh outputs")
     healing: HealingConfig | None = Field(None, description="distil the original into it before tuning")
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of the integers that linears are stored in; None where they are not."""
+        return int(self.quantization.removeprefix("int")) if self.quantization.startswith("int") else None
+
+    @model_validator(mode="after")
+    def _integers_agree(self) -> EmulatorConfig:
+        if self.bits is None and self.residual_rank:
+            raise ValueError(
+                f"residual_rank: {self.residual_rank} is of factors beside integers: set quantization to int2, int3, int4"
+                " or int8, or remove it"
+            )
+        if self.bits is not None and self.heals is not None:
+            raise ValueError(
+                f"healing grows factors, which quantization: {self.quantization} has rounded by then: take nf4 or none, or"
+                " remove healing"
+            )
+        if self.bits is not None and self.storage == "pivoted":
+            raise ValueError(
+                f"storage: pivoted does not go with quantization: {self.quantization}: take factors, or nf4"
+            )
+        return self
 
     @property
     def asks_for_gradients(self) -> str | None:

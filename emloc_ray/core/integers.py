@@ -14,12 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-BITS = (2, 3, 4, 8)
-GROUP_SIZE = 64
+from emloc_ray.core.integer_forms import BITS, PLANES, group_size_of
+
 SCALE_STEPS = 8  # of an octave
 _OCTAVES = 256 // SCALE_STEPS
-# Bits of the planes that codes are split into, so that each fills bytes.
-_PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 
 
 @dataclass(frozen=True)
@@ -77,27 +75,6 @@ def dense_weight(tensors: Mapping[str, Tensor], in_features: int, dtype: torch.d
     return _dense(codes, scales, tensors["zeros"], exponent.float(), bits, size).to(dtype or exponent.dtype)
 
 
-def num_groups(in_features: int, group_size: int) -> int:
-    """Groups of a row at a ``group_size``, a multiple of 8: as many as hold it, then made of one size."""
-    return math.ceil(in_features / group_size)
-
-
-def group_size_of(in_features: int, groups: int) -> int:
-    """The size of the groups that a row is cut into: the smallest multiple of 8 that makes so many, the last one shorter."""
-    sizes = range(8, in_features + 8, 8)
-    return next(size for size in sizes if math.ceil(in_features / size) == groups)
-
-
-def packed_width(in_features: int, bits: int) -> int:
-    """Bytes of a row's codes."""
-    return sum(math.ceil(in_features * plane / 8) for plane in _PLANES[bits])
-
-
-def integer_bytes(out_features: int, in_features: int, bits: int, group_size: int, itemsize: int = 4) -> int:
-    """Bytes of a weight of integers, scales and zero points included."""
-    return out_features * (packed_width(in_features, bits) + 2 * num_groups(in_features, group_size)) + itemsize
-
-
 def _dense(codes: Tensor, scales: Tensor, zeros: Tensor, exponent: Tensor | int, bits: int, group_size: int) -> Tensor:
     groups, columns = scales.shape[1], codes.shape[1]
     lacking = groups * group_size - columns
@@ -129,7 +106,7 @@ def exponent_for(largest_scale: float) -> int:
 def _packed(codes: Tensor, bits: int) -> Tensor:
     """``(out, bytes)``: planes one after the other, in each the first of the columns that share a byte lowest."""
     planes, shift = [], 0
-    for width in _PLANES[bits]:
+    for width in PLANES[bits]:
         each = 8 // width
         part = (codes >> shift) & (2**width - 1)
         part = torch.nn.functional.pad(part, (0, -part.shape[1] % each)).view(len(codes), -1, each)
@@ -141,7 +118,7 @@ def _packed(codes: Tensor, bits: int) -> Tensor:
 
 def _unpacked(packed: Tensor, bits: int, in_features: int) -> Tensor:
     codes, begin, shift = None, 0, 0
-    for width in _PLANES[bits]:
+    for width in PLANES[bits]:
         length = math.ceil(in_features * width / 8)
         part = packed[:, begin : begin + length]
         if width < 8:

@@ -22,25 +22,14 @@ as long as the error falls (LoftQ, https://arxiv.org/abs/2310.08659, does so wit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from emloc_ray.core.factorization import LowRankFactors, factorize, scaled_weight
-from emloc_ray.core.integers import (
-    BITS,
-    GROUP_SIZE,
-    SCALE_STEPS,
-    IntegerWeight,
-    exponent_for,
-    group_size_of,
-    num_groups,
-    scale_values,
-    zero_steps,
-    zero_values,
-)
+from emloc_ray.core.integer_forms import BITS, GROUP_SIZE, group_size_of, num_groups
+from emloc_ray.core.integers import SCALE_STEPS, IntegerWeight, exponent_for, scale_values, zero_steps, zero_values
 from emloc_ray.core.whitening import Whitening
 
 # Ranges that are tried for a group, as shares of its own; each is then fitted once to the integers that it gives.
@@ -125,42 +114,42 @@ def quantize_with_factors(
     whitening: Whitening,
     bits: int,
     rank: int,
-    stored: Callable[[LowRankFactors, Tensor], LowRankFactors],
+    factor_bits: int,
     group_size: int = GROUP_SIZE,
     *,
     rounds: int = 2,
     seed: int = 0,
     name: str = "the layer",
-) -> tuple[Quantization, LowRankFactors]:
+) -> tuple[Quantization, IntegerWeight, IntegerWeight]:
     """``weight ≈ Q + up down``: integers and the factors of what they leave, each made in turn for what the other leaves.
 
     Args:
         weight: ``(out, in)``.
         whitening: the damped Gram of its inputs.
         bits, group_size: of ``Q``.
-        rank: of the factors.
-        stored: factors, and the residual that they are of, to factors as they will be stored, which ``Q`` then makes up for.
+        rank, factor_bits: of the factors.
         rounds: at most so many turns; the first that lowers the error no more ends them.
         seed: of the factorization's start.
         name: the layer, for the errors.
 
     Returns:
-        ``Q``, with the relative error of both together, and the factors as ``stored`` gave them.
+        ``Q``, with the relative error of both together, ``up (out, r)`` and ``down (r, in)``.
     """
     wide = weight.detach().to(torch.float32)
     total = whitening.energy(wide)
-    best: tuple[Quantization, LowRankFactors] | None = None
+    best: tuple[Quantization, IntegerWeight, IntegerWeight] | None = None
     rest = wide
     for _ in range(rounds):
         made = quantize(rest, whitening, bits, group_size, name=name)
         residual = wide - made.weight.dense()
-        factors = stored(factorize(residual, whitening, rank, seed=seed, name=name).factors, residual)
-        product = factors.up.float() @ factors.down.float()
+        factors = factorize(residual, whitening, rank, seed=seed, name=name).factors
+        up, down = quantize_factors(factors, residual, whitening, factor_bits, group_size, name=name)
+        product = up.dense() @ down.dense()
         left = whitening.energy(residual - product)
         error = math.sqrt(max(left, 0.0) / total) if total > 0.0 else 0.0
         if best is not None and error >= best[0].relative_error:
             break
-        best = Quantization(made.weight, error), factors
+        best = Quantization(made.weight, error), up, down
         rest = wide - product
     assert best is not None
     return best

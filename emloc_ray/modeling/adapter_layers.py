@@ -31,8 +31,10 @@ from torch import Tensor, nn
 
 from emloc_ray.core.products import paired_columns, row_norms
 from emloc_ray.modeling.emulator import FactorizedLinear
+from emloc_ray.modeling.integer_linear import IntegerLinear
 
 _COLUMNS = 256  # of W_E, seen at a time
+_COMPRESSED = (FactorizedLinear, IntegerLinear)
 
 
 class _StandIn(nn.Linear):
@@ -54,7 +56,7 @@ def _dtype(layer: Any) -> torch.dtype:
 def attachable(model: nn.Module, config: PeftConfig) -> Iterator[None]:
     """While it lasts PEFT may attach that adapter to layers of the model that have no dense weight, or load it onto them."""
     packed_too = config.peft_type in (PeftType.LOHA, PeftType.LOKR)
-    _replace(model, lambda layer: isinstance(layer, FactorizedLinear) or (packed_too and _in_4_bits(layer)), _StandIn)
+    _replace(model, lambda layer: isinstance(layer, _COMPRESSED) or (packed_too and _in_4_bits(layer)), _StandIn)
     try:
         with warnings.catch_warnings():
             # A Conv1D's factors are a plain linear: PEFT sets the flag layer by layer, which is what is wanted.
@@ -65,12 +67,12 @@ def attachable(model: nn.Module, config: PeftConfig) -> Iterator[None]:
 
 
 def _replace(model: nn.Module, which: Callable[[nn.Module], bool], make: Callable[[Any], nn.Module]) -> None:
-    for module in [module for module in model.modules() if not isinstance(module, FactorizedLinear)]:
+    for module in [module for module in model.modules() if not isinstance(module, _COMPRESSED)]:
         for name, child in list(module.named_children()):
             if which(child):
                 module._modules[name] = make(child)
         base = getattr(module, "base_layer", None)
-        if isinstance(base, nn.Module) and (isinstance(base, FactorizedLinear) or _in_4_bits(base)):
+        if isinstance(base, nn.Module) and (isinstance(base, _COMPRESSED) or _in_4_bits(base)):
             base.requires_grad_(False)
             for layer in module.modules():  # the adapter layer, and DoRA's inside it
                 layer.__class__ = ON_FACTORS.get(type(layer), type(layer))

@@ -56,7 +56,7 @@ class BlockWeights:
             )
             self.model: Any = unfuse(model)
             if self.config is not config:
-                factorize_modules(self.model, config.ranks, config.storage)
+                factorize_modules(self.model, config.ranks, config.storage, config.forms())
         self.model.tie_weights()  # again: what is made empty is made anew, and tied to nothing
         self.model.eval().requires_grad_(False)
         self.blocks = block_names(self.model)

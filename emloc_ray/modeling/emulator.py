@@ -7,6 +7,7 @@ raises, instead of loading random weights into dense layers.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from emloc_ray.core.integer_forms import IntegerForms, factor_bits
 from emloc_ray.core.ranks import Storage
 from emloc_ray.modeling.emulator_type import EmulatorModelConfig
 from emloc_ray.modeling.experts import unfuse
+from emloc_ray.modeling.integer_linear import IntegerLinear
 
 
 class FactorizedLinear(nn.Module):
@@ -31,8 +34,15 @@ class FactorizedLinear(nn.Module):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.down = nn.Linear(in_features, rank, bias=False)
-        self.up = nn.Linear(rank, out_features, bias=bias)
+        self.down: nn.Linear | IntegerLinear = nn.Linear(in_features, rank, bias=False)
+        self.up: nn.Linear | IntegerLinear = nn.Linear(rank, out_features, bias=bias)
+        self.rank = rank
+
+    def store_in(self, bits: int, group_size: int) -> None:
+        """Makes both factors untrained integers."""
+        bias = self.up.bias is not None
+        self.down = IntegerLinear(self.in_features, self.rank, bits, group_size)
+        self.up = IntegerLinear(self.rank, self.out_features, bits, group_size, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in)`` to ``(..., out)``."""
@@ -47,7 +57,7 @@ class FactorizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Shapes, as ``nn.Linear`` shows them."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.down.out_features}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 
 
 class PivotedLinear(FactorizedLinear):
@@ -69,6 +79,23 @@ class PivotedLinear(FactorizedLinear):
         return y if self.bias is None else y + self.bias
 
 
+class ResidualLinear(FactorizedLinear):
+    """``y = Q x + up (down x) + bias``: a linear whose weight is integers and factors of what these leave, in integers too."""
+
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, bits: int, group_size: int, bias: bool = False
+    ) -> None:
+        super().__init__(in_features, out_features, rank)
+        self.store_in(factor_bits(bits), group_size)
+        self.base = IntegerLinear(in_features, out_features, bits, group_size)
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in)`` to ``(..., out)``."""
+        y: Tensor = self.base(x) + self.up(self.down(x))
+        return y if self.bias is None else y + self.bias
+
+
 class _Reordered(torch.autograd.Function):
     """``y[..., order]`` of a permutation, whose gradient is reordered the other way.
 
@@ -85,15 +112,30 @@ class _Reordered(torch.autograd.Function):
         return grad.gather(-1, ctx.order.argsort().expand_as(grad)), None
 
 
-def factorize_modules(model: nn.Module, ranks: dict[str, int], storage: Storage = "factors") -> None:
-    """Replaces each named linear by an untrained :class:`FactorizedLinear` of that rank, in place; or a pivoted one."""
-    made = PivotedLinear if storage == "pivoted" else FactorizedLinear
-    for name, rank in ranks.items():
+def factorize_modules(
+    model: nn.Module, ranks: dict[str, int], storage: Storage = "factors", integers: IntegerForms | None = None
+) -> None:
+    """Replaces each named linear by an untrained one as it is stored, in place: factors, integers or both."""
+    forms = integers or IntegerForms()
+    for name in {**ranks, **forms.bits}:
         parent_name, _, child = name.rpartition(".")
-        dense = model.get_submodule(name)
-        out_features, in_features = _shape(dense)
-        bias = getattr(dense, "bias", None) is not None
-        setattr(model.get_submodule(parent_name), child, made(in_features, out_features, rank, bias))
+        layer = _compressed(model.get_submodule(name), name, ranks.get(name), storage, forms)
+        setattr(model.get_submodule(parent_name), child, layer)
+
+
+def _compressed(dense: Any, name: str, rank: int | None, storage: Storage, forms: IntegerForms) -> nn.Module:
+    out_features, in_features = _shape(dense)
+    bias, bits, size = getattr(dense, "bias", None) is not None, forms.bits.get(name), forms.group_size
+    if rank is not None:
+        kind = PivotedLinear if storage == "pivoted" else FactorizedLinear
+        factored = kind(in_features, out_features, rank, bias)
+        if bits is not None:
+            factored.store_in(bits, size)
+        return factored
+    assert bits is not None
+    if name in forms.residual_ranks:
+        return ResidualLinear(in_features, out_features, forms.residual_ranks[name], bits, size, bias)
+    return IntegerLinear(in_features, out_features, bits, size, bias)
 
 
 def _shape(linear: Any) -> tuple[int, int]:
@@ -103,7 +145,7 @@ def _shape(linear: Any) -> tuple[int, int]:
 
 
 def emulator_class(base: type[PreTrainedModel], config: EmulatorModelConfig) -> type[PreTrainedModel]:
-    """The original's model class, its experts unfused, with factors in place of the linears that ``config.ranks`` names.
+    """The original's model class, its experts unfused, with factors or integers in place of the linears that ``config`` names.
 
     Being that class, it loads by its own ``from_pretrained``: dtype, device map and 4-bit options all apply.
     """
@@ -111,13 +153,13 @@ def emulator_class(base: type[PreTrainedModel], config: EmulatorModelConfig) -> 
     class Emulator(base):  # type: ignore[valid-type, misc]
         def __init__(self, base_config: Any, *args: Any, **kwargs: Any) -> None:
             super().__init__(base_config, *args, **kwargs)
-            factorize_modules(unfuse(self), config.ranks, config.storage)
+            factorize_modules(unfuse(self), config.ranks, config.storage, config.forms())
 
         def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
             """Saves as an emulator: under the original's type it would load as dense layers with random weights."""
             # Under the names in memory: those on disk may have no place for factors, or for experts apart.
             super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
-            write_emulator_config(Path(save_directory), self.config, config.ranks, storage=config.storage)
+            write_emulator_config(Path(save_directory), self.config, config.ranks, None, config.storage, config.forms())
 
     Emulator.__name__ = Emulator.__qualname__ = base.__name__
     return Emulator
@@ -129,10 +171,11 @@ def write_emulator_config(
     ranks: dict[str, int],
     quantization_config: dict[str, Any] | None = None,
     storage: Storage = "factors",
+    integers: IntegerForms | None = None,
 ) -> None:
     """Writes ``config.json`` of an emulator of the model that ``base_config`` (a transformers config) describes.
 
-    ``quantization_config`` says what of it is stored in 4 bits, as transformers reads it.
+    ``quantization_config`` says what of it is stored in NF4, as transformers reads it, ``integers`` what in integers.
     """
     from emloc_ray.io.store.atomic import write_json
 
@@ -141,7 +184,8 @@ def write_emulator_config(
     base["architectures"] = base_config.architectures
     if quantization_config is not None:
         base["quantization_config"] = quantization_config
-    config = EmulatorModelConfig(base, ranks, storage, architectures=base_config.architectures)
+    forms = None if integers is None or not integers.bits else dataclasses.asdict(integers)
+    config = EmulatorModelConfig(base, ranks, storage, forms, architectures=base_config.architectures)
     config.dtype = base_config.dtype
     # to_diff_dict would drop what equals a default of the nested config's class; the whole dict is kept.
     values = {

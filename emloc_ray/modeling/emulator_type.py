@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
+from emloc_ray.core.integer_forms import IntegerForms
 from emloc_ray.core.ranks import Storage
 
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM")
@@ -20,7 +21,8 @@ _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoMod
 class EmulatorModelConfig(PreTrainedConfig):
     """``base_config``: the original's config as a dict; ``ranks``: module name to rank; dense modules are left out.
 
-    ``storage``: how factors are stored, ``factors`` or ``pivoted``.
+    ``storage``: how factors are stored, ``factors`` or ``pivoted``; ``integers``: the fields of
+    :class:`~emloc_ray.core.integers.IntegerForms`, where some linears are stored so.
     """
 
     model_type = "emloc_emulator"
@@ -30,12 +32,18 @@ class EmulatorModelConfig(PreTrainedConfig):
         base_config: dict[str, Any] | None = None,
         ranks: dict[str, int] | None = None,
         storage: Storage = "factors",
+        integers: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.base_config = base_config or {}
         self.ranks = ranks or {}
         self.storage = storage
+        self.integers = integers
         super().__init__(**kwargs)
+
+    def forms(self) -> IntegerForms:
+        """What is stored in integers."""
+        return IntegerForms(**(self.integers or {}))
 
     def original(self) -> Any:
         """The original's config, as its own class."""

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from emloc_ray.core.integer_forms import BITS
+from emloc_ray.core.integers import dense_weight, stored_bits
+from emloc_ray.core.pivoting import stored_product
 from emloc_ray.core.products import is_finite
 from emloc_ray.errors import NumericsError
 from emloc_ray.io.formats.checkpoint import Checkpoint
@@ -90,8 +93,46 @@ def is_packed(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def is_quantized(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether the module's weight is stored in 4 bits."""
+    """Whether the module's weight is stored in NF4."""
     return f"{name}.weight.{_STATE}" in checkpoint
+
+
+def linear_weight(
+    parts: Mapping[str, Mapping[str, Tensor]],
+    in_features: int,
+    order: Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The weight ``(out, in)`` of an emulator's linear in float32, of all that is stored of it, by what follows its name.
+
+    ``parts`` are those of a dense weight (``""``), of factors (``.up`` and ``.down``, with the ``order`` of pivoted rows), and of
+    integers beside factors (``.base``); each in its floating dtype, in NF4 or in integers. Products are made on ``device``.
+    """
+
+    def dense(part: str, columns: int) -> Tensor:
+        tensors = parts[part]
+        if stored_bits(tensors) is not None:
+            return dense_weight(tensors, columns).float().to(device)
+        return (dequantize(tensors) if is_packed(tensors) else tensors["weight"]).float().to(device)
+
+    if ".down" not in parts:
+        return dense("", in_features)
+    down = dense(".down", in_features)
+    product = stored_product(dense(".up", len(down)), down, None if order is None else order.to(device))
+    return product + dense(".base", in_features) if ".base" in parts else product
+
+
+def emulator_weight(emulator: Checkpoint, name: str, in_features: int) -> Tensor | None:
+    """A linear's weight ``(out, in)`` in float32 as an emulator stores it; None where it keeps the original's."""
+    keys = ("weight", *_PARTS, *(f"int{bits}" for bits in BITS), "scales", "zeros", "exponent")
+    parts = {
+        part: {key: emulator.read(f"{name}{part}.{key}") for key in keys if f"{name}{part}.{key}" in emulator}
+        for part in ("", ".up", ".down", ".base")
+    }
+    found = {part: tensors for part, tensors in parts.items() if tensors}
+    if found.keys() == {""} and found[""].keys() == {"weight"}:
+        return None
+    return linear_weight(found, in_features, emulator.read(f"{name}.order") if f"{name}.order" in emulator else None)
 
 
 def stored_weight(checkpoint: Checkpoint, name: str) -> Tensor:
@@ -111,8 +152,11 @@ def module_weight(module: Any) -> Tensor:
 def num_elements(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     """Parameters that a tensor of a checkpoint stands for: two a byte in 4 bits, none where it holds scales, or the places
     of pivoted rows."""
-    if ".weight." in name or (name.endswith(".order") and dtype == torch.int32):
+    _, _, key = name.rpartition(".")
+    if ".weight." in name or (key == "order" and dtype == torch.int32) or key in ("scales", "zeros", "exponent"):
         return 0
+    if stored_bits((key,)) is not None:
+        return math.prod(shape) * 8 // int(key.removeprefix("int"))
     return math.prod(shape) * (2 if dtype == torch.uint8 else 1)
 
 

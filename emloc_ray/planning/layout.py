@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
+from emloc_ray.core.integer_forms import GROUP_SIZE, IntegerForms, factor_bits, integer_bytes
 from emloc_ray.core.ranks import Storage, rank_for_ratio, rank_multiple
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.adapter_methods import default_targets, feedforward_names
@@ -24,7 +25,7 @@ from emloc_ray.modeling.expert_adapters import taken_for_experts
 from emloc_ray.modeling.experts import owner_of
 from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.matching import ALL_LINEAR, Patterns, check_table, lookup, matches, portable_targets, select
-from emloc_ray.modeling.quantization import replaceable_linears
+from emloc_ray.modeling.quantization import quantized_bytes, replaceable_linears
 
 if TYPE_CHECKING:
     from emloc_ray.config.schema import AdapterConfig, RunConfig
@@ -77,7 +78,10 @@ class Layout:
     hidden_size: int
     adapter_parameters: int | None = None  # counted for methods other than LoRA, whose number follows from ranks
     feedforward: tuple[str, ...] = ()  # adapted linears whose input IA³ scales
-    quantized: bool = False
+    quantization: str = "none"
+    bits: dict[str, int] = field(default_factory=dict)  # of the linears stored in integers, as factors or dense
+    residual_rank: int = 0  # of the factors beside dense integers
+    group_size: int = GROUP_SIZE
     replaceable: tuple[str, ...] = ()
     left_dense: dict[str, str] = field(default_factory=dict)
     image: ImageShape = ImageShape()
@@ -100,8 +104,8 @@ class Layout:
         return self.allocated
 
     def may_be_dense(self, name: str) -> bool:
-        """Whether an allocation may leave a linear dense: in 4 bits not all can be."""
-        return not self.quantized or name in self.replaceable
+        """Whether an allocation may leave a linear as it is: in NF4 not all linears can be stored dense."""
+        return self.quantization != "nf4" or name in self.replaceable
 
     def as_made(self, made: Mapping[str, Any]) -> Layout:
         """With the ranks of a factorized emulator, from its stage's result: those of its layers, once they are healed."""
@@ -111,14 +115,37 @@ class Layout:
         return replace(self, ranks=made.get("ranks") or factorized)
 
     @property
+    def quantized(self) -> bool:
+        """Whether the emulator stores linears in few bits."""
+        return self.quantization != "none"
+
+    @property
+    def forms(self) -> IntegerForms:
+        """What is stored in integers; factors lie beside those of linears that have a Gram."""
+        beside = {
+            spec.name: min(self.residual_rank, spec.out_features, spec.in_features)
+            for spec in self.specs
+            if self.residual_rank
+            and spec.name in self.bits
+            and spec.name in self.compressed
+            and spec.name not in self.ranks
+        }
+        return IntegerForms(self.bits, beside, self.group_size)
+
+    @property
+    def packed(self) -> tuple[str, ...]:
+        """The linears that are stored in few bits, in the model's order."""
+        return tuple(spec.name for spec in self.specs if spec.name in self.bits) or self.in_4bit
+
+    @property
     def differs(self) -> bool:
-        """Whether the emulator differs from the original: compressed, in 4 bits or both."""
+        """Whether the emulator differs from the original: compressed, in few bits or both."""
         return bool(self.ranks) or self.quantized
 
     @property
     def in_4bit(self) -> tuple[str, ...]:
-        """The linears that the emulator stores in 4 bits, as factors or dense: all inside the blocks, as in QLoRA."""
-        packable = {*self.ranks, *self.replaceable} if self.quantized else set()
+        """The linears that the emulator stores in NF4, as factors or dense: all inside the blocks, as in QLoRA."""
+        packable = {*self.ranks, *self.replaceable} if self.quantization == "nf4" else set()
         return tuple(spec.name for spec in self.specs if spec.name in packable)
 
     @property
@@ -144,12 +171,23 @@ class Layout:
         return sum(rows * columns for rows, columns in self.stored_shapes(spec))
 
     def stored_shapes(self, spec: LinearSpec) -> tuple[tuple[int, int], ...]:
-        """The shapes of one linear in the emulator: of its weight, or of its two factors."""
+        """The matrices that the emulator has of one linear: its weight, its two factors, or its integers and two factors."""
         rank = self.ranks.get(spec.name)
         if rank is None:
-            return ((spec.out_features, spec.in_features),)
+            beside = self.forms.residual_ranks.get(spec.name)
+            factors = () if beside is None else ((spec.out_features, beside), (beside, spec.in_features))
+            return ((spec.out_features, spec.in_features), *factors)
         rows = spec.out_features - (rank if self.storage == "pivoted" else 0)
         return ((rows, rank), (rank, spec.in_features))
+
+    def packed_bytes(self, spec: LinearSpec) -> int:
+        """Bytes of a linear in few bits."""
+        shapes, bits = self.stored_shapes(spec), self.bits.get(spec.name)
+        if bits is None:
+            return sum(quantized_bytes(*shape) for shape in shapes)
+        beside = factor_bits(bits) if len(shapes) == 3 else bits
+        each = [bits, *[beside] * (len(shapes) - 1)]
+        return sum(integer_bytes(*shape, of, self.group_size) for shape, of in zip(shapes, each, strict=True))
 
     @property
     def order_bytes(self) -> int:
@@ -219,7 +257,10 @@ def make_layout(config: RunConfig, skeleton: Skeleton) -> Layout:
         skeleton.num_parameters,
         skeleton.head_parameters,
         skeleton.hidden_size,
-        quantized=config.emulator.quantization != "none",
+        quantization=config.emulator.quantization,
+        bits={} if config.emulator.bits is None else {spec.name: config.emulator.bits for spec in specs},
+        residual_rank=config.emulator.residual_rank,
+        group_size=config.emulator.group_size,
         replaceable=skeleton.replaceable,
         feedforward=tuple(feedforward_names(forward, model_type, adapted)) if config.adapter.method == "ia3" else (),
         left_dense=left_dense,

@@ -17,7 +17,6 @@ from emloc_ray.io.formats.teacher_shards import BYTES_PER_LOGIT, rows_per_shard
 from emloc_ray.modeling.adapter_methods import update_rank
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.loss import chunk_tokens
-from emloc_ray.modeling.quantization import quantized_bytes
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.machine import available_bytes, gpu_bytes
 from emloc_ray.planning.sizes import FLOAT, Block, blocks_of, gradient_bytes, gram_bytes, in_waves, widest_step
@@ -312,17 +311,17 @@ class MemoryModel:
         return (self.layout.num_parameters - saved) * itemsize - self._packed_away(itemsize) + self.layout.order_bytes
 
     def _packed_away(self, itemsize: int) -> int:
-        """Bytes that the emulator's linears in 4 bits save."""
-        in_4bit = set(self.layout.in_4bit)
-        packed = [spec for spec in self.layout.specs if spec.name in in_4bit]
-        stored = sum(quantized_bytes(*shape) for spec in packed for shape in self.layout.stored_shapes(spec))
+        """Bytes that the emulator's linears in few bits save."""
+        names = set(self.layout.packed)
+        packed = [spec for spec in self.layout.specs if spec.name in names]
+        stored = sum(self.layout.packed_bytes(spec) for spec in packed)
         return sum(self.layout.kept(spec) for spec in packed) * itemsize - stored
 
     def _unpacked(self) -> int:
-        """Bytes of the largest weight in 4 bits as it is used: looked up by 32-bit indices, two elements each, in float32,
-        and turned to the model's dtype."""
+        """Bytes of the largest weight in few bits as it is used: its codes in 8 bits or by 32-bit indices, two elements each,
+        in float32, and turned to the model's dtype."""
         shapes = (shape for spec in self.layout.specs for shape in self.layout.stored_shapes(spec))
-        largest = max((rows * columns for rows, columns in shapes), default=0) if self.layout.in_4bit else 0
+        largest = max((rows * columns for rows, columns in shapes), default=0) if self.layout.packed else 0
         return largest * (2 + FLOAT + (0 if self.itemsize == FLOAT else self.itemsize))
 
     def _groups(self) -> list[tuple[LinearSpec, ...]]:

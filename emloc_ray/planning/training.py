@@ -55,7 +55,7 @@ def healing_run(prepared: Prepared, healing: HealingConfig) -> Prepared:
             adapted=healed,
             portable_targets=healed,
             adapter_parameters=None,
-            quantized=False,
+            quantization="none",
         ),
     )
 

@@ -49,7 +49,7 @@ def check_training(config: RunConfig) -> dict[str, Any] | None:
         check_zero_config(section.deepspeed, zero_config, training, section.num_workers, "emulator.healing")
     if config.emulator.quantization != "none" and zero_config["zero_optimization"]["stage"] == 3:
         raise ConfigError(
-            f"finetune.deepspeed {section.deepspeed} is ZeRO stage 3, which cannot scatter weights in 4 bits: give stage 2,"
+            f"finetune.deepspeed {section.deepspeed} is ZeRO stage 3, which cannot scatter weights in few bits: give stage 2,"
             " or set emulator.quantization to none."
         )
     return zero_config

@@ -175,7 +175,7 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
     layout = prepared.layout
     console.print(
         f"{escape(str(config))} is valid: {len(layout.ranks)} of {len(layout.specs)} linears compressed,"
-        f"{f' {len(layout.in_4bit)} in 4 bits,' if layout.quantized else ''} {len(layout.adapted)} adapted."
+        f"{f' {len(layout.packed)} in {layout.quantization},' if layout.quantized else ''} {len(layout.adapted)} adapted."
     )
 
 

@@ -25,7 +25,7 @@ from emloc_ray.runs.reporter import Reporter
 from emloc_ray.runs.status import asked_steps, older_stages
 from emloc_ray.runs.trace import TRACE
 from emloc_ray.stages.order import STEPS as STAGES
-from emloc_ray.text import counted, describe_choice, duration, listed, signed, size, visible
+from emloc_ray.text import counted, describe_choice, duration, listed, signed, size, stored_bits, visible
 from emloc_ray.ui.drawing import bar, before_after, loss_curve, share
 from emloc_ray.ui.layer_grids import column_tops, grids, heat_cells, shortfall, shortfall_cells
 from emloc_ray.ui.terminal import evaluation_rows
@@ -139,7 +139,7 @@ def page_view(
         "method": METHOD_NAMES.get(method, method),
         "merges": method not in PROMPT_METHODS,
         "ratio": emulator.get("compression_ratio"),
-        "quantized": emulator.get("quantization", "none") != "none",
+        "bits": stored_bits(emulator.get("quantization", "none")),
         "progress": [
             (stage, stage in done and stage not in older) for stage in STEPS if stage in done or stage not in optional
         ],

@@ -18,7 +18,7 @@ from rich.table import Table
 from emloc_ray.config.keys import KeySection
 from emloc_ray.core.ranks import factor_parameters
 from emloc_ray.runs.reporter import Reporter
-from emloc_ray.text import NO_BREAK, describe_choice, duration, size
+from emloc_ray.text import NO_BREAK, describe_choice, duration, size, stored_bits
 
 if TYPE_CHECKING:
     from emloc_ray.planning.plan import Plan
@@ -271,7 +271,7 @@ def result_lines(metrics: dict[str, Any], run_dir: str) -> list[str]:
         lines.append(
             f"Emulator: {emulator['parameters']:,} of {emulator['original_parameters']:,} parameters ({share:.0%});"
             f" {emulator['parameters_kept']:.3f} of the targeted linears"
-            + (f"; in 4 bits, {size(emulator['bytes'])}" if emulator.get("quantization", "none") != "none" else "")
+            + (f"; in {bits}, {size(emulator['bytes'])}" if (bits := stored_bits(emulator.get("quantization", "none"))) else "")
         )
         chosen = [f"{key} {emulator[key]}" for key, value in _DEFAULTS.items() if emulator.get(key, value) != value]
         lines += [f"Its ranks and factors: {', '.join(chosen)}"] if chosen else []

@@ -19,14 +19,13 @@ from emloc_ray.core.correction import (
     difference,
     shortfall,
 )
-from emloc_ray.core.pivoting import stored_product
 from emloc_ray.core.products import row_norms, seen_rows
 from emloc_ray.core.updates import LowRankUpdate
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.modeling.adapter_files import Adapter, LoraModule
 from emloc_ray.modeling.architecture import LinearSpec
-from emloc_ray.modeling.quantization import is_quantized, stored_weight
+from emloc_ray.modeling.quantization import emulator_weight
 
 _TINY = torch.finfo(torch.float64).tiny
 
@@ -102,17 +101,10 @@ class CorrectableModule:
 
 
 def layer_difference(spec: LinearSpec, original: Checkpoint, emulator: Checkpoint) -> Tensor | None:
-    """``Δ = W − W_E (out, in)`` in float32 with the factors as stored, 4 bits included; None where the emulator keeps the
+    """``Δ = W − W_E (out, in)`` in float32 with the factors as stored, few bits included; None where the emulator keeps the
     layer as it is."""
-    factorized = f"{spec.name}.up.weight" in emulator
-    if not factorized and not is_quantized(emulator, spec.name):
-        return None
-    weight = spec.read_weight(original).float()
-    if not factorized:
-        return weight - stored_weight(emulator, spec.name).float()
-    up, down = (stored_weight(emulator, f"{spec.name}.{part}").float() for part in ("up", "down"))
-    order = emulator.read(f"{spec.name}.order") if f"{spec.name}.order" in emulator else None
-    return weight - stored_product(up, down, order)
+    stored = emulator_weight(emulator, spec.name, spec.in_features)
+    return None if stored is None else spec.read_weight(original).float() - stored
 
 
 def read_modules(

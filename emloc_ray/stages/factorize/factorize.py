@@ -16,8 +16,11 @@ import torch
 
 from emloc_ray.core.factorization import Factorization, LowRankFactors, relative_error
 from emloc_ray.core.factorization import factorize as factorize_layer
-from emloc_ray.core.pivoting import pivot, stored_product
+from emloc_ray.core.integer_forms import IntegerForms, factor_bits
+from emloc_ray.core.pivoting import pivot
 from emloc_ray.core.precision import exact_float32
+from emloc_ray.core.quantization import quantize as quantize_integers
+from emloc_ray.core.quantization import quantize_factors, quantize_with_factors
 from emloc_ray.core.ranks import Storage
 from emloc_ray.core.two_sided import factorize_two_sided
 from emloc_ray.core.whitening import Whitening
@@ -28,7 +31,7 @@ from emloc_ray.io.store.node_cache import sizes
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.emulator import write_emulator_config
 from emloc_ray.modeling.loading import copy_tokenizer
-from emloc_ray.modeling.quantization import dequantize, is_packed, num_elements, quantization_config, quantize
+from emloc_ray.modeling.quantization import linear_weight, num_elements, quantization_config, quantize
 from emloc_ray.stages.factorize.group_tensors import GroupPiece, GroupTensors, read_group
 from emloc_ray.stages.factorize.job import FactorizationJob, bundles, group_cost
 from emloc_ray.stages.factorize.kept_tensors import copy_rest, rest_of_shards
@@ -57,7 +60,7 @@ def factorize_group(
 ) -> None:
     """Factorizes the linears of one group under their shared Gram; writes their spectra, then their factors as one shard.
 
-    Those without a rank are only put into 4 bits; without a Gram all are, and no error is reported. It computes on
+    Those without a rank are only put into few bits; without a Gram all are, and no error is reported. It computes on
     ``device``; weights and Gram that were read ahead are taken from ``tensors_read``.
 
     Raises:
@@ -77,11 +80,13 @@ def factorize_group(
         outputs = None  # before the next one is read: three matrices of the outputs' order
         outputs = _output_whitening(job, spec, gradients, device) if spec.name in job.ranks else None
         result = _factorized(job, spec, weight, inputs, outputs) if spec.name in job.ranks else None
-        parts, order = ({"": weight().cpu()}, None) if result is None else _parts(result, job.storage)
-        held = {
-            part: quantize(made, dtype, spec.name) if spec.name in job.in_4bit else {"weight": made.to(dtype)}
-            for part, made in parts.items()
-        }
+        if spec.name in job.integers.bits:
+            held, order = (
+                _in_integers(job, spec, weight(), inputs() if gram is not None else alike(), result, dtype),
+                None,
+            )
+        else:
+            held, order = _in_floats(job, spec, weight, result, dtype)
         tensors |= {f"{spec.name}{part}.{key}": found for part, some in held.items() for key, found in some.items()}
         if result is not None:
             spectra[spec.name] = result.eigenvalues.float().cpu()
@@ -92,8 +97,8 @@ def factorize_group(
             tensors[f"{spec.name}.order"] = order
         if gram is not None:
             weighed = outputs is not None or job.by_weights
-            stored = functools.partial(_stored, list(held.values()), order, device)
-            anew = weighed or spec.name in job.in_4bit
+            stored = functools.partial(linear_weight, held, spec.in_features, order, device)
+            anew = weighed or spec.name in job.packed
             reports.append(_report(spec, result, stored if anew else None, weight, whitening, gram.num_tokens, weighed))
     write_tensors(spectra_file(path), spectra, {LAYERS: json.dumps([asdict(report) for report in reports])})
     write_tensors(path, tensors)  # last: with it, the group is done
@@ -142,6 +147,42 @@ def _output_whitening(
     return Whitening(gradients.read(spec.name).to(device), job.gradient_dampening_frac, name=name)
 
 
+def _in_integers(
+    job: FactorizationJob,
+    spec: LinearSpec,
+    weight: torch.Tensor,
+    inputs: Whitening,
+    result: Factorization | None,
+    dtype: torch.dtype,
+) -> dict[str, dict[str, torch.Tensor]]:
+    """What is stored of a linear in integers, by what follows its name: its factors, or itself, with factors of the rest."""
+    bits, size, rank = job.integers.bits[spec.name], job.integers.group_size, job.integers.residual_ranks.get(spec.name)
+    if result is not None:
+        up, down = quantize_factors(result.factors, weight, inputs, bits, size, name=spec.name)
+        made = {".up": up, ".down": down}
+    elif rank is not None:
+        beside = factor_bits(bits)
+        whole, up, down = quantize_with_factors(weight, inputs, bits, rank, beside, size, seed=job.seed, name=spec.name)
+        made = {".base": whole.weight, ".up": up, ".down": down}
+    else:
+        made = {"": quantize_integers(weight, inputs, bits, size, name=spec.name).weight}
+    return {part: {key: tensor.cpu() for key, tensor in some.tensors(dtype).items()} for part, some in made.items()}
+
+
+def _in_floats(
+    job: FactorizationJob,
+    spec: LinearSpec,
+    weight: Callable[[], torch.Tensor],
+    result: Factorization | None,
+    dtype: torch.dtype,
+) -> tuple[dict[str, dict[str, torch.Tensor]], torch.Tensor | None]:
+    """As :func:`_in_integers` in ``dtype``, or in NF4; and the places of pivoted rows."""
+    parts, order = ({"": weight().cpu()}, None) if result is None else _parts(result, job.storage)
+    packed = spec.name in job.in_4bit
+    held = {part: quantize(x, dtype, spec.name) if packed else {"weight": x.to(dtype)} for part, x in parts.items()}
+    return held, order
+
+
 def _parts(result: Factorization, storage: Storage) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
     """A layer's factors by what follows its name, and where they are pivoted the places of their rows, on the CPU."""
     factors = LowRankFactors(*(factor.cpu() for factor in result.factors))
@@ -149,15 +190,6 @@ def _parts(result: Factorization, storage: Storage) -> tuple[dict[str, torch.Ten
         return {".up": factors.up, ".down": factors.down}, None
     up, down, order = pivot(factors)
     return {".up": up, ".down": down}, order
-
-
-def _stored(
-    held: Sequence[dict[str, torch.Tensor]], order: torch.Tensor | None, device: torch.device | str
-) -> torch.Tensor:
-    """The weight that is stored as these tensors, in float32."""
-    first, *others = [(dequantize(some) if is_packed(some) else some["weight"]).float().to(device) for some in held]
-    order = None if order is None else order.to(device)
-    return stored_product(first, others[0], order) if others else first
 
 
 def _report(
@@ -226,7 +258,7 @@ def build_emulator(
 
     bounded(submits, resources.num_workers, Losses("factorize", tell), told)
     kept_wide = job.kept_wide if job.in_4bit else None
-    total_size = finish_emulator(files, base_config, job.model_dir, job.ranks, job.storage, kept_wide)
+    total_size = finish_emulator(files, base_config, job.model_dir, job.ranks, job.storage, kept_wide, job.integers)
     reports = _read_all_reports(files[: len(work)])
     write_spectra(job.out_dir, reports)
     return {**_summary(reports, resources), "bytes": total_size}
@@ -234,7 +266,7 @@ def build_emulator(
 
 def _rewritten(job: FactorizationJob) -> list[tuple[LinearSpec, ...]]:
     """The linears that are factorized or put into 4 bits: those of one Gram together, and those without one."""
-    written = {*job.ranks, *job.in_4bit}
+    written = {*job.ranks, *job.packed}
     without_gram = set(job.without_gram)
     found = []
     for group in job.groups:
@@ -264,6 +296,7 @@ def finish_emulator(
     ranks: dict[str, int],
     storage: Storage,
     kept_wide: tuple[str, ...] | None,
+    integers: IntegerForms | None = None,
 ) -> int:
     """Makes an emulator of shards that are all written: index, config, tokenizer; returns the bytes of all tensors.
 
@@ -275,7 +308,7 @@ def finish_emulator(
     total_size, out_dir = sum(entry.num_bytes for entry in entries.values()), files[0].parent
     write_index(out_dir, {name: entry.file.name for name, entry in entries.items()}, total_size, parameters)
     in_4bit = None if kept_wide is None else quantization_config(base_config.dtype or torch.float32, kept_wide)
-    write_emulator_config(out_dir, base_config, ranks, in_4bit, storage)
+    write_emulator_config(out_dir, base_config, ranks, in_4bit, storage, integers)
     copy_tokenizer(tokenizer_dir, out_dir)
     return total_size
 

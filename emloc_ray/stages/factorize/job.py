@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from emloc_ray.core.integer_forms import IntegerForms
 from emloc_ray.core.ranks import Storage
 from emloc_ray.modeling.architecture import LinearSpec
 
@@ -25,7 +26,7 @@ class FactorizationJob:
     stored so, as factors or dense, of which those in ``without_gram`` have none; ``kept_wide`` are those elsewhere in the
     model that are not. ``gradients_dir`` holds the sums of gradients that weigh outputs, where factors are to keep the
     model's predictions instead of each layer's outputs. ``by_weights``: factors are the weights' own truncated SVD, whose
-    errors alone are measured under the Grams. ``storage`` is how they are stored.
+    errors alone are measured under the Grams. ``storage`` is how they are stored, ``integers`` which linears in integers.
     """
 
     model_dir: Path
@@ -42,6 +43,12 @@ class FactorizationJob:
     gradient_dampening_frac: float = 1e-2
     by_weights: bool = False
     storage: Storage = "factors"
+    integers: IntegerForms = field(default_factory=IntegerForms)
+
+    @property
+    def packed(self) -> frozenset[str]:
+        """The linears that are stored in few bits."""
+        return frozenset((*self.in_4bit, *self.integers.bits))
 
 
 def group_cost(group: Sequence[LinearSpec]) -> float:

@@ -41,17 +41,16 @@ def copy_rest(kept: Sequence[Kept], path: Path) -> None:
 
 def rest_of_shards(job: FactorizationJob) -> list[list[Kept]]:
     """What the emulator keeps, by shard of the original."""
-    in_4bit = set(job.in_4bit)
     checkpoint = Checkpoint(job.model_dir)
     specs = [spec for group in job.groups for spec in group]
     # Dense linears that the original's checkpoint holds in pieces, by the first of these.
     apart = [s for s in specs if s.name not in job.ranks and (len(s.stored) > 1 or any(_is_slice(r) for r in s.stored))]
     taken = {r.name for spec in specs if spec.name in job.ranks or spec in apart for r in _all_rows(spec)}
-    taken |= {rows.name for spec in specs if spec.name in in_4bit for rows in spec.weight_rows}
+    taken |= {rows.name for spec in specs if spec.name in job.packed for rows in spec.weight_rows}
     kept_at: dict[str, list[Kept]] = {}
     for spec in apart:
         kept = _kept_linear(spec, checkpoint)
-        kept_at.setdefault(spec.weight_rows[0].name, []).extend(kept[1:] if spec.name in in_4bit else kept)
+        kept_at.setdefault(spec.weight_rows[0].name, []).extend(kept[1:] if spec.name in job.packed else kept)
     rest = []
     for shard in checkpoint.shards:
         as_they_are = [entry for entry in shard.entries if entry.name not in taken]

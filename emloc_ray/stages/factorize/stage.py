@@ -63,12 +63,13 @@ def factorization_job(context: Context, layout: Layout | None = None) -> Factori
         seed=prepared.config.seed,
         renamed=renamed_tensors(context.stored()),
         in_4bit=in_4bit,
-        without_gram=tuple(name for name in in_4bit if name not in targeted),
+        without_gram=tuple(name for name in (*in_4bit, *layout.bits) if name not in targeted),
         kept_wide=layout.kept_wide,
         gradients_dir=context.path("gradients") if _reads_gradients(layout) else None,
         gradient_dampening_frac=emulator.gradient_dampening_frac,
         by_weights=layout.objective == "weights",
         storage=layout.storage,
+        integers=layout.forms,
     )
 
 
@@ -124,6 +125,7 @@ def _factorize_inputs(context: Context) -> Inputs:
             if layout.quantized and not packs_late(context.prepared)
             else {}
         ),
+        **({"integers": [layout.group_size, layout.residual_rank]} if layout.bits else {}),
         **_storage(layout),
         "calibrate": context.made.get(CALIBRATE.name, ""),
         "model": context.model_key,

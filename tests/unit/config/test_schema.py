@@ -509,3 +509,23 @@ def test_what_would_be_ignored_or_harm_is_refused(keys: dict[str, Any], words: s
 def test_a_lone_worker_may_share_a_gpu_and_checkpointing_needs_no_reentrance() -> None:
     found = config(finetune={"gpus_per_worker": 0.5, "gradient_checkpointing_kwargs": {"use_reentrant": False}})
     assert (found.finetune.gpus, found.finetune.bf16) == (0.5, "auto")
+
+
+@pytest.mark.parametrize(
+    ("emulator", "said"),
+    [
+        (
+            {"residual_rank": 8},
+            "residual_rank: 8 is of factors beside integers: set quantization to int2, int3, int4 or int8",
+        ),
+        (
+            {"quantization": "int2", "healing": {"steps": 5}},
+            "healing grows factors, which quantization: int2 has rounded",
+        ),
+        ({"quantization": "int8", "storage": "pivoted"}, "storage: pivoted does not go with quantization: int8"),
+        ({"quantization": "int4", "group_size": 60}, "emulator.group_size"),
+        ({"quantization": "int5"}, "emulator.quantization is 'int5'"),
+    ],
+)
+def test_integers_are_told_what_they_do_not_go_with(emulator: dict[str, Any], said: str) -> None:
+    assert said in error_of(emulator=emulator)

@@ -3,15 +3,8 @@
 import pytest
 import torch
 
-from emloc_ray.core.integers import (
-    BITS,
-    IntegerWeight,
-    dense_weight,
-    group_size_of,
-    integer_bytes,
-    num_groups,
-    stored_bits,
-)
+from emloc_ray.core.integer_forms import BITS, group_size_of, integer_bytes, num_groups
+from emloc_ray.core.integers import IntegerWeight, dense_weight, stored_bits
 
 
 def _drawn(rows: int, columns: int, bits: int, group_size: int, exponent: int = -20) -> IntegerWeight:

@@ -125,6 +125,25 @@ def test_in_4_bits_is_what_lies_inside_the_blocks() -> None:
         assert found.differs
 
 
+def test_integers_are_what_lies_inside_the_blocks() -> None:
+    options = {
+        "quantization": "int2",
+        "residual_rank": 4,
+        "target_modules": ["q_proj", "v_proj"],
+        "ratios": {"v_proj": 1.0},
+    }
+    found = layout(emulator=options)
+    assert found.packed == tuple(found.forms.bits) == tuple(spec.name for spec in found.specs)
+    assert found.in_4bit == ()
+    # Beside dense ones that have a Gram.
+    assert {name.rsplit(".", 1)[-1] for name in found.forms.residual_ranks} == {"v_proj"}
+    assert set(found.forms.residual_ranks.values()) == {4}
+    value = next(spec for spec in found.specs if spec.name.endswith("v_proj"))
+    size = value.num_parameters * 2.25 / 8 + 4 * (value.in_features + value.out_features) * 4.25 / 8
+    assert size < found.packed_bytes(value) < 1.5 * size  # a scale for each of the few columns of ``up``
+    assert layout(emulator={**options, "compression_ratio": 1.0}).differs
+
+
 def test_ranks_that_follow_from_data_are_those_whose_ratio_no_pattern_names() -> None:
     plain = layout(emulator={"ratios": {"q_proj": 0.3, "o_proj": 1.0}})
     assert plain.allocated == plain.weighed == ()

@@ -332,6 +332,14 @@ def test_llama_7b_in_4_bits_by_hand() -> None:
     assert packed.calibrate()["grams"] > 0
 
 
+@pytest.mark.parametrize(("bits", "bits_a_weight"), [(2, 2.25), (3, 3.25), (4, 4.25), (8, 8.25)])
+def test_llama_7b_in_integers_by_hand(bits: int, bits_a_weight: float) -> None:
+    packed = MemoryModel(bare(LlamaConfig(), emulator={"quantization": f"int{bits}", "compression_ratio": 1.0}), ROW)
+    block, outside = 4 * 4096**2 + 3 * 4096 * 11008, 2 * 32000 * 4096 + 65 * 4096
+    assert packed.emulator == pytest.approx(2 * outside + 32 * block * bits_a_weight / 8, rel=1e-5)
+    assert packed.finetune()["unpacked"] == 4096 * 11008 * (2 + 4 + 2)
+
+
 WEIGHED = {"allocation": "sensitivity", "objective": "predictions"}
 
 

@@ -1,0 +1,168 @@
+"""Emulators in integers: as factors, dense, and dense with factors beside them; loaded, adapted, trained on, saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import FAMILIES, VOCABULARY, make_model, make_tokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from emloc_ray.core.factorization import factorize
+from emloc_ray.core.integer_forms import IntegerForms
+from emloc_ray.core.quantization import quantize, quantize_factors, quantize_with_factors
+from emloc_ray.core.whitening import Whitening
+from emloc_ray.io.formats.checkpoint import Checkpoint
+from emloc_ray.modeling.adapter import attach_adapter
+from emloc_ray.modeling.adapter_methods import lora_config
+from emloc_ray.modeling.architecture import block_linears
+from emloc_ray.modeling.emulator import FactorizedLinear, ResidualLinear, write_emulator_config
+from emloc_ray.modeling.experts import unfuse
+from emloc_ray.modeling.integer_linear import IntegerLinear
+from emloc_ray.modeling.quantization import emulator_weight, num_elements
+
+IDS = torch.randint(2, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(0))
+SIZE = 16
+
+
+def save_integer_emulator(model_dir: Path, directory: Path) -> tuple[Path, dict[str, str]]:
+    """Of the linears in turn: factors in 4 bits, 2 bits, 2 bits with a rank of 3 beside them, 3 bits, 8 bits, and as it was."""
+    model = unfuse(AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto"))
+    state, kinds = model.state_dict(), {}
+    bits, ranks, beside = {}, {}, {}
+    for number, spec in enumerate(block_linears(model)):
+        kind = ("factors", "int2", "beside", "int3", "int8", "dense")[number % 6]
+        kinds[spec.name] = kind
+        if kind == "dense":
+            continue
+        weight = state.pop(spec.weight_name)
+        weight = (weight.T if spec.transposed else weight).float()
+        whitening = Whitening.identity(spec.in_features)
+        if kind == "factors":
+            bits[spec.name], ranks[spec.name] = 4, 9
+            up, down = quantize_factors(factorize(weight, whitening, 9).factors, weight, whitening, 4, SIZE)
+            made = {".up": up, ".down": down}
+            if spec.has_bias:
+                state[f"{spec.name}.up.bias"] = state.pop(f"{spec.name}.bias")
+        elif kind == "beside":
+            bits[spec.name], beside[spec.name] = 2, 3
+            whole, up, down = quantize_with_factors(weight, whitening, 2, 3, 4, SIZE)
+            made = {".base": whole.weight, ".up": up, ".down": down}
+        else:
+            bits[spec.name] = int(kind[3:])
+            made = {"": quantize(weight, whitening, bits[spec.name], SIZE).weight}
+        state |= {
+            f"{spec.name}{part}.{k}": v for part, some in made.items() for k, v in some.tensors(model.dtype).items()
+        }
+    directory.mkdir(parents=True)
+    save_file(
+        {name: tensor.clone() for name, tensor in state.items()}, directory / "model.safetensors", {"format": "pt"}
+    )
+    write_emulator_config(directory, model.config, ranks, integers=IntegerForms(bits, beside, SIZE))
+    make_tokenizer().save_pretrained(directory)
+    return directory, kinds
+
+
+@pytest.fixture(params=[(family, "float32") for family in FAMILIES] + [("llama", "bfloat16")])
+def made(request: pytest.FixtureRequest, tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Any:
+    family, dtype = request.param
+    model_dir = tiny_model_dir(family, dtype=dtype)
+    return model_dir, *save_integer_emulator(model_dir, tmp_path / "emulator")
+
+
+def test_it_loads_and_computes_with_the_weights_that_are_stored(made: Any) -> None:
+    model_dir, directory, kinds = made
+    model, told = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not any(told.values())
+    checkpoint, original = Checkpoint(directory), Checkpoint(model_dir)
+    wanted: dict[str, type[nn.Module]] = {"factors": FactorizedLinear, "beside": ResidualLinear, "dense": nn.Module}
+    for spec in block_linears(make_model(model.config.model_type)):
+        layer: Any = model.get_submodule(spec.name)
+        assert isinstance(layer, wanted.get(kinds[spec.name], IntegerLinear))
+        weight = emulator_weight(checkpoint, spec.name, spec.in_features)
+        assert (weight is None) == (kinds[spec.name] == "dense")
+        if weight is None:
+            continue
+        wide = spec.read_weight(original).float()
+        assert torch.linalg.vector_norm(weight - wide) < 0.9 * torch.linalg.vector_norm(wide)
+        x = torch.eye(spec.in_features, dtype=model.dtype)
+        bias = layer(torch.zeros(1, spec.in_features, dtype=model.dtype))
+        exact = model.dtype == torch.float32
+        assert torch.allclose((layer(x) - bias).float(), weight.T, atol=1e-6 if exact else 0.02)
+        assert layer.weight.dtype == model.dtype
+
+
+def test_everything_is_counted(made: Any) -> None:
+    _, directory, _ = made
+    counted = 0
+    for entry in Checkpoint(directory):
+        elements = num_elements(entry.name, entry.dtype, entry.shape)
+        counted += elements
+        assert elements >= 0
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    floats = sum(p.numel() for p in model.parameters())
+    packed = [m for m in model.modules() if isinstance(m, IntegerLinear)]
+    wanted = floats + sum(m.in_features * m.out_features for m in packed)
+    assert wanted <= counted < 1.01 * wanted  # rows of codes end with a byte
+
+
+def test_lora_trains_on_it_and_nothing_else_does(made: Any, tmp_path: Path) -> None:
+    _, directory, kinds = made
+    model = AutoModelForCausalLM.from_pretrained(directory).requires_grad_(False)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    transposed = any(spec.transposed for spec in block_linears(make_model(model.config.model_type)))
+    plain = model(IDS).logits
+    adapted = attach_adapter(
+        model, lora_config(r=4, lora_alpha=8, target_modules=list(kinds), fan_in_fan_out=transposed)
+    )
+    assert torch.equal(adapted(IDS).logits, plain)
+    adapted(input_ids=IDS, labels=IDS).loss.backward()
+    trained = {name for name, p in adapted.named_parameters() if p.grad is not None}
+    assert len(trained) == 2 * len(kinds)
+    assert all("lora_" in name for name in trained)
+    assert all(float(p.grad.abs().max()) > 0 for name, p in adapted.named_parameters() if "lora_B" in name)
+    after = dict(adapted.base_model.model.named_buffers())
+    assert all(
+        torch.equal(after[name.replace(".int", ".base_layer.int")], b) for name, b in before.items() if name in after
+    )
+
+
+def test_gradients_of_inputs_are_those_of_the_dense_weight() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(12, 40)
+    stored = quantize(weight, Whitening.identity(40), 3, 16).weight
+    layer = IntegerLinear(40, 12, 3, 16, bias=True)
+    layer.load_state_dict({**stored.tensors(torch.float32), "bias": torch.randn(12)})
+    x = torch.randn(5, 40, requires_grad=True)
+    y = layer(x)
+    y.square().sum().backward()
+    dense = nn.functional.linear(x.detach().requires_grad_(), stored.dense(), layer.bias)
+    assert torch.allclose(y, dense, atol=1e-6)
+    assert x.grad is not None
+    assert torch.allclose(x.grad, 2 * dense.detach() @ stored.dense(), atol=1e-4)
+    assert all(p.grad is None for p in layer.parameters())
+
+
+def test_it_is_saved_as_it_was(made: Any, tmp_path: Path) -> None:
+    _, directory, _ = made
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    model.save_pretrained(tmp_path / "again")
+    one, other = load_file(directory / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
+    packed = [name for name in one if name.endswith(("int2", "int3", "int4", "int8", "scales", "zeros", "exponent"))]
+    assert packed
+    assert all(torch.equal(one[name], other[name]) for name in packed)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_it_computes_in_the_dtype_that_is_asked_for(made: Any) -> None:
+    _, directory, _ = made
+    wide = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    narrow = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    assert {m.weight.dtype for m in narrow.modules() if isinstance(m, IntegerLinear)} == {torch.bfloat16}
+    assert torch.allclose(narrow(IDS).logits.float(), wide(IDS).logits, atol=0.1)

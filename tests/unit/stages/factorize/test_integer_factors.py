@@ -1,0 +1,66 @@
+"""Linears written in integers by the factorization, and the difference that the correction takes from what is stored."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from stage_artifacts import Artifacts
+
+from emloc_ray.core.integer_forms import IntegerForms, integer_bytes
+from emloc_ray.io.formats.checkpoint import Checkpoint, read_shard, write_index
+from emloc_ray.io.formats.grams import GramStore
+from emloc_ray.stages.correct.modules import layer_difference
+from emloc_ray.stages.factorize.factorize import factorize_group
+from emloc_ray.stages.factorize.job import FactorizationJob
+from emloc_ray.stages.factorize.layer_reports import read_reports
+
+
+def job_of(artifacts: Artifacts, integers: IntegerForms, ranks: dict[str, int]) -> FactorizationJob:
+    return FactorizationJob(artifacts.model_dir, artifacts.root / "no", artifacts.groups, ranks, integers=integers)
+
+
+def difference(artifacts: Artifacts, shard: Path, name: str) -> torch.Tensor:
+    """``Δ`` as the correction reads it."""
+    write_index(shard.parent, {entry.name: shard.name for entry in read_shard(shard).entries}, 0, 0)
+    spec = next(spec for spec in artifacts.specs if spec.name == name)
+    found = layer_difference(spec, Checkpoint(artifacts.model_dir), Checkpoint(shard.parent))
+    assert found is not None
+    return found.double()
+
+
+def test_the_error_told_is_that_of_what_the_correction_reads(artifacts: Artifacts, tmp_path: Path) -> None:
+    group = next(group for group in artifacts.groups if len(group) == 3)
+    plain, beside, factors = (spec.name for spec in group)
+    forms = IntegerForms({spec.name: 3 for spec in group}, {beside: 4}, 16)
+    gram = GramStore(artifacts.calibration_dir).stored(plain)
+    shard = tmp_path / "model-00001-of-00001.safetensors"
+    factorize_group(job_of(artifacts, forms, {factors: 9}), group, gram, shard)
+    matrix, errors = gram.read().double(), {}
+    for spec, report in zip(group, read_reports(shard), strict=True):
+        weight = Checkpoint(artifacts.model_dir).read(spec.weight_name).double()
+        delta = difference(artifacts, shard, spec.name)
+        error = float(((delta @ matrix @ delta.T).trace() / (weight @ matrix @ weight.T).trace()).sqrt())
+        assert report.relative_error == pytest.approx(error, rel=1e-3)
+        assert report.solver == ("exact" if spec.name == factors else "dense")
+        errors[spec.name] = error
+    assert errors[beside] < errors[plain] < 0.3
+    held = {name: tensor.nbytes for name, tensor in load_file(shard).items() if name.startswith(f"{plain}.")}
+    assert sum(held.values()) == integer_bytes(group[0].out_features, group[0].in_features, 3, 16)
+
+
+def test_fewer_bits_under_the_gram_lose_less_than_without(artifacts: Artifacts, tmp_path: Path) -> None:
+    spec = artifacts.groups[0][0]
+    gram = GramStore(artifacts.calibration_dir).stored(spec.name)
+    job = job_of(artifacts, IntegerForms({spec.name: 2}, {}, 16), {})
+    matrix, lost = gram.read().double(), []
+    for number, (changed, seen) in enumerate(((job, gram), (replace(job, by_weights=True), gram), (job, None))):
+        shard = tmp_path / str(number) / "model-00001-of-00001.safetensors"
+        factorize_group(changed, (spec,), seen, shard)
+        delta = difference(artifacts, shard, spec.name)
+        lost.append(float((delta @ matrix @ delta.T).trace()))
+    assert lost[0] < 0.9 * lost[1]
+    assert lost[1] == lost[2]  # by the weight alone, or for want of a Gram
