@@ -271,7 +271,11 @@ def result_lines(metrics: dict[str, Any], run_dir: str) -> list[str]:
         lines.append(
             f"Emulator: {emulator['parameters']:,} of {emulator['original_parameters']:,} parameters ({share:.0%});"
             f" {emulator['parameters_kept']:.3f} of the targeted linears"
-            + (f"; in {bits}, {size(emulator['bytes'])}" if (bits := stored_bits(emulator.get("quantization", "none"))) else "")
+            + (
+                f"; in {bits}, {size(emulator['bytes'])}"
+                if (bits := stored_bits(emulator.get("quantization", "none")))
+                else ""
+            )
         )
         chosen = [f"{key} {emulator[key]}" for key, value in _DEFAULTS.items() if emulator.get(key, value) != value]
         lines += [f"Its ranks and factors: {', '.join(chosen)}"] if chosen else []

@@ -19,7 +19,7 @@ from emloc_ray.core.quantization import quantize, quantize_factors, quantize_wit
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.modeling.adapter import attach_adapter
-from emloc_ray.modeling.adapter_methods import lora_config
+from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import block_linears
 from emloc_ray.modeling.emulator import FactorizedLinear, ResidualLinear, write_emulator_config
 from emloc_ray.modeling.experts import unfuse
@@ -118,7 +118,7 @@ def test_lora_trains_on_it_and_nothing_else_does(made: Any, tmp_path: Path) -> N
     transposed = any(spec.transposed for spec in block_linears(make_model(model.config.model_type)))
     plain = model(IDS).logits
     adapted = attach_adapter(
-        model, lora_config(r=4, lora_alpha=8, target_modules=list(kinds), fan_in_fan_out=transposed)
+        model, adapter_config(r=4, lora_alpha=8, target_modules=list(kinds), fan_in_fan_out=transposed)
     )
     assert torch.equal(adapted(IDS).logits, plain)
     adapted(input_ids=IDS, labels=IDS).loss.backward()
