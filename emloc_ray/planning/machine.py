@@ -160,7 +160,11 @@ def check_packages(config: RunConfig) -> None:
     extra, quantization = config.finetune.model_extra or {}, config.emulator.quantization
     optimizer = str(extra.get("optim", ""))
     wanted = {
-        f"emulator.quantization: {quantization}": ("bitsandbytes", "'emloc-ray[quantization]'", quantization == "nf4"),
+        f"emulator.quantization: {quantization}": (
+            "bitsandbytes",
+            "'emloc-ray[quantization]', or take int4, which needs none",
+            quantization == "nf4",
+        ),
         "finetune.use_liger_kernel": ("liger_kernel", "liger-kernel", bool(extra.get("use_liger_kernel"))),
         f"finetune.optim: {optimizer}": (
             "bitsandbytes",
