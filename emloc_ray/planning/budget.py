@@ -19,30 +19,26 @@ _RATIOS = tuple(step / 20 for step in range(19, 1, -1))  # 0.95, 0.90, … 0.10
 
 @dataclass(frozen=True)
 class Solution:
-    """Settings under which one worker's fine-tuning, and the healing's before it, fits a budget, the run ``prepared`` with
-    them, what it needs then, and what else does not fit."""
+    """The run with settings under which one worker's fine-tuning, and the healing before it, fits a budget; what they need,
+    and what else does not fit."""
 
     prepared: Prepared
     budget: int
-    compression_ratio: float
-    micro_batch: int
-    gradient_accumulation_steps: int
-    gradient_checkpointing: bool
     finetune_bytes: int
     inference_bytes: int
-    too_large: tuple[tuple[str, int], ...]
-    healing_batch: int | None = None
+    too_large: dict[str, int]
 
     @property
     def overrides(self) -> list[str]:
-        """As the command line takes them."""
-        healing = f"emulator.healing.per_device_train_batch_size={self.healing_batch}"
+        """The settings as the command line takes them."""
+        finetune, emulator = self.prepared.config.finetune, self.prepared.config.emulator
+        healing = None if emulator.heals is None else emulator.heals.per_device_train_batch_size
         return [
-            *([healing] if self.healing_batch is not None else []),
-            f"emulator.compression_ratio={self.compression_ratio:g}",
-            f"finetune.per_device_train_batch_size={self.micro_batch}",
-            f"finetune.gradient_accumulation_steps={self.gradient_accumulation_steps}",
-            f"finetune.gradient_checkpointing={str(self.gradient_checkpointing).lower()}",
+            *([] if healing is None else [f"emulator.healing.per_device_train_batch_size={healing}"]),
+            f"emulator.compression_ratio={emulator.compression_ratio:g}",
+            f"finetune.per_device_train_batch_size={finetune.per_device_train_batch_size}",
+            f"finetune.gradient_accumulation_steps={finetune.gradient_accumulation_steps}",
+            f"finetune.gradient_checkpointing={str(finetune.gradient_checkpointing).lower()}",
         ]
 
     @property
@@ -53,7 +49,7 @@ class Solution:
             f" original {size_up(self.inference_bytes)}."
         )
         if self.too_large:
-            stages = ", ".join(f"{name} ({size_up(held)})" for name, held in self.too_large)
+            stages = ", ".join(f"{name} ({size_up(held)})" for name, held in self.too_large.items())
             remedy = "lower evaluation.batch_size or data.max_seq_length"
             if self.inference_bytes > self.budget:
                 remedy = (
@@ -73,45 +69,33 @@ def solve(stages: Sequence[Costed], prepared: Prepared, budget: int, lengths: Le
     """
     section = prepared.config.finetune
     rows = section.per_device_train_batch_size * section.gradient_accumulation_steps
-    may_checkpoint = (
-        prepared.config.adapter.method != "prefix_tuning"
-    )  # whose prefix is in the cache that checkpointing drops
+    # Checkpointing drops the cache that holds a prefix.
+    may_checkpoint = prepared.config.adapter.method != "prefix_tuning"
 
-    def needed(ratio: float, micro_batch: int, checkpointing: bool = True) -> int:
+    def at(ratio: float, micro_batch: int, checkpointing: bool = True) -> MemoryModel:
         changed = with_settings(prepared, ratio, micro_batch, rows // micro_batch, checkpointing and may_checkpoint)
-        memory = MemoryModel(changed, lengths)
+        return MemoryModel(changed, lengths)
+
+    def needed(memory: MemoryModel) -> int:
         return max(total(with_base(parts)) for parts in (memory.healing(), memory.finetune()))
 
-    ratio = next((ratio for ratio in _RATIOS if needed(ratio, 1) <= budget), None)
+    ratio = next((ratio for ratio in _RATIOS if needed(at(ratio, 1)) <= budget), None)
     if ratio is None:
         adapter = prepared.config.adapter
         size = "num_virtual_tokens" if adapter.is_prompt else "r" if adapter.is_additive else "target_modules"
         raise ConfigError(
             f"No compression ratio fits {size_up(budget)}: at {_RATIOS[-1]:g}, a row at a time and"
             f" {'with' if may_checkpoint else 'without'} gradient checkpointing, fine-tuning needs"
-            f" {size_up(needed(_RATIOS[-1], 1))}: give that much, or lower"
+            f" {size_up(needed(at(_RATIOS[-1], 1)))}: give that much, or lower"
             f" data.max_seq_length or adapter.{size}."
         )
     sizes = (size for size in range(section.per_device_train_batch_size, 0, -1) if rows % size == 0)
-    micro_batch = next(size for size in sizes if needed(ratio, size) <= budget)
-    checkpointing = may_checkpoint and needed(ratio, micro_batch, False) > budget
-    chosen = with_settings(prepared, ratio, micro_batch, rows // micro_batch, checkpointing)
-    memory = MemoryModel(chosen, lengths)
-    healing = chosen.config.emulator.heals
-    asked = [(s.name, s.cost) for s in stages if s.cost is not None and s.wanted(chosen)]
-    peaks = [(name, total(with_base(cost(memory).memory))) for name, cost in asked]
-    return Solution(
-        chosen,
-        budget,
-        ratio,
-        micro_batch,
-        rows // micro_batch,
-        checkpointing,
-        needed(ratio, micro_batch, checkpointing),
-        total(memory.inference()),
-        tuple((name, size) for name, size in peaks if size > budget),
-        None if healing is None else healing.per_device_train_batch_size,
-    )
+    micro_batch = next(size for size in sizes if needed(at(ratio, size)) <= budget)
+    memory = at(ratio, micro_batch, needed(at(ratio, micro_batch, False)) > budget)
+    costs = {s.name: s.cost for s in stages if s.cost is not None and s.wanted(memory.prepared)}
+    peaks = {name: total(with_base(cost(memory).memory)) for name, cost in costs.items()}
+    too_large = {name: peak for name, peak in peaks.items() if peak > budget}
+    return Solution(memory.prepared, budget, needed(memory), total(memory.inference()), too_large)
 
 
 def check_gradients(prepared: Prepared) -> None:

@@ -114,10 +114,12 @@ def plan_shape(shape: Shape) -> dict[str, Any]:
     except ConfigError as error:
         solution, figures["budget"] = None, str(error)
     if solution is not None:
-        memory = at(solution.compression_ratio, solution.micro_batch)
+        chosen = solution.prepared.config
+        ratio, rows = chosen.emulator.compression_ratio, chosen.finetune.per_device_train_batch_size
+        memory = at(ratio, rows)
         figures["budget"] = {
-            "ratio": solution.compression_ratio,
-            "micro_batch": solution.micro_batch,
+            "ratio": ratio,
+            "micro_batch": rows,
             "emulator_parameters": memory.emulator // memory.itemsize,
             "calibration": memory.calibration_mode(),
             **{stage.name: _gb(stage.cost(memory).memory) for stage in STAGES if stage.cost is not None},

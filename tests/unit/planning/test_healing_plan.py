@@ -231,16 +231,18 @@ def test_a_budget_is_for_the_healing_too() -> None:
     found = large({"steps": 100, "per_device_train_batch_size": 4})
     solution = solve(STEPS, found, budget, ROW)
     assert solution.finetune_bytes <= budget
-    assert "heal" in dict(solution.too_large)  # its teacher is the original, which is larger
-    assert solution.compression_ratio < solve(STEPS, large(None), budget, ROW).compression_ratio
+    assert "heal" in solution.too_large  # its teacher is the original, which is larger
+    healed, plain = (s.prepared.config.emulator for s in (solution, solve(STEPS, large(None), budget, ROW)))
+    assert healed.compression_ratio < plain.compression_ratio
 
 
 def test_a_budget_leaves_the_healing_its_rows_a_step() -> None:
     found = large({"steps": 100, "per_device_train_batch_size": 4}, finetune={"per_device_train_batch_size": 8})
     solution = solve(STEPS, found, 10 * 2**30, ROW)
-    assert solution.gradient_accumulation_steps > 1
-    changed = with_settings(found, 0.5, 1, solution.gradient_accumulation_steps, True)
-    own = max(1, 4 // solution.gradient_accumulation_steps)
+    accumulation = solution.prepared.config.finetune.gradient_accumulation_steps
+    assert accumulation > 1
+    changed = with_settings(found, 0.5, 1, accumulation, True)
+    own = max(1, 4 // accumulation)
     assert healed(changed).config.finetune.per_device_train_batch_size == own
     assert f"emulator.healing.per_device_train_batch_size={own}" in solution.overrides
     assert "healing" not in " ".join(solve(STEPS, large({"steps": 100}), 12 * 2**30, ROW).overrides)

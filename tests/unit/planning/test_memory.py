@@ -215,13 +215,15 @@ def test_a_budget_is_solved_for_the_largest_ratio_that_fits(prepared: Callable[.
     found = [solve(STEPS, ready, least + more, LENGTHS) for more in range(0, 40_000_000, 400_000)]
     for solution in found:
         assert solution.finetune_bytes <= solution.budget
-        assert solution.micro_batch * solution.gradient_accumulation_steps == 16
-    ratios = [solution.compression_ratio for solution in found]
+        section = solution.prepared.config.finetune
+        assert section.per_device_train_batch_size * section.gradient_accumulation_steps == 16
+    ratios = [solution.prepared.config.emulator.compression_ratio for solution in found]
     assert ratios == sorted(ratios)
     assert ratios[0] < ratios[-1] == 0.95
-    assert (found[-1].micro_batch, found[-1].gradient_checkpointing) == (8, False)
-    assert found[0].micro_batch < 8
-    assert found[0].gradient_checkpointing
+    first, last = (found[at].prepared.config.finetune for at in (0, -1))
+    assert (last.per_device_train_batch_size, last.gradient_checkpointing) == (8, False)
+    assert first.per_device_train_batch_size < 8
+    assert first.gradient_checkpointing
 
 
 def test_a_budget_that_nothing_meets_says_what_would(prepared: Callable[..., Prepared]) -> None:
@@ -238,7 +240,7 @@ def test_a_budget_that_nothing_meets_says_what_would(prepared: Callable[..., Pre
 
 def test_what_no_ratio_helps_is_told_with_what_would(llama_7b: Prepared) -> None:
     solution = solve(STEPS, llama_7b, 10 * 2**30, ROW)
-    assert {name for name, _ in solution.too_large} == {"correct", "evaluate"}
+    assert set(solution.too_large) == {"correct", "evaluate"}
     assert "with correction.method projection or covariance correct does not" in solution.sentence
     with pytest.raises(ConfigError, match=r"No compression ratio fits 1\.00 GiB: at 0\.1, .* needs \d+\.\d\d GiB"):
         solve(STEPS, llama_7b, 2**30, ROW)
@@ -289,7 +291,7 @@ def test_what_is_scaled_by_what_is_learned_is_kept(prepared: Callable[..., Prepa
 
 def test_a_budget_never_takes_a_prefix_its_cache(prepared: Callable[..., Prepared]) -> None:
     run = prepared(adapter={"method": "prefix_tuning", "num_virtual_tokens": 3}, memory_budget="500MiB")
-    assert solve(STEPS, run, 500 * 2**20, LENGTHS).gradient_checkpointing is False
+    assert solve(STEPS, run, 500 * 2**20, LENGTHS).prepared.config.finetune.gradient_checkpointing is False
 
 
 def mixture(num_experts: int) -> MemoryModel:
