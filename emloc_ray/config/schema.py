@@ -125,7 +125,7 @@ class EmulatorConfig(StageConfig):
     group_size: int = Field(64, ge=8, multiple_of=8, description="of intN: columns that share a scale")
     residual_rank: int = Field(0, ge=0, description="of intN: factors of what the integers of a dense linear leave")
     allocation: Literal["uniform", "sensitivity"] = Field(
-        "uniform", description="who gets the ranks: all alike, or by what they keep of predictions"
+        "uniform", description="ranks: all alike, or by their effect on predictions"
     )
     objective: Literal["activations", "predictions", "weights"] = Field(
         "activations", description="what factors keep: their layer's outputs, the model's predictions, or its weights"
@@ -173,7 +173,7 @@ class EmulatorConfig(StageConfig):
 
     @property
     def heals(self) -> HealingConfig | None:
-        """The healing; None where nothing is compressed, so that there is nothing to heal."""
+        """The healing; None where nothing is compressed."""
         return None if self.compression_ratio == 1 else self.healing
 
     @field_validator("ratios")
@@ -195,7 +195,7 @@ class AdapterConfig(Section):
     model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
 
     method: Literal["lora", "rslora", "dora", "loha", "lokr", "vera", "ia3", "prefix_tuning", "prompt_tuning"] = Field(
-        "lora", description="what is trained"
+        "lora", description="the kind of adapter"
     )
     r: int = Field(8, ge=1, description="rank")
     lora_alpha: float = Field(16, gt=0, allow_inf_nan=False, description="over r: the scale of the update")
@@ -270,7 +270,7 @@ class FinetuneConfig(StageConfig):
         "auto", description="mixed precision; auto: where the worker's GPU has it"
     )
     gradient_checkpointing: bool = Field(True, description="less memory, about a third more time")
-    save_steps: int = Field(100, ge=1, description="steps between checkpoints, from which it goes on")
+    save_steps: int = Field(100, ge=1, description="steps between checkpoints, which a later try continues from")
     logging_steps: int = Field(10, ge=1, description="steps between losses")
     max_failures: int = Field(3, ge=0, description="lost workers to recover from before the run fails")
     deepspeed: str | None = Field(None, description="path of a DeepSpeed JSON, from the working directory")
@@ -335,9 +335,9 @@ Variant = Literal["original", "emulator", "emulator_adapter", "uncorrected", "co
 
 
 class EvaluationConfig(StageConfig):
-    """What is measured on the held-out split."""
+    """Measurements on the held-out split."""
 
-    variants: list[Variant] = Field(list(get_args(Variant)), description="what is scored, a pass each")
+    variants: list[Variant] = Field(list(get_args(Variant)), description="models to score, a pass each")
     num_samples: int | None = Field(256, ge=1, description="held-out rows; null: all")
     batch_size: int = Field(8, ge=1, description="rows of a forward pass")
     num_generations: int = Field(4, ge=0, description="sample generations shown in the report")
@@ -389,12 +389,12 @@ class RunConfig(Section):
     model: ModelConfig = Field(description="the original")
     data: DataConfig = Field(description="the task's rows")
     calibration: CalibrationConfig = Field(CalibrationConfig(), description="Grams and gradients, and their workers")
-    emulator: EmulatorConfig = Field(EmulatorConfig(), description="what it keeps; workers of the factorization")
-    adapter: AdapterConfig = Field(AdapterConfig(), description="what is trained")
+    emulator: EmulatorConfig = Field(EmulatorConfig(), description="its size and factors; workers of the factorization")
+    adapter: AdapterConfig = Field(AdapterConfig(), description="the method and its settings")
     finetune: FinetuneConfig = Field(FinetuneConfig(), description="how, on what workers; the healing's workers too")
     correction: CorrectionConfig = Field(CorrectionConfig(), description="done by one of evaluation's workers")
     merge: MergeConfig = Field(MergeConfig(), description="shards of the merged model, and their workers")
-    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="what is scored, and its workers")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="models to score, and the workers")
     ray: RayConfig = Field(RayConfig(), description="which cluster")
 
     def with_gpus(self, available: float) -> RunConfig:
@@ -429,8 +429,8 @@ class RunConfig(Section):
             problems.append(f"finetune.deepspeed goes with adapter.method lora or rslora, not with {method}: remove it")
         if not self.adapter.is_additive and self.correction.method not in ("auto", "none"):
             problems.append(
-                f"correction.method: {self.correction.method} corrects what is added to a weight, which {method} does not"
-                " do: leave it at auto"
+                f"correction.method: {self.correction.method} corrects updates of weights, and {method} makes none: leave it"
+                " at auto"
             )
         if problems:
             raise ValueError("; ".join(problems))

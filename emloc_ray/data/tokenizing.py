@@ -276,7 +276,7 @@ def _write_split_index(
             f"data.{split}: no row{skipped} keeps its images and a completion token within data.max_seq_length"
             f" {options.max_seq_length}: raise it."
         )
-    # Without places, which may be the run's own: what is built on equal rows is shared.
+    # Without places, which may be the run's own: runs share the results of equal rows.
     shared = {key: value for key, value in asdict(options).items() if key not in ("tokenizer", "image_places")}
     write_index(directory, [int(shard["rows"]) for shard in shards], {**counts, "options": shared})
     return counts

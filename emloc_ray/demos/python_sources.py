@@ -1,6 +1,6 @@
-"""Functions of the Python sources on this machine, as rows of a task: the standard library and what is installed beside it.
+"""Functions of the Python sources on this machine, as rows of a task: of the standard library and of installed packages.
 
-Files are parsed, never imported. What is found is a function of the seed and the installed sources alone: files are taken
+Files are parsed, never imported. Rows are a function of the seed and the installed sources alone: files are taken
 in the order of a seeded hash, no row is like another, and whole modules go to one split, so that none stands in two.
 """
 

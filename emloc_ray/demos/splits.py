@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from emloc_ray.io.store.atomic import atomic_file
 
 SPLIT_FRACTIONS = {"train": 0.7, "calibration": 0.1, "selection": 0.08, "eval": 0.12}
-"""The split names, which are also the file names, and each one's share of what is drawn."""
+"""The split names, which are also the file names, and each one's share."""
 
 _ROWS_PER_GROUP = 256  # they may hold images
 

@@ -105,7 +105,7 @@ def _number(task: VqaTask, draw: random.Random) -> Example:
 
 
 def _word(task: VqaTask, draw: random.Random) -> Example:
-    """Syllables, so that there are more than any word list has."""
+    """A word of syllables: there are more of these than any word list has."""
     syllables = [draw.choice("bdfgklmnprstvz") + draw.choice("aeiou") for _ in range(draw.choice((2, 3)))]
     text = "".join(syllables)
     return Example("word", text, "Which word is written here?", text, _written(text, task.image_size, draw))

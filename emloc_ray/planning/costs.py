@@ -48,7 +48,7 @@ class Costed(Protocol):
 
     @property
     def cost(self) -> Callable[[MemoryModel], StageCost] | None:
-        """What it costs; None where it is not planned for."""
+        """Its costs; None for a stage outside the plan."""
 
 
 def with_base(parts: Parts) -> Parts:

@@ -45,7 +45,7 @@ def check_split(config: RunConfig, name: str, reads_images: bool) -> tuple[Sourc
     rows = sum(source.num_rows for source in sources)
     if name == "train" and rows <= others:
         raise ConfigError(
-            f"data.train.path has {rows} rows, of which {others} are held out: give more, or paths of their own to"
+            f"data.train.path has {rows} rows, and {others} are held out: give more, or paths of their own to"
             " data.selection and data.eval."
         )
     return sources

@@ -56,7 +56,7 @@ def gradient_bytes(spec: LinearSpec) -> int:
 
 
 def in_waves(parts: Iterable[Part], size: Callable[[Part], int], room: float) -> list[list[Part]]:
-    """What is gathered, in waves that fit ``room`` bytes, in order; one that does not fit has a wave of its own."""
+    """Parts in order, in waves that fit ``room`` bytes; a part that does not fit is a wave of its own."""
     waves: list[list[Part]] = []
     used = 0.0
     for part in parts:

@@ -1,1 +1,1 @@
-"""One run: its steps in order, what it is made from, its log, status and results."""
+"""One run: its steps in order, its log, status and results."""

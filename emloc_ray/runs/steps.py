@@ -142,9 +142,9 @@ class Steps:
             if result is not None:
                 return result
             self._check_read(stage, context)
-            anew = not stage.resumes or stage.name in self.forced
-            for path in outputs if anew else ():
-                discard(path)
+            if not stage.resumes or stage.name in self.forced:
+                for path in outputs:
+                    discard(path)
             asked = resources_of(stage, self.prepared)
             with self.turns.take(stage.name, asked, 1 if stage.divisible else asked.num_workers) as granted:
                 result = self._execute(stage, context, inputs, granted)

@@ -285,7 +285,7 @@ def batch(
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every task and stop.")] = False,
 ) -> None:
-    """Run many tasks over one cluster; again, it runs what is new or failed."""
+    """Run many tasks over one cluster; a second time, run new and failed ones."""
     run_batch(console, config, overrides or [], dry_run)
 
 
@@ -296,7 +296,7 @@ def cancel(
     tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="The tasks' names.")],
     undo: Annotated[bool, typer.Option("--undo", help="Have the next emloc-ray batch run them.")] = False,
 ) -> None:
-    """End tasks of a batch; the others go on."""
+    """End tasks of a batch; the others continue."""
     cancel_tasks(console, run_dir, tasks, undo)
 
 
@@ -317,7 +317,7 @@ def cache_prune(
     cache: CachePlace,
     max_size: Annotated[str, typer.Option("--max-size", help="What may stay, such as 50GiB; 0: nothing.")],
 ) -> None:
-    """Remove what was used longest ago until the rest fits."""
+    """Remove the entries used longest ago, until the rest fits."""
     prune_cache(console, cache, max_size)
 
 

@@ -64,7 +64,7 @@ class PageReporter(Reporter):
     """Keeps a run's ``report.html`` at what the run has reached."""
 
     def changed(self, run: RunDirectory) -> None:
-        """Writes the page anew."""
+        """Writes the page again."""
         write_report(run)
 
 

@@ -25,7 +25,7 @@ from emloc_ray.runs.reporter import Reporter
 from emloc_ray.stages.ray.session import connection, gpus_within_reach
 from emloc_ray.text import size
 
-_ADVICE = "lower what it asks for, or name in the batch's limits what the cluster grows to."
+_ADVICE = "ask for less, or name in the batch's limits how far the cluster grows."
 
 Show = Callable[[BatchState], None]
 Tell = Callable[[str], None]

@@ -40,7 +40,7 @@ class Work(Protocol):
         """Runs all of a task; raises EmlocError where it fails, Stopped where its turns say so."""
 
     def forget(self, task: Task) -> None:
-        """Drops what was kept for a task that is over."""
+        """Forgets a task that is over."""
 
 
 class BatchRun:

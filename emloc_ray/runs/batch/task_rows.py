@@ -62,7 +62,7 @@ def _files(folder: Path) -> Iterator[TaskRow | str]:
         yield f"tasks {folder} holds no YAML file: write one a task, such as {folder / 'NAME.yaml'}."
     for file in files:
         try:
-            values = read_mapping(file, f"Task {file}", "write those in which it differs from the base")
+            values = read_mapping(file, f"Task {file}", "write those that differ from the base")
             yield TaskRow(values, str(file), folder, file.stem)
         except ConfigError as error:
             yield str(error)

@@ -36,7 +36,7 @@ class TaskPlan:
 
 
 class TaskTurns:
-    """The turns of one task of a batch: each stage waits until what it needs is free."""
+    """The turns of one task of a batch: each stage waits for its resources."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class PipelineWork:
         return TaskPlan(plan.seconds, {stage.name: stage.host_bytes for stage in plan.stages})
 
     def do(self, task: Task, turns: TaskTurns, reporter: TaskReporter) -> None:
-        """Runs the whole pipeline; raises what it raises."""
+        """Runs the whole pipeline, and raises its errors."""
         from emloc_ray.runs import run as pipeline
 
         prepared = self._prepare(task)[0]
@@ -126,7 +126,7 @@ class PipelineWork:
         reporter.results(metrics)
 
     def forget(self, task: Task) -> None:
-        """Drops what was prepared for a task that is over: a later try prepares it anew."""
+        """Forgets a task that is over: a later try prepares it again."""
         self._ready.pop(task.name, None)
 
 

@@ -103,7 +103,7 @@ def test_a_prefix_turns_gradient_checkpointing_off() -> None:
 def test_what_does_not_go_with_a_method() -> None:
     said = error_of(adapter={"method": "ia3"}, finetune={"deepspeed": "zero.json"}, correction={"method": "projection"})
     assert "lora or rslora, not with ia3" in said
-    assert "projection corrects what is added to a weight" in said
+    assert "projection corrects updates of weights" in said
     assert config(adapter={"method": "rslora"}, finetune={"deepspeed": "zero.json"}).finetune.deepspeed
     assert config(adapter={"method": "dora"}, correction={"method": "projection"})
 

@@ -556,7 +556,7 @@ def test_everything_that_is_wrong_is_told_at_once(write: Write, tmp_path: Path) 
         "max_concurent is not a key",
         "grid.sead is not a key",
         "c.yaml is not YAML",
-        "d.yaml holds no keys: write those in which it differs from the base.",
+        "d.yaml holds no keys: write those that differ from the base.",
         f"the name 'b' is that of {folder / 'a.yaml'}, {folder / 'b.yaml'}",
         f"task b ({folder / 'a.yaml'}): seed is -1",
         "run_dir is the batch's",
