@@ -183,8 +183,8 @@ def scan(path: Path | str, keep_bad: bool = False) -> SourceFile:
 
 
 def fingerprint_sources(sources: Sequence[SourceFile]) -> str:
-    """A hash of counted files: of local ones by their content, of stored ones by name and version; and of the images that
-    they name."""
+    """A hash of counted files: of local ones as :func:`fingerprint_large_files`, of stored ones by name and version; and of
+    the images that they name."""
     local = fingerprint_large_files(Path(source.path) for source in sources if not source.is_stored)
     stored = [[PurePosixPath(source.name).name, source.version] for source in sources if source.is_stored]
     images = [source.images for source in sources if source.images]
