@@ -37,7 +37,10 @@ def test_a_secret_is_refused_and_not_repeated(sections: dict[str, Any], key: str
 
 def test_environment_variables_are_taken_unless_hidden(tmp_path: Path) -> None:
     runtime_env = {"env_vars": {"WANDB_API_KEY": "hush"}}
-    made = config(finetune={"hub_token": None}, ray={"runtime_env": runtime_env, "resources": {"api_key": 1}})
+    made = config(
+        finetune={"lr_scheduler_kwargs": {"api_key": None}},
+        ray={"runtime_env": runtime_env, "resources": {"api_key": 1}},
+    )
     assert made.ray.init_options["runtime_env"] == runtime_env
     run = RunDirectory(tmp_path / "mine")
     run.create(made.model_dump(mode="json"))
