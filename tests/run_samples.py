@@ -70,7 +70,7 @@ def finished_metrics() -> dict[str, Any]:
         "finetune": {
             "steps": 20,
             "train_loss": 5.1667,
-            "history": [{"step": 10, "loss": 5.39}, {"step": 20, "loss": 5.05}, {"step": 20, "train_runtime": 3}],
+            "history": [{"step": 10, "loss": 5.39}, {"step": 20, "loss": 5.05}],
         },
         "correction": {
             **{key: candidates[2][key] for key in ("method", "clamp", "strength")},
@@ -89,6 +89,31 @@ def finished_metrics() -> dict[str, Any]:
         },
         "generations": [{"prompt": EVIL, "reference": "fine", "original": EVIL, "merged": "fine"}],
     }
+
+
+def healing_metrics() -> dict[str, Any]:
+    """What ``metrics.json`` has under ``healing`` where a run heals its emulator."""
+    return {
+        "steps": 30,
+        "train_loss": 1.25,
+        "history": [{"step": 10, "loss": 2.5}, {"step": 30, "loss": 0.75}],
+        "healed_layers": 14,
+        "teacher_rows": 1234,
+        "teacher_bytes": 3 * 2**20,
+    }
+
+
+def metric_keys(metrics: Any) -> set[str]:
+    """The dotted keys of nested metrics; the names of layers and processes, which every run has of its own, as ``*``."""
+    if isinstance(metrics, list):
+        return {key for entry in metrics for key in metric_keys(entry)}
+    if not isinstance(metrics, dict):
+        return set()
+    found = set(metrics)
+    for name, inner in metrics.items():
+        rows = list(inner.values()) if name in ("layers", "modules", "processes") else inner
+        found |= {f"{name}.{key}" for key in metric_keys(rows)}
+    return found
 
 
 def spectra() -> dict[str, list[tuple[int, float]]]:

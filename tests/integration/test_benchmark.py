@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -73,10 +74,15 @@ def committed(name: str) -> dict[str, Any]:
     return found
 
 
-def test_every_published_table_has_its_test() -> None:
-    own = {"gpu"}  # tests/integration/test_gpu_benchmark.py
-    assert benchmark.PUBLISHED.keys() == {"allocation", "memory", "shapes", "quickstart"} | own
-    assert benchmark.TABLES.keys() == {"speed.json", "tasks.json"}
+def test_every_published_table_is_made_by_a_test_and_by_the_command_that_it_names() -> None:
+    source = Path(__file__).read_text()
+    made = set(re.findall(r"""publish\("(\w+)"\)""", source)) | {"gpu"}  # tests/integration/test_gpu_benchmark.py
+    assert benchmark.PUBLISHED.keys() == made
+    assert benchmark.TABLES.keys() == set(re.findall(r"""publish\(" "\.join\(benchmark\.TABLES\["([\w.]+)""", source))
+    commands = {table: " ".join(parts) for table, parts in benchmark.TABLES.items()}
+    commands |= {file: part for part, file in benchmark.PUBLISHED.items() if (COMMITTED / file).exists()}
+    for file, parts in commands.items():
+        assert committed(file)["command"] == f"python pipelines/benchmark.py {parts}"
 
 
 def test_speed(publish: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from run_samples import healing_metrics, metric_keys
 from s3_server import uri
 from safetensors.torch import load_file
 from small_runs import (
@@ -94,6 +95,7 @@ def test_it_runs_between_factorize_and_finetune_and_leaves_the_emulator_alone(he
     assert "healing" not in names
     metrics = healed_run.metrics
     found = metrics["healing"]
+    assert metric_keys(healing_metrics()) <= metric_keys(found)
     assert found["steps"] == len(found["history"]) == HEALING["steps"]
     assert found["healed_layers"] == 14
     assert found["teacher_rows"] == metrics["data"]["train"]["rows"]  # 24 steps of eight rows: all of them

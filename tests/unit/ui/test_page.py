@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pages import LOADING, Page
 from rich.console import Console
-from run_samples import STAGES, finished_metrics, manifest, spectra, usage
+from run_samples import STAGES, finished_metrics, healing_metrics, manifest, spectra, usage
 
 from emloc_ray.io.runs.directory import SPECTRA, RunDirectory
 from emloc_ray.runs.log import RunLog
@@ -305,14 +305,7 @@ def test_a_healing_is_shown_with_its_curve(finished: str) -> None:
     stages = [*STAGES[:3], "heal", *STAGES[3:]]
     made, metrics = manifest(*stages), finished_metrics()
     made["config"]["emulator"] = {"compression_ratio": 0.25, "healing": {"steps": 30}}
-    metrics["healing"] = {
-        "steps": 30,
-        "train_loss": 1.25,
-        "history": [{"step": 10, "loss": 2.5}, {"step": 30, "loss": 0.75}],
-        "healed_layers": 14,
-        "teacher_rows": 1234,
-        "teacher_bytes": 3 * 2**20,
-    }
+    metrics["healing"] = healing_metrics()
     page = Page(report.render("run", made, metrics))
     assert "over 30 steps, mean 1.2500 nats a token; 14 linears healed" in page.text
     assert "1,234 rows took 3.00 MiB" in page.text

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_samples import EVIL, STAGES, events, finished_metrics, manifest, spectra
+from run_samples import EVIL, STAGES, events, finished_metrics, healing_metrics, manifest, spectra
 
 from emloc_ray.runs.batch.state import BatchState, TaskState
 from emloc_ray.ui import page as report
@@ -50,12 +50,7 @@ Open = Callable[..., Any]
 def run_page() -> str:
     metrics = finished_metrics()
     metrics["planned_memory"] = {"finetune": 2**31, "inference": 5 * 2**28}
-    metrics["healing"] = {
-        "steps": 30,
-        "train_loss": 1.25,
-        "history": [{"step": 10, "loss": 2.5}, {"step": 30, "loss": 1.5}],
-    }
-    metrics["healing"] |= {"healed_layers": 14, "teacher_rows": 1234, "teacher_bytes": 3 * 2**20}
+    metrics["healing"] = healing_metrics()
     made = manifest(*STAGES[:3], "heal", *STAGES[3:])
     return report.render("run", made, metrics, events(), spectra())
 
