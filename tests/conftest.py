@@ -82,6 +82,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         pretend_device()
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A Ray that an earlier test started and left ends before a test that has none."""
+    ray = sys.modules.get("ray")
+    if ray is not None and item.get_closest_marker("ray") is None and ray.is_initialized():
+        ray.shutdown()
+
+
 def pytest_runtest_teardown(item: pytest.Item) -> None:
     """A test that starts Ray says so: by ``ray_session``, or by its mark."""
     ray = sys.modules.get("ray")

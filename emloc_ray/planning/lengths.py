@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from emloc_ray.config.schema import DataConfig
-from emloc_ray.data.formats import EXTRA_FIELDS, FIELDS
-from emloc_ray.data.images import encoded_bytes, image_parts
-from emloc_ray.data.reading import Place, SourceFile, read_rows
-from emloc_ray.data.text_rows import Row
+if TYPE_CHECKING:  # the memory model, which takes lengths, runs without pydantic and pyarrow
+    from emloc_ray.config.schema import DataConfig
+    from emloc_ray.data.reading import SourceFile
+    from emloc_ray.data.text_rows import Row
 
 _CHARACTERS_PER_TOKEN = 3.5
 _VQA_TOKENS = 24.0  # of a question and its answer
@@ -33,6 +33,10 @@ def row_lengths(data: DataConfig, sources: Sequence[SourceFile], image_tokens: i
     ``image_tokens``: what an image takes of a row. Rows of the docstring task are about 80 tokens long. Rows of the hub
     are not here before the run: they count as long as rows may be.
     """
+    from emloc_ray.data.formats import EXTRA_FIELDS, FIELDS
+    from emloc_ray.data.images import encoded_bytes, image_parts
+    from emloc_ray.data.reading import Place, read_rows
+
     limit = data.max_seq_length
     if data.generate == "vqa":
         question = _VQA_TOKENS + image_tokens

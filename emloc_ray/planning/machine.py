@@ -12,15 +12,17 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 
-from emloc_ray.config.schema import WORKER_SECTIONS, RunConfig
 from emloc_ray.errors import ConfigError
-from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.text import size, size_up
+
+if TYPE_CHECKING:
+    from emloc_ray.config.schema import RunConfig
+    from emloc_ray.io.runs.directory import RunDirectory
 
 _QUERY = ("nvidia-smi", "--format=csv,noheader,nounits")
 _FIRST_WITH_BFLOAT16 = 8.0  # compute capability: Ampere
@@ -117,6 +119,8 @@ def check_resources(config: RunConfig, cpus: float | None = None, gpus: float | 
 
     ``cpus`` and ``gpus``: what Ray counts; by default, before Ray runs, those of the config or of this machine.
     """
+    from emloc_ray.config.schema import WORKER_SECTIONS  # here alone: the planner of memory runs without pydantic
+
     if config.ray.joins:
         return
     if cpus is None:

@@ -103,9 +103,9 @@ def run_slots(
                 try:
                     timed_unit = ray.get(next(task))
                 except ray.exceptions.RayError as error:
+                    del running[task]  # it has ended: its worker may be at another's work, which a cancel would kill
                     piece = f"slot {slot}" if where == "its start" else f"slot {slot} at {where}"
                     delay = losses.count(piece, error)
-                    del running[task]
                     resting[slot] = time.monotonic() + delay
                     continue
                 times = timed_unit.begun_at, timed_unit.finished_at
