@@ -73,7 +73,7 @@ class Whitening:
             return self
         if self._on_cpu is None:
             self._on_cpu = Whitening(self._gram.cpu(), self.dampening_frac)
-            self._on_cpu.scale = self.scale  # to the last bit: energies are told by it
+            self._on_cpu.scale = self.scale  # to the last bit, as energies are multiples of it
         return self._on_cpu
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
@@ -105,7 +105,7 @@ class Whitening:
         return self._roots[dtype]
 
     def cholesky(self, dtype: torch.dtype) -> Tensor | None:
-        """:meth:`root` where Cholesky finds one, in float64 if float32 does not do: else ``None``, and the root is dear."""
+        """:meth:`root` where Cholesky finds one, in float64 where float32 fails; else ``None``, and :meth:`root` is slow."""
         if dtype not in self._choleskys:
             lower, failed = torch.linalg.cholesky_ex(self.matrix(dtype))
             if int(failed) != 0 and dtype != torch.float64:

@@ -60,7 +60,7 @@ _ELSEWHERE = {
     "trainable_token_indices": _OF_THE_EMULATOR,
     "bias": "biases are the original's own",
     "lora_bias": "biases are the original's own",
-    "prefix_projection": "PEFT saves what the projection gives alone, so that no training could go on from it",
+    "prefix_projection": "PEFT saves the projection's output alone, from which no training could continue",
     "encoder_hidden_size": "it belongs to prefix_projection, which is not supported",
     "tokenizer_name_or_path": "the tokenizer is the model's",
     "tokenizer_kwargs": "the tokenizer is the model's",

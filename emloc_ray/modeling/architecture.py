@@ -198,7 +198,7 @@ def _spec(name: str, module: Any, block: str, experts: UnfusedExperts | None) ->
     return replace(spec, transposed=experts.is_transposed, routed_share=experts.routed_share)
 
 
-# How many tokens a trace has of each stream: which one a linear reads is told by their number.
+# Tokens of each stream in a trace: their number tells which stream a linear reads.
 _TRACED: dict[Stream, int] = {"row": 8, "decoder": 5}
 
 

@@ -175,7 +175,7 @@ def _generated(
 ) -> list[Any]:
     apart = has_encoder(model.config)
     longest = max(map(len, prompts))
-    # What goes on from its prompt is padded on the left, so that it begins at once.
+    # A decoder continues its prompt: padding on the left lets it start at once.
     padding = [([], [pad] * (longest - len(p))) if apart else ([pad] * (longest - len(p)), []) for p in prompts]
     padded = list(zip(padding, prompts, strict=True))
     ids = torch.tensor([left + p + right for (left, right), p in padded], device=model.device)

@@ -36,7 +36,7 @@ class StoredParameter:
 
     @property
     def own_name(self) -> str | None:
-        """The one tensor that is the parameter as it stands; None where it is made of others."""
+        """The one tensor that equals the parameter; None where it is made of several or changed."""
         whole = not self.is_stack and self.index is None and [len(part) for part in self.parts] == [1]
         return self.parts[0][0] if whole and not self.is_transposed else None
 
@@ -147,7 +147,7 @@ def _stored_spec(spec: LinearSpec, stored: Mapping[str, StoredParameter], checkp
 
 
 def renamed_tensors(stored: Mapping[str, StoredParameter]) -> dict[str, str]:
-    """The name in the model of every stored tensor that is a parameter as it stands under another name."""
+    """Maps each stored tensor that equals a parameter of another name to that name."""
     return {parameter.own_name: name for name, parameter in stored.items() if parameter.own_name not in (None, name)}
 
 

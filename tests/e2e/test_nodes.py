@@ -62,7 +62,7 @@ def test_a_node_that_goes_and_one_that_comes_leave_no_trace(
         alive = {node["NodeManagerAddress"] for node in nodes.alive()}
     assert len(alive) == 3
     assert address not in alive
-    assert re.search("calibrate: slot [01].* lost its worker because .*; begun again", log.read_text())
+    assert re.search("calibrate: slot [01].* lost its worker because .*; restarted", log.read_text())
 
     values |= {"run_dir": str(tmp_path / "one" / "run"), "ray": {"num_cpus": 2}}
     driver = start(write_config(tmp_path / "one", values), log, "--until", "merge")

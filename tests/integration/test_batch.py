@@ -119,7 +119,7 @@ def test_broken_tasks_end_alone_with_their_reasons(ended: BatchState, killer: Ki
         if "lost its worker" in event["message"]
     ]
     assert len(told) == 1
-    assert "the training lost its worker because its process crashed or was killed; begun again (1 of 3)" in told[0]
+    assert "the training lost its worker because its process crashed or was killed; restarted (1 of 3)" in told[0]
 
 
 def test_what_tasks_share_is_made_once(ended: BatchState) -> None:

@@ -170,7 +170,7 @@ def test_broken_off_in_each_part_it_goes_on_to_the_same_emulator(copied: Finishe
     place = copied.root / "healing"
 
     def stop(when: int) -> set[str]:
-        """Whatever was there before it was begun again is as it was."""
+        """Whatever was there before it was restarted is as it was."""
         before = {path: path.stat().st_ino for path in copied.root.rglob("logits-*")}
         with pytest.raises(Stopped):
             run_values(values, Stopping("heal", when), until="heal", begin=None if place.exists() else "heal")
@@ -213,7 +213,7 @@ def test_a_killed_worker_leaves_no_trace(copied: FinishedRun, healed_run: Finish
         reporter = run_values(values, begin="heal", until="heal")
     assert 4 <= max(watcher.logged_when_killed) < HEALING["steps"]
     assert watcher.logged.count(1) == 1
-    assert any(re.match("heal: the training lost its worker because .*; begun again", note) for note in reporter.notes)
+    assert any(re.match("heal: the training lost its worker because .*; restarted", note) for note in reporter.notes)
     same_tensors(copied.root / "emulator_healed", healed_run.root / "emulator_healed", 1e-5)
 
 

@@ -21,7 +21,7 @@ from emloc_ray.errors import StageError
 from emloc_ray.stages.ray.losses import Losses
 from emloc_ray.stages.ray.slots import run_slots, start_slot
 from emloc_ray.stages.ray.tasks import Resources, bounded
-from emloc_ray.stages.tokens.tokens import begun_again
+from emloc_ray.stages.tokens.tokens import retried
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 SIZES = {"train": 20}
@@ -118,7 +118,7 @@ def test_a_row_that_kills_its_worker_names_its_shard_and_keeps_the_others(
 
     def run() -> dict[str, dict[str, int]]:
         piece = functools.partial(first_unwritten, splits, out_dir, SIZES)
-        return begun_again(work, Losses("data", told.append, bound=1), piece)
+        return retried(work, Losses("data", told.append, bound=1), piece)
 
     with pytest.raises(StageError, match="data: token shard 2 of train lost its worker 2 times"):
         run()

@@ -202,7 +202,7 @@ def test_a_killed_calibration_worker_leaves_no_trace(copied: FinishedRun, llama_
     assert len(reporter.killed) == 1
     [told] = [note for note in reporter.notes if not note.startswith("data.")]
     assert re.match(
-        "calibrate: slot [01](?: at (token shard [0-9]+|its end))? lost its worker because .*; begun again", told
+        "calibrate: slot [01](?: at (token shard [0-9]+|its end))? lost its worker because .*; restarted", told
     )
     assert reporter.started == ["calibrate"]
     calm, disturbed = llama_run.root / "calibration", copied.root / "calibration"
@@ -218,7 +218,7 @@ def test_a_killed_training_worker_leaves_no_trace(copied: FinishedRun, llama_run
     with KillingWatcher(copied.root / "training", steps=4) as watcher:
         reporter = run_values(values, until="finetune")
     assert 4 <= max(watcher.logged_when_killed) < 8
-    assert any(re.match("finetune: rank [01] .*; begun again from the last", n) for n in reporter.notes)
+    assert any(re.match("finetune: rank [01] .*; restarted from the last", n) for n in reporter.notes)
     assert watcher.logged.count(1) == 1  # it went on from a checkpoint; it did not begin again
     history = json.loads((copied.root / "metrics.json").read_text())["finetune"]["history"]
     assert [line["step"] for line in history] == list(range(1, 9))

@@ -93,7 +93,7 @@ def write_identities(path: Path, orders: Mapping[str, int]) -> None:
 def _write_packed(
     path: Path, counts: Mapping[str, int], orders: Mapping[str, int], matrix: Callable[[str], Tensor]
 ) -> None:
-    """``matrix(name)`` is asked for once, and let go of before the next."""
+    """Calls ``matrix(name)`` once a name and keeps one matrix at a time."""
     sizes = {name: order * (order + 1) // 2 for name, order in orders.items()}
     entries = [TensorEntry(name, path, torch.float32, (size,), 0, 4 * size) for name, size in sorted(sizes.items())]
     header = make_header(entries, {"num_tokens": json.dumps(counts)})

@@ -85,7 +85,7 @@ def row_chunks(entry: TensorEntry, chunk_bytes: int) -> Iterator[tuple[int, torc
 
 
 def copy_chunks(entry: TensorEntry, chunk_bytes: int) -> Iterator[torch.Tensor]:
-    """A tensor's bytes as they are, in chunks; one is held at a time where the caller lets go of it."""
+    """Yields a tensor's rows unchanged, in chunks, and keeps none."""
     for _, rows in row_chunks(entry, chunk_bytes):
         yield rows
         del rows

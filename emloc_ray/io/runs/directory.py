@@ -1,7 +1,7 @@
 """A run's directory: its artifacts' places, its manifest, its lock; in a file system or on an object store.
 
 The manifest is written last and atomically after each stage, so that whatever it names is whole: a run that is killed
-anywhere goes on from it. On an object store ``root`` is this node's copy (:mod:`emloc_ray.io.store.node_cache`).
+anywhere resumes from it. On an object store ``root`` is this node's copy (:mod:`emloc_ray.io.store.node_cache`).
 """
 
 from __future__ import annotations

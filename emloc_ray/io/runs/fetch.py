@@ -26,7 +26,7 @@ def fetch(
     """Writes the run's files (those of ``parts`` such as ``adapter`` or ``merged``, else all) to ``directory``; of a batch,
     those of all its tasks, without its cache.
 
-    What is there already with the same content is left as it is, so that a broken fetch goes on. ``progress`` hears of
+    What is there already with the same content is left as it is, so that a broken fetch resumes. ``progress`` counts
     bytes. Returns the files written.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a killed run left in a directory, and whether it may be gone on from."""
+"""What a killed run left in a directory, and whether it may be resumed."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def calibrate(
 ) -> dict[str, Any]:
     """Gathers every group's Gram over the job's token shards into ``out_dir``; each shard counts exactly once.
 
-    The shards go to slots in turn; a lost task is begun again and goes on from its slot's commit. ``job.mode``
+    The shards go to slots in turn; a lost task is restarted and goes on from its slot's commit. ``job.mode``
     ``resident`` holds the model in every task; ``streamed`` holds one block of it and takes all shards through that.
     Both give the same Grams, up to rounding. Experts that were sent too few tokens get theirs in a second pass
     (:mod:`emloc_ray.stages.calibrate.thin_experts`).
@@ -107,7 +107,7 @@ def _reside(
         def told(done: int, total: int, number: int = number) -> None:
             progress(number * total + done, len(waves) * total)
 
-        # A task that counted as lost, and was begun again, may still have committed after its successor did.
+        # A task that counted as lost, and was restarted, may still have committed after its successor did.
         ends = [shards[-1] for shards in work]
         while (safe := [last_shard(file) if exists(file) else -1 for file in slots]) != ends:
             run_slots(start, work, "token shard", losses, told, safe=safe)

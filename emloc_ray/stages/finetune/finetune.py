@@ -46,7 +46,7 @@ class FailureLog(ray.train.UserCallback):
         rank = min(lost or worker_exceptions)
         error = worker_exceptions[rank]
         why = f"lost its worker because {reason(error)[0]}" if lost else f"failed ({last_line(error)})"
-        again = f"begun again from the last checkpoint ({self.failures} of {self.job.max_failures})"
+        again = f"restarted from the last checkpoint ({self.failures} of {self.job.max_failures})"
         path = self.job.failure_path
         ensure(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -222,7 +222,7 @@ class Watcher:
         self._look()
 
     def _look(self) -> None:
-        """Never raises: without it a training hears no stop, and nobody hears of its failures."""
+        """Never raises: it passes on the stop and reports failures."""
         try:
             self._show()
         except (EmlocError, OSError):

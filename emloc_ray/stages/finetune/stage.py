@@ -43,7 +43,7 @@ def trained_tokens(context: Context) -> float:
 
 
 def finetune_job(context: Context, name: str) -> FinetuneJob:
-    """``name`` is what a later try of the same training goes on from."""
+    """``name`` identifies the training, so that a later try resumes it."""
     from emloc_ray.stages.finetune.training import FinetuneJob
 
     prepared, config = context.prepared, context.prepared.config

@@ -261,7 +261,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(settings["threads"])
     job: FinetuneJob = settings["job"]
-    if exists(job.out_of_memory_path):  # the group was begun again, and would run out once more
+    if exists(job.out_of_memory_path):  # the group was restarted, and would run out once more
         return {"out_of_memory": True, "peak_bytes": 0, "gpu_peak_bytes": 0}
     try:
         outcome = timed(train)(job, GroupSession())

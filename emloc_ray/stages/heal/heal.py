@@ -1,7 +1,7 @@
 """Heal: before its task, the emulator learns to predict what the original does on the task's own inputs.
 
 The original's top logits are cached (``teacher.py``), a LoRA on the emulator is trained towards them (``finetune.py`` with
-another loss), and that is folded into the factors (``fold.py``). Each of the three goes on from what it had finished.
+another loss), and that is folded into the factors (``fold.py``). Each of the three resumes from what it had finished.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ _PLACE = "healing"
 
 
 def healing_job(context: Context, healing: HealingConfig, name: str) -> HealingJob:
-    """``name`` is what a later try of the same healing goes on from; all but the outcome is in ``healing/``."""
+    """``name`` identifies the healing, so that a later try resumes it; all but the outcome is in ``healing/``."""
     from emloc_ray.data.ingest import SampleOrder
     from emloc_ray.stages.heal.fold import FoldJob
     from emloc_ray.stages.heal.heal import HealingJob

@@ -86,7 +86,7 @@ def teach_part(job: TeacherJob, part: int, num_parts: int) -> None:
 def teach(job: TeacherJob, resources: Resources, progress: Progress = silent, tell: Tell = unheard) -> None:
     """Writes ``job.out_dir``: a task a worker, each with the whole original; shards that are there already stay.
 
-    Raises what a task raised. ``progress`` hears of shards.
+    Raises what a task raised. ``progress`` counts shards.
     """
     shards = job.shards()
     num_parts = min(resources.num_workers, len(shards))

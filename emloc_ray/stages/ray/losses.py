@@ -1,4 +1,4 @@
-"""What goes wrong on Ray, in our words, and work that lost its worker: begun again a bounded number of times, each told."""
+"""Errors of Ray as errors of ours, and restarts of work that lost its worker: each is reported, their number is bounded."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LOST = (
     ray.exceptions.ObjectLostError,
 )
 # Seconds before the first, second and later tries. Together they outlast the 15 s for which, by Ray's defaults, a node
-# counts as alive whose raylet is dead: work begun again at once may be sent to such a node each time.
+# counts as alive whose raylet is dead: work restarted at once may be sent to such a node each time.
 # Where errors of Ray's tasks, and of Ray Train's, keep what they were raised from.
 _HELD = ("cause", "_base_exc", "controller_failure", "health_check_failure")
 # Control groups of the second and the first version, and the machine; proc(5).
@@ -52,7 +52,7 @@ class Losses:
         self._kernel_kills = kernel_kills()
 
     def count(self, piece: str, error: BaseException) -> float:
-        """Counts a loss and tells of it; returns the seconds to wait before the piece is begun again.
+        """Counts and reports a loss; returns the seconds to wait before the piece is restarted.
 
         Raises:
             StageError: where the piece has lost its worker more than ``bound`` times, naming it and what to do.
@@ -67,7 +67,7 @@ class Losses:
             raise StageError(
                 f"{self.stage}: {piece} lost its worker {times} times, the last time because {why}: {what_to_do}."
             ) from error
-        self.tell(f"{self.stage}: {piece} lost its worker because {why}; begun again ({times} of {self.bound}).")
+        self.tell(f"{self.stage}: {piece} lost its worker because {why}; restarted ({times} of {self.bound}).")
         return self.delays[min(times, len(self.delays)) - 1]
 
 

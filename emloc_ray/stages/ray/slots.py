@@ -1,4 +1,4 @@
-"""Slots: tasks that each work off a fixed list of units in order, begun again where they are lost.
+"""Slots: tasks that each work off a fixed list of units in order, restarted where they are lost.
 
 A task and no actor: its process, in which torch and transformers are imported, serves the next stage too.
 """
@@ -76,7 +76,7 @@ def run_slots(
 ) -> None:
     """Has ``work[slot]``, a list of ascending units, worked off by the task that ``start(slot)`` begins: :func:`start_slot`.
 
-    ``done(slot, unit)`` hears of every unit finished, on a resumed slot of the last one alone. A lost task is begun again
+    ``done(slot, unit)`` is called with every finished unit, after a resume with the last one alone. A lost task is restarted
     and says how far it had come. ``unit_name`` is what people call a unit. ``safe[slot]``, where that is known: the last
     unit of an earlier try; a slot that is at its end is not begun.
 
@@ -96,7 +96,7 @@ def run_slots(
                 del resting[slot]
                 running[start(slot)] = slot
                 at[slot] = "its start"
-            progress(done_units, total)  # where it is heard that the run is to stop, too
+            progress(done_units, total)  # raises where the run is to stop
             for task in _first_ready(list(running), min(resting.values(), default=math.inf)):
                 slot = running[task]
                 where = at[slot]

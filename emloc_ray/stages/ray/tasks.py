@@ -1,4 +1,4 @@
-"""Ray tasks: each kind made once, with what a worker asks for, a bounded number in flight, begun again where lost."""
+"""Ray tasks: each kind made once, a bounded number in flight, restarted where their worker is lost."""
 
 from __future__ import annotations
 
@@ -134,8 +134,7 @@ class Flight:
     def add(self, name: str, submit: Callable[[], Any]) -> int:
         """Queues a task; ``submit`` starts it and gives its reference. Returns its number, by which results are found.
 
-        It is to be one of :meth:`Resources.task`, whose time and memory are told then: lost workers are counted, and told
-        of, here.
+        It has to be one of :meth:`Resources.task`, so that its time and memory are known.
         """
         self._waiting.append(_Piece(self._added, name, submit))
         self._added += 1

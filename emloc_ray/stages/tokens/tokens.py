@@ -59,11 +59,11 @@ def tokenize_data(
         ImagePlaces.of(config.data.image_hosts, config.data.image_roots),
     )
     losses = Losses("data", tell)
-    splits = begun_again(lambda: rows_of_splits(config, sources, options), losses, lambda: "counting tokens")
+    splits = retried(lambda: rows_of_splits(config, sources, options), losses, lambda: "counting tokens")
     # Rows that may show images are of 100 KB rather than a few.
     rows_per_shard = _IMAGE_ROWS_PER_SHARD if options.may_show_images else _ROWS_PER_SHARD
     sizes = dict.fromkeys(splits, rows_per_shard) | {"calibration": config.calibration.rows_per_shard}
-    counts = begun_again(
+    counts = retried(
         lambda: tokenize_splits(
             splits,
             options,
@@ -78,7 +78,7 @@ def tokenize_data(
     return {"splits": counts, "num_workers": config.calibration.num_workers}
 
 
-def begun_again(work: Callable[[], Result], losses: Losses, piece: Callable[[], str]) -> Result:
+def retried(work: Callable[[], Result], losses: Losses, piece: Callable[[], str]) -> Result:
     """What ``work`` returns; done again where a worker of Ray Data's is lost, for it keeps what it had finished."""
     while True:
         try:

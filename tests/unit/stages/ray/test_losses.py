@@ -79,9 +79,9 @@ def test_a_lost_worker_is_told_of_and_begun_again_later_each_time() -> None:
     losses.count("shard b", NodeDiedError("node"))
     assert delays == sorted(delays)
     assert told == [
-        "merge: shard a lost its worker because its process crashed or was killed; begun again (1 of 2).",
-        "merge: shard a lost its worker because its process crashed or was killed; begun again (2 of 2).",
-        "merge: shard b lost its worker because its node died; begun again (1 of 2).",
+        "merge: shard a lost its worker because its process crashed or was killed; restarted (1 of 2).",
+        "merge: shard a lost its worker because its process crashed or was killed; restarted (2 of 2).",
+        "merge: shard b lost its worker because its node died; restarted (1 of 2).",
     ]
     with pytest.raises(StageError, match=r"^merge: shard a lost its worker 3 times, the last time because its process"):
         losses.count("shard a", WorkerCrashedError())
@@ -114,7 +114,7 @@ def test_a_trainings_failure_is_written_down_while_it_is_recovered_from(tmp_path
     log.after_exception(None, {0: closed, 1: WorkerHealthCheckFailedError("rank 1", ActorDiedError())})
     log.after_exception(None, {0: closed})
     assert job.failure_path.read_text().splitlines() == [
-        "finetune: rank 0 failed (Connection closed by peer); begun again from the last checkpoint (1 of 2).",
-        "finetune: rank 1 lost its worker because its process crashed or was killed; begun again from the last checkpoint"
+        "finetune: rank 0 failed (Connection closed by peer); restarted from the last checkpoint (1 of 2).",
+        "finetune: rank 1 lost its worker because its process crashed or was killed; restarted from the last checkpoint"
         " (2 of 2).",
     ]
