@@ -41,7 +41,7 @@ def test_a_method_s_settings_are_what_was_set(adapter: dict[str, Any], settings:
         ({"method": "ia3", "r": 4}, "adapter.r is not a key"),
         ({"method": "prompt_tuning"}, "adapter.num_virtual_tokens is missing"),
         ({"method": "prefix_tuning", "num_virtual_tokens": 2, "target_modules": ["q"]}, "adapter.target_modules is not a key"),
-        ({"method": "prefix_tuning", "num_virtual_tokens": 2, "prefix_projection": True}, "from which no training could continue"),
+        ({"method": "prefix_tuning", "num_virtual_tokens": 2, "prefix_projection": True}, "no training could continue"),
         ({"method": "prompt_tuning", "num_virtual_tokens": 2, "token_dim": 8}, "set by emloc_ray itself"),
         ({"method": "prompt_tuning", "num_virtual_tokens": 2, "prompt_tuning_init": "no"}, "'TEXT', 'SAMPLE_VOCAB' or"),
         ({"method": "vera", "peft_type": "LORA"}, "adapter.peft_type is not to be set"),
