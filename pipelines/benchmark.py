@@ -63,7 +63,7 @@ BENCHMARKS = {
 }
 GPU = "gpu.command:gpu"
 LAYERS = ("2048x2048", "4096x4096", "14336x4096", "real")
-# What each writes of the README's tables, and of which parts the other tables are made.
+# The README table that each part writes, and the parts of the other tables.
 PUBLISHED = {
     "allocation": "better_ranks.json",
     "memory": "memory.json",

@@ -1,4 +1,4 @@
-"""What is known of an ablation's cells: a file each in ``cells/`` of its shared directory.
+"""The figures of an ablation's cells: a file each in ``cells/`` of its shared directory.
 
 A file is named by a hash of all that its figures follow from, so that it can be had from another ablation, or from a published
 result, that asked for the same.
@@ -31,7 +31,7 @@ _PLACES: Any = {
 
 
 class Cells:
-    """What is known of an ablation's cells, in the files of its directory."""
+    """The figures of an ablation's cells, in the files of its directory."""
 
     def __init__(self, ablation: Ablation, contents: dict[tuple[str, int], dict[str, str]]) -> None:
         """``contents`` are the SHA-256 of the data sets' files, by name and seed."""
@@ -55,7 +55,7 @@ class Cells:
         return fingerprint([*inputs, version("emloc-ray")])
 
     def _model(self, cell: Cell) -> Any:
-        """Of a model on the hub, its commit; else a hash of its files, each of which is read once."""
+        """The commit of a model on the hub; of another a hash of its files, each read once."""
         asked = cell.config.model
         if (asked.source, asked.revision) not in self._weights:
             source = resolve_source(asked.source, asked.revision)
@@ -151,7 +151,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def figures(metrics: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of a run's metrics: losses in nats a token, seconds, bytes."""
+    """The figures of a run's metrics: losses in nats a token, seconds, bytes."""
     usages, planned, correction = metrics["stages"], metrics["planned_memory"], metrics["correction"]
     training = {name: usages[name] for name in ("heal", "finetune") if name in usages}
     return {
@@ -164,7 +164,7 @@ def figures(metrics: dict[str, Any]) -> dict[str, Any]:
             "wall_s": None
             if any("taken_from" in u or "resumed" in u for u in training.values())
             else sum(u["wall_s"] for u in training.values()),
-            # As planned: what is measured beside other runs on the machine is theirs too.
+            # As planned: a measurement beside other runs on the machine includes them.
             "planned_bytes": max(planned[name] for name in training),
         },
         "inference_planned_bytes": planned["inference"],

@@ -154,7 +154,7 @@ def _overridden(config: AblationConfig, of_runs: dict[str, Any]) -> Iterator[str
 
 
 def _picked(methods: Any, names: Sequence[str]) -> Any:
-    """Some of a file's methods; a name that none has stays, and is told as no method."""
+    """The chosen methods of a file; an unknown name stays, for its error."""
     by_name = {method.get("name"): method for method in methods or () if isinstance(method, dict)}
     return [by_name.get(name, name) for name in names]
 
@@ -219,7 +219,7 @@ def _wrong_cells(config: AblationConfig, cells: Sequence[Cell]) -> Iterator[str]
         yield from _unread_rows(config, cell)
         adapter, model = cell.config.adapter.method, cell.config.model.source
         if cell.prune is not None and model != bound.config.model.source:
-            yield f"method {cell.method} prunes {model}, and its adapter is to be one of the original: take model out of it."
+            yield f"method {cell.method} prunes {model}, but its adapter has to be the original's: take model out of it."
         if cell.prune is not None and adapter not in ("lora", "rslora"):
             yield f"method {cell.method} is pruned, and an adapter of {adapter} cannot be recovered: use lora or rslora."
         if config.corrections and cell.compresses and not cell.config.adapter.is_additive:

@@ -15,7 +15,7 @@ RATIO = "emulator.compression_ratio"
 OWN = "own"
 
 Some = Field(min_length=1)
-Kind = Literal["layers", "random", "structured"]  # of what is left out of a pruned model
+Kind = Literal["layers", "random", "structured"]  # the parts that a pruned model leaves out
 Foreign = Literal["summaries", "names", "code", "prose"]
 
 
@@ -30,11 +30,11 @@ class RowsConfig(Section):
     train: int = Field(640, ge=1)
     selection: int = Field(32, ge=1)
     eval: int = Field(96, ge=1)
-    calibration: int = Field(512, ge=1, description="of which calibration.num_calibration_samples are taken")
+    calibration: int = Field(512, ge=1, description="rows to take calibration.num_calibration_samples from")
 
 
 class CalibrationRows(Section):
-    """What is done to a data set's calibration rows."""
+    """Changes to a data set's calibration rows."""
 
     foreign: Foreign | None = Field(None, description="rows of another domain")
     share: float = Field(1.0, gt=0, le=1, description="of the rows, that foreign ones replace")
@@ -61,7 +61,7 @@ class MethodConfig(Section):
     model_config = ConfigDict(frozen=True, extra="allow")
 
     name: str
-    prune: Kind | None = Field(None, description="train on a model of which parts are left out, instead of an emulator")
+    prune: Kind | None = Field(None, description="train on a model without these parts, instead of an emulator")
     heal_on: Foreign | None = Field(None, description="other rows than the task's to heal the emulator on")
 
     @field_validator("name")

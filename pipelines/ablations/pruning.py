@@ -74,7 +74,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class KeptLayer:
-    """What is kept of one of the original's layers, each list ascending."""
+    """The kept parts of one of the original's layers, in ascending lists."""
 
     layer: int
     groups: list[int]
@@ -204,7 +204,7 @@ def checked_shape(config: Any, kind: Kind, ratio: float) -> Shape:
             f"The model is a {config.model_type}, and what can be pruned is {', '.join(FAMILIES)}: give one of those."
         )
     if not 0 < ratio <= 1:
-        raise ConfigError(f"The ratio of what is kept is {ratio}: give one above 0 and up to 1.")
+        raise ConfigError(f"The ratio to keep is {ratio}: give one above 0 and up to 1.")
     shape = Shape.of(config)
     if kind == "layers":
         _even_layers(shape, ratio)
@@ -236,7 +236,7 @@ def _even_layers(shape: Shape, ratio: float) -> list[KeptLayer]:
     count = math.floor(_exact(ratio) * shape.num_layers)
     if count < 2:
         raise ConfigError(
-            f"The ratio {ratio} leaves {count} of {shape.num_layers} layers, of which the first and the last have to stay:"
+            f"The ratio {ratio} leaves {count} of {shape.num_layers} layers, and the first and the last have to stay:"
             " keep more."
         )
     numbers = [round(Fraction(i * (shape.num_layers - 1), count - 1)) for i in range(count)]
@@ -289,7 +289,7 @@ def _largest(values: Tensor, count: int) -> list[int]:
 
 
 def _shrink(model: Any, kept: Kept) -> None:
-    """Cuts the model and its config, in place, to what is kept."""
+    """Cuts the model and its config in place to the kept parts."""
     config, shape, first = model.config, kept.shape, kept.layers[0]
     blocks = [model.model.layers[layer.layer] for layer in kept.layers]
     for block, layer in zip(blocks, kept.layers, strict=True):

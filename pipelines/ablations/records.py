@@ -1,4 +1,4 @@
-"""What came of an ablation's cells: a record each, with the share of the gap that it closed, and what is published of them."""
+"""The results of an ablation's cells: a record each, with the share of the gap that it closed, and what is published."""
 
 from __future__ import annotations
 

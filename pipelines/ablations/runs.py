@@ -1,4 +1,4 @@
-"""Runs an ablation: its data sets, its pruned models, all cells as one batch, then what is measured on their adapters.
+"""Runs an ablation: its data sets, its pruned models, all cells as one batch, then the measurements of their adapters.
 
 Each of these is skipped where it was done with the same inputs, so that the same command goes on after a kill. A cell that
 is done is a file in ``cells/``, named by all that its figures follow from: it is not looked at again, and another ablation
@@ -40,7 +40,7 @@ _POLL_S = 1.0
 
 @dataclass(frozen=True)
 class Pruned:
-    """A model of which parts are left out, and what was kept of it."""
+    """A pruned model, and the parts that it kept."""
 
     model_dir: Path
 
@@ -131,7 +131,7 @@ def make_data(ablation: Ablation, tell: Tell) -> Cells:
     with contextlib.ExitStack() as held:
         run.lock()
         held.callback(run.unlock)
-        run.create(ablation.batch.model_dump(mode="json"), kind="batch")  # before what is shared, which may lie in it
+        run.create(ablation.batch.model_dump(mode="json"), kind="batch")  # before the shared cache, which may be in it
         shared = RunDirectory(ablation.shared / "data")
         _wait_for(shared, tell)
         held.callback(shared.unlock)
@@ -289,7 +289,7 @@ def _measure_all(ablation: Ablation, cells: Cells, pruned: dict[str, Pruned], te
         run = cells.run_of(cell)
         place = RunDirectory(run.run_dir)
         try:
-            place.lock()  # nobody trains another adapter there meanwhile
+            place.lock()  # so that no process trains another adapter there
         except EmlocError as error:
             failed[cell.name] = str(error)
             return
@@ -333,7 +333,7 @@ def _recovered(ablation: Ablation, cell: Cell, run: RunConfig, pruned: Pruned | 
 
 
 def _corrected(ablation: Ablation, cell: Cell, run: RunConfig, pruned: Pruned | None, tell: Tell) -> dict[str, float]:
-    """Held-out losses of the ways to correct a trained adapter; nothing is chosen by them."""
+    """Held-out losses of several corrections of a trained adapter; nothing is chosen by them."""
     from emloc_ray.runs.steps import resources_of
     from emloc_ray.stages.context import Context
     from emloc_ray.stages.correct.correct import Candidate, correct

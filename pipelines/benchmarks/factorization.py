@@ -32,7 +32,7 @@ def factorization(out: Path) -> Figures:
 
 def _factorize_all(run: Path, ratio: float) -> dict[str, Any]:
     _, weights, gram = next(_groups(run))
-    for weight in weights:  # the libraries' own first calls are nobody's
+    for weight in weights:  # the libraries' first calls are not counted
         published_route(weight, gram, factorize(weight, Whitening(gram), 1).factors.up.shape[1])
     ours = baseline = 0.0
     groups: list[list[tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]] = []
@@ -77,7 +77,7 @@ def layers(out: Path, chosen: Sequence[str]) -> Figures:
     """
     torch.set_num_threads(2)
     warm = _layer(512, 512, 1.0)
-    _race(*warm[:2], 64, repeats=1)  # the libraries' own first calls are nobody's
+    _race(*warm[:2], 64, repeats=1)  # the libraries' first calls are not counted
     figures: Figures = {}
     for shape in chosen:
         if shape == "real":

@@ -46,7 +46,7 @@ def publish_figures(path: Path, parts: Sequence[str], part: str, new: Figures) -
 
 
 def saved_whole(directory: Path, save: Callable[[Path], object]) -> Path:
-    """A directory that ``save`` makes once: one that was killed at it is made anew."""
+    """A directory that ``save`` makes once; where it was killed, it starts again."""
     if not directory.is_dir():
         part = directory.with_name(f"{directory.name}.part")
         save(part)
@@ -55,7 +55,7 @@ def saved_whole(directory: Path, save: Callable[[Path], object]) -> Path:
 
 
 def interleaved(actions: Sequence[Callable[[], None]], repeats: int) -> list[float]:
-    """The fewest seconds that each action took, in turns: what is above them is what else the machine did."""
+    """The fewest seconds of each action, run in turns: more is due to other work on the machine."""
     times: list[list[float]] = [[] for _ in actions]
     for action in actions:
         action()

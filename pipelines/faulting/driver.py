@@ -25,7 +25,7 @@ class _Over(Exception):
 
 
 class EventReporter(Reporter):
-    """Writes one JSON line for each thing it is told."""
+    """Writes each event as a JSON line."""
 
     def __init__(self, path: Path, until: str, snapshots: Path | None, run_dir: Path) -> None:
         self.path, self.until, self.snapshots, self.run_dir = path, until, snapshots, run_dir
@@ -51,7 +51,7 @@ class EventReporter(Reporter):
             raise _Over
 
     def note(self, text: str) -> None:
-        """What a person would be told."""
+        """Writes a remark."""
         self.write("note", text=text)
 
 

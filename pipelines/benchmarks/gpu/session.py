@@ -108,7 +108,7 @@ class Session:
         }
 
     def give_back(self) -> None:
-        """Frees what no case holds any more, and begins to watch peaks anew."""
+        """Frees unused memory, and resets the peaks."""
         gc.collect()
         if self.is_cuda:
             torch.cuda.synchronize()

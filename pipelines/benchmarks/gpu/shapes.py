@@ -17,7 +17,7 @@ RATIO = 0.5
 
 @dataclass(frozen=True)
 class Shapes:
-    """What is measured: ``model`` as a whole, one block of it and of ``large``, and ``linears (out, in)`` one by one.
+    """The measured shapes: ``model`` as a whole, one block of it and of ``large``, and ``linears (out, in)`` one by one.
 
     A micro-batch is ``rows`` of ``length`` tokens. Ranks are multiples of ``multiple``. ``effort`` is the share of the
     seconds of a full size that a case is expected to take.
@@ -96,7 +96,7 @@ def uniform_ranks(specs: list[LinearSpec], ratio: float, multiple: int = 1) -> d
 def random_llama(
     config: LlamaConfig, device: torch.device, ranks: dict[str, int] | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> Any:
-    """A Llama, or its emulator of these ``ranks``, with normal weights: what is dense and replaced is never made."""
+    """A Llama, or its emulator of these ``ranks``, with normal weights; a replaced dense weight is never made."""
     with torch.device("meta"):
         model: Any = LlamaForCausalLM(config)
         factorize_modules(model, ranks or {})
@@ -107,7 +107,7 @@ def random_llama(
 
 @torch.no_grad()
 def fill_randomly(model: Any) -> Any:
-    """Frozen normal weights, norms of 1, and the rotary frequencies, which are no parameters, made anew."""
+    """Frozen normal weights, norms of 1, and the rotary frequencies, which are no parameters, computed."""
     with model.device:
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     for name, parameter in model.named_parameters():
