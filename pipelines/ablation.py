@@ -83,8 +83,8 @@ def run(
     publish_to: Path | None = None,
     published: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> int:
-    """Runs what is not done and in none of the ``published`` results, then writes what came of all; how many cells are
-    missing counts as a failure."""
+    """Runs the cells that are neither done nor in the ``published`` results, then writes all results; fails where cells are
+    missing."""
     failed: dict[str, str] = {}
     with BatchView(console) as view:
         cells = runs.known_data(ablation) if only_collect else runs.make_data(ablation, view.tell)

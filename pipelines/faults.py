@@ -5,11 +5,10 @@
     python pipelines/faults.py --out runs/faults --config configs/quickstart.yaml \\
         emulator.allocation=uniform emulator.objective=activations calibration.mode=streamed
 
-Everything runs on this machine, each node with a loopback address of its own. One run goes undisturbed; then each cell
-takes that run as it was before its stage, kills (SIGKILL) one process or all processes of a node of this cluster once the
-stage has gone on for a share of its undisturbed time, and compares what the stage ends with, file by file. A killed driver
-is started again. ``faults.json`` in the output folder keeps every cell, those of earlier calls with other stages, kinds
-or seeds too; ``faults.md`` is the table.
+Everything runs on this machine; each node has its own loopback address. One run is undisturbed. Then each cell takes that
+run as it was before its stage, kills (SIGKILL) one process or all processes of a node after a share of the stage's
+undisturbed time, and compares the stage's files one by one. A killed driver is started again. ``faults.json`` in the output
+folder keeps every cell, also those of earlier calls; ``faults.md`` is the table.
 """
 
 from __future__ import annotations

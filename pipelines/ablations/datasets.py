@@ -1,12 +1,12 @@
 """Three tasks made from the Python sources installed here, and calibration rows that are not the task's own.
 
 ``summaries``  a function's code -> the first sentence of its docstring, as in the quickstart
-``names``      a function's code, its name masked wherever it stands -> its name
-``code``       a function as it stands, docstring and all: plain text
+``names``      a function's code with its name masked -> its name
+``code``       a whole function with its docstring: plain text
 
 Nothing leaks between splits: whole files go to one split, drawn by a hash of seed and module name, and no row has the words
-of another's prompt or completion in any split, as copies of a file in another package would. What is made is a function of
-the seed and the installed sources alone.
+of another's prompt or completion in any split, as copies of a file in another package would. The rows are a function of the
+seed and the installed sources alone.
 """
 
 from __future__ import annotations

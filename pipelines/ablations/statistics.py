@@ -109,8 +109,7 @@ def _reference(
     compare_with: Mapping[str, Any],
     alike: Set[str],
 ) -> tuple[Any, ...] | None:
-    """The row to compare with: what ``compare_with`` says, and in all else that is to be ``alike`` as this one, or without a
-    value there."""
+    """The row to compare with: with the labels of ``compare_with``, and with this row's own in ``alike``, or none there."""
     if not compare_with:
         return None
     own = labels[group]

@@ -135,7 +135,7 @@ def test_a_check_tells_what_cannot_be_pruned(write: Write, tiny_model_dir: Calla
         runs.check(read_ablation(write(methods=methods, grid={RATIO: [0.5, 0.25]})), lambda done, total: None)
     [line, *_] = str(caught.value).splitlines()
     assert line.startswith("summaries-cut-")
-    assert "layers, of which the first and the last have to stay" in line
+    assert "layers, and the first and the last have to stay" in line
 
 
 def test_a_check_starts_and_writes_nothing(write: Write, tmp_path: Path) -> None:
