@@ -136,8 +136,6 @@ def stream_batches(tokens_dir: Path, order: SampleOrder, begin: int, end: int) -
 
 
 def _batches(tables: Iterator[pa.Table], order: SampleOrder) -> Iterator[list[Tokens]]:
-    whole = (
-        table.slice(start, order.batch_size) for table in tables for start in range(0, len(table), order.batch_size)
-    )
-    for table in whole:
-        yield from_table(table)
+    for table in tables:
+        for start in range(0, len(table), order.batch_size):
+            yield from_table(table.slice(start, order.batch_size))
