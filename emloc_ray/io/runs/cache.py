@@ -1,8 +1,8 @@
 """Artifacts of stages that many runs share, under keys that hash all that they are made from.
 
 PLACE/STAGE/KEY holds ``files/``, by their paths inside a run, and ``entry.json`` (:mod:`emloc_ray.io.runs.cache_place`). Entries
-never change. In a file system their files are hard links to those of the runs: an entry that is removed takes nothing from a
-run, and a file altered in place is altered for all.
+never change. In a file system their files share blocks with those of the runs, or are read-only hard links to them: an entry
+that is removed takes nothing from a run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from emloc_ray.errors import ArtifactError, DamagedArtifactError, EmlocError, Stopped
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from emloc_ray.errors import ArtifactError, DamagedArtifactError, DataError, EmlocError, Stopped
+from emloc_ray.io.formats.arrow_schemas import check_no_extensions, check_parquet
 from emloc_ray.io.runs.cache_place import FORMAT, CachePlace
 from emloc_ray.io.store.digests import digest_of
 from emloc_ray.io.store.node_cache import discard, open_artifact, origin, sizes
@@ -68,7 +72,7 @@ class ArtifactCache:
         self.max_bytes = max_bytes
         self._at = CachePlace(place)
         self.place = self._at.name
-        self._verified: set[str] = set()
+        self._verified: dict[str, Any] = {}  # what the files of entries were when their content was read
         self._swept_at = self._weighed_at = -math.inf  # by the monotonic clock
         self._held = math.inf  # bytes at most, but for what other processes have added since it was weighed
 
@@ -107,19 +111,20 @@ class ArtifactCache:
             yield
 
     def find(self, stage: str, key: str, verify: bool = False) -> Entry | None:
-        """The entry, where every file of it is there with its size (``verify``: its content, read once by this process); a
-        broken one is removed.
+        """The entry, where every file of it is there with its size (``verify``: its content, read once by this process and again
+        where a file's time or inode changed; and no code in it); another is removed.
 
         A place that cannot be read holds nothing.
         """
         try:
             used = self._at.used_at(stage, key)
             entry = None if used is None else self._read(stage, key, used)
-            if entry is not None and not self._is_whole(entry, verify and key not in self._verified):
+            now = None if entry is None else self._identity(entry)
+            if entry is not None and not self._is_whole(entry, verify and self._verified.get(key) != now):
                 self._at.remove(stage, key)
                 return None
             if verify and entry is not None:
-                self._verified.add(key)
+                self._verified[key] = now
             return entry
         except (OSError, ArtifactError):
             return None
@@ -140,7 +145,7 @@ class ArtifactCache:
             with contextlib.suppress(OSError, ArtifactError):
                 for path in entry.files:
                     discard(root / path)
-                if isinstance(error, DamagedArtifactError):
+                if isinstance(error, (DamagedArtifactError, FileNotFoundError)):
                     self._at.remove(entry.stage, entry.key)
             raise EntryGone(f"{self.place} does not give {entry.stage} of {entry.origin}: {error}") from error
         return [root / path for path in entry.files]
@@ -242,7 +247,19 @@ class ArtifactCache:
         held = sizes(folder)
         if any(held.get(folder / path) != content["size"] for path, content in entry.files.items()):
             return False
-        return not verify or all(_digest(folder / path) == content["sha256"] for path, content in entry.files.items())
+        return not verify or all(_is_safe(folder / path, content["sha256"]) for path, content in entry.files.items())
+
+    def _identity(self, entry: Entry) -> Any:
+        """What changes with the content of an entry's files."""
+        folder = self._at.folder(entry.stage, entry.key) / _FILES
+        if self._at.store is not None:  # whose keys name it
+            return ()
+        found = []
+        for path in entry.files:
+            with contextlib.suppress(FileNotFoundError):
+                status = (folder / path).stat()
+                found.append((status.st_ino, status.st_size, status.st_mtime_ns))
+        return found
 
 
 _WRITTEN = ("stage", "key", "files", "result", "inputs", "created_at", "origin")
@@ -271,9 +288,20 @@ def _parsed(content: bytes, used_at: float) -> Entry | None:
         return None
 
 
-def _digest(path: Path) -> str:
+def _is_safe(path: Path, sha256: str) -> bool:
+    """Whether a file is of this content, and its columns are of types that run no code."""
     with open_artifact(path) as (stream, _):
-        return digest_of(stream)
+        if digest_of(stream) != sha256:
+            return False
+        try:
+            stream.seek(0)
+            if path.suffix == ".arrow":
+                check_no_extensions(pa.ipc.open_file(stream).schema, path.name)
+            elif path.suffix == ".parquet":
+                check_parquet(pq.ParquetFile(stream, arrow_extensions_enabled=False), path.name)
+        except (DataError, pa.ArrowException, ValueError):
+            return False
+        return True
 
 
 def _run_name(root: Path) -> str:

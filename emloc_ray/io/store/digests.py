@@ -58,10 +58,12 @@ def note_digest(path: Path, sha256: str) -> None:
 
 
 def noted_digest(path: Path) -> str | None:
-    """What :func:`note_digest` kept; None where there is nothing, or the file has changed since."""
+    """What :func:`note_digest` kept; None where there is nothing, the file has changed since, or is another user's, who may
+    have noted what he likes."""
     try:
         sha256, size, modified = os.getxattr(path, _ATTRIBUTE).decode().split(":")
     except (OSError, AttributeError, ValueError):
         return None
     status = path.stat()
-    return sha256 if (int(size), int(modified)) == (status.st_size, status.st_mtime_ns) else None
+    same = (int(size), int(modified)) == (status.st_size, status.st_mtime_ns)
+    return sha256 if same and status.st_uid == os.geteuid() else None

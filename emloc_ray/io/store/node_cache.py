@@ -14,6 +14,7 @@ import functools
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from emloc_ray.io.store.digests import digest, noted_digest
 from emloc_ray.io.store.node_copies import (
     MARK,
     alone,
+    check_owner,
     link_copy,
     make_room,
     note_of,
@@ -37,6 +39,7 @@ from emloc_ray.io.store.replacing import replacing
 
 if TYPE_CHECKING:
     from emloc_ray.io.store.object_store import ObjectStore
+    from emloc_ray.io.store.objects import Stored
 
 _CONNECTIONS = 8
 _MAX_NAME = 255
@@ -79,8 +82,8 @@ def mirror(uri: str, lease: int | None = None) -> Path:
     folder = MARK + quote(_store(uri).uri + ("" if lease is None else f"#{lease}"), safe="")
     if len(folder) > _MAX_NAME:
         raise ConfigError(f"run_dir {uri} is longer than a directory's name may be: shorten it.")
-    base = os.environ.get("EMLOC_RAY_CACHE") or str(Path(tempfile.gettempdir()) / "emloc_ray")
-    return Path(base).absolute() / folder
+    base = os.environ.get("EMLOC_RAY_CACHE") or tempfile.gettempdir()
+    return Path(base).absolute() / f"emloc_ray-{os.geteuid()}" / folder
 
 
 def origin(path: Path) -> Origin | None:
@@ -88,8 +91,12 @@ def origin(path: Path) -> Origin | None:
     for number, part in enumerate(path.parts):
         if part.startswith(MARK) and "://" in unquote(part):
             root = Path(*path.parts[: number + 1])
+            _check_owner(root.parent)
             return Origin(_store(unquote(part.removeprefix(MARK))), root, "/".join(path.parts[number + 1 :]))
     return None
+
+
+_check_owner = functools.lru_cache(maxsize=16)(check_owner)  # once a process
 
 
 def publish(path: Path, *, whole: bool = False) -> None:
@@ -121,6 +128,7 @@ def _publish_file(file: Path, whole: bool) -> None:
     version = here.store.add_version(here.path, file)
     if whole:
         write_note(here.note, version, status)
+        make_room(here.root, 0, kept_since=status.st_mtime)
 
 
 def ensure(path: Path, *, weights: bool = True) -> None:
@@ -140,11 +148,12 @@ def ensure(path: Path, *, weights: bool = True) -> None:
         if file not in found and not _is_unfinished(file.relative_to(here.root).as_posix()):
             file.unlink(missing_ok=True)  # a copy of what is no more
     wanted = {file: info for file, info in found.items() if weights or file.suffix != ".safetensors"}
+    begun = time.time()  # what this call has fetched stays, however long it takes
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
-        list(pool.map(_ensure_file, wanted.keys(), wanted.values()))
+        list(pool.map(lambda file: _ensure_file(file, wanted[file], begun), wanted))
 
 
-def _ensure_file(file: Path, info: Any) -> None:
+def _ensure_file(file: Path, info: Stored, begun: float) -> None:
     here = origin(file)
     assert here is not None
     with alone(here.root, here.path):  # one download serves all workers of a node
@@ -153,7 +162,7 @@ def _ensure_file(file: Path, info: Any) -> None:
             copy.close()
             return
         if not link_copy(here.root, here.path, info.sha256):
-            make_room(here.root, info.size)
+            make_room(here.root, info.size, begun)
             with replacing(file, durable=False) as temporary:
                 here.store.download(info, temporary)
                 status = temporary.stat()

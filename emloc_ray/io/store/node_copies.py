@@ -10,8 +10,10 @@ import contextlib
 import fcntl
 import functools
 import glob
+import math
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import IO
 from urllib.parse import quote
 
 from emloc_ray.errors import ConfigError
+from emloc_ray.io.store.digests import digest_of
 from emloc_ray.io.store.replacing import replacing
 
 MARK = "store="
@@ -28,6 +31,7 @@ _FREE_SHARE = 0.1
 _SIZE_VARIABLE = "EMLOC_RAY_CACHE_SIZE"
 _IN_USE_S = 600.0
 _MAX_NAME = 255
+_hashed: set[tuple[object, ...]] = set()
 
 
 def note_of(root: Path, path: str) -> Path:
@@ -36,17 +40,42 @@ def note_of(root: Path, path: str) -> Path:
 
 
 def open_copy(note: Path, file: Path, version: str) -> IO[bytes] | None:
-    """This node's copy of a file, where it is of this version; it counts as used now."""
+    """This node's copy of a file, where it is of this version, by its content at its first use in a process and where it has
+    changed since; it counts as used now."""
     try:
         copy = file.open("rb")
     except FileNotFoundError:
         return None
-    if _noted_version(note, os.fstat(copy.fileno())) != version:
+    status = os.fstat(copy.fileno())
+    if _noted_version(note, status) != version or not _is_of(copy, status, version):
         copy.close()
         return None
     with contextlib.suppress(FileNotFoundError):
         os.utime(note)
     return copy
+
+
+def _is_of(copy: IO[bytes], status: os.stat_result, version: str) -> bool:
+    known = (version, status.st_dev, status.st_ctime_ns, *_identity(status))
+    if known not in _hashed:
+        if digest_of(copy) != version:
+            return False
+        copy.seek(0)
+        _hashed.add(known)
+    return True
+
+
+def check_owner(cache: Path) -> None:
+    """Makes the folder of this node's copies, for this user alone; raises ConfigError where another could write there."""
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = cache.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise ConfigError(
+            f"{cache}, for this node's copies of an object store, is not this user's alone: remove it, or let"
+            " EMLOC_RAY_CACHE name another place."
+        )
+    if status.st_mode & 0o077:
+        cache.chmod(0o700)
 
 
 def link_copy(root: Path, path: str, version: str) -> bool:
@@ -98,9 +127,10 @@ def alone(root: Path, key: str, waits: bool = True) -> Iterator[None]:
         yield
 
 
-def make_room(root: Path, needed: int) -> None:
+def make_room(root: Path, needed: int, kept_since: float = math.inf) -> None:
     """Drops the copies that were used longest ago until the disk has room for a file and a share of it stays free, and all
-    copies together take no more than ``EMLOC_RAY_CACHE_SIZE`` (such as 150GiB), where that is set.
+    copies together take no more than ``EMLOC_RAY_CACHE_SIZE`` (such as 150GiB), where that is set. What was used in the last
+    minutes stays, and since ``kept_since``, in s since 1970.
 
     What is no copy of what a store holds stays: hidden states, logs, what is on its way to the store.
     """
@@ -109,7 +139,7 @@ def make_room(root: Path, needed: int) -> None:
     with alone(root.parent, "room"):
         missing = _missing(root, needed)  # another worker may have made some
         for used, owner, path in sorted(_copies(root.parent)):
-            if missing <= 0 or used > time.time() - _IN_USE_S:
+            if missing <= 0 or used >= min(time.time() - _IN_USE_S, kept_since):
                 return
             missing -= _drop(owner, path)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import io
 import os
 import shutil
@@ -16,6 +18,7 @@ from emloc_ray.io.store.objects import Stored
 from emloc_ray.io.store.replacing import replacing
 
 _CHUNK = 2**22
+_FICLONE = 0x40049409
 # What S3 copies in one request: https://docs.aws.amazon.com/AmazonS3/latest/API/API_CopyObject.html
 _LARGEST_COPY = 5 * 2**30
 
@@ -23,7 +26,8 @@ _LARGEST_COPY = 5 * 2**30
 def transfer(source: Path, target: Path, size: int, sha256: str) -> None:
     """Makes ``target`` a file of the same content as ``source``, atomically; either may mirror an object store.
 
-    On one file system it is a hard link, checked by size. Within one store the store copies the object, whose key names its
+    On one file system it shares the blocks of ``source`` where that can be (a reflink), else it is a read-only hard link,
+    checked by size. Within one store the store copies the object, whose key names its
     content. Otherwise the content goes through this node, and is checked by ``sha256``.
 
     Raises:
@@ -58,7 +62,10 @@ def transfer(source: Path, target: Path, size: int, sha256: str) -> None:
 def _link_file(source: Path, target: Path, size: int, sha256: str) -> None:
     with replacing(target) as temporary:
         try:
-            os.link(os.path.realpath(source), temporary)
+            if not _clone(source, temporary):
+                os.link(os.path.realpath(source), temporary)
+                if temporary.stat().st_uid == os.geteuid():
+                    temporary.chmod(0o444)  # what is altered in place would be altered for all
         except FileNotFoundError:
             raise
         except OSError:  # another file system, one without hard links, too many links, or another user's file
@@ -69,6 +76,16 @@ def _link_file(source: Path, target: Path, size: int, sha256: str) -> None:
             note_digest(temporary, sha256)
         if temporary.stat().st_size != size:
             raise _damaged(source)
+
+
+def _clone(source: Path, target: Path) -> bool:
+    """Makes a file that shares its blocks with another until one is altered; whether the file system can
+    (https://man7.org/linux/man-pages/man2/ioctl_ficlone.2.html)."""
+    with source.open("rb") as stream, target.open("wb") as file, contextlib.suppress(OSError):
+        fcntl.ioctl(file, _FICLONE, stream.fileno())
+        return True
+    target.unlink()
+    return False
 
 
 def _copied_by_store(here: Origin, info: Stored, there: Origin) -> bool:

@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -195,7 +197,64 @@ def test_a_store_that_cannot_copy_is_read_and_written(
     assert held(mirror(place("bucket", "second"))) == CONTENTS
 
 
-def test_on_one_file_system_nothing_is_copied(local: ArtifactCache, tmp_path: Path) -> None:
+def test_what_is_altered_since_it_was_read_is_read_again(local: ArtifactCache, tmp_path: Path) -> None:
+    added(local, tmp_path / "first")
+    assert local.find(STAGE, KEY, verify=True) is not None
+    file = folder(local) / "files" / "emulator" / "a.safetensors"
+    file.chmod(0o644)
+    file.write_bytes(b"b" * 1000)
+    assert local.find(STAGE, KEY, verify=True) is None
+    assert not folder(local).exists()
+
+
+@pytest.mark.parametrize("suffix", ["arrow", "parquet"])
+def test_an_entry_that_carries_code_is_refused_and_goes(local: ArtifactCache, tmp_path: Path, suffix: str) -> None:
+    """Once: no later run meets it again."""
+    field = pa.field("input_ids", pa.binary(), metadata={"ARROW:extension:name": "ray.data.arrow_pickled_object"})
+    table, path = pa.table([[b"code"]], schema=pa.schema([field])), tmp_path / "first" / "data" / f"shard.{suffix}"
+    path.parent.mkdir(parents=True)
+    if suffix == "arrow":
+        with pa.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        pq.write_table(table, path)
+    files = {f"data/{path.name}": {"size": path.stat().st_size, "sha256": digest(path)}}
+    assert local.add(STAGE, KEY, tmp_path / "first", files, {}, {}) is None
+    assert local.find(STAGE, KEY, verify=True) is None
+    assert not folder(local).exists()
+
+
+def test_an_entry_that_lost_a_file_goes_for_good(local: ArtifactCache, tmp_path: Path) -> None:
+    added(local, tmp_path / "first")
+    entry = local.find(STAGE, KEY, verify=True)
+    assert entry is not None
+    (folder(local) / "files" / "emulator" / "a.safetensors").unlink()
+    with pytest.raises(EntryGone):
+        local.link(entry, tmp_path / "second")
+    assert not folder(local).exists()
+    assert not any(path.is_file() for path in (tmp_path / "second").rglob("*"))
+
+
+def test_where_blocks_can_be_shared_a_run_s_file_is_its_own(
+    local: ArtifactCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def clone(target: Any, code: int, source: int) -> None:
+        os.sendfile(target.fileno(), source, 0, os.fstat(source).st_size)
+
+    monkeypatch.setattr(fcntl, "ioctl", clone)
+    added(local, tmp_path / "first")
+    entry = local.find(STAGE, KEY, verify=True)
+    assert entry is not None
+    local.link(entry, tmp_path / "second")
+    (tmp_path / "second" / "emulator" / "a.safetensors").write_bytes(b"b" * 1000)
+    assert held(tmp_path / "first") == CONTENTS
+    assert local.find(STAGE, KEY, verify=True) is not None
+
+
+def test_on_one_file_system_nothing_is_copied(
+    local: ArtifactCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "_clone", lambda source, target: False)
     added(local, tmp_path / "first")
     entry = local.find(STAGE, KEY)
     assert entry is not None
@@ -204,6 +263,7 @@ def test_on_one_file_system_nothing_is_copied(local: ArtifactCache, tmp_path: Pa
     first, second = (tmp_path / run / "emulator" / "a.safetensors" for run in ("first", "second"))
     assert first.stat().st_ino == second.stat().st_ino
     assert second.stat().st_nlink == 3
+    assert second.stat().st_mode & 0o222 == 0
 
 
 @pytest.mark.parametrize("number", [errno.EXDEV, errno.EPERM, errno.EMLINK])

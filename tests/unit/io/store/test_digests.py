@@ -47,6 +47,17 @@ def test_a_note_does_not_outlive_its_content(tmp_path: Path) -> None:
     assert hashes(path) == {path: hashlib.sha256(b"xyz").hexdigest()}
 
 
+def test_another_user_s_note_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(b"abc")
+    note_digest(path, "0" * 64)
+    if noted_digest(path) is None:
+        pytest.skip("this file system keeps no attributes")
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    assert noted_digest(path) is None
+    assert hashes(path) == {path: hashlib.sha256(b"abc").hexdigest()}
+
+
 def test_without_attributes_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> None:
         raise OSError("not supported")

@@ -250,10 +250,64 @@ def test_copies_take_no_more_than_they_may(root: Path, other: Path, monkeypatch:
         assert found is not None
         os.utime(found.note, (number, number))
     assert sorted(file.name for file in (other / "a").iterdir()) == ["fourth", "third"]
-    monkeypatch.setenv("EMLOC_RAY_CACHE_SIZE", "much")
     write(root / "a" / "fifth", b"x")
+    monkeypatch.setenv("EMLOC_RAY_CACHE_SIZE", "much")
     with pytest.raises(ConfigError, match="EMLOC_RAY_CACHE_SIZE is 'much': give a number and a unit"):
         ensure(other / "a" / "fifth")
+
+
+def test_what_a_call_has_fetched_stays_until_its_end(root: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_copies, "_IN_USE_S", 0.0)
+    monkeypatch.setenv("EMLOC_RAY_CACHE_SIZE", "25B")
+    for name in ("first", "second", "third", "fourth"):
+        write(root / "a" / name, b"x" * 10)
+    ensure(other / "a")
+    assert len(list((other / "a").iterdir())) == 4
+
+
+def test_room_is_made_for_what_is_written_here_too(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_copies, "_IN_USE_S", 0.0)
+    monkeypatch.setenv("EMLOC_RAY_CACHE_SIZE", "25B")
+    for number, name in enumerate(("a/first", "a/second", "a/third")):
+        write(root / name, b"x" * 10)
+        here = origin(root / name)
+        assert here is not None
+        os.utime(here.note, (number, number))
+    write(root / "a" / "fourth", b"x" * 10)
+    assert sorted(file.name for file in (root / "a").iterdir()) == ["fourth", "third"]
+
+
+def test_a_copy_is_hashed_at_its_first_use_in_a_process(root: Path, other: Path) -> None:
+    write(root / "a" / "f", b"right")
+    ensure(other / "a" / "f")
+    here, status = origin(other / "a" / "f"), (other / "a" / "f").stat()
+    assert here is not None
+    (other / "a" / "f").write_bytes(b"wrong")  # by whom the note of it is no secret
+    os.utime(other / "a" / "f", ns=(status.st_atime_ns, status.st_mtime_ns))
+    node_copies._hashed.clear()
+    with open_artifact(other / "a" / "f") as (file, _):
+        assert file.read() == b"right"
+    ensure(other / "a" / "f")
+    assert (other / "a" / "f").read_bytes() == b"right"
+
+
+@pytest.mark.parametrize("how", ["open to all", "another's", "a link"])
+def test_a_place_for_copies_that_others_may_write_is_refused(
+    s3_port: int, node_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    root = mirror(uri(s3_port, f"refused/{how.replace(' ', '-').replace(chr(39), '')}"))
+    node_cache.mkdir()
+    if how == "a link":
+        (tmp_path / "elsewhere").mkdir()
+        root.parent.symlink_to(tmp_path / "elsewhere")
+    else:
+        root.parent.mkdir()
+        root.parent.chmod(0o777 if how == "open to all" else 0o700)
+    if how == "another's":
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(ConfigError, match=r"is not this user's alone: remove it, or let EMLOC_RAY_CACHE name another"):
+        ensure(root / "a" / "f")
+    assert list(root.parent.iterdir()) == []
 
 
 def test_what_is_no_copy_stays_where_room_is_made(
