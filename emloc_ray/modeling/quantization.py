@@ -92,11 +92,6 @@ def is_packed(tensors: Mapping[str, Tensor]) -> bool:
     return f"weight.{_STATE}" in tensors
 
 
-def is_quantized(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether the module's weight is stored in NF4."""
-    return f"{name}.weight.{_STATE}" in checkpoint
-
-
 def linear_weight(
     parts: Mapping[str, Mapping[str, Tensor]],
     in_features: int,
@@ -133,13 +128,6 @@ def emulator_weight(emulator: Checkpoint, name: str, in_features: int) -> Tensor
     if found.keys() == {""} and found[""].keys() == {"weight"}:
         return None
     return linear_weight(found, in_features, emulator.read(f"{name}.order") if f"{name}.order" in emulator else None)
-
-
-def stored_weight(checkpoint: Checkpoint, name: str) -> Tensor:
-    """A module's weight as its checkpoint has it, in 4 bits or not, in the dtype it computes in."""
-    if not is_quantized(checkpoint, name):
-        return checkpoint.read(f"{name}.weight")
-    return dequantize({part: checkpoint.read(f"{name}.{part}") for part in ("weight", *_PARTS)})
 
 
 def module_weight(module: Any) -> Tensor:

@@ -1,4 +1,5 @@
-"""Runs with emulators in 4 bits, from end to end: at a ratio of 0.25 ("25 % + QLoRA"), and QLoRA itself at 1.0."""
+"""Runs with emulators in few bits, from end to end: in NF4 at a ratio of 0.25 ("25 % + QLoRA"), QLoRA itself at 1.0, and in
+integers with factors beside them."""
 
 from __future__ import annotations
 
@@ -17,24 +18,24 @@ from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.modeling.adapter_files import Adapter
-from emloc_ray.modeling.quantization import stored_weight
+from emloc_ray.modeling.quantization import emulator_weight
 from emloc_ray.planning.prepared import prepare
 
-RATIOS = (0.25, 1.0)
+FORMS: tuple[dict[str, object], ...] = (
+    {"quantization": "nf4", "compression_ratio": 0.25},
+    {"quantization": "nf4", "compression_ratio": 1.0},
+    {"quantization": "int4", "ratios": {"v_proj": 1.0}, "residual_rank": 4, "group_size": 16},
+)
 
 
-@pytest.fixture(scope="session", params=RATIOS)
+@pytest.fixture(scope="session", params=FORMS, ids=["factors", "dense", "integers"])
 def quantized_run(request: pytest.FixtureRequest, make_run: Callable[..., FinishedRun], task_file: Path) -> FinishedRun:
     return make_run(
         task_file,
         "qwen2",  # biases
         "bfloat16",
         # One linear that compression leaves alone: in 4 bits all the same, and without a Gram.
-        emulator={
-            "quantization": "nf4",
-            "compression_ratio": request.param,
-            "exclude_modules": ["layers.1.mlp.down_proj"],
-        },
+        emulator={**request.param, "exclude_modules": ["layers.1.mlp.down_proj"]},
         correction={"method": "covariance", "clamp": None},
     )
 
@@ -42,9 +43,10 @@ def quantized_run(request: pytest.FixtureRequest, make_run: Callable[..., Finish
 def weights(run: FinishedRun, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """A linear's weight, and what the emulator stores of it."""
     original, emulator = Checkpoint(run.model_dir), Checkpoint(run.root / "emulator")
-    parts = [f"{name}.up", f"{name}.down"] if f"{name}.up.weight" in emulator else [name]
-    stored = [stored_weight(emulator, part).double() for part in parts]
-    return original.read(f"{name}.weight").double(), stored[0] @ stored[1] if len(stored) == 2 else stored[0]
+    weight = original.read(f"{name}.weight").double()
+    stored = emulator_weight(emulator, name, weight.shape[1])
+    assert stored is not None
+    return weight, stored.double()
 
 
 def test_everything_inside_the_blocks_is_in_4_bits_and_counted(quantized_run: FinishedRun) -> None:
@@ -53,7 +55,7 @@ def test_everything_inside_the_blocks_is_in_4_bits_and_counted(quantized_run: Fi
     wide = {entry.name for entry in emulator if entry.dtype == torch.bfloat16}
     assert not [name for name in wide if name.endswith("proj.weight")]
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= wide
-    assert told["quantization"] == "nf4"
+    assert told["quantization"] in ("nf4", "int4")
     assert told["bytes"] == emulator.num_bytes
     assert (
         told["parameters"]

@@ -26,11 +26,11 @@ from emloc_ray.modeling.four_bit_linear import ExactLinear4bit
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.quantization import (
     dequantize,
+    emulator_weight,
     num_elements,
     quantize,
     quantized_bytes,
     replaceable_linears,
-    stored_weight,
 )
 
 IDS = torch.randint(2, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -143,12 +143,9 @@ def test_it_loads_through_the_auto_class_with_the_weights_that_are_stored(emulat
     assert len(found) == len(block_linears(make_model(model.config.model_type)))
     assert type(model.get_output_embeddings()) is nn.Linear
     for name, module in found.items():
-        parts = (
-            [stored_weight(checkpoint, f"{name}.{part}").float() for part in ("up", "down")]
-            if isinstance(module, FactorizedLinear)
-            else [stored_weight(checkpoint, name).float()]
-        )
-        assert torch.equal(dense_weight(module), torch.linalg.multi_dot(parts) if len(parts) > 1 else parts[0])
+        weight = emulator_weight(checkpoint, name, module.in_features)
+        assert weight is not None
+        assert torch.equal(dense_weight(module), weight)
 
 
 @torch.no_grad()
