@@ -39,8 +39,13 @@ def test_importing_transformers_stays_as_light_as_it_is() -> None:
     "imports",
     [
         "import emloc_ray; from transformers import AutoConfig, AutoModelForCausalLM",
-        "import transformers, emloc_ray; from transformers import AutoConfig, AutoModelForCausalLM",
-        "from transformers import AutoConfig, AutoModelForCausalLM; import emloc_ray",
+        pytest.param(
+            "import transformers, emloc_ray; from transformers import AutoConfig, AutoModelForCausalLM",
+            marks=pytest.mark.deep,  # as the next: each takes as long as 100 others
+        ),
+        pytest.param(
+            "from transformers import AutoConfig, AutoModelForCausalLM; import emloc_ray", marks=pytest.mark.deep
+        ),
     ],
     ids=["emloc_ray first", "transformers first", "Auto classes first"],
 )
