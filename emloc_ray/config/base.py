@@ -33,7 +33,7 @@ class StageConfig(Section):
     """What a stage asks of Ray."""
 
     num_workers: int = Field(1, ge=1, description="workers at once")
-    cpus_per_worker: float = Field(1, ge=0, description="of one worker: cores, and torch threads")
+    cpus_per_worker: float = Field(1, ge=0, description="cores and torch threads of one worker")
     gpus_per_worker: Literal["auto"] | typing.Annotated[float, Field(ge=0, le=1)] = Field(
         "auto", description="of one worker, one at most; auto: one where Ray has some or can add some; 0: it sees none"
     )

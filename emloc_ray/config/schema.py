@@ -23,7 +23,7 @@ class ModelConfig(Section):
     """The original model."""
 
     source: str = Field(description="hub id, local directory, .gguf file, or package:NAME/FILE")
-    revision: str | None = Field(None, description="of a hub id: branch, tag or commit")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: the checkpoint's; on GPUs that compute it bfloat16 for float32"
     )
@@ -77,16 +77,20 @@ class CalibrationConfig(StageConfig):
     where neither is, 128 rows.
     """
 
-    num_calibration_samples: int | None = Field(128, ge=1, description="rows; null: no bound, as where tokens are set")
+    num_calibration_samples: int | None = Field(
+        128, ge=1, description="rows; null: no bound; null by default where tokens are set"
+    )
     num_calibration_tokens: int | None = Field(None, ge=1, description="tokens, reached by whole rows")
-    tokens: Literal["all", "completion"] = Field("all", description="which of a row's count")
+    tokens: Literal["all", "completion"] = Field("all", description="the tokens of a row that count")
     batch_size: int = Field(8, ge=1, description="rows of a forward pass")
-    rows_per_shard: int = Field(32, ge=1, description="the grain of work and of exactly-once accounting")
+    rows_per_shard: int = Field(32, ge=1, description="rows of a unit of work, which is counted once")
     keep: Literal["grams", "none"] = Field("grams", description="none: deleted once the adapter is corrected")
     mode: Literal["auto", "resident", "streamed"] = Field("auto", description="whole model, or a block at a time")
     # Below some hundred tokens, all of the block's tokens describe an expert's inputs better than its own few: a factor of
     # higher rank than there are tokens is partly arbitrary.
-    min_expert_tokens: int = Field(256, ge=0, description="experts sent fewer are run on all tokens; 0: never")
+    min_expert_tokens: int = Field(
+        256, ge=0, description="experts with fewer tokens get all of their block's; 0: never"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -104,11 +108,11 @@ class HealingConfig(Section):
 
     steps: int = Field(ge=1, description="optimizer steps")
     r: int = Field(8, ge=1, description="taken from each layer's rank and given back by the healing")
-    lora_alpha: float = Field(16, gt=0, allow_inf_nan=False, description="over r: the scale of its update")
+    lora_alpha: float = Field(16, gt=0, allow_inf_nan=False, description="scale of its update, times r")
     learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False, description="left out: finetune's")
     per_device_train_batch_size: int | None = Field(None, ge=1, description="left out: finetune's")
-    num_teacher_logits: int = Field(64, ge=1, description="of the original, cached for each label")
-    loss_on: Literal["completion", "all"] = Field("all", description="which tokens it is distilled at")
+    num_teacher_logits: int = Field(64, ge=1, description="top logits of the original to cache for each label")
+    loss_on: Literal["completion", "all"] = Field("all", description="the tokens to distil at")
 
 
 class EmulatorConfig(StageConfig):
@@ -118,7 +122,7 @@ class EmulatorConfig(StageConfig):
     ratios: dict[str, float] = Field(default_factory=dict, description="pattern: ratio, the first match wins")
     target_modules: Patterns | None = Field(None, description="left out: every linear inside the blocks")
     exclude_modules: Patterns | None = Field(None, description="linears that stay dense")
-    dampening_frac: float = Field(1e-6, gt=0, lt=1, description="of a Gram's mean diagonal, added to it")
+    dampening_frac: float = Field(1e-6, gt=0, lt=1, description="share of a Gram's mean diagonal that is added to it")
     quantization: Literal["none", "nf4", "int8", "int4", "int3", "int2"] = Field(
         "none", description="bits of the linears inside the blocks: nf4 as QLoRA's, intN rounded under the Grams"
     )
@@ -136,8 +140,8 @@ class EmulatorConfig(StageConfig):
     rank_multiple: Literal["auto"] | typing.Annotated[int, Field(ge=1)] = Field(
         "auto", description="what ranks are multiples of; auto: 64 in large linears, 8 in small ones, 1 in tiny ones"
     )
-    gradient_dampening_frac: float = Field(1e-2, gt=0, lt=1, description="of the sums of gradients that weigh outputs")
-    healing: HealingConfig | None = Field(None, description="distil the original into it before tuning")
+    gradient_dampening_frac: float = Field(1e-2, gt=0, lt=1, description="as dampening_frac, for the sums of gradients")
+    healing: HealingConfig | None = Field(None, description="distillation of the original into it, before training")
 
     @property
     def bits(self) -> int | None:
@@ -198,8 +202,8 @@ class AdapterConfig(Section):
         "lora", description="the kind of adapter"
     )
     r: int = Field(8, ge=1, description="rank")
-    lora_alpha: float = Field(16, gt=0, allow_inf_nan=False, description="over r: the scale of the update")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="of what the adapter reads")
+    lora_alpha: float = Field(16, gt=0, allow_inf_nan=False, description="scale of the update, times r")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout of the adapter's input")
     target_modules: Patterns | None = Field(None, description="every linear inside the model's blocks by default")
     exclude_modules: Patterns | None = Field(None, description="linears without an adapter")
     use_rslora: bool = Field(False, description="scale by the root of r; as method: rslora")
@@ -260,12 +264,14 @@ class FinetuneConfig(StageConfig):
 
     model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
 
-    loss_on: Literal["completion", "all"] = Field("completion", description="which tokens of a row are learned")
+    loss_on: Literal["completion", "all"] = Field("completion", description="the tokens of a row to learn")
     max_steps: int = Field(-1, description="optimizer steps; -1: num_train_epochs of the data")
     num_train_epochs: float = Field(1.0, gt=0, description="passes over the data, where max_steps is -1")
     per_device_train_batch_size: int = Field(8, ge=1, description="rows of a worker's forward pass")
     gradient_accumulation_steps: int = Field(1, ge=1, description="passes a step")
-    learning_rate: float = Field(2e-4, gt=0, allow_inf_nan=False, description="its peak, by lr_scheduler_type")
+    learning_rate: float = Field(
+        2e-4, gt=0, allow_inf_nan=False, description="peak of the schedule (lr_scheduler_type)"
+    )
     bf16: Literal["auto"] | StrictBool = Field(
         "auto", description="mixed precision; auto: where the worker's GPU has it"
     )
@@ -292,15 +298,15 @@ class FinetuneConfig(StageConfig):
 
 
 class CorrectionConfig(Section):
-    """How the adapter is corrected for the difference between emulator and original."""
+    """The correction of the adapter for the difference between emulator and original."""
 
     method: Literal["auto", "none", "projection", "covariance"] = Field(
         "auto", description="auto: tries methods, clamps and strengths, keeps what helps on the selection split"
     )
-    clamp: float | None = Field(3.0, gt=0, description="the paper's lambda; null: unclamped; not of auto")
-    strength: float = Field(1.0, ge=0, le=4, description="what the correction is multiplied by; not of auto")
+    clamp: float | None = Field(3.0, gt=0, description="the paper's lambda; null: unclamped; auto ignores it")
+    strength: float = Field(1.0, ge=0, le=4, description="factor of the correction; auto ignores it")
     dampening_frac: float = Field(
-        1e-4, gt=0, lt=1, description="of the mean diagonal of QᵀGQ, added to it by covariance"
+        1e-4, gt=0, lt=1, description="share of the mean diagonal of QᵀGQ that covariance adds to it"
     )
     num_selection_samples: int = Field(64, ge=1, description="rows that auto chooses on, at most")
     max_share: float | None = Field(
@@ -310,12 +316,12 @@ class CorrectionConfig(Section):
         1e-3,
         ge=0,
         lt=1,
-        description="of an update of full rank: the share of its norm that its dominant subspace may lack",
+        description="share of its norm that a full-rank update may lose in its dominant subspace",
     )
 
 
 class MergeConfig(StageConfig):
-    """Folding the corrected adapter into the original's weights."""
+    """The merge of the corrected adapter into the original's weights."""
 
     gpus_per_worker: Literal["auto"] | float = Field(0, description="none: merging is work for CPUs")
     chunk_bytes: int = Field(32 * 2**20, ge=4096, description="float32 bytes of a row chunk")
@@ -342,7 +348,7 @@ class EvaluationConfig(StageConfig):
     batch_size: int = Field(8, ge=1, description="rows of a forward pass")
     num_generations: int = Field(4, ge=0, description="sample generations shown in the report")
     num_exact_match: int = Field(32, ge=0, description="held-out prompts completed greedily for exact match")
-    max_new_tokens: int = Field(32, ge=1, description="of generations and exact match")
+    max_new_tokens: int = Field(32, ge=1, description="tokens of a completion, for samples and exact match")
     upper_bound: str | None = Field(None, description="run directory of plain LoRA (compression_ratio: 1.0)")
 
     @field_validator("variants")
@@ -361,9 +367,11 @@ class RayConfig(Section):
 
     model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
 
-    address: str | None = Field(None, description="of a running cluster, or auto; left out: one is started here")
-    num_cpus: int | None = Field(None, ge=1, description="of a Ray that is started here; left out: all")
-    num_gpus: int | None = Field(None, ge=0, description="the same")
+    address: str | None = Field(
+        None, description="address of a running cluster, or auto; left out: Ray is started here"
+    )
+    num_cpus: int | None = Field(None, ge=1, description="CPUs of a Ray that is started here; left out: all")
+    num_gpus: int | None = Field(None, ge=0, description="GPUs of a Ray that is started here; left out: all")
 
     @property
     def joins(self) -> bool:
@@ -384,18 +392,22 @@ class RunConfig(Section):
     """One run: one model, one task, one emulator, one adapter."""
 
     run_dir: str = Field(description="where everything goes: a directory, or a URI such as s3://BUCKET/RUN")
-    seed: int = Field(0, ge=0, lt=2**32, description="of every draw")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of every random draw")
     memory_budget: Size | None = Field(None, description="what one worker may hold, such as 24GiB")
     model: ModelConfig = Field(description="the original")
     data: DataConfig = Field(description="the task's rows")
     calibration: CalibrationConfig = Field(CalibrationConfig(), description="Grams and gradients, and their workers")
     emulator: EmulatorConfig = Field(EmulatorConfig(), description="its size and factors; workers of the factorization")
     adapter: AdapterConfig = Field(AdapterConfig(), description="the method and its settings")
-    finetune: FinetuneConfig = Field(FinetuneConfig(), description="how, on what workers; the healing's workers too")
-    correction: CorrectionConfig = Field(CorrectionConfig(), description="done by one of evaluation's workers")
+    finetune: FinetuneConfig = Field(
+        FinetuneConfig(), description="settings and workers of the training, and of the healing"
+    )
+    correction: CorrectionConfig = Field(
+        CorrectionConfig(), description="the correction of the adapter, by one of evaluation's workers"
+    )
     merge: MergeConfig = Field(MergeConfig(), description="shards of the merged model, and their workers")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="models to score, and the workers")
-    ray: RayConfig = Field(RayConfig(), description="which cluster")
+    ray: RayConfig = Field(RayConfig(), description="the cluster")
 
     def with_gpus(self, available: float) -> RunConfig:
         """Each ``gpus_per_worker: auto`` decided by the GPUs that Ray has or can add; workers of a training start together,
