@@ -77,9 +77,7 @@ class CalibrationConfig(StageConfig):
     where neither is, 128 rows.
     """
 
-    num_calibration_samples: int | None = Field(
-        128, ge=1, description="rows; null: no bound; null by default where tokens are set"
-    )
+    num_calibration_samples: int | None = Field(128, ge=1, description="rows; null: no bound, as where tokens are set")
     num_calibration_tokens: int | None = Field(None, ge=1, description="tokens, reached by whole rows")
     tokens: Literal["all", "completion"] = Field("all", description="the tokens of a row that count")
     batch_size: int = Field(8, ge=1, description="rows of a forward pass")
@@ -402,9 +400,7 @@ class RunConfig(Section):
     finetune: FinetuneConfig = Field(
         FinetuneConfig(), description="settings and workers of the training, and of the healing"
     )
-    correction: CorrectionConfig = Field(
-        CorrectionConfig(), description="the correction of the adapter, by one of evaluation's workers"
-    )
+    correction: CorrectionConfig = Field(CorrectionConfig(), description="by one of evaluation's workers")
     merge: MergeConfig = Field(MergeConfig(), description="shards of the merged model, and their workers")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="models to score, and the workers")
     ray: RayConfig = Field(RayConfig(), description="the cluster")
