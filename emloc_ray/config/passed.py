@@ -14,8 +14,9 @@ from typing import Any
 
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
+from emloc_ray.config.adapter import LORA_METHODS, PROMPT_METHODS, AdapterConfig
 from emloc_ray.config.base import Section
-from emloc_ray.config.schema import LORA_METHODS, PROMPT_METHODS, AdapterConfig, FinetuneConfig, RayConfig
+from emloc_ray.config.schema import FinetuneConfig, RayConfig
 from emloc_ray.io.runs.secret_values import HIDDEN, is_secret, is_variable, leaves
 
 NO_KEY = " is not a key: "

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from emloc_ray.config.adapter import AdapterConfig
 from emloc_ray.config.passed import NO_KEY, no_such_key, passed_through_errors
-from emloc_ray.config.schema import AdapterConfig, RunConfig
+from emloc_ray.config.schema import RunConfig
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.yaml_text import read_yaml
 

@@ -28,7 +28,8 @@ from emloc_ray.modeling.matching import ALL_LINEAR, Patterns, check_table, looku
 from emloc_ray.modeling.quantization import quantized_bytes, replaceable_linears
 
 if TYPE_CHECKING:
-    from emloc_ray.config.schema import AdapterConfig, RunConfig
+    from emloc_ray.config.adapter import AdapterConfig
+    from emloc_ray.config.schema import RunConfig
 
 Result = TypeVar("Result")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from emloc_ray.config.schema import PROMPT_METHODS
+from emloc_ray.config.adapter import PROMPT_METHODS
 from emloc_ray.config.steps import STEPS
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.yaml_text import write_yaml

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from emloc_ray.config.adapter import AdapterConfig
 from emloc_ray.config.reading import REMOVED_KEYS, load_config, parse_config
-from emloc_ray.config.schema import AdapterConfig, RayConfig, RunConfig
+from emloc_ray.config.schema import RayConfig, RunConfig
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.yaml_text import write_yaml
 

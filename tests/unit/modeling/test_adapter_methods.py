@@ -9,7 +9,7 @@ from adapter_cases import CASES, settings
 from peft import LoraConfig, get_peft_model
 from tiny import make_config, make_model
 
-from emloc_ray.config.schema import AdapterConfig
+from emloc_ray.config.adapter import AdapterConfig
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.adapter_methods import (
     CONFIGS,
