@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 
 PYTEST := $(BIN)/python -m pytest -q --durations=25
 
-.PHONY: quickstart check test test-deep benchmark clean
+.PHONY: quickstart check test test-deep coverage benchmark clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/emloc-ray run configs/quickstart.yaml
@@ -23,6 +23,15 @@ test: check
 # The rest: slow variants, small grids, faults, memory limits.
 test-deep: $(VENV)/installed
 	$(PYTEST) -m deep
+
+# Branches of emloc_ray that tests take, in the processes that they start too, Ray's workers among them: make coverage MARKS="not deep".
+MARKS ?= quick
+coverage: $(VENV)/installed
+	mkdir -p build/coverage
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -q -p no:cacheprovider -m "$(MARKS)"
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report
 
 benchmark: $(VENV)/installed
 	$(BIN)/python pipelines/benchmark.py all --out runs/benchmark

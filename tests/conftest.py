@@ -71,7 +71,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if room in ("unit", "compat") and not busy:
             item.add_marker("quick")
         else:
-            item.add_marker(pytest.mark.filterwarnings("default", "ignore::DeprecationWarning", "ignore::FutureWarning"))
+            item.add_marker(
+                pytest.mark.filterwarnings("default", "ignore::DeprecationWarning", "ignore::FutureWarning")
+            )
     # Tests that start a Ray of their own, or none, must not meet the shared one; some families are run on it.
     items.sort(key=lambda item: bool({"ray_session", "family_run"} & set(item.fixturenames)))  # type: ignore[attr-defined]
 

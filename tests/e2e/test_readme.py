@@ -81,6 +81,7 @@ def test_every_yaml_file_of_configs_is_tested() -> None:
     assert {path for path in others if not path.startswith("ablations/")} <= bases
 
 
+@pytest.mark.deep
 def test_every_cell_of_an_ablation_fits_its_model() -> None:
     every = ["seeds=[0]", "datasets=[summaries, names, code]"]
     command = [sys.executable, "pipelines/ablation.py", "configs/ablations/baselines.yaml", *every, "--dry-run"]

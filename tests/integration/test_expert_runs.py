@@ -137,6 +137,7 @@ def fused_down(model: Any, layer: int, index: int) -> torch.Tensor:
     return found
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("mode", ["resident", "streamed"])
 def test_a_worker_lost_in_the_second_pass_leaves_no_trace(run: FinishedRun, mode: str, tmp_path: Path) -> None:
     reporter = SecondPass(lambda: kill_worker("slot"))
@@ -147,6 +148,7 @@ def test_a_worker_lost_in_the_second_pass_leaves_no_trace(run: FinishedRun, mode
     assert_same_grams(tmp_path / "run", run.root)
 
 
+@pytest.mark.deep
 def test_a_run_stopped_in_the_second_pass_goes_on_with_the_first_ones_grams(run: FinishedRun, tmp_path: Path) -> None:
     def stop() -> None:
         raise KeyboardInterrupt

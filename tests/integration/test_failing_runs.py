@@ -67,6 +67,7 @@ def test_a_bad_row_past_the_checked_ones_fails_the_run_by_file_and_row(
     assert set(RunDirectory(tmp_path / "run").manifest()["stages"]) == {"data"}
 
 
+@pytest.mark.deep
 def test_a_number_lost_on_one_rank_stops_all_at_its_step_and_keeps_what_was_done(
     llama_run: FinishedRun, tmp_path: Path
 ) -> None:

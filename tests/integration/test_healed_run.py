@@ -271,6 +271,7 @@ def test_tasks_that_tune_otherwise_share_it(
     )
 
 
+@pytest.mark.deep
 def test_zero_heals_as_well(healed_run: FinishedRun, tmp_path: Path) -> None:
     prepared = prepare(parse_config(healed_run.changed(finetune=GROUP)))
     section = prepared.config.emulator.healing

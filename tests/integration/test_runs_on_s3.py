@@ -40,6 +40,7 @@ def values(llama_run: FinishedRun) -> dict[str, Any]:
     return dict(llama_run.values)
 
 
+@pytest.mark.deep
 def test_a_run_through_a_faulty_store_is_the_run_on_a_disk(
     llama_run: FinishedRun, values: dict[str, Any], s3_port: int, node_cache: Path, tmp_path: Path
 ) -> None:
@@ -86,6 +87,7 @@ def test_an_import_that_was_broken_off_goes_on(values: dict[str, Any], s3_port: 
     assert all(other.name in store.versions("model") for other in others)
 
 
+@pytest.mark.deep
 def test_a_streamed_calibration_goes_on_where_its_hidden_states_are(
     llama_run: FinishedRun, s3_port: int, node_cache: Path, tmp_path: Path
 ) -> None:
@@ -102,6 +104,7 @@ def test_a_streamed_calibration_goes_on_where_its_hidden_states_are(
     assert_same_grams(fetched(place, tmp_path / "run", "--part", "calibration"), llama_run.root)
 
 
+@pytest.mark.deep
 def test_an_altered_object_is_redone_by_name(
     llama_run: FinishedRun, values: dict[str, Any], s3_port: int, node_cache: Path, tmp_path: Path
 ) -> None:
