@@ -13,10 +13,9 @@ less, targets leave the range of few bits, and what is clipped is never made up 
 Then coordinate descent (QuantEase, https://arxiv.org/abs/2309.01885): each column anew, all others given, which can only
 lower ``tr(Δ G Δᵀ)``; here without that damping.
 
-``W ≈ Q + up down``: with ``Q`` fixed the best factors are those of ``W − Q`` under ``G`` (LQER,
-https://arxiv.org/abs/2402.02446, weighs by the diagonal; QERA, https://arxiv.org/abs/2410.06040, and CLoQ,
-https://arxiv.org/abs/2501.18475, have the closed form), with the factors fixed ``Q`` is that of ``W − up down``: in turns,
-as long as the error falls (LoftQ, https://arxiv.org/abs/2310.08659, does so without ``G``).
+``W ≈ Q + up down``: the best factors are those of ``W − Q`` under ``G``, in closed form (QERA,
+https://arxiv.org/abs/2410.06040; CLoQ, https://arxiv.org/abs/2501.18475; LQER, https://arxiv.org/abs/2402.02446, weighs by the
+diagonal).
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from emloc_ray.core.factorization import LowRankFactors, factorize, scaled_weight
+from emloc_ray.core.factorization import LowRankFactors, factorize, relative_error, scaled_weight
 from emloc_ray.core.integer_forms import BITS, GROUP_SIZE, group_size_of, num_groups
 from emloc_ray.core.integers import SCALE_STEPS, IntegerWeight, exponent_for, scale_values, zero_steps, zero_values
 from emloc_ray.core.whitening import Whitening
@@ -117,18 +116,16 @@ def quantize_with_factors(
     factor_bits: int,
     group_size: int = GROUP_SIZE,
     *,
-    rounds: int = 2,
     seed: int = 0,
     name: str = "the layer",
 ) -> tuple[Quantization, IntegerWeight, IntegerWeight]:
-    """``weight ≈ Q + up down``: integers and the factors of what they leave, each made in turn for what the other leaves.
+    """``weight ≈ Q + up down``: integers, and the factors of what they leave.
 
     Args:
         weight: ``(out, in)``.
         whitening: the damped Gram of its inputs.
         bits, group_size: of ``Q``.
         rank, factor_bits: of the factors.
-        rounds: at most so many turns; the first that lowers the error no more ends them.
         seed: of the factorization's start.
         name: the layer, for the errors.
 
@@ -136,23 +133,12 @@ def quantize_with_factors(
         ``Q``, with the relative error of both together, ``up (out, r)`` and ``down (r, in)``.
     """
     wide = weight.detach().to(torch.float32)
-    total = whitening.energy(wide)
-    best: tuple[Quantization, IntegerWeight, IntegerWeight] | None = None
-    rest = wide
-    for _ in range(rounds):
-        made = quantize(rest, whitening, bits, group_size, name=name)
-        residual = wide - made.weight.dense()
-        factors = factorize(residual, whitening, rank, seed=seed, name=name).factors
-        up, down = quantize_factors(factors, residual, whitening, factor_bits, group_size, name=name)
-        product = up.dense() @ down.dense()
-        left = whitening.energy(residual - product)
-        error = math.sqrt(max(left, 0.0) / total) if total > 0.0 else 0.0
-        if best is not None and error >= best[0].relative_error:
-            break
-        best = Quantization(made.weight, error), up, down
-        rest = wide - product
-    assert best is not None
-    return best
+    whole = quantize(wide, whitening, bits, group_size, name=name).weight
+    residual = wide - whole.dense()
+    factors = factorize(residual, whitening, rank, seed=seed, name=name).factors
+    up, down = quantize_factors(factors, residual, whitening, factor_bits, group_size, name=name)
+    error, _ = relative_error(wide, whole.dense() + up.dense() @ down.dense(), whitening, name=name)
+    return Quantization(whole, error), up, down
 
 
 def _row_energies(difference: Tensor, whitening: Whitening) -> Tensor:

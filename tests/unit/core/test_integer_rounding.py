@@ -140,7 +140,7 @@ def test_residual_factors_are_the_closed_form() -> None:
     torch.manual_seed(0)
     weight, gram = torch.randn(24, 32), _gram(32)
     whitening = Whitening(gram)
-    found, up, down = quantize_with_factors(weight, whitening, 2, 4, 8, rounds=1)
+    found, up, down = quantize_with_factors(weight, whitening, 2, 4, 8)
     damped = gram.double() + 1e-6 * gram.double().diagonal().mean() * torch.eye(32, dtype=torch.float64)
     values, vectors = torch.linalg.eigh(damped)
     root, inverse = (vectors * values.sqrt()) @ vectors.T, (vectors / values.sqrt()) @ vectors.T
@@ -150,14 +150,18 @@ def test_residual_factors_are_the_closed_form() -> None:
     assert torch.linalg.vector_norm(difference) < 0.02 * torch.linalg.vector_norm(wanted)  # 8 bits
 
 
-def test_turns_never_raise_the_error() -> None:
+def test_factors_beside_integers_lower_the_error() -> None:
     torch.manual_seed(1)
     weight, whitening = torch.randn(64, 96), Whitening(_gram(96))
-    alone = quantize(weight, whitening, 2).relative_error
-    errors = [
-        quantize_with_factors(weight, whitening, 2, 8, 8, rounds=rounds)[0].relative_error for rounds in (1, 2, 4)
-    ]
-    assert alone > errors[0] >= errors[1] >= errors[2]
+    errors = [quantize(weight, whitening, 2).relative_error]
+    for rank in (4, 16, 64):
+        found, up, down = quantize_with_factors(weight, whitening, 2, rank, 4)
+        difference = weight - found.weight.dense() - up.dense() @ down.dense()
+        told = (float(whitening.energy(difference)) / float(whitening.energy(weight))) ** 0.5
+        assert found.relative_error == pytest.approx(told, rel=1e-4)
+        errors.append(found.relative_error)
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.5 * errors[0]
 
 
 @pytest.mark.parametrize(("bits", "added"), [(4, 0.11), (8, 0.02)])
