@@ -250,7 +250,7 @@ class CorrectionConfig(Section):
 class MergeConfig(StageConfig):
     """The merge of the corrected adapter into the original's weights."""
 
-    gpus_per_worker: Literal["auto"] | float = Field(0, description="none: merging is work for CPUs")
+    gpus_per_worker: Literal["auto"] | float = Field(0.0, description="none: merging is work for CPUs")
     chunk_bytes: int = Field(32 * 2**20, ge=4096, description="float32 bytes of a row chunk")
     max_shard_size: Size | None = Field(None, description="such as 5GB; left out: the original's shards")
 
