@@ -39,6 +39,17 @@ def test_a_ray_that_somebody_else_started_here_is_not_joined_unasked(
     monkeypatch.setattr(session.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(session.ray, "init", lambda address, **options: asked.append(address))
     monkeypatch.setattr(session.ray, "shutdown", lambda: None)
-    with connection(given):
-        pass
+    with connection(given) as started:
+        assert started == (address == "local")
     assert asked == [address]
+
+
+@pytest.mark.parametrize(
+    ("there", "grown", "gpus"), [(2.0, None, 2), (0.0, {"GPU": 8, "CPU": 64}, 8), (4.0, {"CPU": 64}, 4), (0.0, {}, 0)]
+)
+def test_gpus_are_those_that_are_there_or_that_an_autoscaler_may_add(
+    there: float, grown: dict[str, int] | None, gpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session.ray, "cluster_resources", lambda: {"GPU": there})
+    monkeypatch.setattr(session.state, "get_max_resources_from_cluster_config", lambda: grown)
+    assert session.gpus_within_reach() == gpus

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +36,28 @@ def test_a_stage_of_another_run_is_the_same_kind_of_task_to_ray() -> None:
     """Each call of ``ray.remote`` makes a kind of its own, which the driver and its node keep."""
     assert Resources(3, 2).task(nothing) is Resources(1, 2).task(nothing)
     assert Resources(3, 2).task(nothing) is not Resources(3, 1).task(nothing)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "of_cluster", "variables", "hides"),
+    [
+        (0, 1, {}, True),
+        (1, 1, {}, False),
+        (0, 0, {}, False),  # there are none to see
+        (0, 1, tasks.NO_GPU_UNASKED, False),  # hidden from all workers of the job, as where we started Ray
+    ],
+)
+def test_a_worker_of_the_caller_s_ray_sees_no_gpu_unasked(
+    gpus: int, of_cluster: int, variables: dict[str, str], hides: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    with monkeypatch.context() as patch:  # over before the test is: what looks after Ray asks it too
+        patch.setattr(tasks.ray, "is_initialized", lambda: True)
+        patch.setattr(tasks.ray, "get_runtime_context", lambda: SimpleNamespace(runtime_env={"env_vars": variables}))
+        patch.setattr(tasks.ray, "cluster_resources", lambda: {"GPU": of_cluster})
+        patch.setattr(tasks.ray, "remote", lambda **options: asked.append(options) or (lambda function: function))
+        tasks.remote_task(lambda: None, num_cpus=1, num_gpus=gpus)
+    assert ("runtime_env" in asked[0]) == hides
 
 
 def test_what_no_node_has_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
