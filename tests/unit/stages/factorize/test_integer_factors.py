@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from stage_artifacts import Artifacts
+from transformers import AutoConfig
 
+from emloc_ray.core.gram import Gram
 from emloc_ray.core.integer_forms import IntegerForms, integer_bytes
 from emloc_ray.io.formats.checkpoint import Checkpoint, read_shard, write_index
-from emloc_ray.io.formats.grams import GramStore
+from emloc_ray.io.formats.grams import GramStore, write_gram_index, write_gram_shard
+from emloc_ray.modeling.architecture import block_linears, empty_model
+from emloc_ray.modeling.loading import load_model
 from emloc_ray.stages.correct.modules import layer_difference
-from emloc_ray.stages.factorize.factorize import factorize_group
+from emloc_ray.stages.factorize.factorize import factorize_group, finish_emulator
 from emloc_ray.stages.factorize.job import FactorizationJob
+from emloc_ray.stages.factorize.kept_tensors import copy_rest, rest_of_shards
 from emloc_ray.stages.factorize.layer_reports import read_reports
 
 
@@ -64,3 +70,35 @@ def test_fewer_bits_under_the_gram_lose_less_than_without(artifacts: Artifacts, 
         lost.append(float((delta @ matrix @ delta.T).trace()))
     assert lost[0] < 0.9 * lost[1]
     assert lost[1] == lost[2]  # by the weight alone, or for want of a Gram
+
+
+def test_a_whole_emulator_loads_with_what_each_shard_holds(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
+    model_dir = tiny_model_dir("qwen2", dtype="bfloat16")  # biases
+    config = AutoConfig.from_pretrained(model_dir)
+    specs = block_linears(empty_model(config))
+    ranks = {spec.name: 8 for spec in specs if spec.name.endswith(("q_proj", "up_proj"))}
+    beside = {spec.name: 3 for spec in specs if spec.name.endswith(("v_proj", "down_proj"))}
+    forms = IntegerForms({spec.name: 4 for spec in specs}, beside, 16)
+    groups = tuple((spec,) for spec in specs)
+    job = FactorizationJob(model_dir, tmp_path / "emulator", groups, ranks, integers=forms)
+    grams = {spec.name: Gram(torch.eye(spec.in_features), 64) for spec in specs}
+    write_gram_shard(tmp_path / "grams" / "grams.safetensors", grams)
+    names = [[name] for name in grams]
+    write_gram_index(tmp_path / "grams", names, dict.fromkeys(grams, "grams.safetensors"), dict.fromkeys(grams, 64))
+    store, rest = GramStore(tmp_path / "grams"), rest_of_shards(job)
+    total = len(groups) + len(rest)
+    files = [job.out_dir / f"model-{number + 1:05d}-of-{total:05d}.safetensors" for number in range(total)]
+    for group, file in zip(groups, files, strict=False):
+        factorize_group(job, group, store.stored(group[0].name), file)
+    for kept, file in zip(rest, files[len(groups) :], strict=True):
+        copy_rest(kept, file)
+    num_bytes = finish_emulator(files, config, model_dir, ranks, "factors", None, forms)
+    assert num_bytes == Checkpoint(job.out_dir).num_bytes
+    model, original = load_model(job.out_dir), load_model(model_dir)
+    ids = torch.arange(2, 30)[None]
+    difference = (model(ids).logits - original(ids).logits).float()
+    assert 0 < float(difference.norm() / original(ids).logits.float().norm()) < 0.7
+    for spec in specs:
+        x = torch.zeros(1, spec.in_features, dtype=torch.bfloat16)
+        layers = model.get_submodule(spec.name), original.get_submodule(spec.name)
+        assert torch.equal(*(layer(x) for layer in layers)), spec.name  # the bias
