@@ -147,6 +147,7 @@ class Steps:
                     discard(path)
             asked = resources_of(stage, self.prepared)
             with self.turns.take(stage.name, asked, 1 if stage.divisible else asked.num_workers) as granted:
+                context.check_original()  # after the wait for its turn
                 result = self._execute(stage, context, inputs, granted)
             for path in outputs:
                 remove_leftovers(path)

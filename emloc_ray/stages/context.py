@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_ray.config.base import StageConfig
+from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.runs.fingerprint import fingerprint, fingerprint_large_files
 from emloc_ray.io.store.node_cache import hashes
@@ -60,6 +61,15 @@ class Context:
     @functools.cached_property
     def model_inputs(self) -> Inputs:
         """What tells the original's files from others."""
+        return self._model_files()
+
+    def check_original(self) -> None:
+        """Raises ArtifactError where the original's files are others than when this pass began."""
+        if self._model_files() != self.model_inputs:
+            place = self.source_dir or self.prepared.source.directory
+            raise ArtifactError(f"The model in {place} was changed while the run read it: run the same command again.")
+
+    def _model_files(self) -> Inputs:
         source, directory = self.prepared.source, self.source_dir or self.prepared.source.directory
         if source.gguf_file is None:
             return {"files": fingerprint_large_files(checkpoint_files(directory))}

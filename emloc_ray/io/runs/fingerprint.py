@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from emloc_ray.io.store.digests import digest, noted_digest
+from emloc_ray.io.store.replacing import replacing
+
+_LARGE = 2**26
+_READERS = 4
+_HEADER, _BLOCK, _BLOCKS = 2**20, 2**16, 32
 
 
 def fingerprint(value: Any) -> str:
@@ -27,25 +35,37 @@ def fingerprint_files(files: Iterable[Path]) -> str:
 
 
 def fingerprint_large_files(files: Iterable[Path]) -> str:
-    """A hash of files that may be large: contents of the small ones; names, sizes and times of the others.
+    """A hash of names and contents of files that may be large, whatever their times.
 
-    Reading 140 GB of weights only to find that nothing changed would cost minutes at every start. What the hub's cache
-    names by its content goes by that name: another machine's download of it is the same.
+    Of a large file the header and blocks all over it are read each time. The whole is read once, and again where its time or
+    inode changed: 140 GB of weights take minutes. What the hub's cache names by its content goes by that name.
     """
-    parts: list[Any] = []
-    for file in files:
-        if file.is_file() and not file.name.startswith("."):
-            status = file.stat()
-            small = status.st_size < 2**26
-            large = _hub_digest(file) or [status.st_size, status.st_mtime_ns]
-            parts.append([file.name, _small_digest(file, *_look(file)) if small else large])
-    return fingerprint(parts)
+    shown = [file for file in files if file.is_file() and not file.name.startswith(".")]
+    with ThreadPoolExecutor(_READERS) as pool:
+        return fingerprint(list(pool.map(_part, shown)))
+
+
+def _part(file: Path) -> list[Any]:
+    if file.stat().st_size < _LARGE:
+        return [file.name, _small_digest(file, *_look(file))]
+    return [file.name, _hub_digest(file) or [_sampled(file), _known_digest(file, *_look(file))]]
+
+
+def _sampled(file: Path) -> str:
+    """A hash of a large file's size, header, end, and blocks at equal distances."""
+    with file.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        total = hashlib.sha256(str(size).encode() + stream.read(_HEADER))
+        for number in range(1, _BLOCKS + 1):
+            stream.seek(min(number * size // _BLOCKS, size - _BLOCK))
+            total.update(stream.read(_BLOCK))
+    return total.hexdigest()
 
 
 def content_of(files: Iterable[Path]) -> str:
     """A hash of names and whole contents, of large files too: what one machine's time says of them, another's need not.
 
-    Each file is read once by a process, or never where its digest is noted with it.
+    Each file is read once, where its digest is not noted with it or by this user.
     """
     return fingerprint([[file.name, _known_digest(file, *_look(file))] for file in files if file.is_file()])
 
@@ -62,7 +82,25 @@ def _look(file: Path) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=65536)
 def _known_digest(file: Path, *look: int) -> str:
-    return _hub_digest(file) or noted_digest(file) or digest(file)
+    return _hub_digest(file) or noted_digest(file) or _digest_once(file, " ".join(map(str, look)))
+
+
+def _digest_once(file: Path, look: str) -> str:
+    """A file's SHA-256, which is kept for this user as long as the file looks the same, if it is large: it may be another's."""
+    if file.stat().st_size < _LARGE:
+        return digest(file)
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    note = caches / "emloc_ray" / "digests" / hashlib.sha256(str(file.resolve()).encode()).hexdigest()
+    with contextlib.suppress(OSError, ValueError):
+        known, sha256 = note.read_text().split(":")
+        if known == look:
+            return sha256
+    sha256 = digest(file)
+    with contextlib.suppress(OSError):  # a home that cannot be written: it is read again by the next process
+        note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with replacing(note, durable=False) as temporary:
+            temporary.write_text(f"{look}:{sha256}")
+    return sha256
 
 
 def _hub_digest(file: Path) -> str | None:

@@ -59,21 +59,47 @@ def test_a_checkpoint_s_copy_is_the_same_and_a_changed_byte_is_not(
     assert fingerprint_large_files(sorted(copy.iterdir())) != original
 
 
-@pytest.mark.parametrize("change", ["size", "time", "name"])
-def test_large_files_by_name_size_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
-    monkeypatch.setattr(module, "fingerprint_files", lambda files: pytest.fail("a large file was read"))
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No attributes, and an empty cache of this user's."""
+    monkeypatch.setattr(module, "noted_digest", lambda file: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+
+
+@pytest.mark.parametrize("change", ["size", "a byte", "name", "header"])
+def test_large_files_by_name_and_content(tmp_path: Path, home: None, change: str) -> None:
     large = tmp_path / "model.safetensors"
     with large.open("wb") as file:
-        file.truncate(2**30)  # sparse
+        file.truncate(2**26)  # sparse
     before = fingerprint_large_files([large])
+    os.utime(large, (1, 1))
     assert fingerprint_large_files([large]) == before
     if change == "size":
-        os.truncate(large, 2**30 + 1)
-    elif change == "time":
-        os.utime(large, (1, 1))
-    else:
+        os.truncate(large, 2**26 + 1)
+    elif change == "name":
         large = large.rename(tmp_path / "other.safetensors")
+    else:
+        with large.open("r+b") as file:
+            file.seek(12_345_678 if change == "a byte" else 5)
+            file.write(b"x")
     assert fingerprint_large_files([large]) != before
+
+
+def test_a_large_file_is_read_whole_once_and_its_samples_each_time(
+    tmp_path: Path, home: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = tmp_path / "model.safetensors"
+    with large.open("wb") as file:
+        file.truncate(2**26)
+    before = fingerprint_large_files([large])
+    module._known_digest.cache_clear()  # as the next process
+    monkeypatch.setattr(module, "digest", lambda file: pytest.fail("read whole again"))
+    assert fingerprint_large_files([large]) == before
+    monkeypatch.setattr(module, "_known_digest", lambda file, *look: "0" * 64)  # noted, whatever was done to the file
+    noted = fingerprint_large_files([large])
+    with large.open("r+b") as file:
+        file.write(b"x")
+    assert fingerprint_large_files([large]) != noted
 
 
 def test_what_the_hub_s_cache_names_by_its_content_goes_by_that(tmp_path: Path) -> None:
@@ -102,6 +128,7 @@ def test_content_tells_files_of_one_name_size_and_time_apart(tmp_path: Path) -> 
         files[-1].write_bytes(byte * 2**26)
         os.utime(files[-1], (1, 1))
     one, two, three = files
-    assert fingerprint_large_files([one]) == fingerprint_large_files([two])  # as a start may, at no cost
+    assert fingerprint_large_files([one]) != fingerprint_large_files([two])
+    assert fingerprint_large_files([one]) == fingerprint_large_files([three])
     assert content_of([one]) != content_of([two])
     assert content_of([one]) == content_of([three])
