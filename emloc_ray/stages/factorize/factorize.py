@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from emloc_ray.core.precision import exact_float32
 from emloc_ray.core.quantization import quantize as quantize_integers
 from emloc_ray.core.quantization import quantize_factors, quantize_with_factors
 from emloc_ray.core.ranks import Storage
+from emloc_ray.core.rounding import rounding_energy
 from emloc_ray.core.two_sided import factorize_two_sided
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.io.formats.checkpoint import Checkpoint, read_shard, write_index
@@ -47,6 +49,7 @@ from emloc_ray.stages.ray.losses import Losses, Tell, unheard
 from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, silent
 
 _CONNECTIONS = 8
+_ROUNDING_SHARE = 1e-2  # of a layer's residual energy: above it rounding is measured, not estimated
 
 
 @exact_float32()
@@ -96,10 +99,12 @@ def factorize_group(
         if order is not None:
             tensors[f"{spec.name}.order"] = order
         if gram is not None:
-            weighed = outputs is not None or job.by_weights
             stored = functools.partial(linear_weight, held, spec.in_features, order, device)
-            anew = weighed or spec.name in job.packed
-            reports.append(_report(spec, result, stored if anew else None, weight, whitening, gram.num_tokens, weighed))
+            weighed, known = outputs is not None or job.by_weights, None
+            if result is not None and not weighed and spec.name not in job.packed:
+                known = _known_error(result, whitening(), dtype, job.storage)
+            error, energy = known or relative_error(weight(), stored(), whitening(), name=spec.name)
+            reports.append(_report(spec, result, error, energy, gram.num_tokens, weighed))
     write_tensors(spectra_file(path), spectra, {LAYERS: json.dumps([asdict(report) for report in reports])})
     write_tensors(path, tensors)  # last: with it, the group is done
 
@@ -192,26 +197,41 @@ def _parts(result: Factorization, storage: Storage) -> tuple[dict[str, torch.Ten
     return {".up": up, ".down": down}, order
 
 
+def _known_error(
+    result: Factorization, whitening: Whitening, dtype: torch.dtype, storage: Storage
+) -> tuple[float, float] | None:
+    """The relative error of factors as stored in ``dtype`` and ``tr(W G Wᵀ)``, from what the factorization measured; None
+    where rounding has too large a share in it, which is then to be measured.
+
+    Pivoted factors blow rounding up by what their rows are made of.
+    """
+    total, residual = result.total_energy, result.relative_error**2 * result.total_energy
+    if torch.finfo(dtype).eps <= torch.finfo(torch.float32).eps:
+        return result.relative_error, total
+    if storage != "factors" or (rounding := rounding_energy(result, whitening, dtype)) > _ROUNDING_SHARE * residual:
+        return None
+    return math.sqrt((residual + rounding) / total) if total > 0 else 0.0, total
+
+
 def _report(
-    spec: LinearSpec,
-    result: Factorization | None,
-    stored: Callable[[], torch.Tensor] | None,
-    weight: Callable[[], torch.Tensor],
-    whitening: Callable[[], Whitening],
-    num_tokens: int,
-    weighed: bool,
+    spec: LinearSpec, result: Factorization | None, error: float, energy: float, num_tokens: int, weighed: bool
 ) -> LayerReport:
-    """What is told of a layer; the error of what is ``stored`` is taken anew where that is in 4 bits, or where factors are
-    ``weighed`` and the factorization's own is another."""
-    error, energy = (0.0, 0.0) if result is None else (result.relative_error, result.total_energy)
-    if stored is not None:
-        error, direct = relative_error(weight(), stored(), whitening(), name=spec.name)
-        energy = energy or direct
-    rank = min(spec.out_features, spec.in_features) if result is None else result.factors.up.shape[1]
-    solver = "dense" if result is None else result.solver
-    own = result.relative_error if result is not None and weighed else None
-    spectrum = () if result is None else sampled(result.eigenvalues, result.total_energy)
-    return LayerReport(spec.name, rank, error, solver, energy, num_tokens, own, spectrum)
+    """What is told of a layer whose relative error is ``error``, and ``tr(W G Wᵀ) = energy``."""
+    residual = error**2 * energy
+    if result is None:
+        full = min(spec.out_features, spec.in_features)
+        return LayerReport(spec.name, full, error, "dense", energy, num_tokens, residual_energy=residual)
+    return LayerReport(
+        spec.name,
+        result.factors.up.shape[1],
+        error,
+        result.solver,
+        result.total_energy,
+        num_tokens,
+        result.relative_error if weighed else None,
+        sampled(result.eigenvalues, result.total_energy),
+        residual,
+    )
 
 
 def build_emulator(
@@ -331,5 +351,7 @@ def _summary(reports: Sequence[LayerReport], resources: Resources) -> dict[str, 
 
 
 def _layer_metrics(report: LayerReport) -> dict[str, Any]:
-    told = {key: getattr(report, key) for key in ("rank", "relative_error", "solver", "total_energy")}
+    told = {
+        key: getattr(report, key) for key in ("rank", "relative_error", "solver", "total_energy", "residual_energy")
+    }
     return told | ({} if report.weighed_error is None else {"weighed_error": report.weighed_error})

@@ -22,6 +22,9 @@ _MOST_SAMPLES = 48
 class LayerReport:
     """One layer: its error, as stored, relative to ``‖W G^½‖``, and the energy ``tr(W G Wᵀ)`` of its spectrum.
 
+    ``residual_energy`` is ``tr(Δ G Δᵀ)`` of ``Δ = W − W_E`` as stored, with the damped G, which the correction goes by; None
+    where an older version wrote the report.
+
     ``rank`` is the full one and ``solver`` is ``dense`` for a layer that was put into 4 bits alone. Where predictions are
     what the factors keep, the spectrum and its energy are those of ``S^½ W G Wᵀ S^½``, where the weights themselves are,
     of ``W Wᵀ``; and ``weighed_error`` is the relative error there. ``spectrum`` is a few of its values, each beside its
@@ -36,6 +39,7 @@ class LayerReport:
     num_tokens: int
     weighed_error: float | None = None
     spectrum: Sequence[Sequence[float]] = ()
+    residual_energy: float | None = None
 
 
 def sampled(eigenvalues: torch.Tensor, total_energy: float) -> tuple[tuple[int, float], ...]:

@@ -10,14 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from layer_differences import layer_difference
 from safetensors.torch import load_file, save_file
 from stage_artifacts import Artifacts, gpt2_group
+from transformers import AutoConfig
 
+from emloc_ray.core.gram import Gram
+from emloc_ray.core.pivoting import stored_product
+from emloc_ray.core.ranks import Storage
 from emloc_ray.errors import NumericsError
 from emloc_ray.io.formats.checkpoint import Checkpoint, write_index
-from emloc_ray.io.formats.grams import GramStore, StoredGram
-from emloc_ray.modeling.architecture import LinearSpec
-from emloc_ray.stages.correct.modules import layer_difference
+from emloc_ray.io.formats.grams import GramStore, StoredGram, write_gram_shard
+from emloc_ray.modeling.architecture import LinearSpec, block_linears, empty_model
 from emloc_ray.stages.factorize.factorize import factorize_group
 from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.factorize.kept_tensors import Kept, copy_rest
@@ -64,6 +68,31 @@ def test_a_group_is_written_with_the_errors_that_it_reports(artifacts: Artifacts
         assert float((1 - energy[:rank].sum() / report.total_energy).clamp_min(0).sqrt()) == pytest.approx(
             error, rel=0.02
         )
+
+
+@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("inputs", ["plain", "fewer tokens than ranks", "a channel 3,000 times the others"])
+def test_the_residual_energy_is_that_of_what_is_stored(
+    inputs: str, dtype: str, storage: Storage, tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    model_dir = tiny_model_dir("llama", dtype=dtype)
+    group = tuple(block_linears(empty_model(AutoConfig.from_pretrained(model_dir)))[:3])  # q, k and v
+    x = torch.randn(10 if inputs.startswith("fewer") else 500, 64, generator=torch.Generator().manual_seed(0))
+    x[:, 5] *= 3000 if inputs.startswith("a channel") else 1
+    name = group[0].name
+    write_gram_shard(tmp_path / "grams.safetensors", {name: Gram(x.T @ x, len(x))})
+    ranks = {spec.name: 12 for spec in group}
+    job = FactorizationJob(model_dir, tmp_path, (group,), ranks, storage=storage)
+    stored = StoredGram(tmp_path / "grams.safetensors", name)
+    factorize_group(job, group, stored, tmp_path / "factors.safetensors")
+    gram, written = stored.read().double(), load_file(tmp_path / "factors.safetensors")
+    gram.diagonal().add_(job.dampening_frac * gram.diagonal().mean())
+    for spec, report in zip(group, read_reports(tmp_path / "factors.safetensors"), strict=True):
+        up, down = (written[f"{spec.name}.{part}.weight"].double() for part in ("up", "down"))
+        product = stored_product(up, down, written.get(f"{spec.name}.order"))
+        delta = Checkpoint(model_dir).read(spec.weight_name).double() - product
+        assert report.residual_energy == pytest.approx(float((delta @ gram @ delta.T).trace()), rel=5e-3)
 
 
 def test_factors_of_the_weights_are_their_truncated_svd_and_their_error_is_told_under_the_gram(
