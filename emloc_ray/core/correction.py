@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from emloc_ray.core.products import ROWS, product_by_rows
+from emloc_ray.core.stored_weight import StoredWeight
 
 Method = Literal["none", "projection", "covariance"]
 
@@ -44,13 +45,23 @@ class Difference:
     """What the directions ``q (in, k)`` see of ``Δ = W − W_E (out, in)`` and of the Gram; all float64, all thin.
 
     ``delta_q = Δ Q (out, k)``; with a Gram also ``delta_gq = Δ G Q (out, k)`` and ``inner = Qᵀ G Q (k, k)``, else
-    ``None``; ``energy = tr(Δ G Δᵀ)``, with ``G = I`` where there is no Gram.
+    ``None``; ``energy = tr(Δ G' Δᵀ)`` with ``G' = G + damping · I``, the Gram under which emulators are made, or ``G' = I``
+    where there is none.
     """
 
     delta_q: Tensor
     delta_gq: Tensor | None
     inner: Tensor | None
     energy: float
+    damping: float = 0.0
+
+    def first(self, k: int, energy: float) -> Difference:
+        """Of the first k directions, on the CPU, with this energy."""
+        gram_parts = (
+            (None, None) if self.delta_gq is None or self.inner is None else (self.delta_gq[:, :k], self.inner[:k, :k])
+        )
+        delta_gq, inner = (None if part is None else part.cpu() for part in gram_parts)
+        return Difference(self.delta_q[:, :k].cpu(), delta_gq, inner, energy, self.damping)
 
 
 def canonical_form(lora_a: Tensor, lora_b: Tensor) -> CanonicalLora:
@@ -65,19 +76,52 @@ def canonical_form(lora_a: Tensor, lora_b: Tensor) -> CanonicalLora:
     return CanonicalLora(b[:, keep], q[:, keep])
 
 
-def difference(delta: Tensor, q: Tensor, gram: Tensor | None = None) -> Difference:
-    """Reads ``delta (out, in)`` and ``gram (in, in)`` by row chunks, in float64 for what is corrected, in float32 for the
-    energy, so that no copy of either is made."""
-    right = q if gram is None else torch.cat([q, product_by_rows(gram, q)], dim=1)
-    read = product_by_rows(delta, right)
+def difference(
+    weight: Tensor,
+    stored: StoredWeight,
+    q: Tensor,
+    gram_q: Tensor | None = None,
+    *,
+    energy: float = 0.0,
+    damping: float = 0.0,
+) -> Difference:
+    """``Δ Q = W Q − W_E Q``, and ``Δ G Q = W (G Q) − W_E (G Q)`` of ``gram_q`` = ``G Q (in, k)``, in float64.
+
+    ``Δ`` is never made: ``4 k (out · in + r (out + in))`` operations with factors of rank r, where ``Δ G`` takes
+    ``2 out · in²``. ``weight (out, in)`` and what is stored are read by row chunks, in any floating dtype.
+    """
+    right = q if gram_q is None else torch.cat([q, gram_q], dim=1)
+    seen = product_by_rows(weight, right) - stored.times(right)
+    if gram_q is None:
+        return Difference(seen, None, None, energy)
     k = q.shape[1]
-    energy = 0.0
-    for rows in torch.split(delta, ROWS):
-        weighted = rows.float() if gram is None else rows.float() @ gram.float()
-        energy += float((weighted * rows.float()).sum(dtype=torch.float64))
-    if gram is None:
-        return Difference(read, None, None, energy)
-    return Difference(read[:, :k], read[:, k:], q.T @ right[:, k:], energy)
+    return Difference(seen[:, :k], seen[:, k:], q.T @ gram_q, energy, damping)
+
+
+def residual_energy(weight: Tensor, stored: StoredWeight, gram: Tensor | None = None, damping: float = 0.0) -> float:
+    """``tr(Δ (G + damping · I) Δᵀ)`` of ``Δ = W − W_E (out, in)``, directly, in float32 by row chunks; ``‖Δ‖²`` without
+    ``gram (in, in)``.
+
+    The one product of ``2 out · in²``: for what the factorization did not measure.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=weight.device)
+    for begin in range(0, len(weight), ROWS):
+        delta = weight[begin : begin + ROWS].float() - stored.rows(begin, begin + ROWS)
+        weighed = delta if gram is None else torch.addmm(delta, delta, gram, beta=damping)
+        total += (weighed * delta).sum(dtype=torch.float64)
+    return float(total)
+
+
+def energy_with(energy: float, up: Tensor, delta_g: Tensor, inner: Tensor) -> float:
+    """``tr(Δ' G Δ'ᵀ)`` of ``Δ' = Δ − up down``, from ``energy = tr(Δ G Δᵀ)``: what healing made of a layer's residual.
+
+    Args:
+        energy: before ``up (out, k)`` and ``down (k, in)`` were added to what is stored.
+        up: ``(out, k)``.
+        delta_g: ``Δ' G downᵀ (out, k)``, with what is stored now.
+        inner: ``down G downᵀ (k, k)``.
+    """
+    return energy - float((up * (2 * delta_g + up @ inner)).sum())
 
 
 def correction(seen: Difference, method: Method, scale: float, dampening_frac: float = 1e-4) -> Tensor:
@@ -127,11 +171,14 @@ def apply_correction(form: CanonicalLora, applied: Tensor, r: int) -> CorrectedL
 
 
 def shortfall(seen: Difference, applied: Tensor, scale: float) -> float:
-    """``‖(Δ − s C Qᵀ) G^½‖_F`` for C as ``applied (out, k)``: what the correction leaves (all of Δ where C = 0).
+    """``‖(Δ − s C Qᵀ) G'^½‖_F`` for C as ``applied (out, k)``: what the correction leaves (all of Δ where C = 0).
 
-    Expanded as ``tr(Δ G Δᵀ) − 2 s tr(C Qᵀ G Δᵀ) + s² tr(C Qᵀ G Q Cᵀ)``, so that it costs next to nothing.
+    Expanded as ``tr(Δ G' Δᵀ) − 2 s tr(C Qᵀ G' Δᵀ) + s² tr(C Qᵀ G' Q Cᵀ)``, so that it costs next to nothing; of a G of
+    zeros it is 0.
     """
-    cross = seen.delta_q if seen.delta_gq is None else seen.delta_gq
-    square = applied if seen.inner is None else applied @ seen.inner
+    cross, square = seen.delta_q, applied
+    if seen.delta_gq is not None and seen.inner is not None:
+        cross = seen.delta_gq + seen.damping * seen.delta_q
+        square = applied @ seen.inner + seen.damping * applied
     total = seen.energy - 2 * scale * float((applied * cross).sum()) + scale**2 * float((square * applied).sum())
     return float(max(total, 0.0) ** 0.5)

@@ -17,8 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from emloc_ray.core.integer_forms import BITS
 from emloc_ray.core.integers import dense_weight, stored_bits
-from emloc_ray.core.pivoting import stored_product
+from emloc_ray.core.pivoting import PivotedFactors
 from emloc_ray.core.products import is_finite
+from emloc_ray.core.stored_weight import StoredWeight
 from emloc_ray.errors import NumericsError
 from emloc_ray.io.formats.checkpoint import Checkpoint
 
@@ -93,39 +94,38 @@ def is_packed(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def linear_weight(
-    parts: Mapping[str, Mapping[str, Tensor]],
-    in_features: int,
-    order: Tensor | None = None,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """The weight ``(out, in)`` of an emulator's linear in float32, of all that is stored of it, by what follows its name.
+    parts: Mapping[str, Mapping[str, Tensor]], in_features: int, order: Tensor | None = None
+) -> StoredWeight:
+    """The weight of an emulator's linear, of all that is stored of it, by what follows its name.
 
     ``parts`` are those of a dense weight (``""``), of factors (``.up`` and ``.down``, with the ``order`` of pivoted rows), and of
-    integers beside factors (``.base``); each in its floating dtype, in NF4 or in integers. Products are made on ``device``.
+    integers beside factors (``.base``); each in its floating dtype, in NF4 or in integers.
     """
 
     def dense(part: str, columns: int) -> Tensor:
         tensors = parts[part]
         if stored_bits(tensors) is not None:
-            return dense_weight(tensors, columns).float().to(device)
-        return (dequantize(tensors) if is_packed(tensors) else tensors["weight"]).float().to(device)
+            return dense_weight(tensors, columns)
+        return dequantize(tensors) if is_packed(tensors) else tensors["weight"]
 
     if ".down" not in parts:
-        return dense("", in_features)
+        return StoredWeight(dense("", in_features))
     down = dense(".down", in_features)
-    product = stored_product(dense(".up", len(down)), down, None if order is None else order.to(device))
-    return product + dense(".base", in_features) if ".base" in parts else product
+    up = dense(".up", len(down))
+    if order is not None:
+        up = PivotedFactors(up, down, order).plain().up
+    return StoredWeight(up, down, dense(".base", in_features) if ".base" in parts else None)
 
 
-def emulator_weight(emulator: Checkpoint, name: str, in_features: int) -> Tensor | None:
-    """A linear's weight ``(out, in)`` in float32 as an emulator stores it; None where it keeps the original's."""
+def emulator_weight(emulator: Checkpoint, name: str, in_features: int) -> StoredWeight | None:
+    """A linear's weight as an emulator stores it; None where it keeps the original's."""
     keys = ("weight", *_PARTS, *(f"int{bits}" for bits in BITS), "scales", "zeros", "exponent")
     parts = {
         part: {key: emulator.read(f"{name}{part}.{key}") for key in keys if f"{name}{part}.{key}" in emulator}
         for part in ("", ".up", ".down", ".base")
     }
     found = {part: tensors for part, tensors in parts.items() if tensors}
-    if found.keys() == {""} and found[""].keys() == {"weight"}:
+    if found.keys() <= {""} and found.get("", {}).keys() <= {"weight"}:  # a dense expert has a name of its own
         return None
     return linear_weight(found, in_features, emulator.read(f"{name}.order") if f"{name}.order" in emulator else None)
 

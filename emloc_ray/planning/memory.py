@@ -221,45 +221,57 @@ class MemoryModel:
         }
 
     def correct(self) -> Parts:
-        """First layers one by one, then the original with the adapter and every module's thin matrices; the larger.
+        """First the linears that share a Gram, a task each, then the original with the adapter and every module's thin
+        matrices; the larger.
 
         Where there is nothing to choose between, the original is not opened.
         """
-        wide = 4 if self.config.adapter.method == "dora" else 3  # what its magnitudes follow from
-        thin = sum(
-            self._rank(s)
-            * (_DOUBLE * (s.in_features + wide * s.out_features) + FLOAT * (s.in_features + s.out_features))
-            for s in self.adapted
-        )
-        reading = max((self._difference(spec) for spec in self.adapted), default=0.0)
-        one_by_one: Parts = {"correction": thin + reading}
         if not self.config.adapter.is_additive:
             return {}
+        reading: Parts = {"correction": max((self._difference(spec) for spec in self.adapted), default=0.0)}
         if self.config.correction.method != "auto" or not self.layout.differs:
-            return one_by_one
+            return reading
         scoring = {
             **self._scoring(self.weights, self.config.evaluation.batch_size),
             "adapter": FLOAT * self.corrected_parameters,
             "row norms": self._row_norms(self.adapted),
-            "correction": thin,
+            "correction": self.thin_matrices(),
         }
-        return max(scoring, one_by_one, key=total)
+        return max(scoring, reading, key=total)
+
+    def thin_matrices(self) -> float:
+        """Bytes of all that the adapter's modules see of the difference: in memory to score them, and on disk."""
+        wide = 4 if self.config.adapter.method == "dora" else 3  # what its magnitudes follow from
+        return sum(
+            self._rank(s)
+            * (_DOUBLE * (s.in_features + wide * s.out_features) + FLOAT * (s.in_features + s.out_features))
+            for s in self.adapted
+        )
+
+    def correction_work(self) -> float:
+        """Floating-point operations of ``G Q``, ``W [Q, G Q]`` and ``W_E [Q, G Q]`` for all adapted linears, whose own Q has
+        ``k`` directions: ``2 k in²``, ``4 k out · in`` and as much for what the emulator has of these parameters."""
+        return sum(
+            2.0 * self._rank(s) * (s.in_features**2 + 2 * s.num_parameters + 2 * self.layout.kept(s))
+            for s in self.adapted
+        )
 
     def _difference(self, spec: LinearSpec) -> float:
-        """``W`` and ``Δ`` in float32 with a product between them, the Gram, and some rows of either in float64."""
+        """W and what the emulator stores of it, the Gram, some rows of one in float64, and thin matrices."""
         rows = min(_ROWS, max(spec.out_features, spec.in_features))
-        copies = 5 if self.config.adapter.method == "dora" else 3  # W once more, and W_E: for rows' lengths
-        return copies * FLOAT * spec.num_parameters + gram_bytes((spec,)) * 1.5 + rows * spec.in_features * 2 * _DOUBLE
+        stored = spec.num_parameters * self.file_itemsize + self.layout.kept(spec) * self.itemsize
+        thin = 4 * self._rank(spec) * (spec.in_features + spec.out_features)
+        return stored + gram_bytes((spec,)) * 1.5 + (2 * rows * spec.in_features + thin) * _DOUBLE
 
     def merge(self) -> Parts:
-        """A row chunk that is copied, or one that is merged with its sum in float32; one module's adapter."""
+        """A row chunk that is copied, or one that is merged with its sum in float32; the adapter, and one module's."""
         if self.config.adapter.is_prompt:
             return {}
         largest = max([self.layout.head_parameters, *(spec.num_parameters for spec in self.layout.specs)])
         chunk = chunk_limit(self.config.merge.chunk_bytes, largest * self.file_itemsize)
         merged = max((min(chunk, FLOAT * spec.num_parameters) for spec in self.adapted), default=0)
         module = max((self._rank(s) * (s.in_features + s.out_features) for s in self.adapted), default=0)
-        return {"chunks": max(chunk, 2 * merged), "adapter": FLOAT * module}
+        return {"chunks": max(chunk, 2 * merged), "adapter": FLOAT * (self.corrected_parameters + module)}
 
     def evaluate(self) -> Parts:
         """The original with one adapter at a time; scoring a batch, or completing one with a cache."""

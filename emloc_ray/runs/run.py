@@ -23,6 +23,7 @@ from emloc_ray.runs.trace import Trace
 from emloc_ray.stages.context import Context
 from emloc_ray.stages.importing import is_imported
 from emloc_ray.stages.order import STEPS
+from emloc_ray.stages.ray.final_actor import FinalActorHandle
 from emloc_ray.stages.ray.losses import explain
 from emloc_ray.stages.ray.session import check_visible, connection, gpus_within_reach, total
 
@@ -105,19 +106,20 @@ class Pipeline:
             remarks.long_images(self.prepared),
         )
         last = max(number for number, stage in enumerate(STEPS) if stage.verb == until)
-        while True:
-            try:
-                context = self._context()
-                for stage in STEPS[: last + 1]:
-                    self.steps.run(stage, context)
-                break
-            except DamagedArtifactError as error:
-                self.steps.forget_damaged(error)
-            except Dropped as error:
-                self.reporter.note(str(error))
+        with FinalActorHandle(self.prepared.run.place) as final_actor:
+            while True:
+                try:
+                    context = self._context(final_actor)
+                    for stage in STEPS[: last + 1]:
+                        self.steps.run(stage, context)
+                    break
+                except DamagedArtifactError as error:
+                    self.steps.forget_damaged(error)
+                except Dropped as error:
+                    self.reporter.note(str(error))
         self.steps.write_results()  # again: a run may have been killed right after it recorded a stage
 
-    def _context(self) -> Context:
+    def _context(self, final_actor: FinalActorHandle) -> Context:
         """The context of a pass over the stages; fetches a model of the hub first, where it is not cached."""
         prepared, source = self.prepared, self.prepared.source
         source_dir, imported = source.directory, is_imported(prepared)
@@ -127,7 +129,7 @@ class Pipeline:
             if not imported:
                 check_visible(prepared, source_dir)
         model_dir = prepared.run.path("model") if imported else source_dir
-        return Context(prepared, model_dir, source_dir, self.reporter.note)
+        return Context(prepared, model_dir, source_dir, self.reporter.note, final_actor)
 
     def _note(self, *sentences: str | None) -> None:
         for sentence in filter(None, sentences):

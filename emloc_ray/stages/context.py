@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from emloc_ray.config.base import StageConfig
 from emloc_ray.errors import ArtifactError
@@ -20,6 +20,9 @@ from emloc_ray.modeling.stored_names import StoredParameter, stored_parameters, 
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
+
+if TYPE_CHECKING:
+    from emloc_ray.stages.ray.final_actor import FinalActorHandle
 
 Inputs = dict[str, Any]
 Result = dict[str, Any]
@@ -35,13 +38,14 @@ class Context:
 
     ``source_dir`` is where the original is read from, another folder where it is imported. ``made`` and ``results`` fill up
     while the stages run: the fingerprint of what each was made from, and what it returned; of a stage that the config leaves
-    out neither is there. ``note`` takes what a reader should know.
+    out neither is there. ``note`` takes what a reader should know. ``final_actor`` corrects and merges, where stages run.
     """
 
     prepared: Prepared
     model_dir: Path
     source_dir: Path | None = None
     note: Callable[[str], None] = _unheard
+    final_actor: FinalActorHandle | None = None
     made: dict[str, str] = dataclasses.field(default_factory=dict)
     results: dict[str, Result] = dataclasses.field(default_factory=dict)
     _split_keys: dict[str, str] = dataclasses.field(default_factory=dict)

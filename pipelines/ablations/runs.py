@@ -334,9 +334,10 @@ def _recovered(ablation: Ablation, cell: Cell, run: RunConfig, pruned: Pruned | 
 
 def _corrected(ablation: Ablation, cell: Cell, run: RunConfig, pruned: Pruned | None, tell: Tell) -> dict[str, float]:
     """Held-out losses of several corrections of a trained adapter; nothing is chosen by them."""
+    from emloc_ray.core.correction import Candidate
     from emloc_ray.runs.steps import resources_of
     from emloc_ray.stages.context import Context
-    from emloc_ray.stages.correct.correct import Candidate, correct
+    from emloc_ray.stages.correct.correct import correct
     from emloc_ray.stages.correct.stage import CORRECT, correction_job
 
     tell(f"{cell.name}: corrections of its adapter")

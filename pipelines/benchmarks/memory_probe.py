@@ -33,7 +33,9 @@ from emloc_ray.modeling.loss import TopLogProbs, teacher_logits, token_loss
 from emloc_ray.modeling.replay import BlockReplay
 from emloc_ray.stages.calibrate import resident_slot, streamed_slot
 from emloc_ray.stages.calibrate.job import CalibrationJob
-from emloc_ray.stages.correct import correct as correct_stage
+from emloc_ray.stages.correct import scoring as scoring_stage
+from emloc_ray.stages.correct.correct import correct_adapter
+from emloc_ray.stages.correct.job import CorrectionJob
 from emloc_ray.stages.evaluate import evaluate as evaluate_stage
 from emloc_ray.stages.factorize import factorize as factorize_stage
 from emloc_ray.stages.factorize.job import FactorizationJob
@@ -166,11 +168,11 @@ def factorize(job: FactorizationJob, grams_dir: Path, threads: int) -> None:
             factorize_stage.factorize_group(job, ranked, gram, job.out_dir / "factors.safetensors")
 
 
-def correct(job: correct_stage.CorrectionJob, threads: int) -> None:
-    """The actor's whole work."""
+def correct(job: CorrectionJob, threads: int) -> None:
+    """All modules and candidates, one after the other."""
     torch.set_num_threads(threads)
-    correct_stage.load_model = weighed_model
-    correct_stage.correct_adapter(job)
+    scoring_stage.load_model = weighed_model
+    correct_adapter(job)
 
 
 def merge(job: merge_stage.MergeJob, threads: int) -> None:

@@ -24,7 +24,7 @@ from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.memory import DIVERGENCE_COPIES, MemoryModel, Parts
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.stages.calibrate.job import CalibrationJob
-from emloc_ray.stages.correct.correct import CorrectionJob
+from emloc_ray.stages.correct.job import CorrectionJob
 from emloc_ray.stages.evaluate.evaluate import EvaluationJob
 from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.merge.merge import MergeJob

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from emloc_ray.core.allocation import Curve, allocate, spectrum
-from emloc_ray.core.correction import Candidate
+from emloc_ray.core.correction import Candidate, canonical_form, difference, residual_energy
 from emloc_ray.core.factorization import factorize
 from emloc_ray.core.gram import Gram
 from emloc_ray.core.pivoting import pivot
+from emloc_ray.core.products import product_by_rows
+from emloc_ray.core.stored_weight import StoredWeight
 from emloc_ray.core.two_sided import factorize_two_sided
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.modeling.adapter_files import LoraModule
@@ -98,17 +100,19 @@ def test_pivoted_factors_are_the_same_product() -> None:
 
 @pytest.mark.parametrize("method", ["projection", "covariance"])
 def test_an_adapter_is_corrected_as_on_the_cpu(method: str) -> None:
-    delta, gram = layer((512, 768))
+    weight, gram = layer((512, 768))
+    stored = StoredWeight(*factorize(weight, Whitening(gram), 128).factors)
     generator = torch.Generator().manual_seed(1)
     lora_a, lora_b = torch.randn(8, 768, generator=generator), torch.randn(512, 8, generator=generator)
-    candidate = Candidate(method)  # type: ignore[arg-type]
+    lora, form, candidate = LoraModule("layer", lora_a, lora_b, 2.0), canonical_form(lora_a, lora_b), Candidate(method)  # type: ignore[arg-type]
     products, shortfalls = [], []
-    for device in ("cpu", DEVICE):
-        lora = LoraModule("layer", lora_a.to(device), lora_b.to(device), 2.0)
-        module = CorrectableModule(lora, delta.to(device), gram.to(device))
+    for device in map(torch.device, ("cpu", DEVICE)):
+        here, there, matrix, q = weight.to(device), stored.to(device), gram.to(device), form.q.to(device)
+        seen = difference(here, there, q, product_by_rows(matrix, q))
+        assert seen.delta_q.device.type == device.type
+        module = CorrectableModule(lora, form, seen.first(8, residual_energy(here, there, matrix)))
         corrected = module.corrected(candidate, 1e-4)
-        assert corrected.lora_a.device.type == device
-        products.append((corrected.lora_b @ corrected.lora_a).cpu())
+        products.append(corrected.lora_b @ corrected.lora_a)
         shortfalls.append(module.shortfalls(candidate, 1e-4))
     assert torch.linalg.norm(products[1] - products[0]) <= 1e-4 * torch.linalg.norm(products[0])
     assert shortfalls[1] == pytest.approx(shortfalls[0], rel=1e-4)

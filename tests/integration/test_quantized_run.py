@@ -46,7 +46,7 @@ def weights(run: FinishedRun, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     weight = original.read(f"{name}.weight").double()
     stored = emulator_weight(emulator, name, weight.shape[1])
     assert stored is not None
-    return weight, stored.double()
+    return weight, stored.rows().double()
 
 
 def test_everything_inside_the_blocks_is_in_4_bits_and_counted(quantized_run: FinishedRun) -> None:

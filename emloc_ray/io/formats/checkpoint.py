@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor's bytes are: ``[start, stop)`` in ``file``, whose content is ``version`` (None in a file system)."""
+    """Where a tensor's bytes are: ``[start, stop)`` in ``file``, whose content is ``version`` (None in a file system), or in
+    ``content``, the file's bytes where they are in memory."""
 
     name: str
     file: Path
@@ -45,6 +46,7 @@ class TensorEntry:
     start: int
     stop: int
     version: str | None = None
+    content: np.ndarray[Any, np.dtype[np.uint8]] | None = field(default=None, repr=False, compare=False)
 
     @property
     def num_bytes(self) -> int:
@@ -70,6 +72,8 @@ class TensorEntry:
     def _bytes(self, start: int, stop: int) -> torch.Tensor:
         if start == stop:
             return torch.empty(0, dtype=torch.uint8)
+        if self.content is not None:
+            return torch.from_numpy(self.content[start:stop].copy())
         with open_version(self.file, self.version) as stream:
             buffer = np.fromfile(stream, dtype=np.uint8, count=stop - start, offset=start)
         if buffer.size != stop - start:
@@ -112,6 +116,14 @@ def read_shard(file: Path) -> Shard:
     if entries and entries[-1].stop > size:
         raise ArtifactError(f"{file} is cut short: its header asks for {entries[-1].stop} bytes, it has {size}.")
     return Shard(file, header, tuple(entries))
+
+
+def in_memory(shard: Shard) -> Shard:
+    """The same shard, whose tensors are read from memory: all share one copy of the file, which Ray maps and does not copy."""
+    version = shard.entries[0].version if shard.entries else None
+    with open_version(shard.file, version) as stream:
+        content = np.fromfile(stream, dtype=np.uint8)
+    return replace(shard, entries=tuple(replace(entry, content=content) for entry in shard.entries))
 
 
 def _entry(file: Path, name: str, item: dict[str, Any], base: int, version: str | None) -> TensorEntry:

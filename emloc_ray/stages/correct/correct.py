@@ -1,35 +1,25 @@
-"""Correct: a task takes the emulator's difference back out of the adapter, module by module, and chooses how."""
+"""Correct: the emulator's difference is taken back out of the adapter, a Ray task for the linears that share a Gram; another
+scores the ways to do so, of which the best is written."""
 
 from __future__ import annotations
 
-import functools
-import json
-import random
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any, get_args
+
+import ray
+import torch
 
 from emloc_ray.core.correction import Candidate, Method
 from emloc_ray.core.precision import exact_float32
-from emloc_ray.core.selection import affordable
-from emloc_ray.data.formats import Tokens
-from emloc_ray.data.processors import ImageInputs
-from emloc_ray.data.token_shards import TokenShards
-from emloc_ray.io.formats.checkpoint import Checkpoint
-from emloc_ray.io.formats.grams import GramStore
-from emloc_ray.io.store.atomic import write_json
-from emloc_ray.io.store.node_cache import discard, ensure
-from emloc_ray.modeling.adapter import attach_adapter, detach_adapter, load_adapter
-from emloc_ray.modeling.adapter_files import Adapter, copy_adapter, lora_form, lora_form_settings, write_adapter
-from emloc_ray.modeling.adapter_methods import adapter_config
-from emloc_ray.modeling.architecture import LinearSpec
-from emloc_ray.modeling.loading import load_model
-from emloc_ray.modeling.scoring import RowLosses, losses_by_row
-from emloc_ray.stages.correct.modules import CorrectableModule, plug_in, read_modules
-from emloc_ray.stages.correct.search import ENOUGH_ROWS, NUM_FURTHER, Measure, search
+from emloc_ray.io.store.node_cache import discard, exists
+from emloc_ray.modeling.adapter_files import Adapter, copy_adapter, lora_form, write_adapter
+from emloc_ray.stages.correct.job import CorrectionJob, ModuleGroup, module_groups
+from emloc_ray.stages.correct.modules import read_modules, see_differences, write_modules
+from emloc_ray.stages.correct.scoring import Scoring, scored, selection
+from emloc_ray.stages.correct.search import best_choice
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
-from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, silent
+from emloc_ray.stages.ray.slots import run_slots, start_slot
+from emloc_ray.stages.ray.tasks import Progress, Resources, run_tasks, silent
 
 # Why adapters of a kind are plugged into the original as trained.
 AS_TRAINED = {
@@ -49,178 +39,125 @@ def candidates(method: str, clamp: float | None, strength: float) -> list[Candid
     return [Candidate("none"), *clamped]
 
 
-@dataclass(frozen=True)
-class CorrectionJob:
-    """Artifact paths and flat settings of the stage.
-
-    Where there is more than one candidate, ``none`` is the first. ``num_further`` strengths of the best are tried after
-    them. ``max_tokens`` bounds what scoring all may read (None: all selection rows).
-    """
-
-    model_dir: Path
-    emulator_dir: Path
-    calibration_dir: Path | None
-    adapter_dir: Path
-    out_dir: Path
-    selection_dir: Path
-    specs: tuple[LinearSpec, ...]
-    candidates: tuple[Candidate, ...]
-    num_further: int = NUM_FURTHER
-    max_tokens: int | None = None
-    dampening_frac: float = 1e-4
-    update_tolerance: float = 1e-3
-    batch_size: int = 8
-    loss_on: str = "completion"
-    pad_token_id: int = 0
-    model_options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def progress_path(self) -> Path:
-        """Where the worker says how far it is."""
-        return self.out_dir.parent / ".correct.json"
-
-
 def correct_adapter(job: CorrectionJob, progress: Progress = silent) -> dict[str, Any]:
-    """Corrects every module, chooses among the candidates on the selection split, writes ``job.out_dir``.
+    """Corrects every module, chooses among the candidates on the selection split, writes ``job.out_dir``; in this process.
 
     Returns the choice, every candidate's loss, and each module's shortfall before and after.
     """
-    adapter = Adapter(job.adapter_dir)
-    if adapter.kind in AS_TRAINED:
-        copy_adapter(job.adapter_dir, job.out_dir)
-        none = asdict(Candidate("none"))
-        told = {"selection_tokens": 0, "candidates": [{**none, "loss": None}], "modules": {}}
-        return {**none, **told, "as_trained": AS_TRAINED[adapter.kind]}
-    modules = _read(job, adapter, progress)
-    chosen, told = job.candidates[0], _untried(job.candidates)
-    if len(job.candidates) > 1:
-        chosen, told = _chosen(job, adapter, modules, progress)
-    _write(job, adapter, modules, chosen)
-    shortfalls = {m.lora.name: found for m in modules if (found := m.shortfalls(chosen, job.dampening_frac))}
-    result = {**asdict(chosen), **told, "modules": shortfalls}
-    if not adapter.is_lora:
-        ranks = [m.lora.lora_a.shape[0] for m in modules]
-        result["lora_form"] = {"largest_lack": max(m.lack for m in modules), "mean_rank": sum(ranks) / len(ranks)}
+    discard(job.state_dir)
+    plan = _Plan(job)
+    for number, group in enumerate(plan.groups):
+        write_modules(group.path, see_differences(job, group))
+        progress(number + 1, plan.total)
+    if plan.num_scored:
+        scoring = Scoring(job)
+        for unit in range(plan.num_scored):
+            scoring.accumulate(unit)
+            progress(len(plan.groups) + unit + 1, plan.total)
+    result = finish(plan)
+    discard(job.state_dir)
     return result
-
-
-@exact_float32()
-def _read(job: CorrectionJob, adapter: Adapter, progress: Progress) -> list[CorrectableModule]:
-    original, emulator = Checkpoint(job.model_dir), Checkpoint(job.emulator_dir)
-    grams = None if job.calibration_dir is None else GramStore(job.calibration_dir)
-    modules = {}
-    for module in read_modules(adapter, job.specs, original, emulator, grams, job.update_tolerance):
-        modules[module.lora.name] = module
-        progress(len(modules), len(adapter.names) + len(job.candidates))
-    return [modules[name] for name in adapter.names]
-
-
-@exact_float32()
-def _write(job: CorrectionJob, adapter: Adapter, modules: Sequence[CorrectableModule], chosen: Candidate) -> None:
-    """In the method's own form where it is LoRA or nothing is taken out; else as a LoRA adapter of the same linears."""
-    if not adapter.is_lora and chosen.method == "none":
-        copy_adapter(job.adapter_dir, job.out_dir)
-        return
-    corrected = [module.corrected(chosen, job.dampening_frac) for module in modules]
-    magnitudes = {m.lora.name: found for m in modules if (found := m.magnitude(chosen, job.dampening_frac)) is not None}
-    config = adapter.config if adapter.is_lora else lora_form(adapter.config, corrected)
-    write_adapter(job.out_dir, config, corrected, magnitudes)
-
-
-def _untried(candidates: Sequence[Candidate]) -> dict[str, Any]:
-    return {"selection_tokens": 0, "candidates": [{**asdict(candidate), "loss": None} for candidate in candidates]}
-
-
-def _chosen(
-    job: CorrectionJob, adapter: Adapter, modules: Sequence[CorrectableModule], progress: Progress
-) -> tuple[Candidate, dict[str, Any]]:
-    """The best candidate on as many of the selection rows as ``max_tokens`` allow, and what is told of all."""
-    shards = TokenShards(job.selection_dir)
-    rows = [shards.row(position) for position in range(len(shards))]
-    random.Random(0).shuffle(rows)  # files may be sorted by what their rows are of
-    lengths = [len(row) for row in rows]
-    begun, count = affordable(lengths, job.max_tokens, len(job.candidates), job.num_further, ENOUGH_ROWS)
-    if count == 0:
-        note = f"Fine-tuning read too little for a choice to cost {job.max_tokens} tokens: set correction.max_share higher."
-        return job.candidates[0], {**_untried(job.candidates[:1]), "note": note}
-    measure = _measure(job, adapter, modules, rows[:count])
-    total, tried = len(modules) + begun + job.num_further, 0
-
-    def measured(candidate: Candidate) -> RowLosses:
-        nonlocal tried
-        losses, tried = measure(candidate), tried + 1
-        progress(len(modules) + tried, total)
-        return losses
-
-    choice = search(job.candidates[:begun], measured, job.num_further)
-    progress(total, total)
-    told = {
-        "selection_rows": count,
-        "selection_tokens": sum(lengths[:count]),
-        "scored_tokens": sum(lengths[:count]) * tried,
-        "max_tokens": job.max_tokens,
-        "candidates": choice.told(),
-    }
-    return choice.candidates[choice.chosen], told
-
-
-def _measure(
-    job: CorrectionJob, adapter: Adapter, modules: Sequence[CorrectableModule], rows: Sequence[Tokens]
-) -> Measure:
-    """Of candidates one after another, on one model: first what is as trained, then, of other methods than LoRA, in LoRA's
-    form."""
-    model = load_adapter(load_model(job.model_dir, **job.model_options), job.adapter_dir).eval()
-    is_lora = adapter.is_lora
-    images = ImageInputs(job.model_dir, job.model_options)
-
-    def measure(candidate: Candidate) -> RowLosses:
-        nonlocal model, is_lora
-        if not is_lora and candidate.method != "none":
-            settings = lora_form_settings([module.lora for module in modules])
-            form = adapter_config(**settings, task_type=adapter.config["task_type"])
-            model, is_lora = attach_adapter(detach_adapter(model), form).eval(), True
-        for module in modules if is_lora else ():
-            corrected = module.corrected(candidate, job.dampening_frac)
-            plug_in(model, corrected, module.magnitude(candidate, job.dampening_frac))
-        return losses_by_row(
-            model,
-            rows,
-            batch_size=job.batch_size,
-            loss_on=job.loss_on,
-            pad_token_id=job.pad_token_id,
-            images=images,
-        )
-
-    return measure
-
-
-def _correct_task(job: CorrectionJob) -> dict[str, Any]:
-    """In a process that may have corrected before: an actor's is made for it, which takes longer than a small adapter does."""
-    state = (0, 0)
-
-    def note(done: int, total: int) -> None:
-        nonlocal state
-        if done == total or 100 * (done - state[0]) >= total:
-            state = (done, total)
-            write_json(job.progress_path, state)
-
-    return correct_adapter(job, note)
 
 
 def correct(
     job: CorrectionJob, resources: Resources, progress: Progress = silent, tell: Tell = unheard
 ) -> dict[str, Any]:
-    """Runs the correction in one task, in another where its worker is lost; see :func:`correct_adapter`."""
-    discard(job.progress_path)
-    task = resources.task(_correct_task).options(name="correct: the adapter")
-    submit = functools.partial(task.remote, job)
+    """As :func:`correct_adapter`, in tasks; modules and losses that ``job.state_dir`` holds already are kept."""
+    plan = _Plan(job)
+    largest = sorted(plan.groups, key=lambda group: sum(spec.num_parameters for spec in group.specs), reverse=True)
+    work = [(" and ".join(spec.name for spec in group.specs[:4]), (group, resources.device)) for group in largest]
+    run_tasks(_group_task, job, work, resources, Losses("correct", tell), lambda done, _: progress(done, plan.total))
+    if plan.num_scored:
+        units = range(plan.num_scored)
+        arguments = ray.put(job), resources.threads
+        run_slots(
+            lambda slot: start_slot(resources, "correct: candidates", units, Scoring, *arguments),
+            [units],
+            "candidate",
+            Losses("correct", tell),
+            lambda done, _: progress(len(plan.groups) + done, plan.total),
+        )
+    return {"num_workers": resources.num_workers, **finish(plan)}
 
-    def look(_done: int, _total: int) -> None:
-        ensure(job.progress_path)
-        progress(*(json.loads(job.progress_path.read_text()) if job.progress_path.is_file() else (0, 1)))
 
-    try:
-        [found] = bounded([("the adapter", submit)], 1, Losses("correct", tell), look)
-    finally:
-        discard(job.progress_path)
-    return {"num_workers": 1, **found}
+class _Plan:
+    """A correction's work: the groups to read, and how many candidates may have to be scored."""
+
+    def __init__(self, job: CorrectionJob) -> None:
+        self.job, self.adapter = job, Adapter(job.adapter_dir)
+        self.as_trained = AS_TRAINED.get(self.adapter.kind)
+        self.groups = [] if self.as_trained else module_groups(job, self.adapter.names)
+        choosing = len(job.candidates) > 1 and not self.as_trained
+        self.begun, self.rows = selection(job) if choosing else (job.candidates[:1], [])
+        self.num_scored = len(self.begun) + job.num_further if self.rows else 0
+
+    @property
+    def total(self) -> int:
+        """Units of work."""
+        return len(self.groups) + self.num_scored
+
+
+def _group_task(job: CorrectionJob, group: ModuleGroup, device: str) -> None:
+    if not exists(group.path):  # whole, from a try that was killed
+        write_modules(group.path, see_differences(job, group, torch.device(device)))
+
+
+@exact_float32()
+def finish(plan: _Plan) -> dict[str, Any]:
+    """Chooses by what was scored, and writes the adapter: see :func:`correct_adapter`.
+
+    In the method's own form where it is LoRA or nothing is taken out; else as a LoRA adapter of the same linears.
+    """
+    job, adapter = plan.job, plan.adapter
+    if plan.as_trained:
+        copy_adapter(job.adapter_dir, job.out_dir)
+        return {
+            **asdict(Candidate("none")),
+            **_unscored(Candidate("none")),
+            "modules": {},
+            "as_trained": plan.as_trained,
+        }
+    chosen, scores = _chosen(plan)
+    corrected, magnitudes, shortfalls, lacks = {}, {}, {}, []
+    for group in plan.groups:
+        for module in read_modules(group.path):
+            name = module.lora.name
+            corrected[name] = module.corrected(chosen, job.dampening_frac)
+            if (magnitude := module.magnitude(chosen, job.dampening_frac)) is not None:
+                magnitudes[name] = magnitude
+            if (missed := module.shortfalls(chosen, job.dampening_frac)) is not None:
+                shortfalls[name] = missed
+            lacks.append(module.lack)
+    in_order = [corrected[name] for name in adapter.names]
+    result = {**asdict(chosen), **scores, "modules": {n: shortfalls[n] for n in adapter.names if n in shortfalls}}
+    if adapter.is_lora:
+        write_adapter(job.out_dir, adapter.config, in_order, magnitudes)
+        return result
+    if chosen.method == "none":
+        copy_adapter(job.adapter_dir, job.out_dir)
+    else:
+        write_adapter(job.out_dir, lora_form(adapter.config, in_order), in_order, magnitudes)
+    ranks = [len(lora.lora_a) for lora in in_order]
+    return {**result, "lora_form": {"largest_lack": max(lacks), "mean_rank": sum(ranks) / len(ranks)}}
+
+
+def _unscored(candidate: Candidate) -> dict[str, Any]:
+    return {"selection_tokens": 0, "candidates": [{**asdict(candidate), "loss": None}]}
+
+
+def _chosen(plan: _Plan) -> tuple[Candidate, dict[str, Any]]:
+    """The best candidate, and what was scored."""
+    job = plan.job
+    if not plan.num_scored:
+        first = job.candidates[0]
+        too_little = f"Fine-tuning read too little for a choice to cost {job.max_tokens} tokens: set correction.max_share higher."
+        return first, {**_unscored(first), **({"note": too_little} if len(job.candidates) > 1 else {})}
+    choice = best_choice(scored(job, plan.begun))
+    tokens = sum(map(len, plan.rows))
+    return choice.candidates[choice.chosen], {
+        "selection_rows": len(plan.rows),
+        "selection_tokens": tokens,
+        "scored_tokens": tokens * len(choice.candidates),
+        "max_tokens": job.max_tokens,
+        "candidates": choice.told(),
+    }

@@ -1,8 +1,11 @@
-"""An adapter's modules one by one: what each sees of the difference between emulator and original, and as corrected."""
+"""An adapter's modules: what each sees of the difference between emulator and original, and as corrected."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,63 +20,69 @@ from emloc_ray.core.correction import (
     clamp_columns,
     correction,
     difference,
+    energy_with,
+    residual_energy,
     shortfall,
 )
-from emloc_ray.core.products import row_norms, seen_rows
+from emloc_ray.core.precision import exact_float32
+from emloc_ray.core.products import ROWS, product_by_rows, row_norms, seen_rows
+from emloc_ray.core.stored_weight import StoredWeight
 from emloc_ray.core.updates import LowRankUpdate
-from emloc_ray.io.formats.checkpoint import Checkpoint
-from emloc_ray.io.formats.grams import GramStore
+from emloc_ray.io.formats.checkpoint import Checkpoint, read_shard
+from emloc_ray.io.formats.shards import write_tensors
 from emloc_ray.modeling.adapter_files import Adapter, LoraModule
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.quantization import emulator_weight
+from emloc_ray.stages.correct.job import CorrectionJob, ModuleGroup
 
 _TINY = torch.finfo(torch.float64).tiny
+_NUMBERS = "numbers"
+_CPU = torch.device("cpu")
 
 
-class _Magnitude:
+@dataclass(frozen=True)
+class Magnitudes:
     """DoRA's magnitudes of one linear for the original: ``g ‖W + s B A‖``, with ``g = m / ‖W_E + s B_t A_t‖`` as trained.
 
     DoRA serves ``m / ‖W + s B A‖ · (W + s B A)``, row by row, and was trained with ``W_E`` for ``W``. With the magnitudes
     as trained, every row would be shrunk to the length that the emulator's row had, by an untrained adapter too. With
     these the gain ``g`` of each row is what was trained, and what is left between the two, ``Δ``, is the correction's.
+
+    ``squares (out,)`` are ``‖w‖²`` of W's rows, ``cross = W Q (out, k)``, ``gain (out,)`` is ``g``; all None where the layer
+    stayed dense, whose magnitudes are as ``trained``.
     """
 
-    def __init__(
-        self, trained: Tensor, form: CanonicalLora, scale: float, weight: Tensor, delta: Tensor | None
-    ) -> None:
-        self.trained = None if delta is not None else trained
-        self.form, self.scale = form, scale
-        self.base, self.cross = seen_rows(weight, form.q)
-        if delta is not None:
-            base, cross = seen_rows(weight - delta, form.q)
-            self.gain = trained.double() / row_norms(base, cross, form.q.T, form.b, scale).clamp_min(_TINY)
+    trained: Tensor
+    squares: Tensor | None = None
+    cross: Tensor | None = None
+    gain: Tensor | None = None
 
-    def with_update(self, b: Tensor) -> Tensor:
-        """For the update ``s b Qᵀ``; as trained where the layer stayed dense."""
-        if self.trained is not None:
+    def with_update(self, q: Tensor, b: Tensor, scale: float) -> Tensor:
+        """For the update ``s b Qᵀ``."""
+        if self.squares is None or self.cross is None or self.gain is None:
             return self.trained
-        return (self.gain * row_norms(self.base, self.cross, self.form.q.T, b, self.scale)).float()
+        return (self.gain * row_norms(self.squares, self.cross, q.T, b, scale)).float()
 
 
+@dataclass(frozen=True)
 class CorrectableModule:
-    """One adapted linear: its update in LoRA's form and what that sees of the difference.
+    """One adapted linear: its update in LoRA's form and what that sees of the difference, None where there is none.
 
     ``lack`` is the share of the update's norm that the form leaves out.
     """
 
-    def __init__(self, lora: LoraModule, delta: Tensor | None, gram: Tensor | None, lack: float = 0.0) -> None:
-        self.lora, self.lack = lora, lack
-        self.form: CanonicalLora = canonical_form(lora.lora_a, lora.lora_b)
-        self.seen: Difference | None = None if delta is None else difference(delta, self.form.q, gram)
-        self.rows: _Magnitude | None = None
+    lora: LoraModule
+    form: CanonicalLora
+    seen: Difference | None
+    magnitudes: Magnitudes | None = None
+    lack: float = 0.0
 
     def applied(self, candidate: Candidate, dampening_frac: float) -> Tensor:
         """C as clamped and multiplied by its strength ``(out, k)``; zero where the layer stayed dense."""
         if self.seen is None:
             return torch.zeros_like(self.form.b)
-        method = (
-            candidate.method if self.seen.delta_gq is not None or candidate.method != "covariance" else "projection"
-        )
+        without_gram = self.seen.delta_gq is None and candidate.method == "covariance"
+        method = "projection" if without_gram else candidate.method
         raw = correction(self.seen, method, self.lora.scale, dampening_frac)
         return candidate.strength * clamp_columns(raw, self.form.b, candidate.clamp)
 
@@ -87,12 +96,13 @@ class CorrectableModule:
 
     def magnitude(self, candidate: Candidate, dampening_frac: float) -> Tensor | None:
         """DoRA's magnitude beside the corrected update; None of another method."""
-        if self.rows is None:
+        if self.magnitudes is None:
             return None
-        return self.rows.with_update(self.form.b - self.applied(candidate, dampening_frac))
+        b = self.form.b - self.applied(candidate, dampening_frac)
+        return self.magnitudes.with_update(self.form.q, b, self.lora.scale)
 
     def shortfalls(self, candidate: Candidate, dampening_frac: float) -> dict[str, float] | None:
-        """``‖(Δ − s C A_c) G^½‖_F`` before and after."""
+        """``‖(Δ − s C A_c) G'^½‖_F`` before and after."""
         if self.seen is None:
             return None
         applied = self.applied(candidate, dampening_frac)
@@ -100,43 +110,90 @@ class CorrectableModule:
         return {"before": before, "after": shortfall(self.seen, applied, self.lora.scale)}
 
 
-def layer_difference(spec: LinearSpec, original: Checkpoint, emulator: Checkpoint) -> Tensor | None:
-    """``Δ = W − W_E (out, in)`` in float32 with the factors as stored, few bits included; None where the emulator keeps the
-    layer as it is."""
-    stored = emulator_weight(emulator, spec.name, spec.in_features)
-    return None if stored is None else spec.read_weight(original).float() - stored
+@exact_float32()
+def see_differences(job: CorrectionJob, group: ModuleGroup, device: torch.device = _CPU) -> list[CorrectableModule]:
+    """The modules of linears that share a Gram, which is read once; what is wide is multiplied on ``device``."""
+    adapter, original, emulator = Adapter(job.adapter_dir), Checkpoint(job.model_dir), Checkpoint(job.emulator_dir)
+    dora = adapter.kind == "decomposed"
+    bare = []
+    for spec in group.specs:
+        lora, lack = _lora_form(adapter, spec, job.update_tolerance)
+        magnitudes = Magnitudes(adapter.magnitude(spec.name)) if dora else None
+        bare.append(CorrectableModule(lora, canonical_form(lora.lora_a, lora.lora_b), None, magnitudes, lack))
+    columns = [_columns(job, module, emulator).to(device) for module in bare]
+    gram = None if group.gram is None else group.gram.read().to(device)
+    scale = 0.0 if gram is None else float(gram.diagonal().mean(dtype=torch.float64))
+    gram_columns: Sequence[Tensor | None] = [None] * len(bare)
+    if gram is not None:
+        product = product_by_rows(gram, torch.cat(columns, dim=1))
+        gram_columns = product.split([some.shape[1] for some in columns], dim=1)
+    found = []
+    for spec, module, own, gram_own in zip(group.specs, bare, columns, gram_columns, strict=True):
+        stored = emulator_weight(emulator, spec.name, spec.in_features)
+        if stored is None:
+            found.append(module)
+            continue
+        stored, weight, k = stored.to(device), spec.read_weight(original).to(device), module.form.q.shape[1]
+        wide = difference(weight, stored, own, gram_own, damping=job.gram_dampening_frac * scale)
+        if gram is not None and not scale:
+            energy = 0.0
+        else:
+            energy = _energy(job, spec.name, weight, stored, own[:, k:], wide, gram)
+        seen = wide.first(k, energy)
+        found.append(replace(module, seen=seen, magnitudes=_for_original(module, weight, stored, own[:, :k], seen)))
+    return found
 
 
-def read_modules(
-    adapter: Adapter,
-    specs: Sequence[LinearSpec],
-    original: Checkpoint,
-    emulator: Checkpoint,
-    grams: GramStore | None,
-    update_tolerance: float,
-) -> Iterator[CorrectableModule]:
-    """Yields every module of the adapter, those that share a Gram one after another, so that it is read once."""
-    placed = {spec.name: spec for spec in specs}
-    known = {}
-    if grams is not None:
-        known = {name: grams.stored(name) for name in adapter.names if name in grams and grams.num_tokens(name) > 0}
-    gram_of = {name: (str(stored.file), stored.name) for name, stored in known.items()}
-    last, gram = None, None
-    for name in sorted(adapter.names, key=lambda name: gram_of.get(name, ("", ""))):
-        spec = placed[name]
-        delta = layer_difference(spec, original, emulator)
-        if delta is not None and gram_of.get(name) != last:
-            gram = None  # before the next is read: only one is held
-            last, gram = gram_of.get(name), known[name].read() if name in known else None
-        lora, lack = _in_lora_form(adapter, spec, update_tolerance)
-        module = CorrectableModule(lora, delta, gram, lack)
-        if adapter.kind == "decomposed":
-            weight = spec.read_weight(original).float()
-            module.rows = _Magnitude(adapter.magnitude(name), module.form, lora.scale, weight, delta)
-        yield module
+def _columns(job: CorrectionJob, module: CorrectableModule, emulator: Checkpoint) -> Tensor:
+    """Q, and beside it the rows that healing joined to ``down``: ``(in, k + r)``, float64."""
+    added = job.healed.get(module.lora.name)
+    if added is None:
+        return module.form.q
+    down = emulator.read(f"{module.lora.name}.down.weight")[-added:]
+    return torch.cat([module.form.q, down.double().T], dim=1)
 
 
-def _in_lora_form(adapter: Adapter, spec: LinearSpec, tolerance: float) -> tuple[LoraModule, float]:
+def _energy(
+    job: CorrectionJob,
+    name: str,
+    weight: Tensor,
+    stored: StoredWeight,
+    added: Tensor,
+    wide: Difference,
+    gram: Tensor | None,
+) -> float:
+    """``tr(Δ G' Δᵀ)`` of what is stored: the factorization's where it measured that.
+
+    Healing joins ranks to its factors: the energy is then :func:`energy_with` these, ``added (in, r)``. Only what was made
+    anew since, as factors put into 4 bits or pivoted after healing, or was never measured, is measured here.
+    """
+    known = job.residuals.get(name)
+    if known is None or gram is None or wide.delta_gq is None or wide.inner is None:
+        return residual_energy(weight, stored, gram, wide.damping)
+    count = added.shape[1]
+    if not count:
+        return known
+    delta_g = wide.delta_gq[:, -count:] + wide.damping * wide.delta_q[:, -count:]
+    inner = wide.inner[-count:, -count:] + wide.damping * added.T @ added
+    return energy_with(known, stored.left[:, -count:].double(), delta_g, inner)
+
+
+def _for_original(
+    module: CorrectableModule, weight: Tensor, stored: StoredWeight, q: Tensor, seen: Difference
+) -> Magnitudes | None:
+    """DoRA's magnitudes of a linear that the emulator has another weight of."""
+    if module.magnitudes is None:
+        return None
+    trained, form = module.magnitudes.trained, module.form
+    squares, cross = (found.cpu() for found in seen_rows(weight, q))
+    emulated = torch.cat(
+        [stored.rows(begin, begin + ROWS).double().square().sum(dim=1) for begin in range(0, len(weight), ROWS)]
+    )
+    trained_norms = row_norms(emulated.cpu(), cross - seen.delta_q, form.q.T, form.b, module.lora.scale)
+    return Magnitudes(trained, squares, cross, trained.double() / trained_norms.clamp_min(_TINY))
+
+
+def _lora_form(adapter: Adapter, spec: LinearSpec, tolerance: float) -> tuple[LoraModule, float]:
     """``s B A`` itself; of an update of up to full rank its dominant subspace, and the share of its norm that it lacks."""
     if adapter.is_lora:
         return adapter.module(spec.name), 0.0
@@ -145,6 +202,35 @@ def _in_lora_form(adapter: Adapter, spec: LinearSpec, tolerance: float) -> tuple
         return LoraModule(spec.name, update.lora_a, update.lora_b, update.scale), 0.0
     found = update.dominant(tolerance)
     return LoraModule(spec.name, found.lora_a.float(), found.lora_b.float(), 1.0), found.error
+
+
+def write_modules(path: Path, modules: Sequence[CorrectableModule]) -> None:
+    """Writes modules as one safetensors file, their numbers as its metadata."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, float]] = {}
+    for module in modules:
+        values = {**vars(module.lora), **module.form._asdict(), "lack": module.lack}
+        for part in (module.seen, module.magnitudes):
+            values |= {} if part is None else vars(part)
+        name = values.pop("name")
+        tensors |= {f"{name}/{key}": value for key, value in values.items() if isinstance(value, Tensor)}
+        numbers[name] = {key: value for key, value in values.items() if isinstance(value, float)}
+    write_tensors(path, tensors, {_NUMBERS: json.dumps(numbers)})
+
+
+def read_modules(path: Path) -> Iterator[CorrectableModule]:
+    """What :func:`write_modules` wrote, module by module."""
+    shard = read_shard(path)
+    for name, numbers in json.loads(json.loads(shard.header)["__metadata__"][_NUMBERS]).items():
+        own = (entry for entry in shard.entries if entry.name.startswith(f"{name}/"))
+        t = {entry.name.removeprefix(f"{name}/"): entry.read_rows() for entry in own}
+        seen = magnitudes = None
+        if "delta_q" in t:
+            seen = Difference(t["delta_q"], t.get("delta_gq"), t.get("inner"), numbers["energy"], numbers["damping"])
+        if "trained" in t:
+            magnitudes = Magnitudes(t["trained"], t.get("squares"), t.get("cross"), t.get("gain"))
+        lora = LoraModule(name, t["lora_a"], t["lora_b"], numbers["scale"])
+        yield CorrectableModule(lora, CanonicalLora(t["b"], t["q"]), seen, magnitudes, numbers["lack"])
 
 
 @torch.no_grad()

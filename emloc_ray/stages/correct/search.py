@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from emloc_ray.core.correction import Candidate
 from emloc_ray.core.selection import best_strength, choose, paired_gain
 from emloc_ray.errors import NumericsError
-from emloc_ray.modeling.scoring import RowLosses
+
+if TYPE_CHECKING:
+    from emloc_ray.modeling.scoring import RowLosses
 
 NUM_FURTHER = 3
 """How many strengths of the best method are tried beside the first."""
@@ -22,9 +24,6 @@ ENOUGH_ROWS = 8
 
 _MOST = 4.0
 _NEAR = 0.1  # of a strength, or of 1 where it is smaller: differences that no loss tells apart
-
-Measure = Callable[[Candidate], RowLosses]
-"""What rows lose with the adapter so corrected."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,32 +49,36 @@ class Choice:
         return rows
 
 
-def search(begun: Sequence[Candidate], measure: Measure, num_further: int = NUM_FURTHER) -> Choice:
-    """Measures ``none``, which is the first, and the others; then up to ``num_further`` strengths of the best method and λ.
+def next_candidate(begun: Sequence[Candidate], tried: Mapping[Candidate, Tensor], num_further: int) -> Candidate | None:
+    """What to measure after what was ``tried``, in its order, with each row's loss: ``none``, which is the first of ``begun``,
+    and the others; then up to ``num_further`` strengths of the best method and λ. None at the end.
 
     These are twice the first, or half of it where that did not gain; then, twice, where a parabola through the strengths'
-    losses is lowest. The choice is :func:`emloc_ray.core.selection.choose`'s.
+    losses is lowest.
+    """
+    if len(tried) < len(begun):
+        return begun[len(tried)]
+    return _further(tried) if len(tried) < len(begun) + num_further else None
+
+
+def best_choice(losses: Mapping[Candidate, RowLosses]) -> Choice:
+    """The best of the candidates that were measured, of which ``none`` is the first: see
+    :func:`emloc_ray.core.selection.choose`.
 
     Raises:
         NumericsError: where no candidate's loss is a number.
     """
-    first, counts = measure(begun[0])
-    tried = {begun[0]: first, **{candidate: measure(candidate).sums for candidate in begun[1:]}}
-    for _ in range(num_further):
-        further = _further(tried)
-        if further is None:
-            break
-        tried[further] = measure(further).sums
-    if not any(math.isfinite(_total(losses)) for losses in tried.values()):
+    sums = [found.sums for found in losses.values()]
+    if not any(math.isfinite(_total(some)) for some in sums):
         raise NumericsError(
             "The loss of the original with the adapter is NaN or Inf, however corrected: check the weights of model and"
             " adapter, and model.dtype."
         )
-    chosen = choose(list(tried.values()), counts, reference=0)
-    return Choice(tuple(tried), tuple(tried.values()), counts, chosen)
+    counts = next(iter(losses.values())).counts
+    return Choice(tuple(losses), tuple(sums), counts, choose(sums, counts, reference=0))
 
 
-def _further(tried: dict[Candidate, Tensor]) -> Candidate | None:
+def _further(tried: Mapping[Candidate, Tensor]) -> Candidate | None:
     """The strength to try next, of the method and λ that did best."""
     none, *others = ((candidate, _total(losses)) for candidate, losses in tried.items())
     known = [(candidate, loss) for candidate, loss in others if math.isfinite(loss)]

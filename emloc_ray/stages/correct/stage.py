@@ -5,25 +5,28 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from emloc_ray.core.healing import healed_layers
+from emloc_ray.io.runs.resume import discard_unless
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.training import factorize_work
+from emloc_ray.planning.training import packs_late
 from emloc_ray.planning.work import block_work, head_work, rows_selected_on
 from emloc_ray.stages.calibrate.stage import CALIBRATE, SUMS
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.finetune.stage import trained_tokens
-from emloc_ray.stages.stage import Stage, one_worker
+from emloc_ray.stages.stage import Stage
 from emloc_ray.text import describe_choice
 
 if TYPE_CHECKING:
-    from emloc_ray.stages.correct.correct import CorrectionJob
+    from emloc_ray.stages.correct.job import CorrectionJob
     from emloc_ray.stages.ray.tasks import Progress, Resources
 
 
 def correction_job(context: Context) -> CorrectionJob:
     """With the candidates that the config leaves to choose among."""
-    from emloc_ray.stages.correct.correct import CorrectionJob, candidates
+    from emloc_ray.stages.correct.correct import candidates
+    from emloc_ray.stages.correct.job import CorrectionJob
 
     config, layout = context.prepared.config, context.layout
     section = config.correction
@@ -39,12 +42,33 @@ def correction_job(context: Context) -> CorrectionJob:
         candidates=tuple(candidates(method, section.clamp, section.strength)),
         max_tokens=None if section.max_share is None else int(section.max_share * trained_tokens(context)),
         dampening_frac=section.dampening_frac,
+        gram_dampening_frac=config.emulator.dampening_frac,
+        **_residuals(context),
         update_tolerance=section.update_tolerance,
         batch_size=config.evaluation.batch_size,
         loss_on=context.loss_on(),
         pad_token_id=context.pad_token_id(),
         model_options=context.model_options,
     )
+
+
+def _residuals(context: Context) -> dict[str, Any]:
+    """What the factorization measured of weights that are stored so still, but for what healing joined to their factors.
+
+    Factors that are put into 4 bits or pivoted once they are healed are others, as are dense weights put into 4 bits then.
+    """
+    prepared, layers = context.prepared, context.results.get("factorize", {}).get("layers", {})
+    residuals = {name: layer.get("residual_energy") for name, layer in layers.items()}
+    healing, healed = prepared.config.emulator.heals, {}
+    if healing is not None:
+        layout = context.layout_made
+        healed = dict.fromkeys(healed_layers(layout.ranks, healing.r), healing.r)
+        anew = {*(layout.packed if packs_late(prepared) else ()), *(healed if layout.storage == "pivoted" else ())}
+        residuals = {name: energy for name, energy in residuals.items() if name not in anew}
+    return {
+        "residuals": {name: energy for name, energy in residuals.items() if energy is not None},
+        "healed": {name: r for name, r in healed.items() if name in residuals},
+    }
 
 
 def _inputs(context: Context) -> Inputs:
@@ -62,7 +86,10 @@ def _inputs(context: Context) -> Inputs:
 def _correct(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
     from emloc_ray.stages.correct.correct import correct
 
-    return correct(correction_job(context), granted, progress, context.note)
+    job = correction_job(context)
+    discard_unless(job.state_dir, inputs)
+    assert context.final_actor is not None
+    return context.final_actor.work("correct", correct, job, granted, progress, context.note)
 
 
 def _reads(context: Context) -> tuple[str, ...]:
@@ -75,8 +102,13 @@ def _drops(context: Context) -> tuple[str, ...]:
 
 def _cost(memory: MemoryModel) -> StageCost:
     tokens = memory.lengths.mean * rows_selected_on(memory.prepared)
-    flops = tokens * 2 * (block_work(memory.layout) + head_work(memory.layout)) + factorize_work(memory.prepared)
-    return StageCost(memory.correct(), flops=flops, disk_bytes=4 * memory.corrected_parameters, start_seconds=15)
+    scoring = tokens * 2 * (block_work(memory.layout) + head_work(memory.layout))
+    return StageCost(
+        memory.correct(),
+        flops=scoring * memory.config.evaluation.num_workers + memory.correction_work(),  # one worker scores
+        disk_bytes=int(4 * memory.corrected_parameters + memory.thin_matrices()),
+        start_seconds=15,
+    )
 
 
 def _summary(result: Result) -> str:
@@ -97,13 +129,15 @@ def _sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
 CORRECT = Stage(
     name="correct",
     title="Correcting",
-    asks=lambda config: one_worker(config.evaluation),  # it scores the original with adapters, as the evaluation does
+    asks=lambda config: config.evaluation,  # it scores the original with adapters, as the evaluation does
     inputs=_inputs,
     outputs=("adapter",),
+    scratch=("correction",),
     run=_correct,
     cost=_cost,
     reads=_reads,
     drops=_drops,
+    divisible=True,
     summary=_summary,
     sections=_sections,
     keys=("correction",),

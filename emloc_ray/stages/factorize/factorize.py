@@ -99,12 +99,13 @@ def factorize_group(
         if order is not None:
             tensors[f"{spec.name}.order"] = order
         if gram is not None:
-            stored = functools.partial(linear_weight, held, spec.in_features, order, device)
             weighed, known = outputs is not None or job.by_weights, None
             if result is not None and not weighed and spec.name not in job.packed:
                 known = _known_error(result, whitening(), dtype, job.storage)
-            error, energy = known or relative_error(weight(), stored(), whitening(), name=spec.name)
-            reports.append(_report(spec, result, error, energy, gram.num_tokens, weighed))
+            if known is None:
+                stored = linear_weight(held, spec.in_features, order).to(device).rows()
+                known = relative_error(weight(), stored, whitening(), name=spec.name)
+            reports.append(_report(spec, result, *known, gram.num_tokens, weighed))
     write_tensors(spectra_file(path), spectra, {LAYERS: json.dumps([asdict(report) for report in reports])})
     write_tensors(path, tensors)  # last: with it, the group is done
 

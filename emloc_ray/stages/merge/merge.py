@@ -56,12 +56,13 @@ def output_shards(shards: Sequence[Shard], max_shard_size: int | None) -> list[t
 
 
 @exact_float32()
-def merge_shard(job: MergeJob, shard: Shard, target: Path) -> int:
+def merge_shard(job: MergeJob, shard: Shard, target: Path, adapter: Adapter | None = None) -> int:
     """Writes one shard of the merged model; returns how many tensors changed.
 
-    It holds one row chunk at a time, with what is made of it, and one module's adapter.
+    It holds one row chunk at a time, with what is made of it, and one module's adapter. ``adapter`` is that of the job, where
+    it has been read.
     """
-    adapter = Adapter(job.adapter_dir)
+    adapter = adapter or Adapter(job.adapter_dir)
     touched = _touched(job, adapter, shard)
     chunk_bytes = chunk_limit(job.chunk_bytes, max((entry.num_bytes for entry in shard.entries), default=0))
 
@@ -92,14 +93,14 @@ def merge(job: MergeJob, resources: Resources, progress: Progress = silent, tell
     """
     shards = Checkpoint(job.model_dir).shards
     job.out_dir.mkdir(parents=True, exist_ok=True)
+    adapter = Adapter(job.adapter_dir, whole=True)
     named = sorted(
         output_shards(shards, job.max_shard_size),
         key=lambda item: sum(entry.num_bytes for entry in item[1].entries),
         reverse=True,
     )
     work = [(f"shard {name}", (shard, job.out_dir / name)) for name, shard in named]
-    changed = run_tasks(_merge_task, job, work, resources, Losses("merge", tell), progress)
-    adapter = Adapter(job.adapter_dir)
+    changed = run_tasks(_merge_task, (job, adapter), work, resources, Losses("merge", tell), progress)
     known = {spec.name for spec in job.specs}
     expected = sum(map(len, changed_tensors(adapter, job.specs).values()))
     expected += sum(name not in known for name in adapter.names)
@@ -124,7 +125,8 @@ def write_weight_index(job: MergeJob, shards: Sequence[Shard], named: Sequence[t
         copy_file(job.model_dir / INDEX_NAME, job.out_dir / INDEX_NAME)
 
 
-def _merge_task(job: MergeJob, shard: Shard, target: Path) -> int:
+def _merge_task(merging: tuple[MergeJob, Adapter], shard: Shard, target: Path) -> int:
+    job, adapter = merging
     if exists(target):  # whole, from a try that was killed
-        return len(_touched(job, Adapter(job.adapter_dir), shard))
-    return merge_shard(job, shard, target)
+        return sum(map(len, _touched(job, adapter, shard).values()))
+    return merge_shard(job, shard, target, adapter)

@@ -45,7 +45,8 @@ def _merge(context: Context, inputs: Inputs, granted: Resources, progress: Progr
 
     job = merge_job(context)
     discard_unless(job.out_dir, inputs)
-    return merge(job, granted, progress, context.note)
+    assert context.final_actor is not None
+    return context.final_actor.work("merge", merge, job, granted, progress, context.note)
 
 
 def no_merge(config: RunConfig) -> str:

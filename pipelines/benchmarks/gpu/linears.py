@@ -10,9 +10,11 @@ from torch import Tensor
 
 from benchmarks.gpu.plan import R
 from benchmarks.gpu.session import Session
-from emloc_ray.core.correction import Candidate
+from emloc_ray.core.correction import Candidate, canonical_form, difference, residual_energy
 from emloc_ray.core.factorization import factorize, relative_error
+from emloc_ray.core.products import product_by_rows
 from emloc_ray.core.ranks import rank_for_ratio
+from emloc_ray.core.stored_weight import StoredWeight
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.modeling.adapter_files import LoraModule
 from emloc_ray.stages.correct.modules import CorrectableModule
@@ -118,19 +120,24 @@ def _eigh(session: Session, order: int) -> dict[str, Any]:
 
 def _corrected(session: Session, shape: tuple[int, int], device: torch.device) -> dict[str, Any]:
     """By covariance, as the stage does it, what it leaves included; ``update`` is ``‖B A‖`` as corrected."""
-    delta, gram = layer(session, shape, device)
+    weight, gram = layer(session, shape, device)
+    up = torch.linalg.qr(weight[:, : rank_for_ratio(*shape, RATIOS[0]) or 1]).Q
+    stored = StoredWeight(up, up.T @ weight)
+    energy = residual_energy(weight, stored, gram)
     generator = torch.Generator().manual_seed(1)
-    lora_a = torch.randn(R, shape[1], generator=generator).to(device)
-    lora_b = torch.randn(shape[0], R, generator=generator).to(device) * 0.01
+    lora_a = torch.randn(R, shape[1], generator=generator)
+    lora = LoraModule("layer", lora_a, torch.randn(shape[0], R, generator=generator) * 0.01, 2.0)
     made: list[tuple[Any, Any]] = []
 
     def correct() -> None:
-        module = CorrectableModule(LoraModule("layer", lora_a, lora_b, 2.0), delta, gram)
-        candidate = Candidate("covariance", None)
+        form = canonical_form(lora.lora_a, lora.lora_b)
+        q = form.q.to(device)
+        seen = difference(weight, stored, q, product_by_rows(gram, q)).first(q.shape[1], energy)
+        module, candidate = CorrectableModule(lora, form, seen), Candidate("covariance", None)
         made.append((module.corrected(candidate, _DAMPENING), module.shortfalls(candidate, _DAMPENING)))
 
     seconds = session.timed(correct, 1, warm_up=int(device == session.device))
-    lora, shortfalls = made[-1]
-    a, b = lora.lora_a.double(), lora.lora_b.double()
+    corrected, shortfalls = made[-1]
+    a, b = corrected.lora_a.double(), corrected.lora_b.double()
     update = float(torch.trace((b.T @ b) @ (a @ a.T)).clamp_min(0).sqrt())
-    return {"s": seconds, "update": update, "shortfalls": shortfalls, "device": lora.lora_a.device.type}
+    return {"s": seconds, "update": update, "shortfalls": shortfalls, "device": weight.device.type}

@@ -11,13 +11,17 @@ from torch import Tensor
 from emloc_ray.core.correction import (
     CanonicalLora,
     CorrectedLora,
+    Difference,
     apply_correction,
     canonical_form,
     clamp_columns,
     correction,
     difference,
+    energy_with,
+    residual_energy,
     shortfall,
 )
+from emloc_ray.core.stored_weight import StoredWeight
 
 seeds = st.integers(0, 2**31 - 1)
 scales = st.sampled_from([0.25, 0.5, 1.0, 2.0, 16 / 8**0.5])
@@ -42,6 +46,19 @@ def case(seed: int, size: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]
     return normal(seed, out_features, in_features), normal(seed + 1, r, in_features), normal(seed + 2, out_features, r)
 
 
+def energy_of(delta: Tensor, gram: Tensor | None = None) -> float:
+    """``tr(Δ G Δᵀ)``, in float64."""
+    wide = delta.double()
+    return float((wide @ (torch.eye(delta.shape[1]).double() if gram is None else gram.double()) @ wide.T).trace())
+
+
+def see(delta: Tensor, q: Tensor, gram: Tensor | None = None) -> Difference:
+    """Of an emulator's layer of rank 1."""
+    stored = StoredWeight(normal(8, len(delta), 1), normal(9, 1, delta.shape[1]))
+    weight = delta.double() + stored.rows(0, len(delta)).double()
+    return difference(weight, stored, q, None if gram is None else gram @ q, energy=energy_of(delta, gram))
+
+
 def run(
     delta: Tensor,
     lora_a: Tensor,
@@ -56,7 +73,7 @@ def run(
 ) -> tuple[CanonicalLora, Tensor, CorrectedLora]:
     """The whole chain, as the correct stage has it."""
     form = canonical_form(lora_a, lora_b)
-    raw = correction(difference(delta, form.q, gram), method, scale, dampening_frac)  # type: ignore[arg-type]
+    raw = correction(see(delta, form.q, gram), method, scale, dampening_frac)  # type: ignore[arg-type]
     applied = strength * clamp_columns(raw, form.b, clamp)
     return form, applied, apply_correction(form, applied, len(lora_a))
 
@@ -264,19 +281,48 @@ def test_shortfall_is_the_norm_itself(
     missed = delta - scale * applied @ form.q.T
     root = torch.eye(size[1], dtype=torch.float64) if gram is None else torch.linalg.cholesky(gram)
     expected = float(torch.linalg.matrix_norm(missed @ root))
-    assert shortfall(difference(delta, form.q, gram), applied, scale) == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    assert shortfall(see(delta, form.q, gram), applied, scale) == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_difference_in_chunks_equals_the_plain_products(dtype: torch.dtype) -> None:
-    delta = normal(0, 2500, 12).to(dtype)  # more rows than one chunk
+@pytest.mark.parametrize("rank", [None, 5])
+def test_what_is_seen_in_chunks_equals_the_plain_products(dtype: torch.dtype, rank: int | None) -> None:
+    weight = normal(0, 2500, 12).to(dtype)  # more rows than one chunk
+    left, right = normal(3, 2500, rank or 12).to(dtype), None if rank is None else normal(4, rank, 12).to(dtype)
+    stored = StoredWeight(left, right)
+    delta = weight.double() - (left.double() if right is None else left.double() @ right.double())
     gram, q = spd(1, 12).float(), torch.linalg.qr(normal(2, 12, 3)).Q
-    seen = difference(delta, q, gram)
-    assert seen.delta_gq is not None
-    assert seen.inner is not None
-    torch.testing.assert_close(seen.delta_q, delta.double() @ q)
-    torch.testing.assert_close(seen.delta_gq, delta.double() @ gram.double() @ q)
+    seen = difference(weight, stored, q, gram.double() @ q)
+    torch.testing.assert_close(seen.delta_q, delta @ q)
+    torch.testing.assert_close(seen.delta_gq, delta @ gram.double() @ q)
     torch.testing.assert_close(seen.inner, q.T @ gram.double() @ q)
-    expected = float(torch.trace(delta.double() @ gram.double() @ delta.double().T))
-    assert seen.energy == pytest.approx(expected, rel=1e-5)
-    assert difference(delta, q).energy == pytest.approx(float(delta.double().square().sum()), rel=1e-6)
+    assert residual_energy(weight, stored, gram) == pytest.approx(energy_of(delta, gram), rel=1e-5)
+    damped = gram + 0.5 * torch.eye(12)
+    assert residual_energy(weight, stored, gram, 0.5) == pytest.approx(energy_of(delta, damped), rel=1e-5)
+    assert residual_energy(weight, stored) == pytest.approx(energy_of(delta), rel=1e-5)
+
+
+@given(seeds, sizes, st.floats(0.01, 10))
+def test_the_energy_of_healed_factors_follows_from_what_was_joined(
+    seed: int, size: tuple[int, int, int], strength: float
+) -> None:
+    delta, down, up = case(seed, size)
+    up, gram = strength * up, spd(seed + 4, size[1])
+    healed = delta - up @ down
+    found = energy_with(energy_of(delta, gram), up, healed @ gram @ down.T, down @ gram @ down.T)
+    assert found == pytest.approx(energy_of(healed, gram), rel=1e-9)
+
+
+@given(seeds, sizes, st.floats(1e-6, 10))
+def test_shortfall_is_under_the_damped_gram(seed: int, size: tuple[int, int, int], damping: float) -> None:
+    delta, lora_a, lora_b = case(seed, size)
+    gram = spd(seed + 4, size[1], tokens=2)  # of low rank: what is left may be all by damping
+    damped = gram + damping * torch.eye(size[1], dtype=torch.float64)
+    form, applied, _ = run(delta, lora_a, lora_b, "covariance", 2.0, gram=gram)
+    stored = StoredWeight(torch.zeros_like(delta))
+    seen = difference(delta, stored, form.q, gram @ form.q, energy=energy_of(delta, damped), damping=damping)
+    missed = delta - 2.0 * applied @ form.q.T
+    expected = energy_of(missed, damped) ** 0.5
+    assert shortfall(seen, applied, 2.0) == pytest.approx(
+        expected, rel=1e-5, abs=1e-6 * energy_of(delta, damped) ** 0.5
+    )

@@ -9,6 +9,7 @@ from torch import Tensor
 from emloc_ray.core.correction import apply_correction, canonical_form, correction, difference
 from emloc_ray.core.merging import merged_rows, squared_row_norms
 from emloc_ray.core.products import row_norms, seen_rows
+from emloc_ray.core.stored_weight import StoredWeight
 from emloc_ray.core.updates import HadamardUpdate, KroneckerUpdate, LowRankUpdate, Update
 
 GENERATOR = torch.Generator().manual_seed(3)
@@ -129,7 +130,7 @@ def test_a_full_rank_update_is_corrected_as_the_dense_formula_says() -> None:
     delta = random(*dense.shape)
     found = update.dominant(0.0)
     form = canonical_form(found.lora_a, found.lora_b)
-    taken = correction(difference(delta, form.q), "projection", 1.0)
+    taken = correction(difference(delta, StoredWeight(torch.zeros_like(delta)), form.q), "projection", 1.0)
     corrected = apply_correction(form, taken, found.lora_a.shape[0])
     _, s, vh = torch.linalg.svd(dense, full_matrices=False)
     space = vh[: int((s > 1e-9 * s[0]).sum())]

@@ -13,7 +13,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from emloc_ray.core import factorization
 from emloc_ray.core.allocation import plain_gains, spectrum
-from emloc_ray.core.correction import apply_correction, canonical_form, clamp_columns, correction, difference, shortfall
+from emloc_ray.core.correction import (
+    apply_correction,
+    canonical_form,
+    clamp_columns,
+    correction,
+    difference,
+    residual_energy,
+    shortfall,
+)
 from emloc_ray.core.distillation import divergence, top_log_probs
 from emloc_ray.core.factorization import LowRankFactors, factorize, relative_error
 from emloc_ray.core.gram import Gram, pack_triangle, unpack_triangle
@@ -21,6 +29,8 @@ from emloc_ray.core.healing import added_factors
 from emloc_ray.core.krylov import leading_vectors
 from emloc_ray.core.merging import merged_rows
 from emloc_ray.core.pivoting import pivot, stored_product
+from emloc_ray.core.products import product_by_rows
+from emloc_ray.core.stored_weight import StoredWeight
 from emloc_ray.core.two_sided import factorize_two_sided
 from emloc_ray.core.updates import HadamardUpdate, KroneckerUpdate, LowRankUpdate
 from emloc_ray.core.whitening import Whitening
@@ -72,9 +82,11 @@ def summed(t: dict[str, Tensor]) -> Any:
 
 def corrected(t: dict[str, Tensor]) -> Any:
     form = canonical_form(t["a"], t["b"])
-    found = []
+    stored, found = StoredWeight(*plain(t)[0]), []
     for method, gram in (("projection", None), ("covariance", t["gram"])):
-        seen = difference(t["delta"], form.q, gram)
+        energy = residual_energy(t["weight"], stored, gram, 0.5)
+        gram_q = None if gram is None else product_by_rows(gram, form.q)
+        seen = difference(t["weight"], stored, form.q, gram_q, energy=energy)
         applied = clamp_columns(correction(seen, method, 2.0), form.b, 3.0)  # type: ignore[arg-type]
         found.append((apply_correction(form, applied, 4), shortfall(seen, applied, 2.0) if gram is not None else 0.0))
     return found

@@ -122,7 +122,21 @@ def test_factorizing_and_merging_llama_7b_by_hand(llama_7b: Prepared) -> None:
     assert parts["factors"] == 2 * kept
     merge = model.merge()
     assert merge["chunks"] == 2 * (32000 * 4096 * 2 // 8)
-    assert merge["adapter"] == 4 * 8 * (4096 + 11008)
+    adapter = 32 * 8 * (4 * (4096 + 4096) + 3 * (4096 + 11008))  # which all workers map, and one module's copy
+    assert merge["adapter"] == 4 * (adapter + 8 * (4096 + 11008))
+
+
+def test_correcting_70_b_takes_less_than_ten_tflop() -> None:
+    sizes: dict[str, Any] = {
+        "hidden_size": 8192,
+        "intermediate_size": 28_672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+    }
+    prepared = bare(LlamaConfig(**sizes, num_key_value_heads=8), adapter={"r": 8})
+    wide = sum(2 * spec.num_parameters * spec.in_features for spec in prepared.layout.specs)
+    assert wide == pytest.approx(1.9e15, rel=0.02)  # the product Δ G of all layers
+    assert MemoryModel(prepared, ROW).correction_work() == pytest.approx(4.86e12, rel=0.02)
 
 
 def test_correction_opens_the_original_only_to_choose(llama_7b: Prepared) -> None:

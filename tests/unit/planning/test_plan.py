@@ -99,7 +99,7 @@ def test_a_gpu_s_worker_takes_little_of_its_node_s_memory(plan: Callable[..., Pl
     assert on_cpu.host_bytes == on_cpu.worker_bytes == on_gpu.worker_bytes
     assert on_gpu.host_bytes == on_gpu.memory["base"] + on_gpu.memory["weights"] < on_gpu.worker_bytes
     projection = {"correction": {"method": "projection"}, "evaluation": {"gpus_per_worker": 1}, "ray": {"num_gpus": 1}}
-    correct = stage(plan(**projection), "correct")  # on the CPU of evaluation's worker
+    correct = stage(plan(**projection), "correct")  # weights and Grams come through the CPU
     assert correct.host_bytes == correct.worker_bytes
 
 
@@ -223,11 +223,11 @@ def test_choosing_a_correction_takes_as_long_as_the_training_allows(plan: Callab
     assert seconds(10, max_share=None) == seconds(10_000)
 
 
-def test_a_correction_has_one_worker_such_as_the_evaluation_has(plan: Callable[..., Plan]) -> None:
+def test_a_correction_has_workers_such_as_the_evaluation_has(plan: Callable[..., Plan]) -> None:
     found = stage(
         plan(evaluation={"num_workers": 3, "cpus_per_worker": 2, "gpus_per_worker": 1}, ray={"num_gpus": 1}), "correct"
     )
-    assert (found.num_workers, found.cpus_per_worker, found.gpus_per_worker) == (1, 2, 1)
+    assert (found.num_workers, found.cpus_per_worker, found.gpus_per_worker) == (3, 2, 1)
 
 
 def test_a_gpu_s_time_is_not_a_processor_s(plan: Callable[..., Plan]) -> None:

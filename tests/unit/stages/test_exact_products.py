@@ -14,7 +14,8 @@ from tiny import save_emulator
 from emloc_ray.core.correction import Candidate
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.io.formats.grams import GramStore
-from emloc_ray.stages.correct.correct import CorrectionJob, correct_adapter
+from emloc_ray.stages.correct.correct import correct_adapter
+from emloc_ray.stages.correct.job import CorrectionJob
 from emloc_ray.stages.factorize.factorize import factorize_group
 from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.merge.merge import MergeJob, merge_shard

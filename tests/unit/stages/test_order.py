@@ -25,5 +25,5 @@ def test_every_stage_asks_for_workers_of_a_section() -> None:
     config = parse_config({**values, "evaluation": {"num_workers": 3, "cpus_per_worker": 2}})
     asked = {stage.name: stage.asks(config) for stage in STEPS}
     assert all(isinstance(section, StageConfig) for section in asked.values())
-    assert (asked["evaluate"].num_workers, asked["correct"].num_workers) == (3, 1)
+    assert (asked["evaluate"].num_workers, asked["correct"].num_workers) == (3, 3)
     assert asked["correct"].cpus_per_worker == 2

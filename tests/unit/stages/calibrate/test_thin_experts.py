@@ -12,6 +12,7 @@ from tiny import save_lopsided
 from transformers import AutoConfig
 
 from emloc_ray.core.correction import canonical_form, correction, difference, shortfall
+from emloc_ray.core.stored_weight import StoredWeight
 from emloc_ray.io.formats.checkpoint import Checkpoint, read_shard
 from emloc_ray.io.formats.grams import GramStore, reduce_slots, write_gram_index, write_gram_shard
 from emloc_ray.modeling.architecture import LinearSpec, block_linears, empty_model, trace_inputs
@@ -169,7 +170,7 @@ def test_a_remark_says_in_numbers_what_was_done() -> None:
 def test_a_gram_of_no_tokens_corrects_without_nan(method: str) -> None:
     torch.manual_seed(0)
     delta, form = torch.randn(12, 8), canonical_form(torch.randn(3, 8), torch.randn(12, 3))
-    seen = difference(delta, form.q, torch.zeros(8, 8))
+    seen = difference(delta, StoredWeight(torch.zeros(12, 8)), form.q, torch.zeros_like(form.q))
     found = correction(seen, method, 2.0)  # type: ignore[arg-type]
     torch.testing.assert_close(found, delta.double() @ form.q / 2.0, rtol=1e-6, atol=1e-8)
     assert shortfall(seen, found, 2.0) == 0.0
@@ -178,5 +179,5 @@ def test_a_gram_of_no_tokens_corrects_without_nan(method: str) -> None:
 def test_an_adapter_of_an_untrained_expert_corrects_to_itself() -> None:
     form = canonical_form(torch.zeros(3, 8), torch.zeros(12, 3))
     assert form.q.shape == (8, 0)
-    seen = difference(torch.randn(12, 8), form.q, torch.eye(8))
+    seen = difference(torch.randn(12, 8), StoredWeight(torch.zeros(12, 8)), form.q, form.q)
     assert correction(seen, "covariance", 2.0).shape == (12, 0)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_cases import TARGETS, attached, logits, trained
+from layer_differences import layer_difference
 from peft import PeftModel
 from stage_artifacts import Artifacts, write_lora
 from tiny import save_emulator
@@ -26,9 +27,9 @@ from emloc_ray.modeling.adapter import save_trained_adapter
 from emloc_ray.modeling.adapter_files import Adapter, write_adapter
 from emloc_ray.modeling.architecture import block_linears, empty_model
 from emloc_ray.modeling.scoring import losses_by_row, score_rows
-from emloc_ray.stages.correct import correct as module
-from emloc_ray.stages.correct.correct import CorrectionJob, candidates, correct_adapter
-from emloc_ray.stages.correct.modules import layer_difference
+from emloc_ray.stages.correct import scoring
+from emloc_ray.stages.correct.correct import candidates, correct_adapter
+from emloc_ray.stages.correct.job import CorrectionJob
 
 KEYS = ("method", "clamp", "strength")
 
@@ -110,7 +111,7 @@ def test_auto_chooses_by_rows_and_plugs_in_what_it_writes(job: CorrectionJob, mo
         found = losses_by_row(model, rows, **kwargs)
         return found._replace(sums=found.sums - (len(served) == 5) * 50 * found.counts)
 
-    monkeypatch.setattr(module, "losses_by_row", losses)
+    monkeypatch.setattr(scoring, "losses_by_row", losses)
     with torch.no_grad():
         result = correct_adapter(replace(job, candidates=tried), lambda done, total: steps.append((done, total)))
     told = result["candidates"]
@@ -140,7 +141,7 @@ def test_auto_reads_no_more_than_it_may(job: CorrectionJob, budget: int, monkeyp
         read += sum(map(len, rows))
         return losses_by_row(model, rows, **kwargs)
 
-    monkeypatch.setattr(module, "losses_by_row", losses)
+    monkeypatch.setattr(scoring, "losses_by_row", losses)
     tried = tuple(candidates("auto", 3.0, 1.0))
     result = correct_adapter(replace(job, candidates=tried, max_tokens=budget))
     assert read <= budget

@@ -14,7 +14,7 @@ from emloc_ray.config.reading import parse_config
 from emloc_ray.data.token_shards import write_index
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.stages.context import Context
-from emloc_ray.stages.correct.correct import CorrectionJob
+from emloc_ray.stages.correct.job import CorrectionJob
 from emloc_ray.stages.correct.stage import correction_job
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from emloc_ray.core.correction import Candidate
 from emloc_ray.errors import NumericsError
 from emloc_ray.modeling.scoring import RowLosses
 from emloc_ray.stages.correct.correct import candidates
-from emloc_ray.stages.correct.search import NUM_FURTHER, search
+from emloc_ray.stages.correct.search import NUM_FURTHER, Choice, best_choice, next_candidate
 
 BEGUN = candidates("auto", 3.0, 1.0)
 
@@ -27,6 +27,14 @@ def measure_of(loss: Callable[[Candidate], float], noise: float = 0.01) -> Calla
         return RowLosses(shared + loss(candidate) + own, torch.tensor([2, 2, 2, 2]))
 
     return measure
+
+
+def search(begun: Sequence[Candidate], measure: Callable[[Candidate], RowLosses]) -> Choice:
+    """Measures one candidate after another until the search has no more."""
+    losses: dict[Candidate, RowLosses] = {}
+    while candidate := next_candidate(begun, {c: found.sums for c, found in losses.items()}, NUM_FURTHER):
+        losses[candidate] = measure(candidate)
+    return best_choice(losses)
 
 
 def bowl(method: str, lowest: float, depth: float) -> Callable[[Candidate], float]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layer_differences import layer_difference
 from safetensors.torch import load_file
 from stage_artifacts import Artifacts
 from transformers import AutoConfig
@@ -18,7 +19,6 @@ from emloc_ray.io.formats.checkpoint import Checkpoint, read_shard, write_index
 from emloc_ray.io.formats.grams import GramStore, write_gram_index, write_gram_shard
 from emloc_ray.modeling.architecture import block_linears, empty_model
 from emloc_ray.modeling.loading import load_model
-from emloc_ray.stages.correct.modules import layer_difference
 from emloc_ray.stages.factorize.factorize import factorize_group, finish_emulator
 from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.factorize.kept_tensors import copy_rest, rest_of_shards

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from layer_differences import layer_difference
 from safetensors.torch import load_file
 from stage_artifacts import Artifacts, gpt2_group, write_lora
 from tiny import save_quantized_emulator
@@ -22,8 +23,8 @@ from emloc_ray.modeling.adapter_files import Adapter
 from emloc_ray.modeling.architecture import block_linears, empty_model
 from emloc_ray.modeling.quantization import dequantize, quantize
 from emloc_ray.modeling.stored_names import stored_parameters, stored_specs
-from emloc_ray.stages.correct.correct import CorrectionJob, correct_adapter
-from emloc_ray.stages.correct.modules import layer_difference
+from emloc_ray.stages.correct.correct import correct_adapter
+from emloc_ray.stages.correct.job import CorrectionJob
 from emloc_ray.stages.factorize.factorize import factorize_group
 from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.factorize.layer_reports import read_reports, spectra_file

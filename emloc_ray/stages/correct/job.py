@@ -1,0 +1,82 @@
+"""What every task of the correction needs to know, and where it leaves what it made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from emloc_ray.core.correction import Candidate
+from emloc_ray.io.formats.grams import GramStore, StoredGram
+from emloc_ray.modeling.architecture import LinearSpec
+from emloc_ray.stages.correct.search import NUM_FURTHER
+
+
+@dataclass(frozen=True)
+class CorrectionJob:
+    """Artifact paths and flat settings of the stage.
+
+    Where there is more than one candidate, ``none`` is the first. ``num_further`` strengths of the best are tried after
+    them. ``max_tokens`` bounds what scoring all may read (None: all selection rows). ``residuals`` are the linears' ``tr(Δ G'
+    Δᵀ)`` that the factorization measured, of what is stored still, or of what it was before healing joined so many ranks to
+    it as ``healed`` says; ``gram_dampening_frac`` damps their G'.
+    """
+
+    model_dir: Path
+    emulator_dir: Path
+    calibration_dir: Path | None
+    adapter_dir: Path
+    out_dir: Path
+    selection_dir: Path
+    specs: tuple[LinearSpec, ...]
+    candidates: tuple[Candidate, ...]
+    num_further: int = NUM_FURTHER
+    max_tokens: int | None = None
+    dampening_frac: float = 1e-4
+    gram_dampening_frac: float = 1e-6
+    residuals: Mapping[str, float] = field(default_factory=dict)
+    healed: Mapping[str, int] = field(default_factory=dict)
+    update_tolerance: float = 1e-3
+    batch_size: int = 8
+    loss_on: str = "completion"
+    pad_token_id: int = 0
+    model_options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def state_dir(self) -> Path:
+        """What is done already: each group's modules, each candidate's losses."""
+        return self.out_dir.parent / "correction"
+
+    def losses_path(self, candidate: Candidate) -> Path:
+        """The selection rows' losses under a candidate."""
+        name = f"losses-{candidate.method}-{candidate.clamp}-{candidate.strength}.safetensors"
+        return self.state_dir / name
+
+
+@dataclass(frozen=True)
+class ModuleGroup:
+    """Linears of the adapter that read the same tensor, its Gram, and where their modules are to be written."""
+
+    specs: tuple[LinearSpec, ...]
+    gram: StoredGram | None
+    path: Path
+
+
+def module_groups(job: CorrectionJob, names: Sequence[str]) -> list[ModuleGroup]:
+    """The adapter's linears by Gram, those without one each alone; all together where emulator and original are the same."""
+    grams = None if job.calibration_dir is None else GramStore(job.calibration_dir)
+    placed = {spec.name: spec for spec in job.specs}
+    members: dict[object, list[LinearSpec]] = {}
+    found: dict[object, StoredGram] = {}
+    for name in names:
+        key: object = "" if grams is None else name
+        if grams is not None and name in grams and grams.num_tokens(name) > 0:
+            key = gram = grams.stored(name)
+            found[key] = gram
+        members.setdefault(key, []).append(placed[name])
+    paths = [job.state_dir / f"modules-{k + 1:05d}-of-{len(members):05d}.safetensors" for k in range(len(members))]
+    return [
+        ModuleGroup(tuple(specs), found.get(key), path)
+        for (key, specs), path in zip(members.items(), paths, strict=True)
+    ]

@@ -1,0 +1,119 @@
+"""The final actor: one Ray actor a run, which corrects the adapter and has it merged.
+
+It takes no CPU, for it only orchestrates: what is heavy are tasks that it fans out, and between its two steps it holds
+nothing that another run could use. Its state is on disk: a lost actor is started again and goes on from there.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, TypeVar
+
+import ray
+
+from emloc_ray.stages.ray.losses import MAX_RESTARTS, Losses, Tell
+from emloc_ray.stages.ray.spans import Span, listening, tell_span
+from emloc_ray.stages.ray.tasks import LOOK_S, Progress, Resources, set_threads
+
+T = TypeVar("T")
+Step = Callable[[Any, Resources, Progress, Tell], dict[str, Any]]
+_STEPS = 2  # correct and merge, each of which may lose it as often as any work may
+
+
+@dataclass(frozen=True)
+class Report:
+    """How far the step is that the actor works on, and what it has to tell since the last report."""
+
+    done: int
+    total: int
+    notes: tuple[str, ...]
+    spans: tuple[Span, ...]
+
+
+class FinalActor:
+    """Works off one step at a time, and says how far it is while it does."""
+
+    def __init__(self) -> None:
+        set_threads(1)
+        self._position = (0, 1)
+        self._notes: collections.deque[str] = collections.deque()
+        self._spans: collections.deque[Span] = collections.deque()
+
+    def work(self, step: Step, job: Any, resources: Resources) -> dict[str, Any]:
+        """What ``step(job, resources, progress, tell)`` returns, a stage's function that fans out tasks."""
+        self._position = (0, 1)
+        with listening(self._spans.append):
+            return step(job, resources, self._progress, self._notes.append)
+
+    def _progress(self, done: int, total: int) -> None:
+        self._position = (done, total)
+
+    @ray.method(concurrency_group="progress")
+    def report(self) -> Report:
+        """Answered by a thread of its own."""
+        return Report(*self._position, _taken(self._notes), _taken(self._spans))
+
+
+def _taken(held: collections.deque[T]) -> tuple[T, ...]:
+    return tuple(held.popleft() for _ in range(len(held)))
+
+
+class FinalActorHandle:
+    """The final actor of one run: started when it is first needed, ended with the block, however that ends."""
+
+    def __init__(self, run: str) -> None:
+        self.name = f"final actor of {run}, {uuid.uuid4().hex[:8]}"  # a run's last actor may be about to end
+        self._actor: Any = None
+
+    def __enter__(self) -> FinalActorHandle:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._actor is not None:
+            ray.kill(self._actor)  # its tasks end with it
+            self._actor = None
+
+    def work(self, stage: str, step: Step, job: Any, resources: Resources, progress: Progress, tell: Tell) -> Any:
+        """Has the actor do a step, and passes on what it reports; does it again where the actor is lost.
+
+        Raises:
+            StageError: where the actor was lost more often than work may be.
+        """
+        self._actor = self._actor or _kind().options(name=self.name).remote()
+        losses = Losses(stage, tell)
+        while True:
+            answer = self._actor.work.remote(step, job, resources)
+            try:
+                while not ray.wait([answer], timeout=LOOK_S)[0]:
+                    self._pass_on(progress, tell)
+                with contextlib.suppress(ray.exceptions.RayError):  # it may have been lost, or be lost now
+                    self._pass_on(progress, tell)
+                return ray.get(answer)
+            except ray.exceptions.RayError as error:
+                time.sleep(losses.count("the final actor", error))
+
+    def _pass_on(self, progress: Progress, tell: Tell) -> None:
+        report = ray.get(self._actor.report.remote())
+        for span in report.spans:
+            tell_span(span)
+        for note in report.notes:
+            tell(note)
+        progress(report.done, report.total)
+
+
+@functools.cache
+def _kind() -> Any:
+    options: dict[str, Any] = {
+        "num_cpus": 0,
+        "max_restarts": _STEPS * MAX_RESTARTS,
+        "max_task_retries": 0,  # a step that lost it is begun again by its handle, which says so
+        "concurrency_groups": {"progress": 1},
+    }
+    return ray.remote(**options)(FinalActor)
