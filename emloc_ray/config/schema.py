@@ -342,7 +342,7 @@ class RunConfig(Section):
             section = getattr(self, name)
             if section.gpus_per_worker == "auto":
                 together = section.num_workers if name == "finetune" else 1
-                decided[name] = section.model_copy(update={"gpus_per_worker": 1 if available >= together else 0})
+                decided[name] = section.model_copy(update={"gpus_per_worker": 1.0 if available >= together else 0.0})
         return self.model_copy(update=decided)
 
     @model_validator(mode="before")

@@ -40,7 +40,9 @@ IMPORT = Stage(
     title="Importing the model",
     verb="calibrate",
     wanted=is_imported,
-    asks=lambda config: one_worker(config.calibration).model_copy(update={"cpus_per_worker": 1, "gpus_per_worker": 0}),
+    asks=lambda config: one_worker(config.calibration).model_copy(
+        update={"cpus_per_worker": 1, "gpus_per_worker": 0.0}
+    ),
     inputs=lambda context: context.model_inputs,
     outputs=("model",),
     run=_import,

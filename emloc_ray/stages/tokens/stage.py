@@ -115,7 +115,7 @@ DATA = Stage(
     title="Making token shards",
     verb="calibrate",
     asks=lambda config: config.calibration.model_copy(
-        update={"num_workers": 1, "cpus_per_worker": 1, "gpus_per_worker": 0}
+        update={"num_workers": 1, "cpus_per_worker": 1, "gpus_per_worker": 0.0}
     ),
     inputs=lambda context: {"model": context.model_key, **split_inputs(context.prepared)},
     outputs=("data/tokens",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -489,6 +490,9 @@ def test_the_gpus_of_a_worker_follow_from_those_that_ray_has() -> None:
     for available, expected in ((0, [0, 0, 0, 0, 0.5]), (1, [0, 1, 0, 0, 0.5]), (2, [0, 1, 1, 0, 0.5])):
         decided = asked.with_gpus(available)
         assert [getattr(decided, name).gpus_per_worker for name in sections] == expected
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # pydantic's, of a value that is not of its field's type
+            decided.model_dump(mode="json")
     assert "merging adds thin products" in error_of(merge={"gpus_per_worker": 1})
 
 
