@@ -4,6 +4,7 @@ its turn and recorded."""
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from importlib.metadata import version
@@ -25,6 +26,8 @@ from emloc_ray.stages.ray.losses import explain
 from emloc_ray.stages.ray.tasks import Resources, shortage
 from emloc_ray.stages.ray.usage import measured
 from emloc_ray.stages.stage import Stage
+
+_PACKAGES = ("emloc-ray", "torch", "transformers", "peft", "tokenizers")
 
 
 class Turns(Protocol):
@@ -185,13 +188,13 @@ class Steps:
         if self.cache is None or inputs is None:
             yield
             return
-        with self.cache.alone(_key(name, inputs), self.turns.stopped):
+        with self.cache.alone(cache_key(name, inputs), self.turns.stopped):
             yield
 
     def _from_cache(self, stage: Stage, context: Context, inputs: Inputs) -> Result | None:
         if self.cache is None or stage.name in self.forced:
             return None
-        entry = self.cache.find(stage.name, _key(stage.name, inputs), verify=True)
+        entry = self.cache.find(stage.name, cache_key(stage.name, inputs), verify=True)
         if entry is None:
             return None
         report = self.reporter.start(stage.name)
@@ -212,7 +215,7 @@ class Steps:
         if self.cache is None or entry is None:
             return
         plain = {key: value for key, value in result.items() if key != "usage"}
-        why_not = self.cache.add(name, _key(name, inputs), self.directory.root, entry["outputs"], plain, inputs)
+        why_not = self.cache.add(name, cache_key(name, inputs), self.directory.root, entry["outputs"], plain, inputs)
         if why_not is not None:
             self._note(f"{name}: other tasks cannot share its result: {why_not}")
 
@@ -279,6 +282,12 @@ def resources_of(stage: Stage, prepared: Prepared) -> Resources:
     return Resources(section.num_workers, section.cpus_per_worker, section.gpus)
 
 
-def _key(name: str, inputs: Inputs) -> str:
-    """A key of the cache, with emloc_ray's version: another version may make something else of the same inputs."""
-    return ArtifactCache.key(name, [version("emloc-ray"), inputs])
+def cache_key(name: str, inputs: Inputs) -> str:
+    """In the cache, which outlives what is installed: another version may make something else of the same inputs."""
+    return ArtifactCache.key(name, [made_by(), inputs])
+
+
+@functools.cache
+def made_by() -> dict[str, str]:
+    """The versions, ``major.minor``, of what decides what a stage makes of its inputs."""
+    return {package: ".".join(version(package).split(".")[:2]) for package in _PACKAGES}
