@@ -183,6 +183,7 @@ def read_override(override: str) -> tuple[Keys, Any]:
 # Keys of earlier versions, or values of a key, with what to do instead.
 REMOVED_KEYS = {
     "calibration.convergence_tolerance": "set calibration.num_calibration_tokens to the tokens that are enough",
+    "calibration.mode": "set model.hold, to block_by_block where it was streamed",
     "emulator.allocation: spectral": "take sensitivity, or uniform ranks, which were better than it",
 }
 _SHOULD_BE = "Input should be "

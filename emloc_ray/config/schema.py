@@ -28,6 +28,10 @@ class ModelConfig(Section):
     )
     attn_implementation: str | None = Field(None, description="transformers' choice where left out")
     trust_remote_code: bool = Field(False, description="run code that comes with the model; of a hub id: at a commit")
+    hold: Literal["auto", "resident", "offloaded", "block_by_block"] = Field(
+        "auto",
+        description="whole in a worker, a block's weights at a time, or so with Grams block by block; auto: what fits",
+    )
 
 
 class SplitConfig(Section):
@@ -82,7 +86,6 @@ class CalibrationConfig(StageConfig):
     batch_size: int = Field(8, ge=1, description="rows of a forward pass")
     rows_per_shard: int = Field(32, ge=1, description="rows of a unit of work, which is counted once")
     keep: Literal["grams", "none"] = Field("grams", description="none: deleted once the adapter is corrected")
-    mode: Literal["auto", "resident", "streamed"] = Field("auto", description="whole model, or a block at a time")
     # Below some hundred tokens, all of the block's tokens describe an expert's inputs better than its own few: a factor of
     # higher rank than there are tokens is partly arbitrary.
     min_expert_tokens: int = Field(
@@ -375,11 +378,6 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:
-        asks = self.emulator.asks_for_gradients
-        if asks is not None and self.calibration.mode == "streamed":
-            raise ValueError(
-                f"{asks} needs gradients, which pass through the whole model: set calibration.mode to resident or auto"
-            )
         if self.data.healing is not None and self.emulator.healing is None:
             raise ValueError(
                 "data.healing names rows to heal on, but there is no healing: set emulator.healing.steps, or remove it"

@@ -27,12 +27,14 @@ class BlockFlow:
 
     ``between`` are the linears outside all blocks that carry what a block gives to another, with the block that runs
     next: in its pass they read what they read in the whole model. ``optional`` are the positions that run for images alone.
+    ``shares``: blocks read what is inside others, not their outputs alone (keys and values of Gemma 3n and Gemma 4).
     """
 
     order: tuple[str, ...]
     needs: tuple[frozenset[int], ...]
     between: dict[str, str] = field(default_factory=dict)
     optional: frozenset[int] = frozenset()
+    shares: bool = False
 
     def last_use(self, position: int) -> int:
         """The last block that reads what this one gave; its own position where none does."""
@@ -43,7 +45,8 @@ class Lineage(MetaPass):
     """Follows through every operation which blocks' outputs a tensor was made from.
 
     ``order`` are the blocks that have begun, ``needs`` what their inputs were made from. A linear outside the blocks has a
-    negative mark for a source; ``begun`` says how many blocks had begun when it read what a block gave.
+    negative mark for a source; ``begun`` says how many blocks had begun when it read what a block gave. ``shares`` says
+    whether any operation read what another block had made for itself.
     """
 
     def __init__(self) -> None:
@@ -52,15 +55,23 @@ class Lineage(MetaPass):
         self.order: list[str] = []
         self.needs: list[frozenset[int]] = []
         self.begun: dict[int, int] = {}
+        self.shares = False
+        self._running: int | None = None
+        self._makers: Any = WeakTensorKeyDictionary()
 
     def begin(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A block begins."""
         self.needs.append(self.of((args, kwargs)))
+        self._running = len(self.order)
         self.order.append(name)
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """The block that began last ends."""
         self.mark(output, frozenset({len(self.order) - 1}))
+        self._running = None
+        for leaf in tree_leaves(output):  # what it gave is for all to read
+            if isinstance(leaf, Tensor):
+                self._makers.pop(leaf, None)
 
     def carry(self, mark: int, module: nn.Module, args: Any, output: Any) -> None:
         """A linear outside the blocks runs."""
@@ -80,9 +91,17 @@ class Lineage(MetaPass):
             if isinstance(leaf, Tensor):
                 self.sources[leaf] = sources
 
+    def _follow_makers(self, given: Any, made: Any) -> None:
+        makers = {self._makers.get(leaf) for leaf in tree_leaves(given) if isinstance(leaf, Tensor)}
+        self.shares = self.shares or bool(makers - {None, self._running})
+        for leaf in tree_leaves(made) if self._running is not None else ():
+            if isinstance(leaf, Tensor):
+                self._makers[leaf] = self._running
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output = super().__torch_dispatch__(func, types, args, kwargs)
+        self._follow_makers((args, kwargs), output)
         sources = self.of((args, kwargs))
         self.mark(output, sources)
         if sources and func._schema.is_mutable:
@@ -131,4 +150,5 @@ def _followed(model: Any, names: Sequence[str], inputs: Mapping[str, Tensor]) ->
         return None
     read = frozenset().union(*lineage.needs)
     between = {outside[-1 - mark]: order[begun] for mark, begun in lineage.begun.items() if mark in read}
-    return BlockFlow(tuple(order), tuple(frozenset(k for k in need if k >= 0) for need in lineage.needs), between)
+    needs = tuple(frozenset(k for k in need if k >= 0) for need in lineage.needs)
+    return BlockFlow(tuple(order), needs, between, shares=lineage.shares)

@@ -28,7 +28,7 @@ class BlockOutput:
         """Raises StageError where the block gives something else."""
         parts = output if isinstance(output, tuple) else (output,)
         if not all(part is None or isinstance(part, Tensor) for part in parts):
-            raise StageError(f"{block} returns {type(output).__name__}: set calibration.mode to resident.")
+            raise StageError(f"{block} returns {type(output).__name__}: set model.hold to offloaded.")
         return cls(tuple(parts), isinstance(output, tuple))
 
     def value(self, device: torch.device | str) -> Any:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
@@ -115,8 +117,9 @@ class BlockWeights:
         if entry.start == entry.stop or entry.start % entry.dtype.itemsize:
             return entry.read_rows()
         if entry.file not in self._files:
-            size = entry.file.stat().st_size
-            self._files[entry.file] = torch.from_file(str(entry.file), False, size, dtype=torch.uint8)
+            with warnings.catch_warnings():  # that the memory must not be written to: nothing trains frozen weights
+                warnings.simplefilter("ignore", UserWarning)
+                self._files[entry.file] = torch.from_numpy(np.memmap(entry.file, np.uint8, "r"))
         return self._files[entry.file][entry.start : entry.stop].view(entry.dtype).reshape(entry.shape)
 
     def _dtype_of(self, names: Sequence[str]) -> torch.dtype:

@@ -4,6 +4,7 @@
 - ``offloaded``: a block's weights come to the device when its forward pass begins and go when it ends, and once more where
   a backward pass runs the block again. They wait in the mapped file, or for a GPU in pinned memory of the host; the next
   block's copy runs while a block computes. One pass costs one transfer of the weights.
+- ``all_offloaded``: the same of the embedding and the head, where these do not fit.
 - ``block_by_block``: one block at a time over all rows (:mod:`emloc_ray.modeling.replay`), which is Grams' own.
 
 Kin: axolotl's ``layer_offloading``; MegaTrain (https://arxiv.org/abs/2604.05091).
@@ -32,10 +33,9 @@ Result = TypeVar("Result")
 _PINNED_SHARE = 0.5  # of the host's free memory: what blocks may wait in
 
 
-def open_model(directory: Path, hold: str = "resident", *, ends_offloaded: bool = False, **options: Any) -> Any:
-    """The model of a directory, held so; ``options`` as :func:`emloc_ray.modeling.loading.load_model` has them.
-
-    ``ends_offloaded``: of one that is offloaded, the embedding and the head come and go as blocks do.
+def open_model(directory: Path, hold: str = "resident", **options: Any) -> Any:
+    """The model of a directory, held ``resident``, ``offloaded`` or ``all_offloaded``; ``options`` as
+    :func:`emloc_ray.modeling.loading.load_model` has them.
 
     Raises:
         ArtifactError: where the checkpoint lacks a weight.
@@ -43,7 +43,7 @@ def open_model(directory: Path, hold: str = "resident", *, ends_offloaded: bool 
     """
     if hold == "resident":
         return load_model(directory, **options)
-    return Offloaded(directory, ends_offloaded=ends_offloaded, **options).model
+    return Offloaded(directory, ends_offloaded=hold == "all_offloaded", **options).model
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Offloaded:
     """
 
     def __init__(self, directory: Path, *, ends_offloaded: bool = False, **options: Any) -> None:
-        """As :func:`open_model`."""
+        """As :func:`open_model`; ``ends_offloaded``: the embedding and the head come and go as well."""
         self.weights = BlockWeights(directory, **options)
         self.model, self.device = self.weights.model, self.weights.device
         self._on_gpu = self.device.type == "cuda"

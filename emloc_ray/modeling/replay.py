@@ -94,13 +94,13 @@ class BlockReplay:
             return None
         finally:
             self._outputs = {}
-        raise StageError(f"{self.flow.order[position]} did not run: set calibration.mode to resident.")
+        raise StageError(f"{self.flow.order[position]} did not run: set model.hold to offloaded.")
 
     def _forward_block(self, position: int, compute: Any, *args: Any, **kwargs: Any) -> Any:
         if position > self._current and self._current in self.flow.optional:
             raise _BlockSkipped
         if position > self._current:
-            raise StageError(f"{self.flow.order[position]} ran out of turn: set calibration.mode to resident.")
+            raise StageError(f"{self.flow.order[position]} ran out of turn: set model.hold to offloaded.")
         if position < self._current:
             return self._outputs[position].value(self.device)
         raise _BlockDone(compute(*args, **kwargs))

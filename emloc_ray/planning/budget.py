@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from emloc_ray.errors import ConfigError
 from emloc_ray.planning.costs import Costed, with_base
+from emloc_ray.planning.holding import allowed
 from emloc_ray.planning.layout import ranks_at
 from emloc_ray.planning.lengths import Lengths
-from emloc_ray.planning.memory import MemoryModel, total
+from emloc_ray.planning.memory import BASE_BYTES, MemoryModel, total
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.text import size_up
 
@@ -50,13 +51,7 @@ class Solution:
         )
         if self.too_large:
             stages = ", ".join(f"{name} ({size_up(held)})" for name, held in self.too_large.items())
-            remedy = "lower evaluation.batch_size or data.max_seq_length"
-            if self.inference_bytes > self.budget:
-                remedy = (
-                    "these hold the original, which is larger: with correction.method projection or covariance correct does"
-                    " not, and --until merge stops before evaluate"
-                )
-            text += f" Above it, whatever the ratio: {stages}; {remedy}."
+            text += f" Above it, whatever the ratio: {stages}; lower evaluation.batch_size or data.max_seq_length."
         return text
 
 
@@ -67,6 +62,8 @@ def solve(stages: Sequence[Costed], prepared: Prepared, budget: int, lengths: Le
     Raises:
         ConfigError: where no ratio fits; it says what the smallest one needs.
     """
+    bounded = prepared.config.model_copy(update={"memory_budget": budget})  # by which passes of the original are held
+    prepared = dataclasses.replace(prepared, config=bounded)
     section = prepared.config.finetune
     rows = section.per_device_train_batch_size * section.gradient_accumulation_steps
     # Checkpointing drops the cache that holds a prefix.
@@ -98,17 +95,25 @@ def solve(stages: Sequence[Costed], prepared: Prepared, budget: int, lengths: Le
     return Solution(memory.prepared, budget, needed(memory), total(memory.inference()), too_large)
 
 
-def check_gradients(prepared: Prepared) -> None:
-    """Raises ConfigError where the config needs gradients and a calibration worker cannot hold what they take."""
-    asks = prepared.config.emulator.asks_for_gradients
+def check_holding(prepared: Prepared) -> None:
+    """Raises ConfigError where the budget is below what any pass of the original takes, or where the config needs gradients
+    and a calibration worker cannot hold what they take."""
+    asks, memory = prepared.config.emulator.asks_for_gradients, MemoryModel(prepared)
+    budget, hold = prepared.config.memory_budget, prepared.config.model.hold
+    least = BASE_BYTES + min(memory.held[way] for way in allowed(hold))
+    if budget is not None and least > budget:
+        parts = "all weights, as model.hold: resident says" if hold == "resident" else "its largest blocks"
+        raise ConfigError(
+            f"memory_budget is {size_up(budget)}, and a worker that holds {parts} takes {size_up(least)} before it reads a row:"
+            " give it more than that."
+        )
     if asks is None or not prepared.layout.weighed:
         return
-    memory = MemoryModel(prepared)
     needed, room = memory.least_for_gradients(), memory.worker_bytes("calibration")
     if needed > room:
         raise ConfigError(
-            f"{asks} needs gradients of the whole model, {size_up(needed)} in a worker that may hold {size_up(room)}: give it"
-            " more, lower calibration.batch_size, or set allocation uniform and objective activations, which need none."
+            f"{asks} needs gradients through the whole model, {size_up(needed)} in a worker that may hold {size_up(room)}: give"
+            " it more, lower data.max_seq_length, or set allocation uniform and objective activations, which need none."
         )
 
 

@@ -8,7 +8,7 @@ its first call (some 15 MiB), and what its kernels pack weights into.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -17,6 +17,7 @@ from emloc_ray.io.formats.teacher_shards import BYTES_PER_LOGIT, rows_per_shard
 from emloc_ray.modeling.adapter_methods import update_rank
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.loss import chunk_tokens
+from emloc_ray.planning.holding import GradientPlan, allowed, blocks_share, choose, held_bytes, plan_gradients
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.machine import available_bytes, gpu_bytes
 from emloc_ray.planning.sizes import FLOAT, Block, blocks_of, gradient_bytes, gram_bytes, in_waves, widest_step
@@ -35,6 +36,13 @@ _ROWS = 1024  # of a layer that the correction turns to float64 at a time
 LOSS_COPIES, DIVERGENCE_COPIES = 3, 5
 
 
+class Held(NamedTuple):
+    """How the original is held for a pass, and all that its worker holds then."""
+
+    hold: str
+    parts: Parts
+
+
 class MemoryModel:
     """Predicts from a layout, a config and row lengths; every method gives bytes by part, ``total`` adds them up."""
 
@@ -46,6 +54,8 @@ class MemoryModel:
         self.calibration_tokens = prepared.calibration_tokens(self.lengths.mean)
         self.itemsize, self.file_itemsize = model_dtype(prepared).itemsize, file_dtype(prepared).itemsize
         self.weights, self.emulator = self._weights(self.itemsize), self._emulator(self.itemsize)
+        tied = bool(getattr(self.model_config, "tie_word_embeddings", False))
+        self.held = held_bytes(self.layout, self.itemsize, tied)  # of the original's weights, by how it is held
         # What their files take.
         self.weight_files, self.emulator_files = self._weights(self.file_itemsize), self._emulator(self.file_itemsize)
         adapted = set(self.layout.adapted)
@@ -56,15 +66,16 @@ class MemoryModel:
         self.blocks = blocks_of(self.layout.groups, multiples)
 
     def calibrate(self) -> Parts:
-        """What a worker holds whose model is resident, or block by block, whichever the calibration does."""
-        return self.calibrate_resident() if self.calibration_mode() == "resident" else self.calibrate_streamed()
+        """What a worker holds, however the calibration holds the model."""
+        return self.calibrate_blocks() if self.calibration_hold() == "block_by_block" else self.calibrate_whole()
 
-    def calibrate_resident(self) -> Parts:
+    def calibrate_whole(self) -> Parts:
         """The model, the Grams of the largest wave, and a pass without the head."""
         largest = max((sum(map(gram_bytes, wave)) for wave in self.waves()), default=0)
-        return {"weights": self.weights, "grams": largest, "activations": self._counting(self._calibration_tokens())}
+        held = self.held[self.calibration_hold()]
+        return {"weights": held, "grams": largest, "activations": self._counting(self._calibration_tokens())}
 
-    def calibrate_streamed(self) -> Parts:
+    def calibrate_blocks(self) -> Parts:
         """The weights outside the blocks and of the largest block, its Grams, and one token shard's hidden states: what the
         block reads and what it gives, for all the shard's rows."""
         inside = max(block.num_parameters for block in self.blocks if not block.is_between)
@@ -84,40 +95,58 @@ class MemoryModel:
         }
 
     def hidden_state_disk_bytes(self) -> int:
-        """What streamed calibration keeps on disk at any time: two blocks' outputs for every calibration token."""
+        """What calibration block by block keeps on disk at any time: two blocks' outputs for every calibration token."""
         return int(2 * self.calibration_tokens * self.layout.hidden_size * self.itemsize)
 
-    def calibration_mode(self) -> str:
-        """As the config says; ``auto`` is ``resident`` where that fits a worker."""
-        if self.config.calibration.mode != "auto":
-            return self.config.calibration.mode
-        needed = self.weights + sum(map(gram_bytes, self._groups())) + self._counting(self._calibration_tokens())
-        return "resident" if BASE_BYTES + needed <= self.worker_bytes("calibration") else "streamed"
+    def calibration_hold(self) -> str:
+        """As the config says; ``auto``: resident where all Grams fit beside the model, else block by block.
+
+        Where blocks read what is inside others, as shared keys and values, offloaded takes the place of block by block.
+        """
+        asked, room = self.config.model.hold, self.worker_bytes("calibration") - BASE_BYTES
+        counting = self._counting(self._calibration_tokens())
+        if asked == "auto" and self.weights + sum(map(gram_bytes, self._groups())) + counting <= room:
+            return "resident"
+        trusted = self.config.model.trust_remote_code
+        if asked in ("auto", "block_by_block") and not blocks_share(self.model_config, trusted):
+            return "block_by_block"
+        largest = max(map(gram_bytes, self._groups()), default=0)
+        return choose(asked if asked == "resident" else "offloaded", self.held, counting + largest, room)
 
     def waves(self) -> list[list[tuple[LinearSpec, ...]]]:
         """The groups of linears, in parts whose Grams fit beside the model in a worker's memory; one part where all do."""
-        room = self.worker_bytes("calibration") - BASE_BYTES - self.weights - self._counting(self._calibration_tokens())
-        return in_waves(self._groups(), gram_bytes, room)
+        hold = self.calibration_hold()
+        beside = self.held["resident" if hold == "block_by_block" else hold] + self._counting(
+            self._calibration_tokens()
+        )
+        return in_waves(self._groups(), gram_bytes, self.worker_bytes("calibration") - BASE_BYTES - beside)
 
     def gradients(self) -> Parts:
         """The model, the largest wave's sums of gradients, and a pass forward and back: the blocks' inputs, and inside one
         block what its backward pass reads, with one output's gradient in float32; or a chunk of logits."""
-        passed = self._backward(self._calibration_tokens())
-        largest = max((sum(map(gradient_bytes, wave)) for wave in self.gradient_waves()), default=0)
-        return {"weights": self.weights, "gradients": largest, **passed}
+        plan = self.gradient_plan()
+        largest = max((sum(map(gradient_bytes, wave)) for wave in plan.waves), default=0)
+        passed = self._backward(plan.batch_size * self.lengths.longest)
+        return {"weights": self.held[plan.hold], "gradients": largest, **passed}
 
-    def gradient_waves(self) -> list[list[LinearSpec]]:
-        """The linears whose outputs are weighed by gradients, in parts whose sums fit a worker's memory beside the rest."""
-        passed = total(self._backward(self._calibration_tokens()))
-        room = self.worker_bytes("calibration") - BASE_BYTES - self.weights - passed
-        weighed = set(self.layout.weighed)
-        return in_waves([spec for spec in self.layout.specs if spec.name in weighed], gradient_bytes, room)
+    def gradient_plan(self) -> GradientPlan:
+        """How the sums of gradients of the linears whose outputs they weigh are gathered within a worker's memory."""
+        room = self.worker_bytes("calibration") - BASE_BYTES
+        batch_size, asked = self.config.calibration.batch_size, self.config.model.hold
+        return plan_gradients(asked, self.held, self._weighed(), batch_size, self._rows_backward, room)
 
     def least_for_gradients(self) -> float:
-        """Bytes that a worker needs for gradients at least: those of :meth:`gradients` with one linear's sum at a time."""
+        """Bytes that a worker needs for gradients at least: a row at a time, with one linear's sum, in the leanest way."""
+        largest = max(map(gradient_bytes, self._weighed()), default=0)
+        leanest = min(self.held[hold] for hold in allowed(self.config.model.hold))
+        return BASE_BYTES + leanest + self._rows_backward(1) + largest
+
+    def _weighed(self) -> list[LinearSpec]:
         weighed = set(self.layout.weighed)
-        largest = max((gradient_bytes(spec) for spec in self.layout.specs if spec.name in weighed), default=0)
-        return BASE_BYTES + self.weights + total(self._backward(self._calibration_tokens())) + largest
+        return [spec for spec in self.layout.specs if spec.name in weighed]
+
+    def _rows_backward(self, rows: int) -> int:
+        return total(self._backward(rows * self.lengths.longest))
 
     def _backward(self, tokens: float) -> Parts:
         inputs = tokens * self.itemsize * sum(block.multiple * block.width for block in self.blocks)
@@ -181,14 +210,14 @@ class MemoryModel:
         if healing is None:
             return training
         rows = healing.per_device_train_batch_size or self.config.finetune.per_device_train_batch_size
-        return max(training, self.teaching(rows), key=total)
+        return max(training, self.teaching(rows).parts, key=total)
 
-    def teaching(self, rows: int) -> Parts:
+    def teaching(self, rows: int) -> Held:
         """The original's pass over a batch of so many rows for its top logits, and a shard of these, put together."""
         healing, mean = self.config.emulator.heals, self.lengths.mean
         logits = 0 if healing is None else healing.num_teacher_logits
         shard = rows_per_shard(mean, logits) * BYTES_PER_LOGIT * mean * logits
-        return {**self._scoring(self.weights, rows), "teacher": 2 * shard}
+        return self._holding("finetune", {**self._scoring(rows), "teacher": 2 * shard})
 
     def healing(self) -> Parts:
         """The training of the healing alone; nothing where nothing is healed."""
@@ -208,17 +237,34 @@ class MemoryModel:
         tokens = section.per_device_train_batch_size * (self.lengths.longest + virtual)
         saved = [block.multiple * self._saved_per_token(block, self.adapted) for block in self.blocks]
         inputs = sum(block.multiple * block.width for block in self.blocks) * self.itemsize
-        kept, again = (inputs, max(saved)) if section.gradient_checkpointing else (sum(saved), 0.0)
-        inside = tokens * (again + self._update_per_token())
+        hold = self.finetune_hold()
+        again = section.gradient_checkpointing or hold != "resident"
+        kept, inner = (inputs, max(saved)) if again else (sum(saved), 0.0)
+        inside = tokens * (inner + self._update_per_token())
         logits = self._logits(tokens, logit_copies)
         return {
-            "weights": self.emulator,
+            "weights": self.emulator if hold == "resident" else self.held[hold],
             "unpacked": self._unpacked(),
             "optimizer": _ADAM_BYTES * self.adapter_parameters,
             "row norms": self._row_norms([spec for spec in self.adapted if len(self.layout.stored_shapes(spec)) == 1]),
             "activations": tokens * kept + (inside if inside >= logits else 0),
             "logits": logits if logits > inside else 0,
         }
+
+    def finetune_hold(self) -> str:
+        """How what is trained on is held: offloaded only where that is the original, at ratio 1.0, and does not fit.
+
+        Then the batch is planned with blocks run again. DeepSpeed, DoRA and prefixes want the whole model.
+        """
+        config = self.config
+        own = config.finetune.deepspeed is None and config.adapter.method not in ("dora", "prefix_tuning")
+        if self.layout.differs or not own:
+            return "resident"
+        tokens = config.finetune.per_device_train_batch_size * self.lengths.longest
+        inputs = tokens * sum(block.multiple * block.width for block in self.blocks) * self.itemsize
+        saved = tokens * max(block.multiple * self._saved_per_token(block, self.adapted) for block in self.blocks)
+        beside: Parts = {"optimizer": _ADAM_BYTES * self.adapter_parameters, "activations": inputs + saved}
+        return self._holding("finetune", beside).hold
 
     def correct(self) -> Parts:
         """First the linears that share a Gram, a task each, then the original with the adapter and every module's thin
@@ -231,13 +277,17 @@ class MemoryModel:
         reading: Parts = {"correction": max((self._difference(spec) for spec in self.adapted), default=0.0)}
         if self.config.correction.method != "auto" or not self.layout.differs:
             return reading
-        scoring = {
-            **self._scoring(self.weights, self.config.evaluation.batch_size),
+        return max(self.searching().parts, reading, key=total)
+
+    def searching(self) -> Held:
+        """The original with an adapter on a batch of the selection rows, beside every module's thin matrices."""
+        beside = {
+            **self._scoring(self.config.evaluation.batch_size),
             "adapter": FLOAT * self.corrected_parameters,
             "row norms": self._row_norms(self.adapted),
             "correction": self.thin_matrices(),
         }
-        return max(scoring, reading, key=total)
+        return self._holding("evaluation", beside)
 
     def thin_matrices(self) -> float:
         """Bytes of all that the adapter's modules see of the difference: in memory to score them, and on disk."""
@@ -274,23 +324,24 @@ class MemoryModel:
         return {"chunks": max(chunk, 2 * merged), "adapter": FLOAT * (self.corrected_parameters + module)}
 
     def evaluate(self) -> Parts:
-        """The original with one adapter at a time; scoring a batch, or completing one with a cache."""
+        """Every model that is scored, one after another; the larger."""
+        parts = self.evaluating().parts
+        scores_emulator = self.layout.differs and {"emulator", "emulator_adapter"} & {*self.config.evaluation.variants}
+        return {**parts, "weights": max(parts["weights"], self.emulator if scores_emulator else 0)}
+
+    def evaluating(self) -> Held:
+        """The original with its adapters; scoring a batch, or completing one with a cache."""
         section = self.config.evaluation
-        parts = {
-            **self._scoring(self.weights, section.batch_size),
-            "adapter": FLOAT * self.corrected_parameters,
-            "row norms": self._row_norms(self.adapted),
-        }
-        tokens = section.batch_size * self.lengths.longest
+        adapter: Parts = {"adapter": FLOAT * self.corrected_parameters, "row norms": self._row_norms(self.adapted)}
+        scoring = {**self._scoring(section.batch_size), **adapter}
         cached = section.batch_size * (self.lengths.longest + section.max_new_tokens)
         completing = {
-            "weights": self.weights,
             "kv cache": cached * self.itemsize * self._cached_per_token(),
-            "activations": self._forward(tokens),
-            "adapter": FLOAT * self.corrected_parameters,
-            "row norms": self._row_norms(self.adapted),
+            "activations": self._forward(section.batch_size * self.lengths.longest),
+            **adapter,
         }
-        return max(parts, completing if section.num_generations or section.num_exact_match else {}, key=total)
+        completes = section.num_generations or section.num_exact_match
+        return self._holding("evaluation", max(scoring, completing if completes else {}, key=total))
 
     def inference(self) -> Parts:
         """The original at the fine-tuning's micro-batch and length: prefill with its KV cache, logits of the last token."""
@@ -304,10 +355,16 @@ class MemoryModel:
             "logits": rows * self._vocabulary() * self.itemsize,
         }
 
-    def _scoring(self, weights: float, rows: int) -> Parts:
+    def _scoring(self, rows: int) -> Parts:
         tokens = rows * self.lengths.longest
         inside, logits = self._forward(tokens), self._logits(tokens)
-        return {"weights": weights, **({"activations": inside} if inside >= logits else {"logits": logits})}
+        return {"activations": inside} if inside >= logits else {"logits": logits}
+
+    def _holding(self, section: str, beside: Parts) -> Held:
+        """The original as a worker of a section holds it, with what is beside it."""
+        room = self.worker_bytes(section)
+        hold = choose(self.config.model.hold, self.held, BASE_BYTES + total(beside), room)
+        return Held(hold, {"weights": self.held[hold], **beside})
 
     def _row_norms(self, dense: Collection[LinearSpec]) -> int:
         """PEFT's DoRA on a dense linear: an identity, ``s B A``, its unscaled self and its sum with ``W``, in float32."""

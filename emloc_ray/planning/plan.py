@@ -60,7 +60,7 @@ class Plan:
     emulator_parameters: int
     inference: Parts
     lengths: Lengths
-    calibration_mode: str
+    calibration_hold: str
     seconds_before: float
 
     @property
@@ -90,7 +90,7 @@ def make_plan(stages: Sequence[Costed], prepared: Prepared) -> Plan:
         layout.num_parameters - saved,
         memory.inference(),
         prepared.lengths,
-        memory.calibration_mode(),
+        memory.calibration_hold(),
         _SECONDS_BEFORE + (memory.weights / 20e6 if prepared.source.gguf_file else 0),
     )
 

@@ -10,7 +10,7 @@ from emloc_ray.config.steps import VERBS
 from emloc_ray.errors import DamagedArtifactError
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.modeling.loading import fetch_weights
-from emloc_ray.planning.budget import check_gradients
+from emloc_ray.planning.budget import check_holding
 from emloc_ray.planning.machine import check_disk, check_resources
 from emloc_ray.planning.plan import make_plan, missing_disk
 from emloc_ray.planning.prepared import Prepared, prepare
@@ -51,7 +51,7 @@ def run(
     prepared = prepared or prepare(config)
     redone = fresh or begin == VERBS[0] or "gradients" not in prepared.run.stages()
     if turns is None and redone:  # in a batch other runs hold memory now, and a stage waits until it is free
-        check_gradients(prepared)
+        check_holding(prepared)
     plan = make_plan(STEPS, prepared)
     if prepared.run.store is None:  # a store has room, and a node's cache makes its own
         check_disk(prepared.run, missing_disk(plan, prepared.run, fresh))

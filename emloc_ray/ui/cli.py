@@ -168,10 +168,10 @@ _stage_command(Stage.evaluate, "Run up to the evaluation on held-out data.")
 @guarded
 def validate(config: ConfigPath, overrides: Overrides = None) -> None:
     """Check the config, the model and the data's first rows: list every error, start nothing."""
-    from emloc_ray.planning.budget import check_gradients
+    from emloc_ray.planning.budget import check_holding
 
     prepared = _prepare(config, overrides)
-    check_gradients(prepared)
+    check_holding(prepared)
     layout = prepared.layout
     console.print(
         f"{escape(str(config))} is valid: {len(layout.ranks)} of {len(layout.specs)} linears compressed,"
@@ -190,7 +190,7 @@ def plan(
     ] = None,
 ) -> None:
     """Show shapes, ranks and parameters, and every stage's memory, disk, time and resources; load no weights."""
-    from emloc_ray.planning.budget import check_gradients
+    from emloc_ray.planning.budget import check_holding
     from emloc_ray.planning.plan import make_plan, within_budget
     from emloc_ray.stages.order import STEPS
     from emloc_ray.ui.terminal import plan_tables
@@ -207,7 +207,7 @@ def plan(
         console.print("  " + " ".join(solution.overrides), soft_wrap=True, highlight=False)
     for table in plan_tables(make_plan(STEPS, prepared)):
         console.print(table)
-    check_gradients(prepared)
+    check_holding(prepared)
 
 
 @app.command()

@@ -192,7 +192,10 @@ def _stage_table(plan: Plan) -> Table:
 def _memory_table(plan: Plan) -> Table:
     from emloc_ray.planning.memory import total
 
-    table = Table(title=f"Memory of one worker (predicted), calibration {plan.calibration_mode}", title_justify="left")
+    table = Table(
+        title=f"Memory of one worker (predicted), calibration {plan.calibration_hold.replace('_', ' ')}",
+        title_justify="left",
+    )
     table.add_column("stage")
     table.add_column("together", justify="right", no_wrap=True)
     table.add_column("made of")

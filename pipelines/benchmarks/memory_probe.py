@@ -28,7 +28,7 @@ from emloc_ray.modeling.adapter import attach_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import block_linears
 from emloc_ray.modeling.emulator import FactorizedLinear
-from emloc_ray.modeling.loading import load_model
+from emloc_ray.modeling.holding import open_model
 from emloc_ray.modeling.loss import TopLogProbs, teacher_logits, token_loss
 from emloc_ray.modeling.replay import BlockReplay
 from emloc_ray.stages.calibrate import resident_slot, streamed_slot
@@ -57,10 +57,10 @@ def peak_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def weighed_model(directory: Path, **options: Any) -> Any:
-    """:func:`load_model`, noting what it added."""
+def weighed_model(directory: Path, hold: str = "resident", **options: Any) -> Any:
+    """:func:`open_model`, noting what it added."""
     before = held_bytes()
-    model = load_model(directory, **options)
+    model = open_model(directory, hold, **options)
     _touch(model)
     _weights.append(held_bytes() - before)
     return model
@@ -133,7 +133,7 @@ def _random_ids(rows: int, length: int, vocabulary: int) -> torch.Tensor:
 
 def calibrate_resident(job: CalibrationJob, out_dir: Path, threads: int) -> None:
     """A slot that holds the model, over two token shards: its peak is the same in all."""
-    resident_slot.load_model = weighed_model
+    resident_slot.open_model = weighed_model
     slot = resident_slot.ResidentSlot(job, out_dir / "slot.safetensors", threads)
     for number in range(min(2, slot.shards.num_shards)):
         slot.accumulate(number)
@@ -171,7 +171,7 @@ def factorize(job: FactorizationJob, grams_dir: Path, threads: int) -> None:
 def correct(job: CorrectionJob, threads: int) -> None:
     """All modules and candidates, one after the other."""
     torch.set_num_threads(threads)
-    scoring_stage.load_model = weighed_model
+    scoring_stage.open_model = weighed_model
     correct_adapter(job)
 
 
@@ -185,7 +185,7 @@ def merge(job: merge_stage.MergeJob, threads: int) -> None:
 def evaluate(job: evaluate_stage.EvaluationJob, family: str, num_parts: int, threads: int) -> None:
     """What one base model serves, on the first slice of the rows."""
     torch.set_num_threads(threads)
-    evaluate_stage.load_model = weighed_model
+    evaluate_stage.open_model = weighed_model
     evaluate_stage.evaluate_slice(job, family, 0, num_parts)
 
 

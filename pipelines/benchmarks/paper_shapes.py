@@ -121,7 +121,7 @@ def plan_shape(shape: Shape) -> dict[str, Any]:
             "ratio": ratio,
             "micro_batch": rows,
             "emulator_parameters": memory.emulator // memory.itemsize,
-            "calibration": memory.calibration_mode(),
+            "calibration": memory.calibration_hold(),
             **{stage.name: _gb(stage.cost(memory).memory) for stage in STAGES if stage.cost is not None},
         }
     return figures

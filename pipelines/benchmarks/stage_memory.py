@@ -61,9 +61,9 @@ def quickstart_cases(config: RunConfig, run: Path, out: Path) -> Iterator[Case]:
     calibration = CalibrationJob(run / "model", tokens / "calibration", groups, (0, num_shards))
     memory = MemoryModel(prepared, lengths["calibration"])
     arguments: dict[str, Any] = {"job": calibration, "out_dir": made_directory(out / "resident"), "threads": 1}
-    yield "calibrate, resident", "calibrate_resident", arguments, memory.calibrate_resident()
+    yield "calibrate, resident", "calibrate_resident", arguments, memory.calibrate_whole()
     arguments = {**arguments, "out_dir": made_directory(out / "streamed"), "num_blocks": _BLOCKS}
-    yield "calibrate, streamed", "calibrate_streamed", arguments, memory.calibrate_streamed()
+    yield "calibrate, streamed", "calibrate_streamed", arguments, memory.calibrate_blocks()
     job = FactorizationJob(run / "model", out, layout.groups, layout.ranks)
     arguments = {"job": job, "grams_dir": run / "calibration", "threads": 1}
     yield "factorize", "factorize", arguments, memory.factorize()
@@ -99,7 +99,7 @@ def trained_cases(prepared: Prepared, model: Path, emulator: Path, rows: int) ->
         yield name, "finetune", arguments, memory.finetune()
         arguments = {**arguments, "num_logits": LOGITS}
         yield name.replace("finetune", "heal: training"), "finetune", arguments, memory.finetune(DIVERGENCE_COPIES)
-    yield "heal: teacher", "teach", {**size, "directory": model}, memory.teaching(rows)
+    yield "heal: teacher", "teach", {**size, "directory": model}, memory.teaching(rows).parts
     yield "inference", "inference", {**size, "directory": model}, memory.inference()
 
 

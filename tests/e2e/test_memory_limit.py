@@ -99,7 +99,7 @@ def test_every_stage_up_to_the_merge_runs_where_the_model_does_not_fit(
     assert "evaluate" in told  # which holds the original whole
     assert "calibrate" not in told
     stages = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]
-    assert stages["calibrate"]["result"]["mode"] == "streamed"
+    assert stages["calibrate"]["result"]["hold"] == "block_by_block"
     assert stages["merge"]["result"]["merged_tensors"] == 7 * 8
 
 

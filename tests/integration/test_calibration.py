@@ -63,7 +63,7 @@ def test_auto_goes_block_by_block_under_a_budget_and_a_killed_worker_leaves_no_t
     reporter = KillingReporter()
     run = calibrated(reporter, memory_budget=needed - 1)
     assert reporter.killed
-    assert (result(run)["mode"], result(llama_run.root)["mode"]) == ("streamed", "resident")
+    assert (result(run)["hold"], result(llama_run.root)["hold"]) == ("block_by_block", "resident")
     assert result(run)["num_workers"] == 2
     assert_same_grams(run, llama_run.root)
 
@@ -71,15 +71,15 @@ def test_auto_goes_block_by_block_under_a_budget_and_a_killed_worker_leaves_no_t
 def test_waves_under_a_memory_budget_give_the_same_grams(
     calibrated: Callable[..., Path], llama_run: FinishedRun
 ) -> None:
-    values = llama_run.changed(calibration={"mode": "resident"})
+    values = llama_run.changed(model={"hold": "resident"})
     prepared = prepare(parse_config(values))
     memory = MemoryModel(prepared)
     parts = with_base(memory.calibrate())
     largest = max(gram_bytes(group) for group in prepared.layout.groups)
     assert parts["grams"] > 2 * largest
     budget = total(parts) - int(parts["grams"]) + 2 * largest
-    run = calibrated(memory_budget=budget, calibration={"mode": "resident"})
-    assert result(run)["mode"] == "resident"
+    run = calibrated(memory_budget=budget, model={"hold": "resident"})
+    assert result(run)["hold"] == "resident"
     assert result(run)["waves"] >= 2
     assert_same_grams(run, llama_run.root)
 

@@ -27,7 +27,9 @@ def run(ray_session: None, tmp_path_factory: pytest.TempPathFactory, task_file: 
     """The whole model in each worker."""
     root = tmp_path_factory.mktemp("lopsided")
     model_dir = save_lopsided(root / "model")
-    values = make_values(root / "run", model_dir, task_file, calibration={"mode": "resident", "min_expert_tokens": 64})
+    values = make_values(
+        root / "run", model_dir, task_file, model={"hold": "resident"}, calibration={"min_expert_tokens": 64}
+    )
     return FinishedRun(root / "run", values, model_dir, run_values(values))
 
 
@@ -138,13 +140,13 @@ def fused_down(model: Any, layer: int, index: int) -> torch.Tensor:
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("mode", ["resident", "streamed"])
-def test_a_worker_lost_in_the_second_pass_leaves_no_trace(run: FinishedRun, mode: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("hold", ["resident", "offloaded", "block_by_block"])
+def test_a_worker_lost_in_the_second_pass_leaves_no_trace(run: FinishedRun, hold: str, tmp_path: Path) -> None:
     reporter = SecondPass(lambda: kill_worker("slot"))
-    values = {**run.changed(calibration={"mode": mode}), "run_dir": str(tmp_path / "run")}
+    values = {**run.changed(model={"hold": hold}), "run_dir": str(tmp_path / "run")}
     run_values(values, reporter, until="calibrate")
     assert reporter.acted
-    assert calibration(tmp_path / "run")["mode"] == mode
+    assert calibration(tmp_path / "run")["hold"] == hold
     assert_same_grams(tmp_path / "run", run.root)
 
 
@@ -153,7 +155,7 @@ def test_a_run_stopped_in_the_second_pass_goes_on_with_the_first_ones_grams(run:
     def stop() -> None:
         raise KeyboardInterrupt
 
-    values = {**run.changed(calibration={"mode": "streamed"}), "run_dir": str(tmp_path / "run")}
+    values = {**run.changed(model={"hold": "block_by_block"}), "run_dir": str(tmp_path / "run")}
     with pytest.raises(KeyboardInterrupt):
         run_values(values, SecondPass(stop), until="calibrate")
     first = next((tmp_path / "run" / "calibration").glob("grams-*.safetensors"))

@@ -96,7 +96,7 @@ def test_streamed(run: FinishedRun, tmp_path: Path) -> None:
     """Block by block, the Grams are those of the whole model."""
     job = calibration_job(Context(prepare(parse_config(run.values)), run.model_dir))
     ours, whole = (
-        gather_streamed(dataclasses.replace(job, mode="streamed"), tmp_path),
+        gather_streamed(dataclasses.replace(job, hold="block_by_block"), tmp_path),
         GramStore(run.root / "calibration"),
     )
     assert ours.keys() == whole.index["groups"].keys()

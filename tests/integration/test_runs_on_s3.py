@@ -91,7 +91,7 @@ def test_a_streamed_calibration_goes_on_where_its_hidden_states_are(
     llama_run: FinishedRun, s3_port: int, node_cache: Path, tmp_path: Path
 ) -> None:
     place = uri(s3_port, "streamed/run")
-    values = {**llama_run.changed(calibration={"mode": "streamed"}), "run_dir": place}
+    values = {**llama_run.changed(model={"hold": "block_by_block"}), "run_dir": place}
     with pytest.raises(Stopped):
         run_values(values, Stopping("calibrate", 2), until="calibrate")
     store = RunDirectory(place).store

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.errors import ConfigError, EmlocError
 from emloc_ray.io.runs.cache import ArtifactCache
-from emloc_ray.planning.budget import check_gradients
+from emloc_ray.planning.budget import check_holding
 from emloc_ray.planning.plan import Plan, StagePlan, make_plan
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.runs.batch.admission import Admission, Amount, Need, Ticket
@@ -99,7 +99,7 @@ class PipelineWork:
             prepared = prepare(task.config)
             prepared = prepared if self._gpus is None else prepared.with_gpus(self._gpus)
             if task.config.memory_budget is not None:  # else it depends on free memory, and running tasks hold some
-                check_gradients(prepared)
+                check_holding(prepared)
             ready = self._ready[task.name] = prepared, make_plan(STEPS, prepared)
         return ready
 

@@ -21,7 +21,7 @@ from emloc_ray.io.formats.grams import (
 from emloc_ray.io.store.node_cache import discard, exists, local_only, sizes
 from emloc_ray.modeling.architecture import load_config
 from emloc_ray.modeling.block_flow import block_flow
-from emloc_ray.stages.calibrate.job import CalibrationJob
+from emloc_ray.stages.calibrate.job import BLOCKS, CalibrationJob
 from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
 from emloc_ray.stages.calibrate.streamed_slot import StreamedSlot, grams_file, last_node, part_file
 from emloc_ray.stages.calibrate.thin_experts import Gathered, clear_thin, describe, gather_thin
@@ -41,9 +41,9 @@ def calibrate(
 ) -> dict[str, Any]:
     """Gathers every group's Gram over the job's token shards into ``out_dir``; each shard counts exactly once.
 
-    The shards go to slots in turn; a lost task is restarted and goes on from its slot's commit. ``job.mode``
-    ``resident`` holds the model in every task; ``streamed`` holds one block of it and takes all shards through that.
-    Both give the same Grams, up to rounding. Experts that were sent too few tokens get theirs in a second pass
+    The shards go to slots in turn; a lost task is restarted and goes on from its slot's commit. Every task
+    holds the model as ``job.hold`` says; ``block_by_block`` takes all shards through one block after another.
+    All give the same Grams, up to rounding. Experts that were sent too few tokens get theirs in a second pass
     (:mod:`emloc_ray.stages.calibrate.thin_experts`).
 
     Raises:
@@ -65,7 +65,7 @@ def calibrate(
         "num_workers": num_slots,
         "num_shards": num_shards,
         "num_tokens": max(index["num_tokens"].values()),
-        "mode": job.mode,
+        "hold": job.hold,
         "waves": len(job.waves or (job.groups,)),
         **describe(job, index["num_tokens"], index.get("routed_tokens", {})),
     }
@@ -74,9 +74,9 @@ def calibrate(
 def _gather(
     job: CalibrationJob, out_dir: Path, *, resources: Resources, progress: Progress, losses: Losses
 ) -> Gathered:
-    """The Grams of the job's groups, in its mode; an index is not written."""
+    """The Grams of the job's groups; an index is not written."""
     num_slots = min(resources.num_workers, job.shards[1] - job.shards[0])
-    way = _stream if job.mode == "streamed" else _reside
+    way = _stream if job.hold == BLOCKS else _reside
     return way(job, out_dir, num_slots, resources, progress, losses)
 
 

@@ -17,6 +17,7 @@ from emloc_ray.modeling.inputs import Stream
 
 Groups = tuple[tuple[str, ...], ...]
 _WAY = ".way.json"
+BLOCKS = "block_by_block"
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class CalibrationJob:
     are the linears outside all blocks, with the block that runs next.
     ``experts`` are the groups of experts' linears, by their first one's name, with its inputs; those that are sent fewer
     tokens than ``min_expert_tokens`` are seen to in a second pass, whose job has ``reread`` set.
+    ``hold`` is how a worker holds the model, see :mod:`emloc_ray.modeling.holding`.
     With ``gradients`` it is not what linears read that is summed up, but the gradients of what each of them gives: every
     linear is a group of its own.
     """
@@ -50,7 +52,7 @@ class CalibrationJob:
     batch_size: int = 8
     pad_token_id: int = 0
     model_options: tuple[tuple[str, Any], ...] = ()
-    mode: str = "resident"
+    hold: str = "resident"
     waves: tuple[Groups, ...] | None = None
     inputs: str = ""
     streams: tuple[tuple[str, Stream], ...] = ()
@@ -80,10 +82,10 @@ class CalibrationJob:
 
 
 def go_on(job: CalibrationJob, out_dir: Path, inputs: Any, num_slots: int, auto: bool) -> CalibrationJob:
-    """The job as a killed try of the same ``inputs`` began it, in its mode and waves, so that what that gathered counts;
+    """The job as a killed try of the same ``inputs`` began it, held as it held the model, in its waves, so that its sums count;
     as it is, over an empty ``out_dir``, where there was none, or where that would hold more than the job may now.
 
-    What ``auto`` chose, by the memory that was free, may be chosen differently now; slots of a streamed run left hidden
+    What ``auto`` chose, by the memory that was free, may be chosen differently now; slots that go block by block left hidden
     states of their own shards alone.
     """
     discard_unless(out_dir, inputs)
@@ -93,15 +95,15 @@ def go_on(job: CalibrationJob, out_dir: Path, inputs: Any, num_slots: int, auto:
     begun: dict[str, Any] = json.loads(way.read_text()) if way.is_file() else {}
     if begun and _may_go_on(begun, job, num_slots, auto):
         waves = begun["waves"] and tuple(tuple(tuple(group) for group in wave) for wave in begun["waves"])
-        return dataclasses.replace(job, mode=begun["mode"], waves=waves)
+        return dataclasses.replace(job, hold=begun["hold"], waves=waves)
     if begun:
         discard_unless(out_dir, None)
         discard_unless(out_dir, inputs)
-    write_json(way, {"mode": job.mode, "waves": job.waves, "slots": num_slots})
+    write_json(way, {"hold": job.hold, "waves": job.waves, "slots": num_slots})
     return job
 
 
 def _may_go_on(begun: dict[str, Any], job: CalibrationJob, num_slots: int, auto: bool) -> bool:
-    if begun["mode"] == "streamed":
-        return begun["slots"] == num_slots and (auto or job.mode == "streamed")
-    return job.mode == "resident" and len(begun["waves"] or ()) >= len(job.waves or ())
+    if begun.get("hold", BLOCKS) == BLOCKS:
+        return begun["slots"] == num_slots and "hold" in begun and (auto or job.hold == BLOCKS)
+    return job.hold != BLOCKS and len(begun["waves"] or ()) >= len(job.waves or ())

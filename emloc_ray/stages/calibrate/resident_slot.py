@@ -1,5 +1,5 @@
-"""A calibration slot that holds the whole model: Grams accumulate in its forward passes, sums of gradients in backward
-ones."""
+"""A calibration slot whose rows pass through the whole model: Grams accumulate in forward passes, sums of gradients in
+backward ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from emloc_ray.io.formats.grams import add_slot, write_slot
 from emloc_ray.io.store.node_cache import exists
 from emloc_ray.modeling.gradient_hooks import GradientHooks
 from emloc_ray.modeling.gram_hooks import GramHooks
-from emloc_ray.modeling.loading import load_model
+from emloc_ray.modeling.holding import open_model
 from emloc_ray.stages.calibrate.job import CalibrationJob
 from emloc_ray.stages.ray.tasks import set_threads
 
@@ -38,14 +38,21 @@ class ResidentSlot:
         set_threads(threads)
         self.job, self.path = job, path
         self.shards = TokenShards(job.tokens_dir)
-        model = load_model(job.model_dir, **dict(job.model_options))
+        model = open_model(job.model_dir, job.hold, **dict(job.model_options))
         self.hooks: GramHooks | GradientHooks
         if job.gradients is None:
             self.hooks = GramHooks(model, job.groups, dict(job.streams), reread=job.reread)
         else:
             names, labels = [name for group in job.groups for name in group], job.gradients
             streams = dict(job.streams)
-            self.hooks = GradientHooks(model, names, streams, loss_on=labels.loss_on, seed=labels.seed)
+            self.hooks = GradientHooks(
+                model,
+                names,
+                streams,
+                loss_on=labels.loss_on,
+                seed=labels.seed,
+                checkpointing=job.hold == "resident",
+            )
         self.last_shard = -1
         if exists(path):
             self.last_shard = add_slot(path, self.hooks.grams)

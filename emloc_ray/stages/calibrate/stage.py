@@ -6,13 +6,13 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from emloc_ray.data.token_shards import TokenShards
-from emloc_ray.planning.budget import check_gradients
+from emloc_ray.planning.budget import check_holding
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import UNKNOWN_ROWS, Prepared
 from emloc_ray.planning.sizes import gradient_bytes, gram_bytes
 from emloc_ray.planning.work import block_work, head_work, tokens_calibrated
-from emloc_ray.stages.calibrate.job import CalibrationJob, Labels, go_on
+from emloc_ray.stages.calibrate.job import BLOCKS, CalibrationJob, Labels, go_on
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.stage import Stage, by_weights
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 def calibration_job(context: Context) -> CalibrationJob:
-    """With the mode and the waves that fit a worker's memory."""
+    """Held as fits a worker's memory, in the waves that do."""
     prepared, memory = context.prepared, context.memory
-    mode, section = memory.calibration_mode(), prepared.config.calibration
+    hold, section = memory.calibration_hold(), prepared.config.calibration
     return CalibrationJob(
         context.model_dir,
         context.tokens("calibration"),
@@ -33,8 +33,8 @@ def calibration_job(context: Context) -> CalibrationJob:
         section.batch_size,
         context.pad_token_id(),
         tuple(context.model_options.items()),
-        mode,
-        tuple(context.gram_groups(wave) for wave in memory.waves()) if mode == "resident" else None,
+        hold,
+        None if hold == BLOCKS else tuple(context.gram_groups(wave) for wave in memory.waves()),
         experts=experts(context),
         min_expert_tokens=section.min_expert_tokens,
         streams=tuple((s.name, s.stream) for s in context.layout.specs if s.stream != "row"),
@@ -44,11 +44,13 @@ def calibration_job(context: Context) -> CalibrationJob:
 
 def gradient_job(context: Context) -> CalibrationJob:
     """The same pass over the same rows, forward and back, for the sums of gradients of what linears give."""
-    waves = tuple(tuple((spec.name,) for spec in wave) for wave in context.memory.gradient_waves())
+    plan = context.memory.gradient_plan()
+    waves = tuple(tuple((spec.name,) for spec in wave) for wave in plan.waves)
     return dataclasses.replace(
         calibration_job(context),
         groups=tuple(group for wave in waves for group in wave),
-        mode="resident",
+        batch_size=plan.batch_size,
+        hold=plan.hold,
         waves=waves,
         experts=(),
         gradients=Labels(context.loss_on(), context.prepared.config.seed),
@@ -91,8 +93,9 @@ def gradient_inputs(context: Context) -> Inputs:
 def _gather_grams(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
     from emloc_ray.stages.calibrate.calibrate import calibrate
 
-    section, out_dir = context.prepared.config.calibration, context.path("calibration")
-    job = go_on(calibration_job(context), out_dir, inputs, section.num_workers, section.mode == "auto")
+    config, out_dir = context.prepared.config, context.path("calibration")
+    job = calibration_job(context)
+    job = go_on(job, out_dir, inputs, config.calibration.num_workers, config.model.hold == "auto")
     return calibrate(job, out_dir, granted, progress, context.note)
 
 
@@ -101,7 +104,7 @@ def _gather_gradients(context: Context, inputs: Inputs, granted: Resources, prog
 
     prepared, out_dir = context.prepared, context.path("gradients")
     if prepared.config.memory_budget is not None:  # of a run whose config has changed since it was prepared
-        check_gradients(prepared)
+        check_holding(prepared)
     job = go_on(gradient_job(context), out_dir, inputs, prepared.config.calibration.num_workers, False)
     return calibrate(job, out_dir, granted, progress, context.note)
 
@@ -112,9 +115,9 @@ def _gram_cost(memory: MemoryModel) -> StageCost:
     grams = sum(gram_bytes(group) for wave in memory.waves() for group in wave)
     rows = sum(source.num_rows for files in prepared.files.values() for source in files) or UNKNOWN_ROWS
     images = int(rows * memory.lengths.image_bytes)  # which the token shards hold
-    streamed = memory.calibration_mode() == "streamed"
+    by_blocks = memory.calibration_hold() == BLOCKS
     # Hidden states while the stage lasts, or a set of sums for each worker.
-    held = memory.hidden_state_disk_bytes() if streamed else grams * prepared.config.calibration.num_workers
+    held = memory.hidden_state_disk_bytes() if by_blocks else grams * prepared.config.calibration.num_workers
     return StageCost(
         memory.calibrate(),
         flops=tokens_calibrated(prepared, memory.lengths) * 2 * (block_work(layout) + products),
@@ -129,7 +132,7 @@ def _gradient_cost(memory: MemoryModel) -> StageCost:
     weighed = set(layout.weighed)
     # Forward, once more for what the backward pass reads, and back; and the sums.
     sums = sum(s.token_share * s.out_features**2 for s in layout.specs if s.name in weighed) * 1.2
-    stored = sum(gradient_bytes(spec) for wave in memory.gradient_waves() for spec in wave)
+    stored = sum(gradient_bytes(spec) for wave in memory.gradient_plan().waves for spec in wave)
     work = 3 * (block_work(layout) + head_work(layout)) + sums
     return StageCost(
         memory.gradients(),
@@ -158,7 +161,7 @@ def _summary(result: Result) -> str:
 
 
 def _sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
-    found, shown = results["calibrate"], ("num_tokens", "num_shards", "mode", "waves", "experts")
+    found, shown = results["calibrate"], ("num_tokens", "num_shards", "hold", "waves", "experts")
     return {"calibration": {key: found[key] for key in shown if key in found}}
 
 

@@ -42,6 +42,7 @@ class CorrectionJob:
     loss_on: str = "completion"
     pad_token_id: int = 0
     model_options: dict[str, Any] = field(default_factory=dict)
+    hold: str = "resident"
 
     @property
     def state_dir(self) -> Path:

@@ -17,7 +17,7 @@ from emloc_ray.io.store.node_cache import exists
 from emloc_ray.modeling.adapter import attach_adapter, detach_adapter, load_adapter
 from emloc_ray.modeling.adapter_files import Adapter, lora_form_settings
 from emloc_ray.modeling.adapter_methods import adapter_config
-from emloc_ray.modeling.loading import load_model
+from emloc_ray.modeling.holding import open_model
 from emloc_ray.modeling.scoring import RowLosses, losses_by_row
 from emloc_ray.stages.correct.job import CorrectionJob, module_groups
 from emloc_ray.stages.correct.modules import CorrectableModule, plug_in, read_modules
@@ -82,7 +82,7 @@ class _AdaptedModel:
 
     def __init__(self, job: CorrectionJob) -> None:
         self.job, self.adapter = job, Adapter(job.adapter_dir)
-        self.model = load_adapter(load_model(job.model_dir, **job.model_options), job.adapter_dir).eval()
+        self.model = load_adapter(open_model(job.model_dir, job.hold, **job.model_options), job.adapter_dir).eval()
         self.images = ImageInputs(job.model_dir, job.model_options)
         self.is_lora = self.adapter.is_lora
         paths = [group.path for group in module_groups(job, self.adapter.names)]

@@ -49,6 +49,7 @@ def correction_job(context: Context) -> CorrectionJob:
         loss_on=context.loss_on(),
         pad_token_id=context.pad_token_id(),
         model_options=context.model_options,
+        hold=context.memory.searching().hold,
     )
 
 

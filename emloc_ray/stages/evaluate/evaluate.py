@@ -17,7 +17,7 @@ from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.store.node_cache import ensure
 from emloc_ray.modeling.adapter import detach_adapter, load_adapter
 from emloc_ray.modeling.adapter_files import CONFIG_NAME, WEIGHTS_NAME
-from emloc_ray.modeling.loading import load_model
+from emloc_ray.modeling.holding import open_model
 from emloc_ray.modeling.scoring import Score, complete, prompt_length, score_rows
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
 from emloc_ray.stages.ray.tasks import Progress, Resources, run_tasks, silent
@@ -52,6 +52,8 @@ class EvaluationJob:
     max_new_tokens: int = 32
     variants: tuple[str, ...] = VARIANTS
     model_options: dict[str, Any] = field(default_factory=dict)
+    hold: str = "resident"  # of the original and the merged model
+    emulator_hold: str = "resident"
 
     @property
     def scored(self) -> tuple[str, ...]:
@@ -97,7 +99,7 @@ def evaluate_slice(job: EvaluationJob, family: str, part: int, num_parts: int) -
 def score_adapters(job: EvaluationJob, adapters: Sequence[Path | None]) -> list[Score]:
     """The original on the held-out rows with each of some adapters, whatever they were trained on; None: without one."""
     shards = TokenShards(job.tokens_dir)
-    model, found = load_model(job.model_dir, **job.model_options), []
+    model, found = open_model(job.model_dir, job.hold, **job.model_options), []
     for adapter in adapters:
         plugged = model if adapter is None else load_adapter(model, adapter)
         name = "original" if adapter is None else str(adapter)
@@ -132,7 +134,8 @@ def _models(job: EvaluationJob, family: str) -> Iterator[tuple[str, Any]]:
     }
     directory = directories[family]
     assert directory is not None
-    model = load_model(directory, **job.model_options)
+    hold = job.emulator_hold if family == "emulator" else job.hold
+    model = open_model(directory, hold, **job.model_options)
     for variant in (name for name in job.scored if _FAMILIES[name] == family):
         if variant in adapters:
             bare = detach_adapter(model) if isinstance(model, PeftModel) else model

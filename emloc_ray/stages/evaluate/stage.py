@@ -46,6 +46,8 @@ def evaluation_job(context: Context) -> EvaluationJob:
         max_new_tokens=section.max_new_tokens,
         variants=tuple(section.variants),
         model_options=context.model_options,
+        hold=context.memory.evaluating().hold,
+        emulator_hold="resident" if context.layout.differs else context.memory.evaluating().hold,
     )
 
 

@@ -66,6 +66,7 @@ def finetune_job(context: Context, name: str) -> FinetuneJob:
         training_arguments={"run_name": prepared.run.name, **_training_arguments(section)},
         zero_config=prepared.zero_config,
         model_options=context.model_options,
+        hold=context.memory.finetune_hold(),
     )
 
 

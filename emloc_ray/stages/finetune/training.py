@@ -32,8 +32,8 @@ from emloc_ray.modeling.adapter import attach_adapter, save_trained_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import load_config
 from emloc_ray.modeling.experts import UnfusedExperts
+from emloc_ray.modeling.holding import open_model
 from emloc_ray.modeling.inputs import label_mask, model_call
-from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import TopLogProbs, call_loss
 from emloc_ray.stages.finetune.session import GroupSession, LoneSession, TrainingSession, own_environment
 from emloc_ray.stages.finetune.zero import join_as_deepspeed_rank, scattered_in, step_was_finite, whole_parameters
@@ -68,6 +68,7 @@ class FinetuneJob:
     model_options: dict[str, Any] = field(default_factory=dict)
     teacher_dir: Path | None = None
     stage: str = "finetune"
+    hold: str = "resident"
 
     @property
     def log_path(self) -> Path:
@@ -349,12 +350,13 @@ def _make_trainer(job: FinetuneJob, output_dir: str, session: TrainingSession) -
             "use_cpu": not torch.cuda.is_available(),
             **job.training_arguments,
             "bf16": trains_in_bfloat16(job),
+            **({} if job.hold == "resident" else {"gradient_checkpointing": False}),  # its blocks are run again anyway
             **scattered,
         },
     )
     with scattered_in(_stored_dtype(job)) if job.zero_config else contextlib.nullcontext():
         wide = {} if arguments.bf16 or job.model_options.get("dtype", "auto") != "auto" else _stored_float32(job)
-        model = load_model(job.emulator_dir, **{**job.model_options, **wide})
+        model = open_model(job.emulator_dir, job.hold, **{**job.model_options, **wide})
     if arguments.ddp_find_unused_parameters is None:
         # Looked for in vain at every step: only an expert that a rank sends no token to has none.
         arguments.ddp_find_unused_parameters = any(isinstance(part, UnfusedExperts) for part in model.modules())
@@ -362,6 +364,9 @@ def _make_trainer(job: FinetuneJob, output_dir: str, session: TrainingSession) -
         ensure(Path(tokenizer), weights=False)
     torch.manual_seed(job.seed)  # the same A on every rank
     model = attach_adapter(model, adapter_config(**job.adapter))
+    if job.hold != "resident":  # DDP would make all ranks' weights the first one's, which are away
+        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        setattr(model, "_ddp_params_and_buffers_to_ignore", frozen)  # noqa: B010
     order = SampleOrder(
         len(TokenShards(job.tokens_dir)),
         job.batch_size,

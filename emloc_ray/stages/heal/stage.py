@@ -61,6 +61,7 @@ def healing_job(context: Context, healing: HealingConfig, name: str) -> HealingJ
         training.batch_size,
         training.pad_token_id,
         context.model_options,
+        context.memory.teaching(training.batch_size).hold,
     )
     fold = FoldJob(
         training.emulator_dir,

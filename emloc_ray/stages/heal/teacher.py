@@ -22,7 +22,7 @@ from emloc_ray.io.formats.teacher_shards import (
     write_teacher_shard,
 )
 from emloc_ray.io.store.node_cache import exists, is_stored, sizes
-from emloc_ray.modeling.loading import load_model
+from emloc_ray.modeling.holding import open_model
 from emloc_ray.modeling.loss import teacher_logits
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
 from emloc_ray.stages.ray.tasks import LOOK_S, Progress, Resources, bounded, silent
@@ -44,6 +44,7 @@ class TeacherJob:
     batch_size: int = 8
     pad_token_id: int = 0
     model_options: dict[str, Any] = field(default_factory=dict)
+    hold: str = "resident"
 
     def shards(self) -> list[list[int]]:
         """The rows of each shard, ascending."""
@@ -78,13 +79,13 @@ def teach_part(job: TeacherJob, part: int, num_parts: int) -> None:
     """Writes the shards ``part, part + num_parts, …`` that are not there yet."""
     left = [(number, rows) for number, rows in list(enumerate(job.shards()))[part::num_parts]]
     left = [(number, rows) for number, rows in left if not exists(teacher_shard(job.out_dir, number))]
-    model = load_model(job.model_dir, **job.model_options) if left else None
+    model = open_model(job.model_dir, job.hold, **job.model_options) if left else None
     for number, rows in left:
         write_teacher_shard(teacher_shard(job.out_dir, number), rows, teach_shard(job, model, rows))
 
 
 def teach(job: TeacherJob, resources: Resources, progress: Progress = silent, tell: Tell = unheard) -> None:
-    """Writes ``job.out_dir``: a task a worker, each with the whole original; shards that are there already stay.
+    """Writes ``job.out_dir``: a task a worker, each with the original held so; shards that are there already stay.
 
     Raises what a task raised. ``progress`` counts shards.
     """

@@ -453,16 +453,13 @@ def test_a_running_ray_is_joined_as_it_is(
         ({"objective": "weights"}, None),
     ],
 )
-def test_gradients_need_the_whole_model_in_a_worker(emulator: dict[str, Any], asks: str | None) -> None:
+def test_what_asks_for_gradients(emulator: dict[str, Any], asks: str | None) -> None:
     assert config(emulator=emulator).emulator.asks_for_gradients == asks
-    streamed = {"mode": "streamed"}
-    if asks is None:
-        config(emulator=emulator, calibration=streamed)
-        return
-    told = error_of(emulator=emulator, calibration=streamed)
-    assert told.endswith(
-        f"{asks} needs gradients, which pass through the whole model: set calibration.mode to resident or auto."
-    )
+
+
+def test_the_calibration_s_mode_has_a_successor() -> None:
+    told = error_of(calibration={"mode": "streamed"})
+    assert told.endswith("calibration.mode was removed: set model.hold, to block_by_block where it was streamed.")
 
 
 def test_rows_to_heal_on_are_for_a_healing() -> None:

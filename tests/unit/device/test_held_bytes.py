@@ -38,8 +38,8 @@ def sizes(directory: Path) -> tuple[int, int]:
     return sum(4 * p.numel() for p in parameters.values()) - inside, inside // LAYERS
 
 
-def held(directory: Path, device: torch.device, **options: Any) -> Any:
-    return open_model(directory, "offloaded", device=str(device), **options)
+def held(directory: Path, device: torch.device, hold: str = "offloaded") -> Any:
+    return open_model(directory, hold, device=str(device))
 
 
 def loss_of(model: Any) -> torch.Tensor:
@@ -52,7 +52,7 @@ def test_a_pass_forward_and_back(ends: bool, directory: Path, device: torch.devi
     outside, block = sizes(directory)
     gc.collect()
     before = meter.current
-    model = held(directory, device, ends_offloaded=ends)
+    model = held(directory, device, "all_offloaded" if ends else "offloaded")
     kept = outside if not ends else outside - 2 * 4 * VOCABULARY * 64
     assert kept <= meter.current - before < kept + 2000
     targets = [spec.name for spec in block_linears(empty_model(model.config))]

@@ -25,6 +25,7 @@ from emloc_ray.modeling.inputs import model_call
 from emloc_ray.modeling.loss import call_loss, token_loss
 from emloc_ray.modeling.scoring import complete, score_rows
 
+OFFLOADED = ("offloaded", "all_offloaded")
 FAMILIES = ("Llama", "Qwen2", "GPT-2", "Gemma 3", "Mixtral", "gpt-oss", "T5")
 BATCH = collate(rows(), PAD)
 
@@ -59,12 +60,12 @@ def gradients(model: Any) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("hold", OFFLOADED)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_and_gradients_are_those_of_the_whole_model(
-    family: str, ends: bool, saved: Callable[[str], Path]
+    family: str, hold: str, saved: Callable[[str], Path]
 ) -> None:
-    whole, held = open_model(saved(family)), open_model(saved(family), "offloaded", ends_offloaded=ends)
+    whole, held = open_model(saved(family)), open_model(saved(family), hold)
     with torch.no_grad():
         one, other = (token_loss(model, BATCH, "all") for model in (whole, held))
     assert float(one.loss_sum) == float(other.loss_sum)
@@ -104,8 +105,8 @@ def test_tied_embeddings_and_another_dtype(tmp_path: Path) -> None:
     save_model(tmp_path, "llama", tied=True)
     choices: list[dict[str, Any]] = [{}, {"dtype": "bfloat16"}]
     for options in choices:
-        for ends in (False, True):
-            models = open_model(tmp_path, **options), open_model(tmp_path, "offloaded", ends_offloaded=ends, **options)
+        for hold in OFFLOADED:
+            models = open_model(tmp_path, **options), open_model(tmp_path, hold, **options)
             one, other = (model(input_ids=torch.arange(9)[None]).logits for model in models)
             assert one.dtype == other.dtype
             assert torch.equal(one, other)

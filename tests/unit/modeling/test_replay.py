@@ -141,7 +141,7 @@ def test_a_missing_weight_is_named(tmp_path: Path) -> None:
 
 
 def test_a_block_that_returns_something_else_is_refused() -> None:
-    with pytest.raises(StageError, match=r"block 3 returns dict: set calibration\.mode to resident"):
+    with pytest.raises(StageError, match=r"block 3 returns dict: set model\.hold to offloaded"):
         BlockOutput.of({}, "block 3")
 
 

@@ -231,7 +231,7 @@ def test_a_budget_is_for_the_healing_too() -> None:
     found = large({"steps": 100, "per_device_train_batch_size": 4})
     solution = solve(STEPS, found, budget, ROW)
     assert solution.finetune_bytes <= budget
-    assert "heal" in solution.too_large  # its teacher is the original, which is larger
+    assert "heal" not in solution.too_large  # its teacher is the original, which is larger, offloaded
     healed, plain = (s.prepared.config.emulator for s in (solution, solve(STEPS, large(None), budget, ROW)))
     assert healed.compression_ratio < plain.compression_ratio
 

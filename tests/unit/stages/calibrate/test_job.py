@@ -14,8 +14,8 @@ A, B, C = ("a", "a2"), ("b",), ("c",)
 INPUTS = {"model": "m", "data": "d"}
 
 
-def job_of(mode: str, *waves: tuple[tuple[str, ...], ...]) -> CalibrationJob:
-    return CalibrationJob(Path("m"), Path("t"), (A, B, C), (0, 4), mode=mode, waves=waves or None)
+def job_of(hold: str, *waves: tuple[tuple[str, ...], ...]) -> CalibrationJob:
+    return CalibrationJob(Path("m"), Path("t"), (A, B, C), (0, 4), hold=hold, waves=waves or None)
 
 
 def went_on(job: CalibrationJob, out_dir: Path, inputs: dict[str, str], num_slots: int = 2) -> CalibrationJob:
@@ -47,13 +47,13 @@ def test_what_would_hold_more_than_is_allowed_now_is_begun_again(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("num_slots", "auto", "mode", "kept"),
-    [(2, True, "resident", True), (3, True, "streamed", False), (2, False, "resident", False)],
+    ("num_slots", "auto", "hold", "kept"),
+    [(2, True, "resident", True), (3, True, "block_by_block", False), (2, False, "resident", False)],
 )
-def test_a_streamed_try(tmp_path: Path, num_slots: int, auto: bool, mode: str, kept: bool) -> None:
-    left = begin(tmp_path / "c", job_of("streamed"))
-    found = go_on(job_of(mode, (A, B, C)), tmp_path / "c", INPUTS, num_slots, auto)
-    assert found.mode == ("streamed" if kept or mode == "streamed" else "resident")
+def test_a_try_block_by_block(tmp_path: Path, num_slots: int, auto: bool, hold: str, kept: bool) -> None:
+    left = begin(tmp_path / "c", job_of("block_by_block"))
+    found = go_on(job_of(hold, (A, B, C)), tmp_path / "c", INPUTS, num_slots, auto)
+    assert found.hold == ("block_by_block" if kept or hold == "block_by_block" else "resident")
     assert left.exists() == kept
 
 

@@ -22,7 +22,7 @@ BLOCKS = 2
 
 @pytest.fixture
 def job(artifacts: Artifacts) -> CalibrationJob:
-    return replace(artifacts.calibration_job, mode="streamed")
+    return replace(artifacts.calibration_job, hold="block_by_block")
 
 
 def slot(job: CalibrationJob, out_dir: Path, number: int = 0, of: int = 1) -> StreamedSlot:

@@ -66,7 +66,7 @@ def resident(job: CalibrationJob, folder: Path) -> Gathered:
 
 
 def streamed(job: CalibrationJob, folder: Path) -> Gathered:
-    slot = StreamedSlot(replace(job, mode="streamed"), folder, 0, 1, BLOCKS, 1)
+    slot = StreamedSlot(replace(job, hold="block_by_block"), folder, 0, 1, BLOCKS, 1)
     for block in range(BLOCKS):
         slot.accumulate(block)
     parts = [part_file(folder, 0, 1, block) for block in range(BLOCKS)]

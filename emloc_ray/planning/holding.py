@@ -1,0 +1,91 @@
+"""How a worker holds the original for a pass, chosen by what fits it (:mod:`emloc_ray.modeling.holding`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from emloc_ray.modeling.architecture import LinearSpec
+from emloc_ray.modeling.block_flow import block_flow
+from emloc_ray.planning.layout import Layout
+from emloc_ray.planning.sizes import gradient_bytes, in_waves
+
+HOLDS = ("resident", "offloaded", "all_offloaded")
+"""Of a pass through the whole model, the fastest first."""
+
+_ALIVE = 2  # blocks of an offloaded model: one that computes, and one on its way
+
+
+def held_bytes(layout: Layout, itemsize: int, tied: bool) -> dict[str, int]:
+    """Bytes of weights on the device, by how the model is held."""
+    inside: dict[str, int] = {}
+    for spec in layout.specs:
+        if not spec.between:
+            inside[spec.block] = inside.get(spec.block, 0) + spec.num_parameters
+    largest = max(inside.values(), default=0)
+    outside = layout.num_parameters - sum(inside.values())
+    ends = layout.head_parameters * (1 if tied else 2)
+    parameters = {
+        "resident": layout.num_parameters,
+        "offloaded": outside + _ALIVE * largest,
+        "all_offloaded": max(0, outside - ends) + max(_ALIVE * largest, largest + layout.head_parameters),
+    }
+    return {hold: size * itemsize for hold, size in parameters.items()}
+
+
+def allowed(asked: str) -> tuple[str, ...]:
+    """What ``model.hold`` leaves to choose among for a pass of the whole model, the fastest first."""
+    if asked == "resident":
+        return HOLDS[:1]
+    return HOLDS if asked == "auto" else HOLDS[1:]
+
+
+def choose(asked: str, held: Mapping[str, float], beside: float, room: float) -> str:
+    """The fastest way that fits ``room`` bytes with what is held ``beside`` the weights; the leanest where none does."""
+    ways = allowed(asked)
+    return next((way for way in ways if held[way] + beside <= room), ways[-1])
+
+
+@dataclass(frozen=True)
+class GradientPlan:
+    """How sums of gradients are gathered: how the model is held, rows of a batch, and which linears' sums in each wave."""
+
+    hold: str
+    batch_size: int
+    waves: tuple[tuple[LinearSpec, ...], ...]
+
+
+def plan_gradients(
+    asked: str,
+    held: Mapping[str, float],
+    specs: Sequence[LinearSpec],
+    batch_size: int,
+    beside: Callable[[int], float],
+    room: float,
+) -> GradientPlan:
+    """In as few waves as fit ``room`` bytes; of equally few resident first, then in as large batches as may be.
+
+    ``beside(rows)``: bytes of a batch's pass forward and back. A wave costs a pass over all rows, a smaller batch nearly
+    nothing. Where nothing fits: one linear's sum at a time, in the leanest way.
+    """
+    batches = [batch_size >> halvings for halvings in range(batch_size.bit_length())]
+    largest = max(map(gradient_bytes, specs), default=0)
+    plans = []
+    for way in allowed(asked):
+        for rows in batches:
+            left = room - held[way] - beside(rows)
+            if left >= largest or (way, rows) == (allowed(asked)[-1], 1):
+                plans.append(GradientPlan(way, rows, tuple(map(tuple, in_waves(specs, gradient_bytes, left)))))
+    return min(plans, key=lambda plan: len(plan.waves))
+
+
+def blocks_share(model_config: Any, trust_remote_code: bool) -> bool:
+    """Whether blocks read what is inside others, as keys and values of Gemma 3n and Gemma 4: not to be run one by one."""
+    key = model_config.to_json_string(use_diff=False)
+    if key not in _SHARES:
+        _SHARES[key] = block_flow(model_config, trust_remote_code).shares
+    return _SHARES[key]
+
+
+_SHARES: dict[str, bool] = {}  # by the config, which is asked about several times while a run is planned
