@@ -37,6 +37,7 @@ from emloc_ray.stages.factorize.kept_tensors import copy_rest, rest_of_shards
 from emloc_ray.stages.factorize.stage import factorization_job
 from emloc_ray.stages.finetune.stage import finetune_job
 from emloc_ray.stages.finetune.training import FinetuneJob, train_alone
+from emloc_ray.stages.finish import finishing_job
 from emloc_ray.stages.merge.merge import MergeJob, merge_shard
 from emloc_ray.stages.merge.stage import merge_job
 from emloc_ray.stages.tokens.tokens import tokenize_data
@@ -71,6 +72,8 @@ def plain_run(values: dict[str, Any], model_dir: Path) -> PlainRun:
     build(factorization_job(context), GramStore(context.path("calibration")), context.base_config())
     step_losses = train(finetune_job(context, "training"))
     correct_adapter(correction_job(context))
+    if context.finishes:
+        step_losses += train(finishing_job(context, "finishing"))
     merge(merge_job(context))
     context.path("metrics.json").write_text(json.dumps({"evaluation": score(evaluation_job(context))}))
     return PlainRun(context, values, step_losses)

@@ -209,6 +209,7 @@ class FinetuneConfig(StageConfig):
     save_steps: int = Field(100, ge=1, description="steps between checkpoints, which a later try continues from")
     logging_steps: int = Field(10, ge=1, description="steps between losses")
     max_failures: int = Field(3, ge=0, description="lost workers to recover from before the run fails")
+    exact_steps: int = Field(0, ge=0, description="further steps, on the original itself, of the corrected adapter")
     deepspeed: str | None = Field(None, description="path of a DeepSpeed JSON, from the working directory")
 
     @field_validator("max_steps")
@@ -267,7 +268,7 @@ class MergeConfig(StageConfig):
         return gpus
 
 
-Variant = Literal["original", "emulator", "emulator_adapter", "uncorrected", "corrected", "merged"]
+Variant = Literal["original", "emulator", "emulator_adapter", "uncorrected", "corrected", "finished", "merged"]
 
 
 class EvaluationConfig(StageConfig):

@@ -11,6 +11,7 @@ STEPS = (
     "heal",
     "finetune",
     "correct",
+    "finish",
     "merge",
     "evaluate",
 )

@@ -33,8 +33,9 @@ def attach_adapter(model: Any, config: PeftConfig) -> PeftModel:
     return attached
 
 
-def load_adapter(model: Any, directory: Path, name: str = "default") -> PeftModel:
-    """A saved adapter, frozen, on an emulator or on its original; beside those it has, where it has any of that method."""
+def load_adapter(model: Any, directory: Path, name: str = "default", *, trainable: bool = False) -> PeftModel:
+    """A saved adapter, frozen unless ``trainable``, on an emulator or on its original; beside those it has, where it has
+    any of that method."""
     ensure(Path(directory))
     with readable(Path(directory), model) as folder:
         config = PeftConfig.from_pretrained(str(folder))
@@ -42,8 +43,8 @@ def load_adapter(model: Any, directory: Path, name: str = "default") -> PeftMode
             if isinstance(model, PeftModel):
                 model.load_adapter(folder, adapter_name=name, peft_config=config)
                 return model
-            loaded = PeftModel.from_pretrained(model, folder, adapter_name=name, config=config)
-    return loaded.requires_grad_(False)  # a prompt's encoder would learn on
+            loaded = PeftModel.from_pretrained(model, folder, adapter_name=name, config=config, is_trainable=trainable)
+    return loaded if trainable else loaded.requires_grad_(False)  # a prompt's encoder would learn on
 
 
 def detach_adapter(model: PeftModel) -> Any:

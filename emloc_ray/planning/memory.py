@@ -232,19 +232,21 @@ class MemoryModel:
     def finetune(self, logit_copies: int = LOSS_COPIES) -> Parts:
         """Emulator, adapter with its optimizer, and a step: what blocks keep for the backward pass, or only their inputs
         and one block's at a time under gradient checkpointing; beside it the logits, or one linear's update by LoRA."""
+        hold = self.finetune_hold()
+        again = self.config.finetune.gradient_checkpointing or hold != "resident"
+        weights = self.emulator if hold == "resident" else self.held[hold]
+        return {"weights": weights, "unpacked": self._unpacked(), **self._training(again, logit_copies)}
+
+    def _training(self, again: bool, logit_copies: int = LOSS_COPIES) -> Parts:
         section = self.config.finetune
         virtual = self.config.adapter.settings.get("num_virtual_tokens", 0)
         tokens = section.per_device_train_batch_size * (self.lengths.longest + virtual)
         saved = [block.multiple * self._saved_per_token(block, self.adapted) for block in self.blocks]
         inputs = sum(block.multiple * block.width for block in self.blocks) * self.itemsize
-        hold = self.finetune_hold()
-        again = section.gradient_checkpointing or hold != "resident"
         kept, inner = (inputs, max(saved)) if again else (sum(saved), 0.0)
         inside = tokens * (inner + self._update_per_token())
         logits = self._logits(tokens, logit_copies)
         return {
-            "weights": self.emulator if hold == "resident" else self.held[hold],
-            "unpacked": self._unpacked(),
             "optimizer": _ADAM_BYTES * self.adapter_parameters,
             "row norms": self._row_norms([spec for spec in self.adapted if len(self.layout.stored_shapes(spec)) == 1]),
             "activations": tokens * kept + (inside if inside >= logits else 0),
@@ -258,13 +260,17 @@ class MemoryModel:
         """
         config = self.config
         own = config.finetune.deepspeed is None and config.adapter.method not in ("dora", "prefix_tuning")
-        if self.layout.differs or not own:
-            return "resident"
-        tokens = config.finetune.per_device_train_batch_size * self.lengths.longest
-        inputs = tokens * sum(block.multiple * block.width for block in self.blocks) * self.itemsize
-        saved = tokens * max(block.multiple * self._saved_per_token(block, self.adapted) for block in self.blocks)
-        beside: Parts = {"optimizer": _ADAM_BYTES * self.adapter_parameters, "activations": inputs + saved}
-        return self._holding("finetune", beside).hold
+        return self.finishing().hold if own and not self.layout.differs else "resident"
+
+    def finishing(self) -> Held:
+        """Steps on the original: its weights, the adapter with its optimizer, and a step with blocks run again.
+
+        A prefix works through the cache that running a block again would fill twice: its original is held whole.
+        """
+        beside = self._training(again=True)
+        if self.config.adapter.method == "prefix_tuning":
+            return Held("resident", {"weights": self.weights, **self._training(again=False)})
+        return self._holding("finetune", beside)
 
     def correct(self) -> Parts:
         """First the linears that share a Gram, a task each, then the original with the adapter and every module's thin

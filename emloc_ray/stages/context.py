@@ -128,6 +128,16 @@ class Context:
         return self.path("emulator" if self.prepared.config.emulator.heals is None else "emulator_healed")
 
     @property
+    def finishes(self) -> bool:
+        """Whether the corrected adapter is trained on, on the original."""
+        return self.prepared.config.finetune.exact_steps > 0 and self.layout.differs
+
+    @property
+    def final_adapter(self) -> Path:
+        """The adapter that is merged."""
+        return self.path("adapter_finished" if self.finishes else "adapter")
+
+    @property
     def model_options(self) -> dict[str, Any]:
         """How every stage opens the original."""
         model = self.prepared.config.model

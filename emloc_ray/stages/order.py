@@ -5,9 +5,10 @@ from emloc_ray.stages.correct.stage import CORRECT
 from emloc_ray.stages.evaluate.stage import EVALUATE
 from emloc_ray.stages.factorize.stage import ALLOCATE, FACTORIZE
 from emloc_ray.stages.finetune.stage import FINETUNE
+from emloc_ray.stages.finish import FINISH
 from emloc_ray.stages.heal.stage import HEAL
 from emloc_ray.stages.importing import IMPORT
 from emloc_ray.stages.merge.stage import MERGE
 from emloc_ray.stages.tokens.stage import DATA
 
-STEPS = (IMPORT, DATA, CALIBRATE, GRADIENTS, ALLOCATE, FACTORIZE, HEAL, FINETUNE, CORRECT, MERGE, EVALUATE)
+STEPS = (IMPORT, DATA, CALIBRATE, GRADIENTS, ALLOCATE, FACTORIZE, HEAL, FINETUNE, CORRECT, FINISH, MERGE, EVALUATE)

@@ -195,7 +195,7 @@ def plan(
     from emloc_ray.stages.order import STEPS
     from emloc_ray.ui.terminal import plan_tables
 
-    # The option sets the config's key: what depends on that, such as the calibration's mode, is planned with it.
+    # The option sets the config's key: what depends on that, such as how the model is held, is planned with it.
     if memory_budget is not None and not memory_budget.strip():
         raise ConfigError("--memory-budget is empty: give a size, such as 24GiB.")
     budget = [] if memory_budget is None else [f"memory_budget={memory_budget}"]

@@ -32,6 +32,7 @@ VARIANTS = {
     "emulator_adapter": "emulator + adapter",
     "uncorrected": "original + adapter as trained",
     "corrected": "original + adapter corrected",
+    "finished": "original + adapter finished",
     "merged": "merged",
 }
 
@@ -235,7 +236,11 @@ def evaluation_rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 _DEFAULTS = {"allocation": "uniform", "objective": "activations", "storage": "factors"}
-_RESULTS = {"adapter": "adapter/ (PEFT)", "merged": "merged/ (transformers)"}
+_RESULTS = {
+    "adapter": "adapter/ (PEFT)",
+    "adapter_finished": "adapter_finished/ (PEFT)",
+    "merged": "merged/ (transformers)",
+}
 _BEFORE_RESULTS = {
     "adapter_emulator": "adapter_emulator/ (as trained)",
     "emulator": "emulator/",

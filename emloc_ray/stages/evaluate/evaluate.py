@@ -28,6 +28,7 @@ _FAMILIES = {
     "emulator_adapter": "emulator",
     "uncorrected": "original",
     "corrected": "original",
+    "finished": "original",
     "merged": "merged",
 }
 VARIANTS = tuple(_FAMILIES)
@@ -54,11 +55,13 @@ class EvaluationJob:
     model_options: dict[str, Any] = field(default_factory=dict)
     hold: str = "resident"  # of the original and the merged model
     emulator_hold: str = "resident"
+    finished_adapter_dir: Path | None = None  # None where it is left as corrected
 
     @property
     def scored(self) -> tuple[str, ...]:
         """Those of the variants that there are."""
-        return tuple(name for name in self.variants if name != "merged" or self.merged_dir is not None)
+        lacking = {"merged": self.merged_dir is None, "finished": self.finished_adapter_dir is None}
+        return tuple(name for name in self.variants if not lacking.get(name, False))
 
     @property
     def families(self) -> tuple[str, ...]:
@@ -68,7 +71,7 @@ class EvaluationJob:
     @property
     def generating(self) -> tuple[str, str]:
         """The variants that complete prompts: before and after."""
-        return ("original", "merged" if "merged" in self.scored else "corrected")
+        return ("original", next(v for v in ("merged", "finished", "corrected") if v in self.scored))
 
 
 @dataclass(frozen=True)
@@ -131,15 +134,16 @@ def _models(job: EvaluationJob, family: str) -> Iterator[tuple[str, Any]]:
         "emulator_adapter": job.trained_adapter_dir,
         "uncorrected": job.trained_adapter_dir,
         "corrected": job.corrected_adapter_dir,  # may be of another method than it was trained by
+        "finished": job.finished_adapter_dir,
     }
     directory = directories[family]
     assert directory is not None
     hold = job.emulator_hold if family == "emulator" else job.hold
     model = open_model(directory, hold, **job.model_options)
     for variant in (name for name in job.scored if _FAMILIES[name] == family):
-        if variant in adapters:
+        if (adapter := adapters.get(variant)) is not None:
             bare = detach_adapter(model) if isinstance(model, PeftModel) else model
-            model = load_adapter(bare, adapters[variant])
+            model = load_adapter(bare, adapter)
         yield variant, model.eval()
 
 

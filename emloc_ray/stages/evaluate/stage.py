@@ -36,6 +36,7 @@ def evaluation_job(context: Context) -> EvaluationJob:
         emulator_dir=context.emulator_dir,
         trained_adapter_dir=context.path("adapter_emulator"),
         corrected_adapter_dir=context.path("adapter"),
+        finished_adapter_dir=context.final_adapter if context.finishes else None,
         merged_dir=None if config.adapter.is_prompt else context.path("merged"),
         tokens_dir=context.tokens("eval"),
         loss_on=context.loss_on(),
@@ -56,6 +57,7 @@ def _inputs(context: Context) -> Inputs:
         "correct": context.made["correct"],
         "adapter": context.contents("adapter"),
         "merge": context.made.get("merge", ""),
+        **({"finish": context.made["finish"]} if context.finishes else {}),
         "data": context.split_key("eval"),
         "evaluation": without(context.prepared.config.evaluation, _NOT_SCORED),
     }
@@ -89,7 +91,7 @@ def gap_closed(evaluation: dict[str, Any], upper_bound: str | Path) -> dict[str,
     gap = original - bound
     if gap <= 0:
         return None
-    there = [name for name in ("uncorrected", "corrected", "merged") if name in evaluation]
+    there = [name for name in ("uncorrected", "corrected", "finished", "merged") if name in evaluation]
     shares: dict[str, Any] = {name: (original - evaluation[name]["loss"]) / gap for name in there}
     return {"upper_bound": str(upper_bound), "upper_bound_loss": bound, **shares}
 

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from emloc_ray.stages.ray.tasks import Progress, Resources
 
 # Settings of the fine-tuning that do not enter what comes out of it; its number of workers does, which orders the rows.
-NOT_LEARNED = frozenset({"cpus_per_worker", "gpus_per_worker", "max_failures", "deepspeed", "report_to", "run_name"})
+NOT_LEARNED = frozenset(
+    {"cpus_per_worker", "gpus_per_worker", "max_failures", "deepspeed", "report_to", "run_name", "exact_steps"}
+)
 
 
 def learned(section: FinetuneConfig, *own: str) -> Inputs:
@@ -89,7 +91,7 @@ def _adapter_settings(context: Context) -> dict[str, Any]:
 def _training_arguments(section: Any) -> dict[str, Any]:
     """What the finetune section says to Hugging Face's TrainingArguments, but for what the stage sets itself."""
     own = {*StageConfig.model_fields, "loss_on", "max_steps", "num_train_epochs", "per_device_train_batch_size"}
-    dumped: dict[str, Any] = section.model_dump(mode="json", exclude={*own, "max_failures", "deepspeed"})
+    dumped: dict[str, Any] = section.model_dump(mode="json", exclude={*own, "max_failures", "deepspeed", "exact_steps"})
     return dumped
 
 

@@ -28,7 +28,7 @@ from emloc_ray.errors import DamagedArtifactError
 from emloc_ray.io.formats.json_lines import end_last_line
 from emloc_ray.io.formats.teacher_shards import TeacherShards
 from emloc_ray.io.store.node_cache import ensure, exists, publish
-from emloc_ray.modeling.adapter import attach_adapter, save_trained_adapter
+from emloc_ray.modeling.adapter import attach_adapter, load_adapter, save_trained_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import load_config
 from emloc_ray.modeling.experts import UnfusedExperts
@@ -47,7 +47,8 @@ _TEACHER, _CALL = "teacher", "call"  # what a batch holds beside what the model 
 @dataclass(frozen=True)
 class FinetuneJob:
     """Artifact paths and flat settings; ``adapter`` as :func:`~emloc_ray.modeling.adapter_methods.adapter_config` takes
-    them. With ``teacher_dir`` the loss is the divergence from what a teacher says there, not that of the labels."""
+    them. With ``teacher_dir`` the loss is the divergence from what a teacher says there, not that of the labels. With
+    ``start_dir`` the adapter there is trained on, with the rows that come after ``steps_before`` steps."""
 
     emulator_dir: Path
     tokens_dir: Path
@@ -69,6 +70,8 @@ class FinetuneJob:
     teacher_dir: Path | None = None
     stage: str = "finetune"
     hold: str = "resident"
+    start_dir: Path | None = None
+    steps_before: int = 0
 
     @property
     def log_path(self) -> Path:
@@ -109,8 +112,9 @@ class RankBatches(IterableDataset[dict[str, Any]]):
         self.trainer: Trainer | None = None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        begin = (self.trainer.state.global_step if self.trainer else 0) * self.accumulation
-        end = self.job.max_steps * self.accumulation
+        before = self.job.steps_before
+        begin = (before + (self.trainer.state.global_step if self.trainer else 0)) * self.accumulation
+        end = (before + self.job.max_steps) * self.accumulation
         config = self.trainer.model.config if self.trainer and self.trainer.model else None
         images, together = ImageInputs(self.job.emulator_dir, self.job.model_options), self.order.world_size > 1
         blank = images.blank_row() if together and TokenShards(self.job.tokens_dir).has_images else None
@@ -363,7 +367,10 @@ def _make_trainer(job: FinetuneJob, output_dir: str, session: TrainingSession) -
     if tokenizer := job.adapter.get("tokenizer_name_or_path"):  # which a prompt of a text is begun by
         ensure(Path(tokenizer), weights=False)
     torch.manual_seed(job.seed)  # the same A on every rank
-    model = attach_adapter(model, adapter_config(**job.adapter))
+    if job.start_dir is None:
+        model = attach_adapter(model, adapter_config(**job.adapter))
+    else:
+        model = load_adapter(model, job.start_dir, trainable=True)
     if job.hold != "resident":  # DDP would make all ranks' weights the first one's, which are away
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         setattr(model, "_ddp_params_and_buffers_to_ignore", frozen)  # noqa: B010

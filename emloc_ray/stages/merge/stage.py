@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def merge_job(context: Context) -> MergeJob:
-    """Merges the corrected adapter into the original."""
+    """Merges the corrected adapter into the original, or what was finished of it there."""
     from emloc_ray.stages.merge.merge import MergeJob
 
     section = context.prepared.config.merge
     return MergeJob(
         context.model_dir,
-        context.path("adapter"),
+        context.final_adapter,
         context.path("merged"),
         context.specs(),
         section.chunk_bytes,
@@ -35,7 +35,7 @@ def _inputs(context: Context) -> Inputs:
     size = context.prepared.config.merge.max_shard_size
     return {
         "correct": context.made["correct"],
-        "adapter": context.contents("adapter"),
+        "adapter": context.contents(context.final_adapter.name),
         **({} if size is None else {"max_shard_size": size}),
     }
 

@@ -1,0 +1,94 @@
+"""Exact finishing: a few steps of the corrected adapter on the original itself, its learning rate falling to zero.
+
+Closed forms take back what the emulator changed layer by layer; what the original makes of the adapter as a whole, only
+steps on it can learn. Where the original does not fit its blocks come and go (:mod:`emloc_ray.modeling.holding`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from emloc_ray.io.runs.fingerprint import fingerprint
+from emloc_ray.planning.costs import StageCost
+from emloc_ray.planning.memory import MemoryModel
+from emloc_ray.planning.prepared import Prepared
+from emloc_ray.planning.work import block_work, head_work
+from emloc_ray.stages.context import Context, Inputs, Result, without
+from emloc_ray.stages.finetune.stage import NOT_LEARNED, finetune_job, steps_of
+from emloc_ray.stages.stage import Stage
+
+if TYPE_CHECKING:
+    from emloc_ray.stages.finetune.training import FinetuneJob
+    from emloc_ray.stages.ray.tasks import Progress, Resources
+
+
+def finishing_job(context: Context, name: str) -> FinetuneJob:
+    """Goes on with the rows that the fine-tuning would read next; ``name`` is what a later try goes on from."""
+    config, job = context.prepared.config, finetune_job(context, name)
+    falls = {"lr_scheduler_type": "linear", "warmup_steps": 0, "logging_steps": 1}
+    checkpoints = {"gradient_checkpointing": config.adapter.method != "prefix_tuning"}
+    return replace(
+        job,
+        emulator_dir=context.model_dir,
+        start_dir=context.path("adapter"),
+        out_dir=context.path("adapter_finished"),
+        storage_dir=context.path("finishing"),
+        max_steps=config.finetune.exact_steps,
+        steps_before=steps_of(context),
+        training_arguments={**job.training_arguments, **falls, **checkpoints},
+        zero_config=None,
+        stage="finish",
+        hold=context.memory.finishing().hold,
+    )
+
+
+def _inputs(context: Context) -> Inputs:
+    config = context.prepared.config
+    return {
+        "adapter": context.contents("adapter"),
+        "correct": context.made["correct"],
+        "model": context.model_key,
+        "data": context.split_key("train"),
+        "options": context.model_options,
+        "finetune": without(config.finetune, NOT_LEARNED),
+        "steps": [steps_of(context), config.finetune.exact_steps],
+        "seed": config.seed,
+    }
+
+
+def _finish(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
+    from emloc_ray.stages.finetune.finetune import finetune
+
+    return finetune(finishing_job(context, f"finish-{fingerprint(inputs)}"), granted, progress, context.note)
+
+
+def _cost(memory: MemoryModel) -> StageCost:
+    section = memory.config.finetune
+    rows = section.per_device_train_batch_size * section.gradient_accumulation_steps * section.num_workers
+    tokens = section.exact_steps * rows * memory.lengths.mean
+    flops = tokens * 6 * (block_work(memory.layout) + head_work(memory.layout))  # forward twice, and back
+    disk = 4 * 4 * memory.corrected_parameters
+    return StageCost(memory.finishing().parts, flops=flops, disk_bytes=disk, efficiency=0.2, start_seconds=20)
+
+
+def _sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
+    return {"finishing": {key: results["finish"][key] for key in ("steps", "train_loss", "history")}}
+
+
+FINISH = Stage(
+    name="finish",
+    title="Finishing on the original",
+    verb="correct",
+    wanted=lambda prepared: prepared.config.finetune.exact_steps > 0 and prepared.layout.differs,
+    asks=lambda config: config.finetune,
+    inputs=_inputs,
+    outputs=("adapter_finished",),
+    scratch=("finishing",),
+    run=_finish,
+    cost=_cost,
+    together=True,
+    summary=lambda result: f"{result['steps']} steps on the original, training loss {result['train_loss']:.3f}",
+    sections=_sections,
+    keys=("finishing",),
+)
