@@ -35,6 +35,12 @@ from emloc_ray.stages.tokens.stage import split_inputs
 ROW = Lengths(2048.0, 2048.0)
 
 
+@pytest.fixture(autouse=True)
+def much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a budget models are held whole, whatever the machine has free."""
+    monkeypatch.setattr("emloc_ray.planning.memory.available_bytes", lambda: 2**42)
+
+
 @pytest.fixture
 def prepared(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[..., Prepared]:
     """``prepared(healing={…}, section={…})``: a tiny Llama's run on 300 rows of 70 characters."""
