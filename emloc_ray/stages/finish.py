@@ -14,8 +14,8 @@ from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.work import block_work, head_work
-from emloc_ray.stages.context import Context, Inputs, Result, without
-from emloc_ray.stages.finetune.stage import NOT_LEARNED, finetune_job, steps_of
+from emloc_ray.stages.context import Context, Inputs, Result
+from emloc_ray.stages.finetune.stage import finetune_job, learned, steps_of
 from emloc_ray.stages.stage import Stage
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def _inputs(context: Context) -> Inputs:
         "model": context.model_key,
         "data": context.split_key("train"),
         "options": context.model_options,
-        "finetune": without(config.finetune, NOT_LEARNED),
+        "finetune": learned(config.finetune),
         "steps": [steps_of(context), config.finetune.exact_steps],
         "seed": config.seed,
     }
