@@ -71,7 +71,7 @@ class EvaluationJob:
     @property
     def generating(self) -> tuple[str, str]:
         """The variants that complete prompts: before and after."""
-        return ("original", next(v for v in ("merged", "finished", "corrected") if v in self.scored))
+        return ("original", next((v for v in ("merged", "finished") if v in self.scored), "corrected"))
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ def job(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> Evalu
         emulator_dir=save_emulator(artifacts.model_dir, root / "emulator"),
         trained_adapter_dir=artifacts.adapter_dir,
         corrected_adapter_dir=artifacts.adapter_dir,
+        finished_adapter_dir=artifacts.adapter_dir,
         merged_dir=root / "merged",
         tokens_dir=artifacts.tokens_dir,
         num_generations=2,
@@ -133,7 +134,7 @@ def test_an_adapter_that_was_left_as_it_was_is_scored_once(job: EvaluationJob, m
 
     monkeypatch.setattr(evaluate, "score_rows", noted)
     scores = {result.variant: result.score for result in evaluate_slice(job, "original", 0, 1)}
-    assert names == ["original", "uncorrected"]
+    assert names == ["original", "uncorrected", "finished"]
     assert scores["corrected"] == scores["uncorrected"] != scores["original"]
 
 
