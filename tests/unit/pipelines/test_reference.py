@@ -252,7 +252,7 @@ def test_command_line(
     finally:
         torch.set_default_device(None)
     printed = dict(line.split() for line in capsys.readouterr().out.splitlines() if len(line.split()) == 2)
-    assert {*get_args(Variant)} <= printed.keys()
+    assert {*get_args(Variant)} - {"finished"} <= printed.keys()  # the reference takes no exact steps
     assert float(printed["merged"]) < float(printed["original"])
 
 
