@@ -92,7 +92,7 @@ def test_calibrate(run: FinishedRun) -> None:
             torch.testing.assert_close(store.read(name).double(), expected, rtol=1e-3, atol=1e-5 * scale)
 
 
-def test_streamed(run: FinishedRun, tmp_path: Path) -> None:
+def test_by_blocks(run: FinishedRun, tmp_path: Path) -> None:
     """Block by block, the Grams are those of the whole model."""
     job = calibration_job(Context(prepare(parse_config(run.values)), run.model_dir))
     ours, whole = (

@@ -23,9 +23,10 @@ def planned_bytes(config: LlamaConfig, ranks: dict[str, int], rows: int, length:
     sizes = skeleton.num_parameters, skeleton.head_parameters, skeleton.hidden_size
     layout = Layout(skeleton.specs, skeleton.groups, ranks, tuple(ranks), names, names, *sizes)
     settings: Any = SimpleNamespace(
-        model=SimpleNamespace(dtype="bfloat16"),
+        memory_budget=float("inf"),
+        model=SimpleNamespace(dtype="bfloat16", hold="resident"),
         adapter=SimpleNamespace(method="lora", lora_dropout=0.0, settings={"r": R}),
-        finetune=SimpleNamespace(per_device_train_batch_size=rows, gradient_checkpointing=True),
+        finetune=SimpleNamespace(per_device_train_batch_size=rows, gradient_checkpointing=True, deepspeed=None),
     )
     prepared: Any = SimpleNamespace(
         config=settings,
