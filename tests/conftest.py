@@ -86,6 +86,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         pretend_device()
 
 
+@pytest.hookimpl(tryfirst=True)  # before a test may be skipped
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """A Ray that an earlier test started and left ends before a test that has none."""
     ray = sys.modules.get("ray")
