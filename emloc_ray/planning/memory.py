@@ -7,23 +7,16 @@ its first call (some 15 MiB), and what its kernels pack weights into.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import TYPE_CHECKING, NamedTuple
-
-import torch
+import functools
+from typing import NamedTuple
 
 from emloc_ray.io.formats.shards import chunk_limit
 from emloc_ray.io.formats.teacher_shards import BYTES_PER_LOGIT, rows_per_shard
-from emloc_ray.modeling.adapter_methods import update_rank
 from emloc_ray.modeling.architecture import LinearSpec
-from emloc_ray.modeling.loss import chunk_tokens
 from emloc_ray.planning.holding import GradientPlan, allowed, blocks_share, choose, held_bytes, plan_gradients
-from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.machine import available_bytes, gpu_bytes
-from emloc_ray.planning.sizes import FLOAT, Block, blocks_of, gradient_bytes, gram_bytes, in_waves, widest_step
-
-if TYPE_CHECKING:
-    from emloc_ray.planning.prepared import Prepared
+from emloc_ray.planning.model_bytes import DIVERGENCE_COPIES, LOSS_COPIES, ModelBytes
+from emloc_ray.planning.sizes import FLOAT, gradient_bytes, gram_bytes, in_waves
 
 Parts = dict[str, float]  # bytes by what holds them
 
@@ -31,9 +24,6 @@ BASE_BYTES = 450 * 2**20  # a worker with torch, transformers and peft imported
 _ADAM_BYTES = 16  # a trained parameter in float32: itself, its gradient, Adam's two moments
 _DOUBLE = 8
 _ROWS = 1024  # of a layer that the correction turns to float64 at a time
-# Of a chunk's logits in float32 while their gradient is made: themselves, the softmax and its gradient; of a divergence also
-# those that are not the teacher's top, and theirs.
-LOSS_COPIES, DIVERGENCE_COPIES = 3, 5
 
 
 class Held(NamedTuple):
@@ -43,27 +33,14 @@ class Held(NamedTuple):
     parts: Parts
 
 
-class MemoryModel:
+class MemoryModel(ModelBytes):
     """Predicts from a layout, a config and row lengths; every method gives bytes by part, ``total`` adds them up."""
 
-    def __init__(self, prepared: Prepared, lengths: Lengths | None = None) -> None:
-        """``lengths``: those of the run's own rows by default."""
-        self.prepared, self.lengths = prepared, lengths or prepared.lengths
-        self.config, self.layout = prepared.config, prepared.layout
-        self.model_config = prepared.model_config
-        self.calibration_tokens = prepared.calibration_tokens(self.lengths.mean)
-        self.itemsize, self.file_itemsize = model_dtype(prepared).itemsize, file_dtype(prepared).itemsize
-        self.weights, self.emulator = self._weights(self.itemsize), self._emulator(self.itemsize)
+    @functools.cached_property
+    def held(self) -> dict[str, int]:
+        """Bytes of the original's weights, by how it is held."""
         tied = bool(getattr(self.model_config, "tie_word_embeddings", False))
-        self.held = held_bytes(self.layout, self.itemsize, tied)  # of the original's weights, by how it is held
-        # What their files take.
-        self.weight_files, self.emulator_files = self._weights(self.file_itemsize), self._emulator(self.file_itemsize)
-        adapted = set(self.layout.adapted)
-        self.adapted = tuple(spec for spec in self.layout.specs if spec.name in adapted)
-        self.adapter_parameters = self._adapter_parameters()
-        per_image = self.layout.image.block_tokens
-        multiples = {name: count * self.lengths.images / self.lengths.longest for name, count in per_image.items()}
-        self.blocks = blocks_of(self.layout.groups, multiples)
+        return held_bytes(self.layout, self.itemsize, tied)
 
     def calibrate(self) -> Parts:
         """What a worker holds, however the calibration holds the model."""
@@ -372,135 +349,7 @@ class MemoryModel:
         hold = choose(self.config.model.hold, self.held, BASE_BYTES + total(beside), room)
         return Held(hold, {"weights": self.held[hold], **beside})
 
-    def _row_norms(self, dense: Collection[LinearSpec]) -> int:
-        """PEFT's DoRA on a dense linear: an identity, ``s B A``, its unscaled self and its sum with ``W``, in float32."""
-        if self.config.adapter.method != "dora":
-            return 0
-        return FLOAT * max((s.in_features * (s.in_features + 3 * s.out_features) for s in dense), default=0)
-
-    def _weights(self, itemsize: int) -> int:
-        return self.layout.num_parameters * itemsize
-
-    def _emulator(self, itemsize: int) -> int:
-        saved = self.layout.parameters_targeted - self.layout.parameters_factorized
-        return (self.layout.num_parameters - saved) * itemsize - self._packed_away(itemsize) + self.layout.order_bytes
-
-    def _packed_away(self, itemsize: int) -> int:
-        """Bytes that the emulator's linears in few bits save."""
-        names = set(self.layout.packed)
-        packed = [spec for spec in self.layout.specs if spec.name in names]
-        stored = sum(self.layout.packed_bytes(spec) for spec in packed)
-        return sum(self.layout.kept(spec) for spec in packed) * itemsize - stored
-
-    def _unpacked(self) -> int:
-        """Bytes of the largest weight in few bits as it is used: its codes in 8 bits or by 32-bit indices, two elements each,
-        in float32, and turned to the model's dtype."""
-        shapes = (shape for spec in self.layout.specs for shape in self.layout.stored_shapes(spec))
-        largest = max((rows * columns for rows, columns in shapes), default=0) if self.layout.packed else 0
-        return largest * (2 + FLOAT + (0 if self.itemsize == FLOAT else self.itemsize))
-
-    def _groups(self) -> list[tuple[LinearSpec, ...]]:
-        targeted = set(self.layout.compressed if self.layout.differs else ())
-        return [group for group in self.layout.groups if any(spec.name in targeted for spec in group)]
-
-    def _adapter_parameters(self) -> int:
-        """Those that are trained: of another method than LoRA's as counted by attaching it, see ``model_checks.py``."""
-        if self.layout.adapter_parameters is not None:
-            return self.layout.adapter_parameters
-        magnitudes = sum(s.out_features for s in self.adapted) if self.config.adapter.method == "dora" else 0
-        return magnitudes + self._lora_parameters()
-
-    def _lora_parameters(self) -> int:
-        return sum(self._rank(s) * (s.in_features + s.out_features) for s in self.adapted)
-
-    @property
-    def corrected_parameters(self) -> int:
-        """Those of the adapter as corrected: another method's may be in LoRA's form by then."""
-        corrected = self.config.correction.method != "none" and self.layout.differs
-        return max(self.adapter_parameters, self._lora_parameters() if corrected else 0)
-
-    def _rank(self, spec: LinearSpec) -> int:
-        """The rank of the adapter's update of this linear, as it is corrected: at most the smaller side."""
-        return update_rank(self.config.adapter.method, self.config.adapter.settings, spec)
-
-    def _calibration_tokens(self) -> float:
-        return self.config.calibration.batch_size * self.lengths.longest
-
-    def _logits(self, tokens: float, copies: int = LOSS_COPIES) -> float:
-        """One chunk's logits in float32, or all where they cannot be made by chunks, and what is made of them."""
-        at_once = tokens if self.layout.whole_logits else min(tokens, chunk_tokens(self.layout.hidden_size))
-        return copies * FLOAT * at_once * self._vocabulary()
-
-    def _vocabulary(self) -> float:
-        return self.layout.head_parameters / self.layout.hidden_size
-
-    def _saved_per_token(self, block: Block, trained: Collection[LinearSpec]) -> float:
-        """Bytes that a block keeps of a token for its backward pass, ``trained`` being the linears that are adapted.
-
-        - What adapted linears read, in float32: once for all that share it where the model is in float32, else in a
-          copy for each; with dropout a copy and a mask for each.
-        - The residual stream in float32, at each of two norms.
-        - What goes into attention and activations, and what comes out: outputs of the linears inside, inputs of those
-          that write to the residual stream.
-        - Outputs that are scaled by what is learned, in float32, and of DoRA the base's too.
-
-        Frozen linears keep nothing, dense or factorized: their inputs' gradients need their weights alone. Experts' linears
-        count by the share of tokens that is sent to each.
-        """
-        adapted = set(trained)
-        read = inner = outputs = 0.0
-        for group in block.groups:
-            count = sum(spec in adapted for spec in group)
-            copies = count if self.itemsize < FLOAT or self.config.adapter.lora_dropout else min(count, 1)
-            share = group[0].token_share
-            read += share * copies * group[0].in_features * FLOAT * (2 if self.config.adapter.lora_dropout else 1)
-            outputs += share * sum(spec.out_features for spec in group if spec in adapted)
-            writes = len(group) == 1 and group[0].out_features == block.width
-            inner += share * (group[0].in_features if writes else sum(spec.out_features for spec in group))
-        scaled = {"dora": FLOAT + self.itemsize, "vera": FLOAT, "ia3": FLOAT}.get(self.config.adapter.method, 0)
-        return read + 2 * block.width * FLOAT + inner * self.itemsize + outputs * scaled
-
-    def _update_per_token(self) -> float:
-        """Bytes of the widest ``W x + s B (A x)`` on its way forward, or of its gradient on the way back: once in the
-        model's dtype, three times in float32."""
-        widths = {block.name: block.multiple for block in self.blocks}
-        outputs = (widths[spec.block] * spec.out_features for spec in self.adapted)
-        return max(outputs, default=0.0) * (self.itemsize + 3 * FLOAT)
-
-    def _forward(self, tokens: float) -> float:
-        """Bytes of what lives at once inside a block that keeps nothing: the residual stream before and after attention,
-        normed too, and of its widest step the input, the outputs and one more that is made of them."""
-        return tokens * self.itemsize * max(block.multiple * widest_step(block) for block in self.blocks)
-
-    def _counting(self, tokens: float) -> float:
-        """A pass that adds to Grams: beside it the widest input without its padding, in float32."""
-        widest = max((group[0].in_features for group in self._groups()), default=0)
-        return self._forward(tokens) + tokens * widest * (FLOAT + (0 if self.itemsize == FLOAT else self.itemsize))
-
-    def _cached_per_token(self) -> float:
-        config = self.model_config.get_text_config()
-        heads = getattr(config, "num_attention_heads", None) or 1
-        width = getattr(config, "head_dim", None) or self.layout.hidden_size // heads
-        cached = getattr(config, "num_key_value_heads", None) or heads
-        return 2.0 * cached * width * config.num_hidden_layers
-
 
 def total(parts: Parts) -> int:
     """All parts together."""
     return int(sum(parts.values()))
-
-
-def model_dtype(prepared: Prepared) -> torch.dtype:
-    """What the model's weights are kept in while they are used; ``auto`` is transformers' own: what its config names, else
-    what its files hold."""
-    wanted = prepared.config.model.dtype
-    if wanted != "auto":
-        found: torch.dtype = getattr(torch, wanted)
-        return found
-    named = None if prepared.source.gguf_file else getattr(prepared.model_config, "dtype", None)
-    return named or prepared.file_dtype or torch.float32
-
-
-def file_dtype(prepared: Prepared) -> torch.dtype:
-    """What the model's files hold, and with them the emulator's and the merged model's."""
-    return prepared.file_dtype or model_dtype(prepared)
