@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -q --durations=25
 quickstart: $(VENV)/installed
 	$(BIN)/emloc-ray run configs/quickstart.yaml
 
-# Two minutes: what a change is tried with while it is made. Without pytest's cache: .ci/run tells by it whether the next came to its end.
+# Three minutes on two cores: what a change is tried with while it is made. Without pytest's cache: .ci/run tells by it whether the next came to its end.
 check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

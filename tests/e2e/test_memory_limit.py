@@ -73,6 +73,7 @@ def run(root: Path, model_dir: Path, environment: dict[str, str]) -> Any:
         "emulator": {"compression_ratio": 0.25},
         "adapter": {"r": 4},
         "finetune": {"max_steps": 2, "per_device_train_batch_size": 2},
+        "correction": {"max_share": 1.0},
         "ray": {"num_cpus": 2, "runtime_env": {"worker_process_setup_hook": "limited_worker.limit_memory"}},
     }
     config = root / "config.yaml"
@@ -101,8 +102,8 @@ def test_every_stage_runs_where_the_model_does_not_fit(
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert len(metrics["correction"]["candidates"]) > 1
     losses = {variant: scored["loss"] for variant, scored in metrics["evaluation"].items()}
-    assert losses["merged"] == pytest.approx(losses["corrected"], abs=1e-3)
-    assert losses["merged"] != losses["original"]
+    assert losses["merged"] == pytest.approx(losses["corrected"], abs=0.1)  # it is stored in bfloat16
+    assert max(losses["merged"], losses["corrected"]) < losses["original"]
 
 
 def test_the_limit_is_one_that_the_whole_model_breaks(model_dir: Path, environment: dict[str, str]) -> None:
