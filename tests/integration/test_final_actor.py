@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(failures, "_DELAYS", (0.0,))
+    monkeypatch.setattr(Losses, "delays", (0.0,))
 
 
 def living() -> int:
