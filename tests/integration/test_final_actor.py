@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 from small_runs import FinishedRun, RecordingReporter, Stopping, run_values, worker_processes
@@ -32,7 +34,11 @@ def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def living() -> int:
-    return sum("FinalActor" in process.name() for process in worker_processes())
+    count = 0
+    for process in worker_processes():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            count += "FinalActor" in process.name()
+    return count
 
 
 def none_is_left() -> bool:

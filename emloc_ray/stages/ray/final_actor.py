@@ -55,9 +55,9 @@ class FinalActor:
     def _progress(self, done: int, total: int) -> None:
         self._position = (done, total)
 
-    @ray.method(concurrency_group="progress")
+    @ray.method(concurrency_group="progress", max_task_retries=-1)
     def report(self) -> Report:
-        """Answered by a thread of its own."""
+        """Answered by a thread of its own; asked of a lost actor, once it is started again."""
         return Report(*self._position, _taken(self._notes), _taken(self._spans))
 
 
@@ -93,7 +93,8 @@ class FinalActorHandle:
             try:
                 while not ray.wait([answer], timeout=LOOK_S)[0]:
                     self._pass_on(progress, tell)
-                with contextlib.suppress(ray.exceptions.RayError):  # it may have been lost, or be lost now
+                # Where it was lost this waits for the next, which a step given too early would count as lost once more.
+                with contextlib.suppress(ray.exceptions.RayError):
                     self._pass_on(progress, tell)
                 return ray.get(answer)
             except ray.exceptions.RayError as error:
