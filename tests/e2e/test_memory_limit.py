@@ -73,7 +73,7 @@ def run(root: Path, model_dir: Path, environment: dict[str, str]) -> Any:
         "emulator": {"compression_ratio": 0.25},
         "adapter": {"r": 4},
         "finetune": {"max_steps": 2, "per_device_train_batch_size": 2},
-        "correction": {"max_share": 1.0},
+        "correction": {"max_share": None},
         "ray": {"num_cpus": 2, "runtime_env": {"worker_process_setup_hook": "limited_worker.limit_memory"}},
     }
     config = root / "config.yaml"
