@@ -88,6 +88,13 @@ def prepared_shape(shape: Shape) -> Prepared:
     return replace(bare, layout=replace(bare.layout, image=ImageShape(LENGTH // TILES, patches)))
 
 
+def _held_whole(original: MemoryModel) -> MemoryModel:
+    """As users of LoRA elsewhere hold it: under the budget its blocks would come and go."""
+    config = original.config
+    model = config.model.model_copy(update={"hold": "resident"})
+    return MemoryModel(replace(original.prepared, config=config.model_copy(update={"model": model})), original.lengths)
+
+
 def plan_shape(shape: Shape) -> dict[str, Any]:
     """Parameters and peaks in GB, imports left out as the paper's figures of an allocator do."""
     prepared = prepared_shape(shape)
@@ -101,7 +108,7 @@ def plan_shape(shape: Shape) -> dict[str, Any]:
         "parameters": prepared.layout.num_parameters,
         "weights": original.weights / GB,
         "inference": _gb(original.inference()),
-        "lora_on_the_original": _gb(original.finetune()),
+        "lora_on_the_original": _gb(_held_whole(original).finetune()),
         "paper_lora": shape.lora_gb,
         "paper_emloc": shape.emloc_gb,
     }

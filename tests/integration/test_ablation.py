@@ -35,6 +35,7 @@ FEWER = {
     "adapters": [EIGHT, "methods=[original, lora, loha, prefix]"],
     "allocation": [EIGHT, "methods=[lora, uniform, sensitivity_predictions]"],
     "baselines": [EIGHT],
+    "bits": [EIGHT, "methods=[lora, factors_nf4, int2_rank8]"],
     "calibration_size": [
         "grid.calibration.num_calibration_samples=[2, 8]",
         "compare_with={calibration.num_calibration_samples: 2}",
