@@ -7,9 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from emloc_ray.core.pivoting import stored_product
+from emloc_ray.core.pivoting import PivotedFactors
 from emloc_ray.modeling.emulator import FactorizedLinear
 from emloc_ray.modeling.quantization import module_weight
+
+
+def stored_product(up: Tensor, down: Tensor, order: Tensor | None = None) -> Tensor:
+    """``W_E (out, in)`` of factors as they are stored: plain, or with their ``order`` pivoted."""
+    return up @ down if order is None else PivotedFactors(up, down, order).product()
 
 
 def dense_weight(module: Any, dtype: torch.dtype = torch.float32) -> Tensor:

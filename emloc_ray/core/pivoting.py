@@ -44,11 +44,6 @@ class PivotedFactors(NamedTuple):
         return LowRankFactors(torch.cat([identity, self.up]).index_select(0, self.order), self.down)
 
 
-def stored_product(up: Tensor, down: Tensor, order: Tensor | None = None) -> Tensor:
-    """``W_E (out, in)`` of factors as they are stored: plain, or with their ``order`` pivoted."""
-    return up @ down if order is None else PivotedFactors(up, down, order).product()
-
-
 def pivot(factors: LowRankFactors) -> PivotedFactors:
     """Pivots a product: computed in float64, returned in the dtype of the factors.
 

@@ -104,18 +104,18 @@ def _reside(
             name, path = f"{job.step}: slot {slot}", slots[slot]
             return start_slot(resources, name, work[slot], ResidentSlot, part, path, resources.threads)
 
-        def told(done: int, total: int, number: int = number) -> None:
+        def of_all_waves(done: int, total: int, number: int = number) -> None:
             progress(number * total + done, len(waves) * total)
 
         # A task that counted as lost, and was restarted, may still have committed after its successor did.
         ends = [shards[-1] for shards in work]
         while (safe := [last_shard(file) if exists(file) else -1 for file in slots]) != ends:
-            run_slots(start, work, "token shard", losses, told, safe=safe)
+            run_slots(start, work, "token shard", losses, of_all_waves, safe=safe)
         names = [group[0] for group in groups]
         prefix = f"grams-{number + 1:05d}" if len(waves) > 1 else "grams"
-        found = _reduce(slots, names, out_dir, prefix, resources, losses)
-        counts.update(found[0])
-        weight_map.update(found[1])
+        wave_counts, wave_map = _reduce(slots, names, out_dir, prefix, resources, losses)
+        counts.update(wave_counts)
+        weight_map.update(wave_map)
     return counts, weight_map
 
 
@@ -166,9 +166,9 @@ def _stream(
     flight = Flight(num_slots, losses)
 
     def start(slot: int) -> Any:
-        told = job, out_dir, slot, num_slots, num_blocks, resources.threads
+        arguments = job, out_dir, slot, num_slots, num_blocks, resources.threads
         node = last_node(out_dir, slot, num_slots)
-        return start_slot(resources, f"calibrate: slot {slot}", range(num_blocks), StreamedSlot, *told, node=node)
+        return start_slot(resources, f"calibrate: slot {slot}", range(num_blocks), StreamedSlot, *arguments, node=node)
 
     def done(slot: int, position: int) -> None:
         for block in range(min(passed.values()) + 1, min((passed | {slot: position}).values()) + 1):
@@ -182,7 +182,7 @@ def _stream(
     run_slots(start, [range(num_blocks)] * num_slots, "block", losses, progress, done)
     while flight.pump(None):
         pass
-    counts = {name: count for found in flight.results.values() for name, count in found.items()}
+    counts = {name: count for block in flight.results.values() for name, count in block.items()}
     return counts, {name: files[block].name for block in range(num_blocks) for name in names[block]}
 
 

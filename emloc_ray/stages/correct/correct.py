@@ -159,5 +159,5 @@ def _chosen(plan: _Plan) -> tuple[Candidate, dict[str, Any]]:
         "selection_tokens": tokens,
         "scored_tokens": tokens * len(choice.candidates),
         "max_tokens": job.max_tokens,
-        "candidates": choice.told(),
+        "candidates": choice.records(),
     }

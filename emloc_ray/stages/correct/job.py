@@ -69,15 +69,15 @@ def module_groups(job: CorrectionJob, names: Sequence[str]) -> list[ModuleGroup]
     grams = None if job.calibration_dir is None else GramStore(job.calibration_dir)
     placed = {spec.name: spec for spec in job.specs}
     members: dict[object, list[LinearSpec]] = {}
-    found: dict[object, StoredGram] = {}
+    stored: dict[object, StoredGram] = {}
     for name in names:
         key: object = "" if grams is None else name
         if grams is not None and name in grams and grams.num_tokens(name) > 0:
             key = gram = grams.stored(name)
-            found[key] = gram
+            stored[key] = gram
         members.setdefault(key, []).append(placed[name])
     paths = [job.state_dir / f"modules-{k + 1:05d}-of-{len(members):05d}.safetensors" for k in range(len(members))]
     return [
-        ModuleGroup(tuple(specs), found.get(key), path)
+        ModuleGroup(tuple(specs), stored.get(key), path)
         for (key, specs), path in zip(members.items(), paths, strict=True)
     ]

@@ -126,12 +126,12 @@ def see_differences(job: CorrectionJob, group: ModuleGroup, device: torch.device
     gram_columns: Sequence[Tensor | None] = [None] * len(bare)
     if gram is not None:
         product = product_by_rows(gram, torch.cat(columns, dim=1))
-        gram_columns = product.split([some.shape[1] for some in columns], dim=1)
-    found = []
+        gram_columns = product.split([part.shape[1] for part in columns], dim=1)
+    corrected = []
     for spec, module, own, gram_own in zip(group.specs, bare, columns, gram_columns, strict=True):
         stored = emulator_weight(emulator, spec.name, spec.in_features)
         if stored is None:
-            found.append(module)
+            corrected.append(module)
             continue
         stored, weight, k = stored.to(device), spec.read_weight(original).to(device), module.form.q.shape[1]
         wide = difference(weight, stored, own, gram_own, damping=job.gram_dampening_frac * scale)
@@ -140,8 +140,8 @@ def see_differences(job: CorrectionJob, group: ModuleGroup, device: torch.device
         else:
             energy = _energy(job, spec.name, weight, stored, own[:, k:], wide, gram)
         seen = wide.first(k, energy)
-        found.append(replace(module, seen=seen, magnitudes=_for_original(module, weight, stored, own[:, :k], seen)))
-    return found
+        corrected.append(replace(module, seen=seen, magnitudes=_for_original(module, weight, stored, own[:, :k], seen)))
+    return corrected
 
 
 def _columns(job: CorrectionJob, module: CorrectableModule, emulator: Checkpoint) -> Tensor:
@@ -185,7 +185,7 @@ def _for_original(
     if module.magnitudes is None:
         return None
     trained, form = module.magnitudes.trained, module.form
-    squares, cross = (found.cpu() for found in seen_rows(weight, q))
+    squares, cross = (rows.cpu() for rows in seen_rows(weight, q))
     emulated = torch.cat(
         [stored.rows(begin, begin + ROWS).double().square().sum(dim=1) for begin in range(0, len(weight), ROWS)]
     )
@@ -200,8 +200,8 @@ def _lora_form(adapter: Adapter, spec: LinearSpec, tolerance: float) -> tuple[Lo
     update = adapter.update(spec)
     if isinstance(update, LowRankUpdate):
         return LoraModule(spec.name, update.lora_a, update.lora_b, update.scale), 0.0
-    found = update.dominant(tolerance)
-    return LoraModule(spec.name, found.lora_a.float(), found.lora_b.float(), 1.0), found.error
+    dominant = update.dominant(tolerance)
+    return LoraModule(spec.name, dominant.lora_a.float(), dominant.lora_b.float(), 1.0), dominant.error
 
 
 def write_modules(path: Path, modules: Sequence[CorrectableModule]) -> None:

@@ -37,11 +37,11 @@ def selection(job: CorrectionJob) -> tuple[tuple[Candidate, ...], list[Tokens]]:
 
 def scored(job: CorrectionJob, begun: Sequence[Candidate]) -> dict[Candidate, RowLosses]:
     """What was scored so far, in the order of the search."""
-    found: dict[Candidate, RowLosses] = {}
-    while (candidate := _next(job, begun, found)) is not None and exists(job.losses_path(candidate)):
+    losses: dict[Candidate, RowLosses] = {}
+    while (candidate := _next(job, begun, losses)) is not None and exists(job.losses_path(candidate)):
         entries = read_shard(job.losses_path(candidate)).entries
-        found[candidate] = RowLosses(**{entry.name: entry.read_rows() for entry in entries})
-    return found
+        losses[candidate] = RowLosses(**{entry.name: entry.read_rows() for entry in entries})
+    return losses
 
 
 def _next(job: CorrectionJob, begun: Sequence[Candidate], losses: Mapping[Candidate, RowLosses]) -> Candidate | None:

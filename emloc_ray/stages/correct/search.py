@@ -35,7 +35,7 @@ class Choice:
     counts: Tensor
     chosen: int
 
-    def told(self) -> list[dict[str, Any]]:
+    def records(self) -> list[dict[str, Any]]:
         """Each candidate with its loss in nats a token and its gain on ``none``, with the gain's standard error; None
         where a loss is no number."""
         plain = self.losses[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -90,7 +91,7 @@ def factorize_group(
             )
         else:
             held, order = _in_floats(job, spec, weight, result, dtype)
-        tensors |= {f"{spec.name}{part}.{key}": found for part, some in held.items() for key, found in some.items()}
+        tensors |= {f"{spec.name}{part}.{key}": value for part, values in held.items() for key, value in values.items()}
         if result is not None:
             spectra[spec.name] = result.eigenvalues.float().cpu()
             if spec.bias_rows.name in checkpoint:
@@ -125,8 +126,8 @@ def _whitening(
     their best factors are then those of the weight alone.
     """
     assert gram is not None
-    found = gram.read() if tensors_read is None or tensors_read.gram is None else tensors_read.gram
-    inputs = found if gram.num_tokens else torch.eye(len(found), dtype=found.dtype)
+    stored = gram.read() if tensors_read is None or tensors_read.gram is None else tensors_read.gram
+    inputs = stored if gram.num_tokens else torch.eye(len(stored), dtype=stored.dtype)
     return Whitening(inputs.to(device), dampening_frac, name=gram.name)
 
 
@@ -217,7 +218,7 @@ def _known_error(
 def _report(
     spec: LinearSpec, result: Factorization | None, error: float, energy: float, num_tokens: int, weighed: bool
 ) -> LayerReport:
-    """What is told of a layer whose relative error is ``error``, and ``tr(W G Wᵀ) = energy``."""
+    """The report of a layer whose relative error is ``error``, and ``tr(W G Wᵀ) = energy``."""
     residual = error**2 * energy
     if result is None:
         full = min(spec.out_features, spec.in_features)
@@ -270,14 +271,14 @@ def build_emulator(
             task = copy.options(name=f"factorize: {file.name}")
             submits.append((f"shard {file.name}", functools.partial(task.remote, kept, file)))
 
-    def told(done: int, of: int) -> None:
+    def by_files(done: int, of: int) -> None:
         # A worker with a GPU takes many groups one after another: their files tell how far it is.
         if done < of and resources.gpus_per_worker:
             progress(min(len(set(sizes(job.out_dir)) & set(files)), total - 1), total)
         else:
             progress(total - of + done, total)
 
-    bounded(submits, resources.num_workers, Losses("factorize", tell), told)
+    bounded(submits, resources.num_workers, Losses("factorize", tell), by_files)
     kept_wide = job.kept_wide if job.in_4bit else None
     total_size = finish_emulator(files, base_config, job.model_dir, job.ranks, job.storage, kept_wide, job.integers)
     reports = _read_all_reports(files[: len(work)])
@@ -289,11 +290,12 @@ def _rewritten(job: FactorizationJob) -> list[tuple[LinearSpec, ...]]:
     """The linears that are factorized or put into 4 bits: those of one Gram together, and those without one."""
     written = {*job.ranks, *job.packed}
     without_gram = set(job.without_gram)
-    found = []
-    for group in job.groups:
-        for apart in (False, True):
-            found.append(tuple(s for s in group if s.name in written and (s.name in without_gram) == apart))
-    return [group for group in found if group]
+    parts = [
+        tuple(spec for spec in group if spec.name in written and (spec.name in without_gram) == apart)
+        for group in job.groups
+        for apart in (False, True)
+    ]
+    return [part for part in parts if part]
 
 
 def factorize_groups(job: FactorizationJob, groups: Sequence[GroupPiece], device: torch.device | str = "cpu") -> None:
@@ -336,8 +338,8 @@ def finish_emulator(
 
 def _read_all_reports(files: Sequence[Path]) -> list[LayerReport]:
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
-        found = list(pool.map(read_reports, files))
-    return sorted((report for some in found for report in some), key=lambda report: report.name)
+        by_file = list(pool.map(read_reports, files))
+    return sorted(itertools.chain.from_iterable(by_file), key=lambda report: report.name)
 
 
 def _summary(reports: Sequence[LayerReport], resources: Resources) -> dict[str, Any]:
@@ -352,7 +354,7 @@ def _summary(reports: Sequence[LayerReport], resources: Resources) -> dict[str, 
 
 
 def _layer_metrics(report: LayerReport) -> dict[str, Any]:
-    told = {
+    metrics = {
         key: getattr(report, key) for key in ("rank", "relative_error", "solver", "total_energy", "residual_energy")
     }
-    return told | ({} if report.weighed_error is None else {"weighed_error": report.weighed_error})
+    return metrics | ({} if report.weighed_error is None else {"weighed_error": report.weighed_error})

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from dense_weights import stored_product
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emloc_ray.core.factorization import LowRankFactors
-from emloc_ray.core.pivoting import LARGEST, pivot, stored_product
+from emloc_ray.core.pivoting import LARGEST, pivot
 from emloc_ray.core.ranks import factor_parameters
 
 

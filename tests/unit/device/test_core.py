@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense_weights import stored_product
 from pretend_device import Meter
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -28,7 +29,7 @@ from emloc_ray.core.gram import Gram, pack_triangle, unpack_triangle
 from emloc_ray.core.healing import added_factors
 from emloc_ray.core.krylov import leading_vectors
 from emloc_ray.core.merging import merged_rows
-from emloc_ray.core.pivoting import pivot, stored_product
+from emloc_ray.core.pivoting import pivot
 from emloc_ray.core.products import product_by_rows
 from emloc_ray.core.stored_weight import StoredWeight
 from emloc_ray.core.two_sided import factorize_two_sided

@@ -78,7 +78,7 @@ def test_a_gain_within_its_standard_error_is_none() -> None:
 
 def test_the_same_losses_make_the_same_choice() -> None:
     found = [search(BEGUN, measure_of(bowl("covariance", 1.7, 0.5))) for _ in range(2)]
-    assert found[0].told() == found[1].told()
+    assert found[0].records() == found[1].records()
     assert found[0].candidates == found[1].candidates
 
 
@@ -86,10 +86,10 @@ def test_the_same_losses_make_the_same_choice() -> None:
 def test_a_candidate_whose_loss_is_no_number_is_told_so_and_not_chosen(broken: str) -> None:
     loss = bowl("covariance" if broken != "covariance" else "projection", 1.0, 0.5)
     choice = search(BEGUN, measure_of(lambda c: math.nan if c.method == broken else loss(c)))
-    told = choice.told()
+    records = choice.records()
     assert choice.candidates[choice.chosen].method == ("covariance" if broken != "covariance" else "projection")
-    assert {row["method"] for row in told if row["loss"] is None} == {broken}
-    json.dumps(told, allow_nan=False)
+    assert {row["method"] for row in records if row["loss"] is None} == {broken}
+    json.dumps(records, allow_nan=False)
 
 
 def test_no_loss_at_all_is_an_error() -> None:
@@ -99,7 +99,7 @@ def test_no_loss_at_all_is_an_error() -> None:
 
 def test_what_is_told_of_each() -> None:
     choice = search(BEGUN[:2], measure_of(lambda c: -0.4 * c.strength * (c.method != "none"), noise=0.0))
-    none, first, *_ = choice.told()
+    none, first, *_ = choice.records()
     assert none == {"method": "none", "clamp": 3.0, "strength": 1.0, "loss": 2.0, "gain": 0.0, "standard_error": 0.0}
     assert first["gain"] == pytest.approx(0.2)
     assert first["loss"] == pytest.approx(1.8)
@@ -111,4 +111,4 @@ def test_one_row_chooses_none_and_can_be_told() -> None:
 
     choice = search(BEGUN, measure)
     assert choice.chosen == 0
-    assert choice.told()[1]["standard_error"] is None
+    assert choice.records()[1]["standard_error"] is None

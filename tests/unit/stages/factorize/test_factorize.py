@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from dense_weights import stored_product
 from layer_differences import layer_difference
 from safetensors.torch import load_file, save_file
 from stage_artifacts import Artifacts, gpt2_group
 from transformers import AutoConfig
 
 from emloc_ray.core.gram import Gram
-from emloc_ray.core.pivoting import stored_product
 from emloc_ray.core.ranks import Storage
 from emloc_ray.errors import NumericsError
 from emloc_ray.io.formats.checkpoint import Checkpoint, write_index
