@@ -31,11 +31,10 @@ ELSEWHERE = {
     r"python -m pytest -q tests/gpu .*": "tests/gpu",
     r"emloc-ray (status|fetch) s3://.*": "tests/integration/test_runs_on_s3.py",
 }
-# What stands for a model of the hub, for GPUs, and for minutes.
+# What stands for a model of the hub and for minutes.
 SMALLER = {
     "Qwen/Qwen2.5-7B-Instruct": "MODEL",
     "max_seq_length: 2048": "max_seq_length: 64",
-    "gpus_per_worker: 1": "gpus_per_worker: 0",
     "healing: {steps: 100}": "healing: {steps: 2}",
     "finetune: {": "finetune: {max_steps: 8, ",
 }
