@@ -55,6 +55,8 @@ def finished_metrics() -> dict[str, Any]:
     }
     return {
         "versions": {"python": "3.12.1", "ray": "2.60.0"},
+        "auto_class": "AutoModelForCausalLM",
+        "hardware": {"nodes": 2, "cpus": 32.0, "gpus": 4.0, "accelerators": ["H100"]},
         "stages": {stage: usage(number) for number, stage in enumerate(STAGES)},
         "disk_bytes": {"data": 1536, "merged": 3 * 2**30},
         "data": {"train": counts, "eval": {**counts, "rows": 61}},
@@ -71,6 +73,8 @@ def finished_metrics() -> dict[str, Any]:
             "steps": 20,
             "train_loss": 5.1667,
             "history": [{"step": 10, "loss": 5.39}, {"step": 20, "loss": 5.05}],
+            "trainable_parameters": 2_441_216,
+            "rows_per_second": 100.0,
         },
         "correction": {
             **{key: candidates[2][key] for key in ("method", "clamp", "strength")},

@@ -9,6 +9,7 @@ from typing import Any
 
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store.node_cache import sizes
+from emloc_ray.modeling.architecture import auto_class
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.runs.status import older_stages
 from emloc_ray.stages.order import STEPS
@@ -20,8 +21,9 @@ def assemble_metrics(
     directory: RunDirectory,
     prepared: Prepared,
     planned: Mapping[str, int] | None = None,
+    hardware: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """All that the finished stages measured, and the memory that was ``planned`` for a worker of each.
+    """All that the finished stages measured, the memory that was ``planned`` for a worker of each, and where they ran.
 
     Leaves out a stage that finished before an earlier one was redone, or has to be redone: until its inputs prove unchanged,
     its numbers are another run's.
@@ -32,6 +34,9 @@ def assemble_metrics(
         "stages": {name: _usage(result) for name, result in stages.items()},
         "disk_bytes": {name: sum(held) for name in _folders() if (held := sizes(directory.path(name)).values())},
     }
+    metrics["auto_class"] = auto_class(prepared.model_config).__name__  # of transformers: what opens the model
+    if hardware:
+        metrics["hardware"] = dict(hardware)
     if planned:
         metrics["planned_memory"] = dict(planned)
     for stage in STEPS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -81,19 +81,25 @@ def older_stages(manifest: Mapping[str, Any]) -> list[str]:
     return older
 
 
-def read_status(run: RunDirectory) -> RunStatus:
-    """The status of a run's newest try, and the last failure, where no later try finished."""
-    events = read_events(run)
-    begin = max((n for n, event in enumerate(events) if event["event"] == "run_started"), default=0)
-    newest = events[begin:]
+def begun_stage(events: Iterable[Mapping[str, Any]]) -> tuple[str | None, tuple[int, int] | None]:
+    """The stage that began last and has no end in the log, and how many of its units are done, of how many."""
     stage, progress = None, None
-    for event in newest:
+    for event in events:
         if event["event"] == "started":
             stage, progress = event["stage"], None
         elif event["event"] == "finished":
             stage, progress = None, None
         elif event["event"] == "progress":
             progress = (event["done"], event["total"])
+    return stage, progress
+
+
+def read_status(run: RunDirectory) -> RunStatus:
+    """The status of a run's newest try, and the last failure, where no later try finished."""
+    events = read_events(run)
+    begin = max((n for n, event in enumerate(events) if event["event"] == "run_started"), default=0)
+    newest = events[begin:]
+    stage, progress = begun_stage(newest)
     ends = [event for event in newest if event["event"] in RUN_EVENTS[1:]]
     outcomes = [event for event in events if event["event"] in ("run_failed", "run_finished")]
     failed = outcomes[-1] if outcomes and outcomes[-1]["event"] == "run_failed" else None

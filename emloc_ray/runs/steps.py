@@ -23,6 +23,7 @@ from emloc_ray.runs.results import assemble_metrics
 from emloc_ray.stages import order
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.ray.losses import explain
+from emloc_ray.stages.ray.session import hardware
 from emloc_ray.stages.ray.tasks import Resources, shortage
 from emloc_ray.stages.ray.usage import measured
 from emloc_ray.stages.stage import Stage
@@ -265,7 +266,7 @@ class Steps:
 
     def write_results(self) -> None:
         """Writes metrics.json from the manifest, and tells the reporter."""
-        self.directory.write_metrics(assemble_metrics(self.directory, self.prepared, self.planned))
+        self.directory.write_metrics(assemble_metrics(self.directory, self.prepared, self.planned, hardware()))
         self.reporter.changed(self.directory)
 
     def _outputs(self, stage: Stage, *more: str) -> list[Path]:

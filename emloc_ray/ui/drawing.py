@@ -83,7 +83,8 @@ def curve(points: Sequence[tuple[float, float]]) -> dict[str, Any] | None:
 
 
 def spectrum(points: Sequence[tuple[int, float]], rank: int) -> Markup:
-    """A spectrum, both axes logarithmic: the share of the energy in each direction, with a dashed line at ``rank``."""
+    """A spectrum, both axes logarithmic: the share of the energy in each direction, with a dashed line at ``rank``, behind
+    which the area is filled: what the rank loses."""
     width = math.log(max(points[-1][0], 2))
 
     def across(number: int) -> float:
@@ -93,10 +94,14 @@ def spectrum(points: Sequence[tuple[int, float]], rank: int) -> Markup:
         return 100 * min(max(0.0, -math.log10(part) / _DECADES), 1.0) if 0 < part < math.inf else 100.0
 
     route = "L".join(f"{across(number):.1f} {down(part):.1f}" for number, part in points)
+    tail = [(rank, next(part for number, part in reversed(points) if number <= max(rank, points[0][0])))]
+    tail += [(number, part) for number, part in points if number > rank]
+    lost = "L".join(f"{across(number):.1f} {down(part):.1f}" for number, part in tail)
     label = (
         f"{points[0][1]:.1e} of the energy in the first of {points[-1][0]} directions, {points[-1][1]:.1e} in the last"
     )
     return Markup(
         f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="{label}">'
+        f'<path class="lost" d="M{across(rank):.1f} 100L{lost}V100Z"/>'
         f'<path class="mark" d="M{across(rank):.1f} 0V100"/><path class="line" d="M{route}"/></svg>'
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,14 +23,14 @@ from emloc_ray.io.store.node_cache import ensure, exists
 from emloc_ray.io.store.stored_files import shown
 from emloc_ray.runs.log import read_events
 from emloc_ray.runs.reporter import Reporter
-from emloc_ray.runs.status import asked_steps, older_stages
+from emloc_ray.runs.status import asked_steps, begun_stage, older_stages
 from emloc_ray.runs.trace import TRACE
 from emloc_ray.stages.order import STEPS as STAGES
 from emloc_ray.text import counted, describe_choice, duration, listed, signed, size, stored_bits, visible
 from emloc_ray.ui.drawing import bar, before_after, loss_curve, share
 from emloc_ray.ui.layer_grids import column_tops, grids, heat_cells, shortfall, shortfall_cells
 from emloc_ray.ui.terminal import evaluation_rows
-from emloc_ray.ui.timeline import draw, run_lines
+from emloc_ray.ui.timeline import COLOURS, draw, run_lines
 
 _TEMPLATE = "report.html.j2"
 
@@ -101,9 +102,13 @@ def render_page(template: str, view: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {function.__name__: function for function in (size, signed, duration, counted, visible)}
-    environment.filters["choice"] = describe_choice
+    environment.filters |= {"choice": describe_choice, "headings": headings}
     functions = (bar, before_after, share, grids, column_tops)
-    environment.globals |= {"STEPS": STEPS, **{function.__name__: function for function in functions}}
+    environment.globals |= {
+        "STEPS": STEPS,
+        "COLOURS": COLOURS,
+        **{function.__name__: function for function in functions},
+    }
     return environment.get_template(template).render(view)
 
 
@@ -143,6 +148,7 @@ def page_view(
         "progress": [
             (stage, stage in done and stage not in older) for stage in STEPS if stage in done or stage not in optional
         ],
+        "begun": begun_stage(events)[0],
         "updated": last_minute([entry["finished_at"] for entry in done.values() if "finished_at" in entry]),
         "older": older,
         "evaluation": evaluation_rows(results["evaluation"]),
@@ -158,6 +164,9 @@ def page_view(
         "most_memory": max([*(usage["peak_rss_bytes"] for _, usage in stages), *planned.values()], default=0),
         "processes": process_rows([usage for _, usage in stages]),
         "disk": metrics.get("disk_bytes") or {},
+        "auto_class": metrics.get("auto_class", "AutoModelForCausalLM"),
+        "hardware": describe_hardware(metrics.get("hardware") or {}),
+        "tokens_per_second": tokens_per_second(results["finetune"], results["data"].get("train") or {}),
         "versions": metrics.get("versions") or {},
         "config": write_yaml(without_secrets(config)) if config else "",
     }
@@ -172,6 +181,28 @@ def describe_task(data: dict[str, Any]) -> str | None:
         return None
     paths = [paths] if isinstance(paths, str) else paths
     return listed([path if path.startswith("hf:") else Path(shown(path)).name for path in paths])
+
+
+def describe_hardware(hardware: Mapping[str, Any]) -> str | None:
+    """Ray's nodes, CPUs and GPUs in a line: ``2 nodes, 32 CPUs, 4 GPUs (H100)``; None where they are not known."""
+    if not hardware:
+        return None
+    gpus, names = round(hardware["gpus"]), listed(hardware["accelerators"])
+    parts = [counted(hardware["nodes"], "node"), counted(round(hardware["cpus"]), "CPU")]
+    parts.append(counted(gpus, "GPU") + (f" ({names})" if names else "") if gpus else "no GPU")
+    return ", ".join(parts)
+
+
+def tokens_per_second(training: Mapping[str, Any], split: Mapping[str, Any]) -> float | None:
+    """The tokens that all workers together trained on in a second, of rows of mean length; None where it is not known."""
+    if not training.get("rows_per_second") or not split.get("rows"):
+        return None
+    return float(training["rows_per_second"] * split["tokens"] / split["rows"])
+
+
+def headings(html: str) -> list[tuple[str, str]]:
+    """The id and the heading of each section of a page, for its contents."""
+    return re.findall(r'<section id="([\w-]+)">\s*<h2>(.*?)</h2>', html)
 
 
 def candidate_rows(correction: dict[str, Any]) -> list[dict[str, Any]]:

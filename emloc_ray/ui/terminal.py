@@ -25,14 +25,15 @@ if TYPE_CHECKING:
     from emloc_ray.stages.stage import Stage
 
 
+_ON_ORIGINAL = "original + adapter "
 # The evaluated variants' labels, in the order of tables.
 VARIANTS = {
     "original": "original",
     "emulator": "emulator",
     "emulator_adapter": "emulator + adapter",
-    "uncorrected": "original + adapter as trained",
-    "corrected": "original + adapter corrected",
-    "finished": "original + adapter finished",
+    "uncorrected": f"{_ON_ORIGINAL}as trained",
+    "corrected": f"{_ON_ORIGINAL}corrected",
+    "finished": f"{_ON_ORIGINAL}finished",
     "merged": "merged",
 }
 
@@ -214,25 +215,34 @@ def evaluation_table(metrics: dict[str, Any]) -> Table:
     tokens = evaluation["original"]["num_tokens"]
     table = Table(title=f"Held-out data, {tokens:,} predicted tokens", title_justify="left")
     for column in ("model", "loss (nats/token)", "gain", "token accuracy"):
-        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=column != "model")
     for row in evaluation_rows(evaluation):
         table.add_row(row["label"], f"{row['loss']:.4f}", f"{row['gain'] or 0:+.4f}", f"{row['token_accuracy']:.3f}")
     return table
 
 
 def evaluation_rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """The variants that were evaluated, in order, each with its label, its measures and its gain over the original."""
+    """The variants that were evaluated, in order, each with its label, its measures and its gain over the original.
+
+    Variants that follow each other with the same measures, to the digits that are shown, are one row.
+    """
     original = evaluation.get("original", {}).get("loss")
-    return [
-        {
-            "label": label,
-            "variant": variant,
-            "gain": None if original is None or variant == "original" else original - evaluation[variant]["loss"],
-            **evaluation[variant],
-        }
-        for variant, label in VARIANTS.items()
-        if variant in evaluation
-    ]
+    rows: list[dict[str, Any]] = []
+    for variant, label in VARIANTS.items():
+        measured = evaluation.get(variant)
+        if measured is None:
+            continue
+        if rows and _as_shown(rows[-1]) == _as_shown(measured):
+            rows[-1]["label"] += f" = {label.removeprefix(_ON_ORIGINAL)}"
+            rows[-1]["variants"].append(variant)
+            continue
+        gain = None if original is None or variant == "original" else original - measured["loss"]
+        rows.append({"label": label, "variants": [variant], "gain": gain, **measured})
+    return rows
+
+
+def _as_shown(measured: dict[str, Any]) -> str:
+    return f"{measured['loss']:.4f} {measured['token_accuracy']:.3f}"
 
 
 _DEFAULTS = {"allocation": "uniform", "objective": "activations", "storage": "factors"}
@@ -258,12 +268,8 @@ def _artifacts(metrics: dict[str, Any]) -> list[str]:
 
 
 def result_lines(metrics: dict[str, Any], run_dir: str) -> list[str]:
-    """The run's outcome in a few lines, below the table."""
+    """The run's outcome in a few lines, below the table: what changed, how to load it, what it cost, how it was made."""
     lines = []
-    if "correction" in metrics:
-        choice = metrics["correction"]
-        as_trained = choice.get("as_trained")
-        lines.append(f"Correction: {f'none. {as_trained}' if as_trained else describe_choice(choice)}")
     if gap := metrics.get("gap_closed"):
         lines.append(
             f"Gap closed: {gap['corrected']:.1%} of the way to LoRA on the original"
@@ -274,6 +280,18 @@ def result_lines(metrics: dict[str, Any], run_dir: str) -> list[str]:
         lines.append(
             f"Exact match: {exact['original']:.1%} before, {after:.1%} after (greedy, {exact['num_prompts']} prompts)"
         )
+    opens = metrics.get("auto_class", "AutoModelForCausalLM")
+    if "merged" in metrics["disk_bytes"]:
+        lines.append(f'Load it: transformers.{opens}.from_pretrained("{run_dir}/merged")')
+    stages = metrics["stages"]
+    peak = max(stage["peak_pss_bytes"] for stage in stages.values())
+    wall = sum(stage["wall_s"] for stage in stages.values())
+    disk = sum(metrics["disk_bytes"].values())
+    lines.append(f"Cost: {duration(wall)}, peak memory of all processes {size(peak)}, disk {size(disk)}")
+    if "correction" in metrics:
+        choice = metrics["correction"]
+        as_trained = choice.get("as_trained")
+        lines.append(f"Correction: {f'none. {as_trained}' if as_trained else describe_choice(choice)}")
     if emulator := metrics.get("emulator"):
         share = emulator["parameters"] / emulator["original_parameters"]
         lines.append(
@@ -287,10 +305,5 @@ def result_lines(metrics: dict[str, Any], run_dir: str) -> list[str]:
         )
         chosen = [f"{key} {emulator[key]}" for key, value in _DEFAULTS.items() if emulator.get(key, value) != value]
         lines += [f"Its ranks and factors: {', '.join(chosen)}"] if chosen else []
-    stages = metrics["stages"]
-    peak = max(stage["peak_pss_bytes"] for stage in stages.values())
-    wall = sum(stage["wall_s"] for stage in stages.values())
-    disk = sum(metrics["disk_bytes"].values())
-    lines.append(f"Stages: {duration(wall)}, peak memory of all processes {size(peak)}, disk {size(disk)}")
     lines.append(f"Artifacts in {run_dir}: {', '.join([*_artifacts(metrics), 'report.html', 'trace.json'])}")
     return lines

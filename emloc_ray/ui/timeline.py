@@ -20,6 +20,11 @@ _NAMED_REM, _LINE_REM, _HEIGHT_REM = 1.25, 0.25, 60.0  # heights of a line with 
 _LEAST_WIDTH = 0.15  # per cent: a narrower bar cannot be seen
 _PAUSE_S, _PAUSE_SHARE = 60.0, 0.05  # longer pauses are cut out of the time that is shown
 _STEPS = {"s": (1, 2, 5, 10, 20, 30), "min": (1, 2, 5, 10, 20, 30), "h": (1, 2, 3, 6, 12), "d": (1, 2, 5, 10, 30, 100)}
+# ColorBrewer's "Paired" (colorbrewer2.org), its pale yellow darkened: twelve colours that differ on light and on dark.
+COLOURS = (
+    "#1f78b4", "#a6cee3", "#33a02c", "#b2df8a", "#6a3d9a", "#cab2d6",
+    "#ff7f00", "#e31a1c", "#fb9a99", "#fdbf6f", "#b15928", "#c9b93a",
+)  # fmt: skip
 _SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 
 
@@ -79,7 +84,7 @@ def stage_runs(manifest: Mapping[str, Any]) -> tuple[StageRun, ...]:
 
 
 def run_lines(manifest: Mapping[str, Any], events: Iterable[Mapping[str, Any]]) -> list[Line]:
-    """The line of a run's stages, finished and unfinished; none before the first stage begins."""
+    """A line a stage of a run, finished and unfinished, in the order in which they began."""
     done = {run.name: run for run in stage_runs(manifest)}
     bars = [
         Bar(r.name, r.begun_at, r.finished_at, f"{r.name}: {duration(r.finished_at - r.begun_at)}")
@@ -90,7 +95,10 @@ def run_lines(manifest: Mapping[str, Any], events: Iterable[Mapping[str, Any]]) 
         for name, tries in _unfinished_tries(events, done).items()
         for begin, end in tries
     ]
-    return [Line("stages", sorted(bars, key=lambda bar: bar.begun_at))] if bars else []
+    lines: dict[str, list[Bar]] = {}
+    for bar in sorted(bars, key=lambda bar: bar.begun_at):
+        lines.setdefault(bar.kind.partition(" ")[0], []).append(bar)
+    return [Line(stage, of_stage) for stage, of_stage in lines.items()]
 
 
 def _unfinished_tries(

@@ -104,7 +104,7 @@ def test_the_readme_from_its_config_to_python(place: tuple[Path, Path]) -> None:
     said = {command.split()[1]: typed(command).output for command in given(".")}
     assert list(said) == ["validate", "plan", "run", "status", "report"]
     assert "whole model" in said["plan"]
-    assert "original + adapter corrected" in said["run"]
+    assert "Load it: transformers.AutoModelForCausalLM" in said["run"]
     assert (root / "runs" / "mine" / "report.html").is_file()
 
     loading, running = blocks(".", "python")

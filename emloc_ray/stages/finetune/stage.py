@@ -134,7 +134,10 @@ def _summary(result: Result) -> str:
 
 
 def _sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
-    return {"finetune": {key: results["finetune"][key] for key in ("steps", "train_loss", "history")}}
+    result = results["finetune"]
+    optional = ("trainable_parameters", "rows_per_second")  # not in runs of older versions
+    keys = ("steps", "train_loss", "history", *(key for key in optional if result.get(key) is not None))
+    return {"finetune": {key: result[key] for key in keys}}
 
 
 FINETUNE = Stage(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import get_model_param_count
 
 from emloc_ray.core.precision import computes_bfloat16
 from emloc_ray.data.formats import Tokens
@@ -318,8 +319,15 @@ def train(job: FinetuneJob, session: TrainingSession) -> dict[str, Any]:
         _publish_events(job, session)
         if keeper.failure is None and not keeper.stopped:
             trainer.save_adapter()
+    rows_per_step = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * session.world_size
     outcome = {"failure": keeper.failure, "stopped": keeper.stopped, "resumed": folder is not None}
-    return {**outcome, "steps": output.global_step, "train_loss": output.training_loss}
+    return {
+        **outcome,
+        "steps": output.global_step,
+        "train_loss": output.training_loss,
+        "trainable_parameters": get_model_param_count(trainer.model, trainable_only=True),
+        "rows_per_second": output.global_step * rows_per_step / output.metrics["train_runtime"],
+    }
 
 
 def _settle_reports(job: FinetuneJob) -> None:

@@ -74,6 +74,15 @@ def gpus_within_reach() -> float:
     return max(total("GPU"), float(grown.get("GPU", 0)))
 
 
+def hardware() -> dict[str, Any]:
+    """Ray's live nodes, their CPUs and GPUs together, and the GPUs' names; empty where Ray is not connected."""
+    if not ray.is_initialized():
+        return {}
+    kinds = [name.partition(":")[2] for name in ray.cluster_resources() if name.startswith("accelerator_type:")]
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    return {"nodes": nodes, "cpus": total("CPU"), "gpus": total("GPU"), "accelerators": sorted(kinds)}
+
+
 def quiet_ray_data() -> None:
     """Our own progress speaks for Ray Data's."""
     from ray.data import DataContext

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import io
 import json
 import re
@@ -12,12 +13,12 @@ from typing import Any
 import pytest
 from pages import LOADING, Page
 from rich.console import Console
-from run_samples import STAGES, finished_metrics, healing_metrics, manifest, spectra, usage
+from run_samples import STAGES, events, finished_metrics, healing_metrics, manifest, spectra, usage
 
 from emloc_ray.io.runs.directory import SPECTRA, RunDirectory
 from emloc_ray.runs.log import RunLog
 from emloc_ray.ui import page as report
-from emloc_ray.ui.terminal import ConsoleReporter, evaluation_table, result_lines
+from emloc_ray.ui.terminal import ConsoleReporter, evaluation_rows, evaluation_table, result_lines
 
 
 @pytest.fixture
@@ -36,13 +37,14 @@ def test_planned_memory_stands_beside_the_measured() -> None:
 def test_a_finished_run_has_every_section_and_its_numbers(finished: str) -> None:
     page = Page(finished)
     assert page.sections == [
-        "evaluation", "correction", "timeline", "stages", "training", "emulator", "data", "generations", "disk", "setup",
+        "evaluation", "use", "correction", "timeline", "stages", "training", "emulator", "data", "generations", "disk", "setup",
     ]  # fmt: skip
     for number in (
         "org/model-1b, fine-tuned on tickets.jsonl through an emulator of compression ratio 0.25;",
         "correction: covariance, λ = 3, strength 0.5. Held-out loss 4.5000 → 4.2105 nats a token, a gain of +0.2895.",
         "12,345", "−2.2500", "51.2%", "72.5%", "45.7%",  # evaluation
         "4.32109", "+0.02458", "unclamped", "✓ chosen", "−25.00%",  # correction
+        "2,441,216 trainable parameters; 1,726 tokens/s", "2 nodes, 32 CPUs, 4 GPUs (H100)",
         "13.5 s", "7.00 GiB", "300 MiB", "Actor3",  # stages
         "5.1667", "600,123 of 1,000,000 parameters", "24.9%", "0.1636", "2,220 tokens",  # training, emulator
         "6,212", "91", "1.50 KiB", "3.00 GiB", "3,221,225,472", "ray 2.60.0", "max_steps: 3",
@@ -53,7 +55,8 @@ def test_a_finished_run_has_every_section_and_its_numbers(finished: str) -> None
 def test_the_page_loads_nothing(finished: str) -> None:
     page = Page(finished)
     loads = [(tag, name) for tag, attributes in page.tags for name in attributes if name in LOADING]
-    assert loads == []
+    assert {attributes["href"] for tag, attributes in page.tags if tag == "a"} == {f"#{id}" for id in page.sections}
+    assert {tag for tag, _ in loads} == {"a"}
     assert not {"script", "link", "img", "iframe", "object", "image", "use"} & {tag for tag, _ in page.tags}
     style = re.search(r"<style>(.*)</style>", finished, re.DOTALL)
     assert style
@@ -87,8 +90,7 @@ def test_secrets_of_the_config_are_not_shown(finished: str) -> None:
 @pytest.mark.parametrize("count", range(len(STAGES)))
 def test_a_run_killed_after_any_stage(count: int) -> None:
     # The manifest counts: what metrics.json still holds of a stage to be redone is not shown.
-    html = report.render("run", manifest(*STAGES[:count]), finished_metrics())
-    page = Page(html)
+    page = Page(report.render("run", manifest(*STAGES[:count]), finished_metrics()))
     assert "Not evaluated yet." in page.text
     made = {"timeline": 1, "stages": 1, "data": 1, "emulator": 3, "training": 4, "correction": 5}
     shown = [section for section, after in made.items() if count >= after]
@@ -131,6 +133,30 @@ def test_spectra_are_read_where_there_are_any(tmp_path: Path, content: str | Non
     assert cells == (len(spectra()) if content and content != "{" else 0)
 
 
+def test_how_to_load_the_result_is_code(finished: str) -> None:
+    code = re.search(r"<section id=\"use\">.*?<pre>(.*?)</pre>", finished, re.DOTALL)
+    assert code
+    assert 'AutoModelForCausalLM.from_pretrained("merged")' in html.unescape(code[1])
+    compile(html.unescape(code[1]), "page", "exec")
+
+
+def test_variants_of_the_same_figures_are_one_row() -> None:
+    metrics = finished_metrics()
+    metrics["evaluation"]["corrected"] = metrics["evaluation"]["uncorrected"]
+    rows = evaluation_rows(metrics["evaluation"])
+    assert [row["label"] for row in rows][3:] == ["original + adapter as trained = corrected", "merged"]
+    assert rows[3]["variants"] == ["uncorrected", "corrected"]
+    metrics["evaluation"]["merged"] = metrics["evaluation"]["uncorrected"]
+    [*_, last] = evaluation_rows(metrics["evaluation"])
+    assert last["label"] == "original + adapter as trained = corrected = merged"
+    assert last["gain"] == pytest.approx(0.2)
+
+
+def test_the_stage_that_has_begun_is_marked() -> None:
+    page = Page(report.render("run", manifest("data", "calibrate"), finished_metrics(), events()))
+    assert "✓ calibrate ▶ factorize ○ finetune" in page.text
+
+
 def test_the_corrections_effect_is_told_beside_the_losses(finished: str) -> None:
     assert "The correction: 4.3000 → 4.2100, a gain of +0.0900." in Page(finished).text
 
@@ -163,9 +189,9 @@ def test_losses_that_diverged() -> None:
     metrics = finished_metrics()
     metrics["evaluation"]["emulator"]["loss"] = float("nan")
     metrics["finetune"]["history"][0]["loss"] = float("inf")
-    html = report.render("run", manifest(*STAGES), metrics)
-    Page(html)
-    assert not re.search(r'(width|d)="[^"]*(nan|inf)', html)
+    page = report.render("run", manifest(*STAGES), metrics)
+    Page(page)
+    assert not re.search(r'(width|d)="[^"]*(nan|inf)', page)
 
 
 def test_stages_older_than_one_before_them_are_named() -> None:

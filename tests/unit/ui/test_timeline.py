@@ -42,38 +42,40 @@ def lines(*stages: str, told: list[dict[str, Any]] | None = None) -> dict[str, l
 
 def test_a_killed_run_shows_what_had_run() -> None:
     assert lines("data", "calibrate") == {
-        "stages": [("data", 0, 0), ("calibrate", 1, 1), ("factorize unfinished", 2, 12)]
+        "data": [("data", 0, 0)],
+        "calibrate": [("calibrate", 1, 1)],
+        "factorize": [("factorize unfinished", 2, 12)],
     }
 
 
 def test_a_run_of_which_there_is_a_manifest_alone_or_a_log_alone() -> None:
-    assert list(lines("data", told=[])) == ["stages"]
-    assert lines()["stages"] == [("factorize unfinished", 2, 12)]
+    assert list(lines("data", told=[])) == ["data"]
+    assert lines()["factorize"] == [("factorize unfinished", 2, 12)]
     assert lines(told=[]) == {}
     assert timeline.run_lines({}, ()) == []
 
 
 def test_a_stage_recorded_right_before_the_kill_is_finished() -> None:
     found = lines("data", "calibrate", told=[*events()[:2]])
-    assert found["stages"] == [("data", 0, 0), ("calibrate", 1, 1)]
+    assert found == {"data": [("data", 0, 0)], "calibrate": [("calibrate", 1, 1)]}
 
 
 def test_tries_end_where_they_failed_or_told_last() -> None:
     again = [event("run_started", 500), event("started", 501, stage="factorize"), event("run_failed", 507)]
     found = lines("data", "calibrate", told=[*events(), *again])
-    assert found["stages"][2:] == [("factorize unfinished", 2, 12), ("factorize unfinished", 501, 507)]
+    assert found["factorize"] == [("factorize unfinished", 2, 12), ("factorize unfinished", 501, 507)]
 
 
 def test_a_try_that_was_stopped_stays_beside_the_one_that_came_to_an_end() -> None:
     again = [event("run_stopped", -3), event("run_started", -2), event("started", -1, stage="calibrate")]
     found = lines("data", "calibrate", told=[*events()[:2], *again, event("finished", 1, stage="calibrate")])
-    assert found["stages"] == [("calibrate unfinished", -30, -3), ("data", 0, 0), ("calibrate", 1, 1)]
+    assert found == {"calibrate": [("calibrate unfinished", -30, -3), ("calibrate", 1, 1)], "data": [("data", 0, 0)]}
 
 
 def test_a_stage_that_is_redone_is_shown_anew() -> None:
     redone = [event("run_started", 100), event("started", 110, stage="calibrate"), event("progress", 119)]
     found = lines("data", told=[*events(), event("finished", 30, stage="factorize"), *redone])
-    assert found["stages"] == [("data", 0, 0), ("calibrate unfinished", 110, 119)]
+    assert found == {"data": [("data", 0, 0)], "calibrate": [("calibrate unfinished", 110, 119)]}
 
 
 def test_a_log_that_somebody_wrote_into_spoils_no_page() -> None:
