@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import Tensor
 
 from emloc_ray.io.store.atomic import atomic_directory
 from emloc_ray.io.store.node_cache import ensure
@@ -90,13 +89,3 @@ def _portable_feedforward(config: dict[str, Any], targets: Patterns) -> tuple[Pa
     if inside and not any(name.endswith(end) for name in others for end in short):
         return targets, short
     return (targets if isinstance(targets, str) else adapted), forward
-
-
-def switch_adapter(module: nn.Module, name: str | None) -> None:
-    """Has the adapter layers inside a module compute with the adapter ``name``; None: with none."""
-    for layer in module.modules():
-        if isinstance(layer, BaseTunerLayer):
-            layer.enable_adapters(name is not None)
-            if name is not None:
-                layer.set_adapter(name)
-                layer.requires_grad_(False)

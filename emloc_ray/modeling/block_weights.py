@@ -97,6 +97,11 @@ class BlockWeights:
         weight = require(self._stored, name, self.checkpoint).read(self.checkpoint, self._mapped)
         return weight.to(self._dtype_of(names)) if weight.is_floating_point() else weight
 
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The dtype that a parameter has in the checkpoint."""
+        [first, *_] = require(self._stored, name, self.checkpoint).parts[0]
+        return self.checkpoint.entry(first).dtype
+
     def load(self, names: Sequence[str]) -> None:
         """Puts a parameter on the device, under all of ``names``."""
         parameter = nn.Parameter(self.read(names).to(self.device), False)

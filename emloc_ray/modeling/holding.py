@@ -12,7 +12,9 @@ Kin: axolotl's ``layer_offloading``; MegaTrain (https://arxiv.org/abs/2604.05091
 
 from __future__ import annotations
 
+import copy
 import functools
+import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -48,10 +50,10 @@ def open_model(directory: Path, hold: str = "resident", **options: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Slot:
-    """A parameter: the module that has it, under which name that module does and under which ones the checkpoint may, and
-    what stands in its place while it is away."""
+    """A parameter: the module that has it in each model, under which name that module does and under which ones the
+    checkpoint may, and what stands in its place while it is away."""
 
-    owner: nn.Module
+    owners: Sequence[nn.Module]
     attribute: str
     names: Sequence[str]
     absent: nn.Parameter
@@ -61,7 +63,6 @@ class _Slot:
 class _Part:
     """What comes and goes together: a block, or the embedding or the head."""
 
-    module: nn.Module
     position: int
     slots: list[_Slot]
     host: list[Tensor] = field(default_factory=list)  # its weights, where they wait in pinned memory
@@ -75,9 +76,10 @@ class Offloaded:
 
     Attributes:
         model: the model; adapters may be attached to it, and stay where they are.
+        models: the model so many times over, with the same weights: each may have an adapter of its own.
     """
 
-    def __init__(self, directory: Path, *, ends_offloaded: bool = False, **options: Any) -> None:
+    def __init__(self, directory: Path, *, ends_offloaded: bool = False, num_models: int = 1, **options: Any) -> None:
         """As :func:`open_model`; ``ends_offloaded``: the embedding and the head come and go as well."""
         self.weights = BlockWeights(directory, **options)
         self.model, self.device = self.weights.model, self.weights.device
@@ -94,6 +96,7 @@ class Offloaded:
         for names in outside:
             if not {name.rpartition(".")[0] for name in names}.intersection(ends):
                 self.weights.load(names)
+        self.models = [self.model, *(_with_the_same_weights(self.model) for _ in range(num_models - 1))]
         names = [*self.weights.blocks, *ends]
         self._parts = [self._part(name, position, aliases) for position, name in enumerate(names)]
         size = sum(slot.absent.numel() * slot.absent.element_size() for part in self._parts for slot in part.slots)
@@ -107,18 +110,20 @@ class Offloaded:
         return list(dict.fromkeys(name for names in owners if own.intersection(names) for name in names))
 
     def _part(self, name: str, position: int, aliases: Mapping[str, Sequence[str]]) -> _Part:
-        module, slots = self.model.get_submodule(name), []
-        for own, parameter in list(module.named_parameters(prefix=name, remove_duplicate=False)):
+        modules, slots = [model.get_submodule(name) for model in self.models], []
+        for own, parameter in list(modules[0].named_parameters(prefix=name, remove_duplicate=False)):
             owner, _, attribute = own.rpartition(".")
             nan = torch.full((), float("nan"), dtype=parameter.dtype, device=self.device)
             absent = nn.Parameter(nan.expand(parameter.shape), False)
-            slots.append(_Slot(self.model.get_submodule(owner), attribute, aliases.get(own, [own]), absent))
-        part = _Part(module, position, slots)
+            owners = [model.get_submodule(owner) for model in self.models]
+            slots.append(_Slot(owners, attribute, aliases.get(own, [own]), absent))
+        part = _Part(position, slots)
         self._leave(part)
-        module.forward = functools.partial(self._forward, part, module.forward)
+        for module in modules:
+            module.forward = functools.partial(self._forward, part, module, module.forward)
         return part
 
-    def _forward(self, part: _Part, compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, part: _Part, module: nn.Module, compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         run = functools.partial(self._run, part, compute)
         if torch.is_grad_enabled() and part.position < len(self.weights.blocks):
             steps = iter((1, -1))  # up, and down where it is run again
@@ -126,7 +131,7 @@ class Offloaded:
             def checkpointed(*args: Any, **kwargs: Any) -> Any:
                 return run(next(steps, -1), *args, **kwargs)
 
-            draws = part.module.training  # dropout: the same again
+            draws = module.training  # dropout: the same again
             return checkpoint(checkpointed, *args, use_reentrant=False, preserve_rng_state=draws, **kwargs)
         return run(1, *args, **kwargs)
 
@@ -142,7 +147,6 @@ class Offloaded:
                 return compute(*args, **kwargs)
             finally:
                 self._drop()
-        self._turns.begin(part.module)
         result = compute(*args, **kwargs)
         self._turns.pass_on()
         return result
@@ -150,7 +154,7 @@ class Offloaded:
     def _enter(self, part: _Part) -> None:
         begun = torch.cuda.current_stream(self.device).record_event() if self._on_gpu else None
         for slot, weight in zip(part.slots, self._arrived(part), strict=True):
-            slot.owner._parameters[slot.attribute] = nn.Parameter(weight, False)
+            _put(slot, nn.Parameter(weight, False))
         self._present, self._begun = part, begun
 
     def _drop(self) -> None:
@@ -165,7 +169,7 @@ class Offloaded:
 
     def _leave(self, part: _Part) -> None:
         for slot in part.slots:
-            slot.owner._parameters[slot.attribute] = slot.absent
+            _put(slot, slot.absent)
 
     def _arrived(self, part: _Part) -> list[Tensor]:
         """The part's weights on the device: those that were sent ahead, or a copy made now."""
@@ -199,13 +203,13 @@ class Offloaded:
             weights = [weight.to(self.device, non_blocking=True) for weight in self._waiting(self._parts[after])]
             self._ahead = after, weights, self._copies.record_event()
 
-    def in_step(self, passes: Sequence[Callable[[], Result]], begin: Callable[[int, nn.Module], None]) -> list[Result]:
-        """What passes of the model give that go through it block after block together: weights come once for all.
+    def in_step(self, passes: Sequence[Callable[[], Result]]) -> list[Result]:
+        """What passes give that each run another one of the :attr:`models`, and go through their blocks together: weights
+        come once for all.
 
-        ``begin`` is told of a block that a pass is about to run, with the pass's number: there it has its adapter switched on.
-        The passes take no gradients. Raises what a pass raised.
+        The passes take no gradients. Raises what a pass raised, which ends the others.
         """
-        self._turns = _Turns(len(passes), begin, self.model.get_output_embeddings())
+        self._turns = _Turns(len(passes))
         try:
             return self._turns.run(passes)
         finally:
@@ -213,41 +217,33 @@ class Offloaded:
             self._drop()
 
 
+def _with_the_same_weights(model: Any) -> Any:
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def _put(slot: _Slot, parameter: nn.Parameter) -> None:
+    for owner in slot.owners:
+        owner._parameters[slot.attribute] = parameter
+
+
 class _Turns:
     """Threads of which one runs at a time, the next one whenever a block is passed."""
 
-    def __init__(self, number: int, begin: Callable[[int, nn.Module], None], head: nn.Module) -> None:
-        """``head``: what each of them may put into it is its own (:mod:`emloc_ray.modeling.loss`)."""
-        self._begin, self._head = begin, head
-        self._bare = vars(head).get("forward")
+    def __init__(self, number: int) -> None:
         self._gates = [threading.Semaphore(0) for _ in range(number)]
         self._going = list(range(number))
         self._current = 0
-
-    def begin(self, module: nn.Module) -> None:
-        """The current pass is about to run a block."""
-        self._begin(self._current, module)
+        self._error: BaseException | None = None
 
     def pass_on(self) -> None:
         """Lets the next one run, and waits for the turn to come back."""
-        own, forward = self._current, vars(self._head).get("forward")
-        hooks = [vars(self._head)[name] for name in ("_forward_hooks", "_forward_pre_hooks")]
-        put = [dict(some) for some in hooks]
-        for some in hooks:
-            some.clear()
-        self._set_forward(self._bare)
+        own = self._current
         self._next(own)
         self._gates[own].acquire()
         self._current = own
-        self._set_forward(forward)
-        for some, before in zip(hooks, put, strict=True):
-            some.update(before)
-
-    def _set_forward(self, forward: Any) -> None:
-        if forward is not None:
-            self._head.forward = forward
-        else:
-            vars(self._head).pop("forward", None)
+        if self._error is not None:
+            raise self._error
 
     def _next(self, own: int) -> None:
         after = [number for number in self._going if number > own]
@@ -264,6 +260,9 @@ class _Turns:
             torch.set_num_threads(num_threads)  # which a thread begins without
             try:
                 return passes[number]()
+            except BaseException as error:
+                self._error = error
+                raise
             finally:
                 self._going.remove(number)
                 self._next(number)

@@ -8,6 +8,7 @@ its first call (some 15 MiB), and what its kernels pack weights into.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 from emloc_ray.io.formats.shards import chunk_limit
@@ -24,6 +25,7 @@ BASE_BYTES = 450 * 2**20  # a worker with torch, transformers and peft imported
 _ADAM_BYTES = 16  # a trained parameter in float32: itself, its gradient, Adam's two moments
 _DOUBLE = 8
 _ROWS = 1024  # of a layer that the correction turns to float64 at a time
+_BEGUN = 4  # corrections that auto scores in one pass where weights come and go
 
 
 class Held(NamedTuple):
@@ -263,14 +265,12 @@ class MemoryModel(ModelBytes):
         return max(self.searching().parts, reading, key=total)
 
     def searching(self) -> Held:
-        """The original with an adapter on a batch of the selection rows, beside every module's thin matrices."""
-        beside = {
-            **self._scoring(self.config.evaluation.batch_size),
-            "adapter": FLOAT * self.corrected_parameters,
-            "row norms": self._row_norms(self.adapted),
-            "correction": self.thin_matrices(),
-        }
-        return self._holding("evaluation", beside)
+        """The original with adapters on a batch of the selection rows, beside every module's thin matrices."""
+        rows = self.config.evaluation.batch_size
+        return self._together(
+            lambda number: {**self._scoring(rows), **self._adapted(number, rows), "correction": self.thin_matrices()},
+            _BEGUN,
+        )
 
     def thin_matrices(self) -> float:
         """Bytes of all that the adapter's modules see of the difference: in memory to score them, and on disk."""
@@ -313,18 +313,36 @@ class MemoryModel(ModelBytes):
         return {**parts, "weights": max(parts["weights"], self.emulator if scores_emulator else 0)}
 
     def evaluating(self) -> Held:
-        """The original with its adapters; scoring a batch, or completing one with a cache."""
+        """The original with its adapters; scoring a batch, or completing one with a cache. Where its weights come and go,
+        all variants at once, and of one linear what merging makes of it."""
         section = self.config.evaluation
-        adapter: Parts = {"adapter": FLOAT * self.corrected_parameters, "row norms": self._row_norms(self.adapted)}
-        scoring = {**self._scoring(section.batch_size), **adapter}
-        cached = section.batch_size * (self.lengths.longest + section.max_new_tokens)
-        completing = {
-            "kv cache": cached * self.itemsize * self._cached_per_token(),
-            "activations": self._forward(section.batch_size * self.lengths.longest),
-            **adapter,
+        rows, completes = section.batch_size, section.num_generations or section.num_exact_match
+        cached = rows * (self.lengths.longest + section.max_new_tokens) * self.itemsize * self._cached_per_token()
+        merged = self.itemsize * max((s.num_parameters for s in self.adapted), default=0)
+
+        def beside(number: int) -> Parts:
+            adapters = self._adapted(max(1, number - 1), rows)  # the original has none
+            scoring = {**self._scoring(rows), **adapters}
+            forward = self._forward(rows * self.lengths.longest)
+            completing = {"kv cache": min(2, number) * cached, "activations": forward, **adapters}
+            most = max(scoring, completing if completes else {}, key=total)
+            return {**most, "merged": merged} if number > 1 and "merged" in section.variants else most
+
+        return self._together(beside, len({*section.variants} - {"emulator", "emulator_adapter"}))
+
+    def _adapted(self, number: int, rows: int) -> Parts:
+        """So many adapters, and the hidden states of those that wait for their turn at a block: its input and output."""
+        waiting = 2 * (number - 1) * rows * self.lengths.longest * self.layout.hidden_size * self.itemsize
+        return {
+            "adapter": number * FLOAT * self.corrected_parameters,
+            "row norms": number * self._row_norms(self.adapted),
+            "hidden states": waiting,
         }
-        completes = section.num_generations or section.num_exact_match
-        return self._holding("evaluation", max(scoring, completing if completes else {}, key=total))
+
+    def _together(self, beside: Callable[[int], Parts], number: int) -> Held:
+        """One adapter after another beside the whole original, or so many at once where it does not fit."""
+        alone = self._holding("evaluation", beside(1))
+        return alone if alone.hold == "resident" else self._holding("evaluation", beside(number))
 
     def inference(self) -> Parts:
         """The original at the fine-tuning's micro-batch and length: prefill with its KV cache, logits of the last token."""

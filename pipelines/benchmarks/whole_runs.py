@@ -122,8 +122,9 @@ def _run_plain(config: RunConfig) -> None:
     merging = merge_job(context)
     for name, shard in output_shards(Checkpoint(context.model_dir).shards, None):
         merge_shard(merging, shard, plain / "merged" / name)
-    for family in ("original", "emulator", "merged"):
-        evaluate_slice(evaluation_job(context), family, 0, 1)
+    evaluation = evaluation_job(context)
+    for family in evaluation.families:
+        evaluate_slice(evaluation, family, 0, 1)
     shutil.rmtree(plain)
 
 

@@ -1,7 +1,8 @@
-"""What the selection rows lose under each candidate, one after another on one model; what was scored before is kept."""
+"""What the selection rows lose under each candidate; what was scored before is kept."""
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from emloc_ray.io.store.node_cache import exists
 from emloc_ray.modeling.adapter import attach_adapter, detach_adapter, load_adapter
 from emloc_ray.modeling.adapter_files import Adapter, lora_form_settings
 from emloc_ray.modeling.adapter_methods import adapter_config
-from emloc_ray.modeling.holding import open_model
+from emloc_ray.modeling.holding import Offloaded, open_model
 from emloc_ray.modeling.scoring import RowLosses, losses_by_row
 from emloc_ray.stages.correct.job import CorrectionJob, module_groups
 from emloc_ray.stages.correct.modules import CorrectableModule, plug_in, read_modules
@@ -49,7 +50,10 @@ def _next(job: CorrectionJob, begun: Sequence[Candidate], losses: Mapping[Candid
 
 
 class Scoring:
-    """A slot whose units are candidates in the order of the search: see :func:`emloc_ray.stages.ray.slots.start_slot`."""
+    """A slot whose units are candidates in the order of the search: see :func:`emloc_ray.stages.ray.slots.start_slot`.
+
+    Where the original's weights come and go, those that the search begins with are scored in one pass.
+    """
 
     def __init__(self, job: CorrectionJob, threads: int | None = None) -> None:
         if threads is not None:
@@ -57,36 +61,63 @@ class Scoring:
         self.job = job
         self.begun, self.rows = selection(job)
         self.losses = scored(job, self.begun)
-        self._model: _AdaptedModel | None = None
+        self._models: _AdaptedModels | None = None
 
     def position(self) -> int:
         """The last candidate that was scored, or -1."""
         return len(self.losses) - 1
 
     def accumulate(self, unit: int) -> int:
-        """Scores the next candidate and writes its losses; nothing where the search has ended."""
-        candidate = _next(self.job, self.begun, self.losses)
-        if candidate is not None:
-            self._model = self._model or _AdaptedModel(self.job)
-            self.losses[candidate] = self._model.losses(candidate, self.rows)
-            write_tensors(self.job.losses_path(candidate), self.losses[candidate]._asdict())
+        """Scores candidates up to this one and writes their losses; nothing where the search has ended."""
+        while len(self.losses) <= unit and (candidates := self._candidates()):
+            self._models = self._models or _AdaptedModels(self.job, len(candidates))
+            for candidate, losses in zip(candidates, self._models.losses(candidates, self.rows), strict=True):
+                self.losses[candidate] = losses
+                write_tensors(self.job.losses_path(candidate), losses._asdict())
         return unit
+
+    def _candidates(self) -> Sequence[Candidate]:
+        """Those to score next."""
+        if self.job.hold != "resident" and len(self.losses) < len(self.begun):
+            return self.begun[len(self.losses) :]
+        candidate = _next(self.job, self.begun, self.losses)
+        return [] if candidate is None else [candidate]
 
     def commit(self) -> None:
         """Nothing: each candidate is safe once it is scored."""
+
+
+class _AdaptedModels:
+    """The original with the adapter as candidates correct it; so many of them at once where its weights come and go."""
+
+    def __init__(self, job: CorrectionJob, number: int) -> None:
+        self.held = None
+        if job.hold != "resident":
+            ends = job.hold == "all_offloaded"
+            self.held = Offloaded(job.model_dir, ends_offloaded=ends, num_models=number, **job.model_options)
+        bare = self.held.models if self.held else [open_model(job.model_dir, **job.model_options)]
+        paths = [group.path for group in module_groups(job, Adapter(job.adapter_dir).names)]
+        modules = [module for path in paths for module in read_modules(path)]
+        self.models = [_AdaptedModel(job, model, modules) for model in bare]
+
+    def losses(self, candidates: Sequence[Candidate], rows: Sequence[Tokens]) -> list[RowLosses]:
+        """Of each row under each candidate."""
+        passes = [
+            functools.partial(model.losses, candidate, rows)
+            for model, candidate in zip(self.models, candidates, strict=False)
+        ]
+        return self.held.in_step(passes) if self.held else [one_pass() for one_pass in passes]
 
 
 class _AdaptedModel:
     """The original with the adapter as a candidate corrects it: first as trained, then, of other methods than LoRA, in
     LoRA's form."""
 
-    def __init__(self, job: CorrectionJob) -> None:
-        self.job, self.adapter = job, Adapter(job.adapter_dir)
-        self.model = load_adapter(open_model(job.model_dir, job.hold, **job.model_options), job.adapter_dir).eval()
+    def __init__(self, job: CorrectionJob, model: Any, modules: Sequence[CorrectableModule]) -> None:
+        self.job, self.adapter, self.modules = job, Adapter(job.adapter_dir), modules
+        self.model = load_adapter(model, job.adapter_dir).eval()
         self.images = ImageInputs(job.model_dir, job.model_options)
         self.is_lora = self.adapter.is_lora
-        paths = [group.path for group in module_groups(job, self.adapter.names)]
-        self.modules: Sequence[CorrectableModule] = [module for path in paths for module in read_modules(path)]
 
     def losses(self, candidate: Candidate, rows: Sequence[Tokens]) -> RowLosses:
         """Of each row."""

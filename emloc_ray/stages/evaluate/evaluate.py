@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import filecmp
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from peft import PeftModel
 
@@ -16,11 +17,14 @@ from emloc_ray.data.processors import ImageInputs
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.store.node_cache import ensure
 from emloc_ray.modeling.adapter import detach_adapter, load_adapter
-from emloc_ray.modeling.adapter_files import CONFIG_NAME, WEIGHTS_NAME
-from emloc_ray.modeling.holding import open_model
+from emloc_ray.modeling.adapter_files import CONFIG_NAME, WEIGHTS_NAME, Adapter
+from emloc_ray.modeling.adapter_merging import compute_as_merged
+from emloc_ray.modeling.holding import Offloaded, open_model
 from emloc_ray.modeling.scoring import Score, complete, prompt_length, score_rows
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
 from emloc_ray.stages.ray.tasks import Progress, Resources, run_tasks, silent
+
+Result = TypeVar("Result")
 
 _FAMILIES = {
     "original": "original",
@@ -66,7 +70,20 @@ class EvaluationJob:
     @property
     def families(self) -> tuple[str, ...]:
         """The models that are loaded, each for some of the variants."""
-        return tuple(dict.fromkeys(_FAMILIES[name] for name in self.scored))
+        return tuple(dict.fromkeys(map(self.family, self.scored)))
+
+    def family(self, variant: str) -> str:
+        """The model that is loaded for a variant. One whose weights come and go is merged on the way: they come once for
+        all."""
+        family = _FAMILIES[variant]
+        return "original" if family == "merged" and self.hold != "resident" else family
+
+    def adapter(self, variant: str) -> Path | None:
+        """What a variant has of adapters, to be plugged in or merged."""
+        final = self.finished_adapter_dir or self.corrected_adapter_dir
+        adapters = {"emulator_adapter": self.trained_adapter_dir, "uncorrected": self.trained_adapter_dir}
+        adapters |= {"corrected": self.corrected_adapter_dir, "finished": final, "merged": final}
+        return adapters.get(variant)
 
     @property
     def generating(self) -> tuple[str, str]:
@@ -84,31 +101,68 @@ class VariantResult:
 
 
 def evaluate_slice(job: EvaluationJob, family: str, part: int, num_parts: int) -> list[VariantResult]:
-    """Every variant that one base model serves, on rows ``part, part + num_parts, …`` of the held-out split."""
+    """Every variant that one base model serves, on rows ``part, part + num_parts, …`` of the held-out split.
+
+    Where the model's weights come and go, all variants go through its blocks together.
+    """
     shards = TokenShards(job.tokens_dir)
     positions = range(part, len(shards), num_parts)
     prompts = [shards.row(position) for position in positions if position < _num_prompts(job)]
-    results: list[VariantResult] = []
-    for variant, model in _models(job, family):
-        if variant == "corrected" and "uncorrected" in job.scored and _is_as_trained(job):
-            score = results[-1].score
-        else:
-            score = _score(job, model, shards, positions, variant)
-        texts = _completions(job, model, prompts) if variant in job.generating else []
-        results.append(VariantResult(variant, score, tuple(texts)))
-    return results
+    variants = [name for name in job.scored if job.family(name) == family]
+    alike = {"corrected": "uncorrected"} if {"corrected", "uncorrected"} <= {*variants} and _is_as_trained(job) else {}
+
+    def result(variant: str, model: Any) -> VariantResult:
+        score = _score(job, model, shards, positions, variant)
+        completes = any(name in job.generating for name in variants if alike.get(name, name) == variant)
+        return VariantResult(variant, score, tuple(_completions(job, model, prompts) if completes else ()))
+
+    apart = [variant for variant in variants if variant not in alike]
+    directories = {"original": job.model_dir, "emulator": job.emulator_dir, "merged": job.merged_dir}
+    adapters = [None if variant == family else job.adapter(variant) for variant in apart]
+    hold = job.emulator_hold if family == "emulator" else job.hold
+    models = list(zip(apart, adapters, strict=True))
+    results = dict(zip(apart, _with_each(job, directories[family], hold, models, result), strict=True))
+    return [replace(results[alike.get(variant, variant)], variant=variant) for variant in variants]
 
 
 def score_adapters(job: EvaluationJob, adapters: Sequence[Path | None]) -> list[Score]:
     """The original on the held-out rows with each of some adapters, whatever they were trained on; None: without one."""
     shards = TokenShards(job.tokens_dir)
-    model, found = open_model(job.model_dir, job.hold, **job.model_options), []
-    for adapter in adapters:
-        plugged = model if adapter is None else load_adapter(model, adapter)
-        name = "original" if adapter is None else str(adapter)
-        found.append(_score(job, plugged.eval(), shards, range(len(shards)), name))
-        model = plugged if adapter is None else detach_adapter(plugged)
-    return found
+    named = [("original" if adapter is None else str(adapter), adapter) for adapter in adapters]
+
+    def score(name: str, model: Any) -> Score:
+        return _score(job, model, shards, range(len(shards)), name)
+
+    return _with_each(job, job.model_dir, job.hold, named, score)
+
+
+def _with_each(
+    job: EvaluationJob,
+    directory: Path | None,
+    hold: str,
+    named: Sequence[tuple[str, Path | None]],
+    measure: Callable[[str, Any], Result],
+) -> list[Result]:
+    """What ``measure(name, model)`` gives of a base model with each of some adapters: one after another; together where its
+    weights come and go, ``merged`` computed of these on the way.
+    """
+    assert directory is not None
+    if hold == "resident":
+        model, results = open_model(directory, **job.model_options), []
+        for name, adapter in named:
+            bare = detach_adapter(model) if isinstance(model, PeftModel) else model
+            model = bare if adapter is None else load_adapter(bare, adapter)
+            results.append(measure(name, model.eval()))
+        return results
+    held = Offloaded(directory, ends_offloaded=hold == "all_offloaded", num_models=len(named), **job.model_options)
+    passes = []
+    for model, (name, adapter) in zip(held.models, named, strict=True):
+        if name == "merged" and adapter is not None:
+            compute_as_merged(model, Adapter(adapter), held.weights.stored_dtype)
+        elif adapter is not None:
+            model = load_adapter(model, adapter)
+        passes.append(functools.partial(measure, name, model.eval()))
+    return held.in_step(passes)
 
 
 def _score(job: EvaluationJob, model: Any, shards: TokenShards, positions: range, name: str) -> Score:
@@ -125,26 +179,6 @@ def _score(job: EvaluationJob, model: Any, shards: TokenShards, positions: range
             images=ImageInputs(job.model_dir, job.model_options),
         )
     return total
-
-
-def _models(job: EvaluationJob, family: str) -> Iterator[tuple[str, Any]]:
-    """The variants of one base model, which is loaded once; adapters are plugged in on top of it one after another."""
-    directories = {"original": job.model_dir, "emulator": job.emulator_dir, "merged": job.merged_dir}
-    adapters = {
-        "emulator_adapter": job.trained_adapter_dir,
-        "uncorrected": job.trained_adapter_dir,
-        "corrected": job.corrected_adapter_dir,  # may be of another method than it was trained by
-        "finished": job.finished_adapter_dir,
-    }
-    directory = directories[family]
-    assert directory is not None
-    hold = job.emulator_hold if family == "emulator" else job.hold
-    model = open_model(directory, hold, **job.model_options)
-    for variant in (name for name in job.scored if _FAMILIES[name] == family):
-        if (adapter := adapters.get(variant)) is not None:
-            bare = detach_adapter(model) if isinstance(model, PeftModel) else model
-            model = load_adapter(bare, adapter)
-        yield variant, model.eval()
 
 
 def _is_as_trained(job: EvaluationJob) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_cases import FITTING, PROMPTS, trained
+from adapter_cases import FITTING, PROMPTS, logits, trained
 from peft import PeftModel
 from safetensors.torch import save_file
 from tiny import save_emulator
@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.modeling.adapter_files import Adapter
-from emloc_ray.modeling.adapter_merging import changed_tensors, merged_chunks
+from emloc_ray.modeling.adapter_merging import changed_tensors, compute_as_merged, merged_chunks
 from emloc_ray.modeling.adapter_methods import update_rank
 from emloc_ray.modeling.architecture import LinearSpec, StoredRows, block_linears, empty_model
+from emloc_ray.modeling.loading import load_model
 
 MERGED = [(case, family) for case, family in FITTING if case not in PROMPTS]
 
@@ -44,6 +45,29 @@ def test_every_tensor_is_as_peft_merges_it(
         assert not torch.equal(whole, entry.read_rows()), entry.name
         chunked = torch.cat(list(merged_chunks(entry, adapter, changed[entry.name], 1)))
         assert torch.equal(chunked, whole), entry.name  # no bit depends on the chunks
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("case", "family"), MERGED)
+def test_a_model_computes_as_merged(
+    case: str, family: str, dtype: str, tmp_path: Path, tiny_model_dir: Callable[..., Path]
+) -> None:
+    """In float32 with the weights as a checkpoint of the dtype holds them."""
+    trained(tmp_path / "a", save_emulator(tiny_model_dir(family), tmp_path / "e"), case, family)
+    model_dir, adapter = tiny_model_dir(family, dtype=dtype), Adapter(tmp_path / "a")
+    specs = block_linears(empty_model(AutoConfig.from_pretrained(model_dir)))
+    expected = load_model(model_dir, dtype="float32")
+    changed = changed_tensors(adapter, specs)
+    for entry in Checkpoint(model_dir):
+        if entry.name in changed:
+            whole = torch.cat(list(merged_chunks(entry, adapter, changed[entry.name], 2**20)))
+            expected.get_parameter(entry.name).data = whole.float()
+    model = load_model(model_dir, dtype="float32")
+    before = logits(model)
+    compute_as_merged(model, adapter, lambda name: getattr(torch, dtype))
+    torch.testing.assert_close(logits(model), logits(expected), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(logits(model), before, rtol=1e-3)
+    assert {name for name, _ in model.named_parameters()} == {name for name, _ in expected.named_parameters()}
 
 
 @pytest.mark.parametrize(

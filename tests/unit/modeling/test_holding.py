@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from emloc_ray.data.token_shards import collate
 from emloc_ray.errors import ArtifactError
-from emloc_ray.modeling.adapter import attach_adapter, load_adapter, switch_adapter
+from emloc_ray.modeling.adapter import attach_adapter, load_adapter, save_trained_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
 from emloc_ray.modeling.gradient_hooks import GradientHooks
@@ -123,44 +124,52 @@ def test_completions_and_emulators(
         assert found[0] == found[1]
 
 
-def test_passes_in_step_are_those_one_after_another(saved: Callable[[str], Path], tmp_path: Path) -> None:
-    directory = saved("Qwen2")
-    options: dict[str, Any] = {"batch_size": 2, "loss_on": "all", "pad_token_id": PAD, "name": "x"}
+@pytest.mark.parametrize("family", ["Qwen2", "Mixtral", "T5"])
+def test_passes_in_step_are_those_one_after_another(
+    family: str, saved: Callable[[str], Path], tmp_path: Path, tokenizer: Any
+) -> None:
+    directory = saved(family)
     for number in range(2):
         attached = trained(open_model(directory))
         for parameter in attached.parameters():
             parameter.data.mul_(1 + number)
-        attached.save_pretrained(str(tmp_path / str(number)))
-    alone = [score_rows(open_model(directory), rows(), **options)]
-    alone += [score_rows(load_adapter(open_model(directory), tmp_path / n).eval(), rows(), **options) for n in "01"]
-    held = Offloaded(directory)
-    model = load_adapter(load_adapter(held.model, tmp_path / "0", "0"), tmp_path / "1", "1").eval()
-    score_rows(model, rows()[:1], **options)  # after which it is known how the model uses its head
-    reads: list[int] = []
-    read = held.weights.read
-    held.weights.read = lambda names: reads.append(1) or read(names)  # type: ignore[method-assign]
-    together = held.in_step(
-        [lambda: score_rows(model, rows(), **options)] * 3,
-        lambda number, block: switch_adapter(block, (None, "0", "1")[number]),
-    )
-    assert together == alone
-    assert len({score.loss_sum for score in together}) == 3
-    once = len(reads)
-    reads.clear()
-    held.in_step([lambda: score_rows(model, rows(), **options)], lambda number, block: switch_adapter(block, "0"))
-    assert len(reads) == once
+        targets = sorted(attached.peft_config["default"].target_modules)
+        save_trained_adapter(attached, tmp_path / str(number), targets=targets, base_model="")
+
+    def passes(models: list[Any]) -> list[Callable[[], Any]]:
+        adapted = [load_adapter(model, tmp_path / str(number)) for number, model in enumerate(models[1:])]
+        return [functools.partial(scored_and_completed, model.eval(), tokenizer) for model in (models[0], *adapted)]
+
+    alone = [one() for one in passes([open_model(directory) for _ in range(3)])]
+    held = Offloaded(directory, num_models=3)
+    together = held.in_step(passes(held.models))
+    for (score, texts), (expected, expected_texts) in zip(together, alone, strict=True):
+        assert score.loss_sum == pytest.approx(expected.loss_sum, rel=1e-6)
+        assert texts == expected_texts
+    assert len({score.loss_sum for score, _ in together}) == 3
+
+
+def scored_and_completed(model: Any, tokenizer: Any) -> Any:
+    score = score_rows(model, rows(), batch_size=2, loss_on="all", pad_token_id=PAD, name="x")
+    return score, complete(model, tokenizer, rows()[:2], max_new_tokens=3, batch_size=2)
 
 
 def test_an_error_of_one_pass_ends_all(saved: Callable[[str], Path]) -> None:
-    held = Offloaded(saved("Llama"))
-    ids = torch.arange(5)[None]
+    held = Offloaded(saved("Llama"), num_models=2)
+    ids, ended = torch.arange(5)[None], []
+
+    def goes_on() -> None:
+        for _ in range(3):
+            held.models[0](input_ids=ids)
+        ended.append(True)
 
     def fails() -> None:
-        held.model(input_ids=ids)
+        held.models[1](input_ids=ids)
         raise ValueError("no number")
 
-    with torch.no_grad(), pytest.raises(ValueError, match="no number"):
-        held.in_step([lambda: held.model(input_ids=ids), fails], lambda number, module: None)
+    with pytest.raises(ValueError, match="no number"):
+        held.in_step([torch.no_grad()(goes_on), torch.no_grad()(fails)])
+    assert not ended
     assert torch.isfinite(held.model(input_ids=ids).logits).all()
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from stage_artifacts import Artifacts, write_lora, write_tokens
+from torch import Tensor
 from transformers import AutoConfig
 
 from emloc_ray.core.ranks import rank_for_ratio
 from emloc_ray.io.formats.grams import reduce_slots, write_gram_index, write_gram_shard
 from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
+from emloc_ray.modeling.block_weights import BlockWeights
 from emloc_ray.stages.calibrate.job import CalibrationJob
 from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
 
@@ -53,3 +56,18 @@ def artifacts(tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.Temp
     ranks = {s.name: rank for s in specs if (rank := rank_for_ratio(s.out_features, s.in_features, 0.5))}
     groups = tuple(tuple(by_name[name] for name in group) for group in names)
     return Artifacts(root, model_dir, specs, groups, ranks, job)
+
+
+@pytest.fixture
+def block_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each weight inside a block was brought, of models whose blocks come and go."""
+    counts: Counter[str] = Counter()
+    read = BlockWeights.read
+
+    def counted(weights: BlockWeights, names: Sequence[str]) -> Tensor:
+        if names[0].startswith(tuple(weights.blocks)):
+            counts[names[0]] += 1
+        return read(weights, names)
+
+    monkeypatch.setattr(BlockWeights, "read", counted)
+    return counts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -228,6 +229,22 @@ def test_none_is_the_adapter_as_trained_byte_for_byte(case: str, method_job: Cal
         assert (job.out_dir / name).read_bytes() == (job.adapter_dir / name).read_bytes()
     assert result["method"] == "none"
     assert ("as_trained" in result) == (case in ("ia3", "prefix", "prompt"))
+
+
+@pytest.mark.parametrize("case", ["lora", "lokr"])
+def test_weights_that_come_and_go_come_once_for_what_the_search_begins_with(
+    case: str, method_job: Callable[[str], CorrectionJob], block_reads: Counter[str]
+) -> None:
+    job = replace(method_job(case), candidates=tuple(candidates("auto", 3.0, 1.0)))
+    expected = correct_adapter(job)["candidates"]
+    found = correct_adapter(replace(job, hold="offloaded"))["candidates"]
+    batches = math.ceil(len(TokenShards(job.selection_dir)) / job.batch_size)
+    passes = 1 + len(found) - len(job.candidates)
+    assert len(found) > len(job.candidates)
+    forms = 1 if case == "lora" else 2  # of each a pass of two tokens shows what is done to its head's output
+    assert set(block_reads.values()) == {batches * passes + forms}
+    assert [[one[key] for key in KEYS] for one in found] == [[one[key] for key in KEYS] for one in expected]
+    assert [one["loss"] for one in found] == pytest.approx([one["loss"] for one in expected], rel=1e-5)
 
 
 @pytest.mark.parametrize("case", ["dora", "lokr", "vera"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.modeling.adapter_files import Adapter, LoraModule, write_adapter
 from emloc_ray.modeling.scoring import Score, score_rows
 from emloc_ray.stages.evaluate import evaluate
-from emloc_ray.stages.evaluate.evaluate import VARIANTS, EvaluationJob, evaluate_slice
+from emloc_ray.stages.evaluate.evaluate import VARIANTS, EvaluationJob, evaluate_slice, score_adapters
 from emloc_ray.stages.merge.merge import MergeJob, merge_shard
 
 
@@ -136,6 +137,36 @@ def test_an_adapter_that_was_left_as_it_was_is_scored_once(job: EvaluationJob, m
     scores = {result.variant: result.score for result in evaluate_slice(job, "original", 0, 1)}
     assert names == ["original", "uncorrected", "finished"]
     assert scores["corrected"] == scores["uncorrected"] != scores["original"]
+
+
+@pytest.mark.parametrize("hold", ["offloaded", "all_offloaded"])
+def test_weights_that_come_and_go_come_once_for_all_variants(
+    hold: str, job: EvaluationJob, block_reads: Counter[str], tmp_path: Path
+) -> None:
+    trained = Adapter(job.trained_adapter_dir)
+    modules = [trained.module(name) for name in trained.names]
+    halved = [replace(module, lora_b=module.lora_b / 2) for module in modules]
+    write_adapter(tmp_path / "halved", trained.config, halved)
+    resident = replace(job, corrected_adapter_dir=tmp_path / "halved", batch_size=2)
+    apart = {result.variant: result for name in resident.families for result in evaluate_slice(resident, name, 0, 1)}
+    offloaded = replace(resident, hold=hold)
+    assert offloaded.families == ("original", "emulator")
+    alone = evaluate_slice(replace(offloaded, variants=("original",)), "original", 0, 1)
+    once = Counter(block_reads)
+    block_reads.clear()
+    together = evaluate_slice(offloaded, "original", 0, 1)
+    assert [result.variant for result in together] == ["original", "uncorrected", "corrected", "finished", "merged"]
+    assert block_reads == once
+    assert once
+    assert alone[0].score.loss_sum == pytest.approx(apart["original"].score.loss_sum, rel=1e-6)
+    for result in together:
+        assert result.score.loss_sum == pytest.approx(apart[result.variant].score.loss_sum, rel=1e-5)
+        assert result.completions == apart[result.variant].completions
+    block_reads.clear()
+    scores = score_adapters(offloaded, [None, job.trained_adapter_dir, tmp_path / "halved"])
+    expected = [apart[variant].score.loss_sum for variant in ("original", "uncorrected", "corrected")]
+    assert [score.loss_sum for score in scores] == pytest.approx(expected, rel=1e-5)
+    assert block_reads.total() <= once.total()
 
 
 def test_the_corrected_adapter_is_the_one_that_is_read(job: EvaluationJob, tmp_path: Path) -> None:
