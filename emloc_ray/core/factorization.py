@@ -25,14 +25,14 @@ Solver = Literal["auto", "exact", "subspace", "products"]
 # What `_rounding_share` decides. Over real layers, and layers with channels 30 to 3,000 times the others, up to the first
 # bound the residual energy was off by less than 1e-3 and the factors' within 2e-4 of the optimum. Up to the second the
 # factors' was within 7e-4 wherever the residual passed its direct check.
-_SURE_ROUNDING_SHARE = 1e-3
+SURE_ROUNDING_SHARE = 1e-3
 _MAX_ROUNDING_SHARE = 5e-3
-_MAX_RESIDUAL_DIFFERENCE = 1e-3
+MAX_RESIDUAL_DIFFERENCE = 1e-3
 
 # Columns of ``W L V`` come from float32 where that moves less than this share of the residual energy.
 _MOVED_SHARE = 1e-4
 # A probe of the exact operator may find so many times the loss that the solver allowed itself.
-_PROBED_EXCESS = 1.5
+PROBED_EXCESS = 1.5
 _PROBES = 8
 # A layer with so many times as many inputs as outputs is wide, the other way round tall.
 _ASPECT = 2
@@ -235,7 +235,7 @@ def _of_square(matrix: Tensor, rank: int, seed: int) -> LeadingVectors | None:
 
 
 def _is_sure(top: LeadingVectors, rank: int, dtype: torch.dtype) -> bool:
-    return _rounding_share(top.values, top.energy_left, rank, dtype) <= _SURE_ROUNDING_SHARE
+    return _rounding_share(top.values, top.energy_left, rank, dtype) <= SURE_ROUNDING_SHARE
 
 
 def _inner_gram(whitened: Tensor) -> Gram:
@@ -267,11 +267,11 @@ def _survives_probes(weight: Tensor, whitened: Tensor, whitening: Whitening, top
     read = wide_product(weight, torch.cat([inside, outside], dim=1))
     images = wide_product(weight.T, whitening.times(read))
     missed = images[:, :_PROBES] - vectors @ (vectors.T @ images[:, :_PROBES])
-    if float(missed.square().sum()) / _PROBES > _PROBED_EXCESS * MAX_LOSS_SHARE * top.energy_left:
+    if float(missed.square().sum()) / _PROBES > PROBED_EXCESS * MAX_LOSS_SHARE * top.energy_left:
         return False
     direct = float((outside * images[:, _PROBES:]).sum())
     seen = float(wide_product(whitened, outside).square().sum())
-    return abs(direct - seen) <= _MAX_RESIDUAL_DIFFERENCE * direct
+    return abs(direct - seen) <= MAX_RESIDUAL_DIFFERENCE * direct
 
 
 def _by_eigendecomposition(weight: Tensor, whitening: Whitening, rank: int) -> tuple[Factorization, bool]:
@@ -291,10 +291,10 @@ def _by_eigendecomposition(weight: Tensor, whitening: Whitening, rank: int) -> t
     if tall:
         up = polish(whitened @ up / values[:rank].sqrt().to(weight.dtype).clamp_min(torch.finfo(weight.dtype).tiny))
     factors = LowRankFactors(up, up.T @ weight)
-    trusted = share <= _SURE_ROUNDING_SHARE
+    trusted = share <= SURE_ROUNDING_SHARE
     if not trusted and share <= _MAX_ROUNDING_SHARE:
         direct = whitening.energy(weight - factors.up @ factors.down)
-        trusted = abs(direct - residual) <= _MAX_RESIDUAL_DIFFERENCE * direct
+        trusted = abs(direct - residual) <= MAX_RESIDUAL_DIFFERENCE * direct
         residual = direct
     error = math.sqrt(max(residual, 0.0) / total) if total > 0.0 else 0.0
     return Factorization(factors, values, total, error, "exact", weight.dtype), trusted

@@ -37,12 +37,12 @@ from emloc_ray.stages.ray.tasks import Resources, bounded, silent
 from emloc_ray.ui.page import PageReporter
 
 _CPUS = 2
-_TASKS = 8
-_STEPS = 80  # fine-tuning is then about half of a lone task's time
-_SLEEPERS = (125, 250, 500)
+TASKS = 8
+STEPS = 80  # fine-tuning is then about half of a lone task's time
+SLEEPERS = (125, 250, 500)
 _SLEEP_S = 0.05
-_SLEEPING_CPUS = 8
-_TRAININGS = 4
+SLEEPING_CPUS = 8
+TRAININGS = 4
 
 
 def many_tasks(out: Path) -> Figures:
@@ -56,18 +56,18 @@ def many_tasks(out: Path) -> Figures:
             begin = time.perf_counter()
             state = run_batch(prepare_batch(read_batch(batch_file), reporter=PageReporter()))
             ours = time.perf_counter() - begin
-            assert state.count("done") == _TASKS, state
+            assert state.count("done") == TASKS, state
             runs, shares = _one_by_one(batch_file, out / f"alone-{what.replace(' ', '-')}")
             alone = sum(runs)
             changed = _changed(batch_file, out / f"alone-{what.replace(' ', '-')}")
             print(f"{what}: fine-tuning took {shares:.0%} of lone tasks' time", file=sys.stderr)
             assert not changed, f"files that differ: {changed}"
-            figures[f"{_TASKS} tasks that share {what}"] = figure(ours, alone, "s (baseline: one after another)")
+            figures[f"{TASKS} tasks that share {what}"] = figure(ours, alone, "s (baseline: one after another)")
     return figures
 
 
 def _warm(out: Path, base: Path) -> None:
-    emloc_ray.run(load_config(base, [f"run_dir={out / 'many-warm'}", *_light(_STEPS)]), fresh=True)
+    emloc_ray.run(load_config(base, [f"run_dir={out / 'many-warm'}", *_light(STEPS)]), fresh=True)
 
 
 def _light(steps: int) -> list[str]:
@@ -78,7 +78,7 @@ def _light(steps: int) -> list[str]:
 def _write_batch(out: Path, base: Path, name: str, data: Path | None) -> Path:
     shutil.rmtree(out / f"many-{name}", ignore_errors=True)  # an earlier call's tasks would be done already
     tasks: list[dict[str, Any]] = []
-    for number in range(_TASKS):
+    for number in range(TASKS):
         task: dict[str, Any] = {"name": f"task-{number}", "finetune.learning_rate": 1e-4 * (number + 1)}
         task["emulator.healing.learning_rate"] = 1e-4  # its default is the tuning's, and each would heal for itself
         if data is not None:
@@ -86,7 +86,7 @@ def _write_batch(out: Path, base: Path, name: str, data: Path | None) -> Path:
             path = data / f"rows-{number}.jsonl"
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
             task["data.train.path"] = str(path)
-        for override in _light(_STEPS):
+        for override in _light(STEPS):
             key, _, value = override.partition("=")
             task[key] = read_yaml(value)
         tasks.append(task)
@@ -153,21 +153,21 @@ def scheduling(out: Path) -> Figures:
     """A batch of up to 500 tasks whose stages sleep: what it takes beyond the sleeps, and what the driver holds."""
     config = load_config(make_config(out / "many-base"))
     walls, peaks = {}, {}
-    with connection(num_cpus=_SLEEPING_CPUS):
+    with connection(num_cpus=SLEEPING_CPUS):
         sleep = Resources().task(_Sleeps().sleep)
-        ray.get([sleep.remote(1.0) for _ in range(2 * _SLEEPING_CPUS)])  # starts the workers
-        for count in _SLEEPERS:
+        ray.get([sleep.remote(1.0) for _ in range(2 * SLEEPING_CPUS)])  # starts the workers
+        for count in SLEEPERS:
             run = RunDirectory(out / f"sleepers-{count}")
             run.create({}, fresh=True)
             tasks = [Task(f"task-{number}", config) for number in range(count)]
             watched = _Peak()
             begin = time.perf_counter()
-            batch = BatchRun(run, tasks, _Sleeps(), lambda: Amount(cpus=_SLEEPING_CPUS), show=watched)
+            batch = BatchRun(run, tasks, _Sleeps(), lambda: Amount(cpus=SLEEPING_CPUS), show=watched)
             assert batch.run().count("done") == count
             walls[count] = time.perf_counter() - begin
             peaks[count] = watched.bytes / 2**20
-    few, _, most = _SLEEPERS
-    ideal = most * len(VERBS) * _SLEEP_S / _SLEEPING_CPUS
+    few, _, most = SLEEPERS
+    ideal = most * len(VERBS) * _SLEEP_S / SLEEPING_CPUS
     overhead = (walls[most] - ideal) / most * 1000
     growth = (walls[most] - walls[few]) / (most - few) * few / walls[few]
     return {
@@ -196,7 +196,7 @@ def short_training(out: Path) -> Figures:
         prepared = prepare(config)
         context = Context(prepared, prepared.source.directory)
         seconds: dict[str, list[float]] = {"alone": [], "group": []}
-        for number in range(_TRAININGS):
+        for number in range(TRAININGS):
             for name, train in (("alone", run_alone), ("group", run_group)):
                 job = finetune_job(context, f"{name}-{number}")
                 begin = time.perf_counter()

@@ -55,8 +55,8 @@ from emloc_ray.stages.finetune.training import EmulatorTrainer, FinetuneJob, Ran
 from emloc_ray.stages.merge.merge import merge_shard, output_shards
 from emloc_ray.stages.merge.stage import merge_job
 
-_DEPTH, _ROWS, _REPEATS = 6, 64, 3
-_SIZES = {"small": (8, 2, 8), "large": (96, 24, 64)}  # calibration rows, steps, held-out rows
+DEPTH, ROWS, REPEATS = 6, 64, 3
+SIZES = {"small": (8, 2, 8), "large": (96, 24, 64)}  # calibration rows, steps, held-out rows
 
 
 def ray_overhead(out: Path) -> Figures:
@@ -65,7 +65,7 @@ def ray_overhead(out: Path) -> Figures:
     What starting Ray and its workers takes is the same at both: the ratio compares what the added work adds to each side.
     """
     seconds: dict[str, list[float]] = {"ray": [], "plain": []}
-    for size in _SIZES:
+    for size in SIZES:
         config = _sized(out, size)
         emloc_ray.run(config, until="calibrate", fresh=True)  # imports the model, makes the tokens
         for side, action in (("ray", _run_on_ray), ("plain", _run_plain)):
@@ -88,7 +88,7 @@ def ray_overhead(out: Path) -> Figures:
 
 
 def _sized(out: Path, size: str) -> RunConfig:
-    samples, steps, held_out = _SIZES[size]
+    samples, steps, held_out = SIZES[size]
     return paper_config(
         out / f"overhead-{size}",
         f"calibration.num_calibration_samples={samples}",
@@ -202,8 +202,8 @@ def growth(out: Path) -> Figures:
     memory that rows take, 1 is flat.
     """
     figures: Figures = {}
-    measured = {times: _grown(out, times * _DEPTH, _ROWS) for times in (1, 2, 4)}
-    measured_rows = {times: _grown(out, _DEPTH, times * _ROWS) for times in (2, 4)}
+    measured = {times: _grown(out, times * DEPTH, ROWS) for times in (1, 2, 4)}
+    measured_rows = {times: _grown(out, DEPTH, times * ROWS) for times in (2, 4)}
     for what in ("seconds", "peak"):
         unit, scale = ("s", 1.0) if what == "seconds" else ("MiB", 2.0**20)
         base = measured[1][what] / scale
@@ -228,7 +228,7 @@ def _grown(out: Path, depth: int, rows: int) -> dict[str, float]:
         str(depth),
         str(rows),
     ]
-    outputs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(_REPEATS)]
+    outputs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(REPEATS)]
     measured: list[dict[str, float]] = [json.loads(output.splitlines()[-1]) for output in outputs]
     return {key: min(each[key] for each in measured) for key in measured[0]}
 

@@ -88,10 +88,10 @@ def test_every_published_table_is_made_by_a_test_and_by_the_command_that_it_name
 def test_speed(publish: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "LAYERS", ("256x512",))
     for name, few in {
-        "_DEPTH": 1,
-        "_ROWS": 32,
-        "_REPEATS": 1,
-        "_SIZES": {"small": (8, 1, 8), "large": (16, 4, 16)},
+        "DEPTH": 1,
+        "ROWS": 32,
+        "REPEATS": 1,
+        "SIZES": {"small": (8, 1, 8), "large": (16, 4, 16)},
     }.items():
         monkeypatch.setattr(whole_runs, name, few)
     published, found = publish(" ".join(benchmark.TABLES["speed.json"]))
@@ -106,7 +106,7 @@ def test_speed(publish: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_many_tasks(publish: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    few = {"_TASKS": 2, "_STEPS": 2, "_SLEEPERS": (2, 4, 8), "_SLEEPING_CPUS": 2, "_TRAININGS": 2}
+    few = {"TASKS": 2, "STEPS": 2, "SLEEPERS": (2, 4, 8), "SLEEPING_CPUS": 2, "TRAININGS": 2}
     for name, value in few.items():
         monkeypatch.setattr(many_tasks, name, value)
     published, found = publish(" ".join(benchmark.TABLES["tasks.json"]))

@@ -24,7 +24,7 @@ from emloc_ray.io.store.node_cache import ensure
 _INDEX = "index.json"
 BYTES_PER_LOGIT = 6
 _OPEN = 64  # shards whose headers and rows a reader remembers
-_ROWS, _SHARD_BYTES = 64, 2**28  # of a shard, at most
+MAX_ROWS, _SHARD_BYTES = 64, 2**28  # of a shard
 _DTYPES = {"rows": torch.int64, "ends": torch.int64, "ids": torch.int32, "log_probs": torch.float16}
 
 TopRow = tuple[Tensor, Tensor]  # of one row: ids and log-probabilities, (labels, k) each
@@ -32,7 +32,7 @@ TopRow = tuple[Tensor, Tensor]  # of one row: ids and log-probabilities, (labels
 
 def rows_per_shard(row_tokens: float, num_logits: int) -> int:
     """Rows of a shard, at ``row_tokens`` a row on average; the writer holds a shard twice in memory."""
-    return max(1, min(_ROWS, int(_SHARD_BYTES // max(1.0, BYTES_PER_LOGIT * num_logits * row_tokens))))
+    return max(1, min(MAX_ROWS, int(_SHARD_BYTES // max(1.0, BYTES_PER_LOGIT * num_logits * row_tokens))))
 
 
 def teacher_shard(directory: Path, number: int) -> Path:

@@ -29,7 +29,7 @@ MARKER = "emloc-ray-cache.json"
 FORMAT = 1
 _ENTRY, _USED, _LOCKS = "entry.json", "used", ".locks"
 # What a writer left counts as left for good when nothing in it has changed for so long.
-_LEFT_S = 3600.0
+LEFT_S = 3600.0
 
 _held: dict[tuple[str, str], threading.Lock] = {}
 
@@ -240,7 +240,7 @@ class CachePlace:
     def sweep(self) -> None:
         """Removes what writers and removers left that were killed: folders without an entry, unchanged for an hour."""
         for (stage, name), used in self.scan().items():
-            if used is None and time.time() - self._changed_at(stage, name) > _LEFT_S:
+            if used is None and time.time() - self._changed_at(stage, name) > LEFT_S:
                 discard(self.folder(stage, name))
 
     def _changed_at(self, stage: str, name: str) -> float:

@@ -19,8 +19,8 @@ from obstore.store import AzureStore, GCSStore, S3Store
 
 from emloc_ray.errors import ConfigError
 
-_ATTEMPTS = 5
-_FIRST_PAUSE_S = 0.5
+ATTEMPTS = 5
+FIRST_PAUSE_S = 0.5
 _OPTIONS = {
     "s3": {"region", "scheme", "endpoint_override", "anonymous", "force_virtual_addressing"},
     "gs": {"anonymous"},
@@ -47,7 +47,7 @@ def open_client(uri: str, key: str, timeout_s: float) -> tuple[Client, str]:
                 f"{key} holds credentials: leave them out, and give them to the nodes as their environment."
             )
         scheme = _checked(parts, options)
-        client = _client(scheme, parts.netloc, tuple(sorted(options.items())), _ATTEMPTS, _FIRST_PAUSE_S, timeout_s)
+        client = _client(scheme, parts.netloc, tuple(sorted(options.items())), ATTEMPTS, FIRST_PAUSE_S, timeout_s)
     except (BaseError, ValueError) as error:
         detail = " ".join(str(error).split())[:200]
         raise ConfigError(f"{key} {uri} is no place that obstore can open ({detail}): name another.") from error

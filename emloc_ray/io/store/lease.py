@@ -20,8 +20,8 @@ from emloc_ray.io.store.objects import Version
 
 KEY = "lock"
 _CLOCK = "lock.clock"  # an object whose time is the store's own
-_RENEW_S = 10.0
-_STALE_S = 60.0
+RENEW_S = 10.0
+STALE_S = 60.0
 _REQUEST_S = 10.0
 
 
@@ -38,7 +38,7 @@ class Holder:
 
     def is_stale(self, now: float) -> bool:
         """Whether nobody holds it, or its holder has missed several renewals: it is dead, or cut off from the store."""
-        return not self.name or now - self.renewed_at > _STALE_S
+        return not self.name or now - self.renewed_at > STALE_S
 
 
 class Lease:
@@ -87,7 +87,7 @@ class Lease:
     def check(self) -> None:
         """Raises TakenOver where another process has taken the lease, because this one could not renew it in time.
 
-        Where the last renewal is old, it is renewed here and now: nobody else takes it within the next ``_STALE_S / 2``.
+        Where the last renewal is old, it is renewed here and now: nobody else takes it within the next ``STALE_S / 2``.
         """
         if self._is_due():
             with self._renewing:
@@ -106,13 +106,13 @@ class Lease:
                 self._store.replace(KEY, self._content(""), self._version)
 
     def _keep(self) -> None:
-        while self._lost is None and not self._over.wait(_RENEW_S):
+        while self._lost is None and not self._over.wait(RENEW_S):
             # A store that cannot be reached now: the next renewal tells, or the next check.
             with contextlib.suppress(Exception), self._renewing:
                 self._renew()
 
     def _is_due(self) -> bool:
-        return self._lost is None and _monotonic() - self._renewed > _STALE_S / 2
+        return self._lost is None and _monotonic() - self._renewed > STALE_S / 2
 
     def _renew(self) -> None:
         begin = _monotonic()
@@ -141,13 +141,13 @@ class Lease:
         return time.time() if clock is None else clock.modified
 
     def _watched(self, current: Holder) -> Holder | None:
-        """What becomes of a holder: renewed, stale, or None where its object is gone; after ``_STALE_S`` at most."""
+        """What becomes of a holder: renewed, stale, or None where its object is gone; after ``STALE_S`` at most."""
         begin = _monotonic()
         last: Holder | None = current
         while last is not None and last.version == current.version:
-            if _monotonic() - begin > _STALE_S or last.is_stale(self._now()):
+            if _monotonic() - begin > STALE_S or last.is_stale(self._now()):
                 return Holder("", last.token, last.number, last.version, last.renewed_at)
-            time.sleep(min(1.0, _RENEW_S))
+            time.sleep(min(1.0, RENEW_S))
             last = _find(self._store)
         return last
 

@@ -29,7 +29,7 @@ _VERSIONS = ".versions"
 # The copies may fill the node's disk but for this share of it; what was used in the last minutes stays.
 _FREE_SHARE = 0.1
 _SIZE_VARIABLE = "EMLOC_RAY_CACHE_SIZE"
-_IN_USE_S = 600.0
+IN_USE_S = 600.0
 _MAX_NAME = 255
 _hashed: set[tuple[object, ...]] = set()
 
@@ -139,7 +139,7 @@ def make_room(root: Path, needed: int, kept_since: float = math.inf) -> None:
     with alone(root.parent, "room"):
         missing = _missing(root, needed)  # another worker may have made some
         for used, owner, path in sorted(_copies(root.parent)):
-            if missing <= 0 or used >= min(time.time() - _IN_USE_S, kept_since):
+            if missing <= 0 or used >= min(time.time() - IN_USE_S, kept_since):
                 return
             missing -= _drop(owner, path)
 

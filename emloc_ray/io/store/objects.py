@@ -16,8 +16,8 @@ from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError,
 
 from emloc_ray.errors import ArtifactError, ConfigError
 
-_ATTEMPTS = 3  # of a request whose answer breaks off; obstore tries those that are refused
-_FIRST_PAUSE_S = 0.5
+ATTEMPTS = 3  # of a request whose answer breaks off; obstore tries those that are refused
+FIRST_PAUSE_S = 0.5
 REQUEST_S = 120.0  # of one part of a large file
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _VERSION = re.compile(r"(?:(\d+)\.(\d+)\.)?([0-9a-f]{64})")
@@ -184,7 +184,7 @@ class Objects:
 
     def _trying(self, call: Callable[[], Result], what: str, path: str) -> Result:
         """Raises ArtifactError where the last try fails too; what is not there, or a full disk, is told at once."""
-        for attempt in range(_ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             try:
                 return call()
             except (FileNotFoundError, NotSupportedError, NotImplementedError):
@@ -196,8 +196,8 @@ class Objects:
                     raise self.without_conditions() from error
                 if "404 Not Found" in str(error):
                     raise FileNotFoundError(path) from error
-                if attempt + 1 < _ATTEMPTS:
-                    time.sleep(_FIRST_PAUSE_S * 2**attempt)
+                if attempt + 1 < ATTEMPTS:
+                    time.sleep(FIRST_PAUSE_S * 2**attempt)
                     continue
                 detail = " ".join(str(error).partition("Debug source")[0].split())[:200]
                 raise ArtifactError(

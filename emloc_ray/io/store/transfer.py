@@ -20,7 +20,7 @@ from emloc_ray.io.store.replacing import replacing
 _CHUNK = 2**22
 _FICLONE = 0x40049409
 # What S3 copies in one request: https://docs.aws.amazon.com/AmazonS3/latest/API/API_CopyObject.html
-_LARGEST_COPY = 5 * 2**30
+LARGEST_COPY = 5 * 2**30
 
 
 def transfer(source: Path, target: Path, size: int, sha256: str) -> None:
@@ -89,7 +89,7 @@ def _clone(source: Path, target: Path) -> bool:
 
 
 def _copied_by_store(here: Origin, info: Stored, there: Origin) -> bool:
-    if there.store.client != here.store.client or info.size > _LARGEST_COPY:
+    if there.store.client != here.store.client or info.size > LARGEST_COPY:
         return False
     try:
         there.store.copy_version(there.path, here.store.key(info.path), info)

@@ -144,7 +144,7 @@ def test_float32_that_the_probes_refuse_is_redone_in_float64(monkeypatch: pytest
     gram = tokens.to(torch.float64).T @ tokens.to(torch.float64)
     whitening, optimum = Whitening(gram), best_error(weight, damped(gram), 30)
     assert factorize(weight, whitening, 30, solver="subspace").dtype == torch.float32
-    for name in ("_PROBED_EXCESS", "_MAX_RESIDUAL_DIFFERENCE"):
+    for name in ("PROBED_EXCESS", "MAX_RESIDUAL_DIFFERENCE"):
         with monkeypatch.context() as patch:
             patch.setattr(factorization, name, 0.0)
             result = factorize(weight, whitening, 30, solver="subspace")
@@ -179,11 +179,11 @@ def test_the_direct_check_decides_between_the_bounds(
 ) -> None:
     weight, tokens = normal(out_features, in_features).float(), normal(99, in_features, 1).float()
     whitening, gram = Whitening(tokens.T @ tokens), damped(tokens.T @ tokens)
-    monkeypatch.setattr(factorization, "_SURE_ROUNDING_SHARE", 0.0)
+    monkeypatch.setattr(factorization, "SURE_ROUNDING_SHARE", 0.0)
     result = factorize(weight, whitening, 9)
     assert result.dtype == torch.float32
     assert result.relative_error == pytest.approx(error_of(weight, result.factors, gram), rel=1e-5)
-    monkeypatch.setattr(factorization, "_MAX_RESIDUAL_DIFFERENCE", -1.0)
+    monkeypatch.setattr(factorization, "MAX_RESIDUAL_DIFFERENCE", -1.0)
     again = factorize(weight, whitening, 9)
     assert again.dtype == torch.float64
     assert again.relative_error == pytest.approx(best_error(weight, gram, 9), rel=1e-6)
@@ -194,7 +194,7 @@ def test_float32_would_have_failed_unnoticed_on_that_channel(monkeypatch: pytest
     tokens[:, 3] *= 3000
     weight[:, 3] *= 30
     gram = tokens.to(torch.float64).T @ tokens.to(torch.float64)
-    monkeypatch.setattr(factorization, "_SURE_ROUNDING_SHARE", math.inf)
+    monkeypatch.setattr(factorization, "SURE_ROUNDING_SHARE", math.inf)
     result = factorize(weight, Whitening(gram), 30, solver="exact")
     assert result.dtype == torch.float32
     assert error_of(weight, result.factors, damped(gram)) > 1.02 * best_error(weight, damped(gram), 30)

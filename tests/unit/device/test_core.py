@@ -154,8 +154,8 @@ def test_the_host_waits_for_looks_not_for_steps(order: int, device: torch.device
 
 
 def test_slow_float64_is_done_on_the_cpu(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(factorization, "_SURE_ROUNDING_SHARE", 0.0)
-    monkeypatch.setattr(factorization, "_MAX_RESIDUAL_DIFFERENCE", -1.0)
+    monkeypatch.setattr(factorization, "SURE_ROUNDING_SHARE", 0.0)
+    monkeypatch.setattr(factorization, "MAX_RESIDUAL_DIFFERENCE", -1.0)
     taken = []
     inner = leading_vectors
     monkeypatch.setattr(

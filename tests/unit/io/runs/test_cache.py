@@ -188,7 +188,7 @@ def test_in_one_store_nothing_goes_through_this_node(
 def test_a_store_that_cannot_copy_is_read_and_written(
     place: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer, "_LARGEST_COPY", 500)
+    monkeypatch.setattr(transfer, "LARGEST_COPY", 500)
     cache = ArtifactCache(place("bucket", "shared"))
     added(cache, mirror(place("bucket", "first")))
     entry = cache.find(STAGE, KEY, verify=True)
@@ -254,7 +254,10 @@ def test_where_blocks_can_be_shared_a_run_s_file_is_its_own(
 def test_on_one_file_system_nothing_is_copied(
     local: ArtifactCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transfer, "_clone", lambda source, target: False)
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))  # a file system that shares no blocks
+
+    monkeypatch.setattr(fcntl, "ioctl", refuse)
     added(local, tmp_path / "first")
     entry = local.find(STAGE, KEY)
     assert entry is not None
@@ -403,7 +406,7 @@ def test_killed_before_the_entry_is_written(
     assert local.entries() == []
     added(local, tmp_path / "first")
     assert left.exists()  # it might be another's at work
-    monkeypatch.setattr(cache_place, "_LEFT_S", -1.0)
+    monkeypatch.setattr(cache_place, "LEFT_S", -1.0)
     local.prune(10**9)
     assert [path.name for path in (Path(local.place) / STAGE).iterdir()] == [KEY]
     assert local.find(STAGE, KEY) is not None
@@ -418,7 +421,7 @@ def test_what_is_left_in_a_store_goes(place: Callable[..., str], monkeypatch: py
     assert cache.find(STAGE, KEY) is None
     assert cache.prune(0) == []
     assert len(store.below(STAGE)) == 2
-    monkeypatch.setattr(cache_place, "_LEFT_S", -5.0)
+    monkeypatch.setattr(cache_place, "LEFT_S", -5.0)
     cache.prune(10**9)
     assert store.below(STAGE) == []
 

@@ -36,8 +36,8 @@ def store(place: str) -> ObjectStore:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Renewals in a tenth of a second; two seconds without one are death (the store counts in whole ones)."""
-    monkeypatch.setattr(lease, "_RENEW_S", 0.1)
-    monkeypatch.setattr(lease, "_STALE_S", 2.0)
+    monkeypatch.setattr(lease, "RENEW_S", 0.1)
+    monkeypatch.setattr(lease, "STALE_S", 2.0)
 
 
 def cut_off(holder: Lease) -> None:
@@ -242,7 +242,7 @@ CUT = (
 
 
 def test_what_a_store_refuses_is_a_sentence(node_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objects, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(objects, "FIRST_PAUSE_S", 0.01)
     with answers(FORBIDDEN) as port:
         store = ObjectStore(uri(port, "run"))
         for ask in (Lease(store, "me").take, lambda: find_holder(store)):
@@ -264,8 +264,8 @@ def test_a_store_that_ignores_conditions_is_refused_and_left_as_it_was(
 
 
 def test_a_store_that_cannot_be_reached_is_a_sentence(node_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clients, "_ATTEMPTS", 1)
-    monkeypatch.setattr(objects, "_ATTEMPTS", 1)
+    monkeypatch.setattr(clients, "ATTEMPTS", 1)
+    monkeypatch.setattr(objects, "ATTEMPTS", 1)
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     with pytest.raises(ArtifactError, match=r"does not read lock \(.*HTTP error"):
@@ -273,7 +273,7 @@ def test_a_store_that_cannot_be_reached_is_a_sentence(node_cache: Path, monkeypa
 
 
 def test_an_answer_cut_short_is_asked_for_again(node_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objects, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(objects, "FIRST_PAUSE_S", 0.01)
     content = b'{"holder": "me", "token": "t"}'
     cut, whole = (CUT % len(content) + part for part in (content[:9], content))
     with answers(cut, cut, whole) as port:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from obstore.store import S3Store
 from s3_server import faulty_store, uri
 
 from emloc_ray.errors import ArtifactError, ConfigError
@@ -54,7 +55,7 @@ def test_the_same_content_is_not_written_twice(
     store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.add_version("a", written(tmp_path / "f", b"same"))
-    monkeypatch.setattr(ObjectStore, "_upload", lambda *_: pytest.fail("written again"))
+    monkeypatch.setattr(S3Store, "put", lambda *_, **options: pytest.fail("written again"))
     store.add_version("a", tmp_path / "f")
 
 
@@ -81,8 +82,8 @@ def test_a_full_disk_is_told_at_once_and_is_not_the_store_s(store: ObjectStore, 
 
 
 def test_faults_are_tried_away(s3_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objects, "_FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(clients, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(objects, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(clients, "FIRST_PAUSE_S", 0.01)
     content = bytes(range(256)) * 4096
     with faulty_store(s3_port, share=0.3, pause_s=0.01) as faulty:
         store = ObjectStore(uri(faulty.port, "faults/run"))
@@ -96,8 +97,8 @@ def test_faults_are_tried_away(s3_port: int, tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_store_out_of_reach_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objects, "_ATTEMPTS", 1)
-    monkeypatch.setattr(clients, "_ATTEMPTS", 1)
+    monkeypatch.setattr(objects, "ATTEMPTS", 1)
+    monkeypatch.setattr(clients, "ATTEMPTS", 1)
     store = ObjectStore(uri(1, "nowhere"))
     with pytest.raises(ArtifactError, match=r"does not read manifest\.json .* run the same command again"):
         store.read("manifest.json")

@@ -146,7 +146,7 @@ def test_only_the_rows_that_are_trained_on_are_asked_for(artifacts: Artifacts, t
 
 
 def test_shards_that_are_there_stay(artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("emloc_ray.io.formats.teacher_shards._ROWS", 6)
+    monkeypatch.setattr("emloc_ray.io.formats.teacher_shards.MAX_ROWS", 6)
     whole = taught(teacher_job(artifacts.model_dir, artifacts.tokens_dir, tmp_path / "whole"))
     assert len(whole.shards()) == 4
     job = replace(whole, out_dir=tmp_path / "broken")
