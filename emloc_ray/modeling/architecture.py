@@ -222,6 +222,17 @@ class Trace:
     whole_logits: bool = False
 
 
+@dataclass(frozen=True)
+class ImageShape:
+    """The tokens of an image of 448 × 448 pixels: in the row, and in each block that only images reach.
+
+    Zero and none where the model reads no images.
+    """
+
+    row_tokens: int = 0
+    block_tokens: dict[str, int] = field(default_factory=dict)
+
+
 def trace_inputs(model: Any, specs: Sequence[LinearSpec], example: Mapping[str, torch.Tensor] | None = None) -> Trace:
     """What the model's linears read, found by tracing one forward pass on the meta device, and another with an image.
 

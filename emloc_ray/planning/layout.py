@@ -6,61 +6,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import Tensor
-
 from emloc_ray.core.integer_forms import GROUP_SIZE, IntegerForms, factor_bits, integer_bytes
 from emloc_ray.core.ranks import Storage, rank_for_ratio, rank_multiple
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.adapter_methods import default_targets, feedforward_names
-from emloc_ray.modeling.architecture import (
-    LinearSpec,
-    block_linears,
-    learned_positions,
-    linears_between,
-    trace_inputs,
-    unfactorable,
-)
-from emloc_ray.modeling.block_flow import block_flow
+from emloc_ray.modeling.architecture import ImageShape, LinearSpec
 from emloc_ray.modeling.expert_adapters import taken_for_experts
 from emloc_ray.modeling.experts import owner_of
 from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.matching import ALL_LINEAR, Patterns, check_table, lookup, matches, portable_targets, select
-from emloc_ray.modeling.quantization import quantized_bytes, replaceable_linears
+from emloc_ray.modeling.quantization import quantized_bytes
 
 if TYPE_CHECKING:
     from emloc_ray.config.adapter import AdapterConfig
     from emloc_ray.config.schema import RunConfig
+    from emloc_ray.planning.skeleton import Skeleton
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class ImageShape:
-    """The tokens of an image of 448 × 448 pixels: in the row, and in each block that only images reach.
-
-    Zero and none where the model reads no images.
-    """
-
-    row_tokens: int = 0
-    block_tokens: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Skeleton:
-    """A model without its weights: its linears, grouped by the tensor that they read, and its sizes."""
-
-    config: Any
-    specs: tuple[LinearSpec, ...]
-    groups: tuple[tuple[LinearSpec, ...], ...]
-    positions: int | None
-    num_parameters: int
-    head_parameters: int
-    hidden_size: int
-    replaceable: tuple[str, ...] = ()  # linears anywhere that transformers can replace by 4-bit ones
-    modules: tuple[str, ...] = ()
-    unfactorable: dict[str, str] = field(default_factory=dict)
-    image: ImageShape = ImageShape()
-    whole_logits: bool = False  # see Trace
 
 
 @dataclass(frozen=True)
@@ -85,7 +47,7 @@ class Layout:
     group_size: int = GROUP_SIZE
     replaceable: tuple[str, ...] = ()
     left_dense: dict[str, str] = field(default_factory=dict)
-    image: ImageShape = ImageShape()
+    image: ImageShape = field(default_factory=ImageShape)
     whole_logits: bool = False
     allocation: str = "uniform"
     objective: str = "activations"
@@ -195,46 +157,6 @@ class Layout:
         """Bytes of the places of pivoted rows, in 32 bits each."""
         pivoted = self.ranks if self.storage == "pivoted" else {}
         return 4 * sum(spec.out_features for spec in self.specs if spec.name in pivoted)
-
-
-def skeleton_of(
-    model_config: Any, model: Any, example: Mapping[str, Tensor] | None = None, trust_remote_code: bool = False
-) -> Skeleton:
-    """Of a model on any device, meta included; ``example``: the model's inputs for an image, where it reads images."""
-    linears = block_linears(model)
-    if example:
-        next_blocks = block_flow(model_config, trust_remote_code, example).between
-        by_name = {spec.name: spec for spec in (*linears, *linears_between(model, next_blocks))}
-        linears = [by_name[name] for name, _ in model.named_modules() if name in by_name]  # in the model's order
-    trace = trace_inputs(model, linears, example)
-    if (
-        not example
-    ):  # a linear that is not called in a block that ran is read as a weight by its owner: it stays as it is
-        ran = {spec.block for spec in linears if spec.name in trace.streams and spec.routed_share is None}
-        linears = [s for s in linears if s.name in trace.streams or s.block not in ran or s.routed_share is not None]
-    specs = [replace(spec, stream=trace.streams.get(spec.name, spec.stream)) for spec in linears]
-    by_name = {spec.name: spec for spec in specs}
-    groups = tuple(tuple(by_name[name] for name in group) for group in trace.groups if group[0] in by_name)
-    image = ImageShape()
-    if example:
-        inside = [spec for spec in specs if spec.name in trace.image_tokens and not spec.between]
-        image = ImageShape(example["input_ids"].shape[1], {s.block: trace.image_tokens[s.name] for s in inside})
-    head = model.get_output_embeddings()
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Skeleton(
-        model_config,
-        tuple(specs),
-        groups,
-        learned_positions(model),
-        parameters,
-        head.weight.numel(),
-        head.weight.shape[-1],
-        replaceable_linears(model),
-        tuple(name for name, _ in model.named_modules() if name),
-        unfactorable(model),
-        image,
-        trace.whole_logits,
-    )
 
 
 def make_layout(config: RunConfig, skeleton: Skeleton) -> Layout:

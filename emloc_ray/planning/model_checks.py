@@ -19,7 +19,8 @@ from emloc_ray.modeling.adapter_methods import count_parameters
 from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.loading import ModelSource, check_source, read_model_config
-from emloc_ray.planning.layout import Layout, Skeleton, adapter_settings, make_layout, skeleton_of
+from emloc_ray.planning.layout import Layout, adapter_settings, make_layout
+from emloc_ray.planning.skeleton import Skeleton, skeleton_of
 
 
 def read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:

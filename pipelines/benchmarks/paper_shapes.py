@@ -20,8 +20,8 @@ from transformers import InternVLConfig, InternVLVisionConfig, LlamaConfig, Qwen
 from benchmarks.figures import write_result
 from benchmarks.stage_memory import bare_prepared
 from emloc_ray.errors import ConfigError
+from emloc_ray.modeling.architecture import ImageShape
 from emloc_ray.planning.budget import Solution, solve, with_settings
-from emloc_ray.planning.layout import ImageShape
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.memory import MemoryModel, Parts, total
 from emloc_ray.planning.prepared import Prepared

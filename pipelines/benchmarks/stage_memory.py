@@ -19,11 +19,12 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.loading import ModelSource
 from emloc_ray.planning.budget import with_settings
-from emloc_ray.planning.layout import make_layout, skeleton_of
+from emloc_ray.planning.layout import make_layout
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.memory import MemoryModel, Parts
 from emloc_ray.planning.model_bytes import DIVERGENCE_COPIES
 from emloc_ray.planning.prepared import Prepared, prepare
+from emloc_ray.planning.skeleton import skeleton_of
 from emloc_ray.stages.calibrate.job import CalibrationJob
 from emloc_ray.stages.correct.job import CorrectionJob
 from emloc_ray.stages.evaluate.evaluate import EvaluationJob

@@ -9,9 +9,10 @@ import torch
 from transformers import LlamaConfig
 
 from emloc_ray.modeling.architecture import empty_model
-from emloc_ray.planning.layout import Layout, skeleton_of
+from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.memory import MemoryModel, total
+from emloc_ray.planning.skeleton import skeleton_of
 
 R = 8  # of LoRA on every linear in the blocks
 

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.architecture import auto_class, block_linears, block_names, empty_model, trace_inputs
-from emloc_ray.planning.layout import skeleton_of
+from emloc_ray.planning.skeleton import skeleton_of
 
 
 def traced(config: Any) -> tuple[Any, list[str], list[list[str]]]:

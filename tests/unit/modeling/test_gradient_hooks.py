@@ -21,7 +21,7 @@ from emloc_ray.modeling.architecture import block_linears, empty_model
 from emloc_ray.modeling.experts import unfuse
 from emloc_ray.modeling.gradient_hooks import GradientHooks
 from emloc_ray.modeling.loading import load_model
-from emloc_ray.planning.layout import skeleton_of
+from emloc_ray.planning.skeleton import skeleton_of
 
 MADE = ("llama", "qwen2", "gpt2", "opt", "mixtral")
 

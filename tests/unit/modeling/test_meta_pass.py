@@ -12,7 +12,7 @@ from emloc_ray.data.processors import example
 from emloc_ray.modeling.architecture import empty_model, learned_positions, load_config, towers, unfactorable
 from emloc_ray.modeling.block_flow import block_flow
 from emloc_ray.modeling.meta_pass import MetaPass
-from emloc_ray.planning.layout import skeleton_of
+from emloc_ray.planning.skeleton import skeleton_of
 
 BETWEEN = {
     "LLaVA": ["model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2"],

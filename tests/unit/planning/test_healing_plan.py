@@ -20,11 +20,12 @@ from emloc_ray.modeling.loading import ModelSource
 from emloc_ray.planning import plan as planner
 from emloc_ray.planning.budget import solve, with_settings
 from emloc_ray.planning.costs import with_base
-from emloc_ray.planning.layout import make_layout, skeleton_of
+from emloc_ray.planning.layout import make_layout
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.plan import StagePlan, make_plan
 from emloc_ray.planning.prepared import Prepared, prepare
+from emloc_ray.planning.skeleton import skeleton_of
 from emloc_ray.planning.training import factor_ranks, healing_run, healing_split, packs_late
 from emloc_ray.stages.context import Context
 from emloc_ray.stages.finetune.stage import finetune_job

@@ -11,7 +11,8 @@ from transformers import LlamaConfig
 from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.architecture import empty_model
-from emloc_ray.planning.layout import Layout, make_layout, skeleton_of
+from emloc_ray.planning.layout import Layout, make_layout
+from emloc_ray.planning.skeleton import skeleton_of
 
 
 def layout(family: str = "llama", model_config: Any = None, **sections: Any) -> Layout:

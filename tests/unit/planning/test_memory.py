@@ -14,17 +14,18 @@ from transformers import InternVLConfig, InternVLVisionConfig, LlamaConfig, Mixt
 from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.modeling.architecture import empty_model
+from emloc_ray.modeling.architecture import ImageShape, empty_model
 from emloc_ray.modeling.loading import ModelSource
 from emloc_ray.planning import memory
 from emloc_ray.planning.budget import check_holding, solve, with_settings
 from emloc_ray.planning.costs import with_base
-from emloc_ray.planning.layout import ImageShape, make_layout, skeleton_of
+from emloc_ray.planning.layout import make_layout
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.memory import BASE_BYTES, MemoryModel, total
 from emloc_ray.planning.plan import make_plan, within_budget
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.planning.sizes import gram_bytes
+from emloc_ray.planning.skeleton import skeleton_of
 from emloc_ray.stages.order import STEPS
 
 LENGTHS = Lengths(mean=40.0, longest=64.0)

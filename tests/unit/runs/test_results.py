@@ -17,8 +17,9 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store.atomic import atomic_file
 from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.loading import ModelSource
-from emloc_ray.planning.layout import make_layout, skeleton_of
+from emloc_ray.planning.layout import make_layout
 from emloc_ray.planning.prepared import Prepared
+from emloc_ray.planning.skeleton import skeleton_of
 from emloc_ray.runs.results import assemble_metrics
 from emloc_ray.stages.evaluate.stage import gap_closed, other_bound
 

@@ -509,7 +509,7 @@ def test_pruned_while_it_is_linked(local: ArtifactCache, tmp_path: Path) -> None
         other = ArtifactCache(local.place)
         while not over.is_set():
             assert other.add(STAGE, KEY, tmp_path / "first", files, {}, {}) is None
-            over.wait(0.01)
+            over.wait(0.05)
             other.prune(0)
 
     with ThreadPoolExecutor(1) as pool:
@@ -524,6 +524,7 @@ def test_pruned_while_it_is_linked(local: ArtifactCache, tmp_path: Path) -> None
             had, missed = had + (entry is not None), missed + (entry is None)
             if entry is None:
                 assert not any(path.is_file() for path in root.rglob("*"))
+                over.wait(0.001)  # else this thread keeps Python's lock from the other
             else:
                 assert held(root, contents) == contents
         over.set()

@@ -1,0 +1,79 @@
+"""A model without its weights: its linears, which of them read the same tensor, and its sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from emloc_ray.modeling.architecture import (
+    ImageShape,
+    LinearSpec,
+    block_linears,
+    learned_positions,
+    linears_between,
+    trace_inputs,
+    unfactorable,
+)
+from emloc_ray.modeling.block_flow import block_flow
+from emloc_ray.modeling.quantization import replaceable_linears
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model without its weights: its linears, grouped by the tensor that they read, and its sizes."""
+
+    config: Any
+    specs: tuple[LinearSpec, ...]
+    groups: tuple[tuple[LinearSpec, ...], ...]
+    positions: int | None
+    num_parameters: int
+    head_parameters: int
+    hidden_size: int
+    replaceable: tuple[str, ...] = ()  # linears anywhere that transformers can replace by 4-bit ones
+    modules: tuple[str, ...] = ()
+    unfactorable: dict[str, str] = field(default_factory=dict)
+    image: ImageShape = field(default_factory=ImageShape)
+    whole_logits: bool = False  # see Trace
+
+
+def skeleton_of(
+    model_config: Any, model: Any, example: Mapping[str, Tensor] | None = None, trust_remote_code: bool = False
+) -> Skeleton:
+    """Of a model on any device, meta included; ``example``: the model's inputs for an image, where it reads images."""
+    linears = block_linears(model)
+    if example:
+        next_blocks = block_flow(model_config, trust_remote_code, example).between
+        by_name = {spec.name: spec for spec in (*linears, *linears_between(model, next_blocks))}
+        linears = [by_name[name] for name, _ in model.named_modules() if name in by_name]  # in the model's order
+    trace = trace_inputs(model, linears, example)
+    if (
+        not example
+    ):  # a linear that is not called in a block that ran is read as a weight by its owner: it stays as it is
+        ran = {spec.block for spec in linears if spec.name in trace.streams and spec.routed_share is None}
+        linears = [s for s in linears if s.name in trace.streams or s.block not in ran or s.routed_share is not None]
+    specs = [replace(spec, stream=trace.streams.get(spec.name, spec.stream)) for spec in linears]
+    by_name = {spec.name: spec for spec in specs}
+    groups = tuple(tuple(by_name[name] for name in group) for group in trace.groups if group[0] in by_name)
+    image = ImageShape()
+    if example:
+        inside = [spec for spec in specs if spec.name in trace.image_tokens and not spec.between]
+        image = ImageShape(example["input_ids"].shape[1], {s.block: trace.image_tokens[s.name] for s in inside})
+    head = model.get_output_embeddings()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Skeleton(
+        model_config,
+        tuple(specs),
+        groups,
+        learned_positions(model),
+        parameters,
+        head.weight.numel(),
+        head.weight.shape[-1],
+        replaceable_linears(model),
+        tuple(name for name, _ in model.named_modules() if name),
+        unfactorable(model),
+        image,
+        trace.whole_logits,
+    )
