@@ -33,19 +33,54 @@ class ModelConfig(Section):
         description="whole in a worker, a block's weights at a time, or so with Grams block by block; auto: what fits",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_source(cls, values: Any) -> Any:
+        return {"source": values} if isinstance(values, str) else values
+
+
+COLUMNS = (
+    "text",
+    "prompt",
+    "completion",
+    "messages",
+    "conversations",
+    "instruction",
+    "input",
+    "output",
+    "system",
+    "history",
+    "tools",
+    "images",
+    "image",
+)
+"""The columns that the formats of rows have."""
+
 
 class SplitConfig(Section):
-    """One split of the data: JSONL, Parquet or CSV files, a directory or glob, local or by URI; or ``hf:DATASET``."""
+    """One split of the data: files of JSON, Parquet, CSV or text, a directory or glob, local or by URI; or ``hf:DATASET``."""
 
-    path: Patterns = Field(description="file, directory, glob or URI, or a list of these; or hf:DATASET[:SPLIT]")
+    path: Patterns = Field(
+        description="file, directory, glob or URI, or a list of these; or hf:DATASET[@SUBSET][:SPLIT]"
+    )
     num_samples: int | None = Field(None, ge=1, description="rows to sample; all by default")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_path(cls, values: Any) -> Any:
+        return {"path": values} if isinstance(values, str | list) else values
 
 
 class DataConfig(Section):
     """The task's rows and how they become tokens."""
 
     generate: Literal["docstrings", "vqa"] | None = Field(None, description="make the task's data on the spot")
-    format: Literal["text", "prompt_completion", "messages"] = Field("text", description="the columns of a row")
+    format: Literal["auto", "text", "prompt_completion", "conversational", "messages", "alpaca", "sharegpt"] = Field(
+        "auto", description="what a row holds; auto: told by its columns"
+    )
+    columns: dict[str, str] = Field(
+        {}, description="a format's columns by the names they have here: {prompt: question}"
+    )
     train: SplitConfig | None = Field(None, description="rows to train on")
     calibration: SplitConfig | None = Field(None, description="left out: rows of train")
     selection: SplitConfig | None = Field(None, description="rows that auto chooses on; left out: rows kept from train")
@@ -57,6 +92,21 @@ class DataConfig(Section):
     image_hosts: list[str] = Field([], description="hosts of private addresses that rows may name images at")
     image_roots: list[str] = Field([], description="folders and URIs of images beside the data's own")
 
+    @property
+    def row_format(self) -> str:
+        """The format of all rows; ``auto`` where each file's decides."""
+        return {"docstrings": "prompt_completion", "vqa": "messages"}.get(self.generate or "", self.format)
+
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
+        if unknown := [name for name in columns if name not in COLUMNS]:
+            raise ValueError(
+                f"maps {unknown[0]!r}, which no format has: write OURS: YOURS, such as {{prompt: question, completion: answer}};"
+                f" ours are {', '.join(COLUMNS)}"
+            )
+        return columns
+
     @model_validator(mode="after")
     def _has_a_source(self) -> DataConfig:
         named = [name for name in ("train", "calibration", "selection", "eval") if getattr(self, name) is not None]
@@ -64,11 +114,8 @@ class DataConfig(Section):
             raise ValueError("names no training data: set data.train.path, or data.generate: docstrings or vqa")
         if self.generate is not None and any(getattr(self, name).path for name in named):
             raise ValueError(f"data.generate makes every split itself: remove data.{named[0]}.path")
-        made = {"docstrings": "prompt_completion", "vqa": "messages"}
-        if self.generate is not None and self.format != made[self.generate]:
-            raise ValueError(
-                f"data.generate: {self.generate} makes {made[self.generate]} rows: set data.format to that"
-            )
+        if self.generate is not None and self.format not in ("auto", self.row_format):
+            raise ValueError(f"data.generate: {self.generate} makes {self.row_format} rows: leave data.format out")
         return self
 
 

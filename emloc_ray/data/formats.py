@@ -7,13 +7,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from emloc_ray.data.images import COLUMNS, check_parts, decode, has_images, image_parts, plain_messages, text_messages
-from emloc_ray.data.reading import BadRow, Row
+from emloc_ray.data.chats import Piece, Segment, chat_sequences, is_trained
+from emloc_ray.data.images import check_parts, decode, has_images, image_parts, plain_messages, text_messages
+from emloc_ray.data.text_rows import Row
 from emloc_ray.errors import DataError
 
-FIELDS = {"text": ("text",), "prompt_completion": ("prompt", "completion"), "messages": ("messages",)}
-EXTRA_FIELDS = {"text": (), "prompt_completion": (), "messages": COLUMNS}
-"""Further columns that a row may have."""
+_TEXTS = {"text": ("text",), "prompt_completion": ("prompt", "completion")}
 
 
 class RowImage(NamedTuple):
@@ -35,17 +34,10 @@ class Tokens:
         return len(self.input_ids)
 
 
-def check_row(row: Row, format: str, where: str, packing: bool = False) -> None:
-    """Raises DataError, naming file, row and field, where a row has another format, or shows an image and is packed."""
-    if isinstance(row, BadRow):
-        raise row.error
-    for name in FIELDS[format]:
-        if name in row and row[name] is None:
-            raise DataError(f"{where}: field {name!r} is null: fill it or remove the row.")
-        if name not in row:
-            have = ", ".join(sorted(row)) or "none"
-            raise DataError(f"{where}: no field {name!r} (it has {have}): data.format {format} needs it.")
-    if format == "messages":
+def check_row(row: Row, kind: str, where: str, packing: bool = False) -> None:
+    """Raises DataError, naming file, row and field, where the texts of a converted row are none, or it shows an image and
+    is packed."""
+    if kind == "messages":
         _check_messages(row["messages"], where)
         check_parts(row, where)
         if packing and has_images(row):
@@ -53,7 +45,7 @@ def check_row(row: Row, format: str, where: str, packing: bool = False) -> None:
                 f"{where}: it shows an image, and data.packing would separate the two: set data.packing to false."
             )
         return
-    for name in FIELDS[format]:
+    for name in _TEXTS[kind]:
         if not isinstance(row[name], str):
             raise DataError(f"{where}: field {name!r} is {type(row[name]).__name__}: it must be text.")
         if not row[name].strip():
@@ -70,12 +62,17 @@ def _check_messages(messages: Any, where: str) -> None:
         if not isinstance(turn["content"], str | list):
             kind = type(turn["content"]).__name__
             raise DataError(f"{where}: a message's content is {kind}: give a text, or a list of parts.")
+        if turn.get("weight") not in (None, 0, 1):
+            raise DataError(f"{where}: a message's weight is {turn['weight']!r}: give 1, or 0 to leave it untrained.")
         for part in turn["content"] if isinstance(turn["content"], list) else [turn["content"]]:
             text = part.get("text") if isinstance(part, dict) else part
             if isinstance(text, str):
                 _check_unicode(text, f"{where}: a message")
-    if not any(turn["role"] == "assistant" for turn in messages):
+    answers = [turn for turn in messages if turn["role"] == "assistant"]
+    if not answers:
         raise DataError(f"{where}: no message has role assistant: there is nothing to learn from it.")
+    if not any(is_trained(turn) for turn in answers):
+        raise DataError(f"{where}: every assistant message has weight 0: there is nothing to learn from it.")
 
 
 def _check_unicode(text: str, where: str) -> None:
@@ -85,23 +82,8 @@ def _check_unicode(text: str, where: str) -> None:
         raise DataError(f"{where} holds {text[error.start]!r}, which is no character: remove it.") from error
 
 
-class Segment(NamedTuple):
-    """A piece of a row that is tokenized alone; ``eos``: whether its last token must be the end-of-sequence token, None: as it
-    comes.
-
-    ``ids`` are its tokens where a processor made them, for a text that shows ``images``.
-    """
-
-    text: str
-    is_completion: bool
-    add_special_tokens: bool = False
-    eos: bool | None = None
-    ids: tuple[int, ...] | None = None
-    images: tuple[bytes, ...] = ()
-
-
 def encode(rows: Sequence[Sequence[Segment]], tokenizer: Any) -> list[Tokens]:
-    """Rows in pieces (see :func:`segments`) as tokens, before :func:`truncate`: the same as one by one, in two calls.
+    """Rows in pieces (see :func:`sequences`) as tokens, before :func:`truncate`: the same as one by one, in two calls.
 
     A fast tokenizer takes 1.4 times as many rows of fifty tokens a second this way, measured on one CPU.
     """
@@ -109,68 +91,58 @@ def encode(rows: Sequence[Sequence[Segment]], tokenizer: Any) -> list[Tokens]:
     for special in (True, False):
         texts = [s.text for parts in rows for s in parts if s.ids is None and s.add_special_tokens == special]
         encoded[special] = iter(_encode(tokenizer, texts, special))
-    return [_joined(parts, encoded, tokenizer.eos_token_id) for parts in rows]
+    return [_joined(parts, encoded, tokenizer) for parts in rows]
 
 
-def segments(
+def sequences(
     row: Row,
-    format: str,
+    kind: str,
     tokenizer: Any,
     where: str,
     has_encoder: bool = False,
     processor: Any = None,
     images: Sequence[bytes] = (),
-) -> list[Segment]:
-    """A checked row in pieces that are tokenized apart; ``images``: the encoded images of its messages.
+) -> list[list[Segment]]:
+    """A checked row as one sequence or, where its chat template rewrites earlier turns, as several; each in pieces that are
+    tokenized apart. ``images``: the encoded images of its messages.
 
     The chat template and the tokens of an image come from the model's ``processor``, where it has one for images.
 
     Raises:
-        DataError: where there is no chat template, it rewrites earlier turns, or the processor refuses an image.
+        DataError: where there is no chat template, or it or the processor refuses the row.
     """
-    if format == "text":
-        return [Segment(row["text"], True, add_special_tokens=True, eos=True)]
-    if format == "prompt_completion":
+    if kind == "text":
+        return [[Segment(row["text"], True, add_special_tokens=True, eos=True)]]
+    if kind == "prompt_completion":
         prompt = Segment(row["prompt"], False, add_special_tokens=True, eos=has_encoder)
-        return [prompt, Segment(row["completion"], True, eos=True)]
+        return [[prompt, Segment(row["completion"], True, eos=True)]]
     if processor is None and has_images(row):
         raise DataError(f"{where}: it shows an image, and the model has no processor for images: choose one that has.")
     own = processor is not None and bool(processor.chat_template)
     as_parts = own or has_images(row)
     messages = plain_messages(row["messages"]) if as_parts else text_messages(row["messages"])
-    pieces = _message_segments(messages, processor if own else tokenizer, where)
-    return pieces if processor is None else [*_with_images(pieces, messages, processor, images, where)]
+    chats = chat_sequences(messages, row.get("tools"), processor if own else tokenizer, where)
+    if processor is None:
+        return [[piece.segment for piece in pieces] for pieces in chats]
+    shown = iter(images)
+    by_turn = [list(itertools.islice(shown, len(list(image_parts({"messages": [turn]}))))) for turn in messages]
+    return [[_with_images(piece, by_turn, processor, where) for piece in pieces] for pieces in chats]
 
 
-def _with_images(
-    pieces: Sequence[Segment], messages: list[dict[str, Any]], processor: Any, images: Sequence[bytes], where: str
-) -> Iterator[Segment]:
-    """The segments; those that show images get the tokens that the processor makes of text and images."""
-    shown = [len(list(image_parts({"messages": [turn]}))) for turn in messages]
-    answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-    turns = [
-        (begin, end)
-        for last, turn in zip([-1, *answers], answers, strict=False)
-        for begin, end in ((last + 1, turn), (turn, turn + 1))
-    ]
-    rest = iter(images)
-    for segment, (begin, end) in zip(pieces, turns, strict=True):
-        own = list(itertools.islice(rest, sum(shown[begin:end])))
-        _check_placeholders(segment.text, len(own), processor, where)
-        if not own:
-            yield segment
-            continue
-        try:
-            made = processor(
-                text=[segment.text], images=[[decode(content) for content in own]], add_special_tokens=False
-            )
-        except (ValueError, TypeError, IndexError, StopIteration, RuntimeError) as error:
-            detail = " ".join(str(error).split())[:150]
-            raise DataError(
-                f"{where}: the model's processor refuses its images ({detail}): fix the row, or the chat template."
-            ) from error
-        ids = tuple(int(token) for token in made["input_ids"][0])
-        yield segment._replace(ids=ids, images=tuple(own))
+def _with_images(piece: Piece, by_turn: Sequence[Sequence[bytes]], processor: Any, where: str) -> Segment:
+    """A piece's segment; one that shows images gets the tokens that the processor makes of text and images."""
+    segment, own = piece.segment, [content for turn in piece.turns for content in by_turn[turn]]
+    _check_placeholders(segment.text, len(own), processor, where)
+    if not own:
+        return segment
+    try:
+        made = processor(text=[segment.text], images=[[decode(content) for content in own]], add_special_tokens=False)
+    except (ValueError, TypeError, IndexError, StopIteration, RuntimeError) as error:
+        detail = " ".join(str(error).split())[:150]
+        raise DataError(
+            f"{where}: the model's processor refuses its images ({detail}): fix the row, or the chat template."
+        ) from error
+    return segment._replace(ids=tuple(int(token) for token in made["input_ids"][0]), images=tuple(own))
 
 
 def _check_placeholders(text: str, count: int, processor: Any, where: str) -> None:
@@ -187,39 +159,6 @@ def _check_placeholders(text: str, count: int, processor: Any, where: str) -> No
         )
 
 
-def _message_segments(messages: list[dict[str, Any]], tokenizer: Any, where: str) -> list[Segment]:
-    """Prompts and completions in turn: an assistant turn's completion is what the template adds after 'generate now'.
-
-    They are tokenized apart, as in generation.
-    """
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError(f"{where}: the tokenizer has no chat template: use data.format prompt_completion or text.")
-    pieces: list[Segment] = []
-    text = ""
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = _written(tokenizer, messages[:turn], where, add_generation_prompt=True)
-        through = _written(tokenizer, messages[: turn + 1], where)
-        if not prompt.startswith(text) or not through.startswith(prompt):
-            raise DataError(
-                f"{where}: the chat template rewrites earlier turns, so that completion tokens cannot be found:"
-                " give one assistant message a row, as the last."
-            )
-        pieces += [Segment(prompt[len(text) :], False), Segment(through[len(prompt) :], True)]
-        text = through
-    return pieces
-
-
-def _written(tokenizer: Any, messages: list[dict[str, Any]], where: str, **options: Any) -> str:
-    try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except Exception as error:  # a template is a program and may raise anything
-        detail = " ".join(str(error).split())[:150]
-        raise DataError(f"{where}: the chat template refuses its messages ({detail}): fix the row.") from error
-    return text
-
-
 def _encode(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
     if texts and getattr(tokenizer, "is_fast", False):
         encoded: list[list[int]] = tokenizer(
@@ -229,13 +168,16 @@ def _encode(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
     return [tokenizer(text, add_special_tokens=special)["input_ids"] for text in texts]
 
 
-def _joined(parts: Sequence[Segment], encoded: dict[bool, Iterator[list[int]]], eos: int | None) -> Tokens:
+def _joined(parts: Sequence[Segment], encoded: dict[bool, Iterator[list[int]]], tokenizer: Any) -> Tokens:
+    eos, bos = tokenizer.eos_token_id, getattr(tokenizer, "bos_token_id", None)
     input_ids: list[int] = []
     completion_mask: list[bool] = []
     images: list[RowImage] = []
     for part in parts:
         ids = next(encoded[part.add_special_tokens]) if part.ids is None else list(part.ids)
         ends = bool(ids) and ids[-1] == eos
+        if part.add_special_tokens and bos is not None and ids[:2] == [bos, bos]:  # the text begins with its own
+            ids = ids[1:]
         if part.eos is True and eos is not None and not ends:
             ids = [*ids, eos]
         elif part.eos is False and ends:

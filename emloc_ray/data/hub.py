@@ -21,7 +21,7 @@ _REFUSED = 3  # the exit code for a whole sentence of ours on stdout
 
 
 def download(place: str, split: str, path: Path) -> None:
-    """Writes the rows of ``hf:NAME[:SPLIT]`` (also of a local folder that ``datasets`` reads) to ``path``.
+    """Writes the rows of ``hf:NAME[@SUBSET][:SPLIT]`` (also of a local folder that ``datasets`` reads) to ``path``.
 
     Raises:
         DataError: where it cannot be loaded, or a column has an extension type.
@@ -40,17 +40,18 @@ def download(place: str, split: str, path: Path) -> None:
             raise DataError(
                 detail
                 if code == _REFUSED
-                else f"data.{split}.path {place} cannot be loaded ({detail[:200]}): fix the name or its split."
+                else f"data.{split}.path {place} cannot be loaded ({detail[:200]}): fix its name, its"
+                f" subset (hf:NAME@SUBSET) or its split."
             )
         with rows.open("rb") as written, atomic_file(path) as file:
             shutil.copyfileobj(written, file)
 
 
-def _write(name: str, part: str, place: str, path: str) -> None:
+def _write(name: str, subset: str, part: str, place: str, path: str) -> None:
     import datasets
 
     datasets.disable_progress_bars()
-    dataset = datasets.load_dataset(name, split=part)
+    dataset = datasets.load_dataset(name, subset or None, split=part)
     check_no_extensions(dataset.features.arrow_schema, place)
     dataset.to_parquet(path)
 

@@ -1,4 +1,4 @@
-"""The user's rows: JSONL, Parquet and CSV files, counted and read by row number, in streams.
+"""The user's rows, counted and read by row number, in streams.
 
 Files are local or on an object store, where they are read by ranges and never kept whole.
 """
@@ -8,10 +8,8 @@ from __future__ import annotations
 import contextlib
 import csv
 import functools
-import glob as globbing
 import io
 import itertools
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,15 +19,25 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from emloc_ray.data.text_rows import BadText, Row, csv_records, csv_row, lines, other_encoding, read_object
+from emloc_ray.data.files import STORED_HEADER_BYTES, codec_of, delimiter_of, is_array, kind_of, open_file
+from emloc_ray.data.text_rows import (
+    BadText,
+    Row,
+    array_items,
+    check_object,
+    csv_records,
+    csv_row,
+    lines,
+    other_encoding,
+    read_object,
+    text_row,
+)
 from emloc_ray.errors import DataError
 from emloc_ray.io.formats.arrow_schemas import check_parquet
 from emloc_ray.io.runs.fingerprint import fingerprint, fingerprint_large_files
 from emloc_ray.io.store.node_cache import ensure
 from emloc_ray.io.store.places import is_store_uri
-from emloc_ray.io.store.stored_files import StoredFile, find_stored, is_hidden, shown
-
-KINDS = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".csv": "csv"}
+from emloc_ray.io.store.stored_files import StoredFile, shown
 
 
 class BadRow(Row):
@@ -41,14 +49,17 @@ class BadRow(Row):
 
 
 class Place(str):
-    """A row's file and number, for errors; ``folder``: the file's, where the row's relative paths begin."""
+    """A row's file and number, for errors; ``folder``: the file's, where the row's relative paths begin; ``row_format``:
+    the format of the file's rows, where it is known."""
 
     folder: str
+    row_format: str
 
     @classmethod
     def of(cls, source: SourceFile, row: int) -> Place:
         """The place of a row by its number, from 0."""
         made = cls(f"{source.name}, row {row + 1}")
+        made.row_format = source.format
         path, mark, options = source.path.partition("?") if source.is_stored else (source.path, "", "")
         made.folder = f"{path.rpartition('/')[0]}{mark}{options}" if source.is_stored else str(Path(path).parent)
         return made
@@ -64,7 +75,6 @@ _BUFFER_BYTES = 2**18
 # The bytes of one request to a store: more where a file is read through, fewer where single rows are read.
 _STORED_SCAN_BYTES = 2**23
 STORED_BUFFER_BYTES = 2**20
-_STORED_HEADER_BYTES = 2**16
 _CONNECTIONS = 8
 # ValueError: also for a registered type with broken metadata.
 _UNREADABLE = (OSError, pa.ArrowException, csv.Error, ValueError, RecursionError)
@@ -77,7 +87,7 @@ class SourceFile:
     ``marks`` are the byte offsets of every 1,024th row of a JSONL or CSV file, where reading can begin: 9,766 for 10⁷ rows.
     ``group_rows`` is the size of a Parquet file's largest row group, where alone reading can begin. ``version`` identifies a
     stored file's content; it is empty for a local file. ``images`` is a hash of the images that its first rows name: their
-    names, and for local files their sizes and times.
+    names, and for local files their sizes and times. ``format`` is that of its rows, empty until its first ones were read.
     """
 
     path: str
@@ -87,6 +97,8 @@ class SourceFile:
     group_rows: int = 1
     version: str = ""
     images: str = ""
+    format: str = ""
+    delimiter: str = ","
 
     @property
     def is_stored(self) -> bool:
@@ -97,46 +109,6 @@ class SourceFile:
     def name(self) -> str:
         """The file's name for errors: its path, or its URI without options."""
         return shown(self.path)
-
-
-def list_files(patterns: str | Sequence[str], key: str) -> list[Path | str]:
-    """The files of a path, a directory or a glob, sorted: paths, and URIs of files on an object store.
-
-    Raises:
-        DataError: naming the config ``key``, where there is none, or one is of an unknown kind.
-        ConfigError: naming the ``key``, where a URI holds credentials or cannot be opened.
-        ArtifactError: where a store does not answer.
-    """
-    files: dict[str, Path | str] = {}  # each once; absolute, as workers run in other directories
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        matched: Sequence[Path | str] = find_stored(pattern, key, KINDS) if is_store_uri(pattern) else _local(pattern)
-        if not matched:
-            kinds = ", ".join(sorted(KINDS))
-            raise DataError(f"{key}: {pattern} names no file: give a {kinds} file, a directory or a glob of them.")
-        for place in matched:
-            whole = place if isinstance(place, str) else Path(os.path.normpath(place.absolute()))
-            files.setdefault(str(whole), whole)
-    for place in files.values():
-        if _suffix(place) not in KINDS:
-            raise DataError(
-                f"{key}: {shown(str(place))} ends in {_suffix(place) or 'nothing'}: give one of {', '.join(sorted(KINDS))}."
-            )
-    return list(files.values())
-
-
-def _local(pattern: str) -> list[Path]:
-    path = Path(os.path.expanduser(pattern.removeprefix("file://")))
-    if path.is_dir():
-        inside = (file for file in path.rglob("*") if file.suffix in KINDS and file.is_file())
-        return sorted(file for file in inside if not is_hidden(file.relative_to(path).parts))
-    if path.is_file():
-        return [path]
-    named = globbing.glob(str(path), recursive=True)  # noqa: PTH207  Path.glob takes hidden files too, and no absolute pattern
-    return sorted(Path(name) for name in named if Path(name).is_file())
-
-
-def _suffix(place: Path | str) -> str:
-    return PurePosixPath(shown(str(place))).suffix
 
 
 def each(function: Callable[[Item], Result], items: Sequence[Item], stored: bool) -> list[Result]:
@@ -156,10 +128,10 @@ def scan(path: Path | str, keep_bad: bool = False) -> SourceFile:
     """
     if isinstance(path, Path):
         ensure(path)
-    kind, place = KINDS[_suffix(path)], str(path)
+    kind, place = kind_of(path), str(path)
     try:
-        with _open(place, _STORED_SCAN_BYTES) as stream:
-            version = stream.raw.version if isinstance(stream.raw, StoredFile) else ""
+        with open_file(place, _STORED_SCAN_BYTES) as stream:
+            version = getattr(stream.raw, "version", "")
             if kind == "parquet":
                 with pq.ParquetFile(stream, arrow_extensions_enabled=False) as file:
                     check_parquet(file, shown(place))
@@ -167,19 +139,31 @@ def scan(path: Path | str, keep_bad: bool = False) -> SourceFile:
                 groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
                 source = SourceFile(place, kind, metadata.num_rows, (), max(groups, default=1), version)
             else:
-                marks, count = [], 0
                 if encoding := other_encoding(stream.peek(4)):
                     raise DataError(f"{shown(place)} is {encoding} text: save it as UTF-8.")
-                for offset in _csv_offsets(stream, shown(place), keep_bad) if kind == "csv" else _line_offsets(stream):
-                    if count % _ROWS_PER_MARK == 0:
-                        marks.append(offset)
-                    count += 1
-                source = SourceFile(place, kind, count, tuple(marks), version=version)
+                source = _counted(place, kind, stream, keep_bad, version)
     except _UNREADABLE as error:
         raise DataError(f"{shown(str(path))} cannot be read as {kind} ({_detail(error)}): fix the file.") from error
     if source.num_rows == 0:
         raise DataError(f"{source.name} is empty: give a file with rows.")
     return source
+
+
+def _counted(place: str, kind: str, stream: io.BufferedReader, keep_bad: bool, version: str) -> SourceFile:
+    """A text file with its rows counted, and marked where reading can begin there."""
+    if kind == "jsonl" and is_array(place, stream):
+        count = sum(1 for _ in array_items(stream))
+        return SourceFile(place, "array", count, (), max(1, count), version)
+    marks, count = [], 0
+    delimiter = delimiter_of(place, stream) if kind == "csv" else ","
+    offsets = _csv_offsets(stream, shown(place), keep_bad, delimiter) if kind == "csv" else _line_offsets(stream)
+    for offset in offsets:
+        if count % _ROWS_PER_MARK == 0:
+            marks.append(offset)
+        count += 1
+    # What is compressed is read from its beginning, wherever reading begins.
+    whole = count if codec_of(place) else 1
+    return SourceFile(place, kind, count, tuple(marks), max(1, whole), version, delimiter=delimiter)
 
 
 def fingerprint_sources(sources: Sequence[SourceFile]) -> str:
@@ -281,11 +265,11 @@ def _read_records(source: SourceFile, rows: Iterable[int], keep_bad: bool) -> It
     position = -1
     row = 0
     try:
-        parse = _csv_parser(source.path) if source.kind == "csv" else read_object
+        parse = _parser(source)
         for row in rows:
-            mark = row // _ROWS_PER_MARK
+            mark = row // _ROWS_PER_MARK if source.marks else 0
             if position < 0 or mark * _ROWS_PER_MARK > position:
-                records = _records(source, source.marks[mark])
+                records = _records(source, source.marks[mark] if source.marks else 0)
                 position = mark * _ROWS_PER_MARK
             record = next(itertools.islice(records, row - position, None), None)
             if record is None:
@@ -303,21 +287,22 @@ def _read_records(source: SourceFile, rows: Iterable[int], keep_bad: bool) -> It
 
 
 def _records(source: SourceFile, offset: int) -> Iterator[Any]:
-    with _open(source.path, STORED_BUFFER_BYTES) as stream:
-        for _, record in csv_records(stream, offset) if source.kind == "csv" else lines(stream, offset):
+    with open_file(source.path, STORED_BUFFER_BYTES) as stream:
+        if source.kind == "array":
+            yield from array_items(stream)
+            return
+        is_csv = source.kind == "csv"
+        for _, record in csv_records(stream, offset, source.delimiter) if is_csv else lines(stream, offset):
             yield record
 
 
-def _csv_parser(path: str) -> Callable[[Any], Row]:
-    """The function that makes a row of a record, by the file's header."""
-    with _open(path, _STORED_HEADER_BYTES) as stream:
-        names = next(csv_records(stream), (0, []))[1]
+def _parser(source: SourceFile) -> Callable[[Any], Row]:
+    """The function that makes a row of a record; of a CSV file's by its header."""
+    if source.kind != "csv":
+        return {"array": check_object, "text": text_row, "jsonl": read_object}[source.kind]
+    with open_file(source.path, STORED_HEADER_BYTES) as stream:
+        names = next(csv_records(stream, delimiter=source.delimiter), (0, []))[1]
     return functools.partial(csv_row, names)
-
-
-def _open(path: str, stored_bytes: int) -> io.BufferedReader:
-    """A file's bytes; those of a store in a buffer of ``stored_bytes``."""
-    return io.BufferedReader(StoredFile(path), stored_bytes) if is_store_uri(path) else Path(path).open("rb")
 
 
 @contextlib.contextmanager
@@ -342,9 +327,9 @@ def _line_offsets(stream: io.BufferedReader) -> Iterator[int]:
     return (offset for offset, _ in lines(stream))
 
 
-def _csv_offsets(stream: io.BufferedReader, name: str, keep_bad: bool) -> Iterator[int]:
+def _csv_offsets(stream: io.BufferedReader, name: str, keep_bad: bool, delimiter: str) -> Iterator[int]:
     """Where each row begins, in bytes."""
-    records = csv_records(stream)
+    records = csv_records(stream, delimiter=delimiter)
     names = next(records, (0, []))[1]
     repeated = next((column for place, column in enumerate(names) if column in names[:place]), None)
     if repeated is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from emloc_ray.data.hash_order import Rows, row_chunks, row_hash, rows_at
 from emloc_ray.data.reading import Place, Row, SourceFile, read_rows
+from emloc_ray.data.row_formats import columns_of
 
 SPLITS = ("train", "calibration", "selection", "eval")
 """The splits of every run; ``healing`` joins them where the config names rows to heal on."""
@@ -90,11 +91,12 @@ class RowSelection:
         return np.concatenate([*starts, [sum(source.num_rows for source in self.sources)]]).astype(np.int64)
 
     def read(
-        self, begin: int, end: int, fields: Sequence[str] | None = None, extra: Sequence[str] = ()
+        self, begin: int, end: int, format: str = "auto", columns: Mapping[str, str] | None = None
     ) -> Iterator[tuple[Place, Row]]:
         """Yields ``(file and row, row)`` for the selection's rows in ``[begin, end)``, as one stream through each file.
 
-        A line that is no row comes as :class:`emloc_ray.data.reading.BadRow`.
+        Of a Parquet file, only the columns of its ``format`` are read, under the file's own names; all of them where
+        that is not known. A line that is no row comes as :class:`emloc_ray.data.reading.BadRow`.
 
         Raises:
             DataError: where one cannot be read.
@@ -105,7 +107,8 @@ class RowSelection:
             if begin < stop and start < end:
                 chunks = self.chunks(max(begin, start), min(end, stop))
                 numbers = (number for rows in chunks for number in (rows - start).tolist())
-                for number, row in read_rows(source, numbers, fields, extra, keep_bad=True):
+                needed, optional = columns_of(source.format or format, columns or {})
+                for number, row in read_rows(source, numbers, needed, optional, keep_bad=True):
                     yield Place.of(source, number), row
             start = stop
 
@@ -141,7 +144,9 @@ def assign_splits(
     }
 
 
-def hub_split(path: str, split: str) -> tuple[str, str]:
-    """The data set and the split of ``hf:NAME[:SPLIT]``; without SPLIT ``test`` for rows to report on, else ``train``."""
-    name, _, part = path.removeprefix("hf:").partition(":")
-    return name, part or ("test" if split == "eval" else "train")
+def hub_split(path: str, split: str) -> tuple[str, str, str]:
+    """The data set, the subset and the split of ``hf:NAME[@SUBSET][:SPLIT]``; the subset is empty where none is named, the
+    split ``test`` for rows to report on, else ``train``."""
+    place, _, part = path.removeprefix("hf:").partition(":")
+    name, _, subset = place.partition("@")
+    return name, subset, part or ("test" if split == "eval" else "train")

@@ -1,4 +1,4 @@
-"""Rows of JSONL and CSV files: their offsets, their values, and the errors of each alone.
+"""Rows of JSON, CSV and text files: their offsets, their values, and the errors of each alone.
 
 Of a line longer than :data:`MAX_LINE_BYTES` the rest is skipped, and the row is a bad one.
 """
@@ -9,6 +9,7 @@ import codecs
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ Row = dict[str, Any]
 MAX_LINE_BYTES = 2**28  # an image of 128 MiB in base64, and half as much again
 _MAX_CSV_FIELD = 2**31 - 1  # the csv module's own limit is 128 KiB
 _SKIP_BYTES = 2**20
+_ARRAY_BYTES = 2**18
+_JSON_SPACE = re.compile(r"[ \t\r\n]*")
 _TOO_LONG = "\udcfftoo long"  # replaces a too long line of a CSV file; no UTF-8 decodes to it
 _BOMS = {
     **dict.fromkeys((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "UTF-32"),  # first: the one begins as UTF-16's does
@@ -57,12 +60,62 @@ def read_object(line: bytes) -> Row:
         raise BadText("JSON that is nested too deeply: write it flat") from error
     except ValueError as error:
         raise BadText(f"not JSON ({' '.join(str(error).split())}): write one object a line") from error
+    return check_object(value)
+
+
+def check_object(value: Any) -> Row:
+    """The value itself; raises BadText where it is no object."""
     if not isinstance(value, dict):
         raise BadText(f"{type(value).__name__} instead of an object: write one object a line")
     return value
 
 
-def csv_records(stream: io.BufferedReader, offset: int = 0) -> Iterator[tuple[int, list[str]]]:
+def text_row(line: bytes) -> Row:
+    """A line of a text file as a row; raises BadText where it is not UTF-8."""
+    if len(line) > MAX_LINE_BYTES:
+        raise BadText(f"longer than {MAX_LINE_BYTES} bytes: split it")
+    try:
+        return {"text": line.decode("utf-8-sig").rstrip("\r\n")}
+    except UnicodeDecodeError as error:
+        raise BadText(_not_utf8(line[error.start], error.start)) from error
+
+
+def array_items(stream: io.BufferedReader) -> Iterator[Any]:
+    """The values in the one JSON array of a file; holds one of them, and a piece of the file.
+
+    Raises:
+        ValueError: where it is no JSON; what comes after that cannot be found.
+    """
+    stream.seek(0)
+    decode, parse = codecs.getincrementaldecoder("utf-8-sig")().decode, json.JSONDecoder().raw_decode
+    text, at, size, ended = "", 0, _ARRAY_BYTES, False
+    place = "["  # what comes next: the array's beginning, a value or its end, or what is between two values
+    number = 0
+    while True:
+        at = _JSON_SPACE.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing too
+        if at < len(text) and place == "[":
+            at, place = at + 1, "value or ]"
+            continue
+        if at < len(text) and place == ", or ]" and text[at] == ",":
+            at, place = at + 1, "value"
+            continue
+        if at < len(text) and text[at] == "]" and place != "value":
+            return
+        try:
+            if place == ", or ]" or at == len(text):
+                raise json.JSONDecodeError(f"expected {place}", text, at)
+            value, at = parse(text, at)
+        except json.JSONDecodeError as error:
+            if ended or len(text) - at > MAX_LINE_BYTES or (at < len(text) and place == ", or ]"):
+                raise ValueError(f"element {number + 1}: {error.msg}") from error
+            more = stream.read(size)
+            text, at, ended, size = text[at:] + decode(more, not more), 0, not more, 2 * size
+            continue
+        yield value
+        number, place, size = number + 1, ", or ]", _ARRAY_BYTES
+
+
+def csv_records(stream: io.BufferedReader, offset: int = 0, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
     """The records of a CSV file that are not blank, each with its offset; reads no further than asked.
 
     A quoted value may hold newlines: the csv module finds a record's end.
@@ -90,7 +143,7 @@ def csv_records(stream: io.BufferedReader, offset: int = 0) -> Iterator[tuple[in
                     )
                 yield text
 
-    for record in csv.reader(parts(), strict=True):
+    for record in csv.reader(parts(), delimiter=delimiter, strict=True):
         if record:
             yield begin, record
         begin, held = consumed, 0

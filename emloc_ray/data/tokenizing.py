@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from emloc_ray.data.formats import EXTRA_FIELDS, FIELDS, Segment, Tokens, check_row, encode, pack, segments, truncate
+from emloc_ray.data.chats import Segment
+from emloc_ray.data.formats import Tokens, check_row, encode, pack, sequences, truncate
 from emloc_ray.data.image_places import NOWHERE_ELSE, ImagePlaces, is_remote
 from emloc_ray.data.images import load_images, sources
 from emloc_ray.data.processors import open_processor
-from emloc_ray.data.reading import Row, each
+from emloc_ray.data.reading import BadRow, Row, each
+from emloc_ray.data.row_formats import CHATS, converted
 from emloc_ray.data.splits import RowSelection
 from emloc_ray.data.token_shards import shard_name, write_index, write_shard, written_counts
 from emloc_ray.errors import DataError
@@ -53,15 +55,16 @@ class TokenizeOptions:
     has_encoder: bool = False
     skip_bad_rows: bool = False
     image_places: ImagePlaces = NOWHERE_ELSE
+    columns: tuple[tuple[str, str], ...] = ()  # our names of the file's columns
 
     @property
     def may_show_images(self) -> bool:
         """Whether rows' images are read: the model has a processor for them, and messages show some."""
-        return self.format == "messages" and open_processor(self.tokenizer, self.trust_remote_code) is not None
+        return self.format in {*CHATS, "auto"} and open_processor(self.tokenizer, self.trust_remote_code) is not None
 
-    def tokens(self, rows: Iterable[tuple[str, Row]]) -> Iterator[Tokens | None]:
-        """Checks rows, each with the place that errors name, and gives their whole tokens; None stands for a bad row that
-        is skipped.
+    def tokens(self, rows: Iterable[tuple[str, Row]]) -> Iterator[list[Tokens] | None]:
+        """Checks rows, each with the place that errors name, and gives their whole tokens: one sequence a row, several of
+        a chat whose template rewrites earlier turns; None stands for a bad row that is skipped.
 
         At most 256 rows are held at once, or 32 with their images.
         """
@@ -70,18 +73,23 @@ class TokenizeOptions:
         size = _IMAGE_ROWS_PER_BATCH if self.may_show_images else ROWS_PER_BATCH
         while batch := list(itertools.islice(stream, size)):
             asks = self.may_show_images and any(_asks_a_server(row, where) for where, row in batch)
-            parts = each(self._segments, batch, asks)
-            encoded = iter(encode([segments for segments in parts if segments is not None], tokenizer))
-            yield from (None if segments is None else next(encoded) for segments in parts)
+            parts = each(self._sequences, batch, asks)
+            encoded = iter(encode([segments for row in parts for segments in row or ()], tokenizer))
+            yield from (None if row is None else list(itertools.islice(encoded, len(row))) for row in parts)
 
-    def _segments(self, item: tuple[str, Row]) -> list[Segment] | None:
+    def _sequences(self, item: tuple[str, Row]) -> list[list[Segment]] | None:
         where, row = item
         tokenizer = _tokenizer(self.tokenizer, self.trust_remote_code)
         processor = open_processor(self.tokenizer, self.trust_remote_code)
         try:
-            check_row(row, self.format, where, self.packing)
+            if isinstance(row, BadRow):
+                raise row.error
+            chats = any(getattr(owner, "chat_template", None) for owner in (tokenizer, processor))
+            form = getattr(where, "row_format", "") or self.format
+            row, kind = converted(row, form, dict(self.columns), where, chats)
+            check_row(row, kind, where, self.packing)
             images = load_images(row, where, self.image_places) if self.may_show_images else []
-            return segments(row, self.format, tokenizer, where, self.has_encoder, processor, images)
+            return sequences(row, kind, tokenizer, where, self.has_encoder, processor, images)
         except DataError:
             if self.skip_bad_rows:
                 return None
@@ -120,8 +128,7 @@ class ShardTokenizer:
             if counts is not None:
                 stream = None
             else:
-                form = self.options.format
-                stream = stream or selection.read(begin, bounds[-1], FIELDS[form], EXTRA_FIELDS[form])
+                stream = stream or selection.read(begin, bounds[-1], self.options.format, dict(self.options.columns))
                 counts = self._write(path, itertools.islice(stream, unit["rows_per_shard"]))
             yield {"split": unit["split"], "shard": shard, **counts}
 
@@ -134,11 +141,13 @@ class ShardTokenizer:
         return counts
 
     def _kept(self, rows: Iterable[tuple[str, Row]], counts: dict[str, int]) -> Iterator[Tokens]:
+        for row in self.options.tokens(rows):
+            counts["skipped_rows"] += row is None
+            yield from self._cut(row or (), counts)
+
+    def _cut(self, row: Iterable[Tokens], counts: dict[str, int]) -> Iterator[Tokens]:
         limit = self.options.max_seq_length
-        for tokens in self.options.tokens(rows):
-            if tokens is None:
-                counts["skipped_rows"] += 1
-                continue
+        for tokens in row:
             cut = truncate(tokens, limit)
             counts["truncated_rows"] += len(tokens) > limit
             counts["truncated_tokens"] += max(0, len(tokens) - limit)
@@ -158,7 +167,7 @@ def _counted(rows: Iterable[Tokens], counts: dict[str, int]) -> Iterator[Tokens]
 
 @dataclass(frozen=True)
 class RowLengths:
-    """Counts the tokens that a shard would hold of each of a unit's rows; 0 for a row that is dropped."""
+    """Counts the tokens that a shard would hold of each of a unit's rows, in all its sequences; 0 for a row that is dropped."""
 
     options: TokenizeOptions
     selection: RowSelection
@@ -168,12 +177,12 @@ class RowLengths:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         firsts, lengths = [], []
         for unit in map(json.loads, batch["unit"]):
-            form = self.options.format
-            rows = self.selection.read(unit["bounds"][0], unit["bounds"][-1], FIELDS[form], EXTRA_FIELDS[form])
-            for tokens in self.options.tokens(rows):
-                cut = None if tokens is None else truncate(tokens, self.options.max_seq_length)
+            options = self.options
+            rows = self.selection.read(unit["bounds"][0], unit["bounds"][-1], options.format, dict(options.columns))
+            for row in options.tokens(rows):
+                cut = (truncate(tokens, options.max_seq_length) for tokens in row or ())
                 firsts.append(unit["first"])
-                lengths.append(0 if cut is None else len(cut))
+                lengths.append(sum(len(tokens) for tokens in cut if tokens is not None))
         return {"first": np.array(firsts, dtype=np.int64), "length": np.array(lengths, dtype=np.int64)}
 
 

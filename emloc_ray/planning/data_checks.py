@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from emloc_ray.config.schema import DataConfig, RunConfig, SplitConfig
-from emloc_ray.data.formats import EXTRA_FIELDS, FIELDS, check_row
+from emloc_ray.data.files import list_files
+from emloc_ray.data.formats import check_row
 from emloc_ray.data.image_places import ImagePlaces
 from emloc_ray.data.images import has_images, look
-from emloc_ray.data.reading import Place, Row, SourceFile, each, list_files, read_rows, scan
+from emloc_ray.data.reading import BadRow, Place, Row, SourceFile, each, read_rows, scan
+from emloc_ray.data.row_formats import columns_of, converted, recognized, unknown_format
 from emloc_ray.data.splits import SPLITS, hub_split
 from emloc_ray.errors import ArtifactError, ConfigError, DataError
 from emloc_ray.io.runs.fingerprint import fingerprint
@@ -56,7 +58,8 @@ def _checked_sources(
 ) -> tuple[SourceFile, ...]:
     places = list_files(patterns, key)
     stored = any(isinstance(place, str) for place in places)
-    options = (data.format, data.on_error, data.packing, reads_images, tuple(data.image_roots))
+    columns = tuple(data.columns.items())
+    options = (data.format, columns, data.on_error, data.packing, reads_images, tuple(data.image_roots))
     cached = None if stored else (_looks(places), *options)
     if cached in _CHECKED:
         return _CHECKED[cached]
@@ -64,9 +67,10 @@ def _checked_sources(
     checked = max(1, min(CHECKED_ROWS, MAX_CHECKED_ROWS // len(sources)))
 
     def check(source: SourceFile) -> SourceFile:
+        source = with_format(source, data)
         skips, numbers = data.on_error == "skip", range(min(source.num_rows, checked))
         images: list[Any] = []
-        for number, row in read_rows(source, numbers, FIELDS[data.format], EXTRA_FIELDS[data.format], keep_bad=skips):
+        for number, row in read_rows(source, numbers, *columns_of(source.format, data.columns), keep_bad=skips):
             try:
                 images += _checked_row(row, Place.of(source, number), data, reads_images)
             except DataError:
@@ -95,12 +99,36 @@ def _looks(places: Sequence[Path | str]) -> tuple[tuple[str, int, int], ...]:
 
 def _checked_row(row: Row, where: Place, data: DataConfig, reads_images: bool) -> list[Any]:
     """The names, sizes and times of the images that a row names; raises DataError where the row is bad."""
-    check_row(row, data.format, where, data.packing)
-    if data.format != "messages":
+    if isinstance(row, BadRow):
+        raise row.error
+    row, kind = converted(row, where.row_format, data.columns, where)
+    check_row(row, kind, where, data.packing)
+    if kind != "messages":
         return []
     if has_images(row) and not reads_images:
         raise DataError(f"{where}: it shows an image, and the model has no processor for images: choose one that has.")
     return look(row, where, ImagePlaces.of(data.image_hosts, data.image_roots))
+
+
+def with_format(source: SourceFile, data: DataConfig) -> SourceFile:
+    """A file with the format of its rows: the config's or, where that is ``auto``, that of its first row that has one.
+
+    Raises:
+        DataError: naming the first row, where none of the first rows has one.
+    """
+    if data.row_format != "auto":
+        return dataclasses.replace(source, format=data.row_format)
+    first: Exception | None = None
+    for number, row in read_rows(source, range(min(source.num_rows, CHECKED_ROWS)), keep_bad=True):
+        if isinstance(row, BadRow):
+            first = first or row.error
+        elif (name := recognized(row, data.columns)) is not None:
+            return dataclasses.replace(source, format=name)
+        else:
+            first = first or unknown_format(row, data.columns, Place.of(source, number))
+        if data.on_error != "skip":
+            break
+    raise first or DataError(f"{source.name} has no rows: give a file with some.")
 
 
 def check_held_out(config: RunConfig, files: Mapping[str, tuple[SourceFile, ...] | None]) -> None:
@@ -109,7 +137,8 @@ def check_held_out(config: RunConfig, files: Mapping[str, tuple[SourceFile, ...]
     for name in paths:
         section = getattr(config.data, name)
         if section is not None and _is_hub(section):
-            paths[name] = {"hf:{}:{}".format(*hub_split(section.path, name))}
+            dataset, subset, part = hub_split(section.path, name)
+            paths[name] = {f"hf:{dataset}{f'@{subset}' if subset else ''}:{part}"}
     for held_out, others in (("eval", ("train", "selection", "healing")), ("selection", ("train",))):
         for other in others:
             both = sorted(paths.get(held_out, set()) & paths.get(other, set()))

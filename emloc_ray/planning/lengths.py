@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -33,28 +34,32 @@ def row_lengths(data: DataConfig, sources: Sequence[SourceFile], image_tokens: i
     ``image_tokens``: what an image takes of a row. Rows of the docstring task are about 80 tokens long. Rows of the hub
     are not here before the run: they count as long as rows may be.
     """
-    from emloc_ray.data.formats import EXTRA_FIELDS, FIELDS
     from emloc_ray.data.images import encoded_bytes, image_parts
-    from emloc_ray.data.reading import Place, read_rows
+    from emloc_ray.data.reading import BadRow, Place, read_rows
+    from emloc_ray.data.row_formats import CHATS, columns_of, converted
+    from emloc_ray.errors import DataError
 
     limit = data.max_seq_length
     if data.generate == "vqa":
         question = _VQA_TOKENS + image_tokens
         return Lengths(min(question, limit), min(question + _VQA_TOKENS, limit), 1.0, _VQA_BYTES)
     if data.packing or (not sources and data.generate is None):
-        images = limit // image_tokens if image_tokens and data.format == "messages" and not data.packing else 0
+        chats = data.row_format in {*CHATS, "auto"} and not data.packing
+        images = limit // image_tokens if image_tokens and chats else 0
         # As many images as fit count for memory, which may run out; one counts for the disk.
         return Lengths(limit, limit, images, _IMAGE_BYTES if images else 0.0)
     if not sources:
         return Lengths(80.0, min(limit, 256.0))
     numbers = range(min(200, sources[0].num_rows))
     tokens, images, size = [], 0, 0
-    fields, extra = FIELDS[data.format], EXTRA_FIELDS[data.format]
-    for number, row in read_rows(sources[0], numbers, fields, extra, data.on_error == "skip"):
-        count = 0
-        if data.format == "messages":
+    form = sources[0].format or data.row_format
+    for number, row in read_rows(sources[0], numbers, *columns_of(form, data.columns), data.on_error == "skip"):
+        place, kind, count = Place.of(sources[0], number), "text", 0
+        with contextlib.suppress(DataError):  # a bad row, which is skipped
+            row, kind = (row, kind) if isinstance(row, BadRow) else converted(row, form, data.columns, place)
+        if kind == "messages":
             count = sum(1 for _ in image_parts(row))
-            size += encoded_bytes(row, Place.of(sources[0], number).folder)
+            size += encoded_bytes(row, place.folder)
         tokens.append(_characters(row) / _CHARACTERS_PER_TOKEN + image_tokens * count)
         images += count
     mean = min(sum(tokens) / len(tokens), limit)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.core.healing import healed_layers
 from emloc_ray.data.processors import example, open_processor
+from emloc_ray.data.row_formats import CHATS
 from emloc_ray.data.token_shards import PAD_MULTIPLE, padded_length
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.checkpoint import SINGLE_NAME, read_index, read_shard
@@ -39,8 +41,6 @@ def read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
             " expects them: choose a method that adapts linears, such as lora."
         )
     _check_length(config, skeleton)
-    if config.data.format == "messages" and source.gguf_file is None:
-        _check_template(source, options.trust_remote_code)
     layout = make_layout(config, skeleton)
     _check_healing(config, layout)
     if not config.adapter.is_lora:
@@ -48,6 +48,17 @@ def read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
         parameters = _adapter_parameters(source, options.trust_remote_code, settings, _looks(source))
         layout = dataclasses.replace(layout, adapter_parameters=parameters)
     return skeleton.config, layout
+
+
+def check_formats(config: RunConfig, source: ModelSource, model_config: Any, formats: Collection[str]) -> None:
+    """Raises ConfigError where the model takes no rows of one of the ``formats``."""
+    chats = [name for name in formats if name in CHATS]
+    if chats and source.gguf_file is None:
+        _check_template(source, config.model.trust_remote_code, chats[0])
+    if "text" in formats and has_encoder(model_config):
+        raise ConfigError(
+            "data.format is text, and the model reads a prompt with its encoder: use prompt_completion or messages."
+        )
 
 
 def file_dtype_of(source: ModelSource) -> torch.dtype | None:
@@ -98,7 +109,7 @@ def _check_healing(config: RunConfig, layout: Layout) -> None:
         )
 
 
-def _check_template(source: ModelSource, trust_remote_code: bool) -> None:
+def _check_template(source: ModelSource, trust_remote_code: bool, format: str) -> None:
     """Messages need a chat template of the model: its processor's, or its tokenizer's."""
     from transformers import AutoTokenizer
 
@@ -109,17 +120,13 @@ def _check_template(source: ModelSource, trust_remote_code: bool) -> None:
     if not tokenizer.chat_template:
         owner = "tokenizer has" if processor is None else "processor and tokenizer have"
         raise ConfigError(
-            f"data.format is messages, and the model's {owner} no chat template: save one beside the model as"
+            f"data.format is {format}, and the model's {owner} no chat template: save one beside the model as"
             " chat_template.jinja, or use data.format prompt_completion or text."
         )
 
 
 def _check_encoder_decoder(config: RunConfig) -> None:
     """A model with an encoder reads a row's prompt there."""
-    if config.data.format == "text":
-        raise ConfigError(
-            "data.format is text, and the model reads a prompt with its encoder: use prompt_completion or messages."
-        )
     if config.data.packing:
         raise ConfigError("data.packing joins rows, which a model with an encoder cannot tell apart: set it to false.")
     if config.adapter.is_prompt:

@@ -23,7 +23,7 @@ from emloc_ray.planning.data_checks import check_held_out, check_split
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.lengths import Lengths, row_lengths
 from emloc_ray.planning.machine import check_packages, check_resources, gpus_expected
-from emloc_ray.planning.model_checks import file_dtype_of, read_model
+from emloc_ray.planning.model_checks import check_formats, file_dtype_of, read_model
 from emloc_ray.planning.training_checks import check_training
 
 UNKNOWN_ROWS = 8000  # the guess for a split that is made or downloaded later
@@ -94,6 +94,10 @@ def prepare(config: RunConfig) -> Prepared:
             "data.generate: vqa shows images, and the model has no processor for images: choose one that has."
         )
     files = {name: attempt(lambda name=name: check_split(config, name, reads_images)) for name in splits_of(config)}  # type: ignore[misc]
+    formats = {source.format for sources in files.values() for source in sources or ()}
+    formats |= {config.data.row_format} - {"auto"}
+    if source is not None and model is not None:
+        attempt(functools.partial(check_formats, config, source, model[0], formats))
     attempt(lambda: check_held_out(config, files))
     attempt(lambda: _check_upper_bound(config))
     attempt(lambda: check_resources(config))

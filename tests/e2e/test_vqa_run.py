@@ -12,7 +12,7 @@ import transformers
 from small_runs import make_values, run_values
 from vlms import small_llava
 
-from emloc_ray.data.formats import Tokens, encode, segments
+from emloc_ray.data.formats import Tokens, encode, sequences
 from emloc_ray.data.images import load_images
 from emloc_ray.data.processors import ImageInputs, open_processor
 from emloc_ray.data.token_shards import collate
@@ -31,7 +31,7 @@ def rows(task: VqaTask, processor: Any) -> list[Tokens]:
     for example in examples(task):
         row = {"messages": messages(example)}
         shown = load_images(row, "here")
-        found.append(segments(row, "messages", processor.tokenizer, "here", False, processor, shown))
+        found += sequences(row, "messages", processor.tokenizer, "here", False, processor, shown)
     return encode(found, processor.tokenizer)
 
 

@@ -103,11 +103,11 @@ def test_a_row_that_kills_its_worker_names_its_shard_and_keeps_the_others(
     out_dir, mended = tmp_path / "tokens", tmp_path / "mended"
 
     class Poisoned(TokenizeOptions):
-        def tokens(self, rows: Iterable[tuple[str, Row]]) -> Iterator[Tokens]:
+        def tokens(self, rows: Iterable[tuple[str, Row]]) -> Iterator[list[Tokens] | None]:
             for where, _ in rows:
                 if where.endswith("row 51") and not mended.exists():
                     os.kill(os.getpid(), signal.SIGKILL)
-                yield Tokens([1, 2], [False, True])
+                yield [Tokens([1, 2], [False, True])]
 
     splits = {"train": RowSelection.all_rows((scan(write_jsonl(tmp_path / "rows.jsonl", task_rows(100))),))}
     options = Poisoned("", "prompt_completion", 8)

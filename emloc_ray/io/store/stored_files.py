@@ -50,7 +50,7 @@ def _matching_files(store: Objects, path: str, suffixes: Collection[str]) -> lis
     if plain is None and store.find(path) is not None:
         return [path]
     if plain is None:
-        inside = [file for file in store.files(path) if PurePosixPath(file).suffix in suffixes]
+        inside = [file for file in store.files(path) if file.endswith(tuple(suffixes))]
         return [file for file in inside if not is_hidden(PurePosixPath(file).relative_to(path).parts)]
     inside = store.files("/".join(parts[:plain]), recursive="**" in parts or plain + 1 < len(parts))
     return [file for file in inside if _fits(file.split("/"), parts)]

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from emloc_ray.config.reading import read_mapping
-from emloc_ray.data.reading import KINDS, Row, read_rows, scan
+from emloc_ray.data.files import KINDS
+from emloc_ray.data.reading import Row, read_rows, scan
 from emloc_ray.errors import ConfigError, DataError
 from emloc_ray.io.formats.yaml_text import read_yaml
 

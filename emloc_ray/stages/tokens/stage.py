@@ -20,9 +20,11 @@ def split_inputs(prepared: Prepared) -> Inputs:
     """What the token shards depend on beside the model's tokenizer."""
     config = prepared.config
     unused = {"healing"} - {*splits_of(config)}
-    unused |= {key for key in ("image_hosts", "image_roots") if not getattr(config.data, key)}
+    unused |= {key for key in ("image_hosts", "image_roots", "columns") if not getattr(config.data, key)}
+    data, formats = config.data.model_dump(mode="json", exclude=unused), _formats(prepared)
     return {
-        "data": config.data.model_dump(mode="json", exclude=unused),
+        # What auto took counts: a config that names it gives the same tokens.
+        "data": data | ({"format": formats[0]} if len(formats) == 1 else {"formats": formats}),
         "files": {name: fingerprint_sources(sources) for name, sources in prepared.files.items()},
         "counts": [
             config.calibration.num_calibration_samples,
@@ -33,6 +35,12 @@ def split_inputs(prepared: Prepared) -> Inputs:
         "rows_per_shard": config.calibration.rows_per_shard,
         "seed": config.seed,
     }
+
+
+def _formats(prepared: Prepared) -> list[str]:
+    made = prepared.config.data.row_format
+    taken = {source.format for files in prepared.files.values() for source in files}
+    return sorted(taken) if made == "auto" else [made]
 
 
 def content_of_rows(prepared: Prepared) -> dict[str, str]:

@@ -18,6 +18,7 @@ from emloc_ray.errors import DataError
 from emloc_ray.io.runs.resume import discard_unless
 from emloc_ray.io.store.node_cache import exists, hashes
 from emloc_ray.modeling.inputs import has_encoder
+from emloc_ray.planning.data_checks import with_format
 from emloc_ray.planning.prepared import Prepared, splits_of
 from emloc_ray.stages.ray.losses import Losses, Tell, is_lost, unheard
 from emloc_ray.stages.ray.tasks import Progress, silent
@@ -48,15 +49,17 @@ def tokenize_data(
     # By content, not time: on an object store each node's copies have times of their own.
     made = {path.name: sha for file in local if out_dir in file.parents for path, sha in hashes(file).items()}
     discard_unless(out_dir / "tokens", time.time() if inputs is None else [inputs, made])
+    formats = {source.format for files in sources.values() for source in files}
     options = TokenizeOptions(
         str(tokenizer),
-        config.data.format,
+        formats.pop() if len(formats) == 1 else "auto",
         config.data.max_seq_length,
         config.data.packing,
         config.model.trust_remote_code,
         has_encoder(prepared.model_config),
         config.data.on_error == "skip",
         ImagePlaces.of(config.data.image_hosts, config.data.image_roots),
+        tuple(config.data.columns.items()),
     )
     losses = Losses("data", tell)
     splits = retried(lambda: rows_of_splits(config, sources, options), losses, lambda: "counting tokens")
@@ -129,7 +132,10 @@ def split_sources(prepared: Prepared, out_dir: Path) -> dict[str, tuple[SourceFi
         sources |= _generate(config.data.generate, directory, config.seed)
     for name, path in hub.items():
         sources[name] = (_download(path, name, directory),)
-    return sources
+    return {
+        name: tuple(file if file.format else with_format(file, config.data) for file in files)
+        for name, files in sources.items()
+    }
 
 
 def _generate(task: str, directory: Path, seed: int) -> dict[str, tuple[SourceFile, ...]]:

@@ -174,7 +174,7 @@ def test_ratio_inside(ratio: float) -> None:
     ("section", "key", "bad"),
     [
         ("data", "max_seq_length", 1),
-        ("data", "format", "alpaca"),
+        ("data", "format", "chatml"),
         ("calibration", "num_calibration_samples", 0),
         ("calibration", "num_calibration_tokens", 0),
         ("calibration", "tokens", "prompt"),
@@ -215,7 +215,7 @@ def test_generated_data_takes_no_paths_and_one_format() -> None:
     assert made.data.train is None
     with pytest.raises(ConfigError, match=r"remove data\.selection\.path"):
         parse_config({**MINIMAL, "data": {"generate": "docstrings", "selection": {"path": "s.jsonl"}}})
-    with pytest.raises(ConfigError, match=r"set data\.format"):
+    with pytest.raises(ConfigError, match=r"leave data\.format out"):
         parse_config({**MINIMAL, "data": {"generate": "docstrings", "format": "text"}})
 
 

@@ -11,14 +11,19 @@ from hypothesis import strategies as st
 from tiny import CHAT_TEMPLATE, EOS, PAD, make_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from emloc_ray.data.formats import Tokens, check_row, encode, pack, segments, truncate
+from emloc_ray.data.formats import Tokens, check_row, encode, pack, sequences, truncate
+from emloc_ray.data.row_formats import converted
 from emloc_ray.errors import DataError
 
 words = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(str.strip)
 
 
 def tokenize_row(row: dict[str, Any], format: str, tokenizer: Any, where: str) -> Tokens:
-    return encode([segments(row, format, tokenizer, where)], tokenizer)[0]
+    return encode(sequences(row, format, tokenizer, where), tokenizer)[0]
+
+
+def check(row: dict[str, Any], format: str, where: str) -> None:
+    check_row(*converted(row, format, {}, where), where)
 
 
 def spans(tokens: Tokens, tokenizer: Any) -> list[tuple[bool, str]]:
@@ -65,7 +70,7 @@ def test_a_tokenizer_that_adds_special_tokens_itself() -> None:
 
 def test_an_encoder_s_prompt_ends_by_itself(tokenizer: Any) -> None:
     row = {"prompt": "hello", "completion": "world"}
-    [tokens] = encode([segments(row, "prompt_completion", tokenizer, "here", has_encoder=True)], tokenizer)
+    [tokens] = encode(sequences(row, "prompt_completion", tokenizer, "here", has_encoder=True), tokenizer)
     assert spans(tokens, tokenizer) == [(False, "hello<eos>"), (True, "world<eos>")]
 
 
@@ -82,7 +87,7 @@ def test_many_rows_at_once_are_what_each_is_alone(special: bool, pairs: list[tup
             turns = [{"role": "user", "content": first}, {"role": "assistant", "content": second}]
             rows.append({"text": first, "prompt": first, "completion": second, "messages": turns * 2})
         alone = [by_the_text(row, format, tokenizer) for row in rows]
-        assert encode([segments(row, format, tokenizer, "here") for row in rows], tokenizer) == alone
+        assert encode([s for row in rows for s in sequences(row, format, tokenizer, "here")], tokenizer) == alone
         assert [tokenize_row(row, format, tokenizer, "here") for row in rows] == alone
 
 
@@ -145,9 +150,9 @@ def test_a_template_that_rewrites_earlier_turns() -> None:
     )
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     one = make_tokenizer(rewriting)
-    assert spans(tokenize_row({"messages": turns}, "messages", one, "here"), one)[-1] == (True, "b;")
-    with pytest.raises(DataError, match=r"^f\.jsonl, row 4: .*rewrites earlier turns"):
-        tokenize_row({"messages": turns * 2}, "messages", one, "f.jsonl, row 4")
+    first, second = encode(sequences({"messages": turns * 2}, "messages", one, "here"), one)
+    assert spans(first, one) == [(False, "user:a;assistant:"), (True, "b;")]
+    assert spans(second, one) == [(False, "user:a;assistant:(cut);user:a;assistant:"), (True, "b;")]
 
 
 def test_no_chat_template() -> None:
@@ -178,7 +183,7 @@ def test_no_chat_template() -> None:
 )
 def test_bad_fields(row: dict[str, Any], format: str, complaint: str) -> None:
     with pytest.raises(DataError) as caught:
-        check_row(row, format, "f.jsonl, row 4")
+        check(row, format, "f.jsonl, row 4")
     assert str(caught.value).startswith("f.jsonl, row 4: ")
     assert complaint in str(caught.value)
 
@@ -192,7 +197,7 @@ def test_bad_fields(row: dict[str, Any], format: str, complaint: str) -> None:
     ],
 )
 def test_good_fields(row: dict[str, Any], format: str) -> None:
-    check_row(row, format, "here")
+    check(row, format, "here")
 
 
 rows = st.lists(st.booleans(), min_size=1, max_size=12).map(lambda mask: Tokens(list(range(len(mask))), mask))
@@ -234,4 +239,4 @@ def test_packing_joins_whole_rows_in_order(many: list[Tokens], limit: int) -> No
 )
 def test_half_a_character_is_told_by_its_row(row: dict[str, Any], format: str) -> None:
     with pytest.raises(DataError, match=r"a\.jsonl, row 3: .* which is no character: remove it"):
-        check_row(row, format, "a.jsonl, row 3")
+        check(row, format, "a.jsonl, row 3")

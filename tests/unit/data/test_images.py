@@ -20,10 +20,11 @@ from small_runs import write_jsonl
 
 from emloc_ray.data import downloads, image_places, reading
 from emloc_ray.data import images as images_module
-from emloc_ray.data.formats import EXTRA_FIELDS, FIELDS, check_row
+from emloc_ray.data.formats import check_row
 from emloc_ray.data.image_places import ImagePlaces
 from emloc_ray.data.images import decode, load_images, look, plain_messages
 from emloc_ray.data.reading import Place, Row, read_rows, scan
+from emloc_ray.data.row_formats import columns_of
 from emloc_ray.errors import DataError
 from emloc_ray.io.store.object_store import ObjectStore
 
@@ -142,17 +143,17 @@ def test_a_parquet_file_s_bytes_inside_content_and_beside(tmp_path: Path, monkey
         pa.table({"messages": pa.array([str(b) for b in beside]), "images": [[c] for c in content], "more": [1, 2]}),
         tmp_path / "beside.parquet",
     )
-    found = [r for _, r in read_rows(scan(tmp_path / "inside.parquet"), range(2), FIELDS["messages"])]
+    found = [r for _, r in read_rows(scan(tmp_path / "inside.parquet"), range(2), ["messages"])]
     assert [load_images(r, "here") for r in found] == [[each] for each in content]
     assert plain_messages(found[0]["messages"]) == [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What colour?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
     ]
     monkeypatch.setattr(reading, "BATCH_BYTES", 1)  # a row at a time, where rows are large
-    again = [r for _, r in read_rows(scan(tmp_path / "inside.parquet"), range(2), FIELDS["messages"])]
+    again = [r for _, r in read_rows(scan(tmp_path / "inside.parquet"), range(2), ["messages"])]
     assert again == found
     source = scan(tmp_path / "beside.parquet")
-    [(_, first)] = read_rows(source, [0], FIELDS["messages"], EXTRA_FIELDS["messages"])
+    [(_, first)] = read_rows(source, [0], *columns_of("messages", {}))
     assert set(first) == {"messages", "images"}
 
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoProcessor
 from vlms import VLMS, build_vlm, image_tokenizer, save_vlm
 
 from emloc_ray.data import processors
-from emloc_ray.data.formats import Tokens, segments, truncate
+from emloc_ray.data.formats import Tokens, sequences, truncate
 from emloc_ray.data.processors import ImageInputs, example, open_processor
 from emloc_ray.data.reading import scan
 from emloc_ray.data.splits import RowSelection
@@ -31,7 +31,10 @@ GREY = (120, 120, 120)
 
 
 def tokens_of(options: TokenizeOptions, *rows: dict[str, Any]) -> list[Tokens | None]:
-    return list(options.tokens((place("/tmp", number), each) for number, each in enumerate(rows)))
+    """The one sequence of each row; None for a bad row that is skipped."""
+    made = list(options.tokens((place("/tmp", number), each) for number, each in enumerate(rows)))
+    assert all(row is None or len(row) == 1 for row in made)
+    return [row and row[0] for row in made]
 
 
 def two_turns() -> dict[str, Any]:
@@ -143,7 +146,7 @@ def test_a_tokenizer_s_template_is_given_text() -> None:
     _, processor = build_vlm("LLaVA")
     processor.chat_template = None
     for beside in (None, processor):
-        found = segments(row(), "messages", tokenizer, "here", processor=beside)
+        [found] = sequences(row(), "messages", tokenizer, "here", processor=beside)
         assert "".join(segment.text for segment in found) == "What colour?<eos>red<eos>"
 
 

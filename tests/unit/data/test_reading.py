@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emloc_ray.data.reading import list_files, read_rows, scan
+from emloc_ray.data.files import list_files
+from emloc_ray.data.reading import read_rows, scan
 from emloc_ray.errors import DataError
 
 Row = dict[str, Any]

@@ -18,7 +18,8 @@ from small_runs import write_jsonl
 from test_reading import WRITERS
 
 from emloc_ray.data import reading
-from emloc_ray.data.reading import fingerprint_sources, list_files, read_rows, scan
+from emloc_ray.data.files import list_files
+from emloc_ray.data.reading import fingerprint_sources, read_rows, scan
 from emloc_ray.data.splits import RowSelection
 from emloc_ray.errors import ArtifactError, ConfigError, DataError
 from emloc_ray.io.store import objects

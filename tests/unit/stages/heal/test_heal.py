@@ -344,7 +344,7 @@ def test_a_model_that_sees_is_healed_on_its_images(tmp_path: Path) -> None:
     model_dir = save_vlm("LLaVA", tmp_path / "model")
     options = TokenizeOptions(str(model_dir), "messages", 128)
     made = [(Place(f"row {number}"), asked_about((40 * number, 120, 120))) for number in range(5)]
-    rows = [tokens for tokens in options.tokens(iter(made)) if tokens is not None]
+    rows = [tokens for row in options.tokens(iter(made)) for tokens in row or ()]
     tokens_dir = tmp_path / "tokens"
     write_shard(tokens_dir / shard_name(0), rows, with_images=True)
     write_index(tokens_dir, [len(rows)], {"tokens": sum(map(len, rows)), "images": len(rows)})

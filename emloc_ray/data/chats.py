@@ -1,0 +1,144 @@
+"""Chats as pieces of text that are tokenized apart, by the model's own chat template."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from emloc_ray.errors import DataError
+
+_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Segment(NamedTuple):
+    """A piece of a row that is tokenized alone; ``eos``: whether its last token must be the end-of-sequence token, None: as it
+    comes.
+
+    ``ids`` are its tokens where a processor made them, for a text that shows ``images``.
+    """
+
+    text: str
+    is_completion: bool
+    add_special_tokens: bool = False
+    eos: bool | None = None
+    ids: tuple[int, ...] | None = None
+    images: tuple[bytes, ...] = ()
+
+
+class Piece(NamedTuple):
+    """A segment, and the turns whose images its text shows."""
+
+    segment: Segment
+    turns: range
+
+
+def is_trained(turn: dict[str, Any]) -> bool:
+    """Whether an assistant's turn is learnt: OpenAI's ``weight: 0`` leaves one out."""
+    return turn.get("weight") != 0
+
+
+def chat_sequences(messages: Sequence[dict[str, Any]], tools: Any, owner: Any, where: str) -> list[list[Piece]]:
+    """Prompts and completions in turn: an assistant turn's completion is what the template adds after 'generate now', or
+    what its generation markers enclose.
+
+    One sequence, in which each turn sees those before it as they were trained. A template that rewrites earlier turns, as
+    those of reasoning models drop what was thought, gives a turn another prefix than that: there a sequence begins anew
+    with the prefix that generation would start from, and it is the later turn's alone.
+
+    Raises:
+        DataError: naming file and row, where there is no template, or it refuses the messages.
+    """
+    if not getattr(owner, "chat_template", None):
+        raise DataError(f"{where}: the tokenizer has no chat template: use data.format prompt_completion or text.")
+    chat = _Chat([{k: v for k, v in turn.items() if k != "weight"} for turn in messages], tools, owner, where)
+    sequences: list[list[Piece]] = []
+    text, begin = "", 0  # of the sequence so far: its text, and the turns that it shows
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt, through, spans = chat.until(turn)
+        if not sequences or not prompt.startswith(text):
+            if not is_trained(message):
+                text, begin = through, turn + 1
+                sequences.append([Piece(Segment(through, False), range(turn + 1))])
+                continue
+            sequences.append([])
+            text, begin = "", 0
+        pieces = sequences[-1]
+        pieces.append(Piece(Segment(prompt[len(text) :], False), range(begin, turn)))
+        answer = [Segment(through[len(prompt) :], True)] if spans is None else _marked(through, len(prompt), spans)
+        if not is_trained(message):
+            answer = [segment._replace(is_completion=False) for segment in answer]
+        pieces += [
+            Piece(segment, range(turn, turn + 1) if not number else range(0)) for number, segment in enumerate(answer)
+        ]
+        text, begin = through, turn + 1
+    return [pieces for pieces in sequences if any(piece.segment.is_completion for piece in pieces)]
+
+
+def _marked(text: str, begin: int, spans: Sequence[tuple[int, int]]) -> list[Segment]:
+    """The text from ``begin`` on, cut at the spans that the template marks as generated."""
+    segments, at = [], begin
+    for start, end in spans:
+        start, end = max(start, at), max(end, at)
+        segments += [Segment(text[at:start], False), Segment(text[start:end], True)]
+        at = end
+    segments.append(Segment(text[at:], False))
+    return [segment for segment in segments if segment.text]
+
+
+class _Chat:
+    """The texts that a template makes of the beginnings of a chat."""
+
+    def __init__(self, messages: Sequence[dict[str, Any]], tools: Any, owner: Any, where: str) -> None:
+        self.messages, self.owner, self.where = messages, owner, where
+        self.options = {"tools": tools} if tools else {}
+        self.is_marked = isinstance(owner.chat_template, str) and bool(_MARKER.search(owner.chat_template))
+
+    def until(self, turn: int) -> tuple[str, str, list[tuple[int, int]] | None]:
+        """What generation of an assistant's turn starts from, the text through this turn, and its marked spans.
+
+        Some templates open the thinking of the turn to be generated, which the turn itself does not have: there the prompt
+        is what both begin with.
+        """
+        prompt = self._text(self.messages[:turn], add_generation_prompt=True)
+        through = self._text(self.messages[: turn + 1])
+        if not through.startswith(prompt):
+            same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, through, strict=False))
+            shared = prompt[: len(list(same))]
+            if not self.is_marked and len(shared) <= len(self._text(self.messages[:turn]) if turn else ""):
+                raise DataError(
+                    f"{self.where}: the chat template writes an answer in another place than it asks for one, so that"
+                    " completion tokens cannot be found: mark them with {% generation %} in the template."
+                )
+            prompt = shared
+        return prompt, through, self._spans(turn) if self.is_marked else None
+
+    def _spans(self, turn: int) -> list[tuple[int, int]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        (_,), (spans,) = self._guarded(
+            lambda: render_jinja_template(
+                conversations=[list(self.messages[: turn + 1])],
+                chat_template=self.owner.chat_template,
+                return_assistant_tokens_mask=True,
+                **self.options,
+                **self.owner.special_tokens_map,
+            )
+        )
+        return [(int(start), int(end)) for start, end in spans]
+
+    def _text(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
+        text: str = self._guarded(
+            lambda: self.owner.apply_chat_template(list(messages), tokenize=False, **self.options, **options)
+        )
+        return text
+
+    def _guarded(self, write: Callable[[], Any]) -> Any:
+        try:
+            return write()
+        except Exception as error:  # a template is a program and may raise anything
+            detail = " ".join(str(error).split())[:150]
+            raise DataError(f"{self.where}: the chat template refuses its messages ({detail}): fix the row.") from error

@@ -1,0 +1,263 @@
+"""The formats that people's rows have, and how each becomes text, prompt and completion, or chat messages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from emloc_ray.data.images import COLUMNS
+from emloc_ray.data.text_rows import Row
+from emloc_ray.errors import DataError
+
+
+class RowFormat(NamedTuple):
+    """The columns that a format's rows need, and those that they may have beside them."""
+
+    needed: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+
+FORMATS = {
+    "messages": RowFormat(("messages",), ("tools", *COLUMNS)),
+    "sharegpt": RowFormat(("conversations",), ("system", "tools", *COLUMNS)),
+    "conversational": RowFormat(("prompt", "completion"), ("tools", *COLUMNS)),
+    "prompt_completion": RowFormat(("prompt", "completion")),
+    "alpaca": RowFormat(("instruction", "output"), ("input", "system", "history")),
+    "text": RowFormat(("text",)),
+}
+"""By name, in the order in which a row is tried for them: messages come before the text that someone made of them."""
+CHATS = frozenset({"messages", "sharegpt", "conversational"})
+"""The formats that need a chat template."""
+
+_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
+# Columns of other names in public data sets: what they hold is a prompt and its completion.
+_LIKELY = (
+    ("question", "answer"),
+    ("query", "response"),
+    ("prompt", "response"),
+    ("instruction", "response"),
+    ("input", "output"),
+    ("input", "target"),
+    ("article", "highlights"),
+    ("document", "summary"),
+    ("source", "target"),
+)
+# The prompt of Alpaca's own models (tatsu-lab/stanford_alpaca), for a tokenizer without a chat template.
+_ALPACA = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{}\n\n{}### Response:\n"
+)
+
+
+def columns_of(format: str, columns: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """The file's columns that rows of a format need, and those that they may have; none of either where it is unknown."""
+    form = FORMATS.get(format, RowFormat(()))
+    needed, optional = ([columns.get(name, name) for name in names] for names in form)
+    return needed, optional
+
+
+def recognized(row: Row, columns: Mapping[str, str]) -> str | None:
+    """The format of a row by its columns; None where it has none that is known.
+
+    Of rows whose columns are mapped, only a format that takes a mapped one is meant.
+    """
+    given = renamed(row, columns)
+    for name, form in FORMATS.items():
+        is_meant = not columns or bool({*form.needed, *form.optional} & columns.keys())
+        if not is_meant or not given.keys() >= {*form.needed}:
+            continue
+        if name == "conversational" and not any(isinstance(given[key], list) for key in form.needed):
+            continue
+        return name
+    return None
+
+
+def renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    """A row whose columns have our names."""
+    others = {name: value for name, value in row.items() if name not in columns.values()}
+    return {**others, **{ours: row[theirs] for ours, theirs in columns.items() if theirs in row}}
+
+
+def unknown_format(row: Row, columns: Mapping[str, str], where: str) -> DataError:
+    """Says that a row has no known format, and how its columns could be mapped."""
+    names = [str(name) for name in row]
+    missing = [theirs for theirs in columns.values() if theirs not in row]
+    have = ", ".join(sorted(names)) or "none"
+    if missing:
+        return DataError(f"{where}: no column {missing[0]!r} (it has {have}): fix data.columns, which names it.")
+    if {"chosen", "rejected"} <= row.keys():
+        return DataError(
+            f"{where}: preference data: prompt and chosen are trained on with data.columns: {{prompt: prompt, completion:"
+            " chosen}; preference losses are not here yet."
+        )
+    lowered = {name.lower(): name for name in names}
+    pair = next((pair for pair in _LIKELY if {*pair} <= lowered.keys()), None)
+    prompt, completion = (lowered[name] for name in pair) if pair else ("question", "answer")
+    return DataError(
+        f"{where}: its columns ({have}) are of no known format: map them with data.columns, such as {{prompt: {prompt},"
+        f" completion: {completion}}}."
+    )
+
+
+def converted(row: Row, format: str, columns: Mapping[str, str], where: str, chats: bool = True) -> tuple[Row, str]:
+    """A row as text, prompt and completion, or messages, and which of these it is.
+
+    ``chats``: whether the model has a chat template; without one, Alpaca's rows get Alpaca's own prompt.
+
+    Raises:
+        DataError: naming file, row and field, where it has not this format; its texts are left to ``check_row``.
+    """
+    if format == "auto":
+        format = recognized(row, columns) or "auto"
+        if format == "auto":
+            raise unknown_format(row, columns, where)
+    given = renamed(row, columns)
+    for name in FORMATS[format].needed:
+        theirs = columns.get(name, name)
+        if name in given and given[name] is None:
+            raise DataError(f"{where}: field {theirs!r} is null: fill it or remove the row.")
+        if name not in given:
+            have = ", ".join(sorted(map(str, row))) or "none"
+            raise DataError(f"{where}: no field {theirs!r} (it has {have}): data.format {format} needs it.")
+    if format not in _CONVERSIONS:
+        return given, format
+    return _CONVERSIONS[format](given, where, chats)
+
+
+def _messages(row: Row, where: str, chats: bool) -> tuple[Row, str]:
+    turns = row["messages"]
+    if isinstance(turns, list):
+        turns = [_turn(turn, where) if isinstance(turn, dict) else turn for turn in turns]
+    return {**row, "messages": turns, **_tools(row, where)}, "messages"
+
+
+def _turn(turn: dict[str, Any], where: str) -> dict[str, Any]:
+    """A turn without empty fields, which Parquet gives to turns that lack them; the arguments of its calls as objects, which
+    templates write themselves."""
+    filled = {key: value for key, value in turn.items() if value is not None}
+    calls = filled.get("tool_calls")
+    if not calls:
+        filled.pop("tool_calls", None)
+        return filled
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise DataError(f"{where}: tool_calls is no list of calls: give [{{function: {{name, arguments}}}}, …].")
+    return {"content": "", **filled, "tool_calls": [_call(call) for call in calls]}
+
+
+def _call(call: dict[str, Any]) -> dict[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, dict):
+        return {"type": "function", "function": {**call, "arguments": _read(call.get("arguments"))}}
+    return {**call, "function": {**function, "arguments": _read(function.get("arguments"))}}
+
+
+def _read(value: Any) -> Any:
+    """The object that a text of JSON holds; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        read = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return read if isinstance(read, dict | list) else value
+
+
+def _tools(row: Row, where: str) -> dict[str, Any]:
+    if not row.get("tools"):
+        return {"tools": None}
+    tools = _read(row["tools"])
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError(f"{where}: field 'tools' is no list of tools: give their JSON schemas.")
+    return {"tools": [_without_nulls(tool) for tool in tools]}
+
+
+def _without_nulls(value: Any) -> Any:
+    """A schema without the nulls that Parquet puts where other rows' schemas have a key."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _sharegpt(row: Row, where: str, chats: bool) -> tuple[Row, str]:
+    turns = row["conversations"]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise DataError(f"{where}: field 'conversations' is not a list of turns: give [{{from, value}}, …].")
+    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    messages = [*system, *(_shared_turn(turn) for turn in turns)]
+    return _messages({**row, "messages": messages}, where, chats)
+
+
+def _shared_turn(turn: dict[str, Any]) -> dict[str, Any]:
+    if "from" not in turn:
+        return turn
+    role, value = turn["from"], turn.get("value")
+    rest = {key: turn[key] for key in turn.keys() - {"from", "value"}}
+    calls = _read(value) if role == "function_call" else None
+    if isinstance(calls, dict | list):
+        return {**rest, "role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
+    names = _ROLES | {"function_call": "assistant"}
+    return {**rest, "role": names.get(role.lower(), role.lower()) if isinstance(role, str) else role, "content": value}
+
+
+def _conversational(row: Row, where: str, chats: bool) -> tuple[Row, str]:
+    """The prompt's own assistant turns are not trained on."""
+    before, after = (
+        [{"role": role, "content": row[name]}] if isinstance(row[name], str) else row[name]
+        for name, role in (("prompt", "user"), ("completion", "assistant"))
+    )
+    if not isinstance(before, list) or not isinstance(after, list):
+        raise DataError(f"{where}: prompt or completion is no list of turns: give [{{role, content}}, …].")
+    asked = [{**turn, "weight": 0} if _is_answer(turn) else turn for turn in before]
+    repeated = (
+        len(before) if after[: len(before)] == before else 0
+    )  # of preference data, whose chosen is the whole chat
+    return _messages({**row, "messages": [*asked, *after[repeated:]]}, where, chats)
+
+
+def _is_answer(turn: Any) -> bool:
+    return isinstance(turn, dict) and turn.get("role") == "assistant"
+
+
+def _alpaca(row: Row, where: str, chats: bool) -> tuple[Row, str]:
+    for name in ("instruction", "output", "input", "system"):
+        if not isinstance(row.get(name) or "", str):
+            raise DataError(f"{where}: field {name!r} is {type(row[name]).__name__}: it must be text.")
+    for name in ("instruction", "output"):
+        if not row[name].strip():
+            raise DataError(f"{where}: field {name!r} is empty: fill it or remove the row.")
+    instruction, given, system = row["instruction"], row.get("input") or "", row.get("system") or ""
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(_is_pair(pair) for pair in history):
+        raise DataError(f"{where}: field 'history' is no list of pairs: give [[instruction, output], …].")
+    if chats:
+        turns: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+        for asked, answered in (*history, (f"{instruction}\n{given}" if given else instruction, row["output"])):
+            turns += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        return {"messages": turns, "tools": None}, "messages"
+    paired = ", paired with an input that provides further context" if given else ""
+    prompt = _ALPACA.format(paired, instruction, f"### Input:\n{given}\n\n" if given else "")
+    before = "".join(f"{_ALPACA.format('', asked, '')}{answered}\n\n" for asked, answered in history)
+    return {"prompt": f"{system}\n\n{before}{prompt}" if system else before + prompt, "completion": row["output"]}, (
+        "prompt_completion"
+    )
+
+
+def _is_pair(pair: Any) -> bool:
+    return isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+
+
+_CONVERSIONS: dict[str, Callable[[Row, str, bool], tuple[Row, str]]] = {
+    "messages": _messages,
+    "sharegpt": _sharegpt,
+    "conversational": _conversational,
+    "alpaca": _alpaca,
+}

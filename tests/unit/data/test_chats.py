@@ -1,0 +1,126 @@
+"""Chats by templates of today: those that drop what earlier turns thought, and those that mark what is generated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tiny import make_tokenizer
+
+from emloc_ray.data.formats import encode, sequences
+from emloc_ray.errors import DataError
+
+# As Qwen3's, without its tools: thoughts before the last question are dropped, the last answer always has a block of them.
+QWEN3 = """\
+{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.multi_step_tool and message.role == "user" %}
+        {%- set ns.multi_step_tool = false %}
+        {%- set ns.last_query_index = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == "user" or message.role == "system" %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
+    {%- elif message.role == "assistant" %}
+        {%- set content = message.content %}
+        {%- set reasoning_content = '' %}
+        {%- if message.reasoning_content is string %}
+            {%- set reasoning_content = message.reasoning_content %}
+        {%- elif '</think>' in content %}
+            {%- set reasoning_content = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last_query_index and (loop.last or reasoning_content) %}
+            {{- '<|im_start|>' + message.role + '\n<think>\n' + reasoning_content.strip('\n') + '\n</think>\n\n' + content }}
+        {%- else %}
+            {{- '<|im_start|>' + message.role + '\n' + content }}
+        {%- endif %}
+        {{- '<|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
+{%- endif %}"""
+MARKED = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}{{ eos_token }}{% endgeneration %}{% else %}{{ m['content'] }}{{ eos_token }}"
+    "{% endif %};{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def turn(role: str, content: str, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+def learnt(messages: list[dict[str, Any]], template: str) -> list[str]:
+    """Each sequence as text, what is learnt in brackets."""
+    tokenizer = make_tokenizer(template)
+    written = []
+    for tokens in encode(sequences({"messages": messages}, "messages", tokenizer, "row 1"), tokenizer):
+        parts: list[tuple[bool, list[int]]] = []
+        for token, completion in zip(tokens.input_ids, tokens.completion_mask, strict=True):
+            if not parts or parts[-1][0] != completion:
+                parts.append((completion, []))
+            parts[-1][1].append(token)
+        written.append("".join(f"[{tokenizer.decode(ids)}]" if mask else tokenizer.decode(ids) for mask, ids in parts))
+    return written
+
+
+CHAT = [
+    turn("user", "1 + 1?"),
+    turn("assistant", "<think>\neasy\n</think>\n\n2"),
+    turn("user", "and 2?"),
+    turn("assistant", "<think>\nadd\n</think>\n\n4"),
+]
+FIRST = "<|im_start|>user\n1 + 1?<|im_end|>\n<|im_start|>assistant\n"
+SECOND = "<|im_start|>user\nand 2?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_turn_is_trained_with_the_prefix_that_the_template_gives_it() -> None:
+    assert learnt(CHAT, QWEN3) == [
+        f"{FIRST}[<think>\neasy\n</think>\n\n2<|im_end|>\n]",
+        f"{FIRST}2<|im_end|>\n{SECOND}[<think>\nadd\n</think>\n\n4<|im_end|>\n]",
+    ]
+
+
+@pytest.mark.parametrize("untrained", [1, 3])
+def test_an_untrained_turn_of_such_a_template_is_a_prefix_alone(untrained: int) -> None:
+    chat = [{**message, "weight": int(number != untrained)} for number, message in enumerate(CHAT)]
+    [only] = learnt(chat, QWEN3)
+    assert only == learnt(CHAT, QWEN3)[1 if untrained == 1 else 0]
+
+
+def test_turns_that_the_template_leaves_as_they_were_share_a_sequence() -> None:
+    chat = [
+        turn("user", "a"),
+        turn("assistant", "b", reasoning_content="x"),
+        turn("assistant", "c", reasoning_content="y"),
+    ]
+    [only] = learnt(chat, QWEN3)
+    assert only.count("[") == 2
+
+
+def test_what_the_template_marks_is_learnt() -> None:
+    chat = [turn("user", "a"), turn("assistant", "b"), turn("user", "c"), turn("assistant", "d")]
+    assert learnt(chat, MARKED) == ["<|user|>a<eos>;<|assistant|>[b<eos>];<|user|>c<eos>;<|assistant|>[d<eos>];"]
+    chat[1]["weight"] = 0
+    assert learnt(chat, MARKED) == ["<|user|>a<eos>;<|assistant|>b<eos>;<|user|>c<eos>;<|assistant|>[d<eos>];"]
+
+
+def test_a_prompt_that_opens_a_thought_which_the_answer_lacks() -> None:
+    opening = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}"
+        "{% if add_generation_prompt %}<assistant><think>{% endif %}"
+    )
+    assert learnt([turn("user", "a"), turn("assistant", "b")], opening) == ["<user>a;<assistant>[b;]"]
+
+
+def test_an_answer_that_cannot_be_told_is_refused() -> None:
+    scattered = "{% for m in messages[::-1] %}{{ m.content }};{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+    with pytest.raises(DataError, match=r"^row 1: the chat template writes an answer in another place"):
+        learnt([turn("user", "a"), turn("assistant", "b")], scattered)

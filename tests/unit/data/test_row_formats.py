@@ -1,0 +1,161 @@
+"""Rows as people have them, told apart by their columns, and what each becomes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from tiny import make_tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from emloc_ray.config.schema import COLUMNS
+from emloc_ray.data.formats import check_row, encode, sequences
+from emloc_ray.data.row_formats import FORMATS, converted, recognized, unknown_format
+from emloc_ray.errors import DataError
+
+USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"x": 1}'}}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": None}}}
+ALPACA = "Below is an instruction that describes a task"
+
+CASES: list[tuple[dict[str, Any], str, str]] = [
+    ({"text": "a b"}, "text", "[a b<eos>]"),
+    ({"prompt": "a", "completion": "b", "text": "ab"}, "prompt_completion", "a[b<eos>]"),
+    ({"messages": [USER, ANSWER], "text": "ab"}, "messages", "<|user|>a<eos><|assistant|>[b<eos>]"),
+    ({"prompt": [USER], "completion": [ANSWER]}, "conversational", "<|user|>a<eos><|assistant|>[b<eos>]"),
+    (
+        {"prompt": [USER, ANSWER, USER], "completion": [ANSWER]},  # what the prompt says is not trained on
+        "conversational",
+        "<|user|>a<eos><|assistant|>b<eos><|user|>a<eos><|assistant|>[b<eos>]",
+    ),
+    (
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "s"},
+        "sharegpt",
+        "<|system|>s<eos><|user|>a<eos><|assistant|>[b<eos>]",
+    ),
+    ({"conversations": [USER, ANSWER]}, "sharegpt", "<|user|>a<eos><|assistant|>[b<eos>]"),
+    (
+        {"instruction": "a", "input": "c", "output": "b"},
+        "alpaca",
+        "<|user|>a\nc<eos><|assistant|>[b<eos>]",
+    ),
+    (
+        {"instruction": "a", "input": "", "output": "b", "history": [["x", "y"]]},
+        "alpaca",
+        "<|user|>x<eos><|assistant|>[y<eos>]<|user|>a<eos><|assistant|>[b<eos>]",
+    ),
+    (
+        {"messages": [USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 1}]},
+        "messages",
+        "<|user|>a<eos><|assistant|>b<eos><|user|>a<eos><|assistant|>[b<eos>]",
+    ),
+]
+
+
+def written(row: dict[str, Any], format: str = "auto", tokenizer: Any = None, **columns: str) -> str:
+    """A row's sequences as text, what is learnt in brackets, a line each."""
+    tokenizer = tokenizer or make_tokenizer()
+    row, kind = converted(row, format, columns, "f.jsonl, row 4", bool(tokenizer.chat_template))
+    check_row(row, kind, "f.jsonl, row 4")
+    lines = []
+    for tokens in encode(sequences(row, kind, tokenizer, "f.jsonl, row 4"), tokenizer):
+        line, learnt = "", False
+        for token, completion in zip(tokens.input_ids, tokens.completion_mask, strict=True):
+            line += {(True, False): "]", (False, True): "["}.get((learnt, completion), "") + tokenizer.decode([token])
+            learnt = completion
+        lines.append(line + "]" * learnt)
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(("row", "format", "text"), CASES)
+def test_a_row_is_told_by_its_columns(row: dict[str, Any], format: str, text: str) -> None:
+    assert recognized(row, {}) == format
+    assert written(row) == written(row, format) == text
+
+
+@pytest.mark.parametrize("with_input", [False, True])
+def test_alpaca_without_a_chat_template_is_alpaca_s_own_prompt(with_input: bool) -> None:
+    row = {"instruction": "a", "input": "c" if with_input else None, "output": "b"}
+    text = written(row, tokenizer=make_tokenizer(None))
+    assert text.startswith(ALPACA)
+    assert text.endswith("### Response:\n[b<eos>]")
+    assert ("### Input:\nc\n" in text) == with_input
+
+
+def test_columns_of_other_names_are_mapped() -> None:
+    row = {"question": "a", "answer": "b", "text": "a longer text", "messages": [USER, ANSWER]}
+    columns = {"prompt": "question", "completion": "answer"}
+    assert recognized(row, columns) == "prompt_completion"
+    assert written(row, **columns) == "a[b<eos>]"
+    with pytest.raises(DataError, match=r"no column 'answer' \(it has question\): fix data\.columns"):
+        raise unknown_format({"question": "a"}, columns, "here")
+
+
+def test_preference_data_is_trained_on_as_chosen() -> None:
+    row = {"prompt": "a", "chosen": [USER, ANSWER], "rejected": [USER, {**ANSWER, "content": "c"}]}
+    assert recognized(row, {}) is None
+    with pytest.raises(DataError, match="preference losses are not here yet"):
+        written(row)
+    assert written(row, prompt="prompt", completion="chosen") == "<|user|>a<eos><|assistant|>[b<eos>]"
+
+
+def test_tools_reach_the_template_with_their_arguments_as_objects() -> None:
+    template = (
+        "{% if tools %}{{ tools | tojson }};{% endif %}{% for m in messages %}{{ m.role }}:"
+        "{% for call in m.tool_calls or [] %}{{ call.function.arguments.x }}{% endfor %}{{ m.content }};{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    called = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    result = {"role": "tool", "content": "2", "tool_calls": None, "name": None}
+    row = {"messages": [USER, called, result, ANSWER], "tools": json.dumps([TOOL])}
+    schema = '[{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}];'
+    expected = f"{schema}user:a;assistant:[1;]tool:2;assistant:[b;]"
+    assert written(row, tokenizer=make_tokenizer(template)) == expected
+    shared = [
+        {"from": "human", "value": "a"},
+        {"from": "function_call", "value": json.dumps({"name": "add", "arguments": {"x": 1}})},
+        {"from": "observation", "value": "2"},
+        {"from": "gpt", "value": "b"},
+    ]
+    assert written({"conversations": shared, "tools": [TOOL]}, tokenizer=make_tokenizer(template)) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ({}, "its columns (none) are of no known format: map them with data.columns"),
+        ({"query": "a", "response": "b"}, "such as {prompt: query, completion: response}"),
+        ({"conversations": ["a"]}, "'conversations' is not a list of turns"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "no message has role assistant"),
+        ({"messages": [USER, {**ANSWER, "weight": 0}]}, "every assistant message has weight 0"),
+        ({"messages": [USER, {**ANSWER, "weight": 2}]}, "weight is 2"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, "lacks role or content"),
+        ({"messages": [USER, ANSWER], "tools": "no"}, "'tools' is no list of tools"),
+        ({"messages": [USER, {**ANSWER, "tool_calls": "no"}]}, "tool_calls is no list of calls"),
+        ({"instruction": "a", "output": " "}, "'output' is empty"),
+        ({"instruction": "a", "output": "b", "input": 3}, "'input' is int"),
+        ({"instruction": "a", "output": "b", "history": ["x"]}, "'history' is no list of pairs"),
+        ({"prompt": [USER], "completion": 3}, "prompt or completion is no list of turns"),
+        ({"prompt": "a", "completion": None}, "field 'completion' is null"),
+    ],
+)
+def test_bad_rows(row: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(DataError) as caught:
+        written(row)
+    assert str(caught.value).startswith("f.jsonl, row 4: ")
+    assert complaint in str(caught.value)
+
+
+def test_a_text_that_begins_with_the_begin_token_has_it_once() -> None:
+    tokenizer = make_tokenizer(None)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        "<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    assert written({"prompt": "<s>a", "completion": "b"}, tokenizer=tokenizer) == "<s>a[b<eos>]"
+    assert written({"prompt": "a", "completion": "b"}, tokenizer=tokenizer) == "<s>a[b<eos>]"
+
+
+def test_the_columns_that_can_be_mapped_are_those_of_the_formats() -> None:
+    assert {*COLUMNS} == {name for form in FORMATS.values() for names in form for name in names}
