@@ -569,7 +569,11 @@ def test_everything_that_is_wrong_is_told_at_once(write: Write, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
-        ("absent.csv", None, "absent.csv does not exist: give a .csv, .json, .jsonl, .ndjson, .parquet, .tsv file, or a"),
+        (
+            "absent.csv",
+            None,
+            "absent.csv does not exist: give a .csv, .json, .jsonl, .ndjson, .parquet, .tsv file, or a",
+        ),
         ("t.txt", b"x", "t.txt is no table: give a .csv"),
         ("t.csv", b"name\n", "t.csv is empty: give a file with rows."),
         ("t.jsonl", b"", "t.jsonl is empty: give a file with rows."),
