@@ -10,7 +10,8 @@ from datetime import datetime, timezone
 from typing import Any
 
 from emloc_ray.config.steps import STEPS
-from emloc_ray.io.runs.directory import CONFIG, RunDirectory, confirmed_at
+from emloc_ray.io.runs.directory import CONFIG, RunDirectory
+from emloc_ray.io.runs.manifest import confirmed_at
 from emloc_ray.io.runs.secret_values import HIDDEN, leaves
 from emloc_ray.runs.log import RUN_EVENTS, read_events
 from emloc_ray.text import duration

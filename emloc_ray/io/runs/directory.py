@@ -11,16 +11,16 @@ import json
 import math
 import os
 import socket
-import tempfile
 import time
-import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 from emloc_ray.errors import ArtifactError, ConfigError, TakenOver
 from emloc_ray.io.formats.yaml_text import write_yaml
+from emloc_ray.io.runs.manifest import FORMAT, confirmed_at, parse_manifest
+from emloc_ray.io.runs.run_places import check_folder, check_store
 from emloc_ray.io.runs.secret_values import without_secrets
 from emloc_ray.io.store.atomic import atomic_file, json_bytes, write_json
 from emloc_ray.io.store.digests import digest
@@ -37,14 +37,7 @@ CONFIG = "config.yaml"
 SPECTRA = "spectra.json"  # in an emulator's folder: a few of each layer's eigenvalues
 METRICS = "metrics.json"
 _READERS = 4
-_FORMAT = 2
 Kind = Literal["run", "batch"]
-
-
-def confirmed_at(entry: Mapping[str, Any]) -> float:
-    """When a manifest's entry was last known to be right: when its stage finished, or was confirmed since."""
-    known: float = max(entry["finished_at"], entry.get("confirmed_at", 0.0))
-    return known
 
 
 class RunDirectory:
@@ -80,7 +73,7 @@ class RunDirectory:
     def check(self, kind: Kind = "run") -> None:
         """Raises ConfigError where it cannot be written, or holds files without our manifest, or another run's name, or
         what is of another kind."""
-        self._check_place()
+        check_folder(self.root) if self.store is None else check_store(self.store)
         if self._manifest_content() is None:
             # A run killed while it wrote its first manifest left no more than these.
             own = (LOCK, LEASE, f".{MANIFEST}.")
@@ -109,35 +102,6 @@ class RunDirectory:
             return self.store.names()
         return [entry.name for entry in self.root.iterdir()] if self.root.is_dir() else []
 
-    def _check_place(self) -> None:
-        if self.store is not None:
-            self._check_store()
-            return
-        existing = self.root
-        try:
-            while not existing.exists():
-                existing = existing.parent
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"run_dir {self.root} is no usable path ({error}): name another.") from error
-        if not existing.is_dir():
-            raise ConfigError(f"run_dir {self.root}: {existing} is a file, not a directory: name another place.")
-        try:  # asked of the file system itself: access rights alone do not tell
-            with tempfile.TemporaryFile(dir=existing):
-                pass
-        except OSError as error:
-            raise ConfigError(
-                f"run_dir {self.root} cannot be written ({error.strerror}): name another place."
-            ) from error
-
-    def _check_store(self) -> None:
-        assert self.store is not None
-        if not self.store.prefix:
-            raise ConfigError(f"run_dir {self.place} is a whole bucket: name a folder in it.")
-        try:
-            self.store.check_conditions(f"{LEASE}.{uuid.uuid4().hex}")
-        except (ArtifactError, ConfigError) as error:
-            raise ConfigError(f"run_dir: {error}") from error
-
     def existing(self) -> RunDirectory:
         """Itself; raises ConfigError where this is no run."""
         try:
@@ -159,7 +123,7 @@ class RunDirectory:
         names = self.names()
         before: dict[str, Any] = self.manifest() if MANIFEST in names else {"stages": {}}
         manifest: dict[str, Any] = {"stages": {}} if fresh else dict(before)
-        manifest.update({"format": _FORMAT, "kind": kind, "name": self.name, "config": config, "steps": list(steps)})
+        manifest.update({"format": FORMAT, "kind": kind, "name": self.name, "config": config, "steps": list(steps)})
         if self._lease is not None and before.get("lease") != self._lease.number:
             manifest = self._adopted(before, manifest, fresh)
         self._write_manifest(manifest)
@@ -188,17 +152,7 @@ class RunDirectory:
         content = self._manifest_content()
         if content is None:
             raise ArtifactError(f"{self.place} holds no {MANIFEST}: it is no run directory.")
-        try:
-            manifest: Any = json.loads(content)
-        except ValueError as error:
-            raise ArtifactError(f"{path} is not JSON: restore it, or remove {self.root}.") from error
-        if not isinstance(manifest, dict) or not isinstance(manifest.get("stages"), dict):
-            raise ArtifactError(f"{path} is no manifest of a run: name a new or empty directory.")
-        if manifest.get("format") != _FORMAT:
-            raise ArtifactError(
-                f"{path} has format {manifest.get('format')!r}, and this version reads {_FORMAT}: use the version of"
-                " emloc_ray that wrote it, or name a new directory."
-            )
+        manifest = parse_manifest(content, path)
         if self._lease is not None and manifest.get("lease", 0) > self._lease.number:
             raise self._taken_over()
         return manifest

@@ -1,0 +1,38 @@
+"""Whether a run can be written where its config says: in a folder, or on an object store."""
+
+from __future__ import annotations
+
+import tempfile
+import uuid
+from pathlib import Path
+
+from emloc_ray.errors import ArtifactError, ConfigError
+from emloc_ray.io.store.lease import KEY as LEASE
+from emloc_ray.io.store.object_store import ObjectStore
+
+
+def check_folder(root: Path) -> None:
+    """Raises ConfigError where a folder cannot be made or written, which leaves no trace."""
+    existing = root
+    try:
+        while not existing.exists():
+            existing = existing.parent
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"run_dir {root} is no usable path ({error}): name another.") from error
+    if not existing.is_dir():
+        raise ConfigError(f"run_dir {root}: {existing} is a file, not a directory: name another place.")
+    try:  # asked of the file system itself: access rights alone do not tell
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ConfigError(f"run_dir {root} cannot be written ({error.strerror}): name another place.") from error
+
+
+def check_store(store: ObjectStore) -> None:
+    """Raises ConfigError where an object store cannot be written, or keeps no two processes from one run."""
+    if not store.prefix:
+        raise ConfigError(f"run_dir {store.uri} is a whole bucket: name a folder in it.")
+    try:
+        store.check_conditions(f"{LEASE}.{uuid.uuid4().hex}")
+    except (ArtifactError, ConfigError) as error:
+        raise ConfigError(f"run_dir: {error}") from error
