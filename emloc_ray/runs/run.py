@@ -15,7 +15,7 @@ from emloc_ray.planning.machine import check_disk, check_resources
 from emloc_ray.planning.plan import make_plan, missing_disk
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.runs import remarks
-from emloc_ray.runs.gauges import StageGauges
+from emloc_ray.runs.gauges import RunGauges
 from emloc_ray.runs.log import RunLog
 from emloc_ray.runs.reporter import Reporter, Reporters
 from emloc_ray.runs.steps import AtOnce, Dropped, Steps, Turns
@@ -68,11 +68,11 @@ def run(
             steps = [stage.name for stage in STEPS if stage.wanted(prepared)]
             prepared.run.create((prepared.as_written or config).model_dump(mode="json"), fresh=fresh, steps=steps)
             linears = [spec.name for spec in prepared.layout.specs]
-            with RunLog(prepared.run, linears) as log, Trace(prepared.run) as trace:
+            with RunLog(prepared.run, linears) as log, Trace(prepared.run) as trace, RunGauges(prepared.run) as gauges:
                 check_visible(prepared)
                 for remark in remarks.of_machines([config]) if turns is None else ():
                     reporter.note(remark)
-                reporters = Reporters(reporter, log, trace, StageGauges(prepared.run.name))
+                reporters = Reporters(reporter, log, trace, gauges)
                 Pipeline(prepared, reporters, begin, turns, cache, plan.worker_bytes).run(until)
         return prepared.run.metrics()
     except OSError as error:  # of the run's own small files: stages explain theirs

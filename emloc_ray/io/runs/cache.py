@@ -76,6 +76,11 @@ class ArtifactCache:
         self._swept_at = self._weighed_at = -math.inf  # by the monotonic clock
         self._held = math.inf  # bytes at most, but for what other processes have added since it was weighed
 
+    @property
+    def held_bytes(self) -> float | None:
+        """The bytes of all entries, as far as this process knows; None where it has never weighed them (no ``max_bytes``)."""
+        return None if math.isinf(self._held) else self._held
+
     def is_made(self) -> bool:
         """Whether anything was ever put there."""
         return self._at.is_made()

@@ -339,6 +339,11 @@ class RunDirectory:
         elif self._lock_file is not None:
             check_lock(self._lock_file.path)
 
+    @property
+    def lease_age_s(self) -> float | None:
+        """Seconds since this process last renewed its lease of the run; None where it holds none."""
+        return None if self._lease is None else self._lease.age_s
+
     def holder(self) -> str | None:
         """The process that holds the run now, or None."""
         if self.store is not None:

@@ -96,6 +96,11 @@ class Lease:
         if self._lost is not None:
             raise TakenOver(f"This run was taken over by {self._lost}: leave it to that, or stop that first.")
 
+    @property
+    def age_s(self) -> float:
+        """Seconds since it was last renewed."""
+        return _monotonic() - self._renewed
+
     def give_back(self) -> None:
         """Lets others take it at once."""
         self._over.set()

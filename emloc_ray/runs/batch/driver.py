@@ -20,6 +20,7 @@ from emloc_ray.runs.batch.state import BatchState
 from emloc_ray.runs.batch.summary import write_summary
 from emloc_ray.runs.batch.tasks import Batch
 from emloc_ray.runs.batch.work import PipelineWork, raise_problems
+from emloc_ray.runs.gauges import BatchGauges
 from emloc_ray.runs.remarks import of_machines
 from emloc_ray.runs.reporter import Reporter
 from emloc_ray.stages.ray.session import connection, gpus_within_reach
@@ -79,7 +80,6 @@ def run_batch(prepared: PreparedBatch, show: Show = lambda state: None, tell: Te
         run.create(batch.config.model_dump(mode="json"), kind="batch")
         limits = batch.config.limits
         capacity = functools.partial(cluster_capacity, limits)
-        batch_run = BatchRun(run, batch.tasks, prepared.work, capacity, batch.config.max_concurrent, show, tell)
         lean = any(task.config.memory_budget is not None for task in batch.tasks)
         with connection(batch.ray.address, lean_memory=lean, **batch.ray.init_options) as started:
             if not started:
@@ -87,7 +87,15 @@ def run_batch(prepared: PreparedBatch, show: Show = lambda state: None, tell: Te
             check_fit(prepared)
             for remark in of_machines(prepared.work.config(task) for task in batch.tasks):
                 tell(remark)
-            state = batch_run.run()
+            gauges = BatchGauges(run.name, prepared.work.cache)
+
+            def show_all(state: BatchState) -> None:
+                gauges.show(state)
+                show(state)
+
+            state = BatchRun(
+                run, batch.tasks, prepared.work, capacity, batch.config.max_concurrent, show_all, tell
+            ).run()
             write_summary(run, state)
             return state
     finally:

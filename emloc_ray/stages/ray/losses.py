@@ -5,11 +5,13 @@ from __future__ import annotations
 import collections
 import contextlib
 import errno
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ray
 import torch
+from ray.util.metrics import Counter
 
 from emloc_ray.errors import EmlocError, StageError
 
@@ -63,12 +65,19 @@ class Losses:
         self.counts[piece] += 1
         times, before, self._kernel_kills = self.counts[piece], self._kernel_kills, kernel_kills()
         why, what_to_do = reason(error, kernel_killed=self._kernel_kills > before)
+        if ray.is_initialized():
+            _lost_workers().inc(1, {"stage": self.stage, "cause": why})
         if times > self.bound:
             raise StageError(
                 f"{self.stage}: {piece} lost its worker {times} times, the last time because {why}: {what_to_do}."
             ) from error
         self.tell(f"{self.stage}: {piece} lost its worker because {why}; restarted ({times} of {self.bound}).")
         return self.delays[min(times, len(self.delays)) - 1]
+
+
+@functools.cache
+def _lost_workers() -> Counter:
+    return Counter("emloc_ray_lost_workers", "Workers that stages lost, by cause.", ("stage", "cause"))
 
 
 def is_lost(error: BaseException) -> bool:
