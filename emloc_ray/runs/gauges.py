@@ -5,6 +5,7 @@ Lost workers are counted where they are lost: :mod:`emloc_ray.stages.ray.losses`
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -75,7 +76,8 @@ class RunGauges(Reporter):
         self._looked_at, tags = time.monotonic(), {"run": self.run.name}
         if (age := self.run.lease_age_s) is not None:
             self._lease.set(age, tags)
-        self._free.set(shutil.disk_usage(self.run.root).free, tags)
+        with contextlib.suppress(OSError):  # nothing of an object store has been read here yet
+            self._free.set(shutil.disk_usage(self.run.root).free, tags)
 
 
 def tokens_of(result: Mapping[str, Any]) -> int:
