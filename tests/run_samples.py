@@ -32,7 +32,6 @@ def usage(number: int) -> dict[str, Any]:
         "wall_s": 10.5 + number,
         "peak_pss_bytes": (number + 1) * 2**30,
         "peak_rss_bytes": 300 * 2**20,
-        "processes": {"driver": 290 * 2**20, f"Actor{number}": 5 * 2**20},
         "num_workers": 2,
     }
 
@@ -108,14 +107,14 @@ def healing_metrics() -> dict[str, Any]:
 
 
 def metric_keys(metrics: Any) -> set[str]:
-    """The dotted keys of nested metrics; the names of layers and processes, which every run has of its own, as ``*``."""
+    """The dotted keys of nested metrics; the names of layers, which every run has of its own, as ``*``."""
     if isinstance(metrics, list):
         return {key for entry in metrics for key in metric_keys(entry)}
     if not isinstance(metrics, dict):
         return set()
     found = set(metrics)
     for name, inner in metrics.items():
-        rows = list(inner.values()) if name in ("layers", "modules", "processes") else inner
+        rows = list(inner.values()) if name in ("layers", "modules") else inner
         found |= {f"{name}.{key}" for key in metric_keys(rows)}
     return found
 

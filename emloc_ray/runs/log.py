@@ -124,8 +124,7 @@ class RunLog(Reporter):
         for layer, values in layers.items():
             shown = {key: values[key] for key in _LAYER_KEYS if key in values}
             self._write("layer", f"{stage}: {layer}", stage=stage, layer=layer, **shown)
-        used = {key: value for key, value in usage.items() if key != "processes"}
-        self._write("finished", f"{stage} has ended.", stage=stage, **self._units, **used)
+        self._write("finished", f"{stage} has ended.", stage=stage, **self._units, **usage)
 
     def skip(self, stage: str) -> None:
         """A stage was done before."""

@@ -162,7 +162,6 @@ def page_view(
         "timeline": draw(run_lines(manifest, events), "the stages of the run"),
         "planned": planned,
         "most_memory": max([*(usage["peak_rss_bytes"] for _, usage in stages), *planned.values()], default=0),
-        "processes": process_rows([usage for _, usage in stages]),
         "disk": metrics.get("disk_bytes") or {},
         "auto_class": metrics.get("auto_class", "AutoModelForCausalLM"),
         "hardware": describe_hardware(metrics.get("hardware") or {}),
@@ -220,10 +219,3 @@ def candidate_rows(correction: dict[str, Any]) -> list[dict[str, Any]]:
         }
         for candidate in candidates
     ]
-
-
-def process_rows(usages: Sequence[dict[str, Any]]) -> list[tuple[str, list[int | None]]]:
-    """The peak of each kind of process in each stage, the largest kind first."""
-    peaks = [usage.get("processes", {}) for usage in usages]
-    largest = {name: max(stage.get(name, 0) for stage in peaks) for stage in peaks for name in stage}
-    return [(name, [stage.get(name) for stage in peaks]) for name in sorted(largest, key=lambda name: -largest[name])]

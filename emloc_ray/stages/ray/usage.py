@@ -11,7 +11,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import psutil
 import ray
@@ -27,7 +27,7 @@ _COSTS = 30
 
 @dataclass
 class Usage:
-    """What one stage used: wall time and the peaks of all processes together, of each kind of process, of its largest worker.
+    """What one stage used: wall time and the peaks of all processes together, of the largest of them, of its largest worker.
 
     The first two peaks are of all runs on the driver's machine; the last two are the stage's own.
     """
@@ -36,7 +36,6 @@ class Usage:
     wall_s: float = 0.0
     peak_pss_bytes: int = 0
     peak_rss_bytes: int = 0
-    processes: dict[str, int] = field(default_factory=dict)
     largest_worker_bytes: int = 0
     largest_gpu_bytes: int = 0
 
@@ -53,7 +52,6 @@ class Usage:
             "peak_pss_bytes": self.peak_pss_bytes,
             "peak_rss_bytes": self.largest_worker_bytes or self.peak_rss_bytes,
             **({"peak_gpu_bytes": self.largest_gpu_bytes} if self.largest_gpu_bytes else {}),
-            "processes": dict(sorted(self.processes.items(), key=lambda item: -item[1])),
         }
 
 
@@ -84,14 +82,14 @@ def measured(stage: str) -> Iterator[Usage]:
 class Sampler:
     """Shares one sample of all processes between the stages that run side by side: adding up pages costs time."""
 
-    def __init__(self, sizes: Callable[[], Iterable[tuple[str, int, int]]] | None = None) -> None:
+    def __init__(self, sizes: Callable[[], Iterable[tuple[int, int]]] | None = None) -> None:
         self._sizes = sizes
         self._lock = threading.Lock()
         self._taken_at = self._due_at = 0.0
-        self._latest: list[tuple[str, int, int]] = []
+        self._latest: list[tuple[int, int]] = []
 
-    def latest(self, since: float) -> list[tuple[str, int, int]]:
-        """Kind, proportional and resident size of each process, sampled at ``since`` (monotonic clock) or later."""
+    def latest(self, since: float) -> list[tuple[int, int]]:
+        """Proportional and resident size of each process, sampled at ``since`` (monotonic clock) or later."""
         with self._lock:
             begin = time.monotonic()
             if begin >= self._due_at or self._taken_at < since:
@@ -106,17 +104,14 @@ _sampler = Sampler()
 
 def _sample(usage: Usage, begun_at: float) -> None:
     latest = _sampler.latest(begun_at)
-    usage.peak_pss_bytes = max(usage.peak_pss_bytes, sum(pss for _, pss, _ in latest))
-    usage.peak_rss_bytes = max([usage.peak_rss_bytes, *(rss for _, _, rss in latest)])
-    for kind, pss, _ in latest:
-        usage.processes[kind] = max(usage.processes.get(kind, 0), pss)
+    usage.peak_pss_bytes = max(usage.peak_pss_bytes, sum(pss for pss, _ in latest))
+    usage.peak_rss_bytes = max([usage.peak_rss_bytes, *(rss for _, rss in latest)])
 
 
-def _sizes() -> Iterator[tuple[str, int, int]]:
+def _sizes() -> Iterator[tuple[int, int]]:
     for process in _processes():
         with contextlib.suppress(psutil.Error, OSError):
-            pss, rss = _memory(process)
-            yield kind_of(process), pss, rss
+            yield _memory(process)
 
 
 def _processes() -> list[psutil.Process]:
@@ -140,13 +135,3 @@ def _memory(process: psutil.Process) -> tuple[int, int]:
     """Proportional and resident size in bytes; the latter twice where the system does not know the former (only Linux does)."""
     memory = process.memory_full_info() if psutil.LINUX else process.memory_info()
     return getattr(memory, "pss", memory.rss), memory.rss
-
-
-def kind_of(process: psutil.Process) -> str:
-    """A process's name for people: of a Ray worker its actor or its task's stage, else its program."""
-    if process.pid == psutil.Process().pid:
-        return "driver"
-    line = process.cmdline()
-    if line and line[0].startswith("ray::"):
-        return line[0].split()[0].removeprefix("ray::").split(".")[0].split("(")[0].rstrip(":")
-    return process.name()

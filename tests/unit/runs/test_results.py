@@ -23,7 +23,7 @@ from emloc_ray.planning.skeleton import skeleton_of
 from emloc_ray.runs.results import assemble_metrics
 from emloc_ray.stages.evaluate.stage import gap_closed, other_bound
 
-USAGE = {"wall_s": 2.0, "peak_pss_bytes": 10, "peak_rss_bytes": 5, "processes": {"driver": 10}}
+USAGE = {"wall_s": 2.0, "peak_pss_bytes": 10, "peak_rss_bytes": 5}
 
 
 def losses(**values: float) -> dict[str, Any]:

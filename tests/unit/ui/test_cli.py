@@ -309,7 +309,7 @@ def test_status_of_no_run_and_of_one_that_has_begun(call: Call, tmp_path: Path) 
     assert "it is no run directory" in result.stderr
     run = RunDirectory(call.run_dir)
     run.create({}, steps=["data", "merge"])
-    usage = {"wall_s": 12.5, "peak_pss_bytes": 2**30, "peak_rss_bytes": 2**30, "processes": {}}
+    usage = {"wall_s": 12.5, "peak_pss_bytes": 2**30, "peak_rss_bytes": 2**30}
     run.commit("data", "abc", [], {"usage": usage, "splits": {}})
     result = invoke("status", str(call.run_dir))
     assert result.exit_code == 0, result.output

@@ -45,7 +45,7 @@ def test_a_finished_run_has_every_section_and_its_numbers(finished: str) -> None
         "12,345", "−2.2500", "51.2%", "72.5%", "45.7%",  # evaluation
         "4.32109", "+0.02458", "unclamped", "✓ chosen", "−25.00%",  # correction
         "2,441,216 trainable parameters; 1,726 tokens/s", "2 nodes, 32 CPUs, 4 GPUs (H100)",
-        "13.5 s", "7.00 GiB", "300 MiB", "Actor3",  # stages
+        "13.5 s", "7.00 GiB", "300 MiB",  # stages
         "5.1667", "600,123 of 1,000,000 parameters", "24.9%", "0.1636", "2,220 tokens",  # training, emulator
         "6,212", "91", "1.50 KiB", "3.00 GiB", "3,221,225,472", "ray 2.60.0", "max_steps: 3",
     ):  # fmt: skip

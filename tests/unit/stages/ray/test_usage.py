@@ -1,32 +1,12 @@
-"""Processes by the names that people know them by."""
+"""What a stage used: peaks of its own workers, and of all processes in shared samples."""
 
 from __future__ import annotations
-
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from emloc_ray.stages.ray import usage as monitor
 from emloc_ray.stages.ray.spans import Span, Timed, listening, tell_span, timed
-from emloc_ray.stages.ray.usage import kind_of, measured
-
-
-@pytest.mark.parametrize(
-    ("title", "kind"),
-    [
-        ("ray::PlacementGroupCleaner.clean", "PlacementGroupCleaner"),
-        ("ray::calibrate: slot 0", "calibrate"),
-        ("ray::factorize: model.layers.3.mlp.gate_proj and model.layers.3.mlp.up_proj", "factorize"),
-        ("ray::merge: model-00001-of-00004.safetensors", "merge"),
-        ("ray::_add_task()", "_add_task"),
-        ("ray::IDLE", "IDLE"),
-    ],
-)
-def test_a_worker_is_known_by_its_actor_or_its_tasks_stage(title: str, kind: str) -> None:
-    worker: Any = SimpleNamespace(pid=-1, cmdline=lambda: [title], name=lambda: "python")
-    assert kind_of(worker) == kind
-    assert kind_of(SimpleNamespace(pid=-1, cmdline=lambda: ["raylet"], name=lambda: "raylet")) == "raylet"
+from emloc_ray.stages.ray.usage import measured
 
 
 def test_a_workers_peak_is_that_of_its_own_task() -> None:
@@ -60,18 +40,18 @@ def test_slow_looks_are_shared_by_stages_side_by_side_and_no_stage_is_told_of_th
 ) -> None:
     clock, looks = [100.0], []
 
-    def look() -> list[tuple[str, int, int]]:
+    def look() -> list[tuple[int, int]]:
         clock[0] += 0.1
         looks.append(clock[0])
-        return [("driver", len(looks), 0)]
+        return [(len(looks), 0)]
 
     monkeypatch.setattr(monitor.time, "monotonic", lambda: clock[0])
     sampler = monitor.Sampler(look)
-    assert sampler.latest(100.0) == sampler.latest(100.0) == [("driver", 1, 0)]
+    assert sampler.latest(100.0) == sampler.latest(100.0) == [(1, 0)]
     clock[0] += 2.9  # a thirtieth of the time is spent on looks
-    assert sampler.latest(100.0) == [("driver", 1, 0)]
+    assert sampler.latest(100.0) == [(1, 0)]
     clock[0] += 0.2
-    assert sampler.latest(100.0) == [("driver", 2, 0)]
+    assert sampler.latest(100.0) == [(2, 0)]
     begun = clock[0]
-    assert sampler.latest(begun) == [("driver", 3, 0)]
-    assert sampler.latest(begun) == [("driver", 3, 0)]
+    assert sampler.latest(begun) == [(3, 0)]
+    assert sampler.latest(begun) == [(3, 0)]
