@@ -35,8 +35,9 @@ from emloc_ray.stages.factorize.factorize import factorize_group, finish_emulato
 from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.factorize.kept_tensors import copy_rest, rest_of_shards
 from emloc_ray.stages.factorize.stage import factorization_job
+from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.stage import finetune_job
-from emloc_ray.stages.finetune.training import FinetuneJob, train_alone
+from emloc_ray.stages.finetune.training import train_alone
 from emloc_ray.stages.finish import finishing_job
 from emloc_ray.stages.merge.merge import MergeJob, merge_shard
 from emloc_ray.stages.merge.stage import merge_job

@@ -19,7 +19,7 @@ from emloc_ray.stages.finetune.stage import finetune_job, learned, steps_of
 from emloc_ray.stages.stage import Stage
 
 if TYPE_CHECKING:
-    from emloc_ray.stages.finetune.training import FinetuneJob
+    from emloc_ray.stages.finetune.job import FinetuneJob
     from emloc_ray.stages.ray.tasks import Progress, Resources
 
 

@@ -50,8 +50,10 @@ from emloc_ray.stages.evaluate.evaluate import evaluate_slice
 from emloc_ray.stages.evaluate.stage import evaluation_job, gap_closed
 from emloc_ray.stages.factorize.factorize import factorize_group
 from emloc_ray.stages.factorize.stage import factorization_job
+from emloc_ray.stages.finetune.batches import RankBatches
+from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.stage import finetune_job
-from emloc_ray.stages.finetune.training import EmulatorTrainer, FinetuneJob, RankBatches
+from emloc_ray.stages.finetune.training import EmulatorTrainer
 from emloc_ray.stages.merge.merge import merge_shard, output_shards
 from emloc_ray.stages.merge.stage import merge_job
 

@@ -21,8 +21,9 @@ from emloc_ray.config.steps import VERBS
 from emloc_ray.modeling.zero_config import read_zero_config
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.stages.context import Context
+from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.stage import finetune_job
-from emloc_ray.stages.finetune.training import FinetuneJob, train_loop
+from emloc_ray.stages.finetune.training import train_loop
 
 pytestmark = pytest.mark.deep
 

@@ -18,7 +18,8 @@ from emloc_ray.errors import EmlocError, NumericsError, Stopped, TakenOver
 from emloc_ray.io.formats.json_lines import read_objects
 from emloc_ray.io.store.arrow_files import arrow_files
 from emloc_ray.io.store.node_cache import discard, ensure, exists, is_stored, open_artifact, publish
-from emloc_ray.stages.finetune.training import FinetuneJob, leaves_traces, train_alone, train_loop
+from emloc_ray.stages.finetune.job import FinetuneJob
+from emloc_ray.stages.finetune.training import leaves_traces, train_alone, train_loop
 from emloc_ray.stages.ray.losses import Losses, Tell, explain, is_lost, last_line, reason, unheard
 from emloc_ray.stages.ray.spans import Span, tell_span
 from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, silent

@@ -17,7 +17,7 @@ from emloc_ray.stages.context import Context, Inputs, Result, without
 from emloc_ray.stages.stage import Stage
 
 if TYPE_CHECKING:
-    from emloc_ray.stages.finetune.training import FinetuneJob
+    from emloc_ray.stages.finetune.job import FinetuneJob
     from emloc_ray.stages.ray.tasks import Progress, Resources
 
 # Settings of the fine-tuning that do not enter what comes out of it; its number of workers does, which orders the rows.
@@ -46,7 +46,7 @@ def trained_tokens(context: Context) -> float:
 
 def finetune_job(context: Context, name: str) -> FinetuneJob:
     """``name`` identifies the training, so that a later try resumes it."""
-    from emloc_ray.stages.finetune.training import FinetuneJob
+    from emloc_ray.stages.finetune.job import FinetuneJob
 
     prepared, config = context.prepared, context.prepared.config
     section, targets = config.finetune, context.layout.portable_targets

@@ -10,145 +10,35 @@ import pickle
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_model_param_count
 
 from emloc_ray.core.precision import computes_bfloat16
-from emloc_ray.data.formats import Tokens
-from emloc_ray.data.ingest import SampleOrder, stream_batches
-from emloc_ray.data.processors import ImageInputs
-from emloc_ray.data.token_shards import TokenShards, collate
+from emloc_ray.data.ingest import SampleOrder
+from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.errors import DamagedArtifactError
 from emloc_ray.io.formats.json_lines import end_last_line
-from emloc_ray.io.formats.teacher_shards import TeacherShards
 from emloc_ray.io.store.node_cache import ensure, exists, publish
 from emloc_ray.modeling.adapter import attach_adapter, load_adapter, save_trained_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import load_config
 from emloc_ray.modeling.experts import UnfusedExperts
 from emloc_ray.modeling.holding import open_model
-from emloc_ray.modeling.inputs import label_mask, model_call
-from emloc_ray.modeling.loss import TopLogProbs, call_loss
+from emloc_ray.modeling.loss import call_loss
+from emloc_ray.stages.finetune.batches import CALL, TEACHER, RankBatches
+from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.session import GroupSession, LoneSession, TrainingSession, own_environment
 from emloc_ray.stages.finetune.zero import join_as_deepspeed_rank, scattered_in, step_was_finite, whole_parameters
 from emloc_ray.stages.ray.losses import is_out_of_memory
 from emloc_ray.stages.ray.spans import timed
 
 _POLL_S = 0.5
-_TEACHER, _CALL = "teacher", "call"  # what a batch holds beside what the model is called with
-
-
-@dataclass(frozen=True)
-class FinetuneJob:
-    """Artifact paths and flat settings; ``adapter`` as :func:`~emloc_ray.modeling.adapter_methods.adapter_config` takes
-    them. With ``teacher_dir`` the loss is the divergence from what a teacher says there, not that of the labels. With
-    ``start_dir`` the adapter there is trained on, with the rows that come after ``steps_before`` steps."""
-
-    emulator_dir: Path
-    tokens_dir: Path
-    out_dir: Path
-    storage_dir: Path
-    name: str
-    adapter: dict[str, Any]
-    portable_targets: Any
-    base_model: str
-    max_steps: int
-    batch_size: int
-    seed: int = 0
-    loss_on: str = "completion"
-    pad_token_id: int = 0
-    max_failures: int = 3
-    training_arguments: dict[str, Any] = field(default_factory=dict)
-    zero_config: dict[str, Any] | None = None
-    model_options: dict[str, Any] = field(default_factory=dict)
-    teacher_dir: Path | None = None
-    stage: str = "finetune"
-    hold: str = "resident"
-    start_dir: Path | None = None
-    steps_before: int = 0
-
-    @property
-    def log_path(self) -> Path:
-        """One JSON line per logged step, written by rank 0."""
-        return self.storage_dir / f"{self.name}.log.jsonl"
-
-    @property
-    def events_dir(self) -> Path:
-        """TensorBoard's event files, where ``report_to`` asks for them: they outlive the training and its restarts."""
-        return self.storage_dir.parent / "tensorboard" / self.name
-
-    @property
-    def failure_path(self) -> Path:
-        """One sentence per lost worker."""
-        return self.storage_dir / f"{self.name}.failures.txt"
-
-    @property
-    def begun_path(self) -> Path:
-        """Its presence says that a worker has begun, and looks for :attr:`stop_path` now and then."""
-        return self.storage_dir / f"{self.name}.begun"
-
-    @property
-    def out_of_memory_path(self) -> Path:
-        """Its presence says that a worker of a group ran out of memory, as it would again."""
-        return self.storage_dir / f"{self.name}.out_of_memory"
-
-    @property
-    def stop_path(self) -> Path:
-        """Its presence asks the workers to save a checkpoint and end."""
-        return self.storage_dir / f"{self.name}.stop"
-
-
-class RankBatches(IterableDataset[dict[str, Any]]):
-    """This rank's micro-batches from the Trainer's current step on, each with what the teacher says of it, if there is one."""
-
-    def __init__(self, job: FinetuneJob, order: SampleOrder, accumulation: int) -> None:
-        self.job, self.order, self.accumulation = job, order, accumulation
-        self.trainer: Trainer | None = None
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        before = self.job.steps_before
-        begin = (before + (self.trainer.state.global_step if self.trainer else 0)) * self.accumulation
-        end = (before + self.job.max_steps) * self.accumulation
-        config = self.trainer.model.config if self.trainer and self.trainer.model else None
-        images, together = ImageInputs(self.job.emulator_dir, self.job.model_options), self.order.world_size > 1
-        blank = images.blank_row() if together and TokenShards(self.job.tokens_dir).has_images else None
-        taught = self._taught(begin, end)
-        for rows in stream_batches(self.job.tokens_dir, self.order, begin, end):
-            batch = collate_together(rows, blank, self.job.pad_token_id, images)
-            # No plain tensors: DeepSpeed's training would round those to the dtype that it computes in.
-            yield {**self.called(batch, config), **({} if taught is None else {_TEACHER: next(taught)})}
-
-    def called(self, batch: dict[str, torch.Tensor], config: Any) -> dict[str, Any]:
-        """What a model of that config is called with, labels for the Trainer to count, and where the model predicts them:
-        found here, before the batch is on a GPU."""
-        labels = batch["input_ids"].masked_fill(~label_mask(batch, self.job.loss_on, config), -100)
-        call = model_call(config, batch, self.job.loss_on)
-        return {**call.inputs, "labels": labels, _CALL: replace(call, inputs={})}
-
-    def _taught(self, begin: int, end: int) -> Iterator[TopLogProbs] | None:
-        if self.job.teacher_dir is None:
-            return None
-        teacher = TeacherShards(self.job.teacher_dir)
-        tops = ([teacher.row(row) for row in rows.tolist()] for rows in self.order.batches(begin, end))
-        return (TopLogProbs(*map(torch.cat, zip(*parts, strict=True))) for parts in tops)
-
-
-def collate_together(
-    rows: list[Tokens], blank: Tokens | None, pad_token_id: int, images: ImageInputs
-) -> dict[str, torch.Tensor]:
-    """A batch, with ``blank`` as its last row where no other shows an image: none of its tokens is a label."""
-    if blank is None or any(row.images for row in rows):
-        return collate(rows, pad_token_id, images)
-    batch = collate([*rows, blank], pad_token_id, images)
-    batch["attention_mask"][-1, 1:] = 0
-    return batch
 
 
 class EmulatorTrainer(Trainer):
@@ -169,10 +59,10 @@ class EmulatorTrainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Summed loss over all labels of the step, so that ranks and micro-steps weigh by their labels."""
-        device, others = inputs["input_ids"].device, (_TEACHER, _CALL, "labels")
+        device, others = inputs["input_ids"].device, (TEACHER, CALL, "labels")
         called = {key: value for key, value in inputs.items() if key not in others}
-        call = replace(inputs[_CALL], inputs=called).to(device)
-        teacher = inputs[_TEACHER].to(device) if _TEACHER in inputs else None
+        call = replace(inputs[CALL], inputs=called).to(device)
+        teacher = inputs[TEACHER].to(device) if TEACHER in inputs else None
         result = call_loss(model, call, self.accelerator.unwrap_model(model), teacher)
         # Averaging gradients over ranks divides by the world size once more.
         return result.loss_sum * self.accelerator.num_processes / num_items_in_batch

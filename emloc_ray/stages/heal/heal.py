@@ -15,7 +15,7 @@ from typing import Any
 from emloc_ray.io.store.atomic import write_json
 from emloc_ray.io.store.node_cache import ensure, sizes
 from emloc_ray.stages.finetune.finetune import finetune
-from emloc_ray.stages.finetune.training import FinetuneJob
+from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.heal.fold import FoldJob, fold, pieces
 from emloc_ray.stages.heal.teacher import TeacherJob, teach
 from emloc_ray.stages.ray.losses import Tell, unheard

@@ -25,7 +25,7 @@ from emloc_ray.errors import ConfigError, DataError
 from emloc_ray.modeling.inputs import label_mask, model_call
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import token_loss
-from emloc_ray.stages.finetune.training import collate_together
+from emloc_ray.stages.finetune.batches import collate_together
 
 GREY = (120, 120, 120)
 

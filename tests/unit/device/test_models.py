@@ -33,7 +33,8 @@ from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.loss import teacher_logits, token_loss
 from emloc_ray.modeling.replay import BlockReplay
 from emloc_ray.modeling.scoring import complete, losses_by_row, score_rows
-from emloc_ray.stages.finetune.training import EmulatorTrainer, RankBatches
+from emloc_ray.stages.finetune.batches import RankBatches
+from emloc_ray.stages.finetune.training import EmulatorTrainer
 
 close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
 

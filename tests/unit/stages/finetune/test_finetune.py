@@ -14,7 +14,8 @@ import torch
 
 from emloc_ray.errors import Stopped
 from emloc_ray.stages.finetune.finetune import Watcher, mean_loss, run_alone, run_group, runner_of
-from emloc_ray.stages.finetune.training import FinetuneJob, StepKeeper, leaves_traces
+from emloc_ray.stages.finetune.job import FinetuneJob
+from emloc_ray.stages.finetune.training import StepKeeper, leaves_traces
 from emloc_ray.stages.ray.tasks import Resources
 
 JOB = FinetuneJob(Path("e"), Path("t"), Path("o"), Path("s"), "name", {}, None, "base", 4, 1)

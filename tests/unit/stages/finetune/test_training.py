@@ -18,8 +18,9 @@ from emloc_ray.errors import DamagedArtifactError, StageError
 from emloc_ray.modeling.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from emloc_ray.stages.finetune import training
 from emloc_ray.stages.finetune.finetune import finetune
+from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.session import LoneSession, own_environment
-from emloc_ray.stages.finetune.training import FinetuneJob, train
+from emloc_ray.stages.finetune.training import train
 from emloc_ray.stages.ray.tasks import Resources
 
 

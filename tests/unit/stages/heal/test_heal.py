@@ -34,8 +34,9 @@ from emloc_ray.modeling.loss import TopLogProbs, token_loss
 from emloc_ray.modeling.quantization import dequantize, quantize
 from emloc_ray.stages.factorize.factorize import finish_emulator
 from emloc_ray.stages.finetune import training
+from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.session import LoneSession, own_environment
-from emloc_ray.stages.finetune.training import EmulatorTrainer, FinetuneJob, train
+from emloc_ray.stages.finetune.training import EmulatorTrainer, train
 from emloc_ray.stages.heal.fold import FoldJob, pieces, write_piece
 from emloc_ray.stages.heal.teacher import TeacherJob, teach_part, teach_shard
 

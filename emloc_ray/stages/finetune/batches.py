@@ -1,0 +1,68 @@
+"""The batches that a rank of a training reads, as the model is called with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset
+from transformers import Trainer
+
+from emloc_ray.data.formats import Tokens
+from emloc_ray.data.ingest import SampleOrder, stream_batches
+from emloc_ray.data.processors import ImageInputs
+from emloc_ray.data.token_shards import TokenShards, collate
+from emloc_ray.io.formats.teacher_shards import TeacherShards
+from emloc_ray.modeling.inputs import label_mask, model_call
+from emloc_ray.modeling.loss import TopLogProbs
+from emloc_ray.stages.finetune.job import FinetuneJob
+
+TEACHER, CALL = "teacher", "call"  # what a batch holds beside what the model is called with
+
+
+class RankBatches(IterableDataset[dict[str, Any]]):
+    """This rank's micro-batches from the Trainer's current step on, each with what the teacher says of it, if there is one."""
+
+    def __init__(self, job: FinetuneJob, order: SampleOrder, accumulation: int) -> None:
+        self.job, self.order, self.accumulation = job, order, accumulation
+        self.trainer: Trainer | None = None
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        before = self.job.steps_before
+        begin = (before + (self.trainer.state.global_step if self.trainer else 0)) * self.accumulation
+        end = (before + self.job.max_steps) * self.accumulation
+        config = self.trainer.model.config if self.trainer and self.trainer.model else None
+        images, together = ImageInputs(self.job.emulator_dir, self.job.model_options), self.order.world_size > 1
+        blank = images.blank_row() if together and TokenShards(self.job.tokens_dir).has_images else None
+        taught = self._taught(begin, end)
+        for rows in stream_batches(self.job.tokens_dir, self.order, begin, end):
+            batch = collate_together(rows, blank, self.job.pad_token_id, images)
+            # No plain tensors: DeepSpeed's training would round those to the dtype that it computes in.
+            yield {**self.called(batch, config), **({} if taught is None else {TEACHER: next(taught)})}
+
+    def called(self, batch: dict[str, torch.Tensor], config: Any) -> dict[str, Any]:
+        """What a model of that config is called with, labels for the Trainer to count, and where the model predicts them:
+        found here, before the batch is on a GPU."""
+        labels = batch["input_ids"].masked_fill(~label_mask(batch, self.job.loss_on, config), -100)
+        call = model_call(config, batch, self.job.loss_on)
+        return {**call.inputs, "labels": labels, CALL: replace(call, inputs={})}
+
+    def _taught(self, begin: int, end: int) -> Iterator[TopLogProbs] | None:
+        if self.job.teacher_dir is None:
+            return None
+        teacher = TeacherShards(self.job.teacher_dir)
+        tops = ([teacher.row(row) for row in rows.tolist()] for rows in self.order.batches(begin, end))
+        return (TopLogProbs(*map(torch.cat, zip(*parts, strict=True))) for parts in tops)
+
+
+def collate_together(
+    rows: list[Tokens], blank: Tokens | None, pad_token_id: int, images: ImageInputs
+) -> dict[str, torch.Tensor]:
+    """A batch, with ``blank`` as its last row where no other shows an image: none of its tokens is a label."""
+    if blank is None or any(row.images for row in rows):
+        return collate(rows, pad_token_id, images)
+    batch = collate([*rows, blank], pad_token_id, images)
+    batch["attention_mask"][-1, 1:] = 0
+    return batch

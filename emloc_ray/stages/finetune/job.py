@@ -1,0 +1,67 @@
+"""What a training is told: where its artifacts are, and its settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class FinetuneJob:
+    """Artifact paths and flat settings; ``adapter`` as :func:`~emloc_ray.modeling.adapter_methods.adapter_config` takes
+    them. With ``teacher_dir`` the loss is the divergence from what a teacher says there, not that of the labels. With
+    ``start_dir`` the adapter there is trained on, with the rows that come after ``steps_before`` steps."""
+
+    emulator_dir: Path
+    tokens_dir: Path
+    out_dir: Path
+    storage_dir: Path
+    name: str
+    adapter: dict[str, Any]
+    portable_targets: Any
+    base_model: str
+    max_steps: int
+    batch_size: int
+    seed: int = 0
+    loss_on: str = "completion"
+    pad_token_id: int = 0
+    max_failures: int = 3
+    training_arguments: dict[str, Any] = field(default_factory=dict)
+    zero_config: dict[str, Any] | None = None
+    model_options: dict[str, Any] = field(default_factory=dict)
+    teacher_dir: Path | None = None
+    stage: str = "finetune"
+    hold: str = "resident"
+    start_dir: Path | None = None
+    steps_before: int = 0
+
+    @property
+    def log_path(self) -> Path:
+        """One JSON line per logged step, written by rank 0."""
+        return self.storage_dir / f"{self.name}.log.jsonl"
+
+    @property
+    def events_dir(self) -> Path:
+        """TensorBoard's event files, where ``report_to`` asks for them: they outlive the training and its restarts."""
+        return self.storage_dir.parent / "tensorboard" / self.name
+
+    @property
+    def failure_path(self) -> Path:
+        """One sentence per lost worker."""
+        return self.storage_dir / f"{self.name}.failures.txt"
+
+    @property
+    def begun_path(self) -> Path:
+        """Its presence says that a worker has begun, and looks for :attr:`stop_path` now and then."""
+        return self.storage_dir / f"{self.name}.begun"
+
+    @property
+    def out_of_memory_path(self) -> Path:
+        """Its presence says that a worker of a group ran out of memory, as it would again."""
+        return self.storage_dir / f"{self.name}.out_of_memory"
+
+    @property
+    def stop_path(self) -> Path:
+        """Its presence asks the workers to save a checkpoint and end."""
+        return self.storage_dir / f"{self.name}.stop"
