@@ -16,7 +16,8 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 from emloc_ray.config.adapter import LORA_METHODS, PROMPT_METHODS, AdapterConfig
 from emloc_ray.config.base import Section
-from emloc_ray.config.schema import FinetuneConfig, RayConfig
+from emloc_ray.config.finetune import FinetuneConfig
+from emloc_ray.config.schema import RayConfig
 from emloc_ray.io.runs.secret_values import HIDDEN, is_secret, is_variable, leaves
 
 NO_KEY = " is not a key: "
@@ -30,8 +31,8 @@ _OWN_TRAINING_ARGUMENTS = {
     "average_tokens_across_devices",
     "auto_find_batch_size",
     "label_smoothing_factor",
-    "eval_strategy",
-    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
 }
 # Of the Trainer's own data loader, in place of which ours streams batches in their own order.
 _LOADING = {
@@ -44,6 +45,7 @@ _LOADING = {
     "length_column_name",
     "train_sampling_strategy",
 }
+_COMPILING = {"torch_compile", "torch_compile_backend", "torch_compile_mode"}
 _TRUTHS_OF_YAML_1_1 = {"yes", "no", "on", "off"}
 _SCATTERING = {"fsdp", "fsdp_config", "parallelism_config"}
 
@@ -69,6 +71,11 @@ def passed_through_errors(values: dict[str, Any]) -> list[str]:
             lines.append(
                 "finetune.gradient_checkpointing_kwargs.use_reentrant: true gives no gradients where a block's inputs need none,"
                 " as below adapters on frozen weights: remove it."
+            )
+        elif key in _COMPILING and values["finetune"][key]:
+            lines.append(
+                f"finetune.{key} would compile the model anew at every step, as its head computes where that batch's labels are:"
+                " remove it."
             )
         elif key in _SCATTERING:
             lines.append(f"finetune.{key} is not supported: finetune.deepspeed is what scatters a model over workers.")

@@ -9,13 +9,13 @@ from typing import Any, Literal, get_args
 from pydantic import (
     ConfigDict,
     Field,
-    StrictBool,
     field_validator,
     model_validator,
 )
 
 from emloc_ray.config.adapter import AdapterConfig
 from emloc_ray.config.base import Patterns, Section, Size, StageConfig
+from emloc_ray.config.finetune import FinetuneConfig
 
 
 class ModelConfig(Section):
@@ -85,6 +85,9 @@ class DataConfig(Section):
     calibration: SplitConfig | None = Field(None, description="left out: rows of train")
     selection: SplitConfig | None = Field(None, description="rows that auto chooses on; left out: rows kept from train")
     eval: SplitConfig | None = Field(None, description="rows that are reported on; left out: rows kept from train")
+    validation: SplitConfig | None = Field(
+        None, description="rows scored while training (finetune.eval_strategy); left out: rows kept from train"
+    )
     healing: SplitConfig | None = Field(None, description="rows to heal the emulator on; left out: train's rows")
     max_seq_length: int = Field(512, ge=2, description="tokens that longer rows are cut to")
     packing: bool = Field(False, description="join rows into sequences of max_seq_length")
@@ -109,7 +112,11 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _has_a_source(self) -> DataConfig:
-        named = [name for name in ("train", "calibration", "selection", "eval") if getattr(self, name) is not None]
+        named = [
+            name
+            for name in ("train", "calibration", "selection", "eval", "validation")
+            if getattr(self, name) is not None
+        ]
         if self.generate is None and self.train is None:
             raise ValueError("names no training data: set data.train.path, or data.generate: docstrings or vqa")
         if self.generate is not None and any(getattr(self, name).path for name in named):
@@ -234,45 +241,6 @@ class EmulatorConfig(StageConfig):
             if not 0 < ratio <= 1:
                 raise ValueError(f"the ratio of {pattern!r} is {ratio}: give one above 0 and up to 1")
         return ratios
-
-
-class FinetuneConfig(StageConfig):
-    """Training on the emulator; every other key is a Hugging Face TrainingArguments field."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
-
-    loss_on: Literal["completion", "all"] = Field("completion", description="the tokens of a row to learn")
-    max_steps: int = Field(-1, description="optimizer steps; -1: num_train_epochs of the data")
-    num_train_epochs: float = Field(1.0, gt=0, description="passes over the data, where max_steps is -1")
-    per_device_train_batch_size: int = Field(8, ge=1, description="rows of a worker's forward pass")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="passes a step")
-    learning_rate: float = Field(
-        2e-4, gt=0, allow_inf_nan=False, description="peak of the schedule (lr_scheduler_type)"
-    )
-    bf16: Literal["auto"] | StrictBool = Field(
-        "auto", description="mixed precision; auto: where the worker's GPU has it"
-    )
-    gradient_checkpointing: bool = Field(True, description="less memory, about a third more time")
-    save_steps: int = Field(100, ge=1, description="steps between checkpoints, which a later try continues from")
-    logging_steps: int = Field(10, ge=1, description="steps between losses")
-    max_failures: int = Field(3, ge=0, description="lost workers to recover from before the run fails")
-    exact_steps: int = Field(0, ge=0, description="further steps, on the original itself, of the corrected adapter")
-    deepspeed: str | None = Field(None, description="path of a DeepSpeed JSON, from the working directory")
-
-    @field_validator("max_steps")
-    @classmethod
-    def _some_steps(cls, max_steps: int) -> int:
-        if max_steps != -1 and max_steps < 1:
-            raise ValueError(f"{max_steps} is no number of steps: give one, or -1 for num_train_epochs of the data")
-        return max_steps
-
-    @model_validator(mode="after")
-    def _whole_gpus_in_a_group(self) -> FinetuneConfig:
-        if self.num_workers > 1 and 0 < self.gpus < 1:
-            raise ValueError(
-                f"finetune.gpus_per_worker is {self.gpus:g}, and NCCL takes no two workers on one GPU: give 1, or num_workers: 1"
-            )
-        return self
 
 
 class CorrectionConfig(Section):
@@ -415,6 +383,14 @@ class RunConfig(Section):
             )
         if self.finetune.deepspeed is not None and method not in ("lora", "rslora"):
             problems.append(f"finetune.deepspeed goes with adapter.method lora or rslora, not with {method}: remove it")
+        if self.finetune.loraplus_lr_ratio is not None and method not in ("lora", "rslora", "dora"):
+            problems.append(f"finetune.loraplus_lr_ratio is of LoRA's two factors, and {method} has others: remove it")
+        if self.finetune.packing and self.adapter.is_prompt:
+            problems.append(
+                f"finetune.packing does not go with adapter.method {method}, whose tokens come before a row's"
+            )
+        if self.finetune.packing and self.data.packing:
+            problems.append("finetune.packing keeps apart rows that data.packing has joined: remove one of them")
         if not self.adapter.is_additive and self.correction.method not in ("auto", "none"):
             problems.append(
                 f"correction.method: {self.correction.method} corrects updates of weights, and {method} makes none: leave it"
@@ -429,6 +405,11 @@ class RunConfig(Section):
         if self.data.healing is not None and self.emulator.healing is None:
             raise ValueError(
                 "data.healing names rows to heal on, but there is no healing: set emulator.healing.steps, or remove it"
+            )
+        if self.data.validation is not None and not self.finetune.validates:
+            raise ValueError(
+                "data.validation names rows to score while training, and finetune.eval_strategy is no: set it to steps, or"
+                " remove it"
             )
         if self.emulator.objective == "weights" and self.emulator.allocation != "uniform":
             raise ValueError(

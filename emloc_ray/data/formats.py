@@ -24,11 +24,13 @@ class RowImage(NamedTuple):
 
 @dataclass(frozen=True)
 class Tokens:
-    """One row: token ids, which of them are completion (the task's loss counts these), and its images."""
+    """One row: token ids, which of them are completion (the task's loss counts these), and its images; or rows joined into
+    one sequence, of ``row_lengths`` tokens each."""
 
     input_ids: list[int]
     completion_mask: list[bool]
     images: tuple[RowImage, ...] = ()
+    row_lengths: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)

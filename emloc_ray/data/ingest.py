@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from ray.data.block import BlockMetadata
 
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.hash_order import Rows, shuffled
+from emloc_ray.data.packing import Packs, join, packs_of
 from emloc_ray.data.token_shards import TokenShards, from_table, to_table
 
 STEPS_PER_TASK = 256
+_ROW_LENGTHS = "row_lengths"
 _TASK_BYTES = 2**26  # of a reading task's rows, which are of 100 KB rather than one where they show images
 _READERS = 2
 _READ_AHEAD_BYTES = 2**27
@@ -28,7 +30,8 @@ class SampleOrder:
     """Which rows every micro-step of every rank reads.
 
     The stream is epoch after epoch, each a permutation of the rows by hash of (row, seed, epoch). Micro-step m of rank k
-    reads ``batch_size`` positions from ``(m · world_size + k) · batch_size``.
+    reads ``batch_size`` positions from ``(m · world_size + k) · batch_size``. With ``pack_length`` its rows are packs of
+    rows, of so many tokens at most (:mod:`emloc_ray.data.packing`).
     """
 
     num_rows: int
@@ -36,6 +39,7 @@ class SampleOrder:
     rank: int
     world_size: int
     seed: int
+    pack_length: int | None = None
 
     def micro_steps(self, begin: int, end: int) -> Rows:
         """The rows of this rank's micro-steps ``[begin, end)``, in order: ``((end - begin) · batch_size,)``."""
@@ -72,8 +76,18 @@ def read_micro_steps(tokens_dir: Path, order: SampleOrder, begin: int, end: int)
     """The rows of this rank's micro-steps ``[begin, end)``, in order, with their tokens."""
     shards = TokenShards(tokens_dir)
     wanted = order.micro_steps(begin, end)
+    if order.pack_length is not None:
+        return _joined(shards, packs_of(tokens_dir, order.pack_length), wanted)
     tokens = {row: shards.row(row) for row in np.unique(wanted).tolist()}  # ascending: each shard is opened once
     return to_table([tokens[row] for row in wanted.tolist()], shards.has_images)
+
+
+def _joined(shards: TokenShards, packs: Packs, wanted: Rows) -> pa.Table:
+    parts = [packs[number] for number in wanted.tolist()]
+    tokens = {row: shards.row(row) for row in sorted({row for part in parts for row in part})}
+    sequences = [join([tokens[row] for row in part]) for part in parts]
+    lengths = pa.array([sequence.row_lengths for sequence in sequences], pa.list_(pa.int32()))
+    return to_table(sequences).append_column(_ROW_LENGTHS, lengths)
 
 
 class MicroStepSource(Datasource):
@@ -89,7 +103,7 @@ class MicroStepSource(Datasource):
 
     def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
         """One task a range, whatever ``parallelism`` says: the ranges fix the order."""
-        steps = steps_per_task(self.tokens_dir, self.order.batch_size)
+        steps = steps_per_task(self.tokens_dir, self.order)
         starts = range(self.begin, self.end, steps)
         return [self._task(start, min(self.end, start + steps)) for start in starts]
 
@@ -101,9 +115,11 @@ class MicroStepSource(Datasource):
         return ReadTask(lambda: [read_micro_steps(tokens_dir, order, begin, end)], metadata)
 
 
-def steps_per_task(tokens_dir: Path, batch_size: int) -> int:
+def steps_per_task(tokens_dir: Path, order: SampleOrder) -> int:
     """How many micro-steps a reading task has."""
-    step_bytes = max(1.0, batch_size * TokenShards(tokens_dir).row_bytes)
+    shards = TokenShards(tokens_dir)
+    rows = 1.0 if order.pack_length is None else len(shards) / order.num_rows
+    step_bytes = max(1.0, order.batch_size * rows * shards.row_bytes)
     return int(min(max(1, _TASK_BYTES // step_bytes), STEPS_PER_TASK))
 
 
@@ -114,7 +130,7 @@ def stream_batches(tokens_dir: Path, order: SampleOrder, begin: int, end: int) -
     faster than any training. How far they read ahead is bounded: otherwise Ray starts a process for each of hundreds of
     tasks that ask for nothing, and fills its object store with a long training's rows.
     """
-    num_tasks = -(-(end - begin) // steps_per_task(tokens_dir, order.batch_size))
+    num_tasks = -(-(end - begin) // steps_per_task(tokens_dir, order))
     if num_tasks <= 1:  # nothing to stream: starting Ray Data takes longer than reading it
         yield from _batches(iter([read_micro_steps(tokens_dir, order, begin, end)]), order)
         return
@@ -138,4 +154,12 @@ def stream_batches(tokens_dir: Path, order: SampleOrder, begin: int, end: int) -
 def _batches(tables: Iterator[pa.Table], order: SampleOrder) -> Iterator[list[Tokens]]:
     for table in tables:
         for start in range(0, len(table), order.batch_size):
-            yield from_table(table.slice(start, order.batch_size))
+            yield _rows(table.slice(start, order.batch_size))
+
+
+def _rows(table: pa.Table) -> list[Tokens]:
+    rows = from_table(table)
+    if _ROW_LENGTHS not in table.column_names:
+        return rows
+    lengths = table[_ROW_LENGTHS].to_pylist()
+    return [replace(row, row_lengths=tuple(parts)) for row, parts in zip(rows, lengths, strict=True)]

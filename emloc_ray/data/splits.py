@@ -13,7 +13,8 @@ from emloc_ray.data.reading import Place, Row, SourceFile, read_rows
 from emloc_ray.data.row_formats import columns_of
 
 SPLITS = ("train", "calibration", "selection", "eval")
-"""The splits of every run; ``healing`` joins them where the config names rows to heal on."""
+"""The splits of every run; ``healing`` joins them where the config names rows to heal on, ``validation`` where the emulator
+is scored while it is trained."""
 CALIBRATION_SEED = 3
 """Added to the run's seed to draw calibration rows."""
 
@@ -120,11 +121,13 @@ def assign_splits(
     num_selection_samples: int,
     num_eval_samples: int | None,
     seed: int,
+    num_validation_samples: int | None = None,
 ) -> dict[str, RowSelection]:
     """Makes the splits that were not given from the training rows.
 
     Held-out and selection rows are taken *out of* train (at most a tenth of it each), so that nothing is chosen or reported
-    on a trained row. Calibration rows are sampled from the rest of train. Other splits stay as given.
+    on a trained row; so are validation rows, where a number of them is given. Calibration rows are sampled from the rest of
+    train. Other splits stay as given.
     """
     train = given["train"]
     tenth = max(1, len(train) // 10)
@@ -133,6 +136,9 @@ def assign_splits(
         evaluation, train = train.split(min(num_eval_samples or tenth, tenth), seed + 1)
     if selection is None:
         selection, train = train.split(min(num_selection_samples, tenth), seed + 2)
+    validation = {}
+    if num_validation_samples is not None and "validation" not in given:
+        validation["validation"], train = train.split(min(num_validation_samples, tenth), seed + 6)
     if calibration is None:
         calibration = train
     return {
@@ -140,6 +146,7 @@ def assign_splits(
         "calibration": calibration.sample(num_calibration_samples, seed + CALIBRATION_SEED),
         "selection": selection.sample(num_selection_samples, seed + 4),
         "eval": evaluation.sample(num_eval_samples, seed + 5),
+        **validation,
         **{name: rows for name, rows in given.items() if name not in SPLITS},
     }
 

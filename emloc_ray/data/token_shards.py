@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from emloc_ray.data.formats import RowImage, Tokens
@@ -129,6 +131,12 @@ class TokenShards:
         number = bisect.bisect_right(self._starts, position) - 1
         return _row(self._table(number), position - self._starts[number])
 
+    def lengths(self) -> NDArray[np.int64]:
+        """The tokens of each row ``(rows,)``."""
+        columns = [self._table(number)["input_ids"] for number in range(self.num_shards)]
+        counts = [pc.list_value_length(column).to_numpy() for column in columns]
+        return np.concatenate(counts).astype(np.int64) if counts else np.zeros(0, np.int64)
+
     def first_position(self, number: int) -> int:
         """The position of a shard's first row in the whole split."""
         return self._starts[number]
@@ -194,7 +202,7 @@ def collate(
     rows: Sequence[Tokens], pad_token_id: int, images: ImagesToInputs | None = None, multiple: int = PAD_MULTIPLE
 ) -> dict[str, Tensor]:
     """Right-padded ``input_ids``, ``attention_mask`` and ``completion_mask``, each ``(rows, length)``, and what ``images``
-    makes of the rows' images."""
+    makes of the rows' images; of joined rows also ``position_ids``, which begin again at each, and at the padding."""
     length = padded_length(max(len(row) for row in rows), multiple)
     ids = np.full((len(rows), length), pad_token_id, dtype=np.int64)
     mask = np.zeros((len(rows), length), dtype=bool)
@@ -203,13 +211,19 @@ def collate(
         ids[line, : len(row)] = row.input_ids
         mask[line, : len(row)] = True
         completion[line, : len(row)] = row.completion_mask
-    batch = {
+    batch: dict[str, Tensor] = {
         "input_ids": torch.from_numpy(ids),
         "attention_mask": torch.from_numpy(mask).long(),
         "completion_mask": torch.from_numpy(completion),
     }
+    if any(row.row_lengths for row in rows):
+        batch["position_ids"] = torch.stack([_positions(row.row_lengths or (len(row),), length) for row in rows])
     shown = [[image.content for image in row.images] for row in rows]
     return batch if images is None else batch | images(shown, batch["input_ids"])
+
+
+def _positions(row_lengths: Sequence[int], length: int) -> Tensor:
+    return torch.cat([torch.arange(count) for count in (*row_lengths, length - sum(row_lengths))])
 
 
 _Row = TypeVar("_Row", bound=Sized)

@@ -63,7 +63,9 @@ def model_call(config: Any, batch: dict[str, Tensor], loss_on: str = "completion
         call = _encoder_decoder(config, batch)
         return replace(call, inputs={**call.inputs, **others})
     labels = label_mask(batch, loss_on, config)
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": unpadded_is_none(batch["attention_mask"]), **others}
+    # Where positions begin again, transformers keeps apart what is before and after, unless it is given a mask.
+    mask = None if "position_ids" in batch else unpadded_is_none(batch["attention_mask"])
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": mask, **others}
     counted = batch["attention_mask"].bool() if tokens == "all" else label_mask(batch, "completion")
     return _call(inputs, {"row": counted}, labels, batch["input_ids"], shift=1)
 
@@ -78,11 +80,13 @@ def _call(
 
 
 def label_mask(batch: dict[str, Tensor], loss_on: str, config: Any = None) -> Tensor:
-    """Which tokens are labels ``(rows, length)``: completion tokens, or all non-padding ones; never the first, nor those
+    """Which tokens are labels ``(rows, length)``: completion tokens, or all non-padding ones; never a row's first, nor those
     that stand for an image in a model of that ``config``."""
     key = "completion_mask" if loss_on == "completion" else "attention_mask"
     mask = batch[key].bool().clone()
     mask[:, 0] = False
+    if "position_ids" in batch:
+        mask &= batch["position_ids"] > 0
     for name in _PLACEHOLDERS:
         token = getattr(config, name, None)
         if isinstance(token, int):

@@ -43,7 +43,8 @@ def check_split(config: RunConfig, name: str, reads_images: bool) -> tuple[Sourc
         sources = _checked_sources(split.path, f"data.{name}.path", config.data, reads_images)
     except ArtifactError as error:  # a store that does not answer
         raise ConfigError(f"data.{name}.path: {error}") from error
-    others = sum(getattr(config.data, other) is None for other in ("selection", "eval"))  # taken out of train
+    held_out = ("selection", "eval", *(["validation"] if config.finetune.validates else []))
+    others = sum(getattr(config.data, other) is None for other in held_out)  # taken out of train
     rows = sum(source.num_rows for source in sources)
     if name == "train" and rows <= others:
         raise ConfigError(
@@ -139,7 +140,12 @@ def check_held_out(config: RunConfig, files: Mapping[str, tuple[SourceFile, ...]
         if section is not None and _is_hub(section):
             dataset, subset, part = hub_split(section.path, name)
             paths[name] = {f"hf:{dataset}{f'@{subset}' if subset else ''}:{part}"}
-    for held_out, others in (("eval", ("train", "selection", "healing")), ("selection", ("train",))):
+    disjoint = {
+        "eval": ("train", "selection", "healing", "validation"),
+        "selection": ("train",),
+        "validation": ("train",),
+    }
+    for held_out, others in disjoint.items():
         for other in others:
             both = sorted(paths.get(held_out, set()) & paths.get(other, set()))
             if both:

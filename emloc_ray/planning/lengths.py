@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # the memory model, which takes lengths, runs without pydanti
     from emloc_ray.data.reading import SourceFile
     from emloc_ray.data.text_rows import Row
 
+PACKED_SHARE = 0.97  # of a sequence's length that the rows packed into it fill
 _CHARACTERS_PER_TOKEN = 3.5
 _VQA_TOKENS = 24.0  # of a question and its answer
 _VQA_BYTES = 2000.0  # of its image

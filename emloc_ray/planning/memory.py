@@ -219,7 +219,7 @@ class MemoryModel(ModelBytes):
     def _training(self, again: bool, logit_copies: int = LOSS_COPIES) -> Parts:
         section = self.config.finetune
         virtual = self.config.adapter.settings.get("num_virtual_tokens", 0)
-        tokens = section.per_device_train_batch_size * (self.lengths.longest + virtual)
+        tokens = section.per_device_train_batch_size * (self.trained_lengths.longest + virtual)
         saved = [block.multiple * self._saved_per_token(block, self.adapted) for block in self.blocks]
         inputs = sum(block.multiple * block.width for block in self.blocks) * self.itemsize
         kept, inner = (inputs, max(saved)) if again else (sum(saved), 0.0)

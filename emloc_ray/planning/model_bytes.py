@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from emloc_ray.modeling.adapter_methods import update_rank
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.loss import chunk_tokens
+from emloc_ray.planning.lengths import PACKED_SHARE
 from emloc_ray.planning.sizes import FLOAT, Block, blocks_of, widest_step
 
 if TYPE_CHECKING:
@@ -40,6 +42,14 @@ class ModelBytes:
         per_image = self.layout.image.block_tokens
         multiples = {name: count * self.lengths.images / self.lengths.longest for name, count in per_image.items()}
         self.blocks = blocks_of(self.layout.groups, multiples)
+
+    @property
+    def trained_lengths(self) -> Lengths:
+        """How long the sequences of the fine-tuning are: rows, or packs of them, which leave little space."""
+        if not self.config.finetune.packing:
+            return self.lengths
+        length = float(self.config.data.max_seq_length)
+        return replace(self.lengths, mean=PACKED_SHARE * length, longest=length)
 
     def _row_norms(self, dense: Collection[LinearSpec]) -> int:
         """PEFT's DoRA on a dense linear: an identity, ``s B A``, its unscaled self and its sum with ``W``, in float32."""

@@ -21,6 +21,7 @@ from emloc_ray.modeling.adapter_methods import count_parameters
 from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.loading import ModelSource, check_source, read_model_config
+from emloc_ray.modeling.packing import why_rows_mix
 from emloc_ray.planning.layout import Layout, adapter_settings, make_layout
 from emloc_ray.planning.skeleton import Skeleton, skeleton_of
 
@@ -41,6 +42,13 @@ def read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
             " expects them: choose a method that adapts linears, such as lora."
         )
     _check_length(config, skeleton)
+    if config.finetune.packing:
+        mixing = _why_rows_mix(source, options.trust_remote_code, _looks(source))
+        mixing = "shows images beside the text" if skeleton.image.row_tokens else mixing
+        if mixing is not None:
+            raise ConfigError(
+                f"finetune.packing needs a model that keeps packed rows apart, and this one {mixing}: set it to false."
+            )
     layout = make_layout(config, skeleton)
     _check_healing(config, layout)
     if not config.adapter.is_lora:
@@ -97,6 +105,11 @@ def _adapter_parameters(
     named = json.loads(settings)
     model = empty_model(read_model_config(source, trust_remote_code), trust_remote_code)
     return count_parameters(model, named.pop("method"), named)
+
+
+@functools.lru_cache(maxsize=8)
+def _why_rows_mix(source: ModelSource, trust_remote_code: bool, files: tuple[tuple[str, int, int], ...]) -> str | None:
+    return why_rows_mix(empty_model(read_model_config(source, trust_remote_code), trust_remote_code))
 
 
 def _check_healing(config: RunConfig, layout: Layout) -> None:

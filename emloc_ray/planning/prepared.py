@@ -64,8 +64,10 @@ class Prepared:
 
 
 def splits_of(config: RunConfig) -> tuple[str, ...]:
-    """The splits of a run; ``healing`` is among them where the config names rows to heal on."""
-    return (*SPLITS, "healing") if config.data.healing is not None and config.emulator.heals is not None else SPLITS
+    """The splits of a run; ``healing`` is among them where the config names rows to heal on, ``validation`` where the emulator
+    is scored while it is trained."""
+    heals = config.data.healing is not None and config.emulator.heals is not None
+    return (*SPLITS, *(["healing"] if heals else []), *(["validation"] if config.finetune.validates else []))
 
 
 def prepare(config: RunConfig) -> Prepared:

@@ -34,6 +34,9 @@ def healing_run(prepared: Prepared, healing: HealingConfig) -> Prepared:
     finetune = config.finetune
     learned = {
         "max_steps": healing.steps,
+        "eval_strategy": "no",
+        "loraplus_lr_ratio": None,
+        "packing": False,  # the teacher's logits are of rows
         "loss_on": healing.loss_on,
         "learning_rate": healing.learning_rate or finetune.learning_rate,
         "per_device_train_batch_size": healing.per_device_train_batch_size or finetune.per_device_train_batch_size,

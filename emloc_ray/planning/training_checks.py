@@ -31,6 +31,8 @@ def check_training(config: RunConfig) -> dict[str, Any] | None:
         except (ValueError, TypeError, ImportError, OSError) as error:
             detail = " ".join(str(error).split())[:200]
             raise ConfigError(f"finetune: transformers refuses its settings ({detail}): fix them.") from error
+    if extra.get("use_liger_kernel") and not section.gpus and not config.ray.joins:
+        raise ConfigError("finetune.use_liger_kernel is of kernels for GPUs, and finetune has none: remove it.")
     _check_reporters([arguments.report_to] if isinstance(arguments.report_to, str) else arguments.report_to or [])
     if section.deepspeed is None:
         return None

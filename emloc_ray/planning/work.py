@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from emloc_ray.planning.layout import Layout
-from emloc_ray.planning.lengths import Lengths
+from emloc_ray.planning.lengths import PACKED_SHARE, Lengths
 from emloc_ray.planning.prepared import UNKNOWN_ROWS, Prepared
 
 _CANDIDATES = 7  # corrections that auto tries at most
@@ -26,10 +27,13 @@ def num_train_rows(prepared: Prepared) -> int:
 
 
 def rows_trained(prepared: Prepared) -> int:
-    """Rows that all steps of the fine-tuning read together."""
+    """Rows, or packs of rows, that all steps of the fine-tuning read together."""
     finetune = prepared.config.finetune
     rows = finetune.per_device_train_batch_size * finetune.gradient_accumulation_steps * finetune.num_workers
-    return rows * num_steps(prepared.config, num_train_rows(prepared))
+    count = float(num_train_rows(prepared))
+    if finetune.packing:
+        count *= prepared.lengths.mean / (PACKED_SHARE * prepared.config.data.max_seq_length)
+    return rows * num_steps(prepared.config, math.ceil(count))
 
 
 def rows_selected_on(prepared: Prepared) -> float:

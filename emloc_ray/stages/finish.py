@@ -39,6 +39,7 @@ def finishing_job(context: Context, name: str) -> FinetuneJob:
         training_arguments={**job.training_arguments, **falls, **checkpoints},
         zero_config=None,
         stage="finish",
+        validation=None,
         hold=context.memory.finishing().hold,
     )
 
@@ -66,7 +67,7 @@ def _finish(context: Context, inputs: Inputs, granted: Resources, progress: Prog
 def _cost(memory: MemoryModel) -> StageCost:
     section = memory.config.finetune
     rows = section.per_device_train_batch_size * section.gradient_accumulation_steps * section.num_workers
-    tokens = section.exact_steps * rows * memory.lengths.mean
+    tokens = section.exact_steps * rows * memory.trained_lengths.mean
     flops = tokens * 6 * (block_work(memory.layout) + head_work(memory.layout))  # forward twice, and back
     disk = 4 * 4 * memory.corrected_parameters
     return StageCost(memory.finishing().parts, flops=flops, disk_bytes=disk, efficiency=0.2, start_seconds=20)

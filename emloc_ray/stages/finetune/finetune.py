@@ -92,6 +92,9 @@ def finetune(
     # Steps that a lost worker had logged and its successor did again count once.
     logged = {line["step"]: line for line in read_objects(_content(job.log_path))}
     history = sorted(logged.values(), key=lambda line: line["step"])
+    scores = {line["step"]: line for line in read_objects(_content(job.validation_path))}
+    ordered = sorted(scores.values(), key=lambda line: line["step"])
+    keeps_best = job.validation is not None and job.validation.keeps_best
     return {
         "num_workers": resources.num_workers,
         "steps": outcome["steps"],
@@ -101,6 +104,7 @@ def finetune(
         "trainable_parameters": outcome["trainable_parameters"],
         # A resumed training's rate counts rows that an earlier try had read.
         "rows_per_second": None if outcome["resumed"] else outcome["rows_per_second"],
+        **({"validation": {"history": ordered, "keeps_best": keeps_best}} if ordered else {}),
     }
 
 

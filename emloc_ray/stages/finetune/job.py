@@ -8,10 +8,27 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class ValidationJob:
+    """How the emulator is scored while it is trained: on ``tokens_dir``, after each ``every`` steps.
+
+    ``keeps_best``: the adapter of the lowest loss is the one that is saved. Training ends after ``patience`` scores in a row
+    that are not better by more than ``threshold`` nats a token.
+    """
+
+    tokens_dir: Path
+    every: int
+    batch_size: int
+    keeps_best: bool = False
+    patience: int | None = None
+    threshold: float = 0.0
+
+
+@dataclass(frozen=True)
 class FinetuneJob:
     """Artifact paths and flat settings; ``adapter`` as :func:`~emloc_ray.modeling.adapter_methods.adapter_config` takes
     them. With ``teacher_dir`` the loss is the divergence from what a teacher says there, not that of the labels. With
-    ``start_dir`` the adapter there is trained on, with the rows that come after ``steps_before`` steps."""
+    ``start_dir`` the adapter there is trained on, with the rows that come after ``steps_before`` steps. With ``pack_length``
+    rows are packed into sequences of so many tokens, of which a batch has ``batch_size``."""
 
     emulator_dir: Path
     tokens_dir: Path
@@ -35,11 +52,19 @@ class FinetuneJob:
     hold: str = "resident"
     start_dir: Path | None = None
     steps_before: int = 0
+    pack_length: int | None = None
+    validation: ValidationJob | None = None
+    loraplus_lr_ratio: float | None = None
 
     @property
     def log_path(self) -> Path:
         """One JSON line per logged step, written by rank 0."""
         return self.storage_dir / f"{self.name}.log.jsonl"
+
+    @property
+    def validation_path(self) -> Path:
+        """One JSON line per validation loss, written by rank 0."""
+        return self.storage_dir / f"{self.name}.validation.jsonl"
 
     @property
     def events_dir(self) -> Path:

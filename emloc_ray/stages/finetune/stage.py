@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from emloc_ray.config.base import StageConfig
-from emloc_ray.config.schema import FinetuneConfig, RunConfig
+from emloc_ray.config.finetune import FinetuneConfig
+from emloc_ray.config.schema import RunConfig
+from emloc_ray.data.packing import num_sequences
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.planning.costs import StageCost
@@ -17,7 +19,7 @@ from emloc_ray.stages.context import Context, Inputs, Result, without
 from emloc_ray.stages.stage import Stage
 
 if TYPE_CHECKING:
-    from emloc_ray.stages.finetune.job import FinetuneJob
+    from emloc_ray.stages.finetune.job import FinetuneJob, ValidationJob
     from emloc_ray.stages.ray.tasks import Progress, Resources
 
 # Settings of the fine-tuning that do not enter what comes out of it; its number of workers does, which orders the rows.
@@ -25,23 +27,49 @@ NOT_LEARNED = frozenset(
     {"cpus_per_worker", "gpus_per_worker", "max_failures", "deepspeed", "report_to", "run_name", "exact_steps"}
 )
 
+VALIDATION = frozenset(
+    {
+        "eval_strategy",
+        "eval_steps",
+        "num_validation_samples",
+        "load_best_model_at_end",
+        "early_stopping_patience",
+        "early_stopping_threshold",
+    }
+)
+
 
 def learned(section: FinetuneConfig, *own: str) -> Inputs:
     """The settings of the fine-tuning that its result follows from, but for some; ``bf16: auto`` follows from the machine."""
     machine = {"bf16"} if section.bf16 == "auto" else set()
-    return without(section, NOT_LEARNED | machine | set(own))
+    off = set() if section.packing else {"packing"}
+    off |= set() if section.validates else VALIDATION
+    off |= {"loraplus_lr_ratio"} if section.loraplus_lr_ratio is None else set()
+    return without(section, NOT_LEARNED | machine | off | set(own))
+
+
+def pack_length(config: RunConfig) -> int | None:
+    """The tokens of a sequence that rows are packed into; None where they are not."""
+    return config.data.max_seq_length if config.finetune.packing else None
 
 
 def steps_of(context: Context) -> int:
-    """Optimizer steps of the fine-tuning, from the rows that it has."""
-    return num_steps(context.prepared.config, len(TokenShards(context.tokens("train"))))
+    """Optimizer steps of the fine-tuning, from the rows that it has, or the packs that these make."""
+    config = context.prepared.config
+    return num_steps(config, num_sequences(context.tokens("train"), pack_length(config)))
 
 
 def trained_tokens(context: Context) -> float:
-    """Tokens that all steps of the fine-tuning read, of rows of mean length."""
-    section, shards = context.prepared.config.finetune, TokenShards(context.tokens("train"))
+    """Tokens that all steps of the fine-tuning read, of rows or packs of mean length."""
+    config, tokens_dir = context.prepared.config, context.tokens("train")
+    section, shards = config.finetune, TokenShards(tokens_dir)
     rows = section.per_device_train_batch_size * section.gradient_accumulation_steps * section.num_workers
-    return steps_of(context) * rows * float(shards.index["tokens"]) / max(1, len(shards))
+    return (
+        steps_of(context)
+        * rows
+        * float(shards.index["tokens"])
+        / max(1, num_sequences(tokens_dir, pack_length(config)))
+    )
 
 
 def finetune_job(context: Context, name: str) -> FinetuneJob:
@@ -69,6 +97,26 @@ def finetune_job(context: Context, name: str) -> FinetuneJob:
         zero_config=prepared.zero_config,
         model_options=context.model_options,
         hold=context.memory.finetune_hold(),
+        pack_length=pack_length(config),
+        validation=_validation_job(context),
+        loraplus_lr_ratio=section.loraplus_lr_ratio,
+    )
+
+
+def _validation_job(context: Context) -> ValidationJob | None:
+    from emloc_ray.stages.finetune.job import ValidationJob
+
+    section = context.prepared.config.finetune
+    if not section.validates:
+        return None
+    rows = (section.model_extra or {}).get("per_device_eval_batch_size", section.per_device_train_batch_size)
+    return ValidationJob(
+        context.tokens("validation"),
+        section.eval_steps or section.save_steps,
+        rows,
+        section.load_best_model_at_end,
+        section.early_stopping_patience,
+        section.early_stopping_threshold,
     )
 
 
@@ -91,7 +139,8 @@ def _adapter_settings(context: Context) -> dict[str, Any]:
 def _training_arguments(section: Any) -> dict[str, Any]:
     """What the finetune section says to Hugging Face's TrainingArguments, but for what the stage sets itself."""
     own = {*StageConfig.model_fields, "loss_on", "max_steps", "num_train_epochs", "per_device_train_batch_size"}
-    dumped: dict[str, Any] = section.model_dump(mode="json", exclude={*own, "max_failures", "deepspeed", "exact_steps"})
+    own |= {"max_failures", "deepspeed", "exact_steps", "packing", "loraplus_lr_ratio", *VALIDATION}
+    dumped: dict[str, Any] = section.model_dump(mode="json", exclude=own)
     return dumped
 
 
@@ -100,6 +149,7 @@ def _inputs(context: Context) -> Inputs:
     return {
         "emulator": context.emulator_key,
         "data": context.split_key("train"),
+        **({"validation": context.split_key("validation")} if config.finetune.validates else {}),
         "options": context.model_options,
         "adapter": config.adapter.model_dump(mode="json"),
         "finetune": learned(config.finetune),
@@ -123,19 +173,26 @@ def passes(config: RunConfig) -> int:
 
 def _cost(memory: MemoryModel) -> StageCost:
     work = emulator_work(memory.layout) + head_work(memory.layout)
-    tokens = rows_trained(memory.prepared) * memory.lengths.mean
+    tokens = rows_trained(memory.prepared) * memory.trained_lengths.mean
     disk = 4 * 4 * memory.adapter_parameters
     flops = tokens * passes(memory.config) * work
     return StageCost(memory.finetune(), flops=flops, disk_bytes=disk, efficiency=0.2, start_seconds=20)
 
 
 def _summary(result: Result) -> str:
-    return f"{result['steps']} steps, training loss {result['train_loss']:.3f}"
+    text = f"{result['steps']} steps, training loss {result['train_loss']:.3f}"
+    validation = result.get("validation")
+    if not validation:
+        return text
+    best = min(validation["history"], key=lambda line: line["loss"])
+    kept = ", whose adapter is kept" if validation["keeps_best"] else ""
+    return f"{text}, lowest validation loss {best['loss']:.3f} at step {best['step']}{kept}"
 
 
 def _sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
     result = results["finetune"]
-    optional = ("trainable_parameters", "rows_per_second")  # not in runs of older versions
+    # Not in runs of older versions, or not asked for.
+    optional = ("trainable_parameters", "rows_per_second", "validation")
     keys = ("steps", "train_loss", "history", *(key for key in optional if result.get(key) is not None))
     return {"finetune": {key: result[key] for key in keys}}
 

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.optimizers import create_loraplus_optimizer
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_model_param_count
 
 from emloc_ray.core.precision import computes_bfloat16
 from emloc_ray.data.ingest import SampleOrder
-from emloc_ray.data.token_shards import TokenShards
+from emloc_ray.data.packing import num_sequences
 from emloc_ray.errors import DamagedArtifactError
 from emloc_ray.io.formats.json_lines import end_last_line
 from emloc_ray.io.store.node_cache import ensure, exists, publish
@@ -31,9 +32,11 @@ from emloc_ray.modeling.architecture import load_config
 from emloc_ray.modeling.experts import UnfusedExperts
 from emloc_ray.modeling.holding import open_model
 from emloc_ray.modeling.loss import call_loss
+from emloc_ray.modeling.packing import check_rows_apart
 from emloc_ray.stages.finetune.batches import CALL, TEACHER, RankBatches
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.session import GroupSession, LoneSession, TrainingSession, own_environment
+from emloc_ray.stages.finetune.validation import Validation
 from emloc_ray.stages.finetune.zero import join_as_deepspeed_rank, scattered_in, step_was_finite, whole_parameters
 from emloc_ray.stages.ray.losses import is_out_of_memory
 from emloc_ray.stages.ray.spans import timed
@@ -44,9 +47,12 @@ _POLL_S = 0.5
 class EmulatorTrainer(Trainer):
     """The Hugging Face Trainer with our batches and a loss that makes logits only where labels are."""
 
-    def __init__(self, job: FinetuneJob, batches: RankBatches, **kwargs: Any) -> None:
-        super().__init__(train_dataset=batches, **kwargs)
-        self.job, self.batches = job, batches
+    def __init__(
+        self, job: FinetuneJob, batches: RankBatches, validation: Validation | None = None, **kwargs: Any
+    ) -> None:
+        # The Trainer asks for a data set to evaluate on, which `evaluate` has in `validation`.
+        super().__init__(train_dataset=batches, eval_dataset=batches if validation else None, **kwargs)
+        self.job, self.batches, self.validation = job, batches, validation
         # The loss below is already divided by the labels of all ranks and micro-steps together.
         self.model_accepts_loss_kwargs = True
 
@@ -67,6 +73,28 @@ class EmulatorTrainer(Trainer):
         # Averaging gradients over ranks divides by the world size once more.
         return result.loss_sum * self.accelerator.num_processes / num_items_in_batch
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's; with ``loraplus_lr_ratio`` PEFT's LoRA+ of it (https://arxiv.org/abs/2402.12354)."""
+        if self.optimizer is None and self.job.loraplus_lr_ratio is not None:
+            adapted: Any = self.model
+            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, adapted)
+            self.optimizer = create_loraplus_optimizer(
+                adapted,
+                optimizer,
+                loraplus_lr_ratio=self.job.loraplus_lr_ratio,
+                loraplus_weight_decay=self.args.weight_decay,
+                **options,
+            )
+        return super().create_optimizer(model)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The validation loss."""
+        assert self.validation is not None
+        metrics = {"eval_loss": self.validation.measure(self.model)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     def gradients_are_finite(self) -> bool:
         """Asked before an optimizer step, or where DeepSpeed is, which does both at once, after it."""
         if self.is_deepspeed_enabled:
@@ -76,8 +104,8 @@ class EmulatorTrainer(Trainer):
             return scaler.get_scale() >= 1
         model: Any = self.model
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        # Asked once, not once a gradient: a GPU waits at each answer.
-        return not gradients or bool(torch.stack([torch.isfinite(gradient).all() for gradient in gradients]).all())
+        # Asked once, not once a gradient: a GPU waits at each answer. The largest of all is not finite where any is not.
+        return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients, float("inf"))))
 
     def save_adapter(self) -> None:
         """Rank 0 writes the adapter; all ranks have to call this."""
@@ -146,6 +174,8 @@ class StepKeeper(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         _publish_events(self.job, self.session)
         if self.failure is None:
+            if self.trainer is not None and self.trainer.validation is not None and self.session.rank == 0:
+                self.trainer.validation.save(folder)
             # Every rank has files of its own there: the random state, and its part of what DeepSpeed scatters.
             self.session.save(folder if folder.is_dir() else None, state.global_step)
         shutil.rmtree(folder, ignore_errors=True)
@@ -180,11 +210,13 @@ def train_alone(job: FinetuneJob) -> dict[str, Any]:
 
 
 def leaves_traces(job: FinetuneJob) -> bool:
-    """Whether a training changes its process for the next one: switches of torch's, a run that a tracker holds open."""
+    """Whether a training changes its process for the next one: switches of torch's, a model's functions that Liger takes the
+    place of, a run that a tracker holds open."""
     arguments = job.training_arguments
     report_to = arguments.get("report_to") or "none"
     trackers = {report_to} if isinstance(report_to, str) else set(report_to)
-    return bool(arguments.get("full_determinism") or arguments.get("tf32") or trackers - {"none", "tensorboard"})
+    changes = any(arguments.get(key) for key in ("full_determinism", "tf32", "use_liger_kernel"))
+    return changes or bool(trackers - {"none", "tensorboard"})
 
 
 def train(job: FinetuneJob, session: TrainingSession) -> dict[str, Any]:
@@ -193,12 +225,15 @@ def train(job: FinetuneJob, session: TrainingSession) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as output_dir:
         trainer, keeper = _make_trainer(job, output_dir, session)
         if session.rank == 0:
-            ensure(job.log_path)
-            end_last_line(job.log_path)
+            for path in (job.log_path, job.validation_path):
+                ensure(path)
+                end_last_line(path)
             job.begun_path.parent.mkdir(parents=True, exist_ok=True)
             job.begun_path.touch()
             publish(job.begun_path)
         with session.checkpoint() as folder:
+            if folder is not None and trainer.validation is not None:
+                trainer.validation.load(folder)
             try:
                 output = trainer.train(resume_from_checkpoint=folder)
             except pickle.UnpicklingError as error:  # torch's weights-only loader found more than tensors and numbers
@@ -208,6 +243,8 @@ def train(job: FinetuneJob, session: TrainingSession) -> dict[str, Any]:
                 ) from error
         _publish_events(job, session)
         if keeper.failure is None and not keeper.stopped:
+            if trainer.validation is not None:
+                trainer.validation.restore(trainer.model)
             trainer.save_adapter()
     rows_per_step = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * session.world_size
     outcome = {"failure": keeper.failure, "stopped": keeper.stopped, "resumed": folder is not None}
@@ -252,6 +289,7 @@ def _make_trainer(job: FinetuneJob, output_dir: str, session: TrainingSession) -
             "use_cpu": not torch.cuda.is_available(),
             **job.training_arguments,
             "bf16": trains_in_bfloat16(job),
+            **({"eval_strategy": "steps", "eval_steps": job.validation.every} if job.validation else {}),
             **({} if job.hold == "resident" else {"gradient_checkpointing": False}),  # its blocks are run again anyway
             **scattered,
         },
@@ -272,20 +310,25 @@ def _make_trainer(job: FinetuneJob, output_dir: str, session: TrainingSession) -
     if job.hold != "resident":  # DDP would make all ranks' weights the first one's, which are away
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         setattr(model, "_ddp_params_and_buffers_to_ignore", frozen)  # noqa: B010
+    if job.pack_length is not None and not job.zero_config:  # whose scattered weights are whole inside its engine alone
+        check_rows_apart(model, torch.bfloat16 if arguments.bf16 else model.dtype)
     order = SampleOrder(
-        len(TokenShards(job.tokens_dir)),
+        num_sequences(job.tokens_dir, job.pack_length),
         job.batch_size,
         session.rank,
         session.world_size,
         job.seed,
+        job.pack_length,
     )
     keeper = StepKeeper(job, session)
+    validation = Validation(job, job.validation, session) if job.validation is not None else None
     trainer = EmulatorTrainer(
         job,
         RankBatches(job, order, arguments.gradient_accumulation_steps),
+        validation,
         model=model,
         args=arguments,
-        callbacks=[keeper],
+        callbacks=[keeper, *([validation] if validation is not None else [])],
     )
     keeper.trainer = trainer
     return trainer, keeper

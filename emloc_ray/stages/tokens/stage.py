@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def split_inputs(prepared: Prepared) -> Inputs:
     """What the token shards depend on beside the model's tokenizer."""
     config = prepared.config
-    unused = {"healing"} - {*splits_of(config)}
+    splits = splits_of(config)
+    unused = {"healing", "validation"} - {*splits}
     unused |= {key for key in ("image_hosts", "image_roots", "columns") if not getattr(config.data, key)}
     data, formats = config.data.model_dump(mode="json", exclude=unused), _formats(prepared)
     return {
@@ -31,6 +32,7 @@ def split_inputs(prepared: Prepared) -> Inputs:
             config.calibration.num_calibration_tokens,
             config.correction.num_selection_samples,
             config.evaluation.num_samples,
+            *([config.finetune.num_validation_samples] if "validation" in splits else []),
         ],
         "rows_per_shard": config.calibration.rows_per_shard,
         "seed": config.seed,

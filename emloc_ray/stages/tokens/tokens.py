@@ -106,6 +106,7 @@ def rows_of_splits(
         num_selection_samples=config.correction.num_selection_samples,
         num_eval_samples=config.evaluation.num_samples,
         seed=config.seed,
+        num_validation_samples=config.finetune.num_validation_samples if config.finetune.validates else None,
     )
     empty = [name for name, rows in splits.items() if len(rows) == 0]
     if empty:

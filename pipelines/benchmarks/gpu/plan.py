@@ -27,7 +27,9 @@ def planned_bytes(config: LlamaConfig, ranks: dict[str, int], rows: int, length:
         memory_budget=float("inf"),
         model=SimpleNamespace(dtype="bfloat16", hold="resident"),
         adapter=SimpleNamespace(method="lora", lora_dropout=0.0, settings={"r": R}),
-        finetune=SimpleNamespace(per_device_train_batch_size=rows, gradient_checkpointing=True, deepspeed=None),
+        finetune=SimpleNamespace(
+            per_device_train_batch_size=rows, gradient_checkpointing=True, deepspeed=None, packing=False
+        ),
     )
     prepared: Any = SimpleNamespace(
         config=settings,

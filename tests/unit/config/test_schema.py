@@ -508,6 +508,42 @@ def test_what_would_be_ignored_or_harm_is_refused(keys: dict[str, Any], words: s
     assert words in error_of(finetune=keys)
 
 
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        (
+            {"finetune": {"load_best_model_at_end": True}},
+            "load_best_model_at_end needs validation losses: set eval_strategy",
+        ),
+        ({"finetune": {"early_stopping_patience": 2}}, "early_stopping_patience needs validation losses"),
+        (
+            {"finetune": {"eval_strategy": "steps", "deepspeed": "zero.json"}},
+            "eval_strategy: steps does not go with deepspeed",
+        ),
+        ({"finetune": {"torch_compile": True}}, "finetune.torch_compile would compile the model anew at every step"),
+        (
+            {"finetune": {"loraplus_lr_ratio": 16}, "adapter": {"method": "vera"}},
+            "finetune.loraplus_lr_ratio is of LoRA's two factors, and vera has others",
+        ),
+        ({"finetune": {"metric_for_best_model": "f1"}}, "finetune.metric_for_best_model is set by emloc_ray itself"),
+        (
+            {"data": {"train": {"path": "a"}, "validation": {"path": "b"}}},
+            "and finetune.eval_strategy is no: set it to steps",
+        ),
+        (
+            {"finetune": {"packing": True}, "adapter": {"method": "prompt_tuning", "num_virtual_tokens": 4}},
+            "finetune.packing does not go with adapter.method prompt_tuning",
+        ),
+        (
+            {"finetune": {"packing": True}, "data": {"train": {"path": "a"}, "packing": True}},
+            "finetune.packing keeps apart rows that data.packing has joined",
+        ),
+    ],
+)
+def test_packing_and_validation_are_told_what_they_do_not_go_with(sections: dict[str, Any], words: str) -> None:
+    assert words in error_of(**sections)
+
+
 def test_a_lone_worker_may_share_a_gpu_and_checkpointing_needs_no_reentrance() -> None:
     found = config(finetune={"gpus_per_worker": 0.5, "gradient_checkpointing_kwargs": {"use_reentrant": False}})
     assert (found.finetune.gpus, found.finetune.bf16) == (0.5, "auto")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from emloc_ray.data import ingest
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.ingest import SampleOrder, read_micro_steps, stream_batches
+from emloc_ray.data.packing import num_sequences, packs_of
 from emloc_ray.data.token_shards import shard_name, write_index, write_shard
 
 orders = st.builds(
@@ -97,6 +98,22 @@ def test_micro_steps_are_read_with_their_tokens(tokens_dir: Path) -> None:
     rows = order.micro_steps(2, 7).tolist()
     assert table["input_ids"].to_pylist() == [[row] * (row + 1) for row in rows]
     assert table["completion_mask"].to_pylist() == [[False] * row + [True] for row in rows]
+
+
+def test_packs_are_read_in_the_same_order_each_row_once_an_epoch(tokens_dir: Path) -> None:
+    packs = packs_of(tokens_dir, 20)
+    assert len(packs) == num_sequences(tokens_dir, 20) < 17 == num_sequences(tokens_dir, None)
+    order = SampleOrder(len(packs), batch_size=2, rank=0, world_size=1, seed=5, pack_length=20)
+    steps = len(packs) // 2
+    batches = list(stream_batches(tokens_dir, order, 0, steps))
+    expected = [
+        [packs[number] for number in numbers] for numbers in order.micro_steps(0, steps).reshape(-1, 2).tolist()
+    ]
+    assert [[sorted(set(pack.input_ids)) for pack in batch] for batch in batches] == [
+        [sorted(p) for p in b] for b in expected
+    ]
+    assert all(sum(pack.row_lengths) == len(pack) <= 20 for batch in batches for pack in batch)
+    assert list(stream_batches(tokens_dir, order, 1, steps)) == batches[1:]
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,6 +43,19 @@ def test_a_split_is_by_the_hash_in_ascending_order() -> None:
     again = rest.split(20, 9)[0]
     ordered = np.array(rows_of(rest))[np.argsort(row_hash(np.array(rows_of(rest)), 9))]
     assert rows_of(again) == sorted(ordered[:20].tolist())
+
+
+def test_validation_rows_are_kept_from_train_where_they_are_asked_for() -> None:
+    sizes: dict[str, Any] = {"num_calibration_samples": 9, "num_selection_samples": 5, "num_eval_samples": 7, "seed": 3}
+    without = assign_splits({"train": selection(100)}, **sizes)
+    splits = assign_splits({"train": selection(100)}, **sizes, num_validation_samples=6)
+    assert len(splits["validation"]) == 6
+    for name in ("train", "selection", "eval"):
+        assert not members(splits[name]) & members(splits["validation"])
+    assert members(splits["train"]) | members(splits["validation"]) == members(without["train"])
+    own = assign_splits({"train": selection(100), "validation": selection(4)}, **sizes, num_validation_samples=6)
+    assert rows_of(own["validation"]) == [0, 1, 2, 3]
+    assert members(own["train"]) == members(without["train"])
 
 
 @given(files, st.integers(0, 100), seeds)

@@ -15,9 +15,10 @@ from emloc_ray.config.reading import parse_config
 from emloc_ray.config.steps import VERBS
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.planning import plan as planner
+from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.plan import Plan, make_plan, missing_disk
 from emloc_ray.planning.prepared import Prepared, prepare
-from emloc_ray.planning.work import num_steps
+from emloc_ray.planning.work import num_steps, rows_trained
 from emloc_ray.stages.order import STEPS
 from emloc_ray.ui.terminal import plan_tables
 
@@ -148,6 +149,15 @@ def test_more_steps_take_longer_and_checkpointing_takes_less_memory(plan: Callab
     assert stage(many, "finetune").seconds > stage(few, "finetune").seconds
     whole = plan(finetune={"gradient_checkpointing": False})
     assert stage(whole, "finetune").worker_bytes > stage(few, "finetune").worker_bytes
+
+
+def test_packs_are_fewer_and_longer_than_rows(prepared: Callable[..., Prepared]) -> None:
+    data = {**prepared().config.data.model_dump(exclude_none=True), "max_seq_length": 120}
+    rows, packs = (MemoryModel(prepared(data=data, finetune={"packing": on})) for on in (False, True))
+    assert packs.trained_lengths.longest == 120 > rows.trained_lengths.longest
+    assert rows_trained(packs.prepared) < rows_trained(rows.prepared)
+    assert total(packs.finetune()) > total(rows.finetune())
+    assert packs.calibrate() == rows.calibrate()
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,9 @@ def test_what_an_encoder_cannot_read_is_told(refused: Callable[..., str], tmp_pa
     data = {"train": {"path": str(tmp_path / "rows.jsonl")}, "format": "prompt_completion", "packing": True}
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 9)
     assert "data.packing joins rows" in refused(model_dir, data=data)
+    data = {**data, "packing": False}
+    said = refused(model_dir, data=data, finetune={"packing": True})
+    assert "finetune.packing needs a model that keeps packed rows apart, and this one reads a row's prompt" in said
 
 
 def test_what_transformers_takes_is_passed_whatever_we_set_ourselves(

@@ -121,6 +121,8 @@ def test_packing_is_refused_where_a_row_shows_an_image(prepared: Make) -> None:
     with pytest.raises(ConfigError, match=r"rows\.jsonl, row 1: it shows an image, and data\.packing"):
         prepared(data={"packing": True})
     assert prepared(rows=[shown(0)] * 20, data={"packing": True}).layout.ranks
+    with pytest.raises(ConfigError, match=r"finetune\.packing needs .* this one shows images beside the text"):
+        prepared(finetune={"packing": True})
 
 
 def test_bad_rows_end_validation_unless_they_are_skipped(prepared: Make) -> None:

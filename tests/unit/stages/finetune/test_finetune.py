@@ -43,6 +43,7 @@ def test_a_resumed_training_s_loss_is_that_of_all_its_steps() -> None:
         ({"report_to": "mlflow"}, True),
         ({"full_determinism": True}, True),
         ({"tf32": True}, True),
+        ({"use_liger_kernel": True}, True),
         ({"weight_decay": 0.1}, False),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +12,20 @@ import pytest
 import torch
 from adapter_cases import CASES, TARGETS, settings
 from payloads import Leaves
+from safetensors.torch import load_file
 from stage_artifacts import Artifacts
 from tiny import save_emulator
 
+from emloc_ray.data.packing import num_sequences
+from emloc_ray.data.token_shards import TokenShards, collate
 from emloc_ray.errors import DamagedArtifactError, StageError
+from emloc_ray.modeling.adapter import load_adapter
 from emloc_ray.modeling.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from emloc_ray.modeling.loading import load_model
+from emloc_ray.modeling.loss import token_loss
 from emloc_ray.stages.finetune import training
 from emloc_ray.stages.finetune.finetune import finetune
-from emloc_ray.stages.finetune.job import FinetuneJob
+from emloc_ray.stages.finetune.job import FinetuneJob, ValidationJob
 from emloc_ray.stages.finetune.session import LoneSession, own_environment
 from emloc_ray.stages.finetune.training import train
 from emloc_ray.stages.ray.tasks import Resources
@@ -81,6 +88,77 @@ def test_it_goes_on_from_its_checkpoint(case: str, job: FinetuneJob, artifacts: 
     assert found["steps"] == 4
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         assert (broken.out_dir / name).read_bytes() == (whole.out_dir / name).read_bytes(), name
+
+
+def test_packs_are_trained_on_and_gone_on_with(job: FinetuneJob, artifacts: Artifacts, tmp_path: Path) -> None:
+    options = settings("lora", "llama", [spec.name for spec in artifacts.specs])
+    job = replace(job, adapter=options, storage_dir=tmp_path, batch_size=2, pack_length=96)
+    assert num_sequences(job.tokens_dir, 96) < num_sequences(job.tokens_dir, None)
+    whole = replace(job, name="whole", out_dir=tmp_path / "whole-adapter")
+    train(whole, LoneSession(tmp_path / "whole"))
+    broken = replace(job, name="broken", out_dir=tmp_path / "broken-adapter")
+    with pytest.raises(Killed):
+        train(broken, DyingSession(tmp_path / "broken"))
+    assert train(broken, LoneSession(tmp_path / "broken"))["resumed"] is True
+    assert (broken.out_dir / WEIGHTS_NAME).read_bytes() == (whole.out_dir / WEIGHTS_NAME).read_bytes()
+
+
+def test_lora_plus_trains_b_at_its_own_rate(job: FinetuneJob, artifacts: Artifacts, tmp_path: Path) -> None:
+    """A step of Adam from zero moves B by the rate it has; with no decay A moves by its own."""
+    options = settings("lora", "llama", [spec.name for spec in artifacts.specs])
+    largest = {}
+    for ratio in (None, 16.0):
+        name = f"ratio-{ratio}"
+        arguments = {**job.training_arguments, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
+        own = replace(job, name=name, out_dir=tmp_path / name, storage_dir=tmp_path, adapter=options, max_steps=1)
+        train(replace(own, training_arguments=arguments, loraplus_lr_ratio=ratio), LoneSession(tmp_path / f"{name}-s"))
+        saved = load_file(own.out_dir / WEIGHTS_NAME)
+        largest[ratio] = max(float(tensor.abs().max()) for key, tensor in saved.items() if "lora_B" in key)
+    assert largest[16.0] == pytest.approx(16 * largest[None], rel=1e-3)
+
+
+def validated(job: FinetuneJob, tmp_path: Path, **asked: Any) -> list[float]:
+    """The validation losses of a training, in order."""
+    asked = {"tokens_dir": job.tokens_dir, "every": 1, "batch_size": 4, **asked}
+    train(replace(job, validation=ValidationJob(**asked)), LoneSession(job.storage_dir / job.name))
+    return [json.loads(line)["loss"] for line in job.validation_path.read_text().splitlines()]
+
+
+def loss_of(adapter: Path, job: FinetuneJob) -> float:
+    """Of the emulator with a saved adapter, on the rows of the training."""
+    shards = TokenShards(job.tokens_dir)
+    model = load_adapter(load_model(job.emulator_dir), adapter).eval()
+    batch = collate([row for number in range(shards.num_shards) for row in shards.shard(number)], 0)
+    with torch.no_grad():
+        result = token_loss(model, batch, job.loss_on)
+    return float(result.loss_sum) / result.num_tokens
+
+
+def test_the_adapter_of_the_lowest_validation_loss_is_kept(
+    job: FinetuneJob, artifacts: Artifacts, tmp_path: Path
+) -> None:
+    """At a learning rate that ruins it after the first step."""
+    arguments = {**job.training_arguments, "learning_rate": 0.5, "lr_scheduler_type": "constant"}
+    options = settings("lora", "llama", [spec.name for spec in artifacts.specs])
+    job = replace(job, adapter=options, storage_dir=tmp_path, training_arguments=arguments)
+    last = replace(job, name="last", out_dir=tmp_path / "last-adapter")
+    losses = validated(last, tmp_path)
+    assert len(losses) == 4
+    assert min(losses) < losses[-1]
+    best = replace(job, name="best", out_dir=tmp_path / "best-adapter")
+    assert validated(best, tmp_path, keeps_best=True) == losses
+    assert loss_of(best.out_dir, job) == pytest.approx(min(losses), rel=1e-5)
+    assert loss_of(last.out_dir, job) == pytest.approx(losses[-1], rel=1e-5)
+    early = replace(job, name="early", out_dir=tmp_path / "early-adapter")
+    turn = losses.index(min(losses))
+    assert validated(early, tmp_path, keeps_best=True, patience=1) == losses[: turn + 2]
+    assert (early.out_dir / WEIGHTS_NAME).read_bytes() == (best.out_dir / WEIGHTS_NAME).read_bytes()
+    broken = replace(job, name="broken", out_dir=tmp_path / "broken-adapter")
+    broken = replace(broken, validation=ValidationJob(job.tokens_dir, 1, 4, keeps_best=True))
+    with pytest.raises(Killed):
+        train(broken, DyingSession(tmp_path / "broken"))
+    train(broken, LoneSession(tmp_path / "broken"))
+    assert (broken.out_dir / WEIGHTS_NAME).read_bytes() == (best.out_dir / WEIGHTS_NAME).read_bytes()
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])

@@ -1,0 +1,70 @@
+"""Rows packed into one sequence: whether a model keeps them apart, and what flash attention takes of them.
+
+Positions begin again at each row. Where transformers is given no mask, it makes of that a block-diagonal one, or the
+bounds of the rows (``cu_seqlens``) for flash attention.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emloc_ray.errors import ConfigError
+from emloc_ray.modeling.inputs import has_encoder
+
+_PROBE = (5, 3)  # tokens of two rows
+_TOLERANCE = {torch.float32: 1e-3}
+_HALF_TOLERANCE = 0.1
+_STATELESS = {"full_attention", "sliding_attention"}
+
+
+def is_flash(config: Any) -> bool:
+    """Whether a model of that ``config`` computes its attention with FlashAttention, which takes packs as one row."""
+    return "flash" in str(getattr(config, "_attn_implementation", None))
+
+
+def as_one_row(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The rows of a batch one after another, ``(1, rows · length)``: their padding is rows of its own."""
+    return {key: value.reshape(1, -1) for key, value in batch.items()}
+
+
+def why_rows_mix(model: Any) -> str | None:
+    """Why a model, of whose weights nothing is read, could not keep packed rows apart; None where nothing says so."""
+    text = model.config.get_text_config()
+    if has_encoder(model.config):
+        return "reads a row's prompt with an encoder"
+    kinds = {*(getattr(text, "layer_types", None) or ())} - _STATELESS
+    if kinds or getattr(model, "_is_stateful", False):
+        return f"carries a state from token to token ({', '.join(sorted(kinds)) or type(model).__name__})"
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return "takes no positions"
+    return None
+
+
+@torch.no_grad()
+def check_rows_apart(model: Any, dtype: torch.dtype) -> None:
+    """Compares the logits of a row behind another one in a pack with those of the row alone, in passes of that ``dtype``.
+
+    Raises:
+        ConfigError: where they differ.
+    """
+    first, second = _PROBE
+    tokens = torch.arange(1, first + second + 1, device=model.device).unsqueeze(0)
+    places = torch.cat([torch.arange(first), torch.arange(second)]).to(model.device).unsqueeze(0)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            packed = model(input_ids=tokens, position_ids=places, use_cache=False).logits[0, first:].float()
+            alone = model(input_ids=tokens[:, first:], use_cache=False).logits[0].float()
+    finally:
+        model.train(was_training)
+    apart = float(torch.linalg.norm(packed - alone) / torch.linalg.norm(alone))
+    if not apart <= _TOLERANCE.get(dtype, _HALF_TOLERANCE):
+        raise ConfigError(
+            f"finetune.packing does not go with a {model.config.model_type} model, in which a packed row sees the one before"
+            f" it (its logits differ by {apart:.1%}): set it to false."
+        )

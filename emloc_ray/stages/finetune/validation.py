@@ -1,0 +1,103 @@
+"""Scores of the emulator while it is trained: the lowest one's adapter is kept, and training ends where they rise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import TrainerCallback
+
+from emloc_ray.data.processors import ImageInputs
+from emloc_ray.data.token_shards import TokenShards, collate, length_batches
+from emloc_ray.io.store.node_cache import publish
+from emloc_ray.modeling.loss import token_loss
+from emloc_ray.stages.finetune.job import FinetuneJob, ValidationJob
+from emloc_ray.stages.finetune.session import TrainingSession
+
+_FILE = "best_adapter.safetensors"  # in each checkpoint: what the scores before it came to
+
+
+class Validation(TrainerCallback):
+    """The scores of one training, the same on every rank.
+
+    Attributes:
+        best_loss: the lowest score, in nats a token; infinite before the first.
+        num_worse: the scores since one was better by more than the threshold.
+        best: the adapter of the lowest score, on the CPU; empty where the last one is wanted.
+    """
+
+    def __init__(self, job: FinetuneJob, asked: ValidationJob, session: TrainingSession) -> None:
+        self.job, self.asked, self.session = job, asked, session
+        self.best_loss, self.num_worse = float("inf"), 0
+        self.best: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def measure(self, model: Any) -> float:
+        """The loss a label over all validation rows, in nats, of which each rank reads its part."""
+        was_training = model.training
+        model.eval()
+        shards = TokenShards(self.asked.tokens_dir)
+        images = ImageInputs(self.job.emulator_dir, self.job.model_options)
+        rows = [row for number in range(shards.num_shards) for row in shards.shard(number)]
+        batches = length_batches(rows, self.asked.batch_size)[self.session.rank :: self.session.world_size]
+        sums = torch.zeros(2, dtype=torch.float64, device=model.device)
+        for batch in batches:
+            scored = token_loss(model, collate(batch, self.job.pad_token_id, images), self.job.loss_on)
+            sums[0] += scored.loss_sum
+            sums[1] += scored.num_tokens
+        if self.session.world_size > 1:
+            torch.distributed.all_reduce(sums)
+        model.train(was_training)
+        loss, count = sums.tolist()
+        return float(loss / count)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Scores the last step too."""
+        if state.global_step >= self.job.max_steps:
+            control.should_evaluate = True
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, model: Any = None, **_: Any
+    ) -> None:
+        """Keeps the adapter of a lowest score, and ends the training after ``patience`` that are none."""
+        loss = metrics["eval_loss"]
+        self.num_worse = 0 if loss < self.best_loss - self.asked.threshold else self.num_worse + 1
+        if loss < self.best_loss:
+            self.best_loss = loss
+            if self.asked.keeps_best:
+                self.best = {name: p.detach().to("cpu", copy=True) for name, p in _trained(model)}
+        if self.asked.patience is not None and self.num_worse >= self.asked.patience:
+            control.should_training_stop = True
+        if self.session.rank == 0:
+            self.job.validation_path.parent.mkdir(parents=True, exist_ok=True)
+            with self.job.validation_path.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, "loss": loss}) + "\n")
+            publish(self.job.validation_path)
+
+    def save(self, folder: Path) -> None:
+        """Writes what a later try goes on with into a checkpoint."""
+        state = {"best_loss": self.best_loss, "num_worse": self.num_worse}
+        save_file(self.best, folder / _FILE, {"scores": json.dumps(state)})
+
+    def load(self, folder: str) -> None:
+        """Goes on from a checkpoint."""
+        with safe_open(Path(folder) / _FILE, "pt") as file:
+            scores = json.loads(file.metadata()["scores"])
+            self.best = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no dict
+        self.best_loss, self.num_worse = scores["best_loss"], scores["num_worse"]
+
+    @torch.no_grad()
+    def restore(self, model: Any) -> None:
+        """Gives the model the adapter of the lowest score, where that is kept."""
+        for name, parameter in _trained(model):
+            if name in self.best:
+                parameter.copy_(self.best[name])
+
+
+def _trained(model: Any) -> list[tuple[str, Tensor]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]

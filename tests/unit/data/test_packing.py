@@ -1,0 +1,42 @@
+"""Packing by best-fit decreasing, against a search through all packs."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emloc_ray.data.formats import Tokens
+from emloc_ray.data.packing import join, pack_rows
+from emloc_ray.data.token_shards import collate
+
+LIMIT = 24
+
+
+def best_fit(lengths: list[int]) -> list[int]:
+    """The spaces that packs are left with, each found by looking at all of them."""
+    spaces: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [space for space in spaces if space >= length]
+        if fitting:
+            spaces.remove(min(fitting))
+        spaces.append((min(fitting) if fitting else LIMIT) - length)
+    return sorted(spaces)
+
+
+@given(st.lists(st.integers(1, LIMIT), max_size=80))
+def test_every_row_is_in_one_pack_where_it_leaves_least_space(lengths: list[int]) -> None:
+    packs = pack_rows(lengths, LIMIT)
+    parts = [packs[number] for number in range(len(packs))]
+    assert sorted(row for part in parts for row in part) == list(range(len(lengths)))
+    assert sorted(LIMIT - sum(lengths[row] for row in part) for part in parts) == best_fit(lengths)
+    again = pack_rows(lengths, LIMIT)
+    assert (again.rows.tolist(), again.starts.tolist()) == (packs.rows.tolist(), packs.starts.tolist())
+
+
+def test_positions_begin_again_at_each_row_and_at_the_padding() -> None:
+    rows = [Tokens([5, 6, 7], [False, True, True]), Tokens([8, 9], [False, True])]
+    batch = collate([join(rows), join(rows[1:])], pad_token_id=0)
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2], [0, 1, 0, 1, 2, 3, 4, 5]]
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 0, 0, 0], [8, 9, 0, 0, 0, 0, 0, 0]]
+    assert batch["completion_mask"].sum().item() == 4
+    assert "position_ids" not in collate(rows, 0)
