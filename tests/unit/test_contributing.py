@@ -1,4 +1,4 @@
-"""The map in CONTRIBUTING.md names files and folders that are there, and every room."""
+"""CONTRIBUTING.md: its map names files and folders that are there, and every room; tests set no private names."""
 
 from __future__ import annotations
 
@@ -26,3 +26,9 @@ def test_the_map_has_the_rooms_in_the_order_of_imports() -> None:
 def test_there_are_at_least_twenty_questions() -> None:
     questions = re.findall(r"^\| ([^|]*\?) \| `", PAGE, re.MULTILINE)
     assert len(questions) >= 20
+
+
+def test_no_test_sets_a_private_name() -> None:
+    private = re.compile(r"""setattr\(\s*(?:[\w.]+,\s*)?["'](?:[\w.]+\.)?_(?!_)\w+["']""")
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    assert [str(file) for file in files if private.search(file.read_text())] == []
