@@ -12,6 +12,8 @@ from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 
 from emloc_ray.config.base import Section
+from emloc_ray.config.passed import passed_to_trainer
+from emloc_ray.config.peers import peer_key
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.errors import ConfigError
 
@@ -46,16 +48,29 @@ class KeySection:
 
 
 def config_keys(name: str | None = None) -> list[KeySection]:
-    """Every section, in a config's order, or ``name`` alone with its subsections.
+    """Every section, in a config's order, or ``name`` alone with its subsections; of a key's ``name``, the key alone.
 
     Raises:
-        ConfigError: where there is no section of that name.
+        ConfigError: where there is neither a section nor a key of that name.
     """
     every = list(_sections("", RunConfig))
-    chosen = [s for s in every if name is None or any(f"{one}.".startswith(f"{name}.") for one in s.name.split(", "))]
-    if not chosen:
-        raise ConfigError(f"There is no section {name}: take one of {', '.join(s.name for s in every if s.name)}.")
-    return chosen
+    if name is None:
+        return every
+    chosen = [s for s in every if any(f"{one}.".startswith(f"{name}.") for one in s.name.split(", "))]
+    return chosen or [_one_key(name, every)]
+
+
+def _one_key(name: str, every: list[KeySection]) -> KeySection:
+    above, _, last = name.rpartition(".")
+    for section in every:
+        if above in section.name.split(", ") and (key := next((k for k in section.keys if k.name == last), None)):
+            return KeySection(above, section.text, (key,))
+    if above == "finetune" and (hint := passed_to_trainer(last)) is not None:
+        text = "a field of transformers' TrainingArguments, which is passed on"
+        return KeySection(above, "", (Key(last, hint, "", text),))
+    if (peer := peer_key(name)) is not None:
+        raise ConfigError(f"There is no key {name}: write {peer}.")
+    raise ConfigError(f"There is no section {name}: take one of {', '.join(s.name for s in every if s.name)}.")
 
 
 def _sections(name: str, section: type[Section]) -> Iterator[KeySection]:

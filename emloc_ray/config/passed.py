@@ -17,6 +17,7 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from emloc_ray.config.adapter import LORA_METHODS, PROMPT_METHODS, AdapterConfig
 from emloc_ray.config.base import Section
 from emloc_ray.config.finetune import FinetuneConfig
+from emloc_ray.config.peers import peer_key
 from emloc_ray.config.schema import RayConfig
 from emloc_ray.io.runs.secret_values import HIDDEN, is_secret, is_variable, leaves
 
@@ -80,7 +81,7 @@ def passed_through_errors(values: dict[str, Any]) -> list[str]:
         elif key in _SCATTERING:
             lines.append(f"finetune.{key} is not supported: finetune.deepspeed is what scatters a model over workers.")
         elif key not in (types := _training_argument_types()):
-            lines.append(f"{no_such_key(f'finetune.{key}', key, {*types, *FinetuneConfig.model_fields})}.")
+            lines.append(f"{no_such_key(f'finetune.{key}', key, _trainable_keys())}.")
         else:
             lines += _type_errors(f"finetune.{key}", values["finetune"][key], types[key])
     for key in _extra_keys(values, "ray", RayConfig):
@@ -191,6 +192,21 @@ def _truth_errors(key: str, value: Any, hint: Any) -> list[str]:
     ]
 
 
+def passed_to_trainer(key: str) -> str | None:
+    """The type of a key that ``finetune`` passes on, as people read it; None where it takes no such key."""
+    if key not in _trainable_keys():
+        return None
+    hint = _training_argument_types()[key]
+    return str(getattr(hint, "__name__", hint)).replace("typing.", "").replace("NoneType", "None")
+
+
+def _trainable_keys() -> set[str]:
+    """The keys that ``finetune`` takes."""
+    refused = {*_OWN_TRAINING_ARGUMENTS, *_LOADING, *_SCATTERING}
+    passed = {key for key in _training_argument_types() if not key.startswith(("push_to_hub", "hub_"))}
+    return {*FinetuneConfig.model_fields, *(passed - refused)}
+
+
 @functools.cache
 def _training_argument_types() -> dict[str, Any]:
     """The fields of the installed transformers' TrainingArguments, with their types."""
@@ -214,7 +230,12 @@ def _ray_init_types() -> dict[str, Any]:
 
 
 def no_such_key(key: str, last: str, known: Iterable[str]) -> str:
-    """Says that there is no such key, and which of ``known`` is nearest to its last part."""
-    near = difflib.get_close_matches(last, sorted(known), n=1, cutoff=0.6)
+    """Says that there is no such key, and which of ours means what other tools call so, or is nearest of ``known``."""
+    known, peer = set(known), peer_key(key) or ""
+    above, _, name = peer.rpartition(".")
+    is_beside = above == key.rpartition(".")[0]
+    if peer and not is_beside:
+        return f"{key}{NO_KEY}write {peer}"
+    near = [name] if name in known else difflib.get_close_matches(last, sorted(known), n=1, cutoff=0.6)
     hint = f"the nearest is {near[0]}" if near else f"known are {', '.join(sorted(known)[:30])}"
     return f"{key}{NO_KEY}{hint}"

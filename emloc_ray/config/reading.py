@@ -16,10 +16,18 @@ from pydantic import BaseModel, ValidationError
 
 from emloc_ray.config.adapter import AdapterConfig
 from emloc_ray.config.passed import NO_KEY, no_such_key, passed_through_errors
+from emloc_ray.config.peers import config_of_peer
 from emloc_ray.config.schema import RunConfig
+from emloc_ray.data.text_rows import other_encoding
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.yaml_text import read_yaml
 
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+# The keys that hold paths.
+_PATHS = re.compile(
+    r"run_dir|model(\.source)?|data\.(\w+\.path|train|calibration|selection|eval|healing|image_roots)"
+    r"|evaluation\.upper_bound|finetune\.deepspeed"
+)
 Keys = tuple[Any, ...]  # the parts of a dotted key
 Checked = TypeVar("Checked", bound=BaseModel)
 
@@ -34,6 +42,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(path)
     values = read_values(path)
+    if is_batch(values):
+        raise ConfigError(f"{path} is a batch of tasks: give it to emloc-ray batch.")
     for override in overrides:
         put(values, *read_override(override), f"Override {override!r}")
     return parse_config(values, f"{path} and its overrides" if overrides else str(path))
@@ -70,13 +80,19 @@ def read_mapping(path: Path, name: str, needs: str) -> dict[str, Any]:
     if path.is_dir():
         raise ConfigError(f"{name} is a directory: give the path of a YAML file in it.")
     if not path.is_file():
-        raise ConfigError(f"{name} does not exist: give the path of a YAML file, such as configs/quickstart.yaml.")
+        looked = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise ConfigError(
+            f"{name} does not exist{looked}: give the path of a YAML file, such as configs/quickstart.yaml."
+        )
     try:
         values = read_yaml(path.read_text("utf-8"))
     except OSError as error:
         raise ConfigError(f"{name} cannot be read ({error.strerror}): give one that can.") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start}): save it so.") from error
+        encoding = other_encoding(path.read_bytes()[:4]) or "perhaps Latin-1"
+        raise ConfigError(
+            f"{name} is not UTF-8 text, but {encoding} ({error.reason} at byte {error.start}): save it as UTF-8."
+        ) from error
     except ValueError as error:
         raise ConfigError(f"{name} is not YAML ({error}): fix it there.") from error
     if not isinstance(values, dict):
@@ -94,11 +110,41 @@ def parse_config(values: dict[str, Any], where: str = "the config") -> RunConfig
 
 def check_config(values: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
     """A nested dict as a config, or None and its errors, each a sentence."""
+    if (peer := config_of_peer(values)) is not None:
+        return None, [peer]
     # An empty section, with all its keys commented out, has its defaults.
-    values = {key: value for key, value in values.items() if value is not None}
+    values, unset = with_variables({key: value for key, value in values.items() if value is not None})
     config, lines = check(RunConfig, values)
-    lines = list(dict.fromkeys(lines + passed_through_errors(values)))
+    lines = list(dict.fromkeys(unset + lines + passed_through_errors(values)))
     return None if lines else config, lines
+
+
+def is_batch(values: Mapping[str, Any]) -> bool:
+    """Whether a file's keys are those of a batch."""
+    return not {"tasks", "grid"}.isdisjoint(values)
+
+
+def with_variables(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A config with the ``${NAME}`` in its paths replaced from the environment, and a sentence for each that is not set."""
+    unset: list[str] = []
+
+    def replaced(key: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [replaced(key, each) for each in value]
+        if not isinstance(value, str):
+            return value
+        missing = [name for name in _VARIABLE.findall(value) if name not in os.environ]
+        unset.extend(
+            f"{key}: the variable {name} of {value} is not set: export it, or write the path." for name in missing
+        )
+        return _VARIABLE.sub(lambda match: os.environ.get(match[1], match[0]), value)
+
+    def walk(node: Any, above: str) -> Any:
+        if isinstance(node, dict):
+            return {key: walk(value, f"{above}.{key}" if above else str(key)) for key, value in node.items()}
+        return replaced(above, node) if _PATHS.fullmatch(above) else node
+
+    return walk(values, ""), unset
 
 
 def check(model: type[Checked], values: dict[str, Any]) -> tuple[Checked | None, list[str]]:
@@ -171,6 +217,8 @@ def put(values: dict[str, Any], keys: Keys, value: Any, what: str) -> None:
 
 def read_override(override: str) -> tuple[Keys, Any]:
     """The parts of the key and the value of ``key.path=value``; raises ConfigError where it has another form."""
+    if override.startswith("--") and "=" in override:
+        raise ConfigError(f"{override}: write {override.lstrip('-')}, without dashes.")
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"Override {override!r} is not key.path=value: write it like finetune.max_steps=20.")

@@ -197,6 +197,13 @@ class EmulatorConfig(StageConfig):
     gradient_dampening_frac: float = Field(1e-2, gt=0, lt=1, description="as dampening_frac, for the sums of gradients")
     healing: HealingConfig | None = Field(None, description="distillation of the original into it, before training")
 
+    @field_validator("healing", mode="before")
+    @classmethod
+    def _healing_has_steps(cls, healing: Any) -> Any:
+        if healing is True:
+            raise ValueError("give steps, such as healing: {steps: 20}")
+        return None if healing is False else healing
+
     @property
     def bits(self) -> int | None:
         """Bits of the integers that linears are stored in; None where they are not."""

@@ -20,8 +20,9 @@ from emloc_ray.io.store.atomic import atomic_file
 _REFUSED = 3  # the exit code for a whole sentence of ours on stdout
 
 
-def download(place: str, split: str, path: Path) -> None:
-    """Writes the rows of ``hf:NAME[@SUBSET][:SPLIT]`` (also of a local folder that ``datasets`` reads) to ``path``.
+def download(place: str, split: str, path: Path, first: int | None = None) -> None:
+    """Writes the rows of ``hf:NAME[@SUBSET][:SPLIT]`` (also of a local folder that ``datasets`` reads) to ``path``; only the
+    ``first`` ones, which are then all that is fetched.
 
     Raises:
         DataError: where it cannot be loaded, or a column has an extension type.
@@ -32,7 +33,7 @@ def download(place: str, split: str, path: Path) -> None:
         tempfile.TemporaryFile("w+") as said,
     ):
         rows = Path(folder, path.name)
-        command = [sys.executable, "-m", __name__, *hub_split(place, split), place, str(rows)]
+        command = [sys.executable, "-m", __name__, *hub_split(place, split), place, str(rows), str(first or "")]
         code = subprocess.run(command, stdout=said, stderr=said).returncode
         if code:
             said.seek(0)
@@ -40,18 +41,22 @@ def download(place: str, split: str, path: Path) -> None:
             raise DataError(
                 detail
                 if code == _REFUSED
-                else f"data.{split}.path {place} cannot be loaded ({detail[:200]}): fix its name, its"
-                f" subset (hf:NAME@SUBSET) or its split."
+                else f"data.{split}.path {place} cannot be loaded ({detail[:400]}): fix its name, its"
+                " subset (hf:NAME@SUBSET) or its split."
             )
         with rows.open("rb") as written, atomic_file(path) as file:
             shutil.copyfileobj(written, file)
 
 
-def _write(name: str, subset: str, part: str, place: str, path: str) -> None:
+def _write(name: str, subset: str, part: str, place: str, path: str, first: str) -> None:
     import datasets
 
     datasets.disable_progress_bars()
-    dataset = datasets.load_dataset(name, subset or None, split=part)
+    if first:
+        stream = datasets.load_dataset(name, subset or None, split=part, streaming=True)
+        dataset = datasets.Dataset.from_list(list(stream.take(int(first))), features=stream.features)
+    else:
+        dataset = datasets.load_dataset(name, subset or None, split=part)
     check_no_extensions(dataset.features.arrow_schema, place)
     dataset.to_parquet(path)
 
@@ -63,4 +68,6 @@ if __name__ == "__main__":
         sys.stdout.write(f"{error}\n")
         sys.exit(_REFUSED)
     except Exception as error:
-        raise SystemExit(str(error).split("\n")[0]) from error
+        raise SystemExit(
+            " ".join(str(error).split())
+        ) from error  # with the subsets that there are, where one is missing

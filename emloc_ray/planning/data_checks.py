@@ -71,12 +71,16 @@ def _checked_sources(
         source = with_format(source, data)
         skips, numbers = data.on_error == "skip", range(min(source.num_rows, checked))
         images: list[Any] = []
+        reasons: list[str] = []
         for number, row in read_rows(source, numbers, *columns_of(source.format, data.columns), keep_bad=skips):
             try:
                 images += _checked_row(row, Place.of(source, number), data, reads_images)
-            except DataError:
+            except DataError as error:
                 if not skips:
                     raise
+                reasons.append(str(error).rstrip("."))
+        if len(reasons) == source.num_rows:
+            raise _nothing_left(source, reasons)
         return dataclasses.replace(source, images=fingerprint(images) if images else "")
 
     result = tuple(each(check, sources, stored))
@@ -111,25 +115,28 @@ def _checked_row(row: Row, where: Place, data: DataConfig, reads_images: bool) -
     return look(row, where, ImagePlaces.of(data.image_hosts, data.image_roots))
 
 
+def _nothing_left(source: SourceFile, reasons: Sequence[str]) -> DataError:
+    return DataError(f"{source.name}: no row is left: {'; '.join(reasons[:3])}.")
+
+
 def with_format(source: SourceFile, data: DataConfig) -> SourceFile:
     """A file with the format of its rows: the config's or, where that is ``auto``, that of its first row that has one.
 
     Raises:
-        DataError: naming the first row, where none of the first rows has one.
+        DataError: naming the first row where it has none, or three where none has.
     """
     if data.row_format != "auto":
         return dataclasses.replace(source, format=data.row_format)
-    first: Exception | None = None
+    reasons: list[str] = []
     for number, row in read_rows(source, range(min(source.num_rows, CHECKED_ROWS)), keep_bad=True):
-        if isinstance(row, BadRow):
-            first = first or row.error
-        elif (name := recognized(row, data.columns)) is not None:
+        error = row.error if isinstance(row, BadRow) else None
+        if error is None and (name := recognized(row, data.columns)) is not None:
             return dataclasses.replace(source, format=name)
-        else:
-            first = first or unknown_format(row, data.columns, Place.of(source, number))
+        error = error or unknown_format(row, data.columns, Place.of(source, number))
         if data.on_error != "skip":
-            break
-    raise first or DataError(f"{source.name} has no rows: give a file with some.")
+            raise error
+        reasons.append(str(error).rstrip("."))
+    raise _nothing_left(source, reasons)
 
 
 def check_held_out(config: RunConfig, files: Mapping[str, tuple[SourceFile, ...] | None]) -> None:

@@ -10,7 +10,11 @@ from emloc_ray.data.processors import IMAGE_SIDE
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.machine import cpu_capabilities, has_bfloat16
 from emloc_ray.planning.prepared import Prepared
+from emloc_ray.planning.work import num_steps, num_train_rows, rows_trained
 from emloc_ray.text import listed, size
+
+MANY_EPOCHS = 20
+"""As often as a row may be read without a remark."""
 
 
 def over_budget(config: RunConfig, planned: Mapping[str, int]) -> str | None:
@@ -92,3 +96,54 @@ def long_images(prepared: Prepared) -> str | None:
         f"An image of {IMAGE_SIDE} × {IMAGE_SIDE} pixels takes {tokens} tokens of this model, data.max_seq_length is {limit}:"
         " rows whose images do not fit are dropped; raise it."
     )
+
+
+def beyond_positions(prepared: Prepared) -> str | None:
+    """Says so where rows may be longer than those that the model was made for; one with a table of positions refuses them."""
+    limit = prepared.config.data.max_seq_length
+    positions = getattr(prepared.model_config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(positions, int) or limit <= positions:
+        return None
+    return (
+        f"data.max_seq_length is {limit}, and the model was made for {positions} positions (max_position_embeddings): what is"
+        " beyond them is new to it."
+    )
+
+
+def repeated_rows(prepared: Prepared) -> str | None:
+    """Says so where all steps together read every row many times."""
+    rows, read = num_train_rows(prepared), rows_trained(prepared)
+    if "train" not in prepared.files or read < MANY_EPOCHS * rows:
+        return None
+    return f"Training reads each of the {rows} rows about {read / rows:.0f} times: give more rows, or fewer steps."
+
+
+def late_warmup(prepared: Prepared) -> str | None:
+    """Says so where the learning rate does not reach its peak before the steps end."""
+    steps = num_steps(prepared.config, num_train_rows(prepared))
+    warmup = (prepared.config.finetune.model_extra or {}).get("warmup_steps", 0)
+    if not isinstance(warmup, int | float) or warmup < 1 or warmup < steps:
+        return None
+    return f"finetune.warmup_steps is {warmup:g}, and there are {steps} steps: the learning rate ends before its peak; lower it."
+
+
+def of_settings(prepared: Prepared, planned: Mapping[str, int]) -> list[str]:
+    """The remarks on the config, its model and its rows; ``planned``: bytes of a worker in each stage."""
+    config = prepared.config
+    said = (
+        over_budget(config, planned),
+        unread_correction(config.correction),
+        left_dense(prepared.layout),
+        long_images(prepared),
+        beyond_positions(prepared),
+        repeated_rows(prepared),
+        late_warmup(prepared),
+    )
+    return [remark for remark in said if remark is not None]
+
+
+def before_ray(prepared: Prepared, planned: Mapping[str, int], cpus: int) -> list[str]:
+    """The remarks that a run would make, as far as they are known without Ray, which is taken to have this machine's CPUs."""
+    here = [] if prepared.config.ray.joins else [idle_cpus([prepared.config], cpus)]
+    machine = (*here, emulated_bfloat16([prepared.config], cpu_capabilities()))
+    return [*of_settings(prepared, planned), *(remark for remark in machine if remark is not None)]

@@ -98,13 +98,8 @@ class Pipeline:
 
     def run(self, until: str = VERBS[-1]) -> None:
         """Runs every stage up to the last one of the verb ``until``, in order."""
-        config, layout = self.prepared.config, self.prepared.layout
-        self._note(
-            remarks.over_budget(config, self.steps.planned),
-            remarks.unread_correction(config.correction),
-            remarks.left_dense(layout),
-            remarks.long_images(self.prepared),
-        )
+        for remark in remarks.of_settings(self.prepared, self.steps.planned):
+            self.reporter.note(remark)
         last = max(number for number, stage in enumerate(STEPS) if stage.verb == until)
         with FinalActorHandle(self.prepared.run.place) as final_actor:
             while True:
@@ -130,10 +125,6 @@ class Pipeline:
                 check_visible(prepared, source_dir)
         model_dir = prepared.run.path("model") if imported else source_dir
         return Context(prepared, model_dir, source_dir, self.reporter.note, final_actor)
-
-    def _note(self, *sentences: str | None) -> None:
-        for sentence in filter(None, sentences):
-            self.reporter.note(sentence)
 
 
 def _forced(begin: str | None) -> tuple[str, ...]:

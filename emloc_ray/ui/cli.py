@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import time
 from collections.abc import Callable
 from enum import Enum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer.core import TyperGroup
 
 from emloc_ray.errors import ConfigError, EmlocError
 from emloc_ray.ui.batch_verbs import (
@@ -29,7 +32,21 @@ from emloc_ray.ui.batch_verbs import (
     state_now,
 )
 
+
+class _Verbs(TyperGroup):
+    """Takes a config's key with dashes for what it is."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Ends with a sentence where an option is an override."""
+        for argument in args:
+            if re.match(r"--\w+\.[\w.]+=", argument):
+                errors.print(f"[red]Error:[/] {escape(argument)}: write {escape(argument[2:])}, without dashes.")
+                raise typer.Exit(2)
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
+    cls=_Verbs,
     name="emloc-ray",
     help="Fine-tune a large model through a small emulator of it, on Ray (EMLoC, arXiv 2506.12015).",
     no_args_is_help=True,
@@ -64,6 +81,24 @@ class Stage(str, Enum):
     correct = "correct"
     merge = "merge"
     evaluate = "evaluate"
+
+
+@app.callback()
+def _options(
+    shows_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", is_eager=True, callback=lambda asked: _version(asked)
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"emloc-ray {version('emloc-ray')}")
+        raise typer.Exit
 
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
@@ -167,16 +202,67 @@ _stage_command(Stage.evaluate, "Run up to the evaluation on held-out data.")
 @app.command()
 @guarded
 def validate(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Check the config, the model and the data's first rows: list every error, start nothing."""
-    from emloc_ray.planning.budget import check_holding
+    """Check the config, the model and the data's first rows as tokens: list every error and remark, start nothing."""
+    from emloc_ray.config.reading import is_batch, read_mapping
+    from emloc_ray.ui.config_verbs import validation_lines
 
-    prepared = _prepare(config, overrides)
-    check_holding(prepared)
-    layout = prepared.layout
-    console.print(
-        f"{escape(str(config))} is valid: {len(layout.ranks)} of {len(layout.specs)} linears compressed,"
-        f"{f' {len(layout.packed)} in {layout.quantization},' if layout.quantized else ''} {len(layout.adapted)} adapted."
-    )
+    if config.is_file() and is_batch(
+        read_mapping(config, f"Config {config}", "it needs at least run_dir, model and data")
+    ):
+        run_batch(console, config, overrides or [], dry_run=True)
+        return
+    for line in validation_lines(_prepare(config, overrides), str(config)):
+        console.print(escape(line), soft_wrap=True)
+
+
+@app.command()
+@guarded
+def preview(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    split: Annotated[str, typer.Option("--split", help="train, eval, selection, calibration or healing.")] = "train",
+    rows: Annotated[int, typer.Option("--rows", min=1, max=64, help="How many rows.")] = 1,
+) -> None:
+    """Show the first rows as tokens, those that are learnt marked."""
+    from emloc_ray.data.splits import SPLITS
+    from emloc_ray.ui import config_verbs
+
+    if split not in (*SPLITS, "healing"):
+        raise ConfigError(f"--split {split} is no split: give one of {', '.join((*SPLITS, 'healing'))}.")
+    config_verbs.preview(console, _prepare(config, overrides), split, rows)
+
+
+@app.command()
+@guarded
+def init(
+    model: Annotated[str | None, typer.Option("--model", help="A hub id or a directory.")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="The rows to train on: a file, a glob, hf:DATASET.")
+    ] = None,
+    memory_budget: Annotated[str | None, typer.Option("--memory-budget", help="Of one worker, such as 24GiB.")] = None,
+    output: Annotated[Path, typer.Option("--output", help="The config to write.")] = Path("emloc.yaml"),
+) -> None:
+    """Write a config for a model and data, with what the plan recommends; asks for what is missing."""
+    from emloc_ray.ui import config_verbs
+
+    config_verbs.init(console, output, _asked("--model", model), _asked("--data", data), memory_budget)
+
+
+def _asked(option: str, given: str | None) -> str:
+    if given is not None:
+        return given
+    if not console.is_terminal:
+        raise ConfigError(f"{option} is missing: give it, as without a terminal nobody is asked.")
+    return str(typer.prompt(option.removeprefix("--")))
+
+
+@app.command()
+@guarded
+def schema() -> None:
+    """Print the JSON Schema of a config, for editors."""
+    from emloc_ray.ui.config_verbs import json_schema
+
+    typer.echo(json_schema())
 
 
 @app.command()
@@ -213,7 +299,9 @@ def plan(
 @app.command()
 @guarded
 def keys(
-    section: Annotated[str | None, typer.Argument(metavar="[SECTION]", help="One section; all by default.")] = None,
+    section: Annotated[
+        str | None, typer.Argument(metavar="[SECTION | KEY]", help="One section or key; all by default.")
+    ] = None,
 ) -> None:
     """Show every key of a config: its values, its default, its meaning."""
     from emloc_ray.config.keys import config_keys
@@ -221,6 +309,16 @@ def keys(
 
     for table in keys_tables(config_keys(section)):
         console.print(table)
+
+
+def _place_of(run_dir: str) -> str:
+    """The run's place, which a config names."""
+    from emloc_ray.config.reading import read_values, with_variables
+
+    path = Path(run_dir)
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        return run_dir
+    return str(with_variables(read_values(path))[0].get("run_dir", run_dir))
 
 
 RunPath = Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run's directory, or its place on an object store.")]
@@ -237,7 +335,7 @@ def status(
     from emloc_ray.runs.batch.state import is_batch
 
     with asking(console, run_dir):
-        run = RunDirectory(run_dir).existing()
+        run = RunDirectory(_place_of(run_dir)).existing()
         of_many = is_batch(run)
     if of_many:
         show_batch(console, run, watch)

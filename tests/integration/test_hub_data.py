@@ -68,7 +68,7 @@ def test_a_split_can_be_named_and_a_wrong_name_is_told(
     config = _config(model, tmp_path / "run", f"hf:{folder}", f"hf:{folder}:validation")
     assert tokenize_data(prepare(config), model, tmp_path / "data")["splits"]["eval"]["rows"] == 30
     trained_on = _config(model, tmp_path / "run", f"hf:{folder}", f"hf:{folder}:train")
-    with pytest.raises(ConfigError, match=rf"data\.eval and data\.train both read hf:{folder}:train: what is held out"):
+    with pytest.raises(ConfigError, match=rf"data\.eval and data\.train both read hf:{folder}:train: held-out rows"):
         prepare(trained_on)
     wrong = _config(model, tmp_path / "other", f"hf:{folder}", f"hf:{tmp_path / 'nowhere'}")
     with pytest.raises(DataError, match="nowhere"):

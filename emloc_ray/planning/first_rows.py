@@ -1,0 +1,124 @@
+"""The first rows of a split as tokens, before a run: what ``validate`` counts and ``preview`` shows."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from emloc_ray.config.schema import DataConfig
+from emloc_ray.data.formats import Tokens, truncate
+from emloc_ray.data.hub import download
+from emloc_ray.data.image_places import ImagePlaces
+from emloc_ray.data.reading import Place, Row, SourceFile, read_rows, scan
+from emloc_ray.data.row_formats import columns_of
+from emloc_ray.data.tokenizing import TokenizeOptions
+from emloc_ray.errors import ConfigError, DataError
+from emloc_ray.modeling.inputs import has_encoder
+from emloc_ray.planning.data_checks import with_format
+from emloc_ray.planning.prepared import Prepared
+
+
+@dataclass(frozen=True)
+class FirstRows:
+    """The first rows of a split, each with its place and its sequences as tokens, not yet cut; None for a bad row that is
+    skipped. ``num_rows``: those of all its files; None before they are downloaded."""
+
+    split: str
+    formats: tuple[str, ...]
+    num_rows: int | None
+    rows: tuple[tuple[Place, list[Tokens] | None], ...]
+    limit: int
+
+    @property
+    def sequences(self) -> list[Tokens]:
+        """What the rows become."""
+        return [tokens for _, row in self.rows for tokens in row or ()]
+
+    @property
+    def num_cut(self) -> int:
+        """Sequences that are longer than the limit."""
+        return sum(len(tokens) > self.limit for tokens in self.sequences)
+
+    @property
+    def num_emptied(self) -> int:
+        """Sequences that have no completion, or not all of an image, within the limit."""
+        return sum(truncate(tokens, self.limit) is None for tokens in self.sequences)
+
+    @property
+    def mean_tokens(self) -> float:
+        """Tokens a sequence, as cut."""
+        lengths = [min(len(tokens), self.limit) for tokens in self.sequences]
+        return sum(lengths) / max(1, len(lengths))
+
+
+def first_rows(prepared: Prepared, split: str = "train", count: int = 64) -> FirstRows | None:
+    """The first ``count`` rows of a split as the run will tokenize them; None where they are made by the run, or only it can
+    read the tokenizer (of a .gguf file).
+
+    Asks the hub for the first rows of what lies there.
+
+    Raises:
+        ConfigError: where a row is bad, or no row keeps a completion.
+    """
+    config, section = prepared.config, getattr(prepared.config.data, split)
+    if section is None or prepared.source.gguf_file is not None:
+        return None
+    try:
+        if str(section.path).startswith("hf:"):
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder, f"{split}.parquet")
+                download(section.path, split, path, first=count)
+                source = with_format(scan(path), config.data)
+                found = _tokenized(prepared, split, (source,), count, None)
+        else:
+            sources = prepared.files.get(split, ())
+            found = _tokenized(prepared, split, sources, count, sum(source.num_rows for source in sources))
+    except DataError as error:
+        raise ConfigError(str(error)) from error
+    if found.sequences and found.num_emptied == len(found.sequences):
+        raise ConfigError(
+            f"data.max_seq_length {found.limit} leaves none of the first {len(found.rows)} rows of data.{split} a token to"
+            " learn: raise it."
+        )
+    return found
+
+
+def _tokenized(
+    prepared: Prepared, split: str, sources: tuple[SourceFile, ...], count: int, num_rows: int | None
+) -> FirstRows:
+    config = prepared.config
+    formats = tuple(dict.fromkeys(source.format for source in sources))
+    options = TokenizeOptions(
+        str(prepared.source.directory),
+        formats[0] if len(formats) == 1 else "auto",
+        config.data.max_seq_length,
+        config.data.packing,
+        config.model.trust_remote_code,
+        has_encoder(prepared.model_config),
+        config.data.on_error == "skip",
+        ImagePlaces.of(config.data.image_hosts, config.data.image_roots),
+        tuple(config.data.columns.items()),
+    )
+    rows = list(itertools.islice(_rows(sources, config.data, count), count))
+    pairs = zip(rows, options.tokens(iter(rows)), strict=True)
+    found = tuple((place, sequences) for (place, _), sequences in pairs)
+    return FirstRows(split, formats, num_rows, found, options.max_seq_length)
+
+
+def _rows(sources: tuple[SourceFile, ...], data: DataConfig, count: int) -> Iterator[tuple[Place, Row]]:
+    for source in sources:
+        numbers = range(min(count, source.num_rows))
+        needed, optional = columns_of(source.format, data.columns)
+        for number, row in read_rows(source, numbers, needed, optional, keep_bad=data.on_error == "skip"):
+            yield Place.of(source, number), row
+
+
+def marked(tokens: Tokens, tokenizer: Any) -> Iterator[tuple[bool, list[str]]]:
+    """Runs of tokens as text, each with whether the loss counts them."""
+    pairs = zip(tokens.completion_mask, tokens.input_ids, strict=True)
+    for is_learnt, run in itertools.groupby(pairs, key=lambda pair: pair[0]):
+        yield is_learnt, [tokenizer.decode([token]) for _, token in run]

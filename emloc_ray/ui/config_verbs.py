@@ -1,0 +1,186 @@
+"""The command line's verbs for a config before its run: ``validate``, ``preview``, ``init`` and ``schema``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from emloc_ray.errors import ConfigError
+from emloc_ray.text import counted, duration, listed, size
+
+if TYPE_CHECKING:
+    from emloc_ray.planning.first_rows import FirstRows
+    from emloc_ray.planning.plan import Plan
+    from emloc_ray.planning.prepared import Prepared
+
+
+def validation_lines(prepared: Prepared, name: str) -> Iterator[str]:
+    """What a config was seen to mean: the whole in one line, then its rows, then every remark that the run would make.
+
+    Raises:
+        ConfigError: where the first rows cannot be tokenized, or the model cannot be held.
+    """
+    from emloc_ray.planning.budget import check_holding
+    from emloc_ray.planning.first_rows import first_rows
+    from emloc_ray.planning.plan import make_plan
+    from emloc_ray.planning.prepared import splits_of
+    from emloc_ray.runs.remarks import before_ray
+    from emloc_ray.stages.order import STEPS
+
+    check_holding(prepared)
+    rows = [first for split in splits_of(prepared.config) if (first := first_rows(prepared, split)) is not None]
+    plan = make_plan(STEPS, prepared)
+    yield f"{name} is valid: {_linears(prepared)}; {_training(prepared, plan)}."
+    for first in rows:
+        yield _of_rows(first)
+    yield from before_ray(prepared, plan.worker_bytes, os.cpu_count() or 1)
+
+
+def _linears(prepared: Prepared) -> str:
+    layout = prepared.layout
+    packed = f" {len(layout.packed)} in {layout.quantization}," if layout.quantized else ""
+    return f"{len(layout.ranks)} of {len(layout.specs)} linears compressed,{packed} {len(layout.adapted)} adapted"
+
+
+def _training(prepared: Prepared, plan: Plan) -> str:
+    from emloc_ray.planning.memory import MemoryModel
+    from emloc_ray.planning.work import num_steps, num_train_rows
+
+    section, rows = prepared.config.finetune, num_train_rows(prepared)
+    batch = section.per_device_train_batch_size * section.gradient_accumulation_steps * section.num_workers
+    peak = max(held for stage, held in plan.worker_bytes.items() if stage != "inference")
+    tokens = batch * plan.lengths.mean
+    return (
+        f"{counted(num_steps(prepared.config, rows), 'step')} of {counted(batch, 'row')} (about {tokens:,.0f} tokens),"
+        f" {MemoryModel(prepared).adapter_parameters:,} trainable parameters, peak {size(peak)} a worker,"
+        f" about {duration(plan.seconds)}"
+    )
+
+
+def _of_rows(first: FirstRows) -> str:
+    whole = "" if first.num_rows is None else f"{counted(first.num_rows, 'row')} of "
+    text = f"data.{first.split}: {whole}format {listed(first.formats)}, about {first.mean_tokens:.0f} tokens each"
+    seen = f"of the first {len(first.rows)} rows"
+    bad = sum(row is None for _, row in first.rows)
+    several = len(first.sequences) - (len(first.rows) - bad)
+    told = [
+        f"{first.num_cut} longer than data.max_seq_length {first.limit}" if first.num_cut else "",
+        f"{first.num_emptied} left without a token to learn" if first.num_emptied else "",
+        f"{bad} bad and skipped" if bad else "",
+        f"{several} sequences more, as the chat template rewrites earlier turns" if several > 0 else "",
+    ]
+    said = ", ".join(filter(None, told))
+    return f"{text}; {seen} {said}." if said else f"{text}."
+
+
+def preview(console: Console, prepared: Prepared, split: str, count: int) -> None:
+    """Shows the first rows of a split as tokens, with those marked that the loss counts."""
+    from transformers import AutoTokenizer
+
+    from emloc_ray.planning.first_rows import first_rows, marked
+
+    first = first_rows(prepared, split, count)
+    if first is None:
+        raise ConfigError(
+            f"data.{split} has no rows to show before the run: name a split that has a path, with --split."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(
+        prepared.source.directory, trust_remote_code=prepared.config.model.trust_remote_code
+    )
+    everything = prepared.config.finetune.loss_on == "all"
+    for place, row in first.rows:
+        for tokens in row or ():
+            learnt = len(tokens) if everything else sum(tokens.completion_mask)
+            cut = f", cut to {first.limit}" if len(tokens) > first.limit else ""
+            text = Text(f"{place} ({listed(first.formats)}): {len(tokens)} tokens{cut}, {learnt} learnt ⟦so⟧\n", "bold")
+            for is_learnt, run in marked(tokens, tokenizer):
+                shown = "·".join(run)
+                text.append(
+                    f"⟦{shown}⟧" if is_learnt or everything else shown, "green" if is_learnt or everything else "dim"
+                )
+            console.print(text, soft_wrap=True)
+        if row is None:
+            console.print(Text(f"{place}: bad, and skipped", "red"), soft_wrap=True)
+
+
+def json_schema() -> str:
+    """The JSON Schema of a config, for editors."""
+    from emloc_ray.config.schema import RunConfig
+
+    schema = RunConfig.model_json_schema()
+    schema["properties"]["base"] = {"type": "string", "description": "another config, whose keys these override"}
+    schema["properties"]["model"] = {"anyOf": [schema["properties"]["model"], {"type": "string"}]}
+    split = schema["$defs"]["SplitConfig"]
+    schema["$defs"]["SplitConfig"] = {
+        "anyOf": [split, {"type": "string"}, {"type": "array", "items": {"type": "string"}}]
+    }
+    del schema["required"]  # a base may hold them
+    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=2)
+
+
+def init(console: Console, path: Path, model: str, data: str, memory_budget: str | None) -> None:
+    """Writes a config for a model and its data, with the settings that the plan recommends within a memory budget.
+
+    Raises:
+        ConfigError: where the file is there, or the config would not be valid.
+    """
+    from emloc_ray.config.reading import parse_config, put, read_override
+    from emloc_ray.planning.plan import within_budget
+    from emloc_ray.planning.prepared import prepare
+    from emloc_ray.stages.order import STEPS
+
+    if path.exists():
+        raise ConfigError(f"{path} is there already: remove it, or name another with --output.")
+    values: dict[str, Any] = {
+        "run_dir": f"runs/{path.stem}",
+        "model": {"source": model},
+        "data": {"train": {"path": data}},
+    }
+    if memory_budget is not None:
+        values["memory_budget"] = memory_budget
+    with console.status("Checking the model and the data …"):
+        prepared = prepare(parse_config(values))
+        solution = within_budget(STEPS, prepared) if memory_budget is not None else None
+    for override in solution.overrides if solution else ():
+        put(values, *read_override(override), override)
+    path.write_text(_commented(values, path, prepared), "utf-8")
+    console.print(f"{path} is written: emloc-ray validate {path} checks it.", soft_wrap=True, markup=False)
+
+
+_COMMENTS = {
+    "run_dir": "where everything goes",
+    "memory_budget": "what one worker may hold",
+    "model": "the original: a hub id or a directory",
+    "data": "the task's rows; emloc-ray preview shows them as tokens",
+    "emulator": "the compressed model that is trained on",
+    "finetune": "any of transformers' TrainingArguments goes here too",
+}
+
+
+def _commented(values: dict[str, Any], path: Path, prepared: Prepared) -> str:
+    from emloc_ray.io.formats.yaml_text import write_yaml
+
+    defaults = prepared.config
+    values = {
+        **values,
+        "data": {**values["data"], "max_seq_length": defaults.data.max_seq_length},
+        "adapter": {"r": defaults.adapter.r, "lora_alpha": defaults.adapter.lora_alpha},
+        "emulator": {"compression_ratio": defaults.emulator.compression_ratio, **values.get("emulator", {})},
+        "finetune": {
+            "num_train_epochs": defaults.finetune.num_train_epochs,
+            "learning_rate": defaults.finetune.learning_rate,
+            **values.get("finetune", {}),
+        },
+    }
+    lines = [f"# emloc-ray run {path}", "# Every key: emloc-ray keys", ""]
+    for key, value in values.items():
+        if key in _COMMENTS:
+            lines.append(f"# {_COMMENTS[key]}")
+        lines.append(write_yaml({key: value}).rstrip())
+    return "\n".join(lines) + "\n"

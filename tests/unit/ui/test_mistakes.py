@@ -1,0 +1,338 @@
+"""What people write and have by mistake: each is told in a sentence that says what, where and what to do, or goes on."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import ray
+from typer.testing import CliRunner, Result
+
+from emloc_ray.config.peers import PEERS
+from emloc_ray.config.reading import parse_config, unknown_key
+from emloc_ray.errors import ConfigError
+from emloc_ray.io.formats.yaml_text import read_yaml, write_yaml
+from emloc_ray.ui.cli import app
+
+PAIRS = [{"prompt": f"add {i}: ", "completion": f"it is {i}"} for i in range(20)]
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+def lines_of(rows: list[Any]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+class Place:
+    """A directory with a valid config, ``my.yaml``, and its rows."""
+
+    def __init__(self, root: Path, model: Path) -> None:
+        self.root = root
+        self.values: dict[str, Any] = {
+            "run_dir": "runs/mine",
+            "model": str(model),
+            "data": {"train": "rows.jsonl", "max_seq_length": 64},
+            "adapter": {"r": 4},
+            "finetune": {"max_steps": 2},
+        }
+        self.write("rows.jsonl", lines_of(PAIRS))
+
+    def write(self, name: str, content: str | bytes) -> None:
+        (self.root / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+    def __call__(self, *arguments: str) -> Result:
+        self.write("my.yaml", write_yaml(self.values))
+        result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+        assert not (self.root / "runs").exists()
+        return result
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Place:
+    """The working directory, with a config in which all is well; starting Ray is a failure."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.chdir(tmp_path)
+    return Place(tmp_path, tiny_model_dir("llama"))
+
+
+def rows(place: Place, name: str, content: str | bytes) -> None:
+    place.write(name, content)
+    place.values["data"]["train"] = name
+
+
+def set_key(key: str, value: Any) -> Callable[[Place], None]:
+    def change(place: Place) -> None:
+        section, _, name = key.rpartition(".")
+        (place.values.setdefault(section, {}) if section else place.values)[name] = value
+
+    return change
+
+
+def given(name: str, content: str | bytes) -> Callable[[Place], None]:
+    return lambda place: rows(place, name, content)
+
+
+AXOLOTL = {
+    "base_model": "x",
+    "datasets": [],
+    "micro_batch_size": 2,
+    "sequence_len": 9,
+    "adapter": "lora",
+    "strict": False,
+}
+FACTORY = {"model_name_or_path": "x", "stage": "sft", "finetuning_type": "lora", "cutoff_len": 9, "learning_rate": 1e-4}
+
+
+def other(values: dict[str, Any]) -> Callable[[Place], None]:
+    def change(place: Place) -> None:
+        place.values = values
+
+    return change
+
+
+REFUSED: dict[str, tuple[Callable[[Place], None], list[str]]] = {
+    "1 misspelt": (set_key("emulator.compresion_ratio", 0.5), ["the nearest is compression_ratio"]),
+    "2 batch_size": (set_key("finetune.batch_size", 2), ["the nearest is per_device_train_batch_size"]),
+    "2 micro_batch_size": (set_key("micro_batch_size", 2), ["write finetune.per_device_train_batch_size"]),
+    "2 lr": (set_key("finetune.lr", 2), ["the nearest is learning_rate"]),
+    "2 epochs": (set_key("epochs", 2), ["write finetune.num_train_epochs"]),
+    "2 lora_r": (set_key("adapter.lora_r", 2), ["the nearest is r"]),
+    "2 validation": (set_key("data.validation", "rows.jsonl"), ["the nearest is eval"]),
+    "2 cutoff_len": (set_key("finetune.cutoff_len", 2), ["write data.max_seq_length"]),
+    "3 several": (
+        other({"run_dir": 3, "sead": 1, "emulator": {"compression_ratio": 2}}),
+        ["run_dir is 3", "model is missing", "data is missing", "sead is not a key", "compression_ratio is 2"],
+    ),
+    "4 axolotl": (
+        other(AXOLOTL),
+        [
+            "a config of axolotl: write base_model as model.source, datasets as data.train",
+            "without a counterpart here: strict",
+        ],
+    ),
+    "4 LLaMA-Factory": (
+        other(FACTORY),
+        ["a config of LLaMA-Factory:", "cutoff_len as data.max_seq_length", "without a counterpart here: stage"],
+    ),
+    "7 healing": (set_key("emulator.healing", True), ["give steps, such as healing: {steps: 20}"]),
+    "11 budget": (set_key("memory_budget", 24), ["24 bytes: write 24GiB"]),
+    "13 relative path": (
+        set_key("data.train", "deep/rows.jsonl"),
+        ["data.train.path: deep/rows.jsonl names no file in /"],
+    ),
+    "14 unset": (
+        set_key("data.train", "${NOWHERE}/x.jsonl"),
+        ["the variable NOWHERE of ${NOWHERE}/x.jsonl is not set"],
+    ),
+    "15 UTF-16": (given("a.jsonl", lines_of(PAIRS).encode("utf-16")), ["a.jsonl is UTF-16 text: save it as UTF-8"]),
+    "15 Latin-1": (
+        given("a.jsonl", '{"text": "ä"}\n'.encode("latin-1")),
+        ["a.jsonl, row 1: not UTF-8", "Latin-1, perhaps"],
+    ),
+    "19 broken": (given("a.jsonl", lines_of(PAIRS) + "{\n"), ["a.jsonl, row 21: not JSON"]),
+    "19 null": (
+        given("a.jsonl", lines_of([*PAIRS, {"prompt": None, "completion": "b"}])),
+        ["a.jsonl, row 21: field 'prompt' is null"],
+    ),
+    "19 empty": (given("a.jsonl", ""), ["a.jsonl is empty"]),
+    "20 nested": (
+        given("a.jsonl", f'{{"text": {"[" * 100_000}}}\n'),
+        ["a.jsonl, row 1: JSON that is nested too deeply"],
+    ),
+    "22 preferences": (
+        given("a.jsonl", lines_of([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 20)),
+        ["preference data: prompt and chosen are trained on with data.columns", "not here yet"],
+    ),
+    "23 columns": (
+        given("a.jsonl", lines_of([{"question": "a", "answer": "b"}] * 20)),
+        [
+            "row 1: its columns (answer, question)",
+            "map them with data.columns, such as {prompt: question, completion: answer}",
+        ],
+    ),
+    "23 mapped wrong": (set_key("data.columns", {"question": "prompt"}), ["data.columns", "write OURS: YOURS"]),
+    "24 template": (
+        given("a.jsonl", lines_of([{"messages": [*TURNS, {"role": "assistant", "content": {}}]}] * 20)),
+        ["a.jsonl, row 1: a message's content is dict"],
+    ),
+    "25 nothing left": (
+        given("a.jsonl", lines_of([{"prompt": "long " * 99, "completion": "b"}] * 20)),
+        ["data.max_seq_length 64 leaves none of the first 20 rows of data.train a token to learn: raise it"],
+    ),
+    "26 all bad": (
+        lambda place: (
+            rows(place, "a.jsonl", '{"prompt": 3, "completion": "b"}\n{\n' * 10),
+            place.values["data"].update(on_error="skip"),
+        )[0],
+        ["no row is left: ", "row 1: field 'prompt' is int", "row 2: not JSON"],
+    ),
+    "37 push": (set_key("finetune.push_to_hub", True), ["finetune.push_to_hub would push the adapter as trained"]),
+    "40 secret": (set_key("ray.token", "hf_" + "a" * 34), ["is a secret"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_mistake_is_told(place: Place, name: str) -> None:
+    change, words = REFUSED[name]
+    change(place)
+    result = place("validate", "my.yaml")
+    assert result.exit_code == 2, (result.exception, result.output)
+    for word in words:
+        assert word in result.stderr
+    assert all(line.startswith("Error: ") and line.endswith(".") for line in result.stderr.splitlines())
+    assert "hf_aaa" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["validate", "my.yaml", "--finetune.max_steps=5"], "write finetune.max_steps=5, without dashes"),
+        (["validate", "gone.yaml"], "Config gone.yaml does not exist in /"),
+        (["run", "many.yaml"], "many.yaml is a batch of tasks: give it to emloc-ray batch"),
+        (["keys", "lr"], "There is no key lr: write finetune.learning_rate"),
+        (["validate", "latin.yaml"], "not UTF-8 text, but perhaps Latin-1"),
+        (["validate", "wide.yaml"], "not UTF-8 text, but UTF-16"),
+        (["validate", "twice.yaml"], "line 2: there is a second key"),
+        (["init", "--data", "rows.jsonl"], "--model is missing"),
+        (["preview", "my.yaml", "--split", "test"], "--split test is no split"),
+        (["preview", "my.yaml", "--split", "eval"], "data.eval has no rows to show before the run"),
+    ],
+)
+def test_a_bad_call_is_told(place: Place, arguments: list[str], words: str) -> None:
+    place.write("many.yaml", "base: my.yaml\nrun_dir: runs/many\ngrid: {seed: [1, 2]}\n")
+    place.write("latin.yaml", "run_dir: ä\n".encode("latin-1"))
+    place.write("wide.yaml", "run_dir: a\n".encode("utf-16"))
+    place.write("twice.yaml", "run_dir: a\nrun_dir: b\n")
+    result = place(*arguments)
+    assert result.exit_code == 2, (result.exception, result.output)
+    assert words in result.stderr
+
+
+GOES_ON: dict[str, tuple[Callable[[Place], None], list[str]]] = {
+    "as it is": (
+        lambda place: None,
+        [
+            "my.yaml is valid: 14 of 14 linears compressed, 14 adapted; 2 steps of 8 rows (about",
+            "trainable parameters, peak",
+            "data.train: 20 rows of format prompt_completion, about",
+        ],
+    ),
+    "9 YAML 1.2": (set_key("finetune.save_strategy", "no"), ["is valid"]),
+    "14 variable": (set_key("data.train", "${ROWS}/rows.jsonl"), ["is valid"]),
+    "16 BOM, CRLF, names": (
+        given("ä ö.jsonl", ("\ufeff" + lines_of(PAIRS).replace("\n", "\r\n\r\n")).encode()),
+        ["data.train: 20 rows"],
+    ),
+    "17 array": (given("a.json", json.dumps(PAIRS)), ["data.train: 20 rows"]),
+    "17 packed": (given("a.jsonl.gz", gzip.compress(lines_of(PAIRS).encode())), ["data.train: 20 rows"]),
+    "18 semicolons": (given("a.csv", "prompt;completion\n" + "a;b, c\n" * 20), ["20 rows of format prompt_completion"]),
+    "21 Alpaca": (given("a.jsonl", lines_of([{"instruction": "a", "output": "b"}] * 20)), ["20 rows of format alpaca"]),
+    "21 ShareGPT": (
+        given(
+            "a.jsonl",
+            lines_of([{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}] * 20),
+        ),
+        ["20 rows of format sharegpt"],
+    ),
+    "21 TRL": (
+        given("a.jsonl", lines_of([{"prompt": TURNS[:1], "completion": TURNS[1:]}] * 20)),
+        ["format conversational"],
+    ),
+    "24 turn by turn": (given("a.jsonl", lines_of([{"messages": TURNS * 2}] * 20)), ["20 rows of format messages"]),
+    "25 beyond": (set_key("data.max_seq_length", 256), ["the model was made for 128 positions"]),
+    "25 cut": (
+        given("a.jsonl", lines_of([{"prompt": "a", "completion": "long " * 99}, *PAIRS])),
+        ["of the first 21 rows 1 longer than data.max_seq_length 64"],
+    ),
+    "27 three rows": (
+        lambda place: (
+            rows(place, "a.jsonl", lines_of(PAIRS[:3])),
+            place.values.update(finetune={"max_steps": 50, "warmup_steps": 60}),
+        )[0],
+        ["reads each of the 3 rows about 133 times", "warmup_steps is 60, and there are 50 steps"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GOES_ON)
+def test_what_is_no_mistake_goes_on(place: Place, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("ROWS", str(place.root))
+    change, words = GOES_ON[name]
+    change(place)
+    result = place("validate", "my.yaml")
+    assert result.exit_code == 0, (result.exception, result.output)
+    for word in words:
+        assert word in result.stdout
+
+
+def test_the_first_line_of_validate_says_the_most(place: Place) -> None:
+    first = place("validate", "my.yaml").stdout.splitlines()[0]
+    assert first.startswith("my.yaml is valid: ")
+
+
+def test_a_batch_is_validated_as_one(place: Place) -> None:
+    place.write("many.yaml", "base: my.yaml\nrun_dir: runs/many\ngrid: {seed: [1, 2]}\n")
+    result = place("validate", "many.yaml")
+    assert result.exit_code == 0, result.output
+    assert "2 tasks" in result.stdout
+    assert "The batch is valid" in result.stdout
+
+
+def test_preview_marks_what_is_learnt(place: Place) -> None:
+    result = place("preview", "my.yaml", "--rows", "2")
+    assert result.exit_code == 0, result.output
+    assert "rows.jsonl, row 1 (prompt_completion): " in result.stdout
+    prompt, completion = result.stdout.split("⟦so⟧")[1].replace("·", "").split("⟧")[0].split("⟦")
+    assert (prompt.strip(), completion) == ("add 0:", "it is 0<eos>")
+    assert "row 2" in result.stdout
+
+
+def test_keys_shows_one_key(place: Place) -> None:
+    assert "peak of the schedule" in place("keys", "finetune.learning_rate").stdout
+    assert "TrainingArguments" in place("keys", "finetune.weight_decay").stdout
+
+
+def test_version_and_schema(place: Place) -> None:
+    assert place("--version").stdout == f"emloc-ray {version('emloc-ray')}\n"
+    schema = json.loads(place("schema").stdout)
+    jsonschema.validate(place.values, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**place.values, "sead": 1}, schema)
+
+
+def test_init_writes_a_config_that_is_valid(place: Place) -> None:
+    arguments = [
+        "--model",
+        place.values["model"],
+        "--data",
+        "rows.jsonl",
+        "--memory-budget",
+        "4GiB",
+        "--output",
+        "new.yaml",
+    ]
+    result = place("init", *arguments)
+    assert result.exit_code == 0, result.output
+    text = Path("new.yaml").read_text()
+    config = parse_config(read_yaml(text))
+    assert config.memory_budget == 4 * 2**30
+    assert "# what one worker may hold" in text
+    again = place("init", *arguments)
+    assert again.exit_code == 2
+    assert "new.yaml is there already" in again.stderr
+
+
+def test_no_key_of_a_peer_leads_to_one_that_is_refused() -> None:
+    for name, ours in PEERS.items():
+        assert unknown_key(ours) is None, name
+    with pytest.raises(ConfigError, match=r"write finetune\.optim"):
+        parse_config({"run_dir": "r", "model": "m", "data": {"train": "x"}, "optimizer": "adamw"})
