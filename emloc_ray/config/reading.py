@@ -25,7 +25,7 @@ from emloc_ray.io.formats.yaml_text import read_yaml
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 # The keys that hold paths.
 _PATHS = re.compile(
-    r"run_dir|model(\.source)?|data\.(\w+\.path|train|calibration|selection|eval|healing|image_roots)"
+    r"run_dir|model(\.source)?|data\.(\w+\.path|train|calibration|selection|eval|validation|healing|image_roots)"
     r"|evaluation\.upper_bound|finetune\.deepspeed"
 )
 Keys = tuple[Any, ...]  # the parts of a dotted key

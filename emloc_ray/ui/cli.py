@@ -220,15 +220,18 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
 def preview(
     config: ConfigPath,
     overrides: Overrides = None,
-    split: Annotated[str, typer.Option("--split", help="train, eval, selection, calibration or healing.")] = "train",
+    split: Annotated[
+        str, typer.Option("--split", help="train, eval, selection, calibration, healing or validation.")
+    ] = "train",
     rows: Annotated[int, typer.Option("--rows", min=1, max=64, help="How many rows.")] = 1,
 ) -> None:
     """Show the first rows as tokens, those that are learnt marked."""
     from emloc_ray.data.splits import SPLITS
     from emloc_ray.ui import config_verbs
 
-    if split not in (*SPLITS, "healing"):
-        raise ConfigError(f"--split {split} is no split: give one of {', '.join((*SPLITS, 'healing'))}.")
+    splits = (*SPLITS, "healing", "validation")
+    if split not in splits:
+        raise ConfigError(f"--split {split} is no split: give one of {', '.join(splits)}.")
     config_verbs.preview(console, _prepare(config, overrides), split, rows)
 
 

@@ -106,7 +106,7 @@ REFUSED: dict[str, tuple[Callable[[Place], None], list[str]]] = {
     "2 lr": (set_key("finetune.lr", 2), ["the nearest is learning_rate"]),
     "2 epochs": (set_key("epochs", 2), ["write finetune.num_train_epochs"]),
     "2 lora_r": (set_key("adapter.lora_r", 2), ["the nearest is r"]),
-    "2 validation": (set_key("data.validation", "rows.jsonl"), ["the nearest is eval"]),
+    "2 dev": (set_key("data.dev", "rows.jsonl"), ["the nearest is eval"]),
     "2 cutoff_len": (set_key("finetune.cutoff_len", 2), ["write data.max_seq_length"]),
     "3 several": (
         other({"run_dir": 3, "sead": 1, "emulator": {"compression_ratio": 2}}),
