@@ -86,11 +86,16 @@ class MemoryModel(ModelBytes):
         counting = self._counting(self._calibration_tokens())
         if asked == "auto" and self.weights + sum(map(gram_bytes, self._groups())) + counting <= room:
             return "resident"
-        trusted = self.config.model.trust_remote_code
-        if asked in ("auto", "block_by_block") and not blocks_share(self.model_config, trusted):
+        if self.may_stream():
             return "block_by_block"
         largest = max(map(gram_bytes, self._groups()), default=0)
         return choose(asked if asked == "resident" else "offloaded", self.held, counting + largest, room)
+
+    def may_stream(self) -> bool:
+        """Whether calibration may go block by block, where that is what fits."""
+        trusted = self.config.model.trust_remote_code
+        asked = self.config.model.hold in ("auto", "block_by_block")
+        return asked and not blocks_share(self.model_config, trusted)
 
     def waves(self) -> list[list[tuple[LinearSpec, ...]]]:
         """The groups of linears, in parts whose Grams fit beside the model in a worker's memory; one part where all do."""

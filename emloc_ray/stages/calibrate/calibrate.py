@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from emloc_ray.io.store.node_cache import discard, exists, local_only, sizes
 from emloc_ray.modeling.architecture import load_config
 from emloc_ray.modeling.block_flow import block_flow
 from emloc_ray.stages.calibrate.job import BLOCKS, CalibrationJob
-from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
+from emloc_ray.stages.calibrate.resident_slot import ResidentSlot, smaller_batch
 from emloc_ray.stages.calibrate.streamed_slot import StreamedSlot, grams_file, last_node, part_file
 from emloc_ray.stages.calibrate.thin_experts import Gathered, clear_thin, describe, gather_thin
-from emloc_ray.stages.ray.losses import Losses, Tell, unheard
+from emloc_ray.stages.ray.losses import Losses, Tell, causes, is_out_of_memory, unheard
 from emloc_ray.stages.ray.slots import run_slots, start_slot
 from emloc_ray.stages.ray.tasks import Flight, Progress, Resources, bounded, set_threads, silent
 
@@ -55,7 +55,8 @@ def calibrate(
     if not exists(out_dir / INDEX):
         losses = Losses(job.step, tell)
         gather = functools.partial(_gather, resources=resources, progress=progress, losses=losses)
-        (counts, weight_map), routed = gather_thin(job, out_dir, gather(job, out_dir), gather)
+        job, first = gather_as_fits(job, out_dir, gather, tell)
+        (counts, weight_map), routed = gather_thin(job, out_dir, first, gather)
         write_gram_index(out_dir, job.groups, weight_map, counts, routed_tokens=routed)
     for left in (out_dir / "slots", local_only(out_dir) / "hidden"):
         discard(left)
@@ -69,6 +70,21 @@ def calibrate(
         "waves": len(job.waves or (job.groups,)),
         **describe(job, index["num_tokens"], index.get("routed_tokens", {})),
     }
+
+
+def gather_as_fits(
+    job: CalibrationJob, out_dir: Path, gather: Callable[[CalibrationJob, Path], Gathered], tell: Tell
+) -> tuple[CalibrationJob, Gathered]:
+    """What ``gather`` returns of the job; held block by block where a worker ran out of memory with a row at a time."""
+    try:
+        return job, gather(job, out_dir)
+    except Exception as error:
+        if job.hold == BLOCKS or not job.may_stream or not any(map(is_out_of_memory, causes(error))):
+            raise
+    tell(f"{job.step}: a worker ran out of memory with the model held {job.hold}; it goes on block by block.")
+    discard(out_dir / "slots")
+    job = dataclasses.replace(job, hold=BLOCKS, waves=None)
+    return job, gather(job, out_dir)
 
 
 def _gather(
@@ -111,6 +127,11 @@ def _reside(
         ends = [shards[-1] for shards in work]
         while (safe := [last_shard(file) if exists(file) else -1 for file in slots]) != ends:
             run_slots(start, work, "token shard", losses, of_all_waves, safe=safe)
+        for slot, file in enumerate(slots):
+            if rows := smaller_batch(file):
+                losses.tell(
+                    f"{job.step}: slot {slot} ran out of memory with {job.batch_size} rows a batch and went on with {rows}."
+                )
         names = [group[0] for group in groups]
         prefix = f"grams-{number + 1:05d}" if len(waves) > 1 else "grams"
         wave_counts, wave_map = _reduce(slots, names, out_dir, prefix, resources, losses)

@@ -39,7 +39,8 @@ class CalibrationJob:
     are the linears outside all blocks, with the block that runs next.
     ``experts`` are the groups of experts' linears, by their first one's name, with its inputs; those that are sent fewer
     tokens than ``min_expert_tokens`` are seen to in a second pass, whose job has ``reread`` set.
-    ``hold`` is how a worker holds the model, see :mod:`emloc_ray.modeling.holding`.
+    ``hold`` is how a worker holds the model, see :mod:`emloc_ray.modeling.holding`; ``may_stream``: block by block, where that
+    turns out to take more memory than there is.
     With ``gradients`` it is not what linears read that is summed up, but the gradients of what each of them gives: every
     linear is a group of its own.
     """
@@ -61,6 +62,7 @@ class CalibrationJob:
     min_expert_tokens: int = 0
     reread: bool = False
     gradients: Labels | None = None
+    may_stream: bool = False
 
     @property
     def step(self) -> str:

@@ -3,18 +3,24 @@ backward ones."""
 
 from __future__ import annotations
 
+import gc
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import TokenShards, collate, length_batches
 from emloc_ray.io.formats.grams import add_slot, write_slot
-from emloc_ray.io.store.node_cache import exists
+from emloc_ray.io.store.atomic import write_json
+from emloc_ray.io.store.node_cache import ensure, exists
 from emloc_ray.modeling.gradient_hooks import GradientHooks
 from emloc_ray.modeling.gram_hooks import GramHooks
 from emloc_ray.modeling.holding import open_model
 from emloc_ray.stages.calibrate.job import CalibrationJob
+from emloc_ray.stages.ray.losses import is_out_of_memory
 from emloc_ray.stages.ray.tasks import set_threads
 
 _COMMIT_SHARE = 0.05  # of a slot's time, at the most
@@ -31,8 +37,16 @@ class _Numbered:
         return len(self.tokens)
 
 
+def smaller_batch(path: Path) -> int | None:
+    """The rows of a batch that the slot of ``path`` went on with, where more did not fit its memory."""
+    note = path.with_suffix(".batch.json")
+    ensure(note)
+    return int(json.loads(note.read_text())["rows"]) if note.is_file() else None
+
+
 class ResidentSlot:
-    """Accumulates the job's sums over its shards, in order, and goes on from its last commit when it is made anew."""
+    """Accumulates the job's sums over its shards, in order, and goes on from its last commit when it is made anew; also
+    where it runs out of memory, then with half the rows a batch."""
 
     def __init__(self, job: CalibrationJob, path: Path, threads: int) -> None:
         set_threads(threads)
@@ -53,9 +67,9 @@ class ResidentSlot:
                 seed=labels.seed,
                 checkpointing=job.hold == "resident",
             )
-        self.last_shard = -1
-        if exists(path):
-            self.last_shard = add_slot(path, self.hooks.grams)
+        self.batch_size = smaller_batch(path) or job.batch_size
+        self.last_shard = add_slot(path, self.hooks.grams) if exists(path) else -1
+        self._uncommitted: list[int] = []
         self._commit_seconds, self._committed_at = 0.0, time.monotonic()
 
     def position(self) -> int:
@@ -64,23 +78,57 @@ class ResidentSlot:
 
     def accumulate(self, number: int) -> int:
         """Counts one shard; returns its number."""
-        images = self.job.image_inputs()
-        rows = [_Numbered(*pair) for pair in enumerate(self.shards.shard(number), self.shards.first_position(number))]
-        for some in length_batches(rows, self.job.batch_size):
-            batch = collate([row.tokens for row in some], self.job.pad_token_id, images)
-            if isinstance(self.hooks, GramHooks):
-                self.hooks.forward(batch, self.job.tokens)
+        self._uncommitted.append(number)
+        pending = [number]
+        while pending:
+            if self._fits(pending[0]):
+                del pending[0]
             else:
-                self.hooks.forward(batch, self.job.tokens, [row.position for row in some])
+                self._begin_again()
+                pending = list(self._uncommitted)
         self.hooks.check_finite()
         self.last_shard = number
         if self._commit_seconds < _COMMIT_SHARE * (time.monotonic() - self._committed_at - 30):
             self.commit()
         return number
 
+    def _fits(self, number: int) -> bool:
+        """Adds a shard's rows to the sums, of which only some are there where memory runs out."""
+        try:
+            self._add(number)
+        except Exception as error:
+            if self.batch_size == 1 or not is_out_of_memory(error):
+                raise
+            return False
+        return True
+
+    def _begin_again(self) -> None:
+        """Takes the sums back to the last commit, and half the rows a batch from now on."""
+        gc.collect()  # what the pass that failed has left
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.batch_size = max(1, self.batch_size // 2)
+        write_json(self.path.with_suffix(".batch.json"), {"rows": self.batch_size})
+        for gram in self.hooks.grams.values():
+            gram.matrix.zero_()
+            gram.num_tokens = 0
+        if exists(self.path):
+            add_slot(self.path, self.hooks.grams)
+
+    def _add(self, number: int) -> None:
+        images = self.job.image_inputs()
+        rows = [_Numbered(*pair) for pair in enumerate(self.shards.shard(number), self.shards.first_position(number))]
+        for some in length_batches(rows, self.batch_size):
+            batch = collate([row.tokens for row in some], self.job.pad_token_id, images)
+            if isinstance(self.hooks, GramHooks):
+                self.hooks.forward(batch, self.job.tokens)
+            else:
+                self.hooks.forward(batch, self.job.tokens, [row.position for row in some])
+
     def commit(self) -> None:
         """Writes the sums and the last shard they hold, atomically."""
         begin = time.monotonic()
         write_slot(self.path, self.hooks.grams, self.last_shard)
+        self._uncommitted.clear()
         self._committed_at = time.monotonic()
         self._commit_seconds = self._committed_at - begin

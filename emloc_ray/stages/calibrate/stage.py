@@ -35,6 +35,7 @@ def calibration_job(context: Context) -> CalibrationJob:
         tuple(context.model_options.items()),
         hold,
         None if hold == BLOCKS else tuple(context.gram_groups(wave) for wave in memory.waves()),
+        may_stream=memory.may_stream(),
         experts=experts(context),
         min_expert_tokens=section.min_expert_tokens,
         streams=tuple((s.name, s.stream) for s in context.layout.specs if s.stream != "row"),
@@ -52,6 +53,7 @@ def gradient_job(context: Context) -> CalibrationJob:
         batch_size=plan.batch_size,
         hold=plan.hold,
         waves=waves,
+        may_stream=False,
         experts=(),
         gradients=Labels(context.loss_on(), context.prepared.config.seed),
     )

@@ -14,7 +14,10 @@ from stage_artifacts import Artifacts
 
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.errors import NumericsError
-from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
+from emloc_ray.stages.calibrate.calibrate import gather_as_fits
+from emloc_ray.stages.calibrate.job import BLOCKS, CalibrationJob
+from emloc_ray.stages.calibrate.resident_slot import ResidentSlot, smaller_batch
+from emloc_ray.stages.calibrate.thin_experts import Gathered
 
 
 def test_a_slot_made_anew_goes_on_from_its_commit(artifacts: Artifacts, tmp_path: Path) -> None:
@@ -67,3 +70,69 @@ def test_activations_that_are_no_numbers_name_the_first_layer_that_reads_them(
     with pytest.raises(NumericsError, match=r"model\.layers\.1\.self_attn\.o_proj reads hold NaN or Inf"):
         slot.accumulate(0)
     assert not (tmp_path / "slot").exists()
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_out_of_memory_halves_the_batch_and_counts_nothing_twice(
+    artifacts: Artifacts, tmp_path: Path, committed: bool
+) -> None:
+    job = replace(artifacts.calibration_job, batch_size=8)
+    calm, tight = ResidentSlot(job, tmp_path / "calm", 1), ResidentSlot(job, tmp_path / "tight", 1)
+    rows: list[int] = []
+
+    def run_out(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        rows.append(len(args[0]))
+        if rows[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    for number in (0, 1, 2):
+        calm.accumulate(number)
+    tight.accumulate(0)
+    if committed:
+        tight.commit()
+    # In the last block: the Grams before it have the batch by then.
+    tight.hooks.model.get_submodule("model.layers.1.mlp").register_forward_pre_hook(run_out)
+    for number in (1, 2):
+        tight.accumulate(number)
+    assert [count for count in rows if count > 2] == [5, 4]  # of the five rows of a shard
+    assert (tight.batch_size, smaller_batch(tmp_path / "tight"), smaller_batch(tmp_path / "calm")) == (2, 2, None)
+    assert ResidentSlot(job, tmp_path / "tight", 1).batch_size == 2
+    for name, gram in calm.hooks.grams.items():
+        assert tight.hooks.grams[name].num_tokens == gram.num_tokens
+        torch.testing.assert_close(tight.hooks.grams[name].matrix, gram.matrix, rtol=1e-5, atol=1e-4)
+
+
+def test_out_of_memory_with_a_row_at_a_time_is_raised(artifacts: Artifacts, tmp_path: Path) -> None:
+    slot = ResidentSlot(artifacts.calibration_job, tmp_path / "slot", 1)
+
+    def run_out(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    slot.hooks.model.get_submodule("model.layers.1.mlp").register_forward_pre_hook(run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        slot.accumulate(0)
+    assert slot.batch_size == 1
+
+
+@pytest.mark.parametrize(("may_stream", "hold"), [(True, "resident"), (False, "resident"), (True, BLOCKS)])
+def test_out_of_memory_goes_on_block_by_block_where_it_may(
+    artifacts: Artifacts, tmp_path: Path, may_stream: bool, hold: str
+) -> None:
+    job = replace(artifacts.calibration_job, may_stream=may_stream, hold=hold)
+    notes: list[str] = []
+
+    def gather(job: CalibrationJob, out_dir: Path) -> Gathered:
+        if job.hold == hold:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return {"layer": 7}, {"layer": "file"}
+
+    if may_stream and hold == "resident":
+        found, gathered = gather_as_fits(job, tmp_path, gather, notes.append)
+        assert (found.hold, found.waves, gathered) == (BLOCKS, None, ({"layer": 7}, {"layer": "file"}))
+        assert notes == [
+            "calibrate: a worker ran out of memory with the model held resident; it goes on block by block."
+        ]
+        return
+    with pytest.raises(torch.OutOfMemoryError):
+        gather_as_fits(job, tmp_path, gather, notes.append)
+    assert notes == []
