@@ -29,6 +29,7 @@ def room(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
+@functools.cache
 def imports(path: Path, at_import: bool = False) -> list[str]:
     """The full names of all that a file imports, inside functions too; ``at_import``: of what its import imports alone."""
     names: list[str] = []
@@ -39,9 +40,14 @@ def imports(path: Path, at_import: bool = False) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path} imports relatively"
             names += [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+        elif isinstance(node, ast.Call) and called(node.func) in ("import_module", "__import__"):
             names += [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
     return names
+
+
+def called(function: ast.expr) -> str | None:
+    """The last part of the name that is called."""
+    return getattr(function, "attr", None) or getattr(function, "id", None)
 
 
 def rooms_of(path: Path) -> set[str]:
@@ -50,6 +56,7 @@ def rooms_of(path: Path) -> set[str]:
     return {name[1] for name in names if name[0] == "emloc_ray" and len(name) > 1}
 
 
+@functools.cache
 def module_of(name: str) -> Path | None:
     """The file of ours that a dotted name is, or is in."""
     parts = name.split(".")[1:] if name.startswith("emloc_ray.") else []

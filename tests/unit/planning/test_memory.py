@@ -134,16 +134,17 @@ def test_factorizing_and_merging_llama_7b_by_hand(llama_7b: Prepared) -> None:
 
 
 def test_correcting_70_b_takes_less_than_ten_tflop() -> None:
+    """By a tenth of its 80 layers, all alike."""
     sizes: dict[str, Any] = {
         "hidden_size": 8192,
         "intermediate_size": 28_672,
-        "num_hidden_layers": 80,
+        "num_hidden_layers": 8,
         "num_attention_heads": 64,
     }
     prepared = bare(LlamaConfig(**sizes, num_key_value_heads=8), adapter={"r": 8})
     wide = sum(2 * spec.num_parameters * spec.in_features for spec in prepared.layout.specs)
-    assert wide == pytest.approx(1.9e15, rel=0.02)  # the product Δ G of all layers
-    assert MemoryModel(prepared, ROW).correction_work() == pytest.approx(4.86e12, rel=0.02)
+    assert wide == pytest.approx(1.9e14, rel=0.02)  # the product Δ G of all layers
+    assert MemoryModel(prepared, ROW).correction_work() == pytest.approx(4.86e11, rel=0.02)
 
 
 def test_correction_opens_the_original_only_to_choose(llama_7b: Prepared) -> None:
