@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import re
 import time
-from collections.abc import Callable
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from typer.core import TyperGroup
 
 from emloc_ray.errors import ConfigError, EmlocError
 from emloc_ray.ui.batch_verbs import (
@@ -31,44 +26,17 @@ from emloc_ray.ui.batch_verbs import (
     show_batch,
     state_now,
 )
-
-
-class _Verbs(TyperGroup):
-    """Takes a config's key with dashes for what it is."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Ends with a sentence where an option is an override."""
-        for argument in args:
-            if re.match(r"--\w+\.[\w.]+=", argument):
-                errors.print(f"[red]Error:[/] {escape(argument)}: write {escape(argument[2:])}, without dashes.")
-                raise typer.Exit(2)
-        return super().parse_args(ctx, args)
-
+from emloc_ray.ui.run_status import show_status
+from emloc_ray.ui.shell import Verbs, console, guarded
 
 app = typer.Typer(
-    cls=_Verbs,
+    cls=Verbs,
     name="emloc-ray",
     help="Fine-tune a large model through a small emulator of it, on Ray (EMLoC, arXiv 2506.12015).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-class _Console(Console):
-    """Goes silent where its reader has left (``emloc-ray keys | head``), so that a run reaches its end and exit code."""
-
-    def on_broken_pipe(self) -> None:
-        """Writes nothing from now on, not even at exit, when Python flushes the rest."""
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
-
-
-console = _Console(highlight=False)
-errors = _Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-Arguments = ParamSpec("Arguments")
 
 
 class Stage(str, Enum):
@@ -104,24 +72,6 @@ def _version(asked: bool) -> None:
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Config keys to override.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in run_dir, and start anew.")]
-
-
-def guarded(verb: Callable[Arguments, None]) -> Callable[Arguments, None]:
-    """A verb that turns a failure into a sentence on stderr and an exit code: 1 failed, 2 bad call, 130 or 143 stopped."""
-
-    @functools.wraps(verb)
-    def call(*arguments: Arguments.args, **options: Arguments.kwargs) -> None:
-        try:
-            verb(*arguments, **options)
-        except EmlocError as error:
-            for line in str(error).split("\n"):
-                errors.print(f"[red]Error:[/] {escape(line)}")
-            raise typer.Exit(error.exit_code) from None
-        except (KeyboardInterrupt, SystemExit) as error:  # Ray makes a SystemExit of SIGTERM
-            errors.print("Stopped. Finished stages stay; the same command continues from there.")
-            raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else 143) from None
-
-    return call
 
 
 def _prepare(path: Path, overrides: list[str] | None) -> Any:
@@ -345,38 +295,9 @@ def status(
         return
     while watch and not console.quiet and run.holder() is not None:
         console.clear()
-        _show_status(run)
+        show_status(console, run)
         time.sleep(1)
-    _show_status(run)
-
-
-def _show_status(run: Any) -> None:
-    from emloc_ray.config.steps import STEPS
-    from emloc_ray.io.store.node_cache import exists
-    from emloc_ray.io.store.places import below
-    from emloc_ray.runs.status import asked_steps, read_status
-    from emloc_ray.runs.trace import TRACE
-    from emloc_ray.text import duration, size
-    from emloc_ray.ui.terminal import evaluation_table, result_lines
-
-    manifest = run.manifest()
-    stages, asked = manifest["stages"], asked_steps(manifest)
-    for stage in STEPS:
-        if stage in stages:
-            usage = stages[stage]["result"]["usage"]
-            took, peak = duration(usage["wall_s"]), size(usage["peak_pss_bytes"])
-            console.print(f"[green]✓[/] {stage:<10} {took:>9}  peak {peak}")
-        elif stage in asked:
-            console.print(f"[dim]· {stage:<10} not done[/]")
-    for line in read_status(run).lines():
-        console.print(escape(line), soft_wrap=True)
-    if exists(run.path(TRACE)):
-        console.print(escape(f"Trace of its workers: {below(run.place, TRACE)}, for ui.perfetto.dev"), soft_wrap=True)
-    metrics = run.metrics()
-    if "evaluation" in metrics:
-        console.print(evaluation_table(metrics))
-        for line in result_lines(metrics, run.place):
-            console.print(escape(line), soft_wrap=True)
+    show_status(console, run)
 
 
 @app.command(epilog=KEYS)

@@ -1,0 +1,41 @@
+"""What ``emloc-ray status`` prints of a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+
+if TYPE_CHECKING:
+    from emloc_ray.io.runs.directory import RunDirectory
+
+
+def show_status(console: Console, run: RunDirectory) -> None:
+    """Prints a run's stages, its state and its results so far."""
+    from emloc_ray.config.steps import STEPS
+    from emloc_ray.io.store.node_cache import exists
+    from emloc_ray.io.store.places import below
+    from emloc_ray.runs.status import asked_steps, read_status
+    from emloc_ray.runs.trace import TRACE
+    from emloc_ray.text import duration, size
+    from emloc_ray.ui.terminal import evaluation_table, result_lines
+
+    manifest = run.manifest()
+    stages, asked = manifest["stages"], asked_steps(manifest)
+    for stage in STEPS:
+        if stage in stages:
+            usage = stages[stage]["result"]["usage"]
+            took, peak = duration(usage["wall_s"]), size(usage["peak_pss_bytes"])
+            console.print(f"[green]✓[/] {stage:<10} {took:>9}  peak {peak}")
+        elif stage in asked:
+            console.print(f"[dim]· {stage:<10} not done[/]")
+    for line in read_status(run).lines():
+        console.print(escape(line), soft_wrap=True)
+    if exists(run.path(TRACE)):
+        console.print(escape(f"Trace of its workers: {below(run.place, TRACE)}, for ui.perfetto.dev"), soft_wrap=True)
+    metrics = run.metrics()
+    if "evaluation" in metrics:
+        console.print(evaluation_table(metrics))
+        for line in result_lines(metrics, run.place):
+            console.print(escape(line), soft_wrap=True)

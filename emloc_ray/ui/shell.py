@@ -1,0 +1,61 @@
+"""What every verb of the command line stands in: the two consoles, sentences for failures, exit codes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Callable
+from typing import Any, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from typer.core import TyperGroup
+
+from emloc_ray.errors import EmlocError
+
+Arguments = ParamSpec("Arguments")
+
+
+class _Console(Console):
+    """Goes silent where its reader has left (``emloc-ray keys | head``), so that a run reaches its end and exit code."""
+
+    def on_broken_pipe(self) -> None:
+        """Writes nothing from now on, not even at exit, when Python flushes the rest."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+console = _Console(highlight=False)
+errors = _Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class Verbs(TyperGroup):
+    """Takes a config's key with dashes for what it is."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Ends with a sentence where an option is an override."""
+        for argument in args:
+            if re.match(r"--\w+\.[\w.]+=", argument):
+                errors.print(f"[red]Error:[/] {escape(argument)}: write {escape(argument[2:])}, without dashes.")
+                raise typer.Exit(2)
+        return super().parse_args(ctx, args)
+
+
+def guarded(verb: Callable[Arguments, None]) -> Callable[Arguments, None]:
+    """A verb that turns a failure into a sentence on stderr and an exit code: 1 failed, 2 bad call, 130 or 143 stopped."""
+
+    @functools.wraps(verb)
+    def call(*arguments: Arguments.args, **options: Arguments.kwargs) -> None:
+        try:
+            verb(*arguments, **options)
+        except EmlocError as error:
+            for line in str(error).split("\n"):
+                errors.print(f"[red]Error:[/] {escape(line)}")
+            raise typer.Exit(error.exit_code) from None
+        except (KeyboardInterrupt, SystemExit) as error:  # Ray makes a SystemExit of SIGTERM
+            errors.print("Stopped. Finished stages stay; the same command continues from there.")
+            raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else 143) from None
+
+    return call
