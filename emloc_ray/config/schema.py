@@ -57,13 +57,31 @@ COLUMNS = (
 """The columns that the formats of rows have."""
 
 
+Weight = typing.Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 class SplitConfig(Section):
     """One split of the data: files of JSON, Parquet, CSV or text, a directory or glob, local or by URI; or ``hf:DATASET``."""
 
-    path: Patterns = Field(
-        description="file, directory, glob or URI, or a list of these; or hf:DATASET[@SUBSET][:SPLIT]"
+    path: Patterns | typing.Annotated[dict[str, Weight], Field(min_length=1)] = Field(
+        description="file, directory, glob, URI or hf:DATASET[@SUBSET][:SPLIT]; a list of these, or a map to their shares"
     )
     num_samples: int | None = Field(None, ge=1, description="rows to sample; all by default")
+
+    @property
+    def places(self) -> list[str]:
+        """All that it names, in order."""
+        return [self.path] if isinstance(self.path, str) else list(self.path)
+
+    @property
+    def hub(self) -> list[str]:
+        """Its data sets on the hub."""
+        return [place for place in self.places if place.startswith("hf:")]
+
+    @property
+    def weights(self) -> list[float] | None:
+        """The shares of its places in the split; None where all rows of each are taken."""
+        return list(self.path.values()) if isinstance(self.path, dict) else None
 
     @model_validator(mode="before")
     @classmethod

@@ -87,7 +87,8 @@ class SourceFile:
     ``marks`` are the byte offsets of every 1,024th row of a JSONL or CSV file, where reading can begin: 9,766 for 10⁷ rows.
     ``group_rows`` is the size of a Parquet file's largest row group, where alone reading can begin. ``version`` identifies a
     stored file's content; it is empty for a local file. ``images`` is a hash of the images that its first rows name: their
-    names, and for local files their sizes and times. ``format`` is that of its rows, empty until its first ones were read.
+    names, and for local files their sizes and times. ``format`` is that of its rows, empty until its first ones were
+    read. ``part``: the number of the place in a split's shares that names it.
     """
 
     path: str
@@ -99,6 +100,7 @@ class SourceFile:
     images: str = ""
     format: str = ""
     delimiter: str = ","
+    part: int = 0
 
     @property
     def is_stored(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,22 +18,28 @@ SPLITS = ("train", "calibration", "selection", "eval")
 is scored while it is trained."""
 CALIBRATION_SEED = 3
 """Added to the run's seed to draw calibration rows."""
+MIXTURE_SEED = 6
+"""Added to the run's seed to draw the rows of several sources."""
 
 _LARGEST = 2**64 - 1
 
 
 @dataclass(frozen=True)
 class HashRange:
-    """The rows whose hash under ``seed`` is from ``low`` to ``high``, both included."""
+    """The rows whose hash under ``seed`` is from ``low`` to ``high``, both included; and all that are not in
+    ``[begin, end)``, where that is given."""
 
     seed: int
     low: int
     high: int
+    begin: int = 0
+    end: int | None = None
 
     def holds(self, rows: Rows) -> NDArray[np.bool_]:
         """Which of the rows are in it."""
         hashes = row_hash(rows, self.seed)
-        return (hashes >= np.uint64(self.low)) & (hashes <= np.uint64(self.high))
+        inside = (hashes >= np.uint64(self.low)) & (hashes <= np.uint64(self.high))
+        return inside if self.end is None else inside | (rows < self.begin) | (rows >= self.end)
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,26 @@ class RowSelection:
     def all_rows(cls, sources: Sequence[SourceFile]) -> RowSelection:
         """Every row of every file."""
         return cls(tuple(sources), (), sum(source.num_rows for source in sources))
+
+    @classmethod
+    def mixed(cls, sources: Sequence[SourceFile], weights: Sequence[float], seed: int) -> RowSelection:
+        """As many rows as have the shares ``weights`` of each source's part, none twice: the part that ends first is taken
+        whole. Files of a part are neighbours."""
+        whole, start = cls.all_rows(sources), 0
+        spans: dict[int, tuple[int, int]] = {}
+        for source in sources:
+            spans[source.part] = (spans.get(source.part, (start, 0))[0], start + source.num_rows)
+            start += source.num_rows
+        most = min((end - begin) / weights[part] for part, (begin, end) in spans.items())
+        ranges, num_rows = [], 0
+        for part, (begin, end) in spans.items():
+            count = min(max(1, round(weights[part] * most)), end - begin)
+            border = int(
+                row_hash(rows_at(functools.partial(whole.chunks, begin, end), seed, count - 1, count), seed)[0]
+            )
+            ranges.append(HashRange(seed, 0, border, begin, end))
+            num_rows += count
+        return cls(tuple(sources), tuple(ranges), num_rows)
 
     def __len__(self) -> int:
         return self.num_rows

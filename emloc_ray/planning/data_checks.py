@@ -37,16 +37,22 @@ def check_split(config: RunConfig, name: str, reads_images: bool) -> tuple[Sourc
     """
     split: SplitConfig | None = getattr(config.data, name)
     is_made = config.data.generate is not None and name in SPLITS
-    if split is None or is_made or _is_hub(split):
+    if split is None or is_made:
+        return ()
+    if split.hub and importlib.util.find_spec("datasets") is None:
+        raise ConfigError(f"{split.hub[0]} needs the datasets package: pip install 'emloc-ray[hub]'.")
+    files = [place for place in split.places if place not in split.hub]
+    if not files:
         return ()
     try:
-        sources = _checked_sources(split.path, f"data.{name}.path", config.data, reads_images)
+        sources = _checked_sources(files, f"data.{name}.path", config.data, reads_images)
+        sources = _in_parts(sources, split, f"data.{name}.path")
     except ArtifactError as error:  # a store that does not answer
         raise ConfigError(f"data.{name}.path: {error}") from error
     held_out = ("selection", "eval", *(["validation"] if config.finetune.validates else []))
     others = sum(getattr(config.data, other) is None for other in held_out)  # taken out of train
     rows = sum(source.num_rows for source in sources)
-    if name == "train" and rows <= others:
+    if name == "train" and rows <= others and not split.hub:
         raise ConfigError(
             f"data.train.path has {rows} rows, and {others} are held out: give more, or paths of their own to"
             " data.selection and data.eval."
@@ -54,9 +60,18 @@ def check_split(config: RunConfig, name: str, reads_images: bool) -> tuple[Sourc
     return sources
 
 
-def _checked_sources(
-    patterns: str | Sequence[str], key: str, data: DataConfig, reads_images: bool
-) -> tuple[SourceFile, ...]:
+def _in_parts(sources: tuple[SourceFile, ...], split: SplitConfig, key: str) -> tuple[SourceFile, ...]:
+    """Each file with the number of the first place that names it, where places have shares."""
+    if split.weights is None:
+        return sources
+    parts: dict[str, int] = {}
+    for number, place in enumerate(split.places):
+        for file in list_files(place, key) if place not in split.hub else ():
+            parts.setdefault(str(file), number)
+    return tuple(dataclasses.replace(source, part=parts[source.path]) for source in sources)
+
+
+def _checked_sources(patterns: Sequence[str], key: str, data: DataConfig, reads_images: bool) -> tuple[SourceFile, ...]:
     places = list_files(patterns, key)
     stored = any(isinstance(place, str) for place in places)
     columns = tuple(data.columns.items())
@@ -144,9 +159,9 @@ def check_held_out(config: RunConfig, files: Mapping[str, tuple[SourceFile, ...]
     paths = {name: {_place(source) for source in sources or ()} for name, sources in files.items()}
     for name in paths:
         section = getattr(config.data, name)
-        if section is not None and _is_hub(section):
-            dataset, subset, part = hub_split(section.path, name)
-            paths[name] = {f"hf:{dataset}{f'@{subset}' if subset else ''}:{part}"}
+        for place in section.hub if section is not None else ():
+            dataset, subset, part = hub_split(place, name)
+            paths[name].add(f"hf:{dataset}{f'@{subset}' if subset else ''}:{part}")
     disjoint = {
         "eval": ("train", "selection", "healing", "validation"),
         "selection": ("train",),
@@ -165,9 +180,3 @@ def check_held_out(config: RunConfig, files: Mapping[str, tuple[SourceFile, ...]
 def _place(source: SourceFile) -> str:
     """A file's identity, however it was named."""
     return source.name if source.is_stored else os.path.realpath(source.path)
-
-
-def _is_hub(split: SplitConfig) -> bool:
-    if isinstance(split.path, str) and split.path.startswith("hf:") and importlib.util.find_spec("datasets") is None:
-        raise ConfigError(f"{split.path} needs the datasets package: pip install 'emloc-ray[hub]'.")
-    return isinstance(split.path, str) and split.path.startswith("hf:")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,15 +68,14 @@ def first_rows(prepared: Prepared, split: str = "train", count: int = 64) -> Fir
     if section is None or prepared.source.gguf_file is not None:
         return None
     try:
-        if str(section.path).startswith("hf:"):
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder, f"{split}.parquet")
-                download(section.path, split, path, first=count)
-                source = with_format(scan(path), config.data)
-                found = _tokenized(prepared, split, (source,), count, None)
-        else:
-            sources = prepared.files.get(split, ())
-            found = _tokenized(prepared, split, sources, count, sum(source.num_rows for source in sources))
+        with tempfile.TemporaryDirectory() as folder:
+            sources = [*prepared.files.get(split, ())]
+            for number, place in enumerate(section.hub):
+                path = Path(folder, f"{number}.parquet")
+                download(place, split, path, first=count)
+                sources.append(with_format(scan(path), config.data))
+            num_rows = None if section.hub else sum(source.num_rows for source in sources)
+            found = _tokenized(prepared, split, sources, count, num_rows)
     except DataError as error:
         raise ConfigError(str(error)) from error
     if found.sequences and found.num_emptied == len(found.sequences):
@@ -88,7 +87,7 @@ def first_rows(prepared: Prepared, split: str = "train", count: int = 64) -> Fir
 
 
 def _tokenized(
-    prepared: Prepared, split: str, sources: tuple[SourceFile, ...], count: int, num_rows: int | None
+    prepared: Prepared, split: str, sources: Sequence[SourceFile], count: int, num_rows: int | None
 ) -> FirstRows:
     config = prepared.config
     formats = tuple(dict.fromkeys(source.format for source in sources))
@@ -109,9 +108,10 @@ def _tokenized(
     return FirstRows(split, formats, num_rows, found, options.max_seq_length)
 
 
-def _rows(sources: tuple[SourceFile, ...], data: DataConfig, count: int) -> Iterator[tuple[Place, Row]]:
+def _rows(sources: Sequence[SourceFile], data: DataConfig, count: int) -> Iterator[tuple[Place, Row]]:
+    """Equally many rows of each file."""
     for source in sources:
-        numbers = range(min(count, source.num_rows))
+        numbers = range(min(max(1, -(-count // len(sources))), source.num_rows))
         needed, optional = columns_of(source.format, data.columns)
         for number, row in read_rows(source, numbers, needed, optional, keep_bad=data.on_error == "skip"):
             yield Place.of(source, number), row

@@ -54,7 +54,7 @@ def content_of_rows(prepared: Prepared) -> dict[str, str]:
 def may_change(prepared: Prepared) -> bool:
     """Whether the same rows may be others another day: a data set of the hub, images that rows name."""
     data, names = prepared.config.data, splits_of(prepared.config)
-    hub = any(str(split.path).startswith("hf:") for name in names if (split := getattr(data, name)) is not None)
+    hub = any(split.hub for name in names if (split := getattr(data, name)) is not None)
     return hub or any(source.images for files in prepared.files.values() for source in files)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from emloc_ray.config.schema import RunConfig
 from emloc_ray.data.hub import download
 from emloc_ray.data.image_places import ImagePlaces
 from emloc_ray.data.reading import SourceFile, scan
-from emloc_ray.data.splits import CALIBRATION_SEED, SPLITS, RowSelection, assign_splits
+from emloc_ray.data.splits import CALIBRATION_SEED, MIXTURE_SEED, SPLITS, RowSelection, assign_splits
 from emloc_ray.data.token_budget import rows_within
 from emloc_ray.data.tokenizing import TokenizeOptions, first_unwritten, row_lengths, tokenize_splits
 from emloc_ray.errors import DataError
@@ -99,7 +100,9 @@ def rows_of_splits(
     for name, selection in given.items():
         split = getattr(config.data, name)
         if split is not None:
-            given[name] = selection.sample(split.num_samples, config.seed)
+            weights = split.weights
+            mixed = RowSelection.mixed(selection.sources, weights, config.seed + MIXTURE_SEED) if weights else selection
+            given[name] = mixed.sample(split.num_samples, config.seed)
     splits = assign_splits(
         given,
         num_calibration_samples=config.calibration.num_calibration_samples,
@@ -123,20 +126,32 @@ def rows_of_splits(
 def split_sources(prepared: Prepared, out_dir: Path) -> dict[str, tuple[SourceFile, ...]]:
     """The files of every split that has its own, those made or downloaded for the run included."""
     config, directory = prepared.config, out_dir / "rows"
-    named = {name: split.path for name in splits_of(config) if (split := getattr(config.data, name)) is not None}
-    hub = {name: path for name, path in named.items() if isinstance(path, str) and path.startswith("hf:")}
+    named = {name: split for name in splits_of(config) if (split := getattr(config.data, name)) is not None}
+    hub = {name: split.hub for name, split in named.items() if split.hub}
     if hub or config.data.generate is not None:
         # What was made for the run stays with it: neither the hub nor the installed sources need be as they were.
-        discard_unless(directory, [config.data.generate, config.seed if config.data.generate else None, hub])
+        discard_unless(directory, [config.data.generate, config.seed if config.data.generate else None, _as_named(hub)])
     sources: dict[str, tuple[SourceFile, ...]] = dict(prepared.files)
     if config.data.generate is not None:
         sources |= _generate(config.data.generate, directory, config.seed)
-    for name, path in hub.items():
-        sources[name] = (_download(path, name, directory),)
+    for name, places in hub.items():
+        for number, place in enumerate(places):
+            file = _download(place, name, directory / f"{name}{f'-{number}' if number else ''}.parquet")
+            part = named[name].places.index(place) if named[name].weights else 0
+            sources[name] = (*sources.get(name, ()), dataclasses.replace(file, part=part))
     return {
-        name: tuple(file if file.format else with_format(file, config.data) for file in files)
+        name: tuple(file if file.format else with_format(file, config.data) for file in sorted(files, key=_part))
         for name, files in sources.items()
     }
+
+
+def _part(file: SourceFile) -> int:
+    return file.part
+
+
+def _as_named(hub: dict[str, list[str]]) -> dict[str, str | list[str]]:
+    """One data set of a split as it is named: so do runs of released versions keep what they downloaded."""
+    return {name: places[0] if len(places) == 1 else places for name, places in hub.items()}
 
 
 def _generate(task: str, directory: Path, seed: int) -> dict[str, tuple[SourceFile, ...]]:
@@ -153,9 +168,8 @@ def _generate(task: str, directory: Path, seed: int) -> dict[str, tuple[SourceFi
     return {name: (scan(directory / f"{name}.parquet"),) for name in SPLITS}
 
 
-def _download(place: str, split: str, directory: Path) -> SourceFile:
+def _download(place: str, split: str, path: Path) -> SourceFile:
     """A data set of the hub as one Parquet file of the run."""
-    path = directory / f"{split}.parquet"
     if not exists(path):
         download(place, split, path)
     return scan(path)

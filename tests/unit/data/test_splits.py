@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,24 @@ def test_a_split_is_by_the_hash_in_ascending_order() -> None:
     again = rest.split(20, 9)[0]
     ordered = np.array(rows_of(rest))[np.argsort(row_hash(np.array(rows_of(rest)), 9))]
     assert rows_of(again) == sorted(ordered[:20].tolist())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "counts"),
+    [((900, 100), (3, 1), (300, 100)), ((90, 100), (1, 1), (90, 90)), ((10, 1000), (100, 1), (10, 1))],
+)
+def test_sources_with_weights_keep_their_shares_and_no_row_comes_twice(
+    sizes: tuple[int, int], weights: tuple[float, float], counts: tuple[int, int]
+) -> None:
+    files = [SourceFile(f"f{part}", "jsonl", size, part=part) for part, size in enumerate(sizes)]
+    halves = [replace(files[0], num_rows=sizes[0] // 2)] * 2 + files[1:]  # a part may have several files
+    for sources in (files, halves):
+        chosen = RowSelection.mixed(sources, weights, 7)
+        kept = members(chosen)
+        assert (len([row for row in kept if row < sizes[0]]), len(kept)) == (counts[0], sum(counts))
+        first, rest = chosen.split(5, 3)
+        assert members(first) | members(rest) == kept
+        assert len(first) == 5
 
 
 def test_validation_rows_are_kept_from_train_where_they_are_asked_for() -> None:
