@@ -17,13 +17,14 @@ from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.planning.holding import GradientPlan, allowed, blocks_share, choose, held_bytes, plan_gradients
 from emloc_ray.planning.machine import available_bytes, gpu_bytes
 from emloc_ray.planning.model_bytes import DIVERGENCE_COPIES, LOSS_COPIES, ModelBytes
+from emloc_ray.planning.optimizers import optimizer_bytes
 from emloc_ray.planning.sizes import FLOAT, gradient_bytes, gram_bytes, in_waves
 
 Parts = dict[str, float]  # bytes by what holds them
 
 BASE_BYTES = 450 * 2**20  # a worker with torch, transformers and peft imported
-_ADAM_BYTES = 16  # a trained parameter in float32: itself, its gradient, Adam's two moments
-_DOUBLE = 8
+_GPU_SHARE = 0.92  # of a GPU's memory: the rest goes to CUDA's context and to what its allocator leaves between tensors
+_HALF, _DOUBLE = 2, 8
 _ROWS = 1024  # of a layer that the correction turns to float64 at a time
 _BEGUN = 4  # corrections that auto scores in one pass where weights come and go
 
@@ -154,7 +155,7 @@ class MemoryModel(ModelBytes):
             return float(self.config.memory_budget)
         asked = getattr(self.config, section)
         if asked.gpus:
-            return gpu_bytes() * asked.gpus
+            return _GPU_SHARE * gpu_bytes() * asked.gpus
         return float("inf") if self.config.ray.joins else available_bytes() / asked.num_workers
 
     def factorize(self) -> Parts:
@@ -231,11 +232,20 @@ class MemoryModel(ModelBytes):
         inside = tokens * (inner + self._update_per_token())
         logits = self._logits(tokens, logit_copies)
         return {
-            "optimizer": _ADAM_BYTES * self.adapter_parameters,
+            "optimizer": self._optimizer_bytes(),
             "row norms": self._row_norms([spec for spec in self.adapted if len(self.layout.stored_shapes(spec)) == 1]),
             "activations": tokens * kept + (inside if inside >= logits else 0),
             "logits": logits if logits > inside else 0,
         }
+
+    def _optimizer_bytes(self) -> float:
+        """What is trained, its gradients and the optimizer's states, and under autocast a copy in 16 bits. NEFTune's noise is
+        gone before a block begins: no part of the peak."""
+        section = self.config.finetune
+        extra = section.model_extra or {}
+        wide = optimizer_bytes(str(extra.get("optim", "adamw_torch")), section.gpus > 0)
+        narrow = section.bf16 is True or extra.get("fp16") or (section.bf16 == "auto" and section.gpus > 0)
+        return self.adapter_parameters * (wide + (_HALF if narrow else 0))
 
     def finetune_hold(self) -> str:
         """How what is trained on is held: offloaded only where that is the original, at ratio 1.0, and does not fit.

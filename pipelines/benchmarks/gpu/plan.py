@@ -28,7 +28,13 @@ def planned_bytes(config: LlamaConfig, ranks: dict[str, int], rows: int, length:
         model=SimpleNamespace(dtype="bfloat16", hold="resident"),
         adapter=SimpleNamespace(method="lora", lora_dropout=0.0, settings={"r": R}),
         finetune=SimpleNamespace(
-            per_device_train_batch_size=rows, gradient_checkpointing=True, deepspeed=None, packing=False
+            per_device_train_batch_size=rows,
+            gradient_checkpointing=True,
+            deepspeed=None,
+            packing=False,
+            bf16=True,
+            gpus=1.0,
+            model_extra={},
         ),
     )
     prepared: Any = SimpleNamespace(

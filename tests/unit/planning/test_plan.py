@@ -96,8 +96,12 @@ def test_a_run_that_goes_on_needs_the_disk_of_what_is_not_done(prepared: Callabl
 
 def test_a_gpu_s_worker_takes_little_of_its_node_s_memory(plan: Callable[..., Plan]) -> None:
     on_cpu = stage(plan(), "finetune")
-    on_gpu = stage(plan(finetune={"gpus_per_worker": 1}, ray={"num_gpus": 1}), "finetune")
+    on_gpu, in_half = (
+        stage(plan(finetune={"gpus_per_worker": 1, "bf16": half}, ray={"num_gpus": 1}), "finetune")
+        for half in (False, "auto")
+    )
     assert on_cpu.host_bytes == on_cpu.worker_bytes == on_gpu.worker_bytes
+    assert in_half.memory["optimizer"] == on_gpu.memory["optimizer"] * 18 / 16  # copies of the adapter in bfloat16
     assert on_gpu.host_bytes == on_gpu.memory["base"] + on_gpu.memory["weights"] < on_gpu.worker_bytes
     projection = {"correction": {"method": "projection"}, "evaluation": {"gpus_per_worker": 1}, "ray": {"num_gpus": 1}}
     correct = stage(plan(**projection), "correct")  # weights and Grams come through the CPU
