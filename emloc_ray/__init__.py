@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from emloc_ray.core.factorization import Factorization, LowRankFactors, factorize
     from emloc_ray.core.gram import Gram
     from emloc_ray.modeling.emulator import FactorizedLinear
-    from emloc_ray.ui.api import run
+    from emloc_ray.ui.api import plan, run
 
 
 __version__ = "0.1.0"
@@ -29,6 +29,7 @@ _PUBLIC = {
     "LowRankFactors": "emloc_ray.core.factorization",
     "factorize": "emloc_ray.core.factorization",
     "FactorizedLinear": "emloc_ray.modeling.emulator",
+    "plan": "emloc_ray.ui.api",
     "run": "emloc_ray.ui.api",
 }
 
@@ -40,6 +41,7 @@ __all__ = [
     "RunConfig",
     "factorize",
     "load_config",
+    "plan",
     "run",
 ]
 

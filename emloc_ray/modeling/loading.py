@@ -55,17 +55,22 @@ _COPY_BYTES = 2**24
 class ModelSource:
     """A resolved ``model.source``: a local directory, and the GGUF file in it where that is what holds the weights.
 
-    Of a model on the hub, ``hub_id``, the directory need not hold the weights before :func:`fetch_weights`.
+    Of a model on the hub, ``hub_id``, the directory need not hold the weights before :func:`fetch_weights`. Where it holds
+    their index alone, ``only_index``, the model can be planned.
     """
 
     directory: Path
     gguf_file: str | None = None
     hub_id: str | None = None
     revision: str | None = None
+    only_index: bool = False
 
 
-def resolve_source(source: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelSource:
-    """Finds what ``model.source`` names; of a hub id all but the weights is downloaded, or taken from the cache.
+def resolve_source(
+    source: str, revision: str | None = None, trust_remote_code: bool = False, needs_weights: bool = True
+) -> ModelSource:
+    """Finds what ``model.source`` names; of a hub id all but the weights is downloaded, or taken from the cache. Unless it
+    ``needs_weights``, a directory with a config.json and an index alone is enough.
 
     Raises:
         ConfigError: where it names nothing, something without usable weights, or code that may be another tomorrow.
@@ -76,7 +81,7 @@ def resolve_source(source: str, revision: str | None = None, trust_remote_code: 
     if path.is_file() and path.suffix == ".gguf":
         return ModelSource(path.parent.absolute(), path.name)
     if path.is_dir():
-        return _check_directory(path.absolute(), source)
+        return _check_directory(path.absolute(), source, needs_weights)
     if path.exists() or source.startswith(("/", ".", "~")) or source.count("/") > 1:
         raise ConfigError(f"model.source {source} is no model directory and no .gguf file: mend the path.")
     if trust_remote_code and not re.fullmatch("[0-9a-f]{40}", revision or ""):
@@ -133,10 +138,13 @@ def _resolve_package(source: str) -> ModelSource:
     return resolve_source(str(directory / file))
 
 
-def _check_directory(directory: Path, source: str) -> ModelSource:
+def _check_directory(directory: Path, source: str, needs_weights: bool = True) -> ModelSource:
     if not (directory / "config.json").is_file():
         raise ConfigError(f"model.source {source}: {directory} holds no config.json: give a transformers checkpoint.")
     try:
+        files = set() if needs_weights else set(read_index(directory).values())
+        if files and not any((directory / file).exists() for file in files):
+            return ModelSource(directory, only_index=True)
         Checkpoint(directory)
     except ArtifactError as error:
         raise ConfigError(f"model.source {source}: {error}") from error
@@ -189,7 +197,7 @@ def check_source(source: ModelSource, model: Any, trust_remote_code: bool = Fals
             " emulator is opened by transformers' own classes; name a model of a type that transformers knows."
         )
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    checkpoint = None if source.hub_id is not None else Checkpoint(source.directory)
+    checkpoint = None if source.hub_id is not None or source.only_index else Checkpoint(source.directory)
     stored = {} if checkpoint is None else stored_parameters(model, (entry.name for entry in checkpoint))
     if checkpoint is not None:
         head = model.get_output_embeddings()  # which may be the embedding itself
@@ -208,6 +216,8 @@ def check_source(source: ModelSource, model: Any, trust_remote_code: bool = Fals
                 f"model.source {source.directory}: {found.own_name} is of shape {list(shape)}, config.json asks for"
                 f" {list(shapes[name])}: the two are not of one model."
             )
+    if source.only_index:
+        return
     try:
         AutoTokenizer.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, ImportError, TypeError, KeyError, AttributeError) as error:

@@ -6,16 +6,18 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from emloc_ray.config.adapter import AdapterConfig
+from emloc_ray.config.schema import RunConfig
 from emloc_ray.errors import ConfigError
 from emloc_ray.planning.costs import Costed, with_base
 from emloc_ray.planning.holding import allowed
-from emloc_ray.planning.layout import ranks_at
+from emloc_ray.planning.layout import layout_under
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.memory import BASE_BYTES, MemoryModel, total
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.text import size_up
 
-_RATIOS = tuple(step / 20 for step in range(19, 1, -1))  # 0.95, 0.90, … 0.10
+RATIOS = tuple(step / 20 for step in range(19, 1, -1))  # 0.95, 0.90, … 0.10
 
 
 @dataclass(frozen=True)
@@ -62,37 +64,63 @@ def solve(stages: Sequence[Costed], prepared: Prepared, budget: int, lengths: Le
     Raises:
         ConfigError: where no ratio fits; it says what the smallest one needs.
     """
+    memory = fitting(prepared, budget, lengths)
+    needed, config = training_bytes(memory), memory.config
+    if needed > budget:
+        raise ConfigError(
+            f"No compression ratio fits {size_up(budget)}: at {RATIOS[-1]:g}, a row at a time and"
+            f" {'with' if config.finetune.gradient_checkpointing else 'without'} gradient checkpointing, fine-tuning needs"
+            f" {size_up(needed)}: give that much, or lower data.max_seq_length or adapter.{_size_of(config.adapter)}."
+        )
+    return solution_of(stages, memory, budget)
+
+
+def solution_of(stages: Sequence[Costed], memory: MemoryModel, budget: int) -> Solution:
+    """The settings of ``memory``, and what does not fit ``budget`` with them."""
+    costs = {s.name: s.cost for s in stages if s.cost is not None and s.wanted(memory.prepared)}
+    peaks = {name: total(with_base(cost(memory).memory)) for name, cost in costs.items()}
+    too_large = {name: peak for name, peak in peaks.items() if peak > budget}
+    return Solution(memory.prepared, budget, training_bytes(memory), total(memory.inference()), too_large)
+
+
+def fitting(
+    prepared: Prepared,
+    budget: int,
+    lengths: Lengths,
+    ratios: Sequence[float] = RATIOS,
+    largest_batch: int | None = None,
+) -> MemoryModel:
+    """With the first of ``ratios`` that fine-tunes within ``budget`` bytes a worker, the largest micro-batch there, up to
+    ``largest_batch`` (by default the config's), and no gradient checkpointing where that fits too. Where nothing fits: what
+    takes least."""
     bounded = prepared.config.model_copy(update={"memory_budget": budget})  # by which passes of the original are held
-    prepared = dataclasses.replace(prepared, config=bounded)
-    section = prepared.config.finetune
+    prepared, section = dataclasses.replace(prepared, config=bounded), bounded.finetune
     rows = section.per_device_train_batch_size * section.gradient_accumulation_steps
     # Checkpointing drops the cache that holds a prefix.
-    may_checkpoint = prepared.config.adapter.method != "prefix_tuning"
+    may_checkpoint = bounded.adapter.method != "prefix_tuning"
 
     def at(ratio: float, micro_batch: int, checkpointing: bool = True) -> MemoryModel:
         changed = with_settings(prepared, ratio, micro_batch, rows // micro_batch, checkpointing and may_checkpoint)
         return MemoryModel(changed, lengths)
 
-    def needed(memory: MemoryModel) -> int:
-        return max(total(with_base(parts)) for parts in (memory.healing(), memory.finetune()))
+    def fits(memory: MemoryModel) -> bool:
+        return training_bytes(memory) <= budget
 
-    ratio = next((ratio for ratio in _RATIOS if needed(at(ratio, 1)) <= budget), None)
+    ratio = next((ratio for ratio in ratios if fits(at(ratio, 1))), None)
     if ratio is None:
-        adapter = prepared.config.adapter
-        size = "num_virtual_tokens" if adapter.is_prompt else "r" if adapter.is_additive else "target_modules"
-        raise ConfigError(
-            f"No compression ratio fits {size_up(budget)}: at {_RATIOS[-1]:g}, a row at a time and"
-            f" {'with' if may_checkpoint else 'without'} gradient checkpointing, fine-tuning needs"
-            f" {size_up(needed(at(_RATIOS[-1], 1)))}: give that much, or lower"
-            f" data.max_seq_length or adapter.{size}."
-        )
-    sizes = (size for size in range(section.per_device_train_batch_size, 0, -1) if rows % size == 0)
-    micro_batch = next(size for size in sizes if needed(at(ratio, size)) <= budget)
-    memory = at(ratio, micro_batch, needed(at(ratio, micro_batch, False)) > budget)
-    costs = {s.name: s.cost for s in stages if s.cost is not None and s.wanted(memory.prepared)}
-    peaks = {name: total(with_base(cost(memory).memory)) for name, cost in costs.items()}
-    too_large = {name: peak for name, peak in peaks.items() if peak > budget}
-    return Solution(memory.prepared, budget, needed(memory), total(memory.inference()), too_large)
+        return at(ratios[-1], 1)
+    most = largest_batch or section.per_device_train_batch_size
+    micro_batch = next(size for size in range(most, 0, -1) if rows % size == 0 and fits(at(ratio, size)))
+    return at(ratio, micro_batch, not fits(at(ratio, micro_batch, False)))
+
+
+def training_bytes(memory: MemoryModel) -> int:
+    """What a worker of the fine-tuning takes, or of the healing before it where that takes more."""
+    return max(total(with_base(parts)) for parts in (memory.healing(), memory.finetune()))
+
+
+def _size_of(adapter: AdapterConfig) -> str:
+    return "num_virtual_tokens" if adapter.is_prompt else "r" if adapter.is_additive else "target_modules"
 
 
 def check_holding(prepared: Prepared) -> None:
@@ -134,7 +162,9 @@ def with_settings(
         rows = healing.per_device_train_batch_size * config.finetune.gradient_accumulation_steps
         healing = healing.model_copy(update={"per_device_train_batch_size": max(1, rows // accumulation)})
     emulator = config.emulator.model_copy(update={"compression_ratio": ratio, "healing": healing})
-    changed = config.model_copy(update={"finetune": finetune, "emulator": emulator})
-    layout = prepared.layout
-    ranks = ranks_at(changed, layout.specs, layout.compressed)
-    return dataclasses.replace(prepared, config=changed, layout=dataclasses.replace(layout, ranks=ranks))
+    return with_config(prepared, config.model_copy(update={"finetune": finetune, "emulator": emulator}))
+
+
+def with_config(prepared: Prepared, config: RunConfig) -> Prepared:
+    """The same run under a config whose emulator may be another."""
+    return dataclasses.replace(prepared, config=config, layout=layout_under(prepared.layout, config))

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from emloc_ray.config.base import StageConfig
 from emloc_ray.config.schema import RunConfig
+from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.memory import BASE_BYTES, MemoryModel, Parts
 from emloc_ray.planning.prepared import Prepared
 
@@ -17,12 +18,14 @@ class StageCost:
     """``memory``: bytes of one worker at its peak by part, without what every process holds.
 
     ``flops``: floating-point operations of all workers. ``disk_bytes``: what the stage leaves, or needs while it runs.
-    ``efficiency``: the share of a matrix product's speed that it reaches. ``start_seconds``: starting workers and loading.
+    ``moved_bytes``: what comes to the devices of all workers of weights that do not stay there. ``efficiency``: the share of a
+    matrix product's speed that it reaches. ``start_seconds``: starting workers and loading.
     """
 
     memory: Parts
     flops: float = 0.0
     disk_bytes: int = 0
+    moved_bytes: float = 0.0
     efficiency: float = 0.5
     start_seconds: float = 5.0
 
@@ -49,6 +52,14 @@ class Costed(Protocol):
     @property
     def cost(self) -> Callable[[MemoryModel], StageCost] | None:
         """Its costs; None for a stage outside the plan."""
+
+
+def busy_seconds(cost: StageCost, asked: StageConfig, speeds: Speeds, weights: float) -> float:
+    """What its workers compute, or what moves where that takes longer, as the two go on side by side; ``weights``: bytes of
+    the original."""
+    flops = asked.gpus * speeds.gpu_flops or max(1.0, asked.cpus_per_worker) * speeds.cpu_flops
+    computing = cost.flops / (flops * asked.num_workers * cost.efficiency)
+    return max(computing, cost.moved_bytes / (speeds.moving(asked.gpus > 0, weights) * asked.num_workers))
 
 
 def with_base(parts: Parts) -> Parts:

@@ -34,6 +34,14 @@ def held_bytes(layout: Layout, itemsize: int, tied: bool) -> dict[str, int]:
     return {hold: size * itemsize for hold, size in parameters.items()}
 
 
+def moved_bytes(layout: Layout, itemsize: int, tied: bool) -> dict[str, int]:
+    """Bytes of weights that come to the device in a pass through the whole model, by how it is held; block by block that is
+    one pass for all rows."""
+    inside = sum(spec.num_parameters for spec in layout.specs if not spec.between) * itemsize
+    ends = layout.head_parameters * (1 if tied else 2) * itemsize
+    return {"resident": 0, "offloaded": inside, "all_offloaded": inside + ends, "block_by_block": inside}
+
+
 def allowed(asked: str) -> tuple[str, ...]:
     """What ``model.hold`` leaves to choose among for a pass of the whole model, the fastest first."""
     if asked == "resident":

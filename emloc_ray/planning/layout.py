@@ -299,6 +299,19 @@ def _check_no_experts(method: str, adapted: Sequence[str], skeleton: Skeleton) -
         )
 
 
+def layout_under(layout: Layout, config: RunConfig) -> Layout:
+    """The same linears with the ratio, the bits and the storage of another config."""
+    emulator = config.emulator
+    return replace(
+        layout,
+        ranks=ranks_at(config, layout.specs, layout.compressed),
+        quantization=emulator.quantization,
+        bits={} if emulator.bits is None else {spec.name: emulator.bits for spec in layout.specs},
+        residual_rank=emulator.residual_rank,
+        storage=emulator.storage,
+    )
+
+
 def ranks_at(config: RunConfig, specs: Sequence[LinearSpec], compressed: Sequence[str]) -> dict[str, int]:
     """The rank of every linear that the config compresses; those that stay dense are left out."""
     emulator = config.emulator

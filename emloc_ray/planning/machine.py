@@ -9,8 +9,10 @@ import itertools
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +78,58 @@ def _left_in_groups(root: Path) -> Iterator[float]:
                     stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
                     held = int((group / usage).read_text()) - int(stat.get(inactive, 0))
                     yield max(0.0, float(int((group / limit).read_text()) - held))
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What stages are timed by: operations a second of a core's and of a GPU's products, bytes a second from the host to a
+    GPU and from disk, and the host's memory, from which weights come that do not stay on a device."""
+
+    cpu_flops: float
+    gpu_flops: float = 2e13  # a guess, as the link's: planning needs no GPU
+    link: float = 25e9
+    disk: float = 250e6
+    host_bytes: float = float("inf")
+    measured: bool = False  # the GPU's and its link's
+
+    def moving(self, to_gpu: bool, weights: float) -> float:
+        """Bytes a second at which a model's weights come to a device; a CPU computes with those that are in memory."""
+        if weights > self.host_bytes:
+            return self.disk
+        return self.link if to_gpu else float("inf")
+
+
+def assumed_speeds() -> Speeds:
+    """This machine's products, timed, and guesses of a GPU's."""
+    return Speeds(cpu_flops(), host_bytes=available_bytes())
+
+
+_TIMED_GPU = """
+import time, torch
+def rate(amount, work):
+    work(); torch.cuda.synchronize(); begin = time.perf_counter()
+    for _ in range(5): work()
+    torch.cuda.synchronize()
+    return 5 * amount / (time.perf_counter() - begin)
+a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+b, c = torch.empty(2**28, dtype=torch.uint8, pin_memory=True), torch.empty(2**28, dtype=torch.uint8, device="cuda")
+print(rate(2 * 4096**3, lambda: a @ a), rate(2**28, lambda: c.copy_(b, non_blocking=True)))
+"""
+
+
+@functools.cache
+def measured_speeds() -> Speeds:
+    """The same with a GPU's timed where this machine has one: in a process of its own, whose memory on it goes with it."""
+    speeds = assumed_speeds()
+    if not of_each_gpu("memory.total"):
+        return speeds
+    command = (sys.executable, "-c", _TIMED_GPU)
+    try:
+        printed = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+        flops, link = map(float, printed.split())
+    except (OSError, subprocess.SubprocessError, ValueError):  # a GPU that torch cannot use, or that is full
+        return speeds
+    return replace(speeds, gpu_flops=flops, link=link, measured=True)
 
 
 @functools.cache

@@ -8,13 +8,22 @@ its first call (some 15 MiB), and what its kernels pack weights into.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 from emloc_ray.io.formats.shards import chunk_limit
 from emloc_ray.io.formats.teacher_shards import BYTES_PER_LOGIT, rows_per_shard
 from emloc_ray.modeling.architecture import LinearSpec
-from emloc_ray.planning.holding import GradientPlan, allowed, blocks_share, choose, held_bytes, plan_gradients
+from emloc_ray.planning.holding import (
+    GradientPlan,
+    allowed,
+    blocks_share,
+    choose,
+    held_bytes,
+    moved_bytes,
+    plan_gradients,
+)
 from emloc_ray.planning.machine import available_bytes, gpu_bytes
 from emloc_ray.planning.model_bytes import DIVERGENCE_COPIES, LOSS_COPIES, ModelBytes
 from emloc_ray.planning.optimizers import optimizer_bytes
@@ -42,8 +51,15 @@ class MemoryModel(ModelBytes):
     @functools.cached_property
     def held(self) -> dict[str, int]:
         """Bytes of the original's weights, by how it is held."""
-        tied = bool(getattr(self.model_config, "tie_word_embeddings", False))
-        return held_bytes(self.layout, self.itemsize, tied)
+        return held_bytes(self.layout, self.itemsize, self._tied)
+
+    def moved(self, hold: str, rows: float, batch_size: int) -> float:
+        """Bytes of the original's weights that come to the device while ``rows`` go through it forward."""
+        return math.ceil(rows / batch_size) * moved_bytes(self.layout, self.itemsize, self._tied)[hold]
+
+    @property
+    def _tied(self) -> bool:
+        return bool(getattr(self.model_config, "tie_word_embeddings", False))
 
     def calibrate(self) -> Parts:
         """What a worker holds, however the calibration holds the model."""

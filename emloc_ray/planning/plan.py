@@ -7,19 +7,17 @@ from dataclasses import dataclass
 
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store.node_cache import sizes
-from emloc_ray.planning.budget import Solution, solve
-from emloc_ray.planning.costs import Costed, with_base
+from emloc_ray.planning.alternatives import Choice, choose_training
+from emloc_ray.planning.costs import Costed, busy_seconds, with_base
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.lengths import Lengths
-from emloc_ray.planning.machine import cpu_flops
+from emloc_ray.planning.machine import Speeds, assumed_speeds
 from emloc_ray.planning.memory import MemoryModel, Parts, total
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.training import healing_run
 
 # The parts of a GPU worker's memory that are on its node.
 _ON_HOSTS = ("base", "weights", "correction", "hidden states", "teacher")
-_GPU_FLOPS = 2e13  # a guess: planning needs no GPU
-_DISK_BYTES_PER_SECOND = 250e6
 _SECONDS_BEFORE = 20  # to start Ray and make token shards
 
 
@@ -52,8 +50,9 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a whole run."""
+    """The plan of a whole run; ``choice``: what else could be trained on within its budget, where that was asked."""
 
+    prepared: Prepared
     layout: Layout
     stages: tuple[StagePlan, ...]
     parameters: int
@@ -62,6 +61,7 @@ class Plan:
     lengths: Lengths
     calibration_hold: str
     seconds_before: float
+    choice: Choice | None = None
 
     @property
     def disk_bytes(self) -> int:
@@ -79,13 +79,15 @@ class Plan:
         return self.seconds_before + sum(stage.seconds for stage in self.stages)
 
 
-def make_plan(stages: Sequence[Costed], prepared: Prepared) -> Plan:
-    """Predicts every stage from shapes, the config, the first rows and a short timing of this machine's products."""
-    memory, speed, layout = MemoryModel(prepared), cpu_flops(), prepared.layout
+def make_plan(stages: Sequence[Costed], prepared: Prepared, speeds: Speeds | None = None) -> Plan:
+    """Predicts every stage from shapes, the config and the first rows; ``speeds``: of a short timing of this machine's
+    products, and assumed ones of a GPU, by default."""
+    memory, speeds, layout = MemoryModel(prepared), speeds or assumed_speeds(), prepared.layout
     saved = layout.parameters_targeted - layout.parameters_factorized
     return Plan(
+        prepared,
         layout,
-        tuple(_planned(stage, memory, speed) for stage in stages if stage.cost is not None and stage.wanted(prepared)),
+        tuple(_planned(stage, memory, speeds) for stage in stages if stage.cost is not None and stage.wanted(prepared)),
         layout.num_parameters,
         layout.num_parameters - saved,
         memory.inference(),
@@ -95,12 +97,10 @@ def make_plan(stages: Sequence[Costed], prepared: Prepared) -> Plan:
     )
 
 
-def _planned(stage: Costed, memory: MemoryModel, speed: float) -> StagePlan:
+def _planned(stage: Costed, memory: MemoryModel, speeds: Speeds) -> StagePlan:
     assert stage.cost is not None
     cost, asked = stage.cost(memory), stage.asks(memory.config)
-    each = asked.gpus * _GPU_FLOPS or max(1.0, asked.cpus_per_worker) * speed
-    work = cost.flops / (each * asked.num_workers * cost.efficiency)
-    seconds = cost.start_seconds + work + cost.disk_bytes / _DISK_BYTES_PER_SECOND
+    seconds = cost.start_seconds + busy_seconds(cost, asked, speeds, memory.weights) + cost.disk_bytes / speeds.disk
     return StagePlan(
         stage.name,
         with_base(cost.memory),
@@ -122,8 +122,8 @@ def missing_disk(plan: Plan, run: RunDirectory, fresh: bool = False) -> int:
     return max(0, min(left, plan.disk_bytes - sum(sizes(run.root).values())))
 
 
-def within_budget(stages: Sequence[Costed], prepared: Prepared) -> Solution:
-    """The settings that fit the config's ``memory_budget``.
+def within_budget(stages: Sequence[Costed], prepared: Prepared, speeds: Speeds | None = None) -> Choice:
+    """What can be trained on within the config's ``memory_budget``, and the settings that fit.
 
     Raises:
         ConfigError: where none fit.
@@ -131,4 +131,4 @@ def within_budget(stages: Sequence[Costed], prepared: Prepared) -> Solution:
     lengths, healing = prepared.lengths, prepared.config.emulator.heals
     if healing is not None:
         lengths = max(lengths, healing_run(prepared, healing).lengths, key=lambda rows: rows.longest)
-    return solve(stages, prepared, int(prepared.config.memory_budget or 0), lengths)
+    return choose_training(stages, prepared, lengths, speeds or assumed_speeds())

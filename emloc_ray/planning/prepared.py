@@ -70,8 +70,8 @@ def splits_of(config: RunConfig) -> tuple[str, ...]:
     return (*SPLITS, *(["healing"] if heals else []), *(["validation"] if config.finetune.validates else []))
 
 
-def prepare(config: RunConfig) -> Prepared:
-    """Checks the whole config against the model, the data and the disk.
+def prepare(config: RunConfig, needs_weights: bool = True) -> Prepared:
+    """Checks the whole config against the model, the data and the disk; a plan does not need the model's weights.
 
     Raises:
         ConfigError: with every error at once, one sentence a line; nothing was written.
@@ -88,7 +88,8 @@ def prepare(config: RunConfig) -> Prepared:
 
     run = RunDirectory(config.run_dir)
     attempt(run.check)
-    source = attempt(lambda: resolve_source(config.model.source, config.model.revision, config.model.trust_remote_code))
+    options = config.model
+    source = attempt(lambda: resolve_source(options.source, options.revision, options.trust_remote_code, needs_weights))
     model = None if source is None else attempt(lambda: read_model(config, source))
     reads_images = model is None or model[1].image.row_tokens > 0
     if config.data.generate == "vqa" and not reads_images:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.lengths import PACKED_SHARE, Lengths
+from emloc_ray.planning.memory import Held, MemoryModel
 from emloc_ray.planning.prepared import UNKNOWN_ROWS, Prepared
 
+WITH_BACKWARD = 2  # times that offloaded weights come where a pass is run back: a block is run again there
 _CANDIDATES = 7  # corrections that auto tries at most
+SEARCH_TRANSFERS = 4 / _CANDIDATES  # of offloaded weights, a candidate: the first four go through them together
 
 
 def num_steps(config: Any, num_rows: int) -> int:
@@ -17,8 +21,12 @@ def num_steps(config: Any, num_rows: int) -> int:
     finetune = config.finetune
     if finetune.max_steps > 0:
         return int(finetune.max_steps)
-    rows_per_step = finetune.per_device_train_batch_size * finetune.gradient_accumulation_steps * finetune.num_workers
-    return max(1, round(finetune.num_train_epochs * num_rows / rows_per_step))
+    return max(1, round(finetune.num_train_epochs * num_rows / rows_a_step(finetune)))
+
+
+def rows_a_step(finetune: Any) -> int:
+    """Rows of all workers' passes of an optimizer step."""
+    return int(finetune.per_device_train_batch_size * finetune.gradient_accumulation_steps * finetune.num_workers)
 
 
 def num_train_rows(prepared: Prepared) -> int:
@@ -28,12 +36,15 @@ def num_train_rows(prepared: Prepared) -> int:
 
 def rows_trained(prepared: Prepared) -> int:
     """Rows, or packs of rows, that all steps of the fine-tuning read together."""
-    finetune = prepared.config.finetune
-    rows = finetune.per_device_train_batch_size * finetune.gradient_accumulation_steps * finetune.num_workers
+    return rows_a_step(prepared.config.finetune) * steps_trained(prepared)
+
+
+def steps_trained(prepared: Prepared) -> int:
+    """Optimizer steps of the fine-tuning, estimated from the rows that are known."""
     count = float(num_train_rows(prepared))
-    if finetune.packing:
+    if prepared.config.finetune.packing:
         count *= prepared.lengths.mean / (PACKED_SHARE * prepared.config.data.max_seq_length)
-    return rows * num_steps(prepared.config, math.ceil(count))
+    return num_steps(prepared.config, math.ceil(count))
 
 
 def rows_selected_on(prepared: Prepared) -> float:
@@ -63,3 +74,31 @@ def emulator_work(layout: Layout) -> float:
 def head_work(layout: Layout) -> float:
     """Multiply-adds of a token in the head, where a quarter of the tokens are labels."""
     return layout.head_parameters * 0.25
+
+
+def passes(again: bool) -> int:
+    """Floating-point operations of a training step for each multiply-add of a forward pass: frozen weights have no gradients
+    of their own, and what is run again, as under gradient checkpointing, goes forward twice."""
+    return 6 if again else 4
+
+
+def steps_cost(memory: MemoryModel, steps: float, held: Held, work: float, again: bool, parameters: float) -> StageCost:
+    """Optimizer steps with an adapter of so many ``parameters``, of a model whose blocks' linears take ``work`` multiply-adds
+    a token; ``again``: blocks are run again in the backward pass."""
+    finetune = memory.config.finetune
+    rows = steps * rows_a_step(finetune)
+    return StageCost(
+        held.parts,
+        flops=rows * memory.trained_lengths.mean * passes(again) * (work + head_work(memory.layout)),
+        disk_bytes=int(4 * 4 * parameters),
+        moved_bytes=WITH_BACKWARD * memory.moved(held.hold, rows, finetune.per_device_train_batch_size),
+        efficiency=0.2,
+        start_seconds=20,
+    )
+
+
+def training_cost(memory: MemoryModel, steps: float) -> StageCost:
+    """Steps of the fine-tuning."""
+    held = Held(memory.finetune_hold(), memory.finetune())
+    again = memory.config.finetune.gradient_checkpointing or held.hold != "resident"
+    return steps_cost(memory, steps, held, emulator_work(memory.layout), again, memory.adapter_parameters)

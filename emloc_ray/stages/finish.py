@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from emloc_ray.config.schema import RunConfig
 from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.work import block_work, head_work
+from emloc_ray.planning.work import block_work, steps_cost
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.finetune.stage import finetune_job, learned, steps_of
 from emloc_ray.stages.stage import Stage
@@ -27,7 +28,7 @@ def finishing_job(context: Context, name: str) -> FinetuneJob:
     """Goes on with the rows that the fine-tuning would read next; ``name`` is what a later try goes on from."""
     config, job = context.prepared.config, finetune_job(context, name)
     falls = {"lr_scheduler_type": "linear", "warmup_steps": 0, "logging_steps": 1}
-    checkpoints = {"gradient_checkpointing": config.adapter.method != "prefix_tuning"}
+    checkpoints = {"gradient_checkpointing": runs_again(config)}
     return replace(
         job,
         emulator_dir=context.model_dir,
@@ -65,12 +66,13 @@ def _finish(context: Context, inputs: Inputs, granted: Resources, progress: Prog
 
 
 def _cost(memory: MemoryModel) -> StageCost:
-    section = memory.config.finetune
-    rows = section.per_device_train_batch_size * section.gradient_accumulation_steps * section.num_workers
-    tokens = section.exact_steps * rows * memory.trained_lengths.mean
-    flops = tokens * 6 * (block_work(memory.layout) + head_work(memory.layout))  # forward twice, and back
-    disk = 4 * 4 * memory.corrected_parameters
-    return StageCost(memory.finishing().parts, flops=flops, disk_bytes=disk, efficiency=0.2, start_seconds=20)
+    steps, work, again = memory.config.finetune.exact_steps, block_work(memory.layout), runs_again(memory.config)
+    return steps_cost(memory, steps, memory.finishing(), work, again, memory.corrected_parameters)
+
+
+def runs_again(config: RunConfig) -> bool:
+    """Whether blocks are run again in the backward pass; a prefix works through a cache that this would fill twice."""
+    return config.adapter.method != "prefix_tuning"
 
 
 def _sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:

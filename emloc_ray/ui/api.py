@@ -1,14 +1,19 @@
-"""The Python interface: a run that keeps its page."""
+"""The Python interface: a run that keeps its page, and its plan."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+from emloc_ray.config.reading import parse_config
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.io.runs.cache import ArtifactCache
-from emloc_ray.planning.prepared import Prepared
+from emloc_ray.planning.machine import measured_speeds
+from emloc_ray.planning.plan import Plan, make_plan, within_budget
+from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.runs import run as pipeline
 from emloc_ray.runs.reporter import Reporter, Reporters
+from emloc_ray.stages.order import STEPS
 from emloc_ray.ui.page import PageReporter
 
 
@@ -34,3 +39,21 @@ def run(
     """
     both = Reporters(reporter or Reporter(), PageReporter())
     return pipeline.run(config, begin=begin, until=until, fresh=fresh, reporter=both, prepared=prepared, cache=cache)
+
+
+def plan(config: RunConfig, *, memory_budget: str | int | None = None) -> Plan:
+    """Plans a run without its weights: a directory with a config.json and an index is enough.
+
+    Within the config's ``memory_budget`` its ``choice`` has what else can be trained on, and which of it is recommended. With
+    a ``memory_budget`` given here, such as ``"24GiB"``, the plan is that of the recommended settings (``choice.overrides``).
+
+    Raises:
+        ConfigError: with every error of the config at once; or where nothing fits.
+    """
+    if memory_budget is not None:
+        config = parse_config({**config.model_dump(mode="json"), "memory_budget": memory_budget})
+    prepared, speeds, choice = prepare(config, needs_weights=False), measured_speeds(), None
+    if config.memory_budget is not None:
+        choice = within_budget(STEPS, prepared, speeds)
+        prepared = prepared if memory_budget is None else choice.solution.prepared
+    return dataclasses.replace(make_plan(STEPS, prepared, speeds), choice=choice)

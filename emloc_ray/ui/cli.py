@@ -225,28 +225,27 @@ def plan(
     overrides: Overrides = None,
     memory_budget: Annotated[
         str | None,
-        typer.Option("--memory-budget", help="Solve for the settings that fine-tune within this, such as 24GiB."),
+        typer.Option("--memory-budget", help="Choose what to train on within this, such as 24GiB, and plan that."),
     ] = None,
 ) -> None:
     """Show shapes, ranks and parameters, and every stage's memory, disk, time and resources; load no weights."""
+    from emloc_ray.config.reading import load_config
     from emloc_ray.planning.budget import check_holding
-    from emloc_ray.planning.plan import make_plan, within_budget
-    from emloc_ray.stages.order import STEPS
-    from emloc_ray.ui.terminal import plan_tables
+    from emloc_ray.ui import api
+    from emloc_ray.ui.terminal import plan_tables, quiet_libraries
 
-    # The option sets the config's key: what depends on that, such as how the model is held, is planned with it.
     if memory_budget is not None and not memory_budget.strip():
         raise ConfigError("--memory-budget is empty: give a size, such as 24GiB.")
-    budget = [] if memory_budget is None else [f"memory_budget={memory_budget}"]
-    prepared = _prepare(config, [*(overrides or ()), *budget])
-    if memory_budget is not None:
-        solution = within_budget(STEPS, prepared)
-        prepared = solution.prepared
-        console.print(escape(solution.sentence), soft_wrap=True)
-        console.print("  " + " ".join(solution.overrides), soft_wrap=True, highlight=False)
-    for table in plan_tables(make_plan(STEPS, prepared)):
+    read = load_config(config, overrides or ())
+    with console.status("Planning from the config, the model's shapes and the first rows …"):
+        quiet_libraries()
+        planned = api.plan(read, memory_budget=memory_budget)
+    for table in plan_tables(planned):
         console.print(table)
-    check_holding(prepared)
+    if planned.choice is not None:
+        console.print(escape(planned.choice.sentence), soft_wrap=True)
+        console.print("  " + " ".join(planned.choice.overrides), soft_wrap=True, highlight=False)
+    check_holding(planned.prepared)
 
 
 @app.command()

@@ -21,6 +21,7 @@ from emloc_ray.runs.reporter import Reporter
 from emloc_ray.text import NO_BREAK, describe_choice, duration, size, stored_bits
 
 if TYPE_CHECKING:
+    from emloc_ray.planning.alternatives import Choice
     from emloc_ray.planning.plan import Plan
     from emloc_ray.stages.stage import Stage
 
@@ -131,8 +132,10 @@ def keys_tables(sections: Sequence[KeySection]) -> Iterator[Table]:
 
 
 def plan_tables(plan: Plan) -> list[Table]:
-    """The plan as tables: the linears by kind, every stage's resources, and the parts of its memory."""
-    return [_shape_table(plan), _stage_table(plan), _memory_table(plan)]
+    """The plan as tables: the linears by kind, every stage's resources, the parts of its memory, and what else could be
+    trained on."""
+    tables = [_shape_table(plan), _stage_table(plan), _memory_table(plan)]
+    return tables if plan.choice is None else [*tables, _choice_table(plan.choice)]
 
 
 def _shape_table(plan: Plan) -> Table:
@@ -206,6 +209,35 @@ def _memory_table(plan: Plan) -> Table:
         parts = sorted(memory.items(), key=lambda item: -item[1])
         made_of = (f"{part} {size(held)}".replace(" ", NO_BREAK) for part, held in parts)
         table.add_row(name, size(total(memory)), ", ".join(made_of))
+    return table
+
+
+def _choice_table(choice: Choice) -> Table:
+    table = Table(title=f"What fine-tunes within {size(choice.budget)} a worker (predicted)", title_justify="left")
+    for column in ("trained on", "ratio", "rows", "memory each", "a step", "gap closed"):
+        table.add_column(column, justify="left" if column == "trained on" else "right")
+    for one in choice.alternatives:
+        name = f"[bold]{one.name}[/]" if one is choice.recommended else one.name
+        if one.unneeded:
+            table.add_row(name, "", "", "not needed", "", "")
+            continue
+        finetune, measured = one.config.finetune, one.measured
+        rows = f"{finetune.gradient_accumulation_steps} × {finetune.per_device_train_batch_size}"
+        closed = "not measured" if measured is None else f"{100 * measured.gap_closed:.0f} % at {measured.ratio:g}"
+        needed = size(one.needed) if one.fits else f"{size(one.needed)}: too much"
+        table.add_row(
+            name,
+            f"{one.config.emulator.compression_ratio:g}",
+            rows,
+            needed,
+            duration(one.step_seconds) if one.fits else "",
+            closed,
+        )
+    how = "measured" if choice.speeds.measured else "assumed"
+    table.caption = (
+        f"Gap closed: of SmolLM2-135M (pipelines/README.md). A GPU's {choice.speeds.gpu_flops / 1e12:.0f} TFLOPS and the"
+        f" {choice.speeds.link / 1e9:.0f} GB/s of its link are {how}."
+    )
     return table
 
 

@@ -3,21 +3,28 @@
     PYTHONPATH=. python pipelines/benchmarks/on_paper.py
 
 Operations and bytes are counted from shapes, as the stages do them; times are these over the speeds below, the slower of
-computing and moving, without starting anything. cluster/README.md has the table that this prints.
+computing and moving, without starting anything. Then what a card of 24 GiB can train on, of 8 B, 32 B and 70 B, as
+``emloc-ray plan`` chooses. cluster/README.md has the tables that this prints.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parents[1]))
 
 from benchmarks.gpu.shapes import SHAPES, llama_config
+from benchmarks.stage_memory import bare_prepared
 from emloc_ray.core.ranks import rank_for_ratio, rank_multiple
 from emloc_ray.modeling.architecture import LinearSpec, block_linears, empty_model, trace_inputs
+from emloc_ray.planning.alternatives import Alternative, Choice, choose_training
+from emloc_ray.planning.layout import Layout
+from emloc_ray.planning.lengths import Lengths
+from emloc_ray.planning.machine import Speeds
+from emloc_ray.stages.order import STEPS as STAGES_OF_A_RUN
 from emloc_ray.text import duration
 
 RATIO, R, LENGTH, ROWS = 0.5, 8, 512, 8  # of the emulator, the adapter, a row, a batch
@@ -200,5 +207,72 @@ def table() -> str:
     return "\n".join(lines)
 
 
+# A card of 165 TFLOPS in bfloat16, of which training is planned to reach a fifth, behind PCIe 4; a host that holds the weights.
+CARD = Speeds(cpu_flops=1e11, gpu_flops=165e12, link=25e9)
+BUDGET = "24GiB"
+_OF_32_B = {**SHAPES["full"].model, "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64}
+SIZES = {
+    "8 B": SHAPES["full"].model,
+    "32 B": {**_OF_32_B, "num_attention_heads": 40, "vocab_size": 152064},
+    "70 B": SHAPES["full"].large,
+}
+
+
+def deepened(layout: Layout, blocks: int) -> Layout:
+    """A model of one block with so many of the kind."""
+    groups = tuple(tuple(_moved(spec, number) for spec in group) for number in range(blocks) for group in layout.groups)
+    specs = tuple(spec for group in groups for spec in group)
+    names = tuple(spec.name for spec in specs)
+    parameters = layout.num_parameters + (blocks - 1) * sum(spec.num_parameters for spec in layout.specs)
+    changes = {"specs": specs, "groups": groups, "num_parameters": parameters, "compressed": names, "adapted": names}
+    return replace(layout, **changes, free=names, replaceable=names)
+
+
+def _moved(spec: LinearSpec, number: int) -> LinearSpec:
+    return replace(spec, name=spec.name.replace(".0.", f".{number}."), block=spec.block.replace(".0", f".{number}"))
+
+
+def choice_for(name: str) -> Choice:
+    """What a card can train on, by sensitivity and predictions where that is an emulator."""
+    config = llama_config(SIZES[name])
+    values = {
+        "run_dir": "runs/paper",
+        "memory_budget": BUDGET,
+        "model": {"source": name, "dtype": "bfloat16"},
+        "data": {"train": {"path": "-"}, "max_seq_length": LENGTH},
+        "emulator": {"allocation": "sensitivity", "objective": "predictions"},
+        "adapter": {"r": R},
+        "finetune": {"per_device_train_batch_size": ROWS, "gpus_per_worker": 1},
+        "ray": {"num_gpus": 1},
+    }
+    bare = bare_prepared(values, llama_config({**SIZES[name], "num_hidden_layers": 1}))
+    whole = replace(bare, model_config=config, layout=deepened(bare.layout, config.num_hidden_layers))
+    return choose_training(STAGES_OF_A_RUN, whole, Lengths(LENGTH, LENGTH), CARD)
+
+
+def choices_table() -> str:
+    """The Markdown of what 24 GiB train, side by side."""
+    choices = {name: choice_for(name) for name in SIZES}
+    columns = [f"{name}, {what}" for name in choices for what in ("GiB", "a step")]
+    lines = [f"| trained on | {' | '.join(columns)} | gap closed |", f"| --- |{' --- |' * (len(columns) + 1)}"]
+    for row in zip(*(choice.alternatives for choice in choices.values()), strict=True):
+        cells = [cell for one, choice in zip(row, choices.values(), strict=True) for cell in _cells(one, choice)]
+        shown = [one.measured for one in row if one.fits and not one.unneeded]
+        known = {f"{100 * m.gap_closed:.0f} %{'' if m.ratio == 1 else f' at {m.ratio:g}'}": None for m in shown if m}
+        lines.append(f"| {row[0].name} | {' | '.join(cells)} | {', '.join(known) or 'not measured'} |")
+    return "\n".join(lines)
+
+
+def _cells(one: Alternative, choice: Choice) -> tuple[str, str]:
+    """Memory, with an emulator's ratio, and seconds; the recommended one's in bold."""
+    if one.unneeded:
+        return "not needed", ""
+    ratio, needed = one.config.emulator.compression_ratio, f"{one.needed / 2**30:.1f}"
+    if not one.fits:
+        return f"needs {needed}", ""
+    cells = f"{needed}{'' if ratio == 1 else f' at {ratio:g}'}", duration(one.step_seconds)
+    return (f"**{cells[0]}**", f"**{cells[1]}**") if one is choice.recommended else cells
+
+
 if __name__ == "__main__":
-    print(table())
+    print(table(), choices_table(), sep="\n\n")

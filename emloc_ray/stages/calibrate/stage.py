@@ -11,7 +11,7 @@ from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import UNKNOWN_ROWS, Prepared
 from emloc_ray.planning.sizes import gradient_bytes, gram_bytes
-from emloc_ray.planning.work import block_work, head_work, tokens_calibrated
+from emloc_ray.planning.work import WITH_BACKWARD, block_work, head_work, tokens_calibrated
 from emloc_ray.stages.calibrate.job import BLOCKS, CalibrationJob, Labels, go_on
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.stage import Stage, by_weights
@@ -120,9 +120,14 @@ def _gram_cost(memory: MemoryModel) -> StageCost:
     by_blocks = memory.calibration_hold() == BLOCKS
     # Hidden states while the stage lasts, or a set of sums for each worker.
     held = memory.hidden_state_disk_bytes() if by_blocks else grams * prepared.config.calibration.num_workers
+    tokens, section = tokens_calibrated(prepared, memory.lengths), prepared.config.calibration
+    # Block by block each worker's weights come once for all its rows.
+    rows_read = section.num_workers * section.batch_size if by_blocks else tokens / memory.lengths.mean
+    moved = memory.moved(memory.calibration_hold(), rows_read, section.batch_size)
     return StageCost(
         memory.calibrate(),
-        flops=tokens_calibrated(prepared, memory.lengths) * 2 * (block_work(layout) + products),
+        flops=tokens * 2 * (block_work(layout) + products),
+        moved_bytes=moved if by_blocks else moved * len(memory.waves()),
         disk_bytes=(memory.weight_files if prepared.source.gguf_file else 0) + images + grams // 2 + held,
         efficiency=0.65,
         start_seconds=25,
@@ -134,11 +139,14 @@ def _gradient_cost(memory: MemoryModel) -> StageCost:
     weighed = set(layout.weighed)
     # Forward, once more for what the backward pass reads, and back; and the sums.
     sums = sum(s.token_share * s.out_features**2 for s in layout.specs if s.name in weighed) * 1.2
-    stored = sum(gradient_bytes(spec) for wave in memory.gradient_plan().waves for spec in wave)
+    plan, tokens = memory.gradient_plan(), tokens_calibrated(prepared, memory.lengths) if weighed else 0.0
+    stored = sum(gradient_bytes(spec) for wave in plan.waves for spec in wave)
+    forward = len(plan.waves) * memory.moved(plan.hold, tokens / memory.lengths.mean, plan.batch_size)
     work = 3 * (block_work(layout) + head_work(layout)) + sums
     return StageCost(
         memory.gradients(),
-        flops=tokens_calibrated(prepared, memory.lengths) * 2 * work if weighed else 0.0,
+        flops=tokens * 2 * work * len(plan.waves),
+        moved_bytes=WITH_BACKWARD * forward,
         disk_bytes=stored // 2 + stored * prepared.config.calibration.num_workers,
         start_seconds=25,
     )

@@ -11,7 +11,7 @@ from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.training import packs_late
-from emloc_ray.planning.work import block_work, head_work, rows_selected_on
+from emloc_ray.planning.work import SEARCH_TRANSFERS, block_work, head_work, rows_selected_on
 from emloc_ray.stages.calibrate.stage import CALIBRATE, SUMS
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.finetune.stage import trained_tokens
@@ -102,11 +102,16 @@ def _drops(context: Context) -> tuple[str, ...]:
 
 
 def _cost(memory: MemoryModel) -> StageCost:
-    tokens = memory.lengths.mean * rows_selected_on(memory.prepared)
-    scoring = tokens * 2 * (block_work(memory.layout) + head_work(memory.layout))
+    rows, workers, batch_size = (
+        rows_selected_on(memory.prepared),
+        memory.config.evaluation.num_workers,
+        memory.config.evaluation.batch_size,
+    )
+    scoring = rows * memory.lengths.mean * 2 * (block_work(memory.layout) + head_work(memory.layout))
     return StageCost(
         memory.correct(),
-        flops=scoring * memory.config.evaluation.num_workers + memory.correction_work(),  # one worker scores
+        flops=scoring * workers + memory.correction_work(),  # one worker scores
+        moved_bytes=memory.moved(memory.searching().hold, rows * SEARCH_TRANSFERS, batch_size) * workers,
         disk_bytes=int(4 * memory.corrected_parameters + memory.thin_matrices()),
         start_seconds=15,
     )

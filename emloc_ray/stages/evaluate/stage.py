@@ -75,7 +75,15 @@ def _cost(memory: MemoryModel) -> StageCost:
     scored = memory.lengths.mean * (section.num_samples or 1000)
     works = ((kept if name in _ON_EMULATOR else blocks) + head for name in section.variants)
     completed = 2 * section.num_exact_match * section.max_new_tokens * (blocks + 4 * head)
-    return StageCost(memory.evaluate(), flops=2 * (scored * sum(works) + completed), efficiency=0.45, start_seconds=20)
+    # All variants go through offloaded blocks together; a token of a completion is a pass too, of all prompts of a batch.
+    rows = (section.num_samples or 1000) + section.num_exact_match * section.max_new_tokens
+    return StageCost(
+        memory.evaluate(),
+        flops=2 * (scored * sum(works) + completed),
+        moved_bytes=memory.moved(memory.evaluating().hold, rows, section.batch_size),
+        efficiency=0.45,
+        start_seconds=20,
+    )
 
 
 def gap_closed(evaluation: dict[str, Any], upper_bound: str | Path) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.layout import adapter_settings
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.work import emulator_work, head_work, num_steps, rows_trained
+from emloc_ray.planning.work import num_steps, rows_a_step, steps_trained, training_cost
 from emloc_ray.stages.context import Context, Inputs, Result, without
 from emloc_ray.stages.stage import Stage
 
@@ -62,14 +62,8 @@ def steps_of(context: Context) -> int:
 def trained_tokens(context: Context) -> float:
     """Tokens that all steps of the fine-tuning read, of rows or packs of mean length."""
     config, tokens_dir = context.prepared.config, context.tokens("train")
-    section, shards = config.finetune, TokenShards(tokens_dir)
-    rows = section.per_device_train_batch_size * section.gradient_accumulation_steps * section.num_workers
-    return (
-        steps_of(context)
-        * rows
-        * float(shards.index["tokens"])
-        / max(1, num_sequences(tokens_dir, pack_length(config)))
-    )
+    rows, sequences = rows_a_step(config.finetune), num_sequences(tokens_dir, pack_length(config))
+    return steps_of(context) * rows * float(TokenShards(tokens_dir).index["tokens"]) / max(1, sequences)
 
 
 def finetune_job(context: Context, name: str) -> FinetuneJob:
@@ -165,18 +159,8 @@ def _finetune(context: Context, inputs: Inputs, granted: Resources, progress: Pr
     return finetune(finetune_job(context, f"finetune-{fingerprint(inputs)}"), granted, progress, context.note)
 
 
-def passes(config: RunConfig) -> int:
-    """Floating-point operations of a training step for each multiply-add of a forward pass: frozen weights have no gradients
-    of their own, and checkpointing goes forward twice."""
-    return 6 if config.finetune.gradient_checkpointing else 4
-
-
 def _cost(memory: MemoryModel) -> StageCost:
-    work = emulator_work(memory.layout) + head_work(memory.layout)
-    tokens = rows_trained(memory.prepared) * memory.trained_lengths.mean
-    disk = 4 * 4 * memory.adapter_parameters
-    flops = tokens * passes(memory.config) * work
-    return StageCost(memory.finetune(), flops=flops, disk_bytes=disk, efficiency=0.2, start_seconds=20)
+    return training_cost(memory, steps_trained(memory.prepared))
 
 
 def _summary(result: Result) -> str:

@@ -16,9 +16,9 @@ from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.training import healing_run, healing_split
-from emloc_ray.planning.work import block_work, emulator_work, head_work, num_train_rows, rows_trained
+from emloc_ray.planning.work import block_work, emulator_work, head_work, num_train_rows, passes, rows_trained
 from emloc_ray.stages.context import Context, Inputs, Result
-from emloc_ray.stages.finetune.stage import finetune_job, learned, passes
+from emloc_ray.stages.finetune.stage import finetune_job, learned
 from emloc_ray.stages.stage import Stage, by_weights
 
 if TYPE_CHECKING:
@@ -123,10 +123,14 @@ def _cost(memory: MemoryModel) -> StageCost:
     lengths, rows = run.lengths, rows_trained(run)
     taught, head = min(rows, num_train_rows(run)) * lengths.mean, head_work(layout)
     lora = sum(healing.r * (s.out_features + s.in_features) for s in run.layout.specs if s.name in run.layout.adapted)
-    training = rows * lengths.mean * passes(prepared.config) * (emulator_work(layout) + 4 * head)
+    again = prepared.config.finetune.gradient_checkpointing
+    training = rows * lengths.mean * passes(again) * (emulator_work(layout) + 4 * head)
+    batch_size = run.config.finetune.per_device_train_batch_size
+    hold = MemoryModel(prepared, lengths).teaching(batch_size).hold
     return StageCost(
         MemoryModel(prepared, lengths).heal(),
         flops=training + taught * 2 * (block_work(layout) + 4 * head),
+        moved_bytes=memory.moved(hold, taught / lengths.mean, batch_size),
         disk_bytes=int(memory.emulator_files + taught * healing.num_teacher_logits * BYTES_PER_LOGIT + 4 * 4 * lora),
         efficiency=0.2,
         start_seconds=30,

@@ -5,14 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from benchmarks.gpu.shapes import SHAPES
-from benchmarks.on_paper import MACHINES, Model, Work, calibrate, factorize, finetune, table
+from benchmarks.gpu.shapes import SHAPES, llama_config
+from benchmarks.on_paper import MACHINES, Model, Work, calibrate, choices_table, deepened, factorize, finetune, table
+from benchmarks.stage_memory import bare_prepared
+
+from emloc_ray.planning.layout import Layout
 
 ROOT = Path(__file__).parents[3]
 
 
 def test_the_page_has_the_table() -> None:
-    assert table() in (ROOT / "cluster" / "README.md").read_text()
+    page = (ROOT / "cluster" / "README.md").read_text()
+    assert table() in page
+    assert choices_table() in page
+
+
+def test_a_deeper_model_is_that_of_its_config() -> None:
+    def layout(blocks: int) -> Layout:
+        values = {"run_dir": "-", "model": {"source": "-"}, "data": {"train": {"path": "-"}}}
+        return bare_prepared(values, llama_config({**SHAPES["tiny"].model, "num_hidden_layers": blocks})).layout
+
+    deep, whole = deepened(layout(1), 3), layout(3)
+    assert (deep.specs, deep.groups) == (whole.specs, whole.groups)
+    assert deep.num_parameters == pytest.approx(whole.num_parameters, rel=0.01)  # norms left out
 
 
 def test_a_model_is_counted_whole() -> None:

@@ -17,7 +17,6 @@ from emloc_ray.errors import ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.loading import ModelSource
-from emloc_ray.planning import plan as planner
 from emloc_ray.planning.budget import solve, with_settings
 from emloc_ray.planning.costs import with_base
 from emloc_ray.planning.layout import make_layout
@@ -145,7 +144,7 @@ def test_what_it_does_not_say_is_as_in_finetune(prepared: Callable[..., Prepared
 def test_the_plan_counts_the_teachers_logits_and_a_second_emulator(
     prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planner, "cpu_flops", lambda: 1e10)
+    monkeypatch.setattr("emloc_ray.planning.machine.cpu_flops", lambda: 1e10)
     few, many, all_of_them = ({"steps": steps, "num_teacher_logits": 64} for steps in (5, 25, 1000))
     sizes = [stage(prepared(healing), "heal").disk_bytes for healing in (few, many, all_of_them)]
     assert sizes[1] - sizes[0] == pytest.approx(20 * 8 * 20 * 64 * 6, abs=8)  # steps · rows · tokens · k · bytes
@@ -167,7 +166,7 @@ def others(tmp_path: Path) -> Path:
 def test_it_may_have_rows_of_its_own(
     prepared: Callable[..., Prepared], others: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planner, "cpu_flops", lambda: 1e10)
+    monkeypatch.setattr("emloc_ray.planning.machine.cpu_flops", lambda: 1e10)
     data = {"train": {"path": str(tmp_path / "rows.jsonl")}, "max_seq_length": 64}
     with_own = {**data, "healing": {"path": str(others)}}
     plain, found = prepared({"steps": 1000}), prepared({"steps": 1000}, data=with_own)

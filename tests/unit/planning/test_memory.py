@@ -270,7 +270,7 @@ def test_what_no_ratio_helps_is_told_with_what_would(llama_7b: Prepared) -> None
 
 def test_the_solution_is_what_is_planned(prepared: Callable[..., Prepared]) -> None:
     ready = prepared(memory_budget=BASE_BYTES + 3_000_000)
-    solution = within_budget(STEPS, ready)
+    solution = within_budget(STEPS, ready).solution
     changed = solution.prepared
     plan = make_plan(STEPS, changed)
     stage = next(stage for stage in plan.stages if stage.name == "finetune")

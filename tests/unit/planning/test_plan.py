@@ -28,7 +28,7 @@ PLAIN = [stage for stage in VERBS[1:] if stage != "heal"]
 @pytest.fixture(autouse=True)
 def steady_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine of one speed, whatever else runs on it."""
-    monkeypatch.setattr(planner, "cpu_flops", lambda: 1e10)
+    monkeypatch.setattr("emloc_ray.planning.machine.cpu_flops", lambda: 1e10)
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ import pytest
 import ray
 from typer.testing import CliRunner, Result
 
+import emloc_ray
+from emloc_ray.config.reading import load_config
 from emloc_ray.errors import NumericsError
 from emloc_ray.io.formats.yaml_text import write_yaml
 from emloc_ray.io.runs.directory import RunDirectory
@@ -301,6 +303,38 @@ def test_plan_at_ratio_one_keeps_everything_dense(call: Call) -> None:
     assert result.exit_code == 0, result.output
     assert "dense" in result.stdout
     assert "1.000" in result.stdout
+
+
+def test_within_a_budget_plan_shows_what_else_could_be_trained_on(call: Call) -> None:
+    result = call("plan", "--memory-budget", "2GiB")
+    assert result.exit_code == 0, result.output
+    assert "the original, its blocks offloaded" in result.stdout
+    assert "train on the original, " in result.stdout
+    assert "no emulator is needed" in result.stdout
+    assert "memory_budget=2GiB emulator.compression_ratio=1 " in result.stdout
+    planned = emloc_ray.plan(load_config(call.config), memory_budget="2GiB")
+    assert planned.choice is not None
+    assert planned.choice.sentence in result.stdout
+    assert planned.prepared.config.emulator.compression_ratio == 1
+    assert [stage.name for stage in planned.stages] == ["factorize", "finetune", "correct", "merge", "evaluate"]
+    as_written = emloc_ray.plan(planned.choice.asked)
+    assert as_written.choice is not None
+    assert as_written.prepared.config.emulator.compression_ratio == 0.5
+    assert emloc_ray.plan(load_config(call.config)).choice is None
+
+
+def test_a_config_and_an_index_can_be_planned_and_not_run(call: Call) -> None:
+    bare = call.config.parent / "bare"
+    bare.mkdir()
+    whole = Path(call.values["model"]["source"])
+    for name in ("config.json", "model.safetensors.index.json"):
+        shutil.copy(whole / name, bare)
+    call.values["model"] = {"source": str(bare), "dtype": "float32"}
+    result = call("plan")
+    assert result.exit_code == 0, result.output
+    assert "whole model" in result.stdout
+    for verb in ("validate", "run"):
+        assert_refused(call(verb), call.run_dir, "is missing, though the checkpoint's index names it")
 
 
 def test_status_of_no_run_and_of_one_that_has_begun(call: Call, tmp_path: Path) -> None:

@@ -1,0 +1,170 @@
+"""What to train on within a budget: the original or an emulator, whole or offloaded, in more or fewer bits, side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from emloc_ray.config.schema import RunConfig
+from emloc_ray.errors import ConfigError
+from emloc_ray.planning.budget import RATIOS, Solution, fitting, solution_of, training_bytes, with_config
+from emloc_ray.planning.costs import Costed, busy_seconds
+from emloc_ray.planning.lengths import Lengths
+from emloc_ray.planning.machine import Speeds
+from emloc_ray.planning.measured import Measured, measured_for
+from emloc_ray.planning.memory import MemoryModel
+from emloc_ray.planning.prepared import Prepared
+from emloc_ray.planning.work import training_cost
+from emloc_ray.text import duration, size, size_up, stored_bits
+
+_WHOLE = {"compression_ratio": 1.0, "residual_rank": 0, "storage": "factors"}
+_FEW_BITS = ("nf4", "int3", "int2")
+_ALIKE = 0.03  # of the gap closed: what three seeds hardly tell apart
+_SLOWER = 10.0  # times the fastest: what nobody waits for
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One thing to train on, with the settings that fit the budget best, or the leanest where none does.
+
+    ``needed``: bytes of a worker's fine-tuning, or of the gradients that its emulator asks for, where these do not fit.
+    ``step_seconds``: of an optimizer step, the slower of computing and of moving weights. ``measured``: what it closed of the
+    gap where it was measured. ``unneeded``: an emulator of what fits as it is.
+    """
+
+    name: str
+    memory: MemoryModel
+    needed: int
+    fits: bool
+    step_seconds: float
+    measured: Measured | None
+    unneeded: bool = False
+
+    @property
+    def config(self) -> RunConfig:
+        """Its settings."""
+        return self.memory.config
+
+
+@dataclass(frozen=True)
+class Choice:
+    """All alternatives within a budget, and the one to take, with all that its run takes.
+
+    That is the one that closed most of the gap where it was measured, of those alike the fastest; what takes ten times as long
+    as the fastest of these is left out. Where none was measured it is the first.
+    """
+
+    asked: RunConfig
+    budget: int
+    alternatives: tuple[Alternative, ...]
+    recommended: Alternative
+    solution: Solution
+    speeds: Speeds
+
+    @property
+    def sentence(self) -> str:
+        """The recommendation."""
+        best, finetune = self.recommended, self.recommended.config.finetune
+        ratio = best.config.emulator.compression_ratio
+        text = f"Within {size_up(self.budget)}: train on {best.name}{'' if ratio == 1 else f' (ratio {ratio:g})'},"
+        text += f" {size(best.needed)} a worker and {duration(best.step_seconds)} a step"
+        if finetune.gradient_accumulation_steps > 1:
+            text += f" of {finetune.gradient_accumulation_steps} × {finetune.per_device_train_batch_size} rows"
+        if ratio == 1:
+            text += "; no emulator is needed"
+        if best.memory.finetune_hold() != "resident":
+            text += f"; its {size(best.memory.weights)} of weights wait in the host's memory"
+        return text + "."
+
+    @property
+    def overrides(self) -> list[str]:
+        """What makes the recommended run, as the command line takes it."""
+        old, new = (_settings(config) for config in (self.asked, self.recommended.config))
+        changed = [f"{key}={value}" for key, value in new.items() if value != old[key]]
+        gib = self.budget / 2**30
+        return [
+            f"memory_budget={f'{gib:g}GiB' if gib.is_integer() else self.budget}",
+            *changed,
+            *self.solution.overrides,
+        ]
+
+
+def choose_training(stages: Sequence[Costed], prepared: Prepared, lengths: Lengths, speeds: Speeds) -> Choice:
+    """Plans every alternative within the config's ``memory_budget``, without starting anything.
+
+    Raises:
+        ConfigError: where none fits; it says what the leanest one needs.
+    """
+    budget = int(prepared.config.memory_budget or 0)
+    alternatives = tuple(_alternatives(prepared, budget, lengths, speeds))
+    fit = [one for one in alternatives if one.fits and not one.unneeded]
+    if not fit:
+        least = min(alternatives, key=lambda one: one.needed)
+        raise ConfigError(
+            f"Nothing can be trained within {size_up(budget)}: {least.name} takes least, {size_up(least.needed)}: give that much,"
+            " or lower data.max_seq_length or the adapter's size."
+        )
+    best = _best([(one, one.measured.gap_closed) for one in fit if one.measured is not None]) or fit[0]
+    return Choice(prepared.config, budget, alternatives, best, solution_of(stages, best.memory, budget), speeds)
+
+
+def _best(measured: Sequence[tuple[Alternative, float]]) -> Alternative | None:
+    limit = _SLOWER * min((one.step_seconds for one, _ in measured), default=0.0)
+    in_time = [(one, closed) for one, closed in measured if one.step_seconds <= limit]
+    most = max((closed for _, closed in in_time), default=0.0)
+    alike = [one for one, closed in in_time if closed >= most - _ALIKE]
+    return min(alike, key=lambda one: one.step_seconds, default=None)
+
+
+def _alternatives(prepared: Prepared, budget: int, lengths: Lengths, speeds: Speeds) -> Iterator[Alternative]:
+    hold, section = prepared.config.model.hold, prepared.config.finetune
+    rows = section.per_device_train_batch_size * section.gradient_accumulation_steps
+    in_all_bits = {"quantization": "none"}
+
+    def at(name: str, ratios: Sequence[float], emulator: dict[str, Any], hold: str = hold, **batch: int) -> Alternative:
+        memory = fitting(_changed(prepared, emulator, hold), budget, lengths, ratios, **batch)
+        step = busy_seconds(training_cost(memory, 1), section, speeds, memory.weights)
+        asks = memory.config.emulator.asks_for_gradients is not None and memory.layout.weighed
+        gradients = int(memory.least_for_gradients()) if asks else 0
+        needed = max(training_bytes(memory), gradients if gradients > budget else 0)
+        return Alternative(name, memory, needed, needed <= budget, step, measured_for(memory.config.emulator))
+
+    original = {**_WHOLE, **in_all_bits}
+    resident = at("the original", (1.0,), original, "resident")
+    if hold == "resident" or not resident.fits:
+        yield resident
+    else:  # the same training; stages beside which the original does not fit have its blocks come and go
+        changed = MemoryModel(_changed(resident.memory.prepared, {}, "auto"), lengths)
+        yield dataclasses.replace(resident, memory=changed)
+    if hold != "resident":
+        asked = "offloaded" if resident.fits else "auto"
+        offloaded = at("the original, its blocks offloaded", (1.0,), original, asked, largest_batch=rows)
+        if offloaded.memory.finetune_hold() != "resident":  # which some methods need
+            yield offloaded
+    zero = (prepared.zero_config or {}).get("zero_optimization", {})
+    few_bits = () if zero.get("stage") == 3 else _FEW_BITS
+    names = {bits: f"the original in {stored_bits(bits)}" for bits in few_bits}
+    whole = {bits: at(names[bits], (1.0,), {**_WHOLE, "quantization": bits}) for bits in few_bits}
+    yield from whole.values()
+    own = at("an emulator", RATIOS, {**in_all_bits, "residual_rank": 0})
+    yield dataclasses.replace(own, unneeded=resident.fits)
+    if "nf4" in whole:
+        own = at(f"an emulator in {stored_bits('nf4')}", RATIOS, {"quantization": "nf4", "residual_rank": 0})
+        yield dataclasses.replace(own, unneeded=resident.fits or whole["nf4"].fits)
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """What alternatives differ in, beside the settings of :attr:`Solution.overrides`."""
+    keys = ("quantization", "storage", "residual_rank")
+    return {"model.hold": config.model.hold, **{f"emulator.{key}": getattr(config.emulator, key) for key in keys}}
+
+
+def _changed(prepared: Prepared, emulator: dict[str, Any], hold: str) -> Prepared:
+    config = prepared.config
+    sections = {
+        "emulator": config.emulator.model_copy(update=emulator),
+        "model": config.model.model_copy(update={"hold": hold}),
+    }
+    return with_config(prepared, config.model_copy(update=sections))

@@ -1,0 +1,153 @@
+"""What can be trained on within a budget, and which of it is recommended."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from emloc_ray.config.reading import load_config, parse_config
+from emloc_ray.errors import ConfigError
+from emloc_ray.io.formats.yaml_text import write_yaml
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.modeling.architecture import empty_model
+from emloc_ray.modeling.loading import ModelSource
+from emloc_ray.planning.alternatives import Alternative, Choice, choose_training
+from emloc_ray.planning.costs import StageCost, busy_seconds
+from emloc_ray.planning.layout import Skeleton, make_layout, skeleton_of
+from emloc_ray.planning.lengths import Lengths
+from emloc_ray.planning.machine import Speeds
+from emloc_ray.planning.memory import BASE_BYTES, MemoryModel
+from emloc_ray.planning.prepared import Prepared
+from emloc_ray.planning.work import training_cost
+from emloc_ray.stages.order import STEPS
+
+MODEL = LlamaConfig(
+    vocab_size=2000,
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=12,
+    num_attention_heads=8,
+    tie_word_embeddings=False,
+)
+ROW = Lengths(64.0, 64.0)
+FAST = Speeds(1e11, gpu_flops=1e14, link=25e9)
+BEST = {"allocation": "sensitivity", "objective": "predictions"}
+MIB = 2**20
+
+
+def values_of(budget: int | None, **sections: Any) -> dict[str, Any]:
+    return {
+        "run_dir": "unused",
+        "memory_budget": budget,
+        "model": {"source": "unused", "dtype": "bfloat16"},
+        "data": {"train": {"path": "unused"}, "max_seq_length": 64},
+        "emulator": BEST,
+        "finetune": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "gpus_per_worker": 1},
+        "ray": {"num_gpus": 1},
+        **sections,
+    }
+
+
+@functools.cache
+def skeleton() -> Skeleton:
+    return skeleton_of(MODEL, empty_model(MODEL))
+
+
+def prepared(budget: int | None = None, **sections: Any) -> Prepared:
+    config = parse_config(values_of(budget, **sections))
+    layout = make_layout(config, skeleton())
+    return Prepared(config, RunDirectory("unused"), ModelSource(Path()), MODEL, layout, {})
+
+
+def chosen(megabytes: int, speeds: Speeds = FAST, **sections: Any) -> Choice:
+    return choose_training(STEPS, prepared(BASE_BYTES + megabytes * MIB, **sections), ROW, speeds)
+
+
+def by_name(choice: Choice) -> dict[str, Alternative]:
+    return {one.name.removeprefix("the original"): one for one in choice.alternatives}
+
+
+def test_what_fits_whole_needs_no_emulator() -> None:
+    choice = chosen(1000)
+    assert choice.recommended.name == "the original"
+    assert "no emulator is needed" in choice.sentence
+    assert [one.name for one in choice.alternatives if one.unneeded] == ["an emulator", "an emulator in 4 bits (NF4)"]
+    finetune = choice.solution.prepared.config.finetune
+    assert (finetune.per_device_train_batch_size, finetune.gradient_accumulation_steps) == (4, 2)
+    assert choice.solution.prepared.config.model.hold == "auto"
+    assert MemoryModel(choice.solution.prepared, ROW).finetune_hold() == "resident"
+
+
+def test_what_does_not_fit_goes_by_its_blocks_where_the_link_allows() -> None:
+    choice = chosen(330, dataclasses.replace(FAST, link=1e15))
+    alternatives = by_name(choice)
+    assert not alternatives[""].fits
+    offloaded = alternatives[", its blocks offloaded"]
+    assert choice.recommended is offloaded
+    assert "wait in the host's memory" in choice.sentence
+    assert offloaded.config.finetune.per_device_train_batch_size == 8  # the fewest transfers of a step
+    assert offloaded.needed < alternatives[" in 4 bits (NF4)"].needed < alternatives[""].needed
+    from_disk = chosen(330, dataclasses.replace(FAST, host_bytes=1e6, disk=1e6))
+    assert by_name(from_disk)[", its blocks offloaded"].step_seconds > 100
+    assert from_disk.recommended.name == "the original in 4 bits (NF4)"
+
+
+@pytest.mark.parametrize("megabytes", [1000, 330, 200])
+def test_the_overrides_make_the_recommended_run(tmp_path: Path, megabytes: int) -> None:
+    choice = chosen(megabytes, dataclasses.replace(FAST, link=1e6))
+    file = tmp_path / "config.yaml"
+    file.write_text(write_yaml(values_of(None)))
+    config = load_config(file, choice.overrides)
+    assert config == choice.solution.prepared.config
+    assert MemoryModel(dataclasses.replace(choice.solution.prepared, config=config), ROW).finetune_hold() == "resident"
+
+
+def test_an_emulator_is_as_large_as_fits_and_says_what_was_measured() -> None:
+    choice = chosen(200, dataclasses.replace(FAST, link=1e6))
+    emulator = by_name(choice)["an emulator"]
+    ratio = emulator.config.emulator.compression_ratio
+    assert 0.1 < ratio < 1
+    assert emulator.fits
+    assert emulator.measured is not None
+    assert emulator.measured.ratio <= ratio
+
+
+def test_a_budget_for_nothing_is_told_with_one_that_would_do() -> None:
+    with pytest.raises(ConfigError, match=r"Nothing can be trained within 460 MiB: .* takes least, 559 MiB: give"):
+        chosen(10)
+    assert chosen(109).recommended.fits
+
+
+def test_a_model_that_is_to_be_held_whole_is_not_offloaded() -> None:
+    names = [one.name for one in chosen(1000, model={"source": "unused", "hold": "resident"}).alternatives]
+    assert "the original, its blocks offloaded" not in names
+    with_magnitudes = chosen(1000, adapter={"method": "dora"})
+    assert "the original, its blocks offloaded" not in [one.name for one in with_magnitudes.alternatives]
+
+
+def test_an_offloaded_step_moves_the_blocks_twice_a_micro_batch() -> None:
+    ready = prepared(BASE_BYTES + 330 * MIB, emulator={"compression_ratio": 1.0})
+    memory = MemoryModel(ready, ROW)
+    assert memory.finetune_hold() == "offloaded"
+    blocks = 2 * sum(spec.num_parameters for spec in ready.layout.specs)
+    cost = training_cost(memory, 10)
+    assert cost.moved_bytes == 2 * 10 * 2 * blocks
+    whole = training_cost(MemoryModel(prepared(emulator={"compression_ratio": 1.0}), ROW), 10)
+    assert whole.moved_bytes == 0
+    assert whole.flops == cost.flops
+
+
+def test_the_slower_of_computing_and_moving_counts() -> None:
+    section = parse_config(values_of(None)).finetune
+    cost = StageCost({}, flops=1e14, moved_bytes=25e9, efficiency=0.5)
+    assert busy_seconds(cost, section, FAST, 1e9) == pytest.approx(2)
+    assert busy_seconds(dataclasses.replace(cost, moved_bytes=100e9), section, FAST, 1e9) == pytest.approx(4)
+    slow = dataclasses.replace(FAST, host_bytes=1e8, disk=1e9)
+    assert busy_seconds(cost, section, slow, 1e9) == pytest.approx(25)
+    on_cpu = section.model_copy(update={"gpus_per_worker": 0.0})  # computes with what is in memory
+    assert busy_seconds(cost, on_cpu, FAST, 1e9) == pytest.approx(2000)

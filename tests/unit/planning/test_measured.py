@@ -1,0 +1,39 @@
+"""The few figures of quality that plans show are those that pipelines/results has."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emloc_ray.config.schema import EmulatorConfig
+from emloc_ray.planning.measured import MEASURED, Measured, measured_for
+
+RESULTS = Path(__file__).parents[3] / "pipelines" / "results"
+DEFAULTS = {"allocation": "uniform", "objective": "activations", "storage": "factors"}
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: f"{row.method}, {row.ratio:g}")
+def test_a_figure_is_the_published_one(row: Measured) -> None:
+    published: dict[str, Any] = json.loads((RESULTS / f"{row.file}.json").read_text())
+    label = {"method": row.method, "emulator.compression_ratio": row.ratio}
+    [found] = [entry for entry in published["rows"] if entry["label"] == label]
+    assert found["datasets"]["summaries"]["gap_closed"]["mean"] == pytest.approx(row.gap_closed, abs=5e-4)
+    [method] = [entry for entry in published["config"]["methods"] if entry["name"] == row.method]
+    emulator = method.get("emulator", {})
+    assert {key: emulator.get(key, default) for key, default in DEFAULTS.items()} == {**DEFAULTS, **row.made}
+    assert (emulator.get("quantization", "none"), "healing" in emulator) == (row.quantization, row.healed)
+
+
+def test_a_ratio_has_the_figure_of_the_next_smaller_one() -> None:
+    def figure(ratio: float, **settings: Any) -> float | None:
+        found = measured_for(EmulatorConfig.model_validate({"compression_ratio": ratio, **settings}))
+        return None if found is None else found.gap_closed
+
+    best = {"allocation": "sensitivity", "objective": "predictions"}
+    assert (figure(1.0), figure(0.95), figure(0.5), figure(0.45), figure(0.2)) == (1.0, 0.722, 0.722, 0.529, None)
+    assert (figure(0.5, **best), figure(0.5, **best, healing={"steps": 20})) == (0.887, 0.903)
+    assert (figure(1.0, quantization="nf4"), figure(1.0, quantization="int2")) == (0.98, None)
+    assert figure(1.0, **best, healing={"steps": 20}) == 1.0  # where nothing is healed or compressed
