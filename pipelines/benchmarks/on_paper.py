@@ -224,8 +224,8 @@ def deepened(layout: Layout, blocks: int) -> Layout:
     specs = tuple(spec for group in groups for spec in group)
     names = tuple(spec.name for spec in specs)
     parameters = layout.num_parameters + (blocks - 1) * sum(spec.num_parameters for spec in layout.specs)
-    changes = {"specs": specs, "groups": groups, "num_parameters": parameters, "compressed": names, "adapted": names}
-    return replace(layout, **changes, free=names, replaceable=names)
+    whole = replace(layout, specs=specs, groups=groups, num_parameters=parameters)
+    return replace(whole, compressed=names, adapted=names, free=names, replaceable=names)
 
 
 def _moved(spec: LinearSpec, number: int) -> LinearSpec:
