@@ -6,7 +6,7 @@ import re
 import typing
 from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Discriminator, Field, Tag
 
 Patterns = str | typing.Annotated[list[str], Field(min_length=1)]
 
@@ -26,6 +26,11 @@ def _whole_size(value: Any) -> Any:
 
 
 Size = typing.Annotated[ByteSize, BeforeValidator(_whole_size), Field(ge=1)]
+Budget = typing.Annotated[
+    typing.Annotated[Literal["inference"], Tag("inference")] | typing.Annotated[Size, Tag("function-size")],
+    Discriminator(lambda value: "inference" if value == "inference" else "function-size"),
+]
+"""A size, or what inference of the original takes."""
 
 
 class Section(BaseModel):

@@ -14,7 +14,7 @@ from pydantic import (
 )
 
 from emloc_ray.config.adapter import AdapterConfig
-from emloc_ray.config.base import Patterns, Section, Size, StageConfig
+from emloc_ray.config.base import Budget, Patterns, Section, Size, StageConfig
 from emloc_ray.config.finetune import FinetuneConfig
 
 
@@ -364,7 +364,9 @@ class RunConfig(Section):
 
     run_dir: str = Field(description="where everything goes: a directory, or a URI such as s3://BUCKET/RUN")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of every random draw")
-    memory_budget: Size | None = Field(None, description="what one worker may hold, such as 24GiB")
+    memory_budget: Budget | None = Field(
+        None, description="what one worker may hold, such as 24GiB; inference: what the original takes for a row"
+    )
     model: ModelConfig = Field(description="the original")
     data: DataConfig = Field(description="the task's rows")
     calibration: CalibrationConfig = Field(CalibrationConfig(), description="Grams and gradients, and their workers")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from emloc_ray.config.adapter import AdapterConfig
@@ -89,10 +89,11 @@ def fitting(
     lengths: Lengths,
     ratios: Sequence[float] = RATIOS,
     largest_batch: int | None = None,
+    needed: Callable[[MemoryModel], int] | None = None,
 ) -> MemoryModel:
     """With the first of ``ratios`` that fine-tunes within ``budget`` bytes a worker, the largest micro-batch there, up to
     ``largest_batch`` (by default the config's), and no gradient checkpointing where that fits too. Where nothing fits: what
-    takes least."""
+    takes least. ``needed``: bytes of a worker, :func:`training_bytes` by default."""
     bounded = prepared.config.model_copy(update={"memory_budget": budget})  # by which passes of the original are held
     prepared, section = dataclasses.replace(prepared, config=bounded), bounded.finetune
     rows = section.per_device_train_batch_size * section.gradient_accumulation_steps
@@ -104,7 +105,7 @@ def fitting(
         return MemoryModel(changed, lengths)
 
     def fits(memory: MemoryModel) -> bool:
-        return training_bytes(memory) <= budget
+        return (needed or training_bytes)(memory) <= budget
 
     ratio = next((ratio for ratio in ratios if fits(at(ratio, 1))), None)
     if ratio is None:

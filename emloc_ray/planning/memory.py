@@ -375,10 +375,10 @@ class MemoryModel(ModelBytes):
         alone = self._holding("evaluation", beside(1))
         return alone if alone.hold == "resident" else self._holding("evaluation", beside(number))
 
-    def inference(self) -> Parts:
-        """The original at the fine-tuning's micro-batch and length: prefill with its KV cache, logits of the last token."""
-        rows = self.config.finetune.per_device_train_batch_size
-        tokens = rows * self.lengths.longest
+    def inference(self, rows: int = 1, length: int | None = None) -> Parts:
+        """The original on a row of ``max_seq_length``, whatever the training's: prefill with its KV cache, logits of the last
+        token."""
+        tokens = rows * (length or self.config.data.max_seq_length)
         return {
             "base": BASE_BYTES,
             "weights": self.weights,

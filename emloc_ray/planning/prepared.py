@@ -42,12 +42,13 @@ class Prepared:
     files: dict[str, tuple[SourceFile, ...]]
     zero_config: dict[str, Any] | None = None
     file_dtype: torch.dtype | None = None  # of the model's files, where they are here and safetensors
-    as_written: RunConfig | None = None  # the config before the GPUs of a worker were decided
+    as_written: RunConfig | None = None  # the config before GPUs, and batches within a budget, were decided
 
     def with_gpus(self, available: float) -> Prepared:
         """The same where Ray has or can add so many GPUs; itself, where that changes nothing."""
-        config = (self.as_written or self.config).with_gpus(available)
-        return self if config == self.config else dataclasses.replace(self, config=config)
+        written = (self.as_written or self.config).with_gpus(available)
+        changed = _within_budget(dataclasses.replace(self, config=written))
+        return self if changed.config == self.config else changed
 
     @functools.cached_property
     def lengths(self) -> Lengths:
@@ -110,7 +111,13 @@ def prepare(config: RunConfig, needs_weights: bool = True) -> Prepared:
     if errors or source is None or model is None:
         raise ConfigError("\n".join(dict.fromkeys(errors)))  # splits may share a bad file
     known = {name: sources for name, sources in files.items() if sources}
-    return Prepared(config, run, source, *model, known, zero_config, file_dtype, as_written)
+    return _within_budget(Prepared(config, run, source, *model, known, zero_config, file_dtype, as_written))
+
+
+def _within_budget(prepared: Prepared) -> Prepared:
+    from emloc_ray.planning.batches import shrink_batches  # which plans with what is prepared here
+
+    return shrink_batches(prepared)
 
 
 def _check_upper_bound(config: RunConfig) -> None:

@@ -107,7 +107,7 @@ def plan_shape(shape: Shape) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "parameters": prepared.layout.num_parameters,
         "weights": original.weights / GB,
-        "inference": _gb(original.inference()),
+        "inference": _gb(original.inference(ROWS)),
         "lora_on_the_original": _gb(_held_whole(original).finetune()),
         "paper_lora": shape.lora_gb,
         "paper_emloc": shape.emloc_gb,

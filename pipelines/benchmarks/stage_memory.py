@@ -102,7 +102,7 @@ def trained_cases(prepared: Prepared, model: Path, emulator: Path, rows: int) ->
         arguments = {**arguments, "num_logits": LOGITS}
         yield name.replace("finetune", "heal: training"), "finetune", arguments, memory.finetune(DIVERGENCE_COPIES)
     yield "heal: teacher", "teach", {**size, "directory": model}, memory.teaching(rows).parts
-    yield "inference", "inference", {**size, "directory": model}, memory.inference()
+    yield "inference", "inference", {**size, "directory": model}, memory.inference(rows, LENGTH)
 
 
 def bare_prepared(values: dict[str, Any], model_config: Any) -> Prepared:

@@ -80,7 +80,7 @@ def test_llama_7b_by_hand(llama_7b: Prepared) -> None:
     model = MemoryModel(llama_7b, ROW)
     block = 4 * 4096**2 + 3 * 4096 * 11008
     assert llama_7b.layout.num_parameters == 6_738_415_616 == 32 * block + 2 * 32000 * 4096 + 65 * 4096
-    inference = model.inference()
+    inference = model.inference(1, 2048)
     assert inference["weights"] == 13_476_831_232
     assert inference["kv cache"] == 2 * 32 * 4096 * 2048 * 2 == 2**30
     assert inference["logits"] == 32000 * 2
@@ -168,7 +168,7 @@ def test_a_vision_tower_sees_tokens_of_its_own() -> None:
     tower = {spec.block: 2048 for spec in ready.layout.specs if "vision_tower" in spec.block}
     ready = dataclasses.replace(ready, layout=dataclasses.replace(ready.layout, image=ImageShape(256, tower)))
     one, four = (MemoryModel(ready, dataclasses.replace(ROW, images=factor)) for factor in (1.0, 4.0))
-    assert one.inference()["kv cache"] == 2 * 3 * (2 * 16) * 2048 * 2  # the language model's alone
+    assert one.inference(1, 2048)["kv cache"] == 2 * 3 * (2 * 16) * 2048 * 2  # the language model's alone
     inputs = 2048 * 2 * (2 * 64)  # of the tower's two blocks
     assert four.finetune()["activations"] - one.finetune()["activations"] > 3 * inputs
     assert {block.width for block in four.blocks} == {64, 96}
@@ -222,13 +222,13 @@ def test_what_costs_less_is_predicted_to_cost_less(prepared: Callable[..., Prepa
 
     assert finetune(gradient_checkpointing=True) < finetune(gradient_checkpointing=False)
     assert finetune(per_device_train_batch_size=1) < finetune(per_device_train_batch_size=8)
-    short = MemoryModel(prepared(), Lengths(8.0, 16.0))
-    assert total(short.inference()) < total(MemoryModel(prepared(), LENGTHS).inference())
+    model = MemoryModel(prepared(), LENGTHS)
+    assert total(model.inference(1, 16)) < total(model.inference()) < total(model.inference(2))
 
 
 def test_the_cache_of_inference_is_keys_and_values_of_every_block(prepared: Callable[..., Prepared]) -> None:
-    # 2 blocks of 2 key-value heads of 16; 8 rows of 64 tokens in float32.
-    assert MemoryModel(prepared(), LENGTHS).inference()["kv cache"] == 2 * 2 * (2 * 16) * (8 * 64) * 4
+    # 2 blocks of 2 key-value heads of 16; a row of 64 tokens in float32, however long the data's are.
+    assert MemoryModel(prepared(), Lengths(8.0, 16.0)).inference()["kv cache"] == 2 * 2 * (2 * 16) * 64 * 4
 
 
 def test_a_budget_is_solved_for_the_largest_ratio_that_fits(prepared: Callable[..., Prepared]) -> None:
