@@ -123,8 +123,14 @@ def _alternatives(prepared: Prepared, budget: int, lengths: Lengths, speeds: Spe
     rows = section.per_device_train_batch_size * section.gradient_accumulation_steps
     in_all_bits = {"quantization": "none"}
 
-    def at(name: str, ratios: Sequence[float], emulator: dict[str, Any], hold: str = hold, **batch: int) -> Alternative:
-        memory = fitting(_changed(prepared, emulator, hold), budget, lengths, ratios, **batch)
+    def at(
+        name: str,
+        ratios: Sequence[float],
+        emulator: dict[str, Any],
+        hold: str = hold,
+        largest_batch: int | None = None,
+    ) -> Alternative:
+        memory = fitting(_changed(prepared, emulator, hold), budget, lengths, ratios, largest_batch)
         step = busy_seconds(training_cost(memory, 1), section, speeds, memory.weights)
         asks = memory.config.emulator.asks_for_gradients is not None and memory.layout.weighed
         gradients = int(memory.least_for_gradients()) if asks else 0

@@ -18,11 +18,12 @@ from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.loading import ModelSource
 from emloc_ray.planning.alternatives import Alternative, Choice, choose_training
 from emloc_ray.planning.costs import StageCost, busy_seconds
-from emloc_ray.planning.layout import Skeleton, make_layout, skeleton_of
+from emloc_ray.planning.layout import make_layout
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.memory import BASE_BYTES, MemoryModel
 from emloc_ray.planning.prepared import Prepared
+from emloc_ray.planning.skeleton import Skeleton, skeleton_of
 from emloc_ray.planning.work import training_cost
 from emloc_ray.stages.order import STEPS
 

@@ -15,10 +15,11 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.loading import ModelSource
 from emloc_ray.planning.batches import shrink_batches
-from emloc_ray.planning.layout import make_layout, skeleton_of
+from emloc_ray.planning.layout import make_layout
 from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.plan import make_plan
 from emloc_ray.planning.prepared import Prepared
+from emloc_ray.planning.skeleton import skeleton_of
 from emloc_ray.stages.order import STEPS
 
 MODEL = LlamaConfig(
