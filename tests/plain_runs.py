@@ -21,6 +21,7 @@ from emloc_ray.io.store.atomic import copy_file
 from emloc_ray.modeling.architecture import load_config
 from emloc_ray.modeling.block_flow import block_flow
 from emloc_ray.modeling.loading import copy_tokenizer
+from emloc_ray.planning.batches import shrink_batches
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.stages.calibrate.job import CalibrationJob
 from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
@@ -64,7 +65,7 @@ class PlainRun(FinishedRun):
 
 def plain_run(values: dict[str, Any], model_dir: Path) -> PlainRun:
     """A run of this config: every artifact at its place."""
-    prepared = prepare(parse_config(values))
+    prepared = shrink_batches(prepare(parse_config(values)))
     context = Context(prepared, model_dir)
     prepared.run.create(prepared.config.model_dump(mode="json"))
     with tokenized_here():

@@ -84,11 +84,9 @@ class Choice:
         old, new = (_settings(config) for config in (self.asked, self.recommended.config))
         changed = [f"{key}={value}" for key, value in new.items() if value != old[key]]
         gib = self.budget / 2**30
-        return [
-            f"memory_budget={f'{gib:g}GiB' if gib.is_integer() else self.budget}",
-            *changed,
-            *self.solution.overrides,
-        ]
+        budget = f"{gib:g}GiB" if gib.is_integer() else str(self.budget)
+        budget = "inference" if self.asked.memory_budget == "inference" else budget
+        return [f"memory_budget={budget}", *changed, *self.solution.overrides]
 
 
 def choose_training(stages: Sequence[Costed], prepared: Prepared, lengths: Lengths, speeds: Speeds) -> Choice:
@@ -97,7 +95,7 @@ def choose_training(stages: Sequence[Costed], prepared: Prepared, lengths: Lengt
     Raises:
         ConfigError: where none fits; it says what the leanest one needs.
     """
-    budget = int(prepared.config.memory_budget or 0)
+    budget = int(MemoryModel(prepared).budget or 0)
     alternatives = tuple(_alternatives(prepared, budget, lengths, speeds))
     fit = [one for one in alternatives if one.fits and not one.unneeded]
     if not fit:

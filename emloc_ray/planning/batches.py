@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
-from emloc_ray.config.schema import RunConfig
-from emloc_ray.planning.budget import fitting, training_bytes, with_config
+from emloc_ray.planning.budget import fitting, training_bytes
 from emloc_ray.planning.costs import with_base
 from emloc_ray.planning.memory import MemoryModel, Parts, total
 from emloc_ray.planning.prepared import Prepared
@@ -21,45 +19,42 @@ def shrink_batches(prepared: Prepared) -> Prepared:
     batch shrinks too, and the fine-tuning's micro-batch, its rows a step kept by accumulation; blocks are run again in the
     backward pass where there is no room to keep what they computed. A batch of one row that does not fit stays.
     """
-    config = prepared.config
-    if config.memory_budget is None:
+    if prepared.config.memory_budget is None:
         return prepared
-    if config.memory_budget == "inference":
-        budget = total(MemoryModel(prepared).inference())
-        prepared = _trained_within(with_config(prepared, config.model_copy(update={"memory_budget": budget})), budget)
+    if prepared.config.memory_budget == "inference":
+        prepared = _trained_within(prepared)
         prepared = _smaller(prepared, "calibration", lambda memory: [memory.calibrate()])
     return _smaller(prepared, "evaluation", lambda memory: [memory.evaluate(), memory.correct()])
 
 
-def _trained_within(prepared: Prepared, budget: int) -> Prepared:
+def _trained_within(prepared: Prepared) -> Prepared:
     """With the micro-batch and the checkpointing that fit, unless the config's own do."""
     healing, lengths = prepared.config.emulator.heals, prepared.lengths
     if healing is not None:
         lengths = max(lengths, healing_run(prepared, healing).lengths, key=lambda rows: rows.longest)
+    own = MemoryModel(prepared, lengths)
+    budget = int(own.budget or 0)
 
     def needed(memory: MemoryModel) -> int:
         finishes = memory.config.finetune.exact_steps > 0 and memory.layout.differs
         others = [memory.heal(), *([memory.finishing().parts] if finishes else [])]
         return max(training_bytes(memory), *(total(with_base(parts)) for parts in others))
 
-    if needed(MemoryModel(prepared, lengths)) <= budget:
+    if needed(own) <= budget:
         return prepared
     ratio = prepared.config.emulator.compression_ratio
-    return fitting(prepared, budget, lengths, (ratio,), needed=needed).prepared
+    fit = fitting(prepared, budget, lengths, (ratio,), needed=needed).config
+    asked = {"memory_budget": prepared.config.memory_budget}
+    return dataclasses.replace(prepared, config=fit.model_copy(update=asked))
 
 
 def _smaller(prepared: Prepared, section: str, held: Callable[[MemoryModel], list[Parts]]) -> Prepared:
     """With half of a section's batch until that fits, or is a row."""
 
-    def fits(changed: Prepared) -> bool:
-        return max(total(with_base(parts)) for parts in held(MemoryModel(changed))) <= int(
-            changed.config.memory_budget or 0
-        )
+    def fits(memory: MemoryModel) -> bool:
+        return max(total(with_base(parts)) for parts in held(memory)) <= (memory.budget or 0)
 
-    while not fits(prepared) and (rows := getattr(prepared.config, section).batch_size) > 1:
-        prepared = dataclasses.replace(prepared, config=_with(prepared.config, section, {"batch_size": rows // 2}))
+    while not fits(MemoryModel(prepared)) and (rows := getattr(prepared.config, section).batch_size) > 1:
+        smaller = getattr(prepared.config, section).model_copy(update={"batch_size": rows // 2})
+        prepared = dataclasses.replace(prepared, config=prepared.config.model_copy(update={section: smaller}))
     return prepared
-
-
-def _with(config: RunConfig, section: str, values: Mapping[str, Any]) -> RunConfig:
-    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})

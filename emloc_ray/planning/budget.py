@@ -128,7 +128,7 @@ def check_holding(prepared: Prepared) -> None:
     """Raises ConfigError where the budget is below what any pass of the original takes, or where the config needs gradients
     and a calibration worker cannot hold what they take."""
     asks, memory = prepared.config.emulator.asks_for_gradients, MemoryModel(prepared)
-    budget, hold = prepared.config.memory_budget, prepared.config.model.hold
+    budget, hold = memory.budget, prepared.config.model.hold
     least = BASE_BYTES + min(memory.held[way] for way in allowed(hold))
     if budget is not None and least > budget:
         parts = "all weights, as model.hold: resident says" if hold == "resident" else "its largest blocks"

@@ -165,10 +165,16 @@ class MemoryModel(ModelBytes):
         """At most what the group that needs most takes to be factorized."""
         return self.factorize()
 
+    @functools.cached_property
+    def budget(self) -> float | None:
+        """``memory_budget`` in bytes; None where there is none."""
+        asked = self.config.memory_budget
+        return total(self.inference()) if asked == "inference" else asked if asked is None else float(asked)
+
     def worker_bytes(self, section: str) -> float:
         """``memory_budget``; else of a GPU like this machine's, or a worker's share of its memory, or no bound elsewhere."""
-        if self.config.memory_budget is not None:
-            return float(self.config.memory_budget)
+        if self.budget is not None:
+            return self.budget
         asked = getattr(self.config, section)
         if asked.gpus:
             return _GPU_SHARE * gpu_bytes() * asked.gpus

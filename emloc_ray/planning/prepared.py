@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from emloc_ray.config.schema import RunConfig
+from emloc_ray.config.schema import WORKER_SECTIONS, RunConfig
 from emloc_ray.data.reading import SourceFile
 from emloc_ray.data.splits import SPLITS
 from emloc_ray.errors import ConfigError, EmlocError
@@ -42,13 +42,16 @@ class Prepared:
     files: dict[str, tuple[SourceFile, ...]]
     zero_config: dict[str, Any] | None = None
     file_dtype: torch.dtype | None = None  # of the model's files, where they are here and safetensors
-    as_written: RunConfig | None = None  # the config before GPUs, and batches within a budget, were decided
+    as_written: RunConfig | None = None  # the config before GPUs, and batches within its budget, were decided
 
     def with_gpus(self, available: float) -> Prepared:
         """The same where Ray has or can add so many GPUs; itself, where that changes nothing."""
-        written = (self.as_written or self.config).with_gpus(available)
-        changed = _within_budget(dataclasses.replace(self, config=written))
-        return self if changed.config == self.config else changed
+        written, sections = (self.as_written or self.config).with_gpus(available), {}
+        for name in WORKER_SECTIONS:
+            gpus = getattr(written, name).gpus_per_worker
+            sections[name] = getattr(self.config, name).model_copy(update={"gpus_per_worker": gpus})
+        config = self.config.model_copy(update=sections)
+        return self if config == self.config else dataclasses.replace(self, config=config)
 
     @functools.cached_property
     def lengths(self) -> Lengths:
@@ -111,13 +114,7 @@ def prepare(config: RunConfig, needs_weights: bool = True) -> Prepared:
     if errors or source is None or model is None:
         raise ConfigError("\n".join(dict.fromkeys(errors)))  # splits may share a bad file
     known = {name: sources for name, sources in files.items() if sources}
-    return _within_budget(Prepared(config, run, source, *model, known, zero_config, file_dtype, as_written))
-
-
-def _within_budget(prepared: Prepared) -> Prepared:
-    from emloc_ray.planning.batches import shrink_batches  # which plans with what is prepared here
-
-    return shrink_batches(prepared)
+    return Prepared(config, run, source, *model, known, zero_config, file_dtype, as_written)
 
 
 def _check_upper_bound(config: RunConfig) -> None:

@@ -19,7 +19,7 @@ MANY_EPOCHS = 20
 
 def over_budget(config: RunConfig, planned: Mapping[str, int]) -> str | None:
     """Names the stages that are ``planned`` to hold more bytes than ``memory_budget``, which bounds calibration alone."""
-    budget = config.memory_budget
+    budget = planned.get("inference") if config.memory_budget == "inference" else config.memory_budget
     if budget is None:
         return None
     above = [f"{name} {size(held)}" for name, held in planned.items() if name != "inference" and held > budget]

@@ -10,6 +10,7 @@ from emloc_ray.config.steps import VERBS
 from emloc_ray.errors import DamagedArtifactError
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.modeling.loading import fetch_weights
+from emloc_ray.planning.batches import shrink_batches
 from emloc_ray.planning.budget import check_holding
 from emloc_ray.planning.machine import check_disk, check_resources
 from emloc_ray.planning.plan import make_plan, missing_disk
@@ -48,7 +49,7 @@ def run(
         ConfigError: before any stage starts or anything is written.
         EmlocError: where a stage failed; finished stages stay, and the same call continues from them.
     """
-    prepared = prepared or prepare(config)
+    prepared = shrink_batches(prepared or prepare(config))
     redone = fresh or begin == VERBS[0] or "gradients" not in prepared.run.stages()
     if turns is None and redone:  # in a batch other runs hold memory now, and a stage waits until it is free
         check_holding(prepared)

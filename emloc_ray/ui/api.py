@@ -8,6 +8,7 @@ from typing import Any
 from emloc_ray.config.reading import parse_config
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.io.runs.cache import ArtifactCache
+from emloc_ray.planning.batches import shrink_batches
 from emloc_ray.planning.machine import measured_speeds
 from emloc_ray.planning.plan import Plan, make_plan, within_budget
 from emloc_ray.planning.prepared import Prepared, prepare
@@ -52,7 +53,7 @@ def plan(config: RunConfig, *, memory_budget: str | int | None = None) -> Plan:
     """
     if memory_budget is not None:
         config = parse_config({**config.model_dump(mode="json"), "memory_budget": memory_budget})
-    prepared, speeds, choice = prepare(config, needs_weights=False), measured_speeds(), None
+    prepared, speeds, choice = shrink_batches(prepare(config, needs_weights=False)), measured_speeds(), None
     if config.memory_budget is not None:
         choice = within_budget(STEPS, prepared, speeds)
         prepared = prepared if memory_budget is None else choice.solution.prepared

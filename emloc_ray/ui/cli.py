@@ -79,11 +79,12 @@ def _prepare(path: Path, overrides: list[str] | None) -> Any:
 
     config = load_config(path, overrides or ())
     with console.status("Checking the config, the model and the data …"):
+        from emloc_ray.planning.batches import shrink_batches
         from emloc_ray.planning.prepared import prepare
         from emloc_ray.ui.terminal import quiet_libraries
 
         quiet_libraries()
-        return prepare(config)
+        return shrink_batches(prepare(config))
 
 
 def _run(path: Path, overrides: list[str] | None, begin: Stage | None, until: Stage, fresh: bool) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.errors import ConfigError, EmlocError
 from emloc_ray.io.runs.cache import ArtifactCache
+from emloc_ray.planning.batches import shrink_batches
 from emloc_ray.planning.budget import check_holding
 from emloc_ray.planning.plan import Plan, StagePlan, make_plan
 from emloc_ray.planning.prepared import Prepared, prepare
@@ -96,7 +97,7 @@ class PipelineWork:
     def _prepare(self, task: Task) -> tuple[Prepared, Plan]:
         ready = self._ready.get(task.name)
         if ready is None or (ready[0].as_written or ready[0].config) != task.config:
-            prepared = prepare(task.config)
+            prepared = shrink_batches(prepare(task.config))
             prepared = prepared if self._gpus is None else prepared.with_gpus(self._gpus)
             if task.config.memory_budget is not None:  # else it depends on free memory, and running tasks hold some
                 check_holding(prepared)

@@ -41,7 +41,7 @@ def test_keys_have_their_kinds() -> None:
     assert kinds["clamp"] == ("number", "3")
     assert kinds["max_share"] == ("number", "0.1")
     assert {key.name: key.default for key in of("emulator.healing").keys}["steps"] is None
-    assert {key.values for key in of("").keys} >= {"section", "size", "text", "whole number"}
+    assert {key.values for key in of("").keys} >= {"section", "inference | size", "text", "whole number"}
 
 
 def test_every_section_is_there_once() -> None:

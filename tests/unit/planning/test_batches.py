@@ -55,7 +55,7 @@ def test_every_stage_stays_within_inference_and_a_step_keeps_its_rows() -> None:
     yardstick = total(MemoryModel(asked).inference())
     ready = shrink_batches(asked)
     plan = make_plan(STEPS, ready)
-    assert ready.config.memory_budget == yardstick == plan.worker_bytes["inference"]
+    assert yardstick == plan.worker_bytes["inference"] == MemoryModel(ready).budget
     assert {"gradients", "heal", "finetune", "correct", "finish", "evaluate"} <= plan.worker_bytes.keys()
     assert max(plan.worker_bytes.values()) == yardstick, plan.worker_bytes
     section = ready.config.finetune
@@ -87,15 +87,14 @@ def test_under_any_budget_the_evaluation_s_batch_shrinks_alone() -> None:
     assert ready.config.evaluation.batch_size < asked.config.evaluation.batch_size
     same = ready.config.model_copy(update={"evaluation": asked.config.evaluation})
     assert same == asked.config
-    assert MemoryModel(dataclasses.replace(ready)).config.memory_budget == 900 * 2**20
 
 
-def test_gpus_that_come_later_are_planned_with_anew() -> None:
+def test_gpus_that_come_later_leave_the_batches_as_they_are() -> None:
     asked = prepared("inference", calibration={"gpus_per_worker": "auto", "batch_size": 64})
     ready = dataclasses.replace(shrink_batches(asked), as_written=asked.config)
     on_gpus = ready.with_gpus(1)
-    assert on_gpus.config.calibration.gpus == 1
-    assert on_gpus.config.memory_budget == ready.config.memory_budget
+    assert (on_gpus.config.calibration.gpus, ready.config.calibration.gpus) == (1, 0)
+    assert on_gpus.config.calibration.batch_size == ready.config.calibration.batch_size < 64
     assert on_gpus.with_gpus(1) is on_gpus
 
 
