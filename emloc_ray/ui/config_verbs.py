@@ -146,8 +146,8 @@ def init(console: Console, path: Path, model: str, data: str, memory_budget: str
         values["memory_budget"] = memory_budget
     with console.status("Checking the model and the data …"):
         prepared = prepare(parse_config(values))
-        solution = within_budget(STEPS, prepared) if memory_budget is not None else None
-    for override in solution.overrides if solution else ():
+        choice = within_budget(STEPS, prepared) if memory_budget is not None else None
+    for override in choice.overrides if choice else ():
         put(values, *read_override(override), override)
     path.write_text(_commented(values, path, prepared), "utf-8")
     console.print(f"{path} is written: emloc-ray validate {path} checks it.", soft_wrap=True, markup=False)
