@@ -28,7 +28,7 @@ from emloc_ray.io.formats.json_lines import end_last_line
 from emloc_ray.io.store.node_cache import ensure, exists, publish
 from emloc_ray.modeling.adapter import attach_adapter, load_adapter, save_trained_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
-from emloc_ray.modeling.architecture import load_config
+from emloc_ray.modeling.architecture import load_config, towers
 from emloc_ray.modeling.experts import UnfusedExperts
 from emloc_ray.modeling.holding import open_model
 from emloc_ray.modeling.loss import call_loss
@@ -298,8 +298,9 @@ def _make_trainer(job: FinetuneJob, output_dir: str, session: TrainingSession) -
         wide = {} if arguments.bf16 or job.model_options.get("dtype", "auto") != "auto" else _stored_float32(job)
         model = open_model(job.emulator_dir, job.hold, **{**job.model_options, **wide})
     if arguments.ddp_find_unused_parameters is None:
-        # Looked for in vain at every step: only an expert that a rank sends no token to has none.
-        arguments.ddp_find_unused_parameters = any(isinstance(part, UnfusedExperts) for part in model.modules())
+        # Looked for in vain at every step, but for an expert that gets no token and a tower that gets no image.
+        has_experts = any(isinstance(part, UnfusedExperts) for part in model.modules())
+        arguments.ddp_find_unused_parameters = has_experts or bool(towers(model))
     if tokenizer := job.adapter.get("tokenizer_name_or_path"):  # which a prompt of a text is begun by
         ensure(Path(tokenizer), weights=False)
     torch.manual_seed(job.seed)  # the same A on every rank
