@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
 import importlib.util
 import itertools
+import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +23,8 @@ import psutil
 import torch
 
 from emloc_ray.errors import ConfigError
+from emloc_ray.io.store.replacing import replacing
+from emloc_ray.planning.gpu_speeds import slowest_gpu
 from emloc_ray.text import size, size_up
 
 if TYPE_CHECKING:
@@ -27,6 +32,7 @@ if TYPE_CHECKING:
     from emloc_ray.io.runs.directory import RunDirectory
 
 _QUERY = ("nvidia-smi", "--format=csv,noheader,nounits")
+_UNIT = "floating-point operations a second and thread"
 _FIRST_WITH_BFLOAT16 = 8.0  # compute capability: Ampere
 # A control group's files of its limit and its usage, and the key of inactive files in its memory.stat.
 _FIRST_VERSION = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
@@ -100,8 +106,9 @@ class Speeds:
 
 
 def assumed_speeds() -> Speeds:
-    """This machine's products, timed, and guesses of a GPU's."""
-    return Speeds(cpu_flops(), host_bytes=available_bytes())
+    """This machine's products, timed, and a GPU's by its data sheet; guesses of one that has none here."""
+    speeds, sheet = Speeds(cpu_flops(), host_bytes=available_bytes()), slowest_gpu()
+    return speeds if sheet is None else replace(speeds, gpu_flops=sheet.flops, link=sheet.link)
 
 
 _TIMED_GPU = """
@@ -134,6 +141,29 @@ def measured_speeds() -> Speeds:
 
 @functools.cache
 def cpu_flops() -> float:
+    """Floating-point operations a second of one thread in a matrix product, as measured first today on this machine."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emloc_ray"
+    return kept_for_the_day(folder / "cpu_speed.json", time_products)
+
+
+def kept_for_the_day(path: Path, measure: Callable[[], float]) -> float:
+    """What was measured first today on this machine with this torch; measured now where ``path`` does not say it."""
+    today = {"day": datetime.date.today().isoformat(), "machine": platform.node(), "torch": torch.__version__}
+    try:
+        kept = json.loads(path.read_text())
+        if {key: kept.get(key) for key in today} == today:
+            return float(kept[_UNIT])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        pass  # measured anew
+    speed = measure()
+    with contextlib.suppress(OSError):  # a home that cannot be written to
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps({**today, _UNIT: speed}) + "\n")
+    return speed
+
+
+def time_products() -> float:
     """Floating-point operations a second of one thread in a matrix product, measured for a tenth of a second."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +20,10 @@ from emloc_ray.planning.machine import (
     check_disk,
     check_packages,
     check_resources,
-    cpu_flops,
     gpu_bytes,
+    kept_for_the_day,
     of_each_gpu,
+    time_products,
 )
 
 
@@ -57,7 +59,19 @@ def test_the_smallest_gpu_s_memory(
 
 
 def test_a_thread_s_speed_is_that_of_a_processor() -> None:
-    assert 1e8 < cpu_flops() < 1e13
+    assert 1e8 < time_products() < 1e13
+
+
+def test_a_speed_is_measured_once_a_day(tmp_path: Path) -> None:
+    path, measured = tmp_path / "cache" / "speed.json", iter((5.0, 6.0, 7.0))
+    assert [kept_for_the_day(path, lambda: next(measured)) for _ in range(2)] == [5.0, 5.0]
+    kept = json.loads(path.read_text())
+    assert kept["floating-point operations a second and thread"] == 5.0
+    path.write_text(json.dumps({**kept, "day": "2020-02-02"}))
+    assert kept_for_the_day(path, lambda: next(measured)) == 6.0
+    path.write_text("[1")
+    assert kept_for_the_day(path, lambda: next(measured)) == 7.0
+    assert kept_for_the_day(Path("/proc/nowhere/speed.json"), lambda: 8.0) == 8.0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,67 @@
+"""How fast GPUs are by their names, from their vendor's data sheets: what a plan is timed by where none is measured."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+from dataclasses import dataclass
+
+_QUERY = ("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+_REACHED = 0.7  # of a data sheet's figure, by a large matrix product
+
+
+@dataclass(frozen=True)
+class GpuSpeed:
+    """Of one GPU: operations a second of dense products in bfloat16 (float16 where it has no bfloat16), accumulated in float32,
+    and bytes a second from the host over PCI Express, both as a large piece of work reaches them."""
+
+    flops: float
+    link: float
+
+
+def _sheet(tera: float, generation: int) -> GpuSpeed:
+    """A data sheet's dense TFLOPS, and its generation of PCI Express with 16 lanes: 12.5 GB/s are reached of the third."""
+    return GpuSpeed(_REACHED * tera * 1e12, 12.5e9 * 2.0 ** (generation - 3))
+
+
+# By what a name holds, all of it; the first that fits. Data sheets that give figures with sparsity alone are halved.
+_SHEETS: tuple[tuple[tuple[str, ...], GpuSpeed], ...] = (
+    (("B200",), _sheet(2250, 5)),
+    (("H200", "NVL"), _sheet(835.5, 5)),
+    (("H200",), _sheet(989, 5)),
+    (("H100", "PCIe"), _sheet(756, 5)),
+    (("H100", "NVL"), _sheet(835.5, 5)),
+    (("H100",), _sheet(989, 5)),
+    (("A100",), _sheet(312, 4)),
+    (("A30",), _sheet(165, 4)),
+    (("A40",), _sheet(149.7, 4)),
+    (("A10G",), _sheet(70, 4)),
+    (("A10",), _sheet(125, 4)),
+    (("L40S",), _sheet(362, 4)),
+    (("L40",), _sheet(181, 4)),
+    (("L4",), _sheet(121, 4)),
+    (("RTX A6000",), _sheet(154.8, 4)),
+    (("RTX 5090",), _sheet(209.5, 5)),
+    (("RTX 4090",), _sheet(165.2, 4)),
+    (("RTX 3090",), _sheet(71, 4)),
+    (("V100",), _sheet(125, 3)),
+    (("T4",), _sheet(65, 3)),
+)
+
+
+def speed_of(name: str) -> GpuSpeed | None:
+    """The speed of a GPU of that name, as ``nvidia-smi`` gives it; None of one that no data sheet here is of."""
+    words = name.replace("-", " ")
+    return next((speed for parts, speed in _SHEETS if all(f" {part} " in f" {words} " for part in parts)), None)
+
+
+@functools.cache
+def slowest_gpu() -> GpuSpeed | None:
+    """The slowest of this machine's GPUs; None where it has none, or one that is not known."""
+    try:
+        answer = subprocess.run(_QUERY, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    speeds = [speed_of(line.strip()) for line in answer.splitlines() if line.strip()]
+    known = [speed for speed in speeds if speed is not None]
+    return min(known, key=lambda speed: speed.flops) if known and len(known) == len(speeds) else None

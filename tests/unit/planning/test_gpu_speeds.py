@@ -1,0 +1,69 @@
+"""GPUs by the names that nvidia-smi gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from emloc_ray.planning.gpu_speeds import slowest_gpu, speed_of
+
+
+@pytest.fixture(autouse=True)
+def asked_anew() -> Iterator[None]:
+    slowest_gpu.cache_clear()
+    yield
+    slowest_gpu.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100-PCIE-40GB", 312),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 3090", 71),
+        ("NVIDIA RTX A6000", 154.8),
+        ("Tesla T4", 65),
+        ("Tesla V100-SXM2-16GB", 125),
+    ],
+)
+def test_a_data_sheet_s_figure(name: str, tera: float) -> None:
+    speed = speed_of(name)
+    assert speed is not None
+    assert speed.flops == pytest.approx(0.7 * tera * 1e12)
+    assert 12e9 < speed.link < 51e9
+
+
+@pytest.mark.parametrize("name", ["NVIDIA GeForce GTX 1080", "NVIDIA A1000 Laptop GPU", ""])
+def test_others_are_not_taken_for_one(name: str) -> None:
+    assert speed_of(name) is None
+
+
+@pytest.mark.parametrize(
+    ("script", "tera"),
+    [
+        ("printf 'NVIDIA H100 PCIe\\nNVIDIA L4\\n'", 121),
+        ("printf 'NVIDIA H100 PCIe\\nNVIDIA New\\n'", None),
+        ("exit 9", None),
+        ("true", None),
+    ],
+)
+def test_the_slowest_of_a_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, tera: float | None
+) -> None:
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    speed = slowest_gpu()
+    assert (None if speed is None else speed.flops) == (None if tera is None else pytest.approx(0.7 * tera * 1e12))
