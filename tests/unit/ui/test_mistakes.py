@@ -81,6 +81,17 @@ def given(name: str, content: str | bytes) -> Callable[[Place], None]:
     return lambda place: rows(place, name, content)
 
 
+def of_the_hub(place: Place, subset: str) -> None:
+    """Trains on a data set with two subsets; a local folder stands for one of the hub."""
+    folder = place.root / "hub"
+    folder.mkdir()
+    parts = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("easy", "hard"))
+    place.write("hub/README.md", f"---\nconfigs:\n{parts}---\n")
+    place.write("hub/easy.jsonl", lines_of(PAIRS))
+    place.write("hub/hard.jsonl", lines_of([{"instruction": "a", "output": "b"}] * 20))
+    place.values["data"]["train"] = f"hf:{folder}{subset}"
+
+
 AXOLOTL = {
     "base_model": "x",
     "datasets": [],
@@ -175,6 +186,10 @@ REFUSED: dict[str, tuple[Callable[[Place], None], list[str]]] = {
         )[0],
         ["no row is left: ", "row 1: field 'prompt' is int", "row 2: not JSON"],
     ),
+    "29 subsets": (
+        lambda place: of_the_hub(place, ""),
+        ["Config name is missing", "['easy', 'hard']", "fix its name, its subset (hf:NAME@SUBSET) or its split"],
+    ),
     "37 push": (set_key("finetune.push_to_hub", True), ["finetune.push_to_hub would push the adapter as trained"]),
     "40 secret": (set_key("ray.token", "hf_" + "a" * 34), ["is a secret"]),
 }
@@ -253,6 +268,7 @@ GOES_ON: dict[str, tuple[Callable[[Place], None], list[str]]] = {
         given("a.jsonl", lines_of([{"prompt": "a", "completion": "long " * 99}, *PAIRS])),
         ["of the first 21 rows 1 longer than data.max_seq_length 64"],
     ),
+    "29 a subset": (lambda place: of_the_hub(place, "@hard"), ["data.train: format alpaca, about"]),
     "27 three rows": (
         lambda place: (
             rows(place, "a.jsonl", lines_of(PAIRS[:3])),
