@@ -47,14 +47,6 @@ settings.load_profile("emloc")
 
 TESTS = Path(__file__).parent
 STARTS = {"ray_session": "ray", "s3_port": "server", "browser": "browser"}
-# A warning fails a test of any tier, but for those that pyproject.toml names, and these where something is started.
-STARTED_MAY_WARN = (
-    "default:::ray[.]",
-    "ignore::DeprecationWarning",  # Ray's and its dependencies', of one another
-    "ignore::FutureWarning",
-    "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning",  # what Ray leaves to the collector, in any test
-    "ignore:(?s)Exception in thread .*/ray/:pytest.PytestUnhandledThreadExceptionWarning",  # its threads, as it ends
-)
 # What a machine may lack. On CI any other skip is a failure.
 ALLOWED_SKIPS = (
     "no GPU here",
@@ -79,7 +71,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if room in ("unit", "compat") and not busy:
             item.add_marker("quick")
         else:
-            item.add_marker(pytest.mark.filterwarnings(*STARTED_MAY_WARN, *(["default"] if "gpu" in busy else [])))
+            item.add_marker(
+                pytest.mark.filterwarnings("default", "ignore::DeprecationWarning", "ignore::FutureWarning")
+            )
     # Tests that start a Ray of their own, or none, must not meet the shared one; some families are run on it.
     items.sort(key=lambda item: bool({"ray_session", "family_run"} & set(item.fixturenames)))  # type: ignore[attr-defined]
 

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 BUCKET = "runs"
@@ -66,19 +66,20 @@ def deaf_store(port: int, header: str) -> Iterator[int]:
 
 @contextmanager
 def _process(*arguments: str) -> Iterator[int]:
-    with subprocess.Popen([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            yield int(process.stdout.readline())
-        finally:
-            process.terminate()
+    process = subprocess.Popen([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield int(process.stdout.readline())
+    finally:
+        process.terminate()
+        process.wait(10)
 
 
 def _ask(port: int, method: str, path: str, headers: dict[str, str]) -> tuple[int, bytes]:
-    with closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
-        connection.request(method, path, headers=headers)
-        answer = connection.getresponse()
-        return answer.status, answer.read()
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request(method, path, headers=headers)
+    answer = connection.getresponse()
+    return answer.status, answer.read()
 
 
 def _serve() -> None:

@@ -15,6 +15,7 @@ from pydantic import (
 
 from emloc_ray.config.adapter import AdapterConfig
 from emloc_ray.config.base import Budget, Patterns, Section, Size, StageConfig
+from emloc_ray.config.emulator import EmulatorConfig
 from emloc_ray.config.finetune import FinetuneConfig
 
 
@@ -170,102 +171,6 @@ class CalibrationConfig(StageConfig):
         if isinstance(values, dict) and values.get("num_calibration_tokens") is not None:
             return {"num_calibration_samples": None, **values}
         return values
-
-
-class HealingConfig(Section):
-    """Distils the original into the emulator before the task's adapter is trained: a LoRA that becomes part of the factors.
-
-    All other settings, and the workers, are those of ``finetune``.
-    """
-
-    steps: int = Field(ge=1, description="optimizer steps")
-    r: int = Field(8, ge=1, description="taken from each layer's rank and given back by the healing")
-    lora_alpha: float = Field(16, gt=0, allow_inf_nan=False, description="scale of its update, times r")
-    learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False, description="left out: finetune's")
-    per_device_train_batch_size: int | None = Field(None, ge=1, description="left out: finetune's")
-    num_teacher_logits: int = Field(64, ge=1, description="top logits of the original to cache for each label")
-    loss_on: Literal["completion", "all"] = Field("all", description="the tokens to distil at")
-
-
-class EmulatorConfig(StageConfig):
-    """The compressed model."""
-
-    compression_ratio: float = Field(0.5, gt=0, le=1, description="the share of parameters kept; 1: plain LoRA")
-    ratios: dict[str, float] = Field(default_factory=dict, description="pattern: ratio, the first match wins")
-    target_modules: Patterns | None = Field(None, description="left out: every linear inside the blocks")
-    exclude_modules: Patterns | None = Field(None, description="linears that stay dense")
-    dampening_frac: float = Field(1e-6, gt=0, lt=1, description="share of a Gram's mean diagonal that is added to it")
-    quantization: Literal["none", "nf4", "int8", "int4", "int3", "int2"] = Field(
-        "none", description="bits of the linears inside the blocks: nf4 as QLoRA's, intN rounded under the Grams"
-    )
-    group_size: int = Field(64, ge=8, multiple_of=8, description="of intN: columns that share a scale")
-    residual_rank: int = Field(0, ge=0, description="of intN: factors of what the integers of a dense linear leave")
-    allocation: Literal["uniform", "sensitivity"] = Field(
-        "uniform", description="ranks: all alike, or by their effect on predictions"
-    )
-    objective: Literal["activations", "predictions", "weights"] = Field(
-        "activations", description="what factors keep: their layer's outputs, the model's predictions, or its weights"
-    )
-    storage: Literal["factors", "pivoted"] = Field(
-        "factors", description="pivoted: the same product in fewer numbers, so that ranks are higher at a ratio"
-    )
-    rank_multiple: Literal["auto"] | typing.Annotated[int, Field(ge=1)] = Field(
-        "auto", description="what ranks are multiples of; auto: 64 in large linears, 8 in small ones, 1 in tiny ones"
-    )
-    gradient_dampening_frac: float = Field(1e-2, gt=0, lt=1, description="as dampening_frac, for the sums of gradients")
-    healing: HealingConfig | None = Field(None, description="distillation of the original into it, before training")
-
-    @field_validator("healing", mode="before")
-    @classmethod
-    def _healing_has_steps(cls, healing: Any) -> Any:
-        if healing is True:
-            raise ValueError("give steps, such as healing: {steps: 20}")
-        return None if healing is False else healing
-
-    @property
-    def bits(self) -> int | None:
-        """Bits of the integers that linears are stored in; None where they are not."""
-        return int(self.quantization.removeprefix("int")) if self.quantization.startswith("int") else None
-
-    @model_validator(mode="after")
-    def _integers_agree(self) -> EmulatorConfig:
-        if self.bits is None and self.residual_rank:
-            raise ValueError(
-                f"residual_rank: {self.residual_rank} is of factors beside integers: set quantization to int2, int3, int4"
-                " or int8, or remove it"
-            )
-        if self.bits is not None and self.heals is not None:
-            raise ValueError(
-                f"healing grows factors, which quantization: {self.quantization} has rounded by then: take nf4 or none, or"
-                " remove healing"
-            )
-        if self.bits is not None and self.storage == "pivoted":
-            raise ValueError(
-                f"storage: pivoted does not go with quantization: {self.quantization}: take factors, or nf4"
-            )
-        return self
-
-    @property
-    def asks_for_gradients(self) -> str | None:
-        """The setting that needs gradients of the model's predictions; None where none does."""
-        if self.compression_ratio == 1:
-            return None
-        if self.objective == "predictions":
-            return "emulator.objective: predictions"
-        return "emulator.allocation: sensitivity" if self.allocation == "sensitivity" else None
-
-    @property
-    def heals(self) -> HealingConfig | None:
-        """The healing; None where nothing is compressed."""
-        return None if self.compression_ratio == 1 else self.healing
-
-    @field_validator("ratios")
-    @classmethod
-    def _ratios_in_range(cls, ratios: dict[str, float]) -> dict[str, float]:
-        for pattern, ratio in ratios.items():
-            if not 0 < ratio <= 1:
-                raise ValueError(f"the ratio of {pattern!r} is {ratio}: give one above 0 and up to 1")
-        return ratios
 
 
 class CorrectionConfig(Section):

@@ -56,11 +56,20 @@ def plain_gains(weight: Tensor, whitening: Whitening, outputs: Whitening, *, nam
     """
     _check_shapes(weight, whitening, name)
     inside, scale = scaled_weight(weight.detach().to(torch.float32), name)
-    values, parts = _scaled_vectors(inside, whitening)
-    if _is_lost_in_rounding(values):
-        parts = _scaled_vectors(*_in_float64(inside, whitening))[1].to(weight.device)
-    saved = weighed(parts, outputs).to(torch.float64).square().sum(dim=0).flip(0)
+    _, parts = energy_vectors(inside, whitening)
+    saved = weighed(parts, outputs).to(torch.float64).square().sum(dim=0)
     return saved * (scale * scale * whitening.scale * outputs.scale)
+
+
+def energy_vectors(weight: Tensor, whitening: Whitening) -> tuple[Tensor, Tensor]:
+    """The eigenvalues ``μ_i`` of ``W G' Wᵀ``, descending, ``(min(out, in),)``, float64, and ``μ_i^½ u_i`` in columns.
+
+    In float32, or in float64 where that would lose too many of them.
+    """
+    values, parts = _scaled_vectors(weight, whitening)
+    if _is_lost_in_rounding(values):
+        values, parts = _scaled_vectors(*_in_float64(weight, whitening))
+    return values.to(weight.device, torch.float64).flip(0).clamp_min(0.0), parts.to(weight.device).flip(1)
 
 
 def _in_float64(inside: Tensor, whitening: Whitening) -> tuple[Tensor, Whitening]:

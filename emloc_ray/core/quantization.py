@@ -29,13 +29,14 @@ from torch import Tensor
 from emloc_ray.core.factorization import LowRankFactors, factorize, relative_error, scaled_weight
 from emloc_ray.core.integer_forms import BITS, GROUP_SIZE, group_size_of, num_groups
 from emloc_ray.core.integers import SCALE_STEPS, IntegerWeight, exponent_for, scale_values, zero_steps, zero_values
+from emloc_ray.core.two_sided import factorize_two_sided
 from emloc_ray.core.whitening import Whitening
 
 # Ranges that are tried for a group, as shares of its own; each is then fitted once to the integers that it gives.
 _SHARES = (0.4, 0.5, 0.6, 0.7, 0.85, 1.0)
 _ROWS = 64  # of a weight that scales are sought for at a time: few enough for the cache
 _COLUMNS = 64  # that are rounded one by one before the rest hears of it
-_DAMPENING_FRAC = 1e-2
+DAMPENING_FRAC = 1e-2
 _PASSES = 2  # of the descent: two more lower the error by another 1 %
 
 
@@ -116,6 +117,7 @@ def quantize_with_factors(
     factor_bits: int,
     group_size: int = GROUP_SIZE,
     *,
+    outputs: Whitening | None = None,
     seed: int = 0,
     name: str = "the layer",
 ) -> tuple[Quantization, IntegerWeight, IntegerWeight]:
@@ -126,6 +128,7 @@ def quantize_with_factors(
         whitening: the damped Gram of its inputs.
         bits, group_size: of ``Q``.
         rank, factor_bits: of the factors.
+        outputs: what weighs outputs, where the factors are to keep predictions (:mod:`emloc_ray.core.two_sided`).
         seed: of the factorization's start.
         name: the layer, for the errors.
 
@@ -135,7 +138,10 @@ def quantize_with_factors(
     wide = weight.detach().to(torch.float32)
     whole = quantize(wide, whitening, bits, group_size, name=name).weight
     residual = wide - whole.dense()
-    factors = factorize(residual, whitening, rank, seed=seed, name=name).factors
+    if outputs is None:
+        factors = factorize(residual, whitening, rank, seed=seed, name=name).factors
+    else:
+        factors = factorize_two_sided(residual, whitening, outputs, rank, seed=seed, name=name).factors
     up, down = quantize_factors(factors, residual, whitening, factor_bits, group_size, name=name)
     error, _ = relative_error(wide, whole.dense() + up.dense() @ down.dense(), whitening, name=name)
     return Quantization(whole, error), up, down
@@ -178,7 +184,7 @@ def _columns(weight: Tensor, grid: IntegerWeight, order: Tensor) -> _Columns:
 
 def _by_planes(weight: Tensor, whitening: Whitening, grid: IntegerWeight) -> Tensor:
     """Codes by Babai's nearest plane, ``(out, in)``."""
-    order, ordered = whitening.by_energy(_DAMPENING_FRAC)
+    order, ordered = whitening.by_energy(DAMPENING_FRAC)
     root = ordered.root(torch.float32)
     gains, columns = root / root.diagonal(), _columns(weight, grid, order)
     differences, codes = torch.empty_like(columns.weight), torch.empty_like(columns.weight, dtype=torch.uint8)

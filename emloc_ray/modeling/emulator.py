@@ -127,7 +127,7 @@ def _compressed(dense: Any, name: str, rank: int | None, storage: Storage, forms
     out_features, in_features = _shape(dense)
     bias, bits, size = getattr(dense, "bias", None) is not None, forms.bits.get(name), forms.group_size
     if rank is not None:
-        kind = PivotedLinear if storage == "pivoted" else FactorizedLinear
+        kind = PivotedLinear if storage == "pivoted" and bits is None else FactorizedLinear
         factored = kind(in_features, out_features, rank, bias)
         if bits is not None:
             factored.store_in(bits, size)

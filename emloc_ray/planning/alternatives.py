@@ -68,7 +68,8 @@ class Choice:
         """The recommendation."""
         best, finetune = self.recommended, self.recommended.config.finetune
         ratio = best.config.emulator.compression_ratio
-        text = f"Within {size_up(self.budget)}: train on {best.name}{'' if ratio == 1 else f' (ratio {ratio:g})'},"
+        at_ratio = "" if ratio == 1 or best.config.emulator.budget else f" (ratio {ratio:g})"
+        text = f"Within {size_up(self.budget)}: train on {best.name}{at_ratio},"
         text += f" {size(best.needed)} a worker and {duration(best.step_seconds)} a step"
         if finetune.gradient_accumulation_steps > 1:
             text += f" of {finetune.gradient_accumulation_steps} × {finetune.per_device_train_batch_size} rows"
@@ -152,6 +153,9 @@ def _alternatives(prepared: Prepared, budget: int, lengths: Lengths, speeds: Spe
     names = {bits: f"the original in {stored_bits(bits)}" for bits in few_bits}
     whole = {bits: at(names[bits], (1.0,), {**_WHOLE, "quantization": bits}) for bits in few_bits}
     yield from whole.values()
+    if (asked_for := prepared.config.emulator.budget) is not None:
+        own = at(f"an emulator of {asked_for}", RATIOS, {"budget": asked_for})
+        yield dataclasses.replace(own, unneeded=resident.fits, measured=None)
     own = at("an emulator", RATIOS, {**in_all_bits, "residual_rank": 0})
     yield dataclasses.replace(own, unneeded=resident.fits)
     if "nf4" in whole:
@@ -162,13 +166,14 @@ def _alternatives(prepared: Prepared, budget: int, lengths: Lengths, speeds: Spe
 def _settings(config: RunConfig) -> dict[str, Any]:
     """What alternatives differ in, beside the settings of :attr:`Solution.overrides`."""
     keys = ("quantization", "storage", "residual_rank")
-    return {"model.hold": config.model.hold, **{f"emulator.{key}": getattr(config.emulator, key) for key in keys}}
+    named = {f"emulator.{key}": getattr(config.emulator, key) for key in keys}
+    return {"model.hold": config.model.hold, "emulator.budget": config.emulator.budget or "null", **named}
 
 
 def _changed(prepared: Prepared, emulator: dict[str, Any], hold: str) -> Prepared:
     config = prepared.config
     sections = {
-        "emulator": config.emulator.model_copy(update=emulator),
+        "emulator": config.emulator.model_copy(update={"budget": None, **emulator}),
         "model": config.model.model_copy(update={"hold": hold}),
     }
     return with_config(prepared, config.model_copy(update=sections))

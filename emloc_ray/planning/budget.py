@@ -38,7 +38,7 @@ class Solution:
         healing = None if emulator.heals is None else emulator.heals.per_device_train_batch_size
         return [
             *([] if healing is None else [f"emulator.healing.per_device_train_batch_size={healing}"]),
-            f"emulator.compression_ratio={emulator.compression_ratio:g}",
+            *([] if emulator.budget is not None else [f"emulator.compression_ratio={emulator.compression_ratio:g}"]),
             f"finetune.per_device_train_batch_size={finetune.per_device_train_batch_size}",
             f"finetune.gradient_accumulation_steps={finetune.gradient_accumulation_steps}",
             f"finetune.gradient_checkpointing={str(finetune.gradient_checkpointing).lower()}",
@@ -67,8 +67,11 @@ def solve(stages: Sequence[Costed], prepared: Prepared, budget: int, lengths: Le
     memory = fitting(prepared, budget, lengths)
     needed, config = training_bytes(memory), memory.config
     if needed > budget:
+        own = config.emulator.budget
+        refused = f"No compression ratio fits {size_up(budget)}: at {RATIOS[-1]:g}, "
+        refused = refused if own is None else f"emulator.budget: {own} does not fit {size_up(budget)}: "
         raise ConfigError(
-            f"No compression ratio fits {size_up(budget)}: at {RATIOS[-1]:g}, a row at a time and"
+            f"{refused}a row at a time and"
             f" {'with' if config.finetune.gradient_checkpointing else 'without'} gradient checkpointing, fine-tuning needs"
             f" {size_up(needed)}: give that much, or lower data.max_seq_length or adapter.{_size_of(config.adapter)}."
         )
@@ -99,6 +102,9 @@ def fitting(
     rows = section.per_device_train_batch_size * section.gradient_accumulation_steps
     # Checkpointing drops the cache that holds a prefix.
     may_checkpoint = bounded.adapter.method != "prefix_tuning"
+
+    if bounded.emulator.budget is not None:  # which says how large the emulator is
+        ratios = (bounded.emulator.compression_ratio,)
 
     def at(ratio: float, micro_batch: int, checkpointing: bool = True) -> MemoryModel:
         changed = with_settings(prepared, ratio, micro_batch, rows // micro_batch, checkpointing and may_checkpoint)

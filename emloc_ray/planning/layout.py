@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from emloc_ray.core.integer_forms import GROUP_SIZE, IntegerForms, factor_bits, integer_bytes
+from emloc_ray.core.forms import Form, Storing
+from emloc_ray.core.integer_forms import GROUP_SIZE, IntegerForms
 from emloc_ray.core.ranks import Storage, rank_for_ratio, rank_multiple
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.adapter_methods import default_targets, feedforward_names
@@ -43,7 +44,7 @@ class Layout:
     feedforward: tuple[str, ...] = ()  # adapted linears whose input IA³ scales
     quantization: str = "none"
     bits: dict[str, int] = field(default_factory=dict)  # of the linears stored in integers, as factors or dense
-    residual_rank: int = 0  # of the factors beside dense integers
+    residual_ranks: dict[str, int] = field(default_factory=dict)  # of the factors beside integers that are no factors
     group_size: int = GROUP_SIZE
     replaceable: tuple[str, ...] = ()
     left_dense: dict[str, str] = field(default_factory=dict)
@@ -53,16 +54,20 @@ class Layout:
     objective: str = "activations"
     free: tuple[str, ...] = ()  # compressed linears without a ratio of their own
     storage: Storage = "factors"
+    budget: int | None = None  # bytes of all compressed linears, whose forms follow from the data then
 
     @property
     def allocated(self) -> tuple[str, ...]:
-        """The linears whose ranks follow from the data; their ``ranks`` are then a common budget."""
+        """The linears whose ranks follow from the data, or with a budget whose forms do; those of the layout are what is planned
+        with, and without a budget what they cost is one."""
+        if self.budget is not None:
+            return self.compressed
         return tuple(name for name in self.free if name in self.ranks) if self.allocation != "uniform" else ()
 
     @property
     def weighed(self) -> tuple[str, ...]:
         """The linears whose outputs need gradients."""
-        if self.objective == "predictions":
+        if self.objective == "predictions" and self.budget is None:
             return tuple(self.ranks)
         return self.allocated
 
@@ -71,28 +76,45 @@ class Layout:
         return self.quantization != "nf4" or name in self.replaceable
 
     def as_made(self, made: Mapping[str, Any]) -> Layout:
-        """With the ranks of a factorized emulator, from its stage's result: those of its layers, once they are healed."""
+        """With the ranks or forms of a factorized emulator, from its stage's result; ranks are those after healing."""
         if not self.allocated:
             return self
+        if self.budget is not None:
+            return self.with_forms({name: Form(**form) for name, form in made["forms"].items()})
         factorized = {n: layer["rank"] for n, layer in made["layers"].items() if layer["solver"] != "dense"}
         return replace(self, ranks=made.get("ranks") or factorized)
+
+    def with_forms(self, forms: Mapping[str, Form]) -> Layout:
+        """With the form of every linear that is named; others are as they were."""
+        others = {name: self.form(spec) for name, spec in self.by_name.items() if name not in forms}
+        every = {**others, **forms}
+        return replace(
+            self,
+            ranks={name: form.rank for name, form in every.items() if form.rank is not None},
+            bits={name: form.bits for name, form in every.items() if form.bits is not None},
+            residual_ranks={name: form.residual_rank for name, form in every.items() if form.residual_rank},
+        )
+
+    def form(self, spec: LinearSpec) -> Form:
+        """How a linear is stored, but for NF4."""
+        rank, bits = self.ranks.get(spec.name), self.bits.get(spec.name)
+        return Form(rank, bits, self.residual_ranks.get(spec.name, 0) if rank is None and bits is not None else 0)
+
+    @property
+    def by_name(self) -> dict[str, LinearSpec]:
+        """The linears by their names."""
+        return {spec.name: spec for spec in self.specs}
 
     @property
     def quantized(self) -> bool:
         """Whether the emulator stores linears in few bits."""
-        return self.quantization != "none"
+        return self.quantization != "none" or bool(self.bits)
 
     @property
     def forms(self) -> IntegerForms:
-        """What is stored in integers; factors lie beside those of linears that have a Gram."""
-        beside = {
-            spec.name: min(self.residual_rank, spec.out_features, spec.in_features)
-            for spec in self.specs
-            if self.residual_rank
-            and spec.name in self.bits
-            and spec.name in self.compressed
-            and spec.name not in self.ranks
-        }
+        """What is stored in integers."""
+        forms = {spec.name: self.form(spec) for spec in self.specs}
+        beside = {name: form.residual_rank for name, form in forms.items() if form.residual_rank}
         return IntegerForms(self.bits, beside, self.group_size)
 
     @property
@@ -103,7 +125,7 @@ class Layout:
     @property
     def differs(self) -> bool:
         """Whether the emulator differs from the original: compressed, in few bits or both."""
-        return bool(self.ranks) or self.quantized
+        return bool(self.ranks) or self.quantized or self.budget is not None
 
     @property
     def in_4bit(self) -> tuple[str, ...]:
@@ -135,28 +157,43 @@ class Layout:
 
     def stored_shapes(self, spec: LinearSpec) -> tuple[tuple[int, int], ...]:
         """The matrices that the emulator has of one linear: its weight, its two factors, or its integers and two factors."""
-        rank = self.ranks.get(spec.name)
-        if rank is None:
-            beside = self.forms.residual_ranks.get(spec.name)
-            factors = () if beside is None else ((spec.out_features, beside), (beside, spec.in_features))
-            return ((spec.out_features, spec.in_features), *factors)
-        rows = spec.out_features - (rank if self.storage == "pivoted" else 0)
-        return ((rows, rank), (rank, spec.in_features))
+        form, shape = self.form(spec), (spec.out_features, spec.in_features)
+        if form.rank is None:
+            beside = form.residual_rank
+            return (shape, (shape[0], beside), (beside, shape[1])) if beside else (shape,)
+        rows = spec.out_features - (form.rank if self.is_pivoted(spec) else 0)
+        return ((rows, form.rank), (form.rank, spec.in_features))
+
+    def is_pivoted(self, spec: LinearSpec) -> bool:
+        """Whether a linear is stored as pivoted factors, as those in integers are not."""
+        return self.storage == "pivoted" and spec.name in self.ranks and spec.name not in self.bits
 
     def packed_bytes(self, spec: LinearSpec) -> int:
         """Bytes of a linear in few bits."""
-        shapes, bits = self.stored_shapes(spec), self.bits.get(spec.name)
-        if bits is None:
-            return sum(quantized_bytes(*shape) for shape in shapes)
-        beside = factor_bits(bits) if len(shapes) == 3 else bits
-        each = [bits, *[beside] * (len(shapes) - 1)]
-        return sum(integer_bytes(*shape, of, self.group_size) for shape, of in zip(shapes, each, strict=True))
+        if spec.name not in self.bits:
+            return sum(quantized_bytes(*shape) for shape in self.stored_shapes(spec))
+        return self.storing(4).num_bytes(spec.out_features, spec.in_features, self.form(spec))
+
+    def storing(self, itemsize: int) -> Storing:
+        """How forms are stored, with floats of so many bytes."""
+        return Storing(itemsize, self.storage, self.group_size)
+
+    def stored_bytes(self, itemsize: int) -> int:
+        """Bytes of all compressed linears in the emulator, floats of ``itemsize`` bytes each."""
+        packed, specs = set(self.packed), self.by_name
+        return sum(
+            self.packed_bytes(specs[name])
+            if name in packed
+            else self.storing(itemsize).num_bytes(
+                specs[name].out_features, specs[name].in_features, self.form(specs[name])
+            )
+            for name in self.compressed
+        )
 
     @property
     def order_bytes(self) -> int:
         """Bytes of the places of pivoted rows, in 32 bits each."""
-        pivoted = self.ranks if self.storage == "pivoted" else {}
-        return 4 * sum(spec.out_features for spec in self.specs if spec.name in pivoted)
+        return 4 * sum(spec.out_features for spec in self.specs if self.is_pivoted(spec))
 
 
 def make_layout(config: RunConfig, skeleton: Skeleton) -> Layout:
@@ -182,7 +219,7 @@ def make_layout(config: RunConfig, skeleton: Skeleton) -> Layout:
         skeleton.hidden_size,
         quantization=config.emulator.quantization,
         bits={} if config.emulator.bits is None else {spec.name: config.emulator.bits for spec in specs},
-        residual_rank=config.emulator.residual_rank,
+        residual_ranks=_residual_ranks(config, specs, compressed),
         group_size=config.emulator.group_size,
         replaceable=skeleton.replaceable,
         feedforward=tuple(feedforward_names(forward, model_type, adapted)) if config.adapter.method == "ia3" else (),
@@ -302,12 +339,16 @@ def _check_no_experts(method: str, adapted: Sequence[str], skeleton: Skeleton) -
 def layout_under(layout: Layout, config: RunConfig) -> Layout:
     """The same linears with the ratio, the bits and the storage of another config."""
     emulator = config.emulator
+    if emulator.budget is not None:  # what it gives was found with the layout
+        return layout
     return replace(
         layout,
+        budget=None,
+        allocation=emulator.allocation,
         ranks=ranks_at(config, layout.specs, layout.compressed),
         quantization=emulator.quantization,
         bits={} if emulator.bits is None else {spec.name: emulator.bits for spec in layout.specs},
-        residual_rank=emulator.residual_rank,
+        residual_ranks=_residual_ranks(config, layout.specs, layout.compressed),
         storage=emulator.storage,
     )
 
@@ -315,7 +356,9 @@ def layout_under(layout: Layout, config: RunConfig) -> Layout:
 def ranks_at(config: RunConfig, specs: Sequence[LinearSpec], compressed: Sequence[str]) -> dict[str, int]:
     """The rank of every linear that the config compresses; those that stay dense are left out."""
     emulator = config.emulator
-    if emulator.compression_ratio == 1:  # plain LoRA on the original, whatever the patterns say
+    if (
+        emulator.compression_ratio == 1 or emulator.budget is not None
+    ):  # plain LoRA, whatever the patterns say; or forms
         return {}
     by_name = {spec.name: spec for spec in specs}
     ratios = {name: lookup(name, emulator.ratios, emulator.compression_ratio) for name in compressed}
@@ -326,6 +369,12 @@ def ranks_at(config: RunConfig, specs: Sequence[LinearSpec], compressed: Sequenc
 
     ranks = {name: rank_of(by_name[name], ratio) for name, ratio in ratios.items()}
     return {name: rank for name, rank in ranks.items() if rank is not None}
+
+
+def _residual_ranks(config: RunConfig, specs: Sequence[LinearSpec], compressed: Sequence[str]) -> dict[str, int]:
+    """The ranks of factors beside integers, of linears that have a Gram."""
+    asked, chosen = config.emulator.residual_rank, set(compressed)
+    return {s.name: min(asked, s.out_features, s.in_features) for s in specs if asked and s.name in chosen}
 
 
 def _portable(config: RunConfig, adapted: list[str], skeleton: Skeleton) -> str | tuple[str, ...]:

@@ -61,6 +61,8 @@ class ModelBytes:
         return self.layout.num_parameters * itemsize
 
     def _emulator(self, itemsize: int) -> int:
+        if self.layout.budget is not None:
+            return (self.layout.num_parameters - self.layout.parameters_targeted) * itemsize + self.layout.budget
         saved = self.layout.parameters_targeted - self.layout.parameters_factorized
         return (self.layout.num_parameters - saved) * itemsize - self._packed_away(itemsize) + self.layout.order_bytes
 
@@ -75,7 +77,10 @@ class ModelBytes:
         """Bytes of the largest weight in few bits as it is used: its codes in 8 bits or by 32-bit indices, two elements each,
         in float32, and turned to the model's dtype."""
         shapes = (shape for spec in self.layout.specs for shape in self.layout.stored_shapes(spec))
-        largest = max((rows * columns for rows, columns in shapes), default=0) if self.layout.packed else 0
+        if self.layout.budget is not None:  # of forms that data decides: any may be a whole weight
+            shapes = ((spec.out_features, spec.in_features) for spec in self.layout.specs)
+        is_packed = self.layout.packed or self.layout.budget is not None
+        largest = max((rows * columns for rows, columns in shapes), default=0) if is_packed else 0
         return largest * (2 + FLOAT + (0 if self.itemsize == FLOAT else self.itemsize))
 
     def _groups(self) -> list[tuple[LinearSpec, ...]]:

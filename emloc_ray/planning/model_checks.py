@@ -22,6 +22,7 @@ from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.loading import ModelSource, check_source, read_model_config
 from emloc_ray.modeling.packing import why_rows_mix
+from emloc_ray.planning.emulator_budget import spend_evenly
 from emloc_ray.planning.layout import Layout, adapter_settings, make_layout
 from emloc_ray.planning.skeleton import Skeleton, skeleton_of
 
@@ -50,6 +51,8 @@ def read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
                 f"finetune.packing needs a model that keeps packed rows apart, and this one {mixing}: set it to false."
             )
     layout = make_layout(config, skeleton)
+    if config.emulator.budget is not None:
+        layout = spend_evenly(layout, config.emulator, _file_itemsize(config, source, skeleton))
     _check_healing(config, layout)
     if not config.adapter.is_lora:
         settings = json.dumps(adapter_settings(config.adapter, layout, skeleton.config), sort_keys=True)
@@ -77,6 +80,14 @@ def file_dtype_of(source: ModelSource) -> torch.dtype | None:
     if not file.is_file():
         return None
     return next((entry.dtype for entry in read_shard(file).entries if entry.dtype.is_floating_point), None)
+
+
+def _file_itemsize(config: RunConfig, source: ModelSource, skeleton: Skeleton) -> int:
+    """Bytes of a float in the model's files, as :func:`emloc_ray.planning.model_bytes.file_dtype` has it."""
+    named = None if source.gguf_file else getattr(skeleton.config, "dtype", None)
+    wanted = named if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
+    dtype: torch.dtype = file_dtype_of(source) or wanted or torch.float32
+    return dtype.itemsize
 
 
 def _check_length(config: RunConfig, skeleton: Skeleton) -> None:

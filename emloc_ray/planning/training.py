@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from emloc_ray.config.adapter import AdapterConfig
-from emloc_ray.config.schema import HealingConfig, RunConfig
+from emloc_ray.config.emulator import HealingConfig
+from emloc_ray.config.schema import RunConfig
 from emloc_ray.core.healing import healed_layers, ranks_before_healing
 from emloc_ray.planning.prepared import Prepared, splits_of
 

@@ -49,10 +49,12 @@ def check_training(config: RunConfig) -> dict[str, Any] | None:
         own = healing.model_dump(include={"learning_rate", "per_device_train_batch_size"}, exclude_none=True)
         training = argparse.Namespace(**{**vars(training), **own})
         check_zero_config(section.deepspeed, zero_config, training, section.num_workers, "emulator.healing")
-    if config.emulator.quantization != "none" and zero_config["zero_optimization"]["stage"] == 3:
+    emulator = config.emulator
+    if (emulator.quantization != "none" or emulator.budget) and zero_config["zero_optimization"]["stage"] == 3:
+        what = "remove emulator.budget" if emulator.budget else "set emulator.quantization to none"
         raise ConfigError(
             f"finetune.deepspeed {section.deepspeed} is ZeRO stage 3, which cannot scatter weights in few bits: give stage 2,"
-            " or set emulator.quantization to none."
+            f" or {what}."
         )
     return zero_config
 

@@ -44,8 +44,9 @@ def validation_lines(prepared: Prepared, name: str) -> Iterator[str]:
 
 def _linears(prepared: Prepared) -> str:
     layout = prepared.layout
-    packed = f" {len(layout.packed)} in {layout.quantization}," if layout.quantized else ""
-    return f"{len(layout.ranks)} of {len(layout.specs)} linears compressed,{packed} {len(layout.adapted)} adapted"
+    packed = f" {len(layout.packed)} in {layout.quantization}," if layout.quantization != "none" else ""
+    compressed = layout.ranks if layout.budget is None else layout.compressed
+    return f"{len(compressed)} of {len(layout.specs)} linears compressed,{packed} {len(layout.adapted)} adapted"
 
 
 def _training(prepared: Prepared, plan: Plan) -> str:

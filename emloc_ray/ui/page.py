@@ -144,6 +144,7 @@ def page_view(
         "method": METHOD_NAMES.get(method, method),
         "merges": method not in PROMPT_METHODS,
         "ratio": emulator.get("compression_ratio"),
+        "budget": emulator.get("budget"),
         "bits": stored_bits(emulator.get("quantization", "none")),
         "progress": [
             (stage, stage in done and stage not in older) for stage in STEPS if stage in done or stage not in optional

@@ -162,12 +162,20 @@ def _shape_table(plan: Plan) -> Table:
         table.add_row(kind, f"{out_features} × {in_features}", str(count), *size_of)
     table.add_section()
     targeted, kept = layout.parameters_targeted, layout.parameters_factorized
+    whole = plan.emulator_parameters / plan.parameters
+    if layout.budget is not None:
+        table.add_row("targeted", "", str(len(layout.compressed)), "", f"{targeted:,}", "", "")
+        table.caption = (
+            f"By data: calibration decides ranks and bits; together they take {size(layout.budget)} at most,"
+            f" {8 * layout.budget / targeted:.2f} bits a weight."
+        )
+        table.add_row("whole model", "", "", "", f"{plan.parameters:,}", "", "")
+        return table
     table.add_row(
         "targeted", "", str(len(layout.compressed)), "", f"{targeted:,}", f"{kept:,}", f"{kept / targeted:.3f}"
     )
     if allocated:
         table.caption = f"By data: calibration decides these ranks; together they keep {kept:,} parameters at most."
-    whole = plan.emulator_parameters / plan.parameters
     table.add_row("whole model", "", "", "", f"{plan.parameters:,}", f"{plan.emulator_parameters:,}", f"{whole:.3f}")
     return table
 
@@ -335,6 +343,12 @@ def result_lines(metrics: dict[str, Any], run_dir: str) -> list[str]:
                 else ""
             )
         )
+        if forms := emulator.get("forms"):
+            taken = ", ".join(f"{count} × {kind}" for kind, count in forms.items())
+            lines.append(
+                f"Its linears: {taken}; {emulator['bits_per_weight']:.2f} bits a weight"
+                f" (budget {emulator['budget']}), {size(emulator['bytes'])} in all"
+            )
         chosen = [f"{key} {emulator[key]}" for key, value in _DEFAULTS.items() if emulator.get(key, value) != value]
         lines += [f"Its ranks and factors: {', '.join(chosen)}"] if chosen else []
     lines.append(f"Artifacts in {run_dir}: {', '.join([*_artifacts(metrics), 'report.html', 'trace.json'])}")

@@ -1,4 +1,5 @@
-"""Allocate: the spectra of all linears, a Ray task for those that share a Gram; then the ranks, here, written as JSON."""
+"""Allocate: the spectra of all linears, or what each form of them loses, a Ray task for those that share a Gram; then the ranks
+or forms, here, written as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor
 
 from emloc_ray.core.allocation import Allocation, Curve, allocate, plain_gains, spectrum
+from emloc_ray.core.forms import Form
 from emloc_ray.core.precision import exact_float32
+from emloc_ray.core.predicted_loss import form_losses
 from emloc_ray.core.ranks import Storage, factor_parameters, rank_multiple
 from emloc_ray.core.whitening import Whitening
 from emloc_ray.io.formats.checkpoint import Checkpoint, read_shard
@@ -24,6 +27,7 @@ from emloc_ray.io.store.atomic import write_json
 from emloc_ray.io.store.node_cache import ensure, sizes
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.stages.factorize.job import bundles, group_cost
+from emloc_ray.stages.factorize.spend import Spending, spend
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
 from emloc_ray.stages.ray.tasks import Progress, Resources, run_tasks, silent
 
@@ -37,9 +41,9 @@ class AllocationJob:
 
     ``groups`` are the linears whose ranks are to be found, those that share a Gram together, and ``ranks`` what each has
     uniformly: the budget. Gains are of predictions, ``½ λ_i / N`` with the ``λ_i`` of the metric of both sums, or what
-    ``plain_factors`` save there. ``gradients_dir`` holds the sums of gradients. ``never_dense`` are those that an emulator
-    could not store dense as it is to be stored. ``storage`` is that of factors, which says what a rank costs, and ranks are
-    multiples of ``rank_multiple``.
+    ``plain_factors`` save there. ``gradients_dir`` holds the sums of gradients. ``never_dense`` are those that an emulator could
+    not store dense as it is to be stored. ``storage`` is that of factors, which says what a rank costs, and ranks are multiples
+    of ``rank_multiple``. With ``spending`` forms are to be found, within its budget.
     """
 
     model_dir: Path
@@ -53,6 +57,16 @@ class AllocationJob:
     never_dense: tuple[str, ...] = ()
     storage: Storage = "factors"
     rank_multiple: int | Literal["auto"] = "auto"
+    spending: Spending | None = None
+
+    def forms(self, spec: LinearSpec) -> list[Form]:
+        """What a linear may be stored as under a budget; nothing without one."""
+        shape = spec.out_features, spec.in_features
+        return (
+            []
+            if self.spending is None
+            else self.spending.storing.forms(*shape, rank_multiple(*shape, self.rank_multiple))
+        )
 
 
 def read_ranks(directory: Path) -> dict[str, int | None]:
@@ -71,7 +85,8 @@ def group_spectra(
     gradients: Mapping[str, StoredGram],
     device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
-    """What each rank of a group's linears gains, ``(min(out, in),)``, computed on ``device``; zeros where data says nothing.
+    """What each rank of a group's linears gains, ``(min(out, in),)``, or with a budget each form loses, computed on ``device``;
+    zeros where data says nothing.
 
     Raises:
         NumericsError: where a weight or a sum holds NaN or Inf, naming the layer.
@@ -82,16 +97,22 @@ def group_spectra(
     known = num_tokens > 0
     whitening = Whitening(gram.read().to(device), job.dampening_frac, name=specs[0].name) if known else None
     for spec in specs:
-        nothing = torch.zeros(min(spec.out_features, spec.in_features), dtype=torch.float64)
-        found[spec.name] = nothing
+        forms = job.forms(spec)
+        found[spec.name] = torch.zeros(len(forms) or min(spec.out_features, spec.in_features), dtype=torch.float64)
         if whitening is None:
             continue
         name = f"the gradients of what {spec.name} gives"
         outputs = Whitening(gradients[spec.name].read().to(device), job.gradient_dampening_frac, name=name)
-        if not outputs.is_identity:
+        if outputs.is_identity:
+            continue
+        weight = spec.read_weight(checkpoint).to(device)
+        if job.spending is not None:
+            size, plain = job.spending.storing.group_size, job.plain_factors
+            values = form_losses(weight, whitening, outputs, forms, size, plain=plain, name=spec.name)
+        else:
             gains = plain_gains if job.plain_factors else spectrum
-            weight = spec.read_weight(checkpoint).to(device)
-            found[spec.name] = (gains(weight, whitening, outputs, name=spec.name) / (2 * num_tokens)).cpu()
+            values = gains(weight, whitening, outputs, name=spec.name)
+        found[spec.name] = (values / (2 * num_tokens)).cpu()
     return found
 
 
@@ -99,9 +120,9 @@ def allocate_ranks(
     job: AllocationJob, out_dir: Path, resources: Resources, progress: Progress = silent, tell: Tell = unheard
 ) -> dict[str, Any]:
     """Writes ``ranks.json`` into ``out_dir``: every linear's rank (null: dense), the share of its parameters that it keeps,
-    and what it gains of all that it could. Spectra that are there already are kept.
+    and what it gains of all that it could; with a budget ``forms.json``. Spectra that are there already are kept.
 
-    A linear of which the data says nothing, as an expert that nothing was sent to, keeps its uniform rank.
+    A linear of which the data says nothing, as an expert that nothing was sent to, keeps its uniform rank or form.
     """
     files = [out_dir / f"spectra-{k + 1:05d}-of-{len(job.groups):05d}.safetensors" for k in range(len(job.groups))]
     grams = GramStore(job.calibration_dir)
@@ -116,13 +137,15 @@ def allocate_ranks(
             for specs, file in bundle
         ]
         work.append((bundle[0][0][0].name, (pieces, resources.device)))
-    shared = dataclasses.replace(job, groups=(), ranks={})
+    shared = dataclasses.replace(job, groups=(), ranks={}, spending=job.spending and job.spending.without_even)
     run_tasks(_spectra_task, shared, work, resources, Losses("allocate", tell), progress)
     gains: dict[str, Tensor] = {}
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         for found_there in pool.map(_read_spectra, files):
             gains |= found_there
     every = [spec for group in job.groups for spec in group]
+    if job.spending is not None:
+        return {"num_workers": resources.num_workers, **spend(job.spending, every, job.forms, gains, out_dir)}
     told = [spec for spec in every if float(gains[spec.name].sum()) > 0]
     curves = [_curve(job, spec, gains[spec.name]) for spec in told]
     uniform = {curve.name: job.ranks[curve.name] for curve in curves}

@@ -82,11 +82,11 @@ def factorize_group(
         dtype = checkpoint.entry(spec.weight_rows[0].name).dtype
         weight = functools.cache(functools.partial(_weight, spec, checkpoint, device, tensors_read))
         outputs = None  # before the next one is read: three matrices of the outputs' order
-        outputs = _output_whitening(job, spec, gradients, device) if spec.name in job.ranks else None
+        outputs = _output_whitening(job, spec, gradients, device) if job.weighs(spec.name) else None
         result = _factorized(job, spec, weight, inputs, outputs) if spec.name in job.ranks else None
         if spec.name in job.integers.bits:
             held, order = (
-                _in_integers(job, spec, weight(), inputs() if gram is not None else alike(), result, dtype),
+                _in_integers(job, spec, weight(), inputs() if gram is not None else alike(), outputs, result, dtype),
                 None,
             )
         else:
@@ -159,6 +159,7 @@ def _in_integers(
     spec: LinearSpec,
     weight: torch.Tensor,
     inputs: Whitening,
+    outputs: Whitening | None,
     result: Factorization | None,
     dtype: torch.dtype,
 ) -> dict[str, dict[str, torch.Tensor]]:
@@ -169,7 +170,9 @@ def _in_integers(
         made = {".up": up, ".down": down}
     elif rank is not None:
         beside = factor_bits(bits)
-        whole, up, down = quantize_with_factors(weight, inputs, bits, rank, beside, size, seed=job.seed, name=spec.name)
+        whole, up, down = quantize_with_factors(
+            weight, inputs, bits, rank, beside, size, outputs=outputs, seed=job.seed, name=spec.name
+        )
         made = {".base": whole.weight, ".up": up, ".down": down}
     else:
         made = {"": quantize_integers(weight, inputs, bits, size, name=spec.name).weight}

@@ -26,7 +26,8 @@ class FactorizationJob:
     stored so, as factors or dense, of which those in ``without_gram`` have none; ``kept_wide`` are those elsewhere in the
     model that are not. ``gradients_dir`` holds the sums of gradients that weigh outputs, where factors are to keep the
     model's predictions instead of each layer's outputs. ``by_weights``: factors are the weights' own truncated SVD, whose
-    errors alone are measured under the Grams. ``storage`` is how they are stored, ``integers`` which linears in integers.
+    errors alone are measured under the Grams. ``storage`` is how they are stored, ``integers`` which linears in integers;
+    ``weighs_residuals``: outputs are weighed for the factors beside these too.
     """
 
     model_dir: Path
@@ -44,6 +45,11 @@ class FactorizationJob:
     by_weights: bool = False
     storage: Storage = "factors"
     integers: IntegerForms = field(default_factory=IntegerForms)
+    weighs_residuals: bool = False
+
+    def weighs(self, name: str) -> bool:
+        """Whether a linear has factors that sums of gradients weigh, where there are any."""
+        return name in self.ranks or (self.weighs_residuals and name in self.integers.residual_ranks)
 
     @property
     def packed(self) -> frozenset[str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from emloc_ray.config.schema import RunConfig
+from emloc_ray.core.integer_forms import group_size_of, num_groups
 from emloc_ray.core.ranks import rank_multiple
 from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.io.runs.resume import discard_unless
@@ -14,6 +17,7 @@ from emloc_ray.modeling.stored_names import renamed_tensors
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.memory import MemoryModel
+from emloc_ray.planning.model_bytes import file_dtype
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.training import factor_ranks, factorize_work, healing_run, packs_late
 from emloc_ray.stages.calibrate.stage import CALIBRATE, SUMS, gradient_inputs
@@ -23,6 +27,7 @@ from emloc_ray.stages.stage import Stage, by_weights
 
 if TYPE_CHECKING:
     from emloc_ray.stages.factorize.allocate import AllocationJob
+    from emloc_ray.stages.factorize.spend import Spending
     from emloc_ray.stages.ray.tasks import Progress, Resources
 
 
@@ -38,14 +43,23 @@ def allocation_job(context: Context) -> AllocationJob:
         calibration_dir=context.path("calibration"),
         gradients_dir=context.path("gradients"),
         groups=tuple(group for group in groups if group),
-        ranks={name: layout.ranks[name] for name in layout.allocated},
+        ranks={name: layout.ranks[name] for name in layout.allocated if name in layout.ranks},
         plain_factors=layout.objective == "activations",
         dampening_frac=emulator.dampening_frac,
         gradient_dampening_frac=emulator.gradient_dampening_frac,
         never_dense=tuple(name for name in layout.allocated if not layout.may_be_dense(name)),
         storage=layout.storage,
         rank_multiple=emulator.rank_multiple,
+        spending=None if layout.budget is None else _spending(context, layout.budget),
     )
+
+
+def _spending(context: Context, budget: int) -> Spending:
+    from emloc_ray.stages.factorize.spend import Spending
+
+    layout = context.layout
+    even = {name: layout.form(layout.by_name[name]) for name in layout.allocated}
+    return Spending(budget, layout.storing(file_dtype(context.prepared).itemsize), even)
 
 
 def factorization_job(context: Context, layout: Layout | None = None) -> FactorizationJob:
@@ -70,11 +84,12 @@ def factorization_job(context: Context, layout: Layout | None = None) -> Factori
         by_weights=layout.objective == "weights",
         storage=layout.storage,
         integers=layout.forms,
+        weighs_residuals=layout.budget is not None and _reads_gradients(layout),
     )
 
 
 def _reads_gradients(layout: Layout) -> bool:
-    return layout.objective == "predictions" and bool(layout.ranks)
+    return layout.objective == "predictions" and (bool(layout.ranks) or layout.budget is not None)
 
 
 def _storage(layout: Layout) -> Inputs:
@@ -98,12 +113,20 @@ def _allocation(context: Context) -> Inputs:
         **_storage(layout),
         **({"rank_multiple": asked} if multiples != {1} else {}),
         "allocation": layout.allocation,
-        "budget": {name: layout.ranks[name] for name in layout.allocated},
+        **_budget(context),
         "dampening_frac": context.prepared.config.emulator.dampening_frac,
         "dense": [name for name in layout.allocated if layout.may_be_dense(name)],
         "objective": layout.objective,
         **_weighing(context),
     }
+
+
+def _budget(context: Context) -> Inputs:
+    layout = context.layout
+    if layout.budget is None:
+        return {"budget": {name: layout.ranks[name] for name in layout.allocated}}
+    storing = dataclasses.asdict(layout.storing(file_dtype(context.prepared).itemsize))
+    return {"budget": layout.budget, "linears": layout.allocated, "storing": storing}
 
 
 def _allocate_inputs(context: Context) -> Inputs:
@@ -122,10 +145,10 @@ def _factorize_inputs(context: Context) -> Inputs:
         **(_weighing(context) if objective == "predictions" else {}),
         **(
             {"quantization": config.emulator.quantization}
-            if layout.quantized and not packs_late(context.prepared)
+            if config.emulator.quantization != "none" and not packs_late(context.prepared)
             else {}
         ),
-        **({"integers": [layout.group_size, layout.residual_rank]} if layout.bits else {}),
+        **({"integers": [layout.group_size, config.emulator.residual_rank]} if layout.bits else {}),
         **_storage(layout),
         "calibrate": context.made.get(CALIBRATE.name, ""),
         "model": context.model_key,
@@ -138,10 +161,13 @@ def _factorize_inputs(context: Context) -> Inputs:
 def _allocated(context: Context) -> Layout:
     """The layout with the ranks that were allocated."""
     from emloc_ray.stages.factorize.allocate import read_ranks
+    from emloc_ray.stages.factorize.spend import read_forms
 
     layout = context.layout
     if not layout.allocated:
         return layout
+    if layout.budget is not None:
+        return layout.with_forms(read_forms(context.path("allocation")))
     ranks = {**layout.ranks, **read_ranks(context.path("allocation"))}
     return replace(layout, ranks={name: rank for name, rank in ranks.items() if rank is not None})
 
@@ -160,11 +186,16 @@ def _factorize(context: Context, inputs: Inputs, granted: Resources, progress: P
     layout = _allocated(context)
     job = factorization_job(context, layout)
     # Ranks that were allocated anew need not be those of shards that a killed try left.
-    discard_unless(job.out_dir, [inputs, job.ranks])
+    forms = {} if layout.budget is None else {n: dataclasses.asdict(layout.form(s)) for n, s in layout.by_name.items()}
+    discard_unless(job.out_dir, [inputs, job.ranks, *([forms] if forms else [])])
     made = build_emulator(job, context.path("calibration"), context.base_config(), granted, progress, context.note)
     heals = context.prepared.config.emulator.heals is not None
     # Healing has to know the ranks, of an emulator from the cache too.
-    return {**made, **({"ranks": layout.ranks} if heals and layout.allocated else {})}
+    return {
+        **made,
+        **({"ranks": layout.ranks} if heals and layout.allocated else {}),
+        **({"forms": forms} if forms else {}),
+    }
 
 
 def _factorize_reads(context: Context) -> Sequence[str]:
@@ -215,10 +246,17 @@ def _remarks(context: Context, result: Result) -> list[str | None]:
     return [
         thin_calibration(context.prepared.config, result["fewest_tokens"], made),
         unseen_linears(result.get("unseen", ()), made),
+        uneven_groups(made),
     ]
 
 
 def _allocate_summary(result: Result) -> str:
+    if "forms" in result:
+        forms = ", ".join(f"{count} × {kind}" for kind, count in result["forms"].items())
+        share = result["loss"] / result["even_loss"] if result["even_loss"] > 0 else 1.0
+        return (
+            f"{forms}: what they lose is {share:.0%} of what even ones would, within {result['gap']:.1g} of the least"
+        )
     lost, uniform = 1 - result["gain"], 1 - result["uniform_gain"]
     return f"what they lose is {lost / uniform:.0%} of what uniform ranks would" if uniform > 0 else ""
 
@@ -237,8 +275,12 @@ def _factorize_sections(prepared: Prepared, results: dict[str, Result]) -> dict[
     made = results["factorize"]
     layout = prepared.layout.as_made(made)
     saved = layout.parameters_targeted - layout.parameters_factorized
+    budget = prepared.config.emulator.budget
+    stored = layout.stored_bytes(file_dtype(prepared).itemsize)
     emulator: dict[str, Any] = {
-        "compression_ratio": prepared.config.emulator.compression_ratio,
+        "compression_ratio": prepared.config.emulator.compression_ratio if budget is None else None,
+        **({"budget": budget, "forms": _forms_taken(layout)} if budget is not None else {}),
+        "bits_per_weight": 8 * stored / max(layout.parameters_targeted, 1),
         "parameters_kept": layout.parameters_factorized / max(layout.parameters_targeted, 1),
         "parameters": layout.num_parameters - saved,
         "original_parameters": layout.num_parameters,
@@ -253,10 +295,30 @@ def _factorize_sections(prepared: Prepared, results: dict[str, Result]) -> dict[
     return {"emulator": {**emulator, **({"bytes": last["bytes"]} if "bytes" in last else {})}}
 
 
+def _forms_taken(layout: Layout) -> dict[str, int]:
+    """How many of the compressed linears take which kind of form, the most frequent one first."""
+    return dict(Counter(layout.form(layout.by_name[name]).kind for name in layout.compressed).most_common())
+
+
+def uneven_groups(layout: Layout) -> str | None:
+    """Where rows of integers are no multiple of the group size long."""
+    size = layout.group_size
+    uneven = [spec for spec in layout.specs if spec.name in layout.bits and spec.in_features % size]
+    uneven = [spec for spec in uneven if spec.in_features > size and spec.name not in layout.ranks]
+    if not uneven:
+        return None
+    first, others = uneven[0], len(uneven) - 1
+    cut = group_size_of(first.in_features, num_groups(first.in_features, size))
+    return (
+        f"emulator.group_size {size} does not divide the {first.in_features} inputs of {first.name}"
+        f"{f' (nor those of {others} more linears)' if others else ''}: rows are cut into groups of {cut}, the last one shorter."
+    )
+
+
 def _with_shares(layers: dict[str, Any], layout: Layout) -> dict[str, Any]:
     """Each layer with the share of its parameters that the emulator keeps; beside them those that an allocation left dense."""
     specs = {spec.name: spec for spec in layout.specs}
-    free = layout.free if layout.ranks and layout.allocation != "uniform" else ()
+    free = layout.free if (layout.ranks or layout.budget is not None) and layout.allocation != "uniform" else ()
     dense = {
         name: {"rank": min(specs[name].out_features, specs[name].in_features), "relative_error": 0.0, "solver": "dense"}
         for name in free

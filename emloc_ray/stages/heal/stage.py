@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from emloc_ray.config.schema import HealingConfig, RunConfig
+from emloc_ray.config.emulator import HealingConfig
+from emloc_ray.config.schema import RunConfig
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.teacher_shards import BYTES_PER_LOGIT

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from emloc_ray.config.schema import EmulatorConfig
+from emloc_ray.config.emulator import EmulatorConfig
 from emloc_ray.planning.measured import MEASURED, Measured, measured_for
 
 RESULTS = Path(__file__).parents[3] / "pipelines" / "results"

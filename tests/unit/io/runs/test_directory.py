@@ -283,18 +283,19 @@ time.sleep(60)
 def test_one_process_at_a_time_until_it_ends_however_it_ends(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "mine")
     command = [sys.executable, "-c", HOLD, str(directory.root), str(Path(emloc_ray.__file__).parent)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
-        try:
-            assert holder.stdout is not None
-            assert holder.stdout.readline().strip() == "locked"
-            with pytest.raises(ConfigError, match=f"in use by process {holder.pid} on "):
-                directory.lock()
-            holder.send_signal(signal.SIGKILL)
-            holder.wait(10)
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline().strip() == "locked"
+        with pytest.raises(ConfigError, match=f"in use by process {holder.pid} on "):
             directory.lock()
-            directory.unlock()
-        finally:
-            holder.kill()
+        holder.send_signal(signal.SIGKILL)
+        holder.wait(10)
+        directory.lock()
+        directory.unlock()
+    finally:
+        holder.kill()
+        holder.wait(10)
 
 
 def test_who_lost_its_lock_writes_nothing_more(tmp_path: Path) -> None:

@@ -15,8 +15,11 @@ from transformers import AutoConfig
 
 from emloc_ray.core.gram import Gram
 from emloc_ray.core.integer_forms import IntegerForms, integer_bytes
+from emloc_ray.core.ranks import Storage
 from emloc_ray.io.formats.checkpoint import Checkpoint, read_shard, write_index
 from emloc_ray.io.formats.grams import GramStore, write_gram_index, write_gram_shard
+from emloc_ray.modeling.adapter import attach_adapter
+from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import block_linears, empty_model
 from emloc_ray.modeling.loading import load_model
 from emloc_ray.stages.factorize.factorize import factorize_group, finish_emulator
@@ -72,15 +75,22 @@ def test_fewer_bits_under_the_gram_lose_less_than_without(artifacts: Artifacts, 
     assert lost[1] == lost[2]  # by the weight alone, or for want of a Gram
 
 
-def test_a_whole_emulator_loads_with_what_each_shard_holds(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+def test_a_whole_emulator_loads_with_what_each_shard_holds(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], storage: Storage
+) -> None:
     model_dir = tiny_model_dir("qwen2", dtype="bfloat16")  # biases
     config = AutoConfig.from_pretrained(model_dir)
     specs = block_linears(empty_model(config))
     ranks = {spec.name: 8 for spec in specs if spec.name.endswith(("q_proj", "up_proj"))}
     beside = {spec.name: 3 for spec in specs if spec.name.endswith(("v_proj", "down_proj"))}
-    forms = IntegerForms({spec.name: 4 for spec in specs}, beside, 16)
-    groups = tuple((spec,) for spec in specs)
-    job = FactorizationJob(model_dir, tmp_path / "emulator", groups, ranks, integers=forms)
+    # Pivoted: a mixture, of which queries are factors in floats and outputs dense.
+    wide = ("q_proj", "o_proj") if storage == "pivoted" else ()
+    forms = IntegerForms({spec.name: 4 for spec in specs if not spec.name.endswith(wide)}, beside, 16)
+    groups = tuple((spec,) for spec in specs if spec.name in {**ranks, **forms.bits})
+    job = FactorizationJob(
+        model_dir, tmp_path / "emulator", tuple((spec,) for spec in specs), ranks, storage=storage, integers=forms
+    )
     grams = {spec.name: Gram(torch.eye(spec.in_features), 64) for spec in specs}
     write_gram_shard(tmp_path / "grams" / "grams.safetensors", grams)
     names = [[name] for name in grams]
@@ -92,7 +102,7 @@ def test_a_whole_emulator_loads_with_what_each_shard_holds(tmp_path: Path, tiny_
         factorize_group(job, group, store.stored(group[0].name), file)
     for kept, file in zip(rest, files[len(groups) :], strict=True):
         copy_rest(kept, file)
-    num_bytes = finish_emulator(files, config, model_dir, ranks, "factors", None, forms)
+    num_bytes = finish_emulator(files, config, model_dir, ranks, storage, None, forms)
     assert num_bytes == Checkpoint(job.out_dir).num_bytes
     model, original = load_model(job.out_dir), load_model(model_dir)
     ids = torch.arange(2, 30)[None]
@@ -102,3 +112,13 @@ def test_a_whole_emulator_loads_with_what_each_shard_holds(tmp_path: Path, tiny_
         x = torch.zeros(1, spec.in_features, dtype=torch.bfloat16)
         layers = model.get_submodule(spec.name), original.get_submodule(spec.name)
         assert torch.equal(*(layer(x) for layer in layers)), spec.name  # the bias
+    kinds = {name.rsplit(".", 1)[-1]: type(model.get_submodule(name)).__name__ for name in grams}
+    assert kinds["q_proj"] == ("PivotedLinear" if storage == "pivoted" else "FactorizedLinear")
+    assert kinds["o_proj"] == ("Linear" if storage == "pivoted" else "IntegerLinear")
+    assert (kinds["up_proj"], kinds["v_proj"]) == ("FactorizedLinear", "ResidualLinear")
+    settings = adapter_config(r=4, lora_alpha=8, target_modules=list(grams))
+    adapted = attach_adapter(model.float(), settings)
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.grad is not None]
+    assert len(trained) == 2 * len(specs)
+    assert all("lora_" in name for name in trained)

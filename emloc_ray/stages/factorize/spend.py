@@ -1,0 +1,98 @@
+"""Spend: the form of every linear under one budget of bytes, written as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from emloc_ray.core.forms import Form, Storing
+from emloc_ray.io.store.atomic import write_json
+from emloc_ray.io.store.node_cache import ensure
+from emloc_ray.modeling.architecture import LinearSpec
+from emloc_ray.stages.factorize.knapsack import pack
+
+FORMS = "forms.json"
+
+
+@dataclass(frozen=True)
+class Spending:
+    """A ``budget`` of bytes for all linears, how they are ``storing`` what they store, and the ``even`` form of each, which those
+    keep of which the data says nothing."""
+
+    budget: int
+    storing: Storing
+    even: Mapping[str, Form]
+
+    @property
+    def without_even(self) -> Spending:
+        """All that a task needs of it."""
+        return replace(self, even={})
+
+
+def read_forms(directory: Path) -> dict[str, Form]:
+    """The forms that :func:`spend` wrote."""
+    path = directory / FORMS
+    ensure(path)
+    layers: dict[str, Any] = json.loads(path.read_text())["layers"]
+    return {name: Form(layer["rank"], layer["bits"], layer["residual_rank"]) for name, layer in layers.items()}
+
+
+def spend(
+    spending: Spending,
+    specs: Sequence[LinearSpec],
+    forms: Callable[[LinearSpec], list[Form]],
+    losses: Mapping[str, Tensor],
+    out_dir: Path,
+) -> dict[str, Any]:
+    """Writes ``forms.json`` into ``out_dir``: every linear's form, its bytes and the nats a sample that it is expected to lose;
+    together they lose least within the budget.
+
+    Args:
+        spending: the budget.
+        specs: all linears.
+        forms: what each may be stored as.
+        losses: what each of these loses, ``(len(forms(spec)),)`` by name; all zeros where the data says nothing.
+        out_dir: where it is written.
+    """
+
+    def num_bytes(spec: LinearSpec, form: Form) -> int:
+        return spending.storing.num_bytes(spec.out_features, spec.in_features, form)
+
+    known = [spec for spec in specs if float(losses[spec.name].sum()) > 0]
+    chosen = {spec.name: spending.even[spec.name] for spec in specs}
+    fixed = sum(num_bytes(s, chosen[s.name]) for s in specs) - sum(num_bytes(s, chosen[s.name]) for s in known)
+    options = [forms(spec) for spec in known]
+    costs = [[num_bytes(spec, form) for form in some] for spec, some in zip(known, options, strict=True)]
+    lost = [losses[spec.name].tolist() for spec in known]
+    packed = pack(costs, lost, max(spending.budget - fixed, sum(map(min, costs))))
+    chosen |= {spec.name: some[pick] for spec, some, pick in zip(known, options, packed.picks, strict=True)}
+    even_loss = sum(
+        loss[some.index(spending.even[spec.name])] for spec, some, loss in zip(known, options, lost, strict=True)
+    )
+    by_name = {spec.name: loss[pick] for spec, loss, pick in zip(known, lost, packed.picks, strict=True)}
+    layers = {
+        spec.name: {
+            **asdict(chosen[spec.name]),
+            "bytes": num_bytes(spec, chosen[spec.name]),
+            "loss": by_name.get(spec.name),
+        }
+        for spec in specs
+    }
+    left = spending.budget - fixed - packed.used
+    write_json(out_dir / FORMS, {"bytes_left": left, "gap": packed.gap, "layers": layers})
+    return {
+        "budget": spending.budget,
+        "left": left,
+        "loss": packed.loss,
+        "even_loss": even_loss,
+        "gap": packed.gap,
+        "num_dense": sum(form == Form() for form in chosen.values()),
+        "num_kept_uniform": len(specs) - len(known),
+        "forms": dict(Counter(form.kind for form in chosen.values()).most_common()),
+    }

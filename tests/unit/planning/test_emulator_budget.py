@@ -1,0 +1,157 @@
+"""A budget before a weight moves: what it gives each linear to plan with, and what is refused with the nearest that works."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emloc_ray.config.reading import check_config, parse_config
+from emloc_ray.core.forms import Form
+from emloc_ray.errors import ConfigError
+from emloc_ray.planning.alternatives import choose_training
+from emloc_ray.planning.budget import solve
+from emloc_ray.planning.lengths import Lengths
+from emloc_ray.planning.machine import Speeds
+from emloc_ray.planning.memory import MemoryModel
+from emloc_ray.planning.prepared import Prepared, prepare
+from emloc_ray.stages.factorize.stage import uneven_groups
+from emloc_ray.stages.order import STEPS
+
+
+@pytest.fixture
+def values(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> dict[str, Any]:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"row {number}"}) + "\n" for number in range(5)))
+    model_dir = tiny_model_dir("llama", dtype="bfloat16")
+    return {
+        "run_dir": str(tmp_path / "run"),
+        "model": {"source": str(model_dir)},
+        "data": {"train": {"path": str(rows)}},
+    }
+
+
+def of(values: dict[str, Any], budget: str, **emulator: Any) -> Prepared:
+    return prepare(parse_config({**values, "emulator": {"budget": budget, **emulator}}))
+
+
+@pytest.mark.parametrize(("budget", "kind"), [("9 bits", "8 bits"), ("2.9 bits", "2 bits"), ("1.2 bits", "factors")])
+def test_bits_are_those_of_the_linears_and_fit(values: dict[str, Any], budget: str, kind: str) -> None:
+    layout = of(values, budget).layout
+    bits = float(budget.split()[0])
+    assert layout.budget == int(bits * layout.parameters_targeted / 8)
+    assert layout.stored_bytes(2) <= layout.budget
+    assert all(layout.form(spec).kind.startswith(kind) for spec in layout.specs)
+    assert layout.differs
+    assert layout.allocated == layout.weighed == layout.compressed
+
+
+def test_bytes_are_those_of_the_whole_emulator(values: dict[str, Any]) -> None:
+    prepared = of(values, "200KiB")
+    memory = MemoryModel(prepared)
+    assert memory.emulator_files == 200 * 2**10
+    assert prepared.layout.budget is not None
+    rest = (prepared.layout.num_parameters - prepared.layout.parameters_targeted) * 2
+    assert prepared.layout.budget + rest == 200 * 2**10
+
+
+def test_linears_that_are_left_out_are_not_counted(values: dict[str, Any]) -> None:
+    layout = of(values, "4 bits", exclude_modules=["down_proj"]).layout
+    names = {spec.name for spec in layout.specs} - set(layout.compressed)
+    assert all(name.endswith("down_proj") for name in names)
+    assert not names & (layout.bits.keys() | layout.ranks.keys())
+
+
+@pytest.mark.parametrize("budget", ["0.01 bits", "79KiB"])
+def test_what_no_forms_meet_is_refused_with_the_nearest_that_works(values: dict[str, Any], budget: str) -> None:
+    with pytest.raises(ConfigError, match=r"is met by no ranks and bits: give at least ") as refused:
+        of(values, budget)
+    nearest = re.search(r"at least ([\d.]+ (?:bits|KiB))", str(refused.value))
+    assert nearest is not None
+    of(values, nearest[1])
+
+
+@pytest.mark.parametrize("budget", ["16 bits", "3GiB"])
+def test_what_holds_every_linear_as_it_is_is_refused(values: dict[str, Any], budget: str) -> None:
+    with pytest.raises(ConfigError, match=r"holds every linear as it is, in .*: give less"):
+        of(values, budget)
+
+
+@pytest.mark.parametrize(
+    ("emulator", "expected"),
+    [
+        ({"budget": 2.3}, "emulator.budget: 2.3 is no budget: give bits a weight or bytes in all"),
+        ({"budget": "2.3"}, "'2.3' is no budget"),
+        ({"budget": "0 bits"}, "'0 bits' is no budget"),
+        ({"budget": "2 bits", "compression_ratio": 0.5}, "compression_ratio is given too: remove one of them"),
+        ({"budget": "2 bits", "quantization": "int4"}, "quantization is given too"),
+        ({"budget": "2 bits", "healing": {"steps": 3}}, "healing is given too"),
+        ({"budget": "2 bits", "allocation": "uniform"}, "allocation is given too"),
+        ({"budget": "2 bits", "objective": "weights"}, "objective: weights reads no data"),
+    ],
+)
+def test_what_does_not_go_with_a_budget_is_said(
+    values: dict[str, Any], emulator: dict[str, Any], expected: str
+) -> None:
+    config, lines = check_config({**values, "emulator": emulator})
+    assert config is None
+    assert any(expected in line for line in lines), lines
+
+
+def test_a_config_with_a_budget_is_read_as_it_was_written(values: dict[str, Any]) -> None:
+    config = parse_config({**values, "emulator": {"budget": "2.3 bits", "compression_ratio": None}})
+    written = config.model_dump(mode="json")
+    assert "compression_ratio" not in written["emulator"]
+    assert parse_config(written) == config
+
+
+def test_forms_that_data_decided_take_the_place_of_those_that_were_planned(values: dict[str, Any]) -> None:
+    layout = of(values, "4.3 bits").layout
+    names = layout.compressed
+    forms = {
+        names[0]: Form(),
+        names[1]: Form(rank=4),
+        names[2]: Form(rank=4, bits=8),
+        names[3]: Form(bits=2, residual_rank=4),
+    }
+    made = layout.as_made({"forms": {name: dataclasses.asdict(form) for name, form in forms.items()}})
+    assert [made.form(made.by_name[name]) for name in names[:4]] == list(forms.values())
+    assert all(made.form(made.by_name[name]) == layout.form(layout.by_name[name]) for name in names[4:])
+    assert made.forms.residual_ranks == {names[3]: 4}
+
+
+def test_a_memory_budget_leaves_the_emulator_s_as_it_is(values: dict[str, Any]) -> None:
+    prepared, lengths = of(values, "4.3 bits"), Lengths(20.0, 40)
+    solution = solve(STEPS, prepared, 2**31, lengths)
+    assert solution.prepared.layout == prepared.layout
+    assert not any("compression_ratio" in text for text in solution.overrides)
+    with pytest.raises(ConfigError, match=r"emulator\.budget: 4\.3 bits does not fit 1\.00 MiB: a row at a time"):
+        solve(STEPS, prepared, 2**20, lengths)
+
+
+def test_the_alternatives_to_a_budget_are_without_it(values: dict[str, Any]) -> None:
+    prepared, lengths = of({**values, "memory_budget": "2GiB"}, "4.3 bits"), Lengths(20.0, 40)
+    choice = choose_training(STEPS, prepared, lengths, Speeds(1e11))
+    by_name = {one.name: one.config.emulator for one in choice.alternatives}
+    assert by_name["an emulator of 4.3 bits"].budget == "4.3 bits"
+    assert [emulator.budget for name, emulator in by_name.items() if "4.3 bits" not in name] == [None] * (
+        len(by_name) - 1
+    )
+    layouts = {one.name: one.memory.layout for one in choice.alternatives}
+    assert layouts["an emulator of 4.3 bits"] == prepared.layout
+    assert layouts["the original"].budget is None
+    assert not layouts["the original"].differs
+    assert "emulator.budget=null" in choice.overrides
+
+
+def test_a_group_size_that_divides_no_row_is_told(values: dict[str, Any]) -> None:
+    assert uneven_groups(of(values, "4.3 bits").layout) is None
+    told = uneven_groups(of(values, "4.3 bits", group_size=48).layout)
+    assert told is not None
+    assert "emulator.group_size 48 does not divide the 64 inputs of model.layers.0.self_attn.q_proj" in told
+    assert "cut into groups of 32" in told

@@ -1,0 +1,108 @@
+"""Forms under one budget as the stages' plain functions find and make them: bytes within it, losses near those expected."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from stage_artifacts import Artifacts
+from test_allocate import DAMPING, allocation_job, damped, gradients_dir, stored
+
+from emloc_ray.core.forms import Form, Storing
+from emloc_ray.core.integer_forms import IntegerForms
+from emloc_ray.io.formats.checkpoint import Checkpoint
+from emloc_ray.io.formats.grams import GramStore
+from emloc_ray.modeling.quantization import emulator_weight
+from emloc_ray.stages.factorize.allocate import AllocationJob, group_spectra
+from emloc_ray.stages.factorize.factorize import factorize_group
+from emloc_ray.stages.factorize.job import FactorizationJob
+from emloc_ray.stages.factorize.spend import Spending, read_forms, spend
+
+__all__ = ["gradients_dir"]
+STORING = Storing(4, "pivoted", 16)
+
+
+def budget_job(artifacts: Artifacts, sums: Path, bits: float) -> AllocationJob:
+    budget = int(bits * sum(spec.num_parameters for spec in artifacts.specs) / 8)
+    even = {spec.name: Form(bits=2) for spec in artifacts.specs}
+    job = allocation_job(artifacts, sums)
+    return replace(job, storage="pivoted", spending=Spending(budget, STORING, even))
+
+
+@pytest.fixture(scope="module")
+def losses(artifacts: Artifacts, gradients_dir: Path) -> dict[str, torch.Tensor]:
+    job, grams = budget_job(artifacts, gradients_dir, 3), GramStore(artifacts.calibration_dir)
+    found: dict[str, torch.Tensor] = {}
+    for group in artifacts.groups:
+        names = [spec.name for spec in group]
+        found |= group_spectra(job, group, grams.stored(names[0]), stored(gradients_dir, names))
+    return found
+
+
+@pytest.mark.parametrize("bits", [1.5, 2.6, 4.3, 9.0])
+def test_the_forms_fit_and_lose_no_more_than_even_ones(
+    artifacts: Artifacts, gradients_dir: Path, losses: dict[str, torch.Tensor], tmp_path: Path, bits: float
+) -> None:
+    job = budget_job(artifacts, gradients_dir, bits)
+    assert job.spending is not None
+    result = spend(job.spending, artifacts.specs, job.forms, losses, tmp_path)
+    forms = read_forms(tmp_path)
+    used = sum(STORING.num_bytes(s.out_features, s.in_features, forms[s.name]) for s in artifacts.specs)
+    assert used + result["left"] == result["budget"]
+    assert result["left"] >= 0
+    assert sum(result["forms"].values()) == len(artifacts.specs)
+    if bits > 2.6:
+        assert result["loss"] < result["even_loss"]
+    layers = json.loads((tmp_path / "forms.json").read_text())["layers"]
+    assert sum(layer["loss"] for layer in layers.values()) == pytest.approx(result["loss"])
+    assert result["gap"] < 0.05
+
+
+def test_a_linear_of_which_the_data_says_nothing_keeps_the_even_form(
+    artifacts: Artifacts, gradients_dir: Path, losses: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    silent = artifacts.specs[0].name
+    job = budget_job(artifacts, gradients_dir, 4)
+    assert job.spending is not None
+    without = {**losses, silent: torch.zeros_like(losses[silent])}
+    result = spend(job.spending, artifacts.specs, job.forms, without, tmp_path)
+    assert read_forms(tmp_path)[silent] == Form(bits=2)
+    assert result["num_kept_uniform"] == 1
+    assert result["left"] >= 0
+
+
+def test_each_form_is_made_and_loses_about_what_is_expected(
+    artifacts: Artifacts, gradients_dir: Path, losses: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    group = next(group for group in artifacts.groups if len(group) == 2)  # gate and up
+    job = budget_job(artifacts, gradients_dir, 3)
+    grams, sums = GramStore(artifacts.calibration_dir), GramStore(gradients_dir)
+    of_each = {group[0].name: Form(rank=16), group[1].name: Form(bits=2, residual_rank=8)}
+    made = FactorizationJob(
+        artifacts.model_dir,
+        tmp_path,
+        (group,),
+        {group[0].name: 16},
+        gradients_dir=gradients_dir,
+        gradient_dampening_frac=DAMPING,
+        storage="pivoted",
+        integers=IntegerForms({group[1].name: 2}, {group[1].name: 8}, 16),
+        weighs_residuals=True,
+    )
+    (tmp_path / "spectra").mkdir()
+    file = tmp_path / "model.safetensors"
+    factorize_group(made, group, grams.stored(group[0].name), file)
+    emulator = Checkpoint(tmp_path)
+    for spec in group:
+        weight = Checkpoint(artifacts.model_dir).read(spec.weight_name).double()
+        held = emulator_weight(emulator, spec.name, spec.in_features)
+        assert held is not None
+        difference = weight - held.rows().double()
+        gram = damped(grams.read(spec.name), 1e-6)
+        lost = float((difference @ gram @ difference.T @ damped(sums.read(spec.name), DAMPING)).trace())
+        lost /= 2 * grams.num_tokens(spec.name)
+        expected = float(losses[spec.name][job.forms(spec).index(of_each[spec.name])])
+        assert expected == pytest.approx(lost, rel=0.02 if spec is group[0] else 0.5)
