@@ -74,6 +74,11 @@ class Plan:
         return {**{stage.name: stage.worker_bytes for stage in self.stages}, "inference": total(self.inference)}
 
     @property
+    def host_bytes(self) -> dict[str, int]:
+        """What one worker holds of its node's memory in every stage."""
+        return {stage.name: stage.host_bytes for stage in self.stages}
+
+    @property
     def seconds(self) -> float:
         """Predicted wall time of all stages, and of the model's import and the token shards before them."""
         return self.seconds_before + sum(stage.seconds for stage in self.stages)

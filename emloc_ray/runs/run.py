@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from emloc_ray.config.schema import RunConfig
@@ -13,7 +12,7 @@ from emloc_ray.modeling.loading import fetch_weights
 from emloc_ray.planning.batches import shrink_batches
 from emloc_ray.planning.budget import check_holding
 from emloc_ray.planning.machine import check_disk, check_resources
-from emloc_ray.planning.plan import make_plan, missing_disk
+from emloc_ray.planning.plan import Plan, make_plan, missing_disk
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.runs import remarks
 from emloc_ray.runs.gauges import RunGauges
@@ -74,7 +73,7 @@ def run(
                 for remark in remarks.of_machines([config]) if turns is None else ():
                     reporter.note(remark)
                 reporters = Reporters(reporter, log, trace, gauges)
-                Pipeline(prepared, reporters, begin, turns, cache, plan.worker_bytes).run(until)
+                Pipeline(prepared, reporters, begin, turns, cache, plan).run(until)
         return prepared.run.metrics()
     except OSError as error:  # of the run's own small files: stages explain theirs
         raise explain(error, "the run") from error
@@ -92,10 +91,10 @@ class Pipeline:
         begin: str | None = None,
         turns: Turns | None = None,
         cache: ArtifactCache | None = None,
-        planned: Mapping[str, int] | None = None,
+        plan: Plan | None = None,
     ) -> None:
         self.prepared, self.reporter = prepared, reporter
-        self.steps = Steps(prepared, reporter, turns or AtOnce(), cache, _forced(begin), planned)
+        self.steps = Steps(prepared, reporter, turns or AtOnce(), cache, _forced(begin), plan)
 
     def run(self, until: str = VERBS[-1]) -> None:
         """Runs every stage up to the last one of the verb ``until``, in order."""

@@ -4,8 +4,9 @@ its turn and recorded."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
@@ -17,12 +18,14 @@ from emloc_ray.io.runs.cache import ArtifactCache, EntryGone
 from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.io.store.atomic import remove_leftovers
 from emloc_ray.io.store.node_cache import discard
+from emloc_ray.planning.plan import Plan
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.runs.reporter import Reporter
 from emloc_ray.runs.results import assemble_metrics
 from emloc_ray.stages import order
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.ray.losses import explain
+from emloc_ray.stages.ray.nodes import addable, alive, memory_to_ask
 from emloc_ray.stages.ray.session import hardware
 from emloc_ray.stages.ray.tasks import Resources, shortage
 from emloc_ray.stages.ray.usage import measured
@@ -72,12 +75,13 @@ class Steps:
         turns: Turns,
         cache: ArtifactCache | None = None,
         forced: Collection[str] = (),
-        planned: Mapping[str, int] | None = None,
+        plan: Plan | None = None,
     ) -> None:
-        """``planned``: what :attr:`emloc_ray.planning.plan.Plan.worker_bytes` gives, for metrics.json."""
+        """``plan``: what workers are planned to hold, for metrics.json, and of their node's memory for Ray."""
         self.prepared, self.directory, self.reporter = prepared, prepared.run, reporter
         self.turns, self.cache, self.forced = turns, cache, set(forced)
-        self.planned = planned or {}
+        self.planned = plan.worker_bytes if plan is not None else {}
+        self._host_bytes = plan.host_bytes if plan is not None else {}
         self._unread: list[str] = []  # finished stages whose files were not checked yet
         self._redone: set[str] = set()
         self._outdated: str | None = None  # the first finished stage with other inputs now
@@ -162,6 +166,12 @@ class Steps:
 
     def _execute(self, stage: Stage, context: Context, inputs: Inputs, granted: Resources) -> Result:
         self._note(shortage(stage.name, granted, stage.together))
+        planned = self._host_bytes.get(stage.name, 0)
+        memory, remark = (
+            memory_to_ask(stage.name, planned, granted, stage.together, alive(), addable()) if planned else (0, None)
+        )
+        self._note(remark)
+        granted = dataclasses.replace(granted, memory_per_worker=memory)
         report = self.reporter.start(stage.name)
 
         def progress(done: int, total: int) -> None:

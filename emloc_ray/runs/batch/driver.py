@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-
-import ray
 
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.runs.cache import ArtifactCache
@@ -23,6 +22,7 @@ from emloc_ray.runs.batch.work import PipelineWork, raise_problems
 from emloc_ray.runs.gauges import BatchGauges
 from emloc_ray.runs.remarks import of_machines
 from emloc_ray.runs.reporter import Reporter
+from emloc_ray.stages.ray.nodes import addable, alive, most
 from emloc_ray.stages.ray.session import connection, gpus_within_reach
 from emloc_ray.text import size
 
@@ -112,8 +112,8 @@ def check_fit(prepared: PreparedBatch) -> None:
 
 
 def cluster_capacity(limits: LimitsConfig) -> Amount:
-    """The CPUs, GPUs and memory of the cluster now, or the batch's ``limits`` of them."""
-    whole = _amount(ray.cluster_resources())
+    """The CPUs, GPUs and memory of the cluster, with all that an autoscaler may add, or the batch's ``limits`` of them."""
+    whole = _amount(most())
     return Amount(
         whole.cpus if limits.cpus is None else limits.cpus,
         whole.gpus if limits.gpus is None else limits.gpus,
@@ -122,9 +122,9 @@ def cluster_capacity(limits: LimitsConfig) -> Amount:
 
 
 def _unfit(stages: Iterable[StagePlan], limits: LimitsConfig) -> list[str]:
-    """A sentence for each stage that can never run: a worker exceeds every node, or workers that start together exceed the
-    cluster, which may grow to ``limits``."""
-    nodes = [_amount(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    """A sentence for each stage that can never run: a worker exceeds every node that there is or may be added, or workers that
+    start together exceed the cluster, which may grow as far as its autoscaler says, or to ``limits``."""
+    nodes = [_amount(node) for node in alive()] + [_amount({"memory": math.inf, **node}) for node in addable()]
     whole = cluster_capacity(limits)
     named = Amount(limits.cpus or 0.0, limits.gpus or 0.0, float(limits.memory or 0))
     largest = Amount(*(max(sizes) for sizes in zip(*map(dataclasses.astuple, [named, *nodes]), strict=True)))
@@ -144,7 +144,7 @@ def _unfit(stages: Iterable[StagePlan], limits: LimitsConfig) -> list[str]:
     return problems
 
 
-def _amount(resources: dict[str, float]) -> Amount:
+def _amount(resources: Mapping[str, float]) -> Amount:
     """Ray's resources; the memory includes Ray's object store."""
     memory = resources.get("memory", 0.0) + resources.get("object_store_memory", 0.0)
     return Amount(resources.get("CPU", 0.0), resources.get("GPU", 0.0), memory)
@@ -152,4 +152,5 @@ def _amount(resources: dict[str, float]) -> Amount:
 
 def _text(amount: Amount) -> str:
     gpus = f", {amount.gpus:g} GPUs" if amount.gpus else ""
-    return f"{amount.cpus:g} CPUs{gpus} and {size(amount.memory)}"
+    memory = "any memory" if math.isinf(amount.memory) else size(amount.memory)
+    return f"{amount.cpus:g} CPUs{gpus} and {memory}"

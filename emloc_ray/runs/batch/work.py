@@ -115,7 +115,7 @@ class PipelineWork:
     def planned(self, task: Task) -> TaskPlan:
         """The task's plan."""
         plan = self._prepare(task)[1]
-        return TaskPlan(plan.seconds, {stage.name: stage.host_bytes for stage in plan.stages})
+        return TaskPlan(plan.seconds, plan.host_bytes)
 
     def do(self, task: Task, turns: TaskTurns, reporter: TaskReporter) -> None:
         """Runs the whole pipeline, and raises its errors."""

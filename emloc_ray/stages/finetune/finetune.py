@@ -166,6 +166,7 @@ def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, An
             resources_per_worker={
                 "CPU": resources.cpus_per_worker,
                 **({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}),
+                **({"memory": resources.memory_per_worker} if resources.memory_per_worker else {}),
             },
         ),
         run_config=ray.train.RunConfig(

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray._private.state import state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from emloc_ray.errors import ConfigError, StageError
+from emloc_ray.stages.ray.nodes import most
 from emloc_ray.stages.ray.tasks import NO_GPU_UNASKED, remote_task
 
 if TYPE_CHECKING:  # a node that is only asked need not import it
@@ -70,8 +70,7 @@ def total(resource: str) -> float:
 
 def gpus_within_reach() -> float:
     """The GPUs of all nodes, or of those that an autoscaler may add, where that is more."""
-    grown = state.get_max_resources_from_cluster_config() or {}
-    return max(total("GPU"), float(grown.get("GPU", 0)))
+    return most().get("GPU", 0.0)
 
 
 def hardware() -> dict[str, Any]:

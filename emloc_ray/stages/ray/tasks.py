@@ -69,10 +69,12 @@ class Resources:
     num_workers: int = 1
     cpus_per_worker: float = 1
     gpus_per_worker: float = 0
+    memory_per_worker: int = 0  # bytes; 0 asks for none
 
     def options(self) -> dict[str, float]:
         """Arguments of Ray's ``.options()``."""
-        return {"num_cpus": self.cpus_per_worker, "num_gpus": self.gpus_per_worker}
+        memory = {"memory": self.memory_per_worker} if self.memory_per_worker else {}
+        return {"num_cpus": self.cpus_per_worker, "num_gpus": self.gpus_per_worker, **memory}
 
     def task_options(self) -> dict[str, float]:
         """Those of a task that :class:`Flight` begins again where its worker is lost: Ray itself would do so without a

@@ -8,7 +8,7 @@ import pytest
 from ray.exceptions import AuthenticationError
 
 from emloc_ray.errors import StageError
-from emloc_ray.stages.ray import session
+from emloc_ray.stages.ray import nodes, session
 from emloc_ray.stages.ray.session import connection
 
 
@@ -51,5 +51,6 @@ def test_gpus_are_those_that_are_there_or_that_an_autoscaler_may_add(
     there: float, grown: dict[str, int] | None, gpus: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session.ray, "cluster_resources", lambda: {"GPU": there})
-    monkeypatch.setattr(session.state, "get_max_resources_from_cluster_config", lambda: grown)
+    monkeypatch.setattr(nodes.state, "get_max_resources_from_cluster_config", lambda: grown)
+    monkeypatch.setattr(nodes.state, "get_cluster_config", lambda: None)
     assert session.gpus_within_reach() == gpus

@@ -1,0 +1,83 @@
+"""The nodes that Ray has, those that its autoscaler may add, and what of their memory a stage's workers ask for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import ray
+from ray._private.state import state
+
+from emloc_ray.errors import StageError
+from emloc_ray.stages.ray.tasks import Resources
+from emloc_ray.text import size
+
+_ROUND = 2**28  # tasks that ask for other amounts are other kinds of tasks to Ray, which keeps each
+Node = Mapping[str, float]
+
+
+def alive() -> list[Node]:
+    """The resources of each node."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def addable() -> list[Node]:
+    """The resources of a node of each kind that an autoscaler may add; none where there is no autoscaler."""
+    config = state.get_cluster_config()
+    groups = config.node_group_configs if config is not None else ()
+    return [dict(group.resources) for group in groups if group.max_count]
+
+
+def most() -> dict[str, float]:
+    """What all nodes have of each resource, or may have once an autoscaler has added all that it may.
+
+    A kind of node that does not say its memory may have any.
+    """
+    grown: dict[str, float] = dict(state.get_max_resources_from_cluster_config() or {})
+    if any("memory" not in node for node in addable()):
+        grown["memory"] = math.inf
+    now = ray.cluster_resources()
+    return {name: max(now.get(name, 0.0), float(grown.get(name, 0.0))) for name in {*now, *grown}}
+
+
+def memory_to_ask(
+    stage: str, planned: int, asked: Resources, together: bool, there: Sequence[Node], more: Sequence[Node] = ()
+) -> tuple[int, str | None]:
+    """The bytes that each worker of a stage asks of Ray, where it is planned to hold ``planned``, and a remark.
+
+    ``there`` are the nodes now, ``more`` those that may be added. None are asked for where there is one node and no other
+    can be, for then they decide nothing, or where it is unknown what nodes have.
+
+    Raises:
+        StageError: where no node has so much.
+    """
+    if len(there) + len(more) < 2 or not planned:
+        return 0, None
+    able = [
+        n
+        for n in (*there, *more)
+        if n.get("CPU", 0) >= asked.cpus_per_worker and n.get("GPU", 0) >= asked.gpus_per_worker
+    ]
+    if not able or any("memory" not in node for node in able):
+        return 0, None
+    ours = math.ceil(planned / _ROUND) * _ROUND
+    largest = int(max(node["memory"] for node in able))
+    whole = int(max(node["memory"] + node.get("object_store_memory", 0) for node in able))
+    if planned > whole:
+        raise StageError(
+            f"{stage} is planned to hold {size(planned)} a worker, the largest node that could take one has {size(whole)}: add a"
+            " larger one, or set memory_budget to what it has."
+        )
+    remark = None
+    if ours > largest:
+        ours = largest
+        remark = (
+            f"{stage} is planned to hold {size(planned)} a worker, and Ray gives out {size(largest)} of the largest node, beside"
+            " its object store: a worker takes a whole node. Start Ray with a smaller --object-store-memory for more."
+        )
+    if together and not more and sum(int(node["memory"] // ours) for node in able) < asked.num_workers:
+        return 0, (
+            f"{stage} is planned to hold {size(planned)} in each of {asked.num_workers} workers at once, more than nodes"
+            " have: it starts all the same, and may run out of memory."
+        )
+    return ours, remark
