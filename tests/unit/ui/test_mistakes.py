@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -90,6 +91,11 @@ def of_the_hub(place: Place, subset: str) -> None:
     place.write("hub/easy.jsonl", lines_of(PAIRS))
     place.write("hub/hard.jsonl", lines_of([{"instruction": "a", "output": "b"}] * 20))
     place.values["data"]["train"] = f"hf:{folder}{subset}"
+
+
+def without_tokenizer(place: Place) -> None:
+    shutil.copytree(place.values["model"], place.root / "bare", ignore=shutil.ignore_patterns("*token*"))
+    place.values["model"] = "./bare"
 
 
 AXOLOTL = {
@@ -189,6 +195,10 @@ REFUSED: dict[str, tuple[Callable[[Place], None], list[str]]] = {
     "29 subsets": (
         lambda place: of_the_hub(place, ""),
         ["Config name is missing", "['easy', 'hard']", "fix its name, its subset (hf:NAME@SUBSET) or its split"],
+    ),
+    "30 no tokenizer": (
+        lambda place: without_tokenizer(place),
+        ["bare has no tokenizer that opens (", "save one beside the weights"],
     ),
     "37 push": (set_key("finetune.push_to_hub", True), ["finetune.push_to_hub would push the adapter as trained"]),
     "40 secret": (set_key("ray.token", "hf_" + "a" * 34), ["is a secret"]),
