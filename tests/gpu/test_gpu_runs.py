@@ -1,0 +1,115 @@
+"""Whole runs of a tiny model on a GPU: against the CPU, killed and gone on with, and what they leave on the card."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+_MISSING = [name for name in ("ray", "pydantic", "pyarrow") if importlib.util.find_spec(name) is None]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
+    pytest.mark.skipif(bool(_MISSING), reason=f"stages need {', '.join(_MISSING)}"),
+]
+
+# A process of its own: which devices torch sees is settled once.
+RUN = """
+import json, sys
+from pathlib import Path
+import torch
+from plain_runs import plain_run
+from small_runs import make_values, task_rows, write_jsonl
+from tiny import save_model
+
+root = Path(sys.argv[1])
+model, data = save_model(root / "model"), write_jsonl(root / "rows.jsonl", task_rows())
+finetune = {"bf16": False, "packing": True, "max_steps": 8}
+losses = plain_run(make_values(root / "run", model, data, finetune=finetune, correction={"method": "covariance"}), model).losses
+print(json.dumps({"losses": losses, "peak": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0}))
+"""
+
+
+def run_on(devices: str, root: Path) -> dict[str, dict[str, float]]:
+    """The losses of all variants, and the peak of the GPU's memory."""
+    root.mkdir()
+    paths = os.pathsep.join(str(Path(__file__).parents[part]) for part in (1, 2))
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": devices, "PYTHONPATH": paths}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(root)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_a_run_is_that_of_the_cpu(tmp_path: Path) -> None:
+    here, there = run_on("", tmp_path / "cpu"), run_on("0", tmp_path / "gpu")
+    assert there["peak"]
+    assert not here["peak"]
+    assert there["losses"].keys() == here["losses"].keys()
+    for variant, loss in here["losses"].items():
+        assert there["losses"][variant] == pytest.approx(loss, rel=2e-2), variant
+
+
+def test_a_killed_training_goes_on_and_gives_its_memory_back(tmp_path: Path) -> None:
+    from adapter_cases import TARGETS
+    from safetensors.torch import load_file
+    from tiny import save_emulator, save_model
+
+    from emloc_ray.data.formats import Tokens
+    from emloc_ray.data.token_shards import shard_name, write_index, write_shard
+    from emloc_ray.modeling.adapter_files import WEIGHTS_NAME
+    from emloc_ray.stages.finetune.job import FinetuneJob
+    from emloc_ray.stages.finetune.session import LoneSession, own_environment
+    from emloc_ray.stages.finetune.training import train
+
+    class Killed(Exception):
+        pass
+
+    class DyingSession(LoneSession):
+        def save(self, folder: Path | None, step: int) -> None:
+            super().save(folder, step)
+            raise Killed
+
+    rows = [
+        Tokens([2 + (row * place) % 290 for place in range(12)], [place > 5 for place in range(12)])
+        for row in range(32)
+    ]
+    (tmp_path / "tokens").mkdir()
+    write_shard(tmp_path / "tokens" / shard_name(0), rows)
+    write_index(tmp_path / "tokens", [len(rows)], {})
+    job = FinetuneJob(
+        save_emulator(save_model(tmp_path / "model"), tmp_path / "emulator"),
+        tmp_path / "tokens",
+        tmp_path / "whole",
+        tmp_path / "storage",
+        "whole",
+        {"target_modules": TARGETS["llama"], "r": 4, "lora_alpha": 8},
+        TARGETS["llama"],
+        "the/original",
+        4,
+        4,
+        training_arguments={"save_steps": 2, "logging_steps": 1, "learning_rate": 0.01, "bf16": False},
+    )
+    with own_environment():
+        train(job, LoneSession(tmp_path / "storage" / "whole"))
+        broken = replace(job, name="broken", out_dir=tmp_path / "broken")
+        with pytest.raises(Killed):
+            train(broken, DyingSession(tmp_path / "storage" / "broken"))
+        assert train(broken, LoneSession(tmp_path / "storage" / "broken"))["resumed"] is True
+    whole, again = (load_file(tmp_path / name / WEIGHTS_NAME) for name in ("whole", "broken"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(again[name], tensor, rtol=1e-3, atol=1e-5)
