@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 NO_BREAK = "\u00a0"
@@ -57,6 +57,15 @@ def listed(items: Sequence[str], most: int = 3) -> str:
     """``a, b, c and 4 more``."""
     rest = f" and {len(items) - most:,} more" if len(items) > most else ""
     return ", ".join(items[:most]) + rest
+
+
+def version_changes(then: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:
+    """``torch 2.6 (now 2.7), peft 0.17 (now 0.18)``; None: of an emloc_ray that recorded none."""
+    if not then:
+        return "versions that are not recorded"
+    return ", ".join(
+        f"{name} {then.get(name, 'none')} (now {now[name]})" for name in now if then.get(name) != now[name]
+    )
 
 
 def signed(value: float, digits: int = 4) -> str:

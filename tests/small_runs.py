@@ -194,10 +194,16 @@ class DrySteps(Steps):
         return result
 
 
-def redone(values: dict[str, Any], begin: str | None = None, reporter: RecordingReporter | None = None) -> list[str]:
+def redone(
+    values: dict[str, Any],
+    begin: str | None = None,
+    reporter: RecordingReporter | None = None,
+    accept_versions: bool = False,
+) -> list[str]:
     """The stages that a run of this config would do again; the reporter hears what it would say of that."""
     dry = Pipeline(prepare(parse_config(values)), reporter or RecordingReporter(), begin)
-    dry.steps = steps = DrySteps(dry.prepared, dry.reporter, AtOnce(), None, sorted(dry.steps.forced))
+    forced = sorted(dry.steps.forced)
+    dry.steps = steps = DrySteps(dry.prepared, dry.reporter, AtOnce(), forced=forced, accept_versions=accept_versions)
     steps.redone = []
     dry.run()
     return steps.redone

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import functools
 import io
 import itertools
@@ -88,7 +89,8 @@ class SourceFile:
     ``group_rows`` is the size of a Parquet file's largest row group, where alone reading can begin. ``version`` identifies a
     stored file's content; it is empty for a local file. ``images`` is a hash of the images that its first rows name: their
     names, and for local files their sizes and times. ``format`` is that of its rows, empty until its first ones were
-    read. ``part``: the number of the place in a split's shares that names it.
+    read. ``part``: the number of the place in a split's shares that names it. ``looked`` is what a local file was when it
+    was counted.
     """
 
     path: str
@@ -101,6 +103,7 @@ class SourceFile:
     format: str = ""
     delimiter: str = ","
     part: int = 0
+    looked: tuple[int, ...] = ()
 
     @property
     def is_stored(self) -> bool:
@@ -132,6 +135,7 @@ def scan(path: Path | str, keep_bad: bool = False) -> SourceFile:
         ensure(path)
     kind, place = kind_of(path), str(path)
     try:
+        looked = _look(path) if isinstance(path, Path) else ()
         with open_file(place, _STORED_SCAN_BYTES) as stream:
             version = getattr(stream.raw, "version", "")
             if kind == "parquet":
@@ -148,7 +152,19 @@ def scan(path: Path | str, keep_bad: bool = False) -> SourceFile:
         raise DataError(f"{shown(str(path))} cannot be read as {kind} ({_detail(error)}): fix the file.") from error
     if source.num_rows == 0:
         raise DataError(f"{source.name} is empty: give a file with rows.")
-    return source
+    return dataclasses.replace(source, looked=looked)
+
+
+def _look(file: Path) -> tuple[int, ...]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def check_unchanged(sources: Iterable[SourceFile]) -> None:
+    """Raises DataError naming the first local file that has changed since its rows were counted."""
+    for source in sources:
+        if source.looked and (not Path(source.path).is_file() or _look(Path(source.path)) != source.looked):
+            raise DataError(f"{source.name} was changed after its rows were counted: run the same command again.")
 
 
 def _counted(place: str, kind: str, stream: io.BufferedReader, keep_bad: bool, version: str) -> SourceFile:

@@ -28,10 +28,11 @@ def assemble_metrics(
     Leaves out a stage that finished before an earlier one was redone, or has to be redone: until its inputs prove unchanged,
     its numbers are another run's.
     """
-    stages = _current_stages(directory.manifest())
+    manifest = directory.manifest()
+    stages = _current_stages(manifest)
     metrics: dict[str, Any] = {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
-        "stages": {name: _usage(result) for name, result in stages.items()},
+        "stages": {name: _usage(result) | _accepted(manifest["stages"][name]) for name, result in stages.items()},
         "disk_bytes": {name: sum(held) for name in _folders() if (held := sizes(directory.path(name)).values())},
     }
     metrics["auto_class"] = auto_class(prepared.model_config).__name__  # of transformers: what opens the model
@@ -55,6 +56,11 @@ def _usage(result: Mapping[str, Any]) -> dict[str, Any]:
     earlier try (``resumed``)."""
     partly = {key: result[key] for key in ("taken_from", "resumed") if result.get(key)}
     return {**result["usage"], "num_workers": result.get("num_workers", 1), **partly}
+
+
+def _accepted(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The versions that a stage was made with, where it was taken as it is under others."""
+    return {"versions": entry.get("versions")} if "accepted" in entry else {}
 
 
 def _current_stages(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -20,6 +20,7 @@ from emloc_ray.runs.log import RunLog
 from emloc_ray.runs.reporter import Reporter, Reporters
 from emloc_ray.runs.steps import AtOnce, Dropped, Steps, Turns
 from emloc_ray.runs.trace import Trace
+from emloc_ray.runs.versions import check_versions, redone_from
 from emloc_ray.stages.context import Context
 from emloc_ray.stages.importing import is_imported
 from emloc_ray.stages.order import STEPS
@@ -38,14 +39,16 @@ def run(
     prepared: Prepared | None = None,
     turns: Turns | None = None,
     cache: ArtifactCache | None = None,
+    accept_versions: bool = False,
 ) -> dict[str, Any]:
     """Runs the pipeline up to ``until``; skips finished stages with unchanged inputs, but redoes all from ``begin`` on.
 
     ``turns`` says when each stage may start, by default at once. Runs with one ``cache`` share what they make from equal
-    inputs. Returns the content of metrics.json.
+    inputs. ``accept_versions`` takes what was finished with other versions of emloc_ray or its libraries as it is. Returns
+    the content of metrics.json.
 
     Raises:
-        ConfigError: before any stage starts or anything is written.
+        ConfigError: before any stage starts or anything is written; also where what is finished is of other versions.
         EmlocError: where a stage failed; finished stages stay, and the same call continues from them.
     """
     prepared = shrink_batches(prepared or prepare(config))
@@ -58,6 +61,8 @@ def run(
     reporter = reporter or Reporter()
     try:
         prepared.run.lock(reporter.note)
+        if not fresh:
+            check_versions(prepared, redone_from(begin), until, accept_versions, in_batch=turns is not None)
         lean = config.memory_budget is not None
         with connection(config.ray.address, lean_memory=lean, **config.ray.init_options) as started:
             if turns is None and not started:
@@ -73,7 +78,7 @@ def run(
                 for remark in remarks.of_machines([config]) if turns is None else ():
                     reporter.note(remark)
                 reporters = Reporters(reporter, log, trace, gauges)
-                Pipeline(prepared, reporters, begin, turns, cache, plan).run(until)
+                Pipeline(prepared, reporters, begin, turns, cache, plan, accept_versions).run(until)
         return prepared.run.metrics()
     except OSError as error:  # of the run's own small files: stages explain theirs
         raise explain(error, "the run") from error
@@ -92,9 +97,11 @@ class Pipeline:
         turns: Turns | None = None,
         cache: ArtifactCache | None = None,
         plan: Plan | None = None,
+        accept_versions: bool = False,
     ) -> None:
         self.prepared, self.reporter = prepared, reporter
-        self.steps = Steps(prepared, reporter, turns or AtOnce(), cache, _forced(begin), plan)
+        forced = redone_from(begin)
+        self.steps = Steps(prepared, reporter, turns or AtOnce(), cache, forced, plan, accept_versions)
 
     def run(self, until: str = VERBS[-1]) -> None:
         """Runs every stage up to the last one of the verb ``until``, in order."""
@@ -125,12 +132,3 @@ class Pipeline:
                 check_visible(prepared, source_dir)
         model_dir = prepared.run.path("model") if imported else source_dir
         return Context(prepared, model_dir, source_dir, self.reporter.note, final_actor)
-
-
-def _forced(begin: str | None) -> tuple[str, ...]:
-    """The stages that ``begin`` redoes: all from the verb's first one on, without the import and the data."""
-    if begin is None:
-        return ()
-    names = [stage.name for stage in STEPS if stage.cost is not None]
-    first = next(stage.name for stage in STEPS if stage.verb == begin and stage.cost is not None)
-    return tuple(names[names.index(first) :])

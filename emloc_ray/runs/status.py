@@ -14,14 +14,14 @@ from emloc_ray.io.runs.directory import CONFIG, RunDirectory
 from emloc_ray.io.runs.manifest import confirmed_at
 from emloc_ray.io.runs.secret_values import HIDDEN, leaves
 from emloc_ray.runs.log import RUN_EVENTS, read_events
-from emloc_ray.text import duration
+from emloc_ray.text import duration, version_changes
 
 Event = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Who holds a run, where it is or ended, and what failed last."""
+    """Who holds a run, where it is or ended, what failed last, and what of other versions was ``accepted``."""
 
     holder: str | None
     stage: str | None
@@ -30,6 +30,7 @@ class RunStatus:
     end: Event | None
     failure: Event | None
     go_on: str
+    accepted: tuple[str, ...] = ()
 
     @property
     def is_lost(self) -> bool:
@@ -52,6 +53,7 @@ class RunStatus:
         if self.failure is not None:
             where = f" in {self.failure['stage']}" if "stage" in self.failure else ""
             sentences.append(f"Failed{where}, {_age(self.failure, now)}: {self.failure['message']}")
+        sentences += self.accepted
         if not self.holder and (self.end is None or self.end["event"] != "run_finished"):
             again = f", with the values for which {HIDDEN} stands" if HIDDEN in self.go_on else ""
             sentences.append(f"To continue, give the same command{again}: {self.go_on}")
@@ -112,7 +114,19 @@ def read_status(run: RunDirectory) -> RunStatus:
         end=ends[-1] if ends else None,
         failure=failed,
         go_on=_command(run, newest[0] if newest else {}),
+        accepted=tuple(_accepted(run.manifest()["stages"])),
     )
+
+
+def _accepted(stages: Mapping[str, Any]) -> list[str]:
+    """A sentence for all stages that were taken as they are though made with the same other versions."""
+    kinds: dict[str, list[str]] = {}
+    for name in (step for step in STEPS if stages.get(step, {}).get("accepted")):
+        kinds.setdefault(version_changes(stages[name].get("versions"), stages[name]["accepted"]), []).append(name)
+    return [
+        f"Taken as {'they are' if len(names) > 1 else 'it is'} by --accept-versions: {', '.join(names)}, made with {others}."
+        for others, names in kinds.items()
+    ]
 
 
 def _command(run: RunDirectory, begun: Event) -> str:

@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
-from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from emloc_ray.config.steps import STEPS
 from emloc_ray.errors import DamagedArtifactError, EmlocError, Stopped
@@ -22,6 +20,7 @@ from emloc_ray.planning.plan import Plan
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.runs.reporter import Reporter
 from emloc_ray.runs.results import assemble_metrics
+from emloc_ray.runs.versions import check_versions, is_begun_by_others, is_foreign, made_with
 from emloc_ray.stages import order
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.ray.losses import explain
@@ -30,8 +29,7 @@ from emloc_ray.stages.ray.session import hardware
 from emloc_ray.stages.ray.tasks import Resources, shortage
 from emloc_ray.stages.ray.usage import measured
 from emloc_ray.stages.stage import Stage
-
-_PACKAGES = ("emloc-ray", "torch", "transformers", "peft", "tokenizers")
+from emloc_ray.text import version_changes
 
 
 class Turns(Protocol):
@@ -76,14 +74,18 @@ class Steps:
         cache: ArtifactCache | None = None,
         forced: Collection[str] = (),
         plan: Plan | None = None,
+        accept_versions: bool = False,
     ) -> None:
-        """``plan``: what workers are planned to hold, for metrics.json, and of their node's memory for Ray."""
+        """``plan``: what workers are planned to hold, for metrics.json, and of their node's memory for Ray;
+        ``accept_versions``: whether finished stages that were made with others are taken as they are."""
         self.prepared, self.directory, self.reporter = prepared, prepared.run, reporter
         self.turns, self.cache, self.forced = turns, cache, set(forced)
         self.planned = plan.worker_bytes if plan is not None else {}
         self._host_bytes = plan.host_bytes if plan is not None else {}
         self._unread: list[str] = []  # finished stages whose files were not checked yet
         self._redone: set[str] = set()
+        self.accept_versions = accept_versions
+        self._mixed = False  # whether a stage of other versions was taken: others must not share what follows from it
         self._outdated: str | None = None  # the first finished stage with other inputs now
 
     def run(self, stage: Stage, context: Context) -> None:
@@ -127,11 +129,25 @@ class Steps:
                     " have changed since."
                 )
             return None
+        self._check_versions(stage, entry)
         self.reporter.skip(stage.name)
         self.directory.confirm(stage.name, ahead=STEPS[: STEPS.index(stage.name)])
         self._unread.append(stage.name)
         result: Result = entry["result"]
         return result
+
+    def _check_versions(self, stage: Stage, entry: Mapping[str, Any]) -> None:
+        """Raises ConfigError where a stage that stands was made with other versions, unless these are accepted: notes that."""
+        now = made_with(stage)
+        if is_foreign(entry, stage):
+            check_versions(self.prepared, self.forced, stage.verb, self.accept_versions)
+            self.directory.accept(stage.name, now)
+            if not self._mixed:
+                self._note(
+                    f"{stage.name} was made with {version_changes(entry.get('versions'), now)}: it and what stands after it are"
+                    " taken as they are."
+                )
+        self._mixed |= entry.get("versions") != now
 
     def make(self, stage: Stage, context: Context, inputs: Inputs) -> Result:
         """The stage's result, from the cache or by its own work; records it."""
@@ -144,25 +160,35 @@ class Steps:
             self.directory.forget(stage.name)
             self.write_results()  # its old numbers are no longer this run's
         shared = None if stage.shares is None or self.cache is None else stage.shares(context)
-        cached = None if shared is None else {**inputs, "shared": shared}
-        with self._alone(stage.name, cached):
+        cached = None if shared is None or self._mixed else {**inputs, "shared": shared}
+        with self._alone(stage, cached):
             result = None if cached is None else self._from_cache(stage, context, cached)
             if result is not None:
                 return result
             self._check_read(stage, context)
             if not stage.resumes or stage.name in self.forced:
-                for path in outputs:
+                others = self.directory.begun().get(stage.name) != made_with(stage)
+                for path in self._outputs(stage, *stage.scratch) if others and stage.name in self.forced else outputs:
                     discard(path)
             asked = resources_of(stage, self.prepared)
             with self.turns.take(stage.name, asked, 1 if stage.divisible else asked.num_workers) as granted:
                 context.check_original()  # after the wait for its turn
+                self._begin(stage)
                 result = self._execute(stage, context, inputs, granted)
             for path in outputs:
                 remove_leftovers(path)
             self._record(stage, context, result)
             if cached is not None:
-                self._to_cache(stage.name, cached, result)
+                self._to_cache(stage, cached, result)
         return result
+
+    def _begin(self, stage: Stage) -> None:
+        now, begun = made_with(stage), self.directory.begun()
+        if stage.name not in self.forced and is_begun_by_others(stage, begun):  # and accepted: see check_versions
+            self._note(
+                f"{stage.name} was begun with {version_changes(begun[stage.name], now)}, and goes on from there."
+            )
+        self.directory.begin(stage.name, now)
 
     def _execute(self, stage: Stage, context: Context, inputs: Inputs, granted: Resources) -> Result:
         self._note(shortage(stage.name, granted, stage.together))
@@ -188,24 +214,25 @@ class Steps:
         return {**result, "usage": usage.as_dict()}
 
     def _record(self, stage: Stage, context: Context, result: Result) -> None:
-        self.directory.commit(stage.name, context.made[stage.name], self._outputs(stage), result)
+        made = context.made[stage.name]
+        self.directory.commit(stage.name, made, self._outputs(stage), result, made_with(stage))
         self.forced.discard(stage.name)
         self.write_results()
         self.reporter.finish(stage.name, result, result["usage"])
 
     @contextlib.contextmanager
-    def _alone(self, name: str, inputs: Inputs | None) -> Iterator[None]:
+    def _alone(self, stage: Stage, inputs: Inputs | None) -> Iterator[None]:
         """Of runs that are about to make the same, the first makes it and the others wait."""
         if self.cache is None or inputs is None:
             yield
             return
-        with self.cache.alone(cache_key(name, inputs), self.turns.stopped):
+        with self.cache.alone(cache_key(stage, inputs), self.turns.stopped):
             yield
 
     def _from_cache(self, stage: Stage, context: Context, inputs: Inputs) -> Result | None:
         if self.cache is None or stage.name in self.forced:
             return None
-        entry = self.cache.find(stage.name, cache_key(stage.name, inputs), verify=True)
+        entry = self.cache.find(stage.name, cache_key(stage, inputs), verify=True)
         if entry is None:
             return None
         report = self.reporter.start(stage.name)
@@ -221,12 +248,12 @@ class Steps:
         self._record(stage, context, result)
         return result
 
-    def _to_cache(self, name: str, inputs: Inputs, result: Result) -> None:
-        entry = self.directory.stage(name)
+    def _to_cache(self, stage: Stage, inputs: Inputs, result: Result) -> None:
+        name, entry = stage.name, self.directory.stage(stage.name)
         if self.cache is None or entry is None:
             return
         plain = {key: value for key, value in result.items() if key != "usage"}
-        why_not = self.cache.add(name, cache_key(name, inputs), self.directory.root, entry["outputs"], plain, inputs)
+        why_not = self.cache.add(name, cache_key(stage, inputs), self.directory.root, entry["outputs"], plain, inputs)
         if why_not is not None:
             self._note(f"{name}: other tasks cannot share its result: {why_not}")
 
@@ -293,12 +320,6 @@ def resources_of(stage: Stage, prepared: Prepared) -> Resources:
     return Resources(section.num_workers, section.cpus_per_worker, section.gpus)
 
 
-def cache_key(name: str, inputs: Inputs) -> str:
+def cache_key(stage: Stage, inputs: Inputs) -> str:
     """In the cache, which outlives what is installed: another version may make something else of the same inputs."""
-    return ArtifactCache.key(name, [made_by(), inputs])
-
-
-@functools.cache
-def made_by() -> dict[str, str]:
-    """The versions, ``major.minor``, of what decides what a stage makes of its inputs."""
-    return {package: ".".join(version(package).split(".")[:2]) for package in _PACKAGES}
+    return ArtifactCache.key(stage.name, [made_with(stage), inputs])

@@ -38,6 +38,8 @@ class Stage:
     """All that decides what comes out."""
     run: Callable[[Context, Inputs, Resources, Progress], Result]
     """Writes ``outputs``; imports what uses Ray when it is called."""
+    format: int = 1
+    """Raised with what it writes: what has another is made again, or the run refused."""
     outputs: tuple[str, ...] = ()
     scratch: tuple[str, ...] = ()
     verb: str = ""

@@ -27,19 +27,30 @@ def run(
     reporter: Reporter | None = None,
     prepared: Prepared | None = None,
     cache: ArtifactCache | None = None,
+    accept_versions: bool = False,
 ) -> dict[str, Any]:
     """Runs the pipeline up to ``until`` and keeps ``report.html``; skips finished stages whose inputs are unchanged.
 
     ``begin`` redoes all from this stage on; ``fresh`` deletes what an earlier run left. ``reporter`` hears how the run goes.
     ``prepared`` is the checked config, where there is one. Runs with one ``cache`` share what they make from equal inputs.
-    Returns the content of metrics.json.
+    ``accept_versions`` takes what was finished with other versions of emloc_ray or its libraries as it is. Returns the
+    content of metrics.json.
 
     Raises:
-        ConfigError: before any stage starts or anything is written.
+        ConfigError: before any stage starts or anything is written; also where what is finished is of other versions.
         EmlocError: where a stage failed; finished stages stay, and the same call continues from them.
     """
     both = Reporters(reporter or Reporter(), PageReporter())
-    return pipeline.run(config, begin=begin, until=until, fresh=fresh, reporter=both, prepared=prepared, cache=cache)
+    return pipeline.run(
+        config,
+        begin=begin,
+        until=until,
+        fresh=fresh,
+        reporter=both,
+        prepared=prepared,
+        cache=cache,
+        accept_versions=accept_versions,
+    )
 
 
 def plan(config: RunConfig, *, memory_budget: str | int | None = None) -> Plan:

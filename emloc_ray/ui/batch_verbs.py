@@ -30,7 +30,7 @@ BatchDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="The batch's ru
 CachePlace = Annotated[str, typer.Argument(metavar="CACHE", help="A cache's place, such as RUN_DIR/cache.")]
 
 
-def run_batch(console: Console, path: Path, overrides: list[str], dry_run: bool) -> None:
+def run_batch(console: Console, path: Path, overrides: list[str], dry_run: bool, accept_versions: bool = False) -> None:
     """Checks a whole batch, then runs it.
 
     Raises:
@@ -49,7 +49,7 @@ def run_batch(console: Console, path: Path, overrides: list[str], dry_run: bool)
     if not dry_run:
         driver.check_free(RunDirectory(batch.config.run_dir))
     with progress_bar(console, "Checking every task") as progress:
-        prepared = driver.prepare_batch(batch, progress, PageReporter())
+        prepared = driver.prepare_batch(batch, progress, PageReporter(), accept_versions)
     seconds = sum(prepared.work.planned(task).seconds for task in batch.tasks)
     place = prepared.run.place
     console.print(

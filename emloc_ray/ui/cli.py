@@ -73,6 +73,8 @@ ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file,
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Config keys to override.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in run_dir, and start anew.")]
 
+AcceptVersions = Annotated[bool, typer.Option("--accept-versions", help="Keep what other versions finished.")]
+
 
 def _prepare(path: Path, overrides: list[str] | None) -> Any:
     from emloc_ray.config.reading import load_config
@@ -87,7 +89,9 @@ def _prepare(path: Path, overrides: list[str] | None) -> Any:
         return shrink_batches(prepare(config))
 
 
-def _run(path: Path, overrides: list[str] | None, begin: Stage | None, until: Stage, fresh: bool) -> None:
+def _run(
+    path: Path, overrides: list[str] | None, begin: Stage | None, until: Stage, fresh: bool, accept_versions: bool
+) -> None:
     from emloc_ray.planning.plan import make_plan
     from emloc_ray.stages.order import STEPS
     from emloc_ray.text import duration, size
@@ -109,6 +113,7 @@ def _run(path: Path, overrides: list[str] | None, begin: Stage | None, until: St
                 fresh=fresh,
                 reporter=reporter,
                 prepared=prepared,
+                accept_versions=accept_versions,
             )
     except EmlocError as error:
         if not isinstance(error, ConfigError):
@@ -129,16 +134,22 @@ def run(
     begin: Annotated[Stage | None, typer.Option("--from", help="Redo from this stage on.")] = None,
     until: Annotated[Stage, typer.Option("--until", help="Stop after this stage.")] = Stage.evaluate,
     fresh: Fresh = False,
+    accept_versions: AcceptVersions = False,
 ) -> None:
     """Run all stages: skip what is done, redo what the config changed."""
-    _run(config, overrides, begin, until, fresh)
+    _run(config, overrides, begin, until, fresh, accept_versions)
 
 
 def _stage_command(stage: Stage, text: str) -> None:
     @app.command(name=stage.value, help=text)
     @guarded
-    def command(config: ConfigPath, overrides: Overrides = None, fresh: Fresh = False) -> None:
-        _run(config, overrides, None, stage, fresh)
+    def command(
+        config: ConfigPath,
+        overrides: Overrides = None,
+        fresh: Fresh = False,
+        accept_versions: AcceptVersions = False,
+    ) -> None:
+        _run(config, overrides, None, stage, fresh, accept_versions)
 
 
 _stage_command(Stage.calibrate, "Run up to the Grams of the calibration data.")
@@ -306,9 +317,10 @@ def batch(
     config: BatchPath,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every task and stop.")] = False,
+    accept_versions: AcceptVersions = False,
 ) -> None:
     """Run many tasks over one cluster; a second time, run new and failed ones."""
-    run_batch(console, config, overrides or [], dry_run)
+    run_batch(console, config, overrides or [], dry_run, accept_versions)
 
 
 @app.command()

@@ -84,9 +84,19 @@ def test_report_is_written(release: Path) -> None:
 
 def test_the_same_config_goes_on_or_says_what_it_does_again(release: Path) -> None:
     reporter = RecordingReporter()
-    stages = redone(read_values(release / "config.yaml"), reporter=reporter)
+    stages = redone(read_values(release / "config.yaml"), reporter=reporter, accept_versions=True)
     said = [note for note in reporter.notes if "redone" in note]
     assert [note.split()[0] for note in said] == stages[:1]
+
+
+def test_what_recorded_no_versions_is_refused_until_it_is_accepted(release: Path) -> None:
+    before = (release / "run/manifest.json").read_bytes()
+    shown = invoke("run", "config.yaml")
+    assert shown.exit_code == 2
+    stages = "data, calibrate, factorize, finetune, correct, merge, evaluate"
+    assert f"{stages} were made with versions that are not recorded: give --accept-versions to" in shown.stderr
+    assert f"or --fresh to redo {stages}." in shown.stderr
+    assert (release / "run/manifest.json").read_bytes() == before
 
 
 def test_the_config_as_written_names_the_removed_key_and_its_successor() -> None:

@@ -172,7 +172,8 @@ def test_shards_merged_with_another_adapter_do_not_stay(copied: FinishedRun) -> 
     adapter = copied.root / "adapter" / "adapter_model.safetensors"
     save_file({name: 3 * value for name, value in load_file(adapter).items()}, adapter, {"format": "pt"})
     correct = run.manifest()["stages"]["correct"]
-    run.commit("correct", correct["inputs"], [copied.root / path for path in correct["outputs"]], correct["result"])
+    files = [copied.root / path for path in correct["outputs"]]
+    run.commit("correct", correct["inputs"], files, correct["result"], correct["versions"])
     assert run_values(copied.values).started == ["merge", "evaluate"]
     found = json.loads((copied.root / "metrics.json").read_text())["evaluation"]
     assert found["merged"]["loss"] == pytest.approx(found["corrected"]["loss"], abs=1e-4)

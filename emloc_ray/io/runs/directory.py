@@ -12,7 +12,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -218,8 +218,29 @@ class RunDirectory:
         """The finished stage that wrote a file, by its path from the run's directory on; None where none did."""
         return next((name for name, entry in self.manifest()["stages"].items() if path in entry["outputs"]), None)
 
-    def commit(self, name: str, inputs: str, outputs: Iterable[Path], result: dict[str, Any]) -> None:
-        """Records a finished stage, with size and SHA-256 of its files, after they are written.
+    def begun(self) -> dict[str, Any]:
+        """The ``versions`` with which each unfinished stage was begun."""
+        begun: dict[str, Any] = self.manifest().get("begun", {}) if MANIFEST in self.names() else {}
+        return begun
+
+    def begin(self, name: str, versions: Mapping[str, Any]) -> None:
+        """Records with what a stage is begun, before it writes files that a later try goes on from."""
+        manifest = self.manifest()
+        begun = manifest.setdefault("begun", {})
+        if begun.get(name) != versions:
+            begun[name] = dict(versions)
+            self._write_manifest(manifest)
+
+    def commit(
+        self,
+        name: str,
+        inputs: str,
+        outputs: Iterable[Path],
+        result: dict[str, Any],
+        versions: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Records a finished stage, with size and SHA-256 of its files, after they are written, and the ``versions`` that it
+        was made with.
 
         Raises:
             StageError: where the run was taken over by another process meanwhile, as in all methods that write.
@@ -240,7 +261,9 @@ class RunDirectory:
             ),
             "outputs": files,
             "result": result,
+            **({} if versions is None else {"versions": dict(versions)}),
         }
+        manifest.get("begun", {}).pop(name, None)
         adopted = manifest.get("adopted", {})
         for path in adopted.keys() & files.keys():
             del adopted[path]
@@ -259,6 +282,12 @@ class RunDirectory:
         if entry is not None and confirmed_at(entry) < newest:
             entry["confirmed_at"] = max(time.time(), newest)
             self._write_manifest(manifest)
+
+    def accept(self, name: str, versions: Mapping[str, Any]) -> None:
+        """Records that a finished stage, made with others, is taken as it is under these ``versions``."""
+        manifest = self.manifest()
+        manifest["stages"][name]["accepted"] = dict(versions)
+        self._write_manifest(manifest)
 
     def drop(self, name: str) -> None:
         """Deletes the files of a finished stage, which stays done; the manifest says so first."""

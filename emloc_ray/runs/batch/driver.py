@@ -43,9 +43,14 @@ class PreparedBatch:
 
 
 def prepare_batch(
-    batch: Batch, progress: Progress = lambda done, total: None, reporter: Reporter | None = None
+    batch: Batch,
+    progress: Progress = lambda done, total: None,
+    reporter: Reporter | None = None,
+    accept_versions: bool = False,
 ) -> PreparedBatch:
     """Checks every task against its model and data; ``reporter`` hears how the run of each task goes.
+
+    ``accept_versions``: as for :func:`emloc_ray.runs.run.run`.
 
     Raises:
         ConfigError: with every error of every task at once.
@@ -54,7 +59,7 @@ def prepare_batch(
     run.check("batch")
     cache = ArtifactCache(batch.config.cache.path, batch.config.cache.max_size)
     cache.check()
-    work = PipelineWork(cache, reporter)
+    work = PipelineWork(cache, reporter, accept_versions)
     work.prepare(batch.tasks, progress)
     return PreparedBatch(batch, run, work)
 

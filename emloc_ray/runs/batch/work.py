@@ -18,6 +18,7 @@ from emloc_ray.runs.batch.admission import Admission, Amount, Need, Ticket
 from emloc_ray.runs.batch.state import TaskReporter
 from emloc_ray.runs.batch.tasks import Task
 from emloc_ray.runs.reporter import Reporter, Reporters
+from emloc_ray.runs.versions import check_versions
 from emloc_ray.stages.order import STEPS
 from emloc_ray.stages.ray.tasks import Resources
 from emloc_ray.text import listed
@@ -65,8 +66,11 @@ class TaskTurns:
 class PipelineWork:
     """Runs of the pipeline that share one cache."""
 
-    def __init__(self, cache: ArtifactCache | None, reporter: Reporter | None = None) -> None:
-        """``reporter`` hears how every task's run goes."""
+    def __init__(
+        self, cache: ArtifactCache | None, reporter: Reporter | None = None, accept_versions: bool = False
+    ) -> None:
+        """``reporter`` hears how every task's run goes; ``accept_versions``: as for :func:`emloc_ray.runs.run.run`."""
+        self.accept_versions = accept_versions
         self.cache, self.reporter = cache, reporter or Reporter()
         self._ready: dict[str, tuple[Prepared, Plan]] = {}
         self._gpus: float | None = None  # of a Ray that was there already
@@ -98,6 +102,7 @@ class PipelineWork:
         ready = self._ready.get(task.name)
         if ready is None or (ready[0].as_written or ready[0].config) != task.config:
             prepared = shrink_batches(prepare(task.config))
+            check_versions(prepared, accept=self.accept_versions, in_batch=True)
             prepared = prepared if self._gpus is None else prepared.with_gpus(self._gpus)
             if task.config.memory_budget is not None:  # else it depends on free memory, and running tasks hold some
                 check_holding(prepared)
@@ -123,7 +128,14 @@ class PipelineWork:
 
         prepared = self._prepare(task)[0]
         both = Reporters(reporter, self.reporter)
-        metrics = pipeline.run(task.config, reporter=both, prepared=prepared, turns=turns, cache=self.cache)
+        metrics = pipeline.run(
+            task.config,
+            reporter=both,
+            prepared=prepared,
+            turns=turns,
+            cache=self.cache,
+            accept_versions=self.accept_versions,
+        )
         reporter.results(metrics)
 
     def forget(self, task: Task) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emloc_ray.config.schema import RunConfig
-from emloc_ray.data.reading import fingerprint_sources
+from emloc_ray.data.reading import check_unchanged, fingerprint_sources
 from emloc_ray.io.runs.fingerprint import content_of
 from emloc_ray.planning.prepared import Prepared, splits_of
 from emloc_ray.stages.context import Context, Inputs, Result
@@ -67,6 +67,7 @@ def _tokenize(context: Context, inputs: Inputs, granted: Resources, progress: Pr
     from emloc_ray.stages.tokens.tokens import tokenize_data
 
     prepared, out_dir = context.prepared, context.path("data")
+    check_unchanged(source for sources in prepared.files.values() for source in sources)
     return tokenize_data(prepared, context.model_dir, out_dir, progress, inputs, context.note)
 
 

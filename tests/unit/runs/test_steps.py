@@ -1,24 +1,180 @@
-"""What a shared cache's keys say beside a stage's inputs."""
+"""How a run's steps take what is finished: the keys of a shared cache, and work of other versions."""
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from emloc_ray.runs import steps
+import pytest
+from small_runs import RecordingReporter, make_values, write_jsonl
+
+from emloc_ray.config.reading import parse_config
+from emloc_ray.errors import ConfigError
+from emloc_ray.io.runs.cache import ArtifactCache
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.planning.prepared import Prepared, prepare
+from emloc_ray.runs import steps as runs_steps
+from emloc_ray.runs import versions
+from emloc_ray.runs.results import assemble_metrics
+from emloc_ray.runs.status import read_status
+from emloc_ray.runs.steps import AtOnce, Steps, cache_key
+from emloc_ray.runs.versions import check_versions, installed
+from emloc_ray.stages.calibrate.stage import CALIBRATE
+from emloc_ray.stages.context import Context, Inputs
+from emloc_ray.stages.factorize.stage import FACTORIZE
+from emloc_ray.stages.tokens.stage import DATA
+
+Versions = dict[str, str]
+
+
+@pytest.fixture
+def libraries(monkeypatch: pytest.MonkeyPatch) -> Versions:
+    """What is installed, which a test may change; as it is where left out."""
+    changed: Versions = {}
+    real = versions.version
+    monkeypatch.setattr(versions, "version", lambda name: changed.get(name) or real(name))
+    monkeypatch.setattr(versions, "installed", installed.__wrapped__)
+    return changed
+
+
+@pytest.fixture
+def prepared(tiny_model_dir: Callable[..., Path], task_file: Path, tmp_path: Path) -> Prepared:
+    prepared = prepare(parse_config(make_values(tmp_path / "run", tiny_model_dir(), task_file)))
+    prepared.run.create({})
+    return prepared
+
+
+def finish(prepared: Prepared, *names: str) -> None:
+    usage = {"usage": {"wall_s": 1.0, "peak_pss_bytes": 1}, "num_tokens": 1, "num_shards": 1, "splits": {}}
+    for stage in runs_steps.order.STEPS:
+        if stage.name in names:
+            prepared.run.commit(stage.name, "key", [], usage, versions.made_with(stage))
+
+
+def refusal(prepared: Prepared, **options: Any) -> str:
+    before = prepared.run.manifest()
+    with pytest.raises(ConfigError) as refused:
+        check_versions(prepared, **options)
+    assert prepared.run.manifest() == before
+    return str(refused.value)
 
 
 @pytest.mark.parametrize("package", ["emloc-ray", "torch", "transformers", "peft", "tokenizers"])
-def test_another_version_of_a_library_is_another_key(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    inputs, installed = {"seed": 0}, {"torch": "2.6.0+cpu"}
-    monkeypatch.setattr(steps, "version", lambda name: installed.get(name, "1.2.3"))
+def test_another_version_of_a_library_is_another_key_of_the_cache(libraries: Versions, package: str) -> None:
+    libraries["torch"] = "2.6.0+cpu"
+    libraries[package] = "1.2.3" if package != "torch" else libraries["torch"]
+    before = cache_key(FACTORIZE, {"seed": 0})
+    libraries[package] = "1.2.9" if package != "torch" else "2.6.1+cu130"
+    assert cache_key(FACTORIZE, {"seed": 0}) == before
+    libraries[package] = "9.9.0"
+    assert cache_key(FACTORIZE, {"seed": 0}) != before
 
-    def key() -> str:
-        steps.made_by.cache_clear()
-        return steps.cache_key("factorize", inputs)
 
-    before = key()
-    installed[package] = "1.2.9" if package != "torch" else "2.6.1+cu130"
-    assert key() == before
-    installed[package] = "9.9.0"
-    assert key() != before
-    steps.made_by.cache_clear()
+def test_another_format_is_another_key_of_the_cache() -> None:
+    assert cache_key(replace(FACTORIZE, format=2), {"seed": 0}) != cache_key(FACTORIZE, {"seed": 0})
+
+
+def test_what_other_versions_finished_is_refused_with_what_would_be_redone(
+    prepared: Prepared, libraries: Versions
+) -> None:
+    libraries.update(torch="2.6.0", peft="0.17.1")
+    finish(prepared, "data", "calibrate", "merge")
+    check_versions(prepared)
+    libraries.update(torch="2.7.1")
+    finish(prepared, "factorize")
+    changes = "torch 2.6 (now 2.7)"
+    said = (
+        f"run_dir {prepared.run.place}: data, calibrate, merge were made with {changes}: give --accept-versions to take"
+    )
+    redo = "them as they are, or --fresh to redo data, calibrate, factorize, merge."
+    assert refusal(prepared) == f"{said} {redo}"
+    assert f"data, calibrate were made with {changes}" in refusal(prepared, until="factorize")
+    assert "run_dir" not in refusal(prepared, in_batch=True).split(":")[0]  # one line for all tasks that have it
+    check_versions(prepared, accept=True)
+    finish(prepared, "data")
+    assert refusal(prepared).endswith("or --from calibrate to redo calibrate, factorize, merge.")
+    assert refusal(prepared, forced=["calibrate"]).endswith("it as it is, or --from merge to redo merge.")
+    check_versions(prepared, forced=["calibrate", "factorize", "merge"])
+
+
+def test_what_other_versions_began_is_refused(prepared: Prepared, libraries: Versions) -> None:
+    prepared.run.begin("evaluate", {"torch": "0.1"})  # which a later try begins anew anyhow
+    check_versions(prepared)
+    prepared.run.begin("finetune", {**versions.made_with(DATA), "peft": "0.1"})
+    assert "finetune was made with peft 0.1 (now " in refusal(prepared)
+    check_versions(prepared, until="factorize")
+    finish(prepared, "finetune")
+    assert "finetune" not in prepared.run.begun()
+    check_versions(prepared)
+
+
+def test_what_recorded_no_versions_is_refused(prepared: Prepared) -> None:
+    prepared.run.commit("calibrate", "key", [], {})
+    assert "calibrate was made with versions that are not recorded: give --accept-versions" in refusal(prepared)
+
+
+def test_another_format_is_never_accepted(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish(prepared, "calibrate")
+    monkeypatch.setattr(versions, "STEPS", [replace(CALIBRATE, format=2)])
+    monkeypatch.setattr(versions, "redone_from", lambda verb: ("calibrate",))
+    for accept in (False, True):
+        said = refusal(prepared, accept=accept, until="calibrate")
+        assert "calibrate was made with format 1 (now 2): --from calibrate to redo calibrate." in said
+        assert "--accept-versions" not in said
+
+
+def test_accepted_work_stands_is_told_and_is_not_shared(
+    prepared: Prepared, libraries: Versions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs_steps, "shortage", lambda *asked: None)
+    made: list[str] = []
+
+    def make(context: Context, inputs: Inputs, *granted: Any) -> dict[str, Any]:
+        made.append(libraries.get("torch", ""))
+        context.path("data", "tokens").mkdir(parents=True, exist_ok=True)
+        return {"splits": {}}
+
+    stage = replace(DATA, inputs=lambda context: {"seed": 0}, shares=lambda context: {}, run=make)
+    cache = ArtifactCache(str(tmp_path / "cache"))
+
+    def go(stage: Any = stage, accept: bool = False) -> list[str]:
+        reporter = RecordingReporter()
+        steps = Steps(prepared, reporter, AtOnce(), cache, accept_versions=accept)
+        context = Context(prepared, prepared.source.directory)
+        for each in (stage, replace(stage, name="calibrate", outputs=(), remarks=lambda context, result: ())):
+            steps.run(each, context)
+        return reporter.notes
+
+    libraries.update(torch="2.6.0")
+    assert go() == []
+    prepared.run.forget("calibrate")
+    libraries.update(torch="2.7.0")
+    with pytest.raises(ConfigError, match=r"data was made with torch 2\.6 \(now 2\.7\): give --accept-versions"):
+        go()
+    shared = len(cache.entries())
+    assert go(accept=True) == [
+        "data was made with torch 2.6 (now 2.7): it and what stands after it are taken as they are."
+    ]
+    assert made == ["2.6.0", "2.6.0", "2.7.0"]
+    assert len(cache.entries()) == shared  # what follows from older work is no other run's
+    status = "Taken as it is by --accept-versions: data, made with torch 2.6 (now 2.7)."
+    assert status in read_status(prepared.run).lines()
+    assert assemble_metrics(prepared.run, prepared)["stages"]["data"]["versions"]["torch"] == "2.6"
+    assert go() == []  # once accepted under these versions
+    assert made == ["2.6.0", "2.6.0", "2.7.0"]
+    libraries.update(torch="2.8.0")
+    with pytest.raises(ConfigError, match=r"calibrate were made with torch 2\.6 \(now 2\.8\); torch 2\.7 \(now 2\.8\)"):
+        go()
+
+
+def test_data_that_changed_since_its_rows_were_counted_is_refused(prepared: Prepared, task_file: Path) -> None:
+    rows = task_file.read_text()
+    try:
+        write_jsonl(task_file, [{"prompt": "a", "completion": "b"}] * 3)
+        with pytest.raises(Exception, match=r"was changed after its rows were counted: run the same command again"):
+            DATA.run(Context(prepared, prepared.source.directory), {}, None, None)  # type: ignore[arg-type]
+    finally:
+        task_file.write_text(rows)
+    assert not RunDirectory(prepared.run.root).path("data").exists()

@@ -72,7 +72,7 @@ def test_an_unexpected_error_is_told_once_and_a_stop_is_heard_after_it(tmp_path:
 
 def _steps_until_stopped(rank: int, root: Path, found: Any) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{root / 'group'}", rank=rank, world_size=2)
-    session: Any = SimpleNamespace(rank=rank, world_size=2)
+    session: Any = SimpleNamespace(rank=rank, world_size=2, is_leaving=lambda: False)
     keeper = StepKeeper(dataclasses.replace(JOB, storage_dir=root), session, poll_s=0.05)
     arguments, control = SimpleNamespace(device=torch.device("cpu"), logging_steps=10**6), SimpleNamespace()
     for step in range(1, 2000):

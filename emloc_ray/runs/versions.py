@@ -1,0 +1,93 @@
+"""What a run's stages were made with, against what is installed: finished work of other versions is neither mixed nor redone
+unasked."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Mapping
+from importlib.metadata import version
+from typing import Any
+
+from emloc_ray.config.steps import VERBS
+from emloc_ray.errors import ConfigError
+from emloc_ray.planning.prepared import Prepared
+from emloc_ray.stages.order import STEPS
+from emloc_ray.stages.stage import Stage
+from emloc_ray.text import version_changes
+
+Versions = Mapping[str, Any]
+_PACKAGES = ("emloc-ray", "torch", "transformers", "peft", "tokenizers")
+
+
+@functools.cache
+def installed() -> dict[str, str]:
+    """The versions, ``major.minor``, of what decides what a stage makes of its inputs."""
+    return {package: ".".join(version(package).split(".")[:2]) for package in _PACKAGES}
+
+
+def made_with(stage: Stage) -> dict[str, Any]:
+    """What a stage that is made now is made with: :func:`installed`, and the ``format`` of what it writes."""
+    return {"format": stage.format, **installed()}
+
+
+def is_foreign(entry: Mapping[str, Any], stage: Stage) -> bool:
+    """Whether a finished stage was made with others, and not accepted under those of now."""
+    return made_with(stage) not in (entry.get("versions"), entry.get("accepted"))
+
+
+def check_versions(
+    prepared: Prepared,
+    forced: Collection[str] = (),
+    until: str = VERBS[-1],
+    accept: bool = False,
+    in_batch: bool = False,
+) -> None:
+    """Raises ConfigError where stages of this run up to the verb ``until`` were finished, or are half done, with other versions
+    and are not ``forced``, which redoes them; with ``accept`` only where these wrote another format."""
+    done, begun = prepared.run.stages(), prepared.run.begun()
+    last = max(number for number, stage in enumerate(STEPS) if stage.verb == until)
+    kept = [stage for stage in STEPS[: last + 1] if stage.name not in forced and stage.wanted(prepared)]
+    foreign = {stage: done[stage.name].get("versions") for stage in kept if _is_finished_by_others(stage, done)}
+    foreign |= {
+        stage: begun[stage.name] for stage in kept if stage.name not in done and is_begun_by_others(stage, begun)
+    }
+    unreadable = [stage for stage, then in foreign.items() if (then or {}).get("format", 1) != stage.format]
+    if not foreign or (accept and not unreadable):
+        return
+    first = next(iter(foreign))
+    names = ", ".join(stage.name for stage in foreign)
+    one = len(foreign) == 1
+    kinds = dict.fromkeys(version_changes(then, made_with(stage)) for stage, then in foreign.items())
+    keep = "" if unreadable else f"give --accept-versions to take {'it as it is' if one else 'them as they are'}, or "
+    raise ConfigError(
+        f"{'' if in_batch else f'run_dir {prepared.run.place}: '}{names} {'was' if one else 'were'} made with"
+        f" {'; '.join(kinds)}: {keep}{_redo(first, [*done, *begun], in_batch)}."
+    )
+
+
+def _is_finished_by_others(stage: Stage, done: Mapping[str, Any]) -> bool:
+    return stage.name in done and is_foreign(done[stage.name], stage)
+
+
+def is_begun_by_others(stage: Stage, begun: Mapping[str, Versions]) -> bool:
+    """Whether what a killed try left, which a later one goes on from, was made with others."""
+    continues = stage.resumes or bool(stage.scratch)
+    return continues and stage.name in begun and begun[stage.name] != made_with(stage)
+
+
+def _redo(first: Stage, there: Collection[str], in_batch: bool) -> str:
+    """What redoes ``first`` and all that is ``there`` after it."""
+    if in_batch:
+        return "name a new run_dir, which redoes all"
+    verb = None if first.cost is None else first.verb
+    names = [stage.name for stage in STEPS if stage.name in there and (verb is None or stage.name in redone_from(verb))]
+    return f"{'--fresh' if verb is None else f'--from {verb}'} to redo {', '.join(names)}"
+
+
+def redone_from(begin: str | None) -> tuple[str, ...]:
+    """The stages that ``begin`` redoes: all from the verb's first one on, without the import and the data."""
+    if begin is None:
+        return ()
+    names = [stage.name for stage in STEPS if stage.cost is not None]
+    first = next(stage.name for stage in STEPS if stage.verb == begin and stage.cost is not None)
+    return tuple(names[names.index(first) :])
