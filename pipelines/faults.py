@@ -1,14 +1,23 @@
-"""The kill matrix: every stage × {worker process, actor, node, driver} × several moments, on a Ray cluster of three nodes.
+"""The kill matrix: every stage × kind of fault × several moments, on a Ray cluster of three nodes.
 
     python pipelines/faults.py --out runs/faults                                  # all of it: more than an hour
     python pipelines/faults.py --out runs/faults --stages merge --kinds node --moments 1
+    python pipelines/faults.py --out runs/faults --chaos 30
     python pipelines/faults.py --out runs/faults --config configs/quickstart.yaml \\
         emulator.allocation=uniform emulator.objective=activations model.hold=block_by_block
 
 Everything runs on this machine; each node has its own loopback address. One run is undisturbed. Then each cell takes that
-run as it was before its stage, kills (SIGKILL) one process or all processes of a node after a share of the stage's
-undisturbed time, and compares the stage's files one by one. A killed driver is started again. ``faults.json`` in the output
-folder keeps every cell, also those of earlier calls; ``faults.md`` is the table.
+run as it was before its stage, disturbs it after a share of the stage's undisturbed time, and compares the stage's files one
+by one. Kinds of faults:
+
+    worker, actor, node, driver     SIGKILL to one process, or to all of a node; a killed driver is started again
+    pause-worker, -driver, -node    SIGSTOP for twelve seconds, then SIGCONT: a node counts as dead by then
+    two-drivers                     a second driver on the same run has to be refused
+    disk                            the run's file system is full; once it is not any more, the driver is started again (root)
+    head                            SIGKILL to Ray's control store; a new cluster, and the driver started again
+
+--chaos SECONDS instead runs all stages asked for at once, with a random one of the first five every so many seconds.
+``faults.json`` in the output folder keeps every cell, also those of earlier calls; ``faults.md`` is the table.
 """
 
 from __future__ import annotations
@@ -72,6 +81,7 @@ def main() -> int:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--moments", type=int, default=3)
+    parser.add_argument("--chaos", type=float, metavar="SECONDS", help="between two faults of one whole run")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     out: Path = arguments.out.absolute()
@@ -84,7 +94,8 @@ def main() -> int:
         matrix = Matrix(nodes, config, Path(folder) / "runs")
         stages = [stage for stage in matrix.stages if stage in arguments.stages]
         matrix.undisturbed(stages)
-        for cell in cells(matrix, stages, arguments.kinds, arguments.moments, arguments.seed):
+        found = cells(matrix, stages, arguments.kinds, arguments.moments, arguments.seed)
+        for cell in found if arguments.chaos is None else [matrix.chaos(stages[-1], arguments.chaos, arguments.seed)]:
             done.append(cell)
             write(out, done)
             print(table([cell]).splitlines()[2], flush=True)

@@ -71,7 +71,7 @@ class Driver:
     """A driver that has been started; it begins as a copy of a process that has imported everything already."""
 
     def __init__(self, config: RunConfig, until: str, events: Path, snapshots: Path | None = None) -> None:
-        self.path = events
+        self.config, self.path = config, events
         events.unlink(missing_ok=True)
         events.touch()
         context: Any = multiprocessing.get_context("forkserver")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import filecmp
 import json
 import random
 import shutil
+import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
+
 from emloc_ray.config.schema import RayConfig, RunConfig
 from faulting.driver import Driver
-from faulting.nodes import Nodes
+from faulting.nodes import Nodes, kill, pause
 
 STAGES = ("data", "calibrate", "factorize", "heal", "finetune", "correct", "merge", "evaluate")
 _ARTIFACTS = {
@@ -29,11 +33,14 @@ _BY_FILE = ("data", "factorize", "merge")  # whose pieces of work are files; oth
 _RUN = "run"
 _TRIES = 3  # of hitting a stage while it runs
 _SECONDS = 240.0  # until a run that does not end counts as lost
+_PAUSE_S = 12.0  # of a stopped process or node: Ray here counts a node as dead after 3 s
+_IN_CHAOS = ("worker", "actor", "node", "driver", "pause-worker")
+_DISK_BYTES = 192 * 2**20  # of the file system that is filled
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One kill and what came of it.
+    """One fault and what came of it.
 
     ``outcome`` is ``survived`` where the run ended with the files of the undisturbed one, ``changed`` where it ended with
     others, ``lost`` where it did not end, ``none`` where the stage had no such process while it ran. Of ``pieces`` of
@@ -57,7 +64,7 @@ class Matrix:
 
     def __init__(self, nodes: Nodes, config: RunConfig, folder: Path) -> None:
         self.nodes, self.folder = nodes, folder
-        self.config = config.model_copy(update={"ray": RayConfig(address=nodes.cluster.address)})
+        self.config = config
         self.stages = tuple(stage for stage in STAGES if stage != "heal" or config.emulator.heals is not None)
         self.calm = folder / "undisturbed" / _RUN
         self.seconds: dict[str, float] = {}
@@ -97,7 +104,8 @@ class Matrix:
 
     def _driver(self, run: Path, until: str, snapshots: Path | None = None) -> Driver:
         run.parent.mkdir(parents=True, exist_ok=True)
-        config = self.config.model_copy(update={"run_dir": str(run)})
+        ray = RayConfig(address=self.nodes.cluster.address)
+        config = self.config.model_copy(update={"run_dir": str(run), "ray": ray})
         return Driver(config, until, run.parent / "events.jsonl", snapshots)
 
     def cell(self, stage: str, kind: str, moment: float, seed: int) -> Cell:
@@ -112,35 +120,47 @@ class Matrix:
 
     def _attempt(self, cell: Cell, random_numbers: random.Random) -> Cell:
         position = self.stages.index(cell.stage)
-        run = self._copy(self.stages[position - 1] if position else "", f"{cell.stage}-{cell.kind}")
-        driver, begin = self._driver(run, cell.stage), time.monotonic()
-        cell = self._kill(cell, driver, run, random_numbers)
-        if not cell.victim:
-            if driver.wait(_SECONDS):
-                return cell
-            return replace(cell, outcome="lost", detail=(driver.find("error") or {}).get("text", "it did not end"))
-        finished, reached, killed = _files(run, cell.stage), max(driver.progress(cell.stage), default=0), time.time()
-        if cell.kind == "driver":
-            driver = self._driver(run, cell.stage)
-        ended = driver.wait(_SECONDS)
-        if cell.kind == "node":
-            self.nodes.add()
-        lowest = min(driver.progress(cell.stage, since=killed), default=reached)
-        error = driver.find("error") or {}
-        detail = (
-            self._difference(run, cell.stage) if ended else error.get("text", f"exit code {driver.process.exitcode}")
-        )
-        return replace(
-            cell,
-            outcome="lost" if not ended else "changed" if detail else "survived",
-            redone=_written_again(finished, run) if cell.stage in _BY_FILE else max(0, reached - lowest),
-            pieces=len(finished) if cell.stage in _BY_FILE else self.pieces[cell.stage],
-            seconds=round(time.monotonic() - begin, 1),
-            notes=tuple(event["text"] for event in driver.events() if event["event"] == "note"),
-            detail=detail,
-        )
+        with self._place(f"{cell.stage}-{cell.kind}", full=cell.kind == "disk") as run:
+            if position:
+                shutil.copytree(self._snapshot(self.stages[position - 1]), run, dirs_exist_ok=True)
+            driver, begin = self._driver(run, cell.stage), time.monotonic()
+            cell = self._wait_and_disturb(cell, driver, run, random_numbers)
+            if not cell.victim:
+                if driver.wait(_SECONDS):
+                    return cell
+                return replace(cell, outcome="lost", detail=_error(driver))
+            finished, reached, then = _files(run, cell.stage), max(driver.progress(cell.stage), default=0), time.time()
+            driver, wrong = self._go_on(cell, driver, run)
+            ended = driver.wait(_SECONDS)
+            if cell.kind in ("node", "pause-node"):
+                self.nodes.add()
+            lowest = min(driver.progress(cell.stage, since=then), default=reached)
+            detail = (wrong or self._difference(run, cell.stage)) if ended else _error(driver)
+            return replace(
+                cell,
+                outcome="lost" if not ended else "changed" if detail else "survived",
+                redone=_written_again(finished, run) if cell.stage in _BY_FILE else max(0, reached - lowest),
+                pieces=len(finished) if cell.stage in _BY_FILE else self.pieces[cell.stage],
+                seconds=round(time.monotonic() - begin, 1),
+                notes=tuple(event["text"] for event in driver.events() if event["event"] == "note"),
+                detail=detail,
+            )
 
-    def _kill(self, cell: Cell, driver: Driver, run: Path, random_numbers: random.Random) -> Cell:
+    @contextlib.contextmanager
+    def _place(self, name: str, full: bool = False) -> Iterator[Path]:
+        """An empty run directory; where it is to be ``full`` later, on a small file system of its own, which needs root."""
+        run = self._copy("", name)
+        if not full:
+            yield run
+            return
+        run.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_DISK_BYTES}", "tmpfs", str(run)], check=True)
+        try:
+            yield run
+        finally:
+            subprocess.run(["umount", "--lazy", str(run)], check=True)
+
+    def _wait_and_disturb(self, cell: Cell, driver: Driver, run: Path, random_numbers: random.Random) -> Cell:
         """The cell with its victim, where the stage had one from the moment on."""
         for _ in driver.poll(_SECONDS):
             start, finish = driver.find("start", stage=cell.stage), driver.find("finish", stage=cell.stage)
@@ -148,15 +168,76 @@ class Matrix:
                 break
             if start is None or time.time() < start["time"] + cell.moment * self.seconds[cell.stage]:
                 continue
-            if cell.kind == "driver":
-                driver.kill()
-                return replace(cell, victim="driver")
-            if cell.kind == "node":
-                return replace(cell, victim=self.nodes.kill_node(self.nodes.pick_node(random_numbers)))
-            victim = self.nodes.kill_process(cell.kind, random_numbers)
+            victim = self._disturb(cell.kind, driver, run, random_numbers)
             if victim is not None:
                 return replace(cell, victim=victim)
         return cell
+
+    def _disturb(self, kind: str, driver: Driver, run: Path, random_numbers: random.Random) -> str | None:
+        """Does what ``kind`` says; names what was hit, None where there is nothing to hit now."""
+        if kind == "driver":
+            driver.kill()
+        elif kind == "pause-driver":
+            pause([psutil.Process(driver.process.pid)], _PAUSE_S)
+        elif kind == "head":
+            return self.nodes.kill_head()
+        elif kind == "disk":
+            _resize(run, sum(file.stat().st_blocks * 512 for file in run.rglob("*")))
+        elif kind in ("node", "pause-node"):
+            node = self.nodes.pick_node(random_numbers)
+            return self.nodes.kill_node(node) if kind == "node" else self.nodes.pause_node(node, _PAUSE_S)
+        elif kind != "two-drivers":
+            found = self.nodes.pick_process(kind.removeprefix("pause-"), random_numbers)
+            if found is None:
+                return None
+            if kind == "pause-worker":
+                pause([found[0]], _PAUSE_S)
+            else:
+                kill([found[0]])
+            return found[1]
+        return kind
+
+    def _go_on(self, cell: Cell, driver: Driver, run: Path) -> tuple[Driver, str]:
+        """The driver that is to end the stage, and what was wrong until then."""
+        if cell.kind == "two-drivers":
+            second = Driver(driver.config, cell.stage, run.parent / "second.jsonl")
+            wrong = "the second driver ended well" if second.wait(_SECONDS) else _error(second)
+            return driver, "" if "in use" in wrong else wrong
+        if cell.kind == "disk":
+            if driver.wait(_SECONDS):
+                return driver, "it ended well on a full disk"
+            wrong = _error(driver)
+            _resize(run, _DISK_BYTES)
+            return self._driver(run, cell.stage), "" if "disk is full" in wrong else wrong
+        if cell.kind == "head":
+            driver.wait(_SECONDS)
+            self.nodes.restart()
+        return (self._driver(run, cell.stage) if cell.kind in ("driver", "head") else driver), ""
+
+    def chaos(self, last: str, every_s: float, seed: int) -> Cell:
+        """A run up to a stage while something random is killed or stopped every so many seconds; a driver that ended is started
+        again."""
+        random_numbers, begin = random.Random(seed), time.monotonic()
+        hit: list[str] = []
+        with self._place("chaos") as run:
+            driver = self._driver(run, last)
+            while time.monotonic() < begin + len(self.stages) * _SECONDS:
+                for _ in driver.poll(every_s):
+                    pass
+                if not driver.process.is_alive() and driver.process.exitcode == 0:
+                    break
+                if driver.process.is_alive():
+                    kind = random_numbers.choice(_IN_CHAOS)
+                    hit.append(f"{kind} {self._disturb(kind, driver, run, random_numbers) or '(none there)'}")
+                    if kind == "node":
+                        self.nodes.add()
+                if not driver.process.is_alive():
+                    driver = self._driver(run, last)
+            ended = driver.wait(0)
+            detail = self._difference(run, last) if ended else _error(driver)
+        outcome = "lost" if not ended else "changed" if detail else "survived"
+        cell = Cell("all", "chaos", 0.0, outcome, f"{len(hit)} times", seconds=round(time.monotonic() - begin, 1))
+        return replace(cell, notes=tuple(hit), detail=detail)
 
     def _difference(self, run: Path, stage: str) -> str:
         """The first file, of this stage and those before it, that is not as in the undisturbed run; empty where all are."""
@@ -174,6 +255,16 @@ class Matrix:
                 if not _alike(folders[0] / file, folders[1] / file):
                     return f"{_ARTIFACTS[name]}/{file}"
         return ""
+
+
+def _error(driver: Driver) -> str:
+    """Why a driver did not end well."""
+    return str((driver.find("error") or {}).get("text", f"exit code {driver.process.exitcode}"))
+
+
+def _resize(place: Path, size: int) -> None:
+    """Gives a tmpfs another size."""
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(place)], check=True)
 
 
 def _alike(ours: Path, theirs: Path) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,10 +19,23 @@ _ENVIRONMENT = {
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "60",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",
 }
-KINDS = ("worker", "actor", "node", "driver")
+KINDS = (
+    "worker",
+    "actor",
+    "node",
+    "driver",
+    "pause-worker",
+    "pause-driver",
+    "pause-node",
+    "two-drivers",
+    "disk",
+    "head",
+)
+_LATE_S = 3.0  # in which a node that counts as dead may still write
 _TRAINING_WORKER = "RayTrainWorker"
 
 
@@ -31,10 +45,18 @@ class Nodes:
     def __init__(self, cpus: int = 2, count: int = 2) -> None:
         self._before = {name: os.environ.get(name) for name in _ENVIRONMENT}
         os.environ.update(_ENVIRONMENT)
+        self._cpus, self._count, self._next_address = cpus, count, 2
+        self._start()
+
+    def _start(self) -> None:
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        self._cpus, self._next_address = cpus, 2
-        for _ in range(count):
+        for _ in range(self._count):
             self.add()
+
+    def restart(self) -> None:
+        """Another cluster in place of one whose head is lost, at another address."""
+        self.cluster.shutdown()
+        self._start()
 
     def add(self) -> None:
         """One more node."""
@@ -51,8 +73,8 @@ class Nodes:
             if value is not None:
                 os.environ[name] = value
 
-    def kill_process(self, kind: str, random_numbers: random.Random) -> str | None:
-        """Kills a process of that kind; gives its name, None where there is none now.
+    def pick_process(self, kind: str, random_numbers: random.Random) -> tuple[psutil.Process, str] | None:
+        """A process of that kind, with its name; None where there is none now.
 
         A ``worker`` is one that runs a task or trains, where there is none an actor of the stage's. An ``actor`` is one
         that does not train, the stage's own rather than one that Ray Data keeps for itself.
@@ -69,8 +91,7 @@ class Nodes:
         if not chosen:
             return None
         process = random_numbers.choice(sorted(chosen, key=lambda p: p.pid))
-        kill([process])
-        return named[process]
+        return process, named[process]
 
     def alive(self) -> list[dict[str, Any]]:
         """The nodes that Ray counts as alive."""
@@ -88,6 +109,19 @@ class Nodes:
         self.cluster.remove_node(node, allow_graceful=False)
         return str(node.node_ip_address)
 
+    def pause_node(self, node: Any, seconds: float) -> str:
+        """Stops every process of a node until Ray counts it as dead, and lets them go on for a while; gives its address."""
+        pause(_processes(node), seconds)
+        time.sleep(_LATE_S)
+        self.cluster.remove_node(node, allow_graceful=False)
+        return str(node.node_ip_address)
+
+    def kill_head(self) -> str:
+        """Kills the process that knows the cluster's state; without a store of its own that is the end of the cluster."""
+        gcs = next(p for p in _raylets(self.cluster.head_node) if "gcs_server" in p.name())
+        kill([gcs])
+        return gcs.name()
+
     def _all(self) -> Sequence[Any]:
         return [self.cluster.head_node, *self.cluster.worker_nodes]
 
@@ -102,6 +136,16 @@ def kill(processes: Sequence[psutil.Process]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(signal.SIGKILL)
     psutil.wait_procs(processes, timeout=10)
+
+
+def pause(processes: Sequence[psutil.Process], seconds: float) -> None:
+    """SIGSTOP to each, and SIGCONT after so many seconds."""
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+        if number == signal.SIGSTOP:
+            time.sleep(seconds)
 
 
 def _raylets(node: Any) -> Iterator[psutil.Process]:
