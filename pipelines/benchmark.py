@@ -12,6 +12,8 @@
 ``memory``         peak of fine-tuning the emulator, against inference of the original: the quickstart's, and one of 1.1B
 ``planner``        every stage's planned memory, against what a process of its own held
 ``shapes``         the plan for the paper's models, beside the paper's peaks; writes ``shapes.md`` too
+``offloading``     a pass of a model whose blocks come and go, against the slower of compute and transfer; four in one
+``bounded``        a whole run of a random model of 1.1B under 2 GiB: each stage's peak, against the limit
 ``merge``          merging, against a copy of the same files that hashes and fsyncs, and against its largest tensor
 ``data``           rows into token shards and batches at 10³ to 10⁶ rows: peaks of driver, worker, object store; speed
 ``growth``         calibrating and factorizing at 1, 2 and 4 times the depth and the rows: time and peak memory
@@ -52,6 +54,8 @@ BENCHMARKS = {
     "memory": "memory:memory",
     "planner": "memory:planner",
     "shapes": "memory:shapes",
+    "offloading": "offloading:offloading",
+    "bounded": "offloading:bounded",
     "merge": "memory:merge",
     "data": "data_path:data",
     "growth": "whole_runs:growth",

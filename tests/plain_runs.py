@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +20,38 @@ from emloc_ray.data.processors import example
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.formats.checkpoint import INDEX_NAME, Checkpoint
 from emloc_ray.io.formats.grams import GramStore, reduce_slots, write_gram_index, write_gram_shard
+from emloc_ray.io.formats.shards import write_tensors
+from emloc_ray.io.formats.teacher_shards import write_teacher_index
 from emloc_ray.io.store.atomic import copy_file
 from emloc_ray.modeling.architecture import load_config
 from emloc_ray.modeling.block_flow import block_flow
 from emloc_ray.modeling.loading import copy_tokenizer
 from emloc_ray.planning.batches import shrink_batches
 from emloc_ray.planning.prepared import prepare
-from emloc_ray.stages.calibrate.job import CalibrationJob
+from emloc_ray.stages.calibrate.job import BLOCKS, CalibrationJob
 from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
-from emloc_ray.stages.calibrate.stage import calibration_job
+from emloc_ray.stages.calibrate.stage import calibration_job, gradient_job
 from emloc_ray.stages.calibrate.streamed_slot import StreamedSlot, part_file
 from emloc_ray.stages.context import Context
 from emloc_ray.stages.correct.correct import correct_adapter
 from emloc_ray.stages.correct.stage import correction_job
 from emloc_ray.stages.evaluate.evaluate import EvaluationJob, evaluate_slice
 from emloc_ray.stages.evaluate.stage import evaluation_job
+from emloc_ray.stages.factorize.allocate import allocate_ranks, group_spectra, read_ranks
 from emloc_ray.stages.factorize.factorize import factorize_group, finish_emulator
 from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.factorize.kept_tensors import copy_rest, rest_of_shards
-from emloc_ray.stages.factorize.stage import factorization_job
+from emloc_ray.stages.factorize.stage import allocation_job, factorization_job
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.stage import finetune_job
 from emloc_ray.stages.finetune.training import train_alone
 from emloc_ray.stages.finish import finishing_job
+from emloc_ray.stages.heal.fold import pieces, write_piece
+from emloc_ray.stages.heal.stage import healing_job
+from emloc_ray.stages.heal.teacher import teach_part
 from emloc_ray.stages.merge.merge import MergeJob, merge_shard
 from emloc_ray.stages.merge.stage import merge_job
+from emloc_ray.stages.ray.tasks import Resources
 from emloc_ray.stages.tokens.tokens import tokenize_data
 
 
@@ -63,49 +73,108 @@ class PlainRun(FinishedRun):
         return [shards.row(position) for position in range(len(shards))]
 
 
-def plain_run(values: dict[str, Any], model_dir: Path) -> PlainRun:
-    """A run of this config: every artifact at its place."""
+def plain_run(
+    values: dict[str, Any],
+    model_dir: Path,
+    during: Callable[[str], AbstractContextManager[None]] = lambda stage: nullcontext(),
+) -> PlainRun:
+    """A run of this config: every artifact at its place. ``during(stage)`` is entered for each stage."""
     prepared = shrink_batches(prepare(parse_config(values)))
     context = Context(prepared, model_dir)
     prepared.run.create(prepared.config.model_dump(mode="json"))
-    with tokenized_here():
+    with tokenized_here(), during("tokens"):
         tokenize_data(prepared, model_dir, context.path("data"))
-    gather(calibration_job(context), context.path("calibration"))
-    build(factorization_job(context), GramStore(context.path("calibration")), context.base_config())
-    step_losses = train(finetune_job(context, "training"))
-    correct_adapter(correction_job(context))
+    with during("calibrate"):
+        gather(calibration_job(context), context.path("calibration"))
+    if context.layout.weighed:
+        with during("gradients"):
+            gather(gradient_job(context), context.path("gradients"))
+    if context.layout.allocated:
+        with during("allocate"):
+            allocate(context)
+    with during("factorize"):
+        job = factorization_job(context, context.layout_made)
+        build(job, GramStore(context.path("calibration")), context.base_config())
+    if prepared.config.emulator.heals is not None:
+        with during("heal"):
+            heal(context)
+    with during("finetune"):
+        step_losses = train(finetune_job(context, "training"))
+    with during("correct"):
+        correct_adapter(correction_job(context))
     if context.finishes:
-        step_losses += train(finishing_job(context, "finishing"))
-    merge(merge_job(context))
-    context.path("metrics.json").write_text(json.dumps({"evaluation": score(evaluation_job(context))}))
+        with during("finish"):
+            step_losses += train(finishing_job(context, "finishing"))
+    with during("merge"):
+        merge(merge_job(context))
+    with during("evaluate"):
+        scores = score(evaluation_job(context))
+    context.path("metrics.json").write_text(json.dumps({"evaluation": scores}))
     return PlainRun(context, values, step_losses)
 
 
 def gather(job: CalibrationJob, out_dir: Path) -> None:
-    """All Grams, by one slot that holds the model."""
-    file = out_dir / "slot.safetensors"
+    """All sums, by one slot that holds the model as the job says."""
+    files: dict[str, str] = {}
+    counts: dict[str, int] = {}
+
+    def write(grams: dict[str, Gram]) -> None:
+        file = f"grams-{len(files)}.safetensors"
+        write_gram_shard(out_dir / file, grams)
+        files.update(dict.fromkeys(grams, file))
+        counts.update({name: gram.num_tokens for name, gram in grams.items()})
+
+    if job.hold == BLOCKS:
+        for grams in streamed(job, out_dir):
+            write(grams)
+    else:
+        for groups in job.waves or (job.groups,):
+            gather_whole(replace(job, groups=groups), out_dir / "slot.safetensors")
+            names = [group[0] for group in groups]
+            for start in range(0, len(names), 4):
+                write(reduce_slots([out_dir / "slot.safetensors"], names[start : start + 4]))
+            (out_dir / "slot.safetensors").unlink()
+    write_gram_index(out_dir, job.groups, files, counts)
+
+
+def gather_whole(job: CalibrationJob, file: Path) -> None:
+    """The sums of a wave, each row passing through the whole model."""
     slot = ResidentSlot(job, file, 1)
     for number in range(*job.shards):
         slot.accumulate(number)
     slot.commit()
-    names = [group[0] for group in job.groups]
-    grams = reduce_slots([file], names)
-    write_gram_shard(out_dir / "grams.safetensors", grams)
-    counts = {name: gram.num_tokens for name, gram in grams.items()}
-    write_gram_index(out_dir, job.groups, dict.fromkeys(names, "grams.safetensors"), counts)
+    del slot
+    gc.collect()  # a model and its hooks hold one another
 
 
-def gather_streamed(job: CalibrationJob, out_dir: Path) -> dict[str, Gram]:
-    """All Grams, by one slot that holds a block at a time."""
+def streamed(job: CalibrationJob, out_dir: Path) -> Iterator[dict[str, Gram]]:
+    """Each block's Grams, by one slot that holds a block at a time."""
     order = block_flow(load_config(job.model_dir), False, example(job.model_dir, False)).order
     names = [[group[0] for group in job.groups_of(block)] for block in order]
     num_blocks = 1 + max(position for position, inside in enumerate(names) if inside)
     slot = StreamedSlot(job, out_dir, 0, 1, num_blocks, 1)
-    grams: dict[str, Gram] = {}
     for position in range(num_blocks):
         slot.accumulate(position)
-        grams |= reduce_slots([part_file(out_dir, 0, 1, position)], names[position])
-    return grams
+        yield reduce_slots([part_file(out_dir, 0, 1, position)], names[position])
+
+
+def gather_streamed(job: CalibrationJob, out_dir: Path) -> dict[str, Gram]:
+    """All Grams, by one slot that holds a block at a time."""
+    return {name: gram for grams in streamed(job, out_dir) for name, gram in grams.items()}
+
+
+def allocate(context: Context) -> None:
+    """The ranks, which the context knows from then on."""
+    job, out_dir = allocation_job(context), context.path("allocation")
+    grams, sums = GramStore(job.calibration_dir), GramStore(job.gradients_dir)
+    for number, specs in enumerate(job.groups):
+        stored = {spec.name: sums.stored(spec.name) for spec in specs}
+        found = group_spectra(job, specs, grams.stored(specs[0].name), stored)
+        write_tensors(out_dir / f"spectra-{number + 1:05d}-of-{len(job.groups):05d}.safetensors", found)
+    allocate_ranks(job, out_dir, Resources())
+    ranks = {**context.layout.ranks, **read_ranks(out_dir)}
+    kept = {name: rank for name, rank in ranks.items() if rank is not None}
+    context.results["factorize"] = {"ranks": kept, "layers": {}}
 
 
 def build(job: FactorizationJob, grams: GramStore, base_config: Any) -> None:
@@ -118,6 +187,20 @@ def build(job: FactorizationJob, grams: GramStore, base_config: Any) -> None:
     for kept, file in zip(rest, files[len(work) :], strict=True):
         copy_rest(kept, file)
     finish_emulator(files, base_config, job.model_dir, job.ranks, job.storage, None)
+
+
+def heal(context: Context) -> None:
+    """The healed emulator."""
+    healing = context.prepared.config.emulator.heals
+    assert healing is not None
+    job = healing_job(context, healing, "healing")
+    teach_part(job.teacher, 0, 1)
+    write_teacher_index(job.teacher.out_dir, [rows[0] for rows in job.teacher.shards()])
+    train(job.training)
+    for piece in pieces(job.fold):
+        write_piece(job.fold, piece)
+    files = [piece.file for piece in pieces(job.fold)]
+    finish_emulator(files, context.base_config(), job.fold.emulator_dir, job.fold.ranks, job.fold.storage, None)
 
 
 def train(job: FinetuneJob) -> list[float]:

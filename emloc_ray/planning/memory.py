@@ -367,6 +367,18 @@ class MemoryModel(ModelBytes):
 
         return self._together(beside, len({*section.variants} - {"emulator", "emulator_adapter"}))
 
+    def prompts_at_once(self) -> int:
+        """How many prompts are completed together: a batch, and where weights come anew for every token as many more as fit
+        beside it."""
+        section, held = self.config.evaluation, self.evaluating()
+        asked = max(section.num_generations, section.num_exact_match, 1)
+        if held.hold == "resident" or asked <= section.batch_size:
+            return section.batch_size
+        cached = (self.lengths.longest + section.max_new_tokens) * self.itemsize * self._cached_per_token()
+        left = self.worker_bytes("evaluation") - BASE_BYTES - total(held.parts)
+        more = max(0.0, left / (2 * cached + self._forward(self.lengths.longest)))
+        return int(min(asked, section.batch_size + more))
+
     def _adapted(self, number: int, rows: int) -> Parts:
         """So many adapters, and the hidden states of those that wait for their turn at a block: its input and output."""
         waiting = 2 * (number - 1) * rows * self.lengths.longest * self.layout.hidden_size * self.itemsize

@@ -55,6 +55,7 @@ class EvaluationJob:
     num_generations: int = 4
     num_exact_match: int = 32
     max_new_tokens: int = 32
+    prompts_at_once: int = 8
     variants: tuple[str, ...] = VARIANTS
     model_options: dict[str, Any] = field(default_factory=dict)
     hold: str = "resident"  # of the original and the merged model
@@ -204,7 +205,7 @@ def _completions(job: EvaluationJob, model: Any, rows: Sequence[Tokens]) -> list
         tokenizer,
         rows,
         max_new_tokens=job.max_new_tokens,
-        batch_size=job.batch_size,
+        batch_size=job.prompts_at_once,
         images=ImageInputs(job.model_dir, job.model_options),
     )
 

@@ -45,6 +45,7 @@ def evaluation_job(context: Context) -> EvaluationJob:
         num_generations=section.num_generations,
         num_exact_match=section.num_exact_match,
         max_new_tokens=section.max_new_tokens,
+        prompts_at_once=context.memory.prompts_at_once(),
         variants=tuple(section.variants),
         model_options=context.model_options,
         hold=context.memory.evaluating().hold,

@@ -409,3 +409,18 @@ def test_a_worker_that_cannot_hold_the_whole_model_is_refused(
     told = r"memory_budget is 450 MiB, and a worker that holds its largest blocks takes 45\d MiB"
     with pytest.raises(ConfigError, match=told):
         check_holding(prepared(memory_budget=BASE_BYTES))
+
+
+def test_prompts_are_completed_together_where_weights_come_for_every_token(prepared: Callable[..., Prepared]) -> None:
+    changes: dict[str, Any] = {"evaluation": {"num_exact_match": 64, "batch_size": 4}, "memory_budget": "10GiB"}
+    assert MemoryModel(prepared(**changes, model={"hold": "resident"}), LENGTHS).prompts_at_once() == 4
+    changes["model"] = {"hold": "offloaded"}
+    free = MemoryModel(prepared(**changes), LENGTHS)
+    assert free.prompts_at_once() == 64
+    needed = BASE_BYTES + total(free.evaluating().parts)
+    numbers = [
+        MemoryModel(prepared(**{**changes, "memory_budget": needed + more}), LENGTHS).prompts_at_once()
+        for more in (0, 500_000, 2_000_000)
+    ]
+    assert numbers == sorted({*numbers})
+    assert (numbers[0], numbers[-1]) == (4, max(numbers))
