@@ -81,8 +81,25 @@ def _lost_workers() -> Counter:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether a worker, its node or a result on it was lost, and nothing else is to blame."""
-    return own_error(error) is None and any(isinstance(cause, LOST) for cause in causes(error))
+    """Whether a worker, its node or a result on it was lost, and nothing else is to blame, nor would be again."""
+    lost = any(isinstance(cause, LOST) for cause in causes(error))
+    return lost and own_error(error) is None and hopeless(error) is None
+
+
+def hopeless(error: BaseException) -> str | None:
+    """What is so whoever tries again, and what to do; None where nothing is known to be."""
+    for cause in causes(error):
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" at {cause.filename}" if cause.filename else ""
+            return f"the disk is full{where}: free some and run the same command again"
+        if isinstance(cause, ray.exceptions.OutOfDiskError):
+            return (
+                "a node's disk is full where Ray keeps what its memory does not hold: free some there, or start Ray with a"
+                " larger object_store_memory, and run the same command again"
+            )
+        if isinstance(cause, ray.exceptions.RuntimeEnvSetupError):
+            return f"Ray cannot set up the runtime environment ({last_line(cause)}): correct ray.runtime_env"
+    return None
 
 
 def reason(error: BaseException, kernel_killed: bool = False) -> tuple[str, str]:
@@ -143,10 +160,8 @@ def explain(error: BaseException, stage: str) -> EmlocError:
         return own
     if any(is_out_of_memory(cause) for cause in causes(error)):
         return StageError(f"{stage}: a worker ran out of memory: {_MEMORY}.")
-    full = next((e for e in causes(error) if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)), None)
-    if full is not None:
-        where = f" at {full.filename}" if full.filename else ""
-        return StageError(f"{stage}: the disk is full{where}: free some and run the same command again.")
+    if (why_not := hopeless(error)) is not None:
+        return StageError(f"{stage}: {why_not}.")
     if is_lost(error):
         why, what_to_do = reason(error)
         return StageError(f"{stage}: a worker was lost because {why}: {what_to_do}.")

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from ray.exceptions import ActorDiedError, NodeDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
+from ray.exceptions import (
+    ActorDiedError,
+    NodeDiedError,
+    OutOfDiskError,
+    OutOfMemoryError,
+    RayTaskError,
+    RuntimeEnvSetupError,
+    WorkerCrashedError,
+)
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
@@ -63,6 +71,25 @@ def test_memory_that_ran_out_is_said_whoever_ran_out_of_it(error: Exception) -> 
 def test_a_full_disk_is_said_with_its_place() -> None:
     told = str(explain(as_ray_raises(OSError(errno.ENOSPC, "No space left on device", "/runs/a")), "merge"))
     assert told == "merge: the disk is full at /runs/a: free some and run the same command again."
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/runs/a"), "the disk is full at /runs/a: free some"),
+        (OutOfDiskError("x"), "a node's disk is full where Ray keeps what its memory does not hold: free some there"),
+        (RuntimeEnvSetupError("pip said\nno such package"), "environment (no such package): correct ray.runtime_env"),
+    ],
+)
+def test_what_another_try_does_not_change_ends_the_stage_at_once(error: Exception, said: str) -> None:
+    behind = WorkerCrashedError()
+    behind.__cause__ = error
+    for raised in (as_ray_raises(error) if isinstance(error, OSError) else error, behind):
+        losses = Losses("merge")
+        with pytest.raises(type(raised)):
+            losses.count("shard a", raised)
+        assert not losses.counts
+        assert said in str(explain(raised, "merge"))
 
 
 def test_an_error_that_causes_itself_ends() -> None:
