@@ -79,6 +79,7 @@ def measured(root: Path, model_dir: Path, **changes: Any) -> Any:
     return json.loads((root / "found.json").read_text())
 
 
+@pytest.mark.timeout(1200)
 def test_a_third_of_the_weights_is_enough(model_dir: Path, tmp_path: Path) -> None:
     third = sum(entry.num_bytes for entry in Checkpoint(model_dir)) // 3
     bounded = measured(tmp_path / "bounded", model_dir, memory_budget=BASE_BYTES + third - BESIDE)
