@@ -1,0 +1,92 @@
+"""A run whose linears take whatever loses least for one budget of bytes: floats, factors, integers, and both; end to end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import FinishedRun, redone
+from transformers import AutoModelForCausalLM
+
+from emloc_ray.config.reading import parse_config
+from emloc_ray.io.formats.checkpoint import Checkpoint
+from emloc_ray.io.formats.grams import GramStore
+from emloc_ray.modeling.adapter_files import Adapter
+from emloc_ray.modeling.quantization import emulator_weight
+from emloc_ray.planning.prepared import prepare
+from emloc_ray.stages.factorize.spend import read_forms
+
+
+@pytest.fixture(scope="session")
+def budget_run(make_run: Callable[..., FinishedRun], task_file: Path) -> FinishedRun:
+    return make_run(
+        task_file,
+        "qwen2",  # biases
+        "bfloat16",
+        emulator={"compression_ratio": None, "budget": "3.5 bits", "objective": "predictions", "storage": "pivoted", "group_size": 16},
+        correction={"method": "covariance", "clamp": None},
+    )
+
+
+def test_the_linears_take_several_forms_within_the_budget(budget_run: FinishedRun) -> None:
+    forms, told = read_forms(budget_run.root / "allocation"), budget_run.metrics["emulator"]
+    layout = prepare(parse_config(budget_run.values)).layout
+    assert set(forms) == set(layout.compressed)
+    assert sum(told["forms"].values()) == len(forms)
+    assert len(told["forms"]) > 1
+    weights = layout.parameters_targeted
+    assert told["bits_per_weight"] == pytest.approx(8 * layout.with_forms(forms).stored_bytes(2) / weights)
+    assert told["bits_per_weight"] <= 3.5
+    emulator = Checkpoint(budget_run.root / "emulator")
+    assert told["bytes"] == emulator.num_bytes
+    rest = (layout.num_parameters - weights) * 2
+    biases = sum(entry.num_bytes for entry in emulator if entry.name.endswith("bias"))
+    # Biases are counted with the rest; an exponent takes 2 bytes here, and is counted with 4.
+    assert emulator.num_bytes - rest <= 3.5 * weights / 8
+    assert biases < rest
+
+
+def test_it_loads_as_it_was_made_and_trains(budget_run: FinishedRun) -> None:
+    emulator = AutoModelForCausalLM.from_pretrained(budget_run.root / "emulator")
+    assert {type(emulator.get_submodule(name)).__name__ for name in read_forms(budget_run.root / "allocation")} > {
+        "IntegerLinear"
+    }
+    losses = {variant: scores["loss"] for variant, scores in budget_run.metrics["evaluation"].items()}
+    assert losses["emulator_adapter"] < losses["emulator"]
+    assert losses["corrected"] < losses["original"]
+    assert losses["merged"] == pytest.approx(losses["corrected"], abs=1e-2)
+
+
+def test_correction_takes_out_the_difference_to_what_is_stored(budget_run: FinishedRun) -> None:
+    run = budget_run
+    original, emulator = Checkpoint(run.model_dir), Checkpoint(run.root / "emulator")
+    trained, corrected = Adapter(run.root / "adapter_emulator"), Adapter(run.root / "adapter")
+    grams = GramStore(run.root / "calibration")
+    for name in trained.names:
+        weight = original.read(f"{name}.weight").double()
+        held = emulator_weight(emulator, name, weight.shape[1])
+        if held is None:  # dense: nothing to correct
+            continue
+        stored = held.rows().double()
+        before, after = trained.module(name), corrected.module(name)
+        x = torch.linalg.svd(before.lora_a.double(), full_matrices=False).Vh.T  # what the adapter reads
+        gram = grams.read(name).double()
+        damping = 1e-4 * (x.T @ gram @ x).diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+        x = (gram + damping) @ x  # directions under which covariance is exact
+        served = weight @ x + after.scale * (after.lora_b.double() @ (after.lora_a.double() @ x))
+        meant = stored @ x + before.scale * (before.lora_b.double() @ (before.lora_a.double() @ x))
+        assert float((served - meant).norm() / ((weight - stored) @ x).norm()) < 1e-2, name
+
+
+def test_the_page_tells_of_it_and_a_changed_budget_is_spent_anew(budget_run: FinishedRun) -> None:
+    page = (budget_run.root / "report.html").read_text()
+    assert "through an emulator of <b>3.5 bits</b>" in page
+    assert "bits a weight</b>" in page
+    assert redone(budget_run.values) == []
+    changed = budget_run.changed(emulator={"budget": "2.6 bits"})
+    assert redone(changed)[:2] == ["allocate", "factorize"]
+    manifest = json.loads((budget_run.root / "manifest.json").read_text())
+    assert "compression_ratio" not in manifest["config"]["emulator"]
