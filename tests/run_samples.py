@@ -73,7 +73,7 @@ def finished_metrics() -> dict[str, Any]:
             "train_loss": 5.1667,
             "history": [{"step": 10, "loss": 5.39}, {"step": 20, "loss": 5.05}],
             "trainable_parameters": 2_441_216,
-            "rows_per_second": 100.0,
+            "tokens_per_second": 1725.6,
         },
         "correction": {
             **{key: candidates[2][key] for key in ("method", "clamp", "strength")},

@@ -166,7 +166,6 @@ def page_view(
         "disk": metrics.get("disk_bytes") or {},
         "auto_class": metrics.get("auto_class", "AutoModelForCausalLM"),
         "hardware": describe_hardware(metrics.get("hardware") or {}),
-        "tokens_per_second": tokens_per_second(results["finetune"], results["data"].get("train") or {}),
         "versions": metrics.get("versions") or {},
         "config": write_yaml(without_secrets(config)) if config else "",
     }
@@ -191,13 +190,6 @@ def describe_hardware(hardware: Mapping[str, Any]) -> str | None:
     parts = [counted(hardware["nodes"], "node"), counted(round(hardware["cpus"]), "CPU")]
     parts.append(counted(gpus, "GPU") + (f" ({names})" if names else "") if gpus else "no GPU")
     return ", ".join(parts)
-
-
-def tokens_per_second(training: Mapping[str, Any], split: Mapping[str, Any]) -> float | None:
-    """The tokens that all workers together trained on in a second, of rows of mean length; None where it is not known."""
-    if not training.get("rows_per_second") or not split.get("rows"):
-        return None
-    return float(training["rows_per_second"] * split["tokens"] / split["rows"])
 
 
 def headings(html: str) -> list[tuple[str, str]]:

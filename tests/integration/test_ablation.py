@@ -36,6 +36,7 @@ FEWER = {
     "allocation": [EIGHT, "methods=[lora, uniform, sensitivity_predictions]"],
     "baselines": [EIGHT],
     "bits": [EIGHT, "methods=[lora, factors_nf4, int2_rank8]"],
+    "budget": [EIGHT, "methods=[lora, int2_rank8, budget_2.4]"],
     "calibration_size": [
         "grid.calibration.num_calibration_samples=[2, 8]",
         "compare_with={calibration.num_calibration_samples: 2}",

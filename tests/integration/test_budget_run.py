@@ -26,7 +26,13 @@ def budget_run(make_run: Callable[..., FinishedRun], task_file: Path) -> Finishe
         task_file,
         "qwen2",  # biases
         "bfloat16",
-        emulator={"compression_ratio": None, "budget": "3.5 bits", "objective": "predictions", "storage": "pivoted", "group_size": 16},
+        emulator={
+            "compression_ratio": None,
+            "budget": "3.5 bits",
+            "objective": "predictions",
+            "storage": "pivoted",
+            "group_size": 16,
+        },
         correction={"method": "covariance", "clamp": None},
     )
 

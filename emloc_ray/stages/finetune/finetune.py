@@ -103,7 +103,7 @@ def finetune(
         "resumed": outcome["resumed"],
         "trainable_parameters": outcome["trainable_parameters"],
         # A resumed training's rate counts rows that an earlier try had read.
-        "rows_per_second": None if outcome["resumed"] else outcome["rows_per_second"],
+        "sequences_per_second": None if outcome["resumed"] else outcome["sequences_per_second"],
         **({"validation": {"history": ordered, "keeps_best": keeps_best}} if ordered else {}),
     }
 

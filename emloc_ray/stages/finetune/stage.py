@@ -61,9 +61,14 @@ def steps_of(context: Context) -> int:
 
 def trained_tokens(context: Context) -> float:
     """Tokens that all steps of the fine-tuning read, of rows or packs of mean length."""
-    config, tokens_dir = context.prepared.config, context.tokens("train")
-    rows, sequences = rows_a_step(config.finetune), num_sequences(tokens_dir, pack_length(config))
-    return steps_of(context) * rows * float(TokenShards(tokens_dir).index["tokens"]) / max(1, sequences)
+    return steps_of(context) * rows_a_step(context.prepared.config.finetune) * sequence_tokens(context)
+
+
+def sequence_tokens(context: Context) -> float:
+    """The mean tokens of a row, or of a pack of rows."""
+    tokens_dir = context.tokens("train")
+    sequences = num_sequences(tokens_dir, pack_length(context.prepared.config))
+    return float(TokenShards(tokens_dir).index["tokens"]) / max(1, sequences)
 
 
 def finetune_job(context: Context, name: str) -> FinetuneJob:
@@ -156,7 +161,10 @@ def _inputs(context: Context) -> Inputs:
 def _finetune(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
     from emloc_ray.stages.finetune.finetune import finetune
 
-    return finetune(finetune_job(context, f"finetune-{fingerprint(inputs)}"), granted, progress, context.note)
+    result = finetune(finetune_job(context, f"finetune-{fingerprint(inputs)}"), granted, progress, context.note)
+    if rate := result.pop("sequences_per_second"):
+        result["tokens_per_second"] = rate * sequence_tokens(context)
+    return result
 
 
 def _cost(memory: MemoryModel) -> StageCost:
@@ -176,7 +184,7 @@ def _summary(result: Result) -> str:
 def _sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
     result = results["finetune"]
     # Not in runs of older versions, or not asked for.
-    optional = ("trainable_parameters", "rows_per_second", "validation")
+    optional = ("trainable_parameters", "tokens_per_second", "validation")
     keys = ("steps", "train_loss", "history", *(key for key in optional if result.get(key) is not None))
     return {"finetune": {key: result[key] for key in keys}}
 

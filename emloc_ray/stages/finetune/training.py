@@ -246,14 +246,14 @@ def train(job: FinetuneJob, session: TrainingSession) -> dict[str, Any]:
             if trainer.validation is not None:
                 trainer.validation.restore(trainer.model)
             trainer.save_adapter()
-    rows_per_step = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * session.world_size
+    a_step = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps * session.world_size
     outcome = {"failure": keeper.failure, "stopped": keeper.stopped, "resumed": folder is not None}
     return {
         **outcome,
         "steps": output.global_step,
         "train_loss": output.training_loss,
         "trainable_parameters": get_model_param_count(trainer.model, trainable_only=True),
-        "rows_per_second": output.global_step * rows_per_step / output.metrics["train_runtime"],
+        "sequences_per_second": output.global_step * a_step / output.metrics["train_runtime"],
     }
 
 
