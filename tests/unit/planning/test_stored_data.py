@@ -45,7 +45,7 @@ def test_stored_data_is_prepared_as_local_data_is(s3_port: int, prepared: Make, 
     place = put(s3_port, "rows.jsonl", path.read_bytes())
     here, there = prepared(str(path)), prepared(place, calibration=place)
     (local,), (stored,) = here.files["train"], there.files["train"]
-    assert replace(stored, path=local.path, version="") == local
+    assert replace(stored, path=local.path, version="", looked=local.looked) == local
     assert there.files["calibration"] == there.files["train"]
     assert there.lengths == here.lengths
     assert [len(data_files(ready)) for ready in (here, there)] == [2, 0]
