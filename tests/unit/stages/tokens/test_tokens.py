@@ -61,7 +61,7 @@ def test_tokens_are_reached_by_whole_rows_on_any_number_of_workers(
     # By hand: the rows of smallest hash, up to the one that reaches the number.
     every = RowSelection.all_rows([scan(tmp_path / "rows.jsonl")])
     options = TokenizeOptions(str(on_two.source.directory), "prompt_completion", on_two.config.data.max_seq_length)
-    whole = [tokens.input_ids for tokens in options.tokens(every.read(0, NUM_ROWS))]
+    whole = [tokens.input_ids for [tokens] in options.tokens(every.read(0, NUM_ROWS))]
     order = np.argsort(row_hash(np.arange(NUM_ROWS), CALIBRATION_SEED))
     totals = np.cumsum([len(whole[row]) for row in order])
     taken = sorted(order[: int(np.searchsorted(totals, wanted)) + 1].tolist())
