@@ -86,22 +86,28 @@ def first_rows(prepared: Prepared, split: str = "train", count: int = 64) -> Fir
     return found
 
 
+def tokenize_options(prepared: Prepared, tokenizer: Path, files: Sequence[SourceFile]) -> TokenizeOptions:
+    """How a config's rows become tokens, from files of one format, or of several whose rows tell theirs."""
+    data, formats = prepared.config.data, {source.format for source in files}
+    return TokenizeOptions(
+        str(tokenizer),
+        formats.pop() if len(formats) == 1 else "auto",
+        data.max_seq_length,
+        data.packing,
+        prepared.config.model.trust_remote_code,
+        has_encoder(prepared.model_config),
+        data.on_error == "skip",
+        ImagePlaces.of(data.image_hosts, data.image_roots),
+        tuple(data.columns.items()),
+    )
+
+
 def _tokenized(
     prepared: Prepared, split: str, sources: Sequence[SourceFile], count: int, num_rows: int | None
 ) -> FirstRows:
     config = prepared.config
     formats = tuple(dict.fromkeys(source.format for source in sources))
-    options = TokenizeOptions(
-        str(prepared.source.directory),
-        formats[0] if len(formats) == 1 else "auto",
-        config.data.max_seq_length,
-        config.data.packing,
-        config.model.trust_remote_code,
-        has_encoder(prepared.model_config),
-        config.data.on_error == "skip",
-        ImagePlaces.of(config.data.image_hosts, config.data.image_roots),
-        tuple(config.data.columns.items()),
-    )
+    options = tokenize_options(prepared, prepared.source.directory, sources)
     rows = list(itertools.islice(_rows(sources, config.data, count), count))
     pairs = zip(rows, options.tokens(iter(rows)), strict=True)
     found = tuple((place, sequences) for (place, _), sequences in pairs)

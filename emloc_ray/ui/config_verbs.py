@@ -87,6 +87,11 @@ def preview(console: Console, prepared: Prepared, split: str, count: int) -> Non
     from emloc_ray.planning.first_rows import first_rows, marked
 
     first = first_rows(prepared, split, count)
+    if first is None and prepared.source.gguf_file is not None:
+        raise ConfigError(
+            "preview cannot read a .gguf file's tokenizer, which the run imports: set model.source to the same model's directory"
+            " or hub id."
+        )
     if first is None:
         raise ConfigError(
             f"data.{split} has no rows to show before the run: name a split that has a path, with --split."

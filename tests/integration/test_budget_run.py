@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
+from layer_differences import assert_covariance_corrects
 from small_runs import FinishedRun, redone
 from transformers import AutoModelForCausalLM
 
@@ -76,15 +76,8 @@ def test_correction_takes_out_the_difference_to_what_is_stored(budget_run: Finis
         held = emulator_weight(emulator, name, weight.shape[1])
         if held is None:  # dense: nothing to correct
             continue
-        stored = held.rows().double()
-        before, after = trained.module(name), corrected.module(name)
-        x = torch.linalg.svd(before.lora_a.double(), full_matrices=False).Vh.T  # what the adapter reads
-        gram = grams.read(name).double()
-        damping = 1e-4 * (x.T @ gram @ x).diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
-        x = (gram + damping) @ x  # directions under which covariance is exact
-        served = weight @ x + after.scale * (after.lora_b.double() @ (after.lora_a.double() @ x))
-        meant = stored @ x + before.scale * (before.lora_b.double() @ (before.lora_a.double() @ x))
-        assert float((served - meant).norm() / ((weight - stored) @ x).norm()) < 1e-2, name
+        modules = trained.module(name), corrected.module(name)
+        assert_covariance_corrects(weight, held.rows().double(), *modules, grams.read(name), name)
 
 
 def test_the_page_tells_of_it_and_a_changed_budget_is_spent_anew(budget_run: FinishedRun) -> None:

@@ -271,9 +271,10 @@ def _publish_events(job: FinetuneJob, session: TrainingSession) -> None:
         publish(job.events_dir)
 
 
-def _make_trainer(job: FinetuneJob, output_dir: str, session: TrainingSession) -> tuple[EmulatorTrainer, StepKeeper]:
+def _arguments(job: FinetuneJob, output_dir: str) -> TrainingArguments:
+    """What the Trainer is told: the job's own over our defaults, and over these what the stage decides."""
     scattered = {"deepspeed": job.zero_config, **join_as_deepspeed_rank()} if job.zero_config else {}
-    arguments = TrainingArguments(
+    return TrainingArguments(
         output_dir=output_dir,
         max_steps=job.max_steps,
         per_device_train_batch_size=job.batch_size,
@@ -294,6 +295,10 @@ def _make_trainer(job: FinetuneJob, output_dir: str, session: TrainingSession) -
             **scattered,
         },
     )
+
+
+def _make_trainer(job: FinetuneJob, output_dir: str, session: TrainingSession) -> tuple[EmulatorTrainer, StepKeeper]:
+    arguments = _arguments(job, output_dir)
     with scattered_in(_stored_dtype(job)) if job.zero_config else contextlib.nullcontext():
         wide = {} if arguments.bf16 or job.model_options.get("dtype", "auto") != "auto" else _stored_float32(job)
         model = open_model(job.emulator_dir, job.hold, **{**job.model_options, **wide})

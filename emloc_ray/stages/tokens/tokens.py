@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.data.hub import download
-from emloc_ray.data.image_places import ImagePlaces
 from emloc_ray.data.reading import SourceFile, scan
 from emloc_ray.data.splits import CALIBRATION_SEED, MIXTURE_SEED, SPLITS, RowSelection, assign_splits
 from emloc_ray.data.token_budget import rows_within
@@ -18,8 +17,8 @@ from emloc_ray.data.tokenizing import TokenizeOptions, first_unwritten, row_leng
 from emloc_ray.errors import DataError
 from emloc_ray.io.runs.resume import discard_unless
 from emloc_ray.io.store.node_cache import exists, hashes
-from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.planning.data_checks import with_format
+from emloc_ray.planning.first_rows import tokenize_options
 from emloc_ray.planning.prepared import Prepared, splits_of
 from emloc_ray.stages.ray.losses import Losses, Tell, is_lost, unheard
 from emloc_ray.stages.ray.tasks import Progress, silent
@@ -50,18 +49,8 @@ def tokenize_data(
     # By content, not time: on an object store each node's copies have times of their own.
     made = {path.name: sha for file in local if out_dir in file.parents for path, sha in hashes(file).items()}
     discard_unless(out_dir / "tokens", time.time() if inputs is None else [inputs, made])
-    formats = {source.format for files in sources.values() for source in files}
-    options = TokenizeOptions(
-        str(tokenizer),
-        formats.pop() if len(formats) == 1 else "auto",
-        config.data.max_seq_length,
-        config.data.packing,
-        config.model.trust_remote_code,
-        has_encoder(prepared.model_config),
-        config.data.on_error == "skip",
-        ImagePlaces.of(config.data.image_hosts, config.data.image_roots),
-        tuple(config.data.columns.items()),
-    )
+    every = [source for files in sources.values() for source in files]
+    options = tokenize_options(prepared, tokenizer, every)
     losses = Losses("data", tell)
     splits = retried(lambda: rows_of_splits(config, sources, options), losses, lambda: "counting tokens")
     # Rows that may show images are of 100 KB rather than a few.

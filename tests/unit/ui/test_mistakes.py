@@ -13,6 +13,7 @@ from typing import Any
 import jsonschema
 import pytest
 import ray
+from gguf_files import write_gguf
 from typer.testing import CliRunner, Result
 
 from emloc_ray.config.peers import PEERS
@@ -311,6 +312,14 @@ def test_a_batch_is_validated_as_one(place: Place) -> None:
     assert result.exit_code == 0, result.output
     assert "2 tasks" in result.stdout
     assert "The batch is valid" in result.stdout
+
+
+def test_preview_says_that_a_gguf_files_tokenizer_is_read_by_the_run(place: Place) -> None:
+    write_gguf(place.root / "model.gguf")
+    place.values["model"] = "model.gguf"
+    result = place("preview", "my.yaml")
+    assert result.exit_code == 2
+    assert "preview cannot read a .gguf file's tokenizer, which the run imports: set model.source" in result.output
 
 
 def test_preview_marks_what_is_learnt(place: Place) -> None:
