@@ -38,6 +38,12 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
+# As reasoning models do: what an earlier assistant turn said depends on whether it is the last.
+REWRITING = (
+    "{% for m in messages %}{{ m['role'] }}:{% if m['role'] == 'assistant' and not loop.last %}(cut)"
+    "{% else %}{{ m['content'] }}{% endif %};{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
 
 def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of at most ``VOCABULARY`` tokens: ``<pad>`` is 0, ``<eos>`` is 1, any text is lossless."""

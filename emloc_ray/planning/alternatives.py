@@ -84,10 +84,10 @@ class Choice:
         """What makes the recommended run, as the command line takes it."""
         old, new = (_settings(config) for config in (self.asked, self.recommended.config))
         changed = [f"{key}={value}" for key, value in new.items() if value != old[key]]
-        gib = self.budget / 2**30
-        budget = f"{gib:g}GiB" if gib.is_integer() else str(self.budget)
-        budget = "inference" if self.asked.memory_budget == "inference" else budget
-        return [f"memory_budget={budget}", *changed, *self.solution.overrides]
+        asked: Any = self.asked.memory_budget
+        if asked != "inference":
+            asked = f"{asked // 2**30}GiB" if asked % 2**30 == 0 else int(asked)
+        return [f"memory_budget={asked}", *changed, *self.solution.overrides]
 
 
 def choose_training(stages: Sequence[Costed], prepared: Prepared, lengths: Lengths, speeds: Speeds) -> Choice:

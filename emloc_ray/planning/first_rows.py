@@ -7,19 +7,21 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from emloc_ray.config.schema import DataConfig
 from emloc_ray.data.formats import Tokens, truncate
 from emloc_ray.data.hub import download
 from emloc_ray.data.image_places import ImagePlaces
 from emloc_ray.data.reading import Place, Row, SourceFile, read_rows, scan
-from emloc_ray.data.row_formats import columns_of
+from emloc_ray.data.row_formats import CHATS, columns_of
 from emloc_ray.data.tokenizing import TokenizeOptions
-from emloc_ray.errors import ConfigError, DataError
+from emloc_ray.errors import ConfigError, DataError, EmlocError
 from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.planning.data_checks import with_format
-from emloc_ray.planning.prepared import Prepared
+
+if TYPE_CHECKING:  # which is made with what the first rows tell
+    from emloc_ray.planning.prepared import Prepared
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,23 @@ def first_rows(prepared: Prepared, split: str = "train", count: int = 64) -> Fir
             " learn: raise it."
         )
     return found
+
+
+def sequences_a_row(prepared: Prepared) -> float:
+    """Sequences that a row to train on becomes: above one where the chat template rewrites earlier turns of the first rows.
+
+    One where these show images, are packed, or are known only to the run.
+    """
+    data, files = prepared.config.data, prepared.files.get("train", ())
+    chats = bool({source.format for source in files} & CHATS)
+    if not chats or data.packing or data.train is None or data.train.hub or any(source.images for source in files):
+        return 1.0
+    try:
+        first = first_rows(prepared)
+    except EmlocError:  # of a bad row, which is told where rows are read
+        return 1.0
+    good = 0 if first is None else sum(row is not None for _, row in first.rows)
+    return len(first.sequences) / good if first is not None and good else 1.0
 
 
 def tokenize_options(prepared: Prepared, tokenizer: Path, files: Sequence[SourceFile]) -> TokenizeOptions:

@@ -167,18 +167,26 @@ class MemoryModel(ModelBytes):
 
     @functools.cached_property
     def budget(self) -> float | None:
-        """``memory_budget`` in bytes; None where there is none."""
+        """``memory_budget`` in bytes, which no GPU that is here is filled beyond; None where there is none."""
         asked = self.config.memory_budget
-        return total(self.inference()) if asked == "inference" else asked if asked is None else float(asked)
+        if asked is None:
+            return None
+        return total(self.inference()) if asked == "inference" else min(asked, self._gpu_share("finetune"))
 
     def worker_bytes(self, section: str) -> float:
-        """``memory_budget``; else of a GPU like this machine's, or a worker's share of its memory, or no bound elsewhere."""
-        if self.budget is not None:
-            return self.budget
+        """``memory_budget``, on a GPU that is here no more than can be filled of it; without one a GPU like this machine's, or
+        a worker's share of its memory, or no bound elsewhere."""
         asked = getattr(self.config, section)
+        if self.budget is not None:
+            return min(self.budget, self._gpu_share(section))
         if asked.gpus:
             return _GPU_SHARE * gpu_bytes() * asked.gpus
         return float("inf") if self.config.ray.joins else available_bytes() / asked.num_workers
+
+    def _gpu_share(self, section: str) -> float:
+        """What can be filled of a GPU of this machine by a worker; infinite without one, or where workers are elsewhere."""
+        gpus = getattr(self.config, section).gpus
+        return _GPU_SHARE * gpu_bytes() * gpus if gpus and not self.config.ray.joins else float("inf")
 
     def factorize(self) -> Parts:
         """The group that needs most, with one of its layers computed once more in float64, as rounding may ask."""

@@ -34,6 +34,11 @@ def num_train_rows(prepared: Prepared) -> int:
     return sum(source.num_rows for source in prepared.files.get("train", ())) or UNKNOWN_ROWS
 
 
+def num_train_sequences(prepared: Prepared) -> int:
+    """What these rows become: more where a chat template rewrites earlier turns, by as many as the first rows tell."""
+    return round(num_train_rows(prepared) * prepared.sequences_a_row)
+
+
 def rows_trained(prepared: Prepared) -> int:
     """Rows, or packs of rows, that all steps of the fine-tuning read together."""
     return rows_a_step(prepared.config.finetune) * steps_trained(prepared)
@@ -41,7 +46,7 @@ def rows_trained(prepared: Prepared) -> int:
 
 def steps_trained(prepared: Prepared) -> int:
     """Optimizer steps of the fine-tuning, estimated from the rows that are known."""
-    count = float(num_train_rows(prepared))
+    count = float(num_train_sequences(prepared))
     if prepared.config.finetune.packing:
         count *= prepared.lengths.mean / (PACKED_SHARE * prepared.config.data.max_seq_length)
     return num_steps(prepared.config, math.ceil(count))

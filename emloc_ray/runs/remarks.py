@@ -10,7 +10,7 @@ from emloc_ray.data.processors import IMAGE_SIDE
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.machine import cpu_capabilities, has_bfloat16
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.work import num_steps, num_train_rows, rows_trained
+from emloc_ray.planning.work import num_train_rows, num_train_sequences, rows_trained, steps_trained
 from emloc_ray.text import listed, size
 
 MANY_EPOCHS = 20
@@ -112,15 +112,15 @@ def beyond_positions(prepared: Prepared) -> str | None:
 
 def repeated_rows(prepared: Prepared) -> str | None:
     """Says so where all steps together read every row many times."""
-    rows, read = num_train_rows(prepared), rows_trained(prepared)
-    if "train" not in prepared.files or read < MANY_EPOCHS * rows:
+    rows, times = num_train_rows(prepared), rows_trained(prepared) / num_train_sequences(prepared)
+    if "train" not in prepared.files or times < MANY_EPOCHS:
         return None
-    return f"Training reads each of the {rows} rows about {read / rows:.0f} times: give more rows, or fewer steps."
+    return f"Training reads each of the {rows} rows about {times:.0f} times: give more rows, or fewer steps."
 
 
 def late_warmup(prepared: Prepared) -> str | None:
     """Says so where the learning rate does not reach its peak before the steps end."""
-    steps = num_steps(prepared.config, num_train_rows(prepared))
+    steps = steps_trained(prepared)
     warmup = (prepared.config.finetune.model_extra or {}).get("warmup_steps", 0)
     if not isinstance(warmup, int | float) or warmup < 1 or warmup < steps:
         return None

@@ -51,14 +51,13 @@ def _linears(prepared: Prepared) -> str:
 
 def _training(prepared: Prepared, plan: Plan) -> str:
     from emloc_ray.planning.memory import MemoryModel
-    from emloc_ray.planning.work import num_steps, num_train_rows
+    from emloc_ray.planning.work import rows_a_step, steps_trained
 
-    section, rows = prepared.config.finetune, num_train_rows(prepared)
-    batch = section.per_device_train_batch_size * section.gradient_accumulation_steps * section.num_workers
+    batch = rows_a_step(prepared.config.finetune)
     peak = max(held for stage, held in plan.worker_bytes.items() if stage != "inference")
     tokens = batch * plan.lengths.mean
     return (
-        f"{counted(num_steps(prepared.config, rows), 'step')} of {counted(batch, 'row')} (about {tokens:,.0f} tokens),"
+        f"{counted(steps_trained(prepared), 'step')} of {counted(batch, 'row')} (about {tokens:,.0f} tokens),"
         f" {MemoryModel(prepared).adapter_parameters:,} trainable parameters, peak {size(peak)} a worker,"
         f" about {duration(plan.seconds)}"
     )

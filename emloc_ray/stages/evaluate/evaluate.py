@@ -59,7 +59,6 @@ class EvaluationJob:
     variants: tuple[str, ...] = VARIANTS
     model_options: dict[str, Any] = field(default_factory=dict)
     hold: str = "resident"  # of the original and the merged model
-    emulator_hold: str = "resident"
     finished_adapter_dir: Path | None = None  # None where it is left as corrected
 
     @property
@@ -74,9 +73,11 @@ class EvaluationJob:
         return tuple(dict.fromkeys(map(self.family, self.scored)))
 
     def family(self, variant: str) -> str:
-        """The model that is loaded for a variant. One whose weights come and go is merged on the way: they come once for
-        all."""
+        """The model that is loaded for a variant: the original for all where it is the emulator too. One whose weights come and
+        go is merged on the way: they come once for all."""
         family = _FAMILIES[variant]
+        if family == "emulator" and self.emulator_dir == self.model_dir:
+            return "original"
         return "original" if family == "merged" and self.hold != "resident" else family
 
     def adapter(self, variant: str) -> Path | None:
@@ -111,6 +112,9 @@ def evaluate_slice(job: EvaluationJob, family: str, part: int, num_parts: int) -
     prompts = [shards.row(position) for position in positions if position < _num_prompts(job)]
     variants = [name for name in job.scored if job.family(name) == family]
     alike = {"corrected": "uncorrected"} if {"corrected", "uncorrected"} <= {*variants} and _is_as_trained(job) else {}
+    if family == "original":
+        pairs = {"emulator": "original", "emulator_adapter": "uncorrected"}
+        alike |= {one: other for one, other in pairs.items() if {one, other} <= {*variants}}
 
     def result(variant: str, model: Any) -> VariantResult:
         score = _score(job, model, shards, positions, variant)
@@ -120,7 +124,7 @@ def evaluate_slice(job: EvaluationJob, family: str, part: int, num_parts: int) -
     apart = [variant for variant in variants if variant not in alike]
     directories = {"original": job.model_dir, "emulator": job.emulator_dir, "merged": job.merged_dir}
     adapters = [None if variant == family else job.adapter(variant) for variant in apart]
-    hold = job.emulator_hold if family == "emulator" else job.hold
+    hold = "resident" if family == "emulator" else job.hold
     models = list(zip(apart, adapters, strict=True))
     results = dict(zip(apart, _with_each(job, directories[family], hold, models, result), strict=True))
     return [replace(results[alike.get(variant, variant)], variant=variant) for variant in variants]

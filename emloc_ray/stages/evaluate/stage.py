@@ -33,7 +33,7 @@ def evaluation_job(context: Context) -> EvaluationJob:
     section = config.evaluation
     return EvaluationJob(
         model_dir=context.model_dir,
-        emulator_dir=context.emulator_dir,
+        emulator_dir=context.emulator_dir if context.layout.differs else context.model_dir,
         trained_adapter_dir=context.path("adapter_emulator"),
         corrected_adapter_dir=context.path("adapter"),
         finished_adapter_dir=context.final_adapter if context.finishes else None,
@@ -49,7 +49,6 @@ def evaluation_job(context: Context) -> EvaluationJob:
         variants=tuple(section.variants),
         model_options=context.model_options,
         hold=context.memory.evaluating().hold,
-        emulator_hold="resident" if context.layout.differs else context.memory.evaluating().hold,
     )
 
 
@@ -71,17 +70,20 @@ def _evaluate(context: Context, inputs: Inputs, granted: Resources, progress: Pr
 
 
 def _cost(memory: MemoryModel) -> StageCost:
-    section, layout = memory.config.evaluation, memory.layout
+    section, layout, hold = memory.config.evaluation, memory.layout, memory.evaluating().hold
     blocks, kept, head = block_work(layout), emulator_work(layout), head_work(layout)
-    scored = memory.lengths.mean * (section.num_samples or 1000)
-    works = ((kept if name in _ON_EMULATOR else blocks) + head for name in section.variants)
-    completed = 2 * section.num_exact_match * section.max_new_tokens * (blocks + 4 * head)
-    # All variants go through offloaded blocks together; a token of a completion is a pass too, of all prompts of a batch.
-    rows = (section.num_samples or 1000) + section.num_exact_match * section.max_new_tokens
+    rows, prompts = section.num_samples or 1000, max(section.num_generations, section.num_exact_match)
+    apart = [name for name in section.variants if layout.differs or name not in _ON_EMULATOR]
+    works = ((kept if name in _ON_EMULATOR else blocks) + head for name in apart)
+    completed = 2 * prompts * section.max_new_tokens * (blocks + 4 * head)
+    # All variants go through offloaded blocks together; a token of a completion is a pass too, of all prompts that are
+    # completed at once.
+    turns = section.num_workers * math.ceil(prompts / section.num_workers / memory.prompts_at_once())
+    passes = memory.moved(hold, rows, section.batch_size) + memory.moved(hold, turns * section.max_new_tokens, 1)
     return StageCost(
         memory.evaluate(),
-        flops=2 * (scored * sum(works) + completed),
-        moved_bytes=memory.moved(memory.evaluating().hold, rows, section.batch_size),
+        flops=2 * (memory.lengths.mean * rows * sum(works) + completed),
+        moved_bytes=passes,
         efficiency=0.45,
         start_seconds=20,
     )

@@ -17,7 +17,7 @@ from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.training import healing_run, healing_split
-from emloc_ray.planning.work import block_work, emulator_work, head_work, num_train_rows, passes, rows_trained
+from emloc_ray.planning.work import block_work, emulator_work, head_work, num_train_sequences, passes, rows_trained
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.finetune.stage import finetune_job, learned
 from emloc_ray.stages.stage import Stage, by_weights
@@ -122,7 +122,7 @@ def _cost(memory: MemoryModel) -> StageCost:
     assert healing is not None
     run = healing_run(prepared, healing)
     lengths, rows = run.lengths, rows_trained(run)
-    taught, head = min(rows, num_train_rows(run)) * lengths.mean, head_work(layout)
+    taught, head = min(rows, num_train_sequences(run)) * lengths.mean, head_work(layout)
     lora = sum(healing.r * (s.out_features + s.in_features) for s in run.layout.specs if s.name in run.layout.adapted)
     again = prepared.config.finetune.gradient_checkpointing
     training = rows * lengths.mean * passes(again) * (emulator_work(layout) + 4 * head)

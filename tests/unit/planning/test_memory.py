@@ -211,7 +211,10 @@ def test_workers_with_a_gpu_go_by_its_memory(
     on_gpu = {"calibration": {"gpus_per_worker": 1}, "ray": {"num_gpus": 1}}
     assert MemoryModel(prepared(), LENGTHS).calibration_hold() == "resident"
     assert MemoryModel(prepared(**on_gpu), LENGTHS).calibration_hold() == "block_by_block"
-    assert MemoryModel(prepared(**on_gpu, memory_budget="1GiB"), LENGTHS).calibration_hold() == "resident"
+    above = {**on_gpu, "memory_budget": "1GiB"}  # more than the card can hold
+    assert MemoryModel(prepared(**above), LENGTHS).calibration_hold() == "block_by_block"
+    elsewhere = {**above, "ray": {"address": "a-cluster:6379"}}
+    assert MemoryModel(prepared(**elsewhere), LENGTHS).calibration_hold() == "resident"
     on_half = {**on_gpu, "calibration": {"gpus_per_worker": 0.5}}
     assert MemoryModel(prepared(**on_half), LENGTHS).worker_bytes("calibration") == 0.92 * (BASE_BYTES + 1000) / 2
 
@@ -424,3 +427,13 @@ def test_prompts_are_completed_together_where_weights_come_for_every_token(prepa
     ]
     assert numbers == sorted({*numbers})
     assert (numbers[0], numbers[-1]) == (4, max(numbers))
+
+
+def test_completions_move_weights_once_a_token_for_all_prompts_of_a_turn(prepared: Callable[..., Prepared]) -> None:
+    section = {"num_samples": 12, "batch_size": 4, "num_exact_match": 64, "num_generations": 2, "max_new_tokens": 5}
+    found = prepared(evaluation=section, model={"hold": "offloaded"}, memory_budget="10GiB")
+    memory = MemoryModel(found, LENGTHS)
+    evaluate = next(stage for stage in STEPS if stage.name == "evaluate")
+    assert evaluate.cost is not None
+    assert memory.prompts_at_once() == 64
+    assert evaluate.cost(memory).moved_bytes == (12 / 4 + 5) * memory.moved(memory.evaluating().hold, 1, 1)

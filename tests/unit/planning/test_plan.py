@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
-from tiny import save_quantized_emulator
+from tiny import REWRITING, make_tokenizer, save_quantized_emulator
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.config.steps import VERBS
@@ -18,7 +19,7 @@ from emloc_ray.planning import plan as planner
 from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.plan import Plan, make_plan, missing_disk
 from emloc_ray.planning.prepared import Prepared, prepare
-from emloc_ray.planning.work import num_steps, rows_trained
+from emloc_ray.planning.work import num_steps, rows_trained, steps_trained
 from emloc_ray.stages.order import STEPS
 from emloc_ray.ui.terminal import plan_tables
 
@@ -177,6 +178,22 @@ def test_packs_are_fewer_and_longer_than_rows(prepared: Callable[..., Prepared])
 def test_steps_are_the_epochs_of_the_rows(finetune: dict[str, Any], rows: int, steps: int) -> None:
     values = {"run_dir": "x", "model": {"source": "y"}, "data": {"train": {"path": "z"}}, "finetune": finetune}
     assert num_steps(parse_config(values), rows) == steps
+
+
+def test_chats_whose_template_rewrites_turns_are_planned_as_the_sequences_they_become(
+    prepared: Callable[..., Prepared], tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text((json.dumps({"messages": turns * 2}) + "\n" + json.dumps({"messages": turns}) + "\n") * 8)
+    model = shutil.copytree(tiny_model_dir("llama"), tmp_path / "rewriting")
+    make_tokenizer(REWRITING).save_pretrained(model)
+    data = {"train": {"path": str(chats)}, "max_seq_length": 64}
+    steps = [
+        steps_trained(prepared(data=data, finetune={"per_device_train_batch_size": 4}, model={"source": str(place)}))
+        for place in (tiny_model_dir("llama"), model)
+    ]
+    assert steps == [4, 6]  # of 16 rows, of which every second becomes two sequences
 
 
 @pytest.mark.parametrize(

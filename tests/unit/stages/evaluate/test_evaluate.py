@@ -169,6 +169,16 @@ def test_weights_that_come_and_go_come_once_for_all_variants(
     assert block_reads.total() <= once.total()
 
 
+def test_an_emulator_that_is_the_original_is_scored_as_that(job: EvaluationJob) -> None:
+    plain = replace(job, emulator_dir=job.model_dir)
+    assert plain.families == ("original", "merged")
+    scores = {result.variant: result.score for result in evaluate_slice(plain, "original", 0, 1)}
+    assert scores["emulator"] == scores["original"] != scores["emulator_adapter"] == scores["uncorrected"]
+    alone = replace(plain, variants=("emulator_adapter",))
+    [found] = evaluate_slice(alone, "original", 0, 1)
+    assert found.score.loss_sum == pytest.approx(scores["uncorrected"].loss_sum, rel=1e-6)
+
+
 def test_the_corrected_adapter_is_the_one_that_is_read(job: EvaluationJob, tmp_path: Path) -> None:
     trained = Adapter(job.trained_adapter_dir)
     modules = [trained.module(name) for name in trained.names]
