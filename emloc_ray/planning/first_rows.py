@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from emloc_ray.config.schema import DataConfig
 from emloc_ray.data.formats import Tokens, truncate
@@ -19,9 +19,7 @@ from emloc_ray.data.tokenizing import TokenizeOptions
 from emloc_ray.errors import ConfigError, DataError, EmlocError
 from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.planning.data_checks import with_format
-
-if TYPE_CHECKING:  # which is made with what the first rows tell
-    from emloc_ray.planning.prepared import Prepared
+from emloc_ray.planning.prepared import Prepared
 
 
 @dataclass(frozen=True)
@@ -97,12 +95,18 @@ def sequences_a_row(prepared: Prepared) -> float:
     chats = bool({source.format for source in files} & CHATS)
     if not chats or data.packing or data.train is None or data.train.hub or any(source.images for source in files):
         return 1.0
-    try:
-        first = first_rows(prepared)
-    except EmlocError:  # of a bad row, which is told where rows are read
-        return 1.0
-    good = 0 if first is None else sum(row is not None for _, row in first.rows)
-    return len(first.sequences) / good if first is not None and good else 1.0
+    key = repr((prepared.source.directory, files, data))
+    if key not in _SEQUENCES:
+        try:
+            first = first_rows(prepared)
+        except EmlocError:  # of a bad row, which is told where rows are read
+            first = None
+        good = 0 if first is None else sum(row is not None for _, row in first.rows)
+        _SEQUENCES[key] = len(first.sequences) / good if first is not None and good else 1.0
+    return _SEQUENCES[key]
+
+
+_SEQUENCES: dict[str, float] = {}  # by model and rows, which are asked about several times while a run is planned
 
 
 def tokenize_options(prepared: Prepared, tokenizer: Path, files: Sequence[SourceFile]) -> TokenizeOptions:

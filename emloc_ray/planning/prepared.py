@@ -20,7 +20,6 @@ from emloc_ray.errors import ConfigError, EmlocError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.modeling.loading import ModelSource, resolve_source
 from emloc_ray.planning.data_checks import check_held_out, check_split
-from emloc_ray.planning.first_rows import sequences_a_row
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.lengths import Lengths, row_lengths
 from emloc_ray.planning.machine import check_packages, check_resources, gpus_expected
@@ -44,7 +43,6 @@ class Prepared:
     zero_config: dict[str, Any] | None = None
     file_dtype: torch.dtype | None = None  # of the model's files, where they are here and safetensors
     as_written: RunConfig | None = None  # the config before GPUs, and batches within its budget, were decided
-    sequences_a_row: float = 1.0  # to train on
 
     def with_gpus(self, available: float) -> Prepared:
         """The same where Ray has or can add so many GPUs; itself, where that changes nothing."""
@@ -116,8 +114,7 @@ def prepare(config: RunConfig, needs_weights: bool = True) -> Prepared:
     if errors or source is None or model is None:
         raise ConfigError("\n".join(dict.fromkeys(errors)))  # splits may share a bad file
     known = {name: sources for name, sources in files.items() if sources}
-    prepared = Prepared(config, run, source, *model, known, zero_config, file_dtype, as_written)
-    return dataclasses.replace(prepared, sequences_a_row=sequences_a_row(prepared))
+    return Prepared(config, run, source, *model, known, zero_config, file_dtype, as_written)
 
 
 def _check_upper_bound(config: RunConfig) -> None:

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from emloc_ray.planning.costs import StageCost
+from emloc_ray.planning.first_rows import sequences_a_row
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.lengths import PACKED_SHARE, Lengths
 from emloc_ray.planning.memory import Held, MemoryModel
@@ -36,7 +37,7 @@ def num_train_rows(prepared: Prepared) -> int:
 
 def num_train_sequences(prepared: Prepared) -> int:
     """What these rows become: more where a chat template rewrites earlier turns, by as many as the first rows tell."""
-    return round(num_train_rows(prepared) * prepared.sequences_a_row)
+    return round(num_train_rows(prepared) * sequences_a_row(prepared))
 
 
 def rows_trained(prepared: Prepared) -> int:
