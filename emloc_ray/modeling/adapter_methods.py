@@ -11,42 +11,27 @@ import functools
 import typing
 import warnings
 from collections.abc import Sequence
-from typing import Any
-
-from peft import (
-    IA3Config,
-    LoHaConfig,
-    LoKrConfig,
-    LoraConfig,
-    PeftConfig,
-    PrefixTuningConfig,
-    PromptTuningConfig,
-    VeraConfig,
-    get_peft_model,
-)
-from peft.tuners.lokr.layer import factorization
-from peft.utils import (
-    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
-    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
-)
+from typing import TYPE_CHECKING, Any
 
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.matching import Patterns, lookup, matches, select
 
+if TYPE_CHECKING:  # PEFT takes seconds to import, and what reads an adapter's files does not need it
+    from peft import PeftConfig
+
 # The method's name in a config, and PEFT's config class: of all but LoRA and its variants.
-CONFIGS: dict[str, type[PeftConfig]] = {
-    "loha": LoHaConfig,
-    "lokr": LoKrConfig,
-    "vera": VeraConfig,
-    "ia3": IA3Config,
-    "prefix_tuning": PrefixTuningConfig,
-    "prompt_tuning": PromptTuningConfig,
+CONFIGS = {
+    "loha": "LoHaConfig",
+    "lokr": "LoKrConfig",
+    "vera": "VeraConfig",
+    "ia3": "IA3Config",
+    "prefix_tuning": "PrefixTuningConfig",
+    "prompt_tuning": "PromptTuningConfig",
 }
 
-# Fields that follow from the model or the run, or that this pipeline has another way to say.
+# Fields that follow from the model or the run, or that this pipeline has another way to say: these and PeftConfig's own.
 _SET_HERE = {
-    *(field.name for field in dataclasses.fields(PeftConfig)),
     *("fan_in_fan_out", "num_transformer_submodules", "save_projection", "use_effective_conv2d"),
     *("token_dim", "num_layers", "num_attention_heads"),
 }
@@ -78,9 +63,22 @@ _BOUNDS: dict[str, dict[str, Any]] = {
 }
 
 
+def _config_class(method: str) -> type[PeftConfig]:
+    import peft
+
+    kind: type[PeftConfig] = getattr(peft, CONFIGS.get(method, "LoraConfig"))
+    return kind
+
+
+def _field_names(kind: type[PeftConfig]) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
+
+
 def refused_field(method: str, key: str) -> str | None:
     """Why a field that PEFT's config has, of this method or another, is not to be given; None where it may be."""
-    if key in _SET_HERE and key in {field.name for field in dataclasses.fields(CONFIGS.get(method, LoraConfig))}:
+    from peft import PeftConfig
+
+    if key in _SET_HERE.union(_field_names(PeftConfig)) and key in _field_names(_config_class(method)):
         return "it is set by emloc_ray itself"
     return _ELSEWHERE.get(key)
 
@@ -88,8 +86,7 @@ def refused_field(method: str, key: str) -> str | None:
 @functools.cache
 def method_fields(method: str) -> dict[str, Any]:
     """The fields that a method takes, with types and bounds; an enum's values alone where PEFT also takes any text."""
-    hints = typing.get_type_hints(CONFIGS[method])
-    names = [field.name for field in dataclasses.fields(CONFIGS[method])]
+    hints, names = typing.get_type_hints(_config_class(method)), _field_names(_config_class(method))
     fields = {name: _narrowed(name, hints[name]) for name in names if refused_field(method, name) is None}
     # Names are resolved here, so that every method can leave some out.
     return fields | ({"exclude_modules": list[str] | str | None} if "target_modules" in fields else {})
@@ -116,8 +113,8 @@ def adapter_config(method: str = "lora", **settings: Any) -> PeftConfig:
     Raises:
         ConfigError: where PEFT refuses them.
     """
-    kind = CONFIGS.get(method, LoraConfig)
-    known = {field.name for field in dataclasses.fields(kind)}
+    kind = _config_class(method)
+    known = _field_names(kind)
     given = {key: value for key, value in settings.items() if key in known and value is not None}
     try:
         return kind(**{"task_type": "CAUSAL_LM", **given})
@@ -134,6 +131,8 @@ def default_targets(method: str, model_type: str, names: Sequence[str]) -> list[
     """
     if method != "ia3":
         return None
+    from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+
     if model_type not in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
         raise ConfigError(
             f"adapter.target_modules: PEFT has no default of ia3 for models of type {model_type}: set it, and"
@@ -149,6 +148,8 @@ def feedforward_names(patterns: Patterns | None, model_type: str, adapted: Seque
     Raises:
         ConfigError: where there is no default, or a pattern names none of ``adapted``.
     """
+    from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+
     table = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
     if patterns is None:
         if model_type not in table:
@@ -166,6 +167,8 @@ def count_parameters(model: Any, method: str, settings: dict[str, Any]) -> int:
     Raises:
         ConfigError: where the method's config does not fit the model.
     """
+    from peft import PromptTuningConfig, get_peft_model
+
     if settings.get("prompt_tuning_init") == "TEXT":
         settings = {**settings, "tokenizer_name_or_path": "the model's"}
     config = adapter_config(method, **settings)
@@ -185,11 +188,13 @@ def update_rank(method: str, settings: dict[str, Any], spec: LinearSpec) -> int:
     smaller = min(spec.out_features, spec.in_features)
     if method in CONFIGS and "r" not in method_fields(method):
         return 0
-    default: Any = settings["r"] if "r" in settings else CONFIGS[method].__dataclass_fields__["r"].default
+    default: Any = settings["r"] if "r" in settings else _config_class(method).__dataclass_fields__["r"].default
     r = int(lookup(spec.name, settings.get("rank_pattern") or {}, default))
     if method == "loha":
         r = r * r
     elif method == "lokr":  # rank of W1 times rank of W2
+        from peft.tuners.lokr.layer import factorization
+
         factor = settings.get("decompose_factor", -1)
         (a, b), (c, d) = factorization(spec.out_features, factor), factorization(spec.in_features, factor)
         r = min(a, c) * min(b, d, r if r < max(b, d) / 2 else b)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -109,6 +108,8 @@ def auto_class(config: Any) -> Any:
 
 def empty_model(config: Any, trust_remote_code: bool = False, attn_implementation: str | None = None) -> Any:
     """The model on the meta device, its experts unfused: names and shapes, no weights."""
+    from accelerate import init_empty_weights
+
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with init_empty_weights(include_buffers=True):
         model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code, **options).eval()

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
@@ -43,6 +42,8 @@ class BlockWeights:
         device: str | None = None,
     ) -> None:
         """Raises StageError where the weights are in 4 bits, which are not read a part at a time."""
+        from accelerate import init_empty_weights
+
         ensure(Path(directory))
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.checkpoint = Checkpoint(directory)

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -249,6 +248,8 @@ def _gives_its_head_output(model: Any) -> bool:
     Tried once on two tokens, of the model below where something was put around it that gives logits of another dtype, as
     mixed precision does.
     """
+    from peft import PeftModel  # here, for who only reads losses need not wait for it
+
     if model not in _PLAIN_HEADS:
         is_wrapped = isinstance(model, PeftModel) and "forward" in vars(model)
         tried, head = model.get_base_model() if is_wrapped else model, model.get_output_embeddings()

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
 
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import ImagesToInputs, collate, length_batches
@@ -145,6 +144,8 @@ def _room(model: Any) -> int:
 
 def _virtual_tokens(model: Any) -> int | None:
     """How many virtual tokens a prompt puts before a row; None where the adapter is no prompt."""
+    from peft import PeftModel  # here, for who only reads scores need not wait for it
+
     if not isinstance(model, PeftModel) or not model.active_peft_config.is_prompt_learning:
         return None
     return int(model.active_peft_config.num_virtual_tokens)

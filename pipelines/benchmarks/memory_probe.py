@@ -24,6 +24,7 @@ import psutil
 import torch
 
 from emloc_ray.io.formats.grams import GramStore
+from emloc_ray.modeling import holding
 from emloc_ray.modeling.adapter import attach_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import block_linears
@@ -33,7 +34,6 @@ from emloc_ray.modeling.loss import TopLogProbs, teacher_logits, token_loss
 from emloc_ray.modeling.replay import BlockReplay
 from emloc_ray.stages.calibrate import resident_slot, streamed_slot
 from emloc_ray.stages.calibrate.job import CalibrationJob
-from emloc_ray.stages.correct import scoring as scoring_stage
 from emloc_ray.stages.correct.correct import correct_adapter
 from emloc_ray.stages.correct.job import CorrectionJob
 from emloc_ray.stages.evaluate import evaluate as evaluate_stage
@@ -171,7 +171,7 @@ def factorize(job: FactorizationJob, grams_dir: Path, threads: int) -> None:
 def correct(job: CorrectionJob, threads: int) -> None:
     """All modules and candidates, one after the other."""
     torch.set_num_threads(threads)
-    scoring_stage.open_model = weighed_model
+    holding.open_model = weighed_model
     correct_adapter(job)
 
 

@@ -15,10 +15,8 @@ from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.formats.checkpoint import read_shard
 from emloc_ray.io.formats.shards import write_tensors
 from emloc_ray.io.store.node_cache import exists
-from emloc_ray.modeling.adapter import attach_adapter, detach_adapter, load_adapter
 from emloc_ray.modeling.adapter_files import Adapter, lora_form_settings
 from emloc_ray.modeling.adapter_methods import adapter_config
-from emloc_ray.modeling.holding import Offloaded, open_model
 from emloc_ray.modeling.scoring import RowLosses, losses_by_row
 from emloc_ray.stages.correct.job import CorrectionJob, module_groups
 from emloc_ray.stages.correct.modules import CorrectableModule, plug_in, read_modules
@@ -91,6 +89,8 @@ class _AdaptedModels:
     """The original with the adapter as candidates correct it; so many of them at once where its weights come and go."""
 
     def __init__(self, job: CorrectionJob, number: int) -> None:
+        from emloc_ray.modeling.holding import Offloaded, open_model  # seconds that the final actor need not wait
+
         self.held = None
         if job.hold != "resident":
             ends = job.hold == "all_offloaded"
@@ -114,6 +114,8 @@ class _AdaptedModel:
     LoRA's form."""
 
     def __init__(self, job: CorrectionJob, model: Any, modules: Sequence[CorrectableModule]) -> None:
+        from emloc_ray.modeling.adapter import load_adapter
+
         self.job, self.adapter, self.modules = job, Adapter(job.adapter_dir), modules
         self.model = load_adapter(model, job.adapter_dir).eval()
         self.images = ImageInputs(job.model_dir, job.model_options)
@@ -121,6 +123,8 @@ class _AdaptedModel:
 
     def losses(self, candidate: Candidate, rows: Sequence[Tokens]) -> RowLosses:
         """Of each row."""
+        from emloc_ray.modeling.adapter import attach_adapter, detach_adapter
+
         job = self.job
         if not self.is_lora and candidate.method != "none":
             settings = lora_form_settings([module.lora for module in self.modules])

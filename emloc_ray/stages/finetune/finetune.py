@@ -17,43 +17,16 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from emloc_ray.errors import EmlocError, NumericsError, Stopped, TakenOver
 from emloc_ray.io.formats.json_lines import read_objects
 from emloc_ray.io.store.arrow_files import arrow_files
-from emloc_ray.io.store.node_cache import discard, ensure, exists, is_stored, open_artifact, publish
+from emloc_ray.io.store.node_cache import discard, exists, is_stored, open_artifact, publish
+from emloc_ray.stages.finetune.failure_log import FailureLog
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.training import leaves_traces, train_alone, train_loop
-from emloc_ray.stages.ray.losses import Losses, Tell, explain, is_lost, last_line, reason, unheard
+from emloc_ray.stages.ray.losses import Losses, Tell, explain, last_line, unheard
 from emloc_ray.stages.ray.spans import Span, tell_span
 from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, silent
 
 _POLL_S = 0.5
 _STORE_POLL_S = 5.0
-
-
-class FailureLog(ray.train.UserCallback):
-    """Writes down, where the driver reads it, why the workers begin again; Ray Train calls it in a process of its own."""
-
-    def __init__(self, job: FinetuneJob) -> None:
-        self.job = job
-        self.failures = 0
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """One line for each failure of the group that it recovers from: of a worker that was lost, or of the first.
-
-        A worker whose peer was killed may be the first to fail, over the connection to it.
-        """
-        self.failures += 1
-        if self.failures > self.job.max_failures:
-            return
-        lost = [rank for rank, error in worker_exceptions.items() if is_lost(error)]
-        rank = min(lost or worker_exceptions)
-        error = worker_exceptions[rank]
-        why = f"lost its worker because {reason(error)[0]}" if lost else f"failed ({last_line(error)})"
-        again = f"restarted from the last checkpoint ({self.failures} of {self.job.max_failures})"
-        path = self.job.failure_path
-        ensure(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.write(f"{self.job.stage}: rank {rank} {why}; {again}.\n")
-        publish(path)
 
 
 # How a training runs; its last argument raises where it is to be left at once.

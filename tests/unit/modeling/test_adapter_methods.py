@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from adapter_cases import CASES, settings
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from tiny import make_config, make_model
 
 from emloc_ray.config.adapter import AdapterConfig
@@ -37,7 +37,7 @@ def test_the_config_is_peft_s_with_what_was_given(case: str) -> None:
     options = settings(case, "llama", names())
     config = adapter_config(**options)
     method, own = CASES[case]
-    assert isinstance(config, CONFIGS.get(method, LoraConfig))
+    assert type(config).__name__ == CONFIGS.get(method, "LoraConfig")
     assert all(getattr(config, key) == value for key, value in own.items())
     assert config.task_type == "CAUSAL_LM"
 

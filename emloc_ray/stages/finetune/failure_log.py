@@ -1,0 +1,39 @@
+"""Why a group's workers begin again. Ray Train's controller imports this alone: all of a training would keep it for seconds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray.train
+
+from emloc_ray.io.store.node_cache import ensure, publish
+from emloc_ray.stages.finetune.job import FinetuneJob
+from emloc_ray.stages.ray.losses import is_lost, last_line, reason
+
+
+class FailureLog(ray.train.UserCallback):
+    """Writes down, where the driver reads it, why the workers begin again; Ray Train calls it in a process of its own."""
+
+    def __init__(self, job: FinetuneJob) -> None:
+        self.job = job
+        self.failures = 0
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """One line for each failure of the group that it recovers from: of a worker that was lost, or of the first.
+
+        A worker whose peer was killed may be the first to fail, over the connection to it.
+        """
+        self.failures += 1
+        if self.failures > self.job.max_failures:
+            return
+        lost = [rank for rank, error in worker_exceptions.items() if is_lost(error)]
+        rank = min(lost or worker_exceptions)
+        error = worker_exceptions[rank]
+        why = f"lost its worker because {reason(error)[0]}" if lost else f"failed ({last_line(error)})"
+        again = f"restarted from the last checkpoint ({self.failures} of {self.job.max_failures})"
+        path = self.job.failure_path
+        ensure(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(f"{self.job.stage}: rank {rank} {why}; {again}.\n")
+        publish(path)
