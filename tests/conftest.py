@@ -28,6 +28,9 @@ os.environ.update(
     RAY_worker_register_timeout_seconds="300",
     RAY_grpc_keepalive_timeout_ms="120000",
 )
+# Ray ends idle workers where there are more processes than CPUs, as in a training group, and the next stage's would import
+# everything once more.
+os.environ.update(RAY_idle_worker_killing_time_threshold_ms="600000")
 # Ray's workers inherit what a store asks for.
 os.environ.update(AWS_ACCESS_KEY_ID="tests", AWS_SECRET_ACCESS_KEY="tests", AWS_EC2_METADATA_DISABLED="true")
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -139,12 +140,18 @@ def test_what_fails_in_it_is_said_in_its_own_words() -> None:
         tell("first")
         raise StageError(f"merge: {job} is full.")
 
+    def imported(job: None, resources: Resources, progress: Progress, tell: Tell) -> dict[str, Any]:
+        led = [module.__name__ for module in (correcting, merging)]
+        return {"led": led, "heavy": sorted({"peft", "transformers.modeling_utils"} & sys.modules.keys())}
+
     def dying(job: None, resources: Resources, progress: Progress, tell: Tell) -> dict[str, Any]:
         os.kill(os.getpid(), signal.SIGKILL)
         return {}
 
     notes: list[str] = []
     with FinalActorHandle("a run") as actor:
+        # What it leads it imports alone: the rest would keep each run for seconds.
+        assert actor.work("correct", imported, None, Resources(), silent, notes.append)["heavy"] == []
         with pytest.raises(ray.exceptions.RayTaskError) as caught:
             actor.work("merge", failing, "the disk", Resources(), silent, notes.append)
         assert str(failures.explain(caught.value, "merge")) == "merge: the disk is full."

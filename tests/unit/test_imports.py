@@ -131,13 +131,6 @@ def test_importing_the_package_and_all_that_needs_no_ray_imports_none() -> None:
     assert in_a_fresh_process(code).strip() == "False"
 
 
-def test_the_gpu_benchmark_needs_neither_ray_nor_pydantic_nor_pyarrow() -> None:
-    hidden = ("ray", "pydantic", "pyarrow", "typer", "rich", "obstore", "ruamel", "scipy", "bitsandbytes")
-    folders = [str(ROOT.parent), str(ROOT.parent / "pipelines")]
-    code = f"import sys\nsys.path[:0] = {folders}\nsys.modules.update(dict.fromkeys({hidden}))\nimport benchmarks.gpu.command"
-    in_a_fresh_process(code)
-
-
 def test_every_public_name_is_there() -> None:
     for name in emloc_ray.__all__:
         assert getattr(emloc_ray, name).__name__ == name

@@ -242,7 +242,8 @@ CUT = (
 
 
 def test_what_a_store_refuses_is_a_sentence(node_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objects, "FIRST_PAUSE_S", 0.01)
+    for module in (clients, objects):
+        monkeypatch.setattr(module, "FIRST_PAUSE_S", 0.01)
     with answers(FORBIDDEN) as port:
         store = ObjectStore(uri(port, "run"))
         for ask in (Lease(store, "me").take, lambda: find_holder(store)):

@@ -56,10 +56,9 @@ def keys(run: RunDirectory) -> set[str]:
     return {stored.path for stored in run.store.below("emulator")}
 
 
-def paused(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def paused(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a worker that was stopped right after it looked whose the run is."""
     monkeypatch.setattr(ObjectStore, "checked_manifest", lambda self: {})
-    return monkeypatch
 
 
 def test_a_late_writer_is_told_and_writes_and_removes_nothing(begin: Callable[..., RunDirectory]) -> None:
@@ -85,11 +84,10 @@ def test_a_late_write_that_slips_through_is_never_read(
     late = begin()
     write(late.path("emulator", "adopted"), b"early")
     following = begin()
-    with paused(monkeypatch).context() as patch:
+    with monkeypatch.context() as patch:
         paused(patch)
         for name in ("adopted", "own", "new"):
             write(late.path("emulator", name), b"late")
-    monkeypatch.undo()
     write(following.path("emulator", "own"), b"right")
     seen = {path.name: read(path) for path in sizes(following.path("emulator"))}
     assert seen == {"adopted": b"early", "own": b"right"}
