@@ -27,7 +27,9 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: the checkpoint's; on GPUs that compute it bfloat16 for float32"
     )
-    attn_implementation: str | None = Field(None, description="transformers' choice where left out")
+    attn_implementation: str | None = Field(
+        None, description="such as sdpa, flash_attention_2 or a hub kernel; transformers' choice where left out"
+    )
     trust_remote_code: bool = Field(False, description="run code that comes with the model; of a hub id: at a commit")
     hold: Literal["auto", "resident", "offloaded", "block_by_block"] = Field(
         "auto",

@@ -12,6 +12,9 @@ OURS = ("input_ids", "attention_mask", "completion_mask", "labels")
 
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id")
 
+# Decoders in which a token may see later ones, and whose configs do not say so.
+_SEE_LATER = {"cpmant", "diffusion_gemma", "git", "prophetnet", "xlnet"}
+
 # Which tokens a linear reads: those of the row (of its prompt, where an encoder reads that), those that a decoder reads
 # beside an encoder, or others, which are all real (an image's patches).
 Stream = Literal["row", "decoder", "other"]
@@ -50,10 +53,22 @@ def has_encoder(config: Any) -> bool:
     return bool(getattr(config, "is_encoder_decoder", False))
 
 
+def sees_later_tokens(config: Any) -> bool:
+    """Whether a token of a model of that ``config`` may see later ones of its row: then padding behind it must be masked."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    flags = ("use_bidirectional_attention", "prefix_lm")
+    return (
+        getattr(text, "model_type", None) in _SEE_LATER
+        or any(getattr(text, flag, None) for flag in flags)
+        or any(getattr(text, flag, True) is False for flag in ("is_decoder", "causal"))  # BERT's kin, XLM
+    )
+
+
 def model_call(config: Any, batch: dict[str, Tensor], loss_on: str = "completion", tokens: str = "all") -> ModelCall:
     """The call of a model of that transformers ``config`` for a batch of :func:`emloc_ray.data.token_shards.collate`.
 
-    A model that is a decoder alone reads a row as it is, and predicts each token from those before it. One with an
+    A model that is a decoder alone reads a row as it is, and predicts each token from those before it. Padding comes after,
+    where none of these see it: no mask is passed, so that attention takes its fastest kernel. One with an
     encoder reads the tokens before the completion there; its decoder is given those from there on, one place later.
     ``loss_on`` are the labels, ``tokens`` what counts for Grams: ``all`` but padding, or of the ``completion`` alone.
     Whatever else is in the batch is handed on.
@@ -64,7 +79,8 @@ def model_call(config: Any, batch: dict[str, Tensor], loss_on: str = "completion
         return replace(call, inputs={**call.inputs, **others})
     labels = label_mask(batch, loss_on, config)
     # Where positions begin again, transformers keeps apart what is before and after, unless it is given a mask.
-    mask = None if "position_ids" in batch else unpadded_is_none(batch["attention_mask"])
+    masked = sees_later_tokens(config) and "position_ids" not in batch
+    mask = unpadded_is_none(batch["attention_mask"]) if masked else None
     inputs = {"input_ids": batch["input_ids"], "attention_mask": mask, **others}
     counted = batch["attention_mask"].bool() if tokens == "all" else label_mask(batch, "completion")
     return _call(inputs, {"row": counted}, labels, batch["input_ids"], shift=1)
@@ -95,7 +111,7 @@ def label_mask(batch: dict[str, Tensor], loss_on: str, config: Any = None) -> Te
 
 
 def unpadded_is_none(attention_mask: Tensor) -> Tensor | None:
-    """No mask where nothing is padding, so that attention takes its fastest path."""
+    """No mask where nothing is padding."""
     return None if bool(attention_mask.all()) else attention_mask
 
 
@@ -120,6 +136,6 @@ def _encoder_decoder(config: Any, batch: dict[str, Tensor]) -> ModelCall:
         "input_ids": torch.where(prompt, ids, pad)[:, :length],
         "attention_mask": unpadded_is_none(prompt[:, :length].long()),
         "decoder_input_ids": torch.where(real, shifted, pad),
-        "decoder_attention_mask": unpadded_is_none(real.long()),
+        "decoder_attention_mask": None,
     }
     return _call(inputs, {"row": prompt[:, :length], "decoder": real}, wanted, labels)

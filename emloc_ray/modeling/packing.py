@@ -21,11 +21,6 @@ _HALF_TOLERANCE = 0.1
 _STATELESS = {"full_attention", "sliding_attention"}
 
 
-def is_flash(config: Any) -> bool:
-    """Whether a model of that ``config`` computes its attention with FlashAttention, which takes packs as one row."""
-    return "flash" in str(getattr(config, "_attn_implementation", None))
-
-
 def as_one_row(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The rows of a batch one after another, ``(1, rows · length)``: their padding is rows of its own."""
     return {key: value.reshape(1, -1) for key, value in batch.items()}

@@ -24,6 +24,7 @@ import torch
 
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.store.replacing import replacing
+from emloc_ray.modeling.attention import missing_package, needs_kernel
 from emloc_ray.planning.gpu_speeds import slowest_gpu
 from emloc_ray.text import size, size_up
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 _QUERY = ("nvidia-smi", "--format=csv,noheader,nounits")
 _UNIT = "floating-point operations a second and thread"
 _FIRST_WITH_BFLOAT16 = 8.0  # compute capability: Ampere
+_WITH_MODELS = ("calibration", "finetune", "evaluation")  # sections whose workers run one
 # A control group's files of its limit and its usage, and the key of inactive files in its memory.stat.
 _FIRST_VERSION = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 _SECOND_VERSION = ("memory.max", "memory.current", "inactive_file")
@@ -274,3 +276,29 @@ def check_packages(config: RunConfig) -> None:
         )
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def check_kernel(config: RunConfig) -> None:
+    """Raises ConfigError where the attention that the config names needs a GPU or a package that is not here.
+
+    A plan needs neither; of a Ray that is joined the machines, and what is installed there, are others.
+    """
+    name = config.model.attn_implementation
+    if name is None or not needs_kernel(name):
+        return
+    without = next((section for section in _WITH_MODELS if not getattr(config, section).gpus), None)
+    if without is not None:
+        raise ConfigError(
+            f"model.attn_implementation: {name} computes on GPUs alone, and {without} has none: leave it out, or set"
+            f" {without}.gpus_per_worker to 1."
+        )
+    if config.ray.joins:
+        return
+    oldest = min(of_each_gpu("compute_cap"), default=_FIRST_WITH_BFLOAT16)
+    if oldest < _FIRST_WITH_BFLOAT16:
+        raise ConfigError(
+            f"model.attn_implementation: {name} needs a GPU of compute capability {_FIRST_WITH_BFLOAT16:g} or higher, this"
+            f" machine has one of {oldest:g}: leave it out."
+        )
+    if (missing := missing_package(name)) is not None:
+        raise ConfigError(f"model.attn_implementation: {name} needs {missing}.")

@@ -19,6 +19,7 @@ from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.checkpoint import SINGLE_NAME, read_index, read_shard
 from emloc_ray.modeling.adapter_methods import count_parameters
 from emloc_ray.modeling.architecture import empty_model
+from emloc_ray.modeling.attention import check_takes_kernel, needs_kernel
 from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.loading import ModelSource, check_source, read_model_config
 from emloc_ray.modeling.packing import why_rows_mix
@@ -174,11 +175,14 @@ def _skeleton(
     files: tuple[tuple[str, int, int], ...],
 ) -> Skeleton:
     model_config = read_model_config(source, trust_remote_code)
+    kernel = attn_implementation if needs_kernel(attn_implementation) else None
     try:
-        model = empty_model(model_config, trust_remote_code, attn_implementation)
+        model = empty_model(model_config, trust_remote_code, attn_implementation if kernel is None else None)
     except (ValueError, ImportError) as error:
         detail = " ".join(str(error).split())[:200]
         raise ConfigError(f"model: transformers cannot build it ({detail}): fix the model section.") from error
+    if kernel is not None:
+        check_takes_kernel(model, kernel)
     check_source(source, model, trust_remote_code)
     shown = None if source.gguf_file else example(source.directory, trust_remote_code)
     return skeleton_of(model_config, model, shown, trust_remote_code)

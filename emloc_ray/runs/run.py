@@ -11,7 +11,7 @@ from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.modeling.loading import fetch_weights
 from emloc_ray.planning.batches import shrink_batches
 from emloc_ray.planning.budget import check_holding
-from emloc_ray.planning.machine import check_disk, check_resources
+from emloc_ray.planning.machine import check_disk, check_kernel, check_resources
 from emloc_ray.planning.plan import Plan, make_plan, missing_disk
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.runs import remarks
@@ -52,6 +52,8 @@ def run(
         EmlocError: where a stage failed; finished stages stay, and the same call continues from them.
     """
     prepared = shrink_batches(prepared or prepare(config))
+    if not config.ray.joins:
+        check_kernel(prepared.config)
     redone = fresh or begin == VERBS[0] or "gradients" not in prepared.run.stages()
     if turns is None and redone:  # in a batch other runs hold memory now, and a stage waits until it is free
         check_holding(prepared)
@@ -70,6 +72,8 @@ def run(
                 config, plan = prepared.config, plan if prepared is before else make_plan(STEPS, prepared)
             if turns is None:  # again, by what Ray counts: in a container less than the machine has
                 check_resources(config, total("CPU"), total("GPU"))
+                if config.ray.joins:
+                    check_kernel(config)
             steps = [stage.name for stage in STEPS if stage.wanted(prepared)]
             prepared.run.create((prepared.as_written or config).model_dump(mode="json"), fresh=fresh, steps=steps)
             linears = [spec.name for spec in prepared.layout.specs]

@@ -15,9 +15,10 @@ from emloc_ray.data.ingest import SampleOrder, stream_batches
 from emloc_ray.data.processors import ImageInputs
 from emloc_ray.data.token_shards import TokenShards, collate
 from emloc_ray.io.formats.teacher_shards import TeacherShards
+from emloc_ray.modeling.attention import is_flash
 from emloc_ray.modeling.inputs import label_mask, model_call
 from emloc_ray.modeling.loss import TopLogProbs
-from emloc_ray.modeling.packing import as_one_row, is_flash
+from emloc_ray.modeling.packing import as_one_row
 from emloc_ray.stages.finetune.job import FinetuneJob
 
 TEACHER, CALL = "teacher", "call"  # what a batch holds beside what the model is called with
@@ -40,7 +41,7 @@ class RankBatches(IterableDataset[dict[str, Any]]):
         taught = self._taught(begin, end)
         for rows in stream_batches(self.job.tokens_dir, self.order, begin, end):
             batch = collate_together(rows, blank, self.job.pad_token_id, images)
-            if self.job.pack_length is not None and is_flash(config):
+            if self.job.pack_length is not None and is_flash(getattr(config, "_attn_implementation", None)):
                 batch = as_one_row(batch)
             # No plain tensors: DeepSpeed's training would round those to the dtype that it computes in.
             yield {**self.called(batch, config), **({} if taught is None else {TEACHER: next(taught)})}

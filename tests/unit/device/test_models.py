@@ -46,8 +46,8 @@ def rows(*lengths: int) -> list[Tokens]:
 
 
 PADDED, EVEN = collate(rows(13, 5, 16), PAD), collate(rows(16, 16, 16), PAD)
-# transformers asks a mask twice whether it is needed, and where there is none whether positions begin anew in a row.
-OF_A_PASS = {"padded": 2, "even": 1}
+# Without a mask transformers asks in each pass whether positions begin anew in a row.
+OF_A_PASS = 1
 BATCHES = {"padded": PADDED, "even": EVEN}
 
 
@@ -66,7 +66,7 @@ def gradients(model: Any) -> list[Tensor]:
 
 
 # Over the budget of 4 are experts: how many tokens each was sent is asked twice a layer, which of those count once a Gram.
-@pytest.mark.parametrize(("family", "waits"), [("llama", 2), ("qwen2", 2), ("mixtral", 2 + 2 * 2 + 2 * 4 * 2)])
+@pytest.mark.parametrize(("family", "waits"), [("llama", 1), ("qwen2", 1), ("mixtral", 1 + 2 * 2 + 2 * 4 * 2)])
 def test_grams(family: str, waits: int, meter: Meter) -> None:
     model = unfuse(make_model(family))
     here, there = (GramHooks(some, groups_of(model)) for some in (model, moved(copy.deepcopy(model))))
@@ -89,7 +89,7 @@ def test_sums_of_gradients(family: str, batch: str, meter: Meter) -> None:
     for hooks in (here, there, here, there):
         meter.restart()
         hooks.forward(BATCHES[batch], "all", [0, 1, 2])
-    assert meter.waits.total() == OF_A_PASS[batch], meter.waits
+    assert meter.waits.total() == OF_A_PASS, meter.waits
     for name, gram in here.grams.items():
         assert there.grams[name].num_tokens == gram.num_tokens
         close(there.grams[name].symmetric().cpu(), gram.symmetric(), rtol=1e-3, atol=1e-5)
@@ -146,7 +146,7 @@ def test_a_step(
             meter.restart()
             loss = EmulatorTrainer.compute_loss(trainer, model, inputs, num_items_in_batch=count)
             loss.backward()
-        assert meter.waits.total() == (OF_A_PASS[name] if model.device == device else 0), meter.waits
+        assert meter.waits.total() == (OF_A_PASS if model.device == device else 0), meter.waits
         meter.restart()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
         assert EmulatorTrainer.gradients_are_finite(trainer)
@@ -180,12 +180,12 @@ def test_scores(meter: Meter, device: torch.device) -> None:
     score_rows(there, many, **options, name="x")
     meter.restart()
     found, expected = score_rows(there, many, **options, name="x"), score_rows(model, many, **options, name="x")
-    assert meter.waits.total() == (OF_A_PASS["padded"] + 2) * 3, meter.waits
+    assert meter.waits.total() == (OF_A_PASS + 2) * 3, meter.waits
     assert (found.num_correct, found.num_tokens) == (expected.num_correct, expected.num_tokens)
     assert found.loss_sum == pytest.approx(expected.loss_sum, rel=1e-5)
     meter.restart()
     close(losses_by_row(there, many, **options), losses_by_row(model, many, **options))
-    assert meter.waits.total() == (OF_A_PASS["padded"] + 1) * 3, meter.waits
+    assert meter.waits.total() == (OF_A_PASS + 1) * 3, meter.waits
 
 
 def test_a_teacher_s_logits(meter: Meter, device: torch.device) -> None:
@@ -194,7 +194,7 @@ def test_a_teacher_s_logits(meter: Meter, device: torch.device) -> None:
     teacher_logits(there, PADDED, "all", 5)
     meter.restart()
     found = teacher_logits(there, PADDED, "all", 5)
-    assert meter.waits.total() == OF_A_PASS["padded"] + 2
+    assert meter.waits.total() == OF_A_PASS + 2
     for one, other in zip(teacher_logits(model, PADDED, "all", 5), found, strict=True):
         close(vars_of(other), vars_of(one))
 
@@ -213,7 +213,7 @@ def test_a_block_is_replayed(tiny_model_dir: Callable[..., Path], device: torch.
             meter.restart()
             with hooks.counting(call.counted):
                 given = replay.forward(position, call.to(replay.device).inputs, known)
-            assert meter.waits.total() == (OF_A_PASS["padded"] if replay.device == device else 0)
+            assert meter.waits.total() == (OF_A_PASS if replay.device == device else 0)
             assert given is not None
             known[position] = given
         sums.append(hooks.grams)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.adapter import attach_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.loss import token_loss
-from emloc_ray.modeling.packing import as_one_row, check_rows_apart, is_flash, why_rows_mix
+from emloc_ray.modeling.packing import as_one_row, check_rows_apart, why_rows_mix
 
 LENGTHS = (13, 5, 8, 3, 11, 2)
 
@@ -66,11 +65,6 @@ def test_packed_rows_are_trained_on_as_alone(family: str, loss_on: str, attentio
         for ours, theirs in zip(gradients, alone[2], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
     check_rows_apart(model, torch.float32)
-
-
-def test_only_flash_attention_takes_a_batch_as_one_row() -> None:
-    names = ("flash_attention_2", "kernels-community/flash-attn3", "sdpa", None)
-    assert [is_flash(SimpleNamespace(_attn_implementation=name)) for name in names] == [True, True, False, False]
 
 
 class Forgetful(LlamaForCausalLM):

@@ -18,6 +18,7 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning.machine import (
     available_bytes,
     check_disk,
+    check_kernel,
     check_packages,
     check_resources,
     gpu_bytes,
@@ -158,3 +159,33 @@ def test_packages_that_are_missing_are_told(monkeypatch: pytest.MonkeyPatch, key
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=words):
         check_packages(of(**keys))
+
+
+def of_attention(name: str | None, gpus: float = 1, **ray: Any) -> RunConfig:
+    values = {"run_dir": "x", "model": {"source": "x", "attn_implementation": name}, "data": {"train": {"path": "x"}}}
+    return parse_config({**values, "ray": {"num_gpus": 1, **ray}}).with_gpus(gpus)
+
+
+FLASH = "flash_attention_2"
+
+
+@pytest.mark.parametrize(
+    ("config", "capability", "words"),
+    [
+        (of_attention(FLASH, gpus=0), 9.0, "computes on GPUs alone, and calibration has none: leave it out, or set"),
+        (of_attention(FLASH), 7.5, "needs a GPU of compute capability 8 or higher, this machine has one of 7.5: leave"),
+        (of_attention(FLASH), 9.0, "flash_attention_2 needs the flash-attn package, or kernels, which fetches it"),
+        (of_attention("kernels-community/flash-attn3"), 9.0, "flash-attn3 needs the kernels package: pip install"),
+    ],
+)
+def test_attention_that_this_machine_cannot_compute_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: RunConfig, capability: float, words: str
+) -> None:
+    nvidia_smi(tmp_path, f"echo {capability}")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError) as caught:
+        check_kernel(config)
+    assert words in str(caught.value)
+    assert str(caught.value).count("\n") == 0
+    check_kernel(of_attention("sdpa", gpus=0))
+    check_kernel(of_attention(FLASH, address="auto"))  # what is installed there is not known here

@@ -90,6 +90,7 @@ def refused(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[...
         ({"ray": {"num_cpus": 0}}, "ray.num_cpus is 0"),
         ({"ray": {"num_gpus": 0}, "finetune": {"gpus_per_worker": 1}}, "finetune asks Ray for 1 GPUs at once"),
         ({"model": {"attn_implementation": "foo"}}, "transformers cannot build it"),
+        ({"model": {"attn_implementation": "flash_attention_9"}}, "transformers cannot build it"),
         ({"adapter": {"target_modules": []}}, "adapter.target_modules"),
         ({"adapter": {"exclude_modules": ["q_prj"]}}, "adapter.exclude_modules: 'q_prj' matches none"),
         ({"adapter": {"rank_pattern": {"q_proj": 0}}}, "adapter.rank_pattern.q_proj is 0"),

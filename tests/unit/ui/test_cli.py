@@ -257,6 +257,16 @@ def test_a_full_disk_is_told_before_anything_is_written(call: Call, monkeypatch:
     assert "1000 B free" in call("run").stderr
 
 
+def test_flash_attention_is_planned_where_it_is_missing_and_a_run_is_refused(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    asked = ["model.attn_implementation=flash_attention_2", "ray.num_gpus=1"]
+    for verb in ("validate", "plan"):
+        assert call(verb, *asked).exit_code == 0
+    assert len(assert_refused(call("run", *asked), call.run_dir, "flash_attention_2 needs the flash-attn package")) == 1
+
+
 def test_more_cpus_than_there_are_are_refused(call: Call) -> None:
     overrides = ["finetune.num_workers=100", "finetune.cpus_per_worker=2"]
     assert_refused(call("run", *overrides), call.run_dir, "finetune asks Ray for 200 CPUs", "finetune.num_workers")
