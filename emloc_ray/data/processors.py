@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from emloc_ray.data.images import decode
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.store.node_cache import ensure
 
+# A processor's tokenizer refuses a second caller meanwhile, and batches are made ahead in a thread of their own.
+_PROCESSING = threading.Lock()
 _FILES = ("processor_config.json", "preprocessor_config.json")
 # The names of the mask of image tokens, which follows from the row's tokens; the second is Gemma 3's.
 _TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
@@ -63,7 +66,8 @@ class ImageInputs:
             return {}
         processor = self._processor()
         texts = [placeholders(processor, len(row)) for row in shown]
-        made = processor(text=texts, images=shown, padding=True, return_tensors="pt")
+        with _PROCESSING:
+            made = processor(text=texts, images=shown, padding=True, return_tensors="pt")
         inputs = {key: value for key, value in made.items() if key not in _OF_TEXT}
         for name in _TOKEN_TYPES:
             if name in made:

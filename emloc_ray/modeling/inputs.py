@@ -40,11 +40,17 @@ class ModelCall:
     counts: tuple[int, ...]
 
     def to(self, device: torch.device) -> ModelCall:
-        """The same, to be called there; ``counted`` stays."""
-        inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in self.inputs.items()}
+        """The same, to be called there; ``counted`` stays. Nothing waits for the copies."""
+
+        def to(value: Any) -> Any:
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
         rows, places = self.predicting
         return replace(
-            self, inputs=inputs, predicting=(rows.to(device), places.to(device)), targets=self.targets.to(device)
+            self,
+            inputs={key: to(value) for key, value in self.inputs.items()},
+            predicting=(to(rows), to(places)),
+            targets=to(self.targets),
         )
 
 

@@ -48,7 +48,7 @@ class TopLogProbs:
 
     def to(self, device: torch.device) -> TopLogProbs:
         """The same on a device."""
-        return TopLogProbs(self.ids.to(device), self.log_probs.to(device))
+        return TopLogProbs(self.ids.to(device, non_blocking=True), self.log_probs.to(device, non_blocking=True))
 
 
 def token_loss(model: Any, batch: dict[str, Tensor], loss_on: str, teacher: TopLogProbs | None = None) -> TokenLoss:

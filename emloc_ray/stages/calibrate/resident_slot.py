@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from emloc_ray.data.ahead import made_ahead, pinned
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import TokenShards, collate, length_batches
 from emloc_ray.io.formats.grams import add_slot, write_slot
@@ -118,8 +119,13 @@ class ResidentSlot:
     def _add(self, number: int) -> None:
         images = self.job.image_inputs()
         rows = [_Numbered(*pair) for pair in enumerate(self.shards.shard(number), self.shards.first_position(number))]
-        for some in length_batches(rows, self.batch_size):
-            batch = collate([row.tokens for row in some], self.job.pad_token_id, images)
+        parts = length_batches(rows, self.batch_size)
+        batches = made_ahead(
+            parts,
+            lambda some: pinned(collate([row.tokens for row in some], self.job.pad_token_id, images)),
+            ahead=self.shards.has_images,
+        )
+        for some, batch in zip(parts, batches, strict=True):
             if isinstance(self.hooks, GramHooks):
                 self.hooks.forward(batch, self.job.tokens)
             else:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import ray
 import torch
+from torch import Tensor
 
-from emloc_ray.data.formats import Tokens
+from emloc_ray.data.ahead import made_ahead, pinned
 from emloc_ray.data.token_shards import TokenShards, collate, length_batches
 from emloc_ray.io.formats.grams import write_slot
 from emloc_ray.io.store.atomic import atomic_file
@@ -119,17 +119,22 @@ class StreamedSlot:
     def _pass_shard(self, position: int, number: int, hooks: GramHooks) -> None:
         """Takes one token shard through the block; its hidden states before and after are all that is held of any."""
         before = read_outputs(self._outputs(position - 1, number)) if position else None
+        images = self.job.image_inputs()
+        batches = made_ahead(
+            length_batches(self.shards.shard(number), self.job.batch_size),
+            lambda rows: pinned(collate(rows, self.job.pad_token_id, images)),
+            ahead=self.shards.has_images,
+        )
         after = [
             self._forward(position, batch, {} if before is None else before[index], hooks)
-            for index, batch in enumerate(length_batches(self.shards.shard(number), self.job.batch_size))
+            for index, batch in enumerate(batches)
         ]
         if position + 1 < self.num_blocks:
             write_outputs(self._outputs(position, number), after)
 
     def _forward(
-        self, position: int, rows: Sequence[Tokens], outputs: dict[int, BlockOutput], hooks: GramHooks
+        self, position: int, batch: dict[str, Tensor], outputs: dict[int, BlockOutput], hooks: GramHooks
     ) -> dict[int, BlockOutput]:
-        batch = collate(rows, self.job.pad_token_id, self.job.image_inputs())
         call = model_call(self.replay.model.config, batch, tokens=self.job.tokens).to(self.replay.device)
         with hooks.counting(call.counted):
             given = self.replay.forward(position, call.inputs, outputs)

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
+from emloc_ray.data.ahead import made_ahead, pinned
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.ingest import SampleOrder, stream_batches
 from emloc_ray.data.processors import ImageInputs
@@ -37,14 +38,19 @@ class RankBatches(IterableDataset[dict[str, Any]]):
         end = (before + self.job.max_steps) * self.accumulation
         config = self.trainer.model.config if self.trainer and self.trainer.model else None
         images, together = ImageInputs(self.job.emulator_dir, self.job.model_options), self.order.world_size > 1
-        blank = images.blank_row() if together and TokenShards(self.job.tokens_dir).has_images else None
+        shows = TokenShards(self.job.tokens_dir).has_images
+        blank = images.blank_row() if together and shows else None
         taught = self._taught(begin, end)
-        for rows in stream_batches(self.job.tokens_dir, self.order, begin, end):
+
+        def made(rows: list[Tokens]) -> dict[str, Any]:
             batch = collate_together(rows, blank, self.job.pad_token_id, images)
             if self.job.pack_length is not None and is_flash(getattr(config, "_attn_implementation", None)):
                 batch = as_one_row(batch)
+            return pinned(self.called(batch, config))
+
+        for batch in made_ahead(stream_batches(self.job.tokens_dir, self.order, begin, end), made, ahead=shows):
             # No plain tensors: DeepSpeed's training would round those to the dtype that it computes in.
-            yield {**self.called(batch, config), **({} if taught is None else {TEACHER: next(taught)})}
+            yield {**batch, **({} if taught is None else {TEACHER: next(taught)})}
 
     def called(self, batch: dict[str, torch.Tensor], config: Any) -> dict[str, Any]:
         """What a model of that config is called with, labels for the Trainer to count, and where the model predicts them:

@@ -73,6 +73,12 @@ class EmulatorTrainer(Trainer):
         # Averaging gradients over ranks divides by the world size once more.
         return result.loss_sum * self.accelerator.num_processes / num_items_in_batch
 
+    def _prepare_input(self, data: Any) -> Any:
+        """Takes a batch's tensors to the device without waiting for the copies, as those of pinned memory allow."""
+        if isinstance(data, torch.Tensor) and not self.is_deepspeed_enabled:
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's; with ``loraplus_lr_ratio`` PEFT's LoRA+ of it (https://arxiv.org/abs/2402.12354)."""
         if self.optimizer is None and self.job.loraplus_lr_ratio is not None:

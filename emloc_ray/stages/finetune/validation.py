@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
+from emloc_ray.data.ahead import made_ahead, pinned
 from emloc_ray.data.processors import ImageInputs
 from emloc_ray.data.token_shards import TokenShards, collate, length_batches
 from emloc_ray.io.store.node_cache import publish
@@ -46,8 +47,11 @@ class Validation(TrainerCallback):
         rows = [row for number in range(shards.num_shards) for row in shards.shard(number)]
         batches = length_batches(rows, self.asked.batch_size)[self.session.rank :: self.session.world_size]
         sums = torch.zeros(2, dtype=torch.float64, device=model.device)
-        for batch in batches:
-            scored = token_loss(model, collate(batch, self.job.pad_token_id, images), self.job.loss_on)
+        made = made_ahead(
+            batches, lambda part: pinned(collate(part, self.job.pad_token_id, images)), ahead=shards.has_images
+        )
+        for batch in made:
+            scored = token_loss(model, batch, self.job.loss_on)
             sums[0] += scored.loss_sum
             sums[1] += scored.num_tokens
         if self.session.world_size > 1:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from emloc_ray.data.ahead import made_ahead, pinned
 from emloc_ray.data.ingest import SampleOrder
 from emloc_ray.data.processors import ImageInputs
 from emloc_ray.data.token_shards import TokenShards, collate
@@ -65,9 +66,13 @@ def teach_shard(job: TeacherJob, model: Any, rows: Sequence[int]) -> list[TopRow
     by_length = sorted(rows, key=lambda row: len(tokens[row]))
     images = ImageInputs(job.model_dir, job.model_options)
     tops: dict[int, TopRow] = {}
-    for start in range(0, len(rows), job.batch_size):
-        numbers = by_length[start : start + job.batch_size]
-        batch = collate([tokens[row] for row in numbers], job.pad_token_id, images)
+    parts = [by_length[start : start + job.batch_size] for start in range(0, len(rows), job.batch_size)]
+    batches = made_ahead(
+        parts,
+        lambda numbers: pinned(collate([tokens[row] for row in numbers], job.pad_token_id, images)),
+        ahead=shards.has_images,
+    )
+    for numbers, batch in zip(parts, batches, strict=True):
         for row, top in zip(numbers, teacher_logits(model, batch, job.loss_on, job.num_logits), strict=True):
             if bool(torch.isnan(top.log_probs).any()):
                 raise NumericsError(f"The original's logits of training row {row} are NaN or Inf: check its weights.")

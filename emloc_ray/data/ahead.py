@@ -1,0 +1,45 @@
+"""Batches whose images are processed by a thread of their own while a model computes on the batch before."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+_AHEAD = 2  # batches that wait
+
+
+def made_ahead(items: Iterable[Item], make: Callable[[Item], Made], ahead: bool = True) -> Iterator[Made]:
+    """``make(item)`` of each item, in order; ``ahead``: made in a thread before it is asked for, at most two at once.
+
+    Raises what ``make`` raises, when that item's turn comes.
+    """
+    if not ahead:
+        yield from map(make, items)
+        return
+    threads, left, waiting = torch.get_num_threads(), iter(items), deque[Future[Made]]()
+    # A thread begins with torch's own number of threads.
+    pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,))
+    try:
+        while True:
+            waiting.extend(pool.submit(make, item) for item in itertools.islice(left, _AHEAD + 1 - len(waiting)))
+            if not waiting:
+                return
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def pinned(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch in pinned memory, from which it is copied to a GPU while that computes; itself where there is no GPU."""
+    if not torch.cuda.is_available():
+        return batch
+    return {key: value.pin_memory() if isinstance(value, Tensor) else value for key, value in batch.items()}
