@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -17,7 +17,7 @@ Made = TypeVar("Made")
 _AHEAD = 2  # batches that wait
 
 
-def made_ahead(items: Iterable[Item], make: Callable[[Item], Made], ahead: bool = True) -> Iterator[Made]:
+def made_ahead(items: Iterable[Item], make: Callable[[Item], Made], ahead: bool = True) -> Generator[Made, None, None]:
     """``make(item)`` of each item, in order; ``ahead``: made in a thread before it is asked for, at most two at once.
 
     Raises what ``make`` raises, when that item's turn comes.
