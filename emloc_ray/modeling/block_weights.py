@@ -17,7 +17,7 @@ from emloc_ray.io.formats.checkpoint import Checkpoint, TensorEntry
 from emloc_ray.io.store.node_cache import ensure
 from emloc_ray.modeling.architecture import auto_class, block_names, load_config
 from emloc_ray.modeling.emulator import factorize_modules
-from emloc_ray.modeling.experts import unfuse
+from emloc_ray.modeling.experts import experts_of, unfuse
 from emloc_ray.modeling.loading import dtype_on
 from emloc_ray.modeling.stored_names import StoredParameter, require, stored_parameters
 
@@ -60,6 +60,8 @@ class BlockWeights:
             self.model: Any = unfuse(model)
             if self.config is not config:
                 factorize_modules(self.model, config.ranks, config.storage, config.forms())
+        for experts in experts_of(self.model).values():
+            experts.together = False  # their weights come and go, each by itself
         self.model.tie_weights()  # again: what is made empty is made anew, and tied to nothing
         self.model.eval().requires_grad_(False)
         self.blocks = block_names(self.model)

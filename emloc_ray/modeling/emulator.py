@@ -28,7 +28,12 @@ class FactorizedLinear(nn.Module):
 
     Not a subclass of ``nn.Linear``, and its ``weight`` has no elements, so that nothing can mistake it for a dense layer
     and merge into it; the bias belongs to ``up``.
+
+    Attributes:
+        in_sequence: the linears that it is, one after another; none where it is more.
     """
+
+    in_sequence: tuple[str, ...] = ("down", "up")
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False) -> None:
         super().__init__()
@@ -66,6 +71,8 @@ class PivotedLinear(FactorizedLinear):
     ``up (out − r, r)``, ``down (r, in)``, ``order (out,)``; the bias is its own.
     """
 
+    in_sequence = ()
+
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False) -> None:
         super().__init__(in_features, out_features, rank)
         self.up = nn.Linear(rank, out_features - rank, bias=False)
@@ -81,6 +88,8 @@ class PivotedLinear(FactorizedLinear):
 
 class ResidualLinear(FactorizedLinear):
     """``y = Q x + up (down x) + bias``: a linear whose weight is integers and factors of what these leave, in integers too."""
+
+    in_sequence = ()
 
     def __init__(
         self, in_features: int, out_features: int, rank: int, bits: int, group_size: int, bias: bool = False

@@ -8,12 +8,15 @@ disk (``experts.3.down_proj``), which transformers would stack again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from emloc_ray.modeling.grouped_experts import GroupedRows, groupable, grouped_linear
 
 # A linear's name and its fused parameter's, in the order in which modules register them.
 PARTS = {"gate_up": "gate_up_proj", "up": "up_proj", "down": "down_proj"}
@@ -24,7 +27,10 @@ class UnfusedExperts(nn.Module):
     experts compute it (``transformers.integrations.moe``); expert e's linears are ``e.gate_up`` (``e.up`` where there is
     no gate) and ``e.down``.
 
-    While an expert runs, :attr:`rows` says which tokens its linears read; None: all. The experts in :attr:`reread` also run
+    On a GPU experts that are alike run together (:mod:`emloc_ray.modeling.grouped_experts`), unless :attr:`together` is false
+    or :attr:`reread` is not empty; elsewhere, and where a hook reads one, one after another.
+
+    While an expert runs alone, :attr:`rows` says which tokens its linears read; None: all. The experts in :attr:`reread` also run
     on all tokens after that, :attr:`rereading` meanwhile, which leaves the output as it is.
     """
 
@@ -39,6 +45,7 @@ class UnfusedExperts(nn.Module):
         self.rows: Tensor | None = None
         self.reread: frozenset[int] = frozenset()
         self.rereading = False
+        self.together = True
         self.act_fn: Any = getattr(fused, "act_fn", None)  # a gate may have its own
         if fused.has_post_expert_norm:
             self.post_expert_norm = fused.post_expert_norm
@@ -55,6 +62,12 @@ class UnfusedExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``hidden_states (N, H)``; each token's experts and their weights, both ``(N, k)``."""
+        linears = [[self._linear(index, part) for index in range(self.num_experts)] for part in self.parts]
+        if self.together and not self.reread and groupable(linears, hidden_states):
+            rows = GroupedRows(top_k_index, self.num_experts)
+            first, last = (functools.partial(grouped_linear, modules, rows=rows) for modules in linears)
+            done = self._compute(first, last, hidden_states[rows.tokens])
+            return rows.sum_by_token(done, top_k_weights).to(hidden_states.dtype)
         output = torch.zeros_like(hidden_states)
         for index, tokens, places in self._chosen(top_k_index):
             self.rows = tokens
@@ -87,11 +100,17 @@ class UnfusedExperts(nn.Module):
                 yield index, chosen % num_tokens, chosen // num_tokens
             start += count
 
+    def _linear(self, index: int, part: str) -> Any:
+        expert: Any = self._modules[str(index)]
+        return expert._modules[part]
+
     def _run(self, index: int, x: Tensor) -> Tensor:
-        expert: Any = self.get_submodule(str(index))
+        return self._compute(*(self._linear(index, part) for part in self.parts), x)
+
+    def _compute(self, first: Callable[..., Tensor], last: Callable[..., Tensor], x: Tensor) -> Tensor:
+        """What is between an expert's inputs and its outputs, by its two linears."""
         fused: Any = self._fused
-        inner = fused._apply_gate(expert.gate_up(x)) if fused.has_gate else self.act_fn(expert.up(x))
-        output: Tensor = expert.down(inner)
+        output = last(fused._apply_gate(first(x)) if fused.has_gate else self.act_fn(first(x)))
         return self.post_expert_norm(output) if fused.has_post_expert_norm else output
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from emloc_ray.core.precision import computes_bfloat16
 from emloc_ray.errors import ArtifactError, ConfigError
@@ -295,6 +296,11 @@ def dtype_on(device: torch.device | str, wanted: str, config: Any) -> str:
     return "bfloat16" if narrow else wanted
 
 
+def _numbered(device: str) -> torch.device:
+    named = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if named == torch.device("cuda") else named
+
+
 def load_model(
     directory: Path,
     *,
@@ -316,5 +322,9 @@ def load_model(
     options: dict[str, Any] = {"use_safetensors": True}  # no pickles, whatever lies beside
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
+    if torch.device(device).type != "cpu" and not is_deepspeed_zero3_enabled():  # which places weights itself
+        options["device_map"] = {
+            "": _numbered(device)
+        }  # each weight goes there from its file, with no copy of all here
     model = auto_class(original).from_pretrained(directory, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     return unfuse(model.to(device).eval().requires_grad_(False))

@@ -230,3 +230,19 @@ def test_completions(case: str, emulator_dir: Path, device: torch.device, tokeni
     options: dict[str, Any] = {"max_new_tokens": 3, "batch_size": 2}
     there = moved(copy.deepcopy(model))
     assert complete(there, tokenizer, rows(8, 11), **options) == complete(model, tokenizer, rows(8, 11), **options)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("kind", ["original", "emulator"])
+def test_weights_go_from_their_files_to_the_device(
+    family: str, kind: str, tiny_model_dir: Callable[..., Path], tmp_path: Path, device: torch.device
+) -> None:
+    directory = tiny_model_dir(family)
+    directory = save_emulator(directory, tmp_path / "emulator") if kind == "emulator" else directory
+    here, there = load_model(directory, device="cpu"), load_model(directory, device=str(device))
+    assert not hasattr(there, "hf_device_map")  # by which trainers take a model for one in parts
+    named = {name: (one, other) for (name, one), other in zip(here.named_parameters(), there.parameters(), strict=True)}
+    assert {other.device for _, other in named.values()} == {device}
+    for one, other in (*named.values(), *zip(here.buffers(), there.buffers(), strict=True)):
+        assert torch.equal(other.cpu(), one)
+    close(there(input_ids=IDS.to(device)).logits.cpu(), here(input_ids=IDS).logits)
