@@ -6,6 +6,7 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ from benchmarks.gpu.shapes import (
 )
 from emloc_ray.modeling.adapter import attach_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
-from emloc_ray.modeling.inputs import model_call
-from emloc_ray.modeling.loss import token_loss
+from emloc_ray.modeling.inputs import ModelCall, model_call
+from emloc_ray.modeling.loss import call_loss
 
 GIB = 2**30
 CARD = 24 * GIB
@@ -41,7 +42,7 @@ def training(session: Session) -> None:
         "emulator": (25, lambda: emulator_step(session)),
         "plain LoRA on the original": (30, lambda: original_step(session, plain=True)),
         "emulator, no autocast": (30, lambda: emulator_step(session, autocast=False)),
-        "emulator, a padded row": (25, lambda: emulator_step(session, padded=True)),
+        "emulator, with a mask": (25, lambda: emulator_step(session, masked=True)),
         "LoRA on the original, loss in chunks": (30, lambda: original_step(session)),
         "LoRA on the original in NF4": (40, lambda: original_step(session, in_4bit=True)),
     }
@@ -60,18 +61,22 @@ def emulator_step(
     *,
     rows: int | None = None,
     autocast: bool = True,
-    padded: bool = False,
+    masked: bool = False,
     repeats: int | None = None,
 ) -> dict[str, Any]:
-    """Of the emulator at uniform, aligned ranks, with the product's own layers, adapter and loss."""
+    """Of the emulator at uniform, aligned ranks, with the product's own layers, adapter and loss; ``masked``: with the mask
+    of a padded row, which the product leaves out."""
     config, rows = llama_config(session.shapes.model), rows or session.shapes.rows
     specs = linears_of(config)
     ranks = uniform_ranks(specs, RATIO, session.shapes.multiple)
     model = random_llama(config, session.device, ranks)
     model = attach_adapter(model, adapter_config(target_modules=[s.name for s in specs], r=R, lora_alpha=2 * R))
-    batch = random_batch(rows, session.shapes.length, config.vocab_size, session.device, padded)
+    batch = random_batch(rows, session.shapes.length, config.vocab_size, torch.device("cpu"), padded=masked)
+    call = model_call(config, batch, "all")
+    if masked:
+        call = replace(call, inputs={**call.inputs, "attention_mask": batch["attention_mask"]})
     kept = _head(config) + sum(ranks[s.name] * (s.out_features + s.in_features) for s in specs)
-    measured = _steps(session, model, batch, lambda: _chunked(model, batch), kept, autocast, repeats)
+    measured = _steps(session, model, call, kept, autocast, repeats)
     return {**measured, "planned_bytes": planned_bytes(config, ranks, rows, session.shapes.length)}
 
 
@@ -84,12 +89,8 @@ def original_step(session: Session, *, plain: bool = False, in_4bit: bool = Fals
     model = _in_nf4(config, names, session.device) if in_4bit else random_llama(config, session.device)
     adapter = adapter_config(target_modules=names, r=R, lora_alpha=2 * R)
     model = get_peft_model(model, adapter) if plain or in_4bit else attach_adapter(model, adapter)
-    batch = random_batch(session.shapes.rows, session.shapes.length, config.vocab_size, session.device)
-    if plain:
-        inputs = {"input_ids": batch["input_ids"], "labels": batch["input_ids"], "use_cache": False}
-        measured = _steps(session, model, batch, lambda: model(**inputs).loss, weights)
-    else:
-        measured = _steps(session, model, batch, lambda: _chunked(model, batch), weights)
+    batch = random_batch(session.shapes.rows, session.shapes.length, config.vocab_size, torch.device("cpu"))
+    measured = _steps(session, model, model_call(config, batch, "all"), weights, plain=plain)
     if not in_4bit:
         measured["planned_bytes"] = planned_bytes(config, {}, session.shapes.rows, session.shapes.length)
     return measured
@@ -99,21 +100,27 @@ def _head(config: LlamaConfig) -> int:
     return int(config.vocab_size * config.hidden_size)
 
 
-def _chunked(model: Any, batch: dict[str, Any]) -> torch.Tensor:
-    result = token_loss(model, batch, "all")
-    return result.loss_sum / result.num_tokens
-
-
 def _steps(
     session: Session,
     model: Any,
-    batch: dict[str, Any],
-    loss: Callable[[], torch.Tensor],
+    call: ModelCall,
     num_weights: int,
     autocast: bool = True,
     repeats: int | None = None,
+    plain: bool = False,
 ) -> dict[str, Any]:
-    """A micro-step (forward, blocks again, backward) and a whole step (one micro-step, clipping, AdamW), warmed."""
+    """A micro-step (forward, blocks again, backward) and a whole step (one micro-step, clipping, AdamW), warmed; the call was
+    made on the CPU, as in training. ``plain``: with all logits at once, and transformers' own loss."""
+    call = call.to(session.device)
+    ids = call.inputs["input_ids"]
+
+    def loss() -> torch.Tensor:
+        if plain:
+            mean: torch.Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+            return mean
+        result = call_loss(model, call, model)
+        return result.loss_sum / result.num_tokens
+
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -133,7 +140,7 @@ def _steps(
 
     whole = session.timed(step, repeats)
     micro = session.timed(micro_step, repeats)
-    tokens = batch["input_ids"].numel()
+    tokens = ids.numel()
     return {
         "tokens": tokens,
         "micro_step_s": micro,
@@ -142,7 +149,7 @@ def _steps(
         # 2 a weight and token on each pass: forward, forward again, backward; attention and the adapter are left out.
         "tflop_per_s": 6 * num_weights * tokens / micro / 1e12,
         "loss": float(micro_step()),
-        "masked": model_call(model.config, batch).inputs["attention_mask"] is not None,
+        "masked": call.inputs["attention_mask"] is not None,
         **({"host_syncs": host_syncs(micro_step)} if session.is_cuda else {}),
         **session.peaks(),
     }

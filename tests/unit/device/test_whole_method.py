@@ -1,0 +1,25 @@
+"""What ``tests/gpu`` asks of a GPU, asked of devices that are here: the whole method, and a group of processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from method_on_device import group_s_adapter, whole_method
+from pretend_device import moved
+
+
+def test_the_whole_method_gives_what_the_cpu_does(device: torch.device) -> None:
+    here, there = whole_method(lambda module: module), whole_method(moved)
+    assert here["emulator_adapter"] < here["emulator"]
+    assert here["merged"] < here["original"] - 0.1
+    assert here["correction"] > 0
+    assert there == pytest.approx(here, rel=1e-3)
+
+
+def test_a_group_s_adapter_is_that_of_one_process(tmp_path: Path) -> None:
+    alone, together = (group_s_adapter(["cpu"] * count, tmp_path / str(count)) for count in (1, 2))
+    for name, tensor in alone.items():
+        torch.testing.assert_close(together[name], tensor, rtol=1e-3, atol=1e-5)
+    assert any(float(tensor.abs().sum()) > 0 for name, tensor in alone.items() if "lora_B" in name)
