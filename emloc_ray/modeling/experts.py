@@ -105,7 +105,8 @@ class UnfusedExperts(nn.Module):
         return expert._modules[part]
 
     def _run(self, index: int, x: Tensor) -> Tensor:
-        return self._compute(*(self._linear(index, part) for part in self.parts), x)
+        first, last = (self._linear(index, part) for part in self.parts)
+        return self._compute(first, last, x)
 
     def _compute(self, first: Callable[..., Tensor], last: Callable[..., Tensor], x: Tensor) -> Tensor:
         """What is between an expert's inputs and its outputs, by its two linears."""

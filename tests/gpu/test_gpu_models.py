@@ -98,8 +98,9 @@ def test_two_gpus_train_as_one(tmp_path: Path) -> None:
 def test_experts_run_by_grouped_products_as_one_by_one() -> None:
     """In bfloat16, which the kernels take, and without a wait for how many tokens each expert was sent."""
     torch.manual_seed(0)
-    config = MixtralConfig(**{**SHAPES["tiny"].model, "num_local_experts": 4, "pad_token_id": 0})
-    model = unfuse(MixtralForCausalLM(config).to(DEVICE, torch.bfloat16).eval().requires_grad_(False))
+    sizes: dict[str, Any] = {**SHAPES["tiny"].model, "num_local_experts": 4}
+    fused: Any = MixtralForCausalLM(MixtralConfig(**sizes))
+    model = unfuse(fused.to(DEVICE, torch.bfloat16).eval().requires_grad_(False))
     ids = padded_batch()["input_ids"].to(DEVICE)
     found = []
     for together in (True, False):
@@ -109,7 +110,7 @@ def test_experts_run_by_grouped_products_as_one_by_one() -> None:
     assert apart(found[0], found[1].cpu()) < 2e-2
     [experts, *_] = experts_of(model).values()
     experts.together = True
-    hidden = torch.randn(64, config.hidden_size, device=DEVICE, dtype=torch.bfloat16)
+    hidden = torch.randn(64, sizes["hidden_size"], device=DEVICE, dtype=torch.bfloat16)
     chosen = torch.randint(4, (64, 2), device=DEVICE)
     experts(hidden, chosen, torch.ones(64, 2, device=DEVICE, dtype=torch.bfloat16))
     torch.cuda.set_sync_debug_mode("error")
