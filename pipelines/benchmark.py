@@ -22,6 +22,7 @@
 ``scheduling``     500 tasks whose stages sleep: what a task costs beyond its sleep, and what the driver holds
 ``training``       a fine-tuning stage of one step, against one in a Ray Train group of its own
 ``quickstart``     the quickstart and the same run at ratio 1.0: wall time, peak memory, gain, gap closed
+``within``         the quickstart's stages by its default budget, and without: peaks against inference of the original
 ``gpu``            8B and 70B shapes of random weights on one GPU, in ``--minutes``; not among ``all``, needs no Ray
 """
 
@@ -64,6 +65,7 @@ BENCHMARKS = {
     "scheduling": "many_tasks:scheduling",
     "training": "many_tasks:short_training",
     "quickstart": "whole_runs:quickstart",
+    "within": "within_inference:within",
 }
 GPU = "gpu.command:gpu"
 LAYERS = ("2048x2048", "4096x4096", "14336x4096", "real")
@@ -73,6 +75,7 @@ PUBLISHED = {
     "memory": "memory.json",
     "shapes": "paper_shapes.json",
     "quickstart": "quickstart.json",
+    "within": "within.json",
     "gpu": "gpu.json",
 }
 TABLES = {

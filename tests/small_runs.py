@@ -44,6 +44,7 @@ def make_values(run_dir: Path, model_dir: Path, data: Path, /, **changes: dict[s
     """A config's nested values; ``changes`` are merged into its sections."""
     values: dict[str, Any] = {
         "run_dir": str(run_dir),
+        "memory_budget": None,  # inference of a tiny model takes less than a batch's activations
         "model": {"source": str(model_dir)},
         "data": {"train": {"path": str(data)}, "format": "prompt_completion", "max_seq_length": LENGTH},
         "calibration": {**TWO, "num_calibration_samples": 32, "rows_per_shard": 8},

@@ -112,8 +112,9 @@ def check_config(values: dict[str, Any]) -> tuple[RunConfig | None, list[str]]:
     """A nested dict as a config, or None and its errors, each a sentence."""
     if (peer := config_of_peer(values)) is not None:
         return None, [peer]
-    # An empty section, with all its keys commented out, has its defaults.
-    values, unset = with_variables({key: value for key, value in values.items() if value is not None})
+    # An empty section, with all its keys commented out, has its defaults; no budget is a choice.
+    values = {key: value for key, value in values.items() if value is not None or key == "memory_budget"}
+    values, unset = with_variables(values)
     config, lines = check(RunConfig, values)
     lines = list(dict.fromkeys(unset + lines + passed_through_errors(values)))
     return None if lines else config, lines

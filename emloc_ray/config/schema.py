@@ -9,7 +9,9 @@ from typing import Any, Literal, get_args
 from pydantic import (
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -272,7 +274,8 @@ class RunConfig(Section):
     run_dir: str = Field(description="where everything goes: a directory, or a URI such as s3://BUCKET/RUN")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of every random draw")
     memory_budget: Budget | None = Field(
-        None, description="what one worker may hold, such as 24GiB; inference: what the original takes for a row"
+        "inference",
+        description="what one worker may hold, such as 24GiB; inference: what the original takes for a row; null: no bound",
     )
     model: ModelConfig = Field(description="the original")
     data: DataConfig = Field(description="the task's rows")
@@ -286,6 +289,19 @@ class RunConfig(Section):
     merge: MergeConfig = Field(MergeConfig(), description="shards of the merged model, and their workers")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="models to score, and the workers")
     ray: RayConfig = Field(RayConfig(), description="the cluster")
+
+    @property
+    def budget_is_default(self) -> bool:
+        """Whether ``memory_budget`` was left out: then a stage that cannot keep to it is told instead of refused."""
+        return "memory_budget" not in self.model_fields_set
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the budget where it was left out, which says more than its default."""
+        values: dict[str, Any] = dump(self)
+        if self.budget_is_default:
+            values.pop("memory_budget", None)
+        return values
 
     def with_gpus(self, available: float) -> RunConfig:
         """Each ``gpus_per_worker: auto`` decided by the GPUs that Ray has or can add; workers of a training start together,

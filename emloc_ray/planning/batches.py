@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from emloc_ray.config.schema import WORKER_SECTIONS, RunConfig
 from emloc_ray.planning.budget import fitting, training_bytes
 from emloc_ray.planning.costs import with_base
 from emloc_ray.planning.memory import MemoryModel, Parts, total
@@ -15,9 +16,9 @@ from emloc_ray.planning.training import healing_run
 def shrink_batches(prepared: Prepared) -> Prepared:
     """The run with the evaluation's batch as small as fits its budget, which changes no figure but in rounding.
 
-    ``memory_budget: inference`` is what inference of the original takes (:meth:`MemoryModel.inference`). Then calibration's
-    batch shrinks too, and the fine-tuning's micro-batch, its rows a step kept by accumulation; blocks are run again in the
-    backward pass where there is no room to keep what they computed. A batch of one row that does not fit stays.
+    ``memory_budget: inference``, the default, is what inference of the original takes (:meth:`MemoryModel.bound`). Then
+    calibration's batch shrinks too, and the fine-tuning's micro-batch, its rows a step kept by accumulation; blocks are run
+    again in the backward pass where there is no room to keep what they computed. A batch of one row that does not fit stays.
     """
     if prepared.config.memory_budget is None:
         return prepared
@@ -28,12 +29,14 @@ def shrink_batches(prepared: Prepared) -> Prepared:
 
 
 def _trained_within(prepared: Prepared) -> Prepared:
-    """With the micro-batch and the checkpointing that fit, unless the config's own do."""
+    """With the micro-batch and the checkpointing that fit, unless the config's own do, or DeepSpeed's JSON names them."""
+    if prepared.config.finetune.deepspeed is not None:
+        return prepared
     healing, lengths = prepared.config.emulator.heals, prepared.lengths
     if healing is not None:
         lengths = max(lengths, healing_run(prepared, healing).lengths, key=lambda rows: rows.longest)
     own = MemoryModel(prepared, lengths)
-    budget = int(own.budget or 0)
+    budget = own.bound("finetune") or 0.0
 
     def needed(memory: MemoryModel) -> int:
         finishes = memory.config.finetune.exact_steps > 0 and memory.layout.differs
@@ -43,18 +46,33 @@ def _trained_within(prepared: Prepared) -> Prepared:
     if needed(own) <= budget:
         return prepared
     ratio = prepared.config.emulator.compression_ratio
-    fit = fitting(prepared, budget, lengths, (ratio,), needed=needed).config
-    asked = {"memory_budget": prepared.config.memory_budget}
-    return dataclasses.replace(prepared, config=fit.model_copy(update=asked))
+    fit = fitting(prepared, int(budget), lengths, (ratio,), needed=needed).config
+    sections = {"finetune": fit.finetune, "emulator": fit.emulator}
+    return dataclasses.replace(prepared, config=prepared.config.model_copy(update=sections))
 
 
 def _smaller(prepared: Prepared, section: str, held: Callable[[MemoryModel], list[Parts]]) -> Prepared:
     """With half of a section's batch until that fits, or is a row."""
 
     def fits(memory: MemoryModel) -> bool:
-        return max(total(with_base(parts)) for parts in held(memory)) <= (memory.budget or 0)
+        return max(total(with_base(parts)) for parts in held(memory)) <= (memory.bound(section) or 0.0)
 
     while not fits(MemoryModel(prepared)) and (rows := getattr(prepared.config, section).batch_size) > 1:
         smaller = getattr(prepared.config, section).model_copy(update={"batch_size": rows // 2})
         prepared = dataclasses.replace(prepared, config=prepared.config.model_copy(update={section: smaller}))
     return prepared
+
+
+def without_budget(prepared: Prepared) -> Prepared:
+    """The same run, its batches as written and nothing that bounds them."""
+    written, sections = prepared.as_written or prepared.config, {}
+    for name in WORKER_SECTIONS:
+        gpus = getattr(prepared.config, name).gpus_per_worker
+        sections[name] = getattr(written, name).model_copy(update={"gpus_per_worker": gpus})
+    return dataclasses.replace(prepared, config=written.model_copy(update={**sections, "memory_budget": None}))
+
+
+def keeps_small(config: RunConfig) -> bool:
+    """Whether workers are to give back at once what they free: where a budget bounds them in the memory of their node."""
+    on_gpus = config.budget_is_default and config.finetune.gpus > 0
+    return config.memory_budget is not None and not on_gpus

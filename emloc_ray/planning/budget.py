@@ -132,9 +132,10 @@ def _size_of(adapter: AdapterConfig) -> str:
 
 def check_holding(prepared: Prepared) -> None:
     """Raises ConfigError where the budget is below what any pass of the original takes, or where the config needs gradients
-    and a calibration worker cannot hold what they take."""
+    and a calibration worker cannot hold what they take; a budget that was left out refuses nothing."""
     asks, memory = prepared.config.emulator.asks_for_gradients, MemoryModel(prepared)
-    budget, hold = memory.budget, prepared.config.model.hold
+    is_written, hold = not prepared.config.budget_is_default, prepared.config.model.hold
+    budget = memory.budget if is_written else None
     least = BASE_BYTES + min(memory.held[way] for way in allowed(hold))
     if budget is not None and least > budget:
         parts = "all weights, as model.hold: resident says" if hold == "resident" else "its largest blocks"
@@ -144,7 +145,8 @@ def check_holding(prepared: Prepared) -> None:
         )
     if asks is None or not prepared.layout.weighed:
         return
-    needed, room = memory.least_for_gradients(), memory.worker_bytes("calibration")
+    room = memory.worker_bytes("calibration") if is_written else memory.there("calibration")
+    needed = memory.least_for_gradients()
     if needed > room:
         raise ConfigError(
             f"{asks} needs gradients through the whole model, {size_up(needed)} in a worker that may hold {size_up(room)}: give"

@@ -36,6 +36,7 @@ _GPU_SHARE = 0.92  # of a GPU's memory: the rest goes to CUDA's context and to w
 _HALF, _DOUBLE = 2, 8
 _ROWS = 1024  # of a layer that the correction turns to float64 at a time
 _BEGUN = 4  # corrections that auto scores in one pass where weights come and go
+_WAVES = 6  # of gradients, a pass each, that a budget left out may ask for: inference of a model in bfloat16 takes five
 
 
 class Held(NamedTuple):
@@ -131,10 +132,20 @@ class MemoryModel(ModelBytes):
         return {"weights": self.held[plan.hold], "gradients": largest, **passed}
 
     def gradient_plan(self) -> GradientPlan:
-        """How the sums of gradients of the linears whose outputs they weigh are gathered within a worker's memory."""
-        room = self.worker_bytes("calibration") - BASE_BYTES
-        batch_size, asked = self.config.calibration.batch_size, self.config.model.hold
-        return plan_gradients(asked, self.held, self._weighed(), batch_size, self._rows_backward, room)
+        """How the sums of gradients of the linears whose outputs they weigh are gathered within a worker's memory.
+
+        Every wave is a pass: a budget that was left out gives way before it costs many.
+        """
+
+        def within(held: float) -> GradientPlan:
+            batch_size, asked = self.config.calibration.batch_size, self.config.model.hold
+            room = held - BASE_BYTES
+            return plan_gradients(asked, self.held, self._weighed(), batch_size, self._rows_backward, room)
+
+        plan = within(self.worker_bytes("calibration"))
+        if len(plan.waves) <= _WAVES or not self.config.budget_is_default:
+            return plan
+        return within(self.there("calibration"))
 
     def least_for_gradients(self) -> float:
         """Bytes that a worker needs for gradients at least: a row at a time, with one linear's sum, in the leanest way."""
@@ -165,28 +176,37 @@ class MemoryModel(ModelBytes):
         """At most what the group that needs most takes to be factorized."""
         return self.factorize()
 
-    @functools.cached_property
+    @property
     def budget(self) -> float | None:
-        """``memory_budget`` in bytes, which no GPU that is here is filled beyond; None where there is none."""
-        asked = self.config.memory_budget
+        """:meth:`bound` of the fine-tuning's workers."""
+        return self.bound("finetune")
+
+    def bound(self, section: str) -> float | None:
+        """``memory_budget`` for a worker of a section, in bytes, on a GPU that is here no more than can be filled of it; None:
+        no bound."""
+        asked, gpus = self.config.memory_budget, getattr(self.config, section).gpus
         if asked is None:
             return None
-        return total(self.inference()) if asked == "inference" else min(asked, self._gpu_share("finetune"))
+        wanted = self._yardstick if asked == "inference" else float(asked)
+        return wanted if self.config.ray.joins or not gpus else min(wanted, _GPU_SHARE * gpu_bytes() * gpus)
 
     def worker_bytes(self, section: str) -> float:
-        """``memory_budget``, on a GPU that is here no more than can be filled of it; without one a GPU like this machine's, or
-        a worker's share of its memory, or no bound elsewhere."""
+        """What a worker may hold: its :meth:`bound`; where that was left out, no more than there is for it either."""
+        bound, there = self.bound(section), functools.partial(self.there, section)
+        if bound is None:
+            return there()
+        return min(bound, there()) if self.config.budget_is_default else bound
+
+    def there(self, section: str) -> float:
+        """What there is for a worker: a GPU like this machine's, a share of its memory, or elsewhere as much as it asks."""
         asked = getattr(self.config, section)
-        if self.budget is not None:
-            return min(self.budget, self._gpu_share(section))
         if asked.gpus:
             return _GPU_SHARE * gpu_bytes() * asked.gpus
         return float("inf") if self.config.ray.joins else available_bytes() / asked.num_workers
 
-    def _gpu_share(self, section: str) -> float:
-        """What can be filled of a GPU of this machine by a worker; infinite without one, or where workers are elsewhere."""
-        gpus = getattr(self.config, section).gpus
-        return _GPU_SHARE * gpu_bytes() * gpus if gpus and not self.config.ray.joins else float("inf")
+    @functools.cached_property
+    def _yardstick(self) -> int:
+        return total(self.inference())
 
     def factorize(self) -> Parts:
         """The group that needs most, with one of its layers computed once more in float64, as rounding may ask."""

@@ -45,13 +45,10 @@ class Prepared:
     as_written: RunConfig | None = None  # the config before GPUs, and batches within its budget, were decided
 
     def with_gpus(self, available: float) -> Prepared:
-        """The same where Ray has or can add so many GPUs; itself, where that changes nothing."""
-        written, sections = (self.as_written or self.config).with_gpus(available), {}
-        for name in WORKER_SECTIONS:
-            gpus = getattr(written, name).gpus_per_worker
-            sections[name] = getattr(self.config, name).model_copy(update={"gpus_per_worker": gpus})
-        config = self.config.model_copy(update=sections)
-        return self if config == self.config else dataclasses.replace(self, config=config)
+        """The run as written, where Ray has or can add so many GPUs; itself, where its workers have as many."""
+        config = (self.as_written or self.config).with_gpus(available)
+        same = all(getattr(config, name).gpus == getattr(self.config, name).gpus for name in WORKER_SECTIONS)
+        return self if same else dataclasses.replace(self, config=config)
 
     @functools.cached_property
     def lengths(self) -> Lengths:

@@ -9,26 +9,54 @@ from emloc_ray.config.schema import WORKER_SECTIONS, CorrectionConfig, RunConfig
 from emloc_ray.data.processors import IMAGE_SIDE
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.machine import cpu_capabilities, has_bfloat16
+from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.work import num_train_rows, num_train_sequences, rows_trained, steps_trained
-from emloc_ray.text import listed, size
+from emloc_ray.text import counted, listed, size, size_up
 
 MANY_EPOCHS = 20
 """As often as a row may be read without a remark."""
 
 
 def over_budget(config: RunConfig, planned: Mapping[str, int]) -> str | None:
-    """Names the stages that are ``planned`` to hold more bytes than ``memory_budget``, which bounds calibration alone."""
+    """Names the stages that are ``planned`` to hold more bytes than ``memory_budget``."""
     budget = planned.get("inference") if config.memory_budget == "inference" else config.memory_budget
     if budget is None:
         return None
     above = [f"{name} {size(held)}" for name, held in planned.items() if name != "inference" and held > budget]
     if not above:
         return None
+    if config.budget_is_default:
+        return (
+            f"Inference of the original takes {size(budget)}, and at their smallest {', '.join(above)} take more: lower"
+            " data.max_seq_length, or set memory_budget to what a worker has."
+        )
     return (
         f"memory_budget is {size(budget)} a worker, but the plan says {', '.join(above)}:"
         " see emloc-ray plan --memory-budget for settings that fit."
     )
+
+
+def smaller_batches(prepared: Prepared) -> str | None:
+    """What was made smaller than the config says, to stay within the budget."""
+    written, config, bound = prepared.as_written, prepared.config, MemoryModel(prepared).budget
+    if written is None or bound is None:
+        return None
+    section, changed = config.finetune, []
+    if section.per_device_train_batch_size != written.finetune.per_device_train_batch_size:
+        changed.append(
+            f"training reads a step's rows as {section.gradient_accumulation_steps} × {section.per_device_train_batch_size}"
+        )
+    if section.gradient_checkpointing and not written.finetune.gradient_checkpointing:
+        changed.append("training computes blocks again in the backward pass (gradient checkpointing)")
+    for name in ("calibration", "evaluation"):
+        rows = getattr(config, name).batch_size
+        if rows != getattr(written, name).batch_size:
+            changed.append(f"{name} reads {counted(rows, 'row')} a pass")
+    if not changed:
+        return None
+    whose = ", which inference of the original takes" if config.memory_budget == "inference" else ""
+    return f"To stay within {size_up(bound)}{whose}, {listed(changed, 4)}; memory_budget: null leaves all as it is."
 
 
 def idle_cpus(configs: Iterable[RunConfig], cpus: float) -> str | None:
@@ -131,6 +159,7 @@ def of_settings(prepared: Prepared, planned: Mapping[str, int]) -> list[str]:
     """The remarks on the config, its model and its rows; ``planned``: bytes of a worker in each stage."""
     config = prepared.config
     said = (
+        smaller_batches(prepared),
         over_budget(config, planned),
         unread_correction(config.correction),
         left_dense(prepared.layout),

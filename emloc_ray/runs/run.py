@@ -9,7 +9,7 @@ from emloc_ray.config.steps import VERBS
 from emloc_ray.errors import DamagedArtifactError
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.modeling.loading import fetch_weights
-from emloc_ray.planning.batches import shrink_batches
+from emloc_ray.planning.batches import keeps_small, shrink_batches
 from emloc_ray.planning.budget import check_holding
 from emloc_ray.planning.machine import check_disk, check_kernel, check_resources
 from emloc_ray.planning.plan import Plan, make_plan, missing_disk
@@ -65,11 +65,14 @@ def run(
         prepared.run.lock(reporter.note)
         if not fresh:
             check_versions(prepared, redone_from(begin), until, accept_versions, in_batch=turns is not None)
-        lean = config.memory_budget is not None
+        lean = keeps_small(prepared.config)
         with connection(config.ray.address, lean_memory=lean, **config.ray.init_options) as started:
             if turns is None and not started:
                 prepared, before = prepared.with_gpus(gpus_within_reach()), prepared
-                config, plan = prepared.config, plan if prepared is before else make_plan(STEPS, prepared)
+                if prepared is not before:
+                    prepared = shrink_batches(prepared)
+                    plan = make_plan(STEPS, prepared)
+                config = prepared.config
             if turns is None:  # again, by what Ray counts: in a container less than the machine has
                 check_resources(config, total("CPU"), total("GPU"))
                 if config.ray.joins:

@@ -8,7 +8,7 @@ from typing import Any
 from emloc_ray.config.reading import parse_config
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.io.runs.cache import ArtifactCache
-from emloc_ray.planning.batches import shrink_batches
+from emloc_ray.planning.batches import shrink_batches, without_budget
 from emloc_ray.planning.machine import measured_speeds
 from emloc_ray.planning.plan import Plan, make_plan, within_budget
 from emloc_ray.planning.prepared import Prepared, prepare
@@ -56,8 +56,9 @@ def run(
 def plan(config: RunConfig, *, memory_budget: str | int | None = None) -> Plan:
     """Plans a run without its weights: a directory with a config.json and an index is enough.
 
-    Within the config's ``memory_budget`` its ``choice`` has what else can be trained on, and which of it is recommended. With
-    a ``memory_budget`` given here, such as ``"24GiB"``, the plan is that of the recommended settings (``choice.overrides``).
+    Within a ``memory_budget`` that the config names its ``choice`` has what else can be trained on, and which of it is
+    recommended. With a ``memory_budget`` given here, such as ``"24GiB"``, the plan is that of the recommended settings
+    (``choice.overrides``).
 
     Raises:
         ConfigError: with every error of the config at once; or where nothing fits.
@@ -65,7 +66,12 @@ def plan(config: RunConfig, *, memory_budget: str | int | None = None) -> Plan:
     if memory_budget is not None:
         config = parse_config({**config.model_dump(mode="json"), "memory_budget": memory_budget})
     prepared, speeds, choice = shrink_batches(prepare(config, needs_weights=False)), measured_speeds(), None
-    if config.memory_budget is not None:
+    if config.memory_budget is not None and not config.budget_is_default:
         choice = within_budget(STEPS, prepared, speeds)
         prepared = prepared if memory_budget is None else choice.solution.prepared
     return dataclasses.replace(make_plan(STEPS, prepared, speeds), choice=choice)
+
+
+def plan_without_budget(planned: Plan) -> Plan:
+    """The plan of the same run if no ``memory_budget`` bounded its workers."""
+    return make_plan(STEPS, without_budget(planned.prepared), measured_speeds())

@@ -130,6 +130,21 @@ def _peaks(result: Mapping[str, Any]) -> str:
     return markdown(["", *(f"{count} row{'s' if count != '1' else ''}" for count in batches)], lines)
 
 
+def _within_inference(result: Mapping[str, Any]) -> str:
+    """What each stage's largest worker held, with the budget and without, and its time."""
+    inference = result["inference"]
+    lines = [
+        [
+            row["stage"],
+            *(f"{held:,.0f}" for held in (row["planned"], *row["measured"])),
+            *(f"{seconds:,.0f}" for seconds in row["seconds"]),
+        ]
+        for row in result["rows"]
+    ]
+    lines.append(["inference", *(f"{inference[key]:,.0f}" for key in ("planned", "measured")), "", "", ""])
+    return markdown(["", "planned, MiB", "held, MiB", "without budget, MiB", "s", "without budget, s"], lines)
+
+
 def _shapes(result: Mapping[str, Any]) -> str:
     """The plan for the paper's models in GB, the paper's own figures in parentheses."""
 
@@ -166,6 +181,7 @@ _KINDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "bare_emulators": _bare_emulators,
     "whole_run": _whole_run,
     "peaks": _peaks,
+    "within_inference": _within_inference,
     "shapes": _shapes,
     "figures": _figures,
 }

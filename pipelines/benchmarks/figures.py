@@ -17,11 +17,16 @@ CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 THREADS = 2  # of a benchmark on CPUs, so that figures of any two can be compared
 Figures = dict[str, dict[str, Any]]
 
-_PAPER = ("emulator.allocation=uniform", "emulator.objective=activations", "emulator.healing=null")
+_PAPER = (
+    "emulator.allocation=uniform",
+    "emulator.objective=activations",
+    "emulator.healing=null",
+    "memory_budget=null",
+)
 
 
 def paper_config(run_dir: Path, *overrides: str) -> RunConfig:
-    """The quickstart by the paper's emulator: uniform ranks, factors for activations, no healing; 128 calibration rows."""
+    """The quickstart by the paper's emulator: uniform ranks, factors for activations, no healing, batches as written; 128 calibration rows."""
     given = [f"run_dir={run_dir}", *_PAPER, "calibration.num_calibration_samples=128", *overrides]
     return emloc_ray.load_config(CONFIG, given)
 

@@ -12,7 +12,7 @@ from typing import Any
 import benchmark
 import pytest
 from ablations.tables import render
-from benchmarks import allocation, figures, many_tasks, memory, whole_runs
+from benchmarks import allocation, figures, many_tasks, memory, whole_runs, within_inference
 from gguf_files import write_gguf
 from small_runs import task_rows, write_jsonl
 
@@ -48,7 +48,7 @@ def publish(
         **SMALL,
     }
     config.write_text(write_yaml(values))
-    for module in (figures, whole_runs):
+    for module in (figures, whole_runs, within_inference):
         monkeypatch.setattr(module, "CONFIG", config)
     (tmp_path / "results").mkdir()
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path / "results")
@@ -166,3 +166,13 @@ def test_quickstart(publish: Callable[[str], Any]) -> None:
     for row in published["rows"]:
         assert row["gap_closed"] == pytest.approx((losses["original"] - row["loss"]) / gap)
     assert found["quickstart wall time"]["ours"] > 0
+
+
+def test_stages_within_inference(publish: Callable[[str], Any]) -> None:
+    published, found = publish("within")
+    lines = render(published).splitlines()
+    assert len(lines) == 2 + len(published["rows"]) + 1
+    assert lines[-1].startswith("| inference |")
+    assert {"gradients", "finetune", "evaluate"} <= {row["stage"] for row in published["rows"]}
+    assert [figure["ours"] for figure in found.values()] == [row["measured"][0] for row in published["rows"]]
+    assert all(row["seconds"][0] > 0 for row in published["rows"])

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.planning.batches import keeps_small
 from emloc_ray.planning.plan import StagePlan
 from emloc_ray.runs.batch.admission import Amount
 from emloc_ray.runs.batch.config import LimitsConfig
@@ -85,7 +86,7 @@ def run_batch(prepared: PreparedBatch, show: Show = lambda state: None, tell: Te
         run.create(batch.config.model_dump(mode="json"), kind="batch")
         limits = batch.config.limits
         capacity = functools.partial(cluster_capacity, limits)
-        lean = any(task.config.memory_budget is not None for task in batch.tasks)
+        lean = any(keeps_small(prepared.work.config(task)) for task in batch.tasks)
         with connection(batch.ray.address, lean_memory=lean, **batch.ray.init_options) as started:
             if not started:
                 prepared.work.with_gpus(gpus_within_reach())

@@ -78,9 +78,11 @@ class PipelineWork:
     def with_gpus(self, available: float) -> None:
         """Plans every task anew whose workers take a GPU where Ray has or can add so many, and those that come later so."""
         self._gpus = available
-        for name, (prepared, plan) in self._ready.items():
+        for name, (prepared, _) in [*self._ready.items()]:
             found = prepared.with_gpus(available)
-            self._ready[name] = (prepared, plan) if found is prepared else (found, make_plan(STEPS, found))
+            if found is not prepared:
+                found = shrink_batches(found)
+                self._ready[name] = found, make_plan(STEPS, found)
 
     def prepare(self, tasks: Sequence[Task], progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Checks every task against its model and data, and plans it.
@@ -103,8 +105,9 @@ class PipelineWork:
         if ready is None or (ready[0].as_written or ready[0].config) != task.config:
             prepared = shrink_batches(prepare(task.config))
             check_versions(prepared, accept=self.accept_versions, in_batch=True)
-            prepared = prepared if self._gpus is None else prepared.with_gpus(self._gpus)
-            if task.config.memory_budget is not None:  # else it depends on free memory, and running tasks hold some
+            prepared = prepared if self._gpus is None else shrink_batches(prepared.with_gpus(self._gpus))
+            is_written = not task.config.budget_is_default and task.config.memory_budget is not None
+            if is_written:  # else it depends on free memory, and running tasks hold some
                 check_holding(prepared)
             ready = self._ready[task.name] = prepared, make_plan(STEPS, prepared)
         return ready

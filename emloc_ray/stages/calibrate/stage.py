@@ -105,7 +105,9 @@ def _gather_gradients(context: Context, inputs: Inputs, granted: Resources, prog
     from emloc_ray.stages.calibrate.calibrate import calibrate
 
     prepared, out_dir = context.prepared, context.path("gradients")
-    if prepared.config.memory_budget is not None:  # of a run whose config has changed since it was prepared
+    if (
+        prepared.config.memory_budget is not None and not prepared.config.budget_is_default
+    ):  # of a run whose config has changed since it was prepared
         check_holding(prepared)
     job = go_on(gradient_job(context), out_dir, inputs, prepared.config.calibration.num_workers, False)
     return calibrate(job, out_dir, granted, progress, context.note)

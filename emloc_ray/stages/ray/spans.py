@@ -10,6 +10,7 @@ import os
 import resource
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
@@ -18,11 +19,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+_EVERY_S = 0.02
+
 
 @dataclass(frozen=True)
 class Span:
     """``count`` pieces of a stage's work, ``unit`` where it is one, by one worker; times in seconds since 1970, ``peak_bytes``
-    the most that its process held meanwhile, ``gpu_peak_bytes`` what torch reserved of its GPU; 0 where that is not known."""
+    the most that its process held meanwhile but for mapped models, ``gpu_peak_bytes`` what torch reserved of its GPU; 0 where
+    that is not known."""
 
     stage: str
     worker: str
@@ -62,10 +66,11 @@ def timed(function: Callable[..., Any]) -> Callable[..., Timed]:
         if cuda := _cuda():
             cuda.reset_peak_memory_stats()
         begun_at = time.time()
-        result = function(*arguments, **named)
+        with _OwnPeak() as own:
+            result = function(*arguments, **named)
         gpu_peak = cuda.max_memory_reserved() if (cuda := _cuda()) else 0
         where = f"process {os.getpid()} on {socket.gethostname()}"
-        return Timed(result, where, begun_at, time.time(), _peak(), gpu_peak)
+        return Timed(result, where, begun_at, time.time(), min(_peak(), own.bytes or sys.maxsize), gpu_peak)
 
     return run
 
@@ -107,6 +112,56 @@ def _peak() -> int:
     except (OSError, StopIteration):  # not Linux
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class _OwnPeak:
+    """The most that this process held while the block ran, but for pages of models' files: these are mapped, and the kernel
+    takes them back when it needs them.
+
+    The kernel keeps no peak of that, so that it is looked at every ``_EVERY_S``. 0 where the system does not tell.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = self._most = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> _OwnPeak:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+        with contextlib.suppress(OSError, ValueError, IndexError):  # not Linux
+            resident, shared = _pages()
+            self.bytes = max(self._most, resident - shared) + shared - _of_models()
+
+    def _look(self) -> None:
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            while not self._over.wait(_EVERY_S):
+                resident, shared = _pages()
+                self._most = max(self._most, resident - shared)
+
+
+def _pages() -> tuple[int, int]:
+    """Resident bytes, and those of them that a file or shared memory backs (proc(5), ``statm``)."""
+    _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
+    return resident * resource.getpagesize(), shared * resource.getpagesize()
+
+
+def _of_models() -> int:
+    """Resident bytes of mapped safetensors files."""
+    if ".safetensors" not in Path("/proc/self/maps").read_text():  # which is quick: the other file counts every page
+        return 0
+    total, is_model = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        key, *rest = line.split(maxsplit=1)
+        if not key.endswith(":"):
+            is_model = line.endswith(".safetensors")
+        elif is_model and key == "Rss:":
+            total += int(rest[0].split()[0]) * 1024
+    return total
 
 
 @contextlib.contextmanager

@@ -25,6 +25,8 @@ def planned_bytes(config: LlamaConfig, ranks: dict[str, int], rows: int, length:
     layout = Layout(skeleton.specs, skeleton.groups, ranks, tuple(ranks), names, names, *sizes)
     settings: Any = SimpleNamespace(
         memory_budget=float("inf"),
+        budget_is_default=False,
+        ray=SimpleNamespace(joins=False),
         model=SimpleNamespace(dtype="bfloat16", hold="resident"),
         adapter=SimpleNamespace(method="lora", lora_dropout=0.0, settings={"r": R}),
         finetune=SimpleNamespace(

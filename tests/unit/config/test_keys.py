@@ -32,7 +32,10 @@ def test_every_key_is_explained_and_can_be_set_to_what_holds_without_it(section:
             continue
         own = {key.name: read_yaml(key.default)}
         values = {section.name: {**NEEDED.get(section.name, {}), **own}} if section.name else own
-        assert parse_config(NEEDED | values).model_dump() == before, key
+        found = parse_config(NEEDED | values).model_dump()
+        if key.name == "memory_budget":  # which is not written down where it was left out
+            assert found.pop("memory_budget") == parse_config(NEEDED).memory_budget
+        assert found == before, key
 
 
 def test_keys_have_their_kinds() -> None:

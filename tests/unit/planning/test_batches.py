@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import LlamaConfig
 
-from emloc_ray.config.reading import parse_config
+from emloc_ray.config.reading import load_config, parse_config
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.loading import ModelSource
-from emloc_ray.planning.batches import shrink_batches
+from emloc_ray.planning import memory
+from emloc_ray.planning.batches import shrink_batches, without_budget
+from emloc_ray.planning.budget import check_holding
+from emloc_ray.planning.costs import with_base
 from emloc_ray.planning.layout import make_layout
+from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.plan import make_plan
-from emloc_ray.planning.prepared import Prepared
+from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.planning.skeleton import skeleton_of
+from emloc_ray.runs.remarks import over_budget, smaller_batches
 from emloc_ray.stages.order import STEPS
+from emloc_ray.ui.terminal import budget_lines
 
 MODEL = LlamaConfig(
     vocab_size=8000,
@@ -32,12 +39,14 @@ MODEL = LlamaConfig(
     tie_word_embeddings=True,
 )
 SKELETON = skeleton_of(MODEL, empty_model(MODEL))
+ROOT = Path(__file__).parents[3]
+LEFT_OUT = object()
 
 
 def prepared(budget: Any, **sections: Any) -> Prepared:
     values = {
         "run_dir": "unused",
-        "memory_budget": budget,
+        **({} if budget is LEFT_OUT else {"memory_budget": budget}),
         "model": {"source": "unused", "dtype": "float32"},
         "data": {"train": {"path": "unused"}, "max_seq_length": 256},
         "calibration": {"batch_size": 64},
@@ -89,13 +98,76 @@ def test_under_any_budget_the_evaluation_s_batch_shrinks_alone() -> None:
     assert same == asked.config
 
 
-def test_gpus_that_come_later_leave_the_batches_as_they_are() -> None:
+def test_gpus_that_come_later_have_the_batches_worked_out_anew() -> None:
     asked = prepared("inference", calibration={"gpus_per_worker": "auto", "batch_size": 64})
     ready = dataclasses.replace(shrink_batches(asked), as_written=asked.config)
     on_gpus = ready.with_gpus(1)
     assert (on_gpus.config.calibration.gpus, ready.config.calibration.gpus) == (1, 0)
-    assert on_gpus.config.calibration.batch_size == ready.config.calibration.batch_size < 64
-    assert on_gpus.with_gpus(1) is on_gpus
+    assert on_gpus.config.calibration.batch_size == 64 > ready.config.calibration.batch_size
+    again = shrink_batches(on_gpus)
+    assert again.config.calibration.batch_size == ready.config.calibration.batch_size
+    assert again.with_gpus(1) is again
+
+
+def test_left_out_it_is_inference_and_reads_back_as_left_out() -> None:
+    left_out, written = prepared(LEFT_OUT), prepared("inference")
+    assert (left_out.config.memory_budget, left_out.config.budget_is_default) == ("inference", True)
+    assert shrink_batches(left_out).config == shrink_batches(written).config
+    assert not written.config.budget_is_default
+    for config in (left_out.config, written.config, prepared(None).config, shrink_batches(left_out).config):
+        again = parse_config(config.model_dump(mode="json"))
+        assert (again.memory_budget, again.budget_is_default) == (config.memory_budget, config.budget_is_default)
+
+
+def test_what_cannot_be_kept_to_is_refused_where_it_was_written_and_told_where_not() -> None:
+    wide = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=16384, num_hidden_layers=2, num_attention_heads=2
+    )
+    skeleton = skeleton_of(wide, empty_model(wide))
+
+    def of(budget: Any) -> Prepared:
+        ready = prepared(budget)
+        return dataclasses.replace(ready, model_config=wide, layout=make_layout(ready.config, skeleton))
+
+    with pytest.raises(
+        ConfigError, match=r"needs gradients through the whole model, [\d.]+ GiB in a worker that may hold"
+    ):
+        check_holding(of("inference"))
+    check_holding(of(LEFT_OUT))
+    plan = make_plan(STEPS, shrink_batches(of(LEFT_OUT)))
+    said = str(over_budget(plan.prepared.config, plan.worker_bytes))
+    assert re.match(
+        r"Inference of the original takes \d+ MiB, and at their smallest .*gradients [\d.]+ GiB.* take more", said
+    )
+    assert len(MemoryModel(of(LEFT_OUT)).gradient_plan().waves) == 1  # not a pass for every linear
+
+
+def test_a_card_that_is_smaller_than_inference_bounds_what_was_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    section = {"gpus_per_worker": 1}
+    large = prepared(LEFT_OUT, finetune=section, evaluation=section, ray={"num_gpus": 1})
+    yardstick = total(MemoryModel(large).inference())
+    monkeypatch.setattr(memory, "gpu_bytes", lambda: yardstick)
+    ready = MemoryModel(shrink_batches(large))
+    assert ready.bound("finetune") == ready.worker_bytes("evaluation") == pytest.approx(0.92 * yardstick)
+    assert total(with_base(ready.finetune())) <= 0.92 * yardstick
+    assert ready.worker_bytes("calibration") <= yardstick
+
+
+def test_the_quickstart_stays_within_inference_and_is_told_what_that_changed() -> None:
+    pytest.importorskip("gguf")
+    ready = shrink_batches(prepare(load_config(ROOT / "configs" / "quickstart.yaml")))
+    assert ready.config.budget_is_default
+    plan = make_plan(STEPS, ready, Speeds(1e10))
+    assert max(plan.worker_bytes.values()) == plan.worker_bytes["inference"]
+    assert over_budget(ready.config, plan.worker_bytes) is None
+    finetune = ready.config.finetune
+    micro = f"{finetune.gradient_accumulation_steps} × {finetune.per_device_train_batch_size}"
+    assert finetune.gradient_accumulation_steps * finetune.per_device_train_batch_size == 8
+    first, last = budget_lines(plan, make_plan(STEPS, without_budget(ready), Speeds(1e10)))
+    assert f"training reads a step's rows as {micro}" in first
+    assert "which inference of the original takes" in first
+    assert last.startswith("With memory_budget: null a worker would hold up to 2.")
+    assert smaller_batches(without_budget(ready)) is None
 
 
 @pytest.mark.parametrize("budget", ["inferences", "1,5GiB", 0])

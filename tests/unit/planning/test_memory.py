@@ -47,6 +47,7 @@ def prepared(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[..
     def make(**sections: Any) -> Prepared:
         values = {
             "run_dir": str(tmp_path / "run"),
+            "memory_budget": None,
             "data": {"train": {"path": str(data)}, "max_seq_length": 64},
             **sections,
             "model": {"source": str(tiny_model_dir("llama")), **sections.get("model", {})},
@@ -60,6 +61,7 @@ def bare(model_config: Any, **sections: Any) -> Prepared:
     """A run of a model that has no files, in bfloat16, a row at a time."""
     values = {
         "run_dir": "unused",
+        "memory_budget": None,
         "model": {"source": "unused", "dtype": "bfloat16"},
         "data": {"train": {"path": "unused"}},
         "finetune": {"per_device_train_batch_size": 1},

@@ -283,7 +283,8 @@ def test_steps_without_work_are_not_waited_for(prepared: Callable[..., Prepared]
 
 
 def test_what_ranks_by_data_take_is_planned(plan: Callable[..., Plan]) -> None:
-    plain, found = plan(), plan(emulator={"allocation": "sensitivity", "objective": "predictions"})
+    by_data = {"allocation": "sensitivity", "objective": "predictions"}
+    plain, found = (plan(emulator=emulator, memory_budget=None) for emulator in ({}, by_data))
     names = [entry.name for entry in found.stages]
     assert names == ["calibrate", "gradients", "allocate", "factorize", *VERBS[3:]]
     assert found.emulator_parameters == plain.emulator_parameters
