@@ -20,6 +20,7 @@ import torch
 from limited_worker import data_bytes_after_imports
 from plain_runs import plain_run
 
+from emloc_ray.planning.memory import BASE_BYTES, total
 from emloc_ray.stages.finetune.session import own_environment
 
 _EVERY_S = 0.002
@@ -73,7 +74,9 @@ def main() -> None:
         "finish": memory.finishing().hold,
         "evaluate": memory.evaluating().hold,
     }
+    inference = total(memory.inference()) - BASE_BYTES
     found = {"peaks": meter.peaks, "holds": holds, "losses": run.losses, "step_losses": run.step_losses}
+    found |= {"inference": inference, "rows": run.context.prepared.config.finetune.per_device_train_batch_size}
     Path(sys.argv[3]).write_text(json.dumps(found))
 
 

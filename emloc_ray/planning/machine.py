@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _QUERY = ("nvidia-smi", "--format=csv,noheader,nounits")
 _UNIT = "floating-point operations a second and thread"
+_PROBED = 64 * 2**20  # bytes that a disk is timed by
 _FIRST_WITH_BFLOAT16 = 8.0  # compute capability: Ampere
 _WITH_MODELS = ("calibration", "finetune", "evaluation")  # sections whose workers run one
 # A control group's files of its limit and its usage, and the key of inactive files in its memory.stat.
@@ -99,6 +100,7 @@ class Speeds:
     disk: float = 250e6
     host_bytes: float = float("inf")
     measured: bool = False  # the GPU's and its link's
+    disk_measured: bool = False
 
     def moving(self, to_gpu: bool, weights: float) -> float:
         """Bytes a second at which a model's weights come to a device; a CPU computes with those that are in memory."""
@@ -139,6 +141,25 @@ def measured_speeds() -> Speeds:
     except (OSError, subprocess.SubprocessError, ValueError):  # a GPU that torch cannot use, or that is full
         return speeds
     return replace(speeds, gpu_flops=flops, link=link, measured=True)
+
+
+def with_disk_of(speeds: Speeds, files: Sequence[Path], weights: float) -> Speeds:
+    """The same with the disk's speed as measured on a model's ``files``, where its ``weights`` are more than memory holds."""
+    present = [path for path in files if path.is_file()]
+    if weights <= speeds.host_bytes or not present:
+        return speeds
+    return replace(speeds, disk=disk_speed(max(present, key=lambda path: path.stat().st_size)), disk_measured=True)
+
+
+def disk_speed(path: Path) -> float:
+    """Bytes a second at which the first 64 MiB of a file come from its disk: the kernel is told to forget them first."""
+    with path.open("rb", buffering=0) as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, _PROBED, os.POSIX_FADV_DONTNEED)
+        begin, count = time.perf_counter(), 0
+        while count < _PROBED and (block := file.read(min(2**20, _PROBED - count))):
+            count += len(block)
+        return max(count, 1) / (time.perf_counter() - begin)
 
 
 @functools.cache

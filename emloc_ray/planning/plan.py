@@ -61,6 +61,7 @@ class Plan:
     lengths: Lengths
     calibration_hold: str
     seconds_before: float
+    speeds: Speeds
     choice: Choice | None = None
 
     @property
@@ -99,6 +100,7 @@ def make_plan(stages: Sequence[Costed], prepared: Prepared, speeds: Speeds | Non
         prepared.lengths,
         memory.calibration_hold(),
         _SECONDS_BEFORE + (memory.weights / 20e6 if prepared.source.gguf_file else 0),
+        speeds,
     )
 
 

@@ -9,7 +9,8 @@ from emloc_ray.config.reading import parse_config
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.planning.batches import shrink_batches, without_budget
-from emloc_ray.planning.machine import measured_speeds
+from emloc_ray.planning.machine import measured_speeds, with_disk_of
+from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.plan import Plan, make_plan, within_budget
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.runs import run as pipeline
@@ -65,7 +66,9 @@ def plan(config: RunConfig, *, memory_budget: str | int | None = None) -> Plan:
     """
     if memory_budget is not None:
         config = parse_config({**config.model_dump(mode="json"), "memory_budget": memory_budget})
-    prepared, speeds, choice = shrink_batches(prepare(config, needs_weights=False)), measured_speeds(), None
+    prepared, choice = shrink_batches(prepare(config, needs_weights=False)), None
+    files = sorted(prepared.source.directory.glob("*.safetensors"))
+    speeds = with_disk_of(measured_speeds(), files, MemoryModel(prepared).weights)
     if config.memory_budget is not None and not config.budget_is_default:
         choice = within_budget(STEPS, prepared, speeds)
         prepared = prepared if memory_budget is None else choice.solution.prepared
@@ -74,4 +77,4 @@ def plan(config: RunConfig, *, memory_budget: str | int | None = None) -> Plan:
 
 def plan_without_budget(planned: Plan) -> Plan:
     """The plan of the same run if no ``memory_budget`` bounded its workers."""
-    return make_plan(STEPS, without_budget(planned.prepared), measured_speeds())
+    return make_plan(STEPS, without_budget(planned.prepared), planned.speeds)

@@ -202,6 +202,20 @@ def _stage_table(plan: Plan) -> Table:
     return table
 
 
+def disk_line(plan: Plan) -> str | None:
+    """At what speed weights come that this machine's memory does not hold."""
+    from emloc_ray.planning.memory import MemoryModel
+
+    weights, speeds = MemoryModel(plan.prepared).weights, plan.speeds
+    if weights <= speeds.host_bytes:
+        return None
+    how = "measured" if speeds.disk_measured else "assumed"
+    return (
+        f"The original's {size(weights)} do not fit the {size(speeds.host_bytes)} of memory that are free here: they come from"
+        f" disk at {speeds.disk / 1e6:,.0f} MB/s ({how}), {duration(weights / speeds.disk)} a pass."
+    )
+
+
 def budget_lines(plan: Plan, free: Plan) -> list[str]:
     """What the budget changed, which stages exceed it, and memory and time of the same run without it."""
     from emloc_ray.runs.remarks import over_budget, smaller_batches

@@ -26,7 +26,8 @@ _PAPER = (
 
 
 def paper_config(run_dir: Path, *overrides: str) -> RunConfig:
-    """The quickstart by the paper's emulator: uniform ranks, factors for activations, no healing, batches as written; 128 calibration rows."""
+    """The quickstart by the paper's emulator, batches as written: uniform ranks, factors for activations, no healing; 128
+    calibration rows."""
     given = [f"run_dir={run_dir}", *_PAPER, "calibration.num_calibration_samples=128", *overrides]
     return emloc_ray.load_config(CONFIG, given)
 

@@ -20,7 +20,7 @@ from transformers import (
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.modeling.architecture import StoredRows, block_linears
-from emloc_ray.modeling.stored_names import renamed_tensors, require, stored_parameters, stored_specs
+from emloc_ray.modeling.stored_names import StoredParameter, renamed_tensors, require, stored_parameters, stored_specs
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -98,3 +98,6 @@ def test_what_is_missing_or_of_another_kind_is_told(tmp_path: Path) -> None:
     stored = stored_parameters(model, [name for name in checkpoint.entries if "q_proj" not in name])
     with pytest.raises(ArtifactError, match=r"holds no tensor model\.layers\.0\.self_attn\.q_proj\.weight"):
         require(stored, "model.layers.0.self_attn.q_proj.weight", checkpoint)
+    made = {**stored, "model.norm.weight": StoredParameter(())}
+    with pytest.raises(ArtifactError, match=r"holds model\.norm\.weight in a form that only transformers can convert"):
+        require(made, "model.norm.weight", checkpoint)

@@ -16,6 +16,7 @@ from emloc_ray.config.schema import RunConfig
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning.machine import (
+    Speeds,
     available_bytes,
     check_disk,
     check_kernel,
@@ -25,6 +26,7 @@ from emloc_ray.planning.machine import (
     kept_for_the_day,
     of_each_gpu,
     time_products,
+    with_disk_of,
 )
 
 
@@ -61,6 +63,18 @@ def test_the_smallest_gpu_s_memory(
 
 def test_a_thread_s_speed_is_that_of_a_processor() -> None:
     assert 1e8 < time_products() < 1e13
+
+
+def test_a_disk_is_timed_where_weights_come_from_it(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(2**22))
+    speeds = Speeds(1e10, host_bytes=2**20)
+    assert with_disk_of(speeds, [file], 2**20) is speeds  # memory holds them
+    assert with_disk_of(speeds, [tmp_path / "missing.safetensors"], 2**22) is speeds
+    found = with_disk_of(speeds, [file], 2**22)
+    assert found.disk_measured
+    assert 1e5 < found.disk != speeds.disk
+    assert found.moving(True, 2**22) == found.moving(False, 2**22) == found.disk
 
 
 def test_a_speed_is_measured_once_a_day(tmp_path: Path) -> None:

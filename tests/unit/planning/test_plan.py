@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -16,12 +17,13 @@ from emloc_ray.config.reading import parse_config
 from emloc_ray.config.steps import VERBS
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.planning import plan as planner
+from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.plan import Plan, make_plan, missing_disk
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.planning.work import num_steps, rows_trained, steps_trained
 from emloc_ray.stages.order import STEPS
-from emloc_ray.ui.terminal import plan_tables
+from emloc_ray.ui.terminal import disk_line, plan_tables
 
 PLAIN = [stage for stage in VERBS[1:] if stage != "heal"]
 
@@ -294,3 +296,14 @@ def test_what_ranks_by_data_take_is_planned(plan: Callable[..., Plan]) -> None:
     text = "".join(segment.text for table in plan_tables(found) for segment in Console(width=200).render(table))
     assert "by data" in text
     assert f"together they keep {found.layout.parameters_factorized:,} parameters at most" in " ".join(text.split())
+
+
+def test_the_speed_of_a_disk_that_weights_come_from_is_shown(plan: Callable[..., Plan]) -> None:
+    found = plan()
+    assert disk_line(found) is None
+    slow = Speeds(1e10, disk=2e8, host_bytes=2**10, disk_measured=True)
+    said = str(disk_line(dataclasses.replace(found, speeds=slow)))
+    assert "of memory that are free here: they come from disk at 200 MB/s (measured)" in said
+    assert "(assumed)" in str(
+        disk_line(dataclasses.replace(found, speeds=dataclasses.replace(slow, disk_measured=False)))
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,16 @@ from emloc_ray.stages.finetune.stage import finetune_job
 
 
 def test_smaller_batches_change_nothing(tiny_model_dir: Callable[..., Path], tmp_path: Path, task_file: Path) -> None:
-    def run(name: str, **budget: Any) -> PlainRun:
+    def run(name: str, budget: Mapping[str, Any]) -> PlainRun:
         changes = {"finetune": {"max_steps": 3}, "evaluation": {"num_exact_match": 0, "num_generations": 0}}
         values = make_values(
             tmp_path / name, tiny_model_dir("llama"), task_file, model={"hold": "offloaded"}, **changes
         )
         with own_environment():
+            del values["memory_budget"]
             return plain_run({**values, **budget}, tiny_model_dir("llama"))
 
-    free, bounded = run("free"), run("bounded", memory_budget="inference")
+    free, bounded = run("free", {"memory_budget": None}), run("bounded", {})  # the default
     assert finetune_job(free.context, "x").batch_size == 8
     assert finetune_job(bounded.context, "x").batch_size < 8
     assert finetune_job(bounded.context, "x").training_arguments["gradient_accumulation_steps"] > 1
