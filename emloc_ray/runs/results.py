@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -31,7 +32,7 @@ def assemble_metrics(
     manifest = directory.manifest()
     stages = _current_stages(manifest)
     metrics: dict[str, Any] = {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}},
+        "versions": dict(_versions()),
         "stages": {name: _usage(result) | _accepted(manifest["stages"][name]) for name, result in stages.items()},
         "disk_bytes": {name: sum(held) for name in _folders() if (held := sizes(directory.path(name)).values())},
     }
@@ -44,6 +45,11 @@ def assemble_metrics(
         if stage.name in stages:
             metrics |= stage.sections(prepared, stages)
     return metrics
+
+
+@functools.cache  # each is looked up in a file of the library's own
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}}
 
 
 def _folders() -> list[str]:

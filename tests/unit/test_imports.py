@@ -120,15 +120,12 @@ def in_a_fresh_process(code: str) -> str:
     return done.stdout
 
 
-def test_importing_the_package_and_all_that_needs_no_ray_imports_none() -> None:
-    names = [
-        ".".join(("emloc_ray", *path.relative_to(ROOT).with_suffix("").parts))
-        for path in modules()
-        if room(path) in (*NO_RAY, "config") and path.name != "__init__.py"
+def test_stages_and_configs_are_known_before_ray_and_peft_are_imported() -> None:
+    names = ["emloc_ray.stages.order"] + [
+        f"emloc_ray.config.{path.stem}" for path in modules() if room(path) == "config" and path.name != "__init__.py"
     ]
-    names.append("emloc_ray.stages.order")  # stages are known before Ray is loaded
-    code = f"import emloc_ray, importlib, sys\n[importlib.import_module(n) for n in {names!r}]\nprint('ray' in sys.modules)"
-    assert in_a_fresh_process(code).strip() == "False"
+    code = f"import importlib, sys\n[importlib.import_module(n) for n in {names!r}]\nprint({{'ray', 'peft'}} & {{*sys.modules}})"
+    assert in_a_fresh_process(code).strip() == "set()"
 
 
 def test_every_public_name_is_there() -> None:

@@ -35,7 +35,7 @@ def stored(weight: torch.Tensor, form: Form, storage: Storage, group_size: int) 
 
 
 @pytest.mark.parametrize("storage", ["factors", "pivoted"])
-@pytest.mark.parametrize("group_size", [8, 16, 64])
+@pytest.mark.parametrize("group_size", [8, 64])
 def test_bytes_are_those_of_the_tensors(storage: Storage, group_size: int) -> None:
     weight, storing = torch.randn(SHAPE), Storing(4, storage, group_size)
     forms = storing.forms(*SHAPE)

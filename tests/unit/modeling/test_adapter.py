@@ -174,6 +174,7 @@ print("emloc_ray" in sys.modules)
 """
 
 
+@pytest.mark.deep  # a process of its own, in which PEFT is imported once more
 def test_on_the_original_with_plain_peft_it_is_w_plus_s_b_a(
     tmp_path: Path, emulator_dir: Callable[[str], Path], tiny_model_dir: Callable[..., Path]
 ) -> None:
