@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import signal
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 from emloc_ray.config.steps import STEPS
@@ -31,6 +35,8 @@ from emloc_ray.stages.ray.usage import measured
 from emloc_ray.stages.stage import Stage
 from emloc_ray.text import version_changes
 
+_TERMINATED = 128 + signal.SIGTERM  # a shell's exit code of what SIGTERM ended
+
 
 class Turns(Protocol):
     """Decides when each stage of a run may start, and with how many workers."""
@@ -47,16 +53,54 @@ class Turns(Protocol):
 
 
 class AtOnce:
-    """The turns of a run that has the cluster for itself."""
+    """The turns of a run that has the cluster for itself. SIGTERM stops the stage that runs: a training saves a checkpoint."""
+
+    def __init__(self, patience_s: float = 25.0) -> None:
+        """``patience_s``: how long a stage may take to ask; then, or at a second signal, it is broken off. Kubernetes kills
+        after 30 s."""
+        self.patience_s = patience_s
+        self._signalled = self._heard = False
 
     @contextlib.contextmanager
     def take(self, stage: str, asked: Resources, least: int) -> Iterator[Resources]:
-        """Gives all that was asked for, at once."""
-        yield asked
+        """Gives all that was asked for, at once.
+
+        Raises:
+            SystemExit: where SIGTERM stopped the stage, or came since the one before.
+        """
+        if threading.current_thread() is not threading.main_thread():  # which alone is given signals
+            yield asked
+            return
+        before, patience = signal.getsignal(signal.SIGTERM), threading.Timer(self.patience_s, self._break_off)
+        patience.daemon = True
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            if self._signalled:
+                raise SystemExit(_TERMINATED)
+            self._signalled = True
+            patience.start()
+
+        signal.signal(signal.SIGTERM, stop)
+        try:
+            if self._signalled:
+                raise Stopped(f"{stage} was stopped before it began.")
+            yield asked
+        except Stopped as error:
+            if self._signalled:
+                raise SystemExit(_TERMINATED) from error
+            raise
+        finally:
+            patience.cancel()
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
     def stopped(self) -> bool:
-        """Never: its user interrupts it."""
-        return False
+        """Whether SIGTERM came."""
+        self._heard |= self._signalled
+        return self._signalled
+
+    def _break_off(self) -> None:
+        if not self._heard:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Dropped(EmlocError):

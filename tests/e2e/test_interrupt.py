@@ -1,4 +1,4 @@
-"""Ctrl-C on the real command, as a terminal sends it: to every process of the foreground group."""
+"""Ctrl-C on the real command, as a terminal sends it: to every process of the foreground group; SIGTERM, as Kubernetes does."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 from small_runs import make_values
 
 from emloc_ray.io.formats.yaml_text import write_yaml
@@ -38,14 +39,17 @@ def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_training_goes_on_with_the_same_command(
-    tmp_path: Path, tiny_model_dir: Callable[..., Path], task_file: Path
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], task_file: Path, sent: signal.Signals
 ) -> None:
+    terminated = sent == signal.SIGTERM  # which has the training save a checkpoint, as soon as it looks
+    steps = 3 * STEPS if terminated else STEPS
     values = make_values(
         tmp_path / "run",
         tiny_model_dir("llama"),
         task_file,
-        finetune={"num_workers": 1, "max_steps": STEPS, "save_steps": 1},
+        finetune={"num_workers": 1, "max_steps": steps, "save_steps": steps if terminated else 1},
         calibration={"num_workers": 1},
         ray={"num_cpus": 2},
     )
@@ -64,8 +68,8 @@ def test_an_interrupted_training_goes_on_with_the_same_command(
             time.sleep(0.02)
         own = descendants(process)
         assert any(p.name().startswith("ray::") for p in own)
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(30) == 130
+        (os.kill if terminated else os.killpg)(process.pid, sent)
+        assert process.wait(60) == 128 + sent
     finally:
         process.kill()
     assert log.read_text().splitlines()[-1] == ("Stopped. Finished stages stay; the same command continues from there.")
@@ -78,7 +82,8 @@ def test_an_interrupted_training_goes_on_with_the_same_command(
     assert told[0].startswith("Not running: stopped, in finetune, ")
     assert told[-1].startswith("To continue, give the same command: emloc-ray run ")
     assert set(run.manifest()["stages"]) == {"data", "calibrate", "factorize"}
-    assert list(training.glob("finetune-*/checkpoint-*"))  # from which it goes on
+    saved = [int(place.name.removeprefix("checkpoint-")) for place in training.glob("finetune-*/checkpoint-*")]
+    assert 1 <= max(saved) < steps  # from which it goes on
 
     process = start(arguments, log)
     try:
@@ -87,5 +92,5 @@ def test_an_interrupted_training_goes_on_with_the_same_command(
         process.kill()
     assert "Fine-tuning" in log.read_text()
     assert log.read_text().count("done before, inputs unchanged") == 3
-    assert [line["step"] for line in run.metrics()["finetune"]["history"]] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in run.metrics()["finetune"]["history"]] == list(range(1, steps + 1))
     assert (tmp_path / "run" / "adapter_emulator" / "adapter_model.safetensors").is_file()

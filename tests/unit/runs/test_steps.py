@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +14,7 @@ import pytest
 from small_runs import RecordingReporter, make_values, write_jsonl
 
 from emloc_ray.config.reading import parse_config
-from emloc_ray.errors import ConfigError
+from emloc_ray.errors import ConfigError, Stopped
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning.prepared import Prepared, prepare
@@ -24,6 +27,7 @@ from emloc_ray.runs.versions import check_versions, installed
 from emloc_ray.stages.calibrate.stage import CALIBRATE
 from emloc_ray.stages.context import Context, Inputs
 from emloc_ray.stages.factorize.stage import FACTORIZE
+from emloc_ray.stages.ray.tasks import Resources
 from emloc_ray.stages.tokens.stage import DATA
 
 Versions = dict[str, str]
@@ -178,3 +182,42 @@ def test_data_that_changed_since_its_rows_were_counted_is_refused(prepared: Prep
     finally:
         task_file.write_text(rows)
     assert not RunDirectory(prepared.run.root).path("data").exists()
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0)  # where Python calls its handlers
+
+
+def test_a_termination_stops_the_stage_where_it_asks() -> None:
+    before, turns = signal.getsignal(signal.SIGTERM), AtOnce()
+
+    def train() -> None:
+        with turns.take("finetune", Resources(), 1):
+            assert not turns.stopped()
+            terminate()
+            assert turns.stopped()
+            raise Stopped("finetune was stopped at 1 of 2.")  # after it has saved a checkpoint
+
+    with pytest.raises(SystemExit) as ended:
+        train()
+    assert ended.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+    with pytest.raises(SystemExit), turns.take("correct", Resources(), 1):
+        pytest.fail("the next stage begins")
+
+
+@pytest.mark.parametrize("patience_s", [0.05, 60.0])
+def test_a_stage_that_does_not_ask_is_broken_off_by_time_or_a_second_signal(patience_s: float) -> None:
+    turns = AtOnce(patience_s)
+
+    def read() -> None:
+        with turns.take("data", Resources(), 1):
+            terminate()
+            if patience_s > 1:
+                terminate()
+            time.sleep(30)
+
+    with pytest.raises(SystemExit) as ended:
+        read()
+    assert ended.value.code == 143
