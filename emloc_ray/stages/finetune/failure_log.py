@@ -8,7 +8,7 @@ import ray.train
 
 from emloc_ray.io.store.node_cache import ensure, publish
 from emloc_ray.stages.finetune.job import FinetuneJob
-from emloc_ray.stages.ray.losses import is_lost, last_line, reason
+from emloc_ray.stages.ray.losses import is_lost, is_preempted, last_line, reason
 
 
 class FailureLog(ray.train.UserCallback):
@@ -23,7 +23,8 @@ class FailureLog(ray.train.UserCallback):
 
         A worker whose peer was killed may be the first to fail, over the connection to it.
         """
-        self.failures += 1
+        taken_back = any(is_preempted(error) for error in worker_exceptions.values())  # which Ray Train counts apart
+        self.failures += not taken_back
         if self.failures > self.job.max_failures:
             return
         lost = [rank for rank, error in worker_exceptions.items() if is_lost(error)]
@@ -31,6 +32,8 @@ class FailureLog(ray.train.UserCallback):
         error = worker_exceptions[rank]
         why = f"lost its worker because {reason(error)[0]}" if lost else f"failed ({last_line(error)})"
         again = f"restarted from the last checkpoint ({self.failures} of {self.job.max_failures})"
+        if taken_back:
+            why, again = "lost its worker because its node was taken back", "begun elsewhere from the last checkpoint"
         path = self.job.failure_path
         ensure(path)
         path.parent.mkdir(parents=True, exist_ok=True)

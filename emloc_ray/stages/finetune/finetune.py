@@ -17,11 +17,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from emloc_ray.errors import EmlocError, NumericsError, Stopped, TakenOver
 from emloc_ray.io.formats.json_lines import read_objects
 from emloc_ray.io.store.arrow_files import arrow_files
-from emloc_ray.io.store.node_cache import discard, exists, is_stored, open_artifact, publish
+from emloc_ray.io.store.node_cache import discard, exists, is_stored, open_artifact, publish, sizes
 from emloc_ray.stages.finetune.failure_log import FailureLog
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.training import leaves_traces, train_alone, train_loop
-from emloc_ray.stages.ray.losses import Losses, Tell, explain, last_line, unheard
+from emloc_ray.stages.ray.losses import Losses, Tell, explain, is_lost, last_line, unheard
 from emloc_ray.stages.ray.spans import Span, tell_span
 from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, silent
 
@@ -107,13 +107,14 @@ def run_alone(job: FinetuneJob, resources: Resources, tell: Tell, check: Callabl
         if exists(job.stop_path) and not exists(job.begun_path):
             raise Stopped(f"{job.stage} was stopped before it began.")
 
-    [outcome] = bounded([("the training", submit)], 1, Losses(job.stage, tell, job.max_failures), give_up)
+    losses = Losses(job.stage, tell, job.max_failures, reached=lambda: _checkpoints(job))
+    [outcome] = bounded([("the training", submit)], 1, losses, give_up)
     return dict(outcome)
 
 
 def run_group(job: FinetuneJob, resources: Resources, tell: Tell, check: Callable[[], None]) -> dict[str, Any]:
     """Trains in a Ray Train group; where its leading process is lost, in another."""
-    losses = Losses(job.stage, tell)
+    losses = Losses(job.stage, tell, reached=lambda: _checkpoints(job))
     begun_at = time.time()
     with _interruptible():
         while (outcome := _fit(job, resources, losses)) is None:
@@ -151,11 +152,24 @@ def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, An
             callbacks=[FailureLog(job)],  # type: ignore[list-item]
         ),
     )
-    try:  # what workers raise, or are lost more often than max_failures, is no matter of the controller's
+    before = _checkpoints(job)
+    try:
         return dict(trainer.fit().return_value)
+    except ray.train.WorkerGroupError as error:  # what workers raise, or are lost more often than max_failures
+        came_on = job.max_failures > 0 and _checkpoints(job) != before
+        if not came_on or not is_lost(error):
+            raise
+        losses.tell(f"{job.stage}: it has come on since it first failed, so failures are counted anew.")
+        return None
     except (ray.exceptions.RayError, ray.train.ControllerError) as error:
         time.sleep(losses.count("the training", error))
         return None
+
+
+def _checkpoints(job: FinetuneJob) -> set[str]:
+    """What there is now to go on from."""
+    place = job.storage_dir / job.name
+    return {file.relative_to(place).parts[0] for file in sizes(place)}
 
 
 def _content(path: Path) -> bytes:

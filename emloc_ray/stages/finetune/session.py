@@ -18,6 +18,7 @@ import ray.train
 
 from emloc_ray.io.store.atomic import atomic_directory, write_json
 from emloc_ray.io.store.node_cache import discard, ensure, sizes
+from emloc_ray.stages.ray.departures import Departures
 
 _NEWEST = "newest.json"
 
@@ -30,6 +31,9 @@ class TrainingSession(Protocol):
 
     def checkpoint(self) -> AbstractContextManager[str | None]:
         """The folder of the newest checkpoint, while the block lasts; None where there is none."""
+
+    def is_leaving(self) -> bool:
+        """Whether a node of this training is about to leave. All ranks ask it together."""
 
     def save(self, folder: Path | None, step: int) -> None:
         """Keeps what this rank wrote for a step (``folder``, where it did), in place of earlier steps'. All ranks call it."""
@@ -52,6 +56,11 @@ class GroupSession:
         with kept.as_directory() as folder:
             yield folder
 
+    def is_leaving(self) -> bool:
+        """As Ray Train says, from 2.56 on."""
+        ask = getattr(ray.train, "get_preemption_info", None)
+        return ask is not None and ask() is not None
+
     def save(self, folder: Path | None, step: int) -> None:
         """Ray Train puts the files of all ranks together in one directory."""
         checkpoint = ray.train.Checkpoint.from_directory(folder) if folder is not None else None
@@ -65,6 +74,11 @@ class LoneSession:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._departures = Departures()
+
+    def is_leaving(self) -> bool:
+        """As Ray says of this process's node."""
+        return self._departures.here()
 
     @contextlib.contextmanager
     def checkpoint(self) -> Iterator[str | None]:

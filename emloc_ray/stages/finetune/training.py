@@ -38,10 +38,12 @@ from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.session import GroupSession, LoneSession, TrainingSession, own_environment
 from emloc_ray.stages.finetune.validation import Validation
 from emloc_ray.stages.finetune.zero import join_as_deepspeed_rank, scattered_in, step_was_finite, whole_parameters
+from emloc_ray.stages.ray.departures import LOOK_S
 from emloc_ray.stages.ray.losses import is_out_of_memory
 from emloc_ray.stages.ray.spans import timed
 
 _POLL_S = 0.5
+_NOTHING, _ASK, _STOP = range(3)  # what the first rank says at a step
 
 
 class EmulatorTrainer(Trainer):
@@ -125,14 +127,21 @@ class EmulatorTrainer(Trainer):
 
 
 class StepKeeper(TrainerCallback):
-    """Seeds each step, logs, keeps checkpoints, and stops all ranks at a loss that is no number, or where asked to."""
+    """Seeds each step, logs, keeps checkpoints, and stops all ranks at a loss that is no number, or where asked to.
 
-    def __init__(self, job: FinetuneJob, session: TrainingSession, poll_s: float = _POLL_S) -> None:
+    Where a node is about to leave, it keeps a checkpoint at once.
+    """
+
+    def __init__(
+        self, job: FinetuneJob, session: TrainingSession, poll_s: float = _POLL_S, ask_s: float = LOOK_S
+    ) -> None:
+        """``poll_s``: seconds between looks whether it is to stop; ``ask_s``: between questions whether a node leaves."""
         self.job, self.session, self.poll_s = job, session, poll_s
         self.trainer: EmulatorTrainer | None = None
         self.failure: str | None = None
-        self.stopped = False
-        self._looked = time.monotonic()
+        self.stopped = self._saved_to_leave = False
+        self.ask_s = ask_s
+        self._looked = self._asked = time.monotonic()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Seeds the step."""
@@ -152,20 +161,26 @@ class StepKeeper(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Saves and ends the training where it is asked to."""
-        if self._is_to_stop(args.device):
+        look = self._look(args.device)
+        if look == _STOP:
             self.stopped = control.should_save = control.should_training_stop = True
+        elif look == _ASK and not self._saved_to_leave and self.session.is_leaving():
+            self._saved_to_leave = control.should_save = True  # and trains on: Ray may give it longer than it says
 
-    def _is_to_stop(self, device: torch.device) -> bool:
+    def _look(self, device: torch.device) -> int:
         """The same on all ranks: the first looks now and then, and says at every step what it saw."""
-        asked = False
+        seen = _NOTHING
         if self.session.rank == 0 and time.monotonic() >= self._looked + self.poll_s:
             self._looked = time.monotonic()
-            asked = exists(self.job.stop_path)
+            if exists(self.job.stop_path):
+                seen = _STOP
+            elif time.monotonic() >= self._asked + self.ask_s:
+                seen, self._asked = _ASK, time.monotonic()
         if self.session.world_size == 1:
-            return asked
-        heard = torch.tensor([float(asked)], device=device)
+            return seen
+        heard = torch.tensor([float(seen)], device=device)
         torch.distributed.broadcast(heard, src=0)
-        return bool(heard.item())
+        return int(heard.item())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Appends the losses to the job's log."""

@@ -14,6 +14,8 @@ import torch
 from ray.util.metrics import Counter
 
 from emloc_ray.errors import EmlocError, StageError
+from emloc_ray.stages.ray.departures import Departures
+from emloc_ray.text import duration
 
 Tell = Callable[[str], None]
 MAX_RESTARTS = 3
@@ -44,14 +46,29 @@ def unheard(text: str) -> None:
 
 
 class Losses:
-    """How often each piece of a stage's work has lost its worker."""
+    """How often each piece of a stage's work has lost its worker; with a node that a cloud took back does not count."""
 
     delays: tuple[float, ...] = (0.0, 4.0, 16.0)  # seconds before each of its tries
 
-    def __init__(self, stage: str, tell: Tell = unheard, bound: int = MAX_RESTARTS) -> None:
-        self.stage, self.tell, self.bound = stage, tell, bound
+    def __init__(
+        self,
+        stage: str,
+        tell: Tell = unheard,
+        bound: int = MAX_RESTARTS,
+        departures: Departures | None = None,
+        reached: Callable[[], object] = lambda: None,
+    ) -> None:
+        """``reached``: how far pieces have come that take long; one that has come on since its last loss is counted anew."""
+        self.stage, self.tell, self.bound, self.reached = stage, tell, bound, reached
+        self._at: dict[str, object] = {}  # where each piece was at its last loss
         self.counts: collections.Counter[str] = collections.Counter()
+        self.preempted = 0
+        self._departures = departures or Departures()
         self._kernel_kills = kernel_kills()
+
+    def look(self) -> None:
+        """Looks for nodes that are about to leave; to be called while work is waited for."""
+        self._departures.look()
 
     def count(self, piece: str, error: BaseException) -> float:
         """Counts and reports a loss; returns the seconds to wait before the piece is restarted.
@@ -62,11 +79,34 @@ class Losses:
         """
         if not is_lost(error):
             raise error
-        self.counts[piece] += 1
-        times, before, self._kernel_kills = self.counts[piece], self._kernel_kills, kernel_kills()
+        self.look()
+        if is_preempted(error) or any(self._departures.named_in(str(cause)) for cause in causes(error)):
+            self.preempted += 1
+            self._measure("its node was taken back")
+            self.tell(f"{self.stage}: {piece} lost its worker because its node was taken back; begun elsewhere.")
+            return self.delays[0]
+        before, self._kernel_kills = self._kernel_kills, kernel_kills()
         why, what_to_do = reason(error, kernel_killed=self._kernel_kills > before)
+        self._measure(why)
+        return self._add(piece, why, what_to_do, error)
+
+    def give_up_waiting(self, piece: str, waited_s: float, usual_s: float) -> float:
+        """As :meth:`count`, of a piece whose worker was ended, for it gave nothing for too long."""
+        self._measure("it gave nothing for too long")
+        why = f"it gave nothing for {duration(waited_s)}, where {duration(usual_s)} is usual"
+        return self._add(piece, why, "see its log in Ray's session, and look after its node")
+
+    def _measure(self, cause: str) -> None:
         if ray.is_initialized():
-            _lost_workers().inc(1, {"stage": self.stage, "cause": why})
+            _lost_workers().inc(1, {"stage": self.stage, "cause": cause})
+
+    def _add(self, piece: str, why: str, what_to_do: str, error: BaseException | None = None) -> float:
+        at = self.reached()
+        if self._at.get(piece, at) != at:
+            self.counts[piece] = 0
+        self._at[piece] = at
+        self.counts[piece] += 1
+        times = self.counts[piece]
         if times > self.bound:
             raise StageError(
                 f"{self.stage}: {piece} lost its worker {times} times, the last time because {why}: {what_to_do}."
@@ -84,6 +124,11 @@ def is_lost(error: BaseException) -> bool:
     """Whether a worker, its node or a result on it was lost, and nothing else is to blame, nor would be again."""
     lost = any(isinstance(cause, LOST) for cause in causes(error))
     return lost and own_error(error) is None and hopeless(error) is None
+
+
+def is_preempted(error: BaseException) -> bool:
+    """Whether Ray knows that a cloud took the worker's node back."""
+    return any(isinstance(cause, ray.exceptions.RayActorError) and cause.preempted for cause in causes(error))
 
 
 def hopeless(error: BaseException) -> str | None:

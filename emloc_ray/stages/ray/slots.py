@@ -6,20 +6,26 @@ A task and no actor: its process, in which torch and transformers are imported, 
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import gc
 import math
+import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from emloc_ray.stages.ray.departures import Departures
 from emloc_ray.stages.ray.losses import Losses
 from emloc_ray.stages.ray.spans import Span, Timed, tell_span, timed
 from emloc_ray.stages.ray.tasks import Progress, Resources, remote_task, silent
 
 _LOOK_S = 1.0
+LEFT = -2  # no unit's number
+# A slot is begun again where a unit takes so many times the median of a few, and not before so many seconds.
+_TIMES_USUAL, _FEW_UNITS, _PATIENCE_S = 20, 5, 600.0
 
 
 def start_slot(
@@ -31,7 +37,7 @@ def start_slot(
     node: str | None = None,
 ) -> Any:
     """A task, by its name in Ray's dashboard, that works off ascending ``units`` in the slot that ``make(*arguments)`` makes:
-    the generator of what :func:`_work_off` yields. It goes on to a unit once what it gave before was taken.
+    the generator of what :func:`work_off` yields. It goes on to a unit once what it gave before was taken.
 
     ``node``: where it begins, by Ray's id; on any other where that node is gone.
     """
@@ -41,12 +47,17 @@ def start_slot(
         "_generator_backpressure_num_objects": 1,
     }
     where = {} if node is None else {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True)}
-    return remote_task(_work_off, **options).options(name=name, **where).remote(list(units), make, *arguments)
+    return remote_task(work_off, **options).options(name=name, **where).remote(list(units), make, *arguments)
 
 
-def _work_off(units: Sequence[int], make: Callable[..., Any], *arguments: Any) -> Iterator[Timed]:
-    """The slot's last unit that is safe, or -1; then each unit after it once it is worked off; None once all is committed."""
+def work_off(units: Sequence[int], make: Callable[..., Any], *arguments: Any) -> Iterator[Timed]:
+    """The slot's last unit that is safe, or -1; then each unit after it once it is worked off; None once all is committed.
+
+    :data:`LEFT` at last where its node is about to leave: what is worked off is committed.
+    """
     made: list[Any] = []
+
+    departures = Departures()
 
     def begin() -> int:
         made.append(make(*arguments))
@@ -58,6 +69,9 @@ def _work_off(units: Sequence[int], make: Callable[..., Any], *arguments: Any) -
         yield begun
         for unit in units:
             if unit > begun.result:
+                if departures.here():
+                    yield dataclasses.replace(timed(made[0].commit)(), result=LEFT)
+                    return
                 yield timed(made[0].accumulate)(unit)
         yield timed(made[0].commit)()
     finally:
@@ -88,6 +102,8 @@ def run_slots(
     # When a slot may begin, by the monotonic clock.
     resting = {slot: 0.0 for slot, count in enumerate(counts) if count < len(work[slot])}
     at: dict[int, str] = {}  # what each slot is at
+    since: dict[int, float] = {}  # and since when, where it is known to work
+    took: list[float] = []  # the seconds of each unit that was worked off
     done_units, total = sum(counts), sum(len(units) for units in work)
 
     try:
@@ -96,7 +112,15 @@ def run_slots(
                 del resting[slot]
                 running[start(slot)] = slot
                 at[slot] = "its start"
+                since.pop(slot, None)
+            losses.look()
             progress(done_units, total)  # raises where the run is to stop
+            for task, slot in _overdue(running, since, took):
+                del running[task]
+                ray.cancel(task, force=True)
+                waited = time.monotonic() - since[slot]
+                delay = losses.give_up_waiting(f"slot {slot} at {at[slot]}", waited, statistics.median(took))
+                resting[slot] = time.monotonic() + delay
             for task in _first_ready(list(running), min(resting.values(), default=math.inf)):
                 slot = running[task]
                 where = at[slot]
@@ -113,8 +137,18 @@ def run_slots(
                 peaks = {"peak_bytes": timed_unit.peak_bytes, "gpu_peak_bytes": timed_unit.gpu_peak_bytes}
                 tell_span(Span(losses.stage, worker, where, *times, **peaks))
                 unit = timed_unit.result
+                if slot in since:
+                    took.append(time.monotonic() - since[slot])
+                since[slot] = time.monotonic()
                 if unit is None:  # committed to the end
                     del running[task]
+                    continue
+                if unit == LEFT:
+                    del running[task]
+                    resting[slot] = 0.0
+                    losses.tell(
+                        f"{losses.stage}: slot {slot} leaves a node that is about to go, and goes on from {where}."
+                    )
                     continue
                 count = bisect.bisect_right(work[slot], unit)
                 done_units += count - counts[slot]
@@ -125,6 +159,15 @@ def run_slots(
     finally:
         for task in running:  # none, unless something failed: nobody waits for them any more
             ray.cancel(task, force=True)
+
+
+def _overdue(running: Mapping[Any, int], since: Mapping[int, float], took: Sequence[float]) -> list[tuple[Any, int]]:
+    """The tasks that work at a unit for much longer than units take: a driver of a GPU, or a file system, may hang for ever."""
+    if len(took) < _FEW_UNITS:
+        return []
+    bound = max(_PATIENCE_S, _TIMES_USUAL * statistics.median(took))
+    now = time.monotonic()
+    return [(task, slot) for task, slot in running.items() if now - since.get(slot, now) > bound]
 
 
 def _first_ready(tasks: list[Any], until: float) -> list[Any]:

@@ -146,6 +146,7 @@ class Flight:
         """Starts what may start and collects what has ended, waiting for one up to ``timeout`` seconds (None: as long as
         it takes); whether anything is left. Raises what a task raised."""
         self._wake()
+        self.losses.look()
         while self._waiting and len(self._flying) < self.limit:
             piece = self._waiting.popleft()
             self._flying[piece.submit()] = piece

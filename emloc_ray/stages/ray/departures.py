@@ -1,0 +1,43 @@
+"""Nodes that are about to leave: a cloud that takes one back says so a little before, and Ray drains it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable
+
+import ray
+from ray._private.state import state
+
+LOOK_S = 5.0
+
+
+def draining() -> set[str]:
+    """The ids of the nodes that Ray drains."""
+    with contextlib.suppress(Exception):  # a head that does not answer now is asked again
+        return {*state.get_draining_nodes()}
+    return set()
+
+
+class Departures:
+    """Which nodes were about to leave while they were there; looked for every ``every_s`` seconds at most."""
+
+    def __init__(self, find: Callable[[], Iterable[str]] = draining, every_s: float = LOOK_S) -> None:
+        self.find, self.every_s = find, every_s
+        self.nodes: set[str] = set()
+        self._due_at = 0.0  # by the monotonic clock
+
+    def look(self) -> None:
+        """Looks, where it is time to."""
+        if time.monotonic() >= self._due_at:
+            self._due_at = time.monotonic() + self.every_s
+            self.nodes.update(self.find())
+
+    def named_in(self, text: str) -> bool:
+        """Whether a text names one of them by its id."""
+        return any(node in text for node in self.nodes)
+
+    def here(self) -> bool:
+        """Whether this process's own node is one of them."""
+        self.look()
+        return bool(self.nodes) and ray.get_runtime_context().get_node_id() in self.nodes

@@ -1,0 +1,169 @@
+"""Nodes that a cloud takes back: work leaves them in time, and what is lost with them does not count."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from ray.exceptions import NodeDiedError, RayActorError, WorkerCrashedError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+from emloc_ray.errors import StageError
+from emloc_ray.stages.finetune.failure_log import FailureLog
+from emloc_ray.stages.finetune.job import FinetuneJob
+from emloc_ray.stages.finetune.training import StepKeeper
+from emloc_ray.stages.ray import departures, slots
+from emloc_ray.stages.ray.departures import Departures
+from emloc_ray.stages.ray.losses import Losses
+from emloc_ray.stages.ray.spans import Timed
+
+NODE = "ab" * 28
+
+
+def taken_back() -> RayActorError:
+    return RayActorError(preempted=True)
+
+
+def test_what_is_lost_with_a_node_that_was_taken_back_does_not_count() -> None:
+    told: list[str] = []
+    leaving = {NODE}
+    losses = Losses("merge", told.append, bound=0, departures=Departures(lambda: leaving, every_s=0))
+    losses.look()
+    leaving.clear()  # it has gone
+    for error in (taken_back(), NodeDiedError(f"Node IP: 10.0.0.3, node ID: {NODE}. This can happen if …")):
+        assert losses.count("shard a", error) == 0
+    assert told == ["merge: shard a lost its worker because its node was taken back; begun elsewhere."] * 2
+    assert (losses.preempted, dict(losses.counts)) == (2, {})
+    with pytest.raises(StageError, match="because its node died"):
+        losses.count(
+            "shard a", NodeDiedError(f"Node IP: 10.0.0.4, node ID: {'cd' * 28}. This can happen if the node was")
+        )
+
+
+def test_a_head_that_does_not_answer_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> dict[str, int]:
+        raise RuntimeError("no head")
+
+    monkeypatch.setattr(departures, "state", SimpleNamespace(get_draining_nodes=fail))
+    assert departures.draining() == set()
+    monkeypatch.setattr(departures, "state", SimpleNamespace(get_draining_nodes=lambda: {NODE: 0}))
+    assert departures.draining() == {NODE}
+
+
+class Slot:
+    """Counts units, and notes what is committed."""
+
+    def __init__(self, safe: list[int]) -> None:
+        self.safe, self.done = safe, safe[-1]
+
+    def position(self) -> int:
+        return self.safe[-1]
+
+    def accumulate(self, unit: int) -> int:
+        self.done = unit
+        return unit
+
+    def commit(self) -> None:
+        self.safe.append(self.done)
+
+
+def test_a_slot_commits_and_leaves_a_node_that_is_about_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    leaving = iter([False, False, True])
+    monkeypatch.setattr(Departures, "here", lambda self: next(leaving, False))
+    started: list[list[int]] = []
+    told: list[str] = []
+    safe = [-1]
+
+    def start(slot: int) -> Any:
+        started.append([*safe])
+        return iter([*slots.work_off(range(4), Slot, safe)])
+
+    monkeypatch.setattr(slots.ray, "wait", lambda tasks, **_: (tasks[:1], tasks[1:]))
+    monkeypatch.setattr(slots.ray, "get", lambda value: value)
+    done: list[int] = []
+    slots.run_slots(
+        start, [range(4)], "shard", Losses("calibrate", told.append), done=lambda slot, unit: done.append(unit)
+    )
+    assert started == [[-1], [-1, 1]]
+    assert done == [0, 1, 1, 2, 3]
+    assert safe == [-1, 1, 3]
+    assert told == ["calibrate: slot 0 leaves a node that is about to go, and goes on from shard 2."]
+
+
+def test_a_unit_that_takes_for_ever_is_ended_and_begun_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(slots.time, "monotonic", lambda: now[0])
+    units = [Timed(unit, "process 1 on here", 0.0, 1.0, 0) for unit in (-1, *range(8))]
+    end = Timed(None, "process 1 on here", 0.0, 1.0, 0)
+    tries = [iter(units[:7]), iter([*units[6:], end])]
+    cancelled: list[Any] = []
+    told: list[str] = []
+
+    def wait(tasks: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        hangs = tasks[0] is first and len(took) == 7
+        now[0] += 500 if hangs else 2
+        return ([], tasks) if hangs else (tasks, [])
+
+    def get(unit: Timed) -> Timed:
+        took.append(unit)
+        return unit
+
+    took: list[Timed] = []
+    first = tries[0]
+    monkeypatch.setattr(slots.ray, "wait", wait)
+    monkeypatch.setattr(slots.ray, "get", get)
+    monkeypatch.setattr(slots.ray, "cancel", lambda task, **how: cancelled.append((task, how)))
+    losses = Losses("calibrate", told.append)
+    slots.run_slots(lambda slot: tries.pop(0), [range(8)], "shard", losses)
+    assert cancelled == [(first, {"force": True})]
+    [sentence] = told
+    assert sentence.startswith("calibrate: slot 0 at shard 6 lost its worker because it gave nothing for ")
+    assert sentence.endswith(", where 2.0 s is usual; restarted (1 of 3).")
+
+
+def test_what_has_come_on_since_its_last_loss_is_counted_anew() -> None:
+    reached = [0]
+    losses = Losses("finetune", bound=2, reached=lambda: reached[0])
+    losses.delays = (0.0,)
+    for step in (0, 0, 5, 5, 9, 9):
+        reached[0] = step
+        losses.count("the training", WorkerCrashedError())
+    with pytest.raises(StageError, match="lost its worker 3 times"):
+        losses.count("the training", WorkerCrashedError())
+
+
+def job(tmp_path: Path) -> FinetuneJob:
+    fields: dict[str, Any] = dict.fromkeys(("emulator_dir", "tokens_dir", "out_dir"), tmp_path)
+    return FinetuneJob(**fields, storage_dir=tmp_path / "training", name="a", adapter={}, portable_targets=[],
+                       base_model="", max_steps=9, batch_size=1, max_failures=1)  # fmt: skip
+
+
+def test_a_training_saves_once_where_its_node_is_about_to_go(tmp_path: Path) -> None:
+    leaving = [False]
+    session = SimpleNamespace(rank=0, world_size=1, is_leaving=lambda: leaving[0])
+    keeper = StepKeeper(job(tmp_path), session, poll_s=0, ask_s=0)
+
+    def saves() -> bool:
+        control = SimpleNamespace(should_save=False, should_training_stop=False)
+        keeper.on_step_end(SimpleNamespace(device=torch.device("cpu")), None, control)
+        assert not control.should_training_stop
+        return control.should_save
+
+    assert not saves()
+    leaving[0] = True
+    assert [saves(), saves()] == [True, False]
+
+
+def test_a_group_whose_node_was_taken_back_has_not_failed(tmp_path: Path) -> None:
+    log = FailureLog(job(tmp_path))
+    for _ in range(2):
+        log.after_exception(None, {0: RuntimeError("closed"), 1: WorkerHealthCheckFailedError("rank 1", taken_back())})
+    log.after_exception(None, {0: RuntimeError("closed")})
+    assert log.job.failure_path.read_text().splitlines() == [
+        *["finetune: rank 1 lost its worker because its node was taken back; begun elsewhere from the last checkpoint."]
+        * 2,
+        "finetune: rank 0 failed (closed); restarted from the last checkpoint (1 of 1).",
+    ]
