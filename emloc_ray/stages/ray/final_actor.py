@@ -21,9 +21,11 @@ import ray
 from emloc_ray.stages.ray.losses import MAX_RESTARTS, Losses, Tell
 from emloc_ray.stages.ray.spans import Span, listening, tell_span
 from emloc_ray.stages.ray.tasks import LOOK_S, Progress, Resources, set_threads
+from emloc_ray.text import duration
 
 T = TypeVar("T")
 Step = Callable[[Any, Resources, Progress, Tell], dict[str, Any]]
+_ANSWER_S, _SILENT_S = 30.0, 900.0  # for one report; and after which an actor that gave none is ended
 _STEPS = 2  # correct and merge, each of which may lose it as often as any work may
 
 
@@ -71,6 +73,8 @@ class FinalActorHandle:
     def __init__(self, run: str) -> None:
         self.name = f"final actor of {run}, {uuid.uuid4().hex[:8]}"  # a run's last actor may be about to end
         self._actor: Any = None
+        self._asked: Any = None  # the report that was asked for and not heard yet
+        self._position, self._heard_at = (0, 1), time.monotonic()
 
     def __enter__(self) -> FinalActorHandle:
         return self
@@ -89,19 +93,29 @@ class FinalActorHandle:
         self._actor = self._actor or _kind().options(name=self.name).remote()
         losses = Losses(stage, tell)
         while True:
-            answer = self._actor.work.remote(step, job, resources)
+            answer, self._heard_at = self._actor.work.remote(step, job, resources), time.monotonic()
             try:
                 while not ray.wait([answer], timeout=LOOK_S)[0]:
                     self._pass_on(progress, tell)
                 # Where it was lost this waits for the next, which a step given too early would count as lost once more.
                 with contextlib.suppress(ray.exceptions.RayError):
-                    self._pass_on(progress, tell)
+                    self._pass_on(progress, tell, _SILENT_S)
                 return ray.get(answer)
             except ray.exceptions.RayError as error:
                 time.sleep(losses.count("the final actor", error))
 
-    def _pass_on(self, progress: Progress, tell: Tell) -> None:
-        report = ray.get(self._actor.report.remote())
+    def _pass_on(self, progress: Progress, tell: Tell, patience_s: float = _ANSWER_S) -> None:
+        self._asked = self._asked or self._actor.report.remote()
+        if not ray.wait([self._asked], timeout=patience_s)[0]:
+            progress(*self._position)  # raises where the run is to stop
+            if time.monotonic() - self._heard_at > _SILENT_S:
+                tell(f"The final actor has not answered for {duration(_SILENT_S)}: it is ended and begun again.")
+                ray.kill(self._actor, no_restart=False)
+                self._heard_at = time.monotonic()
+            return
+        asked, self._asked = self._asked, None
+        report = ray.get(asked)
+        self._position, self._heard_at = (report.done, report.total), time.monotonic()
         for span in report.spans:
             tell_span(span)
         for note in report.notes:
