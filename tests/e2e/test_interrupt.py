@@ -39,7 +39,7 @@ def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 def test_an_interrupted_training_goes_on_with_the_same_command(
     tmp_path: Path, tiny_model_dir: Callable[..., Path], task_file: Path, sent: signal.Signals
 ) -> None:
