@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterable
 
@@ -10,6 +11,7 @@ import ray
 from ray._private.state import state
 
 LOOK_S = 5.0
+_ANSWER_S = 1.0
 
 
 def draining() -> set[str]:
@@ -26,16 +28,19 @@ class Departures:
         self.find, self.every_s = find, every_s
         self.nodes: set[str] = set()
         self._due_at = 0.0  # by the monotonic clock
+        self._looking: threading.Thread | None = None
 
     def look(self) -> None:
-        """Looks, where it is time to."""
-        if time.monotonic() >= self._due_at:
+        """Looks, where it is time to, and for a second at most: asked of a head that is dead, Ray never answers."""
+        if time.monotonic() >= self._due_at and (self._looking is None or not self._looking.is_alive()):
             self._due_at = time.monotonic() + self.every_s
-            self.nodes.update(self.find())
+            self._looking = threading.Thread(target=lambda: self.nodes.update(self.find()), daemon=True)
+            self._looking.start()
+            self._looking.join(_ANSWER_S)
 
     def named_in(self, text: str) -> bool:
         """Whether a text names one of them by its id."""
-        return any(node in text for node in self.nodes)
+        return any(node in text for node in tuple(self.nodes))
 
     def here(self) -> bool:
         """Whether this process's own node is one of them."""
