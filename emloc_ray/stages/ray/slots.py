@@ -24,8 +24,9 @@ from emloc_ray.stages.ray.tasks import Progress, Resources, remote_task, silent
 
 _LOOK_S = 1.0
 LEFT = -2  # no unit's number
-# A slot is begun again where a unit takes so many times the median of a few, and not before so many seconds.
-_TIMES_USUAL, _FEW_UNITS, _PATIENCE_S = 20, 5, 600.0
+# A slot is begun again where a unit takes so many times the median of a few, and not before so many seconds, in which
+# its sums, which it writes now and then within a unit, reach a slow disk.
+_TIMES_USUAL, _FEW_UNITS, _PATIENCE_S = 20, 5, 1800.0
 
 
 def start_slot(
@@ -56,7 +57,6 @@ def work_off(units: Sequence[int], make: Callable[..., Any], *arguments: Any) ->
     :data:`LEFT` at last where its node is about to leave: what is worked off is committed.
     """
     made: list[Any] = []
-
     departures = Departures()
 
     def begin() -> int:
@@ -162,12 +162,16 @@ def run_slots(
 
 
 def _overdue(running: Mapping[Any, int], since: Mapping[int, float], took: Sequence[float]) -> list[tuple[Any, int]]:
-    """The tasks that work at a unit for much longer than units take: a driver of a GPU, or a file system, may hang for ever."""
+    """The tasks that work at a unit for much longer than units take: a driver of a GPU, or a file system, may hang for ever.
+
+    Not what waits to be taken: this process itself may have been stopped for that long.
+    """
     if len(took) < _FEW_UNITS:
         return []
     bound = max(_PATIENCE_S, _TIMES_USUAL * statistics.median(took))
     now = time.monotonic()
-    return [(task, slot) for task, slot in running.items() if now - since.get(slot, now) > bound]
+    late = [(task, slot) for task, slot in running.items() if now - since.get(slot, now) > bound]
+    return [(task, slot) for task, slot in late if not ray.wait([task], timeout=_LOOK_S)[0]]
 
 
 def _first_ready(tasks: list[Any], until: float) -> list[Any]:
