@@ -8,6 +8,7 @@ from emloc_ray.config.schema import RunConfig
 from emloc_ray.config.steps import VERBS
 from emloc_ray.errors import DamagedArtifactError
 from emloc_ray.io.runs.cache import ArtifactCache
+from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.modeling.loading import fetch_weights
 from emloc_ray.planning.batches import keeps_small, shrink_batches
 from emloc_ray.planning.budget import check_holding
@@ -40,12 +41,13 @@ def run(
     turns: Turns | None = None,
     cache: ArtifactCache | None = None,
     accept_versions: bool = False,
+    batch: RunDirectory | None = None,
 ) -> dict[str, Any]:
     """Runs the pipeline up to ``until``; skips finished stages with unchanged inputs, but redoes all from ``begin`` on.
 
     ``turns`` says when each stage may start, by default at once. Runs with one ``cache`` share what they make from equal
-    inputs. ``accept_versions`` takes what was finished with other versions of emloc_ray or its libraries as it is. Returns
-    the content of metrics.json.
+    inputs. ``accept_versions`` takes what was finished with other versions of emloc_ray or its libraries as it is. ``batch``
+    is the locked directory of the batch whose task this is. Returns the content of metrics.json.
 
     Raises:
         ConfigError: before any stage starts or anything is written; also where what is finished is of other versions.
@@ -62,7 +64,7 @@ def run(
         check_disk(prepared.run, missing_disk(plan, prepared.run, fresh))
     reporter = reporter or Reporter()
     try:
-        prepared.run.lock(reporter.note)
+        prepared.run.lock(reporter.note, under=batch)
         if not fresh:
             check_versions(prepared, redone_from(begin), until, accept_versions, in_batch=turns is not None)
         lean = keeps_small(prepared.config)

@@ -336,11 +336,14 @@ class RunDirectory:
         metrics: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
         return metrics
 
-    def lock(self, tell: Callable[[str], None] = lambda text: None) -> None:
+    def lock(
+        self, tell: Callable[[str], None] = lambda text: None, under: RunDirectory | None = None
+    ) -> None:
         """Takes the run for this process, until it ends, however it ends: a lock of the operating system, on an object
         store a lease that goes stale a minute after its holder's death.
 
-        There a holder that may be dead is watched until it is known; ``tell`` hears of that before.
+        There a holder that may be dead is watched until it is known; ``tell`` hears of that before. ``under``: the batch whose
+        task this is, and whose lease holds it too.
 
         Raises:
             ConfigError: where another process holds it, and says which; where its file system gives no locks.
@@ -351,7 +354,8 @@ class RunDirectory:
             def watch(holder: Holder) -> None:
                 tell(f"{holder.name} held this run until a moment ago: waiting up to 60 s to see whether it is alive.")
 
-            lease = Lease(self.store, me, after=self.store.checked_manifest().get("lease", 0))
+            batch = None if under is None else under._lease
+            lease = Lease(self.store, me, after=self.store.checked_manifest().get("lease", 0), under=batch)
             held = lease.take(watch)
             if held is not None:
                 raise ConfigError(f"run_dir {self.place} is in use by {held.name}: wait for it, or name another.")

@@ -1,6 +1,7 @@
 """Who holds a run on an object store: an object replaced by compare-and-swap, renewed while its holder lives.
 
-Each lease has a number above all before it, which stays when it is given back.
+Each lease has a number above all before it, which stays when it is given back. A run inside a batch is held for as long as the
+batch is: one lease is renewed, however many tasks run.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from dataclasses import dataclass
 from emloc_ray.errors import ArtifactError, TakenOver
 from emloc_ray.io.store.object_store import ObjectStore
 from emloc_ray.io.store.objects import Version
+from emloc_ray.io.store.places import above
 
 KEY = "lock"
 _CLOCK = "lock.clock"  # an object whose time is the store's own
 RENEW_S = 10.0
 STALE_S = 60.0
 _REQUEST_S = 10.0
+LEVELS = 2  # a batch's runs are its tasks/NAME
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,11 @@ class Lease:
         ConfigError: in :meth:`take`, where the store has no conditional writes.
     """
 
-    def __init__(self, store: ObjectStore, name: str, after: int = 0) -> None:
-        """``after``: a number that its own is to be above, as of what is left of runs removed since: it is the time in s."""
-        self.token = uuid.uuid4().hex
+    def __init__(self, store: ObjectStore, name: str, after: int = 0, under: Lease | None = None) -> None:
+        """``after``: a number that its own is to be above, as of what is left of runs removed since: it is the time in s;
+        ``under``: of what holds this one too, so many levels above as :data:`LEVELS`."""
+        self.token = uuid.uuid4().hex if under is None else under.token
+        self._under = under
         self.number = max(int(time.time()), after + 1)
         # A request that hangs must not outlast the lease.
         self._store, self._name = ObjectStore(store.uri, timeout_s=_REQUEST_S), name
@@ -80,8 +85,9 @@ class Lease:
         if version is None:
             return _find(self._store) or Holder("another process", "", 0, {}, 0.0)
         self._version, self._renewed = version, begin
-        self._thread = threading.Thread(target=self._keep, daemon=True)
-        self._thread.start()
+        if self._under is None:
+            self._thread = threading.Thread(target=self._keep, daemon=True)
+            self._thread.start()
         return None
 
     def check(self) -> None:
@@ -89,6 +95,9 @@ class Lease:
 
         Where the last renewal is old, it is renewed here and now: nobody else takes it within the next ``STALE_S / 2``.
         """
+        if self._under is not None:
+            self._under.check()
+            return
         if self._is_due():
             with self._renewing:
                 if self._is_due():  # still: a renewal that was under way may have ended well
@@ -99,7 +108,7 @@ class Lease:
     @property
     def age_s(self) -> float:
         """Seconds since it was last renewed."""
-        return _monotonic() - self._renewed
+        return _monotonic() - self._renewed if self._under is None else self._under.age_s
 
     def give_back(self) -> None:
         """Lets others take it at once."""
@@ -137,7 +146,7 @@ class Lease:
     def _content(self, name: str) -> bytes:
         self._count += 1
         held = {"holder": name, "token": self.token, "number": self.number, "count": self._count}
-        return json.dumps(held).encode()
+        return json.dumps(held if self._under is None else {**held, "under": True}).encode()
 
     def _now(self) -> float:
         """The store's clock, so that those of the nodes do not matter."""
@@ -149,7 +158,7 @@ class Lease:
         """What becomes of a holder: renewed, stale, or None where its object is gone; after ``STALE_S`` at most."""
         begin = _monotonic()
         last: Holder | None = current
-        while last is not None and last.version == current.version:
+        while last is not None and (last.version, last.renewed_at) == (current.version, current.renewed_at):
             if _monotonic() - begin > STALE_S or last.is_stale(self._now()):
                 return Holder("", last.token, last.number, last.version, last.renewed_at)
             time.sleep(min(1.0, RENEW_S))
@@ -176,6 +185,9 @@ def _find(store: ObjectStore) -> Holder | None:
     renewed_at = 0.0 if listed is None else listed.modified
     try:
         value = json.loads(content)
+        if value.get("under") and value["holder"]:
+            batch = _find(ObjectStore(above(store.uri, LEVELS)))
+            renewed_at = batch.renewed_at if batch is not None and batch.token == value["token"] else 0.0
         return Holder(str(value["holder"]), str(value["token"]), int(value.get("number", 0)), version, renewed_at)
     except (ValueError, KeyError, TypeError, AttributeError):
         return Holder("another process", "", 0, version, renewed_at)

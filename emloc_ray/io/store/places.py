@@ -12,3 +12,9 @@ def below(place: str, *parts: str) -> str:
     """A place inside another, with "/" between; the query of an object store's URI stays at its end."""
     path, mark, query = place.partition("?") if is_store_uri(place) else (place, "", "")
     return "/".join((path.rstrip("/"), *parts)) + mark + query
+
+
+def above(place: str, levels: int) -> str:
+    """The object store's place that another is so many levels inside of: what :func:`below` was given."""
+    path, mark, query = place.partition("?")
+    return path.rstrip("/").rsplit("/", levels)[0] + mark + query

@@ -60,7 +60,7 @@ def prepare_batch(
     run.check("batch")
     cache = ArtifactCache(batch.config.cache.path, batch.config.cache.max_size)
     cache.check()
-    work = PipelineWork(cache, reporter, accept_versions)
+    work = PipelineWork(cache, reporter, accept_versions, run)
     work.prepare(batch.tasks, progress)
     return PreparedBatch(batch, run, work)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.errors import ConfigError, EmlocError
 from emloc_ray.io.runs.cache import ArtifactCache
+from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning.batches import shrink_batches
 from emloc_ray.planning.budget import check_holding
 from emloc_ray.planning.plan import Plan, StagePlan, make_plan
@@ -22,6 +24,8 @@ from emloc_ray.runs.versions import check_versions
 from emloc_ray.stages.order import STEPS
 from emloc_ray.stages.ray.tasks import Resources
 from emloc_ray.text import listed
+
+_AT_ONCE = 16  # tasks that are checked: on an object store each waits for a few answers
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,15 @@ class PipelineWork:
     """Runs of the pipeline that share one cache."""
 
     def __init__(
-        self, cache: ArtifactCache | None, reporter: Reporter | None = None, accept_versions: bool = False
+        self,
+        cache: ArtifactCache | None,
+        reporter: Reporter | None = None,
+        accept_versions: bool = False,
+        batch: RunDirectory | None = None,
     ) -> None:
-        """``reporter`` hears how every task's run goes; ``accept_versions``: as for :func:`emloc_ray.runs.run.run`."""
-        self.accept_versions = accept_versions
+        """``reporter`` hears how every task's run goes; ``accept_versions`` and ``batch``: as for
+        :func:`emloc_ray.runs.run.run`."""
+        self.accept_versions, self.batch = accept_versions, batch
         self.cache, self.reporter = cache, reporter or Reporter()
         self._ready: dict[str, tuple[Prepared, Plan]] = {}
         self._gpus: float | None = None  # of a Ray that was there already
@@ -90,14 +99,20 @@ class PipelineWork:
         Raises:
             ConfigError: with every error of every task, each once, with its tasks.
         """
-        problems: dict[str, list[str]] = {}
-        for number, task in enumerate(tasks):
+
+        def errors(task: Task) -> list[str]:
             try:
                 self._prepare(task)
             except EmlocError as error:
-                for line in str(error).split("\n"):
+                return str(error).split("\n")
+            return []
+
+        problems: dict[str, list[str]] = {}
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            for number, (task, lines) in enumerate(zip(tasks, pool.map(errors, tasks), strict=True)):
+                for line in lines:
                     problems.setdefault(line, []).append(task.name)
-            progress(number + 1, len(tasks))
+                progress(number + 1, len(tasks))
         raise_problems(problems)
 
     def _prepare(self, task: Task) -> tuple[Prepared, Plan]:
@@ -138,6 +153,7 @@ class PipelineWork:
             turns=turns,
             cache=self.cache,
             accept_versions=self.accept_versions,
+            batch=self.batch,
         )
         reporter.results(metrics)
 

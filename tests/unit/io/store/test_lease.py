@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,11 +16,12 @@ import pytest
 from obstore.store import S3Store
 from s3_server import deaf_store, uri
 
-from emloc_ray.errors import ArtifactError, ConfigError, StageError
+from emloc_ray.errors import ArtifactError, ConfigError, StageError, TakenOver
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store import clients, lease, objects
 from emloc_ray.io.store.lease import Lease, find_holder
 from emloc_ray.io.store.object_store import ObjectStore
+from emloc_ray.io.store.places import below
 from emloc_ray.runs.log import RunLog, read_events
 
 
@@ -68,6 +70,37 @@ def test_a_run_is_begun_again_right_after_its_holder_s_death(place: str, quick: 
     assert dead._lease is not None
     cut_off(dead._lease)
     following.lock()
+    following.unlock()
+
+
+def test_one_lease_holds_a_batch_and_its_tasks(place: str, quick: None) -> None:
+    batch, following = RunDirectory(place), RunDirectory(place)
+    batch.lock()
+    tasks = [RunDirectory(below(place, "tasks", name)) for name in ("a", "b")]
+    before = threading.active_count()
+    for task in tasks:
+        task.lock(under=batch)
+    assert threading.active_count() == before  # nothing more is renewed
+    alone = RunDirectory(below(place, "tasks", "a"))
+    threading.Event().wait(2.5)  # longer than a lease lasts unrenewed
+    assert (alone.holder() or "").startswith("process ")
+    with pytest.raises(ConfigError, match="is in use by process"):
+        alone.lock()
+    tasks[0].check_held()
+    tasks[1].unlock()
+    assert RunDirectory(below(place, "tasks", "b")).holder() is None
+    assert batch._lease is not None
+    cut_off(batch._lease)
+    following.lock()
+    assert alone.holder() is None
+    begun = time.monotonic()
+    alone.lock(under=following)
+    assert time.monotonic() - begun < 1.0  # its holder's death is known
+    with pytest.raises(TakenOver):
+        tasks[0].check_held()
+    tasks[0].unlock()
+    assert (alone.holder() or "").startswith("process ")
+    alone.unlock()
     following.unlock()
 
 
