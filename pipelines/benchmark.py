@@ -21,6 +21,7 @@
 ``tasks``          eight tasks as a batch, against the same one after another: sharing data and model, or the model
 ``scheduling``     500 tasks whose stages sleep: what a task costs beyond its sleep, and what the driver holds
 ``training``       a fine-tuning stage of one step, against one in a Ray Train group of its own
+``stored``         ``--tasks`` short tasks with all their stages on an S3 server (moto's); not among ``all``
 ``quickstart``     the quickstart and the same run at ratio 1.0: wall time, peak memory, gain, gap closed
 ``within``         the quickstart's stages by its default budget, and without: peaks against inference of the original
 ``gpu``            8B and 70B shapes of random weights on one GPU, in ``--minutes``; not among ``all``, needs no Ray
@@ -35,6 +36,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 if importlib.util.find_spec("emloc_ray") is None:  # not installed: ``gpu`` runs from a bare checkout
     sys.path.append(str(Path(__file__).parents[1]))
@@ -67,7 +69,7 @@ BENCHMARKS = {
     "quickstart": "whole_runs:quickstart",
     "within": "within_inference:within",
 }
-GPU = "gpu.command:gpu"
+ALONE = {"gpu": "gpu.command:gpu", "stored": "many_tasks:stored_tasks"}  # not among ``all``
 LAYERS = ("2048x2048", "4096x4096", "14336x4096", "real")
 # The README table that each part writes, and the parts of the other tables.
 PUBLISHED = {
@@ -101,11 +103,12 @@ def write_results(out: Path, figures: Figures) -> None:
 def main() -> None:
     """Runs the benchmarks named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", nargs="+", choices=[*BENCHMARKS, "gpu", "all"])
+    parser.add_argument("which", nargs="+", choices=[*BENCHMARKS, *ALONE, "all"])
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
     parser.add_argument(
         "--layers", nargs="+", choices=LAYERS, default=LAYERS, help="which of them the part `layers` takes"
     )
+    parser.add_argument("--tasks", type=int, default=500, help="of the part `stored`")
     parser.add_argument("--minutes", type=float, default=10.0, help="in which the part `gpu` ends, about")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="of the part `gpu`")
     parser.add_argument("--shapes", default="full", choices=("full", "tiny"), help="of the part `gpu`")
@@ -117,8 +120,10 @@ def main() -> None:
         parser.error("--publish takes full shapes on a GPU: leave --device and --shapes out.")
     arguments.out = arguments.out.absolute()  # batches and workers look from elsewhere
     arguments.out.mkdir(parents=True, exist_ok=True)
-    chosen = {name: BENCHMARKS.get(name, GPU) for name in (BENCHMARKS if "all" in arguments.which else arguments.which)}
-    options = {
+    which = BENCHMARKS if "all" in arguments.which else arguments.which
+    chosen = {name: (BENCHMARKS | ALONE)[name] for name in which}
+    options: dict[str, dict[str, Any]] = {
+        "stored": {"tasks": arguments.tasks},
         "layers": {"chosen": arguments.layers},
         "gpu": {"minutes": arguments.minutes, "device": arguments.device, "shapes": arguments.shapes},
     }
@@ -140,7 +145,7 @@ def main() -> None:
 def _function(where: str) -> Callable[..., Figures]:
     module, _, name = where.partition(":")
     measure: Callable[..., Figures] = getattr(importlib.import_module(f"benchmarks.{module}"), name)
-    if where != GPU:  # which computes beside a card with all cores
+    if where != ALONE["gpu"]:  # which computes beside a card with all cores
         torch.set_num_threads(THREADS)
     return measure
 

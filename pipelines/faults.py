@@ -12,11 +12,16 @@ by one. Kinds of faults:
 
     worker, actor, node, driver     SIGKILL to one process, or to all of a node; a killed driver is started again
     pause-worker, -driver, -node    SIGSTOP for twelve seconds, then SIGCONT: a node counts as dead by then
+    partition                       what is sent to a node is dropped for twelve seconds (root, in a network namespace: below)
     two-drivers                     a second driver on the same run has to be refused
     disk                            the run's file system is full; once it is not any more, the driver is started again (root)
     head                            SIGKILL to Ray's control store; a new cluster, and the driver started again
 
---chaos SECONDS instead runs all stages asked for at once, with a random one of the first five every so many seconds.
+--chaos SECONDS instead runs all stages asked for at once, with a random one of the first five every so many seconds;
+--batch kills the driver of two tasks and starts it again. A partition is this machine's own, and Ray keeps to it, in
+
+    unshare --net sh -c "ip link set lo up; python pipelines/faults.py --kinds partition --stages merge --moments 1"
+
 ``faults.json`` in the output folder keeps every cell, also those of earlier calls; ``faults.md`` is the table.
 """
 
@@ -66,6 +71,12 @@ def cells(matrix: Matrix, stages: Sequence[str], kinds: Sequence[str], moments: 
                 yield matrix.cell(stage, kind, round(drawn.uniform(0.05, 0.95), 3), drawn.randrange(2**32))
 
 
+def batches(matrix: Matrix, moments: int, seed: int) -> Iterator[Cell]:
+    """The driver of two tasks killed once in each."""
+    for number in range(moments):
+        yield matrix.batch(round(random.Random(f"{seed} batch {number}").uniform(0.05, 0.95), 3))
+
+
 def write(out: Path, cells: Sequence[Cell]) -> None:
     """Both files, whole, after every cell."""
     (out / "faults.json").write_text(json.dumps([asdict(cell) for cell in cells], indent=2) + "\n")
@@ -81,6 +92,7 @@ def main() -> int:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--moments", type=int, default=3)
+    parser.add_argument("--batch", action="store_true", help="kill the driver of two whole runs at each moment")
     parser.add_argument("--chaos", type=float, metavar="SECONDS", help="between two faults of one whole run")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -93,9 +105,13 @@ def main() -> int:
         config = load_config(arguments.config or make_config(Path(folder) / "task"), arguments.overrides)
         matrix = Matrix(nodes, config, Path(folder) / "runs")
         stages = [stage for stage in matrix.stages if stage in arguments.stages]
-        matrix.undisturbed(stages)
+        matrix.undisturbed(matrix.stages if arguments.batch else stages)
         found = cells(matrix, stages, arguments.kinds, arguments.moments, arguments.seed)
-        for cell in found if arguments.chaos is None else [matrix.chaos(stages[-1], arguments.chaos, arguments.seed)]:
+        if arguments.batch:
+            found = batches(matrix, arguments.moments, arguments.seed)
+        elif arguments.chaos is not None:
+            found = iter([matrix.chaos(stages[-1], arguments.chaos, arguments.seed)])
+        for cell in found:
             done.append(cell)
             write(out, done)
             print(table([cell]).splitlines()[2], flush=True)

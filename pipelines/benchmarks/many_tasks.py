@@ -1,13 +1,21 @@
-"""Many tasks: a batch against the same runs one after another, the scheduler alone, and what one short training costs."""
+"""Many tasks: a batch against the same runs one after another, the scheduler alone, what one short training costs, and
+hundreds on an S3 server."""
 
 from __future__ import annotations
 
+import contextlib
 import filecmp
 import functools
+import http.client
 import json
+import os
 import shutil
+import socket
+import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +51,7 @@ SLEEPERS = (125, 250, 500)
 _SLEEP_S = 0.05
 SLEEPING_CPUS = 8
 TRAININGS = 4
+FEW_STORED = 4
 
 
 def many_tasks(out: Path) -> Figures:
@@ -178,13 +187,74 @@ def scheduling(out: Path) -> Figures:
 
 
 class _Peak:
-    """The most memory that this process was seen to hold."""
+    """The most memory and threads that this process was seen to hold."""
 
     def __init__(self) -> None:
-        self.bytes = 0
+        self.bytes = self.threads = 0
 
     def __call__(self, state: object) -> None:
         self.bytes = max(self.bytes, psutil.Process().memory_info().rss)
+        self.threads = max(self.threads, threading.active_count())
+
+
+def stored_tasks(out: Path, tasks: int) -> Figures:
+    """A batch of short tasks with all their stages, on an S3 server: seconds of each, against a few of them on a disk."""
+    seconds, (few, most) = [], (_Peak(), _Peak())
+    os.environ |= {"AWS_ACCESS_KEY_ID": "benchmark", "AWS_SECRET_ACCESS_KEY": "benchmark"}
+    with _s3_server() as store, connection(num_cpus=_CPUS):
+        base = make_config(out / "stored-base", hidden_size=32)
+        _warm(out, base)
+        for place, count, watched in ((str(out / "kept"), FEW_STORED, few), (store, tasks, most)):
+            shutil.rmtree(out / "kept", ignore_errors=True)
+            rates = [1e-4 * (number + 1) for number in range(count)]
+            batch_file = out / "stored.yaml"
+            grid = {"finetune.learning_rate": rates}
+            batch_file.write_text(write_yaml({"base": str(base), "run_dir": place, "grid": grid}))
+            begin = time.perf_counter()
+            state = run_batch(prepare_batch(read_batch(batch_file, _SHORT), reporter=PageReporter()), watched)
+            seconds.append((time.perf_counter() - begin) / count)
+            assert state.count("done") == count, state
+    print(f"the driver had {most.threads} threads at most", file=sys.stderr)
+    return {
+        f"a task among {tasks} on S3": figure(seconds[1], seconds[0], f"s (baseline: among {FEW_STORED} on a disk)"),
+        f"driver's memory at {tasks} tasks on S3": figure(
+            most.bytes / 2**20, few.bytes / 2**20, f"MiB (baseline: at {FEW_STORED} on a disk)"
+        ),
+    }
+
+
+_ANYONE = {"Authorization": "AWS4-HMAC-SHA256 Credential=anyone/0/us-east-1/s3/x"}
+_SHORT = [
+    *_light(1),
+    "emulator.healing=null",
+    "correction.method=projection",
+    "calibration.num_calibration_samples=16",
+    "evaluation.num_samples=8",
+    "evaluation.num_exact_match=0",
+    "evaluation.num_generations=0",
+]
+
+
+@contextlib.contextmanager
+def _s3_server() -> Iterator[str]:
+    """A place in an empty bucket of a server that keeps everything in memory."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError):
+                asked = http.client.HTTPConnection("127.0.0.1", port)
+                asked.request("PUT", "/runs", headers=_ANYONE)
+                assert asked.getresponse().status == 200
+                break
+            time.sleep(0.1)
+        yield f"s3://runs/many?scheme=http&endpoint_override=127.0.0.1:{port}&region=us-east-1"
+    finally:
+        server.terminate()
+        server.wait(10)
 
 
 def short_training(out: Path) -> Figures:

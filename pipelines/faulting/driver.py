@@ -13,11 +13,16 @@ from typing import Any
 import psutil
 
 from emloc_ray.config.schema import RunConfig
+from emloc_ray.io.formats.yaml_text import write_yaml
+from emloc_ray.runs.batch.driver import prepare_batch, run_batch
+from emloc_ray.runs.batch.tasks import read_batch
 from emloc_ray.runs.reporter import Reporter
 from emloc_ray.ui import api
 from faulting.nodes import kill
 
 Event = dict[str, Any]
+Drive = Callable[[RunConfig, str, Path, Path | None], None]
+TASKS = ("a", "b")
 
 
 class _Over(Exception):
@@ -67,16 +72,35 @@ def drive(config: RunConfig, until: str, events: Path, snapshots: Path | None) -
         raise SystemExit(1) from error
 
 
+def drive_batch(config: RunConfig, until: str, events: Path, snapshots: Path | None) -> None:
+    """As :func:`drive`, of a batch of :data:`TASKS`, all of this config, in its ``run_dir``; each goes to its end."""
+    base, batch_file = events.with_name("base.yaml"), events.with_name("batch.yaml")
+    base.write_text(write_yaml(config.model_dump(mode="json", exclude={"run_dir"})))
+    tasks = [{"name": name} for name in TASKS]
+    batch_file.write_text(write_yaml({"base": str(base), "run_dir": config.run_dir, "tasks": tasks}))
+    reporter = EventReporter(events, "", None, Path(config.run_dir))
+    try:
+        state = run_batch(prepare_batch(read_batch(batch_file), reporter=reporter))
+    except Exception as error:
+        reporter.write("error", text=f"{type(error).__name__}: {error}")
+        raise SystemExit(1) from error
+    if state.count("done") < len(TASKS):
+        reporter.write("error", text=str([(task.status, task.reason) for task in state.tasks]))
+        raise SystemExit(1)
+
+
 class Driver:
     """A driver that has been started; it begins as a copy of a process that has imported everything already."""
 
-    def __init__(self, config: RunConfig, until: str, events: Path, snapshots: Path | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, until: str, events: Path, snapshots: Path | None = None, run: Drive = drive
+    ) -> None:
         self.config, self.path = config, events
         events.unlink(missing_ok=True)
         events.touch()
         context: Any = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["emloc_ray.stages.order", "emloc_ray.stages.ray.session"])
-        self.process = context.Process(target=drive, args=(config, until, events, snapshots))
+        self.process = context.Process(target=run, args=(config, until, events, snapshots))
         self.process.start()
 
     def events(self) -> list[Event]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from emloc_ray.config.schema import RayConfig, RunConfig
-from faulting.driver import Driver
+from faulting.driver import TASKS, Drive, Driver, drive, drive_batch
 from faulting.nodes import Nodes, kill, pause
 
 STAGES = ("data", "calibrate", "factorize", "heal", "finetune", "correct", "merge", "evaluate")
@@ -35,6 +35,7 @@ _TRIES = 3  # of hitting a stage while it runs
 _SECONDS = 240.0  # until a run that does not end counts as lost
 _PAUSE_S = 12.0  # of a stopped process or node: Ray here counts a node as dead after 3 s
 _IN_CHAOS = ("worker", "actor", "node", "driver", "pause-worker")
+_OF_NODES = ("node", "pause-node", "partition")
 _DISK_BYTES = 192 * 2**20  # of the file system that is filled
 
 
@@ -102,11 +103,11 @@ class Matrix:
             shutil.copytree(self._snapshot(stage), run)
         return run
 
-    def _driver(self, run: Path, until: str, snapshots: Path | None = None) -> Driver:
-        run.parent.mkdir(parents=True, exist_ok=True)
+    def _driver(self, place: Path, until: str, snapshots: Path | None = None, run: Drive = drive) -> Driver:
+        place.parent.mkdir(parents=True, exist_ok=True)
         ray = RayConfig(address=self.nodes.cluster.address)
-        config = self.config.model_copy(update={"run_dir": str(run), "ray": ray})
-        return Driver(config, until, run.parent / "events.jsonl", snapshots)
+        config = self.config.model_copy(update={"run_dir": str(place), "ray": ray})
+        return Driver(config, until, place.parent / "events.jsonl", snapshots, run)
 
     def cell(self, stage: str, kind: str, moment: float, seed: int) -> Cell:
         """Kills one thing once the stage has run for a share of its undisturbed time; earlier where it was over by then."""
@@ -132,7 +133,7 @@ class Matrix:
             finished, reached, then = _files(run, cell.stage), max(driver.progress(cell.stage), default=0), time.time()
             driver, wrong = self._go_on(cell, driver, run)
             ended = driver.wait(_SECONDS)
-            if cell.kind in ("node", "pause-node"):
+            if cell.kind in _OF_NODES:
                 self.nodes.add()
             lowest = min(driver.progress(cell.stage, since=then), default=reached)
             detail = (wrong or self._difference(run, cell.stage)) if ended else _error(driver)
@@ -183,9 +184,11 @@ class Matrix:
             return self.nodes.kill_head()
         elif kind == "disk":
             _resize(run, sum(file.stat().st_blocks * 512 for file in run.rglob("*")))
-        elif kind in ("node", "pause-node"):
+        elif kind in _OF_NODES:
             node = self.nodes.pick_node(random_numbers)
-            return self.nodes.kill_node(node) if kind == "node" else self.nodes.pause_node(node, _PAUSE_S)
+            if kind == "node":
+                return self.nodes.kill_node(node)
+            return (self.nodes.cut_node if kind == "partition" else self.nodes.pause_node)(node, _PAUSE_S)
         elif kind != "two-drivers":
             found = self.nodes.pick_process(kind.removeprefix("pause-"), random_numbers)
             if found is None:
@@ -213,6 +216,25 @@ class Matrix:
             driver.wait(_SECONDS)
             self.nodes.restart()
         return (self._driver(run, cell.stage) if cell.kind in ("driver", "head") else driver), ""
+
+    def batch(self, moment: float) -> Cell:
+        """Two tasks of a batch, each the undisturbed run; its driver is killed after a share of that run's time, and started
+        again."""
+        last = self.stages[-1]
+        begin, cell = time.monotonic(), Cell("all", "batch-driver", moment, victim="driver")
+        with self._place("batch") as run:
+            driver = self._driver(run, last, run=drive_batch)
+            for _ in driver.poll(moment * sum(self.seconds.values())):
+                pass
+            if not driver.process.is_alive():
+                return replace(cell, outcome="lost", detail=_error(driver))
+            driver.kill()
+            driver = self._driver(run, last, run=drive_batch)
+            ended = driver.wait(2 * len(self.stages) * _SECONDS)
+            wrong = [self._difference(run / "tasks" / task, last) for task in TASKS] if ended else [_error(driver)]
+            detail = "; ".join(filter(None, wrong))
+        outcome = "lost" if not ended else "changed" if detail else "survived"
+        return replace(cell, outcome=outcome, seconds=round(time.monotonic() - begin, 1), detail=detail)
 
     def chaos(self, last: str, every_s: float, seed: int) -> Cell:
         """A run up to a stage while something random is killed or stopped every so many seconds; a driver that ended is started

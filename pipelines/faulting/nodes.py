@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -31,6 +32,7 @@ KINDS = (
     "pause-worker",
     "pause-driver",
     "pause-node",
+    "partition",
     "two-drivers",
     "disk",
     "head",
@@ -112,6 +114,17 @@ class Nodes:
     def pause_node(self, node: Any, seconds: float) -> str:
         """Stops every process of a node until Ray counts it as dead, and lets them go on for a while; gives its address."""
         pause(_processes(node), seconds)
+        return self._after_a_while(node)
+
+    def cut_node(self, node: Any, seconds: float) -> str:
+        """Drops whatever is sent to a node until Ray counts it as dead, and lets it go on for a while; gives its address."""
+        route = ("blackhole", f"{node.node_ip_address}/32", "table", "local")
+        subprocess.run(["ip", "route", "add", *route], check=True)
+        time.sleep(seconds)
+        subprocess.run(["ip", "route", "del", *route], check=True)
+        return self._after_a_while(node)
+
+    def _after_a_while(self, node: Any) -> str:
         time.sleep(_LATE_S)
         self.cluster.remove_node(node, allow_graceful=False)
         return str(node.node_ip_address)

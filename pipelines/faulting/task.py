@@ -16,14 +16,14 @@ _VOCABULARY = 300
 _ROWS = 2400
 
 
-def make_config(folder: Path) -> Path:
+def make_config(folder: Path, hidden_size: int = 192) -> Path:
     """A config in ``folder``, beside the model and the data that it names: two workers a stage, several pieces of work each."""
     folder.mkdir(parents=True, exist_ok=True)
     two = {"num_workers": 2}
     values: dict[str, Any] = {
         "run_dir": str(folder / "run"),
         "memory_budget": None,  # inference of a tiny model takes less than a batch's activations
-        "model": {"source": str(_make_model(folder / "model"))},
+        "model": {"source": str(_make_model(folder / "model", hidden_size))},
         "data": {"train": {"path": str(_make_rows(folder / "rows.jsonl"))}, "format": "prompt_completion"},
         "calibration": {**two, "num_calibration_samples": 320, "rows_per_shard": 16, "batch_size": 2},
         "emulator": {**two, "compression_ratio": 0.5, "healing": {"steps": 16}},
@@ -39,8 +39,8 @@ def make_config(folder: Path) -> Path:
     return config
 
 
-def _make_model(directory: Path) -> Path:
-    """A random Llama of four blocks with a byte-level tokenizer, in a dozen shards."""
+def _make_model(directory: Path, hidden_size: int) -> Path:
+    """A random Llama of four blocks with a byte-level tokenizer; 192 wide it is a dozen shards."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -55,8 +55,8 @@ def _make_model(directory: Path) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=_VOCABULARY,
-        hidden_size=192,
-        intermediate_size=448,
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 7 // 3,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -51,7 +51,7 @@ class RunDirectory:
             self.root = Path(os.path.expanduser(str(root).removeprefix("file://"))).absolute()
             self.place = str(self.root)
         self._lock_file: LockFile | None = None
-        self._lease: Lease | None = None
+        self.lease: Lease | None = None  # by which this process holds it, where it is on an object store
         self._version: Version | None = None  # of the manifest on an object store, as it was read last
 
     def _open(self, uri: str, lease: int | None) -> None:
@@ -124,7 +124,7 @@ class RunDirectory:
         before: dict[str, Any] = self.manifest() if MANIFEST in names else {"stages": {}}
         manifest: dict[str, Any] = {"stages": {}} if fresh else dict(before)
         manifest.update({"format": FORMAT, "kind": kind, "name": self.name, "config": config, "steps": list(steps)})
-        if self._lease is not None and before.get("lease") != self._lease.number:
+        if self.lease is not None and before.get("lease") != self.lease.number:
             manifest = self._adopted(before, manifest, fresh)
         self._write_manifest(manifest)
         with atomic_file(self.path(CONFIG)) as file:
@@ -136,9 +136,9 @@ class RunDirectory:
     def _adopted(self, before: dict[str, Any], manifest: dict[str, Any], fresh: bool) -> dict[str, Any]:
         """The manifest under this lease, which names what unfinished stages had written under the one before: from now on
         nobody else writes to this run, or what they write is not read."""
-        assert self._lease is not None
+        assert self.lease is not None
         past = ObjectStore(self.place, lease=before.get("lease"))
-        manifest.update({"lease": self._lease.number, "adopted": {}})
+        manifest.update({"lease": self.lease.number, "adopted": {}})
         self._write_manifest(manifest)
         if not fresh:
             named, seen = named_files(before), past.versions("", before)
@@ -153,7 +153,7 @@ class RunDirectory:
         if content is None:
             raise ArtifactError(f"{self.place} holds no {MANIFEST}: it is no run directory.")
         manifest = parse_manifest(content, path)
-        if self._lease is not None and manifest.get("lease", 0) > self._lease.number:
+        if self.lease is not None and manifest.get("lease", 0) > self.lease.number:
             raise self._taken_over()
         return manifest
 
@@ -336,9 +336,7 @@ class RunDirectory:
         metrics: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
         return metrics
 
-    def lock(
-        self, tell: Callable[[str], None] = lambda text: None, under: RunDirectory | None = None
-    ) -> None:
+    def lock(self, tell: Callable[[str], None] = lambda text: None, under: RunDirectory | None = None) -> None:
         """Takes the run for this process, until it ends, however it ends: a lock of the operating system, on an object
         store a lease that goes stale a minute after its holder's death.
 
@@ -354,12 +352,12 @@ class RunDirectory:
             def watch(holder: Holder) -> None:
                 tell(f"{holder.name} held this run until a moment ago: waiting up to 60 s to see whether it is alive.")
 
-            batch = None if under is None else under._lease
+            batch = None if under is None else under.lease
             lease = Lease(self.store, me, after=self.store.checked_manifest().get("lease", 0), under=batch)
             held = lease.take(watch)
             if held is not None:
                 raise ConfigError(f"run_dir {self.place} is in use by {held.name}: wait for it, or name another.")
-            self._lease = lease
+            self.lease = lease
             self._open(self.place, lease.number)
             return
         self._lock_file = LockFile(self.root)
@@ -367,15 +365,15 @@ class RunDirectory:
 
     def check_held(self) -> None:
         """Raises TakenOver where another process took the run over, since this one was cut off from where it is."""
-        if self._lease is not None:
-            self._lease.check()
+        if self.lease is not None:
+            self.lease.check()
         elif self._lock_file is not None:
             check_lock(self._lock_file.path)
 
     @property
     def lease_age_s(self) -> float | None:
         """Seconds since this process last renewed its lease of the run; None where it holds none."""
-        return None if self._lease is None else self._lease.age_s
+        return None if self.lease is None else self.lease.age_s
 
     def holder(self) -> str | None:
         """The process that holds the run now, or None."""
@@ -385,9 +383,9 @@ class RunDirectory:
 
     def unlock(self) -> None:
         """Gives the run back."""
-        if self._lease is not None:
-            self._lease.give_back()
-            self._lease = None
+        if self.lease is not None:
+            self.lease.give_back()
+            self.lease = None
             self._open(self.place, None)
         if self._lock_file is not None:
             self._lock_file.give_back()

@@ -98,7 +98,7 @@ def read_state(run: RunDirectory) -> BatchState | None:
 
 def write_state(run: RunDirectory, state: BatchState) -> None:
     """Writes ``batch.json``, whole."""
-    tasks = [dataclasses.asdict(task) for task in state.tasks]
+    tasks = [vars(task) for task in state.tasks]
     write_json(run.path(STATE), {"format": _FORMAT, "started_at": state.started_at, "tasks": tasks})
 
 

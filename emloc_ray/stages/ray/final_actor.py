@@ -90,7 +90,7 @@ class FinalActorHandle:
         Raises:
             StageError: where the actor was lost more often than work may be.
         """
-        self._actor = self._actor or _kind().options(name=self.name).remote()
+        self._actor = self._actor or actor_kind().options(name=self.name).remote()
         losses = Losses(stage, tell)
         while True:
             answer, self._heard_at = self._actor.work.remote(step, job, resources), time.monotonic()
@@ -124,7 +124,7 @@ class FinalActorHandle:
 
 
 @functools.cache
-def _kind() -> Any:
+def actor_kind() -> Any:
     options: dict[str, Any] = {
         "num_cpus": 0,
         "max_restarts": _STEPS * MAX_RESTARTS,

@@ -67,8 +67,8 @@ def test_the_second_is_told_who_holds_it(place: str, quick: None) -> None:
 def test_a_run_is_begun_again_right_after_its_holder_s_death(place: str, quick: None) -> None:
     dead, following = RunDirectory(place), RunDirectory(place)
     dead.lock()
-    assert dead._lease is not None
-    cut_off(dead._lease)
+    assert dead.lease is not None
+    cut_off(dead.lease)
     following.lock()
     following.unlock()
 
@@ -89,8 +89,8 @@ def test_one_lease_holds_a_batch_and_its_tasks(place: str, quick: None) -> None:
     tasks[0].check_held()
     tasks[1].unlock()
     assert RunDirectory(below(place, "tasks", "b")).holder() is None
-    assert batch._lease is not None
-    cut_off(batch._lease)
+    assert batch.lease is not None
+    cut_off(batch.lease)
     following.lock()
     assert alone.holder() is None
     begun = time.monotonic()
@@ -217,9 +217,9 @@ def test_a_run_that_was_taken_over_writes_nothing(place: str, quick: None) -> No
     run.lock()
     run.create({})
     run.commit("merge", "inputs", [], {})
-    assert run._lease is not None
+    assert run.lease is not None
     with RunLog(run) as log:
-        cut_off(run._lease)
+        cut_off(run.lease)
         following.lock()
         log.note("Something.")
     assert [event["event"] for event in read_events(following)] == ["run_started"]

@@ -30,8 +30,8 @@ def begin(s3_port: int, node_cache: Path, request: pytest.FixtureRequest) -> Cal
 
     def follow(**options: Any) -> RunDirectory:
         for holder in holders:
-            assert holder._lease is not None
-            cut_off(holder._lease)
+            assert holder.lease is not None
+            cut_off(holder.lease)
         run = RunDirectory(place)
         run.lock()
         holders.append(run)

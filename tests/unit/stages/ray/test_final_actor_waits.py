@@ -50,7 +50,7 @@ def test_a_silent_actor_is_ended_in_the_end(monkeypatch: pytest.MonkeyPatch, sil
     monkeypatch.setattr(final_actor.time, "monotonic", lambda: fake.now)
     actor = SimpleNamespace(work=fake, report=SimpleNamespace(remote=fake.ask))
     monkeypatch.setattr(
-        final_actor, "_kind", lambda: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda: actor))
+        final_actor, "actor_kind", lambda: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda: actor))
     )
     told: list[str] = []
     seen: list[tuple[int, int]] = []
@@ -71,7 +71,7 @@ def test_a_run_that_waits_for_it_can_be_stopped(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(final_actor, "ray", fake)
     actor = SimpleNamespace(work=fake, report=SimpleNamespace(remote=fake.ask))
     monkeypatch.setattr(
-        final_actor, "_kind", lambda: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda: actor))
+        final_actor, "actor_kind", lambda: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda: actor))
     )
 
     def stop(done: int, total: int) -> None:
