@@ -49,7 +49,7 @@ settings.register_profile("emloc", deadline=None, max_examples=40, derandomize=T
 settings.load_profile("emloc")
 
 TESTS = Path(__file__).parent
-STARTS = {"ray_session": "ray", "s3_port": "server", "browser": "browser"}
+STARTS = {"ray_session": "ray", "s3_port": "server", "azure_port": "server", "browser": "browser"}
 # What a machine may lack. On CI any other skip is a failure.
 ALLOWED_SKIPS = (
     "no GPU here",
@@ -58,6 +58,7 @@ ALLOWED_SKIPS = (
     "no mount namespace of one's own",
     "this file system keeps no attributes",
     "needs 7 GiB of free memory",
+    "there is no azurite-blob here",
 )
 
 
