@@ -55,7 +55,7 @@ class Lease:
     def __init__(self, store: ObjectStore, name: str, after: int = 0, under: Lease | None = None) -> None:
         """``after``: a number that its own is to be above, as of what is left of runs removed since: it is the time in s;
         ``under``: of what holds this one too, so many levels above as :data:`LEVELS`."""
-        self.token = uuid.uuid4().hex if under is None else under.token
+        self.token: str = uuid.uuid4().hex if under is None else under.token
         self._under = under
         self.number = max(int(time.time()), after + 1)
         # A request that hangs must not outlast the lease.
