@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from emloc_ray.errors import ConfigError
@@ -111,9 +112,21 @@ def empty_model(config: Any, trust_remote_code: bool = False, attn_implementatio
     from accelerate import init_empty_weights
 
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    with init_empty_weights(include_buffers=True):
+    with _OnMeta():
         model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code, **options).eval()
-        return unfuse(model)
+        return unfuse(model).to("meta")
+
+
+class _OnMeta(TorchFunctionMode):
+    """Allocates on the meta device, in this thread alone.
+
+    A batch makes models in many threads, and ``accelerate.init_empty_weights`` replaces torch's functions for all of them;
+    ``torch.device("meta")`` would take the numbers too that models compute while they are made.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        allocates = func in (torch.empty, torch.zeros, torch.ones, torch.full)
+        return func(*args, **{**(kwargs or {}), **({"device": "meta"} if allocates else {})})
 
 
 def learned_positions(model: nn.Module) -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -255,3 +257,20 @@ def test_a_subclass_of_linear_may_compute_something_else() -> None:
     specs = {spec.name: spec for spec in block_linears(Model(Mixed))}
     assert "blocks.0.a" not in specs
     assert specs["blocks.0.b"].transposed
+
+
+def test_empty_models_of_many_threads_leave_the_others_alone() -> None:
+    config = make_config("llama")
+    barrier = threading.Barrier(6)
+
+    def make(number: int) -> set[str]:
+        barrier.wait()
+        if number % 2:
+            return {str(torch.empty(1).device) for _ in range(2000)}
+        model = empty_model(config)
+        return {str(tensor.device) for tensor in (*model.parameters(), *model.buffers())}
+
+    with ThreadPoolExecutor(6) as pool:
+        devices = list(pool.map(make, range(6)))
+    assert devices == [{"meta"}, {"cpu"}] * 3
+    assert torch.ones(1).item() == 1
