@@ -125,6 +125,7 @@ class FinalActorHandle:
 
 @functools.cache
 def actor_kind() -> Any:
+    """The final actor as Ray takes it, made once."""
     options: dict[str, Any] = {
         "num_cpus": 0,
         "max_restarts": _STEPS * MAX_RESTARTS,
