@@ -109,8 +109,6 @@ def auto_class(config: Any) -> Any:
 
 def empty_model(config: Any, trust_remote_code: bool = False, attn_implementation: str | None = None) -> Any:
     """The model on the meta device, its experts unfused: names and shapes, no weights."""
-    from accelerate import init_empty_weights
-
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
     with _OnMeta():
         model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code, **options).eval()
