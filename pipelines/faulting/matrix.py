@@ -183,7 +183,7 @@ class Matrix:
         elif kind == "head":
             return self.nodes.kill_head()
         elif kind == "disk":
-            _resize(run, sum(file.stat().st_blocks * 512 for file in run.rglob("*")))
+            _fill(run)
         elif kind in _OF_NODES:
             node = self.nodes.pick_node(random_numbers)
             if kind == "node":
@@ -284,9 +284,15 @@ def _error(driver: Driver) -> str:
     return str((driver.find("error") or {}).get("text", f"exit code {driver.process.exitcode}"))
 
 
-def _resize(place: Path, size: int) -> None:
-    """Gives a tmpfs another size."""
-    subprocess.run(["mount", "-o", f"remount,size={size}", str(place)], check=True)
+def _resize(place: Path, size: int) -> bool:
+    """Gives a tmpfs another size; whether it holds no more than that."""
+    return subprocess.run(["mount", "-o", f"remount,size={size}", str(place)], check=False).returncode == 0
+
+
+def _fill(place: Path) -> None:
+    """Makes a tmpfs as large as what it holds, to which others are adding."""
+    while not _resize(place, shutil.disk_usage(place).used):
+        pass
 
 
 def _alike(ours: Path, theirs: Path) -> bool:
