@@ -121,9 +121,14 @@ def _train(model: Any, batch: dict[str, Tensor], steps: int = STEPS) -> None:
         optimizer.zero_grad()
 
 
-def group_s_adapter(devices: Sequence[str], root: Path) -> dict[str, Tensor]:
-    """The emulator's adapter after some steps on one batch, whose rows the ``devices`` share out: a process each, as DDP."""
-    root.mkdir()
+def trained_alone(device: str) -> dict[str, Tensor]:
+    """The emulator's adapter after some steps on one batch."""
+    model = emulator().to(device)
+    return _steps(model, model, padded_batch(rows=4), 0, 1)
+
+
+def trained_by_group(devices: Sequence[str], root: Path) -> dict[str, Tensor]:
+    """The same by a process a device, which share out the batch's rows, as DDP."""
     context: Any = torch.multiprocessing.get_context("spawn")  # one that has used CUDA or autograd cannot be forked
     ranks = [context.Process(target=_train_rank, args=(rank, devices, root)) for rank in range(len(devices))]
     for process in ranks:
@@ -146,16 +151,20 @@ def _train_rank(rank: int, devices: Sequence[str], root: Path) -> None:
     )
     model = emulator().to(device)
     wrapped = nn.parallel.DistributedDataParallel(model, device_ids=[device] if is_cuda else None)
-    batch = padded_batch(rows=4)
+    adapter = _steps(model, wrapped, padded_batch(rows=4), rank, world)
+    if rank == 0:
+        torch.save(adapter, root / "adapter.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _steps(model: Any, wrapped: Any, batch: dict[str, Tensor], rank: int, world: int) -> dict[str, Tensor]:
     total = len(model_call(CONFIG, batch, "all").targets)
-    call = model_call(CONFIG, {key: value[rank::world] for key, value in batch.items()}, "all").to(device)
+    call = model_call(CONFIG, {key: value[rank::world] for key, value in batch.items()}, "all").to(model.device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.SGD(trained.values(), lr=1.0)
     for _ in range(STEPS):
         (call_loss(wrapped, call, model).loss_sum * world / total).backward()  # DDP takes the mean over ranks
         optimizer.step()
         optimizer.zero_grad()
-    if rank == 0:
-        torch.save({name: p.detach().cpu() for name, p in trained.items()}, root / "adapter.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    return {name: p.detach().cpu() for name, p in trained.items()}

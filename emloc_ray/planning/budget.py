@@ -131,14 +131,22 @@ def _size_of(adapter: AdapterConfig) -> str:
 
 
 def check_holding(prepared: Prepared) -> None:
-    """Raises ConfigError where the budget is below what any pass of the original takes, or where the config needs gradients
-    and a calibration worker cannot hold what they take; a budget that was left out refuses nothing."""
+    """Raises ConfigError where the budget, or a worker's share of a GPU that is here, is below what any pass of the original
+    takes, or where the config needs gradients and a calibration worker cannot hold what they take; a budget that was left out
+    refuses nothing."""
     asks, memory = prepared.config.emulator.asks_for_gradients, MemoryModel(prepared)
     is_written, hold = not prepared.config.budget_is_default, prepared.config.model.hold
     budget = memory.budget if is_written else None
     least = BASE_BYTES + min(memory.held[way] for way in allowed(hold))
+    parts = "all weights, as model.hold: resident says" if hold == "resident" else "its largest blocks"
+    for section in ("calibration", "evaluation"):
+        share, gpus = memory.there(section), getattr(prepared.config, section).gpus
+        if gpus and not prepared.config.ray.joins and least > share:
+            raise ConfigError(
+                f"{section}.gpus_per_worker is {gpus:g}, of which {size_up(int(share))} of memory can be filled, and a worker"
+                f" that holds {parts} takes {size_up(least)} before it reads a row: {'give more' if gpus < 1 else 'set it to 0'}."
+            )
     if budget is not None and least > budget:
-        parts = "all weights, as model.hold: resident says" if hold == "resident" else "its largest blocks"
         raise ConfigError(
             f"memory_budget is {size_up(budget)}, and a worker that holds {parts} takes {size_up(least)} before it reads a row:"
             " give it more than that."

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.gpu.shapes import SHAPES, linears_of, random_batch
-from method_on_device import CONFIG, emulator, group_s_adapter, original, padded_batch, whole_method
+from method_on_device import CONFIG, emulator, original, padded_batch, trained_alone, trained_by_group, whole_method
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -86,11 +86,9 @@ def test_the_whole_method_gives_what_the_cpu_does() -> None:
     assert there == pytest.approx(here, rel=2e-2)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs here")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no GPU here beside one")
 def test_two_gpus_train_as_one(tmp_path: Path) -> None:
-    alone, together = (
-        group_s_adapter([f"cuda:{rank}" for rank in range(count)], tmp_path / str(count)) for count in (1, 2)
-    )
+    alone, together = trained_alone(DEVICE), trained_by_group(["cuda:0", "cuda:1"], tmp_path)
     for name, tensor in alone.items():
         torch.testing.assert_close(together[name], tensor, rtol=1e-2, atol=1e-4)
 

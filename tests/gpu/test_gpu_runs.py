@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,8 +24,10 @@ pytestmark = [
 # A process of its own: which devices torch sees is settled once.
 RUN = """
 import json, sys
+from contextlib import contextmanager
 from pathlib import Path
 import torch
+from gpu_memory import held_bytes
 from plain_runs import plain_run
 from small_runs import make_values, task_rows, write_jsonl
 from tiny import save_model
@@ -32,13 +35,23 @@ from tiny import save_model
 root = Path(sys.argv[1])
 model, data = save_model(root / "model"), write_jsonl(root / "rows.jsonl", task_rows())
 finetune = {"bf16": False, "packing": True, "max_steps": 8}
-losses = plain_run(make_values(root / "run", model, data, finetune=finetune, correction={"method": "covariance"}), model).losses
-print(json.dumps({"losses": losses, "peak": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0}))
+values = make_values(root / "run", model, data, finetune=finetune, correction={"method": "covariance"})
+left = {}
+
+@contextmanager
+def during(stage):
+    before = held_bytes()
+    yield
+    left[stage] = held_bytes() - before
+
+losses = plain_run(values, model, during).losses
+peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+print(json.dumps({"losses": losses, "peak": peak, "left": left}))
 """
 
 
-def run_on(devices: str, root: Path) -> dict[str, dict[str, float]]:
-    """The losses of all variants, and the peak of the GPU's memory."""
+def run_on(devices: str, root: Path) -> dict[str, Any]:
+    """The losses of all variants, the peak of the GPU's memory, and the bytes that each stage has left there."""
     root.mkdir()
     paths = os.pathsep.join(str(Path(__file__).parents[part]) for part in (1, 2))
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": devices, "PYTHONPATH": paths}
@@ -51,7 +64,7 @@ def run_on(devices: str, root: Path) -> dict[str, dict[str, float]]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
@@ -60,6 +73,7 @@ def test_a_run_is_that_of_the_cpu(tmp_path: Path) -> None:
     assert there["peak"]
     assert not here["peak"]
     assert there["losses"].keys() == here["losses"].keys()
+    assert {stage: size for stage, size in there["left"].items() if size > 2**20} == {}
     for variant, loss in here["losses"].items():
         assert there["losses"][variant] == pytest.approx(loss, rel=2e-2), variant
 

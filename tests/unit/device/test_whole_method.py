@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from method_on_device import group_s_adapter, whole_method
+from method_on_device import trained_alone, trained_by_group, whole_method
 from pretend_device import moved
 
 
@@ -19,7 +19,7 @@ def test_the_whole_method_gives_what_the_cpu_does(device: torch.device) -> None:
 
 
 def test_a_group_s_adapter_is_that_of_one_process(tmp_path: Path) -> None:
-    alone, together = (group_s_adapter(["cpu"] * count, tmp_path / str(count)) for count in (1, 2))
+    alone, together = trained_alone("cpu"), trained_by_group(["cpu", "cpu"], tmp_path)
     for name, tensor in alone.items():
         torch.testing.assert_close(together[name], tensor, rtol=1e-3, atol=1e-5)
     assert any(float(tensor.abs().sum()) > 0 for name, tensor in alone.items() if "lora_B" in name)

@@ -416,6 +416,19 @@ def test_a_worker_that_cannot_hold_the_whole_model_is_refused(
         check_holding(prepared(memory_budget=BASE_BYTES))
 
 
+def test_a_share_of_a_gpu_that_is_too_small_is_refused(
+    prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "gpu_bytes", lambda: 2**30)
+    gpus = {"ray": {"num_gpus": 1}}
+    check_holding(prepared(**gpus, evaluation={"gpus_per_worker": 0.75}))
+    told = (
+        r"evaluation\.gpus_per_worker is 0\.25, of which 23\d MiB of memory can be filled, .* takes 45\d MiB before it"
+    )
+    with pytest.raises(ConfigError, match=told):
+        check_holding(prepared(**gpus, evaluation={"gpus_per_worker": 0.25}))
+
+
 def test_prompts_are_completed_together_where_weights_come_for_every_token(prepared: Callable[..., Prepared]) -> None:
     changes: dict[str, Any] = {"evaluation": {"num_exact_match": 64, "batch_size": 4}, "memory_budget": "10GiB"}
     assert MemoryModel(prepared(**changes, model={"hold": "resident"}), LENGTHS).prompts_at_once() == 4
