@@ -18,6 +18,7 @@ def test_the_whole_method_gives_what_the_cpu_does(device: torch.device) -> None:
     assert there == pytest.approx(here, rel=1e-3)
 
 
+@pytest.mark.deep
 def test_a_group_s_adapter_is_that_of_one_process(tmp_path: Path) -> None:
     alone, together = trained_alone("cpu"), trained_by_group(["cpu", "cpu"], tmp_path)
     for name, tensor in alone.items():
