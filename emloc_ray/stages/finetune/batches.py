@@ -57,7 +57,8 @@ class RankBatches(IterableDataset[dict[str, Any]]):
         found here, before the batch is on a GPU."""
         labels = batch["input_ids"].masked_fill(~label_mask(batch, self.job.loss_on, config), -100)
         call = model_call(config, batch, self.job.loss_on)
-        return {**call.inputs, "labels": labels, CALL: replace(call, inputs={})}
+        given = {key: value for key, value in call.inputs.items() if value is not None}  # the Trainer may count a mask
+        return {**given, "labels": labels, CALL: replace(call, inputs={})}
 
     def _taught(self, begin: int, end: int) -> Iterator[TopLogProbs] | None:
         if self.job.teacher_dir is None:

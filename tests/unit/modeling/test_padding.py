@@ -116,12 +116,13 @@ def test_each_family_that_reads_images(kind: str, tmp_path: Path, monkeypatch: p
     assert_equal(both_ways(training, load_model(directory).requires_grad_(True), batch, monkeypatch))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("case", ["lora", "prefix", "prompt"])
 def test_an_adapter_s(
-    case: str, tiny_model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, family: str, tiny_model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert case in CASES
-    model = attached(save_emulator(tiny_model_dir("llama"), tmp_path / "emulator"), case, "llama").eval()
+    model = attached(save_emulator(tiny_model_dir(family), tmp_path / "emulator"), case, family).eval()
     assert_equal(both_ways(training, model, PADDED, monkeypatch))
 
 
