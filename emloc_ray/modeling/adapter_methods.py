@@ -10,7 +10,7 @@ import enum
 import functools
 import typing
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from emloc_ray.errors import ConfigError
@@ -122,6 +122,9 @@ def adapter_config(method: str = "lora", **settings: Any) -> PeftConfig:
         raise ConfigError(_refusal(method, error)) from error
 
 
+_NARROW = 8  # times narrower than hidden states
+
+
 def default_targets(method: str, model_type: str, names: Sequence[str]) -> list[str] | None:
     """The linears that a method adapts where the config names none: IA³'s by PEFT's table, those that the model's
     ``names`` have (experts' are fused now); None: every linear.
@@ -140,6 +143,14 @@ def default_targets(method: str, model_type: str, names: Sequence[str]) -> list[
         )
     table = TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING[model_type]
     return [target for target in table if any(matches(name, [target]) for name in names)]
+
+
+def narrow_helpers(specs: Sequence[LinearSpec], hidden_size: int, r: int, rank_pattern: Mapping[str, int]) -> set[str]:
+    """The linears that a default leaves out: their smaller side is below the rank that they would get, and at most an eighth
+    of the hidden size. One number for each head, or for each of a few streams, comes out of them or goes in."""
+    sides = {spec.name: min(spec.out_features, spec.in_features) for spec in specs}
+    narrow = {name: side for name, side in sides.items() if side * _NARROW <= hidden_size}
+    return {name for name, side in narrow.items() if side < lookup(name, rank_pattern, r)}
 
 
 def feedforward_names(patterns: Patterns | None, model_type: str, adapted: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from emloc_ray.errors import ConfigError
@@ -22,6 +23,7 @@ from emloc_ray.io.store.node_cache import ensure
 from emloc_ray.modeling.experts import UnfusedExperts, experts_of, owner_of, unfuse
 from emloc_ray.modeling.inputs import Stream, has_encoder
 from emloc_ray.modeling.meta_pass import UNTRACEABLE, MetaPass
+from emloc_ray.modeling.weight_reads import children_read
 
 # By the name of the linear itself, or of the module that holds it.
 _ROUTER = re.compile(r"(.*\.)?(router|gate|router_gate|shared_expert_gate)(\..*)?")
@@ -130,7 +132,11 @@ class _OnMeta(TorchFunctionMode):
 def learned_positions(model: nn.Module) -> int | None:
     """How many positions a model with an embedding for each has; None where positions are computed (rotary)."""
     others = tuple(f"{name}." for name in towers(model))
+    tokens = model.get_input_embeddings() if isinstance(model, transformers.PreTrainedModel) else None
+    beside = next((name.rpartition(".")[0] for name, module in model.named_modules() if module is tokens), "")
     for name, module in model.named_modules():
+        if not name.startswith(beside):  # an image's patches have positions of their own
+            continue
         if isinstance(module, nn.Embedding) and re.search(r"(wpe|position\w*)$", name) and not name.startswith(others):
             return int(getattr(getattr(model, "config", None), "max_position_embeddings", module.num_embeddings))
     return None
@@ -146,29 +152,41 @@ def towers(model: nn.Module) -> list[str]:
 
 
 def block_names(model: nn.Module) -> list[str]:
-    """The model's blocks: the members of its outermost ``ModuleList``s that are of one class and hold linears."""
+    """The model's blocks: the members of its outermost ``ModuleList``s that are alike and hold linears, and are none."""
     blocks: list[str] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{block}.") for block in blocks)
-        if inside or not isinstance(module, nn.ModuleList) or len({type(member) for member in module}) != 1:
+        if inside or not isinstance(module, nn.ModuleList) or not _are_alike(module):
             continue
-        if any(_is_linear(child) for child in module[0].modules()):
+        if any(_is_linear(child) for member in module for child in list(member.modules())[1:]):
             blocks += [f"{name}.{index}" for index in range(len(module))]
     return blocks
 
 
+def _are_alike(members: nn.ModuleList) -> bool:
+    """Whether members are of one class, or all layers in transformers' sense, as those of hybrids are of several classes."""
+    return len({type(m) for m in members}) == 1 or all(isinstance(m, GradientCheckpointingLayer) for m in members)
+
+
 def block_linears(model: nn.Module) -> list[LinearSpec]:
-    """Every linear inside the model's blocks, routers left out, in the model's order."""
+    """Every linear inside the model's blocks, in the model's order; without routers, and those whose weights are read."""
     specs = []
     experts = experts_of(model)
     for block in block_names(model):
         for name, module in model.get_submodule(block).named_modules(prefix=block):
-            if _is_linear(module) and not _ROUTER.fullmatch(name):
+            if _is_linear(module) and not _ROUTER.fullmatch(name) and not _is_read(model, name):
                 owner = owner_of(name)
                 specs.append(_spec(name, module, block, experts.get(owner[0]) if owner else None))
     if not specs:
         raise ConfigError(f"{type(model).__name__} has no linears inside repeated blocks: nothing to compress there.")
     return specs
+
+
+def _is_read(model: nn.Module, name: str) -> bool:
+    """Whether the code of a linear's owner takes its weight for a computation of its own."""
+    owner, _, child = name.rpartition(".")
+    kind: Any = type(model.get_submodule(owner))
+    return child in children_read(kind)
 
 
 def linears_between(model: nn.Module, next_blocks: Mapping[str, str]) -> list[LinearSpec]:
@@ -196,8 +214,29 @@ def unfactorable(model: nn.Module) -> dict[str, str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    # Exact types: a subclass may compute something else from its weight, or be read by its owner, as in MultiheadAttention.
-    return type(module) in (nn.Linear, Conv1D)
+    kind: Any = type(module)
+    return _computes_linear(kind)
+
+
+@functools.cache
+def _computes_linear(kind: type[Any]) -> bool:
+    """Whether modules of a class compute ``W x + b``. A subclass of ``nn.Linear`` may compute something else: it is tried.
+
+    Torch's own are taken for another: their owners read their weights, as in ``MultiheadAttention``.
+    """
+    if kind in (nn.Linear, Conv1D):
+        return True
+    if not issubclass(kind, nn.Linear) or kind.__module__.partition(".")[0] == "torch":
+        return False
+    weight, bias, x = (torch.arange(1.0, size + 1, device="cpu") / size for size in (6, 2, 12))
+    module: Any = nn.Linear(3, 2, device="meta")
+    module.weight, module.bias = nn.Parameter(weight.reshape(2, 3)), nn.Parameter(bias)
+    module.__class__ = kind
+    try:
+        given = [module.train(training)(x.reshape(1, 4, 3)) for training in (True, False)]
+        return all(torch.allclose(output, x.reshape(1, 4, 3) @ module.weight.T + bias) for output in given)
+    except Exception:  # noqa: BLE001  it needs more than a linear has, or gives no tensor of that shape
+        return False
 
 
 def _spec(name: str, module: Any, block: str, experts: UnfusedExperts | None) -> LinearSpec:

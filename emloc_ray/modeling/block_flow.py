@@ -27,7 +27,8 @@ class BlockFlow:
 
     ``between`` are the linears outside all blocks that carry what a block gives to another, with the block that runs
     next: in its pass they read what they read in the whole model. ``optional`` are the positions that run for images alone.
-    ``shares``: blocks read what is inside others, not their outputs alone (keys and values of Gemma 3n and Gemma 4).
+    ``shares``: blocks read what is inside others, not their outputs alone (keys and values of Gemma 3n and Gemma 4), or run
+    more than once in a pass.
     """
 
     order: tuple[str, ...]
@@ -129,7 +130,7 @@ def block_flow(config: Any, trust_remote_code: bool = False, example: Mapping[st
 
 
 def _followed(model: Any, names: Sequence[str], inputs: Mapping[str, Tensor]) -> BlockFlow | None:
-    """One pass on the meta device; None where the model cannot run there, or runs a block twice."""
+    """One pass on the meta device; None where the model cannot run there."""
     lineage, outside, handles = Lineage(), outside_linears(model), []
     for name in names:
         block = model.get_submodule(name)
@@ -146,8 +147,10 @@ def _followed(model: Any, names: Sequence[str], inputs: Mapping[str, Tensor]) ->
         for handle in handles:
             handle.remove()
     order = lineage.order
-    if not order or len(set(order)) != len(order):
+    if not order:
         return None
+    if len(set(order)) != len(order):
+        return BlockFlow(tuple(dict.fromkeys(order)), (), shares=True)
     read = frozenset().union(*lineage.needs)
     between = {outside[-1 - mark]: order[begun] for mark, begun in lineage.begun.items() if mark in read}
     needs = tuple(frozenset(k for k in need if k >= 0) for need in lineage.needs)

@@ -18,7 +18,7 @@ from emloc_ray.io.formats.shards import write_tensors
 
 @dataclass(frozen=True)
 class BlockOutput:
-    """What a block gave: a tensor, or a tuple of tensors and ``None``; on the meta device where only its shape is kept."""
+    """What a block gave: a tensor, or several and ``None``, as a tuple; on the meta device where only its shape is kept."""
 
     tensors: tuple[Tensor | None, ...]
     is_tuple: bool
@@ -26,10 +26,11 @@ class BlockOutput:
     @classmethod
     def of(cls, output: Any, block: str) -> BlockOutput:
         """Raises StageError where the block gives something else."""
-        parts = output if isinstance(output, tuple) else (output,)
+        is_tuple = isinstance(output, (tuple, list))
+        parts = output if is_tuple else (output,)
         if not all(part is None or isinstance(part, Tensor) for part in parts):
             raise StageError(f"{block} returns {type(output).__name__}: set model.hold to offloaded.")
-        return cls(tuple(parts), isinstance(output, tuple))
+        return cls(tuple(parts), is_tuple)
 
     def value(self, device: torch.device | str) -> Any:
         """As the block gave it. NaN stands for what was not kept: if it were read after all, its Grams would say so."""

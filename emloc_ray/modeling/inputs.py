@@ -135,7 +135,9 @@ def _encoder_decoder(config: Any, batch: dict[str, Tensor]) -> ModelCall:
     labels = ids.gather(1, at)
     # A conversation goes on with turns that are read and not learned.
     wanted = real & batch["completion_mask"].bool().gather(1, at)
-    start = config.decoder_start_token_id
+    # Of a model for images it is in the text's part.
+    has_own = getattr(config, "decoder_start_token_id", None) is not None
+    start = (config if has_own else config.get_text_config(decoder=True)).decoder_start_token_id
     pad = ids.new_full((), config.pad_token_id if config.pad_token_id is not None else start)
     shifted = torch.cat([ids.new_full((len(ids), 1), start), labels[:, :-1]], dim=1)
     inputs = {

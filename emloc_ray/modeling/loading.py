@@ -210,6 +210,12 @@ def check_source(source: ModelSource, model: Any, trust_remote_code: bool = Fals
                 f"model.source {source.directory} holds no {missing[0]} ({len(missing)} linears of config.json's model are"
                 " missing): copy the checkpoint again, or mend config.json."
             )
+        converted = next((name for name in names if not stored[name].parts), None)
+        if converted is not None:
+            raise ConfigError(
+                f"model.source {source.directory} holds {converted} in a form that only transformers can convert: load it with"
+                " transformers, save it again with save_pretrained(save_original_format=False), and name that."
+            )
     for name, found in stored.items():
         shape = checkpoint.entry(found.own_name).shape if checkpoint and found.own_name else shapes[name]
         if shape != shapes[name]:

@@ -47,9 +47,9 @@ class StoredParameter:
         return dataclasses.replace(self, index=index, is_transposed=is_transposed)
 
     def rows(self, checkpoint: Checkpoint) -> tuple[StoredRows, ...]:
-        """The tensors, or the slice, that make up a matrix or a vector, in the order of their rows."""
+        """The tensors, or the slice, that make it up, in the order of their rows; of a scalar the one tensor."""
         [part] = self.parts
-        sizes = [StoredRows(name, 0, self.index).entry(checkpoint).shape[0] for name in part]
+        sizes = [StoredRows(name, 0, self.index).entry(checkpoint).shape[0] for name in part[:-1]]
         return tuple(StoredRows(name, sum(sizes[:k]), self.index) for k, name in enumerate(part))
 
     def read(self, checkpoint: Checkpoint, read: Callable[[TensorEntry], Tensor] = TensorEntry.read_rows) -> Tensor:
@@ -103,8 +103,11 @@ def stored_parameters(model: Any, names: Iterable[str]) -> dict[str, StoredParam
             target, pattern = rename_source_key(name, [], [], prefix, state)
         if target not in state:
             continue
-        parts = collected.setdefault(target, _Collected(by_pattern[pattern] if pattern else None))
-        parts.names.setdefault(pattern, []).append(name)
+        converter = by_pattern[pattern] if pattern else None
+        first, *others = getattr(converter, "target_patterns", None) or [""]
+        for part in (first, *others):  # several where one tensor is split
+            parts = collected.setdefault(target.replace(first, part), _Collected(converter))
+            parts.names.setdefault(pattern, []).append(name)
     stored = {target: _stored(parts) for target, parts in collected.items()}
     whole = {name: parts for name, parts in stored.items() if name not in sliced}
     apart = {

@@ -10,7 +10,7 @@ from emloc_ray.core.forms import Form, Storing
 from emloc_ray.core.integer_forms import GROUP_SIZE, IntegerForms
 from emloc_ray.core.ranks import Storage, rank_for_ratio, rank_multiple
 from emloc_ray.errors import ConfigError
-from emloc_ray.modeling.adapter_methods import default_targets, feedforward_names
+from emloc_ray.modeling.adapter_methods import default_targets, feedforward_names, narrow_helpers
 from emloc_ray.modeling.architecture import ImageShape, LinearSpec
 from emloc_ray.modeling.expert_adapters import taken_for_experts
 from emloc_ray.modeling.experts import owner_of
@@ -287,6 +287,9 @@ def _matched(config: RunConfig, skeleton: Skeleton, left_dense: dict[str, str]) 
         attempt(lambda table=table, key=key: check_table(names, table, key, list(others)))  # type: ignore[misc]
         left_dense.update({name: kind for name, kind in others.items() if not errors and lookup(name, table, None)})
     if not errors and (adapter.is_lora or adapter.method == "loha"):
+        if adapter.target_modules in (None, ALL_LINEAR):
+            helpers = narrow_helpers(specs, skeleton.hidden_size, adapter.r, adapter.rank_pattern)
+            adapted = [name for name in adapted or () if name not in helpers]
         attempt(lambda: _check_adapter_ranks(adapter, [spec for spec in specs if spec.name in set(adapted or ())]))
     if errors or compressed is None or adapted is None:
         raise ConfigError("\n".join(errors))

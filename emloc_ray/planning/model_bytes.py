@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -163,10 +163,14 @@ class ModelBytes:
 
     def _cached_per_token(self) -> float:
         config = self.model_config.get_text_config()
-        heads = getattr(config, "num_attention_heads", None) or 1
-        width = getattr(config, "head_dim", None) or self.layout.hidden_size // heads
-        cached = getattr(config, "num_key_value_heads", None) or heads
-        return 2.0 * cached * width * config.num_hidden_layers
+        differ = getattr(config, "is_heterogeneous", False)  # then what differs is asked of a layer alone
+        return sum(map(self._cached_in, config.per_layer_config if differ else [config] * config.num_hidden_layers))
+
+    def _cached_in(self, layer: Any) -> float:
+        """Numbers that a layer of that config keeps of a token: its keys and values."""
+        heads = getattr(layer, "num_attention_heads", None) or 1
+        width = getattr(layer, "head_dim", None) or self.layout.hidden_size // heads
+        return 2.0 * width * (getattr(layer, "num_key_value_heads", None) or heads)
 
 
 def model_dtype(prepared: Prepared) -> torch.dtype:

@@ -176,6 +176,19 @@ def _figures(result: Mapping[str, Any]) -> str:
     return markdown(header if with_errors else header[:-1], [line if with_errors else line[:-1] for line in lines])
 
 
+def _census(result: Mapping[str, Any]) -> str:
+    """The types that work, in a line for each kind of model, and a line for each other one with the reason."""
+    rows: Mapping[str, Mapping[str, Any]] = result["rows"]
+    lines = []
+    for kind in ("causal-lm", "image-text"):
+        names = [name for name, row in rows.items() if row["kind"] == kind and row["outcome"] == "works"]
+        lines.append([f"{len(names)} {kind}", "works", ", ".join(names)])
+    others = sorted((row["outcome"], name, row["why"]) for name, row in rows.items() if row["outcome"] != "works")
+    for outcome in ("refused", "fails", "not in transformers"):
+        lines += [[name, outcome, why.replace("|", "/")] for found, name, why in others if found == outcome]
+    return markdown(["type", "outcome", "which, or why not"], lines)
+
+
 _KINDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "ablation": _ablation,
     "bare_emulators": _bare_emulators,
@@ -184,6 +197,7 @@ _KINDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "within_inference": _within_inference,
     "shapes": _shapes,
     "figures": _figures,
+    "census": _census,
 }
 
 

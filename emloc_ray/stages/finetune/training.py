@@ -323,6 +323,8 @@ def _make_trainer(job: FinetuneJob, output_dir: str, session: TrainingSession) -
     with scattered_in(_stored_dtype(job)) if job.zero_config else contextlib.nullcontext():
         wide = {} if arguments.bf16 or job.model_options.get("dtype", "auto") != "auto" else _stored_float32(job)
         model = open_model(job.emulator_dir, job.hold, **{**job.model_options, **wide})
+    if not model.supports_gradient_checkpointing:
+        arguments.activation_checkpointing = arguments.gradient_checkpointing = False
     if arguments.ddp_find_unused_parameters is None:
         # Looked for in vain at every step, but for an expert that gets no token and a tower that gets no image.
         has_experts = any(isinstance(part, UnfusedExperts) for part in model.modules())

@@ -11,8 +11,10 @@ import torch
 from tiny import HIDDEN, make_config
 from torch import nn
 from transformers import (
+    FalconConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
+    JambaConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -198,12 +200,39 @@ def test_routers_that_hold_a_linear_are_left_out() -> None:
 
 
 def test_a_linear_whose_weight_its_owner_reads_stays_as_it_is() -> None:
-    """Mamba's ``dt_proj`` is never called: factors would be an empty weight to it."""
+    """Mamba's mixer hands its other linears' weights to kernels: factors would be an empty weight to these."""
     config = MambaConfig(hidden_size=16, num_hidden_layers=1, state_size=4, vocab_size=99, time_step_rank=4)
+    assert [spec.name for spec in block_linears(empty_model(config))] == ["backbone.layers.0.mixer.in_proj"]
+
+
+def test_a_linear_that_is_not_called_in_a_block_that_runs_stays_as_it_is() -> None:
+    config = make_config("llama")
     model = empty_model(config)
-    assert "dt_proj" in " ".join(spec.name for spec in block_linears(model))
-    names = {spec.name.rpartition(".")[-1] for spec in skeleton_of(config, model).specs}
-    assert names == {"in_proj", "x_proj", "out_proj"}
+    model.model.layers[0].extra = nn.Linear(4, 4, device="meta")
+    assert "model.layers.0.extra" in {spec.name for spec in block_linears(model)}
+    assert "model.layers.0.extra" not in {spec.name for spec in skeleton_of(config, model).specs}
+
+
+def test_layers_of_several_classes_are_blocks() -> None:
+    """A hybrid's layers are of a class for each kind of mixer."""
+    config = JambaConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=99,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        num_experts=2,
+        mamba_d_state=4,
+        mamba_dt_rank=4,
+    )
+    model = empty_model(config)
+    assert len({type(layer) for layer in model.model.layers}) == 2
+    assert block_names(model) == ["model.layers.0", "model.layers.1"]
+    named = {spec.name.removeprefix("model.") for spec in block_linears(model)}
+    assert {"layers.0.mamba.in_proj", "layers.1.self_attn.q_proj"} <= named
 
 
 def test_nothing_to_compress() -> None:
@@ -274,3 +303,10 @@ def test_empty_models_of_many_threads_leave_the_others_alone() -> None:
         devices = list(pool.map(make, range(6)))
     assert devices == [{"meta"}, {"cpu"}] * 3
     assert torch.ones(1).item() == 1
+
+
+def test_a_subclass_that_computes_what_a_linear_does_is_one() -> None:
+    """Falcon has one of its own, for the order of its roundings."""
+    config = FalconConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=99)
+    names = {spec.name.rpartition(".")[-1] for spec in block_linears(empty_model(config))}
+    assert names == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}

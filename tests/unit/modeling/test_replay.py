@@ -143,6 +143,7 @@ def test_a_missing_weight_is_named(tmp_path: Path) -> None:
 def test_a_block_that_returns_something_else_is_refused() -> None:
     with pytest.raises(StageError, match=r"block 3 returns dict: set model\.hold to offloaded"):
         BlockOutput.of({}, "block 3")
+    assert BlockOutput.of([torch.ones(1)], "block 3").value("cpu") == (torch.ones(1),)  # openai-gpt's
 
 
 def test_a_node_that_holds_nothing_of_the_model_fetches_it(s3_port: int, node_cache: Path, tmp_path: Path) -> None:

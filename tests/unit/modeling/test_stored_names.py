@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import HIDDEN, make_model
 from transformers import (
     CLIPVisionConfig,
+    HrmTextConfig,
+    HrmTextForCausalLM,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -78,6 +81,28 @@ def test_names_that_the_checkpoint_changes_are_told_with_where_each_linear_is(tm
         assert not spec.has_bias or torch.equal(
             checkpoint.read(spec.bias_rows.name), model.get_submodule(spec.name).bias
         )
+
+
+def test_a_scalar_is_read(tmp_path: Path) -> None:
+    """Apertus' activation has two parameters of no dimension."""
+    save_file({"scale": torch.tensor(3.0)}, tmp_path / "model.safetensors")
+    assert StoredParameter((("scale",),)).read(Checkpoint(tmp_path)) == 3
+
+
+def test_tensors_that_transformers_splits_are_told(tmp_path: Path) -> None:
+    """What is stored as one linear, in memory as several, is of a kind that is not known here."""
+    config = HrmTextConfig(**{**SIZES, "num_layers_per_stack": 1, "head_dim": 8})
+    HrmTextForCausalLM(config).save_pretrained(tmp_path)
+    checkpoint = Checkpoint(tmp_path)
+    model = HrmTextForCausalLM(config)
+    stored = stored_parameters(model, [entry.name for entry in checkpoint])
+    split = [name for name, parameter in stored.items() if not parameter.parts]
+    assert {name.rpartition(".layers.0.")[2] for name in split} == {
+        *(f"self_attn.{part}_proj.weight" for part in ("gate", "q", "k", "v")),
+        *(f"mlp.{part}_proj.weight" for part in ("gate", "up")),
+    }
+    with pytest.raises(ArtifactError, match="in a form that only transformers can convert"):
+        require(stored, split[0], checkpoint)
 
 
 def test_a_linear_under_its_own_name_is_left_as_it_is(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from tiny import make_config
+from torch import nn
 from transformers import LlamaConfig
 
 from emloc_ray.config.reading import parse_config
@@ -94,6 +95,28 @@ def test_r_is_held_against_every_adapted_layer_with_its_own_rank() -> None:
     assert layout(adapter={"r": 40, "rank_pattern": {"k_proj": 4, "v_proj": 4}}).adapted
     with pytest.raises(ConfigError, match="33"):
         layout(adapter={"rank_pattern": {"v_proj": 33}})
+
+
+def test_linears_too_narrow_for_r_that_only_help_are_left_out_by_default() -> None:
+    """Gemma 3n mixes four streams by linears of four outputs, which no adapter of a usual rank fits."""
+    config = make_config("llama")
+    model = empty_model(config)
+    model.model.layers[1].mlp.mix = nn.Linear(64, 4, device="meta")
+    called = model.model.layers[1].mlp.forward
+    model.model.layers[1].mlp.forward = lambda x: called(x) + model.model.layers[1].mlp.mix(x).sum()
+    skeleton, mix = skeleton_of(config, model), "model.layers.1.mlp.mix"
+
+    def found(**adapter: Any) -> Layout:
+        values = {"run_dir": "x", "model": {"source": "y"}, "data": {"train": {"path": "z"}}, "adapter": adapter}
+        return make_layout(parse_config(values), skeleton)
+
+    assert mix in found().compressed
+    assert mix not in found().adapted
+    assert len(found().adapted) == 14
+    assert mix in found(r=4).adapted
+    assert mix in found(rank_pattern={"mix": 2}).adapted
+    with pytest.raises(ConfigError, match=r"adapter\.r is 8, above the smaller side 4 of .*mix"):
+        found(target_modules=["mix"])
 
 
 @pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "ratios"])

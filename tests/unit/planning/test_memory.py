@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import InternVLConfig, InternVLVisionConfig, LlamaConfig, MixtralConfig, Qwen2Config
+from transformers import (
+    Gemma4TextConfig,
+    InternVLConfig,
+    InternVLVisionConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2Config,
+)
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.errors import ConfigError
@@ -234,6 +241,17 @@ def test_what_costs_less_is_predicted_to_cost_less(prepared: Callable[..., Prepa
 def test_the_cache_of_inference_is_keys_and_values_of_every_block(prepared: Callable[..., Prepared]) -> None:
     # 2 blocks of 2 key-value heads of 16; a row of 64 tokens in float32, however long the data's are.
     assert MemoryModel(prepared(), Lengths(8.0, 16.0)).inference()["kv cache"] == 2 * 2 * (2 * 16) * 64 * 4
+
+
+def test_layers_may_keep_keys_and_values_of_several_sizes() -> None:
+    """Gemma 4's config gives ``head_dim`` of a layer alone."""
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300}
+    sizes |= {"layer_types": ["sliding_attention", "full_attention"], "head_dim": 16, "global_head_dim": 32}
+    sizes |= {"num_hidden_layers": 2, "num_global_key_value_heads": 2, "num_kv_shared_layers": 0}
+    sizes |= {"intermediate_size": 96, "vocab_size_per_layer_input": 300, "hidden_size_per_layer_input": 16}
+    config = Gemma4TextConfig(**sizes)
+    memory = MemoryModel(bare(config), Lengths(8.0, 16.0))
+    assert memory.inference(1, 64)["kv cache"] == 2 * 2 * (16 + 32) * 64 * 2
 
 
 def test_a_budget_is_solved_for_the_largest_ratio_that_fits(prepared: Callable[..., Prepared]) -> None:
