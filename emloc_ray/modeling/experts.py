@@ -9,6 +9,7 @@ disk (``experts.3.down_proj``), which transformers would stack again.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +31,8 @@ class UnfusedExperts(nn.Module):
     On a GPU experts that are alike run together (:mod:`emloc_ray.modeling.grouped_experts`), unless :attr:`together` is false
     or :attr:`reread` is not empty; elsewhere, and where a hook reads one, one after another.
 
-    While an expert runs alone, :attr:`rows` says which tokens its linears read; None: all. The experts in :attr:`reread` also run
-    on all tokens after that, :attr:`rereading` meanwhile, which leaves the output as it is.
+    While an expert runs alone, :attr:`rows` says which tokens its linears read, on the CPU; None: all. The experts in
+    :attr:`reread` also run on all tokens after that, :attr:`rereading` meanwhile, which leaves the output as it is.
     """
 
     def __init__(self, fused: Any, top_k: int | None = None) -> None:
@@ -69,8 +70,8 @@ class UnfusedExperts(nn.Module):
             done = self._compute(first, last, hidden_states[rows.tokens])
             return rows.sum_by_token(done, top_k_weights).to(hidden_states.dtype)
         output = torch.zeros_like(hidden_states)
-        for index, tokens, places in self._chosen(top_k_index):
-            self.rows = tokens
+        for index, tokens, places, here in self._chosen(top_k_index):
+            self.rows = here
             weighed = self._run(index, hidden_states[tokens]) * top_k_weights[tokens, places, None]
             output.index_add_(0, tokens, weighed.to(output.dtype))
         self.rows, self.rereading = None, True
@@ -79,8 +80,9 @@ class UnfusedExperts(nn.Module):
         self.rereading = False
         return output
 
-    def _chosen(self, top_k_index: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Each expert that is chosen, the tokens that chose it, and at which of their k places.
+    def _chosen(self, top_k_index: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """Each expert that is chosen, the tokens that chose it, at which of their k places, and the tokens on the CPU: a GPU is
+        waited for once a layer.
 
         Where there are no values, every expert is chosen once by all. In training those that nobody chose run on no token:
         their adapters then have a gradient, zero, which processes that train together wait for.
@@ -88,17 +90,15 @@ class UnfusedExperts(nn.Module):
         num_tokens = len(top_k_index)
         if top_k_index.is_meta:
             tokens = torch.arange(num_tokens, device="meta")
-            yield from ((index, tokens, torch.zeros_like(tokens)) for index in range(self.num_experts))
+            yield from ((index, tokens, torch.zeros_like(tokens), tokens) for index in range(self.num_experts))
             return
-        choices = top_k_index.T.reshape(-1)
-        order = torch.argsort(choices, stable=True)
-        counts = torch.bincount(choices, minlength=self.num_experts)[: self.num_experts].tolist()
-        start = 0
-        for index, count in enumerate(counts):
-            if count or self.training:
-                chosen = order[start : start + count]
-                yield index, chosen % num_tokens, chosen // num_tokens
-            start += count
+        choices, order = torch.sort(top_k_index.T.reshape(-1), stable=True)
+        numbers = torch.arange(self.num_experts, device=choices.device, dtype=choices.dtype)
+        here = torch.cat([order, torch.searchsorted(choices, numbers, right=True)]).cpu()
+        for index, (start, end) in enumerate(itertools.pairwise([0, *here[len(order) :].tolist()])):
+            if end > start or self.training:
+                chosen = order[start:end]
+                yield index, chosen % num_tokens, chosen // num_tokens, here[start:end] % num_tokens
 
     def _linear(self, index: int, part: str) -> Any:
         expert: Any = self._modules[str(index)]

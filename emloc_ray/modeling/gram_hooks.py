@@ -43,9 +43,8 @@ class TokenSums:
     def counting(self, counted: Mapping[Stream, Tensor]) -> Iterator[None]:
         """While it lasts, a pass of the model adds the tokens of each stream where ``counted (rows, length)`` is true."""
         # Asked once a batch, not once a Gram, and where the masks are: on the CPU.
-        masks = {stream: mask.flatten() for stream, mask in counted.items() if not bool(mask.all())}
-        self._masks = {stream: mask.to(self.device) for stream, mask in masks.items()}
-        self._places = {stream: mask.nonzero().squeeze(1).to(self.device) for stream, mask in masks.items()}
+        self._masks = {stream: mask.flatten() for stream, mask in counted.items() if not bool(mask.all())}
+        self._places = {stream: mask.nonzero().squeeze(1).to(self.device) for stream, mask in self._masks.items()}
         try:
             yield
         finally:
@@ -59,7 +58,7 @@ class TokenSums:
 
     def _add(self, name: str, tokens: Tensor, sent: Tensor | None) -> None:
         """Adds those of ``tokens (..., features)`` that count; ``sent`` are the places in the batch of those that an expert
-        was sent, None where it runs on all."""
+        was sent, on the CPU, None where it runs on all."""
         tokens, stream = tokens.reshape(-1, tokens.shape[-1]), self._streams.get(name, "row")
         mask = self._masks.get(stream)
         if mask is None:
@@ -70,7 +69,10 @@ class TokenSums:
                 f"{name} reads {len(tokens)} of a batch's {known} tokens, and which ones is not known: set"
                 " calibration.batch_size to 1 and calibration.tokens to all."
             )
-        return self.grams[name].update(tokens[self._places[stream] if sent is None else mask[sent]])
+        if sent is None:
+            return self.grams[name].update(tokens[self._places[stream]])
+        places = mask[sent].nonzero().squeeze(1)
+        return self.grams[name].update(tokens[places.to(tokens.device, non_blocking=True)])
 
     def remove(self) -> None:
         """Takes the hooks off the model."""

@@ -65,8 +65,8 @@ def gradients(model: Any) -> list[Tensor]:
     return [parameter.grad.cpu() for parameter in model.parameters() if parameter.grad is not None]
 
 
-# Over the budget of 4 are experts: how many tokens each was sent is asked twice a layer, which of those count once a Gram.
-@pytest.mark.parametrize(("family", "waits"), [("llama", 1), ("qwen2", 1), ("mixtral", 1 + 2 * 2 + 2 * 4 * 2)])
+# Of experts that run one by one it is asked once a layer which tokens each was sent.
+@pytest.mark.parametrize(("family", "waits"), [("llama", 1), ("qwen2", 1), ("mixtral", 1 + 2)])
 def test_grams(family: str, waits: int, meter: Meter) -> None:
     model = unfuse(make_model(family))
     here, there = (GramHooks(some, groups_of(model)) for some in (model, moved(copy.deepcopy(model))))
