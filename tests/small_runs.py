@@ -178,9 +178,9 @@ class FinishedRun:
 
 
 def run_values(values: dict[str, Any], reporter: RecordingReporter | None = None, **options: Any) -> RecordingReporter:
-    """Runs the pipeline on a config's nested values; gives what the reporter heard."""
+    """Runs the pipeline on a config's nested values, whatever that redoes; gives what the reporter heard."""
     reporter = reporter or RecordingReporter()
-    api.run(parse_config(values), reporter=reporter, **options)
+    api.run(parse_config(values), reporter=reporter, **{"accept_changes": True, **options})
     return reporter
 
 

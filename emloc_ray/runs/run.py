@@ -16,6 +16,7 @@ from emloc_ray.planning.machine import check_disk, check_kernel, check_resources
 from emloc_ray.planning.plan import Plan, make_plan, missing_disk
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.runs import remarks
+from emloc_ray.runs.changes import Accept, check_accepted, find_changes
 from emloc_ray.runs.gauges import RunGauges
 from emloc_ray.runs.log import RunLog
 from emloc_ray.runs.reporter import Reporter, Reporters
@@ -42,15 +43,18 @@ def run(
     cache: ArtifactCache | None = None,
     accept_versions: bool = False,
     batch: RunDirectory | None = None,
+    accept_changes: Accept = False,
 ) -> dict[str, Any]:
     """Runs the pipeline up to ``until``; skips finished stages with unchanged inputs, but redoes all from ``begin`` on.
 
     ``turns`` says when each stage may start, by default at once. Runs with one ``cache`` share what they make from equal
     inputs. ``accept_versions`` takes what was finished with other versions of emloc_ray or its libraries as it is. ``batch``
-    is the locked directory of the batch whose task this is. Returns the content of metrics.json.
+    is the locked directory of the batch whose task this is. ``accept_changes`` redoes and removes what is finished where the
+    config or files have changed, or is asked, with a sentence. Returns the content of metrics.json.
 
     Raises:
-        ConfigError: before any stage starts or anything is written; also where what is finished is of other versions.
+        ConfigError: before any stage starts or anything is written; also where what is finished is of other versions, or would
+            be redone or removed unasked.
         EmlocError: where a stage failed; finished stages stay, and the same call continues from them.
     """
     prepared = shrink_batches(prepared or prepare(config))
@@ -67,6 +71,8 @@ def run(
         prepared.run.lock(reporter.note, under=batch)
         if not fresh:
             check_versions(prepared, redone_from(begin), until, accept_versions, in_batch=turns is not None)
+        if not fresh and not config.ray.joins:
+            _check_changes(prepared, begin, until, accept_changes)
         lean = keeps_small(prepared.config)
         with connection(config.ray.address, lean_memory=lean, **config.ray.init_options) as started:
             if turns is None and not started:
@@ -75,6 +81,8 @@ def run(
                     prepared = shrink_batches(prepared)
                     plan = make_plan(STEPS, prepared)
                 config = prepared.config
+            if not fresh and config.ray.joins:  # by the GPUs that its Ray has
+                _check_changes(prepared, begin, until, accept_changes)
             if turns is None:  # again, by what Ray counts: in a container less than the machine has
                 check_resources(config, total("CPU"), total("GPU"))
                 if config.ray.joins:
@@ -93,6 +101,11 @@ def run(
         raise explain(error, "the run") from error
     finally:
         prepared.run.unlock()
+
+
+def _check_changes(prepared: Prepared, begin: str | None, until: str, accept: Accept) -> None:
+    changes = None if accept is True else find_changes(prepared, redone_from(begin), until)
+    check_accepted([] if changes is None else [f"run_dir {prepared.run.place}: {changes.sentence}"], accept)
 
 
 class Pipeline:

@@ -14,6 +14,7 @@ from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.plan import Plan, make_plan, within_budget
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.runs import run as pipeline
+from emloc_ray.runs.changes import Accept
 from emloc_ray.runs.reporter import Reporter, Reporters
 from emloc_ray.stages.order import STEPS
 from emloc_ray.ui.page import PageReporter
@@ -29,16 +30,19 @@ def run(
     prepared: Prepared | None = None,
     cache: ArtifactCache | None = None,
     accept_versions: bool = False,
+    accept_changes: Accept = False,
 ) -> dict[str, Any]:
     """Runs the pipeline up to ``until`` and keeps ``report.html``; skips finished stages whose inputs are unchanged.
 
     ``begin`` redoes all from this stage on; ``fresh`` deletes what an earlier run left. ``reporter`` hears how the run goes.
     ``prepared`` is the checked config, where there is one. Runs with one ``cache`` share what they make from equal inputs.
-    ``accept_versions`` takes what was finished with other versions of emloc_ray or its libraries as it is. Returns the
-    content of metrics.json.
+    ``accept_versions`` takes what was finished with other versions of emloc_ray or its libraries as it is.
+    ``accept_changes`` redoes and removes what is finished where the config or files have changed. Returns the content of
+    metrics.json.
 
     Raises:
-        ConfigError: before any stage starts or anything is written; also where what is finished is of other versions.
+        ConfigError: before any stage starts or anything is written; also where what is finished is of other versions, or would
+            be redone or removed unasked.
         EmlocError: where a stage failed; finished stages stay, and the same call continues from them.
     """
     both = Reporters(reporter or Reporter(), PageReporter())
@@ -51,6 +55,7 @@ def run(
         prepared=prepared,
         cache=cache,
         accept_versions=accept_versions,
+        accept_changes=accept_changes,
     )
 
 

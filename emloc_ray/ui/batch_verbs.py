@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ from rich.text import Text
 
 from emloc_ray.errors import ConfigError, StageError
 from emloc_ray.text import counted, duration, size
+from emloc_ray.ui.shell import agrees
 
 if TYPE_CHECKING:
     from emloc_ray.io.runs.cache import ArtifactCache
@@ -30,7 +32,14 @@ BatchDir = Annotated[str, typer.Argument(metavar="RUN_DIR", help="The batch's ru
 CachePlace = Annotated[str, typer.Argument(metavar="CACHE", help="A cache's place, such as RUN_DIR/cache.")]
 
 
-def run_batch(console: Console, path: Path, overrides: list[str], dry_run: bool, accept_versions: bool = False) -> None:
+def run_batch(
+    console: Console,
+    path: Path,
+    overrides: list[str],
+    dry_run: bool,
+    accept_versions: bool = False,
+    accept_changes: bool = False,
+) -> None:
     """Checks a whole batch, then runs it.
 
     Raises:
@@ -39,6 +48,7 @@ def run_batch(console: Console, path: Path, overrides: list[str], dry_run: bool,
     from emloc_ray.io.runs.directory import RunDirectory
     from emloc_ray.runs.batch import driver
     from emloc_ray.runs.batch.tasks import read_batch
+    from emloc_ray.runs.changes import check_accepted
     from emloc_ray.ui.batch_page import write_batch_report
     from emloc_ray.ui.batch_table import BatchView, batch_table, reasons
     from emloc_ray.ui.page import PageReporter
@@ -57,11 +67,15 @@ def run_batch(console: Console, path: Path, overrides: list[str], dry_run: bool,
         f" if nothing is shared or done yet; in {escape(place)}",
         soft_wrap=True,
     )
+    changes = [] if accept_changes else prepared.work.changes(batch.tasks)
     if dry_run:
+        for change in changes:
+            console.print(f"[yellow]![/] {escape(change)}.", soft_wrap=True)
         console.print("The batch is valid; nothing was started.")
         return
+    check_accepted(changes, functools.partial(agrees, console))
     with BatchView(console) as view:
-        state = driver.run_batch(prepared, view.show, view.tell)
+        state = driver.run_batch(prepared, view.show, view.tell, accept_changes=True)
     write_batch_report(prepared.run, state)
     console.print(batch_table(state, width=console.width))
     failed = state.count("failed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from enum import Enum
@@ -27,7 +28,7 @@ from emloc_ray.ui.batch_verbs import (
     state_now,
 )
 from emloc_ray.ui.run_status import show_status
-from emloc_ray.ui.shell import Verbs, console, guarded
+from emloc_ray.ui.shell import Verbs, agrees, console, guarded
 
 app = typer.Typer(
     cls=Verbs,
@@ -73,6 +74,7 @@ ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file,
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Config keys to override.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in run_dir, and start anew.")]
 
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Redo and remove what a changed config says, unasked.")]
 AcceptVersions = Annotated[bool, typer.Option("--accept-versions", help="Keep what other versions finished.")]
 
 
@@ -90,7 +92,13 @@ def _prepare(path: Path, overrides: list[str] | None) -> Any:
 
 
 def _run(
-    path: Path, overrides: list[str] | None, begin: Stage | None, until: Stage, fresh: bool, accept_versions: bool
+    path: Path,
+    overrides: list[str] | None,
+    begin: Stage | None,
+    until: Stage,
+    fresh: bool,
+    accept_versions: bool,
+    yes: bool,
 ) -> None:
     from emloc_ray.planning.plan import make_plan
     from emloc_ray.stages.order import STEPS
@@ -114,6 +122,7 @@ def _run(
                 reporter=reporter,
                 prepared=prepared,
                 accept_versions=accept_versions,
+                accept_changes=yes or reporter.paused(functools.partial(agrees, console)),
             )
     except EmlocError as error:
         if not isinstance(error, ConfigError):
@@ -135,9 +144,10 @@ def run(
     until: Annotated[Stage, typer.Option("--until", help="Stop after this stage.")] = Stage.evaluate,
     fresh: Fresh = False,
     accept_versions: AcceptVersions = False,
+    yes: Yes = False,
 ) -> None:
-    """Run all stages: skip what is done, redo what the config changed."""
-    _run(config, overrides, begin, until, fresh, accept_versions)
+    """Run all stages: skip what is done, redo what the config changed, once you agree."""
+    _run(config, overrides, begin, until, fresh, accept_versions, yes)
 
 
 def _stage_command(stage: Stage, text: str) -> None:
@@ -148,8 +158,9 @@ def _stage_command(stage: Stage, text: str) -> None:
         overrides: Overrides = None,
         fresh: Fresh = False,
         accept_versions: AcceptVersions = False,
+        yes: Yes = False,
     ) -> None:
-        _run(config, overrides, None, stage, fresh, accept_versions)
+        _run(config, overrides, None, stage, fresh, accept_versions, yes)
 
 
 _stage_command(Stage.calibrate, "Run up to the Grams of the calibration data.")
@@ -323,9 +334,10 @@ def batch(
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every task and stop.")] = False,
     accept_versions: AcceptVersions = False,
+    yes: Yes = False,
 ) -> None:
     """Run many tasks over one cluster; a second time, run new and failed ones."""
-    run_batch(console, config, overrides or [], dry_run, accept_versions)
+    run_batch(console, config, overrides or [], dry_run, accept_versions, yes)
 
 
 @app.command()

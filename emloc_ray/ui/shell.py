@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec
 
 import typer
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from emloc_ray.errors import EmlocError
+from emloc_ray.errors import ConfigError, EmlocError
 
 Arguments = ParamSpec("Arguments")
 
@@ -41,6 +42,21 @@ class Verbs(TyperGroup):
                 errors.print(f"[red]Error:[/] {escape(argument)}: write {escape(argument[2:])}, without dashes.")
                 raise typer.Exit(2)
         return super().parse_args(ctx, args)
+
+
+def agrees(console: Console, sentences: Sequence[str]) -> bool:
+    """Shows what would be redone or removed, and asks; without a terminal nobody is asked, and nobody agrees.
+
+    Raises:
+        ConfigError: where the answer is no.
+    """
+    if not (console.is_terminal and sys.stdin.isatty()):
+        return False
+    for sentence in sentences:
+        console.print(f"[yellow]![/] {escape(sentence)}.", soft_wrap=True)
+    if not typer.confirm("Go on?"):
+        raise ConfigError("Nothing was changed.")
+    return True
 
 
 def guarded(verb: Callable[Arguments, None]) -> Callable[Arguments, None]:

@@ -88,6 +88,17 @@ class ConsoleReporter(Reporter):
     def __exit__(self, *error: object) -> None:
         self.bars.stop()
 
+    def paused(self, asks: Callable[[Sequence[str]], bool]) -> Callable[[Sequence[str]], bool]:
+        """What asks, without bars meanwhile."""
+
+        def ask(sentences: Sequence[str]) -> bool:
+            self.bars.stop()
+            answer = asks(sentences)
+            self.__enter__()
+            return answer
+
+        return ask
+
     def start(self, stage: str) -> Callable[[int, int], None]:
         """A stage begins."""
         if not self.console.is_terminal:

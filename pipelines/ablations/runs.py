@@ -216,7 +216,7 @@ def _run_batch(
                 discard(place.path("merged"))  # of the size of the original each, and evaluated by now
 
     prepared = prepare_batch(Batch(ablation.batch, tasks, ablation.ray), reporter=PageReporter())
-    state = run_batch(prepared, look, tell)
+    state = run_batch(prepared, look, tell, accept_changes=True)
     write_batch_report(prepared.run, state)
     look(state)
     return {task.name: task.reason or task.status for task in state.tasks if task.status != "done"}
@@ -250,7 +250,7 @@ def _pruned_models(
                 ratio, by_grams = cell.config.emulator.compression_ratio, cell.prune == "structured"
                 tell(f"Pruned model for {cell.name}")
                 prepared = _prepared_original(ablation, cell)
-                pipeline.run(prepared.config, until="calibrate", prepared=prepared, cache=cache)
+                pipeline.run(prepared.config, until="calibrate", prepared=prepared, cache=cache, accept_changes=True)
                 grams = prepared.run.path("calibration") if by_grams else None
                 assert cell.prune is not None
                 prune(original_dir(prepared), pruned.model_dir, cell.prune, ratio, cell.seed, grams)

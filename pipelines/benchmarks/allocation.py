@@ -65,7 +65,7 @@ def _emulator(out: Path, cache: ArtifactCache, ratio: float, allocation: str, ob
     run = out / f"allocation-{ratio}-{allocation}-{objective}-{storage}"
     settings = {"compression_ratio": ratio, "allocation": allocation, "objective": objective, "storage": storage}
     config = paper_config(run, *(f"emulator.{key}={value}" for key, value in settings.items()))
-    emloc_ray.run(config, until="factorize", cache=cache)
+    emloc_ray.run(config, until="factorize", cache=cache, accept_changes=True)
     return run
 
 

@@ -76,11 +76,11 @@ def interleaved(actions: Sequence[Callable[[], None]], repeats: int) -> list[flo
 def calibrated(out: Path) -> tuple[RunConfig, Path]:
     """The quickstart run up to its Grams, made once."""
     config = paper_config(out / "ratio-0.5")
-    emloc_ray.run(config, until="calibrate")
+    emloc_ray.run(config, until="calibrate", accept_changes=True)
     return config, Path(config.run_dir)
 
 
 def emulated(run: Path, out: Path) -> Path:
     """The quickstart's emulator."""
-    emloc_ray.run(paper_config(out / "ratio-0.5"), until="factorize")
+    emloc_ray.run(paper_config(out / "ratio-0.5"), until="factorize", accept_changes=True)
     return run / "emulator"

@@ -83,7 +83,7 @@ def planner(out: Path) -> Figures:
     """What the plan says of every stage against what a process of its own held; the ratio is planned over measured."""
     calibrated(out)
     config = paper_config(out / "ratio-0.5", "finetune.max_steps=3")
-    emloc_ray.run(config, until="finetune")
+    emloc_ray.run(config, until="finetune", accept_changes=True)
     config = paper_config(out / "ratio-0.5", "finetune.loss_on=all")
     original, emulator = _large(out)
     values = {

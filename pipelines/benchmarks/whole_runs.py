@@ -106,7 +106,7 @@ def _sized(out: Path, size: str) -> RunConfig:
 
 
 def _run_on_ray(config: RunConfig) -> None:
-    emloc_ray.run(config, begin="calibrate")
+    emloc_ray.run(config, begin="calibrate", accept_changes=True)
 
 
 def _run_plain(config: RunConfig) -> None:

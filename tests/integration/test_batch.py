@@ -53,7 +53,7 @@ def write_batch(root: Path, base: dict[str, Any], tasks: list[dict[str, Any]]) -
 
 
 def run(path: Path, **options: Any) -> BatchState:
-    return run_batch(prepare_batch(read_batch(path), reporter=PageReporter()), **options)
+    return run_batch(prepare_batch(read_batch(path), reporter=PageReporter()), accept_changes=True, **options)
 
 
 def named(state: BatchState) -> dict[str, TaskState]:

@@ -20,6 +20,7 @@ from emloc_ray.runs.batch.state import BatchState
 from emloc_ray.runs.batch.summary import write_summary
 from emloc_ray.runs.batch.tasks import Batch
 from emloc_ray.runs.batch.work import PipelineWork, raise_problems
+from emloc_ray.runs.changes import Accept, check_accepted
 from emloc_ray.runs.gauges import BatchGauges
 from emloc_ray.runs.remarks import of_machines
 from emloc_ray.runs.reporter import Reporter
@@ -74,15 +75,24 @@ def check_free(run: RunDirectory) -> None:
         )
 
 
-def run_batch(prepared: PreparedBatch, show: Show = lambda state: None, tell: Tell = lambda text: None) -> BatchState:
+def run_batch(
+    prepared: PreparedBatch,
+    show: Show = lambda state: None,
+    tell: Tell = lambda text: None,
+    accept_changes: Accept = False,
+) -> BatchState:
     """Runs every task that is not cancelled, and checks those that are done; returns how all ended.
 
+    ``accept_changes``: as for :func:`emloc_ray.runs.run.run`.
+
     Raises:
-        ConfigError: where a task asks for what the cluster does not have; nothing was begun.
+        ConfigError: where a task asks for what the cluster does not have, or would redo or remove unasked what is finished;
+            nothing was begun.
     """
     batch, run = prepared.batch, prepared.run
     try:
         run.lock(tell)
+        check_accepted([] if accept_changes is True else prepared.work.changes(batch.tasks), accept_changes)
         run.create(batch.config.model_dump(mode="json"), kind="batch")
         limits = batch.config.limits
         capacity = functools.partial(cluster_capacity, limits)

@@ -19,6 +19,7 @@ from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.runs.batch.admission import Admission, Amount, Need, Ticket
 from emloc_ray.runs.batch.state import TaskReporter
 from emloc_ray.runs.batch.tasks import Task
+from emloc_ray.runs.changes import find_changes
 from emloc_ray.runs.reporter import Reporter, Reporters
 from emloc_ray.runs.versions import check_versions
 from emloc_ray.stages.order import STEPS
@@ -127,6 +128,15 @@ class PipelineWork:
             ready = self._ready[task.name] = prepared, make_plan(STEPS, prepared)
         return ready
 
+    def changes(self, tasks: Sequence[Task]) -> list[str]:
+        """What the tasks would redo or remove of their finished stages: a sentence for all that would do the same."""
+        found: dict[str, list[str]] = {}
+        for task in tasks:
+            changes = find_changes(self._prepare(task)[0])
+            if changes is not None:
+                found.setdefault(changes.sentence, []).append(task.name)
+        return [f"task {listed(names)}: {sentence}" for sentence, names in found.items()]
+
     def config(self, task: Task) -> RunConfig:
         """The task's config, its workers' GPUs decided."""
         return self._prepare(task)[0].config
@@ -154,6 +164,7 @@ class PipelineWork:
             cache=self.cache,
             accept_versions=self.accept_versions,
             batch=self.batch,
+            accept_changes=True,  # by whoever began the batch
         )
         reporter.results(metrics)
 

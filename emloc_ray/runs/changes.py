@@ -1,0 +1,130 @@
+"""What a run with another config, or other files, would redo or remove of what is finished: nothing of it vanishes unasked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from emloc_ray.config.steps import VERBS
+from emloc_ray.errors import ConfigError
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.runs.fingerprint import fingerprint
+from emloc_ray.io.runs.secret_values import without_secrets
+from emloc_ray.io.store.node_cache import sizes
+from emloc_ray.io.store.object_store import MANIFEST
+from emloc_ray.modeling.loading import fetch_weights
+from emloc_ray.planning.prepared import Prepared
+from emloc_ray.runs.status import older_stages
+from emloc_ray.stages.context import Context
+from emloc_ray.stages.importing import is_imported
+from emloc_ray.stages.order import STEPS
+from emloc_ray.stages.stage import Stage
+
+Accept = bool | Callable[[Sequence[str]], bool]
+"""Whether what is finished may be redone or removed; or who is asked, with a sentence for each run."""
+_MOST = 6  # keys that a sentence names
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What differs from the config of a run's finished stages, and what that costs.
+
+    ``keys`` maps each changed key to what it was and is, as text; ``redone`` are the finished stages from the first outdated
+    one on; ``removed`` those that the config leaves out now; ``folders`` what both wrote.
+    """
+
+    keys: Mapping[str, tuple[str, str]]
+    redone: tuple[str, ...]
+    removed: tuple[str, ...]
+    folders: tuple[str, ...]
+
+    @property
+    def sentence(self) -> str:
+        """All of it as one sentence, without its end."""
+        named = [f"{key} {new} (was {old})" for key, (old, new) in self.keys.items()]
+        rest = f" and {len(named) - _MOST} more" if len(named) > _MOST else ""
+        what = f"the config has {', '.join(named[:_MOST])}{rest}" if named else "files of the model or the data changed"
+        first, *others = self.redone or ("",)
+        follows = f", and of {', '.join(others)} what follows from it" if others else ""
+        does = [f"redoes {first}{follows}"] if self.redone else []
+        does += [f"removes {', '.join(self.removed)}"] if self.removed else []
+        return f"{what}: that {' and '.join(does)} (in {', '.join(f'{folder}/' for folder in self.folders)})"
+
+
+def find_changes(prepared: Prepared, forced: Collection[str] = (), until: str = VERBS[-1]) -> Changes | None:
+    """What a run up to the verb ``until`` would redo or remove of finished stages that are up to date; None for nothing.
+
+    The stages in ``forced`` are redone on request. Stages behind one that is missing or damaged are no longer up to date.
+    """
+    if MANIFEST not in prepared.run.names():
+        return None
+    manifest = prepared.run.manifest()
+    older = older_stages(manifest)
+    standing = {name: entry for name, entry in manifest["stages"].items() if name not in older}
+    last = max(number for number, stage in enumerate(STEPS) if stage.verb == until)
+    steps = [stage for stage in STEPS[: last + 1] if stage.name not in forced]
+    removed = [stage for stage in steps if stage.name in standing and not stage.wanted(prepared)]
+    outdated = _outdated(prepared, [stage for stage in steps if stage.wanted(prepared)], standing)
+    following = STEPS[STEPS.index(outdated) :] if outdated is not None else ()
+    redone = [stage for stage in following if stage.name in manifest["stages"] and stage.wanted(prepared)]
+    if not redone and not removed:
+        return None
+    config = (prepared.as_written or prepared.config).model_dump(mode="json")
+    return Changes(
+        _changed_keys(manifest["config"], without_secrets(config)),
+        tuple(stage.name for stage in redone),
+        tuple(stage.name for stage in removed),
+        tuple(_folders(prepared.run, [*redone, *removed])),
+    )
+
+
+def _outdated(prepared: Prepared, steps: Sequence[Stage], standing: Mapping[str, Any]) -> Stage | None:
+    """The first stage that stands and has other inputs now, or that is new before one that stands."""
+    if not standing:
+        return None
+    source_dir = fetch_weights(prepared.source)
+    model_dir = prepared.run.path("model") if is_imported(prepared) else source_dir
+    context = Context(prepared, model_dir, source_dir)
+    for number, stage in enumerate(steps):
+        if not any(later.name in standing for later in steps[number:]):
+            return None
+        entry = standing.get(stage.name)
+        if entry is None:
+            return stage
+        context.made[stage.name] = key = fingerprint(stage.inputs(context))
+        if entry["inputs"] != key:
+            return stage
+        if not prepared.run.is_done(stage.name, key):
+            return None
+        context.results[stage.name] = entry["result"]
+    return None
+
+
+def _changed_keys(old: Any, new: Any, path: str = "") -> dict[str, tuple[str, str]]:
+    """Every key that both configs have with other values, or one alone has with a value; each with both as text."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return {} if old == new else {path: (_text(old), _text(new))}
+    found: dict[str, tuple[str, str]] = {}
+    for key in dict.fromkeys([*new, *old]):
+        found |= _changed_keys(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+    found.pop("run_dir", None)  # a run that was moved is the same
+    return found
+
+
+def _text(value: Any) -> str:
+    return "not set" if value is None else str(value)
+
+
+def _folders(run: RunDirectory, stages: Collection[Stage]) -> list[str]:
+    outputs = dict.fromkeys(output.partition("/")[0] for stage in stages for output in stage.outputs)
+    return [folder for folder in outputs if sizes(Path(run.path(folder)))]
+
+
+def check_accepted(sentences: Sequence[str], accept: Accept) -> None:
+    """Raises ConfigError with the sentences where there are any, unless what they say is accepted."""
+    if not sentences or accept is True or (callable(accept) and accept(sentences)):
+        return
+    agree = "give --yes (in Python accept_changes=True) to agree, or name a new run_dir"
+    raise ConfigError("\n".join(f"{sentence}: {agree}." for sentence in sentences))

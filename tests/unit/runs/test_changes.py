@@ -1,0 +1,174 @@
+"""What a changed config would redo or remove: said before anything starts, and not done unasked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from small_runs import make_values, task_rows, write_jsonl
+from stage_artifacts import write_tokens
+
+from emloc_ray.config.reading import parse_config
+from emloc_ray.errors import ConfigError
+from emloc_ray.io.runs.fingerprint import fingerprint
+from emloc_ray.planning.prepared import Prepared, prepare, splits_of
+from emloc_ray.runs.batch.tasks import Task
+from emloc_ray.runs.batch.work import PipelineWork
+from emloc_ray.runs.changes import Changes, check_accepted, find_changes
+from emloc_ray.runs.run import run as run_pipeline
+from emloc_ray.runs.versions import made_with, redone_from
+from emloc_ray.stages.context import Context
+from emloc_ray.stages.order import STEPS
+from emloc_ray.stages.tokens.stage import DATA
+from emloc_ray.ui.shell import agrees
+
+RESULT = {"usage": {"wall_s": 1.0, "peak_pss_bytes": 1}, "num_tokens": 1, "splits": {}}
+
+
+@pytest.fixture
+def values(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> dict[str, Any]:
+    rows = write_jsonl(tmp_path / "rows.jsonl", task_rows(40))
+    values = make_values(tmp_path / "run", tiny_model_dir(), rows, finetune={"exact_steps": 2})
+    return values
+
+
+def changed(values: dict[str, Any], **sections: dict[str, Any]) -> Prepared:
+    return prepare(
+        parse_config({**values, **{name: {**values.get(name, {}), **keys} for name, keys in sections.items()}})
+    )
+
+
+def finish(values: dict[str, Any], until: str = "evaluate") -> None:
+    """A run whose stages up to this one are done, each with a file in what it writes."""
+    prepared = changed(values)
+    steps = [stage for stage in STEPS if stage.wanted(prepared)]
+    written = (prepared.as_written or prepared.config).model_dump(mode="json")
+    prepared.run.create(written, steps=[stage.name for stage in steps])
+    context = Context(prepared, prepared.source.directory)
+    for stage in steps[: [stage.name for stage in steps].index(until) + 1]:
+        for output in stage.outputs:
+            prepared.run.path(output).mkdir(parents=True, exist_ok=True)
+            prepared.run.path(output, "a.json").write_text(stage.name)
+        if stage is DATA:
+            for split in splits_of(prepared.config):
+                write_tokens(prepared.run.path("data", "tokens", split), 16, 8)
+        context.made[stage.name] = key = fingerprint(stage.inputs(context))
+        files = [prepared.run.path(output) for output in stage.outputs]
+        prepared.run.commit(stage.name, key, files, RESULT, made_with(stage))
+
+
+def test_the_same_config_changes_nothing(values: dict[str, Any]) -> None:
+    assert find_changes(changed(values)) is None  # nothing is there yet
+    finish(values)
+    assert find_changes(changed(values)) is None
+
+
+def test_what_redoes_nothing_is_not_asked_for(values: dict[str, Any]) -> None:
+    finish(values)
+    assert find_changes(changed(values, evaluation={"num_workers": 1}, finetune={"max_failures": 0})) is None
+
+
+def test_a_changed_key_names_what_it_redoes_and_where_that_lies(values: dict[str, Any]) -> None:
+    finish(values)
+    changes = find_changes(changed(values, finetune={"learning_rate": 1e-3}))
+    assert changes == Changes(
+        {"finetune.learning_rate": ("0.005", "0.001")},
+        ("finetune", "correct", "finish", "merge", "evaluate"),
+        (),
+        ("adapter_emulator", "adapter", "adapter_finished", "merged"),
+    )
+    assert changes.sentence == (
+        "the config has finetune.learning_rate 0.001 (was 0.005): that redoes finetune, and of correct, finish, merge, evaluate"
+        " what follows from it (in adapter_emulator/, adapter/, adapter_finished/, merged/)"
+    )
+
+
+def test_what_is_left_out_is_removed(values: dict[str, Any]) -> None:
+    finish(values)
+    changes = find_changes(changed(values, finetune={"exact_steps": 0}))
+    assert changes is not None
+    assert changes.removed == ("finish",)
+    assert changes.redone == ("merge", "evaluate")
+    assert "removes finish (in merged/, adapter_finished/)" in changes.sentence
+
+
+def test_what_is_new_redoes_what_follows_from_it(values: dict[str, Any]) -> None:
+    finish(values)
+    changes = find_changes(changed(values, emulator={"healing": {"steps": 2, "r": 2}}))
+    assert changes is not None
+    assert changes.redone[0] == "factorize"  # healing takes ranks of it
+
+
+def test_changed_rows_are_told_as_files(values: dict[str, Any], tmp_path: Path) -> None:
+    finish(values)
+    write_jsonl(tmp_path / "rows.jsonl", task_rows(50))
+    changes = find_changes(changed(values))
+    assert changes is not None
+    assert changes.sentence.startswith("files of the model or the data changed: that redoes data, and of calibrate")
+
+
+def test_what_is_asked_for_by_name_is_not_asked_again(values: dict[str, Any]) -> None:
+    finish(values)
+    prepared = changed(values, finetune={"learning_rate": 1e-3})
+    assert find_changes(prepared, redone_from("finetune")) is None
+    assert find_changes(prepared, redone_from("correct")) is not None
+    assert find_changes(prepared, until="factorize") is None
+
+
+def test_an_unfinished_run_goes_on(values: dict[str, Any]) -> None:
+    finish(values)
+    prepared = changed(values, finetune={"learning_rate": 1e-3})
+    prepared.run.create(prepared.config.model_dump(mode="json"), steps=prepared.run.manifest()["steps"])
+    prepared.run.forget("finetune")  # agreed to, begun and killed
+    assert find_changes(prepared) is None
+    (prepared.run.path("calibration") / "a.json").write_text("cut")
+    assert find_changes(changed(values)) is None
+
+
+def test_a_run_is_refused_before_anything_is_written_until_one_agrees(values: dict[str, Any]) -> None:
+    finish(values)
+    run = changed(values).run
+    before = {path: path.read_bytes() for path in run.root.rglob("*") if path.is_file()}
+    values["adapter"] = {"r": 2}
+    with pytest.raises(ConfigError, match=r"adapter.r 2 \(was 4\): that redoes .*: give --yes \(in Python accept"):
+        run_pipeline(parse_config(values))
+    heard: list[str] = []
+    with pytest.raises(ConfigError, match="redoes finetune"):
+        run_pipeline(parse_config(values), accept_changes=lambda told: bool(heard.extend(told)))
+    assert heard[0].startswith(f"run_dir {run.place}: the config has adapter.r 2")
+    assert {path: path.read_bytes() for path in run.root.rglob("*") if path.name != ".lock" and path.is_file()} == {
+        path: content for path, content in before.items() if path.name != ".lock"
+    }
+
+
+def test_tasks_that_would_redo_the_same_are_told_together(values: dict[str, Any], tmp_path: Path) -> None:
+    tasks = []
+    for name in ("a", "b"):
+        mine = {**values, "run_dir": str(tmp_path / name)}
+        finish(mine)
+        tasks.append(Task(name, parse_config({**mine, "adapter": {"r": 2, "lora_alpha": 16}})))
+    [told] = PipelineWork(None).changes(tasks)
+    assert told.startswith("task a, b: the config has adapter.r 2 (was 4): that redoes finetune")
+    with pytest.raises(ConfigError, match="task a, b"):
+        check_accepted([told], False)
+    check_accepted([told], True)
+
+
+@pytest.mark.parametrize("answer", ["y", "n", None])
+def test_a_terminal_is_asked(monkeypatch: pytest.MonkeyPatch, answer: str | None) -> None:
+    keyboard, terminal = os.openpty()
+    os.write(keyboard, f"{answer}\n".encode())
+    console = Console(force_terminal=answer is not None, record=True)
+    with os.fdopen(terminal) as reading:
+        monkeypatch.setattr("sys.stdin", reading)
+        if answer == "n":
+            with pytest.raises(ConfigError, match="Nothing was changed"):
+                agrees(console, ["this redoes merge"])
+        else:
+            assert agrees(console, ["this redoes merge"]) is (answer == "y")
+    os.close(keyboard)
+    assert ("this redoes merge." in console.export_text()) is (answer is not None)
