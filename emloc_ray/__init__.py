@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from emloc_ray.core.factorization import Factorization, LowRankFactors, factorize
     from emloc_ray.core.gram import Gram
     from emloc_ray.modeling.emulator import FactorizedLinear
-    from emloc_ray.ui.api import plan, run
+    from emloc_ray.ui.api import RunResult, plan, run, validate
 
 
 __version__ = "0.1.0"
@@ -31,6 +31,8 @@ _PUBLIC = {
     "FactorizedLinear": "emloc_ray.modeling.emulator",
     "plan": "emloc_ray.ui.api",
     "run": "emloc_ray.ui.api",
+    "validate": "emloc_ray.ui.api",
+    "RunResult": "emloc_ray.ui.api",
 }
 
 __all__ = [
@@ -39,10 +41,12 @@ __all__ = [
     "Gram",
     "LowRankFactors",
     "RunConfig",
+    "RunResult",
     "factorize",
     "load_config",
     "plan",
     "run",
+    "validate",
 ]
 
 

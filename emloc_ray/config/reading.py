@@ -32,21 +32,21 @@ Keys = tuple[Any, ...]  # the parts of a dotted key
 Checked = TypeVar("Checked", bound=BaseModel)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a YAML config and applies ``key.path=value`` overrides (values are YAML too).
+def load_config(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML config, or takes its nested values, and applies ``key.path=value`` overrides (values are YAML too).
 
-    A config may name another as its ``base``, by a path from its own directory: its keys override that one's.
+    A file may name another as its ``base``, by a path from its own directory: its keys override that one's.
 
     Raises:
         ConfigError: with every error at once, one sentence a line.
     """
-    path = Path(path)
-    values = read_values(path)
+    name = "the config" if isinstance(config, Mapping) else str(config)
+    values = dict(config) if isinstance(config, Mapping) else read_values(Path(config))
     if is_batch(values):
-        raise ConfigError(f"{path} is a batch of tasks: give it to emloc-ray batch.")
+        raise ConfigError(f"{name} is a batch of tasks: give it to emloc-ray batch.")
     for override in overrides:
         put(values, *read_override(override), f"Override {override!r}")
-    return parse_config(values, f"{path} and its overrides" if overrides else str(path))
+    return parse_config(values, f"{name} and its overrides" if overrides else name)
 
 
 def read_values(path: Path, named_by: tuple[Path, ...] = ()) -> dict[str, Any]:

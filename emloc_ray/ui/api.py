@@ -1,13 +1,20 @@
-"""The Python interface: a run that keeps its page, and its plan."""
+"""The Python interface: a run that keeps its page, its plan, its checks, and what came out."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from emloc_ray.config.reading import parse_config
-from emloc_ray.config.schema import RunConfig
+from emloc_ray.config.reading import load_config, parse_config
+from emloc_ray.config.schema import DataConfig, RunConfig, SplitConfig
+from emloc_ray.data.memory_rows import is_place, write_rows
+from emloc_ray.errors import ConfigError
 from emloc_ray.io.runs.cache import ArtifactCache
+from emloc_ray.io.store.places import below
 from emloc_ray.planning.batches import shrink_batches, without_budget
 from emloc_ray.planning.machine import measured_speeds, with_disk_of
 from emloc_ray.planning.memory import MemoryModel
@@ -17,12 +24,55 @@ from emloc_ray.runs import run as pipeline
 from emloc_ray.runs.changes import Accept
 from emloc_ray.runs.reporter import Reporter, Reporters
 from emloc_ray.stages.order import STEPS
+from emloc_ray.ui.config_verbs import validation_lines
 from emloc_ray.ui.page import PageReporter
+
+Config = RunConfig | Mapping[str, Any] | str | Path
+"""A config, its nested values, or the path of its YAML file."""
+_SPLITS = [name for name, field in DataConfig.model_fields.items() if field.annotation == SplitConfig | None]
+
+
+class RunResult(dict[str, Any]):
+    """What came out of a run: the content of metrics.json, and where the artifacts are."""
+
+    def __init__(self, metrics: Mapping[str, Any], run_dir: str) -> None:
+        super().__init__(metrics)
+        self.run_dir = run_dir
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The content of metrics.json."""
+        return dict(self)
+
+    @property
+    def adapter(self) -> str | None:
+        """The folder of the adapter for the original (PEFT); None where the run has not come so far."""
+        return self._place("adapter_finished") or self._place("adapter")
+
+    @property
+    def merged(self) -> str | None:
+        """The folder of the merged model (transformers); None where there is none."""
+        return self._place("merged")
+
+    @property
+    def report(self) -> str:
+        """The run's page."""
+        return below(self.run_dir, "report.html")
+
+    def _place(self, folder: str) -> str | None:
+        return below(self.run_dir, folder) if folder in self.get("disk_bytes", {}) else None
+
+    def __repr__(self) -> str:
+        losses = {name: values["loss"] for name, values in self.get("evaluation", {}).items() if "loss" in values}
+        said = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+        return f"<run in {self.run_dir}{f'; held-out loss: {said}' if said else ''}>"
 
 
 def run(
-    config: RunConfig,
+    config: Config | None = None,
     *,
+    train: Any = None,
+    eval: Any = None,
     begin: str | None = None,
     until: str = "evaluate",
     fresh: bool = False,
@@ -31,36 +81,50 @@ def run(
     cache: ArtifactCache | None = None,
     accept_versions: bool = False,
     accept_changes: Accept = False,
-) -> dict[str, Any]:
+    **keys: Any,
+) -> RunResult:
     """Runs the pipeline up to ``until`` and keeps ``report.html``; skips finished stages whose inputs are unchanged.
 
-    ``begin`` redoes all from this stage on; ``fresh`` deletes what an earlier run left. ``reporter`` hears how the run goes.
-    ``prepared`` is the checked config, where there is one. Runs with one ``cache`` share what they make from equal inputs.
-    ``accept_versions`` takes what was finished with other versions of emloc_ray or its libraries as it is.
-    ``accept_changes`` redoes and removes what is finished where the config or files have changed. Returns the content of
-    metrics.json.
+    ``config`` is a config, its values or its file; ``keys`` are a config's own, over its: ``run(model="Qwen/Qwen3-0.6B",
+    train=rows, memory_budget="24GiB", finetune={"max_steps": 50})``. ``train`` and ``eval`` are paths, lists of dicts, data
+    frames or data sets; ``run_dir`` is ``runs/MODEL`` where it is left out.
+
+    ``begin`` redoes all from this stage on; ``fresh`` deletes what an earlier run left. ``reporter`` hears how the run goes;
+    in a notebook its progress is shown where there is none. ``prepared`` is the checked config, where there is one. Runs with
+    one ``cache`` share what they make from equal inputs. ``accept_versions`` takes what was finished with other versions of
+    emloc_ray or its libraries as it is. ``accept_changes`` redoes and removes what is finished where the config or files have
+    changed. Returns the content of metrics.json, with the places of what was made.
 
     Raises:
         ConfigError: before any stage starts or anything is written; also where what is finished is of other versions, or would
             be redone or removed unasked.
         EmlocError: where a stage failed; finished stages stay, and the same call continues from them.
     """
-    both = Reporters(reporter or Reporter(), PageReporter())
-    return pipeline.run(
-        config,
+    whole = as_config(config, train, eval, keys)
+    prepared = prepared or prepare(whole)
+    metrics = pipeline.run(
+        whole,
         begin=begin,
         until=until,
         fresh=fresh,
-        reporter=both,
+        reporter=Reporters(reporter or _default_reporter(), PageReporter()),
         prepared=prepared,
         cache=cache,
         accept_versions=accept_versions,
         accept_changes=accept_changes,
     )
+    return RunResult(metrics, prepared.run.place)
 
 
-def plan(config: RunConfig, *, memory_budget: str | int | None = None) -> Plan:
-    """Plans a run without its weights: a directory with a config.json and an index is enough.
+def plan(
+    config: Config | None = None,
+    *,
+    train: Any = None,
+    eval: Any = None,
+    memory_budget: str | int | None = None,
+    **keys: Any,
+) -> Plan:
+    """Plans a run without its weights: a directory with a config.json and an index is enough. Takes what :func:`run` takes.
 
     Within a ``memory_budget`` that the config names its ``choice`` has what else can be trained on, and which of it is
     recommended. With a ``memory_budget`` given here, such as ``"24GiB"``, the plan is that of the recommended settings
@@ -69,12 +133,13 @@ def plan(config: RunConfig, *, memory_budget: str | int | None = None) -> Plan:
     Raises:
         ConfigError: with every error of the config at once; or where nothing fits.
     """
+    whole = as_config(config, train, eval, keys)
     if memory_budget is not None:
-        config = parse_config({**config.model_dump(mode="json"), "memory_budget": memory_budget})
-    prepared, choice = shrink_batches(prepare(config, needs_weights=False)), None
+        whole = parse_config({**whole.model_dump(mode="json"), "memory_budget": memory_budget})
+    prepared, choice = shrink_batches(prepare(whole, needs_weights=False)), None
     files = sorted(prepared.source.directory.glob("*.safetensors"))
     speeds = with_disk_of(measured_speeds(), files, MemoryModel(prepared).weights)
-    if config.memory_budget is not None and not config.budget_is_default:
+    if whole.memory_budget is not None and not whole.budget_is_default:
         choice = within_budget(STEPS, prepared, speeds)
         prepared = prepared if memory_budget is None else choice.solution.prepared
     return dataclasses.replace(make_plan(STEPS, prepared, speeds), choice=choice)
@@ -83,3 +148,57 @@ def plan(config: RunConfig, *, memory_budget: str | int | None = None) -> Plan:
 def plan_without_budget(planned: Plan) -> Plan:
     """The plan of the same run if no ``memory_budget`` bounded its workers."""
     return make_plan(STEPS, without_budget(planned.prepared), planned.speeds)
+
+
+def validate(config: Config | None = None, *, train: Any = None, eval: Any = None, **keys: Any) -> list[str]:
+    """Checks all that ``emloc-ray validate`` checks, and starts nothing; takes what :func:`run` takes. Returns its lines.
+
+    Raises:
+        ConfigError: with every error at once, one sentence a line.
+    """
+    prepared = shrink_batches(prepare(as_config(config, train, eval, keys)))
+    return list(validation_lines(prepared, "The config"))
+
+
+def as_config(
+    config: Config | None, train: Any = None, eval: Any = None, keys: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """A config of what :func:`run` takes; rows that a program holds are written beside the run's directory."""
+    given = {name: rows for name, rows in (("train", train), ("eval", eval)) if rows is not None}
+    if isinstance(config, str | Path):
+        config = load_config(config)
+    if isinstance(config, RunConfig) and not given and not keys:
+        return config
+    values = config.model_dump(mode="json", exclude_unset=True) if isinstance(config, RunConfig) else dict(config or {})
+    for key, value in (keys or {}).items():
+        is_section = isinstance(value, Mapping) and isinstance(values.get(key), Mapping)
+        values[key] = {**values[key], **value} if is_section else value
+    model = values.get("model")
+    source = model.get("source") if isinstance(model, Mapping) else model
+    if isinstance(source, str):
+        values.setdefault("run_dir", f"runs/{re.split('[/:]', source.rstrip('/'))[-1]}")
+    data = values.get("data") or {}
+    if not isinstance(data, Mapping):
+        data = {"train": data}
+    if data or given:
+        values["data"] = {name: _split(rows, name, values) for name, rows in {**data, **given}.items()}
+    return parse_config(values, "the call")
+
+
+def _split(rows: Any, name: str, values: Mapping[str, Any]) -> Any:
+    """A key of the section ``data``: where it is a split whose rows are given, the path of their file."""
+    if name not in _SPLITS or is_place(rows):
+        return rows
+    if not isinstance(run_dir := values.get("run_dir"), str | Path):
+        raise ConfigError("run_dir is missing: set it, as the rows are written beside it.")
+    return write_rows(rows, name, str(run_dir))
+
+
+def _default_reporter() -> Reporter:
+    """Shows progress in a notebook; elsewhere nothing."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if type(shell).__name__ != "ZMQInteractiveShell":
+        return Reporter()
+    from emloc_ray.ui.notebook import NotebookReporter
+
+    return NotebookReporter()

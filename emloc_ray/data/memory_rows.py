@@ -1,0 +1,66 @@
+"""Rows that a program holds, such as a list of dicts, a data frame or a data set, as a file that a config can name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from emloc_ray.errors import ConfigError
+from emloc_ray.io.store.digests import digest
+from emloc_ray.io.store.places import is_store_uri
+from emloc_ray.io.store.replacing import replacing
+
+
+def is_place(rows: Any) -> bool:
+    """Whether these are no rows but what a config has in their place: a path, several, or a section."""
+    if isinstance(rows, list):
+        return all(isinstance(each, str) for each in rows)
+    return rows is None or isinstance(rows, str | Mapping)
+
+
+def write_rows(rows: Any, name: str, run_dir: str) -> str:
+    """Writes rows into a folder beside the run's directory, ``RUN_DIR.rows``, under the hash of their content: the same rows
+    are the same file. Returns its path.
+
+    ``rows`` are mappings, or a table that Arrow reads (pandas, polars, pyarrow).
+
+    Raises:
+        ConfigError: where a row is none, or holds what is not JSON; where ``run_dir`` is on an object store.
+    """
+    if is_store_uri(run_dir):
+        raise ConfigError(
+            f"{name} are rows, and run_dir {run_dir} is on an object store: give the path of a file there."
+        )
+    folder = Path(f"{Path(run_dir).expanduser().absolute()}.rows")
+    is_table = hasattr(rows, "__arrow_c_stream__")
+    new = folder / f"{name}.new"
+    with replacing(new, durable=False) as temporary:
+        if is_table:
+            pa.parquet.write_table(pa.table(rows), temporary)
+        else:
+            temporary.write_text("".join(_lines(rows, name)), "utf-8")
+    path = folder / f"{name}-{digest(new)[:16]}.{'parquet' if is_table else 'jsonl'}"
+    if path.is_file():  # kept, as its time tells it from others
+        new.unlink()
+    else:
+        new.replace(path)
+    return str(path)
+
+
+def _lines(rows: Any, name: str) -> Iterable[str]:
+    if not isinstance(rows, Iterable):
+        raise ConfigError(f"{name} is {type(rows).__name__}: give a path, a list of dicts, a data frame or a data set.")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping):
+            raise ConfigError(f"{name}, row {number} is {type(row).__name__}: give a dict for each row.")
+        try:
+            yield json.dumps(dict(row), ensure_ascii=False) + "\n"
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{name}, row {number} cannot be written as JSON ({error}): name images by their paths."
+            ) from error

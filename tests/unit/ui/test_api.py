@@ -1,0 +1,123 @@
+"""The Python interface: configs from keywords, dicts and rows in memory; what came out; progress in a notebook."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from small_runs import task_rows, write_jsonl
+
+import emloc_ray
+from emloc_ray.errors import ConfigError
+from emloc_ray.runs import run as pipeline
+from emloc_ray.ui.api import RunResult, as_config
+from emloc_ray.ui.notebook import NotebookReporter
+
+ROWS = task_rows(20)
+
+
+def test_rows_of_a_program_become_a_file_beside_the_run(tmp_path: Path) -> None:
+    run_dir = str(tmp_path / "mine")
+    config = as_config(
+        None, ROWS, pd.DataFrame(ROWS[:4]), {"run_dir": run_dir, "model": "m", "finetune": {"max_steps": 3}}
+    )
+    assert (config.run_dir, config.model.source, config.finetune.max_steps) == (run_dir, "m", 3)
+    train, held_out = (Path(str(split.path)) for split in (config.data.train, config.data.eval) if split is not None)
+    assert train.parent == tmp_path / "mine.rows"
+    assert [json.loads(line) for line in train.read_text().splitlines()] == ROWS
+    assert pd.read_parquet(held_out).to_dict("records") == ROWS[:4]
+    before = train.stat().st_mtime_ns
+    again = as_config({"run_dir": run_dir, "model": "m", "data": {"train": iter(ROWS)}})
+    assert again.data.train == config.data.train
+    assert train.stat().st_mtime_ns == before
+    assert sorted(train.parent.iterdir()) == sorted([train, held_out])
+
+
+def test_keywords_are_keys_over_those_of_a_config(tmp_path: Path) -> None:
+    values = {
+        "run_dir": "r",
+        "model": "org/m",
+        "data": {"train": "a.jsonl"},
+        "finetune": {"max_steps": 3, "bf16": False},
+    }
+    config = as_config(values, keys={"finetune": {"max_steps": 9}, "memory_budget": "24GiB"})
+    assert (config.finetune.max_steps, config.finetune.bf16, config.memory_budget) == (9, False, 24 * 2**30)
+    assert as_config(config) is config
+    assert as_config(config, keys={"seed": 4}) == config.model_copy(update={"seed": 4})
+    assert as_config(None, "a.jsonl", None, {"model": "org/m"}).run_dir == "runs/m"
+    assert emloc_ray.load_config(values, ["seed=4"]).seed == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"train": [1, 2]}, "train, row 1 is int: give a dict for each row"),
+        ({"train": [{"a": object()}]}, "train, row 1 cannot be written as JSON"),
+        ({"train": 7}, "train is int: give a path, a list of dicts"),
+        ({"train": ROWS, "run_dir": "s3://b/run"}, "train are rows, and run_dir s3://b/run is on an object store"),
+        ({"train": "a.jsonl", "lr": 3}, "lr is not a key"),
+        ({"train": "a.jsonl", "model": 3}, "model"),
+        ({}, "data is missing"),
+    ],
+)
+def test_a_bad_call_is_our_error(
+    given: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    call = {"model": "org/m", "run_dir": "mine", **given}
+    with pytest.raises(ConfigError, match=words):
+        emloc_ray.run(**call)
+    assert not list(tmp_path.rglob("*.new"))
+
+
+def test_validate_says_what_the_command_says(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    call: dict[str, Any] = {
+        "model": str(tiny_model_dir()),
+        "train": str(rows),
+        "run_dir": str(tmp_path / "mine"),
+        "data": {"max_seq_length": 64},
+        "adapter": {"r": 4},
+    }
+    assert emloc_ray.validate(**call)[0].startswith("The config is valid: 14 of 14 linears")
+    assert emloc_ray.plan(**call).parameters > 0
+    with pytest.raises(ConfigError, match=r"adapter\.r is 33"):
+        emloc_ray.validate(**{**call, "adapter": {"r": 33}})
+
+
+def test_a_result_is_its_metrics_and_knows_its_places(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = {"evaluation": {"merged": {"loss": 1.5}}, "disk_bytes": {"adapter": 1, "merged": 2}}
+    monkeypatch.setattr(pipeline, "run", lambda config, **options: metrics)
+    run_dir = str(tmp_path / "mine")
+    result = emloc_ray.run(
+        model=str(tiny_model_dir()), train=ROWS, run_dir=run_dir, adapter={"r": 4}, data={"max_seq_length": 64}
+    )
+    assert result == metrics == result.metrics
+    assert (result.adapter, result.merged) == (f"{run_dir}/adapter", f"{run_dir}/merged")
+    assert result.report == f"{run_dir}/report.html"
+    assert repr(result) == f"<run in {run_dir}; held-out loss: merged 1.5000>"
+    finished = RunResult({"disk_bytes": {"adapter": 1, "adapter_finished": 1}}, "s3://b/run?region=x")
+    assert (finished.adapter, finished.merged) == ("s3://b/run/adapter_finished?region=x", None)
+    copied = pickle.loads(pickle.dumps(finished))
+    assert (copied, copied.adapter) == (finished, finished.adapter)
+
+
+def test_a_notebook_shows_one_output_that_changes() -> None:
+    shown: list[str] = []
+    reporter = NotebookReporter(shown.append, interval_s=0)
+    reporter.skip("data")
+    progress = reporter.start("merge")
+    progress(1, 4)
+    assert '<progress value="1" max="4"></progress>' in shown[-1]
+    reporter.note("a <b>")
+    reporter.finish("merge", {"merged_tensors": 3}, {"wall_s": 2.0, "peak_pss_bytes": 2**20})
+    assert shown[-1].count("<br>") == 2
+    assert "a &lt;b&gt;" in shown[-1]
+    assert "done before" in shown[-1]
