@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from emloc_ray.config.base import StageConfig
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.checkpoint import Checkpoint
+from emloc_ray.io.runs.directory import CARD
 from emloc_ray.io.runs.fingerprint import fingerprint, fingerprint_large_files
 from emloc_ray.io.store.node_cache import hashes
 from emloc_ray.modeling.architecture import LinearSpec, empty_model, load_config
@@ -99,7 +100,7 @@ class Context:
 
     def contents(self, *parts: str) -> dict[str, str]:
         """SHA-256 of an artifact's files: another training from the same inputs may give another adapter."""
-        return {file.name: sha for file, sha in hashes(self.path(*parts)).items()}
+        return {file.name: sha for file, sha in hashes(self.path(*parts)).items() if file.name != CARD}
 
     @functools.cached_property
     def memory(self) -> MemoryModel:

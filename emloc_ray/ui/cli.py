@@ -25,8 +25,8 @@ from emloc_ray.ui.batch_verbs import (
     prune_cache,
     run_batch,
     show_batch,
-    state_now,
 )
+from emloc_ray.ui.result_verbs import RunPath, chat, fetch, gguf, place_of, push, report
 from emloc_ray.ui.run_status import show_status
 from emloc_ray.ui.shell import Verbs, agrees, console, guarded
 
@@ -35,7 +35,6 @@ app = typer.Typer(
     name="emloc-ray",
     help="Fine-tune a large model through a small emulator of it, on Ray (EMLoC, arXiv 2506.12015).",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -291,19 +290,6 @@ def keys(
         console.print(table)
 
 
-def _place_of(run_dir: str) -> str:
-    """The run's place, which a config names."""
-    from emloc_ray.config.reading import read_values, with_variables
-
-    path = Path(run_dir)
-    if path.suffix not in (".yaml", ".yml") or not path.is_file():
-        return run_dir
-    return str(with_variables(read_values(path))[0].get("run_dir", run_dir))
-
-
-RunPath = Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run's directory, or its place on an object store.")]
-
-
 @app.command()
 @guarded
 def status(
@@ -315,7 +301,7 @@ def status(
     from emloc_ray.runs.batch.state import is_batch
 
     with asking(console, run_dir):
-        run = RunDirectory(_place_of(run_dir)).existing()
+        run = RunDirectory(place_of(run_dir)).existing()
         of_many = is_batch(run)
     if of_many:
         show_batch(console, run, watch)
@@ -372,40 +358,8 @@ def cache_prune(
     prune_cache(console, cache, max_size)
 
 
-@app.command()
-@guarded
-def report(run_dir: RunPath) -> None:
-    """Write report.html of a run or a batch, finished or not."""
-    from emloc_ray.io.runs.directory import RunDirectory
-    from emloc_ray.ui.batch_page import write_batch_report
-    from emloc_ray.ui.page import write_report
-
-    with asking(console, run_dir):
-        run = RunDirectory(run_dir).existing()
-        state = state_now(run)
-    written = write_report(run) if state is None else write_batch_report(run, state)
-    console.print(escape(str(written)))
-
-
-@app.command()
-@guarded
-def fetch(
-    run_uri: Annotated[str, typer.Argument(metavar="RUN_URI", help="A run's place on an object store.")],
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it.")],
-    part: Annotated[
-        list[str] | None, typer.Option(help="Only this part, such as adapter or merged; repeat it for several.")
-    ] = None,
-) -> None:
-    """Copy a run, or parts of it, from an object store to a local directory."""
-    from emloc_ray.io.runs.directory import RunDirectory
-    from emloc_ray.io.runs.fetch import fetch
-    from emloc_ray.ui.terminal import progress_bar
-
-    with asking(console, run_uri):
-        run = RunDirectory(run_uri).existing()
-    with progress_bar(console, "Fetching", in_bytes=True) as progress:
-        files = fetch(run, directory, part or (), progress)
-    console.print(escape(f"{len(files)} files written to {directory}"), soft_wrap=True)
+for verb in (report, fetch, push, gguf, chat):
+    app.command()(verb)
 
 
 def main() -> None:

@@ -20,31 +20,19 @@ from emloc_ray.io.runs.directory import SPECTRA, RunDirectory
 from emloc_ray.io.runs.secret_values import without_secrets
 from emloc_ray.io.store.atomic import atomic_file
 from emloc_ray.io.store.node_cache import ensure, exists
-from emloc_ray.io.store.stored_files import shown
 from emloc_ray.runs.log import read_events
 from emloc_ray.runs.reporter import Reporter
 from emloc_ray.runs.status import asked_steps, begun_stage, older_stages
 from emloc_ray.runs.trace import TRACE
 from emloc_ray.stages.order import STEPS as STAGES
 from emloc_ray.text import counted, describe_choice, duration, listed, signed, size, stored_bits, visible
+from emloc_ray.ui.cards import METHOD_NAMES, describe_task, write_cards
 from emloc_ray.ui.drawing import bar, before_after, loss_curve, share
 from emloc_ray.ui.layer_grids import column_tops, grids, heat_cells, shortfall, shortfall_cells
 from emloc_ray.ui.terminal import evaluation_rows
 from emloc_ray.ui.timeline import COLOURS, draw, run_lines
 
 _TEMPLATE = "report.html.j2"
-
-METHOD_NAMES = {
-    "lora": "LoRA",
-    "rslora": "rsLoRA",
-    "dora": "DoRA",
-    "loha": "LoHa",
-    "lokr": "LoKr",
-    "vera": "VeRA",
-    "ia3": "IA³",
-    "prefix_tuning": "prefix tuning",
-    "prompt_tuning": "prompt tuning",
-}
 
 
 def write_report(directory: RunDirectory) -> Path:
@@ -62,11 +50,12 @@ def write_page(directory: RunDirectory, html: str) -> Path:
 
 
 class PageReporter(Reporter):
-    """Keeps a run's ``report.html`` at what the run has reached."""
+    """Keeps a run's ``report.html`` and its results' cards at what the run has reached."""
 
     def changed(self, run: RunDirectory) -> None:
-        """Writes the page again."""
+        """Writes them again."""
         write_report(run)
+        write_cards(run)
 
 
 def _read_spectra(directory: RunDirectory) -> dict[str, Any]:
@@ -169,17 +158,6 @@ def page_view(
         "versions": metrics.get("versions") or {},
         "config": write_yaml(without_secrets(config)) if config else "",
     }
-
-
-def describe_task(data: dict[str, Any]) -> str | None:
-    """What the run trains on, in a word or two: the generator's or the training file's name."""
-    if data.get("generate"):
-        return f"generated {data['generate']}"
-    paths = (data.get("train") or {}).get("path")
-    if not paths:
-        return None
-    paths = [paths] if isinstance(paths, str) else paths
-    return listed([path if path.startswith("hf:") else Path(shown(path)).name for path in paths])
 
 
 def describe_hardware(hardware: Mapping[str, Any]) -> str | None:

@@ -34,6 +34,7 @@ from emloc_ray.io.store.objects import Version
 from emloc_ray.io.store.places import is_store_uri
 
 CONFIG = "config.yaml"
+CARD = "README.md"  # in the folder of an adapter or a merged model: about it, no part of it
 SPECTRA = "spectra.json"  # in an emulator's folder: a few of each layer's eigenvalues
 METRICS = "metrics.json"
 _READERS = 4

@@ -344,6 +344,21 @@ def test_version_and_schema(place: Place) -> None:
         jsonschema.validate({**place.values, "sead": 1}, schema)
 
 
+def test_shipped_configs_name_their_schema_and_follow_it(place: Place) -> None:
+    configs = Path(__file__).parents[3] / "configs"
+    written = json.loads(place("schema").stdout)
+    named = [path for path in configs.rglob("*.yaml") if "yaml-language-server" in path.read_text()]
+    assert len(named) >= 6
+    for path in named:
+        first = path.read_text().splitlines()[0]
+        assert (
+            path.parent / first.removeprefix("# yaml-language-server: $schema=")
+        ).resolve() == configs / "schema.json"
+        if path.parent == configs:  # a base alone may leave out what its tasks give
+            jsonschema.validate(read_yaml(path.read_text()), written)
+    assert "--install-completion" in place("--help").stdout
+
+
 def test_init_writes_a_config_that_is_valid(place: Place) -> None:
     arguments = [
         "--model",

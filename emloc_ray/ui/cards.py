@@ -1,0 +1,171 @@
+"""Model cards: the ``README.md`` of a run's adapter and merged model, as the Hugging Face hub shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from emloc_ray.config.steps import STEPS
+from emloc_ray.io.runs.directory import CARD, RunDirectory
+from emloc_ray.io.store.atomic import atomic_file
+from emloc_ray.io.store.stored_files import shown
+from emloc_ray.text import describe_choice, listed, stored_bits
+from emloc_ray.ui.terminal import evaluation_rows
+
+METHOD_NAMES = {
+    "lora": "LoRA",
+    "rslora": "rsLoRA",
+    "dora": "DoRA",
+    "loha": "LoHa",
+    "lokr": "LoKr",
+    "vera": "VeRA",
+    "ia3": "IA³",
+    "prefix_tuning": "prefix tuning",
+    "prompt_tuning": "prompt tuning",
+}
+WRITTEN_BY = {"adapter": "correct", "adapter_finished": "finish", "merged": "merge"}
+"""The folders that get a card, and the step that writes each."""
+
+
+def write_cards(run: RunDirectory) -> None:
+    """Writes the card of each folder that is there; on an object store none, as readers there go by the manifest."""
+    if run.store is not None:
+        return
+    manifest, metrics = run.manifest(), run.metrics()
+    for folder, step in WRITTEN_BY.items():
+        if step in manifest["stages"] and run.path(folder).is_dir():
+            with atomic_file(run.path(folder, CARD)) as file:
+                file.write(card(run.name, folder, manifest["config"], metrics).encode())
+
+
+def card(name: str, folder: str, config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+    """The card of one folder of a run: base, data, method, figures, how to load it.
+
+    Of local models and files it names the last part of their paths alone.
+    """
+    from huggingface_hub import ModelCardData
+
+    model, is_merged = config.get("model") or {}, folder == "merged"
+    base, is_hub = _base(str(model.get("source", "")))
+    datasets = [_hub_name(place) for place in _places(config.get("data") or {}) if place.startswith("hf:")]
+    method = METHOD_NAMES.get(str((config.get("adapter") or {}).get("method", "lora")), "LoRA")
+    data = ModelCardData(
+        base_model=base if is_hub else None,
+        base_model_relation=("finetune" if is_merged else "adapter") if is_hub else None,
+        library_name="transformers" if is_merged else "peft",
+        datasets=datasets or None,
+        tags=["emloc", "emloc-ray", *([] if is_merged else ["lora"])],
+    )
+    what = f"{base} with a {method} adapter merged into it" if is_merged else f"A {method} adapter for {base}"
+    task = describe_task(dict(config.get("data") or {}))
+    lines = [
+        *("---", data.to_yaml().rstrip(), "---", "", f"# {name}", ""),
+        f"{what}, fine-tuned through a small emulator of the model by emloc-ray (EMLoC, [arXiv 2506.12015](https://arxiv.org/abs/2506.12015)).",
+        *(
+            "",
+            "## How to load it",
+            "",
+            "```python",
+            *_loading(name, base, str(metrics.get("auto_class", "AutoModelForCausalLM")), is_merged),
+            "```",
+        ),
+        *("", "## How it was made", ""),
+        *[
+            f"- {line}"
+            for line in [
+                f"Base: {base}{_revision(model)}",
+                *([f"Data: {task}"] if task else []),
+                *_made(config, metrics),
+            ]
+        ],
+        *_figures(metrics),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def describe_task(data: dict[str, Any]) -> str | None:
+    """What the run trains on, in a word or two: the generator's or the training file's name."""
+    if data.get("generate"):
+        return f"generated {data['generate']}"
+    paths = (data.get("train") or {}).get("path")
+    if not paths:
+        return None
+    paths = [paths] if isinstance(paths, str) else paths
+    return listed([path if path.startswith("hf:") else Path(shown(path)).name for path in paths])
+
+
+def _base(source: str) -> tuple[str, bool]:
+    """What a base is called, and whether that is its name on the hub."""
+    if Path(source).expanduser().exists() or source.startswith(("/", ".", "~", "package:")) or source.count("/") != 1:
+        return source.rstrip("/").rpartition("/")[2], False
+    return source, True
+
+
+def _revision(model: Mapping[str, Any]) -> str:
+    return f", revision {model['revision']}" if model.get("revision") else ""
+
+
+def _places(data: Mapping[str, Any]) -> list[str]:
+    path = (data.get("train") or {}).get("path") or []
+    return [path] if isinstance(path, str) else list(path)
+
+
+def _hub_name(place: str) -> str:
+    return place.removeprefix("hf:").partition("@")[0].partition(":")[0]
+
+
+def _loading(name: str, base: str, opens: str, is_merged: bool) -> list[str]:
+    if is_merged:
+        return [
+            f"from transformers import {opens}",
+            "",
+            f'model = {opens}.from_pretrained("{name}")  # or its own place',
+        ]
+    return [
+        "from peft import PeftModel",
+        f"from transformers import {opens}",
+        "",
+        f'original = {opens}.from_pretrained("{base}")',
+        f'model = PeftModel.from_pretrained(original, "{name}")  # or its own place',
+    ]
+
+
+def _made(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
+    adapter, lines = config.get("adapter") or {}, []
+    if emulator := metrics.get("emulator"):
+        bits = stored_bits(emulator.get("quantization", "none"))
+        kept = f"{emulator['parameters_kept']:.3f} of the parameters of the compressed linears"
+        lines.append(f"Emulator: {kept}{f', in {bits}' if bits else ''}")
+    settings = [f"{key} {adapter[key]}" for key in ("r", "lora_alpha") if adapter.get(key) is not None]
+    lines.append(f"Adapter: {', '.join([METHOD_NAMES.get(str(adapter.get('method', 'lora')), 'LoRA'), *settings])}")
+    if steps := (metrics.get("finetune") or {}).get("steps"):
+        rate = (config.get("finetune") or {}).get("learning_rate")
+        lines.append(f"Training: {steps} steps{f', learning rate {rate:g}' if rate else ''}")
+    if correction := metrics.get("correction"):
+        lines.append(f"Correction: {'none' if correction.get('as_trained') else describe_choice(correction)}")
+    versions = metrics.get("versions") or {}
+    lines.append(
+        "Versions: "
+        + ", ".join(
+            f"{name} {versions[name]}" for name in ("emloc-ray", "transformers", "peft", "torch") if name in versions
+        )
+    )
+    return lines
+
+
+def _figures(metrics: Mapping[str, Any]) -> list[str]:
+    evaluation = metrics.get("evaluation")
+    if not evaluation or STEPS[-1] not in (metrics.get("stages") or {}):
+        return []
+    rows = [
+        f"| {row['label']} | {row['loss']:.4f} | {row['token_accuracy']:.3f} |" for row in evaluation_rows(evaluation)
+    ]
+    table = ["| model | loss (nats a token) | token accuracy |", "| --- | --- | --- |", *rows]
+    if exact := metrics.get("exact_match"):
+        after = exact.get("merged", exact.get("corrected"))
+        table += [
+            "",
+            f"Exact match: {exact['original']:.1%} before, {after:.1%} after ({exact['num_prompts']} prompts).",
+        ]
+    return ["", "## On held-out rows", "", *table]

@@ -1,0 +1,119 @@
+"""Talking to the original and the fine-tuned model side by side, in a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from emloc_ray.errors import ArtifactError
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.modeling.architecture import auto_class
+from emloc_ray.modeling.architecture import load_config as read_model
+from emloc_ray.modeling.loading import fetch_weights, resolve_source
+from emloc_ray.ui.publishing import result_folder
+
+_PLAIN = ("text", "prompt_completion")  # formats whose prompts no chat template wraps
+NAMES = ("original", "fine-tuned")
+
+
+@dataclass
+class Pair:
+    """The original with the run's adapter: one model in memory, asked without the adapter and with it.
+
+    ``turns`` are what each of the two has heard and said, where a chat template tells turns apart.
+    """
+
+    model: Any
+    tokenizer: Any
+    plain: bool
+    max_new_tokens: int
+    turns: dict[str, list[dict[str, str]]] = field(default_factory=lambda: {name: [] for name in NAMES})
+
+    @classmethod
+    def of(cls, run: RunDirectory, plain: bool = False, max_new_tokens: int = 256) -> Pair:
+        """Opens a run's original, on the GPU where there is one, and its last adapter.
+
+        Raises:
+            ConfigError: where the run has no adapter, or is on an object store.
+            ArtifactError: where these do not open.
+        """
+        from peft import PeftModel
+        from transformers import AutoTokenizer
+
+        adapter, config = result_folder(run, "adapter"), run.manifest()["config"]
+        options, trusted = config["model"], bool(config["model"].get("trust_remote_code"))
+        if run.path("model").is_dir():
+            directory = run.path("model")
+        else:
+            directory = fetch_weights(resolve_source(options["source"], options.get("revision"), trusted, True))
+        try:
+            opens = auto_class(read_model(directory, trust_remote_code=trusted))
+            model = opens.from_pretrained(directory, dtype="auto", use_safetensors=True, trust_remote_code=trusted)
+            adapted = PeftModel.from_pretrained(model.to("cuda" if torch.cuda.is_available() else "cpu"), str(adapter))
+            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trusted)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ArtifactError(f"{directory} with {adapter} does not open ({error}).") from error
+        plain = plain or not tokenizer.chat_template or config["data"].get("format") in _PLAIN
+        return cls(adapted.eval(), tokenizer, plain, max_new_tokens)
+
+    def answers(self, prompt: str) -> dict[str, str]:
+        """What each of the two answers, greedily."""
+        found = {}
+        for name in NAMES:
+            without = self.model.disable_adapter() if name == "original" else contextlib.nullcontext()
+            with without, torch.no_grad():
+                found[name] = self._answer(name, prompt)
+        return found
+
+    def _answer(self, name: str, prompt: str) -> str:
+        turns = [*self.turns[name], {"role": "user", "content": prompt}]
+        if self.plain:
+            inputs = self.tokenizer(prompt, return_tensors="pt")
+        else:
+            inputs = self.tokenizer.apply_chat_template(
+                turns, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )
+        ids = inputs["input_ids"].to(self.model.device)
+        mask = inputs["attention_mask"].to(self.model.device)
+        pad = self.tokenizer.pad_token_id
+        made = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
+        )[0]
+        new = made if self.model.config.is_encoder_decoder else made[ids.shape[1] :]
+        text = str(self.tokenizer.decode(new, skip_special_tokens=True))
+        if not self.plain:
+            self.turns[name] = [*turns, {"role": "assistant", "content": text}]
+        return text
+
+
+def talk(console: Console, pair: Pair, ask: Callable[[str], str] = input) -> None:
+    """Asks for prompts and shows both answers, until an empty one or the end of the input; ``/new`` forgets what was said."""
+    console.print("An empty line ends; /new begins anew.", style="dim")
+    while True:
+        try:
+            prompt = ask("> ")
+        except EOFError:
+            return
+        if not prompt.strip():
+            return
+        if prompt.strip() == "/new":
+            pair.turns = {name: [] for name in NAMES}
+            continue
+        with console.status("…"):
+            answers = pair.answers(prompt)
+        table = Table(expand=True, show_lines=False)
+        for name in NAMES:
+            table.add_column(name, ratio=1, overflow="fold")
+        table.add_row(*(Text(answers[name]) for name in NAMES))
+        console.print(table)

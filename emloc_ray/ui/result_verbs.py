@@ -1,0 +1,117 @@
+"""The command line's verbs for what a run made: ``report``, ``fetch``, ``push``, ``gguf`` and ``chat``."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from emloc_ray.ui.batch_verbs import asking, state_now
+from emloc_ray.ui.shell import console, guarded
+
+
+def place_of(run_dir: str) -> str:
+    """A run's place, or the one that a config names."""
+    from emloc_ray.config.reading import read_values, with_variables
+
+    path = Path(run_dir)
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        return run_dir
+    return str(with_variables(read_values(path))[0].get("run_dir", run_dir))
+
+
+RunPath = Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run's directory, or its place on an object store.")]
+
+
+@guarded
+def report(run_dir: RunPath) -> None:
+    """Write report.html of a run or a batch, finished or not."""
+    from emloc_ray.io.runs.directory import RunDirectory
+    from emloc_ray.ui.batch_page import write_batch_report
+    from emloc_ray.ui.page import write_report
+
+    with asking(console, run_dir):
+        run = RunDirectory(run_dir).existing()
+        state = state_now(run)
+    written = write_report(run) if state is None else write_batch_report(run, state)
+    console.print(escape(str(written)))
+
+
+@guarded
+def fetch(
+    run_uri: Annotated[str, typer.Argument(metavar="RUN_URI", help="A run's place on an object store.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it.")],
+    part: Annotated[
+        list[str] | None, typer.Option(help="Only this part, such as adapter or merged; repeat it for several.")
+    ] = None,
+) -> None:
+    """Copy a run, or parts of it, from an object store to a local directory."""
+    from emloc_ray.io.runs.directory import RunDirectory
+    from emloc_ray.io.runs.fetch import fetch
+    from emloc_ray.ui.terminal import progress_bar
+
+    with asking(console, run_uri):
+        run = RunDirectory(run_uri).existing()
+    with progress_bar(console, "Fetching", in_bytes=True) as progress:
+        files = fetch(run, directory, part or (), progress)
+    console.print(escape(f"{len(files)} files written to {directory}"), soft_wrap=True)
+
+
+class Part(str, Enum):
+    """What of a run is handed on."""
+
+    adapter = "adapter"
+    merged = "merged"
+
+
+Chosen = Annotated[Part, typer.Option("--part", help="The adapter for the original, or the merged model.")]
+
+
+@guarded
+def push(
+    run_dir: RunPath,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The repository on the hub: OWNER/NAME.")],
+    part: Chosen = Part.adapter,
+    private: Annotated[bool, typer.Option("--private", help="Where it is made: for you alone.")] = False,
+) -> None:
+    """Upload a run's adapter or merged model, with its card, to the Hugging Face hub."""
+    from emloc_ray.io.runs.directory import RunDirectory
+    from emloc_ray.ui import publishing
+
+    publishing.push(console, RunDirectory(place_of(run_dir)), name, part.value, private)
+
+
+@guarded
+def gguf(
+    run_dir: RunPath,
+    part: Chosen = Part.merged,
+    output: Annotated[Path | None, typer.Option("--output", help="The file; left out: in the run's directory.")] = None,
+    outtype: Annotated[
+        str, typer.Option("--outtype", help="As llama.cpp's converter has it: f16, bf16, q8_0, …")
+    ] = "bf16",
+) -> None:
+    """Write a run's merged model or adapter as a GGUF file, by llama.cpp's converter."""
+    from emloc_ray.io.runs.directory import RunDirectory
+    from emloc_ray.ui import publishing
+
+    publishing.export_gguf(console, RunDirectory(place_of(run_dir)), part.value, output, outtype)
+
+
+@guarded
+def chat(
+    run_dir: RunPath,
+    plain: Annotated[bool, typer.Option("--plain", help="Prompts as they are, without the chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens of an answer at most.")] = 256,
+) -> None:
+    """Ask the original and the fine-tuned model the same, side by side."""
+    from emloc_ray.io.runs.directory import RunDirectory
+    from emloc_ray.ui.chat import Pair, talk
+    from emloc_ray.ui.terminal import quiet_libraries
+
+    quiet_libraries()
+    with console.status("Loading the original and the adapter …"):
+        pair = Pair.of(RunDirectory(place_of(run_dir)), plain, max_new_tokens)
+    talk(console, pair)

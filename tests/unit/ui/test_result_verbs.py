@@ -1,0 +1,162 @@
+"""What a run made, handed on: to the hub, to llama.cpp, to whoever asks it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.ui.chat import Pair, talk
+from emloc_ray.ui.cli import app
+
+RELEASED = Path(__file__).parents[2] / "compat" / "0.1.0"
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "300"})
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
+    """A finished run, and its model beside it."""
+    shutil.copytree(RELEASED, tmp_path / "all")
+    monkeypatch.chdir(tmp_path / "all")
+    return RunDirectory("run")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's interface as an upload takes: https://huggingface.co/docs/hub/api."""
+
+    made: dict[str, Any]
+    files: dict[str, bytes]
+
+    def do_POST(self) -> None:
+        here = f"http://{self.headers['Host']}"
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/api/repos/create":
+            self.made.update(json.loads(body))
+            answer: dict[str, Any] = {"url": f"{here}/me/mine"}
+        elif "/preupload/" in self.path:
+            asked = [file["path"] for file in json.loads(body)["files"]]
+            answer = {"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in asked]}
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            answer = {"commitUrl": f"{here}/me/mine/commit/abc", "commitOid": "abc", "success": True}
+        else:
+            answer = {}
+        self._answer(answer)
+
+    def do_GET(self) -> None:
+        self._answer({"id": "me/mine", "sha": "abc", "siblings": []})
+
+    def _answer(self, answer: dict[str, Any]) -> None:
+        content = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    Hub.made, Hub.files = {}, {}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "a" * 8)
+    yield Hub
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.mark.parametrize("part", ["adapter", "merged"])
+def test_a_result_is_pushed_with_its_card(run: RunDirectory, hub: type[Hub], part: str) -> None:
+    done = invoke("push", "run", "me/mine", "--part", part, "--private")
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert f"Pushing {part}/ (" in done.stdout
+    assert f"{part}/ is at http://127.0.0.1:" in done.stdout
+    assert hub.made["visibility"] == "private"
+    assert hub.files.keys() == {path.name for path in run.path(part).iterdir()} >= {"README.md"}
+    assert hub.files["README.md"].startswith(b"---\n")
+    weights = "adapter_model.safetensors" if part == "adapter" else "model.safetensors"
+    assert hub.files[weights] == run.path(part, weights).read_bytes()
+
+
+def test_what_cannot_be_pushed_is_told(run: RunDirectory, hub: type[Hub]) -> None:
+    bad = invoke("push", "run", "a name/that/is none")
+    assert bad.exit_code == 2
+    assert "is no name of the hub" in bad.stderr
+    run.forget("merge")
+    for verb in (["push", "run", "me/mine", "--part", "merged"], ["gguf", "run"]):
+        assert "has no merged/: run it up to there, emloc-ray merge CONFIG." in invoke(*verb).stderr
+    assert not hub.files
+
+
+CONVERTER = """
+import pathlib, sys
+if "q8_0" in sys.argv: sys.exit("this model is not known.")
+pathlib.Path(sys.argv[sys.argv.index("--outfile") + 1]).write_text(" ".join(sys.argv[1:]))
+"""
+
+
+def test_llama_cpps_converter_writes_gguf(run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    missing = invoke("gguf", "run")
+    assert missing.exit_code == 2
+    assert "llama.cpp's convert_hf_to_gguf.py is not installed: clone" in missing.stderr
+    for name in ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py"):
+        (tmp_path / name).write_text(CONVERTER)
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    done = invoke("gguf", "run")
+    assert done.exit_code == 0, (done.output, done.exception)
+    written = run.path("run-merged-bf16.gguf")
+    assert written.read_text() == f"{run.path('merged')} --outfile {written} --outtype bf16"
+    assert "is there already" in invoke("gguf", "run").stderr
+    assert invoke("gguf", "run", "--part", "adapter", "--output", "a.gguf").exit_code == 0
+    assert Path("a.gguf").read_text().endswith(f"--base {Path.cwd()}/model")
+    failed = invoke("gguf", "run", "--outtype", "q8_0")
+    assert failed.exit_code == 1
+    assert "(this model is not known): see what it takes" in failed.stderr
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_both_models_are_asked_the_same(run: RunDirectory, plain: bool) -> None:
+    pair = Pair.of(run, max_new_tokens=4)
+    assert pair.plain  # as the run's rows are prompts and completions
+    pair.plain = plain
+    said = iter(["add 1 and 1: ", "/new", "add 1: ", ""])
+    console = Console(record=True, width=100)
+    talk(console, pair, lambda prompt: next(said))
+    text = console.export_text()
+    assert text.count("original") == text.count("fine-tuned") == 2
+    heard = [turn["role"] for turn in pair.turns["original"]]
+    assert heard == ([] if plain else ["user", "assistant"])
+    with pytest.raises(StopIteration):
+        talk(console, pair, lambda prompt: next(said))
+
+
+def test_the_adapter_makes_a_difference_in_one_of_them(run: RunDirectory) -> None:
+    pair = Pair.of(run, plain=True, max_new_tokens=8)
+    answers = pair.answers("add 3 and 3: ")
+    assert set(answers) == {"original", "fine-tuned"}
+    assert answers["original"] != answers["fine-tuned"]
