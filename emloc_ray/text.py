@@ -48,6 +48,25 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 129600 else f"{seconds / 86400:.1f} days"
 
 
+class Pace:
+    """How fast units get done: the mean since the first began, without the start; a stage that goes on begins above zero."""
+
+    def __init__(self) -> None:
+        self._first: tuple[int, float] | None = None
+
+    def rate(self, done: int, now: float) -> float | None:
+        """Units a second, where ``done`` are done at the time ``now`` in seconds; None before one more is done."""
+        if self._first is None or done <= self._first[0]:
+            self._first = (done, now)
+        units, seconds = done - self._first[0], now - self._first[1]
+        return units / seconds if units > 0 and seconds > 0 else None
+
+    def left(self, done: int, total: int, now: float) -> str:
+        """``about 3 min left``; nothing where that is not known yet."""
+        rate = self.rate(done, now)
+        return f"about {duration((total - done) / rate)} left" if rate and total > done else ""
+
+
 def counted(number: int, noun: str, plural: str | None = None) -> str:
     """``1 task``, ``2 tasks``, ``1,000 entries``."""
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"

@@ -28,6 +28,7 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.runs.secret_values import without_secret
 from emloc_ray.io.store.node_cache import ensure, publish
 from emloc_ray.runs.reporter import Reporter
+from emloc_ray.text import Pace
 
 LOG = "log.jsonl"
 RUN_EVENTS = ("run_started", "run_finished", "run_failed", "run_stopped")
@@ -62,6 +63,7 @@ class RunLog(Reporter):
         self._layers = set(layers)
         self._stage: str | None = None
         self._units: dict[str, int] = {}
+        self._detail = ""
         self._begun = 0.0
         # A logger a run: runs of one process do not write into each other's log.
         self._logger = logging.Logger("emloc_ray.run", logging.INFO)
@@ -102,8 +104,8 @@ class RunLog(Reporter):
 
     def start(self, stage: str) -> Callable[[int, int], None]:
         """A stage begins."""
-        self._stage, self._units = stage, {}
-        self._begun = time.monotonic()
+        self._stage, self._units, self._detail = stage, {}, ""
+        self._begun, pace = time.monotonic(), Pace()
         self._write("started", f"{stage} begins.", stage=stage)
         next_time = 0.0
 
@@ -113,7 +115,8 @@ class RunLog(Reporter):
             now = time.monotonic()
             if now >= next_time:
                 next_time = now + max(self.interval_s, min(_PROGRESS_SHARE * (now - self._begun), _LONGEST_S))
-                self._write("progress", f"{stage}: {done} of {total}", stage=stage, **self._units)
+                said = ", ".join(filter(None, [f"{done} of {total}", self._detail, pace.left(done, total, now)]))
+                self._write("progress", f"{stage}: {said}", stage=stage, **self._units)
 
         return progress
 
@@ -133,6 +136,10 @@ class RunLog(Reporter):
     def note(self, text: str) -> None:
         """A remark for the user."""
         self._write("note", text, logging.WARNING, **({} if self._stage is None else {"stage": self._stage}))
+
+    def detail(self, text: str) -> None:
+        """How what runs now is going: said with its progress."""
+        self._detail = text
 
     def _write(self, event: str, message: str, level: int = logging.INFO, **fields: Any) -> None:
         self._logger.log(level, "%s", message, extra={"fields": {"run": self.run.name, "event": event, **fields}})

@@ -25,6 +25,9 @@ class Reporter:
     def note(self, text: str) -> None:
         """A remark for the user."""
 
+    def detail(self, text: str) -> None:
+        """How what runs now is going, in a few words; the next ones take their place."""
+
     def changed(self, run: RunDirectory) -> None:
         """The run's manifest and metrics.json have changed."""
 
@@ -59,6 +62,11 @@ class Reporters(Reporter):
         """Calls each."""
         for reporter in self.reporters:
             reporter.note(text)
+
+    def detail(self, text: str) -> None:
+        """Calls each."""
+        for reporter in self.reporters:
+            reporter.detail(text)
 
     def changed(self, run: RunDirectory) -> None:
         """Calls each."""

@@ -153,4 +153,4 @@ class Pipeline:
             if not imported:
                 check_visible(prepared, source_dir)
         model_dir = prepared.run.path("model") if imported else source_dir
-        return Context(prepared, model_dir, source_dir, self.reporter.note, final_actor)
+        return Context(prepared, model_dir, source_dir, self.reporter.note, final_actor, self.reporter.detail)

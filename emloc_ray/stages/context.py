@@ -40,6 +40,7 @@ class Context:
     ``source_dir`` is where the original is read from, another folder where it is imported. ``made`` and ``results`` fill up
     while the stages run: the fingerprint of what each was made from, and what it returned; of a stage that the config leaves
     out neither is there. ``note`` takes what a reader should know. ``final_actor`` corrects and merges, where stages run.
+    ``detail`` takes how what runs now is going, in a few words that the next ones replace.
     """
 
     prepared: Prepared
@@ -47,6 +48,7 @@ class Context:
     source_dir: Path | None = None
     note: Callable[[str], None] = _unheard
     final_actor: FinalActorHandle | None = None
+    detail: Callable[[str], None] = _unheard
     made: dict[str, str] = dataclasses.field(default_factory=dict)
     results: dict[str, Result] = dataclasses.field(default_factory=dict)
     _split_keys: dict[str, str] = dataclasses.field(default_factory=dict)

@@ -62,7 +62,9 @@ def _inputs(context: Context) -> Inputs:
 def _finish(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
     from emloc_ray.stages.finetune.finetune import finetune
 
-    return finetune(finishing_job(context, f"finish-{fingerprint(inputs)}"), granted, progress, context.note)
+    return finetune(
+        finishing_job(context, f"finish-{fingerprint(inputs)}"), granted, progress, context.note, context.detail
+    )
 
 
 def _cost(memory: MemoryModel) -> StageCost:

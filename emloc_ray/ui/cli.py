@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.markup import escape
 
 from emloc_ray.errors import ConfigError, EmlocError
@@ -74,10 +75,11 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in run_dir, and start anew.")]
 
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Redo and remove what a changed config says, unasked.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors alone.")]
 AcceptVersions = Annotated[bool, typer.Option("--accept-versions", help="Keep what other versions finished.")]
 
 
-def _prepare(path: Path, overrides: list[str] | None) -> Any:
+def _prepare(path: Path, overrides: list[str] | None, console: Console = console) -> Any:
     from emloc_ray.config.reading import load_config
 
     config = load_config(path, overrides or ())
@@ -98,6 +100,7 @@ def _run(
     fresh: bool,
     accept_versions: bool,
     yes: bool,
+    quiet: bool,
 ) -> None:
     from emloc_ray.planning.plan import make_plan
     from emloc_ray.stages.order import STEPS
@@ -105,14 +108,15 @@ def _run(
     from emloc_ray.ui import api
     from emloc_ray.ui.terminal import ConsoleReporter, evaluation_table, result_lines
 
-    prepared = _prepare(path, overrides)
+    shown = Console(quiet=True) if quiet else console
+    prepared = _prepare(path, overrides, shown)
     plan = make_plan(STEPS, prepared)
-    console.print(
+    shown.print(
         f"[bold]{escape(prepared.run.name)}[/]: {plan.parameters:,} parameters, emulator {plan.emulator_parameters:,};"
         f" about {duration(plan.seconds)} and {size(plan.disk_bytes)} of disk if nothing is done yet"
     )
     try:
-        with ConsoleReporter(console) as reporter:
+        with ConsoleReporter(shown) as reporter:
             metrics = api.run(
                 prepared.config,
                 begin=begin and begin.value,
@@ -121,7 +125,7 @@ def _run(
                 reporter=reporter,
                 prepared=prepared,
                 accept_versions=accept_versions,
-                accept_changes=yes or reporter.paused(functools.partial(agrees, console)),
+                accept_changes=yes or reporter.paused(functools.partial(agrees, shown)),
             )
     except EmlocError as error:
         if not isinstance(error, ConfigError):
@@ -129,9 +133,9 @@ def _run(
             raise type(error)(f"{error}\n{stays}") from error
         raise
     if until is Stage.evaluate:
-        console.print(evaluation_table(metrics))
+        shown.print(evaluation_table(metrics))
     for line in result_lines(metrics, prepared.run.place):
-        console.print(escape(line), soft_wrap=True)
+        shown.print(escape(line), soft_wrap=True)
 
 
 @app.command()
@@ -144,9 +148,10 @@ def run(
     fresh: Fresh = False,
     accept_versions: AcceptVersions = False,
     yes: Yes = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run all stages: skip what is done, redo what the config changed, once you agree."""
-    _run(config, overrides, begin, until, fresh, accept_versions, yes)
+    _run(config, overrides, begin, until, fresh, accept_versions, yes, quiet)
 
 
 def _stage_command(stage: Stage, text: str) -> None:
@@ -158,8 +163,9 @@ def _stage_command(stage: Stage, text: str) -> None:
         fresh: Fresh = False,
         accept_versions: AcceptVersions = False,
         yes: Yes = False,
+        quiet: Quiet = False,
     ) -> None:
-        _run(config, overrides, None, stage, fresh, accept_versions, yes)
+        _run(config, overrides, None, stage, fresh, accept_versions, yes, quiet)
 
 
 _stage_command(Stage.calibrate, "Run up to the Grams of the calibration data.")

@@ -9,7 +9,7 @@ from typing import Any
 
 from emloc_ray.runs.reporter import Reporter
 from emloc_ray.stages.order import STEPS
-from emloc_ray.text import duration, size
+from emloc_ray.text import Pace, duration, size
 
 _TITLES = {stage.name: stage.title for stage in STEPS}
 _SUMMARIES = {stage.name: stage.summary for stage in STEPS}
@@ -23,17 +23,21 @@ class NotebookReporter(Reporter):
         between two changes at least."""
         self.show, self.interval_s = show or _output(), interval_s
         self._lines: list[str] = []
+        self._detail = ""
         self._next = 0.0
 
     def start(self, stage: str) -> Callable[[int, int], None]:
         """A stage begins."""
+        pace, self._detail = Pace(), ""
         self._draw(f"{_TITLES[stage]} …")
 
         def progress(done: int, total: int) -> None:
-            if time.monotonic() >= self._next or done == total:
-                self._draw(
-                    f'<progress value="{done}" max="{max(total, 1)}"></progress> {_TITLES[stage]}: {done} of {total}'
-                )
+            now = time.monotonic()
+            left = pace.left(done, total, now)
+            if now >= self._next or done == total:
+                parts = [f"{_TITLES[stage]}: {done} of {total}", left, html.escape(self._detail)]
+                bar = f'<progress value="{done}" max="{max(total, 1)}"></progress>'
+                self._draw(f"{bar} {', '.join(filter(None, parts))}")
 
         return progress
 
@@ -46,6 +50,10 @@ class NotebookReporter(Reporter):
     def skip(self, stage: str) -> None:
         """A stage was done before."""
         self._add(f"· {_TITLES[stage]}: done before, inputs unchanged")
+
+    def detail(self, text: str) -> None:
+        """How what runs now is going."""
+        self._detail = text
 
     def note(self, text: str) -> None:
         """A remark."""

@@ -50,7 +50,7 @@ def agrees(console: Console, sentences: Sequence[str]) -> bool:
     Raises:
         ConfigError: where the answer is no.
     """
-    if not (console.is_terminal and sys.stdin.isatty()):
+    if console.quiet or not (console.is_terminal and sys.stdin.isatty()):
         return False
     for sentence in sentences:
         console.print(f"[yellow]![/] {escape(sentence)}.", soft_wrap=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -13,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from emloc_ray.config.keys import KeySection
 from emloc_ray.core.ranks import factor_parameters
 from emloc_ray.runs.reporter import Reporter
-from emloc_ray.text import NO_BREAK, describe_choice, duration, size, stored_bits
+from emloc_ray.text import NO_BREAK, Pace, describe_choice, duration, size, stored_bits
 
 if TYPE_CHECKING:
     from emloc_ray.planning.alternatives import Choice
@@ -66,15 +67,18 @@ def _stages() -> dict[str, Stage]:
 
 
 class ConsoleReporter(Reporter):
-    """Shows a run: a bar for each stage on a terminal, elsewhere a line where a stage begins and ends."""
+    """Shows a run: a bar for each stage on a terminal, elsewhere a line where a stage begins and ends, and now and then."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console, interval_s: float = 30.0) -> None:
+        """``interval_s``: seconds between two lines of a stage, where there is no terminal."""
+        self.console, self.interval_s = console, interval_s
+        self._detail = ""
         self.bars = Progress(
             TextColumn("{task.description:<20}"),
-            BarColumn(bar_width=32),
+            BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TextColumn("{task.fields[said]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=console,
             transient=True,
         )
@@ -101,11 +105,31 @@ class ConsoleReporter(Reporter):
 
     def start(self, stage: str) -> Callable[[int, int], None]:
         """A stage begins."""
-        if not self.console.is_terminal:
-            self.console.print(f"{_stages()[stage].title} …", highlight=False)
-            return lambda done, total: None
-        task = self.task = self.bars.add_task(_stages()[stage].title, total=None)
-        return lambda done, total: self.bars.update(task, completed=done, total=max(total, 1))
+        title, pace, self._detail = _stages()[stage].title, Pace(), ""
+        said_at = time.monotonic()
+        if self.console.is_terminal:
+            self.task = self.bars.add_task(title, total=None, said="")
+        else:
+            self.console.print(f"{title} …", highlight=False)
+
+        def progress(done: int, total: int) -> None:
+            nonlocal said_at
+            now = time.monotonic()
+            said = [pace.left(done, total, now), self._detail]
+            if self.task is not None:
+                self.bars.update(
+                    self.task, completed=done, total=max(total, 1), said=escape(", ".join(filter(None, said)))
+                )
+            elif now >= said_at + self.interval_s:
+                said_at = now
+                line = ", ".join(filter(None, [f"{done} of {total}", *said]))
+                self.console.print(f"  {title}: {escape(line)}", highlight=False, soft_wrap=True)
+
+        return progress
+
+    def detail(self, text: str) -> None:
+        """How what runs now is going: shown with its progress."""
+        self._detail = text
 
     def finish(self, stage: str, result: dict[str, Any], usage: dict[str, Any]) -> None:
         """Shows a stage's result, wall time and peak memory."""

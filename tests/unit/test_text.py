@@ -57,3 +57,13 @@ def test_signed_numbers() -> None:
 
 def test_control_characters_are_shown() -> None:
     assert text.visible("a\0b\x7f") == "a␀b\ufffd"
+
+
+def test_the_pace_of_a_stage_leaves_out_its_start_and_what_was_done_before() -> None:
+    pace = text.Pace()
+    assert pace.rate(40, 0.0) is None
+    assert pace.left(40, 100, 10.0) == ""
+    assert pace.rate(50, 20.0) == 1.0
+    assert pace.left(50, 100, 20.0) == "about 50 s left"
+    assert pace.left(100, 100, 70.0) == ""
+    assert pace.rate(0, 80.0) is None  # begun anew

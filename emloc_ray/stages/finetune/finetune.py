@@ -24,6 +24,7 @@ from emloc_ray.stages.finetune.training import leaves_traces, train_alone, train
 from emloc_ray.stages.ray.losses import Losses, Tell, explain, is_lost, last_line, unheard
 from emloc_ray.stages.ray.spans import Span, tell_span
 from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, silent
+from emloc_ray.text import Pace
 
 _POLL_S = 0.5
 _STORE_POLL_S = 5.0
@@ -38,13 +39,14 @@ def finetune(
     resources: Resources,
     progress: Progress = silent,
     tell: Tell = unheard,
+    detail: Tell = unheard,
     runner: Runner | None = None,
 ) -> dict[str, Any]:
     """Trains the adapter on the emulator and writes it to ``job.out_dir`` in PEFT's format.
 
     A lost worker restarts the group from its newest checkpoint, at most ``max_failures`` times; so does running the
     stage again with the same ``name``, as where Ray Train's own process is lost. One worker runs alone and several as a
-    group, unless a ``runner`` is given.
+    group, unless a ``runner`` is given. ``detail`` hears loss, learning rate and tokens a second as they change.
 
     Raises:
         NumericsError: where loss or gradients stop being numbers, naming the step.
@@ -52,9 +54,9 @@ def finetune(
         EmlocError: what ``progress`` raised to stop the training; a checkpoint of where it was is there then.
     """
     job.storage_dir.mkdir(parents=True, exist_ok=True)
-    for left in (job.stop_path, job.begun_path, job.out_of_memory_path):
+    for left in (job.stop_path, job.step_path, job.begun_path, job.out_of_memory_path):
         discard(left)
-    with Watcher(job, progress, tell) as watcher:
+    with Watcher(job, progress, tell, detail=detail) as watcher:
         outcome = (runner or runner_of(job, resources))(job, resources, tell, watcher.check)
     if outcome.get("out_of_memory"):
         raise explain(MemoryError(), job.stage)
@@ -202,8 +204,16 @@ def _interruptible() -> Iterator[None]:
 class Watcher:
     """Polls what the workers log while the training blocks the driver, and shows how far it is and what was lost."""
 
-    def __init__(self, job: FinetuneJob, progress: Progress, tell: Tell, poll_s: float | None = None) -> None:
-        self.job, self.progress, self.tell = job, progress, tell
+    def __init__(
+        self,
+        job: FinetuneJob,
+        progress: Progress,
+        tell: Tell,
+        poll_s: float | None = None,
+        detail: Tell = unheard,
+    ) -> None:
+        self.job, self.progress, self.tell, self.detail = job, progress, tell, detail
+        self.pace = Pace()
         self.num_shown = len(_lines(job.failure_path))
         self.stop: EmlocError | None = None
         self.asked = False
@@ -234,7 +244,10 @@ class Watcher:
         logged = read_objects(_content(self.job.log_path))
         if self.stop is None:
             try:
-                self.progress(logged[-1]["step"] if logged else 0, self.job.max_steps)
+                step = max(logged[-1]["step"] if logged else 0, self._step())
+                if logged:
+                    self.detail(self._said(step, logged[-1]))
+                self.progress(step, self.job.max_steps)
             except EmlocError as error:
                 self.stop = error
         if self.stop is not None and not self.asked:
@@ -246,6 +259,19 @@ class Watcher:
         for text in failures[self.num_shown :]:
             self.tell(text)
         self.num_shown = len(failures)
+
+    def _step(self) -> int:
+        """The steps done, between two lines of the log too."""
+        path = self.job.step_path
+        text = "" if is_stored(self.job.storage_dir) or not path.is_file() else path.read_text()
+        return int(text) if text.isdigit() else 0
+
+    def _said(self, step: int, line: dict[str, Any]) -> str:
+        rate = self.pace.rate(step, time.monotonic())
+        parts = [f"loss {line['loss']:.3f}"]
+        parts += [f"learning rate {line['learning_rate']:.2g}"] if "learning_rate" in line else []
+        parts += [f"{rate * self.job.tokens_a_step:,.0f} tokens/s"] if rate and self.job.tokens_a_step else []
+        return ", ".join(parts)
 
     def check(self) -> None:
         """Raises what says that another process holds the run by now, where one does."""

@@ -28,7 +28,8 @@ class FinetuneJob:
     """Artifact paths and flat settings; ``adapter`` as :func:`~emloc_ray.modeling.adapter_methods.adapter_config` takes
     them. With ``teacher_dir`` the loss is the divergence from what a teacher says there, not that of the labels. With
     ``start_dir`` the adapter there is trained on, with the rows that come after ``steps_before`` steps. With ``pack_length``
-    rows are packed into sequences of so many tokens, of which a batch has ``batch_size``."""
+    rows are packed into sequences of so many tokens, of which a batch has ``batch_size``.
+    A step reads about ``tokens_a_step``."""
 
     emulator_dir: Path
     tokens_dir: Path
@@ -55,6 +56,7 @@ class FinetuneJob:
     pack_length: int | None = None
     validation: ValidationJob | None = None
     loraplus_lr_ratio: float | None = None
+    tokens_a_step: float = 0.0
 
     @property
     def log_path(self) -> Path:
@@ -75,6 +77,11 @@ class FinetuneJob:
     def failure_path(self) -> Path:
         """One sentence per lost worker."""
         return self.storage_dir / f"{self.name}.failures.txt"
+
+    @property
+    def step_path(self) -> Path:
+        """The number of steps that are done, written by rank 0 now and then, in a file system."""
+        return self.storage_dir / f"{self.name}.step"
 
     @property
     def begun_path(self) -> Path:

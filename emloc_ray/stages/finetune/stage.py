@@ -99,6 +99,7 @@ def finetune_job(context: Context, name: str) -> FinetuneJob:
         pack_length=pack_length(config),
         validation=_validation_job(context),
         loraplus_lr_ratio=section.loraplus_lr_ratio,
+        tokens_a_step=rows_a_step(section) * sequence_tokens(context),
     )
 
 
@@ -161,7 +162,9 @@ def _inputs(context: Context) -> Inputs:
 def _finetune(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
     from emloc_ray.stages.finetune.finetune import finetune
 
-    result = finetune(finetune_job(context, f"finetune-{fingerprint(inputs)}"), granted, progress, context.note)
+    result = finetune(
+        finetune_job(context, f"finetune-{fingerprint(inputs)}"), granted, progress, context.note, context.detail
+    )
     if rate := result.pop("sequences_per_second"):
         result["tokens_per_second"] = rate * sequence_tokens(context)
     return result

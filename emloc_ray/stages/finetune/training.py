@@ -25,7 +25,7 @@ from emloc_ray.data.ingest import SampleOrder
 from emloc_ray.data.packing import num_sequences
 from emloc_ray.errors import DamagedArtifactError
 from emloc_ray.io.formats.json_lines import end_last_line
-from emloc_ray.io.store.node_cache import ensure, exists, publish
+from emloc_ray.io.store.node_cache import ensure, exists, is_stored, publish
 from emloc_ray.modeling.adapter import attach_adapter, load_adapter, save_trained_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import load_config, towers
@@ -161,17 +161,19 @@ class StepKeeper(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Saves and ends the training where it is asked to."""
-        look = self._look(args.device)
+        look = self._look(args.device, state.global_step)
         if look == _STOP:
             self.stopped = control.should_save = control.should_training_stop = True
         elif look == _ASK and not self._saved_to_leave and self.session.is_leaving():
             self._saved_to_leave = control.should_save = True  # and trains on: Ray may give it longer than it says
 
-    def _look(self, device: torch.device) -> int:
+    def _look(self, device: torch.device, step: int) -> int:
         """The same on all ranks: the first looks now and then, and says at every step what it saw."""
         seen = _NOTHING
         if self.session.rank == 0 and time.monotonic() >= self._looked + self.poll_s:
             self._looked = time.monotonic()
+            if not is_stored(self.job.storage_dir):  # where each write costs, the log says it
+                self.job.step_path.write_text(str(step))
             if exists(self.job.stop_path):
                 seen = _STOP
             elif time.monotonic() >= self._asked + self.ask_s:

@@ -37,7 +37,12 @@ class HealingJob:
 
 
 def heal(
-    job: HealingJob, base_config: Any, resources: Resources, progress: Progress = silent, tell: Tell = unheard
+    job: HealingJob,
+    base_config: Any,
+    resources: Resources,
+    progress: Progress = silent,
+    tell: Tell = unheard,
+    detail: Tell = unheard,
 ) -> dict[str, Any]:
     """Writes the healed emulator to ``job.fold.out_dir``; ``base_config`` is the original's.
 
@@ -56,7 +61,7 @@ def heal(
     if outcome is None:
         teach(job.teacher, resources, part(0), tell)
         cached = sum(size for file, size in sizes(job.teacher.out_dir).items() if file.suffix == ".safetensors")
-        trained = finetune(job.training, resources, part(1), tell)
+        trained = finetune(job.training, resources, part(1), tell, detail)
         rows = sum(map(len, job.teacher.shards()))
         outcome = {**trained, "teacher_rows": rows, "teacher_bytes": cached}
         write_json(job.outcome_path, outcome)

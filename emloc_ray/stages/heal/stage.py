@@ -113,7 +113,7 @@ def _heal(context: Context, inputs: Inputs, granted: Resources, progress: Progre
     for path in (place, out_dir):
         discard_unless(path, inputs)
     job = healing_job(context, healing, f"heal-{fingerprint(inputs)}")
-    return heal(job, context.base_config(), granted, progress, context.note)
+    return heal(job, context.base_config(), granted, progress, context.note, context.detail)
 
 
 def _cost(memory: MemoryModel) -> StageCost:

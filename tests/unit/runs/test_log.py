@@ -84,6 +84,14 @@ def test_progress_does_not_flood(run: RunDirectory, monkeypatch: pytest.MonkeyPa
     assert told[2:] == [("evaluate", 1, 3), ("evaluate", 2, 3)]
 
 
+def test_progress_says_how_it_is_going(run: RunDirectory) -> None:
+    with RunLog(run, interval_s=0) as log:
+        progress = log.start("finetune")
+        log.detail("loss 1.5")
+        progress(1, 3)
+    assert [e["message"] for e in read_events(run) if e["event"] == "progress"] == ["finetune: 1 of 3, loss 1.5"]
+
+
 def test_progress_of_a_long_stage_is_told_more_seldom(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr(run_log.time, "monotonic", lambda: now)

@@ -70,6 +70,23 @@ def test_an_unexpected_error_is_told_once_and_a_stop_is_heard_after_it(tmp_path:
     assert notes == ["finetune: a look at the training failed (KeyError: 'a bug of a reporter')."]
 
 
+def test_steps_between_two_lines_of_the_log_are_seen(tmp_path: Path) -> None:
+    job = dataclasses.replace(JOB, storage_dir=tmp_path, tokens_a_step=10.0)
+    session: Any = SimpleNamespace(rank=0, world_size=1, is_leaving=lambda: False)
+    keeper, state = StepKeeper(job, session, poll_s=0), SimpleNamespace(global_step=2, is_world_process_zero=True)
+    seen: list[tuple[int, int]] = []
+    said: list[str] = []
+    watcher = Watcher(job, lambda done, total: seen.append((done, total)), print, poll_s=60, detail=said.append)
+    keeper.on_log(None, state, None, logs={"loss": 1.25, "learning_rate": 2e-4})
+    with watcher:
+        pass  # looks once at its end
+    keeper.on_step_end(SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(global_step=5), SimpleNamespace())
+    with Watcher(job, lambda done, total: seen.append((done, total)), print, poll_s=60, detail=said.append):
+        pass
+    assert seen == [(2, job.max_steps), (5, job.max_steps)]
+    assert said == ["loss 1.250, learning rate 0.0002"] * 2
+
+
 def _steps_until_stopped(rank: int, root: Path, found: Any) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{root / 'group'}", rank=rank, world_size=2)
     session: Any = SimpleNamespace(rank=rank, world_size=2, is_leaving=lambda: False)
