@@ -65,8 +65,8 @@ def passed_through_errors(values: dict[str, Any]) -> list[str]:
             )
         elif key.startswith(("push_to_hub", "hub_")):
             lines.append(
-                f"finetune.{key} would push the adapter as trained on the emulator, not the corrected one: remove it, and upload"
-                " RUN_DIR/adapter after the run (hf upload)."
+                f"finetune.{key} would push the adapter as trained on the emulator, not the corrected one: remove it, and give"
+                " emloc-ray push RUN_DIR OWNER/NAME after the run, which says what it pushes."
             )
         elif key == "gradient_checkpointing_kwargs" and _is_reentrant(values["finetune"][key]):
             lines.append(

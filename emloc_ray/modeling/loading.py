@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from emloc_ray.core.precision import computes_bfloat16
@@ -174,9 +176,25 @@ def read_model_config(source: ModelSource, trust_remote_code: bool = False) -> A
     try:
         config = AutoConfig.from_pretrained(source.directory, trust_remote_code=trust_remote_code, **options)
     except (ValueError, OSError, ImportError, KeyError) as error:
-        detail = " ".join(str(error).split())[:200]
+        detail = _unknown_type(source.directory) or " ".join(str(error).split())[:200]
         raise ConfigError(f"model.source {source.directory}: its config cannot be read ({detail}).") from error
     return config
+
+
+def _unknown_type(directory: Path) -> str | None:
+    """Says so where a config is of a type that transformers has no class for."""
+    with contextlib.suppress(OSError, ValueError):
+        values = json.loads((directory / "config.json").read_text())
+        if values.get("model_type") in CONFIG_MAPPING:
+            return None
+        here = f"transformers {transformers.__version__} has no class for the type {values.get('model_type')!r}"
+        if "auto_map" in values:
+            return (
+                f"{here}, whose code comes with the model: model.trust_remote_code would run that code with your rights, and an"
+                " emulator needs transformers' own classes; name a model of a type that it knows"
+            )
+        return f"{here}: install one that has, or name a model of a type that it knows"
+    return None
 
 
 def check_source(source: ModelSource, model: Any, trust_remote_code: bool = False) -> None:
@@ -316,8 +334,6 @@ def load_model(
     device: str | None = None,
 ) -> Any:
     """An original, an emulator or a merged model, in evaluation mode, its weights frozen and its experts unfused."""
-    import transformers
-
     ensure(Path(directory))
     read_index(Path(directory))  # its names are checked: transformers opens whatever file one leads to
     transformers.utils.logging.disable_progress_bar()

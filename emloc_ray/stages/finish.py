@@ -63,7 +63,7 @@ def _finish(context: Context, inputs: Inputs, granted: Resources, progress: Prog
     from emloc_ray.stages.finetune.finetune import finetune
 
     return finetune(
-        finishing_job(context, f"finish-{fingerprint(inputs)}"), granted, progress, context.note, context.detail
+        finishing_job(context, f"finish-{fingerprint(inputs)}"), granted, progress, context.note, detail=context.detail
     )
 
 

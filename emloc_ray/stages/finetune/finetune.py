@@ -39,8 +39,8 @@ def finetune(
     resources: Resources,
     progress: Progress = silent,
     tell: Tell = unheard,
-    detail: Tell = unheard,
     runner: Runner | None = None,
+    detail: Tell = unheard,
 ) -> dict[str, Any]:
     """Trains the adapter on the emulator and writes it to ``job.out_dir`` in PEFT's format.
 

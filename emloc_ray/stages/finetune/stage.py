@@ -163,7 +163,7 @@ def _finetune(context: Context, inputs: Inputs, granted: Resources, progress: Pr
     from emloc_ray.stages.finetune.finetune import finetune
 
     result = finetune(
-        finetune_job(context, f"finetune-{fingerprint(inputs)}"), granted, progress, context.note, context.detail
+        finetune_job(context, f"finetune-{fingerprint(inputs)}"), granted, progress, context.note, detail=context.detail
     )
     if rate := result.pop("sequences_per_second"):
         result["tokens_per_second"] = rate * sequence_tokens(context)

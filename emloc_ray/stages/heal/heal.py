@@ -61,7 +61,7 @@ def heal(
     if outcome is None:
         teach(job.teacher, resources, part(0), tell)
         cached = sum(size for file, size in sizes(job.teacher.out_dir).items() if file.suffix == ".safetensors")
-        trained = finetune(job.training, resources, part(1), tell, detail)
+        trained = finetune(job.training, resources, part(1), tell, detail=detail)
         rows = sum(map(len, job.teacher.shards()))
         outcome = {**trained, "teacher_rows": rows, "teacher_bytes": cached}
         write_json(job.outcome_path, outcome)

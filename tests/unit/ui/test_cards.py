@@ -48,8 +48,9 @@ def test_a_base_and_data_of_the_hub_are_its_metadata() -> None:
         "data": {"train": {"path": ["hf:org/rows@part:train", "/home/me/private/a.jsonl"]}},
     }
     text = card("mine", "merged", config, {"auto_class": "AutoModelForImageTextToText"})
-    data = ModelCard(text).data
-    assert (data.base_model, data.datasets, data.base_model_relation) == ("org/name", ["org/rows"], "finetune")
+    data = ModelCard(text).data.to_dict()
+    assert (data["base_model"], data["datasets"]) == ("org/name", ["org/rows"])
+    assert data["base_model_relation"] == "finetune"
     assert "org/name, revision abc" in text
     assert "private" not in text
     assert "On held-out rows" not in text

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -17,9 +20,12 @@ from gguf_files import write_gguf
 from typer.testing import CliRunner, Result
 
 from emloc_ray.config.peers import PEERS
-from emloc_ray.config.reading import parse_config, unknown_key
+from emloc_ray.config.reading import load_config, parse_config, unknown_key
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.yaml_text import read_yaml, write_yaml
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.runs.versions import made_with
+from emloc_ray.stages.tokens.stage import DATA
 from emloc_ray.ui.cli import app
 
 PAIRS = [{"prompt": f"add {i}: ", "completion": f"it is {i}"} for i in range(20)]
@@ -99,6 +105,19 @@ def without_tokenizer(place: Place) -> None:
     place.values["model"] = "./bare"
 
 
+def of_an_unknown_type(place: Place, more: dict[str, Any]) -> None:
+    shutil.copytree(place.values["model"], place.root / "odd")
+    config = json.loads((place.root / "odd" / "config.json").read_text())
+    place.write("odd/config.json", json.dumps({**config, "model_type": "oddformer", **more}))
+    place.values["model"] = "./odd"
+
+
+def of_another_run(place: Place) -> None:
+    RunDirectory(place.root / "first").create({})
+    (place.root / "first").rename(place.root / "second")
+    place.values["run_dir"] = "second"
+
+
 AXOLOTL = {
     "base_model": "x",
     "datasets": [],
@@ -143,6 +162,10 @@ REFUSED: dict[str, tuple[Callable[[Place], None], list[str]]] = {
     ),
     "7 healing": (set_key("emulator.healing", True), ["give steps, such as healing: {steps: 20}"]),
     "11 budget": (set_key("memory_budget", 24), ["24 bytes: write 24GiB"]),
+    "12 a budget that nothing meets": (
+        set_key("memory_budget", "1MiB"),
+        ["memory_budget is 1.00 MiB, and a worker that holds its largest blocks takes ", ": give it more than that"],
+    ),
     "13 relative path": (
         set_key("data.train", "deep/rows.jsonl"),
         ["data.train.path: deep/rows.jsonl names no file in /"],
@@ -201,7 +224,55 @@ REFUSED: dict[str, tuple[Callable[[Place], None], list[str]]] = {
         lambda place: without_tokenizer(place),
         ["bare has no tokenizer that opens (", "save one beside the weights"],
     ),
-    "37 push": (set_key("finetune.push_to_hub", True), ["finetune.push_to_hub would push the adapter as trained"]),
+    "31 unknown type": (
+        lambda place: of_an_unknown_type(place, {}),
+        ["has no class for the type 'oddformer': install one that has, or name a model of a type that it knows"],
+    ),
+    "31 remote code": (
+        lambda place: of_an_unknown_type(place, {"auto_map": {"AutoConfig": "odd.OddConfig"}}),
+        ["model.trust_remote_code would run that code with your rights", "name a model of a type that it knows"],
+    ),
+    "32 no match": (
+        set_key("adapter.target_modules", ["q_prj"]),
+        ["adapter.target_modules: 'q_prj' matches none of the 14 ", "q_proj"],
+    ),
+    "32 r": (set_key("adapter.r", 33), ["adapter.r is 33, above the smaller side 32 of ", "lower it"]),
+    "33 no such GPUs": (
+        set_key("finetune.gpus_per_worker", 99),
+        ["finetune asks Ray for 99 GPUs at once, this machine has ", "lower finetune.gpus_per_worker"],
+    ),
+    "33 halves of GPUs": (
+        lambda place: place.values["finetune"].update(num_workers=999, gpus_per_worker=0.5),
+        ["finetune asks Ray for 499.5 GPUs at once, this machine has "],
+    ),
+    "33 many workers": (
+        set_key("finetune.num_workers", 4096),
+        ["finetune asks Ray for 4096 CPUs at once, this machine has ", "lower finetune.num_workers"],
+    ),
+    "34 a file": (set_key("run_dir", "rows.jsonl"), ["rows.jsonl is a file, not a directory: name another place"]),
+    "34 unwritable": (
+        set_key("run_dir", "/proc/no/run"),
+        ["run_dir /proc/no/run cannot be written (", "name another place"],
+    ),
+    "34 another program's": (
+        lambda place: (
+            (place.root / "theirs").mkdir()
+            or place.write("theirs/thesis.tex", "x")
+            or set_key("run_dir", "theirs")(place)
+        ),
+        ["holds files of something else (thesis.tex) and no manifest.json: name a new or empty directory"],
+    ),
+    "34 another run's": (
+        lambda place: of_another_run(place),
+        ["holds the run 'first': name a new directory, or rename this one to first"],
+    ),
+    "37 push": (
+        set_key("finetune.push_to_hub", True),
+        [
+            "would push the adapter as trained",
+            "emloc-ray push RUN_DIR OWNER/NAME after the run, which says what it pushes",
+        ],
+    ),
     "40 secret": (set_key("ray.token", "hf_" + "a" * 34), ["is a secret"]),
 }
 
@@ -299,6 +370,51 @@ def test_what_is_no_mistake_goes_on(place: Place, monkeypatch: pytest.MonkeyPatc
     assert result.exit_code == 0, (result.exception, result.output)
     for word in words:
         assert word in result.stdout
+
+
+def test_a_used_run_dir_with_another_config_is_not_taken_unasked(place: Place) -> None:
+    """35: tests/unit/runs/test_changes.py has the sentences."""
+    place.values["run_dir"] = "used"
+    place("validate", "my.yaml")
+    config = load_config("my.yaml")
+    RunDirectory(config.run_dir).create(config.model_dump(mode="json"), steps=["data"])
+    RunDirectory(config.run_dir).commit("data", "made of other rows", [], {}, made_with(DATA))
+    refused = place("run", "my.yaml", "data.max_seq_length=32")
+    assert refused.exit_code == 2, (refused.exception, refused.output)
+    assert "the config has data.max_seq_length 32 (was 64): that redoes data" in refused.stderr
+    assert ": give --yes (in Python accept_changes=True) to agree, or name a new run_dir." in refused.stderr
+
+
+def test_a_run_that_is_held_says_by_whom(place: Place) -> None:
+    """36: the same run started twice."""
+    place.values["run_dir"] = "held"
+    holder = RunDirectory("held")
+    holder.create({})
+    holder.lock()
+    try:
+        refused = place("run", "my.yaml")
+    finally:
+        holder.unlock()
+    assert refused.exit_code == 2, (refused.exception, refused.output)
+    assert f"is in use by process {os.getpid()} on " in refused.stderr
+
+
+def test_status_takes_the_config_of_a_run(place: Place) -> None:
+    """38."""
+    place.values["run_dir"] = "mine"
+    RunDirectory("mine").create({}, steps=["data"])
+    shown = place("status", "my.yaml")
+    assert shown.exit_code == 0, shown.output
+    assert "Not running." in shown.stdout
+
+
+def test_a_reader_that_leaves_ends_nothing() -> None:
+    """39: emloc-ray keys | head."""
+    command = (
+        f"{sys.executable} -c 'from emloc_ray.ui.cli import main; main()' keys | head -n 1; exit ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_first_line_of_validate_says_the_most(place: Place) -> None:
