@@ -165,9 +165,10 @@ def _one_of_each(details: Sequence[Any]) -> list[Any]:
         first = by_key.setdefault(key, detail)
         if first is detail:
             continue
-        if first["type"].endswith("_type") and not detail["type"].endswith("_type"):
+        is_other_type = first["type"].endswith("_type") or first["type"] == "literal_error"
+        if is_other_type and not detail["type"].endswith("_type"):
             by_key[key] = detail
-        elif first["type"].endswith("_type") and detail["msg"].startswith(_SHOULD_BE):
+        elif is_other_type and detail["msg"].startswith(_SHOULD_BE):
             by_key[key] = {**first, "msg": f"{first['msg']} or {detail['msg'].removeprefix(_SHOULD_BE)}"}
     return [detail for key, detail in by_key.items() if not any(other.startswith(f"{key}.") for other in by_key)]
 
@@ -237,7 +238,7 @@ REMOVED_KEYS = {
 }
 _SHOULD_BE = "Input should be "
 # pydantic's names of a union's members in an error's location.
-_UNION_MEMBER = re.compile(r"str|bool|float|list\[.*|literal\[.*|function-.*")
+_UNION_MEMBER = re.compile(r"str|bool|float|list\[.*|literal\[.*|function-.*|constrained-.*")
 
 
 def _sentence(detail: Any, model: type[BaseModel]) -> str:

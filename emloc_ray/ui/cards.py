@@ -145,13 +145,8 @@ def _made(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
     if correction := metrics.get("correction"):
         lines.append(f"Correction: {'none' if correction.get('as_trained') else describe_choice(correction)}")
     versions = metrics.get("versions") or {}
-    lines.append(
-        "Versions: "
-        + ", ".join(
-            f"{name} {versions[name]}" for name in ("emloc-ray", "transformers", "peft", "torch") if name in versions
-        )
-    )
-    return lines
+    named = [f"{name} {versions[name]}" for name in ("emloc-ray", "transformers", "peft", "torch") if name in versions]
+    return [*lines, *([f"Versions: {', '.join(named)}"] if named else [])]
 
 
 def _figures(metrics: Mapping[str, Any]) -> list[str]:

@@ -238,12 +238,16 @@ REFUSED: dict[str, tuple[Callable[[Place], None], list[str]]] = {
     ),
     "32 r": (set_key("adapter.r", 33), ["adapter.r is 33, above the smaller side 32 of ", "lower it"]),
     "33 no such GPUs": (
-        set_key("finetune.gpus_per_worker", 99),
-        ["finetune asks Ray for 99 GPUs at once, this machine has ", "lower finetune.gpus_per_worker"],
+        lambda place: place.values["finetune"].update(num_workers=999, gpus_per_worker=1),
+        ["finetune asks Ray for 999 GPUs at once, this machine has "],
+    ),
+    "33 several GPUs a worker": (
+        set_key("finetune.gpus_per_worker", 2),
+        ["finetune.gpus_per_worker is 2: input should be less than or equal to 1"],
     ),
     "33 halves of GPUs": (
-        lambda place: place.values["finetune"].update(num_workers=999, gpus_per_worker=0.5),
-        ["finetune asks Ray for 499.5 GPUs at once, this machine has "],
+        lambda place: place.values["finetune"].update(num_workers=2, gpus_per_worker=0.5),
+        ["finetune.gpus_per_worker is 0.5, and NCCL takes no two workers on one GPU: give 1, or num_workers: 1"],
     ),
     "33 many workers": (
         set_key("finetune.num_workers", 4096),
