@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers import AutoConfig, AutoTokenizer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from emloc_ray.core.precision import computes_bfloat16
 from emloc_ray.errors import ArtifactError, ConfigError
