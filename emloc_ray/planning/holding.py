@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.block_flow import block_flow
-from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.sizes import gradient_bytes, in_waves
+
+if TYPE_CHECKING:
+    from emloc_ray.planning.layout import Layout
 
 HOLDS = ("resident", "offloaded", "all_offloaded")
 """Of a pass through the whole model, the fastest first."""

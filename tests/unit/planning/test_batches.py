@@ -15,7 +15,7 @@ from emloc_ray.errors import ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.loading import ModelSource
-from emloc_ray.planning import memory
+from emloc_ray.planning import calibration_memory
 from emloc_ray.planning.batches import shrink_batches, without_budget
 from emloc_ray.planning.budget import check_holding
 from emloc_ray.planning.costs import with_base
@@ -146,7 +146,7 @@ def test_a_card_that_is_smaller_than_inference_bounds_what_was_left_out(monkeypa
     section = {"gpus_per_worker": 1}
     large = prepared(LEFT_OUT, finetune=section, evaluation=section, ray={"num_gpus": 1})
     yardstick = total(MemoryModel(large).inference())
-    monkeypatch.setattr(memory, "gpu_bytes", lambda: yardstick)
+    monkeypatch.setattr(calibration_memory, "gpu_bytes", lambda: yardstick)
     ready = MemoryModel(shrink_batches(large))
     assert ready.bound("finetune") == ready.worker_bytes("evaluation") == pytest.approx(0.92 * yardstick)
     assert total(with_base(ready.finetune())) <= 0.92 * yardstick

@@ -38,7 +38,7 @@ ROW = Lengths(2048.0, 2048.0)
 @pytest.fixture(autouse=True)
 def much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a budget models are held whole, whatever the machine has free."""
-    monkeypatch.setattr("emloc_ray.planning.memory.available_bytes", lambda: 2**42)
+    monkeypatch.setattr("emloc_ray.planning.calibration_memory.available_bytes", lambda: 2**42)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from emloc_ray.errors import ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.modeling.architecture import ImageShape, empty_model
 from emloc_ray.modeling.loading import ModelSource
-from emloc_ray.planning import memory
+from emloc_ray.planning import calibration_memory
 from emloc_ray.planning.budget import check_holding, solve, with_settings
 from emloc_ray.planning.costs import with_base
 from emloc_ray.planning.layout import make_layout
@@ -42,7 +42,7 @@ ROW = Lengths(2048.0, 2048.0)
 @pytest.fixture(autouse=True)
 def much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a budget models are held whole, whatever the machine has free."""
-    monkeypatch.setattr("emloc_ray.planning.memory.available_bytes", lambda: 2**42)
+    monkeypatch.setattr("emloc_ray.planning.calibration_memory.available_bytes", lambda: 2**42)
 
 
 @pytest.fixture
@@ -216,7 +216,7 @@ def test_waves_fill_the_room_that_the_model_leaves(prepared: Callable[..., Prepa
 def test_workers_with_a_gpu_go_by_its_memory(
     prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "gpu_bytes", lambda: BASE_BYTES + 1000)
+    monkeypatch.setattr(calibration_memory, "gpu_bytes", lambda: BASE_BYTES + 1000)
     on_gpu = {"calibration": {"gpus_per_worker": 1}, "ray": {"num_gpus": 1}}
     assert MemoryModel(prepared(), LENGTHS).calibration_hold() == "resident"
     assert MemoryModel(prepared(**on_gpu), LENGTHS).calibration_hold() == "block_by_block"

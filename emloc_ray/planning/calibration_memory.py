@@ -1,0 +1,202 @@
+"""What a worker may hold, and what calibration, sums of gradients and inference hold of it, part by part."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+from emloc_ray.modeling.architecture import LinearSpec
+from emloc_ray.planning.holding import (
+    GradientPlan,
+    allowed,
+    blocks_share,
+    choose,
+    held_bytes,
+    moved_bytes,
+    plan_gradients,
+)
+from emloc_ray.planning.machine import available_bytes, gpu_bytes
+from emloc_ray.planning.model_bytes import ModelBytes
+from emloc_ray.planning.sizes import DOUBLE, FLOAT, gradient_bytes, gram_bytes, in_waves
+
+Parts = dict[str, float]  # bytes by what holds them
+
+BASE_BYTES = 450 * 2**20  # a worker with torch, transformers and peft imported
+_GPU_SHARE = 0.92  # of a GPU's memory: the rest goes to CUDA's context and to what its allocator leaves between tensors
+_WAVES = 6  # of gradients, a pass each, that a budget left out may ask for: inference of a model in bfloat16 takes five
+
+
+def total(parts: Parts) -> int:
+    """All parts together."""
+    return int(sum(parts.values()))
+
+
+class CalibrationMemory(ModelBytes):
+    """The part of :class:`~emloc_ray.planning.memory.MemoryModel` up to the emulator; every method gives bytes by part."""
+
+    @functools.cached_property
+    def held(self) -> dict[str, int]:
+        """Bytes of the original's weights, by how it is held."""
+        return held_bytes(self.layout, self.itemsize, self._tied)
+
+    def moved(self, hold: str, rows: float, batch_size: int) -> float:
+        """Bytes of the original's weights that come to the device while ``rows`` go through it forward."""
+        return math.ceil(rows / batch_size) * moved_bytes(self.layout, self.itemsize, self._tied)[hold]
+
+    @property
+    def _tied(self) -> bool:
+        return bool(getattr(self.model_config, "tie_word_embeddings", False))
+
+    def calibrate(self) -> Parts:
+        """What a worker holds, however the calibration holds the model."""
+        return self.calibrate_blocks() if self.calibration_hold() == "block_by_block" else self.calibrate_whole()
+
+    def calibrate_whole(self) -> Parts:
+        """The model, the Grams of the largest wave, and a pass without the head."""
+        largest = max((sum(map(gram_bytes, wave)) for wave in self.waves()), default=0)
+        held = self.held[self.calibration_hold()]
+        return {"weights": held, "grams": largest, "activations": self._counting(self._calibration_tokens())}
+
+    def calibrate_blocks(self) -> Parts:
+        """The weights outside the blocks and of the largest block, its Grams, and one token shard's hidden states: what the
+        block reads and what it gives, for all the shard's rows."""
+        inside = max(block.num_parameters for block in self.blocks if not block.is_between)
+        outside = self.layout.num_parameters - sum(s.num_parameters for s in self.layout.specs if not s.between)
+        # The head is never reached; where it is the embedding too, that stays.
+        head = 0 if getattr(self.model_config, "tie_word_embeddings", False) else self.layout.head_parameters
+        names = [block.name for block in self.blocks]
+        grams = max(sum(gram_bytes(group) for group in self._groups() if group[0].block == name) for name in names)
+        section = self.config.calibration
+        rows = min(section.rows_per_shard, section.num_calibration_samples or section.rows_per_shard)
+        shard = rows * self.lengths.longest * self.layout.hidden_size * self.itemsize
+        return {
+            "weights": (inside + outside - head) * self.itemsize,
+            "grams": grams,
+            "hidden states": 2 * shard,
+            "activations": self._counting(self._calibration_tokens()),
+        }
+
+    def hidden_state_disk_bytes(self) -> int:
+        """What calibration block by block keeps on disk at any time: two blocks' outputs for every calibration token."""
+        return int(2 * self.calibration_tokens * self.layout.hidden_size * self.itemsize)
+
+    def calibration_hold(self) -> str:
+        """As the config says; ``auto``: resident where all Grams fit beside the model, else block by block.
+
+        Where blocks read what is inside others, as shared keys and values, offloaded takes the place of block by block.
+        """
+        asked, room = self.config.model.hold, self.worker_bytes("calibration") - BASE_BYTES
+        counting = self._counting(self._calibration_tokens())
+        if asked == "auto" and self.weights + sum(map(gram_bytes, self._groups())) + counting <= room:
+            return "resident"
+        if self.may_stream():
+            return "block_by_block"
+        largest = max(map(gram_bytes, self._groups()), default=0)
+        return choose(asked if asked == "resident" else "offloaded", self.held, counting + largest, room)
+
+    def may_stream(self) -> bool:
+        """Whether calibration may go block by block, where that is what fits."""
+        trusted = self.config.model.trust_remote_code
+        asked = self.config.model.hold in ("auto", "block_by_block")
+        return asked and not blocks_share(self.model_config, trusted)
+
+    def waves(self) -> list[list[tuple[LinearSpec, ...]]]:
+        """The groups of linears, in parts whose Grams fit beside the model in a worker's memory; one part where all do."""
+        hold = self.calibration_hold()
+        beside = self.held["resident" if hold == "block_by_block" else hold] + self._counting(
+            self._calibration_tokens()
+        )
+        return in_waves(self._groups(), gram_bytes, self.worker_bytes("calibration") - BASE_BYTES - beside)
+
+    def gradients(self) -> Parts:
+        """The model, the largest wave's sums of gradients, and a pass forward and back: the blocks' inputs, and inside one
+        block what its backward pass reads, with one output's gradient in float32; or a chunk of logits."""
+        plan = self.gradient_plan()
+        largest = max((sum(map(gradient_bytes, wave)) for wave in plan.waves), default=0)
+        passed = self._backward(plan.batch_size * self.lengths.longest)
+        return {"weights": self.held[plan.hold], "gradients": largest, **passed}
+
+    def gradient_plan(self) -> GradientPlan:
+        """How the sums of gradients of the linears whose outputs they weigh are gathered within a worker's memory.
+
+        Every wave is a pass: a budget that was left out gives way before it costs many.
+        """
+
+        def within(held: float) -> GradientPlan:
+            batch_size, asked = self.config.calibration.batch_size, self.config.model.hold
+            room = held - BASE_BYTES
+            return plan_gradients(asked, self.held, self._weighed(), batch_size, self._rows_backward, room)
+
+        plan = within(self.worker_bytes("calibration"))
+        if len(plan.waves) <= _WAVES or not self.config.budget_is_default:
+            return plan
+        return within(self.there("calibration"))
+
+    def least_for_gradients(self) -> float:
+        """Bytes that a worker needs for gradients at least: a row at a time, with one linear's sum, in the leanest way."""
+        largest = max(map(gradient_bytes, self._weighed()), default=0)
+        leanest = min(self.held[hold] for hold in allowed(self.config.model.hold))
+        return BASE_BYTES + leanest + self._rows_backward(1) + largest
+
+    def _weighed(self) -> list[LinearSpec]:
+        weighed = set(self.layout.weighed)
+        return [spec for spec in self.layout.specs if spec.name in weighed]
+
+    def _rows_backward(self, rows: int) -> int:
+        return total(self._backward(rows * self.lengths.longest))
+
+    def _backward(self, tokens: float) -> Parts:
+        inputs = tokens * self.itemsize * sum(block.multiple * block.width for block in self.blocks)
+        saved = max(block.multiple * self._saved_per_token(block, ()) for block in self.blocks)
+        widest = max((spec.out_features for spec in self.layout.specs), default=0)
+        inside = tokens * (saved + widest * (self.itemsize + FLOAT))
+        # Beside the logits and their softmax a running sum in float64, from which labels are drawn.
+        logits = self._logits(tokens) * (2 * FLOAT + DOUBLE) / (2 * FLOAT)
+        return {
+            "activations": inputs + (inside if inside >= logits else 0),
+            "logits": logits if logits > inside else 0,
+        }
+
+    @property
+    def budget(self) -> float | None:
+        """:meth:`bound` of the fine-tuning's workers."""
+        return self.bound("finetune")
+
+    def bound(self, section: str) -> float | None:
+        """``memory_budget`` for a worker of a section, in bytes, on a GPU that is here no more than can be filled of it; None:
+        no bound."""
+        asked, gpus = self.config.memory_budget, getattr(self.config, section).gpus
+        if asked is None:
+            return None
+        wanted = self._yardstick if asked == "inference" else float(asked)
+        return wanted if self.config.ray.joins or not gpus else min(wanted, _GPU_SHARE * gpu_bytes() * gpus)
+
+    def worker_bytes(self, section: str) -> float:
+        """What a worker may hold: its :meth:`bound`; where that was left out, no more than there is for it either."""
+        bound, there = self.bound(section), functools.partial(self.there, section)
+        if bound is None:
+            return there()
+        return min(bound, there()) if self.config.budget_is_default else bound
+
+    def there(self, section: str) -> float:
+        """What there is for a worker: a GPU like this machine's, a share of its memory, or elsewhere as much as it asks."""
+        asked = getattr(self.config, section)
+        if asked.gpus:
+            return _GPU_SHARE * gpu_bytes() * asked.gpus
+        return float("inf") if self.config.ray.joins else available_bytes() / asked.num_workers
+
+    @functools.cached_property
+    def _yardstick(self) -> int:
+        return total(self.inference())
+
+    def inference(self, rows: int = 1, length: int | None = None) -> Parts:
+        """The original on a row of ``max_seq_length``, whatever the training's: prefill with its KV cache, logits of the last
+        token."""
+        tokens = rows * (length or self.config.data.max_seq_length)
+        return {
+            "base": BASE_BYTES,
+            "weights": self.weights,
+            "kv cache": tokens * self.itemsize * self._cached_per_token(),
+            "activations": self._forward(tokens),
+            "logits": rows * self._vocabulary() * self.itemsize,
+        }
