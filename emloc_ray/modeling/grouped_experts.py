@@ -8,12 +8,12 @@ where the experts of a layer are alike: dense, in factors of one rank, either wi
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
 from emloc_ray.core.precision import computes_bfloat16
@@ -64,7 +64,7 @@ def groupable(parts: Sequence[Sequence[nn.Module]], hidden: Tensor) -> bool:
 def grouped_linear(modules: Sequence[Any], x: Tensor, rows: GroupedRows) -> Tensor:
     """``(N·k, in)`` to ``(N·k, out)``: each row by its expert's of the ``modules``, which are :func:`groupable`."""
     first = modules[0]
-    if isinstance(first, LoraLinear):
+    if _is_lora(first):
         return _lora(modules, x, rows)
     if in_sequence := _in_sequence(first):
         for part in in_sequence:
@@ -72,6 +72,12 @@ def grouped_linear(modules: Sequence[Any], x: Tensor, rows: GroupedRows) -> Tens
         return x
     y = _product(x, _stack(modules), rows)
     return y if first.bias is None else y + torch.stack([m.bias for m in modules])[rows.experts].to(y.dtype)
+
+
+def _is_lora(module: nn.Module) -> bool:
+    """Whether it is PEFT's, which takes seconds to import: what reads a model's shapes alone does without it."""
+    layers = sys.modules.get("peft.tuners.lora.layer")
+    return layers is not None and isinstance(module, layers.Linear)
 
 
 def _lora(modules: Sequence[Any], x: Tensor, rows: GroupedRows) -> Tensor:
@@ -124,7 +130,7 @@ def _kind(module: Any, dtype: torch.dtype | None) -> Hashable:
         shape = module.in_features, module.out_features
         trained = module.weight.requires_grad
         return ("dense", shape, dtype or module.weight.dtype, module.bias is None, trained) if fits else None
-    if isinstance(module, LoraLinear):
+    if _is_lora(module):
         return _lora_kind(module, dtype)
     parts = tuple(module.get_submodule(part) for part in _in_sequence(module))
     return _of_parts("sequence", parts, dtype) if parts else None

@@ -437,7 +437,7 @@ def test_a_worker_that_cannot_hold_the_whole_model_is_refused(
 def test_a_share_of_a_gpu_that_is_too_small_is_refused(
     prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "gpu_bytes", lambda: 2**30)
+    monkeypatch.setattr(calibration_memory, "gpu_bytes", lambda: 2**30)
     gpus = {"ray": {"num_gpus": 1}}
     check_holding(prepared(**gpus, evaluation={"gpus_per_worker": 0.75}))
     told = (
