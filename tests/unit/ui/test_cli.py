@@ -19,6 +19,7 @@ from emloc_ray.config.reading import load_config
 from emloc_ray.errors import NumericsError
 from emloc_ray.io.formats.yaml_text import write_yaml
 from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.planning.machine import of_each_gpu
 from emloc_ray.runs import run as pipeline
 from emloc_ray.ui.cli import app
 
@@ -255,6 +256,34 @@ def test_a_full_disk_is_told_before_anything_is_written(call: Call, monkeypatch:
     assert_refused(call("run"), call.run_dir, "needs about", "1000 B free")
     RunDirectory(call.run_dir).create({})  # begun and killed
     assert "1000 B free" in call("run").stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "capability", "words"),
+    [
+        (
+            ["finetune.gpus_per_worker=1", "ray.num_gpus=0"],
+            9.0,
+            "finetune asks Ray for 1 GPUs at once, this machine has 0",
+        ),
+        (["finetune.bf16=true", "ray.num_gpus=1"], 7.5, "finetune.bf16 needs a GPU of compute capability 8 or higher"),
+        (["evaluation.gpus_per_worker=0.01", "ray.num_gpus=1"], 9.0, "evaluation.gpus_per_worker is 0.01, of which 22"),
+    ],
+    ids=["absent", "too old", "a small share"],
+)
+def test_a_gpu_that_will_not_do_is_told_before_ray_starts(
+    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, overrides: list[str], capability: float, words: str
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f'#!/bin/sh\ncase "$*" in *compute_cap*) echo {capability};; *) echo 24564;; esac\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    of_each_gpu.cache_clear()
+    try:
+        assert len(assert_refused(call("run", *overrides), call.run_dir, words)) == 1
+    finally:
+        of_each_gpu.cache_clear()
 
 
 def test_flash_attention_is_planned_where_it_is_missing_and_a_run_is_refused(
