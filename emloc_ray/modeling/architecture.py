@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
@@ -25,6 +25,7 @@ from emloc_ray.modeling.inputs import Stream, has_encoder
 from emloc_ray.modeling.meta_pass import UNTRACEABLE, MetaPass
 from emloc_ray.modeling.weight_reads import children_read
 
+_MAKING = threading.Lock()
 # By the name of the linear itself, or of the module that holds it.
 _ROUTER = re.compile(r"(.*\.)?(router|gate|router_gate|shared_expert_gate)(\..*)?")
 
@@ -111,22 +112,13 @@ def auto_class(config: Any) -> Any:
 
 def empty_model(config: Any, trust_remote_code: bool = False, attn_implementation: str | None = None) -> Any:
     """The model on the meta device, its experts unfused: names and shapes, no weights."""
+    from accelerate import init_empty_weights
+
     options = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    with _OnMeta():
+    # It replaces torch's own functions: of two threads at it, as tasks of a batch, the later would put back the other's.
+    with _MAKING, init_empty_weights(include_buffers=True):
         model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code, **options).eval()
-        return unfuse(model).to("meta")
-
-
-class _OnMeta(TorchFunctionMode):
-    """Allocates on the meta device, in this thread alone.
-
-    A batch makes models in many threads, and ``accelerate.init_empty_weights`` replaces torch's functions for all of them;
-    ``torch.device("meta")`` would take the numbers too that models compute while they are made.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        allocates = func in (torch.empty, torch.zeros, torch.ones, torch.full)
-        return func(*args, **{**(kwargs or {}), **({"device": "meta"} if allocates else {})})
+        return unfuse(model)
 
 
 def learned_positions(model: nn.Module) -> int | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from emloc_ray.config.schema import RunConfig
@@ -25,8 +24,6 @@ from emloc_ray.runs.versions import check_versions
 from emloc_ray.stages.order import STEPS
 from emloc_ray.stages.ray.tasks import Resources
 from emloc_ray.text import listed
-
-_AT_ONCE = 16  # tasks that are checked: on an object store each waits for a few answers
 
 
 @dataclass(frozen=True)
@@ -100,20 +97,14 @@ class PipelineWork:
         Raises:
             ConfigError: with every error of every task, each once, with its tasks.
         """
-
-        def errors(task: Task) -> list[str]:
+        problems: dict[str, list[str]] = {}
+        for number, task in enumerate(tasks):
             try:
                 self._prepare(task)
             except EmlocError as error:
-                return str(error).split("\n")
-            return []
-
-        problems: dict[str, list[str]] = {}
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            for number, (task, lines) in enumerate(zip(tasks, pool.map(errors, tasks), strict=True)):
-                for line in lines:
+                for line in str(error).split("\n"):
                     problems.setdefault(line, []).append(task.name)
-                progress(number + 1, len(tasks))
+            progress(number + 1, len(tasks))
         raise_problems(problems)
 
     def _prepare(self, task: Task) -> tuple[Prepared, Plan]:
