@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import importlib.util
 import json
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,6 +255,30 @@ def check_source(source: ModelSource, model: Any, trust_remote_code: bool = Fals
         raise ConfigError(
             f"model.source {source.directory} has no tokenizer that opens ({detail}): save one beside the weights."
         ) from error
+
+
+def tokenizer_dir(source: ModelSource) -> Path:
+    """A directory whose tokenizer is the model's: its own; of a GGUF file one that lasts as long as this process.
+
+    Raises:
+        ConfigError: where that has none that opens.
+    """
+    return source.directory if source.gguf_file is None else _gguf_tokenizer(source.directory, source.gguf_file)
+
+
+@functools.lru_cache(maxsize=4)
+def _gguf_tokenizer(directory: Path, file: str) -> Path:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=file)
+    except (ValueError, OSError, ImportError, TypeError, KeyError, AttributeError) as error:
+        detail = " ".join(str(error).split())[:150]
+        raise ConfigError(
+            f"model.source {directory / file} has no tokenizer that opens ({detail}): name another."
+        ) from error
+    folder = Path(tempfile.mkdtemp(prefix="emloc-ray-tokenizer-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def import_gguf(source: ModelSource, directory: Path, dtype: str = "auto", max_shard_size: str = "2GB") -> None:

@@ -18,6 +18,7 @@ from emloc_ray.data.row_formats import CHATS, columns_of
 from emloc_ray.data.tokenizing import TokenizeOptions
 from emloc_ray.errors import ConfigError, DataError, EmlocError
 from emloc_ray.modeling.inputs import has_encoder
+from emloc_ray.modeling.loading import tokenizer_dir
 from emloc_ray.planning.data_checks import with_format
 from emloc_ray.planning.prepared import Prepared
 
@@ -56,8 +57,7 @@ class FirstRows:
 
 
 def first_rows(prepared: Prepared, split: str = "train", count: int = 64) -> FirstRows | None:
-    """The first ``count`` rows of a split as the run will tokenize them; None where they are made by the run, or only it can
-    read the tokenizer (of a .gguf file).
+    """The first ``count`` rows of a split as the run will tokenize them; None where they are made by the run.
 
     Asks the hub for the first rows of what lies there.
 
@@ -65,7 +65,7 @@ def first_rows(prepared: Prepared, split: str = "train", count: int = 64) -> Fir
         ConfigError: where a row is bad, or no row keeps a completion.
     """
     config, section = prepared.config, getattr(prepared.config.data, split)
-    if section is None or prepared.source.gguf_file is not None:
+    if section is None:
         return None
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -130,7 +130,7 @@ def _tokenized(
 ) -> FirstRows:
     config = prepared.config
     formats = tuple(dict.fromkeys(source.format for source in sources))
-    options = tokenize_options(prepared, prepared.source.directory, sources)
+    options = tokenize_options(prepared, tokenizer_dir(prepared.source), sources)
     rows = list(itertools.islice(_rows(sources, config.data, count), count))
     pairs = zip(rows, options.tokens(iter(rows)), strict=True)
     found = tuple((place, sequences) for (place, _), sequences in pairs)

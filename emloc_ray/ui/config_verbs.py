@@ -83,20 +83,16 @@ def preview(console: Console, prepared: Prepared, split: str, count: int) -> Non
     """Shows the first rows of a split as tokens, with those marked that the loss counts."""
     from transformers import AutoTokenizer
 
+    from emloc_ray.modeling.loading import tokenizer_dir
     from emloc_ray.planning.first_rows import first_rows, marked
 
     first = first_rows(prepared, split, count)
-    if first is None and prepared.source.gguf_file is not None:
-        raise ConfigError(
-            "preview cannot read a .gguf file's tokenizer, which the run imports: set model.source to the same model's directory"
-            " or hub id."
-        )
     if first is None:
         raise ConfigError(
             f"data.{split} has no rows to show before the run: name a split that has a path, with --split."
         )
     tokenizer = AutoTokenizer.from_pretrained(
-        prepared.source.directory, trust_remote_code=prepared.config.model.trust_remote_code
+        tokenizer_dir(prepared.source), trust_remote_code=prepared.config.model.trust_remote_code
     )
     everything = prepared.config.finetune.loss_on == "all"
     for place, row in first.rows:

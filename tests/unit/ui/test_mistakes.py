@@ -434,12 +434,13 @@ def test_a_batch_is_validated_as_one(place: Place) -> None:
     assert "The batch is valid" in result.stdout
 
 
-def test_preview_says_that_a_gguf_files_tokenizer_is_read_by_the_run(place: Place) -> None:
+def test_rows_are_tokens_of_a_gguf_files_own_tokenizer(place: Place) -> None:
     write_gguf(place.root / "model.gguf")
     place.values["model"] = "model.gguf"
-    result = place("preview", "my.yaml")
-    assert result.exit_code == 2
-    assert "preview cannot read a .gguf file's tokenizer, which the run imports: set model.source" in result.output
+    shown = place("preview", "my.yaml")
+    assert shown.exit_code == 0, (shown.output, shown.exception)
+    assert "row 1 (prompt_completion): " in shown.stdout
+    assert "data.train: 20 rows of format prompt_completion, about " in place("validate", "my.yaml").stdout
 
 
 def test_preview_marks_what_is_learnt(place: Place) -> None:
