@@ -19,7 +19,6 @@ from emloc_ray.modeling.architecture import block_linears, empty_model, trace_in
 from emloc_ray.modeling.experts import experts_of, unfuse
 from emloc_ray.modeling.gradient_hooks import GradientHooks
 from emloc_ray.modeling.gram_hooks import GramHooks
-from emloc_ray.modeling.holding import open_model
 from emloc_ray.modeling.inputs import model_call
 from emloc_ray.modeling.loss import call_loss, token_loss
 
@@ -190,6 +189,9 @@ def test_4_bits_are_the_same_weight_on_both(shape: tuple[int, int]) -> None:
 
 def test_an_offloaded_step_is_a_resident_one(tmp_path: Path) -> None:
     """Weights come over a stream of their own, the next block's while one computes; the same numbers."""
+    pytest.importorskip("ruamel.yaml", reason="opening a directory reads YAML")
+    from emloc_ray.modeling.holding import open_model
+
     model_on("cpu").save_pretrained(tmp_path)
     targets = [spec.name for spec in linears_of(CONFIG)]
     losses, gradients = [], []
