@@ -260,7 +260,7 @@ def plan(
     from emloc_ray.config.reading import load_config
     from emloc_ray.planning.budget import check_holding
     from emloc_ray.ui import api
-    from emloc_ray.ui.terminal import budget_lines, disk_line, plan_tables, quiet_libraries
+    from emloc_ray.ui.terminal import plan_lines, plan_tables, quiet_libraries
 
     if memory_budget is not None and not memory_budget.strip():
         raise ConfigError("--memory-budget is empty: give a size, such as 24GiB.")
@@ -270,14 +270,10 @@ def plan(
         planned = api.plan(read, memory_budget=memory_budget)
     for table in plan_tables(planned):
         console.print(table)
-    if (line := disk_line(planned)) is not None:
+    for line in plan_lines(planned, api.plan_without_budget):
         console.print(escape(line), soft_wrap=True)
     if planned.choice is not None:
-        console.print(escape(planned.choice.sentence), soft_wrap=True)
         console.print("  " + " ".join(planned.choice.overrides), soft_wrap=True, highlight=False)
-    elif read.memory_budget is not None:
-        for line in budget_lines(planned, api.plan_without_budget(planned)):
-            console.print(escape(line), soft_wrap=True)
     check_holding(planned.prepared)
 
 

@@ -237,6 +237,16 @@ def _stage_table(plan: Plan) -> Table:
     return table
 
 
+def plan_lines(plan: Plan, without_budget: Callable[[Plan], Plan]) -> list[str]:
+    """What is said below a plan's tables: where weights come from, what to train on, or what the budget changed."""
+    slow = disk_line(plan)
+    lines = [] if slow is None else [slow]
+    if plan.choice is not None:
+        return [*lines, plan.choice.sentence]
+    bounded = plan.prepared.config.memory_budget is not None
+    return lines + (budget_lines(plan, without_budget(plan)) if bounded else [])
+
+
 def disk_line(plan: Plan) -> str | None:
     """At what speed weights come that this machine's memory does not hold."""
     from emloc_ray.planning.memory import MemoryModel
