@@ -33,7 +33,8 @@ def within(out: Path) -> Figures:
     planned = {name: (held - BASE_BYTES) / MIB for name, held in runs[0]["planned_memory"].items()}
     rows, figures = [], {}
     for stage in (name for name in planned if name != "inference"):
-        peaks = [(run["stages"][stage]["peak_rss_bytes"] - imports) / MIB for run in runs]
+        # A stage that imports less than all may hold less than imports take.
+        peaks = [max(1.0, run["stages"][stage]["peak_rss_bytes"] - imports) / MIB for run in runs]
         seconds = [run["stages"][stage]["wall_s"] for run in runs]
         rows.append({"stage": stage, "measured": peaks, "planned": planned[stage], "seconds": seconds})
         figures[f"{stage} within inference, peak"] = figure(

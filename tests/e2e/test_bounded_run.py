@@ -91,3 +91,13 @@ def test_a_third_of_the_weights_is_enough(model_dir: Path, tmp_path: Path) -> No
     assert bounded["losses"] == pytest.approx(whole["losses"], abs=1e-4)
     assert bounded["step_losses"] == pytest.approx(whole["step_losses"], abs=1e-4)
     assert len(bounded["losses"]) == 7
+
+
+@pytest.mark.timeout(1200)
+def test_left_to_its_default_every_stage_stays_within_inference(model_dir: Path, tmp_path: Path) -> None:
+    training = {"max_steps": 2, "exact_steps": 2, "per_device_train_batch_size": 64, "gradient_checkpointing": False}
+    training |= {"logging_steps": 1}
+    found = measured(tmp_path / "run", model_dir, finetune=training)
+    assert found["rows"] < 64
+    assert {"gradients", "heal", "finetune", "finish", "evaluate"} <= found["peaks"].keys()
+    assert {stage: peak for stage, peak in found["peaks"].items() if peak > found["inference"] + BESIDE} == {}
