@@ -76,7 +76,7 @@ def main() -> None:
     }
     inference = total(memory.inference()) - BASE_BYTES
     found = {"peaks": meter.peaks, "holds": holds, "losses": run.losses, "step_losses": run.step_losses}
-    found |= {"inference": inference, "rows": run.context.prepared.config.finetune.per_device_train_batch_size}
+    found |= {"inference": inference}
     Path(sys.argv[3]).write_text(json.dumps(found))
 
 

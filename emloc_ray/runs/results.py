@@ -11,6 +11,7 @@ from typing import Any
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.store.node_cache import sizes
 from emloc_ray.modeling.architecture import auto_class
+from emloc_ray.planning.memory import BASE_BYTES
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.runs.status import older_stages
 from emloc_ray.stages.order import STEPS
@@ -41,6 +42,7 @@ def assemble_metrics(
         metrics["hardware"] = dict(hardware)
     if planned:
         metrics["planned_memory"] = dict(planned)
+        metrics["planned_imports_bytes"] = BASE_BYTES
     for stage in STEPS:
         if stage.name in stages:
             metrics |= stage.sections(prepared, stages)

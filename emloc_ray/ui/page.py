@@ -124,7 +124,9 @@ def page_view(
     older = older_stages(manifest)
     usages = metrics.get("stages") or {}
     stages = [(stage, usages[stage]) for stage in STEPS if stage in usages and stage in done]
-    planned = metrics.get("planned_memory") or {}
+    imports = metrics.get("planned_imports_bytes", 0)  # which runs of older versions do not tell apart
+    planned = {stage: held - imports for stage, held in (metrics.get("planned_memory") or {}).items()}
+    held_key = "peak_above_imports_bytes" if imports else "peak_rss_bytes"
     return {
         "name": name,
         "results": results,
@@ -151,7 +153,9 @@ def page_view(
         "stages": stages,
         "timeline": draw(run_lines(manifest, events), "the stages of the run"),
         "planned": planned,
-        "most_memory": max([*(usage["peak_rss_bytes"] for _, usage in stages), *planned.values()], default=0),
+        "held": {stage: usage[held_key] for stage, usage in stages if held_key in usage},
+        "above_imports": bool(imports),
+        "most_memory": max([*(usage.get(held_key, 0) for _, usage in stages), *planned.values()], default=0),
         "disk": metrics.get("disk_bytes") or {},
         "auto_class": metrics.get("auto_class", "AutoModelForCausalLM"),
         "hardware": describe_hardware(metrics.get("hardware") or {}),

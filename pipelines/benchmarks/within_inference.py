@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import ray
-
 import emloc_ray
 from benchmarks.figures import CONFIG, Figures, figure, write_result
 from benchmarks.stage_memory import probe
-from emloc_ray.config.schema import RunConfig
-from emloc_ray.planning.memory import BASE_BYTES
-from emloc_ray.stages.ray.session import connection
-from emloc_ray.stages.ray.spans import timed
-from emloc_ray.stages.ray.tasks import remote_task
 
 MIB = 2**20
 
@@ -26,15 +19,14 @@ def within(out: Path) -> Figures:
     bounded, free = (
         emloc_ray.load_config(CONFIG, [f"run_dir={out / name}", *budget]) for name, budget in _RUNS.items()
     )
-    imports = _imports(bounded)
     runs = [emloc_ray.run(config, fresh=True) for config in (bounded, free)]
     size = ("--rows", "1", "--length", str(bounded.data.max_seq_length))
     inference = probe("inference", Path(bounded.run_dir, "model"), *size)["peak"] / MIB
-    planned = {name: (held - BASE_BYTES) / MIB for name, held in runs[0]["planned_memory"].items()}
+    imports = runs[0]["planned_imports_bytes"]
+    planned = {name: (held - imports) / MIB for name, held in runs[0]["planned_memory"].items()}
     rows, figures = [], {}
     for stage in (name for name in planned if name != "inference"):
-        # A stage that imports less than all may hold less than imports take.
-        peaks = [max(1.0, run["stages"][stage]["peak_rss_bytes"] - imports) / MIB for run in runs]
+        peaks = [run["stages"][stage].get("peak_above_imports_bytes", MIB) / MIB for run in runs]
         seconds = [run["stages"][stage]["wall_s"] for run in runs]
         rows.append({"stage": stage, "measured": peaks, "planned": planned[stage], "seconds": seconds})
         figures[f"{stage} within inference, peak"] = figure(
@@ -51,16 +43,3 @@ def within(out: Path) -> Figures:
 
 
 _RUNS = {"within-default": (), "within-null": ("memory_budget=null",)}
-
-
-def _imports(config: RunConfig) -> float:
-    """Bytes of a worker that has imported what stages do, and has done nothing."""
-
-    def idle() -> int:
-        from emloc_ray.stages.evaluate import evaluate  # noqa: F401
-        from emloc_ray.stages.finetune import training  # noqa: F401
-
-        return timed(lambda: None)().peak_bytes
-
-    with connection(config.ray.address, lean_memory=True, **config.ray.init_options):
-        return float(ray.get(remote_task(idle).remote()))

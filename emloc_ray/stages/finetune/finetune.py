@@ -122,9 +122,7 @@ def run_group(job: FinetuneJob, resources: Resources, tell: Tell, check: Callabl
         while (outcome := _fit(job, resources, losses)) is None:
             check()
     for rank in range(resources.num_workers):
-        peaks = (
-            {key: outcome[key] for key in ("peak_bytes", "gpu_peak_bytes")} if rank == 0 else {}
-        )  # whose outcome it is
+        peaks = outcome["peaks"] if rank == 0 else {}  # whose outcome it is
         tell_span(Span(job.stage, f"rank {rank}", "the training", begun_at, time.time(), **peaks))
     return outcome
 

@@ -205,13 +205,13 @@ class StepKeeper(TrainerCallback):
 
 
 def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
-    """What each worker of a Ray Train group runs; returns what the driver wants to know, ``peak_bytes`` of its memory too."""
+    """What each worker of a Ray Train group runs; returns what the driver wants to know, ``peaks`` of its memory too."""
     if settings["device"] == "cpu":  # a Ray that our caller started lets every worker see its node's GPUs
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(settings["threads"])
     job: FinetuneJob = settings["job"]
     if exists(job.out_of_memory_path):  # the group was restarted, and would run out once more
-        return {"out_of_memory": True, "peak_bytes": 0, "gpu_peak_bytes": 0}
+        return {"out_of_memory": True, "peaks": {}}
     try:
         outcome = timed(train)(job, GroupSession())
     except Exception as error:
@@ -220,7 +220,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
             job.out_of_memory_path.touch()
             publish(job.out_of_memory_path)
         raise
-    return {**outcome.result, "peak_bytes": outcome.peak_bytes, "gpu_peak_bytes": outcome.gpu_peak_bytes}
+    return {**outcome.result, "peaks": outcome.peaks}
 
 
 def train_alone(job: FinetuneJob) -> dict[str, Any]:

@@ -70,10 +70,10 @@ def work_off(units: Sequence[int], make: Callable[..., Any], *arguments: Any) ->
         for unit in units:
             if unit > begun.result:
                 if departures.here():
-                    yield dataclasses.replace(timed(made[0].commit)(), result=LEFT)
+                    yield dataclasses.replace(timed(made[0].commit, goes_on=True)(), result=LEFT)
                     return
-                yield timed(made[0].accumulate)(unit)
-        yield timed(made[0].commit)()
+                yield timed(made[0].accumulate, goes_on=True)(unit)
+        yield timed(made[0].commit, goes_on=True)()
     finally:
         made.clear()  # a model and its hooks hold one another
         gc.collect()
@@ -134,8 +134,7 @@ def run_slots(
                     continue
                 times = timed_unit.begun_at, timed_unit.finished_at
                 worker = f"slot {slot} on {timed_unit.worker.partition(' on ')[2]}"
-                peaks = {"peak_bytes": timed_unit.peak_bytes, "gpu_peak_bytes": timed_unit.gpu_peak_bytes}
-                tell_span(Span(losses.stage, worker, where, *times, **peaks))
+                tell_span(Span(losses.stage, worker, where, *times, **timed_unit.peaks))
                 unit = timed_unit.result
                 if slot in since:
                     took.append(time.monotonic() - since[slot])

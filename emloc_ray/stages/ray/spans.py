@@ -25,8 +25,8 @@ _EVERY_S = 0.02
 @dataclass(frozen=True)
 class Span:
     """``count`` pieces of a stage's work, ``unit`` where it is one, by one worker; times in seconds since 1970, ``peak_bytes``
-    the most that its process held meanwhile but for mapped models, ``gpu_peak_bytes`` what torch reserved of its GPU; 0 where
-    that is not known."""
+    the most that its process held meanwhile but for mapped models, ``idle_bytes`` what it held before, which is what its imports
+    take, ``gpu_peak_bytes`` what torch reserved of its GPU; 0 where that is not known."""
 
     stage: str
     worker: str
@@ -36,6 +36,7 @@ class Span:
     count: int = 1
     peak_bytes: int = 0
     gpu_peak_bytes: int = 0
+    idle_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,12 @@ class Timed:
     finished_at: float
     peak_bytes: int
     gpu_peak_bytes: int = 0
+    idle_bytes: int = 0
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """What a span says of its memory."""
+        return {name: getattr(self, name) for name in ("peak_bytes", "gpu_peak_bytes", "idle_bytes")}
 
 
 Listener = Callable[[Span], None]
@@ -55,8 +62,11 @@ Listener = Callable[[Span], None]
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
-def timed(function: Callable[..., Any]) -> Callable[..., Timed]:
-    """The function, returning its result as :class:`Timed`."""
+_idle_bytes = [0]  # what this process held when its latest work began
+
+
+def timed(function: Callable[..., Any], goes_on: bool = False) -> Callable[..., Timed]:
+    """The function, returning its result as :class:`Timed`; ``goes_on``: what it holds already is its work's own."""
 
     @functools.wraps(function)
     def run(*arguments: Any, **named: Any) -> Timed:
@@ -66,11 +76,15 @@ def timed(function: Callable[..., Any]) -> Callable[..., Timed]:
         if cuda := _cuda():
             cuda.reset_peak_memory_stats()
         begun_at = time.time()
+        if not goes_on:
+            _idle_bytes[0] = _own_bytes()
         with _OwnPeak() as own:
             result = function(*arguments, **named)
         gpu_peak = cuda.max_memory_reserved() if (cuda := _cuda()) else 0
         where = f"process {os.getpid()} on {socket.gethostname()}"
-        return Timed(result, where, begun_at, time.time(), min(_peak(), own.bytes or sys.maxsize), gpu_peak)
+        return Timed(
+            result, where, begun_at, time.time(), min(_peak(), own.bytes or sys.maxsize), gpu_peak, _idle_bytes[0]
+        )
 
     return run
 
@@ -142,6 +156,12 @@ class _OwnPeak:
             while not self._over.wait(_EVERY_S):
                 resident, shared = _pages()
                 self._most = max(self._most, resident - shared)
+
+
+def _own_bytes() -> int:
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return _pages()[0] - _of_models()
+    return 0
 
 
 def _pages() -> tuple[int, int]:

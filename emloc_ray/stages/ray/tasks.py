@@ -182,8 +182,7 @@ class Flight:
             return
         if isinstance(result, Timed):
             when = result.begun_at, result.finished_at
-            peaks = {"peak_bytes": result.peak_bytes, "gpu_peak_bytes": result.gpu_peak_bytes}
-            tell_span(Span(self.losses.stage, result.worker, piece.name, *when, **peaks))
+            tell_span(Span(self.losses.stage, result.worker, piece.name, *when, **result.peaks))
             result = result.result
         self.results[piece.number] = result
 

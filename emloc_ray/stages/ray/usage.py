@@ -38,12 +38,15 @@ class Usage:
     peak_rss_bytes: int = 0
     largest_worker_bytes: int = 0
     largest_gpu_bytes: int = 0
+    largest_above_imports: int = 0
 
     def hear(self, span: Span) -> None:
         """Takes a span's peak, where it is of this stage."""
         if span.stage == self.stage:
             self.largest_worker_bytes = max(self.largest_worker_bytes, span.peak_bytes)
             self.largest_gpu_bytes = max(self.largest_gpu_bytes, span.gpu_peak_bytes)
+            if span.idle_bytes:
+                self.largest_above_imports = max(self.largest_above_imports, span.peak_bytes - span.idle_bytes)
 
     def as_dict(self) -> dict[str, object]:
         """Values for metrics.json; ``peak_rss_bytes`` is that of the largest worker, else of the largest process here."""
@@ -52,6 +55,7 @@ class Usage:
             "peak_pss_bytes": self.peak_pss_bytes,
             "peak_rss_bytes": self.largest_worker_bytes or self.peak_rss_bytes,
             **({"peak_gpu_bytes": self.largest_gpu_bytes} if self.largest_gpu_bytes else {}),
+            **({"peak_above_imports_bytes": self.largest_above_imports} if self.largest_above_imports else {}),
         }
 
 

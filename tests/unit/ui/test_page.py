@@ -34,6 +34,19 @@ def test_planned_memory_stands_beside_the_measured() -> None:
     assert "merge15.5 s6.00 GiB300 MiB–2" in page.text
 
 
+def test_what_was_measured_and_planned_above_imports_is_of_one_kind() -> None:
+    metrics = finished_metrics()
+    metrics["stages"]["calibrate"]["peak_above_imports_bytes"] = 2**28
+    metrics |= {"planned_memory": {"calibrate": 3 * 2**28, "inference": 5 * 2**28}, "planned_imports_bytes": 2**28}
+    page = Page(report.render("run", manifest(*STAGES), metrics))
+    assert (
+        "dashed line the plan for inference of the original, 1.00 GiB; these and the bar beside them are above what"
+        in page.text
+    )
+    assert "calibrate11.5 s2.00 GiB300 MiB256 MiB512 MiB2" in page.text
+    assert "merge15.5 s6.00 GiB300 MiB––2" in page.text
+
+
 def test_a_finished_run_has_every_section_and_its_numbers(finished: str) -> None:
     page = Page(finished)
     assert page.sections == [

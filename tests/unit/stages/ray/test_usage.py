@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
+from pathlib import Path
+
 import pytest
 
 from emloc_ray.stages.ray import usage as monitor
@@ -17,6 +20,31 @@ def test_a_workers_peak_is_that_of_its_own_task() -> None:
     small: Timed = timed(hold)(2**10)
     assert large.result == 2**28
     assert large.peak_bytes - small.peak_bytes == pytest.approx(2**28, rel=0.2)
+    assert large.peak_bytes - large.idle_bytes == pytest.approx(2**28, rel=0.2)
+    kept: list[bytearray] = []
+    first: Timed = timed(kept.append)(bytearray(2**10))
+    kept.append(bytearray(2**27))
+    assert timed(kept.clear, goes_on=True)().idle_bytes == first.idle_bytes
+
+
+def test_pages_of_mapped_models_do_not_count(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(2**27))
+
+    def read() -> int:
+        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            return sum(mapped[at] for at in range(0, 2**27, 4096)) + len(timed(lambda: b"x")().result)
+
+    assert read() == 1
+    held: Timed = timed(read)()
+    assert held.peak_bytes - held.idle_bytes < 2**25
+
+
+def test_a_stage_tells_what_its_worker_held_above_its_imports() -> None:
+    with measured("finetune") as usage:
+        for peak, idle in ((700, 500), (900, 600), (950, 0)):
+            tell_span(Span("finetune", "process 7", "a step", 1.0, 2.0, peak_bytes=peak, idle_bytes=idle))
+    assert usage.as_dict()["peak_above_imports_bytes"] == 300
 
 
 def test_a_stage_took_what_its_largest_worker_held_on_whichever_node() -> None:
