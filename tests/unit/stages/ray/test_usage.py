@@ -33,9 +33,8 @@ def test_pages_of_mapped_models_do_not_count(tmp_path: Path) -> None:
 
     def read() -> int:
         with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            return sum(mapped[at] for at in range(0, 2**27, 4096)) + len(timed(lambda: b"x")().result)
+            return sum(mapped[at] for at in range(0, 2**27, 4096))
 
-    assert read() == 1
     held: Timed = timed(read)()
     assert held.peak_bytes - held.idle_bytes < 2**25
 
