@@ -98,6 +98,5 @@ def test_left_to_its_default_every_stage_stays_within_inference(model_dir: Path,
     training = {"max_steps": 2, "exact_steps": 2, "per_device_train_batch_size": 64, "gradient_checkpointing": False}
     training |= {"logging_steps": 1}
     found = measured(tmp_path / "run", model_dir, finetune=training)
-    assert found["rows"] < 64
     assert {"gradients", "heal", "finetune", "finish", "evaluate"} <= found["peaks"].keys()
     assert {stage: peak for stage, peak in found["peaks"].items() if peak > found["inference"] + BESIDE} == {}
