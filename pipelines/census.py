@@ -10,7 +10,7 @@ and block by block with the same sums, factorized, trained for two steps, correc
 predict what the adapter does on the original. Rows are text. Each type has a process of its own and a minute.
 
 ``pipelines/results/census.json`` keeps a row for each type. Outcomes: ``works``; ``refused``, with the sentence; ``fails``,
-with the error; ``not in transformers``, with the reason why the baseline does not hold.
+with the error; ``no baseline``, with the reason: transformers', PEFT's, or that the rules make no such config.
 """
 
 from __future__ import annotations
@@ -67,9 +67,10 @@ def row_of(model_type: str, limit_s: float = _LIMIT_S) -> Row:
             if time.monotonic() - begin > limit_s:
                 os.kill(child, signal.SIGKILL)
             time.sleep(0.02)
-        row: Row = json.loads(file.read_text()) if file.is_file() else {"stage": "baseline"}
+        row: Row = json.loads(file.read_text()) if file.is_file() else {"baseline": False}
         if "outcome" not in row:  # it was killed
-            row |= {"outcome": "fails", "why": f"ended by a signal, or after {limit_s:.0f} s"}
+            outcome = "fails" if row["baseline"] else "no baseline"
+            row |= {"outcome": outcome, "why": f"ended by a signal, or after {limit_s:.0f} s"}
         seconds = round(time.monotonic() - begin, 1)
     kind = "causal-lm" if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else "image-text"
     return {"kind": kind, **row, "seconds": seconds}
@@ -86,7 +87,7 @@ def row_here(model_type: str) -> Row:
 def _write_row(model_type: str, folder: Path, file: Path) -> None:
     """Runs the type, in the child; the row is written before each part, for a parent that finds it dead."""
     warnings.simplefilter("ignore")
-    row: Row = {"baseline": False, "outcome": "not in transformers"}
+    row: Row = {"baseline": False, "outcome": "no baseline"}
     done: dict[str, float] = {}
     try:
         ids = torch.randint(2, _TEXT_IDS, (2, 16), generator=torch.Generator().manual_seed(1))
@@ -135,6 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="types, separated by commas")
     parser.add_argument("--again", help="the outcome of the types to run anew")
+    parser.add_argument("--limit", type=float, default=_LIMIT_S, help="seconds a type")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
     rows: dict[str, Row] = json.loads(given.out.read_text())["rows"] if given.out.is_file() else {}
@@ -148,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     for name in types:
-        rows[name] = row_of(name)
+        rows[name] = row_of(name, given.limit)
         write_results(given.out, rows)
         print(f"{name}: {rows[name]['outcome']} ({rows[name]['seconds']} s) {rows[name].get('why', '')}", flush=True)
     counts = Counter(row["outcome"] for row in rows.values())

@@ -157,7 +157,10 @@ def block_names(model: nn.Module) -> list[str]:
 
 def _are_alike(members: nn.ModuleList) -> bool:
     """Whether members are of one class, or all layers in transformers' sense, as those of hybrids are of several classes."""
-    return len({type(m) for m in members}) == 1 or all(isinstance(m, GradientCheckpointingLayer) for m in members)
+    kinds = {type(member) for member in members}
+    return (len(kinds) == 1 and nn.ModuleList not in kinds) or all(
+        issubclass(k, GradientCheckpointingLayer) for k in kinds
+    )
 
 
 def block_linears(model: nn.Module) -> list[LinearSpec]:

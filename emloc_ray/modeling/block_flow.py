@@ -18,6 +18,7 @@ from emloc_ray.modeling.architecture import (
     outside_linears,
     traced_inputs,
 )
+from emloc_ray.modeling.block_outputs import BlockOutput
 from emloc_ray.modeling.meta_pass import UNTRACEABLE, MetaPass
 
 
@@ -28,7 +29,7 @@ class BlockFlow:
     ``between`` are the linears outside all blocks that carry what a block gives to another, with the block that runs
     next: in its pass they read what they read in the whole model. ``optional`` are the positions that run for images alone.
     ``shares``: blocks read what is inside others, not their outputs alone (keys and values of Gemma 3n and Gemma 4), or run
-    more than once in a pass.
+    more than once in a pass, or give what cannot be written down.
     """
 
     order: tuple[str, ...]
@@ -70,6 +71,7 @@ class Lineage(MetaPass):
         """The block that began last ends."""
         self.mark(output, frozenset({len(self.order) - 1}))
         self._running = None
+        self.shares = self.shares or not BlockOutput.holds(output)
         for leaf in tree_leaves(output):  # what it gave is for all to read
             if isinstance(leaf, Tensor):
                 self._makers.pop(leaf, None)

@@ -26,11 +26,14 @@ class BlockOutput:
     @classmethod
     def of(cls, output: Any, block: str) -> BlockOutput:
         """Raises StageError where the block gives something else."""
-        is_tuple = isinstance(output, (tuple, list))
-        parts = output if is_tuple else (output,)
-        if not all(part is None or isinstance(part, Tensor) for part in parts):
+        if not cls.holds(output):
             raise StageError(f"{block} returns {type(output).__name__}: set model.hold to offloaded.")
-        return cls(tuple(parts), is_tuple)
+        return cls(*_parts(output))
+
+    @staticmethod
+    def holds(output: Any) -> bool:
+        """Whether a block's output can be kept so."""
+        return all(part is None or isinstance(part, Tensor) for part in _parts(output)[0])
 
     def value(self, device: torch.device | str) -> Any:
         """As the block gave it. NaN stands for what was not kept: if it were read after all, its Grams would say so."""
@@ -40,6 +43,11 @@ class BlockOutput:
     def shapes(self) -> BlockOutput:
         """The same without its values."""
         return BlockOutput(tuple(None if t is None else t.to("meta") for t in self.tensors), self.is_tuple)
+
+
+def _parts(output: Any) -> tuple[tuple[Any, ...], bool]:
+    is_tuple = isinstance(output, (tuple, list))
+    return tuple(output) if is_tuple else (output,), is_tuple
 
 
 def _materialized(part: Tensor, device: torch.device | str) -> Tensor:

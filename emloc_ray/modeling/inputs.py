@@ -121,6 +121,14 @@ def unpadded_is_none(attention_mask: Tensor) -> Tensor | None:
     return None if bool(attention_mask.all()) else attention_mask
 
 
+def _decoder_start(config: Any) -> int:
+    """The token that a decoder begins with: of a model for images its text's part says so, else a row's first token is it."""
+    parts = (config, config.get_text_config(decoder=True))
+    names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+    starts = (getattr(part, name, None) for name in names for part in parts)
+    return int(next(start for start in starts if start is not None))
+
+
 def _encoder_decoder(config: Any, batch: dict[str, Tensor]) -> ModelCall:
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
     begins = batch["completion_mask"].int().argmax(dim=1, keepdim=True)  # of the completion, in each row
@@ -135,10 +143,9 @@ def _encoder_decoder(config: Any, batch: dict[str, Tensor]) -> ModelCall:
     labels = ids.gather(1, at)
     # A conversation goes on with turns that are read and not learned.
     wanted = real & batch["completion_mask"].bool().gather(1, at)
-    # Of a model for images it is in the text's part.
-    has_own = getattr(config, "decoder_start_token_id", None) is not None
-    start = (config if has_own else config.get_text_config(decoder=True)).decoder_start_token_id
-    pad = ids.new_full((), config.pad_token_id if config.pad_token_id is not None else start)
+    start = _decoder_start(config)
+    own_pad = getattr(config, "pad_token_id", None)
+    pad = ids.new_full((), own_pad if own_pad is not None else start)
     shifted = torch.cat([ids.new_full((len(ids), 1), start), labels[:, :-1]], dim=1)
     inputs = {
         "input_ids": torch.where(prompt, ids, pad)[:, :length],

@@ -184,7 +184,7 @@ def _census(result: Mapping[str, Any]) -> str:
         names = [name for name, row in rows.items() if row["kind"] == kind and row["outcome"] == "works"]
         lines.append([f"{len(names)} {kind}", "works", ", ".join(names)])
     others = sorted((row["outcome"], name, row["why"]) for name, row in rows.items() if row["outcome"] != "works")
-    for outcome in ("refused", "fails", "not in transformers"):
+    for outcome in ("refused", "fails", "no baseline"):
         lines += [[name, outcome, why.replace("|", "/")] for found, name, why in others if found == outcome]
     return markdown(["type", "outcome", "which, or why not"], lines)
 

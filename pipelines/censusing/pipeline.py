@@ -22,6 +22,7 @@ from emloc_ray.config.reading import parse_config
 from emloc_ray.core.gram import Gram
 from emloc_ray.data import tokenizing
 from emloc_ray.data.processors import example
+from emloc_ray.errors import StageError
 from emloc_ray.io.formats.checkpoint import INDEX_NAME, Checkpoint
 from emloc_ray.io.formats.grams import GramStore, reduce_slots, write_gram_index, write_gram_shard
 from emloc_ray.io.store.atomic import copy_file
@@ -82,7 +83,7 @@ def run_stages(model_dir: Path, run_dir: Path, ids: torch.Tensor, done: dict[str
         blocks = dataclasses.replace(job, hold=BLOCKS)
         timed("by_blocks", lambda: _same(dict(_streamed(blocks, run_dir / "blocks", flow.order)), grams))
     timed("factorize", lambda: _factorize(context, grams))
-    timed("finetune", lambda: train_alone(finetune_job(context, "training")))
+    timed("finetune", lambda: _train(context))
     timed("correct", lambda: correct_adapter(correction_job(context)))
     timed("merge", lambda: _merge(context))
     timed("parity", lambda: _check_parity(context, ids))
@@ -170,6 +171,12 @@ def _factorize(context: Context, grams: GramStore) -> None:
     for kept, file in zip(rest, files[len(work) :], strict=True):
         copy_rest(kept, file)
     finish_emulator(files, context.base_config(), job.model_dir, job.ranks, job.storage, None)
+
+
+def _train(context: Context) -> None:
+    failure = train_alone(finetune_job(context, "training"))["failure"]
+    if failure:
+        raise StageError(failure)
 
 
 def _merge(context: Context) -> None:

@@ -80,7 +80,6 @@ _TYPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 3,
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
     },
-    "glm4v_moe": {"text_config": {"mrope_section": [1, 1, 2]}},
     "hy_v4_vl": {"text_config": {"mrope_section": [1, 1, 2]}},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 281},
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 16]},
@@ -94,6 +93,14 @@ _TYPES: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 100},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
 }
+
+
+_TEXT_ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+for _name in ("qwen2_vl", "qwen2_5_vl", "glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_5_omni_thinker"):
+    _TYPES[_name] = {"text_config": {"rope_parameters": _TEXT_ROTARY}}
+_TYPES["glm4v_moe"] = {"text_config": {"rope_parameters": {**_TEXT_ROTARY, "mrope_section": [1, 1, 2]}}}
+for _name in ("idefics3", "smolvlm"):
+    _TYPES[_name] = {"pad_token_id": PAD}
 
 
 def tiny_config(model_type: str) -> Any:
