@@ -18,7 +18,6 @@ from emloc_ray.modeling.architecture import (
     outside_linears,
     traced_inputs,
 )
-from emloc_ray.modeling.block_outputs import BlockOutput
 from emloc_ray.modeling.meta_pass import UNTRACEABLE, MetaPass
 
 
@@ -41,6 +40,12 @@ class BlockFlow:
     def last_use(self, position: int) -> int:
         """The last block that reads what this one gave; its own position where none does."""
         return max([position, *(k for k, needed in enumerate(self.needs) if position in needed)])
+
+
+def tensors_of(output: Any) -> tuple[Tensor | None, ...] | None:
+    """What a block gives, as a tuple of tensors and ``None``; None where it is anything else, and cannot be kept on disk."""
+    parts = tuple(output) if isinstance(output, (tuple, list)) else (output,)
+    return parts if all(part is None or isinstance(part, Tensor) for part in parts) else None
 
 
 class Lineage(MetaPass):
@@ -71,7 +76,7 @@ class Lineage(MetaPass):
         """The block that began last ends."""
         self.mark(output, frozenset({len(self.order) - 1}))
         self._running = None
-        self.shares = self.shares or not BlockOutput.holds(output)
+        self.shares = self.shares or tensors_of(output) is None
         for leaf in tree_leaves(output):  # what it gave is for all to read
             if isinstance(leaf, Tensor):
                 self._makers.pop(leaf, None)

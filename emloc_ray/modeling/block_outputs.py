@@ -14,6 +14,7 @@ from torch import Tensor
 from emloc_ray.errors import StageError
 from emloc_ray.io.formats.checkpoint import read_shard
 from emloc_ray.io.formats.shards import write_tensors
+from emloc_ray.modeling.block_flow import tensors_of
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,10 @@ class BlockOutput:
     @classmethod
     def of(cls, output: Any, block: str) -> BlockOutput:
         """Raises StageError where the block gives something else."""
-        if not cls.holds(output):
+        parts = tensors_of(output)
+        if parts is None:
             raise StageError(f"{block} returns {type(output).__name__}: set model.hold to offloaded.")
-        return cls(*_parts(output))
-
-    @staticmethod
-    def holds(output: Any) -> bool:
-        """Whether a block's output can be kept so."""
-        return all(part is None or isinstance(part, Tensor) for part in _parts(output)[0])
+        return cls(parts, not isinstance(output, Tensor) and output is not None)
 
     def value(self, device: torch.device | str) -> Any:
         """As the block gave it. NaN stands for what was not kept: if it were read after all, its Grams would say so."""
@@ -43,11 +40,6 @@ class BlockOutput:
     def shapes(self) -> BlockOutput:
         """The same without its values."""
         return BlockOutput(tuple(None if t is None else t.to("meta") for t in self.tensors), self.is_tuple)
-
-
-def _parts(output: Any) -> tuple[tuple[Any, ...], bool]:
-    is_tuple = isinstance(output, (tuple, list))
-    return tuple(output) if is_tuple else (output,), is_tuple
 
 
 def _materialized(part: Tensor, device: torch.device | str) -> Tensor:
