@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from emloc_ray.errors import ConfigError
@@ -157,6 +156,8 @@ def block_names(model: nn.Module) -> list[str]:
 
 def _are_alike(members: nn.ModuleList) -> bool:
     """Whether members are of one class, or all layers in transformers' sense, as those of hybrids are of several classes."""
+    from transformers.modeling_layers import GradientCheckpointingLayer  # seconds, where a model is there already
+
     kinds = {type(member) for member in members}
     return (len(kinds) == 1 and nn.ModuleList not in kinds) or all(
         issubclass(k, GradientCheckpointingLayer) for k in kinds
