@@ -28,9 +28,6 @@ os.environ.update(
     RAY_worker_register_timeout_seconds="300",
     RAY_grpc_keepalive_timeout_ms="120000",
 )
-# Ray ends idle workers where there are more processes than CPUs, as in a training group, and the next stage's would import
-# everything once more.
-os.environ.update(RAY_idle_worker_killing_time_threshold_ms="600000")
 # Ray's workers inherit what a store asks for.
 os.environ.update(AWS_ACCESS_KEY_ID="tests", AWS_SECRET_ACCESS_KEY="tests", AWS_EC2_METADATA_DISABLED="true")
 
@@ -198,7 +195,11 @@ def ray_session() -> Iterator[None]:
         include_dashboard=False,
         log_to_driver=False,
         _node_ip_address="127.0.0.1",
-        _system_config={"health_check_failure_threshold": 60},  # here alone: other tests see nodes die
+        _system_config={  # here alone: other tests see nodes die, and workers that hold what earlier stages left
+            "health_check_failure_threshold": 60,
+            # Beside the processes of a training group Ray ends idle workers, and the next stage's import everything anew.
+            "idle_worker_killing_time_threshold_ms": 600_000,
+        },
     )
     yield
     ray.shutdown()
