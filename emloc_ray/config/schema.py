@@ -97,7 +97,9 @@ class SplitConfig(Section):
 class DataConfig(Section):
     """The task's rows and how they become tokens."""
 
-    generate: Literal["docstrings", "vqa"] | None = Field(None, description="make the task's data on the spot")
+    generate: Literal["docstrings", "exceptions", "vqa"] | None = Field(
+        None, description="make the task's data on the spot"
+    )
     format: Literal["auto", "text", "prompt_completion", "conversational", "messages", "alpaca", "sharegpt"] = Field(
         "auto", description="what a row holds; auto: told by its columns"
     )
@@ -121,7 +123,9 @@ class DataConfig(Section):
     @property
     def row_format(self) -> str:
         """The format of all rows; ``auto`` where each file's decides."""
-        return {"docstrings": "prompt_completion", "vqa": "messages"}.get(self.generate or "", self.format)
+        return {"docstrings": "prompt_completion", "exceptions": "prompt_completion", "vqa": "messages"}.get(
+            self.generate or "", self.format
+        )
 
     @field_validator("columns")
     @classmethod
@@ -141,7 +145,9 @@ class DataConfig(Section):
             if getattr(self, name) is not None
         ]
         if self.generate is None and self.train is None:
-            raise ValueError("names no training data: set data.train.path, or data.generate: docstrings or vqa")
+            raise ValueError(
+                "names no training data: set data.train.path, or data.generate: docstrings, exceptions or vqa"
+            )
         if self.generate is not None and any(getattr(self, name).path for name in named):
             raise ValueError(f"data.generate makes every split itself: remove data.{named[0]}.path")
         if self.generate is not None and self.format not in ("auto", self.row_format):

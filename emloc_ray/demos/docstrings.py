@@ -9,23 +9,9 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
-import pyarrow as pa
-
-from emloc_ray.demos.python_sources import (
-    Function,
-    SourceRow,
-    code_of,
-    collect,
-    installed_roots,
-    without_collector,
-    words,
-)
-from emloc_ray.demos.splits import SPLIT_FRACTIONS, draw, split_at, write_splits
-from emloc_ray.errors import DataError
+from emloc_ray.demos.python_sources import Function, SourceRow, SourceTask, code_of, words, write_task
 
 LEAD = "\n# What it does:\n"
 """What stands between the code and the completion; it ends at a line's border, where every tokenizer splits."""
@@ -48,50 +34,11 @@ _NOT_A_DESCRIPTION = re.compile(
 _CUT_SHORT = re.compile(r"\b(a|an|the|of|to|for|by|and|or|as|is|are|if|via|from|that|with|using|when|into|than)\.$")
 
 
-@dataclass(frozen=True)
-class DocstringTask:
-    """The form of the task's rows, and their number.
-
-    ``max_prompt_chars`` bounds the whole prompt, its closing line included: 280 make rows of about 100 tokens. The two caps
-    keep any package or module from taking over. Fewer rows than ``min_rows``, or than a smaller ``max_rows``, are an error.
-    """
-
-    max_prompt_chars: int = 280
-    max_rows: int = 12_000
-    seed: int = 0
-    min_rows: int = 3_000
-    max_rows_per_package: int = 1_200
-    max_rows_per_module: int = 12
-
-
-_SCHEMA = pa.schema([(name, pa.string()) for name in SourceRow._fields])
-
-
-def generate(out_dir: Path, task: DocstringTask, roots: Sequence[Path] | None = None) -> dict[str, int]:
-    """Writes ``train``, ``calibration``, ``selection`` and ``eval`` as Parquet files into ``out_dir``.
-
-    ``roots`` are the folders whose Python files are read, by default those of the running interpreter. Returns the
-    number of rows of each split. Raises ``DataError`` where the sources yield too few rows.
-    """
-    folders = installed_roots() if roots is None else list(roots)
-
-    def row_of(node: Function, lines: list[str], module: str) -> SourceRow | None:
-        return summary_row(node, lines, module, task.max_prompt_chars)
-
-    with without_collector():
-        every = collect(folders, task.seed, row_of, task.max_rows_per_package, task.max_rows_per_module)
-        rows = list(islice(every, task.max_rows))
-    needed = min(task.min_rows, task.max_rows)
-    if len(rows) < needed:
-        where = ", ".join(str(folder) for folder in folders)
-        raise DataError(
-            f"The docstring task found {len(rows)} usable functions in {where} and needs {needed}: "
-            "install more Python packages there, or lower min_rows."
-        )
-    splits: dict[str, list[dict[str, str]]] = {name: [] for name in SPLIT_FRACTIONS}
-    for row in sorted(rows, key=lambda row: draw(task.seed, "row", row.completion)):
-        splits[split_at(draw(task.seed, "split", row.module))].append(row._asdict())
-    return write_splits(out_dir, splits, _SCHEMA)
+def generate(out_dir: Path, task: SourceTask, roots: Sequence[Path] | None = None) -> dict[str, int]:
+    """Writes the task's splits; see :func:`~emloc_ray.demos.python_sources.write_task`."""
+    return write_task(
+        out_dir, task, lambda node, lines, module: summary_row(node, lines, module, task.max_prompt_chars), roots
+    )
 
 
 def summary_row(node: Function, lines: list[str], module: str, max_prompt_chars: int) -> SourceRow | None:

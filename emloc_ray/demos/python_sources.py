@@ -17,10 +17,15 @@ import sysconfig
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from emloc_ray.demos.splits import draw
+import pyarrow as pa
+
+from emloc_ray.demos.splits import SPLIT_FRACTIONS, draw, split_at, write_splits
+from emloc_ray.errors import DataError
 
 _MAX_FILE_BYTES = 1_000_000
 
@@ -46,25 +51,70 @@ class SourceRow(NamedTuple):
 # A function's row, given the lines of its file and its module's name; None where it makes none.
 RowOf = Callable[[Function, list[str], str], SourceRow | None]
 
+_SCHEMA = pa.schema([(name, pa.string()) for name in SourceRow._fields])
 
-def collect(
-    folders: Sequence[Path], seed: int, row_of: RowOf, max_rows_per_package: int, max_rows_per_module: int
-) -> Iterator[SourceRow]:
-    """Rows from files in hash order; no prompt and no completion has the words of an earlier one.
 
-    The two caps keep any package or module from taking over.
+@dataclass(frozen=True)
+class SourceTask:
+    """The form of a task's rows, and their number.
+
+    ``max_prompt_chars`` bounds the whole prompt, its closing line included: 280 make rows of about 100 tokens. The caps on
+    packages and modules keep any from taking over. Fewer rows than ``min_rows``, or than a smaller ``max_rows``, are an error.
+    Where ``max_share`` is set, completions are labels, which rows share: none is on more than that share of ``max_rows``.
     """
-    files = sorted(_modules(folders).items(), key=lambda item: draw(seed, "module", item[0]))
+
+    max_prompt_chars: int = 280
+    max_rows: int = 12_000
+    seed: int = 0
+    min_rows: int = 3_000
+    max_rows_per_package: int = 1_200
+    max_rows_per_module: int = 12
+    max_share: float | None = None
+
+
+def write_task(out_dir: Path, task: SourceTask, row_of: RowOf, roots: Sequence[Path] | None = None) -> dict[str, int]:
+    """Writes ``train``, ``calibration``, ``selection`` and ``eval`` as Parquet files into ``out_dir``.
+
+    ``roots`` are the folders whose Python files are read, by default those of the running interpreter. Returns the number of
+    rows of each split.
+
+    Raises:
+        DataError: where the sources yield too few rows.
+    """
+    folders = installed_roots() if roots is None else list(roots)
+    with without_collector():
+        rows = list(islice(collect(folders, task, row_of), task.max_rows))
+    needed = min(task.min_rows, task.max_rows)
+    if len(rows) < needed:
+        where = ", ".join(str(folder) for folder in folders)
+        raise DataError(
+            f"The task found {len(rows)} usable functions in {where} and needs {needed}: install more Python packages there, "
+            "or lower min_rows."
+        )
+    splits: dict[str, list[dict[str, str]]] = {name: [] for name in SPLIT_FRACTIONS}
+    told_apart_by = "completion" if task.max_share is None else "prompt"
+    for row in sorted(rows, key=lambda row: draw(task.seed, "row", getattr(row, told_apart_by))):
+        splits[split_at(draw(task.seed, "split", row.module))].append(row._asdict())
+    return write_splits(out_dir, splits, _SCHEMA)
+
+
+def collect(folders: Sequence[Path], task: SourceTask, row_of: RowOf) -> Iterator[SourceRow]:
+    """Rows from files in hash order; no prompt has the words of an earlier one, and no completion unless it is a label."""
+    files = sorted(_modules(folders).items(), key=lambda item: draw(task.seed, "module", item[0]))
     seen: set[str] = set()
     per_package: Counter[str] = Counter()
+    per_label: Counter[str] = Counter()
+    most = None if task.max_share is None else task.max_share * task.max_rows
     for module, path in files:
         package = module.partition(".")[0]
-        allowed = min(max_rows_per_module, max_rows_per_package - per_package[package])
-        for row in _rows_of_file(path, module, seed, row_of) if allowed > 0 else []:
-            keys = {words(text) for text in (row.prompt, row.completion) if text}
-            if allowed > 0 and seen.isdisjoint(keys):
+        allowed = min(task.max_rows_per_module, task.max_rows_per_package - per_package[package])
+        for row in _rows_of_file(path, module, task.seed, row_of) if allowed > 0 else []:
+            texts = (row.prompt, row.completion) if most is None else (row.prompt,)
+            keys = {words(text) for text in texts if text}
+            if allowed > 0 and seen.isdisjoint(keys) and (most is None or per_label[row.completion] < most):
                 seen |= keys
                 per_package[package] += 1
+                per_label[row.completion] += 1
                 allowed -= 1
                 yield row
 

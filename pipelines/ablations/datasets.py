@@ -18,15 +18,17 @@ import importlib.metadata
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ablations.config import AblationConfig, CalibrationRows, RowsConfig
-from emloc_ray.demos.docstrings import LEAD, DocstringTask, summary_row
+from emloc_ray.demos.docstrings import LEAD, summary_row
 from emloc_ray.demos.python_sources import (
     Function,
     RowOf,
     SourceRow,
+    SourceTask,
     code_of,
     collect,
     installed_roots,
@@ -48,7 +50,7 @@ MASK = "____"
 
 _MADE = "made.json"
 _MAX_CHARS = 280
-_PER_PACKAGE, _PER_MODULE = 400, 6
+_TASK = SourceTask(max_prompt_chars=_MAX_CHARS, max_rows_per_package=400, max_rows_per_module=6)
 _PROSE_CHARS = (120, 600)
 _LICENCES = re.compile(r"(licen[cs]e|copying|notice|readme)[^/]*", re.IGNORECASE)
 
@@ -147,7 +149,7 @@ def _splits(name: str, folders: Sequence[Path], seed: int, rows: RowsConfig) -> 
     shares = {split: count / sum(wanted.values()) for split, count in wanted.items()}
     splits: dict[str, list[SourceRow]] = {split: [] for split in SPLITS}
     with without_collector():
-        for row in collect(folders, seed, _ROW_OF[name], _PER_PACKAGE, _PER_MODULE):
+        for row in collect(folders, replace(_TASK, seed=seed), _ROW_OF[name]):
             split = splits[split_at(draw(seed, "split", row.module), shares)]
             split.append(row)
             if all(len(splits[name]) >= count for name, count in wanted.items()):
@@ -244,7 +246,7 @@ def _shuffled(text: str, seed: int) -> str:
 
 
 def _summary(node: Function, lines: list[str], module: str) -> SourceRow | None:
-    return summary_row(node, lines, module, DocstringTask().max_prompt_chars)
+    return summary_row(node, lines, module, _MAX_CHARS)
 
 
 def _name(node: Function, lines: list[str], module: str) -> SourceRow | None:

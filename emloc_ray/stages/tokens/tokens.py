@@ -144,16 +144,16 @@ def _as_named(hub: dict[str, list[str]]) -> dict[str, str | list[str]]:
 
 
 def _generate(task: str, directory: Path, seed: int) -> dict[str, tuple[SourceFile, ...]]:
-    from emloc_ray.demos.docstrings import DocstringTask
-    from emloc_ray.demos.docstrings import generate as generate_docstrings
-    from emloc_ray.demos.vqa import VqaTask
-    from emloc_ray.demos.vqa import generate as generate_vqa
+    from emloc_ray.demos import docstrings, exceptions, vqa
+    from emloc_ray.demos.python_sources import SourceTask
 
     if not all(exists(directory / f"{name}.parquet") for name in SPLITS):
         if task == "vqa":
-            generate_vqa(directory, VqaTask(seed=seed))
+            vqa.generate(directory, vqa.VqaTask(seed=seed))
+        elif task == "exceptions":
+            exceptions.generate(directory, dataclasses.replace(exceptions.TASK, seed=seed))
         else:
-            generate_docstrings(directory, DocstringTask(seed=seed))
+            docstrings.generate(directory, SourceTask(seed=seed))
     return {name: (scan(directory / f"{name}.parquet"),) for name in SPLITS}
 
 

@@ -20,7 +20,7 @@ from emloc_ray.data.reading import scan
 from emloc_ray.data.splits import CALIBRATION_SEED, SPLITS, RowSelection
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.data.tokenizing import TokenizeOptions
-from emloc_ray.demos.docstrings import DocstringTask
+from emloc_ray.demos.python_sources import SourceTask
 from emloc_ray.io.runs.resume import discard_unless
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.stages.tokens.stage import shortfall, split_inputs
@@ -120,7 +120,7 @@ def test_a_directory_is_kept_for_the_same_inputs_alone(tmp_path: Path) -> None:
 def test_large_rows_of_the_run_s_own_are_known_by_their_content(
     tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def generate(directory: Path, task: DocstringTask) -> None:
+    def generate(directory: Path, task: SourceTask) -> None:
         for name in SPLITS:
             rows = 66 if name == "train" else 1
             table = pa.table({"prompt": [os.urandom(2**20) for _ in range(rows)]})
@@ -149,7 +149,7 @@ def test_rows_are_made_once_for_each_seed(
 ) -> None:
     made: list[int] = []
 
-    def generate(directory: Path, task: DocstringTask) -> None:
+    def generate(directory: Path, task: SourceTask) -> None:
         made.append(task.seed)
         for name in SPLITS:
             pq.write_table(pa.table({"prompt": ["p"], "completion": ["c"]}), directory / f"{name}.parquet")
