@@ -153,7 +153,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def figures(metrics: dict[str, Any]) -> dict[str, Any]:
     """The figures of a run's metrics: losses in nats a token, seconds, bytes."""
     usages, planned, correction = metrics["stages"], metrics["planned_memory"], metrics["correction"]
-    training = {name: usages[name] for name in ("heal", "finetune") if name in usages}
+    training = {name: usages[name] for name in ("heal", "finetune", "finish") if name in usages}
     return {
         "losses": {variant: values["loss"] for variant, values in metrics["evaluation"].items()},
         "num_tokens": metrics["evaluation"]["original"]["num_tokens"],

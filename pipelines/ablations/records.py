@@ -85,7 +85,8 @@ def _about(cell: Cell, correction: str | None) -> Record:
 
 
 def _standing(losses: dict[str, float], reason: str) -> Record:
-    loss = losses.get("corrected")
+    """A cell's loss is that of the adapter it ends with: finished on the original where it has exact steps, else corrected."""
+    loss = losses.get("finished", losses.get("corrected"))
     state = {"status": MISSING, "reason": reason} if loss is None else {"status": "done"}
     return {**state, "loss": loss, "losses": losses}
 
