@@ -60,7 +60,7 @@ def _records(ablation: Ablation, cells: Cells, cell: Cell, failed: Mapping[str, 
         **whole,
     }
     for name in ablation.config.corrections if cell.compresses else ():
-        others = {key: value for key, value in losses.items() if key not in ("corrected", "merged")}
+        others = {key: value for key, value in losses.items() if key not in ("corrected", "finished", "merged")}
         if measured is not None:
             others["corrected"] = measured[name]
         why = reason if measured is None else "the model so corrected has a loss that is no number"

@@ -68,6 +68,16 @@ def test_records_are_paired_by_data_set_and_seed_and_tell_what_is_missing(write:
     assert "not run yet" in shown["cut", 0, None]["reason"]
 
 
+def test_a_cell_counts_by_the_adapter_that_it_ends_with(write: Write) -> None:
+    methods = [{"name": "lora", RATIO: 1.0}, {"name": "exact", "finetune": {"exact_steps": 2}}]
+    ablation = read_ablation(write(methods=methods, grid={}, datasets=["code"], seeds=[0]))
+    cells = Cells(ablation, {})
+    for cell in ablation.cells:
+        cells.write(cell, done(3.0) if cell.method == "lora" else done(3.5, finished=3.2))
+    [exact] = [record for record in records.collect(ablation, cells, {}) if record["method"] == "exact"]
+    assert (exact["loss"], exact["gap_closed"]) == (3.2, pytest.approx(0.8))
+
+
 def test_figures_of_other_settings_or_rows_count_as_missing(write: Write) -> None:
     ablation = read_ablation(write())
     cell = ablation.cells[0]
