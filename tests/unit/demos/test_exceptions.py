@@ -47,14 +47,22 @@ def test_the_last_lines_up_to_a_raise_become_the_expected_row(tmp_path: Path) ->
 
 
 def test_what_is_no_row(tmp_path: Path) -> None:
-    raised = ["OwnError('x')", "ValueError", "ValueError()", "ValueError(x)", "errors.OwnError('x')", "ValueError('ä')"]
-    raised += ["ValueError('a ValueError')"]
+    raised = [
+        "OwnError('x')",
+        "IndexError",
+        "IndexError()",
+        "IndexError(x)",
+        "ValueError('x')",
+        "errors.OwnError('x')",
+        "IndexError('ä')",
+    ]
+    raised += ["IndexError('an IndexError')"]
     assert _rows(tmp_path, "".join(f"def f{i}(x):\n    raise {text}\n" for i, text in enumerate(raised))) == []
 
 
 def test_no_name_is_on_more_than_its_share(tmp_path: Path) -> None:
-    text = "".join(f"def f{i}(x):\n    raise ValueError('NUMBER is {i}')\n" for i in range(4))
+    text = "".join(f"def f{i}(x):\n    raise IndexError('NUMBER is {i}')\n" for i in range(4))
     text += "def g(x):\n    raise TypeError('NUMBER is text')\n"
     rows = _rows(tmp_path, text, max_share=0.25)
-    assert Counter(row["completion"] for row in rows) == {"ValueError": 2, "TypeError": 2}
+    assert Counter(row["completion"] for row in rows) == {"IndexError": 2, "TypeError": 2}
     assert len({row["prompt"] for row in rows}) == 4
