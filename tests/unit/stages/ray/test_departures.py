@@ -149,11 +149,12 @@ def job(tmp_path: Path) -> FinetuneJob:
 def test_a_training_saves_once_where_its_node_is_about_to_go(tmp_path: Path) -> None:
     leaving = [False]
     session = SimpleNamespace(rank=0, world_size=1, is_leaving=lambda: leaving[0])
+    (tmp_path / "training").mkdir()
     keeper = StepKeeper(job(tmp_path), session, poll_s=0, ask_s=0)
 
     def saves() -> bool:
         control = SimpleNamespace(should_save=False, should_training_stop=False)
-        keeper.on_step_end(SimpleNamespace(device=torch.device("cpu")), None, control)
+        keeper.on_step_end(SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(global_step=1), control)
         assert not control.should_training_stop
         return control.should_save
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from emloc_ray.stages.ray.usage import measured
 
 def test_a_workers_peak_is_that_of_its_own_task() -> None:
     def hold(size: int) -> int:
-        return len(bytearray(size))  # zeros are written, so that the pages are there
+        held = bytearray(size)  # zeros are written, so that the pages are there
+        time.sleep(0.3)  # while they are looked at
+        return len(held)
 
     large: Timed = timed(hold)(2**28)
     small: Timed = timed(hold)(2**10)
