@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from emloc_ray.config.schema import RayConfig, RunConfig
+from emloc_ray.io.runs.directory import CARD
 from faulting.driver import TASKS, Drive, Driver, drive, drive_batch
 from faulting.nodes import Nodes, kill, pause
 
@@ -270,7 +271,9 @@ class Matrix:
                     return "metrics.json: evaluation"
                 continue
             folders = [r / _ARTIFACTS[name] for r in (run, self.calm)]
-            ours, theirs = ({str(p.relative_to(f)) for p in f.rglob("*") if p.is_file()} for f in folders)
+            ours, theirs = (
+                {str(p.relative_to(f)) for p in f.rglob("*") if p.is_file()} - {CARD} for f in folders
+            )  # a card names its run
             if ours != theirs:
                 return f"{_ARTIFACTS[name]}: {', '.join(sorted(ours ^ theirs)[:5])}"
             for file in sorted(ours):

@@ -17,6 +17,7 @@ from faulting.nodes import Nodes, kill, workers
 from small_runs import GROUP, make_values
 
 from emloc_ray.io.formats.yaml_text import write_yaml
+from emloc_ray.io.runs.directory import CARD
 
 pytestmark = pytest.mark.deep
 
@@ -40,7 +41,7 @@ def write_config(root: Path, values: dict[str, Any]) -> Path:
 
 
 def artifacts(run: Path) -> dict[str, bytes]:
-    files = [path for name in SHARED for path in (run / name).rglob("*") if path.is_file()]
+    files = [path for name in SHARED for path in (run / name).rglob("*") if path.is_file() and path.name != CARD]
     return {str(path.relative_to(run)): path.read_bytes() for path in files}
 
 
