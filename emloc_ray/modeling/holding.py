@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +45,7 @@ def open_model(directory: Path, hold: str = "resident", **options: Any) -> Any:
         StageError: where it cannot be read a part at a time.
     """
     if hold == "resident":
+        gc.collect()  # as below
         return load_model(directory, **options)
     return Offloaded(directory, ends_offloaded=hold == "all_offloaded", **options).model
 
@@ -81,6 +83,8 @@ class Offloaded:
 
     def __init__(self, directory: Path, *, ends_offloaded: bool = False, num_models: int = 1, **options: Any) -> None:
         """As :func:`open_model`; ``ends_offloaded``: the embedding and the head come and go as well."""
+        # An earlier task's models are cycles, as modules call what holds them: they go before more is held.
+        gc.collect()
         self.weights = BlockWeights(directory, **options)
         self.model, self.device = self.weights.model, self.weights.device
         self._on_gpu = self.device.type == "cuda"
