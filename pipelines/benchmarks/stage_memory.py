@@ -30,6 +30,7 @@ from emloc_ray.stages.correct.job import CorrectionJob
 from emloc_ray.stages.evaluate.evaluate import EvaluationJob
 from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.merge.merge import MergeJob
+from emloc_ray.stages.ray.session import LEAN_MEMORY
 
 LENGTH = 512  # tokens a row, of fine-tuning and inference
 LOGITS = 64  # of a teacher
@@ -38,7 +39,7 @@ _BLOCKS = 4  # that the streamed slot is taken through: its peak is the same in 
 
 def probe(what: str, path: Path | str, *options: str, job: bytes | None = None) -> dict[str, float]:
     """What ``memory_probe.py`` printed, run as workers under a memory_budget are."""
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    environment = {**os.environ, **LEAN_MEMORY}
     command = [sys.executable, str(Path(__file__).with_name("memory_probe.py")), what, str(path), *options]
     output = subprocess.run(command, check=True, capture_output=True, input=job, env=environment).stdout
     measured: dict[str, float] = json.loads(output.splitlines()[-1])

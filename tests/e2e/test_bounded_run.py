@@ -15,6 +15,7 @@ from tiny import make_model, make_tokenizer
 
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.planning.memory import BASE_BYTES
+from emloc_ray.stages.ray.session import LEAN_MEMORY
 
 pytestmark = pytest.mark.deep
 
@@ -67,12 +68,7 @@ def measured(root: Path, model_dir: Path, **changes: Any) -> Any:
     root.mkdir()
     (root / "values.json").write_text(json.dumps(values(root, model_dir, **changes)))
     paths = [str(root / "values.json"), str(model_dir), str(root / "found.json")]
-    # Blocks of a megabyte are given back when they are freed, as in workers under a memory_budget.
-    own = {
-        "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
-        "OMP_NUM_THREADS": "1",
-        "MALLOC_MMAP_THRESHOLD_": str(2**20),
-    }
+    own = {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1", **LEAN_MEMORY}
     command = [sys.executable, str(TESTS / "measured_run.py"), *paths]
     done = subprocess.run(command, env={**os.environ, **own}, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -24,7 +24,8 @@ if TYPE_CHECKING:  # a node that is only asked need not import it
     from emloc_ray.io.runs.directory import RunDirectory
     from emloc_ray.planning.prepared import Prepared
 
-_LEAN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # mallopt(3)
+# mallopt(3): large blocks go back at once; threads share two heaps, where each would keep what it freed in one of its own.
+LEAN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_ARENA_MAX": "2"}
 _SHARED = "put it on a file system that all nodes share under this path"
 _ANSWER_SECONDS = 120.0  # a node's first worker may have to start; what answers later is left to the stages
 _FOUND_SECONDS = 5.0  # what one node of a network file system wrote, another may see a little later
@@ -43,7 +44,7 @@ def connection(address: str | None = None, lean_memory: bool = False, **options:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     settings = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False, **options}
-    variables = {**NO_GPU_UNASKED, **(_LEAN_MEMORY if lean_memory else {})}
+    variables = {**NO_GPU_UNASKED, **(LEAN_MEMORY if lean_memory else {})}
     given = dict(settings.get("runtime_env") or {})
     settings["runtime_env"] = {**given, "env_vars": {**variables, **given.get("env_vars", {})}}
     if address is not None:
