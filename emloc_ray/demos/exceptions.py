@@ -1,4 +1,4 @@
-"""The quickstart's task, made on the spot: name the exception that a function raises.
+"""A task of short answers, made on the spot: name the exception that a function raises.
 
 A row's prompt is the last lines of a function up to a ``raise`` with a message, the exception's name masked; its completion is
 that name. Functions are found as :mod:`emloc_ray.demos.python_sources` says.

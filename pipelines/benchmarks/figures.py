@@ -23,13 +23,12 @@ _PAPER = (
     "emulator.healing=null",
     "memory_budget=null",
 )
-_ROWS = ("data.generate=docstrings", "data.max_seq_length=192")  # longer than the quickstart's
 
 
 def paper_config(run_dir: Path, *overrides: str) -> RunConfig:
     """The quickstart's model by the paper's emulator, batches as written: uniform ranks, factors for activations, no healing;
     128 calibration rows of the docstring task."""
-    given = [f"run_dir={run_dir}", *_PAPER, *_ROWS, "calibration.num_calibration_samples=128", *overrides]
+    given = [f"run_dir={run_dir}", *_PAPER, "calibration.num_calibration_samples=128", *overrides]
     return emloc_ray.load_config(CONFIG, given)
 
 

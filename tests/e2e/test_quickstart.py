@@ -79,10 +79,10 @@ def test_rows_enough_and_no_module_in_two_splits(quickstart: Path, metrics: dict
         split: pyarrow.parquet.read_table(quickstart / "data" / "rows" / f"{split}.parquet")
         for split in ("train", "calibration", "selection", "eval")
     }
-    assert sum(table.num_rows for table in tables.values()) >= 800
+    assert sum(table.num_rows for table in tables.values()) >= 3000
     modules = [set(table["module"].to_pylist()) for table in tables.values()]
     assert sum(map(len, modules)) == len(set.union(*modules))
-    assert metrics["data"]["train"]["rows"] > 500
+    assert metrics["data"]["train"]["rows"] > 2000
 
 
 def test_it_loads_without_us(quickstart: Path) -> None:

@@ -164,7 +164,8 @@ def test_the_quickstart_stays_within_inference_and_is_told_what_that_changed() -
     assert finetune.gradient_accumulation_steps * finetune.per_device_train_batch_size == 8
     first, last = budget_lines(plan, make_plan(STEPS, without_budget(ready), Speeds(1e10)))
     assert finetune.gradient_checkpointing
-    assert "training computes blocks again in the backward pass" in first
+    micro = f"{finetune.gradient_accumulation_steps} × {finetune.per_device_train_batch_size}"
+    assert f"training reads a step's rows as {micro}" in first
     assert "which inference of the original takes" in first
     assert last.startswith("With memory_budget: null a worker would hold up to 2.")
     assert smaller_batches(without_budget(ready)) is None
