@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,17 +50,23 @@ def duration(seconds: float) -> str:
 
 
 class Pace:
-    """How fast units get done: the mean since the first began, without the start; a stage that goes on begins above zero."""
+    """How fast units get done: the newer half of those done so far, as a stage's first ones may be of another kind. Neither the
+    start counts nor what a stage that goes on had done before."""
 
     def __init__(self) -> None:
-        self._first: tuple[int, float] | None = None
+        self._begun = 0
+        self._marks: deque[tuple[int, float]] = deque()  # units done, and when, from before the newer half on
 
     def rate(self, done: int, now: float) -> float | None:
-        """Units a second, where ``done`` are done at the time ``now`` in seconds; None before one more is done."""
-        if self._first is None or done <= self._first[0]:
-            self._first = (done, now)
-        units, seconds = done - self._first[0], now - self._first[1]
-        return units / seconds if units > 0 and seconds > 0 else None
+        """Units a second, where ``done`` are done at the time ``now`` in seconds; None before two more are done."""
+        if not self._marks or done <= self._begun:
+            self._begun, self._marks = done, deque([(done, now)])
+        elif done > self._marks[-1][0]:
+            self._marks.append((done, now))
+        while len(self._marks) > 1 and 2 * self._marks[1][0] <= self._begun + done:
+            self._marks.popleft()
+        units, seconds = done - self._marks[0][0], now - self._marks[0][1]
+        return units / seconds if units > 1 and seconds > 0 else None
 
     def left(self, done: int, total: int, now: float) -> str:
         """``about 3 min left``; nothing where that is not known yet."""

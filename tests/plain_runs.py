@@ -2,45 +2,34 @@
 
 from __future__ import annotations
 
-import gc
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from inline_data import tokenized_here
+from plain_stages import build, gather_whole, merge, streamed, tokenized_here
 from small_runs import FinishedRun, RecordingReporter
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.core.gram import Gram
 from emloc_ray.data.formats import Tokens
-from emloc_ray.data.processors import example
 from emloc_ray.data.token_shards import TokenShards
-from emloc_ray.io.formats.checkpoint import INDEX_NAME, Checkpoint
 from emloc_ray.io.formats.grams import GramStore, reduce_slots, write_gram_index, write_gram_shard
 from emloc_ray.io.formats.shards import write_tensors
 from emloc_ray.io.formats.teacher_shards import write_teacher_index
-from emloc_ray.io.store.atomic import copy_file
-from emloc_ray.modeling.architecture import load_config
-from emloc_ray.modeling.block_flow import block_flow
-from emloc_ray.modeling.loading import copy_tokenizer
 from emloc_ray.planning.batches import shrink_batches
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.stages.calibrate.job import BLOCKS, CalibrationJob
-from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
 from emloc_ray.stages.calibrate.stage import calibration_job, gradient_job
-from emloc_ray.stages.calibrate.streamed_slot import StreamedSlot, part_file
 from emloc_ray.stages.context import Context
 from emloc_ray.stages.correct.correct import correct_adapter
 from emloc_ray.stages.correct.stage import correction_job
 from emloc_ray.stages.evaluate.evaluate import EvaluationJob, evaluate_slice
 from emloc_ray.stages.evaluate.stage import evaluation_job
 from emloc_ray.stages.factorize.allocate import allocate_ranks, group_spectra, read_ranks
-from emloc_ray.stages.factorize.factorize import factorize_group, finish_emulator
-from emloc_ray.stages.factorize.job import FactorizationJob
-from emloc_ray.stages.factorize.kept_tensors import copy_rest, rest_of_shards
+from emloc_ray.stages.factorize.factorize import finish_emulator
 from emloc_ray.stages.factorize.stage import allocation_job, factorization_job
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.stage import finetune_job
@@ -49,7 +38,6 @@ from emloc_ray.stages.finish import finishing_job
 from emloc_ray.stages.heal.fold import pieces, write_piece
 from emloc_ray.stages.heal.stage import healing_job
 from emloc_ray.stages.heal.teacher import teach_part
-from emloc_ray.stages.merge.merge import MergeJob, merge_shard
 from emloc_ray.stages.merge.stage import merge_job
 from emloc_ray.stages.ray.tasks import Resources
 from emloc_ray.stages.tokens.tokens import tokenize_data
@@ -137,27 +125,6 @@ def gather(job: CalibrationJob, out_dir: Path) -> None:
     write_gram_index(out_dir, job.groups, files, counts)
 
 
-def gather_whole(job: CalibrationJob, file: Path) -> None:
-    """The sums of a wave, each row passing through the whole model."""
-    slot = ResidentSlot(job, file, 1)
-    for number in range(*job.shards):
-        slot.accumulate(number)
-    slot.commit()
-    del slot
-    gc.collect()  # a model and its hooks hold one another
-
-
-def streamed(job: CalibrationJob, out_dir: Path) -> Iterator[dict[str, Gram]]:
-    """Each block's Grams, by one slot that holds a block at a time."""
-    order = block_flow(load_config(job.model_dir), False, example(job.model_dir, False)).order
-    names = [[group[0] for group in job.groups_of(block)] for block in order]
-    num_blocks = 1 + max(position for position, inside in enumerate(names) if inside)
-    slot = StreamedSlot(job, out_dir, 0, 1, num_blocks, 1)
-    for position in range(num_blocks):
-        slot.accumulate(position)
-        yield reduce_slots([part_file(out_dir, 0, 1, position)], names[position])
-
-
 def gather_streamed(job: CalibrationJob, out_dir: Path) -> dict[str, Gram]:
     """All Grams, by one slot that holds a block at a time."""
     return {name: gram for grams in streamed(job, out_dir) for name, gram in grams.items()}
@@ -175,18 +142,6 @@ def allocate(context: Context) -> None:
     ranks = {**context.layout.ranks, **read_ranks(out_dir)}
     kept = {name: rank for name, rank in ranks.items() if rank is not None}
     context.results["factorize"] = {"ranks": kept, "layers": {}}
-
-
-def build(job: FactorizationJob, grams: GramStore, base_config: Any) -> None:
-    """The emulator, of factors and of what stays as it is."""
-    factorized = [[spec for spec in group if spec.name in job.ranks] for group in job.groups]
-    work, rest = [group for group in factorized if group], rest_of_shards(job)
-    files = [job.out_dir / f"model-{number}.safetensors" for number in range(len(work) + len(rest))]
-    for group, file in zip(work, files, strict=False):
-        factorize_group(job, group, grams.stored(group[0].name), file)
-    for kept, file in zip(rest, files[len(work) :], strict=True):
-        copy_rest(kept, file)
-    finish_emulator(files, base_config, job.model_dir, job.ranks, job.storage, None)
 
 
 def heal(context: Context) -> None:
@@ -208,16 +163,6 @@ def train(job: FinetuneJob) -> list[float]:
     train_alone(job)
     logged = map(json.loads, job.log_path.read_text().splitlines())
     return [line["loss"] for line in logged if "loss" in line]
-
-
-def merge(job: MergeJob) -> None:
-    """The merged model, in the original's shards."""
-    for shard in Checkpoint(job.model_dir).shards:
-        merge_shard(job, shard, job.out_dir / shard.file.name)
-    for name in ("config.json", INDEX_NAME):
-        if (job.model_dir / name).is_file():
-            copy_file(job.model_dir / name, job.out_dir / name)
-    copy_tokenizer(job.model_dir, job.out_dir)
 
 
 def score(job: EvaluationJob) -> dict[str, dict[str, float]]:

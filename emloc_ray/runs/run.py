@@ -58,14 +58,7 @@ def run(
         EmlocError: where a stage failed; finished stages stay, and the same call continues from them.
     """
     prepared = shrink_batches(prepared or prepare(config))
-    if not config.ray.joins:
-        check_kernel(prepared.config)
-    redone = fresh or begin == VERBS[0] or "gradients" not in prepared.run.stages()
-    if turns is None and redone:  # in a batch other runs hold memory now, and a stage waits until it is free
-        check_holding(prepared)
-    plan = make_plan(STEPS, prepared)
-    if prepared.run.store is None:  # a store has room, and a node's cache makes its own
-        check_disk(prepared.run, missing_disk(plan, prepared.run, fresh))
+    plan = _checked_plan(prepared, begin, fresh, in_batch=turns is not None)
     reporter = reporter or Reporter()
     try:
         prepared.run.lock(reporter.note, under=batch)
@@ -101,6 +94,19 @@ def run(
         raise explain(error, "the run") from error
     finally:
         prepared.run.unlock()
+
+
+def _checked_plan(prepared: Prepared, begin: str | None, fresh: bool, in_batch: bool) -> Plan:
+    """The plan, of a run that this machine's memory and disk have room for, as far as it takes part."""
+    if not prepared.config.ray.joins:
+        check_kernel(prepared.config)
+    redone = fresh or begin == VERBS[0] or "gradients" not in prepared.run.stages()
+    if not in_batch and redone:  # in a batch other runs hold memory now, and a stage waits until it is free
+        check_holding(prepared)
+    plan = make_plan(STEPS, prepared)
+    if prepared.run.store is None:  # a store has room, and a node's cache makes its own
+        check_disk(prepared.run, missing_disk(plan, prepared.run, fresh))
+    return plan
 
 
 def _check_changes(prepared: Prepared, begin: str | None, until: str, accept: Accept) -> None:

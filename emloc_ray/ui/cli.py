@@ -106,7 +106,8 @@ def _run(
     from emloc_ray.stages.order import STEPS
     from emloc_ray.text import duration, size
     from emloc_ray.ui import api
-    from emloc_ray.ui.terminal import ConsoleReporter, evaluation_table, result_lines
+    from emloc_ray.ui.console_reporter import ConsoleReporter
+    from emloc_ray.ui.terminal import evaluation_table, result_lines
 
     shown = Console(quiet=True) if quiet else console
     prepared = _prepare(path, overrides, shown)

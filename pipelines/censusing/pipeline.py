@@ -3,48 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import numpy as np
 import torch
 from peft import PeftModel
+from plain_stages import build, gather_whole, merge, streamed, tokenized_here
 from transformers import AutoConfig
 
 from censusing.baseline import logits
 from emloc_ray.config.reading import parse_config
 from emloc_ray.core.gram import Gram
-from emloc_ray.data import tokenizing
 from emloc_ray.data.processors import example
 from emloc_ray.errors import StageError
-from emloc_ray.io.formats.checkpoint import INDEX_NAME, Checkpoint
 from emloc_ray.io.formats.grams import GramStore, reduce_slots, write_gram_index, write_gram_shard
-from emloc_ray.io.store.atomic import copy_file
 from emloc_ray.modeling.architecture import auto_class, load_config
 from emloc_ray.modeling.block_flow import block_flow
-from emloc_ray.modeling.loading import copy_tokenizer
 from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.plan import make_plan
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.stages.calibrate.job import BLOCKS, CalibrationJob
-from emloc_ray.stages.calibrate.resident_slot import ResidentSlot
 from emloc_ray.stages.calibrate.stage import calibration_job
-from emloc_ray.stages.calibrate.streamed_slot import StreamedSlot, part_file
 from emloc_ray.stages.context import Context
 from emloc_ray.stages.correct.correct import correct_adapter
 from emloc_ray.stages.correct.stage import correction_job
-from emloc_ray.stages.factorize.factorize import factorize_group, finish_emulator
-from emloc_ray.stages.factorize.kept_tensors import copy_rest, rest_of_shards
 from emloc_ray.stages.factorize.stage import factorization_job
 from emloc_ray.stages.finetune.stage import finetune_job
 from emloc_ray.stages.finetune.training import train_alone
-from emloc_ray.stages.merge.merge import merge_shard
 from emloc_ray.stages.merge.stage import merge_job
 from emloc_ray.stages.order import STEPS
 from emloc_ray.stages.tokens.tokens import tokenize_data
@@ -71,7 +59,7 @@ def run_stages(model_dir: Path, run_dir: Path, ids: torch.Tensor, done: dict[str
         return result
 
     context = timed("validate", lambda: _context(run_dir, model_dir, data))
-    with _tokenized_here():
+    with tokenized_here():
         tokenize_data(context.prepared, model_dir, context.path("data"))
     job = calibration_job(context)
     whole = dataclasses.replace(job, hold="resident", waves=None)
@@ -81,11 +69,11 @@ def run_stages(model_dir: Path, run_dir: Path, ids: torch.Tensor, done: dict[str
     flow = block_flow(load_config(model_dir), False, example(model_dir, False))
     if not flow.shares:  # else the plan holds it offloaded
         blocks = dataclasses.replace(job, hold=BLOCKS)
-        timed("by_blocks", lambda: _same(dict(_streamed(blocks, run_dir / "blocks", flow.order)), grams))
-    timed("factorize", lambda: _factorize(context, grams))
+        timed("by_blocks", lambda: _same(_by_blocks(blocks, run_dir / "blocks"), grams))
+    timed("factorize", lambda: build(factorization_job(context, context.layout_made), grams, context.base_config()))
     timed("finetune", lambda: _train(context))
     timed("correct", lambda: correct_adapter(correction_job(context)))
-    timed("merge", lambda: _merge(context))
+    timed("merge", lambda: merge(merge_job(context)))
     timed("parity", lambda: _check_parity(context, ids))
 
 
@@ -106,33 +94,9 @@ def _context(run_dir: Path, model_dir: Path, data: Path) -> Context:
     return Context(prepared, model_dir)
 
 
-class _Inline:
-    """Stands for Ray Data's result: the function, called here, on one unit after the other."""
-
-    def __init__(self, work: list[Any], function: Callable[[Any], Any], num_workers: int) -> None:
-        self.batches = [function({"unit": np.array([json.dumps(unit)])}) for unit in work]
-
-    def iter_rows(self) -> list[Any]:
-        return [dict(zip(b, values, strict=True)) for b in self.batches for values in zip(*b.values(), strict=True)]
-
-    def iter_batches(self, **options: Any) -> list[Any]:
-        return self.batches
-
-
-@contextmanager
-def _tokenized_here() -> Iterator[None]:
-    with mock.patch.object(tokenizing, "mapped", _Inline):
-        yield
-
-
 def _gathered(job: CalibrationJob, out_dir: Path) -> dict[str, Gram]:
     """The Grams of all groups, each row passing through the whole model."""
-    slot = ResidentSlot(job, out_dir / "slot.safetensors", 1)
-    for number in range(*job.shards):
-        slot.accumulate(number)
-    slot.commit()
-    del slot
-    gc.collect()  # a model and its hooks hold one another
+    gather_whole(job, out_dir / "slot.safetensors")
     return reduce_slots([out_dir / "slot.safetensors"], [group[0] for group in job.groups])
 
 
@@ -143,14 +107,8 @@ def _gather(job: CalibrationJob, out_dir: Path) -> None:
     write_gram_index(out_dir, job.groups, dict.fromkeys(grams, "grams.safetensors"), counts)
 
 
-def _streamed(job: CalibrationJob, out_dir: Path, order: tuple[str, ...]) -> Iterator[tuple[str, Gram]]:
-    """Each block's Grams, by one slot that holds a block at a time."""
-    names = [[group[0] for group in job.groups_of(block)] for block in order]
-    num_blocks = 1 + max(position for position, inside in enumerate(names) if inside)
-    slot = StreamedSlot(job, out_dir, 0, 1, num_blocks, 1)
-    for position in range(num_blocks):
-        slot.accumulate(position)
-        yield from reduce_slots([part_file(out_dir, 0, 1, position)], names[position]).items()
+def _by_blocks(job: CalibrationJob, out_dir: Path) -> dict[str, Gram]:
+    return {name: gram for grams in streamed(job, out_dir) for name, gram in grams.items()}
 
 
 def _same(grams: dict[str, Gram], expected: GramStore) -> None:
@@ -161,32 +119,10 @@ def _same(grams: dict[str, Gram], expected: GramStore) -> None:
         assert float((gram.symmetric() - right).abs().max()) <= _TOLERANCE * scale, f"the Gram of {name} differs"
 
 
-def _factorize(context: Context, grams: GramStore) -> None:
-    job = factorization_job(context, context.layout_made)
-    factorized = [[spec for spec in group if spec.name in job.ranks] for group in job.groups]
-    work, rest = [group for group in factorized if group], rest_of_shards(job)
-    files = [job.out_dir / f"model-{number}.safetensors" for number in range(len(work) + len(rest))]
-    for group, file in zip(work, files, strict=False):
-        factorize_group(job, group, grams.stored(group[0].name), file)
-    for kept, file in zip(rest, files[len(work) :], strict=True):
-        copy_rest(kept, file)
-    finish_emulator(files, context.base_config(), job.model_dir, job.ranks, job.storage, None)
-
-
 def _train(context: Context) -> None:
     failure = train_alone(finetune_job(context, "training"))["failure"]
     if failure:
         raise StageError(failure)
-
-
-def _merge(context: Context) -> None:
-    job = merge_job(context)
-    for shard in Checkpoint(job.model_dir).shards:
-        merge_shard(job, shard, job.out_dir / shard.file.name)
-    for name in ("config.json", INDEX_NAME):
-        if (job.model_dir / name).is_file():
-            copy_file(job.model_dir / name, job.out_dir / name)
-    copy_tokenizer(job.model_dir, job.out_dir)
 
 
 def _check_parity(context: Context, ids: torch.Tensor) -> None:

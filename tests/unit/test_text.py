@@ -67,3 +67,11 @@ def test_the_pace_of_a_stage_leaves_out_its_start_and_what_was_done_before() -> 
     assert pace.left(50, 100, 20.0) == "about 50 s left"
     assert pace.left(100, 100, 70.0) == ""
     assert pace.rate(0, 80.0) is None  # begun anew
+
+
+def test_the_pace_is_that_of_the_newer_half() -> None:
+    pace = text.Pace()
+    assert [pace.rate(done, now) for done, now in ((0, 0.0), (1, 100.0), (2, 101.0))] == [None, None, None]
+    assert pace.rate(3, 102.0) == 1.0  # the first, which took 100 times as long, no longer counts
+    assert pace.left(3, 13, 102.0) == "about 10 s left"
+    assert pace.rate(3, 106.0) == pytest.approx(1 / 3)  # nothing has been done since

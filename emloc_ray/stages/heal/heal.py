@@ -16,7 +16,7 @@ from emloc_ray.io.store.atomic import write_json
 from emloc_ray.io.store.node_cache import ensure, sizes
 from emloc_ray.stages.finetune.finetune import finetune
 from emloc_ray.stages.finetune.job import FinetuneJob
-from emloc_ray.stages.heal.fold import FoldJob, fold, pieces
+from emloc_ray.stages.heal.fold import FoldJob, fold
 from emloc_ray.stages.heal.teacher import TeacherJob, teach
 from emloc_ray.stages.ray.losses import Tell, unheard
 from emloc_ray.stages.ray.tasks import Progress, Resources, silent
@@ -51,10 +51,10 @@ def heal(
     Raises:
         NumericsError: where the original's logits, the loss or gradients are no numbers.
     """
-    parts = (len(job.teacher.shards()), job.training.max_steps, len(pieces(job.fold)))
+    parts = (len(job.teacher.shards()), job.training.max_steps, 1)  # all folding takes no longer than a few steps
 
     def part(number: int) -> Callable[[int, int], None]:
-        return lambda done, total: progress(sum(parts[:number]) + min(done, parts[number]), sum(parts))
+        return lambda done, total: progress(sum(parts[:number]) + done * parts[number] // max(total, 1), sum(parts))
 
     outcome, cached_before = _outcome(job), bool(sizes(job.teacher.out_dir))
     resumed = outcome is not None or cached_before

@@ -97,67 +97,100 @@ def run_slots(
     Raises:
         StageError: where a slot is lost at one unit more often than ``losses`` allows.
     """
-    running: dict[Any, int] = {}  # the slot of each task
-    counts = [bisect.bisect_right(units, unit) for units, unit in zip(work, safe or [-1] * len(work), strict=True)]
-    # When a slot may begin, by the monotonic clock.
-    resting = {slot: 0.0 for slot, count in enumerate(counts) if count < len(work[slot])}
-    at: dict[int, str] = {}  # what each slot is at
-    since: dict[int, float] = {}  # and since when, where it is known to work
-    took: list[float] = []  # the seconds of each unit that was worked off
-    done_units, total = sum(counts), sum(len(units) for units in work)
-
+    slots = _Slots(start, work, unit_name, losses, done, safe or [-1] * len(work))
     try:
-        while running or resting:
-            for slot in [slot for slot, begin in resting.items() if begin <= time.monotonic()]:
-                del resting[slot]
-                running[start(slot)] = slot
-                at[slot] = "its start"
-                since.pop(slot, None)
+        while slots.running or slots.resting:
+            slots.begin()
             losses.look()
-            progress(done_units, total)  # raises where the run is to stop
-            for task, slot in _overdue(running, since, took):
-                del running[task]
-                ray.cancel(task, force=True)
-                waited = time.monotonic() - since[slot]
-                delay = losses.give_up_waiting(f"slot {slot} at {at[slot]}", waited, statistics.median(took))
-                resting[slot] = time.monotonic() + delay
-            for task in _first_ready(list(running), min(resting.values(), default=math.inf)):
-                slot = running[task]
-                where = at[slot]
-                try:
-                    timed_unit = ray.get(next(task))
-                except ray.exceptions.RayError as error:
-                    del running[task]  # it has ended: its worker may be at another's work, which a cancel would kill
-                    piece = f"slot {slot}" if where == "its start" else f"slot {slot} at {where}"
-                    delay = losses.count(piece, error)
-                    resting[slot] = time.monotonic() + delay
-                    continue
-                times = timed_unit.begun_at, timed_unit.finished_at
-                worker = f"slot {slot} on {timed_unit.worker.partition(' on ')[2]}"
-                tell_span(Span(losses.stage, worker, where, *times, **timed_unit.peaks))
-                unit = timed_unit.result
-                if slot in since:
-                    took.append(time.monotonic() - since[slot])
-                since[slot] = time.monotonic()
-                if unit is None:  # committed to the end
-                    del running[task]
-                    continue
-                if unit == LEFT:
-                    del running[task]
-                    resting[slot] = 0.0
-                    losses.tell(
-                        f"{losses.stage}: slot {slot} leaves a node that is about to go, and goes on from {where}."
-                    )
-                    continue
-                count = bisect.bisect_right(work[slot], unit)
-                done_units += count - counts[slot]
-                counts[slot] = count
-                if unit >= 0:
-                    done(slot, unit)
-                at[slot] = f"{unit_name} {work[slot][count]}" if count < len(work[slot]) else "its end"
+            progress(slots.done_units, slots.total)  # raises where the run is to stop
+            slots.end_overdue()
+            for task in _first_ready(list(slots.running), min(slots.resting.values(), default=math.inf)):
+                slots.take(task)
     finally:
-        for task in running:  # none, unless something failed: nobody waits for them any more
+        for task in slots.running:  # none, unless something failed: nobody waits for them any more
             ray.cancel(task, force=True)
+
+
+class _Slots:
+    """What :func:`run_slots` knows of its slots.
+
+    Attributes:
+        running: the slot of each task.
+        resting: when each other slot that is not at its end may begin, by the monotonic clock.
+        done_units, total: how many units of all slots are done, and there are.
+    """
+
+    def __init__(
+        self,
+        start: Callable[[int], Any],
+        work: Sequence[Sequence[int]],
+        unit_name: str,
+        losses: Losses,
+        done: Callable[[int, int], None],
+        safe: Sequence[int],
+    ) -> None:
+        self.start, self.work, self.unit_name, self.losses, self.done = start, work, unit_name, losses, done
+        self._counts = [bisect.bisect_right(units, unit) for units, unit in zip(work, safe, strict=True)]
+        self.running: dict[Any, int] = {}
+        self.resting = {slot: 0.0 for slot, count in enumerate(self._counts) if count < len(work[slot])}
+        self.done_units, self.total = sum(self._counts), sum(len(units) for units in work)
+        self._at: dict[int, str] = {}  # what each slot is at
+        self._since: dict[int, float] = {}  # and since when, where it is known to work
+        self._took: list[float] = []  # the seconds of each unit that was worked off
+
+    def begin(self) -> None:
+        """Starts the slots whose time has come."""
+        for slot in [slot for slot, begin in self.resting.items() if begin <= time.monotonic()]:
+            del self.resting[slot]
+            self.running[self.start(slot)] = slot
+            self._at[slot] = "its start"
+            self._since.pop(slot, None)
+
+    def end_overdue(self) -> None:
+        """Ends the tasks that gave nothing for much longer than units take; they begin again."""
+        for task, slot in _overdue(self.running, self._since, self._took):
+            del self.running[task]
+            ray.cancel(task, force=True)
+            waited = time.monotonic() - self._since[slot]
+            piece = f"slot {slot} at {self._at[slot]}"
+            delay = self.losses.give_up_waiting(piece, waited, statistics.median(self._took))
+            self.resting[slot] = time.monotonic() + delay
+
+    def take(self, task: Any) -> None:
+        """Takes what a task gives: a unit that is done, its end, or that it was lost."""
+        slot = self.running[task]
+        where = self._at[slot]
+        try:
+            given: Timed = ray.get(next(task))
+        except ray.exceptions.RayError as error:
+            del self.running[task]  # it has ended: its worker may be at another's work, which a cancel would kill
+            piece = f"slot {slot}" if where == "its start" else f"slot {slot} at {where}"
+            delay = self.losses.count(piece, error)
+            self.resting[slot] = time.monotonic() + delay
+            return
+        losses, unit = self.losses, given.result
+        worker = f"slot {slot} on {given.worker.partition(' on ')[2]}"
+        tell_span(Span(losses.stage, worker, where, given.begun_at, given.finished_at, **given.peaks))
+        if slot in self._since:
+            self._took.append(time.monotonic() - self._since[slot])
+        self._since[slot] = time.monotonic()
+        if unit is None:  # committed to the end
+            del self.running[task]
+        elif unit == LEFT:
+            del self.running[task]
+            self.resting[slot] = 0.0
+            losses.tell(f"{losses.stage}: slot {slot} leaves a node that is about to go, and goes on from {where}.")
+        else:
+            self._reach(slot, unit)
+
+    def _reach(self, slot: int, unit: int) -> None:
+        units = self.work[slot]
+        count = bisect.bisect_right(units, unit)
+        self.done_units += count - self._counts[slot]
+        self._counts[slot] = count
+        if unit >= 0:
+            self.done(slot, unit)
+        self._at[slot] = f"{self.unit_name} {units[count]}" if count < len(units) else "its end"
 
 
 def _overdue(running: Mapping[Any, int], since: Mapping[int, float], took: Sequence[float]) -> list[tuple[Any, int]]:

@@ -14,7 +14,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from inline_data import tokenized_here
+from plain_stages import tokenized_here
 from small_runs import task_rows, worker_processes, write_jsonl
 
 from emloc_ray.data import tokenizing

@@ -18,7 +18,8 @@ from run_samples import STAGES, events, finished_metrics, healing_metrics, manif
 from emloc_ray.io.runs.directory import SPECTRA, RunDirectory
 from emloc_ray.runs.log import RunLog
 from emloc_ray.ui import page as report
-from emloc_ray.ui.terminal import ConsoleReporter, evaluation_rows, evaluation_table, result_lines
+from emloc_ray.ui.console_reporter import ConsoleReporter
+from emloc_ray.ui.terminal import evaluation_rows, evaluation_table, result_lines
 
 
 @pytest.fixture

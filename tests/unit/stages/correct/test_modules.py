@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from layer_differences import layer_difference
-from plain_runs import build
+from plain_stages import build
 from pretend_device import METER, pretend_device
 from stage_artifacts import write_lora
 from torch import Tensor
