@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import types
 import typing
 from collections.abc import Iterator
@@ -48,7 +49,8 @@ class KeySection:
 
 
 def config_keys(name: str | None = None) -> list[KeySection]:
-    """Every section, in a config's order, or ``name`` alone with its subsections; of a key's ``name``, the key alone.
+    """Every section, in a config's order, or ``name`` alone with its subsections; of a key's ``name``, the key alone, and
+    without its section, each key that is called so.
 
     Raises:
         ConfigError: where there is neither a section nor a key of that name.
@@ -57,20 +59,25 @@ def config_keys(name: str | None = None) -> list[KeySection]:
     if name is None:
         return every
     chosen = [s for s in every if any(f"{one}.".startswith(f"{name}.") for one in s.name.split(", "))]
-    return chosen or [_one_key(name, every)]
+    return chosen or _keys_called(name, every)
 
 
-def _one_key(name: str, every: list[KeySection]) -> KeySection:
+def _keys_called(name: str, every: list[KeySection]) -> list[KeySection]:
     above, _, last = name.rpartition(".")
-    for section in every:
-        if above in section.name.split(", ") and (key := next((k for k in section.keys if k.name == last), None)):
-            return KeySection(above, section.text, (key,))
-    if above == "finetune" and (hint := passed_to_trainer(last)) is not None:
+    called = [(section, key) for section in every for key in section.keys if key.name == last]
+    for section, key in called:
+        if above in section.name.split(", "):
+            return [KeySection(above, section.text, (key,))]
+    if above in ("", "finetune") and not called and (hint := passed_to_trainer(last)) is not None:
         text = "a field of transformers' TrainingArguments, which is passed on"
-        return KeySection(above, "", (Key(last, hint, "", text),))
+        return [KeySection("finetune", "", (Key(last, hint, "", text),))]
+    if not above and called:
+        return [KeySection(section.name, section.text, (key,)) for section, key in called]
     if (peer := peer_key(name)) is not None:
         raise ConfigError(f"There is no key {name}: write {peer}.")
-    raise ConfigError(f"There is no section {name}: take one of {', '.join(s.name for s in every if s.name)}.")
+    near = difflib.get_close_matches(last, sorted({key.name for section in every for key in section.keys}), n=1)
+    hint = f"; the nearest key is {near[0]}" if near else ""
+    raise ConfigError(f"There is no section {name}: take one of {', '.join(s.name for s in every if s.name)}{hint}.")
 
 
 def _sections(name: str, section: type[Section]) -> Iterator[KeySection]:

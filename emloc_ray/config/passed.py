@@ -18,7 +18,7 @@ from emloc_ray.config.adapter import LORA_METHODS, PROMPT_METHODS, AdapterConfig
 from emloc_ray.config.base import Section
 from emloc_ray.config.finetune import FinetuneConfig
 from emloc_ray.config.peers import peer_key
-from emloc_ray.config.schema import RayConfig
+from emloc_ray.config.schema import RayConfig, RunConfig
 from emloc_ray.io.runs.secret_values import HIDDEN, is_secret, is_variable, leaves
 
 NO_KEY = " is not a key: "
@@ -200,6 +200,19 @@ def passed_to_trainer(key: str) -> str | None:
     return str(getattr(hint, "__name__", hint)).replace("typing.", "").replace("NoneType", "None")
 
 
+def _elsewhere(name: str) -> str | None:
+    """The only section's key of that name; None where none or several have one."""
+    sections = {key: field.annotation for key, field in RunConfig.model_fields.items()}
+    named = {
+        key: set(kind.model_fields)
+        for key, kind in sections.items()
+        if isinstance(kind, type) and issubclass(kind, Section)
+    }
+    named["finetune"] |= _trainable_keys()
+    found = [f"{section}.{name}" for section, keys in named.items() if name in keys]
+    return found[0] if len(found) == 1 else None
+
+
 def _trainable_keys() -> set[str]:
     """The keys that ``finetune`` takes."""
     refused = {*_OWN_TRAINING_ARGUMENTS, *_LOADING, *_SCATTERING}
@@ -230,11 +243,12 @@ def _ray_init_types() -> dict[str, Any]:
 
 
 def no_such_key(key: str, last: str, known: Iterable[str]) -> str:
-    """Says that there is no such key, and which of ours means what other tools call so, or is nearest of ``known``."""
-    known, peer = set(known), peer_key(key) or ""
+    """Says that there is no such key, and which of ours means what other tools call so, is called so in another section, or
+    is nearest of ``known``."""
+    known, peer = set(known), peer_key(key) or _elsewhere(last) or ""
     above, _, name = peer.rpartition(".")
     is_beside = above == key.rpartition(".")[0]
-    if peer and not is_beside:
+    if peer and not is_beside and name not in known:
         return f"{key}{NO_KEY}write {peer}"
     near = [name] if name in known else difflib.get_close_matches(last, sorted(known), n=1, cutoff=0.6)
     hint = f"the nearest is {near[0]}" if near else f"known are {', '.join(sorted(known)[:30])}"

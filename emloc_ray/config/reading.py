@@ -21,12 +21,13 @@ from emloc_ray.config.schema import RunConfig
 from emloc_ray.data.text_rows import other_encoding
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.yaml_text import read_yaml
+from emloc_ray.text import listed
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
-# The keys that hold paths.
+# The keys that hold paths, of a config and of a batch.
 _PATHS = re.compile(
     r"run_dir|model(\.source)?|data\.(\w+\.path|train|calibration|selection|eval|validation|healing|image_roots)"
-    r"|evaluation\.upper_bound|finetune\.deepspeed"
+    r"|evaluation\.upper_bound|finetune\.deepspeed|base|tasks|cache\.path"
 )
 Keys = tuple[Any, ...]  # the parts of a dotted key
 Checked = TypeVar("Checked", bound=BaseModel)
@@ -69,7 +70,10 @@ def read_values(path: Path, named_by: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(
             f"Config {path} has {base!r} as its base: give the path of a YAML file, from this one's directory."
         )
-    below = read_values(path.parent / os.path.expanduser(base), (*named_by, path))
+    written, unset = with_variables({"base": base})
+    if unset:
+        raise ConfigError("\n".join(f"Config {path}: {line}" for line in unset))
+    below = read_values(path.parent / os.path.expanduser(written["base"]), (*named_by, path))
     for keys, value in settings(values):
         put(below, keys, value, f"{path}: {'.'.join(map(str, keys))}")
     return below
@@ -126,7 +130,8 @@ def is_batch(values: Mapping[str, Any]) -> bool:
 
 
 def with_variables(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A config with the ``${NAME}`` in its paths replaced from the environment, and a sentence for each that is not set."""
+    """A config or a batch with the ``${NAME}`` in its paths replaced from the environment, and a sentence for each that is
+    not set. A split's map of paths to shares has them in its keys."""
     unset: list[str] = []
 
     def replaced(key: str, value: Any) -> Any:
@@ -142,7 +147,8 @@ def with_variables(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
     def walk(node: Any, above: str) -> Any:
         if isinstance(node, dict):
-            return {key: walk(value, f"{above}.{key}" if above else str(key)) for key, value in node.items()}
+            named = {replaced(above, key): value for key, value in node.items()} if _PATHS.fullmatch(above) else node
+            return {key: walk(value, f"{above}.{key}" if above else str(key)) for key, value in named.items()}
         return replaced(above, node) if _PATHS.fullmatch(above) else node
 
     return walk(values, ""), unset
@@ -257,6 +263,9 @@ def _sentence(detail: Any, model: type[BaseModel]) -> str:
     if detail["type"] == "value_error":
         return f"{key}: {message}." if key and key not in message else f"{message}."
     given = detail["input"]
+    if detail["type"] == "model_type" and (section := _section(location, model)):
+        keys = listed(list(section.model_fields), 3)
+        return f"{key} is {given!r}: it is a section, give it keys of its own ({keys})."
     return f"{key} is {given!r}: {message[0].lower()}{message[1:]}."
 
 

@@ -77,9 +77,12 @@ def _local(pattern: str) -> list[Path]:
 
 
 def _looked_in(pattern: str) -> str:
-    """The directory where a relative path of this machine was looked for."""
-    path = os.path.expanduser(pattern.removeprefix("file://"))
-    return "" if is_store_uri(pattern) or Path(path).is_absolute() else f" in {Path.cwd()}"
+    """The directory where a relative path of this machine was looked for, and where a link leads that leads nowhere."""
+    path = Path(os.path.expanduser(pattern.removeprefix("file://")))
+    if is_store_uri(pattern):
+        return ""
+    leads = f" (it is a link to {path.readlink()}, which is not there)" if path.is_symlink() else ""
+    return leads if path.is_absolute() else f" in {Path.cwd()}{leads}"
 
 
 def open_file(path: str, stored_bytes: int) -> io.BufferedReader:

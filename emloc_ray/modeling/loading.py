@@ -91,7 +91,9 @@ def resolve_source(
     if path.is_dir():
         return _check_directory(path.absolute(), source, needs_weights)
     if path.exists() or source.startswith(("/", ".", "~")) or source.count("/") > 1:
-        raise ConfigError(f"model.source {source} is no model directory and no .gguf file: mend the path.")
+        raise ConfigError(
+            f"model.source {source} is no model directory and no .gguf file{_looked_in(source)}: mend the path."
+        )
     if trust_remote_code and not re.fullmatch("[0-9a-f]{40}", revision or ""):
         raise ConfigError(
             f"model.trust_remote_code runs code of {source} on the hub, which a branch or a tag can change at any time: set"
@@ -103,6 +105,11 @@ def resolve_source(
     if not (directory / "config.json").is_file():
         raise ConfigError(f"model.source {source} holds no config.json on the hub: name a transformers checkpoint.")
     return ModelSource(directory, hub_id=source, revision=revision)
+
+
+def _looked_in(source: str) -> str:
+    """The directory in which a relative path was looked for."""
+    return "" if Path(os.path.expanduser(source)).is_absolute() else f" in {Path.cwd()}"
 
 
 def _check_own_code(directory: Path, source: str) -> None:
@@ -171,7 +178,8 @@ def _download(source: str, revision: str | None, patterns: Sequence[str]) -> Pat
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         detail = str(error).split("\n")[0][:150]
         raise ConfigError(
-            f"model.source {source} is no local path and cannot be had from the hub ({detail}): check the name, and the network."
+            f"model.source {source} is no directory{_looked_in(source)}, and cannot be had from the hub ({detail}): check the"
+            " name, and the network."
         ) from error
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from emloc_ray.data.image_places import ImagePlaces
 from emloc_ray.data.reading import Place, Row, SourceFile, read_rows, scan
 from emloc_ray.data.row_formats import CHATS, columns_of
 from emloc_ray.data.tokenizing import TokenizeOptions
+from emloc_ray.demos.tasks import write_generated
 from emloc_ray.errors import ConfigError, DataError, EmlocError
 from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.loading import tokenizer_dir
@@ -26,12 +28,12 @@ from emloc_ray.planning.prepared import Prepared
 @dataclass(frozen=True)
 class FirstRows:
     """The first rows of a split, each with its place and its sequences as tokens, not yet cut; None for a bad row that is
-    skipped. ``num_rows``: those of all its files; None before they are downloaded."""
+    skipped. ``num_rows``: those of all its files; None before they are downloaded or made."""
 
     split: str
     formats: tuple[str, ...]
     num_rows: int | None
-    rows: tuple[tuple[Place, list[Tokens] | None], ...]
+    rows: tuple[tuple[str, list[Tokens] | None], ...]
     limit: int
 
     @property
@@ -57,27 +59,35 @@ class FirstRows:
 
 
 def first_rows(prepared: Prepared, split: str = "train", count: int = 64) -> FirstRows | None:
-    """The first ``count`` rows of a split as the run will tokenize them; None where they are made by the run.
+    """The first ``count`` rows of a split as the run will tokenize them; None where the run takes them out of train.
 
-    Asks the hub for the first rows of what lies there.
+    Asks the hub for the first rows of what lies there. Of a task that the run makes it makes a few rows of train.
 
     Raises:
         ConfigError: where a row is bad, or no row keeps a completion.
     """
     config, section = prepared.config, getattr(prepared.config.data, split)
-    if section is None:
+    makes = config.data.generate if split == "train" else None
+    if section is None and makes is None:
         return None
+    names: dict[str, str] = {}  # of files that last no longer than this
     try:
         with tempfile.TemporaryDirectory() as folder:
             sources = [*prepared.files.get(split, ())]
-            for number, place in enumerate(section.hub):
+            for number, place in enumerate(section.hub if section is not None else ()):
                 path = Path(folder, f"{number}.parquet")
+                names[str(path)] = place
                 download(place, split, path, first=count)
                 sources.append(with_format(scan(path), config.data))
-            num_rows = None if section.hub else sum(source.num_rows for source in sources)
-            found = _tokenized(prepared, split, sources, count, num_rows)
+            if makes is not None:
+                path = Path(folder, f"{split}.parquet")
+                names[str(path)] = f"data.generate {makes}"
+                write_generated(makes, Path(folder), config.seed, max_rows=2 * count)  # of which train has most
+                sources.append(with_format(scan(path), config.data))
+            num_rows = None if names else sum(source.num_rows for source in sources)
+            found = _tokenized(prepared, split, sources, count, num_rows, names)
     except DataError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(_named(str(error), names)) from error
     if found.sequences and found.num_emptied == len(found.sequences):
         raise ConfigError(
             f"data.max_seq_length {found.limit} leaves none of the first {len(found.rows)} rows of data.{split} a token to"
@@ -126,15 +136,25 @@ def tokenize_options(prepared: Prepared, tokenizer: Path, files: Sequence[Source
 
 
 def _tokenized(
-    prepared: Prepared, split: str, sources: Sequence[SourceFile], count: int, num_rows: int | None
+    prepared: Prepared,
+    split: str,
+    sources: Sequence[SourceFile],
+    count: int,
+    num_rows: int | None,
+    names: Mapping[str, str],
 ) -> FirstRows:
     config = prepared.config
     formats = tuple(dict.fromkeys(source.format for source in sources))
     options = tokenize_options(prepared, tokenizer_dir(prepared.source), sources)
     rows = list(itertools.islice(_rows(sources, config.data, count), count))
     pairs = zip(rows, options.tokens(iter(rows)), strict=True)
-    found = tuple((place, sequences) for (place, _), sequences in pairs)
+    found = tuple((_named(place, names), sequences) for (place, _), sequences in pairs)
     return FirstRows(split, formats, num_rows, found, options.max_seq_length)
+
+
+def _named(text: str, names: Mapping[str, str]) -> str:
+    """A text with the names in place of the paths that it has."""
+    return functools.reduce(lambda said, path: said.replace(path, names[path]), names, text)
 
 
 def _rows(sources: Sequence[SourceFile], data: DataConfig, count: int) -> Iterator[tuple[Place, Row]]:

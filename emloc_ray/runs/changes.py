@@ -14,11 +14,10 @@ from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.io.runs.secret_values import without_secrets
 from emloc_ray.io.store.node_cache import sizes
 from emloc_ray.io.store.object_store import MANIFEST
-from emloc_ray.modeling.loading import fetch_weights
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.runs.status import older_stages
 from emloc_ray.stages.context import Context
-from emloc_ray.stages.importing import is_imported
+from emloc_ray.stages.importing import is_imported, original_dir
 from emloc_ray.stages.order import STEPS
 from emloc_ray.stages.stage import Stage
 
@@ -84,7 +83,7 @@ def _outdated(prepared: Prepared, steps: Sequence[Stage], standing: Mapping[str,
     """The first stage that stands and has other inputs now, or that is new before one that stands."""
     if not standing:
         return None
-    source_dir = fetch_weights(prepared.source)
+    source_dir = original_dir(prepared)
     model_dir = prepared.run.path("model") if is_imported(prepared) else source_dir
     context = Context(prepared, model_dir, source_dir)
     for number, stage in enumerate(steps):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from emloc_ray.config.schema import WORKER_SECTIONS, CorrectionConfig, RunConfig
 from emloc_ray.data.processors import IMAGE_SIDE
+from emloc_ray.io.store.digests import digest
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.machine import cpu_capabilities, has_bfloat16
 from emloc_ray.planning.memory import MemoryModel
@@ -146,6 +148,24 @@ def repeated_rows(prepared: Prepared) -> str | None:
     return f"Training reads each of the {rows} rows about {times:.0f} times: give more rows, or fewer steps."
 
 
+def copied_rows(prepared: Prepared) -> str | None:
+    """Says so where a file of held-out rows is a copy of one that is trained on; the same file twice is an error."""
+    trained = [source for source in prepared.files.get("train", ()) if not source.is_stored]
+    for name in ("eval", "selection", "validation"):
+        for held_out in prepared.files.get(name, ()):
+            for source in () if held_out.is_stored else trained:
+                if source.num_rows == held_out.num_rows and _are_equal(Path(source.path), Path(held_out.path)):
+                    return (
+                        f"data.{name} reads {held_out.name}, a copy of {source.name}, which is trained on: give it rows of its"
+                        f" own, or leave data.{name} out to have rows of train kept for it."
+                    )
+    return None
+
+
+def _are_equal(one: Path, other: Path) -> bool:
+    return one.stat().st_size == other.stat().st_size and digest(one) == digest(other)
+
+
 def late_warmup(prepared: Prepared) -> str | None:
     """Says so where the learning rate does not reach its peak before the steps end."""
     steps = steps_trained(prepared)
@@ -166,6 +186,7 @@ def of_settings(prepared: Prepared, planned: Mapping[str, int]) -> list[str]:
         long_images(prepared),
         beyond_positions(prepared),
         repeated_rows(prepared),
+        copied_rows(prepared),
         late_warmup(prepared),
     )
     return [remark for remark in said if remark is not None]

@@ -9,7 +9,6 @@ from emloc_ray.config.steps import VERBS
 from emloc_ray.errors import DamagedArtifactError
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.modeling.loading import fetch_weights
 from emloc_ray.planning.batches import keeps_small, shrink_batches
 from emloc_ray.planning.budget import check_holding
 from emloc_ray.planning.machine import check_disk, check_kernel, check_resources
@@ -24,7 +23,7 @@ from emloc_ray.runs.steps import AtOnce, Dropped, Steps, Turns
 from emloc_ray.runs.trace import Trace
 from emloc_ray.runs.versions import check_versions, redone_from
 from emloc_ray.stages.context import Context
-from emloc_ray.stages.importing import is_imported
+from emloc_ray.stages.importing import is_imported, original_dir
 from emloc_ray.stages.order import STEPS
 from emloc_ray.stages.ray.final_actor import FinalActorHandle
 from emloc_ray.stages.ray.losses import explain
@@ -152,11 +151,11 @@ class Pipeline:
     def _context(self, final_actor: FinalActorHandle) -> Context:
         """The context of a pass over the stages; fetches a model of the hub first, where it is not cached."""
         prepared, source = self.prepared, self.prepared.source
-        source_dir, imported = source.directory, is_imported(prepared)
+        imported = is_imported(prepared)
         if source.hub_id is not None:
             self.reporter.note(f"The weights of {source.hub_id} come from the hub, unless they are cached.")
-            source_dir = fetch_weights(source)
-            if not imported:
-                check_visible(prepared, source_dir)
+        source_dir = original_dir(prepared)
+        if source.hub_id is not None and not imported:
+            check_visible(prepared, source_dir)
         model_dir = prepared.run.path("model") if imported else source_dir
         return Context(prepared, model_dir, source_dir, self.reporter.note, final_actor, self.reporter.detail)

@@ -15,6 +15,7 @@ from emloc_ray.io.runs.directory import CARD
 from emloc_ray.io.runs.fingerprint import fingerprint, fingerprint_large_files
 from emloc_ray.io.store.node_cache import hashes
 from emloc_ray.modeling.architecture import LinearSpec, empty_model, load_config
+from emloc_ray.modeling.hub_weights import commit_of
 from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.loading import checkpoint_files, content_of_source
 from emloc_ray.modeling.stored_names import StoredParameter, stored_parameters, stored_specs
@@ -78,10 +79,17 @@ class Context:
 
     def _model_files(self) -> Inputs:
         source, directory = self.prepared.source, self.source_dir or self.prepared.source.directory
+        if self._brought:
+            return {"hub": [source.hub_id, commit_of(source)]}
         if source.gguf_file is None:
             return {"files": fingerprint_large_files(checkpoint_files(directory))}
         file = fingerprint_large_files([directory / source.gguf_file])
         return {"file": file, "dtype": self.prepared.config.model.dtype}
+
+    @property
+    def _brought(self) -> bool:
+        """Whether workers bring a model of the hub into the run: its weights need not be here, and its commit names them."""
+        return self.prepared.source.hub_id is not None and self.prepared.run.store is not None
 
     @functools.cached_property
     def model_key(self) -> str:
@@ -91,6 +99,8 @@ class Context:
     @functools.cached_property
     def weights(self) -> Inputs:
         """A hash of the original's whole content: runs that share what they make of it must not go by times of files."""
+        if self._brought:
+            return self.model_inputs
         directory = self.source_dir or self.prepared.source.directory
         return {"weights": content_of_source(self.prepared.source, directory)}
 

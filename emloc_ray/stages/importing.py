@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from emloc_ray.io.runs.resume import discard_unless
-from emloc_ray.io.store.node_cache import discard
-from emloc_ray.modeling.loading import copy_checkpoint, import_gguf
+from emloc_ray.io.store.node_cache import discard, sizes
+from emloc_ray.modeling.hub_weights import import_weights, weight_files
+from emloc_ray.modeling.loading import copy_checkpoint, fetch_weights, import_gguf
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.stage import Stage, by_weights, one_worker
@@ -20,18 +22,30 @@ def is_imported(prepared: Prepared) -> bool:
     return prepared.source.gguf_file is not None or prepared.run.store is not None
 
 
+def original_dir(prepared: Prepared) -> Path:
+    """Where the original is read from. A model of the hub is fetched first, unless workers bring it into the run."""
+    return prepared.source.directory if is_imported(prepared) else fetch_weights(prepared.source)
+
+
 def _import(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
     from emloc_ray.stages.ray.losses import Losses
-    from emloc_ray.stages.ray.tasks import run_tasks
+    from emloc_ray.stages.ray.tasks import run_tasks, silent
 
     source, target = context.prepared.source, context.model_dir
-    if source.gguf_file is None:  # by the driver: other nodes need not see the files
-        discard_unless(target, inputs)
-        copy_checkpoint(context.source_dir or source.directory, target, progress)
+    losses = Losses("import", context.note)
+    if source.gguf_file is not None:
+        discard(target)  # a killed conversion leaves shards that nothing vouches for
+        work = [("the model", (target, context.prepared.config.model.dtype))]
+        run_tasks(import_gguf, source, work, granted, losses)
         return {}
-    discard(target)  # a killed conversion leaves shards that nothing vouches for
-    work = [("the model", (target, context.prepared.config.model.dtype))]
-    run_tasks(import_gguf, source, work, granted, Losses("import", context.note))
+    discard_unless(target, inputs)
+    # By the driver, as other nodes need not see the files: of a model on the hub those that it has cached.
+    report = progress if source.hub_id is None else silent
+    copy_checkpoint(context.source_dir or source.directory, target, report)
+    if source.hub_id is not None:
+        there = sizes(target)
+        files = [(name, (name,)) for name in weight_files(source) if target / name not in there]
+        run_tasks(import_weights, (source, target), files, granted, losses, progress)
     return {}
 
 

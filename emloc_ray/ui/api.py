@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -164,13 +165,14 @@ def as_config(
     config: Config | None, train: Any = None, eval: Any = None, keys: Mapping[str, Any] | None = None
 ) -> RunConfig:
     """A config of what :func:`run` takes; rows that a program holds are written beside the run's directory."""
-    given = {name: rows for name, rows in (("train", train), ("eval", eval)) if rows is not None}
+    given = {name: _without_paths(rows) for name, rows in (("train", train), ("eval", eval)) if rows is not None}
     if isinstance(config, str | Path):
         config = load_config(config)
     if isinstance(config, RunConfig) and not given and not keys:
         return config
     values = config.model_dump(mode="json", exclude_unset=True) if isinstance(config, RunConfig) else dict(config or {})
-    for key, value in (keys or {}).items():
+    values, keys = _without_paths(values), _without_paths(keys or {})
+    for key, value in keys.items():
         is_section = isinstance(value, Mapping) and isinstance(values.get(key), Mapping)
         values[key] = {**values[key], **value} if is_section else value
     model = values.get("model")
@@ -185,6 +187,17 @@ def as_config(
     return parse_config(values, "the call")
 
 
+def _without_paths(value: Any) -> Any:
+    """A value with its ``pathlib`` paths as text; rows are left as they are."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {key: _without_paths(inner) for key, inner in value.items()}
+    if isinstance(value, list) and value and isinstance(value[0], os.PathLike):
+        return [_without_paths(inner) for inner in value]
+    return value
+
+
 def _split(rows: Any, name: str, values: Mapping[str, Any]) -> Any:
     """A key of the section ``data``: where it is a split whose rows are given, the path of their file."""
     if name not in _SPLITS or is_place(rows):
@@ -197,7 +210,7 @@ def _split(rows: Any, name: str, values: Mapping[str, Any]) -> Any:
 def _default_reporter() -> Reporter:
     """Shows progress in a notebook; elsewhere nothing."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if type(shell).__name__ != "ZMQInteractiveShell":
+    if not any(kind.__name__ == "ZMQInteractiveShell" for kind in type(shell).__mro__):  # Colab's is a subclass
         return Reporter()
     from emloc_ray.ui.notebook import NotebookReporter
 

@@ -28,14 +28,17 @@ WRITTEN_BY = {"adapter": "correct", "adapter_finished": "finish", "merged": "mer
 """The folders that get a card, and the step that writes each."""
 
 
-def write_cards(run: RunDirectory) -> None:
-    """Writes the card of each folder that is there; on an object store none, as readers there go by the manifest."""
-    if run.store is not None:
+def write_cards(run: RunDirectory, copy: Path | None = None) -> None:
+    """Writes the card of each folder that is there, in the run or in a ``copy`` of it.
+
+    On an object store itself there are none: its folders are read through the manifest, which names no cards.
+    """
+    if run.store is not None and copy is None:
         return
-    manifest, metrics = run.manifest(), run.metrics()
+    root, manifest, metrics = copy or run.root, run.manifest(), run.metrics()
     for folder, step in WRITTEN_BY.items():
-        if step in manifest["stages"] and run.path(folder).is_dir():
-            with atomic_file(run.path(folder, CARD)) as file:
+        if step in manifest["stages"] and (root / folder).is_dir():
+            with atomic_file(root / folder / CARD) as file:
                 file.write(card(run.name, folder, manifest["config"], metrics).encode())
 
 

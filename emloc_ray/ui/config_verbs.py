@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +34,28 @@ def validation_lines(prepared: Prepared, name: str) -> Iterator[str]:
     from emloc_ray.stages.order import STEPS
 
     check_holding(prepared)
-    rows = [first for split in splits_of(prepared.config) if (first := first_rows(prepared, split)) is not None]
+    splits = splits_of(prepared.config)
+    rows = [first for split in splits if (first := first_rows(prepared, split)) is not None]
     plan = make_plan(STEPS, prepared)
     yield f"{name} is valid: {_linears(prepared)}; {_training(prepared, plan)}."
     for first in rows:
         yield _of_rows(first)
+    yield from _unchecked(prepared, splits)
     yield from before_ray(prepared, plan.worker_bytes, os.cpu_count() or 1)
+
+
+def _unchecked(prepared: Prepared, splits: Iterable[str]) -> Iterator[str]:
+    """What only the run sees, with why."""
+    source, data = prepared.source, prepared.config.data
+    if source.hub_id is not None:
+        yield f"Not checked: the weights of {source.hub_id}, which the run downloads."
+    if source.gguf_file is not None:
+        yield f"Not checked: the weights in {source.gguf_file}, which the run converts."
+    named = [getattr(data, split) for split in splits]
+    if places := [place for split in named if split is not None for place in split.hub]:
+        yield f"Not checked: all but the first rows of {listed(places)}, which the run downloads."
+    if data.generate is not None:
+        yield f"Not checked: all but the first rows of data.generate {data.generate}, which the run makes."
 
 
 def _linears(prepared: Prepared) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +16,10 @@ from rich.console import Console
 
 from emloc_ray.errors import ConfigError, StageError
 from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.runs.fetch import fetch
 from emloc_ray.text import counted, size
 from emloc_ray.ui.cards import WRITTEN_BY, write_cards
+from emloc_ray.ui.terminal import progress_bar
 
 Part = Literal["adapter", "merged"]
 _CONVERTERS = {"merged": "convert_hf_to_gguf.py", "adapter": "convert_lora_to_gguf.py"}
@@ -28,45 +33,63 @@ def result_folder(run: RunDirectory, part: Part) -> Path:
     """
     if run.store is not None:
         raise ConfigError(f"{run.place} is on an object store: copy it with emloc-ray fetch, and name the copy.")
-    stages = run.existing().stages()
+    return run.path(_result_name(run, part))
+
+
+def _result_name(run: RunDirectory, part: Part) -> str:
+    stages, there = run.existing().stages(), run.names()
     names = ["merged"] if part == "merged" else ["adapter_finished", "adapter"]
     for name in names:
-        if WRITTEN_BY[name] in stages and run.path(name).is_dir():
-            return run.path(name)
+        if WRITTEN_BY[name] in stages and name in there:
+            return name
     step = WRITTEN_BY[names[-1]]
     raise ConfigError(f"{run.place} has no {names[-1]}/: run it up to there, emloc-ray {step} CONFIG.")
+
+
+@contextlib.contextmanager
+def _with_card(console: Console, run: RunDirectory, part: Part) -> Iterator[Path]:
+    """The folder of a result with its card; of a run on an object store a copy, as long as it is needed."""
+    name = _result_name(run, part)
+    if run.store is None:
+        write_cards(run)
+        yield run.path(name)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        with progress_bar(console, "Fetching", in_bytes=True) as progress:
+            fetch(run, Path(folder), [name], progress)
+        write_cards(run, Path(folder))
+        yield Path(folder, name)
 
 
 def push(console: Console, run: RunDirectory, name: str, part: Part, private: bool) -> None:
     """Uploads one result with its card to a model repository of the hub, which it makes where there is none.
 
     Raises:
-        ConfigError: as :func:`result_folder`, and where the name is none of the hub.
+        ConfigError: where the run has not come so far, or the name is none of the hub.
         StageError: where the hub refuses, or cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-    folder = result_folder(run, part)
-    write_cards(run)
-    files = [file for file in folder.rglob("*") if file.is_file()]
-    held = size(sum(file.stat().st_size for file in files))
-    console.print(
-        f"Pushing {folder.name}/ ({counted(len(files), 'file')}, {held}) to {name}", soft_wrap=True, markup=False
-    )
-    api = HfApi()
-    try:
-        api.create_repo(name, private=private, exist_ok=True)
-        done: Any = api.upload_folder(
-            repo_id=name, folder_path=folder, commit_message=f"{folder.name} of the run {run.name}, by emloc-ray"
+    with _with_card(console, run, part) as folder:
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        held = size(sum(file.stat().st_size for file in files))
+        console.print(
+            f"Pushing {folder.name}/ ({counted(len(files), 'file')}, {held}) to {name}", soft_wrap=True, markup=False
         )
-    except HFValidationError as error:
-        raise ConfigError(f"{name} is no name of the hub ({error}): write OWNER/NAME.") from error
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
-        reason = str(error).strip().split("\n")[0].rstrip(".")
-        raise StageError(
-            f"{name} cannot be pushed to ({reason}): log in with hf auth login, or check the name."
-        ) from error
+        api = HfApi()
+        try:
+            api.create_repo(name, private=private, exist_ok=True)
+            done: Any = api.upload_folder(
+                repo_id=name, folder_path=folder, commit_message=f"{folder.name} of the run {run.name}, by emloc-ray"
+            )
+        except HFValidationError as error:
+            raise ConfigError(f"{name} is no name of the hub ({error}): write OWNER/NAME.") from error
+        except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+            reason = str(error).strip().split("\n")[0].rstrip(".")
+            raise StageError(
+                f"{name} cannot be pushed to ({reason}): log in with hf auth login, or check the name."
+            ) from error
     console.print(f"{folder.name}/ is at {done.commit_url}", soft_wrap=True, markup=False)
 
 

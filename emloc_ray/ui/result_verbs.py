@@ -34,7 +34,7 @@ def report(run_dir: RunPath) -> None:
     from emloc_ray.ui.page import write_report
 
     with asking(console, run_dir):
-        run = RunDirectory(run_dir).existing()
+        run = RunDirectory(place_of(run_dir)).existing()
         state = state_now(run)
     written = write_report(run) if state is None else write_batch_report(run, state)
     console.print(escape(str(written)))
@@ -48,15 +48,20 @@ def fetch(
         list[str] | None, typer.Option(help="Only this part, such as adapter or merged; repeat it for several.")
     ] = None,
 ) -> None:
-    """Copy a run, or parts of it, from an object store to a local directory."""
+    """Copy a run, or parts of it, from an object store to a local directory; results come with their cards."""
     from emloc_ray.io.runs.directory import RunDirectory
     from emloc_ray.io.runs.fetch import fetch
+    from emloc_ray.io.store.places import below
+    from emloc_ray.ui.cards import write_cards
     from emloc_ray.ui.terminal import progress_bar
 
     with asking(console, run_uri):
-        run = RunDirectory(run_uri).existing()
+        run = RunDirectory(place_of(run_uri)).existing()
     with progress_bar(console, "Fetching", in_bytes=True) as progress:
         files = fetch(run, directory, part or (), progress)
+    is_batch = run.manifest().get("kind") == "batch"
+    for copy in sorted((directory / "tasks").glob("*")) if is_batch else [directory]:
+        write_cards(RunDirectory(below(run.place, "tasks", copy.name)) if is_batch else run, copy)
     console.print(escape(f"{len(files)} files written to {directory}"), soft_wrap=True)
 
 

@@ -30,6 +30,7 @@ ELSEWHERE = {
     r"python pipelines/ablation\.py .*": "tests/integration/test_ablation.py",
     r"python -m pytest -q tests/gpu .*": "tests/gpu",
     r"emloc-ray (status|fetch) s3://.*": "tests/integration/test_runs_on_s3.py",
+    r"emloc-ray push s3://.*": "tests/unit/ui/test_result_verbs.py",
 }
 # What stands for a model of the hub and for minutes.
 SMALLER = {

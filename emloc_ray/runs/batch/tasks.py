@@ -26,6 +26,7 @@ from emloc_ray.config.reading import (
     read_values,
     settings,
     unknown_key,
+    with_variables,
 )
 from emloc_ray.config.schema import RayConfig, RunConfig
 from emloc_ray.errors import ConfigError
@@ -73,8 +74,10 @@ def read_batch(path: str | Path, overrides: Sequence[str] = ()) -> Batch:
 
 def compose_batch(values: dict[str, Any], path: Path, overrides: Sequence[str] = ()) -> Batch:
     """As :func:`read_batch`, from the values of the file at ``path``, or made from it."""
-    values = dict(values)
+    values, unset = with_variables(values)
     where = f"{path} and its overrides" if overrides else str(path)
+    if unset:
+        raise ConfigError("\n".join(f"{where}: {line}" for line in unset))
     for key in ("base", "tasks"):
         if isinstance(values.get(key), str) and values[key].strip():
             values[key] = str(path.parent / os.path.expanduser(values[key]))

@@ -14,6 +14,7 @@ from emloc_ray.data.reading import SourceFile, scan
 from emloc_ray.data.splits import CALIBRATION_SEED, MIXTURE_SEED, SPLITS, RowSelection, assign_splits
 from emloc_ray.data.token_budget import rows_within
 from emloc_ray.data.tokenizing import TokenizeOptions, first_unwritten, row_lengths, tokenize_splits
+from emloc_ray.demos.tasks import write_generated
 from emloc_ray.errors import DataError
 from emloc_ray.io.runs.resume import discard_unless
 from emloc_ray.io.store.node_cache import exists, hashes
@@ -144,16 +145,8 @@ def _as_named(hub: dict[str, list[str]]) -> dict[str, str | list[str]]:
 
 
 def _generate(task: str, directory: Path, seed: int) -> dict[str, tuple[SourceFile, ...]]:
-    from emloc_ray.demos import docstrings, exceptions, vqa
-    from emloc_ray.demos.python_sources import SourceTask
-
     if not all(exists(directory / f"{name}.parquet") for name in SPLITS):
-        if task == "vqa":
-            vqa.generate(directory, vqa.VqaTask(seed=seed))
-        elif task == "exceptions":
-            exceptions.generate(directory, dataclasses.replace(exceptions.TASK, seed=seed))
-        else:
-            docstrings.generate(directory, SourceTask(seed=seed))
+        write_generated(task, directory, seed)
     return {name: (scan(directory / f"{name}.parquet"),) for name in SPLITS}
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,14 @@ def test_keywords_are_keys_over_those_of_a_config(tmp_path: Path) -> None:
     assert as_config(config, keys={"seed": 4}) == config.model_copy(update={"seed": 4})
     assert as_config(None, "a.jsonl", None, {"model": "org/m"}).run_dir == "runs/m"
     assert emloc_ray.load_config(values, ["seed=4"]).seed == 4
+    paths = as_config(
+        {"run_dir": tmp_path, "data": {"eval": {"path": [tmp_path / "b"]}}}, tmp_path / "a", None, {"model": tmp_path}
+    )
+    assert (paths.run_dir, paths.model.source) == (str(tmp_path), str(tmp_path))
+    assert [split and split.path for split in (paths.data.train, paths.data.eval)] == [
+        str(tmp_path / "a"),
+        [str(tmp_path / "b")],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +117,35 @@ def test_a_result_is_its_metrics_and_knows_its_places(
     assert (finished.adapter, finished.merged) == ("s3://b/run/adapter_finished?region=x", None)
     copied = pickle.loads(pickle.dumps(finished))
     assert (copied, copied.adapter) == (finished, finished.adapter)
+
+
+@pytest.mark.parametrize("is_notebook", [True, False])
+def test_a_run_in_a_notebook_or_one_of_its_kin_shows_progress(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, is_notebook: bool
+) -> None:
+    class ZMQInteractiveShell:
+        pass
+
+    class Shell(ZMQInteractiveShell if is_notebook else object):  # type: ignore[misc]
+        """As Colab's is called."""
+
+    shown: list[Any] = []
+
+    def run(config: Any, **options: Any) -> dict[str, Any]:
+        options["reporter"].note("well")
+        return {}
+
+    display = types.ModuleType("IPython.display")
+    display.__dict__.update(HTML=str, display=lambda *_, **__: types.SimpleNamespace(update=shown.append))
+    ipython = types.ModuleType("IPython")
+    ipython.__dict__.update(get_ipython=Shell)
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    monkeypatch.setattr(pipeline, "run", run)
+    emloc_ray.run(
+        model=tiny_model_dir(), train=ROWS, run_dir=tmp_path / "r", adapter={"r": 4}, data={"max_seq_length": 64}
+    )
+    assert shown == (["! well"] if is_notebook else [])
 
 
 def test_a_notebook_shows_one_output_that_changes() -> None:

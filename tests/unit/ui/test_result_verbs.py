@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from s3_server import uri
 from typer.testing import CliRunner, Result
 
 from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.store.atomic import atomic_file
 from emloc_ray.ui.chat import Pair, talk
 from emloc_ray.ui.cli import app
 
@@ -100,6 +102,32 @@ def test_a_result_is_pushed_with_its_card(run: RunDirectory, hub: type[Hub], par
     assert hub.files["README.md"].startswith(b"---\n")
     weights = "adapter_model.safetensors" if part == "adapter" else "model.safetensors"
     assert hub.files[weights] == run.path(part, weights).read_bytes()
+
+
+@pytest.fixture
+def stored(s3_port: int, node_cache: Path, request: pytest.FixtureRequest, run: RunDirectory) -> RunDirectory:
+    """The adapter of that run on an object store."""
+    found = RunDirectory(uri(s3_port, f"verbs/{request.node.name}/run"))
+    found.create(run.manifest()["config"])
+    for file in run.path("adapter").iterdir():
+        with atomic_file(found.path("adapter", file.name)) as copy:
+            copy.write(file.read_bytes())
+    found.commit("correct", "of nothing", [found.path("adapter")], {})
+    found.write_metrics(run.metrics())
+    return found
+
+
+def test_a_result_on_an_object_store_comes_with_its_card(stored: RunDirectory, hub: type[Hub]) -> None:
+    pushed = invoke("push", stored.place, "me/mine")
+    assert pushed.exit_code == 0, (pushed.output, pushed.exception)
+    assert hub.files.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert b"PeftModel.from_pretrained" in hub.files["README.md"]
+    missing = invoke("push", stored.place, "me/mine", "--part", "merged")
+    assert "has no merged/: run it up to there, emloc-ray merge CONFIG." in missing.stderr
+    fetched = invoke("fetch", stored.place, "home", "--part", "adapter")
+    assert fetched.exit_code == 0, (fetched.output, fetched.exception)
+    assert Path("home", "adapter", "README.md").read_bytes() == hub.files["README.md"]
+    assert "copy it with emloc-ray fetch, and name the copy" in invoke("chat", stored.place).stderr
 
 
 def test_what_cannot_be_pushed_is_told(run: RunDirectory, hub: type[Hub]) -> None:

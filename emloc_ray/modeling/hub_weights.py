@@ -1,0 +1,51 @@
+"""The weights of a model on the hub, brought into a run file by file, by workers: the driver holds none of them."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from emloc_ray.errors import ArtifactError
+from emloc_ray.io.formats.checkpoint import SINGLE_NAME, read_index
+from emloc_ray.io.store.atomic import atomic_file
+from emloc_ray.modeling.loading import ModelSource
+
+_COPY_BYTES = 2**24
+
+
+def weight_files(source: ModelSource) -> list[str]:
+    """The names of the files that hold a model's weights, by its index."""
+    return sorted(set(read_index(source.directory).values())) or [SINGLE_NAME]
+
+
+def commit_of(source: ModelSource) -> str:
+    """The commit of a model on the hub: the cache's folder of it is named so."""
+    return source.directory.name
+
+
+def import_weights(shared: tuple[ModelSource, Path], name: str) -> None:
+    """Writes one file of a model on the hub below ``target``: from this node's cache, or downloaded, and then not kept.
+
+    Raises:
+        ArtifactError: where the hub does not give it.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    source, target = shared
+    assert source.hub_id is not None
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".hub.", suffix=".tmp") as folder:
+        file = try_to_load_from_cache(source.hub_id, name, revision=commit_of(source))
+        try:
+            if not isinstance(file, str):
+                file = hf_hub_download(source.hub_id, name, revision=commit_of(source), local_dir=folder)
+        except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+            detail = str(error).strip().split("\n")[0][:150]
+            raise ArtifactError(
+                f"{name} of {source.hub_id} cannot be had from the hub ({detail}): check the node's network, and HF_TOKEN in"
+                " its environment."
+            ) from error
+        with Path(file).open("rb") as stream, atomic_file(target / name) as copy:
+            shutil.copyfileobj(stream, copy, _COPY_BYTES)

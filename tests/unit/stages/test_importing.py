@@ -1,0 +1,122 @@
+"""A model of the hub comes into a run on an object store by workers, file by file: the driver holds none of its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from s3_server import uri
+from small_runs import make_values, task_rows, write_jsonl
+
+from emloc_ray.config.reading import parse_config
+from emloc_ray.errors import ArtifactError
+from emloc_ray.io.formats.checkpoint import Checkpoint
+from emloc_ray.modeling.hub_weights import weight_files
+from emloc_ray.modeling.loading import ModelSource
+from emloc_ray.planning.prepared import prepare
+from emloc_ray.stages.context import Context
+from emloc_ray.stages.importing import IMPORT, original_dir
+from emloc_ray.stages.ray.tasks import Resources
+
+COMMIT = "c" * 40
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as a download takes: the files of one commit of org/tiny."""
+
+    root: Path
+    asked: list[str]
+
+    def do_HEAD(self) -> None:
+        self._answer(with_content=False)
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path.rpartition("/")[2])
+        self._answer(with_content=True)
+
+    def _answer(self, with_content: bool) -> None:
+        name = self.path.removeprefix(f"/org/tiny/resolve/{COMMIT}/")
+        file = self.root / name
+        content = file.read_bytes() if file.is_file() else b""
+        self.send_response(200 if content else 404)
+        for key, value in (("ETag", f'"{name}"'), ("X-Repo-Commit", COMMIT), ("Content-Length", str(len(content)))):
+            self.send_header(key, value)
+        if not content:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.end_headers()
+        if with_content:
+            self.wfile.write(content)
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    """A hub that has the tiny model; this machine has nothing of it cached."""
+    Hub.root, Hub.asked = Path(shutil.copytree(tiny_model_dir("llama"), tmp_path / "hub")), []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    place = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", place)
+    template = f"{place}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    yield Hub
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def in_this_process(
+    function: Callable[..., None], shared: Any, pieces: Any, resources: Any, losses: Any, progress: Any
+) -> None:
+    for number, (_, arguments) in enumerate(pieces, 1):
+        function(shared, *arguments)
+        progress(number, len(pieces))
+
+
+@pytest.fixture
+def context(s3_port: int, node_cache: Path, tmp_path: Path, hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> Context:
+    """A run on an object store of that model, of which all but its weights is here."""
+    monkeypatch.setattr("emloc_ray.stages.ray.tasks.run_tasks", in_this_process)
+    snapshot = tmp_path / "snapshots" / COMMIT
+    shutil.copytree(hub.root, snapshot, ignore=shutil.ignore_patterns("*.safetensors"))
+    rows = write_jsonl(tmp_path / "rows.jsonl", task_rows(20))
+    values = {**make_values(tmp_path / "run", hub.root, rows), "run_dir": uri(s3_port, f"importing/{tmp_path.name}")}
+    ready = dataclasses.replace(prepare(parse_config(values)), source=ModelSource(snapshot, hub_id="org/tiny"))
+    ready.run.create({})
+    return Context(ready, ready.run.path("model"), original_dir(ready))
+
+
+def test_workers_bring_a_model_of_the_hub_file_by_file(context: Context, hub: type[Hub]) -> None:
+    source, told = context.prepared.source, list[tuple[int, int]]()
+    inputs = IMPORT.inputs(context)
+    assert inputs == {"hub": ["org/tiny", COMMIT]} == context.weights
+    IMPORT.run(context, inputs, Resources(), lambda done, total: told.append((done, total)))
+    files = weight_files(source)
+    assert hub.asked == files
+    assert told == [(number, len(files)) for number in range(1, len(files) + 1)]
+    assert not list(source.directory.glob("*.safetensors"))
+    made, expected = Checkpoint(context.model_dir), Checkpoint(hub.root)
+    assert made.num_bytes == expected.num_bytes
+    for entry in expected:
+        assert made.entry(entry.name).read_rows().equal(entry.read_rows())
+    IMPORT.run(context, inputs, Resources(), lambda done, total: None)
+    assert hub.asked == files
+
+
+def test_a_file_that_the_hub_does_not_give_is_told(context: Context, hub: type[Hub]) -> None:
+    name = weight_files(context.prepared.source)[-1]
+    (hub.root / name).unlink()
+    with pytest.raises(
+        ArtifactError, match=rf"{name} of org/tiny cannot be had from the hub \(.*check the node's network"
+    ):
+        IMPORT.run(context, IMPORT.inputs(context), Resources(), lambda done, total: None)
