@@ -126,7 +126,7 @@ def test_a_run_in_a_notebook_or_one_of_its_kin_shows_progress(
     class ZMQInteractiveShell:
         pass
 
-    class Shell(ZMQInteractiveShell if is_notebook else object):  # type: ignore[misc]
+    class Shell(ZMQInteractiveShell if is_notebook else object):
         """As Colab's is called."""
 
     shown: list[Any] = []
