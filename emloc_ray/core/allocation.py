@@ -36,7 +36,7 @@ def spectrum(weight: Tensor, whitening: Whitening, outputs: Whitening, *, name: 
         NumericsError: the weight holds a NaN or an Inf.
         ValueError: the shapes do not fit.
     """
-    _check_shapes(weight, whitening, name)
+    whitening.check_reads(weight, name)
     inside, scale = scaled_weight(weighed(weight, outputs), name)
     values = torch.linalg.eigvalsh(_smaller_side(inside, whitening)[0])
     if _is_lost_in_rounding(values):
@@ -54,7 +54,7 @@ def plain_gains(weight: Tensor, whitening: Whitening, outputs: Whitening, *, nam
         NumericsError: the weight holds a NaN or an Inf.
         ValueError: the shapes do not fit.
     """
-    _check_shapes(weight, whitening, name)
+    whitening.check_reads(weight, name)
     inside, scale = scaled_weight(weight.detach().to(torch.float32), name)
     _, parts = energy_vectors(inside, whitening)
     saved = weighed(parts, outputs).to(torch.float64).square().sum(dim=0)
@@ -77,11 +77,6 @@ def _in_float64(inside: Tensor, whitening: Whitening) -> tuple[Tensor, Whitening
     if not has_fast_float64(inside.device):
         inside, whitening = inside.cpu(), whitening.on_cpu()
     return inside.to(torch.float64), whitening
-
-
-def _check_shapes(weight: Tensor, whitening: Whitening, name: str) -> None:
-    if weight.shape[1] != whitening.in_features:
-        raise ValueError(f"{name} reads {weight.shape[1]} features, but its Gram is of {whitening.in_features}.")
 
 
 def _smaller_side(weight: Tensor, whitening: Whitening) -> tuple[Tensor, Tensor | None]:

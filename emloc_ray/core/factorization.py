@@ -105,10 +105,8 @@ def factorize(
         NumericsError: the weight holds a NaN or an Inf.
         ValueError: the shapes do not fit, or ``rank`` is out of its range.
     """
-    out_features, in_features = weight.shape
-    order = min(out_features, in_features)
-    if in_features != whitening.in_features:
-        raise ValueError(f"{name} reads {in_features} features, but its Gram is of {whitening.in_features}.")
+    order = min(weight.shape)
+    whitening.check_reads(weight, name)
     if not 1 <= rank <= order:
         raise ValueError(f"{name} has {order} ranks, so its rank cannot be {rank}.")
     if solver == "auto":

@@ -69,8 +69,7 @@ def quantize(
     """
     if bits not in BITS or group_size < 8 or group_size % 8:
         raise ValueError(f"{name} cannot be put into {bits} bits in groups of {group_size}.")
-    if weight.shape[1] != whitening.in_features:
-        raise ValueError(f"{name} reads {weight.shape[1]} features, but its Gram is of {whitening.in_features}.")
+    whitening.check_reads(weight, name)
     scaled, scale = scaled_weight(weight.detach().to(torch.float32), name)
     grid = _grid(scaled, whitening, bits, group_size)
     codes = _rounded(scaled, grid)

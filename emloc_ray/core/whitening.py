@@ -67,6 +67,11 @@ class Whitening:
         """``G = I``: what is left is the plain SVD of the weight."""
         return cls(torch.zeros(in_features, in_features, device=device), dampening_frac=0.0)
 
+    def check_reads(self, weight: Tensor, name: str) -> None:
+        """Raises ValueError where a ``weight (out, in)`` reads another number of features, naming the layer."""
+        if weight.shape[1] != self.in_features:
+            raise ValueError(f"{name} reads {weight.shape[1]} features, but its Gram is of {self.in_features}.")
+
     def on_cpu(self) -> Whitening:
         """The same whitening on the CPU, made once."""
         if self._gram.device.type == "cpu":

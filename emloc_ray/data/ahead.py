@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from emloc_ray.data.formats import Tokens
+from emloc_ray.data.token_shards import ImagesToInputs, collate
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -36,6 +39,14 @@ def made_ahead(items: Iterable[Item], make: Callable[[Item], Made], ahead: bool 
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def made_batches(
+    parts: Sequence[Sequence[Tokens]], pad_token_id: int, images: ImagesToInputs | None
+) -> Iterator[dict[str, Tensor]]:
+    """A padded batch of each part's rows, pinned; made ahead where rows show images."""
+    shows = images is not None and any(row.images for part in parts for row in part)
+    return made_ahead(parts, lambda part: pinned(collate(part, pad_token_id, images)), ahead=shows)
 
 
 def pinned(batch: dict[str, Tensor]) -> dict[str, Tensor]:

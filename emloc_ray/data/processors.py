@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import io
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,12 @@ def open_processor(directory: str, trust_remote_code: bool = False) -> Any:
     return processor if is_whole else None
 
 
+@dataclass(frozen=True)
 class ImageInputs:
     """Makes a model's inputs for the images of a batch with its own processor, which it opens at the first image."""
 
-    def __init__(self, directory: str | Path, model_options: Mapping[str, Any] | None = None) -> None:
-        """``model_options``: those of the model; ``trust_remote_code`` holds for its processor too."""
-        self.directory, self.model_options = str(directory), model_options or {}
+    directory: str | Path
+    trust_remote_code: bool = False
 
     def __call__(self, images: Sequence[Sequence[bytes | memoryview]], input_ids: Tensor) -> dict[str, Tensor]:
         """Pixels, and all else that the processor makes of each row's encoded images and ``input_ids``; empty without images.
@@ -88,7 +89,7 @@ class ImageInputs:
         return Tokens(ids, [False] * len(ids), (RowImage(stream.getvalue(), len(ids)),))
 
     def _processor(self) -> Any:
-        processor = open_processor(self.directory, self.model_options.get("trust_remote_code", False))
+        processor = open_processor(str(self.directory), self.trust_remote_code)
         if processor is None:
             raise ConfigError(f"{self.directory} holds no processor, which the rows' images need: copy it there.")
         return processor

@@ -50,12 +50,9 @@ def lines(stream: io.BufferedReader, offset: int = 0) -> Iterator[tuple[int, byt
 
 def read_object(line: bytes) -> Row:
     """The object that a line of a JSONL file holds; raises BadText where it holds none."""
-    if len(line) > MAX_LINE_BYTES:
-        raise BadText(f"longer than {MAX_LINE_BYTES} bytes: split it")
+    text = _decoded(line)
     try:
-        value = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise BadText(_not_utf8(line[error.start], error.start)) from error
+        value = json.loads(text)
     except RecursionError as error:
         raise BadText("JSON that is nested too deeply: write it flat") from error
     except ValueError as error:
@@ -72,10 +69,14 @@ def check_object(value: Any) -> Row:
 
 def text_row(line: bytes) -> Row:
     """A line of a text file as a row; raises BadText where it is not UTF-8."""
+    return {"text": _decoded(line).rstrip("\r\n")}
+
+
+def _decoded(line: bytes) -> str:
     if len(line) > MAX_LINE_BYTES:
         raise BadText(f"longer than {MAX_LINE_BYTES} bytes: split it")
     try:
-        return {"text": line.decode("utf-8-sig").rstrip("\r\n")}
+        return line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadText(_not_utf8(line[error.start], error.start)) from error
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from emloc_ray.data.ahead import made_ahead, pinned
+from emloc_ray.data.ahead import made_batches
 from emloc_ray.data.formats import Tokens
-from emloc_ray.data.token_shards import ImagesToInputs, collate, length_batches
+from emloc_ray.data.token_shards import ImagesToInputs, length_batches
 from emloc_ray.errors import NumericsError
 from emloc_ray.modeling.architecture import learned_positions
 from emloc_ray.modeling.inputs import has_encoder
@@ -60,7 +60,7 @@ def score_rows(
     Raises:
         NumericsError: with ``name``, where its loss is no number.
     """
-    batches = _collated(length_batches(rows, batch_size), pad_token_id, images)
+    batches = made_batches(length_batches(rows, batch_size), pad_token_id, images)
     results = [token_loss(model, batch, loss_on) for batch in batches]
     total = Score()
     for result in results:  # read when all are asked for: a GPU is kept busy meanwhile
@@ -91,19 +91,11 @@ def losses_by_row(
     losses = RowLosses(torch.zeros(len(rows), dtype=torch.float64), torch.zeros(len(rows), dtype=torch.int64))
     by_length = sorted(range(len(rows)), key=lambda number: len(rows[number]))
     parts = [by_length[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    batches = _collated([[rows[number] for number in numbers] for numbers in parts], pad_token_id, images)
+    batches = made_batches([[rows[number] for number in numbers] for numbers in parts], pad_token_id, images)
     for numbers, batch in zip(parts, batches, strict=True):
         sums, counts = row_losses(model, batch, loss_on)
         losses.sums[numbers], losses.counts[numbers] = sums.cpu().double(), counts
     return losses
-
-
-def _collated(
-    parts: Sequence[Sequence[Tokens]], pad_token_id: int, images: ImagesToInputs | None
-) -> Iterator[dict[str, torch.Tensor]]:
-    """A batch of each part, made ahead where rows show images."""
-    shows = images is not None and any(row.images for part in parts for row in part)
-    return made_ahead(parts, lambda part: pinned(collate(part, pad_token_id, images)), ahead=shows)
 
 
 def prompt_length(row: Tokens) -> int:

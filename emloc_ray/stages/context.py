@@ -24,6 +24,7 @@ from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
 
 if TYPE_CHECKING:
+    from emloc_ray.data.processors import ImageInputs
     from emloc_ray.stages.ray.final_actor import FinalActorHandle
 
 Inputs = dict[str, Any]
@@ -159,6 +160,13 @@ class Context:
             "attn_implementation": model.attn_implementation,
             "trust_remote_code": model.trust_remote_code,
         }
+
+    @property
+    def images(self) -> ImageInputs:
+        """What makes a model's inputs of the rows' images."""
+        from emloc_ray.data.processors import ImageInputs
+
+        return ImageInputs(self.model_dir, self.prepared.config.model.trust_remote_code)
 
     def base_config(self) -> Any:
         """The original's transformers config."""

@@ -183,10 +183,10 @@ def run(ablation: Ablation, cells: Cells, show: Show, tell: Tell) -> dict[str, s
     with connection(ablation.ray.address, **ablation.ray.init_options):
         failed: dict[str, str] = {}
         asked = [cell for cell in ablation.cells if cell in pending or cells.is_to_be_measured(cell)]
-        pruned = dict(_pruned_models(ablation, cells, [cell for cell in asked if cell.prune], failed, tell))
+        pruned = dict(pruned_models(ablation, cells, [cell for cell in asked if cell.prune], failed, tell))
         if pending:
             failed |= _run_batch(ablation, cells, pending, pruned, failed, show, tell)
-        return failed | _measure_all(ablation, cells, pruned, tell)
+        return failed | measure_all(ablation, cells, pruned, tell)
 
 
 def _run_batch(
@@ -236,7 +236,7 @@ def _runnable(cell: Cell, pruned: Pruned | None) -> Task:
     return _changed(cell.task, model={"source": str(pruned.model_dir)}, emulator={"compression_ratio": 1.0})
 
 
-def _pruned_models(
+def pruned_models(
     ablation: Ablation, cells: Cells, asked: Sequence[Cell], failed: dict[str, str], tell: Tell
 ) -> Iterator[tuple[str, Pruned]]:
     """By the names of cells; each is made once, where the digest of what it follows from says, and never changes there."""
@@ -273,7 +273,7 @@ def original_dir(prepared: Prepared) -> Path:
     return prepared.run.path("model") if is_imported else fetch_weights(prepared.source)
 
 
-def _measure_all(ablation: Ablation, cells: Cells, pruned: dict[str, Pruned], tell: Tell) -> dict[str, str]:
+def measure_all(ablation: Ablation, cells: Cells, pruned: dict[str, Pruned], tell: Tell) -> dict[str, str]:
     """Measures adapters on the original, as many cells at once as the cluster has workers of an evaluation for."""
     import ray
 

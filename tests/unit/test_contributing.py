@@ -29,6 +29,7 @@ def test_there_are_at_least_twenty_questions() -> None:
 
 
 def test_no_test_sets_a_private_name() -> None:
-    private = re.compile(r"""setattr\(\s*(?:[\w.]+,\s*)?["'](?:[\w.]+\.)?_(?!_)\w+["']""")
+    name = r"""["'](?:[\w.]+\.)?_(?!_)\w+["']"""
+    private = re.compile(rf"""(?:set|del)attr\(\s*(?:[\w.]+,\s*)?{name}|for name in \((?:"\w+", )*{name}""")
     files = sorted((ROOT / "tests").rglob("*.py"))
     assert [str(file) for file in files if private.search(file.read_text())] == []

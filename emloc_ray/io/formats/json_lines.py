@@ -14,6 +14,13 @@ def end_last_line(path: Path) -> None:
             file.write("\n")
 
 
+def append_object(path: Path, value: dict[str, Any]) -> None:
+    """Adds a line to a file of this machine, whose folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(value) + "\n")
+
+
 def read_objects(content: bytes) -> list[dict[str, Any]]:
     """The objects of a file's lines, but for lines that hold none, such as one that was left unfinished."""
     objects = []

@@ -102,10 +102,11 @@ class ObjectStore(Objects):
         sha, size = digest(file), file.stat().st_size
         with self._new_version(path, sha, size) as key:
             if key is not None:
-                self._trying(lambda: self._upload(file, key, size), "write", path)
+                self._trying(lambda: self.upload(file, key, size), "write", path)
         return sha
 
-    def _upload(self, file: Path, key: str, size: int) -> None:
+    def upload(self, file: Path, key: str, size: int) -> None:
+        """Puts a file's content under a full key, in parts where it is large."""
         self.client.put(key, file, chunk_size=max(_PART, size // 9000))
 
     @contextlib.contextmanager
@@ -119,7 +120,7 @@ class ObjectStore(Objects):
         count = own[-1].order[0] + 1 if own else 1
         yield self.key(f"{path}/{sha256}" if self.lease is None else f"{path}/{self.lease}.{count}.{sha256}")
         replaced = own if self.lease is None else own[:-1]
-        self._delete([stored for stored in replaced if self.lease is not None or stored.sha256 != sha256])
+        self.delete([stored for stored in replaced if self.lease is not None or stored.sha256 != sha256])
 
     def version_of(self, path: str, sha256: str) -> Stored | None:
         """The object of a file that has this content, whether or not it is the newest; None where there is none."""
@@ -135,7 +136,7 @@ class ObjectStore(Objects):
     def drop_others(self, path: str) -> None:
         """Removes the objects below ``path`` that this lease's holder does not see, but for those of later leases."""
         seen = {stored.path for stored in self.versions(path).values()}
-        self._delete([stored for stored in self.below(path) if stored.path not in seen and self._may_read(stored)])
+        self.delete([stored for stored in self.below(path) if stored.path not in seen and self._may_read(stored)])
 
     def download(self, stored: Stored, target: Path) -> None:
         """Copies an object to ``target``; raises DamagedArtifactError where its content is not what its key names, OSError
@@ -178,7 +179,7 @@ class ObjectStore(Objects):
             self.checked_manifest()
         own = self.find(path)
         found = [stored for stored in self.below(path) if self._may_read(stored)]
-        self._delete([*found, *([] if own is None else [own])])
+        self.delete([*found, *([] if own is None else [own])])
 
 
 def named_files(manifest: Mapping[str, Any]) -> dict[str, str]:

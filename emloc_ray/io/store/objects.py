@@ -174,10 +174,9 @@ class Objects:
             " another."
         )
 
-    def _delete(self, objects: list[Stored]) -> None:
-        for begin in range(
-            0, len(objects), 1000
-        ):  # https://docs.aws.amazon.com/AmazonS3/latest/API/API_DeleteObjects.html
+    def delete(self, objects: list[Stored]) -> None:
+        """Removes them, a thousand a request: https://docs.aws.amazon.com/AmazonS3/latest/API/API_DeleteObjects.html."""
+        for begin in range(0, len(objects), 1000):
             keys = [self.key(stored.path) for stored in objects[begin : begin + 1000]]
             with contextlib.suppress(FileNotFoundError):
                 self._trying(lambda keys=keys: self.client.delete(keys), "remove", objects[begin].path)  # type: ignore[misc]

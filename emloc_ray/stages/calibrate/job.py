@@ -63,6 +63,7 @@ class CalibrationJob:
     reread: bool = False
     gradients: Labels | None = None
     may_stream: bool = False
+    images: ImageInputs | None = None
 
     @property
     def step(self) -> str:
@@ -73,10 +74,6 @@ class CalibrationJob:
         """The groups whose linears are inside a block, or run between the blocks right before it."""
         next_blocks = dict(self.between)
         return [g for g in self.groups if g[0].startswith(f"{block}.") or next_blocks.get(g[0]) == block]
-
-    def image_inputs(self) -> ImageInputs:
-        """What makes pixels of the rows' images."""
-        return ImageInputs(self.model_dir, dict(self.model_options))
 
     def shards_of(self, slot: int, num_slots: int) -> range:
         """The token shards of a slot: every ``num_slots``-th from its own number on."""

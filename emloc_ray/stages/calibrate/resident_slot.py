@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from emloc_ray.data.ahead import made_ahead, pinned
+from emloc_ray.data.ahead import made_batches
 from emloc_ray.data.formats import Tokens
-from emloc_ray.data.token_shards import TokenShards, collate, length_batches
+from emloc_ray.data.token_shards import TokenShards, length_batches
 from emloc_ray.io.formats.grams import add_slot, write_slot
 from emloc_ray.io.store.atomic import write_json
 from emloc_ray.io.store.node_cache import ensure, exists
@@ -117,14 +117,10 @@ class ResidentSlot:
             add_slot(self.path, self.hooks.grams)
 
     def _add(self, number: int) -> None:
-        images = self.job.image_inputs()
         rows = [_Numbered(*pair) for pair in enumerate(self.shards.shard(number), self.shards.first_position(number))]
         parts = length_batches(rows, self.batch_size)
-        batches = made_ahead(
-            parts,
-            lambda some: pinned(collate([row.tokens for row in some], self.job.pad_token_id, images)),
-            ahead=self.shards.has_images,
-        )
+        tokens = [[row.tokens for row in some] for some in parts]
+        batches = made_batches(tokens, self.job.pad_token_id, self.job.images)
         for some, batch in zip(parts, batches, strict=True):
             if isinstance(self.hooks, GramHooks):
                 self.hooks.forward(batch, self.job.tokens)

@@ -40,6 +40,7 @@ def calibration_job(context: Context) -> CalibrationJob:
         min_expert_tokens=section.min_expert_tokens,
         streams=tuple((s.name, s.stream) for s in context.layout.specs if s.stream != "row"),
         between=tuple((s.name, s.block) for s in context.layout.specs if s.between),
+        images=context.images,
     )
 
 

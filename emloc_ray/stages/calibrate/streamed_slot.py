@@ -9,8 +9,8 @@ import ray
 import torch
 from torch import Tensor
 
-from emloc_ray.data.ahead import made_ahead, pinned
-from emloc_ray.data.token_shards import TokenShards, collate, length_batches
+from emloc_ray.data.ahead import made_batches
+from emloc_ray.data.token_shards import TokenShards, length_batches
 from emloc_ray.io.formats.grams import write_slot
 from emloc_ray.io.store.atomic import atomic_file
 from emloc_ray.io.store.node_cache import ensure, exists, is_stored, local_only
@@ -119,12 +119,8 @@ class StreamedSlot:
     def _pass_shard(self, position: int, number: int, hooks: GramHooks) -> None:
         """Takes one token shard through the block; its hidden states before and after are all that is held of any."""
         before = read_outputs(self._outputs(position - 1, number)) if position else None
-        images = self.job.image_inputs()
-        batches = made_ahead(
-            length_batches(self.shards.shard(number), self.job.batch_size),
-            lambda rows: pinned(collate(rows, self.job.pad_token_id, images)),
-            ahead=self.shards.has_images,
-        )
+        parts = length_batches(self.shards.shard(number), self.job.batch_size)
+        batches = made_batches(parts, self.job.pad_token_id, self.job.images)
         after = [
             self._forward(position, batch, {} if before is None else before[index], hooks)
             for index, batch in enumerate(batches)

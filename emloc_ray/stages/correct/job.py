@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from emloc_ray.core.correction import Candidate
+from emloc_ray.data.processors import ImageInputs
 from emloc_ray.io.formats.grams import GramStore, StoredGram
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.stages.correct.search import NUM_FURTHER
@@ -43,6 +44,7 @@ class CorrectionJob:
     pad_token_id: int = 0
     model_options: dict[str, Any] = field(default_factory=dict)
     hold: str = "resident"
+    images: ImageInputs | None = None
 
     @property
     def state_dir(self) -> Path:

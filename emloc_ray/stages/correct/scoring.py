@@ -10,7 +10,6 @@ from typing import Any
 from emloc_ray.core.correction import Candidate
 from emloc_ray.core.selection import affordable
 from emloc_ray.data.formats import Tokens
-from emloc_ray.data.processors import ImageInputs
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.formats.checkpoint import read_shard
 from emloc_ray.io.formats.shards import write_tensors
@@ -118,7 +117,6 @@ class _AdaptedModel:
 
         self.job, self.adapter, self.modules = job, Adapter(job.adapter_dir), modules
         self.model = load_adapter(model, job.adapter_dir).eval()
-        self.images = ImageInputs(job.model_dir, job.model_options)
         self.is_lora = self.adapter.is_lora
 
     def losses(self, candidate: Candidate, rows: Sequence[Tokens]) -> RowLosses:
@@ -139,5 +137,5 @@ class _AdaptedModel:
             batch_size=job.batch_size,
             loss_on=job.loss_on,
             pad_token_id=job.pad_token_id,
-            images=self.images,
+            images=job.images,
         )

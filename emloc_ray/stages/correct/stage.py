@@ -50,6 +50,7 @@ def correction_job(context: Context) -> CorrectionJob:
         pad_token_id=context.pad_token_id(),
         model_options=context.model_options,
         hold=context.memory.searching().hold,
+        images=context.images,
     )
 
 

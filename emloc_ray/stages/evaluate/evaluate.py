@@ -60,6 +60,7 @@ class EvaluationJob:
     model_options: dict[str, Any] = field(default_factory=dict)
     hold: str = "resident"  # of the original and the merged model
     finished_adapter_dir: Path | None = None  # None where it is left as corrected
+    images: ImageInputs | None = None
 
     @property
     def scored(self) -> tuple[str, ...]:
@@ -181,7 +182,7 @@ def _score(job: EvaluationJob, model: Any, shards: TokenShards, positions: range
             loss_on=job.loss_on,
             pad_token_id=job.pad_token_id,
             name=name,
-            images=ImageInputs(job.model_dir, job.model_options),
+            images=job.images,
         )
     return total
 
@@ -210,7 +211,7 @@ def _completions(job: EvaluationJob, model: Any, rows: Sequence[Tokens]) -> list
         rows,
         max_new_tokens=job.max_new_tokens,
         batch_size=job.prompts_at_once,
-        images=ImageInputs(job.model_dir, job.model_options),
+        images=job.images,
     )
 
 

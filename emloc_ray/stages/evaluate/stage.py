@@ -49,6 +49,7 @@ def evaluation_job(context: Context) -> EvaluationJob:
         variants=tuple(section.variants),
         model_options=context.model_options,
         hold=context.memory.evaluating().hold,
+        images=context.images,
     )
 
 

@@ -37,9 +37,8 @@ class RankBatches(IterableDataset[dict[str, Any]]):
         begin = (before + (self.trainer.state.global_step if self.trainer else 0)) * self.accumulation
         end = (before + self.job.max_steps) * self.accumulation
         config = self.trainer.model.config if self.trainer and self.trainer.model else None
-        images, together = ImageInputs(self.job.emulator_dir, self.job.model_options), self.order.world_size > 1
-        shows = TokenShards(self.job.tokens_dir).has_images
-        blank = images.blank_row() if together and shows else None
+        images, shows = self.job.images, TokenShards(self.job.tokens_dir).has_images
+        blank = images.blank_row() if images is not None and shows and self.order.world_size > 1 else None
         taught = self._taught(begin, end)
 
         def made(rows: list[Tokens]) -> dict[str, Any]:
@@ -69,7 +68,7 @@ class RankBatches(IterableDataset[dict[str, Any]]):
 
 
 def collate_together(
-    rows: list[Tokens], blank: Tokens | None, pad_token_id: int, images: ImageInputs
+    rows: list[Tokens], blank: Tokens | None, pad_token_id: int, images: ImageInputs | None
 ) -> dict[str, torch.Tensor]:
     """A batch, with ``blank`` as its last row where no other shows an image: none of its tokens is a label."""
     if blank is None or any(row.images for row in rows):

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from emloc_ray.data.processors import ImageInputs
+
 
 @dataclass(frozen=True)
 class ValidationJob:
@@ -57,6 +59,7 @@ class FinetuneJob:
     validation: ValidationJob | None = None
     loraplus_lr_ratio: float | None = None
     tokens_a_step: float = 0.0
+    images: ImageInputs | None = None
 
     @property
     def log_path(self) -> Path:

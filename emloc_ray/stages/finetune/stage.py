@@ -100,6 +100,7 @@ def finetune_job(context: Context, name: str) -> FinetuneJob:
         validation=_validation_job(context),
         loraplus_lr_ratio=section.loraplus_lr_ratio,
         tokens_a_step=rows_a_step(section) * sequence_tokens(context),
+        images=context.images,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import os
 import pickle
 import shutil
@@ -24,7 +23,7 @@ from emloc_ray.core.precision import computes_bfloat16
 from emloc_ray.data.ingest import SampleOrder
 from emloc_ray.data.packing import num_sequences
 from emloc_ray.errors import DamagedArtifactError
-from emloc_ray.io.formats.json_lines import end_last_line
+from emloc_ray.io.formats.json_lines import append_object, end_last_line
 from emloc_ray.io.store.node_cache import ensure, exists, is_stored, publish
 from emloc_ray.modeling.adapter import attach_adapter, load_adapter, save_trained_adapter
 from emloc_ray.modeling.adapter_methods import adapter_config
@@ -187,9 +186,7 @@ class StepKeeper(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """Appends the losses to the job's log."""
         if logs and "loss" in logs and state.is_world_process_zero:
-            self.job.log_path.parent.mkdir(parents=True, exist_ok=True)
-            with self.job.log_path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            append_object(self.job.log_path, {"step": state.global_step, **logs})
             publish(self.job.log_path)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -379,9 +376,7 @@ def trains_in_bfloat16(job: FinetuneJob) -> bool:
 
 def _stored_float32(job: FinetuneJob) -> dict[str, str]:
     """What keeps the weights of a float32 emulator in float32 where its passes are not to be in bfloat16."""
-    trusted = job.model_options.get("trust_remote_code", False)
-    stored = load_config(job.emulator_dir, trust_remote_code=trusted).dtype
-    return {"dtype": "float32"} if stored == torch.float32 else {}
+    return {"dtype": "float32"} if _dtype_of_files(job) == torch.float32 else {}
 
 
 def _stored_dtype(job: FinetuneJob) -> torch.dtype:
@@ -389,6 +384,10 @@ def _stored_dtype(job: FinetuneJob) -> torch.dtype:
     named = job.model_options.get("dtype", "auto")
     if named != "auto":
         return getattr(torch, named)
+    return _dtype_of_files(job) or torch.float32
+
+
+def _dtype_of_files(job: FinetuneJob) -> torch.dtype | None:
     trusted = job.model_options.get("trust_remote_code", False)
     dtype: torch.dtype | None = load_config(job.emulator_dir, trust_remote_code=trusted).dtype
-    return dtype or torch.float32
+    return dtype

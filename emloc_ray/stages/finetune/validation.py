@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from emloc_ray.data.ahead import made_ahead, pinned
-from emloc_ray.data.processors import ImageInputs
-from emloc_ray.data.token_shards import TokenShards, collate, length_batches
+from emloc_ray.data.ahead import made_batches
+from emloc_ray.data.token_shards import TokenShards, length_batches
+from emloc_ray.io.formats.json_lines import append_object
 from emloc_ray.io.store.node_cache import publish
 from emloc_ray.modeling.loss import token_loss
 from emloc_ray.stages.finetune.job import FinetuneJob, ValidationJob
@@ -43,14 +43,10 @@ class Validation(TrainerCallback):
         was_training = model.training
         model.eval()
         shards = TokenShards(self.asked.tokens_dir)
-        images = ImageInputs(self.job.emulator_dir, self.job.model_options)
         rows = [row for number in range(shards.num_shards) for row in shards.shard(number)]
         batches = length_batches(rows, self.asked.batch_size)[self.session.rank :: self.session.world_size]
         sums = torch.zeros(2, dtype=torch.float64, device=model.device)
-        made = made_ahead(
-            batches, lambda part: pinned(collate(part, self.job.pad_token_id, images)), ahead=shards.has_images
-        )
-        for batch in made:
+        for batch in made_batches(batches, self.job.pad_token_id, self.job.images):
             scored = token_loss(model, batch, self.job.loss_on)
             sums[0] += scored.loss_sum
             sums[1] += scored.num_tokens
@@ -78,9 +74,7 @@ class Validation(TrainerCallback):
         if self.asked.patience is not None and self.num_worse >= self.asked.patience:
             control.should_training_stop = True
         if self.session.rank == 0:
-            self.job.validation_path.parent.mkdir(parents=True, exist_ok=True)
-            with self.job.validation_path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, "loss": loss}) + "\n")
+            append_object(self.job.validation_path, {"step": state.global_step, "loss": loss})
             publish(self.job.validation_path)
 
     def save(self, folder: Path) -> None:

@@ -63,6 +63,7 @@ def healing_job(context: Context, healing: HealingConfig, name: str) -> HealingJ
         training.pad_token_id,
         context.model_options,
         context.memory.teaching(training.batch_size).hold,
+        context.images,
     )
     fold = FoldJob(
         training.emulator_dir,

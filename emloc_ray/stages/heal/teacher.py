@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from emloc_ray.data.ahead import made_ahead, pinned
+from emloc_ray.data.ahead import made_batches
 from emloc_ray.data.ingest import SampleOrder
 from emloc_ray.data.processors import ImageInputs
-from emloc_ray.data.token_shards import TokenShards, collate
+from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.errors import NumericsError
 from emloc_ray.io.formats.teacher_shards import (
     TopRow,
@@ -46,6 +46,7 @@ class TeacherJob:
     pad_token_id: int = 0
     model_options: dict[str, Any] = field(default_factory=dict)
     hold: str = "resident"
+    images: ImageInputs | None = None
 
     def shards(self) -> list[list[int]]:
         """The rows of each shard, ascending."""
@@ -64,14 +65,9 @@ def teach_shard(job: TeacherJob, model: Any, rows: Sequence[int]) -> list[TopRow
     shards = TokenShards(job.tokens_dir)
     tokens = {row: shards.row(row) for row in rows}
     by_length = sorted(rows, key=lambda row: len(tokens[row]))
-    images = ImageInputs(job.model_dir, job.model_options)
     tops: dict[int, TopRow] = {}
     parts = [by_length[start : start + job.batch_size] for start in range(0, len(rows), job.batch_size)]
-    batches = made_ahead(
-        parts,
-        lambda numbers: pinned(collate([tokens[row] for row in numbers], job.pad_token_id, images)),
-        ahead=shards.has_images,
-    )
+    batches = made_batches([[tokens[row] for row in numbers] for numbers in parts], job.pad_token_id, job.images)
     for numbers, batch in zip(parts, batches, strict=True):
         for row, top in zip(numbers, teacher_logits(model, batch, job.loss_on, job.num_logits), strict=True):
             if bool(torch.isnan(top.log_probs).any()):

@@ -58,7 +58,7 @@ def killed_at(write: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "replace", counting(os.replace))
         patch.setattr(shutil, "rmtree", counting(shutil.rmtree))
-        for name in ("_upload", "write", "_delete"):
+        for name in ("upload", "write", "delete"):
             patch.setattr(ObjectStore, name, counting(getattr(ObjectStore, name)))
         yield
 

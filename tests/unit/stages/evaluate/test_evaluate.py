@@ -56,6 +56,12 @@ def all_variants(job: EvaluationJob, num_parts: int = 1) -> dict[str, Score]:
     return {v: sum((r.score for r in results if r.variant == v), Score()) for v in VARIANTS}
 
 
+@pytest.fixture(scope="session")
+def scores(job: EvaluationJob) -> dict[str, Score]:
+    """Of all variants on all rows at once."""
+    return all_variants(job)
+
+
 def brute_force(model: Any, job: EvaluationJob) -> tuple[float, int]:
     """Summed loss and count of completion tokens, one row at a time, with transformers' own logits."""
     shards = TokenShards(job.tokens_dir)
@@ -71,8 +77,7 @@ def brute_force(model: Any, job: EvaluationJob) -> tuple[float, int]:
     return total, count
 
 
-def test_scores_are_those_of_the_models_themselves(job: EvaluationJob) -> None:
-    scores = all_variants(job)
+def test_scores_are_those_of_the_models_themselves(job: EvaluationJob, scores: dict[str, Score]) -> None:
     assert job.merged_dir is not None
     original = AutoModelForCausalLM.from_pretrained(job.model_dir)
     for variant, model in (
@@ -93,12 +98,12 @@ def test_scores_are_those_of_the_models_themselves(job: EvaluationJob) -> None:
     assert scores["emulator_adapter"].loss_sum != pytest.approx(scores["emulator"].loss_sum, rel=1e-4)
 
 
-def test_slices_add_up(job: EvaluationJob) -> None:
-    whole, sliced = all_variants(job), all_variants(job, 3)
+def test_slices_add_up(job: EvaluationJob, scores: dict[str, Score]) -> None:
+    sliced = all_variants(replace(job, num_generations=0, num_exact_match=0), 2)
     for variant in VARIANTS:
-        assert sliced[variant].num_tokens == whole[variant].num_tokens
-        assert sliced[variant].num_correct == whole[variant].num_correct
-        assert sliced[variant].loss_sum == pytest.approx(whole[variant].loss_sum, rel=1e-5)
+        assert sliced[variant].num_tokens == scores[variant].num_tokens
+        assert sliced[variant].num_correct == scores[variant].num_correct
+        assert sliced[variant].loss_sum == pytest.approx(scores[variant].loss_sum, rel=1e-5)
 
 
 def test_only_the_first_rows_are_completed_by_the_first_and_the_last_model(job: EvaluationJob) -> None:
@@ -109,14 +114,13 @@ def test_only_the_first_rows_are_completed_by_the_first_and_the_last_model(job: 
     assert all(r.completions == () for r in evaluate_slice(quiet, "merged", 0, 1))
 
 
-def test_a_variant_alone_is_scored_as_among_all(job: EvaluationJob) -> None:
-    whole = all_variants(job)
+def test_a_variant_alone_is_scored_as_among_all(job: EvaluationJob, scores: dict[str, Score]) -> None:
     for variant in VARIANTS:
-        alone = replace(job, variants=(variant,))
+        alone = replace(job, variants=(variant,), num_generations=0, num_exact_match=0)
         [family] = alone.families
         [found] = evaluate_slice(alone, family, 0, 1)
         assert found.variant == variant
-        assert found.score.loss_sum == pytest.approx(whole[variant].loss_sum, rel=1e-6)
+        assert found.score.loss_sum == pytest.approx(scores[variant].loss_sum, rel=1e-6)
     assert replace(job, merged_dir=None).scored == VARIANTS[:-1]
     few = replace(job, variants=("original", "corrected"))
     assert few.generating == ("original", "corrected")

@@ -30,9 +30,8 @@ def test_they_are_made_ahead_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
     write_index(tmp_path, [4], {"images": 4})
     order, model = SampleOrder(4, 2, 0, 1, seed=0), load_model(directory)
     job: Any = SimpleNamespace(
-        emulator_dir=directory,
         tokens_dir=tmp_path,
-        model_options={},
+        images=ImageInputs(directory),
         pad_token_id=PAD,
         pack_length=None,
         teacher_dir=None,

@@ -21,6 +21,7 @@ from vlms import save_vlm
 
 from emloc_ray.core.healing import ranks_before_healing
 from emloc_ray.data.ingest import SampleOrder
+from emloc_ray.data.processors import ImageInputs
 from emloc_ray.data.reading import Place
 from emloc_ray.data.token_shards import TokenShards, collate, shard_name, write_index, write_shard
 from emloc_ray.data.tokenizing import TokenizeOptions
@@ -349,13 +350,14 @@ def test_a_model_that_sees_is_healed_on_its_images(tmp_path: Path) -> None:
     tokens_dir = tmp_path / "tokens"
     write_shard(tokens_dir / shard_name(0), rows, with_images=True)
     write_index(tokens_dir, [len(rows)], {"tokens": sum(map(len, rows)), "images": len(rows)})
-    teacher = taught(teacher_job(model_dir, tokens_dir, tmp_path / "teacher"))
+    images = ImageInputs(model_dir)
+    teacher = taught(teacher_job(model_dir, tokens_dir, tmp_path / "teacher", images=images))
     config = AutoConfig.from_pretrained(model_dir)
     ranks = {spec.name: RANK for spec in block_linears(empty_model(config))}
     emulator = tmp_path / "emulator"
     save_factors(model_dir, emulator, ranks)
-    job = replace(training_job(emulator, tokens_dir, tmp_path, tuple(ranks)), teacher_dir=teacher.out_dir)
-    train(job, LoneSession(tmp_path / "heal"))
+    job = training_job(emulator, tokens_dir, tmp_path, tuple(ranks))
+    train(replace(job, teacher_dir=teacher.out_dir, images=images), LoneSession(tmp_path / "heal"))
     losses = [json.loads(line)["loss"] for line in job.log_path.read_text().splitlines()]
     assert sum(losses[-5:]) < sum(losses[:5])
 
