@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-import pytest
 from small_runs import make_values
 
 from emloc_ray.io.formats.yaml_text import write_yaml
@@ -19,7 +19,7 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.runs.status import read_status
 
 SECONDS = 240
-STEPS = 150  # in a process that is there already, a few take no time
+STEPS, SAVE_STEPS = 400, 100  # in a process that is there already, a few take no time
 
 
 def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
@@ -39,36 +39,33 @@ def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
-def test_an_interrupted_training_goes_on_with_the_same_command(
-    tmp_path: Path, tiny_model_dir: Callable[..., Path], task_file: Path, sent: signal.Signals
-) -> None:
-    terminated = sent == signal.SIGTERM  # which has the training save a checkpoint, as soon as it looks
-    steps = 3 * STEPS if terminated else STEPS
-    values = make_values(
-        tmp_path / "run",
-        tiny_model_dir("llama"),
-        task_file,
-        finetune={"num_workers": 1, "max_steps": steps, "save_steps": steps if terminated else 1},
-        calibration={"num_workers": 1},
-        ray={"num_cpus": 2},
-    )
-    config = tmp_path / "config.yaml"
-    config.write_text(write_yaml(values))
-    arguments, log = ["finetune", str(config)], tmp_path / "log.txt"
-    training = tmp_path / "run" / "training"
+def logged(training: Path) -> list[int]:
+    """The steps in a training's log, those twice that were done again."""
+    lines = (line for log in training.glob("*.log.jsonl") for line in log.read_text().splitlines())
+    return [json.loads(line)["step"] for line in lines if line.endswith("}")]
 
+
+def saved(training: Path) -> int:
+    """The newest checkpoint's step."""
+    return max(int(place.name.removeprefix("checkpoint-")) for place in training.glob("finetune-*/checkpoint-*"))
+
+
+def interrupt(sent: signal.Signals, arguments: list[str], log: Path, run: Path) -> int:
+    """Starts the command, stops it once it has logged some steps after a checkpoint, and gives the last of these."""
+    training = run / "training"
+    due = max(len(logged(training)), SAVE_STEPS) + 5
     process = start(arguments, log)
     own: list[psutil.Process] = []
     try:
         deadline = time.monotonic() + SECONDS
-        while not any(file.read_text().count("\n") >= 5 for file in training.glob("*.log.jsonl")):
+        while len(logged(training)) < due:
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.02)
         own = descendants(process)
         assert any(p.name().startswith("ray::") for p in own)
-        (os.kill if terminated else os.killpg)(process.pid, sent)
+        step = logged(training)[-1]
+        (os.kill if sent == signal.SIGTERM else os.killpg)(process.pid, sent)
         assert process.wait(60) == 128 + sent
     finally:
         process.kill()
@@ -76,14 +73,34 @@ def test_an_interrupted_training_goes_on_with_the_same_command(
     assert "Traceback" not in log.read_text()
     _, alive = psutil.wait_procs(own, timeout=15)
     assert [p.name() for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
-    run = RunDirectory(tmp_path / "run")
-    assert run.holder() is None
-    told = read_status(run).lines()
+    assert RunDirectory(run).holder() is None
+    told = read_status(RunDirectory(run)).lines()
     assert told[0].startswith("Not running: stopped, in finetune, ")
     assert told[-1].startswith("To continue, give the same command: emloc-ray run ")
-    assert set(run.manifest()["stages"]) == {"data", "calibrate", "factorize"}
-    saved = [int(place.name.removeprefix("checkpoint-")) for place in training.glob("finetune-*/checkpoint-*")]
-    assert 1 <= max(saved) < steps  # from which it goes on
+    assert set(RunDirectory(run).manifest()["stages"]) == {"data", "calibrate", "factorize"}
+    return step
+
+
+def test_an_interrupted_training_goes_on_with_the_same_command(
+    tmp_path: Path, tiny_model_dir: Callable[..., Path], task_file: Path
+) -> None:
+    run, log, config = tmp_path / "run", tmp_path / "log.txt", tmp_path / "config.yaml"
+    values = make_values(
+        run,
+        tiny_model_dir("llama"),
+        task_file,
+        finetune={"num_workers": 1, "max_steps": STEPS, "save_steps": SAVE_STEPS},
+        calibration={"num_workers": 1},
+        ray={"num_cpus": 2},
+    )
+    config.write_text(write_yaml(values))
+    arguments = ["finetune", str(config)]
+
+    interrupt(signal.SIGINT, arguments, log, run)
+    assert SAVE_STEPS <= saved(run / "training") < STEPS
+    # SIGTERM has the training save a checkpoint, as soon as it looks.
+    step = interrupt(signal.SIGTERM, arguments, log, run)
+    assert SAVE_STEPS < step <= saved(run / "training") < STEPS
 
     process = start(arguments, log)
     try:
@@ -92,5 +109,6 @@ def test_an_interrupted_training_goes_on_with_the_same_command(
         process.kill()
     assert "Fine-tuning" in log.read_text()
     assert log.read_text().count("done before, inputs unchanged") == 3
-    assert [line["step"] for line in run.metrics()["finetune"]["history"]] == list(range(1, steps + 1))
-    assert (tmp_path / "run" / "adapter_emulator" / "adapter_model.safetensors").is_file()
+    history = RunDirectory(run).metrics()["finetune"]["history"]
+    assert [line["step"] for line in history] == list(range(1, STEPS + 1))
+    assert (run / "adapter_emulator" / "adapter_model.safetensors").is_file()

@@ -10,7 +10,17 @@ import pytest
 from families import FAMILIES, save
 from image_rows import serve, write_image_rows
 from plain_runs import plain_run
-from small_runs import GROUP, FinishedRun, make_values, run_values, task_rows, write_jsonl
+from small_runs import (
+    ALONE,
+    GROUP,
+    HEALING,
+    WEIGHED,
+    FinishedRun,
+    make_values,
+    run_values,
+    task_rows,
+    write_jsonl,
+)
 from vlms import save_vlm
 
 
@@ -34,6 +44,20 @@ def make_run(
 def llama_run(make_run: Callable[..., FinishedRun], task_file: Path) -> FinishedRun:
     """A tiny Llama's run in float32, trained by a group; read it, or spoil a copy."""
     return make_run(task_file, finetune=GROUP)
+
+
+@pytest.fixture(scope="session")
+def healed_run(llama_run: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """The Llama's run with healing, in a copy of its directory."""
+    copied = llama_run.copy(tmp_path_factory.mktemp("healed"))
+    values = copied.changed(emulator={"healing": HEALING}, finetune=ALONE)
+    return FinishedRun(copied.root, values, copied.model_dir, run_values(values))
+
+
+@pytest.fixture(scope="session")
+def pivoted_run(make_run: Callable[..., FinishedRun], task_file: Path) -> FinishedRun:
+    """A tiny Qwen2's run, which has biases, by sensitivity and predictions; read it, or spoil a copy."""
+    return make_run(task_file, "qwen2", emulator={**WEIGHED, "storage": "pivoted"})
 
 
 # Of each kind one that no other test runs on Ray; all others go through the same stages' plain functions.

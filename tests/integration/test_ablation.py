@@ -105,7 +105,7 @@ def test_a_committed_file_runs_and_again_does_nothing(
         assert not (ablation.root / "tasks" / cell.name / "merged").exists()
 
     written = {file: file.stat().st_mtime_ns for file in (ablation.shared / "cells").glob("*")}
-    for name in ("run_batch", "prepare_batch", "_measure_all", "_pruned_models"):
+    for name in ("run_batch", "prepare_batch", "measure_all", "pruned_models"):
         monkeypatch.delattr(runs, name)
     assert run(ablation, CONSOLE) == 0
     assert {file: file.stat().st_mtime_ns for file in (ablation.shared / "cells").glob("*")} == written

@@ -12,6 +12,7 @@ import torch
 from families import save
 from image_rows import serve, write_image_rows
 from small_runs import (
+    WEIGHED,
     FinishedRun,
     KillingReporter,
     Stopping,
@@ -35,7 +36,6 @@ from emloc_ray.modeling.loading import load_model
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.stages.factorize.allocate import read_ranks
 
-WEIGHED = {"allocation": "sensitivity", "objective": "predictions"}
 ALL = ["data", "calibrate", "gradients", "allocate", "factorize", *VERBS[3:]]  # not healed
 
 

@@ -14,29 +14,26 @@ import torch
 from accelerate.state import AcceleratorState
 from ray.train.torch import TorchConfig, TorchTrainer
 from safetensors.torch import load_file
-from small_runs import FinishedRun, KillingWatcher, redone, run_values
+from small_runs import GROUP, FinishedRun, KillingWatcher, redone, run_values
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.config.steps import VERBS
+from emloc_ray.io.formats.teacher_shards import write_teacher_index
 from emloc_ray.modeling.zero_config import read_zero_config
 from emloc_ray.planning.prepared import prepare
 from emloc_ray.stages.context import Context
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.stage import finetune_job
 from emloc_ray.stages.finetune.training import train_loop
+from emloc_ray.stages.heal.stage import healing_job
+from emloc_ray.stages.heal.teacher import teach_part
 
 pytestmark = pytest.mark.deep
 
 EXAMPLE = Path(__file__).parents[2] / "configs" / "zero3.json"
 
 
-@pytest.fixture
-def copied(llama_run: FinishedRun, tmp_path: Path) -> FinishedRun:
-    """A finished run, trained without DeepSpeed, to spoil."""
-    return llama_run.copy(tmp_path)
-
-
-def assert_same_adapter(made: Path, expected: Path) -> None:
+def assert_same_adapter(made: Path, expected: Path, atol: float = 1e-4) -> None:
     """File by file and key by key; values to what the order of sums does to eight steps of Adam."""
     assert {path.name for path in made.iterdir()} == {path.name for path in expected.iterdir()}
     config = "adapter_config.json"
@@ -44,7 +41,7 @@ def assert_same_adapter(made: Path, expected: Path) -> None:
     ours, theirs = (load_file(directory / "adapter_model.safetensors") for directory in (made, expected))
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def in_one_group(jobs: list[FinetuneJob], storage: Path) -> list[dict[str, Any]]:
@@ -68,26 +65,115 @@ def in_one_group(jobs: list[FinetuneJob], storage: Path) -> list[dict[str, Any]]
     return found
 
 
-def test_whole_weights_train_the_same_adapter_and_stop_at_a_number_lost(copied: FinishedRun, tmp_path: Path) -> None:
-    # Stages 0, 1 and 2: nothing scattered, the optimizer's state, its gradients too.
-    prepared = prepare(parse_config(copied.values))
-    job = finetune_job(Context(prepared, copied.model_dir), "plain")
-    jobs = []
-    for stage, rate in ((0, 5e-3), (1, 5e-3), (2, 5e-3), (2, 1e30)):
-        path = tmp_path / "zero.json"
-        path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-        name = f"zero-{stage}-{rate}"
-        arguments = {**job.training_arguments, "save_strategy": "no", "learning_rate": rate}
-        changes: dict[str, Any] = {"out_dir": tmp_path / name, "name": name, "zero_config": read_zero_config(str(path))}
-        jobs.append(dataclasses.replace(job, training_arguments=arguments, **changes))
-    outcomes = in_one_group(jobs, tmp_path / "training")
-    for outcome, made in zip(outcomes[:-1], jobs, strict=False):
-        assert outcome["failure"] is None
-        assert outcome["train_loss"] == pytest.approx(copied.metrics["finetune"]["train_loss"], rel=1e-4)
-        assert_same_adapter(made.out_dir, copied.root / "adapter_emulator")
-    assert outcomes[-1]["failure"] == "The loss or a gradient is NaN or Inf at step 2: lower the learning rate."
-    assert outcomes[-1]["steps"] == 2
-    assert not jobs[-1].out_dir.exists()
+Trained = dict[str, tuple[FinetuneJob, dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def trained(
+    llama_run: FinishedRun,
+    healed_run: FinishedRun,
+    pivoted_run: FinishedRun,
+    family_run: Callable[[str], FinishedRun],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Trained:
+    """Trainings and their outcomes by name and ZeRO stage, ``plain`` without DeepSpeed, all by one group."""
+    root = tmp_path_factory.mktemp("zero")
+    llama, pivoted, images = map(finetuning, (llama_run, pivoted_run, family_run("LLaVA")))
+    images = dataclasses.replace(images, batch_size=1)
+    healing = healing_of(healed_run, root / "teacher")
+    lost = {**llama.training_arguments, "learning_rate": 1e30}
+    jobs = {
+        "images plain": images,
+        "healing plain": healing,
+        "llama 0": scattered(llama, 0, root),
+        **{
+            f"{name} 2": scattered(job, 2, root)
+            for name, job in (("llama", llama), ("healing", healing), ("images", images))
+        },
+        **{f"{name} 3": scattered(job, 3, root) for name, job in (("healing", healing), ("images", images))},
+        "pivoted 3": dataclasses.replace(pivoted, zero_config=read_zero_config(str(EXAMPLE))),
+        "lost 2": dataclasses.replace(scattered(llama, 2, root), training_arguments=lost),
+    }
+    jobs = {
+        name: dataclasses.replace(
+            job,
+            out_dir=root / name,
+            storage_dir=root / "training",
+            name=name.replace(" ", "-"),
+            training_arguments={**job.training_arguments, "save_strategy": "no"},
+        )
+        for name, job in jobs.items()
+    }
+    outcomes = in_one_group(list(jobs.values()), root / "training")
+    return {name: (job, outcome) for (name, job), outcome in zip(jobs.items(), outcomes, strict=True)}
+
+
+def finetuning(run: FinishedRun) -> FinetuneJob:
+    """A finished run's training by two ranks."""
+    prepared = prepare(parse_config(run.changed(finetune=GROUP)))
+    return finetune_job(Context(prepared, run.model_dir), "plain")
+
+
+def healing_of(run: FinishedRun, teacher_dir: Path) -> FinetuneJob:
+    """A finished run's healing by two ranks, with a teacher of its own."""
+    prepared = prepare(parse_config(run.changed(finetune=GROUP)))
+    section = prepared.config.emulator.healing
+    assert section is not None
+    job = healing_job(Context(prepared, run.model_dir), section, "plain")
+    teacher = dataclasses.replace(job.teacher, out_dir=teacher_dir)
+    teach_part(teacher, 0, 1)
+    write_teacher_index(teacher.out_dir, [rows[0] for rows in teacher.shards()])
+    return dataclasses.replace(job.training, teacher_dir=teacher.out_dir)
+
+
+def scattered(job: FinetuneJob, stage: int, root: Path) -> FinetuneJob:
+    """The same under a stage of ZeRO: nothing scattered, the optimizer's state and gradients (2), the weights too (3)."""
+    path = root / "zero.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    return dataclasses.replace(job, zero_config=read_zero_config(str(path)))
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_whole_weights_train_the_same_adapter(trained: Trained, llama_run: FinishedRun, stage: int) -> None:
+    job, outcome = trained[f"llama {stage}"]
+    assert outcome["failure"] is None
+    assert outcome["train_loss"] == pytest.approx(llama_run.metrics["finetune"]["train_loss"], rel=1e-4)
+    assert_same_adapter(job.out_dir, llama_run.root / "adapter_emulator")
+
+
+def test_it_stops_at_a_number_lost(trained: Trained) -> None:
+    job, outcome = trained["lost 2"]
+    assert outcome["failure"] == "The loss or a gradient is NaN or Inf at step 2: lower the learning rate."
+    assert outcome["steps"] == 2
+    assert not job.out_dir.exists()
+
+
+def test_scattered_pivoted_factors_train_the_same_adapter(trained: Trained, pivoted_run: FinishedRun) -> None:
+    job, outcome = trained["pivoted 3"]
+    assert outcome["failure"] is None
+    assert_same_adapter(job.out_dir, pivoted_run.root / "adapter_emulator")
+
+
+@pytest.mark.parametrize("stage", ["plain", "2", "3"])
+def test_it_heals_as_well(trained: Trained, healed_run: FinishedRun, stage: str) -> None:
+    job, outcome = trained[f"healing {stage}"]
+    assert outcome["failure"] is None
+    assert outcome["train_loss"] == pytest.approx(healed_run.metrics["healing"]["train_loss"], rel=1e-3)
+    assert_same_adapter(job.out_dir, trained["healing plain"][0].out_dir, 1e-3)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_ranks_whose_batches_show_no_image(trained: Trained, stage: int) -> None:
+    """A row in six shows none: such a rank runs the vision tower too, and what is learned is the same at every stage."""
+    job, outcome = trained[f"images {stage}"]
+    assert outcome["failure"] is None
+    assert_same_adapter(job.out_dir, trained["images plain"][0].out_dir)
+
+
+@pytest.fixture
+def copied(llama_run: FinishedRun, tmp_path: Path) -> FinishedRun:
+    """A finished run, trained without DeepSpeed, to spoil."""
+    return llama_run.copy(tmp_path)
 
 
 def test_zero_3_trains_the_same_adapter_and_goes_on_after_a_killed_worker(
@@ -109,28 +195,3 @@ def test_zero_3_trains_the_same_adapter_and_goes_on_after_a_killed_worker(
     assert redone(values)[0] == "correct"
     path.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
     assert redone(values) == list(VERBS[VERBS.index("finetune") :])
-
-
-def test_ranks_whose_batches_show_no_image(
-    ray_session: None, family_run: Callable[[str], FinishedRun], tmp_path: Path
-) -> None:
-    """A row in six shows none: such a rank runs the vision tower too, and what is learned is the same at every stage."""
-    run = family_run("LLaVA").copy(tmp_path)
-    job = finetune_job(Context(prepare(parse_config(run.values)), run.model_dir), "plain")
-    jobs = []
-    for stage in (None, 1, 2, 3):
-        path = tmp_path / "zero.json"
-        path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-        zero = {} if stage is None else {"zero_config": read_zero_config(str(path))}
-        arguments = {**job.training_arguments, "save_strategy": "no"}
-        changes: dict[str, Any] = {
-            "out_dir": tmp_path / f"zero-{stage}",
-            "name": f"zero-{stage}",
-            "batch_size": 1,
-            **zero,
-        }
-        jobs.append(dataclasses.replace(job, training_arguments=arguments, **changes))
-    outcomes = in_one_group(jobs, tmp_path / "training")
-    assert [outcome["failure"] for outcome in outcomes] == [None] * 4
-    for made in jobs[1:]:
-        assert_same_adapter(made.out_dir, jobs[0].out_dir)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shutil
@@ -17,7 +16,8 @@ from run_samples import healing_metrics, metric_keys
 from s3_server import uri
 from safetensors.torch import load_file
 from small_runs import (
-    GROUP,
+    ALONE,
+    HEALING,
     FinishedRun,
     KillingWatcher,
     Stopping,
@@ -26,34 +26,16 @@ from small_runs import (
     run_values,
     write_jsonl,
 )
-from test_deepspeed import in_one_group
 from transformers import AutoModelForCausalLM
 
-from emloc_ray.config.reading import parse_config
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.errors import Stopped
-from emloc_ray.io.formats.teacher_shards import write_teacher_index
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.io.runs.fetch import fetch
 from emloc_ray.modeling.emulator import FactorizedLinear
-from emloc_ray.modeling.zero_config import read_zero_config
-from emloc_ray.planning.prepared import prepare
-from emloc_ray.stages.context import Context
-from emloc_ray.stages.heal.stage import healing_job
-from emloc_ray.stages.heal.teacher import teach_part
 
-HEALING = {"steps": 24, "r": 4, "learning_rate": 3e-3}
-ALONE = {"num_workers": 1, "per_device_train_batch_size": 8}
 AFTER = ["finetune", "correct", "merge", "evaluate"]
-
-
-@pytest.fixture(scope="session")
-def healed_run(llama_run: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
-    """The Llama's run with healing, in a copy of its directory."""
-    copied = llama_run.copy(tmp_path_factory.mktemp("healed"))
-    values = copied.changed(emulator={"healing": HEALING}, finetune=ALONE)
-    return FinishedRun(copied.root, values, copied.model_dir, run_values(values))
 
 
 @pytest.fixture
@@ -269,33 +251,6 @@ def test_tasks_that_tune_otherwise_share_it(
     assert not any(
         "nf4" in key for file in (tmp_path / "one" / "emulator").glob("*.safetensors") for key in load_file(file)
     )
-
-
-@pytest.mark.deep
-def test_zero_heals_as_well(healed_run: FinishedRun, tmp_path: Path) -> None:
-    prepared = prepare(parse_config(healed_run.changed(finetune=GROUP)))
-    section = prepared.config.emulator.healing
-    assert section is not None
-    job = healing_job(Context(prepared, healed_run.model_dir), section, "plain")
-    teacher = dataclasses.replace(job.teacher, out_dir=tmp_path / "teacher")
-    teach_part(teacher, 0, 1)
-    write_teacher_index(teacher.out_dir, [rows[0] for rows in teacher.shards()])
-    jobs = []
-    for stage in (None, 2, 3):
-        path = tmp_path / "zero.json"
-        path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-        name = f"zero-{stage}"
-        changes: dict[str, Any] = {"out_dir": tmp_path / name, "name": name, "teacher_dir": teacher.out_dir}
-        changes["zero_config"] = None if stage is None else read_zero_config(str(path))
-        changes["training_arguments"] = {**job.training.training_arguments, "save_strategy": "no"}
-        jobs.append(dataclasses.replace(job.training, **changes))
-    outcomes = in_one_group(jobs, tmp_path / "training")
-    for outcome, made in zip(outcomes, jobs, strict=True):
-        assert outcome["failure"] is None
-        assert outcome["train_loss"] == pytest.approx(healed_run.metrics["healing"]["train_loss"], rel=1e-3)
-        ours, theirs = (load_file(d / "adapter_model.safetensors") for d in (made.out_dir, jobs[0].out_dir))
-        for key, tensor in theirs.items():
-            torch.testing.assert_close(ours[key], tensor, rtol=0, atol=1e-3, msg=lambda m, n=key: f"{n}: {m}")
 
 
 def test_ranks_by_the_data_are_those_that_it_ends_with(llama_run: FinishedRun, tmp_path: Path) -> None:

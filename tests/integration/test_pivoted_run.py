@@ -1,15 +1,13 @@
-"""Runs whose factors are stored pivoted: from end to end by allocated ranks, healed, under ZeRO-3, from a cache."""
+"""Runs whose factors are stored pivoted: from end to end by allocated ranks, and healed."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small_runs import GROUP, FinishedRun, redone, run_values
-from test_allocated_run import WEIGHED, divergence
-from test_deepspeed import EXAMPLE, assert_same_adapter
+from small_runs import FinishedRun, redone, run_values
+from test_allocated_run import divergence
 from transformers import AutoModelForCausalLM
 
 from emloc_ray.config.reading import parse_config
@@ -20,12 +18,6 @@ from emloc_ray.planning.prepared import prepare
 from emloc_ray.stages.factorize.allocate import read_ranks
 
 pytestmark = pytest.mark.deep
-
-
-@pytest.fixture(scope="session")
-def pivoted_run(make_run: Callable[..., FinishedRun], task_file: Path) -> FinishedRun:
-    """A tiny Qwen2's run, which has biases, by sensitivity and predictions; read it, or spoil a copy."""
-    return make_run(task_file, "qwen2", emulator={**WEIGHED, "storage": "pivoted"})
 
 
 def ranks_of(directory: Path) -> dict[str, int]:
@@ -74,10 +66,3 @@ def test_healed_they_have_the_ranks_that_the_budget_leaves(pivoted_run: Finished
     assert ranks_of(healed) == ranks_of(whole)
     assert sum(entry.num_bytes for entry in Checkpoint(healed)) == Checkpoint(whole).num_bytes
     assert divergence(copied, healed) < 1e-2
-
-
-def test_zero_3_trains_the_same_adapter(pivoted_run: FinishedRun, tmp_path: Path) -> None:
-    copied = pivoted_run.copy(tmp_path)
-    values = copied.changed(finetune={**GROUP, "deepspeed": str(EXAMPLE)})
-    run_values(values, until="finetune")
-    assert_same_adapter(copied.root / "adapter_emulator", pivoted_run.root / "adapter_emulator")

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from s3_server import faulty_store, uri
 from safetensors.torch import load_file
-from small_runs import FinishedRun, Stopping, run_values
+from small_runs import ALONE, FinishedRun, Stopping, run_values
 from test_calibration import assert_same_grams
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -22,8 +22,6 @@ from typer.testing import CliRunner
 from emloc_ray.errors import Stopped
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.ui.cli import app
-
-ALONE = {"num_workers": 1, "per_device_train_batch_size": 8}  # a group takes long to start, and is not what is tried
 
 
 def contents(root: Path) -> dict[str, bytes]:

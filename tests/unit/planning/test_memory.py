@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,49 +18,23 @@ from transformers import (
 )
 
 from emloc_ray.config.reading import parse_config
-from emloc_ray.errors import ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.modeling.architecture import ImageShape, empty_model
 from emloc_ray.modeling.loading import ModelSource
-from emloc_ray.planning import calibration_memory
-from emloc_ray.planning.budget import check_holding, solve, with_settings
+from emloc_ray.planning.budget import with_settings
 from emloc_ray.planning.costs import with_base
 from emloc_ray.planning.layout import make_layout
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.memory import BASE_BYTES, MemoryModel, total
-from emloc_ray.planning.plan import make_plan, within_budget
-from emloc_ray.planning.prepared import Prepared, prepare
+from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.sizes import gram_bytes
 from emloc_ray.planning.skeleton import skeleton_of
-from emloc_ray.stages.order import STEPS
 
 LENGTHS = Lengths(mean=40.0, longest=64.0)
 ROW = Lengths(2048.0, 2048.0)
+WEIGHED = {"allocation": "sensitivity", "objective": "predictions"}
 
-
-@pytest.fixture(autouse=True)
-def much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a budget models are held whole, whatever the machine has free."""
-    monkeypatch.setattr("emloc_ray.planning.calibration_memory.available_bytes", lambda: 2**42)
-
-
-@pytest.fixture
-def prepared(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[..., Prepared]:
-    """``prepared(key=value, section={…})``: a tiny Llama's run on rows of 70 characters."""
-    data = tmp_path / "rows.jsonl"
-    data.write_text((json.dumps({"text": "x" * 70}) + "\n") * 12)
-
-    def make(**sections: Any) -> Prepared:
-        values = {
-            "run_dir": str(tmp_path / "run"),
-            "memory_budget": None,
-            "data": {"train": {"path": str(data)}, "max_seq_length": 64},
-            **sections,
-            "model": {"source": str(tiny_model_dir("llama")), **sections.get("model", {})},
-        }
-        return prepare(parse_config(values))
-
-    return make
+pytestmark = pytest.mark.usefixtures("much_memory")
 
 
 def bare(model_config: Any, **sections: Any) -> Prepared:
@@ -201,33 +174,6 @@ def test_streamed_holds_a_block_and_not_the_head(prepared: Callable[..., Prepare
     assert model.hidden_state_disk_bytes() == 2 * 128 * 40 * 64 * 4
 
 
-def test_waves_fill_the_room_that_the_model_leaves(prepared: Callable[..., Prepared]) -> None:
-    free = MemoryModel(prepared(), LENGTHS)
-    assert len(free.waves()) == 1
-    beside = total(with_base(free.calibrate())) - int(with_base(free.calibrate())["grams"])
-    room = 4 * 128**2 + 4 * 64**2
-    bounded = MemoryModel(prepared(memory_budget=beside + room, model={"hold": "resident"}), LENGTHS)
-    waves = bounded.waves()
-    assert [group for wave in waves for group in wave] == [group for wave in free.waves() for group in wave]
-    assert len(waves) > 1
-    assert all(sum(map(gram_bytes, wave)) <= room for wave in waves)
-
-
-def test_workers_with_a_gpu_go_by_its_memory(
-    prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(calibration_memory, "gpu_bytes", lambda: BASE_BYTES + 1000)
-    on_gpu = {"calibration": {"gpus_per_worker": 1}, "ray": {"num_gpus": 1}}
-    assert MemoryModel(prepared(), LENGTHS).calibration_hold() == "resident"
-    assert MemoryModel(prepared(**on_gpu), LENGTHS).calibration_hold() == "block_by_block"
-    above = {**on_gpu, "memory_budget": "1GiB"}  # more than the card can hold
-    assert MemoryModel(prepared(**above), LENGTHS).calibration_hold() == "block_by_block"
-    elsewhere = {**above, "ray": {"address": "a-cluster:6379"}}
-    assert MemoryModel(prepared(**elsewhere), LENGTHS).calibration_hold() == "resident"
-    on_half = {**on_gpu, "calibration": {"gpus_per_worker": 0.5}}
-    assert MemoryModel(prepared(**on_half), LENGTHS).worker_bytes("calibration") == 0.92 * (BASE_BYTES + 1000) / 2
-
-
 def test_what_costs_less_is_predicted_to_cost_less(prepared: Callable[..., Prepared]) -> None:
     def finetune(**section: Any) -> int:
         return total(with_base(MemoryModel(prepared(finetune=section), LENGTHS).finetune()))
@@ -252,55 +198,6 @@ def test_layers_may_keep_keys_and_values_of_several_sizes() -> None:
     config = Gemma4TextConfig(**sizes)
     memory = MemoryModel(bare(config), Lengths(8.0, 16.0))
     assert memory.inference(1, 64)["kv cache"] == 2 * 2 * (16 + 32) * 64 * 2
-
-
-def test_a_budget_is_solved_for_the_largest_ratio_that_fits(prepared: Callable[..., Prepared]) -> None:
-    ready = prepared(finetune={"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2})
-    least = total(with_base(MemoryModel(with_settings(ready, 0.1, 1, 16, True), LENGTHS).finetune()))
-    found = [solve(STEPS, ready, least + more, LENGTHS) for more in range(0, 40_000_000, 400_000)]
-    for solution in found:
-        assert solution.finetune_bytes <= solution.budget
-        section = solution.prepared.config.finetune
-        assert section.per_device_train_batch_size * section.gradient_accumulation_steps == 16
-    ratios = [solution.prepared.config.emulator.compression_ratio for solution in found]
-    assert ratios == sorted(ratios)
-    assert ratios[0] < ratios[-1] == 0.95
-    first, last = (found[at].prepared.config.finetune for at in (0, -1))
-    assert (last.per_device_train_batch_size, last.gradient_checkpointing) == (8, False)
-    assert first.per_device_train_batch_size < 8
-    assert first.gradient_checkpointing
-
-
-def test_a_budget_that_nothing_meets_says_what_would(prepared: Callable[..., Prepared]) -> None:
-    with pytest.raises(ConfigError, match=r"No compression ratio fits 103 MiB: at 0\.1, .* needs 451 MiB"):
-        solve(STEPS, prepared(), 2**30 // 10, LENGTHS)
-    for adapter, knob in (
-        ({"method": "lokr"}, "r"),
-        ({"method": "ia3"}, "target_modules"),
-        ({"method": "prompt_tuning", "num_virtual_tokens": 4}, "num_virtual_tokens"),
-    ):
-        with pytest.raises(ConfigError, match=rf"lower data\.max_seq_length or adapter\.{knob}\.$"):
-            solve(STEPS, prepared(adapter=adapter), 2**30 // 10, LENGTHS)
-
-
-def test_what_no_ratio_helps_is_told_with_what_would(llama_7b: Prepared) -> None:
-    solution = solve(STEPS, llama_7b, 10 * 2**30, ROW)
-    assert set(solution.too_large) == {"evaluate"}
-    assert solution.sentence.endswith("lower evaluation.batch_size or data.max_seq_length.")
-    with pytest.raises(ConfigError, match=r"No compression ratio fits 1\.00 GiB: at 0\.1, .* needs \d+\.\d\d GiB"):
-        solve(STEPS, llama_7b, 2**30, ROW)
-
-
-def test_the_solution_is_what_is_planned(prepared: Callable[..., Prepared]) -> None:
-    ready = prepared(memory_budget=BASE_BYTES + 3_000_000)
-    solution = within_budget(STEPS, ready).solution
-    changed = solution.prepared
-    plan = make_plan(STEPS, changed)
-    stage = next(stage for stage in plan.stages if stage.name == "finetune")
-    assert stage.worker_bytes == solution.finetune_bytes
-    again = parse_config(ready.config.model_dump(mode="json"))
-    assert again.memory_budget == ready.config.memory_budget
-    assert ready.lengths.longest == pytest.approx(25)
 
 
 def test_each_method_counts_its_own_parameters(prepared: Callable[..., Prepared]) -> None:
@@ -332,11 +229,6 @@ def test_what_is_scaled_by_what_is_learned_is_kept(prepared: Callable[..., Prepa
     assert dora["activations"] - lora["activations"] == 2 * (vera["activations"] - lora["activations"]) > 0
     assert dora["row norms"] == 4 * 128 * (128 + 3 * 64)
     assert lora["row norms"] == 0
-
-
-def test_a_budget_never_takes_a_prefix_its_cache(prepared: Callable[..., Prepared]) -> None:
-    run = prepared(adapter={"method": "prefix_tuning", "num_virtual_tokens": 3}, memory_budget="500MiB")
-    assert solve(STEPS, run, 500 * 2**20, LENGTHS).prepared.config.finetune.gradient_checkpointing is False
 
 
 def mixture(num_experts: int) -> MemoryModel:
@@ -387,9 +279,6 @@ def test_llama_7b_in_integers_by_hand(bits: int, bits_a_weight: float) -> None:
     assert packed.finetune()["unpacked"] == 4096 * 11008 * (2 + 4 + 2)
 
 
-WEIGHED = {"allocation": "sensitivity", "objective": "predictions"}
-
-
 def test_gradients_of_llama_7b_by_hand() -> None:
     ready = bare(LlamaConfig(), memory_budget="200GiB", emulator=WEIGHED, calibration={"batch_size": 1})
     model = MemoryModel(ready, ROW)
@@ -402,71 +291,3 @@ def test_gradients_of_llama_7b_by_hand() -> None:
     square = MemoryModel(bare(LlamaConfig()), ROW).factorize()["grams"]
     assert model.factorize()["grams"] == square + 3 * 4 * 4096**2 + 4 * 4096 * 11008
     assert MemoryModel(bare(LlamaConfig()), ROW).gradients()["gradients"] == 0
-
-
-def test_sums_of_gradients_go_in_waves_too(prepared: Callable[..., Prepared]) -> None:
-    free = MemoryModel(prepared(emulator=WEIGHED, calibration={"batch_size": 1}))
-    [whole] = free.gradient_plan().waves
-    assert [spec.name for spec in whole] == list(free.layout.weighed)
-    beside = total(with_base(free.gradients())) - int(with_base(free.gradients())["gradients"])
-    room = 4 * 128**2 + 4 * 64**2
-    changes = {"emulator": WEIGHED, "model": {"hold": "resident"}, "calibration": {"batch_size": 1}}
-    bounded = MemoryModel(prepared(memory_budget=beside + room, **changes))
-    waves = bounded.gradient_plan().waves
-    assert [spec for wave in waves for spec in wave] == list(whole)
-    assert len(waves) > 1
-    assert all(sum(4 * spec.out_features**2 for spec in wave) <= room for wave in waves)
-    check_holding(prepared(memory_budget=beside + room, emulator=WEIGHED))
-
-
-@pytest.mark.parametrize(("key", "value"), [("allocation", "sensitivity"), ("objective", "predictions")])
-def test_a_worker_that_cannot_hold_the_whole_model_is_refused(
-    prepared: Callable[..., Prepared], key: str, value: str
-) -> None:
-    least = BASE_BYTES + MemoryModel(prepared()).held["all_offloaded"]
-    with pytest.raises(
-        ConfigError, match=rf"emulator\.{key}: {value} needs gradients through the whole model, 4\d\d MiB in a worker"
-    ):
-        check_holding(prepared(memory_budget=least, emulator={key: value}))
-    check_holding(prepared(memory_budget=least, emulator={"objective": "weights"}))
-    told = r"memory_budget is 450 MiB, and a worker that holds its largest blocks takes 45\d MiB"
-    with pytest.raises(ConfigError, match=told):
-        check_holding(prepared(memory_budget=BASE_BYTES))
-
-
-def test_a_share_of_a_gpu_that_is_too_small_is_refused(
-    prepared: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(calibration_memory, "gpu_bytes", lambda: 2**30)
-    gpus = {"ray": {"num_gpus": 1}}
-    check_holding(prepared(**gpus, evaluation={"gpus_per_worker": 0.75}))
-    told = (
-        r"evaluation\.gpus_per_worker is 0\.25, of which 23\d MiB of memory can be filled, .* takes 45\d MiB before it"
-    )
-    with pytest.raises(ConfigError, match=told):
-        check_holding(prepared(**gpus, evaluation={"gpus_per_worker": 0.25}))
-
-
-def test_prompts_are_completed_together_where_weights_come_for_every_token(prepared: Callable[..., Prepared]) -> None:
-    changes: dict[str, Any] = {"evaluation": {"num_exact_match": 64, "batch_size": 4}, "memory_budget": "10GiB"}
-    assert MemoryModel(prepared(**changes, model={"hold": "resident"}), LENGTHS).prompts_at_once() == 4
-    changes["model"] = {"hold": "offloaded"}
-    free = MemoryModel(prepared(**changes), LENGTHS)
-    assert free.prompts_at_once() == 64
-    needed = BASE_BYTES + total(free.evaluating().parts)
-    numbers = [
-        MemoryModel(prepared(**{**changes, "memory_budget": needed + more}), LENGTHS).prompts_at_once()
-        for more in (0, 500_000, 2_000_000)
-    ]
-    assert numbers == sorted({*numbers})
-    assert (numbers[0], numbers[-1]) == (4, max(numbers))
-
-
-def test_completions_move_weights_once_a_token_for_all_prompts_of_a_turn(prepared: Callable[..., Prepared]) -> None:
-    section = {"num_samples": 12, "batch_size": 4, "num_exact_match": 64, "num_generations": 2, "max_new_tokens": 5}
-    found = prepared(evaluation=section, model={"hold": "offloaded"}, memory_budget="10GiB")
-    memory = MemoryModel(found, LENGTHS)
-    evaluate = next(stage for stage in STEPS if stage.name == "evaluate")
-    assert evaluate.cost is not None
-    assert memory.prompts_at_once() == 64
-    assert evaluate.cost(memory).moved_bytes == (12 / 4 + 5) * memory.moved(memory.evaluating().hold, 1, 1)

@@ -1,75 +1,24 @@
-"""What people write and have by mistake: each is told in a sentence that says what, where and what to do, or goes on."""
+"""What people write and have by mistake: each is told in a sentence that says what, where and what to do."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
-import ray
-from gguf_files import write_gguf
-from typer.testing import CliRunner, Result
+from cli_calls import ROWS, Place, lines_of
 
-from emloc_ray.config.peers import PEERS
-from emloc_ray.config.reading import load_config, parse_config, unknown_key
-from emloc_ray.errors import ConfigError
-from emloc_ray.io.formats.yaml_text import read_yaml, write_yaml
+from emloc_ray.config.reading import load_config
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.runs.versions import made_with
 from emloc_ray.stages.tokens.stage import DATA
-from emloc_ray.ui.cli import app
 
-PAIRS = [{"prompt": f"add {i}: ", "completion": f"it is {i}"} for i in range(20)]
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-
-
-def lines_of(rows: list[Any]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-class Place:
-    """A directory with a valid config, ``my.yaml``, and its rows."""
-
-    def __init__(self, root: Path, model: Path) -> None:
-        self.root = root
-        self.values: dict[str, Any] = {
-            "run_dir": "runs/mine",
-            "model": str(model),
-            "data": {"train": "rows.jsonl", "max_seq_length": 64},
-            "adapter": {"r": 4},
-            "finetune": {"max_steps": 2},
-        }
-        self.write("rows.jsonl", lines_of(PAIRS))
-
-    def write(self, name: str, content: str | bytes) -> None:
-        (self.root / name).write_bytes(content.encode() if isinstance(content, str) else content)
-
-    def __call__(self, *arguments: str) -> Result:
-        self.write("my.yaml", write_yaml(self.values))
-        result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
-        assert not (self.root / "runs").exists()
-        return result
-
-
-@pytest.fixture
-def place(tmp_path: Path, tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Place:
-    """The working directory, with a config in which all is well; starting Ray is a failure."""
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("Ray was started")
-
-    monkeypatch.setattr(ray, "init", refuse)
-    monkeypatch.chdir(tmp_path)
-    return Place(tmp_path, tiny_model_dir("llama"))
 
 
 def rows(place: Place, name: str, content: str | bytes) -> None:
@@ -95,7 +44,7 @@ def of_the_hub(place: Place, subset: str) -> None:
     folder.mkdir()
     parts = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("easy", "hard"))
     place.write("hub/README.md", f"---\nconfigs:\n{parts}---\n")
-    place.write("hub/easy.jsonl", lines_of(PAIRS))
+    place.write("hub/easy.jsonl", lines_of(ROWS))
     place.write("hub/hard.jsonl", lines_of([{"instruction": "a", "output": "b"}] * 20))
     place.values["data"]["train"] = f"hf:{folder}{subset}"
 
@@ -184,14 +133,14 @@ REFUSED: dict[str, tuple[Callable[[Place], None], list[str]]] = {
         set_key("data.train", "${NOWHERE}/x.jsonl"),
         ["the variable NOWHERE of ${NOWHERE}/x.jsonl is not set"],
     ),
-    "15 UTF-16": (given("a.jsonl", lines_of(PAIRS).encode("utf-16")), ["a.jsonl is UTF-16 text: save it as UTF-8"]),
+    "15 UTF-16": (given("a.jsonl", lines_of(ROWS).encode("utf-16")), ["a.jsonl is UTF-16 text: save it as UTF-8"]),
     "15 Latin-1": (
         given("a.jsonl", '{"text": "ä"}\n'.encode("latin-1")),
         ["a.jsonl, row 1: not UTF-8", "Latin-1, perhaps"],
     ),
-    "19 broken": (given("a.jsonl", lines_of(PAIRS) + "{\n"), ["a.jsonl, row 21: not JSON"]),
+    "19 broken": (given("a.jsonl", lines_of(ROWS) + "{\n"), ["a.jsonl, row 21: not JSON"]),
     "19 null": (
-        given("a.jsonl", lines_of([*PAIRS, {"prompt": None, "completion": "b"}])),
+        given("a.jsonl", lines_of([*ROWS, {"prompt": None, "completion": "b"}])),
         ["a.jsonl, row 21: field 'prompt' is null"],
     ),
     "19 empty": (given("a.jsonl", ""), ["a.jsonl is empty"]),
@@ -341,100 +290,6 @@ def test_a_bad_call_is_told(place: Place, arguments: list[str], words: str) -> N
     assert words in result.stderr
 
 
-GOES_ON: dict[str, tuple[Callable[[Place], None], list[str]]] = {
-    "as it is": (
-        lambda place: None,
-        [
-            "my.yaml is valid: 14 of 14 linears compressed, 14 adapted; 2 steps of 8 rows (about",
-            "trainable parameters, peak",
-            "data.train: 20 rows of format prompt_completion, about",
-        ],
-    ),
-    "9 YAML 1.2": (set_key("finetune.save_strategy", "no"), ["is valid"]),
-    "14 variable": (set_key("data.train", "${ROWS}/rows.jsonl"), ["is valid"]),
-    "16 BOM, CRLF, names": (
-        given("ä ö.jsonl", ("\ufeff" + lines_of(PAIRS).replace("\n", "\r\n\r\n")).encode()),
-        ["data.train: 20 rows"],
-    ),
-    "16 symlink": (
-        lambda place: (place.root / "a.jsonl").symlink_to("rows.jsonl") or set_key("data.train", "a.jsonl")(place),
-        ["data.train: 20 rows"],
-    ),
-    "17 array": (given("a.json", json.dumps(PAIRS)), ["data.train: 20 rows"]),
-    "17 packed": (given("a.jsonl.gz", gzip.compress(lines_of(PAIRS).encode())), ["data.train: 20 rows"]),
-    "18 semicolons": (given("a.csv", "prompt;completion\n" + "a;b, c\n" * 20), ["20 rows of format prompt_completion"]),
-    "21 Alpaca": (given("a.jsonl", lines_of([{"instruction": "a", "output": "b"}] * 20)), ["20 rows of format alpaca"]),
-    "21 ShareGPT": (
-        given(
-            "a.jsonl",
-            lines_of([{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}] * 20),
-        ),
-        ["20 rows of format sharegpt"],
-    ),
-    "21 TRL": (
-        given("a.jsonl", lines_of([{"prompt": TURNS[:1], "completion": TURNS[1:]}] * 20)),
-        ["format conversational"],
-    ),
-    "24 turn by turn": (given("a.jsonl", lines_of([{"messages": TURNS * 2}] * 20)), ["20 rows of format messages"]),
-    "25 beyond": (set_key("data.max_seq_length", 256), ["the model was made for 128 positions"]),
-    "25 cut": (
-        given("a.jsonl", lines_of([{"prompt": "a", "completion": "long " * 99}, *PAIRS])),
-        ["of the first 21 rows 1 longer than data.max_seq_length 64"],
-    ),
-    "28 a copy": (
-        lambda place: place.write("b.jsonl", lines_of(PAIRS)) or set_key("data.eval", "b.jsonl")(place),
-        ["b.jsonl, a copy of ", "rows.jsonl, which is trained on: give it rows of its own, or leave data.eval out"],
-    ),
-    "29 a subset": (
-        lambda place: of_the_hub(place, "@hard"),
-        [
-            "data.train: format alpaca, about",
-            "Not checked: all but the first rows of hf:",
-            ", which the run downloads.",
-        ],
-    ),
-    "a task made on the spot": (
-        set_key("data", {"generate": "docstrings", "max_seq_length": 64}),
-        [
-            "data.train: format prompt_completion, about ",
-            "Not checked: all but the first rows of data.generate docstrings, which the run makes.",
-        ],
-    ),
-    "27 three rows": (
-        lambda place: (
-            rows(place, "a.jsonl", lines_of(PAIRS[:3])),
-            place.values.update(finetune={"max_steps": 50, "warmup_steps": 60}),
-        )[0],
-        ["reads each of the 3 rows about 133 times", "warmup_steps is 60, and there are 50 steps"],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", GOES_ON)
-def test_what_is_no_mistake_goes_on(place: Place, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setenv("ROWS", str(place.root))
-    change, words = GOES_ON[name]
-    change(place)
-    result = place("validate", "my.yaml")
-    assert result.exit_code == 0, (result.exception, result.output)
-    for word in words:
-        assert word in result.stdout
-
-
-def test_paths_with_shares_and_of_a_batch_may_have_variables(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ROWS", str(place.root))
-    place.write("more.jsonl", lines_of(PAIRS))
-    place.values["data"]["train"] = {"path": {"${ROWS}/rows.jsonl": 1, "more.jsonl": 1}}
-    place.write("many.yaml", "base: ${ROWS}/my.yaml\nrun_dir: ${ROWS}/many\ngrid: {seed: [1, 2]}\n")
-    assert "data.train: 40 rows" in place("validate", "my.yaml").stdout
-    assert "2 tasks" in place("validate", "many.yaml").stdout
-    place.write("many.yaml", "base: ${NOWHERE}/my.yaml\nrun_dir: many\ngrid: {seed: [1, 2]}\n")
-    assert "the variable NOWHERE of ${NOWHERE}/my.yaml is not set" in place("validate", "many.yaml").stderr
-    place.values["base"] = "${NOWHERE}/base.yaml"
-    assert "the variable NOWHERE of ${NOWHERE}/base.yaml is not set" in place("validate", "my.yaml").stderr
-    assert not (place.root / "many").exists()
-
-
 def test_a_used_run_dir_with_another_config_is_not_taken_unasked(place: Place) -> None:
     """35: tests/unit/runs/test_changes.py has the sentences."""
     place.values["run_dir"] = "used"
@@ -478,96 +333,3 @@ def test_a_reader_that_leaves_ends_nothing() -> None:
     )
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_the_first_line_of_validate_says_the_most(place: Place) -> None:
-    first = place("validate", "my.yaml").stdout.splitlines()[0]
-    assert first.startswith("my.yaml is valid: ")
-
-
-def test_a_batch_is_validated_as_one(place: Place) -> None:
-    place.write("many.yaml", "base: my.yaml\nrun_dir: runs/many\ngrid: {seed: [1, 2]}\n")
-    result = place("validate", "many.yaml")
-    assert result.exit_code == 0, result.output
-    assert "2 tasks" in result.stdout
-    assert "The batch is valid" in result.stdout
-
-
-def test_rows_are_tokens_of_a_gguf_files_own_tokenizer(place: Place) -> None:
-    write_gguf(place.root / "model.gguf")
-    place.values["model"] = "model.gguf"
-    shown = place("preview", "my.yaml")
-    assert shown.exit_code == 0, (shown.output, shown.exception)
-    assert "row 1 (prompt_completion): " in shown.stdout
-    lines = place("validate", "my.yaml").stdout
-    assert "data.train: 20 rows of format prompt_completion, about " in lines
-    assert "Not checked: the weights in model.gguf, which the run converts." in lines
-
-
-def test_preview_marks_what_is_learnt(place: Place) -> None:
-    result = place("preview", "my.yaml", "--rows", "2")
-    assert result.exit_code == 0, result.output
-    assert "rows.jsonl, row 1 (prompt_completion): " in result.stdout
-    prompt, completion = result.stdout.split("⟦so⟧")[1].replace("·", "").split("⟧")[0].split("⟦")
-    assert (prompt.strip(), completion) == ("add 0:", "it is 0<eos>")
-    assert "row 2" in result.stdout
-
-
-def test_keys_shows_one_key(place: Place) -> None:
-    assert "peak of the schedule" in place("keys", "finetune.learning_rate").stdout
-    assert "TrainingArguments" in place("keys", "finetune.weight_decay").stdout
-    assert "TrainingArguments" in place("keys", "weight_decay").stdout
-    assert "peak of the schedule" in place("keys", "learning_rate").stdout  # of finetune and of healing
-    assert "the nearest key is learning_rate" in place("keys", "learnin_rate").stderr
-
-
-def test_version_and_schema(place: Place) -> None:
-    assert place("--version").stdout == f"emloc-ray {version('emloc-ray')}\n"
-    schema = json.loads(place("schema").stdout)
-    jsonschema.validate(place.values, schema)
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({**place.values, "sead": 1}, schema)
-
-
-def test_shipped_configs_name_their_schema_and_follow_it(place: Place) -> None:
-    configs = Path(__file__).parents[3] / "configs"
-    written = json.loads(place("schema").stdout)
-    named = [path for path in configs.rglob("*.yaml") if "yaml-language-server" in path.read_text()]
-    assert len(named) >= 6
-    for path in named:
-        first = path.read_text().splitlines()[0]
-        assert (
-            path.parent / first.removeprefix("# yaml-language-server: $schema=")
-        ).resolve() == configs / "schema.json"
-        if path.parent == configs:  # a base alone may leave out what its tasks give
-            jsonschema.validate(read_yaml(path.read_text()), written)
-    assert "--install-completion" in place("--help").stdout
-
-
-def test_init_writes_a_config_that_is_valid(place: Place) -> None:
-    arguments = [
-        "--model",
-        place.values["model"],
-        "--data",
-        "rows.jsonl",
-        "--memory-budget",
-        "4GiB",
-        "--output",
-        "new.yaml",
-    ]
-    result = place("init", *arguments)
-    assert result.exit_code == 0, result.output
-    text = Path("new.yaml").read_text()
-    config = parse_config(read_yaml(text))
-    assert config.memory_budget == 4 * 2**30
-    assert "# what one worker may hold" in text
-    again = place("init", *arguments)
-    assert again.exit_code == 2
-    assert "new.yaml is there already" in again.stderr
-
-
-def test_no_key_of_a_peer_leads_to_one_that_is_refused() -> None:
-    for name, ours in PEERS.items():
-        assert unknown_key(ours) is None, name
-    with pytest.raises(ConfigError, match=r"write finetune\.optim"):
-        parse_config({"run_dir": "r", "model": "m", "data": {"train": "x"}, "optimizer": "adamw"})

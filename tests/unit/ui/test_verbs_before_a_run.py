@@ -1,0 +1,110 @@
+"""Verbs that come before a run: validate, preview, keys, schema, init."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import jsonschema
+import pytest
+from cli_calls import Place
+from gguf_files import write_gguf
+
+from emloc_ray.config.peers import PEERS
+from emloc_ray.config.reading import parse_config, unknown_key
+from emloc_ray.errors import ConfigError
+from emloc_ray.io.formats.yaml_text import read_yaml
+
+
+def test_the_first_line_of_validate_says_the_most(place: Place) -> None:
+    first = place("validate", "my.yaml").stdout.splitlines()[0]
+    assert first.startswith("my.yaml is valid: ")
+
+
+def test_a_batch_is_validated_as_one(place: Place) -> None:
+    place.write("many.yaml", "base: my.yaml\nrun_dir: runs/many\ngrid: {seed: [1, 2]}\n")
+    result = place("validate", "many.yaml")
+    assert result.exit_code == 0, result.output
+    assert "2 tasks" in result.stdout
+    assert "The batch is valid" in result.stdout
+
+
+def test_rows_are_tokens_of_a_gguf_files_own_tokenizer(place: Place) -> None:
+    write_gguf(place.root / "model.gguf")
+    place.values["model"] = "model.gguf"
+    shown = place("preview", "my.yaml")
+    assert shown.exit_code == 0, (shown.output, shown.exception)
+    assert "row 1 (prompt_completion): " in shown.stdout
+    lines = place("validate", "my.yaml").stdout
+    assert "data.train: 20 rows of format prompt_completion, about " in lines
+    assert "Not checked: the weights in model.gguf, which the run converts." in lines
+
+
+def test_preview_marks_what_is_learnt(place: Place) -> None:
+    result = place("preview", "my.yaml", "--rows", "2")
+    assert result.exit_code == 0, result.output
+    assert "rows.jsonl, row 1 (prompt_completion): " in result.stdout
+    prompt, completion = result.stdout.split("⟦so⟧")[1].replace("·", "").split("⟧")[0].split("⟦")
+    assert (prompt.strip(), completion) == ("add 0:", "it is 0<eos>")
+    assert "row 2" in result.stdout
+
+
+def test_keys_shows_one_key(place: Place) -> None:
+    assert "peak of the schedule" in place("keys", "finetune.learning_rate").stdout
+    assert "TrainingArguments" in place("keys", "finetune.weight_decay").stdout
+    assert "TrainingArguments" in place("keys", "weight_decay").stdout
+    assert "peak of the schedule" in place("keys", "learning_rate").stdout  # of finetune and of healing
+    assert "the nearest key is learning_rate" in place("keys", "learnin_rate").stderr
+
+
+def test_version_and_schema(place: Place) -> None:
+    assert place("--version").stdout == f"emloc-ray {version('emloc-ray')}\n"
+    schema = json.loads(place("schema").stdout)
+    jsonschema.validate(place.values, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**place.values, "sead": 1}, schema)
+
+
+def test_shipped_configs_name_their_schema_and_follow_it(place: Place) -> None:
+    configs = Path(__file__).parents[3] / "configs"
+    written = json.loads(place("schema").stdout)
+    named = [path for path in configs.rglob("*.yaml") if "yaml-language-server" in path.read_text()]
+    assert len(named) >= 6
+    for path in named:
+        first = path.read_text().splitlines()[0]
+        assert (
+            path.parent / first.removeprefix("# yaml-language-server: $schema=")
+        ).resolve() == configs / "schema.json"
+        if path.parent == configs:  # a base alone may leave out what its tasks give
+            jsonschema.validate(read_yaml(path.read_text()), written)
+    assert "--install-completion" in place("--help").stdout
+
+
+def test_init_writes_a_config_that_is_valid(place: Place) -> None:
+    arguments = [
+        "--model",
+        place.values["model"],
+        "--data",
+        "rows.jsonl",
+        "--memory-budget",
+        "4GiB",
+        "--output",
+        "new.yaml",
+    ]
+    result = place("init", *arguments)
+    assert result.exit_code == 0, result.output
+    text = Path("new.yaml").read_text()
+    config = parse_config(read_yaml(text))
+    assert config.memory_budget == 4 * 2**30
+    assert "# what one worker may hold" in text
+    again = place("init", *arguments)
+    assert again.exit_code == 2
+    assert "new.yaml is there already" in again.stderr
+
+
+def test_no_key_of_a_peer_leads_to_one_that_is_refused() -> None:
+    for name, ours in PEERS.items():
+        assert unknown_key(ours) is None, name
+    with pytest.raises(ConfigError, match=r"write finetune\.optim"):
+        parse_config({"run_dir": "r", "model": "m", "data": {"train": "x"}, "optimizer": "adamw"})
