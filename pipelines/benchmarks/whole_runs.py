@@ -58,6 +58,7 @@ from emloc_ray.stages.merge.merge import merge_shard, output_shards
 from emloc_ray.stages.merge.stage import merge_job
 
 DEPTH, ROWS, REPEATS = 6, 64, 3
+TIMES = (2, 4)
 SIZES = {"small": (8, 2, 8), "large": (96, 24, 64)}  # calibration rows, steps, held-out rows
 
 
@@ -204,17 +205,17 @@ def growth(out: Path) -> Figures:
     memory that rows take, 1 is flat.
     """
     figures: Figures = {}
-    measured = {times: _grown(out, times * DEPTH, ROWS) for times in (1, 2, 4)}
-    measured_rows = {times: _grown(out, DEPTH, times * ROWS) for times in (2, 4)}
+    measured = {times: _grown(out, times * DEPTH, ROWS) for times in (1, *TIMES)}
+    measured_rows = {times: _grown(out, DEPTH, times * ROWS) for times in TIMES}
     for what in ("seconds", "peak"):
         unit, scale = ("s", 1.0) if what == "seconds" else ("MiB", 2.0**20)
         base = measured[1][what] / scale
-        for times in (2, 4):
+        for times in TIMES:
             ours = measured[times][what] / scale
             figures[f"calibrating and factorizing {times} × the depth, {what}"] = figure(
                 ours, times * base, f"{unit} (baseline: {times} × that of one)"
             )
-        for times in (2, 4):
+        for times in TIMES:
             one, ours = (rows[f"calibrate_{what}"] / scale for rows in (measured[1], measured_rows[times]))
             expected, said = (one, "of one") if what == "peak" else (times * one, f"{times} × that of one")
             figures[f"calibrating {times} × the rows, {what}"] = figure(ours, expected, f"{unit} (baseline: {said})")

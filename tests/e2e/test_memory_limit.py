@@ -74,6 +74,7 @@ def run(root: Path, model_dir: Path, environment: dict[str, str]) -> Any:
         "adapter": {"r": 4},
         "finetune": {"max_steps": 2, "per_device_train_batch_size": 2},
         "correction": {"max_share": None},
+        "evaluation": {"num_exact_match": 2, "num_generations": 2, "max_new_tokens": 2},
         "ray": {"num_cpus": 2, "runtime_env": {"worker_process_setup_hook": "limited_worker.limit_memory"}},
     }
     config = root / "config.yaml"

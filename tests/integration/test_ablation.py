@@ -32,9 +32,17 @@ SMALL = [
 EIGHT = "calibration.num_calibration_samples=8"
 # Of each file some of the methods, of which there are several of a kind.
 FEWER = {
-    "adapters": [EIGHT, "methods=[original, lora, loha, prefix]"],
-    "allocation": [EIGHT, "methods=[lora, uniform, sensitivity_predictions]"],
-    "baselines": [EIGHT],
+    "adapters": [EIGHT, "methods=[original, lora, prefix]"],
+    "allocation": [
+        EIGHT,
+        "methods=[lora, uniform, sensitivity_predictions]",
+        "grid.emulator.compression_ratio=[0.25]",
+    ],
+    "baselines": [
+        EIGHT,
+        "methods=[lora, nf4_lora, paper_auto, emloc_nf4, plain_svd, other_healing, layer_dropping, random_pruning,"
+        " structured_pruning]",
+    ],
     "bits": [EIGHT, "methods=[lora, factors_nf4, int2_rank8]"],
     "budget": [EIGHT, "methods=[lora, int2_rank8, budget_2.4]"],
     "calibration_size": [
@@ -87,13 +95,7 @@ def test_a_committed_file_runs_and_again_does_nothing(
         assert {"original", "emulator_adapter", "corrected"} <= record["losses"].keys()
         finished = "exact" in record["method"]
         assert record["loss"] == record["losses"]["finished" if finished else "corrected"]
-        healed = record["method"] in (
-            "emloc",
-            "other_healing",
-            "emloc_nf4",
-            "healed",
-            "healed_15_tuned_45",
-        )
+        healed = record["method"] in ("other_healing", "emloc_nf4", "healed_15_tuned_45")
         stages = ["heal"] * healed + ["finetune"] + ["finish"] * finished
         assert record["training"]["wall_s"] == sum(record["wall_s"][name] for name in stages)
         assert record["training"]["planned_bytes"] > 2**20

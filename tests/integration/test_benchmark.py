@@ -13,10 +13,11 @@ import benchmark
 import pytest
 from ablations.tables import render
 from benchmarks import allocation, figures, many_tasks, memory, whole_runs, within_inference
+from faulting.task import make_config
 from gguf_files import write_gguf
 from small_runs import task_rows, write_jsonl
 
-from emloc_ray.io.formats.yaml_text import write_yaml
+from emloc_ray.io.formats.yaml_text import read_yaml, write_yaml
 from emloc_ray.planning.machine import cpu_capabilities, has_bfloat16
 
 pytestmark = pytest.mark.deep
@@ -69,6 +70,18 @@ def header(result: dict[str, Any]) -> str:
     return render(result).splitlines()[0]
 
 
+def little_config(folder: Path) -> Path:
+    """The small task with a narrower model and less of everything."""
+    config = make_config(folder, hidden_size=32)
+    values = read_yaml(config.read_text())
+    values["calibration"] |= {"num_calibration_samples": 16, "rows_per_shard": 8}
+    values["emulator"]["healing"] = {"steps": 2, "r": 2}
+    values["correction"]["num_selection_samples"] = 4
+    values["evaluation"] |= {"num_samples": 8, "num_exact_match": 0, "num_generations": 0}
+    config.write_text(write_yaml(values))
+    return config
+
+
 def committed(name: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((COMMITTED / name).read_text())
     return found
@@ -91,6 +104,7 @@ def test_speed(publish: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -
         "DEPTH": 1,
         "ROWS": 32,
         "REPEATS": 1,
+        "TIMES": (2,),
         "SIZES": {"small": (8, 1, 8), "large": (16, 4, 16)},
     }.items():
         monkeypatch.setattr(whole_runs, name, few)
@@ -102,12 +116,12 @@ def test_speed(publish: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -
     shown = committed("speed.json")["parts"]
     assert list(shown) == list(published["parts"])
     for part in shown.keys() - {"layers"}:
-        assert list(shown[part]) == list(published["parts"][part])
+        assert [what for what in shown[part] if "4 ×" not in what] == list(published["parts"][part])
 
 
 def test_many_tasks(publish: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    few = {"TASKS": 2, "STEPS": 2, "SLEEPERS": (2, 4, 8), "SLEEPING_CPUS": 2, "TRAININGS": 2}
-    for name, value in few.items():
+    few = {"TASKS": 2, "STEPS": 2, "SLEEPERS": (2, 4, 8), "SLEEPING_CPUS": 2, "TRAININGS": 1}
+    for name, value in {**few, "make_config": little_config}.items():
         monkeypatch.setattr(many_tasks, name, value)
     published, found = publish(" ".join(benchmark.TABLES["tasks.json"]))
     assert header(published) == header(committed("tasks.json"))
