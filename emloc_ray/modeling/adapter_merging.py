@@ -22,7 +22,7 @@ from emloc_ray.core.updates import Update
 from emloc_ray.io.formats.checkpoint import TensorEntry
 from emloc_ray.io.formats.shards import copy_chunks, row_chunks
 from emloc_ray.modeling.adapter_files import Adapter
-from emloc_ray.modeling.architecture import LinearSpec
+from emloc_ray.modeling.architecture import LinearSpec, Part, StoredRows
 
 _NORM_ROWS = 64  # read at a time for norms, whatever the chunks are: no bit may depend on those
 _ROWS = 1024  # of a weight in memory, merged at a time
@@ -30,7 +30,7 @@ _ROWS = 1024  # of a weight in memory, merged at a time
 
 @dataclass(frozen=True)
 class Change:
-    """What a tensor, or a slice of one, holds of a linear that the adapter changes: the weight's stored rows from
+    """What a tensor, or a part of one, holds of a linear that the adapter changes: the weight's stored rows from
     ``begin`` on, or the bias."""
 
     spec: LinearSpec
@@ -38,7 +38,7 @@ class Change:
     is_bias: bool = False
 
 
-Changes = dict[int | None, Change]  # by the slice of a tensor, None for the whole of it
+Changes = dict[Part, Change]  # by the part of a tensor, None for the whole of it
 
 
 def changed_tensors(adapter: Adapter, specs: Sequence[LinearSpec]) -> dict[str, Changes]:
@@ -49,10 +49,10 @@ def changed_tensors(adapter: Adapter, specs: Sequence[LinearSpec]) -> dict[str, 
         if spec.name not in named:
             continue
         for rows in spec.weight_rows:
-            changes.setdefault(rows.name, {})[rows.index] = Change(spec, rows.begin)
+            changes.setdefault(rows.name, {})[rows.part] = Change(spec, rows.begin)
         if adapter.kind == "scaling" and spec.has_bias and not adapter.scaling(spec.name)[1]:
             rows = spec.bias_rows
-            changes.setdefault(rows.name, {})[rows.index] = Change(spec, rows.begin, is_bias=True)
+            changes.setdefault(rows.name, {})[rows.part] = Change(spec, rows.begin, is_bias=True)
     return changes
 
 
@@ -60,12 +60,27 @@ def merged_chunks(entry: TensorEntry, adapter: Adapter, changes: Changes, chunk_
     """A changed tensor's row chunks, each of at most ``chunk_bytes`` in float32: merged where a linear's rows are, else
     as they are. Beside one it holds one module's adapter.
     """
-    for index in (None,) if None in changes else range(entry.shape[0]):
-        piece = entry if index is None else entry.slice(index)
-        if index in changes:
-            yield from _merged(piece, adapter, changes[index], chunk_bytes)
+    for piece, change in _pieces(entry, changes):
+        if change is not None:
+            yield from _merged(piece, adapter, change, chunk_bytes)
         else:
             yield from copy_chunks(piece, chunk_bytes)
+
+
+def _pieces(entry: TensorEntry, changes: Changes) -> Iterator[tuple[TensorEntry, Change | None]]:
+    """A tensor in the parts that change and those between them, in order."""
+    if None in changes:
+        yield entry, changes[None]
+        return
+    at = 0
+    spans = {part: part if isinstance(part, tuple) else (part, part + 1) for part in changes if part is not None}
+    for part, (begin, end) in sorted(spans.items(), key=lambda item: item[1]):
+        if begin > at:
+            yield entry.span(at, begin), None
+        yield StoredRows(entry.name, part=part).of(entry), changes[part]
+        at = end
+    if at < entry.shape[0]:
+        yield entry.span(at, entry.shape[0]), None
 
 
 def _merged(entry: TensorEntry, adapter: Adapter, change: Change, chunk_bytes: int) -> Iterator[Tensor]:

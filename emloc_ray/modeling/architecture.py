@@ -29,18 +29,27 @@ _MAKING = threading.Lock()
 _ROUTER = re.compile(r"(.*\.)?(router|gate|router_gate|shared_expert_gate)(\..*)?")
 
 
+Part = int | tuple[int, int] | None  # of a stored tensor
+
+
 @dataclass(frozen=True)
 class StoredRows:
-    """A tensor of the checkpoint that holds a weight's stored rows from ``begin`` on; with ``index`` a slice of it does."""
+    """A tensor of the checkpoint that holds a weight's stored rows from ``begin`` on; with a ``part`` that does: slice number
+    ``part``, or the rows ``[first, end)`` of a tensor that several weights share."""
 
     name: str
     begin: int = 0
-    index: int | None = None
+    part: Part = None
 
     def entry(self, checkpoint: Checkpoint) -> TensorEntry:
         """Where those rows are; raises ArtifactError where the checkpoint lacks the tensor."""
-        whole = checkpoint.entry(self.name)
-        return whole if self.index is None else whole.slice(self.index)
+        return self.of(checkpoint.entry(self.name))
+
+    def of(self, whole: TensorEntry) -> TensorEntry:
+        """They, of that tensor."""
+        if self.part is None:
+            return whole
+        return whole.slice(self.part) if isinstance(self.part, int) else whole.span(*self.part)
 
 
 @dataclass(frozen=True)

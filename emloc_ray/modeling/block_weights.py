@@ -65,10 +65,10 @@ class BlockWeights:
         self.model.tie_weights()  # again: what is made empty is made anew, and tied to nothing
         self.model.eval().requires_grad_(False)
         self.blocks = block_names(self.model)
-        names = [entry.name for entry in self.checkpoint]
+        shapes = {entry.name: entry.shape for entry in self.checkpoint}
         # An emulator is stored under the names that it has in memory.
-        own = {name: StoredParameter(((name,),)) for name in names}
-        self._stored = stored_parameters(self.model, names) if self.config is config else own
+        own = {name: StoredParameter(((name,),)) for name in shapes}
+        self._stored = stored_parameters(self.model, shapes) if self.config is config else own
         self._files: dict[Path, Tensor] = {}
         self._place_buffers()
         self.model.name_or_path = str(directory)

@@ -228,9 +228,14 @@ def check_source(source: ModelSource, model: Any, trust_remote_code: bool = Fals
             f"model.source {source.directory} is of the type {model.config.model_type}, whose code comes with the model: an"
             " emulator is opened by transformers' own classes; name a model of a type that transformers knows."
         )
+    if getattr(model.config, "rescale_every", 0):
+        raise ConfigError(
+            f"model.source {source.directory} is of the type {model.config.model_type}, which divides its own weights when it"
+            " predicts: set rescale_every to 0 in its config.json."
+        )
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     checkpoint = None if source.hub_id is not None or source.only_index else Checkpoint(source.directory)
-    stored = {} if checkpoint is None else stored_parameters(model, (entry.name for entry in checkpoint))
+    stored = {} if checkpoint is None else stored_parameters(model, {e.name: e.shape for e in checkpoint})
     if checkpoint is not None:
         head = model.get_output_embeddings()  # which may be the embedding itself
         outside = [name for name in outside_linears(model) if model.get_submodule(name) is not head]
@@ -241,7 +246,8 @@ def check_source(source: ModelSource, model: Any, trust_remote_code: bool = Fals
                 f"model.source {source.directory} holds no {missing[0]} ({len(missing)} linears of config.json's model are"
                 " missing): copy the checkpoint again, or mend config.json."
             )
-        converted = next((name for name in names if not stored[name].parts), None)
+        shared = {f"{name}.weight" for name in outside if isinstance(stored[f"{name}.weight"].part, tuple)}
+        converted = next((name for name in names if not stored[name].parts or name in shared), None)
         if converted is not None:
             raise ConfigError(
                 f"model.source {source.directory} holds {converted} in a form that only transformers can convert: load it with"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.checkpoint import Checkpoint, TensorEntry
-from emloc_ray.modeling.architecture import LinearSpec, StoredRows
+from emloc_ray.modeling.architecture import LinearSpec, Part, StoredRows
 from emloc_ray.modeling.experts import unfused_views
 
 
@@ -26,31 +26,31 @@ class StoredParameter:
     """The stored tensors that make up a parameter: those of a part are joined along their first dimension, and where it
     ``is_stack`` the parts are stacked along a new one. ``parts`` is empty where the conversion is of another kind.
 
-    With ``index`` it is that slice of the one tensor; ``is_transposed`` where what is stored is ``Wᵀ``.
+    With ``part`` it is that slice, or those rows, of the one tensor; ``is_transposed`` where what is stored is ``Wᵀ``.
     """
 
     parts: tuple[tuple[str, ...], ...]
     is_stack: bool = False
-    index: int | None = None
+    part: Part = None
     is_transposed: bool = False
 
     @property
     def own_name(self) -> str | None:
         """The one tensor that equals the parameter; None where it is made of several or changed."""
-        whole = not self.is_stack and self.index is None and [len(part) for part in self.parts] == [1]
+        whole = not self.is_stack and self.part is None and [len(part) for part in self.parts] == [1]
         return self.parts[0][0] if whole and not self.is_transposed else None
 
     def slice(self, index: int, is_transposed: bool) -> StoredParameter:
-        """What holds slice ``index`` along the parameter's first dimension."""
+        """What holds slice ``index`` along the parameter's first dimension, or the transpose of that slice."""
         if self.is_stack:
             return StoredParameter((self.parts[index],), is_transposed=is_transposed)
-        return dataclasses.replace(self, index=index, is_transposed=is_transposed)
+        return dataclasses.replace(self, part=index, is_transposed=is_transposed != self.is_transposed)
 
     def rows(self, checkpoint: Checkpoint) -> tuple[StoredRows, ...]:
         """The tensors, or the slice, that make it up, in the order of their rows; of a scalar the one tensor."""
         [part] = self.parts
-        sizes = [StoredRows(name, 0, self.index).entry(checkpoint).shape[0] for name in part[:-1]]
-        return tuple(StoredRows(name, sum(sizes[:k]), self.index) for k, name in enumerate(part))
+        sizes = [StoredRows(name, 0, self.part).entry(checkpoint).shape[0] for name in part[:-1]]
+        return tuple(StoredRows(name, sum(sizes[:k]), self.part) for k, name in enumerate(part))
 
     def read(self, checkpoint: Checkpoint, read: Callable[[TensorEntry], Tensor] = TensorEntry.read_rows) -> Tensor:
         """The whole parameter in its stored dtype, its tensors read by ``read``; raises ArtifactError where one is missing."""
@@ -66,16 +66,19 @@ def _join(tensors: list[Tensor]) -> Tensor:
 
 @dataclass
 class _Collected:
-    """What was found of one parameter, by the pattern of its conversion that each stored name matched."""
+    """What was found of one parameter, by the pattern of its conversion that each stored name matched; ``rows``: those of a
+    tensor that is split."""
 
     converter: Any = None
     names: dict[str | None, list[str]] = field(default_factory=dict)
+    rows: tuple[int, int] = (0, 0)
 
 
-def stored_parameters(model: Any, names: Iterable[str]) -> dict[str, StoredParameter]:
+def stored_parameters(model: Any, names: Iterable[str] | Mapping[str, Sequence[int]]) -> dict[str, StoredParameter]:
     """Maps the name of each of the model's parameters and buffers to what holds it, of the tensors named.
 
-    Those that no tensor makes up are left out; ``model`` may be on the meta device.
+    Those that no tensor makes up are left out; ``model`` may be on the meta device. By the tensors' shapes, where they are
+    given, it is known whether one that may be stored transposed is.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
@@ -85,11 +88,10 @@ def stored_parameters(model: Any, names: Iterable[str]) -> dict[str, StoredParam
         rename_source_key,
     )
 
-    views = unfused_views(model)
-    sliced = {view.parameter for view in views.values()}
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in views} | dict.fromkeys(
-        sliced, 0
-    )
+    views, own = unfused_views(model), model.state_dict()
+    # The shape of a slice of each fused parameter, as it is in memory.
+    sliced = {v.parameter: tuple(own[n].shape[::-1] if v.is_transposed else own[n].shape) for n, v in views.items()}
+    state = {name: tensor for name, tensor in own.items() if name not in views} | dict.fromkeys(sliced, 0)
     named = sorted(names, key=dot_natural_key)
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -105,10 +107,15 @@ def stored_parameters(model: Any, names: Iterable[str]) -> dict[str, StoredParam
             continue
         converter = by_pattern[pattern] if pattern else None
         first, *others = getattr(converter, "target_patterns", None) or [""]
+        begin = 0
         for part in (first, *others):  # several where one tensor is split
-            parts = collected.setdefault(target.replace(first, part), _Collected(converter))
+            made = target.replace(first, part)
+            end = begin + next(iter(getattr(state.get(made), "shape", ())), 0)
+            parts = collected.setdefault(made, _Collected(converter, rows=(begin, end)))
             parts.names.setdefault(pattern, []).append(name)
-    stored = {target: _stored(parts) for target, parts in collected.items()}
+            begin = end
+    shapes = names if isinstance(names, Mapping) else {}
+    stored = {target: _stored(parts, sliced.get(target), shapes) for target, parts in collected.items()}
     whole = {name: parts for name, parts in stored.items() if name not in sliced}
     apart = {
         name: stored[view.parameter].slice(view.index, view.is_transposed)
@@ -118,7 +125,9 @@ def stored_parameters(model: Any, names: Iterable[str]) -> dict[str, StoredParam
     return whole | apart
 
 
-def _stored(collected: _Collected) -> StoredParameter:
+def _stored(
+    collected: _Collected, slice_shape: tuple[int, ...] | None, shapes: Mapping[str, Sequence[int]]
+) -> StoredParameter:
     if collected.converter is None:
         return StoredParameter(((collected.names[None][0],),))
     operations = [type(operation).__name__ for operation in collected.converter.operations]
@@ -130,14 +139,28 @@ def _stored(collected: _Collected) -> StoredParameter:
         return StoredParameter(tuple(zip(*columns, strict=True)), True)
     if operations == ["Concatenate"] and dims == [0]:
         return StoredParameter((tuple(name for column in columns for name in column),))
+    [first, *_], operation = columns[0] or [""], collected.converter.operations[0]
+    if operations in (["Chunk"], ["Split"]) and dims == [0] and len(collected.converter.target_patterns) > 1:
+        return StoredParameter(((first,),), part=collected.rows)
+    if operations == ["Transpose"] and slice_shape is not None and {operation.dim0, operation.dim1} == {1, 2}:
+        fits = operation.check_dims and tuple(shapes.get(first, ())[1:]) == slice_shape
+        return StoredParameter(((first,),), is_transposed=not fits)
     return StoredParameter(())
 
 
 def stored_specs(
     specs: Sequence[LinearSpec], stored: Mapping[str, StoredParameter], checkpoint: Checkpoint
 ) -> tuple[LinearSpec, ...]:
-    """The linears with where the checkpoint holds them; raises ArtifactError as :func:`require`."""
-    return tuple(_stored_spec(spec, stored, checkpoint) for spec in specs)
+    """The linears with where the checkpoint holds them; raises ArtifactError as :func:`require`, and where one shares a tensor
+    with what is no linear of these."""
+    made = tuple(_stored_spec(spec, stored, checkpoint) for spec in specs)
+    shared: dict[str, int] = {}
+    for rows in (rows for spec in made for rows in spec.stored if isinstance(rows.part, tuple)):
+        shared[rows.name] = shared.get(rows.name, 0) + rows.entry(checkpoint).shape[0]
+    for name, count in shared.items():
+        if count != checkpoint.entry(name).shape[0]:
+            raise _unknown_form(checkpoint, name)
+    return made
 
 
 def _stored_spec(spec: LinearSpec, stored: Mapping[str, StoredParameter], checkpoint: Checkpoint) -> LinearSpec:
@@ -146,7 +169,8 @@ def _stored_spec(spec: LinearSpec, stored: Mapping[str, StoredParameter], checkp
         return spec
     bias = stored.get(f"{spec.name}.bias") if spec.has_bias else None
     stored_bias = None if bias is None else bias.rows(checkpoint)[0]
-    return dataclasses.replace(spec, stored=weight.rows(checkpoint), stored_bias=stored_bias)
+    transposed = spec.transposed if spec.routed_share is None else weight.is_transposed
+    return dataclasses.replace(spec, stored=weight.rows(checkpoint), stored_bias=stored_bias, transposed=transposed)
 
 
 def renamed_tensors(stored: Mapping[str, StoredParameter]) -> dict[str, str]:
@@ -160,8 +184,12 @@ def require(stored: Mapping[str, StoredParameter], name: str, checkpoint: Checkp
     if parameter is None:
         raise ArtifactError(f"{checkpoint.directory} holds no tensor {name}: the checkpoint does not fit its config.")
     if not parameter.parts:
-        raise ArtifactError(
-            f"{checkpoint.directory} holds {name} in a form that only transformers can convert: load it with transformers,"
-            " save it again with save_pretrained(save_original_format=False), and name that."
-        )
+        raise _unknown_form(checkpoint, name)
     return parameter
+
+
+def _unknown_form(checkpoint: Checkpoint, name: str) -> ArtifactError:
+    return ArtifactError(
+        f"{checkpoint.directory} holds {name} in a form that only transformers can convert: load it with transformers,"
+        " save it again with save_pretrained(save_original_format=False), and name that."
+    )

@@ -174,8 +174,8 @@ class Context:
 
     def stored(self) -> dict[str, StoredParameter]:
         """The names under which the original's checkpoint holds the model's parameters."""
-        names = tuple(entry.name for entry in Checkpoint(self.model_dir))
-        return _stored_parameters(self.model_dir, self.prepared.config.model.trust_remote_code, names)
+        shapes = tuple((entry.name, entry.shape) for entry in Checkpoint(self.model_dir))
+        return _stored_parameters(self.model_dir, self.prepared.config.model.trust_remote_code, shapes)
 
     def specs(self) -> tuple[LinearSpec, ...]:
         """The model's linears, with where the checkpoint holds them."""
@@ -200,9 +200,11 @@ class Context:
 
 
 @functools.lru_cache(maxsize=8)
-def _stored_parameters(model_dir: Path, trust_remote_code: bool, names: tuple[str, ...]) -> dict[str, StoredParameter]:
+def _stored_parameters(
+    model_dir: Path, trust_remote_code: bool, shapes: tuple[tuple[str, tuple[int, ...]], ...]
+) -> dict[str, StoredParameter]:
     config = load_config(model_dir, trust_remote_code=trust_remote_code)
-    return stored_parameters(empty_model(config, trust_remote_code), names)
+    return stored_parameters(empty_model(config, trust_remote_code), dict(shapes))
 
 
 def without(section: StageConfig, keys: Collection[str]) -> Inputs:

@@ -86,6 +86,24 @@ _TYPES: dict[str, dict[str, Any]] = {
     "xlnet": {"d_head": 16},
     "zamba2": {"mamba_headdim": 32, "n_mamba_heads": 4},
     "dots1": {"n_shared_experts": 1},
+    "dots3_note_text": {
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 16,
+        "swa_kv_lora_rank": 16,
+        "swa_head_dim": 24,
+        "swa_qk_nope_head_dim": 16,
+        "swa_v_head_dim": 16,
+    },
+    "florence2": {
+        "vision_config": {
+            "embed_dim": [16, 16, 32, 32],
+            "num_heads": [2, 2, 2, 2],
+            "num_groups": [2, 2, 2, 2],
+            "depths": [1, 1, 1, 1],
+        }
+    },
+    "muse_spark": {"audio_config": {"hidden_sizes": [16, 16, 32, 64], "depths": [1, 1, 1, 1]}},
     "dots3_note": {"audio_config": {"adapter_out_dim": 64}},
     "dbrx": {"attn_config": {"rope_theta": 10000.0}},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},

@@ -69,6 +69,12 @@ class TensorEntry:
         start = self.start + index * size
         return replace(self, shape=self.shape[1:], start=start, stop=start + size)
 
+    def span(self, begin: int, end: int) -> TensorEntry:
+        """Rows ``[begin, end)`` of the first dimension, as a tensor of its own."""
+        size = self.num_bytes // self.shape[0]
+        ends = self.start + begin * size, self.start + end * size
+        return replace(self, shape=(end - begin, *self.shape[1:]), start=ends[0], stop=ends[1])
+
     def _bytes(self, start: int, stop: int) -> torch.Tensor:
         if start == stop:
             return torch.empty(0, dtype=torch.uint8)

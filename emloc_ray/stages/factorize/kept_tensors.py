@@ -44,7 +44,9 @@ def rest_of_shards(job: FactorizationJob) -> list[list[Kept]]:
     checkpoint = Checkpoint(job.model_dir)
     specs = [spec for group in job.groups for spec in group]
     # Dense linears that the original's checkpoint holds in pieces, by the first of these.
-    apart = [s for s in specs if s.name not in job.ranks and (len(s.stored) > 1 or any(_is_slice(r) for r in s.stored))]
+    apart = [
+        s for s in specs if s.name not in job.ranks and (len(s.stored) > 1 or any(r.part is not None for r in s.stored))
+    ]
     taken = {r.name for spec in specs if spec.name in job.ranks or spec in apart for r in _all_rows(spec)}
     taken |= {rows.name for spec in specs if spec.name in job.packed for rows in spec.weight_rows}
     kept_at: dict[str, list[Kept]] = {}
@@ -57,10 +59,6 @@ def rest_of_shards(job: FactorizationJob) -> list[list[Kept]]:
         kept = [Kept(replace(e, name=job.renamed.get(e.name, e.name)), (e,)) for e in as_they_are]
         rest.append(kept + [part for entry in shard.entries for part in kept_at.get(entry.name, ())])
     return [kept for kept in rest if kept]
-
-
-def _is_slice(rows: StoredRows) -> bool:
-    return rows.index is not None
 
 
 def _all_rows(spec: LinearSpec) -> tuple[StoredRows, ...]:

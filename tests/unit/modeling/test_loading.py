@@ -7,12 +7,13 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from gguf_files import write_gguf
 from tiny import HIDDEN, VOCABULARY, make_config, make_tokenizer, save_emulator
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, RwkvConfig, RwkvForCausalLM
 
 from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.formats.checkpoint import INDEX_NAME, Checkpoint
@@ -211,6 +212,22 @@ def test_a_gguf_file_becomes_a_plain_checkpoint(tmp_path: Path, dtype: str) -> N
     assert tokenizer("hello wörld")["input_ids"] == make_tokenizer()("hello wörld")["input_ids"]
     assert tokenizer.chat_template == make_tokenizer().chat_template
     assert tokenizer.eos_token_id == 1
+
+
+def test_a_model_that_changes_its_own_weights_is_refused(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "attention_hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+    }
+    model = RwkvForCausalLM(RwkvConfig(vocab_size=300, **sizes))
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"is of the type rwkv, which .*: set rescale_every to 0 in its config\.json"):
+        check_source(ModelSource(tmp_path), model)
+    model.config.rescale_every = 0
+    check_source(ModelSource(tmp_path), model)
 
 
 def test_checking_a_model_on_the_hub_downloads_all_but_its_weights(

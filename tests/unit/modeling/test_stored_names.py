@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,17 @@ from transformers import (
     MixtralForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.checkpoint import Checkpoint
+from emloc_ray.modeling.adapter_files import LoraModule, write_adapter
 from emloc_ray.modeling.architecture import StoredRows, block_linears
+from emloc_ray.modeling.loading import load_model
 from emloc_ray.modeling.stored_names import StoredParameter, renamed_tensors, require, stored_parameters, stored_specs
+from emloc_ray.stages.merge.merge import MergeJob, merge_shard
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -89,20 +95,67 @@ def test_a_scalar_is_read(tmp_path: Path) -> None:
     assert StoredParameter((("scale",),)).read(Checkpoint(tmp_path)) == 3
 
 
-def test_tensors_that_transformers_splits_are_told(tmp_path: Path) -> None:
-    """What is stored as one linear, in memory as several, is of a kind that is not known here."""
-    config = HrmTextConfig(**{**SIZES, "num_layers_per_stack": 1, "head_dim": 8})
-    HrmTextForCausalLM(config).save_pretrained(tmp_path)
-    checkpoint = Checkpoint(tmp_path)
-    model = HrmTextForCausalLM(config)
-    stored = stored_parameters(model, [entry.name for entry in checkpoint])
-    split = [name for name, parameter in stored.items() if not parameter.parts]
-    assert {name.rpartition(".layers.0.")[2] for name in split} == {
-        *(f"self_attn.{part}_proj.weight" for part in ("gate", "q", "k", "v")),
-        *(f"mlp.{part}_proj.weight" for part in ("gate", "up")),
+def hrm() -> Any:
+    """What is stored as one linear, it has as several, one below the other."""
+    return HrmTextForCausalLM(HrmTextConfig(**{**SIZES, "num_layers_per_stack": 1, "head_dim": 8}))
+
+
+def qwen3_vl_moe() -> Any:
+    """Its fused experts are stored transposed."""
+    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+    vision: dict[str, Any] = {
+        "depth": 1,
+        "hidden_size": 16,
+        "num_heads": 2,
+        "intermediate_size": 32,
+        "out_hidden_size": 32,
     }
-    with pytest.raises(ArtifactError, match="in a form that only transformers can convert"):
-        require(stored, split[0], checkpoint)
+    vision |= {"deepstack_visual_indexes": [0], "patch_size": 7}
+    return Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config={**SIZES, **moe}, vision_config=vision))
+
+
+@pytest.mark.parametrize("make", [hrm, qwen3_vl_moe])
+@pytest.mark.parametrize("as_on_the_hub", [True, False])
+def test_parts_of_tensors_are_read_and_merged_where_they_are(make: Any, as_on_the_hub: bool, tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path, save_original_format=as_on_the_hub)
+    model, checkpoint = load_model(tmp_path), Checkpoint(tmp_path)
+    stored = stored_parameters(model, {entry.name: entry.shape for entry in checkpoint})
+    for name, found in stored.items():
+        assert torch.equal(found.read(checkpoint), model.state_dict()[name]), name
+    specs = stored_specs(block_linears(model), stored, checkpoint)
+    for spec in specs:
+        assert torch.equal(spec.read_weight(checkpoint), model.get_submodule(spec.name).weight), spec.name
+    experts = [spec for spec in specs if spec.routed_share is not None and ".layers.0." in spec.name]
+    adapted = [*[spec for spec in specs if spec.routed_share is None][1::3], *experts]
+    modules = [
+        LoraModule(spec.name, torch.randn(2, spec.in_features), torch.randn(spec.out_features, 2), 1.0)
+        for spec in adapted
+    ]
+    updates = {module.name: module.lora_b @ module.lora_a for module in modules}
+    config: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    if experts:
+        fused = experts[0].name.removesuffix(".0.gate_up")
+        config["target_parameters"] = [f"{fused}.gate_up_proj", f"{fused}.down_proj"]
+    write_adapter(tmp_path / "adapter", config, modules)
+    (tmp_path / "merged").mkdir()
+    job = MergeJob(tmp_path, tmp_path / "adapter", tmp_path / "merged", specs, 1000)
+    for shard in checkpoint.shards:
+        merge_shard(job, shard, tmp_path / "merged" / shard.file.name)
+    for file in tmp_path.glob("*.json"):
+        shutil.copy(file, tmp_path / "merged")
+    merged = load_model(tmp_path / "merged")
+    for name, parameter in merged.state_dict().items():
+        expected = model.state_dict()[name] + updates.get(name.removesuffix(".weight"), 0)
+        torch.testing.assert_close(parameter, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_tensor_that_holds_more_than_linears_is_told(tmp_path: Path) -> None:
+    hrm().save_pretrained(tmp_path)
+    model, checkpoint = load_model(tmp_path), Checkpoint(tmp_path)
+    stored = stored_parameters(model, {entry.name: entry.shape for entry in checkpoint})
+    specs = [spec for spec in block_linears(model) if not spec.name.endswith("v_proj")]
+    with pytest.raises(ArtifactError, match=r"gqkv_proj\.weight in a form that only transformers can convert"):
+        stored_specs(specs, stored, checkpoint)
 
 
 def test_a_linear_under_its_own_name_is_left_as_it_is(tmp_path: Path) -> None:
