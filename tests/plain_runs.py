@@ -40,6 +40,8 @@ from emloc_ray.stages.heal.stage import healing_job
 from emloc_ray.stages.heal.teacher import teach_part
 from emloc_ray.stages.merge.stage import merge_job
 from emloc_ray.stages.ray.tasks import Resources
+from emloc_ray.stages.refine.refine import refine_blocks
+from emloc_ray.stages.refine.stage import refinement_job
 from emloc_ray.stages.tokens.tokens import tokenize_data
 
 
@@ -83,6 +85,9 @@ def plain_run(
     with during("factorize"):
         job = factorization_job(context, context.layout_made)
         build(job, GramStore(context.path("calibration")), context.base_config())
+    if prepared.config.emulator.refines is not None:
+        with during("refine"):
+            refine_blocks(refinement_job(context))
     if prepared.config.emulator.heals is not None:
         with during("heal"):
             heal(context)

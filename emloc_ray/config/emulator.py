@@ -12,6 +12,7 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_serializer,
     model_validator,
@@ -27,6 +28,7 @@ _DECIDED: dict[str, tuple[Any, ...]] = {
     "ratios": ({},),
     "quantization": ("none",),
     "residual_rank": (0,),
+    "refinement": (False,),
     "healing": (False,),
     "allocation": ("sensitivity",),
 }
@@ -61,6 +63,16 @@ class HealingConfig(Section):
     loss_on: Literal["completion", "all"] = Field("all", description="the tokens to distil at")
 
 
+class RefinementConfig(Section):
+    """Fits each block's factors to what the original's block gives, before healing: one block at a time, on the calibration
+    rows, at the same bytes (AA-SVD, arXiv 2604.02119)."""
+
+    steps: int = Field(ge=1, description="steps for each block, of calibration.batch_size rows each")
+    learning_rate: float = Field(
+        1e-2, gt=0, allow_inf_nan=False, description="step size, as a share of the factors' own size"
+    )
+
+
 class EmulatorConfig(StageConfig):
     """The compressed model."""
 
@@ -91,14 +103,17 @@ class EmulatorConfig(StageConfig):
         "auto", description="what ranks are multiples of; auto: 64 in large linears, 8 in small ones, 1 in tiny ones"
     )
     gradient_dampening_frac: float = Field(1e-2, gt=0, lt=1, description="as dampening_frac, for the sums of gradients")
+    refinement: RefinementConfig | None = Field(
+        None, description="each block's factors fitted together to the original's block"
+    )
     healing: HealingConfig | None = Field(None, description="distillation of the original into it, before training")
 
-    @field_validator("healing", mode="before")
+    @field_validator("healing", "refinement", mode="before")
     @classmethod
-    def _healing_has_steps(cls, healing: Any) -> Any:
-        if healing is True:
-            raise ValueError("give steps, such as healing: {steps: 20}")
-        return None if healing is False else healing
+    def _has_steps(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is True:
+            raise ValueError(f"give steps, such as {info.field_name}: {{steps: 20}}")
+        return None if value is False else value
 
     @model_validator(mode="before")
     @classmethod
@@ -167,6 +182,21 @@ class EmulatorConfig(StageConfig):
         if self.objective == "predictions":
             return "emulator.objective: predictions"
         return "emulator.allocation: sensitivity" if self.allocation == "sensitivity" else None
+
+    @model_validator(mode="after")
+    def _refined_in_floats(self) -> EmulatorConfig:
+        late = self.quantization == "nf4" and self.healing is not None
+        if self.refinement is not None and self.quantization != "none" and not late:
+            raise ValueError(
+                f"refinement fits factors in floats, which quantization: {self.quantization} has rounded by then: remove one of"
+                " them, or add healing to nf4, after which it rounds"
+            )
+        return self
+
+    @property
+    def refines(self) -> RefinementConfig | None:
+        """The refinement; None where nothing is compressed."""
+        return None if self.compression_ratio == 1 else self.refinement
 
     @property
     def heals(self) -> HealingConfig | None:

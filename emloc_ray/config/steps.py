@@ -8,6 +8,7 @@ STEPS = (
     "gradients",
     "allocate",
     "factorize",
+    "refine",
     "heal",
     "finetune",
     "correct",

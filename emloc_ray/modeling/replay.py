@@ -78,6 +78,10 @@ class BlockReplay:
 
     @torch.no_grad()
     def forward(self, position: int, inputs: dict[str, Any], outputs: Mapping[int, BlockOutput]) -> BlockOutput | None:
+        """:meth:`compute` without gradients."""
+        return self.compute(position, inputs, outputs)
+
+    def compute(self, position: int, inputs: dict[str, Any], outputs: Mapping[int, BlockOutput]) -> BlockOutput | None:
         """What the block at ``position``, loaded before, gives for ``inputs``; ``outputs`` holds every earlier block's.
 
         None where it does not run for them, as a vision tower's does not without an image.

@@ -69,6 +69,36 @@ class MemoryModel(CalibrationMemory):
         order = min(spec.out_features, spec.in_features)
         return spec.num_parameters * DOUBLE + 4 * order**2 * DOUBLE + self.layout.kept(spec) * (FLOAT + DOUBLE)
 
+    def refine(self) -> Parts:
+        """Of original and emulator the weights outside the blocks and of the largest block, whose factors are there in float32
+        with gradients and Adam's moments; a batch's hidden states as both read and give them, and what the block keeps."""
+        return self._refining(self.refinement_rows())
+
+    def refinement_rows(self) -> int:
+        """The rows of a step: calibration's batch, or as many of them as fit a worker."""
+        rows = self.config.calibration.batch_size
+        while rows > 1 and BASE_BYTES + total(self._refining(rows)) > self.worker_bytes("emulator"):
+            rows //= 2
+        return rows
+
+    def _refining(self, rows: int) -> Parts:
+        blocks = [block for block in self.blocks if not block.is_between]
+        outside = self.held["offloaded"] - 2 * max(block.num_parameters for block in blocks) * self.itemsize
+        inside = max(self.itemsize * (b.num_parameters + sum(map(self.layout.kept, b.specs))) for b in blocks)
+        ranked = [[s for s in block.specs if s.name in self.layout.ranks] for block in blocks]
+        saved = max(
+            block.multiple
+            * (self._saved_per_token(block, specs) + self.itemsize * sum(self.layout.ranks[s.name] for s in specs))
+            for block, specs in zip(blocks, ranked, strict=True)
+        )
+        tokens = rows * self.lengths.longest
+        return {
+            "weights": 2 * outside + inside,
+            "optimizer": 4 * FLOAT * max(sum(map(self.layout.kept, specs)) for specs in ranked),
+            "hidden states": 4 * tokens * self.layout.hidden_size * self.itemsize,
+            "activations": tokens * saved,
+        }
+
     def heal(self) -> Parts:
         """The training, or the original's pass over its batches before it; the larger."""
         healing, training = self.config.emulator.heals, self.healing()

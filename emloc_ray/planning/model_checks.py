@@ -24,6 +24,7 @@ from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.loading import ModelSource, check_source, read_model_config
 from emloc_ray.modeling.packing import why_rows_mix
 from emloc_ray.planning.emulator_budget import spend_evenly
+from emloc_ray.planning.holding import blocks_share
 from emloc_ray.planning.layout import Layout, adapter_settings, make_layout
 from emloc_ray.planning.skeleton import Skeleton, skeleton_of
 
@@ -55,6 +56,7 @@ def read_model(config: RunConfig, source: ModelSource) -> tuple[Any, Layout]:
     if config.emulator.budget is not None:
         layout = spend_evenly(layout, config.emulator, _file_itemsize(config, source, skeleton))
     _check_healing(config, layout)
+    _check_refinement(config, skeleton)
     if not config.adapter.is_lora:
         settings = json.dumps(adapter_settings(config.adapter, layout, skeleton.config), sort_keys=True)
         parameters = _adapter_parameters(source, options.trust_remote_code, settings, _looks(source))
@@ -131,6 +133,13 @@ def _check_healing(config: RunConfig, layout: Layout) -> None:
         raise ConfigError(
             f"emulator.healing.r is {healing.r}, and no linear's rank is above it (the highest is {highest}): lower it, or"
             " raise emulator.compression_ratio."
+        )
+
+
+def _check_refinement(config: RunConfig, skeleton: Skeleton) -> None:
+    if config.emulator.refines is not None and blocks_share(skeleton.config, config.model.trust_remote_code):
+        raise ConfigError(
+            "emulator.refinement takes one block after another, and this model's blocks read what is inside others: remove it."
         )
 
 

@@ -133,13 +133,18 @@ class Context:
 
     @property
     def emulator_key(self) -> str:
-        """What the adapter is trained on: the fingerprint of the healed emulator, or of the factorized one."""
-        return self.made.get("heal") or self.made["factorize"]
+        """What the adapter is trained on: the fingerprint of the healed emulator, the refined or the factorized one."""
+        return self.made.get("heal") or self.made.get("refine") or self.made["factorize"]
 
     @property
     def emulator_dir(self) -> Path:
         """The emulator that the adapter is trained on."""
-        return self.path("emulator" if self.prepared.config.emulator.heals is None else "emulator_healed")
+        return self.unhealed_dir if self.prepared.config.emulator.heals is None else self.path("emulator_healed")
+
+    @property
+    def unhealed_dir(self) -> Path:
+        """The emulator that healing begins with."""
+        return self.path("emulator" if self.prepared.config.emulator.refines is None else "emulator_refined")
 
     @property
     def finishes(self) -> bool:

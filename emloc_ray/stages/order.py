@@ -9,6 +9,21 @@ from emloc_ray.stages.finish import FINISH
 from emloc_ray.stages.heal.stage import HEAL
 from emloc_ray.stages.importing import IMPORT
 from emloc_ray.stages.merge.stage import MERGE
+from emloc_ray.stages.refine.stage import REFINE
 from emloc_ray.stages.tokens.stage import DATA
 
-STEPS = (IMPORT, DATA, CALIBRATE, GRADIENTS, ALLOCATE, FACTORIZE, HEAL, FINETUNE, CORRECT, FINISH, MERGE, EVALUATE)
+STEPS = (
+    IMPORT,
+    DATA,
+    CALIBRATE,
+    GRADIENTS,
+    ALLOCATE,
+    FACTORIZE,
+    REFINE,
+    HEAL,
+    FINETUNE,
+    CORRECT,
+    FINISH,
+    MERGE,
+    EVALUATE,
+)

@@ -20,10 +20,12 @@ _NAMED_REM, _LINE_REM, _HEIGHT_REM = 1.25, 0.25, 60.0  # heights of a line with 
 _LEAST_WIDTH = 0.15  # per cent: a narrower bar cannot be seen
 _PAUSE_S, _PAUSE_SHARE = 60.0, 0.05  # longer pauses are cut out of the time that is shown
 _STEPS = {"s": (1, 2, 5, 10, 20, 30), "min": (1, 2, 5, 10, 20, 30), "h": (1, 2, 3, 6, 12), "d": (1, 2, 5, 10, 30, 100)}
-# ColorBrewer's "Paired" (colorbrewer2.org), its pale yellow darkened: twelve colours that differ on light and on dark.
+# ColorBrewer's "Paired" (colorbrewer2.org), its pale yellow darkened, and the pink of "Dark2": a colour for each step, which
+# differ on light and on dark.
 COLOURS = (
     "#1f78b4", "#a6cee3", "#33a02c", "#b2df8a", "#6a3d9a", "#cab2d6",
     "#ff7f00", "#e31a1c", "#fb9a99", "#fdbf6f", "#b15928", "#c9b93a",
+    "#e7298a",
 )  # fmt: skip
 _SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 

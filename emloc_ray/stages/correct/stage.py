@@ -57,11 +57,14 @@ def correction_job(context: Context) -> CorrectionJob:
 def _residuals(context: Context) -> dict[str, Any]:
     """What the factorization measured of weights that are stored so still, but for what healing joined to their factors.
 
-    Factors that are put into 4 bits or pivoted once they are healed are others, as are dense weights put into 4 bits then.
+    Refined factors are others, as are those that are put into 4 bits or pivoted once they are healed, and dense weights put
+    into 4 bits then.
     """
     prepared, layers = context.prepared, context.results.get("factorize", {}).get("layers", {})
     residuals = {name: layer.get("residual_energy") for name, layer in layers.items()}
     healing, healed = prepared.config.emulator.heals, {}
+    if prepared.config.emulator.refines is not None:
+        residuals = {name: energy for name, energy in residuals.items() if name not in context.layout_made.ranks}
     if healing is not None:
         layout = context.layout_made
         healed = dict.fromkeys(healed_layers(layout.ranks, healing.r), healing.r)

@@ -42,7 +42,7 @@ def healing_job(context: Context, healing: HealingConfig, name: str) -> HealingJ
     own = context.with_prepared(healing_run(prepared, healing))
     training = replace(
         finetune_job(own, name),
-        emulator_dir=context.path("emulator"),
+        emulator_dir=context.unhealed_dir,
         tokens_dir=context.tokens(healing_split(config)),
         out_dir=context.path(_PLACE, "adapter"),
         storage_dir=context.path(_PLACE),
@@ -88,6 +88,7 @@ def _inputs(context: Context) -> Inputs:
         raise ConfigError(f"emulator.healing.r is {healing.r}, and no linear was given a rank above it: lower it.")
     return {
         "factorize": context.made["factorize"],
+        **({"refine": context.made["refine"]} if config.emulator.refines is not None else {}),
         "data": context.split_key(healing_split(config)),
         "options": context.model_options,
         "healing": healing.model_dump(mode="json"),

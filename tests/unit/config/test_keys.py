@@ -57,7 +57,8 @@ def test_every_section_is_there_once() -> None:
 
 
 def test_one_section_with_what_is_in_it() -> None:
-    assert [section.name for section in config_keys("emulator")] == ["emulator", "emulator.healing"]
+    sections = [section.name for section in config_keys("emulator")]
+    assert sections == ["emulator", "emulator.refinement", "emulator.healing"]
     assert [section.name.split(", ")[0] for section in config_keys("data.eval")] == ["data.train"]
     with pytest.raises(ConfigError, match=r"There is no section tuning: take one of model, data"):
         config_keys("tuning")

@@ -381,6 +381,11 @@ def test_a_lone_worker_may_share_a_gpu_and_checkpointing_needs_no_reentrance() -
             {"quantization": "int2", "healing": {"steps": 5}},
             "healing grows factors, which quantization: int2 has rounded",
         ),
+        (
+            {"quantization": "int4", "refinement": {"steps": 5}},
+            "refinement fits factors in floats, which quantization: int4 has rounded",
+        ),
+        ({"quantization": "nf4", "refinement": {"steps": 5}}, "remove one of them, or add healing to nf4"),
         ({"quantization": "int8", "storage": "pivoted"}, "storage: pivoted does not go with quantization: int8"),
         ({"quantization": "int4", "group_size": 60}, "emulator.group_size"),
         ({"quantization": "int5"}, "emulator.quantization is 'int5'"),

@@ -1,0 +1,1 @@
+"""The refinement: each block of the emulator is fitted to the original's."""

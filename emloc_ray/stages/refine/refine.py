@@ -1,0 +1,235 @@
+"""Refine: one block after another of the emulator is fitted to what the original's gives, by one worker.
+
+Original and emulator go through the calibration rows side by side, a block's weights of each at a time, hidden states on
+disk. A block is safe once its factors are written; then all are put into the emulator's shards.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emloc_ray.core.precision import exact_float32
+from emloc_ray.core.refinement import token_error
+from emloc_ray.data.ahead import pinned
+from emloc_ray.data.processors import ImageInputs
+from emloc_ray.data.token_shards import TokenShards, collate
+from emloc_ray.io.formats.checkpoint import INDEX_NAME, Checkpoint, TensorEntry, read_shard
+from emloc_ray.io.formats.shards import copy_chunks, make_header, stream_shard, write_tensors
+from emloc_ray.io.store.atomic import copy_file
+from emloc_ray.io.store.node_cache import exists, local_only, sizes
+from emloc_ray.modeling.block_outputs import BlockOutput, read_outputs, write_outputs
+from emloc_ray.modeling.inputs import ModelCall, model_call
+from emloc_ray.modeling.loading import copy_tokenizer
+from emloc_ray.modeling.refining import Fit, factorized_in, fit_block
+from emloc_ray.modeling.replay import BlockReplay
+from emloc_ray.stages.ray.losses import Losses, Tell, unheard
+from emloc_ray.stages.ray.tasks import LOOK_S, Progress, Resources, bounded, silent
+
+_HELD_OUT = 8  # of so many rows one only says whether a block's fit is kept
+_CHUNK_BYTES = 2**25
+_FIT = "fit"
+
+
+@dataclass(frozen=True)
+class RefinementJob:
+    """Artifact paths and flat settings; ``work_dir`` is where a killed try is continued from.
+
+    ``inputs`` hashes what hidden states depend on: nobody clears those on other nodes. ``tokens``: which count for the error.
+    """
+
+    model_dir: Path
+    emulator_dir: Path
+    tokens_dir: Path
+    work_dir: Path
+    out_dir: Path
+    steps: int
+    learning_rate: float
+    tokens: str = "all"
+    batch_size: int = 8
+    pad_token_id: int = 0
+    seed: int = 0
+    inputs: str = ""
+    model_options: tuple[tuple[str, Any], ...] = ()
+    images: ImageInputs | None = None
+
+    def block_file(self, position: int) -> Path:
+        """Where a block's factors are, once it is refined, and its :class:`Fit`."""
+        return self.work_dir / f"block-{position:05d}.safetensors"
+
+
+class Refiner:
+    """Both models, a block of each at a time, and the batches of the rows: those to fit, then those that are held out."""
+
+    def __init__(self, job: RefinementJob) -> None:
+        self.job = job
+        options = dict(job.model_options)
+        self.replays = {
+            "original": BlockReplay(job.model_dir, **options),
+            "emulator": BlockReplay(job.emulator_dir, **options),
+        }
+        self.flow, self.device = self.replays["emulator"].flow, self.replays["emulator"].device
+        self.shards = TokenShards(job.tokens_dir)
+        lengths = self.shards.lengths()
+        rows = sorted(range(len(lengths)), key=lengths.__getitem__)
+        held_out = rows[_HELD_OUT // 2 :: _HELD_OUT] or rows[:1]
+        fitted = [row for row in rows if row not in {*held_out}] or rows
+        parts = [self._cut(fitted), self._cut(held_out)]
+        self.batches = [*parts[0], *parts[1]]
+        self.fitted, self.held_out = range(len(parts[0])), range(len(parts[0]), len(self.batches))
+
+    def _cut(self, rows: list[int]) -> list[list[int]]:
+        size = self.job.batch_size
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def begin(self) -> int:
+        """The first block to take: after the last one whose hidden states are here, else the first of all."""
+        numbers = range(len(self.flow.order))
+        last = max((k for k in numbers if (self._hidden(k) / "whole").is_file()), default=-1)
+        return last + 1 if all(exists(self.job.block_file(k)) for k in range(last + 1)) else 0
+
+    def _hidden(self, position: int) -> Path:
+        return local_only(self.job.work_dir) / "hidden" / self.job.inputs / f"block-{position:05d}"
+
+    def take(self, position: int) -> None:
+        """Refines the block at ``position``, unless a killed try has, and passes the rows through it."""
+        self._pass("original", position)
+        emulator, name = self.replays["emulator"], self.flow.order[position]
+        emulator.load_block(position)
+        block, file = emulator.model.get_submodule(name), self.job.block_file(position)
+        if exists(file):
+            _put(block, name, file)
+        else:
+            self._fit(position, block, name, file)
+        self._pass("emulator", position)
+        (self._hidden(position) / "whole").touch()
+        if position:
+            shutil.rmtree(self._hidden(position - 1))
+
+    def _fit(self, position: int, block: nn.Module, name: str, file: Path) -> None:
+        job = self.job
+        error = functools.partial(self._error, position)
+        fit = fit_block(
+            block,
+            error,
+            self.fitted,
+            self.held_out,
+            steps=job.steps,
+            learning_rate=job.learning_rate,
+            seed=job.seed + position,
+            name=name,
+        )
+        kept = factorized_in(block) if fit.is_better else {}
+        tensors = {
+            f"{name}.{own}.{part}.weight": getattr(module, part).weight.detach()
+            for own, module in kept.items()
+            for part in ("up", "down")
+        }
+        write_tensors(file, tensors, {_FIT: json.dumps([fit.before, fit.after])})
+
+    def _call(self, number: int) -> ModelCall:
+        rows = [self.shards.row(row) for row in self.batches[number]]
+        batch = pinned(collate(rows, self.job.pad_token_id, self.job.images))
+        config = self.replays["emulator"].model.config
+        return model_call(config, batch, tokens=self.job.tokens).to(self.device)
+
+    def _file(self, model: str, position: int, number: int) -> Path:
+        return self._hidden(position) / f"{model}-{number:05d}.safetensors"
+
+    def _before(self, model: str, position: int, number: int) -> dict[int, BlockOutput]:
+        return read_outputs(self._file(model, position - 1, number))[0] if position else {}
+
+    def _pass(self, model: str, position: int) -> None:
+        """Takes all batches through a block; what they give is on disk then, with whatever later blocks read."""
+        replay = self.replays[model]
+        if model == "original":
+            replay.load_block(position)
+        for number in range(len(self.batches)):
+            outputs = self._before(model, position, number)
+            given = replay.forward(position, self._call(number).inputs, outputs)
+            known = outputs if given is None else {**outputs, position: given}
+            after = {
+                k: v if k == position or self.flow.last_use(k) > position else v.shapes() for k, v in known.items()
+            }
+            write_outputs(self._file(model, position, number), [after])
+
+    def _error(self, position: int, number: int) -> tuple[Tensor, int]:
+        """A batch's error at what the block gives first, its hidden states, and the number of tokens."""
+        call, wanted = self._call(number), read_outputs(self._file("original", position, number))[0].get(position)
+        given = None
+        if wanted is not None:
+            given = self.replays["emulator"].compute(position, call.inputs, self._before("emulator", position, number))
+        if wanted is None or given is None or given.tensors[0] is None or wanted.tensors[0] is None:
+            return torch.zeros((), requires_grad=True), 0
+        ours, theirs = given.tensors[0], wanted.tensors[0].to(self.device)
+        masks = (mask.to(self.device) for mask in call.counted.values())
+        counted = next((mask for mask in masks if mask.shape == ours.shape[:-1]), None)
+        tokens = ours[..., 0].numel() if counted is None else int(counted.sum())
+        return token_error(ours, theirs, counted), tokens
+
+
+def _put(block: nn.Module, name: str, file: Path) -> None:
+    """Puts the factors that a killed try has refined into a block."""
+    for entry in read_shard(file).entries:
+        owner, _, attribute = entry.name.removeprefix(f"{name}.").rpartition(".")
+        linear: Any = block.get_submodule(owner)
+        setattr(linear, attribute, nn.Parameter(entry.read_rows().to(linear.weight), False))
+
+
+@exact_float32()
+def refine_blocks(job: RefinementJob) -> None:
+    """Writes every block's factors, in order, then the emulator that has them; what is there stays."""
+    refiner = Refiner(job)
+    for position in range(refiner.begin(), len(refiner.flow.order)):
+        refiner.take(position)
+    write_refined(job)
+    shutil.rmtree(local_only(job.work_dir) / "hidden", ignore_errors=True)
+
+
+def fits(job: RefinementJob) -> dict[str, Fit]:
+    """How each block's fit ended, by the number of the block."""
+    files = sorted(path for path in sizes(job.work_dir) if path.suffix == ".safetensors")
+    return {file.stem: Fit(*json.loads(json.loads(read_shard(file).header)["__metadata__"][_FIT])) for file in files}
+
+
+def write_refined(job: RefinementJob) -> None:
+    """Writes the refined emulator: the emulator's shards with the refined factors in them, its config and tokenizer."""
+    checkpoint, refined = Checkpoint(job.emulator_dir), dict[str, TensorEntry]()
+    for file in sizes(job.work_dir):
+        if file.suffix == ".safetensors":
+            refined |= {entry.name: entry for entry in read_shard(file).entries}
+    for shard in checkpoint.shards:
+        target = job.out_dir / shard.file.name
+        if not exists(target):
+            chunks = ((e, copy_chunks(refined.get(e.name, e), _CHUNK_BYTES)) for e in shard.entries)
+            stream_shard(target, make_header(shard.entries), chunks)
+    for name in (INDEX_NAME, "config.json"):
+        copy_file(job.emulator_dir / name, job.out_dir / name)
+    copy_tokenizer(job.emulator_dir, job.out_dir)
+
+
+def refine(
+    job: RefinementJob, num_blocks: int, resources: Resources, progress: Progress = silent, tell: Tell = unheard
+) -> dict[str, Any]:
+    """Writes the refined emulator to ``job.out_dir``; returns the blocks' mean held-out errors, relative to those before.
+
+    Raises:
+        NumericsError: where a block gives NaN or Inf, naming it.
+    """
+
+    def look(_done: int, _total: int) -> None:
+        progress(sum(file.suffix == ".safetensors" for file in sizes(job.work_dir)), num_blocks)
+
+    task = resources.task(refine_blocks).options(name="refine: blocks")
+    bounded([("the blocks", functools.partial(task.remote, job))], 1, Losses("refine", tell), look, LOOK_S)
+    found = [fit for fit in fits(job).values() if fit.before > 0]
+    kept = [fit.after / fit.before for fit in found if fit.is_better]
+    left = (sum(kept) + len(found) - len(kept)) / max(1, len(found))
+    return {"num_workers": 1, "blocks": len(found), "blocks_refined": len(kept), "error_left": left}

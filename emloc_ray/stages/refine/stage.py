@@ -1,0 +1,123 @@
+"""Refinement as a step of a run: the emulator's blocks are fitted to the original's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from emloc_ray.config.schema import RunConfig
+from emloc_ray.io.runs.fingerprint import fingerprint
+from emloc_ray.io.runs.resume import begun_with, discard_unless
+from emloc_ray.io.store.node_cache import discard
+from emloc_ray.planning.costs import StageCost
+from emloc_ray.planning.memory import MemoryModel
+from emloc_ray.planning.prepared import Prepared
+from emloc_ray.planning.work import block_work, emulator_work, tokens_calibrated
+from emloc_ray.stages.context import Context, Inputs, Result
+from emloc_ray.stages.stage import Stage, by_weights, one_worker
+
+if TYPE_CHECKING:
+    from emloc_ray.stages.ray.tasks import Progress, Resources
+    from emloc_ray.stages.refine.refine import RefinementJob
+
+_PLACE = "refinement"
+
+
+def refinement_job(context: Context, inputs: str = "") -> RefinementJob:
+    """``inputs``: the fingerprint of what it is made from."""
+    from emloc_ray.stages.refine.refine import RefinementJob
+
+    config = context.prepared.config
+    refinement = config.emulator.refines
+    assert refinement is not None
+    return RefinementJob(
+        context.model_dir,
+        context.path("emulator"),
+        context.tokens("calibration"),
+        context.path(_PLACE),
+        context.path("emulator_refined"),
+        refinement.steps,
+        refinement.learning_rate,
+        config.calibration.tokens,
+        context.memory.refinement_rows(),
+        context.pad_token_id(),
+        config.seed,
+        inputs,
+        tuple(context.model_options.items()),
+        context.images,
+    )
+
+
+def _inputs(context: Context) -> Inputs:
+    config = context.prepared.config
+    assert config.emulator.refines is not None
+    return {
+        "factorize": context.made["factorize"],
+        "data": context.split_key("calibration"),
+        "options": context.model_options,
+        "refinement": config.emulator.refines.model_dump(mode="json"),
+        "tokens": config.calibration.tokens,
+        "seed": config.seed,
+    }
+
+
+def _refine(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
+    from emloc_ray.stages.refine.refine import refine
+
+    place, out_dir = context.path(_PLACE), context.path("emulator_refined")
+    if not begun_with(place, inputs):  # shards may be of other fits, though made from the same
+        discard(out_dir)
+    for path in (place, out_dir):
+        discard_unless(path, inputs)
+    blocks = {spec.block for spec in context.layout.specs if not spec.between}
+    return refine(refinement_job(context, fingerprint(inputs)), len(blocks), granted, progress, context.note)
+
+
+def _cost(memory: MemoryModel) -> StageCost:
+    """Two passes of the emulator and one of the original over the calibration rows, and steps of 6 operations a parameter."""
+    refinement, layout = memory.config.emulator.refines, memory.layout
+    assert refinement is not None
+    tokens, rows = tokens_calibrated(memory.prepared, memory.lengths), memory.refinement_rows()
+    steps = 6 * refinement.steps * rows * memory.lengths.mean * emulator_work(layout)
+    return StageCost(
+        memory.refine(),
+        flops=steps + 2 * tokens * (block_work(layout) + 2 * emulator_work(layout)),
+        moved_bytes=2 * memory.moved("block_by_block", rows, rows),
+        disk_bytes=2 * memory.emulator_files + 2 * memory.hidden_state_disk_bytes(),
+        efficiency=0.3,
+        start_seconds=15,
+    )
+
+
+def no_refinement(config: RunConfig) -> str | None:
+    """Says where refinement is asked for and there is nothing to refine."""
+    if config.emulator.refinement is None or config.emulator.refines is not None:
+        return None
+    return "refine: at compression_ratio 1.0 the emulator is the original, so it is not refined."
+
+
+def _summary(result: Result) -> str:
+    return f"{result['blocks_refined']} of {result['blocks']} blocks, whose error is {result['error_left']:.0%} of what it was"
+
+
+def _sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
+    return {"refinement": {key: results["refine"][key] for key in ("blocks", "blocks_refined", "error_left")}}
+
+
+REFINE = Stage(
+    name="refine",
+    title="Refining",
+    verb="factorize",
+    wanted=lambda prepared: prepared.config.emulator.refines is not None,
+    asks=lambda config: one_worker(config.emulator),
+    inputs=_inputs,
+    outputs=("emulator_refined",),
+    scratch=(_PLACE,),
+    run=_refine,
+    cost=_cost,
+    shares=by_weights,
+    resumes=True,
+    summary=_summary,
+    absent=no_refinement,
+    sections=_sections,
+    keys=("refinement",),
+)

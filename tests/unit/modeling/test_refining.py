@@ -1,0 +1,87 @@
+"""A block's factors are fitted where that helps on rows held out, and stay as they were where not."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pytest
+import torch
+from tiny import make_emulator, make_model
+from torch import Tensor, nn
+
+from emloc_ray.errors import NumericsError
+from emloc_ray.modeling.refining import factorized_in, fit_block
+
+
+class Mlp:
+    """An MLP in factors, what the dense one gives for random inputs, and the error between the two."""
+
+    def __init__(self, storage: Literal["factors", "pivoted"] = "factors", dtype: str = "float32") -> None:
+        self.wanted = make_model("llama", dtype=dtype).model.layers[0].mlp.requires_grad_(False)
+        ranks = {f"model.layers.0.mlp.{name}": 8 for name in ("gate_proj", "up_proj", "down_proj")}
+        self.block = make_emulator(make_model("llama", dtype=dtype), ranks, storage).model.layers[0].mlp
+        draws = torch.Generator().manual_seed(0)
+        mix = torch.randn(64, 64, generator=draws) / 4  # inputs of few directions, which the weights' SVD does not know
+        mix[8:] *= 0.05
+        self.inputs = [(torch.randn(16, 64, generator=draws) @ mix).to(getattr(torch, dtype)) for _ in range(8)]
+
+    def error(self, number: int) -> tuple[Tensor, int]:
+        x = self.inputs[number]
+        return (self.block(x) - self.wanted(x)).float().square().sum(), len(x)
+
+    def fit(self, **changes: Any) -> Any:
+        options = {"steps": 60, "learning_rate": 0.02, **changes}
+        return fit_block(self.block, self.error, range(6), range(6, 8), **options)
+
+    def held_out(self) -> float:
+        with torch.no_grad():
+            return sum(float(self.error(number)[0]) for number in (6, 7)) / 32
+
+
+@pytest.mark.parametrize("storage", ["factors", "pivoted"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_comes_closer_to_what_is_wanted(storage: Literal["factors", "pivoted"], dtype: str) -> None:
+    mlp = Mlp(storage, dtype)
+    before = mlp.held_out()
+    shapes = {name: tuple(weight.shape) for name, weight in mlp.block.named_parameters()}
+    fit = mlp.fit()
+    assert fit.before == pytest.approx(before)
+    assert fit.after == pytest.approx(mlp.held_out())
+    assert fit.after < 0.8 * before
+    assert {name: tuple(weight.shape) for name, weight in mlp.block.named_parameters()} == shapes
+    assert all(weight.dtype == getattr(torch, dtype) for weight in mlp.block.parameters())
+    assert not any(weight.requires_grad for weight in mlp.block.parameters())
+    assert all(isinstance(module.up, nn.Linear) for module in factorized_in(mlp.block).values())
+
+
+def test_what_does_not_help_on_rows_held_out_is_taken_back() -> None:
+    mlp = Mlp()
+    before = {name: weight.clone() for name, weight in mlp.block.named_parameters()}
+    fit = mlp.fit(steps=3, learning_rate=30.0)
+    assert not fit.is_better
+    for name, weight in mlp.block.named_parameters():
+        assert torch.equal(weight, before[name])
+
+
+def test_the_same_seed_gives_the_same_factors() -> None:
+    found = []
+    for seed in (1, 1, 2):
+        mlp = Mlp()
+        mlp.fit(steps=5, seed=seed)
+        found.append(mlp.block.up_proj.up.weight)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_a_block_without_factors_is_left_alone() -> None:
+    mlp = Mlp()
+    mlp.block = make_model("llama", seed=3).model.layers[0].mlp.requires_grad_(False)
+    fit = mlp.fit()
+    assert fit.before == fit.after > 0
+
+
+def test_a_block_that_gives_nan_is_named() -> None:
+    mlp = Mlp()
+    mlp.inputs[7][0, 0] = float("nan")
+    with pytest.raises(NumericsError, match=r"^the first block gives NaN or Inf while it is refined"):
+        mlp.fit(steps=1, name="the first block")

@@ -1,0 +1,114 @@
+"""What a config's refinement makes of a run before it starts: a step, its memory and time, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from tiny import make_tokenizer
+from transformers import LlamaConfig
+
+from emloc_ray.config.reading import parse_config
+from emloc_ray.errors import ConfigError
+from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.modeling.architecture import auto_class, empty_model
+from emloc_ray.modeling.loading import ModelSource
+from emloc_ray.planning.costs import with_base
+from emloc_ray.planning.layout import make_layout
+from emloc_ray.planning.lengths import Lengths
+from emloc_ray.planning.memory import MemoryModel, total
+from emloc_ray.planning.plan import StagePlan, make_plan
+from emloc_ray.planning.prepared import Prepared, prepare
+from emloc_ray.planning.skeleton import skeleton_of
+from emloc_ray.stages.context import Context
+from emloc_ray.stages.order import STEPS
+from emloc_ray.stages.refine.stage import no_refinement, refinement_job
+
+ROW = Lengths(2048.0, 2048.0)
+
+
+@pytest.fixture
+def values(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Callable[..., dict[str, Any]]:
+    """``values(refinement={…}, emulator's key=…)``: a tiny Llama's config on 300 rows."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text((json.dumps({"text": "x" * 70}) + "\n") * 300)
+
+    def make(refinement: Any, model_dir: Path | None = None, **emulator: Any) -> dict[str, Any]:
+        return {
+            "run_dir": str(tmp_path / "run"),
+            "memory_budget": None,  # inference of a tiny model takes less than a batch's activations
+            "model": {"source": str(model_dir or tiny_model_dir("llama"))},
+            "data": {"train": {"path": str(data)}, "max_seq_length": 64},
+            "emulator": {**emulator, "refinement": refinement},
+        }
+
+    return make
+
+
+def large(**sections: Any) -> Prepared:
+    """A 7B model without files, in bfloat16."""
+    values = {"run_dir": "unused", "model": {"source": "unused", "dtype": "bfloat16"}, **sections}
+    values["data"] = {"train": {"path": "unused"}}
+    values["emulator"] = {"refinement": {"steps": 50}}
+    config, model_config = parse_config(values), LlamaConfig()
+    layout = make_layout(config, skeleton_of(model_config, empty_model(model_config)))
+    return Prepared(config, RunDirectory("unused"), ModelSource(Path()), model_config, layout, {})
+
+
+def stages(prepared: Prepared) -> dict[str, StagePlan]:
+    return {entry.name: entry for entry in make_plan(STEPS, prepared).stages}
+
+
+def test_it_is_a_step_between_factorizing_and_healing(values: Callable[..., dict[str, Any]]) -> None:
+    found = stages(prepare(parse_config(values({"steps": 20}, healing={"steps": 5}))))
+    names = list(found)
+    assert names.index("factorize") < names.index("refine") < names.index("heal")
+    longer = stages(prepare(parse_config(values({"steps": 4000}, healing={"steps": 5}))))
+    assert longer["refine"].seconds > found["refine"].seconds
+    assert "refine" not in stages(prepare(parse_config(values(None))))
+
+
+def test_at_ratio_one_it_is_left_out_and_told(values: Callable[..., dict[str, Any]]) -> None:
+    found = prepare(parse_config(values({"steps": 20}, compression_ratio=1.0)))
+    assert "refine" not in stages(found)
+    assert "compression_ratio 1.0" in (no_refinement(found.config) or "")
+    assert no_refinement(prepare(parse_config(values({"steps": 20}))).config) is None
+
+
+def test_a_budget_has_it_take_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emloc_ray.planning.calibration_memory.available_bytes", lambda: 2**42)
+    free, bounded = MemoryModel(large(memory_budget=None), ROW), MemoryModel(large(memory_budget="5GiB"), ROW)
+    assert free.refinement_rows() == 8
+    assert bounded.refinement_rows() < 8
+    assert total(with_base(bounded.refine())) <= 5 * 2**30 < total(with_base(free.refine()))
+    within = MemoryModel(large(), ROW)
+    assert total(with_base(within.refine())) <= total(within.inference(1, 2048))
+
+
+def test_what_is_refined_is_what_healing_begins_with(values: Callable[..., dict[str, Any]]) -> None:
+    prepared = prepare(parse_config(values({"steps": 20, "learning_rate": 0.01})))
+    context = Context(prepared, prepared.source.directory, made={"factorize": "one", "refine": "other"})
+    job = refinement_job(context, "key")
+    assert (job.steps, job.learning_rate, job.batch_size) == (20, 0.01, 8)
+    assert job.out_dir == context.unhealed_dir == context.emulator_dir
+    assert context.emulator_key == "other"
+
+
+def test_blocks_that_read_inside_others_are_refused(values: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16}
+    sharing: dict[str, Any] = {
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 300,
+    }
+    layers: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+    config = transformers.Gemma4TextConfig(**sizes, **heads, **sharing, **layers)
+    auto_class(config).from_config(config).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"emulator\.refinement takes one block after another"):
+        prepare(parse_config(values({"steps": 20}, tmp_path / "model")))

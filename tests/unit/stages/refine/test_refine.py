@@ -1,0 +1,139 @@
+"""Refinement without Ray: each block comes closer to the original's, and a try that was killed is continued."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from plain_runs import plain_run
+from safetensors.torch import load_file
+from small_runs import make_values
+from stage_artifacts import Artifacts, write_tokens
+from tiny import save_emulator, save_model
+
+from emloc_ray.data.token_shards import TokenShards
+from emloc_ray.modeling.loading import load_model
+from emloc_ray.stages.correct.stage import correction_job
+from emloc_ray.stages.finetune.session import own_environment
+from emloc_ray.stages.refine.refine import RefinementJob, Refiner, fits, refine_blocks, write_refined
+
+
+def job_of(model_dir: Path, emulator: Path, tokens: Path, root: Path, **changes: Any) -> RefinementJob:
+    made = RefinementJob(model_dir, emulator, tokens, root / "work", root / "refined", 40, 0.01, batch_size=4)
+    return replace(made, **changes)
+
+
+@pytest.fixture(scope="module")
+def refined(artifacts: Artifacts, tmp_path_factory: pytest.TempPathFactory) -> RefinementJob:
+    """A tiny Llama's emulator, refined; read it, do not write to it."""
+    root = tmp_path_factory.mktemp("refined")
+    job = job_of(artifacts.model_dir, save_emulator(artifacts.model_dir, root / "emulator"), artifacts.tokens_dir, root)
+    refine_blocks(job)
+    return job
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def distance(model_dir: Path, emulator: Path, tokens: Path) -> float:
+    """Between the hidden states that both end in, squared, over all rows."""
+    shards, models, found = TokenShards(tokens), [load_model(d) for d in (model_dir, emulator)], 0.0
+    with torch.no_grad():
+        for row in range(len(shards)):
+            ids = torch.tensor([shards.row(row).input_ids])
+            ours, theirs = (model.get_decoder()(input_ids=ids).last_hidden_state for model in models)
+            found += float((ours - theirs).square().sum())
+    return found
+
+
+def test_each_block_comes_closer_at_the_same_bytes(refined: RefinementJob) -> None:
+    found = fits(refined)
+    assert list(found) == ["block-00000", "block-00001"]
+    assert all(fit.is_better for fit in found.values())
+    before = distance(refined.model_dir, refined.emulator_dir, refined.tokens_dir)
+    assert distance(refined.model_dir, refined.out_dir, refined.tokens_dir) < 0.9 * before
+    one, other = tensors(refined.emulator_dir), tensors(refined.out_dir)
+    assert {name: (t.shape, t.dtype) for name, t in one.items()} == {n: (t.shape, t.dtype) for n, t in other.items()}
+    changed = {name for name, tensor in one.items() if not torch.equal(tensor, other[name])}
+    assert changed == {name for name in one if name.endswith((".up.weight", ".down.weight"))}
+    assert not (refined.work_dir / "hidden").exists()
+
+
+def test_its_error_is_that_of_the_blocks_on_the_hidden_states_of_both(refined: RefinementJob, tmp_path: Path) -> None:
+    """The first block's, by both models' own forward passes."""
+    found = fits(refined)["block-00000"]
+    models = [load_model(directory) for directory in (refined.model_dir, refined.emulator_dir, refined.out_dir)]
+    refiner = Refiner(replace(refined, work_dir=tmp_path))
+    rows = [row for number in refiner.held_out for row in refiner.batches[number]]
+    sums, tokens = [0.0, 0.0], 0
+    with torch.no_grad():
+        for row in rows:
+            ids = torch.tensor([refiner.shards.row(row).input_ids])
+            states = [model(input_ids=ids, output_hidden_states=True).hidden_states[1] for model in models]
+            errors = [(states[0] - ours).norm(dim=-1) / states[0].norm(dim=-1) for ours in states[1:]]
+            sums = [total + float(error.square().sum()) for total, error in zip(sums, errors, strict=True)]
+            tokens += ids.numel()
+    assert [total / tokens for total in sums] == pytest.approx([found.before, found.after], rel=1e-4)
+    fitted = {row for number in refiner.fitted for row in refiner.batches[number]}
+    assert fitted | {*rows} == {*range(len(refiner.shards))}
+    assert not fitted & {*rows}
+
+
+@pytest.mark.parametrize("keeps_hidden_states", [True, False])
+def test_a_killed_try_is_continued(refined: RefinementJob, tmp_path: Path, keeps_hidden_states: bool) -> None:
+    job = replace(refined, work_dir=tmp_path / "work", out_dir=tmp_path / "out")
+    Refiner(job).take(0)
+    written = job.block_file(0).stat().st_ino
+    if not keeps_hidden_states:  # of a node that is gone
+        shutil.rmtree(job.work_dir / "hidden")
+    assert Refiner(job).begin() == int(keeps_hidden_states)
+    refine_blocks(job)
+    assert job.block_file(0).stat().st_ino == written
+    for name, tensor in tensors(refined.out_dir).items():
+        torch.testing.assert_close(tensors(job.out_dir)[name], tensor, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "storage", "dtype"), [("gpt2", "factors", "float32"), ("qwen2_moe", "pivoted", "bfloat16")]
+)
+def test_other_layers_are_refined_too(family: str, storage: Any, dtype: str, tmp_path: Path) -> None:
+    model_dir = save_model(tmp_path / "model", family, dtype=dtype)
+    emulator = save_emulator(model_dir, tmp_path / "emulator", storage=storage)
+    job = job_of(model_dir, emulator, write_tokens(tmp_path / "tokens", 12, 5), tmp_path, steps=10)
+    refine_blocks(job)
+    assert all(fit.after < fit.before for fit in fits(job).values())
+    assert load_model(job.out_dir).dtype == getattr(torch, dtype)
+
+
+def test_shards_that_are_written_stay(refined: RefinementJob, tmp_path: Path) -> None:
+    job = replace(refined, out_dir=shutil.copytree(refined.out_dir, tmp_path / "out"))
+    before = {file.name: file.stat().st_ino for file in job.out_dir.glob("*.safetensors")}
+    gone = min(before)
+    (job.out_dir / gone).unlink()
+    write_refined(job)
+    after = {file.name: file.stat().st_ino for file in job.out_dir.glob("*.safetensors")}
+    assert {name for name in before if before[name] != after[name]} <= {gone}
+    assert json.loads((job.out_dir / "config.json").read_text())["model_type"] == "emloc_emulator"
+
+
+def test_a_run_heals_trains_and_corrects_what_was_refined(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path, task_file: Path
+) -> None:
+    emulator = {"refinement": {"steps": 6}, "healing": {"steps": 2, "r": 4}}
+    values = make_values(tmp_path / "run", tiny_model_dir("llama"), task_file, emulator=emulator)
+    with own_environment():
+        run = plain_run(values, tiny_model_dir("llama"))
+    job = correction_job(run.context)
+    assert job.emulator_dir.name == "emulator_healed"
+    assert not {*job.residuals} & {*run.context.layout.ranks}  # what the factorization measured is no more
+    healed, refined = tensors(job.emulator_dir), tensors(run.context.unhealed_dir)
+    name = "model.layers.0.mlp.up_proj.down.weight"
+    assert torch.equal(healed[name][:-4], refined[name])
+    assert run.losses["merged"] == pytest.approx(run.losses["corrected"], abs=1e-4)
