@@ -97,7 +97,7 @@ class SplitConfig(Section):
 class DataConfig(Section):
     """The task's rows and how they become tokens."""
 
-    generate: Literal["docstrings", "exceptions", "vqa"] | None = Field(
+    generate: Literal["docstrings", "return_types", "vqa"] | None = Field(
         None, description="make the task's data on the spot"
     )
     format: Literal["auto", "text", "prompt_completion", "conversational", "messages", "alpaca", "sharegpt"] = Field(
@@ -123,7 +123,7 @@ class DataConfig(Section):
     @property
     def row_format(self) -> str:
         """The format of all rows; ``auto`` where each file's decides."""
-        return {"docstrings": "prompt_completion", "exceptions": "prompt_completion", "vqa": "messages"}.get(
+        return {"docstrings": "prompt_completion", "return_types": "prompt_completion", "vqa": "messages"}.get(
             self.generate or "", self.format
         )
 
@@ -146,7 +146,7 @@ class DataConfig(Section):
         ]
         if self.generate is None and self.train is None:
             raise ValueError(
-                "names no training data: set data.train.path, or data.generate: docstrings, exceptions or vqa"
+                "names no training data: set data.train.path, or data.generate: docstrings, return_types or vqa"
             )
         if self.generate is not None and any(getattr(self, name).path for name in named):
             raise ValueError(f"data.generate makes every split itself: remove data.{named[0]}.path")

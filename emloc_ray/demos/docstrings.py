@@ -1,4 +1,4 @@
-"""The quickstart's task, made on the spot: say in one sentence what a Python function does.
+"""A task of whole sentences, made on the spot: say in one sentence what a Python function does.
 
 A row's prompt is a function without its docstring, its completion the docstring's first sentence; functions are found as
 :mod:`emloc_ray.demos.python_sources` says.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from emloc_ray.demos import docstrings, exceptions, vqa
+from emloc_ray.demos import docstrings, return_types, vqa
 from emloc_ray.demos.python_sources import SourceTask
 
 
@@ -20,7 +20,7 @@ def write_generated(name: str, out_dir: Path, seed: int, max_rows: int | None = 
     if name == "vqa":
         pictures = vqa.VqaTask(seed=seed)
         return vqa.generate(out_dir, pictures if max_rows is None else dataclasses.replace(pictures, num_rows=max_rows))
-    functions = dataclasses.replace(exceptions.TASK if name == "exceptions" else SourceTask(), seed=seed)
+    functions = dataclasses.replace(return_types.TASK if name == "return_types" else SourceTask(), seed=seed)
     if max_rows is not None:
         functions = dataclasses.replace(functions, max_rows=max_rows)
-    return (exceptions if name == "exceptions" else docstrings).generate(out_dir, functions)
+    return (return_types if name == "return_types" else docstrings).generate(out_dir, functions)

@@ -92,7 +92,7 @@ def resolve_source(
         return _check_directory(path.absolute(), source, needs_weights)
     if path.exists() or source.startswith(("/", ".", "~")) or source.count("/") > 1:
         raise ConfigError(
-            f"model.source {source} is no model directory and no .gguf file{_looked_in(source)}: mend the path."
+            f"model.source {source} is no model directory and no .gguf file{_looked_in(source)}: fix the path."
         )
     if trust_remote_code and not re.fullmatch("[0-9a-f]{40}", revision or ""):
         raise ConfigError(
@@ -244,7 +244,7 @@ def check_source(source: ModelSource, model: Any, trust_remote_code: bool = Fals
         if missing:
             raise ConfigError(
                 f"model.source {source.directory} holds no {missing[0]} ({len(missing)} linears of config.json's model are"
-                " missing): copy the checkpoint again, or mend config.json."
+                " missing): copy the checkpoint again, or fix config.json."
             )
         shared = {f"{name}.weight" for name in outside if isinstance(stored[f"{name}.weight"].part, tuple)}
         converted = next((name for name in names if not stored[name].parts or name in shared), None)

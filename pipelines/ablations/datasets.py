@@ -1,6 +1,6 @@
 """Three tasks made from the Python sources installed here, and calibration rows that are not the task's own.
 
-``summaries``  a function's code -> the first sentence of its docstring, as in the quickstart
+``summaries``  a function's code -> the first sentence of its docstring
 ``names``      a function's code with its name masked -> its name
 ``code``       a whole function with its docstring: plain text
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: figures, timing in turns, and the quickstart's artifacts."""
+"""What the benchmarks share: figures, timing in turns, and the artifacts of the docstring task."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import emloc_ray
 if TYPE_CHECKING:
     from emloc_ray.config.schema import RunConfig
 
-CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+DOCSTRINGS = Path(__file__).parents[2] / "configs" / "docstrings.yaml"
+QUICKSTART = DOCSTRINGS.with_name("quickstart.yaml")
 THREADS = 2  # of a benchmark on CPUs, so that figures of any two can be compared
 Figures = dict[str, dict[str, Any]]
 
@@ -29,7 +30,7 @@ def paper_config(run_dir: Path, *overrides: str) -> RunConfig:
     """The quickstart's model by the paper's emulator, batches as written: uniform ranks, factors for activations, no healing;
     128 calibration rows of the docstring task."""
     given = [f"run_dir={run_dir}", *_PAPER, "calibration.num_calibration_samples=128", *overrides]
-    return emloc_ray.load_config(CONFIG, given)
+    return emloc_ray.load_config(DOCSTRINGS, given)
 
 
 def figure(ours: float, baseline: float, unit: str, error: float | None = None) -> dict[str, Any]:
@@ -74,13 +75,13 @@ def interleaved(actions: Sequence[Callable[[], None]], repeats: int) -> list[flo
 
 
 def calibrated(out: Path) -> tuple[RunConfig, Path]:
-    """The quickstart run up to its Grams, made once."""
+    """A run of it up to its Grams, made once."""
     config = paper_config(out / "ratio-0.5")
     emloc_ray.run(config, until="calibrate", accept_changes=True)
     return config, Path(config.run_dir)
 
 
 def emulated(run: Path, out: Path) -> Path:
-    """The quickstart's emulator."""
+    """Its emulator."""
     emloc_ray.run(paper_config(out / "ratio-0.5"), until="factorize", accept_changes=True)
     return run / "emulator"

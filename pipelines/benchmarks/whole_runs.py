@@ -18,7 +18,7 @@ from transformers import AutoConfig, TrainingArguments
 
 import emloc_ray
 from benchmarks.figures import (
-    CONFIG,
+    QUICKSTART,
     THREADS,
     Figures,
     calibrated,
@@ -276,12 +276,12 @@ def _against_lora(metrics: dict[str, Any], upper: dict[str, Any]) -> dict[str, A
 
 def quickstart(out: Path) -> Figures:
     """The quickstart from nothing, timed as a whole, and LoRA on the original at as many steps as healing and tuning."""
-    given = emloc_ray.load_config(CONFIG)
+    given = emloc_ray.load_config(QUICKSTART)
     steps = given.finetune.max_steps + (given.emulator.healing.steps if given.emulator.healing else 0)
     alone = ["emulator.compression_ratio=1.0", f"finetune.max_steps={steps}"]
-    bound = emloc_ray.load_config(CONFIG, [f"run_dir={out / 'ratio-1.0'}", *alone])
+    bound = emloc_ray.load_config(QUICKSTART, [f"run_dir={out / 'ratio-1.0'}", *alone])
     upper = emloc_ray.run(bound, fresh=True)  # rows that follow from installed packages may have changed
-    config = emloc_ray.load_config(CONFIG, [f"run_dir={out / 'quickstart'}", f"evaluation.upper_bound={bound.run_dir}"])
+    config = emloc_ray.load_config(QUICKSTART, [f"run_dir={out / 'quickstart'}", f"evaluation.upper_bound={bound.run_dir}"])
     begin = time.perf_counter()
     metrics = emloc_ray.run(config, fresh=True)
     wall = time.perf_counter() - begin

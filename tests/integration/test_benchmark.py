@@ -49,8 +49,9 @@ def publish(
         **SMALL,
     }
     config.write_text(write_yaml(values))
-    for module in (figures, whole_runs, within_inference):
-        monkeypatch.setattr(module, "CONFIG", config)
+    monkeypatch.setattr(figures, "DOCSTRINGS", config)
+    for module in (whole_runs, within_inference):
+        monkeypatch.setattr(module, "QUICKSTART", config)
     (tmp_path / "results").mkdir()
     monkeypatch.setattr(benchmark, "RESULTS", tmp_path / "results")
 

@@ -100,12 +100,12 @@ def test_a_slot_that_was_at_its_end_is_not_begun(tmp_path: Path) -> None:
 def test_a_row_that_kills_its_worker_names_its_shard_and_keeps_the_others(
     tmp_path: Path,
 ) -> None:
-    out_dir, mended = tmp_path / "tokens", tmp_path / "mended"
+    out_dir, fixed = tmp_path / "tokens", tmp_path / "fixed"
 
     class Poisoned(TokenizeOptions):
         def tokens(self, rows: Iterable[tuple[str, Row]]) -> Iterator[list[Tokens] | None]:
             for where, _ in rows:
-                if where.endswith("row 51") and not mended.exists():
+                if where.endswith("row 51") and not fixed.exists():
                     os.kill(os.getpid(), signal.SIGKILL)
                 yield [Tokens([1, 2], [False, True])]
 
@@ -124,6 +124,6 @@ def test_a_row_that_kills_its_worker_names_its_shard_and_keeps_the_others(
         run()
     assert len(told) == 1
     kept = (out_dir / "train" / "shard-00000.arrow").stat().st_ino
-    mended.touch()
+    fixed.touch()
     assert run()["train"]["rows"] == 100
     assert (out_dir / "train" / "shard-00000.arrow").stat().st_ino == kept

@@ -66,7 +66,7 @@ def test_a_directory_without_config_or_weights(tmp_path: Path, tiny_model_dir: C
 
 @pytest.mark.parametrize("source", ["/nowhere/at/all", "./nowhere", "~/nowhere-at-all", "some/long/path"])
 def test_a_path_that_does_not_exist(source: str) -> None:
-    assert "mend the path" in sentence_of(source)
+    assert "fix the path" in sentence_of(source)
 
 
 def test_a_file_of_another_kind(tmp_path: Path) -> None:

@@ -108,10 +108,10 @@ def test_progress_of_a_long_stage_is_told_more_seldom(run: RunDirectory, monkeyp
 
 
 def test_a_failure_is_told_with_its_stage_and_layer(run: RunDirectory) -> None:
-    fail(run, "factorize", NumericsError(f"{LAYER}: the Gram holds NaN: mend the data."))
+    fail(run, "factorize", NumericsError(f"{LAYER}: the Gram holds NaN: fix the data."))
     failed = read_events(run)[-1]
     assert (failed["event"], failed["stage"], failed["layer"]) == ("run_failed", "factorize", LAYER)
-    assert failed["message"] == f"{LAYER}: the Gram holds NaN: mend the data."
+    assert failed["message"] == f"{LAYER}: the Gram holds NaN: fix the data."
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(15)], ids=["Ctrl-C", "SIGTERM"])
