@@ -302,7 +302,10 @@ def import_gguf(source: ModelSource, directory: Path, dtype: str = "auto", max_s
     """
     wanted = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     config = read_model_config(source)
-    model = auto_class(config).from_pretrained(source.directory, gguf_file=source.gguf_file, dtype=wanted)
+    # With the config that is read: each reading of the header takes seconds.
+    model = auto_class(config).from_pretrained(
+        source.directory, gguf_file=source.gguf_file, config=config, dtype=wanted
+    )
     for holder in (model, model.config):
         for attribute in ("quantization_config", "hf_quantizer", "is_quantized", "quantization_method"):
             if attribute in vars(holder):
