@@ -15,7 +15,7 @@ from emloc_ray.demos.python_sources import Function, SourceRow, SourceTask, code
 LEAD = "\n# The return type:\n"
 """What stands between the code and the completion; it ends at a line's border, where every tokenizer splits."""
 MASK = "____"
-TASK = SourceTask(max_prompt_chars=240, max_rows=1_200, min_rows=800, max_share=0.3)
+TASK = SourceTask(max_prompt_chars=240, max_rows=2_000, min_rows=800, max_share=0.3)
 """No type is on more than 30 % of the rows: naming always the same one is right no more often."""
 _TYPES = ("bool", "bytes", "float", "int", "str")  # and None; of others there are few each
 
