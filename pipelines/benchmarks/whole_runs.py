@@ -281,7 +281,9 @@ def quickstart(out: Path) -> Figures:
     alone = ["emulator.compression_ratio=1.0", f"finetune.max_steps={steps}"]
     bound = emloc_ray.load_config(QUICKSTART, [f"run_dir={out / 'ratio-1.0'}", *alone])
     upper = emloc_ray.run(bound, fresh=True)  # rows that follow from installed packages may have changed
-    config = emloc_ray.load_config(QUICKSTART, [f"run_dir={out / 'quickstart'}", f"evaluation.upper_bound={bound.run_dir}"])
+    config = emloc_ray.load_config(
+        QUICKSTART, [f"run_dir={out / 'quickstart'}", f"evaluation.upper_bound={bound.run_dir}"]
+    )
     begin = time.perf_counter()
     metrics = emloc_ray.run(config, fresh=True)
     wall = time.perf_counter() - begin

@@ -35,9 +35,7 @@ def _rows(root: Path, text: str, **changes: float) -> list[dict[str, str]]:
 
 def test_a_short_function_becomes_the_expected_row(tmp_path: Path) -> None:
     (row,) = _rows(tmp_path, FUNCTION)
-    assert row["prompt"] == (
-        "def holds(\n    self, title: str\n) -> ____:\n    return title in self.titles" + LEAD
-    )
+    assert row["prompt"] == ("def holds(\n    self, title: str\n) -> ____:\n    return title in self.titles" + LEAD)
     assert row["completion"] == "bool"
 
 
