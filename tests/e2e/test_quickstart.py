@@ -29,7 +29,7 @@ x = tokenizer("def add(a, b):\\n    return a + b\\n", return_tensors="pt")
 with torch.no_grad():
     base = AutoModelForCausalLM.from_pretrained(run + "/model", dtype=torch.float32).eval()
     original = base(**x).logits
-    adapted = PeftModel.from_pretrained(base, run + "/adapter").eval()(**x).logits
+    adapted = PeftModel.from_pretrained(base, run + "/adapter_finished").eval()(**x).logits
     merged = AutoModelForCausalLM.from_pretrained(run + "/merged", dtype=torch.float32).eval()(**x).logits
 assert "emloc_ray" not in sys.modules
 figures = {"apart": (adapted - merged).abs().max(), "moved": (merged - original).abs().max(), "scale": original.abs().max()}
@@ -43,6 +43,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     overrides = [
         "emulator.healing.steps=2",
         "finetune.max_steps=6",
+        "finetune.exact_steps=2",
         "calibration.num_calibration_samples=32",
         "correction.num_selection_samples=8",
         "evaluation.num_samples=16",
@@ -69,7 +70,7 @@ def test_a_few_steps_already_help(metrics: dict[str, Any]) -> None:
     losses = {name: values["loss"] for name, values in metrics["evaluation"].items()}
     assert losses["merged"] < losses["original"] - 0.02
     assert losses["emulator_adapter"] < losses["emulator"]
-    assert losses["merged"] == pytest.approx(losses["corrected"], abs=1e-3)
+    assert losses["merged"] == pytest.approx(losses["finished"], abs=1e-3)
 
 
 def test_rows_enough_and_no_module_in_two_splits(quickstart: Path, metrics: dict[str, Any]) -> None:
@@ -79,10 +80,10 @@ def test_rows_enough_and_no_module_in_two_splits(quickstart: Path, metrics: dict
         split: pyarrow.parquet.read_table(quickstart / "data" / "rows" / f"{split}.parquet")
         for split in ("train", "calibration", "selection", "eval")
     }
-    assert sum(table.num_rows for table in tables.values()) >= 3000
+    assert sum(table.num_rows for table in tables.values()) >= 800
     modules = [set(table["module"].to_pylist()) for table in tables.values()]
     assert sum(map(len, modules)) == len(set.union(*modules))
-    assert metrics["data"]["train"]["rows"] > 2000
+    assert metrics["data"]["train"]["rows"] > 500
 
 
 def test_it_loads_without_us(quickstart: Path) -> None:

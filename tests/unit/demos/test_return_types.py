@@ -1,4 +1,4 @@
-"""The task of return types: exact rows from a made tree, none that is cut or gives its type away, and no type on more than its share."""
+"""The task of return types: exact rows from a made tree, whole functions alone, and no type on more than its share."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ REFUSED: dict[str, tuple[Callable[[Place], None], list[str]]] = {
     ),
     "13 relative model": (
         set_key("model", "./deep/model"),
-        ["model.source ./deep/model is no model directory and no .gguf file in /", "mend the path"],
+        ["model.source ./deep/model is no model directory and no .gguf file in /", "fix the path"],
     ),
     "14 unset": (
         set_key("data.train", "${NOWHERE}/x.jsonl"),
