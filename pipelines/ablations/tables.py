@@ -116,8 +116,16 @@ def _bare_emulators(result: Mapping[str, Any]) -> str:
 
 def _whole_run(result: Mapping[str, Any]) -> str:
     """A run against LoRA on the original."""
-    lines = [[row["what"], f"{row['loss']:.3f}", f"{100 * row['gap_closed']:.1f} %"] for row in result["rows"]]
-    return markdown(["", "held-out loss", "gap closed"], lines)
+    lines = [
+        [
+            row["what"],
+            f"{row['loss']:.3f}",
+            f"{100 * row['gap_closed']:.1f} %",
+            _NONE if row["exact_match"] is None else f"{100 * row['exact_match']:.0f} %",
+        ]
+        for row in result["rows"]
+    ]
+    return markdown(["", "held-out loss", "gap closed", "exact match"], lines)
 
 
 def _peaks(result: Mapping[str, Any]) -> str:

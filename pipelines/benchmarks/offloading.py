@@ -20,7 +20,7 @@ DEPTH = 12  # blocks of the model that is passed through, of the widths of one o
 SHAPE = (4, 256)  # rows and tokens of a batch
 VARIANTS = 4
 BUDGET = 2 * 2**30
-_REPEATS = 5
+_REPEATS = 3
 
 
 def offloading(out: Path) -> Figures:
@@ -70,11 +70,15 @@ def bounded(out: Path) -> Figures:
         "emulator.compression_ratio=0.2",
         "emulator.allocation=sensitivity",
         "emulator.objective=predictions",
-        "emulator.healing={steps: 2}",
-        "calibration.num_calibration_samples=16",
-        "finetune.max_steps=4",
-        "finetune.exact_steps=2",
-        "evaluation.num_samples=16",
+        "emulator.healing={steps: 1}",
+        "calibration.num_calibration_samples=4",  # memory does not grow with rows, time does
+        "finetune.per_device_train_batch_size=2",
+        "finetune.max_steps=2",
+        "finetune.exact_steps=1",
+        "correction.num_selection_samples=4",
+        "evaluation.num_samples=4",
+        "evaluation.num_exact_match=0",
+        "evaluation.num_generations=0",
     )
     metrics = emloc_ray.run(config, fresh=True)
     peaks = {name: stage["peak_pss_bytes"] for name, stage in metrics["stages"].items()}

@@ -261,24 +261,31 @@ def calibration(out: Path) -> Figures:
 def _against_lora(metrics: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
     """Held-out losses of a run, and of LoRA on the original at as many steps, each with its share of what that gains."""
     losses = {name: values["loss"] for name, values in metrics["evaluation"].items()}
+    before, after, bound = (
+        run.get("exact_match", {}).get(model)
+        for run, model in ((metrics, "original"), (metrics, "merged"), (upper, "merged"))
+    )
     named = {
-        "original": losses["original"],
-        "adapter from the emulator, uncorrected": losses["uncorrected"],
-        f"adapter from the emulator, corrected ({metrics['correction']['method']})": losses["corrected"],
-        "LoRA on the original": upper["evaluation"]["corrected"]["loss"],
+        "original": (losses["original"], before),
+        "adapter from the emulator, uncorrected": (losses["uncorrected"], None),
+        f"adapter from the emulator, corrected ({metrics['correction']['method']})": (losses["corrected"], None),
+        "the same, finished on the original": (losses["merged"], after),
+        "LoRA on the original": (upper["evaluation"]["merged"]["loss"], bound),
     }
-    gap = losses["original"] - named["LoRA on the original"]
+    gap = losses["original"] - named["LoRA on the original"][0]
     rows = [
-        {"what": what, "loss": loss, "gap_closed": (losses["original"] - loss) / gap} for what, loss in named.items()
+        {"what": what, "loss": loss, "gap_closed": (losses["original"] - loss) / gap, "exact_match": match}
+        for what, (loss, match) in named.items()
     ]
     return {"num_tokens": metrics["evaluation"]["original"]["num_tokens"], "rows": rows}
 
 
 def quickstart(out: Path) -> Figures:
-    """The quickstart from nothing, timed as a whole, and LoRA on the original at as many steps as healing and tuning."""
+    """The quickstart from nothing, timed as a whole, and LoRA on the original at as many steps in all."""
     given = emloc_ray.load_config(QUICKSTART)
-    steps = given.finetune.max_steps + (given.emulator.healing.steps if given.emulator.healing else 0)
-    alone = ["emulator.compression_ratio=1.0", f"finetune.max_steps={steps}"]
+    steps = given.finetune.max_steps + given.finetune.exact_steps
+    steps += given.emulator.healing.steps if given.emulator.healing else 0
+    alone = ["emulator.compression_ratio=1.0", f"finetune.max_steps={steps}", "finetune.exact_steps=0"]
     bound = emloc_ray.load_config(QUICKSTART, [f"run_dir={out / 'ratio-1.0'}", *alone])
     upper = emloc_ray.run(bound, fresh=True)  # rows that follow from installed packages may have changed
     config = emloc_ray.load_config(
@@ -294,7 +301,9 @@ def quickstart(out: Path) -> Figures:
         raise SystemExit(
             "LoRA on the original gained nothing, or was measured on other rows: there is no gap to close."
         )
-    trained = sum(metrics["stages"][name]["wall_s"] for name in ("heal", "finetune") if name in metrics["stages"])
+    trained = sum(
+        metrics["stages"][name]["wall_s"] for name in ("heal", "finetune", "finish") if name in metrics["stages"]
+    )
     write_result(out / "quickstart.json", "whole_run", "quickstart", **_against_lora(metrics, upper))
     return {
         "quickstart wall time": figure(wall, 600, "s (baseline: the limit)"),
@@ -308,7 +317,7 @@ def quickstart(out: Path) -> Figures:
             }
             for name in ("uncorrected", "corrected")
         },
-        "healing and fine-tuning": figure(
+        "healing, fine-tuning and finishing": figure(
             trained, upper["stages"]["finetune"]["wall_s"], "s (baseline: LoRA on the original)"
         ),
     }

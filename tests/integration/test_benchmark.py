@@ -43,7 +43,7 @@ def publish(
     rows = write_jsonl(tmp_path / "rows.jsonl", task_rows(240))
     config = tmp_path / "small.yaml"
     values = {
-        "base": str(ROOT / "configs" / "quickstart.yaml"),
+        "base": str(ROOT / "configs" / "docstrings.yaml"),
         "model": {"source": str(tmp_path / "model.gguf")},
         "data": {"generate": None, "train": {"path": str(rows)}},
         **SMALL,
