@@ -246,12 +246,15 @@ def test_what_is_published_names_no_place() -> None:
 
 
 def test_a_run_stands_beside_lora_on_the_original() -> None:
-    rows = [{"what": "original", "loss": 4.0, "gap_closed": 0}, {"what": "ours", "loss": 3.25, "gap_closed": 0.75}]
+    rows = [
+        {"what": "original", "loss": 4.0, "gap_closed": 0, "exact_match": 0.0},
+        {"what": "ours", "loss": 3.25, "gap_closed": 0.75, "exact_match": None},
+    ]
     assert render({"kind": "whole_run", "rows": rows}).splitlines() == [
-        "|  | held-out loss | gap closed |",
-        "| --- | --- | --- |",
-        "| original | 4.000 | 0.0 % |",
-        "| ours | 3.250 | 75.0 % |",
+        "|  | held-out loss | gap closed | exact match |",
+        "| --- | --- | --- | --- |",
+        "| original | 4.000 | 0.0 % | 0 % |",
+        "| ours | 3.250 | 75.0 % | – |",
     ]
 
 
