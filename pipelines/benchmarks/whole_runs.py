@@ -281,11 +281,16 @@ def _against_lora(metrics: dict[str, Any], upper: dict[str, Any]) -> dict[str, A
 
 
 def quickstart(out: Path) -> Figures:
-    """The quickstart from nothing, timed as a whole, and LoRA on the original at as many steps in all."""
+    """The quickstart from nothing, timed as a whole, and LoRA on the original, held whole, at as many steps in all."""
     given = emloc_ray.load_config(QUICKSTART)
     steps = given.finetune.max_steps + given.finetune.exact_steps
     steps += given.emulator.healing.steps if given.emulator.healing else 0
-    alone = ["emulator.compression_ratio=1.0", f"finetune.max_steps={steps}", "finetune.exact_steps=0"]
+    alone = [
+        "emulator.compression_ratio=1.0",
+        f"finetune.max_steps={steps}",
+        "finetune.exact_steps=0",
+        "memory_budget=null",
+    ]
     bound = emloc_ray.load_config(QUICKSTART, [f"run_dir={out / 'ratio-1.0'}", *alone])
     upper = emloc_ray.run(bound, fresh=True)  # rows that follow from installed packages may have changed
     config = emloc_ray.load_config(
