@@ -68,7 +68,8 @@ def measured(root: Path, model_dir: Path, **changes: Any) -> Any:
     root.mkdir()
     (root / "values.json").write_text(json.dumps(values(root, model_dir, **changes)))
     paths = [str(root / "values.json"), str(model_dir), str(root / "found.json")]
-    own = {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1", **LEAN_MEMORY}
+    places = os.pathsep.join(map(str, (TESTS.parent, TESTS.parent / "pipelines", TESTS)))
+    own = {"PYTHONPATH": places, "OMP_NUM_THREADS": "1", **LEAN_MEMORY}
     command = [sys.executable, str(TESTS / "measured_run.py"), *paths]
     done = subprocess.run(command, env={**os.environ, **own}, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

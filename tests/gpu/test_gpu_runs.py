@@ -53,7 +53,8 @@ print(json.dumps({"losses": losses, "peak": peak, "left": left}))
 def run_on(devices: str, root: Path) -> dict[str, Any]:
     """The losses of all variants, the peak of the GPU's memory, and the bytes that each stage has left there."""
     root.mkdir()
-    paths = os.pathsep.join(str(Path(__file__).parents[part]) for part in (1, 2))
+    tests, package = Path(__file__).parents[1:3]
+    paths = os.pathsep.join(map(str, (tests, package, package / "pipelines")))
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": devices, "PYTHONPATH": paths}
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(root)],

@@ -6,14 +6,16 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from emloc_ray.data.processors import ImageInputs
 from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.io.runs.resume import discard_unless
 from emloc_ray.io.store.atomic import write_json
 from emloc_ray.io.store.node_cache import ensure
 from emloc_ray.modeling.inputs import Stream
+
+if TYPE_CHECKING:
+    from emloc_ray.data.processors import ImageInputs
 
 Groups = tuple[tuple[str, ...], ...]
 _WAY = ".way.json"

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from emloc_ray.core.correction import Candidate
-from emloc_ray.data.processors import ImageInputs
 from emloc_ray.io.formats.grams import GramStore, StoredGram
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.stages.correct.search import NUM_FURTHER
+
+if TYPE_CHECKING:
+    from emloc_ray.data.processors import ImageInputs
 
 
 @dataclass(frozen=True)

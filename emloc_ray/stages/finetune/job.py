@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from emloc_ray.data.processors import ImageInputs
+if TYPE_CHECKING:
+    from emloc_ray.data.processors import ImageInputs
 
 
 @dataclass(frozen=True)
