@@ -164,6 +164,16 @@ def emulator_class(base: type[PreTrainedModel], config: EmulatorModelConfig) -> 
             super().__init__(base_config, *args, **kwargs)
             factorize_modules(unfuse(self), config.ranks, config.storage, config.forms())
 
+        @torch.no_grad()
+        def initialize_weights(self) -> None:
+            """Also sets what a model inside sets in its blocks, as Falcon-H1's multipliers, which no file holds: a model
+            without tensors of its own counts as set where the outer class is not transformers' own."""
+            super().initialize_weights()
+            for module in self.modules():
+                own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+                if isinstance(module, PreTrainedModel) and module is not self and not own:
+                    module._init_weights(module)  # noqa: SLF001  the method that transformers means models to override
+
         def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
             """Saves as an emulator: under the original's type it would load as dense layers with random weights."""
             # Under the names in memory: those on disk may have no place for factors, or for experts apart.

@@ -15,7 +15,7 @@ from dense_weights import dense_weight
 from safetensors import safe_open
 from tiny import EXPERT_FAMILIES, FAMILIES, VOCABULARY, Storage, make_emulator, make_model, save_emulator
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, FalconH1Config, FalconH1ForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from emloc_ray.modeling.architecture import block_linears
@@ -59,6 +59,31 @@ def test_round_trip_is_bit_equal(tmp_path: Path, family: str, dtype: str, tied: 
     assert {n: m.down.out_features for n, m in loaded.named_modules() if isinstance(m, FactorizedLinear)} == ranks
     assert (loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight) == tied
     assert torch.equal(logits(loaded), logits(model))
+
+
+def test_what_files_do_not_hold_is_set_as_the_original_sets_it(tmp_path: Path) -> None:
+    # Falcon-H1's multipliers: a model without weights of its own sets them in its blocks.
+    config = FalconH1Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        mamba_d_ssm=32,
+        mamba_n_heads=2,
+        mamba_d_head=16,
+        mamba_d_state=16,
+        ssm_multipliers=[0.5, 2.0, 3.0, 0.25, 1.5],
+    )
+    torch.manual_seed(0)
+    model = FalconH1ForCausalLM(config)
+    ranks = {spec.name: 5 for spec in block_linears(model)}
+    loaded = AutoModelForCausalLM.from_pretrained(saved(tmp_path / "e", make_emulator(model, ranks), ranks))
+    left_out = dict(loaded.named_non_persistent_buffers())
+    assert any(name.endswith("mup_vector") for name in left_out)
+    for name, value in model.named_non_persistent_buffers():
+        assert torch.equal(left_out[name], value), name
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "mixtral"])
