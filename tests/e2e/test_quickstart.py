@@ -41,10 +41,10 @@ print(json.dumps({name: float(value) for name, value in figures.items()}))
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("e2e") / "quickstart"
     overrides = [
-        "emulator.healing.steps=2",
-        "finetune.max_steps=6",
-        "finetune.exact_steps=2",
-        "calibration.num_calibration_samples=32",
+        "emulator.healing.steps=1",
+        "finetune.max_steps=4",
+        "finetune.exact_steps=1",
+        "calibration.num_calibration_samples=16",
         "correction.num_selection_samples=8",
         "evaluation.num_samples=16",
         "evaluation.num_exact_match=2",
