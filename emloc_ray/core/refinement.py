@@ -5,9 +5,9 @@ The block reads what the emulator's blocks before it give, ``h'``, and aims at w
 
     Σ_tokens ‖F'(h') − F(h)‖² / ‖F(h)‖²
 
-so that they make up for each other's errors, and for those of the blocks before. Relative to the token's own, for the norm at
-which the next block begins divides by that: of a sum of plain squares the first tokens of rows, hundreds of times as large,
-are nearly all.
+so that they make up for each other's errors, and for those of the blocks before. Each token's error is divided by the token's
+own square: the norm that begins the next block divides by it too. In a sum of plain squares the first tokens of rows, which are
+hundreds of times as large, would be nearly all.
 """
 
 from __future__ import annotations

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from emloc_ray.demos import docstrings, return_types, vqa
 from emloc_ray.demos.python_sources import SourceTask
+
+_OF_SOURCES: dict[str, tuple[Any, SourceTask]] = {
+    "docstrings": (docstrings, SourceTask()),
+    "return_types": (return_types, return_types.TASK),
+}
 
 
 def write_generated(name: str, out_dir: Path, seed: int, max_rows: int | None = None) -> dict[str, int]:
@@ -20,7 +26,7 @@ def write_generated(name: str, out_dir: Path, seed: int, max_rows: int | None = 
     if name == "vqa":
         pictures = vqa.VqaTask(seed=seed)
         return vqa.generate(out_dir, pictures if max_rows is None else dataclasses.replace(pictures, num_rows=max_rows))
-    functions = dataclasses.replace(return_types.TASK if name == "return_types" else SourceTask(), seed=seed)
-    if max_rows is not None:
-        functions = dataclasses.replace(functions, max_rows=max_rows)
-    return (return_types if name == "return_types" else docstrings).generate(out_dir, functions)
+    module, task = _OF_SOURCES[name]
+    rows = task.max_rows if max_rows is None else max_rows
+    counts: dict[str, int] = module.generate(out_dir, dataclasses.replace(task, seed=seed, max_rows=rows))
+    return counts

@@ -166,8 +166,11 @@ def emulator_class(base: type[PreTrainedModel], config: EmulatorModelConfig) -> 
 
         @torch.no_grad()
         def initialize_weights(self) -> None:
-            """Also sets what a model inside sets in its blocks, as Falcon-H1's multipliers, which no file holds: a model
-            without tensors of its own counts as set where the outer class is not transformers' own."""
+            """Also lets each inner model set buffers of its blocks that no file holds, such as Falcon-H1's multipliers.
+
+            Transformers skips an inner model that has no tensors of its own where the outer class is not defined in
+            transformers, as this one is not.
+            """
             super().initialize_weights()
             for module in self.modules():
                 own = (*module.parameters(recurse=False), *module.buffers(recurse=False))

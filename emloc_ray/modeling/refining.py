@@ -18,7 +18,7 @@ _BETAS = (0.9, 0.95)  # so few steps that a longer memory of the gradients' size
 
 
 class Fit(NamedTuple):
-    """The held-out error of a block before and after its fit, and whether that was lower."""
+    """The held-out error of a block before and after its fit."""
 
     before: float
     after: float
@@ -42,8 +42,8 @@ class _Master(nn.Module):
 
 def factorized_in(block: nn.Module) -> dict[str, FactorizedLinear]:
     """The linears of a block whose factors are floats, by their names inside it."""
-    found = {name: module for name, module in block.named_modules() if isinstance(module, FactorizedLinear)}
-    return {name: module for name, module in found.items() if isinstance(module.down, nn.Linear)}
+    factorized = {name: module for name, module in block.named_modules() if isinstance(module, FactorizedLinear)}
+    return {name: module for name, module in factorized.items() if isinstance(module.down, nn.Linear)}
 
 
 @contextlib.contextmanager
@@ -107,11 +107,11 @@ def fit_block(
     after = _mean_error(error, held_out)
     if not before < float("inf") or not after < float("inf"):
         raise NumericsError(f"{name} gives NaN or Inf while it is refined: lower emulator.refinement.learning_rate.")
-    found = Fit(before, after)
-    if not found.is_better:
+    fit = Fit(before, after)
+    if not fit.is_better:
         for parameter, weight in zip(_factors(block), original, strict=True):
             parameter.data = weight
-    return found
+    return fit
 
 
 def _factors(block: nn.Module) -> list[Tensor]:
@@ -120,5 +120,5 @@ def _factors(block: nn.Module) -> list[Tensor]:
 
 @torch.no_grad()
 def _mean_error(error: Callable[[int], tuple[Tensor, int]], batches: Sequence[int]) -> float:
-    found = [error(batch) for batch in batches]
-    return sum(float(total) for total, _ in found) / max(1, sum(tokens for _, tokens in found))
+    sums = [error(batch) for batch in batches]
+    return sum(float(total) for total, _ in sums) / max(1, sum(tokens for _, tokens in sums))

@@ -42,7 +42,7 @@ _FIT = "fit"
 class RefinementJob:
     """Artifact paths and flat settings; ``work_dir`` is where a killed try is continued from.
 
-    ``inputs`` hashes what hidden states depend on: nobody clears those on other nodes. ``tokens``: which count for the error.
+    ``inputs`` hashes what hidden states depend on, for old ones may lie on other nodes. ``tokens``: which count for the error.
     """
 
     model_dir: Path
@@ -229,7 +229,7 @@ def refine(
 
     task = resources.task(refine_blocks).options(name="refine: blocks")
     bounded([("the blocks", functools.partial(task.remote, job))], 1, Losses("refine", tell), look, LOOK_S)
-    found = [fit for fit in fits(job).values() if fit.before > 0]
-    kept = [fit.after / fit.before for fit in found if fit.is_better]
-    left = (sum(kept) + len(found) - len(kept)) / max(1, len(found))
-    return {"num_workers": 1, "blocks": len(found), "blocks_refined": len(kept), "error_left": left}
+    blocks = [fit for fit in fits(job).values() if fit.before > 0]
+    kept = [fit.after / fit.before for fit in blocks if fit.is_better]
+    left = (sum(kept) + len(blocks) - len(kept)) / max(1, len(blocks))
+    return {"num_workers": 1, "blocks": len(blocks), "blocks_refined": len(kept), "error_left": left}
