@@ -17,6 +17,8 @@ def data_bytes() -> int:
 
 def data_bytes_after_imports() -> int:
     """What a worker of the heaviest stage has taken before it does anything, once it has imported all that it needs."""
+    import deepspeed  # noqa: F401 - accelerate imports it with a process's first training
+
     import emloc_ray.modeling.adapter
     import emloc_ray.modeling.holding
     import emloc_ray.stages.correct.correct
