@@ -11,8 +11,9 @@ Keys of a file: ``base`` (a config that all runs begin with), ``run_dir``, ``sha
 ``datasets`` (summaries, names, code), ``seeds``, ``rows`` (of train, selection, eval, calibration), ``methods`` (of each a
 ``name``, the config keys that are its own, ``prune``: layers, random or structured, ``heal_on``: other rows), ``upper_bound``
 (the method that is LoRA on the original), ``compare_with`` (method, calibration, correction or a key of the grid), ``grid``
-(config key: values, for methods that do not set it), ``calibrations`` (name: ``foreign`` rows, their ``share``, ``shuffle``),
-``corrections`` (name: method, clamp, strength; tried on every trained adapter), ``max_concurrent``, ``limits``, ``cache``.
+(config key: values, for methods that do not set it), ``unrounded`` (begin with the base's ``.gguf`` of 4 bits plus noise within
+half a step of its grid), ``calibrations`` (name: ``foreign`` rows, their ``share``, ``shuffle``), ``corrections`` (name: method,
+clamp, strength; tried on every trained adapter), ``max_concurrent``, ``limits``, ``cache``.
 
 The results are in the file's ``run_dir``: ``results.json`` has every figure of every cell, ``results.md`` the table; each
 run is in ``tasks/NAME`` with a page of its own, but for its merged model, which is dropped once it is evaluated. Figures are
@@ -87,6 +88,7 @@ def run(
     missing."""
     failed: dict[str, str] = {}
     with BatchView(console) as view:
+        ablation = runs.unrounded(ablation, view.tell)
         cells = runs.known_data(ablation) if only_collect else runs.make_data(ablation, view.tell)
         for name, result in published.items():
             if "cells" in result:

@@ -159,6 +159,7 @@ def figures(metrics: dict[str, Any]) -> dict[str, Any]:
         "num_tokens": metrics["evaluation"]["original"]["num_tokens"],
         "chosen_correction": {key: correction[key] for key in ("method", "clamp", "strength")},
         "parameters_kept": metrics["emulator"]["parameters_kept"],
+        "bits_per_weight": metrics["emulator"]["bits_per_weight"],
         "training": {
             # Healing that came from the cache says nothing of what it takes, and what went on after a kill not all.
             "wall_s": None

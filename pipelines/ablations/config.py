@@ -104,6 +104,9 @@ class AblationConfig(Section):
     max_concurrent: int | None = Field(None, ge=1)
     limits: LimitsConfig = LimitsConfig()
     cache: CacheConfig = CacheConfig()
+    unrounded: bool = Field(
+        False, description="begin with the base's .gguf of 4 bits plus noise within half a step of its grid"
+    )
 
     @property
     def healing_rows(self) -> list[Foreign]:

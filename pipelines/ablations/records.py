@@ -101,7 +101,7 @@ def published(ablation: Ablation, cells: Cells, records: Sequence[Record], rows:
     versions = {key: sorted({r["versions"][key] for r in records if "versions" in r}) for key in _libraries(records)}
     kept = (
         "dataset", "method", "seed", "ratio", "calibration", "correction", "settings", "status", "loss", "losses",
-        "gap_closed", "gap_closed_uncorrected", "gap_closed_by_emulator", "chosen_correction",
+        "gap_closed", "gap_closed_uncorrected", "gap_closed_by_emulator", "chosen_correction", "bits_per_weight",
     )  # fmt: skip
     return {
         "kind": "ablation",

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from emloc_ray.config.schema import ModelConfig, RunConfig
 from emloc_ray.errors import ConfigError, EmlocError
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.io.store.node_cache import discard
 from emloc_ray.modeling.loading import fetch_weights, read_model_config, resolve_source
 from emloc_ray.planning.prepared import Prepared, prepare
@@ -161,6 +163,22 @@ def _wait_for(place: RunDirectory, tell: Tell) -> None:
         time.sleep(_POLL_S)
 
 
+def unrounded(ablation: Ablation, tell: Tell) -> Ablation:
+    """The same on the model that ``unrounded`` asks for, which is made where it is not there yet."""
+    if not ablation.config.unrounded:
+        return ablation
+    from ablations.unrounding import make_unrounded
+
+    source = ablation.bound.config.model.source
+    digest, name = fingerprint([source, version("emloc-ray")])[:16], source.rsplit("/", 1)[-1]
+    model_dir = ablation.shared / "unrounded" / digest / name
+    if not model_dir.is_dir():
+        tell(f"{source} as it may have been before it was rounded")
+        make_unrounded(source, model_dir)
+    own = {"model": {"source": str(model_dir)}}
+    return replace(ablation, cells=tuple(replace(cell, task=_changed(cell.task, **own)) for cell in ablation.cells))
+
+
 def known_data(ablation: Ablation) -> Cells:
     """What an earlier call made."""
     contents: dict[tuple[str, int], dict[str, str]] = {}
@@ -211,7 +229,8 @@ def _run_batch(
                 place = RunDirectory(ablation.batch.task_dir(task.name))
                 measured = figures(place.metrics())
                 if cell.name in pruned:
-                    measured["parameters_kept"] = pruned[cell.name].parameters_kept
+                    kept = pruned[cell.name].parameters_kept
+                    measured |= {"parameters_kept": kept, "bits_per_weight": kept * measured["bits_per_weight"]}
                 cells.write(cell, measured)
                 discard(place.path("merged"))  # of the size of the original each, and evaluated by now
 

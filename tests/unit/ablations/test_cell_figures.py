@@ -28,7 +28,7 @@ def cells_of(ablation: Ablation, method: str) -> list[Any]:
 def done(loss: float, **losses: float) -> dict[str, Any]:
     """A cell's figures."""
     known = {"original": 4.0, "emulator": 6.0, "emulator_adapter": 4.5, "uncorrected": loss + 0.1, "corrected": loss}
-    return {"losses": {**known, **losses}, "num_tokens": 9, "parameters_kept": 0.5, "versions": {"torch": "2"}}
+    return {"losses": {**known, **losses}, "num_tokens": 9, "parameters_kept": 0.5, "bits_per_weight": 8.0, "versions": {"torch": "2"}}
 
 
 def test_records_are_paired_by_data_set_and_seed_and_tell_what_is_missing(write: Write) -> None:
@@ -150,7 +150,7 @@ def test_healing_from_the_cache_or_after_a_kill_says_nothing_of_its_time() -> No
         "planned_memory": {"heal": 1, "finetune": 2, "inference": 3},
         "correction": {"method": "none", "clamp": None, "strength": 1.0},
         "evaluation": {"original": {"loss": 4.0, "num_tokens": 9}},
-        "emulator": {"parameters_kept": 0.5},
+        "emulator": {"parameters_kept": 0.5, "bits_per_weight": 8.0},
     }
     assert figures(metrics)["training"] == {"wall_s": 6.0, "planned_bytes": 2}
     for partly in ({"taken_from": "another"}, {"resumed": True}):
