@@ -1,0 +1,42 @@
+"""The picture of the frontier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ablations.cells import read_ablation
+from frontier import KINDS, draw, points
+
+ROOT = Path(__file__).parents[3]
+
+
+def record(method: str, bits: float, closed: float) -> dict[str, Any]:
+    return {"method": method, "bits_per_weight": bits, "gap_closed": closed}
+
+
+def test_a_point_is_the_mean_over_seeds_fewest_bits_first() -> None:
+    records = [record("int3", 3.0, 0.8), record("int2", 2.2, 0.5), record("int2", 2.4, 0.7), record("lora", 16, 1.0)]
+    lines = points(records)
+    assert lines["2, 3, 4 and 8 bits (GPTQ)"] == [pytest.approx((2.3, 60)), pytest.approx((3.0, 80))]
+    assert list(lines) == ["2, 3, 4 and 8 bits (GPTQ)", "LoRA on the original"]
+
+
+def test_a_method_of_no_kind_is_named() -> None:
+    with pytest.raises(ValueError, match="brand_new: no kind"):
+        points([record("brand_new", 1, 0)])
+
+
+def test_every_method_of_the_grid_has_a_kind() -> None:
+    methods = {method.name for method in read_ablation(ROOT / "configs" / "ablations" / "frontier.yaml").config.methods}
+    assert methods == {name for names, _ in KINDS.values() for name in names}
+
+
+def test_the_picture_names_its_kinds_and_is_the_same_again(tmp_path: Path) -> None:
+    lines = points([record("int2", 2.2, 0.5), record("lora", 16, 1.0)])
+    for name in ("one.svg", "two.svg"):
+        draw(lines, tmp_path / name)
+    text = (tmp_path / "one.svg").read_text()
+    assert "<!-- LoRA on the original -->" in text
+    assert (tmp_path / "two.svg").read_text() == text
