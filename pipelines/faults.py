@@ -18,7 +18,8 @@ by one. Kinds of faults:
     head                            SIGKILL to Ray's control store; a new cluster, and the driver started again
 
 --chaos SECONDS instead runs all stages asked for at once, with a random one of the first five every so many seconds;
---batch kills the driver of two tasks and starts it again. A partition is this machine's own, and Ray keeps to it, in
+--batch kills the driver of two tasks and starts it again; both may be asked for at once. A partition is this machine's own,
+and Ray keeps to it, in
 
     unshare --net sh -c "ip link set lo up; python pipelines/faults.py --kinds partition --stages merge --moments 1"
 
@@ -28,6 +29,7 @@ by one. Kinds of faults:
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import sys
@@ -77,6 +79,11 @@ def batches(matrix: Matrix, moments: int, seed: int) -> Iterator[Cell]:
         yield matrix.batch(round(random.Random(f"{seed} batch {number}").uniform(0.05, 0.95), 3))
 
 
+def chaos(matrix: Matrix, last: str, every_s: float, seed: int) -> Iterator[Cell]:
+    """One whole run, disturbed again and again."""
+    yield matrix.chaos(last, every_s, seed)
+
+
 def write(out: Path, cells: Sequence[Cell]) -> None:
     """Both files, whole, after every cell."""
     (out / "faults.json").write_text(json.dumps([asdict(cell) for cell in cells], indent=2) + "\n")
@@ -106,12 +113,14 @@ def main() -> int:
         matrix = Matrix(nodes, config, Path(folder) / "runs")
         stages = [stage for stage in matrix.stages if stage in arguments.stages]
         matrix.undisturbed(matrix.stages if arguments.batch else stages)
-        found = cells(matrix, stages, arguments.kinds, arguments.moments, arguments.seed)
+        found: list[Iterator[Cell]] = []
         if arguments.batch:
-            found = batches(matrix, arguments.moments, arguments.seed)
-        elif arguments.chaos is not None:
-            found = iter([matrix.chaos(stages[-1], arguments.chaos, arguments.seed)])
-        for cell in found:
+            found.append(batches(matrix, arguments.moments, arguments.seed))
+        if arguments.chaos is not None:
+            found.append(chaos(matrix, stages[-1], arguments.chaos, arguments.seed))
+        if not found:
+            found.append(cells(matrix, stages, arguments.kinds, arguments.moments, arguments.seed))
+        for cell in itertools.chain(*found):
             done.append(cell)
             write(out, done)
             print(table([cell]).splitlines()[2], flush=True)

@@ -10,15 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.io.formats.yaml_text import write_yaml
 from emloc_ray.runs.batch.driver import prepare_batch, run_batch
 from emloc_ray.runs.batch.tasks import read_batch
 from emloc_ray.runs.reporter import Reporter
 from emloc_ray.ui import api
-from faulting.nodes import kill
 
 Event = dict[str, Any]
 Drive = Callable[[RunConfig, str, Path, Path | None], None]
@@ -134,5 +131,5 @@ class Driver:
 
     def kill(self) -> None:
         """SIGKILL, and waits."""
-        kill([psutil.Process(self.process.pid)])
+        self.process.kill()
         self.process.join()

@@ -7,6 +7,7 @@ import filecmp
 import json
 import random
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -213,10 +214,12 @@ class Matrix:
             wrong = _error(driver)
             _resize(run, _DISK_BYTES)
             return self._driver(run, cell.stage), "" if "disk is full" in wrong else wrong
+        hung = ""
         if cell.kind == "head":
             driver.wait(_SECONDS)
+            hung = "it waited for a cluster that was gone" if driver.process.exitcode == -signal.SIGKILL else ""
             self.nodes.restart()
-        return (self._driver(run, cell.stage) if cell.kind in ("driver", "head") else driver), ""
+        return (self._driver(run, cell.stage) if cell.kind in ("driver", "head") else driver), hung
 
     def batch(self, moment: float) -> Cell:
         """Two tasks of a batch, each the undisturbed run; its driver is killed after a share of that run's time, and started

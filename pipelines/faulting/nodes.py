@@ -131,9 +131,9 @@ class Nodes:
 
     def kill_head(self) -> str:
         """Kills the process that knows the cluster's state; without a store of its own that is the end of the cluster."""
-        gcs = next(p for p in _raylets(self.cluster.head_node) if "gcs_server" in p.name())
+        gcs, name = next((p, p.name()) for p in _raylets(self.cluster.head_node) if "gcs_server" in p.name())
         kill([gcs])
-        return gcs.name()
+        return name
 
     def _all(self) -> Sequence[Any]:
         return [self.cluster.head_node, *self.cluster.worker_nodes]
