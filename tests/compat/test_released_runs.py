@@ -67,7 +67,7 @@ def test_status_shows_the_finished_run(release: Path) -> None:
     shown = invoke("status", "run")
     assert shown.exit_code == 0, shown.output
     assert "Not running." in shown.stdout
-    assert "It goes on by" not in shown.stdout
+    assert "To continue" not in shown.stdout
     losses = json.loads((release / "run/metrics.json").read_text())["evaluation"]
     assert len(losses) == 6
     assert all(f"{variant['loss']:.4f}" in shown.stdout for variant in losses.values())

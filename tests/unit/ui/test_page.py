@@ -27,6 +27,12 @@ def finished() -> str:
     return report.render("run", manifest(*STAGES), finished_metrics())
 
 
+def test_steps_beyond_the_colours_begin_them_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "STEPS", (*report.STEPS, "another"))
+    page = report.render("run", manifest(*STAGES), finished_metrics())
+    assert f".timeline .another {{ --colour: {report.COLOURS[0]}; }}" in page
+
+
 def test_planned_memory_stands_beside_the_measured() -> None:
     planned = {"calibrate": 3 * 2**29, "finetune": 2**31, "inference": 5 * 2**29}
     page = Page(report.render("run", manifest(*STAGES), {**finished_metrics(), "planned_memory": planned}))

@@ -56,7 +56,7 @@ def killed_at(write: int) -> Iterator[None]:
         return counted
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "replace", counting(os.replace))
+        patch.setattr(Path, "replace", counting(Path.replace))
         patch.setattr(shutil, "rmtree", counting(shutil.rmtree))
         for name in ("upload", "write", "delete"):
             patch.setattr(ObjectStore, name, counting(getattr(ObjectStore, name)))

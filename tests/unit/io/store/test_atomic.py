@@ -50,9 +50,9 @@ def test_a_failed_file_leaves_what_was_there(tmp_path: Path, error: type[BaseExc
 
 def test_the_bytes_are_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    fsync, replace = os.fsync, os.replace
+    fsync, replace = os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (events.append("fsync"), fsync(fd))[1])
-    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("replace"), replace(a, b))[1])
+    monkeypatch.setattr(Path, "replace", lambda a, b: (events.append("replace"), replace(a, b))[1])
     with atomic_file(tmp_path / "a.bin") as file:
         file.write(b"x")
     assert events == ["fsync", "replace", "fsync"]
