@@ -48,7 +48,6 @@ def form_losses(
     group_size: int = GROUP_SIZE,
     *,
     plain: bool = False,
-    seed: int = 0,
     name: str = "the layer",
 ) -> Tensor:
     """What each form of ``weight (out, in)`` is expected to lose of ``tr(S_d Δ G Δᵀ)``, with the damped ``G`` and ``S``.
@@ -64,7 +63,6 @@ def form_losses(
         forms: those that are asked for.
         group_size: of integers.
         plain: factors keep the layer's outputs, not predictions.
-        seed: of the errors that are drawn.
         name: the layer, for the errors.
 
     Returns:
@@ -75,7 +73,7 @@ def form_losses(
         ValueError: the shapes do not fit.
     """
     scaled, scale = scaled_weight(weight.detach().to(torch.float32), name)
-    layer = _Layer(scaled, whitening, outputs, group_size, plain, seed)
+    layer = _Layer(scaled, whitening, outputs, group_size, plain)
     by_rank = {bits: layer.by_rank(bits) for bits in {form.bits for form in forms if form.rank is not None}}
     whole = {form.bits: layer.whole(form.bits) for form in forms if form.rank is None and form.bits is not None}
 
@@ -102,7 +100,6 @@ class _Layer:
     outputs: Whitening
     group_size: int
     plain: bool
-    seed: int
 
     @functools.cached_property
     def columns(self) -> Tensor:
@@ -135,7 +132,7 @@ class _Layer:
     def residual_shares(self) -> Tensor:
         """What factors of each rank save of all that integers lose, as a share."""
         noise = rounding_noise(self.weight, self.inputs, _DRAWN_BITS, self.group_size)
-        drawn = torch.randn(noise.shape, generator=torch.Generator().manual_seed(self.seed)).to(noise.device)
+        drawn = torch.randn(noise.shape, generator=torch.Generator().manual_seed(0)).to(noise.device)
         errors = drawn * (noise * self.columns).sqrt()
         inside = errors if self.plain else weighed(errors, self.outputs)
         energies, _, weights = self._directions(inside, Whitening.identity(inside.shape[1], inside.device))

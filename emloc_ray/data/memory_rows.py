@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import pyarrow.parquet
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.store.digests import digest
 from emloc_ray.io.store.places import is_store_uri
-from emloc_ray.io.store.replacing import replacing
 
 
 def is_place(rows: Any) -> bool:
@@ -38,17 +38,16 @@ def write_rows(rows: Any, name: str, run_dir: str) -> str:
         )
     folder = Path(f"{Path(run_dir).expanduser().absolute()}.rows")
     is_table = hasattr(rows, "__arrow_c_stream__")
-    new = folder / f"{name}.new"
-    with replacing(new, durable=False) as temporary:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        new = Path(temporary, name)
         if is_table:
-            pa.parquet.write_table(pa.table(rows), temporary)
+            pa.parquet.write_table(pa.table(rows), new)
         else:
-            temporary.write_text("".join(_lines(rows, name)), "utf-8")
-    path = folder / f"{name}-{digest(new)[:16]}.{'parquet' if is_table else 'jsonl'}"
-    if path.is_file():  # kept, as its time tells it from others
-        new.unlink()
-    else:
-        new.replace(path)
+            new.write_text("".join(_lines(rows, name)), "utf-8")
+        path = folder / f"{name}-{digest(new)[:16]}.{'parquet' if is_table else 'jsonl'}"
+        if not path.is_file():  # else it is kept, as its time tells it from others
+            new.replace(path)
     return str(path)
 
 

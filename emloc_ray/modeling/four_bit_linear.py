@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import bitsandbytes
 import torch
 from torch import Tensor, nn
 
+from emloc_ray.modeling.frozen_product import FrozenProduct
 from emloc_ray.modeling.quantization import module_weight
-
-
-class _Product(torch.autograd.Function):
-    """``x Wᵀ`` of a frozen ``W`` in 4 bits, unpacked on the way forward and again on the way back, never kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: nn.Module) -> Tensor:
-        ctx.layer = layer
-        return x @ module_weight(layer).to(x.dtype).T
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return gradient @ module_weight(ctx.layer).to(gradient.dtype), None
 
 
 class ExactLinear4bit(bitsandbytes.nn.Linear4bit):
@@ -33,8 +19,12 @@ class ExactLinear4bit(bitsandbytes.nn.Linear4bit):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in)`` to ``(..., out)``, in the dtype of ``x``."""
-        y: Tensor = _Product.apply(x, self)
+        y: Tensor = FrozenProduct.apply(x, self.dense)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """``W (out, in)``: as it is stored, then rounded to this dtype."""
+        return module_weight(self).to(dtype)
 
 
 def compute_exactly(model: nn.Module) -> None:

@@ -8,26 +8,12 @@ little: the weight is unpacked, and a product of the device's own library follow
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from emloc_ray.core.integer_forms import GROUP_SIZE, num_groups, packed_width
 from emloc_ray.core.integers import dense_weight
-
-
-class _Product(torch.autograd.Function):
-    """``x Wᵀ`` of a frozen ``W``, unpacked on the way forward and again on the way back, never kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: IntegerLinear) -> Tensor:
-        ctx.layer = layer
-        return x @ layer.dense(x.dtype).T
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return gradient @ ctx.layer.dense(gradient.dtype), None
+from emloc_ray.modeling.frozen_product import FrozenProduct
 
 
 class IntegerLinear(nn.Module):
@@ -50,7 +36,7 @@ class IntegerLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in)`` to ``(..., out)``, in the dtype of ``x``."""
-        y: Tensor = _Product.apply(x, self)
+        y: Tensor = FrozenProduct.apply(x, self.dense)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dense(self, dtype: torch.dtype) -> Tensor:

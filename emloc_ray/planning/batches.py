@@ -10,7 +10,7 @@ from emloc_ray.planning.budget import fitting, training_bytes
 from emloc_ray.planning.costs import with_base
 from emloc_ray.planning.memory import MemoryModel, Parts, total
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.training import healing_run
+from emloc_ray.planning.training import longest_lengths
 
 
 def shrink_batches(prepared: Prepared) -> Prepared:
@@ -32,15 +32,12 @@ def _trained_within(prepared: Prepared) -> Prepared:
     """With the micro-batch and the checkpointing that fit, unless the config's own do, or DeepSpeed's JSON names them."""
     if prepared.config.finetune.deepspeed is not None:
         return prepared
-    healing, lengths = prepared.config.emulator.heals, prepared.lengths
-    if healing is not None:
-        lengths = max(lengths, healing_run(prepared, healing).lengths, key=lambda rows: rows.longest)
+    lengths = longest_lengths(prepared)
     own = MemoryModel(prepared, lengths)
     budget = own.bound("finetune") or 0.0
 
     def needed(memory: MemoryModel) -> int:
-        finishes = memory.config.finetune.exact_steps > 0 and memory.layout.differs
-        others = [memory.heal(), *([memory.finishing().parts] if finishes else [])]
+        others = [memory.heal(), *([memory.finishing().parts] if memory.prepared.finishes else [])]
         return max(training_bytes(memory), *(total(with_base(parts)) for parts in others))
 
     if needed(own) <= budget:

@@ -63,7 +63,7 @@ class CalibrationMemory(ModelBytes):
         inside = max(block.num_parameters for block in self.blocks if not block.is_between)
         outside = self.layout.num_parameters - sum(s.num_parameters for s in self.layout.specs if not s.between)
         # The head is never reached; where it is the embedding too, that stays.
-        head = 0 if getattr(self.model_config, "tie_word_embeddings", False) else self.layout.head_parameters
+        head = 0 if self._tied else self.layout.head_parameters
         names = [block.name for block in self.blocks]
         grams = max(sum(gram_bytes(group) for group in self._groups() if group[0].block == name) for name in names)
         section = self.config.calibration

@@ -6,7 +6,7 @@ import functools
 import subprocess
 from dataclasses import dataclass
 
-_QUERY = ("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+_QUERY = ("nvidia-smi", "--format=csv,noheader,nounits")
 _REACHED = 0.7  # of a data sheet's figure, as assumed of large matrix products: none was timed here
 
 
@@ -56,12 +56,18 @@ def speed_of(name: str) -> GpuSpeed | None:
 
 
 @functools.cache
+def ask_gpus(what: str) -> tuple[str, ...]:
+    """What ``nvidia-smi`` says of each of this machine's GPUs; torch would make a CUDA context, which holds memory, to say so."""
+    command = (*_QUERY, f"--query-gpu={what}")
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return tuple(line.strip() for line in answer.splitlines() if line.strip())
+
+
 def slowest_gpu() -> GpuSpeed | None:
     """The slowest of this machine's GPUs; None where it has none, or one that is not known."""
-    try:
-        answer = subprocess.run(_QUERY, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    speeds = [speed_of(line.strip()) for line in answer.splitlines() if line.strip()]
+    speeds = [speed_of(name) for name in ask_gpus("name")]
     known = [speed for speed in speeds if speed is not None]
     return min(known, key=lambda speed: speed.flops) if known and len(known) == len(speeds) else None

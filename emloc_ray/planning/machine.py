@@ -25,14 +25,13 @@ import torch
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.store.replacing import replacing
 from emloc_ray.modeling.attention import missing_package, needs_kernel
-from emloc_ray.planning.gpu_speeds import slowest_gpu
+from emloc_ray.planning.gpu_speeds import ask_gpus, slowest_gpu
 from emloc_ray.text import size, size_up
 
 if TYPE_CHECKING:
     from emloc_ray.config.schema import RunConfig
     from emloc_ray.io.runs.directory import RunDirectory
 
-_QUERY = ("nvidia-smi", "--format=csv,noheader,nounits")
 _UNIT = "floating-point operations a second and thread"
 _PROBED = 64 * 2**20  # bytes that a disk is timed by
 _FIRST_WITH_BFLOAT16 = 8.0  # compute capability: Ampere
@@ -42,15 +41,11 @@ _FIRST_VERSION = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inact
 _SECOND_VERSION = ("memory.max", "memory.current", "inactive_file")
 
 
-@functools.cache
 def of_each_gpu(what: str) -> tuple[float, ...]:
-    """What ``nvidia-smi`` tells of this machine's GPUs; torch would make a CUDA context, which holds memory, to say so."""
+    """A figure of each of this machine's GPUs by ``nvidia-smi``; none where one has no such figure."""
     try:
-        told = subprocess.run(
-            (*_QUERY, f"--query-gpu={what}"), capture_output=True, text=True, timeout=30, check=True
-        ).stdout
-        return tuple(float(line) for line in told.splitlines())
-    except (OSError, subprocess.SubprocessError, ValueError):
+        return tuple(map(float, ask_gpus(what)))
+    except ValueError:
         return ()
 
 

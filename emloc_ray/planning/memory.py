@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from emloc_ray.core.products import ROWS
 from emloc_ray.io.formats.shards import chunk_limit
 from emloc_ray.io.formats.teacher_shards import BYTES_PER_LOGIT, rows_per_shard
 from emloc_ray.modeling.architecture import LinearSpec
@@ -20,7 +21,6 @@ from emloc_ray.planning.optimizers import optimizer_bytes
 from emloc_ray.planning.sizes import DOUBLE, FLOAT, gradient_bytes, gram_bytes
 
 _HALF = 2
-_ROWS = 1024  # of a layer that the correction turns to float64 at a time
 _BEGUN = 4  # corrections that auto scores in one pass where weights come and go
 
 
@@ -33,10 +33,6 @@ class Held(NamedTuple):
 
 class MemoryModel(CalibrationMemory):
     """Predicts from a layout, a config and row lengths; every method gives bytes by part, ``total`` adds them up."""
-
-    def allocate(self) -> Parts:
-        """At most what the group that needs most takes to be factorized."""
-        return self.factorize()
 
     def factorize(self) -> Parts:
         """The group that needs most, with one of its layers computed once more in float64, as rounding may ask."""
@@ -216,7 +212,7 @@ class MemoryModel(CalibrationMemory):
 
     def _difference(self, spec: LinearSpec) -> float:
         """W and what the emulator stores of it, the Gram, some rows of one in float64, and thin matrices."""
-        rows = min(_ROWS, max(spec.out_features, spec.in_features))
+        rows = min(ROWS, max(spec.out_features, spec.in_features))
         stored = spec.num_parameters * self.file_itemsize + self.layout.kept(spec) * self.itemsize
         thin = 4 * self._rank(spec) * (spec.in_features + spec.out_features)
         return stored + gram_bytes((spec,)) * 1.5 + (2 * rows * spec.in_features + thin) * DOUBLE

@@ -14,7 +14,7 @@ from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.machine import Speeds, assumed_speeds
 from emloc_ray.planning.memory import MemoryModel, Parts, total
 from emloc_ray.planning.prepared import Prepared
-from emloc_ray.planning.training import healing_run
+from emloc_ray.planning.training import longest_lengths
 
 # The parts of a GPU worker's memory that are on its node.
 _ON_HOSTS = ("base", "weights", "correction", "hidden states", "teacher")
@@ -135,7 +135,4 @@ def within_budget(stages: Sequence[Costed], prepared: Prepared, speeds: Speeds |
     Raises:
         ConfigError: where none fit.
     """
-    lengths, healing = prepared.lengths, prepared.config.emulator.heals
-    if healing is not None:
-        lengths = max(lengths, healing_run(prepared, healing).lengths, key=lambda rows: rows.longest)
-    return choose_training(stages, prepared, lengths, speeds or assumed_speeds())
+    return choose_training(stages, prepared, longest_lengths(prepared), speeds or assumed_speeds())

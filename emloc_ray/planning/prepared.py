@@ -50,6 +50,11 @@ class Prepared:
         same = all(getattr(config, name).gpus == getattr(self.config, name).gpus for name in WORKER_SECTIONS)
         return self if same else dataclasses.replace(self, config=config)
 
+    @property
+    def finishes(self) -> bool:
+        """Whether the corrected adapter is trained on, on the original."""
+        return self.config.finetune.exact_steps > 0 and self.layout.differs
+
     @functools.cached_property
     def lengths(self) -> Lengths:
         """How long the rows to train on are."""

@@ -8,6 +8,7 @@ from emloc_ray.config.adapter import AdapterConfig
 from emloc_ray.config.emulator import HealingConfig
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.core.healing import healed_layers, ranks_before_healing
+from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.prepared import Prepared, splits_of
 
 
@@ -63,6 +64,14 @@ def healing_run(prepared: Prepared, healing: HealingConfig) -> Prepared:
             quantization="none",
         ),
     )
+
+
+def longest_lengths(prepared: Prepared) -> Lengths:
+    """The lengths of the rows to train on, or of those to heal on where the longest is longer."""
+    healing = prepared.config.emulator.heals
+    if healing is None:
+        return prepared.lengths
+    return max(prepared.lengths, healing_run(prepared, healing).lengths, key=lambda rows: rows.longest)
 
 
 def factorize_work(prepared: Prepared) -> float:

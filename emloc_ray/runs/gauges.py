@@ -31,8 +31,8 @@ class RunGauges(Reporter):
     which kind of error: ``NumericsError`` is a NaN or an Inf.
     """
 
-    def __init__(self, run: RunDirectory, look_s: float = _LOOK_S) -> None:
-        self.run, self.look_s, self._looked_at = run, look_s, 0.0
+    def __init__(self, run: RunDirectory) -> None:
+        self.run, self._looked_at = run, 0.0
         self._done = Gauge("emloc_ray_units_done", "Units of a stage that are done.", _KEYS)
         self._total = Gauge("emloc_ray_units_total", "Units of a stage in all.", _KEYS)
         self._seconds = Gauge("emloc_ray_stage_seconds", "Seconds that a stage has run.", _KEYS)
@@ -71,7 +71,7 @@ class RunGauges(Reporter):
             self._tokens.set(tokens / seconds, tags)
 
     def _look(self) -> None:
-        if time.monotonic() - self._looked_at < self.look_s:
+        if time.monotonic() - self._looked_at < _LOOK_S:
             return
         self._looked_at, tags = time.monotonic(), {"run": self.run.name}
         if (age := self.run.lease_age_s) is not None:

@@ -28,9 +28,9 @@ from emloc_ray.runs.versions import check_versions, is_begun_by_others, is_forei
 from emloc_ray.stages import order
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.ray.losses import explain
-from emloc_ray.stages.ray.nodes import addable, alive, memory_to_ask
+from emloc_ray.stages.ray.nodes import addable, alive, memory_to_ask, shortage
 from emloc_ray.stages.ray.session import hardware
-from emloc_ray.stages.ray.tasks import Resources, shortage
+from emloc_ray.stages.ray.tasks import Resources
 from emloc_ray.stages.ray.usage import measured
 from emloc_ray.stages.stage import Stage
 from emloc_ray.text import version_changes

@@ -149,7 +149,7 @@ class Context:
     @property
     def finishes(self) -> bool:
         """Whether the corrected adapter is trained on, on the original."""
-        return self.prepared.config.finetune.exact_steps > 0 and self.layout.differs
+        return self.prepared.finishes
 
     @property
     def final_adapter(self) -> Path:

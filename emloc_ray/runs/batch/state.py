@@ -192,12 +192,9 @@ class TaskReporter(Reporter):
         return lambda done, total: self.board.change(self.name, units=(done, total))
 
     def finish(self, stage: str, result: dict[str, Any], usage: dict[str, Any]) -> None:
-        """A stage has finished: keeps its time and its losses."""
+        """A stage has finished: notes whether it was taken from the cache."""
         task = self.board[self.name]
-        values: dict[str, Any] = {"active": False, "seconds": task.seconds + usage["wall_s"]}
-        if result.get("taken_from"):
-            values["taken"] = (*task.taken, stage)
-        self.board.change(self.name, **values, **_losses(stage, result))
+        self.board.change(self.name, active=False, taken=(*task.taken, *([stage] if result.get("taken_from") else [])))
 
     def skip(self, stage: str) -> None:
         """A stage was done already."""
@@ -208,20 +205,15 @@ class TaskReporter(Reporter):
         self.board.change(self.name, notes=self.board[self.name].notes + 1)
         self.tell(f"{self.name}: {text}")
 
+    def changed(self, run: RunDirectory) -> None:
+        """Keeps the run's time and losses so far, with the stages of earlier tries."""
+        self.results(run.metrics())
+
     def results(self, metrics: dict[str, Any]) -> None:
-        """Keeps the whole run's time and losses, with the stages of earlier tries."""
+        """Keeps the time and the losses that are in the run's ``metrics``."""
         values: dict[str, Any] = {"seconds": sum(stage["wall_s"] for stage in metrics["stages"].values())}
         if "finetune" in metrics:
-            values |= _losses("finetune", metrics["finetune"])
+            values["train_loss"] = metrics["finetune"]["train_loss"]
         if "evaluation" in metrics:
-            values |= _losses("evaluate", metrics)
+            values |= {f"{name}_loss": metrics["evaluation"][name]["loss"] for name in ("original", "corrected")}
         self.board.change(self.name, **values)
-
-
-def _losses(stage: str, result: dict[str, Any]) -> dict[str, float]:
-    if stage == "finetune":
-        return {"train_loss": result["train_loss"]}
-    if stage == "evaluate":
-        evaluation = result["evaluation"]
-        return {f"{name}_loss": evaluation[name]["loss"] for name in ("original", "corrected")}
-    return {}

@@ -147,7 +147,7 @@ class PipelineWork:
 
         prepared = self._prepare(task)[0]
         both = Reporters(reporter, self.reporter)
-        metrics = pipeline.run(
+        pipeline.run(
             task.config,
             reporter=both,
             prepared=prepared,
@@ -157,7 +157,6 @@ class PipelineWork:
             batch=self.batch,
             accept_changes=True,  # by whoever began the batch
         )
-        reporter.results(metrics)
 
     def forget(self, task: Task) -> None:
         """Forgets a task that is over: a later try prepares it again."""

@@ -184,7 +184,6 @@ def _stream(
     files = [grams_file(out_dir, block, num_blocks) for block in range(num_blocks)]
     reduce = Resources(cpus_per_worker=0).task(_reduce_block)  # the slots may hold every CPU
     passed = dict.fromkeys(range(num_slots), -1)
-    flight = Flight(num_slots, losses)
 
     def start(slot: int) -> Any:
         arguments = job, out_dir, slot, num_slots, num_blocks, resources.threads
@@ -200,9 +199,10 @@ def _stream(
         passed[slot] = position
         flight.pump()
 
-    run_slots(start, [range(num_blocks)] * num_slots, "block", losses, progress, done)
-    while flight.pump(None):
-        pass
+    with Flight(num_slots, losses) as flight:
+        run_slots(start, [range(num_blocks)] * num_slots, "block", losses, progress, done)
+        while flight.pump(None):
+            pass
     counts = {name: count for block in flight.results.values() for name, count in block.items()}
     return counts, {name: files[block].name for block in range(num_blocks) for name in names[block]}
 

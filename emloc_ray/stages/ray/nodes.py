@@ -81,3 +81,21 @@ def memory_to_ask(
             " have: it starts all the same, and may run out of memory."
         )
     return ours, remark
+
+
+def shortage(stage: str, asked: Resources, together: bool) -> str | None:
+    """What no node, or not the whole cluster, has now of what a stage asks for, as a sentence; None where it has it.
+
+    A cluster may grow; one that does not would let the stage wait without a word.
+    """
+    nodes = alive()
+    for kind, wanted in (("CPU", asked.cpus_per_worker), ("GPU", asked.gpus_per_worker)):
+        largest, whole = max(n.get(kind, 0.0) for n in nodes), sum(n.get(kind, 0.0) for n in nodes)
+        if wanted > largest:
+            return f"{stage} asks for {wanted:g} {kind}s a worker, the largest node has {largest:g}: it waits for one that fits."
+        if together and wanted * asked.num_workers > whole:
+            return (
+                f"{stage} asks for {wanted * asked.num_workers:g} {kind}s at once, the cluster has {whole:g}: it waits until"
+                " more nodes have joined."
+            )
+    return None

@@ -8,6 +8,7 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import ray
@@ -118,7 +119,10 @@ class _Piece:
 
 
 class Flight:
-    """Ray tasks that start in the order they are added, at most ``limit`` of them in flight; lost ones start again."""
+    """Ray tasks that start in the order they are added, at most ``limit`` of them in flight; lost ones start again.
+
+    As a context it ends what is in flight where the block raises: nobody waits for it any more; what was written whole stays.
+    """
 
     def __init__(self, limit: int, losses: Losses) -> None:
         self.limit, self.losses = limit, losses
@@ -162,10 +166,13 @@ class Flight:
             time.sleep(timeout)
         return self.left > 0
 
-    def cancel(self) -> None:
-        """Ends what is in flight, for nobody waits for it any more; what it has written whole stays."""
-        for reference in self._flying:
-            ray.cancel(reference)
+    def __enter__(self) -> Flight:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is not None:
+            for reference in self._flying:
+                ray.cancel(reference)
 
     def _wake(self) -> None:
         awake = [piece for piece in self._resting if piece.begin <= time.monotonic()]
@@ -198,17 +205,13 @@ def bounded(
 
     ``progress`` hears how many have ended, at least every ``look_s`` seconds.
     """
-    flight = Flight(limit, losses)
-    for name, submit in tasks:
-        flight.add(name, submit)
-    total = flight.left
-    try:
+    with Flight(limit, losses) as flight:
+        for name, submit in tasks:
+            flight.add(name, submit)
+        total = flight.left
         while flight.pump(look_s):  # one that waits for a worker, or works for hours, is asked after all the same
             progress(len(flight.results), total)
         progress(len(flight.results), total)
-    except BaseException:
-        flight.cancel()
-        raise
     return [flight.results[number] for number in sorted(flight.results)]
 
 
@@ -231,21 +234,3 @@ def run_tasks(
 
     named = [(name, functools.partial(submit, name, arguments)) for name, arguments in pieces]
     return bounded(named, resources.num_workers, losses, progress)
-
-
-def shortage(stage: str, asked: Resources, together: bool) -> str | None:
-    """What no node, or not the whole cluster, has now of what a stage asks for, as a sentence; None where it has it.
-
-    A cluster may grow; one that does not would let the stage wait without a word.
-    """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for kind, wanted in (("CPU", asked.cpus_per_worker), ("GPU", asked.gpus_per_worker)):
-        largest, whole = max(n.get(kind, 0.0) for n in nodes), sum(n.get(kind, 0.0) for n in nodes)
-        if wanted > largest:
-            return f"{stage} asks for {wanted:g} {kind}s a worker, the largest node has {largest:g}: it waits for one that fits."
-        if together and wanted * asked.num_workers > whole:
-            return (
-                f"{stage} asks for {wanted * asked.num_workers:g} {kind}s at once, the cluster has {whole:g}: it waits until"
-                " more nodes have joined."
-            )
-    return None

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from emloc_ray.planning.gpu_speeds import slowest_gpu, speed_of
+from emloc_ray.planning.gpu_speeds import ask_gpus, slowest_gpu, speed_of
 
 
 @pytest.fixture(autouse=True)
 def asked_anew() -> Iterator[None]:
-    slowest_gpu.cache_clear()
+    ask_gpus.cache_clear()
     yield
-    slowest_gpu.cache_clear()
+    ask_gpus.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from emloc_ray.config.reading import parse_config
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.runs.directory import RunDirectory
+from emloc_ray.planning.gpu_speeds import ask_gpus
 from emloc_ray.planning.machine import (
     Speeds,
     available_bytes,
@@ -24,7 +25,6 @@ from emloc_ray.planning.machine import (
     check_resources,
     gpu_bytes,
     kept_for_the_day,
-    of_each_gpu,
     time_products,
     with_disk_of,
 )
@@ -32,9 +32,9 @@ from emloc_ray.planning.machine import (
 
 @pytest.fixture(autouse=True)
 def asked_anew() -> Iterator[None]:
-    of_each_gpu.cache_clear()
+    ask_gpus.cache_clear()
     yield
-    of_each_gpu.cache_clear()
+    ask_gpus.cache_clear()
 
 
 def nvidia_smi(folder: Path, script: str) -> None:

@@ -13,7 +13,7 @@ from cli_calls import ROWS, VERBS, Call, invoke
 from typer.testing import Result
 
 from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.planning.machine import of_each_gpu
+from emloc_ray.planning.gpu_speeds import ask_gpus
 
 pytestmark = pytest.mark.usefixtures("no_ray")
 
@@ -216,11 +216,11 @@ def test_a_gpu_that_will_not_do_is_told_before_ray_starts(
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    of_each_gpu.cache_clear()
+    ask_gpus.cache_clear()
     try:
         assert len(assert_refused(call("run", *overrides), call.run_dir, words)) == 1
     finally:
-        of_each_gpu.cache_clear()
+        ask_gpus.cache_clear()
 
 
 def test_flash_attention_is_planned_where_it_is_missing_and_a_run_is_refused(

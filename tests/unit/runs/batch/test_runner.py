@@ -58,7 +58,8 @@ class Waits:
                 finally:
                     with self._lock:
                         self._now -= 1
-                reporter.finish(stage, {"train_loss": 2.0}, {"wall_s": self.seconds})
+                reporter.finish(stage, {}, {"wall_s": self.seconds})
+        reporter.results({"stages": {}, "finetune": {"train_loss": 2.0}})
 
     def forget(self, task: Task) -> None:
         self.forgotten.append(task.name)

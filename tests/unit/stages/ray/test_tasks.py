@@ -11,7 +11,8 @@ from ray.exceptions import NodeDiedError, WorkerCrashedError
 
 from emloc_ray.stages.ray import tasks
 from emloc_ray.stages.ray.losses import Losses
-from emloc_ray.stages.ray.tasks import Resources, bounded, shortage
+from emloc_ray.stages.ray.nodes import shortage
+from emloc_ray.stages.ray.tasks import Resources, bounded
 
 
 @pytest.mark.parametrize(("cpus", "threads"), [(0.5, 1), (1, 1), (2, 2), (2.5, 2)])
