@@ -50,6 +50,10 @@ class Costed(Protocol):
         """The workers that it asks of Ray."""
 
     @property
+    def steps(self) -> Callable[[Prepared], tuple[int, str]] | None:
+        """Its optimizer steps, and of what; None for a stage without."""
+
+    @property
     def cost(self) -> Callable[[MemoryModel], StageCost] | None:
         """Its costs; None for a stage outside the plan."""
 

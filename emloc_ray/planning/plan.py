@@ -15,6 +15,7 @@ from emloc_ray.planning.machine import Speeds, assumed_speeds
 from emloc_ray.planning.memory import MemoryModel, Parts, total
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.training import longest_lengths
+from emloc_ray.text import counted
 
 # The parts of a GPU worker's memory that are on its node.
 _ON_HOSTS = ("base", "weights", "correction", "hidden states", "teacher")
@@ -33,6 +34,7 @@ class StagePlan:
     cpus_per_worker: float
     gpus_per_worker: float
     divisible: bool = False  # fewer workers than asked for can do it
+    steps: tuple[int, str] | None = None  # its optimizer steps, and of what
 
     @property
     def worker_bytes(self) -> int:
@@ -73,6 +75,13 @@ class Plan:
     def worker_bytes(self) -> dict[str, int]:
         """One worker's peak in every stage, and what ``inference`` of the original takes."""
         return {**{stage.name: stage.worker_bytes for stage in self.stages}, "inference": total(self.inference)}
+
+    @property
+    def steps(self) -> str:
+        """The optimizer steps of all stages: ``16 steps of healing, 32 on the emulator, then 8 on the original``."""
+        (number, words), *others = [stage.steps for stage in self.stages if stage.steps is not None]
+        *before, last = [f"{counted(number, 'step')} {words}", *(f"{number:,} {words}" for number, words in others)]
+        return f"{', '.join(before)}, then {last}" if before else last
 
     @property
     def host_bytes(self) -> dict[str, int]:
@@ -117,6 +126,7 @@ def _planned(stage: Costed, memory: MemoryModel, speeds: Speeds) -> StagePlan:
         asked.cpus_per_worker,
         asked.gpus,
         stage.divisible,
+        stage.steps and stage.steps(memory.prepared),
     )
 
 

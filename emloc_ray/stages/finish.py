@@ -92,6 +92,7 @@ FINISH = Stage(
     scratch=("finishing",),
     run=_finish,
     cost=_cost,
+    steps=lambda prepared: (prepared.config.finetune.exact_steps, "on the original"),
     together=True,
     summary=lambda result: f"{result['steps']} steps on the original, training loss {result['train_loss']:.3f}",
     sections=_sections,

@@ -47,6 +47,8 @@ class Stage:
     """Whether this config has the stage."""
     cost: Callable[[MemoryModel], StageCost] | None = None
     """Memory, disk and work; None where it is not planned for."""
+    steps: Callable[[Prepared], tuple[int, str]] | None = None
+    """Its optimizer steps, and of what: ``(8, "on the original")``."""
     reads: Callable[[Context], Sequence[str]] = lambda context: ()
     """The stages whose files it reads that may have been dropped by now."""
     drops: Callable[[Context], Sequence[str]] = lambda context: ()

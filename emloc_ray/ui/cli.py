@@ -113,7 +113,7 @@ def _run(
     prepared = _prepare(path, overrides, shown)
     plan = make_plan(STEPS, prepared)
     shown.print(
-        f"[bold]{escape(prepared.run.name)}[/]: {plan.parameters:,} parameters, emulator {plan.emulator_parameters:,};"
+        f"[bold]{escape(prepared.run.name)}[/]: {plan.parameters:,} parameters, emulator {plan.emulator_parameters:,}; {plan.steps};"
         f" about {duration(plan.seconds)} and {size(plan.disk_bytes)} of disk if nothing is done yet"
     )
     try:

@@ -67,13 +67,13 @@ def _linears(prepared: Prepared) -> str:
 
 def _training(prepared: Prepared, plan: Plan) -> str:
     from emloc_ray.planning.memory import MemoryModel
-    from emloc_ray.planning.work import rows_a_step, steps_trained
+    from emloc_ray.planning.work import rows_a_step
 
     batch = rows_a_step(prepared.config.finetune)
     peak = max(held for stage, held in plan.worker_bytes.items() if stage != "inference")
     tokens = batch * plan.lengths.mean
     return (
-        f"{counted(steps_trained(prepared), 'step')} of {counted(batch, 'row')} (about {tokens:,.0f} tokens),"
+        f"{plan.steps}; training reads {counted(batch, 'row')} (about {tokens:,.0f} tokens) a step;"
         f" {MemoryModel(prepared).adapter_parameters:,} trainable parameters, peak {size(peak)} a worker,"
         f" about {duration(plan.seconds)}"
     )

@@ -175,6 +175,10 @@ def _cost(memory: MemoryModel) -> StageCost:
     return training_cost(memory, steps_trained(memory.prepared))
 
 
+def _steps(prepared: Prepared) -> tuple[int, str]:
+    return steps_trained(prepared), f"on the {'emulator' if prepared.layout.differs else 'original'}"
+
+
 def _summary(result: Result) -> str:
     text = f"{result['steps']} steps, training loss {result['train_loss']:.3f}"
     validation = result.get("validation")
@@ -202,6 +206,7 @@ FINETUNE = Stage(
     scratch=("training",),
     run=_finetune,
     cost=_cost,
+    steps=_steps,
     together=True,
     summary=_summary,
     sections=_sections,

@@ -147,6 +147,12 @@ def no_healing(config: RunConfig) -> str | None:
     return "heal: at compression_ratio 1.0 the emulator is the original, so it is not healed."
 
 
+def _steps(prepared: Prepared) -> tuple[int, str]:
+    healing = prepared.config.emulator.heals
+    assert healing is not None
+    return healing.steps, "of healing"
+
+
 def _summary(result: Result) -> str:
     return f"{result['steps']} steps, mean divergence from the original {result['train_loss']:.3f}"
 
@@ -166,6 +172,7 @@ HEAL = Stage(
     scratch=(_PLACE,),
     run=_heal,
     cost=_cost,
+    steps=_steps,
     shares=by_weights,
     resumes=True,
     together=True,

@@ -95,6 +95,12 @@ def no_refinement(config: RunConfig) -> str | None:
     return "refine: at compression_ratio 1.0 the emulator is the original, so it is not refined."
 
 
+def _steps(prepared: Prepared) -> tuple[int, str]:
+    refinement = prepared.config.emulator.refines
+    assert refinement is not None
+    return refinement.steps, "of refinement a block"
+
+
 def _summary(result: Result) -> str:
     return f"{result['blocks_refined']} of {result['blocks']} blocks, whose error is {result['error_left']:.0%} of what it was"
 
@@ -114,6 +120,7 @@ REFINE = Stage(
     scratch=(_PLACE,),
     run=_refine,
     cost=_cost,
+    steps=_steps,
     shares=by_weights,
     resumes=True,
     summary=_summary,

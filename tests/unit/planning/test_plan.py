@@ -307,3 +307,11 @@ def test_the_speed_of_a_disk_that_weights_come_from_is_shown(plan: Callable[...,
     assert "(assumed)" in str(
         disk_line(dataclasses.replace(found, speeds=dataclasses.replace(slow, disk_measured=False)))
     )
+
+
+def test_steps_are_told_by_what_they_are_of(plan: Callable[..., Plan]) -> None:
+    emulator = {"healing": {"steps": 3, "r": 2}, "refinement": {"steps": 5}}
+    assert plan(emulator=emulator, finetune={"max_steps": 1, "exact_steps": 2}).steps == (
+        "5 steps of refinement a block, 3 of healing, 1 on the emulator, then 2 on the original"
+    )
+    assert plan(emulator={"compression_ratio": 1.0}, finetune={"max_steps": 1}).steps == "1 step on the original"

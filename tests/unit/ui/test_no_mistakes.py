@@ -14,7 +14,7 @@ GOES_ON: dict[str, tuple[Callable[[Place], None], list[str]]] = {
     "as it is": (
         lambda place: None,
         [
-            "my.yaml is valid: 14 of 14 linears compressed, 14 adapted; 2 steps of 8 rows (about",
+            "my.yaml is valid: 14 of 14 linears compressed, 14 adapted; 2 steps on the emulator; training reads 8 rows (about",
             "trainable parameters, peak",
             "data.train: 20 rows of format prompt_completion, about",
         ],
