@@ -17,6 +17,8 @@ from emloc_ray.errors import DataError
 from emloc_ray.io.formats.arrow_schemas import check_no_extensions
 from emloc_ray.io.store.atomic import atomic_file
 
+_WRONG_NAME = "fix its name, its subset (hf:NAME@SUBSET) or its split"
+_NO_NETWORK = "check the network, and HF_HUB_OFFLINE and HF_ENDPOINT in the environment, or name files that are here"
 _REFUSED = 3  # the exit code for a whole sentence of ours on stdout
 
 
@@ -38,12 +40,10 @@ def download(place: str, split: str, path: Path, first: int | None = None) -> No
         if code:
             said.seek(0)
             detail = (said.read().strip().splitlines() or [f"exit code {code}"])[-1]
-            raise DataError(
-                detail
-                if code == _REFUSED
-                else f"data.{split}.path {place} cannot be loaded ({detail[:400]}): fix its name, its"
-                " subset (hf:NAME@SUBSET) or its split."
-            )
+            if code != _REFUSED:
+                advice = _NO_NETWORK if "Couldn't reach" in detail else _WRONG_NAME
+                detail = f"data.{split}.path {place} cannot be loaded ({detail[:400]}): {advice}."
+            raise DataError(detail)
         with rows.open("rb") as written, atomic_file(path) as file:
             shutil.copyfileobj(written, file)
 

@@ -32,12 +32,13 @@ class Lengths:
 def row_lengths(data: DataConfig, sources: Sequence[SourceFile], image_tokens: int) -> Lengths:
     """Tokens a row, estimated from the characters and images of the first rows of ``sources``.
 
-    ``image_tokens``: what an image takes of a row. Rows of the docstring task are about 80 tokens long. Rows of the hub
-    are not here before the run: they count as long as rows may be.
+    ``image_tokens``: what an image takes of a row. Rows of a task that the run makes are as long as its rows were. Rows of
+    the hub are not here before the run: they count as long as rows may be.
     """
     from emloc_ray.data.images import encoded_bytes, image_parts
     from emloc_ray.data.reading import BadRow, Place, read_rows
     from emloc_ray.data.row_formats import CHATS, columns_of, converted
+    from emloc_ray.demos.tasks import ROW_TOKENS
     from emloc_ray.errors import DataError
 
     limit = data.max_seq_length
@@ -50,7 +51,9 @@ def row_lengths(data: DataConfig, sources: Sequence[SourceFile], image_tokens: i
         # As many images as fit count for memory, which may run out; one counts for the disk.
         return Lengths(limit, limit, images, _IMAGE_BYTES if images else 0.0)
     if not sources:
-        return Lengths(80.0, min(limit, 256.0))
+        assert data.generate is not None
+        mean, longest = ROW_TOKENS[data.generate]
+        return Lengths(min(mean, limit), min(longest, limit))
     numbers = range(min(200, sources[0].num_rows))
     tokens, images, size = [], 0, 0
     form = sources[0].format or data.row_format

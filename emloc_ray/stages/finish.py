@@ -53,7 +53,7 @@ def _inputs(context: Context) -> Inputs:
         "model": context.model_key,
         "data": context.split_key("train"),
         "options": context.model_options,
-        "finetune": learned(config.finetune),
+        "finetune": learned(context.asked.config.finetune),
         "steps": [steps_of(context), config.finetune.exact_steps],
         "seed": config.seed,
     }
@@ -62,9 +62,8 @@ def _inputs(context: Context) -> Inputs:
 def _finish(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
     from emloc_ray.stages.finetune.finetune import finetune
 
-    return finetune(
-        finishing_job(context, f"finish-{fingerprint(inputs)}"), granted, progress, context.note, detail=context.detail
-    )
+    job = finishing_job(context, f"finish-{fingerprint(context.begun(inputs))}")
+    return finetune(job, granted, progress, context.note, detail=context.detail)
 
 
 def _cost(memory: MemoryModel) -> StageCost:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.modeling.architecture import auto_class
 from emloc_ray.modeling.architecture import load_config as read_model
 from emloc_ray.modeling.loading import fetch_weights, resolve_source
-from emloc_ray.ui.publishing import result_folder
+from emloc_ray.ui.publishing import MODEL, result_name
 
 _PLAIN = ("text", "prompt_completion")  # formats whose prompts no chat template wraps
 NAMES = ("original", "fine-tuned")
@@ -37,21 +38,20 @@ class Pair:
     turns: dict[str, list[dict[str, str]]] = field(default_factory=lambda: {name: [] for name in NAMES})
 
     @classmethod
-    def of(cls, run: RunDirectory, plain: bool = False, max_new_tokens: int = 256) -> Pair:
-        """Opens a run's original, on the GPU where there is one, and its last adapter.
+    def of(cls, run: RunDirectory, root: Path, plain: bool = False, max_new_tokens: int = 256) -> Pair:
+        """Opens a run's original, on the GPU where there is one, and its last adapter; ``root`` is where its folders are.
 
         Raises:
-            ConfigError: where the run has no adapter, or is on an object store.
+            ConfigError: where the run has no adapter.
             ArtifactError: where these do not open.
         """
         from peft import PeftModel
         from transformers import AutoTokenizer
 
-        adapter, config = result_folder(run, "adapter"), run.manifest()["config"]
+        adapter, config = root / result_name(run, "adapter"), run.manifest()["config"]
         options, trusted = config["model"], bool(config["model"].get("trust_remote_code"))
-        if run.path("model").is_dir():
-            directory = run.path("model")
-        else:
+        directory = root / MODEL
+        if not directory.is_dir():
             directory = fetch_weights(resolve_source(options["source"], options.get("revision"), trusted, True))
         try:
             opens = auto_class(read_model(directory, trust_remote_code=trusted))

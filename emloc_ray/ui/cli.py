@@ -113,8 +113,8 @@ def _run(
     prepared = _prepare(path, overrides, shown)
     plan = make_plan(STEPS, prepared)
     shown.print(
-        f"[bold]{escape(prepared.run.name)}[/]: {plan.parameters:,} parameters, emulator {plan.emulator_parameters:,}; {plan.steps};"
-        f" about {duration(plan.seconds)} and {size(plan.disk_bytes)} of disk if nothing is done yet"
+        f"[bold]{escape(prepared.run.name)}[/]: {plan.parameters:,} parameters, emulator {plan.emulator_parameters:,};"
+        f" {plan.steps}; about {duration(plan.seconds)} and {size(plan.disk_bytes)} of disk if nothing is done yet"
     )
     try:
         with ConsoleReporter(shown) as reporter:

@@ -57,29 +57,48 @@ def loss_curve(training: dict[str, Any]) -> dict[str, Any] | None:
     return curve([(float(entry["step"]), entry["loss"]) for entry in training.get("history", []) if "loss" in entry])
 
 
-def curve(points: Sequence[tuple[float, float]]) -> dict[str, Any] | None:
-    """A line through the points, and the places of its labels in per cent of its height; None without finite points."""
-    points = [point for point in points if math.isfinite(point[1])]
+def block_errors(refinement: dict[str, Any]) -> dict[str, Any] | None:
+    """The curves of the blocks' errors before and after they were refined; None for a run whose blocks' are not known."""
+    before, after = ([(float(k), pair[n]) for k, pair in enumerate(refinement.get("errors", []))] for n in (0, 1))
+    return curve(after, "error", "block", before)
+
+
+def curve(
+    points: Sequence[tuple[float, float]],
+    what: str = "training loss",
+    at: str = "step",
+    compared: Sequence[tuple[float, float]] = (),
+) -> dict[str, Any] | None:
+    """A line through the points, and the places of its labels in per cent of its height; None without finite points.
+
+    ``compared``: points of the same places, for a pale line beside it.
+    """
+    points, compared = ([point for point in line if math.isfinite(point[1])] for line in (points, compared))
     if not points:
         return None
-    ticks = nice_ticks(min(y for _, y in points), max(y for _, y in points))
+    all_y = [y for _, y in (*points, *compared)]
+    ticks = nice_ticks(min(all_y), max(all_y))
     low, high, first, last = ticks[0], ticks[-1], points[0][0], points[-1][0]
     digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
     heights = [100 - 100 * (tick - low) / (high - low) for tick in ticks]
-    placed = [(100 * (x - first) / ((last - first) or 1), 100 - 100 * (y - low) / (high - low)) for x, y in points]
+
+    def placed(line: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+        return [(100 * (x - first) / ((last - first) or 1), 100 - 100 * (y - low) / (high - low)) for x, y in line]
+
     lines = "".join(f'<path class="rule" d="M0 {y:.2f}H100" {_FIXED}/>' for y in heights)
-    route = "L".join(f"{x:.2f} {y:.2f}" for x, y in placed)
+    route, pale = ("L".join(f"{x:.2f} {y:.2f}" for x, y in placed(line)) for line in (points, compared))
+    beside = f'<path class="compared" d="M{pale}" {_FIXED}/>' if compared else ""
     dots = "".join(
-        f'<path class="dot" d="M{px:.2f} {py:.2f}h.01" {_FIXED}><title>step {x:g}: {y:.4f}</title></path>'
-        for (px, py), (x, y) in zip(placed, points, strict=True)
+        f'<path class="dot" d="M{px:.2f} {py:.2f}h.01" {_FIXED}><title>{at} {x:g}: {y:.4f}</title></path>'
+        for (px, py), (x, y) in zip(placed(points), points, strict=True)
     )
     svg = Markup(
         '<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img"'
-        f' aria-label="training loss, {points[0][1]:.3f} at step {first:g} to {points[-1][1]:.3f} at step {last:g}">'
-        f'{lines}<path class="line" d="M{route}" {_FIXED}/>{dots if len(points) <= 80 else ""}</svg>'
+        f' aria-label="{what}, {points[0][1]:.3f} at {at} {first:g} to {points[-1][1]:.3f} at {at} {last:g}">'
+        f'{lines}{beside}<path class="line" d="M{route}" {_FIXED}/>{dots if len(points) <= 80 else ""}</svg>'
     )
     labels = [(f"{tick:.{digits}f}", f"{y:.2f}") for tick, y in zip(ticks, heights, strict=True)]
-    return {"svg": svg, "ticks": labels, "first": f"{first:g}", "last": f"{last:g}"}
+    return {"svg": svg, "ticks": labels, "first": f"{at} {first:g}", "last": f"{at} {last:g}"}
 
 
 def spectrum(points: Sequence[tuple[int, float]], rank: int) -> Markup:

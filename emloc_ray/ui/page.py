@@ -27,7 +27,7 @@ from emloc_ray.runs.trace import TRACE
 from emloc_ray.stages.order import STEPS as STAGES
 from emloc_ray.text import counted, describe_choice, duration, listed, signed, size, stored_bits, visible
 from emloc_ray.ui.cards import METHOD_NAMES, describe_task, write_cards
-from emloc_ray.ui.drawing import bar, before_after, loss_curve, share
+from emloc_ray.ui.drawing import bar, before_after, block_errors, loss_curve, share
 from emloc_ray.ui.layer_grids import column_tops, grids, heat_cells, shortfall, shortfall_cells
 from emloc_ray.ui.terminal import evaluation_rows
 from emloc_ray.ui.timeline import COLOURS, draw, run_lines
@@ -149,7 +149,9 @@ def page_view(
         "shortfalls": shortfall_cells(results["correction"].get("modules", {})),
         "cells": heat_cells(results["emulator"].get("layers") or {}, spectra or {}),
         "curve": loss_curve(results["finetune"]),
+        "block_errors": block_errors(results["refinement"]),
         "healing_curve": loss_curve(results["healing"]),
+        "finishing_curve": loss_curve(results["finishing"]),
         "stages": stages,
         "timeline": draw(run_lines(manifest, events), "the stages of the run"),
         "planned": planned,

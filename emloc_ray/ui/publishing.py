@@ -22,21 +22,16 @@ from emloc_ray.ui.cards import WRITTEN_BY, write_cards
 from emloc_ray.ui.terminal import progress_bar
 
 Part = Literal["adapter", "merged"]
+MODEL = "model"  # the folder of a run's original, where that had to be imported
 _CONVERTERS = {"merged": "convert_hf_to_gguf.py", "adapter": "convert_lora_to_gguf.py"}
 
 
-def result_folder(run: RunDirectory, part: Part) -> Path:
+def result_name(run: RunDirectory, part: Part) -> str:
     """The folder of a run's merged model, or of its last adapter for the original.
 
     Raises:
-        ConfigError: where the run is on an object store, or has not come so far.
+        ConfigError: where the run has not come so far.
     """
-    if run.store is not None:
-        raise ConfigError(f"{run.place} is on an object store: copy it with emloc-ray fetch, and name the copy.")
-    return run.path(_result_name(run, part))
-
-
-def _result_name(run: RunDirectory, part: Part) -> str:
     stages, there = run.existing().stages(), run.names()
     names = ["merged"] if part == "merged" else ["adapter_finished", "adapter"]
     for name in names:
@@ -47,18 +42,17 @@ def _result_name(run: RunDirectory, part: Part) -> str:
 
 
 @contextlib.contextmanager
-def _with_card(console: Console, run: RunDirectory, part: Part) -> Iterator[Path]:
-    """The folder of a result with its card; of a run on an object store a copy, as long as it is needed."""
-    name = _result_name(run, part)
+def at_hand(console: Console, run: RunDirectory, *names: str) -> Iterator[Path]:
+    """The directory of a run; of one on an object store, a directory with copies of those of its folders that are ``names``
+    and there, as long as they are needed."""
     if run.store is None:
-        write_cards(run)
-        yield run.path(name)
+        yield run.root
         return
+    there = set(run.names())
     with tempfile.TemporaryDirectory() as folder:
-        with progress_bar(console, "Fetching", in_bytes=True) as progress:
-            fetch(run, Path(folder), [name], progress)
-        write_cards(run, Path(folder))
-        yield Path(folder, name)
+        with progress_bar(console, f"Fetching {run.name}", in_bytes=True) as progress:
+            fetch(run, Path(folder), [name for name in names if name in there], progress)
+        yield Path(folder)
 
 
 def push(console: Console, run: RunDirectory, name: str, part: Part, private: bool) -> None:
@@ -71,7 +65,10 @@ def push(console: Console, run: RunDirectory, name: str, part: Part, private: bo
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-    with _with_card(console, run, part) as folder:
+    result = result_name(run, part)
+    with at_hand(console, run, result) as root:
+        write_cards(run, root)
+        folder = root / result
         files = [file for file in folder.rglob("*") if file.is_file()]
         held = size(sum(file.stat().st_size for file in files))
         console.print(
@@ -97,18 +94,20 @@ def export_gguf(console: Console, run: RunDirectory, part: Part, output: Path | 
     """Has llama.cpp's own converter write one result as a GGUF file.
 
     Raises:
-        ConfigError: as :func:`result_folder`, and where the converter is not installed or the file is there.
+        ConfigError: where the run has not come so far, the converter is not installed, or the file is there.
         StageError: where the converter fails, with its last line.
     """
-    folder, converter = result_folder(run, part), _converter(_CONVERTERS[part])
-    target = output or run.path(f"{run.name}-{part}-{outtype}.gguf")
+    result, converter = result_name(run, part), _converter(_CONVERTERS[part])
+    target = output or (run.root if run.store is None else Path.cwd()) / f"{run.name}-{part}-{outtype}.gguf"
     if target.exists():
         raise ConfigError(f"{target} is there already: remove it, or name another with --output.")
-    command = [sys.executable, str(converter), str(folder), "--outfile", str(target), "--outtype", outtype]
-    if part == "adapter":
-        command += ["--base", _base(run)]
-    with console.status(f"{converter.name} writes {target} …"):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with at_hand(console, run, result, *([MODEL] if part == "adapter" else [])) as root:
+        folder = root / result
+        command = [sys.executable, str(converter), str(folder), "--outfile", str(target), "--outtype", outtype]
+        if part == "adapter":
+            command += ["--base", _base(run, root)]
+        with console.status(f"{converter.name} writes {target} …"):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not target.is_file():
         last = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
         raise StageError(
@@ -129,11 +128,11 @@ def _converter(name: str) -> Path:
     return Path(found)
 
 
-def _base(run: RunDirectory) -> str:
-    """The directory of the original, whose shapes an adapter's conversion reads."""
+def _base(run: RunDirectory, root: Path) -> str:
+    """The directory of the original, whose shapes an adapter's conversion reads; ``root`` is where the run's folders are."""
     from emloc_ray.modeling.loading import resolve_source
 
-    if run.path("model").is_dir():
-        return str(run.path("model"))
+    if (root / MODEL).is_dir():
+        return str(root / MODEL)
     model = run.manifest()["config"]["model"]
     return str(resolve_source(model["source"], model.get("revision"), False, False).directory)

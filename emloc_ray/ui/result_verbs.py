@@ -93,7 +93,10 @@ def push(
 def gguf(
     run_dir: RunPath,
     part: Chosen = Part.merged,
-    output: Annotated[Path | None, typer.Option("--output", help="The file; left out: in the run's directory.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="The file; left out: in the run's directory, or here."),
+    ] = None,
     outtype: Annotated[
         str, typer.Option("--outtype", help="As llama.cpp's converter has it: f16, bf16, q8_0, …")
     ] = "bf16",
@@ -114,9 +117,12 @@ def chat(
     """Ask the original and the fine-tuned model the same, side by side."""
     from emloc_ray.io.runs.directory import RunDirectory
     from emloc_ray.ui.chat import Pair, talk
+    from emloc_ray.ui.publishing import MODEL, at_hand, result_name
     from emloc_ray.ui.terminal import quiet_libraries
 
     quiet_libraries()
-    with console.status("Loading the original and the adapter …"):
-        pair = Pair.of(RunDirectory(place_of(run_dir)), plain, max_new_tokens)
-    talk(console, pair)
+    run = RunDirectory(place_of(run_dir))
+    with at_hand(console, run, result_name(run, "adapter"), MODEL) as root:
+        with console.status("Loading the original and the adapter …"):
+            pair = Pair.of(run, root, plain, max_new_tokens)
+        talk(console, pair)

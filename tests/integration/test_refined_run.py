@@ -25,6 +25,7 @@ def test_broken_off_it_goes_on_and_what_follows_is_of_what_it_leaves(
     found = json.loads((place / "metrics.json").read_text())["refinement"]
     assert 0 < found["blocks_refined"] <= found["blocks"] == 2
     assert 0 < found["error_left"] < 1
+    assert sum(after < before for before, after in found["errors"]) == found["blocks_refined"]
     assert not (place / "refinement").exists()
     for file in (place / "emulator").glob("*.safetensors"):
         ours, theirs = load_file(place / "emulator_refined" / file.name), load_file(file)

@@ -153,7 +153,7 @@ def _inputs(context: Context) -> Inputs:
         **({"validation": context.split_key("validation")} if config.finetune.validates else {}),
         "options": context.model_options,
         "adapter": config.adapter.model_dump(mode="json"),
-        "finetune": learned(config.finetune),
+        "finetune": learned(context.asked.config.finetune),
         "steps": steps_of(context),
         "seed": config.seed,
         **({} if prepared.zero_config is None else {"deepspeed": prepared.zero_config}),
@@ -163,9 +163,8 @@ def _inputs(context: Context) -> Inputs:
 def _finetune(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
     from emloc_ray.stages.finetune.finetune import finetune
 
-    result = finetune(
-        finetune_job(context, f"finetune-{fingerprint(inputs)}"), granted, progress, context.note, detail=context.detail
-    )
+    job = finetune_job(context, f"finetune-{fingerprint(context.begun(inputs))}")
+    result = finetune(job, granted, progress, context.note, detail=context.detail)
     if rate := result.pop("sequences_per_second"):
         result["tokens_per_second"] = rate * sequence_tokens(context)
     return result

@@ -80,7 +80,7 @@ def healing_job(context: Context, healing: HealingConfig, name: str) -> HealingJ
 
 
 def _inputs(context: Context) -> Inputs:
-    prepared = replace(context.prepared, layout=context.layout_made)
+    prepared = replace(context.asked, layout=context.layout_made)
     config, healing = prepared.config, prepared.config.emulator.heals
     assert healing is not None
     training = healing_run(prepared, healing)
@@ -110,11 +110,12 @@ def _heal(context: Context, inputs: Inputs, granted: Resources, progress: Progre
     )
     assert healing is not None
     # Shards of another training are of another adapter, though their inputs may be the same.
-    if not begun_with(place, inputs):
+    begun = context.begun(inputs)
+    if not begun_with(place, begun):
         discard(out_dir)
     for path in (place, out_dir):
-        discard_unless(path, inputs)
-    job = healing_job(context, healing, f"heal-{fingerprint(inputs)}")
+        discard_unless(path, begun)
+    job = healing_job(context, healing, f"heal-{fingerprint(begun)}")
     return heal(job, context.base_config(), granted, progress, context.note, context.detail)
 
 

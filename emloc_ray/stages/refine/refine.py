@@ -218,7 +218,8 @@ def write_refined(job: RefinementJob) -> None:
 def refine(
     job: RefinementJob, num_blocks: int, resources: Resources, progress: Progress = silent, tell: Tell = unheard
 ) -> dict[str, Any]:
-    """Writes the refined emulator to ``job.out_dir``; returns the blocks' mean held-out errors, relative to those before.
+    """Writes the refined emulator to ``job.out_dir``; returns each block's held-out error before and after, and their mean
+    relative to that before.
 
     Raises:
         NumericsError: where a block gives NaN or Inf, naming it.
@@ -229,7 +230,8 @@ def refine(
 
     task = resources.task(refine_blocks).options(name="refine: blocks")
     bounded([("the blocks", functools.partial(task.remote, job))], 1, Losses("refine", tell), look, LOOK_S)
+    errors = [[fit.before, min(fit)] for fit in fits(job).values()]
     blocks = [fit for fit in fits(job).values() if fit.before > 0]
     kept = [fit.after / fit.before for fit in blocks if fit.is_better]
     left = (sum(kept) + len(blocks) - len(kept)) / max(1, len(blocks))
-    return {"num_workers": 1, "blocks": len(blocks), "blocks_refined": len(kept), "error_left": left}
+    return {"num_workers": 1, "blocks": len(blocks), "blocks_refined": len(kept), "error_left": left, "errors": errors}

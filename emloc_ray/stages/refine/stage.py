@@ -106,7 +106,9 @@ def _summary(result: Result) -> str:
 
 
 def _sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
-    return {"refinement": {key: results["refine"][key] for key in ("blocks", "blocks_refined", "error_left")}}
+    result = results["refine"]
+    keys = ("blocks", "blocks_refined", "error_left", "errors")  # the last is not in runs of older versions
+    return {"refinement": {key: result[key] for key in keys if key in result}}
 
 
 REFINE = Stage(

@@ -16,7 +16,7 @@ from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.modeling.architecture import empty_model
 from emloc_ray.modeling.loading import ModelSource
 from emloc_ray.planning import calibration_memory
-from emloc_ray.planning.batches import shrink_batches, without_budget
+from emloc_ray.planning.batches import as_asked, shrink_batches, without_budget
 from emloc_ray.planning.budget import check_holding
 from emloc_ray.planning.costs import with_base
 from emloc_ray.planning.layout import make_layout
@@ -74,6 +74,21 @@ def test_every_stage_stays_within_inference_and_a_step_keeps_its_rows() -> None:
     assert ready.config.calibration.batch_size < 64
     assert ready.config.evaluation.batch_size < 32
     assert ready.layout == asked.layout
+
+
+def test_what_a_budget_shrank_is_told_apart_by_what_was_asked() -> None:
+    healing = {"steps": 4, "per_device_train_batch_size": 8}
+    for rows, same in ((8, True), (9, False)):  # 9 rows do not divide into as many passes as 8
+        asked = prepared("inference", emulator={"healing": {**healing, "per_device_train_batch_size": rows}})
+        asked = dataclasses.replace(asked, as_written=asked.config)
+        ready = shrink_batches(asked)
+        assert ready.config.finetune.per_device_train_batch_size < 8
+        known = as_asked(ready).config
+        assert known.finetune == asked.config.finetune
+        assert known.evaluation == asked.config.evaluation
+        assert (known.emulator.healing == asked.config.emulator.healing) is same
+    fewer = asked.config.model_copy(update={"finetune": asked.config.finetune.model_copy(update={"max_steps": 3})})
+    assert as_asked(dataclasses.replace(ready, config=fewer)).config.finetune.max_steps == 3
 
 
 def test_the_yardstick_is_a_row_whatever_the_batch() -> None:

@@ -17,6 +17,7 @@ from emloc_ray.config.reading import parse_config
 from emloc_ray.config.steps import VERBS
 from emloc_ray.io.formats.checkpoint import Checkpoint
 from emloc_ray.planning import plan as planner
+from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.memory import MemoryModel, total
 from emloc_ray.planning.plan import Plan, make_plan, missing_disk
@@ -315,3 +316,10 @@ def test_steps_are_told_by_what_they_are_of(plan: Callable[..., Plan]) -> None:
         "5 steps of refinement a block, 3 of healing, 1 on the emulator, then 2 on the original"
     )
     assert plan(emulator={"compression_ratio": 1.0}, finetune={"max_steps": 1}).steps == "1 step on the original"
+
+
+def test_rows_of_generated_tasks_are_as_long_as_theirs_were(prepared: Callable[..., Prepared]) -> None:
+    known = [
+        prepared(data={"generate": name, "max_seq_length": 100}).lengths for name in ("return_types", "docstrings")
+    ]
+    assert known == [Lengths(48, 100), Lengths(81, 100)]

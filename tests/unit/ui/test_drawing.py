@@ -22,7 +22,7 @@ def test_one_point_and_none_make_a_curve_or_none() -> None:
     assert drawing.curve([]) is None
     single = drawing.curve([(5.0, 2.5)])
     assert single is not None
-    assert single["first"] == single["last"] == "5"
+    assert single["first"] == single["last"] == "step 5"
     assert "nan" not in single["svg"]
 
 

@@ -185,6 +185,13 @@ REFUSED: dict[str, tuple[Callable[[Place], None], list[str]]] = {
         lambda place: of_the_hub(place, ""),
         ["Config name is missing", "['easy', 'hard']", "fix its name, its subset (hf:NAME@SUBSET) or its split"],
     ),
+    "29 no network": (
+        set_key("data.train", "hf:nobody/nothing"),
+        [
+            "data.train.path hf:nobody/nothing cannot be loaded (Couldn't reach 'nobody/nothing'",
+            "): check the network, and",
+        ],
+    ),
     "30 no tokenizer": (
         lambda place: without_tokenizer(place),
         ["bare has no tokenizer that opens (", "save one beside the weights"],

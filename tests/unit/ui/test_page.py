@@ -372,6 +372,23 @@ def test_an_emulator_in_4_bits_is_said_to_be_one(finished: str, ratio: float, wo
     assert "factorize" in report.page_view("run", made, metrics)["older"]
 
 
+def test_a_refinement_is_shown_with_its_blocks_errors_and_finishing_with_its_curve() -> None:
+    made, metrics = manifest(*STAGES[:2], "refine", *STAGES[2:], "finish"), finished_metrics()
+    errors = [[0.5, 0.25], [0.75, 0.75], [1.0, 0.5]]
+    metrics["refinement"] = {"blocks": 3, "blocks_refined": 2, "error_left": 2 / 3, "errors": errors}
+    metrics["finishing"] = {"steps": 8, "train_loss": 0.5, "history": [{"step": 8, "loss": 0.4375}]}
+    html = report.render("run", made, metrics)
+    text = Page(html).text
+    assert "2 of 3 blocks refined, their mean error 67% of what it was. before, after." in text
+    assert "block 0block 2" in text
+    assert "block 1: 0.7500" in text
+    assert html.count('class="compared"') == 1
+    assert "Training loss over 8 steps, mean 0.5000 nats a token." in text
+    assert "step 8: 0.4375" in text
+    del metrics["refinement"]["errors"]
+    assert "block 0" not in Page(report.render("run", made, metrics)).text
+
+
 def test_a_healing_is_shown_with_its_curve(finished: str) -> None:
     stages = [*STAGES[:3], "heal", *STAGES[3:]]
     made, metrics = manifest(*stages), finished_metrics()

@@ -127,7 +127,9 @@ def test_a_result_on_an_object_store_comes_with_its_card(stored: RunDirectory, h
     fetched = invoke("fetch", stored.place, "home", "--part", "adapter")
     assert fetched.exit_code == 0, (fetched.output, fetched.exception)
     assert Path("home", "adapter", "README.md").read_bytes() == hub.files["README.md"]
-    assert "copy it with emloc-ray fetch, and name the copy" in invoke("chat", stored.place).stderr
+    asked = CliRunner().invoke(app, ["chat", stored.place, "--max-new-tokens", "2"], input="add 1: \n\n")
+    assert asked.exit_code == 0, (asked.output, asked.exception)
+    assert "fine-tuned" in asked.stdout
 
 
 def test_what_cannot_be_pushed_is_told(run: RunDirectory, hub: type[Hub]) -> None:
@@ -167,9 +169,21 @@ def test_llama_cpps_converter_writes_gguf(run: RunDirectory, tmp_path: Path, mon
     assert "(this model is not known): see what it takes" in failed.stderr
 
 
+def test_gguf_of_a_run_on_an_object_store_is_written_here(
+    stored: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "convert_lora_to_gguf.py").write_text(CONVERTER)
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    done = invoke("gguf", stored.place, "--part", "adapter")
+    assert done.exit_code == 0, (done.output, done.exception)
+    words = Path("run-adapter-bf16.gguf").read_text().split()
+    assert Path(words[0]).name == "adapter"
+    assert words[-2:] == ["--base", f"{Path.cwd()}/model"]
+
+
 @pytest.mark.parametrize("plain", [True, False])
 def test_both_models_are_asked_the_same(run: RunDirectory, plain: bool) -> None:
-    pair = Pair.of(run, max_new_tokens=4)
+    pair = Pair.of(run, run.root, max_new_tokens=4)
     assert pair.plain  # as the run's rows are prompts and completions
     pair.plain = plain
     said = iter(["add 1 and 1: ", "/new", "add 1: ", ""])
@@ -184,7 +198,7 @@ def test_both_models_are_asked_the_same(run: RunDirectory, plain: bool) -> None:
 
 
 def test_the_adapter_makes_a_difference_in_one_of_them(run: RunDirectory) -> None:
-    pair = Pair.of(run, plain=True, max_new_tokens=8)
+    pair = Pair.of(run, run.root, plain=True, max_new_tokens=8)
     answers = pair.answers("add 3 and 3: ")
     assert set(answers) == {"original", "fine-tuned"}
     assert answers["original"] != answers["fine-tuned"]
