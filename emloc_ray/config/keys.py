@@ -76,8 +76,8 @@ def _keys_called(name: str, every: list[KeySection]) -> list[KeySection]:
     if (peer := peer_key(name)) is not None:
         raise ConfigError(f"There is no key {name}: write {peer}.")
     near = difflib.get_close_matches(last, sorted({key.name for section in every for key in section.keys}), n=1)
-    hint = f"; the nearest key is {near[0]}" if near else ""
-    raise ConfigError(f"There is no section {name}: take one of {', '.join(s.name for s in every if s.name)}{hint}.")
+    sections = f"take one of the sections {', '.join(s.name for s in every if s.name)}"
+    raise ConfigError(f"There is no section or key {name}: {f'the nearest key is {near[0]}' if near else sections}.")
 
 
 def _sections(name: str, section: type[Section]) -> Iterator[KeySection]:

@@ -129,7 +129,7 @@ class Context:
     def begun(self, inputs: Inputs) -> Inputs:
         """What tells a training that was broken off from others: also how it reads a step's rows."""
         finetune, healing = self.prepared.config.finetune, self.prepared.config.emulator.healing
-        parts = [finetune.per_device_train_batch_size, finetune.gradient_accumulation_steps]
+        parts: list[int | None] = [finetune.per_device_train_batch_size, finetune.gradient_accumulation_steps]
         parts += [] if healing is None else [healing.per_device_train_batch_size]
         return {**inputs, "read in": parts}
 

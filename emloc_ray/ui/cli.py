@@ -40,6 +40,9 @@ app = typer.Typer(
 )
 
 
+_BEFORE, _RUNS = "Before a run", "Runs"
+
+
 class Stage(str, Enum):
     """The stages, in order."""
 
@@ -139,82 +142,7 @@ def _run(
         shown.print(escape(line), soft_wrap=True)
 
 
-@app.command()
-@guarded
-def run(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    begin: Annotated[Stage | None, typer.Option("--from", help="Redo from this stage on.")] = None,
-    until: Annotated[Stage, typer.Option("--until", help="Stop after this stage.")] = Stage.evaluate,
-    fresh: Fresh = False,
-    accept_versions: AcceptVersions = False,
-    yes: Yes = False,
-    quiet: Quiet = False,
-) -> None:
-    """Run all stages: skip what is done, redo what the config changed, once you agree."""
-    _run(config, overrides, begin, until, fresh, accept_versions, yes, quiet)
-
-
-def _stage_command(stage: Stage, text: str) -> None:
-    @app.command(name=stage.value, help=text)
-    @guarded
-    def command(
-        config: ConfigPath,
-        overrides: Overrides = None,
-        fresh: Fresh = False,
-        accept_versions: AcceptVersions = False,
-        yes: Yes = False,
-        quiet: Quiet = False,
-    ) -> None:
-        _run(config, overrides, None, stage, fresh, accept_versions, yes, quiet)
-
-
-_stage_command(Stage.calibrate, "Run up to the Grams of the calibration data.")
-_stage_command(Stage.factorize, "Run up to the emulator.")
-_stage_command(Stage.heal, "Run up to the healed emulator, where the config asks for healing.")
-_stage_command(Stage.finetune, "Run up to the adapter trained on the emulator.")
-_stage_command(Stage.correct, "Run up to the corrected adapter.")
-_stage_command(Stage.merge, "Run up to the merged model.")
-_stage_command(Stage.evaluate, "Run up to the evaluation on held-out data.")
-
-
-@app.command()
-@guarded
-def validate(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Check the config, the model and the data's first rows as tokens: list every error and remark, start nothing."""
-    from emloc_ray.config.reading import is_batch, read_mapping
-    from emloc_ray.ui.config_verbs import validation_lines
-
-    if config.is_file() and is_batch(
-        read_mapping(config, f"Config {config}", "it needs at least run_dir, model and data")
-    ):
-        run_batch(console, config, overrides or [], dry_run=True)
-        return
-    for line in validation_lines(_prepare(config, overrides), str(config)):
-        console.print(escape(line), soft_wrap=True)
-
-
-@app.command()
-@guarded
-def preview(
-    config: ConfigPath,
-    overrides: Overrides = None,
-    split: Annotated[
-        str, typer.Option("--split", help="train, eval, selection, calibration, healing or validation.")
-    ] = "train",
-    rows: Annotated[int, typer.Option("--rows", min=1, max=64, help="How many rows.")] = 1,
-) -> None:
-    """Show the first rows as tokens, those that are learnt marked."""
-    from emloc_ray.data.splits import SPLITS
-    from emloc_ray.ui import config_verbs
-
-    splits = (*SPLITS, "healing", "validation")
-    if split not in splits:
-        raise ConfigError(f"--split {split} is no split: give one of {', '.join(splits)}.")
-    config_verbs.preview(console, _prepare(config, overrides), split, rows)
-
-
-@app.command()
+@app.command(rich_help_panel=_BEFORE)
 @guarded
 def init(
     model: Annotated[str | None, typer.Option("--model", help="A hub id or a directory.")] = None,
@@ -238,16 +166,43 @@ def _asked(option: str, given: str | None) -> str:
     return str(typer.prompt(option.removeprefix("--")))
 
 
-@app.command()
+@app.command(rich_help_panel=_BEFORE)
 @guarded
-def schema() -> None:
-    """Print the JSON Schema of a config, for editors."""
-    from emloc_ray.ui.config_verbs import json_schema
+def validate(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Check the config, the model and the data's first rows as tokens: list every error and remark, start nothing."""
+    from emloc_ray.config.reading import is_batch, read_mapping
+    from emloc_ray.ui.config_verbs import validation_lines
 
-    typer.echo(json_schema())
+    if config.is_file() and is_batch(
+        read_mapping(config, f"Config {config}", "it needs at least run_dir, model and data")
+    ):
+        run_batch(console, config, overrides or [], dry_run=True)
+        return
+    for line in validation_lines(_prepare(config, overrides), str(config)):
+        console.print(escape(line), soft_wrap=True)
 
 
-@app.command()
+@app.command(rich_help_panel=_BEFORE)
+@guarded
+def preview(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    split: Annotated[
+        str, typer.Option("--split", help="train, eval, selection, calibration, healing or validation.")
+    ] = "train",
+    rows: Annotated[int, typer.Option("--rows", min=1, max=64, help="How many rows.")] = 1,
+) -> None:
+    """Show the first rows as tokens, those that are learnt marked."""
+    from emloc_ray.data.splits import SPLITS
+    from emloc_ray.ui import config_verbs
+
+    splits = (*SPLITS, "healing", "validation")
+    if split not in splits:
+        raise ConfigError(f"--split {split} is no split: give one of {', '.join(splits)}.")
+    config_verbs.preview(console, _prepare(config, overrides), split, rows)
+
+
+@app.command(rich_help_panel=_BEFORE)
 @guarded
 def plan(
     config: ConfigPath,
@@ -278,7 +233,7 @@ def plan(
     check_holding(planned.prepared)
 
 
-@app.command()
+@app.command(rich_help_panel=_BEFORE)
 @guarded
 def keys(
     section: Annotated[
@@ -293,7 +248,32 @@ def keys(
         console.print(table)
 
 
-@app.command()
+@app.command(rich_help_panel=_BEFORE)
+@guarded
+def schema() -> None:
+    """Print the JSON Schema of a config, for editors."""
+    from emloc_ray.ui.config_verbs import json_schema
+
+    typer.echo(json_schema())
+
+
+@app.command(rich_help_panel=_RUNS)
+@guarded
+def run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    begin: Annotated[Stage | None, typer.Option("--from", help="Redo from this stage on.")] = None,
+    until: Annotated[Stage, typer.Option("--until", help="Stop after this stage.")] = Stage.evaluate,
+    fresh: Fresh = False,
+    accept_versions: AcceptVersions = False,
+    yes: Yes = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run all stages: skip what is done, redo what the config changed, once you agree."""
+    _run(config, overrides, begin, until, fresh, accept_versions, yes, quiet)
+
+
+@app.command(rich_help_panel=_RUNS)
 @guarded
 def status(
     run_dir: RunPath,
@@ -316,7 +296,7 @@ def status(
     show_status(console, run)
 
 
-@app.command(epilog=KEYS)
+@app.command(epilog=KEYS, rich_help_panel=_RUNS)
 @guarded
 def batch(
     config: BatchPath,
@@ -329,7 +309,7 @@ def batch(
     run_batch(console, config, overrides or [], dry_run, accept_versions, yes)
 
 
-@app.command()
+@app.command(rich_help_panel=_RUNS)
 @guarded
 def cancel(
     run_dir: BatchDir,
@@ -341,7 +321,7 @@ def cancel(
 
 
 cache_app = typer.Typer(help="List or shrink the cache that runs of a batch share.", no_args_is_help=True)
-app.add_typer(cache_app, name="cache")
+app.add_typer(cache_app, name="cache", rich_help_panel=_RUNS)
 
 
 @cache_app.command("list")
@@ -361,8 +341,33 @@ def cache_prune(
     prune_cache(console, cache, max_size)
 
 
-for verb in (report, fetch, push, gguf, chat):
-    app.command()(verb)
+for verb in (report, chat, push, gguf, fetch):
+    app.command(rich_help_panel="Results")(verb)
+
+
+def _stage_command(stage: Stage, text: str) -> None:
+    @app.command(name=stage.value, help=text, rich_help_panel="Up to one stage")
+    @guarded
+    def command(
+        config: ConfigPath,
+        overrides: Overrides = None,
+        fresh: Fresh = False,
+        accept_versions: AcceptVersions = False,
+        yes: Yes = False,
+        quiet: Quiet = False,
+    ) -> None:
+        _run(config, overrides, None, stage, fresh, accept_versions, yes, quiet)
+
+
+_stage_command(Stage.calibrate, "Run up to the Grams of the calibration data.")
+_stage_command(Stage.factorize, "Run up to the emulator, refined where the config asks for it.")
+_stage_command(Stage.heal, "Run up to the healed emulator, where the config asks for healing.")
+_stage_command(Stage.finetune, "Run up to the adapter trained on the emulator.")
+_stage_command(
+    Stage.correct, "Run up to the corrected adapter, with its steps on the original where the config asks for them."
+)
+_stage_command(Stage.merge, "Run up to the merged model.")
+_stage_command(Stage.evaluate, "Run up to the evaluation on held-out data.")
 
 
 def main() -> None:

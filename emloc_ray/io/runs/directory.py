@@ -152,7 +152,9 @@ class RunDirectory:
         path = self.path(MANIFEST)
         content = self._manifest_content()
         if content is None:
-            raise ArtifactError(f"{self.place} holds no {MANIFEST}: it is no run directory.")
+            raise ArtifactError(
+                f"{self.place} holds no {MANIFEST}, so it is no run directory: name the run_dir of a run."
+            )
         manifest = parse_manifest(content, path)
         if self.lease is not None and manifest.get("lease", 0) > self.lease.number:
             raise self._taken_over()

@@ -60,5 +60,5 @@ def test_one_section_with_what_is_in_it() -> None:
     sections = [section.name for section in config_keys("emulator")]
     assert sections == ["emulator", "emulator.refinement", "emulator.healing"]
     assert [section.name.split(", ")[0] for section in config_keys("data.eval")] == ["data.train"]
-    with pytest.raises(ConfigError, match=r"There is no section tuning: take one of model, data"):
+    with pytest.raises(ConfigError, match=r"There is no section or key tuning: take one of the sections model, data"):
         config_keys("tuning")

@@ -159,4 +159,4 @@ def test_keys_of_a_section_are_shown() -> None:
     assert "lora_alpha" in invoke("keys").stdout
     unknown = invoke("keys", "tuning")
     assert unknown.exit_code == 2
-    assert unknown.stderr.startswith("Error: There is no section tuning: take one of model, data,")
+    assert unknown.stderr.startswith("Error: There is no section or key tuning: take one of the sections model, data,")
