@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
 
-from emloc_ray.config.base import StageConfig
-from emloc_ray.config.emulator import HealingConfig
-from emloc_ray.config.finetune import FinetuneConfig
 from emloc_ray.config.schema import WORKER_SECTIONS, RunConfig
 from emloc_ray.planning.budget import fitting, training_bytes
 from emloc_ray.planning.costs import with_base
 from emloc_ray.planning.memory import MemoryModel, Parts, total
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.training import longest_lengths
-
-Settings = TypeVar("Settings", bound=StageConfig)
 
 
 def shrink_batches(prepared: Prepared) -> Prepared:
@@ -64,35 +58,6 @@ def _smaller(prepared: Prepared, section: str, held: Callable[[MemoryModel], lis
         smaller = getattr(prepared.config, section).model_copy(update={"batch_size": rows // 2})
         prepared = dataclasses.replace(prepared, config=prepared.config.model_copy(update={section: smaller}))
     return prepared
-
-
-def as_asked(prepared: Prepared) -> Prepared:
-    """The run with the rows a pass and the checkpointing that its config asks for, where a step reads as many rows so.
-
-    What stages make is then the same but for rounding: they are told apart by this, so that a budget redoes nothing.
-    """
-    written, config = prepared.as_written, prepared.config
-    if written is None:
-        return prepared
-    sections: dict[str, Any] = {"evaluation": _with(config.evaluation, written.evaluation, "batch_size")}
-    if _rows(config.finetune, config.finetune) == _rows(written.finetune, written.finetune):
-        sections["finetune"] = _with(config.finetune, written.finetune, *_OF_A_STEP)
-    ours, theirs = config.emulator.healing, written.emulator.healing
-    if ours is not None and theirs is not None and _rows(ours, config.finetune) == _rows(theirs, written.finetune):
-        sections["emulator"] = config.emulator.model_copy(update={"healing": theirs})
-    return dataclasses.replace(prepared, config=config.model_copy(update=sections))
-
-
-_OF_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
-
-
-def _with(section: Settings, written: Settings, *keys: str) -> Settings:
-    return section.model_copy(update={key: getattr(written, key) for key in keys})
-
-
-def _rows(section: FinetuneConfig | HealingConfig, finetune: FinetuneConfig) -> int:
-    """Rows of a worker's optimizer step."""
-    return (section.per_device_train_batch_size or 0) * finetune.gradient_accumulation_steps
 
 
 def without_budget(prepared: Prepared) -> Prepared:

@@ -13,6 +13,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from emloc_ray.config.base import StageConfig
+from emloc_ray.config.emulator import HealingConfig
+from emloc_ray.config.finetune import FinetuneConfig
 from emloc_ray.config.schema import WORKER_SECTIONS, RunConfig
 from emloc_ray.data.reading import SourceFile
 from emloc_ray.data.splits import SPLITS
@@ -28,6 +31,7 @@ from emloc_ray.planning.training_checks import check_training
 
 UNKNOWN_ROWS = 8000  # the guess for a split that is made or downloaded later
 Result = TypeVar("Result")
+Settings = TypeVar("Settings", bound=StageConfig)
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,23 @@ class Prepared:
         return self.config.finetune.exact_steps > 0 and self.layout.differs
 
     @functools.cached_property
+    def as_asked(self) -> Prepared:
+        """The run with the rows a pass and the checkpointing that its config asks for, where a step reads as many rows so.
+
+        What stages make is then the same but for rounding: they are told apart by this, so that a budget redoes nothing.
+        """
+        written, config = self.as_written, self.config
+        if written is None:
+            return self
+        sections: dict[str, Any] = {"evaluation": _with(config.evaluation, written.evaluation, "batch_size")}
+        if _rows(config.finetune, config.finetune) == _rows(written.finetune, written.finetune):
+            sections["finetune"] = _with(config.finetune, written.finetune, *_OF_A_STEP)
+        ours, theirs = config.emulator.healing, written.emulator.healing
+        if ours is not None and theirs is not None and _rows(ours, config.finetune) == _rows(theirs, written.finetune):
+            sections["emulator"] = config.emulator.model_copy(update={"healing": theirs})
+        return dataclasses.replace(self, config=config.model_copy(update=sections))
+
+    @functools.cached_property
     def lengths(self) -> Lengths:
         """How long the rows to train on are."""
         return row_lengths(self.config.data, self.files.get("train", ()), self.layout.image.row_tokens)
@@ -67,6 +88,18 @@ class Prepared:
         rows = sum(source.num_rows for source in files) if files else UNKNOWN_ROWS
         tokens = (section.num_calibration_samples or rows) * tokens_per_row
         return min(tokens, section.num_calibration_tokens or tokens)
+
+
+_OF_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
+
+
+def _with(section: Settings, written: Settings, *keys: str) -> Settings:
+    return section.model_copy(update={key: getattr(written, key) for key in keys})
+
+
+def _rows(section: FinetuneConfig | HealingConfig, finetune: FinetuneConfig) -> int:
+    """Rows of a worker's optimizer step."""
+    return (section.per_device_train_batch_size or 0) * finetune.gradient_accumulation_steps
 
 
 def splits_of(config: RunConfig) -> tuple[str, ...]:

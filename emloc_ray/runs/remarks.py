@@ -30,8 +30,8 @@ def over_budget(config: RunConfig, planned: Mapping[str, int]) -> str | None:
         return None
     if config.budget_is_default:
         return (
-            f"Inference of the original takes {size(budget)}, and at their smallest {', '.join(above)} take more: lower"
-            " data.max_seq_length, or set memory_budget to what a worker has."
+            f"Inference of the original takes {size(budget)}, and a worker at its smallest batch takes more: {', '.join(above)};"
+            " lower data.max_seq_length, or set memory_budget to what a worker has."
         )
     return (
         f"memory_budget is {size(budget)} a worker, but the plan says {', '.join(above)}:"

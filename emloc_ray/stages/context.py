@@ -19,7 +19,6 @@ from emloc_ray.modeling.hub_weights import commit_of
 from emloc_ray.modeling.inputs import has_encoder
 from emloc_ray.modeling.loading import checkpoint_files, content_of_source
 from emloc_ray.modeling.stored_names import StoredParameter, stored_parameters, stored_specs
-from emloc_ray.planning.batches import as_asked
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
@@ -120,11 +119,6 @@ class Context:
     def memory(self) -> MemoryModel:
         """What workers are predicted to hold."""
         return MemoryModel(self.prepared)
-
-    @functools.cached_property
-    def asked(self) -> Prepared:
-        """The run with the batches that its config asks for, whatever a budget made of them: what tells results apart."""
-        return as_asked(self.prepared)
 
     def begun(self, inputs: Inputs) -> Inputs:
         """What tells a training that was broken off from others: also how it reads a step's rows."""

@@ -53,7 +53,7 @@ def _inputs(context: Context) -> Inputs:
         "model": context.model_key,
         "data": context.split_key("train"),
         "options": context.model_options,
-        "finetune": learned(context.asked.config.finetune),
+        "finetune": learned(context.prepared.as_asked.config.finetune),
         "steps": [steps_of(context), config.finetune.exact_steps],
         "seed": config.seed,
     }

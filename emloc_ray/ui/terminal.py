@@ -145,7 +145,7 @@ def _stage_table(plan: Plan) -> Table:
 def plan_lines(plan: Plan, without_budget: Callable[[Plan], Plan]) -> list[str]:
     """What is said below a plan's tables: its steps, where weights come from, what to train on, or what the budget changed."""
     slow = disk_line(plan)
-    lines = [f"Steps: {plan.steps}."] + ([] if slow is None else [slow])
+    lines = [f"Training: {plan.steps}."] + ([] if slow is None else [slow])
     if plan.choice is not None:
         return [*lines, plan.choice.sentence]
     bounded = plan.prepared.config.memory_budget is not None

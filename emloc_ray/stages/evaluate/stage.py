@@ -60,7 +60,7 @@ def _inputs(context: Context) -> Inputs:
         "merge": context.made.get("merge", ""),
         **({"finish": context.made["finish"]} if context.finishes else {}),
         "data": context.split_key("eval"),
-        "evaluation": without(context.asked.config.evaluation, _NOT_SCORED),
+        "evaluation": without(context.prepared.as_asked.config.evaluation, _NOT_SCORED),
     }
 
 

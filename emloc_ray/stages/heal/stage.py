@@ -80,7 +80,7 @@ def healing_job(context: Context, healing: HealingConfig, name: str) -> HealingJ
 
 
 def _inputs(context: Context) -> Inputs:
-    prepared = replace(context.asked, layout=context.layout_made)
+    prepared = replace(context.prepared.as_asked, layout=context.layout_made)
     config, healing = prepared.config, prepared.config.emulator.heals
     assert healing is not None
     training = healing_run(prepared, healing)
