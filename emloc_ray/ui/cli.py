@@ -155,15 +155,16 @@ def init(
     """Write a config for a model and data, with what the plan recommends; asks for what is missing."""
     from emloc_ray.ui import config_verbs
 
-    config_verbs.init(console, output, _asked("--model", model), _asked("--data", data), memory_budget)
+    named = _asked("--model", model, "a hub id or a directory")
+    config_verbs.init(console, output, named, _asked("--data", data, "a file, a glob or hf:DATASET"), memory_budget)
 
 
-def _asked(option: str, given: str | None) -> str:
+def _asked(option: str, given: str | None, what: str) -> str:
     if given is not None:
         return given
     if not console.is_terminal:
         raise ConfigError(f"{option} is missing: give it, as without a terminal nobody is asked.")
-    return str(typer.prompt(option.removeprefix("--")))
+    return str(typer.prompt(f"{option.removeprefix('--')} ({what})"))
 
 
 @app.command(rich_help_panel=_BEFORE)

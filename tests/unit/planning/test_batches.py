@@ -182,7 +182,7 @@ def test_the_quickstart_stays_within_inference_and_is_told_what_that_changed() -
     assert finetune.gradient_checkpointing
     assert "training computes blocks again in the backward pass (gradient checkpointing)" in first
     assert "which inference of the original takes" in first
-    assert last.startswith("With memory_budget: null a worker would hold up to 2.")
+    assert last.startswith("With memory_budget: null a worker would hold up to 1.9")
     assert smaller_batches(without_budget(ready)) is None
 
 

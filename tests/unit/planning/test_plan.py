@@ -322,4 +322,4 @@ def test_rows_of_generated_tasks_are_as_long_as_theirs_were(prepared: Callable[.
     known = [
         prepared(data={"generate": name, "max_seq_length": 100}).lengths for name in ("return_types", "docstrings")
     ]
-    assert known == [Lengths(48, 100), Lengths(81, 100)]
+    assert known == [Lengths(48, 100), Lengths(80, 100)]
