@@ -50,8 +50,10 @@ def duration(seconds: float) -> str:
 
 
 class Pace:
-    """How fast units get done: the newer half of those done so far, as a stage's first ones may be of another kind. Neither the
-    start counts nor what a stage that goes on had done before."""
+    """How fast units get done, by the newer half of those done so far, as a stage's first ones may be of another kind.
+
+    It leaves out the start, and what a stage that continues had done before.
+    """
 
     def __init__(self) -> None:
         self._begun = 0

@@ -298,7 +298,7 @@ class RunConfig(Section):
 
     @property
     def budget_is_default(self) -> bool:
-        """Whether ``memory_budget`` was left out: then a stage that cannot keep to it is told instead of refused."""
+        """Whether ``memory_budget`` was left out: then a stage that cannot keep to it gets a remark instead of being refused."""
         return "memory_budget" not in self.model_fields_set
 
     @model_serializer(mode="wrap")

@@ -73,7 +73,7 @@ def energy_vectors(weight: Tensor, whitening: Whitening) -> tuple[Tensor, Tensor
 
 
 def _in_float64(inside: Tensor, whitening: Whitening) -> tuple[Tensor, Whitening]:
-    """To compute with in float64, on the CPU where the device's is slow."""
+    """The matrix and the whitening in float64, on the CPU where the device's is slow."""
     if not has_fast_float64(inside.device):
         inside, whitening = inside.cpu(), whitening.on_cpu()
     return inside.to(torch.float64), whitening

@@ -26,7 +26,7 @@ FORMATS = {
     "alpaca": RowFormat(("instruction", "output"), ("input", "system", "history")),
     "text": RowFormat(("text",)),
 }
-"""By name, in the order in which a row is tried for them: messages come before the text that someone made of them."""
+"""The formats by name, in the order in which a row is tried for them: messages come before the text that someone made of them."""
 CHATS = frozenset({"messages", "sharegpt", "conversational"})
 """The formats that need a chat template."""
 
@@ -68,7 +68,7 @@ def columns_of(format: str, columns: Mapping[str, str]) -> tuple[list[str], list
 def recognized(row: Row, columns: Mapping[str, str]) -> str | None:
     """The format of a row by its columns; None where it has none that is known.
 
-    Of rows whose columns are mapped, only a format that takes a mapped one is meant.
+    Where columns are mapped, only a format that takes a mapped one counts.
     """
     given = renamed(row, columns)
     for name, form in FORMATS.items():

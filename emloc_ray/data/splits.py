@@ -123,8 +123,8 @@ class RowSelection:
     ) -> Iterator[tuple[Place, Row]]:
         """Yields ``(file and row, row)`` for the selection's rows in ``[begin, end)``, as one stream through each file.
 
-        Of a Parquet file, only the columns of its ``format`` are read, under the file's own names; all of them where
-        that is not known. A line that is no row comes as :class:`emloc_ray.data.reading.BadRow`.
+        Reads only the columns of a Parquet file's ``format``, under the file's own names; all of them where that is not
+        known. A line that is no row comes as :class:`emloc_ray.data.reading.BadRow`.
 
         Raises:
             DataError: where one cannot be read.

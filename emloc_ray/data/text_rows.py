@@ -1,6 +1,6 @@
 """Rows of JSON, CSV and text files: their offsets, their values, and the errors of each alone.
 
-Of a line longer than :data:`MAX_LINE_BYTES` the rest is skipped, and the row is a bad one.
+A line longer than :data:`MAX_LINE_BYTES` is a bad row; its rest is skipped.
 """
 
 from __future__ import annotations

@@ -77,8 +77,8 @@ class _Collected:
 def stored_parameters(model: Any, names: Iterable[str] | Mapping[str, Sequence[int]]) -> dict[str, StoredParameter]:
     """Maps the name of each of the model's parameters and buffers to what holds it, of the tensors named.
 
-    Those that no tensor makes up are left out; ``model`` may be on the meta device. By the tensors' shapes, where they are
-    given, it is known whether one that may be stored transposed is.
+    Those that no tensor makes up are left out; ``model`` may be on the meta device. The tensors' shapes, where they
+    are given, say whether one that may be stored transposed is.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (

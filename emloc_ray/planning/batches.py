@@ -29,7 +29,7 @@ def shrink_batches(prepared: Prepared) -> Prepared:
 
 
 def _trained_within(prepared: Prepared) -> Prepared:
-    """With the micro-batch and the checkpointing that fit, unless the config's own do, or DeepSpeed's JSON names them."""
+    """Takes the micro-batch and the checkpointing that fit, unless the config's own do, or DeepSpeed's JSON names them."""
     if prepared.config.finetune.deepspeed is not None:
         return prepared
     lengths = longest_lengths(prepared)
@@ -49,7 +49,7 @@ def _trained_within(prepared: Prepared) -> Prepared:
 
 
 def _smaller(prepared: Prepared, section: str, held: Callable[[MemoryModel], list[Parts]]) -> Prepared:
-    """With half of a section's batch until that fits, or is a row."""
+    """Halves a section's batch until it fits, or is a row."""
 
     def fits(memory: MemoryModel) -> bool:
         return max(total(with_base(parts)) for parts in held(memory)) <= (memory.bound(section) or 0.0)

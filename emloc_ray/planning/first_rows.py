@@ -61,7 +61,7 @@ class FirstRows:
 def first_rows(prepared: Prepared, split: str = "train", count: int = 64) -> FirstRows | None:
     """The first ``count`` rows of a split as the run will tokenize them; None where the run takes them out of train.
 
-    Asks the hub for the first rows of what lies there. Of a task that the run makes it makes a few rows of train.
+    Asks the hub for the first rows of a data set there; makes a few rows of train of a task that the run makes.
 
     Raises:
         ConfigError: where a row is bad, or no row keeps a completion.

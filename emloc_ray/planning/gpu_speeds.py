@@ -12,8 +12,8 @@ _REACHED = 0.7  # of a data sheet's figure, as assumed of large matrix products:
 
 @dataclass(frozen=True)
 class GpuSpeed:
-    """Of one GPU: operations a second of dense products in bfloat16 (float16 where it has no bfloat16), accumulated in float32,
-    and bytes a second from the host over PCI Express, both as a large piece of work reaches them."""
+    """The speed of one GPU, as a large piece of work reaches it: operations a second of dense products in bfloat16 (float16 where
+    it has no bfloat16), accumulated in float32, and bytes a second from the host over PCI Express."""
 
     flops: float
     link: float

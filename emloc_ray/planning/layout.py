@@ -76,7 +76,7 @@ class Layout:
         return self.quantization != "nf4" or name in self.replaceable
 
     def as_made(self, made: Mapping[str, Any]) -> Layout:
-        """With the ranks or forms of a factorized emulator, from its stage's result; ranks are those after healing."""
+        """The layout with the ranks or forms of a factorized emulator, from its stage's result; ranks are those after healing."""
         if not self.allocated:
             return self
         if self.budget is not None:
@@ -85,7 +85,7 @@ class Layout:
         return replace(self, ranks=made.get("ranks") or factorized)
 
     def with_forms(self, forms: Mapping[str, Form]) -> Layout:
-        """With the form of every linear that is named; others are as they were."""
+        """The layout with the form of every linear that is named; others are as they were."""
         others = {name: self.form(spec) for name, spec in self.by_name.items() if name not in forms}
         every = {**others, **forms}
         return replace(

@@ -66,7 +66,7 @@ class MemoryModel(CalibrationMemory):
         return spec.num_parameters * DOUBLE + 4 * order**2 * DOUBLE + self.layout.kept(spec) * (FLOAT + DOUBLE)
 
     def refine(self) -> Parts:
-        """Of original and emulator the weights outside the blocks and of the largest block, whose factors are there in float32
+        """The weights of original and emulator outside the blocks and in the largest block, whose factors are there in float32
         with gradients and Adam's moments; a batch's hidden states as both read and give them, and what the block keeps."""
         return self._refining(self.refinement_rows())
 

@@ -229,9 +229,7 @@ class Steps:
     def _begin(self, stage: Stage) -> None:
         now, begun = made_with(stage), self.directory.begun()
         if stage.name not in self.forced and is_begun_by_others(stage, begun):  # and accepted: see check_versions
-            self._note(
-                f"{stage.name} was begun with {version_changes(begun[stage.name], now)}, and goes on from there."
-            )
+            self._note(f"{stage.name} continues what was begun with {version_changes(begun[stage.name], now)}.")
         self.directory.begin(stage.name, now)
 
     def _execute(self, stage: Stage, context: Context, inputs: Inputs, granted: Resources) -> Result:
@@ -266,7 +264,7 @@ class Steps:
 
     @contextlib.contextmanager
     def _alone(self, stage: Stage, inputs: Inputs | None) -> Iterator[None]:
-        """Of runs that are about to make the same, the first makes it and the others wait."""
+        """Lets the first of the runs that are about to make the same make it; the others wait."""
         if self.cache is None or inputs is None:
             yield
             return
@@ -365,5 +363,5 @@ def resources_of(stage: Stage, prepared: Prepared) -> Resources:
 
 
 def cache_key(stage: Stage, inputs: Inputs) -> str:
-    """In the cache, which outlives what is installed: another version may make something else of the same inputs."""
+    """The key in the cache, which outlives what is installed: another version may make something else of the same inputs."""
     return ArtifactCache.key(stage.name, [made_with(stage), inputs])

@@ -37,8 +37,8 @@ def fingerprint_files(files: Iterable[Path]) -> str:
 def fingerprint_large_files(files: Iterable[Path]) -> str:
     """A hash of names and contents of files that may be large, whatever their times.
 
-    Of a large file the header and blocks all over it are read each time. The whole is read once, and again where its time or
-    inode changed: 140 GB of weights take minutes. What the hub's cache names by its content goes by that name.
+    Reads a large file's header and blocks all over it each time, the whole once and again where its time or inode changed:
+    140 GB of weights take minutes. A file that the hub's cache names by its content is hashed by that name.
     """
     shown = [file for file in files if file.is_file() and not file.name.startswith(".")]
     with ThreadPoolExecutor(_READERS) as pool:

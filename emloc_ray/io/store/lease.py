@@ -70,7 +70,7 @@ class Lease:
     def take(self, tell: Callable[[Holder], None] = lambda holder: None) -> Holder | None:
         """Takes the lease, also from a holder that is stale; else returns who holds it.
 
-        Who is not stale yet is told, then watched until it renews its hold, gives it back, or is stale.
+        ``tell`` gets a holder that is not stale yet, which is then watched until it renews its hold, gives it back, or is stale.
         """
         current = _find(self._store)
         if current is not None and not current.is_stale(self._now()):

@@ -40,8 +40,8 @@ class ObjectStore(Objects):
     def versions(self, path: str, manifest: Mapping[str, Any] | None = None) -> dict[str, Stored]:
         """The objects of a file, or of all files below a directory, by the file's path from ``path`` on ("": itself).
 
-        Of a file that a finished stage wrote it is what the manifest names. Of another it is the newest that was written
-        under this lease, or else what its holder adopted from the one before. ``manifest``: as it was then.
+        A file of a finished stage has the version that the manifest names. Another has the newest that was written under
+        this lease, or else the one that its holder adopted from the lease before. ``manifest``: as it was then.
 
         Raises:
             TakenOver: where another holder's manifest is there by now.
@@ -91,8 +91,8 @@ class ObjectStore(Objects):
     def add_version(self, path: str, file: Path) -> str:
         """Puts a file's content as the version of ``path``; returns its SHA-256.
 
-        Of what was written there before under the same lease, the last stays beside it until the stage is committed: who
-        takes the run over at this moment may have adopted that. Of earlier leases everything stays.
+        The last version of the same lease stays beside it until the stage is committed: a process that takes the run over
+        at this moment may have adopted that one. Versions of earlier leases stay.
 
         Raises:
             TakenOver: where another process holds the run by now; nothing is written.

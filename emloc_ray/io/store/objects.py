@@ -48,7 +48,7 @@ class Stored:
 
     @property
     def order(self) -> tuple[int, float]:
-        """Of what was written to one path under one lease, the later is the greater; times are whole seconds in some stores."""
+        """Orders what was written to one path under one lease, the latest last; times are whole seconds in some stores."""
         match = _VERSION.fullmatch(self.path.rpartition("/")[2])
         return int(match[2] or 0) if match else 0, self.modified
 
@@ -182,7 +182,7 @@ class Objects:
                 self._trying(lambda keys=keys: self.client.delete(keys), "remove", objects[begin].path)  # type: ignore[misc]
 
     def _trying(self, call: Callable[[], Result], what: str, path: str) -> Result:
-        """Raises ArtifactError where the last try fails too; what is not there, or a full disk, is told at once."""
+        """Raises ArtifactError where the last try fails too; a missing object or a full disk is raised at once."""
         for attempt in range(ATTEMPTS):
             try:
                 return call()

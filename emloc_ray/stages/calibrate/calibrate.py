@@ -81,7 +81,7 @@ def gather_as_fits(
     except Exception as error:
         if job.hold == BLOCKS or not job.may_stream or not any(map(is_out_of_memory, causes(error))):
             raise
-    tell(f"{job.step}: a worker ran out of memory with the model held {job.hold}; it goes on block by block.")
+    tell(f"{job.step}: a worker ran out of memory with the model held {job.hold}; it continues block by block.")
     discard(out_dir / "slots")
     job = dataclasses.replace(job, hold=BLOCKS, waves=None)
     return job, gather(job, out_dir)

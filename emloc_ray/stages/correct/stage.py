@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def correction_job(context: Context) -> CorrectionJob:
-    """With the candidates that the config leaves to choose among."""
+    """The job, with the candidates that the config leaves to choose among."""
     from emloc_ray.stages.correct.correct import candidates
     from emloc_ray.stages.correct.job import CorrectionJob
 

@@ -172,7 +172,7 @@ def _with_each(
 
 
 def _score(job: EvaluationJob, model: Any, shards: TokenShards, positions: range, name: str) -> Score:
-    """Of the rows at ``positions``, of which some hundred are held at a time."""
+    """The score of the rows at ``positions``, of which about a hundred are held at a time."""
     total = Score()
     for start in range(0, len(positions), _ROWS_AT_ONCE):
         total += score_rows(

@@ -26,7 +26,7 @@ _SAME_LOSS = 1e-2  # of a loss in bfloat16 on different machines
 
 
 def evaluation_job(context: Context) -> EvaluationJob:
-    """Of every variant on the held-out rows."""
+    """The job that scores every variant on the held-out rows."""
     from emloc_ray.stages.evaluate.evaluate import EvaluationJob
 
     config = context.prepared.config
@@ -123,8 +123,8 @@ def other_bound(evaluation: Mapping[str, Any], upper_bound: str | None) -> str |
     if upper_bound is None or bound_scores(evaluation, upper_bound) is not None:
         return None
     return (
-        f"evaluation.upper_bound {upper_bound} was not scored on the same held-out tokens of the same original, so that no gap"
-        " can be told: run it anew with this run's data, seed and evaluation.num_samples."
+        f"evaluation.upper_bound {upper_bound} was not scored on the same held-out tokens of the same original, so the gap"
+        " is unknown: run it again with this run's data, seed and evaluation.num_samples."
     )
 
 

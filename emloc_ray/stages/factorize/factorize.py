@@ -120,10 +120,10 @@ def _weight(
 def _whitening(
     gram: StoredGram | None, dampening_frac: float, device: torch.device | str, tensors_read: GroupTensors | None
 ) -> Whitening:
-    """Without a Gram nothing asks for it.
+    """The whitening of a group's Gram, which is there wherever this is called.
 
-    Of linears that calibration brought no token to, as a vision tower's without images, it is as if all inputs were alike:
-    their best factors are then those of the weight alone.
+    Linears without a calibration token, such as a vision tower's without images, take the identity: their best factors are
+    then those of the weight alone.
     """
     assert gram is not None
     stored = gram.read() if tensors_read is None or tensors_read.gram is None else tensors_read.gram

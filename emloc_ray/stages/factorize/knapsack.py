@@ -38,7 +38,7 @@ class Packing:
 
     @property
     def gap(self) -> float:
-        """By how much the loss may lie above the least there is, as a share of it; 0 where nothing is lost."""
+        """The most that the loss may lie above the least there is, as a share of it; 0 where nothing is lost."""
         return (self.loss - self.bound) / self.loss if self.loss > 0 else 0.0
 
 
@@ -80,7 +80,7 @@ class _Table:
         return float(self.lost[picks].sum())
 
     def packing(self, picks: Picks, bound: float) -> Packing:
-        """With each pick as its number among the item's choices as they were given."""
+        """The packing with each pick as its number among the item's choices as they were given."""
         numbers = tuple(int(o[p]) for o, p in zip(self.orders, picks - self.starts, strict=True))
         loss = self.loss(picks)
         return Packing(numbers, int(self.cost[picks].sum()), loss, min(bound, loss))
@@ -113,7 +113,7 @@ class _Table:
         return self._upgraded(picks, dear, budget), price, bound
 
     def _upgraded(self, picks: Picks, dear: Picks, budget: int) -> Picks:
-        """With as many of the picks of a lower price as fit, those first that save most a byte."""
+        """Takes as many of the picks of a lower price as fit, those first that save most a byte."""
         more, saved = self.cost[dear] - self.cost[picks], self.lost[picks] - self.lost[dear]
         items = np.flatnonzero((more > 0) & (saved > 0))
         left, made = budget - int(self.cost[picks].sum()), picks.copy()

@@ -1,4 +1,4 @@
-"""What is told of every factorized layer, kept beside its factors."""
+"""The report of every factorized layer, kept beside its factors."""
 
 from __future__ import annotations
 

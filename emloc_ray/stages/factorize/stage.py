@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def allocation_job(context: Context) -> AllocationJob:
-    """Of the ranks that the linears whose ratio no pattern names have together."""
+    """The job that allots the ranks of all linears whose ratio no pattern names."""
     from emloc_ray.stages.factorize.allocate import AllocationJob
 
     emulator, layout = context.prepared.config.emulator, context.layout

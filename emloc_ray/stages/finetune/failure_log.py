@@ -33,7 +33,10 @@ class FailureLog(ray.train.UserCallback):
         why = f"lost its worker because {reason(error)[0]}" if lost else f"failed ({last_line(error)})"
         again = f"restarted from the last checkpoint ({self.failures} of {self.job.max_failures})"
         if taken_back:
-            why, again = "lost its worker because its node was taken back", "begun elsewhere from the last checkpoint"
+            why, again = (
+                "lost its worker because its node was taken back",
+                "restarted elsewhere from the last checkpoint",
+            )
         path = self.job.failure_path
         ensure(path)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -159,7 +159,9 @@ def _fit(job: FinetuneJob, resources: Resources, losses: Losses) -> dict[str, An
         came_on = job.max_failures > 0 and _checkpoints(job) != before
         if not came_on or not is_lost(error):
             raise
-        losses.tell(f"{job.stage}: it has come on since it first failed, so failures are counted anew.")
+        losses.tell(
+            f"{job.stage}: it has made progress since it first failed, so failures are counted from zero again."
+        )
         return None
     except (ray.exceptions.RayError, ray.train.ControllerError) as error:
         time.sleep(losses.count("the training", error))

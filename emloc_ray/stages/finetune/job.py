@@ -1,4 +1,4 @@
-"""What a training is told: where its artifacts are, and its settings."""
+"""A training's job: where its artifacts are, and its settings."""
 
 from __future__ import annotations
 

@@ -292,7 +292,7 @@ def _publish_events(job: FinetuneJob, session: TrainingSession) -> None:
 
 
 def _arguments(job: FinetuneJob, output_dir: str) -> TrainingArguments:
-    """What the Trainer is told: the job's own over our defaults, and over these what the stage decides."""
+    """The Trainer's arguments: the job's own over our defaults, and over these what the stage decides."""
     scattered = {"deepspeed": job.zero_config, **join_as_deepspeed_rank()} if job.zero_config else {}
     return TrainingArguments(
         output_dir=output_dir,

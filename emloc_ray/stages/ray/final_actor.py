@@ -109,7 +109,7 @@ class FinalActorHandle:
         if not ray.wait([self._asked], timeout=patience_s)[0]:
             progress(*self._position)  # raises where the run is to stop
             if time.monotonic() - self._heard_at > _SILENT_S:
-                tell(f"The final actor has not answered for {duration(_SILENT_S)}: it is ended and begun again.")
+                tell(f"The final actor has not answered for {duration(_SILENT_S)}: it is restarted.")
                 ray.kill(self._actor, no_restart=False)
                 self._heard_at = time.monotonic()
             return

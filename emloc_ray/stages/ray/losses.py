@@ -83,7 +83,7 @@ class Losses:
         if is_preempted(error) or any(self._departures.named_in(str(cause)) for cause in causes(error)):
             self.preempted += 1
             self._measure("its node was taken back")
-            self.tell(f"{self.stage}: {piece} lost its worker because its node was taken back; begun elsewhere.")
+            self.tell(f"{self.stage}: {piece} lost its worker because its node was taken back; restarted elsewhere.")
             return self.delays[0]
         before, self._kernel_kills = self._kernel_kills, kernel_kills()
         why, what_to_do = reason(error, kernel_killed=self._kernel_kills > before)

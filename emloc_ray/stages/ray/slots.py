@@ -179,7 +179,7 @@ class _Slots:
         elif unit == LEFT:
             del self.running[task]
             self.resting[slot] = 0.0
-            losses.tell(f"{losses.stage}: slot {slot} leaves a node that is about to go, and goes on from {where}.")
+            losses.tell(f"{losses.stage}: slot {slot} leaves a node that is about to go, and continues from {where}.")
         else:
             self._reach(slot, unit)
 

@@ -130,7 +130,7 @@ def test_out_of_memory_goes_on_block_by_block_where_it_may(
         found, gathered = gather_as_fits(job, tmp_path, gather, notes.append)
         assert (found.hold, found.waves, gathered) == (BLOCKS, None, ({"layer": 7}, {"layer": "file"}))
         assert notes == [
-            "calibrate: a worker ran out of memory with the model held resident; it goes on block by block."
+            "calibrate: a worker ran out of memory with the model held resident; it continues block by block."
         ]
         return
     with pytest.raises(torch.OutOfMemoryError):

@@ -35,7 +35,7 @@ def test_what_is_lost_with_a_node_that_was_taken_back_does_not_count() -> None:
     leaving.clear()  # it has gone
     for error in (taken_back(), NodeDiedError(f"Node IP: 10.0.0.3, node ID: {NODE}. This can happen if …")):
         assert losses.count("shard a", error) == 0
-    assert told == ["merge: shard a lost its worker because its node was taken back; begun elsewhere."] * 2
+    assert told == ["merge: shard a lost its worker because its node was taken back; restarted elsewhere."] * 2
     assert (losses.preempted, dict(losses.counts)) == (2, {})
     with pytest.raises(StageError, match="because its node died"):
         losses.count(
@@ -90,7 +90,7 @@ def test_a_slot_commits_and_leaves_a_node_that_is_about_to_go(monkeypatch: pytes
     assert started == [[-1], [-1, 1]]
     assert done == [0, 1, 1, 2, 3]
     assert safe == [-1, 1, 3]
-    assert told == ["calibrate: slot 0 leaves a node that is about to go, and goes on from shard 2."]
+    assert told == ["calibrate: slot 0 leaves a node that is about to go, and continues from shard 2."]
 
 
 def test_a_unit_that_takes_for_ever_is_ended_and_begun_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +169,9 @@ def test_a_group_whose_node_was_taken_back_has_not_failed(tmp_path: Path) -> Non
         log.after_exception(None, {0: RuntimeError("closed"), 1: WorkerHealthCheckFailedError("rank 1", taken_back())})
     log.after_exception(None, {0: RuntimeError("closed")})
     assert log.job.failure_path.read_text().splitlines() == [
-        *["finetune: rank 1 lost its worker because its node was taken back; begun elsewhere from the last checkpoint."]
+        *[
+            "finetune: rank 1 lost its worker because its node was taken back; restarted elsewhere from the last checkpoint."
+        ]
         * 2,
         "finetune: rank 0 failed (closed); restarted from the last checkpoint (1 of 1).",
     ]
