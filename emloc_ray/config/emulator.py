@@ -137,8 +137,8 @@ class EmulatorConfig(StageConfig):
     @property
     def budget_bits(self) -> float | None:
         """Bits a weight that the budget gives; None where it is in bytes, or there is none."""
-        found = _BITS.fullmatch(self.budget or "")
-        return float(found[1]) if found else None
+        bits = _BITS.fullmatch(self.budget or "")
+        return float(bits[1]) if bits else None
 
     @property
     def budget_bytes(self) -> int | None:

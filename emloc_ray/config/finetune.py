@@ -51,7 +51,7 @@ class FinetuneConfig(StageConfig):
 
     @field_validator("max_steps")
     @classmethod
-    def _some_steps(cls, max_steps: int) -> int:
+    def _one_step_or_more(cls, max_steps: int) -> int:
         if max_steps != -1 and max_steps < 1:
             raise ValueError(f"{max_steps} is no number of steps: give one, or -1 for num_train_epochs of the data")
         return max_steps

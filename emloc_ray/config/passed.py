@@ -209,8 +209,8 @@ def _elsewhere(name: str) -> str | None:
         if isinstance(kind, type) and issubclass(kind, Section)
     }
     named["finetune"] |= _trainable_keys()
-    found = [f"{section}.{name}" for section, keys in named.items() if name in keys]
-    return found[0] if len(found) == 1 else None
+    matches = [f"{section}.{name}" for section, keys in named.items() if name in keys]
+    return matches[0] if len(matches) == 1 else None
 
 
 def _trainable_keys() -> set[str]:

@@ -178,8 +178,8 @@ def _factorize_scaled(
     weight: Tensor, whitening: Whitening, rank: int, solver: Solver, seed: int
 ) -> tuple[Factorization, bool]:
     """The factorization in the dtype of ``weight`` under ``G'``, and whether that dtype was wide enough for it."""
-    found = None if solver == "exact" else _by_subspace(weight, whitening, rank, seed, solver)
-    return _by_eigendecomposition(weight, whitening, rank) if found is None else found
+    factors = None if solver == "exact" else _by_subspace(weight, whitening, rank, seed, solver)
+    return _by_eigendecomposition(weight, whitening, rank) if factors is None else factors
 
 
 def _by_subspace(

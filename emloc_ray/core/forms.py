@@ -64,11 +64,11 @@ class Storing:
         smaller = min(out_features, in_features)
         dense = out_features * in_features * self.itemsize
         ranks = list(_spaced(multiple, smaller))
-        found = [Form(), *(Form(bits=bits) for bits in BITS)]
-        found += [Form(rank=rank, bits=bits) for bits in _FACTOR_BITS for rank in ranks]
+        choices = [Form(), *(Form(bits=bits) for bits in BITS)]
+        choices += [Form(rank=rank, bits=bits) for bits in _FACTOR_BITS for rank in ranks]
         beside = [rank for rank in _RESIDUAL_RANKS if 4 * rank <= smaller]
-        found += [Form(bits=bits, residual_rank=rank) for bits in BITS for rank in beside]
-        return [f for f in found if f == Form() or self.num_bytes(out_features, in_features, f) < dense]
+        choices += [Form(bits=bits, residual_rank=rank) for bits in BITS for rank in beside]
+        return [f for f in choices if f == Form() or self.num_bytes(out_features, in_features, f) < dense]
 
 
 def _spaced(multiple: int, limit: int) -> Iterator[int]:

@@ -284,6 +284,6 @@ def complement_gain(matrix: Tensor, top: LeadingVectors, seed: int, *, squared: 
         probe = (image if squared else image @ matrix.T).T
     probe = _outside(top.vectors, probe, generator)
     image = (probe.T @ matrix).to(torch.float64)
-    found, _ = _descending(image @ (probe.to(torch.float64) if squared else image.T))
+    outside, _ = _descending(image @ (probe.to(torch.float64) if squared else image.T))
     last = top.values.flip(0)[:count]
-    return float((found[: len(last)] - last).clamp_min(0.0).sum())
+    return float((outside[: len(last)] - last).clamp_min(0.0).sum())

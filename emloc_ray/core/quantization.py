@@ -231,7 +231,7 @@ def _grid(weight: Tensor, whitening: Whitening, bits: int, group_size: int) -> I
     rows = torch.nn.functional.pad(weight, (0, lacking)).view(out_features, groups, size)
     exponent = exponent_for(2.0 * float(weight.abs().max()) / (2**bits - 1))
     parts = [_group_grid(part, energies, bits, exponent) for part in rows.split(_ROWS)]
-    scales, zeros = (torch.cat(found) for found in zip(*parts, strict=True))
+    scales, zeros = (torch.cat(part) for part in zip(*parts, strict=True))
     nothing = torch.empty(out_features, in_features, dtype=torch.uint8, device="meta")
     return IntegerWeight(nothing, scales, zeros, exponent, bits, size)
 

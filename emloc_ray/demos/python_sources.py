@@ -92,8 +92,8 @@ def write_task(out_dir: Path, task: SourceTask, row_of: RowOf, roots: Sequence[P
             "or lower min_rows."
         )
     splits: dict[str, list[dict[str, str]]] = {name: [] for name in SPLIT_FRACTIONS}
-    told_apart_by = "completion" if task.max_share is None else "prompt"
-    for row in sorted(rows, key=lambda row: draw(task.seed, "row", getattr(row, told_apart_by))):
+    sorted_by = "completion" if task.max_share is None else "prompt"
+    for row in sorted(rows, key=lambda row: draw(task.seed, "row", getattr(row, sorted_by))):
         splits[split_at(draw(task.seed, "split", row.module))].append(row._asdict())
     return write_splits(out_dir, splits, _SCHEMA)
 

@@ -161,4 +161,4 @@ def _dtypes(kind: Any) -> set[torch.dtype]:
     """The dtypes that a kind's products are in."""
     if isinstance(kind, torch.dtype):
         return {kind}
-    return {found for part in kind for found in _dtypes(part)} if isinstance(kind, tuple) else set()
+    return {dtype for part in kind for dtype in _dtypes(part)} if isinstance(kind, tuple) else set()

@@ -116,10 +116,10 @@ def _check_own_code(directory: Path, source: str) -> None:
     """Raises ConfigError where a model has its code from another repository, at no commit, as ``OTHER/REPO--file.Class``."""
     for file in sorted(directory.glob("*config.json")):
         try:
-            found = list(leaves(json.loads(file.read_text("utf-8"))))
+            values = list(leaves(json.loads(file.read_text("utf-8"))))
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"model.source {source}: {file.name} is no JSON: name another checkpoint.") from error
-        other = next((code for path, code in found if "auto_map" in path and "--" in str(code)), None)
+        other = next((code for path, code in values if "auto_map" in path and "--" in str(code)), None)
         if other is not None:
             raise ConfigError(
                 f"model.source {source}: {file.name} takes code from {other.partition('--')[0]}, at no commit: download both,"
@@ -253,11 +253,11 @@ def check_source(source: ModelSource, model: Any, trust_remote_code: bool = Fals
                 f"model.source {source.directory} holds {converted} in a form that only transformers can convert: load it with"
                 " transformers, save it again with save_pretrained(save_original_format=False), and name that."
             )
-    for name, found in stored.items():
-        shape = checkpoint.entry(found.own_name).shape if checkpoint and found.own_name else shapes[name]
+    for name, parameter in stored.items():
+        shape = checkpoint.entry(parameter.own_name).shape if checkpoint and parameter.own_name else shapes[name]
         if shape != shapes[name]:
             raise ConfigError(
-                f"model.source {source.directory}: {found.own_name} is of shape {list(shape)}, config.json asks for"
+                f"model.source {source.directory}: {parameter.own_name} is of shape {list(shape)}, config.json asks for"
                 f" {list(shapes[name])}: the two are not of one model."
             )
     if source.only_index:
@@ -325,8 +325,8 @@ def content_of_source(source: ModelSource, directory: Path) -> str:
 def checkpoint_files(directory: Path) -> list[Path]:
     """Weights, configs, tokenizer and code of a checkpoint, in order; what else lies beside them is no part of it."""
     patterns = ("*.safetensors", *_SMALL_FILES, *TOKENIZER_FILES)
-    found = {file for pattern in patterns for file in directory.glob(pattern) if file.is_file()}
-    return sorted(file for file in found if not file.name.startswith("."))
+    matched = {file for pattern in patterns for file in directory.glob(pattern) if file.is_file()}
+    return sorted(file for file in matched if not file.name.startswith("."))
 
 
 def copy_checkpoint(source: Path, target: Path, progress: Callable[[int, int], None]) -> None:
@@ -353,8 +353,8 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     """Copies the tokenizer, its chat templates, the generation config and code that came with them beside a checkpoint made
     from ``source``."""
     ensure(source, weights=False)
-    found = sorted({file for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()})
-    for file in found:
+    files = sorted({file for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()})
+    for file in files:
         name = file.relative_to(source)
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         copy_file(file, target / name)

@@ -74,8 +74,8 @@ def unpacked(packed: Tensor, state: QuantState) -> Tensor:
     if packed.device.type != "cpu":
         from bitsandbytes.functional import dequantize_4bit
 
-        found: Tensor = dequantize_4bit(packed, state)
-        return found
+        weight: Tensor = dequantize_4bit(packed, state)
+        return weight
     scales = state.absmax
     if state.nested:
         shared = state.state2.absmax.repeat_interleave(_NESTED_BLOCK)[: scales.numel()]
@@ -124,10 +124,10 @@ def emulator_weight(emulator: Checkpoint, name: str, in_features: int) -> Stored
         part: {key: emulator.read(f"{name}{part}.{key}") for key in keys if f"{name}{part}.{key}" in emulator}
         for part in ("", ".up", ".down", ".base")
     }
-    found = {part: tensors for part, tensors in parts.items() if tensors}
-    if found.keys() <= {""} and found.get("", {}).keys() <= {"weight"}:  # a dense expert has a name of its own
+    stored = {part: tensors for part, tensors in parts.items() if tensors}
+    if stored.keys() <= {""} and stored.get("", {}).keys() <= {"weight"}:  # a dense expert has a name of its own
         return None
-    return linear_weight(found, in_features, emulator.read(f"{name}.order") if f"{name}.order" in emulator else None)
+    return linear_weight(stored, in_features, emulator.read(f"{name}.order") if f"{name}.order" in emulator else None)
 
 
 def module_weight(module: Any) -> Tensor:
@@ -173,7 +173,7 @@ def quantization_config(dtype: torch.dtype, skipped: tuple[str, ...]) -> dict[st
 
     from transformers import BitsAndBytesConfig
 
-    found: dict[str, Any] = BitsAndBytesConfig(
+    settings: dict[str, Any] = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
@@ -181,4 +181,4 @@ def quantization_config(dtype: torch.dtype, skipped: tuple[str, ...]) -> dict[st
         # Whole names: transformers takes plain ones for endings of others too.
         llm_int8_skip_modules=[f"{re.escape(name)}$" for name in skipped],
     ).to_dict()
-    return found
+    return settings

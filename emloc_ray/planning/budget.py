@@ -137,7 +137,7 @@ def check_holding(prepared: Prepared) -> None:
     asks, memory = prepared.config.emulator.asks_for_gradients, MemoryModel(prepared)
     is_written, hold = not prepared.config.budget_is_default, prepared.config.model.hold
     budget = memory.budget if is_written else None
-    least = BASE_BYTES + min(memory.held[way] for way in allowed(hold))
+    least = BASE_BYTES + min(memory.held[held_as] for held_as in allowed(hold))
     parts = "all weights, as model.hold: resident says" if hold == "resident" else "its largest blocks"
     for section in ("calibration", "evaluation"):
         share, gpus = memory.there(section), getattr(prepared.config, section).gpus

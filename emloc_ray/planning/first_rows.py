@@ -85,15 +85,15 @@ def first_rows(prepared: Prepared, split: str = "train", count: int = 64) -> Fir
                 write_generated(makes, Path(folder), config.seed, max_rows=2 * count)  # of which train has most
                 sources.append(with_format(scan(path), config.data))
             num_rows = None if names else sum(source.num_rows for source in sources)
-            found = _tokenized(prepared, split, sources, count, num_rows, names)
+            first = _tokenized(prepared, split, sources, count, num_rows, names)
     except DataError as error:
         raise ConfigError(_named(str(error), names)) from error
-    if found.sequences and found.num_emptied == len(found.sequences):
+    if first.sequences and first.num_emptied == len(first.sequences):
         raise ConfigError(
-            f"data.max_seq_length {found.limit} leaves none of the first {len(found.rows)} rows of data.{split} a token to"
+            f"data.max_seq_length {first.limit} leaves none of the first {len(first.rows)} rows of data.{split} a token to"
             " learn: raise it."
         )
-    return found
+    return first
 
 
 def sequences_a_row(prepared: Prepared) -> float:
@@ -148,8 +148,8 @@ def _tokenized(
     options = tokenize_options(prepared, tokenizer_dir(prepared.source), sources)
     rows = list(itertools.islice(_rows(sources, config.data, count), count))
     pairs = zip(rows, options.tokens(iter(rows)), strict=True)
-    found = tuple((_named(place, names), sequences) for (place, _), sequences in pairs)
-    return FirstRows(split, formats, num_rows, found, options.max_seq_length)
+    tokenized = tuple((_named(place, names), sequences) for (place, _), sequences in pairs)
+    return FirstRows(split, formats, num_rows, tokenized, options.max_seq_length)
 
 
 def _named(text: str, names: Mapping[str, str]) -> str:

@@ -53,8 +53,8 @@ def allowed(asked: str) -> tuple[str, ...]:
 
 def choose(asked: str, held: Mapping[str, float], beside: float, room: float) -> str:
     """The fastest way that fits ``room`` bytes with what is held ``beside`` the weights; the leanest where none does."""
-    ways = allowed(asked)
-    return next((way for way in ways if held[way] + beside <= room), ways[-1])
+    holds = allowed(asked)
+    return next((hold for hold in holds if held[hold] + beside <= room), holds[-1])
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,11 @@ def plan_gradients(
     batches = [batch_size >> halvings for halvings in range(batch_size.bit_length())]
     largest = max(map(gradient_bytes, specs), default=0)
     plans = []
-    for way in allowed(asked):
+    for hold in allowed(asked):
         for rows in batches:
-            left = room - held[way] - beside(rows)
-            if left >= largest or (way, rows) == (allowed(asked)[-1], 1):
-                plans.append(GradientPlan(way, rows, tuple(map(tuple, in_waves(specs, gradient_bytes, left)))))
+            left = room - held[hold] - beside(rows)
+            if left >= largest or (hold, rows) == (allowed(asked)[-1], 1):
+                plans.append(GradientPlan(hold, rows, tuple(map(tuple, in_waves(specs, gradient_bytes, left)))))
     return min(plans, key=lambda plan: len(plan.waves))
 
 

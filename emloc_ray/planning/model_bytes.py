@@ -178,8 +178,8 @@ def model_dtype(prepared: Prepared) -> torch.dtype:
     what its files hold."""
     wanted = prepared.config.model.dtype
     if wanted != "auto":
-        found: torch.dtype = getattr(torch, wanted)
-        return found
+        dtype: torch.dtype = getattr(torch, wanted)
+        return dtype
     named = None if prepared.source.gguf_file else getattr(prepared.model_config, "dtype", None)
     return named or prepared.file_dtype or torch.float32
 

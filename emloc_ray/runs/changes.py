@@ -61,11 +61,11 @@ def find_changes(prepared: Prepared, forced: Collection[str] = (), until: str = 
         return None
     manifest = prepared.run.manifest()
     older = older_stages(manifest)
-    standing = {name: entry for name, entry in manifest["stages"].items() if name not in older}
+    kept = {name: entry for name, entry in manifest["stages"].items() if name not in older}
     last = max(number for number, stage in enumerate(STEPS) if stage.verb == until)
     steps = [stage for stage in STEPS[: last + 1] if stage.name not in forced]
-    removed = [stage for stage in steps if stage.name in standing and not stage.wanted(prepared)]
-    outdated = _outdated(prepared, [stage for stage in steps if stage.wanted(prepared)], standing)
+    removed = [stage for stage in steps if stage.name in kept and not stage.wanted(prepared)]
+    outdated = _outdated(prepared, [stage for stage in steps if stage.wanted(prepared)], kept)
     following = STEPS[STEPS.index(outdated) :] if outdated is not None else ()
     redone = [stage for stage in following if stage.name in manifest["stages"] and stage.wanted(prepared)]
     if not redone and not removed:
@@ -79,17 +79,17 @@ def find_changes(prepared: Prepared, forced: Collection[str] = (), until: str = 
     )
 
 
-def _outdated(prepared: Prepared, steps: Sequence[Stage], standing: Mapping[str, Any]) -> Stage | None:
+def _outdated(prepared: Prepared, steps: Sequence[Stage], kept: Mapping[str, Any]) -> Stage | None:
     """The first stage that stands and has other inputs now, or that is new before one that stands."""
-    if not standing:
+    if not kept:
         return None
     source_dir = original_dir(prepared)
     model_dir = prepared.run.path("model") if is_imported(prepared) else source_dir
     context = Context(prepared, model_dir, source_dir)
     for number, stage in enumerate(steps):
-        if not any(later.name in standing for later in steps[number:]):
+        if not any(later.name in kept for later in steps[number:]):
             return None
-        entry = standing.get(stage.name)
+        entry = kept.get(stage.name)
         if entry is None:
             return stage
         context.made[stage.name] = key = fingerprint(stage.inputs(context))
@@ -105,11 +105,11 @@ def _changed_keys(old: Any, new: Any, path: str = "") -> dict[str, tuple[str, st
     """Every key that both configs have with other values, or one alone has with a value; each with both as text."""
     if not isinstance(old, dict) or not isinstance(new, dict):
         return {} if old == new else {path: (_text(old), _text(new))}
-    found: dict[str, tuple[str, str]] = {}
+    changed: dict[str, tuple[str, str]] = {}
     for key in dict.fromkeys([*new, *old]):
-        found |= _changed_keys(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
-    found.pop("run_dir", None)  # a run that was moved is the same
-    return found
+        changed |= _changed_keys(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+    changed.pop("run_dir", None)  # a run that was moved is the same
+    return changed
 
 
 def _text(value: Any) -> str:

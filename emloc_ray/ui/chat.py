@@ -65,12 +65,12 @@ class Pair:
 
     def answers(self, prompt: str) -> dict[str, str]:
         """What each of the two answers, greedily."""
-        found = {}
+        answers = {}
         for name in NAMES:
             without = self.model.disable_adapter() if name == "original" else contextlib.nullcontext()
             with without, torch.no_grad():
-                found[name] = self._answer(name, prompt)
-        return found
+                answers[name] = self._answer(name, prompt)
+        return answers
 
     def _answer(self, name: str, prompt: str) -> str:
         turns = [*self.turns[name], {"role": "user", "content": prompt}]

@@ -85,13 +85,13 @@ def _of_rows(first: FirstRows) -> str:
     seen = f"of the first {len(first.rows)} rows"
     bad = sum(row is None for _, row in first.rows)
     several = len(first.sequences) - (len(first.rows) - bad)
-    told = [
+    counts = [
         f"{first.num_cut} longer than data.max_seq_length {first.limit}" if first.num_cut else "",
         f"{first.num_emptied} left without a token to learn" if first.num_emptied else "",
         f"{bad} bad and skipped" if bad else "",
         f"{several} sequences more, as the chat template rewrites earlier turns" if several > 0 else "",
     ]
-    said = ", ".join(filter(None, told))
+    said = ", ".join(filter(None, counts))
     return f"{text}; {seen} {said}." if said else f"{text}."
 
 

@@ -119,13 +119,13 @@ def export_gguf(console: Console, run: RunDirectory, part: Part, output: Path | 
 def _converter(name: str) -> Path:
     """llama.cpp's script, in the folder that LLAMA_CPP names or on the path."""
     named = os.environ.get("LLAMA_CPP")
-    found = shutil.which(name) or (str(Path(named, name)) if named and Path(named, name).is_file() else None)
-    if found is None:
+    tool = shutil.which(name) or (str(Path(named, name)) if named and Path(named, name).is_file() else None)
+    if tool is None:
         raise ConfigError(
             f"llama.cpp's {name} is not installed: clone https://github.com/ggml-org/llama.cpp, pip install -r its"
             " requirements.txt, and set LLAMA_CPP to its folder."
         )
-    return Path(found)
+    return Path(tool)
 
 
 def _base(run: RunDirectory, root: Path) -> str:

@@ -171,13 +171,13 @@ def budget_lines(plan: Plan, free: Plan) -> list[str]:
     from emloc_ray.runs.remarks import over_budget, smaller_batches
 
     peaks = [max(stage.worker_bytes for stage in one.stages) for one in (plan, free)]
-    told = [smaller_batches(plan.prepared), over_budget(plan.prepared.config, plan.worker_bytes)]
+    lines = [smaller_batches(plan.prepared), over_budget(plan.prepared.config, plan.worker_bytes)]
     if peaks[0] != peaks[1]:
-        told.append(
+        lines.append(
             f"With memory_budget: null a worker would hold up to {size(peaks[1])} instead of {size(peaks[0])}, and the run take"
             f" about {duration(free.seconds)} instead of {duration(plan.seconds)}."
         )
-    return [line for line in told if line is not None]
+    return [line for line in lines if line is not None]
 
 
 def _memory_table(plan: Plan) -> Table:

@@ -190,8 +190,8 @@ class ArtifactCache:
         """All entries, last used first."""
         used = {names: at for names, at in self._at.scan().items() if at is not None}
         with ThreadPoolExecutor(_CONNECTIONS) as pool:
-            found = pool.map(lambda names: self._read(names[0], names[1], used[names]), used)
-            return sorted((entry for entry in found if entry is not None), key=lambda entry: -entry.used_at)
+            entries = pool.map(lambda names: self._read(names[0], names[1], used[names]), used)
+            return sorted((entry for entry in entries if entry is not None), key=lambda entry: -entry.used_at)
 
     def prune(self, max_bytes: int) -> list[Entry]:
         """Removes the entries that were used longest ago until the rest takes no more than ``max_bytes``; returns them.
@@ -229,12 +229,12 @@ class ArtifactCache:
         """The sizes of an entry's files by what they are on the disk or in the store."""
         if self._at.store is not None:
             return {(entry.key, path): content["size"] for path, content in entry.files.items()}
-        found = {}
+        block_sizes = {}
         for path in entry.files:
             with contextlib.suppress(FileNotFoundError):
                 status = (self._at.folder(entry.stage, entry.key) / _FILES / path).stat()
-                found[status.st_dev, status.st_ino] = status.st_size
-        return found
+                block_sizes[status.st_dev, status.st_ino] = status.st_size
+        return block_sizes
 
     def _read(self, stage: str, key: str, used_at: float) -> Entry | None:
         """None where there is none; one that cannot be understood is removed."""
@@ -259,12 +259,12 @@ class ArtifactCache:
         folder = self._at.folder(entry.stage, entry.key) / _FILES
         if self._at.store is not None:  # whose keys name it
             return ()
-        found = []
+        identity = []
         for path in entry.files:
             with contextlib.suppress(FileNotFoundError):
                 status = (folder / path).stat()
-                found.append((status.st_ino, status.st_size, status.st_mtime_ns))
-        return found
+                identity.append((status.st_ino, status.st_size, status.st_mtime_ns))
+        return identity
 
 
 _WRITTEN = ("stage", "key", "files", "result", "inputs", "created_at", "origin")

@@ -168,26 +168,26 @@ class CachePlace:
         return self._scan(f"{stage}/{key}").get((stage, key))
 
     def _scan(self, under: str) -> dict[tuple[str, str], float | None]:
-        found: dict[tuple[str, str], float | None] = {}
+        used: dict[tuple[str, str], float | None] = {}
         if self.store is None:
             for folder in self.root.glob(under or "*/*"):
                 stage, name = folder.parent.name, folder.name
                 if stage != _LOCKS and folder.is_dir():
                     entry = folder / _ENTRY
                     with contextlib.suppress(FileNotFoundError):
-                        found[stage, name] = None  # hidden: being written or removed
-                        found[stage, name] = None if name.startswith(".") else entry.stat().st_mtime
-            return found
+                        used[stage, name] = None  # hidden: being written or removed
+                        used[stage, name] = None if name.startswith(".") else entry.stat().st_mtime
+            return used
         times: dict[tuple[str, ...], float] = {}
         for info in self.store.below(under):
             parts = info.path.split("/", 2)
             if len(parts) == 3:
-                found[parts[0], parts[1]] = None
+                used[parts[0], parts[1]] = None
                 times[tuple(parts)] = info.modified
-        for stage, name in found:
+        for stage, name in used:
             if (stage, name, _ENTRY) in times:
-                found[stage, name] = max(times[stage, name, _ENTRY], times.get((stage, name, _USED), 0.0))
-        return found
+                used[stage, name] = max(times[stage, name, _ENTRY], times.get((stage, name, _USED), 0.0))
+        return used
 
     def read(self, stage: str, key: str) -> bytes | None:
         """What ``entry.json`` holds; None where there is none."""

@@ -164,9 +164,9 @@ class RunDirectory:
         if self.store is None:
             path = self.path(MANIFEST)
             return path.read_bytes() if path.is_file() else None
-        found = self.store.read_version(MANIFEST)
-        self._version = None if found is None else found[0]
-        return None if found is None else found[1]
+        version = self.store.read_version(MANIFEST)
+        self._version = None if version is None else version[0]
+        return None if version is None else version[1]
 
     def _taken_over(self) -> TakenOver:
         return TakenOver(f"{self.place} was taken over by another process: leave it to that, or stop that first.")

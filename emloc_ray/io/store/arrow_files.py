@@ -81,15 +81,15 @@ class StoreFiles(FileSystemHandler):  # type: ignore[misc]
     def get_file_info_selector(self, selector: FileSelector) -> list[FileInfo]:
         """What lies in a folder, its folders too."""
         base = selector.base_dir.strip("/")
-        found = self.store.below(base)
-        if not found and not selector.allow_not_found:
+        objects = self.store.below(base)
+        if not objects and not selector.allow_not_found:
             raise FileNotFoundError(base)
         folders = {
             "/".join(parts[:depth])
-            for parts in (stored.path.split("/") for stored in found)
+            for parts in (stored.path.split("/") for stored in objects)
             for depth in range(base.count("/") + 2, len(parts))
         }
-        infos = [*map(_of_file, found), *(FileInfo(folder, FileType.Directory) for folder in sorted(folders))]
+        infos = [*map(_of_file, objects), *(FileInfo(folder, FileType.Directory) for folder in sorted(folders))]
         depth = base.count("/") + 1
         return [info for info in infos if selector.recursive or info.path.count("/") == depth]
 

@@ -143,11 +143,11 @@ def ensure(path: Path, *, weights: bool = True) -> None:
     if here.is_plain and (content := here.store.read(here.path)) is not None:
         write_small(path, content)
         return
-    found = _stored(here, path)
+    current = _stored(here, path)
     for file in _files(path):
-        if file not in found and not _is_unfinished(file.relative_to(here.root).as_posix()):
+        if file not in current and not _is_unfinished(file.relative_to(here.root).as_posix()):
             file.unlink(missing_ok=True)  # a copy of what is no more
-    wanted = {file: info for file, info in found.items() if weights or file.suffix != ".safetensors"}
+    wanted = {file: info for file, info in current.items() if weights or file.suffix != ".safetensors"}
     begun = time.time()  # what this call has fetched stays, however long it takes
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
         list(pool.map(lambda file: _ensure_file(file, wanted[file], begun), wanted))
@@ -251,11 +251,11 @@ def sizes(path: Path) -> dict[Path, int]:
     here = origin(path)
     if here is not None:
         return {file: info.size for file, info in _stored(here, path).items()}
-    found = {}
+    file_sizes = {}
     for file in _files(path):
         with contextlib.suppress(FileNotFoundError):  # what another process renames or removes at this moment
-            found[file] = file.stat().st_size
-    return found
+            file_sizes[file] = file.stat().st_size
+    return file_sizes
 
 
 def forget(path: Path) -> None:

@@ -46,16 +46,16 @@ class ObjectStore(Objects):
         Raises:
             TakenOver: where another holder's manifest is there by now.
         """
-        found: dict[str, list[Stored]] = {}
+        by_file: dict[str, list[Stored]] = {}
         for stored in self.below(path):
             if stored.sha256:
-                found.setdefault(stored.path.rpartition("/")[0], []).append(stored)
-        if not found:
+                by_file.setdefault(stored.path.rpartition("/")[0], []).append(stored)
+        if not by_file:
             return {}
         manifest = self.checked_manifest() if manifest is None else manifest
         named, adopted = named_files(manifest), manifest.get("adopted", {})
         seen = {}
-        for file, objects in found.items():
+        for file, objects in by_file.items():
             newest = self._seen(objects, named.get(file), adopted.get(file))
             if newest is not None:
                 seen[file.removeprefix(path).strip("/")] = newest
@@ -77,12 +77,12 @@ class ObjectStore(Objects):
         Raises:
             TakenOver: where the holder of a later lease wrote it.
         """
-        found = self.read_version(MANIFEST, known=None if self._manifest is None else self._manifest[0])
-        if found is None:
+        stored = self.read_version(MANIFEST, known=None if self._manifest is None else self._manifest[0])
+        if stored is None:
             self._manifest = None
             return {}
-        if self._manifest is None or found[0] != self._manifest[0]:
-            self._manifest = found[0], _parsed(found[1])
+        if self._manifest is None or stored[0] != self._manifest[0]:
+            self._manifest = stored[0], _parsed(stored[1])
         manifest = self._manifest[1]
         if self.lease is not None and manifest.get("lease", 0) > self.lease:
             raise TakenOver("This run was taken over by another process: leave it to that, or stop that first.")
@@ -178,8 +178,8 @@ class ObjectStore(Objects):
         if self.lease is not None:
             self.checked_manifest()
         own = self.find(path)
-        found = [stored for stored in self.below(path) if self._may_read(stored)]
-        self.delete([*found, *([] if own is None else [own])])
+        readable = [stored for stored in self.below(path) if self._may_read(stored)]
+        self.delete([*readable, *([] if own is None else [own])])
 
 
 def named_files(manifest: Mapping[str, Any]) -> dict[str, str]:

@@ -94,13 +94,13 @@ class Objects:
         except FileNotFoundError:
             return []
         paths = [*listed["common_prefixes"], *(meta["path"] for meta in listed["objects"])]
-        return [found.rstrip("/").rpartition("/")[2] for found in paths]
+        return [key.rstrip("/").rpartition("/")[2] for key in paths]
 
     def files(self, path: str, recursive: bool = True) -> list[str]:
         """The paths of the files in a directory and, where ``recursive``, in all below it: whatever their names."""
-        found = [stored.path for stored in self.below(path)]
+        paths = [stored.path for stored in self.below(path)]
         depth = path.count("/") + 1 if path else 0
-        return [file for file in found if recursive or file.count("/") == depth]
+        return [file for file in paths if recursive or file.count("/") == depth]
 
     def find(self, path: str) -> Stored | None:
         """The object under a path's own name, or None."""
@@ -114,8 +114,8 @@ class Objects:
 
     def read(self, path: str) -> bytes | None:
         """A small object's content; None where there is none."""
-        found = self.read_version(path)
-        return None if found is None else found[1]
+        version = self.read_version(path)
+        return None if version is None else version[1]
 
     def read_version(self, path: str, known: Version | None = None) -> tuple[Version, bytes] | None:
         """A small object's version and content, which is b"" where the version is the one ``known``; None where there is none."""
@@ -159,8 +159,8 @@ class Objects:
             try:
                 return _version(self.client.put(key, content, mode=mode))
             except (AlreadyExistsError, PreconditionError, FileNotFoundError):
-                found = self.read_version(path)
-                return found[0] if found is not None and found[1] == content else None
+                version = self.read_version(path)
+                return version[0] if version is not None and version[1] == content else None
 
         try:
             return self._trying(put, "write", path)

@@ -32,10 +32,10 @@ def find_stored(pattern: str, key: str, suffixes: Collection[str]) -> list[str]:
     """
     store, path = _place(pattern, key)
     try:
-        found = _matching_files(store, path, suffixes)
+        files = _matching_files(store, path, suffixes)
     except ValueError as error:  # no name that a store can have
         raise ConfigError(f"{key} {pattern} is no place that obstore can open ({error}): name another.") from error
-    return [_uri(store, file) for file in sorted(found, key=lambda file: file.split("/"))]
+    return [_uri(store, file) for file in sorted(files, key=lambda file: file.split("/"))]
 
 
 def is_hidden(parts: Sequence[str]) -> bool:
@@ -99,7 +99,7 @@ def _place(uri: str, key: str) -> tuple[Objects, str]:
 
 def _uri(store: Objects, path: str) -> str:
     root, mark, options = store.uri.partition("?")
-    return f"{root}/{_ESCAPED.sub(lambda found: quote(found[0]), path)}{mark}{options}"
+    return f"{root}/{_ESCAPED.sub(lambda match: quote(match[0]), path)}{mark}{options}"
 
 
 def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:

@@ -86,10 +86,10 @@ class PipelineWork:
         """Plans every task anew whose workers take a GPU where Ray has or can add so many, and those that come later so."""
         self._gpus = available
         for name, (prepared, _) in [*self._ready.items()]:
-            found = prepared.with_gpus(available)
-            if found is not prepared:
-                found = shrink_batches(found)
-                self._ready[name] = found, make_plan(STEPS, found)
+            changed = prepared.with_gpus(available)
+            if changed is not prepared:
+                changed = shrink_batches(changed)
+                self._ready[name] = changed, make_plan(STEPS, changed)
 
     def prepare(self, tasks: Sequence[Task], progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Checks every task against its model and data, and plans it.
@@ -121,12 +121,12 @@ class PipelineWork:
 
     def changes(self, tasks: Sequence[Task]) -> list[str]:
         """What the tasks would redo or remove of their finished stages: a sentence for all that would do the same."""
-        found: dict[str, list[str]] = {}
+        sentences: dict[str, list[str]] = {}
         for task in tasks:
             changes = find_changes(self._prepare(task)[0])
             if changes is not None:
-                found.setdefault(changes.sentence, []).append(task.name)
-        return [f"task {listed(names)}: {sentence}" for sentence, names in found.items()]
+                sentences.setdefault(changes.sentence, []).append(task.name)
+        return [f"task {listed(names)}: {sentence}" for sentence, names in sentences.items()]
 
     def config(self, task: Task) -> RunConfig:
         """The task's config, its workers' GPUs decided."""

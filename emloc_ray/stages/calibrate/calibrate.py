@@ -92,8 +92,8 @@ def _gather(
 ) -> Gathered:
     """The Grams of the job's groups; an index is not written."""
     num_slots = min(resources.num_workers, job.shards[1] - job.shards[0])
-    way = _stream if job.hold == BLOCKS else _reside
-    return way(job, out_dir, num_slots, resources, progress, losses)
+    gather = _stream if job.hold == BLOCKS else _reside
+    return gather(job, out_dir, num_slots, resources, progress, losses)
 
 
 def _reside(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from emloc_ray.data.processors import ImageInputs
 
 Groups = tuple[tuple[str, ...], ...]
-_WAY = ".way.json"
+_BEGUN = ".way.json"
 BLOCKS = "block_by_block"
 
 
@@ -91,16 +91,16 @@ def go_on(job: CalibrationJob, out_dir: Path, inputs: Any, num_slots: int, auto:
     """
     discard_unless(out_dir, inputs)
     job = dataclasses.replace(job, inputs=fingerprint([inputs, job.batch_size]))
-    way = out_dir / _WAY
-    ensure(way)
-    begun: dict[str, Any] = json.loads(way.read_text()) if way.is_file() else {}
+    path = out_dir / _BEGUN
+    ensure(path)
+    begun: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     if begun and _may_go_on(begun, job, num_slots, auto):
         waves = begun["waves"] and tuple(tuple(tuple(group) for group in wave) for wave in begun["waves"])
         return dataclasses.replace(job, hold=begun["hold"], waves=waves)
     if begun:
         discard_unless(out_dir, None)
         discard_unless(out_dir, inputs)
-    write_json(way, {"hold": job.hold, "waves": job.waves, "slots": num_slots})
+    write_json(path, {"hold": job.hold, "waves": job.waves, "slots": num_slots})
     return job
 
 

@@ -119,13 +119,13 @@ class ResidentSlot:
     def _add(self, number: int) -> None:
         rows = [_Numbered(*pair) for pair in enumerate(self.shards.shard(number), self.shards.first_position(number))]
         parts = length_batches(rows, self.batch_size)
-        tokens = [[row.tokens for row in some] for some in parts]
+        tokens = [[row.tokens for row in part] for part in parts]
         batches = made_batches(tokens, self.job.pad_token_id, self.job.images)
-        for some, batch in zip(parts, batches, strict=True):
+        for part, batch in zip(parts, batches, strict=True):
             if isinstance(self.hooks, GramHooks):
                 self.hooks.forward(batch, self.job.tokens)
             else:
-                self.hooks.forward(batch, self.job.tokens, [row.position for row in some])
+                self.hooks.forward(batch, self.job.tokens, [row.position for row in part])
 
     def commit(self) -> None:
         """Writes the sums and the last shard they hold, atomically."""

@@ -174,8 +174,8 @@ def _summary(result: Result) -> str:
 
 
 def _sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
-    found, shown = results["calibrate"], ("num_tokens", "num_shards", "hold", "waves", "experts")
-    return {"calibration": {key: found[key] for key in shown if key in found}}
+    result, shown = results["calibrate"], ("num_tokens", "num_shards", "hold", "waves", "experts")
+    return {"calibration": {key: result[key] for key in shown if key in result}}
 
 
 CALIBRATE = Stage(

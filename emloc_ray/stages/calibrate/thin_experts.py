@@ -38,12 +38,12 @@ def gather_thin(
     if not names:
         return first, {}
     again = _only(job, names)
-    found, files = gather(again, out_dir / FOLDER)
-    still = thin_names(job, found)
+    recounted, files = gather(again, out_dir / FOLDER)
+    still = thin_names(job, recounted)
     if still:
         widths = dict(job.experts)
         write_identities(out_dir / FOLDER / _IDENTITIES, {name: widths[name] for name in still})
-    replaced = {**found, **dict.fromkeys(still, 0)}
+    replaced = {**recounted, **dict.fromkeys(still, 0)}
     placed = {name: f"{FOLDER}/{file}" for name, file in {**files, **dict.fromkeys(still, _IDENTITIES)}.items()}
     routed = {name: counts[name] for name in names}
     return ({**counts, **replaced}, {**weight_map, **placed}), routed

@@ -68,8 +68,8 @@ def best_choice(losses: Mapping[Candidate, RowLosses]) -> Choice:
     Raises:
         NumericsError: where no candidate's loss is a number.
     """
-    sums = [found.sums for found in losses.values()]
-    if not any(math.isfinite(_total(some)) for some in sums):
+    sums = [row_losses.sums for row_losses in losses.values()]
+    if not any(math.isfinite(_total(values)) for values in sums):
         raise NumericsError(
             "The loss of the original with the adapter is NaN or Inf, however corrected: check the weights of model and"
             " adapter, and model.dtype."

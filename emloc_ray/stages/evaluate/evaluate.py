@@ -237,12 +237,12 @@ def evaluate(
         (f"part {part + 1} of {num_parts} of the {family} model", (family, part, num_parts)) for family, part in work
     ]
     results = run_tasks(evaluate_slice, job, pieces, resources, Losses("evaluate", tell), progress)
-    found = list(zip(work, results, strict=True))
+    by_piece = list(zip(work, results, strict=True))
     evaluation = {}
     for variant in job.scored:
-        scores = [r.score for _, slice_results in found for r in slice_results if r.variant == variant]
+        scores = [r.score for _, slice_results in by_piece for r in slice_results if r.variant == variant]
         evaluation[variant] = sum(scores, Score()).metrics()
-    texts = {v: _interleave(found, v, num_parts) for v in job.generating}
+    texts = {v: _interleave(by_piece, v, num_parts) for v in job.generating}
     return {
         "num_workers": num_parts,
         "evaluation": evaluation,
@@ -250,8 +250,8 @@ def evaluate(
     }
 
 
-def _interleave(found: Sequence[Any], variant: str, num_parts: int) -> list[str]:
-    by_part = {part: r.completions for (_, part), results in found for r in results if r.variant == variant}
+def _interleave(by_piece: Sequence[Any], variant: str, num_parts: int) -> list[str]:
+    by_part = {part: r.completions for (_, part), results in by_piece for r in results if r.variant == variant}
     lines = itertools.zip_longest(*(by_part[part] for part in range(num_parts)))
     return [text for line in lines for text in line if text is not None]
 

@@ -91,14 +91,14 @@ def group_spectra(
     Raises:
         NumericsError: where a weight or a sum holds NaN or Inf, naming the layer.
     """
-    checkpoint, found = Checkpoint(job.model_dir), {}
+    checkpoint, values_of = Checkpoint(job.model_dir), {}
     num_tokens = gram.num_tokens
     # An expert that was sent too few tokens has an identity of no tokens, as it is to be cut by a plain SVD.
     known = num_tokens > 0
     whitening = Whitening(gram.read().to(device), job.dampening_frac, name=specs[0].name) if known else None
     for spec in specs:
         forms = job.forms(spec)
-        found[spec.name] = torch.zeros(len(forms) or min(spec.out_features, spec.in_features), dtype=torch.float64)
+        values_of[spec.name] = torch.zeros(len(forms) or min(spec.out_features, spec.in_features), dtype=torch.float64)
         if whitening is None:
             continue
         name = f"the gradients of what {spec.name} gives"
@@ -112,8 +112,8 @@ def group_spectra(
         else:
             gains = plain_gains if job.plain_factors else spectrum
             values = gains(weight, whitening, outputs, name=spec.name)
-        found[spec.name] = (values / (2 * num_tokens)).cpu()
-    return found
+        values_of[spec.name] = (values / (2 * num_tokens)).cpu()
+    return values_of
 
 
 def allocate_ranks(
@@ -141,26 +141,26 @@ def allocate_ranks(
     run_tasks(_spectra_task, shared, work, resources, Losses("allocate", tell), progress)
     gains: dict[str, Tensor] = {}
     with ThreadPoolExecutor(_CONNECTIONS) as pool:
-        for found_there in pool.map(_read_spectra, files):
-            gains |= found_there
+        for spectra in pool.map(_read_spectra, files):
+            gains |= spectra
     every = [spec for group in job.groups for spec in group]
     if job.spending is not None:
         return {"num_workers": resources.num_workers, **spend(job.spending, every, job.forms, gains, out_dir)}
-    told = [spec for spec in every if float(gains[spec.name].sum()) > 0]
-    curves = [_curve(job, spec, gains[spec.name]) for spec in told]
+    gaining = [spec for spec in every if float(gains[spec.name].sum()) > 0]
+    curves = [_curve(job, spec, gains[spec.name]) for spec in gaining]
     uniform = {curve.name: job.ranks[curve.name] for curve in curves}
     budget = sum(curve.cost(uniform[curve.name]) for curve in curves)
-    found = allocate(curves, budget, dict(uniform)) if curves else Allocation({}, 0, 0.0)
-    ranks: dict[str, int | None] = {spec.name: found.ranks.get(spec.name, job.ranks[spec.name]) for spec in every}
-    _write(job, out_dir / RANKS, every, ranks, gains, budget - found.used)
+    allocation = allocate(curves, budget, dict(uniform)) if curves else Allocation({}, 0, 0.0)
+    ranks: dict[str, int | None] = {spec.name: allocation.ranks.get(spec.name, job.ranks[spec.name]) for spec in every}
+    _write(job, out_dir / RANKS, every, ranks, gains, budget - allocation.used)
     possible = sum(float(values.sum()) for values in gains.values())
     return {
         "num_workers": resources.num_workers,
         "budget": sum(_kept(job, spec, job.ranks[spec.name]) for spec in every),
-        "left": budget - found.used,
+        "left": budget - allocation.used,
         "num_dense": sum(rank is None for rank in ranks.values()),
-        "num_kept_uniform": len(every) - len(told),
-        "gain": found.gain / possible if possible > 0 else 0.0,
+        "num_kept_uniform": len(every) - len(gaining),
+        "gain": allocation.gain / possible if possible > 0 else 0.0,
         "uniform_gain": sum(c.gain(uniform[c.name]) for c in curves) / possible if possible > 0 else 0.0,
     }
 

@@ -176,7 +176,7 @@ def _in_integers(
         made = {".base": whole.weight, ".up": up, ".down": down}
     else:
         made = {"": quantize_integers(weight, inputs, bits, size, name=spec.name).weight}
-    return {part: {key: tensor.cpu() for key, tensor in some.tensors(dtype).items()} for part, some in made.items()}
+    return {part: {key: tensor.cpu() for key, tensor in stored.tensors(dtype).items()} for part, stored in made.items()}
 
 
 def _in_floats(

@@ -102,14 +102,14 @@ class _Table:
         for _ in range(_PRICES):
             middle = (low + high) / 2
             priced = self.lost + np.exp(middle) * self.cost
-            found = self.least(priced)
-            least = float(priced[found].sum() - np.exp(middle) * budget)
+            cheapest = self.least(priced)
+            least = float(priced[cheapest].sum() - np.exp(middle) * budget)
             if least > bound:
                 bound, price = least, float(np.exp(middle))
-            if self.cost[found].sum() <= budget:
-                high, picks = middle, found
+            if self.cost[cheapest].sum() <= budget:
+                high, picks = middle, cheapest
             else:
-                low, dear = middle, found
+                low, dear = middle, cheapest
         return self._upgraded(picks, dear, budget), price, bound
 
     def _upgraded(self, picks: Picks, dear: Picks, budget: int) -> Picks:

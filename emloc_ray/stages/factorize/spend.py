@@ -68,12 +68,12 @@ def spend(
     chosen = {spec.name: spending.even[spec.name] for spec in specs}
     fixed = sum(num_bytes(s, chosen[s.name]) for s in specs) - sum(num_bytes(s, chosen[s.name]) for s in known)
     options = [forms(spec) for spec in known]
-    costs = [[num_bytes(spec, form) for form in some] for spec, some in zip(known, options, strict=True)]
+    costs = [[num_bytes(spec, form) for form in choices] for spec, choices in zip(known, options, strict=True)]
     lost = [losses[spec.name].tolist() for spec in known]
     packed = pack(costs, lost, max(spending.budget - fixed, sum(map(min, costs))))
-    chosen |= {spec.name: some[pick] for spec, some, pick in zip(known, options, packed.picks, strict=True)}
+    chosen |= {spec.name: choices[pick] for spec, choices, pick in zip(known, options, packed.picks, strict=True)}
     even_loss = sum(
-        loss[some.index(spending.even[spec.name])] for spec, some, loss in zip(known, options, lost, strict=True)
+        loss[choices.index(spending.even[spec.name])] for spec, choices, loss in zip(known, options, lost, strict=True)
     )
     by_name = {spec.name: loss[pick] for spec, loss, pick in zip(known, lost, packed.picks, strict=True)}
     layers = {

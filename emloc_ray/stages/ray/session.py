@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # a node that is only asked need not import it
 LEAN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_ARENA_MAX": "2"}
 _SHARED = "put it on a file system that all nodes share under this path"
 _ANSWER_SECONDS = 120.0  # a node's first worker may have to start; what answers later is left to the stages
-_FOUND_SECONDS = 5.0  # what one node of a network file system wrote, another may see a little later
+_VISIBLE_SECONDS = 5.0  # what one node of a network file system wrote, another may see a little later
 
 
 @contextlib.contextmanager
@@ -184,7 +184,7 @@ def _ask(nodes: Sequence[dict[str, Any]], files: Sequence[SharedFile]) -> None:
 
 def _unseen(files: list[SharedFile]) -> list[SharedFile]:
     """Which of the files this node does not find."""
-    end = time.monotonic() + _FOUND_SECONDS
+    end = time.monotonic() + _VISIBLE_SECONDS
     while (left := [file for file in files if _size(file.path) != file.num_bytes]) and time.monotonic() < end:
         time.sleep(0.1)
     return left

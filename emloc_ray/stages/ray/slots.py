@@ -61,8 +61,8 @@ def work_off(units: Sequence[int], make: Callable[..., Any], *arguments: Any) ->
 
     def begin() -> int:
         made.append(make(*arguments))
-        found: int = made[0].position()
-        return found
+        position: int = made[0].position()
+        return position
 
     try:
         begun: Timed = timed(begin)()
