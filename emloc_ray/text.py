@@ -33,7 +33,7 @@ def _in_unit(num_bytes: float) -> tuple[float, int, str]:
     return num_bytes, 0, "B"
 
 
-def stored_bits(quantization: str) -> str:
+def described_bits(quantization: str) -> str:
     """``4 bits (NF4)``, ``2 bits``; nothing where weights are stored as floats."""
     if quantization == "none":
         return ""

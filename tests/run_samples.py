@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime, timezone
 from typing import Any
 
-from emloc_ray.config.steps import STEPS
+from emloc_ray.config.steps import STEP_NAMES
 
 BEGIN = 1.8e9
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
@@ -22,7 +22,7 @@ def manifest(*stages: str) -> dict[str, Any]:
         "finetune": {"hub_token": "hf_hush", "max_steps": 3},
         "ray": {"runtime_env": {"env_vars": {"WANDB_KEY": "hush"}}},
     }
-    asked = [stage for stage in STEPS if stage in {*STAGES, *stages}]
+    asked = [stage for stage in STEP_NAMES if stage in {*STAGES, *stages}]
     done = {stage: {"finished_at": BEGIN + number, "result": {}} for number, stage in enumerate(stages)}
     return {"format": 2, "name": "run", "config": config, "stages": done, "steps": asked}
 

@@ -1,7 +1,7 @@
 """The steps of a run by name, in order."""
 
 # The names in the manifest and in the log.
-STEPS = (
+STEP_NAMES = (
     "import",
     "data",
     "calibrate",

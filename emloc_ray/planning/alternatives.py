@@ -17,7 +17,7 @@ from emloc_ray.planning.measured import Measured, measured_for
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.work import training_cost
-from emloc_ray.text import duration, size, size_up, stored_bits
+from emloc_ray.text import described_bits, duration, size, size_up
 
 _WHOLE = {"compression_ratio": 1.0, "residual_rank": 0, "storage": "factors"}
 _FEW_BITS = ("nf4", "int3", "int2")
@@ -150,7 +150,7 @@ def _alternatives(prepared: Prepared, budget: int, lengths: Lengths, speeds: Spe
             yield offloaded
     zero = (prepared.zero_config or {}).get("zero_optimization", {})
     few_bits = () if zero.get("stage") == 3 else _FEW_BITS
-    names = {bits: f"the original in {stored_bits(bits)}" for bits in few_bits}
+    names = {bits: f"the original in {described_bits(bits)}" for bits in few_bits}
     whole = {bits: at(names[bits], (1.0,), {**_WHOLE, "quantization": bits}) for bits in few_bits}
     yield from whole.values()
     if (asked_for := prepared.config.emulator.budget) is not None:
@@ -159,7 +159,7 @@ def _alternatives(prepared: Prepared, budget: int, lengths: Lengths, speeds: Spe
     own = at("an emulator", RATIOS, {**in_all_bits, "residual_rank": 0})
     yield dataclasses.replace(own, unneeded=resident.fits)
     if "nf4" in whole:
-        own = at(f"an emulator in {stored_bits('nf4')}", RATIOS, {"quantization": "nf4", "residual_rank": 0})
+        own = at(f"an emulator in {described_bits('nf4')}", RATIOS, {"quantization": "nf4", "residual_rank": 0})
         yield dataclasses.replace(own, unneeded=resident.fits or whole["nf4"].fits)
 
 

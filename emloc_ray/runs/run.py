@@ -20,7 +20,7 @@ from emloc_ray.runs.gauges import RunGauges
 from emloc_ray.runs.log import RunLog
 from emloc_ray.runs.reporter import Reporter, Reporters
 from emloc_ray.runs.steps import AtOnce, Dropped, Steps, Turns
-from emloc_ray.runs.trace import Trace
+from emloc_ray.runs.trace import WorkerTrace
 from emloc_ray.runs.versions import check_versions, redone_from
 from emloc_ray.stages.context import Context
 from emloc_ray.stages.importing import is_imported, original_dir
@@ -82,7 +82,11 @@ def run(
             steps = [stage.name for stage in STEPS if stage.wanted(prepared)]
             prepared.run.create((prepared.as_written or config).model_dump(mode="json"), fresh=fresh, steps=steps)
             linears = [spec.name for spec in prepared.layout.specs]
-            with RunLog(prepared.run, linears) as log, Trace(prepared.run) as trace, RunGauges(prepared.run) as gauges:
+            with (
+                RunLog(prepared.run, linears) as log,
+                WorkerTrace(prepared.run) as trace,
+                RunGauges(prepared.run) as gauges,
+            ):
                 check_visible(prepared)
                 for remark in remarks.of_machines([config]) if turns is None else ():
                     reporter.note(remark)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from emloc_ray.config.steps import STEPS
+from emloc_ray.config.steps import STEP_NAMES
 from emloc_ray.io.runs.directory import CONFIG, RunDirectory
 from emloc_ray.io.runs.manifest import confirmed_at
 from emloc_ray.io.runs.secret_values import HIDDEN, leaves
@@ -67,14 +67,14 @@ class RunStatus:
 
 def asked_steps(manifest: Mapping[str, Any]) -> tuple[str, ...]:
     """The steps of a run's config, in order; for a run of an older version those that are done."""
-    return tuple(manifest.get("steps") or (step for step in STEPS if step in manifest.get("stages", {})))
+    return tuple(manifest.get("steps") or (step for step in STEP_NAMES if step in manifest.get("stages", {})))
 
 
 def older_stages(manifest: Mapping[str, Any]) -> list[str]:
     """Finished stages that may be out of date: an earlier stage was done after they were last confirmed, or is missing."""
     done, asked = manifest.get("stages", {}), asked_steps(manifest)
     older, newest = [], 0.0
-    for stage in STEPS:
+    for stage in STEP_NAMES:
         if stage not in done:
             newest = math.inf if stage in asked else newest
             continue
@@ -121,7 +121,7 @@ def read_status(run: RunDirectory) -> RunStatus:
 def _accepted(stages: Mapping[str, Any]) -> list[str]:
     """A sentence for all stages that were taken as they are though made with the same other versions."""
     kinds: dict[str, list[str]] = {}
-    for name in (step for step in STEPS if stages.get(step, {}).get("accepted")):
+    for name in (step for step in STEP_NAMES if stages.get(step, {}).get("accepted")):
         kinds.setdefault(version_changes(stages[name].get("versions"), stages[name]["accepted"]), []).append(name)
     return [
         f"Taken as {'they are' if len(names) > 1 else 'it is'} by --accept-versions: {', '.join(names)}, made with {others}."

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from emloc_ray.config.steps import STEPS
+from emloc_ray.config.steps import STEP_NAMES
 from emloc_ray.errors import DamagedArtifactError, EmlocError, Stopped
 from emloc_ray.io.runs.cache import ArtifactCache, EntryGone
 from emloc_ray.io.runs.fingerprint import fingerprint
@@ -175,7 +175,7 @@ class Steps:
             return None
         self._check_versions(stage, entry)
         self.reporter.skip(stage.name)
-        self.directory.confirm(stage.name, ahead=STEPS[: STEPS.index(stage.name)])
+        self.directory.confirm(stage.name, ahead=STEP_NAMES[: STEP_NAMES.index(stage.name)])
         self._unread.append(stage.name)
         result: Result = entry["result"]
         return result

@@ -27,7 +27,7 @@ _MOST_SPANS = 50_000  # above it, neighbours of one worker and stage are joined
 _INTERVAL_S, _WORK_SHARE = 10.0, 0.05  # of a stage's time, before the file is written again
 
 
-class Trace(Reporter):
+class WorkerTrace(Reporter):
     """Writes ``trace.json`` in the run's directory, and keeps what earlier tries wrote there.
 
     As a context it records the work that its thread hears of. It writes at the end of every stage, at its own end, and in
@@ -40,7 +40,7 @@ class Trace(Reporter):
         self._begun = self._written = time.monotonic()
         self._listening = contextlib.ExitStack()
 
-    def __enter__(self) -> Trace:
+    def __enter__(self) -> WorkerTrace:
         self._spans = read_trace(self.run)
         self._listening.enter_context(listening(self.hear))
         return self

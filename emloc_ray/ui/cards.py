@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from emloc_ray.config.steps import STEPS
+from emloc_ray.config.steps import STEP_NAMES
 from emloc_ray.io.runs.directory import CARD, RunDirectory
 from emloc_ray.io.store.atomic import atomic_file
 from emloc_ray.io.store.stored_files import shown
-from emloc_ray.text import describe_choice, listed, stored_bits
+from emloc_ray.text import describe_choice, described_bits, listed
 from emloc_ray.ui.terminal import evaluation_rows
 
 METHOD_NAMES = {
@@ -137,7 +137,7 @@ def _loading(name: str, base: str, opens: str, is_merged: bool) -> list[str]:
 def _made(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
     adapter, lines = config.get("adapter") or {}, []
     if emulator := metrics.get("emulator"):
-        bits = stored_bits(emulator.get("quantization", "none"))
+        bits = described_bits(emulator.get("quantization", "none"))
         kept = f"{emulator['parameters_kept']:.3f} of the parameters of the compressed linears"
         lines.append(f"Emulator: {kept}{f', in {bits}' if bits else ''}")
     settings = [f"{key} {adapter[key]}" for key in ("r", "lora_alpha") if adapter.get(key) is not None]
@@ -154,7 +154,7 @@ def _made(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
 
 def _figures(metrics: Mapping[str, Any]) -> list[str]:
     evaluation = metrics.get("evaluation")
-    if not evaluation or STEPS[-1] not in (metrics.get("stages") or {}):
+    if not evaluation or STEP_NAMES[-1] not in (metrics.get("stages") or {}):
         return []
     rows = [
         f"| {row['label']} | {row['loss']:.4f} | {row['token_accuracy']:.3f} |" for row in evaluation_rows(evaluation)

@@ -75,14 +75,14 @@ def _cell(name: str, layers: Sequence[dict[str, Any]], points: Sequence[tuple[in
     )
 
 
-def shortfall(modules: Collection[dict[str, float]]) -> dict[str, float] | None:
+def total_shortfall(modules: Collection[dict[str, float]]) -> dict[str, float] | None:
     """The shortfall of several modules, before and after the correction: the root of their sum of squares; None of none."""
     return {key: math.hypot(*(m[key] for m in modules)) for key in ("before", "after")} if modules else None
 
 
 def shortfall_cells(modules: Mapping[str, dict[str, float]]) -> dict[str, dict[str, float] | None]:
     """The shortfalls of the modules, by cell."""
-    return {name: shortfall([modules[part] for part in parts]) for name, parts in _groups(modules).items()}
+    return {name: total_shortfall([modules[part] for part in parts]) for name, parts in _groups(modules).items()}
 
 
 @dataclass(frozen=True)

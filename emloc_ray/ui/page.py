@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from emloc_ray.config.adapter import PROMPT_METHODS
-from emloc_ray.config.steps import STEPS
+from emloc_ray.config.steps import STEP_NAMES
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.yaml_text import write_yaml
 from emloc_ray.io.runs.directory import SPECTRA, RunDirectory
@@ -25,10 +25,10 @@ from emloc_ray.runs.reporter import Reporter
 from emloc_ray.runs.status import asked_steps, begun_stage, older_stages
 from emloc_ray.runs.trace import TRACE
 from emloc_ray.stages.order import STEPS as STAGES
-from emloc_ray.text import counted, describe_choice, duration, listed, signed, size, stored_bits, visible
+from emloc_ray.text import counted, describe_choice, described_bits, duration, listed, signed, size, visible
 from emloc_ray.ui.cards import METHOD_NAMES, describe_task, write_cards
 from emloc_ray.ui.drawing import bar, before_after, block_errors, loss_curve, share
-from emloc_ray.ui.layer_grids import column_tops, grids, heat_cells, shortfall, shortfall_cells
+from emloc_ray.ui.layer_grids import column_tops, grids, heat_cells, shortfall_cells, total_shortfall
 from emloc_ray.ui.terminal import evaluation_rows
 from emloc_ray.ui.timeline import COLOURS, draw, run_lines
 
@@ -94,7 +94,7 @@ def render_page(template: str, view: dict[str, Any]) -> str:
     environment.filters |= {"choice": describe_choice, "headings": headings}
     functions = (bar, before_after, share, grids, column_tops)
     environment.globals |= {
-        "STEPS": STEPS,
+        "STEP_NAMES": STEP_NAMES,
         "COLOURS": COLOURS,
         **{function.__name__: function for function in functions},
     }
@@ -120,10 +120,10 @@ def page_view(
     results = {key: (metrics.get(key) or {}) if stage.name in done else {} for stage in STAGES for key in stage.keys}
     config = manifest.get("config") or {}
     emulator, method = config.get("emulator") or {}, (config.get("adapter") or {}).get("method", "lora")
-    optional = set(STEPS) - set(asked_steps(manifest))
+    optional = set(STEP_NAMES) - set(asked_steps(manifest))
     older = older_stages(manifest)
     usages = metrics.get("stages") or {}
-    stages = [(stage, usages[stage]) for stage in STEPS if stage in usages and stage in done]
+    stages = [(stage, usages[stage]) for stage in STEP_NAMES if stage in usages and stage in done]
     imports = metrics.get("planned_imports_bytes", 0)  # which runs of older versions do not tell apart
     planned = {stage: held - imports for stage, held in (metrics.get("planned_memory") or {}).items()}
     held_key = "peak_above_imports_bytes" if imports else "peak_rss_bytes"
@@ -136,16 +136,18 @@ def page_view(
         "merges": method not in PROMPT_METHODS,
         "ratio": emulator.get("compression_ratio"),
         "budget": emulator.get("budget"),
-        "bits": stored_bits(emulator.get("quantization", "none")),
+        "bits": described_bits(emulator.get("quantization", "none")),
         "progress": [
-            (stage, stage in done and stage not in older) for stage in STEPS if stage in done or stage not in optional
+            (stage, stage in done and stage not in older)
+            for stage in STEP_NAMES
+            if stage in done or stage not in optional
         ],
         "begun": begun_stage(events)[0],
         "updated": last_minute([entry["finished_at"] for entry in done.values() if "finished_at" in entry]),
         "older": older,
         "evaluation": evaluation_rows(results["evaluation"]),
         "candidates": candidate_rows(results["correction"]),
-        "shortfall": shortfall(results["correction"].get("modules", {}).values()),
+        "shortfall": total_shortfall(results["correction"].get("modules", {}).values()),
         "shortfalls": shortfall_cells(results["correction"].get("modules", {})),
         "cells": heat_cells(results["emulator"].get("layers") or {}, spectra or {}),
         "curve": loss_curve(results["finetune"]),

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def show_status(console: Console, run: RunDirectory) -> None:
     """Prints a run's stages, its state and its results so far."""
-    from emloc_ray.config.steps import STEPS
+    from emloc_ray.config.steps import STEP_NAMES
     from emloc_ray.io.store.node_cache import exists
     from emloc_ray.io.store.places import below
     from emloc_ray.runs.status import asked_steps, read_status
@@ -23,7 +23,7 @@ def show_status(console: Console, run: RunDirectory) -> None:
 
     manifest = run.manifest()
     stages, asked = manifest["stages"], asked_steps(manifest)
-    for stage in STEPS:
+    for stage in STEP_NAMES:
         if stage in stages:
             usage = stages[stage]["result"]["usage"]
             took, peak = duration(usage["wall_s"]), size(usage["peak_pss_bytes"])

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from emloc_ray.config.keys import KeySection
 from emloc_ray.core.ranks import factor_parameters
-from emloc_ray.text import NO_BREAK, describe_choice, duration, size, stored_bits
+from emloc_ray.text import NO_BREAK, describe_choice, described_bits, duration, size
 
 if TYPE_CHECKING:
     from emloc_ray.planning.alternatives import Choice
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _ON_ORIGINAL = "original + adapter "
 # The evaluated variants' labels, in the order of tables.
-VARIANTS = {
+_LABELS = {
     "original": "original",
     "emulator": "emulator",
     "emulator_adapter": "emulator + adapter",
@@ -246,7 +246,7 @@ def evaluation_rows(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     """
     original = evaluation.get("original", {}).get("loss")
     rows: list[dict[str, Any]] = []
-    for variant, label in VARIANTS.items():
+    for variant, label in _LABELS.items():
         measured = evaluation.get(variant)
         if measured is None:
             continue
@@ -317,7 +317,7 @@ def result_lines(metrics: dict[str, Any], run_dir: str) -> list[str]:
             f" {emulator['parameters_kept']:.3f} of the targeted linears"
             + (
                 f"; in {bits}, {size(emulator['bytes'])}"
-                if (bits := stored_bits(emulator.get("quantization", "none")))
+                if (bits := described_bits(emulator.get("quantization", "none")))
                 else ""
             )
         )

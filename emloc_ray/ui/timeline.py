@@ -11,7 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from emloc_ray.config.steps import STEPS
+from emloc_ray.config.steps import STEP_NAMES
 from emloc_ray.runs.log import RUN_EVENTS
 from emloc_ray.text import duration, visible
 
@@ -196,7 +196,7 @@ def draw(lines: Sequence[Line], what: str, clock: Clock | None = None) -> dict[s
         "num_lines": len(shown),
         "num_more": len(lines) - len(shown),
         "line_rem": f"{_NAMED_REM if is_named else min(_LINE_REM, _HEIGHT_REM / len(shown)):.4f}",
-        "stages": [stage for stage in STEPS if stage in kinds],
+        "stages": [stage for stage in STEP_NAMES if stage in kinds],
         "lost": "lost" in kinds,
         "unfinished": "unfinished" in kinds,
     }
@@ -216,4 +216,4 @@ def _draw_line(line: Line, number: int, clock: Clock, scale: float) -> str:
 def _kind(kind: str) -> str:
     """The bar's class in the page's style; ``other`` for a stage of another version."""
     name, _, rest = kind.partition(" ")
-    return (name if name in (*STEPS, "lost") else "other") + (" unfinished" if rest == "unfinished" else "")
+    return (name if name in (*STEP_NAMES, "lost") else "other") + (" unfinished" if rest == "unfinished" else "")

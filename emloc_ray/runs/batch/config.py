@@ -11,7 +11,7 @@ from emloc_ray.io.store.places import below
 from emloc_ray.runs.batch.grid import MAX_NAME, SAFE_NAME
 
 MAX_CONCURRENT = 128
-REMOVED_KEYS = {
+REMOVED_BATCH_KEYS = {
     "deadline": "deadline was removed: give what must end first a higher priority.",
     "owner": "owner was removed: give each team a Kueue queue with a quota, see cluster/README.md.",
 }

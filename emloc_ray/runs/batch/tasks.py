@@ -30,7 +30,7 @@ from emloc_ray.config.reading import (
 )
 from emloc_ray.config.schema import RayConfig, RunConfig
 from emloc_ray.errors import ConfigError
-from emloc_ray.runs.batch.config import REMOVED_KEYS, BatchConfig, TaskKeys
+from emloc_ray.runs.batch.config import REMOVED_BATCH_KEYS, BatchConfig, TaskKeys
 from emloc_ray.runs.batch.grid import Point, joined_name, points, repeated
 from emloc_ray.runs.batch.task_rows import TaskRow, read_task_rows
 from emloc_ray.text import listed
@@ -116,8 +116,8 @@ def _apply(values: dict[str, Any], overrides: Sequence[str]) -> tuple[list[Overr
     for text in overrides:
         try:
             keys, value = read_override(text)
-            if keys[0] in REMOVED_KEYS:
-                raise ConfigError(f"Override {text!r}: {REMOVED_KEYS[keys[0]]}")
+            if keys[0] in REMOVED_BATCH_KEYS:
+                raise ConfigError(f"Override {text!r}: {REMOVED_BATCH_KEYS[keys[0]]}")
             if keys[0] in TaskKeys.model_fields.keys() - BatchConfig.model_fields.keys():
                 raise ConfigError(
                     f"Override {text!r} sets a key that each task has for itself: set it in tasks or grid."
@@ -264,7 +264,7 @@ def _refused(keys: Keys) -> str | None:
         return "run_dir is the batch's, each task has its own below it: take it out."
     if keys[0] == "ray":
         return f"{_dotted(keys)} is the batch's, one cluster serves it: set it in its base or on the command line."
-    return REMOVED_KEYS.get(keys[0])
+    return REMOVED_BATCH_KEYS.get(keys[0])
 
 
 def _unknown(keys: Keys) -> str | None:

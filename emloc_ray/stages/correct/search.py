@@ -27,7 +27,7 @@ _NEAR = 0.1  # of a strength, or of 1 where it is smaller: differences that no l
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class ScoredChoice:
     """The candidates in the order they were tried, each with its rows' losses, and which is chosen."""
 
     candidates: tuple[Candidate, ...]
@@ -61,7 +61,7 @@ def next_candidate(begun: Sequence[Candidate], tried: Mapping[Candidate, Tensor]
     return _further(tried) if len(tried) < len(begun) + num_further else None
 
 
-def best_choice(losses: Mapping[Candidate, RowLosses]) -> Choice:
+def best_choice(losses: Mapping[Candidate, RowLosses]) -> ScoredChoice:
     """The best of the candidates that were measured, of which ``none`` is the first: see
     :func:`emloc_ray.core.selection.choose`.
 
@@ -75,7 +75,7 @@ def best_choice(losses: Mapping[Candidate, RowLosses]) -> Choice:
             " adapter, and model.dtype."
         )
     counts = next(iter(losses.values())).counts
-    return Choice(tuple(losses), tuple(sums), counts, choose(sums, counts, reference=0))
+    return ScoredChoice(tuple(losses), tuple(sums), counts, choose(sums, counts, reference=0))
 
 
 def _further(tried: Mapping[Candidate, Tensor]) -> Candidate | None:

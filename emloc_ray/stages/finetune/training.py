@@ -37,7 +37,7 @@ from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.session import GroupSession, LoneSession, TrainingSession, own_environment
 from emloc_ray.stages.finetune.validation import Validation
 from emloc_ray.stages.finetune.zero import join_as_deepspeed_rank, scattered_in, step_was_finite, whole_parameters
-from emloc_ray.stages.ray.departures import LOOK_S
+from emloc_ray.stages.ray.departures import ASK_S
 from emloc_ray.stages.ray.losses import is_out_of_memory
 from emloc_ray.stages.ray.spans import timed
 
@@ -132,7 +132,7 @@ class StepKeeper(TrainerCallback):
     """
 
     def __init__(
-        self, job: FinetuneJob, session: TrainingSession, poll_s: float = _POLL_S, ask_s: float = LOOK_S
+        self, job: FinetuneJob, session: TrainingSession, poll_s: float = _POLL_S, ask_s: float = ASK_S
     ) -> None:
         """``poll_s``: seconds between looks whether it is to stop; ``ask_s``: between questions whether a node leaves."""
         self.job, self.session, self.poll_s = job, session, poll_s

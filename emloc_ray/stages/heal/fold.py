@@ -54,7 +54,7 @@ class FoldJob:
 
 
 @dataclass(frozen=True)
-class Piece:
+class FoldPiece:
     """A shard of the healed emulator: its file, and the emulator's tensors that it is made of.
 
     Those of a ``changed`` linear make a shard of their own: how long they are in 4 bits is known only once they are made.
@@ -65,7 +65,7 @@ class Piece:
     linear: str | None = None
 
 
-def pieces(job: FoldJob) -> list[Piece]:
+def pieces(job: FoldJob) -> list[FoldPiece]:
     """The shards to write, by the emulator's."""
     changed = job.changed
     apart: dict[str, list[TensorEntry]] = {}
@@ -78,7 +78,7 @@ def pieces(job: FoldJob) -> list[Piece]:
         parts += [(tuple(plain), None)] if plain else []
     parts += [(tuple(entries), name) for name, entries in apart.items()]
     return [
-        Piece(job.out_dir / f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors", *part)
+        FoldPiece(job.out_dir / f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors", *part)
         for number, part in enumerate(parts)
     ]
 
@@ -135,7 +135,7 @@ def make_linear(job: FoldJob, name: str, entries: dict[str, TensorEntry]) -> dic
 
 
 @exact_float32()
-def write_piece(job: FoldJob, piece: Piece) -> None:
+def write_piece(job: FoldJob, piece: FoldPiece) -> None:
     """Writes a shard, unless it is there, whole, from a try that was killed."""
     if exists(piece.file):
         return

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import ray
 from ray._private.state import state
 
-LOOK_S = 5.0
+ASK_S = 5.0
 _ANSWER_S = 1.0
 
 
@@ -24,7 +24,7 @@ def draining() -> set[str]:
 class Departures:
     """Which nodes were about to leave while they were there; looked for every ``every_s`` seconds at most."""
 
-    def __init__(self, find: Callable[[], Iterable[str]] = draining, every_s: float = LOOK_S) -> None:
+    def __init__(self, find: Callable[[], Iterable[str]] = draining, every_s: float = ASK_S) -> None:
         self.find, self.every_s = find, every_s
         self.nodes: set[str] = set()
         self._due_at = 0.0  # by the monotonic clock

@@ -72,7 +72,7 @@ def _tokenize(context: Context, inputs: Inputs, granted: Resources, progress: Pr
 
 
 def _remarks(context: Context, result: Result) -> list[str | None]:
-    config, remarks = context.prepared.config, (skipped_rows, cut_rows, shortfall)
+    config, remarks = context.prepared.config, (skipped_rows, cut_rows, too_few_rows)
     return [remark(config, split, count) for split, count in result["splits"].items() for remark in remarks]
 
 
@@ -93,7 +93,7 @@ def skipped_rows(config: RunConfig, split: str, count: dict[str, int]) -> str | 
     return f"data.{split}: {skipped} bad rows skipped; data.on_error: fail names the first." if skipped else None
 
 
-def shortfall(config: RunConfig, split: str, count: dict[str, int]) -> str | None:
+def too_few_rows(config: RunConfig, split: str, count: dict[str, int]) -> str | None:
     """Says where a split holds less than was asked for."""
     calibration = config.calibration
     asked = {

@@ -17,7 +17,7 @@ from emloc_ray.runs.remarks import emulated_bfloat16, idle_cpus, over_budget, un
 from emloc_ray.stages.factorize.stage import thin_calibration
 from emloc_ray.stages.heal.stage import no_healing
 from emloc_ray.stages.order import STEPS
-from emloc_ray.stages.tokens.stage import cut_rows, shortfall
+from emloc_ray.stages.tokens.stage import cut_rows, too_few_rows
 
 Make = Callable[..., Prepared]
 
@@ -45,7 +45,7 @@ def prepared(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Make:
     ],
 )
 def test_fewer_rows_than_asked_are_told(prepared: Make, split: str, count: dict[str, int], words: str | None) -> None:
-    said = shortfall(prepared(calibration={"num_calibration_samples": 128}).config, split, {"tokens": 10, **count})
+    said = too_few_rows(prepared(calibration={"num_calibration_samples": 128}).config, split, {"tokens": 10, **count})
     assert (said is None) == (words is None)
     assert words is None or words in str(said)
 

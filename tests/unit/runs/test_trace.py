@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from emloc_ray.io.runs.directory import RunDirectory
-from emloc_ray.runs.trace import TRACE, Trace, read_trace
+from emloc_ray.runs.trace import TRACE, WorkerTrace, read_trace
 from emloc_ray.stages.ray.spans import Span, joined, tell_span
 
 
@@ -29,7 +29,7 @@ def written(run: RunDirectory) -> list[dict[str, Any]]:
 
 
 def test_events_are_in_order_and_name_node_worker_and_bytes(run: RunDirectory) -> None:
-    with Trace(run):
+    with WorkerTrace(run):
         tell_span(piece(3))
         tell_span(piece(1, "calibrate", "slot 0 on there"))
         tell_span(Span("finetune", "rank 0", '"<s>\ud800', 4.0, 4.0))
@@ -49,12 +49,12 @@ def test_events_are_in_order_and_name_node_worker_and_bytes(run: RunDirectory) -
 def test_a_later_try_adds_to_what_earlier_ones_wrote(run: RunDirectory) -> None:
     spans = [piece(1), Span("finetune", "rank 0", "the training", 2.0, 3.0)]
     for span in spans:
-        with Trace(run):
+        with WorkerTrace(run):
             tell_span(span)
     first, second = read_trace(run)
     assert first == spans[0]
     assert (second.stage, second.unit, second.begun_at, second.finished_at) == ("finetune", "the training", 2.0, 3.0)
-    with Trace(run):
+    with WorkerTrace(run):
         tell_span(Span("finetune", "rank 0", "the training", 5.0, 6.0))
     assert len([event for event in written(run) if event["name"] == "thread_name"]) == 2
 
@@ -62,13 +62,13 @@ def test_a_later_try_adds_to_what_earlier_ones_wrote(run: RunDirectory) -> None:
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"traceEvents": [{"ph": "X"}]}'])
 def test_a_file_that_is_no_trace_is_written_anew(run: RunDirectory, content: str) -> None:
     run.path(TRACE).write_text(content)
-    with Trace(run):
+    with WorkerTrace(run):
         tell_span(piece(1))
     assert read_trace(run) == [piece(1)]
 
 
 def test_it_is_written_at_a_stages_end_and_while_one_goes_on(run: RunDirectory) -> None:
-    with Trace(run, interval_s=0) as now_and_then:
+    with WorkerTrace(run, interval_s=0) as now_and_then:
         tell_span(piece(1))
         assert len(read_trace(run)) == 1
         now_and_then.interval_s = 1000
@@ -79,7 +79,7 @@ def test_it_is_written_at_a_stages_end_and_while_one_goes_on(run: RunDirectory) 
 
 
 def test_very_many_pieces_of_work_are_joined(run: RunDirectory) -> None:
-    with Trace(run, most_spans=100):
+    with WorkerTrace(run, most_spans=100):
         for number in range(1000):
             tell_span(piece(number))
     spans = read_trace(run)

@@ -9,7 +9,7 @@ from emloc_ray.stages.order import STEPS
 
 
 def test_names_and_verbs_are_those_of_the_config() -> None:
-    assert tuple(stage.name for stage in STEPS) == steps.STEPS
+    assert tuple(stage.name for stage in STEPS) == steps.STEP_NAMES
     assert tuple(dict.fromkeys(stage.verb for stage in STEPS)) == steps.VERBS
 
 

@@ -28,7 +28,7 @@ def finished() -> str:
 
 
 def test_steps_beyond_the_colours_begin_them_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "STEPS", (*report.STEPS, "another"))
+    monkeypatch.setattr(report, "STEP_NAMES", (*report.STEP_NAMES, "another"))
     page = report.render("run", manifest(*STAGES), finished_metrics())
     assert f".timeline .another {{ --colour: {report.COLOURS[0]}; }}" in page
 

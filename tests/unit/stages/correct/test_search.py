@@ -13,7 +13,7 @@ from emloc_ray.core.correction import Candidate
 from emloc_ray.errors import NumericsError
 from emloc_ray.modeling.scoring import RowLosses
 from emloc_ray.stages.correct.correct import candidates
-from emloc_ray.stages.correct.search import NUM_FURTHER, Choice, best_choice, next_candidate
+from emloc_ray.stages.correct.search import NUM_FURTHER, ScoredChoice, best_choice, next_candidate
 
 BEGUN = candidates("auto", 3.0, 1.0)
 
@@ -29,7 +29,7 @@ def measure_of(loss: Callable[[Candidate], float], noise: float = 0.01) -> Calla
     return measure
 
 
-def search(begun: Sequence[Candidate], measure: Callable[[Candidate], RowLosses]) -> Choice:
+def search(begun: Sequence[Candidate], measure: Callable[[Candidate], RowLosses]) -> ScoredChoice:
     """Measures one candidate after another until the search has no more."""
     losses: dict[Candidate, RowLosses] = {}
     while candidate := next_candidate(begun, {c: found.sums for c, found in losses.items()}, NUM_FURTHER):

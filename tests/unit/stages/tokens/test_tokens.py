@@ -23,7 +23,7 @@ from emloc_ray.data.tokenizing import TokenizeOptions
 from emloc_ray.demos.python_sources import SourceTask
 from emloc_ray.io.runs.resume import discard_unless
 from emloc_ray.planning.prepared import Prepared, prepare
-from emloc_ray.stages.tokens.stage import shortfall, split_inputs
+from emloc_ray.stages.tokens.stage import split_inputs, too_few_rows
 from emloc_ray.stages.tokens.tokens import split_sources, tokenize_data
 
 Make = Callable[..., Prepared]
@@ -79,7 +79,7 @@ def test_samples_bound_tokens_and_the_file_bounds_both(
     ready = prepared(**calibration)
     counts, found = calibration_tokens(ready, tmp_path / "out")
     assert counts["rows"] == len(found) == rows
-    said = shortfall(ready.config, "calibration", counts)
+    said = too_few_rows(ready.config, "calibration", counts)
     assert (said is None) == (rows == 20)
     if said is not None:
         assert (
