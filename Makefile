@@ -24,14 +24,15 @@ test: check
 test-deep: $(VENV)/installed
 	$(PYTEST) -m deep
 
-# Branches of emloc_ray that tests take, in the processes that they start too, Ray's workers among them: make coverage MARKS="not deep".
+# Branches of emloc_ray that tests take, in the processes that they start too, Ray's workers among them: make coverage MARKS="not deep" FLOOR=88.
 MARKS ?= quick
+FLOOR ?= 87
 coverage: $(VENV)/installed
 	mkdir -p build/coverage
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -q -p no:cacheprovider -m "$(MARKS)"
 	$(BIN)/coverage combine -q
-	$(BIN)/coverage report
+	$(BIN)/coverage report --fail-under=$(FLOOR)
 
 benchmark: $(VENV)/installed
 	$(BIN)/python pipelines/benchmark.py all --out runs/benchmark
