@@ -10,7 +10,7 @@ from emloc_ray.config.steps import STEP_NAMES
 from emloc_ray.io.runs.directory import CARD, RunDirectory
 from emloc_ray.io.store.atomic import atomic_file
 from emloc_ray.io.store.stored_files import shown
-from emloc_ray.text import describe_choice, described_bits, listed
+from emloc_ray.text import describe_choice, describe_matches, described_bits, listed
 from emloc_ray.ui.terminal import evaluation_rows
 
 METHOD_NAMES = {
@@ -161,9 +161,5 @@ def _figures(metrics: Mapping[str, Any]) -> list[str]:
     ]
     table = ["| model | loss (nats a token) | token accuracy |", "| --- | --- | --- |", *rows]
     if exact := metrics.get("exact_match"):
-        after = exact.get("merged", exact.get("corrected"))
-        table += [
-            "",
-            f"Exact match: {exact['original']:.1%} before, {after:.1%} after ({exact['num_prompts']} prompts).",
-        ]
+        table += ["", f"Exact match: {describe_matches(exact)} ({exact['num_prompts']} prompts)."]
     return ["", "## On held-out rows", "", *table]

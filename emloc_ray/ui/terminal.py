@@ -16,7 +16,7 @@ from rich.table import Table
 
 from emloc_ray.config.keys import KeySection
 from emloc_ray.core.ranks import factor_parameters
-from emloc_ray.text import NO_BREAK, describe_choice, described_bits, duration, size
+from emloc_ray.text import NO_BREAK, describe_choice, describe_matches, described_bits, duration, size
 
 if TYPE_CHECKING:
     from emloc_ray.planning.alternatives import Choice
@@ -294,10 +294,7 @@ def result_lines(metrics: dict[str, Any], run_dir: str) -> list[str]:
             f" (loss {gap['upper_bound_loss']:.4f}, {gap['upper_bound']})"
         )
     if exact := metrics.get("exact_match"):
-        after = exact.get("merged", exact.get("corrected"))
-        lines.append(
-            f"Exact match: {exact['original']:.1%} before, {after:.1%} after (greedy, {exact['num_prompts']} prompts)"
-        )
+        lines.append(f"Exact match: {describe_matches(exact)} (greedy, {exact['num_prompts']} prompts)")
     opens = metrics.get("auto_class", "AutoModelForCausalLM")
     if "merged" in metrics["disk_bytes"]:
         lines.append(f'Load it: transformers.{opens}.from_pretrained("{run_dir}/merged")')
