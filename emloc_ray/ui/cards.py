@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from emloc_ray.config.steps import STEP_NAMES
 from emloc_ray.io.runs.directory import CARD, RunDirectory
 from emloc_ray.io.store.atomic import atomic_file
 from emloc_ray.io.store.stored_files import shown
+from emloc_ray.stages.order import STEPS
 from emloc_ray.text import describe_choice, describe_matches, described_bits, listed
 from emloc_ray.ui.terminal import evaluation_rows
 
@@ -24,7 +24,12 @@ METHOD_NAMES = {
     "prefix_tuning": "prefix tuning",
     "prompt_tuning": "prompt tuning",
 }
-WRITTEN_BY = {"adapter": "correct", "adapter_finished": "finish", "merged": "merge"}
+WRITTEN_BY = {
+    folder: stage.name
+    for stage in STEPS
+    for folder in stage.outputs
+    if folder in ("adapter", "adapter_finished", "merged")
+}
 """The folders that get a card, and the step that writes each."""
 
 
@@ -154,7 +159,7 @@ def _made(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
 
 def _figures(metrics: Mapping[str, Any]) -> list[str]:
     evaluation = metrics.get("evaluation")
-    if not evaluation or STEP_NAMES[-1] not in (metrics.get("stages") or {}):
+    if not evaluation or STEPS[-1].name not in (metrics.get("stages") or {}):
         return []
     rows = [
         f"| {row['label']} | {row['loss']:.4f} | {row['token_accuracy']:.3f} |" for row in evaluation_rows(evaluation)
