@@ -134,7 +134,7 @@ def test_left_out_it_is_inference_and_reads_back_as_left_out() -> None:
         assert (again.memory_budget, again.budget_is_default) == (config.memory_budget, config.budget_is_default)
 
 
-def test_what_cannot_be_kept_to_is_refused_where_it_was_written_and_told_where_not() -> None:
+def test_what_cannot_be_kept_to_is_refused_where_it_was_written_and_told_where_not(much_memory: None) -> None:
     wide = LlamaConfig(
         vocab_size=64, hidden_size=64, intermediate_size=16384, num_hidden_layers=2, num_attention_heads=2
     )
