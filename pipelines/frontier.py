@@ -17,16 +17,13 @@ HERE = Path(__file__).parent
 RESULT, PICTURE = HERE / "results" / "frontier.json", HERE / "frontier.svg"
 # What joins a kind's methods, and whether the kind is ours.
 KINDS: dict[str, tuple[tuple[str, ...], bool]] = {
-    "one budget over ranks and bits": (("budget_1.1", "budget_2.4", "budget_4.2"), True),
+    "one budget over ranks and bits": (("budget_1.1", "budget_2.4"), True),
     "low rank in NF4": (("quarter_nf4", "factors_nf4"), True),
-    "low rank in NF4, healed": (("healed_nf4",), True),
-    "low rank in NF4, refined and healed": (("healed_nf4_refined",), True),
     "low rank": (("quarter", "factors"), True),
-    "low rank, refined": (("quarter_refined", "factors_refined"), True),
+    "low rank, refined": (("factors_refined",), True),
     "2 bits and rank 8": (("int2_rank8",), True),
-    "2, 3, 4 and 8 bits (GPTQ)": (("int2", "int3", "int4", "int8"), False),
+    "2, 3, 4 and 8 bits (GPTQ)": (("int2", "int3", "int4", "int8"), True),
     "NF4 (QLoRA)": (("nf4",), False),
-    "pruned, NF4 (QLoRAM)": (("pruned_nf4",), False),
     "LoRA on the original": (("lora",), False),
 }
 

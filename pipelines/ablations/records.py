@@ -77,7 +77,7 @@ def _about(cell: Cell, correction: str | None) -> Record:
         "dataset": cell.dataset,
         "method": cell.method,
         "seed": cell.seed,
-        "ratio": cell.config.emulator.compression_ratio,
+        "ratio": None if cell.config.emulator.budget else cell.config.emulator.compression_ratio,
         "calibration": cell.calibration if calibrated else None,
         "correction": correction,
         "settings": cell.point,

@@ -77,6 +77,7 @@ def summarize(
             row["against"] = {"label": labels[reference], **_paired(members, groups[reference], value)}
         row["training_s"] = spread([_of(record, lambda r: r["training"]["wall_s"]) for record in members])
         row["training_bytes"] = spread([_of(record, lambda r: r["training"]["planned_bytes"]) for record in members])
+        row["bits_per_weight"] = spread([record.get("bits_per_weight") for record in members])
         row["inference_bytes"] = spread([_of(record, lambda r: r["inference_planned_bytes"]) for record in members])
         rows.append(row)
     return rows

@@ -55,11 +55,16 @@ def _ablation(result: Mapping[str, Any]) -> str:
     keys, datasets = list(rows[0]["label"]), list(rows[0]["datasets"])
     against = next((row["against"]["label"] for row in rows if "against" in row), None)
     several = len(datasets) > 1
-    header = [*map(_short, keys), *(f"{name}, %" for name in datasets), *(["all, %"] if several else [])]
+    counted = any(row.get("bits_per_weight", {}).get("mean") is not None for row in rows)  # older results have none
+    header = [*map(_short, keys), *(["bits a weight"] if counted else [])]
+    header += [*(f"{name}, %" for name in datasets), *(["all, %"] if several else [])]
     header += ["served small, %", *([_against(result)] if against else []), "training, GiB planned", "training, s"]
     lines = []
     for row in rows:
         cells = [_value(row["label"][key]) for key in keys]
+        if counted:
+            bits = row["bits_per_weight"]["mean"]
+            cells.append(_NONE if bits is None else f"{bits:.2f}")
         cells += [_percent(row["datasets"][name]["gap_closed"], "sd") for name in datasets]
         cells += [_percent(row["all"]["gap_closed"], "sem")] if several else []
         cells.append(_percent(row["all"]["gap_closed_by_emulator"], None))

@@ -35,5 +35,6 @@ def test_a_ratio_has_the_figure_of_the_next_smaller_one() -> None:
     best = {"allocation": "sensitivity", "objective": "predictions"}
     assert (figure(1.0), figure(0.95), figure(0.5), figure(0.45), figure(0.2)) == (1.0, 0.722, 0.722, 0.529, None)
     assert (figure(0.5, **best), figure(0.5, **best, healing={"steps": 20})) == (0.887, 0.903)
-    assert (figure(1.0, quantization="nf4"), figure(1.0, quantization="int2")) == (0.98, None)
+    assert (figure(1.0, quantization="nf4"), figure(1.0, quantization="int2")) == (0.98, 0.922)
+    assert figure(1.0, quantization="int8") is None
     assert figure(1.0, **best, healing={"steps": 20}) == 1.0  # where nothing is healed or compressed
