@@ -6,6 +6,7 @@ Imports what is heavy where it is used: a test of plain functions starts without
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import sys
 
@@ -87,9 +88,20 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         pretend_device()
 
 
+_frozen_modules = 0  # how many were imported when the collector was last told to leave them alone
+
+
 @pytest.hookimpl(tryfirst=True)  # before a test may be skipped
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A Ray that an earlier test started and left ends before a test that has none."""
+    """A Ray that an earlier test started and left ends before a test that has none.
+
+    What was imported is no garbage: each opened model would look through it all, which takes longer than to open a tiny one.
+    """
+    global _frozen_modules
+    if len(sys.modules) > 1.05 * _frozen_modules:
+        gc.collect()
+        gc.freeze()
+        _frozen_modules = len(sys.modules)
     ray = sys.modules.get("ray")
     if ray is not None and item.get_closest_marker("ray") is None and ray.is_initialized():
         ray.shutdown()

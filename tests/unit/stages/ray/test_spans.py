@@ -29,3 +29,33 @@ def test_what_an_earlier_task_freed_is_not_this_one_s() -> None:
     before, held, after = map(int, told.stdout.split())
     assert held - before > 150 * 2**20
     assert after - before < 50 * 2**20
+
+
+LEFT = """
+import gc, weakref
+from emloc_ray.stages.ray.spans import timed
+
+class Node:
+    pass
+
+def work():
+    node = Node()
+    node.itself = node
+    return weakref.ref(node)
+
+left = timed(work)().result
+frozen = gc.get_freeze_count()
+gc.collect()
+print(frozen, left() is None)
+import asyncio.events, email.parser, http.client, sqlite3, unittest.mock, xml.dom.minidom  # some more modules
+left = timed(work)().result
+gc.collect()
+print(gc.get_freeze_count(), left() is None)
+"""
+
+
+def test_the_collector_passes_over_what_was_imported_and_not_over_what_work_left() -> None:
+    told = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True, check=True)
+    (first, gone), (second, gone_too) = (line.split() for line in told.stdout.splitlines())
+    assert 10_000 < int(first) < int(second)
+    assert (gone, gone_too) == ("True", "True")
