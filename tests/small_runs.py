@@ -26,7 +26,6 @@ from emloc_ray.ui import api
 TWO = {"num_workers": 2}
 # The same rows a step as one worker's eight. Starting a group takes ten times as long as training: for tests of groups.
 GROUP = {**TWO, "per_device_train_batch_size": 4}
-ALONE = {"num_workers": 1, "per_device_train_batch_size": 8}
 WEIGHED = {"allocation": "sensitivity", "objective": "predictions"}
 HEALING = {"steps": 24, "r": 4, "learning_rate": 3e-3}
 NUM_ROWS = 120

@@ -11,8 +11,6 @@ from families import FAMILIES, save
 from image_rows import serve, write_image_rows
 from plain_runs import plain_run
 from small_runs import (
-    ALONE,
-    GROUP,
     HEALING,
     WEIGHED,
     FinishedRun,
@@ -42,15 +40,15 @@ def make_run(
 
 @pytest.fixture(scope="session")
 def llama_run(make_run: Callable[..., FinishedRun], task_file: Path) -> FinishedRun:
-    """A tiny Llama's run in float32, trained by a group; read it, or spoil a copy."""
-    return make_run(task_file, finetune=GROUP)
+    """A tiny Llama's run in float32; read it, or spoil a copy."""
+    return make_run(task_file)
 
 
 @pytest.fixture(scope="session")
 def healed_run(llama_run: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """The Llama's run with healing, in a copy of its directory."""
     copied = llama_run.copy(tmp_path_factory.mktemp("healed"))
-    values = copied.changed(emulator={"healing": HEALING}, finetune=ALONE)
+    values = copied.changed(emulator={"healing": HEALING})
     return FinishedRun(copied.root, values, copied.model_dir, run_values(values))
 
 

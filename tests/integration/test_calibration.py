@@ -110,9 +110,7 @@ def test_grams_that_are_not_kept_are_gone_once_the_adapter_is_corrected_and_gath
     scored = {**values, "evaluation": {**values["evaluation"], "num_generations": 0}}
     assert redone(scored) == ["evaluate"]
 
-    # A group of workers takes long to start, and is not what is tried here.
-    alone = {**values["finetune"], "num_workers": 1, "per_device_train_batch_size": 8}
-    smaller = {**values, "emulator": {**values["emulator"], "compression_ratio": 0.25}, "finetune": alone}
+    smaller = {**values, "emulator": {**values["emulator"], "compression_ratio": 0.25}}
     place.mkdir()
     (place / INDEX).write_text("{}")  # as where a kill came between the manifest and the files
     stopping = Stopping("calibrate", 1)

@@ -182,7 +182,7 @@ def test_zero_3_trains_the_same_adapter_and_goes_on_after_a_killed_worker(
     path = tmp_path / "zero3.json"
     path.write_text(EXAMPLE.read_text())
     # A checkpoint after every step: it also makes steps slow enough to be killed between two of them.
-    values = copied.changed(finetune={"deepspeed": str(path), "save_steps": 1})
+    values = copied.changed(finetune={**GROUP, "deepspeed": str(path), "save_steps": 1})
     with KillingWatcher(copied.root / "training", steps=3) as watcher:
         reporter = run_values(values, until="finetune")
     assert 3 <= max(watcher.logged_when_killed) < 8

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from small_runs import FinishedRun, make_values, run_values, task_rows, write_jsonl
+from small_runs import GROUP, FinishedRun, make_values, run_values, task_rows, write_jsonl
 from typer.testing import CliRunner
 
 from emloc_ray.data.ingest import SampleOrder
@@ -85,7 +85,7 @@ def test_a_number_lost_on_one_rank_stops_all_at_its_step_and_keeps_what_was_done
     )
     poison(copied.root / "emulator", "model.embed_tokens.weight", token)
     take_as_written(copied.root, "factorize")
-    values = copied.changed(finetune={"per_device_train_batch_size": 1, "max_steps": STEPS})
+    values = copied.changed(finetune={**GROUP, "per_device_train_batch_size": 1, "max_steps": STEPS})
     with pytest.raises(NumericsError, match=rf"NaN or Inf at step {step + 1}: lower the learning rate"):
         run_values(values)
     stages = RunDirectory(copied.root).manifest()["stages"]

@@ -16,7 +16,6 @@ from run_samples import healing_metrics, metric_keys
 from s3_server import uri
 from safetensors.torch import load_file
 from small_runs import (
-    ALONE,
     HEALING,
     FinishedRun,
     KillingWatcher,
@@ -255,7 +254,7 @@ def test_tasks_that_tune_otherwise_share_it(
 
 def test_ranks_by_the_data_are_those_that_it_ends_with(llama_run: FinishedRun, tmp_path: Path) -> None:
     run = llama_run.copy(tmp_path)
-    values = run.changed(emulator={"allocation": "sensitivity", "healing": {**HEALING, "steps": 2}}, finetune=ALONE)
+    values = run.changed(emulator={"allocation": "sensitivity", "healing": {**HEALING, "steps": 2}})
     run_values(values, until="finetune")
     allocated = json.loads((run.root / "allocation" / "ranks.json").read_text())["layers"]
     model = AutoModelForCausalLM.from_pretrained(run.root / "emulator_healed")

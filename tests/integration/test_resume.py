@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from small_runs import FinishedRun, KillingReporter, KillingWatcher, redone, run_values
+from small_runs import GROUP, FinishedRun, KillingReporter, KillingWatcher, redone, run_values
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from emloc_ray.config.reading import parse_config
@@ -24,6 +24,7 @@ from emloc_ray.planning.prepared import prepare
 from emloc_ray.runs import run as pipeline
 from emloc_ray.runs.run import Pipeline
 from emloc_ray.runs.status import older_stages
+from emloc_ray.runs.trace import read_trace
 
 WITHOUT_HEALING = [stage for stage in VERBS if stage != "heal"]
 ALL = ["data", *WITHOUT_HEALING]
@@ -50,7 +51,7 @@ def tail(stage: str) -> list[str]:
         ("correction", {"strength": 0.3}, tail("correct")),
         ("correction", {"method": "projection"}, tail("correct")),
         ("finetune", {"learning_rate": 1e-3}, tail("finetune")),
-        ("finetune", {"num_workers": 1}, tail("finetune")),
+        ("finetune", {"num_workers": 2}, tail("finetune")),
         ("finetune", {"weight_decay": 0.1}, tail("finetune")),
         ("adapter", {"lora_alpha": 8}, tail("finetune")),
         ("emulator", {"compression_ratio": 0.25}, tail("factorize")),
@@ -213,22 +214,27 @@ def test_a_killed_calibration_worker_leaves_no_trace(copied: FinishedRun, llama_
         assert (disturbed / name).read_bytes() == (calm / name).read_bytes(), name
 
 
-def test_a_killed_training_worker_leaves_no_trace(copied: FinishedRun, llama_run: FinishedRun) -> None:
+def test_a_group_that_loses_a_worker_trains_as_one_worker_that_lives(
+    copied: FinishedRun, llama_run: FinishedRun
+) -> None:
     # A checkpoint after every step: it also makes steps slow enough to be killed between two of them.
-    values = copied.changed(finetune={"save_steps": 1, "report_to": "tensorboard"})
+    values = copied.changed(finetune={**GROUP, "save_steps": 1, "report_to": "tensorboard"})
     with KillingWatcher(copied.root / "training", steps=4) as watcher:
         reporter = run_values(values, until="finetune")
     assert 4 <= max(watcher.logged_when_killed) < 8
     assert any(re.match("finetune: rank [01] .*; restarted from the last", n) for n in reporter.notes)
     assert watcher.logged.count(1) == 1  # it went on from a checkpoint; it did not begin again
-    history = json.loads((copied.root / "metrics.json").read_text())["finetune"]["history"]
-    assert [line["step"] for line in history] == list(range(1, 9))
+    metrics = json.loads((copied.root / "metrics.json").read_text())
+    assert [line["step"] for line in metrics["finetune"]["history"]] == list(range(1, 9))
+    assert metrics["stages"]["finetune"]["num_workers"] == 2
+    workers = {span.worker for span in read_trace(RunDirectory(copied.root)) if span.stage == "finetune"}
+    assert {"rank 0 on training group", "rank 1 on training group"} <= workers
     assert reporter.skipped == ["data", "calibrate", "factorize"]
     calm, disturbed = (
         load_file(run.root / "adapter_emulator" / "adapter_model.safetensors") for run in (llama_run, copied)
     )
     assert calm.keys() == disturbed.keys()
-    assert max(float((calm[name] - disturbed[name]).abs().max()) for name in calm) <= 1e-6
+    assert max(float((calm[name] - disturbed[name]).abs().max()) for name in calm) <= 1e-4  # the order of sums
     (reported,) = (copied.root / "tensorboard").iterdir()
     assert len(list(reported.iterdir())) == 2  # by rank 0 of the killed group and by rank 0 of the next
     events = EventAccumulator(str(reported)).Reload()
