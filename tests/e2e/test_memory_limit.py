@@ -70,7 +70,7 @@ def run(root: Path, model_dir: Path, environment: dict[str, str]) -> Any:
             "max_seq_length": 32,
         },
         "calibration": {"num_calibration_samples": 16, "batch_size": 4, "rows_per_shard": 8},
-        "emulator": {"compression_ratio": 0.25},
+        "emulator": {"compression_ratio": 0.25, "num_workers": 2},
         "adapter": {"r": 4},
         "finetune": {"max_steps": 2, "per_device_train_batch_size": 2},
         "correction": {"max_share": None},

@@ -44,12 +44,12 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "emulator.healing.steps=1",
         "finetune.max_steps=4",
         "finetune.exact_steps=1",
-        "calibration.num_calibration_samples=16",
-        "correction.num_selection_samples=8",
-        "evaluation.num_samples=16",
-        "evaluation.num_exact_match=2",
-        "evaluation.num_generations=2",
-        "evaluation.max_new_tokens=8",
+        "calibration.num_calibration_samples=8",
+        "correction.num_selection_samples=4",
+        "evaluation.num_samples=8",
+        "evaluation.num_exact_match=1",
+        "evaluation.num_generations=1",
+        "evaluation.max_new_tokens=4",
     ]
     command = [sys.executable, "-c", "from emloc_ray.ui.cli import main; main()"]
     arguments = ["run", "configs/quickstart.yaml", f"run_dir={run_dir}", *overrides]
