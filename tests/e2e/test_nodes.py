@@ -13,16 +13,27 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from faulting.nodes import Nodes, kill, workers
+from plain_runs import train
+from plain_stages import merge
+from safetensors.torch import load_file
 from small_runs import GROUP, make_values
 
+from emloc_ray.config.reading import parse_config
 from emloc_ray.io.formats.yaml_text import write_yaml
 from emloc_ray.io.runs.directory import CARD
+from emloc_ray.planning.prepared import prepare
+from emloc_ray.stages.context import Context
+from emloc_ray.stages.correct.correct import correct_adapter
+from emloc_ray.stages.correct.stage import correction_job
+from emloc_ray.stages.finetune.stage import finetune_job
+from emloc_ray.stages.merge.stage import merge_job
 
 pytestmark = pytest.mark.deep
 
 SECONDS = 240
-SHARED = ("calibration", "emulator", "adapter_emulator", "adapter", "merged")
+BY_SLOTS, BY_RANKS = ("calibration", "emulator"), ("adapter_emulator", "merged")
 
 
 def start(config: Path, log: Path, *arguments: str) -> subprocess.Popen[bytes]:
@@ -41,8 +52,13 @@ def write_config(root: Path, values: dict[str, Any]) -> Path:
 
 
 def artifacts(run: Path) -> dict[str, bytes]:
-    files = [path for name in SHARED for path in (run / name).rglob("*") if path.is_file() and path.name != CARD]
+    files = [path for name in BY_SLOTS for path in (run / name).rglob("*") if path.is_file() and path.name != CARD]
     return {str(path.relative_to(run)): path.read_bytes() for path in files}
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    files = [path for name in BY_RANKS for path in (run / name).glob("*.safetensors")]
+    return {f"{path.parent.name}: {name}": tensor for path in files for name, tensor in load_file(path).items()}
 
 
 def test_a_node_that_goes_and_one_that_comes_leave_no_trace(
@@ -65,15 +81,26 @@ def test_a_node_that_goes_and_one_that_comes_leave_no_trace(
     assert address not in alive
     assert re.search("calibrate: slot [01].* lost its worker because .*; restarted", log.read_text())
 
+    # On one node, whose two slots add in the same order; from there in this process, by one rank, whose sums are in another.
     values |= {"run_dir": str(tmp_path / "one" / "run"), "ray": {"num_cpus": 2}}
-    driver = start(write_config(tmp_path / "one", values), log, "--until", "merge")
+    values["finetune"] |= {"num_workers": 1, "per_device_train_batch_size": 8}
+    driver = start(write_config(tmp_path / "one", values), log, "--until", "factorize")
     try:
         assert driver.wait(SECONDS) == 0, log.read_text()
     finally:
         driver.kill()
-    found, expected = artifacts(tmp_path / "many" / "run"), artifacts(tmp_path / "one" / "run")
+    many, one = tmp_path / "many" / "run", tmp_path / "one" / "run"
+    found, expected = artifacts(many), artifacts(one)
     assert found.keys() == expected.keys()
     assert [name for name in found if found[name] != expected[name]] == []
+    context = Context(prepare(parse_config(values)), tiny_model_dir("llama"))
+    train(finetune_job(context, "training"))
+    correct_adapter(correction_job(context))
+    merge(merge_job(context))
+    ours, theirs = tensors(many), tensors(one)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def node_of_a_slot(nodes: Nodes, driver: subprocess.Popen[bytes], log: Path) -> Any:
