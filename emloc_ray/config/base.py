@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import typing
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Discriminator, Field, Tag
 
@@ -47,6 +47,14 @@ class StageConfig(Section):
     gpus_per_worker: Literal["auto"] | typing.Annotated[float, Field(ge=0, le=1)] = Field(
         "auto", description="of one worker, one at most; auto: one where Ray has some or can add some; 0: it sees none"
     )
+
+    together: ClassVar[bool] = False
+    """Whether all workers have to be there at once."""
+
+    @property
+    def workers_at_once(self) -> int:
+        """How many workers have to be there at once."""
+        return self.num_workers if self.together else 1
 
     @property
     def gpus(self) -> float:

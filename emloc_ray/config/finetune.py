@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import ConfigDict, Field, StrictBool, field_validator, model_validator
 
@@ -13,6 +13,7 @@ class FinetuneConfig(StageConfig):
     """Training on the emulator; every other key is a Hugging Face TrainingArguments field."""
 
     model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+    together: ClassVar[bool] = True
 
     loss_on: Literal["completion", "all"] = Field("completion", description="the tokens of a row to learn")
     max_steps: int = Field(-1, description="optimizer steps; -1: num_train_epochs of the data")

@@ -316,8 +316,8 @@ class RunConfig(Section):
         for name in WORKER_SECTIONS:
             section = getattr(self, name)
             if section.gpus_per_worker == "auto":
-                together = section.num_workers if name == "finetune" else 1
-                decided[name] = section.model_copy(update={"gpus_per_worker": 1.0 if available >= together else 0.0})
+                gpus = 1.0 if available >= section.workers_at_once else 0.0
+                decided[name] = section.model_copy(update={"gpus_per_worker": gpus})
         return self.model_copy(update=decided)
 
     @model_validator(mode="before")

@@ -16,5 +16,14 @@ STEP_NAMES = (
     "merge",
     "evaluate",
 )
-# The stages' verbs on the command line: each runs up to its last step.
-VERBS = ("calibrate", "factorize", "heal", "finetune", "correct", "merge", "evaluate")
+# The verbs on the command line that run up to a stage, and what each leaves: it runs up to its last step.
+RESULTS = {
+    "calibrate": "the Grams of the calibration data",
+    "factorize": "the emulator, refined where the config asks for it",
+    "heal": "the healed emulator, where the config asks for healing",
+    "finetune": "the adapter trained on the emulator",
+    "correct": "the corrected adapter, with its steps on the original where the config asks for them",
+    "merge": "the merged model",
+    "evaluate": "the evaluation on held-out data",
+}
+VERBS = tuple(RESULTS)

@@ -232,7 +232,7 @@ def check_resources(config: RunConfig, cpus: float | None = None, gpus: float | 
     problems = []
     for name in WORKER_SECTIONS:
         section = getattr(config, name)
-        together = section.num_workers if name == "finetune" else 1
+        together = section.workers_at_once
         asked_cpus, asked_gpus = section.cpus_per_worker * together, section.gpus * together
         if asked_cpus > cpus:
             problems.append(

@@ -233,10 +233,11 @@ class Steps:
         self.directory.begin(stage.name, now)
 
     def _execute(self, stage: Stage, context: Context, inputs: Inputs, granted: Resources) -> Result:
-        self._note(shortage(stage.name, granted, stage.together))
+        together = stage.asks(self.prepared.config).together
+        self._note(shortage(stage.name, granted, together))
         planned = self._host_bytes.get(stage.name, 0)
         memory, remark = (
-            memory_to_ask(stage.name, planned, granted, stage.together, alive(), addable()) if planned else (0, None)
+            memory_to_ask(stage.name, planned, granted, together, alive(), addable()) if planned else (0, None)
         )
         self._note(remark)
         granted = dataclasses.replace(granted, memory_per_worker=memory)

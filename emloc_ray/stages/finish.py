@@ -7,17 +7,16 @@ steps on it can learn. Where the original does not fit its blocks come and go (:
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.io.runs.fingerprint import fingerprint
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import MemoryModel
-from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.work import block_work, steps_cost
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.finetune.stage import finetune_job, learned, steps_of
-from emloc_ray.stages.stage import Stage
+from emloc_ray.stages.stage import Stage, part
 
 if TYPE_CHECKING:
     from emloc_ray.stages.finetune.job import FinetuneJob
@@ -76,10 +75,6 @@ def runs_again(config: RunConfig) -> bool:
     return config.adapter.method != "prefix_tuning"
 
 
-def _sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
-    return {"finishing": {key: results["finish"][key] for key in ("steps", "train_loss", "history")}}
-
-
 FINISH = Stage(
     name="finish",
     title="Finishing on the original",
@@ -92,8 +87,7 @@ FINISH = Stage(
     run=_finish,
     cost=_cost,
     steps=lambda prepared: (prepared.config.finetune.exact_steps, "on the original"),
-    together=True,
     summary=lambda result: f"{result['steps']} steps on the original, training loss {result['train_loss']:.3f}",
-    sections=_sections,
+    sections=part("finishing", "finish", "steps", "train_loss", "history"),
     keys=("finishing",),
 )

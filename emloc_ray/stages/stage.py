@@ -59,8 +59,6 @@ class Stage:
     """Whether what a killed try left in ``outputs`` is continued from."""
     whole: bool = False
     """Whether a damaged file spoils all of ``outputs``: sums with an index that says that they are complete."""
-    together: bool = False
-    """Whether all its workers have to be there at once."""
     divisible: bool = False
     """Whether fewer workers than asked for can do it: a bag of tasks."""
     summary: Callable[[Result], str] = lambda result: ""
@@ -76,6 +74,13 @@ class Stage:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "verb", self.verb or self.name)
+
+
+def part(section: str, stage: str, *keys: str) -> Callable[[Prepared, dict[str, Result]], dict[str, Any]]:
+    """A stage's ``sections`` where they are one: the keys of its result that are there."""
+    return lambda prepared, results: {
+        section: {key: results[stage][key] for key in keys if results[stage].get(key) is not None}
+    }
 
 
 def one_worker(section: StageConfig) -> StageConfig:

@@ -99,7 +99,7 @@ class Pair:
 
 def talk(console: Console, pair: Pair, ask: Callable[[str], str] = input) -> None:
     """Asks for prompts and shows both answers, until an empty one or the end of the input; ``/new`` forgets what was said."""
-    console.print("An empty line ends; /new begins anew.", style="dim")
+    console.print("An empty line ends the chat; /new starts another.", style="dim")
     while True:
         try:
             prompt = ask("> ")

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from emloc_ray.config.steps import RESULTS, VERBS
 from emloc_ray.errors import ConfigError, EmlocError
 from emloc_ray.ui.batch_verbs import (
     KEYS,
@@ -43,16 +44,8 @@ app = typer.Typer(
 _BEFORE, _RUNS = "Before a run", "Runs"
 
 
-class Stage(str, Enum):
-    """The stages, in order."""
-
-    calibrate = "calibrate"
-    factorize = "factorize"
-    heal = "heal"
-    finetune = "finetune"
-    correct = "correct"
-    merge = "merge"
-    evaluate = "evaluate"
+Verb = Enum("Verb", {verb: verb for verb in VERBS}, type=str)  # type: ignore[misc]
+_LAST = Verb(VERBS[-1])
 
 
 @app.callback()
@@ -75,9 +68,9 @@ def _version(asked: bool) -> None:
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, such as configs/quickstart.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Config keys to override.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in run_dir, and start anew.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Delete what an earlier run left in run_dir, then start.")]
 
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Redo and remove what a changed config says, unasked.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Redo and remove what a changed config says, without asking.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors alone.")]
 AcceptVersions = Annotated[bool, typer.Option("--accept-versions", help="Keep what other versions finished.")]
 
@@ -98,8 +91,8 @@ def _prepare(path: Path, overrides: list[str] | None, console: Console = console
 def _run(
     path: Path,
     overrides: list[str] | None,
-    begin: Stage | None,
-    until: Stage,
+    begin: Verb | None,
+    until: Verb,
     fresh: bool,
     accept_versions: bool,
     yes: bool,
@@ -136,7 +129,7 @@ def _run(
             stays = f"Finished stages stay in {prepared.run.place}; the same command continues from there."
             raise type(error)(f"{error}\n{stays}") from error
         raise
-    if until is Stage.evaluate:
+    if until is _LAST:
         shown.print(evaluation_table(metrics))
     for line in result_lines(metrics, prepared.run.place):
         shown.print(escape(line), soft_wrap=True)
@@ -163,7 +156,7 @@ def _asked(option: str, given: str | None, what: str) -> str:
     if given is not None:
         return given
     if not console.is_terminal:
-        raise ConfigError(f"{option} is missing: give it, as without a terminal nobody is asked.")
+        raise ConfigError(f"{option} is missing: give it: emloc-ray asks only on a terminal.")
     return str(typer.prompt(f"{option.removeprefix('--')} ({what})"))
 
 
@@ -263,8 +256,8 @@ def schema() -> None:
 def run(
     config: ConfigPath,
     overrides: Overrides = None,
-    begin: Annotated[Stage | None, typer.Option("--from", help="Redo from this stage on.")] = None,
-    until: Annotated[Stage, typer.Option("--until", help="Stop after this stage.")] = Stage.evaluate,
+    begin: Annotated[Verb | None, typer.Option("--from", help="Redo from this stage on.")] = None,
+    until: Annotated[Verb, typer.Option("--until", help="Stop after this stage.")] = _LAST,
     fresh: Fresh = False,
     accept_versions: AcceptVersions = False,
     yes: Yes = False,
@@ -346,8 +339,8 @@ for verb in (report, chat, push, gguf, fetch):
     app.command(rich_help_panel="Results")(verb)
 
 
-def _stage_command(stage: Stage, text: str) -> None:
-    @app.command(name=stage.value, help=text, rich_help_panel="Up to one stage")
+def _stage_command(verb: Verb, text: str) -> None:
+    @app.command(name=verb.value, help=text, rich_help_panel="Up to one stage")
     @guarded
     def command(
         config: ConfigPath,
@@ -357,18 +350,11 @@ def _stage_command(stage: Stage, text: str) -> None:
         yes: Yes = False,
         quiet: Quiet = False,
     ) -> None:
-        _run(config, overrides, None, stage, fresh, accept_versions, yes, quiet)
+        _run(config, overrides, None, verb, fresh, accept_versions, yes, quiet)
 
 
-_stage_command(Stage.calibrate, "Run up to the Grams of the calibration data.")
-_stage_command(Stage.factorize, "Run up to the emulator, refined where the config asks for it.")
-_stage_command(Stage.heal, "Run up to the healed emulator, where the config asks for healing.")
-_stage_command(Stage.finetune, "Run up to the adapter trained on the emulator.")
-_stage_command(
-    Stage.correct, "Run up to the corrected adapter, with its steps on the original where the config asks for them."
-)
-_stage_command(Stage.merge, "Run up to the merged model.")
-_stage_command(Stage.evaluate, "Run up to the evaluation on held-out data.")
+for _verb, _result in RESULTS.items():
+    _stage_command(Verb(_verb), f"Run up to {_result}.")
 
 
 def main() -> None:

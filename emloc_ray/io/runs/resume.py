@@ -21,6 +21,17 @@ def discard_unless(directory: Path, inputs: Any) -> None:
             file.write(fingerprint(inputs).encode())
 
 
+def discard_both_unless(scratch: Path, output: Path, inputs: Any) -> None:
+    """Keeps what a killed try left in a scratch folder and in its output where the scratch was begun with the same ``inputs``.
+
+    Else empties both: an output may be of another try of the same inputs, whose scratch folder is gone.
+    """
+    if not begun_with(scratch, inputs):
+        discard(output)
+    for path in (scratch, output):
+        discard_unless(path, inputs)
+
+
 def begun_with(directory: Path, inputs: Any) -> bool:
     """Whether what is in ``directory`` was begun with these inputs."""
     mark = directory / _MARK

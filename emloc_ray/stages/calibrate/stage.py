@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.planning.budget import check_holding
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import MemoryModel
-from emloc_ray.planning.prepared import UNKNOWN_ROWS, Prepared
+from emloc_ray.planning.prepared import UNKNOWN_ROWS
 from emloc_ray.planning.sizes import gradient_bytes, gram_bytes
 from emloc_ray.planning.work import WITH_BACKWARD, block_work, head_work, tokens_calibrated
 from emloc_ray.stages.calibrate.job import BLOCKS, CalibrationJob, Labels, go_on
 from emloc_ray.stages.context import Context, Inputs, Result
-from emloc_ray.stages.stage import Stage, by_weights
+from emloc_ray.stages.stage import Stage, by_weights, part
 
 if TYPE_CHECKING:
     from emloc_ray.stages.ray.tasks import Progress, Resources
@@ -173,11 +173,6 @@ def _summary(result: Result) -> str:
     return f"{result['num_tokens']:,} tokens in {result['num_shards']} shards"
 
 
-def _sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
-    result, shown = results["calibrate"], ("num_tokens", "num_shards", "hold", "waves", "experts")
-    return {"calibration": {key: result[key] for key in shown if key in result}}
-
-
 CALIBRATE = Stage(
     name="calibrate",
     title="Calibrating",
@@ -192,7 +187,7 @@ CALIBRATE = Stage(
     whole=True,
     summary=_summary,
     remarks=lambda context, result: [thin_experts(result)],
-    sections=_sections,
+    sections=part("calibration", "calibrate", "num_tokens", "num_shards", "hold", "waves", "experts"),
     keys=("calibration",),
 )
 GRADIENTS = Stage(

@@ -16,7 +16,7 @@ from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.work import num_steps, rows_a_step, steps_trained, training_cost
 from emloc_ray.stages.context import Context, Inputs, Result, without
-from emloc_ray.stages.stage import Stage
+from emloc_ray.stages.stage import Stage, part
 
 if TYPE_CHECKING:
     from emloc_ray.stages.finetune.job import FinetuneJob, ValidationJob
@@ -188,14 +188,6 @@ def _summary(result: Result) -> str:
     return f"{text}, lowest validation loss {best['loss']:.3f} at step {best['step']}{kept}"
 
 
-def _sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
-    result = results["finetune"]
-    # Not in runs of older versions, or not asked for.
-    optional = ("trainable_parameters", "tokens_per_second", "validation")
-    keys = ("steps", "train_loss", "history", *(key for key in optional if result.get(key) is not None))
-    return {"finetune": {key: result[key] for key in keys}}
-
-
 FINETUNE = Stage(
     name="finetune",
     title="Fine-tuning",
@@ -206,8 +198,16 @@ FINETUNE = Stage(
     run=_finetune,
     cost=_cost,
     steps=_steps,
-    together=True,
     summary=_summary,
-    sections=_sections,
+    sections=part(
+        "finetune",
+        "finetune",
+        "steps",
+        "train_loss",
+        "history",
+        "trainable_parameters",
+        "tokens_per_second",
+        "validation",
+    ),
     keys=("finetune",),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from emloc_ray.config.emulator import HealingConfig
 from emloc_ray.config.schema import RunConfig
@@ -11,8 +11,7 @@ from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.formats.teacher_shards import BYTES_PER_LOGIT
 from emloc_ray.io.runs.fingerprint import fingerprint
-from emloc_ray.io.runs.resume import begun_with, discard_unless
-from emloc_ray.io.store.node_cache import discard
+from emloc_ray.io.runs.resume import discard_both_unless
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
@@ -20,7 +19,7 @@ from emloc_ray.planning.training import healing_run, healing_split
 from emloc_ray.planning.work import block_work, emulator_work, head_work, num_train_sequences, passes, rows_trained
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.finetune.stage import finetune_job, learned
-from emloc_ray.stages.stage import Stage, by_weights
+from emloc_ray.stages.stage import Stage, by_weights, part
 
 if TYPE_CHECKING:
     from emloc_ray.stages.heal.heal import HealingJob
@@ -103,18 +102,10 @@ def _inputs(context: Context) -> Inputs:
 def _heal(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
     from emloc_ray.stages.heal.heal import heal
 
-    out_dir, place, healing = (
-        context.path("emulator_healed"),
-        context.path(_PLACE),
-        context.prepared.config.emulator.heals,
-    )
+    healing = context.prepared.config.emulator.heals
     assert healing is not None
-    # Shards of another training are of another adapter, though their inputs may be the same.
     begun = context.begun(inputs)
-    if not begun_with(place, begun):
-        discard(out_dir)
-    for path in (place, out_dir):
-        discard_unless(path, begun)
+    discard_both_unless(context.path(_PLACE), context.path("emulator_healed"), begun)
     job = healing_job(context, healing, f"heal-{fingerprint(begun)}")
     return heal(job, context.base_config(), granted, progress, context.note, context.detail)
 
@@ -158,11 +149,6 @@ def _summary(result: Result) -> str:
     return f"{result['steps']} steps, mean divergence from the original {result['train_loss']:.3f}"
 
 
-def _sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
-    shown = ("steps", "train_loss", "history", "healed_layers", "teacher_rows", "teacher_bytes")
-    return {"healing": {key: results["heal"][key] for key in shown}}
-
-
 HEAL = Stage(
     name="heal",
     title="Healing",
@@ -176,9 +162,10 @@ HEAL = Stage(
     steps=_steps,
     shares=by_weights,
     resumes=True,
-    together=True,
     summary=_summary,
     absent=no_healing,
-    sections=_sections,
+    sections=part(
+        "healing", "heal", "steps", "train_loss", "history", "healed_layers", "teacher_rows", "teacher_bytes"
+    ),
     keys=("healing",),
 )

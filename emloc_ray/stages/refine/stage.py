@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from emloc_ray.config.schema import RunConfig
 from emloc_ray.io.runs.fingerprint import fingerprint
-from emloc_ray.io.runs.resume import begun_with, discard_unless
-from emloc_ray.io.store.node_cache import discard
+from emloc_ray.io.runs.resume import discard_both_unless
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.work import block_work, emulator_work, tokens_calibrated
 from emloc_ray.stages.context import Context, Inputs, Result
-from emloc_ray.stages.stage import Stage, by_weights, one_worker
+from emloc_ray.stages.stage import Stage, by_weights, one_worker, part
 
 if TYPE_CHECKING:
     from emloc_ray.stages.ray.tasks import Progress, Resources
@@ -63,11 +62,7 @@ def _inputs(context: Context) -> Inputs:
 def _refine(context: Context, inputs: Inputs, granted: Resources, progress: Progress) -> Result:
     from emloc_ray.stages.refine.refine import refine
 
-    place, out_dir = context.path(_PLACE), context.path("emulator_refined")
-    if not begun_with(place, inputs):  # shards may be of other fits, though made from the same
-        discard(out_dir)
-    for path in (place, out_dir):
-        discard_unless(path, inputs)
+    discard_both_unless(context.path(_PLACE), context.path("emulator_refined"), inputs)
     blocks = {spec.block for spec in context.layout.specs if not spec.between}
     return refine(refinement_job(context, fingerprint(inputs)), len(blocks), granted, progress, context.note)
 
@@ -105,12 +100,6 @@ def _summary(result: Result) -> str:
     return f"{result['blocks_refined']} of {result['blocks']} blocks, whose error is {result['error_left']:.0%} of what it was"
 
 
-def _sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:
-    result = results["refine"]
-    keys = ("blocks", "blocks_refined", "error_left", "errors")  # the last is not in runs of older versions
-    return {"refinement": {key: result[key] for key in keys if key in result}}
-
-
 REFINE = Stage(
     name="refine",
     title="Refining",
@@ -127,6 +116,6 @@ REFINE = Stage(
     resumes=True,
     summary=_summary,
     absent=no_refinement,
-    sections=_sections,
+    sections=part("refinement", "refine", "blocks", "blocks_refined", "error_left", "errors"),
     keys=("refinement",),
 )
