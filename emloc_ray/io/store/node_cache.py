@@ -118,7 +118,7 @@ def publish_plain(path: Path, written: Path) -> bool:
     if here is None or not here.is_plain or not written.is_file():
         return False
     if not _is_unfinished(here.path):
-        here.store.write(here.path, written.read_bytes())
+        here.store.write_held(here.path, written.read_bytes())
     return True
 
 

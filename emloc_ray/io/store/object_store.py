@@ -88,6 +88,22 @@ class ObjectStore(Objects):
             raise TakenOver("This run was taken over by another process: leave it to that, or stop that first.")
         return manifest
 
+    def write_held(self, path: str, content: bytes) -> None:
+        """Puts a small object under its own name; as a lease's holder by compare-and-swap with what was there when the lease
+        was last known to be its own, so that nothing of a later holder's is overwritten.
+
+        Raises:
+            TakenOver: where another process holds the run by now; what it wrote stays.
+        """
+        if self.lease is None:
+            self.write(path, content)
+            return
+        while True:  # in this process another thread may write it too
+            known = self.version(path)
+            self.checked_manifest()
+            if self.replace(path, content, known) is not None:
+                return
+
     def add_version(self, path: str, file: Path) -> str:
         """Puts a file's content as the version of ``path``; returns its SHA-256.
 

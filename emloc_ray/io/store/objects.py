@@ -117,6 +117,13 @@ class Objects:
         version = self.read_version(path)
         return None if version is None else version[1]
 
+    def version(self, path: str) -> Version | None:
+        """A small object's version; None where there is none."""
+        try:
+            return self._trying(lambda: _version(self.client.head(self.key(path))), "read", path)
+        except FileNotFoundError:
+            return None
+
     def read_version(self, path: str, known: Version | None = None) -> tuple[Version, bytes] | None:
         """A small object's version and content, which is b"" where the version is the one ``known``; None where there is none."""
         key = self.key(path)

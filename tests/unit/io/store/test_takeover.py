@@ -139,6 +139,28 @@ def test_two_holders_cannot_both_write_the_manifest(
     assert following.manifest()["lease"] > read_before["lease"]
 
 
+def test_a_small_file_of_a_paused_holder_does_not_take_the_place_of_its_successor_s(
+    begin: Callable[..., RunDirectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late, check = begin(), ObjectStore.checked_manifest
+    late.write_metrics({"seed": 1})
+    begun: list[RunDirectory] = []
+
+    def check_and_pause(store: ObjectStore) -> dict[str, Any]:
+        manifest = check(store)
+        monkeypatch.setattr(ObjectStore, "checked_manifest", check)
+        begun.append(begin())
+        begun[0].write_metrics({"seed": 2})
+        return manifest
+
+    monkeypatch.setattr(ObjectStore, "checked_manifest", check_and_pause)
+    with pytest.raises(TakenOver):
+        late.write_metrics({"seed": 3})
+    assert begun[0].metrics() == {"seed": 2}
+    begun[0].write_metrics({"seed": 4})
+    assert RunDirectory(late.place).metrics() == {"seed": 4}
+
+
 def test_a_fresh_run_adopts_nothing(begin: Callable[..., RunDirectory]) -> None:
     late = begin()
     write(late.path("emulator", "a"), b"old")
