@@ -19,7 +19,7 @@ from emloc_ray.runs.changes import Accept, check_accepted, find_changes
 from emloc_ray.runs.gauges import RunGauges
 from emloc_ray.runs.log import RunLog
 from emloc_ray.runs.reporter import Reporter, Reporters
-from emloc_ray.runs.steps import AtOnce, Dropped, Steps, Turns
+from emloc_ray.runs.steps import AtOnce, Dropped, Steps, Turns, resources_of
 from emloc_ray.runs.trace import WorkerTrace
 from emloc_ray.runs.versions import check_versions, redone_from
 from emloc_ray.stages.context import Context
@@ -27,6 +27,7 @@ from emloc_ray.stages.importing import is_imported, original_dir
 from emloc_ray.stages.order import STEPS
 from emloc_ray.stages.ray.final_actor import FinalActorHandle
 from emloc_ray.stages.ray.losses import explain
+from emloc_ray.stages.ray.nodes import check_workers
 from emloc_ray.stages.ray.session import check_visible, connection, gpus_within_reach, total
 
 
@@ -73,6 +74,7 @@ def run(
                     prepared = shrink_batches(prepared)
                     plan = make_plan(STEPS, prepared)
                 config = prepared.config
+                check_workers((stage.name, resources_of(stage, prepared)) for stage in STEPS if stage.wanted(prepared))
             if not fresh and config.ray.joins:  # by the GPUs that its Ray has
                 _check_changes(prepared, begin, until, accept_changes)
             if turns is None:  # again, by what Ray counts: in a container less than the machine has

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import ray
 from ray._private.state import state
 
-from emloc_ray.errors import StageError
+from emloc_ray.errors import ConfigError, StageError
 from emloc_ray.stages.ray.tasks import Resources
 from emloc_ray.text import size
 
@@ -38,6 +38,31 @@ def most() -> dict[str, float]:
         grown["memory"] = math.inf
     now = ray.cluster_resources()
     return {name: max(now.get(name, 0.0), float(grown.get(name, 0.0))) for name in {*now, *grown}}
+
+
+def check_workers(stages: Iterable[tuple[str, Resources]]) -> None:
+    """Raises ConfigError where a worker of a stage asks for more CPUs or GPUs than any node has, or an autoscaler may add: the
+    stage would wait for ever."""
+    nodes, problems = [*alive(), *addable()], []
+    for stage, asked in stages:
+        wanted = {"CPU": asked.cpus_per_worker, "GPU": asked.gpus_per_worker}
+        if any(all(node.get(kind, 0) >= amount for kind, amount in wanted.items()) for node in nodes):
+            continue
+        largest = " or ".join(
+            f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in _largest(nodes)
+        )
+        problems.append(
+            f"{stage} asks for {wanted['CPU']:g} CPUs and {wanted['GPU']:g} GPUs a worker, and the cluster's largest nodes have"
+            f" {largest}: ask for less, or add a node first."
+        )
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _largest(nodes: Sequence[Node]) -> list[Node]:
+    """One node with the most CPUs, and one with the most GPUs where that is another."""
+    by = [max(nodes, key=lambda node: (node.get(a, 0), node.get(b, 0))) for a, b in (("CPU", "GPU"), ("GPU", "CPU"))]
+    return by[:1] if by[1].get("GPU", 0) == by[0].get("GPU", 0) else by
 
 
 def memory_to_ask(

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from emloc_ray.errors import StageError
+from emloc_ray.errors import ConfigError, StageError
 from emloc_ray.stages.ray import nodes
-from emloc_ray.stages.ray.nodes import memory_to_ask, most
+from emloc_ray.stages.ray.nodes import check_workers, memory_to_ask, most
 from emloc_ray.stages.ray.tasks import Resources
 
 GIB = 2**30
@@ -70,3 +70,18 @@ def test_all_that_a_cluster_may_have(added: dict[str, float], memory: float, mon
     monkeypatch.setattr(nodes.state, "get_max_resources_from_cluster_config", lambda: grown)
     monkeypatch.setattr(nodes.ray, "cluster_resources", lambda: {"memory": 5.0, "node:1": 1.0})
     assert most() == {"CPU": 32.0, "memory": memory, "node:1": 1.0}
+
+
+def test_a_worker_that_no_node_can_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes, "alive", lambda: [HEAD, SMALL, {"CPU": 2.0, "GPU": 1.0}])
+    monkeypatch.setattr(nodes, "addable", lambda: [{"CPU": 6.0}])
+    check_workers([("merge", Resources(99, 6)), ("finetune", Resources(4, 2, 1))])
+    with pytest.raises(ConfigError) as refused:
+        check_workers([("calibrate", Resources(1, 1)), ("merge", Resources(1, 7)), ("finetune", Resources(1, 3, 1))])
+    there = "and the cluster's largest nodes have 6 CPUs and 0 GPUs or 2 CPUs and 1 GPUs: ask for less, or add a node first."
+    assert str(refused.value).splitlines() == [
+        f"merge asks for 7 CPUs and 0 GPUs a worker, {there}",
+        f"finetune asks for 3 CPUs and 1 GPUs a worker, {there}",
+    ]
+    monkeypatch.setattr(nodes, "addable", lambda: [{"CPU": 8.0, "GPU": 1.0}])
+    check_workers([("merge", Resources(1, 7)), ("finetune", Resources(1, 3, 1))])
