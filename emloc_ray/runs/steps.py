@@ -269,7 +269,8 @@ class Steps:
         if self.cache is None or inputs is None:
             yield
             return
-        with self.cache.alone(cache_key(stage, inputs), self.turns.stopped):
+        key = cache_key(stage, inputs)
+        with self.cache.alone(key, self.turns.stopped, lambda text: self._note(f"{stage.name}: {text}")):
             yield
 
     def _from_cache(self, stage: Stage, context: Context, inputs: Inputs) -> Result | None:

@@ -28,9 +28,11 @@ from emloc_ray.io.runs.cache_place import FORMAT, CachePlace
 from emloc_ray.io.store.digests import digest_of
 from emloc_ray.io.store.node_cache import discard, open_artifact, origin, sizes
 from emloc_ray.io.store.transfer import transfer
+from emloc_ray.io.store.turns import wait_for_turn
 
 _FILES = "files"
 _POLL_S = 0.2
+PATIENCE_S = 6 * 3600.0  # with another process that makes the same: it may have been stopped
 _CONNECTIONS = 8
 _SWEEP_S = 3600.0  # between two looks of a process at all that is there for what killed ones left
 Files = Mapping[str, Mapping[str, Any]]
@@ -99,20 +101,34 @@ class ArtifactCache:
         return hashlib.sha256(json.dumps([FORMAT, stage, inputs], sort_keys=True).encode()).hexdigest()
 
     @contextlib.contextmanager
-    def alone(self, key: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    def alone(
+        self,
+        key: str,
+        stopped: Callable[[], bool] = lambda: False,
+        tell: Callable[[str], None] = lambda text: None,
+        patience_s: float = PATIENCE_S,
+    ) -> Iterator[None]:
         """Lets one thread at a time make the artifact of a key: of all processes where the place is in a file system, of this
-        one where it is on an object store (two that make the same do no harm there).
+        one where it is on an object store (two that make the same do no harm).
+
+        ``tell`` hears when another process takes more than a minute; after ``patience_s`` it is made here too.
 
         Raises:
             Stopped: where ``stopped`` turns true while another makes it.
             ConfigError: where the place cannot be written.
         """
+
+        def look() -> None:
+            if stopped():
+                raise Stopped(f"Stopped while another run makes the artifact {key[:12]} of {self.place}.")
+
         with contextlib.ExitStack() as stack:
-            acquire = self._at.lock(key, stack)
-            while not acquire():
-                if stopped():
-                    raise Stopped(f"Stopped while another run makes the artifact {key[:12]} of {self.place}.")
+            own, lock = self._at.own_turn(key, stack), self._at.lock(key, stack)
+            while not own():
+                look()
                 time.sleep(_POLL_S)
+            if lock is not None:
+                wait_for_turn(*lock, f"makes the artifact {key[:12]} of {self.place}", patience_s, tell, look)
             yield
 
     def find(self, stage: str, key: str, verify: bool = False) -> Entry | None:

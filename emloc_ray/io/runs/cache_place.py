@@ -17,13 +17,14 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from emloc_ray.errors import ArtifactError, ConfigError, EmlocError
 from emloc_ray.io.store.atomic import atomic_directory, atomic_file
-from emloc_ray.io.store.lock_file import HELD
 from emloc_ray.io.store.node_cache import discard, mirror, origin
 from emloc_ray.io.store.object_store import ObjectStore
 from emloc_ray.io.store.places import is_store_uri
+from emloc_ray.io.store.turns import try_lock
 
 MARKER = "emloc-ray-cache.json"
 FORMAT = 1
@@ -117,38 +118,40 @@ class CachePlace:
             ) from None
         return True
 
-    def lock(self, key: str, stack: contextlib.ExitStack) -> Callable[[], bool]:
-        """A call that tries to take the lock of a key, which ``stack`` then gives back.
+    def own_turn(self, key: str, stack: contextlib.ExitStack) -> Callable[[], bool]:
+        """A call that tries to take the turn of a key from the other threads of this process; ``stack`` then gives it back."""
+        lock = _held.setdefault((self.name, key), threading.Lock())
 
-        In a file system it holds between all threads and processes, on an object store between the threads of this one.
+        def acquire() -> bool:
+            taken = lock.acquire(blocking=False)
+            if taken:
+                stack.callback(lock.release)
+            return taken
+
+        return acquire
+
+    def lock(self, key: str, stack: contextlib.ExitStack) -> tuple[IO[str], Callable[[], bool]] | None:
+        """A key's file, and a call that tries to take its lock from other processes, which ``stack`` then gives back; None on an
+        object store.
 
         Raises:
             ConfigError: where the place cannot be written.
         """
         if self.store is not None:
-            lock = _held.setdefault((self.name, key), threading.Lock())
-
-            def acquire() -> bool:
-                taken = lock.acquire(blocking=False)
-                if taken:
-                    stack.callback(lock.release)
-                return taken
-
-            return acquire
+            return None
         try:
             self.make()
             path = self.root / _LOCKS / key
             path.parent.mkdir(exist_ok=True)
-            file = stack.enter_context(path.open("a"))
+            file = stack.enter_context(path.open("a+"))
         except OSError as error:
             raise self._unwritable(error) from error
 
-        def acquire_file() -> bool:
+        def acquire() -> bool:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in HELD:
+                if not try_lock(file):
                     return False
+            except OSError as error:
                 raise ConfigError(
                     f"The artifact cache {self.name} cannot be locked ({error.strerror}): name a place whose file system"
                     " has locks."
@@ -157,7 +160,7 @@ class CachePlace:
             stack.callback(fcntl.flock, file, fcntl.LOCK_UN)
             return True
 
-        return acquire_file
+        return file, acquire
 
     def scan(self) -> dict[tuple[str, str], float | None]:
         """When each entry was last used, by stage and key; None for a folder that is none, or not yet."""

@@ -10,7 +10,6 @@ import errno
 import json
 import math
 import os
-import socket
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ from emloc_ray.io.store.digests import digest
 from emloc_ray.io.store.lease import KEY as LEASE
 from emloc_ray.io.store.lease import Holder, Lease, find_holder
 from emloc_ray.io.store.lock_file import NAME as LOCK
-from emloc_ray.io.store.lock_file import LockFile, check_lock
+from emloc_ray.io.store.lock_file import LockFile, check_lock, own_name
 from emloc_ray.io.store.node_cache import discard, ensure, hashes, mirror, origin, sizes
 from emloc_ray.io.store.object_store import MANIFEST, ObjectStore, named_files
 from emloc_ray.io.store.objects import Version
@@ -349,14 +348,13 @@ class RunDirectory:
         Raises:
             ConfigError: where another process holds it, and says which; where its file system gives no locks.
         """
-        me = f"process {os.getpid()} on {socket.gethostname()}"
         if self.store is not None:
 
             def watch(holder: Holder) -> None:
                 tell(f"{holder.name} held this run until a moment ago: waiting up to 60 s to see whether it is alive.")
 
             batch = None if under is None else under.lease
-            lease = Lease(self.store, me, after=self.store.checked_manifest().get("lease", 0), under=batch)
+            lease = Lease(self.store, own_name(), after=self.store.checked_manifest().get("lease", 0), under=batch)
             held = lease.take(watch)
             if held is not None:
                 raise ConfigError(f"run_dir {self.place} is in use by {held.name}: wait for it, or name another.")

@@ -23,7 +23,13 @@ _TOKEN = uuid.uuid4().hex  # of this process: it may give a run back and take it
 _PATIENCE_S = 1.0  # who asks whether a run is held has its lock for a moment
 _FILE_S = 0.05
 _WORKER = "RAY_RAYLET_PID"  # which Ray gives to workers
+_HOLDER = "EMLOC_RAY_HOLDER"  # and we to those of a Ray that is joined by whoever holds a run: its token
 _known: dict[Path, tuple[int, str]] = {}
+
+
+def own_name() -> str:
+    """This process, as others name it."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 class LockFile:
@@ -48,7 +54,8 @@ class LockFile:
             os.close(descriptor)
             raise
         os.truncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n{_TOKEN}\n".encode(), 0)
+        os.pwrite(descriptor, f"{own_name()}\n{_TOKEN}\n".encode(), 0)
+        os.fsync(descriptor)  # on NFS other nodes see it from now on
         self._descriptor = descriptor
         _known[self.root] = _identity(self.path)
 
@@ -82,15 +89,21 @@ class LockFile:
         return True
 
 
+def holder_variables() -> dict[str, str]:
+    """What tells workers of Ray's that this process holds the runs that they write to; nothing where it holds none."""
+    return {_HOLDER: _TOKEN} if _known else {}
+
+
 def check_lock(path: Path) -> None:
     """Raises TakenOver where ``path`` lies in a run whose lock is another file, or names another process, than when this
-    process took it or, in a worker of Ray's, first wrote there."""
+    process took it; in a worker of Ray's, than the one that began it or, where that is not known, than at its first write."""
+    holder = os.environ.get(_HOLDER, "")
     for root in path.parents:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             now = _identity(root / NAME)
-            if _WORKER in os.environ:  # others may write reports whoever holds the run
+            if _WORKER in os.environ and holder in now[1]:  # others may write reports whoever holds the run
                 _known.setdefault(root, now)
-            if _known.get(root, now) != now:
+            if _known.get(root, None if _WORKER in os.environ else now) != now:
                 break
             return
         if root in _known:

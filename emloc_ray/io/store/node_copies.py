@@ -7,7 +7,6 @@ holds as long as the file is the same, and whose time says when the copy was las
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import glob
 import math
@@ -23,6 +22,7 @@ from urllib.parse import quote
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.store.digests import digest_of
 from emloc_ray.io.store.replacing import replacing
+from emloc_ray.io.store.turns import try_lock, wait_for_turn
 
 MARK = "store="
 _VERSIONS = ".versions"
@@ -30,6 +30,7 @@ _VERSIONS = ".versions"
 _FREE_SHARE = 0.1
 _SIZE_VARIABLE = "EMLOC_RAY_CACHE_SIZE"
 IN_USE_S = 600.0
+PATIENCE_S = 1800.0  # with one that fetches the same file: it may have been stopped
 _MAX_NAME = 255
 _hashed: set[tuple[object, ...]] = set()
 
@@ -118,12 +119,19 @@ def write_small(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def alone(root: Path, key: str, waits: bool = True) -> Iterator[None]:
-    """One worker of a node at a time; raises BlockingIOError where it is another's turn and this one does not wait."""
+def alone(root: Path, key: str, waits: bool = True, patience_s: float = PATIENCE_S) -> Iterator[None]:
+    """One worker of a node at a time, but for who has waited for ``patience_s``: two that do the same do no harm.
+
+    Raises:
+        BlockingIOError: where it is another's turn and this one does not wait.
+    """
     lock = root / ".locks" / quote(key, safe="")[-_MAX_NAME:]
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with lock.open("a+") as file:
+        if waits:
+            wait_for_turn(file, lambda: try_lock(file), f"is at {key} in {root}", patience_s)
+        elif not try_lock(file):
+            raise BlockingIOError(f"{lock} is another's")
         yield
 
 

@@ -17,6 +17,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from emloc_ray.errors import ConfigError, StageError
+from emloc_ray.io.store.lock_file import holder_variables
 from emloc_ray.stages.ray.nodes import most
 from emloc_ray.stages.ray.tasks import NO_GPU_UNASKED, remote_task
 
@@ -44,7 +45,7 @@ def connection(address: str | None = None, lean_memory: bool = False, **options:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     settings = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False, **options}
-    variables = {**NO_GPU_UNASKED, **(LEAN_MEMORY if lean_memory else {})}
+    variables = {**NO_GPU_UNASKED, **(LEAN_MEMORY if lean_memory else {}), **holder_variables()}
     given = dict(settings.get("runtime_env") or {})
     settings["runtime_env"] = {**given, "env_vars": {**variables, **given.get("env_vars", {})}}
     if address is not None:

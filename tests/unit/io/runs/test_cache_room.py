@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from emloc_ray.io.runs import cache as artifact_cache
 from emloc_ray.io.runs import cache_place
 from emloc_ray.io.runs.cache import ArtifactCache, Entry, EntryGone
 from emloc_ray.io.runs.cache_place import MARKER
-from emloc_ray.io.store import transfer
+from emloc_ray.io.store import transfer, turns
 from emloc_ray.io.store.object_store import ObjectStore
 
 
@@ -261,6 +262,27 @@ def test_a_killed_maker_lets_the_next_one_in(local: ArtifactCache) -> None:
     process.join(60)
     with local.alone(KEY, lambda: True):
         pass
+
+
+def test_a_maker_that_is_paused_is_told_of_and_not_waited_for_for_ever(
+    local: ArtifactCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = fork.Event()
+    process = fork.Process(target=hold, args=(local.place, begun))
+    process.start()
+    assert begun.wait(60)
+    monkeypatch.setattr(turns, "WORD_S", 0.0)
+    told: list[str] = []
+    try:
+        with local.alone(KEY, tell=told.append, patience_s=0.3):
+            who = f"process {process.pid} on {socket.gethostname()} makes the artifact {KEY[:12]} of {local.place}"
+            assert told == [f"{who}: waiting for that.", told[-1]]
+            assert told[-1].startswith(f"{who} for ")
+            with pytest.raises(Stopped), local.alone(KEY, lambda: True):  # a thread of this process waits for this one
+                pass
+    finally:
+        process.kill()
+        process.join(60)
 
 
 def test_who_waits_can_be_stopped(cache: ArtifactCache) -> None:

@@ -20,6 +20,7 @@ from emloc_ray.errors import ArtifactError, ConfigError, TakenOver
 from emloc_ray.io.runs import directory as run_directory
 from emloc_ray.io.runs.directory import CONFIG, Kind, RunDirectory
 from emloc_ray.io.store.atomic import atomic_file, write_json
+from emloc_ray.io.store.lock_file import holder_variables
 from emloc_ray.io.store.node_cache import discard
 from emloc_ray.io.store.object_store import MANIFEST
 
@@ -332,6 +333,26 @@ def test_a_worker_writes_for_whom_it_wrote_first(tmp_path: Path, monkeypatch: py
     with pytest.raises(TakenOver):
         write_json(file, 3)
     assert (json.loads(file.read_text()), list(file.parent.iterdir())) == (2, [file])
+
+
+def test_a_worker_whose_first_write_comes_after_a_takeover_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, file = RunDirectory(tmp_path / "mine"), tmp_path / "mine" / "slots" / "a"
+    run.lock()
+    for name, value in {"RAY_RAYLET_PID": "1", **holder_variables()}.items():
+        monkeypatch.setenv(name, value)
+    other = tmp_path / "other" / ".lock"  # no run that this process took
+    other.parent.mkdir()
+    other.write_text((tmp_path / "mine" / ".lock").read_text())
+    write_json(tmp_path / "other" / "a", 1)
+    other.parent.rename(tmp_path / "taken")  # which it has not written to yet
+    (tmp_path / "taken" / ".lock").write_text("process 2 on here\nanother\n")
+    with pytest.raises(TakenOver):
+        write_json(tmp_path / "taken" / "a", 2)
+    assert (tmp_path / "taken" / "a").read_text().strip() == "1"
+    write_json(file, 3)
+    run.unlock()
 
 
 def test_a_look_at_who_holds_a_run_lets_it_start(tmp_path: Path) -> None:

@@ -325,6 +325,20 @@ def test_what_is_no_copy_stays_where_room_is_made(
     assert all(file.is_file() for file in kept)
 
 
+def test_a_worker_that_is_stopped_while_it_fetches_is_not_waited_for_for_ever(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        node_copies.alone(tmp_path, "a/f"),
+        pytest.raises(BlockingIOError),
+        node_copies.alone(tmp_path, "a/f", waits=False),
+    ):
+        pass
+    with node_copies.alone(tmp_path, "a/f"), node_copies.alone(tmp_path, "a/f", patience_s=0.1):
+        assert f"process {os.getpid()} on " in caplog.text
+        assert f" is at a/f in {tmp_path} for " in caplog.text
+
+
 def test_workers_may_make_room_at_once(
     root: Path, other: Path, full_disk: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
