@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 from small_runs import RecordingReporter, make_values, write_jsonl
 
 from emloc_ray.config.reading import parse_config
-from emloc_ray.errors import ConfigError, Stopped
+from emloc_ray.errors import ArtifactError, ConfigError, Stopped
 from emloc_ray.io.runs.cache import ArtifactCache
 from emloc_ray.io.runs.directory import RunDirectory
 from emloc_ray.planning.prepared import Prepared, prepare
@@ -182,6 +183,31 @@ def test_data_that_changed_since_its_rows_were_counted_is_refused(prepared: Prep
     finally:
         task_file.write_text(rows)
     assert not RunDirectory(prepared.run.root).path("data").exists()
+
+
+def test_a_model_that_changes_between_two_steps_ends_the_run(
+    tiny_model_dir: Callable[..., Path], task_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs_steps, "shortage", lambda *asked: None)
+    model = Path(shutil.copytree(tiny_model_dir(), tmp_path / "model"))
+    prepared = prepare(parse_config(make_values(tmp_path / "run", model, task_file)))
+    prepared.run.create({})
+
+    def make(context: Context, *granted: Any) -> dict[str, Any]:
+        context.path("data", "tokens").mkdir(parents=True, exist_ok=True)
+        return {"splits": {}}
+
+    first = replace(DATA, inputs=lambda context: {}, run=make, remarks=lambda context, result: ())
+    steps, context = Steps(prepared, RecordingReporter(), AtOnce()), Context(prepared, model)
+    steps.run(first, context)
+    shard = min(model.glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    before = {path: path.stat().st_mtime_ns for path in prepared.run.root.rglob("*")}
+    with pytest.raises(ArtifactError, match=r"model was changed while the run read it: run the same command again"):
+        steps.run(replace(first, name="calibrate", run=lambda *_: pytest.fail("it ran"), outputs=("made",)), context)
+    assert {path: path.stat().st_mtime_ns for path in prepared.run.root.rglob("*")} == before
 
 
 def terminate() -> None:

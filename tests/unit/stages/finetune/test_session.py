@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from emloc_ray.stages.finetune import session as training_session
-from emloc_ray.stages.finetune.session import LoneSession, own_environment
+from emloc_ray.stages.finetune.session import GroupSession, LoneSession, own_environment
 
 
 class Killed(Exception):
@@ -38,6 +39,18 @@ def test_the_newest_is_found_and_the_others_go(tmp_path: Path) -> None:
         assert found(tmp_path / "kept") == (str(step), "w" * step)
     session.save(None, 6)  # a rank that wrote nothing
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["checkpoint-4", "newest.json"]
+
+
+def test_a_group_hears_that_a_node_of_it_is_about_to_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[object] = [None, SimpleNamespace(deadline_ms=1)]
+    rank = SimpleNamespace(get_world_rank=lambda: 1, get_world_size=lambda: 2)
+    monkeypatch.setattr(training_session.ray.train, "get_context", lambda: rank)
+    monkeypatch.setattr(training_session.ray.train, "get_preemption_info", lambda: said.pop(0), raising=False)
+    session = GroupSession()
+    assert (session.rank, session.world_size) == (1, 2)
+    assert [session.is_leaving(), session.is_leaving()] == [False, True]
+    monkeypatch.delattr(training_session.ray.train, "get_preemption_info")  # as before Ray 2.56
+    assert not session.is_leaving()
 
 
 @pytest.mark.parametrize(("call", "kept"), [("atomic_directory", 2), ("write_json", 2), ("discard", 4)])
