@@ -26,11 +26,12 @@ from emloc_ray.io.store.digests import digest
 from emloc_ray.io.store.lease import KEY as LEASE
 from emloc_ray.io.store.lease import Holder, Lease, find_holder
 from emloc_ray.io.store.lock_file import NAME as LOCK
-from emloc_ray.io.store.lock_file import LockFile, check_lock, own_name
+from emloc_ray.io.store.lock_file import LockFile, check_lock
 from emloc_ray.io.store.node_cache import discard, ensure, hashes, mirror, origin, sizes
 from emloc_ray.io.store.object_store import MANIFEST, ObjectStore, named_files
 from emloc_ray.io.store.objects import Version
 from emloc_ray.io.store.places import is_store_uri
+from emloc_ray.io.store.turns import own_name
 
 CONFIG = "config.yaml"
 CARD = "README.md"  # in the folder of an adapter or a merged model: about it, no part of it

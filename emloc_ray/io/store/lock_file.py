@@ -7,29 +7,22 @@ the file is, and whom it names, is compared before every write in the run, by it
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
-import socket
 import time
 import uuid
 from pathlib import Path
 
 from emloc_ray.errors import ConfigError, TakenOver
+from emloc_ray.io.store.turns import HELD, own_name
 
 NAME = ".lock"
-HELD = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)  # NFS and others make flock of fcntl's locks
 _TOKEN = uuid.uuid4().hex  # of this process: it may give a run back and take it again
 _PATIENCE_S = 1.0  # who asks whether a run is held has its lock for a moment
 _FILE_S = 0.05
 _WORKER = "RAY_RAYLET_PID"  # which Ray gives to workers
 _HOLDER = "EMLOC_RAY_HOLDER"  # and we to those of a Ray that is joined by whoever holds a run: its token
 _known: dict[Path, tuple[int, str]] = {}
-
-
-def own_name() -> str:
-    """This process, as others name it."""
-    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 class LockFile:

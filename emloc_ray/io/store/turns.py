@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
+import os
+import socket
 import time
 from collections.abc import Callable
 from typing import IO
 
-from emloc_ray.io.store.lock_file import HELD, own_name
-from emloc_ray.text import duration
-
+HELD = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)  # NFS and others make flock of fcntl's locks
 WORD_S = 60.0  # after which a wait is told
 _POLL_S = 0.1
 _log = logging.getLogger(__name__)
+
+
+def own_name() -> str:
+    """This process, as others name it."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def try_lock(file: IO[str]) -> bool:
@@ -52,7 +58,9 @@ def wait_for_turn(
         look()
         waited = time.monotonic() - begun
         if waited > patience_s:
-            tell(f"{_holder(file)} {what} for {duration(waited)} now: done here too, without waiting any longer.")
+            tell(
+                f"{_holder(file)} {what} for {waited / 60:.0f} minutes now: done here too, without waiting any longer."
+            )
             return False
         if waited > WORD_S and not is_told:
             tell(f"{_holder(file)} {what}: waiting for that.")
