@@ -137,9 +137,9 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         on_cpu = on_cpu or (packet is _aten.copy_ and not isinstance(args[0], PretendTensor))
     else:
         _refuse_mixed(func, packet, args, given)
-    masks = packet in _INDEXED and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
     to_meta = target is not None and torch.device(target).type == "meta"
-    if packet in _WAITS or masks or (packet in _COPIES and on_cpu and not to_meta):
+    copies = packet in _COPIES and ((on_cpu and not to_meta) or _waiting_copy(packet, args, kwargs))
+    if packet in _WAITS or _waiting_index(packet, args) or copies:
         METER.waits[packet.__name__] += 1
     if target is not None and not on_cpu:
         kwargs["device"] = "cpu"
@@ -150,6 +150,21 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return made
     return tree_map_only(
         Tensor, lambda inner: wrappers[id(inner)] if id(inner) in wrappers else PretendTensor(inner), made
+    )
+
+
+def _waiting_copy(packet: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether it takes a CPU's memory to the device and the host waits until that is done, as with factories from lists."""
+    source, place = (args[1], 2) if packet is _aten.copy_ else (args[0], len(args))
+    non_blocking = kwargs.get("non_blocking", args[place] if len(args) > place else False)
+    return source.numel() > 0 and not isinstance(source, PretendTensor) and not non_blocking
+
+
+def _waiting_index(packet: Any, args: Any) -> bool:
+    """Whether the shape depends on a mask, or the indices come from the CPU first."""
+    return packet in _INDEXED and any(
+        index is not None and (index.dtype in (torch.bool, torch.uint8) or not isinstance(index, PretendTensor))
+        for index in args[1]
     )
 
 
@@ -204,7 +219,9 @@ def pretend_device() -> torch.device:
                 if operation is not None and _is_factory(operation._schema):
                     library.impl(name, _made_by(operation), "PrivateUse1")
         library.impl(
-            "_copy_from", lambda source, into, *_: _run(_aten.copy_.default, (into, source), {}), "PrivateUse1"
+            "_copy_from",
+            lambda source, into, *rest: _run(_aten.copy_.default, (into, source, *rest), {}),
+            "PrivateUse1",
         )
         _registered.append(library)
     return torch.device(NAME, 0)

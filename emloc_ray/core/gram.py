@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from emloc_ray.core.precision import exact_float32
 
@@ -36,14 +37,14 @@ class Gram:
     def update(self, activations: Tensor) -> None:
         """Adds the tokens of ``activations (..., in)``, in place; leave padding out."""
         tokens = activations.detach().reshape(-1, activations.shape[-1])
-        narrow = tokens.device.type == "cuda" and tokens.dtype == torch.bfloat16 and self.matrix.dtype == torch.float32
+        narrow = tokens.dtype == torch.bfloat16 and self.matrix.dtype == torch.float32 and sums_wide(tokens.device)
         tokens = tokens if narrow else tokens.to(self.matrix.dtype)
         width = _width(tokens)
         with exact_float32():
             for start in range(0, tokens.shape[1], width):
                 rows = slice(start, start + width)
                 block, left, right = self.matrix[rows, : rows.stop], tokens[:, rows].T, tokens[:, : rows.stop]
-                if narrow:  # exact products of bfloat16, summed in float32; no other device has the call
+                if narrow:  # exact products of bfloat16, summed in float32
                     block.add_(torch.mm(left, right, out_dtype=torch.float32))
                 else:
                     block.addmm_(left, right)
@@ -53,6 +54,11 @@ class Gram:
         """The full symmetric matrix ``(in, in)``, from the lower triangle."""
         lower = torch.tril(self.matrix)
         return lower + torch.tril(lower, -1).T
+
+
+def sums_wide(device: torch.device, version: str = torch.__version__) -> bool:
+    """Whether products of bfloat16 there give float32: on CUDA, from torch 2.8 on."""
+    return device.type == "cuda" and TorchVersion(version) >= "2.8"
 
 
 def _width(tokens: Tensor) -> int:

@@ -15,6 +15,7 @@ from emloc_ray.errors import StageError
 from emloc_ray.io.formats.checkpoint import read_shard
 from emloc_ray.io.formats.shards import write_tensors
 from emloc_ray.modeling.block_flow import tensors_of
+from emloc_ray.modeling.inputs import on_device
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class BlockOutput:
 
 def _materialized(part: Tensor, device: torch.device | str) -> Tensor:
     if not part.is_meta:
-        return part.to(device)
+        return on_device(part, device)
     empty = torch.empty(part.shape, dtype=part.dtype, device=device)
     return empty.fill_(float("nan")) if part.dtype.is_floating_point else empty.zero_()
 

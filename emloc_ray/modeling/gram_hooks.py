@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from emloc_ray.core.gram import Gram, not_finite
 from emloc_ray.errors import NumericsError, StageError
 from emloc_ray.modeling.experts import UnfusedExperts, owner_of
-from emloc_ray.modeling.inputs import Stream, model_call
+from emloc_ray.modeling.inputs import Stream, model_call, on_device
+from emloc_ray.modeling.packing import unpacked
 
 
 class TokenSums:
@@ -44,7 +45,9 @@ class TokenSums:
         """While it lasts, a pass of the model adds the tokens of each stream where ``counted (rows, length)`` is true."""
         # Asked once a batch, not once a Gram, and where the masks are: on the CPU.
         self._masks = {stream: mask.flatten() for stream, mask in counted.items() if not bool(mask.all())}
-        self._places = {stream: mask.nonzero().squeeze(1).to(self.device) for stream, mask in self._masks.items()}
+        self._places = {
+            stream: on_device(mask.nonzero().squeeze(1), self.device) for stream, mask in self._masks.items()
+        }
         try:
             yield
         finally:
@@ -72,7 +75,7 @@ class TokenSums:
         if sent is None:
             return self.grams[name].update(tokens[self._places[stream]])
         places = mask[sent].nonzero().squeeze(1)
-        return self.grams[name].update(tokens[places.to(tokens.device, non_blocking=True)])
+        return self.grams[name].update(tokens[on_device(places, tokens.device)])
 
     def remove(self) -> None:
         """Takes the hooks off the model."""
@@ -128,7 +131,7 @@ class GramHooks(TokenSums):
     def forward(self, batch: dict[str, Tensor], tokens: str = "all") -> None:
         """Adds the tokens of a batch that count: ``all`` but padding, or those of the ``completion``."""
         call = model_call(self.model.config, batch, tokens=tokens)
-        with self.counting(call.counted):
+        with self.counting(call.counted), unpacked(call.inputs):
             self.body(**call.to(self.device).inputs, use_cache=False)
 
     def remove(self) -> None:

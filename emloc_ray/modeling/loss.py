@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from emloc_ray.core.distillation import divergence, top_log_probs
 from emloc_ray.errors import ArtifactError
-from emloc_ray.modeling.inputs import ModelCall, model_call
+from emloc_ray.modeling.inputs import ModelCall, model_call, on_device
+from emloc_ray.modeling.packing import unpacked
 
 # A chunk is of hidden size over this tokens: its logits, held about three times in float32 while their gradient is made,
 # then stay below the head's own weights.
@@ -48,7 +49,7 @@ class TopLogProbs:
 
     def to(self, device: torch.device) -> TopLogProbs:
         """The same on a device."""
-        return TopLogProbs(self.ids.to(device, non_blocking=True), self.log_probs.to(device, non_blocking=True))
+        return TopLogProbs(on_device(self.ids, device), on_device(self.log_probs, device))
 
 
 def token_loss(model: Any, batch: dict[str, Tensor], loss_on: str, teacher: TopLogProbs | None = None) -> TokenLoss:
@@ -87,19 +88,19 @@ def sampled_loss(model: Any, batch: dict[str, Tensor], loss_on: str, draws: Sequ
         torch.rand(count, generator=generator, dtype=torch.float64)
         for count, generator in zip(call.counts, draws, strict=True)
     ]
-    return _loss_at(model, model, call, _loss_of_drawn, torch.cat(numbers).to(call.targets.device))
+    return _loss_at(model, model, call, _loss_of_drawn, on_device(torch.cat(numbers), call.targets.device))
 
 
 def _loss_at(model: Any, owner: Any, call: ModelCall, criterion: Criterion, *targets: Tensor) -> TokenLoss:
     """``criterion(logits, *targets)`` at the positions of the call's labels."""
     inputs, count = {**call.inputs, "use_cache": False}, len(targets[0])
     if not _in_chunks(owner, count):
-        with logits_at(owner, call.predicting):
+        with logits_at(owner, call.predicting), unpacked(inputs):
             loss, correct = criterion(model(**inputs).logits[0], *targets)
         return TokenLoss(loss, correct, count)
     counts: list[Tensor] = []
     forward = functools.partial(_loss_in_chunks, criterion, targets, counts)
-    with _in_place_of_the_head(owner, call.predicting, forward):
+    with _in_place_of_the_head(owner, call.predicting, forward), unpacked(inputs):
         loss = model(**inputs).logits.sum()
     return TokenLoss(loss, torch.stack(counts).sum(), count)
 
@@ -153,10 +154,10 @@ def _read_at_labels(model: Any, call: ModelCall, read: Callable[[Tensor, Tensor]
     inputs = {**call.inputs, "use_cache": False}
     if _in_chunks(model, len(call.targets)):
         forward = functools.partial(_read_in_chunks, read, call.targets, chunks)
-        with _in_place_of_the_head(model, call.predicting, forward):
+        with _in_place_of_the_head(model, call.predicting, forward), unpacked(inputs):
             model(**inputs)
     else:
-        with logits_at(model, call.predicting):
+        with logits_at(model, call.predicting), unpacked(inputs):
             chunks.append(read(model(**inputs).logits[0], call.targets))
     return chunks
 

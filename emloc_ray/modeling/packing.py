@@ -6,11 +6,14 @@ bounds of the rows (``cu_seqlens``) for flash attention.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import masking_utils
 
 from emloc_ray.errors import ConfigError
 from emloc_ray.modeling.inputs import has_encoder
@@ -18,7 +21,24 @@ from emloc_ray.modeling.inputs import has_encoder
 _PROBE = (5, 3)  # tokens of two rows
 _TOLERANCE = {torch.float32: 1e-3}
 _HALF_TOLERANCE = 0.1
+_FIND_PACKS = masking_utils.find_packed_sequence_indices
 _STATELESS = {"full_attention", "sliding_attention"}
+
+
+@contextlib.contextmanager
+def unpacked(inputs: Mapping[str, Any]) -> Iterator[None]:
+    """While it lasts, a model called with ``inputs`` is not asked whether positions begin again in a row, if none are given:
+    transformers' question makes the host wait for a GPU in every pass."""
+    if inputs.get("position_ids") is None:
+        masking_utils.find_packed_sequence_indices = _no_packs
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = _FIND_PACKS
+
+
+def _no_packs(position_ids: Tensor) -> None:
+    """Every row is one sequence."""
 
 
 def as_one_row(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from emloc_ray.errors import StageError
 from emloc_ray.modeling.block_flow import block_flow
 from emloc_ray.modeling.block_outputs import BlockOutput
 from emloc_ray.modeling.block_weights import BlockWeights
+from emloc_ray.modeling.packing import unpacked
 
 
 class _BlockSkipped(Exception):
@@ -91,7 +92,8 @@ class BlockReplay:
         """
         self._current, self._outputs = position, outputs
         try:
-            self.body(**inputs, use_cache=False)
+            with unpacked(inputs):
+                self.body(**inputs, use_cache=False)
         except _BlockDone as done:
             return BlockOutput.of(done.output, self.flow.order[position])
         except _BlockSkipped:

@@ -30,6 +30,7 @@ from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.architecture import load_config, towers
 from emloc_ray.modeling.experts import UnfusedExperts
 from emloc_ray.modeling.holding import open_model
+from emloc_ray.modeling.inputs import on_device
 from emloc_ray.modeling.loss import call_loss
 from emloc_ray.modeling.packing import check_rows_apart
 from emloc_ray.stages.finetune.batches import CALL, TEACHER, RankBatches
@@ -77,7 +78,7 @@ class EmulatorTrainer(Trainer):
     def _prepare_input(self, data: Any) -> Any:
         """Takes a batch's tensors to the device without waiting for the copies, as those of pinned memory allow."""
         if isinstance(data, torch.Tensor) and not self.is_deepspeed_enabled:
-            return data.to(self.args.device, non_blocking=True)
+            return on_device(data, self.args.device)
         return super()._prepare_input(data)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:

@@ -26,7 +26,7 @@ from emloc_ray.io.formats.shards import copy_chunks, make_header, stream_shard, 
 from emloc_ray.io.store.atomic import copy_file
 from emloc_ray.io.store.node_cache import exists, local_only, sizes
 from emloc_ray.modeling.block_outputs import BlockOutput, read_outputs, write_outputs
-from emloc_ray.modeling.inputs import ModelCall, model_call
+from emloc_ray.modeling.inputs import ModelCall, model_call, on_device
 from emloc_ray.modeling.loading import copy_tokenizer
 from emloc_ray.modeling.refining import Fit, factorized_in, fit_block
 from emloc_ray.modeling.replay import BlockReplay
@@ -168,11 +168,10 @@ class Refiner:
             given = self.replays["emulator"].compute(position, call.inputs, self._before("emulator", position, number))
         if wanted is None or given is None or given.tensors[0] is None or wanted.tensors[0] is None:
             return torch.zeros((), requires_grad=True), 0
-        ours, theirs = given.tensors[0], wanted.tensors[0].to(self.device)
-        masks = (mask.to(self.device) for mask in call.counted.values())
-        counted = next((mask for mask in masks if mask.shape == ours.shape[:-1]), None)
+        ours, theirs = given.tensors[0], on_device(wanted.tensors[0], self.device)
+        counted = next((mask for mask in call.counted.values() if mask.shape == ours.shape[:-1]), None)
         tokens = ours[..., 0].numel() if counted is None else int(counted.sum())
-        return token_error(ours, theirs, counted), tokens
+        return token_error(ours, theirs, None if counted is None else on_device(counted, self.device)), tokens
 
 
 def _put(block: nn.Module, name: str, file: Path) -> None:

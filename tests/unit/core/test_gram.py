@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from emloc_ray.core import gram as gram_module
-from emloc_ray.core.gram import Gram, pack_triangle, unpack_triangle
+from emloc_ray.core.gram import Gram, pack_triangle, sums_wide, unpack_triangle
 
 FEW = settings(deadline=None, max_examples=25)
 seeds = st.integers(0, 2**31 - 1)
@@ -86,3 +86,13 @@ def test_triangle_round_trip(seed: int, n: int) -> None:
 def test_packing_reads_the_lower_triangle_alone() -> None:
     gram = gram_of(tokens_of(0, 9, 300))
     assert torch.equal(unpack_triangle(pack_triangle(gram.matrix)), gram.symmetric())
+
+
+@pytest.mark.parametrize(
+    ("device", "version", "wide"),
+    [("cuda", "2.8.0+cu128", True), ("cuda", "2.11.0", True), ("cuda", "2.7.1", False), ("cpu", "2.11.0", False)],
+)
+def test_bfloat16_is_widened_first_where_torch_does_not_sum_it_in_float32(
+    device: str, version: str, wide: bool
+) -> None:
+    assert sums_wide(torch.device(device), version) is wide

@@ -25,16 +25,21 @@ from emloc_ray.core.correction import (
 )
 from emloc_ray.core.distillation import divergence, top_log_probs
 from emloc_ray.core.factorization import LowRankFactors, factorize, relative_error
+from emloc_ray.core.forms import Form
 from emloc_ray.core.gram import Gram, pack_triangle, unpack_triangle
 from emloc_ray.core.healing import added_factors
 from emloc_ray.core.krylov import leading_vectors
 from emloc_ray.core.merging import merged_rows
 from emloc_ray.core.pivoting import pivot
+from emloc_ray.core.predicted_loss import form_losses
 from emloc_ray.core.products import product_by_rows
+from emloc_ray.core.quantization import quantize, quantize_factors, quantize_with_factors
+from emloc_ray.core.refinement import balanced, token_error
 from emloc_ray.core.stored_weight import StoredWeight
 from emloc_ray.core.two_sided import factorize_two_sided
 from emloc_ray.core.updates import HadamardUpdate, KroneckerUpdate, LowRankUpdate
 from emloc_ray.core.whitening import Whitening
+from emloc_ray.modeling.integer_linear import IntegerLinear
 
 OUT, IN, R = 24, 40, 6
 
@@ -107,6 +112,38 @@ def distilled(t: dict[str, Tensor]) -> Any:
     return top, divergence(t["delta"], *top), added_factors(t["a"], t["b"], 2.0)
 
 
+def in_integers(t: dict[str, Tensor]) -> Any:
+    whitening = Whitening(t["gram"], 1e-2)
+    alone, inside = quantize(t["weight"], whitening, 3, 16), quantize_factors(plain(t)[0], t["weight"], whitening, 4, 8)
+    found, *beside = quantize_with_factors(t["weight"], whitening, 2, R, 4, 16)
+    weights = (alone.weight, *inside, found.weight, *beside)
+    products = [weight.dense() for weight in weights[:1]]
+    return products, alone.relative_error, [(inside[0].dense() @ inside[1].dense()).norm().item(), found.relative_error]
+
+
+def through_integers(t: dict[str, Tensor]) -> Any:
+    stored = quantize(t["weight"], Whitening(t["gram"], 1e-2), 3, 16).weight
+    layer, x = IntegerLinear(IN, OUT, 3, 16), t["x"].clone().requires_grad_()
+    for name, tensor in stored.tensors(torch.float32).items():
+        setattr(layer, name, tensor.to(x.device))
+    y = layer(x)
+    y.square().sum().backward()
+    return y.detach(), x.grad
+
+
+def forms(t: dict[str, Tensor]) -> Any:
+    asked = [Form(None), Form(R), Form(None, bits=3), Form(R, bits=4)]
+    losses = form_losses(t["weight"], Whitening(t["gram"], 1e-2), Whitening(t["gradients"], 1e-2), asked, 16)
+    assert losses.device.type == "cpu"
+    return losses.tolist()
+
+
+def refined(t: dict[str, Tensor]) -> Any:
+    up, down = balanced(*plain(t)[0])
+    counted = t["x"][:, 0] > 0
+    return up @ down, token_error(t["x"] @ down.T, t["x"] @ (2 * down).T, counted)
+
+
 CASES: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "exact": plain,
     "exact, tall": lambda t: plain(t, turned=True),
@@ -123,6 +160,10 @@ CASES: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "correction": corrected,
     "updates": updates,
     "distillation": distilled,
+    "integers": in_integers,
+    "a linear of integers": through_integers,
+    "forms": forms,
+    "refinement": refined,
 }
 
 
