@@ -79,7 +79,10 @@ def passed_through_errors(values: dict[str, Any]) -> list[str]:
                 " remove it."
             )
         elif key in _SCATTERING:
-            lines.append(f"finetune.{key} is not supported: finetune.deepspeed is what scatters a model over workers.")
+            lines.append(
+                f"finetune.{key} is not supported, as transformers' Trainer left FSDP2 out in silence where that was tried (two"
+                " CPU workers): finetune.deepspeed is what scatters a model over workers."
+            )
         elif key not in (types := _training_argument_types()):
             lines.append(f"{no_such_key(f'finetune.{key}', key, _trainable_keys())}.")
         else:

@@ -3,6 +3,7 @@ scores the ways to do so, of which the best is written."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, get_args
 
@@ -11,7 +12,7 @@ import torch
 
 from emloc_ray.core.correction import Candidate, Method
 from emloc_ray.core.precision import exact_float32
-from emloc_ray.io.store.node_cache import discard, exists
+from emloc_ray.io.store.node_cache import discard, exists, sizes
 from emloc_ray.modeling.adapter_files import Adapter, copy_adapter, lora_form, write_adapter
 from emloc_ray.stages.correct.job import CorrectionJob, ModuleGroup, module_groups
 from emloc_ray.stages.correct.modules import read_modules, see_differences, write_modules
@@ -19,7 +20,7 @@ from emloc_ray.stages.correct.scoring import Scoring, scored, selection
 from emloc_ray.stages.correct.search import best_choice
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
 from emloc_ray.stages.ray.slots import run_slots, start_slot
-from emloc_ray.stages.ray.tasks import Progress, Resources, run_tasks, silent
+from emloc_ray.stages.ray.tasks import Progress, Resources, bundles, run_tasks, silent
 
 # Why adapters of a kind are plugged into the original as trained.
 AS_TRAINED = {
@@ -39,15 +40,18 @@ def candidates(method: str, clamp: float | None, strength: float) -> list[Candid
     return [Candidate("none"), *clamped]
 
 
-def correct_adapter(job: CorrectionJob, progress: Progress = silent) -> dict[str, Any]:
-    """Corrects every module, chooses among the candidates on the selection split, writes ``job.out_dir``; in this process.
+def correct_adapter(
+    job: CorrectionJob, progress: Progress = silent, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """Corrects every module on ``device``, chooses among the candidates on the selection split, writes ``job.out_dir``; in
+    this process.
 
     Returns the choice, every candidate's loss, and each module's shortfall before and after.
     """
     discard(job.state_dir)
     plan = _Plan(job)
     for number, group in enumerate(plan.groups):
-        write_modules(group.path, see_differences(job, group))
+        write_modules(group.path, see_differences(job, group, torch.device(device)))
         progress(number + 1, plan.total)
     if plan.num_scored:
         scoring = Scoring(job)
@@ -64,9 +68,15 @@ def correct(
 ) -> dict[str, Any]:
     """As :func:`correct_adapter`, in tasks; modules and losses that ``job.state_dir`` holds already are kept."""
     plan = _Plan(job)
-    largest = sorted(plan.groups, key=lambda group: sum(spec.num_parameters for spec in group.specs), reverse=True)
-    work = [(" and ".join(spec.name for spec in group.specs[:4]), (group, resources.device)) for group in largest]
-    run_tasks(_group_task, job, work, resources, Losses("correct", tell), lambda done, _: progress(done, plan.total))
+    largest = sorted(plan.groups, key=_parameters, reverse=True)
+    work = [(_names(bundle), (bundle, resources.device)) for bundle in bundles(largest, _parameters, resources)]
+
+    def by_groups(done: int, _: int) -> None:
+        # A worker with a GPU takes many groups one after another: their files tell how far it is.
+        progress(len(set(sizes(job.state_dir)) & paths) if resources.gpus_per_worker else done, plan.total)
+
+    paths = {group.path for group in plan.groups}
+    run_tasks(read_groups, job, work, resources, Losses("correct", tell), by_groups)
     if plan.num_scored:
         units = range(plan.num_scored)
         arguments = ray.put(job), resources.threads
@@ -97,9 +107,19 @@ class _Plan:
         return len(self.groups) + self.num_scored
 
 
-def _group_task(job: CorrectionJob, group: ModuleGroup, device: str) -> None:
-    if not exists(group.path):  # whole, from a try that was killed
-        write_modules(group.path, see_differences(job, group, torch.device(device)))
+def _parameters(group: ModuleGroup) -> int:
+    return sum(spec.num_parameters for spec in group.specs)
+
+
+def _names(bundle: Sequence[ModuleGroup]) -> str:
+    return " and ".join(spec.name for spec in bundle[0].specs[:4]) + ("" if len(bundle) == 1 else ", …")
+
+
+def read_groups(job: CorrectionJob, groups: Sequence[ModuleGroup], device: str) -> None:
+    """Writes the modules of a task's groups, one after another; those that are whole, from a try that was killed, are kept."""
+    for group in groups:
+        if not exists(group.path):
+            write_modules(group.path, see_differences(job, group, torch.device(device)))
 
 
 @exact_float32()

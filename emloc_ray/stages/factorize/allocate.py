@@ -26,10 +26,10 @@ from emloc_ray.io.formats.shards import write_tensors
 from emloc_ray.io.store.atomic import write_json
 from emloc_ray.io.store.node_cache import ensure, sizes
 from emloc_ray.modeling.architecture import LinearSpec
-from emloc_ray.stages.factorize.job import bundles, group_cost
+from emloc_ray.stages.factorize.job import group_cost
 from emloc_ray.stages.factorize.spend import Spending, spend
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
-from emloc_ray.stages.ray.tasks import Progress, Resources, run_tasks, silent
+from emloc_ray.stages.ray.tasks import Progress, Resources, bundles, run_tasks, silent
 
 RANKS = "ranks.json"
 _CONNECTIONS = 8  # by which small files are read at once

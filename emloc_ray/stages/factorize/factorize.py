@@ -36,7 +36,7 @@ from emloc_ray.modeling.emulator import write_emulator_config
 from emloc_ray.modeling.loading import copy_tokenizer
 from emloc_ray.modeling.quantization import linear_weight, num_elements, quantization_config, quantize
 from emloc_ray.stages.factorize.group_tensors import GroupPiece, GroupTensors, read_group
-from emloc_ray.stages.factorize.job import FactorizationJob, bundles, group_cost
+from emloc_ray.stages.factorize.job import FactorizationJob, group_cost
 from emloc_ray.stages.factorize.kept_tensors import copy_rest, rest_of_shards
 from emloc_ray.stages.factorize.layer_reports import (
     LAYERS,
@@ -47,7 +47,7 @@ from emloc_ray.stages.factorize.layer_reports import (
     write_spectra,
 )
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
-from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, silent
+from emloc_ray.stages.ray.tasks import Progress, Resources, bounded, bundles, silent
 
 _CONNECTIONS = 8
 _ROUNDING_SHARE = 1e-2  # of a layer's residual energy: above it rounding is measured, not estimated

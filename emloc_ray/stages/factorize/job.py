@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
 
 from emloc_ray.core.integer_forms import IntegerForms
 from emloc_ray.core.ranks import Storage
 from emloc_ray.modeling.architecture import LinearSpec
-
-if TYPE_CHECKING:
-    from emloc_ray.stages.ray.tasks import Resources
-
-Piece = TypeVar("Piece")
 
 
 @dataclass(frozen=True)
@@ -60,17 +54,3 @@ class FactorizationJob:
 def group_cost(group: Sequence[LinearSpec]) -> float:
     """About the floating-point operations that a group's factors take, to a constant factor."""
     return sum(min(s.out_features, s.in_features) ** 3 + s.num_parameters * s.in_features for s in group)
-
-
-def bundles(pieces: Sequence[Piece], cost: Callable[[Piece], float], resources: Resources) -> list[list[Piece]]:
-    """What each task does: a piece, or with GPUs as many as leave one task a worker, of about equal cost.
-
-    Ray ends the process of a task that had a GPU, and a new one takes seconds to import torch and to open the card.
-    """
-    if not resources.gpus_per_worker:
-        return [[piece] for piece in pieces]
-    made: list[tuple[float, list[Piece]]] = [(0.0, []) for _ in range(min(resources.num_workers, len(pieces)))]
-    for piece in sorted(pieces, key=cost, reverse=True):
-        number = min(range(len(made)), key=lambda k: made[k][0])
-        made[number] = made[number][0] + cost(piece), [*made[number][1], piece]
-    return [bundle for _, bundle in made]

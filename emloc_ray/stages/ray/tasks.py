@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import torch
@@ -18,6 +18,7 @@ from emloc_ray.stages.ray.losses import Losses
 from emloc_ray.stages.ray.spans import Span, Timed, tell_span, timed
 
 Progress = Callable[[int, int], None]
+Piece = TypeVar("Piece")
 LOOK_S = 1.0  # between two looks at tasks in flight
 
 
@@ -234,3 +235,17 @@ def run_tasks(
 
     named = [(name, functools.partial(submit, name, arguments)) for name, arguments in pieces]
     return bounded(named, resources.num_workers, losses, progress)
+
+
+def bundles(pieces: Sequence[Piece], cost: Callable[[Piece], float], resources: Resources) -> list[list[Piece]]:
+    """What each task does: a piece, or with GPUs as many as leave one task a worker, of about equal cost.
+
+    Ray ends the process of a task that had a GPU, and a new one takes seconds to import torch and to open the card.
+    """
+    if not resources.gpus_per_worker:
+        return [[piece] for piece in pieces]
+    made: list[tuple[float, list[Piece]]] = [(0.0, []) for _ in range(min(resources.num_workers, len(pieces)))]
+    for piece in sorted(pieces, key=cost, reverse=True):
+        number = min(range(len(made)), key=lambda k: made[k][0])
+        made[number] = made[number][0] + cost(piece), [*made[number][1], piece]
+    return [bundle for _, bundle in made]

@@ -227,7 +227,9 @@ def test_training_arguments_that_are_ours(key: str) -> None:
 
 @pytest.mark.parametrize(("key", "value"), [("fsdp", "full_shard"), ("fsdp_config", {}), ("parallelism_config", {})])
 def test_what_scatters_a_model_is_deepspeed_alone(key: str, value: Any) -> None:
-    assert f"finetune.{key} is not supported: finetune.deepspeed is" in error_of(finetune={key: value})
+    text = error_of(finetune={key: value})
+    assert f"finetune.{key} is not supported, as transformers' Trainer left FSDP2 out in silence" in text
+    assert "finetune.deepspeed is what scatters a model over workers" in text
 
 
 def test_every_unknown_training_argument_is_told() -> None:

@@ -24,12 +24,14 @@ from emloc_ray.modeling.adapter_files import Adapter
 from emloc_ray.modeling.architecture import block_linears, empty_model, trace_inputs
 from emloc_ray.modeling.stored_names import stored_parameters, stored_specs
 from emloc_ray.stages.correct import modules as stage
+from emloc_ray.stages.correct.correct import correct, read_groups
 from emloc_ray.stages.correct.job import CorrectionJob, module_groups
 from emloc_ray.stages.correct.modules import CorrectableModule, read_modules, see_differences, write_modules
 from emloc_ray.stages.factorize.factorize import finish_emulator
 from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.factorize.layer_reports import read_reports
 from emloc_ray.stages.heal.fold import FoldJob, pieces, write_piece
+from emloc_ray.stages.ray.tasks import Resources
 
 RANK, R, FRAC = 12, 4, 1e-6
 COVARIANCE = Candidate("covariance", 3.0, 0.7)
@@ -124,6 +126,31 @@ def assert_direct(job: CorrectionJob, modules: dict[str, CorrectableModule], rel
         for key, missed in (("before", delta), ("after", delta - module.lora.scale * applied @ q.T)):
             direct = float((missed @ damped @ missed.T).trace()) ** 0.5
             assert told[key] == pytest.approx(direct, rel=rel), (spec.name, key)
+
+
+def test_a_worker_with_a_gpu_reads_its_groups_in_one_task(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = emulated(tmp_path, tiny_model_dir("llama"))
+    groups = module_groups(job, Adapter(job.adapter_dir).names)
+    read_groups(job, groups[:1], "cpu")  # as a try that was killed has left it
+    written = groups[0].path.stat().st_mtime_ns
+    shares, heard = [], []
+
+    def here(function: Any, shared: Any, work: Any, resources: Any, losses: Any, progress: Any) -> None:
+        for number, (_, (share, device)) in enumerate(work):
+            assert device == "cuda"
+            shares.append(share)
+            function(shared, share, "cpu")
+            progress(number + 1, len(work))
+
+    monkeypatch.setattr("emloc_ray.stages.correct.correct.run_tasks", here)
+    granted = Resources(num_workers=2, gpus_per_worker=1)
+    correct(job, granted, lambda done, of: heard.append((done, of)))
+    assert len(shares) == 2 < sum(map(len, shares)) == len(groups)
+    assert heard[-1] == (len(groups), len(groups))
+    assert all(count >= len(shares[0]) for count, _ in heard)
+    assert groups[0].path.stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize("kind", ["plain", "fewer tokens than ranks", "a channel 3,000 times the others"])

@@ -17,9 +17,9 @@ from test_factorize import gram_of, job_of
 from emloc_ray.io.formats.grams import GramStore
 from emloc_ray.stages.factorize.allocate import group_spectra
 from emloc_ray.stages.factorize.factorize import factorize_group, factorize_groups
-from emloc_ray.stages.factorize.job import FactorizationJob, bundles
+from emloc_ray.stages.factorize.job import FactorizationJob
 from emloc_ray.stages.factorize.layer_reports import read_reports
-from emloc_ray.stages.ray.tasks import Resources
+from emloc_ray.stages.ray.tasks import Resources, bundles
 
 __all__ = ["gradients_dir"]
 JOBS: dict[str, Callable[[FactorizationJob], FactorizationJob]] = {

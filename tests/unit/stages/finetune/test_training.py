@@ -117,6 +117,29 @@ def test_lora_plus_trains_b_at_its_own_rate(job: FinetuneJob, artifacts: Artifac
     assert largest[16.0] == pytest.approx(16 * largest[None], rel=1e-3)
 
 
+def test_ranks_look_for_unused_parameters_where_asked_or_where_there_may_be_some(
+    job: FinetuneJob, artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = []
+
+    class Watched(training.EmulatorTrainer):
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            looked.append(self.args.ddp_find_unused_parameters)
+            raise Killed
+
+    monkeypatch.setattr(training, "EmulatorTrainer", Watched)
+    options = settings("lora", "llama", [spec.name for spec in artifacts.specs])
+    for asked in ({}, {"ddp_find_unused_parameters": True}):
+        arguments = {**job.training_arguments, **asked}
+        own = replace(job, name="looked", adapter=options, storage_dir=tmp_path, training_arguments=arguments)
+        with pytest.raises(Killed):
+            train(own, LoneSession(tmp_path / "looked"))
+    monkeypatch.setattr(training, "UnfusedExperts", torch.nn.Linear)  # as if it had some
+    with pytest.raises(Killed):
+        train(replace(own, training_arguments=job.training_arguments), LoneSession(tmp_path / "looked"))
+    assert looked == [False, True, True]
+
+
 def validated(job: FinetuneJob, tmp_path: Path, **asked: Any) -> list[float]:
     """The validation losses of a training, in order."""
     asked = {"tokens_dir": job.tokens_dir, "every": 1, "batch_size": 4, **asked}
