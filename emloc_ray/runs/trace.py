@@ -104,7 +104,12 @@ def trace_events(spans: Sequence[Span]) -> list[dict[str, Any]]:
                 "dur": max(end - begin, 0),
                 "pid": pids[node],
                 "tid": tids[node, worker],
-                "args": {"stage": span.stage, "count": span.count, "peak_bytes": span.peak_bytes},
+                "args": {
+                    "stage": span.stage,
+                    "count": span.count,
+                    "peak_bytes": span.peak_bytes,
+                    **({"gpu_peak_bytes": span.gpu_peak_bytes} if span.gpu_peak_bytes else {}),
+                },
             }
         )
     return [*names, *events]
@@ -129,5 +134,6 @@ def _span(event: dict[str, Any], names: dict[tuple[str, int, int], str]) -> Span
     worker = names["thread_name", event["pid"], event["tid"]]
     node = names["process_name", event["pid"], 0]
     begin, end = event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6
-    count, peak_bytes = event["args"]["count"], event["args"]["peak_bytes"]
-    return Span(event["cat"], f"{worker} on {node}", event["name"], begin, end, count, peak_bytes)
+    args = event["args"]
+    peaks = args["peak_bytes"], args.get("gpu_peak_bytes", 0)
+    return Span(event["cat"], f"{worker} on {node}", event["name"], begin, end, args["count"], *peaks)

@@ -127,6 +127,8 @@ def page_view(
     imports = metrics.get("planned_imports_bytes", 0)  # which runs of older versions do not tell apart
     planned = {stage: held - imports for stage, held in (metrics.get("planned_memory") or {}).items()}
     held_key = "peak_above_imports_bytes" if imports else "peak_rss_bytes"
+    on_gpus = {stage: usage["peak_gpu_bytes"] for stage, usage in stages if "peak_gpu_bytes" in usage}
+    held = {**{stage: usage[held_key] for stage, usage in stages if held_key in usage}, **on_gpus}
     return {
         "name": name,
         "results": results,
@@ -157,9 +159,10 @@ def page_view(
         "stages": stages,
         "timeline": draw(run_lines(manifest, events), "the stages of the run"),
         "planned": planned,
-        "held": {stage: usage[held_key] for stage, usage in stages if held_key in usage},
+        "held": held,
+        "on_gpus": on_gpus,
         "above_imports": bool(imports),
-        "most_memory": max([*(usage.get(held_key, 0) for _, usage in stages), *planned.values()], default=0),
+        "most_memory": max([*held.values(), *planned.values()], default=0),
         "disk": metrics.get("disk_bytes") or {},
         "auto_class": metrics.get("auto_class", "AutoModelForCausalLM"),
         "hardware": describe_hardware(metrics.get("hardware") or {}),

@@ -27,7 +27,8 @@ def show_status(console: Console, run: RunDirectory) -> None:
         if stage in stages:
             usage = stages[stage]["result"]["usage"]
             took, peak = duration(usage["wall_s"]), size(usage["peak_pss_bytes"])
-            console.print(f"[green]✓[/] {stage:<10} {took:>9}  peak {peak}")
+            gpu = f", {size(usage['peak_gpu_bytes'])} of a GPU" if "peak_gpu_bytes" in usage else ""
+            console.print(f"[green]✓[/] {stage:<10} {took:>9}  peak {peak}{gpu}")
         elif stage in asked:
             console.print(f"[dim]· {stage:<10} not done[/]")
     for line in read_status(run).lines():

@@ -21,7 +21,8 @@ def run(tmp_path: Path) -> RunDirectory:
 
 
 def piece(number: int, stage: str = "factorize", worker: str = "process 7 on here") -> Span:
-    return Span(stage, worker, f"layer {number}", float(number), number + 0.5, peak_bytes=number * 2**20)
+    peaks = {"peak_bytes": number * 2**20, "gpu_peak_bytes": number * 2**30}
+    return Span(stage, worker, f"layer {number}", float(number), number + 0.5, **peaks)
 
 
 def written(run: RunDirectory) -> list[dict[str, Any]]:
@@ -42,6 +43,7 @@ def test_events_are_in_order_and_name_node_worker_and_bytes(run: RunDirectory) -
         ('"<s>?', "finetune", 4_000_000, 0),
     ]
     assert [event["args"]["peak_bytes"] for event in work] == [2**20, 3 * 2**20, 0]
+    assert [event["args"].get("gpu_peak_bytes") for event in work] == [2**30, 3 * 2**30, None]
     of_each = [(names["process_name", e["pid"], 0], names["thread_name", e["pid"], e["tid"]]) for e in work]
     assert of_each == [("there", "slot 0"), ("here", "process 7"), ("training group", "rank 0")]
 

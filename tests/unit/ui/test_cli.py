@@ -81,13 +81,13 @@ def test_status_of_no_run_and_of_one_that_has_begun(call: Call, tmp_path: Path) 
     assert "it is no run directory" in result.stderr
     run = RunDirectory(call.run_dir)
     run.create({}, steps=["data", "merge"])
-    usage = {"wall_s": 12.5, "peak_pss_bytes": 2**30, "peak_rss_bytes": 2**30}
+    usage = {"wall_s": 12.5, "peak_pss_bytes": 2**30, "peak_rss_bytes": 2**30, "peak_gpu_bytes": 2**31}
     run.commit("data", "abc", [], {"usage": usage, "splits": {}})
     result = invoke("status", str(call.run_dir))
     assert result.exit_code == 0, result.output
     done = next(line for line in result.stdout.splitlines() if "data" in line)
     assert "12 s" in done
-    assert "1.00 GiB" in done
+    assert "1.00 GiB, 2.00 GiB of a GPU" in done
     assert "merge" in result.stdout
     assert "not done" in result.stdout
     assert "Not running." in result.stdout
