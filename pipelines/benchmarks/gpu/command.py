@@ -15,6 +15,8 @@ from benchmarks.gpu.shapes import SHAPES
 from benchmarks.gpu.training import smaller_card, training
 from emloc_ray.errors import ConfigError
 
+PARTS = (training, ranks, blocks, smaller_card, on_device, on_cpu)
+
 
 def gpu(out: Path, minutes: float = 10.0, device: str = "cuda", shapes: str = "full") -> Figures:
     """Measures, the most telling first; ``gpu.json`` holds all that was found, also where this is broken off.
@@ -27,6 +29,6 @@ def gpu(out: Path, minutes: float = 10.0, device: str = "cuda", shapes: str = "f
             "--device cuda needs a GPU that torch sees, and there is none: give --device cpu --shapes tiny."
         )
     session = Session(device, SHAPES[shapes], out, minutes)
-    for part in (training, ranks, blocks, on_device, smaller_card, on_cpu):
+    for part in PARTS:
         part(session)
     return {f"{part}: {what}": line for part, lines in session.parts.items() for what, line in lines.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from benchmarks.gpu.plan import R
 from benchmarks.gpu.session import Session
+from benchmarks.gpu.shapes import linears_of, llama_config
+from emloc_ray.core.allocation import spectrum
 from emloc_ray.core.correction import Candidate, canonical_form, difference, residual_energy
 from emloc_ray.core.factorization import factorize, relative_error
 from emloc_ray.core.products import product_by_rows
@@ -21,6 +24,7 @@ from emloc_ray.stages.correct.modules import CorrectableModule
 
 RATIOS = (0.5, 0.25)
 _LARGE = 8192  # from this order on a CPU takes minutes
+_FACTORIZED_S, _BY_SENSITIVITY_S = 60.0, 300.0  # of a model's linears: what is to be reached
 _DAMPENING = 1e-4  # of a correction
 
 
@@ -28,8 +32,8 @@ def on_device(session: Session) -> None:
     """Every shape's factorization at two ratios and its correction, where the session computes."""
     device = session.device
     for shape in session.shapes.linears:
-        needs = 40 if min(shape) >= _LARGE else 10
-        for ratio in RATIOS:
+        needs, large = (15, True) if min(shape) >= _LARGE else (5, False)
+        for ratio in RATIOS[:1] if large else RATIOS:
             case, run = _name(shape, ratio, device), functools.partial(_factorized, session, shape, ratio, device)
             session.measure("factorization", case, needs, run)
     for shape in session.shapes.linears:
@@ -37,29 +41,44 @@ def on_device(session: Session) -> None:
         session.measure("correction", _name(shape, None, device), 5, run)
     for order in sorted({min(shape) for shape in session.shapes.linears}):
         run = functools.partial(_eigh, session, order)
-        session.measure("factorization", f"eigh of order {order}, {device.type}", 5 if order < _LARGE else 30, run)
+        session.measure("factorization", f"eigh of order {order}, {device.type}", 5 if order < _LARGE else 15, run)
+    shape = session.shapes.linears[0]
+    run = functools.partial(_spectrum, session, shape)
+    spectrum_of = session.measure("factorization", f"spectrum of {_name(shape, None, device)}", 10, run)
+    counts = Counter((s.out_features, s.in_features) for s in linears_of(llama_config(session.shapes.model)))
+    known = session.measured["factorization"]
+    times = {s: known.get(_name(s, RATIOS[0], device), {}).get("factorize_s") for s in counts}
+    measured = {s: n for s, n in counts.items() if times[s]}
+    what = f"{sum(measured.values())} of the model's {counts.total()} linears at ratio {RATIOS[0]}"
+    total = sum(n * times[s] for s, n in measured.items())
+    session.compare("factorization", what, total, _FACTORIZED_S, "s (baseline: the target)")
+    if "s" in spectrum_of:
+        share = counts.total() * spectrum_of["s"]
+        what = f"spectra of {counts.total()} linears, each as long as of {shape[0]} × {shape[1]}"
+        session.compare("factorization", what, share, _BY_SENSITIVITY_S, "s (baseline: the target)")
 
 
 def on_cpu(session: Session) -> None:
-    """The same on the CPU, the quickest first, and both side by side; nothing where the session is on it."""
+    """The shapes of the smaller model on the CPU too, the quickest first, and both side by side; nothing where the session is
+    on it."""
     if not session.is_cuda:
         return
     cpu, threads = torch.device("cpu"), f"s (baseline: {torch.get_num_threads()} CPU threads)"
-    for shape in session.shapes.linears:
+    shapes = sorted((shape for shape in session.shapes.linears if min(shape) < _LARGE), key=max)
+    for shape in shapes:
         run = functools.partial(_corrected, session, shape, cpu)
-        here = session.measure("correction", _name(shape, None, cpu), 30 if max(shape) >= _LARGE else 10, run)
+        here = session.measure("correction", _name(shape, None, cpu), 10, run)
         there = session.measured["correction"][_name(shape, None, session.device)]
         error = _apart(there, here, "update")
         session.compare("correction", _name(shape, None, None), there.get("s"), here.get("s"), threads, error)
-    for shape in sorted(session.shapes.linears, key=min):
-        for ratio in sorted(RATIOS):
-            needs = 150 if min(shape) >= _LARGE else 40
-            run = functools.partial(_factorized, session, shape, ratio, cpu)
-            here = session.measure("factorization", _name(shape, ratio, cpu), needs, run)
-            there = session.measured["factorization"][_name(shape, ratio, session.device)]
-            sides = there.get("factorize_s"), here.get("factorize_s")
-            error = _apart(there, here, "error")
-            session.compare("factorization", _name(shape, ratio, None), *sides, threads, error)
+    for shape in shapes:
+        ratio = min(RATIOS)
+        run = functools.partial(_factorized, session, shape, ratio, cpu)
+        here = session.measure("factorization", _name(shape, ratio, cpu), 10, run)
+        there = session.measured["factorization"][_name(shape, ratio, session.device)]
+        sides = there.get("factorize_s"), here.get("factorize_s")
+        error = _apart(there, here, "error")
+        session.compare("factorization", _name(shape, ratio, None), *sides, threads, error)
 
 
 def _name(shape: tuple[int, int], ratio: float | None, device: torch.device | None) -> str:
@@ -109,6 +128,14 @@ def _factorized(session: Session, shape: tuple[int, int], ratio: float, device: 
         "device": factorization.factors.up.device.type,
         **(session.peaks() if device.type == "cuda" else {}),
     }
+
+
+def _spectrum(session: Session, shape: tuple[int, int]) -> dict[str, Any]:
+    """What allocation by sensitivity asks of a linear: what each rank gains, under sums of inputs and of gradients."""
+    weight, gram = layer(session, shape, session.device)
+    _, gradients = layer(session, (8, shape[0]), session.device)
+    inputs, outputs = Whitening(gram), Whitening(gradients, 1e-2)
+    return {"s": session.timed(lambda: spectrum(weight, inputs, outputs), 1, warm_up=0), **session.peaks()}
 
 
 def _eigh(session: Session, order: int) -> dict[str, Any]:
