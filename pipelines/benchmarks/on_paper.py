@@ -3,8 +3,9 @@
     PYTHONPATH=. python pipelines/benchmarks/on_paper.py
 
 Operations and bytes are counted from shapes, as the stages do them; times are these over the speeds below, the slower of
-computing and moving, without starting anything. Then what a card of 24 GiB can train on, of 8 B, 32 B and 70 B, as
-``emloc-ray plan`` chooses. cluster/README.md has the tables that this prints.
+computing and moving, without starting anything. Then, of 70 B, what calibrating block by block holds and what correcting
+multiplies; and what a card of 24 GiB can train on, of 8 B, 32 B and 70 B, as ``emloc-ray plan`` chooses. cluster/README.md
+has the tables that this prints.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from emloc_ray.text import duration
 
 RATIO, R, LENGTH, ROWS = 0.5, 8, 512, 8  # of the emulator, the adapter, a row, a batch
 CALIBRATED, STEPS, SCORED, SELECTED = 128, 1000, 256, 0.1  # rows, steps, rows, share of the trained tokens
+HEALED, FINISHED = 100, 3  # steps, where these stages are asked for
 VARIANTS = (4, 2)  # of the original and of the emulator, that evaluation scores
 _STEPS_OF_A_LAYER = 5  # of subspace iteration, to the first look and one more
 _WIDER = 1.3  # columns a rank there
@@ -137,6 +139,32 @@ def calibrate(model: Model, machine: Machine) -> Work:
     return Work(tokens * (2.0 * model.dense + grams), disk=model.weights + model.gram_bytes, rounds=1)
 
 
+def gradients(model: Model, machine: Machine) -> Work:
+    """What ``predictions`` and ``sensitivity`` weigh by: with checkpointing three passes a token, and half of every sum over a
+    linear's outputs, in one wave."""
+    tokens = CALIBRATED * LENGTH
+    sums = model.blocks * _squares(model)
+    return Work(tokens * (6.0 * (model.dense + model.head) + sums), disk=model.weights + 2 * sums, rounds=2)
+
+
+def allocate(model: Model, machine: Machine) -> Work:
+    """By ``sensitivity``: of each linear both Cholesky factors, ``L_oᵀ W``, ``W G Wᵀ`` of the smaller side, its eigenvalues."""
+    work = Work(disk=model.weights + model.gram_bytes + 2.0 * model.blocks * _squares(model))
+    for spec in model.linears:
+        small, large = sorted((float(spec.out_features), float(spec.in_features)))
+        work.products += model.blocks * (
+            (small**3 + large**3) / 3
+            + spec.num_parameters * (spec.out_features + 2.0 * spec.in_features)
+            + 2.0 * small**2 * large
+        )
+        work.eigen += model.blocks * 4 / 3 * small**3
+    return work
+
+
+def _squares(model: Model) -> float:
+    return sum(float(spec.out_features) ** 2 for spec in model.linears)
+
+
 def factorize(model: Model, machine: Machine) -> Work:
     """On CPUs 2.5 times the products with the Gram, as measured there; on a GPU subspace iteration."""
     work = Work(disk=model.weights + model.gram_bytes + 2.0 * (model.kept + model.others))
@@ -166,6 +194,28 @@ def finetune(model: Model, machine: Machine) -> Work:
     return Work(STEPS * ROWS * LENGTH * 6.0 * (model.kept + model.head / 4), disk=2.0 * (model.kept + model.others))
 
 
+def heal(model: Model, machine: Machine) -> Work:
+    """A pass of the original for its top logits, then steps as in fine-tuning on all tokens; the factors written anew."""
+    tokens = HEALED * ROWS * LENGTH
+    passes = tokens * (2.0 * (model.dense + model.head) + 6.0 * (model.kept + model.head))
+    return Work(passes, disk=model.weights + 3 * 2.0 * (model.kept + model.others), rounds=HEALED)
+
+
+def finish(model: Model, machine: Machine) -> Work:
+    """Steps on the original itself."""
+    return _steps_on_original(model, FINISHED)
+
+
+def lora_on_the_original(model: Model, machine: Machine) -> Work:
+    """What fine-tuning without an emulator takes."""
+    return _steps_on_original(model, STEPS)
+
+
+def _steps_on_original(model: Model, steps: int) -> Work:
+    """As fine-tuning on the emulator; where blocks come and go, once forward and once for the backward pass."""
+    return Work(steps * ROWS * LENGTH * 6.0 * (model.dense + model.head / 4), disk=model.weights, rounds=2 * steps)
+
+
 def correct(model: Model, machine: Machine) -> Work:
     """``(W − W_E) Q`` and ``G Q`` of every linear, and candidates on a tenth of the tokens that were trained on."""
     batches = int(SELECTED * STEPS)
@@ -189,7 +239,19 @@ def evaluate(model: Model, machine: Machine) -> Work:
     return Work(SCORED * LENGTH * 2.0 * blocks, disk=read, rounds=on_original * SCORED // ROWS)
 
 
-STAGES = (calibrate, factorize, finetune, correct, merge, evaluate)
+STAGES = (
+    calibrate,
+    gradients,
+    allocate,
+    factorize,
+    heal,
+    finetune,
+    correct,
+    finish,
+    merge,
+    evaluate,
+    lora_on_the_original,
+)
 
 
 def table() -> str:
@@ -203,7 +265,41 @@ def table() -> str:
             found = stage(model, MACHINES[-1])
             cells += [f"{found.operations / 1e12:,.0f}", f"{found.disk / 1e9:,.0f}"]
             cells += [duration(stage(model, machine).seconds(machine, model.weights)) for machine in MACHINES]
-        lines.append(f"| {stage.__name__} | {' | '.join(cells)} |")
+        lines.append(f"| {stage.__name__.replace('lora_', 'LoRA ').replace('_', ' ')} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def correction_table() -> str:
+    """The Markdown of what the correction multiplies, of 70 B parameters."""
+    model = Model.of("70 B", SHAPES["full"].large)
+    squares = model.blocks * sum(float(spec.in_features) ** 2 for spec in model.linears)
+    deltas = model.blocks * sum(2.0 * spec.num_parameters * spec.in_features for spec in model.linears)
+    products = {
+        ("`G Q`", "2 r in², each linear"): 2 * R * squares,
+        ("`W [Q, GQ]`", "4 r out · in"): 4.0 * R * model.dense,
+        ("`W_E [Q, GQ]`", "4 r of what the emulator keeps"): 4.0 * R * model.kept,
+    }
+    lines = ["| product | operations | TFLOP |", "| --- | --- | --- |"]
+    lines += [f"| {what} | {how} | {count / 1e12:.1f} |" for (what, how), count in products.items()]
+    lines.append(f"| in all | | {sum(products.values()) / 1e12:.1f} |")
+    lines.append(f"| not made: `Δ G` | 2 out · in² | {round(deltas / 1e12, -2):,.0f} |")
+    return "\n".join(lines)
+
+
+def blocks_table() -> str:
+    """The Markdown of what calibrating 70 B parameters block by block holds, 256 rows of 512 tokens on a worker's disk."""
+    model = Model.of("70 B", SHAPES["full"].large)
+    hidden = 2.0 * model.groups[0][0].in_features
+    block = sum(4.0 * group[0].in_features ** 2 for group in model.groups)
+    lines = ["| what | size |", "| --- | --- |"]
+    lines += [
+        f"| Grams of all blocks, in all | {model.blocks * block / 1e9:.0f} GB: out of reach for `resident` |",
+        f"| Grams of one block: in a worker; while they are summed, on some node | {block / 1e9:.0f} GB;"
+        f" {1.5 * block / 1e9:.0f} GB |",
+        f"| a block's weights; the embedding | {2 * model.dense / model.blocks / 1e9:.1f} GB; {2 * model.head / 1e9:.0f} GB |",
+        f"| hidden states of two blocks, 256 rows of 512 tokens, on a worker's disk | {2 * hidden * 256 * 512 / 1e9:.1f} GB,"
+        f" {2 * hidden / 1e3:.0f} kB a token |",
+    ]
     return "\n".join(lines)
 
 
@@ -275,4 +371,4 @@ def _cells(one: Alternative, choice: Choice) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    print(table(), choices_table(), sep="\n\n")
+    print(table(), blocks_table(), correction_table(), choices_table(), sep="\n\n")

@@ -6,7 +6,20 @@ from pathlib import Path
 
 import pytest
 from benchmarks.gpu.shapes import SHAPES, llama_config
-from benchmarks.on_paper import MACHINES, Model, Work, calibrate, choices_table, deepened, factorize, finetune, table
+from benchmarks.on_paper import (
+    MACHINES,
+    Model,
+    Work,
+    blocks_table,
+    calibrate,
+    choices_table,
+    correction_table,
+    deepened,
+    factorize,
+    finetune,
+    lora_on_the_original,
+    table,
+)
 from benchmarks.stage_memory import bare_prepared
 
 from emloc_ray.planning.layout import Layout
@@ -17,6 +30,8 @@ ROOT = Path(__file__).parents[3]
 def test_the_page_has_the_table() -> None:
     page = (ROOT / "cluster" / "README.md").read_text()
     assert table() in page
+    assert blocks_table() in page
+    assert correction_table() in page
     assert choices_table() in page
 
 
@@ -38,6 +53,8 @@ def test_a_model_is_counted_whole() -> None:
     assert calibrate(model, MACHINES[0]).passes > 2 * 128 * 512 * model.dense
     # Two passes forward and one back, all frozen, of 4.1 million tokens.
     assert finetune(model, MACHINES[0]).passes == pytest.approx(6 * 4.096e6 * model.kept, rel=0.05)
+    on_original, on_emulator = (step(model, MACHINES[1]).passes for step in (lora_on_the_original, finetune))
+    assert on_original / on_emulator > 1.75  # the most that an emulator of half of the parameters can save, heads aside
     cpu, gpu = (factorize(model, machine) for machine in MACHINES)
     assert cpu.wide == cpu.eigen == 0 < gpu.wide
     assert gpu.seconds(MACHINES[1], model.weights) < 60
