@@ -79,13 +79,13 @@ def streamed(job: CalibrationJob, out_dir: Path) -> Iterator[dict[str, Gram]]:
         yield reduce_slots([part_file(out_dir, 0, 1, position)], names[position])
 
 
-def build(job: FactorizationJob, grams: GramStore, base_config: Any) -> None:
-    """The emulator, of factors and of what stays as it is, in this process."""
+def build(job: FactorizationJob, grams: GramStore, base_config: Any, device: str = "cpu") -> None:
+    """The emulator, of factors and of what stays as it is, in this process, computed on ``device``."""
     factorized = [[spec for spec in group if spec.name in job.ranks] for group in job.groups]
     work, rest = [group for group in factorized if group], rest_of_shards(job)
     files = [job.out_dir / f"model-{number}.safetensors" for number in range(len(work) + len(rest))]
     for group, file in zip(work, files, strict=False):
-        factorize_group(job, group, grams.stored(group[0].name), file)
+        factorize_group(job, group, grams.stored(group[0].name), file, device)
     for kept, file in zip(rest, files[len(work) :], strict=True):
         copy_rest(kept, file)
     finish_emulator(files, base_config, job.model_dir, job.ranks, job.storage, None)

@@ -67,8 +67,10 @@ def plain_run(
     values: dict[str, Any],
     model_dir: Path,
     during: Callable[[str], AbstractContextManager[None]] = lambda stage: nullcontext(),
+    device: str = "cpu",
 ) -> PlainRun:
-    """A run of this config: every artifact at its place. ``during(stage)`` is entered for each stage."""
+    """A run of this config: every artifact at its place. ``during(stage)`` is entered for each stage; ranks, factors and
+    correction are computed on ``device``, models where torch has a GPU."""
     prepared = shrink_batches(prepare(parse_config(values)))
     context = Context(prepared, model_dir)
     prepared.run.create(prepared.config.model_dump(mode="json"))
@@ -81,10 +83,10 @@ def plain_run(
             gather(gradient_job(context), context.path("gradients"))
     if context.layout.allocated:
         with during("allocate"):
-            allocate(context)
+            allocate(context, device)
     with during("factorize"):
         job = factorization_job(context, context.layout_made)
-        build(job, GramStore(context.path("calibration")), context.base_config())
+        build(job, GramStore(context.path("calibration")), context.base_config(), device)
     if prepared.config.emulator.refines is not None:
         with during("refine"):
             refine_blocks(refinement_job(context))
@@ -94,7 +96,7 @@ def plain_run(
     with during("finetune"):
         step_losses = train(finetune_job(context, "training"))
     with during("correct"):
-        correct_adapter(correction_job(context))
+        correct_adapter(correction_job(context), device=device)
     if context.finishes:
         with during("finish"):
             step_losses += train(finishing_job(context, "finishing"))
@@ -135,13 +137,13 @@ def gather_streamed(job: CalibrationJob, out_dir: Path) -> dict[str, Gram]:
     return {name: gram for grams in streamed(job, out_dir) for name, gram in grams.items()}
 
 
-def allocate(context: Context) -> None:
+def allocate(context: Context, device: str = "cpu") -> None:
     """The ranks, which the context knows from then on."""
     job, out_dir = allocation_job(context), context.path("allocation")
     grams, sums = GramStore(job.calibration_dir), GramStore(job.gradients_dir)
     for number, specs in enumerate(job.groups):
         stored = {spec.name: sums.stored(spec.name) for spec in specs}
-        found = group_spectra(job, specs, grams.stored(specs[0].name), stored)
+        found = group_spectra(job, specs, grams.stored(specs[0].name), stored, device)
         write_tensors(out_dir / f"spectra-{number + 1:05d}-of-{len(job.groups):05d}.safetensors", found)
     allocate_ranks(job, out_dir, Resources())
     ranks = {**context.layout.ranks, **read_ranks(out_dir)}

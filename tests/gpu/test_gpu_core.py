@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu_device import DEVICE, ON_GPU
 from torch import Tensor
 
 from emloc_ray.core.allocation import Curve, allocate, spectrum
@@ -18,8 +19,7 @@ from emloc_ray.core.whitening import Whitening
 from emloc_ray.modeling.adapter_files import LoraModule
 from emloc_ray.stages.correct.modules import CorrectableModule
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
-DEVICE = "cuda"
+pytestmark = ON_GPU
 SHAPES = [(1024, 1024), (2048, 512), (512, 2048)]
 
 
@@ -70,7 +70,7 @@ def test_a_layer_factorizes_as_on_the_cpu(shape: tuple[int, int], share: int) ->
     here = factorize(weight, Whitening(gram), rank)
     there = factorize(weight.to(DEVICE), Whitening(gram.to(DEVICE)), rank)
     assert there.factors.up.device.type == DEVICE
-    assert there.solver == "products"
+    assert there.solver == "products" or DEVICE != "cuda"
     assert there.relative_error == pytest.approx(here.relative_error, rel=1e-3)
     product = there.factors.up @ there.factors.down
     assert direct_error(weight, product, gram) == pytest.approx(here.relative_error, rel=2e-3)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.gpu.shapes import SHAPES, linears_of, random_batch
+from gpu_device import ASKS_CUDA, DEVICE, ON_GPU
 from method_on_device import CONFIG, emulator, original, padded_batch, trained_alone, trained_by_group, whole_method
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -22,8 +23,7 @@ from emloc_ray.modeling.gram_hooks import GramHooks
 from emloc_ray.modeling.inputs import model_call
 from emloc_ray.modeling.loss import call_loss, token_loss
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
-DEVICE = "cuda"
+pytestmark = ON_GPU
 
 
 def model_on(device: str) -> Any:
@@ -60,13 +60,13 @@ def test_an_emulator_trains_as_on_the_cpu() -> None:
     assert all(apart(there[1][name], value) < 1e-2 for name, value in here[1].items())
 
 
-def test_a_warmed_micro_step_never_waits_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    # transformers asks in each pass whether positions begin anew in a row, which is the one wait that is not ours.
-    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
+@ASKS_CUDA
+def test_a_warmed_micro_step_never_waits_for_the_gpu() -> None:
     model = emulator().to(DEVICE)
-    call = model_call(CONFIG, padded_batch(), "all").to(model.device)  # made on the CPU, as in training
+    made = model_call(CONFIG, padded_batch(), "all")  # on the CPU, as in training
 
     def micro_step() -> None:
+        call = made.to(model.device)
         with torch.autocast(DEVICE, torch.bfloat16):
             result = call_loss(model, call, model)
         (result.loss_sum / result.num_tokens).backward()
@@ -92,6 +92,7 @@ def test_two_gpus_train_as_one(tmp_path: Path) -> None:
         torch.testing.assert_close(together[name], tensor, rtol=1e-2, atol=1e-4)
 
 
+@ASKS_CUDA
 def test_experts_run_by_grouped_products_as_one_by_one() -> None:
     """In bfloat16, which the kernels take, and without a wait for how many tokens each expert was sent."""
     torch.manual_seed(0)
