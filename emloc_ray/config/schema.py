@@ -187,7 +187,7 @@ class CorrectionConfig(Section):
     """The correction of the adapter for the difference between emulator and original."""
 
     method: Literal["auto", "none", "projection", "covariance"] = Field(
-        "auto", description="auto: tries methods, clamps and strengths, keeps what helps on the selection split"
+        "auto", description="auto: tries methods and strengths, keeps what helps on the selection split"
     )
     clamp: float | None = Field(3.0, gt=0, description="the paper's lambda; null: unclamped; auto ignores it")
     strength: float = Field(1.0, ge=0, le=4, description="factor of the correction; auto ignores it")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from scipy.special import stdtr
 from torch import Tensor
 
 
@@ -32,63 +35,48 @@ def paired_gain(losses: Tensor, reference: Tensor, counts: Tensor) -> Gain:
     return Gain(float(mean), float(spread.sqrt() / total))
 
 
-def choose(losses: Sequence[Tensor], counts: Tensor, reference: int) -> int:
-    """The candidate of the smallest loss, or the reference unless the gain on it is above its standard error.
+def certainty(gain: Gain, num_rows: int) -> float:
+    """How sure it is that a gain over so many rows is above zero: Student's t with ``num_rows − 1`` degrees of freedom.
 
-    ``losses`` has each candidate's rows ``(rows,)``. Candidates with a loss that is no number are left out; of equal
-    ones the first is taken.
+    0.5 where nothing is known: of one row, and where there is neither a gain nor an error.
     """
-    sums = {number: float(rows.double().sum()) for number, rows in enumerate(losses)}
-    best = min((n for n, total in sums.items() if math.isfinite(total)), key=sums.__getitem__, default=reference)
-    if not math.isfinite(sums[reference]):
-        return best
-    gain = paired_gain(losses[best], losses[reference], counts)
-    return best if gain.mean > gain.standard_error else reference
+    if not gain.standard_error:
+        return 0.5 if not gain.mean else float(gain.mean > 0)
+    if not math.isfinite(gain.standard_error):
+        return 0.5
+    return float(stdtr(num_rows - 1, gain.mean / gain.standard_error))
 
 
-def best_strength(losses: Mapping[float, float], most: float) -> float | None:
-    """The minimum of the parabola through three strengths' losses, within 0 and ``most`` and at most twice the largest known.
+class Between(NamedTuple):
+    """A strength that was not measured, and each row's loss there ``(rows,)``."""
 
-    The three are the best strength and its neighbours, or the nearest three where it is at an end. A parabola without a
-    minimum gives the upper bound where the loss falls towards it, else None.
+    strength: float
+    losses: Tensor
+
+
+def lowest_between(losses: Mapping[float, Tensor]) -> Between | None:
+    """Where the parabola through three strengths' summed losses is lowest, between the first and the last of them.
+
+    ``losses`` has each row's loss ``(rows,)`` at a strength; a row's loss between is on the row's own parabola. None where
+    the summed one has no minimum, or a sum is no number.
     """
-    known = sorted(strength for strength, loss in losses.items() if math.isfinite(loss))
-    if len(known) < 3:
-        return None
-    most = min(most, 2 * known[-1])
-    at = min(max(known.index(min(known, key=losses.__getitem__)), 1), len(known) - 2)
-    (x0, x1, x2) = known[at - 1 : at + 2]
-    left, right = (losses[x1] - losses[x0]) / (x1 - x0), (losses[x2] - losses[x1]) / (x2 - x1)
+    (x0, first), (x1, middle), (x2, last) = sorted(losses.items())
+    sums = [float(rows.double().sum()) for rows in (first, middle, last)]
+    left, right = (sums[1] - sums[0]) / (x1 - x0), (sums[2] - sums[1]) / (x2 - x1)
     curvature = (right - left) / (x2 - x0)
-    if curvature <= 0:
-        return most if losses[x2] < losses[x0] else None
-    lowest = (x0 + x1) / 2 - left / (2 * curvature)
-    return min(max(lowest, 0.0), most)
+    if not 0 < curvature < math.inf:
+        return None
+    x = round(min(max((x0 + x1) / 2 - left / (2 * curvature), x0), x2), 2)
+    weights = (
+        (x - x1) * (x - x2) / ((x0 - x1) * (x0 - x2)),
+        (x - x0) * (x - x2) / ((x1 - x0) * (x1 - x2)),
+        (x - x0) * (x - x1) / ((x2 - x0) * (x2 - x1)),
+    )
+    return Between(x, weights[0] * first + weights[1] * middle + weights[2] * last)
 
 
-class Affordable(NamedTuple):
-    """How many candidates to begin with, and how many rows each is scored on."""
-
-    num_candidates: int
-    num_rows: int
-
-
-def affordable(
-    row_tokens: Sequence[int], max_tokens: int | None, num_candidates: int, num_further: int, enough_rows: int
-) -> Affordable:
-    """The most candidates for whom ``enough_rows`` are left, and the most rows then, of the first ones.
-
-    All candidates, and ``num_further`` that follow from them, are scored on the same rows: these have ``max_tokens``
-    together at most (None: no bound). At least two candidates are begun with, of whom there have to be two; no rows are left
-    where two are too many.
-    """
-    for begun in range(num_candidates, 1, -1):
-        rows, left = 0, math.inf if max_tokens is None else max_tokens
-        for tokens in row_tokens:
-            left -= tokens * (begun + num_further)
-            if left < 0:
-                break
-            rows += 1
-        if rows >= min(enough_rows, len(row_tokens)):
-            break
-    return Affordable(begun, rows)
+def affordable_rows(row_tokens: Sequence[int], max_tokens: int | None, num_passes: int) -> int:
+    """How many of the first rows ``num_passes`` models may read within ``max_tokens`` together; all where it is None."""
+    if max_tokens is None:
+        return len(row_tokens)
+    return bisect.bisect_right(list(itertools.accumulate(row_tokens)), max_tokens // num_passes)

@@ -21,7 +21,7 @@ from emloc_ray.planning.optimizers import optimizer_bytes
 from emloc_ray.planning.sizes import DOUBLE, FLOAT, gradient_bytes, gram_bytes
 
 _HALF = 2
-_BEGUN = 4  # corrections that auto scores in one pass where weights come and go
+_BEGUN = 3  # corrections that auto scores in one pass where weights come and go
 
 
 class Held(NamedTuple):

@@ -13,8 +13,8 @@ from emloc_ray.planning.memory import Held, MemoryModel
 from emloc_ray.planning.prepared import UNKNOWN_ROWS, Prepared
 
 WITH_BACKWARD = 2  # times that offloaded weights come where a pass is run back: a block is run again there
-_CANDIDATES = 7  # corrections that auto tries at most
-SEARCH_TRANSFERS = 4 / _CANDIDATES  # of offloaded weights, a candidate: the first four go through them together
+_CANDIDATES = 4  # corrections that auto scores at most
+SEARCH_TRANSFERS = 2 / _CANDIDATES  # of offloaded weights, a candidate: the first three go through them together
 
 
 def num_steps(config: Any, num_rows: int) -> int:

@@ -187,14 +187,16 @@ def headings(html: str) -> list[tuple[str, str]]:
 
 
 def candidate_rows(correction: dict[str, Any]) -> list[dict[str, Any]]:
-    """The correction's candidates, each with its gain over ``none`` on the selection rows, that gain's standard error
-    where it is known, and whether it was chosen."""
+    """The correction's candidates, each with its gain over ``none`` on the selection rows, that gain's standard error and
+    how sure it is where these are known, and whether it was chosen."""
     candidates = correction.get("candidates", [])
     keys = ("method", "clamp", "strength")
     plain = next((c["loss"] for c in candidates if c["method"] == "none"), None)
     return [
         {
             "standard_error": None,
+            "certainty": None,
+            "interpolated": False,
             **candidate,
             "gain": None if plain is None or candidate["loss"] is None else plain - candidate["loss"],
             "chosen": all(candidate[key] == correction[key] for key in keys),

@@ -377,5 +377,6 @@ def _corrected(ablation: Ablation, cell: Cell, run: RunConfig, pruned: Pruned | 
             out_dir=Path(folder) / "adapter",
         )
         result = correct(job, resources_of(CORRECT, prepared), tell=tell)
-    losses = dict(zip(distinct, (candidate["loss"] for candidate in result["candidates"]), strict=True))
+    measured = [candidate["loss"] for candidate in result["candidates"] if not candidate["interpolated"]]
+    losses = dict(zip(distinct, measured, strict=True))
     return {name: losses[candidate] for name, candidate in asked.items()}

@@ -16,8 +16,8 @@ from emloc_ray.io.store.node_cache import discard, exists, sizes
 from emloc_ray.modeling.adapter_files import Adapter, copy_adapter, lora_form, write_adapter
 from emloc_ray.stages.correct.job import CorrectionJob, ModuleGroup, module_groups
 from emloc_ray.stages.correct.modules import read_modules, see_differences, write_modules
-from emloc_ray.stages.correct.scoring import Scoring, scored, selection
-from emloc_ray.stages.correct.search import best_choice
+from emloc_ray.stages.correct.scoring import Scoring, scored, selection_rows
+from emloc_ray.stages.correct.search import BEGUN, best_choice
 from emloc_ray.stages.ray.losses import Losses, Tell, unheard
 from emloc_ray.stages.ray.slots import run_slots, start_slot
 from emloc_ray.stages.ray.tasks import Progress, Resources, bundles, run_tasks, silent
@@ -31,13 +31,10 @@ AS_TRAINED = {
 
 
 def candidates(method: str, clamp: float | None, strength: float) -> list[Candidate]:
-    """The candidates of a ``correction`` section: one, or with ``auto`` those that the search begins with, ``none`` and
-    then the likeliest first."""
-    if method != "auto":
-        return [Candidate(m, clamp, strength) for m in get_args(Method) if m == method]
-    methods: tuple[Method, ...] = ("covariance", "projection")
-    clamped = [Candidate(methods[0], 1.0), *(Candidate(method) for method in methods)]
-    return [Candidate("none"), *clamped]
+    """The candidates of a ``correction`` section: one, or with ``auto`` those that the search begins with."""
+    if method == "auto":
+        return list(BEGUN)
+    return [Candidate(m, clamp, strength) for m in get_args(Method) if m == method]
 
 
 def correct_adapter(
@@ -98,8 +95,8 @@ class _Plan:
         self.as_trained = AS_TRAINED.get(self.adapter.kind)
         self.groups = [] if self.as_trained else module_groups(job, self.adapter.names)
         choosing = len(job.candidates) > 1 and not self.as_trained
-        self.begun, self.rows = selection(job) if choosing else (job.candidates[:1], [])
-        self.num_scored = len(self.begun) + job.num_further if self.rows else 0
+        self.rows = selection_rows(job) if choosing else []
+        self.num_scored = job.num_scored if self.rows else 0
 
     @property
     def total(self) -> int:
@@ -172,12 +169,13 @@ def _chosen(plan: _Plan) -> tuple[Candidate, dict[str, Any]]:
         first = job.candidates[0]
         too_little = f"Fine-tuning read too little for a choice to cost {job.max_tokens} tokens: set correction.max_share higher."
         return first, {**_unscored(first), **({"note": too_little} if len(job.candidates) > 1 else {})}
-    choice = best_choice(scored(job, plan.begun))
+    choice = best_choice(scored(job))
     tokens = sum(map(len, plan.rows))
-    return choice.candidates[choice.chosen], {
+    return choice.chosen, {
         "selection_rows": len(plan.rows),
         "selection_tokens": tokens,
-        "scored_tokens": tokens * len(choice.candidates),
+        "scored_tokens": tokens * choice.num_measured,
         "max_tokens": job.max_tokens,
         "candidates": choice.records(),
+        "considered": {**asdict(choice.considered), "certainty": choice.certainty(choice.considered)},
     }

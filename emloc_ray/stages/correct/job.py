@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class CorrectionJob:
     """Artifact paths and flat settings of the stage.
 
-    Where there is more than one candidate, ``none`` is the first. ``num_further`` strengths of the best are tried after
-    them. ``max_tokens`` bounds what scoring all may read (None: all selection rows). ``residuals`` are the linears' ``tr(Δ G'
+    Where there is more than one candidate, ``none`` is the first, and ``num_further`` more follow from what these lose.
+    ``max_tokens`` bounds what scoring all may read (None: all selection rows). ``residuals`` are the linears' ``tr(Δ G'
     Δᵀ)`` that the factorization measured, of what is stored still, or of what it was before healing joined so many ranks to
     it as ``healed`` says; ``gram_dampening_frac`` damps their G'.
     """
@@ -52,6 +52,11 @@ class CorrectionJob:
     def state_dir(self) -> Path:
         """What is done already: each group's modules, each candidate's losses."""
         return self.out_dir.parent / "correction"
+
+    @property
+    def num_scored(self) -> int:
+        """How many candidates are scored at most."""
+        return len(self.candidates) + self.num_further
 
     def losses_path(self, candidate: Candidate) -> Path:
         """The selection rows' losses under a candidate."""

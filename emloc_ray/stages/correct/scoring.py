@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from emloc_ray.core.correction import Candidate
-from emloc_ray.core.selection import affordable
+from emloc_ray.core.selection import affordable_rows
 from emloc_ray.data.formats import Tokens
 from emloc_ray.data.token_shards import TokenShards
 from emloc_ray.io.formats.checkpoint import read_shard
@@ -19,31 +19,29 @@ from emloc_ray.modeling.adapter_methods import adapter_config
 from emloc_ray.modeling.scoring import RowLosses, losses_by_row
 from emloc_ray.stages.correct.job import CorrectionJob, module_groups
 from emloc_ray.stages.correct.modules import CorrectableModule, plug_in, read_modules
-from emloc_ray.stages.correct.search import ENOUGH_ROWS, next_candidate
+from emloc_ray.stages.correct.search import next_candidate
 from emloc_ray.stages.ray.tasks import set_threads
 
 
-def selection(job: CorrectionJob) -> tuple[tuple[Candidate, ...], list[Tokens]]:
-    """The candidates to begin with and the rows to score them on: as many as ``max_tokens`` allow, perhaps none."""
+def selection_rows(job: CorrectionJob) -> list[Tokens]:
+    """The rows to score candidates on: as many as ``max_tokens`` allow, perhaps none."""
     shards = TokenShards(job.selection_dir)
     rows = [shards.row(position) for position in range(len(shards))]
     random.Random(0).shuffle(rows)  # files may be sorted by what their rows are of
-    lengths = [len(row) for row in rows]
-    begun, count = affordable(lengths, job.max_tokens, len(job.candidates), job.num_further, ENOUGH_ROWS)
-    return job.candidates[:begun], rows[:count]
+    return rows[: affordable_rows([len(row) for row in rows], job.max_tokens, job.num_scored)]
 
 
-def scored(job: CorrectionJob, begun: Sequence[Candidate]) -> dict[Candidate, RowLosses]:
+def scored(job: CorrectionJob) -> dict[Candidate, RowLosses]:
     """What was scored so far, in the order of the search."""
     losses: dict[Candidate, RowLosses] = {}
-    while (candidate := _next(job, begun, losses)) is not None and exists(job.losses_path(candidate)):
+    while (candidate := _next(job, losses)) is not None and exists(job.losses_path(candidate)):
         entries = read_shard(job.losses_path(candidate)).entries
         losses[candidate] = RowLosses(**{entry.name: entry.read_rows() for entry in entries})
     return losses
 
 
-def _next(job: CorrectionJob, begun: Sequence[Candidate], losses: Mapping[Candidate, RowLosses]) -> Candidate | None:
-    return next_candidate(begun, {candidate: rows.sums for candidate, rows in losses.items()}, job.num_further)
+def _next(job: CorrectionJob, losses: Mapping[Candidate, RowLosses]) -> Candidate | None:
+    return next_candidate(job.candidates, {candidate: rows.sums for candidate, rows in losses.items()}, job.num_further)
 
 
 class Scoring:
@@ -56,8 +54,8 @@ class Scoring:
         if threads is not None:
             set_threads(threads)
         self.job = job
-        self.begun, self.rows = selection(job)
-        self.losses = scored(job, self.begun)
+        self.rows = selection_rows(job)
+        self.losses = scored(job)
         self._models: _AdaptedModels | None = None
 
     def position(self) -> int:
@@ -75,9 +73,10 @@ class Scoring:
 
     def _candidates(self) -> Sequence[Candidate]:
         """Those to score next."""
-        if self.job.hold != "resident" and len(self.losses) < len(self.begun):
-            return self.begun[len(self.losses) :]
-        candidate = _next(self.job, self.begun, self.losses)
+        begun = self.job.candidates
+        if self.job.hold != "resident" and len(self.losses) < len(begun):
+            return begun[len(self.losses) :]
+        candidate = _next(self.job, self.losses)
         return [] if candidate is None else [candidate]
 
     def commit(self) -> None:

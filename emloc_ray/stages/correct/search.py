@@ -1,4 +1,4 @@
-"""Which correction is best on the selection rows: a few methods first, then the strength of the best of them."""
+"""Which correction is best on the selection rows: of ``none``, ``covariance`` and ``projection``, and the best one's strength."""
 
 from __future__ import annotations
 
@@ -10,91 +10,122 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from emloc_ray.core.correction import Candidate
-from emloc_ray.core.selection import best_strength, choose, paired_gain
+from emloc_ray.core.selection import Gain, certainty, lowest_between, paired_gain
 from emloc_ray.errors import NumericsError
 
 if TYPE_CHECKING:
     from emloc_ray.modeling.scoring import RowLosses
 
-NUM_FURTHER = 3
-"""How many strengths of the best method are tried beside the first."""
+BEGUN = (Candidate("none"), Candidate("covariance"), Candidate("projection", strength=0.5))
+"""What is measured first. Covariance gained, or lost next to nothing, on emulators of every kind. Projection gained more on
+short answers, tuned strongly, and lost elsewhere: it counts for its gain less the gain's standard error."""
 
-ENOUGH_ROWS = 8
-"""Differences between corrections are of one sign on most rows: fewer candidates are begun with rather than fewer rows."""
+NUM_FURTHER = 1
+"""How many more strengths are measured."""
 
-_MOST = 4.0
 _NEAR = 0.1  # of a strength, or of 1 where it is smaller: differences that no loss tells apart
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoredChoice:
-    """The candidates in the order they were tried, each with its rows' losses, and which is chosen."""
+    """Each candidate with its rows' losses, those that were measured first and in their order; and which is chosen.
 
-    candidates: tuple[Candidate, ...]
-    losses: tuple[Tensor, ...]
+    ``considered`` is the chosen one, or the best other one where that is ``none``.
+    """
+
+    losses: Mapping[Candidate, Tensor]
     counts: Tensor
-    chosen: int
+    num_measured: int
+    chosen: Candidate
+    considered: Candidate
 
     def records(self) -> list[dict[str, Any]]:
-        """Each candidate with its loss in nats a token and its gain on ``none``, with the gain's standard error; None
-        where a loss is no number."""
-        plain = self.losses[0]
+        """Each candidate with its loss in nats a token, its gain on ``none``, the gain's standard error, how sure it is that
+        it gains, and whether its rows' losses were interpolated; None where a loss is no number."""
         rows = []
-        for candidate, losses in zip(self.candidates, self.losses, strict=True):
-            loss = float(losses.double().sum() / self.counts.sum().clamp_min(1))
-            gain = paired_gain(losses, plain, self.counts)
-            known = {"loss": loss, "gain": gain.mean, "standard_error": gain.standard_error}
+        for number, (candidate, losses) in enumerate(self.losses.items()):
+            gain = self.gain(candidate)
+            known = {
+                "loss": float(losses.double().sum() / self.counts.sum().clamp_min(1)),
+                "gain": gain.mean,
+                "standard_error": gain.standard_error,
+            }
             shown = {key: value if math.isfinite(value) else None for key, value in known.items()}
-            rows.append({**dataclasses.asdict(candidate), **shown})
+            sure = {"certainty": self.certainty(candidate), "interpolated": number >= self.num_measured}
+            rows.append({**dataclasses.asdict(candidate), **shown, **sure})
         return rows
+
+    def gain(self, candidate: Candidate) -> Gain:
+        """On ``none``, which was measured first."""
+        return paired_gain(self.losses[candidate], next(iter(self.losses.values())), self.counts)
+
+    def certainty(self, candidate: Candidate) -> float | None:
+        """That it is better than ``none``."""
+        gain = self.gain(candidate)
+        return certainty(gain, len(self.counts)) if math.isfinite(gain.mean) else None
 
 
 def next_candidate(begun: Sequence[Candidate], tried: Mapping[Candidate, Tensor], num_further: int) -> Candidate | None:
     """What to measure after what was ``tried``, in its order, with each row's loss: ``none``, which is the first of ``begun``,
-    and the others; then up to ``num_further`` strengths of the best method and λ. None at the end.
-
-    These are twice the first, or half of it where that did not gain; then, twice, where a parabola through the strengths'
-    losses is lowest.
-    """
+    and the others; then, ``num_further`` times, the best at twice its strength while it gains. None at the end."""
     if len(tried) < len(begun):
         return begun[len(tried)]
-    return _further(tried) if len(tried) < len(begun) + num_further else None
+    none, *others = tried
+    best = min(others, key=lambda candidate: _total(tried[candidate]))
+    if len(tried) >= len(begun) + num_further or _total(tried[best]) >= _total(tried[none]):
+        return None
+    return _at(best, 2 * best.strength)
 
 
-def best_choice(losses: Mapping[Candidate, RowLosses]) -> ScoredChoice:
-    """The best of the candidates that were measured, of which ``none`` is the first: see
-    :func:`emloc_ray.core.selection.choose`.
+def best_choice(measured: Mapping[Candidate, RowLosses]) -> ScoredChoice:
+    """The best of the candidates that were measured, of which ``none`` is the first, and of the strengths between.
+
+    A correction is taken where it gains on two rows or more, projection where it gains more than the standard error.
+    Candidates with a loss that is no number are left out.
 
     Raises:
         NumericsError: where no candidate's loss is a number.
     """
-    sums = [row_losses.sums for row_losses in losses.values()]
-    if not any(math.isfinite(_total(values)) for values in sums):
+    losses = {candidate: rows.sums for candidate, rows in measured.items()}
+    counts = next(iter(measured.values())).counts
+    if not any(math.isfinite(_total(rows)) for rows in losses.values()):
         raise NumericsError(
             "The loss of the original with the adapter is NaN or Inf, however corrected: check the weights of model and"
             " adapter, and model.dtype."
         )
-    counts = next(iter(losses.values())).counts
-    return ScoredChoice(tuple(losses), tuple(sums), counts, choose(sums, counts, reference=0))
+    losses |= _interpolated(losses)
+    none, *others = losses
 
+    def worth(candidate: Candidate) -> float:
+        gain = paired_gain(losses[candidate], losses[none], counts)
+        hurdle = gain.standard_error * (candidate.method == "projection")
+        return gain.mean - hurdle if math.isfinite(gain.standard_error) else -math.inf
 
-def _further(tried: Mapping[Candidate, Tensor]) -> Candidate | None:
-    """The strength to try next, of the method and λ that did best."""
-    none, *others = ((candidate, _total(losses)) for candidate, losses in tried.items())
-    known = [(candidate, loss) for candidate, loss in others if math.isfinite(loss)]
-    if not known:
-        return None
-    best = min(known, key=lambda pair: pair[1])[0]
-    losses = {c.strength: loss for c, loss in known if (c.method, c.clamp) == (best.method, best.clamp)}
-    if len(losses) == 1:
-        gains = losses[best.strength] < none[1] or not math.isfinite(none[1])
-        strength: float | None = 2 * best.strength if gains else best.strength / 2
+    if not math.isfinite(_total(losses[none])):
+        chosen = considered = min(others, key=lambda candidate: _total(losses[candidate]))
     else:
-        strength = best_strength({0.0: none[1], **losses}, _MOST)
-    if strength is None or any(abs(strength - near) < _NEAR * max(1.0, near) for near in (0.0, *losses)):
-        return None
-    return dataclasses.replace(best, strength=round(strength, 2))
+        considered = max(others, key=worth)
+        chosen = considered if worth(considered) > 0 else none
+    return ScoredChoice(losses, counts, len(measured), chosen, considered)
+
+
+def _interpolated(losses: Mapping[Candidate, Tensor]) -> dict[Candidate, Tensor]:
+    """The best correction at the strength where the parabola through ``none`` and two of its strengths is lowest, unless one
+    that was measured is near."""
+    none, *others = losses
+    best = min(others, key=lambda candidate: _total(losses[candidate]))
+    strengths = {0.0: losses[none], **{c.strength: losses[c] for c in others if c == _at(best, c.strength)}}
+    between = lowest_between(strengths) if len(strengths) == 3 else None
+    if between is None or any(abs(between.strength - known) < _NEAR * max(1.0, known) for known in strengths):
+        return {}
+    return {_at(best, between.strength): between.losses}
+
+
+def _at(candidate: Candidate, strength: float) -> Candidate:
+    return dataclasses.replace(candidate, strength=strength)
 
 
 def _total(losses: Tensor) -> float:
-    return float(losses.double().sum())
+    """The summed loss; infinite where it is no number."""
+    total = float(losses.double().sum())
+    return total if math.isfinite(total) else math.inf

@@ -127,8 +127,13 @@ def _summary(result: Result) -> str:
     chosen = f"chose {describe_choice(result)}"
     if result.get("note"):
         return f"{chosen}. {result['note']}"
-    tried = len(result["candidates"])
-    return f"{chosen}, best of {tried} on {result['selection_rows']} rows" if result.get("selection_rows") else chosen
+    if not result.get("selection_rows"):
+        return chosen
+    sure, considered = "", result.get("considered", {})
+    if considered.get("certainty") is not None:
+        named = "it" if considered["method"] == result["method"] else describe_choice(considered)
+        sure = f"; with {considered['certainty']:.0%} certainty {named} is better than none"
+    return f"{chosen}, best of {len(result['candidates'])} on {result['selection_rows']} rows{sure}"
 
 
 def _sections(prepared: Prepared, results: dict[str, Result]) -> dict[str, Any]:

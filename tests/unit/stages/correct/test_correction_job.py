@@ -54,5 +54,5 @@ def test_what_choosing_may_read_is_a_share_of_what_training_reads(correction: Ca
 
 
 def test_the_search_begins_with_none(correction: Callable[..., CorrectionJob]) -> None:
-    assert [c.method for c in correction().candidates] == ["none", "covariance", "covariance", "projection"]
+    assert [c.method for c in correction().candidates] == ["none", "covariance", "projection"]
     assert [c.method for c in correction(method="projection").candidates] == ["projection"]
