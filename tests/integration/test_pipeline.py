@@ -276,16 +276,21 @@ def test_no_row_is_in_two_splits(llama_run: FinishedRun) -> None:
     assert any("12 rows instead of the 256 asked for" in note for note in llama_run.reporter.notes)
 
 
-def test_auto_chooses_the_candidate_of_least_selection_loss_or_none(llama_run: FinishedRun) -> None:
+def test_auto_chooses_what_gains_most_or_none(llama_run: FinishedRun) -> None:
     choice = llama_run.metrics["correction"]
     tried = choice["candidates"]
+    measured = [found for found in tried if not found["interpolated"]]
     keys = ("method", "clamp", "strength")
-    assert [found["method"] for found in tried[:4]] == ["none", "covariance", "covariance", "projection"]
-    assert 4 <= len(tried) <= 7
-    best = min(tried, key=lambda found: found["loss"])
-    expected = best if best["gain"] > best["standard_error"] else tried[0]
+
+    def worth(found: dict[str, Any]) -> float:
+        return float(found["gain"] - (found["method"] == "projection") * found["standard_error"])
+
+    assert [found["method"] for found in tried[:3]] == ["none", "covariance", "projection"]
+    assert 3 <= len(measured) <= 4
+    expected = max(tried, key=worth)  # the first of equal ones: none, which is worth 0
     assert [choice[key] for key in keys] == [expected[key] for key in keys]
-    assert choice["scored_tokens"] == len(tried) * choice["selection_tokens"]
+    assert choice["considered"]["certainty"] in [found["certainty"] for found in tried[1:]]
+    assert choice["scored_tokens"] == len(measured) * choice["selection_tokens"]
     assert choice["max_tokens"] is None
 
 
