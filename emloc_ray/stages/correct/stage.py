@@ -132,7 +132,7 @@ def _summary(result: Result) -> str:
     sure, considered = "", result.get("considered", {})
     if considered.get("certainty") is not None:
         named = "it" if considered["method"] == result["method"] else describe_choice(considered)
-        sure = f"; with {considered['certainty']:.0%} certainty {named} is better than none"
+        sure = f"; with {100 * considered['certainty']:.0f} % certainty {named} is better than none"
     return f"{chosen}, best of {len(result['candidates'])} on {result['selection_rows']} rows{sure}"
 
 

@@ -314,12 +314,17 @@ def test_what_a_choice_was_made_on_is_told(finished: str) -> None:
     metrics = finished_metrics()
     fix = metrics["correction"]
     fix |= {"selection_rows": 11, "scored_tokens": 2082, "max_tokens": 2100}
-    fix["candidates"][2] |= {"gain": 0.02458, "standard_error": 0.00321}
+    fix["candidates"][2] |= {"gain": 0.02458, "standard_error": 0.00321, "certainty": 0.931, "interpolated": True}
     text = Page(report.render("run", manifest(*STAGES), metrics)).text
     assert "Chosen on 694 tokens of 11 selection rows" in text
     assert "The candidates read 2,082 tokens, of at most 2,100." in text
     assert "0.00321" in text
-    assert "chose covariance, λ = 3, strength 0.5, best of 3 on 11 rows" in told_of_correct(fix)
+    assert "93 %" in text
+    assert "(interpolated)" in text
+    fix["considered"] = {**fix["candidates"][2], "certainty": 0.931}
+    told = told_of_correct(fix)
+    assert "chose covariance, λ = 3, strength 0.5, best of 3 on 11 rows; with 93 % certainty it is better" in told
+    assert "with 93 % certainty covariance, λ = 3, strength 0.5 is better" in told_of_correct({**fix, "method": "none"})
     none = {"method": "none", "clamp": 3.0, "strength": 1.0, "selection_tokens": 0}
     metrics["correction"] = {**none, "candidates": [{**none, "loss": None}], "modules": {}, "note": "Too little."}
     assert "Too little." in Page(report.render("run", manifest(*STAGES), metrics)).text
