@@ -29,8 +29,9 @@ from emloc_ray.io.runs.fingerprint import content_of
 from emloc_ray.io.runs.secret_values import leaves
 from emloc_ray.io.store.atomic import atomic_directory, atomic_file, copy_file
 from emloc_ray.io.store.node_cache import ensure, sizes
-from emloc_ray.modeling.architecture import auto_class, block_linears, outside_linears
+from emloc_ray.modeling.architecture import auto_class, block_linears, empty_model, outside_linears
 from emloc_ray.modeling.experts import unfuse
+from emloc_ray.modeling.gguf_weights import NeedsWhole, write_weights
 from emloc_ray.modeling.stored_names import stored_parameters
 
 TOKENIZER_FILES = (
@@ -56,7 +57,7 @@ TOKENIZER_FILES = (
     "additional_chat_templates/*.jinja",
 )
 
-_COPY_BYTES = 2**24
+COPY_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -295,26 +296,38 @@ def _gguf_tokenizer(directory: Path, file: str) -> Path:
     return folder
 
 
-def import_gguf(source: ModelSource, directory: Path, dtype: str = "auto", max_shard_size: str = "2GB") -> None:
+def import_gguf(source: ModelSource, directory: Path, dtype: str = "auto", max_shard_bytes: int = 2 * 10**9) -> None:
     """Writes a GGUF file as a plain sharded safetensors checkpoint with tokenizer and chat template, atomically.
 
-    The weights are dequantized once, into float32 by default; no trace of quantization stays in the config.
+    The weights are dequantized once, into float32 by default, tensor by tensor, but where :func:`write_weights` cannot; no
+    trace of quantization stays in the config.
     """
     wanted = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     config = read_model_config(source)
+    with atomic_directory(directory) as temporary:
+        try:
+            model = empty_model(config)
+            write_weights(source.directory / str(source.gguf_file), model, temporary, wanted, max_shard_bytes)
+        except NeedsWhole:
+            for file in temporary.iterdir():
+                file.unlink()
+            model = _save_whole(source, config, temporary, wanted, max_shard_bytes)
+        model.config.architectures, model.config.dtype = [type(model).__name__], wanted
+        model.config.save_pretrained(temporary)
+        model.generation_config.save_pretrained(temporary)
+        del model
+        AutoTokenizer.from_pretrained(source.directory, gguf_file=source.gguf_file).save_pretrained(temporary)
+
+
+def _save_whole(source: ModelSource, config: Any, directory: Path, dtype: torch.dtype, max_shard_bytes: int) -> Any:
     # With the config that is read: each reading of the header takes seconds.
-    model = auto_class(config).from_pretrained(
-        source.directory, gguf_file=source.gguf_file, config=config, dtype=wanted
-    )
+    model = auto_class(config).from_pretrained(source.directory, gguf_file=source.gguf_file, config=config, dtype=dtype)
     for holder in (model, model.config):
         for attribute in ("quantization_config", "hf_quantizer", "is_quantized", "quantization_method"):
             if attribute in vars(holder):
                 delattr(holder, attribute)
-    model.config.dtype = wanted
-    tokenizer = AutoTokenizer.from_pretrained(source.directory, gguf_file=source.gguf_file)
-    with atomic_directory(directory) as temporary:
-        model.save_pretrained(temporary, max_shard_size=max_shard_size)
-        tokenizer.save_pretrained(temporary)
+    model.save_pretrained(directory, max_shard_size=max_shard_bytes)
+    return model
 
 
 def content_of_source(source: ModelSource, directory: Path) -> str:
@@ -342,7 +355,7 @@ def copy_checkpoint(source: Path, target: Path, progress: Callable[[int, int], N
         name = file.relative_to(source)
         if there.get(name) != size:
             with file.open("rb") as stream, atomic_file(target / name) as copy:
-                while chunk := stream.read(_COPY_BYTES):
+                while chunk := stream.read(COPY_BYTES):
                     copy.write(chunk)
                     progress(done + copy.tell(), total)
         done += size

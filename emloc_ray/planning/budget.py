@@ -80,10 +80,14 @@ def solve(stages: Sequence[Costed], prepared: Prepared, budget: int, lengths: Le
 
 def solution_of(stages: Sequence[Costed], memory: MemoryModel, budget: int) -> Solution:
     """The settings of ``memory``, and what does not fit ``budget`` with them."""
-    costs = {s.name: s.cost for s in stages if s.cost is not None and s.wanted(memory.prepared)}
-    peaks = {name: total(with_base(cost(memory).memory)) for name, cost in costs.items()}
-    too_large = {name: peak for name, peak in peaks.items() if peak > budget}
+    too_large = {name: peak for name, peak in stage_peaks(stages, memory).items() if peak > budget}
     return Solution(memory.prepared, budget, training_bytes(memory), total(memory.inference()), too_large)
+
+
+def stage_peaks(stages: Sequence[Costed], memory: MemoryModel) -> dict[str, int]:
+    """Bytes of a worker of each stage that the run of ``memory`` has."""
+    costs = {s.name: s.cost for s in stages if s.cost is not None and s.wanted(memory.prepared)}
+    return {name: total(with_base(cost(memory).memory)) for name, cost in costs.items()}
 
 
 def fitting(

@@ -19,7 +19,7 @@ class StageCost:
 
     ``flops``: floating-point operations of all workers. ``disk_bytes``: what the stage leaves, or needs while it runs.
     ``moved_bytes``: what comes to the devices of all workers of weights that do not stay there. ``efficiency``: the share of a
-    matrix product's speed that it reaches. ``start_seconds``: starting workers and loading.
+    matrix product's speed that it reaches. ``start_seconds``: starting workers and loading. ``steps``: its optimizer steps.
     """
 
     memory: Parts
@@ -28,6 +28,7 @@ class StageCost:
     moved_bytes: float = 0.0
     efficiency: float = 0.5
     start_seconds: float = 5.0
+    steps: float = 0.0
 
 
 class Costed(Protocol):

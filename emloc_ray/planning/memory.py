@@ -14,6 +14,8 @@ from emloc_ray.core.products import ROWS
 from emloc_ray.io.formats.shards import chunk_limit
 from emloc_ray.io.formats.teacher_shards import BYTES_PER_LOGIT, rows_per_shard
 from emloc_ray.modeling.architecture import LinearSpec
+from emloc_ray.modeling.gguf_weights import needs_whole
+from emloc_ray.modeling.loading import COPY_BYTES
 from emloc_ray.planning.calibration_memory import BASE_BYTES, CalibrationMemory, Parts, total
 from emloc_ray.planning.holding import choose
 from emloc_ray.planning.model_bytes import DIVERGENCE_COPIES, LOSS_COPIES
@@ -21,6 +23,7 @@ from emloc_ray.planning.optimizers import optimizer_bytes
 from emloc_ray.planning.sizes import DOUBLE, FLOAT, gradient_bytes, gram_bytes
 
 _HALF = 2
+_HEADER_BYTES = 4000  # of Python's objects for a token of the vocabulary and its merges: 3,560 for SmolLM2's
 _BEGUN = 3  # corrections that auto scores in one pass where weights come and go
 
 
@@ -33,6 +36,15 @@ class Held(NamedTuple):
 
 class MemoryModel(CalibrationMemory):
     """Predicts from a layout, a config and row lengths; every method gives bytes by part, ``total`` adds them up."""
+
+    def importing(self) -> Parts:
+        """Of a GGUF file its header, and one tensor in float32, a linear's twice, as it may be laid out otherwise; the whole
+        model where its tensors are made of several. Else a chunk that is copied."""
+        if self.prepared.source.gguf_file is None:
+            return {"chunks": COPY_BYTES}
+        largest = max([self.layout.head_parameters, *(2 * spec.num_parameters for spec in self.layout.specs)])
+        weights = self.weight_files if needs_whole(self.model_config) else 0
+        return {"header": _HEADER_BYTES * self._vocabulary(), "weights": weights, "tensor": FLOAT * largest}
 
     def factorize(self) -> Parts:
         """The group that needs most, with one of its layers computed once more in float64, as rounding may ask."""

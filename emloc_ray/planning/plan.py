@@ -35,6 +35,8 @@ class StagePlan:
     gpus_per_worker: float
     divisible: bool = False  # fewer workers than asked for can do it
     steps: tuple[int, str] | None = None  # its optimizer steps, and of what
+    step_seconds: float = 0.0  # of an optimizer step, where it has any
+    step_bytes: float = 0.0  # of weights that come to its workers in one
 
     @property
     def worker_bytes(self) -> int:
@@ -90,7 +92,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Predicted wall time of all stages, and of the model's import and the token shards before them."""
+        """Predicted wall time of all stages, and of the token shards before them."""
         return self.seconds_before + sum(stage.seconds for stage in self.stages)
 
 
@@ -108,7 +110,7 @@ def make_plan(stages: Sequence[Costed], prepared: Prepared, speeds: Speeds | Non
         memory.inference(),
         prepared.lengths,
         memory.calibration_hold(),
-        _SECONDS_BEFORE + (memory.weights / 20e6 if prepared.source.gguf_file else 0),
+        _SECONDS_BEFORE,
         speeds,
     )
 
@@ -116,7 +118,8 @@ def make_plan(stages: Sequence[Costed], prepared: Prepared, speeds: Speeds | Non
 def _planned(stage: Costed, memory: MemoryModel, speeds: Speeds) -> StagePlan:
     assert stage.cost is not None
     cost, asked = stage.cost(memory), stage.asks(memory.config)
-    seconds = cost.start_seconds + busy_seconds(cost, asked, speeds, memory.weights) + cost.disk_bytes / speeds.disk
+    busy, steps = busy_seconds(cost, asked, speeds, memory.weights), max(1.0, cost.steps)
+    seconds = cost.start_seconds + busy + cost.disk_bytes / speeds.disk
     return StagePlan(
         stage.name,
         with_base(cost.memory),
@@ -127,6 +130,8 @@ def _planned(stage: Costed, memory: MemoryModel, speeds: Speeds) -> StagePlan:
         asked.gpus,
         stage.divisible,
         stage.steps and stage.steps(memory.prepared),
+        busy / steps if cost.steps else 0.0,
+        cost.moved_bytes / steps if cost.steps else 0.0,
     )
 
 

@@ -100,6 +100,7 @@ def steps_cost(memory: MemoryModel, steps: float, held: Held, work: float, again
         moved_bytes=WITH_BACKWARD * memory.moved(held.hold, rows, finetune.per_device_train_batch_size),
         efficiency=0.2,
         start_seconds=20,
+        steps=steps,
     )
 
 

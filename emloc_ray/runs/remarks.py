@@ -10,7 +10,7 @@ from emloc_ray.config.schema import WORKER_SECTIONS, CorrectionConfig, RunConfig
 from emloc_ray.data.processors import IMAGE_SIDE
 from emloc_ray.io.store.digests import digest
 from emloc_ray.planning.layout import Layout
-from emloc_ray.planning.machine import cpu_capabilities, has_bfloat16
+from emloc_ray.planning.machine import available_bytes, cpu_capabilities, has_bfloat16
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.planning.work import num_train_rows, num_train_sequences, rows_trained, steps_trained
@@ -175,6 +175,20 @@ def late_warmup(prepared: Prepared) -> str | None:
     return f"finetune.warmup_steps is {warmup:g}, and there are {steps} steps: the learning rate ends before its peak; lower it."
 
 
+def moved_for_completions(prepared: Prepared) -> str | None:
+    """Says what completions move where the original's blocks come over a GPU's link or from disk: its weights for each token."""
+    section, memory = prepared.config.evaluation, MemoryModel(prepared)
+    prompts, hold = max(section.num_generations, section.num_exact_match), memory.evaluating().hold
+    if not prompts or hold == "resident" or not (section.gpus or memory.weights > available_bytes()):
+        return None
+    moved = size(memory.moved(hold, 1, 1))
+    return (
+        f"Evaluation completes {counted(prompts, 'prompt')} on the offloaded original, {min(prompts, memory.prompts_at_once())}"
+        f" together: its weights move once for each token, up to {section.max_new_tokens} × {moved} a time; lower"
+        " evaluation.max_new_tokens, num_exact_match and num_generations for less."
+    )
+
+
 def of_settings(prepared: Prepared, planned: Mapping[str, int]) -> list[str]:
     """The remarks on the config, its model and its rows; ``planned``: bytes of a worker in each stage."""
     config = prepared.config
@@ -188,6 +202,7 @@ def of_settings(prepared: Prepared, planned: Mapping[str, int]) -> list[str]:
         repeated_rows(prepared),
         copied_rows(prepared),
         late_warmup(prepared),
+        moved_for_completions(prepared),
     )
     return [remark for remark in said if remark is not None]
 

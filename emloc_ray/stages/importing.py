@@ -9,6 +9,8 @@ from emloc_ray.io.runs.resume import discard_unless
 from emloc_ray.io.store.node_cache import discard, sizes
 from emloc_ray.modeling.hub_weights import import_weights, weight_files
 from emloc_ray.modeling.loading import copy_checkpoint, fetch_weights, import_gguf
+from emloc_ray.planning.costs import StageCost
+from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared
 from emloc_ray.stages.context import Context, Inputs, Result
 from emloc_ray.stages.stage import Stage, by_weights, one_worker
@@ -49,6 +51,12 @@ def _import(context: Context, inputs: Inputs, granted: Resources, progress: Prog
     return {}
 
 
+def _cost(memory: MemoryModel) -> StageCost:
+    if memory.prepared.source.gguf_file is None:  # copied, as it comes
+        return StageCost(memory.importing())
+    return StageCost(memory.importing(), disk_bytes=memory.weight_files, start_seconds=5 + memory.weights / 20e6)
+
+
 IMPORT = Stage(
     name="import",
     title="Importing the model",
@@ -60,6 +68,8 @@ IMPORT = Stage(
     inputs=lambda context: context.model_inputs,
     outputs=("model",),
     run=_import,
+    cost=_cost,
     resumes=True,
+    redone=False,
     shares=by_weights,
 )

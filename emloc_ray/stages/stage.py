@@ -57,6 +57,8 @@ class Stage:
     """What is hashed beside ``inputs`` to find its work in a shared cache; None: it is not shared."""
     resumes: bool = False
     """Whether what a killed try left in ``outputs`` is continued from."""
+    redone: bool = True
+    """Whether ``--from`` its verb makes it again."""
     whole: bool = False
     """Whether a damaged file spoils all of ``outputs``: sums with an index that says that they are complete."""
     divisible: bool = False

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from emloc_ray.config.keys import KeySection
 from emloc_ray.core.ranks import factor_parameters
-from emloc_ray.text import NO_BREAK, describe_choice, describe_matches, described_bits, duration, size
+from emloc_ray.text import NO_BREAK, counted, describe_choice, describe_matches, described_bits, duration, size
 
 if TYPE_CHECKING:
     from emloc_ray.planning.alternatives import Choice
@@ -144,12 +144,41 @@ def _stage_table(plan: Plan) -> Table:
 
 def plan_lines(plan: Plan, without_budget: Callable[[Plan], Plan]) -> list[str]:
     """What is said below a plan's tables: its steps, where weights come from, what to train on, or what the budget changed."""
-    slow = disk_line(plan)
-    lines = [f"Training: {plan.steps}."] + ([] if slow is None else [slow])
+    told = [f"Training: {plan.steps}.", gradients_line(plan), *step_lines(plan), disk_line(plan)]
+    lines = [line for line in told if line is not None]
     if plan.choice is not None:
         return [*lines, plan.choice.sentence]
     bounded = plan.prepared.config.memory_budget is not None
     return lines + (budget_lines(plan, without_budget(plan)) if bounded else [])
+
+
+def gradients_line(plan: Plan) -> str | None:
+    """In how many passes sums of gradients are gathered, and how the original is held for them."""
+    from emloc_ray.planning.memory import MemoryModel
+
+    if not plan.layout.weighed:
+        return None
+    sums = MemoryModel(plan.prepared).gradient_plan()
+    return (
+        f"Gradient sums: {counted(len(sums.waves), 'pass', 'passes')} over the rows, the model held"
+        f" {sums.hold.replace('_', ' ')}, {counted(sums.batch_size, 'row')} a batch."
+    )
+
+
+def step_lines(plan: Plan) -> list[str]:
+    """What an optimizer step of a stage costs where the original's blocks come over a GPU's link or from disk for it."""
+    from emloc_ray.planning.memory import MemoryModel
+
+    weights, speeds, lines = MemoryModel(plan.prepared).weights, plan.speeds, []
+    for stage in plan.stages:
+        speed = speeds.moving(stage.gpus_per_worker > 0, weights)
+        if stage.step_bytes and speed < float("inf"):
+            source = "from disk" if weights > speeds.host_bytes else "over the GPU's link"
+            lines.append(
+                f"A step of {stage.name} takes {duration(stage.step_seconds)}: {size(stage.step_bytes)} of the original's weights"
+                f" come {source} at {speed / 1e6:,.0f} MB/s."
+            )
+    return lines
 
 
 def disk_line(plan: Plan) -> str | None:
@@ -290,7 +319,7 @@ def result_lines(metrics: dict[str, Any], run_dir: str) -> list[str]:
     lines = []
     if gap := metrics.get("gap_closed"):
         lines.append(
-            f"Gap closed: {gap['corrected']:.1%} of the way to LoRA on the original"
+            f"Gap closed: {gap.get('finished', gap['corrected']):.1%} of the way to LoRA on the original"
             f" (loss {gap['upper_bound_loss']:.4f}, {gap['upper_bound']})"
         )
     if exact := metrics.get("exact_match"):

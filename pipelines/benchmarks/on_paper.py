@@ -22,11 +22,15 @@ from benchmarks.stage_memory import bare_prepared
 from emloc_ray.core.ranks import rank_for_ratio, rank_multiple
 from emloc_ray.modeling.architecture import LinearSpec, block_linears, empty_model, trace_inputs
 from emloc_ray.planning.alternatives import Alternative, Choice, choose_training
+from emloc_ray.planning.budget import stage_peaks
+from emloc_ray.planning.costs import StageCost, busy_seconds
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.machine import Speeds
+from emloc_ray.planning.memory import MemoryModel
+from emloc_ray.stages.calibrate.stage import GRADIENTS
 from emloc_ray.stages.order import STEPS as STAGES_OF_A_RUN
-from emloc_ray.text import duration
+from emloc_ray.text import counted, duration
 
 RATIO, R, LENGTH, ROWS = 0.5, 8, 512, 8  # of the emulator, the adapter, a row, a batch
 CALIBRATED, STEPS, SCORED, SELECTED = 128, 1000, 256, 0.1  # rows, steps, rows, share of the trained tokens
@@ -338,6 +342,8 @@ def choice_for(name: str) -> Choice:
         "data": {"train": {"path": "-"}, "max_seq_length": LENGTH},
         "emulator": {"allocation": "sensitivity", "objective": "predictions"},
         "adapter": {"r": R},
+        "calibration": {"num_calibration_samples": CALIBRATED, "gpus_per_worker": 1},
+        "evaluation": {"num_samples": SCORED, "gpus_per_worker": 1},
         "finetune": {"per_device_train_batch_size": ROWS, "gpus_per_worker": 1},
         "ray": {"num_gpus": 1},
     }
@@ -346,9 +352,8 @@ def choice_for(name: str) -> Choice:
     return choose_training(STAGES_OF_A_RUN, whole, Lengths(LENGTH, LENGTH), CARD)
 
 
-def choices_table() -> str:
+def choices_table(choices: dict[str, Choice]) -> str:
     """The Markdown of what 24 GiB train, side by side."""
-    choices = {name: choice_for(name) for name in SIZES}
     columns = [f"{name}, {what}" for name in choices for what in ("GiB", "a step")]
     lines = [f"| trained on | {' | '.join(columns)} | gap closed |", f"| --- |{' --- |' * (len(columns) + 1)}"]
     for row in zip(*(choice.alternatives for choice in choices.values()), strict=True):
@@ -357,6 +362,43 @@ def choices_table() -> str:
         known = {f"{100 * m.gap_closed:.0f} %{'' if m.ratio == 1 else f' at {m.ratio:g}'}": None for m in shown if m}
         lines.append(f"| {row[0].name} | {' | '.join(cells)} | {', '.join(known) or 'not measured'} |")
     return "\n".join(lines)
+
+
+def stages_table(choices: dict[str, Choice]) -> str:
+    """The Markdown of what else these runs hold, and an emulator's: the largest stage beside the training, and the passes of
+    its gradient sums with their time."""
+    emulated = {name: _emulators(choice) for name, choice in choices.items()}
+    rows = {
+        "the recommended run, its largest other stage": [
+            _largest(choice.recommended.memory) for choice in choices.values()
+        ],
+        "an emulator's run, its largest other stage": [_largest(memory) for memory in emulated.values()],
+        f"gradient sums of {CALIBRATED} rows": [_gradients(memory) for memory in emulated.values()],
+    }
+    lines = [f"| beside the training | {' | '.join(choices)} |", f"| --- |{' --- |' * len(choices)}"]
+    return "\n".join([*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())])
+
+
+def _emulators(choice: Choice) -> MemoryModel:
+    return next(one.memory for one in choice.alternatives if one.name == "an emulator")
+
+
+def _largest(memory: MemoryModel) -> str:
+    peaks = {
+        name: held for name, held in stage_peaks(STAGES_OF_A_RUN, memory).items() if name not in ("finetune", "heal")
+    }
+    name = max(peaks, key=peaks.__getitem__)
+    fits = peaks[name] <= int(memory.budget or 0)
+    return f"{name} {'' if fits else 'needs '}{peaks[name] / 2**30:.1f} GiB"
+
+
+def _gradients(memory: MemoryModel) -> str:
+    plan = memory.gradient_plan()
+    cost = GRADIENTS.cost(memory) if GRADIENTS.cost is not None else StageCost({})
+    seconds = cost.start_seconds + busy_seconds(cost, memory.config.calibration, CARD, memory.weights)
+    seconds += cost.disk_bytes / CARD.disk
+    held = plan.hold.replace("_", " ")
+    return f"{counted(len(plan.waves), 'pass', 'passes')}, {held}, {counted(plan.batch_size, 'row')} a batch: {duration(seconds)}"
 
 
 def _cells(one: Alternative, choice: Choice) -> tuple[str, str]:
@@ -371,4 +413,6 @@ def _cells(one: Alternative, choice: Choice) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    print(table(), blocks_table(), correction_table(), choices_table(), sep="\n\n")
+    side_by_side = {name: choice_for(name) for name in SIZES}
+    compared = choices_table(side_by_side), stages_table(side_by_side)
+    print(table(), blocks_table(), correction_table(), *compared, sep="\n\n")

@@ -17,6 +17,7 @@ from emloc_ray.io.store.node_cache import ensure, exists, open_newest, open_vers
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 DTYPES = {
     "F64": torch.float64,
@@ -188,6 +189,12 @@ class Checkpoint:
             return [self.directory / name for name in sorted(set(weight_map.values()))]
         if exists(self.directory / SINGLE_NAME):
             return [self.directory / SINGLE_NAME]
+        pickled = next((file.name for kind in _PICKLES for file in sorted(self.directory.glob(kind))), None)
+        if pickled is not None:
+            raise ArtifactError(
+                f"{self.directory} holds no {SINGLE_NAME}, and {pickled} is a pickle, which may run code and is not read: where"
+                " you trust it, open it with transformers' from_pretrained and name what save_pretrained writes."
+            )
         raise ArtifactError(
             f"{self.directory} holds no {SINGLE_NAME} and no {INDEX_NAME}: give a checkpoint saved as safetensors."
         )

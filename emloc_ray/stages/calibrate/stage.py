@@ -131,7 +131,7 @@ def _gram_cost(memory: MemoryModel) -> StageCost:
         memory.calibrate(),
         flops=tokens * 2 * (block_work(layout) + products),
         moved_bytes=moved if by_blocks else moved * len(memory.waves()),
-        disk_bytes=(memory.weight_files if prepared.source.gguf_file else 0) + images + grams // 2 + held,
+        disk_bytes=images + grams // 2 + held,
         efficiency=0.65,
         start_seconds=25,
     )

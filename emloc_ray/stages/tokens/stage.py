@@ -132,6 +132,7 @@ DATA = Stage(
     outputs=("data/tokens",),
     run=_tokenize,
     resumes=True,
+    redone=False,
     shares=_shares,
     summary=_summary,
     remarks=_remarks,

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import save
+from shared_keys import HAS_MISTRAL, MISTRAL
 from test_gram_hooks import rows
 from tiny import PAD, save_model
 from torch import Tensor
@@ -100,6 +102,22 @@ def test_sums_are_those_of_the_whole_model(family: str, saved: Callable[[str], P
     for one, other in zip(*sums, strict=True):
         assert one.num_tokens == other.num_tokens
         torch.testing.assert_close(one.symmetric(), other.symmetric(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not HAS_MISTRAL, reason="transformers has no Mistral Large 4")
+def test_grams_of_blocks_that_share_keys_and_values_are_those_of_the_whole_model(tmp_path: Path) -> None:
+    config = transformers.MistralLarge4Config(**MISTRAL)
+    torch.manual_seed(0)
+    transformers.MistralLarge4ForConditionalGeneration(config).save_pretrained(tmp_path)
+    empty = empty_model(config)
+    trace = trace_inputs(empty, block_linears(empty))
+    sums = []
+    for hold in ("resident", "offloaded"):
+        hooks = GramHooks(open_model(tmp_path, hold), trace.groups, trace.streams)
+        hooks.forward(BATCH)
+        sums.append({name: gram.symmetric() for name, gram in hooks.grams.items()})
+    assert sums[0].keys() == sums[1].keys()
+    assert all(torch.equal(gram, sums[1][name]) for name, gram in sums[0].items())
 
 
 def test_tied_embeddings_and_another_dtype(tmp_path: Path) -> None:

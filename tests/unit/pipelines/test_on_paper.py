@@ -8,16 +8,19 @@ import pytest
 from benchmarks.gpu.shapes import SHAPES, llama_config
 from benchmarks.on_paper import (
     MACHINES,
+    SIZES,
     Model,
     Work,
     blocks_table,
     calibrate,
+    choice_for,
     choices_table,
     correction_table,
     deepened,
     factorize,
     finetune,
     lora_on_the_original,
+    stages_table,
     table,
 )
 from benchmarks.stage_memory import bare_prepared
@@ -32,7 +35,13 @@ def test_the_page_has_the_table() -> None:
     assert table() in page
     assert blocks_table() in page
     assert correction_table() in page
-    assert choices_table() in page
+    choices = {name: choice_for(name) for name in SIZES}
+    assert choices_table(choices) in page
+    assert stages_table(choices) in page
+    for choice in choices.values():
+        assert not choice.solution.too_large  # what is recommended fits, each stage of it
+    emulated = next(one.memory for one in choices["8 B"].alternatives if one.name == "an emulator")
+    assert len(emulated.gradient_plan().waves) <= 4
 
 
 def test_a_deeper_model_is_that_of_its_config() -> None:

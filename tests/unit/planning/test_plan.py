@@ -24,7 +24,8 @@ from emloc_ray.planning.plan import Plan, make_plan, missing_disk
 from emloc_ray.planning.prepared import Prepared, prepare
 from emloc_ray.planning.work import num_steps, rows_trained, steps_trained
 from emloc_ray.stages.order import STEPS
-from emloc_ray.ui.terminal import disk_line, plan_tables
+from emloc_ray.text import size
+from emloc_ray.ui.terminal import disk_line, gradients_line, plan_tables, step_lines
 
 PLAIN = [stage for stage in VERBS[1:] if stage != "heal"]
 
@@ -285,6 +286,32 @@ def test_steps_without_work_are_not_waited_for(prepared: Callable[..., Prepared]
     assert "merge" not in needed_steps(prepared(adapter={**prompt, "num_virtual_tokens": 2}))
 
 
+def test_what_a_finishing_step_moves_is_said_by_where_it_comes_from(prepared: Callable[..., Prepared]) -> None:
+    section = {
+        "exact_steps": 3,
+        "gpus_per_worker": 1,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+    }
+    ready = prepared(
+        model={"source": prepared().config.model.source, "hold": "offloaded"},
+        finetune=section,
+        ray={"num_gpus": 1},
+        memory_budget=None,
+    )
+    moved = 2 * 2 * MemoryModel(ready).moved("offloaded", 4, 4)  # in two passes, forward and back
+    host = Speeds(1e10, gpu_flops=1e30, link=4e6)
+    for speeds, source, rate in (
+        (host, "over the GPU's link", 4e6),
+        (dataclasses.replace(host, disk=2e6, host_bytes=1), "from disk", 2e6),
+    ):
+        found = make_plan(STEPS, ready, speeds)
+        assert stage(found, "finish").step_seconds == pytest.approx(moved / rate)
+        said = next(line for line in step_lines(found) if "finish" in line)
+        assert f"{size(moved)} of the original's weights come {source} at {rate / 1e6:.0f} MB/s" in said
+    assert not step_lines(make_plan(STEPS, prepared(finetune={"exact_steps": 3}), host))  # mapped here
+
+
 def test_what_ranks_by_data_take_is_planned(plan: Callable[..., Plan]) -> None:
     by_data = {"allocation": "sensitivity", "objective": "predictions"}
     plain, found = (plan(emulator=emulator, memory_budget=None) for emulator in ({}, by_data))
@@ -296,6 +323,8 @@ def test_what_ranks_by_data_take_is_planned(plan: Callable[..., Plan]) -> None:
     assert stage(found, "finetune") == stage(plain, "finetune")
     text = "".join(segment.text for table in plan_tables(found) for segment in Console(width=200).render(table))
     assert "by data" in text
+    assert gradients_line(found) == "Gradient sums: 1 pass over the rows, the model held resident, 8 rows a batch."
+    assert gradients_line(plain) is None
     assert f"together they keep {found.layout.parameters_factorized:,} parameters at most" in " ".join(text.split())
 
 

@@ -11,13 +11,15 @@ from small_runs import make_values, task_rows, write_jsonl
 
 from emloc_ray.config.reading import parse_config
 from emloc_ray.config.schema import CorrectionConfig
+from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.plan import make_plan
 from emloc_ray.planning.prepared import Prepared, prepare
-from emloc_ray.runs.remarks import emulated_bfloat16, idle_cpus, over_budget, unread_correction
+from emloc_ray.runs.remarks import emulated_bfloat16, idle_cpus, moved_for_completions, over_budget, unread_correction
 from emloc_ray.stages.factorize.stage import thin_calibration
 from emloc_ray.stages.heal.stage import no_healing
 from emloc_ray.stages.order import STEPS
 from emloc_ray.stages.tokens.stage import cut_rows, too_few_rows
+from emloc_ray.text import size
 
 Make = Callable[..., Prepared]
 
@@ -60,6 +62,22 @@ def test_a_budget_that_stages_exceed_is_told_with_these(prepared: Make) -> None:
     said = str(said_of("1MiB"))
     assert said.startswith("memory_budget is 1.00 MiB a worker, but the plan says calibrate ")
     assert "finetune" in said
+
+
+def test_what_completions_move_is_told_where_blocks_come_over_a_link(prepared: Make) -> None:
+    asked = {"num_exact_match": 6, "num_generations": 2, "max_new_tokens": 7, "batch_size": 4}
+    over_link = {**asked, "gpus_per_worker": 1}
+    run = prepared(model={"hold": "offloaded"}, evaluation=over_link, ray={"num_gpus": 1})
+    memory, said = MemoryModel(run), str(moved_for_completions(run))
+    moved, together = size(memory.moved("offloaded", 1, 1)), min(6, memory.prompts_at_once())
+    assert (
+        f"6 prompts on the offloaded original, {together} together: its weights move once for each token, up to 7 × {moved}"
+        in said
+    )
+    assert (
+        moved_for_completions(prepared(model={"hold": "resident"}, evaluation=over_link, ray={"num_gpus": 1})) is None
+    )
+    assert moved_for_completions(prepared(model={"hold": "offloaded"}, evaluation=asked)) is None  # mapped here
 
 
 def test_cpus_that_a_run_leaves_idle_are_told(prepared: Make) -> None:

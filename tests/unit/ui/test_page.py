@@ -223,6 +223,15 @@ def test_losses_that_diverged() -> None:
     assert not re.search(r'(width|d)="[^"]*(nan|inf)', page)
 
 
+def test_the_gap_closed_is_that_of_the_finished_adapter_where_there_is_one() -> None:
+    metrics = finished_metrics()
+    metrics["gap_closed"] |= {"corrected": 0.51, "finished": 0.93}
+    assert (
+        "51.0% corrected, 93.0% finished on the original" in Page(report.render("run", manifest(*STAGES), metrics)).text
+    )
+    assert "Gap closed: 93.0% of the way" in "\n".join(result_lines(metrics, "runs/x"))
+
+
 def test_stages_older_than_one_before_them_are_named() -> None:
     entries = manifest(*STAGES)
     assert "was redone since" not in report.render("run", entries, finished_metrics())
