@@ -162,7 +162,8 @@ def scheduling(out: Path) -> Figures:
     walls, peaks = {}, {}
     with connection(num_cpus=SLEEPING_CPUS):
         sleep = Resources().task(_Sleeps().sleep)
-        ray.get([sleep.remote(1.0) for _ in range(2 * SLEEPING_CPUS)])  # starts the workers
+        begun = [sleep.remote(1.0) for _ in range(2 * SLEEPING_CPUS)]  # starts the workers
+        ray.get([given for task in begun for given in task])
         for count in SLEEPERS:
             run = RunDirectory(out / f"sleepers-{count}")
             run.create({}, fresh=True)

@@ -38,7 +38,7 @@ def told(work):
         print(error, flush=True)
 
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-task = ray.remote(eat).options(**Resources().task_options())
+task = Resources().task(eat)
 told(lambda: bounded([("layer q", task.remote)], 1, Losses("factorize", bound=0)))
 start = lambda slot: start_slot(Resources(), "calibrate: slot 0", [0], Slot)
 told(lambda: run_slots(start, [[0]], "token shard", Losses("calibrate", bound=0)))

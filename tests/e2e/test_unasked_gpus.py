@@ -16,7 +16,7 @@ def seen():
     return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 with connection(num_cpus=1, num_gpus=2):
-    print(total("GPU"), *(repr(ray.get(Resources(1, 1, gpus).task(seen).remote()).result) for gpus in (0, 1, 0)))
+    print(total("GPU"), *(repr(ray.get([*Resources(1, 1, gpus).task(seen).remote()])[-1].result) for gpus in (0, 1, 0)))
 """
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from small_runs import task_rows, write_jsonl
 
 from emloc_ray.data.formats import Tokens
@@ -39,7 +38,7 @@ def test_a_task_that_kills_its_worker_is_given_up_and_others_are_not() -> None:
         return 7
 
     told: list[str] = []
-    task: Any = ray.remote(work).options(**Resources().task_options())
+    task: Any = Resources().task(work)
     pieces = [("layer k", functools.partial(task.remote, False)), ("layer q", functools.partial(task.remote, True))]
     losses = Losses("factorize", told.append, bound=1)
     with pytest.raises(StageError, match=r"^factorize: layer q lost its worker 2 times, the last time because"):

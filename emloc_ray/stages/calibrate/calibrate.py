@@ -27,7 +27,7 @@ from emloc_ray.stages.calibrate.streamed_slot import StreamedSlot, grams_file, l
 from emloc_ray.stages.calibrate.thin_experts import Gathered, clear_thin, describe, gather_thin
 from emloc_ray.stages.ray.losses import Losses, Tell, causes, is_out_of_memory, unheard
 from emloc_ray.stages.ray.slots import run_slots, start_slot
-from emloc_ray.stages.ray.tasks import Flight, Progress, Resources, bounded, set_threads, silent
+from emloc_ray.stages.ray.tasks import LOOK_S, Flight, Progress, Resources, bounded, set_threads, silent
 
 _GRAMS_PER_FILE = 4
 
@@ -201,7 +201,7 @@ def _stream(
 
     with Flight(num_slots, losses) as flight:
         run_slots(start, [range(num_blocks)] * num_slots, "block", losses, progress, done)
-        while flight.pump(None):
+        while flight.pump(LOOK_S):
             pass
     counts = {name: count for block in flight.results.values() for name, count in block.items()}
     return counts, {name: files[block].name for block in range(num_blocks) for name in names[block]}

@@ -9,9 +9,8 @@ import bisect
 import dataclasses
 import gc
 import math
-import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
@@ -19,14 +18,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from emloc_ray.stages.ray.departures import Departures
 from emloc_ray.stages.ray.losses import Losses
+from emloc_ray.stages.ray.pace import Pace
 from emloc_ray.stages.ray.spans import Span, Timed, tell_span, timed
 from emloc_ray.stages.ray.tasks import Progress, Resources, remote_task, silent
 
 _LOOK_S = 1.0
 LEFT = -2  # no unit's number
-# A slot is begun again where a unit takes so many times the median of a few, and not before so many seconds, in which
-# its sums, which it writes now and then within a unit, reach a slow disk.
-_TIMES_USUAL, _FEW_UNITS, _PATIENCE_S = 20, 5, 1800.0
 
 
 def start_slot(
@@ -135,8 +132,7 @@ class _Slots:
         self.resting = {slot: 0.0 for slot, count in enumerate(self._counts) if count < len(work[slot])}
         self.done_units, self.total = sum(self._counts), sum(len(units) for units in work)
         self._at: dict[int, str] = {}  # what each slot is at
-        self._since: dict[int, float] = {}  # and since when, where it is known to work
-        self._took: list[float] = []  # the seconds of each unit that was worked off
+        self._pace = Pace()
 
     def begin(self) -> None:
         """Starts the slots whose time has come."""
@@ -144,16 +140,12 @@ class _Slots:
             del self.resting[slot]
             self.running[self.start(slot)] = slot
             self._at[slot] = "its start"
-            self._since.pop(slot, None)
 
     def end_overdue(self) -> None:
         """Ends the tasks that gave nothing for much longer than units take; they begin again."""
-        for task, slot in _overdue(self.running, self._since, self._took):
-            del self.running[task]
-            ray.cancel(task, force=True)
-            waited = time.monotonic() - self._since[slot]
-            piece = f"slot {slot} at {self._at[slot]}"
-            delay = self.losses.give_up_waiting(piece, waited, statistics.median(self._took))
+        for task, waited_s, usual_s in self._pace.end_overdue():
+            slot = self.running.pop(task)
+            delay = self.losses.give_up_waiting(f"slot {slot} at {self._at[slot]}", waited_s, usual_s)
             self.resting[slot] = time.monotonic() + delay
 
     def take(self, task: Any) -> None:
@@ -163,7 +155,7 @@ class _Slots:
         try:
             given: Timed = ray.get(next(task))
         except ray.exceptions.RayError as error:
-            del self.running[task]  # it has ended: its worker may be at another's work, which a cancel would kill
+            self._over(task)  # its worker may be at another's work, which a cancel would kill
             piece = f"slot {slot}" if where == "its start" else f"slot {slot} at {where}"
             delay = self.losses.count(piece, error)
             self.resting[slot] = time.monotonic() + delay
@@ -171,17 +163,19 @@ class _Slots:
         losses, unit = self.losses, given.result
         worker = f"slot {slot} on {given.worker.partition(' on ')[2]}"
         tell_span(Span(losses.stage, worker, where, given.begun_at, given.finished_at, **given.peaks))
-        if slot in self._since:
-            self._took.append(time.monotonic() - self._since[slot])
-        self._since[slot] = time.monotonic()
+        self._pace.gave(task)
         if unit is None:  # committed to the end
-            del self.running[task]
+            self._over(task)
         elif unit == LEFT:
-            del self.running[task]
+            self._over(task)
             self.resting[slot] = 0.0
             losses.tell(f"{losses.stage}: slot {slot} leaves a node that is about to go, and continues from {where}.")
         else:
             self._reach(slot, unit)
+
+    def _over(self, task: Any) -> None:
+        del self.running[task]
+        self._pace.over(task)
 
     def _reach(self, slot: int, unit: int) -> None:
         units = self.work[slot]
@@ -191,19 +185,6 @@ class _Slots:
         if unit >= 0:
             self.done(slot, unit)
         self._at[slot] = f"{self.unit_name} {units[count]}" if count < len(units) else "its end"
-
-
-def _overdue(running: Mapping[Any, int], since: Mapping[int, float], took: Sequence[float]) -> list[tuple[Any, int]]:
-    """The tasks that work at a unit for much longer than units take: a driver of a GPU, or a file system, may hang for ever.
-
-    Not what waits to be taken: this process itself may have been stopped for that long.
-    """
-    if len(took) < _FEW_UNITS:
-        return []
-    bound = max(_PATIENCE_S, _TIMES_USUAL * statistics.median(took))
-    now = time.monotonic()
-    late = [(task, slot) for task, slot in running.items() if now - since.get(slot, now) > bound]
-    return [(task, slot) for task, slot in late if not ray.wait([task], timeout=_LOOK_S)[0]]
 
 
 def _first_ready(tasks: list[Any], until: float) -> list[Any]:

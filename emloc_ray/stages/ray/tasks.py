@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ import ray
 import torch
 
 from emloc_ray.stages.ray.losses import Losses
+from emloc_ray.stages.ray.pace import Pace
 from emloc_ray.stages.ray.spans import Span, Timed, tell_span, timed
 
 Progress = Callable[[int, int], None]
@@ -39,15 +40,17 @@ def _gpus_are_hidden() -> bool:
 
 
 @functools.cache
-def _on_worker(function: Callable[..., Any], threads: int) -> Callable[..., Timed]:
-    """The function as a worker runs it: timed, with so many torch threads, which also fixes the order of its sums."""
+def _on_worker(function: Callable[..., Any], threads: int) -> Callable[..., Iterator[Timed | None]]:
+    """The function as a worker runs it: it gives None once it has begun, for until then it may wait for a worker, then the
+    result, timed; with so many torch threads, which also fixes the order of its sums."""
 
     @functools.wraps(function)
-    def run(*arguments: Any) -> Any:
+    def run(*arguments: Any) -> Iterator[Timed | None]:
+        yield None
         torch.set_num_threads(threads)
-        return function(*arguments)
+        yield timed(function)(*arguments)
 
-    return timed(run)
+    return run
 
 
 @functools.cache
@@ -90,7 +93,8 @@ class Resources:
         It is made with the options rather than given them later: only then does Ray end the process of a task that had a
         GPU, which would hold what torch has taken of it, and stay with that GPU where the next task is given another.
         """
-        options: dict[str, Any] = {**self.task_options(), **({"max_calls": 1} if alone else {})}
+        more = {"max_calls": 1} if alone else {}
+        options: dict[str, Any] = {**self.task_options(), "num_returns": "streaming", **more}
         return remote_task(_on_worker(function, self.threads), **options)
 
     @property
@@ -120,7 +124,8 @@ class _Piece:
 
 
 class Flight:
-    """Ray tasks that start in the order they are added, at most ``limit`` of them in flight; lost ones start again.
+    """Ray tasks that start in the order they are added, at most ``limit`` of them in flight; lost ones, and those that take much
+    longer than others, start again.
 
     As a context it ends what is in flight where the block raises: nobody waits for it any more; what was written whole stays.
     """
@@ -131,6 +136,7 @@ class Flight:
         self._waiting: collections.deque[_Piece] = collections.deque()
         self._resting: list[_Piece] = []
         self._flying: dict[Any, _Piece] = {}
+        self._pace = Pace()
         self._added = 0
 
     @property
@@ -139,9 +145,9 @@ class Flight:
         return len(self._waiting) + len(self._resting) + len(self._flying)
 
     def add(self, name: str, submit: Callable[[], Any]) -> int:
-        """Queues a task; ``submit`` starts it and gives its reference. Returns its number, by which results are found.
+        """Queues a task; ``submit`` starts it and gives its references. Returns its number, by which results are found.
 
-        It has to be one of :meth:`Resources.task`, so that its time and memory are known.
+        It has to be one of :meth:`Resources.task`, so that its begin, its time and its memory are known.
         """
         self._waiting.append(_Piece(self._added, name, submit))
         self._added += 1
@@ -152,6 +158,9 @@ class Flight:
         it takes); whether anything is left. Raises what a task raised."""
         self._wake()
         self.losses.look()
+        for task, waited_s, usual_s in self._pace.end_overdue():
+            piece = self._flying.pop(task)
+            self._rest(piece, self.losses.give_up_waiting(piece.name, waited_s, usual_s))
         while self._waiting and len(self._flying) < self.limit:
             piece = self._waiting.popleft()
             self._flying[piece.submit()] = piece
@@ -161,8 +170,8 @@ class Flight:
             timeout = rest if timeout is None else min(timeout, rest)
         if self._flying:
             ready, _ = ray.wait(list(self._flying), num_returns=1, timeout=timeout)
-            for reference in ready:
-                self._collect(reference)
+            for task in ready:
+                self._collect(task)
         elif timeout:
             time.sleep(timeout)
         return self.left > 0
@@ -172,27 +181,34 @@ class Flight:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if kind is not None:
-            for reference in self._flying:
-                ray.cancel(reference)
+            for task in self._flying:
+                ray.cancel(task)
 
     def _wake(self) -> None:
         awake = [piece for piece in self._resting if piece.begin <= time.monotonic()]
         self._resting = [piece for piece in self._resting if piece not in awake]
         self._waiting.extendleft(reversed(awake))
 
-    def _collect(self, reference: Any) -> None:
-        piece = self._flying.pop(reference)
+    def _rest(self, piece: _Piece, delay: float) -> None:
+        self._resting.append(dataclasses.replace(piece, begin=time.monotonic() + delay))
+
+    def _collect(self, task: Any) -> None:
+        piece = self._flying[task]
         try:
-            result = ray.get(reference)
+            given: Timed | None = ray.get(next(task))
         except ray.exceptions.RayError as error:
-            delay = self.losses.count(piece.name, error)
-            self._resting.append(dataclasses.replace(piece, begin=time.monotonic() + delay))
+            del self._flying[task]
+            self._pace.over(task)
+            self._rest(piece, self.losses.count(piece.name, error))
             return
-        if isinstance(result, Timed):
-            when = result.begun_at, result.finished_at
-            tell_span(Span(self.losses.stage, result.worker, piece.name, *when, **result.peaks))
-            result = result.result
-        self.results[piece.number] = result
+        self._pace.gave(task)
+        if given is None:  # it has begun
+            return
+        del self._flying[task]
+        self._pace.over(task)
+        when = given.begun_at, given.finished_at
+        tell_span(Span(self.losses.stage, given.worker, piece.name, *when, **given.peaks))
+        self.results[piece.number] = given.result
 
 
 def bounded(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +17,7 @@ from emloc_ray.errors import StageError
 from emloc_ray.stages.finetune.failure_log import FailureLog
 from emloc_ray.stages.finetune.job import FinetuneJob
 from emloc_ray.stages.finetune.training import StepKeeper
-from emloc_ray.stages.ray import departures, slots
+from emloc_ray.stages.ray import departures, pace, slots, tasks
 from emloc_ray.stages.ray.departures import Departures
 from emloc_ray.stages.ray.losses import Losses
 from emloc_ray.stages.ray.spans import Timed
@@ -127,6 +129,53 @@ def test_a_unit_that_takes_for_ever_is_ended_and_begun_again(monkeypatch: pytest
     [sentence] = told
     assert sentence.startswith("calibrate: slot 0 at shard 6 lost its worker because it gave nothing for ")
     assert sentence.endswith(", where 2.0 s is usual; restarted (1 of 3).")
+
+
+def test_a_task_that_takes_for_ever_is_ended_and_begun_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(tasks.time, "monotonic", lambda: now[0])
+    done = Timed(1, "process 1 on here", 0.0, 1.0, 0)
+    started: list[Any] = []
+
+    def submit(given: list[list[Timed | None]]) -> Any:
+        started.append(iter(given.pop(0)))
+        return started[-1]
+
+    def wait(flying: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        ready = [task for task in flying if operator.length_hint(task)]
+        now[0] += 2 if ready else 1500
+        return ready[:1], flying
+
+    cancelled: list[Any] = []
+    told: list[str] = []
+    monkeypatch.setattr(tasks.ray, "wait", wait)
+    monkeypatch.setattr(tasks.ray, "get", lambda given: given)
+    monkeypatch.setattr(tasks.ray, "cancel", lambda task, **how: cancelled.append((task, how)))
+    quick: list[list[list[Timed | None]]] = [[[None, done]] for _ in range(5)]
+    hangs: list[list[Timed | None]] = [[None], [None, done]]
+    named = [(f"shard {number}", functools.partial(submit, given)) for number, given in enumerate([*quick, hangs])]
+    assert tasks.bounded(named, 1, Losses("merge", told.append)) == [1] * 6
+    assert cancelled == [(started[5], {"force": True})]
+    [sentence] = told
+    assert sentence.startswith("merge: shard 5 lost its worker because it gave nothing for ")
+    assert sentence.endswith(", where 2.0 s is usual; restarted (1 of 3).")
+
+
+def test_a_task_that_waits_for_a_worker_is_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(pace.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(pace.ray, "wait", lambda given, **_: ([], given))
+    monkeypatch.setattr(pace.ray, "cancel", lambda *_, **__: None)
+    known = pace.Pace()
+    for task in range(5):
+        known.gave(task)
+        known.gave(task)
+        known.over(task)
+    now[0] = 1e6
+    assert known.end_overdue() == []
+    known.gave("at work")
+    now[0] += 1900
+    assert [task for task, _, _ in known.end_overdue()] == ["at work"]
 
 
 def test_what_has_come_on_since_its_last_loss_is_counted_anew() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from ray.exceptions import NodeDiedError, WorkerCrashedError
 from emloc_ray.stages.ray import tasks
 from emloc_ray.stages.ray.losses import Losses
 from emloc_ray.stages.ray.nodes import shortage
+from emloc_ray.stages.ray.spans import Timed
 from emloc_ray.stages.ray.tasks import Resources, bounded
 
 
@@ -78,15 +80,17 @@ def test_lost_tasks_start_again_and_results_keep_their_order(monkeypatch: pytest
     outcomes: dict[str, list[Any]] = {"a": [WorkerCrashedError(), NodeDiedError("node"), 1], "b": [2], "c": [3]}
     started: list[str] = []
 
-    def submit(name: str) -> str:
+    def submit(name: str) -> Iterator[Any]:
         started.append(name)
-        return name
-
-    def get(name: str) -> Any:
         outcome = outcomes[name].pop(0)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
+        return iter(
+            [None, outcome if isinstance(outcome, Exception) else Timed(outcome, "process 1 on here", 0.0, 1.0, 0)]
+        )
+
+    def get(given: Any) -> Any:
+        if isinstance(given, Exception):
+            raise given
+        return given
 
     monkeypatch.setattr(tasks.ray, "wait", lambda references, **options: (references[:1], references[1:]))
     monkeypatch.setattr(tasks.ray, "get", get)
