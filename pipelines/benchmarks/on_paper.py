@@ -4,8 +4,8 @@
 
 Operations and bytes are counted from shapes, as the stages do them; times are these over the speeds below, the slower of
 computing and moving, without starting anything. Then, of 70 B, what calibrating block by block holds and what correcting
-multiplies; and what a card of 24 GiB can train on, of 8 B, 32 B and 70 B, as ``emloc-ray plan`` chooses. cluster/README.md
-has the tables that this prints.
+multiplies; what a card of 24 GiB can train on, of 8 B, 32 B and 70 B, as ``emloc-ray plan`` chooses; and what keeping to
+the memory of inference costs 8 B. cluster/README.md has all that this prints.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from benchmarks.stage_memory import bare_prepared
 from emloc_ray.core.ranks import rank_for_ratio, rank_multiple
 from emloc_ray.modeling.architecture import LinearSpec, block_linears, empty_model, trace_inputs
 from emloc_ray.planning.alternatives import Alternative, Choice, choose_training
+from emloc_ray.planning.batches import shrink_batches, without_budget
 from emloc_ray.planning.budget import stage_peaks
 from emloc_ray.planning.costs import StageCost, busy_seconds
 from emloc_ray.planning.layout import Layout
 from emloc_ray.planning.lengths import Lengths
 from emloc_ray.planning.machine import Speeds
 from emloc_ray.planning.memory import MemoryModel
+from emloc_ray.planning.plan import make_plan
 from emloc_ray.stages.calibrate.stage import GRADIENTS
 from emloc_ray.stages.order import STEPS as STAGES_OF_A_RUN
 from emloc_ray.text import counted, duration
@@ -412,7 +414,40 @@ def _cells(one: Alternative, choice: Choice) -> tuple[str, str]:
     return (f"**{cells[0]}**", f"**{cells[1]}**") if one is choice.recommended else cells
 
 
+def inference_sentence() -> str:
+    """What keeping to the memory of inference costs 8 B, beside no budget: on a card of 80 GiB with 400 TFLOPS, 50 GB/s."""
+    on_gpu = {"gpus_per_worker": 1}
+    values = {
+        "run_dir": "runs/paper",
+        "model": {"source": "8 B", "dtype": "bfloat16"},
+        "data": {"train": {"path": "-"}, "max_seq_length": LENGTH},
+        "calibration": on_gpu,
+        "emulator": {"allocation": "sensitivity", "objective": "predictions", **on_gpu},
+        "adapter": {"r": R},
+        "finetune": {"per_device_train_batch_size": ROWS, **on_gpu},
+        "evaluation": on_gpu,
+        "ray": {"num_gpus": 1},
+    }
+    whole = bare_prepared(values, llama_config(SIZES["8 B"]))
+    vars(whole)["lengths"] = Lengths(LENGTH, LENGTH)  # of rows that are not there
+    bounded, free = shrink_batches(whole), without_budget(whole)
+    found = []
+    for prepared in (bounded, free):
+        vars(prepared)["lengths"] = whole.lengths
+        plan = make_plan(STAGES_OF_A_RUN, prepared, Speeds(cpu_flops=1e11, gpu_flops=400e12, link=50e9))
+        seconds = {f"{stage.name}_s": f"{stage.seconds:.0f}" for stage in plan.stages}
+        found.append({**seconds, **{name: f"{size / 2**30:.1f}" for name, size in plan.worker_bytes.items()}})
+    (ours, none), passes = found, len(MemoryModel(bounded).gradient_plan().waves)
+    return (
+        f"where inference takes {ours['inference']} GiB: gradients in {passes} passes take {ours['gradients_s']} s instead of"
+        f" {none['gradients_s']} and {ours['gradients']} GiB instead of {none['gradients']}; Grams block by block"
+        f" {ours['calibrate_s']} s instead of {none['calibrate_s']} (their sums need less disk) and {ours['calibrate']} GiB"
+        f" instead of {none['calibrate']}; training keeps its {ours['finetune']} GiB; correction and evaluation keep their time,"
+        f" in {ours['correct']} and {ours['evaluate']} GiB instead of {none['correct']} and {none['evaluate']}."
+    )
+
+
 if __name__ == "__main__":
     side_by_side = {name: choice_for(name) for name in SIZES}
     compared = choices_table(side_by_side), stages_table(side_by_side)
-    print(table(), blocks_table(), correction_table(), *compared, sep="\n\n")
+    print(table(), blocks_table(), correction_table(), *compared, inference_sentence(), sep="\n\n")

@@ -19,6 +19,7 @@ from benchmarks.on_paper import (
     deepened,
     factorize,
     finetune,
+    inference_sentence,
     lora_on_the_original,
     stages_table,
     table,
@@ -35,6 +36,7 @@ def test_the_page_has_the_table() -> None:
     assert table() in page
     assert blocks_table() in page
     assert correction_table() in page
+    assert inference_sentence() in page
     choices = {name: choice_for(name) for name in SIZES}
     assert choices_table(choices) in page
     assert stages_table(choices) in page
