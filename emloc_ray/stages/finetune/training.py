@@ -41,6 +41,7 @@ from emloc_ray.stages.finetune.zero import join_as_deepspeed_rank, scattered_in,
 from emloc_ray.stages.ray.departures import ASK_S
 from emloc_ray.stages.ray.losses import is_out_of_memory
 from emloc_ray.stages.ray.spans import timed
+from emloc_ray.stages.ray.tasks import set_threads
 
 _POLL_S = 0.5
 _NOTHING, _ASK, _STOP = range(3)  # what the first rank says at a step
@@ -206,7 +207,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     """What each worker of a Ray Train group runs; returns what the driver wants to know, ``peaks`` of its memory too."""
     if settings["device"] == "cpu":  # a Ray that our caller started lets every worker see its node's GPUs
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    torch.set_num_threads(settings["threads"])
+    set_threads(settings["threads"])
     job: FinetuneJob = settings["job"]
     if exists(job.out_of_memory_path):  # the group was restarted, and would run out once more
         return {"out_of_memory": True, "peaks": {}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 import ray
 import torch
 
+from emloc_ray.errors import StageError
 from emloc_ray.stages.ray.losses import Losses
 from emloc_ray.stages.ray.pace import Pace
 from emloc_ray.stages.ray.spans import Span, Timed, tell_span, timed
@@ -47,7 +49,7 @@ def _on_worker(function: Callable[..., Any], threads: int) -> Callable[..., Iter
     @functools.wraps(function)
     def run(*arguments: Any) -> Iterator[Timed | None]:
         yield None
-        torch.set_num_threads(threads)
+        set_threads(threads)
         yield timed(function)(*arguments)
 
     return run
@@ -109,8 +111,18 @@ class Resources:
 
 
 def set_threads(count: int) -> None:
-    """Fixes torch's threads in this worker, which also fixes the order of its sums."""
+    """Fixes torch's threads in this worker, which also fixes the order of its sums.
+
+    Raises:
+        StageError: Ray granted it a GPU that torch cannot open; it would compute on the CPU without a word.
+    """
     torch.set_num_threads(count)
+    granted = ray.get_gpu_ids() if ray.is_initialized() else []
+    if granted and not torch.cuda.is_available():
+        raise StageError(
+            f"Ray granted a worker on {socket.gethostname()} GPU {', '.join(map(str, granted))}, which torch {torch.__version__}"
+            " cannot open: install a torch for its driver there, or set gpus_per_worker to 0."
+        )
 
 
 @dataclass(frozen=True)

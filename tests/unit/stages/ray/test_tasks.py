@@ -8,8 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from ray.exceptions import NodeDiedError, WorkerCrashedError
 
+from emloc_ray.errors import StageError
 from emloc_ray.stages.ray import tasks
 from emloc_ray.stages.ray.losses import Losses
 from emloc_ray.stages.ray.nodes import shortage
@@ -102,3 +104,18 @@ def test_lost_tasks_start_again_and_results_keep_their_order(monkeypatch: pytest
     assert sorted(started) == ["a", "a", "a", "b", "c"]
     assert len(told) == 2
     assert shown[-1] == (3, 3)
+
+
+@pytest.mark.parametrize(("granted", "opens"), [([0], False), ([0], True), ([], False)])
+def test_a_granted_gpu_that_torch_cannot_open_is_told(
+    granted: list[int], opens: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks.ray, "is_initialized", lambda: True)
+        patch.setattr(tasks.ray, "get_gpu_ids", lambda: granted)
+        patch.setattr(torch.cuda, "is_available", lambda: opens)
+        if granted and not opens:
+            with pytest.raises(StageError, match="GPU 0, which torch"):
+                tasks.set_threads(torch.get_num_threads())
+        else:
+            tasks.set_threads(torch.get_num_threads())
