@@ -8,7 +8,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from scipy.special import stdtr
 from torch import Tensor
 
 
@@ -33,18 +32,6 @@ def paired_gain(losses: Tensor, reference: Tensor, counts: Tensor) -> Gain:
         return Gain(float(mean), math.inf)
     spread = (gains - mean * counts).square().sum() * rows / (rows - 1)
     return Gain(float(mean), float(spread.sqrt() / total))
-
-
-def certainty(gain: Gain, num_rows: int) -> float:
-    """How sure it is that a gain over so many rows is above zero: Student's t with ``num_rows − 1`` degrees of freedom.
-
-    0.5 where nothing is known: of one row, and where there is neither a gain nor an error.
-    """
-    if not gain.standard_error:
-        return 0.5 if not gain.mean else float(gain.mean > 0)
-    if not math.isfinite(gain.standard_error):
-        return 0.5
-    return float(stdtr(num_rows - 1, gain.mean / gain.standard_error))
 
 
 class Between(NamedTuple):

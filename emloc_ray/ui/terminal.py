@@ -144,8 +144,8 @@ def _stage_table(plan: Plan) -> Table:
 
 def plan_lines(plan: Plan, without_budget: Callable[[Plan], Plan]) -> list[str]:
     """What is said below a plan's tables: its steps, where weights come from, what to train on, or what the budget changed."""
-    told = [f"Training: {plan.steps}.", gradients_line(plan), *step_lines(plan), disk_line(plan)]
-    lines = [line for line in told if line is not None]
+    known = [f"Training: {plan.steps}.", gradients_line(plan), *step_lines(plan), disk_line(plan)]
+    lines = [line for line in known if line is not None]
     if plan.choice is not None:
         return [*lines, plan.choice.sentence]
     bounded = plan.prepared.config.memory_budget is not None

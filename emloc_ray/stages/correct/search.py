@@ -7,10 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from scipy.special import stdtr
 from torch import Tensor
 
 from emloc_ray.core.correction import Candidate
-from emloc_ray.core.selection import Gain, certainty, lowest_between, paired_gain
+from emloc_ray.core.selection import Gain, lowest_between, paired_gain
 from emloc_ray.errors import NumericsError
 
 if TYPE_CHECKING:
@@ -24,6 +25,18 @@ NUM_FURTHER = 1
 """How many more strengths are measured."""
 
 _NEAR = 0.1  # of a strength, or of 1 where it is smaller: differences that no loss tells apart
+
+
+def certainty(gain: Gain, num_rows: int) -> float:
+    """How sure it is that a gain over so many rows is above zero: Student's t with ``num_rows − 1`` degrees of freedom.
+
+    0.5 where nothing is known: of one row, and where there is neither a gain nor an error.
+    """
+    if not gain.standard_error:
+        return 0.5 if not gain.mean else float(gain.mean > 0)
+    if not math.isfinite(gain.standard_error):
+        return 0.5
+    return float(stdtr(num_rows - 1, gain.mean / gain.standard_error))
 
 
 @dataclasses.dataclass(frozen=True)

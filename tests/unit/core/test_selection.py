@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from scipy.special import stdtr
 from torch import Tensor
 
-from emloc_ray.core.selection import Gain, affordable_rows, certainty, lowest_between, paired_gain
+from emloc_ray.core.selection import Gain, affordable_rows, lowest_between, paired_gain
+from emloc_ray.stages.correct.search import certainty
 
 seeds = st.integers(0, 2**31 - 1)
 
