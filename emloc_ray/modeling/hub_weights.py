@@ -8,10 +8,8 @@ from pathlib import Path
 
 from emloc_ray.errors import ArtifactError
 from emloc_ray.io.formats.checkpoint import SINGLE_NAME, read_index
-from emloc_ray.io.store.atomic import atomic_file
+from emloc_ray.io.store.atomic import COPY_BYTES, atomic_file
 from emloc_ray.modeling.loading import ModelSource
-
-_COPY_BYTES = 2**24
 
 
 def weight_files(source: ModelSource) -> list[str]:
@@ -48,4 +46,4 @@ def import_weights(shared: tuple[ModelSource, Path], name: str) -> None:
                 " its environment."
             ) from error
         with Path(file).open("rb") as stream, atomic_file(target / name) as copy:
-            shutil.copyfileobj(stream, copy, _COPY_BYTES)
+            shutil.copyfileobj(stream, copy, COPY_BYTES)

@@ -27,7 +27,7 @@ from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.formats.checkpoint import Checkpoint, read_index
 from emloc_ray.io.runs.fingerprint import content_of
 from emloc_ray.io.runs.secret_values import leaves
-from emloc_ray.io.store.atomic import atomic_directory, atomic_file, copy_file
+from emloc_ray.io.store.atomic import COPY_BYTES, atomic_directory, atomic_file, copy_file
 from emloc_ray.io.store.node_cache import ensure, sizes
 from emloc_ray.modeling.architecture import auto_class, block_linears, empty_model, outside_linears
 from emloc_ray.modeling.experts import unfuse
@@ -56,8 +56,6 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
-
-COPY_BYTES = 2**24
 
 
 @dataclass(frozen=True)

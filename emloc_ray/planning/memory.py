@@ -13,9 +13,9 @@ from typing import NamedTuple
 from emloc_ray.core.products import ROWS
 from emloc_ray.io.formats.shards import chunk_limit
 from emloc_ray.io.formats.teacher_shards import BYTES_PER_LOGIT, rows_per_shard
+from emloc_ray.io.store.atomic import COPY_BYTES
 from emloc_ray.modeling.architecture import LinearSpec
 from emloc_ray.modeling.gguf_weights import needs_whole
-from emloc_ray.modeling.loading import COPY_BYTES
 from emloc_ray.planning.calibration_memory import BASE_BYTES, CalibrationMemory, Parts, total
 from emloc_ray.planning.holding import choose
 from emloc_ray.planning.model_bytes import DIVERGENCE_COPIES, LOSS_COPIES

@@ -15,6 +15,9 @@ from emloc_ray.io.store.lock_file import check_lock
 from emloc_ray.io.store.node_cache import ensure, forget, publish, publish_plain
 from emloc_ray.io.store.replacing import replacing
 
+COPY_BYTES = 2**24
+"""What copies of large files hold at a time."""
+
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
