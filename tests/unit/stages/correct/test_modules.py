@@ -220,7 +220,10 @@ def test_it_is_what_the_cpu_gives_and_the_host_seldom_waits(
     assert len(group.specs) == 3
     METER.restart()
     there, here = see_differences(job, group, device), see_differences(job, group)
-    assert METER.waits.total() <= 1 + 3 * len(group.specs), METER.waits  # the Gram's size; three thin matrices a linear
+    copies = METER.waits["copy_"] + METER.waits["_to_copy"]
+    assert METER.waits.total() - copies <= 1, METER.waits  # the Gram's size
+    # Of the Gram, and of a linear its weight, its factors and the adapter's to the device, and three thin matrices back.
+    assert copies <= 1 + 7 * len(group.specs), METER.waits
     for one, other in zip(here, there, strict=True):
         lora, expected = (module.corrected(COVARIANCE, 1e-4) for module in (other, one))
         torch.testing.assert_close(lora.lora_b @ lora.lora_a, expected.lora_b @ expected.lora_a)

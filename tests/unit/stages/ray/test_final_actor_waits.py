@@ -63,7 +63,7 @@ def test_a_silent_actor_is_ended_in_the_end(monkeypatch: pytest.MonkeyPatch, sil
     assert fake.asked == 3  # no report is asked for while one is waited for: what it told would be lost
     assert seen[-1] == (3, 4)
     assert told.count("a note") == 3
-    assert sum("has not answered for 15 min: it is ended" in text for text in told) == killed
+    assert sum("has not answered for 15 min: it is restarted" in text for text in told) == killed
 
 
 def test_a_run_that_waits_for_it_can_be_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
