@@ -43,8 +43,6 @@ FEWER = {
         "methods=[lora, nf4_lora, paper_auto, emloc_nf4, plain_svd, other_healing, layer_dropping, random_pruning,"
         " structured_pruning]",
     ],
-    "bits": [EIGHT, "methods=[lora, factors_nf4, int2_rank8]"],
-    "budget": [EIGHT, "methods=[lora, int2_rank8, budget_2.4]"],
     "calibration_size": [
         "grid.calibration.num_calibration_samples=[2, 8]",
         "compare_with={calibration.num_calibration_samples: 2}",
@@ -55,6 +53,7 @@ FEWER = {
         "calibrations={own: {}, shuffled: {shuffle: true}, prose_50: {foreign: prose, share: 0.5}}",
     ],
     "exact": [EIGHT, "methods=[lora, tuned_60, tuned_57_exact_3]"],
+    "frontier": [EIGHT, "unrounded=false", "methods=[lora, factors_nf4, int2_rank8, budget_2.4]"],
     "healing": [EIGHT, "methods=[lora, tuned_60, healed_15_tuned_45]"],
     "storage": [EIGHT, "methods=[lora, factors, pivoted]"],
 }
