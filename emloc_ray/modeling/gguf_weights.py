@@ -83,10 +83,13 @@ def write_weights(file: Path, model: Any, directory: Path, dtype: torch.dtype, m
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     sizes = {theirs: dtype.itemsize * int(np.prod(shapes[ours], dtype=np.int64)) for theirs, ours in names.items()}
     shards: list[list[str]] = [[]]
+    held = 0
     for theirs in names:
-        if shards[-1] and sum(sizes[name] for name in shards[-1]) + sizes[theirs] > max_shard_bytes:
+        if shards[-1] and held + sizes[theirs] > max_shard_bytes:
             shards.append([])
+            held = 0
         shards[-1].append(theirs)
+        held += sizes[theirs]
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -109,9 +112,8 @@ def _opened(
 
     reader = GGUFReader(file)
     architecture = read_field(reader, "general.architecture")[0]
-    if (
-        f"{architecture}.attention.head_count_kv" not in reader.fields
-    ):  # the loader lays out queries by it, or not at all
+    # The loader lays out queries by it, or not at all.
+    if f"{architecture}.attention.head_count_kv" not in reader.fields:
         raise NeedsWhole
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
     reader.fields.clear()  # the vocabulary, an array for each of its tokens

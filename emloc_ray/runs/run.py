@@ -69,12 +69,8 @@ def run(
         lean = keeps_small(prepared.config)
         with connection(config.ray.address, lean_memory=lean, **config.ray.init_options) as started:
             if turns is None and not started:
-                prepared, before = prepared.with_gpus(gpus_within_reach()), prepared
-                if prepared is not before:
-                    prepared = shrink_batches(prepared)
-                    plan = make_plan(STEPS, prepared)
+                prepared, plan = _within_reach(prepared, plan)
                 config = prepared.config
-                check_workers((stage.name, resources_of(stage, prepared)) for stage in STEPS if stage.wanted(prepared))
             if not fresh and config.ray.joins:  # by the GPUs that its Ray has
                 _check_changes(prepared, begin, until, accept_changes)
             if turns is None:  # again, by what Ray counts: in a container less than the machine has
@@ -112,6 +108,20 @@ def _checked_plan(prepared: Prepared, begin: str | None, fresh: bool, in_batch: 
     if prepared.run.store is None:  # a store has room, and a node's cache makes its own
         check_disk(prepared.run, missing_disk(plan, prepared.run, fresh))
     return plan
+
+
+def _within_reach(prepared: Prepared, plan: Plan) -> tuple[Prepared, Plan]:
+    """The run and its plan by the GPUs of the Ray that was joined.
+
+    Raises:
+        StageError: where a stage's workers fit on no node that there is or may be added.
+    """
+    reached = prepared.with_gpus(gpus_within_reach())
+    if reached is not prepared:
+        reached = shrink_batches(reached)
+        plan = make_plan(STEPS, reached)
+    check_workers((stage.name, resources_of(stage, reached)) for stage in STEPS if stage.wanted(reached))
+    return reached, plan
 
 
 def _check_changes(prepared: Prepared, begin: str | None, until: str, accept: Accept) -> None:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from emloc_ray.io.runs.resume import discard_unless
 from emloc_ray.io.store.node_cache import discard, sizes
+from emloc_ray.modeling.gguf_import import import_gguf
 from emloc_ray.modeling.hub_weights import import_weights, weight_files
-from emloc_ray.modeling.loading import copy_checkpoint, fetch_weights, import_gguf
+from emloc_ray.modeling.loading import copy_checkpoint, fetch_weights
 from emloc_ray.planning.costs import StageCost
 from emloc_ray.planning.memory import MemoryModel
 from emloc_ray.planning.prepared import Prepared

@@ -124,11 +124,6 @@ def page_view(
     older = older_stages(manifest)
     usages = metrics.get("stages") or {}
     stages = [(stage, usages[stage]) for stage in STEP_NAMES if stage in usages and stage in done]
-    imports = metrics.get("planned_imports_bytes", 0)  # which runs of older versions do not tell apart
-    planned = {stage: held - imports for stage, held in (metrics.get("planned_memory") or {}).items()}
-    held_key = "peak_above_imports_bytes" if imports else "peak_rss_bytes"
-    on_gpus = {stage: usage["peak_gpu_bytes"] for stage, usage in stages if "peak_gpu_bytes" in usage}
-    held = {**{stage: usage[held_key] for stage, usage in stages if held_key in usage}, **on_gpus}
     return {
         "name": name,
         "results": results,
@@ -158,17 +153,24 @@ def page_view(
         "finishing_curve": loss_curve(results["finishing"]),
         "stages": stages,
         "timeline": draw(run_lines(manifest, events), "the stages of the run"),
-        "planned": planned,
-        "held": held,
-        "on_gpus": on_gpus,
-        "above_imports": bool(imports),
-        "most_memory": max([*held.values(), *planned.values()], default=0),
+        **_memory_view(metrics, stages),
         "disk": metrics.get("disk_bytes") or {},
         "auto_class": metrics.get("auto_class", "AutoModelForCausalLM"),
         "hardware": describe_hardware(metrics.get("hardware") or {}),
         "versions": metrics.get("versions") or {},
         "config": write_yaml(without_secrets(config)) if config else "",
     }
+
+
+def _memory_view(metrics: Mapping[str, Any], stages: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """What a worker of each stage was planned to take and took, of a GPU where it had one."""
+    imports = metrics.get("planned_imports_bytes", 0)  # which runs of older versions do not tell apart
+    planned = {stage: bytes_planned - imports for stage, bytes_planned in (metrics.get("planned_memory") or {}).items()}
+    key = "peak_above_imports_bytes" if imports else "peak_rss_bytes"
+    on_gpus = {stage: usage["peak_gpu_bytes"] for stage, usage in stages if "peak_gpu_bytes" in usage}
+    held = {**{stage: usage[key] for stage, usage in stages if key in usage}, **on_gpus}
+    most = max([*held.values(), *planned.values()], default=0)
+    return {"planned": planned, "held": held, "on_gpus": on_gpus, "above_imports": bool(imports), "most_memory": most}
 
 
 def describe_hardware(hardware: Mapping[str, Any]) -> str | None:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from emloc_ray.errors import ConfigError
 from emloc_ray.io.store.atomic import write_json
-from emloc_ray.modeling.loading import import_gguf, resolve_source
+from emloc_ray.modeling.gguf_import import import_gguf
+from emloc_ray.modeling.loading import resolve_source
 
 _BLOCK = 32  # inputs that share a grid in llama.cpp's Q4_0 and Q4_1
 _LEVELS = 16

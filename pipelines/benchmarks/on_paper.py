@@ -4,35 +4,22 @@
 
 Operations and bytes are counted from shapes, as the stages do them; times are these over the speeds below, the slower of
 computing and moving, without starting anything. Then, of 70 B, what calibrating block by block holds and what correcting
-multiplies; what a card of 24 GiB can train on, of 8 B, 32 B and 70 B, as ``emloc-ray plan`` chooses; and what keeping to
-the memory of inference costs 8 B. cluster/README.md has all that this prints.
+multiplies. cluster/README.md has all that this prints.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).parents[1]))
 
 from benchmarks.gpu.shapes import SHAPES, llama_config
-from benchmarks.stage_memory import bare_prepared
 from emloc_ray.core.ranks import rank_for_ratio, rank_multiple
 from emloc_ray.modeling.architecture import LinearSpec, block_linears, empty_model, trace_inputs
-from emloc_ray.planning.alternatives import Alternative, Choice, choose_training
-from emloc_ray.planning.batches import shrink_batches, without_budget
-from emloc_ray.planning.budget import stage_peaks
-from emloc_ray.planning.costs import StageCost, busy_seconds
-from emloc_ray.planning.layout import Layout
-from emloc_ray.planning.lengths import Lengths
-from emloc_ray.planning.machine import Speeds
-from emloc_ray.planning.memory import MemoryModel
-from emloc_ray.planning.plan import make_plan
-from emloc_ray.stages.calibrate.stage import GRADIENTS
-from emloc_ray.stages.order import STEPS as STAGES_OF_A_RUN
-from emloc_ray.text import counted, duration
+from emloc_ray.text import duration
 
 RATIO, R, LENGTH, ROWS = 0.5, 8, 512, 8  # of the emulator, the adapter, a row, a batch
 CALIBRATED, STEPS, SCORED, SELECTED = 128, 1000, 256, 0.1  # rows, steps, rows, share of the trained tokens
@@ -268,8 +255,8 @@ def table() -> str:
     for stage in STAGES:
         cells = []
         for model in models:
-            found = stage(model, MACHINES[-1])
-            cells += [f"{found.operations / 1e12:,.0f}", f"{found.disk / 1e9:,.0f}"]
+            work = stage(model, MACHINES[-1])
+            cells += [f"{work.operations / 1e12:,.0f}", f"{work.disk / 1e9:,.0f}"]
             cells += [duration(stage(model, machine).seconds(machine, model.weights)) for machine in MACHINES]
         lines.append(f"| {stage.__name__.replace('lora_', 'LoRA ').replace('_', ' ')} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -309,145 +296,5 @@ def blocks_table() -> str:
     return "\n".join(lines)
 
 
-# A card of 165 TFLOPS in bfloat16, of which training is planned to reach a fifth, behind PCIe 4; a host that holds the weights.
-CARD = Speeds(cpu_flops=1e11, gpu_flops=165e12, link=25e9)
-BUDGET = "24GiB"
-_OF_32_B = {**SHAPES["full"].model, "hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64}
-SIZES = {
-    "8 B": SHAPES["full"].model,
-    "32 B": {**_OF_32_B, "num_attention_heads": 40, "vocab_size": 152064},
-    "70 B": SHAPES["full"].large,
-}
-
-
-def deepened(layout: Layout, blocks: int) -> Layout:
-    """A model of one block with so many of the kind."""
-    groups = tuple(tuple(_moved(spec, number) for spec in group) for number in range(blocks) for group in layout.groups)
-    specs = tuple(spec for group in groups for spec in group)
-    names = tuple(spec.name for spec in specs)
-    parameters = layout.num_parameters + (blocks - 1) * sum(spec.num_parameters for spec in layout.specs)
-    whole = replace(layout, specs=specs, groups=groups, num_parameters=parameters)
-    return replace(whole, compressed=names, adapted=names, free=names, replaceable=names)
-
-
-def _moved(spec: LinearSpec, number: int) -> LinearSpec:
-    return replace(spec, name=spec.name.replace(".0.", f".{number}."), block=spec.block.replace(".0", f".{number}"))
-
-
-def choice_for(name: str) -> Choice:
-    """What a card can train on, by sensitivity and predictions where that is an emulator."""
-    config = llama_config(SIZES[name])
-    values = {
-        "run_dir": "runs/paper",
-        "memory_budget": BUDGET,
-        "model": {"source": name, "dtype": "bfloat16"},
-        "data": {"train": {"path": "-"}, "max_seq_length": LENGTH},
-        "emulator": {"allocation": "sensitivity", "objective": "predictions"},
-        "adapter": {"r": R},
-        "calibration": {"num_calibration_samples": CALIBRATED, "gpus_per_worker": 1},
-        "evaluation": {"num_samples": SCORED, "gpus_per_worker": 1},
-        "finetune": {"per_device_train_batch_size": ROWS, "gpus_per_worker": 1},
-        "ray": {"num_gpus": 1},
-    }
-    bare = bare_prepared(values, llama_config({**SIZES[name], "num_hidden_layers": 1}))
-    whole = replace(bare, model_config=config, layout=deepened(bare.layout, config.num_hidden_layers))
-    return choose_training(STAGES_OF_A_RUN, whole, Lengths(LENGTH, LENGTH), CARD)
-
-
-def choices_table(choices: dict[str, Choice]) -> str:
-    """The Markdown of what 24 GiB train, side by side."""
-    columns = [f"{name}, {what}" for name in choices for what in ("GiB", "a step")]
-    lines = [f"| trained on | {' | '.join(columns)} | gap closed |", f"| --- |{' --- |' * (len(columns) + 1)}"]
-    for row in zip(*(choice.alternatives for choice in choices.values()), strict=True):
-        cells = [cell for one, choice in zip(row, choices.values(), strict=True) for cell in _cells(one, choice)]
-        shown = [one.measured for one in row if one.fits and not one.unneeded]
-        known = {f"{100 * m.gap_closed:.0f} %{'' if m.ratio == 1 else f' at {m.ratio:g}'}": None for m in shown if m}
-        lines.append(f"| {row[0].name} | {' | '.join(cells)} | {', '.join(known) or 'not measured'} |")
-    return "\n".join(lines)
-
-
-def stages_table(choices: dict[str, Choice]) -> str:
-    """The Markdown of what else these runs hold, and an emulator's: the largest stage beside the training, and the passes of
-    its gradient sums with their time."""
-    emulated = {name: _emulators(choice) for name, choice in choices.items()}
-    rows = {
-        "the recommended run, its largest other stage": [
-            _largest(choice.recommended.memory) for choice in choices.values()
-        ],
-        "an emulator's run, its largest other stage": [_largest(memory) for memory in emulated.values()],
-        f"gradient sums of {CALIBRATED} rows": [_gradients(memory) for memory in emulated.values()],
-    }
-    lines = [f"| beside the training | {' | '.join(choices)} |", f"| --- |{' --- |' * len(choices)}"]
-    return "\n".join([*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())])
-
-
-def _emulators(choice: Choice) -> MemoryModel:
-    return next(one.memory for one in choice.alternatives if one.name == "an emulator")
-
-
-def _largest(memory: MemoryModel) -> str:
-    peaks = {
-        name: held for name, held in stage_peaks(STAGES_OF_A_RUN, memory).items() if name not in ("finetune", "heal")
-    }
-    name = max(peaks, key=peaks.__getitem__)
-    fits = peaks[name] <= int(memory.budget or 0)
-    return f"{name} {'' if fits else 'needs '}{peaks[name] / 2**30:.1f} GiB"
-
-
-def _gradients(memory: MemoryModel) -> str:
-    plan = memory.gradient_plan()
-    cost = GRADIENTS.cost(memory) if GRADIENTS.cost is not None else StageCost({})
-    seconds = cost.start_seconds + busy_seconds(cost, memory.config.calibration, CARD, memory.weights)
-    seconds += cost.disk_bytes / CARD.disk
-    held = plan.hold.replace("_", " ")
-    return f"{counted(len(plan.waves), 'pass', 'passes')}, {held}, {counted(plan.batch_size, 'row')} a batch: {duration(seconds)}"
-
-
-def _cells(one: Alternative, choice: Choice) -> tuple[str, str]:
-    """Memory, with an emulator's ratio, and seconds; the recommended one's in bold."""
-    if one.unneeded:
-        return "not needed", ""
-    ratio, needed = one.config.emulator.compression_ratio, f"{one.needed / 2**30:.1f}"
-    if not one.fits:
-        return f"needs {needed}", ""
-    cells = f"{needed}{'' if ratio == 1 else f' at {ratio:g}'}", duration(one.step_seconds)
-    return (f"**{cells[0]}**", f"**{cells[1]}**") if one is choice.recommended else cells
-
-
-def inference_sentence() -> str:
-    """What keeping to the memory of inference costs 8 B, beside no budget: on a card of 80 GiB with 400 TFLOPS, 50 GB/s."""
-    on_gpu = {"gpus_per_worker": 1}
-    values = {
-        "run_dir": "runs/paper",
-        "model": {"source": "8 B", "dtype": "bfloat16"},
-        "data": {"train": {"path": "-"}, "max_seq_length": LENGTH},
-        "calibration": on_gpu,
-        "emulator": {"allocation": "sensitivity", "objective": "predictions", **on_gpu},
-        "adapter": {"r": R},
-        "finetune": {"per_device_train_batch_size": ROWS, **on_gpu},
-        "evaluation": on_gpu,
-        "ray": {"num_gpus": 1},
-    }
-    whole = bare_prepared(values, llama_config(SIZES["8 B"]))
-    vars(whole)["lengths"] = Lengths(LENGTH, LENGTH)  # of rows that are not there
-    bounded, free = shrink_batches(whole), without_budget(whole)
-    found = []
-    for prepared in (bounded, free):
-        vars(prepared)["lengths"] = whole.lengths
-        plan = make_plan(STAGES_OF_A_RUN, prepared, Speeds(cpu_flops=1e11, gpu_flops=400e12, link=50e9))
-        seconds = {f"{stage.name}_s": f"{stage.seconds:.0f}" for stage in plan.stages}
-        found.append({**seconds, **{name: f"{size / 2**30:.1f}" for name, size in plan.worker_bytes.items()}})
-    (ours, none), passes = found, len(MemoryModel(bounded).gradient_plan().waves)
-    return (
-        f"where inference takes {ours['inference']} GiB: gradients in {passes} passes take {ours['gradients_s']} s instead of"
-        f" {none['gradients_s']} and {ours['gradients']} GiB instead of {none['gradients']}; Grams block by block"
-        f" {ours['calibrate_s']} s instead of {none['calibrate_s']} (their sums need less disk) and {ours['calibrate']} GiB"
-        f" instead of {none['calibrate']}; training keeps its {ours['finetune']} GiB; correction and evaluation keep their time,"
-        f" in {ours['correct']} and {ours['evaluate']} GiB instead of {none['correct']} and {none['evaluate']}."
-    )
-
-
 if __name__ == "__main__":
-    side_by_side = {name: choice_for(name) for name in SIZES}
-    compared = choices_table(side_by_side), stages_table(side_by_side)
-    print(table(), blocks_table(), correction_table(), *compared, inference_sentence(), sep="\n\n")
+    print(table(), blocks_table(), correction_table(), sep="\n\n")

@@ -5,23 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from benchmarks.card_on_paper import (
+    SIZES,
+    choice_for,
+    choices_table,
+    deepened,
+    inference_sentence,
+    stages_table,
+)
 from benchmarks.gpu.shapes import SHAPES, llama_config
 from benchmarks.on_paper import (
     MACHINES,
-    SIZES,
     Model,
     Work,
     blocks_table,
     calibrate,
-    choice_for,
-    choices_table,
     correction_table,
-    deepened,
     factorize,
     finetune,
-    inference_sentence,
     lora_on_the_original,
-    stages_table,
     table,
 )
 from benchmarks.stage_memory import bare_prepared

@@ -275,49 +275,6 @@ def told_of_correct(result: dict[str, Any]) -> str:
     return str(console.file.getvalue())  # type: ignore[attr-defined]
 
 
-def test_found_ranks_are_told_beside_uniform_ones() -> None:
-    console = Console(file=io.StringIO(), width=200)
-    with ConsoleReporter(console) as reporter:
-        for uniform in (0.998, 1.0):
-            reporter.start("allocate")
-            reporter.finish("allocate", {"gain": 0.9990, "uniform_gain": uniform}, usage(1))
-    told = str(console.file.getvalue())  # type: ignore[attr-defined]
-    assert told.count("what they lose is 50% of what uniform ranks would") == 1
-
-
-def test_without_a_terminal_a_stage_says_now_and_then_how_it_is_going() -> None:
-    console = Console(file=io.StringIO(), width=200)
-    with ConsoleReporter(console, interval_s=0) as reporter:
-        progress = reporter.start("finetune")
-        reporter.detail("loss 1.234, learning rate 0.0001, 99 tokens/s")
-        progress(3, 8)
-    with ConsoleReporter(console) as reporter:
-        reporter.start("finetune")(4, 8)
-    told = str(console.file.getvalue())  # type: ignore[attr-defined]
-    assert "Fine-tuning: 3 of 8, loss 1.234, learning rate 0.0001, 99 tokens/s\n" in told
-    assert "4 of 8" not in told
-
-
-def test_a_terminal_shows_it_beside_the_bar() -> None:
-    console = Console(file=io.StringIO(), width=160, force_terminal=True)
-    with ConsoleReporter(console) as reporter:
-        progress = reporter.start("finetune")
-        reporter.detail("loss 1.234 [x]")
-        progress(3, 8)
-        reporter.bars.refresh()
-    told = str(console.file.getvalue())  # type: ignore[attr-defined]
-    assert "3/8" in told
-    assert "loss 1.234 [x]" in told
-
-
-def test_brackets_in_what_is_told_are_no_markup() -> None:
-    console = Console(file=io.StringIO(), width=200)
-    text = "training begins again: RuntimeError: [/src/gloo/pair.cc:534] closed [1]"
-    with ConsoleReporter(console) as reporter:
-        reporter.note(text)
-    assert text in str(console.file.getvalue())  # type: ignore[attr-defined]
-
-
 def test_what_a_choice_was_made_on_is_told(finished: str) -> None:
     assert "Chosen on 694 tokens of the selection rows" in Page(finished).text
     metrics = finished_metrics()

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import pytest
 from s3_server import uri
 
-import emloc_ray
-from emloc_ray.errors import ArtifactError, ConfigError, TakenOver
+from emloc_ray.errors import ArtifactError, ConfigError
 from emloc_ray.io.runs import directory as run_directory
 from emloc_ray.io.runs.directory import CONFIG, Kind, RunDirectory
-from emloc_ray.io.store.atomic import atomic_file, write_json
-from emloc_ray.io.store.lock_file import holder_variables
+from emloc_ray.io.store.atomic import atomic_file
 from emloc_ray.io.store.node_cache import discard
 from emloc_ray.io.store.object_store import MANIFEST
 
@@ -263,142 +255,6 @@ def test_metrics_are_replaced_whole(run: RunDirectory) -> None:
     run.write_metrics({"evaluation": {"original": 1}, "seed": 0})
     run.write_metrics({"seed": 1})
     assert run.metrics() == {"seed": 1}
-
-
-# The lock, between processes.
-
-# The package's folders without their __init__, and no torch: importing those would cost seconds.
-HOLD = """
-import sys, time, types
-for name, path in (("emloc_ray", sys.argv[2]), ("emloc_ray.io", sys.argv[2] + "/io")):
-    sys.modules[name] = types.ModuleType(name)
-    sys.modules[name].__path__ = [path]
-from emloc_ray.io.runs.directory import RunDirectory
-run = RunDirectory(sys.argv[1])
-run.lock()
-print("locked", flush=True)
-time.sleep(60)
-"""
-
-
-def test_one_process_at_a_time_until_it_ends_however_it_ends(tmp_path: Path) -> None:
-    directory = RunDirectory(tmp_path / "mine")
-    command = [sys.executable, "-c", HOLD, str(directory.root), str(Path(emloc_ray.__file__).parent)]
-    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout is not None
-        assert holder.stdout.readline().strip() == "locked"
-        with pytest.raises(ConfigError, match=f"in use by process {holder.pid} on "):
-            directory.lock()
-        holder.send_signal(signal.SIGKILL)
-        holder.wait(10)
-        directory.lock()
-        directory.unlock()
-    finally:
-        holder.kill()
-        holder.wait(10)
-
-
-def test_who_lost_its_lock_writes_nothing_more(tmp_path: Path) -> None:
-    """As where a server of files lost the lock, or somebody removed the file."""
-    run, file = RunDirectory(tmp_path / "mine"), tmp_path / "mine" / "emulator" / "a"
-    run.lock()
-    run.create({})
-    run.write_metrics({"seed": 1})
-    lock = tmp_path / "mine" / ".lock"
-    content = lock.read_text()
-    for taken in (lambda: lock.write_text(content.replace("process", "other process")), lock.unlink):
-        taken()
-        before = sorted(path for path in tmp_path.rglob("*") if path.is_file())
-        for write in (
-            lambda: run.write_metrics({"seed": 2}),
-            lambda: run.commit("merge", "inputs", [], {}),
-            lambda: write_json(file, 1),
-        ):
-            with pytest.raises(TakenOver, match=r"mine was taken over by another process: leave it to that, or stop"):
-                write()
-        assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == before
-        assert run.metrics() == {"seed": 1}
-    run.unlock()
-
-
-def test_a_worker_writes_for_whom_it_wrote_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lock, file = tmp_path / "mine" / ".lock", tmp_path / "mine" / "slots" / "a"
-    lock.parent.mkdir()
-    lock.write_text("process 1 on here\ntoken\n")
-    write_json(file, 1)
-    monkeypatch.setenv("RAY_RAYLET_PID", "1")
-    write_json(file, 2)
-    lock.write_text("process 2 on here\nanother\n")
-    with pytest.raises(TakenOver):
-        write_json(file, 3)
-    assert (json.loads(file.read_text()), list(file.parent.iterdir())) == (2, [file])
-
-
-def test_a_worker_whose_first_write_comes_after_a_takeover_writes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, file = RunDirectory(tmp_path / "mine"), tmp_path / "mine" / "slots" / "a"
-    run.lock()
-    for name, value in {"RAY_RAYLET_PID": "1", **holder_variables()}.items():
-        monkeypatch.setenv(name, value)
-    other = tmp_path / "other" / ".lock"  # no run that this process took
-    other.parent.mkdir()
-    other.write_text((tmp_path / "mine" / ".lock").read_text())
-    write_json(tmp_path / "other" / "a", 1)
-    other.parent.rename(tmp_path / "taken")  # which it has not written to yet
-    (tmp_path / "taken" / ".lock").write_text("process 2 on here\nanother\n")
-    with pytest.raises(TakenOver):
-        write_json(tmp_path / "taken" / "a", 2)
-    assert (tmp_path / "taken" / "a").read_text().strip() == "1"
-    write_json(file, 3)
-    run.unlock()
-
-
-def test_a_look_at_who_holds_a_run_lets_it_start(tmp_path: Path) -> None:
-    run, over = RunDirectory(tmp_path / "mine"), threading.Event()
-    run.lock()
-    run.unlock()
-
-    def look() -> None:
-        while not over.is_set():
-            RunDirectory(tmp_path / "mine").holder()
-
-    lookers = [threading.Thread(target=look) for _ in range(2)]
-    for looker in lookers:
-        looker.start()
-    for _ in range(20):
-        run.lock()
-        run.unlock()
-    over.set()
-    for looker in lookers:
-        looker.join()
-
-
-def test_unlocked_can_be_locked_again(tmp_path: Path) -> None:
-    one, two = RunDirectory(tmp_path), RunDirectory(tmp_path)
-    one.lock()
-    with pytest.raises(ConfigError, match="in use by process"):
-        two.lock()
-    one.unlock()
-    two.lock()
-    two.unlock()
-
-
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_not_taken_for_a_held_run(
-    run: RunDirectory, number: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run.lock()
-    run.unlock()
-
-    def refuse(descriptor: int, kind: int) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr("fcntl.flock", refuse)
-    for ask in (run.lock, run.holder):
-        with pytest.raises(ConfigError, match=r"gives no locks \(.*Lustre: -o flock"):
-            ask()
 
 
 @pytest.mark.parametrize(
