@@ -114,7 +114,7 @@ def _within_reach(prepared: Prepared, plan: Plan) -> tuple[Prepared, Plan]:
     """The run and its plan by the GPUs of the Ray that was joined.
 
     Raises:
-        StageError: where a stage's workers fit on no node that there is or may be added.
+        ConfigError: where a stage's workers fit on no node that there is or may be added.
     """
     reached = prepared.with_gpus(gpus_within_reach())
     if reached is not prepared:

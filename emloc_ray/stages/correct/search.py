@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
 BEGUN = (Candidate("none"), Candidate("covariance"), Candidate("projection", strength=0.5))
 """What is measured first. Covariance gained, or lost next to nothing, on emulators of every kind. Projection gained more on
-short answers, tuned strongly, and lost elsewhere: it counts for its gain less the gain's standard error."""
+short answers, tuned strongly, and lost elsewhere: it counts for what it gains at least, with 95 % certainty."""
 
 NUM_FURTHER = 1
 """How many more strengths are measured."""
+
+_SURE = 0.95
 
 _NEAR = 0.1  # of a strength, or of 1 where it is smaller: differences that no loss tells apart
 
@@ -38,6 +40,15 @@ def certainty(gain: Gain, num_rows: int) -> float:
     if not math.isfinite(gain.standard_error):
         return 0.5
     return float(stdtr(num_rows - 1, gain.mean / gain.standard_error))
+
+
+def least_gain(gain: Gain, num_rows: int) -> float:
+    """What is gained at least, with 95 % certainty by Student's t; below zero without end where one row tells nothing."""
+    from scipy.special import stdtrit
+
+    if not math.isfinite(gain.standard_error):
+        return -math.inf
+    return gain.mean - (float(stdtrit(num_rows - 1, _SURE)) * gain.standard_error if gain.standard_error else 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +105,7 @@ def next_candidate(begun: Sequence[Candidate], tried: Mapping[Candidate, Tensor]
 def best_choice(measured: Mapping[Candidate, RowLosses]) -> ScoredChoice:
     """The best of the candidates that were measured, of which ``none`` is the first, and of the strengths between.
 
-    A correction is taken where it gains on two rows or more, projection where it gains more than the standard error.
+    Covariance is taken where it gains, projection where that is 95 % sure; neither on one row.
     Candidates with a loss that is no number are left out.
 
     Raises:
@@ -112,8 +123,9 @@ def best_choice(measured: Mapping[Candidate, RowLosses]) -> ScoredChoice:
 
     def worth(candidate: Candidate) -> float:
         gain = paired_gain(losses[candidate], losses[none], counts)
-        hurdle = gain.standard_error * (candidate.method == "projection")
-        return gain.mean - hurdle if math.isfinite(gain.standard_error) else -math.inf
+        if candidate.method == "projection" or not math.isfinite(gain.standard_error):
+            return least_gain(gain, len(counts))
+        return gain.mean
 
     if not math.isfinite(_total(losses[none])):
         chosen = considered = min(others, key=lambda candidate: _total(losses[candidate]))

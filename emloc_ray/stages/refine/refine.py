@@ -229,8 +229,9 @@ def refine(
 
     task = resources.task(refine_blocks).options(name="refine: blocks")
     bounded([("the blocks", functools.partial(task.remote, job))], 1, Losses("refine", tell), look, LOOK_S)
-    errors = [[fit.before, min(fit)] for fit in fits(job).values()]
-    blocks = [fit for fit in fits(job).values() if fit.before > 0]
+    every_fit = list(fits(job).values())
+    errors = [[fit.before, min(fit)] for fit in every_fit]
+    blocks = [fit for fit in every_fit if fit.before > 0]
     kept = [fit.after / fit.before for fit in blocks if fit.is_better]
     left = (sum(kept) + len(blocks) - len(kept)) / max(1, len(blocks))
     return {"num_workers": 1, "blocks": len(blocks), "blocks_refined": len(kept), "error_left": left, "errors": errors}

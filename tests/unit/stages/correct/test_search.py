@@ -11,9 +11,18 @@ import pytest
 import torch
 
 from emloc_ray.core.correction import Candidate
+from emloc_ray.core.selection import Gain
 from emloc_ray.errors import NumericsError
 from emloc_ray.modeling.scoring import RowLosses
-from emloc_ray.stages.correct.search import BEGUN, NUM_FURTHER, ScoredChoice, best_choice, next_candidate
+from emloc_ray.stages.correct.search import (
+    BEGUN,
+    NUM_FURTHER,
+    ScoredChoice,
+    best_choice,
+    certainty,
+    least_gain,
+    next_candidate,
+)
 
 NONE, COVARIANCE, PROJECTION = BEGUN
 
@@ -70,7 +79,7 @@ def test_it_finds_what_brute_force_finds_in_four_passes(method: str, share: floa
         assert record["loss"] == pytest.approx(float(exact.sums.sum()) / 8)
 
 
-def test_projection_has_to_gain_more_than_its_error() -> None:
+def test_projection_has_to_gain_for_sure() -> None:
     clear, noisy = (search(BEGUN, measure_of(bowl("projection", 0.5, 0.1), noise)) for noise in (0.01, 0.5))
     assert clear.chosen == PROJECTION
     assert noisy.chosen == NONE
@@ -79,6 +88,15 @@ def test_projection_has_to_gain_more_than_its_error() -> None:
     assert first is not None
     assert second is not None
     assert 0.5 < second < 0.8 < 0.99 < first
+
+
+@pytest.mark.parametrize("gain", [Gain(0.06, 0.035), Gain(0.08, 0.035), Gain(0.01, 0.0), Gain(-0.01, 0.0)])
+def test_the_least_gain_is_above_zero_where_95_per_cent_are_sure(gain: Gain) -> None:
+    assert (least_gain(gain, 6) > 0) == (certainty(gain, 6) > 0.95)
+
+
+def test_one_row_tells_no_least_gain() -> None:
+    assert least_gain(Gain(1.0, math.inf), 1) == -math.inf
 
 
 def test_a_noisy_projection_leaves_covariance_its_place() -> None:
